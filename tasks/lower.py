@@ -13,6 +13,7 @@ from compressors.core.units import Unit, stored_bytes
 from compressors.lower.audit import audit
 from compressors.lower.export import Lowered, lower
 from compressors.lower.serving_wrapper import ServedGraph, input_names, served_graphs
+from compressors.lower.targets.registry import lowering_target
 from compressors.prune.dense.sparse_2_4 import sparse_layers
 from infra.onnxruntime.sessions import Session, optimized_graph
 from infra.settings import load_settings
@@ -101,7 +102,7 @@ def _examine(
         edge = edge_example(signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2))
         edge_parity, _ = compared.parity(edge, "the edge cases")
     found_in_graph = None
-    if target == "onnxruntime":
+    if lowering_target(target).runs_in_onnxruntime:
         found_in_graph = audit(optimized_graph(path), plan, lowered.tables, lowered.layers)
     return LoweredGraph(
         name=form.name,

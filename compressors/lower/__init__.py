@@ -4,7 +4,7 @@ findings.py            what lowering reports about a graph
 serving_wrapper.py     the served graph: id policy and output
 merged_codebooks.py    several codebook tables as one
 merged_tables.py       one lookup for several tables of one format
-dense_types.py         stored tensors of dense layers in the types of a target's operators
+float8_tensors.py      8-bit floats as a graph stores them
 attention.py           scaled dot-product attention
 graph_builders.py      subgraphs that several targets use
 bfloat16_products.py   bfloat16 products in a form that runs on a CPU

@@ -18,7 +18,7 @@ from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import recalibration_of
 from compressors.core.runner import rows_of_tables
 from compressors.errors.compression import AuditFailed, NotLowerable
-from compressors.lower import attention, dense_types
+from compressors.lower import attention
 from compressors.lower.findings import LayerInitializer, TableInitializers
 from compressors.lower.graph_builders import exact_sigmoid, log_sigmoid, squeeze_fixed
 from compressors.lower.merged_tables import MergedTable
@@ -31,11 +31,8 @@ from compressors.lower.serving_wrapper import (
     input_names,
     wrap_for_serving,
 )
-from compressors.lower.targets.onnxruntime import operators as onnxruntime
-from compressors.lower.targets.onnxruntime.join_split_rows import JoinSplitRows
-from compressors.lower.targets.onnxruntime.spell_out_clipping import SpellOutClipping
-from compressors.lower.targets.tensorrt import operators as tensorrt
-from compressors.lower.targets.tensorrt import types as tensorrt_types
+from compressors.lower.targets.onnxruntime import types
+from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
 MERGED = 1024  # the optimizer merges equal initializers up to this many elements
@@ -90,9 +87,8 @@ def lower(
     merged = _merged_names(small, program.model.graph)
     packed = tuple(replace(each, name=merged.get(each.name, each.name)) for each in packed)
     looked_up = tuple(_renamed(table, merged) for table in looked_up)
-    if target == "onnxruntime":
-        JoinSplitRows()(program.model)
-        SpellOutClipping()(program.model)
+    for graph_pass in lowering_target(target).passes():
+        graph_pass(program.model)
     StripMetadata()(program.model)
     _require_packed(packed, program.model.graph, target)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
@@ -113,14 +109,13 @@ def exported(
     """
     signature = form.signature
     rows = rows_of_tables(model, signature)
-    # Lookups are merged only for ONNX Runtime: TensorRT's builder fuses operators by itself.
-    wrapper = wrap_for_serving(model, form, rows, together=target == "onnxruntime")
-    target_translations = (onnxruntime if target == "onnxruntime" else tensorrt).translations()
+    functions = lowering_target(target)
+    wrapper = wrap_for_serving(model, form, rows, together=functions.merges_lookups)
     translations = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.squeeze.default: squeeze_fixed,
         **attention.translations(),
-        **target_translations,
+        **functions.translations(),
     }
     if signature.output == "probability" and recalibration_of(wrapper.model) is not None:
         translations[torch.ops.aten.sigmoid.default] = exact_sigmoid
@@ -238,7 +233,7 @@ def _layers(wrapper: ServingWrapper, packed: tuple[_Packed, ...]) -> tuple[Layer
     for weight in packed:
         layer = modules.get(weight.module)  # merged tables have no single name
         if isinstance(layer, PackedLinear):
-            stays_packed = dense_types.stays_packed(layer)
+            stays_packed = types.stays_packed(layer)
             result.append(
                 LayerInitializer(
                     module=weight.module,
@@ -377,11 +372,9 @@ def _constant(value: ir.Value | None) -> bool:
 
 def _retype(model: ir.Model, wrapper: ServingWrapper, target: TargetKind) -> None:
     """Convert packed tables and layers to the types and shapes that a target's operators take."""
-    names, done = _names(wrapper), set()
+    names, done, functions = _names(wrapper), set(), lowering_target(target)
     for module in wrapper.modules():
         if not isinstance(module, PackedTable | PackedLinear):
-            continue
-        if isinstance(module, PackedTable) and target == "onnxruntime":
             continue
         for stored, tensor in module.named_buffers():
             name = next((n for n in names[id(tensor)] if n in model.graph.initializers), None)
@@ -391,9 +384,9 @@ def _retype(model: ir.Model, wrapper: ServingWrapper, target: TargetKind) -> Non
             value = _initializer(model, name)
             values = value.const_value.numpy()
             if isinstance(module, PackedTable):
-                new = tensorrt_types.retyped(module, stored, values)
+                new = functions.retyped_table(module, stored, values)
             else:
-                new = dense_types.retyped(module, stored, values, target)
+                new = functions.retyped_layer(module, stored, values)
             if new is not None:
                 _set(value, new)
 

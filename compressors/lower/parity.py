@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compressors.contracts import DROPPED, Frozen, Plan, TargetKind
+from compressors.contracts import Frozen, Plan, TargetKind
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
-from compressors.lower.bfloat16_products import has_bfloat16_products
+from compressors.lower.targets.registry import lowering_target
 
 FloatArray = NDArray[np.float32]
 
@@ -66,7 +66,7 @@ def compare(
     gap = differences[~refused]
     finite = expected[np.isfinite(expected)]  # one infinite score would make every limit infinite
     spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
-    rms_share, largest_share, most_share = _shares(plan, target)
+    rms_share, largest_share, most_share = lowering_target(target).tolerance(plan)
     parity = Parity(
         rows=int(expected.size),
         largest=float(gap.max(initial=0.0)),
@@ -103,7 +103,7 @@ def compare(
 
 def allowed_share(plan: Plan | None, target: TargetKind) -> float:
     """Largest allowed difference of a tensor inside a graph, relative to its largest value."""
-    return max(_shares(plan, target))
+    return max(lowering_target(target).tolerance(plan))
 
 
 def gap_of(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
@@ -128,20 +128,3 @@ def _at(
         found=float(found[place]),
         rows=int(expected.shape[0]),
     )
-
-
-def _shares(plan: Plan | None, target: TargetKind) -> tuple[float, float, float]:
-    """Limits relative to the spread: root mean square, largest, and 90 % quantile."""
-    units = [line for line in plan.lines if line.role != "other"] if plan else []
-    formats = {line.format for line in units}
-    if "float8_dense" in formats:  # its levels are up to 6 % of a value apart
-        return (0.005, 0.2, 2e-3) if target == "onnxruntime" else (0.02, 0.3, 0.03)
-    if target != "onnxruntime" and has_bfloat16_products(plan):
-        return 0.015, 0.2, 0.025
-    if "static_int8" in formats:
-        return (0.005, 0.2, 1e-3) if target == "onnxruntime" else (0.01, 0.2, 0.015)
-    if formats & {"weight_int8", "weight_int4"} and target == "onnxruntime":
-        return 0.002, 0.05, 1e-3  # an input, rounded by its block's largest, may be on a boundary
-    if target != "onnxruntime" and formats - {"float32", DROPPED}:
-        return 0.005, 0.05, 0.01  # one float16 rounding of looked-up weights, or a float16 Gemm
-    return 1e-4, 1e-3, 2e-4

@@ -16,11 +16,12 @@ from compressors.contracts import Plan, TargetKind, is_out_of_memory
 from compressors.core.batches import format_row, row_of
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
-from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
+from compressors.lower.bfloat16_products import write_checkable
 from compressors.lower.export import Lowered, exported
 from compressors.lower.first_difference import GraphValue, first_difference, run_traced
 from compressors.lower.parity import FloatArray, Parity, allowed_share, compare, gap_of
 from compressors.lower.serving_wrapper import input_names
+from compressors.lower.targets.registry import lowering_target
 from infra.errors import InfraError
 from infra.onnxruntime.sessions import Session, graph_values
 
@@ -176,7 +177,7 @@ class Compared:
 @contextlib.contextmanager
 def checkable(path: Path, target: TargetKind, plan: Plan | None) -> Iterator[Path]:
     """Return a graph ONNX Runtime can run: the file itself, or a copy without bfloat16 Gemms."""
-    if target == "onnxruntime" or not has_bfloat16_products(plan):
+    if not lowering_target(target).has_unsupported_products(plan):
         yield path
         return
     written = path.with_name(f"checkable-{path.name}")

@@ -35,7 +35,7 @@ REFERENCE = Reference(
 )
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt_rtx"])
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 def test_tables_with_the_same_codes_are_written_down(target, tmp_path):
     model = REFERENCE.model()
     model.module.second.weight = nn.Parameter(model.module.first.weight.detach().clone())

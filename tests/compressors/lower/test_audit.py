@@ -138,8 +138,8 @@ def test_the_drawn_form_of_ours_passes(tmp_path):
 @pytest.mark.parametrize(
     ("form", "fault"),
     [
-        (relu_behind, "computes in float32 behind a DequantizeLinear"),
-        (float_bias, "computes in float32 behind a DequantizeLinear"),
+        (relu_behind, "computes in float32 after a DequantizeLinear"),
+        (float_bias, "computes in float32 after a DequantizeLinear"),
         (signed_and_shared, "reads signed inputs and repacks"),
         (left_in_float, "2 int8 layers were ordered and 1 run in int8"),
     ],

@@ -13,8 +13,8 @@ import torch
 from onnxscript import opset21 as op
 from onnxscript.values import Op, Opset
 
-from compressors.lower.dense_types import multiplies_codes
 from compressors.lower.graph_builders import FLOAT, as_matrix
+from compressors.lower.targets.onnxruntime.types import multiplies_codes
 from compressors.quantize.dense.weight_only import together, zero_code
 
 FLOAT8 = int(onnx.TensorProto.FLOAT8E4M3FN)

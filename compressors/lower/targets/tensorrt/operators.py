@@ -11,9 +11,9 @@ import onnx
 import torch
 from onnxscript import opset21 as op
 
-from compressors.lower.dense_types import signed_length
 from compressors.lower.graph_builders import BFLOAT16, FLOAT, FLOAT16, as_matrix, constant
 from compressors.lower.targets.tensorrt import tables as tensorrt_tables
+from compressors.lower.targets.tensorrt.dense_types import signed_length
 from compressors.quantize.dense.weight_only import LEVELS, SMALLEST, together
 
 

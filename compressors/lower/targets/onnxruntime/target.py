@@ -1,0 +1,56 @@
+"""ONNX Runtime as a target of lowering."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from compressors.contracts import Plan
+from compressors.core.modules.formats import PackedLinear
+from compressors.lower.targets.onnxruntime import operators, types
+from compressors.lower.targets.onnxruntime.join_split_rows import JoinSplitRows
+from compressors.lower.targets.onnxruntime.spell_out_clipping import SpellOutClipping
+from compressors.lower.targets.target import EXACT, Tolerance, formats_of
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """ONNX Runtime on CPU and edge: packed tables are read as they are stored."""
+
+    merges_lookups: bool = True
+    runs_in_onnxruntime: bool = True
+
+    def translations(self) -> Mapping[Any, Callable[..., Any]]:
+        """Return the function that builds the subgraph of each custom op."""
+        return operators.translations()
+
+    def retyped_table(self, *_: object) -> None:
+        """Tables keep their stored types."""
+
+    def retyped_layer(
+        self, layer: PackedLinear, name: str, values: np.ndarray
+    ) -> ir.TensorProtocol | None:
+        """Convert codes to blocks, as MatMulNBits reads them."""
+        return types.retyped(layer, name, values)
+
+    def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
+        """Return the passes that keep products in int8 and lookups in one piece."""
+        return JoinSplitRows(), SpellOutClipping()
+
+    def tolerance(self, plan: Plan | None) -> Tolerance:
+        """Return the limits of the parity check; see ``parity.py`` for the reasons."""
+        formats = formats_of(plan)
+        if "float8_dense" in formats:  # its levels are up to 6 % of a value apart
+            return Tolerance(0.005, 0.2, 2e-3)
+        if "static_int8" in formats:
+            return Tolerance(0.005, 0.2, 1e-3)
+        if formats & {"weight_int8", "weight_int4"}:
+            # An input, rounded by its block's largest, may be on a boundary.
+            return Tolerance(0.002, 0.05, 1e-3)
+        return EXACT
+
+    def has_unsupported_products(self, plan: Plan | None) -> bool:  # noqa: ARG002
+        """ONNX Runtime runs the graph that it serves."""
+        return False

@@ -1,0 +1,47 @@
+"""Stored tensors of dense layers in the types and shapes that ONNX Runtime's operators take.
+
+MatMulNBits reads unsigned codes in blocks. 8-bit floats are stored as bytes in a bundle and as
+floats in a graph. Weights are not packed again.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from compressors.core.modules.formats import PackedLinear
+from compressors.lower.float8_tensors import float8_codes
+from compressors.quantize.dense.float8_dense import Float8DenseFormat
+from compressors.quantize.dense.weight_only import Reading, WeightOnlyFormat, together
+
+
+def retyped(layer: PackedLinear, name: str, values: np.ndarray) -> ir.TensorProtocol | None:
+    """Convert a stored tensor to ONNX Runtime's type and shape; None if it needs no change.
+
+    Args:
+        layer: to which it belongs.
+        name: its name in the layer's format.
+        values: as the module stores it.
+    """
+    form = layer.storage
+    if isinstance(form, Float8DenseFormat):
+        return float8_codes(name, values)
+    if not isinstance(form, WeightOnlyFormat) or name != "codes" or not stays_packed(layer):
+        return None
+    width = together(layer.in_features, Reading.of(layer.settings).block) * form.bits // 8
+    return ir.Tensor(values.reshape(len(values), -1, width))
+
+
+def stays_packed(layer: PackedLinear) -> bool:
+    """Whether ONNX Runtime multiplies by a layer's codes as they are stored.
+
+    It does not for 8-bit codes and float inputs: for one row, that product is four to twelve times
+    slower than a Gemm.
+    """
+    form = layer.storage
+    if not isinstance(form, WeightOnlyFormat):
+        return False
+    return multiplies_codes(form.bits, Reading.of(layer.settings).activations)
+
+
+def multiplies_codes(bits: int, activations: str) -> bool:
+    """As ``stays_packed``, from an op's arguments."""
+    return bits == 4 or activations == "int8"

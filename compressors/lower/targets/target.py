@@ -1,0 +1,67 @@
+"""What a serving target decides while a model is lowered for it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from compressors.contracts import Plan
+from compressors.core.modules.formats import PackedLinear, PackedTable
+
+
+class Tolerance(NamedTuple):
+    """Largest allowed differences from the module's scores, relative to their spread."""
+
+    root_mean_square: float
+    largest: float
+    quantile_90: float
+
+
+EXACT = Tolerance(1e-4, 1e-3, 2e-4)
+"""A graph without int8 arithmetic differs only by float rounding."""
+
+
+class LoweringTarget(Protocol):
+    """Translations, stored types, graph passes and tolerances of one serving target."""
+
+    @property
+    def merges_lookups(self) -> bool:
+        """Whether tables of the same format are looked up together in one table."""
+
+    @property
+    def runs_in_onnxruntime(self) -> bool:
+        """Whether ONNX Runtime serves the graph, so that its optimized graph can be audited."""
+
+    def translations(self) -> Mapping[Any, Callable[..., Any]]:
+        """Return the function that builds the subgraph of each custom op."""
+
+    def retyped_table(
+        self, table: PackedTable, name: str, values: np.ndarray
+    ) -> ir.TensorProtocol | None:
+        """Convert a stored tensor of a table to the target's type; None if it needs no change.
+
+        Args:
+            table: to which it belongs.
+            name: its name in the table's format.
+            values: as the module stores it.
+        """
+
+    def retyped_layer(
+        self, layer: PackedLinear, name: str, values: np.ndarray
+    ) -> ir.TensorProtocol | None:
+        """Convert a stored tensor of a dense layer; arguments as for ``retyped_table``."""
+
+    def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
+        """Return the graph passes that run after the general ones, in order."""
+
+    def tolerance(self, plan: Plan | None) -> Tolerance:
+        """Return the limits of the parity check for a model with this plan."""
+
+    def has_unsupported_products(self, plan: Plan | None) -> bool:
+        """Whether ONNX Runtime can check the graph only after its bfloat16 products are removed."""
+
+
+def formats_of(plan: Plan | None) -> set[str]:
+    """Return the formats of all tables and dense layers of a plan; empty without one."""
+    return {line.format for line in plan.lines if line.role != "other"} if plan else set()

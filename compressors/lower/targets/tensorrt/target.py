@@ -1,0 +1,60 @@
+"""TensorRT and TensorRT-RTX as targets of lowering: both read the same graphs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from compressors.contracts import DROPPED, Plan
+from compressors.core.modules.formats import PackedLinear, PackedTable
+from compressors.lower.bfloat16_products import has_bfloat16_products
+from compressors.lower.targets.target import EXACT, Tolerance, formats_of
+from compressors.lower.targets.tensorrt import dense_types, operators, types
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """TensorRT: it fuses operators by itself, so lookups are not merged."""
+
+    merges_lookups: bool = False
+    runs_in_onnxruntime: bool = False
+
+    def translations(self) -> Mapping[Any, Callable[..., Any]]:
+        """Return the function that builds the subgraph of each custom op."""
+        return operators.translations()
+
+    def retyped_table(
+        self, table: PackedTable, name: str, values: np.ndarray
+    ) -> ir.TensorProtocol | None:
+        """Convert codes to signed numbers, and scales to vectors."""
+        return types.retyped(table, name, values)
+
+    def retyped_layer(
+        self, layer: PackedLinear, name: str, values: np.ndarray
+    ) -> ir.TensorProtocol | None:
+        """Convert codes to signed numbers, and scales of channels to vectors."""
+        return dense_types.retyped(layer, name, values)
+
+    def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
+        """Return no pass: the builder optimizes the graph."""
+        return ()
+
+    def tolerance(self, plan: Plan | None) -> Tolerance:
+        """Return the limits of the parity check; see ``parity.py`` for the reasons."""
+        formats = formats_of(plan)
+        if "float8_dense" in formats:  # its levels are up to 6 % of a value apart
+            return Tolerance(0.02, 0.3, 0.03)
+        if has_bfloat16_products(plan):
+            return Tolerance(0.015, 0.2, 0.025)
+        if "static_int8" in formats:
+            return Tolerance(0.01, 0.2, 0.015)
+        if formats - {"float32", DROPPED}:
+            # One float16 rounding of looked-up weights, or a float16 Gemm.
+            return Tolerance(0.005, 0.05, 0.01)
+        return EXACT
+
+    def has_unsupported_products(self, plan: Plan | None) -> bool:
+        """Whether dense layers multiply in bfloat16, which ONNX Runtime on CPU does not."""
+        return has_bfloat16_products(plan)
