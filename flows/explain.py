@@ -6,7 +6,7 @@ they are exact; peak memory is an estimate from sizes (``tasks.orchestration.mem
 
 from collections.abc import Mapping
 
-from compressors.contracts import Artifact, Frozen, Plan, Signature, TargetKind
+from compressors.contracts import TARGETS, Artifact, Frozen, Plan, Signature, TargetKind
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import stored_bytes
@@ -97,7 +97,7 @@ def explain(terms: Terms) -> Explanation:
             bytes_before=original,
             bytes_after=sum(line.bytes_after for line in plan.lines),
             data_bytes=max(held.artifact.bytes for held in loaded.manifest.data.values()),
-            builds=any(kind != "onnxruntime" for kind in order.targets.wanted()),
+            builds=any(TARGETS[kind].is_built for kind in order.targets.wanted()),
             trained_bytes=trained,
         ),
     )

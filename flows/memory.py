@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from compressors.contracts import TARGETS
 from flows.order import Order
 from infra.errors import OutOfMemory
 from infra.memory import SETTING, available_memory, resident
@@ -26,7 +27,7 @@ def estimated_memory(order: Order, subject: BundleRef) -> Memory:
         bytes_before=subject.weight_bytes,
         bytes_after=subject.weight_bytes,
         data_bytes=subject.data_bytes,
-        builds=any(target != "onnxruntime" for target in order.targets.wanted()),
+        builds=any(TARGETS[target].is_built for target in order.targets.wanted()),
         trained_bytes=subject.weight_bytes if trains_tables(order) else 0,
     )
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from compressors.contracts import Artifact, TargetKind, Verdict
+from compressors.contracts import MEASURED, TARGETS, Artifact, TargetKind, Verdict
 from compressors.contracts.metrics import further_metrics
 from compressors.errors.compression import CompressionError
 from compressors.errors.orders import OrderRefused
@@ -113,7 +113,7 @@ def compress_model(run: Run, data: PreparedData) -> Compressed:
 def lower_baseline(run: Run, data: PreparedData) -> Artifact:
     """Lower the untouched model, the baseline of the result."""
     run.progress.stage("lower the untouched model")
-    return _lowered(run, run.model.artifact, "onnxruntime", data)
+    return _lowered(run, run.model.artifact, MEASURED, data)
 
 
 def build_targets(run: Run, bundle: Artifact, data: PreparedData) -> BuiltTargets:
@@ -146,12 +146,12 @@ def measure_result(
     """Measure the served graph against the untouched model's, and each stage in torch."""
     run.progress.stage("measure")
     served = None
-    if "onnxruntime" in built.artifacts:
+    if MEASURED in built.artifacts:
         served = run.call(
             measure,
             bundle=run.model.artifact,
             baseline=baseline,
-            candidate=built.artifacts["onnxruntime"],
+            candidate=built.artifacts[MEASURED],
             champion=run.champion,
             test=data.test.artifact,
             test_rows=data.test.rows,
@@ -173,7 +173,7 @@ def judge_targets(
             gate,
             target=target,
             limits=run.order.limits,
-            measurement=measured.served if target == "onnxruntime" else None,
+            measurement=measured.served if target == MEASURED else None,
         )
         for target in built.artifacts
     }
@@ -260,7 +260,7 @@ def _lowered(run: Run, bundle: Artifact, target: TargetKind, data: PreparedData)
 
 def _built(run: Run, target: TargetKind, graph: Artifact) -> Artifact:
     """Return the files that the target loads: the graph itself, or an engine built from it."""
-    if target == "onnxruntime":
+    if not TARGETS[target].is_built:
         return graph
     return run.call(
         build,

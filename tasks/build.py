@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prefect import task
 
-from compressors.contracts import Artifact, TargetKind
+from compressors.contracts import TARGETS, Artifact, TargetKind
 from infra.store.temporary import scratch_folder
 from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, Target, build_engine, load
 from tasks.orchestration.documents import BatchSizes, LoweredGraph, build_record, lowering_of
@@ -21,7 +21,7 @@ def require_builder(target: TargetKind) -> None:
     Raises:
         BuildRefused: the target's TensorRT cannot be imported here.
     """
-    if target != "onnxruntime":
+    if TARGETS[target].is_built:
         load(target)
 
 

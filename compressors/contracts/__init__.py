@@ -17,6 +17,7 @@ signature.py          inputs, output, task, label and metric of a model
 network.py            architecture, records and ties: with the tensors they define a module
 plan.py               the decisions of a recipe for each table and layer
 bench.py              the data, teachers and settings that a step may use
+target.py             what a serving target declares
 verdicts.py           estimates, judged limits and the verdict of a target
 """
 
@@ -61,12 +62,15 @@ from compressors.contracts.signature import TRAFFIC as TRAFFIC
 from compressors.contracts.signature import Signature as Signature
 from compressors.contracts.signature import Tower as Tower
 from compressors.contracts.signature import Towers as Towers
+from compressors.contracts.target import MEASURED as MEASURED
+from compressors.contracts.target import TARGETS as TARGETS
+from compressors.contracts.target import Target as Target
+from compressors.contracts.target import TargetKind as TargetKind
 from compressors.contracts.task_kind import ScoreUnit as ScoreUnit
 from compressors.contracts.task_kind import TaskKind as TaskKind
 from compressors.contracts.task_kind import task_kind as task_kind
 from compressors.contracts.verdicts import Estimate as Estimate
 from compressors.contracts.verdicts import Judgement as Judgement
 from compressors.contracts.verdicts import Outcome as Outcome
-from compressors.contracts.verdicts import TargetKind as TargetKind
 from compressors.contracts.verdicts import Verdict as Verdict
 from compressors.contracts.verdicts import overall as overall

@@ -8,8 +8,7 @@ from pydantic import Field
 from compressors.contracts.inputs import Frozen
 from compressors.contracts.limits import Limit
 from compressors.contracts.reasoned import Reasoned
-
-TargetKind = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+from compressors.contracts.target import TargetKind
 
 Outcome = Literal["accepted", "rejected", "undecided", "built-unmeasured"]
 

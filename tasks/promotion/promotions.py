@@ -12,7 +12,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from compressors.contracts import Artifact, Frozen, TargetKind
+from compressors.contracts import MEASURED, Artifact, Frozen, TargetKind
 from infra.errors import (
     AlreadyThere,
     ArtifactMissing,
@@ -272,12 +272,12 @@ def _completed(model: str, *, is_new: bool) -> Change:
 
 
 def champion_graph(model: str) -> Artifact | None:
-    """Return the ONNX Runtime graph of the current champion, or None."""
+    """Return the graph of the current champion that can be measured here, or None."""
     entry = Ledger(store(), model).champion()
     if entry is None:
         return None
     version = version_of_entry(model, entry)
-    return _target(version.report, "onnxruntime", model, version.number).artifact
+    return _target(version.report, MEASURED, model, version.number).artifact
 
 
 def fetch(

@@ -7,7 +7,7 @@ section. Charts are next to the numbers they show, so a chart is never the only 
 import json
 from dataclasses import dataclass
 
-from compressors.contracts import Artifact
+from compressors.contracts import MEASURED, Artifact
 from compressors.contracts.metrics.serving import latency
 from infra.bundle.json_reader import read_document
 from infra.data.expectations import Validation
@@ -223,4 +223,4 @@ def _again(report: Report) -> AgainSection:
 
 
 def _measured_target(report: Report) -> TargetReport | None:
-    return next((t for t in report.targets if t.target == "onnxruntime"), None)
+    return next((t for t in report.targets if t.target == MEASURED), None)

@@ -2,7 +2,7 @@
 
 import json
 
-from compressors.contracts import Estimate, Plan
+from compressors.contracts import MEASURED, Estimate, Plan
 from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.serving import MEDIAN
 from infra.pages.html import many
@@ -28,7 +28,7 @@ NOTICED = 1.02
 def headline(report: Report) -> list[dict[str, str]]:
     """Return the table of before and after: one row per number, one column per model and target."""
     rows: list[dict[str, str]] = []
-    served = next((t for t in report.targets if t.target == "onnxruntime"), None)
+    served = next((t for t in report.targets if t.target == MEASURED), None)
     rows.append(
         {
             "what": "bytes served",
@@ -55,7 +55,7 @@ def headline(report: Report) -> list[dict[str, str]]:
         latency = is_kind(number.metric, "latency")
         row = {"what": label(number.metric), "before": _plain(number.estimate, latency)}
         for t in report.targets:
-            measured = t.target == "onnxruntime" and own is not None
+            measured = t.target == MEASURED and own is not None
             row[t.target] = _plain(own, latency) if measured and own else "-"
         row["change"] = "" if change is None else change_of(change, ratio=latency)
         rows.append(row)
