@@ -1,7 +1,7 @@
 """Kill processes while they open a registry for the first time, then use it: run as a script.
 
-Each line that it reads, ``FOLDER WRITER POINT...``, is answered with one JSON line for each point
-and an empty one. A point is a share of all operations of an undisturbed first use: the SQL
+For each line that it reads, ``FOLDER WRITER POINT...``, it prints one JSON line for each point and
+an empty one. A point is a share of all operations of an undisturbed first use: the SQL
 statements and commits of SQLAlchemy and the changes to files. ``WRITER`` is ``now`` for
 ``Registry`` as it is, and ``earlier`` for MLflow's own migrations in place, as earlier versions of
 recpress ran them.
@@ -107,6 +107,6 @@ def main(folder: Path, writer: str, points: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    for asked in sys.stdin:
-        place, kind, *shares = asked.split()
+    for command in sys.stdin:
+        place, kind, *shares = command.split()
         main(Path(place), kind, [float(share) for share in shares])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answering import Answers, answering
+from child_commands import SendCommand, running_child
 from error_codes import Text, raises_code
 
 from infra.errors import RegistryUnavailable, SettingRefused
@@ -40,15 +40,15 @@ def execute(file: Path, *statements: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers() -> Iterator[Answers]:
-    with answering("tests/killed_registry.py", variables={}) as answers:
-        yield answers
+def send() -> Iterator[SendCommand]:
+    with running_child("tests/killed_registry.py", variables={}) as send:
+        yield send
 
 
 def kill_points(
-    answers: Answers, folder: Path, writer: str, points: list[float]
+    send: SendCommand, folder: Path, writer: str, points: list[float]
 ) -> list[dict[str, Any]]:
-    return answers(" ".join([str(folder), writer, *map(str, points)]))
+    return send(" ".join([str(folder), writer, *map(str, points)]))
 
 
 # The last operations create the link and remove the temporary file.
@@ -58,9 +58,9 @@ MANY = [number / 40 for number in range(1, 36)] + [0.9 + number / 500 for number
 
 @pytest.mark.parametrize("points", [SOME, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_a_registry_whose_first_user_was_killed_is_complete_at_the_next_use(
-    answers: Answers, tmp_path: Path, points: list[float]
+    send: SendCommand, tmp_path: Path, points: list[float]
 ) -> None:
-    results = kill_points(answers, tmp_path, "now", points)
+    results = kill_points(send, tmp_path, "now", points)
     assert [result["version"] for result in results] == ["1"] * len(points)
     assert all(result["killed"] for result in results)
     # Temporary files of the killed process are removed.
@@ -69,9 +69,9 @@ def test_a_registry_whose_first_user_was_killed_is_complete_at_the_next_use(
 
 @pytest.mark.parametrize("points", [[0.6], pytest.param(MANY, marks=pytest.mark.slow)])
 def test_a_registry_that_an_earlier_version_left_half_migrated_works_again(
-    answers: Answers, tmp_path: Path, points: list[float]
+    send: SendCommand, tmp_path: Path, points: list[float]
 ) -> None:
-    results = kill_points(answers, tmp_path, "earlier", points)
+    results = kill_points(send, tmp_path, "earlier", points)
     assert [result["version"] for result in results] == ["1"] * len(points)
     assert all(result["killed"] for result in results)
 

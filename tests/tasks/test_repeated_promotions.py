@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from answering import Answers, answering
+from child_commands import SendCommand, running_child
 from error_codes import raises_code
 from triton_configs import served_by
 from triton_versions import Fill, body
@@ -142,13 +142,13 @@ def test_a_promotion_of_the_champion_completes_an_interrupted_one(home: Path, th
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SendCommand]:
     """Give a line to ``killed_promotions.py``, which imports and publishes once for all tests."""
     home = tmp_path_factory.mktemp("processes")
     variables = {"RECPRESS_HOME": str(home / "recpress"), "RECPRESS_TRITON": str(home / "triton")}
     script = "tests/tasks/killed_promotions.py"
-    with answering(script, str(home), variables=variables) as run:
-        yield run
+    with running_child(script, str(home), variables=variables) as send:
+        yield send
 
 
 # A kill takes half a second to a second. The default tier kills two commands at two points along
@@ -163,7 +163,7 @@ EVERY = [
 
 @pytest.mark.parametrize(("step", "commands"), EVERY)
 def test_a_command_killed_at_any_operation_and_repeated_has_its_effect_once(
-    run: Answers, step: str, commands: tuple[str, ...]
+    run: SendCommand, step: str, commands: tuple[str, ...]
 ) -> None:
     results = [item for command in commands for item in run(f"kill {command} {step}")]
     assert all(item["killed"] for item in results if item["command"] != "promote")
@@ -185,7 +185,7 @@ def test_a_command_killed_at_any_operation_and_repeated_has_its_effect_once(
     ],
 )
 def test_processes_that_decide_the_same_at_once_all_succeed(
-    run: Answers, command: str, count: int
+    run: SendCommand, command: str, count: int
 ) -> None:
     *results, state = run(f"race {command} {count}")
     said = [item["result"] for item in results]
@@ -195,7 +195,7 @@ def test_processes_that_decide_the_same_at_once_all_succeed(
 
 @pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.nightly)])
 def test_processes_that_publish_the_same_order_at_once_share_one_version(
-    run: Answers, count: int
+    run: SendCommand, count: int
 ) -> None:
     *results, state = run(f"race publish {count}")
     (said,) = {item["result"] for item in results}  # one version and one report for all
