@@ -30,8 +30,8 @@ STEPS = (
 
 
 def named(step: Any) -> str:
-    told = step.model_dump(exclude_defaults=True, exclude={"kind", "tables", "min_rows"})
-    return "-".join([step.kind, *(f"{key}={value}" for key, value in told.items())])
+    settings = step.model_dump(exclude_defaults=True, exclude={"kind", "tables", "min_rows"})
+    return "-".join([step.kind, *(f"{key}={value}" for key, value in settings.items())])
 
 
 each_step = pytest.mark.parametrize("step", STEPS, ids=named)

@@ -115,7 +115,7 @@ def test_of_several_draws_the_one_that_leaves_least_is_kept(seed, draws):
     assert torch.equal(functions, drawn_ones[errors.index(min(errors))])
 
 
-def test_a_bucket_nobody_reads_is_zero():
+def test_bucket_that_no_row_uses_is_zero():
     functions = coefficients(2, 0, signed=False)
     buckets = fit(drawn(0, 5), torch.ones(5).double(), functions, 50).buckets
     read = hashed(torch.arange(5), functions, 50).unique()
@@ -143,7 +143,7 @@ def test_a_table_that_would_grow_stays(tmp_path):
     step = MultiHash(buckets=30)
     result = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
     with_code(result.plan.of("user").reasons, "hashed_rows", buckets=30, hashes=2)
-    # as many rows as before, and functions and a mean beside them
+    # as many rows as before, plus functions and a mean
     with_code(result.plan.of("tags").reasons, "not_smaller_composed", before=720, after=776)
 
 

@@ -55,7 +55,7 @@ def test_the_last_layer_is_the_least_squares_optimum(seed, rows, power):
     bent = F.relu(codes @ decoder.inner + decoder.bias)
     read = torch.cat([codes, bent, torch.ones(rows, 1)], dim=1).double()
     root = weight.sqrt().unsqueeze(1)
-    # Directions that only rounding to float32 tells apart are not to be made use of: the damping,
+    # Directions that differ only by rounding to float32 are not to be used: the damping,
     # a billionth, costs at most what those below a hundredth of the largest could win.
     best = torch.linalg.lstsq(
         root * read, root * table.double(), rcond=1e-2, driver="gelsd"

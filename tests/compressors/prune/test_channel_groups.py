@@ -28,7 +28,7 @@ def test_whole_heads_go(fused, importance, tmp_path):
     """``apply`` compares with silenced heads; here it is looked at which stay."""
     reference = Reference(Transformer, HISTORY, {"fused": fused})
     source = reference.model()
-    with torch.no_grad():  # two heads of the first block, two others of the second say nothing
+    with torch.no_grad():  # silence two heads of the first block, two others of the second
         for block, heads in zip(source.module.blocks, ((0, 2), (1, 3)), strict=True):
             for head in heads:
                 places = slice(4 * head, 4 * head + 4)

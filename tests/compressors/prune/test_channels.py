@@ -58,7 +58,7 @@ def readers_by(number: str, source: Model) -> Readers:
     return readers_of(widths[number], traces, next(layouts(widths[number])))
 
 
-def answers(model: Model, reference: Reference) -> Tensor:
+def predictions(model: Model, reference: Reference) -> Tensor:
     inputs = models.example(reference.signature, reference.rows_of_tables(), 50, seed=11)
     with torch.no_grad():
         return model.module(**inputs).reshape(-1)
@@ -117,7 +117,7 @@ def test_zero_channels_are_found_and_nothing_changes_without_them(tmp_path):
         result = run(step, source, bench, tmp_path / importance)
         config = result.network.architecture.config
         assert config == {"left": 8, "right": 12, "deep": 16}
-        difference = answers(result, BRANCHED) - answers(source, BRANCHED)
+        difference = predictions(result, BRANCHED) - predictions(source, BRANCHED)
         # Sums of fewer terms round otherwise; a cut channel that was in use moves scores by 0.1.
         assert difference.abs().max() < 1e-5
 
@@ -154,7 +154,7 @@ def test_a_layer_that_reads_every_channel_twice_loses_both(tmp_path):
     _, result = narrowed(reference, tmp_path)
     assert result.module.hidden.out_features == 8
     assert result.module.out.in_features == 16
-    # What the class has by default and nobody changed is not written out.
+    # Unchanged defaults of the class are not written out.
     assert result.network.architecture.config == {"twice": True, "width": 8}
 
 
@@ -255,8 +255,8 @@ def test_one_layer_that_cannot_be_cut_does_not_keep_the_others(tmp_path):
     with_code(result.plan.of("held").reasons, "channels_read")
 
 
-def test_lists_that_cannot_be_told_apart_give_no_gradient(tmp_path):
-    """Lists of one row: the softmax over each is 1 whatever the scores are."""
+def test_lists_of_one_row_give_no_gradient(tmp_path):
+    """The softmax over a list of one row is 1 for any score."""
     ranking = SCHEMA.model_copy(
         update={"task": "ranking", "output": "score", "group": "g", "metric": "ndcg@10"}
     )

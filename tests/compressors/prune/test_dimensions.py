@@ -134,7 +134,7 @@ def test_a_table_that_would_grow_stays(tmp_path):
 
 
 @pytest.mark.parametrize("importance", ["traffic", "gradient"])
-def test_data_is_asked_for_where_it_is_needed(importance, tmp_path):
+def test_data_driven_importance_requires_training_rows(importance, tmp_path):
     step = Dimensions(importance=importance)
     with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
         run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
@@ -151,6 +151,6 @@ def test_a_loss_without_gradient_is_no_judge(tmp_path):
 def test_retrieval_has_no_loss_to_take_a_gradient_of(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     signature = bench.signature.model_copy(update={"task": "retrieval"})
-    asked = bench.model_copy(update={"signature": signature})
+    retrieval_bench = bench.model_copy(update={"signature": signature})
     with raises_code(NothingToCompress, "loss_missing"):
-        run(Dimensions(importance="gradient"), RANKER.model(), asked, tmp_path / "out")
+        run(Dimensions(importance="gradient"), RANKER.model(), retrieval_bench, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Whole layers that go, the ones behind them that move up, and layers that have to stay."""
+"""Layer removal: the layers after a removed one move up, and some layers must stay."""
 
 import models
 import pytest
@@ -35,7 +35,7 @@ def dropped(reference: Reference, folder, source: Model | None = None, **setting
     return run(DropLayers(**settings), source or reference.model(), bench, folder / "out")
 
 
-def answers(module: nn.Module, reference: Reference) -> Tensor:
+def predictions(module: nn.Module, reference: Reference) -> Tensor:
     inputs = models.example(reference.signature, reference.rows_of_tables(), 50, seed=11)
     with torch.no_grad():
         return module(**inputs).reshape(-1)
@@ -81,7 +81,7 @@ def test_the_layer_that_does_nothing_goes_and_no_score_changes(idle, tmp_path):
     for new, old in enumerate(stay):
         assert torch.equal(result.module.up[new].weight, source.module.up[old].weight)
         assert torch.equal(result.module.down[new].weight, source.module.down[old].weight)
-    assert torch.equal(answers(result.module, DEEP), answers(source.module, DEEP))
+    assert torch.equal(predictions(result.module, DEEP), predictions(source.module, DEEP))
     reasons = result.plan.of("up.2").reasons
     dropped = with_code(reasons, "layers_dropped", count=1, members=3, importance="quality")
     assert dropped.fields["argument"] == "cross_layers"
@@ -106,7 +106,7 @@ def test_only_hidden_layers_that_leave_a_network_that_fits_go(tmp_path):
     skipped = source.private().module
     for place in range(6, 12):
         skipped.deep[place] = nn.Identity()
-    torch.testing.assert_close(answers(result.module, DEEP), answers(skipped, DEEP))
+    torch.testing.assert_close(predictions(result.module, DEEP), predictions(skipped, DEEP))
 
 
 def test_whole_members_move_up():

@@ -19,7 +19,7 @@ from infra.onnxruntime.sessions import Session
 
 
 def bench_of(tmp_path, reference: Reference = RANKER) -> Bench:
-    """Labels that follow the network's answers, so that its tables do pay."""
+    """A bench whose labels follow the network's predictions, so that tables improve the metric."""
     module, signature = reference.model().module, reference.signature
 
     def answer(inputs):
@@ -76,7 +76,7 @@ def test_the_whole_loss_stays_within_what_is_allowed(tmp_path):
     assert dropped[-1] > dropped[0]
 
 
-def test_the_mean_row_answers_weighted_by_lookups(tmp_path):
+def test_dropped_table_returns_its_mean_row_weighted_by_lookup_counts(tmp_path):
     source, bench = without_use_of("city"), bench_of(tmp_path)
     with torch.no_grad():
         source.module.city.weight.add_(1e-9 * torch.arange(9).unsqueeze(1))

@@ -90,7 +90,7 @@ def test_only_the_named_layers_are_penalized_and_all_are_trained(tmp_path):
 
 
 def test_the_last_epoch_counts_though_it_is_worse(tmp_path, caplog):
-    """The labels are the network's own answers: every epoch with a penalty is a loss."""
+    """The labels are the network's predictions: every epoch with a penalty lowers the metric."""
     source = NORMED.model()
     rows = prepared(
         NORMED.signature,
@@ -121,7 +121,7 @@ def test_training_afterwards_keeps_the_zeros(tmp_path):
 
 @pytest.mark.parametrize(("reference", "layer"), [(BRANCHED, "right"), (NORMED, "hidden")])
 def test_channels_that_became_zero_are_cut_without_a_change(reference, layer, tmp_path):
-    """Behind a norm too: its scale and shift are of the channel. So are both of a residual sum."""
+    """Also in a residual sum or before a norm, whose scale and shift belong to the channel."""
     bench = reference.bench(tmp_path / "data")
     step = L1Training(penalty="group", penalty_strength=0.4, training=LONG, soft_share=0.5)
     sparse = run(step, reference.model(), bench, tmp_path / "sparse")

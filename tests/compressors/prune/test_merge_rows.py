@@ -1,4 +1,4 @@
-"""Merged rows lie as near as said, and equal rows are found whatever their order."""
+"""Merged rows are within the stated distance, and equal rows are found in any order."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Pruned rows: those that stay are the right ones, bit for bit, and the others are answered for."""
+"""Row pruning: the right rows are kept bit for bit, and the others get their replacement."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_pruned_ids_share_the_mean_weighted_by_lookups(tmp_path):
     torch.testing.assert_close(found[gone], wanted.expand(240, -1))
 
 
-def test_pruned_ids_are_zero_where_asked_also_in_four_bits(tmp_path):
+def test_rows_pruned_to_zero_stay_zero_after_int4(tmp_path):
     result, found = pruned(tmp_path, keep=0.2, pruned="zero")
     gone = (found == 0).all(dim=1)
     assert int(gone.sum()) == 240
@@ -79,7 +79,7 @@ def test_pruned_ids_are_zero_where_asked_also_in_four_bits(tmp_path):
         assert not packed.module.item(torch.arange(ROWS))[gone].any()
 
 
-def test_the_nearest_row_that_stays_answers(tmp_path):
+def test_pruned_rows_are_replaced_by_the_nearest_kept_row(tmp_path):
     _, found = pruned(tmp_path, keep=0.2, importance="norm", pruned="nearest")
     weight = RANKER.model().module.item.weight.detach()
     kept = (found == weight).all(dim=1)

@@ -1,4 +1,4 @@
-"""Layers that are solved anew after a cut: how near they come to what they answered."""
+"""Reconstruction: layers refitted after channel pruning keep their outputs closely."""
 
 import hypothesis.strategies as st
 import pytest
@@ -58,8 +58,8 @@ def test_scores_come_nearer_to_what_they_were(reference, importance, tmp_path):
     assert gaps[True] < 0.7 * gaps[False]
 
 
-def test_a_channel_answers_for_its_twin(tmp_path):
-    """Each hidden channel has a twin that goes: its weight in the reader moves to the other."""
+def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
+    """Each hidden channel has a removed duplicate, whose weight in the consumer is added to it."""
     reference = Reference(Plain, SCHEMA)
     source, bench = reference.model(), reference.bench(tmp_path / "data")
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_a_channel_answers_for_its_twin(tmp_path):
     narrow, _ = without_channels(source.private(), SCHEMA, [cut], first)
     reconstruct(narrow.module, source.module, bench, ["out"], {}, 1000)
     both = source.module.out.weight[:, :8] + source.module.out.weight[:, 8:]
-    # Some inputs are large beside others, so that a thousandth of their mean square holds some.
+    # Some inputs are much larger than others, so that a thousandth of the mean square damps some.
     torch.testing.assert_close(narrow.module.out.weight, both, rtol=0, atol=0.02)
     assert (both - source.module.out.weight[:, :8]).abs().max() > 0.1
 

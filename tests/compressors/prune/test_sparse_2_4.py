@@ -139,7 +139,7 @@ def test_zeros_survive_training_and_the_formats_that_sparse_kernels_take(tmp_pat
     for step in (StaticInt8(), Float16(), BFloat16Dense()):
         packed = run(step, tuned, bench, tmp_path / step.kind)
         assert sparse_layers(packed.module, packed.plan) == LAYERS
-    # Codes of weights alone are dense to a kernel, whatever they stand for.
+    # Weight-only codes are dense for a kernel, also where they stand for zeros.
     packed = run(WeightInt4(), tuned, bench, tmp_path / "int4")
     assert sparse_layers(packed.module, packed.plan) == ()
 
@@ -152,5 +152,5 @@ def test_zeros_survive_training_and_the_formats_that_sparse_kernels_take(tmp_pat
         (torch.zeros(2, 6), False),
     ],
 )
-def test_the_pattern_is_told_from_another(weight, sparse):
+def test_is_2_4_is_true_only_for_the_2_4_pattern(weight, sparse):
     assert is_2_4(weight) == sparse

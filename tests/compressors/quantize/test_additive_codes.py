@@ -171,7 +171,7 @@ def test_it_stores_what_residual_codes_store(tmp_path):
     assert unit.bytes == 300 * 2 + 3 * 16 * 7 * 2  # three nibbles a row, padded; float16 entries
 
 
-def test_lookups_and_slopes_are_asked_for_only_where_they_count(tmp_path):
+def test_training_rows_are_required_only_for_lookup_counts_or_gradients(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     bare = Bench(signature=bench.signature)
     for needing in (AdditiveCodes(), AdditiveCodes(traffic=0), AdditiveCodes(sensitive=False)):

@@ -268,7 +268,7 @@ def test_best_takes_for_each_layer_the_calibrator_of_least_error(by_calibrator):
     assert chosen[0] != "min_max"
 
 
-def test_the_error_told_is_that_of_the_output_on_the_calibration_rows(by_calibrator):
+def test_reported_error_is_the_output_error_on_the_calibration_rows(by_calibrator):
     source, x, made = by_calibrator
     with torch.no_grad():
         own = float(source.module.first(x).double().square().mean())
@@ -298,7 +298,7 @@ def test_layers_over_most_error_stay_in_float32_and_the_plan_says_by_how_much(tm
     assert torch.equal(none.module(x), source.module(x))
 
 
-def test_by_default_every_input_is_held_exactly_and_nothing_is_told(tmp_path):
+def test_default_scale_covers_every_input_and_the_plan_reports_no_error(tmp_path):
     source, x = SMALL.model(), outliers()
     result = run(StaticInt8(), source, calibrating(tmp_path / "data", x), tmp_path / "out")
     assert torch.equal(result.module.first.input_scale, x.abs().max() / LEVELS)
@@ -322,7 +322,7 @@ def test_the_share_of_the_percentile_is_what_is_not_clipped(tmp_path):
     assert all(low < high for low, high in itertools.pairwise(ends))
 
 
-def test_weights_are_clipped_where_that_is_asked_for(tmp_path):
+def test_weights_are_clipped_only_with_weights_mse(tmp_path):
     source = SMALL.model()
     with torch.no_grad():
         source.module.first.weight[0, :] = 0.5  # 63.5 steps of the whole range
@@ -352,7 +352,7 @@ def test_inputs_that_are_not_finite_are_named(value, tmp_path):
         run(StaticInt8(), SMALL.model(), bench, tmp_path / "out")
 
 
-def test_both_passes_leave_no_hook_behind(tmp_path):
+def test_both_calibration_passes_remove_their_hooks(tmp_path):
     source = RANKER.model()
     bench = RANKER.bench(tmp_path / "data")
     run(StaticInt8(calibrator="best", rows=50, batch=7), source, bench, tmp_path / "out")

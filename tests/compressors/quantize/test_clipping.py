@@ -110,7 +110,7 @@ def test_one_large_weight_is_clipped_for_the_many_small_ones():
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("largest", [5, 100])
 def test_two_bits_for_a_whole_table_clip_far_more_than_half(symmetric, largest):
-    """One and a half standard deviations are worth keeping, whatever a single weight is."""
+    """The range is one and a half standard deviations for any single outlier."""
     table = normal(4000, 16)
     table[7, 3] = largest
     grid = Grid(4, symmetric=symmetric, rows_per_scale=0)

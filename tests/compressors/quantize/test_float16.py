@@ -29,7 +29,7 @@ def test_a_weight_moves_by_at_most_half_a_float16_step(value):
 
 
 @pytest.mark.parametrize("value", [65520.0, -7e4, 1e30])
-def test_a_weight_beyond_float16_is_told(value):
+def test_weight_beyond_the_float16_range_is_reported(value):
     weight = torch.tensor([[0.0, value]])
     largest = float(weight.abs().max())  # in float32
     with_code([beyond(weight, None)], "beyond_largest", largest=largest, limit=65504.0)
@@ -132,8 +132,8 @@ def test_layers_that_would_overflow_stay_in_float32_and_the_plan_says_why(
     with torch.no_grad():  # what float16 took, it can compute
         for name in lines.keys() - kept:
             layer = result.module.get_submodule(name)
-            told = x if name == "raised" else x / 10 if name == "sums" else x.tanh()
-            assert torch.isfinite(F.linear(told.half(), layer.weight, layer.bias)).all()
+            layer_input = x if name == "raised" else x / 10 if name == "sums" else x.tanh()
+            assert torch.isfinite(F.linear(layer_input.half(), layer.weight, layer.bias)).all()
 
 
 def test_what_weights_float16_cannot_hold_stays_in_float32_without_any_rows(tmp_path):

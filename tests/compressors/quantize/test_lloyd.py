@@ -1,4 +1,4 @@
-"""k-means: it never gets worse, finds what is there, and answers the same however it is asked."""
+"""k-means: the error never grows, clear clusters are found, and every call form agrees."""
 
 import itertools
 

@@ -34,7 +34,7 @@ def expected(bench: Bench, name: str, table_size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("first", [None, RowwiseInt8(), LowRank()], ids=lambda s: s and s.kind)
-def test_every_lookup_counts_once_whatever_the_table_is_made_of(first, tmp_path):
+def test_every_lookup_counts_once_for_every_form_of_table(first, tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     if first is not None:
         model = run(first, model, bench, tmp_path / "first")

@@ -68,7 +68,7 @@ def learned(bias: bool = True) -> LearnedInt8:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_packed_layer_answers_what_the_trained_one_answered(bias):
+def test_packed_layer_has_the_outputs_of_the_trained_layer(bias):
     made = learned(bias).eval()
     x = torch.randn(7, 3, 20, generator=torch.Generator().manual_seed(1))
     packed = made.packed()
@@ -79,7 +79,7 @@ def test_the_packed_layer_answers_what_the_trained_one_answered(bias):
     assert trained.requires_grad
     room = float((packed.weight_scale * packed.input_scale).max()) / 2 + 1e-5
     assert (trained - packed(x)).abs().max() <= room
-    # ... which the clipped and rounded weights decide: float answers are further off
+    # ... which the clipped and rounded weights decide: float outputs are further off
     plain = F.linear(x, made.weight, made.bias)
     assert (plain - trained).abs().max() > 10 * room
 
@@ -180,7 +180,7 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert again.plan == whole.plan
 
 
-def test_it_asks_for_soft_labels_only_if_it_learns_from_them():
+def test_qat_needs_soft_labels_only_with_a_soft_share():
     assert QAT().needs == ("calibration", "train", "validation", "soft_labels")
     assert QAT(soft_share=0).needs == ("calibration", "train", "validation")
 

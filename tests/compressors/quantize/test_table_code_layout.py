@@ -109,7 +109,7 @@ def test_a_rows_codes_do_not_depend_on_its_block(step, cut):
 
 
 @each_step
-def test_the_same_table_gives_the_same_tensors_whatever_was_drawn_before(step):
+def test_encoded_tensors_do_not_depend_on_the_global_random_state(step):
     table = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     first = stored(step, table)

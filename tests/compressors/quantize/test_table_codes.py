@@ -109,7 +109,7 @@ def test_an_entry_that_no_row_has_stays_where_it_is():
     assert torch.allclose(solved[[1, 2, 3, 5, 6, 7]], codebook[[1, 2, 3, 5, 6, 7]])
 
 
-def test_codes_chosen_anew_one_at_a_time_are_no_worse_than_greedy_ones(monkeypatch):
+def test_codes_refined_one_at_a_time_are_no_worse_than_greedy_codes(monkeypatch):
     table = alike(500, 6)
     codebook = torch.randn(3 * 16, 6, generator=torch.Generator().manual_seed(0))
 

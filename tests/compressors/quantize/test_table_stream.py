@@ -1,4 +1,4 @@
-"""Tables encoded block by block: the same bytes whatever the blocks, and exact beyond 32 bits."""
+"""Tables encoded block by block: the same bytes for every block size, and exact beyond 32 bits."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -263,7 +263,7 @@ def test_a_sum_that_overflows_is_no_fault():
 
 @dataclass(frozen=True)
 class Broken(Paired):
-    """A step that encodes what it was told to."""
+    """A step that returns given tensors as its encoded block."""
 
     made: Mapping[str, Tensor] = field(default_factory=dict)
 

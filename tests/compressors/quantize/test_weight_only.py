@@ -234,7 +234,7 @@ def test_the_op_keeps_torchs_contract_for_custom_ops():
 
 
 def correlated(rows: int, inputs: int, seed: int) -> Tensor:
-    """Inputs that go together, as those behind a Relu do."""
+    """Correlated inputs, such as the outputs of a Relu."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(rows, inputs, generator=generator) @ drawn(inputs, inputs, seed + 1)
     return mixed.relu()
@@ -265,9 +265,9 @@ def test_where_inputs_go_together_outputs_lose_little_more_than_half():
     weight, x = drawn(64, 200), correlated(2000, 200, 3)  # more than are rounded together
     steps, nearest, each, gram = quantized(weight, x, 32)
     found = squared_error(steps * each - weight, gram).sum()
-    # 0.50 to 0.60 over ten seeds; rounding columns without telling the rest gives 1.
+    # 0.50 to 0.60 over ten seeds; rounding columns without correcting the rest gives 1.
     assert found < 0.7 * squared_error(nearest * each - weight, gram).sum()
-    # The gram matrix told the truth about the outputs.
+    # The error from the gram matrix is the error of the outputs.
     off = x.double() @ (steps * each - weight).double().T
     torch.testing.assert_close(off.square().sum(), found, rtol=1e-6, atol=0)
 
@@ -285,7 +285,7 @@ def test_where_all_inputs_are_zero_weights_are_rounded_to_the_nearest():
     assert torch.equal(steps, nearest)
 
 
-def test_gptq_in_a_model_lowers_the_error_that_its_plan_tells(tmp_path):
+def test_gptq_in_a_model_lowers_the_error_that_its_plan_reports(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
     rounded_to = {
         rounding: run(WeightInt4(rounding=rounding), source, bench, tmp_path / rounding)

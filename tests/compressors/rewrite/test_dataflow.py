@@ -79,7 +79,7 @@ def test_layers_whose_numbers_cannot_change_are_closed():
     }
 
 
-def test_a_norm_before_a_layer_and_one_behind():
+def test_dataflow_of_norms_before_and_after_a_layer():
     found = of(NORM_FIRST)
     assert found.straight("first") == ("hidden",)
     assert found.feeder("second") == "plain"

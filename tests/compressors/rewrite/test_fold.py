@@ -278,7 +278,7 @@ def test_a_network_that_would_change_is_refused(tmp_path, monkeypatch):
 # --- features that nothing reads -------------------------------------------------------------
 
 
-def test_numbers_that_no_weight_reads_are_told(tmp_path):
+def test_input_columns_that_no_weight_reads_are_reported(tmp_path):
     source = NORMED.model()
     with torch.no_grad():
         source.module.hidden.weight[:, [1, 4, 7]] = 0  # two of the table's six, the second price
@@ -325,7 +325,7 @@ def test_a_comparison_reads_too():
     assert unread_features(model.module, SCHEMA) == {"price": (1, 2, 3, 4)}
 
 
-# --- what comes behind it --------------------------------------------------------------------
+# --- later steps -----------------------------------------------------------------------------
 
 
 def test_later_steps_take_a_folded_network(tmp_path):
@@ -385,7 +385,7 @@ class Fixed(nn.Module):
 
 
 def test_what_depends_on_no_input_is_one_initializer(tmp_path):
-    """Constants are folded when a graph is written down, before any runtime sees it."""
+    """Constants are folded when a graph is written, before any runtime loads it."""
     path = tmp_path / "model.onnx"
     module = Reference(Fixed, SCHEMA).model().module
     lower(module, whole(SCHEMA), "onnxruntime", path)

@@ -88,8 +88,8 @@ def test_scores_stay_the_same_and_weights_do_not(step, reference, tmp_path):
     assert (after - before).abs().max() <= float32_rounding(before)
     old, new = source.module.state_dict(), result.module.state_dict()
     moved = {name.rpartition(".")[0] for name in old if not torch.equal(old[name], new[name])}
-    told = {line.module for line in result.plan.lines if step.kind in line.steps}
-    assert told <= moved
+    reported = {line.module for line in result.plan.lines if step.kind in line.steps}
+    assert reported <= moved
     assert len(moved) >= 2
 
 
@@ -116,7 +116,7 @@ def test_equalize_settles_in_a_chain_where_a_layer_is_on_both_sides(tmp_path):
     )
 
 
-def test_what_stays_is_told_why(tmp_path):
+def test_layers_that_equalize_skips_have_a_reason(tmp_path):
     bench = CHAIN.bench(tmp_path / "data")
     plan = run(Equalize(), CHAIN.model(), bench, tmp_path / "out").plan
     called_again = Reason("called_again")
