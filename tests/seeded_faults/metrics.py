@@ -119,9 +119,7 @@ FAULTS = (
         old="        flat[torch.from_numpy(hidden)] = -torch.inf\n",
         new="",
         effect="Items that a query already has occupy positions of its ranking.",
-        tests=(
-            f"{RANKING}::test_a_ranking_is_what_writing_it_out_gives_whatever_is_scored_at_once",
-        ),
+        tests=(f"{RANKING}::test_full_ranking_equals_a_naive_ranking_for_every_block_size",),
     ),
     Fault(
         id="ranking-ties-count-as-found",

@@ -71,7 +71,7 @@ FAULTS = (
         id="order-map-not-last",
         file="flows/order.py",
         old='            if step.kind == "recalibrate":\n',
-        new='            if step.kind == behind.kind == "recalibrate":\n',
+        new='            if step.kind == self.steps[-1].kind == "recalibrate":\n',
         effect="A calibration map is fitted before later steps change the scores.",
         tests=(f"{ORDER}::test_a_map_of_the_output_comes_last_and_once",),
     ),

@@ -153,7 +153,7 @@ FAULTS = (
         tests=(SERVER,),
     ),
     Fault(
-        id="embedded-server-answers-every-origin",
+        id="embedded-server-allows-every-origin",
         file="flows/server/embedded_server.py",
         old='        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": NO_ORIGIN,\n'
         '        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": NO_ORIGIN,\n',

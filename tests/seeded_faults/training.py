@@ -18,9 +18,7 @@ FAULTS = (
         old="wanted = torch.sigmoid(teacher / temperature)",
         new="wanted = torch.sigmoid(teacher)",
         effect="The teacher's probabilities are not softened by the temperature.",
-        tests=(
-            f"{LOSS}::test_the_soft_loss_of_clicks_is_the_cross_entropy_of_two_softened_answers",
-        ),
+        tests=(f"{LOSS}::test_soft_loss_of_clicks_is_the_cross_entropy_of_softened_probabilities",),
     ),
     Fault(
         id="hard-loss-linear-gains",
@@ -44,7 +42,7 @@ FAULTS = (
         old="    by_score = teacher.argsort(descending=True, stable=True)\n",
         new="    by_score = teacher.argsort(stable=True)\n",
         effect="RankDistil matches the order of the teacher's last rows instead of its first.",
-        tests=(f"{DISTILL}::test_rankdistil_asks_for_order_at_the_top_and_room_below_it",),
+        tests=(f"{DISTILL}::test_rankdistil_gradient_orders_the_top_and_keeps_the_rest_below",),
     ),
     Fault(
         id="calibration-percentile-without-zeros",
@@ -163,7 +161,7 @@ FAULTS = (
         "1 / (len(label) - clicks + 2))\n",
         new="",
         effect="Perfectly separable rows give an infinite slope.",
-        tests=(f"{RECALIBRATE}::test_rows_that_a_threshold_tells_apart_get_a_finite_slope",),
+        tests=(f"{RECALIBRATE}::test_rows_separable_by_a_threshold_get_a_finite_slope",),
     ),
     Fault(
         id="recalibration-steep-beyond-data",

@@ -120,7 +120,7 @@ FAULTS = (
         effect="Large score changes that no limit covers give no warning.",
         tests=(
             "tests/compressors/metrics/test_score_change.py"
-            "::test_large_score_changes_without_a_limit_are_a_warning_whatever_the_outcome",
+            "::test_large_score_changes_without_a_limit_are_a_warning_for_every_outcome",
         ),
     ),
     Fault(

@@ -73,7 +73,7 @@ def test_a_schema_is_json_and_back():
     assert Signature.model_validate_json(RANKER.signature.model_dump_json()) == RANKER.signature
 
 
-def test_inputs_are_told_apart_by_kind():
+def test_kind_selects_the_class_of_an_input():
     adapter = TypeAdapter(AnyInput)
     assert isinstance(adapter.validate_python({"kind": "id", "name": "u", "table": "t"}), IdInput)
     with pytest.raises(ValidationError, match="'id', 'dense', 'padded_bag', 'jagged_bag'"):
@@ -231,7 +231,7 @@ def test_a_limit_reads_as_people_write_it_and_back(text):
         ("auc >= much", "float_parsing", {}),
     ],
 )
-def test_a_limit_nobody_can_judge_is_refused(text, code, fields):
+def test_limit_that_cannot_be_evaluated_is_refused(text, code, fields):
     with raises_value_error(code, **fields):
         Limit.parse(text)
 

@@ -28,7 +28,7 @@ def bags(item: JaggedBag, batch: Batch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("size", [1, 7, 32, BENCH_ROWS, 1000])
-def test_batches_are_the_rows_in_order_whatever_the_size(split, size):
+def test_batches_hold_all_rows_in_order_for_every_batch_size(split, size):
     (whole,) = batches(split, RANKER.signature, BENCH_ROWS)
     parts = list(batches(split, RANKER.signature, size))
     assert [len(part.label) for part in parts[:-1]] == [size] * (len(parts) - 1)

@@ -85,7 +85,7 @@ def drops_a_table(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Doubled:
-    """A format that answers to float16's name and computes something else."""
+    """A format that has the name of float16 and computes something else."""
 
     name: str = "float16"
     layout: Any = float16.LINEAR_FORMAT.layout
@@ -188,11 +188,11 @@ def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
 
 
 @dataclass(frozen=True)
-class Told:
+class PartialFloat16:
     """Float16 on all layers but one, with or without a note about that one."""
 
     notes: dict[str, tuple[Reason, ...]]
-    kind: str = "told"
+    kind: str = "partial_float16"
     changes: str = "format"
     needs: tuple[str, ...] = ()
 
@@ -210,10 +210,10 @@ class Told:
 def test_a_layer_may_stay_in_its_format_only_if_the_step_says_why(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     note = Reason("as_written", text="reaches 7e4")
-    result = run(Told({"out": (note,)}), RANKER.model(), bench, tmp_path / "out")
+    result = run(PartialFloat16({"out": (note,)}), RANKER.model(), bench, tmp_path / "out")
     line = result.plan.of("out")
     assert (line.format, line.steps) == ("float32", ())
     assert line.reasons == (Reason("kept_format", format="float32"), note)
     assert result.plan.of("cross").format == "float16"
     with raises_code(ContractBroken, "unit_kept", unit="out"):
-        run(Told({}), RANKER.model(), bench, tmp_path / "again")
+        run(PartialFloat16({}), RANKER.model(), bench, tmp_path / "again")

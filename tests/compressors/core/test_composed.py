@@ -207,7 +207,7 @@ def test_a_graph_computes_what_the_module_computes(kind, target):
 
 
 @every_method
-def test_training_leaves_tables_alone_unless_asked(method):
+def test_trainable_excludes_composed_tables_unless_tables_is_true(method):
     result = ran(method, "Ranker").result
     inside = tuple(f"{unit.name}." for unit in composed_units(result))
     still, moving = (trainable(result.module, tables=tables) for tables in (False, True))

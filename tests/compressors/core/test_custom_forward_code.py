@@ -39,7 +39,7 @@ class Scaled(nn.Embedding):
 
 
 class Own(nn.Module):
-    """A table, a layer and a hook with code of their own, each beside a plain one."""
+    """A table, a layer and a hook with custom forward code, each next to a plain one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ def takes(method: type[Step]) -> set[str]:
     return {"tables", "layers"} & set(method.model_fields)
 
 
-# A code or two a row cannot tell 15 rows drawn at random apart: test_table_codes.py looks at them.
+# One or two codes a row cannot represent 15 random rows: test_table_codes.py tests these methods.
 CODES = {ProductCodes, ResidualCodes, AdditiveCodes}
 # Training moves scores to where the labels want them: test_qat.py looks at it.
 FINE = tuple(method for method in FORMATS if method not in CODES and method is not QAT)
@@ -192,7 +192,7 @@ class Ran:
 
 @functools.cache
 def ran(method: type[Step], name: str) -> Ran:
-    """Many tests look at the same result: training and fitting it anew for each would take long."""
+    """The result of a method, cached: many tests check it, and training it for each takes long."""
     reference = BY_NAME[name]
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     source = reference.model()
@@ -403,7 +403,7 @@ def test_only_what_was_chosen_changes(method, tmp_path):
 
 
 @every_method
-def test_a_step_is_json_and_back_told_apart_by_its_kind(step):
+def test_step_survives_a_json_round_trip_and_kind_selects_its_class(step):
     text = RECIPES.dump_json(step)
     assert RECIPES.validate_json(text) == step
     assert type(RECIPES.validate_json(text)) is type(step)
@@ -566,7 +566,7 @@ def test_static_int8_needs_calibration_rows(tmp_path):
         run(StaticInt8(), RANKER.model(), bench, tmp_path / "out")
 
 
-def test_a_layer_that_sees_only_zeros_has_no_scale(tmp_path):
+def test_layer_with_only_zero_inputs_has_no_scale(tmp_path):
     source = RANKER.model()
     nn.init.zeros_(source.module.hidden.weight)
     nn.init.zeros_(source.module.hidden.bias)

@@ -38,15 +38,15 @@ def activations(module: nn.Module, name: str, bench) -> Tensor:
 
 
 def unexplained(module: nn.Module, original: nn.Module, name: str, bench) -> float:
-    """The share of what the original's layer gives that no linear map of the student's tells."""
+    """Share of the original layer's output that no linear map of the student's layer predicts."""
     own, wanted = activations(module, name, bench), activations(original, name, bench)
     whole = torch.cat([own, torch.ones(len(own), 1)], dim=1)
     found = whole @ torch.linalg.lstsq(whole, wanted).solution
     return float((found - wanted).square().mean() / wanted.square().mean())
 
 
-def test_hints_make_a_narrower_layer_tell_what_the_originals_told(tmp_path):
-    """The answers alone need not; a map of 8 outputs to 16 is fitted best after the fact."""
+def test_hints_let_a_narrower_layer_predict_the_original_layer_better(tmp_path):
+    """The baseline trains on scores alone; the maps from 8 to 16 outputs are fitted afterwards."""
     bench = RANKER.bench(tmp_path / "data")
     original = RANKER.model().module
     source = replace(RANKER.model(), original=original)
@@ -155,7 +155,7 @@ def test_with_a_head_of_its_own_the_output_follows_the_labels(tmp_path):
 
 
 def test_the_layers_below_a_head_learn_from_the_teacher(tmp_path):
-    """Almost all the weight is the teacher's: what the layer tells of its answers must grow."""
+    """The teacher has almost all the weight: the layer must predict the teacher's scores better."""
     bench = RANKER.bench(tmp_path / "data")
     how = QUICKLY.model_copy(update={"epochs": 6, "patience": 6})
     step = Distill(soft_share=0.99, auxiliary="plain", training=how)
@@ -163,13 +163,14 @@ def test_the_layers_below_a_head_learn_from_the_teacher(tmp_path):
     (held,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
     wanted = RANKER._opposite(held.inputs)[:, None]
 
-    def told(module: nn.Module) -> float:
+    def explained_variance(module: nn.Module) -> float:
         own = activations(module, "plain", bench)
         whole = torch.cat([own, torch.ones(len(own), 1)], dim=1)
         gap = whole @ torch.linalg.lstsq(whole, wanted).solution - wanted
         return 1 - float(gap.square().mean() / wanted.var())
 
-    assert told(result.module) > told(RANKER.model().module) + 0.1
+    before = explained_variance(RANKER.model().module)
+    assert explained_variance(result.module) > before + 0.1
 
 
 # --- progress --------------------------------------------------------------------------------

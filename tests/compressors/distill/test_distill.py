@@ -23,8 +23,8 @@ from compressors.prune.dense.channels import Channels
 from compressors.quantize.dense.static_int8 import StaticInt8
 
 
-def test_a_student_answers_more_like_the_teacher_than_before(tmp_path):
-    """The teacher's answers are the opposite of the network's, so they say what was learned."""
+def test_distilled_student_correlates_with_its_teacher(tmp_path):
+    """The teacher's scores are the opposite of the network's, so a correlation shows learning."""
     bench = RANKER.bench(tmp_path / "data")
     source = RANKER.model()
     step = Distill(soft_share=1.0, training=QUICKLY)
@@ -38,7 +38,7 @@ def test_a_student_answers_more_like_the_teacher_than_before(tmp_path):
 
 
 def test_the_soft_share_weighs_labels_against_the_teacher(tmp_path):
-    """Labels contradict the teacher here: what the student learns says which one it heard."""
+    """Labels contradict the teacher, so the student's scores show which of them it learned from."""
     bench = RANKER.bench(tmp_path / "data")
     agreeing = models.prepared(
         RANKER.signature, RANKER.rows_of_tables(), tmp_path / "l", 8, lambda x: -RANKER._opposite(x)
@@ -52,7 +52,7 @@ def test_the_soft_share_weighs_labels_against_the_teacher(tmp_path):
         with torch.no_grad():
             scores = result.module(**held.inputs).reshape(-1)
         found[share] = point_estimates.auc(held.label.numpy(), scores.numpy())
-    # The teacher answers what the validation rows ask for, the labels say the opposite.
+    # The teacher agrees with the labels of the validation rows, the training labels are opposite.
     assert found[1.0] > 0.6
     assert found[0.05] < 0.4
 

@@ -1,4 +1,4 @@
-"""What a student is told by each loss: where it is least, and what it does not mind."""
+"""Distillation losses: where each is minimal, and which changes of the scores it ignores."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -29,7 +29,7 @@ def columns(made: list[tuple[float, float, int]]) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-def asked(
+def loss_named(
     name: str, score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top: int = 2
 ) -> Tensor:
     """One of the losses by its name."""
@@ -42,36 +42,36 @@ def asked(
 
 def slope(name: str, score: Tensor, *rest: object) -> Tensor:
     own = score.clone().requires_grad_(True)
-    (found,) = torch.autograd.grad(asked(name, own, *rest), own)  # type: ignore[arg-type]
+    (found,) = torch.autograd.grad(loss_named(name, own, *rest), own)  # type: ignore[arg-type]
     return found
 
 
 @pytest.mark.parametrize("name", ["pointwise", *OF_LISTS])
 @given(made=listed)
-def test_a_loss_is_least_at_the_teachers_own_answers(name, made):
+def test_loss_is_minimal_at_the_teachers_scores(name, made):
     score, teacher, segment, lists = columns(made)
     # Exact but for rounding of float64 sums of a dozen terms.
     assert float(slope(name, teacher, teacher, segment, lists).abs().max()) < 1e-12
-    here = asked(name, score, teacher, segment, lists)
-    assert float(here) >= float(asked(name, teacher, teacher, segment, lists)) - 1e-12
+    here = loss_named(name, score, teacher, segment, lists)
+    assert float(here) >= float(loss_named(name, teacher, teacher, segment, lists)) - 1e-12
 
 
 @pytest.mark.parametrize("name", FREE_OF_LEVEL)
 @given(made=listed, level=st.floats(-5, 5))
-def test_losses_of_order_do_not_mind_the_level_of_a_list(name, made, level):
+def test_ranking_losses_ignore_a_constant_added_to_a_list(name, made, level):
     score, teacher, segment, lists = columns(made)
     moved = score + level * (segment == 0)
-    found = asked(name, moved, teacher, segment, lists)
-    expected = asked(name, score, teacher, segment, lists)
+    found = loss_named(name, moved, teacher, segment, lists)
+    expected = loss_named(name, score, teacher, segment, lists)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["pointwise", "calibrated_listwise"])
-def test_losses_of_probabilities_mind_the_level(name):
+def test_probability_losses_grow_with_a_constant_added_to_a_list(name):
     teacher = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
     segment = torch.zeros(3, dtype=torch.int64)
-    moved = asked(name, teacher + 1, teacher, segment, 1)
-    assert float(moved) > float(asked(name, teacher, teacher, segment, 1)) + 1e-3
+    moved = loss_named(name, teacher + 1, teacher, segment, 1)
+    assert float(moved) > float(loss_named(name, teacher, teacher, segment, 1)) + 1e-3
 
 
 @given(listed)
@@ -113,7 +113,7 @@ def test_the_calibrated_loss_is_a_cross_entropy_of_shares_of_probabilities(made)
 
 
 def test_only_the_calibrated_listwise_loss_is_least_at_the_mean_of_teachers_who_differ():
-    """Two teachers who see more than the student can; it answers what they are on average."""
+    """Two teachers have more inputs than the student, which learns their mean probability."""
     chances = torch.tensor([[0.9, 0.2, 0.4], [0.1, 0.6, 0.4]], dtype=torch.float64)
     teachers, segment = torch.logit(chances), torch.zeros(3, dtype=torch.int64)
     student = torch.logit(chances.mean(dim=0))
@@ -125,20 +125,20 @@ def test_only_the_calibrated_listwise_loss_is_least_at_the_mean_of_teachers_who_
     assert size["listwise"] > 0.01
 
 
-def test_rankdistil_asks_for_order_at_the_top_and_room_below_it():
+def test_rankdistil_gradient_orders_the_top_and_keeps_the_rest_below():
     teacher = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0], dtype=torch.float64)
     segment = torch.zeros(5, dtype=torch.int64)
 
-    def told(score: list[float]) -> Tensor:
+    def gradient(score: list[float]) -> Tensor:
         return slope("rankdistil", torch.tensor(score, dtype=torch.float64), teacher, segment, 1, 2)
 
     # The rest may be in any order, as long as it stays below as far as the teacher says.
-    assert float(told([3.0, 2.0, -1.0, 0.0, -3.0]).abs().max()) < 1e-12
-    found = told([2.0, 3.0, 1.0, 0.0, 2.9])
+    assert float(gradient([3.0, 2.0, -1.0, 0.0, -3.0]).abs().max()) < 1e-12
+    found = gradient([2.0, 3.0, 1.0, 0.0, 2.9])
     assert found[0] < 0  # the teacher's first is to rise,
     assert found[4] > 0  # what comes near the top is to fall
-    assert found[3] == 0  # and who is far enough below is left alone
-    assert told([3.0, 2.0, 1.9, 0.0, -1.0])[2] > 0  # below, but not as far as the teacher says
+    assert found[3] == 0  # and a row far enough below gets no gradient
+    assert gradient([3.0, 2.0, 1.9, 0.0, -1.0])[2] > 0  # below, but not as far as the teacher says
 
 
 def test_ties_of_the_teacher_are_ranked_once_each():
@@ -199,4 +199,4 @@ def test_scores_of_rankings_are_compared_as_they_are_row_by_row():
     found = loss_of_teacher(
         "pointwise", ATTENTION.signature, score, teacher, batch(None, 2), temperature=2.0, top=1
     )
-    assert float(found) == pytest.approx(2.0)  # (2^2 + 0) / 2, whatever the temperature
+    assert float(found) == pytest.approx(2.0)  # (2^2 + 0) / 2, at any temperature

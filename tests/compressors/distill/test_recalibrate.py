@@ -65,7 +65,8 @@ def planted(reference: Reference, folder, slope: float, offset: float) -> Bench:
 def test_platt_finds_the_slope_and_offset_that_labels_were_drawn_from(slope, offset, seed):
     logit, label = drawn(slope, offset, rows=20_000, seed=seed)
     found = fit_line(logit, label, offset=True)
-    # 20,000 rows tell a slope to about 3 % of it and an offset to 0.03; four times that.
+    # The standard error from 20,000 rows is about 3 % of a slope and 0.03 of an offset; about four
+    # times that.
     assert found[0] == pytest.approx(slope, rel=0.15)
     assert found[1] == pytest.approx(offset, abs=0.15)
 
@@ -74,11 +75,11 @@ def test_platt_finds_the_slope_and_offset_that_labels_were_drawn_from(slope, off
 def test_every_map_keeps_the_order_of_rows(slope, offset, method, knots):
     logit, label = drawn(slope, offset, rows=500)
     made = made_of(method, "logit", logit, label, knots)
-    asked = torch.linspace(-20, 20, 2001)
-    assert bool((made(asked).diff() > 0).all())
+    grid = torch.linspace(-20, 20, 2001)
+    assert bool((made(grid).diff() > 0).all())
 
 
-def test_rows_of_one_score_are_one_mean_whatever_their_order():
+def test_rows_with_equal_scores_are_averaged_in_any_order():
     random = np.random.default_rng(0)
     logit = np.concatenate([np.full(3_000, -1.0), random.normal(0.5, 1, 3_000)])
     others = np.where(logit[3_000:] < -1, 0.02, 0.4)
@@ -112,7 +113,7 @@ def test_a_method_that_fits_nothing_is_not_the_best():
     assert held_out("platt", logit, label, 8) < 0.6
 
 
-def test_rows_that_a_threshold_tells_apart_get_a_finite_slope():
+def test_rows_separable_by_a_threshold_get_a_finite_slope():
     logit = np.linspace(-3, 3, 400)
     slope, _ = fit_line(logit, (logit > 0).astype(np.float64), offset=True)
     # At 0.0075, the nearest row, both sides may be 1/202: a slope of 700 if that alone counted.

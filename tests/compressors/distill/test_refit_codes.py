@@ -82,7 +82,7 @@ def judged(model: Model, bench: Bench) -> float:
 
 @each_codes
 def test_codebooks_and_codes_learn_and_formats_stay(codes, bench, tmp_path):
-    """The labels ask for the opposite of what the network answers, so there is much to learn."""
+    """The labels are the opposite of the network's predictions, so there is much to learn."""
     before = packed(codes, bench, tmp_path)
     after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
     assert judged(after, bench) > judged(before, bench) + 0.2
@@ -110,7 +110,7 @@ def test_probabilities_and_lists_are_refitted_as_well(reference, tmp_path):
     assert judged(after, bench) > judged(before, bench) + 0.1
 
 
-def test_dense_layers_learn_where_asked_for(bench, tmp_path):
+def test_dense_layers_are_trained_only_with_dense_true(bench, tmp_path):
     before = packed(ProductCodes(), bench, tmp_path)
     for dense in (False, True):
         step = RefitCodes(training=QUICKLY, rounds=1, dense=dense)
@@ -130,7 +130,7 @@ def test_without_a_share_codes_stay(bench, tmp_path):
 
 
 def test_it_ends_no_worse_on_the_validation_rows_than_it_began(bench, tmp_path):
-    """Validation rows ask for what the network answers, training rows for the opposite."""
+    """Validation labels agree with the network's predictions, training labels are the opposite."""
     turned = models.prepared(
         COMPACT.signature,
         COMPACT.rows_of_tables(),
@@ -338,10 +338,10 @@ def test_moves_that_raise_the_loss_are_taken_back(bench, tmp_path, monkeypatch):
     teacher = COMPACT.model().module
     rows = Rows(bench.train, bench.signature)
     with torch.no_grad():
-        answers = teacher(**rows.take(torch.arange(len(rows))).inputs).reshape(-1)
-    folder = tmp_path / "answers"
+        scores = teacher(**rows.take(torch.arange(len(rows))).inputs).reshape(-1)
+    folder = tmp_path / "scores"
     folder.mkdir()
-    save_file({"score": answers}, folder / "data.safetensors")
+    save_file({"score": scores}, folder / "data.safetensors")
     bench = bench.model_copy(
         update={"soft_labels": bench.soft_labels.model_copy(update={"path": str(folder)})}
     )
@@ -443,7 +443,7 @@ def test_row_wise_codes_are_the_nearest_levels_there_are(codes):
     with torch.no_grad():
         found = table(torch.arange(12))
     assert torch.equal(found, read)
-    # Ties between two levels are told apart by rounding only.
+    # Only rounding decides ties between two levels.
     torch.testing.assert_close((found - target).abs(), best, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Rows without labels beside rows with them, and what several teachers answer together."""
+"""Training on rows with and without labels, and the mean predictions of several teachers."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
 
 def with_traffic(reference: Reference, folder: Path, label: float = 1.0) -> Bench:
-    """A bench with rows of traffic, whose labels say nothing, and the teacher's answers to them."""
+    """A bench with rows of traffic, all with one label, and the teacher's scores of them."""
     bench = reference.bench(folder)
     place = folder / f"traffic-{label}"
     split = models.prepared(reference.signature, reference.rows_of_tables(), place, 21)
@@ -37,8 +37,8 @@ def with_traffic(reference: Reference, folder: Path, label: float = 1.0) -> Benc
     save_file(tensors, place / "data.safetensors")
     (rows,) = batches(split, reference.signature, BENCH_ROWS)
     (place / "soft").mkdir()
-    answers = reference._opposite(rows.inputs)
-    save_file({"score": answers}, place / "soft" / "data.safetensors")
+    scores = reference._opposite(rows.inputs)
+    save_file({"score": scores}, place / "soft" / "data.safetensors")
     soft = Split(path=str(place / "soft"), sha256="3" * 64, rows=BENCH_ROWS)
     return bench.model_copy(update={"traffic": split, "traffic_soft_labels": soft})
 
@@ -56,9 +56,9 @@ def test_joined_rows_answer_as_each_part_does(reference, tmp_path):
     both = JoinedRows(labelled, traffic)
     model = reference.model().module
     drawn = torch.tensor([BENCH_ROWS + 3, 5, 0, BENCH_ROWS, 7])
-    asked = both.in_order(drawn)
-    assert asked.tolist() == [5, 0, 7, BENCH_ROWS + 3, BENCH_ROWS]
-    taken = both.take(asked)
+    ordered = both.in_order(drawn)
+    assert ordered.tolist() == [5, 0, 7, BENCH_ROWS + 3, BENCH_ROWS]
+    taken = both.take(ordered)
     with torch.no_grad():
         found = model(**taken.inputs).reshape(-1)
         first = model(**labelled.take(torch.tensor([5, 0, 7])).inputs).reshape(-1)
@@ -77,7 +77,7 @@ def test_a_batch_of_one_part_alone_is_that_part(tmp_path):
         assert len(model(**batch.inputs)) == len(batch.label) == 4
 
 
-def test_lists_of_traffic_are_other_lists_whatever_their_numbers(tmp_path):
+def test_traffic_lists_stay_separate_from_training_lists_with_equal_numbers(tmp_path):
     bench = with_traffic(ATTENTION, tmp_path)
     both = soft_label_rows(bench, "both", "distill")
     known, seen = both.group[:BENCH_ROWS], both.group[BENCH_ROWS:]
@@ -93,14 +93,14 @@ def test_lists_of_traffic_are_other_lists_whatever_their_numbers(tmp_path):
 
 
 def likeness(model: torch.nn.Module, bench: Bench, reference: Reference) -> float:
-    """How much a model answers like the teacher on validation rows: a correlation."""
+    """The correlation of a model's scores with the teacher's on validation rows."""
     (held,) = batches(bench.validation, reference.signature, BENCH_ROWS)
     with torch.no_grad():
         both = [reference._opposite(held.inputs), model(**held.inputs).reshape(-1)]
     return float(torch.corrcoef(torch.stack(both))[0, 1])
 
 
-def test_a_student_learns_from_traffic_alone_and_never_sees_its_labels(tmp_path):
+def test_student_learns_from_traffic_alone_and_ignores_its_labels(tmp_path):
     step = Distill(rows="traffic", soft_share=1, training=QUICKLY)
     results = []
     for label in (1.0, 0.0):
@@ -189,24 +189,24 @@ logits = st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3)
 
 @given(st.lists(logits, min_size=1, max_size=4))
 def test_teachers_are_averaged_as_logits_in_any_order(made):
-    held = [torch.tensor(answers) for answers in made]
+    held = [torch.tensor(scores) for scores in made]
     found = mean_predictions(held, "logit")
     np.testing.assert_allclose(found, np.mean(made, axis=0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean_predictions(held[::-1], "logit"), found)
-    given_as = [torch.sigmoid(answers) for answers in held]
+    given_as = [torch.sigmoid(scores) for scores in held]
     of_chances = mean_predictions(given_as, "probability")
     # float32 holds 1 - p of a logit of 10 to 1e-3 of itself.
     torch.testing.assert_close(torch.logit(of_chances), found, rtol=2e-2, atol=2e-2)
 
 
-def test_one_teacher_is_heard_bit_for_bit():
-    answers = torch.tensor([0.1, 1.0, 0.0])
-    assert mean_predictions([answers], "probability") is answers
+def test_mean_of_one_teachers_predictions_is_the_same_tensor():
+    probabilities = torch.tensor([0.1, 1.0, 0.0])
+    assert mean_predictions([probabilities], "probability") is probabilities
 
 
 def test_certain_teachers_give_no_infinite_mean():
-    answers = [torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])]
-    found = mean_predictions(answers, "probability")
+    probabilities = [torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])]
+    found = mean_predictions(probabilities, "probability")
     assert found.isfinite().all()
     assert 0 < float(found[0]) < 0.5 < float(found[1]) < 1
 
@@ -254,6 +254,6 @@ def test_every_loss_trains(tmp_path):
         step = Distill(loss=loss, soft_share=1, training=QUICKLY)
         result = run(step, RANKER.model(), bench, tmp_path / loss)
         found[loss] = result.module.hidden.weight
-        # It was -1; who is told the order of the top alone need not be like the teacher below it.
+        # It was -1; a loss on the order of the top alone leaves the rows below it free.
         assert likeness(result.module, bench, RANKER) > (0 if loss == "rankdistil" else 0.3), loss
     assert len({tuple(weight.flatten().tolist()) for weight in found.values()}) == len(found)

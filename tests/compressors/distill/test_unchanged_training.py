@@ -52,7 +52,7 @@ def test_a_training_that_restored_its_start_says_so(step: AnyStep, tmp_path: Pat
         with_code([reason], "training_unchanged")
 
 
-def test_a_training_that_changed_something_says_nothing(tmp_path: Path) -> None:
+def test_training_that_changes_weights_adds_no_reason_to_the_plan(tmp_path: Path) -> None:
     settings = Training(batch=16, learning_rate=0.02, warmup=0)
     bench = RANKER.bench(tmp_path / "data")
     for step in (FineTune(training=settings), L1Training(training=settings)):

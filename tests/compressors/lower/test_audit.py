@@ -109,7 +109,7 @@ def good(draw: Drawing) -> str:
     return draw.node("Add", draw.node("Max", draw.gemm(x), floor), draw.gemm(x))
 
 
-def relu_behind(draw: Drawing) -> str:
+def relu_after_product(draw: Drawing) -> str:
     x = draw.rounded("x", UNSIGNED)
     return draw.node("Add", draw.node("Relu", draw.gemm(x)), draw.gemm(x))
 
@@ -138,7 +138,7 @@ def test_the_drawn_form_of_ours_passes(tmp_path):
 @pytest.mark.parametrize(
     ("form", "fault"),
     [
-        (relu_behind, "computes in float32 after a DequantizeLinear"),
+        (relu_after_product, "computes in float32 after a DequantizeLinear"),
         (float_bias, "computes in float32 after a DequantizeLinear"),
         (signed_and_shared, "reads signed inputs and repacks"),
         (left_in_float, "2 int8 layers were ordered and 1 run in int8"),

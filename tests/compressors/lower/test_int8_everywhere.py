@@ -1,4 +1,4 @@
-"""Every dense layer of every reference model runs in int8 in ONNX Runtime, none is left behind."""
+"""Every dense layer of every reference model runs in int8 in ONNX Runtime."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def clicks(structure: str) -> Reference:
 
 MODELS = {
     **{item.network.__name__: item for item in (*REFERENCES, NORM_FIRST, BLOCK)},
-    "DCNv2 beside": clicks("parallel"),
+    "DCNv2 parallel": clicks("parallel"),
     "DCNv2 stacked": clicks("stacked"),
     "TwoTower": Reference(
         TwoTower, signature(), {"users": 40, "items": 90, "dim": 8, "hidden": 24}
@@ -55,7 +55,7 @@ MODELS = {
 }
 
 
-WITH_NORMS = ("Normed", "NormFirst", "Block", "DCNv2 beside", "DCNv2 stacked")
+WITH_NORMS = ("Normed", "NormFirst", "Block", "DCNv2 parallel", "DCNv2 stacked")
 
 
 # The default tier has the networks with attention, with two towers, with a residual block and with
@@ -75,8 +75,8 @@ FOLDED = ("Block", "DCNv2 stacked")
     ],
 )
 def test_no_product_of_weights_stays_in_float(name: str, folded: bool, tmp_path: Path) -> None:
-    asked = MODELS[name]
-    model, bench = asked.model(), asked.bench(tmp_path / "data")
+    reference = MODELS[name]
+    model, bench = reference.model(), reference.bench(tmp_path / "data")
     for part in model.module.modules():
         if isinstance(part, nn.Linear) and not part.weight.any():  # as before its training
             nn.init.normal_(part.weight)
@@ -86,7 +86,7 @@ def test_no_product_of_weights_stays_in_float(name: str, folded: bool, tmp_path:
     model = run(StaticInt8(), model, bench, tmp_path / "int8")
     assert {line.module for line in model.plan.lines if line.format == "static_int8"} == layers
     products = 0
-    for number, form in enumerate(served_graphs(asked.signature)):
+    for number, form in enumerate(served_graphs(reference.signature)):
         path = tmp_path / f"{number}.onnx"
         made = lower(model.module, form, "onnxruntime", path)
         graph = optimized_graph(path)
@@ -104,11 +104,11 @@ def test_no_product_of_weights_stays_in_float(name: str, folded: bool, tmp_path:
 
 def test_a_layer_that_is_left_out_is_seen(tmp_path: Path) -> None:
     """The test above can fail: one layer in float is one product that reads weights."""
-    asked = MODELS["Normed"]
+    reference = MODELS["Normed"]
     step = StaticInt8(layers=("out",))
-    model = run(step, asked.model(), asked.bench(tmp_path / "data"), tmp_path / "int8")
+    model = run(step, reference.model(), reference.bench(tmp_path / "data"), tmp_path / "int8")
     path = tmp_path / "model.onnx"
-    lower(model.module, served_graphs(asked.signature)[0], "onnxruntime", path)
+    lower(model.module, served_graphs(reference.signature)[0], "onnxruntime", path)
     graph: onnx.GraphProto = optimized_graph(path)
     held = {item.name for item in graph.initializer}
     left = [n for n in graph.node if n.op_type in FLOAT_PRODUCTS and held.intersection(n.input)]

@@ -61,7 +61,7 @@ def test_every_method_has_a_graph_in_the_default_tier():
 
 
 def agree(lowered: Graph, target: TargetKind, inputs: dict[str, Tensor], spread: float) -> None:
-    """Scores are as near as parity asks, measured against the spread of a large batch."""
+    """Compare scores within the tolerance of parity, relative to the spread of a large batch."""
     expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
     assert found.dtype == np.float32
     assert np.array_equal(np.isnan(expected), np.isnan(found))
@@ -94,7 +94,7 @@ def test_the_graph_computes_what_torch_computes_at_every_batch(network, kinds, t
 
 @each_target
 @networks_and_recipes("Ranker")
-def test_a_batch_with_no_ids_at_all_is_answered(network, kinds, target):
+def test_batch_with_only_empty_bags_has_the_scores_of_the_module(network, kinds, target):
     lowered = graph(network, kinds, target)
     for count in (1, 3):
         inputs = lowered.rows(count)

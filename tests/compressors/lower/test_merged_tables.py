@@ -36,7 +36,7 @@ FIELDS = {"user": 40, "item": 300, "city": 9}
 class Fields(nn.Module):
     """Three fields side by side, and one of another width.
 
-    ``masked`` and ``moved`` do something to an id beside its lookup, for one id alone.
+    ``masked`` and ``moved`` also use an id outside its lookup, for one id alone.
     """
 
     def __init__(self, *, masked: bool = False, moved: bool = False) -> None:
@@ -56,7 +56,7 @@ class Fields(nn.Module):
         return logit.squeeze(1)
 
 
-def reference(policy: str = "clamp", **what: bool) -> Reference:
+def reference_of_fields(policy: str = "clamp", **what: bool) -> Reference:
     inputs = [
         IdInput(name=name, table=f"tables.{name}", out_of_range=policy, default_row=place + 1)
         for place, name in enumerate(FIELDS)
@@ -74,24 +74,24 @@ def reference(policy: str = "clamp", **what: bool) -> Reference:
     )
 
 
-def packed(asked: Reference, step: AnyStep, folder: Path) -> Model:
-    return run(step, asked.model(), asked.bench(folder / "data"), folder / "out")
+def packed(reference: Reference, step: AnyStep, folder: Path) -> Model:
+    return run(step, reference.model(), reference.bench(folder / "data"), folder / "out")
 
 
 def lowered(
-    asked: Reference, model: Model, folder: Path, target: TargetKind = "onnxruntime"
+    reference: Reference, model: Model, folder: Path, target: TargetKind = "onnxruntime"
 ) -> tuple[Lowered, Path]:
     path = folder / f"{target}.onnx"
-    return lower(model.module, served_graphs(asked.signature)[0], target, path), path
+    return lower(model.module, served_graphs(reference.signature)[0], target, path), path
 
 
 @functools.cache
 def written(step: AnyStep, policy: str) -> tuple[Model, Lowered, Path]:
     """The fields after a step, and their graph for ONNX Runtime."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
-    asked = reference(policy)
-    model = packed(asked, step, folder)
-    return (model, *lowered(asked, model, folder))
+    reference = reference_of_fields(policy)
+    model = packed(reference, step, folder)
+    return (model, *lowered(reference, model, folder))
 
 
 def nodes(path: Path) -> Counter[str]:
@@ -111,8 +111,8 @@ def nodes(path: Path) -> Counter[str]:
         pytest.param(AdditiveCodes(bits=1, rounds=2), "error", marks=pytest.mark.nightly),
     ],
 )
-def test_tables_stored_alike_are_one_lookup_with_the_same_answers(step, policy):
-    asked = reference(policy)
+def test_tables_with_the_same_layout_share_one_lookup_with_unchanged_scores(step, policy):
+    reference = reference_of_fields(policy)
     model, made, path = written(step, policy)
     tensors, of_wide = (
         len(dict(table.named_buffers()))
@@ -123,9 +123,12 @@ def test_tables_stored_alike_are_one_lookup_with_the_same_answers(step, policy):
     reads = [node for node in onnx.load(path).graph.node if stored.intersection(node.input)]
     assert [node.op_type for node in reads] == ["Gather"] * (tensors + of_wide)
     session = Session(path, threads=1)
-    tables = asked.rows_of_tables()
-    for inputs in (example(asked.signature, tables, 50), edge_example(asked.signature, tables, 50)):
-        expected = made.served(*(inputs[name] for name in input_names(asked.signature)))
+    tables = reference.rows_of_tables()
+    for inputs in (
+        example(reference.signature, tables, 50),
+        edge_example(reference.signature, tables, 50),
+    ):
+        expected = made.served(*(inputs[name] for name in input_names(reference.signature)))
         found = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
         refused = np.isnan(expected.detach().numpy())
         assert np.array_equal(np.isnan(found), refused)
@@ -151,21 +154,22 @@ def test_rows_that_stand_side_by_side_again_are_not_taken_apart():
 
 
 @pytest.mark.parametrize("what", ["masked", "moved"])
-def test_a_network_that_reads_an_id_beside_its_table_keeps_its_lookups(what, tmp_path):
-    asked = reference(**{what: True})
-    model = packed(asked, RowwiseInt8(), tmp_path)
-    made, path = lowered(asked, model, tmp_path)
+def test_network_that_also_reads_an_id_outside_its_table_keeps_its_lookups(what, tmp_path):
+    reference = reference_of_fields(**{what: True})
+    model = packed(reference, RowwiseInt8(), tmp_path)
+    made, path = lowered(reference, model, tmp_path)
     assert nodes(path)["Gather"] == 8
-    inputs = example(asked.signature, asked.rows_of_tables(), 50)
+    inputs = example(reference.signature, reference.rows_of_tables(), 50)
     inputs["item"][:10] = 7
-    expected = made.served(*(inputs[name] for name in input_names(asked.signature)))
+    expected = made.served(*(inputs[name] for name in input_names(reference.signature)))
     found = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_tables_with_codebooks_of_other_sizes_stay_apart(tmp_path):
-    asked = reference()  # the share of bytes that codebooks may take gives each another size
-    made, _ = lowered(asked, packed(asked, ResidualCodes(bits=8), tmp_path), tmp_path)
+    # The share of bytes that codebooks may take gives each table codebooks of another size.
+    reference = reference_of_fields()
+    made, _ = lowered(reference, packed(reference, ResidualCodes(bits=8), tmp_path), tmp_path)
     assert {table.module for table in made.tables} == {
         *(f"tables.{name}" for name in FIELDS),
         "wide",
@@ -173,11 +177,11 @@ def test_tables_with_codebooks_of_other_sizes_stay_apart(tmp_path):
 
 
 def test_tables_as_trained_and_engines_keep_a_lookup_each(tmp_path):
-    asked = reference()
-    _, plain = lowered(asked, asked.model(), tmp_path)
+    reference = reference_of_fields()
+    _, plain = lowered(reference, reference.model(), tmp_path)
     assert nodes(plain)["Gather"] == 4
     model, _, _ = written(RowwiseInt8(), "clamp")
-    _, engine = lowered(asked, model, tmp_path, "tensorrt")
+    _, engine = lowered(reference, model, tmp_path, "tensorrt")
     assert nodes(engine)["Gather"] == 4
 
 
@@ -227,8 +231,10 @@ def test_rows_side_by_side_may_be_all_that_a_tower_gives(tmp_path):
             "towers": {name: {"module": name, "inputs": read} for name, read in inputs.items()},
         }
     )
-    asked = Reference(Vectors, signature)
-    model = run(RowwiseInt8(), asked.model(), asked.bench(tmp_path / "data"), tmp_path / "out")
+    reference = Reference(Vectors, signature)
+    model = run(
+        RowwiseInt8(), reference.model(), reference.bench(tmp_path / "data"), tmp_path / "out"
+    )
     for form in served_graphs(signature):
         path = tmp_path / f"{form.name}.onnx"
         made = lower(model.module, form, "onnxruntime", path)

@@ -1,4 +1,4 @@
-"""Parity tells rounding from a wrong graph."""
+"""Parity accepts rounding errors and rejects a wrong graph."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -107,7 +107,7 @@ def test_the_graph_reads_what_the_module_reads(place, target):
         inputs = lowered.rows(count)
         expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
         # Codes are whole numbers and entries are looked up: what differs is float32's last bits
-        # in the sums behind the tables, whatever the target.
+        # in the sums after the tables, on every target.
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
     compare(expected, found, lowered.model.plan, target)
 

@@ -69,7 +69,7 @@ def sigmoid(logit):
 
 @pytest.mark.parametrize("shift", [-6.0, -3.0, -1.0, 0.0, 2.0])
 @pytest.mark.parametrize("spread", [0.05, 0.5, 3.0])
-def test_a_calibrated_model_has_no_problem_whatever_its_base_rate(tmp_path, shift, spread):
+def test_calibrated_model_has_no_problem_at_any_base_rate(tmp_path, shift, spread):
     logit, label = clicks(shift=shift, spread=spread)
     assert found(CLICKS, tmp_path, logit, label) == []
     assert found(CHANCES, tmp_path, sigmoid(logit), label) == []

@@ -72,7 +72,7 @@ def rankings(draw):
 
 
 @given(rankings(), st.sampled_from([1, 5, 2**24]))
-def test_a_ranking_is_what_writing_it_out_gives_whatever_is_scored_at_once(drawn, at_once):
+def test_full_ranking_equals_a_naive_ranking_for_every_block_size(drawn, at_once):
     ids, query, item, test, seen, k = drawn
     expected = []
     for person in range(len(query)):
@@ -94,12 +94,12 @@ def test_a_ranking_is_what_writing_it_out_gives_whatever_is_scored_at_once(drawn
     np.testing.assert_allclose(ndcg, [value for _, _, value in expected], atol=1e-12)
 
 
-def test_what_was_seen_before_is_neither_found_nor_asked_for():
-    """A leak would show: the seen item has the best score by far and is asked for again."""
+def test_seen_items_are_neither_ranked_nor_relevant():
+    """A leak would show: the seen item has the best score by far and is in the test rows again."""
     item = np.float32([[9], [2], [1]])
     what = ranking_queries(rows((7, 100), (7, 102)), [rows((7, 100))], [100, 101, 102])
     recall, ndcg = recall_and_ndcg(np.float32([[1]]), item, what, k=1)
-    assert (recall[0], ndcg[0]) == (0, 0)  # place 1 is item 101, which nobody asked for
+    assert (recall[0], ndcg[0]) == (0, 0)  # place 1 is item 101, which is not relevant
     recall, ndcg = recall_and_ndcg(np.float32([[1]]), item, what, k=2)
     assert (recall[0], ndcg[0]) == (1, pytest.approx(1 / math.log2(3)))
 
@@ -167,6 +167,6 @@ def test_the_interval_of_a_mean_over_queries_is_the_paired_one():
         (np.ones(20), np.full(20, np.nan), "values_not_finite", {}),
     ],
 )
-def test_means_that_say_nothing_are_refused(before, after, code, fields):
+def test_paired_means_of_unusable_values_are_refused(before, after, code, fields):
     with raises_code(MetricRefused, code, **fields):
         paired_means(before, after, rows=20)

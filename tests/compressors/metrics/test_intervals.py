@@ -207,7 +207,7 @@ def test_the_latency_interval_holds_the_true_quantile_as_often_as_it_says(quanti
         times = np.random.default_rng(seed).lognormal(size=1000)
         got = latency(times, quantile, samples=200, seed=seed)
         hits += got.low <= truth <= got.high
-    # As above; a bootstrap of the 99th percentile of 1000 rounds sees ten rounds beyond it.
+    # As above; a bootstrap of the 99th percentile of 1000 rounds has ten rounds beyond it.
     assert 87 <= hits <= 100
 
 

@@ -218,7 +218,7 @@ def test_nan_and_infinity_are_refused_never_accepted(broken, where):
         judge((AUC_LIMIT,), auc_change(**numbers))
 
 
-def test_nan_in_a_number_no_limit_asks_for_is_refused_as_well():
+def test_nan_in_a_metric_without_a_limit_is_refused():
     numbers = auc_change(0, 0, 0).numbers
     broken = Number(metric="logloss", against="absolute", estimate=exact(math.nan))
     with raises_code(LimitRefused, "number_broken", number="logloss"):

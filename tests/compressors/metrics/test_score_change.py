@@ -229,7 +229,7 @@ def test_an_accepted_verdict_reports_the_score_change():
 
 
 @pytest.mark.parametrize("limit", ["auc >= 0.3", "auc >= 0.9", "auc >= 0.5"])
-def test_large_score_changes_without_a_limit_are_a_warning_whatever_the_outcome(limit):
+def test_large_score_changes_without_a_limit_are_a_warning_for_every_outcome(limit):
     said, _ = judged(0.1, limit)
     with_code(said.reasons, "large_score_changes")
     with_code(said.reasons, "probability_change", most=0.1)

@@ -28,7 +28,7 @@ rows = st.lists(st.tuples(numbers, numbers, st.integers(0, 1)), min_size=1, max_
 
 
 @given(rows, st.floats(0.5, 8))
-def test_the_soft_loss_of_clicks_is_the_cross_entropy_of_two_softened_answers(made, temperature):
+def test_soft_loss_of_clicks_is_the_cross_entropy_of_softened_probabilities(made, temperature):
     score, teacher, _ = (np.array(column, np.float64) for column in zip(*made, strict=True))
     own, wanted = (1 / (1 + np.exp(-x / temperature)) for x in (score, teacher))
     expected = -np.mean(wanted * np.log(own) + (1 - wanted) * np.log1p(-own)) * temperature**2
@@ -39,10 +39,13 @@ def test_the_soft_loss_of_clicks_is_the_cross_entropy_of_two_softened_answers(ma
 @given(rows)
 def test_a_probability_and_its_logit_have_the_same_loss(made):
     score, teacher, label = zip(*made, strict=True)
-    of_logits, answered = torch.tensor(score), torch.tensor(teacher)
+    of_logits, of_teacher = torch.tensor(score), torch.tensor(teacher)
     held = batch([float(value) for value in label])
-    own = hard_loss(CLICKS, of_logits, held), soft_loss(CLICKS, of_logits, answered, held, 1.0)
-    probability = torch.sigmoid(of_logits), torch.sigmoid(answered)
+    own = (
+        hard_loss(CLICKS, of_logits, held),
+        soft_loss(CLICKS, of_logits, of_teacher, held, 1.0),
+    )
+    probability = torch.sigmoid(of_logits), torch.sigmoid(of_teacher)
     other = (
         hard_loss(PROBABILITIES, probability[0], held),
         soft_loss(PROBABILITIES, *probability, held, 1.0),
@@ -73,13 +76,16 @@ def test_list_losses_are_cross_entropies_of_each_lists_shares(made):
         if gains.sum():
             hard.append(-(gains / gains.sum() * own).sum())
     given_scores = torch.tensor(score.astype(np.float64))
-    answered = torch.tensor(teacher.astype(np.float64))
-    found = hard_loss(LISTS, given_scores, held), soft_loss(LISTS, given_scores, answered, held, 1)
+    of_teacher = torch.tensor(teacher.astype(np.float64))
+    found = (
+        hard_loss(LISTS, given_scores, held),
+        soft_loss(LISTS, given_scores, of_teacher, held, 1),
+    )
     assert float(found[0]) == pytest.approx(np.mean(hard) if hard else 0.0, rel=1e-5, abs=1e-6)
     assert float(found[1]) == pytest.approx(np.mean(soft), rel=1e-5, abs=1e-6)
 
 
-def test_the_teachers_own_answers_are_the_soft_losss_minimum():
+def test_soft_loss_is_minimal_at_the_teachers_scores():
     teacher = torch.randn(20, generator=torch.Generator().manual_seed(1))
     held = batch([0.0] * 20, [place // 5 for place in range(20)])
     for signature in (CLICKS, LISTS):
