@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class NormFirst(nn.Module):
-    """A batch norm before a Linear, one behind a Linear without bias, and one before a sum."""
+    """A batch norm before a Linear, one after a Linear without bias, and one before a sum."""
 
     def __init__(self, width: int = 16, bias: bool = True) -> None:
         super().__init__()

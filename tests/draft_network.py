@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class ClickNet(nn.Module):
-    """One cross layer beside two dense layers, over two ids, a bag of ids and dense numbers.
+    """A cross layer parallel to two dense layers, over two ids, a bag of ids and dense numbers.
 
     Args:
         users: rows of the table ``user``.

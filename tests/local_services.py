@@ -49,8 +49,8 @@ def running_services() -> Iterator[LocalServices]:
     Raises:
         RuntimeError: they were not ready in time or ended; what was printed is in the message.
     """
-    # Not below pytest's own folder: nobody but its owner may enter that, and Postgres, which
-    # refuses to be root, runs as somebody else.
+    # Not below pytest's folder: only its owner may enter that, and Postgres, which refuses to run
+    # as root, runs as another user.
     home = Path(tempfile.mkdtemp(prefix="recpress-services-"))
     home.chmod(0o755)
     env = environment(

@@ -1,7 +1,7 @@
-"""Small reference networks: every shape of table, bag and dense layer that people bring along.
+"""Small reference networks with every shape of table, bag and dense layer that models have.
 
-Each is a ``Reference``: the class, what it is built with, and the signature of its inputs. They are
-trained by nobody; their weights come from a seed.
+Each is a ``Reference``: the class, its arguments, and the signature of its inputs. The weights are
+untrained and come from a seed.
 """
 
 import functools
@@ -58,8 +58,8 @@ torch.set_num_threads(1)
 
 Step = TableStep | ModelStep
 METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
-# Those that find something to do on a model that no other has compressed, whose labels say the
-# opposite of what it answers, and that has no layers which a number counts.
+# Methods that need a model which another method compressed, labels that agree with its predictions,
+# or layers whose number is an argument. All others have something to do on any model.
 NOT_ALONE = (RefitCodes, Recalibrate, DropLayers)
 ALONE = tuple(method for method in METHODS if method not in NOT_ALONE)
 
@@ -115,10 +115,10 @@ LONGEST = 5
 
 
 class Ranker(nn.Module):
-    """Ids, bags of three kinds and a dense vector; a cross layer beside a small tower.
+    """Ids, bags of three kinds and a dense vector; a cross layer in parallel with a small tower.
 
-    ``cross`` and ``hidden`` read the same vector, ``hidden`` has a Relu and ``capped`` a Relu6
-    behind it, ``plain`` has no bias, ``item`` an odd width.
+    ``cross`` and ``hidden`` read the same vector, a Relu follows ``hidden`` and a Relu6 ``capped``,
+    ``plain`` has no bias, ``item`` an odd width.
     """
 
     def __init__(self, dim: int = 6, width: int = 16) -> None:
@@ -315,7 +315,7 @@ class Reference:
     def bench(self, folder: Path) -> Bench:
         """A bench of made-up rows in ``folder``, written once.
 
-        Labels and soft labels are the opposite of what the untrained network answers, so that
+        Labels and soft labels are the opposite of the untrained network's predictions, so that
         there is something to learn.
         """
         tables = self.rows_of_tables()
@@ -324,16 +324,16 @@ class Reference:
             for seed, part in enumerate(("calibration", "train", "validation"), 7)
         }
         (rows,) = batches(parts["train"], self.signature, BENCH_ROWS)
-        answered = folder / "soft_labels"
-        answered.mkdir(exist_ok=True)
-        save_file({"score": self._opposite(rows.inputs)}, answered / "data.safetensors")
-        soft = Split(path=str(answered), sha256="1" * 64, rows=BENCH_ROWS)
+        soft_labels = folder / "soft_labels"
+        soft_labels.mkdir(exist_ok=True)
+        save_file({"score": self._opposite(rows.inputs)}, soft_labels / "data.safetensors")
+        soft = Split(path=str(soft_labels), sha256="1" * 64, rows=BENCH_ROWS)
         return Bench(signature=self.signature, soft_labels=soft, **parts)
 
     def _opposite(self, inputs: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            answers = self.model().module(**inputs).reshape(-1)
-        return 1 - answers if self.signature.output == "probability" else -answers
+            scores = self.model().module(**inputs).reshape(-1)
+        return 1 - scores if self.signature.output == "probability" else -scores
 
 
 def _schema(*inputs: Any, output: str, **more: Any) -> Signature:
@@ -428,8 +428,8 @@ def prepared(
     made = example(signature, rows_of_table, rows, seed=seed)
     label = torch.arange(rows, dtype=torch.float32) % 2
     if answer is not None:
-        answers = answer(made)
-        label = (answers > answers.median()).to(torch.float32)
+        scores = answer(made)
+        label = (scores > scores.median()).to(torch.float32)
     for item in signature.inputs:
         if isinstance(item, JaggedBag):
             second = made.pop(f"{item.name}_{item.layout}")

@@ -209,7 +209,7 @@ class Twice(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A layer that may be narrower beside one that may not."""
+    """A layer that may be narrower, in parallel with one that may not."""
 
     def __init__(self, free: int = 16, held: int = 24) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class Towers(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention over a history and a feed-forward part, each a residual behind a layer norm.
+    """Attention over a history and a feed-forward part, each a residual after a layer norm.
 
     ``fused`` makes queries, keys and values in one layer.
     """

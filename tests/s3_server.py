@@ -14,7 +14,7 @@ from pathlib import Path
 
 BUCKETS = ("models", "datasets")
 START_SECONDS = 30
-STOP_SECONDS = 3  # it waits for idle connections; its data is thrown away, so we do not
+STOP_SECONDS = 3  # it waits for idle connections; its data is discarded, so we do not
 GRPC_ABOVE = 10_000  # SeaweedFS expects each service's gRPC port this far above its own
 
 

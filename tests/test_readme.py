@@ -1,4 +1,4 @@
-"""What the README tells a user to type is typed here."""
+"""The commands of the README run and have the documented result."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def commands(containing: str) -> str:
 def write_own_model(folder: Path) -> None:
     """What the README has a user bring along: a class in mymodels.py, a draft called mymodel."""
     shutil.copy(ROOT / "tests" / "draft_network.py", folder / "mymodels.py")
-    # Enough test rows to tell a loss of 0.002 from none, as the README's limit asks.
+    # Enough test rows to distinguish a loss of 0.002 from none, as the README's limit requires.
     rows = {**ROWS, "test": 30_000}
     write_draft(folder / "draft", name="mymodel", network="mymodels:ClickNet", rows=rows)
 

@@ -1,4 +1,4 @@
-"""The lists of seeded faults fit the present code, and their runner tells outcomes apart."""
+"""The lists of seeded faults fit the present code, and their runner distinguishes outcomes."""
 
 import ast
 from pathlib import Path

@@ -221,7 +221,7 @@ def test_versions_are_promoted_and_rolled_back_on_top_of_the_stored_ledger(
 @every_home
 def test_a_stored_triton_repository_is_read_and_written_again(home: Path, recpress: Command):
     for model in ("clicks", "ranker", "finder"):
-        # Another version may write another configuration; then this one is "behind", exit code 1.
+        # Another version may write another configuration; then the exit code is 1.
         _, text = run_main(recpress.monkeypatch, recpress.capsys, "triton", "show", model, "--json")
         there = json.loads(text)
         assert {item["served"] for item in there} == {"1"}

@@ -58,7 +58,7 @@ def tensors(signature: Signature, rows_of_table: dict[str, int]) -> tuple[Tensor
 
 
 def warmups(config: str) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-    """Every warm-up as the server carries it out: rows asked for, and the arrays the graph gets.
+    """Every warm-up as the server runs it: the requested rows and the input arrays of the graph.
 
     A request of ``batch_size`` n is n requests of one row each, joined along the first dimension;
     a reshape takes place before that.

@@ -106,7 +106,7 @@ def stored_names(api: str, auth_string: str) -> dict[str, list[str]]:
 
 
 def require_no_answer_without_the_secret(api: str, auth_string: str) -> None:
-    """Fail if any request without the secret is answered, or any page of another origin reads one.
+    """Fail if a request without the secret succeeds or another origin may read a response.
 
     The server is compared before and after: nothing was created, and nothing was deleted.
     """
