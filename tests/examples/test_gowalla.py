@@ -49,17 +49,17 @@ def trained(recipe=QUICK, measure=None):
     torch.manual_seed(recipe.seed)
     network = TwoTower(users=60, items=80, dim=recipe.dim, hidden=recipe.hidden)
     seen, unseen = taste()
-    told = []
-    kept = train(network, seen, recipe, measure and measured(seen, unseen), told.append)
-    return network, kept, told
+    messages = []
+    kept = train(network, seen, recipe, measure and measured(seen, unseen), messages.append)
+    return network, kept, messages
 
 
 def test_training_finds_what_users_of_one_taste_have_not_seen_yet():
-    network, (epoch, best), told = trained(measure=True)
+    network, (epoch, best), messages = trained(measure=True)
     assert best > 0.9  # chance is 6 of the 66 items that are left
     assert measured(*taste())(network) == best  # the kept epoch's weights are back
-    assert 1 <= epoch <= len(told) <= QUICK.epochs
-    assert not network.query.table.sparse  # as it was built: whoever trains it next may use Adam
+    assert 1 <= epoch <= len(messages) <= QUICK.epochs
+    assert not network.query.table.sparse  # as it was built: Adam can train it
 
 
 def test_a_score_is_the_dot_product_of_the_towers():

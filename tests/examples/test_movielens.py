@@ -135,7 +135,7 @@ def test_all_ratings_are_read_and_four_stars_are_a_click(frame):
     assert frame["timestamp"].is_monotonic_increasing
 
 
-def test_a_year_or_genre_that_nobody_knows_is_missing(frame):
+def test_an_unknown_year_or_genre_is_read_as_missing(frame):
     film = frame[frame["item"] == "267"].iloc[0]
     assert (film["year"], film["genres"]) == ("", [])
 

@@ -244,7 +244,7 @@ def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("rate", RATES)
-def test_writers_of_one_ledger_with_lost_answers_each_have_exactly_one_entry_for_each_append(
+def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_each_append(
     rate: float, proxy: Proxy, outcomes: Outcomes
 ) -> None:
     model = f"race-{secrets.token_hex(8)}"
@@ -275,7 +275,7 @@ def test_writers_of_one_ledger_with_lost_answers_each_have_exactly_one_entry_for
     assert max(written.values()) == 1, "an entry was written twice"
     assert set(confirmed) <= set(written), "a confirmed entry was lost"
     assert len(confirmed) + len(failed) == WRITERS * (APPENDS // WRITERS)
-    case = f"{WRITERS} writers of one ledger, {rate:.0%} lost answers"
+    case = f"{WRITERS} writers of one ledger, {rate:.0%} lost responses"
     outcomes(SUITE, case, "confirmed, written once", len(confirmed))
     outcomes(SUITE, case, "retryable error, written at most once", len(failed))
 

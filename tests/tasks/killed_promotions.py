@@ -3,8 +3,8 @@
 ``python killed_promotions.py HOME`` publishes three orders as versions 1 to 3 and promotes them,
 then reads lines. ``kill COMMAND STEP`` runs a command (``rollback``, ``from`` or ``promote``) once
 for every STEP-th operation: killed there, and run again undisturbed. After ``rollback+reader``,
-another process fetches the champion in between. ``race COMMAND N`` starts N processes at once. Each
-line is answered with JSON lines and an empty one. The processes are forks of this one, which has
+another process fetches the champion in between. ``race COMMAND N`` starts N processes at once. The
+reply to each line is JSON lines and an empty line. The processes are forks of this one, which has
 imported everything.
 """
 

@@ -197,7 +197,11 @@ def lowering(target: Any) -> Lowering:
 
 def stages() -> tuple[Stage, ...]:
     """Three stages, one of them with a hostile name."""
-    told = (("as trained", 1_000_000, None), ("channels", 700_000, -0.002), (HOSTILE, 250_000, 0.0))
+    changes = (
+        ("as trained", 1_000_000, None),
+        ("channels", 700_000, -0.002),
+        (HOSTILE, 250_000, 0.0),
+    )
     return tuple(
         Stage(
             step=step,
@@ -206,7 +210,7 @@ def stages() -> tuple[Stage, ...]:
             quality=estimate(0.71, 0.006),
             change=None if change is None else estimate(change, 0.0004),
         )
-        for step, size, change in told
+        for step, size, change in changes
     )
 
 

@@ -101,7 +101,7 @@ def measurement() -> Measurement:
 
 
 def report(folder: Path, order: str, outcomes: dict[TargetKind, Outcome]) -> Report:
-    """A report of one order whose targets came to these outcomes."""
+    """A report of one order whose targets have these outcomes."""
     targets = tuple(
         TargetReport(
             target=target,

@@ -110,8 +110,8 @@ def test_an_unknown_bundle_is_refused_with_those_there_are(draft: Path) -> None:
     with raises_code(ArtifactMissing, "bundle_missing", known=("none yet",)):
         resolve("clicks")
     pack(draft)
-    with raises_code(ArtifactMissing, "bundle_missing", reference="nobody", known=("clicks@1",)):
-        resolve("nobody")
+    with raises_code(ArtifactMissing, "bundle_missing", reference="views", known=("clicks@1",)):
+        resolve("views")
     with raises_code(StoreRefused, "artifact_uri_form", got=Text("/artifacts/short$")):
         resolve(f"{store().root}/artifacts/short")
 
@@ -265,7 +265,7 @@ def test_a_score_that_is_not_the_towers_dot_product_is_refused(towers: Path) -> 
 
 @pytest.mark.parametrize(
     "query",
-    ["of_nobody", "of_item"],
+    ["of_unknown", "of_item"],
 )
 def test_a_tower_that_cannot_be_called_is_refused(query: str, towers: Path) -> None:
     named = SIGNATURE["towers"] | {"query": {"module": query, "inputs": ["user", "lately"]}}

@@ -52,7 +52,7 @@ print(json.dumps([before, held("VmHWM")]))
 
 
 def planted(header: int) -> list[int]:
-    """The rows beside every border, the chunk borders of the codes included."""
+    """The rows next to every border, the chunk borders of the codes included."""
     rows = {0, ROWS - 1}
     for border in BORDERS:
         byte = header + border * DIM  # of the result: scales come first, so their bytes are added

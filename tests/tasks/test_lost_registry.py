@@ -81,7 +81,7 @@ def test_the_champion_is_found_by_its_order_under_another_number(
     assert len(Ledger(store(), "m").entries()) == 1
 
 
-def test_a_rollback_goes_to_the_order_before_whatever_its_number_is(
+def test_a_rollback_restores_the_previous_order_under_its_new_version_number(
     home: Path, fill: Fill, lose: Callable[[], None]
 ) -> None:
     fill("ab", "ab")

@@ -37,7 +37,7 @@ from tasks.bundles.table_files import quantize, step_named
 from tasks.orchestration.workspace import store
 
 ROWS = {"train": 200, "test": 200}
-NOBODY = 65_534
+UNPRIVILEGED_USER = 65_534
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +168,7 @@ def unprivileged() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    os.seteuid(NOBODY)
+    os.seteuid(UNPRIVILEGED_USER)
     try:
         yield
     finally:

@@ -135,7 +135,7 @@ def test_a_champion_without_a_ledger_is_no_champion(home: Path, fill: Fill) -> N
     assert champion_graph("m") is None
 
 
-def test_of_two_who_promote_at_once_one_is_told(
+def test_the_second_of_two_concurrent_promotions_is_refused(
     home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
@@ -155,7 +155,7 @@ def test_of_two_who_promote_at_once_one_is_told(
 
 def test_the_champions_graph_is_what_a_candidate_is_compared_with(home: Path) -> None:
     done = published(home, "a")
-    assert champion_graph("nobody") is None
+    assert champion_graph("unknown") is None
     assert champion_graph("m") is None
     promote("m", done.version, "")
     assert champion_graph("m") == done.report.targets[0].artifact
@@ -164,7 +164,7 @@ def test_the_champions_graph_is_what_a_candidate_is_compared_with(home: Path) ->
 # --- fetch ----------------------------------------------------------------------------------
 
 
-def test_fetch_copies_the_target_that_was_asked_for(home: Path) -> None:
+def test_fetch_copies_the_requested_target(home: Path) -> None:
     done = published(home, "a")
     registered, target = fetch("m", done.version, "onnxruntime", home / "out")
     assert registered.version == done.version

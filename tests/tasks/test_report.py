@@ -85,7 +85,7 @@ def test_the_page_holds_verdicts_limits_plan_and_where_everything_came_from(made
         assert text in page, text
 
 
-def test_the_page_is_a_table_whatever_a_reason_contains(made: Report) -> None:
+def test_a_row_of_the_markdown_table_stays_one_row_for_any_text_of_a_reason(made: Report) -> None:
     """A builder's message may hold pipes and line breaks; each row must stay one row."""
     page = markdown(made.model_copy(update={"skipped": {"tensorrt": "a | b\nc"}}))
     line = next(line for line in page.splitlines() if line.startswith("| tensorrt |"))

@@ -206,7 +206,7 @@ def test_every_target_has_its_verdict_and_its_audit(html):
         assert words in text
 
 
-def test_zeros_that_gained_nothing_and_layers_that_stayed_packed_are_told():
+def test_a_report_shows_sparsity_without_gain_and_layers_that_stayed_packed():
     made = report()
     (graph,) = made.targets[0].lowering.graphs
     audit = graph.audit.model_copy(update={"packed_layers": 4, "widened_layers": 1})
@@ -216,12 +216,12 @@ def test_zeros_that_gained_nothing_and_layers_that_stayed_packed_are_told():
     found = {"sparsity": "did not pay", "sparsity_reason": "of 2 layers 2 were eligible"}
     audits = {graph.name: {**made.targets[1].audits["model"], **found}}
     second = made.targets[1].model_copy(update={"audits": audits})
-    told = made.model_copy(update={"targets": (first, second)})
+    sparse = made.model_copy(update={"targets": (first, second)})
     packed = "4 dense layers multiplied by codes as stored; 1 dense layer float32 once a session"
-    text = Tree(section(page(told, PASSED), "targets")).text
+    text = Tree(section(page(sparse, PASSED), "targets")).text
     for words in (packed, "2 layers with 2:4 zeros", "Sparsitydid not pay", "2 were eligible"):
         assert words in text
-    lines = markdown(told)
+    lines = markdown(sparse)
     assert packed in lines
     assert "2 layers with 2:4 zeros: did not pay, since ONNX Runtime stores" in lines
     assert "sparsity: did not pay" in lines
@@ -298,7 +298,7 @@ def test_the_page_is_well_formed_and_named_for_screen_readers(html):
     assert set(tree.attributes("aria-labelledby")) <= set(ids)
     assert all("scope" in attrs for tag, attrs in tree.tags if tag == "th")
     for drawn in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
-        hidden = 'aria-hidden="true"' in drawn  # its numbers stand beside it
+        hidden = 'aria-hidden="true"' in drawn  # its numbers are in the text next to it
         assert hidden or re.match(r'<svg height="\d+" role="img"><title>[^<]+</title>', drawn)
 
 

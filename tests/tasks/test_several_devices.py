@@ -40,7 +40,7 @@ def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
     bundle = pack(write_draft(home / "draft")).artifact
     manifest = read(local(bundle))
-    # It ends with its last epoch, whatever that is worth; the penalty is next to nothing.
+    # Training keeps its last epoch regardless of the quality; the penalty is negligible.
     step = L1Training(training=HOW, soft_share=0, penalty_strength=1e-9)
     splits: dict[Any, Any] = {
         part: split_of(prepare.fn(bundle, part), ROWS[part]) for part in needs(step)

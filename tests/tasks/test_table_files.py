@@ -116,7 +116,9 @@ def test_blocks_workers_shards_and_the_store_give_the_same_bytes(source: Path, t
     assert not any((tmp_path / "recpress" / "progress").glob("*"))
 
 
-def test_the_task_gives_an_artifact_whatever_the_step(source: Path, tmp_path: Path):
+def test_quantize_tables_returns_an_artifact_and_refuses_a_method_that_needs_the_model(
+    source: Path, tmp_path: Path
+):
     folder = tmp_path / "folder"
     folder.mkdir()
     source.rename(folder / "model.safetensors")
@@ -150,7 +152,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
     before = journal.read_bytes().count(b"\n")
-    told: list[int] = []
+    reported: list[int] = []
     made: list[int] = []
     encode = RowwiseInt4.encode
 
@@ -166,10 +168,10 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
         out,
         step,
         block_rows=2000,
-        progress=lambda read, total: told.append(read),
+        progress=lambda read, total: reported.append(read),
     )
     assert done.sha256 == wanted.sha256
-    assert sum(told) == 200_000 * 32 * 4
+    assert sum(reported) == 200_000 * 32 * 4
     # The journal's first lines are its head, the file's header and the table's own tensors.
     assert sum(made) == 200_000 - 2000 * (before - 3)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -221,7 +223,7 @@ def test_a_weight_that_is_not_finite_leaves_no_result(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_corrected_source_is_read_anew(source: Path, tmp_path: Path):
+def test_a_corrected_source_is_read_again_despite_the_journal(source: Path, tmp_path: Path):
     given = tensors()
     given["user.weight"][2999, 3] = float("inf")
     given["user.weight"][0] += 1  # in a block that is written before the fault is met

@@ -1,4 +1,4 @@
-"""Who may teach is told by the first thing in which two signatures differ."""
+"""A teacher is refused with the first difference between its signature and the expected one."""
 
 import pytest
 
@@ -11,7 +11,7 @@ WANTED = Signature(task="ctr", inputs=(USER, ITEM), output="logit", label="label
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({}, None),
         ({"output": "probability"}, "its output is a probability, not a logit"),
@@ -30,5 +30,5 @@ WANTED = Signature(task="ctr", inputs=(USER, ITEM), output="logit", label="label
         ),
     ],
 )
-def test_the_first_difference_is_named(changed, told):
-    assert difference(WANTED.model_copy(update=changed), WANTED) == told
+def test_the_first_difference_between_two_signatures_is_reported(changed, expected):
+    assert difference(WANTED.model_copy(update=changed), WANTED) == expected

@@ -91,7 +91,7 @@ def test_a_file_left_from_another_registry_is_compared_byte_by_byte(
     assert served_by(triton) == (one, body("a"))
 
 
-def test_large_weights_beside_the_graph_are_in_place_before_it(
+def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
     home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = report(home, "a" * 64, {"onnxruntime": "accepted"})
@@ -128,7 +128,7 @@ def test_a_promotion_that_lost_a_race_changes_nothing_that_is_served(
     assert served_by(triton) == (one, body("a"))
 
 
-def test_whoever_writes_last_looks_again_who_is_champion(
+def test_a_promotion_serves_the_champion_of_a_concurrent_later_promotion(
     home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
@@ -203,7 +203,7 @@ def test_a_promotion_that_dies_leaves_old_or_new_and_is_mended(
             promote("m", two, "")
     found = served_by(triton)
     assert found in whole
-    if found == (two, body("b")):  # nobody is served what the ledger does not name
+    if found == (two, body("b")):  # only what the ledger names is served
         assert champion() == two
     assert (triton / "m" / one / "model.onnx").read_bytes() == body("a")
     if champion() == two:

@@ -139,7 +139,7 @@ def test_an_accepted_plan_is_a_second_model_for_its_gpus(home: Path, triton: Pat
     assert served_by(triton) == (one, body("a"))
 
 
-def test_a_plan_nobody_measured_is_only_laid_out_when_asked_for(
+def test_an_unmeasured_plan_is_exported_only_with_the_option_unmeasured(
     home: Path, triton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = with_plan(home, "a", "built-unmeasured").version
@@ -180,7 +180,7 @@ def test_two_models_cannot_share_a_folder(home: Path, triton: Path) -> None:
     with raises_code(TritonRefused, "folder_of_other_model", model="m_tensorrt", got="m"):
         promote("m", with_plan(home, "a", "accepted").version, "")
     assert Ledger(store(), "m").entries() == ()
-    # Without a plan there is no clash, and the other's folder is nobody's business.
+    # Without a plan there is no clash, and the folder of the other model is not checked.
     promote("m", published(home, "b").version, "")
     assert [item.name for item in triton_contents("m", None)] == ["m"]
 
@@ -232,7 +232,9 @@ def test_a_champion_is_exported_and_shown(home: Path, fill: Fill, call: Any) -> 
     assert (home / "by hand" / "m" / "config.pbtxt").read_text() in out
 
 
-def test_what_is_behind_or_damaged_is_shown_and_mended(home: Path, fill: Fill, call: Any) -> None:
+def test_outdated_or_damaged_files_are_reported_by_show_and_repaired_by_export(
+    home: Path, fill: Fill, call: Any
+) -> None:
     one, two = fill("ab", "")
     to = ("--to", str(home / "by hand"))
     promote("m", one, "")
