@@ -139,7 +139,7 @@ def test_a_module_that_cannot_be_imported_says_why(package, source, code, fields
 
 
 @pytest.mark.usefixtures("package")
-def test_a_modules_own_getattr_is_not_asked(package):
+def test_network_class_does_not_call_the_getattr_of_a_module(package):
     write(package / "lazy.py", "def __getattr__(name):\n    raise RuntimeError(name)\n")
     with raises_code(BundleRefused, "architecture_without_classes", name="Ranker"):
         network_class("shopnets.lazy:Ranker", ALLOWED)

@@ -128,7 +128,7 @@ def reseal(folder, document):
 
 
 def rehash(folder):
-    """List and hash whatever lies in a folder, as a hostile tool would."""
+    """List and hash every file of a folder, as a hostile tool would."""
     document = document_of(folder)
     document["files"] = {
         path.name: {
@@ -334,7 +334,7 @@ def test_a_file_is_no_bundle(sealed):
     assert "is not a folder" in refusal(bundle_folder.read, sealed / "model.json")
 
 
-def test_all_problems_of_a_folder_are_told_at_once(sharded):
+def test_all_problems_of_a_folder_are_reported_together(sharded):
     (sharded / FIRST).unlink()
     append(sharded / "model-00002-of-00002.safetensors")
     (sharded / "extra.safetensors").write_bytes(b"")
@@ -477,7 +477,7 @@ def test_wrong_field_is_shown_with_its_input_unless_our_sentence_says_it(sealed)
     assert found[1] == f"signature.inputs[1]: {sentence}."
 
 
-def test_all_wrong_fields_are_told_at_once_up_to_a_limit(draft):
+def test_all_wrong_fields_are_reported_together_up_to_a_limit(draft):
     write_draft(draft, name="X", version="", data={}, signature=1)
     message = refusal(bundle_folder.read_draft, draft)
     assert re.search(r"\n- name: .*\n- version: .*\n- signature: ", message)
@@ -490,7 +490,7 @@ def test_all_wrong_fields_are_told_at_once_up_to_a_limit(draft):
 @pytest.mark.parametrize(
     "change", [{"name": "x" * 100_000}, {"signature": {"task": "y" * 100_000}}]
 )
-def test_a_refusal_stays_short_whatever_it_quotes(draft, change):
+def test_the_message_of_a_refusal_stays_short_if_it_quotes_long_values(draft, change):
     write_draft(draft, **change)
     assert len(refusal(bundle_folder.read_draft, draft)) < 2_500  # two sentences of 900 and a path
     document = json.loads((draft / "model.json").read_text())
@@ -836,7 +836,9 @@ def test_every_bit_pattern_is_called_finite_exactly_when_torch_says_so(tmp_path,
             assert problem == Reason("weights_not_finite", **fields)
 
 
-def test_nan_is_found_across_blocks_and_all_bad_tensors_are_told(tmp_path, monkeypatch):
+def test_values_that_are_not_finite_are_found_across_blocks_and_reported_for_every_tensor(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(bundle_folder, "BLOCK_BYTES", 64)
     table = torch.ones(40, 5)
     table[17, 3] = float("nan")

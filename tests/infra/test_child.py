@@ -40,7 +40,7 @@ def child(tmp_path, monkeypatch):
 
 
 def alive(pid):
-    """Whether a process runs; a zombie nobody has reaped yet does not."""
+    """Whether a process runs; a zombie that is not reaped yet does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -65,16 +65,16 @@ def started(path, seconds=20):
     raise AssertionError(f"{path} never appeared")
 
 
-def test_a_child_answers_from_its_own_session_and_its_output_is_kept(child, tmp_path):
+def test_a_child_process_runs_in_a_separate_session_and_its_output_is_logged(child, tmp_path):
     work = (
         "def work(request):\n"
-        "    print('told', request['number'])\n"
+        "    print('received', request['number'])\n"
         "    return {'twice': 2 * request['number'], 'session': os.getsid(0)}"
     )
-    answer = run_child(child("answers", work), {"number": 21}, tmp_path / "job", 30)
+    answer = run_child(child("doubles", work), {"number": 21}, tmp_path / "job", 30)
     assert answer["twice"] == 42
     assert answer["session"] != os.getsid(0)
-    assert "told 21" in (tmp_path / "job" / "child.log").read_text()
+    assert "received 21" in (tmp_path / "job" / "child.log").read_text()
 
 
 def test_a_child_that_says_no_is_a_refusal_with_its_own_code_and_fields(child, tmp_path):

@@ -233,7 +233,7 @@ def test_a_missing_column_is_named_and_its_other_checks_did_not_pass(write):
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "told"),
+    ("column", "values", "expected"),
     [
         ("user", [1.0] * N, "float. Encode it to row numbers of the table and store it as int64"),
         ("user", ["u"] * N, "string. Encode it"),
@@ -243,12 +243,12 @@ def test_a_missing_column_is_named_and_its_other_checks_did_not_pass(write):
         ("session", [[1]] * N, "list of integer. Store one plain value a row"),
     ],
 )
-def test_a_wrong_type_fails_its_type_check(write, column, values, told):
+def test_a_wrong_type_fails_its_type_check(write, column, values, expected):
     path = write(train={column: pa.array(values)})["train"]
     failed = failures(validate({"train": path}, narrow(column), TABLES))
     (typed,) = [f for f in failed if f.evaluated]
     assert typed.rule.startswith("type is ")
-    assert typed.observed.startswith(told)
+    assert typed.observed.startswith(expected)
     assert {f.column for f in failed} == {column}
 
 
@@ -436,7 +436,7 @@ def test_an_unreadable_file_is_refused(tmp_path):
         ({"label_rate": (0.6, 0.4)}, "label_rate_order", {"got": (0.6, 0.4)}),
     ],
 )
-def test_rules_that_say_nothing_are_refused(wrong, code, fields):
+def test_rules_with_invalid_bounds_are_refused(wrong, code, fields):
     with raises_value_error(code, **fields):
         Rules(**wrong)
 

@@ -1,4 +1,4 @@
-"""JSON from outside is bounded before it is parsed: memory stays small whatever its shape."""
+"""Untrusted JSON is checked before it is parsed: memory stays small for any shape."""
 
 import json
 import struct

@@ -59,7 +59,7 @@ def test_six_who_append_at_once_leave_a_gapless_ledger_with_each_once(place, tmp
     assert {entry.version for entry in entries} == set("012345")
 
 
-def test_who_expected_an_older_ledger_is_told_who_won(ledger):
+def test_promotion_that_expects_an_outdated_ledger_raises_with_the_newest_entry(ledger):
     promote(ledger, "1", expected=0)
     promote(ledger, "2", expected=1)
     with raises_code(AlreadyThere, "ledger_moved_on", by="ann", version="2", reason="better"):
@@ -90,7 +90,7 @@ def test_a_create_whose_answer_was_lost_is_not_entered_twice(ledger, monkeypatch
 
     def loses_the_answer(key, body):
         create(key, body)
-        raise AlreadyThere("key_exists", place=key)  # the client asked again and found its own
+        raise AlreadyThere("key_exists", place=key)  # the client retried and found its own key
 
     monkeypatch.setattr(ledger._store, "create", loses_the_answer)
     entry = promote(ledger, "1")

@@ -1,4 +1,4 @@
-"""Protocol buffers as text: whatever is written reads back, and nothing else is written."""
+"""Protocol buffers as text: every written value reads back, and nothing else is written."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ MESSAGES = st.recursive(
 
 
 def as_read(value: Any) -> list[Any]:
-    """A field's value the way a reader without the signature sees it."""
+    """A field's value as a reader without the signature parses it."""
     values = value if isinstance(value, list | tuple) else [value]
     return [read_back(item) for item in values]
 

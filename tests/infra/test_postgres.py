@@ -41,7 +41,7 @@ def test_a_folder_its_user_cannot_enter_is_refused_before_anything_is_made(tmp_p
 
 
 @needs_initdb
-def test_a_cluster_is_made_once_with_passwords_required_and_none_left_behind(
+def test_a_cluster_is_created_once_requires_passwords_and_leaves_no_password_file(
     open_folder: Path,
 ) -> None:
     postgres.prepare(variables(open_folder))
@@ -59,7 +59,7 @@ def test_a_cluster_is_made_once_with_passwords_required_and_none_left_behind(
 
 
 @needs_initdb
-def test_what_initdb_refuses_is_told_and_leaves_no_cluster(open_folder: Path) -> None:
+def test_a_failed_initdb_raises_and_leaves_no_cluster(open_folder: Path) -> None:
     with raises_code(ChildFailed, "command_failed", command="initdb"):
         postgres.prepare(variables(open_folder, POSTGRES_USER="pg_reserved"))
     assert not (open_folder / "db" / "cluster").exists()

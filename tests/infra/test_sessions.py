@@ -1,4 +1,4 @@
-"""A served graph answers the same however its inputs come, and says what it cannot take."""
+"""A session gives the same scores for bound and passed inputs, and refuses unfit inputs."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def session(tmp_path: Path) -> Session:
     return Session(tmp_path / "model.onnx", threads=1)
 
 
-def test_inputs_that_lie_ready_are_answered_the_same_each_time(session: Session) -> None:
+def test_bound_inputs_give_the_same_scores_at_each_call(session: Session) -> None:
     rows = {"y": np.arange(6, dtype=np.float32)[::2], "x": np.ones(3, np.float32)}
     call = session.bound(rows)
     for _ in range(2):
@@ -32,7 +32,7 @@ def test_inputs_that_lie_ready_are_answered_the_same_each_time(session: Session)
     np.testing.assert_array_equal(call(), np.array([1, -1, -3], np.float32))
 
 
-def test_each_session_is_called_and_timed_as_often_as_asked(session: Session) -> None:
+def test_each_session_is_timed_once_a_round(session: Session) -> None:
     rows = {name: np.ones(3, np.float32) for name in "xy"}
     times = interleaved_ms([session, session], rows, rounds=4, warmup=1)
     assert [own.shape for own in times] == [(4,), (4,)]

@@ -35,7 +35,7 @@ ODD_NAMES = (
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_the_uri_of_a_sqlite_file_opens_that_file_whatever_its_path(
+def test_the_uri_of_a_sqlite_file_opens_that_file_for_any_path(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -127,7 +127,7 @@ def test_prepared_says_what_was_written(split, tmp_path):
     assert list(written.parent.iterdir()) == [written]
 
 
-def test_a_write_that_breaks_off_leaves_nothing_behind(split, tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_no_file(split, tmp_path, monkeypatch):
     def torn(tensors, path):
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -172,7 +172,7 @@ def test_booleans_and_dictionaries_are_read_as_their_values(split, tensors):
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
 @pytest.mark.parametrize("zone", [None, "Europe/Berlin"])
-def test_timestamps_are_microseconds_whatever_their_unit(unit, zone, split, tensors):
+def test_timestamps_of_any_unit_are_read_as_microseconds(unit, zone, split, tensors):
     moments = pa.array([0, 1, 2, 3], pa.int64()).cast(pa.timestamp("s"))
     out = tensors(split(at=moments.cast(pa.timestamp(unit)).cast(pa.timestamp(unit, zone))))
     np.testing.assert_array_equal(out["@time"], [0, 1_000_000, 2_000_000, 3_000_000])
@@ -490,7 +490,7 @@ def test_ids_outside_their_table_are_an_error_where_no_policy_covers_them(
         check_ids(facts, signature, TABLES)
 
 
-def test_lists_too_long_are_refused_in_every_split_whatever_the_policy(split):
+def test_lists_too_long_are_refused_in_every_split_even_with_clamped_ids(split):
     short = signature_of(PADDED.model_copy(update={"shape": (2,), "out_of_range": "clamp"}))
     with raises_code(
         DataRefused, "ids_unfit", problems=Text("'test', input 'genres': a list has 3 ids")
@@ -509,7 +509,7 @@ def test_rows_that_stand_in_for_ids_must_be_in_the_table(setting):
         check_ids({}, signature, TABLES)
 
 
-def test_a_table_nobody_has_is_refused():
+def test_an_input_of_an_unknown_table_is_refused():
     with raises_code(
         DataRefused, "ids_unfit", problems=Text("input 'user' reads table 'users'; there is items")
     ):

@@ -241,7 +241,7 @@ def test_memory_stays_flat_however_large_the_file(kind, tmp_path, request):
         get_peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # 5 chunks read ahead and, for S3, 5 parts on their way: 80 MiB whatever the file's size, and
+    # 5 chunks read ahead and, for S3, 5 parts on their way: 80 MiB for any file size, and
     # up to one more copy of each part inside the HTTP client. The file itself is 200 MiB.
     assert put_peak < 150 * 2**20
     assert get_peak < 150 * 2**20
@@ -258,7 +258,7 @@ def test_a_flipped_byte_is_found_and_its_chunk_named(stored, big_folder, tmp_pat
     stored.overwrite(key, bytes(body))
     with raises_code(ArtifactDamaged, "chunk_differs", chunk=1, start=CHUNK_BYTES):
         stored.store.get(artifact, tmp_path / "deep" / "out")
-    assert not (tmp_path / "deep").exists(), "a failed get leaves nothing behind"
+    assert not (tmp_path / "deep").exists(), "a failed get leaves no files"
     with raises_code(ArtifactDamaged, "chunk_differs", file="shards/tables/big.safetensors"):
         stored.store.local(artifact, tmp_path / "cache")
 
@@ -574,7 +574,7 @@ def test_a_reference_to_another_store_or_of_another_form_is_refused(tmp_path, fo
         store.manifest(artifact.model_copy(update={"bytes": 1}))
 
 
-def test_an_artifact_is_found_by_its_hash_whatever_root_its_uri_had(stored, folder, tmp_path):
+def test_an_artifact_is_found_by_its_hash_for_any_root_in_its_uri(stored, folder, tmp_path):
     artifact = stored.store.put(folder)
     name = artifact.sha256
     for root in ("file:///old/home/store/", "s3://old/prefix/", f"{stored.store.root}/", "", "/"):
@@ -643,7 +643,7 @@ def test_a_bucket_that_does_not_exist_is_a_setting(s3, folder):
 
 
 def test_a_store_that_is_down_says_so_within_seconds(s3, folder, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # discard: nobody listens
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # discard: no server listens
     store = Store("s3://models/x")
     began = time.monotonic()
     with raises_code(StoreOutage, "store_no_answer"):
@@ -652,8 +652,8 @@ def test_a_store_that_is_down_says_so_within_seconds(s3, folder, monkeypatch):
 
 
 @contextlib.contextmanager
-def answering(monkeypatch, status: int, *bodies: str, header: str = "Server") -> Iterator[None]:
-    """A server that answers every GET with these bodies in turn, the last one again and again."""
+def responding(monkeypatch, status: int, *bodies: str, header: str = "Server") -> Iterator[None]:
+    """A server that responds to GET requests with these bodies in turn, then with the last one."""
     left = list(bodies)
 
     class Answer(BaseHTTPRequestHandler):
@@ -692,26 +692,28 @@ def refusal(code: str) -> str:
         (404, "", SettingRefused, "store_unusable"),
     ],
 )
-def test_the_stores_own_answers_are_sorted_by_whether_a_retry_helps(
+def test_error_responses_of_the_store_are_classified_by_whether_a_retry_helps(
     s3, monkeypatch, status, code, kind, expected
 ):
     body = refusal(code) if code else "?"
     problem = Text(code)
-    with answering(monkeypatch, status, body), raises_code(kind, expected, problem=problem):
+    with responding(monkeypatch, status, body), raises_code(kind, expected, problem=problem):
         Store("s3://models/x").read("key")
 
 
 @pytest.mark.parametrize("damaged", ["<Error><Code>NoSu", refusal("NnSuchKey")])
-def test_a_refusal_that_was_damaged_on_the_way_is_asked_for_again(s3, monkeypatch, damaged):
-    answers = answering(monkeypatch, 404, damaged, refusal("NoSuchKey"))
-    with answers, pytest.raises(ArtifactMissing):
+def test_a_request_is_repeated_if_its_error_response_was_damaged_in_transit(
+    s3, monkeypatch, damaged
+):
+    server = responding(monkeypatch, 404, damaged, refusal("NoSuchKey"))
+    with server, pytest.raises(ArtifactMissing):
         Store("s3://models/x").read("key")
 
 
 def test_a_refusal_of_s3_that_stays_damaged_is_retryable(s3, monkeypatch):
-    """A server that numbers its answers as S3 does is no wrong endpoint."""
-    answers = answering(monkeypatch, 404, "<Error", header="x-amz-request-id")
-    with answers, raises_code(StoreUnavailable, "store_answer_unreadable"):
+    """A server that sends S3's request id is an S3 endpoint."""
+    server = responding(monkeypatch, 404, "<Error", header="x-amz-request-id")
+    with server, raises_code(StoreUnavailable, "store_answer_unreadable"):
         Store("s3://models/x").read("key")
 
 

@@ -203,7 +203,7 @@ def test_a_long_name_leaves_room_for_the_owner(tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
 
 
-def test_a_scratch_folder_is_private_and_removed_whatever_happens(top: Path) -> None:
+def test_a_scratch_folder_is_private_and_removed_after_an_error(top: Path) -> None:
     def fails() -> None:
         with scratch_folder("pack") as folder:
             assert folder.stat().st_mode & 0o077 == 0
@@ -214,7 +214,7 @@ def test_a_scratch_folder_is_private_and_removed_whatever_happens(top: Path) -> 
     assert list((top / "tmp").iterdir()) == []
 
 
-# --- drafts: a killed run is continued, so only age says that nobody will ---------------------
+# --- drafts: a killed run can be continued, so only old drafts are removed --------------------
 
 
 def abandoned(into: Path, days: float) -> None:
@@ -237,7 +237,7 @@ def other(folder: Path) -> None:
         begun.publish(begun.seal())
 
 
-def test_a_draft_that_nobody_continued_for_long_is_removed(tmp_path: Path) -> None:
+def test_a_draft_that_was_not_continued_for_a_week_is_removed(tmp_path: Path) -> None:
     abandoned(tmp_path / "recent", days=6)
     abandoned(tmp_path / "old", days=8)
     other(tmp_path)

@@ -67,7 +67,7 @@ class Graph:
 
 
 def lookup(table, rows, dim=DIM):
-    """A table in one of several forms, its Gather, and one dense layer behind it."""
+    """A graph with a table in one of several formats, its Gather, and one dense layer after it."""
     g, half = Graph(), np.float16
     rng = np.random.default_rng(0)
     if table == "int4":
@@ -96,7 +96,7 @@ def lookup(table, rows, dim=DIM):
     return g.model([ids], [score]), g.packed
 
 
-def ask(path, rows, packed, names=("codes", "scale"), **changes):
+def build_request(path, rows, packed, names=("codes", "scale"), **changes):
     settings = {
         "target": "tensorrt-rtx",
         "onnx": str(path),
@@ -113,7 +113,9 @@ def build(tmp_path, table, rows, dim=DIM, **changes):
     onnx.save(model, tmp_path / "model.onnx")
     names = ("codes",) if table.startswith("fp") else ("codes", "scale")
     changes = {"packed_bytes": packed} | changes
-    request = ask(tmp_path / "model.onnx", rows, names=names, packed=0).model_copy(update=changes)
+    request = build_request(tmp_path / "model.onnx", rows, names=names, packed=0).model_copy(
+        update=changes
+    )
     return build_engine(request, tmp_path / "out")
 
 
@@ -175,13 +177,13 @@ def test_an_engine_of_an_earlier_build_does_not_outlive_a_refusal(tmp_path):
 
 
 @needs_rtx
-def test_weights_beside_the_graph_are_found_and_cut_for_the_twin(tmp_path):
+def test_external_weights_of_a_graph_are_read_and_halved_for_the_twin(tmp_path):
     model, packed = lookup("int4", ROWS)
     path = tmp_path / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="model.onnx.data")
     before = (tmp_path / "model.onnx.data").read_bytes()
     assert path.stat().st_size < 10_000
-    audit = build_engine(ask(path, ROWS, packed), tmp_path / "out").audit
+    audit = build_engine(build_request(path, ROWS, packed), tmp_path / "out").audit
     assert audit.scratch == "flat"
     assert audit.twin_scratch_bytes == audit.scratch_bytes
     assert (tmp_path / "model.onnx.data").read_bytes() == before
@@ -212,7 +214,7 @@ def test_dense_int8_layers_stay_int8_in_the_engine(tmp_path):
     )
     onnx.save(model, tmp_path / "mlp.onnx")
     profile = Profile(input="x", low=(1, 160), best=(64, 160), high=(1024, 160))
-    request = ask(tmp_path / "mlp.onnx", 1, g.packed, profiles=(profile,), tables=())
+    request = build_request(tmp_path / "mlp.onnx", 1, g.packed, profiles=(profile,), tables=())
     audit = build_engine(request, tmp_path / "out").audit
     # Measured: packed + 0.9 KB. As fp16 it would be packed + 27 KB.
     assert audit.weights_bytes < g.packed + 4_096
@@ -233,7 +235,7 @@ def test_a_graph_that_does_not_parse_names_the_node(tmp_path):
         "tensorrt_graph_refused",
         problem=Text(r"^node 'make_score' \(Astrology\): "),
     ):
-        build_engine(ask(tmp_path / "model.onnx", 100, packed), tmp_path / "out")
+        build_engine(build_request(tmp_path / "model.onnx", 100, packed), tmp_path / "out")
 
 
 @needs_rtx
@@ -248,7 +250,7 @@ def test_int8_rows_gathered_before_they_are_dequantized_are_refused_in_its_own_w
     ids, out = info("ids", TensorProto.INT64, ["b"]), info("out", TensorProto.FLOAT16, ["b", DIM])
     onnx.save(g.model([ids], [out]), tmp_path / "model.onnx")
     profile = Profile(input="ids", low=(1,), best=(8,), high=(64,))
-    request = ask(tmp_path / "model.onnx", 100, g.packed, profiles=(profile,))
+    request = build_request(tmp_path / "model.onnx", 100, g.packed, profiles=(profile,))
     with raises_code(
         BuildRefused,
         "engine_not_built",
@@ -306,7 +308,7 @@ def test_a_profile_must_be_in_order():
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_a_flavour_that_is_not_installed_names_the_extra_to_install(tmp_path, monkeypatch, target):
     monkeypatch.setitem(engines.MODULES, target, ("no_such_tensorrt",))
-    request = ask(tmp_path / "model.onnx", 1, 1, target=target)
+    request = build_request(tmp_path / "model.onnx", 1, 1, target=target)
     with raises_code(BuildRefused, "tensorrt_missing", target=target):
         build_engine(request, tmp_path)
     assert available(target) is None

@@ -46,7 +46,7 @@ SCHEMA = Signature(
 
 
 class Fields(nn.Module):
-    """One table that all fields look up, and a layer behind it."""
+    """One table that all fields look up, and a dense layer after it."""
 
     def __init__(self, table: nn.Module) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Fields(nn.Module):
 
 
 def drawn(step: TableStep) -> PackedTable:
-    """A table of codes that nobody fitted: only types and shapes matter to a builder."""
+    """A table of random codes: a builder depends only on types and shapes."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, spec in step.storage.layout(ROWS, DIM, step.settings()).items():

@@ -137,6 +137,6 @@ def test_codes_that_are_multiplied_before_their_gather_are_refused(name: str, tm
 
 
 def model_rest(module: nn.Module) -> int:
-    """Bytes beside the rows of the table: the layer, and scales that no row owns."""
+    """Bytes without the rows of the table: the dense layer, and scales shared by all its rows."""
     own = {name: tensor for name, tensor in module.item.named_buffers() if len(tensor) == 1}
     return stored_bytes(module.out) + sum(t.numel() * t.element_size() for t in own.values())

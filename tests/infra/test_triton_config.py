@@ -130,7 +130,7 @@ def test_what_triton_could_not_serve_is_refused(more: dict[str, Any], code: str)
 # --- warm-ups -------------------------------------------------------------------------------
 
 
-def test_warm_ups_ask_for_one_row_the_best_batch_and_the_largest() -> None:
+def test_warm_ups_have_one_row_the_best_batch_and_the_largest_batch() -> None:
     found = dict(warmups(config(served(*ALL, batches=(1, 64, 1024))).decode()))
     assert list(found) == [1, 64, 1024]
     assert {name: array.shape for name, array in found[64].items()} == {
@@ -149,17 +149,17 @@ def test_warm_ups_ask_for_one_row_the_best_batch_and_the_largest() -> None:
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
-def test_every_warm_up_is_a_request_the_graph_answers(reference: Any) -> None:
+def test_the_graph_scores_every_warm_up_request(reference: Any) -> None:
     lowered = graph(reference.network.__name__, (), "onnxruntime")
     inputs = tensors(lowered.signature, lowered.lowered.served.rows_of_table)
     text = config(served(*inputs, batches=(1, 7, 130))).decode()
-    answered = []
+    batch_sizes = []
     for rows, arrays in warmups(text):
         scores = _run(lowered.path, arrays)
         assert (scores.shape, scores.dtype) == ((rows,), np.float32)
         assert np.isfinite(scores).all()
-        answered.append(rows)
-    assert answered == [1, 7, 130]
+        batch_sizes.append(rows)
+    assert batch_sizes == [1, 7, 130]
     batched = not any(item.longest for item in inputs)
     assert (read(text)["max_batch_size"] == [130]) is batched
 

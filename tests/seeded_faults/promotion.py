@@ -15,7 +15,9 @@ FAULTS = (
         old="            if expected is not None and len(entries) != expected:\n",
         new="            if expected is not None and len(entries) < expected:\n",
         effect="A decision made on an older ledger is appended to a newer one.",
-        tests=(f"{LEDGER}::test_who_expected_an_older_ledger_is_told_who_won",),
+        tests=(
+            f"{LEDGER}::test_promotion_that_expects_an_outdated_ledger_raises_with_the_newest_entry",
+        ),
     ),
     Fault(
         id="ledger-lost-answer-entered-twice",

@@ -35,7 +35,7 @@ FAULTS = (
         old="found = vars(module).get(class_name)  # not getattr: a module may answer that with code",
         new="found = getattr(module, class_name, None)",
         effect="The __getattr__ of a module determines the class of a bundle.",
-        tests=(f"{ARCHITECTURE}::test_a_modules_own_getattr_is_not_asked",),
+        tests=(f"{ARCHITECTURE}::test_network_class_does_not_call_the_getattr_of_a_module",),
     ),
     Fault(
         id="attribute-names-run-as-code",
@@ -70,7 +70,7 @@ FAULTS = (
         old='    return f"{sentence[: LONGEST_SENTENCE - 3]}..."\n',
         new="    return sentence\n",
         effect="A refusal prints a value of 100,000 characters.",
-        tests=(f"{BUNDLE}::test_a_refusal_stays_short_whatever_it_quotes",),
+        tests=(f"{BUNDLE}::test_the_message_of_a_refusal_stays_short_if_it_quotes_long_values",),
     ),
     Fault(
         id="printable-keeps-direction-marks",
@@ -169,7 +169,7 @@ FAULTS = (
         effect="A '?' in RECPRESS_HOME moves the registry to another folder.",
         tests=(
             "tests/infra/test_settings.py"
-            "::test_the_uri_of_a_sqlite_file_opens_that_file_whatever_its_path",
+            "::test_the_uri_of_a_sqlite_file_opens_that_file_for_any_path",
         ),
     ),
     Fault(

@@ -183,6 +183,8 @@ FAULTS = (
         old="    return 400 <= status < 500 and not known\n",
         new="    return False\n",
         effect="A damaged error response of the S3 server ends an order as an invalid setting.",
-        tests=(f"{STORE}::test_a_refusal_that_was_damaged_on_the_way_is_asked_for_again",),
+        tests=(
+            f"{STORE}::test_a_request_is_repeated_if_its_error_response_was_damaged_in_transit",
+        ),
     ),
 )

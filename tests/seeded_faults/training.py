@@ -203,7 +203,7 @@ FAULTS = (
         old="            if not isinstance(item, IdInput) and seen.longest > item.shape[0]:\n",
         new="            if not isinstance(item, IdInput) and seen.longest > 2 * item.shape[0]:\n",
         effect="Lists longer than the input are accepted at pack.",
-        tests=(f"{DATA}::test_lists_too_long_are_refused_in_every_split_whatever_the_policy",),
+        tests=(f"{DATA}::test_lists_too_long_are_refused_in_every_split_even_with_clamped_ids",),
     ),
     Fault(
         id="validation-success-without-evaluation",
