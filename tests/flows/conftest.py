@@ -80,7 +80,7 @@ def world(the_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
 
 @pytest.fixture
 def no_champion(world: World) -> Iterator[None]:
-    """Before and after this test the world has no champion, whatever other tests promoted."""
+    """Remove the champion that any other test promoted, before and after this test."""
     ledger = world.home / "store" / "ledger"
     shutil.rmtree(ledger, ignore_errors=True)
     repair("clicks")

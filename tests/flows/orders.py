@@ -135,7 +135,7 @@ def _name(task: Task[..., Any], arguments: dict[str, Any]) -> str:
 
 
 def carry_out_in_prefect(order: Order) -> Ran:
-    """Run the flow as Prefect would, and ask the server what became of every task."""
+    """Run the flow as Prefect does, and read the state of every task from the server."""
     state = compress(order, return_state=True)
     outcome = state.result()
     while isinstance(outcome, State):
@@ -143,18 +143,18 @@ def carry_out_in_prefect(order: Order) -> Ran:
     run = state.state_details.flow_run_id
     assert run is not None
     with get_client(sync_client=True) as client:
-        held = client.read_flow_run(run).state
-        asked = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
-        found = client.read_task_runs(flow_run_filter=asked, limit=200)
+        flow_state = client.read_flow_run(run).state
+        of_this_run = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+        found = client.read_task_runs(flow_run_filter=of_this_run, limit=200)
         late = time.monotonic() + PATIENCE
-        # The server hears of a task run's end by an event, which may come after the flow's own.
+        # The server learns a task run's end from an event, which may arrive after the flow's end.
         while time.monotonic() < late and any(not has_ended(task) for task in found):
             time.sleep(0.2)
-            found = client.read_task_runs(flow_run_filter=asked, limit=200)
-    assert held is not None
+            found = client.read_task_runs(flow_run_filter=of_this_run, limit=200)
+    assert flow_state is not None
     return Ran(
-        state=held.name or "",
-        message=held.message or "",
+        state=flow_state.name or "",
+        message=flow_state.message or "",
         finished=Finished.model_validate(outcome),
         tasks=tuple((task.name, task.state_name or "") for task in found),
     )

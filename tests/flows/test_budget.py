@@ -113,9 +113,9 @@ def test_a_budget_needs_rows_to_weigh_on(fresh: Path) -> None:
     rows = {split: count for split, count in ROWS.items() if split != "validation"}
     pack(write_draft(fresh / "draft", name="few", rows=rows))
     order = budgeted(0.01, (RowwiseInt8(),)).model_copy(update={"model": "few"})
-    for ask in (carry_out_recipe, explain):
+    for function in (carry_out_recipe, explain):
         with raises_code(OrderRefused, "budget_needs_validation"):
-            ask(order)
+            function(order)
 
 
 def test_small_and_smallest_have_a_budget_where_the_order_sets_none() -> None:

@@ -29,7 +29,7 @@ TARGETS = ("--target", "onnxruntime", "--target", "tensorrt-rtx")
 
 
 class Said:
-    """What one call of the command line, in this process, left behind."""
+    """Exit code and output of one call of the command line in this process."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -87,7 +87,7 @@ def imported_by(code: str, env: Mapping[str, str]) -> set[str]:
     return set(ended.stderr.splitlines()[-1].split())
 
 
-def test_help_imports_nothing_heavy_so_it_answers_at_once(tmp_path: Path) -> None:
+def test_help_imports_no_heavy_package(tmp_path: Path) -> None:
     loaded = imported_by("import flows.cli.app", environment(tmp_path))
     assert "typer" in loaded
     assert not loaded & {"torch", "prefect", "mlflow", "numpy", "pyarrow", "onnx", "pydantic"}
@@ -101,7 +101,7 @@ def test_help_lists_every_command(tmp_path: Path) -> None:
     assert ended.stderr == ""
 
 
-def test_an_order_that_was_carried_out_before_is_answered_without_prefect_or_the_registry(
+def test_a_finished_order_returns_its_report_without_prefect_or_the_registry(
     world: World,
 ) -> None:
     code = (
@@ -162,7 +162,7 @@ def test_an_order_file_is_the_same_order(world: World, call: Any, tmp_path: Path
 def test_an_order_whose_files_are_gone_from_the_store_is_not_called_carried_out(
     world: World,
 ) -> None:
-    """A finished report is worth nothing if the graph that it speaks of cannot be fetched."""
+    """A finished report is useless if the graph that it refers to cannot be fetched."""
     served = world.first.finished.report.targets[0].artifact
     lying = world.home / "store" / "artifacts" / served.sha256
     aside = lying.with_name("aside")
@@ -192,7 +192,7 @@ def test_an_order_whose_files_are_gone_from_the_store_is_not_called_carried_out(
         pytest.param(
             ["clicks", "--limit", LIMIT, "--target", "tpu"], ["'tpu'", "onnxruntime"], id="target"
         ),
-        pytest.param(["nobody", "--limit", LIMIT], ["nobody", "bundle pack"], id="missing model"),
+        pytest.param(["views", "--limit", LIMIT], ["views", "bundle pack"], id="missing model"),
         pytest.param(
             ["--order", "/does/not/exist.json"], ["exist.json cannot be read"], id="no order file"
         ),
@@ -240,16 +240,16 @@ def test_a_required_target_that_cannot_be_built_ends_with_2_and_how_to_install_i
     refused(said, "pip install 'recpress[tensorrt]'")
 
 
-def test_what_nobody_foresaw_ends_with_1_its_kind_and_how_to_see_more(
+def test_an_unexpected_error_exits_with_code_1_and_names_its_class_and_the_debug_variable(
     call: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(reference: str) -> None:
-        raise ZeroDivisionError("nobody saw this coming")
+        raise ZeroDivisionError("an unexpected error")
 
     monkeypatch.setattr("tasks.bundles.packing.show", broken)
     said = call("bundle", "show", "clicks")
     assert said.code == 1
-    assert "ZeroDivisionError: nobody saw this coming" in said.err
+    assert "ZeroDivisionError: an unexpected error" in said.err
     assert "RECPRESS_DEBUG=1" in said.err
     assert "Traceback" not in said.err
 
@@ -429,7 +429,7 @@ def test_a_report_that_is_published_again_is_the_same_artifact(world: World) -> 
     assert again == world.first.finished
 
 
-def test_the_command_that_a_report_shows_is_answered_with_that_report(
+def test_the_reproduction_command_of_a_report_returns_that_report(
     world: World, call: Any, tmp_path: Path
 ) -> None:
     again = world.first.finished.report.reproduction
@@ -481,7 +481,7 @@ def test_a_flipped_byte_in_the_store_is_noticed_and_no_folder_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_engine_that_was_never_measured_is_only_given_to_who_asks_for_it(
+def test_fetch_of_an_unmeasured_engine_requires_the_option_unmeasured(
     world: World, call: Any, tmp_path: Path
 ) -> None:
     version = world.first.finished.version
@@ -504,10 +504,10 @@ def test_an_unknown_target_or_version_is_refused_with_what_there_is(
         call("registry", "fetch", "clicks", "--version", "1", "--target", "tensorrt", *into),
         "has no tensorrt",
     )
-    refused(call("registry", "show", "nobody"), "nobody", "clicks")
+    refused(call("registry", "show", "views"), "views", "clicks")
 
 
-def test_rejected_is_neither_promoted_nor_fetched_unless_asked_for(
+def test_a_rejected_version_is_not_promoted_and_its_fetch_requires_the_option_unaccepted(
     world: World, call: Any, tmp_path: Path, no_champion: None
 ) -> None:
     limits = (Limit.parse("bytes vs baseline <= 0.015"),)

@@ -152,8 +152,8 @@ def test_it_starts_without_prefect(source: Path, tmp_path: Path):
 
 
 def blocks_of(language: str) -> list[str]:
-    told = (Path(ROOT) / "docs" / "tables.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", told, re.DOTALL)
+    page = (Path(ROOT) / "docs" / "tables.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 def test_what_the_documentation_shows_is_what_happens(

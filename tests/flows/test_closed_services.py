@@ -43,7 +43,7 @@ def process_names(services: LocalServices) -> dict[int, list[str]]:
     return found
 
 
-def test_prefect_answers_nobody_without_the_secret(local_services: LocalServices) -> None:
+def test_prefect_refuses_requests_without_the_secret(local_services: LocalServices) -> None:
     client = local_services.client
     require_no_answer_without_the_secret(
         client["PREFECT_API_URL"], client["PREFECT_API_AUTH_STRING"]
@@ -177,7 +177,7 @@ def test_mlflow_refuses_pages_of_other_origins_and_foreign_hosts(
 ) -> None:
     uri = local_services.client["MLFLOW_TRACKING_URI"]
     create = "/api/2.0/mlflow/registered-models/create"
-    # MLflow lets pages of this machine in, whatever their port; docs/services.md says so.
+    # MLflow accepts pages of this machine on any port (docs/services.md).
     pages = [origin for origin in FOREIGN if urlsplit(origin).hostname not in LOCAL]
     assert len(pages) == 4
     for origin in pages:
@@ -219,7 +219,7 @@ def test_the_store_takes_no_http_request_without_a_key_on_any_port(
         ("DELETE", "/1,0112345678"),
         ("PUT", "/recpress/from-another-origin"),
     )
-    answered = {}
+    accepted = {}
     for _, port in listening(pid):
         for method, path in paths:
             try:
@@ -227,8 +227,8 @@ def test_the_store_takes_no_http_request_without_a_key_on_any_port(
             except (OSError, http.client.HTTPException):
                 continue  # gRPC is another protocol
             if reply.status < 400:
-                answered[port, method, path] = reply.status
-    assert answered == {}
+                accepted[port, method, path] = reply.status
+    assert accepted == {}
     s3 = local_services.client["AWS_ENDPOINT_URL"]
     for method, path in (("GET", "/"), ("POST", "/?Action=CreateUser&UserName=x")):
         assert send(s3, method, path).status in {403, 405}, path

@@ -191,7 +191,7 @@ def test_the_same_order_again_takes_every_task_from_the_cache_and_registers_noth
     assert sorted(carry_out(world.order).tasks) == sorted(ran.tasks)
 
 
-def test_other_limits_measure_nothing_anew(world: World) -> None:
+def test_an_order_with_other_limits_runs_only_gate_and_publish_again(world: World) -> None:
     ran = carry_out(with_limits(world, "auc vs baseline >= -0.03"))
     made = [name for name, state in ran.tasks if state != "Cached"]
     assert {name.split()[0] for name in made} == {"gate", "publish"}, made
@@ -269,7 +269,7 @@ def test_a_killed_flow_goes_on_where_it_was(
         while "static_int8" not in lines[-1] and (line := process.stderr.readline()):
             lines.append(line)
     finally:
-        with suppress(ProcessLookupError):  # it ended by itself, which the next line tells
+        with suppress(ProcessLookupError):  # it ended by itself: the exit code below shows it
             os.killpg(process.pid, signal.SIGKILL)
     process.stderr.close()
     assert process.wait() == -signal.SIGKILL, lines
@@ -360,14 +360,14 @@ def runs_of(name: str) -> list[int]:
     return [run.run_count for run in found if run.flow_run_id == newest.flow_run_id]
 
 
-def test_a_store_that_fails_once_is_asked_again(
+def test_a_task_is_retried_once_after_a_store_failure(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    calls = []
 
     def failing_once() -> Any:
-        asked.append(1)
-        if len(asked) == 1:
+        calls.append(1)
+        if len(calls) == 1:
             raise StoreUnavailable("disk_full", path="store")
         return store()
 
@@ -376,17 +376,19 @@ def test_a_store_that_fails_once_is_asked_again(
     assert runs_of("prepare") == [2]
 
 
-def test_what_is_refused_is_not_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_task_that_raises_a_refusal_is_not_retried(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
 
     def refusing() -> Any:
-        asked.append(1)
+        calls.append(1)
         raise DataRefused("checks_missing")
 
     monkeypatch.setattr(preparing, "store", refusing)
     with raises_code(DataRefused, "checks_missing"):
         only_prepare(world.packed.artifact)
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
 def test_a_store_that_is_down_is_said_in_one_sentence_within_a_minute(tmp_path: Path) -> None:

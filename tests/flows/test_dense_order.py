@@ -30,8 +30,8 @@ def test_a_report_says_what_became_of_packed_and_of_sparse_layers(world: World) 
     assert graph.sparse_layers == ("first", "second")
     assert built.lowering.graphs[0].sparse_layers == ("first", "second")
     assert built.audits["model"]["sparsity"] == "not told"
-    told = markdown(report)
-    assert "did not pay, since ONNX Runtime stores and multiplies zeros" in told
-    assert "1 dense layer multiplied by codes as stored" in told
-    assert "gptq leaves" in told
-    assert "no gain in ONNX Runtime" in told
+    text = markdown(report)
+    assert "did not pay, since ONNX Runtime stores and multiplies zeros" in text
+    assert "1 dense layer multiplied by codes as stored" in text
+    assert "gptq leaves" in text
+    assert "no gain in ONNX Runtime" in text

@@ -198,12 +198,12 @@ def test_the_release_is_in_the_s3_store_and_is_fetched_with_every_chunk_verified
     ("options", "code"),
     [
         ({"aws_secret_access_key": "wrong"}, "SignatureDoesNotMatch"),
-        ({"aws_access_key_id": "nobody"}, "InvalidAccessKeyId"),
+        ({"aws_access_key_id": "unknown"}, "InvalidAccessKeyId"),
         ({"config": Config(signature_version=UNSIGNED)}, "AccessDenied"),
     ],
     ids=["secret", "key", "anonymous"],
 )
-def test_the_s3_store_refuses_whoever_has_not_the_key(
+def test_the_s3_store_refuses_requests_without_the_key(
     client: dict[str, str], options: dict[str, Any], code: str
 ) -> None:
     with pytest.raises(ClientError) as raised:

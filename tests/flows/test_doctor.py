@@ -156,7 +156,7 @@ def test_the_whole_command_ends_soon_though_its_services_hang(
     ("status", "words"),
     [(401, "refuses the credentials (401)"), (403, "(403)"), (500, "its own failure (500)")],
 )
-def test_an_error_status_is_told_with_its_remedy(
+def test_an_http_error_status_is_reported_with_its_remedy(
     status: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(lambda _: (status, {}, SECRET.encode())) as uri:
@@ -175,7 +175,7 @@ def test_a_server_that_is_neither_mlflow_nor_prefect_is_not_taken_for_one(
 ) -> None:
     with serving(lambda _: (200, {}, b"<html>It works!</html>")) as uri:
         configured(monkeypatch, uri)
-        monkeypatch.delenv("RECPRESS_STORE")  # a store would be asked until the limit
+        monkeypatch.delenv("RECPRESS_STORE")  # the check of a store would wait until the limit
         _, registry, prefect = services()
     assert "not as MLflow does" in registry.found
     assert "not as Prefect does" in prefect.found
@@ -204,7 +204,7 @@ def test_credentials_are_sent_and_a_redirect_does_not_take_them_elsewhere(
     assert elsewhere == []
 
 
-def test_an_s3_store_answers_with_its_latency_and_whether_it_is_written(
+def test_doctor_reports_latency_and_write_access_of_an_s3_store(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_STORE", "s3://models/doctor")
@@ -366,12 +366,12 @@ def test_a_question_is_given_up_at_its_limit_though_it_drips() -> None:
     assert time.monotonic() - begun < 1
 
 
-def test_what_asking_raised_is_raised_where_the_answer_is_read() -> None:
-    def ask() -> None:
+def test_http_request_raises_the_error_of_its_thread_when_the_answer_is_read() -> None:
+    def refused() -> None:
         raise PermissionError("no")
 
     with pytest.raises(PermissionError, match="no"):
-        HttpRequest(ask).answer()
+        HttpRequest(refused).answer()
 
 
 def test_json_of_the_command_has_the_remedy(
@@ -385,7 +385,7 @@ def test_json_of_the_command_has_the_remedy(
     assert remedies["torch"] == ""
 
 
-def test_modules_that_are_not_there_are_told_without_importing_any(
+def test_doctor_reports_missing_modules_without_importing_any(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "loud_models.py").write_text("raise SystemExit('imported')")

@@ -46,7 +46,7 @@ from infra.telemetry import TELEMETRY_OFF
 from tasks.bundles.packing import pack
 
 LIMIT = "auc vs baseline >= -0.02"
-# An order that another test carried out would be answered at once, without a server.
+# The report of an order that another test carried out would be returned without a server.
 COMPRESS = ("compress", "clicks", "--preset", "fast", "--limit", LIMIT, "--force", "--json")
 START_SECONDS = 120  # a busy machine; an idle one needs about 12
 END_SECONDS = 200

@@ -1,4 +1,4 @@
-"""What ``recpress explain`` foretells is what carrying the order out comes to."""
+"""``recpress explain`` predicts the result of carrying out the order."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,9 @@ def test_what_a_budget_decides_is_known_within_bounds(world: World, explained: E
     assert [target.target for target in found.targets] == ["onnxruntime", "tensorrt-rtx"]
 
 
-def test_an_order_that_was_carried_out_before_is_told(world: World, explained: Explanation) -> None:
+def test_explain_names_the_version_of_an_order_that_was_carried_out_before(
+    world: World, explained: Explanation
+) -> None:
     assert explained.earlier == world.first.finished.version
 
 
@@ -92,7 +94,7 @@ def test_what_would_be_refused_is_refused_now(world: World) -> None:
         explain(Order(model="nothing", preset="fast", limits=(ANY,)))
 
 
-def test_rows_that_are_missing_are_told(fresh: Path) -> None:
+def test_explain_names_the_missing_splits_of_each_skipped_step(fresh: Path) -> None:
     pack(write_draft(fresh / "draft", name="few", rows={"train": 500, "test": 500}))
     found = explain(Order(model="few", preset="small", limits=(ANY,)))
     reasons = left_out(found)

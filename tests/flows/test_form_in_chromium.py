@@ -37,7 +37,7 @@ def page() -> Iterator[Page]:
 
 
 def log_in(page: Page, services: LocalServices, path: str) -> None:
-    """Open a page of Prefect's UI, which asks for the authentication string first."""
+    """Open a page of Prefect's UI, which requires the authentication string first."""
     page.goto(services.client["PREFECT_API_URL"].removesuffix("/api") + path)
     page.wait_for_url(re.compile("/login"))
     password = page.locator("input[type=password]")

@@ -59,10 +59,10 @@ def test_steps_belong_to_the_preset_custom_and_to_no_other() -> None:
     assert changed(preset="custom", steps=(Float16(),)).recipe() == (Float16(),)
 
 
-@pytest.mark.parametrize("behind", [Recalibrate(), RowwiseInt8()])
-def test_a_map_of_the_output_comes_last_and_once(behind: AnyStep) -> None:
-    with raises_value_error("recalibrate_not_last", step=behind.kind):
-        changed(preset="custom", steps=(Recalibrate(), behind))
+@pytest.mark.parametrize("following", [Recalibrate(), RowwiseInt8()])
+def test_recalibrate_must_be_the_last_step_and_occur_once(following: AnyStep) -> None:
+    with raises_value_error("recalibrate_not_last", step=following.kind):
+        changed(preset="custom", steps=(Recalibrate(), following))
     last = changed(preset="custom", steps=(RowwiseInt8(), Recalibrate()))
     assert last.recipe()[-1] == Recalibrate()
 
@@ -120,7 +120,7 @@ def form() -> dict[str, typing.Any]:
     return {"Order": definitions["Order"], **definitions}
 
 
-def test_the_form_asks_for_the_model_first_and_numbers_every_field(
+def test_the_form_shows_the_model_first_and_numbers_every_field(
     form: dict[str, typing.Any],
 ) -> None:
     for name in ("Order", "Targets", "Limit"):
@@ -145,8 +145,8 @@ def test_the_form_offers_choices_where_there_are_choices(form: dict[str, typing.
     assert {"auc", "bytes", "p99_ms@64"} <= set(form["Limit"]["properties"]["metric"]["enum"])
 
 
-def test_the_form_tells_steps_apart_by_their_kind(form: dict[str, typing.Any]) -> None:
-    """Without a discriminator Prefect's form cannot say which of several models is meant."""
+def test_the_form_schema_distinguishes_steps_by_their_kind(form: dict[str, typing.Any]) -> None:
+    """Without a discriminator Prefect's form cannot select one of several models."""
     items = form["Order"]["properties"]["steps"]["items"]
     kinds = {
         member.model_fields["kind"].default
@@ -187,7 +187,7 @@ SAME = order_digest(ORDER, SUBJECT, None)
         ),
     ],
 )
-def test_whatever_changes_the_result_changes_the_orders_digest(
+def test_order_digest_differs_for_every_change_that_affects_the_result(
     order: Order, subject: BundleRef, champion: Artifact | None
 ) -> None:
     assert order_digest(order, subject, champion) != SAME

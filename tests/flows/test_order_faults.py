@@ -1,4 +1,4 @@
-"""A faulty order is answered with the place of the fault and the names that would do."""
+"""Errors of a faulty order name the place of the fault and the valid names."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ def sentences_of(**changed: Any) -> list[str]:
     return sentences(fault.value, Order)
 
 
-def test_a_misspelt_setting_is_answered_with_those_of_its_own_step() -> None:
+def test_a_misspelled_setting_is_reported_with_the_settings_of_its_step() -> None:
     (said,) = sentences_of(steps=[{"kind": "fold"}, {"kind": "channels", "kep": 0.5}])
     assert said.startswith("steps.1.channels.kep: there is no such setting, did you mean 'keep'?")
     assert "keep, " in said
@@ -38,12 +38,14 @@ def test_a_misspelt_setting_is_answered_with_those_of_its_own_step() -> None:
         ({"limits": [{**LIMIT, "at_last": 1}]}, ["limits.0.at_last:", "at_least"]),
     ],
 )
-def test_so_is_one_at_any_depth(changed: dict[str, Any], words: list[str]) -> None:
+def test_a_misspelled_setting_is_reported_at_any_depth(
+    changed: dict[str, Any], words: list[str]
+) -> None:
     (said,) = sentences_of(**changed)
     assert all(word in said for word in words), said
 
 
-def test_a_misspelt_step_is_answered_with_the_nearest_and_all() -> None:
+def test_a_misspelled_step_is_reported_with_the_nearest_name_and_all_names() -> None:
     (said,) = sentences_of(steps=[{"kind": "static-int8"}])
     assert said.startswith("steps.0: there is no kind 'static-int8', did you mean 'static_int8'?")
     assert "rowwise_int4" in said
@@ -57,7 +59,7 @@ def test_what_is_missing_empty_or_contradictory_is_said_plainly() -> None:
     assert sentences(fault.value, Order) == ["limits: is missing"]
 
 
-def test_a_faulty_limit_is_not_told_of_as_a_missing_one_too() -> None:
+def test_a_faulty_limit_is_not_also_reported_as_missing() -> None:
     (said,) = sentences_of(limits=[{**LIMIT, "metric": "AUC"}])
     assert said.startswith("limits.0.metric: ")
 
@@ -68,7 +70,7 @@ def test_without_a_model_to_read_names_from_nothing_is_guessed() -> None:
     assert sentences(fault.value) == ["limit: there is no such setting"]
 
 
-def test_a_thousand_faults_are_answered_with_the_first_and_their_number() -> None:
+def test_a_thousand_faults_are_reported_as_the_first_20_and_the_number_of_others() -> None:
     said = sentences_of(teachers=list(range(1000)))
     assert len(said) == 21
     assert said[0].startswith("teachers.0:")

@@ -103,7 +103,9 @@ def test_the_student_is_stored_with_its_own_configuration(
     assert line.bytes_after < line.bytes_before
 
 
-def test_no_progress_is_left_behind(recipe: tuple[World, RecipeRun], world: World) -> None:
+def test_a_finished_recipe_leaves_no_progress_files(
+    recipe: tuple[World, RecipeRun], world: World
+) -> None:
     folder = load_settings().home / "progress"
     assert not list(folder.iterdir())
 
@@ -130,7 +132,9 @@ def test_a_recipe_of_ones_own_must_fit(world: World) -> None:
     assert "does not grow in proportion to hidden" in str(caught.value.fields["reason"])
 
 
-def test_rows_that_a_step_needs_are_asked_for_before_anything_runs(fresh: Path) -> None:
+def test_a_recipe_without_rows_that_a_step_needs_is_refused_before_any_step_runs(
+    fresh: Path,
+) -> None:
     rows = {split: count for split, count in ROWS.items() if split != "validation"}
     pack(write_draft(fresh / "draft", name="few", rows=rows))
     order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(ANY,))

@@ -40,8 +40,8 @@ def everything_in(server: S3Server, bucket: str, prefix: str) -> Iterator[tuple[
             yield entry["Key"], body.read()
 
 
-def told_to_prefect() -> str:
-    """All that the server keeps for its pages: artifacts, logs, parameters, state messages."""
+def everything_in_prefect() -> str:
+    """All text that the server stores: artifacts, logs, parameters and state messages, as JSON."""
     with get_client(sync_client=True) as client:
         artifacts = client.read_artifacts()
         runs = [*client.read_flow_runs(), *client.read_task_runs()]
@@ -61,7 +61,7 @@ def assert_nowhere(server: S3Server, home: Path, *said: str) -> None:
     assert len(objects) > 20
     assert [key for key, body in objects.items() if secret.encode() in body] == []
     assert files_with(secret, home) == []
-    assert secret not in told_to_prefect()
+    assert secret not in everything_in_prefect()
     for text in said:
         assert secret not in text
 

@@ -26,16 +26,16 @@ def replies(
     for name, value in embedded_server._environment(auth).items():
         monkeypatch.setenv(name, value)
 
-    async def ask() -> list[httpx.Response]:
+    async def send_requests() -> list[httpx.Response]:
         app = create_app(ephemeral=True, ignore_cache=True)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as client:
             return [await client.get(VERSION, headers=headers) for headers in requests]
 
     with SettingsContext(profile=get_settings_context().profile, settings=Settings()):
-        return asyncio.run(ask())
+        return asyncio.run(send_requests())
 
 
-def test_an_embedded_server_answers_only_requests_with_its_secret(
+def test_an_embedded_server_accepts_only_requests_with_its_secret(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     auth = new_auth_string()

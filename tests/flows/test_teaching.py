@@ -82,7 +82,7 @@ def test_the_plan_says_who_taught_and_on_what(ran: tuple[Path, Ran]) -> None:
         assert after.model_copy(update={"reasons": before.reasons}) == before
 
 
-def test_every_teacher_is_asked_once_a_split_and_the_answers_are_averaged_once(
+def test_every_teacher_scores_each_split_once_and_predictions_are_averaged_once(
     ran: tuple[Path, Ran],
 ) -> None:
     # Three models on two splits; and the three stages on the test rows.
@@ -145,7 +145,7 @@ def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, Ran]) -> N
         (("second@1",), (RowwiseInt8(),), "teachers_unused", {"steps": ("rowwise_int8",)}),
     ],
 )
-def test_teachers_who_cannot_be_heard_are_refused_before_anything_runs(
+def test_teachers_that_cannot_be_used_are_refused_before_any_step_runs(
     teachers: tuple[str, ...],
     steps: tuple[Distill | RowwiseInt8, ...],
     code: str,
@@ -182,7 +182,7 @@ def test_the_command_line_takes_teachers_and_exits_with_2_where_they_do_not_fit(
     code, out, err = run_main_apart(monkeypatch, capsys, "explain", *order, "--json")
     assert code == 0, err
     assert "taught by 3 models" in out
-    asked = ("clicks@1", "--preset", "small", "--limit", str(ANY), "--teacher", "lists@1")
-    code, _, err = run_main_apart(monkeypatch, capsys, "explain", *asked)
+    arguments = ("clicks@1", "--preset", "small", "--limit", str(ANY), "--teacher", "lists@1")
+    code, _, err = run_main_apart(monkeypatch, capsys, "explain", *arguments)
     assert code == 2
     assert "another signature" in err

@@ -1,4 +1,4 @@
-"""What an order really published, laid out for Triton and asked what the server's warm-ups ask."""
+"""A model published by an order, exported for Triton and called with the server's warm-ups."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tasks.promotion.promotions import promote
 pytestmark = pytest.mark.usefixtures("no_champion")
 
 
-def test_a_published_model_answers_the_warm_ups_of_its_own_configuration(
+def test_a_published_model_scores_the_warm_ups_of_its_triton_configuration(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_TRITON", str(tmp_path))
@@ -27,15 +27,15 @@ def test_a_published_model_answers_the_warm_ups_of_its_own_configuration(
     message = read(text)
     assert _names(message["input"]) == [item.name for item in session.get_inputs()]
     assert _names(message["output"]) == [item.name for item in session.get_outputs()]
-    answered = []
+    batch_sizes = []
     for rows, arrays in warmups(text):
         (scores,) = session.run(None, arrays)
         assert scores.shape == (rows,)
         assert np.isfinite(scores).all()
         assert arrays["tags"].shape == (LONGEST,)
-        answered.append(rows)
+        batch_sizes.append(rows)
     # Measured at 1, 64 and 1024 rows; which of them is the best is the machine's business.
-    assert {1, 1024} <= set(answered) <= {1, 64, 1024}
+    assert {1, 1024} <= set(batch_sizes) <= {1, 64, 1024}
     assert message["max_batch_size"] == [0]  # a bag's values are no rows
 
 

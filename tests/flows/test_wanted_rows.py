@@ -34,7 +34,7 @@ def subject(**rows: int) -> BundleRef:
         ({"train": 10, "calibration": 10}, ("calibration",)),
     ],
 )
-def test_float16_sees_calibration_rows_where_there_are_any_and_never_lacks_them(rows, seen):
+def test_float16_uses_calibration_rows_if_available_and_never_requires_them(rows, seen):
     held = subject(**rows)
     assert parts_of_step(Float16(), held) == seen
     assert lacking(Float16(), held) is None

@@ -73,7 +73,7 @@ FAULTS = (
         old='            if step.kind == "recalibrate":\n',
         new='            if step.kind == self.steps[-1].kind == "recalibrate":\n',
         effect="A calibration map is fitted before later steps change the scores.",
-        tests=(f"{ORDER}::test_a_map_of_the_output_comes_last_and_once",),
+        tests=(f"{ORDER}::test_recalibrate_must_be_the_last_step_and_occur_once",),
     ),
     Fault(
         id="order-steps-ignored-with-a-preset",

@@ -135,7 +135,7 @@ FAULTS = (
         old='            "budget": order.quality_budget(),\n',
         new="",
         effect="Two orders that differ only in the budget share one result.",
-        tests=(f"{ORDER}::test_whatever_changes_the_result_changes_the_orders_digest",),
+        tests=(f"{ORDER}::test_order_digest_differs_for_every_change_that_affects_the_result",),
     ),
     Fault(
         id="order-digest-without-attempt",
@@ -143,7 +143,7 @@ FAULTS = (
         old='            "attempt": order.attempt,\n',
         new="",
         effect="An order with a new attempt number reuses the result of the first attempt.",
-        tests=(f"{ORDER}::test_whatever_changes_the_result_changes_the_orders_digest",),
+        tests=(f"{ORDER}::test_order_digest_differs_for_every_change_that_affects_the_result",),
     ),
     Fault(
         id="order-digest-without-teachers",
