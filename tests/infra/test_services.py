@@ -137,7 +137,7 @@ def test_the_instructions_name_where_the_secret_is_read_and_not_the_secret(
     here: Services, tmp_path: Path
 ) -> None:
     text = "\n".join(local_services.instructions(here.client, tmp_path / "client.env"))
-    assert "http://127.0.0.1:4200 and asks for the authentication string" in text
+    assert "http://127.0.0.1:4200 and requires the authentication string" in text
     assert f'(. {tmp_path}/client.env; echo "$PREFECT_API_AUTH_STRING")' in text
     assert [value for value in SECRETS.values() if value in text] == []
 
