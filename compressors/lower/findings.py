@@ -50,3 +50,16 @@ class GraphAudit(Frozen):
     weight_bytes: int
     packed_layers: int = 0
     widened_layers: int = 0
+
+
+class Parity(Frozen):
+    """Differences between two sets of scores, and their limits."""
+
+    rows: int
+    largest: float
+    root_mean_square: float
+    quantile_90: float
+    spread: float
+    rms_limit: float
+    largest_limit: float
+    quantile_90_limit: float

@@ -20,25 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compressors.contracts import Frozen, Plan, TargetKind
+from compressors.contracts import Plan, TargetKind
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
+from compressors.lower.findings import Parity
 from compressors.lower.targets.registry import lowering_target
 
 FloatArray = NDArray[np.float32]
-
-
-class Parity(Frozen):
-    """Differences between two sets of scores, and their limits."""
-
-    rows: int
-    largest: float
-    root_mean_square: float
-    quantile_90: float
-    spread: float
-    rms_limit: float
-    largest_limit: float
-    quantile_90_limit: float
 
 
 def compare(

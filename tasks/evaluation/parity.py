@@ -18,8 +18,9 @@ from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.bfloat16_products import write_checkable
 from compressors.lower.export import Lowered, exported
+from compressors.lower.findings import Parity
 from compressors.lower.first_difference import GraphValue, first_difference, run_traced
-from compressors.lower.parity import FloatArray, Parity, allowed_share, compare, gap_of
+from compressors.lower.parity import FloatArray, allowed_share, compare, gap_of
 from compressors.lower.serving_wrapper import input_names
 from compressors.lower.targets.registry import lowering_target
 from infra.errors import InfraError

@@ -30,8 +30,7 @@ from compressors.contracts import (
 from compressors.contracts.reasoned import Reasoned
 from compressors.contracts.reasons import Reason, read_reasons
 from compressors.errors.compression import CompressionError
-from compressors.lower.findings import GraphAudit, TableInitializers
-from compressors.lower.parity import Parity
+from compressors.lower.findings import GraphAudit, Parity, TableInitializers
 from compressors.metrics import judge
 from infra.bundle.bundle_folder import read
 from infra.bundle.json_limits import validated

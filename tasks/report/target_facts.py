@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from compressors.lower.parity import Parity
+from compressors.lower.findings import Parity
 from infra.pages.html import many
 from tasks.orchestration.documents import LoweredGraph, Report, TargetReport
 from tasks.report.cells import as_text, packed, widened

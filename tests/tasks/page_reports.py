@@ -4,8 +4,7 @@ from typing import Any
 
 from compressors.contracts import Artifact, Estimate, Judgement, Limit, Plan, PlanLine, Verdict
 from compressors.contracts.reasons import Reason
-from compressors.lower.findings import GraphAudit
-from compressors.lower.parity import Parity
+from compressors.lower.findings import GraphAudit, Parity
 from compressors.metrics.judge import Measured, Number
 from flows.order import Order
 from flows.terms import Targets

@@ -15,7 +15,7 @@ from compressors.contracts import (
     overall,
 )
 from compressors.contracts.reasons import Reason
-from compressors.lower.parity import Parity
+from compressors.lower.findings import Parity
 from compressors.metrics import judge
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.data.expectations import Validation

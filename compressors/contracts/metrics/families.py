@@ -124,7 +124,7 @@ def measured_metrics(task: str, *, grouped: bool, test_rows: int) -> tuple[str, 
     """Return the names of all metrics that can be measured for a model, for people.
 
     These are quality, score changes, bytes, and latency of batches no larger than the test rows.
-    A family is one name, such as ``ndcg@<k>``.
+    A family is one name, such as ``ndcg@k``.
     """
     return tuple(
         family.spelling

@@ -103,8 +103,8 @@ class MetricFamily:
 
     @property
     def spelling(self) -> str:
-        """The names of the family for people: ``auc``, ``ndcg@<k>``."""
-        return f"{self.name}<{self.number}>" if self.number else self.name
+        """The names of the family for people: ``auc``, ``ndcg@k``."""
+        return f"{self.name}{self.number}"
 
     def of_task(self, kind: TaskKind) -> tuple[Metric, ...]:
         """Return the metrics of the family that every order measures for a kind of task."""
