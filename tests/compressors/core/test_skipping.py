@@ -279,7 +279,14 @@ def test_a_step_of_a_preset_does_not_fail_on_one_unit(
     made(step, source, reference.bench(tmp_path / "data"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.__name__)
+@pytest.mark.parametrize(
+    "network",
+    [
+        # In the default tier every second network; the test above has all of them.
+        pytest.param(network, id=network.__name__, marks=pytest.mark.nightly if place % 2 else ())
+        for place, network in enumerate(NETWORKS)
+    ],
+)
 def test_no_step_of_a_preset_fails_on_one_unit(network: type[Plain], tmp_path: Path) -> None:
     model, bench = packed_and_folded(network)
     for number, step in enumerate((StaticInt8(), Float16())):
