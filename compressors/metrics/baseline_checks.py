@@ -17,6 +17,7 @@ from compressors.contracts import Signature, Split, metric, quality_metrics
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows
 from compressors.metrics.baseline_problem import BaselineProblem
+from compressors.task_kinds import builtin as builtin
 from compressors.task_kinds.protocol import ScoredSample
 
 SAMPLE_ROWS = 4096

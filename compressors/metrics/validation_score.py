@@ -7,6 +7,7 @@ from torch import nn
 from compressors.contracts import Signature, Split, metric
 from compressors.core.batches import batches
 from compressors.core.placement import device_of, to_device
+from compressors.metrics.estimators import builtin as builtin
 from compressors.metrics.estimators.protocols import RowEstimator, ScoredRows
 
 SCORING_ROWS = 8192

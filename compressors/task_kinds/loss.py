@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
+from compressors.task_kinds import builtin as builtin
 from compressors.task_kinds.protocol import TaskFunctions, TaughtRows
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import compress, gate, publish, tables, validate
+from tasks import compress, gate, measure, publish, rank, stages, tables, validate
 from tasks.orchestration import code_digest as digests
 from tasks.orchestration.code_digest import ROOT, code_digest, imported_sources
 
@@ -72,6 +72,24 @@ def test_task_does_not_depend_on_flows_or_on_what_it_does_not_import():
     assert not any("report" in name for name in found)
     assert "compressors/quantize/tables/rowwise_int8.py" not in sources(gate.gate.fn)
     assert "tasks/report/tables.py" in sources(publish.publish.fn)
+
+
+@pytest.mark.parametrize(
+    ("task", "file"),
+    [
+        (measure.measure, "compressors/metrics/estimators/auc.py"),
+        (measure.measure, "compressors/metrics/estimators/recall.py"),
+        (stages.measure_stages, "compressors/metrics/estimators/log_loss.py"),
+        (rank.rank, "compressors/metrics/estimators/ndcg.py"),
+        (compress.compress, "compressors/metrics/estimators/ndcg.py"),
+        (compress.compress, "compressors/task_kinds/ctr.py"),
+        (compress.compress, "compressors/task_kinds/ranking.py"),
+        (validate.validate, "compressors/task_kinds/ctr.py"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_task_depends_on_estimators_and_functions_that_declarations_name(task, file):
+    assert file in sources(inspect.unwrap(task.fn))
 
 
 def test_tasks_that_render_a_page_depend_on_its_templates():

@@ -5,4 +5,5 @@ auc.py        AUC of all rows, and within groups
 log_loss.py   log loss and normalized entropy of all rows
 ndcg.py       NDCG of lists of rows, and of the catalogue for each query
 recall.py     recall of the catalogue for each query
+builtin.py    all of them, for the digests of the tasks that measure
 """
