@@ -10,6 +10,7 @@ reasoned.py           a decision and its reasons
 artifact.py           a stored object, named by its content hash
 memory_errors.py      recognize errors caused by too little memory
 inputs.py             the kinds of inputs of a model
+named_object.py       objects that a declaration names, imported when first used
 task_kind.py          what a kind of task declares, and the registry of kinds
 metrics/              metrics: name, direction, unit, range and estimator
 limits.py             the limits of an order

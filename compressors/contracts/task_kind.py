@@ -5,12 +5,12 @@ write its declaration and its functions, and add it to ``TASK_KINDS`` or call ``
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
+from compressors.contracts.named_object import named_object
 from compressors.contracts.value_errors import value_error
 
 OutputForm = Literal["logit", "probability", "score"]
@@ -69,10 +69,7 @@ class TaskKind:
 
     def load(self) -> Any:
         """Return the class of the kind's functions, or None; see ``functions``."""
-        if isinstance(self.functions, str):
-            module, _, name = self.functions.partition(":")
-            return getattr(import_module(module), name)
-        return self.functions
+        return named_object(self.functions)
 
 
 TASK_KINDS: dict[str, TaskKind] = {}

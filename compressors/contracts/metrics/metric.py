@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, Literal
 
+from compressors.contracts.named_object import named_object
 from compressors.contracts.task_kind import Evaluation, Labels, TaskKind
 
 MetricKind = Literal["quality", "score_change", "bytes", "latency"]
@@ -73,13 +73,8 @@ class Metric:
 
         Its protocol is in ``compressors/metrics/estimators/protocols.py``.
         """
-        found = self.estimators.get(evaluation)
-        if found is None:
-            return None
-        if isinstance(found, str):
-            module, _, name = found.partition(":")
-            found = getattr(import_module(module), name)
-        return found(self)
+        found = named_object(self.estimators.get(evaluation))
+        return None if found is None else found(self)
 
 
 @dataclass(frozen=True, kw_only=True)
