@@ -28,13 +28,14 @@ from benchmarks.ctr import (
     load_baseline,
     prepare_splits,
 )
-from compressors.core.runner import ModelStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import Step
 from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from compressors.quantize.dense.float16 import Float16
 from compressors.quantize.dense.qat import QAT
 from compressors.quantize.dense.static_int8 import StaticInt8
 
-STEPS: dict[str, ModelStep] = {
+STEPS: dict[str, Step] = {
     **{
         f"`static_int8`, `{how}`": StaticInt8(calibrator=how)
         for how in ("min_max", "percentile", "entropy", "mse", "best")

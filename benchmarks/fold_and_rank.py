@@ -30,7 +30,8 @@ from benchmarks.ctr import (
 )
 from compressors.contracts import Bench, Plan, Split
 from compressors.core.model import Model
-from compressors.core.runner import ModelStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import Step
 from compressors.factorize.low_rank_dense import LowRankDense
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
@@ -41,7 +42,7 @@ from compressors.rewrite.smooth_quant import SmoothQuant
 from infra.onnxruntime.sessions import optimized_graph
 
 INT8 = StaticInt8()
-RECIPES: dict[str, tuple[ModelStep, ...]] = {
+RECIPES: dict[str, tuple[Step, ...]] = {
     "`fold`": (Fold(),),
     "`static_int8`": (INT8,),
     "`fold`, `static_int8`": (Fold(), INT8),
@@ -97,7 +98,7 @@ class Line:
 def measure(model: Model, bench: Bench, test: Split, lines: dict[str, Line]) -> None:
     """Run every recipe on one network; steps that several recipes start with run once."""
     before = auc(model.module, test)
-    results: dict[tuple[ModelStep, ...], Model] = {(): model}
+    results: dict[tuple[Step, ...], Model] = {(): model}
     with tempfile.TemporaryDirectory() as scratch:
         for label, steps in RECIPES.items():
             for count in range(1, len(steps) + 1):

@@ -21,7 +21,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from compressors.core.runner import encode_table
+from compressors.core.steps.table_encoder import encode_table
 from compressors.lower.targets.onnxruntime.operators import translations
 from compressors.quantize.kernels import bitpacking
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4

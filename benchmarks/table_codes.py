@@ -20,7 +20,8 @@ import torch
 from compressors.contracts import Bench, Split
 from compressors.core.model import Model
 from compressors.core.modules.formats import Bag, PackedTable
-from compressors.core.runner import ModelStep, TableStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import Step, TableStep
 from compressors.core.units import Unit
 from compressors.distill.distill import Distill
 from compressors.distill.refit_codes import RefitCodes
@@ -132,11 +133,11 @@ def main() -> None:
             )
 
 
-def _refitter(step: ModelStep, model: Model, bench: Bench) -> Callable[[int], Model]:
+def _refitter(step: Step, model: Model, bench: Bench) -> Callable[[int], Model]:
     return lambda seed: _run_with_seed(step, model, bench, seed)
 
 
-def _run_with_seed(step: ModelStep, model: Model, bench: Bench, seed: int) -> Model:
+def _run_with_seed(step: Step, model: Model, bench: Bench, seed: int) -> Model:
     with (
         tempfile.TemporaryDirectory() as scratch
     ):  # mapped files stay readable after they are deleted

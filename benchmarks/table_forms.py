@@ -20,7 +20,8 @@ from torch import Tensor
 from benchmarks.distill_settings import auc_of
 from compressors.contracts import Bench
 from compressors.core.model import Model
-from compressors.core.runner import ModelStep, TableStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import Step, TableStep
 from compressors.core.units import Unit
 from compressors.distill.distill import Distill
 from compressors.distill.training.settings import Training
@@ -43,9 +44,9 @@ PARTS = ("train", "validation")
 TABLE_L2 = 0.05  # as in the demo's training
 
 
-def groups(dim: int) -> dict[str, tuple[ModelStep, ...]]:
+def groups(dim: int) -> dict[str, tuple[Step, ...]]:
     """Steps by the share of a table's bytes that they keep, for tables of width ``dim``."""
-    steps: dict[str, tuple[ModelStep, ...]] = {}
+    steps: dict[str, tuple[Step, ...]] = {}
     for share in (0.5, 0.25, 0.125):
         numbers = max(1, round(share * dim))
         steps[f"1/{round(1 / share)}"] = (
@@ -65,7 +66,7 @@ def groups(dim: int) -> dict[str, tuple[ModelStep, ...]]:
     return steps
 
 
-def step_label(step: ModelStep) -> str:
+def step_label(step: Step) -> str:
     """The step's kind and the settings that distinguish it within its group."""
     shown = ("importance", "operation", "weighted", "signed")
     settings = {name: getattr(step, name) for name in shown if name in step.model_fields_set}  # type: ignore[attr-defined]

@@ -16,7 +16,8 @@ import torch
 from benchmarks.distill_settings import auc_of
 from benchmarks.table_forms import table_bytes
 from compressors.core.model import Model
-from compressors.core.runner import ModelStep, TableStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import Step, TableStep
 from compressors.prune.tables.cluster_rows import ClusterRows
 from compressors.prune.tables.drop_tables import DropTables
 from compressors.prune.tables.merge_rows import MergeRows
@@ -33,7 +34,7 @@ from tasks.prepare import prepare
 MIN_ROWS = 64  # smaller tables keep all rows
 LOOKUPS = ("pruned_lookups", "shared_lookups")
 """Codes of reasons whose field ``share`` is a share of lookups."""
-Steps = tuple[ModelStep | TableStep, ...]
+Steps = tuple[Step | TableStep, ...]
 
 
 def recipes() -> dict[str, Steps]:

@@ -22,7 +22,9 @@ from benchmarks.distill_settings import auc_of
 from compressors.contracts import Bench
 from compressors.core.model import Model
 from compressors.core.modules.formats import Bag
-from compressors.core.runner import TableStep, encode_table, run
+from compressors.core.runner import run
+from compressors.core.steps.step import TableStep
+from compressors.core.steps.table_encoder import encode_table
 from compressors.core.units import Unit
 from compressors.quantize.tables.bfloat16 import BFloat16
 from compressors.quantize.tables.float8_e4m3 import Float8E4M3

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from compressors.contracts import Architecture, Bench, DenseInput, Network, Signature, Split
 from compressors.core.model import Model
-from compressors.core.runner import ModelStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import Step
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import VECTOR, served_graphs
 from compressors.quantize.dense.static_int8 import StaticInt8
@@ -35,7 +36,7 @@ from compressors.quantize.dense.weight_int8 import WeightInt8
 from infra.onnxruntime.sessions import Session, interleaved_ms, machine
 
 ROWS = 256  # calibration rows
-STEPS: dict[str, ModelStep] = {
+STEPS: dict[str, Step] = {
     "static_int8": StaticInt8(),
     "weight_int8, int8 inputs": WeightInt8(),
     "weight_int8, float inputs": WeightInt8(activations="float32"),

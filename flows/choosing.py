@@ -9,9 +9,7 @@ from typing import TypeVar
 from compressors.contracts import Part, task_kind
 from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
-from compressors.core.runner import needs, wants
 from compressors.errors.orders import OrderRefused
-from compressors.prune.tables.prune_rows import PruneRows
 from flows.order import Order
 from flows.presets import Group
 from infra.bundle.bundle_folder import SplitName
@@ -132,10 +130,10 @@ def method_and_units(step: AnyStep) -> str:
 def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> Reason | None:
     """Return the data that a step needs and the bundle lacks, before anything runs.
 
-    A preset prunes rows only if validation rows can measure the loss.
+    A preset applies a step that requires a budget only if validation rows can measure the loss.
     """
     if (
-        isinstance(step, PruneRows)
+        step.requires_budget
         and order is not None
         and order.preset != "custom"
         and not can_be_judged(order, subject)
@@ -143,9 +141,9 @@ def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> Re
         if not task_kind(subject.task).scores_rows:
             return Reason("pruning_without_budget", task=subject.task)
         return Reason("pruning_not_judged", splits=tuple(subject.rows))
-    if not task_kind(subject.task).scores_rows and "validation" in needs(step):
+    if not task_kind(subject.task).scores_rows and "validation" in step.needs:
         return Reason("no_loss", step=step.kind, task=subject.task)
-    wanted = dict.fromkeys(split_name(part, subject) for part in needs(step))
+    wanted = dict.fromkeys(split_name(part, subject) for part in step.needs)
     missing = [split for split in wanted if split not in subject.rows]
     if not missing:
         return None
@@ -156,8 +154,8 @@ def lacking(step: AnyStep, subject: BundleRef, order: Order | None = None) -> Re
 
 def parts_of_step(step: AnyStep, subject: BundleRef) -> tuple[Part, ...]:
     """Return the parts of the bench a step needs, and the available ones of those it can use."""
-    there = (part for part in wants(step) if split_name(part, subject) in subject.rows)
-    return (*needs(step), *there)
+    there = (part for part in step.wants if split_name(part, subject) in subject.rows)
+    return (*step.needs, *there)
 
 
 SOFT_LABELS: tuple[Part, ...] = ("soft_labels", "traffic_soft_labels")
@@ -165,7 +163,7 @@ SOFT_LABELS: tuple[Part, ...] = ("soft_labels", "traffic_soft_labels")
 
 def is_taught(step: AnyStep) -> bool:
     """Return whether a step learns from the predictions of teachers."""
-    return any(part in SOFT_LABELS for part in (*needs(step), *wants(step)))
+    return any(part in SOFT_LABELS for part in (*step.needs, *step.wants))
 
 
 def require_taught(order: Order) -> None:

@@ -13,7 +13,6 @@ from compressors.core.model import Model
 from compressors.core.registries import AnyStep
 from compressors.core.units import stored_bytes
 from compressors.errors.compression import CompressionError, NothingToCompress
-from compressors.prune.tables.prune_rows import PruneRows
 from flows.choosing import allowed_steps, can_be_judged, parts_of_step, split_name
 from flows.order import Order
 from tasks.bundles.bundle_ref import BundleRef
@@ -57,9 +56,7 @@ def dry_run_recipe(
         counted = _rows(parts_of_step(step, subject), subject)
         bench = Bench(signature=signature, teachers=teachers, **counted)
         try:
-            if cuts == "most" and isinstance(step, PruneRows) and step.min_lookups:
-                return step.smallest_dry_run(source.private())
-            return dry_run(step, source, bench)
+            return dry_run(step, source, bench, smallest=cuts == "most")
         except NothingToCompress as fault:
             return not_applicable(fault)
         except CompressionError as fault:
@@ -84,7 +81,7 @@ def bounds(
     """Return the fewest and the most bytes of weights that a recipe can result in."""
     # Without either, the applied steps are known, and the two dry runs would be the same.
     open_ended = can_be_judged(order, subject) or any(
-        isinstance(step, PruneRows) for step in order.recipe()
+        step.requires_budget for step in order.recipe()
     )
     extremes: tuple[Cuts, ...] = ("most", "none") if open_ended else ("all",)
     sizes = []

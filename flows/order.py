@@ -14,9 +14,6 @@ from flows.terms import Targets, Terms
 from infra.data.checks import Rules
 from tasks.orchestration.documents import ORDER_FILE, Reproduction
 
-RECOVERS = ("distill", "fine_tune", "refit_codes")
-"""Methods that train what the step before them has cut or rounded: they are weighed together."""
-
 
 class Order(Terms):
     """Compress one model, judge what will be served, and register the result."""
@@ -43,7 +40,7 @@ class Order(Terms):
     @model_validator(mode="after")
     def _a_map_fits_what_is_served(self) -> Self:
         for step, following in zip(self.steps, self.steps[1:], strict=False):
-            if step.kind == "recalibrate":
+            if step.effect == "output":
                 raise value_error("recalibrate_not_last", step=following.kind)
         return self
 
@@ -65,7 +62,7 @@ class Order(Terms):
             return PRESETS[self.preset]
         groups: list[Group] = []
         for step in self.steps:
-            if groups and self.budget is not None and step.kind in RECOVERS:
+            if groups and self.budget is not None and step.recovers_quality:
                 groups[-1] = (*groups[-1], step)
             else:
                 groups.append((step,))

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from compressors.contracts import Artifact, Estimate, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
-from compressors.core.runner import needs
 from flows.choosing import (
     SOFT_LABELS,
     allowed_steps,
@@ -232,7 +231,7 @@ def _apply_step(
         preset=run.order.preset != "custom",
         excluded=dict(excluded),
         # Training on another device results in other bits; all other work is bit-identical.
-        device=load_settings().device if "validation" in needs(step) else "cpu",
+        device=load_settings().device if "validation" in step.needs else "cpu",
         code=run.code,
     )
 

@@ -8,7 +8,6 @@ from prefect import task
 
 from compressors.contracts import Artifact, Part, digest
 from compressors.core.registries import AnyStep
-from compressors.core.runner import needs
 from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
 from infra.bundle.bundle_folder import SplitName, read, seal
 from infra.settings import load_settings
@@ -100,7 +99,7 @@ def _carried_out(
     work: Work, devices: list[str], folder: Path, *, preset: bool
 ) -> StepResult | NotApplicable:
     try:
-        if len(devices) > 1 and "train" in needs(work.step):
+        if len(devices) > 1 and "train" in work.step.needs:
             return run_step_on_devices(work, devices, folder)
         return run_step(work, folder)
     except NothingToCompress as fault:

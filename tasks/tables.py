@@ -4,7 +4,7 @@ from prefect import task
 
 from compressors.contracts import Artifact
 from compressors.core.registries import AnyStep
-from compressors.core.runner import TableStep
+from compressors.core.steps.step import TableStep
 from infra.errors import CommandRefused
 from tasks.bundles.table_files import quantize_artifact, table_steps
 from tasks.orchestration.policy import KEPT

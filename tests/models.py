@@ -35,7 +35,9 @@ from compressors.contracts import (
 from compressors.core.batches import batches, example
 from compressors.core.model import Model
 from compressors.core.registries import AnyStep
-from compressors.core.runner import ModelStep, TableStep, rows_of_tables, run
+from compressors.core.runner import rows_of_tables, run
+from compressors.core.steps.decisions import Applied
+from compressors.core.steps.step import Method as Step
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import Recalibrate
@@ -56,8 +58,7 @@ from infra.onnxruntime.sessions import Session
 
 torch.set_num_threads(1)
 
-Step = TableStep | ModelStep
-METHODS: tuple[type[Step], ...] = typing.get_args(typing.get_args(AnyStep)[0])
+METHODS: tuple[Any, ...] = typing.get_args(typing.get_args(AnyStep)[0])
 # Methods that need a model which another method compressed, labels that agree with its predictions,
 # or layers whose number is an argument. All others have something to do on any model.
 NOT_ALONE = (RefitCodes, Recalibrate, DropLayers)
@@ -67,7 +68,7 @@ ALONE = tuple(method for method in METHODS if method not in NOT_ALONE)
 # Methods that change what a format holds, that store units in another one, and that make tables
 # of smaller ones.
 def _changing(what: str) -> tuple[type[Step], ...]:
-    return tuple(m for m in ALONE if getattr(m(), "changes", "format") == what)
+    return tuple(m for m in ALONE if m.effect == what)
 
 
 VALUES, FORMATS, PARTS = _changing("values"), _changing("format"), _changing("parts")
@@ -271,6 +272,12 @@ class Normed(nn.Module):
         x = self.hidden(torch.cat([self.user(user), price], dim=1))
         x = F.dropout(F.relu(self.norm(x)), 0.3, self.training)
         return torch.sigmoid(self.out(x))
+
+
+def planned_and_applied(step: Any, model: Model, bench: Bench) -> Applied:
+    """Plan and apply a step without the runner and its checks."""
+    applied: Applied = step.apply(model, bench, step.plan(model, bench))
+    return applied
 
 
 def default(method: type[Step]) -> Step:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressors.core.modules.formats import PackedTable
-from compressors.core.runner import TableStep
+from compressors.core.steps.step import TableStep
 from compressors.quantize.tables.kmeans import KMeans
 from compressors.quantize.tables.product_codes import ProductCodes
 from compressors.quantize.tables.residual_codes import ResidualCodes

@@ -27,7 +27,6 @@ from compressors.contracts.artifact import Sha256 as Sha256
 from compressors.contracts.artifact import artifact_name as artifact_name
 from compressors.contracts.artifact import digest as digest
 from compressors.contracts.bench import Bench as Bench
-from compressors.contracts.bench import Change as Change
 from compressors.contracts.bench import Part as Part
 from compressors.contracts.bench import Split as Split
 from compressors.contracts.coded_error import CodedError as CodedError

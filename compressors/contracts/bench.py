@@ -21,8 +21,6 @@ Part = Literal[
     "train", "calibration", "validation", "soft_labels", "traffic", "traffic_soft_labels"
 ]
 
-Change = Literal["format", "values", "parts", "output"]
-
 
 class Bench(Frozen):
     """The data, teachers and settings that a step may use. It never contains test data.

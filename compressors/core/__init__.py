@@ -7,12 +7,11 @@ batches.py            prepared data as batches of model inputs
 placement.py          move a network to another device for the time of a pass
 placeholders.py       tensors with a shape and no values, for dry runs
 state/                convert a module to tensors and records, and build it from them
-step.py               the protocols that a step implements
-step_settings.py      settings that many steps have
+steps/                what a step is, and what many methods share
+plan_lines.py         the plan after a step
+outcomes.py           compares the decisions with the result
 runner.py             runs a step and checks its contract
 skipping.py           runs a step and skips the units that do not support it
-plan_lines.py         the plan after a step
-composition_steps.py  shared code of steps that build a table from smaller tables
 dry_run.py            predict formats, shapes and bytes of a step's result
 smoke_test.py         check that a network runs on one batch and gives finite, repeatable scores
 registries.py         the list of all methods, formats and compositions

@@ -1,12 +1,10 @@
-"""The model passed between steps: a network with its description, plan and notes."""
+"""The model passed between steps: a network with its description and plan."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from compressors.contracts import Network, Plan
-from compressors.contracts.reasons import Reason
 from compressors.core.units import private_copy
 
 
@@ -14,8 +12,7 @@ from compressors.core.units import private_copy
 class Model:
     """A loaded network: the module, the class it was built from, and what describes it.
 
-    ``notes`` holds, by unit, what a step measured; the unit's plan line lists these reasons after
-    those of the choice. ``original`` is the network before the recipe, for steps that read its
+    ``original`` is the network before the recipe, for steps that read its
     layers; it is not stored.
     """
 
@@ -23,7 +20,6 @@ class Model:
     architecture: type[nn.Module]
     network: Network
     plan: Plan | None = None
-    notes: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
     original: nn.Module | None = None
 
     def private(self) -> "Model":

@@ -4,7 +4,7 @@ A placeholder is one number, mostly zero, expanded to the shape of a tensor. A n
 placeholders runs and its bytes can be counted, but no weight is read, trained or allocated.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from compressors.core.modules.formats import (
     TableFormat,
     TensorSpec,
 )
-from compressors.core.units import Choice, Unit, pack_table, swap
+from compressors.core.units import Unit, pack_table, swap
 from compressors.errors.steps import StepRefused
 
 
@@ -44,24 +44,22 @@ def with_placeholders(module: nn.Module) -> nn.Module:
 
 def dry_run_packed(
     model: Model,
-    choices: Mapping[str, Choice],
+    units: Iterable[Unit],
     *,
     table: TableFormat | None = None,
     linear: LinearFormat | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Replace every chosen unit by placeholders in another format.
+    """Replace units by placeholders in another format.
 
     Args:
         model: a private copy; its units are replaced in place.
-        choices: by unit name; units not named are not changed.
+        units: of the model.
         table: the format of tables.
         linear: the format of dense layers.
         settings: settings of the format.
     """
-    for unit in Unit.of(model.module):
-        if unit.name not in choices or not choices[unit.name].take:
-            continue
+    for unit in units:
         first, second = unit.weight.shape  # (rows, dim) or (out, in)
         if unit.role == "table" and table is not None:
             layout = table.layout(first, second, settings or {})

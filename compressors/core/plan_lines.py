@@ -2,10 +2,14 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
+from torch import nn
+
 from compressors.contracts import DROPPED, Plan, PlanLine
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.units import Choice, Unit, innermost
+from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.steps.decisions import Decision
+from compressors.core.units import Unit, innermost, stored_bytes
 
 OUTPUT = "(output)"
 """The plan's name for the map after a network's output."""
@@ -17,7 +21,7 @@ SHOWN = 3
 def build_plan(
     kind: str,
     source: Model,
-    choices: Mapping[str, Choice],
+    decisions: Mapping[str, Decision],
     before: tuple[Unit, ...],
     after: tuple[Unit, ...],
     sizes: tuple[int, int],
@@ -25,12 +29,12 @@ def build_plan(
     folded: Collection[str] = (),
     warnings: Mapping[str, Reason] | None = None,
 ) -> Plan:
-    """Build the plan after a step: lines of earlier steps, updated by this step's choices.
+    """Build the plan after a step: lines of earlier steps, updated by this step's decisions.
 
     Args:
         kind: the step's tag.
         source: the model before the step, for its plan so far.
-        choices: whether the step takes each unit, and why.
+        decisions: whether the step takes each unit, and why.
         before: the units before the step.
         after: the units after the step; missing ones were dropped.
         sizes: bytes of all tensors before and after the step.
@@ -43,7 +47,7 @@ def build_plan(
     lines = []
     for unit in before:
         earlier = source.plan.of(unit.name) if source.plan else None
-        choice, new = choices[unit.name], now.get(unit.name)
+        decision, new = decisions[unit.name], now.get(unit.name)
         steps = earlier.steps if earlier else ()
         lines.append(
             PlanLine(
@@ -52,8 +56,8 @@ def build_plan(
                 format=new.format if new else DROPPED,
                 bytes_before=earlier.bytes_before if earlier else unit.bytes,
                 bytes_after=new.bytes if new else 0,
-                steps=(*steps, kind) if choice.take else steps,
-                reasons=_reasons(earlier, choice),
+                steps=(*steps, kind) if decision.selected else steps,
+                reasons=_reasons(earlier, decision),
                 warnings=_warnings(earlier, new, unit.name, warnings or {}),
             )
         )
@@ -90,14 +94,37 @@ def build_plan(
     return Plan(lines=tuple(lines), reasons=source.plan.reasons if source.plan else ())
 
 
+def output_line(
+    kind: str, source: Model, module: nn.Module, decision: Decision | None
+) -> PlanLine | None:
+    """Return the plan line of the map after a network's output; None if no step changed it.
+
+    Args:
+        kind: the step's tag.
+        source: the model before the step, for its plan so far.
+        module: the network after the step.
+        decision: about the map; None for a step that does not change it.
+    """
+    if decision is None:
+        return source.plan.of(OUTPUT) if source.plan else None
+    recalibration = recalibration_of(module)
+    return PlanLine(
+        module=OUTPUT,
+        role="other",
+        format="as trained" if recalibration is None else recalibration.method,
+        bytes_before=0,
+        bytes_after=0 if recalibration is None else stored_bytes(recalibration),
+        steps=() if recalibration is None else (kind,),
+        reasons=decision.reasons,
+    )
+
+
 def with_remarks(
     plan: Plan,
     kind: str,
     skipped: Mapping[str, Reason],
-    choices: Mapping[str, Choice],
-    notes: Mapping[str, tuple[Reason, ...]],
-    *,
-    changes_output: bool = False,
+    decisions: Mapping[str, Decision],
+    learned: Mapping[str, tuple[Reason, ...]],
 ) -> Plan:
     """Add remarks to a plan: skipped units, and whether the step changed nothing.
 
@@ -105,17 +132,16 @@ def with_remarks(
         plan: the plan after the step.
         kind: the step's tag.
         skipped: units that the step left unchanged, with the reasons.
-        choices: the result for every unit after the step.
-        notes: by unit, what the step measured.
-        changes_output: whether the step changes the map after the output instead of units.
+        decisions: the result for every unit after the step.
+        learned: by unit, what the step found out while it worked.
     """
     remarks = [Reason("unit_skipped", step=kind, unit=n, why=why) for n, why in skipped.items()]
-    output = plan.of(OUTPUT) if changes_output else None
+    output = plan.of(OUTPUT) if OUTPUT in decisions else None
     if output is not None:
         if kind not in output.steps:
             remarks.append(Reason("step_changed_nothing", step=kind, why=output.reasons))
-    elif choices and not any(choice.take for choice in choices.values()):
-        whys = _once(notes[name] for name in choices if name in notes)
+    elif decisions and not any(decision.selected for decision in decisions.values()):
+        whys = _once(learned[name] for name in decisions if name in learned)
         remarks.append(
             Reason("step_changed_nothing", step=kind, why=whys)
             if whys
@@ -124,7 +150,7 @@ def with_remarks(
     else:
         remarks += [
             Reason("training_changed_nothing", step=kind, why=why)
-            for why in _once(notes.values())
+            for why in _once(learned.values())
             if any(reason.code == "training_unchanged" for reason in why.walk())
         ]
     return plan.model_copy(update={"reasons": (*plan.reasons, *remarks)})
@@ -154,10 +180,10 @@ def _rest(folded: Collection[str]) -> tuple[Reason, ...]:
     return rest, Reason("folded_norms", count=len(norms), norms=norms)
 
 
-def _reasons(earlier: PlanLine | None, choice: Choice) -> tuple[Reason, ...]:
+def _reasons(earlier: PlanLine | None, decision: Decision) -> tuple[Reason, ...]:
     """Return the reasons of all changes of a unit; if unchanged, every reason against one."""
     if earlier is None:
-        return choice.reasons
-    if choice.take:
-        return (*earlier.reasons, *choice.reasons) if earlier.steps else choice.reasons
-    return earlier.reasons if earlier.steps else (*earlier.reasons, *choice.reasons)
+        return decision.reasons
+    if decision.selected:
+        return (*earlier.reasons, *decision.reasons) if earlier.steps else decision.reasons
+    return earlier.reasons if earlier.steps else (*earlier.reasons, *decision.reasons)

@@ -5,12 +5,14 @@ form in the Prefect UI and of a cache key; ``kind`` distinguishes the methods. L
 format of stored tensors in ``TABLE_FORMATS``, ``LINEAR_FORMATS`` and ``COMPOSITIONS``.
 """
 
-from typing import Annotated
+import functools
+from typing import Annotated, get_args
 
 from pydantic import Field
 
 from compressors.core.modules.composed import Composition
 from compressors.core.modules.formats import LinearFormat, TableFormat
+from compressors.core.steps.step import StepSettings
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import Recalibrate
@@ -113,6 +115,14 @@ AnyStep = Annotated[
     | Recalibrate,
     Field(discriminator="kind"),
 ]
+
+
+@functools.cache
+def methods() -> dict[str, type[StepSettings]]:
+    """Return every method by its tag."""
+    listed: tuple[type[StepSettings], ...] = get_args(get_args(AnyStep)[0])
+    return {method.model_fields["kind"].default: method for method in listed}
+
 
 TABLE_FORMATS: dict[str, TableFormat] = {
     form.name: form

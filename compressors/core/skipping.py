@@ -7,7 +7,7 @@ raised as an error instead.
 
 Such units are detected in two ways. Before the step, every unit to be replaced is replaced by a
 module without weights, and the network runs once (``unreplaceable``). After a failure whose unit is
-not known, a bisection runs the step on halves of its units (``_failing``). Steps that train are
+not known, a bisection runs the step on halves of its units (``_search``). Steps that train are
 not searched, because each attempt would train again.
 """
 
@@ -25,18 +25,18 @@ from compressors.contracts import Bench, is_out_of_memory
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import example
 from compressors.core.model import Model
-from compressors.core.runner import ModelStep, TableStep, needs, plan_choices, rows_of_tables, run
-from compressors.core.units import EXCEPT, Unit, is_named, swap
+from compressors.core.runner import Planned, as_refusal, plan_step, rows_of_tables, run
+from compressors.core.steps.decisions import EXCEPT, is_named
+from compressors.core.steps.step import Method
+from compressors.core.units import Unit, swap
 from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
 from compressors.errors.steps import StepRefused
 
 PROBE_ROWS = 8
-TRAINS = ("train", "soft_labels", "validation")
-AnyStep = TableStep | ModelStep
 
 
 def run_or_skip(
-    step: AnyStep,
+    method: Method,
     source: Model,
     bench: Bench,
     folder: Path,
@@ -45,7 +45,7 @@ def run_or_skip(
     """Run a step (``compressors.core.runner.run``) without the units that do not support it.
 
     Args:
-        step: the method and its settings.
+        method: the method and its settings.
         source: the model to compress; not modified.
         bench: the data that the step may use.
         folder: where the tensors are written; the returned module maps them.
@@ -58,42 +58,43 @@ def run_or_skip(
     """
     present = {unit.name for unit in Unit.of(source.module)}
     skipped = {name: why for name, why in excluded.items() if name in present}
+    planned: Planned | None = None
+    with suppress(CompressionError), as_refusal(method):  # run raises the same with its context
+        planned = plan_step(method, source.private(), bench)
+    if planned is not None:
+        skipped = {name: why for name, why in skipped.items() if planned.plan.selects(name)}
+        skipped |= skippable(planned, method, source, bench)
     if skipped:
-        with suppress(CompressionError):  # run says why it cannot choose
-            choices = plan_choices(step, source.private(), bench)
-            skipped = {name: why for name, why in skipped.items() if choices[name].take}
-    skipped |= skippable(step, source, bench)
+        planned = None  # another plan: without these units
     try:
-        return run(step, source, bench, folder, skipped=skipped)
+        return run(method, source, bench, folder, skipped=skipped, planned=planned)
     except (NothingToCompress, ModelRefused):
         raise
     except CompressionError as fault:
-        failing = _culprits(step, source, bench, skipped)
+        failing = _failing_units(method, source, bench, skipped)
         if not failing:
             raise
-        _require_unnamed(step, failing, source, fault)
-        return run(step, source, bench, folder, skipped={**skipped, **failing})
+        _require_unnamed(method, failing, source, fault)
+        return run(method, source, bench, folder, skipped={**skipped, **failing})
 
 
-def skippable(step: AnyStep, source: Model, bench: Bench) -> dict[str, Reason]:
-    """Return the units that a step cannot change, known before it runs, with the reasons.
+def skippable(planned: Planned, method: Method, source: Model, bench: Bench) -> dict[str, Reason]:
+    """Return the planned units that a step cannot change, known before it runs, with the reasons.
 
     Args:
-        step: the method and its settings.
+        planned: the plan without these exceptions.
+        method: the method and its settings.
         source: a loaded model, or one of placeholders; not modified.
         bench: only its signature is used.
 
     Raises:
         CompressionError: the recipe names such a unit.
     """
-    if isinstance(step, ModelStep) and step.changes not in ("format", "parts"):
+    if planned.step.effect not in ("format", "parts"):
         return {}
-    try:
-        choices = plan_choices(step, source.private(), bench)
-    except CompressionError:
-        return {}  # run says the same with its context
-    units = unreplaceable(source, bench, [n for n, choice in choices.items() if choice.take])
-    _require_unnamed(step, units, source, None)
+    selected = [name for name, decision in planned.plan.decisions.items() if decision.selected]
+    units = unreplaceable(source, bench, selected)
+    _require_unnamed(method, units, source, None)
     return units
 
 
@@ -159,25 +160,21 @@ def _scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.nan_to_num(scores)
 
 
-def _culprits(
-    step: AnyStep, source: Model, bench: Bench, skipped: Mapping[str, Reason]
+def _failing_units(
+    method: Method, source: Model, bench: Bench, skipped: Mapping[str, Reason]
 ) -> dict[str, Reason]:
     """Return the units on which the step fails alone, with the reasons; none if it trains."""
-    if any(part in TRAINS for part in needs(step)):
-        return {}
-    if not any(hasattr(step, field) for field in ("tables", "layers")):
+    if method.trains or not any(hasattr(method, field) for field in ("tables", "layers")):
         return {}
     names = [unit.name for unit in Unit.of(source.module) if unit.name not in skipped]
-    try:
-        choices = plan_choices(step, source.private(), bench, skipped)
-        names = [name for name in names if choices[name].take]
-    except CompressionError:
-        pass  # it fails while choosing units: any unit may be the cause
-    return _failing(step, source, bench, skipped, names)
+    with suppress(CompressionError):  # it fails while it plans: any unit may be the cause
+        planned = plan_step(method, source.private(), bench, skipped)
+        names = [name for name in names if planned.plan.selects(name)]
+    return _search(method, source, bench, skipped, names)
 
 
-def _failing(
-    step: AnyStep, source: Model, bench: Bench, skipped: Mapping[str, Reason], names: list[str]
+def _search(
+    method: Method, source: Model, bench: Bench, skipped: Mapping[str, Reason], names: list[str]
 ) -> dict[str, Reason]:
     if not names:
         return {}
@@ -185,7 +182,7 @@ def _failing(
     others = {unit.name: Reason("not_tried") for unit in units if unit.name not in tried}
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            run(step, source, bench, Path(scratch) / "tried", skipped={**others, **skipped})
+            run(method, source, bench, Path(scratch) / "tried", skipped={**others, **skipped})
         except NothingToCompress:
             return {}
         except CompressionError as fault:
@@ -195,8 +192,8 @@ def _failing(
             return {}
     middle = len(names) // 2
     return {
-        **_failing(step, source, bench, skipped, names[:middle]),
-        **_failing(step, source, bench, skipped, names[middle:]),
+        **_search(method, source, bench, skipped, names[:middle]),
+        **_search(method, source, bench, skipped, names[middle:]),
     }
 
 
@@ -205,18 +202,18 @@ def _sentence(fault: Exception) -> str:
 
 
 def _require_unnamed(
-    step: AnyStep, failing: Mapping[str, Reason], source: Model, fault: Exception | None
+    method: Method, failing: Mapping[str, Reason], source: Model, fault: Exception | None
 ) -> None:
     """Raise if the recipe names one of some units exactly.
 
     Raises:
         CompressionError: it does.
     """
-    patterns = (*getattr(step, "tables", ()), *getattr(step, "layers", ()))
+    patterns = (*getattr(method, "tables", ()), *getattr(method, "layers", ()))
     exact = [p for p in patterns if not p.startswith(EXCEPT) and not set(p) & set("*?[")]
     units = {unit.name: unit for unit in Unit.of(source.module)}
     for name, why in failing.items():
         if name in units and any(is_named(units[name], pattern) for pattern in exact):
             raise StepRefused(
-                "unit_not_changeable", step=step.kind, unit=name, reason=why
+                "unit_not_changeable", step=method.kind, unit=name, reason=why
             ) from fault

@@ -1,31 +1,24 @@
-"""Units, the tables and dense layers of a module: find, choose and replace them."""
+"""Units, the tables and dense layers of a module: find and replace them."""
 
 import copy
-import fnmatch
-import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
-from compressors.contracts.reasons import Reason
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FACTORED, PARTS, FactoredLinear
 from compressors.core.modules.formats import (
     Bag,
     FoldedNorm,
-    LinearFormat,
     PackedLinear,
     PackedTable,
 )
 from compressors.core.state.plain_values import plain_tensors
-from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 
 Role = Literal["table", "dense"]
-EXCEPT = "!"
-"""Prefix of a name pattern that excludes units."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +58,6 @@ class Unit:
         return bias.detach() if isinstance(bias, Tensor) else None
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Whether a step takes a unit, and why."""
-
-    take: bool
-    reasons: tuple[Reason, ...]
-
-
 def innermost(name: str, units: Collection[str]) -> str | None:
     """Return the innermost of some units that contains the tensor or part ``name``, or None."""
     return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default=None)
@@ -95,108 +80,6 @@ def stored_bytes(module: nn.Module, counted: Collection[int] = ()) -> int:
     """
     tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
     return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in counted)
-
-
-def choose_tables(
-    units: tuple[Unit, ...], patterns: tuple[str, ...], min_rows: int, kind: str
-) -> dict[str, Choice]:
-    """Choose the tables that a step takes, with a reason for each table.
-
-    A pattern that begins with ``!`` excludes the units that it matches.
-    """
-    tables = [unit for unit in units if unit.role == "table"]
-    require_matches(patterns, tables, kind, "table")
-    choices = {}
-    for unit in tables:
-        keep = _keep(unit, patterns)
-        if keep is None and unit.rows < min_rows:
-            keep = Reason("too_few_rows", rows=unit.rows, min_rows=min_rows)
-        choices[unit.name] = Choice(keep is None, (keep or Reason("selected", step=kind),))
-    return choices
-
-
-def choose_dense(
-    units: tuple[Unit, ...],
-    patterns: tuple[str, ...],
-    kind: str,
-    storage: LinearFormat | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> dict[str, Choice]:
-    """Choose the dense layers that a step takes, with a reason for each layer.
-
-    A pattern that begins with ``!`` excludes the units that it matches. With ``storage`` and
-    its ``settings``, the format a layer would have, a layer is not taken if that is not smaller.
-    """
-    layers = [unit for unit in units if unit.role == "dense"]
-    require_matches(patterns, layers, kind, "dense layer")
-    choices = {}
-    for unit in layers:
-        keep = _keep(unit, patterns)
-        if keep is None and storage is not None:
-            outputs, inputs = unit.weight.shape
-            layout = storage.layout(
-                inputs, outputs, settings or {}, bias=unit.bias is not None
-            ).values()
-            size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
-            if size >= unit.bytes:
-                keep = Reason("not_smaller", step=kind, bytes=size, present=unit.bytes)
-        choices[unit.name] = Choice(keep is None, (keep or Reason("selected", step=kind),))
-    return choices
-
-
-def _keep(unit: Unit, patterns: tuple[str, ...]) -> Reason | None:
-    if unit.format != "float32":
-        return Reason("already_stored", format=unit.format)
-    if unit.shared_with is not None:
-        return Reason("shares_weight", unit=unit.shared_with)
-    if (why := _own_code(unit.module)) is not None:
-        return why
-    if not is_among(unit, patterns):
-        return Reason("not_matched", patterns=patterns)
-    return None
-
-
-def _own_code(module: nn.Module) -> Reason | None:
-    """Return why a layer behaves unlike its torch class, which its replacement copies, or None."""
-    for base in (nn.Linear, nn.Embedding, nn.EmbeddingBag):
-        if isinstance(module, base) and type(module).forward is not base.forward:
-            return Reason("custom_forward", module_class=type(module).__name__)
-    if module._forward_hooks or module._forward_pre_hooks:
-        return Reason("has_hooks")
-    return None
-
-
-def is_among(unit: Unit, patterns: Collection[str]) -> bool:
-    """Whether a unit matches a pattern of a step and no excluding pattern (``!``)."""
-    included = [pattern for pattern in patterns if not pattern.startswith(EXCEPT)]
-    if any(is_named(unit, p.removeprefix(EXCEPT)) for p in patterns if p.startswith(EXCEPT)):
-        return False
-    return any(is_named(unit, pattern) for pattern in included or ("*",))
-
-
-def is_named(unit: Unit, pattern: str) -> bool:
-    """Whether a pattern matches the name of a unit, or of the unit it is a part of."""
-    names = (unit.name,) if unit.part_of is None else (unit.name, unit.part_of)
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
-    """Raise if a name pattern matches no unit.
-
-    Raises:
-        NothingToCompress: a pattern matches none; lists the names of the units.
-    """
-    for pattern in patterns:
-        if pattern.startswith(EXCEPT):
-            continue
-        if pattern != "*" and not any(is_named(unit, pattern) for unit in units):
-            raise NothingToCompress(
-                "name_unmatched",
-                step=kind,
-                role=what,
-                pattern=pattern,
-                names=tuple(unit.name for unit in units),
-            )
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -9,18 +9,20 @@ Differs: for click models the loss is binary, the soft form of their training lo
 softmax runs over each list instead of classes. Other losses: ``losses.py``.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
 from compressors.core.placement import moved_to
-from compressors.core.units import Choice, private_copy
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import private_copy
 from compressors.distill.auxiliary_losses import (
     AuxiliaryLosses,
     record_outputs,
@@ -30,7 +32,7 @@ from compressors.distill.auxiliary_losses import (
 )
 from compressors.distill.losses import OF_LISTS, SoftLoss
 from compressors.distill.soft_labels import SoftLabelSettings, soft_label_loss, soft_label_rows
-from compressors.distill.student import student_choices, student_dry_run, student_of
+from compressors.distill.student import student_decisions, student_dry_run, student_of
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
@@ -41,8 +43,11 @@ PROBED = 8
 """Rows of the forward pass that measures the widths of hinted layers."""
 
 
-class Distill(Frozen):
+class Distill(StepSettings):
     """Train dense layers to answer as the original does, mixed with the labels."""
+
+    effect: ClassVar[Effect] = "values"
+    recovers_quality: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
     soft_share: float = Field(
@@ -106,6 +111,16 @@ class Distill(Frozen):
         return self
 
     @property
+    def trains(self) -> bool:
+        """A run is slow: the network is trained."""
+        return True
+
+    @property
+    def reads_original(self) -> bool:
+        """Hints are outputs of the original's layers."""
+        return bool(self.hints)
+
+    @property
     def needs(self) -> tuple[Part, ...]:
         """Training rows, soft labels for them, and validation rows for early stopping."""
         parts: dict[SoftLabelSettings, tuple[Part, ...]] = {
@@ -115,18 +130,13 @@ class Distill(Frozen):
         }
         return parts[self.rows]
 
-    @property
-    def changes(self) -> Change:
-        """Values change, and a student's layers may be smaller or missing."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """What is trained, and how each layer changes in a smaller student."""
         if self.loss == "calibrated_listwise" and bench.signature.output == "score":
             raise NothingToCompress("loss_without_probability", step=self.kind)
         require_layers(model.module, self._watched())
         tables, reasons = self.training.tables, self._reasons(bench)
-        choices = choose_trainable(
+        decisions = choose_trainable(
             model,
             bench,
             self.kind,
@@ -134,12 +144,12 @@ class Distill(Frozen):
             dense=self.dense,
             reasons=reasons,
         )
-        if self.student is None:
-            return choices
-        smaller = student_choices(model, self.student, tables=tables, reasons=reasons)
-        return {**choices, **smaller}
+        if self.student is not None:
+            smaller = student_decisions(model, self.student, tables=tables, reasons=reasons)
+            decisions = {**decisions, **smaller}
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Train on soft and hard labels, and leave the network as it was in its best epoch.
 
         Raises:
@@ -190,7 +200,7 @@ class Distill(Frozen):
                 auxiliary=auxiliary if watched else None,
             )
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """The student, if it is a smaller one; training changes no shape."""
         return model if self.student is None else student_dry_run(model, self.student)
 

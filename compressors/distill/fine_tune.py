@@ -5,52 +5,53 @@ layers the scales and biases are trained through the quantizer (Esser et al. 202
 https://arxiv.org/abs/1902.08153; differs: the codes do not change).
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.core.batches import Batch
 from compressors.core.model import Model
-from compressors.core.units import Choice
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.step import Effect, StepSettings
 from compressors.distill.training.settings import Training
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
 from compressors.task_kinds.loss import hard_loss
 
 
-class FineTune(Frozen):
+class FineTune(StepSettings):
     """Train dense layers on the labels, with early stopping on validation rows."""
+
+    effect: ClassVar[Effect] = "values"
+    recovers_quality: ClassVar[bool] = True
 
     kind: Literal["fine_tune"] = "fine_tune"
     training: Training = Field(default_factory=Training, description="How it is trained.")
+
+    @property
+    def trains(self) -> bool:
+        """A run is slow: the network is trained."""
+        return True
 
     @property
     def needs(self) -> tuple[Part, ...]:
         """Training rows, and validation rows for early stopping."""
         return ("train", "validation")
 
-    @property
-    def changes(self) -> Change:
-        """Values change; formats and shapes stay."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """What is trained, and why the rest is not."""
-        return choose_trainable(model, bench, self.kind, tables=self.training.tables)
+        decisions = choose_trainable(model, bench, self.kind, tables=self.training.tables)
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Train, and leave the network as it was in its best epoch.
 
         Raises:
             CompressionError: the bench lacks rows, or training diverged.
         """
 
-        def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
+        def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
             return hard_loss(bench.signature, output, batch)
 
         return train_model(model, bench, loss, self.training, pruned_layers(model))
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Training changes no shape."""
-        return model

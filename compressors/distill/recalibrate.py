@@ -12,26 +12,27 @@ logit, fitted on validation rows, corrects this and keeps the order of rows:
   candidates.
 """
 
-from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
+from compressors.contracts.task_kind import OutputForm
 from compressors.core.batches import batches
 from compressors.core.model import Model
 from compressors.core.modules.output_calibration import (
-    NAME,
     Recalibration,
     attach,
     logit_of,
     recalibration_of,
 )
-from compressors.core.units import Choice
+from compressors.core.plan_lines import OUTPUT
+from compressors.core.steps.decisions import Applied, Decision, StepPlan
+from compressors.core.steps.step import Effect, StepSettings
 from compressors.errors.compression import CompressionError, NothingToCompress
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.metrics.point_estimates import logloss
@@ -158,8 +159,10 @@ def held_out(method: Method, logit: Floats, label: Floats, knots: int) -> float:
     return logloss(label, _sigmoid(mapped))
 
 
-class Recalibrate(Frozen):
+class Recalibrate(StepSettings):
     """Map the output of a click model so that its probabilities fit the validation rows."""
+
+    effect: ClassVar[Effect] = "output"
 
     kind: Literal["recalibrate"] = "recalibrate"
     method: Literal["temperature", "platt", "isotonic", "best"] = Field(
@@ -177,12 +180,7 @@ class Recalibrate(Frozen):
         """Validation rows: the network was not trained on them."""
         return ("validation",)
 
-    @property
-    def changes(self) -> Change:
-        """No unit changes: the map is applied to the network's output."""
-        return "output"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[OutputForm]:
         """No table and no dense layer.
 
         Raises:
@@ -196,9 +194,10 @@ class Recalibrate(Frozen):
         earlier = recalibration_of(model.module)
         if earlier is not None:  # a map of a map would be hard to interpret
             raise StepRefused("recalibrated_already", step=self.kind, method=earlier.method)
-        return {}
+        taken = Decision("taken", (Reason("selected", step=self.kind),))
+        return StepPlan({OUTPUT: taken}, bench.signature.output)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[OutputForm]) -> Applied:
         """Fit the map on the validation rows.
 
         Raises:
@@ -222,7 +221,7 @@ class Recalibrate(Frozen):
             chosen = self.method
         if chosen is None:
             no_map = Reason("no_better_map", step=self.kind, loss=before)
-            return replace(model, notes={**model.notes, NAME: (no_map,)})
+            return Applied(model, {OUTPUT: Decision("skipped", (no_map,))})
         fitted = made_of(chosen, signature.output, logit, label, self.knots)
         attach(model.module, fitted)
         model.module.eval()
@@ -230,14 +229,13 @@ class Recalibrate(Frozen):
             recalibrated = fitted(predictions)
         after = logloss(label, _sigmoid(logit_of(recalibrated, signature.output).double().numpy()))
         mapped = Reason("output_mapped", method=chosen, before=before, after=after, rows=len(label))
-        return replace(model, notes={**model.notes, NAME: (mapped,)})
+        return Applied(model, {OUTPUT: Decision("taken", (mapped,))})
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[OutputForm]) -> Model:
         """Attach an identity map with the largest possible number of values."""
         knots = self.knots if self.method in ("isotonic", "best") else 0
         line, bends = torch.tensor([1.0, 0.0]), torch.zeros(2, knots)
-        output = bench.signature.output
-        identity = Recalibration(self.method, output, knots=knots, line=line, bends=bends)
+        identity = Recalibration(self.method, plan.payload, knots=knots, line=line, bends=bends)
         attach(model.module, identity)
         return model
 

@@ -16,17 +16,19 @@ the best validation metric is kept, and the initial state is one of the candidat
 """
 
 import logging
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import Bag, PackedTable
-from compressors.core.units import Choice, Unit, is_among, require_matches
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, is_among, require_matches
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit
 from compressors.distill.code_reassignment import Codes, moved, propose
 from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
@@ -47,8 +49,11 @@ TRIES = 5
 """Number of shares of rows that are tried; each is a quarter of the previous one."""
 
 
-class RefitCodes(Frozen):
+class RefitCodes(StepSettings):
     """Train codebooks or scales of packed tables on the task and choose codes again, in turn."""
+
+    effect: ClassVar[Effect] = "values"
+    recovers_quality: ClassVar[bool] = True
 
     kind: Literal["refit_codes"] = "refit_codes"
     tables: tuple[str, ...] = Field(
@@ -81,20 +86,20 @@ class RefitCodes(Frozen):
     )
 
     @property
+    def trains(self) -> bool:
+        """A run is slow: the network is trained."""
+        return True
+
+    @property
     def needs(self) -> tuple[Part, ...]:
         """Training rows, soft labels for them, and validation rows to select the best state."""
         return ("train", "validation", "soft_labels")
 
-    @property
-    def changes(self) -> Change:
-        """Values change; formats and shapes stay."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """The tables of codes, and what else is trained with them."""
         require_loss(bench, self.kind)
         dense = trainable(model.module, tables=False) if self.dense else ()
-        choices = {}
+        decisions = {}
         units = Unit.of(model.module)
         require_matches(self.tables, [u for u in units if u.role == "table"], self.kind, "table")
         for unit in units:
@@ -106,17 +111,21 @@ class RefitCodes(Frozen):
                     why = Reason("trained_with_codes", step=self.kind)
                 else:
                     why = nothing_to_train(unit, self.kind)
-                choices[unit.name] = Choice(take, (why,))
+                decisions[unit.name] = Decision("taken" if take else "skipped", (why,))
             elif not is_among(unit, self.tables):
-                choices[unit.name] = Choice(False, (Reason("not_matched", patterns=self.tables),))
+                decisions[unit.name] = Decision(
+                    "skipped", (Reason("not_matched", patterns=self.tables),)
+                )
             elif _codes(unit) is None:
-                choices[unit.name] = Choice(False, (Reason("no_codes", format=unit.format),))
+                decisions[unit.name] = Decision(
+                    "skipped", (Reason("no_codes", format=unit.format),)
+                )
             else:
                 refitted = Reason("refitted", step=self.kind, rounds=self.rounds)
-                choices[unit.name] = Choice(True, (refitted,))
-        return choices
+                decisions[unit.name] = Decision("taken", (refitted,))
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Alternate training and code selection, and leave the network in its best state.
 
         Raises:
@@ -125,9 +134,8 @@ class RefitCodes(Frozen):
         if bench.train is None or bench.validation is None:
             raise RowsMissing("training_needs_rows")
         loss = soft_label_loss(bench, self.soft_share, self.temperature, self.kind)
-        chosen = {name for name, choice in self.choose(model, bench).items() if choice.take}
-        named = ((unit.name, _codes(unit)) for unit in Unit.of(model.module))
-        tables = {n: table for n, table in named if table is not None and n in chosen}
+        named = ((unit.name, _codes(unit)) for unit in plan.units(model.module))
+        tables = {name: table for name, table in named if table is not None}
         stored = {name: _types(table) for name, table in tables.items()}
         names = _learned_names(model, tables)
         if self.dense:
@@ -156,11 +164,7 @@ class RefitCodes(Frozen):
             if not rows:
                 break
         _restore(model, best_state)
-        return model
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Refitting changes no shape."""
-        return model
+        return Applied(model)
 
     def _move(self, model: Model, bench: Bench, tables: dict[str, PackedTable]) -> int:
         """Select new codes for the rows that gain most; returns how many rows moved.

@@ -148,7 +148,7 @@ def mixed_loss(bench: Bench, soft_share: float, temperature: float, kind: str) -
     if soft_share:
         return soft_label_loss(bench, soft_share, temperature, kind)
 
-    def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
+    def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
         return hard_loss(bench.signature, output, batch)
 
     return loss

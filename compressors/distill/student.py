@@ -19,17 +19,18 @@ from compressors.core.modules.formats import Bag, PackedTable
 from compressors.core.modules.output_calibration import recalibration_of
 from compressors.core.placeholders import with_placeholders
 from compressors.core.state.construction import assign, construct, construct_with_weights
-from compressors.core.units import Choice, Unit, swap, table_rows
+from compressors.core.steps.decisions import Decision
+from compressors.core.units import Unit, swap, table_rows
 from compressors.errors.construction import ConstructionFailed
 from compressors.errors.steps import DistillationRefused
 
 Config = dict[str, Any]
 
 
-def student_choices(
+def student_decisions(
     model: Model, config: Config, *, tables: bool, reasons: tuple[Reason, ...]
-) -> dict[str, Choice]:
-    """The choices for all units that are missing or smaller in the student.
+) -> dict[str, Decision]:
+    """The decisions for all units that are missing or smaller in the student.
 
     Args:
         model: the original.
@@ -60,15 +61,15 @@ def student_choices(
     resized = [u.name for u in student if u.role == "table" and smaller[u.name] != shapes[u.name]]
     if resized and not tables:
         raise DistillationRefused("table_untrained", table=resized[0])
-    choices = {}
+    decisions = {}
     for name, shape in shapes.items():
         if name not in smaller:
-            choices[name] = Choice(True, (*reasons, Reason("not_in_student")))
+            decisions[name] = Decision("taken", (*reasons, Reason("not_in_student")))
         elif smaller[name] != shape:
             before, after = ("x".join(map(str, size)) for size in (shape, smaller[name]))
             changed = Reason("smaller_in_student", before=before, after=after)
-            choices[name] = Choice(True, (*reasons, changed))
-    return choices
+            decisions[name] = Decision("taken", (*reasons, changed))
+    return decisions
 
 
 def student_of(model: Model, config: Config, seed: int) -> Model:

@@ -83,8 +83,10 @@ class ContractBroken(CompressionError):
         "in memory (by up to {gap:g}): some of its state is not among its tensors.",
         "unit_lost": "After {step!r} the network has no {unit!r} any more.",
         "unit_added": "After {step!r} the network has {unit!r}, which it did not have before.",
-        "unit_kept": "{step!r} kept {unit!r}, which its choice includes.",
-        "unit_changed": "{step!r} changed {unit!r}, which its choice excludes.",
+        "unit_kept": "{step!r} did not change {unit!r}, which its plan takes.",
+        "unit_changed": "{step!r} changed {unit!r}, which its plan skips.",
+        "bytes_out_of_bounds": "{step!r} stored {unit!r} in {bytes} bytes; its plan says {least} "
+        "to {most}.",
         "format_changed": "{step!r} stores {unit!r} in another format.",
         "fit_incomplete": "{step!r} lays out {name!r} for the whole table, and its fit does not "
         "return it.",

@@ -19,21 +19,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import (
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.steps.composition_steps import (
+    ComposingStep,
+    Designs,
     FittedParts,
     choose_composed,
-    dry_run_composed,
     recompose,
     row_weights,
     share_or_number,
 )
-from compressors.core.model import Model
-from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
-from compressors.core.modules.formats import TensorSpec
-from compressors.core.step_settings import MinRows, TablePatterns
-from compressors.core.units import Choice
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 
 def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,20 +70,20 @@ class LowRankComposition:
     name: str = "low_rank"
     learned: tuple[str, ...] = ("projection", "mean")
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
             "projection": TensorSpec((settings["rank"], dim), torch.float32, every=0),
             "mean": TensorSpec((dim,), torch.float32, every=0),
         }
 
-    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
         return {"narrow": PartSpec(rows, settings["rank"])}
 
     def lookup_counts(
         self,
-        stored: Mapping[str, Tensor],  # noqa: ARG002
+        stored: Mapping[str, Tensor],
         counts: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         return {"narrow": counts}
 
@@ -91,7 +92,7 @@ class LowRankComposition:
         stored: Mapping[str, Tensor],
         parts: Parts,
         ids: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         narrow: Tensor = parts["narrow"](ids)  # (*ids, rank)
         return torch.matmul(narrow, stored["projection"]) + stored["mean"]
@@ -100,7 +101,7 @@ class LowRankComposition:
 COMPOSITION: Composition = LowRankComposition()
 
 
-class LowRank(Frozen):
+class LowRank(ComposingStep):
     """Make embedding tables of narrower rows and one small matrix."""
 
     kind: Literal["low_rank"] = "low_rank"
@@ -119,18 +120,13 @@ class LowRank(Frozen):
         """Training rows, if lookup counts are used."""
         return ("train",) if self.weighted else ()
 
-    @property
-    def changes(self) -> Change:
-        """The selected tables are replaced by narrower ones."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to narrow; give a reason for each other table."""
-        return self._designs(model)[0]
+        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
         """Replace every selected table by its factors."""
-        _, designs = self._designs(model)
+        designs = plan.payload
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
@@ -139,14 +135,7 @@ class LowRank(Frozen):
 
         return recompose(model, designs, fit)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Replace every selected table by its new form with placeholder tensors."""
-        return dry_run_composed(model, self._designs(model)[1])
-
-    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
-
-    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+    def design(self, rows: int, dim: int) -> Design:
         """The composition of a table of ``rows x dim``."""
         rank = share_or_number(self.rank, dim)
         return Design(COMPOSITION, {"rank": rank}, Reason("narrower_rows", dim=dim, rank=rank))

@@ -14,19 +14,21 @@ moments are taken around the mean and the bias corrects the output of the mean i
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import share_or_number
 from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear, factored_layout
 from compressors.core.placeholders import placeholder
-from compressors.core.units import Choice, Unit, choose_dense, swap
+from compressors.core.steps.composition_steps import share_or_number
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit, swap
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.layer_inputs import (
     BATCH,
@@ -104,8 +106,10 @@ class _Moments:
         return moment + UNSEEN * even * torch.eye(len(mean), dtype=torch.float64), mean
 
 
-class LowRankDense(Frozen):
+class LowRankDense(StepSettings):
     """Make dense layers of two thin ones."""
+
+    effect: ClassVar[Effect] = "parts"
 
     kind: Literal["low_rank_dense"] = "low_rank_dense"
     layers: tuple[str, ...] = Field(
@@ -136,47 +140,48 @@ class LowRankDense(Frozen):
         """Calibration rows, if the statistics of the inputs are used."""
         return ("calibration",) if self.weighted else ()
 
-    @property
-    def changes(self) -> Change:
-        """The selected layers are each replaced by two low-rank layers."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to factorize and their ranks; give a reason for each other."""
-        choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         for unit in Unit.of(model.module):
-            if unit.name not in choices or not choices[unit.name].take:
+            if unit.name not in decisions or not decisions[unit.name].selected:
                 continue
             outputs, inputs = unit.weight.shape
             most = _most_rank(inputs, outputs)
             if self.most_error is not None:
-                take = most > 0
-                why = (
-                    Reason("rank_searched", step=self.kind, most_error=self.most_error, rank=most)
-                    if take
-                    else Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
-                )
-                choices[unit.name] = Choice(take, (why,))
+                decisions[unit.name] = self._searched(unit, most, self.most_error)
                 continue
             rank = share_or_number(self.rank, min(inputs, outputs))
             before, after = inputs * outputs, rank * (inputs + outputs)
-            take = rank <= most
-            why = (
-                Reason("factorized", step=self.kind, inputs=inputs, rank=rank, outputs=outputs)
-                if take
-                else Reason("rank_not_smaller", rank=rank, before=before, after=after)
-            )
-            choices[unit.name] = Choice(take, (why,))
-        return choices
+            if rank > most:
+                why = Reason("rank_not_smaller", rank=rank, before=before, after=after)
+                decisions[unit.name] = Decision("skipped", (why,))
+            else:
+                why = Reason(
+                    "factorized", step=self.kind, inputs=inputs, rank=rank, outputs=outputs
+                )
+                decisions[unit.name] = Decision("taken", (why,))
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def _searched(self, unit: Unit, most: int, most_error: float) -> Decision:
+        """The decision for a layer whose rank is searched up to ``most``."""
+        outputs, inputs = unit.weight.shape
+        if most == 0:
+            why = Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
+            return Decision("skipped", (why,))
+        why = Reason("rank_searched", step=self.kind, most_error=most_error, rank=most)
+        layout = factored_layout(inputs, outputs, 1, bias=unit.bias is not None).values()
+        least = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
+        return Decision("deferred", (why,), (least, unit.bytes))
+
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Replace every selected layer by its factors.
 
         Raises:
             CompressionError: there are no calibration rows, or a layer never ran on them.
         """
-        module, notes = model.module, dict(model.notes)
-        units = self._chosen(model, bench)
+        module, outcomes = model.module, dict[str, Decision]()
+        units = plan.units(module)
         moments = self._moments(model, bench, units)
         for unit in units:
             outputs, inputs = unit.weight.shape
@@ -189,7 +194,8 @@ class LowRankDense(Frozen):
             if self.most_error is not None:
                 rank = rank_within(energy, self.most_error)
             if rank > _most_rank(inputs, outputs):
-                notes[unit.name] = (Reason("found_rank_not_smaller", rank=rank),)
+                too_large = Reason("found_rank_not_smaller", rank=rank)
+                outcomes[unit.name] = Decision("skipped", (too_large,))
                 continue
             reduce, expand = factors(weight, directions, rank)
             stored = {"reduce.weight": reduce.contiguous(), "expand.weight": expand.contiguous()}
@@ -197,14 +203,14 @@ class LowRankDense(Frozen):
                 lost = (weight.double() - expand.double() @ reduce.double()) @ mean
                 stored["expand.bias"] = (bias.double() + lost).float()
             share = float(energy[rank:].sum() / energy.sum().clamp(min=1e-300))
-            notes[unit.name] = (Reason("rank_loss", rank=rank, share=share),)
+            outcomes[unit.name] = Decision("taken", (Reason("rank_loss", rank=rank, share=share),))
             layer = FactoredLinear(inputs, outputs, rank, bias=bias is not None, stored=stored)
             swap(module, unit.name, layer.eval())
-        return Model(module, model.architecture, model.network, model.plan, notes)
+        return Applied(model, outcomes)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace selected layers by placeholder factors; a searched rank is the largest one."""
-        for unit in self._chosen(model, bench):
+        for unit in plan.units(model.module):
             outputs, inputs = unit.weight.shape
             rank = share_or_number(self.rank, min(inputs, outputs))
             if self.most_error is not None:
@@ -215,11 +221,6 @@ class LowRankDense(Frozen):
             layer = FactoredLinear(inputs, outputs, rank, bias=bias, stored=stored)
             swap(model.module, unit.name, layer.eval())
         return model
-
-    def _chosen(self, model: Model, bench: Bench) -> list[Unit]:
-        choices = self.choose(model, bench)
-        units = Unit.of(model.module)
-        return [unit for unit in units if unit.name in choices and choices[unit.name].take]
 
     def _moments(self, model: Model, bench: Bench, units: list[Unit]) -> Mapping[str, _Moments]:
         """Moments of the selected layers' inputs on calibration rows; empty if not ``weighted``."""

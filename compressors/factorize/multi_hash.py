@@ -20,21 +20,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import (
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.steps.composition_steps import (
+    ComposingStep,
+    Designs,
     FittedParts,
     choose_composed,
-    dry_run_composed,
     recompose,
     row_weights,
     share_or_number,
 )
-from compressors.core.model import Model
-from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
-from compressors.core.modules.formats import TensorSpec
-from compressors.core.step_settings import MinRows, TablePatterns
-from compressors.core.units import Choice
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 # The largest prime below 2^31: with ids and coefficients below it, a * id + b fits an int64.
 PRIME = 2**31 - 1
@@ -186,14 +187,14 @@ class MultiHashComposition:
     name: str = "multi_hash"
     learned: tuple[str, ...] = ("mean",)
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         width = 4 if settings["signed"] else 2
         return {
             "functions": TensorSpec((settings["hashes"], width), torch.int64, every=0),
             "mean": TensorSpec((dim,), torch.float32, every=0),
         }
 
-    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
         return {"buckets": PartSpec(settings["buckets"], dim)}
 
     def lookup_counts(
@@ -217,7 +218,7 @@ class MultiHashComposition:
 COMPOSITION: Composition = MultiHashComposition()
 
 
-class MultiHash(Frozen):
+class MultiHash(ComposingStep):
     """Make embedding tables of sums of few shared rows, chosen by hashing."""
 
     kind: Literal["multi_hash"] = "multi_hash"
@@ -241,35 +242,10 @@ class MultiHash(Frozen):
         """Training rows, if lookup counts are used."""
         return ("train",) if self.weighted else ()
 
-    @property
-    def changes(self) -> Change:
-        """The selected tables are replaced by shorter ones."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to shorten; give a reason for each other table."""
-        return self._designs(model)[0]
 
-    def apply(self, model: Model, bench: Bench) -> Model:
-        """Draw functions and fit buckets to every selected table."""
-        _, designs = self._designs(model)
-        weights = row_weights(model, bench, designs, weighted=self.weighted)
-        drawn = coefficients(self.hashes * self.draws, bench.seed, signed=self.signed)
-        draws = torch.split(drawn, self.hashes)
-
-        def fitted(name: str, table: Tensor, design: Design) -> FittedParts:
-            functions, hash_fit = best_fit(table, weights[name], draws, design.settings["buckets"])
-            stored = {"functions": functions.clone(), "mean": hash_fit.mean}
-            return FittedParts(stored, {"buckets": hash_fit.buckets})
-
-        return recompose(model, designs, fitted)
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Replace every selected table by its new form with placeholder tensors."""
-        return dry_run_composed(model, self._designs(model)[1])
-
-    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        def shaped(rows: int, dim: int) -> Design | Reason:  # noqa: ARG001
+        def shaped(rows: int, dim: int) -> Design | Reason:
             if rows >= PRIME:
                 return Reason("too_many_rows", rows=rows, limit=PRIME)
             buckets = share_or_number(self.buckets, rows)
@@ -282,3 +258,17 @@ class MultiHash(Frozen):
             return Design(COMPOSITION, settings, reason)
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)
+
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+        """Draw functions and fit buckets to every selected table."""
+        designs = plan.payload
+        weights = row_weights(model, bench, designs, weighted=self.weighted)
+        drawn = coefficients(self.hashes * self.draws, bench.seed, signed=self.signed)
+        draws = torch.split(drawn, self.hashes)
+
+        def fitted(name: str, table: Tensor, design: Design) -> FittedParts:
+            functions, hash_fit = best_fit(table, weights[name], draws, design.settings["buckets"])
+            stored = {"functions": functions.clone(), "mean": hash_fit.mean}
+            return FittedParts(stored, {"buckets": hash_fit.buckets})
+
+        return recompose(model, designs, fitted)

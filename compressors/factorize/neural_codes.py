@@ -20,21 +20,22 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import (
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.steps.composition_steps import (
+    ComposingStep,
+    Designs,
     FittedParts,
     choose_composed,
-    dry_run_composed,
     recompose,
     row_weights,
     share_or_number,
 )
-from compressors.core.model import Model
-from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
-from compressors.core.modules.formats import TensorSpec
-from compressors.core.step_settings import MinRows, TablePatterns
-from compressors.core.units import Choice
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.factorize.low_rank import factors
 
 BATCH = 4096
@@ -198,7 +199,7 @@ class NeuralCodesComposition:
     name: str = "neural_codes"
     learned: tuple[str, ...] = Decoder._fields
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         size, hidden = settings["codes"], settings["hidden"]
         shapes = ((size, dim), (size, hidden), (hidden,), (hidden, dim), (dim,))
         return {
@@ -206,14 +207,14 @@ class NeuralCodesComposition:
             for name, shape in zip(Decoder._fields, shapes, strict=True)
         }
 
-    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
         return {"codes": PartSpec(rows, settings["codes"])}
 
     def lookup_counts(
         self,
-        stored: Mapping[str, Tensor],  # noqa: ARG002
+        stored: Mapping[str, Tensor],
         counts: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         return {"codes": counts}
 
@@ -222,7 +223,7 @@ class NeuralCodesComposition:
         stored: Mapping[str, Tensor],
         parts: Parts,
         ids: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         return decode(parts["codes"](ids), Decoder(**stored))
 
@@ -230,7 +231,7 @@ class NeuralCodesComposition:
 COMPOSITION: Composition = NeuralCodesComposition()
 
 
-class NeuralCodes(Frozen):
+class NeuralCodes(ComposingStep):
     """Make embedding tables of short codes and a small network that decodes them."""
 
     kind: Literal["neural_codes"] = "neural_codes"
@@ -258,32 +259,9 @@ class NeuralCodes(Frozen):
         """Training rows, if lookup counts are used."""
         return ("train",) if self.weighted else ()
 
-    @property
-    def changes(self) -> Change:
-        """The selected tables are replaced by narrower ones."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to encode; give a reason for each other table."""
-        return self._designs(model)[0]
 
-    def apply(self, model: Model, bench: Bench) -> Model:
-        """Fit codes and a decoder to every selected table."""
-        _, designs = self._designs(model)
-        weights = row_weights(model, bench, designs, weighted=self.weighted)
-
-        def fitted(name: str, table: Tensor, design: Design) -> FittedParts:
-            size, hidden = design.settings["codes"], design.settings["hidden"]
-            codes, decoder = fit(table, weights[name], size, hidden, self.steps, bench.seed)
-            return FittedParts(decoder._asdict(), {"codes": codes})
-
-        return recompose(model, designs, fitted)
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Replace every selected table by its new form with placeholder tensors."""
-        return dry_run_composed(model, self._designs(model)[1])
-
-    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
         def shaped(rows: int, dim: int) -> Design | Reason:
             size = share_or_number(self.codes, dim)
             hidden = min(self.hidden, int(MOST_SHARE * rows * size) // (size + 1 + dim))
@@ -293,3 +271,15 @@ class NeuralCodes(Frozen):
             return Design(COMPOSITION, {"codes": size, "hidden": hidden}, reason)
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)
+
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+        """Fit codes and a decoder to every selected table."""
+        designs = plan.payload
+        weights = row_weights(model, bench, designs, weighted=self.weighted)
+
+        def fitted(name: str, table: Tensor, design: Design) -> FittedParts:
+            size, hidden = design.settings["codes"], design.settings["hidden"]
+            codes, decoder = fit(table, weights[name], size, hidden, self.steps, bench.seed)
+            return FittedParts(decoder._asdict(), {"codes": codes})
+
+        return recompose(model, designs, fitted)

@@ -20,21 +20,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import (
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.steps.composition_steps import (
+    ComposingStep,
+    Designs,
     FittedParts,
     choose_composed,
-    dry_run_composed,
     recompose,
     row_weights,
     share_or_number,
 )
-from compressors.core.model import Model
-from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
-from compressors.core.modules.formats import TensorSpec
-from compressors.core.step_settings import MinRows, TablePatterns
-from compressors.core.units import Choice
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 Operation = Literal["add", "multiply"]
 ROUNDS, ENOUGH = 100, 1e-6  # alternating least squares: most rounds, relative gain to stop at
@@ -51,7 +52,7 @@ def divided_by(ids: Tensor, divisor: int) -> Tensor:
 
 
 @divided_by.register_fake
-def _(ids: Tensor, divisor: int) -> Tensor:  # noqa: ARG001
+def _(ids: Tensor, divisor: int) -> Tensor:
     return torch.empty_like(ids)
 
 
@@ -177,7 +178,7 @@ class QuotientRemainderComposition:
     name: str = "quotient_remainder"
     learned: tuple[str, ...] = ()
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {}
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
@@ -189,7 +190,7 @@ class QuotientRemainderComposition:
 
     def lookup_counts(
         self,
-        stored: Mapping[str, Tensor],  # noqa: ARG002
+        stored: Mapping[str, Tensor],
         counts: Tensor,
         settings: Mapping[str, Any],
     ) -> dict[str, Tensor]:
@@ -202,7 +203,7 @@ class QuotientRemainderComposition:
 
     def lookup(
         self,
-        stored: Mapping[str, Tensor],  # noqa: ARG002
+        stored: Mapping[str, Tensor],
         parts: Parts,
         ids: Tensor,
         settings: Mapping[str, Any],
@@ -216,7 +217,7 @@ class QuotientRemainderComposition:
 COMPOSITION: Composition = QuotientRemainderComposition()
 
 
-class QuotientRemainder(Frozen):
+class QuotientRemainder(ComposingStep):
     """Make embedding tables of two short ones, for quotients and remainders of ids."""
 
     kind: Literal["quotient_remainder"] = "quotient_remainder"
@@ -241,33 +242,10 @@ class QuotientRemainder(Frozen):
         """Training rows, if lookup counts are used."""
         return ("train",) if self.weighted else ()
 
-    @property
-    def changes(self) -> Change:
-        """The selected tables are each replaced by two short ones."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to split; give a reason for each other table."""
-        return self._designs(model)[0]
 
-    def apply(self, model: Model, bench: Bench) -> Model:
-        """Fit two short tables to every selected table."""
-        _, designs = self._designs(model)
-        weights = row_weights(model, bench, designs, weighted=self.weighted)
-        solve = fit_sum if self.operation == "add" else fit_product
-
-        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            quotient, remainder = solve(table, weights[name], design.settings["buckets"])
-            return FittedParts({}, {"quotient": quotient, "remainder": remainder})
-
-        return recompose(model, designs, fit)
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Replace every selected table by its new form with placeholder tensors."""
-        return dry_run_composed(model, self._designs(model)[1])
-
-    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        def shaped(rows: int, dim: int) -> Design | Reason:  # noqa: ARG001
+        def shaped(rows: int, dim: int) -> Design | Reason:
             buckets = share_or_number(self.buckets or max(1.0, round(rows**0.5)), rows)
             settings = {"buckets": buckets, "operation": self.operation}
             reason = Reason(
@@ -279,3 +257,15 @@ class QuotientRemainder(Frozen):
             return Design(COMPOSITION, settings, reason)
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)
+
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+        """Fit two short tables to every selected table."""
+        designs = plan.payload
+        weights = row_weights(model, bench, designs, weighted=self.weighted)
+        solve = fit_sum if self.operation == "add" else fit_product
+
+        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
+            quotient, remainder = solve(table, weights[name], design.settings["buckets"])
+            return FittedParts({}, {"quotient": quotient, "remainder": remainder})
+
+        return recompose(model, designs, fit)

@@ -20,7 +20,7 @@ def scaled_dot_product_attention(
     key: Any,
     value: Any,
     attn_mask: Any = None,
-    dropout_p: float = 0.0,  # noqa: ARG001 - evaluation mode
+    dropout_p: float = 0.0,  # evaluation mode
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,

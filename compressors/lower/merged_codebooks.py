@@ -54,7 +54,7 @@ class MergedCodebookFormat:
         """The tag of the format of the merged tables."""
         return self.inside.name
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return dict(self.laid)
 
     def lookup(
@@ -62,7 +62,7 @@ class MergedCodebookFormat:
         stored: Mapping[str, Tensor],
         ids: Tensor,
         dim: int,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         """Look up ids ``(rows, inputs)``: float32 ``(rows, inputs, dim)``."""
         codebook = stored["codebook"]
@@ -116,5 +116,5 @@ def merged_codes(codes: Tensor, ids: Tensor, count: int, width: int) -> Tensor:
 
 
 @merged_codes.register_fake
-def _(codes: Tensor, ids: Tensor, count: int, width: int) -> Tensor:  # noqa: ARG001
+def _(codes: Tensor, ids: Tensor, count: int, width: int) -> Tensor:
     return codes.new_empty((*ids.shape, count), dtype=torch.int32)

@@ -17,10 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compressors.contracts import Frozen
 from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import TableFormat
-from compressors.core.step import TableStep
+from compressors.core.steps.step import StepSettings, TableStep
 from compressors.quantize.dense.float16 import LARGEST, TABLE_FORMAT
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
@@ -37,7 +36,7 @@ AS_GOOD_AS = 2
 """What codebooks are compared as: their error is that of about 4 bits."""
 
 
-class Float16Rows(Frozen):
+class Float16Rows(StepSettings):
     """Table step that stores as float16 the tables of other methods that float16 suits better."""
 
     kind: Literal["float16"] = "float16"
@@ -53,11 +52,11 @@ class Float16Rows(Frozen):
         """The format has no settings."""
         return {}
 
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
         """Return no parameters: nothing is fitted."""
         return {}
 
-    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Round the rows, float ``(rows, dim)``, to float16."""
         return {"weight": block.to(torch.float16)}
 

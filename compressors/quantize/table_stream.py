@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from compressors.contracts import ModuleRecord
-from compressors.core.modules.formats import TensorSpec, blocks, entries
-from compressors.core.runner import TableStep
+from compressors.core.modules.formats import TensorSpec, blocks
 from compressors.core.state.safetensors_stream import Piece, StreamedFile, size_of
-from compressors.errors.compression import CompressionError, ContractBroken, ModelRefused
+from compressors.core.steps.step import TableStep
+from compressors.core.steps.table_encoder import TableEncoder
+from compressors.errors.compression import CompressionError, ModelRefused
 
 BLOCK_BYTES = 2**22
 """Bytes of a block if the caller names no rows: block and codes fit in a core's cache."""
@@ -232,9 +233,8 @@ class _Encoding:
     def __init__(self, job: Job, file: StreamedFile, name: str) -> None:
         self._job, self._file, self._name = job, file, name
         self._module = job.tables[name]
-        self._layout = job.stored(name)
         try:
-            self._params = job.step.fit(job.sources[name].mapped())
+            self._encoder = TableEncoder(job.step, job.sources[name].mapped())
         except CompressionError:
             # NaN or infinity may be the cause of the error: then report the row instead.
             for block in job.blocks(name):
@@ -243,42 +243,19 @@ class _Encoding:
 
     def whole(self) -> list[Piece]:
         """The stored tensors that belong to the full table, such as a codebook."""
-        names = [part for part, spec in self._layout.items() if not spec.every]
-        if missing := [part for part in names if part not in self._params]:
-            raise ContractBroken("fit_incomplete", step=self._job.step.kind, name=missing[0])
-        return [self._file.piece(within(self._module, part), self._params[part]) for part in names]
+        return [self._piece(part, values, 0) for part, values in self._encoder.whole().items()]
+
+    def __call__(self, block: Block) -> list[Piece]:
+        encoded = self._encoder.encode(self._rows(block), block.begin)
+        return [self._piece(part, values, at.start) for part, (at, values) in encoded.items()]
 
     def _rows(self, block: Block) -> Tensor:
         rows = self._job.sources[self._name].read(block.begin, block.end).float()
         _check_finite(self._name, rows, block.begin)
         return rows
 
-    def __call__(self, block: Block) -> list[Piece]:
-        rows = self._rows(block)
-        encoded = self._job.step.encode(rows, self._params)
-        expected = {part for part, spec in self._layout.items() if spec.every}
-        if encoded.keys() != expected:
-            raise ContractBroken(
-                "encoded_names_differ",
-                step=self._job.step.kind,
-                got=tuple(sorted(encoded)),
-                expected=tuple(sorted(expected)),
-            )
-        pieces = []
-        for part, values in encoded.items():
-            place = entries(self._layout[part], block.begin, block.end)
-            if len(values) != place.stop - place.start:
-                raise ContractBroken(
-                    "encoded_rows_differ",
-                    step=self._job.step.kind,
-                    name=part,
-                    begin=block.begin,
-                    end=block.end,
-                    got=len(values),
-                    expected=place.stop - place.start,
-                )
-            pieces.append(self._file.piece(within(self._module, part), values, place.start))
-        return pieces
+    def _piece(self, part: str, values: Tensor, begin: int) -> Piece:
+        return self._file.piece(within(self._module, part), values, begin)
 
 
 def _check_finite(name: str, rows: Tensor, begin: int) -> None:

@@ -10,12 +10,10 @@ the weight without calling the layer.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils.weak import WeakIdRef
 
 from compressors.contracts import Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
@@ -93,9 +91,6 @@ class Dataflow:
 def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     """Trace the dataflow of a network in evaluation mode.
 
-    The result is cached: a second call with the same modules and tensors returns it again. A step
-    needs it in ``choose`` and in ``apply``, and ``torch.export`` takes seconds.
-
     Args:
         module: plain or compressed; not modified. Packed layers are in no entry of the result.
         signature: of its inputs.
@@ -103,37 +98,6 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     Raises:
         CompressionError: ``torch.export`` cannot trace the network.
     """
-    parts = _modules_and_tensors(module)
-    last = _CACHE.get(module)
-    if last is None or (last.signature, last.parts) != (signature, parts):
-        last = _CACHE[module] = _Traced(signature, parts, _trace(module, signature))
-    return last.dataflow
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """A network's dataflow, and the signature and parts that it was traced with."""
-
-    signature: Signature
-    parts: Mapping[str, object]
-    dataflow: Dataflow
-
-
-_CACHE: WeakKeyDictionary[nn.Module, _Traced] = WeakKeyDictionary()
-
-
-def _modules_and_tensors(module: nn.Module) -> dict[str, object]:
-    """All modules with their mode and all tensors, by name; differs if any of them was replaced."""
-    modules = module.named_modules(remove_duplicate=False)
-    parts: dict[str, object] = {
-        f"module {name}": (WeakIdRef(part), part.training) for name, part in modules
-    }
-    for named in (module.named_parameters, module.named_buffers):
-        parts |= {name: WeakIdRef(tensor) for name, tensor in named(remove_duplicate=False)}
-    return parts
-
-
-def _trace(module: nn.Module, signature: Signature) -> Dataflow:
     owners: dict[int, set[str]] = {}
     for name, part in module.named_modules():
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):

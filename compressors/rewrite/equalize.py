@@ -10,15 +10,16 @@ Differs: a layer with several consumers is equalized with the largest of their r
 PReLU and dropout are treated like Relu; high biases are not absorbed.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench
 from compressors.core.model import Model
-from compressors.core.units import Choice
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.step import Effect, StepSettings
 from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
 
 ROUNDS = 100
@@ -44,31 +45,23 @@ def equalizing(made: Tensor, read: Tensor) -> Tensor:
     return ratio.sqrt()
 
 
-class Equalize(Frozen):
+class Equalize(StepSettings):
     """Bring the channels between neighbouring dense layers to equal ranges."""
+
+    effect: ClassVar[Effect] = "values"
 
     kind: Literal["equalize"] = "equalize"
     layers: tuple[str, ...] = Field(
         ("*",), description="Dense layers that may change: module names, with * for any characters."
     )
 
-    @property
-    def needs(self) -> tuple[Part, ...]:
-        """No data: only the weights are read."""
-        return ()
-
-    @property
-    def changes(self) -> Change:
-        """Layers hold other values in the same format."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[tuple[Link, ...]]:
         """Which dense layers are equalized, with which others, and why the rest is not."""
-        return self._links(model, bench)[1]
+        return choose_links(model, bench.signature, self.layers, self.kind, norms=False)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[tuple[Link, ...]]) -> Applied:
         """Equalize pair by pair until the factors converge."""
-        links, _ = self._links(model, bench)
+        links = plan.payload
         module = model.module
         for _round in range(ROUNDS):
             largest_change = 0.0
@@ -83,11 +76,4 @@ class Equalize(Frozen):
                 largest_change = max(largest_change, float((scale - 1).abs().max()))
             if largest_change < SETTLED:
                 break
-        return model
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """No shape changes."""
-        return model
-
-    def _links(self, model: Model, bench: Bench) -> tuple[list[Link], dict[str, Choice]]:
-        return choose_links(model, bench.signature, self.layers, self.kind, norms=False)
+        return Applied(model)

@@ -17,24 +17,26 @@ before it).
 Differs: in evaluation mode only, and also into the layers after the norm.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import FoldedNorm
 from compressors.core.placeholders import is_placeholder
-from compressors.core.units import Choice, Unit, choose_dense, own_weight, private_copy, swap
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit, own_weight, private_copy, swap
 from compressors.errors.steps import StepRefused
 from compressors.prune.structure.narrowing import apart
 from compressors.rewrite.dataflow import Dataflow, Reader, dataflow
-from compressors.rewrite.dead_channels import find_dead_channels, remove_dead_channels
+from compressors.rewrite.dead_channels import DeadChannels, find_dead_channels, remove_dead_channels
 from compressors.rewrite.unread_features import unread_features
 
 AffineNorm = nn.LayerNorm | nn.RMSNorm
@@ -77,7 +79,7 @@ def of_affine(norm: AffineNorm) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Move:
+class Move:
     """One norm and the layers it is folded into: the one before it, or those after it."""
 
     norm: str
@@ -85,8 +87,26 @@ class _Move:
     norm_is_first: bool
 
 
-class Fold(Frozen):
+class Folding(NamedTuple):
+    """What a plan of ``fold`` found.
+
+    Attributes:
+        signature: of the inputs it was found with.
+        moves: the norms to fold.
+        dead: the channels that the weights prove dead after that.
+        free: the dense layers that may change.
+    """
+
+    signature: Signature
+    moves: tuple[Move, ...]
+    dead: tuple[DeadChannels, ...]
+    free: frozenset[str]
+
+
+class Fold(StepSettings):
     """Fold norms into the dense layers around them, and remove dead channels."""
+
+    effect: ClassVar[Effect] = "values"
 
     kind: Literal["fold"] = "fold"
     layers: tuple[str, ...] = Field(
@@ -104,103 +124,104 @@ class Fold(Frozen):
         """Calibration rows, if they decide which channels are dead."""
         return ("calibration",) if self.rows else ()
 
-    @property
-    def changes(self) -> Change:
-        """Layers hold other values, or fewer channels, in the same format."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Folding]:
         """Which dense layers include a norm or lose dead channels, and why the others do not.
 
         Raises:
             CompressionError: the network cannot be exported.
         """
-        moves, choices, stays = self._moves(model, bench)
+        moves, decisions, stays = self._moves(model, bench)
         reasons: dict[str, list[Reason]] = {}
         for move in moves:
             for layer in move.layers:
                 folded_norm = Reason("norm_folded", step=self.kind, norm=move.norm)
                 reasons.setdefault(layer, []).append(folded_norm)
-        free = frozenset(name for name, choice in choices.items() if choice.take)
+        free = frozenset(name for name, decision in decisions.items() if decision.selected)
         folded = _folded(replace(model, module=private_copy(model.module)), moves)
+        proven: tuple[DeadChannels, ...] = ()
         if not _has_placeholders(model):
-            for dead in find_dead_channels(folded, bench.signature, free, None):
-                for name, change in dead.reasons(self.kind).items():
-                    reasons.setdefault(name, []).append(change)
+            proven = find_dead_channels(folded, bench.signature, free, None)
+        for dead in proven:
+            for name, change in dead.reasons(self.kind).items():
+                reasons.setdefault(name, []).append(change)
         result = {}
-        for name, choice in choices.items():
-            if choice.take and name in reasons:
-                result[name] = Choice(True, tuple(reasons[name]))
-            elif choice.take and self.rows:
+        sizes = {unit.name: unit.bytes for unit in Unit.of(model.module)}
+        for name, decision in decisions.items():
+            if decision.selected and name in reasons:
+                result[name] = Decision("taken", tuple(reasons[name]))
+            elif decision.selected and self.rows:
                 constant = Reason("constant_channels", step=self.kind, rows=self.rows)
-                result[name] = Choice(True, (constant,))
-            elif choice.take:
-                result[name] = Choice(False, (stays.get(name, Reason("nothing_to_fold")),))
+                result[name] = Decision("deferred", (constant,), (0, sizes[name]))
+            elif decision.selected:
+                result[name] = Decision("skipped", (stays.get(name, Reason("nothing_to_fold")),))
             else:
-                result[name] = choice
-        return result
+                result[name] = decision
+        return StepPlan(result, Folding(bench.signature, tuple(moves), proven, free))
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Folding]) -> Applied:
         """Fold norms, remove dead channels, and check that the predictions do not change.
 
         Raises:
             CompressionError: predictions change by more than rounding, because other code reads the
                 layers' weights or channels directly.
         """
-        moves, choices, _ = self._moves(model, bench)
-        free = frozenset(name for name, choice in choices.items() if choice.take)
+        after = self._without_dead_channels(model, plan.payload)
+        outcomes = _unread(after, bench.signature)
+        if self.rows and bench.calibration is not None:
+            rows = bench.calibration, self.rows
+            seen = find_dead_channels(after, bench.signature, plan.payload.free, rows)
+            after = remove_dead_channels(after, bench.signature, seen)
+        return Applied(after, outcomes)
+
+    def dry_run(self, model: Model, plan: StepPlan[Folding]) -> Model:
+        """As ``apply`` but without rows: channels that only rows would show as dead stay."""
+        return self._without_dead_channels(model, plan.payload)
+
+    def _without_dead_channels(self, model: Model, folding: Folding) -> Model:
+        """Fold the norms and remove the channels whose weights prove that they are dead.
+
+        Raises:
+            CompressionError: predictions change by more than rounding.
+        """
+        signature, moves, dead, _ = folding
         before = replace(model, module=private_copy(model.module))
         after = _folded(model, moves)
-        proven = (
-            ()
-            if _has_placeholders(before)
-            else find_dead_channels(after, bench.signature, free, None)
-        )
-        after = remove_dead_channels(after, bench.signature, proven)
-        gap = apart(after.module, before.module, bench.signature)
+        after = remove_dead_channels(after, signature, dead)
+        gap = apart(after.module, before.module, signature)
         if gap is not None:
             raise StepRefused("folded_scores_differ", gap=gap)
-        if not _has_placeholders(before):
-            after = replace(after, notes={**after.notes, **_unread_notes(after, bench)})
-        if self.rows and bench.calibration is not None:
-            seen = find_dead_channels(after, bench.signature, free, (bench.calibration, self.rows))
-            after = remove_dead_channels(after, bench.signature, seen)
         return after
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:
-        """As ``apply`` but without rows: channels that only rows would show as dead stay."""
-        return self.model_copy(update={"rows": 0}).apply(model, bench)
 
     def _moves(
         self, model: Model, bench: Bench
-    ) -> tuple[list[_Move], dict[str, Choice], dict[str, Reason]]:
+    ) -> tuple[list[Move], dict[str, Decision], dict[str, Reason]]:
         """The norms to fold, which layers may change, and why the other norms next to them stay."""
-        choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         flow = dataflow(model.module, bench.signature)
         for name, why in flow.closed.items():
-            if name in choices and choices[name].take:
-                choices[name] = Choice(False, (why,))
-        moves: list[_Move] = []
+            if name in decisions and decisions[name].selected:
+                decisions[name] = Decision("skipped", (why,))
+        moves: list[Move] = []
         stays: dict[str, Reason] = {}
         for name, norm in model.module.named_modules():
             if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in flow.closed:
                 closed = Reason("reader_closed", reader=name, why=flow.closed[name])
-                stays |= {n: closed for n in choices if flow.reasons.get(n) == closed}
+                stays |= {n: closed for n in decisions if flow.reasons.get(n) == closed}
             elif isinstance(norm, nn.BatchNorm1d | AffineNorm):
                 find_move = _batch_norm if isinstance(norm, nn.BatchNorm1d) else _affine
-                result = find_move(model.module, name, flow, choices)
-                if isinstance(result, _Move):
+                result = find_move(model.module, name, flow, decisions)
+                if isinstance(result, Move):
                     moves.append(result)
                 else:
-                    near = [n for n in choices if Reader(name) in flow.readers.get(n, ())]
+                    near = [n for n in decisions if Reader(name) in flow.readers.get(n, ())]
                     near += [reader.name for reader in flow.readers.get(name, ())]
                     stays.update(dict.fromkeys(near, result))
-        return moves, choices, stays
+        return moves, decisions, stays
 
 
 def _batch_norm(
-    module: nn.Module, name: str, found: Dataflow, choices: Mapping[str, Choice]
-) -> _Move | Reason:
+    module: nn.Module, name: str, found: Dataflow, decisions: Mapping[str, Decision]
+) -> Move | Reason:
     norm = module.get_submodule(name)
     if not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
         return Reason("norm_without_statistics", norm=name)
@@ -208,23 +229,23 @@ def _batch_norm(
         return Reason("norm_of_places", norm=name)
     _, shift = of_batch_norm(norm)
     before = found.feeder(name)
-    why = _why_not_foldable(module, before, choices, bias=bool(shift.any())) if before else None
+    why = _why_not_foldable(module, before, decisions, bias=bool(shift.any())) if before else None
     if before is not None and why is None:
-        return _Move(name, (before,), norm_is_first=False)
+        return Move(name, (before,), norm_is_first=False)
     consumers = found.straight(name)
     for layer in consumers:
         bias = not _offset_has_no_effect(module, layer, shift)
-        why = _why_not_foldable(module, layer, choices, bias=bias) or None
+        why = _why_not_foldable(module, layer, decisions, bias=bias) or None
         if why is not None:
             break
     if consumers and why is None:
-        return _Move(name, consumers, norm_is_first=True)
+        return Move(name, consumers, norm_is_first=True)
     return Reason("norm_kept", norm=name, why=why or Reason("no_single_neighbor"))
 
 
 def _affine(
-    module: nn.Module, name: str, found: Dataflow, choices: Mapping[str, Choice]
-) -> _Move | Reason:
+    module: nn.Module, name: str, found: Dataflow, decisions: Mapping[str, Decision]
+) -> Move | Reason:
     norm = module.get_submodule(name)
     if not isinstance(norm, AffineNorm) or norm.weight is None:
         return Reason("norm_without_affine", norm=name)
@@ -239,9 +260,9 @@ def _affine(
         return Reason("norm_kept", norm=name, why=why)
     for layer in consumers:
         bias = not _offset_has_no_effect(module, layer, shift)
-        if (cannot := _why_not_foldable(module, layer, choices, bias=bias)) is not None:
+        if (cannot := _why_not_foldable(module, layer, decisions, bias=bias)) is not None:
             return Reason("norm_kept", norm=name, why=cannot)
-    return _Move(name, consumers, norm_is_first=True)
+    return Move(name, consumers, norm_is_first=True)
 
 
 def _offset_has_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
@@ -253,20 +274,20 @@ def _offset_has_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
 
 
 def _why_not_foldable(
-    module: nn.Module, layer: str, choices: Mapping[str, Choice], *, bias: bool
+    module: nn.Module, layer: str, decisions: Mapping[str, Decision], *, bias: bool
 ) -> Reason | None:
     """Why a layer cannot include a norm, or None; ``bias`` says whether it would need a bias."""
     part = module.get_submodule(layer)
     if not isinstance(part, nn.Linear):
         return Reason("not_float_linear", layer=layer)
-    if not choices[layer].take:
-        return Reason("layer_not_free", layer=layer, why=choices[layer].reasons)
+    if not decisions[layer].selected:
+        return Reason("layer_not_free", layer=layer, why=decisions[layer].reasons)
     if bias and part.bias is None:
         return Reason("no_bias_for_offset", layer=layer)
     return None
 
 
-def _folded(model: Model, moves: list[_Move]) -> Model:
+def _folded(model: Model, moves: Sequence[Move]) -> Model:
     """Fold norms into layers in place; the model is a private copy."""
     for move in moves:
         norm = model.module.get_submodule(move.norm)
@@ -288,18 +309,18 @@ def _folded(model: Model, moves: list[_Move]) -> Model:
     return model
 
 
-def _unread_notes(model: Model, bench: Bench) -> dict[str, tuple[Reason, ...]]:
-    """Unread features by unit; those of dense inputs are noted at the first dense layer."""
-    notes: dict[str, tuple[Reason, ...]] = {}
+def _unread(model: Model, signature: Signature) -> dict[str, Decision]:
+    """Unread features by unit; those of dense inputs belong to the first dense layer."""
+    reasons: dict[str, tuple[Reason, ...]] = {}
     units = Unit.of(model.module)
     first = next((unit.name for unit in units if unit.role == "dense"), None)
-    for name, columns in unread_features(model.module, bench.signature).items():
+    for name, columns in unread_features(model.module, signature).items():
         if name in {unit.name for unit in units}:
-            notes[name] = (Reason("columns_unread", columns=columns),)
+            reasons[name] = (Reason("columns_unread", columns=columns),)
         elif first is not None:
             unread = Reason("input_columns_unread", columns=columns, input=name)
-            notes[first] = (*notes.get(first, ()), unread)
-    return notes
+            reasons[first] = (*reasons.get(first, ()), unread)
+    return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 
 def _factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from compressors.contracts import Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.units import Choice, Unit, choose_dense, own_weight
+from compressors.core.steps.decisions import Decision, StepPlan, choose_dense
+from compressors.core.units import Unit, own_weight
 from compressors.rewrite.dataflow import dataflow
 
 Norm = nn.LayerNorm | nn.RMSNorm | nn.BatchNorm1d
@@ -29,8 +30,8 @@ class Link:
 
 def choose_links(
     model: Model, signature: Signature, patterns: tuple[str, ...], kind: str, *, norms: bool
-) -> tuple[list[Link], dict[str, Choice]]:
-    """Select the links along which factors can move, and the choice for every dense layer.
+) -> StepPlan[tuple[Link, ...]]:
+    """Select the links along which factors can move, and the decision for every dense layer.
 
     Args:
         model: not modified.
@@ -42,14 +43,14 @@ def choose_links(
     Raises:
         CompressionError: the network cannot be exported.
     """
-    choices = choose_dense(Unit.of(model.module), patterns, kind)
+    decisions = choose_dense(Unit.of(model.module), patterns, kind)
     flow = dataflow(model.module, signature)
     links: list[Link] = []
     scaled: dict[str, list[Reason]] = {}
     reasons: dict[str, Reason] = {**flow.reasons}
     for maker, readers in flow.readers.items():
         names = tuple(dict.fromkeys(reader.name for reader in readers))
-        why = _why_not(model.module, maker, names, choices, flow.dims, norms=norms)
+        why = _why_not(model.module, maker, names, decisions, flow.dims, norms=norms)
         if why is not None:
             reasons[maker] = why
             continue
@@ -57,25 +58,25 @@ def choose_links(
         for name in names:
             inputs = Reason("inputs_scaled", step=kind, maker=maker)
             scaled.setdefault(name, []).append(inputs)
-        if maker in choices:
+        if maker in decisions:
             outputs = Reason("outputs_scaled", step=kind, readers=names)
             scaled.setdefault(maker, []).append(outputs)
-    for name, choice in choices.items():
-        if not choice.take:
+    for name, decision in decisions.items():
+        if not decision.selected:
             continue
         if name in scaled:
-            choices[name] = Choice(True, tuple(scaled[name]))
+            decisions[name] = Decision("taken", tuple(scaled[name]))
         else:
             default = Reason("not_scalable")
-            choices[name] = Choice(False, (reasons.get(name, default),))
-    return links, choices
+            decisions[name] = Decision("skipped", (reasons.get(name, default),))
+    return StepPlan(decisions, tuple(links))
 
 
 def _why_not(
     module: nn.Module,
     maker: str,
     readers: Collection[str],
-    choices: Mapping[str, Choice],
+    decisions: Mapping[str, Decision],
     dims: Mapping[str, int],
     *,
     norms: bool,
@@ -96,12 +97,12 @@ def _why_not(
     for name in (maker, *readers):
         if name == maker and not isinstance(producer, nn.Linear):
             continue
-        if name not in choices:
+        if name not in decisions:
             if isinstance(module.get_submodule(name), Norm):
                 return Reason("reader_is_norm", reader=name)
             return Reason("reader_not_linear", reader=name)
-        if not choices[name].take:
-            return Reason("layer_not_free", layer=name, why=choices[name].reasons)
+        if not decisions[name].selected:
+            return Reason("layer_not_free", layer=name, why=decisions[name].reasons)
     return None
 
 

@@ -13,15 +13,17 @@ weights (Lin et al. 2023, https://arxiv.org/abs/2306.00978); no migration is one
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.core.model import Model
-from compressors.core.units import Choice, Unit
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.calibrators import LEVELS
 from compressors.quantize.calibration.layer_inputs import BATCH, input_vectors, read_layer_inputs
@@ -84,13 +86,15 @@ def best_smoothing(inputs: Tensor, weights: Tensor, read: Sequence[Read]) -> Ten
     ``inputs`` and ``weights`` are as in ``smoothing``, ``read`` as in ``int8_error``. Returns
     float64 ``(channels,)``.
     """
-    choices = [torch.ones_like(inputs, dtype=torch.float64)]
-    choices += [smoothing(inputs, weights, alpha) for alpha in STRENGTHS]
-    return min(choices, key=lambda scale: int8_error(read, scale))
+    decisions = [torch.ones_like(inputs, dtype=torch.float64)]
+    decisions += [smoothing(inputs, weights, alpha) for alpha in STRENGTHS]
+    return min(decisions, key=lambda scale: int8_error(read, scale))
 
 
-class SmoothQuant(Frozen):
+class SmoothQuant(StepSettings):
     """Move outliers from the inputs of dense layers into their weights, before int8."""
+
+    effect: ClassVar[Effect] = "values"
 
     kind: Literal["smooth_quant"] = "smooth_quant"
     layers: tuple[str, ...] = Field(
@@ -114,16 +118,11 @@ class SmoothQuant(Frozen):
         """Calibration rows, to measure the largest value of each input channel."""
         return ("calibration",)
 
-    @property
-    def changes(self) -> Change:
-        """Layers hold other values in the same format."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[tuple[Link, ...]]:
         """Which dense layers are smoothed, with which others, and why the rest is not."""
-        return self._links(model, bench)[1]
+        return choose_links(model, bench.signature, self.layers, self.kind, norms=True)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[tuple[Link, ...]]) -> Applied:
         """Measure the inputs on calibration rows, and move a factor for each of their channels.
 
         Raises:
@@ -131,7 +130,7 @@ class SmoothQuant(Frozen):
         """
         if bench.calibration is None:
             raise RowsMissing("calibration_rows_missing", step=self.kind)
-        links, _ = self._links(model, bench)
+        links = plan.payload
         module = model.module
         calls = -(-min(self.rows, bench.calibration.rows) // BATCH)
         readers = [name for link in links for name in link.readers]
@@ -161,14 +160,7 @@ class SmoothQuant(Frozen):
             else:
                 scale = smoothing(first, second, self.alpha)
             rescale(module, link, scale)
-        return model
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """No shape changes."""
-        return model
-
-    def _links(self, model: Model, bench: Bench) -> tuple[list[Link], dict[str, Choice]]:
-        return choose_links(model, bench.signature, self.layers, self.kind, norms=True)
+        return Applied(model)
 
 
 class _Inputs:

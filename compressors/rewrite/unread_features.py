@@ -82,7 +82,7 @@ def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, in
         def change_table(
             inputs: Inputs, change: Change, hooks: ExitStack, table: nn.Module = table
         ) -> Inputs:
-            def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+            def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
                 return change(output)
 
             hooks.callback(table.register_forward_hook(hook).remove)

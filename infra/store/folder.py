@@ -93,7 +93,7 @@ class Folder:
                 raise
         return True
 
-    def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:  # noqa: ARG002
+    def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write a large file; if ``chunks`` raises, the key is unchanged."""
         path = self._root / key
         with self._written(path, chunks) as temporary:

@@ -63,7 +63,7 @@ class Bucket:
         self._prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
-    def in_place(self, key: str) -> Path | None:  # noqa: ARG002
+    def in_place(self, key: str) -> Path | None:
         """Return None: a bucket has no local folder."""
         return None
 
@@ -111,7 +111,7 @@ class Bucket:
         """Write a key, replacing its content."""
         self._call("put_object", key, Key=self._prefix + key, Body=body)
 
-    def move(self, file: Path, key: str) -> bool:  # noqa: ARG002
+    def move(self, file: Path, key: str) -> bool:
         """Return False: a local file cannot be moved into a bucket."""
         return False
 

@@ -21,9 +21,9 @@ from compressors.contracts import (
 )
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.registries import AnyStep
-from compressors.core.runner import TableStep
 from compressors.core.state.safetensors_rows import StoredRows, spec_of
 from compressors.core.state.safetensors_stream import StreamedFile, size_of
+from compressors.core.steps.step import TableStep
 from compressors.errors.compression import NothingToCompress
 from compressors.quantize.table_stream import Job, carry_out
 from infra.bundle.json_reader import read_document

@@ -85,7 +85,7 @@ class ByQuery:
         self,
         baseline: str,
         candidate: str,
-        unit: ScoreUnit,  # noqa: ARG002
+        unit: ScoreUnit,
     ) -> Mapping[str, Estimate]:
         """Measure how much the scores of all items differ, query by query; always in spreads."""
         return change_of_rankings(self.vectors[baseline], self.vectors[candidate], self.rows)

@@ -22,7 +22,6 @@ from compressors.contracts import Artifact, Bench, Frozen, Network, Plan, Reason
 from compressors.core.placement import require_device
 from compressors.core.registries import AnyStep
 from compressors.core.skipping import run_or_skip
-from compressors.distill.distill import Distill
 from compressors.errors.compression import CompressionError, NothingToCompress
 from compressors.errors.steps import StepRefused
 from infra.child import run_child, serve
@@ -79,7 +78,7 @@ def run_step(work: Work, folder: Path) -> StepResult:
         CompressionError: as ``compressors.core.skipping.run_or_skip``.
     """
     model = load_bundle(work.source).model
-    if isinstance(work.step, Distill) and work.step.hints:
+    if work.step.reads_original:
         model = replace(model, original=load_bundle(work.original).model.module)
     folder.mkdir(parents=True, exist_ok=True)
     excluded = {unit: Reason("not_servable", fault=why) for unit, why in work.excluded.items()}

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from compressors.contracts import Architecture, Bench, IdInput, Network, Signature
 from compressors.core.model import Model
-from compressors.core.runner import ModelStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import Step
 from compressors.factorize import multi_hash, quotient_remainder
 from compressors.factorize.low_rank import LowRank
 from compressors.factorize.multi_hash import MultiHash
@@ -68,7 +69,7 @@ class Wide(nn.Module):
     ],
     ids=lambda step: step.kind,
 )
-def test_an_engine_holds_the_packed_parts_and_no_more(step: ModelStep, tmp_path, monkeypatch):
+def test_an_engine_holds_the_packed_parts_and_no_more(step: Step, tmp_path, monkeypatch):
     # How close the rows are is no matter here: a fit may end after its first round.
     monkeypatch.setattr(multi_hash, "ENOUGH", 1.0)
     monkeypatch.setattr(quotient_remainder, "ENOUGH", 1.0)

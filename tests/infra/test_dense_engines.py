@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from compressors.contracts import Architecture, Bench, DenseInput, Network, Signature, Split
 from compressors.core.model import Model
-from compressors.core.runner import ModelStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import Step
 from compressors.core.units import stored_bytes
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
@@ -50,7 +51,7 @@ class Tower(nn.Module):
         return score
 
 
-def compressed(step: ModelStep, tmp_path) -> Model:
+def compressed(step: Step, tmp_path) -> Model:
     torch.manual_seed(0)
     description = Network(architecture=Architecture(path="test:Tower", config={}))
     source = Model(Tower().eval(), Tower, description)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import IdInput, Signature
 from compressors.core.modules.formats import PackedTable
-from compressors.core.runner import TableStep
+from compressors.core.steps.step import TableStep
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.quantize.tables.kmeans import KMeans

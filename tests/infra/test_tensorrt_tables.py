@@ -11,7 +11,8 @@ from models import Reference, whole
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, Signature
-from compressors.core.runner import TableStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import TableStep
 from compressors.core.units import stored_bytes
 from compressors.lower.export import lower
 from compressors.quantize.tables.bfloat16 import BFloat16

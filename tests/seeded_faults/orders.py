@@ -70,8 +70,8 @@ FAULTS = (
     Fault(
         id="order-map-not-last",
         file="flows/order.py",
-        old='            if step.kind == "recalibrate":\n',
-        new='            if step.kind == self.steps[-1].kind == "recalibrate":\n',
+        old='            if step.effect == "output":\n',
+        new='            if step.effect == self.steps[-1].effect == "output":\n',
         effect="A calibration map is fitted before later steps change the scores.",
         tests=(f"{ORDER}::test_recalibrate_must_be_the_last_step_and_occur_once",),
     ),

@@ -151,7 +151,7 @@ def _run_orders(root: Path) -> dict[str, Any]:
 
 def _apply(name: str) -> dict[str, Any]:
     """Apply one recipe of ``steps.py`` like a flow; return its steps, bundle and graph."""
-    from compressors.core.runner import needs, wants
+
     from tasks.bundles.bundle_ref import find
     from tasks.compress import compress
     from tasks.lower import lower_model
@@ -166,7 +166,7 @@ def _apply(name: str) -> dict[str, Any]:
     for document in steps:
         step = STEP.validate_python(document)
         splits = {}
-        for part in {*needs(step), *wants(step)}:
+        for part in {*step.needs, *step.wants}:
             split = {"soft_labels": "train", "calibration": bundle_ref.calibration()}.get(
                 part, part
             )

@@ -10,7 +10,6 @@ from error_codes import raises_code
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compressors.core.runner import needs
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.training import data_parallel
 from compressors.distill.training.settings import Training
@@ -43,7 +42,7 @@ def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     # Training keeps its last epoch regardless of the quality; the penalty is negligible.
     step = L1Training(training=HOW, soft_share=0, penalty_strength=1e-9)
     splits: dict[Any, Any] = {
-        part: split_of(prepare.fn(bundle, part), ROWS[part]) for part in needs(step)
+        part: split_of(prepare.fn(bundle, part), ROWS[part]) for part in step.needs
     }
     bench = bench_of(manifest, splits, bundle, seed=3)
     return Work(source=bundle, original=bundle, step=step, bench=bench)

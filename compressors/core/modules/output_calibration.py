@@ -96,6 +96,6 @@ def attach(module: nn.Module, recalibration: Recalibration) -> None:
     module.add_module(NAME, recalibration)
 
 
-def _recalibrated(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+def _recalibrated(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     calibrated: Tensor = getattr(module, NAME)(output)
     return calibrated

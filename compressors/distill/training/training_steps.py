@@ -1,7 +1,6 @@
 """What training steps such as ``fine_tune`` and ``distill`` share: everything but the loss."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -10,15 +9,13 @@ from compressors.contracts.reasons import Reason
 from compressors.core.batches import JoinedRows, Rows
 from compressors.core.model import Model
 from compressors.core.modules.formats import Bag, PackedTable
-from compressors.core.units import Choice, Unit, innermost
+from compressors.core.steps.decisions import Applied, Decision
+from compressors.core.units import Unit, innermost
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable
 from compressors.distill.training.trainer import Epoch, Loss, train
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing
-
-PRUNING = frozenset({"magnitude", "sparse_2_4", "l1_training"})
-"""The steps whose zeros stay zero in every later training."""
 
 
 def choose_trainable(
@@ -29,7 +26,7 @@ def choose_trainable(
     tables: bool,
     dense: bool = True,
     reasons: tuple[Reason, ...] = (),
-) -> dict[str, Choice]:
+) -> dict[str, Decision]:
     """Choose the units that training may change, with reasons for all others.
 
     Args:
@@ -48,20 +45,22 @@ def choose_trainable(
     rows = bench.train.rows if bench.train else 0
     units = {unit.name: unit for unit in Unit.of(model.module)}
     learned = {innermost(name, units) for name in names}
-    choices = {}
+    decisions = {}
     for unit in units.values():
         if unit.name in learned:
             rows_read = Reason("trained_on_rows", step=kind, rows=rows)
-            choices[unit.name] = Choice(True, reasons or (rows_read,))
+            decisions[unit.name] = Decision("taken", reasons or (rows_read,))
         elif unit.shared_with is not None:
-            choices[unit.name] = Choice(False, (Reason("shares_weight", unit=unit.shared_with),))
+            decisions[unit.name] = Decision(
+                "skipped", (Reason("shares_weight", unit=unit.shared_with),)
+            )
         elif unit.role == "table" and not tables:
-            choices[unit.name] = Choice(False, (Reason("tables_not_trained", step=kind),))
+            decisions[unit.name] = Decision("skipped", (Reason("tables_not_trained", step=kind),))
         elif unit.role == "dense" and not dense:
-            choices[unit.name] = Choice(False, (Reason("dense_not_trained", step=kind),))
+            decisions[unit.name] = Decision("skipped", (Reason("dense_not_trained", step=kind),))
         else:
-            choices[unit.name] = Choice(False, (nothing_to_train(unit, kind),))
-    return choices
+            decisions[unit.name] = Decision("skipped", (nothing_to_train(unit, kind),))
+    return decisions
 
 
 def require_loss(bench: Bench, kind: str) -> None:
@@ -87,9 +86,14 @@ def nothing_to_train(unit: Unit, kind: str) -> Reason:
 
 
 def pruned_layers(model: Model) -> tuple[str, ...]:
-    """Layers that an earlier step of the recipe pruned to zeros."""
-    lines = model.plan.lines if model.plan is not None else ()
-    return tuple(line.module for line in lines if PRUNING & set(line.steps))
+    """Layers in which an earlier step of the recipe set weights to zero that stay zero."""
+    # The list of methods imports every method, and so this file.
+    from compressors.core.registries import methods
+
+    lines, kinds = model.plan.lines if model.plan is not None else (), methods()
+    return tuple(
+        line.module for line in lines if any(kinds[kind].keeps_zeros for kind in line.steps)
+    )
 
 
 def train_model(
@@ -105,10 +109,10 @@ def train_model(
     auxiliary: nn.Module | None = None,
     after_step: Callable[[float], None] | None = None,
     last: bool = False,
-) -> Model:
+) -> Applied:
     """Train the model on the rows of a bench and return it in the state of its best epoch.
 
-    The result of training is noted for every unit that it may have changed. ``rows`` replaces the
+    Every unit that training may have changed has its result as a reason. ``rows`` replaces the
     bench's training rows; the other arguments are those of
     ``compressors.distill.training.trainer.train``.
 
@@ -139,8 +143,8 @@ def train_model(
         last=last,
     )
     outcome = outcome_of(epochs, bench.signature.metric, settings, last=last)
-    notes = {name: outcome for name in trained if name is not None}
-    return replace(model, notes={**model.notes, **notes})
+    learning = Decision("deferred", outcome)
+    return Applied(model, {name: learning for name in trained if name is not None})
 
 
 def outcome_of(

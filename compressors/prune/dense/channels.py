@@ -15,19 +15,19 @@ target may be given in multiply-adds.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Literal, Self
-from weakref import WeakKeyDictionary
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part, Signature, is_out_of_memory
+from compressors.contracts import Bench, Part, Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
-from compressors.core.units import Choice, Unit, choose_dense, private_copy
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit, private_copy
 from compressors.distill.soft_labels import mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
@@ -45,12 +45,18 @@ from compressors.prune.structure.prunable_widths import PrunableWidths, prunable
 CUTS = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
 """Reasons of layers that become narrower."""
 
-_PROVED: WeakKeyDictionary[nn.Module, tuple["Channels", PrunableWidths]] = WeakKeyDictionary()
-"""What ``choose`` proved of a network, until ``apply`` cuts it: a proof builds it again."""
+
+class Proved(NamedTuple):
+    """The widths that can be narrowed, proved with the inputs of a signature."""
+
+    signature: Signature
+    prunable: PrunableWidths
 
 
-class Channels(Frozen):
+class Channels(StepSettings):
     """Remove whole output channels of dense layers, and the inputs that read them."""
+
+    effect: ClassVar[Effect] = "values"
 
     kind: Literal["channels"] = "channels"
     layers: tuple[str, ...] = Field(
@@ -113,6 +119,11 @@ class Channels(Frozen):
         return self
 
     @property
+    def trains(self) -> bool:
+        """A run is slow if the network is trained after each round."""
+        return self.training is not None
+
+    @property
     def needs(self) -> tuple[Part, ...]:
         """Rows to measure importance on, and rows to train on."""
         parts: list[Part] = []
@@ -126,12 +137,7 @@ class Channels(Frozen):
             parts.append("soft_labels")
         return tuple(parts)
 
-    @property
-    def changes(self) -> Change:
-        """Layers become narrower and stay in their format."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Proved]:
         """Select the layers to narrow and their consumers; give a reason for each other layer.
 
         Raises:
@@ -141,37 +147,37 @@ class Channels(Frozen):
         if self.importance == "gradient" and not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
         prunable = self._found(model, bench.signature)
-        _PROVED[model.module] = (self, prunable)
-        choices = dict(prunable.choices)
+        decisions = dict(prunable.decisions)
+        proved = Proved(bench.signature, prunable)
         if not prunable.readers:
-            return choices
+            return StepPlan(decisions, proved)
         counts, left = self._predicted(model, bench.signature, prunable.widths)
         for item in prunable.readers:
             for maker in item.width.makers:
                 reasons = self._reasons(item.width, maker, counts[item.width.path], left)
-                choices[maker] = _taken(choices[maker], *reasons)
+                decisions[maker] = _taken(decisions[maker], *reasons)
             for reader in item.width.readers:
-                if reader in choices:
+                if reader in decisions:
                     makers = tuple(maker for maker, name in item.reads if name == reader)
                     follows = Reason("inputs_follow", makers=makers)
-                    choices[reader] = _taken(choices[reader], follows)
+                    decisions[reader] = _taken(decisions[reader], follows)
         if self.training is not None:
             trained = choose_trainable(model, bench, self.kind, tables=self.training.tables)
-            for name, choice in trained.items():
-                if choice.take:
+            for name, decision in trained.items():
+                if decision.selected:
                     after_round = Reason("trained_each_round")
-                    choices[name] = _taken(choices.get(name, choice), after_round)
-        return choices
+                    decisions[name] = _taken(decisions.get(name, decision), after_round)
+        return StepPlan(decisions, proved)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Proved]) -> Applied:
         """Prune every selected width and check that only the pruned channels are missing.
 
         Raises:
             CompressionError: the narrower network differs from the old one without those channels,
                 all gradients are zero, the target cannot be reached, or training diverged.
         """
-        signature = bench.signature
-        prunable = self._proved(model, signature)
+        signature, prunable = plan.payload
+        learned: dict[str, tuple[Reason, ...]] = {}
         first = {width.path: width.value for width in prunable.widths}
         whole = sum(kept_shares.multiply_adds(model.module, signature).values())
         readers = prunable.readers
@@ -192,39 +198,43 @@ class Channels(Frozen):
                 outputs = {m: kept[m][own] for item in readers for m, own in item.units.items()}
                 reconstruct(model.module, before, bench, layers, outputs, self.rows)
             if self.training is not None:
-                model = self._trained(model, bench, self.training, number)
+                model, trained = self._trained(model, bench, self.training, number)
+                learned = {
+                    name: (Reason("last_round", what=outcome.reasons),)
+                    for name, outcome in trained.items()
+                }
             if number < self.rounds:
                 readers = tuple(left_of(item, model, signature, kept) for item in readers)
         if self.scope == "layer":
-            return model
+            return Applied(model, _deferred(learned))
         share = sum(kept_shares.multiply_adds(model.module, signature).values()) / whole
         work_left = Reason("multiply_adds_left", share=share)
-        notes = {
+        cut = {
             maker: (
                 _fewer(width, maker, width.value, counts[width.path]),
                 work_left,
-                *model.notes.get(maker, ()),
+                *learned.get(maker, ()),
             )
             for width in prunable.widths
             for maker in width.makers
         }
-        return replace(model, notes={**model.notes, **notes})
+        return Applied(model, _deferred({**learned, **cut}))
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[Proved]) -> Model:
         """Prune the last channels of every width: as many as ``apply`` would prune.
 
         With ``scope`` ``global`` that number depends on the values of the weights, so the same
         share of every width is pruned instead.
         """
-        prunable = self._proved(model, bench.signature)
-        counts, _ = self._predicted(model, bench.signature, prunable.widths)
+        signature, prunable = plan.payload
+        counts, _ = self._predicted(model, signature, prunable.widths)
         alike = {
             maker: torch.zeros(item.width.value)
             for item in prunable.readers
             for maker in item.width.makers
         }
         kept = _kept(prunable.readers, alike, counts)
-        return self._cut(model, bench.signature, prunable.readers, kept, counts)
+        return self._cut(model, signature, prunable.readers, kept, counts)
 
     def _reasons(self, width: Width, maker: str, count: int, left: float) -> list[Reason]:
         step, importance = self.kind, self.importance
@@ -328,24 +338,17 @@ class Channels(Frozen):
         return narrow
 
     def _found(self, model: Model, signature: Signature) -> PrunableWidths:
-        choices = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         searched = self.flops is not None or self.scope == "global"
         share = self.flops or self.keep
-        return prunable_widths(model, signature, choices, share, self.multiple, searched=searched)
+        return prunable_widths(model, signature, decisions, share, self.multiple, searched=searched)
 
-    def _proved(self, model: Model, signature: Signature) -> PrunableWidths:
-        """The widths that ``choose`` proved for this network; proved again if there are none."""
-        step, prunable = _PROVED.pop(model.module, (None, None))
-        return self._found(model, signature) if prunable is None or step != self else prunable
-
-    def _trained(self, model: Model, bench: Bench, training: Training, number: int) -> Model:
+    def _trained(self, model: Model, bench: Bench, training: Training, number: int) -> Applied:
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
         if bench.checkpoints is not None:  # one checkpoint folder per round
             place = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": place})
-        trained = train_model(model, bench, loss, training, pruned_layers(model))
-        notes = {name: (Reason("last_round", what=note),) for name, note in trained.notes.items()}
-        return replace(trained, notes=notes)
+        return train_model(model, bench, loss, training, pruned_layers(model))
 
 
 def _kept(
@@ -356,6 +359,10 @@ def _kept(
     for item in readers:
         kept |= kept_units(item, importance, counts[item.width.path])
     return kept
+
+
+def _deferred(learned: Mapping[str, tuple[Reason, ...]]) -> dict[str, Decision]:
+    return {name: Decision("deferred", reasons) for name, reasons in learned.items()}
 
 
 def _fewer(width: Width, maker: str, before: int, after: int) -> Reason:
@@ -373,7 +380,7 @@ def _fewer(width: Width, maker: str, before: int, after: int) -> Reason:
     )
 
 
-def _taken(choice: Choice, *reasons: Reason) -> Choice:
-    """The choice to prune or train a layer; the reasons of an earlier choice to prune are kept."""
-    is_cut = choice.take and choice.reasons[0].code in CUTS
-    return Choice(True, (*choice.reasons, *reasons) if is_cut else reasons)
+def _taken(decision: Decision, *reasons: Reason) -> Decision:
+    """Decide to prune or train a layer; the reasons of a decision to prune are kept."""
+    is_cut = decision.selected and decision.reasons[0].code in CUTS
+    return Decision("taken", (*decision.reasons, *reasons) if is_cut else reasons)

@@ -9,16 +9,17 @@ the network is measured without each layer, which is affordable because click mo
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
-from compressors.contracts import Bench, Change, Frozen, Part, Signature
+from compressors.contracts import Bench, Part, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.units import Choice, Unit, choose_dense
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing
 from compressors.errors.widths import NotAMember
@@ -26,8 +27,17 @@ from compressors.metrics.validation_score import quality
 from compressors.prune.structure.config_depth import Stack, find_stacks, without_member
 
 
-class DropLayers(Frozen):
+class Stacks(NamedTuple):
+    """The stacks with removable layers, found with the inputs of a signature."""
+
+    signature: Signature
+    stacks: tuple[Stack, ...]
+
+
+class DropLayers(StepSettings):
     """Remove whole layers, as many as the configuration can count."""
+
+    effect: ClassVar[Effect] = "values"
 
     kind: Literal["drop_layers"] = "drop_layers"
     layers: tuple[str, ...] = Field(
@@ -59,12 +69,7 @@ class DropLayers(Frozen):
     def _measures(self) -> bool:
         return self.importance == "quality" or self.most_loss is not None
 
-    @property
-    def changes(self) -> Change:
-        """Layers are removed, and the layers after them move up by one place."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Stacks]:
         """Select the layers that may be removed; give a reason for each other layer.
 
         Raises:
@@ -72,9 +77,10 @@ class DropLayers(Frozen):
         """
         if self._measures and not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("row_metric_for_layers_missing", step=self.kind)
-        return self._stacks(model, bench.signature)[1]
+        stacks, decisions = self._stacks(model, bench.signature)
+        return StepPlan(decisions, Stacks(bench.signature, tuple(stacks)))
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Stacks]) -> Applied:
         """Remove layers one at a time, each time the one whose removal costs least.
 
         Raises:
@@ -82,12 +88,11 @@ class DropLayers(Frozen):
         """
         if self._measures and bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
-        stacks, _ = self._stacks(model, bench.signature)
         names = [unit.name for unit in Unit.of(model.module)]
         before = self._quality(model, bench)
         drawn = torch.Generator().manual_seed(bench.seed)
-        notes: dict[str, tuple[Reason, ...]] = {}
-        for stack in stacks:
+        outcomes: dict[str, Decision] = {}
+        for stack in plan.payload.stacks:
             now, left, changes = stack, list(range(stack.members)), list[Reason]()
             for _ in range(self.count):
                 tried = _tried(model, bench.signature, now)
@@ -114,16 +119,15 @@ class DropLayers(Frozen):
                     if self._measures
                     else Reason("layer_removed", layer=layer)
                 )
-            notes |= _notes(names, stack, left, changes)
-        return replace(model, notes=notes)
+            outcomes |= _outcomes(names, stack, left, changes)
+        return Applied(model, outcomes)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[Stacks]) -> Model:
         """Remove the last removable layers of every stack: as many as ``apply`` may remove."""
-        stacks, _ = self._stacks(model, bench.signature)
-        for stack in stacks:
+        for stack in plan.payload.stacks:
             now = stack
             for _ in range(self.count):
-                tried = _tried(model, bench.signature, now)
+                tried = _tried(model, plan.payload.signature, now)
                 if tried:
                     model, now = tried[max(tried)]
         return model
@@ -133,12 +137,16 @@ class DropLayers(Frozen):
             return 0.0
         return quality(model.module, bench.signature, bench.validation)
 
-    def _stacks(self, model: Model, signature: Signature) -> tuple[list[Stack], dict[str, Choice]]:
-        """The stacks with removable layers, and the choice of every dense layer."""
+    def _stacks(
+        self, model: Model, signature: Signature
+    ) -> tuple[list[Stack], dict[str, Decision]]:
+        """The stacks with removable layers, and the decision of every dense layer."""
         units = Unit.of(model.module)
         selected = choose_dense(units, self.layers, self.kind)
         why = Reason("no_layer_count")
-        choices = {n: Choice(False, (why,)) if c.take else c for n, c in selected.items()}
+        decisions = {
+            n: Decision("skipped", (why,)) if c.selected else c for n, c in selected.items()
+        }
         stacks: list[Stack] = []
         taken: set[str] = set()
         for stack in find_stacks(model):
@@ -148,8 +156,8 @@ class DropLayers(Frozen):
                 continue
             reason = _why_not(model, signature, stack, selected, dense)
             for name in inside:
-                if reason is not None and (name not in selected or selected[name].take):
-                    choices[name] = Choice(False, (reason,))
+                if reason is not None and (name not in selected or selected[name].selected):
+                    decisions[name] = Decision("skipped", (reason,))
                 elif reason is None:
                     dropped = Reason(
                         "layers_dropped",
@@ -159,23 +167,23 @@ class DropLayers(Frozen):
                         argument=stack.description(),
                         importance=self.importance,
                     )
-                    choices[name] = Choice(True, (dropped,))
+                    decisions[name] = Decision("taken", (dropped,))
             if reason is None:
                 stacks.append(stack)
                 taken |= set(inside)
-        return stacks, choices
+        return stacks, decisions
 
 
 def _why_not(
     model: Model,
     signature: Signature,
     stack: Stack,
-    selected: Mapping[str, Choice],
+    selected: Mapping[str, Decision],
     dense: list[str],
 ) -> Reason | None:
     """The reason why no layer of a stack can be removed, or None."""
     for name in dense:
-        if not selected[name].take:
+        if not selected[name].selected:
             why = selected[name].reasons
             return Reason("shares_count", argument=stack.description(), layer=name, why=why)
     # Layers move up, so earlier steps must have treated all members of the stack alike.
@@ -215,11 +223,11 @@ def _tried(
     return tried
 
 
-def _notes(
+def _outcomes(
     names: list[str], stack: Stack, left: list[int], changes: list[Reason]
-) -> dict[str, tuple[Reason, ...]]:
+) -> dict[str, Decision]:
     """The changes of every layer of a stack, by its name before the step."""
-    notes = {}
+    outcomes = {}
     for name in names:
         member = stack.member_of(name)
         if member is None or not changes:
@@ -229,5 +237,5 @@ def _notes(
             reasons.append(Reason("place_removed"))
         elif left[member] != member:
             reasons.append(Reason("moved_from", layer=left[member]))
-        notes[name] = tuple(reasons)
-    return notes
+        outcomes[name] = Decision("deferred", tuple(reasons))
+    return outcomes

@@ -65,7 +65,7 @@ def _counting(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
     calls = dict.fromkeys(layers, 0)
 
     def counted(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG001
+        def hook(_: nn.Module, args: object, output: Tensor) -> None:
             calls[name] += output.numel() // output.shape[-1]
 
         return hook

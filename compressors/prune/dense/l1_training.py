@@ -20,16 +20,18 @@ importance ``activation`` can remove channels that became zero.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Change, Frozen, Part, Signature
+from compressors.contracts import Bench, Part, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.units import Choice, Unit, choose_dense
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit
 from compressors.distill.soft_labels import mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
@@ -81,8 +83,15 @@ def group_threshold(
     ]
 
 
-class L1Training(Frozen):
+Penalized = dict[str, Decision]
+"""The decision of every dense layer about the penalty."""
+
+
+class L1Training(StepSettings):
     """Train with a penalty on dense weights, so that many become zero."""
+
+    effect: ClassVar[Effect] = "values"
+    keeps_zeros: ClassVar[bool] = True
 
     kind: Literal["l1_training"] = "l1_training"
     layers: tuple[str, ...] = Field(
@@ -116,40 +125,41 @@ class L1Training(Frozen):
     )
 
     @property
+    def trains(self) -> bool:
+        """A run is slow: the network is trained."""
+        return True
+
+    @property
     def needs(self) -> tuple[Part, ...]:
         """Rows to train on, rows to report the metric on, and soft labels if they are used."""
         return ("train", "validation", *(("soft_labels",) if self.soft_share else ()))
 
-    @property
-    def changes(self) -> Change:
-        """Values change; formats and shapes do not."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Penalized]:
         """Select the penalized layers and the other trained units; give a reason for the rest."""
         penalized = self._penalized_layers(model)
-        choices = choose_trainable(model, bench, self.kind, tables=self.training.tables)
-        if not any(choice.take for choice in penalized.values()):
-            return {**choices, **penalized}  # nothing to penalize: no training without it
-        for name, choice in penalized.items():
-            if choice.take:
+        decisions = choose_trainable(model, bench, self.kind, tables=self.training.tables)
+        if not any(decision.selected for decision in penalized.values()):
+            # Nothing to penalize: no training without it.
+            return StepPlan({**decisions, **penalized}, penalized)
+        for name, decision in penalized.items():
+            if decision.selected:
                 part = "weight" if self.penalty == "l1" else "channel"
                 penalty = Reason("penalty", strength=self.penalty_strength, part=part)
-                reasons = (*choices[name].reasons, penalty)
-                choices[name] = replace(choices[name], reasons=reasons)
-        return choices
+                reasons = (*decisions[name].reasons, penalty)
+                decisions[name] = replace(decisions[name], reasons=reasons)
+        return StepPlan(decisions, penalized)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Penalized]) -> Applied:
         """Train with the penalty and return the network of the last epoch.
 
         Raises:
             CompressionError: the bench lacks rows, or training diverged.
         """
-        penalized = self._penalized_layers(model)
-        taken = [name for name, choice in penalized.items() if choice.take]
+        penalized = plan.payload
+        taken = [name for name, decision in penalized.items() if decision.selected]
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
         groups = _groups(model, bench.signature, penalized) if self.penalty == "group" else []
-        model = train_model(
+        trained = train_model(
             model,
             bench,
             loss,
@@ -158,23 +168,21 @@ class L1Training(Frozen):
             after_step=_pull(model.module, taken, groups, self.penalty_strength),
             last=True,
         )
-        zeros = {name: _zeros(model.module, name, groups) for name in taken}
-        notes = {name: (*zero_reasons, *model.notes[name]) for name, zero_reasons in zeros.items()}
-        return replace(model, notes={**model.notes, **notes})
+        outcomes = dict(trained.outcomes)
+        for name in taken:
+            zeros = _zeros(trained.model.module, name, groups)
+            outcomes[name] = Decision("deferred", (*zeros, *outcomes[name].reasons))
+        return Applied(trained.model, outcomes)
 
-    def _penalized_layers(self, model: Model) -> dict[str, Choice]:
+    def _penalized_layers(self, model: Model) -> dict[str, Decision]:
         """Select the penalized dense layers; give a reason for each other layer."""
         units = Unit.of(model.module)
         penalized = choose_dense(units, self.layers, self.kind)
         if self.penalty == "group":
             for unit in units:
-                if unit.name in penalized and penalized[unit.name].take and unit.rows == 1:
-                    penalized[unit.name] = Choice(False, (Reason("single_output"),))
+                if unit.name in penalized and penalized[unit.name].selected and unit.rows == 1:
+                    penalized[unit.name] = Decision("skipped", (Reason("single_output"),))
         return penalized
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Return the model unchanged: zeros are stored like other weights."""
-        return model
 
 
 def _pull(
@@ -202,7 +210,7 @@ def _pull(
 
 
 def _groups(
-    model: Model, signature: Signature, penalized: Mapping[str, Choice]
+    model: Model, signature: Signature, penalized: Mapping[str, Decision]
 ) -> list[WeightGroup]:
     """Groups of the parameters of each channel, or of each row of a layer of fixed width."""
     prunable = prunable_widths(model, signature, penalized, share=0.5, multiple=1, searched=True)
@@ -212,8 +220,8 @@ def _groups(
         for makers in readers.tied
     ]
     together = {maker for readers in prunable.readers for maker in readers.width.makers}
-    for name, choice in penalized.items():
-        if choice.take and name not in together:
+    for name, decision in penalized.items():
+        if decision.selected and name not in together:
             every = torch.arange(model.module.get_parameter(f"{name}.weight").shape[0])
             parts = dict.fromkeys(_leaves(model.module, name), (every, every))
             groups.append(WeightGroup(len(every), parts))

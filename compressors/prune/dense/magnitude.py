@@ -8,17 +8,18 @@ Zeros are stored like any other weight, so this step alone saves neither bytes n
 supported targets. Use it before a training step, and as a baseline for ``channels``.
 """
 
-from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.units import Choice, Unit, choose_dense, own_weight
+from compressors.core.steps.decisions import Applied, StepPlan, choose_dense
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit, own_weight
 
 
 def zeroed(weights: list[Tensor], share: float) -> list[Tensor]:
@@ -39,8 +40,11 @@ def zeroed(weights: list[Tensor], share: float) -> list[Tensor]:
     ]
 
 
-class Magnitude(Frozen):
+class Magnitude(StepSettings):
     """Set the smallest weights of dense layers to zero."""
+
+    effect: ClassVar[Effect] = "values"
+    keeps_zeros: ClassVar[bool] = True
 
     kind: Literal["magnitude"] = "magnitude"
     layers: tuple[str, ...] = Field(
@@ -51,17 +55,7 @@ class Magnitude(Frozen):
         "layer", description="Rank the weights of each layer, or of all layers together."
     )
 
-    @property
-    def needs(self) -> tuple[Part, ...]:
-        """No data: the step uses only the weights."""
-        return ()
-
-    @property
-    def changes(self) -> Change:
-        """Weights become zero; no layer becomes narrower."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
         chosen = choose_dense(Unit.of(model.module), self.layers, self.kind)
         reason = (
@@ -69,19 +63,11 @@ class Magnitude(Frozen):
             if self.scope == "layer"
             else Reason("zeros_of_all_layers", step=self.kind, share=self.share)
         )
-        return {
-            name: replace(choice, reasons=(reason,)) if choice.take else choice
-            for name, choice in chosen.items()
-        }
+        return StepPlan({name: made.because(reason) for name, made in chosen.items()}, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Set the smallest weights of every selected layer to zero."""
-        choices = self.choose(model, bench)
-        taken = [
-            unit
-            for unit in Unit.of(model.module)
-            if unit.name in choices and choices[unit.name].take
-        ]
+        taken = plan.units(model.module)
         groups = [taken] if self.scope == "global" else [[unit] for unit in taken]
         for group in groups:
             weights = zeroed([unit.weight for unit in group], self.share)
@@ -89,8 +75,4 @@ class Magnitude(Frozen):
                 layer = unit.module
                 if isinstance(layer, nn.Linear):
                     own_weight(layer, "weight", weight)
-        return model
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Return the model unchanged: zeros are stored like other weights."""
-        return model
+        return Applied(model)

@@ -113,7 +113,7 @@ def _in_order(
     called: dict[str, None] = {}
 
     def noted(name: str) -> Callable[[nn.Module, object], None]:
-        def hook(_: nn.Module, args: object) -> None:  # noqa: ARG001
+        def hook(_: nn.Module, args: object) -> None:
             called.setdefault(name)
 
         return hook

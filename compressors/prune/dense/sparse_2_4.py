@@ -18,18 +18,19 @@ the reconstruction is the least squares solution for that mask, by conjugate gra
 channels at once, where SparseGPT processes the columns one by one and does not revisit them.
 """
 
-from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Change, Frozen, Part, Plan
+from compressors.contracts import Bench, Part, Plan
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
-from compressors.core.units import Choice, Unit, choose_dense, own_weight
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit, own_weight
 from compressors.errors.steps import RowsMissing
 from compressors.quantize.calibration.input_moments import grams, squared_error
 
@@ -120,8 +121,11 @@ def sparse_layers(module: nn.Module, plan: Plan | None) -> tuple[str, ...]:
     return tuple(sparse)
 
 
-class Sparse24(Frozen):
+class Sparse24(StepSettings):
     """Set two of every four weights of dense layers to zero, for TensorRT's sparse kernels."""
+
+    effect: ClassVar[Effect] = "values"
+    keeps_zeros: ClassVar[bool] = True
 
     kind: Literal["sparse_2_4"] = "sparse_2_4"
     layers: tuple[str, ...] = Field(
@@ -144,34 +148,27 @@ class Sparse24(Frozen):
         looks = self.reconstruct or self.importance == "activation"
         return ("calibration",) if looks else ()
 
-    @property
-    def changes(self) -> Change:
-        """Weights become zero; no layer becomes narrower."""
-        return "values"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
         units = {unit.name: unit for unit in Unit.of(model.module)}
         chosen = choose_dense(tuple(units.values()), self.layers, self.kind)
-        for name, choice in chosen.items():
-            inputs = units[name].weight.shape[1] if choice.take else 4
+        for name, decision in chosen.items():
+            inputs = units[name].weight.shape[1] if decision.selected else 4
             if inputs % 4:
-                chosen[name] = Choice(False, (Reason("inputs_not_multiple", inputs=inputs),))
-            elif choice.take:
-                chosen[name] = Choice(True, (Reason("two_of_four", step=self.kind),))
-        return chosen
+                chosen[name] = Decision("skipped", (Reason("inputs_not_multiple", inputs=inputs),))
+            elif decision.selected:
+                chosen[name] = Decision("taken", (Reason("two_of_four", step=self.kind),))
+        return StepPlan(chosen, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Set two of every four weights of the selected layers to zero and refit the others.
 
         Raises:
             CompressionError: there are no calibration rows, or a layer never ran on them.
         """
-        choices = self.choose(model, bench)
-        units = Unit.of(model.module)
-        taken = [unit for unit in units if unit.name in choices and choices[unit.name].take]
+        taken = plan.units(model.module)
         seen = self._seen(model, taken, bench) if self.needs else {}
-        notes = dict(model.notes)
+        outcomes: dict[str, Decision] = {}
         for unit in taken:
             layer, weight, gram = unit.module, unit.weight, seen.get(unit.name)
             norms = None
@@ -184,17 +181,14 @@ class Sparse24(Frozen):
                 new_weight = reconstructed(weight, kept, gram)
                 left = float(squared_error(new_weight - weight, gram).sum())
                 if gone > 0:
-                    notes[unit.name] = (Reason("reconstruction_error", share=left / gone),)
+                    error = Reason("reconstruction_error", share=left / gone)
+                    outcomes[unit.name] = Decision("taken", (error,))
             if isinstance(layer, nn.Linear):
                 own_weight(layer, "weight", new_weight)
-        return replace(model, notes=notes)
+        return Applied(model, outcomes)
 
     def _seen(self, model: Model, taken: list[Unit], bench: Bench) -> dict[str, Tensor]:
         if bench.calibration is None:
             raise RowsMissing("activations_need_rows", step=self.kind)
         rows, signature = bench.calibration, bench.signature
         return grams(model.module, taken, rows, signature, self.batch, self.rows)
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Return the model unchanged: zeros are stored like other weights."""
-        return model

@@ -147,7 +147,7 @@ def _traced(
 
         return hook
 
-    def marking(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+    def marking(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         if len(output) != rows or output.shape[-1] != channels:
             raise NotAWidth(Reason("returns_other_rows", maker=maker))
         marked = output.clone()
@@ -155,7 +155,7 @@ def _traced(
         marked[each, ..., begin + each] = torch.nan
         return marked
 
-    def cleaning(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+    def cleaning(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.nan_to_num(nan=0.0)
 
     with ExitStack() as hooks:

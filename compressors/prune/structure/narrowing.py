@@ -213,7 +213,7 @@ def _perturbed(
         step = torch.finfo(torch.float32).eps
         return x * (1 + step * torch.randint(-1, 2, x.shape, generator=drawn))
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return rounded(output)
 
     copied = private_copy(module).eval()

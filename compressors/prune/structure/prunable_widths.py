@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from compressors.contracts import Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.units import Choice, table_rows
+from compressors.core.steps.decisions import Decision
+from compressors.core.units import table_rows
 from compressors.errors.widths import NotAWidth
 from compressors.prune.dense.kept_shares import kept_width, multiple_of
 from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
@@ -19,10 +20,10 @@ from compressors.prune.structure.narrowing import Cut, prove
 
 @dataclass(frozen=True)
 class PrunableWidths:
-    """The prunable widths with their consumers, and the choice of every dense layer."""
+    """The prunable widths with their consumers, and the decision of every dense layer."""
 
     readers: tuple[Readers, ...]
-    choices: dict[str, Choice]
+    decisions: dict[str, Decision]
 
     @property
     def widths(self) -> tuple[Width, ...]:
@@ -33,7 +34,7 @@ class PrunableWidths:
 def prunable_widths(
     model: Model,
     signature: Signature,
-    choices: Mapping[str, Choice],
+    decisions: Mapping[str, Decision],
     share: float,
     multiple: int,
     *,
@@ -44,12 +45,12 @@ def prunable_widths(
     Args:
         model: the network; it is not changed.
         signature: the inputs of the network.
-        choices: the dense layers that the step selects.
+        decisions: the dense layers that the step selects.
         share: the approximate share of its units that a width keeps.
         multiple: the number of channels stays a multiple of this.
         searched: whether a width may keep fewer units than that share.
     """
-    result = dict(choices)
+    result = dict(decisions)
     widths, reasons = find_widths(model)
     proved: list[Readers] = []
     taken: set[str] = set()
@@ -57,7 +58,7 @@ def prunable_widths(
         if taken & width.makers.keys():  # another number is the width of these layers
             continue
         try:
-            _require_choices(width, choices)
+            _require_choices(width, decisions)
             count = _tried(width, share, multiple, searched=searched)
             proved.append(_proved(model, signature, width, count))
         except NotAWidth as fault:
@@ -65,16 +66,16 @@ def prunable_widths(
                 reasons.setdefault(name, (fault.reason,))
         else:
             taken |= width.makers.keys()
-    for name, choice in choices.items():
-        if choice.take and name not in taken:
-            result[name] = Choice(False, reasons[name])
+    for name, decision in decisions.items():
+        if decision.selected and name not in taken:
+            result[name] = Decision("skipped", reasons[name])
     return PrunableWidths(tuple(proved), result)
 
 
-def _require_choices(width: Width, choices: Mapping[str, Choice]) -> None:
+def _require_choices(width: Width, decisions: Mapping[str, Decision]) -> None:
     for name in width.makers:
-        if not choices[name].take:
-            why = choices[name].reasons
+        if not decisions[name].selected:
+            why = decisions[name].reasons
             raise NotAWidth(Reason("shares_width", width=width.description(), layer=name, why=why))
 
 

@@ -8,27 +8,27 @@ clusters during training. Differs: one clustering after training, with rows weig
 counts.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import (
+from compressors.core.model import Model
+from compressors.core.modules.composed import Design
+from compressors.core.steps.composition_steps import (
     UNSEEN,
+    ComposingStep,
+    Designs,
     FittedParts,
     choose_composed,
-    dry_run_composed,
     recompose,
     share_or_number,
 )
-from compressors.core.model import Model
-from compressors.core.modules.composed import Design
-from compressors.core.step_settings import MinRows
-from compressors.core.units import Choice
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.unit_settings import MinRows
 from compressors.prune.tables.kept_rows import most, share
 from compressors.prune.tables.row_map import COMPOSITION, byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts
@@ -62,7 +62,7 @@ def clustered(table: Tensor, counts: Tensor, hot: int, clusters: int) -> tuple[T
     return place, torch.cat([table[chosen].float(), centres])
 
 
-class ClusterRows(Frozen):
+class ClusterRows(ComposingStep):
     """Let the seldom looked-up rows of embedding tables share a few rows."""
 
     kind: Literal["cluster_rows"] = "cluster_rows"
@@ -84,38 +84,26 @@ class ClusterRows(Frozen):
         """Training rows, to count how often each row is looked up."""
         return ("train",)
 
-    @property
-    def changes(self) -> Change:
-        """The selected tables are replaced by tables with fewer rows."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to cluster; give a reason for each other table."""
-        return self._designs(model)[0]
+        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
         """Replace every selected table by its hot rows, its clusters and a map."""
-        _, designs = self._designs(model)
+        designs = plan.payload
         counts = lookup_counts(model, bench, designs)
-        notes: dict[str, tuple[Reason, ...]] = {}
 
-        def fit(name: str, table: Tensor, design: Design) -> FittedParts:  # noqa: ARG001
+        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             hot, clusters = self._sizes(len(table))
             place, unique = clustered(table, counts[name], hot, clusters)
             touched = share(counts[name], ~most(counts[name], hot))
-            notes[name] = (Reason("shared_lookups", share=touched),)
-            return FittedParts({"planes": byte_planes(place, len(unique))}, {"unique": unique})
+            stored = {"planes": byte_planes(place, len(unique))}
+            shared = Reason("shared_lookups", share=touched)
+            return FittedParts(stored, {"unique": unique}, (shared,))
 
-        return replace(recompose(model, designs, fit), notes=notes)
+        return recompose(model, designs, fit)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Replace every selected table by its new form with placeholder tensors."""
-        return dry_run_composed(model, self._designs(model)[1])
-
-    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
-
-    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+    def design(self, rows: int, dim: int) -> Design:
         """The composition of a table of ``rows x dim``."""
         hot, clusters = self._sizes(rows)
         reason = Reason("clustered_rows", hot=hot, rows=rows, clusters=clusters)

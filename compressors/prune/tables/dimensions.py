@@ -18,21 +18,23 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import (
+from compressors.core.model import Model
+from compressors.core.modules.composed import Design
+from compressors.core.modules.formats import Bag
+from compressors.core.steps.composition_steps import (
+    ComposingStep,
+    Designs,
     FittedParts,
     choose_composed,
-    dry_run_composed,
     recompose,
     row_weights,
     share_or_number,
 )
-from compressors.core.model import Model
-from compressors.core.modules.composed import Design
-from compressors.core.modules.formats import Bag
-from compressors.core.step_settings import MinRows, TablePatterns
-from compressors.core.units import Choice, Unit, own_weight, private_copy
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
+from compressors.core.units import Unit, own_weight, private_copy
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.factorize.low_rank import COMPOSITION
@@ -69,7 +71,7 @@ def without_dimensions(table: Tensor, kept: Tensor, mean: Tensor) -> tuple[Tenso
     return table[:, kept].float().contiguous(), selection, rest
 
 
-class Dimensions(Frozen):
+class Dimensions(ComposingStep):
     """Drop the least important dimensions of embedding tables."""
 
     kind: Literal["dimensions"] = "dimensions"
@@ -90,12 +92,7 @@ class Dimensions(Frozen):
         """Training rows, if lookup counts or loss gradients are used."""
         return () if self.importance == "variance" else ("train",)
 
-    @property
-    def changes(self) -> Change:
-        """The selected tables are replaced by narrower ones."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to narrow; give a reason for each other table.
 
         Raises:
@@ -103,15 +100,21 @@ class Dimensions(Frozen):
         """
         if self.importance == "gradient" and not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
-        return self._designs(model)[0]
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+        def shaped(rows: int, dim: int) -> Design | Reason:
+            count = share_or_number(self.keep, dim)
+            reason = Reason("kept_dimensions", kept=count, dim=dim, importance=self.importance)
+            return Design(COMPOSITION, {"rank": count}, reason)
+
+        return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)
+
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
         """Replace every selected table by its kept dimensions.
 
         Raises:
             CompressionError: the loss has no gradient on the training rows.
         """
-        _, designs = self._designs(model)
+        designs = plan.payload
         weights = row_weights(model, bench, designs, weighted=self.importance != "variance")
         tables = {u.name: u.weight for u in Unit.of(model.module) if u.name in designs}
         means = {name: mean_row(table, weights[name]) for name, table in tables.items()}
@@ -127,18 +130,6 @@ class Dimensions(Frozen):
             return FittedParts({"projection": selection, "mean": rest}, {"narrow": narrow})
 
         return recompose(model, designs, fit)
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Replace every selected table by its new form with placeholder tensors."""
-        return dry_run_composed(model, self._designs(model)[1])
-
-    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        def shaped(rows: int, dim: int) -> Design | Reason:  # noqa: ARG001
-            count = share_or_number(self.keep, dim)
-            reason = Reason("kept_dimensions", kept=count, dim=dim, importance=self.importance)
-            return Design(COMPOSITION, {"rank": count}, reason)
-
-        return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)
 
 
 def taylor(

@@ -10,21 +10,23 @@ not change. ``channels`` or a distilled student can then remove its columns.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import UNSEEN
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable, Composition, Parts, PartSpec
 from compressors.core.modules.formats import TensorSpec
-from compressors.core.step_settings import MinRows
-from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
+from compressors.core.steps.composition_steps import UNSEEN
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.steps.unit_settings import MinRows
+from compressors.core.units import Unit, pack_table, swap
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing
 from compressors.metrics.validation_score import quality
@@ -38,26 +40,26 @@ class ConstantComposition:
     name: str = "constant"
     learned: tuple[str, ...] = ("row",)
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {"row": TensorSpec((dim,), torch.float32, every=0)}
 
-    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
         return {}
 
     def lookup_counts(
         self,
-        stored: Mapping[str, Tensor],  # noqa: ARG002
-        counts: Tensor,  # noqa: ARG002
-        settings: Mapping[str, Any],  # noqa: ARG002
+        stored: Mapping[str, Tensor],
+        counts: Tensor,
+        settings: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         return {}
 
     def lookup(
         self,
         stored: Mapping[str, Tensor],
-        parts: Parts,  # noqa: ARG002
+        parts: Parts,
         ids: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         row = stored["row"]
         return row.expand(*ids.shape, row.shape[0])
@@ -83,7 +85,7 @@ def permutation_loss(model: Model, bench: Bench, name: str, before: float, repea
     private = model.private().module
     drawn = torch.Generator().manual_seed(bench.seed)
 
-    def permute(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+    def permute(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output[torch.randperm(len(output), generator=drawn)]
 
     private.get_submodule(name).register_forward_hook(permute)
@@ -91,8 +93,10 @@ def permutation_loss(model: Model, bench: Bench, name: str, before: float, repea
     return before - sum(qualities) / repeats
 
 
-class DropTables(Frozen):
+class DropTables(StepSettings):
     """Drop embedding tables that do not pay, as far as a loss on validation rows allows."""
+
+    effect: ClassVar[Effect] = "parts"
 
     kind: Literal["drop_tables"] = "drop_tables"
     tables: tuple[str, ...] = Field(
@@ -114,12 +118,7 @@ class DropTables(Frozen):
         """Validation rows, to select tables; training rows, to weight the rows of the mean."""
         return ("train", "validation")
 
-    @property
-    def changes(self) -> Change:
-        """Each dropped table becomes one row."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the tables that may be dropped; ``apply`` measures which of them are.
 
         Raises:
@@ -127,16 +126,16 @@ class DropTables(Frozen):
         """
         if not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("row_metric_missing", step=self.kind)
-        choices = choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
+        decisions = choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
         tried = Reason(
             "dropped_if", step=self.kind, metric=bench.signature.metric, most_loss=self.most_loss
         )
-        return {
-            name: replace(choice, reasons=(tried,)) if choice.take else choice
-            for name, choice in choices.items()
-        }
+        for unit in StepPlan(decisions, None).units(model.module):
+            bounds = unit.weight.shape[1] * 4, unit.bytes  # one row, or unchanged
+            decisions[unit.name] = Decision("deferred", (tried,), bounds)
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Drop tables in ascending order of importance while the loss is allowed.
 
         Raises:
@@ -144,17 +143,12 @@ class DropTables(Frozen):
         """
         if bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
-        choices = self.choose(model, bench)
-        taken = {
-            unit.name: unit
-            for unit in Unit.of(model.module)
-            if unit.name in choices and choices[unit.name].take
-        }
+        taken = {unit.name: unit for unit in plan.units(model.module)}
         counts = lookup_counts(model, bench, taken)
         before = quality(model.module, bench.signature, bench.validation)
         cost = {n: permutation_loss(model, bench, n, before, self.repeats) for n in taken}
         metric = bench.signature.metric
-        notes: dict[str, tuple[Reason, ...]] = {}
+        outcomes: dict[str, Decision] = {}
         for name in sorted(taken, key=lambda name: cost[name]):
             tried = model.private()
             unit = taken[name]
@@ -163,14 +157,12 @@ class DropTables(Frozen):
             change = quality(tried.module, bench.signature, bench.validation) - before
             if change >= -self.most_loss:
                 model = tried
-                notes[name] = (Reason("table_dropped", metric=metric, change=change),)
+                dropping = Reason("table_dropped", metric=metric, change=change)
+                outcomes[name] = Decision("taken", (dropping,))
             else:
-                notes[name] = (Reason("table_kept", metric=metric, change=change),)
-        return replace(model, notes=notes)
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Return the model unchanged: the dropped tables depend on the data."""
-        return model
+                keeping = Reason("table_kept", metric=metric, change=change)
+                outcomes[name] = Decision("skipped", (keeping,))
+        return Applied(model, outcomes)
 
 
 def _constant(unit: Unit, counts: Tensor) -> ComposedTable:

@@ -58,5 +58,5 @@ def kept_place(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
 
 
 @kept_place.register_fake
-def _(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:  # noqa: ARG001
+def _(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
     return within.new_empty(ids.shape, dtype=torch.int64)

@@ -8,20 +8,21 @@ sorting them. Two near rows on both sides of a cell border may stay separate, bu
 their leader than the tolerance are never merged.
 """
 
-from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import UNSEEN
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
-from compressors.core.step_settings import MinRows
-from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
+from compressors.core.steps.composition_steps import UNSEEN
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.steps.unit_settings import MinRows
+from compressors.core.units import Unit, pack_table, swap
 from compressors.prune.tables.row_map import COMPOSITION, byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
@@ -91,8 +92,10 @@ def _cells(table: Tensor, width: float) -> list[Tensor]:
     return [rows for rows in members if len(rows) > 1]
 
 
-class MergeRows(Frozen):
+class MergeRows(StepSettings):
     """Make one of the rows of embedding tables that are equal, or nearly."""
+
+    effect: ClassVar[Effect] = "parts"
 
     kind: Literal["merge_rows"] = "merge_rows"
     tables: tuple[str, ...] = Field(
@@ -111,44 +114,37 @@ class MergeRows(Frozen):
         """Training rows, to weight rows by their lookup counts."""
         return ("train",)
 
-    @property
-    def changes(self) -> Change:
-        """The selected tables are replaced by tables with fewer rows, if rows can be merged."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the tables to search; ``apply`` finds out whether rows can be merged."""
         units = Unit.of(model.module)
-        choices = choose_tables(units, self.tables, self.min_rows, self.kind)
+        decisions = choose_tables(units, self.tables, self.min_rows, self.kind)
         reason = (
             Reason("merged_within", step=self.kind, within=self.within)
             if self.within
             else Reason("merged_equal", step=self.kind)
         )
-        return {
-            name: replace(choice, reasons=(reason,)) if choice.take else choice
-            for name, choice in choices.items()
-        }
+        for unit in StepPlan(decisions, None).units(model.module):
+            one = Design(COMPOSITION, {"places": 1}, reason).bytes(*unit.weight.shape)
+            decisions[unit.name] = Decision(
+                "deferred", (reason,), (min(one, unit.bytes), unit.bytes)
+            )
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Merge rows in every table in which this saves more bytes than the map takes."""
-        choices = self.choose(model, bench)
-        taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
+        taken = plan.units(model.module)
         counts = lookup_counts(model, bench, [unit.name for unit in taken])
-        notes: dict[str, tuple[Reason, ...]] = {}
+        outcomes: dict[str, Decision] = {}
         for unit in taken:
             rows, dim = unit.weight.shape
             place, unique = merged(unit.weight, counts[unit.name] + UNSEEN, self.within)
             reason = Reason("merged_rows", rows=rows, unique=len(unique))
             design = Design(COMPOSITION, {"places": len(unique)}, reason)
-            notes[unit.name] = (reason,)
             if design.bytes(rows, dim) >= unit.bytes:
+                outcomes[unit.name] = Decision("skipped", (reason,))
                 continue
+            outcomes[unit.name] = Decision("taken", (reason,))
             stored = {"planes": byte_planes(place, len(unique))}
             table = design.table(rows, dim, stored, {"unique": unique})
             swap(model.module, unit.name, pack_table(unit.module, table))
-        return replace(model, notes=notes)
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Return the model unchanged: the number of merged rows depends on the values."""
-        return model
+        return Applied(model, outcomes)

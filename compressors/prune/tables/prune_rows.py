@@ -17,28 +17,31 @@ of lookups that pruning affects.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
-from compressors.core.composition_steps import (
+from compressors.core.model import Model
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.steps.composition_steps import (
     UNSEEN,
+    ComposingStep,
+    Designs,
     FittedParts,
     choose_composed,
     dry_run_composed,
     recompose,
 )
-from compressors.core.model import Model
-from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
-from compressors.core.modules.formats import TensorSpec
-from compressors.core.step_settings import MinRows
-from compressors.core.units import Choice, Unit, choose_tables
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.unit_settings import MinRows
+from compressors.core.units import Unit
 from compressors.prune.tables import row_map
 from compressors.prune.tables.kept_rows import BLOCK, kept_order, most, share
 from compressors.prune.tables.row_map import byte_planes
@@ -53,13 +56,13 @@ class KeptRowsComposition:
     name: str = "kept_rows"
     learned: tuple[str, ...] = ()
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
             "within": TensorSpec((rows,), torch.int8),
             "before": TensorSpec((-(-rows // BLOCK),), torch.int32, every=BLOCK),
         }
 
-    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
         return {"kept": PartSpec(settings["kept"] + 1, dim)}
 
     def lookup_counts(
@@ -84,8 +87,10 @@ class KeptRowsComposition:
 COMPOSITION: Composition = KeptRowsComposition()
 
 
-class PruneRows(Frozen):
+class PruneRows(ComposingStep):
     """Drop the rows of embedding tables that matter least."""
+
+    requires_budget: ClassVar[bool] = True
 
     kind: Literal["prune_rows"] = "prune_rows"
     tables: tuple[str, ...] = Field(
@@ -114,36 +119,37 @@ class PruneRows(Frozen):
         """Training rows, to measure the share of lookups that pruning affects."""
         return ("train",)
 
-    @property
-    def changes(self) -> Change:
-        """The selected tables are replaced by tables with fewer rows."""
-        return "parts"
-
     @model_validator(mode="after")
     def _min_lookups_need_traffic(self) -> Self:
         if self.min_lookups and self.importance != "traffic":
             raise value_error("min_lookups_without_traffic", importance=self.importance)
         return self
 
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to prune; give a reason for each other table."""
-        return self._taken(model) if self.min_lookups else self._designs(model)[0]
-
-    def _taken(self, model: Model) -> dict[str, Choice]:
+        if not self.min_lookups:
+            rows = max(self.min_rows, 2)
+            return choose_composed(model, self.tables, rows, self.kind, self.design)
         reason = Reason("rows_by_lookups", step=self.kind, min_lookups=self.min_lookups)
-        units = Unit.of(model.module)
-        choices = choose_tables(units, self.tables, max(self.min_rows, 2), self.kind)
-        return {n: replace(c, reasons=(reason,)) if c.take else c for n, c in choices.items()}
+        decisions = choose_tables(
+            Unit.of(model.module), self.tables, max(self.min_rows, 2), self.kind
+        )
+        for unit in StepPlan(decisions, None).units(model.module):
+            one = self._design(1, reason).bytes(*unit.weight.shape)
+            decisions[unit.name] = Decision(
+                "deferred", (reason,), (min(one, unit.bytes), unit.bytes)
+            )
+        return StepPlan(decisions, {})
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
         """Replace every selected table by its kept rows and a map."""
+        designs, skipped = plan.payload, dict[str, Decision]()
         if self.min_lookups:
-            taken = [name for name, choice in self.choose(model, bench).items() if choice.take]
-            counts = lookup_counts(model, bench, taken)
-            designs, notes = self._rare(model, counts)
+            names = [unit.name for unit in plan.units(model.module)]
+            counts = lookup_counts(model, bench, names)
+            designs, skipped = self._rare(model, counts)
         else:
-            _, designs = self._designs(model)
-            counts, notes = lookup_counts(model, bench, designs), {}
+            counts = lookup_counts(model, bench, designs)
         by_gradient = self.importance == "gradient"
         gradients = squared_gradients(model, bench, designs) if by_gradient else {}
 
@@ -157,10 +163,11 @@ class PruneRows(Frozen):
                     score = (gradients[name] * table.square()).double().sum(dim=1)
             kept = most(score, design.settings[_COUNT[design.composition.name]])
             touched = Reason("pruned_lookups", share=share(counts[name], ~kept))
-            notes[name] = (design.reason, touched) if self.min_lookups else (touched,)
-            return self._stored(table, kept, counts[name])
+            reasons = (design.reason, touched) if self.min_lookups else (touched,)
+            return self._stored(table, kept, counts[name])._replace(reasons=reasons)
 
-        return replace(recompose(model, designs, fit), notes=notes)
+        pruned = recompose(model, designs, fit)
+        return Applied(pruned.model, {**skipped, **pruned.outcomes})
 
     def _stored(self, weight: Tensor, kept: Tensor, count: Tensor) -> FittedParts:
         """The map and the kept rows."""
@@ -177,30 +184,23 @@ class PruneRows(Frozen):
         rows = torch.cat([weight[kept], shared.unsqueeze(0)])
         return FittedParts({"within": within, "before": before}, {"kept": rows})
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Replace every selected table by its new form with placeholder tensors.
-
-        With ``min_lookups`` return the model unchanged, because lookup counts are not known.
-        """
-        return model if self.min_lookups else dry_run_composed(model, self._designs(model)[1])
-
-    def smallest_dry_run(self, model: Model) -> Model:
+    def smallest_dry_run(self, model: Model, plan: StepPlan[Designs]) -> Model:
         """The smallest result with ``min_lookups``: no row reaches that number of lookups."""
-        tables = [name for name, choice in self._taken(model).items() if choice.take]
-        rows = {unit.name: unit.rows for unit in Unit.of(model.module)}
-        none = {name: torch.zeros(()).expand(rows[name]) for name in tables}
+        if not self.min_lookups:
+            return self.dry_run(model, plan)
+        none = {unit.name: torch.zeros(()).expand(unit.rows) for unit in plan.units(model.module)}
         return dry_run_composed(model, self._rare(model, none)[0])
 
     def _rare(
         self, model: Model, counts: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Design], dict[str, tuple[Reason, ...]]]:
+    ) -> tuple[dict[str, Design], dict[str, Decision]]:
         """Plan each table from its lookup counts; give a reason for each table that is not pruned.
 
         A table is pruned only if this also saves bytes after rows are stored in four bits, because
         the map of rows does not become smaller then.
         """
         designs: dict[str, Design] = {}
-        notes: dict[str, tuple[Reason, ...]] = {}
+        skipped: dict[str, Decision] = {}
         for unit in Unit.of(model.module):
             if unit.name not in counts:
                 continue
@@ -218,13 +218,11 @@ class PruneRows(Frozen):
             if kept < rows and map_bytes + parts * packed < rows * packed:
                 designs[unit.name] = design
             else:
-                notes[unit.name] = (design.reason, Reason("row_map_too_large"))
-        return designs, notes
+                why = design.reason, Reason("row_map_too_large")
+                skipped[unit.name] = Decision("skipped", why)
+        return designs, skipped
 
-    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
-        return choose_composed(model, self.tables, max(self.min_rows, 2), self.kind, self.design)
-
-    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+    def design(self, rows: int, dim: int) -> Design:
         """The composition of a table of ``rows x dim``."""
         kept = min(rows - 1, max(1, round(self.keep * rows)))
         reason = Reason("kept_rows", kept=kept, rows=rows, importance=self.importance)

@@ -47,11 +47,11 @@ class RowMapComposition:
     name: str = "row_map"
     learned: tuple[str, ...] = ()
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         shape = (rows, bytes_needed(settings["places"]))
         return {"planes": TensorSpec(shape, torch.int8, first=-128)}  # -128 encodes place 0
 
-    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:  # noqa: ARG002
+    def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
         return {"unique": PartSpec(settings["places"], dim)}
 
     def lookup_counts(
@@ -66,7 +66,7 @@ class RowMapComposition:
         stored: Mapping[str, Tensor],
         parts: Parts,
         ids: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         rows: Tensor = parts["unique"](torch.ops.recpress.planned_place(stored["planes"], ids))
         return rows

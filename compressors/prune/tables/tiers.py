@@ -9,26 +9,27 @@ memory). Differs: here the split determines the format, and both tables are in t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
-from compressors.core.composition_steps import (
-    FittedParts,
-    choose_composed,
-    dry_run_composed,
-    recompose,
-)
 from compressors.core.model import Model
 from compressors.core.modules.composed import Composition, Design, Parts, PartSpec
 from compressors.core.modules.formats import TensorSpec
-from compressors.core.step_settings import MinRows
-from compressors.core.units import Choice
+from compressors.core.steps.composition_steps import (
+    ComposingStep,
+    Designs,
+    FittedParts,
+    choose_composed,
+    recompose,
+)
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.unit_settings import MinRows
 from compressors.prune.tables.kept_rows import BLOCK, kept_order, most, share
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
@@ -40,7 +41,7 @@ class TiersComposition:
     name: str = "tiers"
     learned: tuple[str, ...] = ()
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
             "within": TensorSpec((rows,), torch.int8),
             "before": TensorSpec((-(-rows // BLOCK),), torch.int32, every=BLOCK),
@@ -54,7 +55,7 @@ class TiersComposition:
         self,
         stored: Mapping[str, Tensor],
         counts: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         ids = torch.arange(len(counts))
         hot = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids) >= 0
@@ -65,7 +66,7 @@ class TiersComposition:
         stored: Mapping[str, Tensor],
         parts: Parts,
         ids: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
         hot: Tensor = parts["hot"](place.clamp(min=0))
@@ -76,7 +77,7 @@ class TiersComposition:
 COMPOSITION: Composition = TiersComposition()
 
 
-class Tiers(Frozen):
+class Tiers(ComposingStep):
     """Part embedding tables into rows that are looked up often and the rest."""
 
     kind: Literal["tiers"] = "tiers"
@@ -93,41 +94,27 @@ class Tiers(Frozen):
         """Training rows, to count how often each row is looked up."""
         return ("train",)
 
-    @property
-    def changes(self) -> Change:
-        """The selected tables are each replaced by two."""
-        return "parts"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to split; give a reason for each other table."""
-        return self._designs(model)[0]
-
-    def apply(self, model: Model, bench: Bench) -> Model:
-        """Split every selected table by its lookup counts."""
-        _, designs = self._designs(model)
-        counts = lookup_counts(model, bench, designs)
-        notes: dict[str, tuple[Reason, ...]] = {}
-
-        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            hot = most(counts[name], design.settings["hot"])
-            notes[name] = (Reason("hot_lookups", share=share(counts[name], hot)),)
-            within, before = kept_order(hot)
-            return FittedParts(
-                {"within": within, "before": before}, {"hot": table[hot], "cold": table[~hot]}
-            )
-
-        return replace(recompose(model, designs, fit), notes=notes)
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:  # noqa: ARG002
-        """Replace every selected table by its new form with placeholder tensors."""
-        return dry_run_composed(model, self._designs(model)[1])
-
-    def _designs(self, model: Model) -> tuple[dict[str, Choice], dict[str, Design]]:
         return choose_composed(
             model, self.tables, max(self.min_rows, 2), self.kind, self.design, smaller=False
         )
 
-    def design(self, rows: int, dim: int) -> Design:  # noqa: ARG002
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+        """Split every selected table by its lookup counts."""
+        designs = plan.payload
+        counts = lookup_counts(model, bench, designs)
+
+        def fit(name: str, table: Tensor, design: Design) -> FittedParts:
+            hot = most(counts[name], design.settings["hot"])
+            hot_lookups = Reason("hot_lookups", share=share(counts[name], hot))
+            within, before = kept_order(hot)
+            stored = {"within": within, "before": before}
+            return FittedParts(stored, {"hot": table[hot], "cold": table[~hot]}, (hot_lookups,))
+
+        return recompose(model, designs, fit)
+
+    def design(self, rows: int, dim: int) -> Design:
         """The composition of a table of ``rows x dim``."""
         hot = min(rows - 1, max(1, round(self.hot * rows)))
         return Design(COMPOSITION, {"hot": hot}, Reason("hot_rows", hot=hot, rows=rows))

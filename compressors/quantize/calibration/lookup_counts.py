@@ -75,7 +75,7 @@ def _count(module: nn.Module, counts: Tensor) -> None:
     """Count the ids that a table is called with; the padding that a bag adds is not counted."""
     padding = module.padding_idx if isinstance(module, nn.EmbeddingBag | Bag) else None
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:  # noqa: ARG001
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         ids = (args[0] if args else kwargs["input"]).reshape(-1).long()
         read = ids if padding is None else ids[ids != padding]
         counts.add_(torch.bincount(read, minlength=len(counts)))
@@ -109,7 +109,7 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
     private = model.private().module
     watched = _tables(private, tables)
 
-    def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
+    def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
         return hard_loss(bench.signature, output, batch)
 
     gradients = loss_gradients(private, bench.signature, bench.train, loss, watched)

@@ -139,7 +139,7 @@ def watched(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor,
 
     def watch(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(
-            module: nn.Module,  # noqa: ARG001
+            module: nn.Module,
             args: tuple[Tensor, ...],
             kwargs: dict[str, Tensor],
             rows: Tensor,

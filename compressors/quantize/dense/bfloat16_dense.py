@@ -7,18 +7,19 @@ only the stored bytes halve and the arithmetic is in float32. Tables have the se
 in a step that needs the whole network.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.step_settings import LayerPatterns
-from compressors.core.units import Choice, Unit, choose_dense, swap
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import LayerPatterns
+from compressors.core.units import Unit, swap
 from compressors.quantize.kernels.short_floats import short_float_linear_format
 
 LARGEST = float(torch.finfo(torch.bfloat16).max)
@@ -27,33 +28,21 @@ LARGEST = float(torch.finfo(torch.bfloat16).max)
 FORMAT = short_float_linear_format("bfloat16", torch.bfloat16)
 
 
-class BFloat16Dense(Frozen):
+class BFloat16Dense(StepSettings):
     """Store dense layers as bfloat16."""
 
     kind: Literal["bfloat16_dense"] = "bfloat16_dense"
     layers: LayerPatterns = ("*",)
 
-    @property
-    def needs(self) -> tuple[Part, ...]:
-        """No data: the range is that of float32 for any rows."""
-        return ()
-
-    @property
-    def changes(self) -> Change:
-        """The selected layers are stored in another format."""
-        return "format"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
-        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Replace every selected layer whose weights do not round to infinity."""
-        choices = self.choose(model, bench)
-        kept: dict[str, tuple[Reason, ...]] = {}
-        for unit in Unit.of(model.module):
-            if unit.name not in choices or not choices[unit.name].take:
-                continue
+        outcomes: dict[str, Decision] = {}
+        for unit in plan.units(model.module):
             weight, bias = unit.weight, unit.bias
             largest = max(float(each.abs().max()) for each in (weight, bias) if each is not None)
             stored = {
@@ -64,13 +53,13 @@ class BFloat16Dense(Frozen):
                 beyond = Reason(
                     "beyond_largest", largest=largest, format=FORMAT.name, limit=LARGEST
                 )
-                kept[unit.name] = (beyond,)
+                outcomes[unit.name] = Decision("skipped", (beyond,))
                 continue
             outputs, inputs = weight.shape
             packed = PackedLinear(FORMAT, inputs, outputs, bias=bias is not None, stored=stored)
             swap(model.module, unit.name, packed)
-        return replace(model, notes={**model.notes, **kept})
+        return Applied(model, outcomes)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by one in the format."""
-        return dry_run_packed(model, self.choose(model, bench), linear=FORMAT)
+        return dry_run_packed(model, plan.units(model.module), linear=FORMAT)

@@ -1,6 +1,6 @@
 """Calibrate the input ranges of dense layers and build layers with scaled inputs from them."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from compressors.contracts import Bench
 from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import PackedLinear
+from compressors.core.steps.decisions import Decision
 from compressors.core.units import Unit
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration import calibrators as calibration
@@ -18,7 +19,8 @@ from compressors.quantize.calibration.layer_inputs import Receive, read_layer_in
 
 EVERY = "*"
 """Layers of a step that names no layer: one that cannot be scaled may stay."""
-UNSEEN = Reason("zero_inputs")
+ZERO_INPUTS = Decision("skipped", (Reason("zero_inputs"),))
+"""The outcome of a layer whose inputs were all zero on the calibration rows."""
 """Why such a layer stays."""
 
 Calibrator = Literal["min_max", "percentile", "entropy", "mse", "best"]
@@ -151,8 +153,3 @@ def _scalable(unit: Unit, seen: Histogram) -> nn.Linear:
     if not bool(torch.isfinite(largest)):
         raise StepRefused("layer_inputs_not_finite", layer=unit.name, value=float(largest))
     return unit.module
-
-
-def notes_of(found: Mapping[str, Calibrated]) -> dict[str, tuple[Reason, ...]]:
-    """The reasons for the plan, by layer; layers without reasons are left out."""
-    return {name: layer.reasons() for name, layer in found.items() if layer.reasons()}

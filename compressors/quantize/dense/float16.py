@@ -10,7 +10,6 @@ Units that float16 cannot represent stay in float32, and the plan gives the reas
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import (
@@ -26,8 +25,16 @@ from compressors.core.modules.formats import (
     PackedTable,
 )
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.step_settings import MinRows
-from compressors.core.units import Choice, Unit, choose_dense, choose_tables, pack_table, swap
+from compressors.core.steps.decisions import (
+    Applied,
+    Decision,
+    StepPlan,
+    choose_dense,
+    choose_tables,
+)
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import MinRows
+from compressors.core.units import Unit, pack_table, swap
 from compressors.quantize.calibration.layer_inputs import read_layer_inputs
 from compressors.quantize.kernels.short_floats import (
     short_float_linear_format,
@@ -70,7 +77,7 @@ TABLE_FORMAT = short_float_table_format("float16", torch.float16)
 LINEAR_FORMAT = short_float_linear_format("float16", torch.float16)
 
 
-class Float16(Frozen):
+class Float16(StepSettings):
     """Store tables and dense layers as float16."""
 
     kind: Literal["float16"] = "float16"
@@ -89,49 +96,40 @@ class Float16(Frozen):
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
 
     @property
-    def needs(self) -> tuple[Part, ...]:
-        """No data: the conversion does not depend on data."""
-        return ()
-
-    @property
     def wants(self) -> tuple[Part, ...]:
         """Calibration rows, to find layers that overflow; without them only weights are checked."""
         return ("calibration",)
 
-    @property
-    def changes(self) -> Change:
-        """The selected units are stored in another format if float16 can represent them."""
-        return "format"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the tables and dense layers to convert; give a reason for each other unit."""
         units = Unit.of(model.module)
-        return {
+        decisions = {
             **choose_tables(units, self.tables, self.min_rows, self.kind),
             **choose_dense(units, self.layers, self.kind, LINEAR_FORMAT),
         }
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Replace every selected table and layer that float16 can represent."""
-        module, choices = model.module, self.choose(model, bench)
-        chosen = [unit for unit in Unit.of(module) if choices[unit.name].take]
+        module, chosen = model.module, plan.units(model.module)
         dense = [unit for unit in chosen if unit.role == "dense"]
         kept = self._overflowing(module, dense, bench)
-        notes = dict(model.notes)
+        outcomes: dict[str, Decision] = {}
         if bench.calibration is None:
-            notes |= {unit.name: (Reason("sums_not_checked"),) for unit in dense}
+            unchecked = Decision("taken", (Reason("sums_not_checked"),))
+            outcomes |= {unit.name: unchecked for unit in dense}
         for unit in chosen:
             reason = beyond(unit.weight, unit.bias) or kept.get(unit.name)
             if reason is not None:
-                notes[unit.name] = (reason,)
+                outcomes[unit.name] = Decision("skipped", (reason,))
             else:
                 swap(module, unit.name, _packed(unit))
-        return replace(model, notes=notes)
+        return Applied(model, outcomes)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected table and layer by one in the format."""
-        choices = self.choose(model, bench)
-        return dry_run_packed(model, choices, table=TABLE_FORMAT, linear=LINEAR_FORMAT)
+        units = plan.units(model.module)
+        return dry_run_packed(model, units, table=TABLE_FORMAT, linear=LINEAR_FORMAT)
 
     def _overflowing(
         self, module: nn.Module, layers: Sequence[Unit], bench: Bench

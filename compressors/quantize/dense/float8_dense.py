@@ -15,7 +15,7 @@ QuantizeLinear saturates.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,15 +23,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.step_settings import LayerPatterns
-from compressors.core.units import Choice, Unit, choose_dense, swap
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import LayerPatterns
+from compressors.core.units import Unit, swap
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
-from compressors.quantize.dense.calibrated import EVERY, UNSEEN
+from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS
 from compressors.quantize.tables.float8_e4m3 import LARGEST, steps_of
 
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -78,14 +80,14 @@ def float8_linear(
 def _(
     x: Tensor,
     codes: Tensor,
-    weight_scale: Tensor,  # noqa: ARG001
-    input_scale: Tensor,  # noqa: ARG001
-    bias: Tensor | None,  # noqa: ARG001
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, bias = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(*tensors)
@@ -132,7 +134,7 @@ class Float8DenseFormat:
         self,
         stored: Mapping[str, Tensor],
         x: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         y: Tensor = torch.ops.recpress.float8_linear(
             x, stored["codes"], stored["weight_scale"], stored["input_scale"], stored.get("bias")
@@ -143,7 +145,7 @@ class Float8DenseFormat:
         self,
         stored: Mapping[str, Tensor],
         x: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         """The rounded inputs that are multiplied, float32 ``(*, in)``."""
         scale = stored["input_scale"]
@@ -153,7 +155,7 @@ class Float8DenseFormat:
 FORMAT: LinearFormat = Float8DenseFormat()
 
 
-class Float8Dense(Frozen):
+class Float8Dense(StepSettings):
     """Compute dense layers in 8-bit floats (E4M3) on GPUs, with scales calibrated before."""
 
     kind: Literal["float8_dense"] = "float8_dense"
@@ -169,20 +171,17 @@ class Float8Dense(Frozen):
         """Calibration rows, for the range of the inputs of each layer."""
         return ("calibration",)
 
-    @property
-    def changes(self) -> Change:
-        """The selected layers are stored in another format."""
-        return "format"
-
     def settings(self) -> dict[str, Any]:
         """The settings that determine the stored layout of a layer."""
         return {"scales": self.scales}
 
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
-        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT, self.settings())
+        units = Unit.of(model.module)
+        decisions = choose_dense(units, self.layers, self.kind, FORMAT, self.settings())
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Calibrate on ``bench.calibration`` and replace every selected layer.
 
         Raises:
@@ -190,16 +189,14 @@ class Float8Dense(Frozen):
         """
         if bench.calibration is None:
             raise RowsMissing("input_scales_need_rows")
-        choices = self.choose(model, bench)
-        units = Unit.of(model.module)
-        chosen = [unit for unit in units if unit.name in choices and choices[unit.name].take]
+        chosen = plan.units(model.module)
         largest = {unit.name: torch.zeros(()) for unit in chosen}
 
         def compare(unit: Unit, x: Tensor) -> None:
             found = input_vectors(x).float().abs().amax()
             largest[unit.name] = torch.maximum(largest[unit.name], found)
 
-        notes = dict(model.notes)
+        outcomes: dict[str, Decision] = {}
         read_layer_inputs(
             model.module,
             chosen,
@@ -212,7 +209,7 @@ class Float8Dense(Frozen):
         for unit in chosen:
             input_scale = largest[unit.name] / LARGEST
             if EVERY in self.layers and not largest[unit.name]:
-                notes[unit.name] = (UNSEEN,)
+                outcomes[unit.name] = ZERO_INPUTS
                 continue
             if not input_scale >= SMALLEST:
                 raise StepRefused("layer_inputs_zero", layer=unit.name)
@@ -231,9 +228,9 @@ class Float8Dense(Frozen):
                 stored=tensors,
             )
             swap(model.module, unit.name, packed)
-        return replace(model, notes=notes)
+        return Applied(model, outcomes)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by one in the format, without calibration."""
-        choices = self.choose(model, bench)
-        return dry_run_packed(model, choices, linear=FORMAT, settings=self.settings())
+        units = plan.units(model.module)
+        return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())

@@ -15,7 +15,6 @@ out.
 """
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Literal, Self
 
 import torch
@@ -23,15 +22,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.core.batches import Batch
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.step_settings import LayerPatterns
-from compressors.core.units import Choice, Unit, choose_dense, innermost, swap
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import LayerPatterns
+from compressors.core.units import Unit, innermost, swap
 from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable
@@ -43,7 +44,7 @@ from compressors.distill.training.training_steps import (
 )
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.calibrators import LEVELS
-from compressors.quantize.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
+from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS, Calibrator, calibrated
 from compressors.quantize.dense.static_int8 import FORMAT, encode, packed_int8, ranged
 from compressors.task_kinds.loss import hard_loss
 
@@ -122,7 +123,7 @@ class LearnedInt8(nn.Module):
         return PackedLinear(FORMAT, inputs, outputs, bias=self.bias is not None, stored=stored)
 
 
-class QAT(Frozen):
+class QAT(StepSettings):
     """Train dense layers to be int8, with scales that are learned."""
 
     kind: Literal["qat"] = "qat"
@@ -161,26 +162,27 @@ class QAT(Frozen):
         return self
 
     @property
+    def trains(self) -> bool:
+        """A run is slow: the network is trained."""
+        return True
+
+    @property
     def needs(self) -> tuple[Part, ...]:
         """Calibration, training and validation rows, and soft labels if they are used."""
         parts: tuple[Part, ...] = ("calibration", "train", "validation")
         return (*parts, "soft_labels") if self.soft_share else parts
 
-    @property
-    def changes(self) -> Change:
-        """The selected layers are stored in another format."""
-        return "format"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to train; give a reason for each other layer.
 
         Raises:
             NothingToCompress: the signature's task has no loss yet.
         """
         require_loss(bench, self.kind)
-        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Train the selected layers and the norms between them; store those of the best epoch.
 
         Raises:
@@ -189,8 +191,8 @@ class QAT(Frozen):
         """
         if bench.train is None or bench.validation is None:
             raise RowsMissing("training_needs_rows")
-        module, choices, units = model.module, self.choose(model, bench), Unit.of(model.module)
-        chosen = [unit for unit in units if unit.name in choices and choices[unit.name].take]
+        module, units = model.module, Unit.of(model.module)
+        chosen = plan.units(module)
         begun = calibrated(
             module,
             chosen,
@@ -203,7 +205,6 @@ class QAT(Frozen):
             measured=False,
             lenient=EVERY in self.layers,
         )
-        unseen = [unit.name for unit in chosen if unit.name not in begun]
         learned = {
             unit.name: _learned(unit.module, begun[unit.name].packed)
             for unit in chosen
@@ -227,21 +228,22 @@ class QAT(Frozen):
         for name, layer in learned.items():
             swap(module, name, layer.packed())
         outcome = outcome_of(epochs, bench.signature.metric, self.training)
-        first = {
-            name: (Reason("training_start", start=note),) for name, note in notes_of(begun).items()
-        }
-        notes = {name: (*first.get(name, ()), *outcome) for name in learned}
-        return replace(model, notes={**model.notes, **notes, **dict.fromkeys(unseen, (UNSEEN,))})
+        outcomes = {unit.name: ZERO_INPUTS for unit in chosen if unit.name not in begun}
+        for name in learned:
+            start = begun[name].reasons()
+            first = (Reason("training_start", start=start),) if start else ()
+            outcomes[name] = Decision("taken", (*first, *outcome))
+        return Applied(model, outcomes)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by one in the format, without training."""
-        return dry_run_packed(model, self.choose(model, bench), linear=FORMAT)
+        return dry_run_packed(model, plan.units(model.module), linear=FORMAT)
 
     def _loss(self, bench: Bench) -> Loss:
         if self.soft_share:
             return soft_label_loss(bench, self.soft_share, self.temperature, self.kind)
 
-        def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:  # noqa: ARG001
+        def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
             return hard_loss(bench.signature, output, batch)
 
         return loss

@@ -12,7 +12,7 @@ differ from those of the machine that evaluated the model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,15 +20,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.step_settings import LayerPatterns
-from compressors.core.units import Choice, Unit, choose_dense, swap
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import LayerPatterns
+from compressors.core.units import Unit, swap
 from compressors.quantize.calibration.calibrators import LEVELS
-from compressors.quantize.dense.calibrated import EVERY, UNSEEN, Calibrator, calibrated, notes_of
+from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS, Calibrator, calibrated
 
 # Clipping thresholds, as shares of a channel's largest weight. Below a half the error is too large.
 SHARES = tuple(1 - place / 64 for place in range(33))
@@ -154,14 +156,14 @@ def static_int8_linear(
 def _(
     x: Tensor,
     codes: Tensor,
-    weight_scale: Tensor,  # noqa: ARG001
-    input_scale: Tensor,  # noqa: ARG001
-    bias: Tensor,  # noqa: ARG001
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -195,9 +197,9 @@ class StaticInt8Format:
         self,
         inputs: int,
         outputs: int,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
         *,
-        bias: bool,  # noqa: ARG002
+        bias: bool,
     ) -> dict[str, TensorSpec]:
         return {
             "codes": TensorSpec((outputs, inputs), torch.int8),
@@ -210,7 +212,7 @@ class StaticInt8Format:
         self,
         stored: Mapping[str, Tensor],
         x: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         y: Tensor = torch.ops.recpress.static_int8_linear(
             x, stored["codes"], stored["weight_scale"], stored["input_scale"], stored["bias"]
@@ -221,7 +223,7 @@ class StaticInt8Format:
         self,
         stored: Mapping[str, Tensor],
         x: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         """The rounded inputs that are multiplied, float32 ``(*, in)``."""
         scale = stored["input_scale"]
@@ -255,7 +257,7 @@ def packed_int8(layer: nn.Linear, end: Tensor, weight_scale: Tensor | None = Non
     return PackedLinear(FORMAT, *sizes, bias=bias is not None, stored=stored)
 
 
-class StaticInt8(Frozen):
+class StaticInt8(StepSettings):
     """Compute dense layers in int8, with scales calibrated before serving."""
 
     kind: Literal["static_int8"] = "static_int8"
@@ -288,26 +290,21 @@ class StaticInt8(Frozen):
         """Calibration rows, for the range of the inputs of each layer."""
         return ("calibration",)
 
-    @property
-    def changes(self) -> Change:
-        """The selected layers are stored in another format."""
-        return "format"
-
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
-        return choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Calibrate on ``bench.calibration``; replace selected layers within ``most_error``.
 
         Raises:
             CompressionError: there are no calibration rows, or a layer never ran on them.
         """
-        choices = self.choose(model, bench)
-        units = [unit for unit in Unit.of(model.module) if unit.name in choices]
+        units = plan.units(model.module)
         found = calibrated(
             model.module,
-            [unit for unit in units if choices[unit.name].take],
+            units,
             bench,
             self._pack,
             calibrator=self.calibrator,
@@ -317,20 +314,20 @@ class StaticInt8(Frozen):
             measured=self.most_error is not None,
             lenient=EVERY in self.layers,
         )
-        unseen = [name for name, choice in choices.items() if choice.take and name not in found]
-        notes = {**model.notes, **notes_of(found), **dict.fromkeys(unseen, (UNSEEN,))}
+        outcomes = {name: Decision("taken", layer.reasons()) for name, layer in found.items()}
+        outcomes |= {unit.name: ZERO_INPUTS for unit in units if unit.name not in found}
         for name, layer in found.items():
             if self.most_error is not None and (layer.error or 0.0) > self.most_error:
                 above = Reason("above_most_error", step=self.kind, most_error=self.most_error)
-                notes[name] = (*layer.reasons(), above)
+                outcomes[name] = Decision("skipped", (*layer.reasons(), above))
             else:
                 swap(model.module, name, layer.packed)
-        return replace(model, notes=notes)
+        return Applied(model, outcomes)
 
     def _pack(self, layer: nn.Linear, end: Tensor) -> PackedLinear:
         wanted = clipped_scale(layer.weight.detach()) if self.weights == "mse" else None
         return packed_int8(layer, end, wanted)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by one in the format, without calibration."""
-        return dry_run_packed(model, self.choose(model, bench), linear=FORMAT)
+        return dry_run_packed(model, plan.units(model.module), linear=FORMAT)

@@ -12,19 +12,20 @@ Paper: Frantar et al. 2022, https://arxiv.org/abs/2210.17323 (4 bits in groups, 
 Differs: symmetric with 15 levels, because TensorRT supports no zero point; ranges may be clipped.
 """
 
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.step_settings import LayerPatterns
-from compressors.core.units import Choice, Unit, swap
+from compressors.core.steps.decisions import Applied, Decision, StepPlan
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import LayerPatterns
+from compressors.core.units import Unit, swap
 from compressors.errors.steps import RowsMissing
 from compressors.quantize.calibration.input_moments import grams, squared_error
 from compressors.quantize.dense import weight_only
@@ -36,7 +37,7 @@ BITS = 4
 FORMAT = WeightOnlyFormat("weight_int4", BITS)
 
 
-class WeightInt4(Frozen):
+class WeightInt4(StepSettings):
     """Store the weights of dense layers as half a byte each."""
 
     kind: Literal["weight_int4"] = "weight_int4"
@@ -70,32 +71,27 @@ class WeightInt4(Frozen):
         rounds = self.activations == "int8" and self.rounding != "gptq"
         return ("calibration",) if rounds else ()
 
-    @property
-    def changes(self) -> Change:
-        """The selected layers are stored in another format."""
-        return "format"
-
     def settings(self) -> dict[str, Any]:
         """The settings that determine the stored layout of a layer and how it is read."""
         return {"block": self.block, "scale": self.scale, "activations": self.activations}
 
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
         units = Unit.of(model.module)
-        return weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
+        decisions = weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Round the weights of every selected layer.
 
         Raises:
             CompressionError: a weight is too large for the type of the scales, there are no
                 calibration rows for gptq, or a layer never ran on them.
         """
-        choices = self.choose(model, bench)
-        chosen = [unit for unit in Unit.of(model.module) if _taken(unit, choices)]
+        chosen = plan.units(model.module)
         seen = self._seen(model, chosen, bench) if self.rounding == "gptq" else {}
         levels = weight_only.grid(BITS, self.clipping, self.scale)
-        notes = dict(model.notes)
+        outcomes: dict[str, Decision] = {}
         for unit in chosen:
             weight, bias = unit.weight, unit.bias
             scale = weight_only.fitted_scale(weight, self.block, levels)
@@ -105,7 +101,7 @@ class WeightInt4(Frozen):
                 each = weight_only.of_inputs(scale, weight.shape[1], self.block)
                 steps = gptq(weight, nearest, gram, each, levels.half)
                 less = _error(steps, each, weight, gram) / _error(nearest, each, weight, gram)
-                notes[unit.name] = (Reason("gptq_error", share=less),)
+                outcomes[unit.name] = Decision("taken", (Reason("gptq_error", share=less),))
             outputs, inputs = weight.shape
             packed = PackedLinear(
                 FORMAT,
@@ -116,7 +112,7 @@ class WeightInt4(Frozen):
                 stored=weight_only.stored(steps, scale, bias, self.block, BITS),
             )
             swap(model.module, unit.name, packed)
-        return replace(model, notes=notes)
+        return Applied(model, outcomes)
 
     def _seen(self, model: Model, chosen: list[Unit], bench: Bench) -> dict[str, Tensor]:
         if bench.calibration is None:
@@ -124,15 +120,10 @@ class WeightInt4(Frozen):
         rows, signature = bench.calibration, bench.signature
         return grams(model.module, chosen, rows, signature, self.batch, self.rows)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by one in the format; the rounding does not matter."""
-        choices = self.choose(model, bench)
-        return dry_run_packed(model, choices, linear=FORMAT, settings=self.settings())
-
-
-def _taken(unit: Unit, choices: dict[str, Choice]) -> bool:
-    taken = unit.name in choices and choices[unit.name].take
-    return taken and isinstance(unit.module, nn.Linear)
+        units = plan.units(model.module)
+        return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())
 
 
 def _error(steps: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:

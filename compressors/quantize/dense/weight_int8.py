@@ -16,14 +16,15 @@ Differs: no outlier columns kept in float.
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import nn
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.step_settings import LayerPatterns
-from compressors.core.units import Choice, Unit, swap
+from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import LayerPatterns
+from compressors.core.units import Unit, swap
 from compressors.quantize.dense import weight_only
 from compressors.quantize.dense.weight_only import Activations, Block, WeightOnlyFormat
 from compressors.quantize.kernels.levels import Clipping, ScaleType
@@ -32,7 +33,7 @@ BITS = 8
 FORMAT = WeightOnlyFormat("weight_int8", BITS)
 
 
-class WeightInt8(Frozen):
+class WeightInt8(StepSettings):
     """Store the weights of dense layers as one byte each; no calibration."""
 
     kind: Literal["weight_int8"] = "weight_int8"
@@ -50,55 +51,44 @@ class WeightInt8(Frozen):
     )
 
     @property
-    def needs(self) -> tuple[Part, ...]:
-        """No data: the step uses only the weights."""
-        return ()
-
-    @property
     def wants(self) -> tuple[Part, ...]:
         """Calibration rows, to check the range of inputs that are rounded."""
         return ("calibration",) if self.activations == "int8" else ()
-
-    @property
-    def changes(self) -> Change:
-        """The selected layers are stored in another format."""
-        return "format"
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine the stored layout of a layer and how it is read."""
         return {"block": self.block, "scale": self.scale, "activations": self.activations}
 
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:  # noqa: ARG002
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
         units = Unit.of(model.module)
-        return weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
+        decisions = weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Round the weights of every selected layer.
 
         Raises:
             CompressionError: a weight is too large for the type of the scales.
         """
-        choices = self.choose(model, bench)
         levels = weight_only.grid(BITS, self.clipping, self.scale)
-        for unit in Unit.of(model.module):
-            if not isinstance(unit.module, nn.Linear) or not choices[unit.name].take:
-                continue
+        for unit in plan.units(model.module):
             weight, bias = unit.weight, unit.bias
             scale = weight_only.fitted_scale(weight, self.block, levels)
             steps = weight_only.nearest_steps(weight, scale, self.block, levels)
+            outputs, inputs = weight.shape
             packed = PackedLinear(
                 FORMAT,
-                unit.module.in_features,
-                unit.module.out_features,
+                inputs,
+                outputs,
                 bias=bias is not None,
                 settings=self.settings(),
                 stored=weight_only.stored(steps, scale, bias, self.block, BITS),
             )
             swap(model.module, unit.name, packed)
-        return model
+        return Applied(model)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by one in the format."""
-        choices = self.choose(model, bench)
-        return dry_run_packed(model, choices, linear=FORMAT, settings=self.settings())
+        units = plan.units(model.module)
+        return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())

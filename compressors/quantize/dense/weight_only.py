@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import TensorSpec
-from compressors.core.units import Choice, Unit, choose_dense
+from compressors.core.steps.decisions import Decision, choose_dense
+from compressors.core.units import Unit
 from compressors.quantize.kernels.clipping import fit
 from compressors.quantize.kernels.levels import Clipping, FittedRange, Grid, ScaleType, nearest
 
@@ -159,16 +160,16 @@ def _operands(
 def _(
     x: Tensor,
     codes: Tensor,
-    scale: Tensor,  # noqa: ARG001
-    bias: Tensor | None,  # noqa: ARG001
-    bits: int,  # noqa: ARG001
-    block: int,  # noqa: ARG001
-    activations: str,  # noqa: ARG001
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block: int,
+    activations: str,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scale, bias, ctx.bits, ctx.block, ctx.activations = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, codes, scale)
@@ -234,7 +235,7 @@ class WeightOnlyFormat:
 
     def rounded_inputs(
         self,
-        stored: Mapping[str, Tensor],  # noqa: ARG002
+        stored: Mapping[str, Tensor],
         x: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
@@ -254,20 +255,20 @@ def choose_smaller(
     patterns: tuple[str, ...],
     storage: WeightOnlyFormat,
     settings: Mapping[str, Any],
-) -> dict[str, Choice]:
+) -> dict[str, Decision]:
     """Select the dense layers that become smaller in a format; give a reason for each other.
 
     A layer with few inputs, padded to a block, may take more bytes than before.
     """
-    choices = choose_dense(units, patterns, storage.name)
+    decisions = choose_dense(units, patterns, storage.name)
     for unit in units:
-        if unit.name not in choices or not choices[unit.name].take:
+        if unit.name not in decisions or not decisions[unit.name].selected:
             continue
         size = storage.bytes_of(unit, settings)
         if size >= unit.bytes:
             larger = Reason("not_smaller", step=storage.name, bytes=size, present=unit.bytes)
-            choices[unit.name] = Choice(False, (larger,))
-    return choices
+            decisions[unit.name] = Decision("skipped", (larger,))
+    return decisions
 
 
 def stored(

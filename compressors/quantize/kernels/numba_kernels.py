@@ -60,8 +60,8 @@ def _compiled(function: Function) -> Function:
 def _bitcast(given: Any, result: Any, to: Any) -> Any:
     """A compiler intrinsic that reads the bits of one type as another."""
 
-    def bitcast(context: Any, value: Any) -> Any:  # noqa: ARG001
-        def made(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+    def bitcast(context: Any, value: Any) -> Any:
+        def made(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             return builder.bitcast(values[0], to)
 
         return result(given), made

@@ -138,7 +138,7 @@ def _in_threads(part: Callable[[int, int], int], rows: int, dim: int, together: 
 
 
 @functools.cache
-def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001
+def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
     """A pool of threads that is reused; a forked process needs its own pool."""
     return ThreadPoolExecutor(threads, thread_name_prefix="encode-rows")
 

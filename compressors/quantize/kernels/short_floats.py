@@ -26,15 +26,15 @@ class ShortFloatTableFormat:
     dtype: torch.dtype
     learned: tuple[str, ...] = ()
 
-    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {"weight": TensorSpec((rows, dim), self.dtype)}
 
     def lookup(
         self,
         stored: Mapping[str, Tensor],
         ids: Tensor,
-        dim: int,  # noqa: ARG002
-        settings: Mapping[str, Any],  # noqa: ARG002
+        dim: int,
+        settings: Mapping[str, Any],
     ) -> Tensor:
         op = getattr(torch.ops.recpress, f"{self.name}_table")
         rows: Tensor = op(stored["weight"], ids)
@@ -59,9 +59,9 @@ class ShortFloatLinearFormat:
         self,
         inputs: int,
         outputs: int,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
         *,
-        bias: bool,  # noqa: ARG002
+        bias: bool,
     ) -> dict[str, TensorSpec]:
         return {
             "weight": TensorSpec((outputs, inputs), self.dtype),
@@ -72,7 +72,7 @@ class ShortFloatLinearFormat:
         self,
         stored: Mapping[str, Tensor],
         x: Tensor,
-        settings: Mapping[str, Any],  # noqa: ARG002
+        settings: Mapping[str, Any],
     ) -> Tensor:
         op = getattr(torch.ops.recpress, f"{self.name}_linear")
         y: Tensor = op(x, stored["weight"], stored["bias"])
@@ -93,7 +93,7 @@ def short_float_table_format(name: str, dtype: torch.dtype) -> ShortFloatTableFo
     def fake(weight: Tensor, ids: Tensor) -> Tensor:
         return weight.new_empty((*ids.shape, weight.shape[1]), dtype=torch.float32)
 
-    def keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    def keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -118,10 +118,10 @@ def short_float_linear_format(name: str, dtype: torch.dtype) -> ShortFloatLinear
     def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight.float(), bias.float())
 
-    def fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
+    def fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
-    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

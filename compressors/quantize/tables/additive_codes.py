@@ -27,13 +27,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Change, Frozen, Part
+from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedTable, TableFormat
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.step_settings import MinRows, TablePatterns
-from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
+from compressors.core.units import Unit, pack_table, swap
 from compressors.errors.compression import NothingToCompress
 from compressors.metrics.validation_score import quality
 from compressors.quantize.calibration.lookup_counts import lookup_counts, sensitivities
@@ -168,7 +170,7 @@ def fit(
     return best * size, tuple(error * size**2 for error in errors)
 
 
-class AdditiveCodes(Frozen):
+class AdditiveCodes(StepSettings):
     """Store embedding tables as a few codes a row, fitted to the rows that are looked up."""
 
     kind: Literal["additive_codes"] = "additive_codes"
@@ -212,11 +214,6 @@ class AdditiveCodes(Frozen):
         return (*train, "validation") if self.draws > 1 else train
 
     @property
-    def changes(self) -> Change:
-        """The selected tables are stored in another format."""
-        return "format"
-
-    @property
     def storage(self) -> TableFormat:
         """The format this step writes."""
         return FORMAT
@@ -225,7 +222,7 @@ class AdditiveCodes(Frozen):
         """The settings that determine the stored layout of a table."""
         return self.model_dump(include={"codebooks", "bits", "codebook_type", "codebook_share"})
 
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the tables to encode; give a reason for each other table.
 
         Raises:
@@ -234,24 +231,23 @@ class AdditiveCodes(Frozen):
         if self.draws > 1 and not bench.signature.task_kind.scores_rows:
             raise NothingToCompress("row_metric_for_draws_missing", step=self.kind)
         units = Unit.of(model.module)
-        choices = choose_tables(units, self.tables, self.min_rows, self.kind)
+        decisions = choose_tables(units, self.tables, self.min_rows, self.kind)
         for unit in units:
-            if unit.name in choices and choices[unit.name].take:
+            if unit.name in decisions and decisions[unit.name].selected:
                 laid = FORMAT.layout(unit.rows, unit.weight.shape[1], self.settings()).values()
                 size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
                 if size >= unit.bytes:
                     larger = Reason("not_smaller", step=self.kind, bytes=size, present=unit.bytes)
-                    choices[unit.name] = Choice(False, (larger,))
-        return choices
+                    decisions[unit.name] = Decision("skipped", (larger,))
+        return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Replace every chosen table.
 
         Raises:
             CompressionError: the bench has no training rows, or a codebook is beyond float16.
         """
-        choices = self.choose(model, bench)
-        taken = [u for u in Unit.of(model.module) if u.name in choices and choices[u.name].take]
+        taken = plan.units(model.module)
         names = [unit.name for unit in taken]
         slopes = sensitivities(model, bench, names) if self.sensitive else {}
         counts = lookup_counts(model, bench, names) if self.traffic and not self.sensitive else {}
@@ -275,7 +271,7 @@ class AdditiveCodes(Frozen):
                     best = judged, found_table
             if best is not None:
                 swap(model.module, unit.name, best[1])
-        return model
+        return Applied(model)
 
     def _judged(self, model: Model, bench: Bench, name: str, table: nn.Module) -> float:
         """The validation quality with one fit of a table; a constant if there is only one fit."""
@@ -285,10 +281,10 @@ class AdditiveCodes(Frozen):
         swap(tried, name, table)
         return quality(tried, bench.signature, bench.validation)
 
-    def dry_run(self, model: Model, bench: Bench) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected table by its new form with placeholder tensors."""
-        chosen = self.choose(model, bench)
-        return dry_run_packed(model, chosen, table=FORMAT, settings=self.settings())
+        units = plan.units(model.module)
+        return dry_run_packed(model, units, table=FORMAT, settings=self.settings())
 
     def _encoded(
         self, table: Tensor, weight: Tensor, matrix: Tensor, seed: int

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat
-from compressors.core.step_settings import MinRows, TablePatterns
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.kernels.short_floats import short_float_table_format
 
@@ -33,7 +33,7 @@ def encode(table: Tensor) -> Tensor:
 FORMAT = short_float_table_format("bfloat16", torch.bfloat16)
 
 
-class BFloat16(Frozen):
+class BFloat16(StepSettings):
     """Store embedding tables as bfloat16."""
 
     kind: Literal["bfloat16"] = "bfloat16"
@@ -49,10 +49,10 @@ class BFloat16(Frozen):
         """No settings: the layout is the same for every table."""
         return {}
 
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
         """Return no parameters: each weight is rounded independently."""
         return {}
 
-    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         return {"weight": encode(block)}

@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
-from compressors.core.step_settings import MinRows, TablePatterns
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, weights
 from compressors.quantize.tables import scales
 
@@ -57,11 +57,11 @@ def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale:
 
 
 @float8_e4m3_table.register_fake
-def _(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:  # noqa: ARG001
+def _(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
     return scale.new_empty((*ids.shape, codes.shape[1]), dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:  # noqa: ARG001
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
     *tensors, ctx.rows_per_scale = inputs
     ctx.save_for_backward(*tensors)
 
@@ -90,7 +90,7 @@ class Float8E4M3Format:
         self,
         stored: Mapping[str, Tensor],
         ids: Tensor,
-        dim: int,  # noqa: ARG002
+        dim: int,
         settings: Mapping[str, Any],
     ) -> Tensor:
         together = scales.SharedScales.of(settings).rows_per_scale
@@ -102,7 +102,7 @@ class Float8E4M3Format:
 FORMAT = Float8E4M3Format()
 
 
-class Float8E4M3(Frozen):
+class Float8E4M3(StepSettings):
     """Store embedding tables as 8-bit floats and one scale per row."""
 
     kind: Literal["float8_e4m3"] = "float8_e4m3"

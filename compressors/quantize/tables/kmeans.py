@@ -18,9 +18,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
-from compressors.core.step_settings import MinRows, TablePatterns
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.kernels.bitpacking import pack, unpack
 from compressors.quantize.kernels.lloyd import sample, scalar_kmeans
@@ -153,17 +153,17 @@ def kmeans_table(
 
 @kmeans_table.register_fake
 def _(
-    codes: Tensor,  # noqa: ARG001
+    codes: Tensor,
     codebook: Tensor,
-    scale: Tensor | None,  # noqa: ARG001
+    scale: Tensor | None,
     ids: Tensor,
     dim: int,
-    width: int,  # noqa: ARG001
+    width: int,
 ) -> Tensor:
     return codebook.new_empty((*ids.shape, dim))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     codes, codebook, scale, ids, ctx.dim, ctx.width = inputs
     ctx.scaled = scale is not None
     ctx.save_for_backward(codes, codebook, *([scale] if ctx.scaled else []), ids)
@@ -203,7 +203,7 @@ class KMeansFormat:
             laid["scale"] = TensorSpec((rows, 1), getattr(torch, scale))
         return laid
 
-    def width(self, rows: int, dim: int, settings: Mapping[str, Any]) -> int:  # noqa: ARG002
+    def width(self, rows: int, dim: int, settings: Mapping[str, Any]) -> int:
         """Bits of a code as stored."""
         return int(settings["bits"])
 
@@ -219,7 +219,7 @@ class KMeansFormat:
 FORMAT = KMeansFormat()
 
 
-class KMeans(Frozen):
+class KMeans(StepSettings):
     """Store embedding tables as a codebook of numbers and a few bits per weight."""
 
     kind: Literal["kmeans"] = "kmeans"

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
-from compressors.core.step_settings import MinRows, TablePatterns
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.quantize.kernels.bitpacking import pack, unpack
 from compressors.quantize.kernels.lloyd import kmeans, nearest, sample
 from compressors.quantize.tables.codebooks import (
@@ -105,17 +105,17 @@ def product_codes(
 
 @product_codes.register_fake
 def _(
-    codes: Tensor,  # noqa: ARG001
+    codes: Tensor,
     codebook: Tensor,
     ids: Tensor,
     dim: int,
-    parts: int,  # noqa: ARG001
-    width: int,  # noqa: ARG001
+    parts: int,
+    width: int,
 ) -> Tensor:
     return codebook.new_empty((*ids.shape, dim), dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.dim, ctx.parts, ctx.width = inputs
     ctx.save_for_backward(*tensors)
 
@@ -169,7 +169,7 @@ class ProductCodesFormat:
 FORMAT = ProductCodesFormat()
 
 
-class ProductCodes(Frozen):
+class ProductCodes(StepSettings):
     """Store embedding tables as a few codes a row, each for one part of its columns."""
 
     kind: Literal["product_codes"] = "product_codes"

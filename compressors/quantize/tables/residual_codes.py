@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Frozen
 from compressors.core.modules.formats import TableFormat, TensorSpec
-from compressors.core.step_settings import MinRows, TablePatterns
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.quantize.kernels.bitpacking import pack, unpack
 from compressors.quantize.kernels.lloyd import KMeansFit, kmeans, nearest, sample, squared_distance
 from compressors.quantize.tables.codebooks import (
@@ -155,11 +155,11 @@ def residual_codes(codes: Tensor, codebook: Tensor, ids: Tensor, books: int, wid
 
 
 @residual_codes.register_fake
-def _(codes: Tensor, codebook: Tensor, ids: Tensor, books: int, width: int) -> Tensor:  # noqa: ARG001
+def _(codes: Tensor, codebook: Tensor, ids: Tensor, books: int, width: int) -> Tensor:
     return codebook.new_empty((*ids.shape, codebook.shape[1]), dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.books, ctx.width = inputs
     ctx.save_for_backward(*tensors)
 
@@ -209,7 +209,7 @@ class ResidualCodesFormat:
 FORMAT = ResidualCodesFormat()
 
 
-class ResidualCodes(Frozen):
+class ResidualCodes(StepSettings):
     """Store embedding tables as a few codes a row, whose codebook entries are added up."""
 
     kind: Literal["residual_codes"] = "residual_codes"

@@ -8,15 +8,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressors.contracts import Frozen
 from compressors.core.modules.formats import TensorSpec
-from compressors.core.step_settings import MinRows, TablePatterns
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.quantize.kernels import bitpacking
 from compressors.quantize.kernels.levels import Clipping, Grid, RowsPerScale, ScaleType
 from compressors.quantize.tables import scales
 
 
-class RowwiseSettings(Frozen):
+class RowwiseSettings(StepSettings):
     """Settings of a row-wise integer format; each format sets its defaults and its levels."""
 
     levels: ClassVar[tuple[int, int]]

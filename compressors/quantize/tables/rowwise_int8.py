@@ -41,9 +41,9 @@ def rowwise_int8(
 def _(
     codes: Tensor,
     scale: Tensor,
-    offset: Tensor | None,  # noqa: ARG001
+    offset: Tensor | None,
     ids: Tensor,
-    rows_per_scale: int,  # noqa: ARG001
+    rows_per_scale: int,
 ) -> Tensor:
     return scale.new_empty((*ids.shape, codes.shape[1]), dtype=torch.float32)
 
@@ -51,7 +51,7 @@ def _(
 def _keep(
     ctx: Any,
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, int],
-    output: Tensor,  # noqa: ARG001
+    output: Tensor,
 ) -> None:
     *tensors, ctx.rows_per_scale = inputs
     ctx.save_for_backward(*tensors)
@@ -86,7 +86,7 @@ class RowwiseInt8Format:
         self,
         stored: Mapping[str, Tensor],
         ids: Tensor,
-        dim: int,  # noqa: ARG002
+        dim: int,
         settings: Mapping[str, Any],
     ) -> Tensor:
         together = scales.SharedScales.of(settings).rows_per_scale

@@ -161,19 +161,19 @@ def make_planar(op: Any, steps_of: StepsOf) -> None:
     """Register the fake kernel and the gradient of a ``custom_op`` on planar codes."""
 
     def fake(
-        codes: Tensor,  # noqa: ARG001
+        codes: Tensor,
         scale: Tensor,
-        offset: Tensor | None,  # noqa: ARG001
+        offset: Tensor | None,
         ids: Tensor,
         dim: int,
-        rows_per_scale: int,  # noqa: ARG001
+        rows_per_scale: int,
     ) -> Tensor:
         return scale.new_empty((*ids.shape, dim), dtype=torch.float32)
 
     def keep(
         ctx: Any,
         inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, int, int],
-        output: Tensor,  # noqa: ARG001
+        output: Tensor,
     ) -> None:
         *tensors, ctx.dim, ctx.rows_per_scale = inputs
         ctx.save_for_backward(*tensors)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compressors.core.modules.formats import Bag, PackedTable, pad_positions, padded
 from compressors.core.registries import TABLE_FORMATS
-from compressors.core.runner import encode_table
+from compressors.core.steps.table_encoder import encode_table
 from compressors.core.units import pack_table
 from compressors.quantize.dense import float16
 

@@ -1,6 +1,6 @@
 """Steps that break their contract are refused by the one place that runs them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
@@ -13,7 +13,8 @@ from compressors.contracts import Architecture, Bench, Network
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.runner import run
-from compressors.core.units import Choice, Unit
+from compressors.core.steps.decisions import Applied, Decision, StepPlan
+from compressors.core.units import Unit
 from compressors.errors.compression import ContractBroken, ModelRefused
 from compressors.errors.steps import StepRefused
 from compressors.quantize.dense import float16
@@ -21,37 +22,43 @@ from compressors.quantize.dense.float16 import Float16
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 
+class Broken:
+    """What a step declares, and a dry run of Float16's plan."""
+
+    effect, trains, needs, wants = "format", False, (), ()
+
+    def dry_run(self, model: Model, plan: StepPlan[Any]) -> Model:
+        return model
+
+    smallest_dry_run = dry_run
+
+
 @dataclass(frozen=True)
-class Changed:
+class Changed(Broken):
     """Float16, and something that the contract forbids."""
 
     what: Any
     chosen: Literal["as float16", "nothing but user", "everything"] = "as float16"
     kind: str = "changed"
-    changes: str = "format"
-    needs: tuple[str, ...] = ()
 
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
+        taken = Decision("taken", (Reason("selected", step=self.kind),))
         if self.chosen == "nothing but user":
-            return {"user": Choice(True, (Reason("selected", step=self.kind),))}
+            return StepPlan({"user": taken}, None)
         if self.chosen == "everything":
-            units = Unit.of(model.module)
-            taken = Choice(True, (Reason("selected", step=self.kind),))
-            return {unit.name: taken for unit in units}
-        return Float16().choose(model, bench)
+            return StepPlan({unit.name: taken for unit in Unit.of(model.module)}, None)
+        return Float16().plan(model, bench)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         self.what(model.module)
-        return model
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:
-        return model
+        return Applied(model)
 
 
 def narrow(module: nn.Module, **settings: Any) -> None:
     """Float16 on a module of our own: its tensors are shared, its tree is not."""
     model = Model(module, type(module), Network(architecture=Architecture(path="models:Any")))
-    Float16(**settings).apply(model, Bench(signature=RANKER.signature))
+    bench, step = Bench(signature=RANKER.signature), Float16(**settings)
+    step.apply(model, bench, step.plan(model, bench))
 
 
 def writes_in_place(module: nn.Module) -> None:
@@ -188,32 +195,76 @@ def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
 
 
 @dataclass(frozen=True)
-class PartialFloat16:
-    """Float16 on all layers but one, with or without a note about that one."""
+class PartialFloat16(Broken):
+    """Float16 on all layers but one, with or without an outcome of that one."""
 
-    notes: dict[str, tuple[Reason, ...]]
+    outcomes: dict[str, Decision]
     kind: str = "partial_float16"
-    changes: str = "format"
-    needs: tuple[str, ...] = ()
 
-    def choose(self, model: Model, bench: Bench) -> dict[str, Choice]:
-        return Float16().choose(model, bench)
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
+        return Float16().plan(model, bench)
 
-    def apply(self, model: Model, bench: Bench) -> Model:
-        made = Float16(layers=("cross", "hidden", "capped", "plain")).apply(model, bench)
-        return replace(made, notes=self.notes)
-
-    def dry_run(self, model: Model, bench: Bench) -> Model:
-        return model
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+        step = Float16(layers=("cross", "hidden", "capped", "plain"))
+        made = step.apply(model, bench, step.plan(model, bench))
+        return Applied(made.model, self.outcomes)
 
 
 def test_a_layer_may_stay_in_its_format_only_if_the_step_says_why(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    note = Reason("as_written", text="reaches 7e4")
-    result = run(PartialFloat16({"out": (note,)}), RANKER.model(), bench, tmp_path / "out")
+    why = Reason("as_written", text="reaches 7e4")
+    step = PartialFloat16({"out": Decision("skipped", (why,))})
+    result = run(step, RANKER.model(), bench, tmp_path / "out")
     line = result.plan.of("out")
     assert (line.format, line.steps) == ("float32", ())
-    assert line.reasons == (Reason("kept_format", format="float32"), note)
+    assert line.reasons == (Reason("kept_format", format="float32"), why)
     assert result.plan.of("cross").format == "float16"
     with raises_code(ContractBroken, "unit_kept", unit="out"):
         run(PartialFloat16({}), RANKER.model(), bench, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("unit", "status", "code"),
+    [("cross", "skipped", "unit_changed"), ("out", "taken", "unit_kept")],
+)
+def test_a_step_whose_outcome_differs_from_its_result_is_refused(unit, status, code, tmp_path):
+    bench = RANKER.bench(tmp_path / "data")
+    kept = Decision("skipped", (Reason("as_written", text="reaches 7e4"),))
+    outcome = Decision(status, (Reason("selected", step="partial_float16"),))
+    step = PartialFloat16({"out": kept, unit: outcome})
+    with raises_code(ContractBroken, code, unit=unit):
+        run(step, RANKER.model(), bench, tmp_path / "out")
+
+
+@dataclass(frozen=True)
+class Deferring(Broken):
+    """Float16 on one layer whose decision was deferred with these bounds."""
+
+    bytes: tuple[int, int]
+    works: bool = True
+    kind: str = "deferring"
+
+    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
+        reasons = (Reason("selected", step=self.kind),)
+        return StepPlan({"out": Decision("deferred", reasons, self.bytes)}, None)
+
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+        if not self.works:
+            return Applied(model)
+        step = Float16(tables=("!*",), layers=("out",))
+        return step.apply(model, bench, step.plan(model, bench))
+
+
+def test_a_deferred_decision_is_resolved_by_what_the_step_did(tmp_path):
+    bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
+    most = next(unit.bytes for unit in Unit.of(source.module) if unit.name == "out")
+    changed = run(Deferring((0, most)), source, bench, tmp_path / "changed").plan.of("out")
+    assert (changed.format, changed.steps) == ("float16", ("deferring",))
+    kept = run(Deferring((0, most), works=False), source, bench, tmp_path / "kept")
+    assert kept.plan.of("out").steps == ()
+
+
+def test_a_deferred_unit_with_bytes_outside_the_bounds_of_the_plan_is_refused(tmp_path):
+    bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
+    with raises_code(ContractBroken, "bytes_out_of_bounds", unit="out", least=0, most=2):
+        run(Deferring((0, 2)), source, bench, tmp_path / "out")

@@ -19,8 +19,9 @@ from compressors.core.batches import example
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable, PartSpec, plain_table
-from compressors.core.runner import ModelStep, TableStep, run
+from compressors.core.runner import run
 from compressors.core.state.module_state import load, mapped
+from compressors.core.steps.step import Step, TableStep
 from compressors.core.units import Unit, table_rows
 from compressors.distill.training.trainable import trainable
 from compressors.errors.compression import NothingToCompress
@@ -228,7 +229,7 @@ def test_a_packed_table_is_not_taken_apart(method, tmp_path):
 
 def test_both_protocols_are_not_kept_at_once():
     for method in PARTS:
-        assert isinstance(method(), ModelStep)
+        assert isinstance(method(), Step)
         assert not isinstance(method(), TableStep)
 
 

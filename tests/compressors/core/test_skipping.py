@@ -20,6 +20,7 @@ from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.registries import AnyStep
 from compressors.core.skipping import run_or_skip
+from compressors.core.steps.decisions import StepPlan
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.prune.dense.channels import Channels
@@ -432,3 +433,19 @@ def test_scores_stay_close_where_units_were_skipped(network: type[Plain], tmp_pa
         before, after = source.private().module(**inputs), model.module(**inputs)
     # Row-wise int8 is off by at most half a step in 127 of a row's largest number.
     assert float((after - before).abs().max()) < 0.05 * float(before.std())
+
+
+def test_a_step_is_planned_once_and_again_only_without_units_that_it_skips(tmp_path, monkeypatch):
+    plans: list[tuple[str, ...]] = []
+    original = Float16.plan
+
+    def counted(step: Float16, model: Model, bench: Bench) -> StepPlan[None]:
+        plans.append(step.tables)
+        return original(step, model, bench)
+
+    monkeypatch.setattr(Float16, "plan", counted)
+    for network in (Plain, SlicedTable):
+        reference = Reference(network, SCHEMA)
+        folder = tmp_path / network.__name__
+        run_or_skip(Float16(), reference.model(), reference.bench(folder / "data"), folder / "out")
+    assert plans == [("*",), ("*",), ("*", "!item")]

@@ -33,13 +33,14 @@ from pydantic import TypeAdapter, ValidationError
 from reason_codes import codes_of, with_code
 from torch import Tensor, nn
 
-import compressors.core.runner
 from compressors.contracts import Bench, Plan
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.registries import AnyStep
-from compressors.core.runner import ModelStep, TableStep, run
+from compressors.core.runner import run
 from compressors.core.state.module_state import load, mapped, records_of, save, tensors_of
+from compressors.core.steps.step import Step as WholeStep
+from compressors.core.steps.step import TableStep
 from compressors.core.units import Unit
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused, ValueNotStorable
@@ -258,7 +259,7 @@ def test_every_table_and_dense_layer_has_one_plan_line(made, step):
     ]
     assert len(named) == len(set(named))
     assert parts <= set(named)
-    assert not parts or step.changes == "parts"
+    assert not parts or step.effect == "parts"
     assert all(line.reasons for line in result.plan.lines)
 
 
@@ -417,7 +418,7 @@ def test_kinds_are_unique_and_every_method_keeps_one_protocol():
     kinds = [method().kind for method in METHODS]
     assert len(set(kinds)) == len(kinds) >= 4
     for method in METHODS:
-        assert isinstance(method(), TableStep | ModelStep)
+        assert isinstance(method(), TableStep | WholeStep)
 
 
 @every_method
@@ -549,9 +550,8 @@ def test_a_step_finds_nothing_left_by_one_that_takes_the_same(first, second, tmp
 @each(method for method in METHODS if isinstance(method(), TableStep))
 def test_row_blocks_give_what_one_block_gives(method, tmp_path, monkeypatch):
     made = ran(method, "Ranker")
-    monkeypatch.setattr(
-        compressors.core.runner, "BLOCK_ROWS", 7
-    )  # 40 and 300 rows: a short last block
+    # 40 and 300 rows: a short last block
+    monkeypatch.setattr("compressors.core.steps.table_encoder.BLOCK_ROWS", 7)
     run(models.default(method), RANKER.model(), made.bench, tmp_path / "blocks")
     whole, blocks = mapped(made.folder), mapped(tmp_path / "blocks")
     torch.testing.assert_close(blocks, whole, rtol=0, atol=0)

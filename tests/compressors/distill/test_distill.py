@@ -167,7 +167,7 @@ def test_retrieval_is_refused_until_it_has_a_loss(tmp_path):
 
     signature = Signature.model_construct(**{**dict(RANKER.signature), "task": "retrieval"})
     with raises_code(NothingToCompress, "training_unavailable"):
-        FineTune().choose(RANKER.model(), bench.model_copy(update={"signature": signature}))
+        FineTune().plan(RANKER.model(), bench.model_copy(update={"signature": signature}))
 
 
 def test_a_pruned_network_learns_after_the_cut(tmp_path):

@@ -20,7 +20,9 @@ from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedTable
 from compressors.core.registries import TABLE_FORMATS
-from compressors.core.runner import TableStep, encode_table, run
+from compressors.core.runner import run
+from compressors.core.steps.step import TableStep
+from compressors.core.steps.table_encoder import encode_table
 from compressors.core.units import Unit
 from compressors.distill import code_reassignment
 from compressors.distill.code_reassignment import Proposal, moved, propose
@@ -159,7 +161,7 @@ def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(ranker_benc
     )
     with_code(after.plan.of("item").reasons, "refitted", step="refit_codes", rounds=1)
     assert torch.equal(after.module.tags.table.codes, before.module.tags.table.codes)
-    chosen = RefitCodes(tables=("item", "user")).choose(before, bench)
+    chosen = RefitCodes(tables=("item", "user")).plan(before, bench).decisions
     with_code(chosen["user"].reasons, "no_codes", format="bfloat16")
     for name in ("city", "tags"):
         with_code(chosen[name].reasons, "not_matched", patterns=("item", "user"))
@@ -169,8 +171,8 @@ def test_a_table_means_its_parts_too(ranker_bench, tmp_path):
     bench, tables = ranker_bench, ("item", "tags")
     tiers = run(Tiers(tables=tables), RANKER.model(), bench, tmp_path / "tiers")
     before = run(RowwiseInt4(tables=tables), tiers, bench, tmp_path / "packed")
-    chosen = RefitCodes(tables=("item",)).choose(before, bench)
-    assert {name for name, choice in chosen.items() if choice.take} == {"item.hot", "item.cold"}
+    chosen = RefitCodes(tables=("item",)).plan(before, bench).decisions
+    assert {name for name, choice in chosen.items() if choice.selected} == {"item.hot", "item.cold"}
 
 
 @pytest.mark.parametrize("first", [Tiers(), LowRank(), QuotientRemainder()], ids=lambda s: s.kind)
@@ -387,8 +389,8 @@ def test_codebooks_of_float16_say_that_they_are_not_trained(bench, tmp_path):
     before = packed(ProductCodes(codebook_type="float16"), bench, tmp_path)
     after = run(FineTune(training=TABLES), before, bench, tmp_path / "out")
     assert torch.equal(after.module.item.codebook, before.module.item.codebook)
-    choice = FineTune(training=TABLES).choose(before, bench)["item"]
-    assert not choice.take
+    choice = FineTune(training=TABLES).plan(before, bench).decisions["item"]
+    assert not choice.selected
     why = with_code(choice.reasons, "trains_float32_only", step="fine_tune", dtype="float16")
     assert (why.fields["tensor"], why.fields["format"]) == ("codebook", "product_codes")
 

@@ -11,7 +11,7 @@ from chained_networks import CHAIN
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
-from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, whole
+from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, planned_and_applied, whole
 from narrow_networks import SCHEMA, Branched
 from reason_codes import codes_of, with_code
 from torch import Tensor, nn
@@ -290,14 +290,14 @@ def test_without_calibration_rows_only_weights_can_decide(tmp_path):
     with raises_code(NothingToCompress, "rows_missing", missing=("calibration",)):
         run(LowRankDense(), RANKER.model(), bench, tmp_path / "again")
     with raises_code(RowsMissing, "weighted_needs_rows"):
-        LowRankDense().apply(RANKER.model(), bench)
+        planned_and_applied(LowRankDense(), RANKER.model(), bench)
 
 
 def test_a_layer_that_never_runs_is_refused(tmp_path):
     source = CONFINED.model()
     source.module.spare = nn.Linear(20, 20)
     with raises_code(StepRefused, "layer_not_called", layer="spare"):
-        LowRankDense().apply(source, CONFINED.bench(tmp_path / "data"))
+        planned_and_applied(LowRankDense(), source, CONFINED.bench(tmp_path / "data"))
 
 
 def test_records_and_shapes_that_do_not_fit_are_refused():

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from compressors.contracts import IdInput, JaggedBag, PaddedBag, Signature, TargetKind
 from compressors.core.modules.formats import PackedTable
-from compressors.core.runner import TableStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import TableStep
 from compressors.errors.compression import ParityLost
 from compressors.lower.audit import audit
 from compressors.lower.export import lower

@@ -277,7 +277,7 @@ def test_a_towers_hidden_layer_is_cut_and_its_vector_is_not(tmp_path):
     assert result.module.query[3].in_features == 8
     assert result.module.query[3].out_features == 6
     with raises_code(NothingToCompress, "loss_missing"):
-        Channels(importance="gradient").choose(source, bench)
+        Channels(importance="gradient").plan(source, bench)
 
 
 def test_wide_layers_are_traced_in_slices(tmp_path, monkeypatch):
@@ -326,6 +326,6 @@ def test_any_widths_and_weights_survive_the_cut(left, right, deep, seed):
     config = {"left": left * 4, "right": right * 4, "deep": deep * 4}
     model = Reference(Branched, SCHEMA, config).model(seed).private()
     bench = models.Bench(signature=SCHEMA)
-    result = Channels(multiple=4).apply(model, bench)
+    result = models.planned_and_applied(Channels(multiple=4), model, bench).model
     expected = {name: kept_width(value, 0.5, 4) for name, value in config.items()}
     assert result.network.architecture.config == expected

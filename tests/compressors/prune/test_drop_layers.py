@@ -210,6 +210,6 @@ def test_a_shorter_network_is_distilled_and_quantized_like_any_other(tmp_path):
 def test_towers_are_judged_by_chance_only():
     source = Reference(Towers, RETRIEVAL).model()
     with raises_code(NothingToCompress, "row_metric_for_layers_missing"):
-        DropLayers().choose(source, Bench(signature=RETRIEVAL))
-    chosen = DropLayers(importance="random").choose(source, Bench(signature=RETRIEVAL))
-    assert not any(choice.take for choice in chosen.values())
+        DropLayers().plan(source, Bench(signature=RETRIEVAL))
+    chosen = DropLayers(importance="random").plan(source, Bench(signature=RETRIEVAL)).decisions
+    assert not any(choice.selected for choice in chosen.values())

@@ -185,10 +185,10 @@ def test_training_rows_are_required_only_for_lookup_counts_or_gradients(tmp_path
 def test_a_table_whose_codes_would_be_larger_stays(tmp_path):
     """Nine rows of six numbers, 216 bytes; 16 codebooks of two entries are 384, codes 36."""
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
-    choices = AdditiveCodes(codebooks=16).choose(model, bench)
-    assert not choices["city"].take
+    choices = AdditiveCodes(codebooks=16).plan(model, bench).decisions
+    assert not choices["city"].selected
     with_code(choices["city"].reasons, "not_smaller", bytes=420, present=216)
-    assert choices["item"].take
+    assert choices["item"].selected
 
 
 def test_padding_of_bags_is_no_lookup(tmp_path):

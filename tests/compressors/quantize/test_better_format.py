@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, Signature, Split
 from compressors.core.dry_run import dry_run
-from compressors.core.runner import TableStep, run
+from compressors.core.runner import run
+from compressors.core.steps.step import TableStep
 from compressors.core.units import stored_bytes
 from compressors.distill.recalibrate import Recalibrate
 from compressors.errors.compression import CompressionError

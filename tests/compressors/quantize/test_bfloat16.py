@@ -6,7 +6,7 @@ from error_codes import raises_code
 from grids import normal, tables
 from hypothesis import given
 
-from compressors.core.runner import encode_table
+from compressors.core.steps.table_encoder import encode_table
 from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.tables.bfloat16 import BFloat16
 

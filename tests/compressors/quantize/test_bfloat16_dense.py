@@ -9,7 +9,7 @@ import torch
 from error_codes import Text, raises_code
 from grids import tables
 from hypothesis import given
-from models import RANKER, graph, recipe_with
+from models import RANKER, graph, planned_and_applied, recipe_with
 from onnx import TensorProto
 from reason_codes import with_code
 from torch.nn import functional as F
@@ -56,7 +56,8 @@ def test_a_weight_keeps_eight_bits_at_any_size(table):
     layer.weight = torch.nn.Parameter(table)
     model.module.hidden = layer
     step = BFloat16Dense(layers=("hidden",))
-    found = step.apply(model, Bench(signature=RANKER.signature)).module.hidden.weight.float()
+    applied = planned_and_applied(step, model, Bench(signature=RANKER.signature))
+    found = applied.model.module.hidden.weight.float()
     # Half of the last of 8 significant bits; below float32's normal numbers the steps are even.
     assert torch.all((found - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
 
@@ -65,16 +66,16 @@ def test_a_layer_that_would_round_to_infinity_stays_in_float32_and_the_plan_says
     model = RANKER.model().private()
     with torch.no_grad():
         model.module.hidden.bias[0] = -3.4e38
-    result = BFloat16Dense().apply(model, Bench(signature=RANKER.signature))
-    assert result.notes.keys() == {"hidden"}
+    result = planned_and_applied(BFloat16Dense(), model, Bench(signature=RANKER.signature))
+    assert result.outcomes.keys() == {"hidden"}
     largest = float(torch.tensor(3.4e38))
     with_code(
-        result.notes["hidden"],
+        result.outcomes["hidden"].reasons,
         "beyond_largest",
         largest=largest,
         limit=torch.finfo(torch.bfloat16).max,
     )
-    assert isinstance(result.module.hidden, torch.nn.Linear)
+    assert isinstance(result.model.module.hidden, torch.nn.Linear)
     assert not isinstance(result.module.cross, torch.nn.Linear)
 
 

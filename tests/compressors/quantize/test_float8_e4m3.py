@@ -9,7 +9,7 @@ from hypothesis import given
 from rowwise_reference import encode_float8_rows
 from torch import Tensor
 
-from compressors.core.runner import encode_table
+from compressors.core.steps.table_encoder import encode_table
 from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.tables.float8_e4m3 import Float8E4M3, steps_of
 

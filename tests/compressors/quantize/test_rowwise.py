@@ -15,7 +15,7 @@ from rowwise_reference import StoredRows, decode_rows, encode_rows, pack_planes,
 from torch import Tensor
 
 from compressors.core.modules.formats import PackedTable
-from compressors.core.runner import encode_table
+from compressors.core.steps.table_encoder import encode_table
 from compressors.quantize.kernels import bitpacking
 from compressors.quantize.tables import rowwise_int4, rowwise_int8
 from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
@@ -38,7 +38,7 @@ EVERY = {
 def packed(step: Rowwise, table: Tensor) -> PackedTable:
     """A table as the step stores it, in blocks of eight rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressors.core.runner.BLOCK_ROWS", 8)
+        patch.setattr("compressors.core.steps.table_encoder.BLOCK_ROWS", 8)
         return encode_table(step, table)
 
 

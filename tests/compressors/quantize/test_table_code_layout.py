@@ -14,8 +14,8 @@ from table_codes import STEPS, each_step, named, packed, size_of, stored, tables
 from torch import Tensor
 
 from compressors.contracts import Bench
-from compressors.core.runner import TableStep
 from compressors.core.state.module_state import mapped
+from compressors.core.steps.step import TableStep
 from compressors.errors.compression import NothingToCompress
 from compressors.quantize.kernels.bitpacking import unpack
 from compressors.quantize.tables import product_codes

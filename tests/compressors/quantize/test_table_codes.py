@@ -9,7 +9,7 @@ from hypothesis import given
 from table_codes import alike, each_step, read, tables
 from torch import Tensor
 
-from compressors.core.runner import TableStep
+from compressors.core.steps.step import TableStep
 from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.tables import kmeans, product_codes, residual_codes
 from compressors.quantize.tables.kmeans import KMeans

@@ -51,6 +51,6 @@ class OnnxRuntime:
             return Tolerance(0.002, 0.05, 1e-3)
         return EXACT
 
-    def has_unsupported_products(self, plan: Plan | None) -> bool:  # noqa: ARG002
+    def has_unsupported_products(self, plan: Plan | None) -> bool:
         """ONNX Runtime runs the graph that it serves."""
         return False

@@ -1,10 +1,10 @@
-"""Shared code of steps that build a table from smaller ones: choose, fit, replace, dry run.
+"""Shared code of steps that build a table from smaller ones: plan, fit, replace, dry run.
 
 Each step supplies the design of a composition and the function that fits its tensors.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from compressors.core.model import Model
 from compressors.core.modules.composed import Design
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.placeholders import placeholder
-from compressors.core.units import Choice, Unit, choose_tables, pack_table, swap
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.step import Effect, StepSettings
+from compressors.core.units import Unit, pack_table, swap
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 UNSEEN = 0.5
@@ -26,10 +28,28 @@ Shaped = Callable[[int, int], Design | Reason]
 
 
 class FittedParts(NamedTuple):
-    """A composition's stored tensors, without its parts, and the float32 weights of its parts."""
+    """A composition's stored tensors, without its parts, and the float32 weights of its parts.
+
+    ``reasons`` are what the fit found out about the table, for its plan line.
+    """
 
     stored: dict[str, Tensor]
     parts: dict[str, Tensor]
+    reasons: tuple[Reason, ...] = ()
+
+
+Designs = Mapping[str, Design]
+"""By table, the composition that replaces it."""
+
+
+class ComposingStep(StepSettings):
+    """Settings of a method that replaces tables by compositions whose shapes it plans."""
+
+    effect: ClassVar[Effect] = "parts"
+
+    def dry_run(self, model: Model, plan: StepPlan[Designs]) -> Model:
+        """Replace every selected table by its composition with placeholder tensors."""
+        return dry_run_composed(model, plan.payload)
 
 
 def choose_composed(
@@ -40,7 +60,7 @@ def choose_composed(
     shaped: Shaped,
     *,
     smaller: bool = True,
-) -> tuple[dict[str, Choice], dict[str, Design]]:
+) -> StepPlan[Designs]:
     """Choose the tables to compose, with a reason for each table and a design for each chosen one.
 
     Args:
@@ -53,10 +73,10 @@ def choose_composed(
             later steps reduce its bytes.
     """
     units = Unit.of(model.module)
-    choices = choose_tables(units, tables, min_rows, kind)
+    decisions = choose_tables(units, tables, min_rows, kind)
     designs: dict[str, Design] = {}
     for unit in units:
-        if unit.name not in choices or not choices[unit.name].take:
+        if unit.name not in decisions or not decisions[unit.name].selected:
             continue
         rows, dim = unit.weight.shape
         result = shaped(rows, dim)
@@ -65,13 +85,13 @@ def choose_composed(
             if after < unit.bytes or not smaller:
                 designs[unit.name] = result
                 taken = Reason("composed", step=kind, what=result.reason)
-                choices[unit.name] = Choice(True, (taken,))
+                decisions[unit.name] = Decision("taken", (taken,))
                 continue
             result = Reason(
                 "not_smaller_composed", rows=rows, dim=dim, before=unit.bytes, after=after
             )
-        choices[unit.name] = Choice(False, (result,))
-    return choices, designs
+        decisions[unit.name] = Decision("skipped", (result,))
+    return StepPlan(decisions, designs)
 
 
 def row_weights(
@@ -86,9 +106,9 @@ def row_weights(
 
 def recompose(
     model: Model,
-    designs: Mapping[str, Design],
+    designs: Designs,
     fit: Callable[[str, Tensor, Design], FittedParts],
-) -> Model:
+) -> Applied:
     """Replace tables by compositions.
 
     Args:
@@ -96,6 +116,7 @@ def recompose(
         designs: by unit name, the composition that replaces it.
         fit: returns the tensors from a unit's name, its weight ``(rows, dim)`` and its design.
     """
+    outcomes: dict[str, Decision] = {}
     for unit in Unit.of(model.module):
         if unit.name not in designs:
             continue
@@ -106,10 +127,11 @@ def recompose(
         parts = {name: tensor.contiguous() for name, tensor in fitted.parts.items()}
         composed = designs[unit.name].table(rows, dim, stored, parts)
         swap(model.module, unit.name, pack_table(unit.module, composed))
-    return model
+        outcomes[unit.name] = Decision("taken", fitted.reasons)
+    return Applied(model, outcomes)
 
 
-def dry_run_composed(model: Model, designs: Mapping[str, Design]) -> Model:
+def dry_run_composed(model: Model, designs: Designs) -> Model:
     """Replace tables by compositions of placeholders: shapes and bytes without fitting."""
     for unit in Unit.of(model.module):
         if unit.name not in designs:

@@ -1,0 +1,143 @@
+"""What became of each unit in a step: its decision compared with the result."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts.reasons import Reason
+from compressors.core.modules.composed import ComposedTable
+from compressors.core.modules.factored import FactoredLinear
+from compressors.core.modules.formats import Bag
+from compressors.core.plan_lines import OUTPUT
+from compressors.core.steps.decisions import Decision
+from compressors.core.steps.step import Effect
+from compressors.core.units import Unit
+from compressors.errors.compression import ContractBroken
+
+
+def settled(
+    kind: str,
+    effect: Effect,
+    planned: Mapping[str, Decision],
+    outcomes: Mapping[str, Decision],
+    before: tuple[Unit, ...],
+    after: tuple[Unit, ...],
+) -> dict[str, Decision]:
+    """Return the final decision of every unit, ``taken`` or ``skipped``, with all reasons.
+
+    Args:
+        kind: the step's tag.
+        effect: how the step changes a unit that it takes.
+        planned: the plan's decision of every unit.
+        outcomes: what the step found out while it worked.
+        before: the units before the step.
+        after: the units after the step.
+
+    Raises:
+        ContractBroken: the step did not follow its plan, or the result differs from an outcome.
+    """
+    now = {unit.name: unit for unit in after}
+    final = dict(planned)
+    for unit in before:
+        plan, outcome, new = planned[unit.name], outcomes.get(unit.name), now.get(unit.name)
+        if new is None and not (effect == "values" and plan.selected):
+            raise ContractBroken("unit_lost", step=kind, unit=unit.name)
+        if new is not None and effect == "values" and new.format != unit.format:
+            raise ContractBroken("format_changed", step=kind, unit=unit.name)
+        changed = new is None or _is_changed(effect, unit, new)
+        if changed and (not plan.selected or _is(outcome, "skipped")):
+            raise ContractBroken("unit_changed", step=kind, unit=unit.name)
+        must_change = effect == "format" and plan.status == "taken" and outcome is None
+        if not changed and (must_change or _is(outcome, "taken")):
+            raise ContractBroken("unit_kept", step=kind, unit=unit.name)
+        if plan.bytes is not None:
+            _require_bounds(kind, unit.name, plan.bytes, after)
+        final[unit.name] = _resolved(effect, plan, outcome, unit, changed=changed)
+    if OUTPUT in planned:
+        plan, outcome = planned[OUTPUT], outcomes.get(OUTPUT)
+        final[OUTPUT] = plan if outcome is None else outcome
+    _require_no_more(kind, effect, planned, before, after)
+    return final
+
+
+def _is(outcome: Decision | None, status: str) -> bool:
+    return outcome is not None and outcome.status == status
+
+
+def _is_changed(effect: Effect, old: Unit, new: Unit) -> bool:
+    if effect in ("format", "output") or old.format != new.format:
+        return old.format != new.format
+    return not _equal(old.module, new.module)
+
+
+def _resolved(
+    effect: Effect,
+    plan: Decision,
+    outcome: Decision | None,
+    unit: Unit,
+    *,
+    changed: bool,
+) -> Decision:
+    learned = () if outcome is None else outcome.reasons
+    if not plan.selected:
+        return replace(plan, reasons=(*plan.reasons, *learned))
+    if changed:
+        return Decision("taken", (*plan.reasons, *learned))
+    if effect == "format":
+        return Decision("skipped", (Reason("kept_format", format=unit.format), *learned))
+    return Decision("skipped", (*plan.reasons, Reason("nothing_better"), *learned))
+
+
+def _require_bounds(kind: str, name: str, bounds: tuple[int, int], after: tuple[Unit, ...]) -> None:
+    size = sum(
+        unit.bytes for unit in after if unit.name == name or unit.name.startswith(f"{name}.")
+    )
+    least, most = bounds
+    if not least <= size <= most:
+        raise ContractBroken(
+            "bytes_out_of_bounds", step=kind, unit=name, bytes=size, least=least, most=most
+        )
+
+
+def _require_no_more(
+    kind: str,
+    effect: Effect,
+    planned: Mapping[str, Decision],
+    before: tuple[Unit, ...],
+    after: tuple[Unit, ...],
+) -> None:
+    old = {unit.name for unit in before}
+    owners = {name for name, decision in planned.items() if decision.selected}
+    more = sorted(
+        unit.name
+        for unit in after
+        if unit.name not in old and not (effect == "parts" and _inside(unit.name, owners))
+    )
+    if more:
+        raise ContractBroken("unit_added", step=kind, unit=more[0])
+
+
+def _inside(name: str, owners: Collection[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)
+
+
+def _equal(old: nn.Module, new: nn.Module) -> bool:
+    """Whether two modules have equal tensors; tensors in the same memory are not compared.
+
+    Parts of composed tables and factored layers are separate units and do not count.
+    """
+    first, second = _direct_tensors(old), _direct_tensors(new)
+    return first.keys() == second.keys() and all(
+        tensor.data_ptr() == second[name].data_ptr()
+        or (tensor.shape == second[name].shape and torch.equal(tensor, second[name]))
+        for name, tensor in first.items()
+    )
+
+
+def _direct_tensors(module: nn.Module) -> dict[str, Tensor]:
+    table = module.table if isinstance(module, Bag) else module
+    if isinstance(table, ComposedTable | FactoredLinear):
+        return dict(table.named_buffers(recurse=False))
+    return dict(module.state_dict())

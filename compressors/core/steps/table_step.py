@@ -1,0 +1,96 @@
+"""Plan and apply methods that encode tables: what is the same for all of them."""
+
+from collections.abc import Mapping
+
+from compressors.contracts import Bench, Part
+from compressors.contracts.reasons import Reason
+from compressors.core.model import Model
+from compressors.core.placeholders import dry_run_packed
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.step import Effect, Method, Step, TableStep
+from compressors.core.steps.table_encoder import encode_table
+from compressors.core.units import Unit, pack_table, swap
+from compressors.quantize.better_format import best_format, table_bytes
+
+Formats = Mapping[str, TableStep]
+"""By table, the step that stores it: the ordered one, or one of a better format."""
+
+
+class EncodeTables:
+    """A ``TableStep`` as a ``Step``: it encodes every table that becomes smaller.
+
+    Args:
+        encoder: the method and its settings.
+    """
+
+    def __init__(self, encoder: TableStep) -> None:
+        self._encoder = encoder
+
+    @property
+    def kind(self) -> str:
+        """The method's tag."""
+        return self._encoder.kind
+
+    @property
+    def effect(self) -> Effect:
+        """The tables are stored in another format."""
+        return self._encoder.effect
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains."""
+        return self._encoder.trains
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """The parts of the bench that the method requires."""
+        return self._encoder.needs
+
+    @property
+    def wants(self) -> tuple[Part, ...]:
+        """The parts of the bench that the method uses if they are present."""
+        return self._encoder.wants
+
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Formats]:
+        """Take the tables whose best format is smaller than the present one."""
+        units, encoder = Unit.of(model.module), self._encoder
+        decisions = choose_tables(units, encoder.tables, encoder.min_rows, encoder.kind)
+        formats: dict[str, TableStep] = {}
+        for unit in units:
+            if unit.name not in decisions or not decisions[unit.name].selected:
+                continue
+            rows, dim = unit.weight.shape
+            stored_by, reasons = best_format(encoder, unit.weight)
+            size = table_bytes(stored_by, rows, dim)
+            if size < unit.bytes:
+                decisions[unit.name] = Decision("taken", reasons)
+                formats[unit.name] = stored_by
+            else:
+                why = Reason("not_smaller", step=stored_by.kind, bytes=size, present=unit.bytes)
+                decisions[unit.name] = Decision("skipped", (why,))
+        return StepPlan(decisions, formats)
+
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Formats]) -> Applied:
+        """Encode the tables one after the other."""
+        for unit in plan.units(model.module):
+            packed = encode_table(plan.payload[unit.name], unit.weight)
+            swap(model.module, unit.name, pack_table(unit.module, packed))
+        return Applied(model)
+
+    def dry_run(self, model: Model, plan: StepPlan[Formats]) -> Model:
+        """Replace the tables by placeholders in the formats that ``apply`` would store."""
+        for unit in plan.units(model.module):
+            stored_by = plan.payload[unit.name]
+            model = dry_run_packed(
+                model, [unit], table=stored_by.storage, settings=stored_by.settings()
+            )
+        return model
+
+    def smallest_dry_run(self, model: Model, plan: StepPlan[Formats]) -> Model:
+        """The bytes of a format follow from its layout: the same as ``dry_run``."""
+        return self.dry_run(model, plan)
+
+
+def as_step(method: Method) -> Step:
+    """Return a method as a step that plans and applies."""
+    return EncodeTables(method) if isinstance(method, TableStep) else method
