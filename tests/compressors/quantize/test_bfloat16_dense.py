@@ -76,7 +76,7 @@ def test_a_layer_that_would_round_to_infinity_stays_in_float32_and_the_plan_says
         limit=torch.finfo(torch.bfloat16).max,
     )
     assert isinstance(result.model.module.hidden, torch.nn.Linear)
-    assert not isinstance(result.module.cross, torch.nn.Linear)
+    assert not isinstance(result.model.module.cross, torch.nn.Linear)
 
 
 def test_both_halves_of_a_network_go_to_bfloat16(tmp_path):
