@@ -93,7 +93,12 @@ def _models(annotation: Any) -> "Iterator[type[BaseModel]]":
     """Return the models in an annotation, at any depth."""
     from pydantic import BaseModel
 
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    from compressors.core.registries import METHODS
+    from compressors.core.steps.step import StepSettings
+
+    if annotation is StepSettings:
+        yield from METHODS.values()
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
         yield from _models(inner)

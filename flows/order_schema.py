@@ -12,12 +12,12 @@ pair between two neighbouring thresholds is refused when the run starts, and not
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 from compressors.contracts.limits import LARGEST_GAIN
 from compressors.contracts.metrics import FAMILIES, Metric
 from compressors.contracts.metrics.families import name_pattern
-from compressors.core.registries import AnyStep
+from compressors.core.registries import METHODS
 from flows.presets import PRESETS
 
 Schema = dict[str, Any]
@@ -177,8 +177,7 @@ def _teacher_rules() -> Iterator[Schema]:
     def can_be_taught(step: Any) -> bool:
         return "soft_share" in step.model_fields
 
-    members = get_args(get_args(AnyStep)[0])
-    kinds = [kind.model_fields["kind"].default for kind in members if can_be_taught(kind)]
+    kinds = [kind for kind, method in METHODS.items() if can_be_taught(method)]
     presets = [
         name
         for name, choices in PRESETS.items()

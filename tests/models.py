@@ -7,7 +7,6 @@ untrained and come from a seed.
 import functools
 import itertools
 import tempfile
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ from compressors.contracts import (
 )
 from compressors.core.batches import batches, example
 from compressors.core.model import Model
-from compressors.core.registries import AnyStep
+from compressors.core.registries import METHODS as REGISTERED
 from compressors.core.runner import rows_of_tables, run
 from compressors.core.steps.decisions import Applied
 from compressors.core.steps.step import Method as Step
@@ -58,7 +57,7 @@ from infra.onnxruntime.sessions import Session
 
 torch.set_num_threads(1)
 
-METHODS: tuple[Any, ...] = typing.get_args(typing.get_args(AnyStep)[0])
+METHODS: tuple[Any, ...] = tuple(REGISTERED.values())
 # Methods that need a model which another method compressed, labels that agree with its predictions,
 # or layers whose number is an argument. All others have something to do on any model.
 NOT_ALONE = (RefitCodes, Recalibrate, DropLayers)

@@ -1,14 +1,15 @@
 """The list of all compression methods, storage formats and compositions.
 
-To add a method, write its file, then list it here. ``AnyStep`` is the type of a recipe line, of a
-form in the Prefect UI and of a cache key; ``kind`` distinguishes the methods. Loading finds the
-format of stored tensors in ``TABLE_FORMATS``, ``LINEAR_FORMATS`` and ``COMPOSITIONS``.
+To add a method, write its file, then list it here or call ``register``. ``AnyStep`` is the type of
+a recipe line, of a form in the Prefect UI and of a cache key; ``kind`` distinguishes the methods.
+Loading finds the format of stored tensors by its name.
 """
 
 import functools
-from typing import Annotated, get_args
+from typing import Annotated, Any, Union
 
-from pydantic import Field
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, core_schema
 
 from compressors.core.modules.composed import Composition
 from compressors.core.modules.formats import LinearFormat, TableFormat
@@ -73,55 +74,51 @@ from compressors.rewrite.equalize import Equalize
 from compressors.rewrite.fold import Fold
 from compressors.rewrite.smooth_quant import SmoothQuant
 
-AnyStep = Annotated[
-    Fold
-    | Equalize
-    | SmoothQuant
-    | Magnitude
-    | Sparse24
-    | L1Training
-    | Channels
-    | DropLayers
-    | Distill
-    | FineTune
-    | DropTables
-    | MergeRows
-    | ClusterRows
-    | PruneRows
-    | Tiers
-    | RefitCodes
-    | LowRank
-    | LowRankDense
-    | Dimensions
-    | QuotientRemainder
-    | MultiHash
-    | NeuralCodes
-    | RowwiseInt8
-    | RowwiseInt4
-    | KMeans
-    | ProductCodes
-    | ResidualCodes
-    | RowwiseInt2
-    | Float8E4M3
-    | BFloat16
-    | AdditiveCodes
-    | QAT
-    | StaticInt8
-    | WeightInt8
-    | WeightInt4
-    | Float8Dense
-    | BFloat16Dense
-    | Float16
-    | Recalibrate,
-    Field(discriminator="kind"),
-]
-
-
-@functools.cache
-def methods() -> dict[str, type[StepSettings]]:
-    """Return every method by its tag."""
-    listed: tuple[type[StepSettings], ...] = get_args(get_args(AnyStep)[0])
-    return {method.model_fields["kind"].default: method for method in listed}
+METHODS: dict[str, type[StepSettings]] = {
+    method.model_fields["kind"].default: method
+    for method in (
+        Fold,
+        Equalize,
+        SmoothQuant,
+        Magnitude,
+        Sparse24,
+        L1Training,
+        Channels,
+        DropLayers,
+        Distill,
+        FineTune,
+        DropTables,
+        MergeRows,
+        ClusterRows,
+        PruneRows,
+        Tiers,
+        RefitCodes,
+        LowRank,
+        LowRankDense,
+        Dimensions,
+        QuotientRemainder,
+        MultiHash,
+        NeuralCodes,
+        RowwiseInt8,
+        RowwiseInt4,
+        KMeans,
+        ProductCodes,
+        ResidualCodes,
+        RowwiseInt2,
+        Float8E4M3,
+        BFloat16,
+        AdditiveCodes,
+        QAT,
+        StaticInt8,
+        WeightInt8,
+        WeightInt4,
+        Float8Dense,
+        BFloat16Dense,
+        Float16,
+        Recalibrate,
+    )
+}
+"""Every method by its tag, in the order of their usual place in a recipe."""
 
 
 TABLE_FORMATS: dict[str, TableFormat] = {
@@ -162,3 +159,51 @@ COMPOSITIONS: dict[str, Composition] = {
         neural_codes.COMPOSITION,
     )
 }
+
+
+def register(method: type[StepSettings], storage: TableFormat | None = None) -> None:
+    """Add a method, and the format in which it stores tables.
+
+    Args:
+        method: its settings; the default of ``kind`` is its tag.
+        storage: the format, unless it is listed here.
+
+    Raises:
+        ValueError: there is a method of this tag, or a format of this name.
+    """
+    kind = method.model_fields["kind"].default
+    if kind in METHODS:
+        raise ValueError(f"method {kind!r} is already registered")
+    if storage is not None and storage.name in {**TABLE_FORMATS, **LINEAR_FORMATS, **COMPOSITIONS}:
+        raise ValueError(f"format {storage.name!r} is already registered")
+    METHODS[kind] = method
+    if storage is not None:
+        TABLE_FORMATS[storage.name] = storage
+
+
+@functools.lru_cache(maxsize=1)
+def _union(methods: tuple[type[StepSettings], ...]) -> TypeAdapter[StepSettings]:
+    union: Any = Union[methods]  # noqa: UP007 - its members are known at run time
+    return TypeAdapter(Annotated[union, Field(discriminator="kind")])
+
+
+class _AnyMethod:
+    """Validates a step as a union of all registered methods, which ``kind`` distinguishes."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            lambda value, info: _union(tuple(METHODS.values())).validate_python(
+                value, context=info.context
+            )
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(_union(tuple(METHODS.values())).core_schema)
+
+
+AnyStep = Annotated[StepSettings, _AnyMethod()]
+"""A line of a recipe: the settings of any registered method."""

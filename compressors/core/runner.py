@@ -28,7 +28,7 @@ from compressors.core.outcomes import settled
 from compressors.core.plan_lines import OUTPUT, build_plan, output_line, with_remarks
 from compressors.core.state.module_state import load, records_of, save
 from compressors.core.steps.decisions import EXCEPT, Decision, StepPlan
-from compressors.core.steps.step import Declared, Method, Step
+from compressors.core.steps.step import Method, Step
 from compressors.core.steps.table_step import as_step
 from compressors.core.units import Unit, folded_norms, stored_bytes, table_rows
 from compressors.errors.compression import ContractBroken, ModelRefused, NothingToCompress
@@ -175,7 +175,7 @@ def run(
 
 
 @contextmanager
-def as_refusal(step: Declared) -> Iterator[None]:
+def as_refusal(step: Method) -> Iterator[None]:
     """Raise errors of a network's code inside a step as ``StepRefused``.
 
     Raises:
@@ -189,7 +189,7 @@ def as_refusal(step: Declared) -> Iterator[None]:
         raise StepRefused("network_not_changeable", step=step.kind, problem=repr(fault)) from fault
 
 
-def _require_parts(step: Declared, bench: Bench) -> None:
+def _require_parts(step: Method, bench: Bench) -> None:
     missing = [part for part in step.needs if getattr(bench, part) is None]
     if missing:
         present = [part for part in get_args(Part) if getattr(bench, part) is not None]
@@ -198,7 +198,7 @@ def _require_parts(step: Declared, bench: Bench) -> None:
         )
 
 
-def _scores(step: Declared, source: Model, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def _scores(step: Method, source: Model, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Return the compressed module's scores; raise for the step or the network that fails.
 
     Raises:
@@ -224,7 +224,7 @@ def _scores(step: Declared, source: Model, model: nn.Module, inputs: dict[str, T
     return scores
 
 
-def _require_finite_source(step: Declared, source: Model, inputs: dict[str, Tensor]) -> None:
+def _require_finite_source(step: Method, source: Model, inputs: dict[str, Tensor]) -> None:
     """Raise if the uncompressed model gives scores that are not finite: the step is not the cause.
 
     Raises:

@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from compressors.contracts import (
     digest,
 )
 from compressors.core.modules.formats import TensorSpec
-from compressors.core.registries import AnyStep
+from compressors.core.registries import METHODS, AnyStep
 from compressors.core.state.safetensors_rows import StoredRows, spec_of
 from compressors.core.state.safetensors_stream import StreamedFile, size_of
 from compressors.core.steps.step import TableStep
@@ -61,9 +61,8 @@ class Quantized(Frozen):
 
 def table_steps() -> dict[str, type[Frozen]]:
     """Return the table methods that process row blocks, by kind."""
-    methods: tuple[type[Frozen], ...] = get_args(get_args(AnyStep)[0])
-    steps = {method: method() for method in methods}
-    return {step.kind: method for method, step in steps.items() if isinstance(step, TableStep)}
+    defaults = {kind: method.model_validate({}) for kind, method in METHODS.items()}
+    return {kind: METHODS[kind] for kind, step in defaults.items() if isinstance(step, TableStep)}
 
 
 def step_named(name: str, settings: dict[str, object]) -> TableStep:

@@ -4,7 +4,6 @@ Prefect's server validates with this very function when a run is created.
 """
 
 import json
-import typing
 from functools import cache
 from itertools import product
 from typing import Any
@@ -25,7 +24,7 @@ from pydantic import ValidationError
 from compressors.contracts.limits import LARGEST_GAIN
 from compressors.contracts.metrics import metric as metric_named
 from compressors.contracts.metrics import usual_metrics
-from compressors.core.registries import AnyStep
+from compressors.core.registries import METHODS
 from flows.compress import compress
 from flows.order import Order
 from flows.order_schema import BATCH_THRESHOLDS, RATE_THRESHOLDS
@@ -34,8 +33,7 @@ from flows.presets import PRESETS
 LIMIT: dict[str, Any] = {"metric": "auc", "against": "baseline", "at_least": -0.002}
 ORDER: dict[str, Any] = {"model": "clicks@1", "limits": [LIMIT]}
 KINDS: dict[str, Any] = {
-    member.model_fields["kind"].default: member
-    for member in typing.get_args(typing.get_args(AnyStep)[0])
+    member.model_fields["kind"].default: member for member in tuple(METHODS.values())
 }
 BIGGEST_SCHEMA_BYTES = 150_000
 """The form loads it; without the rules it is 60 KB."""

@@ -28,7 +28,7 @@ from compressors.contracts import Signature as Signature
 from compressors.contracts import TargetKind
 from compressors.core.batches import edge_example, example
 from compressors.core.model import Model
-from compressors.core.registries import AnyStep
+from compressors.core.registries import METHODS
 from compressors.core.runner import run
 from compressors.core.state.module_state import mapped
 from compressors.errors.compression import CompressionError
@@ -72,7 +72,7 @@ def recorded_tensor(name: str) -> str:
 
 def methods() -> dict[str, type[Step]]:
     """All registered methods by their kinds in the record."""
-    registered = get_args(get_args(AnyStep)[0])
+    registered = tuple(METHODS.values())
     return {recorded(method.model_fields["kind"].default, KINDS): method for method in registered}
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from compressors.contracts import Limit
 from compressors.contracts.limits import Against
 from compressors.contracts.metrics import usual_metrics
-from compressors.core.registries import AnyStep
+from compressors.core.registries import METHODS, AnyStep
 from flows.order import Order
 from flows.terms import Preset
 
@@ -23,7 +23,7 @@ STEP: TypeAdapter[Any] = TypeAdapter(AnyStep)
 
 def registered_steps() -> tuple[type[BaseModel], ...]:
     """The classes of all registered steps."""
-    classes: tuple[type[BaseModel], ...] = get_args(get_args(AnyStep)[0])
+    classes: tuple[type[BaseModel], ...] = tuple(METHODS.values())
     return classes
 
 

@@ -73,8 +73,8 @@ class StepSettings(Frozen):
         return self.dry_run(model, plan)
 
 
-class Declared(Protocol):
-    """What every step declares; see ``StepSettings``."""
+class Method(Protocol):
+    """What every method declares; see ``StepSettings``. It is also a ``Step`` or ``TableStep``."""
 
     @property
     def kind(self) -> str:
@@ -98,7 +98,7 @@ class Declared(Protocol):
 
 
 @runtime_checkable
-class Step(Declared, Protocol):
+class Step(Method, Protocol):
     """A method that works on the whole module."""
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Any]:
@@ -124,7 +124,7 @@ class Step(Declared, Protocol):
 
 
 @runtime_checkable
-class TableStep(Declared, Protocol):
+class TableStep(Method, Protocol):
     """A method that encodes embedding tables in blocks of rows."""
 
     @property
@@ -150,7 +150,3 @@ class TableStep(Declared, Protocol):
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode a block, float ``(rows, dim)``: its stored tensors, none of the whole table."""
-
-
-Method = Step | TableStep
-"""What a line of a recipe is."""

@@ -92,5 +92,13 @@ class EncodeTables:
 
 
 def as_step(method: Method) -> Step:
-    """Return a method as a step that plans and applies."""
-    return EncodeTables(method) if isinstance(method, TableStep) else method
+    """Return a method as a step that plans and applies.
+
+    Raises:
+        TypeError: it has neither ``plan`` and ``apply`` nor ``fit`` and ``encode``.
+    """
+    if isinstance(method, TableStep):
+        return EncodeTables(method)
+    if isinstance(method, Step):
+        return method
+    raise TypeError(f"{method.kind!r} is neither a Step nor a TableStep")

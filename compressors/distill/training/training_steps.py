@@ -88,11 +88,11 @@ def nothing_to_train(unit: Unit, kind: str) -> Reason:
 def pruned_layers(model: Model) -> tuple[str, ...]:
     """Layers in which an earlier step of the recipe set weights to zero that stay zero."""
     # The list of methods imports every method, and so this file.
-    from compressors.core.registries import methods
+    from compressors.core.registries import METHODS
 
-    lines, kinds = model.plan.lines if model.plan is not None else (), methods()
+    lines = model.plan.lines if model.plan is not None else ()
     return tuple(
-        line.module for line in lines if any(kinds[kind].keeps_zeros for kind in line.steps)
+        line.module for line in lines if any(METHODS[kind].keeps_zeros for kind in line.steps)
     )
 
 
