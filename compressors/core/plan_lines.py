@@ -156,9 +156,9 @@ def with_remarks(
     return plan.model_copy(update={"reasons": (*plan.reasons, *remarks)})
 
 
-def _once(notes: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ...]:
-    """Return the reasons of all notes without repetition, in order."""
-    return tuple(dict.fromkeys(reason for note in notes for reason in note))
+def _once(lists: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ...]:
+    """Return the reasons of all lists without repetition, in order."""
+    return tuple(dict.fromkeys(reason for reasons in lists for reason in reasons))
 
 
 def _warnings(

@@ -283,7 +283,7 @@ class Broken(Paired):
         ),
         (
             {"rows": torch.zeros(3, 2), "sums": torch.zeros(1, 2)},
-            "dtype_differs",
+            "encoded_dtype_differs",
             {"got": "torch.float32", "expected": "torch.float16"},
         ),
         (
