@@ -37,7 +37,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from compressors.contracts import Architecture, Bench, IdInput, Network, Signature, Split
+from compressors.contracts import Architecture, Bench, IdInput, Network, Output, Signature, Split
 from compressors.core.model import Model
 from compressors.metrics import point_estimates
 from examples.dcnv2 import DCNv2
@@ -174,14 +174,11 @@ def _read_libfm(path: Path) -> tuple[Ints, Ints]:
 def signature(rows: dict[str, int]) -> Signature:
     """Inputs, output, label and metric of the network."""
     return Signature(
-        task="ctr",
         inputs=tuple(
             IdInput(name=name, table=f"tables.{name}", dtype="int64", out_of_range="clamp")
             for name in rows
         ),
-        output="logit",
-        label="label",
-        metric="auc",
+        outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
     )
 
 

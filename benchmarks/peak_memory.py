@@ -140,7 +140,7 @@ def write(folder: Path, case: Case) -> None:
     config = {"rows": case.rows, "hidden": case.hidden}
     path = f"benchmarks.peak_memory:{network.__name__}"
     manifest |= {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "large",
         "version": "1",
         "network": {"architecture": {"path": path, "config": config}},
@@ -164,14 +164,13 @@ def _write_click_data(folder: Path, case: Case, model: nn.Module) -> dict[str, o
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
     dense_columns = [f"d{column}" for column in range(FIELDS)]
     signature = {
-        "task": "ctr",
         "inputs": [
             {"kind": "id", "name": "item", "table": "item"},
             {"kind": "dense", "name": "dense", "columns": dense_columns, "shape": [FIELDS]},
         ],
-        "output": "logit",
-        "label": "label",
-        "metric": "auc",
+        "outputs": [
+            {"name": "label", "kind": "ctr", "form": "logit", "label": "label", "metric": "auc"}
+        ],
     }
     return {"signature": signature, "data": {split: f"{split}.parquet" for split in splits}}
 
@@ -186,19 +185,17 @@ def _write_retrieval_data(folder: Path, case: Case) -> dict[str, object]:
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
     pq.write_table(pa.table({"item": np.arange(catalogue)}), folder / "items.parquet")
     signature = {
-        "task": "retrieval",
         "inputs": [
             {"kind": "id", "name": "user", "table": "query.table"},
             {"kind": "id", "name": "item", "table": "item.table"},
         ],
-        "output": "score",
+        "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}],
         "group": "user",
         "item": "item",
         "towers": {
             "query": {"module": "query", "inputs": ["user"]},
             "item": {"module": "item", "inputs": ["item"]},
         },
-        "metric": "recall@20",
     }
     return {
         "signature": signature,

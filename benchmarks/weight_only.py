@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Architecture, Bench, DenseInput, Network, Signature, Split
+from compressors.contracts import Architecture, Bench, DenseInput, Network, Output, Signature, Split
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.core.steps.step import Step
@@ -63,7 +63,10 @@ class Layer(nn.Module):
 def signature(inputs: int) -> Signature:
     """The signature of a network whose only input is one vector."""
     item = DenseInput(name="x", shape=(inputs,))
-    return Signature(inputs=(item,), output="logit", task="ctr", label="label", metric="auc")
+    return Signature(
+        inputs=(item,),
+        outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
+    )
 
 
 def build_sessions(width: int, folder: Path) -> dict[str, Session]:

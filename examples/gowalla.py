@@ -202,14 +202,14 @@ def signature() -> Signature:
     """Inputs, output, towers, group and metric of the network."""
     return Signature.model_validate(
         {
-            "task": "retrieval",
             "inputs": [
                 {"kind": "id", "name": "user", "table": "query.table"},
                 {"kind": "id", "name": "item", "table": "item.table"},
             ],
-            "output": "score",
+            "outputs": [
+                {"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}
+            ],
             "group": "user",
-            "metric": "recall@20",
             "item": "item",
             "towers": {
                 "query": {"module": "query", "inputs": ["user"]},
@@ -283,7 +283,7 @@ def write_draft(
         folder / "model.safetensors",
     )
     draft = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "gowalla-two-tower",
         "version": "1",
         "signature": signature().model_dump(mode="json"),

@@ -331,9 +331,14 @@ def signature() -> Signature:
     policy = {"out_of_range": "default_row", "default_row": UNKNOWN}
     ids = [{"kind": "id", "name": name, "table": f"tables.{name}", **policy} for name in FIELDS]
     genres = {"kind": "jagged_bag", "name": BAG, "table": f"bags.{BAG}", "shape": [LONGEST_BAG]}
-    evaluation = {"label": "click", "group": "person", "time": "timestamp", "metric": "auc"}
+    click = {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
     return Signature.model_validate(
-        {"task": "ctr", "inputs": [*ids, genres | policy], "output": "logit", **evaluation}
+        {
+            "inputs": [*ids, genres | policy],
+            "outputs": [click],
+            "group": "person",
+            "time": "timestamp",
+        }
     )
 
 
@@ -404,7 +409,7 @@ def write_draft(folder: Path, recipe: Training, log: Callable[[str], None]) -> d
         f"{seconds:.0f} s of training"
     )
     draft = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "ml100k-dcnv2",
         "version": "1",
         "signature": signature().model_dump(mode="json"),

@@ -116,15 +116,14 @@ def write_draft(folder: Path, size: Size, *, name: str = "tableheavy", seed: int
     save_file(network.state_dict(), folder / "model.safetensors")
     fields = network.fields
     document = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": name,
         "version": "1",
         "signature": {
-            "task": "ctr",
             "inputs": [{"kind": "id", "name": f, "table": f"vectors.{f}"} for f in fields],
-            "output": "logit",
-            "label": "label",
-            "metric": "auc",
+            "outputs": [
+                {"name": "label", "kind": "ctr", "form": "logit", "label": "label", "metric": "auc"}
+            ],
         },
         "network": {"architecture": {"path": ARCHITECTURE, "config": config}},
         "data": {split: f"{split}.parquet" for split in counts},

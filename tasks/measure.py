@@ -75,6 +75,7 @@ def measure(
         seed: seed of the bootstrap.
     """
     signature = read(local(bundle)).signature
+    output = signature.single_output
     threads = load_settings().threads
     graphs = {"baseline": baseline, "candidate": candidate}
     if champion is not None:
@@ -83,7 +84,7 @@ def measure(
     sessions = {name: _sessions(folder, signature, threads) for name, folder in folders.items()}
     _same_inputs(sessions)
     names = quality_metrics(
-        signature.task, grouped=signature.group is not None, named=(signature.metric, *metrics)
+        output.kind, grouped=signature.group is not None, named=(output.metric, *metrics)
     )
     quality = _quality(signature, sessions, split_of(test, test_rows), ranking, names, seed)
 
@@ -96,7 +97,7 @@ def measure(
         own += judge.quality_numbers(name, pair, rival)
         reference.append(judge.Number(metric=name, against="absolute", estimate=pair.baseline))
         resolves[name] = pair.resolves
-    unit = signature.task_kind.score_unit
+    unit = output.task_kind.score_unit
     for name, estimate in quality.score_change("baseline", "candidate", unit).items():
         own.append(judge.Number(metric=name, against="absolute", estimate=estimate))
     sizes = {name: served_bytes(folder) for name, folder in folders.items()}
@@ -109,7 +110,7 @@ def measure(
     waited_for = served_graphs(signature)[0]
     timed = {name: held[waited_for.name] for name, held in sessions.items()}
     named = {batch for name in metrics if (batch := metric(name).batch) is not None}
-    for size in sorted({*usual_batches(signature.task), *named}):
+    for size in sorted({*usual_batches(output.kind), *named}):
         _time(size, timed, waited_for.signature, test, test_rows, seed, own, reference)
     measurement = Measurement(
         numbers=judge.Measured(
@@ -138,8 +139,9 @@ def _sessions(folder: Path, signature: Signature, threads: int) -> Sessions:
     wanted = [form.name for form in served_graphs(signature)]
     found = {graph.name: graph.file for graph in lowering_of(folder).graphs}
     if sorted(found) != sorted(wanted):
+        task_name = signature.single_output.kind
         raise MetricRefused(
-            "graphs_differ", task=signature.task, expected=tuple(wanted), got=tuple(found)
+            "graphs_differ", task=task_name, expected=tuple(wanted), got=tuple(found)
         )
     return {name: Session(folder / found[name], threads) for name in wanted}
 

@@ -34,9 +34,9 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
         CompressionError: a vector is not finite, or no query has a new item.
     """
     loaded = load_bundle(bundle)
-    signature = loaded.manifest.signature
+    signature, output = loaded.manifest.signature, loaded.manifest.signature.single_output
     towers = torch_towers(loaded.model.module, signature)
-    names = quality_metrics(signature.task, grouped=True, named=(signature.metric,))
+    names = quality_metrics(output.kind, grouped=True, named=(output.metric,))
     found = query_quality(towers, signature, split_of(test.artifact, test.rows), ranking, names)
     tensors = {metric: torch.from_numpy(values) for metric, values in found.items()}
     with scratch_folder("rank") as scratch:

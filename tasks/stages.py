@@ -63,7 +63,7 @@ def measure_stages(
 
 def quality_of(signature: Signature, scored: tuple[Scored, ...], test: Split, seed: int) -> Quality:
     """Combine stages by number, each with its predictions for the same rows."""
-    if not signature.task_kind.scores_rows:
+    if not signature.scores_rows:
         stored = [load_file(local(item.score) / "data.safetensors") for item in scored]
         values = {
             str(place): {metric: found.numpy() for metric, found in held.items()}
@@ -77,4 +77,5 @@ def quality_of(signature: Signature, scored: tuple[Scored, ...], test: Split, se
 def _predictions(signature: Signature, item: Scored) -> np.ndarray:
     """Return a stage's scores, as probabilities for log loss and entropy; keeps their order."""
     output = load_file(local(item.score) / "data.safetensors")["score"]
-    return (torch.sigmoid(output.double()) if signature.output == "logit" else output).numpy()
+    is_logit = signature.single_output.form == "logit"
+    return (torch.sigmoid(output.double()) if is_logit else output).numpy()

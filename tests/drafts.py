@@ -78,7 +78,7 @@ def write_draft(
         pq.write_table(pa.table(found), folder / f"{split}.parquet")
     save_file(model.state_dict(), folder / "model.safetensors")
     document = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": name,
         "version": version,
         "signature": signature(task),
@@ -93,7 +93,6 @@ def signature(task: Task) -> dict[str, Any]:
     """What the network takes in and what its data is judged by."""
     ranking = task == "ranking"
     return {
-        "task": task,
         "inputs": [
             {"kind": "id", "name": "user", "table": "user"},
             {
@@ -111,11 +110,17 @@ def signature(task: Task) -> dict[str, Any]:
                 "shape": [DENSE],
             },
         ],
-        "output": "score" if ranking else "logit",
-        "label": "label",
+        "outputs": [
+            {
+                "name": "label",
+                "kind": task,
+                "form": "score" if ranking else "logit",
+                "label": "label",
+                "metric": "ndcg@10" if ranking else "auc",
+            }
+        ],
         "group": "query" if ranking else None,
         "time": "at",
-        "metric": "ndcg@10" if ranking else "auc",
     }
 
 

@@ -26,6 +26,7 @@ from compressors.contracts import (
     IdInput,
     JaggedBag,
     Network,
+    Output,
     PaddedBag,
     Signature,
     Split,
@@ -339,12 +340,12 @@ class Reference:
     def _opposite(self, inputs: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             scores = self.model().module(**inputs).reshape(-1)
-        return 1 - scores if self.signature.output == "probability" else -scores
+        return 1 - scores if self.signature.single_output.form == "probability" else -scores
 
 
-def _schema(*inputs: Any, output: str, **more: Any) -> Signature:
-    settings = {"task": "ctr", "label": "label", "metric": "auc", **more}
-    return Signature(inputs=inputs, output=output, **settings)
+def _schema(*inputs: Any, group: str | None = None, **changes: Any) -> Signature:
+    fields = {"name": "label", "kind": "ctr", "label": "label", "metric": "auc", **changes}
+    return Signature(inputs=inputs, outputs=(Output(**fields),), group=group)
 
 
 RANKER = Reference(
@@ -367,7 +368,7 @@ RANKER = Reference(
             default_row=2,
         ),
         DenseInput(name="price", shape=(3,)),
-        output="logit",
+        form="logit",
     ),
 )
 COMPACT = Reference(
@@ -376,7 +377,7 @@ COMPACT = Reference(
         IdInput(name="item", table="item", out_of_range="clamp"),
         IdInput(name="genres", table="genres", columns=("first", "second"), shape=(2,)),
         DenseInput(name="price", shape=(3,)),
-        output="logit",
+        form="logit",
     ),
 )
 TIED = Reference(
@@ -384,14 +385,14 @@ TIED = Reference(
     _schema(
         *(IdInput(name=name, table=name) for name in ("item", "similar", "user")),
         IdInput(name="friend", table="user"),
-        output="logit",
+        form="logit",
     ),
 )
 BUFFERED = Reference(
     Buffered,
     _schema(
         IdInput(name="fields", table="fields", columns=("a", "b", "c"), shape=(3,)),
-        output="logit",
+        form="logit",
     ),
 )
 ATTENTION = Reference(
@@ -399,8 +400,8 @@ ATTENTION = Reference(
     _schema(
         IdInput(name="user", table="user"),
         PaddedBag(name="history", table="item", shape=(6,)),
-        output="score",
-        task="ranking",
+        form="score",
+        kind="ranking",
         group="user",
         metric="ndcg@10",
     ),
@@ -410,7 +411,7 @@ NORMED = Reference(
     _schema(
         IdInput(name="user", table="user"),
         DenseInput(name="price", shape=(2,)),
-        output="probability",
+        form="probability",
     ),
 )
 REFERENCES = (RANKER, TIED, BUFFERED, ATTENTION, NORMED)

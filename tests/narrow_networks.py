@@ -6,14 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import DenseInput, IdInput, PaddedBag, Signature
+from compressors.contracts import DenseInput, IdInput, Output, PaddedBag, Signature
+from tests.signatures import with_output
 
 SCHEMA = Signature(
-    task="ctr",
-    label="label",
-    metric="auc",
-    output="logit",
     inputs=(IdInput(name="user", table="user"), DenseInput(name="price", shape=(5,))),
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 
@@ -27,20 +25,18 @@ HISTORY = SCHEMA.model_copy(
 )
 
 
-RATE = SCHEMA.model_copy(update={"output": "probability"})
+RATE = with_output(SCHEMA, form="probability")
 
 
 RETRIEVAL = Signature.model_validate(
     {
-        "task": "retrieval",
-        "output": "score",
-        "metric": "recall@20",
         "group": "user",
         "item": "item",
         "inputs": [
             {"kind": "id", "name": "user", "table": "query.0"},
             {"kind": "id", "name": "item", "table": "item"},
         ],
+        "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}],
         "towers": {
             "query": {"module": "query", "inputs": ["user"]},
             "item": {"module": "item", "inputs": ["item"]},

@@ -29,7 +29,6 @@ EACH = {"train": 20, "validation": 3, "test": 4}  # interactions a user
 SPREAD = 3.0  # standard deviation of the scores
 
 SIGNATURE: dict[str, Any] = {
-    "task": "retrieval",
     "inputs": [
         {"kind": "id", "name": "user", "table": "of_user.user"},
         {"kind": "jagged_bag", "name": "lately", "table": "of_user.lately", "shape": [LONGEST]},
@@ -42,9 +41,8 @@ SIGNATURE: dict[str, Any] = {
             "shape": [DENSE],
         },
     ],
-    "output": "score",
+    "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}],
     "group": "user",
-    "metric": "recall@20",
     "item": "item",
     "towers": {
         "query": {"module": "of_user", "inputs": ["user", "lately"]},
@@ -102,7 +100,7 @@ def write_retrieval_draft(
     save_file({k: v for k, v in weights.items() if k not in ties}, folder / "model.safetensors")
     architecture = {"path": "draft_network:TowerNet", "config": config}
     document = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": name,
         "version": "1",
         "signature": SIGNATURE | changes,

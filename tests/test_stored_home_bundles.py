@@ -3,15 +3,18 @@
 A fixture of ``tests/stored_home`` covers every registered method and every format.
 """
 
+import json
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+from signatures import as_version_1
 
 from compressors.core.modules.factored import FACTORED
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.distill.recalibrate import Method
+from infra.bundle.bundle_folder import MANIFEST, read
 from tasks.bundles.bundle_ref import find
 from tasks.bundles.loading import load_bundle
 from tasks.lower import lower_model
@@ -97,6 +100,22 @@ def test_a_stored_bundle_has_its_tensors_and_scores(sha: str, fixture: Fixture):
     scores = module_scores(loaded.model.module, fixture.inputs(expected["model"]))
     assert np.isfinite(scores).all()
     require_equal(scores, fixture.scores(f"torch/{sha}"), fixture, sha)
+
+
+@pytest.mark.parametrize("name", NAMES[:1])
+def test_bundles_of_schema_version_1_are_read_as_version_2_and_not_rewritten(fixture: Fixture):
+    versions = set()
+    for sha in fixture.expected["bundles"]:
+        folder = local(artifact(sha))
+        before = (folder / MANIFEST).read_bytes()
+        document = json.loads(before)
+        versions.add(document["schema_version"])
+        manifest = read(folder)
+        assert manifest.schema_version == 2
+        assert as_version_1(manifest.model_dump(mode="json"))["signature"] == document["signature"]
+        assert manifest.signature.single_output.name == "score"
+        assert (folder / MANIFEST).read_bytes() == before
+    assert versions == {1}
 
 
 @pytest.mark.parametrize(("name", "sha"), GRAPHS, ids=_id)

@@ -14,7 +14,7 @@ named_object.py       objects that a declaration names, imported when first used
 task_kind.py          what a kind of task declares, and the registry of kinds
 metrics/              metrics: name, direction, unit, range and estimator
 limits.py             the limits of an order
-signature.py          inputs, output, task, label and metric of a model
+signature.py          inputs and outputs of a model
 network.py            architecture, records and ties: with the tensors they define a module
 plan.py               the decisions of a recipe for each table and layer
 bench.py              the data, teachers and settings that a step may use
@@ -59,6 +59,7 @@ from compressors.contracts.reasons import Reason as Reason
 from compressors.contracts.reasons import joined as joined
 from compressors.contracts.signature import ITEMS as ITEMS
 from compressors.contracts.signature import TRAFFIC as TRAFFIC
+from compressors.contracts.signature import Output as Output
 from compressors.contracts.signature import Signature as Signature
 from compressors.contracts.signature import Tower as Tower
 from compressors.contracts.signature import Towers as Towers

@@ -132,7 +132,7 @@ class Distill(StepSettings):
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """What is trained, and how each layer changes in a smaller student."""
-        if self.loss == "calibrated_listwise" and bench.signature.output == "score":
+        if self.loss == "calibrated_listwise" and bench.signature.single_output.form == "score":
             raise NothingToCompress("loss_without_probability", step=self.kind)
         require_layers(model.module, self._watched())
         tables, reasons = self.training.tables, self._reasons(bench)

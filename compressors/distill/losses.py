@@ -39,7 +39,7 @@ def loss_of_teacher(
 
     Args:
         name: which loss; ``task`` is ``pointwise`` for clicks and ``listwise`` for rankings.
-        signature: task and form of both outputs.
+        signature: kind and form of both outputs.
         output: the student's, float ``(rows,)`` or ``(rows, 1)``.
         teacher: the teacher's on the same rows, float ``(rows,)``.
         batch: its groups are the lists.
@@ -49,12 +49,13 @@ def loss_of_teacher(
     """
     if name == "task":
         return soft_loss(signature, output, teacher, batch, temperature)
-    clicks = signature.output != "score" and (
-        signature.task_kind.predicts_probability or name in ("pointwise", "calibrated_listwise")
+    declared = signature.single_output
+    clicks = declared.form != "score" and (
+        declared.task_kind.predicts_probability or name in ("pointwise", "calibrated_listwise")
     )
     score = output.reshape(-1)
     if clicks:
-        score, teacher = logits(signature, score), logits(signature, teacher)
+        score, teacher = logits(declared, score), logits(declared, teacher)
     score, teacher = score / temperature, teacher / temperature
     segment, lists = segments(batch, len(score))
     match name:

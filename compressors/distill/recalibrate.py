@@ -187,15 +187,15 @@ class Recalibrate(StepSettings):
             NothingToCompress: the task has no probabilities.
             CompressionError: the model has a map already.
         """
-        if not bench.signature.task_kind.predicts_probability:
+        if not bench.signature.single_output.task_kind.predicts_probability:
             raise NothingToCompress(
-                "probability_missing", step=self.kind, task=bench.signature.task
+                "probability_missing", step=self.kind, task=bench.signature.single_output.kind
             )
         earlier = recalibration_of(model.module)
         if earlier is not None:  # a map of a map would be hard to interpret
             raise StepRefused("recalibrated_already", step=self.kind, method=earlier.method)
         taken = Decision("taken", (Reason("selected", step=self.kind),))
-        return StepPlan({OUTPUT: taken}, bench.signature.output)
+        return StepPlan({OUTPUT: taken}, bench.signature.single_output.form)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[OutputForm]) -> Applied:
         """Fit the map on the validation rows.
@@ -205,11 +205,11 @@ class Recalibrate(StepSettings):
         """
         if bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
-        signature = bench.signature
+        signature, form = bench.signature, bench.signature.single_output.form
         parts = list(batches(bench.validation, signature, SCORING_ROWS))
         with torch.no_grad():
             predictions = torch.cat([model.module(**part.inputs).reshape(-1) for part in parts])
-        logit = logit_of(predictions, signature.output).double().numpy()
+        logit = logit_of(predictions, form).double().numpy()
         label = np.concatenate([part.label.numpy() for part in parts]).astype(np.float64)
         before = logloss(label, _sigmoid(logit))
         chosen: Method | None = None
@@ -222,12 +222,12 @@ class Recalibrate(StepSettings):
         if chosen is None:
             no_map = Reason("no_better_map", step=self.kind, loss=before)
             return Applied(model, {OUTPUT: Decision("skipped", (no_map,))})
-        fitted = made_of(chosen, signature.output, logit, label, self.knots)
+        fitted = made_of(chosen, form, logit, label, self.knots)
         attach(model.module, fitted)
         model.module.eval()
         with torch.no_grad():
             recalibrated = fitted(predictions)
-        after = logloss(label, _sigmoid(logit_of(recalibrated, signature.output).double().numpy()))
+        after = logloss(label, _sigmoid(logit_of(recalibrated, form).double().numpy()))
         mapped = Reason("output_mapped", method=chosen, before=before, after=after, rows=len(label))
         return Applied(model, {OUTPUT: Decision("taken", (mapped,))})
 

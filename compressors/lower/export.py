@@ -117,7 +117,8 @@ def exported(
         **attention.translations(),
         **functions.translations(),
     }
-    if signature.output == "probability" and recalibration_of(wrapper.model) is not None:
+    output = signature.single_output
+    if output.form == "probability" and recalibration_of(wrapper.model) is not None:
         translations[torch.ops.aten.sigmoid.default] = exact_sigmoid
     inputs = example(signature, rows, TRACE_ROWS)
     names = input_names(signature)

@@ -103,7 +103,7 @@ class ServingWrapper(nn.Module):
             return score.to(torch.float32)
         if score.dim() == 2:  # (rows, 1)
             score = score.squeeze(1)
-        if self.signature.output == "logit":
+        if self.signature.single_output.form == "logit":
             score = torch.sigmoid(score)
         if refused is not None:
             score = torch.where(refused, torch.nan, score)

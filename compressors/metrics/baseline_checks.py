@@ -36,16 +36,14 @@ def label_problems(
         label: label of each row, float ``(rows,)``.
         group: group of each row, int ``(rows,)``, or None.
     """
-    measured = split == "test"
+    output, measured = signature.single_output, split == "test"
     judged = measured or split == "validation"
-    if signature.label is None:
+    if output.label is None:
         return
-    if not signature.task_kind.needs_label:  # every row is an interaction; labels select some
+    if not output.task_kind.needs_label:  # every row is an interaction; labels select some
         if not (label > 0).any():
             yield BaselineProblem(
-                Reason(
-                    "interactions_missing", split=split, rows=label.size, column=signature.label
-                ),
+                Reason("interactions_missing", split=split, rows=label.size, column=output.label),
                 refused=judged,
                 fatal=measured,
             )
@@ -57,22 +55,22 @@ def label_problems(
                 split=split,
                 rows=label.size,
                 label=float(label[0]),
-                column=signature.label,
+                column=output.label,
             ),
             refused=judged,
             fatal=measured,
         )
         return
     quality = quality_metrics(
-        signature.task, grouped=signature.group is not None, named=(signature.metric,)
+        output.kind, grouped=signature.group is not None, named=(output.metric,)
     )
     grouped = [name for name in quality if metric(name).needs_group]
-    needed = grouped if measured else [name for name in grouped if name == signature.metric]
+    needed = grouped if measured else [name for name in grouped if name == output.metric]
     if group is not None and judged and needed and not _has_mixed_group(label, group):
         column, metrics = str(signature.group), tuple(needed)
         yield BaselineProblem(
             Reason("group_labels_equal", split=split, metrics=metrics, group=column)
-            if signature.metric in grouped
+            if output.metric in grouped
             else Reason("optional_group_labels_equal", split=split, metrics=metrics, group=column),
             refused=True,
             fatal=measured,
@@ -104,10 +102,11 @@ def score_problems(
     if score.size > 1 and score.min() == score.max():
         yield BaselineProblem(Reason("scores_equal", rows=score.size, score=float(score[0])))
         return
-    functions = signature.task_kind.load()
+    output = signature.single_output
+    functions = output.task_kind.load()
     if functions is not None:
         group = None if sample.group is None else sample.group.numpy()
-        yield from functions(signature).score_problems(ScoredSample(label, score, group))
+        yield from functions(output).score_problems(ScoredSample(label, score, group))
 
 
 def _has_mixed_group(label: Array, group: Array) -> bool:
@@ -120,7 +119,7 @@ def _sample(rows: Rows, signature: Signature) -> torch.Tensor:
     """Return row numbers spread evenly over a split; whole groups for ranking."""
     if len(rows) <= SAMPLE_ROWS:
         return torch.arange(len(rows))
-    if not signature.task_kind.has_lists or rows.group is None:
+    if not signature.has_lists or rows.group is None:
         return torch.arange(SAMPLE_ROWS) * len(rows) // SAMPLE_ROWS
     number = torch.unique(rows.group, return_inverse=True)[1]
     every = -(-len(rows) // SAMPLE_ROWS)

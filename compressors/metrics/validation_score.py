@@ -27,5 +27,5 @@ def quality(module: nn.Module, signature: Signature, split: Split) -> float:
     scores = torch.cat(outputs).cpu().numpy()
     label = np.concatenate([part.label.numpy() for part in parts])
     groups = [part.group.numpy() for part in parts if part.group is not None]
-    estimator: RowEstimator = metric(signature.metric).estimator("rows")
+    estimator: RowEstimator = metric(signature.single_output.metric).estimator("rows")
     return estimator.point(ScoredRows(label, scores, np.concatenate(groups) if groups else None))

@@ -2,7 +2,7 @@
 
 protocol.py   what the functions of a kind are
 outputs.py    outputs as logits, and as shares of lists
-loss.py       the training loss of a signature's kind, and batches in random order
+loss.py       the training loss of a signature, and batches in random order
 ctr.py        click prediction
 ranking.py    scores that order the rows of each list
 builtin.py    all of them, for the digests of the tasks that use them

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressors.contracts import Signature
+from compressors.contracts import Output
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import Batch
 from compressors.metrics import point_estimates
@@ -21,16 +21,16 @@ from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 class Ctr:
     """Binary cross entropy, and scores that fit the declared output."""
 
-    signature: Signature
+    output: Output
 
     def hard_loss(self, score: Tensor, batch: Batch) -> Tensor:
         """Compute the mean binary cross entropy."""
         label = batch.label.to(torch.float32)
-        return F.binary_cross_entropy_with_logits(logits(self.signature, score), label)
+        return F.binary_cross_entropy_with_logits(logits(self.output, score), label)
 
     def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
         """Compute the mean cross entropy against the teacher's probabilities."""
-        student, teacher = (logits(self.signature, output) for output in rows[:2])
+        student, teacher = (logits(self.output, values) for values in rows[:2])
         wanted = torch.sigmoid(teacher / temperature)
         loss = F.binary_cross_entropy_with_logits(student / temperature, wanted)
         return loss * temperature**2
@@ -39,7 +39,7 @@ class Ctr:
         """Check that scores fit the declared output and are better than the base rate."""
         label, score = sample.label, sample.score
         outside = (score < 0) | (score > 1)
-        declared = self.signature.output == "probability"
+        declared = self.output.form == "probability"
         if declared and outside.any():
             yield BaselineProblem(
                 Reason(

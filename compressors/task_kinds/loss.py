@@ -9,22 +9,22 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from compressors.contracts import Signature, Split
+from compressors.contracts import Output, Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.task_kinds import builtin as builtin
 from compressors.task_kinds.protocol import TaskFunctions, TaughtRows
 
 
-def functions_of(signature: Signature) -> TaskFunctions:
-    """Return the functions of a signature's kind of task.
+def functions_of(output: Output) -> TaskFunctions:
+    """Return the functions of an output's kind of task.
 
     Raises:
         ValueError: it has none; steps that need a loss refuse such a kind before.
     """
-    kind = signature.task_kind.load()
+    kind = output.task_kind.load()
     if kind is None:
-        raise ValueError(f"task {signature.task!r} has no loss")
-    functions: TaskFunctions = kind(signature)
+        raise ValueError(f"task {output.kind!r} has no loss")
+    functions: TaskFunctions = kind(output)
     return functions
 
 
@@ -32,14 +32,14 @@ def hard_loss(signature: Signature, output: Tensor, batch: Batch) -> Tensor:
     """Compute the loss against the labels.
 
     Args:
-        signature: task and form of the output.
+        signature: kind and form of the output.
         output: the network's output, float ``(rows,)`` or ``(rows, 1)``.
         batch: labels, and for ranking the groups.
 
     Returns:
         A scalar.
     """
-    return functions_of(signature).hard_loss(output.reshape(-1), batch)
+    return functions_of(signature.single_output).hard_loss(output.reshape(-1), batch)
 
 
 def soft_loss(
@@ -48,7 +48,7 @@ def soft_loss(
     """Compute the distillation loss against the teacher (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        signature: task and form of both outputs.
+        signature: kind and form of both outputs.
         output: the student's output, float ``(rows,)`` or ``(rows, 1)``.
         teacher: the teacher's output for the same rows, float ``(rows,)``.
         batch: the groups, for ranking.
@@ -59,7 +59,7 @@ def soft_loss(
         A scalar.
     """
     rows = TaughtRows(output.reshape(-1), teacher, batch)
-    return functions_of(signature).soft_loss(rows, temperature)
+    return functions_of(signature.single_output).soft_loss(rows, temperature)
 
 
 def shuffled(
@@ -89,7 +89,7 @@ def shuffled_rows(
     other tasks whose rows have a group.
     """
     generator = torch.Generator().manual_seed(seed)
-    if rows.group is None or not (whole_lists or signature.task_kind.has_lists):
+    if rows.group is None or not (whole_lists or signature.has_lists):
         whole = torch.randperm(len(rows), generator=generator)
         yield from _without_single_rows(torch.split(whole, size))
         return

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from compressors.contracts import Signature
+from compressors.contracts import Output
 from compressors.core.batches import Batch
 
 EDGE = 1e-6  # probabilities are clamped to [EDGE, 1 - EDGE], so that their logits are finite
 
 
-def logits(signature: Signature, output: Tensor) -> Tensor:
-    """Convert the output to a logit."""
-    return output if signature.output == "logit" else torch.logit(output, eps=EDGE)
+def logits(output: Output, values: Tensor) -> Tensor:
+    """Convert the values of an output to logits."""
+    return values if output.form == "logit" else torch.logit(values, eps=EDGE)
 
 
 def segments(batch: Batch, rows: int) -> tuple[Tensor, int]:

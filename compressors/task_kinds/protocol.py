@@ -27,7 +27,7 @@ class ScoredSample(NamedTuple):
 
 
 class TaskFunctions(Protocol):
-    """Losses and checks of models with one score for each row. It is created with a signature."""
+    """Losses and checks of models with one score for each row. It is created with an output."""
 
     def hard_loss(self, score: Tensor, batch: Batch) -> Tensor:
         """Compute the loss against the labels, a scalar.
@@ -41,7 +41,7 @@ class TaskFunctions(Protocol):
         """Compute the loss against a teacher, a scalar.
 
         Args:
-            rows: both outputs in the form that the signature names.
+            rows: both outputs in the form that the declared output has.
             temperature: divides both outputs; the loss is multiplied by its square.
         """
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressors.contracts import Signature
+from compressors.contracts import Output
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import Batch
 from compressors.metrics import point_estimates
@@ -24,7 +24,7 @@ class Ranking:
     without a positive label do not count.
     """
 
-    signature: Signature
+    output: Output
 
     def hard_loss(self, score: Tensor, batch: Batch) -> Tensor:
         """Compute the mean cross entropy of the lists with a relevant row."""

@@ -227,7 +227,8 @@ def bundle_show(
         write(manifest.model_dump_json(indent=1))
         return
     signature = manifest.signature
-    write_line(f"{manifest.name}@{manifest.version}: {signature.task}, {signature.metric}")
+    measured = "; ".join(f"{output.kind}, {output.metric}" for output in signature.outputs)
+    write_line(f"{manifest.name}@{manifest.version}: {measured}")
     write_line(f"architecture {manifest.network.architecture.path}")
     for item in signature.inputs:
         table = getattr(item, "table", None)

@@ -15,15 +15,22 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from compressors.contracts import Artifact, DenseInput, Frozen, Network, Plan, Sha256, Signature
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
+from infra.bundle.json_limits import AnyModel
 from infra.bundle.json_reader import clean, decode, parse, plain, read_json, refuse_if, short
 from infra.bundle.paths import DraftPath, FileName, InsidePath
+from infra.bundle.schema_versions import (
+    SCHEMA_VERSION,
+    VERSION_1_PLACES,
+    migrate,
+    require_known_version,
+)
 from infra.bundle.shards import (
     BLOCK_BYTES,
     INDEX,
@@ -57,7 +64,6 @@ __all__ = [
     "tensor_files",
 ]
 
-SCHEMA_VERSION: Final = 1
 MANIFEST = "model.json"
 MAX_DIMENSIONS_SHOWN = 8
 """Of a shape in an error: a header may list thousands."""
@@ -89,7 +95,7 @@ class DataReference(Frozen):
 class Manifest(Frozen):
     """A sealed bundle's ``model.json``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2]
     name: Name
     version: Version
     signature: Signature
@@ -116,7 +122,7 @@ class Draft(Frozen):
     Paths are relative to the draft's folder, or absolute: ``folder / path`` is right for both.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2]
     name: Name
     version: Version
     signature: Signature
@@ -137,10 +143,10 @@ def read_draft(folder: Path) -> Draft:
     """
     refuse_if(folder, (p for path in listing(folder) if (p := draft_file_problem(path))))
     _, document = read_json(folder / MANIFEST)
-    _check_version(folder / MANIFEST, document)
+    require_known_version(document, folder / MANIFEST)
     if "seal" in document or "files" in document:
         raise BundleRefused("already_sealed", folder=str(folder))
-    draft = parse(Draft, document, folder / MANIFEST)
+    draft = _parsed(Draft, document, folder / MANIFEST)
     stored_tensors(folder)
     sections: tuple[tuple[str, Mapping[Any, str]], ...] = (
         ("data", draft.data),
@@ -240,10 +246,10 @@ def manifest_of(raw: bytes, folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     document = decode(raw, path)
-    _check_version(path, document)
+    require_known_version(document, path)
     if "seal" not in document and "files" not in document:
         raise BundleRefused("is_draft", folder=str(folder))
-    manifest = parse(Manifest, _without_seal(document), path, stored=True)
+    manifest = _parsed(Manifest, _without_seal(document), path, stored=True)
     tail = len(_seal_line(b""))
     if raw[-tail:] != _seal_line(raw[:-tail]):
         raise BundleRefused("seal_differs", path=str(path))
@@ -412,17 +418,12 @@ def _unusable(folder: Path, entry: str, text: str) -> Reason | None:
     return None
 
 
-def _check_version(path: Path, document: Mapping[str, Any]) -> None:
-    found = document.get("schema_version")
-    if type(found) is int and found == SCHEMA_VERSION:
-        return
-    if type(found) is int and found > SCHEMA_VERSION:
-        raise BundleRefused(
-            "schema_version_newer", path=str(path), got=short(found), known=SCHEMA_VERSION
-        )
-    raise BundleRefused(
-        "schema_version_unknown", path=str(path), got=short(found), known=SCHEMA_VERSION
-    )
+def _parsed(
+    kind: type[AnyModel], document: Mapping[str, Any], path: Path, *, stored: bool = False
+) -> AnyModel:
+    """Validate a document of any known version; errors name places in the document as it is."""
+    places = VERSION_1_PLACES if document["schema_version"] == 1 else {}
+    return parse(kind, migrate(document), path, stored=stored, places=places)
 
 
 def _without_seal(document: Mapping[str, Any]) -> dict[str, Any]:

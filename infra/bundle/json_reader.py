@@ -113,7 +113,12 @@ def decode(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def parse(
-    kind: type[AnyModel], document: Mapping[str, Any], path: Path, *, stored: bool = False
+    kind: type[AnyModel],
+    document: Mapping[str, Any],
+    path: Path,
+    *,
+    stored: bool = False,
+    places: Mapping[str, str] | None = None,
 ) -> AnyModel:
     """Validate a document.
 
@@ -122,6 +127,7 @@ def parse(
         document: its fields.
         path: its file, for the error message.
         stored: whether recpress wrote it: rules added in later versions do not apply.
+        places: what to call places of the document in errors, if it was migrated.
 
     Raises:
         BundleRefused: fields are missing, unknown or wrong; a sentence for each.
@@ -129,7 +135,7 @@ def parse(
     try:
         return kind.model_validate(document, context={"stored": stored})
     except ValidationError as fault:
-        sentences = (_sentence(error) for error in fault.errors(include_url=False))
+        sentences = (_sentence(e, places or {}) for e in fault.errors(include_url=False))
         raise BundleRefused(
             "fields_unusable", path=str(path), problems=_first_sentences(sentences)
         ) from fault
@@ -212,7 +218,7 @@ def _check_texts(document: object) -> None:
             raise value_error("json_too_deep", most_levels=MAX_JSON_DEPTH)
 
 
-def _sentence(error: Mapping[str, Any]) -> str:
+def _sentence(error: Mapping[str, Any], places: Mapping[str, str]) -> str:
     """Format one pydantic validation error as a sentence."""
     where = ""
     tag_may_follow = False  # pydantic adds the kind of a union's member to the location
@@ -223,6 +229,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
             where += f".{part if part.isprintable() and len(part) < 80 else short(part)}"
         tag_may_follow = isinstance(part, int)
     where = where.removeprefix(".") or "the document"
+    where = places.get(where, where)
     if error["type"] == "missing":
         return f"{where} is missing; add it."
     if error["type"] == "extra_forbidden":

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from compressors.contracts import ITEMS, AnyInput, DenseInput, Frozen, IdInput, Signature
+from compressors.contracts import ITEMS, AnyInput, DenseInput, Frozen, IdInput, Output, Signature
 from compressors.contracts.value_errors import value_error
 from infra.data.parquet import SCALARS, needs
 from infra.data.splits import FLOAT32_MAX, INT32, policed
@@ -150,7 +150,8 @@ def plan(
             if split == ITEMS and item.name == signature.item:
                 rule, expects = "each item once", "ExpectColumnValuesToBeUnique"
                 checks.append(Check(split, column, rule, ROWS, expects))
-    checks += _of_label(split, signature, rules)
+    for output in signature.outputs:
+        checks += _of_label(split, output, rules)
     if signature.group is not None:
         checks.append(_not_null(split, signature.group, ROWS))
     if signature.time is not None:
@@ -189,11 +190,11 @@ def _of_input(
     return [_not_null(split, column, LENGTHS), length, *checks]
 
 
-def _of_label(split: str, signature: Signature, rules: Rules) -> list[Check]:
-    label = signature.label
+def _of_label(split: str, output: Output, rules: Rules) -> list[Check]:
+    label = output.label
     if label is None:
         return []
-    if signature.task_kind.labels == "grades":
+    if output.task_kind.labels == "grades":
         return [
             _not_null(split, label, ROWS),
             _between(split, label, "at least 0, finite in float32", ROWS, 0, FLOAT32_MAX),

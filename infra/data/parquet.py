@@ -105,9 +105,12 @@ def needs(signature: Signature) -> tuple[Need, ...]:
                 needed.append(Need(column, use, kinds, "Store it as float32."))
             else:
                 needed.append(Need(column, use, ("list of integer",), whole))
-    if signature.label is not None:
-        needed.append(Need(signature.label, "the label", NUMBERS, "Store it as a number."))
-    if signature.group is not None and signature.task_kind.evaluation == "queries":
+    needed.extend(
+        Need(output.label, "the label", NUMBERS, "Store it as a number.")
+        for output in signature.outputs
+        if output.label is not None
+    )
+    if signature.group is not None and not signature.scores_rows:
         # Other values are numbered separately in each split, and here splits are compared.
         remedy = "Number the groups the same way in every split."
         needed.append(Need(signature.group, "the group", ("integer",), remedy))

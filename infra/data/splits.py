@@ -109,17 +109,15 @@ def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
     taken = [item.name for item in signature.inputs if item.name.startswith("@")]
     refuse(parquet, [f"input {name!r}: names starting with '@' are ours." for name in taken])
     require_memory(_bytes_needed(found, signature), f"{parquet} as tensors")
-    out = _allocate(found, signature)
+    out, output = _allocate(found, signature), signature.single_output
     faults, codes = Faults(), dict[Any, int]()
     for first, batch in batches(found, (need.column for need in needs(signature))):
         here = slice(first, first + batch.num_rows)
         for item in signature.inputs:
             _fill(item, batch, first, out, faults)
-        if signature.label is not None:
-            column = batch.column(signature.label)
-            out["@label"][here] = _labels(
-                column, signature.label, signature.task_kind, first, faults
-            )
+        if output.label is not None:
+            column = batch.column(output.label)
+            out["@label"][here] = _labels(column, output.label, output.task_kind, first, faults)
         if signature.group is not None:
             column = batch.column(signature.group)
             out["@group"][here] = _groups(column, signature.group, first, codes, faults)
@@ -286,15 +284,15 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
     found = survey(parquet, signature)
     check_columns(found, parquet, signature)
     inputs = {item.name: IdStatistics() for item in signature.inputs if item.kind != "dense"}
-    labels, total = 0, 0.0
+    label_column, labels, total = signature.single_output.label, 0, 0.0
     low: float | int | None = None
     high: float | int | None = None
     for _, batch in batches(found, (need.column for need in needs(signature))):
         for item in signature.inputs:
             for name in item.columns if item.name in inputs else ():
                 inputs[item.name] = _widened(inputs[item.name], batch.column(name))
-        if signature.label is not None:
-            label = batch.column(signature.label)
+        if label_column is not None:
+            label = batch.column(label_column)
             labels += len(label) - label.null_count
             total += pc.sum(label.cast(pa.float64(), safe=False)).as_py() or 0.0
         if signature.time is not None:

@@ -29,6 +29,8 @@ class BundleRefused(Refused):
         "json_no_object": "{path} must be one JSON object, not a {kind}.",
         "schema_version_newer": "{path} has schema_version {got}; this recpress knows {known}. "
         "Upgrade recpress.",
+        "schema_version_too_old": "{path} has schema_version {got}, but {field} is a field of "
+        'version {known}. Write "schema_version": {known}, or use the fields of version {got}.',
         "schema_version_unknown": "{path} has schema_version {got}; this recpress knows {known}. "
         'Write "schema_version": {known}.',
         "already_sealed": "{folder} is already a sealed bundle, not a draft. Check it with "

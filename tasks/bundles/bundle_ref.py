@@ -97,19 +97,19 @@ def find(reference: str) -> BundleRef:
     """
     artifact = resolve(reference)
     manifest = manifest_of(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
-    path = manifest.network.architecture.path
+    path, output = manifest.network.architecture.path, manifest.signature.single_output
     return BundleRef(
         artifact=artifact,
         name=manifest.name,
         version=manifest.version,
-        metric=manifest.signature.metric,
+        metric=output.metric,
         rows={split: held.rows for split, held in manifest.data.items()},
         longest={
             item.name: item.shape[0]
             for item in manifest.signature.inputs
             if isinstance(item, JaggedBag)
         },
-        task=manifest.signature.task,
+        task=output.kind,
         grouped=manifest.signature.group is not None,
         weight_bytes=sum(record.bytes for record in manifest.files.values()),
         data_bytes=max((held.artifact.bytes for held in manifest.data.values()), default=0),

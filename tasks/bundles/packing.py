@@ -172,10 +172,11 @@ def _examine(reference: str) -> Checked:
     manifest = read(folder)
     signature = manifest.signature
     grouped = signature.group is not None
-    if problem := metric_problem(signature.task, signature.metric, grouped=grouped):
-        raise BundleRefused(
-            "metric_unfit", name=manifest.name, version=manifest.version, problem=problem
-        )
+    for output in signature.outputs:
+        if problem := metric_problem(output.kind, output.metric, grouped=grouped):
+            raise BundleRefused(
+                "metric_unfit", name=manifest.name, version=manifest.version, problem=problem
+            )
     require_items(manifest.data, signature, folder)
     paths = {split: data_path(manifest, split) for split in manifest.data}
     statistics = {

@@ -68,7 +68,7 @@ def _teacher(artifact: Artifact) -> Teacher:
     return Teacher(
         artifact=artifact,
         name=f"{manifest.name}@{manifest.version}",
-        output=manifest.signature.output,
+        output=manifest.signature.single_output.form,
         architecture=source_digest(path, load_settings().allowed_modules),
     )
 
@@ -90,10 +90,11 @@ def _require_same(reference: str, found: Signature, wanted: Signature) -> None:
 
 def difference(found: Signature, wanted: Signature) -> str | None:
     """Return the first difference between a teacher's inputs and outputs and the expected ones."""
-    if found.task != wanted.task:
-        return f"its task is {found.task!r}, not {wanted.task!r}"
-    if found.output != wanted.output:
-        return f"its output is a {found.output}, not a {wanted.output}"
+    for output, expected in zip(found.outputs, wanted.outputs, strict=True):
+        if output.kind != expected.kind:
+            return f"its task is {output.kind!r}, not {expected.kind!r}"
+        if output.form != expected.form:
+            return f"its output is a {output.form}, not a {expected.form}"
     own, others = ([item.name for item in signature.inputs] for signature in (found, wanted))
     if own != others:
         return f"its inputs are {', '.join(own)}, not {', '.join(others)}"

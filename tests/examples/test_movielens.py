@@ -249,7 +249,8 @@ def test_the_draft_can_be_built_and_scored_from_its_files_alone(draft):
     inputs = rows.inputs(torch.arange(100))
     assert set(inputs) == {name for item in signature.inputs for name in tensor_names(item)}
     assert network.eval()(**inputs).isfinite().all()
-    assert {signature.label, signature.group, signature.time} <= set(table.column_names)
+    (output,) = signature.outputs
+    assert {output.label, signature.group, signature.time} <= set(table.column_names)
 
 
 def test_every_id_of_the_draft_lies_in_its_table(draft):

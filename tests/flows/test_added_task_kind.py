@@ -12,7 +12,7 @@ from error_codes import raises_value_error
 from orders import carry_out, surroundings
 from torch import Tensor
 
-from compressors.contracts import Limit, Signature
+from compressors.contracts import Limit, Output, Signature
 from compressors.contracts.task_kind import TASK_KINDS, TaskKind, register
 from compressors.core.batches import Batch
 from compressors.distill.fine_tune import FineTune
@@ -30,7 +30,7 @@ LOSSES: list[float] = []
 class Upvotes:
     """Squared errors of probabilities."""
 
-    signature: Signature
+    output: Output
 
     def hard_loss(self, score: Tensor, batch: Batch) -> Tensor:
         loss = (torch.sigmoid(score) - batch.label.to(torch.float32)).square().mean()
@@ -67,7 +67,7 @@ def upvotes() -> Iterator[None]:
 def write_upvotes(folder: Path) -> Path:
     draft = write_draft(folder, name="posts")
     document = json.loads((draft / "model.json").read_text())
-    document["signature"]["task"] = "upvotes"
+    document["signature"]["outputs"][0]["kind"] = "upvotes"
     (draft / "model.json").write_text(json.dumps(document))
     return draft
 
@@ -101,4 +101,4 @@ def test_without_registration_the_task_is_unknown(tmp_path: Path) -> None:
 def test_a_kind_of_other_outputs_is_refused(upvotes: None, tmp_path: Path) -> None:
     document = json.loads((write_upvotes(tmp_path / "draft") / "model.json").read_text())
     with raises_value_error("output_form", task="upvotes", got="score"):
-        Signature.model_validate(document["signature"] | {"output": "score"})
+        Output.model_validate(document["signature"]["outputs"][0] | {"form": "score"})

@@ -13,6 +13,8 @@ import pytest
 from drafts import ALLOWED, ROOT, ROWS, environment, recpress, write_draft
 from orders import ACCEPTED, World, carry_out
 from prefect.client.orchestration import get_client
+from prefect.utilities.schema_tools.validation import ValidationError as SchemaError
+from prefect.utilities.schema_tools.validation import validate
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Limit
@@ -298,6 +300,17 @@ def test_the_drafts_schema_is_json_and_a_draft_follows_it(home: Path, call: Any)
     schema = json.loads(said.out)
     draft = json.loads((write_draft(home / "draft") / "model.json").read_text())
     assert set(schema["required"]) <= set(draft) <= set(schema["properties"])
+    validate(draft, schema, raise_on_error=True)
+    output = draft["signature"]["outputs"][0]
+    several = draft["signature"] | {"outputs": [output, output | {"name": "second"}]}
+    unknown = draft["signature"] | {"outputs": [output | {"kind": "unknown"}]}
+    for other in (
+        draft | {"schema_version": 1},
+        draft | {"signature": several},
+        draft | {"signature": unknown},
+    ):
+        with pytest.raises(SchemaError):
+            validate(other, schema, raise_on_error=True)
 
 
 def hostile_pickle(draft: Path) -> None:
@@ -317,7 +330,7 @@ def hostile_module(draft: Path) -> None:
 
 
 def hostile_version(draft: Path) -> None:
-    edit(draft, lambda text: text.replace('"schema_version": 1', '"schema_version": 99'))
+    edit(draft, lambda text: text.replace('"schema_version": 2', '"schema_version": 99'))
 
 
 def hostile_nan(draft: Path) -> None:

@@ -174,6 +174,6 @@ def test_pack_and_check_print_warnings_about_the_model(call: Call, tmp_path: Pat
 def test_pack_refuses_a_metric_of_another_task_with_exit_code_2(call: Call, tmp_path: Path) -> None:
     draft = write_draft(tmp_path / "draft", task="ranking")
     document = json.loads((draft / "model.json").read_text())
-    document["signature"]["metric"] = "auc"
+    document["signature"]["outputs"][0]["metric"] = "auc"
     (draft / "model.json").write_text(json.dumps(document))
     refused(call("bundle", "pack", str(draft)), "signature", "needs metric ndcg@k", "'auc'")

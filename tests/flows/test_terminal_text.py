@@ -81,19 +81,16 @@ def write_draft(folder: Path, name: str) -> None:
         columns["y"] = draw.integers(0, 2, 300)
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
     signature = {
-        "task": "ctr",
         "inputs": [
             {"kind": "id", "name": "a", "table": f"tables.{name}"},
             {"kind": "id", "name": "b", "table": "tables.other"},
             {"kind": "dense", "name": "dense", "columns": ["d0", "d1"], "shape": [2]},
         ],
-        "output": "logit",
-        "label": "y",
-        "metric": "auc",
+        "outputs": [{"name": "y", "kind": "ctr", "form": "logit", "label": "y", "metric": "auc"}],
     }
     architecture = {"path": "named_network:Named", "config": {"names": [name, "other"]}}
     document = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "named",
         "version": "1",
         "signature": signature,

@@ -17,16 +17,14 @@ from tests.golden import package
 from tests.golden.package import Bench, DenseInput, IdInput, JaggedBag, Signature
 from tests.models import RANKER, Reference, prepared
 from tests.narrow_networks import HISTORY, Transformer
+from tests.signatures import with_output
 
-RANKING = HISTORY.model_copy(
-    update={"task": "ranking", "output": "score", "metric": "ndcg@10", "group": "user"}
+RANKING = with_output(
+    HISTORY.model_copy(update={"group": "user"}), kind="ranking", form="score", metric="ndcg@10"
 )
 TOWERS = Signature.model_validate(
     {
-        "task": "retrieval",
-        "output": "score",
         "group": "user",
-        "metric": "recall@20",
         "item": "item",
         "inputs": [
             IdInput(name="user", table="of_user.user").model_dump(),
@@ -35,6 +33,7 @@ TOWERS = Signature.model_validate(
             JaggedBag(name="tags", table="of_item.tags", shape=(4,)).model_dump(),
             DenseInput(name="dense", shape=(3,)).model_dump(),
         ],
+        "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}],
         "towers": {
             "query": {"module": "of_user", "inputs": ["user", "lately"]},
             "item": {"module": "of_item", "inputs": ["item", "tags", "dense"]},
@@ -54,12 +53,10 @@ class NormedTransformer(Transformer):
                 nn.init.normal_(module.bias, std=0.1)
 
 
-PAIRS = TOWERS.model_copy(
+PAIRS = with_output(
+    TOWERS, name="label", kind="ctr", form="logit", label="label", metric="auc"
+).model_copy(
     update={
-        "task": "ctr",
-        "output": "logit",
-        "label": "label",
-        "metric": "auc",
         "group": None,
         "item": None,
         "towers": None,

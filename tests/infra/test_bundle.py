@@ -37,6 +37,7 @@ from compressors.core.state.module_state import write_tensors
 from infra.bundle import bundle_folder, shards
 from infra.bundle.architecture import network_class
 from infra.bundle.json_limits import MAX_JSON_BYTES
+from infra.bundle.schema_versions import KNOWN_VERSIONS
 from infra.errors import BundleRefused
 
 ARTIFACT = Artifact(uri="file:///data", sha256="1" * 64, bytes=10)
@@ -46,15 +47,14 @@ DATA = {
 }
 SIGNATURE = Signature.model_validate(
     {
-        "task": "ctr",
         "inputs": [
             {"kind": "id", "name": "user", "table": "embed.user"},
             {"kind": "jagged_bag", "name": "genres", "shape": [8], "table": "embed.genres"},
             {"kind": "dense", "name": "age", "shape": [1]},
         ],
-        "output": "logit",
-        "label": "click",
-        "metric": "auc",
+        "outputs": [
+            {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
+        ],
     }
 )
 NETWORK = Network(architecture=Architecture(path="examples.tiny:Net", config={"dim": 4, "p": 0.5}))
@@ -102,7 +102,7 @@ def draft(tmp_path):
 
 def draft_document():
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "tiny",
         "version": "V1",
         "signature": SIGNATURE.model_dump(mode="json"),
@@ -407,12 +407,12 @@ def test_an_edited_manifest_is_called_changed(sealed):
         (b"[" * 200_000, "nested too deep"),
         (b'{"a":' * 100_000, "nested too deep"),
         (b"[" + b"1," * 1_600_000 + b"1]", "more than 1500000 values"),
-        (b"{}", "has schema_version None; this recpress knows 1"),
-        (b'{"schema_version": 2}', "knows 1. Upgrade recpress"),
-        (b'{"schema_version": 0}', 'Write "schema_version": 1'),
+        (b"{}", "has schema_version None; this recpress knows 2"),
+        (b'{"schema_version": 3}', "knows 2. Upgrade recpress"),
+        (b'{"schema_version": 0}', 'Write "schema_version": 2'),
         (b'{"schema_version": true}', "has schema_version True"),
-        (b'{"schema_version": 1.0}', "has schema_version 1.0"),
-        (b'{"schema_version": "1"}', "has schema_version '1'"),
+        (b'{"schema_version": 2.0}', "has schema_version 2.0"),
+        (b'{"schema_version": "2"}', "has schema_version '2'"),
     ],
     ids=range(24),
 )
@@ -436,7 +436,11 @@ def test_a_large_model_json_is_refused_unread(sealed, look, monkeypatch):
         (("name",), "Upper", "name: String should match pattern"),
         (("name",), "../x", "name: String should match pattern"),
         (("version",), "a" * 65, "version: String should match pattern"),
-        (("signature", "metric"), ..., "signature.metric is missing; add it"),
+        (
+            ("signature", "outputs", 0, "metric"),
+            ...,
+            "signature.outputs[0].metric is missing; add it",
+        ),
         (("signature", "labels"), "x", "signature.labels is not a field of this format"),
         (("signature", "inputs", 0, "kind"), "ids", "signature.inputs[0]: Input tag 'ids'"),
         (("signature", "inputs", 0, "table"), ..., "signature.inputs[0].table is missing"),
@@ -488,13 +492,13 @@ def test_all_wrong_fields_are_reported_together_up_to_a_limit(draft):
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "x" * 100_000}, {"signature": {"task": "y" * 100_000}}]
+    "change", [{"name": "x" * 100_000}, {"signature": {"outputs": [{"kind": "y" * 100_000}]}}]
 )
 def test_the_message_of_a_refusal_stays_short_if_it_quotes_long_values(draft, change):
     write_draft(draft, **change)
     assert len(refusal(bundle_folder.read_draft, draft)) < 2_500  # two sentences of 900 and a path
     document = json.loads((draft / "model.json").read_text())
-    document["signature"] = {"task": "ctr", "inputs": [{"kind": "z" * 100_000}] * 3}
+    document["signature"]["inputs"] = [{"kind": "z" * 100_000}] * 3
     (draft / "model.json").write_text(json.dumps(document))
     assert len(refusal(bundle_folder.read_draft, draft)) < 20 * 900
 
@@ -647,9 +651,10 @@ def test_no_model_json_raises_anything_but_a_refusal(tmp_path_factory):
         raw=st.binary(max_size=60)
         | JSON_VALUES.map(lambda value: json.dumps(value).encode())
         | st.text(alphabet='{}[]":,0e-\\u', max_size=60).map(str.encode)
-        | st.dictionaries(st.sampled_from(sorted(json.loads(good))), JSON_VALUES).map(
-            lambda value: json.dumps(value | {"schema_version": 1}).encode()
-        )
+        | st.tuples(
+            st.dictionaries(st.sampled_from(sorted(json.loads(good))), JSON_VALUES),
+            st.sampled_from(KNOWN_VERSIONS),
+        ).map(lambda pair: json.dumps(pair[0] | {"schema_version": pair[1]}).encode())
     )
     def garbage(raw):
         (folder / "model.json").write_bytes(raw)

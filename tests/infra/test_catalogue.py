@@ -7,7 +7,7 @@ from error_codes import Text, raises_code
 from retrieval_draft import SIGNATURE
 from safetensors.numpy import load_file
 
-from compressors.contracts import Signature, Split
+from compressors.contracts import Output, Signature, Split
 from compressors.core.batches import batches
 from infra.data.catalogue import prepare, require_items
 from infra.data.expectations import Rules, validate
@@ -110,7 +110,8 @@ def test_a_catalogue_is_needed_by_retrieval_and_by_nothing_else():
     with raises_code(DataRefused, "catalogue_missing", place="it", split="items"):
         require_items(["test"], SCHEMA, "it")
     clicks = Signature(
-        task="ctr", inputs=SCHEMA.inputs[:1], output="logit", label="click", metric="auc"
+        inputs=SCHEMA.inputs[:1],
+        outputs=(Output(name="click", kind="ctr", form="logit", label="click", metric="auc"),),
     )
     require_items(["test"], clicks, "it")
     with raises_code(DataRefused, "catalogue_unexpected", split="items"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import Architecture, Bench, IdInput, Network, Signature
+from compressors.contracts import Architecture, Bench, IdInput, Network, Output, Signature
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.core.steps.step import Step
@@ -34,10 +34,7 @@ SCHEMA = Signature(
             shape=(FIELDS,),
         ),
     ),
-    output="logit",
-    task="ctr",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Architecture, Bench, DenseInput, Network, Signature, Split
+from compressors.contracts import Architecture, Bench, DenseInput, Network, Output, Signature, Split
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.core.steps.step import Step
@@ -29,10 +29,7 @@ needs_rtx = pytest.mark.skipif(
 INPUTS, WIDTH = 500, 512  # inputs that no block divides
 SCHEMA = Signature(
     inputs=(DenseInput(name="x", shape=(INPUTS,)),),
-    output="logit",
-    task="ctr",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 

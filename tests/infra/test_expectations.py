@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from error_codes import Text, raises_code, raises_value_error
+from signatures import with_output
 
-from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Signature
+from compressors.contracts import DenseInput, IdInput, JaggedBag, Output, PaddedBag, Signature
 from infra.data import expectations
 from infra.data.checks import ROWS, Check
 from infra.data.expectations import Rules, refuse_failures, validate
@@ -26,13 +27,10 @@ INPUTS = (
     JaggedBag(name="history", shape=(4,), table="users", out_of_range="default_row"),
 )
 SCHEMA = Signature(
-    task="ctr",
     inputs=INPUTS,
-    output="logit",
-    label="click",
+    outputs=(Output(name="click", kind="ctr", form="logit", label="click", metric="gauc"),),
     group="session",
     time="at",
-    metric="gauc",
 )
 
 
@@ -189,7 +187,7 @@ def test_the_label_rate_keeps_to_given_bounds(write):
 
 
 def test_ranking_labels_are_grades_and_not_all_zero(write):
-    ranking = narrow("click").model_copy(update={"task": "ranking", "output": "score"})
+    ranking = with_output(narrow("click"), kind="ranking", form="score")
 
     def rules(labels):
         path = write(train={"click": pa.array(labels)})["train"]

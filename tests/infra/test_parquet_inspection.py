@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from error_codes import Text, raises_code, raises_value_error
 
-from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Signature
+from compressors.contracts import DenseInput, IdInput, JaggedBag, Output, PaddedBag, Signature
 from infra.data import parquet_inspector
 from infra.data.parquet_inspection import MEMORY_LIMIT, inspect
 from infra.data.parquet_inspector import Inspector, inspect_parquet
@@ -31,15 +31,12 @@ COLUMNS = ("user", "genres", "price", "label")
 
 def signature(longest: int = 3) -> Signature:
     return Signature(
-        task="ctr",
         inputs=(
             IdInput(name="user", table="user"),
             JaggedBag(name="genres", table="genres", shape=(longest,)),
             DenseInput(name="price", shape=(1,)),
         ),
-        output="logit",
-        label="label",
-        metric="auc",
+        outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
     )
 
 

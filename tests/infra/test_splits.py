@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, Signature
+from compressors.contracts import DenseInput, IdInput, JaggedBag, Output, PaddedBag, Signature
 from infra.data.splits import check_ids, prepare, split_statistics
 from infra.errors import DataRefused, StoreUnavailable
 
@@ -27,13 +27,18 @@ JAGGED = JaggedBag(name="history", shape=(4,), table="items", dtype="int32")
 def signature_of(*inputs, task="ctr", group="session", time="at"):
     output = "logit" if task == "ctr" else "score"
     return Signature(
-        task=task,
         inputs=inputs,
-        output=output,
-        label="click",
+        outputs=(
+            Output(
+                name="click",
+                kind=task,
+                form=output,
+                label="click",
+                metric="auc" if task == "ctr" else "ndcg@10",
+            ),
+        ),
         group=group,
         time=time,
-        metric="auc" if task == "ctr" else "ndcg@10",
     )
 
 

@@ -7,7 +7,7 @@ from error_codes import raises_code
 from table_codes import named
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, Signature
+from compressors.contracts import IdInput, Output, Signature
 from compressors.core.modules.formats import PackedTable
 from compressors.core.steps.step import TableStep
 from compressors.lower.export import lower
@@ -38,10 +38,7 @@ SCHEMA = Signature(
             name="ids", table="items", columns=tuple("abcdefghijklmnopqrstuvwxyz"), shape=(FIELDS,)
         ),
     ),
-    output="logit",
-    task="ctr",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 

@@ -10,7 +10,7 @@ from error_codes import raises_code
 from models import Reference, whole
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, IdInput, Signature
+from compressors.contracts import Bench, IdInput, Output, Signature
 from compressors.core.runner import run
 from compressors.core.steps.step import TableStep
 from compressors.core.units import stored_bytes
@@ -49,11 +49,8 @@ class Fields(nn.Module):
 
 
 SCHEMA = Signature(
-    task="ctr",
     inputs=(IdInput(name="item", table="item", columns=("a", "b"), shape=(FIELDS,)),),
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 

@@ -271,7 +271,7 @@ class Checker:
             score = graph.part(module)(**within)
         if graph.output != VECTOR:
             score = score.reshape(-1)
-            score = torch.sigmoid(score) if graph.signature.output == "logit" else score
+            score = torch.sigmoid(score) if graph.signature.single_output.form == "logit" else score
         score = score.clone()
         score[refused] = torch.nan
         return score.numpy()
@@ -331,7 +331,7 @@ class Checker:
             if target != "onnxruntime" and formats - {"float32"}:
                 precision = "bfloat16" if has_bfloat16_products(plan) else "float16"
             gap_tensor = torch.from_numpy(expected - actual)
-            squash = graph.output != VECTOR and graph.signature.output == "logit"
+            squash = graph.output != VECTOR and graph.signature.single_output.form == "logit"
             if not self.is_rounding(gap_tensor, part, within, precision, squash=squash):
                 raise
 

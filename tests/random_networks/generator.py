@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressors.contracts import Architecture, Network, Signature
+from compressors.contracts import Architecture, Network, Output, Signature
 from compressors.core.model import Model
 from tests.random_networks.inputs import typical_rows
 from tests.random_networks.network import RandomNetwork, TwoTowers
@@ -52,7 +52,7 @@ class Case:
     @property
     def network(self) -> type[nn.Module]:
         """The class of the network."""
-        return TwoTowers if self.signature.task == "retrieval" else RandomNetwork
+        return TwoTowers if self.signature.single_output.kind == "retrieval" else RandomNetwork
 
     def model(self) -> Model:
         """The network with its weights, like a model loaded from a bundle."""
@@ -211,11 +211,16 @@ def _click_model(seed: int, rng: random.Random) -> Case:
         "probability": probability,
     }
     signature = Signature(
-        task="ctr",
         inputs=tuple(composer.inputs),
-        output="probability" if probability else "logit",
-        label="label",
-        metric="auc",
+        outputs=(
+            Output(
+                name="label",
+                kind="ctr",
+                form="probability" if probability else "logit",
+                label="label",
+                metric="auc",
+            ),
+        ),
     )
     return Case(seed, {"parts": composer.parts, "head": head}, signature, composer.scales)
 
@@ -230,10 +235,8 @@ def _two_tower_model(seed: int, rng: random.Random) -> Case:
     item = next(i for i in towers["item"].inputs if i["kind"] == "id" and not i["shape"])
     inputs = tuple(i for side in towers.values() for i in side.inputs)
     signature = Signature(
-        task="retrieval",
         inputs=inputs,
-        output="score",
-        metric="recall@20",
+        outputs=(Output(name="score", kind="retrieval", form="score", metric="recall@20"),),
         group="group",
         item=item["name"],
         towers={

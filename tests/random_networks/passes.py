@@ -33,7 +33,7 @@ def mixed(checker: Checker, number: int, target: TargetKind | None) -> Model:
     """
     rng = random.Random(f"pass {checker.case.seed} {number}")
     model = checker.source
-    retrieval = checker.case.signature.task == "retrieval"
+    retrieval = checker.case.signature.single_output.kind == "retrieval"
     values = rng.sample(sorted(VALUES), rng.choice((0, 1, 1, 1, 2)))
     for name in values:
         if not (retrieval and name in SUPERVISED):
@@ -121,7 +121,7 @@ def single_formats(checker: Checker, every: int) -> None:
         every: 1 checks all formats; 2 checks one half on even seeds and the other on odd seeds.
     """
     rng = random.Random(f"formats {checker.case.seed}")
-    retrieval = checker.case.signature.task == "retrieval"
+    retrieval = checker.case.signature.single_output.kind == "retrieval"
     called = set(called_units(checker))
     for draws, role in ((TABLES, "table"), (LAYERS, "dense")):
         units = [u.name for u in Unit.of(checker.source.module) if u.role == role]
@@ -141,7 +141,7 @@ def single_formats(checker: Checker, every: int) -> None:
 def value_steps(checker: Checker, count: int) -> None:
     """Check ``count`` value-changing steps, each alone on the original network."""
     rng = random.Random(f"values {checker.case.seed}")
-    retrieval = checker.case.signature.task == "retrieval"
+    retrieval = checker.case.signature.single_output.kind == "retrieval"
     kinds = sorted(VALUES)
     first = checker.case.seed * count
     for index in range(count):

@@ -73,7 +73,7 @@ def write_click_draft(folder: Path, *, name: str = "clicks", ranking: bool = Fal
     save_file(model.state_dict(), folder / "model.safetensors")
     (folder / "items.json").write_text(json.dumps([f"i{n}" for n in range(CLICK_CONFIG["items"])]))
     document = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": name,
         "version": "1",
         "signature": _click_signature(ranking=ranking),
@@ -120,7 +120,7 @@ def write_retrieval_draft(folder: Path, *, name: str = "finder") -> Path:
     save_file(weights, folder / "model.safetensors")
     architecture = {"path": f"{MODULE}:TwoTowerNet", "config": TOWER_CONFIG}
     document = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": name,
         "version": "1",
         "signature": _retrieval_signature(),
@@ -158,7 +158,6 @@ def scored_inputs(name: str) -> dict[str, Tensor]:
 
 def _click_signature(*, ranking: bool) -> dict[str, Any]:
     return {
-        "task": "ranking" if ranking else "ctr",
         "inputs": [
             {"kind": "id", "name": "user", "table": "user"},
             {
@@ -171,17 +170,22 @@ def _click_signature(*, ranking: bool) -> dict[str, Any]:
             {"kind": "jagged_bag", "name": "tags", "table": "tags", "shape": [MAX_BAG]},
             _dense_input(),
         ],
-        "output": "score" if ranking else "logit",
-        "label": "label",
+        "outputs": [
+            {
+                "name": "label",
+                "kind": "ranking" if ranking else "ctr",
+                "form": "score" if ranking else "logit",
+                "label": "label",
+                "metric": "ndcg@10" if ranking else "auc",
+            }
+        ],
         "group": "query" if ranking else None,
         "time": "at",
-        "metric": "ndcg@10" if ranking else "auc",
     }
 
 
 def _retrieval_signature() -> dict[str, Any]:
     return {
-        "task": "retrieval",
         "inputs": [
             {"kind": "id", "name": "user", "table": "query.user"},
             {
@@ -194,9 +198,8 @@ def _retrieval_signature() -> dict[str, Any]:
             {"kind": "jagged_bag", "name": "tags", "table": "catalogue.tags", "shape": [MAX_BAG]},
             _dense_input(),
         ],
-        "output": "score",
+        "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}],
         "group": "user",
-        "metric": "recall@20",
         "item": "item",
         "towers": {
             "query": {"module": "query", "inputs": ["user", "recent"]},

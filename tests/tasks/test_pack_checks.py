@@ -66,10 +66,10 @@ def own_draft(
 
 
 def change(draft: Path, **fields: object) -> None:
-    """Change fields of the draft's signature."""
+    """Change fields of the draft's output."""
     path = draft / "model.json"
     document = json.loads(path.read_text())
-    document["signature"] |= fields
+    document["signature"]["outputs"][0] |= fields
     path.write_text(json.dumps(document))
 
 
@@ -187,7 +187,7 @@ def test_a_bundle_packed_with_such_a_metric_is_read_and_refused_for_an_order(
     draft = write_draft(home / "draft", task="ranking")
     change(draft, metric="auc")
     store_as_packed(draft, monkeypatch)
-    assert show("clicks").signature.metric == "auc"
+    assert show("clicks").signature.single_output.metric == "auc"
     subject = find("clicks")
     limit = Limit.parse("bytes vs baseline <= 0.5")
     with raises_code(LimitRefused, "bundle_metric_unusable", name="clicks", version="1") as caught:
@@ -269,13 +269,13 @@ def test_a_probability_declared_as_logit_is_refused_and_named_right(
         problems=HasReason("output_misdeclared", fitting="probability"),
     ):
         pack(draft)
-    change(draft, output="probability")
+    change(draft, form="probability")
     assert pack(draft).warnings == ()
 
 
 def test_a_logit_declared_as_probability_is_refused(home: Path) -> None:
     draft = write_draft(home / "draft")
-    change(draft, output="probability")
+    change(draft, form="probability")
     with raises_code(DataRefused, "not_measurable", problems=HasReason("probability_outside")):
         pack(draft)
 
@@ -317,7 +317,7 @@ def test_a_bundle_packed_before_that_cannot_be_measured_is_refused_in_validation
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = write_draft(home / "draft")
-    change(draft, output="probability")
+    change(draft, form="probability")
     store_as_packed(draft, monkeypatch)
     from infra.data.checks import Rules
 

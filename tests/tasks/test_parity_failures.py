@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, JaggedBag, PaddedBag, Signature, TargetKind
+from compressors.contracts import IdInput, JaggedBag, Output, PaddedBag, Signature, TargetKind
 from compressors.core.batches import format_row, row_of
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
@@ -45,10 +45,7 @@ class Mean(nn.Module):
 
 SCHEMA = Signature(
     inputs=(PaddedBag(name="items", table="items", shape=(5,)),),
-    output="logit",
-    task="ctr",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 
@@ -284,10 +281,7 @@ def test_a_row_is_taken_out_of_every_kind_of_input():
             JaggedBag(name="a", table="items", shape=(3,)),
             JaggedBag(name="b", table="items", shape=(3,), layout="lengths"),
         ),
-        output="logit",
-        task="ctr",
-        label="label",
-        metric="auc",
+        outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
     )
     inputs = {
         "user": torch.tensor([4, 5]),

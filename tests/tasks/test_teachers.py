@@ -1,20 +1,25 @@
 """A teacher is refused with the first difference between its signature and the expected one."""
 
 import pytest
+from signatures import with_output
 
-from compressors.contracts import DenseInput, IdInput, Signature
+from compressors.contracts import DenseInput, IdInput, Output, Signature
 from tasks.bundles.teachers import difference
 
 ITEM = IdInput(name="item", table="items", dtype="int64", out_of_range="clamp")
 USER = IdInput(name="user", table="users", dtype="int64", out_of_range="clamp")
-WANTED = Signature(task="ctr", inputs=(USER, ITEM), output="logit", label="label", metric="auc")
+WANTED = Signature(
+    inputs=(USER, ITEM),
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
+)
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
         ({}, None),
-        ({"output": "probability"}, "its output is a probability, not a logit"),
+        ({"name": "other", "label": "other"}, None),
+        ({"form": "probability"}, "its output is a probability, not a logit"),
         ({"inputs": (ITEM, USER)}, "its inputs are item, user, not user, item"),
         (
             {"inputs": (USER, ITEM.model_copy(update={"out_of_range": "error"}))},
@@ -25,10 +30,13 @@ WANTED = Signature(task="ctr", inputs=(USER, ITEM), output="logit", label="label
             "'kind' of its input 'item' is 'dense', not 'id'",
         ),
         (
-            {"task": "ranking", "output": "score"},
+            {"kind": "ranking", "form": "score"},
             "its task is 'ranking', not 'ctr'",
         ),
     ],
 )
 def test_the_first_difference_between_two_signatures_is_reported(changed, expected):
-    assert difference(WANTED.model_copy(update=changed), WANTED) == expected
+    inputs = changed.get("inputs", WANTED.inputs)
+    output = {name: value for name, value in changed.items() if name != "inputs"}
+    found = with_output(WANTED, **output).model_copy(update={"inputs": inputs})
+    assert difference(found, WANTED) == expected

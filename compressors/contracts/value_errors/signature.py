@@ -13,6 +13,8 @@ SENTENCES = {
     "inputs_repeated": "inputs share the name(s) {names}",
     "task_unknown": "unknown task {task!r}; use one of {known}",
     "output_form": "task {task!r} needs output {forms: or }; got {got!r}",
+    "outputs_count": "a model has one output; found {count}. Models of several outputs are not "
+    "supported yet",
     "label_missing": "label is missing; task {task!r} needs a label column",
     "metric_not_measured": "{reason}",
     "towers_unexpected": "towers and item belong to a task that ranks a catalogue, such as "

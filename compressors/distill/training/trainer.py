@@ -300,7 +300,7 @@ class _Run:
         return loss.detach()
 
     def _step(self, numbers: Tensor) -> float:
-        lists = self.rows.group if self.whole_lists or self.signature.task_kind.has_lists else None
+        lists = self.rows.group if self.whole_lists or self.signature.has_lists else None
         own_rows, weight = data_parallel.rank_share(
             numbers, None if lists is None else lists[numbers]
         )

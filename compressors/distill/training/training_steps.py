@@ -69,7 +69,7 @@ def require_loss(bench: Bench, kind: str) -> None:
     Raises:
         NothingToCompress: the task is ``retrieval``.
     """
-    if not bench.signature.task_kind.scores_rows:
+    if not bench.signature.scores_rows:
         raise NothingToCompress("training_unavailable", step=kind)
 
 
@@ -142,7 +142,7 @@ def train_model(
         after_step=after_step,
         last=last,
     )
-    outcome = outcome_of(epochs, bench.signature.metric, settings, last=last)
+    outcome = outcome_of(epochs, bench.signature.single_output.metric, settings, last=last)
     learning = Decision("deferred", outcome)
     return Applied(model, {name: learning for name in trained if name is not None})
 

@@ -144,7 +144,7 @@ class Channels(StepSettings):
             NothingToCompress: importance is ``gradient``, and the signature's task has no loss.
             CompressionError: not even the smallest widths reach the target.
         """
-        if self.importance == "gradient" and not bench.signature.task_kind.scores_rows:
+        if self.importance == "gradient" and not bench.signature.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
         prunable = self._found(model, bench.signature)
         decisions = dict(prunable.decisions)

@@ -75,7 +75,7 @@ class DropLayers(StepSettings):
         Raises:
             NothingToCompress: quality must be measured, and the task has no metric of single rows.
         """
-        if self._measures and not bench.signature.task_kind.scores_rows:
+        if self._measures and not bench.signature.scores_rows:
             raise NothingToCompress("row_metric_for_layers_missing", step=self.kind)
         stacks, decisions = self._stacks(model, bench.signature)
         return StepPlan(decisions, Stacks(bench.signature, tuple(stacks)))
@@ -107,7 +107,7 @@ class DropLayers(StepSettings):
                         m: self._quality(candidate, bench) for m, (candidate, _) in tried.items()
                     }
                     gone = max(qualities, key=lambda member: (qualities[member], -member))
-                metric, change = bench.signature.metric, qualities[gone] - before
+                metric, change = bench.signature.single_output.metric, qualities[gone] - before
                 if self.most_loss is not None and qualities[gone] < before - self.most_loss:
                     layer = left[gone]
                     changes.append(Reason("layer_kept", layer=layer, metric=metric, change=change))

@@ -287,7 +287,7 @@ def gap_of(
 def _in_logits(scores: Tensor, signature: Signature) -> Tensor:
     """Float64 logits of probabilities: click rates are small, so differences of them would be."""
     wide = scores.double()
-    return torch.logit(wide, eps=1e-7) if signature.output == "probability" else wide
+    return torch.logit(wide, eps=1e-7) if signature.single_output.form == "probability" else wide
 
 
 def _last_step(scores: Tensor, signature: Signature) -> Tensor:

@@ -98,7 +98,7 @@ class Dimensions(ComposingStep):
         Raises:
             NothingToCompress: importance is ``gradient``, and the signature's task has no loss.
         """
-        if self.importance == "gradient" and not bench.signature.task_kind.scores_rows:
+        if self.importance == "gradient" and not bench.signature.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
 
         def shaped(rows: int, dim: int) -> Design | Reason:

@@ -124,11 +124,14 @@ class DropTables(StepSettings):
         Raises:
             NothingToCompress: the signature's task has no metric of single rows.
         """
-        if not bench.signature.task_kind.scores_rows:
+        if not bench.signature.scores_rows:
             raise NothingToCompress("row_metric_missing", step=self.kind)
         decisions = choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
         tried = Reason(
-            "dropped_if", step=self.kind, metric=bench.signature.metric, most_loss=self.most_loss
+            "dropped_if",
+            step=self.kind,
+            metric=bench.signature.single_output.metric,
+            most_loss=self.most_loss,
         )
         for unit in StepPlan(decisions, None).units(model.module):
             bounds = unit.weight.shape[1] * 4, unit.bytes  # one row, or unchanged
@@ -147,7 +150,7 @@ class DropTables(StepSettings):
         counts = lookup_counts(model, bench, taken)
         before = quality(model.module, bench.signature, bench.validation)
         cost = {n: permutation_loss(model, bench, n, before, self.repeats) for n in taken}
-        metric = bench.signature.metric
+        metric = bench.signature.single_output.metric
         outcomes: dict[str, Decision] = {}
         for name in sorted(taken, key=lambda name: cost[name]):
             tried = model.private()

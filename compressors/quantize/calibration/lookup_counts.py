@@ -104,7 +104,7 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
     """
     if bench.train is None:
         raise RowsMissing("gradients_need_rows")
-    if not bench.signature.task_kind.scores_rows:
+    if not bench.signature.scores_rows:
         raise StepRefused("gradients_need_loss")
     private = model.private().module
     watched = _tables(private, tables)

@@ -181,6 +181,6 @@ def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss)
 
 def _terms(signature: Signature, batch: Batch) -> int:
     """Number of losses in the mean over a batch."""
-    if signature.task_kind.has_lists and batch.group is not None:
+    if signature.has_lists and batch.group is not None:
         return len(torch.unique(batch.group))
     return len(batch.label)

@@ -227,7 +227,7 @@ class QAT(StepSettings):
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
-        outcome = outcome_of(epochs, bench.signature.metric, self.training)
+        outcome = outcome_of(epochs, bench.signature.single_output.metric, self.training)
         outcomes = {unit.name: ZERO_INPUTS for unit in chosen if unit.name not in begun}
         for name in learned:
             start = begun[name].reasons()

@@ -228,7 +228,7 @@ class AdditiveCodes(StepSettings):
         Raises:
             NothingToCompress: validation rows select the fit, and the task has no row metric.
         """
-        if self.draws > 1 and not bench.signature.task_kind.scores_rows:
+        if self.draws > 1 and not bench.signature.scores_rows:
             raise NothingToCompress("row_metric_for_draws_missing", step=self.kind)
         units = Unit.of(model.module)
         decisions = choose_tables(units, self.tables, self.min_rows, self.kind)

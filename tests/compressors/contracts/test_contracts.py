@@ -7,6 +7,7 @@ import pytest
 from error_codes import HasReason, Text, raises_value_error
 from models import RANKER
 from pydantic import TypeAdapter, ValidationError
+from signatures import with_output
 
 from compressors.contracts import (
     AnyInput,
@@ -17,6 +18,7 @@ from compressors.contracts import (
     IdInput,
     JaggedBag,
     Limit,
+    Output,
     PaddedBag,
     Plan,
     PlanLine,
@@ -31,9 +33,13 @@ from compressors.contracts.reasons import Reason
 USER = IdInput(name="user", table="user")
 
 
+CLICK = {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
+
+
 def signature(*inputs, **changes) -> Signature:
-    settings = {"task": "ctr", "output": "logit", "label": "click", "metric": "auc", **changes}
-    return Signature(inputs=inputs or (USER,), **settings)
+    """A signature of one output, with changes of the output's fields and of others."""
+    output = {name: changes.pop(name, value) for name, value in CLICK.items()}
+    return Signature(inputs=inputs or (USER,), outputs=(output,), **changes)
 
 
 def test_the_contracts_load_neither_torch_nor_an_adapter():
@@ -163,8 +169,8 @@ def test_a_jagged_bag_is_two_arguments():
             "metric_not_measured",
             {"reason": Reason("metric_without_group", metric="gauc")},
         ),
-        ((USER,), {"output": "score"}, "output_form", {"task": "ctr", "got": "score"}),
-        ((USER,), {"task": "regression"}, "task_unknown", {"task": "regression"}),
+        ((USER,), {"form": "score"}, "output_form", {"task": "ctr", "got": "score"}),
+        ((USER,), {"kind": "regression"}, "task_unknown", {"task": "regression"}),
         ((USER,), {"metric": "accuracy"}, "metric_unknown", {"metric": "accuracy"}),
     ],
 )
@@ -175,7 +181,35 @@ def test_a_schema_that_does_not_fit_together_is_refused(inputs, changes, code, f
 
 def test_a_schema_needs_an_input():
     with pytest.raises(ValidationError, match="at least 1 item"):
-        Signature(inputs=(), task="ctr", output="logit", label="click", metric="auc")
+        Signature(inputs=(), outputs=(CLICK,))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_signature_without_exactly_one_output_is_refused(count):
+    outputs = tuple(CLICK | {"name": f"o{place}"} for place in range(count))
+    with raises_value_error("outputs_count", count=count):
+        Signature(inputs=(USER,), outputs=outputs)
+
+
+def test_the_single_output_of_several_is_not_chosen_silently():
+    (output,) = signature().outputs
+    assert signature().single_output == output
+    several = signature().model_copy(update={"outputs": (output, output)})
+    with pytest.raises(ValueError, match="too many values"):
+        _ = several.single_output
+
+
+@pytest.mark.parametrize("name", ["", "1st", "a b", "a-b", "é", "a" * 65])
+def test_the_name_of_an_output_is_an_identifier(name):
+    with raises_value_error("string_pattern_mismatch"):
+        Output.model_validate(CLICK | {"name": name})
+
+
+def test_lists_and_rows_of_a_signature_follow_from_its_outputs():
+    ranking = with_output(signature(), kind="ranking", form="score")
+    retrieval = with_output(signature(), kind="retrieval", form="score")
+    assert [s.has_lists for s in (signature(), ranking, retrieval)] == [False, True, False]
+    assert [s.scores_rows for s in (signature(), ranking, retrieval)] == [True, True, False]
 
 
 @pytest.mark.parametrize("path", ["a.b", "a:b:c", "a/b:C", "os.system('x'):y", ":A", "a:"])
@@ -264,8 +298,8 @@ TOWERS = {
     "item": {"module": "of_item", "inputs": ["item"]},
 }
 RETRIEVAL = {
-    "task": "retrieval",
-    "output": "score",
+    "kind": "retrieval",
+    "form": "score",
     "label": None,
     "group": "user",
     "metric": "ndcg@20",
@@ -287,13 +321,14 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
     )
     test, items = whole.of_split("test"), whole.of_split("items")
     assert [item.name for item in test.inputs] == ["user", "item"]
-    assert (test.label, test.group) == ("bought", "user")
+    assert (test.single_output.label, test.group) == ("bought", "user")
     assert [item.name for item in items.inputs] == ["item", "price"]
-    assert (items.label, items.group) == (None, None)
+    assert (items.single_output.label, items.group) == (None, None)
     assert signature().of_split("items") == signature()
     traffic = whole.of_split("traffic")
-    assert (traffic.inputs, traffic.label, traffic.group) == (test.inputs, None, "user")
-    assert signature().of_split("traffic") == signature().model_copy(update={"label": None})
+    assert (traffic.inputs, traffic.group) == (test.inputs, "user")
+    assert traffic.outputs == test.without_labels().outputs
+    assert signature().of_split("traffic") == with_output(signature(), label=None)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +351,7 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
             "metric_not_measured",
             {"reason": Reason("metric_without_group", metric="ndcg@20")},
         ),
-        ({"output": "logit"}, "output_form", {"task": "retrieval", "got": "logit"}),
+        ({"form": "logit"}, "output_form", {"task": "retrieval", "got": "logit"}),
         (
             {"towers": TOWERS | {"query": {"module": "of_user", "inputs": ["user", "item"]}}},
             "tower_inputs_differ",
@@ -328,16 +363,16 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
             {"inputs": ("item", "user"), "read": ("item", "usr")},
         ),
         (
-            {"task": "ranking", "label": "bought", "metric": "recall@20"},
+            {"kind": "ranking", "label": "bought", "metric": "recall@20"},
             "metric_not_measured",
             {"reason": HasReason("metric_of_other_task", metrics=("ndcg@k",), metric="recall@20")},
         ),
         (
-            {"task": "ranking", "label": "bought", "metric": "ndcg@10"},
+            {"kind": "ranking", "label": "bought", "metric": "ndcg@10"},
             "towers_unexpected",
             {"task": "ranking"},
         ),
-        ({"task": "ranking", "metric": "gauc"}, "label_missing", {"task": "ranking"}),
+        ({"kind": "ranking", "metric": "gauc"}, "label_missing", {"task": "ranking"}),
     ],
 )
 def test_a_retrieval_schema_that_does_not_fit_together_says_why(changes, code, fields):

@@ -303,15 +303,20 @@ def test_a_task_measures_its_own_metrics(task, grouped, expected):
 @pytest.mark.parametrize("group", [None, "user"])
 def test_a_signature_accepts_a_metric_only_if_its_task_measures_it(task, name, group):
     document = {
-        "task": task,
         "inputs": [
             {"kind": "id", "name": "user", "table": "user"},
             {"kind": "id", "name": "item", "table": "item"},
         ],
-        "output": "logit" if task == "ctr" else "score",
-        "label": "label",
+        "outputs": [
+            {
+                "name": "label",
+                "kind": task,
+                "form": "logit" if task == "ctr" else "score",
+                "label": "label",
+                "metric": name,
+            }
+        ],
         "group": group,
-        "metric": name,
     }
     if task == "retrieval":
         document["item"] = "item"
@@ -320,7 +325,7 @@ def test_a_signature_accepts_a_metric_only_if_its_task_measures_it(task, name, g
             "item": {"module": "of_item", "inputs": ["item"]},
         }
     if can_be_measured(metric(name), task, grouped=group is not None):
-        assert Signature.model_validate(document).metric == name
+        assert Signature.model_validate(document).single_output.metric == name
         return
     with raises_value_error("metric_not_measured") as refused:
         Signature.model_validate(document)
@@ -334,4 +339,4 @@ def test_a_signature_accepts_a_metric_only_if_its_task_measures_it(task, name, g
     named = {*reason.fields.get("metrics", ()), *reason.fields.get("grouped", ())}
     assert named == (set() if reason.code == "metric_without_group" else usable)
     # What was packed before the rule is still read.
-    assert parse(Signature, document, None, stored=True).metric == name
+    assert parse(Signature, document, None, stored=True).single_output.metric == name

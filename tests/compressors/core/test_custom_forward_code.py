@@ -10,7 +10,7 @@ from reason_codes import with_code
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import DenseInput, IdInput, Signature
+from compressors.contracts import DenseInput, IdInput, Output, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
@@ -57,15 +57,12 @@ class Own(nn.Module):
 OWN = Reference(
     Own,
     Signature(
-        task="ctr",
         inputs=(
             IdInput(name="user", table="user"),
             IdInput(name="city", table="city"),
             DenseInput(name="price", shape=(2,)),
         ),
-        output="logit",
-        label="label",
-        metric="auc",
+        outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
     ),
 )
 

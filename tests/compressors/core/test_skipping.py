@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from compressors.contracts import Bench, DenseInput, IdInput, Signature
+from compressors.contracts import Bench, DenseInput, IdInput, Output, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
@@ -193,15 +193,12 @@ class ValueDependent(Plain):
 
 
 SCHEMA = Signature(
-    task="ctr",
-    label="label",
-    metric="auc",
-    output="logit",
     inputs=(
         IdInput(name="user", table="user"),
         IdInput(name="item", table="item"),
         DenseInput(name="price", shape=(2,)),
     ),
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 NETWORKS: tuple[type[Plain], ...] = (
     SlicedTable,

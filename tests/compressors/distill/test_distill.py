@@ -6,9 +6,10 @@ import torch
 from error_codes import raises_code
 from models import BENCH_ROWS, NORMED, QUICKLY, RANKER, Reference
 from reason_codes import codes_of, with_code
+from signatures import with_output
 from torch import Tensor, nn
 
-from compressors.contracts import Signature, Split
+from compressors.contracts import Split
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches
 from compressors.core.dry_run import dry_run
@@ -165,7 +166,7 @@ def test_soft_labels_must_be_one_a_row(tmp_path):
 def test_retrieval_is_refused_until_it_has_a_loss(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
 
-    signature = Signature.model_construct(**{**dict(RANKER.signature), "task": "retrieval"})
+    signature = with_output(RANKER.signature, kind="retrieval")
     with raises_code(NothingToCompress, "training_unavailable"):
         FineTune().plan(RANKER.model(), bench.model_copy(update={"signature": signature}))
 

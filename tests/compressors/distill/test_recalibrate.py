@@ -52,7 +52,9 @@ def planted(reference: Reference, folder, slope: float, offset: float) -> Bench:
     (held,) = batches(split, reference.signature, ROWS)
     with torch.no_grad():
         answer = reference.model().module(**held.inputs).reshape(-1).double()
-    logit = torch.logit(answer) if reference.signature.output == "probability" else answer
+    logit = (
+        torch.logit(answer) if reference.signature.single_output.form == "probability" else answer
+    )
     share = torch.sigmoid(slope * logit + offset)
     drawn = torch.rand(len(share), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     path = folder / "many" / "data.safetensors"
@@ -169,7 +171,7 @@ def test_log_loss_falls_and_the_order_stays(reference, method, tmp_path):
         abs=1e-4,  # float32 may tie what was not
     )
     probability = [
-        (x if reference.signature.output == "probability" else torch.sigmoid(x)).numpy()
+        (x if reference.signature.single_output.form == "probability" else torch.sigmoid(x)).numpy()
         for x in (before, after)
     ]
     assert (

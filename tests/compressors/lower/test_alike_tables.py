@@ -30,7 +30,7 @@ REFERENCE = Reference(
     _schema(
         IdInput(name="first", table="first"),
         IdInput(name="second", table="second", out_of_range="clamp"),
-        output="logit",
+        form="logit",
     ),
 )
 

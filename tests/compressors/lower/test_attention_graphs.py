@@ -11,6 +11,7 @@ from compressors.contracts import (
     Bench,
     IdInput,
     Network,
+    Output,
     PaddedBag,
     Signature,
     TargetKind,
@@ -24,10 +25,7 @@ from infra.onnxruntime.sessions import Session
 
 SCHEMA = Signature(
     inputs=(IdInput(name="user", table="user"), PaddedBag(name="seen", table="item", shape=(5,))),
-    task="ctr",
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from models import Reference, prepared
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, IdInput, JaggedBag, PaddedBag, Signature
+from compressors.contracts import Bench, IdInput, JaggedBag, Output, PaddedBag, Signature
 from compressors.core.batches import example
 from compressors.core.runner import run
 from compressors.lower.export import lower
@@ -60,15 +60,12 @@ class Bags(nn.Module):
 
 
 SCHEMA = Signature(
-    task="ctr",
     inputs=(
         IdInput(name="user", table="worth"),
         PaddedBag(name="padded", table="padded", shape=(LENGTH,)),
         JaggedBag(name="jagged", table="jagged", shape=(LENGTH,)),
     ),
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 STEPS = {
     "plain": None,

@@ -7,9 +7,10 @@ import pytest
 import torch
 from models import Reference, whole
 from numpy.typing import NDArray
+from signatures import with_output
 from torch import Tensor, nn
 
-from compressors.contracts import DenseInput, Signature, TargetKind
+from compressors.contracts import DenseInput, Output, Signature, TargetKind
 from compressors.core.modules.output_calibration import Recalibration, attach
 from compressors.lower.export import lower
 from compressors.quantize.dense.static_int8 import packed_int8
@@ -17,12 +18,9 @@ from infra.onnxruntime.sessions import Session
 
 SCHEMA = Signature(
     inputs=(DenseInput(name="x", shape=(4,)),),
-    task="ctr",
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-PROBABILITY = SCHEMA.model_copy(update={"output": "probability"})
+PROBABILITY = with_output(SCHEMA, form="probability")
 
 
 class Linear(nn.Module):

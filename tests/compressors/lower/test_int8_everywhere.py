@@ -8,7 +8,7 @@ from chained_networks import BLOCK, NORM_FIRST
 from models import REFERENCES, Reference
 from torch import nn
 
-from compressors.contracts import IdInput, JaggedBag, Signature
+from compressors.contracts import IdInput, JaggedBag, Output, Signature
 from compressors.core.runner import run
 from compressors.lower.audit import FLOAT_PRODUCTS, INT8_PRODUCTS, audit
 from compressors.lower.export import lower
@@ -22,14 +22,11 @@ from infra.onnxruntime.sessions import optimized_graph
 
 FIELDS = {"user": 40, "item": 90}
 CLICKS = Signature(
-    task="ctr",
     inputs=(
         *(IdInput(name=name, table=f"tables.{name}") for name in FIELDS),
         JaggedBag(name="genres", table="bags.genres", shape=(4,)),
     ),
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 

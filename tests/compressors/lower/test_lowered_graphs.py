@@ -13,7 +13,7 @@ from narrow_networks import Branching
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from compressors.contracts import PaddedBag, Signature, TargetKind
+from compressors.contracts import Output, PaddedBag, Signature, TargetKind
 from compressors.core.modules.formats import PackedTable
 from compressors.core.registries import TABLE_FORMATS
 from compressors.errors.compression import NothingToCompress, NotLowerable
@@ -361,11 +361,8 @@ class Heads(nn.Module):
 
 def test_rows_that_are_joined_along_another_axis_than_they_were_split_stay_so(tmp_path):
     signature = Signature(
-        task="ctr",
         inputs=(PaddedBag(name="items", table="item", shape=(3,)),),
-        output="logit",
-        label="label",
-        metric="auc",
+        outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
     )
     torch.manual_seed(0)
     model = Heads().eval()

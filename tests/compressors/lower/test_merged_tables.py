@@ -12,7 +12,7 @@ import torch
 from models import Reference
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, Signature, TargetKind
+from compressors.contracts import IdInput, Output, Signature, TargetKind
 from compressors.core.batches import edge_example, example
 from compressors.core.model import Model
 from compressors.core.registries import AnyStep
@@ -64,11 +64,8 @@ def reference_of_fields(policy: str = "clamp", **what: bool) -> Reference:
     return Reference(
         Fields,
         Signature(
-            task="ctr",
             inputs=(*inputs, IdInput(name="wide", table="wide", out_of_range=policy)),
-            output="logit",
-            label="label",
-            metric="auc",
+            outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
         ),
         what,
     )
@@ -213,7 +210,6 @@ def test_rows_side_by_side_may_be_all_that_a_tower_gives(tmp_path):
     inputs = {"query": ["user", "city"], "item": ["item", "kind"]}
     signature = Signature.model_validate(
         {
-            "task": "retrieval",
             "inputs": [
                 {
                     "kind": "id",
@@ -224,9 +220,10 @@ def test_rows_side_by_side_may_be_all_that_a_tower_gives(tmp_path):
                 for tower, names in inputs.items()
                 for name in names
             ],
-            "output": "score",
+            "outputs": [
+                {"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}
+            ],
             "group": "user",
-            "metric": "recall@20",
             "item": "item",
             "towers": {name: {"module": name, "inputs": read} for name, read in inputs.items()},
         }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from safetensors.torch import save_file
+from signatures import with_output
 from torch import Tensor, nn
 
 from compressors.contracts import (
@@ -14,6 +15,7 @@ from compressors.contracts import (
     Bench,
     IdInput,
     Network,
+    Output,
     PaddedBag,
     Signature,
     Split,
@@ -32,17 +34,11 @@ from infra.onnxruntime.sessions import Session
 
 USERS = Signature(
     inputs=(IdInput(name="user", table="table"),),
-    task="ctr",
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 HISTORIES = Signature(
     inputs=(PaddedBag(name="seen", table="table", shape=(3,)),),
-    task="ctr",
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 
@@ -120,7 +116,7 @@ def test_a_network_that_scores_nan_by_itself_is_refused_in_place_of_the_step(tmp
 
 
 def test_a_recalibrated_probability_next_to_zero_is_the_same_in_the_graph(tmp_path):
-    signature = USERS.model_copy(update={"output": "probability"})
+    signature = with_output(USERS, form="probability")
     module = model(Sure).module
     attach(module, Recalibration("platt", "probability", line=torch.tensor([0.1, 0.0])))
     (form,) = served_graphs(signature)

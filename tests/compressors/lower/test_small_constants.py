@@ -14,10 +14,11 @@ from models import BENCH_ROWS, Reference, prepared, whole
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from pairwise import parametrize_pairwise
+from signatures import with_output
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, IdInput, PaddedBag, Signature, TargetKind
+from compressors.contracts import Bench, IdInput, Output, PaddedBag, Signature, TargetKind
 from compressors.core.batches import example
 from compressors.core.runner import run
 from compressors.lower.export import Lowered, lower
@@ -69,10 +70,7 @@ SCHEMA = Signature(
         IdInput(name="user", table="user"),
         PaddedBag(name="items", table="items", shape=(LENGTH,)),
     ),
-    output="logit",
-    task="ctr",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 STEPS = {"float32": None, "rowwise_int8": RowwiseInt8(), "rowwise_int4": RowwiseInt4()}
 
@@ -150,7 +148,7 @@ class LogSigmoid(MaskedMeans):
 
 
 def test_the_log_of_a_vanishing_sigmoid_is_finite_in_the_graph(tmp_path):
-    signature = SCHEMA.model_copy(update={"output": "score"})
+    signature = with_output(SCHEMA, form="score")
     model = Reference(LogSigmoid, signature, {"eps": 1e-6}).model()
     path = tmp_path / "model.onnx"
     done = lower(model.module, whole(signature), "onnxruntime", path)

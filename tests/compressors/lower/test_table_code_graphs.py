@@ -15,7 +15,15 @@ from onnx import TensorProto
 from table_codes import STEPS, named
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, IdInput, JaggedBag, PaddedBag, Signature, TargetKind
+from compressors.contracts import (
+    Bench,
+    IdInput,
+    JaggedBag,
+    Output,
+    PaddedBag,
+    Signature,
+    TargetKind,
+)
 from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import audit
 from compressors.lower.export import lower
@@ -48,15 +56,12 @@ class Lookups(nn.Module):
 REFERENCE = Reference(
     Lookups,
     Signature(
-        task="ctr",
         inputs=(
             IdInput(name="item", table="item"),
             PaddedBag(name="genres", table="genres", shape=(4,)),
             JaggedBag(name="history", table="history", shape=(LONGEST,)),
         ),
-        output="logit",
-        label="label",
-        metric="auc",
+        outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
     ),
 )
 

@@ -15,7 +15,7 @@ from models import LONGEST, Graph, Reference, whole
 from pairwise import pairwise
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, JaggedBag, PaddedBag, Signature, TargetKind
+from compressors.contracts import IdInput, JaggedBag, Output, PaddedBag, Signature, TargetKind
 from compressors.core.modules.formats import PackedTable
 from compressors.core.runner import run
 from compressors.core.steps.step import TableStep
@@ -98,7 +98,8 @@ def reference(names: list[str]) -> Reference:
         else:
             inputs.append(JaggedBag(**common, shape=(LONGEST,)))
     signature = Signature(
-        task="ctr", inputs=tuple(inputs), output="logit", label="label", metric="auc"
+        inputs=tuple(inputs),
+        outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
     )
     return Reference(EveryForm, signature, {"names": names})
 

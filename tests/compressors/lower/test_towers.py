@@ -61,14 +61,12 @@ class SharedTable(nn.Module):
 
 SCHEMA = Signature.model_validate(
     {
-        "task": "retrieval",
         "inputs": [
             PaddedBag(name="lately", table="item.table", shape=(3,)).model_dump(),
             IdInput(name="item", table="item.table").model_dump(),
         ],
-        "output": "score",
+        "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}],
         "group": "person",
-        "metric": "recall@20",
         "item": "item",
         "towers": {
             "query": {"module": "query", "inputs": ["lately"]},

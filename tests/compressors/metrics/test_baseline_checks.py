@@ -5,6 +5,7 @@ import pytest
 import torch
 from reason_codes import codes_of, with_code
 from safetensors.torch import save_file
+from signatures import with_output
 from torch import Tensor, nn
 
 from compressors.contracts import Reason, Signature, Split
@@ -26,12 +27,11 @@ def signature_of(
     inputs = [{"kind": "dense", "name": "x", "shape": [1]}]
     return Signature.model_validate(
         {
-            "task": task,
             "inputs": inputs,
-            "output": output,
-            "label": "label",
+            "outputs": [
+                {"name": "label", "kind": task, "form": output, "label": "label", "metric": metric}
+            ],
             "group": group,
-            "metric": metric,
         }
     )
 
@@ -174,9 +174,7 @@ def test_one_class_is_refused_in_test_and_validation_and_a_warning_elsewhere(val
 
 
 def test_interactions_without_a_label_above_zero_are_refused_in_test_and_validation():
-    signature = signature_of("ranking", "score", "user", "ndcg@10").model_copy(
-        update={"task": "retrieval"}
-    )
+    signature = with_output(signature_of("ranking", "score", "user", "ndcg@10"), kind="retrieval")
     for name, fatal in (("test", True), ("validation", False)):
         (problem,) = label_problems(signature, name, np.zeros(50), None)
         assert (problem.refused, problem.fatal) == (True, fatal)

@@ -28,6 +28,7 @@ from narrow_networks import (
 )
 from reason_codes import with_code
 from safetensors.torch import load_file, save_file
+from signatures import with_output
 from torch import Tensor
 
 from compressors.contracts.reasons import Reason
@@ -257,8 +258,8 @@ def test_one_layer_that_cannot_be_cut_does_not_keep_the_others(tmp_path):
 
 def test_lists_of_one_row_give_no_gradient(tmp_path):
     """The softmax over a list of one row is 1 for any score."""
-    ranking = SCHEMA.model_copy(
-        update={"task": "ranking", "output": "score", "group": "g", "metric": "ndcg@10"}
+    ranking = with_output(
+        SCHEMA.model_copy(update={"group": "g"}), kind="ranking", form="score", metric="ndcg@10"
     )
     reference = Reference(Plain, ranking)
     bench = reference.bench(tmp_path / "data")

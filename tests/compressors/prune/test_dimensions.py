@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
 from reason_codes import with_code
+from signatures import with_output
 from torch.nn import functional as F
 
 from compressors.contracts import Bench
@@ -150,7 +151,7 @@ def test_a_loss_without_gradient_is_no_judge(tmp_path):
 
 def test_retrieval_has_no_loss_to_take_a_gradient_of(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    signature = bench.signature.model_copy(update={"task": "retrieval"})
+    signature = with_output(bench.signature, kind="retrieval")
     retrieval_bench = bench.model_copy(update={"signature": signature})
     with raises_code(NothingToCompress, "loss_missing"):
         run(Dimensions(importance="gradient"), RANKER.model(), retrieval_bench, tmp_path / "out")

@@ -10,7 +10,7 @@ from models import METHODS, Reference, default
 from reason_codes import with_code
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, IdInput, Signature, Split
+from compressors.contracts import Bench, IdInput, Output, Signature, Split
 from compressors.core.dry_run import dry_run
 from compressors.core.runner import run
 from compressors.core.steps.step import TableStep
@@ -51,11 +51,8 @@ class Net(nn.Module):
 
 
 SCHEMA = Signature(
-    task="ctr",
-    label="label",
-    metric="auc",
-    output="logit",
     inputs=(IdInput(name="user", table="table"),),
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 ROWS = Split(path="", sha256="0" * 64, rows=10)
 BENCH = Bench(signature=SCHEMA, train=ROWS, calibration=ROWS, validation=ROWS, soft_labels=ROWS)

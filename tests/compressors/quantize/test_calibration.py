@@ -17,7 +17,7 @@ from reason_codes import codes_of, with_code
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, DenseInput, Signature, Split
+from compressors.contracts import Bench, DenseInput, Output, Signature, Split
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.errors.steps import StepRefused
@@ -198,11 +198,8 @@ class Small(nn.Module):
 
 
 SCHEMA = Signature(
-    task="ctr",
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 SMALL = Reference(Small, SCHEMA)
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, DenseInput, Signature, Split
+from compressors.contracts import Bench, DenseInput, Output, Signature, Split
 from compressors.core.runner import run
 from compressors.quantize.dense.float16 import Float16, beyond, largest_sum, narrow
 
@@ -79,11 +79,8 @@ class Tall(nn.Module):
 
 
 SCHEMA = Signature(
-    task="ctr",
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 TALL = Reference(Tall, SCHEMA)
 

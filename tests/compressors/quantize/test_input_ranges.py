@@ -15,6 +15,7 @@ from compressors.contracts import (
     DenseInput,
     IdInput,
     Network,
+    Output,
     Plan,
     PlanLine,
     Signature,
@@ -56,14 +57,11 @@ def model_and_bench(tmp_path: Path, largest: float, spread: float = 0.05) -> tup
         module.first.weight[:, :DIM] = torch.randn(32, DIM) * 0.05 / spread
         module.first.weight[:, DIM:] = torch.randn(32, 3) * 0.2 / largest
     signature = Signature(
-        task="ctr",
         inputs=(
             IdInput(name="user", table="user"),
             DenseInput(name="counts", shape=(3,)),
         ),
-        output="logit",
-        label="click",
-        metric="auc",
+        outputs=(Output(name="click", kind="ctr", form="logit", label="click", metric="auc"),),
     )
     columns = {
         "user": torch.randint(0, 500, (ROWS,)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressors.distill.training.trainer
-from compressors.contracts import Bench, DenseInput, Signature, Split
+from compressors.contracts import Bench, DenseInput, Output, Signature, Split
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches
 from compressors.core.model import Model
@@ -211,11 +211,8 @@ class Sum(nn.Module):
 
 
 SCHEMA = Signature(
-    task="ctr",
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
-    output="logit",
-    label="label",
-    metric="auc",
+    outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 SUM = Reference(Sum, SCHEMA)
 

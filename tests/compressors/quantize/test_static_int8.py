@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models import RANKER, whole
 from torch import Tensor
 
-from compressors.contracts import DenseInput, Signature
+from compressors.contracts import DenseInput, Output, Signature
 from compressors.core.batches import batches
 from compressors.core.runner import run
 from compressors.lower.export import lower
@@ -152,12 +152,11 @@ def test_the_largest_inputs_and_weights_are_multiplied_exactly_in_onnxruntime(
     layer = torch.nn.Linear(inputs, 16)
     torch.nn.init.uniform_(layer.weight, 0.99, 1.0)
     signature = Signature(
-        task="ranking",
         inputs=(DenseInput(name="x", shape=(inputs,)),),
-        output="score",
-        label="label",
+        outputs=(
+            Output(name="label", kind="ranking", form="score", label="label", metric="ndcg@10"),
+        ),
         group="g",
-        metric="ndcg@10",
     )
     network = torch.nn.Sequential(packed_int8(layer, torch.tensor(1.0)), torch.nn.Linear(16, 1))
     torch.nn.init.ones_(network[1].weight)

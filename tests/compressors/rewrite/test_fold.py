@@ -18,7 +18,7 @@ from reason_codes import codes_of, with_code
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, DenseInput, IdInput, Signature
+from compressors.contracts import Bench, DenseInput, IdInput, Output, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
@@ -39,15 +39,12 @@ FIELDS = [{"name": "user", "rows": 30}, {"name": "item", "rows": 50}]
 DCN = Reference(
     DCNv2,
     Signature(
-        task="ctr",
-        label="label",
-        metric="auc",
-        output="logit",
         inputs=(
             IdInput(name="user", table="tables.user"),
             IdInput(name="item", table="tables.item"),
             DenseInput(name="dense", shape=(3,)),
         ),
+        outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
     ),
     {"fields": FIELDS, "dense": 3, "dim": 8, "hidden": [32, 16], "batch_norm": True},
 )

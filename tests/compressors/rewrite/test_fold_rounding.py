@@ -8,7 +8,15 @@ from error_codes import raises_code
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Architecture, Bench, DenseInput, IdInput, Network, Signature
+from compressors.contracts import (
+    Architecture,
+    Bench,
+    DenseInput,
+    IdInput,
+    Network,
+    Output,
+    Signature,
+)
 from compressors.core.model import Model
 from compressors.core.modules.formats import FoldedNorm
 from compressors.core.runner import run
@@ -51,16 +59,13 @@ class NormedTowers(nn.Module):
 
 def signature(output: str) -> Signature:
     return Signature(
-        task="ctr",
-        label="label",
-        metric="auc",
-        output=output,
         inputs=(
             IdInput(name="user", table="query.table"),
             IdInput(name="item", table="item.table"),
             DenseInput(name="seen", shape=(DENSE,)),
             DenseInput(name="price", shape=(DENSE,)),
         ),
+        outputs=(Output(name="label", kind="ctr", form=output, label="label", metric="auc"),),
     )
 
 

@@ -98,7 +98,7 @@ def test_soft_loss_is_minimal_at_the_teachers_scores():
 
 
 def test_the_ends_of_a_probability_have_finite_logits():
-    assert logits(PROBABILITIES, torch.tensor([0.0, 1.0])).isfinite().all()
+    assert logits(PROBABILITIES.single_output, torch.tensor([0.0, 1.0])).isfinite().all()
 
 
 # --- rows ------------------------------------------------------------------------------------
