@@ -331,7 +331,7 @@ def signature() -> Signature:
     policy = {"out_of_range": "default_row", "default_row": UNKNOWN}
     ids = [{"kind": "id", "name": name, "table": f"tables.{name}", **policy} for name in FIELDS]
     genres = {"kind": "jagged_bag", "name": BAG, "table": f"bags.{BAG}", "shape": [LONGEST_BAG]}
-    click = {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
+    click = {"name": "score", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
     return Signature.model_validate(
         {
             "inputs": [*ids, genres | policy],

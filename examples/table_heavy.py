@@ -122,7 +122,7 @@ def write_draft(folder: Path, size: Size, *, name: str = "tableheavy", seed: int
         "signature": {
             "inputs": [{"kind": "id", "name": f, "table": f"vectors.{f}"} for f in fields],
             "outputs": [
-                {"name": "label", "kind": "ctr", "form": "logit", "label": "label", "metric": "auc"}
+                {"name": "score", "kind": "ctr", "form": "logit", "label": "label", "metric": "auc"}
             ],
         },
         "network": {"architecture": {"path": ARCHITECTURE, "config": config}},

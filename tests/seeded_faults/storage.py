@@ -187,4 +187,15 @@ FAULTS = (
             f"{STORE}::test_a_request_is_repeated_if_its_error_response_was_damaged_in_transit",
         ),
     ),
+    Fault(
+        id="schema-version-1-label-lost",
+        file="infra/bundle/schema_versions.py",
+        old="if old in signature}",
+        new='if old in signature and old != "label"}',
+        effect="A retrieval bundle of schema version 1 counts every row as an interaction.",
+        tests=(
+            "tests/infra/test_schema_versions.py"
+            "::test_migration_moves_the_four_fields_of_version_1_into_one_output",
+        ),
+    ),
 )

@@ -9,6 +9,7 @@ import pytest
 from drafts import ALLOWED, DENSE, ROWS, write_draft
 from error_codes import Text, raises_code
 from retrieval_draft import ITEMS, SIGNATURE, write_retrieval_draft
+from signatures import as_version_1
 
 from compressors.errors.compression import ModelRefused
 from infra.errors import (
@@ -66,6 +67,25 @@ def test_packing_again_changes_nothing_and_another_content_is_refused(
         pack(other)
     assert resolve("clicks@1") == packed.artifact
     check("clicks@1")
+
+
+def test_a_draft_of_schema_version_1_rewritten_in_version_2_is_the_same_bundle(draft: Path) -> None:
+    path = draft / "model.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(as_version_1(document)))
+    packed = pack(draft)
+    document["signature"]["outputs"][0]["name"] = "score"
+    path.write_text(json.dumps(document))
+    assert pack(draft).artifact == packed.artifact
+    manifest = json.loads((local(packed.artifact) / "model.json").read_text())
+    assert (manifest["schema_version"], manifest["signature"]["outputs"]) == (
+        2,
+        document["signature"]["outputs"],
+    )
+    document["signature"]["outputs"][0]["name"] = "click"
+    path.write_text(json.dumps(document))
+    with raises_code(AlreadyThere, "version_packed"):
+        pack(draft)
 
 
 def test_packing_changes_nothing_in_the_draft(draft: Path) -> None:
