@@ -54,8 +54,8 @@ class Output(Frozen):
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
         kind = self.task_kind
-        if self.form not in kind.outputs:
-            raise value_error("output_form", task=self.kind, forms=kind.outputs, got=self.form)
+        if self.form not in kind.forms:
+            raise value_error("output_form", task=self.kind, forms=kind.forms, got=self.form)
         if kind.needs_label and self.label is None:
             raise value_error("label_missing", task=self.kind)
         return self

@@ -30,7 +30,7 @@ class TaskKind:
 
     Attributes:
         name: name in signatures.
-        outputs: forms that the output of a model can have.
+        forms: forms that an output of this kind can have.
         labels: values of the label.
         needs_label: whether the data needs a label column.
         evaluation: how a model is evaluated. A model evaluated by ``queries`` has two towers and a
@@ -44,7 +44,7 @@ class TaskKind:
     """
 
     name: str
-    outputs: tuple[OutputForm, ...]
+    forms: tuple[OutputForm, ...]
     labels: Labels
     needs_label: bool
     evaluation: Evaluation
@@ -60,7 +60,7 @@ class TaskKind:
     @property
     def predicts_probability(self) -> bool:
         """Whether each output can be converted to the probability of a positive label."""
-        return "score" not in self.outputs
+        return "score" not in self.forms
 
     @property
     def score_unit(self) -> ScoreUnit:
@@ -90,7 +90,7 @@ def register(kind: TaskKind) -> None:
 for _kind in (
     TaskKind(
         name="ctr",
-        outputs=("logit", "probability"),
+        forms=("logit", "probability"),
         labels="clicks",
         needs_label=True,
         evaluation="rows",
@@ -99,7 +99,7 @@ for _kind in (
     ),
     TaskKind(
         name="ranking",
-        outputs=("logit", "probability", "score"),
+        forms=("logit", "probability", "score"),
         labels="grades",
         needs_label=True,
         evaluation="rows",
@@ -109,7 +109,7 @@ for _kind in (
     ),
     TaskKind(
         name="retrieval",
-        outputs=("score",),
+        forms=("score",),
         labels="grades",
         needs_label=False,
         evaluation="queries",

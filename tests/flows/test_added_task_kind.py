@@ -48,7 +48,7 @@ class Upvotes:
 
 KIND = TaskKind(
     name="upvotes",
-    outputs=("logit",),
+    forms=("logit",),
     labels="clicks",
     needs_label=True,
     evaluation="rows",
