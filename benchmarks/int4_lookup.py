@@ -26,7 +26,8 @@ from compressors.lower.targets.onnxruntime.operators import translations
 from compressors.quantize.kernels import bitpacking
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
-from infra.onnxruntime.sessions import Session, interleaved_ms, machine
+from infra.onnxruntime.sessions import OnnxRuntime, Session
+from infra.timing import interleaved_ms, machine
 
 FIELDS = 10  # lookups per row of a batch
 SMALLEST_BLOCK = 16  # of GatherBlockQuantized
@@ -136,8 +137,8 @@ def main() -> None:
             parser.error(f"Expected a dim of 16, 32, 64, ... for GatherBlockQuantized, got {dim}.")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing operator
     warnings.simplefilter("ignore")
-    host = machine(threads=1)
-    print(f"{host.processor}, ONNX Runtime {host.onnxruntime}, 1 thread, {args.rows:,} rows,")
+    host = machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
+    print(f"{host.processor}, {host.runtime} {host.version}, 1 thread, {args.rows:,} rows,")
     print(f"{FIELDS} ids a row of the batch, median of {args.rounds} interleaved calls")
     print(f"{'dim':>4s} {'batch':>6s}  {'form':27s} {'median':>12s} {'to block':>8s}")
     for dim in args.dims:

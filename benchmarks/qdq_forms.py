@@ -22,7 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 from compressors.contracts import Plan, PlanLine, Reason
 from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import INT8_PRODUCTS, audit
-from infra.onnxruntime.sessions import Session, interleaved_ms, machine, optimized_graph
+from infra.onnxruntime.sessions import OnnxRuntime, Session, optimized_graph
+from infra.timing import interleaved_ms, machine
 
 INPUT_SCALE = np.float32(0.03)
 OPSET = 21
@@ -198,11 +199,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--rounds", type=int, default=100)
     args = parser.parse_args()
-    host = machine(threads=1)
+    host = machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
     vnni = "with" if host.int8_dot else "without"
-    print(
-        f"{host.processor} ({vnni} int8 dot products), ONNX Runtime {host.onnxruntime}, 1 thread,"
-    )
+    print(f"{host.processor} ({vnni} int8 dot products), {host.runtime} {host.version}, 1 thread,")
     print(f"layers of {args.width} x {args.width}, median of {args.rounds} interleaved calls")
     print(
         f"{'network':7s} {'batch':>6s}  {'form':34s} {'int8':>4s}  {'audit':8s}{'median':>12s} "

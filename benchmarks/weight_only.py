@@ -33,7 +33,8 @@ from compressors.lower.serving_wrapper import VECTOR, served_graphs
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
-from infra.onnxruntime.sessions import Session, interleaved_ms, machine
+from infra.onnxruntime.sessions import OnnxRuntime, Session
+from infra.timing import interleaved_ms, machine
 
 ROWS = 256  # calibration rows
 STEPS: dict[str, Step] = {
@@ -151,8 +152,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing operator
     warnings.simplefilter("ignore")
-    host = machine(threads=1)
-    print(f"{host.processor}, ONNX Runtime {host.onnxruntime}, 1 thread, layers of width x width,")
+    host = machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
+    print(f"{host.processor}, {host.runtime} {host.version}, 1 thread, layers of width x width,")
     print(f"us a call, the fastest tenth of {args.rounds} in turn, and its ratio to the fp32 Gemm")
     print(
         f"{'form':30s}" + "".join(f"{w:>8d} B={b:<5d}" for w in args.widths for b in args.batches)

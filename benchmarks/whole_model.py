@@ -51,7 +51,8 @@ from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics import point_estimates
 from examples.dcnv2 import DCNv2
-from infra.onnxruntime.sessions import Session, interleaved_ms, machine
+from infra.onnxruntime.sessions import OnnxRuntime, Session
+from infra.timing import interleaved_ms, machine
 
 STEPS = TypeAdapter(tuple[AnyStep, ...])
 Steps = list[dict[str, Any]]
@@ -63,6 +64,7 @@ CALIBRATION_ROWS = 4096
 # Blocks are long enough that their median is the latency of back-to-back calls, as under load.
 ROUNDS, CALLS = 10, {1: 400, 256: 40}
 THREADS = 2
+HOST = machine("ONNX Runtime", OnnxRuntime().version(), THREADS)
 
 
 def student(hidden: list[int], cross: int, dropout: float) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def quantize_dynamically(source: Path, target: Path, rows: Arrays) -> None:  # n
     """ONNX Runtime's dynamic quantization: int8 weights, inputs quantized at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    reduce_range = not machine(THREADS).int8_dot  # 8-bit products saturate without VNNI
+    reduce_range = not HOST.int8_dot  # 8-bit products saturate without VNNI
     quantize_dynamic(
         source, target, weight_type=QuantType.QInt8, per_channel=True, reduce_range=reduce_range
     )
@@ -165,7 +167,7 @@ def static_quantizer(*operators: str) -> Peer:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            reduce_range=not machine(THREADS).int8_dot,  # 8-bit products saturate without VNNI
+            reduce_range=not HOST.int8_dot,  # 8-bit products saturate without VNNI
         )
 
     return quantize
@@ -342,10 +344,9 @@ def medians_ms(sessions: list[Session], inputs: Arrays, calls: int) -> list[floa
 def print_latencies(names: list[str], paths: list[Path], rows: Arrays) -> None:
     """Print the median latency of each graph and its speed-up over the first graph."""
     sessions = [Session(path, THREADS) for path in paths]
-    host = machine(THREADS)
     print(
-        f"\n{host.processor}, {'with' if host.int8_dot else 'without'} int8 dot products, ONNX "
-        f"Runtime {host.onnxruntime}, {THREADS} threads; p50 in milliseconds, times faster than "
+        f"\n{HOST.processor}, {'with' if HOST.int8_dot else 'without'} int8 dot products, "
+        f"{HOST.runtime} {HOST.version}, {THREADS} threads; p50 in milliseconds, times faster than "
         f"the first\n"
     )
     print("| | " + " | ".join(f"B={size}" for size in CALLS) + " |")

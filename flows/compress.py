@@ -18,7 +18,7 @@ from flows.order import Order
 from flows.resolve import (
     by_other_version,
     carried_out_before,
-    champion_of,
+    champions_of,
     promote_if_ordered,
     require_registry,
     teachers_of,
@@ -26,10 +26,10 @@ from flows.resolve import (
 from flows.run import Run
 from flows.server.embedded_server import protect_ephemeral_server
 from flows.stages import (
+    build_baselines,
     build_targets,
     compress_model,
     judge_targets,
-    lower_baseline,
     measure_result,
     prepare_data,
     publish_result,
@@ -67,14 +67,14 @@ def compress(order: Order) -> Finished | State[Any]:
     estimate = require_order_memory(order, subject)
     wait_out(require_registry)
     teachers = wait_out(lambda: teachers_of(order, subject))
-    champion = wait_out(lambda: champion_of(order, subject))
-    before = wait_out(lambda: by_other_version(order, subject, champion, teachers))
+    champions = wait_out(lambda: champions_of(order, subject))
+    before = wait_out(lambda: by_other_version(order, subject, champions, teachers))
     if before is not None:
         log.info("%s", carried_out_before(before))
         wait_out(lambda: promote_if_ordered(order, before))
         return _ended(before)
     progress = Progress(stages=8 + len(order.recipe()) + 2 * len(order.targets.wanted()))
-    run = Run(order, subject, teachers, champion, progress)
+    run = Run(order, subject, teachers, champions, progress)
     with memory_errors(what_ran(lambda: progress.current, estimate, subject)):
         return _carry_out(run)
 
@@ -82,12 +82,12 @@ def compress(order: Order) -> Finished | State[Any]:
 def _carry_out(run: Run) -> Finished | State[Any]:
     pull_model(run)
     data = prepare_data(run)
-    baseline = lower_baseline(run, data)
+    baselines = build_baselines(run, data)
     compressed = compress_model(run, data)
-    built = build_targets(run, compressed.bundle, data)
-    measured = measure_result(run, data, baseline, compressed, built)
+    built = build_targets(run, compressed.bundle, data, baselines)
+    measured = measure_result(run, data, baselines, compressed, built)
     verdicts = judge_targets(run, built, measured)
-    return _ended(publish_result(run, data, baseline, compressed, built, measured, verdicts))
+    return _ended(publish_result(run, data, baselines, compressed, built, measured, verdicts))
 
 
 def _ended(finished: Finished) -> Finished | State[Any]:

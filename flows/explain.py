@@ -6,7 +6,7 @@ they are exact; peak memory is an estimate from sizes (``tasks.orchestration.mem
 
 from collections.abc import Mapping
 
-from compressors.contracts import TARGETS, Artifact, Frozen, Plan, Signature, TargetKind
+from compressors.contracts import TARGETS, Artifact, Frozen, Plan, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import stored_bytes
@@ -35,7 +35,7 @@ class ExplainedStep(Frozen):
 class ExplainedTarget(Frozen):
     """One target, and why it would be skipped if it is optional and cannot be built here."""
 
-    target: TargetKind
+    target: str
     wanted: Wanted
     missing: str | None = None
 
@@ -159,7 +159,7 @@ def _trained(
     return most
 
 
-def _target(kind: TargetKind, wanted: Wanted) -> ExplainedTarget:
+def _target(kind: str, wanted: Wanted) -> ExplainedTarget:
     try:
         require_builder(kind)
     except Refused as fault:

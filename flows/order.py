@@ -1,11 +1,11 @@
 """The parameter of the flow: an order for one model, with preset, targets and limits."""
 
 import shlex
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from compressors.contracts import Limit, TargetKind
+from compressors.contracts import Limit, default_target
 from compressors.contracts.value_errors import value_error
 from compressors.core.registries import AnyStep
 from flows.order_schema import add_rules
@@ -109,10 +109,10 @@ def _command(order: Order) -> str:
 
 def _has_only_options(order: Order) -> bool:
     """Return whether all other fields are defaults and limits read back unchanged."""
-    chosen = {target.replace("-", "_") for target in get_args(TargetKind)}
+    others = Targets.model_fields
     return (
         order.rules == Rules()
-        and order.targets.onnxruntime != "off"  # with options it is always a target
-        and order.targets.model_dump(exclude=chosen) == Targets().model_dump(exclude=chosen)
+        and default_target().name in order.targets.wanted()  # with options it is always a target
+        and all(getattr(order.targets, name) == others[name].default for name in others)
         and all(Limit.parse(str(limit)) == limit for limit in order.limits)
     )

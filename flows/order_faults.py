@@ -55,6 +55,10 @@ def _sentence(error: Any, model: "type[BaseModel] | None") -> str:
         case "too_short":
             found = context["actual_length"]
             return f"needs at least {context['min_length']}; found {found or 'none'}"
+        case "target_unknown":
+            return f"there is no target {context['target']!r}" + _instead(
+                context["target"], context["known"]
+            )
         case "missing":
             return "is missing"
         case "value_error":

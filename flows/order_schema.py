@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from compressors.contracts import TARGETS, default_target
 from compressors.contracts.limits import LARGEST_GAIN
 from compressors.contracts.metrics import FAMILIES, Metric
 from compressors.contracts.metrics.families import name_pattern
@@ -105,10 +106,11 @@ def _relative_range(declared: Metric) -> Schema:
 
 
 def _target_rules() -> Iterator[Schema]:
-    others = ("tensorrt_rtx", "tensorrt")
+    first = default_target()
+    others = [item.field for item in TARGETS.values() if item is not first]
     is_target = {"enum": ["required", "optional"]}
     yield {
-        "if": {"properties": {"onnxruntime": is_target}},  # a target if the order omits it
+        "if": {"properties": {first.field: is_target}},  # a target if the order omits it
         "else": {"anyOf": [_holds(other, is_target) for other in others]},
     }
     sizes = (("smallest_batch", 1), ("best_batch", 64), ("largest_batch", 1024))

@@ -4,6 +4,8 @@ The command line calls this before it starts a flow, so the report of a repeated
 immediately.
 """
 
+from collections.abc import Mapping
+
 from compressors.contracts import Artifact, digest
 from flows.terms import Terms
 from infra.registry.ledger import Entry
@@ -16,9 +18,12 @@ from tasks.orchestration.order_records import finished, order_of_request
 from tasks.promotion.promotions import champion, champion_graph, promote_order, registry
 
 
-def champion_of(order: Terms, subject: BundleRef) -> Artifact | None:
-    """Return the graph that production runs now, if the order compares with it."""
-    return champion_graph(subject.name) if order.against_champion() else None
+def champions_of(order: Terms, subject: BundleRef) -> dict[str, Artifact]:
+    """Return what production runs now, by target; empty if the order does not compare with it."""
+    if not order.against_champion():
+        return {}
+    graphs = {target: champion_graph(subject.name, target) for target in order.targets.compared()}
+    return {target: graph for target, graph in graphs.items() if graph is not None}
 
 
 def teachers_of(order: Terms, subject: BundleRef) -> tuple[Teacher, ...]:
@@ -39,23 +44,27 @@ def require_registry() -> None:
 def order_digest(
     order: Terms,
     subject: BundleRef,
-    champion: Artifact | None,
+    champions: Mapping[str, Artifact],
     teachers: tuple[Teacher, ...] = (),
 ) -> str:
     """Return the digest of a request and of the version of recpress that runs it.
 
     It does not include sources: they are part of the cache keys of the tasks.
     """
-    return digest([request_digest(order, subject, champion, teachers), recpress_version()])
+    return digest([request_digest(order, subject, champions, teachers), recpress_version()])
 
 
 def request_digest(
     order: Terms,
     subject: BundleRef,
-    champion: Artifact | None,
+    champions: Mapping[str, Artifact],
     teachers: tuple[Teacher, ...] = (),
 ) -> str:
-    """Return the digest of an order's request: its terms, bundle, teachers and champion."""
+    """Return the digest of an order's request: its terms, bundle, teachers and champions.
+
+    One champion is in the digest as its hash alone, as in orders of earlier versions.
+    """
+    hashes = [champion.sha256 for champion in champions.values()]
     return digest(
         {
             "model": subject.artifact.sha256,
@@ -67,7 +76,7 @@ def request_digest(
             "budget": order.quality_budget(),
             "seed": order.seed,
             "teachers": [[held.artifact.sha256, held.architecture] for held in teachers],
-            "champion": None if champion is None else champion.sha256,
+            "champion": hashes[0] if len(hashes) == 1 else hashes or None,
             "architecture": subject.architecture,
             "attempt": order.attempt,
             "threads": load_settings().threads,
@@ -86,11 +95,11 @@ def digest_now(order: Terms) -> str:
 
 def _as_it_is_now(
     order: Terms,
-) -> tuple[Terms, BundleRef, Artifact | None, tuple[Teacher, ...]]:
-    """Return an order with its current bundle, champion and teachers."""
+) -> tuple[Terms, BundleRef, dict[str, Artifact], tuple[Teacher, ...]]:
+    """Return an order with its current bundle, champions and teachers."""
     subject = find(order.model)
     require_measurable(subject, order.limits)
-    return order, subject, champion_of(order, subject), teachers_of(order, subject)
+    return order, subject, champions_of(order, subject), teachers_of(order, subject)
 
 
 def carried_out_before(found: Finished) -> str:
@@ -172,12 +181,12 @@ def carried_out_result(order: Terms) -> Finished | None:
 def by_other_version(
     order: Terms,
     subject: BundleRef,
-    champion: Artifact | None,
+    champions: Mapping[str, Artifact],
     teachers: tuple[Teacher, ...] = (),
 ) -> Finished | None:
     """Return the registered result of a request that another version completed last."""
-    digest_of_order = order_of_request(request_digest(order, subject, champion, teachers))
-    if digest_of_order in {None, order_digest(order, subject, champion, teachers)}:
+    digest_of_order = order_of_request(request_digest(order, subject, champions, teachers))
+    if digest_of_order in {None, order_digest(order, subject, champions, teachers)}:
         return None
     return _registered(digest_of_order)
 

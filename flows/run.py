@@ -1,6 +1,6 @@
 """The run context of one order: values that all stages need, and methods that call tasks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -29,14 +29,14 @@ class Run:
         order: the order.
         model: the bundle it names.
         teachers: models whose predictions steps learn from, in addition to the model's.
-        champion: the graph that production runs, if the order compares with it.
+        champions: what production runs, by target; empty if the order does not compare with it.
         progress: receives the name of each stage.
     """
 
     order: Order
     model: BundleRef
     teachers: tuple[Teacher, ...]
-    champion: Artifact | None
+    champions: Mapping[str, Artifact]
     progress: Progress
 
     @cached_property

@@ -1,11 +1,12 @@
 """The stages of an order, in sequence: arguments are the run and results of other stages."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from compressors.contracts import MEASURED, TARGETS, Artifact, TargetKind, Verdict
+from compressors.contracts import TARGETS, Artifact, Verdict
 from compressors.contracts.metrics import further_metrics
 from compressors.errors.compression import CompressionError
 from compressors.errors.orders import OrderRefused
@@ -17,7 +18,8 @@ from tasks.build import build, require_builder
 from tasks.gate import gate
 from tasks.lower import lower_model
 from tasks.measure import measure
-from tasks.orchestration.documents import Finished, PreparedRows, Ranking, report_from
+from tasks.orchestration.documents import Finished, PreparedRows, Ranking
+from tasks.orchestration.new_report import report_from
 from tasks.orchestration.order_records import write_request
 from tasks.orchestration.outages import wait_out
 from tasks.orchestration.progress import publish_links
@@ -52,15 +54,15 @@ class PreparedData:
 class BuiltTargets:
     """The files that each target loads, and why optional targets were skipped."""
 
-    artifacts: dict[TargetKind, Artifact]
+    artifacts: dict[str, Artifact]
     skipped: dict[str, str]
 
 
 @dataclass(frozen=True)
 class MeasuredResult:
-    """The measurements of the served graph, None if none was built, and each stage's quality."""
+    """The measurements of what is served, by measured target, and each stage's quality."""
 
-    served: Artifact | None
+    served: dict[str, Artifact]
     stages: Artifact
 
 
@@ -110,62 +112,76 @@ def compress_model(run: Run, data: PreparedData) -> Compressed:
     return compressed
 
 
-def lower_baseline(run: Run, data: PreparedData) -> Artifact:
-    """Lower the untouched model, the baseline of the result."""
+def build_baselines(run: Run, data: PreparedData) -> BuiltTargets:
+    """Lower and build the untouched model, the baseline of the result, for each compared target.
+
+    An optional target may be skipped, except the first, whose bytes the report compares.
+    """
     run.progress.stage("lower the untouched model")
-    return _lowered(run, run.model.artifact, MEASURED, data)
+    baselines = BuiltTargets({}, {})
+    for target in run.order.targets.compared():
+        with _may_be_skipped(run, target, baselines, is_needed=not baselines.artifacts):
+            graph = _lowered(run, run.model.artifact, target, data)
+            baselines.artifacts[target] = _built(run, target, graph)
+    return baselines
 
 
-def build_targets(run: Run, bundle: Artifact, data: PreparedData) -> BuiltTargets:
+def build_targets(
+    run: Run, bundle: Artifact, data: PreparedData, baselines: BuiltTargets
+) -> BuiltTargets:
     """Lower and build the result for each target; an optional target may be skipped.
 
     Raises:
         CompressionError, Refused, InfraError: a required target cannot be built, or none was.
     """
-    built: dict[TargetKind, Artifact] = {}
-    skipped: dict[str, str] = {}
-    for target, wanted in run.order.targets.wanted().items():
-        try:
+    result = BuiltTargets({}, dict(baselines.skipped))
+    for target in run.order.targets.wanted():
+        if target in baselines.skipped:
+            continue
+        with _may_be_skipped(run, target, result):
             run.progress.stage(f"lower for {target}")
             graph = _lowered(run, bundle, target, data)
             run.progress.stage(f"build {target}")
-            built[target] = _built(run, target, graph)
-        except (CompressionError, Refused, InfraError) as fault:
-            if wanted == "required" or isinstance(fault, OutOfMemory):
-                raise
-            log.warning("%s is optional and left out: %s", target, fault)
-            skipped[target] = str(fault)
-    if not built:
-        raise OrderRefused("no_target_built", reasons=skipped)
-    return BuiltTargets(built, skipped)
+            result.artifacts[target] = _built(run, target, graph)
+    if not result.artifacts:
+        raise OrderRefused("no_target_built", reasons=result.skipped)
+    return result
 
 
 def measure_result(
-    run: Run, data: PreparedData, baseline: Artifact, compressed: Compressed, built: BuiltTargets
+    run: Run,
+    data: PreparedData,
+    baselines: BuiltTargets,
+    compressed: Compressed,
+    built: BuiltTargets,
 ) -> MeasuredResult:
-    """Measure the served graph against the untouched model's, and each stage in torch."""
+    """Measure the result for each measured target against the untouched model.
+
+    Each stage of the recipe is evaluated in torch.
+    """
     run.progress.stage("measure")
-    served = None
-    if MEASURED in built.artifacts:
-        served = run.call(
+    served = {
+        target: run.call(
             measure,
+            target=target,
             bundle=run.model.artifact,
-            baseline=baseline,
-            candidate=built.artifacts[MEASURED],
-            champion=run.champion,
+            baseline=baselines.artifacts[target],
+            candidate=candidate,
+            champion=run.champions.get(target),
             test=data.test.artifact,
             test_rows=data.test.rows,
             ranking=data.ranking,
             metrics=further_metrics(run.model.task, (item.metric for item in run.order.limits)),
             seed=run.order.seed,
         )
+        for target, candidate in built.artifacts.items()
+        if TARGETS[target].is_measured
+    }
     run.progress.stage("evaluate the stages")
     return MeasuredResult(served, measure_recipe_stages(run, compressed, data.test, data.ranking))
 
 
-def judge_targets(
-    run: Run, built: BuiltTargets, measured: MeasuredResult
-) -> dict[TargetKind, Verdict]:
+def judge_targets(run: Run, built: BuiltTargets, measured: MeasuredResult) -> dict[str, Verdict]:
     """Judge the order's limits for each target that was built."""
     run.progress.stage("judge")
     return {
@@ -173,7 +189,7 @@ def judge_targets(
             gate,
             target=target,
             limits=run.order.limits,
-            measurement=measured.served if target == MEASURED else None,
+            measurement=measured.served.get(target),
         )
         for target in built.artifacts
     }
@@ -182,24 +198,24 @@ def judge_targets(
 def publish_result(
     run: Run,
     data: PreparedData,
-    baseline: Artifact,
+    baselines: BuiltTargets,
     compressed: Compressed,
     built: BuiltTargets,
     measured: MeasuredResult,
-    verdicts: dict[TargetKind, Verdict],
+    verdicts: dict[str, Verdict],
 ) -> Finished:
     """Store the report, register the release, and promote it if the order has ``promote``."""
     run.progress.stage("publish")
     order, model = run.order, run.model
     write_report = functools.partial(
         report_from,
-        order=order_digest(order, model, run.champion, run.teachers),
+        order=order_digest(order, model, run.champions, run.teachers),
         subject=model,
         compressed=compressed.bundle,
-        champion=run.champion,
+        champions=run.champions,
         recipe=tuple(step.model_dump(mode="json") for step in compressed.recipe()),
         limits=order.limits,
-        baseline=baseline,
+        baselines=baselines.artifacts,
         built=built.artifacts,
         required={
             target: wanted == "required" for target, wanted in order.targets.wanted().items()
@@ -209,14 +225,14 @@ def publish_result(
         left_out=compressed.left_out(),
         remarks=compressed.remarks,
         stages=measured.stages,
-        measurement=measured.served,
+        measurements=measured.served,
         validation=data.validation,
         reproduction=order.reproduction(
             f"{model.name}@{model.version}", tuple(held.artifact.uri for held in run.teachers)
         ),
     )
     report = wait_out(write_report)
-    request = request_digest(order, model, run.champion, run.teachers)
+    request = request_digest(order, model, run.champions, run.teachers)
     wait_out(lambda: write_request(request, report.order))
     finished = run.call(publish, still_published, report=report)
     wait_out(lambda: promote_if_ordered(order, finished))
@@ -247,7 +263,26 @@ def _not_servable(
     return {}
 
 
-def _lowered(run: Run, bundle: Artifact, target: TargetKind, data: PreparedData) -> Artifact:
+@contextlib.contextmanager
+def _may_be_skipped(
+    run: Run, target: str, result: BuiltTargets, *, is_needed: bool = False
+) -> Iterator[None]:
+    """Record why an optional target cannot be built, instead of raising.
+
+    Raises:
+        CompressionError, Refused, InfraError: the target is required or needed.
+    """
+    try:
+        yield
+    except (CompressionError, Refused, InfraError) as fault:
+        is_required = run.order.targets.wanted().get(target) != "optional"
+        if is_required or is_needed or isinstance(fault, OutOfMemory):
+            raise
+        log.warning("%s is optional and left out: %s", target, fault)
+        result.skipped[target] = str(fault)
+
+
+def _lowered(run: Run, bundle: Artifact, target: str, data: PreparedData) -> Artifact:
     return run.call(
         lower_model,
         bundle=bundle,
@@ -258,7 +293,7 @@ def _lowered(run: Run, bundle: Artifact, target: TargetKind, data: PreparedData)
     )
 
 
-def _built(run: Run, target: TargetKind, graph: Artifact) -> Artifact:
+def _built(run: Run, target: str, graph: Artifact) -> Artifact:
     """Return the files that the target loads: the graph itself, or an engine built from it."""
     if not TARGETS[target].is_built:
         return graph

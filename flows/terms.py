@@ -4,11 +4,21 @@ The command line checks with these terms whether an order was completed before. 
 ``order.py`` adds custom recipes.
 """
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
-from compressors.contracts import Frozen, Limit, TargetKind, limit_problems
+from compressors.contracts import TARGETS, Frozen, Limit, Target, default_target, limit_problems
 from compressors.contracts.value_errors import value_error
 from infra.data.checks import Rules
 from tasks.orchestration.documents import BatchSizes
@@ -19,36 +29,62 @@ DEFAULT_BUDGET = 0.001
 """What presets ``small`` and ``smallest`` may lose of the metric where the order does not say."""
 
 
+def _add_target_fields(schema: dict[str, Any]) -> None:
+    """Add a field for each target to the JSON schema of ``Targets``, before the others."""
+    fields = {
+        item.field: {
+            "default": "required" if item.is_default else "off",
+            **({"description": item.description} if item.description else {}),
+            "enum": list(get_args(Wanted)),
+            "title": item.title or item.label,
+            "type": "string",
+        }
+        for item in TARGETS.values()
+    }
+    every = {**fields, **schema["properties"]}
+    schema["properties"] = {
+        name: {**field, "position": place} for place, (name, field) in enumerate(every.items())
+    }
+    schema["additionalProperties"] = False
+
+
 class Targets(Frozen):
     """Where the result will be served. An optional target that cannot be built is left out."""
 
-    onnxruntime: Wanted = Field(
-        "required",
-        title="ONNX Runtime (CPU)",
-        description="Measured and gated here.",
-        json_schema_extra={"position": 0},
-    )
-    tensorrt_rtx: Wanted = Field(
-        "off",
-        title="TensorRT-RTX",
-        description="Built without a GPU and portable; runs on compute capability 8.0, 8.6, 8.9 "
-        "and 12.0 or later.",
-        json_schema_extra={"position": 1},
-    )
-    tensorrt: Wanted = Field(
-        "off",
-        title="TensorRT",
-        description="Needs the tensorrt package and the GPU it will be served on.",
-        json_schema_extra={"position": 2},
-    )
-    smallest_batch: int = Field(1, ge=1, json_schema_extra={"position": 3})
-    best_batch: int = Field(
-        64, ge=1, description="Engines are tuned for it.", json_schema_extra={"position": 4}
-    )
-    largest_batch: int = Field(1024, ge=1, json_schema_extra={"position": 5})
-    build_seconds: float = Field(
-        600, gt=0, description="Time limit of one engine build.", json_schema_extra={"position": 6}
-    )
+    # Each target has a field, 'required', 'optional' or 'off': that of its declaration. They are
+    # extra fields of this model, so that a target that is registered later can be ordered.
+    model_config = ConfigDict(extra="allow", json_schema_extra=_add_target_fields)
+    __pydantic_extra__: dict[str, Wanted]
+
+    smallest_batch: int = Field(1, ge=1)
+    best_batch: int = Field(64, ge=1, description="Engines are tuned for it.")
+    largest_batch: int = Field(1024, ge=1)
+    build_seconds: float = Field(600, gt=0, description="Time limit of one engine build.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_of_targets(cls, data: Any) -> Any:
+        """Add targets that the order does not name, and drop those that need not be stored."""
+        if not isinstance(data, Mapping):
+            return data
+        by_field = {item.field: item for item in TARGETS.values()}
+        unknown = [name for name in data if name not in by_field and name not in cls.model_fields]
+        if unknown:
+            faults = [
+                InitErrorDetails(
+                    type=value_error("target_unknown", target=name, known=tuple(by_field)),
+                    loc=(name,),
+                    input=data[name],
+                )
+                for name in unknown
+            ]
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        ordered = {
+            name: data.get(name, "required" if item.is_default else "off")
+            for name, item in by_field.items()
+            if item.is_default or item.is_always_stored or data.get(name, "off") != "off"
+        }
+        return {**ordered, **{name: data[name] for name in data if name not in by_field}}
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -58,14 +94,27 @@ class Targets(Frozen):
             raise value_error("targets_off")
         return self
 
-    def wanted(self) -> dict[TargetKind, Wanted]:
+    @model_serializer(mode="wrap")
+    def _targets_first(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        targets = {name: fields.pop(name) for name in self.__pydantic_extra__ if name in fields}
+        return targets | fields
+
+    def wanted(self) -> dict[str, Wanted]:
         """Return the targets that are not off."""
-        every: dict[TargetKind, Wanted] = {
-            "onnxruntime": self.onnxruntime,
-            "tensorrt-rtx": self.tensorrt_rtx,
-            "tensorrt": self.tensorrt,
-        }
-        return {target: wanted for target, wanted in every.items() if wanted != "off"}
+        ordered = {item.name: self._wanted(item) for item in TARGETS.values()}
+        return {target: wanted for target, wanted in ordered.items() if wanted != "off"}
+
+    def _wanted(self, declared: Target) -> Wanted:
+        return self.__pydantic_extra__.get(declared.field, "off")
+
+    def compared(self) -> tuple[str, ...]:
+        """Return the targets for which the untouched model and the champion are compared.
+
+        They are the measured targets. Without one it is the default target, for the bytes before.
+        """
+        measured = tuple(name for name in self.wanted() if TARGETS[name].is_measured)
+        return measured or (default_target().name,)
 
     def batch(self) -> BatchSizes:
         """Return the expected batch sizes."""

@@ -10,6 +10,7 @@ log_records.py     changes to every log record of the process
 memory.py          available memory
 memory_reserve.py  reserved memory, released so that an out-of-memory error can be reported
 child.py           processes that can be killed
+timing.py          interleaved timing of sessions, and the description of the machine
 store/             the object store
 bundle/            bundles: trained models as model.json and safetensors
 data/              parquet files: validated, and converted to tensors

@@ -1,34 +1,36 @@
-"""Build TensorRT engines from a lowered model, one per graph."""
+"""Build a target's engines from a lowered model, one per graph."""
 
 import logging
 from pathlib import Path
 
 from prefect import task
 
-from compressors.contracts import TARGETS, Artifact, TargetKind
+from compressors.contracts import Artifact
+from compressors.contracts import target as declared_target
+from compressors.contracts.targets.builder import BuildRequest, Profile, TableWeights
 from infra.store.temporary import scratch_folder
-from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, Target, build_engine, load
 from tasks.orchestration.documents import BatchSizes, LoweredGraph, build_record, lowering_of
 from tasks.orchestration.policy import KEPT
 from tasks.orchestration.workspace import local, store
+from tasks.target_adapters import builder_of
 
 log = logging.getLogger(__name__)
 
 
-def require_builder(target: TargetKind) -> None:
+def require_builder(target: str) -> None:
     """Raise before a long recipe if its result could not be built at the end.
 
     Raises:
-        BuildRefused: the target's TensorRT cannot be imported here.
+        Refused: the target's builder cannot build on this machine.
     """
-    if TARGETS[target].is_built:
-        load(target)
+    if declared_target(target).is_built:
+        builder_of(target).version()
 
 
 @task(task_run_name="build {target}", **{**KEPT, "retries": 1})
 def build(
     lowered: Artifact,
-    target: Target,
+    target: str,
     batch: BatchSizes,
     longest: dict[str, int],
     seconds: float,
@@ -37,15 +39,16 @@ def build(
 
     Args:
         lowered: the graphs.
-        target: the flavour of TensorRT.
+        target: a target whose graphs are built to engines.
         batch: the shapes an engine must accept.
         longest: maximum list length of each jagged input.
         seconds: time limit of building and auditing one engine.
 
     Raises:
-        BuildRefused: TensorRT is not installed, refuses a graph, or an audit failed.
+        BuildRefused: the builder is not installed, refuses a graph, or an audit failed.
         ChildFailed: the time limit passed, or the builder crashed.
     """
+    builder = builder_of(target)
     folder = local(lowered)
     lowering = lowering_of(folder)
     with scratch_folder("build") as scratch:
@@ -71,13 +74,11 @@ def build(
             )
             work = Path(scratch) / graph.name
             work.mkdir()
-            engine = build_engine(request, work)
+            engine = builder.build(request, work)
             path = Path(engine.path)
             name = f"{graph.name}{path.suffix}"
             path.rename(kept_files / name)
-            # The served files contain no paths of this machine.
-            record = engine.model_copy(update={"path": name})
-            (kept_files / build_record(graph.name)).write_text(record.model_dump_json(indent=1))
+            (kept_files / build_record(graph.name)).write_text(engine.record(name))
             log.info("%s %s, %s: %d bytes", target, engine.version, name, engine.bytes)
         (kept_files / "lowering.json").write_text(lowering.model_dump_json(indent=1))
         return store().put(kept_files)

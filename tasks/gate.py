@@ -2,7 +2,7 @@
 
 from prefect import task
 
-from compressors.contracts import Artifact, Limit, TargetKind, Verdict
+from compressors.contracts import Artifact, Limit, Verdict
 from compressors.metrics import judge
 from tasks.orchestration.documents import measurement_of
 from tasks.orchestration.policy import KEPT
@@ -10,7 +10,7 @@ from tasks.orchestration.policy import KEPT
 
 @task(task_run_name="gate {target}", **KEPT)
 def gate(
-    target: TargetKind,
+    target: str,
     limits: tuple[Limit, ...],
     measurement: Artifact | None,
 ) -> Verdict:

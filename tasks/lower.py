@@ -6,16 +6,15 @@ from pathlib import Path
 from prefect import task
 from torch import Tensor
 
-from compressors.contracts import Artifact, JaggedBag, Plan, Signature, Split, TargetKind
+from compressors.contracts import Artifact, JaggedBag, Plan, Signature, Split
 from compressors.core.batches import batches, edge_example
 from compressors.core.runner import rows_of_tables
 from compressors.core.units import Unit, stored_bytes
-from compressors.lower.audit import audit
 from compressors.lower.export import Lowered, lower
 from compressors.lower.serving_wrapper import ServedGraph, input_names, served_graphs
 from compressors.lower.targets.registry import lowering_target
 from compressors.prune.dense.sparse_2_4 import sparse_layers
-from infra.onnxruntime.sessions import Session, optimized_graph
+from infra.onnxruntime.sessions import OnnxRuntime
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import Loaded, load_bundle, split_of
@@ -23,6 +22,7 @@ from tasks.evaluation.parity import Compared, checkable
 from tasks.orchestration.documents import GraphInput, LoweredGraph, Lowering
 from tasks.orchestration.policy import KEPT
 from tasks.orchestration.workspace import store
+from tasks.target_adapters import runtime_of_graphs
 
 log = logging.getLogger(__name__)
 PROBE_ROWS = 2048
@@ -33,15 +33,16 @@ EDGE_ROWS = 64
 @task(task_run_name="lower {target}", **KEPT)
 def lower_model(
     bundle: Artifact,
-    target: TargetKind,
+    target: str,
     probe: Artifact,
     probe_rows: int,
     most_rows: int,
 ) -> Artifact:
     """Lower a bundle's model for one target, and store its graphs with their facts.
 
-    Both targets' graphs run in ONNX Runtime, so both are compared with the module here: on rows of
-    data, and on synthetic edge cases (ids out of range, empty and full lists).
+    The graphs are compared with the module on rows of data, and on synthetic edge cases (ids out of
+    range, empty and full lists): in the target's runtime if it serves graphs, otherwise in ONNX
+    Runtime, which runs the graphs of every target.
 
     Args:
         bundle: the model.
@@ -83,15 +84,17 @@ def lower_model(
 def _examine(
     loaded: Loaded,
     lowered: Lowered,
-    target: TargetKind,
+    target: str,
     path: Path,
     probe: Split,
     most_rows: int,
 ) -> LoweredGraph:
     form = lowered.served.form
     signature, plan = form.signature, _plan(loaded, form)
+    runtime = runtime_of_graphs(target)
+    checked_in = OnnxRuntime() if runtime is None else runtime
     with checkable(path, target, plan) as runnable:
-        session = Session(runnable, load_settings().threads)
+        session = checked_in.open(runnable, load_settings().threads)
         compared = Compared(
             loaded.model.module, lowered, plan, target, most_rows, runnable, session
         )
@@ -101,9 +104,11 @@ def _examine(
         tables = rows_of_tables(loaded.model.module, signature)
         edge = edge_example(signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2))
         edge_parity, _ = compared.parity(edge, "the edge cases")
+    optimized = None if runtime is None else runtime.optimized_graph(path)
     found_in_graph = None
-    if lowering_target(target).runs_in_onnxruntime:
-        found_in_graph = audit(optimized_graph(path), plan, lowered.tables, lowered.layers)
+    if optimized is not None:
+        rule = lowering_target(target)
+        found_in_graph = rule.audit(optimized, plan, lowered.tables, lowered.layers)
     return LoweredGraph(
         name=form.name,
         inputs=tuple(_inputs(edge, signature)),

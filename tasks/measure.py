@@ -17,16 +17,19 @@ from compressors.contracts import (
     quality_metrics,
     usual_batches,
 )
+from compressors.contracts import target as declared_target
 from compressors.contracts.metrics.serving import BYTES, QUANTILES, latency
+from compressors.contracts.targets import Target
+from compressors.contracts.targets.runtime import Runtime, Session
 from compressors.core.batches import Batch, batches
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics import intervals, judge
 from compressors.metrics.full_ranking import ranking_metrics
 from infra.bundle.bundle_folder import read
-from infra.onnxruntime.sessions import Session, interleaved_ms, machine
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
+from infra.timing import interleaved_ms, machine
 from tasks.bundles.loading import SCORING_ROWS, split_of
 from tasks.evaluation.quality import (
     ByQuery,
@@ -38,6 +41,7 @@ from tasks.evaluation.quality import (
 from tasks.orchestration.documents import Measurement, Ranking, lowering_of, served_bytes
 from tasks.orchestration.policy import KEPT
 from tasks.orchestration.workspace import local, store
+from tasks.target_adapters import runtime_of
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -46,8 +50,9 @@ BUDGET_MS = 15_000.0  # for one batch size, all sessions together
 MOST_ROUNDS = 1000
 
 
-@task(task_run_name="measure onnxruntime", **KEPT)
+@task(task_run_name="measure {target}", **KEPT)
 def measure(
+    target: str,
     bundle: Artifact,
     baseline: Artifact,
     candidate: Artifact,
@@ -58,16 +63,17 @@ def measure(
     metrics: tuple[str, ...],
     seed: int,
 ) -> Artifact:
-    """Score the test rows with every served graph, time them in turn, store all numbers.
+    """Score the test rows in a target's runtime, time its graphs in turn, store all numbers.
 
     For a retrieval model the query tower is timed: a request waits only for it, since the items'
     vectors are computed in advance.
 
     Args:
+        target: a target with a runtime.
         bundle: the bundle of the signature.
-        baseline: the untouched model's graphs.
-        candidate: the compressed model's graphs.
-        champion: the graphs that production runs now, if any.
+        baseline: the untouched model's graphs or engines for this target.
+        candidate: the compressed model's graphs or engines.
+        champion: what production runs now for this target, if anything.
         test: the prepared test split.
         test_rows: its number of rows.
         ranking: the catalogue and the hidden items of a retrieval model; None for other tasks.
@@ -81,7 +87,11 @@ def measure(
     if champion is not None:
         graphs["champion"] = champion
     folders = {name: local(artifact) for name, artifact in graphs.items()}
-    sessions = {name: _sessions(folder, signature, threads) for name, folder in folders.items()}
+    declared, runtime = declared_target(target), runtime_of(target)
+    sessions = {
+        name: _sessions(declared, runtime, folder, signature, threads)
+        for name, folder in folders.items()
+    }
     _same_inputs(sessions)
     names = quality_metrics(
         output.kind, grouped=signature.group is not None, named=(output.metric, *metrics)
@@ -119,7 +129,7 @@ def measure(
         baseline=judge.Measured(numbers=tuple(reference)),
         resolves=resolves,
         rows=test_rows,
-        machine=machine(threads),
+        machine=machine(declared.label, runtime.version(), threads),
     )
     with scratch_folder("measure") as scratch:
         (Path(scratch) / "measurement.json").write_text(measurement.model_dump_json(indent=1))
@@ -130,20 +140,22 @@ Sessions = dict[str, Session]
 """The graphs of one model, by name."""
 
 
-def _sessions(folder: Path, signature: Signature, threads: int) -> Sessions:
+def _sessions(
+    target: Target, runtime: Runtime, folder: Path, signature: Signature, threads: int
+) -> Sessions:
     """Open sessions for every graph of a stored model that this signature requires.
 
     Raises:
         CompressionError: the model has other graphs.
     """
     wanted = [form.name for form in served_graphs(signature)]
-    found = {graph.name: graph.file for graph in lowering_of(folder).graphs}
+    found = [graph.name for graph in lowering_of(folder).graphs]
     if sorted(found) != sorted(wanted):
         task_name = signature.single_output.kind
         raise MetricRefused(
             "graphs_differ", task=task_name, expected=tuple(wanted), got=tuple(found)
         )
-    return {name: Session(folder / found[name], threads) for name in wanted}
+    return {name: runtime.open(folder / target.served_file(name), threads) for name in wanted}
 
 
 def _same_inputs(sessions: dict[str, Sessions]) -> None:

@@ -30,7 +30,7 @@ from compressors.contracts import (
     PaddedBag,
     Signature,
     Split,
-    TargetKind,
+    TargetName,
 )
 from compressors.core.batches import batches, example
 from compressors.core.model import Model
@@ -477,7 +477,7 @@ class Graph:
     lowered: Lowered
     signature: Signature
     path: Path
-    target: TargetKind = "onnxruntime"
+    target: TargetName = "onnxruntime"
 
     def rows(self, count: int, seed: int = 5) -> dict[str, Tensor]:
         """Made-up inputs, every id within its table."""
@@ -512,7 +512,7 @@ def compressed(reference_name: str, kinds: tuple[str, ...]) -> Model:
 
 
 @functools.cache
-def graph(reference_name: str, kinds: tuple[str, ...], target: TargetKind) -> Graph:
+def graph(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Graph:
     """A compressed reference's graph for one target; plain where ``kinds`` is empty."""
     reference = BY_NAME[reference_name]
     model = compressed(reference_name, kinds)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressors.contracts.targets.builder import BuildRequest, Profile, TableWeights
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
-from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, available, build_engine
+from infra.tensorrt.engines import available, build_engine
 from tests.random_networks.check import Checker, Findings, checked
 from tests.random_networks.generator import generate
 from tests.random_networks.passes import mixed, whole

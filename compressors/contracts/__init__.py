@@ -18,7 +18,7 @@ signature.py          inputs and outputs of a model
 network.py            architecture, records and ties: with the tensors they define a module
 plan.py               the decisions of a recipe for each table and layer
 bench.py              the data, teachers and settings that a step may use
-target.py             what a serving target declares
+targets/              serving targets: name, lowering, builder and runtime
 verdicts.py           estimates, judged limits and the verdict of a target
 """
 
@@ -63,10 +63,11 @@ from compressors.contracts.signature import Output as Output
 from compressors.contracts.signature import Signature as Signature
 from compressors.contracts.signature import Tower as Tower
 from compressors.contracts.signature import Towers as Towers
-from compressors.contracts.target import MEASURED as MEASURED
-from compressors.contracts.target import TARGETS as TARGETS
-from compressors.contracts.target import Target as Target
-from compressors.contracts.target import TargetKind as TargetKind
+from compressors.contracts.targets import TARGETS as TARGETS
+from compressors.contracts.targets import Target as Target
+from compressors.contracts.targets import TargetName as TargetName
+from compressors.contracts.targets import default_target as default_target
+from compressors.contracts.targets import target as target
 from compressors.contracts.task_kind import ScoreUnit as ScoreUnit
 from compressors.contracts.task_kind import TaskKind as TaskKind
 from compressors.contracts.task_kind import task_kind as task_kind

@@ -8,7 +8,6 @@ from pydantic import Field
 from compressors.contracts.inputs import Frozen
 from compressors.contracts.limits import Limit
 from compressors.contracts.reasoned import Reasoned
-from compressors.contracts.target import TargetKind
 
 Outcome = Literal["accepted", "rejected", "undecided", "built-unmeasured"]
 
@@ -41,7 +40,7 @@ class Judgement(Reasoned):
 class Verdict(Reasoned):
     """The outcome of one target, with the judgements of its limits."""
 
-    target: TargetKind
+    target: str
     outcome: Outcome
     judgements: tuple[Judgement, ...] = ()
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import TargetKind, is_out_of_memory
+from compressors.contracts import is_out_of_memory
 from compressors.core.batches import example
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import recalibration_of
@@ -31,7 +31,6 @@ from compressors.lower.serving_wrapper import (
     input_names,
     wrap_for_serving,
 )
-from compressors.lower.targets.onnxruntime import types
 from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
@@ -59,7 +58,7 @@ class Lowered:
 
 
 def lower(
-    model: nn.Module, form: ServedGraph, target: TargetKind, path: Path, most_rows: int = 65_536
+    model: nn.Module, form: ServedGraph, target: str, path: Path, most_rows: int = 65_536
 ) -> Lowered:
     """Write one graph of ``model`` for one target to ``path`` (large weights to a file next to it).
 
@@ -94,11 +93,12 @@ def lower(
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(str(path), external_data=size > EXTERNAL_BYTES)
     rows = rows_of_tables(model, form.signature)
-    return Lowered(wrap_for_serving(model, form, rows), looked_up, _layers(wrapper, packed))
+    layers = _layers(wrapper, packed, target)
+    return Lowered(wrap_for_serving(model, form, rows), looked_up, layers)
 
 
 def exported(
-    model: nn.Module, form: ServedGraph, target: TargetKind, most_rows: int = 65_536
+    model: nn.Module, form: ServedGraph, target: str, most_rows: int = 65_536
 ) -> tuple[ServingWrapper, torch.onnx.ONNXProgram]:
     """Export one graph of ``model`` for a target with torch, before it is simplified.
 
@@ -227,14 +227,16 @@ def _packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, 
     return tuple(result)
 
 
-def _layers(wrapper: ServingWrapper, packed: tuple[_Packed, ...]) -> tuple[LayerInitializer, ...]:
+def _layers(
+    wrapper: ServingWrapper, packed: tuple[_Packed, ...], target: str
+) -> tuple[LayerInitializer, ...]:
     """The initializers of packed dense layers, and which of them stay packed at serving."""
     modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
     result = []
     for weight in packed:
         layer = modules.get(weight.module)  # merged tables have no single name
         if isinstance(layer, PackedLinear):
-            stays_packed = types.stays_packed(layer)
+            stays_packed = lowering_target(target).stays_packed(layer)
             result.append(
                 LayerInitializer(
                     module=weight.module,
@@ -246,7 +248,7 @@ def _layers(wrapper: ServingWrapper, packed: tuple[_Packed, ...]) -> tuple[Layer
     return tuple(result)
 
 
-def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: TargetKind) -> None:
+def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: str) -> None:
     """Raise if the packed weights of a graph are not those of the module.
 
     Raises:
@@ -371,7 +373,7 @@ def _constant(value: ir.Value | None) -> bool:
     return node is not None and all(_constant(item) for item in node.inputs)
 
 
-def _retype(model: ir.Model, wrapper: ServingWrapper, target: TargetKind) -> None:
+def _retype(model: ir.Model, wrapper: ServingWrapper, target: str) -> None:
     """Convert packed tables and layers to the types and shapes that a target's operators take."""
     names, done, functions = _names(wrapper), set(), lowering_target(target)
     for module in wrapper.modules():

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compressors.contracts import Plan, TargetKind
+from compressors.contracts import Plan
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.findings import Parity
@@ -29,9 +29,7 @@ from compressors.lower.targets.registry import lowering_target
 FloatArray = NDArray[np.float32]
 
 
-def compare(
-    expected: FloatArray, found: FloatArray, plan: Plan | None, target: TargetKind
-) -> Parity:
+def compare(expected: FloatArray, found: FloatArray, plan: Plan | None, target: str) -> Parity:
     """Compare scores ``(rows,)`` or vectors ``(rows, dim)`` of the module and of the graph.
 
     Raises:
@@ -89,7 +87,7 @@ def compare(
     return parity
 
 
-def allowed_share(plan: Plan | None, target: TargetKind) -> float:
+def allowed_share(plan: Plan | None, target: str) -> float:
     """Largest allowed difference of a tensor inside a graph, relative to its largest value."""
     return max(lowering_target(target).tolerance(plan))
 

@@ -17,7 +17,6 @@ from compressors.contracts import (
     Limit,
     Outcome,
     ScoreUnit,
-    TargetKind,
     Verdict,
 )
 from compressors.contracts.metrics import score_changes, serving
@@ -160,7 +159,7 @@ def judge(limits: tuple[Limit, ...], measured: Measured) -> tuple[Judgement, ...
 
 
 def verdict(
-    target: TargetKind, limits: tuple[Limit, ...], measured: Measured | None, built: bool
+    target: str, limits: tuple[Limit, ...], measured: Measured | None, built: bool
 ) -> Verdict:
     """Decide the verdict of one target.
 

@@ -314,7 +314,9 @@ def registry_fetch(
     model: RegisteredModel,
     into: Annotated[Path, typer.Option(help="A new or empty folder.")],
     version: Version = "@champion",
-    target: Annotated[str, typer.Option(help="Which target's files.")] = "onnxruntime",
+    target: Annotated[
+        str | None, typer.Option(help="Which target's files; without it the default target's.")
+    ] = None,
     unmeasured: Annotated[
         bool, typer.Option(help="Take a target that was built but never measured.")
     ] = False,
@@ -324,12 +326,14 @@ def registry_fetch(
     as_json: Json = False,
 ) -> None:
     """Copy one target of a version to a folder, every chunk verified."""
+    from compressors.contracts import default_target
     from tasks.promotion.promotions import fetch
 
+    name = default_target().name if target is None else orders.target_named(target)
     registered, found = fetch(
         model,
         version,
-        orders.target_named(target),
+        name,
         into,
         unmeasured=unmeasured,
         unaccepted=unaccepted,
@@ -338,7 +342,7 @@ def registry_fetch(
         write(found.model_dump_json(indent=1))
         return
     write_line(
-        f"{model} version {registered.version}, {target}: {found.verdict.outcome}. "
+        f"{model} version {registered.version}, {name}: {found.verdict.outcome}. "
         f"{found.artifact.bytes:,} bytes verified in {into}:"
     )
     for path in sorted(into.rglob("*")):

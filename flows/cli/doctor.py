@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from compressors.contracts import Frozen
+from compressors.contracts import TARGETS, Frozen, Target
 from flows.cli.doctor_errors import CheckFailed
 from infra.credentials import MLFLOW_PASSWORD, MLFLOW_USER, cleaned
 from infra.errors import InfraError, NoAnswer, Refused
 from infra.errors.settings import PREFECT_CREDENTIALS
 from infra.services.http_probe import HttpAnswer, HttpRequest, get
 from infra.settings import load_settings, shown
-from infra.tensorrt.engines import load
 from tasks.orchestration.workspace import store
 from tasks.promotion.champion import champions, registry
 from tasks.promotion.triton_repository import contents
@@ -79,11 +78,17 @@ def examine() -> tuple[Finding, ...]:
         champion(),
         triton() if settings.triton else unset,
         _try("torch", _torch, "Install it again: make .venv"),
-        _try("ONNX Runtime", lambda: _version("onnxruntime"), "Install it again: make .venv"),
-        _try("TensorRT-RTX", lambda: str(load("tensorrt-rtx").__version__), "", needed=False),
-        _try("TensorRT", lambda: str(load("tensorrt").__version__), "", needed=False),
+        *map(_target, TARGETS.values()),
         _architectures(settings.allowed_modules),
     )
+
+
+def _target(target: Target) -> Finding:
+    """Check the library of a target's runtime or builder; only the default target needs it."""
+    library = target.load_runtime() or target.load_builder()
+    remedy = "Install it again: make .venv" if target.is_default else ""
+    version = (lambda: "graphs only") if library is None else library.version
+    return _try(target.label, version, remedy, needed=target.is_default)
 
 
 def _architectures(modules: tuple[str, ...]) -> Finding:
@@ -231,7 +236,3 @@ def _torch() -> str:
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return f"{torch.__version__}{gpu}"
-
-
-def _version(module: str) -> str:
-    return str(importlib.import_module(module).__version__)

@@ -4,12 +4,11 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from compressors.contracts import TargetKind
     from flows.terms import Terms
 
 Model = Annotated[
@@ -29,7 +28,7 @@ Limits = Annotated[
 ]
 Target = Annotated[
     list[str] | None,
-    typer.Option(help="Required in addition to onnxruntime: tensorrt-rtx or tensorrt. Repeatable."),
+    typer.Option(help="Another required target, such as tensorrt-rtx. Repeatable."),
 ]
 Optionals = Annotated[
     list[str] | None, typer.Option(help="Optional target, left out if it cannot be built.")
@@ -117,7 +116,7 @@ def terms(
     """
     from pydantic import ValidationError
 
-    from compressors.contracts import Limit, TargetKind
+    from compressors.contracts import TARGETS, Limit, default_target
     from compressors.contracts.value_errors import SENTENCES
     from flows.terms import Terms
     from infra.errors import CommandRefused
@@ -135,11 +134,12 @@ def terms(
         raise CommandRefused("limit_invalid", problem=reasons) from fault
     except ValueError as fault:
         raise CommandRefused("limit_unreadable", problem=str(fault)) from fault
-    # The quality of a result is measured in ONNX Runtime, so it is always among the targets.
-    names = [target_named(name) for name in ["onnxruntime", *(targets or []), *optional]]
-    wanted = dict.fromkeys((name.replace("-", "_") for name in get_args(TargetKind)), "off")
-    wanted.update({name.replace("-", "_"): "optional" for name in optional})
-    wanted.update({name.replace("-", "_"): "required" for name in names if name not in optional})
+    # The bytes of a result are compared for the default target, so it is always among the targets.
+    names = [default_target().name, *(targets or []), *optional]
+    wanted = {
+        TARGETS[target_named(name)].field: "optional" if name in optional else "required"
+        for name in names
+    }
     return Terms.model_validate(
         {
             "model": model,
@@ -163,15 +163,14 @@ def warn(terms: "Terms") -> None:
         print_progress(f"warning: {warning}")
 
 
-def target_named(name: str) -> "TargetKind":
+def target_named(name: str) -> str:
     """Validate a target's name; ``"RTX"`` raises with the list of valid names."""
-    from compressors.contracts import TargetKind
+    from compressors.contracts import TARGETS
     from infra.errors import CommandRefused
 
-    for known in get_args(TargetKind):
-        if name == known:
-            return known  # type: ignore[no-any-return]  # get_args forgets the literal's type
-    raise CommandRefused("target_unknown", target=name, targets=get_args(TargetKind))
+    if name not in TARGETS:
+        raise CommandRefused("target_unknown", target=name, targets=tuple(TARGETS))
+    return name
 
 
 def read_order(path: Path) -> "Terms":

@@ -1,4 +1,4 @@
 """ONNX Runtime on CPU.
 
-sessions.py  runs sessions: scores, latency and the optimized graph
+sessions.py  runs sessions: scores, bound calls and the optimized graph
 """

@@ -1,25 +1,20 @@
-"""ONNX Runtime on CPU: sessions, the optimized graph of a session, and interleaved timing."""
+"""ONNX Runtime on CPU: sessions, the optimized graph of a session, and the values of a graph."""
 
-import contextlib
-import os
-import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from compressors.contracts import Frozen, is_out_of_memory
+from compressors.contracts import is_out_of_memory
+from compressors.contracts.targets.runtime import FloatArray
 from infra.errors import BuildRefused, ScoringFailed
 from infra.store.temporary import scratch_folder
 
 if TYPE_CHECKING:
     import onnx
 
-FloatArray = NDArray[np.float32]
 PROVIDERS = ["CPUExecutionProvider"]
 NUMPY_TYPES = {
     f"tensor({name})"
@@ -28,17 +23,6 @@ NUMPY_TYPES = {
         *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
     )
 }
-
-
-class Machine(Frozen):
-    """The machine on which a latency was measured."""
-
-    processor: str
-    cores: int
-    system: str
-    onnxruntime: str
-    threads: int
-    int8_dot: bool = Field(description="VNNI or its like: int8 products are exact and fast.")
 
 
 class Session:
@@ -104,6 +88,32 @@ class Session:
             return scores
 
         return call
+
+
+class OnnxRuntime:
+    """ONNX Runtime as the runtime of a target; see ``compressors/contracts/targets/runtime.py``."""
+
+    def version(self) -> str:
+        """Return the version of ONNX Runtime."""
+        import onnxruntime
+
+        return str(onnxruntime.__version__)
+
+    def open(self, path: Path, threads: int) -> Session:
+        """Load a graph with full graph optimization.
+
+        Raises:
+            BuildRefused: ONNX Runtime does not accept the graph.
+        """
+        return Session(path, threads)
+
+    def optimized_graph(self, path: Path) -> "onnx.GraphProto":
+        """Return the graph as ONNX Runtime optimized it.
+
+        Raises:
+            BuildRefused: ONNX Runtime does not accept the graph.
+        """
+        return optimized_graph(path)
 
 
 def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
@@ -188,52 +198,3 @@ def _open(path: Path, threads: int, optimized: Path | None) -> Any:
         raise BuildRefused(
             "onnxruntime_graph_refused", file=path.name, problem=str(fault)
         ) from fault
-
-
-def interleaved_ms(
-    sessions: Sequence[Session],
-    inputs: Mapping[str, NDArray[Any]],
-    rounds: int,
-    warmup: int = 20,
-) -> tuple[FloatArray, ...]:
-    """Measure milliseconds of each call on bound inputs, sessions in turn; one array per session.
-
-    The sessions run A B A B ..., so that a machine that slows down slows all of them, and the
-    n-th numbers belong together.
-    """
-    calls = [session.bound(inputs) for session in sessions]
-    for call in calls:
-        for _ in range(warmup):
-            call()
-    times = np.empty((len(sessions), rounds), dtype=np.float32)
-    for turn in range(rounds):
-        for index, call in enumerate(calls):
-            begin = time.perf_counter_ns()
-            call()
-            times[index, turn] = (time.perf_counter_ns() - begin) / 1e6
-    return tuple(times)
-
-
-def machine(threads: int) -> Machine:
-    """Return the description of this machine."""
-    import onnxruntime
-
-    features = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    return Machine(
-        processor=_cpuinfo("model name") or platform.processor() or platform.machine(),
-        cores=os.cpu_count() or 1,
-        system=f"{platform.system()} {platform.machine()}",
-        onnxruntime=onnxruntime.__version__,
-        threads=threads,
-        int8_dot=bool({"avx512_vnni", "avx_vnni", "asimddp"} & features),
-    )
-
-
-def _cpuinfo(key: str) -> str:
-    """Read one field of the first processor on Linux; empty on other systems."""
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name.strip() == key:
-                return value.strip()
-    return ""

@@ -16,8 +16,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from compressors.contracts.targets.builder import TableWeights
 from infra.errors import BuildRefused
-from infra.tensorrt.engines import TableWeights
 
 if TYPE_CHECKING:
     import onnx

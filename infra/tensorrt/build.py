@@ -20,6 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from compressors.contracts.targets.builder import BuildRequest, Profile
 from infra.child import serve
 from infra.errors import BuildRefused
 from infra.tensorrt.audit import (
@@ -31,7 +32,7 @@ from infra.tensorrt.audit import (
     log_bytes,
     widened_bytes,
 )
-from infra.tensorrt.engines import FILES, BuildRequest, Engine, EngineAudit, Profile, load
+from infra.tensorrt.engines import Engine, EngineAudit, load
 
 _TYPES = {  # TensorRT's name -> ours, bits
     "FLOAT": ("fp32", 32),
@@ -159,7 +160,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         built.messages, len(request.sparse_layers), trt.__version__
     )
 
-    path = folder / FILES[request.target]
+    path = folder / job["file"]
     path.write_bytes(built.plan)
     engine = Engine(
         path=str(path),
@@ -181,7 +182,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
             sparsity=sparsity,
             sparsity_reason=sparsity_reason,
         ),
-        capability=compute_capability() if request.target == "tensorrt" else None,
+        capability=compute_capability() if job["is_bound_to_gpu"] else None,
     )
     return engine.model_dump(mode="json")
 

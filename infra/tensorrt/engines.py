@@ -7,18 +7,18 @@ parts that were never executed.
 
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from compressors.contracts import Frozen, Sha256
-from compressors.contracts.value_errors import value_error
+from compressors.contracts import Frozen, Sha256, target
+from compressors.contracts.targets import engine_suffixes
+from compressors.contracts.targets.builder import BuildRequest
 from infra.child import run_child
 from infra.errors import BuildRefused
-
-Target = Literal["tensorrt", "tensorrt-rtx"]
 
 MODULES: dict[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt",),
@@ -26,8 +26,6 @@ MODULES: dict[str, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 """Where each flavour is imported from, in this order."""
-
-FILES = {"tensorrt": "model.plan", "tensorrt-rtx": "model.engine"}
 
 NAMES: tuple[str, ...] = (
     "__version__",
@@ -75,59 +73,6 @@ Tests hold it against the real binding wheels, and the code against it.
 """
 
 
-class Profile(Frozen):
-    """The shapes of one graph input: smallest, the one to optimize for, largest."""
-
-    input: str
-    low: tuple[int, ...]
-    best: tuple[int, ...]
-    high: tuple[int, ...]
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if not len(self.low) == len(self.best) == len(self.high):
-            raise value_error("profile_ranks_differ", input=self.input)
-        steps = zip(self.low, self.best, self.high, strict=True)
-        if not all(0 <= low <= best <= high for low, best, high in steps):
-            raise value_error("profile_order", input=self.input)
-        return self
-
-
-class TableWeights(Frozen):
-    """The ONNX initializers of one table.
-
-    The first dimension of each is the table's rows, except for those in ``every``: there the given
-    number of rows shares one entry, or, with 0, the tensor belongs to the whole table.
-    """
-
-    module: str
-    rows: int = Field(ge=1)
-    initializers: tuple[str, ...] = Field(min_length=1)
-    every: dict[str, int] = Field(default_factory=dict)
-
-    def entries(self, name: str, rows: int) -> int | None:
-        """Return the first dimension of an initializer; None if it does not depend on rows."""
-        every = self.every.get(name, 1)
-        return -(-rows // every) if every else None
-
-
-class BuildRequest(Frozen):
-    """A request to build an engine. ``packed_bytes`` is the plan's bytes of all weights.
-
-    ``sparse_layers`` are dense layers with two zeros among every four inputs: if there are any, the
-    builder may use sparse kernels where it measures them as faster.
-    """
-
-    target: Target
-    onnx: str = Field(description="Path; external data is in the same folder.")
-    profiles: tuple[Profile, ...] = ()
-    tables: tuple[TableWeights, ...] = ()
-    sparse_layers: tuple[str, ...] = ()
-    workspace_bytes: int | None = Field(None, ge=0)
-    packed_bytes: int = Field(ge=0)
-    seconds: float = Field(gt=0, description="Limit for building and auditing together.")
-
-
 class EngineAudit(Frozen):
     """Facts about the engine from the builder's log and network.
 
@@ -159,11 +104,34 @@ class Engine(Frozen):
     path: str
     bytes: int = Field(ge=1)
     sha256: Sha256
-    target: Target
+    target: str
     version: str
     seconds: float
     audit: EngineAudit
     capability: str | None = None
+
+    def record(self, name: str) -> str:
+        """Return the engine as JSON, without the folder of its file, which is of this machine."""
+        return self.model_copy(update={"path": name}).model_dump_json(indent=1)
+
+
+@dataclass(frozen=True)
+class TensorRTBuilder:
+    """The builder of a target that one flavour of TensorRT serves."""
+
+    target: str
+
+    def version(self) -> str:
+        """Return the version of TensorRT.
+
+        Raises:
+            BuildRefused: it cannot be imported here.
+        """
+        return str(load(self.target).__version__)
+
+    def build(self, request: BuildRequest, folder: Path) -> Engine:
+        """Build and audit an engine in a child process; see ``build_engine``."""
+        return build_engine(request, folder)
 
 
 def load(target: str) -> ModuleType:
@@ -201,9 +169,17 @@ def build_engine(request: BuildRequest, folder: Path) -> Engine:
         ChildFailed: the time limit passed, or the builder crashed.
     """
     load(request.target)
-    for stale in (*FILES.values(), "build.json"):
+    for stale in (*(f"model{suffix}" for suffix in engine_suffixes()), "build.json"):
         (folder / stale).unlink(missing_ok=True)
-    job = {"request": request.model_dump(mode="json"), "folder": str(folder.absolute())}
+    engines = target(request.target).engines
+    if engines is None:
+        raise ValueError(f"target {request.target!r} has no engines")
+    job = {
+        "request": request.model_dump(mode="json"),
+        "folder": str(folder.absolute()),
+        "file": f"model{engines.suffix}",
+        "is_bound_to_gpu": engines.is_bound_to_gpu,
+    }
     answer = run_child("infra.tensorrt.build", job, folder, request.seconds)
     engine = Engine.model_validate(answer)
     record = {"request": job["request"], "engine": answer}

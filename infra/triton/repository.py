@@ -10,26 +10,25 @@ files are incomplete. Each model has a separate ``Store``, rooted at its folder:
 temporary files are then where the server searches for versions, and it skips names that are not
 numbers. They are not where it searches for models.
 
-Triton's ``tensorrt`` backend loads plans of TensorRT. No backend of Triton loads engines of
-TensorRT-RTX, which have another format, so there is no ``Target`` for them here.
+A target declares the backend of Triton that serves its files (``TritonBackend``). No backend loads
+engines of TensorRT-RTX, which have another format than plans of TensorRT.
 """
 
 import re
-from typing import Any, Literal, Self
+from typing import Any, Self
 from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
-from compressors.contracts import Artifact, Frozen, Sha256
+from compressors.contracts import TARGETS, Artifact, Frozen, Sha256
+from compressors.contracts import target as declared
+from compressors.contracts.targets import TritonBackend
 from compressors.contracts.value_errors import value_error
 from infra.errors import ArtifactMissing, SettingRefused, TritonRefused
 from infra.store.object_store import FileEntry, Store
 from infra.triton.pbtxt import Enum, entries, written
 
-Target = Literal["onnxruntime", "tensorrt"]
-
 CONFIG = "config.pbtxt"
-PLATFORMS: dict[Target, str] = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 TYPES = {"int64": "TYPE_INT64", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
 QUEUE_MICROSECONDS = 0
 """How long a request may wait for others to share its batch.
@@ -74,7 +73,7 @@ class ServedVersion(Frozen):
     model: str
     version: int = Field(ge=1)
     order: Sha256
-    target: Target
+    target: str
     artifact: Artifact
     files: dict[str, str] = Field(min_length=1)
     inputs: tuple[Tensor, ...] = Field(min_length=1)
@@ -85,6 +84,10 @@ class ServedVersion(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.target not in servable_targets():
+            raise value_error(
+                "target_not_in_triton", target=self.target, targets=list(servable_targets())
+            )
         low, best, high = self.batches
         if not 1 <= low <= best <= high:
             raise value_error("batches_shrink", got=self.batches)
@@ -109,15 +112,32 @@ class ServedVersion(Frozen):
         return all(tensor.longest is None for tensor in self.inputs)
 
 
-def triton_name(model: str, target: Target, part: str = "") -> str:
+def servable_targets() -> tuple[str, ...]:
+    """Return the names of the targets that Triton can serve."""
+    return tuple(item.name for item in TARGETS.values() if item.triton is not None)
+
+
+def backend(target: str) -> TritonBackend:
+    """Return the backend that serves a target.
+
+    Raises:
+        ValueError: Triton cannot serve it.
+    """
+    found = declared(target).triton
+    if found is None:
+        raise ValueError(f"Triton cannot serve target {target!r}")
+    return found
+
+
+def triton_name(model: str, target: str, part: str = "") -> str:
     """Return the Triton name of one graph of a model.
 
     Args:
         model: the registered model's name.
-        target: TensorRT plans have another name than the ONNX graph, next to it.
+        target: targets have different names: TensorRT plans are next to the ONNX graph.
         part: which of several graphs (``query``, ``item``); empty for a model's only one.
     """
-    return "_".join(filter(None, (model, part, "tensorrt" if target == "tensorrt" else "")))
+    return "_".join(filter(None, (model, part, backend(target).suffix)))
 
 
 # --- the configuration -----------------------------------------------------------------------
@@ -128,14 +148,14 @@ def config(served: ServedVersion) -> bytes:
     low, best, high = served.batches
     message: dict[str, Any] = {
         "name": served.name,
-        "platform": PLATFORMS[served.target],
+        "platform": backend(served.target).platform,
         "max_batch_size": high if served.batched else 0,
         "version_policy": {"specific": {"versions": [served.version]}},
         "input": [_tensor(item, served.batched) for item in served.inputs],
         "output": [_tensor(item, served.batched) for item in served.outputs],
     }
-    kind = "KIND_CPU" if served.target == "onnxruntime" else "KIND_GPU"
-    message["instance_group"] = [{"count": 1, "kind": Enum(kind)}]
+    kind = Enum(backend(served.target).instance_kind)
+    message["instance_group"] = [{"count": 1, "kind": kind}]
     if served.batched:
         message["dynamic_batching"] = {"max_queue_delay_microseconds": QUEUE_MICROSECONDS}
     if served.capability is not None:
@@ -161,7 +181,7 @@ def _parameters(served: ServedVersion) -> dict[str, str]:
         "recpress.order": served.order,
         "recpress.sha256": served.artifact.sha256,
     }
-    if served.target == "onnxruntime" and served.threads is not None:
+    if backend(served.target).has_threads and served.threads is not None:
         # Triton runs requests in parallel with several instances, not with more threads.
         parameters["intra_op_thread_count"] = str(served.threads)
         parameters["inter_op_thread_count"] = "1"

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compressors.contracts import Plan, TargetKind, is_out_of_memory
+from compressors.contracts import Plan, is_out_of_memory
+from compressors.contracts.targets.runtime import Session
 from compressors.core.batches import format_row, row_of
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
@@ -24,7 +25,7 @@ from compressors.lower.parity import FloatArray, allowed_share, compare, gap_of
 from compressors.lower.serving_wrapper import input_names
 from compressors.lower.targets.registry import lowering_target
 from infra.errors import InfraError
-from infra.onnxruntime.sessions import Session, graph_values
+from infra.onnxruntime.sessions import graph_values
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Compared:
     model: nn.Module
     lowered: Lowered
     plan: Plan | None
-    target: TargetKind
+    target: str
     most_rows: int
     path: Path
     session: Session
@@ -176,7 +177,7 @@ class Compared:
 
 
 @contextlib.contextmanager
-def checkable(path: Path, target: TargetKind, plan: Plan | None) -> Iterator[Path]:
+def checkable(path: Path, target: str, plan: Plan | None) -> Iterator[Path]:
     """Return a graph ONNX Runtime can run: the file itself, or a copy without bfloat16 Gemms."""
     if not lowering_target(target).has_unsupported_products(plan):
         yield path

@@ -2,6 +2,7 @@
 
 workspace.py        the store and the local artifact copies of this process
 documents.py        JSON that is stored next to artifacts
+new_report.py       the report of an order, from the results of its tasks
 code_digest.py      the digest of the sources that a task imports
 result_records.py   records of task results, read on a repeated run
 order_records.py    records of finished orders, read on a repeated order

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from compressors.contracts import digest
+from compressors.contracts import TARGETS, digest
 from infra.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +29,12 @@ LIBRARIES = (
     "onnx",
     "onnx-ir",
     "onnxscript",
-    "onnxruntime",
     "great-expectations",
-    "tensorrt",
-    "tensorrt-rtx-cu13-bindings",
 )
-"""Distributions whose version can change results although no source of this project changes."""
+"""Distributions whose version can change results although no source of this project changes.
+
+The libraries that targets declare also count.
+"""
 
 
 def code_digest(function: Callable[..., Any]) -> str:
@@ -110,9 +110,10 @@ def _sources_digest(file: Path) -> str:
 
 @functools.cache
 def _library_versions() -> dict[str, str]:
-    """Return installed versions of ``LIBRARIES``; ``absent`` for those not installed."""
+    """Return installed versions of libraries; ``absent`` for those not installed."""
     versions = {}
-    for name in LIBRARIES:
+    of_targets = (name for target in TARGETS.values() for name in target.libraries)
+    for name in (*LIBRARIES, *of_targets):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

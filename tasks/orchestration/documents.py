@@ -3,7 +3,7 @@
 ``Report`` is the result of an order, for people, programs and the registry.
 """
 
-import json
+import operator
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,23 +23,18 @@ from compressors.contracts import (
     Limit,
     Outcome,
     Plan,
-    TargetKind,
     Verdict,
-    overall,
 )
 from compressors.contracts.reasoned import Reasoned
 from compressors.contracts.reasons import Reason, read_reasons
+from compressors.contracts.targets import engine_suffixes
+from compressors.contracts.targets.runtime import Machine
 from compressors.errors.compression import CompressionError
 from compressors.lower.findings import GraphAudit, Parity, TableInitializers
 from compressors.metrics import judge
-from infra.bundle.bundle_folder import read
 from infra.bundle.json_limits import validated
-from infra.bundle.json_reader import clean, read_document, read_limited
+from infra.bundle.json_reader import clean, read_document
 from infra.errors import RecordRefused
-from infra.onnxruntime.sessions import Machine
-from infra.tensorrt.engines import FILES
-from tasks.bundles.bundle_ref import BundleRef
-from tasks.orchestration.code_digest import recpress_version
 from tasks.orchestration.workspace import local, store
 
 REPORT = "report.json"
@@ -105,7 +100,7 @@ class Lowering(Frozen):
     ``repeated_bytes`` is the part of the latter that is due to tensors in several graphs.
     """
 
-    target: TargetKind
+    target: str
     name: str
     graphs: tuple[LoweredGraph, ...] = Field(min_length=1)
     packed_bytes: int
@@ -180,7 +175,7 @@ Stages = TypeAdapter(tuple[Stage, ...])
 class TargetReport(Frozen):
     """One target: its served files and their facts."""
 
-    target: TargetKind
+    target: str
     required: bool
     artifact: Artifact
     bytes: int
@@ -212,6 +207,11 @@ class Report(Frozen):
     champion: Artifact | None = Field(
         None, description="The graph it was compared with, if a limit needs that."
     )
+    other_champions: dict[str, Artifact] = Field(
+        default_factory=dict,
+        exclude_if=operator.not_,
+        description="What the further measured targets were compared with, by target.",
+    )
     recipe: tuple[dict[str, Any], ...]
     limits: tuple[Limit, ...]
     plan: Plan
@@ -233,10 +233,29 @@ class Report(Frozen):
         (), description="What each step was worth, in torch on the test rows; nothing judges by it."
     )
     baseline_bytes: int
-    measurement: Measurement | None
+    measurement: Measurement | None = Field(description="Of the first measured target.")
+    other_measurements: dict[str, Measurement] = Field(
+        default_factory=dict,
+        exclude_if=operator.not_,
+        description="Of the further measured targets, by target.",
+    )
     validation: Artifact
     calibrated_on: str
     reproduction: Reproduction
+
+    @property
+    def first_measured(self) -> TargetReport | None:
+        """The first target whose limits were judged; ``baseline_bytes`` is of its baseline."""
+        judged = (item for item in self.targets if item.verdict.outcome != "built-unmeasured")
+        return next(judged, None)
+
+    @property
+    def measured(self) -> dict[str, Measurement]:
+        """The measurements of all measured targets, by target."""
+        if self.measurement is None:
+            return {}
+        first = self.first_measured or self.targets[0]
+        return {first.target: self.measurement, **self.other_measurements}
 
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @property
@@ -315,7 +334,7 @@ def served_bytes(folder: Path) -> int:
     The same for the baseline, the candidate and the champion. A tensor that two graphs read is in
     both files and counts in both.
     """
-    suffixes = [Path(name).suffix for name in FILES.values()]
+    suffixes = engine_suffixes()
     engines = [path for path in folder.iterdir() if path.suffix in suffixes]
     return sum(path.stat().st_size for path in engines or folder.glob("*.onnx*"))
 
@@ -323,78 +342,6 @@ def served_bytes(folder: Path) -> int:
 def measurement_of(artifact: Artifact) -> Measurement:
     """Read a stored measurement."""
     return read_document(Measurement, local(artifact) / "measurement.json")
-
-
-def report_from(
-    *,
-    order: str,
-    subject: BundleRef,
-    compressed: Artifact,
-    champion: Artifact | None,
-    recipe: tuple[dict[str, Any], ...],
-    limits: tuple[Limit, ...],
-    baseline: Artifact,
-    built: dict[TargetKind, Artifact],
-    required: dict[TargetKind, bool],
-    verdicts: dict[TargetKind, Verdict],
-    skipped: dict[str, str],
-    left_out: dict[str, Reason],
-    remarks: tuple[Reason, ...] = (),
-    stages: Artifact,
-    measurement: Artifact | None,
-    validation: Artifact,
-    reproduction: Reproduction,
-) -> Report:
-    """Build a report from the stored results of the tasks."""
-    plan = read(local(compressed)).plan
-    return Report(
-        order=order,
-        recpress_version=recpress_version(),
-        name=subject.name,
-        bundle_version=subject.version,
-        metric=subject.metric,
-        source=subject.artifact,
-        compressed=compressed,
-        champion=champion,
-        recipe=recipe,
-        limits=limits,
-        plan=plan if plan is not None else Plan(),
-        outcome=overall(verdicts.values()),
-        targets=tuple(
-            _target(target, artifact, required[target], verdicts[target])
-            for target, artifact in built.items()
-        ),
-        skipped=skipped,
-        idle_reasons=left_out,
-        remark_reasons=(*remarks, *(plan.reasons if plan is not None else ())),
-        stages=Stages.validate_json(read_limited(local(stages) / STAGES)),
-        baseline_bytes=served_bytes(local(baseline)),
-        measurement=None if measurement is None else measurement_of(measurement),
-        validation=validation,
-        calibrated_on=f"{subject.calibration()} ({subject.rows[subject.calibration()]:,} rows)",
-        reproduction=reproduction,
-    )
-
-
-def _target(
-    target: TargetKind, artifact: Artifact, required: bool, verdict: Verdict
-) -> TargetReport:
-    folder = local(artifact)
-    lowering = lowering_of(folder)
-    audits = {
-        graph.name: json.loads(read_limited(path))["audit"]
-        for graph in lowering.graphs
-        if (path := folder / build_record(graph.name)).exists()
-    }
-    return TargetReport(
-        target=target,
-        required=required,
-        artifact=artifact,
-        bytes=served_bytes(folder),
-        verdict=verdict,
-        lowering=lowering,
-        audits=audits,
-    )
 
 
 def report_of(release: Artifact) -> Report:

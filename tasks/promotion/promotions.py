@@ -12,7 +12,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from compressors.contracts import MEASURED, Artifact, Frozen, TargetKind
+from compressors.contracts import Artifact, Frozen
 from infra.errors import (
     AlreadyThere,
     ArtifactMissing,
@@ -271,19 +271,23 @@ def _completed(model: str, *, is_new: bool) -> Change:
     return Change(entry=entry, is_new=is_new)
 
 
-def champion_graph(model: str) -> Artifact | None:
-    """Return the graph of the current champion that can be measured here, or None."""
+def champion_graph(model: str, target: str) -> Artifact | None:
+    """Return what a target serves of the current champion; None without a champion.
+
+    Raises:
+        ArtifactMissing: the champion was not built for this target.
+    """
     entry = Ledger(store(), model).champion()
     if entry is None:
         return None
     version = version_of_entry(model, entry)
-    return _target(version.report, MEASURED, model, version.number).artifact
+    return _target(version.report, target, model, version.number).artifact
 
 
 def fetch(
     model: str,
     reference: str,
-    target: TargetKind,
+    target: str,
     into: Path,
     *,
     unmeasured: bool = False,
@@ -329,7 +333,7 @@ def whoami() -> str:
     return os.environ.get("RECPRESS_USER") or getpass.getuser()
 
 
-def _target(report: Report, target: TargetKind, model: str, version: str) -> TargetReport:
+def _target(report: Report, target: str, model: str, version: str) -> TargetReport:
     for item in report.targets:
         if item.target == target:
             return item

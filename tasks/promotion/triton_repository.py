@@ -8,20 +8,26 @@ champion or the complete new one. ``follow`` completes an interrupted promotion.
 import logging
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
 from compressors.contracts import Frozen
+from compressors.contracts import target as declared
+from compressors.contracts.targets.builder import EngineRecord
 from infra.bundle.json_limits import validated
 from infra.errors import Refused, SettingRefused, TritonRefused
 from infra.settings import load_settings
 from infra.store.object_store import Store
-from infra.tensorrt.engines import FILES, Engine
 from infra.triton import repository as triton
-from infra.triton.repository import ServedVersion, Tensor, triton_name
-from tasks.orchestration.documents import LoweredGraph, Report, TargetReport, build_record
+from infra.triton.repository import ServedVersion, Tensor, servable_targets, triton_name
+from tasks.orchestration.documents import (
+    LoweredGraph,
+    Measurement,
+    Report,
+    TargetReport,
+    build_record,
+)
 from tasks.orchestration.workspace import store
 
 log = logging.getLogger(__name__)
@@ -29,7 +35,6 @@ log = logging.getLogger(__name__)
 PARTS = ("", "query", "item")
 """Which graphs a model may have: the only one, or the two towers of a retrieval model."""
 
-TARGETS: tuple[triton.Target, ...] = ("onnxruntime", "tensorrt")
 _LATENCY = re.compile(r"p50_ms@([0-9]+)")
 
 
@@ -104,11 +109,10 @@ def graphs(version: str, report: Report, *, unmeasured: bool = False) -> tuple[S
     """
     outcomes = {"accepted", "built-unmeasured"} if unmeasured else {"accepted"}
     return tuple(
-        _served(version, report, target, kind, part)
+        _served(version, report, target, part)
         for target in report.targets
-        for kind in TARGETS
+        if target.target in servable_targets() and target.verdict.outcome in outcomes
         for part in _parts(target)
-        if target.target == kind and target.verdict.outcome in outcomes
     )
 
 
@@ -149,7 +153,7 @@ def follow(root: str, model: str, found: tuple[ServedVersion, ...]) -> tuple[str
 
 def stale_models(root: str, model: str, found: tuple[ServedVersion, ...]) -> tuple[str, ...]:
     """List Triton models of earlier versions for which the current version has no graph."""
-    names = {triton_name(model, target, part) for target in TARGETS for part in PARTS}
+    names = {triton_name(model, target, part) for target in servable_targets() for part in PARTS}
     names -= {served.name for served in found}
     return tuple(sorted(name for name in names if _follows(_home(root, name), model)))
 
@@ -225,33 +229,33 @@ def _parts(target: TargetReport) -> tuple[GraphPart, ...]:
     )
 
 
-def _served(
-    version: str, report: Report, target: TargetReport, kind: triton.Target, part: GraphPart
-) -> ServedVersion:
+def _served(version: str, report: Report, target: TargetReport, part: GraphPart) -> ServedVersion:
+    graph = part.graph.name
     held = {entry.path for entry in store().manifest(target.artifact).files}
     capability = None
-    if kind == "tensorrt":
-        build = store().file(target.artifact, build_record(part.graph.name))
-        capability = validated(Engine, build).capability
+    engines, stored = declared(target.target).engines, declared(target.target).served_file(graph)
+    if engines is not None:
+        build = store().file(target.artifact, build_record(graph))
+        capability = validated(EngineRecord, build).capability
         # A GPU of another kind finds no file, instead of one it cannot load.
-        stored = f"{part.graph.name}{Path(FILES['tensorrt']).suffix}"
-        plan = f"{part.graph.name}-{capability}.plan" if capability else stored
-        files = {plan: stored}
+        named = f"{graph}-{capability}{engines.suffix}" if capability else stored
+        files = {named: stored}
         batches, threads = _ordered_batches(report), None
     else:
         # Large weights are stored next to the graph and must be copied before it.
-        external = sorted(path for path in held if path.startswith(f"{part.graph.file}."))
-        files = {path: path for path in (*external, part.graph.file)}
-        batches = _measured_batches(report)
-        threads = report.measurement.machine.threads if report.measurement else None
+        external = sorted(path for path in held if path.startswith(f"{stored}."))
+        files = {path: path for path in (*external, stored)}
+        measured = report.measured.get(target.target)
+        batches = _measured_batches(measured)
+        threads = None if measured is None else measured.machine.threads
     width = () if part.graph.width is None else (part.graph.width,)
     try:
         return ServedVersion(
-            name=triton_name(report.name, kind, part.name),
+            name=triton_name(report.name, target.target, part.name),
             model=report.name,
             version=int(version),
             order=report.order,
-            target=kind,
+            target=target.target,
             artifact=target.artifact,
             files=files,
             inputs=tuple(
@@ -268,17 +272,17 @@ def _served(
             "configuration_impossible",
             model=report.name,
             version=version,
-            target=kind,
+            target=target.target,
             problem=str(fault),
         ) from fault
 
 
-def _measured_batches(report: Report) -> tuple[int, int, int]:
+def _measured_batches(measured: Measurement | None) -> tuple[int, int, int]:
     """Return one row, the measured batch with the most rows per second, and the largest one.
 
     No limit was judged for a request larger than all measured batches.
     """
-    numbers = report.measurement.numbers.numbers if report.measurement else ()
+    numbers = () if measured is None else measured.numbers.numbers
     pace = {
         int(size[1]): int(size[1]) / max(number.estimate.point, 1e-9)
         for number in numbers

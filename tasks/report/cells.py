@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from html import escape
 
-from compressors.contracts import Estimate, Plan, PlanLine, ScoreUnit, metric
+from compressors.contracts import TARGETS, Estimate, Plan, PlanLine, ScoreUnit, metric
 from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.metric import MetricKind
 from compressors.lower.findings import GraphAudit
@@ -16,6 +16,12 @@ def label(name: str) -> str:
     """Format the name of a metric for a table; a metric without a declaration as it is."""
     found = find_metric(name)
     return name.replace("_", " ") if found is None else found.heading or found.label
+
+
+def label_of(target: str) -> str:
+    """Return a target's name in sentences; a target without a declaration as it is."""
+    found = TARGETS.get(target)
+    return target if found is None else found.label
 
 
 def is_ratio(name: str) -> bool:

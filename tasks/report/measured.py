@@ -59,15 +59,18 @@ class LimitRow:
 
 @dataclass(frozen=True)
 class Chart:
-    """Latency of one quantile by batch size; ``picture`` is None if not measured."""
+    """Latency of one quantile by batch size; ``picture`` is None if not measured.
 
-    quantile: str
+    ``title`` is the quantile, and the target if there are several.
+    """
+
+    title: str
     picture: Markup | None
 
 
 @dataclass(frozen=True)
 class LatencySection:
-    """The latency charts, and the machine of the measurement."""
+    """The latency charts, and the machines of the measurements."""
 
     note: str
     charts: tuple[Chart, ...]
@@ -76,17 +79,18 @@ class LatencySection:
 def limit_rows(report: Report) -> tuple[LimitRow, ...]:
     """Return every limit with its number, then the quality numbers without a limit."""
     rows, judged = [], set()
-    unit = None if report.measurement is None else report.measurement.numbers.score_unit
     for target in report.targets:
+        found = report.measured.get(target.target)
+        unit = None if found is None else found.numbers.score_unit
         for item in target.verdict.judgements:
-            judged.add((item.limit.metric, item.limit.against))
+            judged.add((target.target, item.limit.metric, item.limit.against))
             rows.append(_judged(item, target, unit))
     if not rows:
         rows = [
             _limit_row(str(limit), "", Markup(), "", "not measured", "open", "")
             for limit in report.limits
         ]
-    for number in _unpromised(report, judged):
+    for name, number, unit in _unpromised(report, judged):
         higher = metric(number.metric).higher_is_better
         up = "higher" if higher else "lower"
         if is_kind(number.metric, "score_change"):
@@ -101,6 +105,8 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
             pictures.strip(number.estimate, "plain", f"{title} is {said}; no limit", same)
         )
         note = f"{up} is better"
+        if len(report.measured) > 1:
+            note = f"{name}, {note}"
         rows.append(_limit_row(title, note, picture, said, "no limit", "soft", ""))
     return tuple(rows)
 
@@ -156,40 +162,54 @@ def _said(limit: Limit, found: Estimate, score_unit: ScoreUnit | None) -> str:
     return f"{found.point:.5g}{declared.unit} [{found.low:.5g}, {found.high:.5g}]"
 
 
-def _unpromised(report: Report, judged: Collection[tuple[str, str]]) -> Iterator[Number]:
-    if report.measurement is None:
-        return
-    for number in report.measurement.numbers.numbers:
-        of_scores = is_kind(number.metric, "quality", "score_change")
-        promised = (number.metric, number.against) in judged
-        compared = number.against != "absolute" or is_kind(number.metric, "score_change")
-        if of_scores and compared and not promised:
-            yield number
+def _unpromised(
+    report: Report, judged: Collection[tuple[str, str, str]]
+) -> Iterator[tuple[str, Number, ScoreUnit | None]]:
+    """Yield changes of quality and scores without a limit, with the target and the unit."""
+    for target, measured in report.measured.items():
+        for number in measured.numbers.numbers:
+            of_scores = is_kind(number.metric, "quality", "score_change")
+            promised = (target, number.metric, number.against) in judged
+            compared = number.against != "absolute" or is_kind(number.metric, "score_change")
+            if of_scores and compared and not promised:
+                yield target, number, measured.numbers.score_unit
 
 
 def latency_section(report: Report) -> LatencySection:
     """Draw latency by batch size, and describe the machine of the measurement."""
-    measured = report.measurement
-    if measured is None:
+    if not report.measured:
         return LatencySection(note="Nothing was measured on this machine.", charts=())
-    machine = measured.machine
-    where = (
-        f"Measured on {machine.processor}, {machine.cores} cores, {machine.system}, ONNX Runtime "
-        f"{machine.onnxruntime} with {many(machine.threads, 'thread')}, "
-        f"{'with' if machine.int8_dot else 'without'} int8 dot products. Both models are called "
-        "in turn, so what slows the machine slows both. Whiskers are 95 % intervals."
-    )
+    notes = [
+        "Both models are called in turn, so what slows the machine slows both. Whiskers are 95 % "
+        "intervals.",
+        *timed(report),
+    ]
     return LatencySection(
-        note=" ".join([where, *timed(report)]),
-        charts=tuple(_chart(measured, quantile) for quantile in QUANTILES),
+        note=" ".join([_machines(report), *notes]),
+        charts=tuple(
+            _chart(measured, quantile, f"{target} {quantile}" if several else quantile)
+            for several in [len(report.measured) > 1]
+            for target, measured in report.measured.items()
+            for quantile in QUANTILES
+        ),
     )
 
 
-def _chart(measured: Measurement, quantile: str) -> Chart:
+def _machines(report: Report) -> str:
+    """Describe the machine of each measurement and its runtime."""
+    return " ".join(
+        f"Measured on {machine.processor}, {machine.cores} cores, {machine.system}, "
+        f"{machine.runtime} {machine.version} with {many(machine.threads, 'thread')}, "
+        f"{'with' if machine.int8_dot else 'without'} int8 dot products."
+        for machine in (measured.machine for measured in report.measured.values())
+    )
+
+
+def _chart(measured: Measurement, quantile: str, title: str) -> Chart:
     before = _over_sizes(measured.baseline.numbers, quantile)
     after = _over_sizes(measured.numbers.numbers, quantile)
     if not before or not after:
-        return Chart(quantile, None)
+        return Chart(title, None)
     ends = ", ".join(
         f"{old.point:.3g} to {new.point:.3g} ms at batch {size}"
         for (size, old), (_, new) in zip(before, after, strict=True)
@@ -199,10 +219,10 @@ def _chart(measured: Measurement, quantile: str) -> Chart:
             [Curve(kind="before", points=before), Curve(kind="after", points=after)],
             "ms",
             {size: (f"batch {size:,}", _ratio_at(measured, quantile, size)) for size, _ in after},
-            f"{quantile} latency, before to after: {ends}",
+            f"{title} latency, before to after: {ends}",
         )
     )
-    return Chart(quantile, drawn)
+    return Chart(title, drawn)
 
 
 def _ratio_at(measured: Measurement, quantile: str, size: int) -> str:

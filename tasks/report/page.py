@@ -7,14 +7,14 @@ section. Charts are next to the numbers they show, so a chart is never the only 
 import json
 from dataclasses import dataclass
 
-from compressors.contracts import MEASURED, Artifact
+from compressors.contracts import Artifact
 from compressors.contracts.metrics.serving import latency
 from infra.bundle.json_reader import read_document
 from infra.data.expectations import Validation
 from infra.data.validation_page import CheckLists, check_lists, summary
 from infra.pages import pictures
 from infra.pages.html import many, render
-from tasks.orchestration.documents import ORDER_FILE, Report, TargetReport
+from tasks.orchestration.documents import ORDER_FILE, Report
 from tasks.orchestration.workspace import local
 from tasks.report.cells import change_of, is_ratio, label
 from tasks.report.measured import TONES, WORDS, latency_section, limit_rows
@@ -137,7 +137,7 @@ def _banner(report: Report) -> Banner:
 
 def _cards(report: Report, validation: Validation) -> tuple[Card, ...]:
     """Return the main numbers of the report."""
-    served = _measured_target(report)
+    served = report.first_measured
     cards = []
     if served is not None:
         cards.append(
@@ -203,6 +203,7 @@ def _hashes(report: Report) -> HashesSection:
     ]
     if report.champion is not None:
         named.append(("Champion compared with", report.champion))
+    named += [(f"Champion of {name}", item) for name, item in report.other_champions.items()]
     named += [(f"{target.target} artifact", target.artifact) for target in report.targets]
     return HashesSection(
         order=report.order,
@@ -220,7 +221,3 @@ def _again(report: Report) -> AgainSection:
         file=ORDER_FILE,
         needs_file=ORDER_FILE in again.command,
     )
-
-
-def _measured_target(report: Report) -> TargetReport | None:
-    return next((t for t in report.targets if t.target == MEASURED), None)

@@ -2,17 +2,24 @@
 
 import json
 
-from compressors.contracts import MEASURED, Estimate, Plan
+from compressors.contracts import Estimate, Plan
 from compressors.contracts.metrics.families import find_metric
-from compressors.contracts.metrics.serving import MEDIAN
+from compressors.contracts.metrics.serving import BYTES, MEDIAN
 from infra.pages.html import many
 from infra.printable import printable
-from tasks.orchestration.documents import ORDER_FILE, LoweredGraph, Report, TargetReport
+from tasks.orchestration.documents import (
+    ORDER_FILE,
+    LoweredGraph,
+    Measurement,
+    Report,
+    TargetReport,
+)
 from tasks.report.cells import (
     cell,
     change_of,
     is_kind,
     label,
+    label_of,
     packed,
     plan_warnings,
     reason_and_warning,
@@ -26,48 +33,24 @@ NOTICED = 1.02
 
 
 def headline(report: Report) -> list[dict[str, str]]:
-    """Return the table of before and after: one row per number, one column per model and target."""
-    rows: list[dict[str, str]] = []
-    served = next((t for t in report.targets if t.target == MEASURED), None)
-    rows.append(
-        {
-            "what": "bytes served",
-            "before": f"{report.baseline_bytes:,}",
-            **{t.target: f"{t.bytes:,}" for t in report.targets},
-            "change": "" if served is None else f"{served.bytes / report.baseline_bytes:.2f}x",
-        }
-    )
-    rows.append(
-        {
-            "what": "bytes of weights",
-            "before": f"{sum(line.bytes_before for line in report.plan.lines):,}",
-            **{t.target: f"{_bytes_after(report.plan):,}" for t in report.targets},
-            "change": f"{_ratio(report.plan):.2f}x",
-        }
-    )
-    if report.measurement is None:
+    """Return the table of before and after: one row per number, one column per model and target.
+
+    ``before`` and ``change`` are of the first measured target; every other one has such columns
+    with its name.
+    """
+    measured = report.measured
+    rows = [_bytes_row(report), _weights_row(report)]
+    if not measured:
         return rows
-    for number in report.measurement.baseline.numbers:
-        if is_kind(number.metric, "bytes"):
-            continue
-        own = report.measurement.numbers.of(number.metric, "absolute")
-        change = report.measurement.numbers.of(number.metric, "baseline")
-        latency = is_kind(number.metric, "latency")
-        row = {"what": label(number.metric), "before": _plain(number.estimate, latency)}
-        for t in report.targets:
-            measured = t.target == MEASURED and own is not None
-            row[t.target] = _plain(own, latency) if measured and own else "-"
-        row["change"] = "" if change is None else change_of(change, ratio=latency)
-        rows.append(row)
-    numbers = report.measurement.numbers
+    numbers = next(iter(measured.values()))
     rows += [
-        {
-            "what": label(number.metric),
-            "before": "",
-            **{t.target: "" for t in report.targets},
-            "change": score_change_of(number.metric, number.estimate, numbers.score_unit),
-        }
-        for number in numbers.numbers
+        _row(report, number.metric)
+        for number in numbers.baseline.numbers
+        if not is_kind(number.metric, "bytes")
+    ]
+    rows += [
+        _row(report, number.metric)
+        for number in numbers.numbers.numbers
         if is_kind(number.metric, "score_change")
     ]
     return rows
@@ -132,11 +115,11 @@ def markdown(report: Report) -> str:
         *(f"- {t.target} `{t.artifact.uri}`" for t in report.targets),
         f"- calibrated on: {report.calibrated_on}",
     ]
-    if report.measurement is not None:
-        machine = report.measurement.machine
+    for measurement in report.measured.values():
+        machine = measurement.machine
         lines.append(
-            f"- measured on {machine.processor}, {machine.cores} cores, {machine.system}, ONNX "
-            f"Runtime {machine.onnxruntime} with {machine.threads} thread(s)"
+            f"- measured on {machine.processor}, {machine.cores} cores, {machine.system}, "
+            f"{machine.runtime} {machine.version} with {machine.threads} thread(s)"
         )
     again = report.reproduction
     lines += ["", "## Carry it out again", "", f"```bash\n{again.command}\n```"]
@@ -148,28 +131,24 @@ def markdown(report: Report) -> str:
 def remarks(report: Report) -> list[str]:
     """List the remarks about the table, one sentence each."""
     found = []
-    if report.measurement is not None:
-        ratios = [
-            (find_metric(number.metric), number.estimate)
-            for number in report.measurement.numbers.numbers
-            if number.against == "baseline"
-        ]
-        slower = [
-            f"{declared.batch} ({ratio.point:.2f}x)"
-            for declared, ratio in ratios
-            if declared is not None and declared.quantile == MEDIAN and ratio.low > NOTICED
-        ]
-        if slower:
+    for target, measurement in report.measured.items():
+        runtime = measurement.machine.runtime
+        if slower := _slower_batches(measurement):
+            where = f" in {runtime}" if len(report.measured) > 1 else ""
             found.append(
-                f"Slower than before at batch {', '.join(slower)}: put a limit on p50_ms or p99_ms "
-                f"where that matters."
+                f"Slower than before at batch {', '.join(slower)}{where}: put a limit on p50_ms or "
+                f"p99_ms where that matters."
             )
-        found.append("'change' compares ONNX Runtime with the untouched model in the same run.")
+        found.append(
+            f"'{change_column(report, target)}' compares {runtime} with the untouched model in the "
+            f"same run."
+        )
+    if report.measured:
         found += timed(report)
-        if not report.measurement.machine.int8_dot:
-            found.append(
-                "This processor has no int8 dot product: int8 layers are slower than with one."
-            )
+    if any(not measurement.machine.int8_dot for measurement in report.measured.values()):
+        found.append(
+            "This processor has no int8 dot product: int8 layers are slower than with one."
+        )
     found += [
         f"{_engines(target)} {target.lowering.served_packed_bytes:,} bytes of weights; the rest of "
         f"the {target.bytes:,} bytes is code, which does not grow with a table's rows."
@@ -181,6 +160,20 @@ def remarks(report: Report) -> list[str]:
     found += report.remarks
     found += [f"Step {kind} was left out: {why}" for kind, why in report.idle.items()]
     return found
+
+
+def _slower_batches(measurement: Measurement) -> list[str]:
+    """List the batch sizes with a higher median latency than before, with the ratio."""
+    ratios = [
+        (find_metric(number.metric), number.estimate)
+        for number in measurement.numbers.numbers
+        if number.against == "baseline"
+    ]
+    return [
+        f"{declared.batch} ({ratio.point:.2f}x)"
+        for declared, ratio in ratios
+        if declared is not None and declared.quantile == MEDIAN and ratio.low > NOTICED
+    ]
 
 
 def _engines(target: TargetReport) -> str:
@@ -215,26 +208,39 @@ def timed(report: Report) -> list[str]:
 
 def limit_lines(report: Report) -> list[str]:
     """List every limit with its outcome, one line each."""
-    judged = [item for target in report.targets for item in target.verdict.judgements]
+    judged = [
+        (f"{target.target}, " if len(report.measured) > 1 else "", item)
+        for target in report.targets
+        for item in target.verdict.judgements
+    ]
     if not judged:
         return [f"- `{limit}`: not measured here" for limit in report.limits]
-    return [f"- `{item.limit}`: {item.outcome}. {item.reason}" for item in judged]
+    return [f"- {where}`{item.limit}`: {item.outcome}. {item.reason}" for where, item in judged]
 
 
 def resolution(report: Report) -> str:
     """State the smallest change of the metric that the test set resolves."""
-    if report.measurement is None:
+    if not report.measured:
         return "Nothing was measured on this machine."
+    if len(report.measured) == 1:
+        return _resolution(report, *report.measured.values())
+    return " ".join(
+        f"{measurement.machine.runtime}: {_resolution(report, measurement)}"
+        for measurement in report.measured.values()
+    )
+
+
+def _resolution(report: Report, measurement: Measurement) -> str:
     metric = report.metric
-    rows = f"{report.measurement.rows:,} test rows"
-    change = report.measurement.numbers.of(metric, "baseline")
+    rows = f"{measurement.rows:,} test rows"
+    change = measurement.numbers.of(metric, "baseline")
     if change is not None and change.unresolved is not None:
         return f"The {rows} resolve no change of {label(metric)}: {change.unresolved}."
     if change is not None and change.groups is not None:
         rows += f" of {change.groups:,} groups"
     return (
         f"The {rows} resolve a change of {label(metric)} of about "
-        f"{report.measurement.resolves[metric]:.2g} (half the width of its 95 % interval)."
+        f"{measurement.resolves[metric]:.2g} (half the width of its 95 % interval)."
     )
 
 
@@ -243,11 +249,13 @@ def _checks(report: Report) -> list[str]:
     for t in report.targets:
         for graph in t.lowering.graphs:
             where = t.target if len(t.lowering.graphs) == 1 else f"{t.target}, {graph.name}"
-            lines += _graph_checks(where, graph, t.audits.get(graph.name, {}))
+            lines += _graph_checks(where, graph, t.audits.get(graph.name, {}), label_of(t.target))
     return lines
 
 
-def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> list[str]:
+def _graph_checks(
+    where: str, graph: LoweredGraph, audit: dict[str, object], runtime: str
+) -> list[str]:
     parity = graph.rows_parity
     lines = [
         f"- {where}: {graph.output}s differ from torch by at most {parity.largest:.2g} (root mean "
@@ -261,7 +269,7 @@ def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> 
         if graph.sparse_layers:
             lines.append(
                 f"- {where}: {many(len(graph.sparse_layers), 'layer')} with 2:4 zeros: did not "
-                f"pay, since ONNX Runtime stores and multiplies zeros like other weights"
+                f"pay, since {runtime} stores and multiplies zeros like other weights"
             )
     lines += [
         f"- {where}: {name.replace('_', ' ')}: {audit[name]}"
@@ -276,6 +284,65 @@ def _graph_checks(where: str, graph: LoweredGraph, audit: dict[str, object]) -> 
         if audit.get(name) is not None
     ]
     return lines
+
+
+def change_column(report: Report, target: str) -> str:
+    """Return the column of a measured target's change from the untouched model."""
+    return "change" if target == next(iter(report.measured), None) else f"change, {target}"
+
+
+def _row(report: Report, metric: str) -> dict[str, str]:
+    """Return the row of one metric: a dash where a target was not measured."""
+    cells = {target: _cells(metric, found) for target, found in report.measured.items()}
+    changes_only = is_kind(metric, "score_change")
+    row = {"what": label(metric), "before": "", "change": ""}
+    own = {t.target: "" if changes_only else "-" for t in report.targets}
+    further: dict[str, str] = {}
+    for target, (before, after, change) in cells.items():
+        own[target] = after
+        if change_column(report, target) in row:
+            row |= {"before": before, "change": change}
+        else:
+            further |= {f"before, {target}": before, f"change, {target}": change}
+    return {"what": row["what"], "before": row["before"], **own, "change": row["change"], **further}
+
+
+def _cells(metric: str, found: Measurement) -> tuple[str, str, str]:
+    """Return a metric of the untouched model and of the result, and its change."""
+    after = found.numbers.of(metric, "absolute")
+    if is_kind(metric, "score_change"):
+        unit = found.numbers.score_unit
+        return "", "", "" if after is None else score_change_of(metric, after, unit)
+    latency = is_kind(metric, "latency")
+    before, change = found.baseline.of(metric, "absolute"), found.numbers.of(metric, "baseline")
+    return (
+        "-" if before is None else _plain(before, latency),
+        "-" if after is None else _plain(after, latency),
+        "" if change is None else change_of(change, ratio=latency),
+    )
+
+
+def _bytes_row(report: Report) -> dict[str, str]:
+    first = report.first_measured
+    row = {"what": "bytes served", "before": f"{report.baseline_bytes:,}"}
+    row |= {t.target: f"{t.bytes:,}" for t in report.targets}
+    row["change"] = "" if first is None else f"{first.bytes / report.baseline_bytes:.2f}x"
+    for target, found in report.other_measurements.items():
+        before = found.baseline.of(BYTES.name, "absolute")
+        change = found.numbers.of(BYTES.name, "baseline")
+        row[f"before, {target}"] = "-" if before is None else f"{before.point:,.0f}"
+        row[f"change, {target}"] = "-" if change is None else f"{change.point:.2f}x"
+    return row
+
+
+def _weights_row(report: Report) -> dict[str, str]:
+    before, change = sum(line.bytes_before for line in report.plan.lines), _ratio(report.plan)
+    row = {"what": "bytes of weights", "before": f"{before:,}"}
+    row |= {t.target: f"{_bytes_after(report.plan):,}" for t in report.targets}
+    row["change"] = f"{change:.2f}x"
+    for target in report.other_measurements:
+        row |= {f"before, {target}": f"{before:,}", f"change, {target}": f"{change:.2f}x"}
+    return row
 
 
 def _ratio(plan: Plan) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from compressors.lower.findings import Parity
 from infra.pages.html import many
 from tasks.orchestration.documents import LoweredGraph, Report, TargetReport
-from tasks.report.cells import as_text, packed, widened
+from tasks.report.cells import as_text, label_of, packed, widened
 from tasks.report.measured import TONES, WORDS
 
 
@@ -59,7 +59,7 @@ def _target(target: TargetReport) -> Target:
         "Bytes served": Fact(f"{target.bytes:,}, of them {packed_bytes} of packed weights"),
     }
     for graph in lowering.graphs:
-        found = _graph(graph, target.audits.get(graph.name, {}))
+        found = _graph(graph, target.audits.get(graph.name, {}), label_of(target.target))
         several = len(lowering.graphs) > 1
         facts |= {
             f"{name}, {graph.name}" if several else name: fact for name, fact in found.items()
@@ -67,7 +67,7 @@ def _target(target: TargetReport) -> Target:
     return Target(target.target, tuple(facts.items()))
 
 
-def _graph(graph: LoweredGraph, audit: dict[str, object]) -> dict[str, Fact]:
+def _graph(graph: LoweredGraph, audit: dict[str, object], runtime: str) -> dict[str, Fact]:
     """Return the facts about one graph of a target, by name."""
     facts = {
         f"{graph.output.capitalize()}s against torch": Fact(
@@ -87,8 +87,8 @@ def _graph(graph: LoweredGraph, audit: dict[str, object]) -> dict[str, Fact]:
         if graph.sparse_layers:
             facts["Sparsity"] = Fact(
                 "did not pay",
-                note=f"{many(len(graph.sparse_layers), 'layer')} with 2:4 zeros, which ONNX "
-                "Runtime stores and multiplies like other weights",
+                note=f"{many(len(graph.sparse_layers), 'layer')} with 2:4 zeros, which {runtime} "
+                "stores and multiplies like other weights",
             )
     facts |= {
         name.replace("_", " ").capitalize(): Fact(as_text(value))

@@ -111,7 +111,7 @@ class RecipeRun:
 def carry_out_recipe(order: Order) -> RecipeRun:
     """Carry out the recipe of an order and nothing else: no graph is made and nothing is judged."""
     with without_engine() as tasks:
-        run = Run(order, find(order.model), (), None, progress.Progress(stages=1))
+        run = Run(order, find(order.model), (), {}, progress.Progress(stages=1))
         result = recipe.carry_out(run)
         stages = recipe.measure_recipe_stages(run, result, run.prepared("test"), run.ranking())
     plan = read(local(result.bundle)).plan

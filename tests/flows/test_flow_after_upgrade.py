@@ -10,7 +10,7 @@ from flows import resolve
 from flows.resolve import carried_out_result, request_digest
 from infra.registry.ledger import Ledger
 from tasks.bundles.bundle_ref import find
-from tasks.orchestration import documents
+from tasks.orchestration import new_report
 from tasks.orchestration.order_records import request_key
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import promote, registry
@@ -24,7 +24,7 @@ def upgraded(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> W
     home = tmp_path / "recpress"
     copied_home(monkeypatch, world.home, home)
     promote("clicks", world.first.finished.version, "before the upgrade")
-    for module in (resolve, documents):
+    for module in (resolve, new_report):
         monkeypatch.setattr(module, "recpress_version", lambda: NEWER)
     return world
 
@@ -60,7 +60,7 @@ def test_request_record_that_is_damaged_counts_as_absent(
     upgraded: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     order = upgraded.order
-    place = store().folder / request_key(request_digest(order, find(order.model), None))
+    place = store().folder / request_key(request_digest(order, find(order.model), {}))
     record = place.read_bytes()
     for body in (b"{}", b"not JSON", record.replace(b'"order": "', b'"order": "0')):
         place.write_bytes(body)

@@ -47,5 +47,5 @@ def test_an_order_is_compared_with_the_champion_of_before_the_move(
     limit = Limit.parse("auc vs champion >= -0.02")
     ran = carry_out(world.order.model_copy(update={"limits": (limit,)}))
     assert (ran.state, ran.finished.report.outcome) == ("Completed", "accepted")
-    assert ran.finished.report.champion == champion_graph("clicks")
+    assert ran.finished.report.champion == champion_graph("clicks", "onnxruntime")
     assert version_report("clicks", "@champion")[1] == world.first.finished.report

@@ -160,55 +160,55 @@ def test_the_form_schema_distinguishes_steps_by_their_kind(form: dict[str, typin
 
 # --- the name of the result ------------------------------------------------------------------
 
-SAME = order_digest(ORDER, SUBJECT, None)
+SAME = order_digest(ORDER, SUBJECT, {})
 
 
 @pytest.mark.parametrize(
-    ("order", "subject", "champion"),
+    ("order", "subject", "champions"),
     [
-        pytest.param(changed(preset="small"), SUBJECT, None, id="recipe"),
+        pytest.param(changed(preset="small"), SUBJECT, {}, id="recipe"),
         pytest.param(
-            changed(limits=(Limit.parse("auc vs baseline >= -0.0021"),)), SUBJECT, None, id="limits"
+            changed(limits=(Limit.parse("auc vs baseline >= -0.0021"),)), SUBJECT, {}, id="limits"
         ),
-        pytest.param(changed(targets=Targets(tensorrt_rtx="optional")), SUBJECT, None, id="target"),
-        pytest.param(changed(targets=Targets(best_batch=32)), SUBJECT, None, id="batch"),
-        pytest.param(changed(rules=Rules(min_rows=7)), SUBJECT, None, id="rules"),
-        pytest.param(changed(seed=1), SUBJECT, None, id="seed"),
-        pytest.param(changed(budget=0.001), SUBJECT, None, id="budget"),
-        pytest.param(changed(attempt=1), SUBJECT, None, id="attempt"),
-        pytest.param(ORDER, SUBJECT, CHAMPION, id="champion"),
+        pytest.param(changed(targets=Targets(tensorrt_rtx="optional")), SUBJECT, {}, id="target"),
+        pytest.param(changed(targets=Targets(best_batch=32)), SUBJECT, {}, id="batch"),
+        pytest.param(changed(rules=Rules(min_rows=7)), SUBJECT, {}, id="rules"),
+        pytest.param(changed(seed=1), SUBJECT, {}, id="seed"),
+        pytest.param(changed(budget=0.001), SUBJECT, {}, id="budget"),
+        pytest.param(changed(attempt=1), SUBJECT, {}, id="attempt"),
+        pytest.param(ORDER, SUBJECT, {"onnxruntime": CHAMPION}, id="champion"),
         pytest.param(
             ORDER,
             SUBJECT.model_copy(update={"artifact": CHAMPION}),
-            None,
+            {},
             id="model",
         ),
         pytest.param(
-            ORDER, SUBJECT.model_copy(update={"architecture": "d" * 64}), None, id="architecture"
+            ORDER, SUBJECT.model_copy(update={"architecture": "d" * 64}), {}, id="architecture"
         ),
     ],
 )
 def test_order_digest_differs_for_every_change_that_affects_the_result(
-    order: Order, subject: BundleRef, champion: Artifact | None
+    order: Order, subject: BundleRef, champions: dict[str, Artifact]
 ) -> None:
-    assert order_digest(order, subject, champion) != SAME
+    assert order_digest(order, subject, champions) != SAME
 
 
 def test_teachers_change_the_orders_digest() -> None:
     teacher = Teacher(artifact=CHAMPION, name="clicks@2", output="logit", architecture="b" * 64)
     edited = teacher.model_copy(update={"architecture": "d" * 64})
     other = teacher.model_copy(update={"artifact": SUBJECT.artifact})
-    digests = {order_digest(ORDER, SUBJECT, None, (one,)) for one in (teacher, edited, other)}
+    digests = {order_digest(ORDER, SUBJECT, {}, (one,)) for one in (teacher, edited, other)}
     assert len(digests | {SAME}) == 4
 
 
 def test_version_of_recpress_changes_the_order_digest_but_not_the_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    request = request_digest(ORDER, SUBJECT, None)
+    request = request_digest(ORDER, SUBJECT, {})
     monkeypatch.setattr(resolve, "recpress_version", lambda: "99.0")
-    assert order_digest(ORDER, SUBJECT, None) != SAME
-    assert request_digest(ORDER, SUBJECT, None) == request
+    assert order_digest(ORDER, SUBJECT, {}) != SAME
+    assert request_digest(ORDER, SUBJECT, {}) == request
 
 
 def test_sources_of_recpress_do_not_change_the_order_digest(
@@ -220,21 +220,21 @@ def test_sources_of_recpress_do_not_change_the_order_digest(
     code_digest._direct_imports.cache_clear()
     code_digest._sources_digest.cache_clear()
     monkeypatch.setattr(Path, "read_bytes", unreadable)
-    assert order_digest(ORDER, SUBJECT, None) == SAME
+    assert order_digest(ORDER, SUBJECT, {}) == SAME
 
 
 def test_promoting_or_the_way_a_model_is_called_does_not_change_the_digest() -> None:
-    assert order_digest(changed(promote=True), SUBJECT, None) == SAME
-    assert order_digest(changed(model="clicks"), SUBJECT, None) == SAME
+    assert order_digest(changed(promote=True), SUBJECT, {}) == SAME
+    assert order_digest(changed(model="clicks"), SUBJECT, {}) == SAME
 
 
 def test_the_terms_of_an_order_have_its_digest_so_the_command_line_finds_it() -> None:
     terms = Terms.model_validate(ORDER.model_dump(exclude={"steps"}))
-    assert order_digest(terms, SUBJECT, None) == SAME
+    assert order_digest(terms, SUBJECT, {}) == SAME
 
 
 def test_steps_of_ones_own_are_part_of_the_digest() -> None:
     one = changed(preset="custom", steps=(RowwiseInt8(),))
     other = changed(preset="custom", steps=(RowwiseInt8(min_rows=7),))
-    digests = {order_digest(order, SUBJECT, None) for order in (one, other)}
+    digests = {order_digest(order, SUBJECT, {}) for order in (one, other)}
     assert len(digests | {SAME}) == 3

@@ -183,7 +183,7 @@ def test_orders_with_different_budgets_are_different_orders(table_heavy) -> None
         Order(model="tableheavy", preset="small", limits=(ANY,), budget=budget)
         for budget in (None, DEFAULT_BUDGET, 0.01, 0.0)
     ]
-    digests = [order_digest(order, subject, None) for order in orders]
+    digests = [order_digest(order, subject, {}) for order in orders]
     assert digests[0] == digests[1]  # the default, written out
     assert len(set(digests)) == 3
 

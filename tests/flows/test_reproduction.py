@@ -70,7 +70,7 @@ def test_the_command_of_a_report_gives_an_order_of_the_same_digest(fields: dict[
     order = changed(**fields)
     again = order.reproduction("clicks@1")
     terms = read_by_the_command_line(again.command)
-    assert order_digest(terms, SUBJECT, None) == order_digest(order, SUBJECT, None)
+    assert order_digest(terms, SUBJECT, {}) == order_digest(order, SUBJECT, {})
     assert terms.model == "clicks@1"
     assert Order.model_validate(again.order) == order
 
@@ -97,7 +97,7 @@ def test_orders_of_one_digest_are_described_equally() -> None:
     """Else one order would have two reports, of which the registry points to the first."""
     one = changed(preset="small")
     same = changed(model="clicks", preset="small", promote=True)
-    assert order_digest(one, SUBJECT, None) == order_digest(same, SUBJECT, None)
+    assert order_digest(one, SUBJECT, {}) == order_digest(same, SUBJECT, {})
     assert one.reproduction("clicks@1") == same.reproduction("clicks@1")
 
 

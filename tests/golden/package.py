@@ -13,19 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compressors.contracts import TARGETS as DECLARED_TARGETS
 from compressors.contracts import Bench as Bench
 from compressors.contracts import DenseInput as DenseInput
 from compressors.contracts import IdInput as IdInput
 from compressors.contracts import JaggedBag as JaggedBag
 from compressors.contracts import Signature as Signature
-from compressors.contracts import TargetKind
 from compressors.core.batches import edge_example, example
 from compressors.core.model import Model
 from compressors.core.registries import METHODS
@@ -78,7 +78,7 @@ def methods() -> dict[str, type[Step]]:
 
 def targets() -> dict[str, str]:
     """All registered targets by their names in the record."""
-    return {recorded(target, TARGETS): target for target in get_args(TargetKind)}
+    return {recorded(target, TARGETS): target for target in DECLARED_TARGETS}
 
 
 def step(kind: str, **settings: Any) -> Step:

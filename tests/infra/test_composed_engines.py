@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Architecture, Bench, IdInput, Network, Output, Signature
+from compressors.contracts.targets.builder import BuildRequest, Profile, TableWeights
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.core.steps.step import Step
@@ -17,7 +18,7 @@ from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.prune.tables.dimensions import Dimensions
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
-from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, available, build_engine
+from infra.tensorrt.engines import available, build_engine
 
 needs_rtx = pytest.mark.skipif(
     available("tensorrt-rtx") is None,

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressors.contracts import Architecture, Bench, DenseInput, Network, Output, Signature, Split
+from compressors.contracts.targets.builder import BuildRequest, Profile
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.core.steps.step import Step
@@ -20,7 +21,7 @@ from compressors.quantize.dense.float8_dense import Float8Dense
 from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from infra.tensorrt.audit import judge_sparsity
-from infra.tensorrt.engines import BuildRequest, Engine, Profile, available, build_engine
+from infra.tensorrt.engines import Engine, available, build_engine
 
 needs_rtx = pytest.mark.skipif(
     available("tensorrt-rtx") is None,

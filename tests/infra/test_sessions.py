@@ -9,7 +9,8 @@ from error_codes import raises_code
 from onnx import TensorProto, helper
 
 from infra.errors import ScoringFailed
-from infra.onnxruntime.sessions import Session, interleaved_ms
+from infra.onnxruntime.sessions import Session
+from infra.timing import interleaved_ms
 
 
 @pytest.fixture

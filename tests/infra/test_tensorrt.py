@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from compressors.contracts.targets.builder import BuildRequest, Profile, TableWeights
 from infra.errors import BuildRefused, ChildFailed
 from infra.tensorrt import engines
 from infra.tensorrt.audit import (
@@ -23,7 +24,7 @@ from infra.tensorrt.audit import (
     judge_scratch,
     log_bytes,
 )
-from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, available, build_engine
+from infra.tensorrt.engines import available, build_engine
 
 try:
     import tensorrt_rtx_bindings

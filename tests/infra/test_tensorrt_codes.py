@@ -8,6 +8,7 @@ from table_codes import named
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, Output, Signature
+from compressors.contracts.targets.builder import BuildRequest, Profile, TableWeights
 from compressors.core.modules.formats import PackedTable
 from compressors.core.steps.step import TableStep
 from compressors.lower.export import lower
@@ -16,14 +17,7 @@ from compressors.quantize.tables.kmeans import KMeans
 from compressors.quantize.tables.product_codes import ProductCodes
 from compressors.quantize.tables.residual_codes import ResidualCodes
 from infra.errors import BuildRefused
-from infra.tensorrt.engines import (
-    BuildRequest,
-    Engine,
-    Profile,
-    TableWeights,
-    available,
-    build_engine,
-)
+from infra.tensorrt.engines import Engine, available, build_engine
 
 pytestmark = pytest.mark.skipif(
     available("tensorrt-rtx") is None,

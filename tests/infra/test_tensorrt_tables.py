@@ -11,6 +11,7 @@ from models import Reference, whole
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, Output, Signature
+from compressors.contracts.targets.builder import BuildRequest, Profile, TableWeights
 from compressors.core.runner import run
 from compressors.core.steps.step import TableStep
 from compressors.core.units import stored_bytes
@@ -21,7 +22,7 @@ from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.errors import BuildRefused
-from infra.tensorrt.engines import BuildRequest, Profile, TableWeights, available, build_engine
+from infra.tensorrt.engines import available, build_engine
 
 pytestmark = [
     pytest.mark.slow,

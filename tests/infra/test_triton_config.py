@@ -114,7 +114,7 @@ def test_a_model_of_one_graph_keeps_its_name_and_others_say_which_they_are() -> 
     ("more", "code"),
     [
         ({"outputs": (Tensor(name="score", dtype="bfloat16"),)}, "tensor_type_unknown"),
-        ({"target": "tensorrt-rtx"}, "literal_error"),
+        ({"target": "tensorrt-rtx"}, "target_not_in_triton"),
         ({"version": 0}, "greater_than_equal"),
         ({"batches": (1, 8, 4)}, "batches_shrink"),
         ({"batches": (0, 8, 8)}, "batches_shrink"),

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compressors.contracts import Plan, TargetKind
+from compressors.contracts import Plan, TargetName
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.skipping import run_or_skip
@@ -222,14 +222,14 @@ class Checker:
         self.findings.counts[f"ill-conditioned in {precision}"] += excused
         return excused
 
-    def check_lowering(self, model: Model, target: TargetKind, where: str) -> None:
+    def check_lowering(self, model: Model, target: TargetName, where: str) -> None:
         """Lower every graph of a model for one target and compare it with the module."""
         for graph in served_graphs(self.case.signature):
             what = f"{where} {graph.name} on {target}"
             self.run_guarded(what, lambda: self._check_graph(model, graph, target, what))  # noqa: B023
 
     def _check_graph(
-        self, model: Model, graph: ServedGraph, target: TargetKind, where: str
+        self, model: Model, graph: ServedGraph, target: TargetName, where: str
     ) -> None:
         path = self.folder / f"{graph.name}-{target}.onnx"
         lowered = lower(model.module, graph, target, path)
@@ -290,7 +290,7 @@ class Checker:
         expected: FloatArray,
         actual: FloatArray,
         plan: Plan | None,
-        target: TargetKind,
+        target: TargetName,
         model: Model,
         graph: ServedGraph,
         rows: Rows,
@@ -396,7 +396,7 @@ def _pattern(sentence: str) -> str:
     return " ".join(words[:14])
 
 
-def _session(path: Path, target: TargetKind, plan: Plan | None) -> Session:
+def _session(path: Path, target: TargetName, plan: Plan | None) -> Session:
     if target == "onnxruntime" or not has_bfloat16_products(plan):
         return Session(path, 1)
     checkable = path.with_name(f"checkable-{path.name}")

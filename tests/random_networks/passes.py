@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressors.contracts import TargetKind
+from compressors.contracts import TargetName
 from compressors.core.model import Model
 from compressors.core.units import Unit, swap
 from tests.random_networks.check import Checker, units_of
@@ -20,7 +20,7 @@ SUPERVISED = ("drop_layers", "l1_training", "fine_tune", "distill")
 SLOW = ("additive_codes", "neural_codes", "qat")
 
 
-def mixed(checker: Checker, number: int, target: TargetKind | None) -> Model:
+def mixed(checker: Checker, number: int, target: TargetName | None) -> Model:
     """Apply some value-changing steps, then a different format to each group of units, and lower.
 
     Args:

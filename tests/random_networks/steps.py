@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from compressors.contracts import TargetKind
+from compressors.contracts import TargetName
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import Recalibrate
@@ -173,4 +173,4 @@ LAST: dict[str, Callable[[random.Random], Any]] = {
     "recalibrate": lambda rng: Recalibrate(method=rng.choice(("temperature", "platt", "isotonic"))),
     "refit_codes": lambda _: RefitCodes(rounds=1, training=SHORT_TRAINING),
 }
-TARGETS: tuple[TargetKind, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+TARGETS: tuple[TargetName, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")

@@ -4,12 +4,12 @@ from typing import Any
 
 from compressors.contracts import Artifact, Estimate, Judgement, Limit, Plan, PlanLine, Verdict
 from compressors.contracts.reasons import Reason
+from compressors.contracts.targets.runtime import Machine
 from compressors.lower.findings import GraphAudit, Parity
 from compressors.metrics.judge import Measured, Number
 from flows.order import Order
 from flows.terms import Targets
 from infra.data.expectations import Finding, Validation
-from infra.onnxruntime.sessions import Machine
 from tasks.orchestration.documents import (
     GraphInput,
     LoweredGraph,
@@ -99,7 +99,8 @@ def measurement() -> Measurement:
             processor="A <b>processor</b>",
             cores=2,
             system="Linux x86_64",
-            onnxruntime="1.30.0",
+            runtime="ONNX Runtime",
+            version="1.30.0",
             threads=1,
             int8_dot=True,
         ),

@@ -10,16 +10,16 @@ from compressors.contracts import (
     Outcome,
     Plan,
     PlanLine,
-    TargetKind,
+    TargetName,
     Verdict,
     overall,
 )
 from compressors.contracts.reasons import Reason
+from compressors.contracts.targets.runtime import Machine
 from compressors.lower.findings import Parity
 from compressors.metrics import judge
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.data.expectations import Validation
-from infra.onnxruntime.sessions import Machine
 from tasks.orchestration.documents import (
     GraphInput,
     LoweredGraph,
@@ -33,7 +33,13 @@ from tasks.orchestration.workspace import store
 
 LIMIT = Limit.parse("auc vs baseline >= -0.002")
 MACHINE = Machine(
-    processor="a processor", cores=2, system="Linux", onnxruntime="1", threads=1, int8_dot=True
+    processor="a processor",
+    cores=2,
+    system="Linux",
+    runtime="ONNX Runtime",
+    version="1",
+    threads=1,
+    int8_dot=True,
 )
 
 
@@ -53,7 +59,7 @@ def parity() -> Parity:
     )
 
 
-def lowering(target: TargetKind) -> Lowering:
+def lowering(target: TargetName) -> Lowering:
     return Lowering(
         target=target,
         name="m@1",
@@ -100,7 +106,7 @@ def measurement() -> Measurement:
     )
 
 
-def report(folder: Path, order: str, outcomes: dict[TargetKind, Outcome]) -> Report:
+def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Report:
     """A report of one order whose targets have these outcomes."""
     targets = tuple(
         TargetReport(

@@ -69,7 +69,7 @@ def test_the_champion_is_found_by_its_order_under_another_number(
     assert (registered.version, report.order) == ("2", A)
     assert alias() == "2"
     assert order_fetched(home) == A
-    assert champion_graph("m") == graph
+    assert champion_graph("m", "onnxruntime") == graph
     assert version_page("m", "@champion")[0].version == "2"
     repaired = repair("m")
     assert repaired is not None
@@ -108,7 +108,7 @@ def test_a_champion_that_the_registry_does_not_have_is_refused_on_every_path(
         "rollback": lambda: rollback("m", ""),
         "export": lambda: export("m", None),
         "show": lambda: triton_contents("m", None),
-        "compare": lambda: champion_graph("m"),
+        "compare": lambda: champion_graph("m", "onnxruntime"),
     }
     for name, use in paths.items():
         with raises_code(PromotionRefused, "champion_not_registered", model="m"):

@@ -43,6 +43,7 @@ def surroundings(patch: pytest.MonkeyPatch, home: Path) -> None:
 
 def measured(made: Graphs, champion: Artifact | None = None, **changes: object) -> Measurement:
     arguments = {
+        "target": "onnxruntime",
         "bundle": made.bundle,
         "baseline": made.graph,
         "candidate": made.graph,

@@ -10,7 +10,7 @@ from drafts import ALLOWED, write_draft
 from error_codes import raises_code
 from reports import report
 
-from compressors.contracts import Artifact, Outcome, TargetKind
+from compressors.contracts import Artifact, Outcome, TargetName
 from infra.bundle import bundle_folder
 from infra.errors import ArtifactMissing, StoreRefused
 from infra.registry.mlflow_registry import Registry
@@ -24,7 +24,7 @@ from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import champion_graph, fetch, promote, rollback, version_report
 from tasks.promotion.registry_listing import listed
 
-GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
+GOOD: dict[TargetName, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 NEW_NAMES = (
     pytest.param("moved", marks=pytest.mark.nightly),
     "a?b#c%41 d&e=f;g:h'i~@ü",
@@ -91,7 +91,7 @@ def test_everything_of_a_moved_home_works(
     assert (registered.version, found) == (first.version, first.report)
     fetch("m", "@champion", "onnxruntime", home / "out")
     assert (home / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
-    assert champion_graph("m") == first.report.targets[0].artifact
+    assert champion_graph("m", "onnxruntime") == first.report.targets[0].artifact
     assert promote("m", second.version, "").version == second.version
     assert rollback("m", "").version == first.version
     again = finished("a" * 64)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, JaggedBag, Output, PaddedBag, Signature, TargetKind
+from compressors.contracts import IdInput, JaggedBag, Output, PaddedBag, Signature, TargetName
 from compressors.core.batches import format_row, row_of
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
@@ -50,11 +50,11 @@ SCHEMA = Signature(
 
 
 @pytest.fixture(scope="module")
-def mean_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetKind], Graph]:
+def mean_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName], Graph]:
     """The graph of ``Mean`` for a target, exported once."""
 
     @cache
-    def exported(target: TargetKind) -> Graph:
+    def exported(target: TargetName) -> Graph:
         model = Reference(Mean, SCHEMA).model()
         path = tmp_path_factory.mktemp("mean") / "model.onnx"
         return Graph(model, lower(model.module, whole(SCHEMA), target, path), SCHEMA, path, target)
@@ -85,7 +85,7 @@ CROSSED = SCHEMA.model_copy(
 )
 
 
-def packed_graph(kinds: tuple[str, ...], target: TargetKind, folder: Path) -> Graph:
+def packed_graph(kinds: tuple[str, ...], target: TargetName, folder: Path) -> Graph:
     """``Crossed`` after steps of these kinds."""
     reference = Reference(Crossed, CROSSED)
     model, bench = reference.model(), reference.bench(folder / "data")

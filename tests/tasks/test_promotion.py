@@ -132,7 +132,7 @@ def test_a_champion_without_a_ledger_is_no_champion(home: Path, fill: Fill) -> N
     registry().point("m", "champion", version)
     with raises_code(PromotionRefused, "champion_missing", model="m"):
         version_report("m", "@champion")
-    assert champion_graph("m") is None
+    assert champion_graph("m", "onnxruntime") is None
 
 
 def test_the_second_of_two_concurrent_promotions_is_refused(
@@ -155,10 +155,10 @@ def test_the_second_of_two_concurrent_promotions_is_refused(
 
 def test_the_champions_graph_is_what_a_candidate_is_compared_with(home: Path) -> None:
     done = published(home, "a")
-    assert champion_graph("unknown") is None
-    assert champion_graph("m") is None
+    assert champion_graph("unknown", "onnxruntime") is None
+    assert champion_graph("m", "onnxruntime") is None
     promote("m", done.version, "")
-    assert champion_graph("m") == done.report.targets[0].artifact
+    assert champion_graph("m", "onnxruntime") == done.report.targets[0].artifact
 
 
 # --- fetch ----------------------------------------------------------------------------------

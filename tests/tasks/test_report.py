@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from reports import report
 
-from compressors.contracts import Estimate, Outcome, Plan, TargetKind
+from compressors.contracts import Estimate, Outcome, Plan, TargetName
 from compressors.contracts.reasons import Reason
 from compressors.metrics import judge
 from tasks.orchestration.documents import Finished, Report, Stage, report_of
@@ -13,7 +13,7 @@ from tasks.orchestration.order_records import finished_key
 from tasks.orchestration.workspace import store
 from tasks.report.tables import headline, markdown, remarks, resolution
 
-OUTCOMES: dict[TargetKind, Outcome] = {
+OUTCOMES: dict[TargetName, Outcome] = {
     "onnxruntime": "accepted",
     "tensorrt-rtx": "built-unmeasured",
 }

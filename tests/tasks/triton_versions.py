@@ -6,13 +6,13 @@ from typing import Any
 
 from reports import report
 
-from compressors.contracts import Outcome, TargetKind
+from compressors.contracts import Outcome, TargetName
 from infra.registry.ledger import Ledger
 from tasks import publish as publishing
 from tasks.orchestration.documents import Finished, Report
 from tasks.orchestration.workspace import store
 
-GOOD: dict[TargetKind, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
+GOOD: dict[TargetName, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 
 Fill = Callable[[str, str], tuple[str, ...]]
 """The fixture ``fill``: orders to publish, those of them to promote -> their versions."""

@@ -3,5 +3,5 @@
 target.py     what a target decides while a model is lowered for it
 onnxruntime/  ONNX Runtime on CPU and edge
 tensorrt/     TensorRT and TensorRT-RTX
-registry.py   the targets by name
+registry.py   the lowering that a target declares
 """

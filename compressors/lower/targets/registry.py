@@ -1,20 +1,18 @@
-"""The serving targets by name. To add one, write its folder and add it here."""
+"""The lowering of each serving target, which its declaration names."""
 
-from compressors.lower.targets.onnxruntime.target import OnnxRuntime
+from compressors.contracts import target
+from compressors.lower.targets.onnxruntime.target import OnnxRuntime as OnnxRuntime
 from compressors.lower.targets.target import LoweringTarget
-from compressors.lower.targets.tensorrt.target import TensorRT
-
-LOWERING_TARGETS: dict[str, LoweringTarget] = {
-    "onnxruntime": OnnxRuntime(),
-    "tensorrt": TensorRT(),
-    "tensorrt-rtx": TensorRT(),
-}
+from compressors.lower.targets.tensorrt.target import TensorRT as TensorRT
 
 
 def lowering_target(name: str) -> LoweringTarget:
-    """Return the target of a name.
+    """Return the lowering of a target.
+
+    The imports of this file make the digests of tasks contain the lowerings of recpress.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no target of this name.
     """
-    return LOWERING_TARGETS[name]
+    lowering: LoweringTarget = target(name).load_lowering()
+    return lowering

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from compressors.contracts import Plan
 from compressors.core.modules.formats import PackedLinear, PackedTable
+from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
 
 
 class Tolerance(NamedTuple):
@@ -23,15 +25,11 @@ EXACT = Tolerance(1e-4, 1e-3, 2e-4)
 
 
 class LoweringTarget(Protocol):
-    """Translations, stored types, graph passes and tolerances of one serving target."""
+    """Translations, stored types, passes, tolerances and audit of one serving target."""
 
     @property
     def merges_lookups(self) -> bool:
         """Whether tables of the same format are looked up together in one table."""
-
-    @property
-    def runs_in_onnxruntime(self) -> bool:
-        """Whether ONNX Runtime serves the graph, so that its optimized graph can be audited."""
 
     def translations(self) -> Mapping[Any, Callable[..., Any]]:
         """Return the function that builds the subgraph of each custom op."""
@@ -52,11 +50,36 @@ class LoweringTarget(Protocol):
     ) -> ir.TensorProtocol | None:
         """Convert a stored tensor of a dense layer; arguments as for ``retyped_table``."""
 
+    def stays_packed(self, layer: PackedLinear) -> bool:
+        """Whether the runtime multiplies by a dense layer's codes as they are stored."""
+
     def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
         """Return the graph passes that run after the general ones, in order."""
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
         """Return the limits of the parity check for a model with this plan."""
+
+    def audit(
+        self,
+        graph: onnx.GraphProto,
+        plan: Plan | None,
+        tables: tuple[TableInitializers, ...],
+        layers: tuple[LayerInitializer, ...],
+    ) -> GraphAudit | None:
+        """Check that the graph as the runtime optimized it contains what the plan ordered.
+
+        Args:
+            graph: the optimized graph; only data of initializers may be in an external file.
+            plan: the compression plan; None for an uncompressed model.
+            tables: names in the graph of the stored tensors of every table.
+            layers: names in the graph of the stored weights of every packed dense layer.
+
+        Returns:
+            Counts and sizes; None if the target has no rule for graphs.
+
+        Raises:
+            AuditFailed: a weight or a product is not as ordered.
+        """
 
     def has_unsupported_products(self, plan: Plan | None) -> bool:
         """Whether ONNX Runtime can check the graph only after its bfloat16 products are removed."""

@@ -16,7 +16,7 @@ from narrow_networks import SCHEMA, Branched
 from reason_codes import codes_of, with_code
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, ModuleRecord, TargetKind
+from compressors.contracts import Bench, ModuleRecord, TargetName
 from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
@@ -268,7 +268,7 @@ def test_a_narrowed_network_keeps_its_factored_layers(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-def test_a_graph_computes_what_the_module_computes(target: TargetKind, tmp_path):
+def test_a_graph_computes_what_the_module_computes(target: TargetName, tmp_path):
     bench = COMPACT.bench(tmp_path / "data")
     model = run(LowRankDense(), COMPACT.model(), bench, tmp_path / "0")
     model = run(StaticInt8(), model, bench, tmp_path / "1")

@@ -14,7 +14,7 @@ from compressors.contracts import (
     Output,
     PaddedBag,
     Signature,
-    TargetKind,
+    TargetName,
 )
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -85,7 +85,7 @@ def rows() -> dict[str, Tensor]:
     # Targets differ in how packed weights are written down, and nothing is packed here.
     ["onnxruntime", pytest.param("tensorrt", marks=pytest.mark.nightly)],
 )
-def test_attention_scores_an_empty_history_as_torch_does(target: TargetKind, tmp_path):
+def test_attention_scores_an_empty_history_as_torch_does(target: TargetName, tmp_path):
     (form,) = served_graphs(SCHEMA)
     lowered = lower(model().module, form, target, tmp_path / "model.onnx")
     with torch.no_grad():

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from signatures import with_output
 from torch import Tensor, nn
 
-from compressors.contracts import DenseInput, Output, Signature, TargetKind
+from compressors.contracts import DenseInput, Output, Signature, TargetName
 from compressors.core.modules.output_calibration import Recalibration, attach
 from compressors.lower.export import lower
 from compressors.quantize.dense.static_int8 import packed_int8
@@ -49,7 +49,7 @@ class RareProbability(nn.Module):
         return torch.sigmoid(x.sum(dim=1))
 
 
-def session(module: nn.Module, signature: Signature, target: TargetKind, folder: Path) -> Session:
+def session(module: nn.Module, signature: Signature, target: TargetName, folder: Path) -> Session:
     """The target's graph in ONNX Runtime, which runs TensorRT's forms too."""
     path = folder / f"{target}.onnx"
     lower(module, whole(signature), target, path)
@@ -57,7 +57,7 @@ def session(module: nn.Module, signature: Signature, target: TargetKind, folder:
 
 
 def graph_scores(
-    module: nn.Module, signature: Signature, target: TargetKind, x: Tensor, folder: Path
+    module: nn.Module, signature: Signature, target: TargetName, x: Tensor, folder: Path
 ) -> NDArray[np.float32]:
     return session(module, signature, target, folder).scores({"x": x.numpy()})
 
@@ -78,7 +78,7 @@ def test_recalibrated_probabilities_next_to_zero_are_those_of_torch(tmp_path: Pa
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_a_squeezed_score_has_one_number_per_row_for_requests_of_any_size(
-    target: TargetKind, tmp_path: Path
+    target: TargetName, tmp_path: Path
 ) -> None:
     module = Reference(SqueezedLinear, SCHEMA).model().private().module
     layer, graph = module.layer, session(module, SCHEMA, target, tmp_path)
@@ -104,7 +104,7 @@ def test_a_squeezed_score_has_one_number_per_row_for_requests_of_any_size(
     ],
 )
 def test_the_bias_of_an_int8_layer_is_rounded_to_whole_steps(
-    target: TargetKind, share: float, tmp_path: Path
+    target: TargetName, share: float, tmp_path: Path
 ) -> None:
     """With inputs this wide a step of the products is larger than the bias."""
     module = Reference(Linear, SCHEMA).model().private().module

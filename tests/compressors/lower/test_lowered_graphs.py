@@ -13,7 +13,7 @@ from narrow_networks import Branching
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from compressors.contracts import Output, PaddedBag, Signature, TargetKind
+from compressors.contracts import Output, PaddedBag, Signature, TargetName
 from compressors.core.modules.formats import PackedTable
 from compressors.core.registries import TABLE_FORMATS
 from compressors.errors.compression import NothingToCompress, NotLowerable
@@ -23,8 +23,8 @@ from compressors.lower.targets.tensorrt.types import codes_tensor, retyped
 from compressors.quantize.kernels import bitpacking
 from infra.onnxruntime.sessions import Session, optimized_graph
 
-ORT: TargetKind = "onnxruntime"
-RTX: TargetKind = "tensorrt-rtx"
+ORT: TargetName = "onnxruntime"
+RTX: TargetName = "tensorrt-rtx"
 KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 EVERYTHING = ("rowwise_int8", "static_int8")
 

@@ -17,12 +17,12 @@ from models import (
 from pairwise import pairwise
 from torch import Tensor
 
-from compressors.contracts import DenseInput, JaggedBag, TargetKind
+from compressors.contracts import DenseInput, JaggedBag, TargetName
 from compressors.core.batches import edge_example
 from compressors.lower.parity import compare
 
-ORT: TargetKind = "onnxruntime"
-RTX: TargetKind = "tensorrt-rtx"
+ORT: TargetName = "onnxruntime"
+RTX: TargetName = "tensorrt-rtx"
 KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 EVERYTHING = ("rowwise_int8", "static_int8")
 
@@ -60,7 +60,7 @@ def test_every_method_has_a_graph_in_the_default_tier():
     assert {kinds for _, kinds in default} >= set(RECIPES)
 
 
-def agree(lowered: Graph, target: TargetKind, inputs: dict[str, Tensor], spread: float) -> None:
+def agree(lowered: Graph, target: TargetName, inputs: dict[str, Tensor], spread: float) -> None:
     """Compare scores within the tolerance of parity, relative to the spread of a large batch."""
     expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
     assert found.dtype == np.float32

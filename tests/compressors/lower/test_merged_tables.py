@@ -12,7 +12,7 @@ import torch
 from models import Reference
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, Output, Signature, TargetKind
+from compressors.contracts import IdInput, Output, Signature, TargetName
 from compressors.core.batches import edge_example, example
 from compressors.core.model import Model
 from compressors.core.registries import AnyStep
@@ -76,7 +76,7 @@ def packed(reference: Reference, step: AnyStep, folder: Path) -> Model:
 
 
 def lowered(
-    reference: Reference, model: Model, folder: Path, target: TargetKind = "onnxruntime"
+    reference: Reference, model: Model, folder: Path, target: TargetName = "onnxruntime"
 ) -> tuple[Lowered, Path]:
     path = folder / f"{target}.onnx"
     return lower(model.module, served_graphs(reference.signature)[0], target, path), path

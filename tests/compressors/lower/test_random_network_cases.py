@@ -19,7 +19,7 @@ from compressors.contracts import (
     PaddedBag,
     Signature,
     Split,
-    TargetKind,
+    TargetName,
 )
 from compressors.core.model import Model
 from compressors.core.modules.output_calibration import Recalibration, attach
@@ -97,7 +97,7 @@ def model(network: type[nn.Module], **config: int) -> Model:
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_a_float8_layer_of_two_inputs_is_lowered(target: TargetKind, tmp_path):
+def test_a_float8_layer_of_two_inputs_is_lowered(target: TargetName, tmp_path):
     (tmp_path / "rows").mkdir()
     users = {"user": torch.arange(20), "@label": torch.arange(20.0) % 2}
     save_file(users, tmp_path / "rows" / "data.safetensors")
@@ -132,7 +132,7 @@ def test_a_recalibrated_probability_next_to_zero_is_the_same_in_the_graph(tmp_pa
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
 def test_a_graph_of_a_squeezed_score_gives_one_score_for_one_row(
-    target: TargetKind, tmp_path: Path
+    target: TargetName, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = Squeezed().eval()
@@ -165,7 +165,7 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
 def test_an_int8_layer_whose_bias_is_below_one_step_scores_the_same_on_every_target(
-    target: TargetKind, tmp_path: Path
+    target: TargetName, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = Wide().eval()

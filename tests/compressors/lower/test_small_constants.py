@@ -18,7 +18,7 @@ from signatures import with_output
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Bench, IdInput, Output, PaddedBag, Signature, TargetKind
+from compressors.contracts import Bench, IdInput, Output, PaddedBag, Signature, TargetName
 from compressors.core.batches import example
 from compressors.core.runner import run
 from compressors.lower.export import Lowered, lower
@@ -28,7 +28,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.onnxruntime.sessions import Session
 
-TARGETS: tuple[TargetKind, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+TARGETS: tuple[TargetName, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 # Both sides of the 1e-8 below which ``isclose`` takes a number for 0, and one far below. Others are
 # tried on the passes alone, and nightly on the network.
 EPS = (1e-7, 1e-8, 1e-16)
@@ -76,7 +76,7 @@ STEPS = {"float32": None, "rowwise_int8": RowwiseInt8(), "rowwise_int4": Rowwise
 
 
 @functools.cache
-def lowered(eps: float, form: str, target: TargetKind) -> tuple[Lowered, Path]:
+def lowered(eps: float, form: str, target: TargetName) -> tuple[Lowered, Path]:
     folder = Path(tempfile.mkdtemp())
     reference = Reference(MaskedMeans, SCHEMA, {"eps": eps})
     model = reference.model()
@@ -89,7 +89,7 @@ def lowered(eps: float, form: str, target: TargetKind) -> tuple[Lowered, Path]:
 
 
 def scores(
-    eps: float, form: str, target: TargetKind, inputs: dict[str, Tensor]
+    eps: float, form: str, target: TargetName, inputs: dict[str, Tensor]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Of the module and of its graph in ONNX Runtime, which runs TensorRT's forms too."""
     graph, path = lowered(eps, form, target)
@@ -130,7 +130,7 @@ def test_masked_means_with_other_guards_are_the_modules_on_every_target(eps, for
     check_masked_means(eps, form, target)
 
 
-def check_masked_means(eps: float, form: str, target: TargetKind) -> None:
+def check_masked_means(eps: float, form: str, target: TargetName) -> None:
     inputs = example(SCHEMA, {"user": 12, "items": 40}, 16)
     inputs["items"][:5] = 0  # empty lists
     inputs["items"][5:9, 1:] = 0  # lists of one

@@ -22,7 +22,7 @@ from compressors.contracts import (
     Output,
     PaddedBag,
     Signature,
-    TargetKind,
+    TargetName,
 )
 from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import audit
@@ -30,8 +30,8 @@ from compressors.lower.export import lower
 from compressors.lower.parity import compare
 from infra.onnxruntime.sessions import optimized_graph
 
-ORT: TargetKind = "onnxruntime"
-RTX: TargetKind = "tensorrt-rtx"
+ORT: TargetName = "onnxruntime"
+RTX: TargetName = "tensorrt-rtx"
 _SCRATCH = tempfile.TemporaryDirectory(prefix="codes-")
 
 
@@ -71,7 +71,7 @@ WRITTEN = (0, 2, 4, 5, 8)
 FOR_ONNXRUNTIME = (2,)
 
 
-def cases(target: TargetKind) -> list[Any]:
+def cases(target: TargetName) -> list[Any]:
     return [
         pytest.param(
             place,
@@ -95,7 +95,7 @@ each_graph = pytest.mark.parametrize(
 
 
 @functools.cache
-def written(place: int, target: TargetKind) -> Graph:
+def written(place: int, target: TargetName) -> Graph:
     """The network under one of the steps."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     bench = Bench(signature=REFERENCE.signature)

@@ -15,7 +15,7 @@ from models import LONGEST, Graph, Reference, whole
 from pairwise import pairwise
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, JaggedBag, Output, PaddedBag, Signature, TargetKind
+from compressors.contracts import IdInput, JaggedBag, Output, PaddedBag, Signature, TargetName
 from compressors.core.modules.formats import PackedTable
 from compressors.core.runner import run
 from compressors.core.steps.step import TableStep
@@ -129,7 +129,7 @@ def compressed(forms, network: Reference, tmp_path_factory: pytest.TempPathFacto
 )
 def graph(
     request: pytest.FixtureRequest, network, compressed, tmp_path_factory
-) -> tuple[Graph, TargetKind]:
+) -> tuple[Graph, TargetName]:
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
     lowered = lower(compressed.module, whole(network.signature), request.param, path)
     return Graph(compressed, lowered, network.signature, path), request.param

@@ -11,7 +11,7 @@ import torch
 from models import METHODS, Reference
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, PaddedBag, Signature, TargetKind
+from compressors.contracts import IdInput, PaddedBag, Signature, TargetName
 from compressors.core.batches import edge_example, example
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
@@ -75,7 +75,7 @@ SCHEMA = Signature.model_validate(
     }
 )
 SHARED = Reference(SharedTable, SCHEMA)
-TARGETS: tuple[TargetKind, ...] = ("onnxruntime", "tensorrt-rtx")
+TARGETS: tuple[TargetName, ...] = ("onnxruntime", "tensorrt-rtx")
 TABLES = {"item.table": 50}
 _SCRATCH = tempfile.TemporaryDirectory(prefix="towers-")
 

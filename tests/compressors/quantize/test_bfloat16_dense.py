@@ -15,6 +15,7 @@ from reason_codes import with_code
 from torch.nn import functional as F
 
 from compressors.contracts import Bench
+from compressors.contracts.targets.builder import BuildRequest, Profile
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
@@ -22,7 +23,7 @@ from compressors.lower.parity import compare
 from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from infra.errors import BuildRefused
 from infra.onnxruntime.sessions import Session
-from infra.tensorrt.engines import BuildRequest, Profile, available, build_engine
+from infra.tensorrt.engines import available, build_engine
 
 OP = torch.ops.recpress.bfloat16_linear
 RTX = "tensorrt-rtx"

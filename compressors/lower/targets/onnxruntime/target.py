@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from compressors.contracts import Plan
 from compressors.core.modules.formats import PackedLinear
+from compressors.lower.audit import audit
+from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
 from compressors.lower.targets.onnxruntime import operators, types
 from compressors.lower.targets.onnxruntime.join_split_rows import JoinSplitRows
 from compressors.lower.targets.onnxruntime.spell_out_clipping import SpellOutClipping
@@ -20,7 +23,6 @@ class OnnxRuntime:
     """ONNX Runtime on CPU and edge: packed tables are read as they are stored."""
 
     merges_lookups: bool = True
-    runs_in_onnxruntime: bool = True
 
     def translations(self) -> Mapping[Any, Callable[..., Any]]:
         """Return the function that builds the subgraph of each custom op."""
@@ -34,6 +36,10 @@ class OnnxRuntime:
     ) -> ir.TensorProtocol | None:
         """Convert codes to blocks, as MatMulNBits reads them."""
         return types.retyped(layer, name, values)
+
+    def stays_packed(self, layer: PackedLinear) -> bool:
+        """Whether a product of codes computes a layer."""
+        return types.stays_packed(layer)
 
     def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
         """Return the passes that keep products in int8 and lookups in one piece."""
@@ -50,6 +56,16 @@ class OnnxRuntime:
             # An input, rounded by its block's largest, may be on a boundary.
             return Tolerance(0.002, 0.05, 1e-3)
         return EXACT
+
+    def audit(
+        self,
+        graph: onnx.GraphProto,
+        plan: Plan | None,
+        tables: tuple[TableInitializers, ...],
+        layers: tuple[LayerInitializer, ...],
+    ) -> GraphAudit:
+        """Check the optimized graph; see ``audit.py`` for the rules."""
+        return audit(graph, plan, tables, layers)
 
     def has_unsupported_products(self, plan: Plan | None) -> bool:
         """ONNX Runtime runs the graph that it serves."""

@@ -19,7 +19,6 @@ class TensorRT:
     """TensorRT: it fuses operators by itself, so lookups are not merged."""
 
     merges_lookups: bool = False
-    runs_in_onnxruntime: bool = False
 
     def translations(self) -> Mapping[Any, Callable[..., Any]]:
         """Return the function that builds the subgraph of each custom op."""
@@ -36,6 +35,10 @@ class TensorRT:
     ) -> ir.TensorProtocol | None:
         """Convert codes to signed numbers, and scales of channels to vectors."""
         return dense_types.retyped(layer, name, values)
+
+    def stays_packed(self, layer: PackedLinear) -> bool:
+        """An engine stores weights packed: its audit compares its bytes with the plan's."""
+        return True
 
     def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
         """Return no pass: the builder optimizes the graph."""
@@ -54,6 +57,9 @@ class TensorRT:
             # One float16 rounding of looked-up weights, or a float16 Gemm.
             return Tolerance(0.005, 0.05, 0.01)
         return EXACT
+
+    def audit(self, *_: object) -> None:
+        """The builder optimizes the graph, so its engine is audited instead."""
 
     def has_unsupported_products(self, plan: Plan | None) -> bool:
         """Whether dense layers multiply in bfloat16, which ONNX Runtime on CPU does not."""

@@ -1,0 +1,101 @@
+"""Build the report of an order from the stored results of its tasks. No Prefect."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from compressors.contracts import Artifact, Limit, Plan, Verdict, overall
+from compressors.contracts.reasons import Reason
+from infra.bundle.bundle_folder import read
+from infra.bundle.json_reader import read_limited
+from tasks.bundles.bundle_ref import BundleRef
+from tasks.orchestration.code_digest import recpress_version
+from tasks.orchestration.documents import (
+    STAGES,
+    Report,
+    Reproduction,
+    Stages,
+    TargetReport,
+    build_record,
+    lowering_of,
+    measurement_of,
+    served_bytes,
+)
+from tasks.orchestration.workspace import local
+
+
+def report_from(
+    *,
+    order: str,
+    subject: BundleRef,
+    compressed: Artifact,
+    champions: Mapping[str, Artifact],
+    recipe: tuple[dict[str, Any], ...],
+    limits: tuple[Limit, ...],
+    baselines: Mapping[str, Artifact],
+    built: dict[str, Artifact],
+    required: dict[str, bool],
+    verdicts: dict[str, Verdict],
+    skipped: dict[str, str],
+    left_out: dict[str, Reason],
+    remarks: tuple[Reason, ...] = (),
+    stages: Artifact,
+    measurements: Mapping[str, Artifact],
+    validation: Artifact,
+    reproduction: Reproduction,
+) -> Report:
+    """Build a report from the stored results of the tasks.
+
+    Champions, baselines and measurements are by target, in the order of the targets.
+    """
+    plan = read(local(compressed)).plan
+    measured = {target: measurement_of(item) for target, item in measurements.items()}
+    first, *others = measured or list(baselines)[:1]
+    return Report(
+        order=order,
+        recpress_version=recpress_version(),
+        name=subject.name,
+        bundle_version=subject.version,
+        metric=subject.metric,
+        source=subject.artifact,
+        compressed=compressed,
+        champion=champions.get(first),
+        other_champions={name: champions[name] for name in others if name in champions},
+        recipe=recipe,
+        limits=limits,
+        plan=plan if plan is not None else Plan(),
+        outcome=overall(verdicts.values()),
+        targets=tuple(
+            _target(target, artifact, required[target], verdicts[target])
+            for target, artifact in built.items()
+        ),
+        skipped=skipped,
+        idle_reasons=left_out,
+        remark_reasons=(*remarks, *(plan.reasons if plan is not None else ())),
+        stages=Stages.validate_json(read_limited(local(stages) / STAGES)),
+        baseline_bytes=served_bytes(local(baselines[first])),
+        measurement=measured.get(first),
+        other_measurements={name: measured[name] for name in others},
+        validation=validation,
+        calibrated_on=f"{subject.calibration()} ({subject.rows[subject.calibration()]:,} rows)",
+        reproduction=reproduction,
+    )
+
+
+def _target(target: str, artifact: Artifact, required: bool, verdict: Verdict) -> TargetReport:
+    folder = local(artifact)
+    lowering = lowering_of(folder)
+    audits = {
+        graph.name: json.loads(read_limited(path))["audit"]
+        for graph in lowering.graphs
+        if (path := folder / build_record(graph.name)).exists()
+    }
+    return TargetReport(
+        target=target,
+        required=required,
+        artifact=artifact,
+        bytes=served_bytes(folder),
+        verdict=verdict,
+        lowering=lowering,
+        audits=audits,
+    )

@@ -1,0 +1,276 @@
+"""A target is added by one declaration with its lowering and runtime, and goes through an order."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from drafts import ROWS, write_draft
+from error_codes import raises_code, raises_value_error
+from onnxscript import opset21 as op
+from orders import Ran, carry_out, surroundings
+
+from compressors.contracts import Limit, Plan, digest
+from compressors.contracts.targets import TARGETS, Target, register
+from compressors.core.modules.formats import PackedLinear
+from compressors.errors.compression import AuditFailed
+from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
+from compressors.lower.graph_builders import FLOAT
+from compressors.lower.targets.target import EXACT, Tolerance
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from flows.cli.orders import terms
+from flows.order import Order
+from flows.terms import Targets
+from infra.errors import CommandRefused
+from tasks.bundles.packing import pack
+from tasks.orchestration.documents import Report, report_of
+from tasks.promotion.promotions import fetch, promote, registry
+from tasks.report.page import page, validation_of
+from tasks.report.tables import headline, markdown
+
+PARITY_ROWS = ROWS["calibration"]
+STEPS = (RowwiseInt8(),)
+LIMITS = (Limit.parse("auc vs baseline >= -0.02"), Limit.parse("bytes vs baseline <= 0.9"))
+SCORED: list[int] = []
+"""Rows of each call of the runtime."""
+
+
+def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
+    assert rows_per_scale == 1
+    assert offset is None
+    rows = op.Cast(op.Gather(codes, ids, axis=0), to=FLOAT)
+    return op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
+
+
+class PlainLowering:
+    """Graphs of plain operators of ONNX."""
+
+    merges_lookups = False
+
+    def translations(self) -> Mapping[Any, Callable[..., Any]]:
+        return {torch.ops.recpress.rowwise_int8.default: rowwise_int8}
+
+    def retyped_table(self, *_: object) -> None: ...
+
+    def retyped_layer(self, *_: object) -> None: ...
+
+    def stays_packed(self, layer: PackedLinear) -> bool:
+        return False
+
+    def passes(self) -> tuple[()]:
+        return ()
+
+    def tolerance(self, plan: Plan | None) -> Tolerance:
+        return EXACT
+
+    def has_unsupported_products(self, plan: Plan | None) -> bool:
+        return False
+
+    def audit(
+        self,
+        graph: onnx.GraphProto,
+        plan: Plan | None,
+        tables: tuple[TableInitializers, ...],
+        layers: tuple[LayerInitializer, ...],
+    ) -> GraphAudit:
+        gathered = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+        for table in tables:
+            if not gathered.issuperset(table.names):
+                raise AuditFailed(
+                    "graph_not_as_ordered", faults=(f"{table.module} is not gathered",)
+                )
+        return GraphAudit(
+            nodes={},
+            int8_products=0,
+            packed_tables=sum(table.format != "float32" for table in tables),
+            weight_bytes=sum(len(item.raw_data) for item in graph.initializer),
+        )
+
+
+class UnoptimizedSession:
+    def __init__(self, path: Path, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(path, options)
+        self.inputs = tuple(item.name for item in self._session.get_inputs())
+
+    def scores(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        scores: np.ndarray = self._session.run(None, {name: inputs[name] for name in self.inputs})[
+            0
+        ]
+        SCORED.append(len(scores))
+        return scores
+
+    def bound(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
+        return lambda: self.scores(inputs)
+
+
+class UnoptimizedRuntime:
+    """ONNX Runtime that runs graphs as they are written."""
+
+    def version(self) -> str:
+        return str(onnxruntime.__version__)
+
+    def open(self, path: Path, threads: int) -> UnoptimizedSession:
+        return UnoptimizedSession(path, threads)
+
+    def optimized_graph(self, path: Path) -> onnx.GraphProto:
+        return onnx.load(path).graph
+
+
+class NoisySession(UnoptimizedSession):
+    """A runtime whose scores of packed tables are wrong in large batches."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        super().__init__(path, threads)
+        types = {item.data_type for item in onnx.load(path).graph.initializer}
+        self.is_packed = bool(types & {onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
+
+    def scores(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        scores = super().scores(inputs)
+        if not self.is_packed or len(scores) <= PARITY_ROWS:
+            return scores
+        return np.random.default_rng(0).random(len(scores), np.float32)
+
+
+class NoisyRuntime(UnoptimizedRuntime):
+    def open(self, path: Path, threads: int) -> UnoptimizedSession:
+        return NoisySession(path, threads)
+
+
+TARGET = Target(
+    name="not-optimized",
+    label="ONNX Runtime as written",
+    lowering=PlainLowering,
+    runtime=UnoptimizedRuntime,
+)
+
+
+@pytest.fixture
+def added_target(request: pytest.FixtureRequest) -> Iterator[None]:
+    register(replace(TARGET, runtime=getattr(request, "param", UnoptimizedRuntime)))
+    SCORED.clear()
+    yield
+    del TARGETS[TARGET.name]
+
+
+def order_for(**targets: str) -> Order:
+    return Order(
+        model="clicks@1",
+        preset="custom",
+        steps=STEPS,
+        limits=LIMITS,
+        targets=Targets.model_validate(targets),
+    )
+
+
+def carried_out(home: Path, patch: pytest.MonkeyPatch, order: Order) -> Ran:
+    surroundings(patch, home / "recpress")
+    pack(write_draft(home / "draft"))
+    return carry_out(order)
+
+
+def test_a_registered_target_is_lowered_measured_judged_and_published(
+    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = order_for(not_optimized="required")
+    finished = carried_out(tmp_path, monkeypatch, order).finished
+    report = finished.report
+    first, added = report.targets
+    assert (first.target, added.target) == ("onnxruntime", "not-optimized")
+    assert added.verdict.outcome == report.outcome == "accepted", added.verdict.reason
+    assert [item.limit for item in added.verdict.judgements] == list(LIMITS)
+    (graph,) = added.lowering.graphs
+    assert graph.audit is not None
+    assert graph.audit.packed_tables == 3
+    assert graph.rows_parity.rows == PARITY_ROWS
+
+    found = report.measured[added.target]
+    assert sum(SCORED) > 2 * found.rows  # of the untouched model and of the result
+    assert (found.machine.runtime, found.machine.version) == (TARGET.label, onnxruntime.__version__)
+    before, after = (
+        report.measured[name].numbers.of("auc", "baseline") for name in ("onnxruntime", TARGET.name)
+    )
+    assert before is not None
+    assert after is not None
+    assert after.point == pytest.approx(before.point, abs=1e-5)  # the same function
+    assert found.numbers.of("p50_ms@1", "absolute") is not None
+
+    version = registry().version("clicks", finished.version)
+    assert version.tags["recpress.verdict.not-optimized"] == "accepted"
+    promote("clicks", finished.version, "")
+    fetch("clicks", "@champion", TARGET.name, tmp_path / "served")
+    assert (tmp_path / "served" / "model.onnx").exists()
+
+
+def check_report(report: Report) -> None:
+    rows = headline(report)
+    assert {"change", "before, not-optimized", "change, not-optimized"} <= set(rows[0])
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    assert "ONNX Runtime as written" in markdown(report)
+    shown = page(report, validation_of(report.validation))
+    assert "not-optimized p50 latency" in shown
+    assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+@pytest.mark.parametrize("added_target", [NoisyRuntime], indirect=True)
+def test_each_target_is_judged_by_the_scores_of_its_runtime(
+    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = order_for(not_optimized="required")
+    report = carried_out(tmp_path, monkeypatch, order).finished.report
+    verdicts = {item.target: item.verdict.outcome for item in report.targets}
+    assert verdicts == {"onnxruntime": "accepted", "not-optimized": "rejected"}
+    assert report.outcome == "rejected"
+    check_report(report)
+
+
+def test_an_added_target_is_the_only_one_of_an_order(
+    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = order_for(onnxruntime="off", not_optimized="required")
+    ran = carried_out(tmp_path, monkeypatch, order)
+    report = ran.finished.report
+    assert list(report.measured) == [TARGET.name]
+    assert report.outcome == "accepted"
+    assert "measure not-optimized" in [name for name, _ in ran.tasks]
+    assert "measure onnxruntime" not in [name for name, _ in ran.tasks]
+    assert "'change' compares ONNX Runtime as written" in markdown(report)
+    assert report_of(ran.finished.release) == report
+
+
+def test_an_added_target_is_in_the_form_and_in_the_command_line(added_target: None) -> None:
+    field = Targets.model_json_schema()["properties"]["not_optimized"]
+    assert field["enum"] == ["required", "optional", "off"]
+    ordered = terms("clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0)
+    assert ordered.targets.wanted() == {"onnxruntime": "required", "not-optimized": "required"}
+
+
+def test_registering_a_target_changes_no_order_without_it(
+    request: pytest.FixtureRequest,
+) -> None:
+    before = order_for(tensorrt="optional")
+    stored = before.model_dump_json()
+    request.getfixturevalue("added_target")
+    after = order_for(tensorrt="optional", not_optimized="off")
+    assert (digest(after), after.model_dump_json()) == (digest(before), stored)
+
+
+def test_without_registration_the_target_is_unknown() -> None:
+    with raises_value_error("target_unknown", target="not_optimized"):
+        order_for(not_optimized="required")
+    with raises_code(CommandRefused, "target_unknown", target="not-optimized"):
+        terms("clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0)
+
+
+def test_a_name_is_registered_once_and_there_is_one_default(added_target: None) -> None:
+    with pytest.raises(ValueError, match="not-optimized"):
+        register(TARGET)
+    with pytest.raises(ValueError, match="onnxruntime"):
+        register(replace(TARGET, name="other", is_default=True))
