@@ -26,7 +26,7 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.orders import terms
 from flows.order import Order
 from flows.terms import Targets
-from infra.errors import CommandRefused
+from infra.errors import BuildRefused, CommandRefused
 from tasks.bundles.packing import pack
 from tasks.orchestration.documents import Report, report_of
 from tasks.promotion.promotions import fetch, promote, registry
@@ -144,6 +144,11 @@ class NoisyRuntime(UnoptimizedRuntime):
         return NoisySession(path, threads)
 
 
+class RefusingRuntime(UnoptimizedRuntime):
+    def open(self, path: Path, threads: int) -> UnoptimizedSession:
+        raise BuildRefused("graph_missing", path=str(path))
+
+
 TARGET = Target(
     name="not-optimized",
     label="ONNX Runtime as written",
@@ -208,6 +213,13 @@ def test_a_registered_target_is_lowered_measured_judged_and_published(
     fetch("clicks", "@champion", TARGET.name, tmp_path / "served")
     assert (tmp_path / "served" / "model.onnx").exists()
 
+    limits = (Limit.parse("auc vs champion >= -0.02"),)
+    again = carry_out(order.model_copy(update={"limits": limits})).finished.report
+    assert again.champion == first.artifact
+    assert again.other_champions == {TARGET.name: added.artifact}
+    for measured in again.measured.values():
+        assert measured.numbers.of("auc", "champion") is not None
+
 
 def check_report(report: Report) -> None:
     rows = headline(report)
@@ -243,6 +255,17 @@ def test_an_added_target_is_the_only_one_of_an_order(
     assert "measure onnxruntime" not in [name for name, _ in ran.tasks]
     assert "'change' compares ONNX Runtime as written" in markdown(report)
     assert report_of(ran.finished.release) == report
+
+
+@pytest.mark.parametrize("added_target", [RefusingRuntime], indirect=True)
+def test_an_optional_target_that_cannot_load_its_graphs_is_left_out(
+    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = order_for(not_optimized="optional")
+    report = carried_out(tmp_path, monkeypatch, order).finished.report
+    assert [item.target for item in report.targets] == ["onnxruntime"]
+    assert list(report.skipped) == [TARGET.name]
+    assert report.outcome == "accepted"
 
 
 def test_an_added_target_is_in_the_form_and_in_the_command_line(added_target: None) -> None:

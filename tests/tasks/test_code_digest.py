@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks import compress, gate, measure, publish, rank, stages, tables, validate
+from compressors.contracts import TARGETS
+from tasks import build, compress, gate, lower, measure, publish, rank, stages, tables, validate
 from tasks.orchestration import code_digest as digests
 from tasks.orchestration.code_digest import ROOT, code_digest, imported_sources
 
@@ -90,6 +91,18 @@ def test_task_does_not_depend_on_flows_or_on_what_it_does_not_import():
 )
 def test_task_depends_on_estimators_and_functions_that_declarations_name(task, file):
     assert file in sources(inspect.unwrap(task.fn))
+
+
+@pytest.mark.parametrize("declared", TARGETS.values(), ids=lambda declared: declared.name)
+def test_tasks_depend_on_the_lowering_builder_and_runtime_that_a_target_names(declared):
+    def file(reference):
+        return reference.partition(":")[0].replace(".", "/") + ".py"
+
+    assert file(declared.lowering) in sources(inspect.unwrap(lower.lower_model.fn))
+    if declared.engines is not None:
+        assert file(declared.engines.builder) in sources(inspect.unwrap(build.build.fn))
+    if declared.runtime is not None:
+        assert file(declared.runtime) in sources(inspect.unwrap(measure.measure.fn))
 
 
 def test_tasks_that_render_a_page_depend_on_its_templates():
