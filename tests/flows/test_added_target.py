@@ -1,7 +1,9 @@
 """A target is added by one declaration with its lowering and runtime, and goes through an order."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from onnxscript import opset21 as op
 from orders import Ran, carry_out, surroundings
 
 from compressors.contracts import Limit, Plan, digest
-from compressors.contracts.targets import TARGETS, Target, register
+from compressors.contracts.targets import TARGETS, Engines, Target, register
+from compressors.contracts.targets.builder import BuildRequest
 from compressors.core.modules.formats import PackedLinear
 from compressors.errors.compression import AuditFailed
 from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
@@ -29,6 +32,7 @@ from flows.terms import Targets
 from infra.errors import BuildRefused, CommandRefused
 from tasks.bundles.packing import pack
 from tasks.orchestration.documents import Report, report_of
+from tasks.orchestration.workspace import local
 from tasks.promotion.promotions import fetch, promote, registry
 from tasks.report.page import page, validation_of
 from tasks.report.tables import headline, markdown
@@ -124,13 +128,17 @@ class UnoptimizedRuntime:
         return onnx.load(path).graph
 
 
+def has_packed_tables(path: Path) -> bool:
+    types = {item.data_type for item in onnx.load(path).graph.initializer}
+    return bool(types & {onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
+
+
 class NoisySession(UnoptimizedSession):
     """A runtime whose scores of packed tables are wrong in large batches."""
 
     def __init__(self, path: Path, threads: int) -> None:
         super().__init__(path, threads)
-        types = {item.data_type for item in onnx.load(path).graph.initializer}
-        self.is_packed = bool(types & {onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
+        self.is_packed = has_packed_tables(path)
 
     def scores(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         scores = super().scores(inputs)
@@ -145,8 +153,37 @@ class NoisyRuntime(UnoptimizedRuntime):
 
 
 class RefusingRuntime(UnoptimizedRuntime):
+    """A runtime that loads compressed models only."""
+
     def open(self, path: Path, threads: int) -> UnoptimizedSession:
-        raise BuildRefused("graph_missing", path=str(path))
+        if not has_packed_tables(path):
+            raise BuildRefused("graph_missing", path=str(path))
+        return super().open(path, threads)
+
+
+@dataclass(frozen=True)
+class CopiedEngine:
+    path: str
+    bytes: int
+    version: str = "1"
+
+    def record(self, name: str) -> str:
+        return json.dumps({"path": name, "audit": {"copied_bytes": self.bytes}})
+
+
+@dataclass(frozen=True)
+class CopyingBuilder:
+    """A builder whose engines are copies of the graphs."""
+
+    target: str
+
+    def version(self) -> str:
+        return "1"
+
+    def build(self, request: BuildRequest, folder: Path) -> CopiedEngine:
+        path = folder / "model.copy"
+        shutil.copy(request.onnx, path)
+        return CopiedEngine(str(path), path.stat().st_size)
 
 
 TARGET = Target(
@@ -159,7 +196,7 @@ TARGET = Target(
 
 @pytest.fixture
 def added_target(request: pytest.FixtureRequest) -> Iterator[None]:
-    register(replace(TARGET, runtime=getattr(request, "param", UnoptimizedRuntime)))
+    register(replace(TARGET, **getattr(request, "param", {})))
     SCORED.clear()
     yield
     del TARGETS[TARGET.name]
@@ -231,7 +268,7 @@ def check_report(report: Report) -> None:
     assert Report.model_validate_json(report.model_dump_json()) == report
 
 
-@pytest.mark.parametrize("added_target", [NoisyRuntime], indirect=True)
+@pytest.mark.parametrize("added_target", [{"runtime": NoisyRuntime}], indirect=True)
 def test_each_target_is_judged_by_the_scores_of_its_runtime(
     added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,8 +294,26 @@ def test_an_added_target_is_the_only_one_of_an_order(
     assert report_of(ran.finished.release) == report
 
 
-@pytest.mark.parametrize("added_target", [RefusingRuntime], indirect=True)
-def test_an_optional_target_that_cannot_load_its_graphs_is_left_out(
+ENGINES = Engines(builder=CopyingBuilder, suffix=".copy")
+
+
+@pytest.mark.parametrize("added_target", [{"engines": ENGINES}], indirect=True)
+def test_an_added_target_with_a_builder_is_measured_with_its_engines(
+    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = order_for(onnxruntime="off", not_optimized="required")
+    ran = carried_out(tmp_path, monkeypatch, order)
+    (found,) = ran.finished.report.targets
+    assert found.verdict.outcome == "accepted", found.verdict.reason
+    assert found.audits == {"model": {"copied_bytes": found.bytes}}
+    assert found.lowering.graphs[0].audit is None  # the engine is audited, by its builder
+    assert [name for name, _ in ran.tasks].count("build not-optimized") == 2
+    assert (local(found.artifact) / "model.copy").exists()
+    assert not (local(found.artifact) / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("added_target", [{"runtime": RefusingRuntime}], indirect=True)
+def test_an_optional_target_that_cannot_load_the_untouched_model_is_left_out(
     added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = order_for(not_optimized="optional")
