@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from added_order import AddedOrder, carry_out_added
 from drafts import write_draft
 from local_services import LocalServices, lacking, running_services
 from orders import ACCEPTED, BOTH, World, carry_out_in_prefect, surroundings
@@ -103,3 +104,9 @@ def local_services() -> Iterator[LocalServices]:
         pytest.skip(reason)
     with running_services() as services:
         yield services
+
+
+@pytest.fixture(scope="session")
+def added_order(tmp_path_factory: pytest.TempPathFactory) -> AddedOrder:
+    """A finished order of a kind of task, a metric and a table format that tests add."""
+    return carry_out_added(tmp_path_factory.mktemp("added"))

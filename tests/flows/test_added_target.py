@@ -15,7 +15,7 @@ import torch
 from drafts import ROWS, write_draft
 from error_codes import raises_code, raises_value_error
 from onnxscript import opset21 as op
-from orders import Ran, carry_out, surroundings
+from orders import carry_out, copied_home, surroundings
 
 from compressors.contracts import Limit, Plan, digest
 from compressors.contracts.targets import TARGETS, Engines, Target, register
@@ -36,6 +36,8 @@ from tasks.orchestration.workspace import local
 from tasks.promotion.promotions import fetch, promote, registry
 from tasks.report.page import page, validation_of
 from tasks.report.tables import headline, markdown
+
+pytestmark = pytest.mark.xdist_group("added target")
 
 PARITY_ROWS = ROWS["calibration"]
 STEPS = (RowwiseInt8(),)
@@ -212,17 +214,28 @@ def order_for(**targets: str) -> Order:
     )
 
 
-def carried_out(home: Path, patch: pytest.MonkeyPatch, order: Order) -> Ran:
-    surroundings(patch, home / "recpress")
-    pack(write_draft(home / "draft"))
-    return carry_out(order)
+@pytest.fixture(scope="module")
+def finished_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the order was carried out without the added target."""
+    home = tmp_path_factory.mktemp("finished") / "recpress"
+    with pytest.MonkeyPatch.context() as patch:
+        surroundings(patch, home)
+        pack(write_draft(home.parent / "draft"))
+        carry_out(order_for())
+    return home
+
+
+@pytest.fixture
+def home(finished_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of that home: what does not belong to the added target is not done again."""
+    copied_home(monkeypatch, finished_home, tmp_path / "recpress")
 
 
 def test_a_registered_target_is_lowered_measured_judged_and_published(
-    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(not_optimized="required")
-    finished = carried_out(tmp_path, monkeypatch, order).finished
+    finished = carry_out(order).finished
     report = finished.report
     first, added = report.targets
     assert (first.target, added.target) == ("onnxruntime", "not-optimized")
@@ -270,10 +283,10 @@ def check_report(report: Report) -> None:
 
 @pytest.mark.parametrize("added_target", [{"runtime": NoisyRuntime}], indirect=True)
 def test_each_target_is_judged_by_the_scores_of_its_runtime(
-    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(not_optimized="required")
-    report = carried_out(tmp_path, monkeypatch, order).finished.report
+    report = carry_out(order).finished.report
     verdicts = {item.target: item.verdict.outcome for item in report.targets}
     assert verdicts == {"onnxruntime": "accepted", "not-optimized": "rejected"}
     assert report.outcome == "rejected"
@@ -281,10 +294,10 @@ def test_each_target_is_judged_by_the_scores_of_its_runtime(
 
 
 def test_an_added_target_is_the_only_one_of_an_order(
-    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(onnxruntime="off", not_optimized="required")
-    ran = carried_out(tmp_path, monkeypatch, order)
+    ran = carry_out(order)
     report = ran.finished.report
     assert list(report.measured) == [TARGET.name]
     assert report.outcome == "accepted"
@@ -299,10 +312,10 @@ ENGINES = Engines(builder=CopyingBuilder, suffix=".copy")
 
 @pytest.mark.parametrize("added_target", [{"engines": ENGINES}], indirect=True)
 def test_an_added_target_with_a_builder_is_measured_with_its_engines(
-    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(onnxruntime="off", not_optimized="required")
-    ran = carried_out(tmp_path, monkeypatch, order)
+    ran = carry_out(order)
     (found,) = ran.finished.report.targets
     assert found.verdict.outcome == "accepted", found.verdict.reason
     assert found.audits == {"model": {"copied_bytes": found.bytes}}
@@ -314,10 +327,10 @@ def test_an_added_target_with_a_builder_is_measured_with_its_engines(
 
 @pytest.mark.parametrize("added_target", [{"runtime": RefusingRuntime}], indirect=True)
 def test_an_optional_target_that_cannot_load_the_untouched_model_is_left_out(
-    added_target: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(not_optimized="optional")
-    report = carried_out(tmp_path, monkeypatch, order).finished.report
+    report = carry_out(order).finished.report
     assert [item.target for item in report.targets] == ["onnxruntime"]
     assert list(report.skipped) == [TARGET.name]
     assert report.outcome == "accepted"

@@ -1,0 +1,52 @@
+"""A metric that tests add: the Brier score."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from compressors.contracts import Metric
+from compressors.metrics.cluster_intervals import GroupedPair, Groups, grouped_pair, mean_of_rows
+from compressors.metrics.estimators.protocols import ScoredRows, require_groups
+from compressors.metrics.intervals import PairedRows, RowStatistics, mean_statistic
+from compressors.metrics.point_estimates import number_groups
+
+
+def squared_errors(label, probability) -> np.ndarray:
+    return (np.asarray(probability, np.float64) - np.asarray(label, np.float64)) ** 2
+
+
+@dataclass(frozen=True)
+class Brier:
+    """Mean squared error of probabilities (Brier 1950)."""
+
+    metric: Metric
+
+    def point(self, rows: ScoredRows) -> float:
+        return float(squared_errors(rows.label, rows.score).mean())
+
+    def of_rows(self, pair: PairedRows) -> RowStatistics:
+        before, after = (squared_errors(pair.label, score) for score in pair.scores)
+        return RowStatistics(before.size, mean_statistic(before), mean_statistic(after))
+
+    def of_groups(self, pair: PairedRows) -> GroupedPair:
+        group = require_groups(self.metric, pair.group)
+        groups = Groups(*number_groups(group, np.size(pair.label)))
+        before, after = (
+            mean_of_rows(squared_errors(pair.label, score), groups) for score in pair.scores
+        )
+        return grouped_pair(before, after, self.metric.high, groups.rows.size, "")
+
+
+BRIER = Metric(
+    name="brier",
+    kind="quality",
+    label="Brier score",
+    labels=("clicks",),
+    evaluations=("rows",),
+    higher_is_better=False,
+    compared="difference",
+    largest=0.2,
+    low=0.0,
+    high=1.0,
+    estimators={"rows": Brier},
+)

@@ -1,0 +1,54 @@
+"""A table format that tests add: the sign of each weight, and a length for each row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.core.steps.step import StepSettings
+from compressors.core.steps.unit_settings import MinRows, TablePatterns
+
+
+@dataclass(frozen=True)
+class SignsFormat:
+    """``signs`` int8 ``(rows, dim)``, -1 or 1, and ``length`` float32 ``(rows,)``."""
+
+    name: str = "signs"
+    learned: tuple[str, ...] = ()
+
+    def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        signs = TensorSpec((rows, dim), torch.int8)
+        return {"signs": signs, "length": TensorSpec((rows,), torch.float32)}
+
+    def lookup(
+        self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
+    ) -> Tensor:
+        return stored["signs"][ids].float() * stored["length"][ids].unsqueeze(-1)
+
+
+SIGNS = SignsFormat()
+
+
+class Signs(StepSettings):
+    """Store the sign of each weight, and the mean absolute weight of each row."""
+
+    kind: Literal["signs"] = "signs"
+    tables: TablePatterns = ("*",)
+    min_rows: MinRows = 1
+
+    @property
+    def storage(self) -> TableFormat:
+        return SIGNS
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        signs = torch.where(block < 0, -1, 1).to(torch.int8)
+        return {"signs": signs, "length": block.abs().mean(dim=1)}

@@ -1,0 +1,57 @@
+"""A kind of task that tests add: posts with upvotes, trained by squared errors."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from drafts import write_draft
+from torch import Tensor
+
+from compressors.contracts import Output
+from compressors.contracts.task_kind import TaskKind
+from compressors.core.batches import Batch
+from compressors.metrics.baseline_problem import BaselineProblem
+from compressors.task_kinds.protocol import ScoredSample, TaughtRows
+
+LOSSES: list[float] = []
+
+
+@dataclass(frozen=True)
+class Upvotes:
+    """Squared errors of probabilities."""
+
+    output: Output
+
+    def hard_loss(self, score: Tensor, batch: Batch) -> Tensor:
+        loss = (torch.sigmoid(score) - batch.label.to(torch.float32)).square().mean()
+        LOSSES.append(float(loss.detach()))
+        return loss
+
+    def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
+        student, teacher = (torch.sigmoid(output / temperature) for output in rows[:2])
+        return (student - teacher).square().mean()
+
+    def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
+        assert sample.label.shape == sample.score.shape
+        yield from ()
+
+
+KIND = TaskKind(
+    name="upvotes",
+    forms=("logit",),
+    labels="clicks",
+    needs_label=True,
+    evaluation="rows",
+    usual=(),
+    functions=Upvotes,
+)
+
+
+def write_upvotes(folder: Path) -> Path:
+    draft = write_draft(folder, name="posts")
+    document = json.loads((draft / "model.json").read_text())
+    document["signature"]["outputs"][0]["kind"] = "upvotes"
+    (draft / "model.json").write_text(json.dumps(document))
+    return draft
