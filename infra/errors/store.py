@@ -5,6 +5,7 @@ from typing import ClassVar
 from infra.errors.base import InfraError, Refused
 
 _DELETE = "Delete it from the store and run the step that makes it again."
+_DELETE_FILE = "Delete {key} and the artifact from the store and run the step that makes it again."
 _FREE_FOLDER = "Name a folder that does not exist or is empty."
 
 
@@ -129,10 +130,10 @@ class ArtifactDamaged(Refused):
 
     sentences: ClassVar = {
         "chunk_differs": "{uri} is damaged: {file}, chunk {chunk} (bytes {start} to {stop}) is not "
-        f"what was written. {_DELETE}",
-        "file_absent": f"{{uri}} is damaged: {{file}} is missing. {_DELETE}",
+        f"what was written. {_DELETE_FILE}",
+        "file_absent": f"{{uri}} is damaged: {{file}} is missing. {_DELETE_FILE}",
         "file_size_differs": "{uri} is damaged: {file} has {got} bytes instead of {expected}. "
-        f"{_DELETE}",
+        f"{_DELETE_FILE}",
         "file_unexpected": f"{{uri}} is damaged: {{file}} does not belong to it. {_DELETE}",
         "manifest_unusable": "{uri} is damaged: its manifest cannot be used ({problem}). "
         f"{_DELETE}",

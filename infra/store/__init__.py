@@ -9,6 +9,7 @@ s3.py            a place in an S3 bucket
 manifest.py      the manifest of an artifact: files, chunk hashes, root
 chunks.py        reads and hashes files in chunks
 draft.py         writes an artifact block by block
+artifact_files.py  the files of artifacts: written once by content, read verified
 object_store.py  stores, reads and verifies artifacts
 records.py       small JSON records with a seal over their bytes
 """

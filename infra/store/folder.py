@@ -6,6 +6,7 @@ atomic with its content, and which exposes partly written files.
 
 import errno
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,15 @@ class Folder:
             self._walk(top, found)
         return {key: size for key, size in found.items() if key.startswith(prefix)}
 
+    def size(self, key: str) -> int | None:
+        """Return the size of a key in bytes; None if there is none, or it is no plain file."""
+        with translated(self._root / key, "read"):
+            try:
+                found = (self._root / key).lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
     def read(self, key: str, start: int, stop: int) -> bytes:
         """Read bytes ``start`` to ``stop``; fewer if the file ends earlier."""
         with translated(self._root / key, "read"):
@@ -63,13 +73,7 @@ class Folder:
 
     def create(self, key: str, body: bytes) -> None:
         """Write a new key; ``AlreadyThere`` if it exists."""
-        path = self._root / key
-        with self._written(path, (body,)) as temporary:
-            # rename would replace; link is the one call that fails if the name is taken.
-            try:
-                os.link(temporary, path)
-            except FileExistsError as fault:
-                raise AlreadyThere("key_exists", place=str(path)) from fault
+        self.upload_new(key, len(body), (body,))
 
     def write(self, key: str, body: bytes) -> None:
         """Write a key, replacing its content."""
@@ -86,6 +90,7 @@ class Folder:
         with translated(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                file.chmod(0o444)  # readers map it in place
                 file.rename(path)
             except OSError as fault:
                 if fault.errno == errno.EXDEV:
@@ -99,14 +104,46 @@ class Folder:
         with self._written(path, chunks) as temporary:
             temporary.replace(path)
 
+    def upload_new(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
+        """Write a new large file; ``AlreadyThere`` if its key exists."""
+        path = self._root / key
+        with self._written(path, chunks) as temporary:
+            # rename would replace; link is the one call that fails if the name is taken.
+            try:
+                os.link(temporary, path)
+            except FileExistsError as fault:
+                raise AlreadyThere("key_exists", place=str(path)) from fault
+
+    def link(self, key: str, to: str) -> None:
+        """Make ``to`` a hard link to the file of ``key``, replacing any other file.
+
+        A file with as many links as the file system allows is copied.
+        """
+        source, target = self._root / key, self._root / to
+        with translated(target, "write"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and target.samefile(source):
+                return
+            temporary = self._temporary()
+            try:
+                try:
+                    os.link(source, temporary)
+                except OSError as fault:
+                    if fault.errno != errno.EMLINK:
+                        raise
+                    shutil.copyfile(source, temporary)
+                    temporary.chmod(0o444)
+                temporary.replace(target)
+            finally:
+                # A rename to another link of the same file leaves both names.
+                temporary.unlink(missing_ok=True)
+
     @contextmanager
     def _written(self, path: Path, chunks: Iterable[bytes]) -> Iterator[Path]:
         """Yield a complete temporary file on the same disk as ``path``; removed at the end."""
         with translated(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._root / TEMPORARY / owned_name("key", "tmp")
-            temporary.parent.mkdir(exist_ok=True)
-            _collect_sometimes(temporary.parent)
+            temporary = self._temporary()
             try:
                 # Read-only from the start: readers map these files in place.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -117,6 +154,13 @@ class Folder:
             finally:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
+
+    def _temporary(self) -> Path:
+        """Return the path of a new temporary file on the disk of the keys."""
+        temporary = self._root / TEMPORARY / owned_name("key", "tmp")
+        temporary.parent.mkdir(exist_ok=True)
+        _collect_sometimes(temporary.parent)
+        return temporary
 
     def _no_file(self, key: str) -> RecordRefused:
         return RecordRefused("record_no_plain_file", place=str(self._root / key))

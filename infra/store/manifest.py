@@ -2,6 +2,10 @@
 
 A hash per chunk instead of one per file lets several threads hash, send and verify a large file
 at once, and locates damage to one chunk instead of a file of many gigabytes.
+
+In version 2 a file is a blob named by its content, which all artifacts with this file share. In
+version 1 the files are next to the manifest; results of ``recpress tables quantize`` still are.
+The root is the same in both versions, so an artifact keeps its name.
 """
 
 from typing import Annotated, Literal, Self
@@ -44,17 +48,26 @@ class FileEntry(Frozen):
 
 
 class StoreManifest(Frozen):
-    """The files of an artifact, sorted by path. ``root``, its name, is a digest of the rest."""
+    """The files of an artifact, sorted by path. ``root``, its name, is a digest over the files.
 
-    schema_version: Literal[1] = 1
+    ``blobs`` names the blob of each file, in the order of ``files``; it is empty in version 1.
+    """
+
+    schema_version: Literal[1, 2] = 1
     chunk_bytes: int = Field(CHUNK_BYTES, ge=1, le=MAX_CHUNK_BYTES)
     files: tuple[FileEntry, ...] = Field(min_length=1)
+    blobs: tuple[Sha256, ...] = ()
     root: Sha256
 
     @classmethod
     def of(cls, files: tuple[FileEntry, ...]) -> Self:
-        """Build the manifest of these files, split into chunks of ``CHUNK_BYTES``."""
+        """Build the manifest, version 1, of these files, split into chunks of ``CHUNK_BYTES``."""
         return cls(files=files, chunk_bytes=CHUNK_BYTES, root=root_of(files, CHUNK_BYTES))
+
+    def with_blobs(self) -> Self:
+        """Return version 2 of this manifest, which references the files' blobs."""
+        blobs = tuple(blob_of(entry, self.chunk_bytes) for entry in self.files)
+        return self.model_copy(update={"schema_version": 2, "blobs": blobs})
 
     @property
     def bytes(self) -> int:
@@ -79,12 +92,20 @@ class StoreManifest(Frozen):
                     expected=wanted,
                     got=len(entry.chunks),
                 )
+        blobs = tuple(blob_of(entry, self.chunk_bytes) for entry in self.files)
+        if self.blobs != (blobs if self.schema_version > 1 else ()):
+            raise value_error("blobs_differ", version=self.schema_version)
         return self
 
 
 def root_of(files: tuple[FileEntry, ...], chunk_bytes: int) -> str:
     """Compute an artifact's name: SHA-256 over its files, their chunk hashes and the chunk size."""
     return digest({"chunk_bytes": chunk_bytes, "files": files})
+
+
+def blob_of(entry: FileEntry, chunk_bytes: int) -> str:
+    """Compute the name of a file's blob: SHA-256 over its chunk hashes and the chunk size."""
+    return digest({"chunk_bytes": chunk_bytes, "chunks": entry.chunks})
 
 
 def _slashes(path: str) -> list[int]:

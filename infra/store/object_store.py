@@ -2,12 +2,15 @@
 
 ::
 
-    <root>/artifacts/<sha256>/files/...       the files of one artifact
+    <root>/blobs/<sha256>                     a file, shared by all artifacts that have it
     <root>/artifacts/<sha256>/manifest.json   written last; without it the artifact does not exist
+    <root>/artifacts/<sha256>/files/...       in a folder: hard links to the blobs, to map in place
     <root>/<key>                              small records: the ledger, reports
 
-``manifest.py`` defines the manifest, ``chunks.py`` reads and hashes files, ``place.py`` is the
-protocol of a place that stores keys, ``folder.py`` and ``s3.py`` are its two implementations.
+In artifacts with a manifest of version 1 the files below ``files`` are the only ones, in a bucket
+too. ``manifest.py`` defines the manifest, ``chunks.py`` reads and hashes files, ``place.py`` is the
+protocol of a place that stores keys, ``folder.py`` and ``s3.py`` are its two implementations, and
+``artifact_files.py`` writes and reads the files of artifacts.
 """
 
 import re
@@ -32,7 +35,15 @@ from infra.errors import (
     StoreRefused,
 )
 from infra.settings import shown
-from infra.store.chunks import checked_chunks, hashed, in_order, regular_files, sha256
+from infra.store.artifact_files import (
+    BLOBS,
+    ArtifactFiles,
+    add_files,
+    checked,
+    files_below,
+    holds,
+)
+from infra.store.chunks import hashed, regular_files
 from infra.store.disk import translate
 from infra.store.folder import TEMPORARY, must_be_free
 from infra.store.manifest import (
@@ -85,34 +96,34 @@ class Store:
             ConcurrentChange: a file changed while it was being stored. Nothing was stored.
         """
         manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
-        if found := self.find(manifest.root):
-            return found
-        home = f"artifacts/{manifest.root}"
-        for entry in manifest.files:
-            key = f"{home}/files/{entry.path}"
-            self._place.upload(key, entry.bytes, checked_chunks(folder, entry))
-        # If another writer has stored the same content, the result is the same.
-        with suppress(AlreadyThere):
-            self._place.create(f"{home}/manifest.json", manifest.model_dump_json().encode())
-        return self._named(manifest)
+        return self._store(folder, manifest, move=False)
 
-    def take(self, folder: Path, manifest: StoreManifest) -> Artifact:
-        """Store files that were hashed while they were written, as ``Draft.seal`` returns them.
+    def take(self, folder: Path, manifest: StoreManifest | None = None) -> Artifact:
+        """Store files that no one else uses.
 
         If the store is on the same disk, they are moved instead of copied; ``folder`` is emptied.
 
+        Args:
+            folder: the folder of the files.
+            manifest: their hashes, as ``Draft.seal`` returns them; None to compute them.
+
         Raises:
+            StoreRefused: as ``put``.
             ConcurrentChange: a file does not match its hashes. Nothing was stored.
         """
+        if manifest is None:
+            manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
+        return self._store(folder, manifest, move=True)
+
+    def _store(self, folder: Path, manifest: StoreManifest, *, move: bool) -> Artifact:
         if found := self.find(manifest.root):
             return found
-        home = f"artifacts/{manifest.root}"
-        for entry in manifest.files:
-            file, key = folder / entry.path, f"{home}/files/{entry.path}"
-            if not self._place.move(file, key):
-                self._place.upload(key, entry.bytes, checked_chunks(folder, entry))
+        manifest = manifest.with_blobs()
+        add_files(self._place, folder, manifest, move=move)
+        # If another writer has stored the same content, the result is the same.
         with suppress(AlreadyThere):
-            self._place.create(f"{home}/manifest.json", manifest.model_dump_json().encode())
+            key = f"artifacts/{manifest.root}/manifest.json"
+            self._place.create(key, manifest.model_dump_json().encode())
         return self._named(manifest)
 
     def find(self, sha256: str) -> Artifact | None:
@@ -145,6 +156,18 @@ class Store:
     def uri_of(self, artifact: Artifact) -> str:
         """Return the full URI of an artifact in this store, for people and other programs."""
         return f"{self.root}/artifacts/{artifact.sha256}"
+
+    def file_uri(self, artifact: Artifact, path: str) -> str:
+        """Return the full URI of one file of an artifact in this store.
+
+        Raises:
+            ArtifactMissing, ArtifactDamaged: as ``manifest``; also there is no such file in it.
+        """
+        manifest = self.manifest(artifact)
+        entry = _entry(artifact, manifest, path)
+        in_place = self._in_place(manifest) is not None
+        files = ArtifactFiles(self._place, manifest, in_place=in_place)
+        return f"{self.root}/{files.key(entry)}"
 
     def reference(self, artifact: Artifact) -> str:
         """Return the reference to record outside the store: a full URI only for a bucket.
@@ -191,7 +214,7 @@ class Store:
         must_be_free(into)
         manifest = self.manifest(artifact)
         with folder_next_to(into) as partial:
-            self._copy(artifact, manifest, partial)
+            ArtifactFiles(self._place, manifest).copy(partial)
             try:
                 partial.rename(into)  # replaces an empty folder, fails on any other
             except OSError as fault:
@@ -202,13 +225,14 @@ class Store:
     def local(self, artifact: Artifact, cache: Path) -> Path:
         """Return a verified local folder to memory-map; treat it as read-only.
 
-        For a folder store that is the folder of the files; for S3 it is a copy at
-        ``cache/<sha256>``, verified on every call and fetched again if it is damaged.
+        For a folder store that is the folder of the artifact's links. For S3, and for a folder
+        that was copied from a bucket, it is a copy at ``cache/<sha256>``, verified on every call
+        and fetched again if it is damaged.
         """
         manifest = self.manifest(artifact)
-        place = self._place.in_place(self._files_of(artifact))
+        place = self._in_place(manifest)
         if place is not None:
-            self._verify(artifact, manifest, extra_refused=True)
+            ArtifactFiles(self._place, manifest, in_place=True).verify()
             return place
         kept = cache / artifact.sha256
         for _ in range(2):
@@ -232,7 +256,7 @@ class Store:
         entry = _entry(artifact, manifest, path)
         if entry.bytes > MAX_MANIFEST_BYTES:
             raise ArtifactMissing("artifact_file_large", uri=artifact.uri, path=path)
-        return b"".join(self._chunks(artifact, manifest.model_copy(update={"files": (entry,)})))
+        return b"".join(ArtifactFiles(self._place, manifest).chunks((entry,)))
 
     def chunks(self, artifact: Artifact, path: str) -> Iterator[bytes]:
         """Yield the chunks of one file of an artifact in order, each verified.
@@ -242,7 +266,7 @@ class Store:
         """
         manifest = self.manifest(artifact)
         entry = _entry(artifact, manifest, path)
-        return self._chunks(artifact, manifest.model_copy(update={"files": (entry,)}))
+        return ArtifactFiles(self._place, manifest).chunks((entry,))
 
     def create(self, key: str, body: bytes) -> None:
         """Write a small record unless its key exists; atomic with its content.
@@ -277,18 +301,10 @@ class Store:
     def checked(self, read: Callable[[], Checked]) -> Checked:
         """Read verified content; retry once if a bucket's response does not verify.
 
-        A byte that changed in transit is not damage in the store. Content that is damaged in the
-        store fails the second read too.
-
         Args:
             read: reads and verifies; raises ``ArtifactDamaged``.
         """
-        try:
-            return read()
-        except ArtifactDamaged:
-            if self.folder is not None:
-                raise
-        return read()
+        return checked(self._place, read)
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write a file of any size to a key; if ``chunks`` raises, the key is unchanged."""
@@ -296,19 +312,17 @@ class Store:
 
     def holds(self, key: str, entry: FileEntry, chunk_bytes: int = CHUNK_BYTES) -> bool:
         """Return whether a key has exactly the bytes of this file; reads all of them."""
-        if self._place.sizes(_checked_key(key)).get(key) != entry.bytes:
-            return False
-        return all(
-            sha256(self._place.read(key, at * chunk_bytes, (at + 1) * chunk_bytes)) == wanted
-            for at, wanted in enumerate(entry.chunks)
-        )
+        return holds(self._place, _checked_key(key), entry, chunk_bytes)
+
+    def _in_place(self, manifest: StoreManifest) -> Path | None:
+        """Return the folder in which readers open an artifact's files; None if there is none."""
+        folder = self._place.in_place(files_below(manifest.root).rstrip("/"))
+        has_links = manifest.schema_version == 1 or (folder is not None and folder.exists())
+        return folder if has_links else None
 
     def _named(self, manifest: StoreManifest) -> Artifact:
         uri = f"artifacts/{manifest.root}"
         return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes)
-
-    def _files_of(self, artifact: Artifact) -> str:
-        return f"artifacts/{artifact.sha256}/files"
 
     def _manifest(self, name: str) -> StoreManifest:
         if not _SHA256.fullmatch(name):
@@ -340,76 +354,6 @@ class Store:
             raise RecordRefused("record_too_large", place=f"{self.root}/{key}", most_bytes=limit)
         return body
 
-    def _verify(
-        self, artifact: Artifact, manifest: StoreManifest, *, extra_refused: bool = False
-    ) -> None:
-        self.checked(lambda: self._check_sizes(artifact, manifest, extra_refused=extra_refused))
-        for _ in self._chunks(artifact, manifest):
-            pass
-
-    def _copy(self, artifact: Artifact, manifest: StoreManifest, into: Path) -> None:
-        self.checked(lambda: self._check_sizes(artifact, manifest))
-        chunks = self._chunks(artifact, manifest)
-        for entry in manifest.files:
-            path = into / entry.path
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("xb") as file:
-                    for _ in entry.chunks:
-                        file.write(next(chunks))
-            except OSError as fault:
-                raise translate(fault, path, "write") from fault
-
-    def _check_sizes(
-        self, artifact: Artifact, manifest: StoreManifest, *, extra_refused: bool = False
-    ) -> None:
-        """Find files of a wrong size, or missing, by one listing before any byte is read."""
-        below = self._files_of(artifact) + "/"
-        sizes = self._place.sizes(below)
-        for entry in manifest.files:
-            size = sizes.pop(below + entry.path, None)
-            if size is None:
-                raise ArtifactDamaged("file_absent", uri=self.uri_of(artifact), file=entry.path)
-            if size != entry.bytes:
-                raise ArtifactDamaged(
-                    "file_size_differs",
-                    uri=self.uri_of(artifact),
-                    file=entry.path,
-                    got=size,
-                    expected=entry.bytes,
-                )
-        if extra_refused and sizes:
-            raise ArtifactDamaged(
-                "file_unexpected",
-                uri=self.uri_of(artifact),
-                file=min(sizes).removeprefix(below),
-            )
-
-    def _chunks(self, artifact: Artifact, manifest: StoreManifest) -> Iterator[bytes]:
-        """Yield all chunks of all files in order, each verified."""
-        below, step = self._files_of(artifact), manifest.chunk_bytes
-
-        def read(place: tuple[FileEntry, int]) -> bytes:
-            entry, index = place
-            start, stop = index * step, min((index + 1) * step, entry.bytes)
-            data = self._place.read(f"{below}/{entry.path}", start, stop)
-            if sha256(data) != entry.chunks[index]:
-                raise ArtifactDamaged(
-                    "chunk_differs",
-                    uri=self.uri_of(artifact),
-                    file=entry.path,
-                    chunk=index,
-                    start=start,
-                    stop=stop - 1,
-                )
-            return data
-
-        def one(place: tuple[FileEntry, int]) -> bytes:
-            return self.checked(lambda: read(place))
-
-        places = ((entry, at) for entry in manifest.files for at in range(len(entry.chunks)))
-        return in_order(one, places)
-
 
 def _name_in(uri: str) -> str:
     name = artifact_name(uri)
@@ -433,7 +377,7 @@ def _checked_key(key: str) -> str:
 
 
 def _record_key(key: str, body: bytes) -> str:
-    if key.partition("/")[0] in {"artifacts", TEMPORARY}:
+    if key.partition("/")[0] in {"artifacts", BLOBS, TEMPORARY}:
         raise StoreRefused("key_reserved", key=key)
     if len(body) > MAX_RECORD_BYTES:
         raise StoreRefused("record_too_large", key=key, size=len(body), most_bytes=MAX_RECORD_BYTES)

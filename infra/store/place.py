@@ -28,6 +28,9 @@ class Place(Protocol):
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return every key that begins with ``prefix``, with its size in bytes."""
 
+    def size(self, key: str) -> int | None:
+        """Return the size of a key in bytes; None if there is none."""
+
     def read(self, key: str, start: int, stop: int) -> bytes:
         """Read bytes ``start`` to ``stop``, or to the end; raises ``ArtifactMissing``."""
 
@@ -40,8 +43,14 @@ class Place(Protocol):
     def move(self, file: Path, key: str) -> bool:
         """Move a local file to a key without copying it; returns False if that is impossible."""
 
+    def link(self, key: str, to: str) -> None:
+        """Give an existing key a second name where readers open files in place; else nothing."""
+
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write a large file; if ``chunks`` raises, the key is unchanged."""
+
+    def upload_new(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
+        """Write a new large file, as ``upload``; raises ``AlreadyThere``."""
 
 
 def place_of(root: str, setting: str) -> Place:

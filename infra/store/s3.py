@@ -80,6 +80,10 @@ class Bucket:
                 return found
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
+    def size(self, key: str) -> int | None:
+        """Return the size of a key in bytes; None if there is none."""
+        return self.sizes(key).get(key)
+
     def read(self, key: str, start: int, stop: int) -> bytes:
         """Read bytes ``start`` to ``stop``; fewer if the object ends earlier."""
         from fsspec.asyn import sync
@@ -115,12 +119,27 @@ class Bucket:
         """Return False: a local file cannot be moved into a bucket."""
         return False
 
+    def link(self, key: str, to: str) -> None:
+        """Do nothing: no reader opens files of a bucket in place."""
+
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write a large object; if ``chunks`` raises, the key is unchanged."""
-        per_part = max(1, -(-size // (CHUNK_BYTES * MAX_PARTS)))
-        if size <= per_part * CHUNK_BYTES:
+        if size <= CHUNK_BYTES:
             self.write(key, b"".join(chunks))
-            return
+        else:
+            self._upload_parts(key, size, chunks, {})
+
+    def upload_new(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
+        """Write a new large object; ``AlreadyThere`` if its key exists."""
+        if size <= CHUNK_BYTES:
+            self.create(key, b"".join(chunks))
+        else:
+            self._upload_parts(key, size, chunks, {"IfNoneMatch": "*"})
+
+    def _upload_parts(
+        self, key: str, size: int, chunks: Iterable[bytes], condition: dict[str, str]
+    ) -> None:
+        per_part = max(1, -(-size // (CHUNK_BYTES * MAX_PARTS)))
         where: dict[str, Any] = {"Key": self._prefix + key}
         where["UploadId"] = self._call("create_multipart_upload", key, **where)["UploadId"]
 
@@ -131,7 +150,8 @@ class Bucket:
 
         try:
             parts = list(in_order(send, enumerate(_grouped(chunks, per_part), start=1)))
-            self._call("complete_multipart_upload", key, MultipartUpload={"Parts": parts}, **where)
+            whole = {"MultipartUpload": {"Parts": parts}, **where, **condition}
+            self._call("complete_multipart_upload", key, **whole)
         except BaseException:
             # Parts of an open upload are invisible but are billed.
             try:

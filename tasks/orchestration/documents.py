@@ -310,11 +310,13 @@ class Finished(Frozen):
 
 def page_uri(release: Artifact) -> str:
     """Return the full URI of the page of a release's report."""
-    return f"{store().uri_of(release)}/files/{PAGE}"
+    return store().file_uri(release, PAGE)
 
 
 def page_reference(release: Artifact) -> str:
     """Return the reference to the page that is recorded outside the store."""
+    if store().folder is None:
+        return page_uri(release)
     return f"{store().reference(release)}/files/{PAGE}"
 
 

@@ -143,7 +143,7 @@ def damage(home: Home, store: Store | None = None) -> list[str]:
             used_store.local(used_store.artifact(f"artifacts/{name}"), home.root / "copies")
         except (Refused, InfraError) as error:
             problems.append(f"artifact {name[:8]}: {error}")
-    for key in (key for key in keys if not key.startswith("artifacts/")):
+    for key in (key for key in keys if not key.startswith(("artifacts/", "blobs/"))):
         body = used_store.read(key)
         try:
             document = json.loads(body)

@@ -4,7 +4,8 @@ Claim: every reading command prints exactly the same output as before, or fails 
 with an error message. It never prints a traceback or other numbers, and it changes no other stored
 file. Running the same order again has the same result or fails with an error message.
 
-Enumeration: all files of a home after a complete order: artifacts, manifests, records, the ledger,
+Enumeration: all files of a home after a complete order: blobs, the files of artifacts (which are
+copies of the blobs here, not links, so that each is flipped alone), manifests, records, the ledger,
 cached results, the registry, the Triton repository. In each file: the first and the last byte, one
 of the first 16, and bytes drawn with a fixed seed. More bytes are drawn in records, which are small
 and control much, and in the registry.
@@ -115,7 +116,7 @@ class Readers:
             if name not in self._before or name == flipped or Path(name).name in CHANGES_ON_READ:
                 continue
             # An order that runs again may replace its record, results and aliases.
-            may_change = reruns and "/artifacts/" not in name
+            may_change = reruns and not is_content(name)
             changed = hashlib.sha256(path.read_bytes()).hexdigest() != self._before[name]
             if changed and not may_change:
                 problems.append(f"{name} was changed")
@@ -141,12 +142,17 @@ def comparable_output(command: list[str], output: str) -> Any:
     )
 
 
+def is_content(name: str) -> bool:
+    """Whether a file is part of an artifact, stored under a name that follows from its content."""
+    return "/artifacts/" in name or "/blobs/" in name
+
+
 def positions(name: str, size: int, draw: random.Random) -> list[tuple[int, int]]:
     """Positions of bytes and bits to flip in one file."""
     drawn = DRAWN_IN_FILES
     if Path(name).name == "registry.db":
         drawn = DRAWN_IN_REGISTRY
-    elif "artifacts/" not in name:
+    elif not is_content(name):
         drawn = DRAWN_IN_RECORDS
     indices = {0, size - 1, draw.randrange(min(size, HEADER_BYTES))}
     indices |= {draw.randrange(size) for _ in range(drawn)}
@@ -166,7 +172,7 @@ def every_flip(readers: Readers) -> list[tuple[str, int, int]]:
 
 def category(name: str) -> str:
     """The category of a file in the table of outcomes."""
-    if "/artifacts/" in name:
+    if is_content(name):
         return "manifests" if name.endswith("manifest.json") else "files of artifacts"
     if name.startswith("triton/"):
         return "Triton repository"

@@ -171,7 +171,7 @@ def test_the_version_is_in_the_mlflow_server_with_its_tags_and_alias(
     version = mlflow.get_model_version_by_alias("clicks", "candidate")
     assert version.tags["recpress.outcome"] == "accepted"
     assert version.tags["recpress.bundle"] == "clicks@1"
-    assert version.tags["recpress.report"].startswith("s3://recpress/store/artifacts/")
+    assert version.tags["recpress.report"].startswith("s3://recpress/store/blobs/")
     assert [step["kind"] for step in json.loads(version.tags["recpress.recipe"])] == [
         "rowwise_int8",
         "fold",

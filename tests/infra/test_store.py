@@ -9,17 +9,26 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from error_codes import Text, raises_code, raises_value_error
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_places import (
+    BIG,
+    Stored,
+    blob_key,
+    contents,
+    home,
+    in_bucket,
+    in_folder,
+    make_folder,
+    s3_client,
+)
 
 from compressors.contracts import Artifact
 from infra.errors import (
@@ -36,51 +45,6 @@ from infra.errors import (
 from infra.store import chunks as store_chunks
 from infra.store.manifest import plain_path, root_of
 from infra.store.object_store import CHUNK_BYTES, FileEntry, Store, StoreManifest
-
-BIG = 2 * CHUNK_BYTES + 17
-
-
-@dataclass
-class Stored:
-    """A store and a way round it, to damage what lies there."""
-
-    store: Store
-    raw: Callable[[str], bytes]
-    overwrite: Callable[[str, bytes], None]
-    remove: Callable[[str], None]
-
-
-def in_folder(root: Path) -> Stored:
-    def overwrite(key: str, body: bytes) -> None:
-        path = root / key
-        path.unlink(missing_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(body)
-
-    return Stored(
-        store=Store(str(root)),
-        raw=lambda key: (root / key).read_bytes(),
-        overwrite=overwrite,
-        remove=lambda key: (root / key).unlink(),
-    )
-
-
-def in_bucket(prefix: str) -> Stored:
-    client = s3_client()
-    return Stored(
-        store=Store(f"s3://models/{prefix}"),
-        raw=lambda key: client.get_object(Bucket="models", Key=f"{prefix}/{key}")["Body"].read(),
-        overwrite=lambda key, body: client.put_object(
-            Bucket="models", Key=f"{prefix}/{key}", Body=body
-        ),
-        remove=lambda key: client.delete_object(Bucket="models", Key=f"{prefix}/{key}"),
-    )
-
-
-def s3_client() -> Any:
-    import boto3
-
-    return boto3.client("s3")
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -101,28 +65,6 @@ def big_folder(tmp_path) -> Path:
     return make_folder(tmp_path / "model", largest=BIG)
 
 
-def make_folder(path: Path, largest: int) -> Path:
-    (path / "shards" / "tables").mkdir(parents=True)
-    (path / "model.json").write_text("{}")
-    (path / "empty.bin").write_bytes(b"")
-    (path / "manifest.json").write_text("a file of the model that is called like ours")
-    (path / "shards" / "tables" / "big.safetensors").write_bytes(os.urandom(largest))
-    (path / "shards" / "für [1] ?versionId=3 #%20.txt").write_text("an awkward name")
-    return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def home(artifact: Artifact) -> str:
-    return f"artifacts/{artifact.sha256}"
-
-
 # --- the round trip --------------------------------------------------------------------------
 
 
@@ -137,11 +79,11 @@ def test_get_returns_every_byte_that_was_put(stored, big_folder, tmp_path):
 
 def test_one_small_file_is_read_without_the_others(stored, big_folder):
     artifact = stored.store.put(big_folder)
-    stored.overwrite(f"{home(artifact)}/files/shards/tables/big.safetensors", b"damaged")
+    stored.overwrite(blob_key(stored, artifact, "shards/tables/big.safetensors"), b"damaged")
     assert stored.store.file(artifact, "model.json") == b"{}"
     with raises_code(ArtifactMissing, "artifact_file_missing", path="absent.json"):
         stored.store.file(artifact, "absent.json")
-    stored.overwrite(f"{home(artifact)}/files/model.json", b"[]")
+    stored.overwrite(blob_key(stored, artifact, "model.json"), b"[]")
     with raises_code(ArtifactDamaged, "chunk_differs", chunk=0):
         stored.store.file(artifact, "model.json")
 
@@ -166,7 +108,7 @@ def test_a_damaged_file_is_not_copied(stored, big_folder):
     artifact = stored.store.put(big_folder)
     path = "shards/tables/big.safetensors"
     entry = next(e for e in stored.store.manifest(artifact).files if e.path == path)
-    stored.overwrite(f"{home(artifact)}/files/{path}", bytes(entry.bytes))
+    stored.overwrite(blob_key(stored, artifact, path), bytes(entry.bytes))
     with raises_code(ArtifactDamaged, "chunk_differs", chunk=0):
         stored.store.upload("copy", entry.bytes, stored.store.chunks(artifact, path))
     assert stored.store.keys("copy") == ()
@@ -252,7 +194,7 @@ def test_memory_stays_flat_however_large_the_file(kind, tmp_path, request):
 
 def test_a_flipped_byte_is_found_and_its_chunk_named(stored, big_folder, tmp_path):
     artifact = stored.store.put(big_folder)
-    key = f"{home(artifact)}/files/shards/tables/big.safetensors"
+    key = blob_key(stored, artifact, "shards/tables/big.safetensors")
     body = bytearray(stored.raw(key))
     body[CHUNK_BYTES + 5] ^= 1
     stored.overwrite(key, bytes(body))
@@ -266,7 +208,7 @@ def test_a_flipped_byte_is_found_and_its_chunk_named(stored, big_folder, tmp_pat
 @pytest.mark.parametrize("change", [lambda body: body[:-1], lambda body: body + b"\0"])
 def test_a_cut_or_lengthened_file_is_damage(stored, folder, tmp_path, change):
     artifact = stored.store.put(folder)
-    key = f"{home(artifact)}/files/model.json"
+    key = blob_key(stored, artifact, "model.json")
     stored.overwrite(key, change(stored.raw(key)))
     with raises_code(ArtifactDamaged, "file_size_differs", file="model.json", expected=2):
         stored.store.get(artifact, tmp_path / "out")
@@ -274,7 +216,7 @@ def test_a_cut_or_lengthened_file_is_damage(stored, folder, tmp_path, change):
 
 def test_a_missing_file_is_damage_and_a_missing_manifest_is_absence(stored, folder, tmp_path):
     artifact = stored.store.put(folder)
-    stored.remove(f"{home(artifact)}/files/model.json")
+    stored.remove(blob_key(stored, artifact, "model.json"))
     with raises_code(ArtifactDamaged, "file_absent", file="model.json"):
         stored.store.get(artifact, tmp_path / "out")
     stored.remove(f"{home(artifact)}/manifest.json")
@@ -305,11 +247,14 @@ def test_a_tampered_manifest_is_damage(stored, folder):
     manifest = json.loads(stored.raw(key))
     victim = next(entry for entry in manifest["files"] if entry["path"] == "model.json")
     victim["chunks"] = ["0" * 64]
+    entries = tuple(FileEntry(**entry) for entry in manifest["files"])
+    manifest["blobs"] = list(StoreManifest.of(entries).with_blobs().blobs)
     stored.overwrite(key, json.dumps(manifest).encode())
     with raises_code(ArtifactDamaged, "manifest_changed"):
         stored.store.manifest(artifact)
     # Also when the root inside was made to fit: the name is the promise.
     forged = StoreManifest.of(tuple(FileEntry(**entry) for entry in manifest["files"]))
+    forged = forged.with_blobs()
     stored.overwrite(key, forged.model_dump_json().encode())
     with raises_code(ArtifactDamaged, "manifest_changed"):
         stored.store.manifest(artifact)
@@ -392,34 +337,37 @@ def test_a_put_cut_short_does_not_exist_until_a_second_put_completes_it(
     stored, big_folder, tmp_path, monkeypatch
 ):
     uploaded = []
-    upload = stored.store._place.upload
+    upload = stored.store._place.upload_new
 
     def dies_in_the_middle(key, size, chunks):
         def some():
             yield next(chunks)
             raise KeyboardInterrupt
 
-        if key.endswith("big.safetensors"):
-            upload(key, size, some())
-        upload(key, size, chunks)
+        upload(key, size, some() if size == BIG else chunks)
         uploaded.append(key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stored.store._place, "upload", dies_in_the_middle)
+        patch.setattr(stored.store._place, "upload_new", dies_in_the_middle)
         with pytest.raises(KeyboardInterrupt):
             stored.store.put(big_folder)
-    name = uploaded[0].split("/")[1]
+    name = name_of(big_folder)
     assert uploaded, "it died after some files were there"
-    assert set(stored.store.keys("artifacts/")) == set(uploaded), "no partial file is visible"
+    assert set(stored.store.keys("")) == set(uploaded), "no partial file is visible"
     assert stored.store.find(name) is None
     artifact = stored.store.put(big_folder)
     assert artifact.sha256 == name
     assert contents(stored.store.get(artifact, tmp_path / "out")) == contents(big_folder)
     if stored.store.root.startswith("s3://"):
         open_uploads = s3_client().list_multipart_uploads(Bucket="models").get("Uploads", [])
-        assert not [entry for entry in open_uploads if name in entry["Key"]]
+        prefix = stored.store.root.removeprefix("s3://models/")
+        assert not [entry for entry in open_uploads if entry["Key"].startswith(prefix)]
     else:
         assert not list((tmp_path / "store" / ".tmp").iterdir())
+
+
+def name_of(folder: Path) -> str:
+    return StoreManifest.of(store_chunks.hashed(folder, store_chunks.regular_files(folder))).root
 
 
 @pytest.mark.parametrize("change", ["rewritten", "grown", "cut", "gone"])
@@ -443,9 +391,9 @@ def test_a_file_that_changes_while_it_is_stored_is_never_stored(
     monkeypatch.setattr("infra.store.object_store.hashed", and_then_it_changes)
     with raises_code(ConcurrentChange, None, path=Text(r"big\.safetensors$")):
         stored.store.put(big_folder)
-    assert not [key for key in stored.store.keys("artifacts/") if "big" in key]
-    complete = f"{stored.store.keys('artifacts/')[0][: len('artifacts/') + 64]}/manifest.json"
-    assert complete not in stored.store.keys("artifacts/")
+    assert stored.store.keys("artifacts/") == ()
+    stored_bytes = sum(stored.store.sizes("blobs/").values())
+    assert stored_bytes < BIG, "the file that changed is not there"
 
 
 def test_two_puts_of_the_same_content_at_once_both_succeed(stored, big_folder, tmp_path):

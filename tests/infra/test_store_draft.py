@@ -231,7 +231,7 @@ def test_the_store_takes_what_was_hashed_without_reading_it(
     store = Store(str(tmp_path / "store"))
     monkeypatch.setattr(store_draft, "hashed", None)
     monkeypatch.setattr("infra.store.object_store.hashed", None)
-    monkeypatch.setattr("infra.store.object_store.checked_chunks", None)
+    monkeypatch.setattr("infra.store.artifact_files.checked_chunks", None)
     with draft(tmp_path / "work", "job", "data", len(BODY)) as made:
         fill(made)
         manifest = made.seal()

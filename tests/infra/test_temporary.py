@@ -29,11 +29,11 @@ Store(str(top / "store"))._place.upload("models/1", 5, chunks())
 """,
     "fetched folder": """
 from infra.store.object_store import Store
-from infra.store.object_store import StoreManifest
+from infra.store.artifact_files import ArtifactFiles
 store = Store(str(top / "store"))
 (top / "model").mkdir(exist_ok=True); (top / "model" / "f").write_text("x" * 9)
 artifact = store.put(top / "model")
-store._copy = lambda *rest: wait()
+ArtifactFiles.copy = lambda *rest: wait()
 store.get(artifact, top / "fetched")
 """,
     "scratch folder": """

@@ -12,7 +12,7 @@ CODE_DIGEST = "tests/tasks/test_code_digest.py"
 FAULTS = (
     Fault(
         id="store-chunks-not-verified",
-        file="infra/store/object_store.py",
+        file="infra/store/artifact_files.py",
         old="            if sha256(data) != entry.chunks[index]:\n                raise ArtifactDamaged(",
         new="            if not entry.chunks[index]:\n                raise ArtifactDamaged(",
         effect="An artifact with a flipped byte is returned.",
@@ -28,9 +28,9 @@ FAULTS = (
     ),
     Fault(
         id="store-extra-files-handed-out",
-        file="infra/store/object_store.py",
-        old="        if extra_refused and sizes:\n",
-        new="        if extra_refused and not sizes:\n",
+        file="infra/store/artifact_files.py",
+        old="        if extra_refused and extra:\n",
+        new="        if extra_refused and not extra:\n",
         effect="A file that does not belong to an artifact is loaded with it.",
         tests=(f"{STORE}::test_a_file_that_does_not_belong_is_not_handed_out_in_place",),
     ),

@@ -6,6 +6,7 @@ SENTENCES = {
     "path_not_unicode": "{path!r} is not valid Unicode",
     "files_not_sorted": "the files are not sorted by path, or a path occurs twice",
     "file_and_folder": "{path!r} is a file and a folder at once",
+    "blobs_differ": "the blobs of a manifest of version {version} are not those of its files",
     "chunk_count_differs": "{path!r} of {bytes} bytes needs {expected} chunk hashes; found {got}",
     "home_not_utf8": "the path is not valid UTF-8",
     "home_with_null": "the path has a null character",

@@ -1,0 +1,84 @@
+"""Stores in a folder and on a real S3 server, with access to their keys for damage."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressors.contracts import Artifact
+from infra.store.object_store import CHUNK_BYTES, Store
+
+BIG = 2 * CHUNK_BYTES + 17
+
+
+@dataclass
+class Stored:
+    """A store and a way round it, to damage what lies there."""
+
+    store: Store
+    raw: Callable[[str], bytes]
+    overwrite: Callable[[str, bytes], None]
+    remove: Callable[[str], None]
+
+
+def in_folder(root: Path) -> Stored:
+    def overwrite(key: str, body: bytes) -> None:
+        path = root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.chmod(0o644)
+        path.write_bytes(body)  # damage of the disk reaches every link to the file
+
+    return Stored(
+        store=Store(str(root)),
+        raw=lambda key: (root / key).read_bytes(),
+        overwrite=overwrite,
+        remove=lambda key: (root / key).unlink(),
+    )
+
+
+def in_bucket(prefix: str) -> Stored:
+    client = s3_client()
+    return Stored(
+        store=Store(f"s3://models/{prefix}"),
+        raw=lambda key: client.get_object(Bucket="models", Key=f"{prefix}/{key}")["Body"].read(),
+        overwrite=lambda key, body: client.put_object(
+            Bucket="models", Key=f"{prefix}/{key}", Body=body
+        ),
+        remove=lambda key: client.delete_object(Bucket="models", Key=f"{prefix}/{key}"),
+    )
+
+
+def s3_client() -> Any:
+    import boto3
+
+    return boto3.client("s3")
+
+
+def make_folder(path: Path, largest: int) -> Path:
+    (path / "shards" / "tables").mkdir(parents=True)
+    (path / "model.json").write_text("{}")
+    (path / "empty.bin").write_bytes(b"")
+    (path / "manifest.json").write_text("a file of the model that is called like ours")
+    (path / "shards" / "tables" / "big.safetensors").write_bytes(os.urandom(largest))
+    (path / "shards" / "für [1] ?versionId=3 #%20.txt").write_text("an awkward name")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def home(artifact: Artifact) -> str:
+    return f"artifacts/{artifact.sha256}"
+
+
+def blob_key(stored: Stored, artifact: Artifact, path: str) -> str:
+    manifest = stored.store.manifest(artifact)
+    paths = [entry.path for entry in manifest.files]
+    return f"blobs/{manifest.blobs[paths.index(path)]}"
