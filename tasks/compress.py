@@ -11,6 +11,7 @@ from compressors.core.registries import AnyStep
 from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
 from infra.bundle.bundle_folder import SplitName, read, seal
 from infra.settings import load_settings
+from infra.store.chunks import hard_links
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import bench_of, split_of
 from tasks.orchestration.code_digest import code_digest
@@ -53,7 +54,8 @@ def compress(
         preset: whether the step is part of a preset; then it is skipped if it cannot be applied.
         excluded: units that the step may not change, with the reasons.
     """
-    manifest = read(local(source))
+    source_folder = local(source)
+    manifest = read(source_folder)
     rows = {name: reference.rows for name, reference in manifest.data.items()}
     # Without a calibration split a bundle is calibrated on its training split.
     of: dict[Part, SplitName] = {
@@ -70,7 +72,7 @@ def compress(
     progress = load_settings().home / "progress" / made_from
     bench = bench_of(manifest, held, original, seed, progress, teachers, devices[0])
     work = Work(source=source, original=original, step=step, bench=bench, excluded=excluded or {})
-    with scratch_folder("compress") as scratch:
+    with scratch_folder("compress", store().scratch(load_settings().cache)) as scratch:
         folder = Path(scratch) / "made"
         result = _carried_out(work, devices, folder, preset=preset)
         if isinstance(result, NotApplicable):
@@ -88,8 +90,9 @@ def compress(
             parents=tuple(dict.fromkeys((original, source, *teachers))),
             plan=result.plan,
             notes=manifest.notes,
+            linked=hard_links(folder, source_folder, manifest.files),
         )
-        artifact = store().put(folder)
+        artifact = store().take_derived(folder, source, source_folder)
     shutil.rmtree(progress, ignore_errors=True)  # exists only if the step trains
     log.info("%s: %d -> %d bytes", step.kind, source.bytes, artifact.bytes)
     return artifact

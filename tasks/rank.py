@@ -6,7 +6,7 @@ import torch
 from prefect import task
 
 from compressors.contracts import Artifact, quality_metrics
-from compressors.core.state.module_state import write_tensors
+from compressors.core.state.safetensors_stream import write
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import load_bundle, split_of
 from tasks.evaluation.quality import query_quality, torch_towers
@@ -40,6 +40,5 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
     found = query_quality(towers, signature, split_of(test.artifact, test.rows), ranking, names)
     tensors = {metric: torch.from_numpy(values) for metric, values in found.items()}
     with scratch_folder("rank") as scratch:
-        (path,) = write_tensors(tensors, Path(scratch))
-        path.rename(Path(scratch) / "data.safetensors")
+        write(Path(scratch) / "data.safetensors", tensors)
         return store().put(Path(scratch))

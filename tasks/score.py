@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from compressors.contracts import Artifact
 from compressors.core.batches import batches
-from compressors.core.state.module_state import write_tensors
+from compressors.core.state.safetensors_stream import write
 from compressors.distill.soft_labels import mean_predictions
 from compressors.errors.metrics import MetricRefused
 from infra.store.temporary import scratch_folder
@@ -72,6 +72,5 @@ def average(
 def _stored(scores: torch.Tensor) -> Artifact:
     with scratch_folder("score") as scratch:
         folder = Path(scratch)
-        (path,) = write_tensors({"score": scores}, folder)
-        path.rename(folder / "data.safetensors")
+        write(folder / "data.safetensors", {"score": scores})
         return store().put(folder)

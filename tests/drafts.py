@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ def write_draft(
     seed: int = 0,
     rows: Mapping[str, int] = ROWS,
     network: str = NETWORK,
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Path:
     """Write ``model.json``, the weights and one parquet file a split; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +55,7 @@ def write_draft(
         "dense": DENSE,
         "dim": 16,
         "hidden": 64,
+        **sizes,
     }
     model = ClickNet(**config).eval()
     draw = np.random.default_rng(seed)

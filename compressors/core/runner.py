@@ -154,7 +154,7 @@ def run(
     if not bool(torch.isfinite(expected).all()):
         _require_finite_source(step, source, inputs)
         raise ContractBroken("scores_not_finite", step=step.kind)
-    ties = save(module, folder)
+    ties = save(module, folder, files=source.files)
     network = Network(
         architecture=model.network.architecture, modules=records_of(module), ties=ties
     )

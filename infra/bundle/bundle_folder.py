@@ -58,6 +58,7 @@ __all__ = [
     "TensorFact",
     "read_draft",
     "seal",
+    "seal_again",
     "read",
     "check_weights",
     "table_rows",
@@ -171,11 +172,13 @@ def seal(
     parents: Sequence[Artifact] = (),
     plan: Plan | None = None,
     notes: Sequence[str] = (),
+    linked: Mapping[str, FileRecord] | None = None,
 ) -> Manifest:
     """Hash every file in ``folder`` and write ``model.json``, whole or not at all.
 
     The weights must already be in the folder: shards, and their index if there are several. An
-    existing ``model.json`` is replaced. Returns the same manifest as ``read``.
+    existing ``model.json`` is replaced. Returns the same manifest as ``read``. Files in ``linked``
+    are not read: they are hard links to files of a verified bundle, with these records.
 
     Raises:
         BundleRefused: the folder holds a file that a bundle may not have, or the fields are
@@ -184,6 +187,7 @@ def seal(
     partial = folder / f"{MANIFEST}.partial"
     names = _names(folder, leave=partial.name) - {MANIFEST}  # a killed run may have left one
     stored_tensors(folder)
+    records = linked or {}
     fields = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -193,7 +197,10 @@ def seal(
         "data": dict(data),
         "vocabularies": dict(vocabularies or {}),
         "transforms": dict(transforms or {}),
-        "files": {item: _record(folder / item) for item in sorted(names)},
+        "files": {
+            item: records[item] if item in records else _record(folder / item)
+            for item in sorted(names)
+        },
         "parents": tuple(parents),
         "plan": plan,
         "notes": tuple(notes),
@@ -216,6 +223,12 @@ def seal(
         os.fsync(file.fileno())
     partial.replace(folder / MANIFEST)
     return manifest
+
+
+def seal_again(folder: Path, manifest: Manifest) -> Manifest:
+    """Seal other files of a bundle, as ``seal``; only ``files`` differs from its manifest."""
+    kept = {name: getattr(manifest, name) for name in type(manifest).model_fields}
+    return seal(folder, **{name: kept[name] for name in kept.keys() - {"schema_version", "files"}})
 
 
 def read(folder: Path) -> Manifest:

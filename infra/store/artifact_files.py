@@ -17,6 +17,8 @@ from infra.store.manifest import CHUNK_BYTES, FileEntry, StoreManifest, blob_of
 from infra.store.place import Place
 
 BLOBS = "blobs"
+SMALL_BYTES = 2**16
+"""Size of files that are sent to a bucket at once, since a listing takes as long as the upload."""
 
 Checked = TypeVar("Checked")
 
@@ -72,8 +74,7 @@ def add_files(place: Place, folder: Path, manifest: StoreManifest, *, move: bool
 
 
 def _add_blob(place: Place, folder: Path, entry: FileEntry, key: str, *, move: bool) -> None:
-    # A listing of a bucket takes as long as the upload of a small file.
-    is_small = place.in_place("") is None and entry.bytes <= CHUNK_BYTES
+    is_small = place.in_place("") is None and entry.bytes <= SMALL_BYTES
     if not is_small and _is_stored(place, folder, entry, key):
         return
     if move and place.move(folder / entry.path, key):

@@ -3,8 +3,9 @@
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ WORKERS = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Known = TypeVar("Known")
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -104,6 +106,29 @@ def hashed(
     return tuple(
         FileEntry(path=path, bytes=size, chunks=tuple(chunks[path])) for path, size in files
     )
+
+
+def hard_links(folder: Path, other: Path, known: Mapping[str, Known]) -> dict[str, Known]:
+    """Return what is known of each file of a folder that is a hard link to a file of another.
+
+    Args:
+        folder: the folder of the links; its files are considered, not its subfolders.
+        other: the other folder, whose files do not change.
+        known: a value for each path in the other folder.
+    """
+    if not other.is_dir():
+        return {}
+    by_inode: dict[tuple[int, int], Known] = {}
+    for path, value in known.items():
+        with suppress(FileNotFoundError):
+            found = (other / path).lstat()
+            by_inode[found.st_dev, found.st_ino] = value
+    links: dict[str, Known] = {}
+    for file in folder.iterdir():
+        found = file.lstat()
+        if (found.st_dev, found.st_ino) in by_inode:
+            links[file.name] = by_inode[found.st_dev, found.st_ino]
+    return links
 
 
 def checked_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:

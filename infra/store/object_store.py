@@ -43,7 +43,7 @@ from infra.store.artifact_files import (
     files_below,
     holds,
 )
-from infra.store.chunks import hashed, regular_files
+from infra.store.chunks import hard_links, hashed, regular_files
 from infra.store.disk import translate
 from infra.store.folder import TEMPORARY, must_be_free
 from infra.store.manifest import (
@@ -99,7 +99,7 @@ class Store:
         return self._store(folder, manifest, move=False)
 
     def take(self, folder: Path, manifest: StoreManifest | None = None) -> Artifact:
-        """Store files that no one else uses.
+        """Store files that nothing else uses.
 
         If the store is on the same disk, they are moved instead of copied; ``folder`` is emptied.
 
@@ -108,11 +108,34 @@ class Store:
             manifest: their hashes, as ``Draft.seal`` returns them; None to compute them.
 
         Raises:
-            StoreRefused: as ``put``.
-            ConcurrentChange: a file does not match its hashes. Nothing was stored.
+            StoreRefused, ConcurrentChange: as ``put``. Nothing was stored.
         """
         if manifest is None:
             manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
+        return self._store(folder, manifest, move=True)
+
+    def take_derived(self, folder: Path, parent: Artifact, parent_folder: Path) -> Artifact:
+        """Store files of which some are hard links to files of another artifact, as ``take``.
+
+        The linked files are not read: their hashes are in the manifest of the other artifact.
+
+        Args:
+            folder: the folder of the files.
+            parent: the other artifact.
+            parent_folder: its files, as ``local`` returned them.
+
+        Raises:
+            StoreRefused, ConcurrentChange: as ``put``.
+            ArtifactMissing, ArtifactDamaged: as ``manifest``, for the other artifact.
+        """
+        known = self.manifest(parent)
+        linked: dict[str, FileEntry] = {}
+        if known.chunk_bytes == CHUNK_BYTES:
+            linked = hard_links(folder, parent_folder, {one.path: one for one in known.files})
+        files = regular_files(folder)
+        entries = hashed(folder, [item for item in files if item[0] not in linked])
+        entries += tuple(one.model_copy(update={"path": path}) for path, one in linked.items())
+        manifest = StoreManifest.of(tuple(sorted(entries, key=lambda entry: entry.path)))
         return self._store(folder, manifest, move=True)
 
     def _store(self, folder: Path, manifest: StoreManifest, *, move: bool) -> Artifact:
@@ -175,6 +198,13 @@ class Store:
         A folder may be moved or mounted elsewhere, together with the records that refer to it.
         """
         return artifact.uri if self.folder is not None else self.uri_of(artifact)
+
+    def scratch(self, cache: Path) -> Path:
+        """Return a folder for temporary files on the disk of the folders of ``local``.
+
+        Files in it can be hard links to files of artifacts.
+        """
+        return cache if self.folder is None else self.folder / TEMPORARY
 
     @property
     def folder(self) -> Path | None:

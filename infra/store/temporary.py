@@ -83,23 +83,24 @@ def collect(folder: Path, earlier: re.Pattern[str]) -> int:
 
 
 @contextmanager
-def scratch_folder(purpose: str) -> Iterator[Path]:
+def scratch_folder(purpose: str, within: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder for intermediate files, removed at the end or by a later run.
 
     Args:
         purpose: part of the name, for people.
+        within: the folder to create it in; by default the one for temporary files.
 
     Raises:
         SettingRefused, StoreUnavailable: there is no usable temporary folder.
     """
     try:
-        base = Path(tempfile.gettempdir())
+        base = Path(tempfile.gettempdir()) if within is None else within
     except FileNotFoundError as fault:
         raise StoreUnavailable("temporary_folder_missing", problem=fault.strerror) from fault
     collect(base, _EARLIER_SCRATCH)
     folder = base / owned_name(f"recpress-{purpose}", "tmp")
     try:
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700, parents=within is not None)
     except OSError as fault:
         raise translate(fault, folder, "write") from fault
     try:

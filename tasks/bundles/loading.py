@@ -7,6 +7,7 @@ from pathlib import Path
 from compressors.contracts import Artifact, Bench, Part, Split
 from compressors.core.model import Model
 from compressors.core.state.module_state import largest_replaced, load
+from compressors.core.state.tensor_files import tensor_files
 from infra.bundle.architecture import network_class
 from infra.bundle.bundle_folder import Manifest, SplitName, read
 from infra.errors import BundleRefused
@@ -57,7 +58,9 @@ def model_of(folder: Path, manifest: Manifest) -> Model:
         raise BundleRefused("layer_too_large", name=name, most_bytes=MAX_LAYER_BYTES, got=largest)
     require_memory(largest, f"Building {name}")
     architecture = network_class(network.architecture.path, load_settings().allowed_modules)
-    return Model(load(architecture, network, folder), architecture, network, manifest.plan)
+    module = load(architecture, network, folder)
+    files = tensor_files(module, folder)
+    return Model(module, architecture, network, manifest.plan, files=files)
 
 
 def data_path(manifest: Manifest, split: SplitName) -> Path:

@@ -4,6 +4,7 @@ import logging
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import nn
 from compressors.contracts import Artifact, Frozen, artifact_name, metric_problem
 from compressors.contracts.reasons import Reason
 from compressors.core.smoke_test import smoke_test
-from compressors.core.state.module_state import construction_notes
+from compressors.core.state.module_state import construction_notes, mapped
+from compressors.core.state.tensor_files import write_tensors
 from infra.bundle.architecture import network_class
 from infra.bundle.bundle_folder import (
     MANIFEST,
@@ -28,8 +30,10 @@ from infra.bundle.bundle_folder import (
     read,
     read_draft,
     seal,
+    seal_again,
     table_rows,
 )
+from infra.bundle.shards import stored_tensors
 from infra.data.catalogue import require_items
 from infra.data.splits import SplitStatistics, check_ids, check_shapes, split_statistics
 from infra.errors import AlreadyThere, ArtifactMissing, BundleRefused, RecordRefused, Refused
@@ -51,6 +55,9 @@ from tasks.bundles.loading import data_path, model_of
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
+
+LARGE_BYTES = 16 * 10**6
+"""Size from which a packed bundle has a file for one tensor; smaller ones stay in their files."""
 
 
 class Packed(Frozen):
@@ -129,7 +136,7 @@ def _pack(folder: Path) -> Packed:
         check_ids(_by_name(statistics), draft.signature, rows_of_table)
         problems = check_scores(module, draft.signature, labelled)
         warnings = require_sound(problems, packed=False)
-        artifact = _named(to, manifest, staged)
+        artifact = _store(to, manifest, staged)
     return Packed(
         name=manifest.name,
         version=manifest.version,
@@ -287,10 +294,37 @@ def _link_or_copy(source: str, target: str) -> str:
     return target
 
 
-def _named(to: Store, manifest: Manifest, staged: Path) -> Artifact:
+def _store(to: Store, manifest: Manifest, staged: Path) -> Artifact:
+    """Store a sealed bundle, each large tensor in a file of its own.
+
+    A step that does not change such a tensor then stores nothing for it. A version that was packed
+    with the files of its draft, by an earlier version of recpress, keeps them.
+
+    Raises:
+        AlreadyThere: another bundle has this name and version.
+    """
+    tensors = stored_tensors(staged).values()
+    in_shard = Counter(tensor.shard for tensor in tensors)
+    if not any(one.fact.bytes >= LARGE_BYTES and in_shard[one.shard] > 1 for one in tensors):
+        return _named(to, manifest, staged)
+    with scratch_folder("pack", to.scratch(load_settings().cache)) as separate:
+        write_tensors(mapped(staged), separate, large_bytes=LARGE_BYTES)
+        try:
+            return _named(to, seal_again(separate, manifest), separate, move=True)
+        except AlreadyThere:
+            return _named(to, manifest, staged)
+
+
+def _named(to: Store, manifest: Manifest, staged: Path, *, move: bool = False) -> Artifact:
     """Store a sealed bundle under its name and version, unless it is already stored.
 
     A damaged record is written again, unless it still names another bundle of this version.
+
+    Args:
+        to: the store.
+        manifest: the bundle's manifest.
+        staged: its folder.
+        move: whether its files may be moved into the store.
 
     Raises:
         AlreadyThere: another bundle has this name and version.
@@ -306,7 +340,7 @@ def _named(to: Store, manifest: Manifest, staged: Path) -> Artifact:
         if (other := _other_bundle(to, manifest)) is not None:
             raise _packed_before(manifest, other) from fault
         log.warning("%s It is restored.", fault)
-    artifact = to.put(staged)
+    artifact = to.take(staged) if move else to.put(staged)
     record = BundleRecord(name=name, version=version, artifact=artifact, packed_at=time.time())
     try:
         write_bundle_record(record, replace=is_damaged)

@@ -33,7 +33,7 @@ from compressors.contracts import (
     tensor_names,
 )
 from compressors.contracts.value_errors import value_error
-from compressors.core.state.module_state import write_tensors
+from compressors.core.state.tensor_files import write_tensors
 from infra.bundle import bundle_folder, shards
 from infra.bundle.architecture import network_class
 from infra.bundle.json_limits import MAX_JSON_BYTES

@@ -15,6 +15,7 @@ from stored_places import BIG, Stored, blob_key, contents, home, in_bucket, in_f
 
 from compressors.contracts import Artifact
 from infra.errors import AlreadyThere, ArtifactDamaged, StoreRefused
+from infra.store.artifact_files import SMALL_BYTES
 from infra.store.chunks import hashed, regular_files
 from infra.store.object_store import CHUNK_BYTES, Store, StoreManifest
 
@@ -38,6 +39,10 @@ def with_another_json(folder: Path, into: Path, text: str = "[1]") -> Path:
     shutil.copytree(folder, into)
     (into / "model.json").write_text(text)
     return into
+
+
+def take(stored: Stored, folder: Path) -> Artifact:
+    return stored.store.take(folder, StoreManifest.of(hashed(folder, regular_files(folder))))
 
 
 def count_written(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -80,6 +85,15 @@ def test_second_artifact_with_the_same_large_file_stores_only_its_other_files(
     assert blob_key(stored, second, LARGE) == blob_key(stored, first, LARGE)
     got = stored.store.get(second, tmp_path / "out")
     assert contents(got) == contents(tmp_path / "second")
+
+
+def test_file_that_a_bucket_has_is_not_sent_again(s3, tmp_path, monkeypatch):
+    stored = in_bucket(f"medium-{time.time_ns()}")
+    source = make_folder(tmp_path / "model", largest=SMALL_BYTES + 1)
+    stored.store.put(source)
+    sizes = count_written(stored, monkeypatch)
+    stored.store.put(with_another_json(source, tmp_path / "second"))
+    assert max(sizes) <= SMALL_BYTES
 
 
 def test_folder_store_uses_the_disk_space_of_a_shared_file_once(folder, tmp_path):
@@ -203,7 +217,7 @@ def test_changed_blob_in_a_folder_is_replaced_when_its_file_is_stored_again(fold
     body = (folder / LARGE).read_bytes()
     stored.overwrite(key, bytes([body[0] ^ 1]) + body[1:])
     source = with_another_json(folder, tmp_path / "second")
-    second = stored.store.take(source) if move else stored.store.put(source)
+    second = take(stored, source) if move else stored.store.put(source)
     assert stored.raw(key) == body
     assert (stored.store.local(second, tmp_path / "cache") / LARGE).read_bytes() == body
 
@@ -214,7 +228,7 @@ def test_take_moves_new_files_and_leaves_existing_blobs(folder, tmp_path):
     path = tmp_path / "store" / blob_key(stored, first, LARGE)
     source = with_another_json(folder, tmp_path / "second")
     inodes = path.stat().st_ino, (source / "model.json").stat().st_ino
-    second = stored.store.take(source)
+    second = take(stored, source)
     moved = tmp_path / "store" / blob_key(stored, second, "model.json")
     assert (path.stat().st_ino, moved.stat().st_ino) == inodes
     assert moved.stat().st_mode & 0o222 == 0, "readers map it"

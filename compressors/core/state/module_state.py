@@ -5,11 +5,11 @@ values, insert compressed modules according to the records, assign memory-mapped
 ties, and raise if any tensor is still on meta.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from compressors.core.state.construction import (
     unfilled,
 )
 from compressors.core.state.meta_device import Room
-from compressors.core.state.safetensors_stream import write
+from compressors.core.state.tensor_files import INDEX, SHARD_BYTES, TensorFile, write_tensors
 from compressors.core.units import swap
 from compressors.errors.compression import ModelRefused
 from compressors.errors.construction import ConstructionFailed
@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 # fast path, inference gives the scores of training.
 torch.backends.mha.set_fastpath_enabled(False)
 
-SHARD_BYTES = 2**30  # memory of a reader that reads whole files
-INDEX = "model.safetensors.index.json"
 LEAST_ROOM = 256 * 2**20
 LEAST_TENSORS, TENSORS_PER_STORED = 10_000, 50
 
@@ -341,39 +339,32 @@ def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
     return records
 
 
-def save(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Write a module's tensors as safetensors.
+def save(
+    model: nn.Module,
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    files: Mapping[str, TensorFile] = MappingProxyType({}),
+) -> dict[str, str]:
+    """Write a module's tensors as safetensors, in place of earlier ones in the folder.
+
+    Args:
+        model: the module.
+        folder: created if it does not exist.
+        shard_bytes: most bytes of small tensors in one file.
+        files: files of the network that the module was made from; those of unchanged tensors are
+            linked.
 
     Returns:
         The ties to write to ``model.json``.
     """
     tensors, ties = tensors_of(model)
-    write_tensors(tensors, folder, shard_bytes)
+    for path in (*folder.glob("*.safetensors"), folder / INDEX):
+        path.unlink(missing_ok=True)
+    unchanged = {
+        name: file.path
+        for name, file in files.items()
+        if name in tensors and file.holds(tensors[name])
+    }
+    write_tensors(tensors, folder, shard_bytes, unchanged=unchanged)
     return ties
-
-
-def write_tensors(
-    tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES
-) -> tuple[Path, ...]:
-    """Write tensors as one safetensors file, or above ``shard_bytes`` as several with an index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        write(folder / "model.safetensors", shards[0])
-        return (folder / "model.safetensors",)
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write(folder / file, shard)
-        where.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
-    return tuple(folder / file for file in dict.fromkeys(where.values()))

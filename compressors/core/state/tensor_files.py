@@ -1,0 +1,155 @@
+"""Write the files of a module's tensors: small tensors together, each large one in its own file.
+
+A large tensor that a step leaves unchanged is not written again: the result's folder has a hard
+link to the file that the source maps. Read this file if a step writes more bytes than it changes.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from compressors.core.state.safetensors_stream import DTYPES, write
+
+log = logging.getLogger(__name__)
+
+LARGE_BYTES = 10**6
+"""Size from which a tensor is in a file of its own. A step that changes a smaller one writes all
+smaller ones again."""
+SHARD_BYTES = 2**30  # memory of a reader that reads whole files
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class TensorFile(NamedTuple):
+    """A file with one tensor, and the tensor that a module maps from it.
+
+    ``address`` and ``version`` are those of the tensor when it was loaded.
+    """
+
+    path: Path
+    address: int
+    version: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is the one of this file, not written to since it was loaded."""
+        return (
+            tensor.data_ptr() == self.address
+            and tensor._version == self.version
+            and tensor.shape == self.shape
+            and tensor.dtype == self.dtype
+            and tensor.is_contiguous()
+        )
+
+
+def tensor_files(module: nn.Module, folder: Path) -> dict[str, TensorFile]:
+    """Return the file of each tensor that is alone in a file, by the tensor's name.
+
+    Args:
+        module: as ``load`` returned it; nothing has written to its tensors.
+        folder: the folder that it was loaded from.
+    """
+    state = module.state_dict(keep_vars=True)
+    files: dict[str, TensorFile] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if len(names) != 1 or names[0] not in state:
+                continue
+            dtype = DTYPES.get(file.get_slice(names[0]).get_dtype())
+        tensor = state[names[0]]
+        if tensor.dtype == dtype:  # otherwise it was converted
+            files[names[0]] = TensorFile(
+                path, tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype
+            )
+    return files
+
+
+def file_name(tensor: str) -> str:
+    """Return the name of the file of a large tensor: readable, and different for each name."""
+    readable = re.sub(r"[^A-Za-z0-9._-]", "_", tensor)[:100].lstrip(".")
+    return f"{readable}-{hashlib.sha256(tensor.encode()).hexdigest()[:8]}.safetensors"
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    large_bytes: int = LARGE_BYTES,
+    unchanged: Mapping[str, Path] = MappingProxyType({}),
+) -> tuple[Path, ...]:
+    """Write tensors as one safetensors file, or as several with an index.
+
+    Args:
+        tensors: by name.
+        folder: created if it does not exist.
+        shard_bytes: most bytes of small tensors in one file.
+        large_bytes: size from which a tensor has a file of its own.
+        unchanged: files that hold one of the tensors each, by the tensor's name; they are linked.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = _layout(tensors, shard_bytes, large_bytes)
+    for file, parts in files.items():
+        path = folder / file
+        path.unlink(missing_ok=True)  # it may be a link to a stored file
+        source = unchanged.get(next(iter(parts), ""))
+        if source is None or len(parts) > 1 or not _link(source, path):
+            write(path, parts)
+    if len(files) > 1:
+        where = {name: file for file, parts in files.items() for name in parts}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+    return tuple(folder / file for file in files)
+
+
+def _layout(
+    tensors: Mapping[str, Tensor], shard_bytes: int, large_bytes: int
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each file, by the file's name."""
+    shards: list[dict[str, Tensor]] = []
+    large: dict[str, dict[str, Tensor]] = {}
+    filled = 0
+    for name, tensor in tensors.items():
+        if tensor.nbytes >= large_bytes:
+            large[file_name(name)] = {name: tensor}
+            continue
+        if not shards or (shards[-1] and filled + tensor.nbytes > shard_bytes):
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) + len(large) <= 1:
+        return {SINGLE: dict(tensors)}
+    if len(shards) == 1:
+        return {SINGLE: shards[0], **large}
+    count = len(shards)
+    numbered = {
+        f"model-{number:05d}-of-{count:05d}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+    return {**numbered, **large}
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Create a hard link; False if that is impossible, such as on another disk."""
+    try:
+        target.hardlink_to(source)
+    except OSError as fault:
+        log.info("%s is written again instead of linked: %s", target.name, fault)
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""Files of a module's tensors: large ones alone, and links instead of unchanged ones."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compressors.contracts import Architecture, Network
+from compressors.core.state.module_state import load, save
+from compressors.core.state.tensor_files import (
+    INDEX,
+    LARGE_BYTES,
+    file_name,
+    tensor_files,
+    write_tensors,
+)
+
+ROWS = LARGE_BYTES // 16  # of 4 float32: just as large as a tensor with a separate file
+
+
+class TwoTables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(ROWS, 4)
+        self.item = nn.Embedding(ROWS, 4)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        return self.out(torch.cat([self.user(user), self.item(item)], dim=1))
+
+
+NETWORK = Network(architecture=Architecture(path="test_tensor_files:TwoTables"))
+USER, ITEM = file_name("user.weight"), file_name("item.weight")
+
+
+def stored(folder: Path) -> nn.Module:
+    torch.manual_seed(0)
+    save(TwoTables(), folder)
+    return load(TwoTables, NETWORK, folder)
+
+
+def with_new_item_table(module: nn.Module) -> TwoTables:
+    """A module that shares all tensors with another one, except the item table."""
+    result = TwoTables()
+    result.user.weight = module.user.weight
+    result.out = module.out
+    return result
+
+
+def tensors_in(folder: Path) -> dict[str, list[str]]:
+    return {path.name: sorted(load_file(path)) for path in folder.glob("*.safetensors")}
+
+
+def test_large_tensor_has_a_file_and_small_ones_share_one(tmp_path):
+    tensors = {
+        "a": torch.zeros(3),
+        "large": torch.zeros(LARGE_BYTES, dtype=torch.uint8),
+        "b": torch.zeros(LARGE_BYTES - 1, dtype=torch.uint8),
+    }
+    paths = write_tensors(tensors, tmp_path)
+    assert tensors_in(tmp_path) == {
+        "model.safetensors": ["a", "b"],
+        file_name("large"): ["large"],
+    }
+    assert {path.name for path in paths} == tensors_in(tmp_path).keys()
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["weight_map"]["large"] == file_name("large")
+
+
+def test_module_in_several_files_is_read_back_unchanged(tmp_path):
+    module = stored(tmp_path)
+    torch.manual_seed(0)
+    expected = TwoTables().state_dict()
+    torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)
+    assert tensors_in(tmp_path).keys() == {USER, ITEM, "model.safetensors"}
+
+
+def test_names_of_files_differ_for_names_of_tensors_that_look_alike():
+    names = ["a/b", "a_b", "a b", "../a_b", "é", "x" * 300, "x" * 301, "A", "a", ""]
+    files = [file_name(name) for name in names]
+    assert len({file.lower() for file in files}) == len(names)
+    for file in files:
+        assert Path(file).name == file
+        assert not file.startswith(".")
+        assert len(file.encode()) < 255
+
+
+def test_file_of_an_unchanged_tensor_is_linked_and_a_changed_one_written(tmp_path):
+    source = stored(tmp_path / "source")
+    result = with_new_item_table(source)
+    save(result, tmp_path / "result", files=tensor_files(source, tmp_path / "source"))
+    assert (tmp_path / "result" / USER).samefile(tmp_path / "source" / USER)
+    assert not (tmp_path / "result" / ITEM).samefile(tmp_path / "source" / ITEM)
+    loaded = load(TwoTables, NETWORK, tmp_path / "result")
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(result.state_dict()), rtol=0, atol=0)
+
+
+def test_tensor_that_was_written_to_after_loading_is_stored_with_its_values(tmp_path):
+    source = stored(tmp_path / "source")
+    files = tensor_files(source, tmp_path / "source")
+    with torch.no_grad():
+        source.user.weight[3] = 7
+    save(source, tmp_path / "result", files=files)
+    assert not (tmp_path / "result" / USER).samefile(tmp_path / "source" / USER)
+    assert load_file(tmp_path / "result" / USER)["user.weight"][3].tolist() == [7] * 4
+    assert load_file(tmp_path / "source" / USER)["user.weight"][3].tolist() != [7] * 4
+
+
+def test_reshaped_or_transposed_tensor_is_stored_with_its_values(tmp_path):
+    source = stored(tmp_path / "source")
+    files = tensor_files(source, tmp_path / "source")
+    weight = source.user.weight.detach()
+    for number, changed in enumerate((weight.reshape(-1, 8), weight.T, weight.view(torch.int32))):
+        module = nn.Module()
+        module.user = nn.Module()
+        module.user.register_buffer("weight", changed)
+        folder = tmp_path / str(number)
+        save(module, folder, files=files)
+        (path,) = folder.glob("*.safetensors")
+        assert torch.equal(load_file(path)["user.weight"], changed)
+
+
+def test_tensor_converted_when_it_was_loaded_is_not_linked(tmp_path):
+    source = stored(tmp_path / "source")
+    half = load_file(tmp_path / "source" / USER)["user.weight"].half()
+    (tmp_path / "source" / USER).unlink()
+    save_file({"user.weight": half}, tmp_path / "source" / USER)
+    assert "user.weight" not in tensor_files(source, tmp_path / "source")
+
+
+def test_second_save_into_a_folder_leaves_the_linked_file_of_the_source(tmp_path):
+    source = stored(tmp_path / "source")
+    before = (tmp_path / "source" / USER).read_bytes()
+    save(source, tmp_path / "result", files=tensor_files(source, tmp_path / "source"))
+    other = TwoTables()
+    save(other, tmp_path / "result")
+    assert (tmp_path / "source" / USER).read_bytes() == before
+    assert torch.equal(load_file(tmp_path / "result" / USER)["user.weight"], other.user.weight)
+
+
+def test_second_save_into_a_folder_leaves_no_file_of_the_first(tmp_path):
+    save(TwoTables(), tmp_path)
+    save(nn.Linear(2, 2), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_tensor_is_written_where_links_are_impossible(tmp_path, monkeypatch):
+    source = stored(tmp_path / "source")
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", fails)
+    save(source, tmp_path / "result", files=tensor_files(source, tmp_path / "source"))
+    assert (tmp_path / "result" / USER).stat().st_nlink == 1
+    assert (tmp_path / "result" / USER).read_bytes() == (tmp_path / "source" / USER).read_bytes()
+
+
+def test_tensor_whose_file_is_gone_is_written(tmp_path):
+    source = stored(tmp_path / "source")
+    files = tensor_files(source, tmp_path / "source")
+    before = (tmp_path / "source" / USER).read_bytes()
+    (tmp_path / "source" / USER).unlink()
+    save(source, tmp_path / "result", files=files)
+    assert (tmp_path / "result" / USER).read_bytes() == before
+
+
+@pytest.mark.parametrize("large", [0, 2**62])
+def test_single_file_has_the_usual_name(large, tmp_path):
+    (path,) = write_tensors({"weight": torch.ones(4)}, tmp_path, large_bytes=large)
+    assert path.name == "model.safetensors"
+    assert not (tmp_path / INDEX).exists()

@@ -1,0 +1,219 @@
+"""Bytes that a step stores: its changed tensors, and little else, in a folder and in a bucket."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drafts import ALLOWED, write_draft
+from error_codes import raises_code
+
+from compressors.contracts import Artifact
+from compressors.core.state.module_state import mapped
+from compressors.core.units import stored_bytes
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from infra.bundle import bundle_folder
+from infra.bundle.bundle_folder import FileRecord, Manifest, read
+from infra.errors import AlreadyThere
+from infra.store import object_store
+from infra.store.manifest import FileEntry
+from infra.store.s3 import Bucket
+from tasks import compress as compress_task
+from tasks.bundles import packing
+from tasks.bundles.loading import load_bundle
+from tasks.bundles.packing import pack
+from tasks.compress import compress
+from tasks.orchestration.workspace import local, store
+
+MEGABYTE = 10**6
+ROWS = 320_000  # of 16 float32: a table of 20.5 MB
+SIZES = {"users": ROWS, "items": ROWS}
+FEW = {"train": 300, "calibration": 100, "validation": 100, "test": 300}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
+    return tmp_path / "home"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(home: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        monkeypatch.setenv("RECPRESS_STORE", f"s3://models/steps-{time.time_ns()}")
+    return str(request.param)
+
+
+@pytest.fixture
+def draft(tmp_path: Path) -> Path:
+    return write_draft(tmp_path / "draft", rows=FEW, sizes=SIZES)
+
+
+def quantized(source: Artifact, original: Artifact, table: str) -> Artifact:
+    step = RowwiseInt8(tables=(table,))
+    result = compress.fn(
+        source, step, {}, original=original, teachers=(), seed=0, device="cpu", code="c"
+    )
+    assert isinstance(result, Artifact)
+    return result
+
+
+def files_below(folder: Path) -> dict[int, int]:
+    """Bytes of every file below a folder, by inode: links count once."""
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return {one.st_ino: one.st_size for one in found}
+
+
+def changed_bytes(source: Artifact, result: Artifact) -> int:
+    """Bytes of the tensors of a result that its source does not have."""
+    before, after = mapped(local(source)), mapped(local(result))
+    return sum(
+        tensor.nbytes
+        for name, tensor in after.items()
+        if name not in before or not before[name].equal(tensor)
+    )
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[dict[str, int]]:
+    """Count bytes that are sent to a bucket, and those of files that are created in the home.
+
+    Files in temporary folders are counted when the step has written them, before they are moved.
+    """
+    sent = {"uploaded": 0, "created": 0}
+    call = Bucket._call
+    seal, before = compress_task.seal, files_below(home)
+
+    def counting_call(bucket: Bucket, method: str, name: str, **request: Any) -> Any:
+        sent["uploaded"] += len(request.get("Body", b""))
+        return call(bucket, method, name, **request)
+
+    def counting_seal(folder: Path, **fields: Any) -> Manifest:
+        for inode, size in files_below(home).items():
+            if inode not in before:
+                sent["created"] += size
+                before[inode] = size
+        return seal(folder, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "_call", counting_call)
+        patch.setattr(compress_task, "seal", counting_seal)
+        yield sent
+    sent["created"] += sum(size for inode, size in files_below(home).items() if inode not in before)
+
+
+def test_step_uploads_and_creates_its_changed_tensors_and_at_most_a_megabyte(
+    place, home, draft, monkeypatch
+):
+    original = pack(draft).artifact
+    source = original
+    for table in ("user", "item"):
+        local(source)  # a bucket's copy in the cache is not of this step
+        with counted(monkeypatch, home) as sent:
+            before = sum(store().sizes("").values())
+            result = quantized(source, original, table)
+            growth = sum(store().sizes("").values()) - before
+        if place == "folder":  # each link is listed with the size of its file
+            growth = sent["created"]
+        changed = changed_bytes(source, result)
+        assert 5 * MEGABYTE < changed < 7 * MEGABYTE, "codes and scales of one table"
+        assert sent["created"] <= changed + MEGABYTE
+        assert sent["uploaded"] <= changed + MEGABYTE
+        assert growth <= changed + MEGABYTE
+        source = result
+    module = load_bundle(source).model.module
+    assert stored_bytes(module) < 15 * MEGABYTE
+
+
+def test_result_shares_the_file_of_an_unchanged_table_with_its_source(home, draft):
+    source = pack(draft).artifact
+    result = quantized(source, source, "user")
+    blobs = [
+        {
+            blob
+            for entry, blob in zip(manifest.files, manifest.blobs, strict=True)
+            if entry.path.startswith("item.weight")
+        }
+        for manifest in (store().manifest(source), store().manifest(result))
+    ]
+    assert blobs[0] == blobs[1]
+    assert len(blobs[0]) == 1
+
+
+def test_unchanged_table_is_loaded_from_the_file_of_the_source_to_check_the_result(
+    home, draft, monkeypatch
+):
+    source = pack(draft).artifact
+    folder = local(source)
+    (file,) = folder.glob("item.weight*")
+    loaded: list[Path] = []
+    load = compress_task.run_step
+
+    def remember(work: Any, into: Path) -> Any:
+        result = load(work, into)
+        loaded.extend(into.glob("item.weight*"))
+        assert loaded[0].samefile(file)
+        return result
+
+    monkeypatch.setattr(compress_task, "run_step", remember)
+    quantized(source, source, "user")
+    assert len(loaded) == 1
+
+
+def test_unchanged_file_is_not_hashed_again(home, draft, monkeypatch):
+    source = pack(draft).artifact
+    records = read(local(source)).files
+    (name,) = (name for name in records if name.startswith("item.weight"))
+    read_files: list[str] = []
+    record, hashed = bundle_folder._record, object_store.hashed
+
+    def remember_record(path: Path) -> FileRecord:
+        read_files.append(path.name)
+        return record(path)
+
+    def remember_hashed(folder: Path, files: list[tuple[str, int]]) -> tuple[FileEntry, ...]:
+        read_files.extend(path for path, _ in files)
+        return hashed(folder, files)
+
+    seal = compress_task.seal
+
+    def sealing(folder: Path, **fields: Any) -> Manifest:
+        read_files.clear()  # until here the source was verified
+        return seal(folder, **fields)
+
+    monkeypatch.setattr(bundle_folder, "_record", remember_record)
+    monkeypatch.setattr(object_store, "hashed", remember_hashed)
+    monkeypatch.setattr(compress_task, "seal", sealing)
+    result = quantized(source, source, "user")
+    assert name not in read_files
+    assert read_files.count("model.safetensors") == 2, "a changed file is hashed"
+    assert read(local(result)).files[name] == records[name]
+
+
+def test_packed_bundle_has_a_file_for_each_large_table(home, draft):
+    packed = pack(draft)
+    names = read(local(packed.artifact)).files.keys()
+    assert sorted(name.rpartition("-")[0] for name in names if "weight" in name) == [
+        "item.weight",
+        "user.weight",
+    ]
+    tensors = mapped(local(packed.artifact))
+    expected = mapped(draft)
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].equal(tensor) for name, tensor in expected.items())
+    assert pack(draft) == packed
+
+
+def test_version_that_was_packed_with_the_files_of_its_draft_keeps_them(home, draft, monkeypatch):
+    with monkeypatch.context() as patch:  # as earlier versions did
+        patch.setattr(packing, "LARGE_BYTES", 2**62)
+        packed = pack(draft)
+    assert "model.safetensors.index.json" not in read(local(packed.artifact)).files
+    assert pack(draft).artifact == packed.artifact
+    write_draft(draft, rows=FEW, sizes=SIZES, seed=1)
+    with raises_code(AlreadyThere, "version_packed", name="clicks"):
+        pack(draft)
