@@ -55,11 +55,12 @@ def lower_model(
         NotLowerable, ParityLost, AuditFailed: contains the graph and the problem.
     """
     loaded = load_bundle(bundle)
-    with scratch_folder("lower") as scratch:
+    with scratch_folder("lower", store().scratch(load_settings().cache)) as scratch:
         graphs = []
         for form in served_graphs(loaded.manifest.signature):
             path = Path(scratch) / f"{form.name}.onnx"
-            lowered = lower(loaded.model.module, form, target, path, most_rows)
+            model = loaded.model
+            lowered = lower(model.module, form, target, path, most_rows, model.files)
             rows = split_of(probe, probe_rows)
             graph = _examine(loaded, lowered, target, path, rows, most_rows)
             log.info(
@@ -78,7 +79,7 @@ def lower_model(
             repeated_bytes=_repeated_bytes(loaded),
         )
         (Path(scratch) / "lowering.json").write_text(lowering.model_dump_json(indent=1))
-        return store().put(Path(scratch))
+        return store().take_derived(Path(scratch), bundle, loaded.folder)
 
 
 def _examine(

@@ -10,6 +10,7 @@ graph_builders.py      subgraphs that several targets use
 bfloat16_products.py   bfloat16 products in a form that runs on a CPU
 passes/                graph passes that every target uses
 targets/               translations of each format, by target
+external_weights.py    weights of a large graph as links to the bundle's files
 export.py              torch.onnx.export with a target's translations
 parity.py              compare the scores of graph and module
 first_difference.py    the first tensor that differs

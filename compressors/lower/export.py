@@ -3,9 +3,10 @@
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -17,8 +18,10 @@ from compressors.core.batches import example
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import recalibration_of
 from compressors.core.runner import rows_of_tables
+from compressors.core.state.tensor_files import TensorFile
 from compressors.errors.compression import AuditFailed, NotLowerable
 from compressors.lower import attention
+from compressors.lower.external_weights import link_weights
 from compressors.lower.findings import LayerInitializer, TableInitializers
 from compressors.lower.graph_builders import exact_sigmoid, log_sigmoid, squeeze_fixed
 from compressors.lower.merged_tables import MergedTable
@@ -35,7 +38,7 @@ from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
 MERGED = 1024  # the optimizer merges equal initializers up to this many elements
-EXTERNAL_BYTES = 2**30  # one protobuf file holds at most 2 GiB
+EXTERNAL_BYTES = 2**29  # one protobuf file holds at most 2 GiB, and is read into memory
 TRACE_ROWS = 3
 NARROW = {
     ir.DataType.FLOAT16,
@@ -58,7 +61,12 @@ class Lowered:
 
 
 def lower(
-    model: nn.Module, form: ServedGraph, target: str, path: Path, most_rows: int = 65_536
+    model: nn.Module,
+    form: ServedGraph,
+    target: str,
+    path: Path,
+    most_rows: int = 65_536,
+    files: Mapping[str, TensorFile] = MappingProxyType({}),
 ) -> Lowered:
     """Write one graph of ``model`` for one target to ``path`` (large weights to a file next to it).
 
@@ -68,6 +76,7 @@ def lower(
         target: the serving target, whose translation of each storage format is used.
         path: the ``.onnx`` file to write.
         most_rows: the largest batch size that the graph must accept.
+        files: files of the model's tensors; a large graph of ONNX Runtime has links to them.
 
     Raises:
         NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
@@ -90,11 +99,34 @@ def lower(
         graph_pass(program.model)
     StripMetadata()(program.model)
     _require_packed(packed, program.model.graph, target)
-    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
-    program.save(str(path), external_data=size > EXTERNAL_BYTES)
+    _save(program, path, files if lowering_target(target).runs_in_onnxruntime else {})
     rows = rows_of_tables(model, form.signature)
     layers = _layers(wrapper, packed, target)
     return Lowered(wrap_for_serving(model, form, rows), looked_up, layers)
+
+
+def _save(program: torch.onnx.ONNXProgram, path: Path, files: Mapping[str, TensorFile]) -> None:
+    """Write the graph; weights of a large one are in files next to it."""
+    if _inline_bytes(program.model) <= EXTERNAL_BYTES:
+        program.save(str(path), external_data=False)
+        return
+    values = program.model.graph.initializers.values()
+    weights = [(value, value.const_value) for value in values]
+    links = link_weights(program.model, path, files)
+    if _inline_bytes(program.model) <= EXTERNAL_BYTES:
+        ir.save(program.model, path)
+        return
+    for value, weight in weights:
+        value.const_value = weight
+    for link in links:
+        link.unlink()
+    program.save(str(path), external_data=True)
+
+
+def _inline_bytes(model: ir.Model) -> int:
+    """Return the bytes of the initializers that are not in an external file yet."""
+    values = (value.const_value for value in model.graph.initializers.values())
+    return sum(value.nbytes for value in values if not isinstance(value, ir.ExternalTensor))
 
 
 def exported(
