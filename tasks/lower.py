@@ -7,6 +7,7 @@ from prefect import task
 from torch import Tensor
 
 from compressors.contracts import Artifact, JaggedBag, Plan, Signature, Split
+from compressors.contracts.targets import TARGETS
 from compressors.core.batches import batches, edge_example
 from compressors.core.runner import rows_of_tables
 from compressors.core.units import Unit, stored_bytes
@@ -55,12 +56,14 @@ def lower_model(
         NotLowerable, ParityLost, AuditFailed: contains the graph and the problem.
     """
     loaded = load_bundle(bundle)
+    # An engine contains the weights of its graph, so a graph that is built needs no links.
+    files = {} if TARGETS[target].is_built else loaded.model.files
     with scratch_folder("lower", store().scratch(load_settings().cache)) as scratch:
         graphs = []
         for form in served_graphs(loaded.manifest.signature):
             path = Path(scratch) / f"{form.name}.onnx"
             model = loaded.model
-            lowered = lower(model.module, form, target, path, most_rows, model.files)
+            lowered = lower(model.module, form, target, path, most_rows, files)
             rows = split_of(probe, probe_rows)
             graph = _examine(loaded, lowered, target, path, rows, most_rows)
             log.info(

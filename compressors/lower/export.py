@@ -76,7 +76,7 @@ def lower(
         target: the serving target, whose translation of each storage format is used.
         path: the ``.onnx`` file to write.
         most_rows: the largest batch size that the graph must accept.
-        files: files of the model's tensors; a large graph of ONNX Runtime has links to them.
+        files: files of the model's tensors, to which a large graph has links; none if it is built.
 
     Raises:
         NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
@@ -99,7 +99,7 @@ def lower(
         graph_pass(program.model)
     StripMetadata()(program.model)
     _require_packed(packed, program.model.graph, target)
-    _save(program, path, files if lowering_target(target).runs_in_onnxruntime else {})
+    _save(program, path, files)
     rows = rows_of_tables(model, form.signature)
     layers = _layers(wrapper, packed, target)
     return Lowered(wrap_for_serving(model, form, rows), looked_up, layers)
