@@ -1,7 +1,8 @@
 """Explain an order without running it: its steps, targets, bytes and memory.
 
-The steps themselves compute formats, widths and bytes (``compressors.core.dry_run``), so
-they are exact; peak memory is an estimate from sizes (``tasks.orchestration.memory_estimate``).
+Formats, widths and bytes come from a dry run of the steps (``compressors.core.dry_run``). Bytes are
+exact unless a quality budget or the data decides; then ``bytes_between`` has their bounds. Peak
+memory is an estimate from sizes (``tasks.orchestration.memory_estimate``).
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,22 @@ class ExplainedTarget(Frozen):
 
 
 class Explanation(Frozen):
-    """The explanation of an order for the current machine and stores."""
+    """The explanation of an order for the current machine and stores.
+
+    Attributes:
+        model: the bundle, ``name@version``.
+        task: its kind of task.
+        rows: rows of each split of its data.
+        limits: the limits of the order, as text.
+        budget: largest loss of the metric on validation rows; None if it cannot be measured.
+        bytes_between: fewest and most bytes of weights that the order can result in.
+        teachers: names of the additional teachers.
+        earlier: the registered version if the same order has run before; else None.
+        steps: the untouched model and each step, with the bytes after it.
+        plan: formats and bytes of all tables and layers.
+        targets: the ordered targets.
+        memory: estimated peak memory of the flow's process.
+    """
 
     model: str
     task: str
@@ -65,47 +81,49 @@ def explain(terms: Terms) -> Explanation:
 
     Raises:
         Refused: there is no such bundle, it is unsafe, or a required target cannot be built here.
-        CompressionError: the order cannot be run: a limit on a number that is not measured, a
-            custom step with nothing to do, or no step that fits.
+        CompressionError: the order cannot be run: a limit is on a metric that is not measured, a
+            step of preset ``custom`` can compress no unit, or every step would be skipped.
     """
     order = terms if isinstance(terms, Order) else Order.model_validate(terms.model_dump())
-    subject = find(order.model)
-    require_measurable(subject, order.limits)
+    bundle = find(order.model)
+    require_measurable(bundle, order.limits)
     require_taught(order)
-    teachers = teachers_of(order, subject)
-    before = carried_out_result(order)
-    loaded = load_bundle(subject.artifact)
+    teachers = teachers_of(order, bundle)
+    earlier = carried_out_result(order)
+    loaded = load_bundle(bundle.artifact)
     signature = loaded.manifest.signature
     teacher_artifacts = tuple(teacher.artifact for teacher in teachers)
-    model, steps, trained = _steps(order, subject, signature, loaded.model, teacher_artifacts)
-    least, most = bounds(order, subject, signature, loaded.model, teacher_artifacts)
-    original = stored_bytes(loaded.model.module)
+    explained = _explain_steps(order, bundle, signature, loaded.model, teacher_artifacts)
+    model, steps, trained_bytes = explained
+    original_bytes = stored_bytes(loaded.model.module)
     plan = model.plan if model.plan is not None else Plan()
     return Explanation(
-        model=f"{subject.name}@{subject.version}",
-        task=subject.task,
-        rows=subject.rows,
+        model=f"{bundle.name}@{bundle.version}",
+        task=bundle.task,
+        rows=bundle.rows,
         limits=tuple(map(str, order.limits)),
-        budget=order.quality_budget() if can_be_judged(order, subject) else None,
-        bytes_between=(least, most),
+        budget=order.quality_budget() if can_be_judged(order, bundle) else None,
+        bytes_between=bounds(order, bundle, signature, loaded.model, teacher_artifacts),
         teachers=tuple(teacher.name for teacher in teachers),
-        earlier=None if before is None else before.version,
-        steps=(ExplainedStep(step=AS_TRAINED, bytes=original), *steps),
-        plan=plan if before is None else _with_warnings(plan, before.report.plan),
-        targets=tuple(_target(kind, wanted) for kind, wanted in order.targets.wanted().items()),
+        earlier=None if earlier is None else earlier.version,
+        steps=(ExplainedStep(step=AS_TRAINED, bytes=original_bytes), *steps),
+        plan=plan if earlier is None else _with_warnings(plan, earlier.report.plan),
+        targets=tuple(
+            _explain_target(kind, wanted) for kind, wanted in order.targets.wanted().items()
+        ),
         memory=peak_memory(
-            bytes_before=original,
+            bytes_before=original_bytes,
             bytes_after=sum(line.bytes_after for line in plan.lines),
-            data_bytes=max(held.artifact.bytes for held in loaded.manifest.data.values()),
+            data_bytes=max(split.artifact.bytes for split in loaded.manifest.data.values()),
             builds=any(TARGETS[kind].is_built for kind in order.targets.wanted()),
-            trained_bytes=trained,
+            trained_bytes=trained_bytes,
         ),
     )
 
 
-def _with_warnings(plan: Plan, carried_out: Plan) -> Plan:
-    """Add the warnings that a finished run of the order has from its calibration rows."""
-    warnings = {line.module: line.warnings for line in carried_out.lines if line.warnings}
+def _with_warnings(plan: Plan, finished: Plan) -> Plan:
+    """Take over the warnings of a finished run of the order, which had calibration rows."""
+    warnings = {line.module: line.warnings for line in finished.lines if line.warnings}
     return Plan(
         lines=tuple(
             line.model_copy(update={"warnings": warnings.get(line.module, line.warnings)})
@@ -114,52 +132,54 @@ def _with_warnings(plan: Plan, carried_out: Plan) -> Plan:
     )
 
 
-def _steps(
+def _explain_steps(
     order: Order,
-    subject: BundleRef,
+    bundle: BundleRef,
     signature: Signature,
     model: Model,
     teachers: tuple[Artifact, ...],
 ) -> tuple[Model, list[ExplainedStep], int]:
-    """Dry-run the recipe as if every first option were within the budget.
+    """Dry-run the recipe as if the first option of every choice were within the budget.
 
     Returns:
-        The result, the state after each step, and the most bytes that one step trains.
+        The model after the last step, the steps that a report mentions, and the largest number of
+        bytes that one step trains.
     """
-    require_budget_rows(order, subject)
-    stages, left_out = dry_run_recipe(order, subject, signature, model, teachers)
+    require_budget_rows(order, bundle)
+    stages, left_out = dry_run_recipe(order, bundle, signature, model, teachers)
     results = iter(stages[1:])
-    foreseen = []
-    for place, step in enumerate(order.recipe()):
-        if place not in left_out:
+    steps = []
+    for index, step in enumerate(order.recipe()):
+        if index not in left_out:
             _, model = next(results)
-        why = left_out.get(place)
-        if is_reported(why):
+        reason = left_out.get(index)
+        if is_reported(reason):
             size = stored_bytes(model.module)
-            foreseen.append(ExplainedStep(step=step.kind, bytes=size, left_out=why))
-    return model, foreseen, _trained(order, stages, left_out)
+            steps.append(ExplainedStep(step=step.kind, bytes=size, left_out=reason))
+    return model, steps, _most_trained_bytes(order, stages, left_out)
 
 
-def _trained(
+def _most_trained_bytes(
     order: Order, stages: tuple[tuple[str, Model], ...], left_out: Mapping[int, Reason]
 ) -> int:
-    """Return the most bytes of tensors that one step of the order trains."""
+    """Return the largest number of bytes of tensors that one step of the order trains."""
     most = 0
     (_, model), *results = stages
-    after = iter(results)
-    for place, step in enumerate(order.recipe()):
-        if place in left_out:
+    next_stages = iter(results)
+    for index, step in enumerate(order.recipe()):
+        if index in left_out:
             continue
         training = getattr(step, "training", None)
         if training is not None:
             names = set(trainable(model.module, tables=training.tables))
             tensors = (*model.module.named_parameters(), *model.module.named_buffers())
-            most = max(most, sum(held.nbytes for name, held in tensors if name in names))
-        _, model = next(after)
+            most = max(most, sum(tensor.nbytes for name, tensor in tensors if name in names))
+        _, model = next(next_stages)
     return most
 
 
-def _target(kind: str, wanted: Wanted) -> ExplainedTarget:
+def _explain_target(kind: str, wanted: Wanted) -> ExplainedTarget:
+    """Say whether a target can be built here; raise if it is required and cannot."""
     try:
         require_builder(kind)
     except Refused as fault:

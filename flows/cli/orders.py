@@ -18,34 +18,33 @@ Preset = Annotated[str, typer.Option(help="safe, fast, small or smallest.")]
 Budget = Annotated[
     float | None,
     typer.Option(
-        help="What the recipe may lose of the metric on validation rows. Without it 0.001 for the "
-        "cuts of small and smallest."
+        help="Largest loss of the metric on validation rows. Without it the pruning of presets "
+        "small and smallest may lose 0.001."
     ),
 ]
 Limits = Annotated[
     list[str] | None,
-    typer.Option(help="What must hold, such as 'auc vs baseline >= -0.002'. Repeatable."),
+    typer.Option(help="Limit of the result, such as 'auc vs baseline >= -0.002'. Repeatable."),
 ]
 Target = Annotated[
     list[str] | None,
     typer.Option(help="Another required target, such as tensorrt-rtx. Repeatable."),
 ]
 Optionals = Annotated[
-    list[str] | None, typer.Option(help="Optional target, left out if it cannot be built.")
+    list[str] | None,
+    typer.Option(help="Optional target, skipped if it cannot be built. Repeatable."),
 ]
-File = Annotated[
-    Path | None, typer.Option(help="A whole order as a JSON file, instead of the options.")
-]
+File = Annotated[Path | None, typer.Option(help="JSON file of the order, instead of the options.")]
 Promote = Annotated[bool, typer.Option(help="Make an accepted result champion.")]
 Teachers = Annotated[
     list[str] | None,
     typer.Option(
         "--teacher",
-        help="A model that teaches in addition to the original: name@version, artifact URI, or "
+        help="An additional teacher: name@version, artifact URI, or "
         "registry:name@version. Repeatable.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
 def order_from_options(
@@ -63,7 +62,8 @@ def order_from_options(
     """Return the order that the options or the file describe.
 
     Raises:
-        CommandRefused: both or neither are given, or the input is not an order.
+        CommandRefused: there is a file and also a model or an option that differs from its
+            default; there is neither a file nor a model; or the input is not an order.
     """
     from infra.errors import CommandRefused
 
@@ -74,18 +74,17 @@ def order_from_options(
         return read_order(order)
     if model is None:
         raise CommandRefused("model_missing")
-    some = optional or []
-    return terms(model, preset, limit or [], target, some, promote, seed, budget, teacher)
+    return terms(model, preset, limit or [], target, optional or [], promote, seed, budget, teacher)
 
 
 def with_order_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of ``order_from_options``; it receives the order as ``terms``.
+    """Add the options of ``order_from_options`` to a command; it receives the order as ``terms``.
 
     typer reads the options of a command from its signature.
     """
     options = inspect.signature(order_from_options).parameters
-    own = inspect.signature(command).parameters
-    others = [parameter for name, parameter in own.items() if name != "terms"]
+    command_parameters = inspect.signature(command).parameters
+    others = [parameter for name, parameter in command_parameters.items() if name != "terms"]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
@@ -155,7 +154,7 @@ def terms(
 
 
 def warn(terms: "Terms") -> None:
-    """Warn on standard error about settings that are allowed but rarely intended."""
+    """Warn on standard error about limits that are valid but rarely intended."""
     from compressors.contracts import limit_warnings
     from flows.cli.console import print_progress
 
@@ -164,7 +163,11 @@ def warn(terms: "Terms") -> None:
 
 
 def target_named(name: str) -> str:
-    """Validate a target's name; ``"RTX"`` raises with the list of valid names."""
+    """Return the name of a target.
+
+    Raises:
+        CommandRefused: there is no such target; lists those that exist.
+    """
     from compressors.contracts import TARGETS
     from infra.errors import CommandRefused
 
