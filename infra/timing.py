@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compressors.contracts.targets.runtime import FloatArray, Machine, Session
+from compressors.contracts.targets.runtime import Machine, Session
+
+FloatArray = NDArray[np.float32]
 
 
 def interleaved_ms(

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressors.contracts import is_out_of_memory
-from compressors.contracts.targets.runtime import FloatArray
 from infra.errors import BuildRefused, ScoringFailed
 from infra.store.temporary import scratch_folder
 
 if TYPE_CHECKING:
     import onnx
+
+FloatArray = NDArray[np.float32]
 
 PROVIDERS = ["CPUExecutionProvider"]
 NUMPY_TYPES = {

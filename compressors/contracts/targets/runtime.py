@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from compressors.contracts.inputs import Frozen
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the contracts are read without these libraries
+    import numpy as np
     import onnx
+    from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float32]
+    FloatArray = NDArray[np.float32]
 
 
 class Session(Protocol):
@@ -23,7 +23,7 @@ class Session(Protocol):
     def inputs(self) -> tuple[str, ...]:
         """Names of its inputs."""
 
-    def scores(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
+    def scores(self, inputs: "Mapping[str, NDArray[Any]]") -> "FloatArray":
         """Return scores, float32 ``(rows,)``, or vectors, float32 ``(rows, dim)``.
 
         NaN where the graph's out-of-range policy refuses a row.
@@ -32,7 +32,7 @@ class Session(Protocol):
             InfraError: the runtime failed on these inputs.
         """
 
-    def bound(self, inputs: Mapping[str, NDArray[Any]]) -> Callable[[], FloatArray]:
+    def bound(self, inputs: "Mapping[str, NDArray[Any]]") -> "Callable[[], FloatArray]":
         """Return a function that evaluates ``scores`` on inputs stored where the runtime reads.
 
         A call returns after the result is computed, so that its time is the latency.
