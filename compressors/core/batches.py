@@ -24,13 +24,19 @@ from compressors.contracts import (
     tensor_names,
 )
 
-SHOWN = 8
-"""Most values of one list that a message shows."""
+MAX_SHOWN_VALUES = 8
+"""Largest number of values of one list that ``format_row`` shows."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of rows: keyword arguments of the model's forward, labels and groups."""
+    """A batch of rows.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward method.
+        label: float ``(rows,)``.
+        group: int ``(rows,)``; None if the signature names no group.
+    """
 
     inputs: dict[str, Tensor]
     label: Tensor
@@ -84,7 +90,7 @@ class Rows:
         return len(self.label)
 
     def in_order(self, rows: Tensor) -> Tensor:
-        """Return the row numbers in the order that ``take`` needs; here any order is allowed."""
+        """Return the row numbers in an order that ``take`` accepts: unchanged, it accepts any."""
         return rows
 
     def take(self, rows: Tensor) -> Batch:
@@ -108,12 +114,13 @@ class JoinedRows:
     """Labelled rows followed by rows of logged traffic, as one set of rows.
 
     A row of traffic has the label NaN. Groups are renumbered so that traffic and labelled rows
-    share none. Only labels and groups are copied.
+    share no group; if only one of them has groups, ``group`` is None. Only labels and groups are
+    copied.
     """
 
     def __init__(self, labelled: Rows | None, traffic: Rows) -> None:
         self._parts = [traffic] if labelled is None else [labelled, traffic]
-        self._edge = 0 if labelled is None else len(labelled)
+        self._labelled_rows = 0 if labelled is None else len(labelled)
         unknown = torch.full((len(traffic),), torch.nan, dtype=torch.float32)
         known = [] if labelled is None else [labelled.label.to(torch.float32)]
         self.label = torch.cat([*known, unknown])
@@ -128,8 +135,12 @@ class JoinedRows:
         return len(self.label)
 
     def take(self, rows: Tensor) -> Batch:
-        """Return the rows with these numbers, int64 ``(batch,)``, labelled ones before traffic."""
-        by_part = [rows[rows < self._edge], rows[rows >= self._edge] - self._edge]
+        """Return the rows with these numbers, int64 ``(batch,)``, as a batch.
+
+        The numbers of labelled rows must precede those of traffic, as ``in_order`` returns them.
+        """
+        labelled = rows < self._labelled_rows
+        by_part = [rows[labelled], rows[~labelled] - self._labelled_rows]
         batches_by_part = [
             part.take(part_rows)
             for part, part_rows in zip(self._parts, by_part[-len(self._parts) :], strict=True)
@@ -142,8 +153,9 @@ class JoinedRows:
         )
 
     def in_order(self, rows: Tensor) -> Tensor:
-        """Return the row numbers in the order that ``take`` needs: labelled rows before traffic."""
-        return torch.cat([rows[rows < self._edge], rows[rows >= self._edge]])
+        """Return the row numbers in an order that ``take`` accepts: labelled rows first."""
+        labelled = rows < self._labelled_rows
+        return torch.cat([rows[labelled], rows[~labelled]])
 
 
 def joined(parts: Sequence[dict[str, Tensor]], signature: Signature) -> dict[str, Tensor]:
@@ -186,16 +198,19 @@ def format_row(inputs: Mapping[str, Tensor], signature: Signature) -> dict[str, 
 
 def _format(values: Tensor, item: AnyInput) -> str:
     flat = values.reshape(-1).tolist()
-    shown = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in flat]
-    if len(shown) == 1 and not isinstance(item, JaggedBag) and not item.shape:
-        return shown[0]
-    if len(shown) > SHOWN:
-        return f"[{', '.join(shown[:SHOWN])}, ... {len(shown)} values]"
-    return f"[{', '.join(shown)}]"
+    texts = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in flat]
+    if len(texts) == 1 and not isinstance(item, JaggedBag) and not item.shape:
+        return texts[0]
+    if len(texts) > MAX_SHOWN_VALUES:
+        return f"[{', '.join(texts[:MAX_SHOWN_VALUES])}, ... {len(texts)} values]"
+    return f"[{', '.join(texts)}]"
 
 
 def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
-    """Build a jagged bag's two forward arguments from values and bounds ``(rows + 1,)``."""
+    """Build a jagged bag's two forward arguments from values and bounds ``(rows + 1,)``.
+
+    The second argument has ``rows`` entries: offsets or lengths, as ``item.layout`` says.
+    """
     second = bounds[:-1] if item.layout == "offsets" else bounds.diff()
     return dict(zip(tensor_names(item), (values, second), strict=True))
 
@@ -203,9 +218,17 @@ def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]
 def example(
     signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Generate random inputs whose ids are all valid, to check a network or a step on.
+    """Generate random inputs with valid ids, on which a network or a step can be checked.
 
-    Bag lengths are drawn from 0 to the longest, so both edges can occur.
+    Args:
+        signature: the inputs to generate.
+        rows_of_table: number of rows of each table, by name; ids are below it.
+        rows: number of rows to generate.
+        seed: seed of the random numbers.
+
+    Returns:
+        The inputs by the name of the model's forward argument. Lists have random lengths from 0 to
+        the longest of the signature.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
@@ -221,7 +244,7 @@ def _example(
     generator: torch.Generator,
     share: int | None = None,
 ) -> dict[str, Tensor]:
-    """Generate one input; lists have random lengths, or this share of their longest."""
+    """Generate one input. ``share`` is the length of every list: 0 none, 1 the longest."""
     if isinstance(item, DenseInput):
         return {item.name: torch.randn((rows, *item.shape), generator=generator)}
     high, dtype = rows_of_table[item.table], getattr(torch, item.dtype)
@@ -253,29 +276,30 @@ def edge_example(
 ) -> dict[str, Tensor]:
     """Generate inputs with ids below and above their table's range, to compare two graphs.
 
-    Each row has out-of-range ids in at most one input: a policy that refuses a row would hide the
-    effect of other inputs' policies in that row. Needs two rows per input with ids. With two more
-    rows, all lists of the second-last row are empty, and all lists of the last row are full.
+    Each row has out-of-range ids in at most one input: if one input's policy refuses the row, the
+    effect of other inputs' policies in that row cannot be observed. Two rows per input with ids are
+    needed. If there are at least two more, all lists of the second-last row are empty, and all
+    lists of the last row have the longest length.
 
     Raises:
-        ValueError: too few rows for the signature's inputs.
+        ValueError: ``rows`` is less than twice the number of inputs with ids.
     """
-    named = [item for item in signature.inputs if not isinstance(item, DenseInput)]
-    ends = (0, 1) if rows >= 2 * len(named) + 2 else ()
-    inputs = example(signature, rows_of_table, rows - len(ends), seed)
-    if rows < 2 * len(named):
-        raise ValueError(f"{len(named)} inputs need {2 * len(named)} rows; found {rows}")
-    for place, item in enumerate(named):
-        for row, bad in ((2 * place, -1), (2 * place + 1, rows_of_table[item.table])):
-            _plant(item, inputs, row, bad)
-    lists = [_lists_of(signature, rows_of_table, seed, share) for share in ends]
-    return joined([inputs, *lists], signature)
+    with_ids = [item for item in signature.inputs if not isinstance(item, DenseInput)]
+    shares = (0, 1) if rows >= 2 * len(with_ids) + 2 else ()
+    inputs = example(signature, rows_of_table, rows - len(shares), seed)
+    if rows < 2 * len(with_ids):
+        raise ValueError(f"{len(with_ids)} inputs need {2 * len(with_ids)} rows; found {rows}")
+    for place, item in enumerate(with_ids):
+        for row, bad_id in ((2 * place, -1), (2 * place + 1, rows_of_table[item.table])):
+            _write_bad_id(item, inputs, row, bad_id)
+    last_rows = [_row_with_lists(signature, rows_of_table, seed, share) for share in shares]
+    return joined([inputs, *last_rows], signature)
 
 
-def _lists_of(
+def _row_with_lists(
     signature: Signature, rows_of_table: dict[str, int], seed: int, share: int
 ) -> dict[str, Tensor]:
-    """Generate one row whose lists all are empty (share 0) or of the longest length (share 1)."""
+    """Generate one row whose lists are all empty (share 0) or of the longest length (share 1)."""
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
     for item in signature.inputs:
@@ -283,14 +307,14 @@ def _lists_of(
     return inputs
 
 
-def _plant(item: AnyInput, inputs: dict[str, Tensor], row: int, bad: int) -> None:
+def _write_bad_id(item: AnyInput, inputs: dict[str, Tensor], row: int, bad_id: int) -> None:
     """Write an out-of-range id into one row: a negative one at a list's start, else at its end."""
     ids = inputs[item.name]
     if not isinstance(item, JaggedBag):
-        ids[row].reshape(-1)[0 if bad < 0 else -1] = bad
+        ids[row].reshape(-1)[0 if bad_id < 0 else -1] = bad_id
         return
     second = inputs[tensor_names(item)[1]]
     begin = second if item.layout == "offsets" else second.cumsum(0) - second
     end = torch.cat([begin[1:], begin.new_full((1,), ids.shape[0])])
     if end[row] > begin[row]:  # an empty list has no position to write to
-        ids[begin[row] if bad < 0 else end[row] - 1] = bad
+        ids[begin[row] if bad_id < 0 else end[row] - 1] = bad_id

@@ -10,21 +10,21 @@ from compressors.core.units import Unit, folded_norms, stored_bytes
 
 
 def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = False) -> Model:
-    """Predict the result of ``run``: a model of placeholders with the plan it would have.
+    """Predict the result of ``run``: a model of placeholders, with its plan.
 
-    The plan is exact except where it depends on tensor values. It assumes that training finds an
-    improvement, and that a chosen layer can be stored in its format.
+    The plan is exact except where it depends on tensor values. It assumes that training improves
+    the network, and that every selected layer can be stored in its format.
 
     Args:
         method: the method and its settings.
         source: the model, or the result of an earlier dry run; not modified.
         bench: only its signature and the row counts of its splits are used; no file is read.
-        smallest: predict the smallest possible result of a step that learns its decisions while it
-            works, instead of the largest one.
+        smallest: predict the smallest possible result, instead of the largest one, of a step that
+            makes some decisions only while it runs.
 
     Raises:
         NothingToCompress: the step can compress no unit of this model.
-        CompressionError: the step cannot be carried out on this model.
+        CompressionError: the step cannot be applied to this model.
     """
     model = source.private()
     planned = plan_step(method, model, bench)

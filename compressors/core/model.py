@@ -1,4 +1,4 @@
-"""The model passed between steps: a network with its description and plan."""
+"""The value passed from step to step: a network with its class, description and plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,11 +12,16 @@ from compressors.core.units import private_copy
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded network: the module, the class it was built from, and what describes it.
+    """A network in memory, between two steps of a recipe.
 
-    ``original`` is the network before the recipe, for steps that read its layers; it is not
-    stored. ``files`` holds the file of each tensor that is alone in a stored file, so that a step
-    need not write it again.
+    Attributes:
+        module: the network.
+        architecture: the class that the network is built from.
+        network: the description from which a bundle rebuilds the network.
+        plan: one line per unit, with the steps so far; None before the first step.
+        original: the network before the recipe, for steps that read its layers; not stored.
+        files: by tensor name, the file of each tensor that is alone in a stored file, so that a
+            step need not write it again.
     """
 
     module: nn.Module
@@ -27,5 +32,5 @@ class Model:
     files: Mapping[str, TensorFile] = field(default_factory=dict)
 
     def private(self) -> "Model":
-        """Return the model with a copied module tree that shares the same tensors, in eval mode."""
+        """Return the model with a copied module tree in eval mode that shares the tensors."""
         return replace(self, module=private_copy(self.module).eval())

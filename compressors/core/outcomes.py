@@ -1,4 +1,4 @@
-"""What became of each unit in a step: its decision compared with the result."""
+"""Compare the decisions of a step's plan with its result, and resolve them."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -17,7 +17,7 @@ from compressors.core.units import Unit
 from compressors.errors.compression import ContractBroken
 
 
-def settled(
+def resolve_decisions(
     kind: str,
     effect: Effect,
     planned: Mapping[str, Decision],
@@ -29,50 +29,50 @@ def settled(
 
     Args:
         kind: the step's tag.
-        effect: how the step changes a unit that it takes.
-        planned: the plan's decision of every unit.
-        outcomes: what the step found out while it worked.
+        effect: how the step changes a selected unit.
+        planned: the plan's decision for every unit.
+        outcomes: by unit name, the decisions that the step returned after it ran.
         before: the units before the step.
         after: the units after the step.
 
     Raises:
-        ContractBroken: the step did not follow its plan, or the result differs from an outcome.
+        ContractBroken: the result contradicts the plan or an outcome.
     """
-    now = {unit.name: unit for unit in after}
+    units_after = {unit.name: unit for unit in after}
     final = dict(planned)
     for unit in before:
-        plan, outcome, new = planned[unit.name], outcomes.get(unit.name), now.get(unit.name)
+        plan, outcome, new = planned[unit.name], outcomes.get(unit.name), units_after.get(unit.name)
         if new is None and not (effect == "values" and plan.selected):
             raise ContractBroken("unit_lost", step=kind, unit=unit.name)
         if new is not None and effect == "values" and new.format != unit.format:
             raise ContractBroken("format_changed", step=kind, unit=unit.name)
         changed = new is None or _is_changed(effect, unit, new)
-        if changed and (not plan.selected or _is(outcome, "skipped")):
+        if changed and (not plan.selected or _has_status(outcome, "skipped")):
             raise ContractBroken("unit_changed", step=kind, unit=unit.name)
         must_change = effect == "format" and plan.status == "taken" and outcome is None
-        if not changed and (must_change or _is(outcome, "taken")):
+        if not changed and (must_change or _has_status(outcome, "taken")):
             raise ContractBroken("unit_kept", step=kind, unit=unit.name)
         if plan.bytes is not None:
             _require_bounds(kind, unit.name, plan.bytes, after)
-        final[unit.name] = _resolved(effect, plan, outcome, unit, changed=changed)
+        final[unit.name] = _final_decision(effect, plan, outcome, unit, changed=changed)
     if OUTPUT in planned:
         plan, outcome = planned[OUTPUT], outcomes.get(OUTPUT)
         final[OUTPUT] = plan if outcome is None else outcome
-    _require_no_more(kind, effect, planned, before, after)
+    _require_no_other_units(kind, effect, planned, before, after)
     return final
 
 
-def _is(outcome: Decision | None, status: str) -> bool:
+def _has_status(outcome: Decision | None, status: str) -> bool:
     return outcome is not None and outcome.status == status
 
 
 def _is_changed(effect: Effect, old: Unit, new: Unit) -> bool:
     if effect in ("format", "output") or old.format != new.format:
         return old.format != new.format
-    return not _equal(old.module, new.module)
+    return not _tensors_equal(old.module, new.module)
 
 
-def _resolved(
+def _final_decision(
     effect: Effect,
     plan: Decision,
     outcome: Decision | None,
@@ -80,17 +80,19 @@ def _resolved(
     *,
     changed: bool,
 ) -> Decision:
-    learned = () if outcome is None else outcome.reasons
+    outcome_reasons = () if outcome is None else outcome.reasons
     if not plan.selected:
-        return replace(plan, reasons=(*plan.reasons, *learned))
+        return replace(plan, reasons=(*plan.reasons, *outcome_reasons))
     if changed:
-        return Decision("taken", (*plan.reasons, *learned))
+        return Decision("taken", (*plan.reasons, *outcome_reasons))
     if effect == "format":
-        return Decision("skipped", (Reason("kept_format", format=unit.format), *learned))
-    return Decision("skipped", (*plan.reasons, Reason("nothing_better"), *learned))
+        unchanged = Reason("kept_format", format=unit.format)
+        return Decision("skipped", (unchanged, *outcome_reasons))
+    return Decision("skipped", (*plan.reasons, Reason("nothing_better"), *outcome_reasons))
 
 
 def _require_bounds(kind: str, name: str, bounds: tuple[int, int], after: tuple[Unit, ...]) -> None:
+    """Raise ``ContractBroken`` if a unit with its parts has fewer or more bytes than planned."""
     size = sum(
         unit.bytes for unit in after if unit.name == name or unit.name.startswith(f"{name}.")
     )
@@ -101,32 +103,34 @@ def _require_bounds(kind: str, name: str, bounds: tuple[int, int], after: tuple[
         )
 
 
-def _require_no_more(
+def _require_no_other_units(
     kind: str,
     effect: Effect,
     planned: Mapping[str, Decision],
     before: tuple[Unit, ...],
     after: tuple[Unit, ...],
 ) -> None:
-    old = {unit.name for unit in before}
-    owners = {name for name, decision in planned.items() if decision.selected}
-    more = sorted(
+    """Raise ``ContractBroken`` if the result has a new unit that is not part of a selected one."""
+    names_before = {unit.name for unit in before}
+    selected = {name for name, decision in planned.items() if decision.selected}
+    added = sorted(
         unit.name
         for unit in after
-        if unit.name not in old and not (effect == "parts" and _inside(unit.name, owners))
+        if unit.name not in names_before
+        and not (effect == "parts" and _is_part_of_any(unit.name, selected))
     )
-    if more:
-        raise ContractBroken("unit_added", step=kind, unit=more[0])
+    if added:
+        raise ContractBroken("unit_added", step=kind, unit=added[0])
 
 
-def _inside(name: str, owners: Collection[str]) -> bool:
+def _is_part_of_any(name: str, owners: Collection[str]) -> bool:
     return any(name.startswith(f"{owner}.") for owner in owners)
 
 
-def _equal(old: nn.Module, new: nn.Module) -> bool:
-    """Whether two modules have equal tensors; tensors in the same memory are not compared.
+def _tensors_equal(old: nn.Module, new: nn.Module) -> bool:
+    """Whether two modules have equal tensors; tensors in the same memory count as equal.
 
-    Parts of composed tables and factored layers are separate units and do not count.
+    Parts of composed tables and factored layers are separate units and are not compared.
     """
     first, second = _direct_tensors(old), _direct_tensors(new)
     return first.keys() == second.keys() and all(
@@ -137,6 +141,7 @@ def _equal(old: nn.Module, new: nn.Module) -> bool:
 
 
 def _direct_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return a unit's tensors by name, without those of its parts."""
     table = module.table if isinstance(module, Bag) else module
     if isinstance(table, ComposedTable | FactoredLinear):
         return dict(table.named_buffers(recurse=False))

@@ -1,6 +1,6 @@
-"""Placeholders: tensors with a shape and no stored values, for dry runs of a recipe.
+"""Placeholders: tensors of full shape that take almost no memory, for dry runs of a recipe.
 
-A placeholder is one number, mostly zero, expanded to the shape of a tensor. A network of
+A placeholder is one number, in most cases zero, expanded to the shape of a tensor. A network of
 placeholders runs and its bytes can be counted, but no weight is read, trained or allocated.
 """
 
@@ -23,22 +23,22 @@ from compressors.errors.steps import StepRefused
 
 
 def placeholder(spec: TensorSpec) -> Tensor:
-    """Return one number, mostly zero, expanded to the shape of a tensor."""
+    """Return the number ``spec.first``, in most cases 0, expanded to ``spec.shape``."""
     return torch.full((), spec.first, dtype=spec.dtype).expand(spec.shape)
 
 
 def is_placeholder(tensor: Tensor) -> bool:
-    """Whether a tensor is a placeholder: one number expanded to many entries."""
+    """Whether a tensor of at least two entries is one number expanded to its shape."""
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
 def with_placeholders(module: nn.Module) -> nn.Module:
-    """Replace parameters on the meta device (built without values) by placeholders."""
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
+    """Replace a module's parameters on the meta device by placeholders, and return the module."""
+    for submodule in module.modules():
+        for name, parameter in list(submodule.named_parameters(recurse=False)):
             if parameter.is_meta:
                 zero = placeholder(TensorSpec(tuple(parameter.shape), parameter.dtype))
-                setattr(part, name, nn.Parameter(zero, requires_grad=False))
+                setattr(submodule, name, nn.Parameter(zero, requires_grad=False))
     return module
 
 
@@ -50,14 +50,17 @@ def dry_run_packed(
     linear: LinearFormat | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Replace units by placeholders in another format.
+    """Replace units by placeholders in another format, and return the model.
 
     Args:
         model: a private copy; its units are replaced in place.
-        units: of the model.
-        table: the format of tables.
-        linear: the format of dense layers.
-        settings: settings of the format.
+        units: the units of the model to replace.
+        table: the new format of tables.
+        linear: the new format of dense layers.
+        settings: arguments of the format's layout.
+
+    Raises:
+        StepRefused: a unit has a role for which no format is given.
     """
     for unit in units:
         first, second = unit.weight.shape  # (rows, dim) or (out, in)

@@ -1,4 +1,4 @@
-"""Move a network and its batches to another device for the time of a computation.
+"""Move a network and its batches to another device temporarily.
 
 ``nn.Module.to`` writes into parameters that a private tree shares with the caller's model, so
 tensors are replaced one by one here, and restored afterwards.
@@ -16,25 +16,32 @@ from compressors.errors.steps import StepRefused
 
 
 @dataclass(frozen=True)
-class _Moved:
-    """A tensor, its module and name, and the copy on the other device that replaces it."""
+class _MovedTensor:
+    """A tensor that was replaced by a copy on the other device.
+
+    Attributes:
+        owner: the module that registers the tensor.
+        name: the tensor's name in that module.
+        original: the tensor before the move.
+        copy: the tensor on the other device.
+    """
 
     owner: nn.Module
     name: str
-    old: Tensor
-    new: Tensor
+    original: Tensor
+    copy: Tensor
 
 
 @contextmanager
 def moved_to(module: nn.Module, device: str) -> Iterator[None]:
     """Move a private copy of a module to a device inside the context, and back afterwards.
 
-    Tensors that were not replaced inside the context are restored as the original objects with
-    unchanged bits; replaced ones are copied back. Shared tensors remain shared. Tensors that are
-    plain attributes of a module are not moved.
+    A tensor that the code inside the context did not replace becomes the original object again,
+    without changes made to its copy. A tensor that was replaced is copied back. Shared tensors
+    remain shared. Tensors that are plain attributes of a module are not moved.
 
     Raises:
-        CompressionError: this machine has no such device.
+        StepRefused: the device is not available on this machine.
     """
     target = torch.device(device)
     if target.type == "cpu":
@@ -49,10 +56,10 @@ def moved_to(module: nn.Module, device: str) -> Iterator[None]:
 
 
 def require_device(device: torch.device) -> None:
-    """Raise if a device is not available.
+    """Raise if a CUDA device is required and not available.
 
     Raises:
-        CompressionError: torch has no such device on this machine.
+        StepRefused: ``device`` is a CUDA device, and torch finds none on this machine.
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StepRefused("device_missing", device=str(device), torch=torch.__version__)
@@ -74,36 +81,36 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _move(module: nn.Module, device: torch.device) -> list[_Moved]:
-    copies: dict[int, Tensor] = {}
+def _move(module: nn.Module, device: torch.device) -> list[_MovedTensor]:
+    copies: dict[int, Tensor] = {}  # by id of the original, so that shared tensors remain shared
     moved = []
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
-            for name, old in list(tensors.items()):
-                if old is None:
+            for name, original in list(tensors.items()):
+                if original is None:
                     continue
-                if id(old) not in copies:
-                    new: Tensor = old.detach().to(device)
-                    if isinstance(old, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    copies[id(old)] = new
-                tensors[name] = copies[id(old)]  # type: ignore[assignment]
-                moved.append(_Moved(owner, name, old, copies[id(old)]))
+                if id(original) not in copies:
+                    copy: Tensor = original.detach().to(device)
+                    if isinstance(original, nn.Parameter):
+                        copy = nn.Parameter(copy, requires_grad=original.requires_grad)
+                    copies[id(original)] = copy
+                tensors[name] = copies[id(original)]  # type: ignore[assignment]
+                moved.append(_MovedTensor(owner, name, original, copies[id(original)]))
     return moved
 
 
-def _restore(moved: list[_Moved]) -> None:
-    copies: dict[int, Tensor] = {}
+def _restore(moved: list[_MovedTensor]) -> None:
+    copies: dict[int, Tensor] = {}  # by id of the replacement
     for item in moved:
         parameters = item.owner._parameters if item.name in item.owner._parameters else None
-        place = item.owner._buffers if parameters is None else parameters
-        now = place[item.name]
-        if now is None or now.data_ptr() == item.new.data_ptr():
-            place[item.name] = item.old  # type: ignore[assignment]
+        tensors = item.owner._buffers if parameters is None else parameters
+        current = tensors[item.name]
+        if current is None or current.data_ptr() == item.copy.data_ptr():
+            tensors[item.name] = item.original  # type: ignore[assignment]
             continue
-        if id(now) not in copies:
-            back: Tensor = now.detach().to(item.old.device)
-            if isinstance(now, nn.Parameter):
-                back = nn.Parameter(back, requires_grad=now.requires_grad)
-            copies[id(now)] = back
-        place[item.name] = copies[id(now)]  # type: ignore[assignment]
+        if id(current) not in copies:
+            copy: Tensor = current.detach().to(item.original.device)
+            if isinstance(current, nn.Parameter):
+                copy = nn.Parameter(copy, requires_grad=current.requires_grad)
+            copies[id(current)] = copy
+        tensors[item.name] = copies[id(current)]  # type: ignore[assignment]

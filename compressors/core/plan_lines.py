@@ -12,10 +12,10 @@ from compressors.core.steps.decisions import Decision
 from compressors.core.units import Unit, innermost, stored_bytes
 
 OUTPUT = "(output)"
-"""The plan's name for the map after a network's output."""
+"""Name of the plan line for the calibration map that follows a network's output."""
 
-SHOWN = 3
-"""Most folded norms that a plan names."""
+MAX_LISTED_NORMS = 3
+"""Largest number of folded norms that a plan lists by name."""
 
 
 def build_plan(
@@ -29,25 +29,26 @@ def build_plan(
     folded: Collection[str] = (),
     warnings: Mapping[str, Reason] | None = None,
 ) -> Plan:
-    """Build the plan after a step: lines of earlier steps, updated by this step's decisions.
+    """Build the plan after a step: the lines of earlier steps, updated by this step's decisions.
 
     Args:
         kind: the step's tag.
         source: the model before the step, for its plan so far.
-        decisions: whether the step takes each unit, and why.
+        decisions: by unit name, whether the step changes the unit, and why.
         before: the units before the step.
         after: the units after the step; missing ones were dropped.
         sizes: bytes of all tensors before and after the step.
-        output: the line of a map that follows the network's output.
-        folded: the norms that were folded into adjacent layers.
-        warnings: by unit that the step changed; other units of unchanged format keep theirs.
+        output: the line of the calibration map that follows the network's output, if any.
+        folded: names of the norms that were folded into adjacent layers.
+        warnings: by unit name, a warning about a unit that the step changed. Other units of
+            unchanged format keep the warnings of earlier steps.
     """
-    now = {unit.name: unit for unit in after}
-    old = {unit.name for unit in before}
+    units_after = {unit.name: unit for unit in after}
+    names_before = {unit.name for unit in before}
     lines = []
     for unit in before:
         earlier = source.plan.of(unit.name) if source.plan else None
-        decision, new = decisions[unit.name], now.get(unit.name)
+        decision, new = decisions[unit.name], units_after.get(unit.name)
         steps = earlier.steps if earlier else ()
         lines.append(
             PlanLine(
@@ -73,22 +74,22 @@ def build_plan(
                 warnings=_warnings(None, part, part.name, warnings or {}),
             )
             for part in after
-            if part.name not in old and innermost(part.name, old) == unit.name
+            if part.name not in names_before and innermost(part.name, names_before) == unit.name
         ]
     # A unit that an earlier step dropped keeps its line.
     lines += [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
     lines += [] if output is None else [output]
     output_bytes = 0 if output is None else output.bytes_after
     other = source.plan.of("(other)") if source.plan else None
-    rest_before = sizes[0] - sum(unit.bytes for unit in before)
+    other_before = sizes[0] - sum(unit.bytes for unit in before)
     lines.append(
         PlanLine(
             module="(other)",
             role="other",
             format="as trained",
-            bytes_before=other.bytes_before if other else max(rest_before, 0),
+            bytes_before=other.bytes_before if other else max(other_before, 0),
             bytes_after=max(sizes[1] - sum(unit.bytes for unit in after) - output_bytes, 0),
-            reasons=_rest(folded),
+            reasons=_other_reasons(folded),
         )
     )
     return Plan(lines=tuple(lines), reasons=source.plan.reasons if source.plan else ())
@@ -97,13 +98,13 @@ def build_plan(
 def output_line(
     kind: str, source: Model, module: nn.Module, decision: Decision | None
 ) -> PlanLine | None:
-    """Return the plan line of the map after a network's output; None if no step changed it.
+    """Return the plan line of the map after a network's output; None if no step has changed it.
 
     Args:
         kind: the step's tag.
         source: the model before the step, for its plan so far.
         module: the network after the step.
-        decision: about the map; None for a step that does not change it.
+        decision: the step's decision about the map; None if the step does not change it.
     """
     if decision is None:
         return source.plan.of(OUTPUT) if source.plan else None
@@ -124,24 +125,28 @@ def with_remarks(
     kind: str,
     skipped: Mapping[str, Reason],
     decisions: Mapping[str, Decision],
-    learned: Mapping[str, tuple[Reason, ...]],
+    outcome_reasons: Mapping[str, tuple[Reason, ...]],
 ) -> Plan:
-    """Add remarks to a plan: skipped units, and whether the step changed nothing.
+    """Return the plan with remarks: the skipped units, and whether the step changed nothing.
 
     Args:
         plan: the plan after the step.
         kind: the step's tag.
-        skipped: units that the step left unchanged, with the reasons.
-        decisions: the result for every unit after the step.
-        learned: by unit, what the step found out while it worked.
+        skipped: by unit name, why the step did not change the unit.
+        decisions: the final decision for every unit.
+        outcome_reasons: by unit name, the reasons that the step returned after it ran.
     """
-    remarks = [Reason("unit_skipped", step=kind, unit=n, why=why) for n, why in skipped.items()]
+    remarks = [
+        Reason("unit_skipped", step=kind, unit=name, why=why) for name, why in skipped.items()
+    ]
     output = plan.of(OUTPUT) if OUTPUT in decisions else None
     if output is not None:
         if kind not in output.steps:
             remarks.append(Reason("step_changed_nothing", step=kind, why=output.reasons))
     elif decisions and not any(decision.selected for decision in decisions.values()):
-        whys = _once(learned[name] for name in decisions if name in learned)
+        whys = _without_repetition(
+            outcome_reasons[name] for name in decisions if name in outcome_reasons
+        )
         remarks.append(
             Reason("step_changed_nothing", step=kind, why=whys)
             if whys
@@ -150,13 +155,13 @@ def with_remarks(
     else:
         remarks += [
             Reason("training_changed_nothing", step=kind, why=why)
-            for why in _once(learned.values())
+            for why in _without_repetition(outcome_reasons.values())
             if any(reason.code == "training_unchanged" for reason in why.walk())
         ]
     return plan.model_copy(update={"reasons": (*plan.reasons, *remarks)})
 
 
-def _once(lists: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ...]:
+def _without_repetition(lists: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ...]:
     """Return the reasons of all lists without repetition, in order."""
     return tuple(dict.fromkeys(reason for reasons in lists for reason in reasons))
 
@@ -166,22 +171,23 @@ def _warnings(
 ) -> tuple[Reason, ...]:
     if name in warnings:
         return (warnings[name],)
-    same = earlier is not None and new is not None and earlier.format == new.format
-    return earlier.warnings if earlier is not None and same else ()
+    same_format = earlier is not None and new is not None and earlier.format == new.format
+    return earlier.warnings if earlier is not None and same_format else ()
 
 
-def _rest(folded: Collection[str]) -> tuple[Reason, ...]:
-    """Return the reasons of the last line: what it covers, and the norms folded away."""
-    rest, norms = Reason("outside_units"), tuple(sorted(folded))
+def _other_reasons(folded: Collection[str]) -> tuple[Reason, ...]:
+    """Return the reasons of the line ``(other)``: what it covers, and the folded norms."""
+    coverage, norms = Reason("outside_units"), tuple(sorted(folded))
     if not norms:
-        return (rest,)
-    if len(norms) > SHOWN:
-        return rest, Reason("many_folded_norms", count=len(norms), norms=norms[:SHOWN])
-    return rest, Reason("folded_norms", count=len(norms), norms=norms)
+        return (coverage,)
+    if len(norms) > MAX_LISTED_NORMS:
+        listed = norms[:MAX_LISTED_NORMS]
+        return coverage, Reason("many_folded_norms", count=len(norms), norms=listed)
+    return coverage, Reason("folded_norms", count=len(norms), norms=norms)
 
 
 def _reasons(earlier: PlanLine | None, decision: Decision) -> tuple[Reason, ...]:
-    """Return the reasons of all changes of a unit; if unchanged, every reason against one."""
+    """Return the reasons of every step that changed a unit; if none did, why each one did not."""
     if earlier is None:
         return decision.reasons
     if decision.selected:

@@ -1,8 +1,8 @@
 """The list of all compression methods, storage formats and compositions.
 
 To add a method, write its file, then list it here or call ``register``. ``AnyStep`` is the type of
-a recipe line, of a form in the Prefect UI and of a cache key; ``kind`` distinguishes the methods.
-Loading finds the format of stored tensors by its name.
+a recipe line, from which the Prefect UI builds its form; ``kind`` distinguishes the methods. A
+bundle is loaded by looking up the format of its tensors by name.
 """
 
 import functools
@@ -118,7 +118,7 @@ METHODS: dict[str, type[StepSettings]] = {
         Recalibrate,
     )
 }
-"""Every method by its tag, in the order of their usual place in a recipe."""
+"""Every method by its tag, in the usual order of steps in a recipe."""
 
 
 TABLE_FORMATS: dict[str, TableFormat] = {
@@ -165,11 +165,11 @@ def register(method: type[StepSettings], storage: TableFormat | None = None) -> 
     """Add a method, and the format in which it stores tables.
 
     Args:
-        method: its settings; the default of ``kind`` is its tag.
-        storage: the format, unless it is listed here.
+        method: the class of its settings; the default of ``kind`` is its tag.
+        storage: its table format; None if it has none, or uses a registered one.
 
     Raises:
-        ValueError: there is a method of this tag, or a format of this name.
+        ValueError: a method with this tag, or a format with this name, is already registered.
     """
     kind = method.model_fields["kind"].default
     if kind in METHODS:
@@ -188,7 +188,7 @@ def _union(methods: tuple[type[StepSettings], ...]) -> TypeAdapter[StepSettings]
 
 
 class _AnyMethod:
-    """Validates a step as a union of all registered methods, which ``kind`` distinguishes."""
+    """Validates a recipe line as one of the registered methods, which ``kind`` selects."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler

@@ -1,7 +1,12 @@
 """Run a compression step and check its contract.
 
-Every step runs here. ``plan_step`` first decides which tables and dense layers the step takes; a
-step that does not follow this plan raises ``ContractBroken``.
+A *unit* is a table or dense layer of a network. A *method* (``Method``) is the settings of one
+compression algorithm, a line of a recipe. It is one of two kinds: a *step* (``Step``) plans and
+changes the whole network; a *table step* (``TableStep``) only encodes rows of a table, and
+``as_step`` converts it to a step.
+
+``run`` applies every step. ``plan_step`` first decides which units the step changes. ``run`` raises
+``ContractBroken`` if the step does not follow this plan.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -24,7 +29,7 @@ from compressors.contracts import (
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import example
 from compressors.core.model import Model
-from compressors.core.outcomes import settled
+from compressors.core.outcomes import resolve_decisions
 from compressors.core.plan_lines import OUTPUT, build_plan, output_line, with_remarks
 from compressors.core.state.module_state import load, records_of, save
 from compressors.core.steps.decisions import EXCEPT, Decision, StepPlan
@@ -36,7 +41,9 @@ from compressors.errors.steps import StepRefused
 from compressors.quantize.calibration.input_ranges import input_range_warnings
 
 CHECK_ROWS = 32
-REFUSALS = (
+"""Generated rows on which the stored model must give the same scores as the model in memory."""
+
+NETWORK_ERRORS = (
     AttributeError,
     IndexError,
     KeyError,
@@ -45,16 +52,16 @@ REFUSALS = (
     TypeError,
     ValueError,
 )
-"""Exceptions that a network's code raises if it does not support what a step does."""
+"""Exceptions that a network's code typically raises if it does not support what a step does."""
 
 
 class Planned(NamedTuple):
     """A step and its plan for one model, with a decision for every unit.
 
     Attributes:
-        step: without the skipped units in its name patterns.
-        plan: of this step.
-        skipped: units that the step must not change, with the reasons.
+        step: the step; its name patterns exclude the skipped units.
+        plan: the step's plan, with a decision for every unit of the model.
+        skipped: by unit name, why the step must not change the unit.
     """
 
     step: Step
@@ -68,41 +75,44 @@ def plan_step(
     bench: Bench,
     skipped: Mapping[str, Reason] = MappingProxyType({}),
 ) -> Planned:
-    """Plan a step, and decide about the units that it does not mention.
+    """Plan a step, and add a decision for each unit that its plan does not mention.
 
     Args:
         method: the method and its settings.
         model: the model whose units are considered.
         bench: the data that the step may use.
-        skipped: units that the step must not change, with the reasons.
+        skipped: by unit name, why the step must not change the unit.
 
     Raises:
-        NothingToCompress: the step takes no unit.
-        CompressionError: the step cannot be carried out on this model.
+        NothingToCompress: the step changes no unit.
+        CompressionError: the step cannot be applied to this model.
     """
     step, units = as_step(without_units(method, skipped)), Unit.of(model.module)
     plan = step.plan(model, bench)
-    chosen = dict(plan.decisions)
-    chosen |= {
+    decisions = dict(plan.decisions)
+    decisions |= {
         unit.name: Decision("skipped", (Reason("skipped", step=step.kind, why=skipped[unit.name]),))
         for unit in units
         if unit.name in skipped
     }
-    if not any(decision.selected for decision in chosen.values()):
+    if not any(decision.selected for decision in decisions.values()):
         raise NothingToCompress(
             "units_missing",
             step=step.kind,
-            reasons={name: decision.reasons for name, decision in chosen.items()},
+            reasons={name: decision.reasons for name, decision in decisions.items()},
         )
-    rest = {
+    defaults = {
         unit.name: Decision("skipped", (Reason("wrong_role", step=step.kind, role=unit.role),))
         for unit in units
     }
-    return Planned(step, StepPlan({**rest, **chosen}, plan.payload), skipped)
+    return Planned(step, StepPlan({**defaults, **decisions}, plan.payload), skipped)
 
 
 def without_units(method: Method, names: Collection[str]) -> Method:
-    """Return the method with name patterns that exclude units; unchanged if it has no patterns."""
+    """Return a copy of the method whose name patterns exclude these units.
+
+    Returns the method unchanged if ``names`` is empty or the method has no name patterns.
+    """
     update = {
         field: (*getattr(method, field), *(EXCEPT + name for name in names))
         for field in ("tables", "layers")
@@ -126,29 +136,31 @@ def run(
         method: the method and its settings.
         source: the model to compress; not modified.
         bench: the data that the step may use.
-        folder: where the tensors are written; the returned module maps them.
-        skipped: units that the step must not change, with the reasons.
-        planned: the plan for this model, bench and ``skipped``, if it has been made.
+        folder: where the tensors are written; the returned module memory-maps these files.
+        skipped: by unit name, why the step must not change the unit. Unused with ``planned``.
+        planned: the plan from ``plan_step`` for this model and bench; without it, ``run`` plans.
 
     Raises:
-        NothingToCompress: the step can compress no unit of this model, or the bench lacks a part.
-        ContractBroken: the step changed its input, gave scores that are not finite, did not
-            follow its plan, or its result gives other scores after it was stored.
-        ModelRefused: the network does not run on inputs that its signature allows, or its scores
-            are not finite.
-        CompressionError: the step cannot be carried out on this model.
+        NothingToCompress: the step can compress no unit of this model, the bench lacks a part that
+            the step needs, or an input names a table that the result does not have.
+        ContractBroken: the step modified ``source``, did not follow its plan, or made finite scores
+            infinite or NaN; or the stored result gives other scores than the one in memory.
+        ModelRefused: the source network fails on generated inputs that its signature allows, or
+            gives scores that are not finite.
+        CompressionError: the step cannot be applied to this model (``StepRefused`` if the network's
+            code fails).
     """
     _require_parts(method, bench)
-    versions = _versions(source.module)
+    versions = _tensor_versions(source.module)
     model = source.private()
-    with as_refusal(method):
+    with network_errors_as_refusals(method):
         step, plan, skipped = planned or plan_step(method, model, bench, skipped)
         model, outcomes = step.apply(model, bench, plan)
     module = model.module.eval()
-    if _versions(source.module) != versions:
+    if _tensor_versions(source.module) != versions:
         raise ContractBroken("source_changed", step=step.kind)
     before, after = Unit.of(source.module), Unit.of(module)
-    decisions = settled(step.kind, step.effect, plan.decisions, outcomes, before, after)
+    decisions = resolve_decisions(step.kind, step.effect, plan.decisions, outcomes, before, after)
     inputs = example(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
     expected = _scores(step, source, module, inputs)
     if not bool(torch.isfinite(expected).all()):
@@ -158,38 +170,41 @@ def run(
     network = Network(
         architecture=model.network.architecture, modules=records_of(module), ties=ties
     )
-    stored = load(source.architecture, network, folder)
+    loaded = load(source.architecture, network, folder)
     with torch.no_grad():
-        again = stored(**inputs)
-    if not torch.equal(again, expected):
-        gap = float((again - expected).abs().max())
-        raise ContractBroken("stored_scores_differ", step=step.kind, gap=gap)
-    sizes = stored_bytes(source.module), stored_bytes(stored)
+        loaded_scores = loaded(**inputs)
+    if not torch.equal(loaded_scores, expected):
+        difference = float((loaded_scores - expected).abs().max())
+        raise ContractBroken("stored_scores_differ", step=step.kind, gap=difference)
+    sizes = stored_bytes(source.module), stored_bytes(loaded)
     line = output_line(step.kind, source, module, decisions.get(OUTPUT))
-    warnings = input_range_warnings(source.module, stored, bench)
-    folded = folded_norms(stored)
+    warnings = input_range_warnings(source.module, loaded, bench)
+    folded = folded_norms(loaded)
     lines = build_plan(step.kind, source, decisions, before, after, sizes, line, folded, warnings)
-    learned = {name: outcome.reasons for name, outcome in outcomes.items()}
-    lines = with_remarks(lines, step.kind, skipped, decisions, learned)
-    return Model(stored, source.architecture, network, lines)
+    outcome_reasons = {name: outcome.reasons for name, outcome in outcomes.items()}
+    lines = with_remarks(lines, step.kind, skipped, decisions, outcome_reasons)
+    return Model(loaded, source.architecture, network, lines)
 
 
 @contextmanager
-def as_refusal(step: Method) -> Iterator[None]:
-    """Raise errors of a network's code inside a step as ``StepRefused``.
+def network_errors_as_refusals(step: Method) -> Iterator[None]:
+    """Convert ``NETWORK_ERRORS`` inside the context to ``StepRefused``; other errors pass through.
+
+    An out-of-memory error passes through too, because the network's code is not its cause.
 
     Raises:
-        CompressionError: names the step and the exception.
+        StepRefused: names the step and the original exception.
     """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except REFUSALS as fault:
+    except NETWORK_ERRORS as fault:
         raise StepRefused("network_not_changeable", step=step.kind, problem=repr(fault)) from fault
 
 
 def _require_parts(step: Method, bench: Bench) -> None:
+    """Raise ``NothingToCompress`` if the bench lacks a part that the step needs."""
     missing = [part for part in step.needs if getattr(bench, part) is None]
     if missing:
         present = [part for part in get_args(Part) if getattr(bench, part) is not None]
@@ -198,55 +213,63 @@ def _require_parts(step: Method, bench: Bench) -> None:
         )
 
 
-def _scores(step: Method, source: Model, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the compressed module's scores; raise for the step or the network that fails.
+def _scores(step: Method, source: Model, module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return a module's scores; if it fails, run the source to decide which error to raise.
+
+    Args:
+        step: the step, for the message.
+        source: the model before the step.
+        module: the network after the step, or a copy of the source's.
+        inputs: generated inputs.
 
     Raises:
-        ModelRefused: the uncompressed network fails as well.
-        CompressionError: only the compressed network fails.
+        ModelRefused: the source network fails as well.
+        StepRefused: only ``module`` fails.
     """
     try:
         with torch.no_grad():
-            scores: Tensor = model(**inputs)
+            scores: Tensor = module(**inputs)
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
         try:
             with torch.no_grad():
                 source.private().module(**inputs)
-        except Exception as first:
-            if is_out_of_memory(first):
+        except Exception as source_fault:
+            if is_out_of_memory(source_fault):
                 raise
             raise ModelRefused(
-                "network_fails", architecture=source.network.architecture.path, problem=repr(first)
-            ) from first
+                "network_fails",
+                architecture=source.network.architecture.path,
+                problem=repr(source_fault),
+            ) from source_fault
         raise StepRefused("network_fails", step=step.kind, problem=repr(fault)) from fault
     return scores
 
 
 def _require_finite_source(step: Method, source: Model, inputs: dict[str, Tensor]) -> None:
-    """Raise if the uncompressed model gives scores that are not finite: the step is not the cause.
+    """Raise if the source model gives scores that are not finite: then the step is not the cause.
 
     Raises:
-        ModelRefused: rows of valid inputs have no finite score; gives their number.
+        ModelRefused: some rows have a NaN or infinite score, or the source network fails.
     """
     scores = _scores(step, source, source.private().module, inputs)
-    bad = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(dim=1).sum())
-    if bad:
+    nonfinite_rows = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(dim=1).sum())
+    if nonfinite_rows:
         raise ModelRefused(
             "scores_not_finite",
             architecture=source.network.architecture.path,
-            count=bad,
+            count=nonfinite_rows,
             rows=len(scores),
             step=step.kind,
         )
 
 
 def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
-    """Return the rows of every table, and check that inputs of the signature name only these.
+    """Return the number of rows of every table, by table name.
 
     Raises:
-        NothingToCompress: an input names a table the model does not have.
+        NothingToCompress: an input of the signature names a table that the model does not have.
     """
     rows = table_rows(model)
     for item in signature.inputs:
@@ -258,7 +281,7 @@ def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
     return rows
 
 
-def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
+def _tensor_versions(model: nn.Module) -> list[tuple[str, int, int]]:
     """Return name, address and version counter of every tensor, to detect in-place writes."""
     named = (*model.named_parameters(), *model.named_buffers())
     return [(name, tensor.data_ptr(), tensor._version) for name, tensor in named]

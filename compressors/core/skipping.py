@@ -1,14 +1,14 @@
 """Run a step on the units that support it, and skip the others with their reasons.
 
-A unit may not support a step: forward code reads its weight instead of calling it, or the network
-reads its attributes and gives other scores. Such a unit is excluded from the step, and its plan
-line gives the reason. If the recipe names the unit exactly (without a wildcard), the reason is
+A unit may not support a step: the network's forward code reads the unit's weight instead of calling
+it, or reads its attributes and gives other scores. Such a unit is excluded from the step, and its
+plan line gives the reason. If the recipe names the unit exactly (without a wildcard), the reason is
 raised as an error instead.
 
-Such units are detected in two ways. Before the step, every unit to be replaced is replaced by a
-module without weights, and the network runs once (``unreplaceable``). After a failure whose unit is
-not known, a bisection runs the step on halves of its units (``_search``). Steps that train are
-not searched, because each attempt would train again.
+Such units are detected in two ways. Before the step, the units to be replaced are replaced by
+modules that expose no weight, and the network runs (``unreplaceable``). If the step fails and the
+unit is not known, a bisection runs the step on halves of its units (``_bisect``). Steps that train
+are not bisected, because each attempt would train again.
 """
 
 import tempfile
@@ -25,7 +25,13 @@ from compressors.contracts import Bench, is_out_of_memory
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import example
 from compressors.core.model import Model
-from compressors.core.runner import Planned, as_refusal, plan_step, rows_of_tables, run
+from compressors.core.runner import (
+    Planned,
+    network_errors_as_refusals,
+    plan_step,
+    rows_of_tables,
+    run,
+)
 from compressors.core.steps.decisions import EXCEPT, is_named
 from compressors.core.steps.step import Method
 from compressors.core.units import Unit, swap
@@ -33,6 +39,7 @@ from compressors.errors.compression import CompressionError, ModelRefused, Nothi
 from compressors.errors.steps import StepRefused
 
 PROBE_ROWS = 8
+"""Generated rows on which the network runs to detect units that cannot be replaced."""
 
 
 def run_or_skip(
@@ -48,24 +55,25 @@ def run_or_skip(
         method: the method and its settings.
         source: the model to compress; not modified.
         bench: the data that the step may use.
-        folder: where the tensors are written; the returned module maps them.
-        excluded: units that the step may not change, with the reasons.
+        folder: where the tensors are written; the returned module memory-maps these files.
+        excluded: by unit name, why the step must not change the unit. Other names are ignored.
 
     Raises:
-        NothingToCompress: no unit is left.
-        CompressionError: as ``run``, if no single unit is the cause, or the recipe names the unit
-            that is.
+        NothingToCompress: no unit is left to compress.
+        StepRefused: the recipe names a unit that does not support the step.
+        CompressionError: the error of ``run``, if no unit is its cause.
     """
     present = {unit.name for unit in Unit.of(source.module)}
     skipped = {name: why for name, why in excluded.items() if name in present}
     planned: Planned | None = None
-    with suppress(CompressionError), as_refusal(method):  # run raises the same with its context
+    # Errors are suppressed here because run plans again and raises them.
+    with suppress(CompressionError), network_errors_as_refusals(method):
         planned = plan_step(method, source.private(), bench)
     if planned is not None:
         skipped = {name: why for name, why in skipped.items() if planned.plan.selects(name)}
         skipped |= skippable(planned, method, source, bench)
     if skipped:
-        planned = None  # another plan: without these units
+        planned = None  # the plan includes these units, so run plans again without them
     try:
         return run(method, source, bench, folder, skipped=skipped, planned=planned)
     except (NothingToCompress, ModelRefused):
@@ -79,16 +87,19 @@ def run_or_skip(
 
 
 def skippable(planned: Planned, method: Method, source: Model, bench: Bench) -> dict[str, Reason]:
-    """Return the planned units that a step cannot change, known before it runs, with the reasons.
+    """Return the selected units that the step cannot replace, by name, with the reasons.
+
+    The step does not run. Only steps that replace units (effect ``format`` or ``parts``) are
+    checked; for others the result is empty.
 
     Args:
-        planned: the plan without these exceptions.
+        planned: the step's plan for ``source``.
         method: the method and its settings.
         source: a loaded model, or one of placeholders; not modified.
         bench: only its signature is used.
 
     Raises:
-        CompressionError: the recipe names such a unit.
+        StepRefused: the recipe names such a unit.
     """
     if planned.step.effect not in ("format", "parts"):
         return {}
@@ -99,10 +110,12 @@ def skippable(planned: Planned, method: Method, source: Model, bench: Bench) -> 
 
 
 def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[str, Reason]:
-    """Return the units whose modules cannot be replaced, with the reasons.
+    """Return the units whose modules cannot be replaced, by name, with the reasons.
+
+    If the network itself fails on generated inputs, the result is empty.
 
     Args:
-        source: the network; not modified.
+        source: the model; not modified.
         bench: its signature defines the inputs of the network.
         names: names of the units to check.
     """
@@ -112,10 +125,10 @@ def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[s
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
-        return {}  # the network itself fails: run says whose fault that is
-    if not names or _why_not(source, names, inputs, expected) is None:
+        return {}  # run raises the error of the network
+    if not names or _why_not_replaceable(source, names, inputs, expected) is None:
         return {}
-    reasons = {name: _why_not(source, [name], inputs, expected) for name in names}
+    reasons = {name: _why_not_replaceable(source, [name], inputs, expected) for name in names}
     return {name: why for name, why in reasons.items() if why is not None}
 
 
@@ -133,10 +146,10 @@ class _WithoutWeights(nn.Module):
         return self.__dict__["_unit"](*args, **kwargs)
 
 
-def _why_not(
+def _why_not_replaceable(
     source: Model, names: Collection[str], inputs: Mapping[str, Tensor], expected: Tensor
 ) -> Reason | None:
-    """Return why a network gives other scores when units expose no weights, or None."""
+    """Return why the network fails or gives other scores if units expose no weight, or None."""
     module = source.private().module
     for unit in Unit.of(module):
         if unit.name in names:
@@ -146,9 +159,9 @@ def _why_not(
     except Exception as fault:  # the network's code may raise any exception
         if is_out_of_memory(fault):
             raise
-        said = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
-        said = said.replace("'_WithoutWeights' object", "a compressed module")
-        return Reason("weight_read", error=type(fault).__name__, message=said)
+        message = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
+        message = message.replace("'_WithoutWeights' object", "a compressed module")
+        return Reason("weight_read", error=type(fault).__name__, message=message)
     if scores.shape != expected.shape or not torch.equal(scores, expected):
         return Reason("attributes_read")
     return None
@@ -163,51 +176,55 @@ def _scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 def _failing_units(
     method: Method, source: Model, bench: Bench, skipped: Mapping[str, Reason]
 ) -> dict[str, Reason]:
-    """Return the units on which the step fails alone, with the reasons; none if it trains."""
+    """Return the units on which the step fails, by name, with the reasons.
+
+    The result is empty if the step trains, or if it has no name patterns to exclude units.
+    """
     if method.trains or not any(hasattr(method, field) for field in ("tables", "layers")):
         return {}
     names = [unit.name for unit in Unit.of(source.module) if unit.name not in skipped]
-    with suppress(CompressionError):  # it fails while it plans: any unit may be the cause
+    with suppress(CompressionError):  # if planning fails, any unit may be the cause
         planned = plan_step(method, source.private(), bench, skipped)
         names = [name for name in names if planned.plan.selects(name)]
-    return _search(method, source, bench, skipped, names)
+    return _bisect(method, source, bench, skipped, names)
 
 
-def _search(
+def _bisect(
     method: Method, source: Model, bench: Bench, skipped: Mapping[str, Reason], names: list[str]
 ) -> dict[str, Reason]:
+    """Run the step on these units only; if it fails, on each half, down to single units."""
     if not names:
         return {}
-    tried, units = set(names), Unit.of(source.module)
-    others = {unit.name: Reason("not_tried") for unit in units if unit.name not in tried}
+    attempted, units = set(names), Unit.of(source.module)
+    others = {unit.name: Reason("not_tried") for unit in units if unit.name not in attempted}
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            run(method, source, bench, Path(scratch) / "tried", skipped={**others, **skipped})
+            run(method, source, bench, Path(scratch) / "attempt", skipped={**others, **skipped})
         except NothingToCompress:
             return {}
         except CompressionError as fault:
             if len(names) == 1:
-                return {names[0]: Reason("step_failed", fault=_sentence(fault))}
+                return {names[0]: Reason("step_failed", fault=_one_line(fault))}
         else:
             return {}
     middle = len(names) // 2
     return {
-        **_search(method, source, bench, skipped, names[:middle]),
-        **_search(method, source, bench, skipped, names[middle:]),
+        **_bisect(method, source, bench, skipped, names[:middle]),
+        **_bisect(method, source, bench, skipped, names[middle:]),
     }
 
 
-def _sentence(fault: Exception) -> str:
+def _one_line(fault: Exception) -> str:
     return " ".join(str(fault).split()).rstrip(".")
 
 
 def _require_unnamed(
     method: Method, failing: Mapping[str, Reason], source: Model, fault: Exception | None
 ) -> None:
-    """Raise if the recipe names one of some units exactly.
+    """Raise if the recipe names one of the failing units exactly, without a wildcard.
 
     Raises:
-        CompressionError: it does.
+        StepRefused: gives the unit and the reason why it cannot be changed.
     """
     patterns = (*getattr(method, "tables", ()), *getattr(method, "layers", ()))
     exact = [p for p in patterns if not p.startswith(EXCEPT) and not set(p) & set("*?[")]

@@ -11,31 +11,34 @@ from compressors.errors.compression import ModelRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
 
 ROWS = 8
-TOWER_TOLERANCE = 1e-4  # relative to 1 + the largest score: float32 sums in another order
-REPEAT_TOLERANCE = (
-    1e-5  # relative to 1 + the largest score: memory alignment changes the order of sums
-)
+"""Generated rows that are scored."""
+
+TOWER_TOLERANCE = 1e-4
+"""Relative to 1 + the largest score: towers and network add float32 numbers in another order."""
+
+REPEAT_TOLERANCE = 1e-5
+"""Relative to 1 + the largest score: memory alignment changes the order of float32 sums."""
 
 
 def smoke_test(
-    model: nn.Module, signature: Signature, path: str, again: nn.Module | None = None
+    model: nn.Module, signature: Signature, path: str, second_load: nn.Module | None = None
 ) -> None:
-    """Score generated rows, including the highest id of every table.
+    """Score generated rows, including the highest id of every table, and check the scores.
 
     Args:
         model: the loaded network.
         signature: its inputs and output.
         path: its class, for the message.
-        again: the same bundle, loaded a second time; both must give the same scores.
+        second_load: the same bundle, loaded a second time; both must give the same scores.
 
     Raises:
         ModelRefused: its weights are not float32; it fails on inputs of this signature; its output
             is not one finite score per row; its towers do not give that score; or the same rows get
             another score in a second call or after a second load.
-        NothingToCompress: an input names a table the network does not have.
+        NothingToCompress: an input names a table that the network does not have.
     """
-    other = {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}
-    if other:
+    dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
+    if other := dtypes - {"torch.float32"}:
         raise ModelRefused("weights_not_float32", architecture=path, dtypes=tuple(sorted(other)))
     rows_of_table = rows_of_tables(model, signature)
     inputs = example(signature, rows_of_table, ROWS)
@@ -50,57 +53,55 @@ def smoke_test(
             raise
         raise ModelRefused("network_fails", architecture=path, problem=repr(fault)) from fault
     _check_score(score, path)
-    _require_repeatable(model, again, inputs, score, path)
+    _require_repeatable(model, second_load, inputs, score, path)
     if signature.towers is not None:
         _check_towers(model, signature, inputs, score.reshape(-1), path)
 
 
 def _check_score(score: object, path: str) -> None:
-    shape = list(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
-    fits = isinstance(score, torch.Tensor) and shape in ([ROWS], [ROWS, 1])
-    if not isinstance(score, torch.Tensor) or not fits or not bool(torch.isfinite(score).all()):
-        raise (
-            ModelRefused("score_not_finite", architecture=path, rows=ROWS)
-            if fits
-            else ModelRefused("score_shape", architecture=path, rows=ROWS, got=str(shape))
-        )
+    """Raise ``ModelRefused`` unless the output is one finite score per row."""
+    shape = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    if not isinstance(score, Tensor) or shape not in ([ROWS], [ROWS, 1]):
+        raise ModelRefused("score_shape", architecture=path, rows=ROWS, got=str(shape))
+    if not bool(torch.isfinite(score).all()):
+        raise ModelRefused("score_not_finite", architecture=path, rows=ROWS)
 
 
 def _require_repeatable(
     model: nn.Module,
-    again: nn.Module | None,
+    second_load: nn.Module | None,
     inputs: dict[str, Tensor],
     score: Tensor,
     path: str,
 ) -> None:
-    """Raise if the same rows get other scores in a second call or after a second load."""
+    """Raise ``ModelRefused`` if a second call or a second load gives other scores."""
     tolerance = REPEAT_TOLERANCE * (1 + float(score.abs().max()))
     with torch.no_grad():
         gap = float((model(**inputs) - score).abs().max())
         if not gap <= tolerance:
             raise ModelRefused("calls_differ", architecture=path, gap=gap)
-        if again is None:
+        if second_load is None:
             return
-        gap = float((again(**inputs) - score).abs().max())
+        gap = float((second_load(**inputs) - score).abs().max())
     if not gap <= tolerance:
         raise ModelRefused(
             "loads_differ",
             architecture=path,
             gap=gap,
-            names=tuple(differing_tensors(model, again)[:5]),
+            names=tuple(differing_tensors(model, second_load)[:5]),
         )
 
 
 def _check_towers(
     model: nn.Module, signature: Signature, inputs: dict[str, Tensor], score: Tensor, path: str
 ) -> None:
-    """Raise if the dot product of both towers, which are served, is not the network's score."""
+    """Raise ``ModelRefused`` if a tower fails or the towers' dot product is not the score."""
     vectors: dict[str, Tensor] = {}
     for form in served_graphs(signature):
         try:
-            part = form.part(model)
+            tower = form.part(model)
             with torch.no_grad():
-                vector = part(**{name: inputs[name] for name in input_names(form.signature)})
+                vector = tower(**{name: inputs[name] for name in input_names(form.signature)})
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise

@@ -1,4 +1,4 @@
-"""Units, the tables and dense layers of a module: find and replace them."""
+"""Find and replace the units of a network: its embedding tables and dense layers."""
 
 import copy
 from collections.abc import Collection, Iterator
@@ -23,10 +23,22 @@ Role = Literal["table", "dense"]
 
 @dataclass(frozen=True)
 class Unit:
-    """One table or dense layer in the present state of a module.
+    """One table or dense layer of a network, as it is now.
 
     A composed table or factored layer is a unit without the tensors of its parts; each part is
-    another unit whose ``part_of`` names the outermost one.
+    another unit.
+
+    Attributes:
+        name: the module's name in the network.
+        role: embedding table or dense layer.
+        module: the module.
+        format: the name of its storage format; the dtype, such as ``float32``, if it is not
+            compressed.
+        bytes: bytes of its stored tensors. A tied weight counts for the first unit that has it.
+        rows: rows of a table, or outputs of a dense layer.
+        shared_with: the name of another module with the same weight, or None.
+        part_of: the name of the outermost composed table or factored layer of which it is a part,
+            or None.
     """
 
     name: str
@@ -45,7 +57,11 @@ class Unit:
 
     @property
     def weight(self) -> Tensor:
-        """The float weight of a unit that is not compressed: ``(rows, dim)`` or ``(out, in)``."""
+        """The float weight of a unit that is not compressed: ``(rows, dim)`` or ``(out, in)``.
+
+        Raises:
+            StepRefused: the unit is already compressed.
+        """
         module = self.module.table if isinstance(self.module, Bag) else self.module
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Linear):
             raise StepRefused("already_compressed", unit=self.name, format=self.format)
@@ -59,7 +75,7 @@ class Unit:
 
 
 def innermost(name: str, units: Collection[str]) -> str | None:
-    """Return the innermost of some units that contains the tensor or part ``name``, or None."""
+    """Return the innermost of the units that contain ``name`` (a tensor or a part), or None."""
     return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default=None)
 
 
@@ -69,21 +85,21 @@ def folded_norms(module: nn.Module) -> tuple[str, ...]:
 
 
 def table_rows(module: nn.Module) -> dict[str, int]:
-    """Return the rows of every table, by table name."""
+    """Return the number of rows of every table, by table name."""
     return {unit.name: unit.rows for unit in Unit.of(module) if unit.role == "table"}
 
 
 def stored_bytes(module: nn.Module, counted: Collection[int] = ()) -> int:
-    """Return the bytes of a module's state dict, shared tensors counted once.
+    """Return the bytes of a module's state dict; a shared tensor counts once.
 
-    Non-persistent buffers and tensors whose ids are in ``counted`` are not included.
+    Non-persistent buffers are not included, nor are tensors whose Python ids are in ``counted``.
     """
     tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
     return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in counted)
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Replace the module ``name`` by ``new`` under every name it is registered with."""
+    """Replace the module ``name`` by ``new``, under every name that registers the module."""
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
@@ -118,7 +134,7 @@ def plain_bag(old: nn.EmbeddingBag, longest: int | None = None) -> Bag:
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """Copy the module tree and share its tensors, so that no table is in memory twice.
+    """Copy the module tree but share its tensors, so that no table is in memory twice.
 
     Parameters in plain lists are shared too: they may belong to tables replaced by packed ones.
     """
@@ -134,17 +150,17 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
         names[module] = name
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(module)
-    inside: set[nn.Module] = set()
-    owners: dict[nn.Module, str] = {}  # of each table inside a composed one
+    bag_tables: set[nn.Module] = set()  # a bag and its table are one unit
+    owners: dict[nn.Module, str] = {}  # of each part, the name of its outermost unit
     counted: set[int] = set()  # a tied weight's bytes count for the first unit that has it
     for name, module in model.named_modules():
-        described = None if module in inside else _describe(name, module)
+        described = None if module in bag_tables else _describe(name, module)
         if described is None:
             continue
         table = module
         if isinstance(module, Bag):
             table = module.table
-            inside.add(table)
+            bag_tables.add(table)
         if isinstance(table, ComposedTable):
             whole = owners.get(module, name)
             owners.update((table.get_submodule(part), whole) for part in table.part_names)
@@ -158,7 +174,7 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             role, form, rows = described
             yield Unit(name, role, module, form, 0, rows, None, owners.get(module))
             continue
-        same_unit = {module, *inside}
+        same_unit = {module, *bag_tables}
         shared = [
             names[user]
             for parameter in module.parameters()
@@ -174,9 +190,10 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
 
 
 def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
+    """Return a unit's role, format and rows (outputs of a dense layer); None for other modules."""
     match module:
         case Bag(table=nn.Embedding() as table):
-            return "table", _float(table.weight), table.num_embeddings
+            return "table", _dtype_name(table.weight), table.num_embeddings
         case Bag(table=PackedTable() as packed):
             return "table", packed.storage.name, packed.rows
         case Bag(table=ComposedTable() as composed):
@@ -192,18 +209,21 @@ def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
         case nn.Embedding() | nn.EmbeddingBag():
             if module.max_norm is not None:
                 raise StepRefused("table_renormalizes", table=name)
-            return "table", _float(module.weight), module.num_embeddings
+            return "table", _dtype_name(module.weight), module.num_embeddings
         case nn.Linear():
-            return "dense", _float(module.weight), module.out_features
+            return "dense", _dtype_name(module.weight), module.out_features
     return None
 
 
-def _float(weight: Tensor) -> str:
+def _dtype_name(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
 def own_weight(module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
-    """Set a new parameter on a module of a private copy; the shared parameter is not modified."""
+    """Replace a parameter of a private copy by a new one, and return it.
+
+    The previous parameter, which the copy shares with the original model, is not modified.
+    """
     parameter = nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
     setattr(module, name, parameter)
     return parameter

@@ -242,8 +242,8 @@ FAULTS = (
     Fault(
         id="step-not-compared-after-loading",
         file="compressors/core/runner.py",
-        old="    if not torch.equal(again, expected):\n",
-        new="    if again.shape != expected.shape:\n",
+        old="    if not torch.equal(loaded_scores, expected):\n",
+        new="    if loaded_scores.shape != expected.shape:\n",
         effect="A step whose state is not stored passes: the loaded model scores differently.",
         tests=(
             "tests/compressors/core/test_broken_steps.py"

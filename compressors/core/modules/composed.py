@@ -1,9 +1,9 @@
 """Composed tables: an embedding table built from smaller tables.
 
-The parts have fewer rows or narrower rows, or several of them contribute to one row. A composition
-has its stored tensors (a row map, a projection) and its parts, which start as plain float32 tables.
-Parts are ordinary units: a later step of the recipe can compress each one, with a separate line in
-the plan, so "rank 4, then 3 bits" needs no combined method.
+The smaller tables are called parts: they have fewer rows or narrower rows, or several of them
+contribute to one row. A composition has stored tensors (a row map, a projection) and parts, which
+are plain float32 tables at first. Parts are ordinary units: a later step of the recipe can compress
+each one, with a separate line in the plan, so "rank 4, then 3 bits" needs no combined method.
 """
 
 import math
@@ -34,7 +34,7 @@ class Composition(Protocol):
 
     @property
     def name(self) -> str:
-        """The form's tag in plans and bundles."""
+        """The composition's tag in plans and bundles."""
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -49,10 +49,15 @@ class Composition(Protocol):
     def lookup_counts(
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """Return lookup counts of each part's rows, from those of the table's rows, ``(rows,)``.
+        """Return the lookup counts of each part's rows ``(part rows,)``, by part name.
 
-        A graph has no branches and may look up rows whose values it discards: only rows whose
-        values are used are counted.
+        Only rows whose values are used are counted: an exported graph has no branches, and may also
+        look up rows whose values it discards.
+
+        Args:
+            stored: the composition's stored tensors.
+            counts: lookup counts of the whole table's rows, ``(rows,)``.
+            settings: arguments of the composition's layout.
         """
 
     def lookup(
@@ -62,18 +67,21 @@ class Composition(Protocol):
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """Return rows as float32, ``(*ids.shape, dim)``, using operators of every target."""
+        """Return rows as float32, ``(*ids.shape, dim)``.
+
+        Only operators that every serving target supports may be used.
+        """
 
 
 class Design(NamedTuple):
-    """The composition planned for one table, with its settings and the reason for the plan."""
+    """The composition planned for one table, with its settings and a reason for the plan line."""
 
     composition: Composition
     settings: Mapping[str, Any]
     reason: Reason
 
     def bytes(self, rows: int, dim: int) -> int:
-        """Return the bytes it would take, with parts in float32."""
+        """Return the bytes of the composed table, with its parts in float32."""
         layout = self.composition.layout(rows, dim, self.settings).values()
         parts = self.composition.parts(rows, dim, self.settings).values()
         stored = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
@@ -98,7 +106,7 @@ class ComposedTable(nn.Module):
         stored: Mapping[str, Tensor] | None = None,
         parts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Build the table from its tensors; without them, with empty ones on the meta device.
+        """Build the table from its tensors, or with empty tensors on the meta device if None.
 
         Args:
             composition: the method of composition.
@@ -136,12 +144,19 @@ class ComposedTable(nn.Module):
 
 
 def gathered(counts: Tensor, place: Tensor, places: int) -> Tensor:
-    """Sum lookup counts by target row: ``place`` int64 is the row of each entry of ``counts``."""
+    """Sum lookup counts by target row, ``(places,)``.
+
+    ``place``, int64 in the shape of ``counts``, is the target row of each count.
+    """
     return counts.new_zeros(places).index_add_(0, place, counts)
 
 
 def plain_table(spec: PartSpec, weight: Tensor | None) -> nn.Embedding:
-    """Build an ``nn.Embedding`` with this weight, or an empty one on the meta device."""
+    """Build an ``nn.Embedding`` with this weight; if None, an empty one on the meta device.
+
+    Raises:
+        ValueError: the weight has another shape than ``spec``.
+    """
     if weight is None:
         return nn.Embedding(spec.rows, spec.dim, device="meta")
     if tuple(weight.shape) != spec:

@@ -1,7 +1,7 @@
 """Factored dense layer: an ``nn.Linear`` replaced by the product of two smaller ones.
 
 ``reduce`` maps the inputs to ``rank`` features and has no bias; ``expand`` maps these to the
-outputs. Both start as plain Linear layers and are ordinary units: a later step of the recipe can
+outputs. Both are plain Linear layers at first, and ordinary units: a later step of the recipe can
 compress or train each one, with a separate line in the plan, so "rank 32, then int8" needs no
 combined method.
 """
@@ -28,14 +28,17 @@ class FactoredLinear(nn.Module):
         bias: bool,
         stored: dict[str, Tensor] | None = None,
     ) -> None:
-        """Build the layer from its tensors; without them, with empty ones on the meta device.
+        """Build the layer from its tensors, or with empty tensors on the meta device if None.
 
         Args:
             in_features: inputs of the whole layer.
             out_features: outputs of the whole layer.
             rank: features between ``reduce`` and ``expand``.
             bias: whether ``expand`` has a bias.
-            stored: float32 tensors by the names of ``factored_layout``.
+            stored: float32 tensors, with the names and shapes of ``factored_layout``.
+
+        Raises:
+            ValueError: a tensor has another shape.
         """
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
@@ -70,7 +73,7 @@ class FactoredLinear(nn.Module):
 
 
 def factored_layout(inputs: int, outputs: int, rank: int, *, bias: bool) -> dict[str, TensorSpec]:
-    """Return the tensors of both parts, by name."""
+    """Return the shape and dtype of the tensors of both parts, by name."""
     layout = {
         "reduce.weight": TensorSpec((rank, inputs), torch.float32),
         "expand.weight": TensorSpec((outputs, rank), torch.float32),

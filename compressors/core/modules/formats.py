@@ -1,8 +1,8 @@
 """Storage formats: the protocols a format implements, and the modules that use its tensors.
 
-A format is one encoding of a table's rows or a dense layer's weights. Its file (below ``tables/``
-or ``dense/``) registers one custom op, so that the same module runs in torch, trains its scales,
-and is lowered to each serving target by one translation entry.
+A format is one encoding of a table's rows or a dense layer's weights. Its file (in
+``compressors/quantize``) registers one custom op, so that the same module runs in torch, its scales
+can be trained, and each serving target needs one translation of the op.
 """
 
 import math
@@ -17,12 +17,16 @@ from compressors.errors.compression import NotLowerable
 
 
 class TensorSpec(NamedTuple):
-    """Shape and type of one stored tensor.
+    """Shape and dtype of one stored tensor.
 
-    ``every`` is how many rows of a table share one entry of the first dimension: 1 for codes, more
-    for scales of a group of rows, 0 for a tensor of the whole table, such as a codebook. ``first``
-    is the value of every entry of the tensor's placeholder. If the network uses the entries as row
-    numbers, it is a row that every table has.
+    Attributes:
+        shape: the shape.
+        dtype: the dtype.
+        every: number of table rows that share one entry of the first dimension: 1 for codes, more
+            for the scales of a group of rows, 0 for a tensor of the whole table, such as a
+            codebook.
+        first: the value of every entry of the tensor's placeholder. If the network uses the entries
+            as row numbers, it must be a valid row.
     """
 
     shape: tuple[int, ...]
@@ -40,10 +44,10 @@ class TableFormat(Protocol):
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """The stored tensors that training may change; the op passes gradients to them."""
+        """Names of the stored tensors that training may change; the op gives their gradients."""
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        """Return the stored tensors of a table of ``rows x dim``, by name."""
+        """Return the shape and dtype of each stored tensor of a ``rows x dim`` table, by name."""
 
     def lookup(
         self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
@@ -60,12 +64,12 @@ class LinearFormat(Protocol):
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """The float32 tensors that training may change; their op passes gradients to them."""
+        """Names of the float32 tensors that training may change; the op gives their gradients."""
 
     def layout(
         self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
     ) -> dict[str, TensorSpec]:
-        """Return the stored tensors of a layer of these features, by name, weights first."""
+        """Return the shape and dtype of each stored tensor, by name, weights first."""
 
     def apply(self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """Return the layer's output as float32, ``(*x.shape[:-1], outputs)``."""
@@ -74,20 +78,21 @@ class LinearFormat(Protocol):
 def blocks(layout: Mapping[str, TensorSpec], rows: int, most: int) -> Iterator[tuple[int, int]]:
     """Yield ``begin`` and ``end`` of the row blocks in which a table is encoded.
 
-    No entry of a stored tensor covers rows of two blocks: the result does not depend on ``most``.
+    No entry of a stored tensor covers rows of two blocks, so the stored bytes do not depend on
+    ``most``.
 
     Args:
         layout: the stored tensors.
         rows: rows of the table.
-        most: most rows of a block, unless one entry covers more.
+        most: largest number of rows of a block. It is exceeded if one entry covers more rows.
     """
-    together = math.lcm(*(spec.every for spec in layout.values() if spec.every))
-    step = max(most // together, 1) * together
+    rows_per_entry = math.lcm(*(spec.every for spec in layout.values() if spec.every))
+    step = max(most // rows_per_entry, 1) * rows_per_entry
     yield from ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
 def entries(spec: TensorSpec, begin: int, end: int) -> slice:
-    """Return the entries of a stored tensor that encode the rows ``begin`` to ``end``."""
+    """Return the entries of a stored tensor that encode the rows ``begin`` to ``end - 1``."""
     return slice(begin // spec.every, -(-end // spec.every))
 
 
@@ -176,7 +181,7 @@ class Bag(nn.Module):
     a masked reduction, since no exporter lowers the torch module to an efficient graph
     (NVIDIA/TensorRT#4210, pytorch/pytorch#138485). ``table`` is any module from ids to rows.
 
-    ``longest`` is needed only to export jagged input: the graph pads each bag to that many ids.
+    ``longest`` is needed only to export jagged input: the graph pads each bag to this length.
     """
 
     def __init__(
@@ -216,15 +221,16 @@ class Bag(nn.Module):
             lowest = torch.finfo(rows.dtype).min
             top = rows.masked_fill(~inside.unsqueeze(-1), lowest).amax(dim=1)  # (bags, dim)
             return top.masked_fill(~inside.any(dim=1, keepdim=True), 0.0)
-        share = inside.to(rows.dtype)
+        factors = inside.to(rows.dtype)  # (bags, longest), zero for padding
         if weights is not None:
-            share = share * weights
-        total = torch.matmul(share.unsqueeze(1), rows).squeeze(1)  # (bags, dim)
+            factors = factors * weights
+        total = torch.matmul(factors.unsqueeze(1), rows).squeeze(1)  # (bags, dim)
         if self.mode == "mean":
             total = total / inside.sum(dim=1, keepdim=True).clamp(min=1).to(rows.dtype)
         return total
 
     def _padded(self, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return padded ids, the mask of real ids, and positions in ``values`` (bags, longest)."""
         count = values.shape[0]
         if self.include_last_offset:
             begin, end = offsets[:-1], offsets[1:]
@@ -260,11 +266,18 @@ class Bag(nn.Module):
 
 
 def pad_positions(begin: Tensor, end: Tensor, count: int, longest: int) -> tuple[Tensor, Tensor]:
-    """Return positions of each bag's ids: ``inside`` bool, ``position`` int, ``(bags, longest)``.
+    """Return the position of each bag's ids among all ids, padded to one length.
 
-    ``begin`` and ``end`` are ``(bags,)``, ``count`` is the number of all ids. Positions after a
-    bag's end are ``count``, the index of the extra id that ``padded`` appends, so a batch of empty
-    bags has an id to look up.
+    Args:
+        begin: position of each bag's first id, ``(bags,)``.
+        end: position after each bag's last id, ``(bags,)``.
+        count: number of ids of all bags.
+        longest: length to which each bag is padded.
+
+    Returns:
+        ``inside``, bool ``(bags, longest)``, false for padding; and ``position``, int
+        ``(bags, longest)``. Padding has the position ``count``, the index of the extra zero that
+        ``padded`` appends, so that a batch of empty bags has an id to look up.
     """
     position = begin.unsqueeze(1) + torch.arange(longest, device=begin.device)
     inside = position < end.unsqueeze(1)
@@ -272,14 +285,14 @@ def pad_positions(begin: Tensor, end: Tensor, count: int, longest: int) -> tuple
 
 
 def padded(values: Tensor, position: Tensor) -> Tensor:
-    """Gather values ``(all ids,)`` at ``position``; padding positions are zero."""
+    """Gather values ``(all ids,)`` at ``position``; the position ``len(values)`` gives zero."""
     return torch.cat([values, values.new_zeros(1)])[position]
 
 
 def register_stored(
     module: nn.Module, layout: Mapping[str, TensorSpec], stored: Mapping[str, Tensor] | None
 ) -> None:
-    """Register stored tensors as a module's buffers; if None, empty ones on the meta device."""
+    """Register stored tensors as buffers of a module; if None, empty ones on the meta device."""
     for name, spec in layout.items():
         tensor = (
             torch.empty(spec.shape, dtype=spec.dtype, device="meta")

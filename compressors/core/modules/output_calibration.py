@@ -16,12 +16,14 @@ from compressors.contracts import ModuleRecord
 from compressors.errors.steps import StepRefused
 
 NAME = "recalibration"
+"""Name of the calibration map among the network's submodules."""
+
 # The smallest and largest float32 probabilities used: 0 and 1 would have infinite logits.
 LEAST, GREATEST = torch.finfo(torch.float32).tiny, 1 - 2.0**-24
 
 
 def logit_of(output: Tensor, form: str) -> Tensor:
-    """Convert an output to a logit; ``form`` says whether it is a logit or a probability."""
+    """Convert an output to a logit; an output whose ``form`` is not ``probability`` is one."""
     if form != "probability":
         return output
     inside = output.clamp(min=LEAST, max=GREATEST)
@@ -31,9 +33,15 @@ def logit_of(output: Tensor, form: str) -> Tensor:
 class Recalibration(nn.Module):
     """Maps a network's output to a calibrated one of the same form (logit or probability).
 
-    ``line`` is float32 ``(2,)``: slope and offset of the logit. With ``knots`` the line ends at the
-    first knot and linear pieces follow: ``bends`` float32 ``(2, knots)`` holds the begin and the
-    slope of each piece.
+    The map is linear in the logit, or piecewise linear if ``knots`` is positive.
+
+    Attributes:
+        method: the calibration method, for plans and bundles.
+        output: the form of the output, ``logit`` or ``probability``.
+        knots: number of linear pieces after the line; 0 for a single line.
+        line: float32 ``(2,)``, slope and offset of the line. With knots, it ends at the first one.
+        bends: float32 ``(2, knots)``, the logit at which each piece begins, and its slope; None
+            without knots.
     """
 
     line: Tensor
@@ -84,10 +92,10 @@ def recalibration_of(module: nn.Module) -> Recalibration | None:
 
 
 def attach(module: nn.Module, recalibration: Recalibration) -> None:
-    """Attach a calibration map to a network's output, replacing an existing one.
+    """Attach a calibration map to a network's output, or replace the existing one.
 
     Raises:
-        CompressionError: the network has another attribute of that name.
+        StepRefused: the network has another attribute with the name ``NAME``.
     """
     if recalibration_of(module) is None:
         if hasattr(module, NAME):

@@ -1,6 +1,7 @@
-"""Shared code of steps that build a table from smaller ones: plan, fit, replace, dry run.
+"""Shared code of steps that replace tables by compositions of smaller tables.
 
-Each step supplies the design of a composition and the function that fits its tensors.
+The functions plan, fit, replace and dry-run. Each step supplies the design of a composition and the
+function that fits its tensors.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -21,16 +22,19 @@ from compressors.core.units import Unit, pack_table, swap
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 UNSEEN = 0.5
-"""Added to every lookup count: a row never looked up in training may still be requested."""
+"""Added to every lookup count: a row that training never looks up may be requested in serving."""
 
 Shaped = Callable[[int, int], Design | Reason]
-"""Maps a table's rows and width to its design, or to the reason why it is not composed."""
+"""Returns a table's design from its rows and width, or the reason why it is not composed."""
 
 
 class FittedParts(NamedTuple):
-    """A composition's stored tensors, without its parts, and the float32 weights of its parts.
+    """The fitted tensors of a composition.
 
-    ``reasons`` are what the fit found out about the table, for its plan line.
+    Attributes:
+        stored: the composition's stored tensors, without those of its parts, by name.
+        parts: float32 weight ``(rows, dim)`` of each part, by name.
+        reasons: facts about the fit, for the table's plan line.
     """
 
     stored: dict[str, Tensor]
@@ -39,7 +43,7 @@ class FittedParts(NamedTuple):
 
 
 Designs = Mapping[str, Design]
-"""By table, the composition that replaces it."""
+"""By table name, the composition that replaces the table."""
 
 
 class ComposingStep(StepSettings):
@@ -61,16 +65,19 @@ def choose_composed(
     *,
     smaller: bool = True,
 ) -> StepPlan[Designs]:
-    """Choose the tables to compose, with a reason for each table and a design for each chosen one.
+    """Select the tables to compose: a decision for each table, a design for each selected one.
 
     Args:
         model: the model whose tables are considered.
         tables: patterns of table names.
-        min_rows: fewest rows of a table that is composed.
+        min_rows: tables with fewer rows are skipped.
         kind: the step's tag.
         shaped: returns a table's design, or the reason why it is not composed.
-        smaller: leave a table unchanged if composing saves no bytes. False: compose it anyway, and
-            later steps reduce its bytes.
+        smaller: skip a table if composing saves no bytes. False: compose it anyway, because later
+            steps reduce its bytes.
+
+    Raises:
+        NothingToCompress: a pattern matches no table.
     """
     units = Unit.of(model.module)
     decisions = choose_tables(units, tables, min_rows, kind)
@@ -84,8 +91,8 @@ def choose_composed(
             after = result.bytes(rows, dim)
             if after < unit.bytes or not smaller:
                 designs[unit.name] = result
-                taken = Reason("composed", step=kind, what=result.reason)
-                decisions[unit.name] = Decision("taken", (taken,))
+                composed = Reason("composed", step=kind, what=result.reason)
+                decisions[unit.name] = Decision("taken", (composed,))
                 continue
             result = Reason(
                 "not_smaller_composed", rows=rows, dim=dim, before=unit.bytes, after=after
@@ -97,7 +104,11 @@ def choose_composed(
 def row_weights(
     model: Model, bench: Bench, tables: Collection[str], *, weighted: bool
 ) -> dict[str, Tensor]:
-    """Return the weight of each row's error: float64 ``(rows,)`` by table, all positive."""
+    """Return the weight of each row's error in a fit: float64 ``(rows,)``, by table name.
+
+    With ``weighted``, a row's weight is its lookup count in the training data plus ``UNSEEN``,
+    otherwise 1.
+    """
     if weighted:
         return {name: count + UNSEEN for name, count in lookup_counts(model, bench, tables).items()}
     units = [unit for unit in Unit.of(model.module) if unit.name in tables]
@@ -109,12 +120,12 @@ def recompose(
     designs: Designs,
     fit: Callable[[str, Tensor, Design], FittedParts],
 ) -> Applied:
-    """Replace tables by compositions.
+    """Replace tables by fitted compositions.
 
     Args:
         model: a private copy; its units are replaced in place.
-        designs: by unit name, the composition that replaces it.
-        fit: returns the tensors from a unit's name, its weight ``(rows, dim)`` and its design.
+        designs: by table name, the composition that replaces the table.
+        fit: returns the tensors for a table's name, its weight ``(rows, dim)`` and its design.
     """
     outcomes: dict[str, Decision] = {}
     for unit in Unit.of(model.module):
@@ -122,7 +133,7 @@ def recompose(
             continue
         rows, dim = unit.weight.shape
         fitted = fit(unit.name, unit.weight, designs[unit.name])
-        # A file stores no strides, and the product of a transposed matrix rounds differently.
+        # Files store no strides, and a product with a transposed matrix rounds differently.
         stored = {name: tensor.contiguous() for name, tensor in fitted.stored.items()}
         parts = {name: tensor.contiguous() for name, tensor in fitted.parts.items()}
         composed = designs[unit.name].table(rows, dim, stored, parts)
@@ -132,7 +143,7 @@ def recompose(
 
 
 def dry_run_composed(model: Model, designs: Designs) -> Model:
-    """Replace tables by compositions of placeholders: shapes and bytes without fitting."""
+    """Replace tables by compositions of placeholders, which have the same shapes and bytes."""
     for unit in Unit.of(model.module):
         if unit.name not in designs:
             continue
@@ -151,5 +162,5 @@ def dry_run_composed(model: Model, designs: Designs) -> Model:
 
 
 def share_or_number(value: float, whole: int) -> int:
-    """Convert a share (below 1) or a count to a count in [1, ``whole``]."""
+    """Convert a share of ``whole`` (below 1) or a count to a count in [1, ``whole``]."""
     return min(whole, max(1, round(value * whole if value < 1 else value)))

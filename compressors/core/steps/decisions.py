@@ -1,4 +1,4 @@
-"""Decisions: which units a step changes, with reasons, and the functions that select units."""
+"""Decisions: which units a step changes, and why; and functions that select units by name."""
 
 import fnmatch
 import math
@@ -24,13 +24,12 @@ EXCEPT = "!"
 class Decision:
     """Whether a step changes a unit, and why.
 
-    ``taken``: the step changes it. ``skipped``: the step does not. ``deferred``: the step learns
-    it while it works.
-
     Attributes:
-        status: one of these.
-        reasons: why; in the plan they follow those of earlier steps.
-        bytes: of a deferred unit: its fewest and most bytes after the step, with its parts.
+        status: ``taken``: the step changes the unit. ``skipped``: it does not. ``deferred``: the
+            step decides only while it runs.
+        reasons: why. The plan line lists them after the reasons of earlier steps.
+        bytes: for a deferred unit, the smallest and the largest number of bytes that the unit with
+            its parts may have after the step.
     """
 
     status: Literal["taken", "skipped", "deferred"]
@@ -43,18 +42,18 @@ class Decision:
         return self.status != "skipped"
 
     def because(self, *reasons: Reason) -> "Decision":
-        """Return the decision with other reasons if the unit is selected, else unchanged."""
+        """Return the decision with these reasons if the unit is selected, else unchanged."""
         return replace(self, reasons=reasons) if self.selected else self
 
 
 @dataclass(frozen=True)
 class StepPlan(Generic[Payload]):
-    """The decisions of a step for one model, and what it computed to make them.
+    """The decisions of a step for one model, and data for ``apply``.
 
     Attributes:
-        decisions: by unit. Units of a role that the step does not change may be missing.
-        payload: for ``apply`` and ``dry_run`` of the same step. It names units and contains no
-            module of the model, because both receive another copy of the module tree.
+        decisions: by unit name. Units of a role that the step does not change may be missing.
+        payload: data that ``plan`` passes to ``apply`` and ``dry_run`` of the same step. It refers
+            to units by name, because both receive another copy of the module tree.
     """
 
     decisions: Mapping[str, Decision]
@@ -74,10 +73,10 @@ class Applied(NamedTuple):
 
     Attributes:
         model: the compressed model.
-        outcomes: by unit, what the step found out about it while it worked. The reasons are listed
-            after those of the plan. ``taken`` and ``skipped`` resolve a deferred decision;
-            ``skipped`` also withdraws a taken one. With ``deferred``, or without an outcome, the
-            runner compares the unit with the one before the step.
+        outcomes: by unit name, a decision made while the step ran. Its reasons follow those of the
+            plan. ``taken`` and ``skipped`` resolve a deferred decision; ``skipped`` also withdraws
+            a planned change. If the outcome is ``deferred`` or missing, the runner compares the
+            unit before and after the step.
     """
 
     model: Model
@@ -87,9 +86,16 @@ class Applied(NamedTuple):
 def choose_tables(
     units: tuple[Unit, ...], patterns: tuple[str, ...], min_rows: int, kind: str
 ) -> dict[str, Decision]:
-    """Choose the tables that a step takes, with a reason for each table.
+    """Decide which tables a step changes, with a reason for each table.
 
-    A pattern that begins with ``!`` excludes the units that it matches.
+    Args:
+        units: the units of the model.
+        patterns: patterns of table names; one that begins with ``!`` excludes the matching units.
+        min_rows: tables with fewer rows are skipped.
+        kind: the step's tag, for the reasons.
+
+    Raises:
+        NothingToCompress: a pattern matches no table.
     """
     tables = [unit for unit in units if unit.role == "table"]
     require_matches(patterns, tables, kind, "table")
@@ -98,7 +104,7 @@ def choose_tables(
         why = _why_skipped(unit, patterns)
         if why is None and unit.rows < min_rows:
             why = Reason("too_few_rows", rows=unit.rows, min_rows=min_rows)
-        decisions[unit.name] = _taken_unless(why, kind)
+        decisions[unit.name] = _decision(why, kind)
     return decisions
 
 
@@ -109,10 +115,18 @@ def choose_dense(
     storage: LinearFormat | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Decision]:
-    """Choose the dense layers that a step takes, with a reason for each layer.
+    """Decide which dense layers a step changes, with a reason for each layer.
 
-    A pattern that begins with ``!`` excludes the units that it matches. With ``storage`` and
-    its ``settings``, the format a layer would have, a layer is not taken if that is not smaller.
+    Args:
+        units: the units of the model.
+        patterns: patterns of layer names; one that begins with ``!`` excludes the matching units.
+        kind: the step's tag, for the reasons.
+        storage: the new format; layers that it would not make smaller are skipped. None: do not
+            compare bytes.
+        settings: arguments of the format's layout.
+
+    Raises:
+        NothingToCompress: a pattern matches no dense layer.
     """
     layers = [unit for unit in units if unit.role == "dense"]
     require_matches(patterns, layers, kind, "dense layer")
@@ -127,14 +141,14 @@ def choose_dense(
             size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
             if size >= unit.bytes:
                 why = Reason("not_smaller", step=kind, bytes=size, present=unit.bytes)
-        decisions[unit.name] = _taken_unless(why, kind)
+        decisions[unit.name] = _decision(why, kind)
     return decisions
 
 
-def _taken_unless(why: Reason | None, kind: str) -> Decision:
-    if why is None:
+def _decision(why_skipped: Reason | None, kind: str) -> Decision:
+    if why_skipped is None:
         return Decision("taken", (Reason("selected", step=kind),))
-    return Decision("skipped", (why,))
+    return Decision("skipped", (why_skipped,))
 
 
 def _why_skipped(unit: Unit, patterns: tuple[str, ...]) -> Reason | None:
@@ -142,15 +156,18 @@ def _why_skipped(unit: Unit, patterns: tuple[str, ...]) -> Reason | None:
         return Reason("already_stored", format=unit.format)
     if unit.shared_with is not None:
         return Reason("shares_weight", unit=unit.shared_with)
-    if (why := _own_code(unit.module)) is not None:
+    if (why := _custom_behaviour(unit.module)) is not None:
         return why
     if not is_among(unit, patterns):
         return Reason("not_matched", patterns=patterns)
     return None
 
 
-def _own_code(module: nn.Module) -> Reason | None:
-    """Return why a layer behaves unlike its torch class, which its replacement copies, or None."""
+def _custom_behaviour(module: nn.Module) -> Reason | None:
+    """Return how a layer differs from its torch class (custom forward code or hooks), or None.
+
+    A compressed layer computes what the torch class computes, so it cannot replace such a layer.
+    """
     for base in (nn.Linear, nn.Embedding, nn.EmbeddingBag):
         if isinstance(module, base) and type(module).forward is not base.forward:
             return Reason("custom_forward", module_class=type(module).__name__)
@@ -160,7 +177,10 @@ def _own_code(module: nn.Module) -> Reason | None:
 
 
 def is_among(unit: Unit, patterns: Collection[str]) -> bool:
-    """Whether a unit matches a pattern of a step and no excluding pattern (``!``)."""
+    """Whether a unit matches a pattern and no excluding pattern (``!``).
+
+    Without any pattern that includes units, all units are included.
+    """
     included = [pattern for pattern in patterns if not pattern.startswith(EXCEPT)]
     if any(is_named(unit, p.removeprefix(EXCEPT)) for p in patterns if p.startswith(EXCEPT)):
         return False
@@ -168,16 +188,22 @@ def is_among(unit: Unit, patterns: Collection[str]) -> bool:
 
 
 def is_named(unit: Unit, pattern: str) -> bool:
-    """Whether a pattern matches the name of a unit, or of the unit it is a part of."""
+    """Whether a pattern matches the name of a unit, or of the unit of which it is a part."""
     names = (unit.name,) if unit.part_of is None else (unit.name, unit.part_of)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
-    """Raise if a name pattern matches no unit.
+    """Raise if a name pattern matches no unit; ``*`` and excluding patterns (``!``) may match none.
+
+    Args:
+        patterns: the name patterns of a step.
+        units: the units of the role that the patterns are about.
+        kind: the step's tag, for the message.
+        what: the role, for the message.
 
     Raises:
-        NothingToCompress: a pattern matches none; lists the names of the units.
+        NothingToCompress: a pattern matches no unit; the error lists the names of the units.
     """
     for pattern in patterns:
         if pattern.startswith(EXCEPT):

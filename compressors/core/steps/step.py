@@ -1,8 +1,13 @@
-"""The protocol of a step, and the settings and abilities that all methods declare.
+"""The protocols ``Method``, ``Step`` and ``TableStep``, and the settings base class.
 
-A step first plans: it decides for every unit whether it changes it. It then applies that plan.
-Tables may be larger than memory, so a method that only encodes tables implements ``TableStep``: it
-receives row blocks, and ``compressors.core.steps.table_step`` plans and applies it.
+A *unit* is a table or dense layer. A *method* is the settings of one compression algorithm, a line
+of a recipe. Every method implements one of two protocols:
+
+- ``Step``: it plans (decides for every unit whether it changes it), then applies the plan to the
+  whole network.
+- ``TableStep``: it only encodes tables, in blocks of rows, because tables may be larger than
+  memory. ``compressors.core.steps.table_step`` plans and applies it.
+
 ``compressors.core.runner`` runs every step and checks its contract.
 """
 
@@ -17,24 +22,28 @@ from compressors.core.modules.formats import TableFormat
 from compressors.core.steps.decisions import Applied, StepPlan
 
 Effect = Literal["format", "values", "parts", "output"]
-"""How a step changes a unit that it takes.
+"""How a step changes a selected unit.
 
-``format``: it is stored in another format. ``values``: its format is unchanged, and its weights
-change, it becomes narrower, or it is removed. ``parts``: it is composed of smaller units. With the
-last two a unit may be unchanged if no improvement is found. ``output``: no unit is taken; a map is
-applied to the network's output.
+- ``format``: the unit is stored in another format.
+- ``values``: the unit's format stays; its weights change, it becomes narrower, or it is removed.
+- ``parts``: the unit is replaced by a composition of smaller units.
+- ``output``: no unit is selected; a map is applied to the network's output.
+
+With ``values`` and ``parts``, a selected unit stays unchanged if the step finds no improvement.
 """
 
 
 class StepSettings(Frozen):
-    """Settings of a method. Its class attributes declare what the method does.
+    """Settings of a method. Class attributes and properties declare what the method does.
 
     Attributes:
-        effect: how it changes a unit that it takes.
+        effect: how the method changes a selected unit.
         keeps_zeros: whether weights that it sets to zero stay zero in later training.
-        recovers_quality: whether it trains what the previous step has cut or rounded, so that the
-            quality budget judges both together.
-        requires_budget: whether a preset applies it only if validation rows can show its loss.
+        recovers_quality: whether it trains to recover the quality that the previous step lost; the
+            quality budget then evaluates both steps together.
+        requires_budget: whether a preset includes it only if its loss of quality can be measured on
+            validation rows.
+        kind: the method's tag in recipes, plans and reports.
     """
 
     effect: ClassVar[Effect] = "format"
@@ -46,12 +55,12 @@ class StepSettings(Frozen):
 
     @property
     def trains(self) -> bool:
-        """Whether it trains, so that a failed run is too slow to be repeated on fewer units."""
+        """Whether it trains. A step that trains is not repeated on fewer units after a failure."""
         return False
 
     @property
     def reads_original(self) -> bool:
-        """Whether it reads layers of the network before the recipe (``Model.original``)."""
+        """Whether it reads the network as it was before the recipe (``Model.original``)."""
         return False
 
     @property
@@ -65,11 +74,11 @@ class StepSettings(Frozen):
         return ()
 
     def dry_run(self, model: Model, plan: StepPlan[Any]) -> Model:
-        """Predict the result; by default the model as it is, because no shape changes."""
+        """Predict the result without data; by default the unchanged model (no shape changes)."""
         return model
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Any]) -> Model:
-        """Predict the smallest result; by default the only one that ``dry_run`` predicts."""
+        """Predict the smallest result; by default the same as ``dry_run``."""
         return self.dry_run(model, plan)
 
 
@@ -82,7 +91,7 @@ class Method(Protocol):
 
     @property
     def effect(self) -> Effect:
-        """How the step changes a unit that it takes."""
+        """How the step changes a selected unit."""
 
     @property
     def trains(self) -> bool:
@@ -108,19 +117,21 @@ class Step(Method, Protocol):
         """
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Any]) -> Applied:
-        """Compress the model as planned; its module tree is a private copy over shared tensors.
+        """Compress the model as planned.
 
-        The step may change the architecture's configuration; ``run`` determines records and ties.
+        The model has a private copy of the module tree, whose tensors are shared with the caller's
+        model: the step replaces modules and parameters, and writes into no tensor. It may change
+        the architecture's configuration. ``run`` determines the module records and the ties.
         """
 
     def dry_run(self, model: Model, plan: StepPlan[Any]) -> Model:
-        """Predict every shape of the result without data or work; values do not matter.
+        """Predict the shape of every tensor of the result, without data; values do not matter.
 
-        Where the result depends on data, it is the largest one.
+        If the sizes depend on data, the prediction is the largest possible result.
         """
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Any]) -> Model:
-        """Predict the smallest result."""
+        """Predict as ``dry_run``; if the sizes depend on data, the smallest possible result."""
 
 
 @runtime_checkable
@@ -137,7 +148,7 @@ class TableStep(Method, Protocol):
 
     @property
     def storage(self) -> TableFormat:
-        """The format it writes."""
+        """The format that it writes."""
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of the format's layout."""
@@ -145,8 +156,14 @@ class TableStep(Method, Protocol):
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
         """Fit parameters to a table, float ``(rows, dim)``, before its blocks are encoded.
 
-        They include the stored tensors of the whole table, under their names in the layout.
+        Returns:
+            The parameters for ``encode``, by name. They include the stored tensors of the whole
+            table, under their names in the layout.
         """
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode a block, float ``(rows, dim)``: its stored tensors, none of the whole table."""
+        """Encode a block of rows, float ``(rows, dim)``.
+
+        Returns:
+            The stored tensors of these rows, without those of the whole table.
+        """

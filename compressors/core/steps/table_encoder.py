@@ -1,7 +1,8 @@
-"""The encoder of one table, block by block: in memory here, from file to file in table_stream.py.
+"""Encode one table in blocks of rows.
 
-The stored bytes do not depend on the number of rows of a block: a row's place follows from the
-format's layout, and no stored entry belongs to rows of two blocks.
+``encode_table`` encodes in memory; ``compressors/quantize/table_stream.py`` uses ``TableEncoder``
+to encode from file to file. The stored bytes do not depend on the number of rows per block: the
+format's layout determines the position of each row, and no stored entry covers rows of two blocks.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from compressors.core.steps.step import TableStep
 from compressors.errors.compression import ContractBroken
 
 BLOCK_ROWS = 65_536
+"""Rows that ``encode_table`` encodes at once."""
 
 
 class TableEncoder:
@@ -24,7 +26,7 @@ class TableEncoder:
         weight: float ``(rows, dim)``, may be memory-mapped.
 
     Raises:
-        CompressionError: the step cannot be carried out on this table.
+        CompressionError: the step cannot be applied to this table.
     """
 
     def __init__(self, step: TableStep, weight: Tensor) -> None:
@@ -39,18 +41,23 @@ class TableEncoder:
         """Return the stored tensors of the whole table, such as a codebook.
 
         Raises:
-            ContractBroken: the step did not fit one of them, or in another dtype.
+            ContractBroken: ``fit`` did not return one of them, or returned another dtype.
         """
         names = [name for name, spec in self.layout.items() if not spec.every]
         if missing := [name for name in names if name not in self._params]:
             raise ContractBroken("fit_incomplete", step=self._step.kind, name=missing[0])
-        return {name: self._checked(name, self._params[name]) for name in names}
+        return {name: self._with_expected_dtype(name, self._params[name]) for name in names}
 
     def encode(self, block: Tensor, begin: int) -> dict[str, tuple[slice, Tensor]]:
-        """Encode the rows from ``begin`` on, float ``(rows of the block, dim)``.
+        """Encode a block of rows, float ``(rows of the block, dim)``.
+
+        Args:
+            block: the rows.
+            begin: the number of the block's first row in the table.
 
         Returns:
-            For every stored tensor of rows, its entries of these rows and their values.
+            By the name of each stored tensor of rows: the entries that encode the block, and their
+            values.
 
         Raises:
             ContractBroken: names, dtypes or numbers of entries differ from the layout.
@@ -64,7 +71,7 @@ class TableEncoder:
                 got=tuple(sorted(encoded)),
                 expected=tuple(sorted(expected)),
             )
-        placed = {}
+        entries_and_values = {}
         for name, values in encoded.items():
             end = begin + len(block)
             place = entries(self.layout[name], begin, end)
@@ -78,10 +85,11 @@ class TableEncoder:
                     got=len(values),
                     expected=place.stop - place.start,
                 )
-            placed[name] = place, self._checked(name, values)
-        return placed
+            entries_and_values[name] = place, self._with_expected_dtype(name, values)
+        return entries_and_values
 
-    def _checked(self, name: str, values: Tensor) -> Tensor:
+    def _with_expected_dtype(self, name: str, values: Tensor) -> Tensor:
+        """Return the values; raise ``ContractBroken`` if their dtype is not that of the layout."""
         spec = self.layout[name]
         if values.dtype != spec.dtype:
             raise ContractBroken(
@@ -98,8 +106,8 @@ def encode_table(step: TableStep, weight: Tensor) -> PackedTable:
     """Encode a table, float ``(rows, dim)``, in the step's format.
 
     Raises:
-        ContractBroken: the step encodes other tensors than its layout says.
-        CompressionError: the step cannot be carried out on this table.
+        ContractBroken: the encoded tensors differ from the format's layout.
+        CompressionError: the step cannot be applied to this table.
     """
     encoder = TableEncoder(step, weight)
     stored = {

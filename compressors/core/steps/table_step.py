@@ -1,4 +1,4 @@
-"""Plan and apply methods that encode tables: what is the same for all of them."""
+"""Plan and apply the methods that encode tables: the code shared by all of them."""
 
 from collections.abc import Mapping
 
@@ -13,11 +13,11 @@ from compressors.core.units import Unit, pack_table, swap
 from compressors.quantize.better_format import best_format, table_bytes
 
 Formats = Mapping[str, TableStep]
-"""By table, the step that stores it: the ordered one, or one of a better format."""
+"""By table name, the step that encodes it: the recipe's, or one with a better format."""
 
 
 class EncodeTables:
-    """A ``TableStep`` as a ``Step``: it encodes every table that becomes smaller.
+    """Adapts a ``TableStep`` to a ``Step`` that encodes every table that becomes smaller.
 
     Args:
         encoder: the method and its settings.
@@ -33,7 +33,7 @@ class EncodeTables:
 
     @property
     def effect(self) -> Effect:
-        """The tables are stored in another format."""
+        """How the step changes a selected table."""
         return self._encoder.effect
 
     @property
@@ -52,7 +52,7 @@ class EncodeTables:
         return self._encoder.wants
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Formats]:
-        """Take the tables whose best format is smaller than the present one."""
+        """Select the tables whose best format is smaller than the present one."""
         units, encoder = Unit.of(model.module), self._encoder
         decisions = choose_tables(units, encoder.tables, encoder.min_rows, encoder.kind)
         formats: dict[str, TableStep] = {}
@@ -71,14 +71,14 @@ class EncodeTables:
         return StepPlan(decisions, formats)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Formats]) -> Applied:
-        """Encode the tables one after the other."""
+        """Encode the selected tables, one after another."""
         for unit in plan.units(model.module):
             packed = encode_table(plan.payload[unit.name], unit.weight)
             swap(model.module, unit.name, pack_table(unit.module, packed))
         return Applied(model)
 
     def dry_run(self, model: Model, plan: StepPlan[Formats]) -> Model:
-        """Replace the tables by placeholders in the formats that ``apply`` would store."""
+        """Replace the selected tables by placeholders in the formats that ``apply`` would use."""
         for unit in plan.units(model.module):
             stored_by = plan.payload[unit.name]
             model = dry_run_packed(
@@ -87,15 +87,15 @@ class EncodeTables:
         return model
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Formats]) -> Model:
-        """The bytes of a format follow from its layout: the same as ``dry_run``."""
+        """Predict as ``dry_run``: a format's layout determines its bytes."""
         return self.dry_run(model, plan)
 
 
 def as_step(method: Method) -> Step:
-    """Return a method as a step that plans and applies.
+    """Return a ``Step`` unchanged, or a ``TableStep`` adapted by ``EncodeTables``.
 
     Raises:
-        TypeError: it has neither ``plan`` and ``apply`` nor ``fit`` and ``encode``.
+        TypeError: the method implements neither protocol.
     """
     if isinstance(method, TableStep):
         return EncodeTables(method)

@@ -1,4 +1,4 @@
-"""Settings that many steps have, each with its description and bounds."""
+"""Types of settings that several methods have, with their descriptions and bounds."""
 
 from typing import Annotated
 
@@ -12,4 +12,4 @@ LayerPatterns = Annotated[
     tuple[str, ...],
     Field(description="Dense layers to compress: module names, with * for any characters."),
 ]
-MinRows = Annotated[int, Field(ge=1, description="Tables with fewer rows stay as they are.")]
+MinRows = Annotated[int, Field(ge=1, description="Tables with fewer rows are not changed.")]
