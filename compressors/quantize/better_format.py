@@ -31,13 +31,17 @@ RANK = {
     "rowwise_int4": 2,
     "rowwise_int2": 1,
 }
-"""How well a row-wise method stores arbitrary rows."""
-AS_GOOD_AS = 2
-"""What codebooks are compared as: their error is that of about 4 bits."""
+"""Precision of each row-wise format for arbitrary rows; higher is more precise."""
+
+CODEBOOK_RANK = 2
+"""Rank of methods with codebooks, whose error is about that of 4 bits."""
 
 
 class Float16Rows(StepSettings):
-    """Table step that stores as float16 the tables of other methods that float16 suits better."""
+    """Table step that stores as float16 those tables of other methods for which it is better.
+
+    It is not a method of recipes, whose ``float16`` (``dense/float16.py``) also converts layers.
+    """
 
     kind: Literal["float16"] = "float16"
     tables: tuple[str, ...] = ("*",)
@@ -45,11 +49,11 @@ class Float16Rows(StepSettings):
 
     @property
     def storage(self) -> TableFormat:
-        """The format this step writes."""
+        """The format that the step writes."""
         return TABLE_FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """The format has no settings."""
+        """Return no settings: the format has none."""
         return {}
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
@@ -62,9 +66,9 @@ class Float16Rows(StepSettings):
 
 
 def table_bytes(step: TableStep, rows: int, dim: int) -> int:
-    """Bytes of all stored tensors of a ``rows x dim`` table in a step's format."""
-    laid = step.storage.layout(rows, dim, step.settings()).values()
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in laid)
+    """Return the bytes of all stored tensors of a ``rows x dim`` table in a step's format."""
+    specs = step.storage.layout(rows, dim, step.settings()).values()
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
 
 
 def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reason, ...]]:
@@ -79,7 +83,7 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reaso
     """
     rows, dim = weight.shape
     size = table_bytes(step, rows, dim)
-    rank = RANK.get(step.kind, AS_GOOD_AS)
+    rank = RANK.get(step.kind, CODEBOOK_RANK)
     better = [
         (table_bytes(other, rows, dim), -RANK[other.kind], other)
         for other in (Float16Rows(), RowwiseInt8(), RowwiseInt4())
@@ -90,10 +94,10 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reaso
         if other.kind == "float16" and float(weight.abs().max()) > LARGEST:
             continue
         if step.kind not in RANK:
-            less = Reason(
+            smaller_format = Reason(
                 "other_format_smaller", format=other.kind, bytes=other_size, step_bytes=size
             )
-            return step, (Reason("selected", step=step.kind), less)
+            return step, (Reason("selected", step=step.kind), smaller_format)
         better_format = Reason(
             "better_format",
             format=other.kind,

@@ -1,8 +1,8 @@
-"""Encode tables of any size block by block, from any source of rows to any sink of bytes.
+"""Encode tables of any size block by block, from a source of rows to a sink of bytes.
 
-The memory is that of a few row blocks for tables of any size. The stored bytes do not depend on the
-number of rows per block or of threads: a row's place in the file follows from the format's layout,
-and no stored entry belongs to rows of two blocks.
+Only a few row blocks are in memory at a time. The stored bytes do not depend on the number of rows
+per block or of threads: the format's layout determines a row's position in the file, and no stored
+entry covers rows of two blocks.
 """
 
 import math
@@ -24,11 +24,10 @@ from compressors.core.steps.table_encoder import TableEncoder
 from compressors.errors.compression import CompressionError, ModelRefused
 
 BLOCK_BYTES = 2**22
-"""Bytes of a block if the caller names no rows: block and codes fit in a core's cache."""
-
+"""Bytes of a block if ``Job.block_rows`` is None: block and codes fit in a core's cache."""
 
 HEADER, WHOLE = "header", "whole"
-"""Names of blocks that are not rows: the file's header, and what belongs to a whole table."""
+"""Names of blocks without rows: the file's header, and the tensors of a whole table."""
 
 
 class Source(Protocol):
@@ -36,7 +35,7 @@ class Source(Protocol):
 
     @property
     def spec(self) -> TensorSpec:
-        """Its shape and type."""
+        """The shape and dtype of the tensor."""
 
     def read(self, begin: int, end: int) -> Tensor:
         """Read entries ``begin`` to ``end`` of the first dimension, or all of a scalar tensor.
@@ -45,7 +44,7 @@ class Source(Protocol):
         """
 
     def mapped(self) -> Tensor:
-        """The full tensor, memory-mapped."""
+        """Return the whole tensor, memory-mapped."""
 
 
 class Sink(Protocol):
@@ -55,11 +54,11 @@ class Sink(Protocol):
         """Whether an interrupted run has already written the block of this name."""
 
     def write(self, block: str, pieces: Sequence[Piece]) -> None:
-        """Write the bytes of one block at their places; called from several threads."""
+        """Write each piece at its offset in the file; called from several threads."""
 
 
 class Block(NamedTuple):
-    """One unit of work: rows ``begin`` to ``end`` of the tensor called ``source``."""
+    """One item of work: the rows ``begin`` to ``end - 1`` of the tensor named ``source``."""
 
     source: str
     begin: int
@@ -75,28 +74,31 @@ class Block(NamedTuple):
 class Job:
     """The plan for every tensor of a file: tables to encode, other tensors to copy.
 
-    ``tables`` are encoded, each to the stored tensors ``MODULE.NAME``; the tensors of ``rest`` are
-    copied unchanged under the same names.
+    Attributes:
+        step: encodes the tables.
+        tables: for each tensor to encode, the name of the module that its stored tensors belong
+            to: they are named ``MODULE.NAME``. Other tensors are copied under the same name.
+        sources: every tensor of the original files, by name.
+        block_rows: rows per block; None for blocks of about ``BLOCK_BYTES``.
     """
 
     step: TableStep
     tables: Mapping[str, str]
-    """Tensor name -> the module its stored tensors belong to."""
     sources: Mapping[str, Source]
     block_rows: int | None = None
 
     @property
     def rest(self) -> list[str]:
-        """The tensors that are copied unchanged."""
+        """Names of the tensors that are copied unchanged."""
         return [name for name in self.sources if name not in self.tables]
 
     def stored(self, name: str) -> dict[str, TensorSpec]:
-        """The stored tensors of one table, by their names in the format."""
+        """Return shape and dtype of one table's stored tensors, by their names in the format."""
         rows, dim = self.sources[name].spec.shape
         return self.step.storage.layout(rows, dim, self.step.settings())
 
     def layout(self) -> dict[str, TensorSpec]:
-        """Every tensor of the result.
+        """Return shape and dtype of every tensor of the result, by its name in the file.
 
         Raises:
             ModelRefused: two tensors would have the same name.
@@ -104,14 +106,14 @@ class Job:
         specs = {name: self.sources[name].spec for name in self.rest}
         for name, module in self.tables.items():
             for part, spec in self.stored(name).items():
-                whole = within(module, part)
-                if whole in specs:
-                    raise ModelRefused("tensor_name_taken", table=name, name=whole)
-                specs[whole] = spec
+                full_name = within(module, part)
+                if full_name in specs:
+                    raise ModelRefused("tensor_name_taken", table=name, name=full_name)
+                specs[full_name] = spec
         return specs
 
     def records(self) -> dict[str, ModuleRecord]:
-        """The records to build a module from each encoded table, by the module's name."""
+        """Return the record from which a bundle rebuilds each table, by the module's name."""
         settings = self.step.settings()
         return {
             module: ModuleRecord(
@@ -127,7 +129,7 @@ class Job:
         }
 
     def blocks(self, name: str) -> Iterator[Block]:
-        """The units of work of one tensor, in order."""
+        """Yield the blocks of one tensor, in order."""
         spec = self.sources[name].spec
         rows = spec.shape[0] if spec.shape else 1
         most = max(BLOCK_BYTES * rows // max(size_of(spec), 1), 1)
@@ -139,7 +141,7 @@ class Job:
 
 
 def within(module: str, part: str) -> str:
-    """The full name of a module's tensor."""
+    """Return the full name of a module's tensor."""
     return f"{module}.{part}" if module else part
 
 
@@ -152,19 +154,20 @@ def carry_out(
 ) -> None:
     """Encode or copy every tensor of a job into a file.
 
-    Tables are fitted one after the other, so that the memory of only one fit is needed at a time;
+    Tables are fitted one after another, so that the memory of only one fit is needed at a time;
     their blocks are encoded by several threads at once.
 
     Args:
         job: the plan for every tensor.
-        file: the places of the tensors of ``job.layout`` in the file.
-        sink: receives the bytes; blocks that it already has are not encoded again.
+        file: the positions of the tensors of ``job.layout`` in the file.
+        sink: receives the bytes; blocks that it already holds are not encoded again.
         workers: number of threads; by default one per core.
         progress: called with the number of bytes read for each block after it is written.
 
     Raises:
         ContractBroken: the encoded tensors do not match the step's layout.
         ModelRefused: a weight is NaN or infinite.
+        CompressionError: the step cannot be applied to a table.
     """
     if not sink.holds(HEADER):
         sink.write(HEADER, [Piece(0, memoryview(file.header))])
@@ -172,27 +175,29 @@ def carry_out(
     before = torch.get_num_threads()
     # Each thread encodes one block at a time: threads of torch within it would compete for cores.
     pool = ThreadPoolExecutor(count, "encode", initializer=torch.set_num_threads, initargs=(1,))
-    waiting: deque[Future[None]] = deque()
+    submitted: deque[Future[None]] = deque()
     try:
         with pool:
             try:
-                for work in _works(job, file, sink, progress):
-                    waiting.append(pool.submit(work))
-                    if len(waiting) > 2 * count:
-                        waiting.popleft().result()
-                while waiting:
-                    waiting.popleft().result()
+                for task in _tasks(job, file, sink, progress):
+                    submitted.append(pool.submit(task))
+                    if len(submitted) > 2 * count:
+                        submitted.popleft().result()
+                while submitted:
+                    submitted.popleft().result()
             finally:
-                for future in waiting:
+                for future in submitted:
                     future.cancel()
     finally:
         torch.set_num_threads(before)
 
 
-def _works(
+def _tasks(
     job: Job, file: StreamedFile, sink: Sink, progress: Callable[[int], None] | None
 ) -> Iterator[Callable[[], None]]:
-    def work(block: Block, encode: Callable[[Block], list[Piece]]) -> Callable[[], None]:
+    """Yield a function for each block that encodes or copies it; fit each table before its own."""
+
+    def task(block: Block, encode: Callable[[Block], list[Piece]]) -> Callable[[], None]:
         def run() -> None:
             if not sink.holds(block.name):
                 sink.write(block.name, encode(block))
@@ -205,16 +210,17 @@ def _works(
 
     copying = _Copying(job, file)
     for name in job.rest:
-        yield from (work(block, copying) for block in job.blocks(name))
+        yield from (task(block, copying) for block in job.blocks(name))
     for name in job.tables:
         whole = f"{name}@{WHOLE}"
         if sink.holds(whole) and all(sink.holds(block.name) for block in job.blocks(name)):
-            yield from (work(block, copying) for block in job.blocks(name))  # reports progress
+            # Nothing is copied, because the sink holds every block: this only reports progress.
+            yield from (task(block, copying) for block in job.blocks(name))
             continue
         encoding = _Encoding(job, file, name)
         if not sink.holds(whole):
             sink.write(whole, encoding.whole())
-        yield from (work(block, encoding) for block in job.blocks(name))
+        yield from (task(block, encoding) for block in job.blocks(name))
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ class _Copying:
 
 
 class _Encoding:
-    """Encode one table: the constructor fits it, then blocks are encoded one by one."""
+    """Encodes the blocks of one table; the constructor fits the step to the table."""
 
     def __init__(self, job: Job, file: StreamedFile, name: str) -> None:
         self._job, self._file, self._name = job, file, name
@@ -236,13 +242,13 @@ class _Encoding:
         try:
             self._encoder = TableEncoder(job.step, job.sources[name].mapped())
         except CompressionError:
-            # NaN or infinity may be the cause of the error: then report the row instead.
+            # If a NaN or infinite weight is the cause, reading the blocks raises that error.
             for block in job.blocks(name):
                 self._rows(block)
             raise
 
     def whole(self) -> list[Piece]:
-        """The stored tensors that belong to the full table, such as a codebook."""
+        """Return the stored tensors of the whole table, such as a codebook."""
         return [self._piece(part, values, 0) for part, values in self._encoder.whole().items()]
 
     def __call__(self, block: Block) -> list[Piece]:
@@ -259,10 +265,10 @@ class _Encoding:
 
 
 def _check_finite(name: str, rows: Tensor, begin: int) -> None:
-    # The sum is one pass over the block; it may also overflow where every weight is finite.
+    # The sum is fast, but may overflow although every weight is finite: then check each row.
     if math.isfinite(float(rows.sum())):
         return
-    bad = (~torch.isfinite(rows)).any(dim=1)
-    if bool(bad.any()):
-        row = begin + int(bad.to(torch.uint8).argmax())
+    not_finite = (~torch.isfinite(rows)).any(dim=1)
+    if bool(not_finite.any()):
+        row = begin + int(not_finite.to(torch.uint8).argmax())
         raise ModelRefused("row_not_finite", row=row, table=name)

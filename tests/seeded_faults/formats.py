@@ -98,8 +98,8 @@ FAULTS = (
     Fault(
         id="shared-scale-layout-drops-last-range",
         file="compressors/quantize/tables/scales.py",
-        old="entries = -(-rows // together) if together else 1",
-        new="entries = max(rows // together, 1) if together else 1",
+        old="entries = -(-rows // rows_per_scale) if rows_per_scale else 1",
+        new="entries = max(rows // rows_per_scale, 1) if rows_per_scale else 1",
         effect="The plan's bytes omit the scale of the last, shorter range of rows.",
         tests=(f"{ROWWISE}::test_bytes_are_codes_plus_a_scale_and_an_offset_for_every_range",),
     ),

@@ -86,9 +86,9 @@ FAULTS = (
     Fault(
         id="kernel-threads-share-first-scales",
         file="compressors/quantize/kernels/row_encoding.py",
-        old="found = slice(begin // together, -(-end // together)) "
+        old="used = slice(begin // together, -(-end // together)) "
         "if grid.rows_per_scale else slice(1)",
-        new="found = slice(0, -(-end // together)) if grid.rows_per_scale else slice(1)",
+        new="used = slice(0, -(-end // together)) if grid.rows_per_scale else slice(1)",
         effect="With several threads rows are rounded by the scales of the first rows.",
         tests=(f"{KERNELS}::test_threads_change_nothing",),
     ),

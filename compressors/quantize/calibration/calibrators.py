@@ -14,7 +14,7 @@ clipped.
   square of a step over 12, if inputs are uniform within a step; outside it is the squared distance
   to the end of the range.
 
-All return the end of the range, a number in the unit of the inputs.
+Each returns the end of the range, a number in the unit of the inputs.
 """
 
 import math
@@ -23,16 +23,25 @@ import torch
 from torch import Tensor
 
 BINS = 4096
+"""Bins of a histogram."""
+
 LEVELS = 127
-# As in Migacz: the int8 levels of one sign, including zero.
+"""Positive levels of int8."""
+
 LEVELS_COMPARED = 128
-# Bins between the range ends that are compared for their divergence: half a part in 256.
+"""Levels to which ``least_divergence`` rounds, as in Migacz: int8 levels of one sign, with zero."""
+
 BINS_APART = 8
-LOWEST_EXPONENT = -100  # bins of inputs below 2^-100 would be too narrow for float32
+"""Distance, in bins, between the range ends that ``least_divergence`` compares."""
+
+LOWEST_EXPONENT = -100
+"""A histogram covers at least 2^-100; narrower bins would be too small for float32."""
 
 
 class Histogram:
-    """Histogram of absolute values, with equal bins up to a power of two above the largest value.
+    """Histogram of absolute values, with equal bins from 0 to a power of two.
+
+    The power of two is the smallest above the largest value.
 
     The bin of a value does not depend on earlier values, so the counts do not depend on how the
     rows are split into batches. At least half the bins are in use.
@@ -40,9 +49,9 @@ class Histogram:
 
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.int64)
-        """Values that are not zero, by bin."""
+        """Number of values in each bin, int64 ``(BINS,)``, without exact zeros."""
         self.zeros = 0
-        """Values that are exactly zero, and in no bin."""
+        """Number of values that are exactly zero."""
         self.largest = torch.zeros(())
         """The largest absolute value, float32 scalar."""
         self._exponent = LOWEST_EXPONENT
@@ -57,9 +66,9 @@ class Histogram:
             return
         if self.largest > 0:
             self._grow(math.frexp(float(self.largest))[1])
-        inside = size[size > 0]
-        self.zeros += size.numel() - inside.numel()
-        place = (inside.float() / self.width).long()
+        nonzero = size[size > 0]
+        self.zeros += size.numel() - nonzero.numel()
+        place = (nonzero.float() / self.width).long()
         self.counts += torch.bincount(place, minlength=BINS)
 
     @property
@@ -68,11 +77,11 @@ class Histogram:
         return 2.0**self._exponent / BINS
 
     def edges(self) -> Tensor:
-        """Upper edges of the bins, float64 ``(BINS,)``."""
+        """Return the upper edges of the bins, float64 ``(BINS,)``."""
         return torch.arange(1, BINS + 1, dtype=torch.float64) * self.width
 
     def used(self) -> int:
-        """Number of bins up to the largest value."""
+        """Return the number of bins up to the last one that is not empty."""
         filled = self.counts.nonzero()
         return int(filled[-1]) + 1 if len(filled) else 0
 
@@ -81,15 +90,15 @@ class Histogram:
         doubled = exponent - self._exponent
         if doubled <= 0:
             return
-        together = 2 ** min(doubled, BINS.bit_length() - 1)
-        folded = self.counts.view(-1, together).sum(dim=1)
+        merged = 2 ** min(doubled, BINS.bit_length() - 1)
+        folded = self.counts.view(-1, merged).sum(dim=1)
         self.counts = torch.zeros_like(self.counts)
         self.counts[: len(folded)] = folded
         self._exponent = exponent
 
 
 def percentile(seen: Histogram, share: float) -> float:
-    """The smallest bin edge with at least ``share`` of all values, including zeros, below it."""
+    """Return the smallest bin edge with at least ``share`` of all values, with zeros, below it."""
     total = seen.zeros + int(seen.counts.sum())
     below = seen.zeros + seen.counts.cumsum(0)
     # The first bin that reaches the share; float64 counts rows exactly.
@@ -98,7 +107,7 @@ def percentile(seen: Histogram, share: float) -> float:
 
 
 def least_divergence(seen: Histogram) -> float:
-    """The range of least Kullback-Leibler divergence from the observed distribution."""
+    """Return the range of least Kullback-Leibler divergence from the observed distribution."""
     counts, used = seen.counts.double(), seen.used()
     ends = [*range(LEVELS_COMPARED, used, BINS_APART), used]
     divergences = [_divergence(counts[:end], counts[end:].sum()) for end in ends]
@@ -106,7 +115,7 @@ def least_divergence(seen: Histogram) -> float:
 
 
 def least_squares(seen: Histogram) -> float:
-    """The range of least expected squared error, with values taken as uniform in each bin."""
+    """Return the range of least expected squared error, for values uniform within each bin."""
     counts, edges = seen.counts.double(), seen.edges()
     middle = edges - seen.width / 2
     inside = counts.cumsum(0)
@@ -121,11 +130,11 @@ def least_squares(seen: Histogram) -> float:
 
 
 def _divergence(inside: Tensor, outside: Tensor) -> float:
-    """Kullback-Leibler divergence between the values in a range and their rounding to levels.
+    """Return the Kullback-Leibler divergence of the values in a range from their rounding.
 
     Args:
         inside: counts of the bins in the range, float64 ``(bins,)``.
-        outside: number of values that are clipped to the last bin.
+        outside: number of larger values, which are clipped to the last bin.
     """
     clipped = inside.clone()
     clipped[-1] += outside
@@ -142,6 +151,6 @@ def _divergence(inside: Tensor, outside: Tensor) -> float:
 
 
 def _end(seen: Histogram, place: int) -> float:
-    """The upper edge of a bin, or the largest value if it is smaller."""
+    """Return the upper edge of a bin, or the largest value if it is smaller."""
     largest = float(seen.largest)
     return min(float(seen.edges()[min(place, BINS - 1)]), largest)

@@ -33,14 +33,14 @@ def grams(
         most: largest number of rows that are read.
 
     Raises:
-        CompressionError: a layer never ran, or all its inputs are zero.
+        StepRefused: a layer never ran, or all its inputs are zero.
     """
     result: dict[str, Tensor] = {}
 
     def add(unit: Unit, x: Tensor) -> None:
-        wide = input_vectors(x).float().double()
-        sums = result.get(unit.name, torch.zeros((), dtype=torch.float64))
-        result[unit.name] = sums + wide.T @ wide
+        vectors = input_vectors(x).float().double()
+        gram = result.get(unit.name, torch.zeros((), dtype=torch.float64))
+        result[unit.name] = gram + vectors.T @ vectors
 
     read_layer_inputs(module, layers, rows, signature, batch=batch, limit=most, receive=add)
     for unit in layers:
@@ -49,10 +49,15 @@ def grams(
     return result
 
 
-def squared_error(off: Tensor, gram: Tensor) -> Tensor:
-    """Squared error of each output for a change ``(out, in)`` of the weights: float64 ``(out,)``.
+def squared_error(change: Tensor, gram: Tensor) -> Tensor:
+    """Return the squared error of each output if the weights change, summed over rows.
 
-    It is summed over the rows of which ``gram`` ``(in, in)`` is the Gram matrix.
+    Args:
+        change: change of the weights, ``(out, in)``.
+        gram: Gram matrix of the layer's inputs on these rows, ``(in, in)``.
+
+    Returns:
+        float64 ``(out,)``.
     """
-    wide = off.double()
-    return (wide @ gram * wide).sum(dim=1).clamp(min=0)
+    change = change.double()
+    return (change @ gram * change).sum(dim=1).clamp(min=0)

@@ -1,8 +1,8 @@
-"""Warn about dense layers in which one input scale leaves some channels too few levels.
+"""Warn about dense layers in which some input channels get too few levels from a shared scale.
 
-If a layer rounds its inputs with one scale, the largest inputs determine the scale. Raw counts next
-to embeddings leave only a few levels for the embeddings: single scores change much although the
-average metric hardly changes. The plan has a warning for such layers.
+If a layer rounds its inputs with one scale, the largest inputs determine the scale. With raw counts
+next to embeddings, the embeddings are rounded to only a few levels: single scores change much
+although the average metric hardly changes. The plan has a warning for such layers.
 
 Criterion, on calibration rows: an input channel is coarse if the rounding error (root mean square,
 times sqrt(12), which is the step of a uniform quantizer) leaves its range fewer than
@@ -25,12 +25,22 @@ from compressors.core.units import Unit
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 
 LEAST_LEVELS = 8
+"""A channel with fewer levels is coarse."""
+
 LARGEST_ERROR = 0.02
-"""A layer whose channels share one range loses about 1 %, with int8 steps a 25th of its spread."""
+"""Largest change of a layer's output, as a share of its standard deviation, without a warning.
+
+For comparison: if all channels of a layer have one range, int8 changes the output by about 1 %.
+"""
 
 ROWS, BATCH = 4096, 256
+"""Largest number of calibration rows, and rows per batch."""
+
 SHOWN = 3
+"""Number of channels with the largest ranges that a warning names."""
+
 WEIGHT_ROWS = 256
+"""Output channels whose weights are converted to float64 at once."""
 
 
 @runtime_checkable
@@ -40,12 +50,20 @@ class RoundsInputs(Protocol):
     def rounded_inputs(
         self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]
     ) -> Tensor:
-        """The rounded inputs that are multiplied, float32 in the shape of ``x`` ``(*, in)``."""
+        """Return the rounded inputs that are multiplied, float32 ``(*, in)`` like ``x``."""
 
 
 @dataclass
-class _Seen:
-    """Sums over the inputs of a layer, float64 ``(in,)``, and the largest absolute values."""
+class _InputSums:
+    """Sums over the inputs of a layer, by channel.
+
+    Attributes:
+        rows: number of inputs.
+        first: sum of the inputs, float64 ``(in,)``.
+        second: sum of their squares.
+        error: sum of the squared rounding errors.
+        largest: largest absolute input.
+    """
 
     rows: int
     first: Tensor
@@ -55,10 +73,10 @@ class _Seen:
 
 
 def input_range_warnings(source: nn.Module, result: nn.Module, bench: Bench) -> dict[str, Reason]:
-    """Warnings for the layers whose inputs a step rounds too coarsely, by layer name.
+    """Return warnings about layers whose inputs a step rounds too coarsely, by layer name.
 
     Args:
-        source: the network before the step; the weights of its float layers weight the channels.
+        source: the network before the step; channels are weighted by its float weights.
         result: the network after the step, in evaluation mode.
         bench: with calibration rows; without them the result is empty.
     """
@@ -72,21 +90,21 @@ def input_range_warnings(source: nn.Module, result: nn.Module, bench: Bench) -> 
         and isinstance(unit.module, PackedLinear)
         and isinstance(unit.module.storage, RoundsInputs)
     ]
-    seen = _inputs_of(result, units, bench)
+    sums = _sum_inputs(result, units, bench)
     warnings = {}
     for unit in units:
         layer = before[unit.name]
-        if unit.name in seen and isinstance(layer, nn.Linear):
-            warning = _warning(seen[unit.name], layer.weight.detach())
+        if unit.name in sums and isinstance(layer, nn.Linear):
+            warning = _warning(sums[unit.name], layer.weight.detach())
             if warning is not None:
                 warnings[unit.name] = warning
     return warnings
 
 
-def _inputs_of(result: nn.Module, units: Collection[Unit], bench: Bench) -> dict[str, _Seen]:
-    seen: dict[str, _Seen] = {}
+def _sum_inputs(result: nn.Module, units: Collection[Unit], bench: Bench) -> dict[str, _InputSums]:
+    by_layer: dict[str, _InputSums] = {}
     if bench.calibration is None or not units:
-        return seen
+        return by_layer
 
     def add(unit: Unit, inputs: Tensor) -> None:
         layer, name, x = unit.module, unit.name, input_vectors(inputs).float()
@@ -95,45 +113,45 @@ def _inputs_of(result: nn.Module, units: Collection[Unit], bench: Bench) -> dict
         storage = layer.storage
         if not isinstance(storage, RoundsInputs):
             return
-        near = storage.rounded_inputs(dict(layer.named_buffers()), x, layer.settings)
-        wide, error = x.double(), (near - x).double()
-        if name not in seen:
+        rounded = storage.rounded_inputs(dict(layer.named_buffers()), x, layer.settings)
+        exact, error = x.double(), (rounded - x).double()
+        if name not in by_layer:
             zero = torch.zeros(x.shape[1], dtype=torch.float64)
-            seen[name] = _Seen(0, zero, zero, zero, zero)
-        sums = seen[name]
+            by_layer[name] = _InputSums(0, zero, zero, zero, zero)
+        sums = by_layer[name]
         sums.rows += len(x)
-        sums.first = sums.first + wide.sum(dim=0)
-        sums.second = sums.second + wide.square().sum(dim=0)
+        sums.first = sums.first + exact.sum(dim=0)
+        sums.second = sums.second + exact.square().sum(dim=0)
         sums.error = sums.error + error.square().sum(dim=0)
-        sums.largest = torch.maximum(sums.largest, wide.abs().amax(dim=0))
+        sums.largest = torch.maximum(sums.largest, exact.abs().amax(dim=0))
 
     read_layer_inputs(
         result, units, bench.calibration, bench.signature, batch=BATCH, limit=ROWS, receive=add
     )
-    return seen
+    return by_layer
 
 
-def _warning(seen: _Seen, weight: Tensor) -> Reason | None:
-    """The warning for one layer, from its inputs and its float weight ``(out, in)``, or None."""
-    variance = (seen.second - seen.first.square() / seen.rows).clamp(min=0) / seen.rows
-    noise = seen.error / seen.rows
+def _warning(sums: _InputSums, weight: Tensor) -> Reason | None:
+    """Return the warning about a layer with this float weight ``(out, in)``, or None."""
+    variance = (sums.second - sums.first.square() / sums.rows).clamp(min=0) / sums.rows
+    noise = sums.error / sums.rows
     # In parts, because a float64 copy of a wide layer would be the largest tensor of the step.
     parts = torch.split(weight, WEIGHT_ROWS)
     power = torch.stack([part.double().square().sum(dim=0) for part in parts]).sum(dim=0)
-    overall = float(seen.largest.max())
+    overall = float(sums.largest.max())
     step = (12 * noise).sqrt()
-    levels = seen.largest / step.clamp(min=torch.finfo(torch.float64).tiny)
-    coarse = (levels < LEAST_LEVELS) & (seen.largest < overall / 2) & (noise > 0) & (variance > 0)
+    levels = sums.largest / step.clamp(min=torch.finfo(torch.float64).tiny)
+    coarse = (levels < LEAST_LEVELS) & (sums.largest < overall / 2) & (noise > 0) & (variance > 0)
     total = float(power @ variance)
     if not bool(coarse.any()) or total == 0:
         return None
     error = (float(power[coarse] @ noise[coarse]) / total) ** 0.5
     if error <= LARGEST_ERROR:
         return None
-    ranges, left = seen.largest[coarse], levels[coarse]
-    widest = seen.largest.argsort(descending=True)[:SHOWN].tolist()
+    ranges, coarse_levels = sums.largest[coarse], levels[coarse]
+    widest = sums.largest.argsort(descending=True)[:SHOWN].tolist()
     channels = tuple(
-        Reason("channel_range", channel=place, largest=float(seen.largest[place]))
+        Reason("channel_range", channel=place, largest=float(sums.largest[place]))
         for place in widest
     )
     return Reason(
@@ -143,8 +161,8 @@ def _warning(seen: _Seen, weight: Tensor) -> Reason | None:
         largest_range=float(ranges.max()),
         coarse=int(coarse.sum()),
         channels=coarse.numel(),
-        least_levels=float(left.min()),
-        most_levels=float(left.max()),
+        least_levels=float(coarse_levels.min()),
+        most_levels=float(coarse_levels.max()),
         error=error,
         widest=channels,
     )

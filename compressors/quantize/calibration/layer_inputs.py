@@ -11,10 +11,10 @@ from compressors.core.batches import batches
 from compressors.core.units import Unit
 
 BATCH = 1024
-"""Rows of one run, for steps without a setting of it."""
+"""Rows per batch, for steps that have no setting for it."""
 
 Receive = Callable[[Unit, Tensor], None]
-"""Called with a layer and its input of one call, float ``(*, in)``."""
+"""Callback for each call of a layer: receives the layer and its input, float ``(*, in)``."""
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def read_layer_inputs(
         unit.module.register_forward_pre_hook(hook_of(unit), with_kwargs=True) for unit in layers
     ]
     try:
-        for part in batches(rows, signature, batch, limit):
-            module(**part.inputs)
+        for row_batch in batches(rows, signature, batch, limit):
+            module(**row_batch.inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,7 +1,7 @@
-"""Lookup counts of table rows, and the sensitivity of loss and output to tables.
+"""Count lookups of table rows, and measure the sensitivity of loss and output to tables.
 
-A hook on each table's module counts rows where they are looked up, so the counts include the effect
-of all operations before a lookup (a map of rows, a default for unknown ids, padding).
+A hook on each table's module counts the ids with which it is called, so the counts include the
+effect of all operations before a lookup (a row map, a default for unknown ids, padding).
 """
 
 from collections.abc import Collection, Mapping
@@ -20,6 +20,7 @@ from compressors.quantize.calibration.loss_gradients import Sensitivity, loss_gr
 from compressors.task_kinds.loss import hard_loss
 
 BATCH = 8192
+"""Training rows per batch."""
 
 
 def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Tensor]:
@@ -31,48 +32,48 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
         tables: names of units.
 
     Returns:
-        Float64 ``(rows,)`` by table. Padding of bags is not counted.
+        Float64 ``(rows,)`` by table name. Padding of bags is not counted.
 
     Raises:
-        CompressionError: the bench has no training rows.
+        RowsMissing: the bench has no training rows.
     """
     if bench.train is None:
         raise RowsMissing("lookup_counts_need_rows")
     private = model.private().module
-    every = {unit.name: unit for unit in Unit.of(private)}
-    whole = {every[name].part_of or name for name in tables}
-    counts = {name: torch.zeros(every[name].rows, dtype=torch.float64) for name in whole}
+    units = {unit.name: unit for unit in Unit.of(private)}
+    outermost = {units[name].part_of or name for name in tables}
+    counts = {name: torch.zeros(units[name].rows, dtype=torch.float64) for name in outermost}
     for name, count in counts.items():
-        _count(every[name].module, count)
+        _count_lookups(units[name].module, count)
     with torch.no_grad():
         for batch in batches(bench.train, bench.signature, BATCH):
             private(**batch.inputs)
-        # A composed table calls its parts for ids that they do not have and, within a bag, for
-        # padding: only the composed table itself is called with exactly the ids that are read.
-        names = {unit.module: unit.name for unit in every.values()}
-        for name in whole:
-            table = every[name].module
+        # Counts of parts are derived from those of the composed table, because it also calls its
+        # parts for rows whose values it discards, such as padding within a bag.
+        names = {unit.module: unit.name for unit in units.values()}
+        for name in outermost:
+            table = units[name].module
             inner = table.table if isinstance(table, Bag) else table
-            counts |= _of_parts(inner, counts[name], names)
+            counts |= _counts_of_parts(inner, counts[name], names)
     return {name: counts[name] for name in tables}
 
 
-def _of_parts(
+def _counts_of_parts(
     table: nn.Module, counts: Tensor, names: Mapping[nn.Module, str]
 ) -> dict[str, Tensor]:
-    """Lookup counts of the tables inside a composed table, at any depth."""
+    """Return the lookup counts of the tables inside a composed table, at any depth."""
     if not isinstance(table, ComposedTable):
         return {}
     stored = dict(table.named_buffers(recurse=False))
     part_counts: dict[str, Tensor] = {}
     for part, count in table.composition.lookup_counts(stored, counts, table.settings).items():
         module = table.get_submodule(part)
-        part_counts |= {names[module]: count, **_of_parts(module, count, names)}
+        part_counts |= {names[module]: count, **_counts_of_parts(module, count, names)}
     return part_counts
 
 
-def _count(module: nn.Module, counts: Tensor) -> None:
-    """Count the ids that a table is called with; the padding that a bag adds is not counted."""
+def _count_lookups(module: nn.Module, counts: Tensor) -> None:
+    """Register a hook that adds the ids of each call to ``counts``, without a bag's padding."""
     padding = module.padding_idx if isinstance(module, nn.EmbeddingBag | Bag) else None
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -95,24 +96,25 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
         tables: names of units.
 
     Returns:
-        Float32 ``(rows, dim)`` by table, as in ``loss_gradients``: the mean over training rows, or
-        lists, of the squared gradient of the loss of that row or list. If a data row looks a table
-        up several times (a bag), each lookup counts separately.
+        Float32 ``(rows, dim)`` by table name, as in ``loss_gradients``: the mean, over training
+        rows or lists, of the squared gradient of the loss of that row or list. If a data row looks
+        a table up several times (a bag), each lookup counts separately.
 
     Raises:
-        CompressionError: the bench has no training rows, or its task has no loss.
+        RowsMissing: the bench has no training rows.
+        StepRefused: the signature's task has no loss.
     """
     if bench.train is None:
         raise RowsMissing("gradients_need_rows")
     if not bench.signature.scores_rows:
         raise StepRefused("gradients_need_loss")
     private = model.private().module
-    watched = _tables(private, tables)
+    modules = _tables(private, tables)
 
     def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
         return hard_loss(bench.signature, output, batch)
 
-    gradients = loss_gradients(private, bench.signature, bench.train, loss, watched)
+    gradients = loss_gradients(private, bench.signature, bench.train, loss, modules)
     return {name: curvature for name, (_, curvature) in gradients.items()}
 
 
@@ -124,8 +126,11 @@ def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
         bench: with ``train`` rows.
         tables: names of units.
 
+    Returns:
+        The sensitivity, by table name.
+
     Raises:
-        CompressionError: the bench has no training rows.
+        RowsMissing: the bench has no training rows.
     """
     if bench.train is None:
         raise RowsMissing("gradients_need_rows")
@@ -134,9 +139,10 @@ def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
 
 
 def _tables(module: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
-    """The modules of a private copy that map ids to rows, by unit.
+    """Return the modules of a private copy that map ids to rows, by table name.
 
-    A bag is replaced by a lookup and a reduction, so that hooks get each lookup separately.
+    An ``nn.EmbeddingBag`` is replaced by a lookup and a reduction, so that a hook receives each
+    lookup separately.
     """
     modules: dict[str, nn.Module] = {}
     for unit in Unit.of(module):

@@ -1,6 +1,7 @@
 """Gradient and curvature of the loss, and sensitivity of the output, for the weights of tables.
 
-They are computed for looked-up rows, so a table of codes gets them for its decoded weights.
+The derivatives are taken with respect to looked-up rows, so for a compressed table they are those
+of its decoded weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,8 +19,10 @@ from compressors.distill.training.trainer import Loss
 from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
 BATCH = 8192
-SENSED = 65_536
-"""Rows that sensitivity is taken from, at most: it is a mean, and needs no more."""
+"""Rows per batch."""
+
+SENSITIVITY_ROWS = 65_536
+"""Largest number of rows for ``sensitivity``: more do not change the estimate much."""
 
 
 def loss_gradients(
@@ -36,45 +39,46 @@ def loss_gradients(
         signature: inputs and task of the network.
         split: the data; all rows are read.
         loss: the loss to differentiate, a mean over rows or lists.
-        tables: modules of ``module`` that map ids to rows, by any name.
+        tables: submodules of ``module`` that map ids to rows, by any name.
 
     Returns:
-        By table two float32 ``(rows, dim)``: the gradient of the mean loss, and the diagonal of the
-        empirical Fisher matrix, which is the mean of the squared gradients of the loss of each row
-        or list against its label. The second uses labels because gradients against a teacher's
-        predictions vanish where the network reproduces them, for any curvature.
+        By these names, two float32 ``(rows, dim)``: the gradient of the mean loss, and the diagonal
+        of the empirical Fisher matrix, which is the mean of the squared gradients of the loss of
+        each row or list against its label. The second uses labels for any ``loss``, because
+        gradients against a teacher's predictions vanish where the network reproduces them.
     """
     shapes = {name: _shape(table) for name, table in tables.items()}
     result = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
     rows, terms = Rows(split, signature), 0
-    with watched(tables) as seen:
+    with watched(tables) as lookups:
         for numbers in shuffled_rows(rows, signature, BATCH, seed=0):
-            seen.clear()
+            lookups.clear()
             batch = rows.take(numbers)
             output = module(**batch.inputs)
-            leaves = [leaf for _, _, leaf in seen]
-            own = _terms(signature, batch)
-            terms += own
-            first = loss(output, batch, numbers) * own
-            second = hard_loss(signature, output, batch) * own
-            slope = torch.autograd.grad(first, leaves, retain_graph=True, allow_unused=True)
-            single = torch.autograd.grad(second, leaves, allow_unused=True)
-            for (name, ids, _), each, one in zip(seen, slope, single, strict=True):
-                if each is None or one is None:  # looked up, but the loss does not depend on it
+            leaves = [leaf for _, _, leaf in lookups]
+            batch_terms = _terms(signature, batch)
+            terms += batch_terms
+            summed = loss(output, batch, numbers) * batch_terms
+            summed_hard = hard_loss(signature, output, batch) * batch_terms
+            gradients = torch.autograd.grad(summed, leaves, retain_graph=True, allow_unused=True)
+            hard_gradients = torch.autograd.grad(summed_hard, leaves, allow_unused=True)
+            for (name, ids, _), grad, hard in zip(lookups, gradients, hard_gradients, strict=True):
+                if grad is None or hard is None:  # looked up, but the loss does not depend on it
                     continue
-                dim = each.shape[-1]
-                result[name][0].index_add_(0, ids, each.reshape(-1, dim))
-                result[name][1].index_add_(0, ids, one.reshape(-1, dim).square())
-    return {name: (slope / terms, squares / terms) for name, (slope, squares) in result.items()}
+                dim = grad.shape[-1]
+                result[name][0].index_add_(0, ids, grad.reshape(-1, dim))
+                result[name][1].index_add_(0, ids, hard.reshape(-1, dim).square())
+    return {name: (grad / terms, squares / terms) for name, (grad, squares) in result.items()}
 
 
 class Sensitivity(NamedTuple):
     """Sensitivity of a network's output to a table: sums of squared gradients over lookups.
 
-    ``columns`` float64 ``(dim, dim)``: sum of the outer products of the output's gradients.
-    ``rows`` float64 ``(rows,)``: sum of the squared norms of the gradients, by looked-up row.
-    ``lookups``: number of lookups that affect the output. The padding of a bag does not, and
-    neither does the row of the other tier in a table with tiers.
+    Attributes:
+        columns: float64 ``(dim, dim)``, sum of the outer products of the output's gradients.
+        rows: float64 ``(rows,)``, sum of the squared norms of the gradients, by looked-up row.
+        lookups: number of lookups that affect the output. The padding of a bag does not, nor does
+            the row of the other tier in a table with tiers.
     """
 
     columns: Tensor
@@ -87,9 +91,9 @@ def sensitivity(
     signature: Signature,
     split: Split,
     tables: Mapping[str, nn.Module],
-    most: int = SENSED,
+    most: int = SENSITIVITY_ROWS,
 ) -> dict[str, Sensitivity]:
-    """Compute the sensitivity of the output to rows of some tables and to pairs of columns.
+    """Compute the sensitivity of the output to the rows and the pairs of columns of some tables.
 
     Unlike the gradient of the loss, it needs no label and does not vanish for confident
     predictions.
@@ -98,31 +102,34 @@ def sensitivity(
         module: the network in evaluation mode; none of its tensors is changed.
         signature: inputs and task of the network.
         split: the data.
-        tables: modules of ``module`` that map ids to rows, by any name.
-        most: largest number of rows that are drawn from the split.
+        tables: submodules of ``module`` that map ids to rows, by any name.
+        most: number of rows after which no further batch is read.
+
+    Returns:
+        The sensitivity, by the names of ``tables``.
     """
     columns, by_row, lookups = {}, {}, dict.fromkeys(tables, 0)
     for name, table in tables.items():
         rows, dim = _shape(table)
         columns[name] = torch.zeros(dim, dim, dtype=torch.float64)
         by_row[name] = torch.zeros(rows, dtype=torch.float64)
-    data, left = Rows(split, signature), most
-    with watched(tables) as seen:
+    data, remaining = Rows(split, signature), most
+    with watched(tables) as watched_lookups:
         for numbers in shuffled_rows(data, signature, BATCH, seed=0):
-            seen.clear()
+            watched_lookups.clear()
             output = module(**data.take(numbers).inputs)
-            leaves = [leaf for _, _, leaf in seen]
+            leaves = [leaf for _, _, leaf in watched_lookups]
             grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
-            for (name, ids, _), grad in zip(seen, grads, strict=True):
+            for (name, ids, _), grad in zip(watched_lookups, grads, strict=True):
                 if grad is not None:
                     flat = grad.reshape(-1, grad.shape[-1]).double()
-                    each = flat.square().sum(dim=1)
+                    squared_norms = flat.square().sum(dim=1)
                     columns[name] += flat.T @ flat
-                    by_row[name].index_add_(0, ids.long(), each)
+                    by_row[name].index_add_(0, ids.long(), squared_norms)
                     # Padding of bags and rows of the other tier are looked up but not used.
-                    lookups[name] += int((each > 0).sum())
-            left -= len(numbers)
-            if left <= 0:
+                    lookups[name] += int((squared_norms > 0).sum())
+            remaining -= len(numbers)
+            if remaining <= 0:
                 break
     return {name: Sensitivity(columns[name], by_row[name], lookups[name]) for name in tables}
 
@@ -132,10 +139,11 @@ def watched(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor,
     """Record the lookups of some tables while the network runs.
 
     Yields:
-        For each lookup the table's name, the ids ``(all,)``, and the rows ``(*ids, dim)``. The rows
-        are a leaf from which the rest of the network is computed, so no weight needs a gradient.
+        A list to which each lookup is appended: the table's name, the ids ``(lookups,)``, and the
+        rows ``(*ids, dim)``. The rows are leaves of the autograd graph of the rest of the network,
+        so no weight needs a gradient.
     """
-    seen: list[tuple[str, Tensor, Tensor]] = []
+    lookups: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(
@@ -145,42 +153,42 @@ def watched(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor,
             rows: Tensor,
         ) -> Tensor:
             leaf = rows.detach().requires_grad_(True)
-            seen.append((name, (args[0] if args else kwargs["input"]).reshape(-1), leaf))
+            lookups.append((name, (args[0] if args else kwargs["input"]).reshape(-1), leaf))
             return leaf
 
         return table.register_forward_hook(hook, with_kwargs=True)
 
     handles = [watch(name, table) for name, table in tables.items()]
     try:
-        yield seen
+        yield lookups
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _shape(table: nn.Module) -> tuple[int, int]:
-    """Number of rows and dimensions of a table."""
+    """Return the number of rows and dimensions of a table."""
     if isinstance(table, PackedTable | ComposedTable):
         return table.rows, table.dim
     if isinstance(table, nn.Embedding):
         return table.num_embeddings, table.embedding_dim
-    raise TypeError(f"{type(table).__name__} is no table of rows")
+    raise TypeError(f"Expected a table of rows, got {type(table).__name__}.")
 
 
 def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss) -> float:
-    """Mean loss over a split, with equal weight for each row (for ranking, each list)."""
+    """Return the mean loss over a split, with equal weight for each row or, for ranking, list."""
     rows, total, terms = Rows(split, signature), 0.0, 0
     with torch.no_grad():
         for numbers in shuffled_rows(rows, signature, BATCH, seed=0):
             batch = rows.take(numbers)
-            own = _terms(signature, batch)
-            total += float(loss(module(**batch.inputs), batch, numbers)) * own
-            terms += own
+            batch_terms = _terms(signature, batch)
+            total += float(loss(module(**batch.inputs), batch, numbers)) * batch_terms
+            terms += batch_terms
     return total / terms
 
 
 def _terms(signature: Signature, batch: Batch) -> int:
-    """Number of losses in the mean over a batch."""
+    """Return the number of losses in the mean over a batch: its rows or, for ranking, lists."""
     if signature.has_lists and batch.group is not None:
         return len(torch.unique(batch.group))
     return len(batch.label)

@@ -5,11 +5,11 @@ format, the settings of the step.
 
 float16.py         tables and dense layers as float16
 bfloat16_dense.py  bfloat16
-calibrated.py      calibration of input ranges, shared by formats with scaled inputs
+calibrated.py      calibration of input ranges, for static_int8 and qat
 static_int8.py     int8 weights and calibrated int8 inputs
 qat.py             quantization-aware training of static_int8
-float8_dense.py    8-bit floats, weights and inputs
-weight_only.py     blocks, codes and custom op shared by weight-only formats
+float8_dense.py    weights and inputs as 8-bit floats
+weight_only.py     blocks, codes and custom op of the weight-only formats
 weight_int8.py     int8 weights
 gptq.py            GPTQ rounding with error compensation
 weight_int4.py     4-bit weights

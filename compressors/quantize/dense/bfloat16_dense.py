@@ -1,10 +1,10 @@
 """Dense layers as bfloat16: half the bytes, float32's range, three decimal digits.
 
-A weight has 8 significant bits, in float16 11: use bfloat16 if float16 overflows, which the plan of
-``float16`` reports. TensorRT multiplies in bfloat16; ONNX Runtime on CPU has no such Gemm, so there
-only the stored bytes halve and the arithmetic is in float32. Tables have the separate step
-``bfloat16``, because tables of any size are encoded row block by row block, which is not possible
-in a step that needs the whole network.
+A weight has 8 significant bits; in float16 it has 11. Use bfloat16 if float16 overflows, which the
+plan of ``float16`` reports. TensorRT multiplies in bfloat16; ONNX Runtime on CPU has no such Gemm,
+so there only the stored bytes halve and the arithmetic is in float32. Tables have the separate step
+``bfloat16``, because tables may be larger than memory and are encoded in blocks of rows, which a
+step that needs the whole network cannot do.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ from compressors.core.units import Unit, swap
 from compressors.quantize.kernels.short_floats import short_float_linear_format
 
 LARGEST = float(torch.finfo(torch.bfloat16).max)
-
+"""The largest bfloat16 number."""
 
 FORMAT = short_float_linear_format("bfloat16", torch.bfloat16)
 
@@ -44,7 +44,9 @@ class BFloat16Dense(StepSettings):
         outcomes: dict[str, Decision] = {}
         for unit in plan.units(model.module):
             weight, bias = unit.weight, unit.bias
-            largest = max(float(each.abs().max()) for each in (weight, bias) if each is not None)
+            largest = max(
+                float(tensor.abs().max()) for tensor in (weight, bias) if tensor is not None
+            )
             stored = {
                 "weight": weight.to(torch.bfloat16),
                 "bias": (weight.new_zeros(len(weight)) if bias is None else bias).bfloat16(),
@@ -61,5 +63,5 @@ class BFloat16Dense(StepSettings):
         return Applied(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by one in the format."""
+        """Replace every selected layer by placeholders in the format."""
         return dry_run_packed(model, plan.units(model.module), linear=FORMAT)

@@ -1,4 +1,4 @@
-"""Calibrate the input ranges of dense layers and build layers with scaled inputs from them."""
+"""Calibrate the input ranges of dense layers, and build layers with int8 inputs from them."""
 
 from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple, get_args
@@ -18,15 +18,15 @@ from compressors.quantize.calibration.calibrators import Histogram
 from compressors.quantize.calibration.layer_inputs import Receive, read_layer_inputs
 
 EVERY = "*"
-"""Layers of a step that names no layer: one that cannot be scaled may stay."""
+"""Pattern that matches every layer. With it, layers whose inputs give no scale are skipped."""
+
 ZERO_INPUTS = Decision("skipped", (Reason("zero_inputs"),))
-"""The outcome of a layer whose inputs were all zero on the calibration rows."""
-"""Why such a layer stays."""
+"""The outcome of a layer whose inputs are all zero on the calibration rows."""
 
 Calibrator = Literal["min_max", "percentile", "entropy", "mse", "best"]
 
 Pack = Callable[[nn.Linear, Tensor], PackedLinear]
-"""From a layer and the end of its inputs' range, float32 scalar, to what takes its place."""
+"""Builds the replacement of a layer from the layer and its largest input, float32 scalar."""
 
 
 class Calibrated(NamedTuple):
@@ -41,7 +41,7 @@ class Calibrated(NamedTuple):
     error: float | None
 
     def reasons(self) -> tuple[Reason, ...]:
-        """The selected calibrator and the measured error as reasons for the plan; may be empty."""
+        """Return the calibrator, unless it is ``min_max``, and the measured error as reasons."""
         reasons: list[Reason] = []
         if self.calibrator != "min_max":
             reasons.append(Reason("calibrated_range", calibrator=self.calibrator))
@@ -51,7 +51,7 @@ class Calibrated(NamedTuple):
 
 
 def range_end(seen: Histogram, calibrator: str, share: float) -> Tensor:
-    """The largest input that is represented, float32 scalar, by the given calibrator."""
+    """Return the largest input that is not clipped, float32 scalar, by the given calibrator."""
     match calibrator:
         case "percentile":
             return torch.tensor(calibration.percentile(seen, share))
@@ -64,7 +64,7 @@ def range_end(seen: Histogram, calibrator: str, share: float) -> Tensor:
 
 def calibrated(
     module: nn.Module,
-    chosen: Collection[Unit],
+    layers: Collection[Unit],
     bench: Bench,
     pack: Pack,
     *,
@@ -79,18 +79,20 @@ def calibrated(
 
     Args:
         module: the network in evaluation mode; it is not changed.
-        chosen: the layers to replace, each an ``nn.Linear``.
+        layers: the layers to replace, each an ``nn.Linear``.
         bench: with calibration rows.
         pack: builds a layer in the format.
-        calibrator: selects the range of the inputs; ``best`` compares all on a second pass.
-        share: share of the inputs inside the range of ``percentile``.
+        calibrator: selects the range of the inputs; ``best`` compares the output error of all
+            others on a second pass.
+        share: for ``percentile``, the share of the inputs inside the range.
         rows: largest number of rows that are read.
         batch: rows per batch.
         measured: measure the output error, on a second pass.
-        lenient: skip layers whose inputs are all zero, such as heads used only in training.
+        lenient: leave out layers whose inputs are all zero, such as heads used only in training.
 
     Raises:
-        CompressionError: there are no calibration rows, or the inputs of a layer give no scale.
+        RowsMissing: there are no calibration rows.
+        StepRefused: some inputs of a layer are not finite, or, unless ``lenient``, all are zero.
     """
     split = bench.calibration
     if split is None:
@@ -101,53 +103,57 @@ def calibrated(
             module, units, split, bench.signature, batch=batch, limit=rows, receive=receive
         )
 
-    seen = {unit.name: Histogram() for unit in chosen}
-    read(chosen, lambda unit, x: seen[unit.name].add(x))
-    taken = [unit for unit in chosen if not lenient or seen[unit.name].largest != 0]
-    layers = {unit.name: _scalable(unit, seen[unit.name]) for unit in taken}
-    tried = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
+    histograms = {unit.name: Histogram() for unit in layers}
+    read(layers, lambda unit, x: histograms[unit.name].add(x))
+    units = [unit for unit in layers if not lenient or histograms[unit.name].largest != 0]
+    linears = {unit.name: _require_scale(unit, histograms[unit.name]) for unit in units}
+    calibrators = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
     candidates = {
-        name: [pack(layer, range_end(seen[name], how, share)) for how in tried]
-        for name, layer in layers.items()
+        name: [pack(linear, range_end(histograms[name], rule, share)) for rule in calibrators]
+        for name, linear in linears.items()
     }
-    if not measured and len(tried) == 1:
-        return {name: Calibrated(packed, tried[0], None) for name, (packed,) in candidates.items()}
-    wrong = {name: [0.0] * len(tried) for name in layers}
-    right = dict.fromkeys(layers, 0.0)
+    if not measured and len(calibrators) == 1:
+        return {
+            name: Calibrated(packed, calibrators[0], None) for name, (packed,) in candidates.items()
+        }
+    errors = {name: [0.0] * len(calibrators) for name in linears}
+    outputs = dict.fromkeys(linears, 0.0)
 
     def compare(unit: Unit, x: Tensor) -> None:
         for place, candidate in enumerate(candidates[unit.name]):
-            error, own = squared_error(layers[unit.name], candidate, x)
-            wrong[unit.name][place] += error
-        right[unit.name] += own
+            error, output = squared_error(linears[unit.name], candidate, x)
+            errors[unit.name][place] += error
+        outputs[unit.name] += output
 
-    read(taken, compare)
-    return {name: _least(candidates[name], tried, wrong[name], right[name]) for name in layers}
+    read(units, compare)
+    return {
+        name: _best(candidates[name], calibrators, errors[name], outputs[name]) for name in linears
+    }
 
 
 def squared_error(layer: nn.Linear, packed: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Sums of squares of the output's error and of the output, for inputs ``(*, in)``."""
+    """Return the sums of squares of the output's error and of the output, for ``(*, in)``."""
     expected = F.linear(x, layer.weight, layer.bias).double()
     error = packed(x).double() - expected
     return float(error.square().sum()), float(expected.square().sum())
 
 
-def _least(
-    made: list[PackedLinear], calibrators: tuple[str, ...], wrong: list[float], right: float
+def _best(
+    candidates: list[PackedLinear], calibrators: tuple[str, ...], errors: list[float], output: float
 ) -> Calibrated:
-    place = min(range(len(made)), key=wrong.__getitem__)
-    return Calibrated(
-        made[place], calibrators[place], (wrong[place] / right) ** 0.5 if right else 0.0
-    )
+    """Return the candidate with the smallest error, a sum of squares, like ``output``."""
+    place = min(range(len(candidates)), key=errors.__getitem__)
+    error = (errors[place] / output) ** 0.5 if output else 0.0
+    return Calibrated(candidates[place], calibrators[place], error)
 
 
-def _scalable(unit: Unit, seen: Histogram) -> nn.Linear:
+def _require_scale(unit: Unit, histogram: Histogram) -> nn.Linear:
     """Return the layer if its inputs determine a scale.
 
     Raises:
-        CompressionError: all inputs were zero, or some were not finite.
+        StepRefused: all inputs are zero, or some are not finite.
     """
-    largest = seen.largest
+    largest = histogram.largest
     if not isinstance(unit.module, nn.Linear) or largest == 0:
         raise StepRefused("layer_inputs_zero", layer=unit.name)
     if not bool(torch.isfinite(largest)):

@@ -1,8 +1,8 @@
 """Tables and dense layers as float16: half the bytes, no calibration.
 
-Tables are looked up in float16 and widened after the lookup. Dense layers compute in float16 on
-targets that support it (TensorRT); ONNX Runtime on CPU has no float16 Gemm, so there only the
-stored bytes halve and the arithmetic is in float32.
+Rows of tables are looked up in float16 and then converted to float32. Dense layers compute in
+float16 on targets that support it (TensorRT); ONNX Runtime on CPU has no float16 Gemm, so there
+only the stored bytes halve and the arithmetic is in float32.
 
 Units that float16 cannot represent stay in float32, and the plan gives the reason: weights above
 65,504, and dense layers whose inputs or sums are near that limit on the calibration rows.
@@ -41,7 +41,8 @@ from compressors.quantize.kernels.short_floats import (
     short_float_table_format,
 )
 
-LARGEST = 65_504.0  # the largest float16
+LARGEST = 65_504.0
+"""The largest float16 number."""
 
 
 def narrow(weight: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def narrow(weight: Tensor) -> Tensor:
 
 
 def beyond(*weights: Tensor | None) -> Reason | None:
-    """The reason why float16 cannot represent some tensors, or None if it can."""
+    """Return the reason why float16 cannot represent some tensors, or None if it can."""
     for weight in weights:
         if weight is not None and not bool(torch.isfinite(narrow(weight)).all()):
             largest = float(weight.abs().max())
@@ -59,7 +60,7 @@ def beyond(*weights: Tensor | None) -> Reason | None:
 
 
 def largest_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-    """Bound of the absolute partial sums of a layer's outputs, for any order of summation.
+    """Return a bound of the absolute partial sums of a layer's outputs, in any order of summation.
 
     The sum of all terms of one sign is the largest partial sum; a GPU may accumulate it in float16.
 
@@ -81,23 +82,25 @@ class Float16(StepSettings):
     """Store tables and dense layers as float16."""
 
     kind: Literal["float16"] = "float16"
-    tables: tuple[str, ...] = Field(("*",), description="Tables to compress, with * as wildcard.")
+    tables: tuple[str, ...] = Field(
+        ("*",), description="Tables to compress: module names, with * for any characters."
+    )
     layers: tuple[str, ...] = Field(
-        ("*",), description="Dense layers to compress, with * as wildcard."
+        ("*",), description="Dense layers to compress: module names, with * for any characters."
     )
     min_rows: MinRows = 1
     headroom: float = Field(
         2.0,
         ge=1,
-        description="Dense layers whose inputs or sums, times this, lie beyond 65,504 on the "
-        "calibration rows stay float32: rows to come may be larger.",
+        description="Dense layers stay float32 if their inputs or sums on the calibration rows, "
+        "multiplied by this, exceed 65,504: later rows may be larger.",
     )
-    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    rows: int = Field(4096, ge=1, description="Largest number of calibration rows that are read.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
 
     @property
     def wants(self) -> tuple[Part, ...]:
-        """Calibration rows, to find layers that overflow; without them only weights are checked."""
+        """Calibration rows, to detect overflow in layers; without them only weights are checked."""
         return ("calibration",)
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
@@ -111,15 +114,15 @@ class Float16(StepSettings):
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Replace every selected table and layer that float16 can represent."""
-        module, chosen = model.module, plan.units(model.module)
-        dense = [unit for unit in chosen if unit.role == "dense"]
-        kept = self._overflowing(module, dense, bench)
+        module, selected = model.module, plan.units(model.module)
+        dense = [unit for unit in selected if unit.role == "dense"]
+        overflowing = self._overflowing(module, dense, bench)
         outcomes: dict[str, Decision] = {}
         if bench.calibration is None:
             unchecked = Decision("taken", (Reason("sums_not_checked"),))
             outcomes |= {unit.name: unchecked for unit in dense}
-        for unit in chosen:
-            reason = beyond(unit.weight, unit.bias) or kept.get(unit.name)
+        for unit in selected:
+            reason = beyond(unit.weight, unit.bias) or overflowing.get(unit.name)
             if reason is not None:
                 outcomes[unit.name] = Decision("skipped", (reason,))
             else:
@@ -127,24 +130,24 @@ class Float16(StepSettings):
         return Applied(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected table and layer by one in the format."""
+        """Replace every selected table and layer by placeholders in the format."""
         units = plan.units(model.module)
         return dry_run_packed(model, units, table=TABLE_FORMAT, linear=LINEAR_FORMAT)
 
     def _overflowing(
         self, module: nn.Module, layers: Sequence[Unit], bench: Bench
     ) -> dict[str, Reason]:
-        """Layers whose inputs or sums are too near the limit of float16, with a reason each."""
+        """Return the layers whose inputs or sums are near or above 65,504, with the reasons."""
         if bench.calibration is None:
             return {}
         largest = {unit.name: {"an input": 0.0, "a sum": 0.0} for unit in layers}
 
-        def compare(unit: Unit, x: Tensor) -> None:
+        def update(unit: Unit, x: Tensor) -> None:
             if x.numel():
-                met = largest[unit.name]
+                sizes = largest[unit.name]
                 sums = largest_sum(x, unit.weight, unit.bias)
                 for what, size in (("an input", float(x.abs().max())), ("a sum", sums)):
-                    met[what] = size if math.isnan(size) else max(met[what], size)
+                    sizes[what] = size if math.isnan(size) else max(sizes[what], size)
 
         read_layer_inputs(
             module,
@@ -153,7 +156,7 @@ class Float16(StepSettings):
             bench.signature,
             batch=self.batch,
             limit=self.rows,
-            receive=compare,
+            receive=update,
         )
         return {
             name: Reason(
@@ -164,14 +167,14 @@ class Float16(StepSettings):
                 format="float16",
                 limit=LARGEST,
             )
-            for name, met in largest.items()
-            for what, size in met.items()
+            for name, sizes in largest.items()
+            for what, size in sizes.items()
             if not size * self.headroom <= LARGEST  # also true for NaN
         }
 
 
 def _packed(unit: Unit) -> nn.Module:
-    """The float16 replacement of a table or layer."""
+    """Build the float16 replacement of a table or layer."""
     weight, bias = narrow(unit.weight), unit.bias
     if unit.role == "table":
         rows, dim = weight.shape

@@ -1,16 +1,16 @@
 """Dense layers with weights and inputs in 8-bit floats (E4M3), for GPUs that multiply them.
 
-Weights get one scale per output channel or one per layer, inputs one per layer. The scales map the
+Weights have one scale per output channel or per layer, inputs one per layer. The scales map the
 largest weight, and the largest input on the calibration rows, to 448, the largest E4M3 number.
 Numbers have 4 significant bits down to 1/28,672 of the largest, so inputs with a few large values
 lose less precision than in int8.
 
 Use it for GPU targets: TensorRT multiplies 8-bit floats from compute capability 8.9 on. CPUs do
-not; ONNX Runtime there computes the same numbers in float32, with weights widened once when a
-session starts: the file takes a quarter of the bytes, and nothing is faster.
+not: ONNX Runtime computes the same numbers there in float32, with weights converted once when a
+session starts. The file then takes a quarter of the bytes, but nothing is faster.
 
 Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
-Differs: static scales from the largest value; larger values at serving are clipped to 448, because
+Differs: static scales from the largest value; larger inputs in serving are clipped, because
 QuantizeLinear saturates.
 """
 
@@ -101,8 +101,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     near, steps = rounded(ratio), steps_of(codes)
     to_input = grad @ (steps * weight_scale.reshape(-1, 1))  # (*, in)
     flat = grad.reshape(-1, grad.shape[-1])
-    each = flat.T @ (near * input_scale).reshape(-1, near.shape[-1]) * steps  # (out, in)
-    to_weight_scale = each.sum(dim=1) if weight_scale.dim() else each.sum()
+    by_weight = flat.T @ (near * input_scale).reshape(-1, near.shape[-1]) * steps  # (out, in)
+    to_weight_scale = by_weight.sum(dim=1) if weight_scale.dim() else by_weight.sum()
     to_input_scale = (to_input * torch.where(inside, near - ratio, near)).sum()
     to_x = torch.where(inside, to_input, torch.zeros_like(to_input))
     to_bias = flat.sum(dim=0) if ctx.has_bias else None
@@ -114,7 +114,7 @@ float8_linear.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class Float8DenseFormat:
-    """``codes`` uint8 ``(out, in)``, two scales, and a float32 bias if the layer has one."""
+    """Stores ``codes`` uint8 ``(out, in)``, two scales, and a float32 bias if the layer has one."""
 
     name: str = "float8_dense"
     learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")
@@ -123,12 +123,12 @@ class Float8DenseFormat:
         self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
     ) -> dict[str, TensorSpec]:
         by_channel = settings["scales"] == "channel"
-        laid = {
+        specs = {
             "codes": TensorSpec((outputs, inputs), torch.uint8),
             "weight_scale": TensorSpec((outputs,) if by_channel else (), torch.float32),
             "input_scale": TensorSpec((), torch.float32),
         }
-        return {**laid, "bias": TensorSpec((outputs,), torch.float32)} if bias else laid
+        return {**specs, "bias": TensorSpec((outputs,), torch.float32)} if bias else specs
 
     def apply(
         self,
@@ -147,7 +147,7 @@ class Float8DenseFormat:
         x: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """The rounded inputs that are multiplied, float32 ``(*, in)``."""
+        """Return the rounded inputs that are multiplied, float32 ``(*, in)``."""
         scale = stored["input_scale"]
         return rounded(x / scale) * scale
 
@@ -156,14 +156,14 @@ FORMAT: LinearFormat = Float8DenseFormat()
 
 
 class Float8Dense(StepSettings):
-    """Compute dense layers in 8-bit floats (E4M3) on GPUs, with scales calibrated before."""
+    """Compute dense layers in 8-bit floats (E4M3) on GPUs, with calibrated scales."""
 
     kind: Literal["float8_dense"] = "float8_dense"
     layers: LayerPatterns = ("*",)
     scales: Literal["channel", "layer"] = Field(
-        "channel", description="A scale for the weights of each output channel, or of the layer."
+        "channel", description="One scale for the weights of each output channel, or one per layer."
     )
-    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    rows: int = Field(4096, ge=1, description="Largest number of calibration rows that are read.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
 
     @property
@@ -172,7 +172,7 @@ class Float8Dense(StepSettings):
         return ("calibration",)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the stored layout of a layer."""
+        """Return the settings that determine the stored layout of a layer."""
         return {"scales": self.scales}
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
@@ -185,28 +185,30 @@ class Float8Dense(StepSettings):
         """Calibrate on ``bench.calibration`` and replace every selected layer.
 
         Raises:
-            CompressionError: there are no calibration rows, or all inputs of a layer are zero.
+            RowsMissing: there are no calibration rows.
+            StepRefused: all inputs of a layer are zero, and ``layers`` does not contain the pattern
+                ``*``.
         """
         if bench.calibration is None:
             raise RowsMissing("input_scales_need_rows")
-        chosen = plan.units(model.module)
-        largest = {unit.name: torch.zeros(()) for unit in chosen}
+        selected = plan.units(model.module)
+        largest = {unit.name: torch.zeros(()) for unit in selected}
 
-        def compare(unit: Unit, x: Tensor) -> None:
-            found = input_vectors(x).float().abs().amax()
-            largest[unit.name] = torch.maximum(largest[unit.name], found)
+        def update(unit: Unit, x: Tensor) -> None:
+            batch_largest = input_vectors(x).float().abs().amax()
+            largest[unit.name] = torch.maximum(largest[unit.name], batch_largest)
 
         outcomes: dict[str, Decision] = {}
         read_layer_inputs(
             model.module,
-            chosen,
+            selected,
             bench.calibration,
             bench.signature,
             batch=self.batch,
             limit=self.rows,
-            receive=compare,
+            receive=update,
         )
-        for unit in chosen:
+        for unit in selected:
             input_scale = largest[unit.name] / LARGEST
             if EVERY in self.layers and not largest[unit.name]:
                 outcomes[unit.name] = ZERO_INPUTS
@@ -231,6 +233,6 @@ class Float8Dense(StepSettings):
         return Applied(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by one in the format, without calibration."""
+        """Replace every selected layer by placeholders in the format, without calibration."""
         units = plan.units(model.module)
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())

@@ -19,20 +19,21 @@ from torch import Tensor
 from compressors.quantize.calibration.input_moments import squared_error
 
 DAMPING = 0.01
-"""Share of the mean energy of inputs that is added to each: the paper's."""
+"""Share of the inputs' mean energy that is added to each diagonal entry; the paper's value."""
+
 COLUMNS = 128
-"""So many columns are rounded before the rest hears of it: the paper's block size."""
+"""Columns that are rounded before later columns are updated; the paper's block size."""
 
 
 def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, most: float) -> Tensor:
-    """Round weights to levels, counted in scales, so that a layer's outputs change least.
+    """Round weights to multiples of the scale so that a layer's outputs change least.
 
     Args:
         weight: float, ``(out, in)``.
-        nearest: the nearest level of each weight, float ``(out, in)``.
+        nearest: the nearest multiple of each weight, float ``(out, in)``.
         gram: Gram matrix of the layer's inputs, float64 ``(in, in)``.
         scale: scale of each weight, float, ``(out, in)`` or ``(out, 1)``.
-        most: the highest level.
+        most: the largest multiple.
 
     Returns:
         float32 ``(out, in)``, integers in ``-most .. most``. No output's squared error on the
@@ -40,36 +41,35 @@ def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, most: flo
     """
     if not bool(gram.any()):  # inputs that are all zero: any levels give the same outputs
         return nearest.float()
-    width = scale.double().expand_as(weight)
-    left = weight.double().clone()
+    scales = scale.double().expand_as(weight)
     order = gram.diagonal().argsort(descending=True, stable=True)
     inverse = _inverse_root(gram[order][:, order])
-    left, step = left[:, order], width[:, order]
-    rounded = torch.zeros_like(left)
-    inputs = left.shape[1]
+    # The weights not yet rounded, with the compensation of the errors so far.
+    remaining, ordered_scales = weight.double().clone()[:, order], scales[:, order]
+    rounded = torch.zeros_like(remaining)
+    inputs = remaining.shape[1]
     for begin in range(0, inputs, COLUMNS):
         end = min(begin + COLUMNS, inputs)
-        missed = torch.zeros_like(left[:, begin:end])  # rounding errors, in units of the update
+        errors = torch.zeros_like(remaining[:, begin:end])  # divided by the diagonal of inverse
         for place in range(begin, end):
-            column = left[:, place]
-            rounded[:, place] = (column / step[:, place]).round().clamp(-most, most)
-            off = (column - rounded[:, place] * step[:, place]) / inverse[place, place]
-            left[:, place:end] -= off[:, None] * inverse[place, place:end]
-            missed[:, place - begin] = off
-        left[:, end:] -= missed @ inverse[begin:end, end:]
+            column, column_scale = remaining[:, place], ordered_scales[:, place]
+            rounded[:, place] = (column / column_scale).round().clamp(-most, most)
+            error = (column - rounded[:, place] * column_scale) / inverse[place, place]
+            remaining[:, place:end] -= error[:, None] * inverse[place, place:end]
+            errors[:, place - begin] = error
+        remaining[:, end:] -= errors @ inverse[begin:end, end:]
     steps = torch.zeros_like(rounded)
     steps[:, order] = rounded
-    worse = squared_error(steps * width - weight, gram) > squared_error(
-        nearest.double() * width - weight, gram
+    worse = squared_error(steps * scales - weight, gram) > squared_error(
+        nearest.double() * scales - weight, gram
     )
     return torch.where(worse[:, None], nearest.double(), steps).float()
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a damped Gram matrix, float64."""
+    """Return the upper Cholesky factor of the inverse of a damped Gram matrix, float64."""
     energy = gram.diagonal()
-    # With damping, an input that is always zero has only its diagonal entry: no error is
-    # exchanged with it.
+    # An input that is always zero gets only a diagonal entry, so it takes part in no compensation.
     added = torch.full_like(energy, DAMPING * float(energy.mean()))
     factor = torch.linalg.cholesky(gram + torch.diag(added))
     root: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)

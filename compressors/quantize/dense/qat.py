@@ -3,15 +3,15 @@
 During training, a selected layer has float weights, and the forward pass rounds its weights and
 inputs to int8 levels. Gradients pass straight through the rounding. The scales, one for each output
 channel and one for the layer's inputs, are learned, starting from calibrated values. After
-training, the layer is stored as ``static_int8``, with outputs that equal those of the best epoch's
+training, the layer is stored as ``static_int8``. Its outputs equal those of the best epoch in
 validation bit for bit.
 
 Papers: Esser et al. 2020, https://arxiv.org/abs/1902.08153 (learned step size quantization: the
 gradient of a scale, equation 3). Differs: scales start from calibration, not from the mean absolute
-value; and the learned parameter is the logarithm of a scale's relative change, as in Jain et al.
-2020, https://arxiv.org/abs/1903.08066: Adam's steps have the same size for small and large
-parameters, and a scale is small. Adam also cancels the paper's scaling of gradients, so it is left
-out.
+value. The learned parameter is the logarithm of a scale's relative change, as in Jain et al. 2020,
+https://arxiv.org/abs/1903.08066, because Adam's steps have the same size for small and large
+parameters, and a scale is small. The paper's scaling of gradients is omitted, because Adam cancels
+it.
 """
 
 from collections.abc import Collection
@@ -70,9 +70,15 @@ def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 class LearnedInt8(nn.Module):
     """A dense layer in quantization-aware training: float32 ``(*, in)`` -> ``(*, out)``.
 
-    ``weight`` and ``bias`` are those of the layer, ``weight_scale`` ``(out,)`` and ``input_scale``
-    ``()`` are the initial scales, ``weight_growth`` and ``input_growth`` the logarithms of their
-    relative changes. In evaluation mode its output equals that of ``packed``.
+    In evaluation mode its output equals that of ``packed()``.
+
+    Attributes:
+        weight: the layer's float weight ``(out, in)``.
+        bias: the layer's float bias ``(out,)``, or None.
+        weight_scale: initial scales of the output channels, ``(out,)``.
+        input_scale: initial scale of the inputs, ``()``.
+        weight_growth: learned logarithms of the relative changes of ``weight_scale``.
+        input_growth: learned logarithm of the relative change of ``input_scale``.
     """
 
     weight_scale: Tensor
@@ -80,16 +86,16 @@ class LearnedInt8(nn.Module):
     weight_growth: nn.Parameter
     input_growth: nn.Parameter
 
-    def __init__(self, layer: nn.Linear, begin: PackedLinear) -> None:
+    def __init__(self, layer: nn.Linear, initial: PackedLinear) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         for name in ("weight", "input"):
-            first = begin.get_buffer(f"{name}_scale")
-            self.register_buffer(f"{name}_scale", first)
-            setattr(self, f"{name}_growth", nn.Parameter(torch.zeros_like(first)))
+            scale = initial.get_buffer(f"{name}_scale")
+            self.register_buffer(f"{name}_scale", scale)
+            setattr(self, f"{name}_growth", nn.Parameter(torch.zeros_like(scale)))
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """The present scales of weights ``(out,)`` and inputs ``()``."""
+        """Return the present scales of weights ``(out,)`` and inputs ``()``."""
         weight_scale = self.weight_scale * self.weight_growth.exp()
         return weight_scale, self.input_scale * self.input_growth.exp()
 
@@ -105,7 +111,7 @@ class LearnedInt8(nn.Module):
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
-        """The tensors of the layer in the format ``static_int8``."""
+        """Return the layer's stored tensors in the format ``static_int8``."""
         weight_scale, input_scale = self.scales()
         bias = None if self.bias is None else self.bias.detach()
         codes, weight_scale = encode(self.weight.detach(), bias, input_scale, weight_scale)
@@ -117,42 +123,42 @@ class LearnedInt8(nn.Module):
         }
 
     def packed(self) -> PackedLinear:
-        """The quantized layer that replaces it after training."""
+        """Return the ``static_int8`` layer that replaces this one after training."""
         outputs, inputs = self.weight.shape
         stored = self.stored()
         return PackedLinear(FORMAT, inputs, outputs, bias=self.bias is not None, stored=stored)
 
 
 class QAT(StepSettings):
-    """Train dense layers to be int8, with scales that are learned."""
+    """Train dense layers for int8, with learned scales."""
 
     kind: Literal["qat"] = "qat"
     layers: LayerPatterns = ("*",)
     calibrator: Calibrator = Field(
         "best",
-        description="Where the ranges of inputs begin, as in static_int8: min_max, percentile, "
-        "entropy, mse, or for each layer the best of them.",
+        description="Calibrator of the initial input ranges, as in static_int8: min_max, "
+        "percentile, entropy, mse, or for each layer the best of them.",
     )
     share: float = Field(
-        0.9999, gt=0.5, le=1, description="Of the inputs, what percentile does not clip."
+        0.9999, gt=0.5, le=1, description="Share of the inputs that percentile does not clip."
     )
-    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    rows: int = Field(4096, ge=1, description="Largest number of calibration rows that are read.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
     soft_share: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="Weight of the original's predictions against the labels; 0: labels alone.",
+        description="Weight of the loss against the original's predictions; labels get the rest.",
     )
     temperature: float = Field(
         1.0,
         ge=0.1,
         le=100,
-        description="Divides both predictions before they are compared.",
+        description="Divides the predictions of both networks before they are compared.",
     )
     training: Training = Field(
         default_factory=lambda: Training(epochs=5, learning_rate=3e-4),
-        description="How it is trained. Tables are not.",
+        description="How the layers are trained. Tables cannot be trained.",
     )
 
     @model_validator(mode="after")
@@ -163,7 +169,7 @@ class QAT(StepSettings):
 
     @property
     def trains(self) -> bool:
-        """A run is slow: the network is trained."""
+        """True: the step trains the network."""
         return True
 
     @property
@@ -183,19 +189,22 @@ class QAT(StepSettings):
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
-        """Train the selected layers and the norms between them; store those of the best epoch.
+        """Train the selected layers and modules that are not units, such as norms.
+
+        The layers of the best epoch are stored.
 
         Raises:
-            CompressionError: the bench lacks rows, a layer never ran on the calibration rows, or
-                training diverged.
+            RowsMissing: the bench lacks calibration, training or validation rows, or soft labels.
+            StepRefused: the inputs of a layer give no scale.
+            TrainingFailed: training diverged.
         """
         if bench.train is None or bench.validation is None:
             raise RowsMissing("training_needs_rows")
         module, units = model.module, Unit.of(model.module)
-        chosen = plan.units(module)
-        begun = calibrated(
+        selected = plan.units(module)
+        initial = calibrated(
             module,
-            chosen,
+            selected,
             bench,
             packed_int8,
             calibrator=self.calibrator,
@@ -206,9 +215,9 @@ class QAT(StepSettings):
             lenient=EVERY in self.layers,
         )
         learned = {
-            unit.name: _learned(unit.module, begun[unit.name].packed)
-            for unit in chosen
-            if unit.name in begun
+            unit.name: _learned(unit.module, initial[unit.name].packed)
+            for unit in selected
+            if unit.name in initial
         }
         for name, layer in learned.items():
             swap(module, name, layer)
@@ -223,20 +232,20 @@ class QAT(StepSettings):
             device=bench.device,
             checkpoints=bench.checkpoints,
             pruned=pruned_layers(model),
-            only=_trained(module, units, learned),
+            only=_trained_tensors(module, units, learned),
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
         outcome = outcome_of(epochs, bench.signature.single_output.metric, self.training)
-        outcomes = {unit.name: ZERO_INPUTS for unit in chosen if unit.name not in begun}
+        outcomes = {unit.name: ZERO_INPUTS for unit in selected if unit.name not in initial}
         for name in learned:
-            start = begun[name].reasons()
+            start = initial[name].reasons()
             first = (Reason("training_start", start=start),) if start else ()
             outcomes[name] = Decision("taken", (*first, *outcome))
         return Applied(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by one in the format, without training."""
+        """Replace every selected layer by placeholders in the format, without training."""
         return dry_run_packed(model, plan.units(model.module), linear=FORMAT)
 
     def _loss(self, bench: Bench) -> Loss:
@@ -249,16 +258,16 @@ class QAT(StepSettings):
         return loss
 
 
-def _learned(layer: nn.Module, begin: PackedLinear) -> LearnedInt8:
+def _learned(layer: nn.Module, initial: PackedLinear) -> LearnedInt8:
     if not isinstance(layer, nn.Linear):  # choose_dense selects only these
         raise StepRefused("layer_not_linear", got=type(layer).__name__)
-    return LearnedInt8(layer, begin)
+    return LearnedInt8(layer, initial)
 
 
-def _trained(
+def _trained_tensors(
     module: nn.Module, units: Collection[Unit], learned: Collection[str]
 ) -> tuple[str, ...]:
-    """Tensors of the layers in training and of modules other than tables and dense layers."""
+    """Return the names of the tensors to train: of these layers, and of modules outside units."""
     names = {unit.name for unit in units}
     owners = {name: innermost(name, names) for name in trainable(module, tables=False)}
     return tuple(name for name, owner in owners.items() if owner is None or owner in learned)

@@ -1,13 +1,13 @@
 """Dense layers with int8 weights and int8 inputs, with static scales.
 
-Weights get one scale per output channel, inputs one scale per layer, whose range a calibrator
-selects on the calibration rows (``calibrators.py``). Both are symmetric, because TensorRT supports
-no zero point.
+Weights have one scale per output channel, inputs one per layer. A calibrator selects the range of
+the inputs on the calibration rows (``calibrators.py``). Both grids are symmetric, because TensorRT
+supports no zero point.
 
 Paper: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (integer-arithmetic-only inference).
-Differs: symmetric activations, the output is float32 unless the runtime fuses it, and the weights
-of two neighbouring inputs never add up to more than 128 steps. x86 processors without VNNI add two
-products of unsigned and signed bytes in 16 bits, which clips 255 * 129: the predictions there would
+Differs: symmetric activations; the output is float32 unless the runtime fuses it; and the codes of
+two neighbouring inputs never add up to more than 128. x86 processors without VNNI add two products
+of unsigned and signed bytes in 16 bits, which overflow at 255 * 129: the predictions there would
 differ from those of the machine that evaluated the model.
 """
 
@@ -32,12 +32,14 @@ from compressors.core.units import Unit, swap
 from compressors.quantize.calibration.calibrators import LEVELS
 from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS, Calibrator, calibrated
 
-# Clipping thresholds, as shares of a channel's largest weight. Below a half the error is too large.
 SHARES = tuple(1 - place / 64 for place in range(33))
-# Products of two int8 numbers summed over this many inputs are exact in float32 (2^24).
+"""Shares of a channel's largest weight that ``clipped_scale`` compares: 1 down to a half."""
+
 EXACT_INPUTS = 2**24 // (128 * 128)
+"""Sums of this many products of int8 numbers are exact in float32, which has 24 bits."""
+
 EXACT_CODES = 2**20
-"""Weights that are multiplied at once as floats."""
+"""Number of weights, and of inputs, that are converted to floats at once."""
 
 
 def encode(
@@ -54,8 +56,8 @@ def encode(
             is the highest level.
 
     Returns:
-        ``codes`` int8 ``(out, in)``, of which columns 0 and 1, 2 and 3, ... add up to no more than
-        128, and ``weight_scale`` float32 ``(out,)``, always positive.
+        ``codes`` int8 ``(out, in)``, whose columns 0 and 1, 2 and 3, ... add up to at most 128 in
+        absolute value, and ``weight_scale`` float32 ``(out,)``, always positive.
     """
     scale = weight.float().abs().amax(dim=1) / LEVELS if weight_scale is None else weight_scale
     inside, scale = ranged(weight.float(), scale, bias, input_scale)
@@ -66,9 +68,13 @@ def encode(
 def ranged(
     weight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Clip weights ``(out, in)`` to the range of the requested scales; return storable scales.
+    """Clip weights ``(out, in)`` to the range of the requested scales.
 
-    Both pass gradients to ``weight`` and ``scale``; for the arguments see ``encode``.
+    For the arguments, see ``encode``.
+
+    Returns:
+        The clipped weights and the scales that can be stored. Both pass gradients to ``weight`` and
+        ``scale``.
     """
     end = LEVELS * scale[:, None]
     inside = torch.minimum(torch.maximum(weight, -end), end)
@@ -77,11 +83,11 @@ def ranged(
 
 
 def paired_scale(weight: Tensor) -> Tensor:
-    """The smallest scales at which no two neighbouring weights add up to more than 128 steps.
+    """Return the smallest scales at which two neighbouring codes add up to at most 128.
 
-    Rounding adds at most half a step to each weight, so their sums are limited to 127 steps. The
-    sum of two weights of different sign is smaller than the larger of them, which is limited by
-    the range.
+    Rounding adds at most half a step to each weight, so the sum of two weights may be 127 steps.
+    The sum of two weights of different sign is smaller than the larger of them, which the range
+    limits.
 
     Args:
         weight: float, ``(out, in)``.
@@ -98,19 +104,20 @@ def storable(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
     if bias is not None:
         scale = torch.maximum(scale, bias.float().abs() / (input_scale * 2**23))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    # A dead channel's weights may have decayed to almost zero: the step of its products is a
-    # divisor of the bias, so it must not underflow to zero.
+    # A dead channel's weights may be almost zero. The bias is divided by the product of both
+    # scales, so this product must not underflow to zero.
     return scale.clamp(min=torch.finfo(torch.float32).tiny / min(float(input_scale), 1.0))
 
 
 def clipped_scale(weight: Tensor) -> Tensor:
-    """The scale of each output channel with the least squared error of its weights.
+    """Return the scale of each output channel with the least squared error of its weights.
 
     Args:
         weight: float, ``(out, in)``.
 
     Returns:
-        float32 ``(out,)``: a channel's largest weight over 127, or a share of it down to a half.
+        float32 ``(out,)``: a channel's largest absolute weight divided by 127, or a share of that
+        down to a half.
     """
     whole = weight.float().abs().amax(dim=1) / LEVELS
     best, least = whole, torch.full_like(whole, torch.inf)
@@ -123,7 +130,7 @@ def clipped_scale(weight: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """Round inputs to integers in [-128, 127], stored as float, as QuantizeLinear does."""
+    """Round inputs to integers in [-128, 127], as floats, like ONNX's QuantizeLinear."""
     return (x / scale).round().clamp(-128, 127)
 
 
@@ -131,7 +138,7 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 def static_int8_linear(
     x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor
 ) -> Tensor:
-    """Compute an int8 Gemm in float arithmetic that is exact for it.
+    """Compute an int8 Gemm exactly, in float arithmetic.
 
     ``x`` float32 ``(*, in)``, ``codes`` int8 ``(out, in)``, ``weight_scale`` ``(out,)``,
     ``input_scale`` scalar, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
@@ -140,8 +147,8 @@ def static_int8_linear(
     step = weight_scale * input_scale
     shift = (bias / step).round()
     output = x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
-    # In parts, which is exact as well: codes and inputs as float64 take two to eight times their
-    # memory, a few copies of both are needed, and both are large in wide layers.
+    # In parts, because as floats, codes and inputs take two to eight times their memory, and both
+    # are large in wide layers. The sums are exact in any order.
     parts = torch.split(codes, max(1, EXACT_CODES // codes.shape[1]))
     rows = max(1, EXACT_CODES // max(codes.shape))
     inputs = torch.split(x.reshape(-1, x.shape[-1]), rows)
@@ -188,7 +195,7 @@ static_int8_linear.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class StaticInt8Format:
-    """``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros if there is none)."""
+    """Stores ``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros if none)."""
 
     name: str = "static_int8"
     learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")
@@ -225,7 +232,7 @@ class StaticInt8Format:
         x: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """The rounded inputs that are multiplied, float32 ``(*, in)``."""
+        """Return the rounded inputs that are multiplied, float32 ``(*, in)``."""
         scale = stored["input_scale"]
         return quantize(x, scale) * scale
 
@@ -241,7 +248,7 @@ def packed_int8(layer: nn.Linear, end: Tensor, weight_scale: Tensor | None = Non
 
     Args:
         layer: the float32 layer.
-        end: end of the range of its inputs, float32 scalar.
+        end: largest input that is not clipped, float32 scalar.
         weight_scale: requested scales, float32 ``(out,)``; by default no weight is clipped.
     """
     bias = None if layer.bias is None else layer.bias.detach().float()
@@ -262,27 +269,29 @@ class StaticInt8(StepSettings):
 
     kind: Literal["static_int8"] = "static_int8"
     layers: LayerPatterns = ("*",)
-    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    rows: int = Field(4096, ge=1, description="Largest number of calibration rows that are read.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
     calibrator: Calibrator = Field(
         "min_max",
-        description="How much of a layer's inputs int8 holds. min_max: all. percentile: all but a "
-        "share. entropy, mse: what changes their distribution least, or their squared error. best: "
-        "for each layer whichever leaves its output the least squared error.",
+        description="Range of a layer's inputs; larger inputs are clipped. min_max: all inputs. "
+        "percentile: a share of them. entropy, mse: the range that changes their distribution "
+        "least, or with the least squared error. best: for each layer, the one of these with the "
+        "least squared error of the layer's output.",
     )
     share: float = Field(
-        0.9999, gt=0.5, le=1, description="Of the inputs, what percentile does not clip."
+        0.9999, gt=0.5, le=1, description="Share of the inputs that percentile does not clip."
     )
     weights: WeightClipping = Field(
         "min_max",
-        description="Range of the weights of an output channel. min_max: all. mse: of least "
-        "squared error.",
+        description="Range of the weights of an output channel. min_max: all weights. mse: the "
+        "range with the least squared error.",
     )
     most_error: float | None = Field(
         None,
         gt=0,
-        description="Layers whose int8 output is off by more, root mean square on the calibration "
-        "rows as a share of the output's own, stay float32. Without it all are taken.",
+        description="Largest output error of a layer on the calibration rows, as a share of its "
+        "output (both root mean squares). Layers with a larger error stay float32. Without it all "
+        "are converted.",
     )
 
     @property
@@ -299,10 +308,12 @@ class StaticInt8(StepSettings):
         """Calibrate on ``bench.calibration``; replace selected layers within ``most_error``.
 
         Raises:
-            CompressionError: there are no calibration rows, or a layer never ran on them.
+            RowsMissing: there are no calibration rows.
+            StepRefused: the inputs of a layer are not finite; or they are all zero, and ``layers``
+                does not contain the pattern ``*``.
         """
         units = plan.units(model.module)
-        found = calibrated(
+        replacements = calibrated(
             model.module,
             units,
             bench,
@@ -314,9 +325,11 @@ class StaticInt8(StepSettings):
             measured=self.most_error is not None,
             lenient=EVERY in self.layers,
         )
-        outcomes = {name: Decision("taken", layer.reasons()) for name, layer in found.items()}
-        outcomes |= {unit.name: ZERO_INPUTS for unit in units if unit.name not in found}
-        for name, layer in found.items():
+        outcomes = {
+            name: Decision("taken", layer.reasons()) for name, layer in replacements.items()
+        }
+        outcomes |= {unit.name: ZERO_INPUTS for unit in units if unit.name not in replacements}
+        for name, layer in replacements.items():
             if self.most_error is not None and (layer.error or 0.0) > self.most_error:
                 above = Reason("above_most_error", step=self.kind, most_error=self.most_error)
                 outcomes[name] = Decision("skipped", (*layer.reasons(), above))
@@ -325,9 +338,9 @@ class StaticInt8(StepSettings):
         return Applied(model, outcomes)
 
     def _pack(self, layer: nn.Linear, end: Tensor) -> PackedLinear:
-        wanted = clipped_scale(layer.weight.detach()) if self.weights == "mse" else None
-        return packed_int8(layer, end, wanted)
+        weight_scale = clipped_scale(layer.weight.detach()) if self.weights == "mse" else None
+        return packed_int8(layer, end, weight_scale)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by one in the format, without calibration."""
+        """Replace every selected layer by placeholders in the format, without calibration."""
         return dry_run_packed(model, plan.units(model.module), linear=FORMAT)

@@ -1,11 +1,10 @@
 """Dense layers with 4-bit weights, rounded to the nearest level or by GPTQ.
 
 A layer of ``out x in`` float32 shrinks from ``4 * out * in`` to ``out * in * (1/2 + 2/block)``
-bytes with float16 scales, with ``in`` padded to a multiple of ``block``. Blocks of 32 give 14 % of
-the bytes.
+bytes with float16 scales, with ``in`` padded to a multiple of ``block``: to 14 % with blocks of 32.
 
 ``rounding="gptq"`` uses statistics of the layer's inputs on calibration rows; see ``gptq.py``.
-ONNX Runtime keeps the weights packed. With float inputs it takes about the time of a Gemm; with
+ONNX Runtime keeps the weights packed. With float inputs it takes about as long as a Gemm; with
 inputs rounded to int8 it is faster for single rows and wide layers (``benchmarks/weight_only.py``).
 
 Paper: Frantar et al. 2022, https://arxiv.org/abs/2210.17323 (4 bits in groups, GPTQ).
@@ -42,22 +41,26 @@ class WeightInt4(StepSettings):
 
     kind: Literal["weight_int4"] = "weight_int4"
     layers: LayerPatterns = ("*",)
-    block: Block = Field(32, description="Inputs that share a scale; 0: all of an output channel.")
+    block: Block = Field(
+        32, description="Number of inputs that share a scale; 0: all inputs of an output."
+    )
     clipping: Clipping = Field(
-        "mse", description="Where a range ends: at its largest weight, or where errors are least."
+        "mse",
+        description="Range of the weights of a block: min_max clips none; the others clip large "
+        "weights to lower the squared error.",
     )
     scale: ScaleType = Field("float16", description="How scales are stored.")
     activations: Activations = Field(
         "float32",
-        description="float32: inputs stay as they are. int8: they are rounded while computing, "
-        "each block of a row by itself: faster in ONNX Runtime for single rows and wide layers.",
+        description="float32: inputs are not rounded. int8: each block of a row's inputs is "
+        "rounded at run time: faster in ONNX Runtime for single rows and wide layers.",
     )
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest",
-        description="nearest: each weight by itself. gptq: so that the layer's outputs on "
-        "calibration rows change least.",
+        description="nearest: round each weight to the nearest level. gptq: round so that the "
+        "layer's outputs on calibration rows change least.",
     )
-    rows: int = Field(4096, ge=1, description="Calibration rows read for gptq, at most.")
+    rows: int = Field(4096, ge=1, description="Largest number of calibration rows read for gptq.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
 
     @property
@@ -67,12 +70,12 @@ class WeightInt4(StepSettings):
 
     @property
     def wants(self) -> tuple[Part, ...]:
-        """Calibration rows, to check the range of inputs that are rounded."""
+        """Calibration rows, to check the ranges of inputs if inputs are rounded."""
         rounds = self.activations == "int8" and self.rounding != "gptq"
         return ("calibration",) if rounds else ()
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the stored layout of a layer and how it is read."""
+        """Return the settings that determine the stored layout of a layer and how it computes."""
         return {"block": self.block, "scale": self.scale, "activations": self.activations}
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
@@ -85,23 +88,24 @@ class WeightInt4(StepSettings):
         """Round the weights of every selected layer.
 
         Raises:
-            CompressionError: a weight is too large for the type of the scales, there are no
-                calibration rows for gptq, or a layer never ran on them.
+            ValueNotStorable: a scale is too large for the dtype in which it is stored.
+            RowsMissing: there are no calibration rows for gptq.
+            StepRefused: with gptq, a layer's inputs are all zero on the calibration rows.
         """
-        chosen = plan.units(model.module)
-        seen = self._seen(model, chosen, bench) if self.rounding == "gptq" else {}
+        selected = plan.units(model.module)
+        by_layer = self._grams(model, selected, bench) if self.rounding == "gptq" else {}
         levels = weight_only.grid(BITS, self.clipping, self.scale)
         outcomes: dict[str, Decision] = {}
-        for unit in chosen:
+        for unit in selected:
             weight, bias = unit.weight, unit.bias
             scale = weight_only.fitted_scale(weight, self.block, levels)
             steps = weight_only.nearest_steps(weight, scale, self.block, levels)
-            if unit.name in seen:
-                gram, nearest = seen[unit.name], steps
-                each = weight_only.of_inputs(scale, weight.shape[1], self.block)
-                steps = gptq(weight, nearest, gram, each, levels.half)
-                less = _error(steps, each, weight, gram) / _error(nearest, each, weight, gram)
-                outcomes[unit.name] = Decision("taken", (Reason("gptq_error", share=less),))
+            if unit.name in by_layer:
+                gram, nearest = by_layer[unit.name], steps
+                scales = weight_only.of_inputs(scale, weight.shape[1], self.block)
+                steps = gptq(weight, nearest, gram, scales, levels.half)
+                share = _error(steps, scales, weight, gram) / _error(nearest, scales, weight, gram)
+                outcomes[unit.name] = Decision("taken", (Reason("gptq_error", share=share),))
             outputs, inputs = weight.shape
             packed = PackedLinear(
                 FORMAT,
@@ -114,18 +118,18 @@ class WeightInt4(StepSettings):
             swap(model.module, unit.name, packed)
         return Applied(model, outcomes)
 
-    def _seen(self, model: Model, chosen: list[Unit], bench: Bench) -> dict[str, Tensor]:
+    def _grams(self, model: Model, layers: list[Unit], bench: Bench) -> dict[str, Tensor]:
         if bench.calibration is None:
             raise RowsMissing("gptq_needs_rows", step=self.kind)
         rows, signature = bench.calibration, bench.signature
-        return grams(model.module, chosen, rows, signature, self.batch, self.rows)
+        return grams(model.module, layers, rows, signature, self.batch, self.rows)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by one in the format; the rounding does not matter."""
+        """Replace every selected layer by placeholders in the format."""
         units = plan.units(model.module)
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())
 
 
 def _error(steps: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
-    """Squared error of a layer's outputs; never zero, because it is used as a divisor."""
+    """Return the squared error of a layer's outputs; never zero, because it is a divisor."""
     return float(squared_error(steps * scale - weight, gram).sum()) + 1e-300

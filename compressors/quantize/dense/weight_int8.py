@@ -7,7 +7,7 @@ With ``activations="int8"`` ONNX Runtime rounds inputs at run time, with a scale
 number of each row and block. This needs no calibration and loses almost no precision; the weights
 stay packed in memory. With ``float32`` only the file is smaller: ONNX Runtime's 8-bit product on
 float inputs is four to twelve times slower than a Gemm for one row
-(``benchmarks/weight_only.py``), so weights are widened once when a session starts.
+(``benchmarks/weight_only.py``), so weights are converted to float32 once when a session starts.
 
 Source: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339 (LLM.int8(), vector-wise scales).
 Differs: no outlier columns kept in float.
@@ -38,25 +38,28 @@ class WeightInt8(StepSettings):
 
     kind: Literal["weight_int8"] = "weight_int8"
     layers: LayerPatterns = ("*",)
-    block: Block = Field(0, description="Inputs that share a scale; 0: all of an output channel.")
+    block: Block = Field(
+        0, description="Number of inputs that share a scale; 0: all inputs of an output."
+    )
     clipping: Clipping = Field(
         "min_max",
-        description="Where a range ends: at its largest weight, or where errors are least.",
+        description="Range of the weights of a block: min_max clips none; the others clip large "
+        "weights to lower the squared error.",
     )
     scale: ScaleType = Field("float16", description="How scales are stored.")
     activations: Activations = Field(
         "int8",
-        description="int8: inputs are rounded while computing, each block of a row by itself. "
-        "float32: they are not; in ONNX Runtime weights are then packed in the file only.",
+        description="int8: each block of a row's inputs is rounded at run time. float32: inputs "
+        "are not rounded; in ONNX Runtime the weights are then packed in the file only.",
     )
 
     @property
     def wants(self) -> tuple[Part, ...]:
-        """Calibration rows, to check the range of inputs that are rounded."""
+        """Calibration rows, to check the ranges of inputs if inputs are rounded."""
         return ("calibration",) if self.activations == "int8" else ()
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the stored layout of a layer and how it is read."""
+        """Return the settings that determine the stored layout of a layer and how it computes."""
         return {"block": self.block, "scale": self.scale, "activations": self.activations}
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
@@ -69,7 +72,7 @@ class WeightInt8(StepSettings):
         """Round the weights of every selected layer.
 
         Raises:
-            CompressionError: a weight is too large for the type of the scales.
+            ValueNotStorable: a scale is too large for the dtype in which it is stored.
         """
         levels = weight_only.grid(BITS, self.clipping, self.scale)
         for unit in plan.units(model.module):
@@ -89,6 +92,6 @@ class WeightInt8(StepSettings):
         return Applied(model)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by one in the format."""
+        """Replace every selected layer by placeholders in the format."""
         units = plan.units(model.module)
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())

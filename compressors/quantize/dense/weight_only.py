@@ -26,34 +26,38 @@ from compressors.quantize.kernels.clipping import fit
 from compressors.quantize.kernels.levels import Clipping, FittedRange, Grid, ScaleType, nearest
 
 Block = Literal[0, 16, 32, 64, 128, 256]
-"""How many neighbouring inputs share a scale; 0 is the whole row. What MatMulNBits takes."""
+"""Number of neighbouring inputs that share a scale, as MatMulNBits allows; 0: the whole row."""
+
 Activations = Literal["float32", "int8"]
+
 SHORTEST = 16
-"""A row without blocks is filled up to a multiple of this, so that it can be read in blocks."""
+"""A row without blocks is padded to a multiple of this, so that targets can split it."""
+
 LEVELS = 127
-"""Of an input that is rounded."""
+"""Positive levels of rounded inputs."""
+
 SMALLEST = 1e-36
-"""A block of smaller inputs is zero: 127 divided by less is beyond float32."""
+"""Blocks of inputs up to this are rounded to zero: 127 divided by less may overflow float32."""
 
 
 def grid(bits: int, clipping: Clipping, scale: ScaleType) -> Grid:
-    """The symmetric grid of codes of ``bits`` bits: ``2 ** bits - 1`` levels around zero."""
+    """Return the symmetric grid of codes of ``bits`` bits: ``2 ** bits - 1`` levels."""
     return Grid(2**bits - 1, clipping=clipping, scale=scale)
 
 
 def zero_code(bits: int) -> int:
-    """The code that represents zero."""
+    """Return the code that represents zero."""
     return 1 << (bits - 1)
 
 
 def padded(inputs: int, block: int) -> int:
-    """Number of codes of a row: padded to a multiple of the block, or of 16 without blocks."""
-    whole = block or SHORTEST
-    return -(-inputs // whole) * whole
+    """Return the number of codes of a row: a multiple of the block, or of 16 without blocks."""
+    multiple = block or SHORTEST
+    return -(-inputs // multiple) * multiple
 
 
 def together(inputs: int, block: int) -> int:
-    """Number of inputs that are computed, and with int8 inputs rounded, together."""
+    """Return the number of inputs that targets compute, and round if int8, as one block."""
     if block:
         return block
     length = padded(inputs, block)
@@ -64,12 +68,12 @@ def in_blocks(weight: Tensor, block: int) -> Tensor:
     """Reshape weights ``(out, in)`` to blocks ``(out * blocks, block)``, padded with zeros."""
     if not block:
         return weight
-    whole = F.pad(weight, (0, padded(weight.shape[1], block) - weight.shape[1]))
-    return whole.reshape(-1, block)
+    full = F.pad(weight, (0, padded(weight.shape[1], block) - weight.shape[1]))
+    return full.reshape(-1, block)
 
 
 def fitted_scale(weight: Tensor, block: int, levels: Grid) -> Tensor:
-    """The scale of every block, ``(out, blocks)``, as stored.
+    """Fit the scale of every block, ``(out, blocks)``, as stored.
 
     Args:
         weight: float, ``(out, in)``.
@@ -77,13 +81,13 @@ def fitted_scale(weight: Tensor, block: int, levels: Grid) -> Tensor:
         levels: the grid.
 
     Raises:
-        CompressionError: a weight is too large for the type of the scales.
+        ValueNotStorable: a scale or offset is too large for the type in which it is stored.
     """
     return fit(in_blocks(weight.float(), block), levels).scale.reshape(len(weight), -1)
 
 
 def nearest_steps(weight: Tensor, scale: Tensor, block: int, levels: Grid) -> Tensor:
-    """The nearest level of every weight, counted in scales: float32 ``(out, in)``."""
+    """Return the nearest multiple of the scale for every weight: float32 ``(out, in)``."""
     blocks = in_blocks(weight.float(), block)
     steps = nearest(blocks, FittedRange(scale.reshape(-1, 1), None), levels)
     return steps.reshape(len(weight), -1)[:, : weight.shape[1]]
@@ -97,9 +101,10 @@ def of_inputs(scale: Tensor, inputs: int, block: int) -> Tensor:
 
 
 def pack(steps: Tensor, block: int, bits: int) -> Tensor:
-    """Encode levels counted in scales, ``(out, in)``, as stored codes, uint8.
+    """Encode multiples of the scale, ``(out, in)``, as stored codes.
 
-    ``(out, padded)`` with 8 bits, ``(out, padded / 2)`` with 4.
+    Returns:
+        uint8 ``(out, padded inputs)`` with 8 bits, ``(out, padded inputs / 2)`` with 4.
     """
     outputs, inputs = steps.shape
     zero = zero_code(bits)
@@ -109,7 +114,7 @@ def pack(steps: Tensor, block: int, bits: int) -> Tensor:
 
 
 def unpack(codes: Tensor, inputs: int, bits: int) -> Tensor:
-    """Decode stored codes to levels counted in scales, float32 ``(out, in)``."""
+    """Decode stored codes to multiples of the scale, float32 ``(out, in)``."""
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
     return codes[:, :inputs].float() - zero_code(bits)
@@ -138,19 +143,19 @@ def weight_only_linear(
     block: int,
     activations: str,
 ) -> Tensor:
-    """Compute a dense layer whose weights are decoded during the computation.
+    """Compute a dense layer from its packed weights.
 
     ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, padded * bits / 8)``, ``scale``
     ``(out, blocks)``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
     """
-    weight, read = _operands(x, codes, scale, bits, block, activations)
-    return F.linear(read, weight, bias)
+    weight, multiplied = _operands(x, codes, scale, bits, block, activations)
+    return F.linear(multiplied, weight, bias)
 
 
 def _operands(
     x: Tensor, codes: Tensor, scale: Tensor, bits: int, block: int, activations: str
 ) -> tuple[Tensor, Tensor]:
-    """The weights as float32 ``(out, in)``, and the inputs as they are multiplied."""
+    """Return the weights, float32 ``(out, in)``, and the inputs, rounded if int8."""
     inputs = x.shape[-1]
     weight = unpack(codes, inputs, bits) * of_inputs(scale, inputs, block)
     return weight, rounded(x, together(inputs, block)) if activations == "int8" else x
@@ -178,14 +183,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Straight-through gradients for the rounding of inputs; no input is clipped."""
     x, codes, scale = ctx.saved_tensors
-    weight, read = _operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
-    flat, rows = grad.reshape(-1, grad.shape[-1]), read.reshape(-1, read.shape[-1])
+    weight, multiplied = _operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
+    flat, rows = grad.reshape(-1, grad.shape[-1]), multiplied.reshape(-1, multiplied.shape[-1])
     inputs = x.shape[-1]
-    each = (flat.T @ rows) * unpack(codes, inputs, ctx.bits)  # (out, in)
+    by_weight = (flat.T @ rows) * unpack(codes, inputs, ctx.bits)  # (out, in)
     if ctx.block:
-        to_scale = in_blocks(each, ctx.block).sum(dim=1).reshape(scale.shape)
+        to_scale = in_blocks(by_weight, ctx.block).sum(dim=1).reshape(scale.shape)
     else:
-        to_scale = each.sum(dim=1, keepdim=True)
+        to_scale = by_weight.sum(dim=1, keepdim=True)
     to_bias = flat.sum(dim=0) if ctx.has_bias else None
     return grad @ weight, None, to_scale.to(scale.dtype), to_bias, None, None, None
 
@@ -194,7 +199,7 @@ weight_only_linear.register_autograd(_backward, setup_context=_keep)
 
 
 class Reading(NamedTuple):
-    """Settings in a layer's record that determine how its codes are decoded."""
+    """The settings of a step or a layer's record that determine layout and computation."""
 
     block: int
     scale: torch.dtype
@@ -209,7 +214,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightOnlyFormat:
-    """``codes`` uint8, ``scale`` ``(out, blocks)``, and ``bias`` float32 if there is one."""
+    """Stores packed ``codes`` uint8, ``scale`` ``(out, blocks)``, and a float32 ``bias`` if any."""
 
     name: str
     bits: int
@@ -220,11 +225,11 @@ class WeightOnlyFormat:
     ) -> dict[str, TensorSpec]:
         block, dtype, _ = Reading.of(settings)
         length = padded(inputs, block)
-        laid = {
+        specs = {
             "codes": TensorSpec((outputs, length * self.bits // 8), torch.uint8),
             "scale": TensorSpec((outputs, length // block if block else 1), dtype),
         }
-        return {**laid, "bias": TensorSpec((outputs,), torch.float32)} if bias else laid
+        return {**specs, "bias": TensorSpec((outputs,), torch.float32)} if bias else specs
 
     def apply(self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]) -> Tensor:
         block, _, activations = Reading.of(settings)
@@ -239,15 +244,15 @@ class WeightOnlyFormat:
         x: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """The rounded inputs that are multiplied, float32 ``(*, in)``."""
+        """Return the inputs that are multiplied, rounded if int8: float32 ``(*, in)``."""
         block, _, activations = Reading.of(settings)
         return rounded(x, together(x.shape[-1], block)) if activations == "int8" else x
 
     def bytes_of(self, unit: Unit, settings: Mapping[str, Any]) -> int:
-        """Bytes of a dense layer in this format."""
+        """Return the bytes of a dense layer in this format."""
         outputs, inputs = unit.weight.shape
-        laid = self.layout(inputs, outputs, settings, bias=unit.bias is not None)
-        return sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in laid.values())
+        specs = self.layout(inputs, outputs, settings, bias=unit.bias is not None)
+        return sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in specs.values())
 
 
 def choose_smaller(
@@ -256,9 +261,12 @@ def choose_smaller(
     storage: WeightOnlyFormat,
     settings: Mapping[str, Any],
 ) -> dict[str, Decision]:
-    """Select the dense layers that become smaller in a format; give a reason for each other.
+    """Decide which dense layers to store in a format: those that become smaller.
 
     A layer with few inputs, padded to a block, may take more bytes than before.
+
+    Raises:
+        NothingToCompress: a pattern matches no dense layer.
     """
     decisions = choose_dense(units, patterns, storage.name)
     for unit in units:
@@ -274,6 +282,6 @@ def choose_smaller(
 def stored(
     steps: Tensor, scale: Tensor, bias: Tensor | None, block: int, bits: int
 ) -> dict[str, Tensor]:
-    """The stored tensors of a layer, from levels ``(out, in)`` and scales ``(out, blocks)``."""
+    """Return a layer's stored tensors from multiples ``(out, in)`` and scales ``(out, blocks)``."""
     tensors = {"codes": pack(steps, block, bits), "scale": scale}
     return tensors if bias is None else {**tensors, "bias": bias.float().clone()}

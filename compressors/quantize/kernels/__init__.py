@@ -1,11 +1,11 @@
 """Numerical kernels shared by several formats.
 
 levels.py         evenly spaced levels, and how scales and offsets are stored
-clipping.py       clipping rules that select the range of a row
-least_squares.py  ranges refitted to their codes
+clipping.py       clipping rules: select the quantization range of a row
+least_squares.py  the clipping rule that refits ranges to their codes
 lloyd.py          k-means with weights
-bitpacking.py     codes of 2 and 4 bits in bytes
+bitpacking.py     pack codes of 2 and 4 bits into bytes
 short_floats.py   ops and formats of float16 and bfloat16
 numba_kernels.py  compiled loops over rows
-row_encoding.py   encoding of row blocks by those loops
+row_encoding.py   encode row blocks with these loops
 """

@@ -1,9 +1,10 @@
-"""Pack codes of 4 or 2 bits into bytes in *planar* layout: low bits have the first weights.
+"""Pack codes of 4 or 2 bits into bytes in *planar* layout.
 
-Byte ``j`` of a row has code ``j`` of every plane, the first plane in the lowest bits. Unpacking is
-then a few element-wise ops and one concatenation. For batches, ONNX Runtime runs these several
-times faster than its 4-bit lookup, GatherBlockQuantized; for single rows the two are about equal
-(``benchmarks/int4_lookup.py``). TensorRT's packing is computed when the graph is written.
+The codes of a row are split into two or four *planes* of consecutive codes. Byte ``j`` contains
+code ``j`` of every plane, the first plane in the lowest bits. Unpacking is then a few element-wise
+ops and one concatenation. For batches, ONNX Runtime runs these several times faster than its 4-bit
+lookup, GatherBlockQuantized; for single rows both take about the same time
+(``benchmarks/int4_lookup.py``). For TensorRT, codes are repacked when the graph is written.
 """
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes, uint8 ``(rows, dim)``, into uint8 ``(rows, ceil(dim * bits / 8))``.
 
-    Codes are below ``2 ** bits``. Places beyond ``dim`` are padded with the middle code.
+    Codes are below ``2 ** bits``. Positions after ``dim`` are padded with ``2 ** (bits - 1)``.
     """
     planes = 8 // bits
     width = -(-codes.shape[1] // planes)

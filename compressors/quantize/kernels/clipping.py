@@ -1,22 +1,24 @@
 """Clipping rules: choose the quantization range of a row or of rows that share a scale.
 
 All rules compare squared errors with the *stored* scale and offset, so the comparison includes
-their rounding to float16, and no rule is worse than ``min_max``.
+their rounding to float16, and no rule has a larger error than ``min_max``.
 
 - ``min_max``: nothing is clipped.
 - ``greedy``: Guan et al. 2019, https://arxiv.org/abs/1911.02079, Algorithm 1 with its 200 bins and
-  ratio 0.16. One end at a time moves inwards by a bin, the end that costs less, until 16 % of the
-  range are removed; the result is the best range of all steps. Differs: a symmetric range has one
-  end, so every step moves it; all ranges are candidates (PyTorch's ``choose_qparams_optimized``
-  keeps only local minima); offsets are rounded down, not to the nearest, so that rounding clips
-  nothing.
-- ``least_squares``: a few ranges, the best of them refitted to its codes; ``least_squares.py``.
-- ``mse``: a search for the range of least squared error in steps of a 50th. For symmetric ranges,
-  it compares each share from 1 down to 0.5. For asymmetric ranges, it moves both ends together,
-  then either end in turn while the error falls, then again in steps of a 200th or of a quarter
-  level around the best range. Few levels, or a shared scale, may need less than half a range: a
-  symmetric range that was halved is searched again, and an asymmetric range of several rows is also
-  searched around the best symmetric range. This rule is not in the paper.
+  ratio 0.16. In each step one end of the range moves inwards by a bin: the end whose move leaves
+  the smaller error, until 16 % of the range are removed. The result is the best range of all steps.
+  Differs: a symmetric range has one end, so every step moves it; all ranges are candidates
+  (PyTorch's ``choose_qparams_optimized`` keeps only local minima); offsets are rounded down, not to
+  the nearest, so that rounding clips nothing.
+- ``least_squares``: compare a few ranges and refit the best of them to its codes
+  (``least_squares.py``).
+- ``mse``: search for the range of least squared error in steps of a 50th of the range. Of a
+  symmetric range, it compares each share from 1 down to 0.5. Of an asymmetric range, it moves both
+  ends together, then each end in turn while the error falls, then again around the best range in
+  steps of a 200th of the range or a quarter level. With few levels or a shared scale, the best
+  range may be less than half: a symmetric range that was halved is searched again, and an
+  asymmetric range of several rows is also searched around the best symmetric range. This rule is
+  not in the paper.
 """
 
 from dataclasses import replace
@@ -36,39 +38,46 @@ from compressors.quantize.kernels.levels import (
 )
 
 SHARES = tuple(1 - place / 50 for place in range(1, 26))
-"""What of a symmetric range ``mse`` tries: 0.98 down to 0.5."""
+"""Shares of a symmetric range that ``mse`` compares: 0.98 down to 0.5."""
+
 STEPS = 50
-"""Into how many steps ``mse`` divides an asymmetric range; either end takes less than half."""
+"""Steps into which ``mse`` divides an asymmetric range; each end moves by less than half of it."""
+
 FINE, FINE_STEPS = 200, 3
-"""The smaller steps of ``mse``, unless a quarter level is less, and how many it goes each way."""
+"""Fine steps per range in ``mse`` (or a quarter level if that is less), and steps to each side."""
+
 ROUNDS = 4
-"""How often ``mse`` goes through both ends of an asymmetric range at most, in steps of a size."""
-OCTAVES = 8
-"""How often a symmetric range that was halved is searched again at most."""
-BINS, BINS_TAKEN = 200, 32
-"""Guan et al.'s bins, and how many of them 16 % are."""
-TAKEN = tuple(1 - place / BINS for place in range(1, BINS_TAKEN + 1))
-"""What of a symmetric range ``greedy`` tries."""
+"""Largest number of rounds over both ends of an asymmetric range in ``mse``, per step size."""
+
+MAX_HALVINGS = 8
+"""Largest number of repeated searches of a symmetric range that was halved."""
+
+BINS, BINS_REMOVED = 200, 32
+"""Bins of a range in ``greedy``, and how many are removed: 16 %."""
+
+GREEDY_SHARES = tuple(1 - place / BINS for place in range(1, BINS_REMOVED + 1))
+"""Shares of a symmetric range that ``greedy`` compares."""
 
 
 def fit(rows: Tensor, grid: Grid) -> FittedRange:
     """Fit the scale and the offset of each group of ``rows_per_scale`` rows.
 
     Args:
-        rows: float, ``(rows, dim)``; the first row starts a range. If all rows are one range, they
+        rows: float, ``(rows, dim)``; the first row begins a range. If all rows are one range, they
             are not copied as a whole.
-        grid: the levels. The last range has fewer rows if the number of rows does not divide.
+        grid: the levels. The last range has fewer rows if ``rows_per_scale`` does not divide the
+            number of rows.
 
     Returns:
-        ``scale`` in the grid's type, always positive, and ``offset`` in the same type or None:
-        ``(ceil(rows / rows_per_scale), 1)``, or ``(1, 1)`` if the table has one range.
+        ``scale`` in the grid's dtype, always positive, and ``offset`` in the same dtype, None if
+        symmetric: ``(ceil(rows / rows_per_scale), 1)``, or ``(1, 1)`` if all rows are one range.
 
     Raises:
-        CompressionError: a weight is too large for the type of the scales.
+        ValueNotStorable: a scale or offset is too large for the type in which it is stored.
     """
     if not len(rows) and grid.rows_per_scale:
-        none = torch.empty((0, 1), dtype=grid.dtype)
-        return FittedRange(none, None if grid.symmetric else none)
+        empty = torch.empty((0, 1), dtype=grid.dtype)
+        return FittedRange(empty, None if grid.symmetric else empty)
     if not len(rows):  # an empty table: one range without weights
         rows = rows.new_zeros((1, rows.shape[1]))
     parts = [_fit(values, grid) for values in ranges(rows, grid.rows_per_scale)]
@@ -87,7 +96,7 @@ def _fit(values: Tensor, grid: Grid) -> FittedRange:
         if grid.clipping == "min_max":
             return FittedRange(widest, None)
         if grid.clipping == "greedy":
-            return FittedRange(_best_share(values, widest, TAKEN, grid)[0], None)
+            return FittedRange(_best_share(values, widest, GREEDY_SHARES, grid)[0], None)
         return FittedRange(_least_symmetric(values, widest, grid), None)
     whole = asymmetric_ends(low, high, grid)
     if grid.clipping == "min_max":
@@ -97,8 +106,8 @@ def _fit(values: Tensor, grid: Grid) -> FittedRange:
     return _least_asymmetric(values, whole, low, high, grid)
 
 
-def _searched_again(grid: Grid) -> bool:
-    """Whether ``mse`` also searches below half a range.
+def _searches_below_half(grid: Grid) -> bool:
+    """Whether ``mse`` also searches below half a symmetric range.
 
     A range of one row with 15 levels or more would need over a hundred values before clipping half
     of it could lower the error.
@@ -106,13 +115,13 @@ def _searched_again(grid: Grid) -> bool:
     return grid.levels < 15 or grid.rows_per_scale != 1
 
 
-# --- one end ---------------------------------------------------------------------------------
+# --- symmetric ranges ------------------------------------------------------------------------
 
 
 def _best_share(
     values: Tensor, widest: Tensor, shares: tuple[float, ...], grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """The best scale among shares of the widest, and the ranges where it is the last share."""
+    """Return the best scale among shares of the widest one, and where it is the last share."""
     best, least = widest, squared_error(values, FittedRange(widest, None), grid)
     better = torch.zeros_like(least, dtype=torch.bool)
     for share in shares:
@@ -125,34 +134,34 @@ def _best_share(
 
 def _least_symmetric(values: Tensor, widest: Tensor, grid: Grid) -> Tensor:
     best, last = _best_share(values, widest, SHARES, grid)
-    for _ in range(OCTAVES if _searched_again(grid) else 0):
-        again = last.squeeze(1)
-        if not bool(again.any()):
+    for _ in range(MAX_HALVINGS if _searches_below_half(grid) else 0):
+        halved = last.squeeze(1)
+        if not bool(halved.any()):
             break
-        found, still = _best_share(_only(values, again), best[again], SHARES, grid)
-        best, last = _put(best, again, found), _put(torch.zeros_like(last), again, still)
+        smaller, still = _best_share(_only(values, halved), best[halved], SHARES, grid)
+        best, last = _put(best, halved, smaller), _put(torch.zeros_like(last), halved, still)
     return best
 
 
-# --- two ends --------------------------------------------------------------------------------
+# --- asymmetric ranges -----------------------------------------------------------------------
 
 
 def _greedy(
     values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> FittedRange:
-    """Algorithm 1; ``begun`` and ``ended`` count the bins removed at the low and the high end."""
+    """Algorithm 1 of Guan et al."""
     step = (high - low) / BINS
-    begun = ended = torch.zeros_like(low)
+    low_bins = high_bins = torch.zeros_like(low)  # removed at each end
     best, least = whole, squared_error(values, whole, grid)
-    for _ in range(BINS_TAKEN):
-        from_low = asymmetric_ends(low + (begun + 1) * step, high - ended * step, grid)
-        from_high = asymmetric_ends(low + begun * step, high - (ended + 1) * step, grid)
-        first, second = (squared_error(values, one, grid) for one in (from_low, from_high))
+    for _ in range(BINS_REMOVED):
+        from_low = asymmetric_ends(low + (low_bins + 1) * step, high - high_bins * step, grid)
+        from_high = asymmetric_ends(low + low_bins * step, high - (high_bins + 1) * step, grid)
+        first, second = (squared_error(values, moved, grid) for moved in (from_low, from_high))
         lower = first < second
         error = torch.where(lower, first, second)
         best = _where(error < least, _where(lower, from_low, from_high), best)
         least = torch.minimum(error, least)
-        begun, ended = begun + lower.float(), ended + (~lower).float()
+        low_bins, high_bins = low_bins + lower.float(), high_bins + (~lower).float()
     return best
 
 
@@ -176,36 +185,40 @@ def _least_asymmetric(
 def _least_ends(
     values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> tuple[FittedRange, Tensor]:
-    """The best range, with scale and offset as stored, and its squared error."""
+    """Return the best range, with scale and offset as stored, and its squared error."""
     width, most = high - low, STEPS // 2 - 1
     best, least = whole, squared_error(values, whole, grid)
-    begun = ended = torch.zeros_like(low)  # removed at each end, as shares of the width
+    low_cut = high_cut = torch.zeros_like(low)  # removed at each end, as shares of the width
 
-    def take(first: Tensor, second: Tensor) -> None:
-        nonlocal best, least, begun, ended
-        tried = asymmetric_ends(low + first * width, high - second * width, grid)
-        error = squared_error(values, tried, grid)
+    def compare(new_low: Tensor, new_high: Tensor) -> None:
+        """Evaluate a range with these cuts; it becomes the best one where the error is smaller."""
+        nonlocal best, least, low_cut, high_cut
+        candidate = asymmetric_ends(low + new_low * width, high - new_high * width, grid)
+        error = squared_error(values, candidate, grid)
         better = error < least
-        best, least = _where(better, tried, best), torch.where(better, error, least)
-        begun, ended = torch.where(better, first, begun), torch.where(better, second, ended)
+        best, least = _where(better, candidate, best), torch.where(better, error, least)
+        low_cut = torch.where(better, new_low, low_cut)
+        high_cut = torch.where(better, new_high, high_cut)
 
-    def in_turn(around: bool, step: float, places: range) -> None:
+    def move_in_turn(from_best: bool, step: float, places: range) -> None:
+        """Move one end, then the other, from the best cut or from zero, until none improves."""
         for _ in range(ROUNDS):
-            before, kept = (begun, ended), (begun if around else torch.zeros_like(low), ended)
+            before = low_cut, high_cut
+            start, fixed = low_cut if from_best else torch.zeros_like(low), high_cut
             for place in places:
-                take((kept[0] + place * step).clamp(min=0), kept[1])
-            kept = (begun, ended if around else torch.zeros_like(low))
+                compare((start + place * step).clamp(min=0), fixed)
+            fixed, start = low_cut, high_cut if from_best else torch.zeros_like(low)
             for place in places:
-                take(kept[0], (kept[1] + place * step).clamp(min=0))
-            if torch.equal(before[0], begun) and torch.equal(before[1], ended):
+                compare(fixed, (start + place * step).clamp(min=0))
+            if torch.equal(before[0], low_cut) and torch.equal(before[1], high_cut):
                 break
 
     for place in range(1, most + 1):
         both = torch.full_like(low, place / STEPS)
-        take(both, both)
-    in_turn(around=False, step=1 / STEPS, places=range(most + 1))
+        compare(both, both)
+    move_in_turn(from_best=False, step=1 / STEPS, places=range(most + 1))
     fine = 1 / max(FINE, 4 * (grid.levels - 1))
-    in_turn(around=True, step=fine, places=range(-FINE_STEPS, FINE_STEPS + 1))
+    move_in_turn(from_best=True, step=fine, places=range(-FINE_STEPS, FINE_STEPS + 1))
     return best, least
 
 
@@ -213,11 +226,12 @@ def _least_ends(
 
 
 def _only(values: Tensor, which: Tensor) -> Tensor:
-    """Select some of the ranges, without a copy if all are selected."""
+    """Return the ranges where ``which`` is true, without a copy if it is true for all."""
     return values if bool(which.all()) else values[which]
 
 
 def _put(into: Tensor, which: Tensor, values: Tensor) -> Tensor:
+    """Return a copy of ``into`` with these values where ``which`` is true."""
     changed = into.clone()
     changed[which] = values
     return changed

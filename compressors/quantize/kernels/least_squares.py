@@ -4,8 +4,8 @@ It reaches most of the gain of a long search in seven passes over the rows.
 
 A few ranges that clip the same share at both ends are compared, and the best is refitted. For fixed
 codes, the scale and the offset of least squared error are the regression line of weights on codes;
-the new scale and offset give new codes. A round is kept only for ranges whose error, with scale and
-offset as stored, decreased.
+the new scale and offset give new codes. A range keeps the result of a round only if its error, with
+scale and offset as stored, decreased.
 
 The alternation between codes and levels is LQ-Nets' QEM (Zhang et al. 2018,
 https://arxiv.org/abs/1807.10029, Algorithm 1). Differs: levels stay evenly spaced, so a line is
@@ -34,13 +34,14 @@ from compressors.quantize.kernels.levels import (
 )
 
 SHARES = (0.03, 0.06, 0.10)
-"""What is tried of a range at either end."""
+"""Shares of a range that are clipped at each end, for comparison."""
+
 ROUNDS = 2
-"""How often it is refitted. With seven shares and three rounds errors are 1 % lower still."""
+"""Number of refits. With seven shares and three rounds errors are 1 % lower."""
 
 
 class Residuals(NamedTuple):
-    """Sums over ranges, ``(ranges, 1)``, of codes ``q`` and residuals ``r`` of the weights."""
+    """Sums of codes ``q``, residuals ``r`` and their products over each range: ``(ranges, 1)``."""
 
     q: Tensor
     qq: Tensor
@@ -50,25 +51,25 @@ class Residuals(NamedTuple):
 
 
 def least_squares(values: Tensor, grid: Grid) -> FittedRange:
-    """Fit scale and offset, as stored, of every range.
+    """Fit the stored scale and offset of every range.
 
     Args:
         values: float, one range per row, ``(ranges, values)``.
         grid: the levels.
 
     Raises:
-        CompressionError: a weight is too large for the type of the scales.
+        ValueNotStorable: a scale or offset is too large for the type in which it is stored.
     """
     values = values.float()
     low, high = ends(values)
     best = _clipped(low, high, grid, 0.0)
     least = residuals(values, best, grid)
     for share in SHARES:
-        tried = _clipped(low, high, grid, share)
-        best, least = _better(best, least, tried, residuals(values, tried, grid))
+        candidate = _clipped(low, high, grid, share)
+        best, least = _better(best, least, candidate, residuals(values, candidate, grid))
     for _ in range(ROUNDS):
-        tried = _refitted(best, least, values.shape[1], grid)
-        best, least = _better(best, least, tried, residuals(values, tried, grid))
+        candidate = _refitted(best, least, values.shape[1], grid)
+        best, least = _better(best, least, candidate, residuals(values, candidate, grid))
     return best
 
 
@@ -95,7 +96,7 @@ def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
 
 
 def _refitted(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> FittedRange:
-    """The regression line of weights on codes, with scale and offset as stored."""
+    """Return the regression line of weights on codes, with scale and offset as stored."""
     scale, largest = fitted.scale.float(), torch.finfo(grid.dtype).max
     if fitted.offset is None:
         more = _usable(sums.qr / sums.qq)
@@ -113,14 +114,15 @@ def _usable(change: Tensor) -> Tensor:
 
 
 def _better(
-    best: FittedRange, least: Residuals, tried: FittedRange, found: Residuals
+    best: FittedRange, least: Residuals, candidate: FittedRange, sums: Residuals
 ) -> tuple[FittedRange, Residuals]:
-    less = found.rr < least.rr
-    kept = Residuals(*(torch.where(less, new, old) for new, old in zip(found, least, strict=True)))
-    scale = torch.where(less, tried.scale, best.scale)
-    if best.offset is None or tried.offset is None:
-        return FittedRange(scale, None), kept
-    return FittedRange(scale, torch.where(less, tried.offset, best.offset)), kept
+    """Return, for each range, the one of two fits with the smaller error, and its sums."""
+    less = sums.rr < least.rr
+    better = Residuals(*(torch.where(less, new, old) for new, old in zip(sums, least, strict=True)))
+    scale = torch.where(less, candidate.scale, best.scale)
+    if best.offset is None or candidate.offset is None:
+        return FittedRange(scale, None), better
+    return FittedRange(scale, torch.where(less, candidate.offset, best.offset)), better
 
 
 def in_order(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Evenly spaced levels for table rows: grids, nearest levels, and stored scales and offsets.
 
 Together with ``clipping``, which selects the range, this is the specification of every faster
-kernel. A weight is stored as ``code * scale + offset`` in one of two kinds of grid:
+kernel. A weight is approximated by ``code * scale + offset`` in one of two kinds of grid:
 
 - *asymmetric*: all codes ``0 .. levels - 1``; ``offset`` is the lowest level.
 - *symmetric*: no offset. An odd number of levels has one at zero (255 for int8, 15 for int4,
@@ -11,7 +11,8 @@ kernel. A weight is stored as ``code * scale + offset`` in one of two kinds of g
   three with a zero 16.5 %, and ``-2 .. 1`` 13.2 %; the order is the same for Laplace, uniform and
   Student rows.
 
-A *range* is the values of all rows that share a scale; tensors of ranges are ``(ranges, values)``.
+A *range* is the group of all weights that share a scale, and the interval that its levels cover;
+tensors of ranges are ``(ranges, values)``. *Steps* are levels as multiples of the scale.
 """
 
 from collections.abc import Iterator
@@ -28,10 +29,11 @@ ScaleType = Literal["float16", "float32"]
 RowsPerScale = Literal[
     0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536
 ]
-"""How many neighbouring rows share a scale; 0 is the whole table."""
+"""Number of neighbouring rows that share a scale; 0: all rows of the table."""
 
 CHUNK = 2**22
-"""Values of one range that are looked at together: a whole table may be one range."""
+"""Values of one range that are processed at once: a whole table may be one range."""
+
 PIECE = 4096
 """Longer ranges are summed in pieces of this length, so that sums do not depend on threads."""
 
@@ -40,7 +42,15 @@ SMALLEST = {torch.float16: 2.0**-24, torch.float32: torch.finfo(torch.float32).t
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels, how ranges are fitted to them, and the type of scales and offsets."""
+    """A grid of levels, and the settings of its scales.
+
+    Attributes:
+        levels: number of levels.
+        symmetric: whether the levels are symmetric around zero, without an offset.
+        clipping: the rule that fits ranges.
+        scale: dtype of stored scales and offsets.
+        rows_per_scale: number of rows that share a scale; 0: all rows of the table.
+    """
 
     levels: int
     symmetric: bool = True
@@ -50,12 +60,12 @@ class Grid:
 
     @property
     def half(self) -> float:
-        """The highest level of a symmetric grid, in scales."""
+        """The highest level of a symmetric grid, as a multiple of the scale."""
         return (self.levels - 1) / 2
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in which scales and offsets are stored."""
+        """The dtype in which scales and offsets are stored."""
         return torch.float16 if self.scale == "float16" else torch.float32
 
 
@@ -67,15 +77,15 @@ class FittedRange(NamedTuple):
 
 
 def nearest(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
-    """The nearest level of every weight, counted in scales: float32 ``(rows, dim)``.
+    """Return the nearest level of every weight as a multiple of the scale: float32 ``(rows, dim)``.
 
     The results are integers in ``0 .. levels - 1``, or in ``-half .. half`` if the grid is
-    symmetric; for an even number of symmetric levels they are halves of odd integers. Ties go to
-    the even integer; between two halves they go up.
+    symmetric; for an even number of symmetric levels they are halves of odd integers. A tie between
+    integers is rounded to the even one; a tie between halves is rounded up.
 
     Args:
-        rows: float, ``(rows, dim)``; the first row starts a range.
-        fitted: scale and offset of these rows, or of the table if it has one range.
+        rows: float, ``(rows, dim)``; the first row begins a range.
+        fitted: scales and offsets of these rows, or those of the table if it has one range.
         grid: the levels.
     """
     scale = by_row(fitted.scale, len(rows), grid.rows_per_scale)
@@ -86,7 +96,7 @@ def nearest(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
 
 
 def weights(steps: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """Decode levels counted in scales, ``(*, dim)``, to float32 weights.
+    """Decode multiples of the scale, ``(*, dim)``, to float32 weights.
 
     Scales and offsets are ``(*, 1)``. The product is rounded before the sum, as on every serving
     target.
@@ -96,10 +106,10 @@ def weights(steps: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 
 
 def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
-    """The scale, as stored, of ranges that end at ``largest``, float32 ``(ranges, 1)``.
+    """Return the stored scale of ranges from ``-largest`` to ``largest``, float32 ``(ranges, 1)``.
 
     Raises:
-        CompressionError: a weight is too large for the type of the scales.
+        ValueNotStorable: a scale or offset is too large for the type in which it is stored.
     """
     scale = largest / grid.half
     _require_in_range("scale", scale, largest, grid)
@@ -107,13 +117,13 @@ def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
 
 
 def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
-    """Scale and offset, as stored, of ranges from ``low`` to ``high``, float32 ``(ranges, 1)``.
+    """Return stored scale and offset of ranges from ``low`` to ``high``, float32 ``(ranges, 1)``.
 
-    The offset is rounded down, and the scale covers the range from there to ``high``: rounding
-    clips nothing, and a row of equal values is kept up to rounding.
+    The offset is rounded down, and the scale covers the range from there to ``high``, so that
+    rounding clips nothing. A row of equal values changes only by rounding.
 
     Raises:
-        CompressionError: a weight is too large for the type of the scales.
+        ValueNotStorable: a scale or offset is too large for the type in which it is stored.
     """
     _require_in_range("offset", low.abs(), low.abs(), grid)
     low = low + 0.0  # the minimum may be -0.0 or 0.0; the sum is 0.0
@@ -127,9 +137,9 @@ def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
 
 
 def stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
-    """Convert scales, float32 ``(ranges, 1)``, to stored ones: positive, and wide enough.
+    """Convert scales, float32 ``(ranges, 1)``, to the stored dtype: positive and large enough.
 
-    ``levels`` steps of the stored scale must cover the range up to half a level.
+    ``levels + 0.5`` times the stored scale is at least ``levels`` times the given scale.
     """
     # TensorRT requires positive scales: tiny scales become the smallest stored step, and a row of
     # zeros has zero codes for any scale.
@@ -142,13 +152,13 @@ def stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
 
 
 def stored_offset(offset: Tensor, grid: Grid) -> Tensor:
-    """Convert offsets, float32 ``(ranges, 1)``, to the nearest stored ones."""
+    """Round offsets, float32 ``(ranges, 1)``, to the nearest numbers of the stored dtype."""
     largest = torch.finfo(grid.dtype).max
     return (offset.clamp(-largest, largest) + 0.0).to(grid.dtype)
 
 
 def beyond(quantity: str, weight: float, grid: Grid) -> ValueNotStorable:
-    """Build the error for a scale or offset that is too large for the type it is stored in.
+    """Build the error for a scale or offset that is too large for its stored dtype.
 
     Args:
         quantity: ``scale``, ``offset`` or ``scale or offset``.
@@ -166,22 +176,22 @@ def _require_in_range(quantity: str, value: Tensor, weight: Tensor, grid: Grid) 
     raise beyond(quantity, float(weight.max()), grid)
 
 
-# --- over ranges -----------------------------------------------------------------------------
+# --- functions of ranges ---------------------------------------------------------------------
 
 
 def ranges(rows: Tensor, rows_per_scale: int) -> Iterator[Tensor]:
     """Yield the rows reshaped to one range per row: all full ranges, then a shorter last one."""
     count, dim = rows.shape
-    together = rows_per_scale or count
-    full = count // together * together
+    rows_per_range = rows_per_scale or count
+    full = count // rows_per_range * rows_per_range
     if full:
-        yield rows[:full].reshape(-1, together * dim)
+        yield rows[:full].reshape(-1, rows_per_range * dim)
     if full < count:
         yield rows[full:].reshape(1, -1)
 
 
 def ends(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value of every range, float32 ``(ranges, 1)``."""
+    """Return the smallest and the largest value of every range, float32 ``(ranges, 1)``."""
     parts = [torch.aminmax(part, dim=1, keepdim=True) for part in torch.split(values, CHUNK, dim=1)]
     low = torch.cat([part.min for part in parts], dim=1).amin(dim=1, keepdim=True)
     high = torch.cat([part.max for part in parts], dim=1).amax(dim=1, keepdim=True)
@@ -189,12 +199,12 @@ def ends(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
-    """Sum of squared quantization errors of every range, float32 ``(ranges, 1)``."""
+    """Return the sum of squared quantization errors of every range, float32 ``(ranges, 1)``."""
     scale, offset = fitted
     total = []
     for part in torch.split(values, CHUNK, dim=1):
-        gap = weights(_nearest(part, scale, offset, grid), scale, offset) - part.float()
-        squares = gap.square()
+        error = weights(_nearest(part, scale, offset, grid), scale, offset) - part.float()
+        squares = error.square()
         while squares.shape[1] > PIECE:
             whole = squares.shape[1] // PIECE * PIECE
             sums = squares[:, :whole].reshape(len(squares), -1, PIECE).sum(dim=2)
@@ -204,7 +214,10 @@ def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
 
 
 def by_row(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
-    """Repeat scales or offsets ``(ranges, 1)`` for each row; one for all rows stays ``(1, 1)``."""
+    """Repeat scales or offsets ``(ranges, 1)`` for each row: ``(rows, 1)``.
+
+    If all rows share one, it stays ``(1, 1)``.
+    """
     if rows_per_scale < 2:
         return stored
     return stored.repeat_interleave(rows_per_scale, dim=0)[:rows]

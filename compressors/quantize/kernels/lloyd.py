@@ -4,9 +4,9 @@ Sources: Lloyd 1982 (alternating means and nearest entries); Arthur and Vassilvi
 (k-means++ seeding). Differs: deterministic (a fixed seed), fitted on a sample of large tables, rows
 may have weights, and an entry without rows is moved to the row with the largest error.
 
-The nearest entry does not depend on how rows are split into blocks. The rounding of matrix products
-depends on their shapes, so if two entries are about equally near, their distances are summed again
-in a fixed order.
+The nearest entry does not depend on how rows are split into blocks: the rounding of matrix products
+depends on their shapes, so if two entries are about equally near, their distances are computed
+again by sums in a fixed order.
 """
 
 import math
@@ -16,16 +16,20 @@ import torch
 from torch import Tensor
 
 SAMPLE = 65_536
-"""Rows a codebook is fitted on, at most: 256 of them for each of 256 entries."""
+"""Largest number of rows that a codebook is fitted on: 256 for each of 256 entries."""
+
 BLOCK = 8_192
-"""Rows whose distances to every entry are held at once: 8 MB for 256 entries."""
+"""Rows whose distances to every entry are in memory at once: 8 MB for 256 entries."""
+
 ROUNDS = 30
-ENOUGH = 1e-4
-"""Rounds end when one takes less than this share off the error."""
+"""Largest number of rounds of k-means."""
+
+MIN_IMPROVEMENT = 1e-4
+"""Rounds end when one lowers the error by no more than this share of it."""
 
 
 class KMeansFit(NamedTuple):
-    """A codebook ``(levels, dim)`` and the squared error after each round, including the last."""
+    """A codebook ``(levels, dim)``, and its squared error at the start and after each round."""
 
     codebook: Tensor
     errors: tuple[float, ...]
@@ -60,33 +64,33 @@ def kmeans(
         levels: number of entries of the codebook, at least 1.
         weight: weight of each point, ``(points,)``, not negative; by default equal.
         rounds: largest number of rounds.
-        seed: seed of the first entries.
+        seed: seed for drawing the first entries.
 
     Returns:
-        Float32 entries; some are equal if there are fewer different points than levels. The error
-        is weighted and summed over points, and it never increases from round to round.
+        Float32 entries, of which some are equal if there are fewer different points than levels,
+        and the weighted sums of squared errors, which never increase from round to round.
     """
     counts = torch.ones(len(points), dtype=torch.float64) if weight is None else weight.double()
     codebook = _seeded(points, levels, counts, seed)
     codes = nearest(points, codebook)
-    lost = squared_distance(points, codebook[codes]) * counts
-    errors = [float(lost.sum())]
+    point_errors = squared_distance(points, codebook[codes]) * counts
+    errors = [float(point_errors.sum())]
     for _ in range(rounds):
-        moved = _means(points, codes, counts, codebook, lost)
+        moved = _means(points, codes, counts, codebook, point_errors)
         codes = nearest(points, moved)
-        lost = squared_distance(points, moved[codes]) * counts
-        error = float(lost.sum())
-        if error >= errors[-1]:  # only rounding is left
+        point_errors = squared_distance(points, moved[codes]) * counts
+        error = float(point_errors.sum())
+        if error >= errors[-1]:  # converged up to rounding
             break
         codebook = moved
         errors.append(error)
-        if errors[-2] - error <= ENOUGH * errors[-2]:
+        if errors[-2] - error <= MIN_IMPROVEMENT * errors[-2]:
             break
     return KMeansFit(codebook, tuple(errors))
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    """Find the entry nearest to each point, int64 ``(points,)``; the first of equally near ones.
+    """Find the entry nearest to each point, int64 ``(points,)``; in a tie, the first one.
 
     Args:
         points: float32 ``(points, dim)``.
@@ -94,20 +98,20 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
     """
     entries = codebook.float()
     squares = entries.square().sum(dim=1)  # (levels,)
-    # Rounding error of the difference of two distances: each is a sum of dim products.
-    slack = 8 * (entries.shape[1] + 2) * 2.0**-24
+    # Bound of the relative rounding error of a distance, which is a sum of dim products.
+    tolerance = 8 * (entries.shape[1] + 2) * 2.0**-24
     largest = float(squares.max())
     codes = torch.empty(len(points), dtype=torch.int64)
     for begin in range(0, len(points), BLOCK):
         block = points[begin : begin + BLOCK]
         score = torch.addmm(squares, block, entries.t(), alpha=-2)  # (block, levels)
-        least, found = score.min(dim=1)
+        least, block_codes = score.min(dim=1)
         size = block.square().sum(dim=1) + largest
-        close = score <= (least + slack * size).unsqueeze(1)
-        unsure = close.sum(dim=1) != 1
-        if bool(unsure.any()):
-            found[unsure] = _in_order(block[unsure], entries).argmin(dim=1)
-        codes[begin : begin + BLOCK] = found
+        is_near = score <= (least + tolerance * size).unsqueeze(1)
+        ambiguous = is_near.sum(dim=1) != 1
+        if bool(ambiguous.any()):
+            block_codes[ambiguous] = _exact_distances(block[ambiguous], entries).argmin(dim=1)
+        codes[begin : begin + BLOCK] = block_codes
     return codes
 
 
@@ -133,44 +137,46 @@ def nearest_under(points: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
 
 
 def squared_distance(points: Tensor, others: Tensor) -> Tensor:
-    """Squared distances of pairs of points, both ``(points, dim)``: float64 ``(points,)``."""
+    """Return the squared distance of each pair of rows ``(points, dim)``: float64 ``(points,)``."""
     return (points - others).double().square().sum(dim=1)
 
 
-def _in_order(points: Tensor, entries: Tensor) -> Tensor:
-    """Squared distances ``(points, levels)``, summed dimension by dimension."""
+def _exact_distances(points: Tensor, entries: Tensor) -> Tensor:
+    """Return squared distances, float64 ``(points, levels)``, summed dimension by dimension."""
     total = torch.zeros(len(points), len(entries), dtype=torch.float64)
     for column in range(points.shape[1]):
-        gap = points[:, column : column + 1].double() - entries[:, column].double()
-        total = total + gap * gap
+        difference = points[:, column : column + 1].double() - entries[:, column].double()
+        total = total + difference * difference
     return total
 
 
 def _seeded(points: Tensor, levels: int, counts: Tensor, seed: int) -> Tensor:
-    """k-means++ seeding: draw points by weight times squared distance to the drawn points."""
+    """Draw entries by k-means++: points by weight times squared distance to the drawn points."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = [_drawn(counts, generator)]
+    chosen = [_draw(counts, generator)]
     wide = points.double()
-    left = (wide - wide[chosen[0]]).square().sum(dim=1) * counts  # (points,)
-    while len(chosen) < levels and bool((left > 0).any()):
-        chosen.append(_drawn(left, generator))
-        again = (wide - wide[chosen[-1]]).square().sum(dim=1) * counts
-        left = torch.minimum(left, again)
-    chosen += chosen[:1] * (levels - len(chosen))  # every point is an entry already
+    errors = (wide - wide[chosen[0]]).square().sum(dim=1) * counts  # (points,)
+    while len(chosen) < levels and bool((errors > 0).any()):
+        chosen.append(_draw(errors, generator))
+        new_errors = (wide - wide[chosen[-1]]).square().sum(dim=1) * counts
+        errors = torch.minimum(errors, new_errors)
+    chosen += chosen[:1] * (levels - len(chosen))  # if fewer points differ than levels exist
     return points[torch.tensor(chosen)].clone()
 
 
-def _drawn(share: Tensor, generator: torch.Generator) -> int:
-    """Draw one index by shares ``(n,)``; the first index if all are zero."""
-    total = share.cumsum(0)
+def _draw(weights: Tensor, generator: torch.Generator) -> int:
+    """Draw one index with probability proportional to ``weights`` ``(n,)``; 0 if all are zero."""
+    total = weights.cumsum(0)
     place = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
-    found = int(torch.searchsorted(total, place, right=True))
-    # Rounding may lead past the last share that is not zero.
-    return found if found < len(share) and share[found] > 0 else int(share.argmax())
+    index = int(torch.searchsorted(total, place, right=True))
+    # Rounding may lead past the last weight that is not zero.
+    return index if index < len(weights) and weights[index] > 0 else int(weights.argmax())
 
 
-def _means(points: Tensor, codes: Tensor, counts: Tensor, codebook: Tensor, lost: Tensor) -> Tensor:
-    """The mean of each entry's points; entries without points move to the largest errors."""
+def _means(
+    points: Tensor, codes: Tensor, counts: Tensor, codebook: Tensor, point_errors: Tensor
+) -> Tensor:
+    """Return the mean of each entry's points; an entry without points moves to a large error."""
     total = torch.zeros(len(codebook), points.shape[1], dtype=torch.float64)
     total.index_add_(0, codes, points.double() * counts.unsqueeze(1))
     mass = torch.zeros(len(codebook), dtype=torch.float64).index_add_(0, codes, counts)
@@ -178,8 +184,8 @@ def _means(points: Tensor, codes: Tensor, counts: Tensor, codebook: Tensor, lost
     means = codebook.clone()
     means[is_used] = (total[is_used] / mass[is_used].unsqueeze(1)).to(codebook.dtype)
     empty = (~is_used).nonzero().flatten()
-    worst = lost.topk(min(len(empty), len(lost))).indices
-    worst = worst[lost[worst] > 0]
+    worst = point_errors.topk(min(len(empty), len(point_errors))).indices
+    worst = worst[point_errors[worst] > 0]
     means[empty[: len(worst)]] = points[worst]
     return means
 
@@ -189,9 +195,9 @@ def scalar_kmeans(
 ) -> KMeansFit:
     """Fit a codebook of numbers by k-means in one dimension.
 
-    It starts from quantiles and from evenly spaced levels, and the better result is returned. The
-    values are sorted once, and a round needs only sums between borders, so rounds are cheap enough
-    to run until no entry changes.
+    It starts once from quantiles and once from evenly spaced levels, and returns the better result.
+    The values are sorted once, and a round needs only sums between boundaries, so rounds are fast
+    enough to run until the error no longer decreases.
 
     Args:
         values: float ``(values,)``.
@@ -214,20 +220,20 @@ def scalar_kmeans(
     second = torch.cat([zero, (counts * ordered.square()).cumsum(0)])
     whole = float(mass[-1])
     shares = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels  # (levels,)
-    filled = ordered[torch.searchsorted(mass[1:], shares * whole).clamp(max=len(ordered) - 1)]
+    quantiles = ordered[torch.searchsorted(mass[1:], shares * whole).clamp(max=len(ordered) - 1)]
     spaced = ordered[0] + (ordered[-1] - ordered[0]) * shares
     fits = []
-    for start in (filled, spaced):
+    for start in (quantiles, spaced):
         entries, errors = start.clone(), [math.inf]
         for _ in range(rounds):
             middle = (entries[1:] + entries[:-1]) / 2
             cut = torch.searchsorted(ordered, middle, right=True)
             border = torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(ordered))])
-            is_used = mass[border].diff()  # (levels,)
+            entry_mass = mass[border].diff()  # (levels,)
             moment = first[border].diff()
-            mean = torch.where(is_used > 0, moment / is_used.clamp(min=1e-300), entries)
-            each = second[border].diff() - 2 * mean * moment + mean.square() * is_used
-            error = float(each.clamp(min=0).sum())
+            mean = torch.where(entry_mass > 0, moment / entry_mass.clamp(min=1e-300), entries)
+            entry_errors = second[border].diff() - 2 * mean * moment + mean.square() * entry_mass
+            error = float(entry_errors.clamp(min=0).sum())
             if error >= errors[-1]:
                 break
             entries = mean.sort().values

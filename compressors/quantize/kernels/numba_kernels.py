@@ -1,10 +1,15 @@
-"""Compiled loops over table rows.
+"""Compiled loops over table rows: ``min_max``, ``least_squares`` and ``nearest``.
 
-numba compiles them at the first call, which takes some seconds. It caches the machine code as
-pickles in ``__pycache__`` next to this file, where Python caches bytecode: a process that can write
-there can change the code. If that folder is not writable, each process compiles again: numba's
-alternative cache folders, one per user, are not used. All loops are in one file, because numba
-detects changes in the file of a function but not in the files of the functions that it calls.
+``row_encoding.py`` calls them. numba compiles them at the first call, which takes some seconds. It
+caches the machine code as pickles in ``__pycache__`` next to this file, where Python caches
+bytecode: a process that can write there can change the code. If that folder is not writable, each
+process compiles again: numba's alternative cache folders, one per user, are not used. All loops are
+in one file, because numba detects changes in the file of a function but not in the files of the
+functions that it calls.
+
+Arguments of several loops: ``top`` is the highest level as a multiple of the scale, ``low`` the
+lowest; ``small`` means that scales are float16; ``planar`` means codes of 4 bits, packed; ``words``
+are the bits of stored scales.
 
 Three techniques make the loops fast with bit-identical results:
 
@@ -42,7 +47,7 @@ LARGEST_32 = np.float32(np.finfo(np.float32).max)
 HALF = np.float32(0.5)
 ZERO = np.float32(0)
 LANES = 64
-"""Number of ranges that are fitted together: every loop over them is a few vector instructions."""
+"""Number of ranges that are fitted together: a loop over them is a few vector instructions."""
 
 
 def _compiled(function: Function) -> Function:
@@ -57,27 +62,27 @@ def _compiled(function: Function) -> Function:
     return cast("Function", numba.njit(function, nogil=True, error_model="numpy"))
 
 
-def _bitcast(given: Any, result: Any, to: Any) -> Any:
-    """A compiler intrinsic that reads the bits of one type as another."""
+def _bitcast(source: Any, result: Any, to: Any) -> Any:
+    """Create a compiler intrinsic that reads the bits of one type as another."""
 
     def bitcast(context: Any, value: Any) -> Any:
-        def made(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             return builder.bitcast(values[0], to)
 
-        return result(given), made
+        return result(source), generate
 
     return intrinsic(bitcast)
 
 
 _bits: Callable[[Any], np.int32] = _bitcast(types.float32, types.int32, ir.IntType(32))
-"""The bits of a float32."""
+"""Returns the bits of a float32 as int32."""
 _float: Callable[[Any], np.float32] = _bitcast(types.int32, types.float32, ir.FloatType())
-"""The float32 of these bits."""
+"""Returns the float32 with these bits."""
 
 
 @_compiled
 def _to_16(number: np.float32) -> np.int32:
-    """Convert a float32 of size below 65520 to float16 bits, to nearest with ties to even."""
+    """Round a float32 below 65520 in absolute value to float16 bits, ties to even."""
     bits = _bits(number)
     size = bits & ALL_BUT_SIGN
     normal = (size + np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))) >> np.int32(13)
@@ -100,7 +105,7 @@ def _from_16(bits: np.int32) -> np.float32:
 
 @_compiled
 def _scale_16(scale: np.float32, top: np.float32) -> np.int32:
-    """``levels.stored_scale`` in float16, as bits."""
+    """Compute ``levels.stored_scale`` in float16, as bits."""
     bits = _to_16(max(scale, SMALLEST_16))
     clipped = scale * top > _from_16(bits) * (top + HALF)
     return bits + np.int32(1) if clipped else bits
@@ -119,7 +124,7 @@ def _below_16(low: np.float32) -> np.int32:
 
 @_compiled
 def _largest(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
-    """The largest absolute value in rows, as bits; above those of infinity if one is NaN."""
+    """Return the largest absolute value in rows, as bits; larger than infinity's for a NaN."""
     most = np.int32(0)
     for row in range(begin, end):
         for place in range(rows.shape[1]):
@@ -135,7 +140,7 @@ def _ordered(bits: np.int32) -> np.int32:
 
 @_compiled
 def _ends(rows: NDArray[np.float32], begin: int, end: int) -> tuple[np.int32, np.int32]:
-    """The smallest and the largest number in rows, as integers of ``_ordered``."""
+    """Return the smallest and the largest number in rows, as integers of ``_ordered``."""
     least, most = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for row in range(begin, end):
         for place in range(rows.shape[1]):
@@ -184,7 +189,7 @@ def _fit_symmetric(
     scales: NDArray[np.float32],
     words: NDArray[np.int32],
 ) -> bool:
-    """``levels.symmetric_scale`` of some ranges, as floats and stored; True if all succeed."""
+    """Compute ``levels.symmetric_scale`` of ranges, as floats and bits; True if all succeed."""
     bad = np.int32(0)
     for entry in range(count):
         scale = _float(most[entry]) / top
@@ -211,7 +216,7 @@ def _fit_asymmetric(
     words: NDArray[np.int32],
     offset_words: NDArray[np.int32],
 ) -> bool:
-    """``levels.asymmetric_ends`` of some ranges, as floats and stored; True if all succeed."""
+    """Compute ``levels.asymmetric_ends`` of ranges, as floats and bits; True if all succeed."""
     bad = np.int32(0)
     for entry in range(count):
         low = _float(_ordered(least[entry])) + ZERO  # no -0
@@ -248,7 +253,11 @@ def min_max(
     offset_16: NDArray[np.uint16],
     offset_32: NDArray[np.uint32],
 ) -> int:
-    """Encode ranges of rows; return the first row of a group with an unstorable range, or -1."""
+    """Fit ranges of ``together`` rows without clipping, and encode the rows.
+
+    Returns:
+        -1, or, if a range cannot be stored, the first row of its group of ``LANES`` ranges.
+    """
     count, dim = rows.shape
     small = scale_16.size > 0
     low = -top if symmetric else ZERO
@@ -306,7 +315,7 @@ def nearest(
     planar: bool,
     codes: NDArray[np.uint8],
 ) -> None:
-    """Encode ranges of rows with given scales and offsets."""
+    """Encode rows with given scales and offsets; ``together`` rows share one."""
     count, dim = rows.shape
     low = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
@@ -321,10 +330,10 @@ def nearest(
                 _write(rows, row, offset, scale, low, top, codes, row)
 
 
-# --- least_squares.py ------------------------------------------------------------------------
+# --- the rule of least_squares.py ------------------------------------------------------------
 
-# The data of LANES ranges are in one array, each item LANES numbers long: the compiler can prove
-# that items do not overlap; for separate arrays it would need checks at run time.
+# One array, ``lanes``, holds the data of LANES ranges, each item LANES numbers long: the compiler
+# can prove that items do not overlap; for separate arrays it would need checks at run time.
 LOW, HIGH, INVERSE = 0 * LANES, 1 * LANES, 2 * LANES
 BEST, TRIED = 3 * LANES, 5 * LANES  # scale and offset
 SUMS, FOUND = 7 * LANES, 12 * LANES  # rr, q, qq, r and qr
@@ -335,7 +344,7 @@ KEPT = np.array([1.0, *(1 - share for share in SHARES)], np.float32)
 
 @_compiled
 def _stored(scale: np.float32, top: np.float32, small: bool) -> np.float32:
-    """``levels.stored_scale``, as a float32."""
+    """Compute ``levels.stored_scale``, as a float32."""
     return _from_16(_scale_16(scale, top)) if small else max(scale, SMALLEST_32)
 
 
@@ -353,14 +362,14 @@ def _miss(
     low: np.float32,
     top: np.float32,
 ) -> tuple[np.float32, np.float32]:
-    """The nearest code of a weight, and the residual."""
+    """Return the nearest code of a weight, and the residual."""
     q = (min(max((value - offset) * inverse, low), top) + ROUNDER) - ROUNDER
     return q, value - (q * scale + offset)
 
 
 @_compiled
 def _turn(rows: NDArray[np.float32], first: int, used: int, tile: NDArray[np.float32]) -> None:
-    """Transpose rows into lanes. Lanes without a row keep old values; their results are unused."""
+    """Transpose rows into lanes. Lanes without a row keep old values, whose results are unused."""
     if used == LANES:  # a compile-time constant gives faster loops
         for place in range(tile.shape[0]):
             for lane in range(LANES):
@@ -380,7 +389,7 @@ def _errors(
     low: np.float32,
     top: np.float32,
 ) -> None:
-    """The squared error of every lane, one number after the other, four numbers per loop."""
+    """Compute the squared error of every lane, one number after another, four per iteration."""
     for lane in range(LANES):
         lanes[INVERSE + lane] = np.float32(1) / lanes[fit + lane]
         lanes[sums + lane] = ZERO
@@ -414,7 +423,7 @@ def _residuals(
     low: np.float32,
     top: np.float32,
 ) -> None:
-    """``least_squares.residuals`` of every lane, in the same order."""
+    """Compute ``least_squares.residuals`` of every lane, summed in the same order."""
     for lane in range(LANES):
         lanes[INVERSE + lane] = np.float32(1) / lanes[fit + lane]
         lanes[sums + lane] = lanes[sums + LANES + lane] = lanes[sums + 2 * LANES + lane] = ZERO
@@ -451,7 +460,7 @@ def _residuals(
 
 @_compiled
 def _keep_better(lanes: NDArray[np.float32], sums: int) -> None:
-    """Keep the tried scale, offset and sums in the lanes whose error decreased."""
+    """Replace the best scale, offset and sums in the lanes whose error decreased."""
     for lane in range(LANES):
         less = lanes[FOUND + lane] < lanes[SUMS + lane]
         for item in range(2):
@@ -472,7 +481,7 @@ def _clip(
     symmetric: bool,
     small: bool,
 ) -> bool:
-    """``least_squares._clipped`` of every lane; True if all have scales and offsets."""
+    """Compute ``least_squares._clipped`` of every lane; True if all can be stored."""
     bad = np.int32(0)
     limit = LARGEST_16 if small else LARGEST_32
     for lane in range(LANES):
@@ -481,8 +490,8 @@ def _clip(
             scale = max(-least, most) * kept / top
             offset = ZERO
         else:
-            gone = (most - least) * cut
-            low, high = (least + gone) + ZERO, most - gone
+            removed = (most - least) * cut
+            low, high = (least + removed) + ZERO, most - removed
             bad |= np.int32(abs(low) > limit)
             offset = _from_16(_below_16(low)) if small else low
             scale = max(high - offset, ZERO) / top
@@ -496,7 +505,7 @@ def _clip(
 def _refit(
     lanes: NDArray[np.float32], count: np.float32, top: np.float32, symmetric: bool, small: bool
 ) -> None:
-    """``least_squares._refitted`` of every lane."""
+    """Compute ``least_squares._refitted`` of every lane."""
     limit = LARGEST_16 if small else LARGEST_32
     for lane in range(LANES):
         q, qq = lanes[SUMS + LANES + lane], lanes[SUMS + 2 * LANES + lane]
@@ -527,7 +536,11 @@ def least_squares(
     offset_16: NDArray[np.uint16],
     offset_32: NDArray[np.uint32],
 ) -> int:
-    """Encode rows with one range each; return the first row of an unstorable group, or -1."""
+    """Fit one range per row by the rule ``least_squares``, and encode the rows.
+
+    Returns:
+        -1, or, if a range cannot be stored, the first row of its group of ``LANES`` rows.
+    """
     count, dim = rows.shape
     small = scale_16.size > 0
     low = -top if symmetric else ZERO

@@ -21,54 +21,55 @@ from compressors.quantize.kernels.least_squares import ROUNDS
 from compressors.quantize.kernels.levels import FittedRange, Grid, beyond
 
 THREAD_VALUES = 2**18
-"""A thread is given no less than this many values: waking one takes as long as some of them."""
+"""Smallest number of values per thread: with fewer, starting the thread takes too long."""
 
 
 def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
     """Encode rows: fit ranges by ``min_max`` or ``least_squares`` and find the nearest codes.
 
     Args:
-        rows: float, ``(rows, dim)``; the first row starts a range.
+        rows: float, ``(rows, dim)``; the first row begins a group of rows with one scale.
         grid: levels, type of the scales, and the number of rows that share one: 1 with
             ``least_squares``, else not 0.
         bits: 8 for one byte per code, or 4 for the planar layout of ``bitpacking``.
 
     Returns:
-        Codes uint8 ``(rows, dim)`` or ``(rows, ceil(dim / 2))``: negative codes are in two's
-        complement with 8 bits, and 8 is added to codes of 4 bits. And the result of
-        ``clipping.fit`` for the rows.
+        The codes, uint8 ``(rows, dim)`` or ``(rows, ceil(dim / 2))``, and the result of
+        ``clipping.fit`` for the rows. In a symmetric grid, codes of 8 bits are in two's complement,
+        and 8 is added to codes of 4 bits.
 
     Raises:
-        CompressionError: a weight is not finite, or too large for the type of the scales.
+        ValueNotStorable: a weight is not finite, or a scale or offset is too large for its type.
     """
     count, dim = rows.shape
-    together = grid.rows_per_scale
+    rows_per_scale = grid.rows_per_scale
     values, codes = _floats(rows), _empty_codes(rows, bits)
-    scale = torch.empty(-(-count // together), 1, dtype=grid.dtype)
+    scale = torch.empty(-(-count // rows_per_scale), 1, dtype=grid.dtype)
     offset = None if grid.symmetric else torch.empty_like(scale)
     top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
     stored_scale, stored_offset = _words(scale), _words(scale if offset is None else offset)
 
-    def part(begin: int, end: int) -> int:
-        entries = slice(begin // together, -(-end // together))
-        into = codes.numpy()[begin:end]
-        words = [found[entries] for found in (*stored_scale, *stored_offset)]
-        alone = grid.clipping == "least_squares"
-        loop: Callable[..., int] = numba_kernels.least_squares if alone else numba_kernels.min_max
-        worst = loop(
+    def encode_rows(begin: int, end: int) -> int:
+        entries = slice(begin // rows_per_scale, -(-end // rows_per_scale))
+        part_codes = codes.numpy()[begin:end]
+        words = [array[entries] for array in (*stored_scale, *stored_offset)]
+        refits = grid.clipping == "least_squares"
+        loop: Callable[..., int] = numba_kernels.least_squares if refits else numba_kernels.min_max
+        bad_row = loop(
             values[begin:end],
-            ROUNDS if alone else together,
+            ROUNDS if refits else rows_per_scale,
             top,
             grid.symmetric,
             bits == 4,
-            into,
+            part_codes,
             *words,
         )
-        return -1 if worst < 0 else begin + worst
+        return -1 if bad_row < 0 else begin + bad_row
 
-    bad = _in_threads(part, count, dim, together)
-    if bad >= 0:
-        raise _refused(rows[bad : bad + numba_kernels.LANES * together], bad, grid)
+    bad_row = _in_threads(encode_rows, count, dim, rows_per_scale)
+    if bad_row >= 0:
+        bad_rows = rows[bad_row : bad_row + numba_kernels.LANES * rows_per_scale]
+        raise _not_storable(bad_rows, bad_row, grid)
     return codes, FittedRange(scale, offset)
 
 
@@ -76,8 +77,8 @@ def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tenso
     """Encode rows to their nearest levels with given scales and offsets.
 
     Args:
-        rows: finite, float, ``(rows, dim)``; the first row starts a range.
-        fitted: scale and offset of these rows, or of the table if it has one range.
+        rows: finite, float, ``(rows, dim)``; the first row begins a group of rows with one scale.
+        fitted: scales and offsets of these rows, or those of the table if it has one scale.
         grid: levels, and the number of rows that share a scale.
         bits: as in ``encode``.
 
@@ -91,16 +92,16 @@ def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tenso
     offsets = np.zeros_like(scales) if fitted.offset is None else _floats(fitted.offset)[:, 0]
     together = grid.rows_per_scale or max(count, 1)
 
-    def part(begin: int, end: int) -> int:
-        found = slice(begin // together, -(-end // together)) if grid.rows_per_scale else slice(1)
-        into = codes.numpy()[begin:end]
+    def encode_rows(begin: int, end: int) -> int:
+        used = slice(begin // together, -(-end // together)) if grid.rows_per_scale else slice(1)
+        part_codes = codes.numpy()[begin:end]
         numba_kernels.nearest(
-            values[begin:end], scales[found], offsets[found], together, top, grid.symmetric,
-            bits == 4, into,
+            values[begin:end], scales[used], offsets[used], together, top, grid.symmetric,
+            bits == 4, part_codes,
         )  # fmt: skip
         return -1
 
-    _in_threads(part, count, dim, grid.rows_per_scale or 1)
+    _in_threads(encode_rows, count, dim, grid.rows_per_scale or 1)
     return codes
 
 
@@ -116,37 +117,45 @@ def _empty_codes(rows: Tensor, bits: int) -> Tensor:
 
 
 def _words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
-    """The bits of stored numbers as 16-bit and as 32-bit words: one of the two is empty."""
+    """Return the bits of float16 or float32 numbers as 16-bit or 32-bit words.
+
+    The array of the other size is empty.
+    """
     flat = stored.view(-1).numpy()
     if stored.dtype == torch.float16:
         return flat.view(np.uint16), np.empty(0, np.uint32)
     return np.empty(0, np.uint16), flat.view(np.uint32)
 
 
-def _in_threads(part: Callable[[int, int], int], rows: int, dim: int, together: int) -> int:
-    """Process all rows with torch's number of threads; return the first bad row, or -1."""
+def _in_threads(
+    encode_rows: Callable[[int, int], int], rows: int, dim: int, rows_per_scale: int
+) -> int:
+    """Process all rows with torch's number of threads; return the first bad row, or -1.
+
+    Each thread gets whole groups of ``rows_per_scale`` rows.
+    """
     threads = min(torch.get_num_threads(), max(rows * dim // THREAD_VALUES, 1))
     if threads == 1:
-        return part(0, rows)
-    each = -(-rows // (threads * together)) * together
-    begun = [
-        _thread_pool(os.getpid(), threads - 1).submit(part, begin, min(begin + each, rows))
-        for begin in range(each, rows, each)
+        return encode_rows(0, rows)
+    share = -(-rows // (threads * rows_per_scale)) * rows_per_scale
+    submitted = [
+        _thread_pool(os.getpid(), threads - 1).submit(encode_rows, begin, min(begin + share, rows))
+        for begin in range(share, rows, share)
     ]
-    results = [part(0, min(each, rows)), *(work.result() for work in begun)]
-    return next((bad for bad in results if bad >= 0), -1)
+    results = [encode_rows(0, min(share, rows)), *(future.result() for future in submitted)]
+    return next((bad_row for bad_row in results if bad_row >= 0), -1)
 
 
 @functools.cache
 def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """A pool of threads that is reused; a forked process needs its own pool."""
+    """Return the process's pool of threads; a forked process needs a separate one."""
     return ThreadPoolExecutor(threads, thread_name_prefix="encode-rows")
 
 
-def _refused(rows: Tensor, begin: int, grid: Grid) -> ValueNotStorable:
-    """The error for the range that starts at a row."""
-    bad = (~torch.isfinite(rows)).any(dim=1)
-    if bool(bad.any()):
-        row = begin + int(bad.to(torch.uint8).argmax())
+def _not_storable(rows: Tensor, begin: int, grid: Grid) -> ValueNotStorable:
+    """Build the error for rows of which one cannot be stored; the first has number ``begin``."""
+    not_finite = (~torch.isfinite(rows)).any(dim=1)
+    if bool(not_finite.any()):
+        row = begin + int(not_finite.to(torch.uint8).argmax())
         return ValueNotStorable("row_not_finite", row=row)
     return beyond("scale or offset", float(rows.abs().max()), grid)

@@ -13,13 +13,12 @@ from compressors.core.modules.formats import TensorSpec
 
 @dataclass(frozen=True)
 class ShortFloatTableFormat:
-    """``weight`` ``(rows, dim)`` in a 16-bit type; the format is named after the type.
+    """Stores ``weight`` ``(rows, dim)`` in a 16-bit float dtype.
 
     Attributes:
-        name: name of the format.
-        dtype: type of the stored tensor.
-        learned: none, because a 16-bit type is too coarse for training: Adam's small steps would
-            be rounded away.
+        name: name of the format, that of the dtype.
+        dtype: dtype of the stored tensor.
+        learned: no tensor can be trained, because Adam's small steps would be lost in rounding.
     """
 
     name: str
@@ -43,12 +42,14 @@ class ShortFloatTableFormat:
 
 @dataclass(frozen=True)
 class ShortFloatLinearFormat:
-    """``weight`` ``(out, in)`` and ``bias`` ``(out,)`` in a 16-bit type; a missing bias is zeros.
+    """Stores ``weight`` ``(out, in)`` and ``bias`` ``(out,)`` in a 16-bit float dtype.
+
+    For a layer without bias, the stored bias is zero.
 
     Attributes:
-        name: name of the format.
-        dtype: type of the stored tensors.
-        learned: none, as for tables.
+        name: name of the format, that of the dtype.
+        dtype: dtype of the stored tensors.
+        learned: no tensor can be trained, as for tables.
     """
 
     name: str
@@ -83,7 +84,7 @@ def short_float_table_format(name: str, dtype: torch.dtype) -> ShortFloatTableFo
     """Create a table format and register its op ``recpress::<name>_table``.
 
     The op takes ``weight`` ``(rows, dim)`` and ids, and returns float32 ``(*ids, dim)``: rows are
-    looked up as stored and widened afterwards.
+    looked up as stored and converted afterwards.
     """
 
     @torch.library.custom_op(f"recpress::{name}_table", mutates_args=())

@@ -1,8 +1,8 @@
 """Embedding tables as bfloat16: half the bytes, float32's range, three decimal digits.
 
-A weight has 8 significant bits, in float16 11. Use ``float16`` unless weights are above 65,504 or
-below 6e-5, which is outside of float16's range. Rows are looked up as stored and widened after the
-lookup.
+A weight has 8 significant bits; in float16 it has 11. Use ``float16`` unless weights are above
+65,504 or below 6e-5, where float16 overflows or loses precision. Rows are looked up as stored and
+converted to float32 after the lookup.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def encode(table: Tensor) -> Tensor:
     """Round weights ``(rows, dim)`` to bfloat16.
 
     Raises:
-        CompressionError: a weight near float32's largest number rounds to infinity.
+        ValueNotStorable: a weight near float32's largest number rounds to infinity.
     """
     short = table.to(torch.bfloat16)
     if not bool(torch.isfinite(short).all()):
@@ -42,11 +42,11 @@ class BFloat16(StepSettings):
 
     @property
     def storage(self) -> TableFormat:
-        """The format this step writes."""
+        """The format that the step writes."""
         return FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """No settings: the layout is the same for every table."""
+        """Return no settings: the format has none."""
         return {}
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:

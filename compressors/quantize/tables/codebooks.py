@@ -1,7 +1,9 @@
-"""Sizes of the codebooks of vector codes, and the stored layout of codes and codebooks.
+"""Sizes of codebooks, and the stored layout of codes and codebooks.
 
-The bytes of a codebook do not depend on the number of rows. So the number of its entries is limited
-by the bits of a code in the recipe, and by a share of the bytes of the original table.
+A codebook is a list of vectors, its *entries*; a *code* is the number of an entry. The bytes of a
+codebook do not depend on the number of rows. In a small table it could take more bytes than the
+codes save, so the number of entries is limited twice: by the bits of a code in the recipe, and by a
+share of the bytes of the original table.
 """
 
 from collections.abc import Mapping
@@ -15,39 +17,42 @@ from compressors.core.modules.formats import TensorSpec
 from compressors.errors.steps import ValueNotStorable
 
 WIDTHS = (2, 4, 8)
-"""Bits that a code may take as stored."""
+"""Bits that a stored code can have."""
 
 CodebookType = Literal["float32", "float16"]
 
 CodeBits = Annotated[
-    int, Field(ge=1, le=8, description="Of a code: 2 to this power are the entries of a codebook.")
+    int, Field(ge=1, le=8, description="Bits of a code; a codebook has 2 ** bits entries.")
 ]
 CodebookShare = Annotated[
     float,
     Field(
         gt=0,
         le=1,
-        description="Share of a table's float32 bytes that its codebooks may take; small tables "
-        "get fewer entries.",
+        description="Largest bytes of a table's codebooks, as a share of its float32 bytes; small "
+        "tables get fewer entries.",
     ),
 ]
 
 
 def width_of(levels: int) -> int:
-    """Bits of a stored code that distinguishes ``levels`` entries, at most 256."""
+    """Return the bits of a stored code for a codebook of ``levels`` entries, at most 256."""
     return next(width for width in WIDTHS if levels <= 1 << width)
 
 
 def row_bytes(count: int, width: int) -> int:
-    """Bytes of a row of ``count`` codes of ``width`` bits, padding included."""
+    """Return the bytes of a row of ``count`` codes of ``width`` bits, with padding."""
     return -(-count * width // 8)
 
 
 class Shape(NamedTuple):
     """Sizes of a table's codes and codebooks.
 
-    There are ``books`` codebooks of ``levels`` entries of ``dim`` numbers each; ``width`` is the
-    number of bits of a stored code.
+    Attributes:
+        books: number of codebooks, and of codes per row.
+        levels: number of entries of each codebook.
+        dim: numbers per entry.
+        width: bits of a stored code.
     """
 
     books: int
@@ -67,7 +72,8 @@ def shape_of(rows: int, dim: int, books: int, entry: int, settings: Mapping[str,
         settings: ``bits`` of a code, ``codebook_type``, and ``codebook_share``.
 
     Returns:
-        ``levels`` is ``2 ** bits``, or as many as the share allows, and never below 2.
+        The sizes; ``levels`` is the smaller of ``2 ** bits`` and the number that the share allows,
+        but at least 2.
     """
     size = getattr(torch, settings["codebook_type"]).itemsize
     allowed = int(settings["codebook_share"] * 4 * rows * dim // (books * entry * size))
@@ -76,7 +82,7 @@ def shape_of(rows: int, dim: int, books: int, entry: int, settings: Mapping[str,
 
 
 def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """The stored tensors: codes uint8, packed, and all codebooks concatenated."""
+    """Return shape and dtype of the packed codes and of all codebooks, concatenated."""
     codebook = (shape.books * shape.levels, shape.dim)
     return {
         "codes": TensorSpec((rows, row_bytes(shape.books, shape.width)), torch.uint8),
@@ -91,10 +97,10 @@ def entry_of(codes: Tensor, entries: int) -> Tensor:
 
 
 def as_stored(codebook: Tensor, dtype: CodebookType) -> Tensor:
-    """Convert a codebook to the type in which it is stored.
+    """Convert a codebook to the dtype in which it is stored.
 
     Raises:
-        CompressionError: an entry is beyond float16.
+        ValueNotStorable: a number is beyond float16.
     """
     stored = codebook.to(getattr(torch, dtype))
     if not bool(stored.isfinite().all()):

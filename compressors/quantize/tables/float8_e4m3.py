@@ -1,15 +1,15 @@
-"""Embedding tables as 8-bit floats (E4M3) and a scale per row, or per several rows.
+"""Embedding tables as 8-bit floats (E4M3), with one scale for each row or group of rows.
 
 E4M3 has 4 significant bits from 2^-6 to 448 and even steps of 2^-9 below, so without a scale a
 table whose weights are around 0.01 would have only a dozen values. The scale maps the largest
-weight of a row to 448. A weight then has 4 bits down to 1/28,672 of its row's largest; int8 has
-more near the largest weight, less below an eighth of it. Stored as bytes: neither torch nor ONNX
-gathers or compares 8-bit floats. A table of ``rows x dim`` takes
-``rows * (dim + 2)`` bytes with a float16 scale per row.
+weight of a row to 448. A weight then has 4 significant bits down to 1/28,672 of its row's largest
+weight; int8 has more near the largest weight, and fewer below an eighth of it. The floats are
+stored as bytes, because neither torch nor ONNX gathers or compares 8-bit floats. A table of
+``rows x dim`` takes ``rows * (dim + 2)`` bytes with a float16 scale per row.
 
 Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
-Differs: a scale per row instead of one per tensor. There is no other clipping than min-max: an
-8-bit float has no even levels that a narrower range would make finer.
+Differs: a scale per row instead of one per tensor. No weight is clipped: a narrower range would
+not make the levels of an 8-bit float finer, because they are not evenly spaced.
 """
 
 from collections.abc import Mapping
@@ -27,17 +27,19 @@ from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, w
 from compressors.quantize.tables import scales
 
 LARGEST = 448
+"""The largest E4M3 number."""
+
 LEVELS = 2 * LARGEST + 1
-"""A grid of so many levels has its highest at 448 scales, where E4M3 ends."""
+"""Levels of the grid that fits the scales: its highest level is 448 times the scale."""
 
 
 def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
     """Encode a table as the bits of the nearest 8-bit floats, uint8 ``(rows, dim)``.
 
     Args:
-        table: float, ``(rows, dim)``; the first row starts a range.
+        table: float, ``(rows, dim)``; the first row begins a group of rows with one scale.
         scale: as stored, ``(entries, 1)``.
-        rows_per_scale: number of rows that share an entry.
+        rows_per_scale: number of rows that share an entry; 0: all.
     """
     rows = torch.arange(len(table), device=table.device)
     by_row = scale[scales.entries_of(rows, rows_per_scale)].float()
@@ -52,7 +54,7 @@ def steps_of(codes: Tensor) -> Tensor:
 
 @torch.library.custom_op("recpress::float8_e4m3_table", mutates_args=())
 def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
-    """Rows of a stored table: bytes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
+    """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
     return weights(steps_of(codes[ids]), scale[scales.entries_of(ids, rows_per_scale)], None)
 
 
@@ -77,7 +79,7 @@ float8_e4m3_table.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class Float8E4M3Format:
-    """``codes`` uint8 ``(rows, dim)``, the bits of 8-bit floats, and ``scale``."""
+    """Stores ``codes`` uint8 ``(rows, dim)``, the bits of 8-bit floats, and ``scale``."""
 
     name: str = "float8_e4m3"
     learned: tuple[str, ...] = ("scale",)
@@ -93,9 +95,9 @@ class Float8E4M3Format:
         dim: int,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        together = scales.SharedScales.of(settings).rows_per_scale
+        rows_per_scale = scales.SharedScales.of(settings).rows_per_scale
         codes, scale = stored["codes"], stored["scale"]
-        rows: Tensor = torch.ops.recpress.float8_e4m3_table(codes, scale, ids, together)
+        rows: Tensor = torch.ops.recpress.float8_e4m3_table(codes, scale, ids, rows_per_scale)
         return rows
 
 
@@ -110,25 +112,25 @@ class Float8E4M3(StepSettings):
     min_rows: MinRows = 1
     scale: ScaleType = Field("float16", description="How scales are stored.")
     rows_per_scale: RowsPerScale = Field(
-        1, description="Neighbouring rows that share a scale; 0: one scale for the table."
+        1, description="Number of neighbouring rows that share a scale; 0: one for the table."
     )
 
     @property
     def storage(self) -> TableFormat:
-        """The format this step writes."""
+        """The format that the step writes."""
         return FORMAT
 
     @property
     def grid(self) -> Grid:
-        """The grid used to fit scales to ranges; its levels are not those of the format."""
+        """The grid that fits the scales; its levels are not those of 8-bit floats."""
         return Grid(LEVELS, scale=self.scale, rows_per_scale=self.rows_per_scale)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the stored layout of a table."""
+        """Return the settings that determine the stored layout of a table."""
         return scales.settings_of(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """Fit the scale of a table with one scale; otherwise return no parameters."""
+        """Fit the scale if the table has one for all rows; otherwise return no parameters."""
         return scales.fit_table(rows, self.grid)
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,14 @@
 """Embedding tables as a small codebook of numbers and a few bits per weight.
 
-The levels follow the distribution of the weights instead of being evenly spaced: 16 numbers for the
-table and 4 bits per weight. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+The codebook's numbers, the *levels*, follow the distribution of the weights instead of being evenly
+spaced: for example 16 numbers for the table and 4 bits per weight. A table of ``rows x dim``
+float32 shrinks from ``4 * rows * dim`` to
 ``rows * (ceil(dim * bits / 8) + 2) + 4 * 2 ** bits`` bytes with a float16 scale per row.
 
 Sources: Han et al. 2016, https://arxiv.org/abs/1510.00149 (weights shared by k-means);
 Guan et al. 2019, https://arxiv.org/abs/1911.02079 (codebooks for embedding tables).
 Differs: one codebook per table and, by default, a scale per row, while Guan et al. fit a codebook
-to each row or to classes of rows; codebook and scales are fitted to each other.
+to each row or to classes of rows. Codebook and scales are fitted in turn.
 """
 
 from collections.abc import Mapping
@@ -28,9 +29,10 @@ from compressors.quantize.tables.codebooks import row_bytes
 
 RowScale = Literal["none", "float16", "float32"]
 FITTED_VALUES = 2**21
-"""Weights a codebook is fitted on, at most: more sorting, no better levels."""
+"""Largest number of weights that a codebook is fitted on; more do not give better levels."""
+
 TURNS = 3
-"""How often codebook, codes and scales are fitted to each other in turn."""
+"""Rounds that fit codebook, codes and scales in turn."""
 
 
 def fit(
@@ -41,15 +43,15 @@ def fit(
     Args:
         table: float ``(rows, dim)``; large tables are sampled.
         bits: bits of a code.
-        scale_type: whether rows are divided by a scale first, and how the scale is stored.
-        weight: weight of each row, ``(rows,)``, only for tables that are not sampled; by default
-            equal.
+        scale_type: dtype of the scale by which each row is divided; ``none``: no scale.
+        weight: weight of each row, ``(rows,)``; None: equal. Only for tables that are not sampled.
 
     Returns:
         float32 ``(2 ** bits,)``, ascending.
 
     Raises:
-        CompressionError: a weight is too large for a float16 scale.
+        ValueNotStorable: a weight is too large for a float16 scale.
+        ValueError: rows are weighted, and the table is so large that it would be sampled.
     """
     most = max(FITTED_VALUES // table.shape[1], 1)
     rows = sample(table, most)
@@ -58,30 +60,30 @@ def fit(
     counts = torch.ones(len(rows)) if weight is None else weight
     scale = torch.ones(len(rows), 1)
     if scale_type != "none":
-        scale = largest(rows, scale_type).float()
+        scale = largest_weights(rows, scale_type).float()
     best, least = torch.empty(0), float("inf")
     for _ in range(TURNS if scale_type != "none" else 1):
-        # The error of a level is multiplied by the square of the scale.
-        each = (counts.double().unsqueeze(1) * scale.double().square()).expand_as(rows)
+        # An error of a scaled value is multiplied by the scale, and squared.
+        value_weights = (counts.double().unsqueeze(1) * scale.double().square()).expand_as(rows)
         # Rows of zeros have no scale and are ignored.
         values = rows / scale.where(scale > 0, torch.ones_like(scale))
-        found = scalar_kmeans(values.flatten(), 1 << bits, each.flatten())
-        codebook = found.codebook.flatten()
+        fitted = scalar_kmeans(values.flatten(), 1 << bits, value_weights.flatten())
+        codebook = fitted.codebook.flatten()
         codes, stored = encode(rows, codebook, scale_type)
         scale = torch.ones(len(rows), 1) if stored is None else stored.float()
-        gap = (codebook[codes.long()] * scale - rows).double().square().sum(dim=1)
-        error = float((gap * counts.double()).sum())
+        row_errors = (codebook[codes.long()] * scale - rows).double().square().sum(dim=1)
+        error = float((row_errors * counts.double()).sum())
         if error >= least:
             break
         best, least = codebook, error
     return best
 
 
-def largest(rows: Tensor, scale_type: RowScale) -> Tensor:
-    """The largest weight of each row, in the type of scales: ``(rows, 1)``, always positive.
+def largest_weights(rows: Tensor, scale_type: RowScale) -> Tensor:
+    """Return the largest absolute weight of each row as a scale: ``(rows, 1)``, positive.
 
     Raises:
-        CompressionError: it is beyond float16.
+        ValueNotStorable: a weight is beyond float16.
     """
     dtype = torch.float16 if scale_type == "float16" else torch.float32
     smallest = 2.0**-24 if scale_type == "float16" else torch.finfo(torch.float32).tiny
@@ -94,7 +96,7 @@ def largest(rows: Tensor, scale_type: RowScale) -> Tensor:
 def encode(
     table: Tensor, codebook: Tensor, scale_type: RowScale = "float16"
 ) -> tuple[Tensor, Tensor | None]:
-    """Find the nearest level of every weight and the optimal scale for the levels of each row.
+    """Find the nearest level of every weight and the scale of each row, in turn.
 
     Args:
         table: float ``(rows, dim)``.
@@ -105,12 +107,12 @@ def encode(
         ``codes`` uint8 ``(rows, dim)``, not packed, and ``scale`` ``(rows, 1)`` or None.
 
     Raises:
-        CompressionError: a weight is too large for a float16 scale.
+        ValueNotStorable: a weight is too large for a float16 scale.
     """
     rows = table.float()
     if scale_type == "none":
         return _codes(rows, codebook), None
-    scale = largest(rows, scale_type)
+    scale = largest_weights(rows, scale_type)
     codes = _codes(rows / scale.float(), codebook)
     for _ in range(TURNS):
         levels = codebook[codes.long()]
@@ -118,22 +120,22 @@ def encode(
         fitted = ((levels * rows).sum(dim=1, keepdim=True) / square).to(scale.dtype)
         usable = fitted.isfinite() & (fitted > 0)
         fitted = torch.where(usable, fitted, scale)
-        again = _codes(rows / fitted.float(), codebook)
-        better = _error(rows, codebook, again, fitted) < _error(rows, codebook, codes, scale)
-        scale, codes = torch.where(better, fitted, scale), torch.where(better, again, codes)
+        new_codes = _codes(rows / fitted.float(), codebook)
+        better = _error(rows, codebook, new_codes, fitted) < _error(rows, codebook, codes, scale)
+        scale, codes = torch.where(better, fitted, scale), torch.where(better, new_codes, codes)
     # The codebook may not contain zero: a scale of zero keeps a row of zeros exact.
     scale = torch.where((rows == 0).all(dim=1, keepdim=True), torch.zeros_like(scale), scale)
     return codes, scale
 
 
 def _codes(values: Tensor, codebook: Tensor) -> Tensor:
-    middle = (codebook[1:] + codebook[:-1]) / 2
-    return torch.bucketize(values, middle).to(torch.uint8)
+    boundaries = (codebook[1:] + codebook[:-1]) / 2
+    return torch.bucketize(values, boundaries).to(torch.uint8)
 
 
 def _error(rows: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    gap = codebook[codes.long()] * scale.float() - rows
-    return gap.square().sum(dim=1, keepdim=True)
+    error = codebook[codes.long()] * scale.float() - rows
+    return error.square().sum(dim=1, keepdim=True)
 
 
 def decode(codes: Tensor, codebook: Tensor, scale: Tensor | None) -> Tensor:
@@ -146,7 +148,11 @@ def decode(codes: Tensor, codebook: Tensor, scale: Tensor | None) -> Tensor:
 def kmeans_table(
     codes: Tensor, codebook: Tensor, scale: Tensor | None, ids: Tensor, dim: int, width: int
 ) -> Tensor:
-    """Rows of a stored table: packed codes, ``(levels,)``, ``(rows, 1)`` -> ``(*ids, dim)``."""
+    """Look up rows of a stored table as float32 ``(*ids, dim)``.
+
+    ``codes`` are packed with ``width`` bits each, ``codebook`` is ``(levels,)``, ``scale`` is
+    ``(rows, 1)``.
+    """
     row_scale = None if scale is None else scale[ids]
     return decode(unpack(codes[ids], dim, width), codebook, row_scale)
 
@@ -171,16 +177,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, *scales, ids = ctx.saved_tensors
-    found = unpack(codes[ids], ctx.dim, ctx.width).long()  # (*ids, dim)
-    of_scale = None
+    entries = unpack(codes[ids], ctx.dim, ctx.width).long()  # (*ids, dim)
+    to_scale = None
     if ctx.scaled:
-        each = (grad * codebook[found]).sum(dim=-1).reshape(-1)  # one number per lookup
+        by_lookup = (grad * codebook[entries]).sum(dim=-1).reshape(-1)  # (lookups,)
         total = torch.zeros(len(scales[0]), device=grad.device)
-        total.index_add_(0, ids.reshape(-1), each)
-        of_scale = total.unsqueeze(1).to(scales[0].dtype)
+        total.index_add_(0, ids.reshape(-1), by_lookup)
+        to_scale = total.unsqueeze(1).to(scales[0].dtype)
         grad = grad * scales[0][ids].float()
-    of_levels = torch.zeros_like(codebook).index_add_(0, found.reshape(-1), grad.reshape(-1))
-    return None, of_levels, of_scale, None, None, None
+    to_codebook = torch.zeros_like(codebook).index_add_(0, entries.reshape(-1), grad.reshape(-1))
+    return None, to_codebook, to_scale, None, None, None
 
 
 kmeans_table.register_autograd(_backward, setup_context=_keep)
@@ -188,23 +194,23 @@ kmeans_table.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class KMeansFormat:
-    """``codes`` uint8, packed, ``codebook`` float32 ``(levels,)``, ``scale`` ``(rows, 1)``."""
+    """Stores packed ``codes`` uint8, ``codebook`` float32 ``(levels,)`` and ``scale``."""
 
     name: str = "kmeans"
     learned: tuple[str, ...] = ("codebook", "scale")
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         bits, scale = settings["bits"], settings["scale"]
-        laid = {
+        specs = {
             "codes": TensorSpec((rows, row_bytes(dim, bits)), torch.uint8),
             "codebook": TensorSpec((1 << bits,), torch.float32, every=0),
         }
         if scale != "none":
-            laid["scale"] = TensorSpec((rows, 1), getattr(torch, scale))
-        return laid
+            specs["scale"] = TensorSpec((rows, 1), getattr(torch, scale))
+        return specs
 
     def width(self, rows: int, dim: int, settings: Mapping[str, Any]) -> int:
-        """Bits of a code as stored."""
+        """Return the bits of a stored code."""
         return int(settings["bits"])
 
     def lookup(
@@ -225,20 +231,20 @@ class KMeans(StepSettings):
     kind: Literal["kmeans"] = "kmeans"
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
-    bits: Literal[2, 4, 8] = Field(4, description="Of a weight's code: 4, 16 or 256 levels.")
+    bits: Literal[2, 4, 8] = Field(4, description="Bits of a weight's code: 4, 16 or 256 levels.")
     scale: RowScale = Field(
         "float16",
-        description="How the scale of each row is stored; none: the levels serve all rows as they "
-        "are, which saves two bytes a row.",
+        description="How the scale of each row is stored. none: rows have no scale, which saves "
+        "its bytes.",
     )
 
     @property
     def storage(self) -> TableFormat:
-        """The format this step writes."""
+        """The format that the step writes."""
         return FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the stored layout of a table."""
+        """Return the settings that determine the stored layout of a table."""
         return {"bits": self.bits, "scale": self.scale}
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:

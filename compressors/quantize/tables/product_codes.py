@@ -1,4 +1,4 @@
-"""Product quantization of embedding tables: a few codes per row, each for one part of the columns.
+"""Product quantization of embedding tables: one code for each part of a row's columns.
 
 The columns are split into ``parts``, and each part of a row is stored as the nearest of
 ``2 ** bits`` short vectors. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
@@ -36,13 +36,16 @@ from compressors.quantize.tables.codebooks import (
 
 
 def widths(dim: int, parts: int) -> tuple[int, ...]:
-    """Number of columns of each part, the wider parts first; no part is empty."""
+    """Return the number of columns of each part, wider parts first; no part is empty."""
     parts = min(parts, dim)
     return tuple(dim // parts + (place < dim % parts) for place in range(parts))
 
 
 def columns(dim: int, parts: int) -> list[int] | None:
-    """Indices of a row's columns among parts padded to the widest; None if nothing is padded."""
+    """Return the indices of a row's columns among parts padded to the widest part.
+
+    None if all parts have one width, so that nothing is padded.
+    """
     each = widths(dim, parts)
     if len(set(each)) == 1:
         return None
@@ -61,6 +64,9 @@ def fit(table: Tensor, parts: int, levels: int, weight: Tensor | None = None) ->
     Returns:
         float32 ``(parts * levels, widest part)``, the codebooks concatenated; columns that a
         narrower part does not have are zero.
+
+    Raises:
+        ValueError: rows are weighted, and the table is so large that it is sampled.
     """
     rows = sample(table)
     if weight is not None and len(weight) != len(rows):
@@ -88,18 +94,22 @@ def decode(codes: Tensor, codebook: Tensor, dim: int) -> Tensor:
     return _joined(codebook[entry_of(codes, len(codebook))].float(), dim)
 
 
-def _joined(found: Tensor, dim: int) -> Tensor:
+def _joined(entries: Tensor, dim: int) -> Tensor:
     """Concatenate entries ``(*, parts, widest)`` and remove padding columns."""
-    places = columns(dim, found.shape[-2])
-    side_by_side = found.flatten(-2)
-    return side_by_side if places is None else side_by_side[..., places]
+    places = columns(dim, entries.shape[-2])
+    padded = entries.flatten(-2)
+    return padded if places is None else padded[..., places]
 
 
 @torch.library.custom_op("recpress::product_codes", mutates_args=())
 def product_codes(
     codes: Tensor, codebook: Tensor, ids: Tensor, dim: int, parts: int, width: int
 ) -> Tensor:
-    """Rows of a stored table: packed codes, ``(parts * levels, widest)`` -> ``(*ids, dim)``."""
+    """Look up rows of a stored table as float32 ``(*ids, dim)``.
+
+    ``codes`` are packed with ``width`` bits each; ``codebook`` is
+    ``(parts * levels, widest part)``.
+    """
     return decode(unpack(codes[ids], parts, width), codebook, dim).contiguous()
 
 
@@ -138,13 +148,13 @@ product_codes.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class ProductCodesFormat:
-    """``codes`` uint8, packed, and ``codebook`` ``(parts * levels, widest part)``."""
+    """Stores packed ``codes`` uint8, and ``codebook`` ``(parts * levels, widest part)``."""
 
     name: str = "product_codes"
     learned: tuple[str, ...] = ("codebook",)
 
     def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
-        """The number of codebooks, their entries, and the bits of a code as stored."""
+        """Return the sizes of the codes and codebooks of a ``rows x dim`` table."""
         each = widths(dim, settings["parts"])
         return shape_of(rows, dim, len(each), each[0], settings)
 
@@ -152,7 +162,7 @@ class ProductCodesFormat:
         return layout(rows, self.shape(rows, dim, settings), settings)
 
     def width(self, rows: int, dim: int, settings: Mapping[str, Any]) -> int:
-        """Bits of a code as stored."""
+        """Return the bits of a stored code."""
         return self.shape(rows, dim, settings).width
 
     def lookup(
@@ -170,7 +180,7 @@ FORMAT = ProductCodesFormat()
 
 
 class ProductCodes(StepSettings):
-    """Store embedding tables as a few codes a row, each for one part of its columns."""
+    """Store embedding tables as a few codes per row, each for one part of its columns."""
 
     kind: Literal["product_codes"] = "product_codes"
     tables: TablePatterns = ("*",)
@@ -178,7 +188,8 @@ class ProductCodes(StepSettings):
     parts: int = Field(
         4,
         ge=1,
-        description="Codes of a row: its columns are cut into so many parts, at most one each.",
+        description="Number of parts into which the columns are split, and of codes per row; at "
+        "most one part per column.",
     )
     bits: CodeBits = 8
     codebook_type: CodebookType = Field(
@@ -188,11 +199,11 @@ class ProductCodes(StepSettings):
 
     @property
     def storage(self) -> TableFormat:
-        """The format this step writes."""
+        """The format that the step writes."""
         return FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the stored layout of a table."""
+        """Return the settings that determine the stored layout of a table."""
         return self.model_dump(include={"parts", "bits", "codebook_type", "codebook_share"})
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Residual quantization of embedding tables: a few codes per row, whose entries are summed.
+"""Residual quantization of embedding tables: a row is the sum of one entry of each codebook.
 
-Each of ``codebooks`` has ``2 ** bits`` vectors as wide as the table, and a row is the sum of one
-vector of each. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+Each of the ``codebooks`` has ``2 ** bits`` entries as wide as the table; a row is stored as one
+code per codebook. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * ceil(codebooks * bits / 8)`` bytes and codebooks of ``4 * codebooks * dim * 2 ** bits``.
 
 *Residual*: each codebook is fitted to the residuals of those before it (Chen et al. 2010,
@@ -37,10 +37,14 @@ from compressors.quantize.tables.codebooks import (
     width_of,
 )
 
-TURNS = 8
-"""Passes over the codes of a row, at most; they end when no code changes."""
-HELD = 1e-6
-"""Rows' worth of weight that hold an entry where it is; decides where the rows leave it free."""
+MAX_PASSES = 8
+"""Largest number of passes over the codes of a row; they end when no code changes."""
+
+DAMPING = 1e-6
+"""Weight of each entry's present value in least squares, as a share of a mean row's weight.
+
+It determines entries that the rows leave undetermined.
+"""
 
 
 def fit(
@@ -58,26 +62,29 @@ def fit(
     Returns:
         float32 ``(books * levels, dim)``, the codebooks concatenated, and the squared error of the
         rows after residual fitting and after each round that lowered it.
+
+    Raises:
+        ValueError: rows are weighted, and the table is so large that it is sampled.
     """
     rows = sample(table)
     if weight is not None and len(weight) != len(rows):
         raise ValueError(f"rows are weighted in tables of at most {len(rows)} rows")
     counts = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()
-    left, fitted = rows, []
+    residuals, fitted = rows, []
     for number in range(books):
-        book = kmeans(left, levels, weight, seed=number).codebook
-        left = left - book[nearest(left, book)]
+        book = kmeans(residuals, levels, weight, seed=number).codebook
+        residuals = residuals - book[nearest(residuals, book)]
         fitted.append(book)
     codebook = torch.cat(fitted)
     codes = encode(rows, codebook, books)
     errors = [_error(rows, codes, codebook, counts)]
     for _ in range(refine):
-        again = least_squares(rows, codes, codebook, counts)
-        codes = encode(rows, again, books)
-        error = _error(rows, codes, again, counts)
+        refined = least_squares(rows, codes, codebook, counts)
+        codes = encode(rows, refined, books)
+        error = _error(rows, codes, refined, counts)
         if error >= errors[-1]:
             break
-        codebook = again
+        codebook = refined
         errors.append(error)
     return KMeansFit(codebook, tuple(errors))
 
@@ -91,6 +98,9 @@ def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor)
         codebook: the present codebooks, ``(books * levels, dim)``: entries that the rows do not
             determine are not changed.
         weight: weight of each row, float64 ``(rows,)``.
+
+    Returns:
+        The new codebooks, ``(books * levels, dim)`` in the dtype of ``codebook``.
     """
     entries = len(codebook)
     places = entry_of(codes, entries)  # (rows, books)
@@ -100,7 +110,7 @@ def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor)
         right.index_add_(0, first, rows.double() * weight.unsqueeze(1))
         for second in places.unbind(1):
             pairs.index_add_(0, first * entries + second, weight)
-    damping = HELD * float(weight.mean())
+    damping = DAMPING * float(weight.mean())
     matrix = pairs.reshape(entries, entries) + damping * torch.eye(entries, dtype=torch.float64)
     solved: Tensor = torch.linalg.solve(matrix, right + damping * codebook.double())
     return solved.to(codebook.dtype)
@@ -119,21 +129,21 @@ def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
         books: number of codebooks.
     """
     rows = table.float()
-    each = codebook.float().reshape(books, -1, codebook.shape[1])
-    left, codes = rows, []
-    for book in each:
-        codes.append(nearest(left, book))
-        left = left - book[codes[-1]]
-    for _ in range(TURNS if books > 1 else 0):
+    codebooks = codebook.float().reshape(books, -1, codebook.shape[1])
+    residuals, codes = rows, []
+    for book in codebooks:
+        codes.append(nearest(residuals, book))
+        residuals = residuals - book[codes[-1]]
+    for _ in range(MAX_PASSES if books > 1 else 0):
         changed = False
-        for number, book in enumerate(each):
+        for number, book in enumerate(codebooks):
             others = torch.zeros_like(rows)
-            for other, found in enumerate(codes):
+            for other, other_codes in enumerate(codes):
                 if other != number:
-                    others = others + each[other][found]
-            again = nearest(rows - others, book)
-            changed = changed or not torch.equal(again, codes[number])
-            codes[number] = again
+                    others = others + codebooks[other][other_codes]
+            new_codes = nearest(rows - others, book)
+            changed = changed or not torch.equal(new_codes, codes[number])
+            codes[number] = new_codes
         if not changed:
             break
     return torch.stack(codes, dim=1).to(torch.uint8)
@@ -150,7 +160,10 @@ def _error(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> flo
 
 @torch.library.custom_op("recpress::residual_codes", mutates_args=())
 def residual_codes(codes: Tensor, codebook: Tensor, ids: Tensor, books: int, width: int) -> Tensor:
-    """Rows of a stored table: packed codes, ``(books * levels, dim)`` -> ``(*ids, dim)``."""
+    """Look up rows of a stored table as float32 ``(*ids, dim)``.
+
+    ``codes`` are packed with ``width`` bits each, ``codebook`` is ``(books * levels, dim)``.
+    """
     return decode(unpack(codes[ids], books, width), codebook)
 
 
@@ -179,20 +192,20 @@ residual_codes.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class ResidualCodesFormat:
-    """``codes`` uint8, packed, and ``codebook`` ``(codebooks * levels, dim)``."""
+    """Stores packed ``codes`` uint8, and ``codebook`` ``(codebooks * levels, dim)``."""
 
     name: str = "residual_codes"
     learned: tuple[str, ...] = ("codebook",)
 
     def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
-        """The number of codebooks, their entries, and the bits of a code as stored."""
+        """Return the sizes of the codes and codebooks of a ``rows x dim`` table."""
         return shape_of(rows, dim, settings["codebooks"], dim, settings)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return layout(rows, self.shape(rows, dim, settings), settings)
 
     def width(self, rows: int, dim: int, settings: Mapping[str, Any]) -> int:
-        """Bits of a code as stored."""
+        """Return the bits of a stored code."""
         return self.shape(rows, dim, settings).width
 
     def lookup(
@@ -210,18 +223,18 @@ FORMAT = ResidualCodesFormat()
 
 
 class ResidualCodes(StepSettings):
-    """Store embedding tables as a few codes a row, whose codebook entries are added up."""
+    """Store embedding tables as a few codes per row, whose codebook entries are summed."""
 
     kind: Literal["residual_codes"] = "residual_codes"
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
-    codebooks: int = Field(2, ge=1, le=16, description="Codebooks, and codes of a row.")
+    codebooks: int = Field(2, ge=1, le=16, description="Number of codebooks, and of codes per row.")
     bits: CodeBits = 8
     refine: int = Field(
         8,
         ge=0,
-        description="Rounds in which all codebooks are fitted together, at most (additive codes); "
-        "0: each only to what those before it leave over.",
+        description="Largest number of rounds that fit all codebooks together (additive codes); "
+        "0: each codebook is only fitted to the residuals of those before it.",
     )
     codebook_type: CodebookType = Field(
         "float32", description="How codebooks are stored; only float32 can be trained by any step."
@@ -230,19 +243,19 @@ class ResidualCodes(StepSettings):
 
     @property
     def storage(self) -> TableFormat:
-        """The format this step writes."""
+        """The format that the step writes."""
         return FORMAT
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the stored layout of a table."""
+        """Return the settings that determine the stored layout of a table."""
         return self.model_dump(include={"codebooks", "bits", "codebook_type", "codebook_share"})
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
         """Fit the codebooks of a table, float ``(rows, dim)``."""
         count, dim = rows.shape
         shape = FORMAT.shape(count, dim, self.settings())
-        found = fit(rows, shape.books, shape.levels, self.refine)
-        return {"codebook": as_stored(found.codebook, self.codebook_type)}
+        fitted = fit(rows, shape.books, shape.levels, self.refine)
+        return {"codebook": as_stored(fitted.codebook, self.codebook_type)}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""

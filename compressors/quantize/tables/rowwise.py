@@ -1,4 +1,4 @@
-"""Shared parts of the row-wise integer formats: settings, and packed codes of 2 and 4 bits."""
+"""Shared code of the row-wise integer formats: settings, and packed codes of 2 and 4 bits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,49 +20,55 @@ class RowwiseSettings(StepSettings):
     """Settings of a row-wise integer format; each format sets its defaults and its levels."""
 
     levels: ClassVar[tuple[int, int]]
-    """Levels of a symmetric and of an asymmetric grid."""
+    """Number of levels of a symmetric and of an asymmetric grid."""
 
     kind: str
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
     scale: ScaleType = Field("float16", description="How scales and offsets are stored.")
     symmetric: bool = Field(
-        True, description="Levels around zero; or an offset for each scale, and all codes used."
+        True,
+        description="true: levels around zero, without an offset. false: an offset for each scale, "
+        "so that the levels cover the range exactly.",
     )
     clipping: Clipping = Field(
         "min_max",
-        description="min_max: the largest weight ends a range. The others clip one where that "
-        "lowers its squared error: least_squares in 7 times the work, greedy 33 and mse 26 times, "
-        "asymmetric 65 and some hundred times.",
+        description="Range of the levels. min_max: all weights, none is clipped. least_squares, "
+        "greedy, mse: clip the largest weights if that lowers the squared error. They take about "
+        "7, 33 and 26 times the work of min_max; asymmetric, greedy takes 65 and mse several "
+        "hundred times.",
     )
     rows_per_scale: RowsPerScale = Field(
-        1, description="Neighbouring rows that share a scale; 0: one scale for the table."
+        1, description="Number of neighbouring rows that share a scale; 0: one for the table."
     )
 
     @property
     def grid(self) -> Grid:
-        """The levels, and how ranges are fitted to them."""
+        """The grid of levels, with the rule that fits ranges to it."""
         levels = self.levels[0] if self.symmetric else self.levels[1]
         return Grid(levels, self.symmetric, self.clipping, self.scale, self.rows_per_scale)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the stored layout of a table."""
+        """Return the settings that determine the stored layout of a table."""
         return scales.settings_of(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """Fit the scale of a table with one scale; otherwise return no parameters."""
+        """Fit scale and offset if the table has one scale; otherwise return no parameters."""
         return scales.fit_table(rows, self.grid)
 
 
 @dataclass(frozen=True)
 class PackedRowsFormat:
-    """``codes`` uint8 ``(rows, ceil(dim * bits / 8))``, planar; ``scale``, and optional ``offset``.
+    """Row-wise format with packed codes of 2 or 4 bits.
+
+    It stores ``codes``, uint8 ``(rows, ceil(dim * bits / 8))`` in the planar layout of
+    ``bitpacking.py``, ``scale``, and ``offset`` if the grid is asymmetric.
 
     Attributes:
         name: name of the format and of its custom op.
         bits: bits of a code, 2 or 4.
-        zero: the place of zero among the codes of a symmetric grid.
-        learned: the tensors that training may change.
+        zero: the code that represents zero in a symmetric grid; 1.5 if zero is between two codes.
+        learned: names of the tensors that training may change.
     """
 
     name: str
@@ -77,15 +83,15 @@ class PackedRowsFormat:
     def lookup(
         self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
     ) -> Tensor:
-        together = scales.SharedScales.of(settings).rows_per_scale
+        rows_per_scale = scales.SharedScales.of(settings).rows_per_scale
         op = getattr(torch.ops.recpress, self.name)
         rows: Tensor = op(
-            stored["codes"], stored["scale"], stored.get("offset"), ids, dim, together
+            stored["codes"], stored["scale"], stored.get("offset"), ids, dim, rows_per_scale
         )
         return rows
 
     def steps_of(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
-        """Decode planar codes ``(*, bytes)`` to levels counted in scales, float32 ``(*, dim)``."""
+        """Decode planar codes ``(*, bytes)`` to multiples of the scale, float32 ``(*, dim)``."""
         steps = bitpacking.unpack(packed, dim, self.bits).float()
         return steps - self.zero if symmetric else steps
 

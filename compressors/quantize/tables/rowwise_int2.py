@@ -1,4 +1,4 @@
-"""Embedding tables as a quarter of a byte per weight and a scale per row, or per several rows.
+"""Embedding tables as a quarter byte per weight, with one scale for each row or group of rows.
 
 A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * (ceil(dim / 4) + 4)`` bytes with a float16 scale and offset per row; symmetric, without
@@ -6,8 +6,9 @@ offset, to ``rows * (ceil(dim / 4) + 2)``. At dim 16 half of the asymmetric byte
 offsets: share them between rows.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise, asymmetric).
-Differs: 2 bits instead of 4, and ranges of least squared error by default: with four levels,
-clipping and offsets gain much more than with sixteen (docs/results/movielens.md).
+Differs: 2 bits instead of 4; by default asymmetric and clipped to the range of least squared error:
+with four levels, clipping and offsets gain much more than with sixteen
+(docs/results/movielens.md).
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ FORMAT = packed_rows_format("rowwise_int2", bits=2, zero=1.5)
 
 
 def store(steps: Tensor, *, symmetric: bool) -> Tensor:
-    """Pack levels counted in scales, ``(rows, dim)``, to planar uint8 ``(rows, ceil(dim/4))``."""
+    """Pack multiples of the scale ``(rows, dim)`` into planar uint8 ``(rows, ceil(dim / 4))``."""
     codes = steps + FORMAT.zero if symmetric else steps
     return bitpacking.pack(codes.to(torch.uint8), FORMAT.bits)
 
@@ -47,7 +48,7 @@ class RowwiseInt2(RowwiseSettings):
 
     @property
     def storage(self) -> TableFormat:
-        """The format this step writes."""
+        """The format that the step writes."""
         return FORMAT
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

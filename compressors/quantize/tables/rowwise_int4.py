@@ -1,12 +1,12 @@
-"""Embedding tables as half a byte per weight and a scale per row, or per several rows.
+"""Embedding tables as half a byte per weight, with one scale for each row or group of rows.
 
 A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * (ceil(dim / 2) + 2)`` bytes with a float16 scale per row; asymmetric, with an offset, to
 ``rows * (ceil(dim / 2) + 4)``.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise 4-bit).
-Differs: the default is symmetric (TensorRT has no zero point, so a symmetric lookup is cheaper
-there) and min-max.
+Differs: symmetric by default (TensorRT has no zero point, so a symmetric lookup is cheaper there),
+and no weight is clipped by default.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class RowwiseInt4(RowwiseSettings):
 
     @property
     def storage(self) -> TableFormat:
-        """The format this step writes."""
+        """The format that the step writes."""
         return FORMAT
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

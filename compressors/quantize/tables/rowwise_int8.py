@@ -1,13 +1,13 @@
-"""Embedding tables as one byte per weight and a scale per row, or per several rows.
+"""Embedding tables as one byte per weight, with one scale for each row or group of rows.
 
-Each row has its own scale, so the small weights of a rare item are not rounded to zero because of a
-popular item. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
-``rows * (dim + 2)`` bytes
-with a float16 scale per row; asymmetric, with an offset, to ``rows * (dim + 4)``.
+By default each row has a scale, so large weights of a popular item do not round the small weights
+of a rare item to zero. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+``rows * (dim + 2)`` bytes with a float16 scale per row; asymmetric, with an offset, to
+``rows * (dim + 4)``.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise uniform quantization).
-Differs: the default is symmetric (TensorRT has no zero point, so a symmetric lookup is cheaper
-there) and min-max.
+Differs: symmetric by default (TensorRT has no zero point, so a symmetric lookup is cheaper there),
+and no weight is clipped by default.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from compressors.quantize.tables.rowwise import RowwiseSettings
 
 
 def code_type(*, symmetric: bool) -> torch.dtype:
-    """Type of codes: int8 in [-127, 127] if symmetric, uint8 in [0, 255] with an offset."""
+    """Return the dtype of codes: int8 in [-127, 127] if symmetric, else uint8 in [0, 255]."""
     return torch.int8 if symmetric else torch.uint8
 
 
@@ -32,7 +32,7 @@ def code_type(*, symmetric: bool) -> torch.dtype:
 def rowwise_int8(
     codes: Tensor, scale: Tensor, offset: Tensor | None, ids: Tensor, rows_per_scale: int
 ) -> Tensor:
-    """Rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
+    """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
     entries = scales.entries_of(ids, rows_per_scale)
     return weights(codes[ids].float(), scale[entries], None if offset is None else offset[entries])
 
@@ -71,7 +71,7 @@ rowwise_int8.register_autograd(_backward, setup_context=_keep)
 
 @dataclass(frozen=True)
 class RowwiseInt8Format:
-    """``codes`` int8 ``(rows, dim)``, or uint8 with an ``offset``, and ``scale``."""
+    """Stores ``codes`` ``(rows, dim)``, ``scale``, and ``offset`` if the grid is asymmetric."""
 
     name: str = "rowwise_int8"
     bits: int = 8
@@ -89,9 +89,9 @@ class RowwiseInt8Format:
         dim: int,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        together = scales.SharedScales.of(settings).rows_per_scale
+        rows_per_scale = scales.SharedScales.of(settings).rows_per_scale
         codes, scale, offset = stored["codes"], stored["scale"], stored.get("offset")
-        rows: Tensor = torch.ops.recpress.rowwise_int8(codes, scale, offset, ids, together)
+        rows: Tensor = torch.ops.recpress.rowwise_int8(codes, scale, offset, ids, rows_per_scale)
         return rows
 
 
@@ -107,7 +107,7 @@ class RowwiseInt8(RowwiseSettings):
 
     @property
     def storage(self) -> TableFormat:
-        """The format this step writes."""
+        """The format that the step writes."""
         return FORMAT
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
-"""Scales and offsets shared by rows: layout, encoding, lookup and gradients."""
+"""Scales and offsets of row-wise formats: layout, encoding, lookup and gradients.
+
+A group of ``rows_per_scale`` rows shares one entry: a scale and, if asymmetric, an offset. A code
+multiplied by its scale, plus the offset, is the weight; *steps* are multiples of the scale.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +16,7 @@ from compressors.quantize.kernels.levels import FittedRange, Grid, nearest, weig
 
 
 class SharedScales(NamedTuple):
-    """Settings of shared scales; records of older bundles may lack some."""
+    """The settings that determine the layout of scales; records of older bundles lack some."""
 
     dtype: torch.dtype
     symmetric: bool
@@ -28,7 +32,7 @@ class SharedScales(NamedTuple):
 
 
 def settings_of(grid: Grid) -> dict[str, Any]:
-    """The settings of a grid that determine layout and lookup."""
+    """Return the settings of a grid that determine layout and lookup."""
     return {
         "scale": grid.scale,
         "symmetric": grid.symmetric,
@@ -37,77 +41,85 @@ def settings_of(grid: Grid) -> dict[str, Any]:
 
 
 def layout(rows: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """``scale``, and ``offset`` unless symmetric: ``(ceil(rows / rows_per_scale), 1)`` each."""
-    dtype, symmetric, together = SharedScales.of(settings)
-    entries = -(-rows // together) if together else 1
-    spec = TensorSpec((entries, 1), dtype, every=together)
+    """Return shape and dtype of ``scale`` and, unless symmetric, ``offset``: ``(entries, 1)``."""
+    dtype, symmetric, rows_per_scale = SharedScales.of(settings)
+    entries = -(-rows // rows_per_scale) if rows_per_scale else 1
+    spec = TensorSpec((entries, 1), dtype, every=rows_per_scale)
     return {"scale": spec} if symmetric else {"scale": spec, "offset": spec}
 
 
 def fit_table(rows: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """Fit scale and offset of a table that has one for all rows; otherwise return none."""
-    return {} if grid.rows_per_scale else _named(fit(rows, grid))
+    """Fit scale and offset of a table with one scale for all rows; otherwise return none."""
+    return {} if grid.rows_per_scale else _by_name(fit(rows, grid))
 
 
 def fit_block(block: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """Fit scales and offsets of a block of rows; none if the table has one for all rows."""
-    return _named(fit(block, grid)) if grid.rows_per_scale else {}
+    """Fit scales and offsets of a block of rows; none if the table has one scale for all rows."""
+    return _by_name(fit(block, grid)) if grid.rows_per_scale else {}
 
 
 def encode_block(
     block: Tensor, params: Mapping[str, Tensor], grid: Grid
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Encode a block of rows: nearest levels, counted in scales, and stored scales and offsets.
+    """Round a block of rows to the nearest levels: multiples of the scale, scales and offsets.
 
     Args:
-        block: float, ``(rows, dim)``; its first row starts a range.
+        block: float, ``(rows, dim)``; its first row begins a group of rows with one scale.
         params: result of ``fit_table``.
         grid: the levels.
 
+    Returns:
+        The levels as multiples of the scale, float32 ``(rows, dim)``, and the stored scales and
+        offsets of the block, by name.
+
     Raises:
-        CompressionError: a weight is too large for the type of the scales.
+        ValueNotStorable: a scale or offset is too large for the type in which it is stored.
     """
     stored = fit_block(block, grid)
-    known = {**params, **stored}
-    return nearest(block, FittedRange(known["scale"], known.get("offset")), grid), stored
+    fitted = {**params, **stored}
+    return nearest(block, FittedRange(fitted["scale"], fitted.get("offset")), grid), stored
 
 
 def encode_codes(
     block: Tensor, params: Mapping[str, Tensor], grid: Grid, bits: int
 ) -> dict[str, Tensor]:
-    """Encode a block of rows with compiled loops; ``codes`` are those of ``row_encoding.encode``.
+    """Encode a block of rows with compiled loops.
 
     Args:
-        block: float, ``(rows, dim)``; its first row starts a range.
+        block: float, ``(rows, dim)``; its first row begins a group of rows with one scale.
         params: result of ``fit_table``.
-        grid: an odd number of levels, or an asymmetric one.
-        bits: 8 or 4.
+        grid: asymmetric, or with an odd number of levels.
+        bits: bits of a code, 8 or 4.
+
+    Returns:
+        By name, ``codes`` as in ``row_encoding.encode``, and the stored scales and offsets of the
+        block.
 
     Raises:
-        CompressionError: a weight is not finite, or too large for the type of the scales.
+        ValueNotStorable: a weight is not finite, or a scale or offset is too large for its type.
     """
     # The import takes half a second, so it is delayed until a table is encoded.
     from compressors.quantize.kernels import row_encoding
 
-    together = grid.rows_per_scale
-    if (grid.clipping == "min_max" and together) or (
-        grid.clipping == "least_squares" and together == 1
-    ):
+    fits_in_loops = (grid.clipping == "min_max" and grid.rows_per_scale > 0) or (
+        grid.clipping == "least_squares" and grid.rows_per_scale == 1
+    )
+    if fits_in_loops:
         codes, fitted = row_encoding.encode(block, grid, bits)
-        return {"codes": codes, **_named(fitted)}
+        return {"codes": codes, **_by_name(fitted)}
     stored = fit_block(block, grid)
-    known = {**params, **stored}
-    fitted = FittedRange(known["scale"], known.get("offset"))
+    by_name = {**params, **stored}
+    fitted = FittedRange(by_name["scale"], by_name.get("offset"))
     return {"codes": row_encoding.encode_as(block, fitted, grid, bits), **stored}
 
 
-def _named(fitted: FittedRange) -> dict[str, Tensor]:
+def _by_name(fitted: FittedRange) -> dict[str, Tensor]:
     offset = {} if fitted.offset is None else {"offset": fitted.offset}
     return {"scale": fitted.scale, **offset}
 
 
 def entries_of(ids: Tensor, rows_per_scale: int) -> Tensor:
-    """Indices of the scales of rows: ids of any shape -> indices in the same shape."""
+    """Return the index of the scale of each row: ids of any shape -> int of the same shape."""
     if rows_per_scale == 1:
         return ids
     return ids // rows_per_scale if rows_per_scale else torch.zeros_like(ids)
@@ -120,14 +132,17 @@ def gradients(
     ids: Tensor,
     rows_per_scale: int,
 ) -> Tensor:
-    """The gradient of scales, or of offsets if ``steps`` is None, in their shape and type.
+    """Return the gradient of scales, or of offsets if ``steps`` is None.
 
     Args:
         grad: gradient of the looked-up weights, ``(*ids, dim)``.
-        steps: levels of these weights, counted in scales, in the same shape.
+        steps: codes of these weights as multiples of the scale, ``(*ids, dim)``.
         stored: the scales or offsets, ``(entries, 1)``.
         ids: the looked-up rows.
-        rows_per_scale: number of rows that share an entry.
+        rows_per_scale: number of rows that share an entry; 0: all.
+
+    Returns:
+        ``(entries, 1)`` in the dtype of ``stored``.
     """
     each = (grad if steps is None else grad * steps).sum(dim=-1).reshape(-1)  # (lookups,)
     total = torch.zeros(stored.shape[0], device=stored.device)
@@ -139,7 +154,7 @@ class StepsOf(Protocol):
     """Decoder of a format with planar codes."""
 
     def __call__(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
-        """Decode planar codes ``(*, bytes)`` to levels counted in scales, float32 ``(*, dim)``."""
+        """Decode planar codes ``(*, bytes)`` to multiples of the scale, float32 ``(*, dim)``."""
 
 
 def planar_rows(
@@ -158,7 +173,7 @@ def planar_rows(
 
 
 def make_planar(op: Any, steps_of: StepsOf) -> None:
-    """Register the fake kernel and the gradient of a ``custom_op`` on planar codes."""
+    """Register the shape function and the gradient of a ``custom_op`` on planar codes."""
 
     def fake(
         codes: Tensor,

@@ -130,7 +130,7 @@ def test_entries_are_the_weighted_means_of_what_is_nearest_to_them(levels):
         for code in range(levels)
     ]
     again = error(rows, torch.from_numpy(np.stack(means)).float(), weight)
-    assert again > (1 - 2 * lloyd.ENOUGH) * found
+    assert again > (1 - 2 * lloyd.MIN_IMPROVEMENT) * found
 
 
 def test_a_point_of_great_weight_gets_an_entry_of_its_own():

@@ -118,7 +118,7 @@ def test_codes_refined_one_at_a_time_are_no_worse_than_greedy_codes(monkeypatch)
         return (residual_codes.decode(codes, codebook) - table).double().square().sum(dim=1)
 
     settled = each_error()
-    monkeypatch.setattr(residual_codes, "TURNS", 0)
+    monkeypatch.setattr(residual_codes, "MAX_PASSES", 0)
     greedy = each_error()
     assert torch.all(settled <= greedy * (1 + 1e-5))
     assert settled.sum() < 0.9 * greedy.sum()
