@@ -2,12 +2,12 @@
 
 point_estimates.py    AUC, log loss, NDCG and others, as functions of arrays
 full_ranking.py       recall and NDCG of a retrieval model over the whole catalogue
-cluster_intervals.py  intervals of metrics of grouped rows: groups are the units
-intervals.py          95 % intervals of paired differences
-estimators/           the metrics of quality, one object for each
-score_change.py       how much single scores differ from the baseline's
-baseline_problem.py   a problem of the uncompressed model
+cluster_intervals.py  95 % intervals of metrics of grouped rows
+intervals.py          95 % intervals of metrics, their differences, and latency
+estimators/           one estimator class for each quality metric
+score_change.py       how much a candidate's scores differ from the baseline's
+baseline_problem.py   a problem of the uncompressed model, as a data class
 baseline_checks.py    checks of the uncompressed model on its test rows
-judge.py              compare estimates with limits: accepted, rejected or undecided
-validation_score.py   quality on validation data, for the selection inside steps
+judge.py              decide whether limits hold: accepted, rejected or undecided
+validation_score.py   the metric on validation data, for steps that select by it
 """

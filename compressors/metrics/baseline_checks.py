@@ -21,6 +21,7 @@ from compressors.task_kinds import builtin as builtin
 from compressors.task_kinds.protocol import ScoredSample
 
 SAMPLE_ROWS = 4096
+"""About how many test rows are scored."""
 
 Array = NDArray[Any]
 
@@ -36,16 +37,16 @@ def label_problems(
         label: label of each row, float ``(rows,)``.
         group: group of each row, int ``(rows,)``, or None.
     """
-    output, measured = signature.single_output, split == "test"
-    judged = measured or split == "validation"
+    output, is_test = signature.single_output, split == "test"
+    is_evaluated = is_test or split == "validation"
     if output.label is None:
         return
     if not output.task_kind.needs_label:  # every row is an interaction; labels select some
         if not (label > 0).any():
             yield BaselineProblem(
                 Reason("interactions_missing", split=split, rows=label.size, column=output.label),
-                refused=judged,
-                fatal=measured,
+                refused=is_evaluated,
+                fatal=is_test,
             )
         return
     if label.min() == label.max():
@@ -57,23 +58,23 @@ def label_problems(
                 label=float(label[0]),
                 column=output.label,
             ),
-            refused=judged,
-            fatal=measured,
+            refused=is_evaluated,
+            fatal=is_test,
         )
         return
     quality = quality_metrics(
         output.kind, grouped=signature.group is not None, named=(output.metric,)
     )
     grouped = [name for name in quality if metric(name).needs_group]
-    needed = grouped if measured else [name for name in grouped if name == output.metric]
-    if group is not None and judged and needed and not _has_mixed_group(label, group):
+    needed = grouped if is_test else [name for name in grouped if name == output.metric]
+    if group is not None and is_evaluated and needed and not _has_mixed_group(label, group):
         column, metrics = str(signature.group), tuple(needed)
         yield BaselineProblem(
             Reason("group_labels_equal", split=split, metrics=metrics, group=column)
             if output.metric in grouped
             else Reason("optional_group_labels_equal", split=split, metrics=metrics, group=column),
             refused=True,
-            fatal=measured,
+            fatal=is_test,
         )
 
 
@@ -92,9 +93,9 @@ def score_problems(
     with torch.no_grad():
         score = module(**sample.inputs).reshape(-1).to(torch.float32).numpy().astype(np.float64)
     label = sample.label.numpy().astype(np.float64)
-    if broken := int((~np.isfinite(score)).sum()):
+    if nonfinite := int((~np.isfinite(score)).sum()):
         yield BaselineProblem(
-            Reason("scores_not_finite", count=broken, rows=score.size),
+            Reason("scores_not_finite", count=nonfinite, rows=score.size),
             refused=True,
             fatal=True,
         )
@@ -110,6 +111,7 @@ def score_problems(
 
 
 def _has_mixed_group(label: Array, group: Array) -> bool:
+    """Whether some group has rows of different labels."""
     order = np.lexsort((label, group))
     labels, groups = label[order], group[order]
     return bool(((groups[1:] == groups[:-1]) & (labels[1:] != labels[:-1])).any())

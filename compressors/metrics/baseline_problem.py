@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 
 from compressors.contracts.reasons import Reason
 
-CLEAR = 4.0  # standard errors: by chance about 1 in 30,000
+CLEAR = 4.0
+"""Standard errors of a clear difference: by chance about 1 in 30,000 means is above."""
+
 FEWEST = 100
-"""Fewest rows or groups from which a mean is tested."""
+"""Smallest number of rows or groups for which a mean is tested."""
 
 Array = NDArray[Any]
 
@@ -22,7 +24,7 @@ class BaselineProblem:
     Attributes:
         reason: the expected and the actual value, and what to do.
         refused: whether pack refuses a bundle with this problem; else it is a warning.
-        fatal: whether measuring fails because of it, so that no run can succeed.
+        fatal: whether every run fails because of it, when the model is measured.
     """
 
     reason: Reason
@@ -31,7 +33,10 @@ class BaselineProblem:
 
 
 def clearly_above(values: Array) -> bool:
-    """Whether a mean is above 0 by more than ``CLEAR`` standard errors."""
+    """Whether the mean of values ``(n,)`` is above 0 by more than ``CLEAR`` standard errors.
+
+    False if there are fewer than ``FEWEST`` values.
+    """
     if values.size < FEWEST:
         return False
     error = values.std(ddof=1) / np.sqrt(values.size)

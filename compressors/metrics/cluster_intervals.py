@@ -35,10 +35,13 @@ from compressors.metrics.point_estimates import (
 )
 
 MIN_GROUPS = 10
-"""Fewest groups for an interval: with fewer it depends on the working model, not on the data."""
+"""Smallest number of groups for an interval; with fewer, the working model would determine it."""
 
 TAIL = 0.025
+"""Probability outside a 95 % interval on each side."""
+
 LARGEST_LOSS = float(-np.log(PROBABILITY_FLOOR))
+"""The largest log loss of a row, in nats."""
 
 
 class Groups(NamedTuple):
@@ -54,11 +57,11 @@ class Groups(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupedValue:
-    """A metric on all rows, and without each group.
+    """A metric of all rows, and of all rows except those of each group.
 
-    Args:
-        point: the metric on all rows.
-        left_out: the metric without each group, float64 ``(groups,)``.
+    Attributes:
+        point: the metric of all rows.
+        left_out: for each group, the metric without its rows, float64 ``(groups,)``.
         weight: weight of each group, usually its number of rows, ``(groups,)``.
         influence: influence of each row on the metric, times the number of rows, ``(rows,)``; None
             if the metric has one value per group.
@@ -88,8 +91,12 @@ class GroupedValue:
 class GroupedPair(NamedTuple):
     """A metric of two models on the same rows.
 
-    ``largest`` is the metric's largest possible value (the smallest is 0), ``groups`` the number of
-    groups that count, ``unresolved`` the reason why there is no interval, or None.
+    Attributes:
+        before: value of the baseline.
+        after: value of the candidate.
+        largest: the metric's largest possible value; the smallest is 0.
+        groups: the number of groups that have a value.
+        unresolved: the reason why there is no interval, or None.
     """
 
     before: GroupedValue
@@ -141,15 +148,15 @@ def grouped_pair(
     which: str,
     groups: int | None = None,
 ) -> GroupedPair:
-    """Pair the values of two models, and say why there is no interval if groups are too few.
+    """Pair the values of two models, with a reason if there are too few groups for an interval.
 
     Args:
         before: value of the baseline.
         after: value of the candidate on the same rows.
         largest: the metric's largest possible value.
         counted: number of groups on which the interval depends.
-        which: which groups those are, for the sentence, such as "with a positive row".
-        groups: number of all groups that count; ``counted`` if None.
+        which: describes these groups in the reason, such as "with a positive row".
+        groups: number of all groups that have a value; None: ``counted``.
     """
     unresolved = None
     if counted < MIN_GROUPS:
@@ -161,10 +168,13 @@ def grouped_pair(
     return GroupedPair(before, after, largest, counted if groups is None else groups, unresolved)
 
 
-def ratio(above: Floats, below: Floats | NDArray[np.intp]) -> Floats:
-    """Divide; NaN if one group has all rows (such data have too few groups for an interval)."""
+def ratio(numerator: Floats, denominator: Floats | NDArray[np.intp]) -> Floats:
+    """Divide without a warning if the denominator is 0, because one group has all rows.
+
+    Such data have too few groups for an interval, so the NaN or infinity is not used.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        quotient: Floats = np.asarray(above, dtype=np.float64) / below
+        quotient: Floats = np.asarray(numerator, dtype=np.float64) / denominator
     return quotient
 
 

@@ -1,8 +1,8 @@
-"""Recall and NDCG of a retrieval model over a full ranking of the catalogue for every query.
+"""Rank the whole catalogue for every query of a retrieval model, and find the relevant items.
 
-Negatives are not sampled: a query is scored with every item, except hidden items that it interacted
-with before. Scores are computed for a block of queries at a time, so memory does not grow with the
-number of queries.
+From their places, ``estimators/`` computes recall and NDCG. Negatives are not sampled: a query is
+scored with every item, except items that it interacted with before, which are hidden. Scores are
+computed for a block of queries at a time, so memory does not grow with the number of queries.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,13 +21,15 @@ Ints = NDArray[np.int64]
 Float32s = NDArray[np.float32]
 
 DEPTH = 20
+"""Default number of first ranks that count."""
+
 SCORES_AT_ONCE = 2**24
-"""Most scores in memory at the same time: 64 MiB."""
+"""Largest number of scores in memory at once: 64 MiB."""
 
 
 @dataclass(frozen=True)
 class Interactions:
-    """Interactions of queries with items: all ``(rows,)``, a ``label`` above 0 is positive."""
+    """Interactions of queries with items: arrays ``(rows,)``. A ``label`` above 0 is positive."""
 
     query: ArrayLike
     item: ArrayLike
@@ -35,17 +37,23 @@ class Interactions:
 
     def positive(self) -> tuple[Ints, Ints]:
         """Return queries and items of the positive rows."""
-        counts = np.asarray(self.label) > 0
-        return np.asarray(self.query)[counts], np.asarray(self.item)[counts]
+        positive = np.asarray(self.label) > 0
+        return np.asarray(self.query)[positive], np.asarray(self.item)[positive]
 
 
 @dataclass(frozen=True)
 class RankingQueries:
-    """The queries of a ranking, their relevant (``wanted``) items and their hidden items.
+    """The queries of a ranking, with their relevant and their hidden items.
 
-    ``query`` int64 ``(queries,)``, sorted, and ``row``, the first row of each in the test data.
-    ``wanted`` and ``hidden`` are sorted int64 ``(pairs,)``: the query's index in ``query`` times
-    ``items``, plus the item's index in the catalogue. No pair is in both.
+    A pair of a query and an item is encoded as one number: the query's index in ``query`` times
+    ``items``, plus the item's index in the catalogue.
+
+    Attributes:
+        query: the ids of the queries, int64 ``(queries,)``, sorted.
+        row: the first row of each query in the test data, int64 ``(queries,)``.
+        wanted: pairs of queries and relevant items, int64 ``(pairs,)``, sorted.
+        hidden: pairs of queries and hidden items, sorted; none of them is in ``wanted``.
+        items: number of items of the catalogue.
     """
 
     query: Ints
@@ -70,7 +78,7 @@ def ranking_queries(
         The queries with at least one relevant item that is not hidden.
 
     Raises:
-        CompressionError: a test item is not in the catalogue, or there is no such query.
+        MetricRefused: a test item is not in the catalogue, or there is no such query.
     """
     ids = np.asarray(catalogue)
     test_queries, test_items = test.positive()
@@ -116,8 +124,8 @@ class RelevantPlaces:
 
     Attributes:
         query: index of the query of each relevant item, int64 ``(pairs,)``.
-        above: how many items have a higher score, int64 ``(pairs,)``.
-        equal: how many have the same score, itself included, int64 ``(pairs,)``.
+        above: number of items with a higher score, int64 ``(pairs,)``.
+        equal: number of items with the same score, with the item itself, int64 ``(pairs,)``.
         relevant: number of relevant items of each query, int64 ``(queries,)``.
         deepest: the counts are exact for the first ``deepest`` ranks; an item beyond them has
             ``deepest`` above it and is the only one of its score.
@@ -147,7 +155,7 @@ def relevant_places(
         deepest: number of ranks that count.
 
     Raises:
-        CompressionError: ``deepest`` below 1, shapes that do not fit, or a number that is not
+        MetricRefused: ``deepest`` below 1, shapes that do not fit, or a number that is not
             finite.
 
     Memory: 64 MiB of scores, or the scores of one query if that is more.
@@ -155,17 +163,17 @@ def relevant_places(
     _check(query, item, what, deepest)
     pairs = what.wanted.size
     above, equal = np.empty(pairs, dtype=np.int64), np.empty(pairs, dtype=np.int64)
-    across = torch.from_numpy(np.ascontiguousarray(item.T))  # (dim, items)
+    item_columns = torch.from_numpy(np.ascontiguousarray(item.T))  # (dim, items)
     step = max(1, SCORES_AT_ONCE // what.items)
     for begin in range(0, what.query.size, step):
         end = min(begin + step, what.query.size)
-        scores = torch.from_numpy(query[begin:end]) @ across  # (some queries, items)
+        scores = torch.from_numpy(query[begin:end]) @ item_columns  # (block, items)
         flat = scores.view(-1)
         edges = np.array([begin, end]) * what.items
         hidden = what.hidden[slice(*np.searchsorted(what.hidden, edges))] - edges[0]
         flat[torch.from_numpy(hidden)] = -torch.inf
-        here = slice(*np.searchsorted(what.wanted, edges))
-        above[here], equal[here] = _places(scores, what.wanted[here] - edges[0], deepest)
+        block = slice(*np.searchsorted(what.wanted, edges))
+        above[block], equal[block] = _places(scores, what.wanted[block] - edges[0], deepest)
     owner = what.wanted // what.items
     relevant = np.bincount(owner, minlength=what.query.size)
     return RelevantPlaces(owner, above, equal, relevant, deepest)
@@ -179,10 +187,10 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
         names: metrics with an estimator of queries, such as ``recall@20``.
 
     Returns:
-        Metric -> float64 ``(queries,)``.
+        By metric name, the value of each query, float64 ``(queries,)``.
 
     Raises:
-        CompressionError: as ``relevant_places``, or a metric has no such estimator.
+        MetricRefused: as ``relevant_places``, or a metric has no such estimator.
     """
     declared = [metric(name) for name in names]
     deepest = max((item.depth for item in declared if item.depth is not None), default=DEPTH)
@@ -197,7 +205,7 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
 
 
 def _places(scores: torch.Tensor, wanted: Ints, k: int) -> tuple[Ints, Ints]:
-    """Count the items above each relevant item, and those of equal score, itself included.
+    """Count the items above each relevant item, and those of equal score, with the item itself.
 
     For an item beyond rank ``k`` the counts are not exact: ``k`` above, one equal.
     """
@@ -231,6 +239,7 @@ def _pairs(
 
 
 def _check(query: Float32s, item: Float32s, what: RankingQueries, k: int) -> None:
+    """Raise ``MetricRefused`` if the arguments of ``relevant_places`` are not valid."""
     if k < 1:
         raise MetricRefused("depth_below_one", depth=k)
     shapes: Sequence[tuple[str, Float32s, int]] = (

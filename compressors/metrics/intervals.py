@@ -30,16 +30,17 @@ TAIL = 0.025
 """Probability outside a 95 % interval on each side."""
 
 MIN_SAMPLES = 100
-"""Fewest replicates: with fewer at most two are beyond each end of the interval."""
+"""Smallest number of replicates: with fewer, at most two are outside each end of the interval."""
 
 MIN_UNITS = 10
-"""Fewest rows of a class, or units, for an interval: fewer hardly vary between replicates.
+"""Smallest number of units, or of rows of each class, for an interval.
 
-Their interval would be too narrow: a single unit would give an interval of width 0, which reads as
-exact.
+Fewer hardly vary between replicates, so the interval would be too narrow: a single unit would give
+an interval of width 0, like an exact number.
 """
 
 LATENCY_BLOCK_BYTES = 32 * 2**20
+"""Bytes of resampled durations in memory at once."""
 
 Counts = NDArray[np.intp]
 Statistic = Callable[[Counts], float]
@@ -47,7 +48,7 @@ Statistic = Callable[[Counts], float]
 
 
 class PairedRows(NamedTuple):
-    """Rows with the scores of two models: all ``(rows,)``."""
+    """Rows with the scores of two models: each array is ``(rows,)``."""
 
     label: ArrayLike
     baseline: ArrayLike
@@ -99,18 +100,18 @@ def paired(
         candidate: scores of the candidate on the same rows, ``(rows,)``.
         group: user or query of each row, ``(rows,)``; needed by ``gauc`` and ``ndcg``. With it the
             intervals treat groups as the units.
-        samples: replicates of the bootstrap of rows without a group; at least 100. 1000 puts the
-            ends within about 5 % of the width.
+        samples: replicates of the bootstrap of rows without a group; at least 100. With 1000, the
+            ends are exact to about 5 % of the width.
         seed: seed of this bootstrap; the same seed gives the same intervals. Intervals of rows with
             a group are not random.
 
     Returns:
-        The three estimates; ``rows`` of each is the number of rows given, ``groups`` the number of
-        groups. With fewer than 10 groups that count there is no interval: it is the whole range of
-        the metric, and ``unresolved`` says why.
+        The three estimates; ``rows`` of each is the number of all rows, ``groups`` the number of
+        groups that have a value. With fewer than 10 such groups, the interval is the whole range of
+        the metric, and ``unresolved`` gives the reason.
 
     Raises:
-        CompressionError: a metric without such an estimator, a missing group column, fewer than
+        MetricRefused: a metric without such an estimator, a missing group column, fewer than
             10 rows of a class (without groups), too few samples, and any error of the metric.
 
     Memory: about ten arrays of ``rows`` entries, independent of ``samples``. Time: a few sorts;
@@ -143,7 +144,7 @@ def paired_means(
         seed: the same seed gives the same intervals.
 
     Raises:
-        CompressionError: fewer than 10 queries, unequal lengths, a value that is not finite, or
+        MetricRefused: fewer than 10 queries, unequal lengths, a value that is not finite, or
             too few samples.
     """
     _require_samples(samples)
@@ -157,6 +158,7 @@ def paired_means(
 
 
 def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
+    """Build the estimates of rows with groups; intervals are clipped to the metric's range."""
     largest = pair.largest
     change = pair.after.minus(pair.before)
     if pair.unresolved is None:
@@ -186,8 +188,8 @@ def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
 def _paired(
     units: int, before: Statistic, after: Statistic, rows: int, samples: int, seed: int
 ) -> PairedEstimate:
-    once = np.ones(units, dtype=np.intp)
-    point_before, point_after = before(once), after(once)
+    each_once = np.ones(units, dtype=np.intp)
+    point_before, point_after = before(each_once), after(each_once)
     values_before, values_after = _replicates(units, before, after, samples, seed)
     difference = _estimate(point_after - point_before, values_after - values_before, rows)
     return PairedEstimate(
@@ -213,7 +215,7 @@ def latency(ms: ArrayLike, quantile: float, samples: int = 1000, seed: int = 0) 
         the interval is too narrow, so interleave the models to compare.
 
     Raises:
-        CompressionError: fewer rounds than ``rounds_needed(quantile)``, or a time that is not
+        MetricRefused: fewer rounds than ``rounds_needed(quantile)``, or a time that is not
             positive and finite.
     """
     times = _times("latency", ms, quantile, samples)
@@ -243,7 +245,7 @@ def latency_ratio(
         The ratio, unitless; below 1 the candidate is faster. ``rows`` is None.
 
     Raises:
-        CompressionError: as ``latency``, for either model.
+        MetricRefused: as ``latency``, for either model.
     """
     before = _times("baseline latency", baseline_ms, quantile, samples)
     after = _times("candidate latency", candidate_ms, quantile, samples)
@@ -317,21 +319,21 @@ def _estimate(point: float, values: Floats, rows: int | None) -> Estimate:
     return Estimate(point=point, low=float(low), high=float(high), rows=rows)
 
 
-def require_units(what: str, found: int) -> None:
-    """Raise if there are fewer units than an interval needs.
+def require_units(what: str, count: int) -> None:
+    """Raise if there are fewer units than an interval needs; ``what`` names them.
 
     Raises:
-        CompressionError: fewer than ``MIN_UNITS``.
+        MetricRefused: fewer than ``MIN_UNITS``.
     """
-    if found < MIN_UNITS:
-        raise MetricRefused("units_few", least=MIN_UNITS, units=what, got=found)
+    if count < MIN_UNITS:
+        raise MetricRefused("units_few", least=MIN_UNITS, units=what, got=count)
 
 
 def require_both(positive: Bools) -> None:
-    """Raise if rows of one class are fewer than an interval needs.
+    """Raise if there are fewer positive or negative rows than an interval needs.
 
     Raises:
-        CompressionError: fewer than ``MIN_UNITS`` of either class.
+        MetricRefused: fewer than ``MIN_UNITS`` of either class.
     """
     require_units("positive rows", int(positive.sum()))
     require_units("negative rows", int((~positive).sum()))

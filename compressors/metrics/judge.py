@@ -1,7 +1,7 @@
 """Judge limits on measured numbers: accepted, rejected or undecided, with reasons.
 
-A limit is judged on the 95 % interval, not on the point: accepted if the whole interval is inside
-the limit, rejected if all of it is outside, undecided otherwise. Exact numbers (bytes) have an
+The 95 % interval decides, not the point: a limit is accepted if the whole interval is inside it,
+rejected if the whole interval is outside, undecided otherwise. Exact numbers (bytes) have an
 interval of width 0 and are never undecided. A number exactly at the limit is inside.
 """
 
@@ -28,22 +28,32 @@ from compressors.metrics.intervals import PairedEstimate
 Against = Literal["absolute", "baseline", "champion"]
 
 MOST_SHRINKING = 1000.0
-"""An interval that must shrink more than this (a million times the rows) is left undecided."""
+"""Largest factor, a million times the rows, by which an interval may have to shrink to decide.
+
+For a larger one, no number of rows is given.
+"""
 
 SCORE_UNITS: dict[ScoreUnit, str] = {
     "probability": "probability",
     "spread": "standard deviations of the baseline's scores",
 }
+"""Description of each unit of score changes."""
+
 LEAST_CORRELATION = 0.99
+"""A smaller correlation of scores causes a warning if no limit covers score changes."""
+
 LARGEST_CHANGE: dict[ScoreUnit, float] = {"probability": 0.1, "spread": 1.0}
-"""Score changes beyond these cause a warning if no limit covers score changes."""
+"""A larger change of a score causes a warning if no limit covers score changes."""
 
 
 class Number(Frozen):
-    """One measured number, with the same metric names and references as a ``Limit``.
+    """One measured number, with the metric names and references of a ``Limit``.
 
-    ``absolute`` is the candidate's number; ``baseline`` and ``champion`` are the difference to that
-    model for quality and the ratio to it for bytes and latency.
+    Attributes:
+        metric: name of the metric.
+        against: ``absolute`` for the candidate's number. ``baseline`` and ``champion`` for the
+            difference from that model (quality) or the ratio to it (bytes and latency).
+        estimate: the number with its interval.
     """
 
     metric: str
@@ -57,9 +67,12 @@ class Number(Frozen):
 class Measured(Frozen):
     """All numbers of one target.
 
-    ``has_champion`` says whether there is a champion to compare with. Without one a limit against
-    it holds; with one a missing number is an error. ``score_unit`` is the unit of mean and largest
-    score changes; None in stored measurements that have no score changes.
+    Attributes:
+        numbers: the numbers; each metric and reference occurs once.
+        has_champion: whether there is a champion to compare with. Without one, a limit against it
+            holds; with one, a missing number is an error.
+        score_unit: unit of the mean and the largest score change; None in stored measurements that
+            have no score changes.
     """
 
     numbers: tuple[Number, ...]
@@ -99,7 +112,7 @@ def byte_numbers(candidate: int, baseline: int, champion: int | None = None) -> 
     """Return the candidate's bytes and their exact ratios.
 
     Raises:
-        CompressionError: a size below 1 byte.
+        LimitRefused: a size below 1 byte.
     """
     if min(candidate, baseline, baseline if champion is None else champion) < 1:
         raise LimitRefused(
@@ -142,19 +155,19 @@ def judge(limits: tuple[Limit, ...], measured: Measured) -> tuple[Judgement, ...
 
     Returns:
         One judgement per limit. ``rows_to_decide`` is set if a limit on quality is undecided: the
-        number of test rows at which the interval, which shrinks with the square root of the rows
-        around the same point, would no longer contain the limit. If rows belong to groups,
+        number of test rows at which the interval would no longer contain the limit, if it shrinks
+        with the square root of the rows around the same point. If rows belong to groups,
         ``groups_to_decide`` is set too: the interval shrinks with the square root of the groups, so
-        the rows must belong to new groups. A larger test set also moves the point, so this is an
-        order of magnitude.
+        the rows must belong to new groups. Both are orders of magnitude, because a larger test set
+        also moves the point.
 
     Raises:
-        CompressionError: no limits; a limit on a number that was not measured (a champion that
+        LimitRefused: no limits; a limit on a number that was not measured (a champion that
             does not exist yet excepted: that limit holds); NaN or infinity in any number or limit.
     """
     _require_limits(limits)
     for number in measured.numbers:
-        _refuse_broken(str(number), number.estimate)
+        _require_valid(str(number), number.estimate)
     return tuple(_judge_one(limit, measured) for limit in limits)
 
 
@@ -175,7 +188,7 @@ def verdict(
         ``built-unmeasured`` for a built target without numbers.
 
     Raises:
-        CompressionError: as ``judge``, and for numbers of a target that was not built.
+        LimitRefused: as ``judge``, and for numbers of a target that was not built.
     """
     _require_limits(limits)
     if measured is None:
@@ -343,7 +356,8 @@ def _require_limits(limits: tuple[Limit, ...]) -> None:
         raise LimitRefused("limits_missing")
 
 
-def _refuse_broken(name: str, estimate: Estimate) -> None:
+def _require_valid(name: str, estimate: Estimate) -> None:
+    """Raise ``LimitRefused`` for NaN, infinity, or an interval whose ends are swapped."""
     numbers = (estimate.point, estimate.low, estimate.high)
     if not all(math.isfinite(number) for number in numbers) or estimate.low > estimate.high:
         raise LimitRefused(
@@ -352,12 +366,15 @@ def _refuse_broken(name: str, estimate: Estimate) -> None:
 
 
 def _counts_rows(limit: Limit) -> bool:
-    """Whether the number is estimated from rows of data, so that more rows make it more exact."""
+    """Whether the number is estimated from rows of data, so that more rows narrow its interval."""
     return limit.declared.kind in ("quality", "score_change")
 
 
 def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit | None) -> Reason:
-    """Describe it: "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010"."""
+    """Describe a number and its limit.
+
+    For example "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010".
+    """
     bound, declared, absolute = _bound(limit), limit.declared, limit.against == "absolute"
     sign = "+" if declared.compared == "difference" and not absolute else ""
     unit, places = declared.unit, declared.decimals
@@ -396,6 +413,7 @@ def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit 
 
 
 def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int | None) -> Reason:
+    """Return the reason of an outcome; if undecided, what would decide it."""
     if outcome != "undecided":
         return Reason("limit_met") if outcome == "accepted" else Reason("limit_missed")
     if estimate.unresolved is not None:

@@ -1,10 +1,10 @@
 """Quality metrics (AUC, log loss, NDCG and others) as plain functions of 1-D arrays.
 
-All of them are exact (ties count as ties, sums are float64 or integer) and sort at most a few
-times, so millions of rows take seconds. ``intervals.py`` estimates their uncertainty.
+All are exact (equal scores are ties, sums are float64 or integer) and sort at most a few times, so
+millions of rows take seconds. ``intervals.py`` estimates their uncertainty.
 
 Rows are impressions: ``label``, ``score`` and ``group`` have one entry each per impression. A score
-that is not a finite number is refused, never ranked last: a model that outputs NaN is broken.
+that is not a finite number raises an error, because a model that outputs NaN is broken.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ row would make the whole loss infinite. One row can cost at most 15.94 nats.
 
 
 def auc(label: ArrayLike, score: ArrayLike) -> float:
-    """Area under the ROC curve: share of pairs in which the positive outscores the negative.
+    """Compute the area under the ROC curve: the share of correctly ordered pairs of both classes.
 
     Args:
         label: 0 or 1, ``(rows,)``.
@@ -37,7 +37,7 @@ def auc(label: ArrayLike, score: ArrayLike) -> float:
         A float in [0, 1], unitless. A positive and a negative of equal score count half.
 
     Raises:
-        CompressionError: one class only, a label other than 0 and 1, NaN, or unequal lengths.
+        MetricRefused: one class only, a label other than 0 and 1, NaN, or unequal lengths.
 
     Source: Hanley and McNeil 1982, https://doi.org/10.1148/radiology.143.1.7063747 (the
     Mann-Whitney form).
@@ -58,7 +58,7 @@ def auc(label: ArrayLike, score: ArrayLike) -> float:
 
 
 def row_logloss(label: ArrayLike, probability: ArrayLike) -> Floats:
-    """Negative log likelihood of every row.
+    """Compute the negative log likelihood of every row.
 
     Args:
         label: 0 or 1, ``(rows,)``.
@@ -69,7 +69,7 @@ def row_logloss(label: ArrayLike, probability: ArrayLike) -> Floats:
         float64 ``(rows,)``, nats, in [0, 15.95].
 
     Raises:
-        CompressionError: a probability outside [0, 1] (a logit, most likely), a label other
+        MetricRefused: a probability outside [0, 1] (a logit, most likely), a label other
             than 0 and 1, NaN, or unequal lengths.
     """
     positive, chance = clicks_and_scores(label, probability)
@@ -84,7 +84,7 @@ def row_logloss(label: ArrayLike, probability: ArrayLike) -> Floats:
 
 
 def logloss(label: ArrayLike, probability: ArrayLike) -> float:
-    """Mean negative log likelihood in nats; see ``row_logloss`` for the arguments.
+    """Compute the mean negative log likelihood in nats; for arguments see ``row_logloss``.
 
     Example:
         >>> round(logloss([1, 0], [0.9, 0.2]), 4)
@@ -94,7 +94,7 @@ def logloss(label: ArrayLike, probability: ArrayLike) -> float:
 
 
 def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
-    """Log loss divided by the log loss of always predicting the share of positives.
+    """Compute the log loss divided by that of always predicting the share of positives.
 
     Args:
         label: 0 or 1, ``(rows,)``, both present.
@@ -104,7 +104,7 @@ def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
         A float >= 0, unitless. 1 is no better than knowing the base rate, 0 is perfect.
 
     Raises:
-        CompressionError: as ``logloss``, and for one class only, whose entropy is 0.
+        MetricRefused: as ``logloss``, and for one class only, whose entropy is 0.
 
     Source: He et al. 2014, https://doi.org/10.1145/2648584.2648589. Differs: nats instead
     of bits in both parts, which cancels.
@@ -116,12 +116,12 @@ def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
 
 
 def base_entropy(rate: float) -> float:
-    """Entropy in nats of a binary label with probability ``rate``, which is inside (0, 1)."""
+    """Compute the entropy in nats of a binary label with probability ``rate``, in (0, 1)."""
     return float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
 
 
 def group_auc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> tuple[Floats, Ints]:
-    """AUC within every group that has both classes.
+    """Compute the AUC within every group that has both classes.
 
     Args:
         label: 0 or 1, ``(rows,)``.
@@ -133,7 +133,7 @@ def group_auc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> tuple[Flo
         of one class left out. Both may be empty.
 
     Raises:
-        CompressionError: a label other than 0 and 1, NaN, or unequal lengths.
+        MetricRefused: a label other than 0 and 1, NaN, or unequal lengths.
     """
     positive, scores = clicks_and_scores(label, score)
     ids, rows = number_groups(group, positive.size)
@@ -167,7 +167,7 @@ def wins_within_groups(positive: Bools, scores: Floats, ids: Ints, rows: Ints) -
 
 
 def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
-    """Mean AUC within groups, weighted by their impressions.
+    """Compute the mean AUC within groups, weighted by their impressions.
 
     Groups of one class have no AUC and are left out; ``gauc_left_out`` is their share of rows.
 
@@ -180,7 +180,7 @@ def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
         A float in [0, 1], unitless.
 
     Raises:
-        CompressionError: no group has both classes, and as ``group_auc``.
+        MetricRefused: no group has both classes, and as ``group_auc``.
 
     Source: Zhu et al. 2017, https://arxiv.org/abs/1703.02091.
 
@@ -195,7 +195,7 @@ def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
 
 
 def gauc_left_out(label: ArrayLike, group: ArrayLike) -> float:
-    """Share of rows, in [0, 1], in groups of one class, which ``gauc`` leaves out."""
+    """Compute the share of rows, in [0, 1], in groups of one class, which ``gauc`` leaves out."""
     positive = binary(label)
     ids, rows = number_groups(group, positive.size)
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
@@ -204,7 +204,7 @@ def gauc_left_out(label: ArrayLike, group: ArrayLike) -> float:
 
 
 def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> Floats:
-    """NDCG of the first ``k`` ranks of every group that has a relevant item.
+    """Compute the NDCG of the first ``k`` ranks of every group that has a relevant item.
 
     Args:
         label: relevance >= 0, ``(rows,)``; 0 means irrelevant. A gain is ``2**label - 1``.
@@ -219,7 +219,7 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
         left out: their NDCG is undefined.
 
     Raises:
-        CompressionError: ``k`` below 1, a label that is negative or above 30, NaN, or unequal
+        MetricRefused: ``k`` below 1, a label that is negative or above 30, NaN, or unequal
             lengths.
     """
     if k < 1:
@@ -251,7 +251,7 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
 
 
 def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> float:
-    """Mean NDCG of the first ``k`` ranks over groups with a relevant item.
+    """Compute the mean NDCG of the first ``k`` ranks over groups with a relevant item.
 
     See ``group_ndcg`` for the arguments. Every group has the same weight.
 
@@ -259,7 +259,7 @@ def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> f
         A float in [0, 1], unitless.
 
     Raises:
-        CompressionError: no group has a relevant item, and as ``group_ndcg``.
+        MetricRefused: no group has a relevant item, and as ``group_ndcg``.
 
     Source: Burges et al. 2005, https://doi.org/10.1145/1102351.1102363 (gains ``2**rel - 1``,
     discount ``1 / log2(rank + 1)`` with ranks from 1); ties as in McSherry and Najork 2008,
@@ -279,7 +279,7 @@ def binary(label: ArrayLike) -> Bools:
     """Convert labels to booleans ``(rows,)``.
 
     Raises:
-        CompressionError: a label other than 0 and 1, or no row.
+        MetricRefused: a label other than 0 and 1, or no row.
     """
     labels = _column("label", label)
     other = (labels != 0) & (labels != 1)
@@ -298,7 +298,7 @@ def require_both_classes(metric: str, positive: Bools) -> None:
     """Raise if all labels are of one class, for which ``metric`` is undefined.
 
     Raises:
-        CompressionError: all labels are equal.
+        MetricRefused: all labels are equal.
     """
     count = int(positive.sum())
     if count in (0, positive.size):
@@ -313,13 +313,14 @@ def _column(name: str, values: ArrayLike) -> Floats:
     if column.dtype.kind not in "biuf":
         raise MetricRefused("column_not_numeric", column=name, dtype=str(column.dtype))
     column = column.astype(np.float64, copy=False)
-    broken = int(column.size - np.isfinite(column).sum())
-    if broken:
-        raise MetricRefused("column_not_finite", column=name, count=broken, rows=column.size)
+    nonfinite = int(column.size - np.isfinite(column).sum())
+    if nonfinite:
+        raise MetricRefused("column_not_finite", column=name, count=nonfinite, rows=column.size)
     return column
 
 
 def _same_length(*sizes: int) -> None:
+    """Raise ``MetricRefused`` if the sizes differ."""
     if len(set(sizes)) > 1:
         raise MetricRefused("lengths_differ", lengths=sizes)
 
@@ -328,7 +329,7 @@ def clicks_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, Floats
     """Check labels and scores; return booleans and float64, both ``(rows,)``.
 
     Raises:
-        CompressionError: a label other than 0 and 1, NaN, no row, or unequal lengths.
+        MetricRefused: a label other than 0 and 1, NaN, no row, or unequal lengths.
     """
     positive, scores = binary(label), _column("score", score)
     _same_length(positive.size, scores.size)
@@ -336,7 +337,14 @@ def clicks_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, Floats
 
 
 def number_groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
-    """Number groups from 0 in sorted order; return each row's number and each group's rows."""
+    """Number groups from 0 in sorted order.
+
+    Returns:
+        Each row's group number ``(rows,)`` and each group's number of rows ``(groups,)``.
+
+    Raises:
+        MetricRefused: unequal lengths, or a group that is not a finite number.
+    """
     names = np.asarray(group)
     if names.ndim != 1:
         raise MetricRefused("group_shape", shape=names.shape)

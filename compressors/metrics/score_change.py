@@ -4,14 +4,15 @@ A metric such as AUC can be unchanged or even rise although single scores change
 here compare the scores themselves and need no label.
 
 - ``score_correlation``: Pearson correlation of both models' scores.
-- ``mean_score_change``, ``max_score_change``: absolute change of the probability, or, for scores
-  without a scale, in standard deviations of the baseline's scores.
-- ``changed_top1``: share of groups (users, queries) whose best row changes.
+- ``mean_score_change``, ``max_score_change``: mean and largest absolute change, of the probability
+  or, for scores without a scale, in standard deviations of the baseline's scores.
+- ``changed_top1``: share of groups (users, queries) whose best row or item changes.
 - ``top20_overlap``: retrieval only, share of the first 20 items that remain among the first 20.
 
-Intervals treat groups as the units, or rows without a group (``cluster_intervals.py``).
-``changed_top1`` has Wilson's interval (1927), which is not empty at 0 of n. The largest change
-describes only the measured rows and has no interval: other rows can change more.
+Intervals treat groups as the independent units, or rows if there are no groups
+(``cluster_intervals.py``). ``changed_top1`` has Wilson's interval (1927), which has a width even if
+no group changes. The largest change has no interval: it describes only the measured rows, and other
+rows can change more.
 """
 
 import math
@@ -75,7 +76,7 @@ def change_of_rows(
         The estimate of every metric; ``changed_top1`` only if a group has two rows or more.
 
     Raises:
-        CompressionError: unequal lengths, no rows, or a score that is not finite.
+        MetricRefused: unequal lengths, no rows, or a score that is not finite.
     """
     before, after = (np.asarray(score, dtype=np.float64) for score in (baseline, candidate))
     if before.ndim != 1 or before.shape != after.shape or not before.size:
@@ -119,47 +120,50 @@ def change_of_rankings(
         baseline: vectors of the baseline.
         candidate: vectors of the candidate, for the same queries and items.
         rows: number of test rows, for the estimates.
-        depth: length of the ranking that is compared.
+        depth: number of first items that are compared for ``top20_overlap``.
+
+    Returns:
+        The estimate of every metric. Changes are in standard deviations of the baseline's scores.
 
     Memory: as ``full_ranking.relevant_places``.
     """
-    what = baseline.what
-    across = [torch.from_numpy(np.ascontiguousarray(m.item.T)) for m in (baseline, candidate)]
-    queries = what.query.size
+    ranking = baseline.what
+    item_columns = [torch.from_numpy(np.ascontiguousarray(m.item.T)) for m in (baseline, candidate)]
+    queries = ranking.query.size
     sums = np.zeros((5, queries))
-    absolute, largest, kept, changed, overlap = (np.zeros(queries) for _ in range(5))
+    absolute, largest, counted, changed, overlap = (np.zeros(queries) for _ in range(5))
     shift: float | None = None
-    step = max(1, SCORES_AT_ONCE // 4 // what.items)
+    step = max(1, SCORES_AT_ONCE // 4 // ranking.items)
     for begin in range(0, queries, step):
         end = min(begin + step, queries)
         before, after = (
             torch.from_numpy(model.query[begin:end]) @ items
-            for model, items in zip((baseline, candidate), across, strict=True)
+            for model, items in zip((baseline, candidate), item_columns, strict=True)
         )
-        edges = np.array([begin, end]) * what.items
+        edges = np.array([begin, end]) * ranking.items
         hidden = torch.from_numpy(
-            what.hidden[slice(*np.searchsorted(what.hidden, edges))] - edges[0]
+            ranking.hidden[slice(*np.searchsorted(ranking.hidden, edges))] - edges[0]
         )
         shown = torch.ones_like(before, dtype=torch.bool)
         shown.view(-1)[hidden] = False
-        here = slice(begin, end)
-        kept[here] = shown.sum(dim=1).numpy()
-        changed[here], overlap[here] = _ranked(before, after, shown, depth)
+        block = slice(begin, end)
+        counted[block] = shown.sum(dim=1).numpy()
+        changed[block], overlap[block] = _ranked(before, after, shown, depth)
         x, y = before.double(), after.double()
         if shift is None:
             shift = float(x[shown].mean())
         d = (y - x) * shown
         x = (x - shift) * shown
         for place, product in enumerate((x, d, x * x, d * d, x * d)):
-            sums[place, here] = product.sum(dim=1).numpy()
-        absolute[here] = d.abs().sum(dim=1).numpy()
-        largest[here] = d.abs().amax(dim=1).numpy()
-    pairs = float(kept.sum())
+            sums[place, block] = product.sum(dim=1).numpy()
+        absolute[block] = d.abs().sum(dim=1).numpy()
+        largest[block] = d.abs().amax(dim=1).numpy()
+    pairs = float(counted.sum())
     spread = math.sqrt(max(float(sums[2].sum()) / pairs - (float(sums[0].sum()) / pairs) ** 2, 0))
     spread = spread or 1.0
     estimates = _changes(
-        _Sums(kept, *sums).correlation(),
-        weighted_mean(absolute / kept.clip(min=1) / spread, kept),
+        _Sums(counted, *sums).correlation(),
+        weighted_mean(absolute / counted.clip(min=1) / spread, counted),
         float(largest.max()) / spread,
         "spread",
         (rows, queries),
@@ -181,7 +185,10 @@ def _changes(
     *,
     unchanged: bool,
 ) -> dict[str, Estimate]:
-    """Estimate the three metrics that need no ranking; ``size`` is the rows and groups."""
+    """Estimate the three metrics that need no ranking.
+
+    ``size`` is the number of rows and that of groups, None without groups.
+    """
     rows, groups = size
     if unchanged:
         same = Estimate(point=1.0, low=1.0, high=1.0, rows=rows, groups=groups)
@@ -246,6 +253,7 @@ def _changed_best(before: Floats, after: Floats, groups: Groups) -> Floats:
 
 
 def _largest(score: Floats, groups: Groups) -> Floats:
+    """Return the largest score of each group, ``(groups,)``."""
     order: Ints = np.lexsort((score, groups.ids))
     largest: Floats = score[order[np.cumsum(groups.rows) - 1]]
     return largest
@@ -266,6 +274,7 @@ def _ranked(
 
 
 def _correlation(rows: Floats, x: Floats, d: Floats, xx: Floats, dd: Floats, xd: Floats) -> Floats:
+    """Compute Pearson correlation of ``x`` and ``x + d`` from sums; 0 if one is constant."""
     with np.errstate(divide="ignore", invalid="ignore"):
         variance, other, joint = xx - x * x / rows, dd - d * d / rows, xd - x * d / rows
         candidate = variance + 2 * joint + other

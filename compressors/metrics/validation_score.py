@@ -1,4 +1,4 @@
-"""Quality of a network on validation data, by which methods select."""
+"""Evaluate a network on validation data, for steps that select by its quality."""
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from compressors.metrics.estimators import builtin as builtin
 from compressors.metrics.estimators.protocols import RowEstimator, ScoredRows
 
 SCORING_ROWS = 8192
+"""Rows per batch."""
 
 
 @torch.no_grad()
@@ -21,6 +22,9 @@ def quality(module: nn.Module, signature: Signature, split: Split) -> float:
         module: the network, in evaluation mode.
         signature: signature of a ``ctr`` or ``ranking`` model.
         split: prepared rows with labels, and groups if the metric needs them.
+
+    Raises:
+        MetricRefused: the metric is undefined for these rows.
     """
     parts, device = list(batches(split, signature, SCORING_ROWS)), device_of(module)
     outputs = [module(**to_device(part, device).inputs).reshape(-1) for part in parts]

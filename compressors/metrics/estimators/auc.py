@@ -1,4 +1,4 @@
-"""AUC of all rows, and within groups."""
+"""Estimators of AUC: of all rows, and within groups."""
 
 import math
 from dataclasses import dataclass
@@ -57,12 +57,12 @@ class Auc:
 
     def of_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both AUCs with and without each group."""
-        found = groups_of_both_classes(self.metric, pair)
+        classes = groups_of_both_classes(self.metric, pair)
         before, after = (
-            _without_each_group(pair.label, score, found.groups) for score in pair.scores
+            _without_each_group(pair.label, score, classes.groups) for score in pair.scores
         )
         return grouped_pair(
-            before, after, self.metric.high, found.scarce, found.which, found.groups.rows.size
+            before, after, self.metric.high, classes.scarce, classes.which, classes.groups.rows.size
         )
 
 
@@ -88,10 +88,14 @@ class GroupAuc:
 
 
 class BothClasses(NamedTuple):
-    """Rows of both classes in groups.
+    """Grouped rows of both classes.
 
-    ``positive`` is bool ``(rows,)``. ``scarce`` is the number of groups that have a row of the
-    class that fewer groups have, and ``which`` names those groups.
+    Attributes:
+        positive: whether each row is positive, bool ``(rows,)``.
+        groups: the groups of the rows.
+        scarce: number of groups with a positive row or number of groups with a negative row,
+            the smaller one. The interval depends on it.
+        which: describes these groups, such as "with a positive row".
     """
 
     positive: Bools
@@ -104,7 +108,7 @@ def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
     """Number the groups of rows, and count those of each class.
 
     Raises:
-        CompressionError: all labels are of one class.
+        MetricRefused: all labels are of one class.
     """
     positive = binary(pair.label)
     groups = Groups(*number_groups(require_groups(metric, pair.group), positive.size))
@@ -119,9 +123,9 @@ def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
 def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
     """Return the AUC as a function of resample counts: one sort, then O(rows) a call.
 
-    Every positive beats the resampled negatives that precede it in score order; two cumulative
-    counts (below, and not above) make ties count half. All sums are integers, so a call equals
-    ``point_estimates.auc`` of the rows repeated by their counts.
+    A positive is ordered correctly with the resampled negatives of lower score; the mean of two
+    cumulative counts (below, and not above) counts ties as half. All sums are integers, so a call
+    equals ``point_estimates.auc`` of the rows repeated by their counts.
     """
     positive, scores = clicks_and_scores(label, score)
     require_both_classes("auc", positive)
@@ -130,25 +134,24 @@ def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
     negatives = negatives[np.argsort(scores[negatives], kind="stable")]
     below = np.searchsorted(scores[negatives], scores[positives], side="left")
     not_above = np.searchsorted(scores[negatives], scores[positives], side="right")
-    passed = np.zeros(negatives.size + 1, dtype=np.intp)
+    preceding = np.zeros(negatives.size + 1, dtype=np.intp)  # drawn negatives before each
 
     def statistic(counts: Counts) -> float:
-        np.cumsum(counts[negatives], out=passed[1:])
+        np.cumsum(counts[negatives], out=preceding[1:])
         drawn = counts[positives]
-        pairs = 2.0 * float(drawn.sum()) * float(passed[-1])
+        pairs = 2.0 * float(drawn.sum()) * float(preceding[-1])
         if pairs == 0:
             return math.nan
-        return float(drawn @ (passed[below] + passed[not_above])) / pairs
+        return float(drawn @ (preceding[below] + preceding[not_above])) / pairs
 
     return statistic
 
 
 def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
-    """Compute the AUC; leaving out a group removes the pairs with one of its rows."""
+    """Compute the AUC with and without each group, which removes the pairs with its rows."""
     positive, scores = clicks_and_scores(label, score)
-    wins = np.empty(
-        scores.size
-    )  # number of rows of the other class that the row is ordered correctly with
+    # For each row, the number of rows of the other class with which it is ordered correctly.
+    wins = np.empty(scores.size)
     ordered = [np.sort(scores[~positive]), np.sort(scores[positive])]
     for chosen, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
         class_scores = scores[chosen]
@@ -156,9 +159,9 @@ def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> G
         place = np.argsort(class_scores, kind="stable")
         below = np.searchsorted(others, class_scores[place], side="left")
         not_above = np.searchsorted(others, class_scores[place], side="right")
-        beaten = (below + not_above) / 2
+        lower = (below + not_above) / 2
         class_wins = np.empty(class_scores.size)
-        class_wins[place] = beaten if sign > 0 else others.size - beaten
+        class_wins[place] = lower if sign > 0 else others.size - lower
         wins[chosen] = class_wins
     positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
     negatives = rows - positives

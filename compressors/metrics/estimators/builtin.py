@@ -1,7 +1,7 @@
-"""All built-in estimators. What evaluates a metric imports this file.
+"""Import all built-in estimators. Code that evaluates a metric imports this file.
 
-A declaration names its estimator, which is imported when it is first used. The digest of a task's
-sources follows import statements, so with this file it contains the estimators.
+A metric's declaration names its estimator, which is imported only at its first use. The digest of a
+task's sources follows import statements, so this file makes it include the estimators.
 """
 
 from compressors.metrics.estimators import auc as auc

@@ -1,4 +1,4 @@
-"""Log loss and normalized entropy of all rows."""
+"""Estimators of log loss and normalized entropy of all rows."""
 
 import math
 from dataclasses import dataclass
@@ -88,14 +88,14 @@ class NormalizedEntropy:
 
     def of_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both quotients with and without each group."""
-        found = groups_of_both_classes(self.metric, pair)
+        classes = groups_of_both_classes(self.metric, pair)
         before, after = (
-            _entropy(row_logloss(pair.label, score), found.positive, found.groups)
+            _entropy(row_logloss(pair.label, score), classes.positive, classes.groups)
             for score in pair.scores
         )
-        largest = LARGEST_LOSS / base_entropy(float(found.positive.mean()))
+        largest = LARGEST_LOSS / base_entropy(float(classes.positive.mean()))
         return grouped_pair(
-            before, after, largest, found.scarce, found.which, found.groups.rows.size
+            before, after, largest, classes.scarce, classes.which, classes.groups.rows.size
         )
 
 
@@ -109,7 +109,7 @@ def _relative_to_entropy(losses: Floats, positive: Bools) -> Statistic:
 
 
 def _entropy(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
-    """Compute normalized entropy: mean loss over the entropy of the base rate."""
+    """Compute mean loss over the entropy of the base rate, with and without each group."""
     rate, mean = float(positive.mean()), float(losses.mean())
     entropy = float(base_entropy(rate))
     rows = losses.size - groups.rows

@@ -1,4 +1,4 @@
-"""NDCG of lists of rows, and of the catalogue for each query."""
+"""Estimators of NDCG: of lists of rows, and of a ranking of the catalogue for each query."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What an estimator of a quality metric computes, and from what."""
+"""The protocols of estimators of quality metrics, and the data that they receive."""
 
 from typing import NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ from compressors.metrics.point_estimates import Floats
 
 
 class ScoredRows(NamedTuple):
-    """Rows with one model's scores: all ``(rows,)``; scores of a log loss are probabilities."""
+    """Rows with one model's scores, arrays ``(rows,)``; for a log loss, probabilities."""
 
     label: ArrayLike
     score: ArrayLike
@@ -21,20 +21,20 @@ class ScoredRows(NamedTuple):
 
 
 class RowEstimator(Protocol):
-    """A metric of models with one score for each row. It is created with its declaration."""
+    """A metric of models with one score for each row; built with its declaration, a ``Metric``."""
 
     def point(self, rows: ScoredRows) -> float:
         """Compute the metric of one model.
 
         Raises:
-            CompressionError: the metric is undefined for these rows.
+            MetricRefused: the metric is undefined for these rows.
         """
 
     def of_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both models' metrics with and without each group.
 
         Raises:
-            CompressionError: as ``point``.
+            MetricRefused: as ``point``.
         """
 
 
@@ -45,7 +45,7 @@ class UngroupedEstimator(RowEstimator, Protocol):
         """Return both models' metrics as functions of how often each row is drawn.
 
         Raises:
-            CompressionError: as ``point``.
+            MetricRefused: as ``point``.
         """
 
 
@@ -57,10 +57,10 @@ class QueryEstimator(Protocol):
 
 
 def require_groups(metric: Metric, group: ArrayLike | None) -> ArrayLike:
-    """Return the groups.
+    """Return the groups of the rows.
 
     Raises:
-        CompressionError: there are none, and the metric needs them.
+        MetricRefused: there are none, and the metric needs them.
     """
     if group is None:
         raise MetricRefused("metric_needs_groups", metric=metric.name)

@@ -1,4 +1,4 @@
-"""Recall of the catalogue for each query."""
+"""Estimator of recall in a ranking of the catalogue for each query."""
 
 from dataclasses import dataclass
 
