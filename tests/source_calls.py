@@ -1,4 +1,8 @@
-"""Calls in the sources of the four packages, parsed once for all tests that check them."""
+"""Find calls of functions in the sources of the four packages, which are parsed only once.
+
+Only calls of a plain name, such as ``Reason(...)``, are found; calls of an attribute, such as
+``reasons.Reason(...)``, are not.
+"""
 
 import ast
 import functools
@@ -13,7 +17,7 @@ PACKAGES = ("flows", "tasks", "compressors", "infra")
 
 @functools.cache
 def _calls() -> tuple[tuple[str, ast.Call], ...]:
-    """Every call of a plain name, with its place."""
+    """All calls of a plain name, each with its position, ``file:line:column``."""
     paths = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
     return tuple(
         (f"{path.relative_to(ROOT)}:{node.lineno}:{node.col_offset}", node)
@@ -24,18 +28,21 @@ def _calls() -> tuple[tuple[str, ast.Call], ...]:
 
 
 def calls_of(names: Collection[str]) -> list[tuple[str, ast.Call]]:
-    """Every call of one of these names: ``file:line:column`` and the call."""
+    """All calls of one of these names, each with its position, ``file:line:column``."""
     return [
-        (place, call)
-        for place, call in _calls()
+        (position, call)
+        for position, call in _calls()
         if isinstance(call.func, ast.Name) and call.func.id in names
     ]
 
 
-def fits(call: ast.Call, sentences: Mapping[str, str]) -> bool:
-    """Whether a call has one argument, a literal code, and exactly the fields of its sentence."""
+def has_code_and_fields(call: ast.Call, sentences: Mapping[str, str]) -> bool:
+    """Whether the only positional argument is a known code, with the fields of its sentence.
+
+    The keyword arguments must be exactly these fields.
+    """
     if len(call.args) != 1 or not isinstance(call.args[0], ast.Constant):
         return False
     sentence = sentences.get(call.args[0].value)
-    given = {keyword.arg for keyword in call.keywords}
-    return sentence is not None and given == field_names(sentence)
+    fields = {keyword.arg for keyword in call.keywords}
+    return sentence is not None and fields == field_names(sentence)

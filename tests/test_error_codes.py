@@ -17,7 +17,7 @@ from error_codes import (
 )
 from pydantic import BaseModel, field_validator
 from pydantic_core.core_schema import ErrorType
-from source_calls import PACKAGES, ROOT, calls_of, fits
+from source_calls import PACKAGES, ROOT, calls_of, has_code_and_fields
 
 from compressors.contracts.coded_error import CodedError, field_names
 from compressors.contracts.value_errors import SENTENCES, SUBJECTS, value_error
@@ -45,7 +45,11 @@ def test_classes_without_codes_are_never_raised():
 
 
 def test_errors_are_raised_with_a_code_of_their_class_and_with_its_fields():
-    wrong = [place for place, call in RAISED if not fits(call, CLASSES[call.func.id].sentences)]
+    wrong = [
+        place
+        for place, call in RAISED
+        if not has_code_and_fields(call, CLASSES[call.func.id].sentences)
+    ]
     assert wrong == []
 
 
@@ -211,7 +215,7 @@ def test_credentials_are_removed_from_fields_that_the_sentence_cuts_off(monkeypa
 
 
 def test_value_errors_are_created_with_a_literal_code_and_exactly_its_fields():
-    assert [place for place, call in VALUE_ERRORS if not fits(call, SENTENCES)] == []
+    assert [place for place, call in VALUE_ERRORS if not has_code_and_fields(call, SENTENCES)] == []
 
 
 def test_every_code_of_a_value_error_is_created_somewhere():

@@ -6,7 +6,7 @@ import json
 import pytest
 from pydantic import ValidationError
 from reason_codes import TABLE, page
-from source_calls import calls_of, fits
+from source_calls import calls_of, has_code_and_fields
 
 from compressors.contracts import Judgement, Limit, Plan, PlanLine, Verdict
 from compressors.contracts.coded_error import field_names
@@ -16,7 +16,7 @@ CREATED = calls_of({"Reason"})
 
 
 def test_reasons_are_created_with_a_literal_code_and_exactly_its_fields():
-    assert [place for place, call in CREATED if not fits(call, SENTENCES)] == []
+    assert [place for place, call in CREATED if not has_code_and_fields(call, SENTENCES)] == []
 
 
 def test_every_code_is_created_somewhere():

@@ -1,4 +1,4 @@
-"""Names from outside reach a terminal as text: in full, without markup or control sequences."""
+"""Untrusted names and values are printed complete, without markup and control characters."""
 
 import ast
 import functools
@@ -44,26 +44,32 @@ HOSTILE = {
     "html": "<script>alert(1)</script>",
     "table": "a|b`c",
 }
-NO_NAMES = {"line", "return"}
-"""No module may have these in its name: torch would write them into code."""
-ONE_AND_ALL = [
+"""Texts that could control a terminal, a log or a page, by kind."""
+
+NOT_MODULE_NAMES = {"line", "return"}
+"""Kinds that pack refuses in the name of a module, because torch writes such names into code."""
+
+JOINED_AND_EACH_TEXT = [
     pytest.param("".join(HOSTILE.values()).replace(".", ""), id="everything"),
     *(pytest.param(name, id=kind, marks=pytest.mark.slow) for kind, name in HOSTILE.items()),
 ]
-NAMES = {kind: name for kind, name in HOSTILE.items() if kind not in NO_NAMES}
-EVERY_NAME = "".join(NAMES.values()).replace(".", "")
-ONE_AND_ALL_NAMES = [
-    pytest.param(EVERY_NAME, id="everything"),
-    *(pytest.param(name, id=kind, marks=pytest.mark.slow) for kind, name in NAMES.items()),
+"""All texts joined, in the default tier, and each text alone, in the slow tier."""
+
+MODULE_NAMES = {kind: name for kind, name in HOSTILE.items() if kind not in NOT_MODULE_NAMES}
+JOINED_NAME = "".join(MODULE_NAMES.values()).replace(".", "")
+JOINED_AND_EACH_NAME = [
+    pytest.param(JOINED_NAME, id="everything"),
+    *(pytest.param(name, id=kind, marks=pytest.mark.slow) for kind, name in MODULE_NAMES.items()),
 ]
-RAW = re.compile(
+CONTROL_CHARACTER = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
 )
+"""A control, invisible or direction character; tabs and line ends are allowed."""
 
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Run ``main`` in this process; returns exit code, and both outputs as one text."""
+    """Run ``main`` in this process; return its exit code and both outputs as one text."""
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "named_network")
 
@@ -71,6 +77,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 
 def write_draft(folder: Path, name: str) -> None:
+    """Write a draft with two tables, of which one has this name."""
     folder.mkdir()
     torch.manual_seed(0)
     save_file(Named(names=[name, "other"]).state_dict(), folder / "model.safetensors")
@@ -100,8 +107,10 @@ def write_draft(folder: Path, name: str) -> None:
     (folder / "model.json").write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize("name", ONE_AND_ALL_NAMES)
-def test_every_bundle_command_shows_a_hostile_name_in_full_as_text(call, tmp_path, name):
+@pytest.mark.parametrize("name", JOINED_AND_EACH_NAME)
+def test_bundle_commands_and_explain_print_a_hostile_module_name_complete_and_escaped(
+    call, tmp_path, name
+):
     write_draft(tmp_path / "draft", name)
     limit = ("--limit", "auc vs baseline >= -0.4")
     commands = {
@@ -114,30 +123,34 @@ def test_every_bundle_command_shows_a_hostile_name_in_full_as_text(call, tmp_pat
     for command, shows_name in commands.items():
         code, text = call(*command)
         assert code == 0, text
-        assert not RAW.search(text), repr(text)
+        assert not CONTROL_CHARACTER.search(text), repr(text)
         assert not shows_name or one_line(name) in text, text
     for command in (("bundle", "show", "named", "--json"), ("explain", "named", *limit, "--json")):
         code, text = call(*command)
         assert code == 0
-        assert not RAW.search(text)
+        assert not CONTROL_CHARACTER.search(text)
         assert any(name in value for value in texts_in(json.loads(text)))
 
 
-@pytest.mark.parametrize("kind", sorted(NO_NAMES))
-def test_a_name_with_a_line_end_is_refused_and_shown_as_text(call, tmp_path, kind):
+@pytest.mark.parametrize("kind", sorted(NOT_MODULE_NAMES))
+def test_pack_refuses_a_module_name_with_a_line_end_and_prints_no_control_character(
+    call, tmp_path, kind
+):
     write_draft(tmp_path / "draft", HOSTILE[kind])
     code, text = call("bundle", "pack", str(tmp_path / "draft"))
     assert code == 2, text
     assert "attribute names without quotes" in text
-    assert not RAW.search(text), repr(text)
+    assert not CONTROL_CHARACTER.search(text), repr(text)
 
 
 @pytest.mark.slow
-def test_an_order_shows_hostile_names_as_text_everywhere(call, tmp_path, monkeypatch):
-    """Stages, the report in its three forms, the registry and Triton's configuration."""
+def test_compress_registry_and_triton_output_has_no_control_character_of_a_hostile_name(
+    call, tmp_path, monkeypatch
+):
+    """Also checks the page of ``--html`` and the stored reports, but no file of Triton."""
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     monkeypatch.setenv("RECPRESS_TRITON", str(tmp_path / "triton"))
-    write_draft(tmp_path / "draft", EVERY_NAME)
+    write_draft(tmp_path / "draft", JOINED_NAME)
     into, page = tmp_path / "into", tmp_path / "page.html"
     limit = ("--limit", "auc vs baseline >= -0.4")
     commands = (
@@ -153,18 +166,19 @@ def test_an_order_shows_hostile_names_as_text_everywhere(call, tmp_path, monkeyp
     for command in commands:
         code, text = call(*command)
         assert code == 0, text
-        assert not RAW.search(text), (command, text)
+        assert not CONTROL_CHARACTER.search(text), (command, text)
         printed += text
-    assert one_line(EVERY_NAME) in printed
+    assert one_line(JOINED_NAME) in printed
     assert "<script>" not in page.read_text()
     stored = [*(tmp_path / "recpress" / "store").rglob("report.*")]
-    shown = [path for path in stored if path.suffix in {".html", ".md"}]
-    assert {path.suffix for path in shown} == {".html", ".md"}
-    for path in (page, *shown):
-        assert not RAW.search(path.read_text()), path
+    reports = [path for path in stored if path.suffix in {".html", ".md"}]
+    assert {path.suffix for path in reports} == {".html", ".md"}
+    for path in (page, *reports):
+        assert not CONTROL_CHARACTER.search(path.read_text()), path
 
 
 def texts_in(value: object) -> list[str]:
+    """All strings in a JSON value, keys included."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
@@ -172,8 +186,8 @@ def texts_in(value: object) -> list[str]:
     return [text for item in value for text in texts_in(item)] if isinstance(value, list) else []
 
 
-@pytest.mark.parametrize("name", ONE_AND_ALL)
-def test_arguments_and_files_with_hostile_names_are_refused_as_text(call, tmp_path, name):
+@pytest.mark.parametrize("name", JOINED_AND_EACH_TEXT)
+def test_commands_with_a_hostile_argument_fail_and_print_no_control_character(call, tmp_path, name):
     commands = (
         (name,),
         ("bundle", name),
@@ -196,11 +210,11 @@ def test_arguments_and_files_with_hostile_names_are_refused_as_text(call, tmp_pa
         code, text = call(*command)
         assert code in (1, 2), (command, text)
         assert "Traceback" not in text
-        assert not RAW.search(text), (command, text)
+        assert not CONTROL_CHARACTER.search(text), (command, text)
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_variables_of_the_environment_with_hostile_values_are_shown_as_text(
+def test_commands_with_a_hostile_environment_variable_fail_and_print_no_control_character(
     call, kind, monkeypatch
 ):
     for variable in ("RECPRESS_STORE", "RECPRESS_DEVICE", "RECPRESS_TRITON"):
@@ -208,11 +222,11 @@ def test_variables_of_the_environment_with_hostile_values_are_shown_as_text(
             patch.setenv(variable, HOSTILE[kind])
             code, text = call("bundle", "show", "x")
         assert code in (1, 2), text
-        assert not RAW.search(text), (variable, text)
+        assert not CONTROL_CHARACTER.search(text), (variable, text)
 
 
 def on_terminal(monkeypatch) -> io.StringIO:
-    """What a terminal of 200 columns receives, with rich's own styles switched off."""
+    """Replace standard output and error by one terminal of 200 columns without colors."""
     out = io.StringIO()
     out.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setenv("TERM", "xterm")
@@ -224,12 +238,14 @@ def on_terminal(monkeypatch) -> io.StringIO:
 
 
 def without_styles(text: str) -> str:
-    """The text without the sequences of bold, cursor and line that rich itself writes."""
+    """The text without the control sequences for styles and the cursor that rich writes."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-ln-z]|\x1b\[(?:[0-9];?)*m|\r", "", text)
 
 
 @pytest.mark.parametrize("kind", sorted(HOSTILE.keys() - {"escape", "return", "line"}))
-def test_lines_tables_titles_and_stages_on_a_terminal_show_names_as_text(kind, monkeypatch):
+def test_console_lines_tables_and_stages_print_hostile_text_escaped_on_a_terminal(
+    kind, monkeypatch
+):
     name, out = HOSTILE[kind], on_terminal(monkeypatch)
     table = Table(title=f"title {name}")
     table.add_column(f"column {name}")
@@ -245,11 +261,13 @@ def test_lines_tables_titles_and_stages_on_a_terminal_show_names_as_text(kind, m
     text = without_styles(out.getvalue())
     for place in ("title", "column", "cell", "line", "written", "stage"):
         assert f"{place} {printable(name)}" in text, (place, text)
-    assert not RAW.search(text.replace("\x1b", "")), repr(text)
+    assert not CONTROL_CHARACTER.search(text.replace("\x1b", "")), repr(text)
 
 
 @pytest.mark.parametrize("kind", ["escape", "return"])
-def test_a_terminal_never_receives_the_sequence_of_a_name(kind, monkeypatch):
+def test_console_sends_no_escape_bell_or_carriage_return_of_a_text_to_the_terminal(
+    kind, monkeypatch
+):
     name, out = HOSTILE[kind], on_terminal(monkeypatch)
     terminal = console()
     terminal.print(name)
@@ -260,16 +278,16 @@ def test_a_terminal_never_receives_the_sequence_of_a_name(kind, monkeypatch):
     assert printable(name) in without_styles(out.getvalue())
 
 
-def test_a_console_refuses_markup():
+def test_console_print_with_markup_raises_value_error():
     with pytest.raises(ValueError, match="without markup"):
         console().print("[red]x[/red]", markup=True)
 
 
-OURS = ("flows", "tasks", "infra")
+PRINTING_PACKAGES = ("flows", "tasks", "infra")
 
 
-def test_no_module_reads_markup_or_makes_a_console_of_its_own():
-    for path in (path for top in OURS for path in (ROOT / top).rglob("*.py")):
+def test_no_source_parses_markup_and_only_console_py_imports_rich_console():
+    for path in (path for top in PRINTING_PACKAGES for path in (ROOT / top).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.keyword) and node.arg == "markup":
                 assert ast.literal_eval(node.value) is False, path
@@ -282,7 +300,7 @@ def test_no_module_reads_markup_or_makes_a_console_of_its_own():
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_log_line_is_one_line_without_control_characters(kind, caplog):
+def test_log_records_escape_control_characters_and_those_of_recpress_are_one_line(kind, caplog):
     create = logging.getLogRecordFactory()
     try:
         log_lines.install()
@@ -291,31 +309,32 @@ def test_a_log_line_is_one_line_without_control_characters(kind, caplog):
             logging.getLogger("prefect.flow_runs").info("run %s", HOSTILE[kind])
     finally:
         logging.setLogRecordFactory(create)
-    ours, theirs = (record.getMessage() for record in caplog.records)
-    assert ours == f"stage {one_line(HOSTILE[kind])}"
-    assert "\n" not in ours
-    assert not RAW.search(theirs)
+    recpress, prefect = (record.getMessage() for record in caplog.records)
+    assert recpress == f"stage {one_line(HOSTILE[kind])}"
+    assert "\n" not in recpress
+    assert prefect == f"run {printable(HOSTILE[kind])}"
+    assert not CONTROL_CHARACTER.search(prefect)
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_cell_of_a_report_is_neither_html_nor_markup(kind):
+def test_report_cell_has_no_html_link_code_or_unescaped_column_separator(kind):
     text = cell(f"![x](http://a/{HOSTILE[kind]})")
     assert "\n" not in text
-    assert not RAW.search(text)
+    assert not CONTROL_CHARACTER.search(text)
     assert "](" not in text
     assert "<" not in text
     assert "`" not in text
     assert "|" not in text.replace("\\|", "")
 
 
-def test_a_page_contains_no_control_character():
+def test_rendered_page_escapes_the_control_characters_of_its_title():
     page = render("infra/pages/templates/document.html.jinja", title="x\x1b[31m\u202e\x9b")
     assert "<title>x\\u001b[31m\\u202e\\u009b</title>" in page
-    assert not RAW.search(page)
+    assert not CONTROL_CHARACTER.search(page)
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\x1b", "\U000e0041", "\u2028", "\x7f"])
-def test_json_stays_the_same_json(text):
+def test_printable_json_text_has_the_same_value(text):
     if "\ud800" <= text[0] <= "\udfff":
         assert json.loads(printable(f'"{text}"')) == text
     escaped = printable(json.dumps(text, ensure_ascii=False))
@@ -323,6 +342,6 @@ def test_json_stays_the_same_json(text):
     escaped.encode()
 
 
-def test_ordinary_text_of_any_language_is_left_as_it_is():
+def test_printable_does_not_change_ordinary_text_in_several_languages():
     text = "Größe 例え עברית हिन्दी 🙂 café\tx\ny"
     assert printable(text) == text

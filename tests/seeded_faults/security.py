@@ -78,7 +78,9 @@ FAULTS = (
         old="\\\\u200b-\\\\u200f\\\\u2028-\\\\u202e",
         new="\\\\u200b-\\\\u200d\\\\u2028-\\\\u2029",
         effect="A name can reorder the text of a terminal or a log.",
-        tests=(f"{TEXT}::test_a_log_line_is_one_line_without_control_characters",),
+        tests=(
+            f"{TEXT}::test_log_records_escape_control_characters_and_those_of_recpress_are_one_line",
+        ),
     ),
     Fault(
         id="log-line-forged-by-line-end",
@@ -86,7 +88,9 @@ FAULTS = (
         old='record.msg, record.args = "\\n- ".join(map(one_line, lines)), ()',
         new='record.msg, record.args = "\\n- ".join(map(printable, lines)), ()',
         effect="A name with a line end forges a line of the log.",
-        tests=(f"{TEXT}::test_a_log_line_is_one_line_without_control_characters",),
+        tests=(
+            f"{TEXT}::test_log_records_escape_control_characters_and_those_of_recpress_are_one_line",
+        ),
     ),
     Fault(
         id="json-depth-unlimited",
@@ -189,6 +193,6 @@ FAULTS = (
         old="    return printable(_environment().get_template(template).render(values))\n",
         new="    return _environment().get_template(template).render(values)\n",
         effect="A name on a page may hide characters or reorder those around it.",
-        tests=(f"{TEXT}::test_a_page_contains_no_control_character",),
+        tests=(f"{TEXT}::test_rendered_page_escapes_the_control_characters_of_its_title",),
     ),
 )

@@ -1,4 +1,4 @@
-"""Warnings about layers whose inputs differ in range under one scale."""
+"""Warnings about layers whose input channels share a scale and have very different ranges."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ DIM = 16
 
 
 class CountsAndVectors(nn.Module):
-    """Embeddings next to dense features in one layer, then a hidden layer."""
+    """A layer that reads an embedding and dense features, then an output layer."""
 
     def __init__(self, features: int = 3) -> None:
         super().__init__()
@@ -48,12 +48,17 @@ class CountsAndVectors(nn.Module):
 
 
 def model_and_bench(tmp_path: Path, largest: float, spread: float = 0.05) -> tuple[Model, Bench]:
-    """A model whose embeddings have a standard deviation of ``spread``, features up to a number."""
+    """Build a model and calibration rows whose inputs have two ranges.
+
+    Embeddings are normal with the standard deviation ``spread``; features are uniform from 0 to
+    ``largest``.
+    """
     torch.manual_seed(0)
     module = CountsAndVectors().eval()
     with torch.no_grad():
         module.user.weight.mul_(spread)
-        # A trained network gives both parts a say: weights shrink with the range of the input.
+        # As in a trained network, weights are smaller for inputs of larger range, so that both
+        # embeddings and features affect the output.
         module.first.weight[:, :DIM] = torch.randn(32, DIM) * 0.05 / spread
         module.first.weight[:, DIM:] = torch.randn(32, 3) * 0.2 / largest
     signature = Signature(
@@ -83,12 +88,14 @@ STEPS = {
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_raw_counts_next_to_small_embeddings_are_a_warning_on_the_plan_line(tmp_path, kind):
+def test_large_counts_next_to_small_embeddings_give_a_warning_on_the_layers_plan_line(
+    tmp_path, kind
+):
     model, bench = model_and_bench(tmp_path, largest=12.0)
     plan = run(STEPS[kind], model, bench, tmp_path / "out").plan
     line = plan.of("first")
     warning = with_code(line.warnings, "mixed_input_ranges", coarse=16, channels=19)
-    # Uniform inputs up to 12: the largest of the calibration rows is less.
+    # The largest of the uniform calibration inputs is slightly less than 12.
     assert warning.fields["range"] == pytest.approx(12, rel=0.01)
     widest = {
         reason.fields["channel"]: reason.fields["largest"] for reason in warning.fields["widest"]
@@ -98,13 +105,13 @@ def test_raw_counts_next_to_small_embeddings_are_a_warning_on_the_plan_line(tmp_
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_inputs_of_similar_range_are_no_warning(tmp_path, kind):
+def test_inputs_of_similar_ranges_give_no_warning(tmp_path, kind):
     model, bench = model_and_bench(tmp_path, largest=1.0, spread=0.3)
     plan = run(STEPS[kind], model, bench, tmp_path / "out").plan
     assert [line.module for line in plan.lines if line.warnings] == []
 
 
-def test_counts_thousands_of_times_larger_are_no_warning_in_8_bit_floats_and_one_in_int8(tmp_path):
+def test_counts_4000_times_the_embeddings_give_a_warning_in_int8_and_none_in_8_bit_floats(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=200.0)
     int8 = run(StaticInt8(), model, bench, tmp_path / "int8").plan.of("first").warnings
     assert codes_of(int8) == ["mixed_input_ranges"]
@@ -112,22 +119,21 @@ def test_counts_thousands_of_times_larger_are_no_warning_in_8_bit_floats_and_one
     assert run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warnings == ()
 
 
-def test_counts_a_million_times_larger_are_a_warning_in_8_bit_floats(tmp_path):
+def test_counts_20_million_times_the_embeddings_give_a_warning_in_8_bit_floats(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=1e6)
     warnings = run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warnings
     with_code(warnings, "mixed_input_ranges", range=pytest.approx(1e6, rel=0.01))
 
 
-def test_channels_without_weight_or_without_values_are_no_warning(tmp_path):
+def test_coarse_channels_with_zero_weights_give_no_warning(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=12.0)
     with torch.no_grad():
         model.module.first.weight[:, :DIM] = 0
     assert run(StaticInt8(), model, bench, tmp_path / "a").plan.of("first").warnings == ()
 
 
-def test_the_warning_is_about_what_really_changes_scores(tmp_path):
-    """The layer that is warned about loses its small inputs; scaled features lose nothing."""
-    losses = {}
+def test_scores_change_over_three_times_as_much_with_a_warning_as_without(tmp_path):
+    errors = {}
     for largest in (1.0, 12.0):
         (tmp_path / str(largest)).mkdir()
         model, bench = model_and_bench(tmp_path / str(largest), largest=largest, spread=0.05)
@@ -136,12 +142,12 @@ def test_the_warning_is_about_what_really_changes_scores(tmp_path):
         inputs = {"user": torch.randint(0, 500, (500,)), "counts": torch.rand(500, 3) * largest}
         with torch.no_grad():
             before, after = model.module(**inputs), result.module(**inputs)
-        losses[largest] = float((after - before).std() / before.std())
+        errors[largest] = float((after - before).std() / before.std())
         assert (result.plan.of("first").warnings == ()) == (largest == 1.0)
-    assert losses[12.0] > 3 * losses[1.0]
+    assert errors[12.0] > 3 * errors[1.0]
 
 
-def test_a_warning_stays_on_the_line_after_steps_that_leave_the_layer_alone(tmp_path):
+def test_a_warning_stays_in_the_plan_after_a_step_that_does_not_change_the_layer(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=12.0)
     first = run(StaticInt8(), model, bench, tmp_path / "a")
     second = run(RowwiseInt8(), first, bench, tmp_path / "b")
@@ -149,13 +155,16 @@ def test_a_warning_stays_on_the_line_after_steps_that_leave_the_layer_alone(tmp_
     assert codes_of(first.plan.of("first").warnings) == ["mixed_input_ranges"]
 
 
-def test_without_calibration_rows_nothing_is_known_and_nothing_is_said(tmp_path):
+def test_without_calibration_rows_there_is_no_warning(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=12.0)
-    bare = bench.model_copy(update={"calibration": None})
-    assert run(STEPS["weight_int8"], model, bare, tmp_path / "a").plan.of("first").warnings == ()
+    without_rows = bench.model_copy(update={"calibration": None})
+    assert (
+        run(STEPS["weight_int8"], model, without_rows, tmp_path / "a").plan.of("first").warnings
+        == ()
+    )
 
 
-def test_plans_stored_before_warnings_load():
+def test_a_stored_plan_line_without_the_warning_fields_loads_with_no_warning():
     line = PlanLine.model_validate(
         {"module": "a", "role": "dense", "format": "f", "bytes_before": 1, "bytes_after": 1}
         | {"reason": "r"}
