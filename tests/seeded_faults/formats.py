@@ -3,7 +3,7 @@
 from tests.seeded_faults.fault import Fault
 
 ROWWISE = "tests/compressors/quantize/test_rowwise.py"
-STORED = f"{ROWWISE}::test_stored_codes_scales_and_offsets_are_those_of_the_numpy_reference"
+STORED = f"{ROWWISE}::test_stored_codes_scales_and_offsets_equal_the_numpy_reference"
 GRID = "tests/compressors/quantize/test_levels.py"
 CLIPPING = "tests/compressors/quantize/test_clipping.py"
 BETTER = "tests/compressors/quantize/test_better_format.py"
@@ -17,7 +17,7 @@ FAULTS = (
         effect="Weights halfway between two levels are rounded up instead of to the even level.",
         tests=(
             "tests/compressors/quantize/test_kernels.py"
-            "::test_values_halfway_between_levels_go_to_the_even_one",
+            "::test_ties_between_levels_are_rounded_as_in_the_specification",
         ),
     ),
     Fault(
@@ -34,7 +34,7 @@ FAULTS = (
         old="return torch.where(clipped, stored + smallest, stored)",
         new="return stored",
         effect="A small float16 scale is rounded down, which clips the row's largest weights.",
-        tests=(f"{GRID}::test_a_scale_among_the_smallest_float16_numbers_clips_nothing",),
+        tests=(f"{GRID}::test_scales_of_the_smallest_float16_numbers_clip_nothing",),
     ),
     Fault(
         id="grid-scale-may-be-zero",
@@ -42,7 +42,7 @@ FAULTS = (
         old="stored = scale.clamp(min=smallest).to(grid.dtype)",
         new="stored = scale.to(grid.dtype)",
         effect="A row of zeros has scale 0, which TensorRT rejects.",
-        tests=(f"{GRID}::test_rows_of_zeros_keep_a_positive_scale_and_are_exact",),
+        tests=(f"{GRID}::test_rows_of_zeros_have_a_positive_scale_and_are_exact",),
     ),
     Fault(
         id="grid-offset-rounded-to-nearest",
@@ -50,7 +50,7 @@ FAULTS = (
         old="offset = torch.where(near.float() > low, below, near)",
         new="offset = near",
         effect="An offset above the smallest weight clips that weight.",
-        tests=(f"{GRID}::test_a_row_of_one_value_is_kept_within_a_rounding",),
+        tests=(f"{GRID}::test_a_row_of_equal_values_changes_only_by_rounding",),
     ),
     Fault(
         id="grid-symmetric-scale-of-one-end",
@@ -93,7 +93,7 @@ FAULTS = (
         new="return (ids % rows_per_scale).clamp(max=0) if rows_per_scale "
         "else torch.zeros_like(ids)",
         effect="All rows of a table with shared scales are read with the first scale.",
-        tests=(f"{ROWWISE}::test_a_lookup_gives_the_reference_weights_for_ids_of_any_shape",),
+        tests=(f"{ROWWISE}::test_lookup_returns_the_reference_weights_for_ids_of_any_shape",),
     ),
     Fault(
         id="shared-scale-layout-drops-last-range",
@@ -101,7 +101,7 @@ FAULTS = (
         old="entries = -(-rows // rows_per_scale) if rows_per_scale else 1",
         new="entries = max(rows // rows_per_scale, 1) if rows_per_scale else 1",
         effect="The plan's bytes omit the scale of the last, shorter range of rows.",
-        tests=(f"{ROWWISE}::test_bytes_are_codes_plus_a_scale_and_an_offset_for_every_range",),
+        tests=(f"{ROWWISE}::test_bytes_are_those_of_codes_scales_and_offsets",),
     ),
     Fault(
         id="scale-gradient-ignores-repeated-ids",
@@ -109,7 +109,7 @@ FAULTS = (
         old="total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), each)",
         new="total[entries_of(ids, rows_per_scale).reshape(-1)] = each",
         effect="The gradient of a scale counts only one of several lookups of a row.",
-        tests=(f"{ROWWISE}::test_the_gradients_of_scales_and_offsets_are_those_of_plain_torch",),
+        tests=(f"{ROWWISE}::test_gradients_of_scales_and_offsets_equal_plain_torch",),
     ),
     Fault(
         id="clipping-mse-takes-last-share",
@@ -125,7 +125,7 @@ FAULTS = (
         old="        lower = first < second\n",
         new="        lower = first == first\n",
         effect="Greedy clipping always moves the lower end.",
-        tests=(f"{CLIPPING}::test_greedy_is_as_good_as_torchs_own",),
+        tests=(f"{CLIPPING}::test_greedy_error_is_within_2_percent_of_torchs_implementation",),
     ),
     Fault(
         id="float8-scale-ends-below-448",
@@ -150,7 +150,7 @@ FAULTS = (
         old="sorted((item for item in better if item[0] <= size), key=lambda item: item[:2])",
         new="sorted(better, key=lambda item: item[:2])",
         effect="A row-wise table is replaced by a better format that needs more bytes.",
-        tests=(f"{BETTER}::test_a_rowwise_format_gives_way_to_a_better_one_that_is_no_larger",),
+        tests=(f"{BETTER}::test_best_format_selects_the_most_precise_format_that_is_no_larger",),
     ),
     Fault(
         id="better-format-overflows-float16",
@@ -158,6 +158,6 @@ FAULTS = (
         old='if other.kind == "float16" and float(weight.abs().max()) > LARGEST:',
         new='if other.kind == "none" and float(weight.abs().max()) > LARGEST:',
         effect="A table with weights beyond float16 is stored as float16, with infinite weights.",
-        tests=(f"{BETTER}::test_a_table_that_float16_cannot_hold_keeps_the_format_of_the_recipe",),
+        tests=(f"{BETTER}::test_a_table_beyond_float16_is_stored_in_an_integer_format",),
     ),
 )

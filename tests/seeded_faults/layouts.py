@@ -4,7 +4,7 @@ from tests.seeded_faults.fault import Fault
 
 PACKING = (
     "tests/compressors/quantize/test_rowwise.py"
-    "::test_packed_codes_are_those_of_the_numpy_reference_and_unpack_again"
+    "::test_packed_codes_equal_the_numpy_reference_and_unpack_to_the_codes"
 )
 WEIGHT_ONLY = "tests/compressors/quantize/test_weight_only.py"
 KERNELS = "tests/compressors/quantize/test_kernels.py"
@@ -53,7 +53,7 @@ FAULTS = (
         effect="Compiled int4 codes are one level too low.",
         tests=(
             "tests/compressors/quantize/test_rowwise.py"
-            "::test_stored_codes_scales_and_offsets_are_those_of_the_numpy_reference",
+            "::test_stored_codes_scales_and_offsets_equal_the_numpy_reference",
         ),
     ),
     Fault(
@@ -73,7 +73,7 @@ FAULTS = (
         old="& np.uint8(15)) | np.uint8(0x80)",
         new="& np.uint8(15))",
         effect="The padding of an odd int4 row differs from the specification.",
-        tests=(f"{KERNELS}::test_every_bit_of_ordinary_rows_is_the_specifications",),
+        tests=(f"{KERNELS}::test_encoding_normal_rows_equals_the_specification_bit_for_bit",),
     ),
     Fault(
         id="kernel-float16-truncates",
@@ -81,7 +81,7 @@ FAULTS = (
         old="np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))",
         new="np.int32(0)",
         effect="Compiled scales are truncated to float16 instead of rounded to even.",
-        tests=(f"{KERNELS}::test_every_bit_of_ordinary_rows_is_the_specifications",),
+        tests=(f"{KERNELS}::test_encoding_normal_rows_equals_the_specification_bit_for_bit",),
     ),
     Fault(
         id="kernel-threads-share-first-scales",
@@ -90,7 +90,7 @@ FAULTS = (
         "if grid.rows_per_scale else slice(1)",
         new="used = slice(0, -(-end // together)) if grid.rows_per_scale else slice(1)",
         effect="With several threads rows are rounded by the scales of the first rows.",
-        tests=(f"{KERNELS}::test_threads_change_nothing",),
+        tests=(f"{KERNELS}::test_results_and_errors_do_not_depend_on_the_number_of_threads",),
     ),
     Fault(
         id="weight-only-nibbles-swapped",
@@ -99,8 +99,8 @@ FAULTS = (
         new="codes[:, 1::2] | (codes[:, 0::2] << 4)",
         effect="Adjacent 4-bit weights are swapped, so ONNX Runtime multiplies the wrong weights.",
         tests=(
-            f"{WEIGHT_ONLY}::test_the_op_computes_what_onnxruntimes_kernel_does",
-            f"{WEIGHT_ONLY}::test_codes_come_back_as_they_were_packed_and_padding_is_zero",
+            f"{WEIGHT_ONLY}::test_op_equals_onnxruntimes_kernel",
+            f"{WEIGHT_ONLY}::test_unpack_restores_packed_codes_and_padding_is_zero",
         ),
     ),
     Fault(
@@ -118,7 +118,7 @@ FAULTS = (
         new="    signed = each  # in two's complement the sign is bit 3\n",
         effect="TensorRT reads int4 codes with an error of 8 levels.",
         tests=(
-            "tests/compressors/quantize/test_bitpacking.py::test_tensorrts_signed_codes_are_the_same_codes",
+            "tests/compressors/quantize/test_bitpacking.py::test_tensorrt_codes_decode_to_the_packed_codes",
         ),
     ),
 )

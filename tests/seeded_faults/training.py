@@ -50,7 +50,9 @@ FAULTS = (
         old="    below = seen.zeros + seen.counts.cumsum(0)\n",
         new="    below = seen.counts.cumsum(0)\n",
         effect="The percentile of inputs ignores zeros, so the clipping threshold is wrong.",
-        tests=(f"{CALIBRATION}::test_percentile_leaves_its_share_inside_and_no_bin_more",),
+        tests=(
+            f"{CALIBRATION}::test_percentile_is_the_smallest_bin_edge_with_its_share_of_values_inside",
+        ),
     ),
     Fault(
         id="calibration-histogram-forgets-when-it-grows",
@@ -58,7 +60,9 @@ FAULTS = (
         old="        self.counts[: len(folded)] = folded\n",
         new="",
         effect="Counts from before a larger value are lost.",
-        tests=(f"{CALIBRATION}::test_counts_are_the_same_however_the_rows_were_split",),
+        tests=(
+            f"{CALIBRATION}::test_histogram_does_not_depend_on_how_rows_are_split_into_batches",
+        ),
     ),
     Fault(
         id="int8-products-exceed-sixteen-bits",
@@ -68,7 +72,7 @@ FAULTS = (
         effect="Int8 products clip on processors without VNNI.",
         tests=(
             "tests/compressors/quantize/test_static_int8.py"
-            "::test_no_two_neighbouring_products_leave_sixteen_bits",
+            "::test_the_sum_of_two_neighbouring_products_fits_in_16_bits",
         ),
     ),
     Fault(
@@ -79,7 +83,7 @@ FAULTS = (
         effect="Products of more than 1024 inputs are summed inexactly.",
         tests=(
             "tests/compressors/quantize/test_static_int8.py"
-            "::test_more_inputs_than_float32_sums_exactly_need_the_wider_sum",
+            "::test_a_sum_of_more_inputs_than_float32_adds_exactly_is_exact",
         ),
     ),
     Fault(

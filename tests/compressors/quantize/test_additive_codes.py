@@ -1,4 +1,4 @@
-"""Additive codes: beam search, codebooks fitted together, and rows and columns that count more."""
+"""Additive codes: beam search, the joint fit of codebooks, and weights of rows and columns."""
 
 import itertools
 
@@ -32,7 +32,7 @@ from compressors.quantize.tables.additive_codes import (
 from compressors.quantize.tables.residual_codes import decode
 
 
-def drawn(seed: int, *shape: int) -> Tensor:
+def random_normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -41,8 +41,8 @@ def error(table: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
 
 
 @given(seed=st.integers(0, 10**6), books=st.integers(1, 3), rows=st.integers(1, 20))
-def test_a_beam_that_carries_every_sum_finds_the_best_one(seed, books, rows):
-    table, codebook = drawn(seed, rows, 5), drawn(seed + 1, books * 3, 5)
+def test_encode_with_a_beam_of_all_sums_finds_the_smallest_error(seed, books, rows):
+    table, codebook = random_normal(seed, rows, 5), random_normal(seed + 1, books * 3, 5)
     every = torch.tensor(list(itertools.product(range(3), repeat=books)), dtype=torch.uint8)
     sums = decode(every, codebook)  # (3 ** books, dim)
     best = torch.cdist(table.double(), sums.double()).square().amin(dim=1)
@@ -52,8 +52,8 @@ def test_a_beam_that_carries_every_sum_finds_the_best_one(seed, books, rows):
 
 
 @given(seed=st.integers(0, 10**6), books=st.integers(1, 4))
-def test_a_beam_of_one_is_greedy(seed, books):
-    table, codebook = drawn(seed, 15, 6), drawn(seed + 1, books * 4, 6)
+def test_encode_with_a_beam_of_one_has_the_error_of_greedy_codes(seed, books):
+    table, codebook = random_normal(seed, 15, 6), random_normal(seed + 1, books * 4, 6)
     left, greedy = table, []
     for book in codebook.reshape(books, 4, 6):
         greedy.append(nearest(left, book))
@@ -63,8 +63,8 @@ def test_a_beam_of_one_is_greedy(seed, books):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_codes_are_the_same_however_many_rows_are_encoded_at_once(monkeypatch):
-    table, codebook = drawn(0, 50, 6), drawn(1, 12, 6)
+def test_encode_in_small_blocks_has_the_error_of_encoding_all_rows_at_once(monkeypatch):
+    table, codebook = random_normal(0, 50, 6), random_normal(1, 12, 6)
     whole = error(table, encode(table, codebook, 3, beam=4), codebook)
     monkeypatch.setattr("compressors.quantize.tables.additive_codes.BLOCK", 7)
     again = encode(table, codebook, 3, beam=4)
@@ -73,8 +73,8 @@ def test_codes_are_the_same_however_many_rows_are_encoded_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_fitting_together_and_shaking_lowers_the_error(seed):
-    """Against residual fitting, and against fitting together without shaking or beam."""
+def test_fit_has_a_smaller_error_than_residual_and_plain_additive_codes(seed):
+    """The references are residual fitting, and additive codes without noise and beam search."""
     table, weight = alike(400, 10, seed), torch.ones(400)
     _, errors = fit(table, weight, 4, 8)
     plain = residual_codes.fit(table, 4, 8, refine=8).errors[-1]
@@ -83,7 +83,7 @@ def test_fitting_together_and_shaking_lowers_the_error(seed):
     assert min(errors) < 0.9 * plain
 
 
-def test_the_best_round_is_the_one_that_is_kept():
+def test_fit_returns_the_codebook_of_the_best_round_not_of_the_last():
     table, weight = alike(200, 8), torch.rand(200) + 0.1
     codebook, errors = fit(table, weight, 3, 4, rounds=1, shake=3.0)
     assert errors[1] > 2 * errors[0]  # noise three times as large as the entries
@@ -91,17 +91,17 @@ def test_the_best_round_is_the_one_that_is_kept():
     assert float(lost) == pytest.approx(errors[0], rel=1e-4)
 
 
-def test_rounds_lower_the_error_of_rows_that_count():
-    """Codebooks fitted as if all counted the same lower nothing here: residual fitting weighs."""
-    table, weight = drawn(3, 300, 8), torch.ones(300)
+def test_rounds_lower_the_weighted_error():
+    """With rounds that ignored weights it would not fall: residual fitting is already weighted."""
+    table, weight = random_normal(3, 300, 8), torch.ones(300)
     weight[:30] = 50
     _, errors = fit(table, weight, 2, 8)
     assert min(errors) < 0.9 * errors[0]  # 0.84
 
 
 @given(seed=st.integers(0, 10**6), size=st.sampled_from([1e-4, 1.0, 1e3]))
-def test_a_table_of_another_size_gets_the_same_codes(seed, size):
-    """Trained tables hold numbers of any size; what is held and shaken must not depend on it."""
+def test_fit_has_the_same_relative_error_for_a_table_multiplied_by_a_constant(seed, size):
+    """Trained tables have weights of any size; neither damping nor noise may depend on it."""
     table, weight = alike(60, 5, seed), torch.ones(60)
     first, _ = fit(table, weight, 2, 4, rounds=5)
     second, _ = fit(table * size, weight, 2, 4, rounds=5)
@@ -110,8 +110,8 @@ def test_a_table_of_another_size_gets_the_same_codes(seed, size):
     assert float(two) == pytest.approx(float(one), rel=0.05, abs=1e-6)  # rounding may part them
 
 
-def test_rows_that_count_more_are_served_better():
-    table = drawn(3, 300, 8)
+def test_rows_of_larger_weight_have_a_smaller_error_than_with_equal_weights():
+    table = random_normal(3, 300, 8)
     weight = torch.ones(300)
     weight[:30] = 50
     for_all, _ = fit(table, torch.ones(300), 2, 8)
@@ -123,8 +123,8 @@ def test_rows_that_count_more_are_served_better():
 
 
 @given(seed=st.integers(0, 10**6))
-def test_squared_error_after_stretching_is_error_by_sensitivity(seed):
-    slopes, gap = drawn(seed, 40, 5).double(), drawn(seed + 1, 3, 5)
+def test_squared_error_after_stretch_is_the_error_weighted_by_the_sensitivity(seed):
+    slopes, gap = random_normal(seed, 40, 5).double(), random_normal(seed + 1, 3, 5)
     matrix = slopes.T @ slopes
     even = torch.eye(5, dtype=torch.float64) * matrix.diagonal().mean()
     wanted = ((gap.double() @ (matrix + even)) * gap.double()).sum(dim=1)
@@ -132,18 +132,18 @@ def test_squared_error_after_stretching_is_error_by_sensitivity(seed):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_what_nothing_depends_on_counts_evenly():
+def test_without_sensitivity_or_lookups_rows_and_columns_have_equal_weights():
     assert torch.equal(stretch(torch.zeros(4, 4)), torch.eye(4))
     assert torch.equal(lookup_weight(torch.zeros(5), 10, 0.5), torch.ones(5, dtype=torch.float64))
 
 
-def test_rows_count_by_the_power_of_their_lookups_and_none_counts_nothing():
+def test_lookup_weight_is_a_power_of_the_lookups_and_positive_without_lookups():
     weight = lookup_weight(torch.tensor([0.0, 4.0, 12.0]), 16, 0.5)
     torch.testing.assert_close(weight, torch.tensor([0.5, 4.5, 12.5]).double().sqrt())
 
 
-def test_sensitivity_is_the_slope_of_the_output_at_each_lookup(tmp_path):
-    """Against torch's own gradients, one row of the data at a time."""
+def test_sensitivity_equals_sums_of_torchs_squared_output_gradients(tmp_path):
+    """The reference are torch's gradients, one row of the data at a time."""
     model, bench = NORMED.model(), NORMED.bench(tmp_path)
     assert bench.train is not None
     table = model.module.user
@@ -162,7 +162,7 @@ def test_sensitivity_is_the_slope_of_the_output_at_each_lookup(tmp_path):
     assert found.lookups == len(rows["user"])
 
 
-def test_it_stores_what_residual_codes_store(tmp_path):
+def test_additive_codes_are_stored_as_residual_codes_with_the_expected_bytes(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     step = AdditiveCodes(tables=("item",), codebooks=3, bits=4, rounds=2)
     packed = run(step, model, bench, tmp_path / "out")
@@ -182,7 +182,7 @@ def test_training_rows_are_required_only_for_lookup_counts_or_gradients(tmp_path
     assert not any(isinstance(part, nn.Embedding) for part in packed.module.modules())
 
 
-def test_a_table_whose_codes_would_be_larger_stays(tmp_path):
+def test_plan_skips_a_table_whose_codes_would_take_more_bytes(tmp_path):
     """Nine rows of six numbers, 216 bytes; 16 codebooks of two entries are 384, codes 36."""
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     choices = AdditiveCodes(codebooks=16).plan(model, bench).decisions
@@ -191,7 +191,7 @@ def test_a_table_whose_codes_would_be_larger_stays(tmp_path):
     assert choices["item"].selected
 
 
-def test_padding_of_bags_is_no_lookup(tmp_path):
+def test_sensitivity_counts_the_same_lookups_as_lookup_counts_without_bag_padding(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     wanted = lookup_counts(model, bench, ["genres", "history"])
     found = sensitivities(model, bench, ["genres", "history"])
@@ -199,7 +199,7 @@ def test_padding_of_bags_is_no_lookup(tmp_path):
         assert found[name].lookups == int(counts.sum()), name
 
 
-def test_of_several_draws_the_one_that_is_best_on_validation_rows_stays(tmp_path):
+def test_of_several_draws_the_fit_with_the_best_validation_metric_is_used(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     step = AdditiveCodes(tables=("item",), codebooks=2, bits=2, rounds=8, shake=0.5)
 

@@ -1,4 +1,4 @@
-"""No step makes a unit larger, and no row-wise format is stored where a better is no larger."""
+"""No step increases bytes; a row-wise format is replaced by a better one that is no larger."""
 
 import itertools
 from pathlib import Path
@@ -65,7 +65,7 @@ def network(rows: int, dim: int) -> Reference:
 @pytest.mark.parametrize(
     "step", ROWWISE, ids=[f"{step.kind}-{number}" for number, step in enumerate(ROWWISE)]
 )
-def test_a_rowwise_format_gives_way_to_a_better_one_that_is_no_larger(step: TableStep) -> None:
+def test_best_format_selects_the_most_precise_format_that_is_no_larger(step: TableStep) -> None:
     better = [
         o for o in (Float16Rows(), RowwiseInt8(), RowwiseInt4()) if RANK[o.kind] > RANK[step.kind]
     ]
@@ -88,7 +88,7 @@ SIZES_OF_VALUES = ((1, 1), (16, 100))
 
 
 def size_cases() -> list[Any]:
-    """Each method with every size of table; one of values, which leaves sizes alone, with two."""
+    """Each method with every size of table; methods that keep formats with only two sizes."""
     cases = []
     for method in METHODS:
         if method in (Tiers, Recalibrate):
@@ -104,15 +104,15 @@ def size_cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("method", "sizes"), size_cases())
-def test_no_step_makes_a_network_of_any_table_size_larger(method, sizes) -> None:
-    """``tiers`` adds a map that later steps pay for, ``recalibrate`` a map of the output."""
+def test_no_step_increases_the_bytes_of_a_network_or_of_a_unit(method, sizes) -> None:
+    """Without ``tiers``, whose map takes bytes that later steps save, and ``recalibrate``."""
     step = default(method)
     for dim, rows in sizes:
         source = network(rows, dim).model()
         try:
             made = dry_run(step, source, BENCH)
         except CompressionError:
-            continue  # nothing to do, which makes nothing larger
+            continue  # the step does not apply
         assert stored_bytes(made.module) <= stored_bytes(source.module), (dim, rows)
         assert made.plan is not None
         assert all(
@@ -123,7 +123,7 @@ def test_no_step_makes_a_network_of_any_table_size_larger(method, sizes) -> None
 @pytest.mark.parametrize(
     "step", [RowwiseInt8(), RowwiseInt4(), RowwiseInt2()], ids=lambda s: s.kind
 )
-def test_a_table_of_one_number_a_row_is_stored_as_float16(step: TableStep, tmp_path: Path) -> None:
+def test_a_table_of_one_column_is_stored_as_float16(step: TableStep, tmp_path: Path) -> None:
     reference = network(50, 1)
     source = reference.model()
     result = run(step, source, reference.bench(tmp_path / "data"), tmp_path / "out")
@@ -135,7 +135,7 @@ def test_a_table_of_one_number_a_row_is_stored_as_float16(step: TableStep, tmp_p
     assert dry_run(step, source, BENCH).plan == result.plan
 
 
-def test_a_table_that_float16_cannot_hold_keeps_the_format_of_the_recipe(tmp_path: Path) -> None:
+def test_a_table_beyond_float16_is_stored_in_an_integer_format(tmp_path: Path) -> None:
     reference = network(50, 1)
     source = reference.model()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""bfloat16 tables: eight significant bits over float32's whole range."""
+"""bfloat16 tables: rounding to eight significant bits, overflow, lookups and gradients."""
 
 import pytest
 import torch
@@ -12,21 +12,21 @@ from compressors.quantize.tables.bfloat16 import BFloat16
 
 
 @given(table=tables(largest=3e38))
-def test_a_weight_keeps_eight_bits_at_any_size(table):
+def test_rounding_error_is_at_most_half_the_last_of_eight_bits(table):
     decoded = encode_table(BFloat16(), table)(torch.arange(len(table)))
     # Half of the last of 8 significant bits; below float32's normal numbers the steps are even.
     assert torch.all((decoded - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
 
 
 @pytest.mark.parametrize("value", [3.4e38, -3.4e38])
-def test_a_weight_that_would_round_to_infinity_is_refused(value):
+def test_encoding_a_weight_that_rounds_to_infinity_raises_value_not_storable(value):
     table = torch.tensor([[1.0, value]])
     with raises_code(ValueNotStorable, "weight_beyond_bfloat16"):
         encode_table(BFloat16(), table)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,)])
-def test_a_lookup_takes_ids_of_any_shape(shape):
+def test_lookup_accepts_ids_of_any_shape(shape):
     table = normal(11, 5)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
     rows = encode_table(BFloat16(), table)(ids)
@@ -34,7 +34,7 @@ def test_a_lookup_takes_ids_of_any_shape(shape):
     assert torch.equal(rows, table.to(torch.bfloat16).float()[ids])
 
 
-def test_the_op_keeps_torchs_rules_and_its_gradient_is_plain_torchs():
+def test_op_passes_opcheck_and_its_gradient_equals_plain_torch():
     ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), normal(6, 4).reshape(2, 3, 4)
     ours, plain = (normal(6, 4).to(torch.bfloat16).requires_grad_() for _ in range(2))
     op = torch.ops.recpress.bfloat16_table

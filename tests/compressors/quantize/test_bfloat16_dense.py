@@ -1,4 +1,4 @@
-"""bfloat16 layers: stored in half, multiplied as each target can."""
+"""bfloat16 layers: rounding, skipped layers, and the graphs of each target."""
 
 from pathlib import Path
 
@@ -30,14 +30,14 @@ RTX = "tensorrt-rtx"
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (0, 6)])
-def test_a_layer_computes_in_float32(shape):
+def test_op_computes_a_linear_layer_in_float32(shape):
     x, weight, bias = torch.randn(shape), torch.randn(4, 6).bfloat16(), torch.randn(4).bfloat16()
     y = OP(x, weight, bias)
     assert y.dtype == torch.float32
     assert torch.equal(y, F.linear(x, weight.float(), bias.float()))
 
 
-def test_the_op_keeps_torchs_rules_and_its_gradients_are_plain_torchs():
+def test_op_passes_opcheck_and_its_gradients_equal_plain_torch():
     leaves = (torch.randn(2, 3, 6), torch.randn(4, 6).bfloat16(), torch.randn(4).bfloat16())
     torch.library.opcheck(OP.default, tuple(leaf.clone().requires_grad_() for leaf in leaves))
     up = torch.randn(2, 3, 4)
@@ -51,7 +51,7 @@ def test_the_op_keeps_torchs_rules_and_its_gradients_are_plain_torchs():
 
 
 @given(table=tables(largest=3e38))
-def test_a_weight_keeps_eight_bits_at_any_size(table):
+def test_rounding_error_is_at_most_half_the_last_of_eight_bits(table):
     model = RANKER.model().private()
     layer = torch.nn.Linear(table.shape[1], table.shape[0])
     layer.weight = torch.nn.Parameter(table)
@@ -63,7 +63,7 @@ def test_a_weight_keeps_eight_bits_at_any_size(table):
     assert torch.all((found - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
 
 
-def test_a_layer_that_would_round_to_infinity_stays_in_float32_and_the_plan_says_why():
+def test_a_layer_that_rounds_to_infinity_is_skipped_with_a_reason():
     model = RANKER.model().private()
     with torch.no_grad():
         model.module.hidden.bias[0] = -3.4e38
@@ -80,7 +80,7 @@ def test_a_layer_that_would_round_to_infinity_stays_in_float32_and_the_plan_says
     assert not isinstance(result.model.module.cross, torch.nn.Linear)
 
 
-def test_both_halves_of_a_network_go_to_bfloat16(tmp_path):
+def test_every_dense_layer_is_stored_in_two_bytes_per_number(tmp_path):
     """Tables by a step of their own, and layers."""
     bench = RANKER.bench(tmp_path / "data")
     result = run(BFloat16Dense(), RANKER.model(), bench, tmp_path / "out")
@@ -102,7 +102,7 @@ def to(cast: onnx.NodeProto) -> int:
     return found
 
 
-def test_tensorrt_multiplies_in_bfloat16_between_two_casts():
+def test_tensorrt_graph_has_bfloat16_gemms_between_two_casts():
     written = onnx.load(graph("Compact", recipe_with("bfloat16_dense"), RTX).path).graph
     held = {item.name: item.data_type for item in written.initializer}
     maker = {output: node for node in written.node for output in node.output}
@@ -116,7 +116,7 @@ def test_tensorrt_multiplies_in_bfloat16_between_two_casts():
         assert (after.op_type, to(after)) == ("Cast", TensorProto.FLOAT)
 
 
-def test_onnxruntime_stores_two_bytes_a_weight_and_multiplies_in_float32():
+def test_onnxruntime_graph_stores_bfloat16_weights_and_no_float32_copy():
     written = onnx.load(graph("Compact", recipe_with("bfloat16_dense"), "onnxruntime").path).graph
     short = [item for item in written.initializer if item.data_type == TensorProto.BFLOAT16]
     assert len([item for item in short if len(item.dims) == 2]) == 5
@@ -124,7 +124,7 @@ def test_onnxruntime_stores_two_bytes_a_weight_and_multiplies_in_float32():
     assert not {tuple(i.dims) for i in wide} & {tuple(item.dims) for item in short}
 
 
-def test_onnxruntime_refuses_the_graph_it_cannot_check(tmp_path):
+def test_onnxruntime_cannot_run_the_bfloat16_graph_of_tensorrt(tmp_path):
     """Or there would be no need for another form."""
     with raises_code(
         BuildRefused,
@@ -134,7 +134,7 @@ def test_onnxruntime_refuses_the_graph_it_cannot_check(tmp_path):
         Session(graph("Compact", recipe_with("bfloat16_dense"), RTX).path, 1)
 
 
-def test_what_is_checked_is_the_product_of_rounded_operands_rounded(tmp_path):
+def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_path):
     held = np.random.default_rng(0)
     weight = torch.from_numpy(held.standard_normal((3, 8)).astype(np.float32)).bfloat16()
     bias = torch.from_numpy(held.standard_normal(3).astype(np.float32)).bfloat16()
@@ -169,7 +169,7 @@ def test_what_is_checked_is_the_product_of_rounded_operands_rounded(tmp_path):
 
 
 @pytest.mark.parametrize("reference", ["Compact", "Attention", "Normed"])
-def test_rounding_to_bfloat16_passes_and_a_weight_three_parts_in_a_hundred_off_does_not(
+def test_parity_accepts_bfloat16_rounding_and_rejects_scores_three_percent_of_a_spread_off(
     reference, tmp_path
 ):
     kinds = recipe_with("bfloat16_dense") if reference == "Compact" else ("bfloat16_dense",)
@@ -190,7 +190,7 @@ def test_rounding_to_bfloat16_passes_and_a_weight_three_parts_in_a_hundred_off_d
     available(RTX) is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
-def test_an_engine_holds_the_layers_in_two_bytes_a_weight(tmp_path: Path):
+def test_tensorrt_engine_stores_the_layers_in_bfloat16(tmp_path: Path):
     lowered = graph("Attention", ("bfloat16_dense",), RTX)
     packed = sum(line.bytes_after for line in lowered.model.plan.lines)
     shapes = {"user": (), "history": (6,)}

@@ -1,4 +1,4 @@
-"""Packed codes come back, in as many bytes as were promised."""
+"""Packing and unpacking of codes, and the bytes of packed rows."""
 
 import hypothesis.extra.numpy as arrays
 import numpy as np
@@ -13,7 +13,7 @@ from compressors.quantize.tables.codebooks import WIDTHS, row_bytes, width_of
 
 
 @given(data=st.data(), width=st.sampled_from(WIDTHS), shape=st.tuples(*[st.integers(1, 13)] * 2))
-def test_packing_and_back_is_the_identity(data, width, shape):
+def test_unpack_restores_packed_codes(data, width, shape):
     values = arrays.arrays(np.uint8, shape, elements=st.integers(0, 2**width - 1))
     codes = torch.from_numpy(data.draw(values))
     packed = pack(codes, width)
@@ -24,20 +24,20 @@ def test_packing_and_back_is_the_identity(data, width, shape):
 
 
 @given(count=st.integers(1, 100), width=st.sampled_from(WIDTHS))
-def test_a_row_wastes_less_than_a_byte(count, width):
+def test_row_bytes_pads_by_less_than_a_byte(count, width):
     assert 0 <= row_bytes(count, width) * 8 - count * width < 8
 
 
 @pytest.mark.parametrize(
     ("levels", "width"), [(1, 2), (2, 2), (4, 2), (5, 4), (16, 4), (17, 8), (256, 8)]
 )
-def test_a_code_is_as_wide_as_its_levels_need(levels, width):
+def test_width_of_is_the_smallest_stored_width_for_the_levels(levels, width):
     assert width_of(levels) == width
 
 
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
-def test_each_plane_is_a_stretch_of_a_row_the_first_in_the_lowest_bits(count, width):
+def test_packed_planes_are_consecutive_codes_with_the_first_plane_in_the_lowest_bits(count, width):
     """The order that graphs unpack in, written out."""
     codes = torch.arange(count, dtype=torch.uint8).reshape(1, count) % 4
     packed = pack(codes, width)[0]
@@ -48,7 +48,7 @@ def test_each_plane_is_a_stretch_of_a_row_the_first_in_the_lowest_bits(count, wi
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 13])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_tensorrts_signed_codes_are_the_same_codes(count, width):
+def test_tensorrt_codes_decode_to_the_packed_codes(count, width):
     codes = torch.randint(1 << width, (7, count), dtype=torch.uint8)
     tensor = codes_tensor(pack(codes, width).numpy(), width)
     found = tensor.numpy().astype(np.int64)

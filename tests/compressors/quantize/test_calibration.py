@@ -1,4 +1,4 @@
-"""Calibrators: what a histogram counts, where each rule ends a range, and what a step does."""
+"""Calibration: histograms, the range of each calibrator, and the step that uses them."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ from compressors.quantize.dense.static_int8 import StaticInt8, clipped_scale, en
 # --- the histogram ---------------------------------------------------------------------------
 
 
-def seen(*parts: Tensor) -> Histogram:
+def histogram_of(*parts: Tensor) -> Histogram:
     found = Histogram()
     for part in parts:
         found.add(part)
@@ -43,16 +43,19 @@ values = arrays.arrays(
 
 
 @given(x=values, cut=st.integers(0, 60))
-def test_counts_are_the_same_however_the_rows_were_split(x, cut):
-    whole, apart = seen(torch.from_numpy(x)), seen(*map(torch.from_numpy, (x[:cut], x[cut:])))
+def test_histogram_does_not_depend_on_how_rows_are_split_into_batches(x, cut):
+    whole, apart = (
+        histogram_of(torch.from_numpy(x)),
+        histogram_of(*map(torch.from_numpy, (x[:cut], x[cut:]))),
+    )
     assert torch.equal(whole.counts, apart.counts)
     assert (whole.zeros, whole.width) == (apart.zeros, apart.width)
     assert torch.equal(whole.largest, apart.largest)
 
 
 @given(x=values)
-def test_every_value_is_counted_in_the_bin_it_lies_in(x):
-    found, size = seen(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+def test_histogram_counts_every_value_in_its_bin(x):
+    found, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
     assert found.zeros == int((size == 0).sum())
     place = np.floor(size[size > 0] / found.width).astype(np.int64)
     assert np.array_equal(found.counts.numpy(), np.bincount(place, minlength=BINS))
@@ -61,19 +64,19 @@ def test_every_value_is_counted_in_the_bin_it_lies_in(x):
     assert size.max() < 2.0**-100 or BINS // 2 < found.used() <= BINS
 
 
-def test_nothing_and_what_is_not_finite_are_not_counted():
-    found = seen(torch.empty(0, 3), torch.tensor([1.0, -3.0]))
+def test_histogram_accepts_empty_tensors_and_reports_a_nonfinite_largest_value():
+    found = histogram_of(torch.empty(0, 3), torch.tensor([1.0, -3.0]))
     assert int(found.counts.sum()) == 2
-    assert not torch.isfinite(seen(torch.tensor([1.0, torch.nan])).largest)
-    assert not torch.isfinite(seen(torch.tensor([1.0, -torch.inf])).largest)
+    assert not torch.isfinite(histogram_of(torch.tensor([1.0, torch.nan])).largest)
+    assert not torch.isfinite(histogram_of(torch.tensor([1.0, -torch.inf])).largest)
 
 
 # --- where ranges end ------------------------------------------------------------------------
 
 
 @given(x=values, share=st.sampled_from([0.6, 0.9, 0.999, 1.0]))
-def test_percentile_leaves_its_share_inside_and_no_bin_more(x, share):
-    found, size = seen(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+def test_percentile_is_the_smallest_bin_edge_with_its_share_of_values_inside(x, share):
+    found, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
     end = calibrators.percentile(found, share)
     assert (size <= end).mean() >= share or size.max() == 0
     fewer = (size < end - found.width).mean()
@@ -100,9 +103,9 @@ SHAPES: dict[str, Callable[[torch.Generator], Tensor]] = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_least_squares_is_the_best_range_of_all(shape, seed):
+def test_least_squares_range_has_at_most_2_percent_more_error_than_the_best(shape, seed):
     x = shape(torch.Generator().manual_seed(seed))
-    found = seen(x)
+    found = histogram_of(x)
     end = calibrators.least_squares(found)
     largest = float(found.largest)
     best = min(rounded(x, share * largest) for share in np.linspace(0.05, 1, 96))
@@ -133,10 +136,10 @@ def naive_divergence(counts: np.ndarray, end: int) -> float:
     power=st.sampled_from([0.5, 1.0, 3.0]),
     zeros=st.integers(0, 5000),
 )
-def test_entropy_takes_the_range_of_least_divergence(seed, power, zeros):
+def test_entropy_range_has_the_least_divergence_of_a_naive_reference(seed, power, zeros):
     drawn = torch.Generator().manual_seed(seed)
     x = torch.randn(3000, generator=drawn).abs() ** power
-    found = seen(torch.cat([x, torch.zeros(zeros)]))
+    found = histogram_of(torch.cat([x, torch.zeros(zeros)]))
     counts, used = found.counts.numpy(), found.used()
     ends = [*range(128, used, calibrators.BINS_APART), used]
     every = ends[:: max(1, len(ends) // 12)]  # a dozen of them: the reference is slow
@@ -150,7 +153,7 @@ def test_entropy_takes_the_range_of_least_divergence(seed, power, zeros):
 
 @pytest.mark.parametrize("rule", ["percentile", "least_divergence", "least_squares"])
 @pytest.mark.parametrize("value", [1e-44, 2.0**-101, 1.0, 4.0, 3e38])
-def test_inputs_of_one_size_are_all_held(rule, value):
+def test_inputs_of_one_absolute_value_are_inside_the_range(rule, value):
     ends = {
         "percentile": lambda found: calibrators.percentile(found, 0.999),
         "least_divergence": calibrators.least_divergence,
@@ -159,13 +162,13 @@ def test_inputs_of_one_size_are_all_held(rule, value):
     x = torch.tensor([value, -value, value])
     # A bin's values are taken as even within it: least squares may clip less than a bin.
     room = value / BINS * 2 if rule == "least_squares" else 0
-    assert float(x[0]) - room <= ends[rule](seen(x)) <= float(x[0])
+    assert float(x[0]) - room <= ends[rule](histogram_of(x)) <= float(x[0])
 
 
 # --- weights ---------------------------------------------------------------------------------
 
 
-def test_clipped_weights_never_lose_more_than_whole_ones():
+def test_clipped_scale_never_has_a_larger_error_than_no_clipping():
     weight = torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))
     weight[3, 7] = 30.0  # worth clipping among so many
     one = torch.tensor(1.0)
@@ -204,7 +207,7 @@ SCHEMA = Signature(
 SMALL = Reference(Small, SCHEMA)
 
 
-def calibrating(folder: Path, x: Tensor) -> Bench:
+def calibration_bench(folder: Path, x: Tensor) -> Bench:
     """A bench with these rows, ``(rows, WIDTH)``, to calibrate on."""
     folder.mkdir(parents=True)
     save_file({"x": x, "@label": torch.zeros(len(x))}, folder / "data.safetensors")
@@ -228,56 +231,56 @@ def lost(source: Model, result: Model, x: Tensor, layer: str = "first") -> float
 
 @pytest.fixture(scope="module")
 def by_calibrator(tmp_path_factory):
-    """The network in int8 by every calibrator, and the rows they saw."""
+    """The source, the calibration rows, and the result of static_int8 for every calibrator."""
     folder, x, source = tmp_path_factory.mktemp("calibrators"), outliers(), SMALL.model()
-    bench = calibrating(folder / "data", x)
-    made = {
+    bench = calibration_bench(folder / "data", x)
+    results = {
         how: run(StaticInt8(calibrator=how, most_error=1.0), source, bench, folder / how)
         for how in ("min_max", "percentile", "entropy", "mse", "best")
     }
-    return source, x, made
+    return source, x, results
 
 
 @pytest.mark.parametrize("how", ["percentile", "entropy", "mse"])
-def test_one_far_input_costs_min_max_more_than_others(by_calibrator, how):
-    source, x, made = by_calibrator
-    assert lost(source, made[how], x) < 0.7 * lost(source, made["min_max"], x)
-    end = float(made[how].module.first.input_scale) * LEVELS
+def test_with_an_outlier_other_calibrators_have_less_error_than_min_max(by_calibrator, how):
+    source, x, results = by_calibrator
+    assert lost(source, results[how], x) < 0.7 * lost(source, results["min_max"], x)
+    end = float(results[how].module.first.input_scale) * LEVELS
     assert 2.5 < end < 20
-    reasons = made[how].plan.of("first").reasons
+    reasons = results[how].plan.of("first").reasons
     assert codes_of(reasons) == ["selected", "calibrated_range", "output_error"]
     with_code(reasons, "calibrated_range", calibrator=how)
 
 
-def test_best_takes_for_each_layer_the_calibrator_of_least_error(by_calibrator):
-    source, x, made = by_calibrator
-    others = [how for how in made if how != "best"]
+def test_best_selects_the_calibrator_with_the_least_error_for_each_layer(by_calibrator):
+    source, x, results = by_calibrator
+    others = [how for how in results if how != "best"]
     hidden = torch.relu(source.module.first(x)).detach()
     chosen = []
     for layer, read in (("first", x), ("out", hidden)):
-        errors = {how: lost(source, made[how], read, layer) for how in others}
+        errors = {how: lost(source, results[how], read, layer) for how in others}
         least = min(errors, key=errors.__getitem__)
-        assert lost(source, made["best"], read, layer) == errors[least]
-        reasons = made["best"].plan.of(layer).reasons
+        assert lost(source, results["best"], read, layer) == errors[least]
+        reasons = results["best"].plan.of(layer).reasons
         chosen_range = [r.fields["calibrator"] for r in reasons if r.code == "calibrated_range"]
         assert chosen_range == ([] if least == "min_max" else [least])
         chosen.append(least)
     assert chosen[0] != "min_max"
 
 
-def test_reported_error_is_the_output_error_on_the_calibration_rows(by_calibrator):
-    source, x, made = by_calibrator
+def test_reported_error_is_the_relative_output_error_on_the_calibration_rows(by_calibrator):
+    source, x, results = by_calibrator
     with torch.no_grad():
         own = float(source.module.first(x).double().square().mean())
-    share = (lost(source, made["mse"], x) / own) ** 0.5
+    share = (lost(source, results["mse"], x) / own) ** 0.5
     # The step adds up the same squares batch by batch.
     expected = pytest.approx(share, rel=1e-4)
-    with_code(made["mse"].plan.of("first").reasons, "output_error", share=expected)
+    with_code(results["mse"].plan.of("first").reasons, "output_error", share=expected)
 
 
-def test_layers_over_most_error_stay_in_float32_and_the_plan_says_by_how_much(tmp_path):
+def test_layers_above_most_error_stay_float32_and_the_plan_gives_their_error(tmp_path):
     source, x = SMALL.model(), outliers()
-    bench = calibrating(tmp_path / "data", x)
+    bench = calibration_bench(tmp_path / "data", x)
     # `first` reads the far input, `out` does not: its error lies between.
     result = run(StaticInt8(most_error=0.04), source, bench, tmp_path / "out")
     kept, taken = result.plan.of("first"), result.plan.of("out")
@@ -297,7 +300,7 @@ def test_layers_over_most_error_stay_in_float32_and_the_plan_says_by_how_much(tm
 
 def test_default_scale_covers_every_input_and_the_plan_reports_no_error(tmp_path):
     source, x = SMALL.model(), outliers()
-    result = run(StaticInt8(), source, calibrating(tmp_path / "data", x), tmp_path / "out")
+    result = run(StaticInt8(), source, calibration_bench(tmp_path / "data", x), tmp_path / "out")
     assert torch.equal(result.module.first.input_scale, x.abs().max() / LEVELS)
     codes, scale = encode(
         source.module.first.weight.detach(), source.module.first.bias.detach(), x.abs().max() / 127
@@ -307,9 +310,9 @@ def test_default_scale_covers_every_input_and_the_plan_reports_no_error(tmp_path
     assert codes_of(result.plan.of("first").reasons) == ["selected"]
 
 
-def test_the_share_of_the_percentile_is_what_is_not_clipped(tmp_path):
+def test_percentile_leaves_its_share_of_the_inputs_unclipped(tmp_path):
     x, ends = outliers(), []
-    bench = calibrating(tmp_path / "data", x)
+    bench = calibration_bench(tmp_path / "data", x)
     for share in (0.9, 0.99, 0.9999):
         step = StaticInt8(calibrator="percentile", share=share)
         result = run(step, SMALL.model(), bench, tmp_path / str(share))
@@ -319,13 +322,13 @@ def test_the_share_of_the_percentile_is_what_is_not_clipped(tmp_path):
     assert all(low < high for low, high in itertools.pairwise(ends))
 
 
-def test_weights_are_clipped_only_with_weights_mse(tmp_path):
+def test_weights_mse_lowers_the_weight_error_and_keeps_the_input_scale(tmp_path):
     source = SMALL.model()
     with torch.no_grad():
         source.module.first.weight[0, :] = 0.5  # 63.5 steps of the whole range
         source.module.first.weight[0, 0] = 1.0
     x = outliers()
-    bench = calibrating(tmp_path / "data", x)
+    bench = calibration_bench(tmp_path / "data", x)
     plain, clipped = (
         run(StaticInt8(weights=how), source, bench, tmp_path / how) for how in ("min_max", "mse")
     )
@@ -341,15 +344,15 @@ def test_weights_are_clipped_only_with_weights_mse(tmp_path):
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_inputs_that_are_not_finite_are_named(value, tmp_path):
+def test_nonfinite_inputs_raise_an_error_that_names_the_layer(value, tmp_path):
     x = outliers()
     x[5, 5] = value
-    bench = calibrating(tmp_path / "data", x)
+    bench = calibration_bench(tmp_path / "data", x)
     with raises_code(StepRefused, "layer_inputs_not_finite", layer="first"):
         run(StaticInt8(), SMALL.model(), bench, tmp_path / "out")
 
 
-def test_both_calibration_passes_remove_their_hooks(tmp_path):
+def test_calibration_leaves_no_hook_on_the_source_network(tmp_path):
     source = RANKER.model()
     bench = RANKER.bench(tmp_path / "data")
     run(StaticInt8(calibrator="best", rows=50, batch=7), source, bench, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Clipping lowers the squared error of every range, as far as its search can."""
+"""Clipping rules never increase the squared error, and come close to an exhaustive search."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def error(table: Tensor, grid: Grid) -> Tensor:
     ],
 )
 @given(table=tables(), scale=scale_types, together=sharing)
-def test_clipping_makes_no_range_worse(grid, rule, table, scale, together):
+def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, together):
     plain = of(grid, scale=scale, rows_per_scale=together)
     # Errors are compared in float32; sums of a few dozen squares round by parts in 10^6.
     least = error(table, plain) * (1 + 1e-5) + 1e-45
@@ -50,7 +50,7 @@ def test_clipping_makes_no_range_worse(grid, rule, table, scale, together):
 
 
 def test_mse_finds_the_best_share_of_every_symmetric_row():
-    """Against a search that encodes the whole table once for every share."""
+    """The reference encodes the whole table once for every share."""
     table = normal(200, 24)
     grid = of(INT4, scale="float32")
     widest = fit(table, grid).scale
@@ -66,7 +66,7 @@ def test_mse_finds_the_best_share_of_every_symmetric_row():
 
 
 @each_asymmetric
-def test_mse_is_as_good_as_trying_every_pair_of_ends(grid):
+def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
     table = normal(100, 16)
     low, high = ends(table)
     step = (high - low) / clipping.STEPS
@@ -83,8 +83,8 @@ def test_mse_is_as_good_as_trying_every_pair_of_ends(grid):
 
 
 @each_asymmetric
-def test_greedy_is_as_good_as_torchs_own(grid):
-    """The same search; torch keeps only local minima on the way and rounds offsets to nearest."""
+def test_greedy_error_is_within_2_percent_of_torchs_implementation(grid):
+    """Torch does the same search, but keeps only local minima and rounds offsets to the nearest."""
     table = normal(100, 16)
     bits = grid.levels.bit_length() - 1
     found = [
@@ -100,7 +100,7 @@ def test_greedy_is_as_good_as_torchs_own(grid):
 
 
 @each_grid
-def test_greedy_takes_no_more_than_16_percent_of_a_range(grid):
+def test_greedy_removes_at_most_16_percent_of_a_range(grid):
     table = normal(300, 16)
     whole, found = (fit(table, of(grid, clipping=rule)).scale for rule in ("min_max", "greedy"))
     assert torch.all(found.float() >= 0.84 * whole.float() * (1 - 2.0**-9))
@@ -108,7 +108,7 @@ def test_greedy_takes_no_more_than_16_percent_of_a_range(grid):
         assert (found < whole).float().mean() > 0.7
 
 
-def test_one_large_weight_is_clipped_for_the_many_small_ones():
+def test_mse_clips_one_large_weight_among_many_small_ones():
     table = torch.full((1, 64), 0.5)
     table[0, 0] = 1.0
     plain, clipped = (fit(table, of(INT4, clipping=rule)).scale for rule in ("min_max", "mse"))
@@ -118,8 +118,10 @@ def test_one_large_weight_is_clipped_for_the_many_small_ones():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("largest", [5, 100])
-def test_two_bits_for_a_whole_table_clip_far_more_than_half(symmetric, largest):
-    """The range is one and a half standard deviations for any single outlier."""
+def test_mse_with_two_bits_and_one_scale_finds_the_optimal_step_despite_an_outlier(
+    symmetric, largest
+):
+    """The step does not depend on the size of a single outlier."""
     table = normal(4000, 16)
     table[7, 3] = largest
     grid = Grid(4, symmetric=symmetric, rows_per_scale=0)
@@ -131,7 +133,7 @@ def test_two_bits_for_a_whole_table_clip_far_more_than_half(symmetric, largest):
 
 @each_grid
 @pytest.mark.parametrize("rule", ["min_max", "greedy", "mse"])
-def test_a_range_in_many_pieces_is_the_range_in_one(grid, rule, monkeypatch):
+def test_a_range_fitted_in_chunks_is_close_to_the_range_fitted_at_once(grid, rule, monkeypatch):
     table = normal(64, 10)
     chosen = of(grid, rows_per_scale=0, clipping=rule)
     whole = fit(table, chosen)
@@ -147,7 +149,7 @@ def test_a_range_in_many_pieces_is_the_range_in_one(grid, rule, monkeypatch):
             )
 
 
-def test_a_table_of_one_range_is_not_copied_to_be_fitted():
+def test_ranges_of_a_table_with_one_scale_share_its_memory():
     table = normal(1000, 8)
     (values,) = ranges(table, 0)
     assert values.data_ptr() == table.data_ptr()
@@ -157,7 +159,9 @@ def test_a_table_of_one_range_is_not_copied_to_be_fitted():
 @pytest.mark.parametrize("clipping", ["min_max", "least_squares", "greedy", "mse"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("together", [0, 1, 4])
-def test_a_table_of_no_rows_has_as_many_scales_as_its_layout_says(clipping, symmetric, together):
+def test_fit_of_an_empty_table_returns_the_number_of_scales_of_its_layout(
+    clipping, symmetric, together
+):
     levels = 15 if symmetric else 16
     grid = Grid(levels, symmetric, clipping, rows_per_scale=together)
     scale, offset = fit(torch.empty(0, 6), grid)

@@ -1,4 +1,4 @@
-"""Float16 tables and layers: stored in half, computed in float32."""
+"""Float16 tables and layers: rounding, overflow, lookups and gradients."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ OPS = torch.ops.recpress
 
 
 @given(st.floats(-65504, 65504, width=32))
-def test_a_weight_moves_by_at_most_half_a_float16_step(value):
+def test_rounding_error_is_at_most_half_a_float16_step(value):
     weight = torch.tensor([value])
     error = (narrow(weight).float() - weight).abs().item()
     assert error <= max(abs(value) * 2.0**-11, 2.0**-25)
@@ -43,7 +43,7 @@ def test_weight_beyond_the_float16_range_is_reported(value):
     bias=arrays.arrays(np.float32, 2, elements=st.floats(-10, 10, width=32)),
     seed=st.integers(0, 100),
 )
-def test_no_order_of_summing_goes_beyond_the_largest_sum(x, weight, bias, seed):
+def test_largest_sum_bounds_partial_sums_in_any_order(x, weight, bias, seed):
     terms = np.concatenate([x[:, None] * weight, np.broadcast_to(bias, (3, 2))[..., None]], axis=2)
     found = largest_sum(*map(torch.from_numpy, (x, weight, bias)))
     shuffled = np.random.default_rng(seed).permuted(terms.astype(np.float64), axis=2)
@@ -107,9 +107,7 @@ def calibrating(folder: Path, size: float) -> Bench:
         (170_000, 1.0, {"raised"}),
     ],
 )
-def test_layers_that_would_overflow_stay_in_float32_and_the_plan_says_why(
-    size, headroom, kept, tmp_path
-):
+def test_layers_that_may_overflow_stay_float32_with_a_reason(size, headroom, kept, tmp_path):
     source = TALL.model()
     bench = calibrating(tmp_path / "data", size)
     result = run(Float16(headroom=headroom, batch=8), source, bench, tmp_path / "out")
@@ -133,7 +131,7 @@ def test_layers_that_would_overflow_stay_in_float32_and_the_plan_says_why(
             assert torch.isfinite(F.linear(layer_input.half(), layer.weight, layer.bias)).all()
 
 
-def test_what_weights_float16_cannot_hold_stays_in_float32_without_any_rows(tmp_path):
+def test_units_with_weights_beyond_float16_stay_float32_without_calibration_rows(tmp_path):
     source = RANKER.model()
     with torch.no_grad():
         source.module.item.weight[7, 2] = -7e4
@@ -162,14 +160,14 @@ def test_a_lookup_gives_the_stored_rows_in_float32(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (0, 6)])
-def test_a_layer_computes_in_float32(shape):
+def test_op_computes_a_linear_layer_in_float32(shape):
     x, weight, bias = torch.randn(shape), torch.randn(4, 6).half(), torch.randn(4).half()
     y = OPS.float16_linear(x, weight, bias)
     assert y.dtype == torch.float32
     assert torch.equal(y, F.linear(x, weight.float(), bias.float()))
 
 
-def test_the_ops_keep_torchs_rules_for_custom_ops():
+def test_ops_pass_opcheck():
     weight, ids = torch.randn(5, 3).half().requires_grad_(), torch.tensor([[0, 4, 4]])
     torch.library.opcheck(OPS.float16_table.default, (weight, ids))
     x = torch.randn(2, 3, 6, requires_grad=True)
@@ -181,7 +179,7 @@ def test_the_ops_keep_torchs_rules_for_custom_ops():
 HALF = {"rtol": 2e-3, "atol": 2e-3}
 
 
-def test_the_tables_gradient_is_that_of_plain_torch():
+def test_table_gradient_equals_plain_torch():
     weight, ids = torch.randn(5, 3).half(), torch.tensor([[0, 4, 4], [1, 0, 0]])
     up = torch.randn(2, 3, 3)
     ours, plain = (weight.clone().requires_grad_() for _ in range(2))
@@ -193,7 +191,7 @@ def test_the_tables_gradient_is_that_of_plain_torch():
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
-def test_the_layers_gradients_are_those_of_plain_torch(shape):
+def test_layer_gradients_equal_plain_torch(shape):
     leaves = (torch.randn(shape), torch.randn(4, 6).half(), torch.randn(4).half())
     up = torch.randn(*shape[:-1], 4)
     ours, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))

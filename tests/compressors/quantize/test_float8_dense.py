@@ -1,4 +1,4 @@
-"""Dense layers in 8-bit floats: what a Gemm of them computes, and what scales are for."""
+"""Dense layers in 8-bit floats: rounding, scales, the op and its gradients."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def layer(inputs: int, outputs: int, *, by_channel: bool = True) -> tuple[Tensor
 
 
 @given(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=50))
-def test_an_input_becomes_the_nearest_number_there_is(values):
+def test_inputs_are_rounded_to_the_nearest_e4m3_number(values):
     x = torch.tensor(values)
     found = rounded(x).numpy()
     gaps = np.abs(NUMBERS[None] - x.clamp(-448, 448).numpy()[:, None])
@@ -39,7 +39,7 @@ def test_an_input_becomes_the_nearest_number_there_is(values):
 
 
 @pytest.mark.parametrize("by_channel", [True, False])
-def test_a_scale_puts_the_largest_weight_at_448(by_channel):
+def test_scale_maps_the_largest_weight_to_448(by_channel):
     weight = torch.randn(6, 40) * torch.logspace(-3, 3, 6)[:, None]
     codes, scale = encode(weight, by_channel=by_channel)
     assert scale.shape == ((6,) if by_channel else ())
@@ -52,7 +52,7 @@ def test_a_scale_puts_the_largest_weight_at_448(by_channel):
         assert (off <= allowed * (1 + 1e-6)).all()
 
 
-def test_a_channel_of_zeros_stays_one():
+def test_channels_of_zeros_or_denormals_have_a_positive_scale_and_finite_weights():
     weight = torch.zeros(3, 8)
     weight[1] = 1e-45  # a denormal number: its scale would be zero
     codes, scale = encode(weight, by_channel=True)
@@ -62,7 +62,7 @@ def test_a_channel_of_zeros_stays_one():
 
 @pytest.mark.parametrize("by_channel", [True, False])
 @pytest.mark.parametrize("shape", [(5, 40), (2, 3, 40)])
-def test_the_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
+def test_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
     codes, scale, input_scale, bias = layer(40, 6, by_channel=by_channel)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     x.view(-1)[0] = 100.0  # beyond 4.48: clipped, as QuantizeLinear saturates
@@ -75,7 +75,7 @@ def test_the_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
 
 
 @pytest.mark.parametrize("by_channel", [True, False])
-def test_gradients_are_those_of_the_straight_through_estimate(by_channel):
+def test_gradients_equal_the_straight_through_estimate(by_channel):
     codes, scale, input_scale, bias = layer(40, 6, by_channel=by_channel)
     generator = torch.Generator().manual_seed(3)
     x, up = torch.randn(2, 3, 40, generator=generator), torch.randn(2, 3, 6, generator=generator)
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_straight_through_estimate(by_channel):
     assert found[0].view(-1)[:2].tolist() == [0, 0]
 
 
-def test_the_op_keeps_torchs_contract_for_custom_ops():
+def test_op_passes_opcheck():
     codes, scale, input_scale, bias = layer(24, 5)
     x = torch.randn(3, 24, requires_grad=True)
     for leaf in (scale, bias):
@@ -109,7 +109,7 @@ def test_the_op_keeps_torchs_contract_for_custom_ops():
     torch.library.opcheck(OP.default, (x, codes, scale, input_scale, bias))
 
 
-def test_the_input_scale_is_the_largest_input_of_the_calibration_rows(tmp_path):
+def test_input_scale_is_the_largest_calibration_input_over_448(tmp_path):
     source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
     seen: list[Tensor] = []
     hook = source.module.capped.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -1,4 +1,4 @@
-"""8-bit floats: what rounding may cost, and what a scale is for."""
+"""Tables of 8-bit floats: rounding error, stored bytes, scales and gradients."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,9 @@ def back(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @given(table=tables(), scale=scale_types, together=sharing)
-def test_a_weight_keeps_four_bits_down_to_the_smallest_even_steps(table, scale, together):
+def test_rounding_error_is_at_most_half_the_last_of_four_bits_or_half_the_smallest_step(
+    table, scale, together
+):
     decoded, scales = back(Float8E4M3(scale=scale, rows_per_scale=together), table)
     # Half of the last of 4 significant bits; below 2^-6 scales the steps are 2^-9, all even.
     allowed = torch.maximum(table.abs() * 2.0**-4, scales * 2.0**-10)
@@ -35,7 +37,7 @@ def test_a_weight_keeps_four_bits_down_to_the_smallest_even_steps(table, scale, 
     )
 
 
-def test_every_byte_means_what_the_format_says():
+def test_every_byte_decodes_as_the_e4m3_definition():
     """Against the formula of the paper's table 1: sign, 4 bits of exponent, 3 of mantissa."""
     for code in range(256):
         exponent, mantissa = (code >> 3) & 15, code & 7
@@ -49,7 +51,7 @@ def test_every_byte_means_what_the_format_says():
 
 @pytest.mark.parametrize("together", [0, 1, 4])
 @pytest.mark.parametrize("scale", ["float16", "float32"])
-def test_stored_bytes_and_scales_are_those_of_the_numpy_reference(together, scale):
+def test_stored_codes_and_scales_equal_the_numpy_reference(together, scale):
     table = normal(40, 9) * torch.logspace(-6, 3, 40).unsqueeze(1)
     table[3] = 0.0
     table[8:12, 0] = 448.0  # the scale of these rows is 1: ties between E4M3 numbers are exact
@@ -60,7 +62,7 @@ def test_stored_bytes_and_scales_are_those_of_the_numpy_reference(together, scal
     assert np.array_equal(module.codes.numpy(), wanted.codes)
 
 
-def test_no_weight_becomes_the_byte_that_is_no_number():
+def test_no_weight_is_encoded_as_nan():
     table = normal(2000, 7) * torch.logspace(-9, 3, 2000).unsqueeze(1)
     sizes = encode_table(Float8E4M3(), table).codes & 127
     assert not bool((sizes == 127).any())
@@ -68,7 +70,7 @@ def test_no_weight_becomes_the_byte_that_is_no_number():
     assert bool((sizes.amax(dim=1) == 126)[1200:].all())
 
 
-def test_a_scale_puts_small_weights_where_the_format_has_values():
+def test_scales_reduce_the_error_of_small_weights_20_times():
     table = normal(200, 16) * 0.001
     decoded, _ = back(Float8E4M3(), table)
     bare = table.to(torch.float8_e4m3fn).float()
@@ -77,7 +79,7 @@ def test_a_scale_puts_small_weights_where_the_format_has_values():
 
 @pytest.mark.parametrize("together", [0, 1, 4])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,)])
-def test_a_lookup_takes_ids_of_any_shape(together, shape):
+def test_lookup_accepts_ids_of_any_shape(together, shape):
     step, table = Float8E4M3(rows_per_scale=together), normal(11, 5)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
     rows = encode_table(step, table)(ids)
@@ -86,7 +88,7 @@ def test_a_lookup_takes_ids_of_any_shape(together, shape):
 
 
 @pytest.mark.parametrize("together", [0, 1, 4])
-def test_bytes_are_codes_plus_a_scale_for_every_range(together):
+def test_bytes_are_one_per_weight_and_two_per_scale(together):
     module = encode_table(Float8E4M3(rows_per_scale=together), normal(11, 5))
     stored = sum(tensor.numel() * tensor.element_size() for tensor in module.buffers())
     assert stored == 11 * 5 + 2 * {0: 1, 1: 11, 4: 3}[together]
@@ -94,7 +96,7 @@ def test_bytes_are_codes_plus_a_scale_for_every_range(together):
 
 @pytest.mark.parametrize("together", [0, 1, 4])
 @pytest.mark.parametrize("scale", ["float16", "float32"])
-def test_the_op_keeps_torchs_rules_and_its_gradient_is_plain_torchs(together, scale):
+def test_op_passes_opcheck_and_its_gradient_equals_plain_torch(together, scale):
     module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), normal(11, 5))
     ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), normal(6, 5).reshape(2, 3, 5)
     ours, plain = (module.scale.clone().requires_grad_() for _ in range(2))
@@ -109,7 +111,7 @@ def test_the_op_keeps_torchs_rules_and_its_gradient_is_plain_torchs(together, sc
     assert ours.grad.abs().sum() > 0
 
 
-def test_a_scale_above_float16_is_refused_and_float32_takes_it():
+def test_a_scale_above_float16_raises_and_can_be_stored_as_float32():
     table = torch.full((2, 3), 65504.0 * 449)
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         encode_table(Float8E4M3(), table)

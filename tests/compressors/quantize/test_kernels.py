@@ -100,7 +100,7 @@ def test_every_bit_is_the_specifications(bits: int, grid: Grid, numbers: list[in
 
 @pytest.mark.parametrize(("bits", "grid"), GRIDS)
 @given(st.integers(-20, 20), st.integers(0, 2**16), st.sampled_from([1, 2, 7, 8, 15, 16, 33, 64]))
-def test_every_bit_of_ordinary_rows_is_the_specifications(
+def test_encoding_normal_rows_equals_the_specification_bit_for_bit(
     bits: int, grid: Grid, power: int, seed: int, dim: int
 ):
     rows = torch.randn(70, dim, generator=torch.Generator().manual_seed(seed)) * 2.0**power
@@ -111,7 +111,7 @@ def test_every_bit_of_ordinary_rows_is_the_specifications(
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_values_halfway_between_levels_go_to_the_even_one(bits: int, symmetric: bool):
+def test_ties_between_levels_are_rounded_as_in_the_specification(bits: int, symmetric: bool):
     grid = Grid(LEVELS[bits, symmetric], symmetric, "min_max", "float32")
     top = grid.half if symmetric else grid.levels - 1
     rows = torch.arange(-2 * int(top), 2 * int(top) + 1).float().unsqueeze(0) / 2
@@ -122,7 +122,7 @@ def test_values_halfway_between_levels_go_to_the_even_one(bits: int, symmetric: 
 @pytest.mark.parametrize("step", [RowwiseInt8, RowwiseInt4])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("together", [0, 1, 4])
-def test_a_steps_blocks_are_the_specifications(step, clip, symmetric, together):
+def test_a_steps_encoded_block_equals_the_specification(step, clip, symmetric, together):
     method = step(clipping=clip, symmetric=symmetric, rows_per_scale=together)
     rows = torch.randn(41, 10, generator=torch.Generator().manual_seed(1)).half()
     found = method.encode(rows, method.fit(rows))
@@ -157,7 +157,7 @@ def tables(dim: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dim", [8, 10, 16, 64, 128])
-def test_least_squares_loses_less_than_torchs_prepack_on_every_table(dim: int):
+def test_least_squares_has_less_error_than_torchs_4_bit_prepack(dim: int):
     for name, rows in tables(dim).items():
         step = RowwiseInt4(symmetric=False, clipping="least_squares")
         found = step.encode(rows, {})
@@ -169,7 +169,9 @@ def test_least_squares_loses_less_than_torchs_prepack_on_every_table(dim: int):
 
 
 @given(st.integers(0, 2**16), st.sampled_from([1, 2, 3, 8, 16, 33]), st.sampled_from(list(LEVELS)))
-def test_least_squares_is_never_worse_than_min_max(seed: int, dim: int, form: tuple[int, bool]):
+def test_least_squares_never_has_a_larger_error_than_min_max(
+    seed: int, dim: int, form: tuple[int, bool]
+):
     rows = torch.randn(70, dim, generator=torch.Generator().manual_seed(seed))
     errors = []
     for clip in ("min_max", "least_squares"):
@@ -182,7 +184,9 @@ def test_least_squares_is_never_worse_than_min_max(seed: int, dim: int, form: tu
 
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("together", [1, 8])
-def test_threads_change_nothing(threads: int, together: int, monkeypatch: pytest.MonkeyPatch):
+def test_results_and_errors_do_not_depend_on_the_number_of_threads(
+    threads: int, together: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(row_encoding, "THREAD_VALUES", 64)
     rows = torch.randn(1001, 12, generator=torch.Generator().manual_seed(2))
     grid = Grid(15, True, "min_max", "float16", together)
@@ -207,7 +211,7 @@ def test_threads_change_nothing(threads: int, together: int, monkeypatch: pytest
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_weight_that_is_not_finite_is_refused_by_its_row(bad: float, symmetric: bool):
+def test_a_nonfinite_weight_raises_an_error_with_its_row(bad: float, symmetric: bool):
     rows = torch.ones(200, 3)
     rows[131, 1] = bad
     with raises_code(ValueNotStorable, "row_not_finite", row=131):
@@ -222,7 +226,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_its_row(bad: float, symmetric
         (3e38, Grid(16, False, "min_max", "float32"), "scale_beyond_float32"),
     ],
 )
-def test_a_weight_without_a_scale_is_refused_with_what_to_do(largest, grid, code):
+def test_a_weight_too_large_for_the_scale_raises_value_not_storable(largest, grid, code):
     rows = torch.ones(100, 4)
     rows[70, 2], rows[70, 3] = largest, -largest
     weight = float(rows.max())
@@ -230,7 +234,7 @@ def test_a_weight_without_a_scale_is_refused_with_what_to_do(largest, grid, code
         row_encoding.encode(rows, grid, 8 if grid.levels > 16 else 4)
 
 
-def test_no_rows_are_no_codes():
+def test_encoding_no_rows_returns_no_codes():
     codes, fitted = row_encoding.encode(torch.zeros(0, 5), Grid(15), 4)
     assert codes.shape == (0, 3)
     assert fitted.scale.shape == (0, 1)
@@ -239,19 +243,19 @@ def test_no_rows_are_no_codes():
     ).shape == (0, 3)
 
 
-def test_rows_need_not_lie_together():
+def test_encoding_a_strided_view_equals_encoding_contiguous_rows():
     rows = torch.randn(64, 40)[::2, ::3]
     codes, _ = row_encoding.encode(rows, Grid(255), 8)
     assert torch.equal(codes, row_encoding.encode(rows.contiguous(), Grid(255), 8)[0])
 
 
-def test_who_encodes_nothing_does_not_wait_for_the_compiler():
+def test_importing_the_registries_does_not_import_numba():
     code = "import sys; import compressors.core.registries; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-def test_machine_code_is_cached_next_to_the_source_and_nowhere_else(tmp_path):
-    """numba's caches are pickles: one that anybody may fill could run their code."""
+def test_numba_writes_nothing_to_the_cache_folders_of_users(tmp_path):
+    """numba's caches are pickles: a user who can write to such a folder can run code here."""
     module = "compressors.quantize.kernels.numba_kernels"
     code = f"from {module} import _to_16; import numpy; _to_16(numpy.float32(1))"
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}

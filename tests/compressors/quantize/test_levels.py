@@ -1,4 +1,4 @@
-"""Levels of uniform tables: what rounding may cost, and that no row is clipped by rounding."""
+"""Evenly spaced levels: rounding error, scales and offsets, and errors for large weights."""
 
 import pytest
 import torch
@@ -35,20 +35,20 @@ def within_half_a_level(table: Tensor, grid: Grid) -> None:
 
 @each_grid
 @given(table=tables(), scale=scale_types, together=sharing)
-def test_every_weight_returns_within_half_a_level_of_the_stored_scale(grid, table, scale, together):
+def test_round_trip_error_is_at_most_half_the_stored_scale(grid, table, scale, together):
     within_half_a_level(table, of(grid, scale=scale, rows_per_scale=together))
 
 
 @each_grid
 @pytest.mark.parametrize("largest", [1.4e-7, 1e-5, 1.1e-4, 6e-8 * 127.4, 6e-8 * 7.4, 6e-8 * 1.6])
-def test_a_scale_among_the_smallest_float16_numbers_clips_nothing(grid, largest):
+def test_scales_of_the_smallest_float16_numbers_clip_nothing(grid, largest):
     # Such scales are whole multiples of 2^-24: rounded down, they would clip the largest weights.
     within_half_a_level(torch.linspace(-1, 1, 33).reshape(3, 11) * largest, grid)
 
 
 @each_grid
 @given(table=tables(), together=sharing)
-def test_a_level_is_no_wider_than_the_rows_range_needs(grid, table, together):
+def test_the_scale_is_no_larger_than_the_range_needs(grid, table, together):
     _, (scale, offset) = back(table, of(grid, rows_per_scale=together))
     groups = torch.arange(len(table)) // (together or len(table))
     low, high = (
@@ -67,7 +67,7 @@ def test_a_level_is_no_wider_than_the_rows_range_needs(grid, table, together):
 
 @each_grid
 @given(table=tables(), together=sharing, clipping=rules)
-def test_codes_are_the_grids_own_and_no_others(grid, table, together, clipping):
+def test_codes_are_integers_within_the_grid(grid, table, together, clipping):
     chosen = of(grid, rows_per_scale=together, clipping=clipping)
     steps = nearest(table, fit(table, chosen), chosen)
     codes = steps + (grid.half if grid.symmetric else 0)
@@ -78,7 +78,7 @@ def test_codes_are_the_grids_own_and_no_others(grid, table, together, clipping):
 @each_grid
 @pytest.mark.parametrize("scale", ["float16", "float32"])
 @pytest.mark.parametrize("clipping", ["min_max", "greedy", "mse"])
-def test_rows_of_zeros_keep_a_positive_scale_and_are_exact(grid, scale, clipping):
+def test_rows_of_zeros_have_a_positive_scale_and_are_exact(grid, scale, clipping):
     table = torch.zeros(4, 5)
     table[2] = torch.tensor([0.5, -1.0, 0.0, 0.25, 1.0])
     decoded, stored = back(table, of(grid, scale=scale, clipping=clipping))
@@ -93,7 +93,7 @@ def test_rows_of_zeros_keep_a_positive_scale_and_are_exact(grid, scale, clipping
 @each_asymmetric
 @pytest.mark.parametrize("scale", ["float16", "float32"])
 @pytest.mark.parametrize("value", [0.013, -0.013, 1 / 3, -7.7, 1e-6, 60000.3])
-def test_a_row_of_one_value_is_kept_within_a_rounding(grid, scale, value):
+def test_a_row_of_equal_values_changes_only_by_rounding(grid, scale, value):
     decoded, stored = back(torch.full((3, 6), value), of(grid, scale=scale))
     # The offset lies below by less than a float16 step, and the codes divide what is left.
     step = 2.0**-10 * abs(value) / (grid.levels - 1) + 2.0**-24
@@ -102,7 +102,7 @@ def test_a_row_of_one_value_is_kept_within_a_rounding(grid, scale, value):
 
 
 @each_asymmetric
-def test_an_offset_makes_levels_finer_where_weights_lie_to_one_side(grid):
+def test_an_offset_reduces_the_error_of_weights_of_one_sign_4_times(grid):
     table = torch.rand(50, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.1
     plain = of(grid, symmetric=True, levels=grid.levels - grid.levels % 2)
     with_offset, without = ((back(table, one)[0] - table).square().sum() for one in (grid, plain))
@@ -110,7 +110,7 @@ def test_an_offset_makes_levels_finer_where_weights_lie_to_one_side(grid):
     assert with_offset < without / 4
 
 
-def test_four_levels_around_zero_beat_three_with_a_zero():
+def test_four_levels_around_zero_have_less_error_than_three_with_a_zero():
     table = normal(500, 16)
     errors = {
         levels: (back(table, Grid(levels, clipping="mse"))[0] - table).square().sum()
@@ -120,13 +120,13 @@ def test_four_levels_around_zero_beat_three_with_a_zero():
 
 
 @each_grid
-def test_weights_too_small_for_float16_become_next_to_nothing(grid):
+def test_weights_too_small_for_float16_decode_to_at_most_its_smallest_number(grid):
     decoded, _ = back(torch.full((2, 4), 1e-12), grid)
     assert decoded.abs().max() <= 2.0**-24
 
 
 @each_symmetric
-def test_a_scale_above_float16_is_refused_and_float32_takes_it(grid):
+def test_a_scale_above_float16_raises_and_can_be_stored_as_float32(grid):
     table = torch.full((2, 3), 65504.0 * grid.half * 1.01)
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         fit(table, grid)
@@ -134,7 +134,7 @@ def test_a_scale_above_float16_is_refused_and_float32_takes_it(grid):
 
 
 @each_asymmetric
-def test_an_offset_or_scale_above_float16_is_refused_and_float32_takes_it(grid):
+def test_an_offset_or_scale_above_float16_raises_and_can_be_stored_as_float32(grid):
     low = torch.tensor([[-66000.0, 0.0]])
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="offset"):
         fit(low, grid)
@@ -147,21 +147,21 @@ def test_an_offset_or_scale_above_float16_is_refused_and_float32_takes_it(grid):
 
 @each_asymmetric
 @pytest.mark.parametrize("clipping", ["min_max", "greedy", "mse"])
-def test_a_range_beyond_float32_is_refused(grid, clipping):
+def test_a_range_beyond_float32_raises_value_not_storable(grid, clipping):
     table = torch.tensor([[-3e38, 3e38]])
     with raises_code(ValueNotStorable, "scale_beyond_float32"):
         fit(table, of(grid, scale="float32", clipping=clipping))
 
 
 @each_symmetric
-def test_both_ends_of_a_row_are_kept_exactly_at_a_scale_float16_holds(grid):
+def test_both_ends_of_a_row_are_exact_if_float16_represents_the_scale(grid):
     table = torch.tensor([[-1.0, 1.0, 1.0]]) * grid.half * 2.0**-6
     assert torch.equal(back(table, grid)[0], table)
 
 
 @each_grid
 @given(table=tables(), clipping=rules, data=st.data())
-def test_a_range_is_fitted_by_itself(grid, table, clipping, data):
+def test_the_fit_of_a_range_does_not_depend_on_other_ranges(grid, table, clipping, data):
     """So it does not matter which blocks a table is encoded in."""
     together = data.draw(st.sampled_from([1, 2]))
     chosen = of(grid, clipping=clipping, rows_per_scale=together)
@@ -175,7 +175,7 @@ def test_a_range_is_fitted_by_itself(grid, table, clipping, data):
 
 @each_grid
 @pytest.mark.parametrize("rows", [8, 11, 3])
-def test_shared_scales_are_those_of_the_rows_laid_end_to_end(grid, rows):
+def test_a_shared_scale_equals_that_of_its_rows_concatenated(grid, rows):
     table = normal(rows, 3, seed=rows)
     shared = fit(table, of(grid, rows_per_scale=4))
     assert len(shared.scale) == -(-rows // 4)

@@ -1,4 +1,4 @@
-"""k-means: the error never grows, clear clusters are found, and every call form agrees."""
+"""k-means: errors of rounds, weights, the nearest entry, and samples of large tables."""
 
 import itertools
 
@@ -37,13 +37,13 @@ def error(rows: Tensor, codebook: Tensor, weight: Tensor | None = None) -> float
     return float(each.sum() if weight is None else (each * weight.double()).sum())
 
 
-def alone(rows: Tensor) -> float:
-    """The squared error of one entry for all points: what any codebook must beat."""
+def error_of_the_mean(rows: Tensor) -> float:
+    """The squared error of one entry for all points, the mean: an upper bound for codebooks."""
     return float((rows.double() - rows.double().mean(dim=0)).square().sum())
 
 
 @given(rows=points(), levels=st.integers(1, 9))
-def test_rounds_never_raise_the_error_and_the_last_is_the_codebooks(rows, levels):
+def test_kmeans_errors_never_increase_and_the_last_is_that_of_the_codebook(rows, levels):
     fit = kmeans(rows, levels)
     assert fit.codebook.shape == (levels, rows.shape[1])
     assert list(fit.errors) == sorted(fit.errors, reverse=True)
@@ -55,16 +55,16 @@ def test_rounds_never_raise_the_error_and_the_last_is_the_codebooks(rows, levels
 
 
 @given(rows=points(), levels=st.integers(1, 9))
-def test_an_entry_for_all_points_is_never_better(rows, levels):
+def test_a_codebook_never_has_a_larger_error_than_the_mean_of_all_points(rows, levels):
     for fit in (kmeans(rows, levels), scalar_kmeans(rows.flatten(), levels)):
         flat = rows if fit.codebook.shape[1] == rows.shape[1] else rows.reshape(-1, 1)
         # One entry is the mean but for float32's last bit.
         slack = 1e-6 * float(flat.double().square().sum())
-        assert error(flat, fit.codebook) <= alone(flat) + slack
+        assert error(flat, fit.codebook) <= error_of_the_mean(flat) + slack
 
 
 @given(rows=points(), more=st.integers(0, 5))
-def test_points_that_are_no_more_than_entries_are_kept_exactly(rows, more):
+def test_points_are_exact_if_there_are_as_many_entries_as_different_points(rows, more):
     different = len(torch.unique(rows, dim=0))
     fit = kmeans(rows, different + more)
     assert torch.equal(fit.codebook[nearest(rows, fit.codebook)], rows)
@@ -80,7 +80,7 @@ def clustered(count: int, dim: int, clusters: int, seed: int = 0) -> tuple[Tenso
     return centres[which] + 0.1 * torch.randn(count, dim, generator=generator), which
 
 
-def test_clusters_that_stand_apart_are_found():
+def test_kmeans_finds_well_separated_clusters():
     rows, which = clustered(800, 5, 20)
     codes = nearest(rows, kmeans(rows, 20).codebook)
     assert len(torch.unique(codes)) == 20
@@ -89,7 +89,7 @@ def test_clusters_that_stand_apart_are_found():
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8])
-def test_more_entries_lose_less(dim):
+def test_the_error_decreases_with_the_number_of_entries(dim):
     rows = torch.randn(2000, dim, generator=torch.Generator().manual_seed(1))
     losses = [kmeans(rows, levels).errors[-1] for levels in (1, 2, 4, 8, 16, 32, 64)]
     # A minimum of Lloyd's is local, so a hundredth of slack; in fact each halves in one column.
@@ -97,7 +97,7 @@ def test_more_entries_lose_less(dim):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_scalar_levels_of_a_normal_come_near_the_best_there_are():
+def test_scalar_kmeans_of_a_normal_sample_is_within_2_percent_of_the_optimum():
     """Max 1960 gives the least mean squared error of a unit normal under 4 and 16 levels."""
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(2))
     for levels, least in ((4, 0.1175), (16, 0.009497)):
@@ -106,7 +106,7 @@ def test_scalar_levels_of_a_normal_come_near_the_best_there_are():
 
 
 @given(rows=points(), levels=st.integers(1, 9), seed=st.integers(0, 5))
-def test_a_weight_is_as_good_as_so_many_copies(rows, levels, seed):
+def test_scalar_kmeans_treats_an_integer_weight_as_that_many_copies(rows, levels, seed):
     times = torch.randint(1, 4, (len(rows),), generator=torch.Generator().manual_seed(seed))
     copies = rows.repeat_interleave(times, dim=0)
     values, each = rows[:, 0], times.double()
@@ -116,8 +116,8 @@ def test_a_weight_is_as_good_as_so_many_copies(rows, levels, seed):
 
 
 @pytest.mark.parametrize("levels", [2, 8, 30])
-def test_entries_are_the_weighted_means_of_what_is_nearest_to_them(levels):
-    """One more plain step takes next to nothing off the error."""
+def test_one_more_update_of_the_means_lowers_the_error_by_almost_nothing(levels):
+    """So the entries are the weighted means of their points, up to the tolerance."""
     generator = torch.Generator().manual_seed(6)
     rows = torch.randn(600, 3, generator=generator)
     weight = torch.rand(600, generator=generator, dtype=torch.float64) ** 4
@@ -133,7 +133,7 @@ def test_entries_are_the_weighted_means_of_what_is_nearest_to_them(levels):
     assert again > (1 - 2 * lloyd.MIN_IMPROVEMENT) * found
 
 
-def test_a_point_of_great_weight_gets_an_entry_of_its_own():
+def test_a_point_of_large_weight_is_close_to_an_entry():
     rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(3))
     weight = torch.ones(500)
     weight[7] = 1e6
@@ -142,15 +142,15 @@ def test_a_point_of_great_weight_gets_an_entry_of_its_own():
     assert float((kmeans(rows, 4).codebook - rows[7]).norm(dim=1).min()) > 1e-2
 
 
-def test_points_without_weight_decide_nothing():
+def test_points_of_weight_zero_do_not_affect_the_codebook():
     rows, _ = clustered(200, 3, 4)
     weight = (torch.arange(200) % 4 < 2).float()
     fit = kmeans(rows, 2, weight)
     assert fit.errors[-1] == pytest.approx(error(rows[weight > 0], fit.codebook), rel=1e-4)
-    assert fit.errors[-1] < 0.01 * alone(rows[weight > 0])
+    assert fit.errors[-1] < 0.01 * error_of_the_mean(rows[weight > 0])
 
 
-def test_entries_that_nothing_is_near_to_are_put_to_work(monkeypatch):
+def test_entries_without_points_are_moved_to_points(monkeypatch):
     rows, _ = clustered(400, 2, 8)
     equal = rows[:1].expand(8, 2).clone()  # seven of these first entries are nearest to nothing
     monkeypatch.setattr(lloyd, "_seeded", lambda *_: equal)
@@ -160,7 +160,7 @@ def test_entries_that_nothing_is_near_to_are_put_to_work(monkeypatch):
     assert fit.errors[-1] < 0.2 * fit.errors[0]
 
 
-def test_the_same_points_give_the_same_codebook():
+def test_kmeans_does_not_depend_on_the_global_random_state():
     rows = torch.randn(3000, 6, generator=torch.Generator().manual_seed(4))
     state = torch.random.get_rng_state()
     first = kmeans(rows, 16)
@@ -174,7 +174,7 @@ def test_the_same_points_give_the_same_codebook():
 
 
 @given(rows=points(), levels=st.integers(1, 20), seed=st.integers(0, 9))
-def test_the_nearest_entry_is_that_of_a_plain_search(rows, levels, seed):
+def test_nearest_equals_a_float64_search_of_all_entries(rows, levels, seed):
     generator = torch.Generator().manual_seed(seed)
     codebook = rows[torch.randint(len(rows), (levels,), generator=generator)] * 0.9
     gaps = (rows.double()[:, None] - codebook.double()[None]).square().sum(dim=2)
@@ -186,14 +186,14 @@ def test_the_nearest_entry_is_that_of_a_plain_search(rows, levels, seed):
     assert torch.all(found <= gaps.amin(dim=1) + 1e-5 * size)  # products of float32
 
 
-def test_columns_that_do_not_count_do_not_decide():
+def test_columns_of_weight_zero_do_not_affect_the_nearest_entry():
     rows, codebook = torch.tensor([[0.0, 9.0]]), torch.tensor([[1.0, 9.0], [0.0, -9.0]])
     assert nearest_under(rows, torch.tensor([[1.0, 0.0]]), codebook).tolist() == [1]
     assert nearest_under(rows, torch.tensor([[1.0, 1.0]]), codebook).tolist() == [0]
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
-def test_nearest_entries_do_not_depend_on_how_points_are_cut(block, monkeypatch):
+def test_nearest_does_not_depend_on_the_block_size(block, monkeypatch):
     """Equal and nearly equal distances are what rounding would decide by the cut."""
     generator = torch.Generator().manual_seed(5)
     codebook = torch.randn(200, 7, generator=generator)
@@ -207,7 +207,7 @@ def test_nearest_entries_do_not_depend_on_how_points_are_cut(block, monkeypatch)
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_squared_distances_are_those_of_float64():
+def test_squared_distance_is_within_float32_rounding_of_float64():
     rows, others = torch.randn(50, 4), torch.randn(50, 4)
     expected = (rows.double() - others.double()).square().sum(dim=1)
     torch.testing.assert_close(squared_distance(rows, others), expected, rtol=1e-6, atol=1e-12)
@@ -217,7 +217,7 @@ def test_squared_distances_are_those_of_float64():
 
 
 @given(count=st.integers(1, 500), most=st.integers(1, 50))
-def test_a_sample_has_a_row_of_every_stretch(count, most):
+def test_a_sample_has_one_row_of_each_section_of_the_table(count, most):
     rows = torch.arange(count, dtype=torch.float32).unsqueeze(1)
     drawn = sample(rows, most).flatten()
     assert len(drawn) == min(count, most)

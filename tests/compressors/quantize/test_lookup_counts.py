@@ -1,4 +1,4 @@
-"""Lookups are counted where a network makes them."""
+"""Lookup counts and squared gradients of tables, their parts, and bags."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def expected(bench: Bench, name: str, table_size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("first", [None, RowwiseInt8(), LowRank()], ids=lambda s: s and s.kind)
-def test_every_lookup_counts_once_for_every_form_of_table(first, tmp_path):
+def test_lookup_counts_equal_the_ids_in_the_data_for_each_table_format(first, tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     if first is not None:
         model = run(first, model, bench, tmp_path / "first")
@@ -44,7 +44,7 @@ def test_every_lookup_counts_once_for_every_form_of_table(first, tmp_path):
         assert torch.equal(counts[name], expected(bench, name, table_rows(model.module)[name]))
 
 
-def test_a_part_is_counted_where_it_is_read(tmp_path):
+def test_a_narrow_part_has_the_lookup_counts_of_its_table(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     model = run(LowRank(), RANKER.model(), bench, tmp_path / "out")
     counts = lookup_counts(model, bench, ["item", "item.narrow"])
@@ -60,8 +60,8 @@ NESTED: tuple[Step, ...] = (
 )
 
 
-def test_only_what_is_read_counts_as_a_lookup_of_a_part(tmp_path):
-    """A row of a part counts for those of the table that are other rows if it is another one."""
+def test_a_part_counts_only_lookups_whose_values_depend_on_its_row(tmp_path):
+    """The reference changes each row of a part, and finds the table's rows that change with it."""
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     before = lookup_counts(model, bench, NAMES)
     for number, step in enumerate(NESTED):
@@ -85,7 +85,7 @@ def test_only_what_is_read_counts_as_a_lookup_of_a_part(tmp_path):
         part.weight = weight
 
 
-def test_a_bucket_counts_for_every_hash(tmp_path):
+def test_a_bucket_counts_the_lookups_of_every_hash(tmp_path):
     bench, step = RANKER.bench(tmp_path / "data"), MultiHash(tables=("user",), hashes=3)
     model = run(step, RANKER.model(), bench, tmp_path / "out")
     counts = lookup_counts(model, bench, ["user", "user.buckets"])
@@ -94,7 +94,7 @@ def test_a_bucket_counts_for_every_hash(tmp_path):
     assert counts["user.buckets"].tolist() == expected
 
 
-def test_a_table_in_two_places_counts_both(tmp_path):
+def test_a_table_with_two_inputs_counts_the_lookups_of_both(tmp_path):
     bench = TIED.bench(tmp_path / "data")
     (rows,) = batches(bench.train, bench.signature, BENCH_ROWS)
     ids = torch.cat([rows.inputs["user"], rows.inputs["friend"]])
@@ -102,13 +102,13 @@ def test_a_table_in_two_places_counts_both(tmp_path):
     assert torch.equal(counts["user"], torch.bincount(ids, minlength=20).double())
 
 
-def test_the_model_is_left_without_hooks(tmp_path):
+def test_lookup_counts_leaves_no_hook_on_the_model(tmp_path):
     model = RANKER.model()
     lookup_counts(model, RANKER.bench(tmp_path / "data"), ["user"])
     assert not model.module.user._forward_pre_hooks
 
 
-def test_without_training_rows_it_is_refused():
+def test_lookup_counts_without_training_rows_raises_rows_missing():
     with raises_code(RowsMissing, "lookup_counts_need_rows"):
         lookup_counts(RANKER.model(), Bench(signature=RANKER.signature), ["user"])
 
@@ -131,14 +131,14 @@ def by_single_rows(bench: Bench, model, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["user", "item", "city"])
-def test_gradients_are_each_rows_own(name, tmp_path):
+def test_squared_gradients_equal_the_mean_over_single_rows(name, tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     found = squared_gradients(model, bench, [name])[name]
     # float32 gradients of the batch against those of single rows
     torch.testing.assert_close(found, by_single_rows(bench, model, name), rtol=1e-4, atol=1e-10)
 
 
-def test_bags_pass_gradients_to_what_they_read_and_to_no_padding(tmp_path):
+def test_rows_that_a_bag_does_not_read_have_no_squared_gradient(tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     found = squared_gradients(model, bench, NAMES)
     for name in ("genres", "history", "tags"):
@@ -149,7 +149,7 @@ def test_bags_pass_gradients_to_what_they_read_and_to_no_padding(tmp_path):
     assert not found["genres"][0].any()
 
 
-def test_lists_count_as_one_loss_each(tmp_path):
+def test_squared_gradients_of_lists_equal_the_mean_over_single_lists(tmp_path):
     bench = ATTENTION.bench(tmp_path / "data")
     found = squared_gradients(ATTENTION.model(), bench, ["user"])["user"]
     module = ATTENTION.model().module

@@ -1,4 +1,4 @@
-"""Training through int8: gradients, what is stored in the end, and whether it was worth it."""
+"""Quantization-aware training: gradients, the stored layer, and the gain over static int8."""
 
 from pathlib import Path
 
@@ -27,13 +27,13 @@ from compressors.quantize.dense.static_int8 import StaticInt8, packed_int8, quan
 # --- the quantizer ---------------------------------------------------------------------------
 
 
-def test_numbers_are_rounded_as_the_stored_layer_rounds_them():
+def test_fake_quantize_rounds_as_the_stored_layer():
     x = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     scale = torch.tensor(0.02)
     assert torch.equal(fake_quantize(x, scale, -128, 127), quantize(x, scale) * scale)
 
 
-def test_gradients_are_those_of_learned_step_size_quantization():
+def test_fake_quantize_gradients_are_those_of_learned_step_size_quantization():
     x = torch.tensor([0.26, -0.74, 5.0, -5.0], requires_grad=True)
     scale = torch.tensor(0.1, requires_grad=True)
     fake_quantize(x, scale, -8, 7).backward(torch.tensor([1.0, 10.0, 100.0, 1000.0]))
@@ -43,7 +43,7 @@ def test_gradients_are_those_of_learned_step_size_quantization():
     assert scale.grad.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_scale_moves_towards_less_error():
+def test_the_gradient_of_a_scale_has_the_sign_that_lowers_the_error():
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(5000, generator=drawn)
     for first in (0.5, 0.002):  # too coarse, and clipping nearly all
@@ -60,31 +60,31 @@ def learned(bias: bool = True) -> LearnedInt8:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = nn.Linear(20, 6, bias=bias)
-        made = LearnedInt8(layer, packed_int8(layer, torch.tensor(2.0)))
+        layer_in_training = LearnedInt8(layer, packed_int8(layer, torch.tensor(2.0)))
         with torch.no_grad():
-            made.weight_growth.uniform_(-1, 1)
-            made.input_growth.fill_(-0.3)
-    return made
+            layer_in_training.weight_growth.uniform_(-1, 1)
+            layer_in_training.input_growth.fill_(-0.3)
+    return layer_in_training
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_layer_has_the_outputs_of_the_trained_layer(bias):
-    made = learned(bias).eval()
+    layer_in_training = learned(bias).eval()
     x = torch.randn(7, 3, 20, generator=torch.Generator().manual_seed(1))
-    packed = made.packed()
-    assert torch.equal(packed(x), made(x))
+    packed = layer_in_training.packed()
+    assert torch.equal(packed(x), layer_in_training(x))
     assert packed.has_bias == bias
     # In training the same numbers are computed in float: other sums, and the bias is not rounded.
-    trained = made.train()(x)
+    trained = layer_in_training.train()(x)
     assert trained.requires_grad
     room = float((packed.weight_scale * packed.input_scale).max()) / 2 + 1e-5
     assert (trained - packed(x)).abs().max() <= room
     # ... which the clipped and rounded weights decide: float outputs are further off
-    plain = F.linear(x, made.weight, made.bias)
+    plain = F.linear(x, layer_in_training.weight, layer_in_training.bias)
     assert (plain - trained).abs().max() > 10 * room
 
 
-def test_before_anything_was_learned_it_is_the_calibrated_layer():
+def test_an_untrained_layer_is_packed_as_the_calibrated_layer():
     layer = nn.Linear(20, 6)
     packed = packed_int8(layer, torch.tensor(2.0))
     again = LearnedInt8(layer, packed).packed()
@@ -92,10 +92,10 @@ def test_before_anything_was_learned_it_is_the_calibrated_layer():
         assert torch.equal(first, second), name
 
 
-def test_every_tensor_of_it_learns():
-    made = learned().train()
-    made(torch.randn(50, 20)).square().sum().backward()
-    assert {name for name, p in made.named_parameters() if p.grad.abs().sum() > 0} == {
+def test_every_parameter_of_a_learned_layer_gets_a_gradient():
+    layer_in_training = learned().train()
+    layer_in_training(torch.randn(50, 20)).square().sum().backward()
+    assert {name for name, p in layer_in_training.named_parameters() if p.grad.abs().sum() > 0} == {
         "weight",
         "bias",
         "weight_growth",
@@ -106,8 +106,8 @@ def test_every_tensor_of_it_learns():
 # --- the step --------------------------------------------------------------------------------
 
 
-def test_a_training_that_finds_nothing_better_is_static_int8(tmp_path):
-    """So that what is compared below is what training adds."""
+def test_qat_without_improvement_stores_the_tensors_of_static_int8(tmp_path):
+    """So a difference between both steps is the effect of training."""
     bench = RANKER.bench(tmp_path / "data")
     still = Training(epochs=1, learning_rate=1e-30)
     step = QAT(training=still, soft_share=0, calibrator="mse")
@@ -123,7 +123,7 @@ def test_a_training_that_finds_nothing_better_is_static_int8(tmp_path):
     assert trained.plan.reasons == (Reason("training_changed_nothing", step="qat", why=unchanged),)
 
 
-def test_quality_in_the_plan_is_that_of_the_stored_network(tmp_path):
+def test_the_metric_in_the_plan_is_that_of_the_stored_network(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     result = run(QAT(training=QUICKLY), RANKER.model(), bench, tmp_path / "out")
     found = quality(result.module, RANKER.signature, bench.validation)
@@ -133,7 +133,7 @@ def test_quality_in_the_plan_is_that_of_the_stored_network(tmp_path):
     assert found > quality(before.module, RANKER.signature, bench.validation)
 
 
-def test_norms_between_layers_train_and_keep_counting(tmp_path):
+def test_norms_are_trained_and_update_their_running_statistics(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     source = NORMED.model()
     result = run(QAT(training=QUICKLY), source, bench, tmp_path / "out")
@@ -146,7 +146,7 @@ class Killed(BaseException):
     """A process that ends."""
 
 
-def test_a_killed_training_ends_with_the_same_bits(tmp_path, monkeypatch):
+def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypatch):
     how = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
     bench = NORMED.bench(tmp_path / "data")
 
@@ -185,7 +185,7 @@ def test_qat_needs_soft_labels_only_with_a_soft_share():
     assert QAT(soft_share=0).needs == ("calibration", "train", "validation")
 
 
-def test_tables_are_not_trained():
+def test_qat_settings_that_train_tables_raise_a_value_error():
     with raises_value_error("qat_trains_tables"):
         QAT(training=Training(tables=True))
 
@@ -230,11 +230,11 @@ def drawn(folder: Path, seed: int) -> Split:
 
 
 @pytest.mark.parametrize("soft_share", [0.0, 0.5])
-def test_training_wins_back_what_rounding_after_training_loses(soft_share, tmp_path):
-    """The large number takes the range, and the small ones fall on three levels.
+def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_share, tmp_path):
+    """A large input determines the range, and the small inputs are rounded to three levels.
 
-    A network that learns what int8 does to it clips the large number, which says no more than its
-    sign, and gives it a larger weight.
+    Training learns to clip the large input, of which only the sign matters, and to give it a larger
+    weight.
     """
     train, validation, test = (drawn(tmp_path / str(seed), seed) for seed in (1, 2, 3))
     bench = Bench(

@@ -1,4 +1,4 @@
-"""Row-wise int8, int4 and int2: what is stored, looked up and trained."""
+"""Row-wise int8, int4 and int2: stored tensors, lookups, gradients and older records."""
 
 import hashlib
 
@@ -71,7 +71,7 @@ def spread(rows: int, dim: int) -> Tensor:
 
 
 @parametrize_pairwise(step=EVERY, dim=[1, 2, 5, 8], scale=["float16", "float32"])
-def test_stored_codes_scales_and_offsets_are_those_of_the_numpy_reference(step, dim, scale):
+def test_stored_codes_scales_and_offsets_equal_the_numpy_reference(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = spread(11, dim)
     stored, wanted = packed(step, table), reference(step, table)
@@ -100,7 +100,7 @@ def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
     shape=[(), (7,), (3, 4), (0,), (2, 0)],
     dtype=[torch.int64, torch.int32],
 )
-def test_a_lookup_gives_the_reference_weights_for_ids_of_any_shape(step, dim, shape, dtype):
+def test_lookup_returns_the_reference_weights_for_ids_of_any_shape(step, dim, shape, dtype):
     table = normal(11, dim)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
     rows = packed(step, table)(ids)
@@ -110,7 +110,7 @@ def test_a_lookup_gives_the_reference_weights_for_ids_of_any_shape(step, dim, sh
 
 
 @parametrize_pairwise(step=EVERY, rows=[1, 8, 11], scale=["float16", "float32"])
-def test_bytes_are_codes_plus_a_scale_and_an_offset_for_every_range(step, rows, scale):
+def test_bytes_are_those_of_codes_scales_and_offsets(step, rows, scale):
     step = step.model_copy(update={"scale": scale})
     dim, bits = 10, BITS[step.kind]
     table = packed(step, normal(rows, dim))
@@ -148,7 +148,7 @@ def gradients(
 
 
 @parametrize_pairwise(step=EVERY, dim=[2, 5], scale=["float16", "float32"])
-def test_the_gradients_of_scales_and_offsets_are_those_of_plain_torch(step, dim, scale):
+def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = packed(step, normal(11, dim))
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, rows 8 to 10 are never read
@@ -179,7 +179,7 @@ def test_the_gradients_of_scales_and_offsets_are_those_of_plain_torch(step, dim,
         for place, (name, step) in enumerate(EVERY.items())
     ],
 )
-def test_the_op_keeps_torchs_rules_for_custom_ops(step, scale):
+def test_op_passes_opcheck(step, scale):
     step = step.model_copy(update={"scale": scale})
     table = dict(packed(step, normal(6, 5)).named_buffers())
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
@@ -202,7 +202,7 @@ def test_the_op_keeps_torchs_rules_for_custom_ops(step, scale):
     ),
     bits=st.sampled_from([2, 4]),
 )
-def test_packed_codes_are_those_of_the_numpy_reference_and_unpack_again(codes, bits):
+def test_packed_codes_equal_the_numpy_reference_and_unpack_to_the_codes(codes, bits):
     codes = codes % 2**bits
     stored = bitpacking.pack(torch.from_numpy(codes), bits)
     assert stored.dtype == torch.uint8
@@ -231,7 +231,7 @@ def even(rows: int = 300, dim: int = 11) -> Tensor:
         (RowwiseInt4(scale="float32", clipping="mse"), "71fc3cf97fb8b2e3"),
     ],
 )
-def test_symmetric_tables_are_the_bytes_they_were_before_there_were_offsets(step, digest):
+def test_symmetric_tables_have_the_bytes_of_the_version_without_offsets(step, digest):
     """Digests of what the version before (e06a5ae) wrote of the same table."""
     table = packed(step, even())
     data = b"".join(tensor.numpy().tobytes() for tensor in (table.codes, table.scale))
@@ -239,7 +239,7 @@ def test_symmetric_tables_are_the_bytes_they_were_before_there_were_offsets(step
 
 
 @pytest.mark.parametrize("form", [rowwise_int8.FORMAT, rowwise_int4.FORMAT])
-def test_a_record_from_before_there_were_offsets_is_symmetric_with_a_scale_a_row(form):
+def test_a_record_without_offset_settings_loads_as_symmetric_with_a_scale_per_row(form):
     layout = form.layout(9, 6, {"scale": "float16"})
     assert set(layout) == {"codes", "scale"}
     assert layout["scale"].shape == (9, 1)
@@ -254,6 +254,6 @@ def test_a_record_from_before_there_were_offsets_is_symmetric_with_a_scale_a_row
 
 @pytest.mark.parametrize("method", [RowwiseInt8, RowwiseInt4, RowwiseInt2])
 @pytest.mark.parametrize("rows", [3, -1, 131_072])
-def test_rows_that_share_a_scale_are_a_power_of_two(method, rows):
+def test_rows_per_scale_must_be_an_allowed_power_of_two(method, rows):
     with pytest.raises(ValidationError, match="rows_per_scale"):
         method(rows_per_scale=rows)

@@ -1,4 +1,4 @@
-"""Static int8: the module computes what an integer Gemm computes, and trains through it."""
+"""Static int8: the op equals an integer Gemm, and its gradients pass through the rounding."""
 
 import hypothesis.extra.numpy as arrays
 import numpy as np
@@ -53,7 +53,7 @@ def integer_gemm(
 
 @pytest.mark.parametrize("inputs", [1, 7, EXACT_INPUTS, EXACT_INPUTS + 1, 5000])
 @pytest.mark.parametrize("extreme", [False, True])
-def test_the_op_equals_exact_integer_arithmetic(inputs, extreme):
+def test_op_equals_exact_integer_arithmetic(inputs, extreme):
     codes, weight_scale, input_scale, bias = layer(inputs, 9)
     generator = torch.Generator().manual_seed(2)
     x = 2 * torch.randn(33, inputs, generator=generator)
@@ -69,7 +69,7 @@ def test_the_op_equals_exact_integer_arithmetic(inputs, extreme):
 
 @pytest.mark.parametrize("shape", [(33,), (3, 11), (0,), ()])
 @pytest.mark.parametrize("inputs", [7, EXACT_INPUTS + 1])
-def test_op_in_parts_gives_the_bits_of_one_product(inputs, shape, monkeypatch):
+def test_op_in_parts_equals_one_product_bit_for_bit(inputs, shape, monkeypatch):
     codes, weight_scale, input_scale, bias = layer(inputs, 9)
     x = torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2))
     at_once = OP(x, codes, weight_scale, input_scale, bias)
@@ -81,7 +81,7 @@ def test_op_in_parts_gives_the_bits_of_one_product(inputs, shape, monkeypatch):
         assert in_parts.dtype == torch.float32
 
 
-def test_more_inputs_than_float32_sums_exactly_need_the_wider_sum():
+def test_a_sum_of_more_inputs_than_float32_adds_exactly_is_exact():
     inputs = 4 * EXACT_INPUTS
     codes = torch.full((1, inputs), 127, dtype=torch.int8)
     codes[0, -1] = 1
@@ -103,7 +103,7 @@ def test_more_inputs_than_float32_sums_exactly_need_the_wider_sum():
     bias=st.floats(-1000, 1000, width=32),
     input_scale=st.floats(2.0**-20, 100, width=32),
 )
-def test_every_weight_returns_within_half_a_level_of_its_channel(weight, bias, input_scale):
+def test_round_trip_error_is_at_most_half_the_channels_scale(weight, bias, input_scale):
     table = torch.from_numpy(weight)
     offset = torch.full((len(table),), bias)
     codes, scale = encode(table, offset, torch.tensor(input_scale))
@@ -116,7 +116,7 @@ def test_every_weight_returns_within_half_a_level_of_its_channel(weight, bias, i
     assert torch.all((offset / (scale * input_scale)).abs() <= 2**23 * (1 + 1e-6))
 
 
-def test_each_channel_has_its_own_scale_and_zeros_stay_zeros():
+def test_each_channel_has_a_separate_scale_and_zeros_remain_zeros():
     weight = torch.tensor([[1.0, -2.0], [0.001, 0.002], [0.0, 0.0]])
     codes, scale = encode(weight, None, torch.tensor(0.1))
     # Neighbours of one sign share 127 steps, those of unlike sign have 127 each.
@@ -132,7 +132,7 @@ def test_each_channel_has_its_own_scale_and_zeros_stay_zeros():
     ),
     wanted=st.none() | st.floats(2.0**-10, 2, width=32),
 )
-def test_no_two_neighbouring_products_leave_sixteen_bits(weight, wanted):
+def test_the_sum_of_two_neighbouring_products_fits_in_16_bits(weight, wanted):
     table = torch.from_numpy(weight)
     scale = None if wanted is None else torch.full((len(table),), wanted)
     codes, _ = encode(table, None, torch.tensor(0.1), scale)
@@ -145,9 +145,7 @@ def test_no_two_neighbouring_products_leave_sixteen_bits(weight, wanted):
 
 @pytest.mark.parametrize("inputs", [7, 64, 257, 1664])
 @pytest.mark.parametrize("rows", [1, 3, 64])
-def test_the_largest_inputs_and_weights_are_multiplied_exactly_in_onnxruntime(
-    inputs, rows, tmp_path
-):
+def test_onnxruntime_multiplies_the_largest_inputs_and_weights_exactly(inputs, rows, tmp_path):
     """On a processor without VNNI this fails for weights that are rounded one by one."""
     layer = torch.nn.Linear(inputs, 16)
     torch.nn.init.uniform_(layer.weight, 0.99, 1.0)
@@ -192,7 +190,7 @@ def test_inputs_are_rounded_half_to_even_and_clipped_to_int8(x, scale):
 
 
 @pytest.mark.parametrize("shape", [(5,), (0,), (2, 3), (2, 0, 4)])
-def test_leading_dimensions_are_kept(shape):
+def test_op_keeps_the_leading_dimensions(shape):
     stored = layer(6, 4)
     x = torch.randn(*shape, 6)
     y = OP(x, *stored)
@@ -203,7 +201,7 @@ def test_leading_dimensions_are_kept(shape):
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
-def test_the_op_keeps_torchs_rules_for_custom_ops(shape):
+def test_op_passes_opcheck(shape):
     codes, weight_scale, input_scale, bias = layer(6, 4)
     parts = (torch.randn(shape), codes, weight_scale, input_scale, bias)
     args = tuple(part.requires_grad_() if part.is_floating_point() else part for part in parts)
@@ -221,7 +219,7 @@ def straight_through(
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
-def test_gradients_are_those_of_the_straight_through_estimate(shape):
+def test_gradients_equal_the_straight_through_estimate(shape):
     codes, weight_scale, input_scale, bias = layer(6, 4)
     generator = torch.Generator().manual_seed(3)
     x = 1.5 * torch.randn(shape, generator=generator)
@@ -242,7 +240,7 @@ def test_gradients_are_those_of_the_straight_through_estimate(shape):
     assert ours[0][x.abs() < 2.5].abs().min() > 0
 
 
-def test_the_weight_scales_gradient_is_the_slope_of_the_function():
+def test_the_gradient_of_weight_scales_equals_the_finite_difference():
     # The scale of the weights enters without rounding but for the bias, which is zero here.
     codes, weight_scale, input_scale, _ = layer(6, 4)
     zero, x = torch.zeros(4), torch.randn(5, 6, generator=torch.Generator().manual_seed(4))
@@ -258,7 +256,7 @@ def test_the_weight_scales_gradient_is_the_slope_of_the_function():
         torch.testing.assert_close(leaf.grad[channel], slope, rtol=1e-3, atol=1e-3)
 
 
-def test_the_input_scale_is_the_largest_input_seen_on_the_calibration_rows(tmp_path):
+def test_input_scale_is_the_largest_calibration_input_over_127(tmp_path):
     source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
     seen: list[Tensor] = []
     source.module.capped.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

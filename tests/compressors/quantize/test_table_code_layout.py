@@ -1,4 +1,4 @@
-"""Tables with codebooks: what is stored, what it takes, and the ops that read it."""
+"""Tables with codebooks: layout, bytes, lookups and gradients."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 
 @each_step
 @given(table=tables())
-def test_what_is_stored_is_as_laid_out(step, table):
+def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
     layout = step.storage.layout(*table.shape, step.settings())
     held = stored(step, table)
     assert {name: (tuple(t.shape), t.dtype) for name, t in held.items()} == {
@@ -59,7 +59,7 @@ def test_what_is_stored_is_as_laid_out(step, table):
     ],
     ids=lambda value: named(value) if hasattr(value, "kind") else str(value),
 )
-def test_bytes_are_codes_and_codebooks_and_padding(step, shape, size):
+def test_bytes_are_those_of_padded_codes_scales_and_codebooks(step, shape, size):
     assert size_of(step, *shape) == size
 
 
@@ -70,7 +70,9 @@ def test_bytes_are_codes_and_codebooks_and_padding(step, shape, size):
     bits=st.integers(1, 8),
     share=st.floats(0.01, 1),
 )
-def test_codebooks_take_no_more_than_their_share(rows, dim, books, bits, share):
+def test_codebooks_take_no_more_than_their_share_unless_they_have_two_entries(
+    rows, dim, books, bits, share
+):
     for step in (
         ProductCodes(parts=books, bits=bits, codebook_share=share),
         ResidualCodes(codebooks=books, bits=bits, codebook_share=share),
@@ -83,7 +85,7 @@ def test_codebooks_take_no_more_than_their_share(rows, dim, books, bits, share):
 
 
 @given(dim=st.integers(1, 60), parts=st.integers(1, 70))
-def test_parts_are_even_and_cover_every_column_once(dim, parts):
+def test_parts_differ_by_at_most_one_column_and_cover_every_column_once(dim, parts):
     each = product_codes.widths(dim, parts)
     assert sum(each) == dim
     assert len(each) == min(parts, dim)
@@ -98,7 +100,7 @@ def test_parts_are_even_and_cover_every_column_once(dim, parts):
 
 @each_step
 @pytest.mark.parametrize("cut", [1, 7, 100])
-def test_a_rows_codes_do_not_depend_on_its_block(step, cut):
+def test_codes_of_a_row_do_not_depend_on_its_block(step, cut):
     table = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
     table[100:200] = table[:100]
     params = step.fit(table)
@@ -120,7 +122,7 @@ def test_encoded_tensors_do_not_depend_on_the_global_random_state(step):
 # --- tables that do not pay --------------------------------------------------------------------
 
 
-def test_a_table_that_would_not_shrink_is_kept_with_both_sizes(tmp_path):
+def test_a_table_that_would_not_shrink_is_skipped_and_the_plan_gives_both_sizes(tmp_path):
     step = ResidualCodes(codebooks=8)
     plan = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path).plan
     line = plan.of("city")  # 9 x 6
@@ -134,7 +136,7 @@ def test_a_table_that_would_not_shrink_is_kept_with_both_sizes(tmp_path):
     assert kept == {"city.weight"}
 
 
-def test_a_step_with_no_table_that_would_shrink_says_so(tmp_path):
+def test_a_step_that_shrinks_no_table_raises_nothing_to_compress(tmp_path):
     step = ResidualCodes(tables=("city",), codebooks=8)
     with raises_code(NothingToCompress, "units_missing", step="residual_codes") as caught:
         run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
@@ -147,7 +149,7 @@ def test_a_step_with_no_table_that_would_shrink_says_so(tmp_path):
 @each_step
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,), (2, 0)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_a_lookup_gives_the_same_rows_for_ids_of_any_shape(step, shape, dtype):
+def test_lookup_returns_the_same_rows_for_ids_of_any_shape(step, shape, dtype):
     table = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     module = packed(step, table)
     ids = torch.randint(40, shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
@@ -186,7 +188,7 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
         for place, step in enumerate(STEPS)
     ],
 )
-def test_the_op_keeps_torchs_rules_for_custom_ops(step):
+def test_op_passes_opcheck(step):
     ids = torch.tensor([[0, 5, 5], [2, 1, 39]])
     op, arguments = op_and_arguments(step, torch.randn(40, 5), ids)
     torch.library.opcheck(op.default, arguments)
@@ -212,7 +214,7 @@ def plain(step: TableStep, held: Mapping[str, Tensor], ids: Tensor, dim: int) ->
 
 @each_step
 @pytest.mark.parametrize("dim", [5, 8])
-def test_gradients_are_those_of_plain_torch(step, dim):
+def test_gradients_equal_plain_torch(step, dim):
     generator = torch.Generator().manual_seed(1)
     table = torch.randn(40, dim, generator=generator)
     ids = torch.tensor([[0, 5, 5], [2, 1, 39]])  # repeated ids add up

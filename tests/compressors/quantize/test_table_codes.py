@@ -1,4 +1,4 @@
-"""Tables as k-means levels, product, residual and additive codes: how near they come back."""
+"""Tables with codebooks (k-means, product, residual, additive codes): the error of the rows."""
 
 from collections.abc import Callable
 
@@ -28,8 +28,8 @@ def lost(step: TableStep, table: Tensor) -> float:
 
 @each_step
 @given(table=tables())
-def test_no_table_is_read_worse_than_as_its_mean_row(step, table):
-    """The plain answer of one entry for all. Codebooks hold at least two."""
+def test_the_error_is_at_most_that_of_the_mean_row(step, table):
+    """One entry for all rows would be their mean, and a codebook has at least two entries."""
     gap = (read(step, table) - table).double().square().sum()
     mean = table.double().mean() if step.kind == "kmeans" else table.double().mean(dim=0)
     worst = (table.double() - mean).square().sum()
@@ -41,8 +41,8 @@ def test_no_table_is_read_worse_than_as_its_mean_row(step, table):
 
 
 @each_step
-def test_rows_that_have_something_in_common_come_back_near(step):
-    """Twelve kinds of rows: an error that is not rounding (codes of other rows) loses twice all."""
+def test_rows_of_twelve_clusters_have_a_small_error(step):
+    """Twelve clusters of rows. With the codes of other rows the error would be about 2."""
     assert lost(step, alike(2000, 8)) < {2: 0.35, 4: 0.25, 8: 0.1}[step.bits]
 
 
@@ -60,13 +60,13 @@ def test_rows_that_have_something_in_common_come_back_near(step):
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))]
 )
-def test_more_bits_lose_less(family: Callable[[int], TableStep], seed):
+def test_the_error_decreases_with_the_number_of_bits(family: Callable[[int], TableStep], seed):
     table = torch.randn(3000, 6, generator=torch.Generator().manual_seed(seed))
     two, four, eight = (lost(family(bits), table) for bits in (2, 4, 8))
     assert eight < four < two
 
 
-def test_more_codes_lose_less():
+def test_the_error_decreases_with_the_number_of_codes():
     table = torch.randn(3000, 8, generator=torch.Generator().manual_seed(1))
     for family in (
         lambda count: ProductCodes(parts=count, bits=4),
@@ -76,7 +76,7 @@ def test_more_codes_lose_less():
         assert losses == sorted(losses, reverse=True)
 
 
-def test_rounds_of_additive_codes_never_raise_the_error_and_pay():
+def test_rounds_of_additive_codes_never_increase_the_error_and_lower_it_in_total():
     table = alike(3000, 8, seed=2)
     fit = residual_codes.fit(table, 3, 16, refine=10)
     assert list(fit.errors) == sorted(fit.errors, reverse=True)
@@ -86,7 +86,7 @@ def test_rounds_of_additive_codes_never_raise_the_error_and_pay():
     assert float(gap.double().square().sum()) == pytest.approx(fit.errors[-1], rel=1e-6)
 
 
-def test_least_squares_serves_given_codes_best():
+def test_least_squares_codebooks_equal_the_solution_of_lstsq():
     table = alike(400, 5)
     fit = residual_codes.fit(table, 2, 8)
     codes = residual_codes.encode(table, fit.codebook, 2)
@@ -101,7 +101,7 @@ def test_least_squares_serves_given_codes_best():
     assert float(found) == pytest.approx(float(expected), rel=1e-5)  # entries are float32
 
 
-def test_an_entry_that_no_row_has_stays_where_it_is():
+def test_least_squares_does_not_change_entries_without_rows():
     table = alike(50, 4)
     codebook = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     codes = torch.zeros(50, 2, dtype=torch.uint8)
@@ -109,7 +109,7 @@ def test_an_entry_that_no_row_has_stays_where_it_is():
     assert torch.allclose(solved[[1, 2, 3, 5, 6, 7]], codebook[[1, 2, 3, 5, 6, 7]])
 
 
-def test_codes_refined_one_at_a_time_are_no_worse_than_greedy_codes(monkeypatch):
+def test_refined_codes_have_no_larger_error_than_greedy_codes(monkeypatch):
     table = alike(500, 6)
     codebook = torch.randn(3 * 16, 6, generator=torch.Generator().manual_seed(0))
 
@@ -125,8 +125,8 @@ def test_codes_refined_one_at_a_time_are_no_worse_than_greedy_codes(monkeypatch)
 
 
 @pytest.mark.parametrize("scale", ["float16", "float32"])
-def test_a_row_of_any_size_keeps_its_share_of_the_levels(scale):
-    """Without a scale a row a thousand times smaller is one level; with one it is like others."""
+def test_with_a_row_scale_small_rows_have_a_small_relative_error(scale):
+    """Half of the rows are 1000 times smaller than the others."""
     table = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
     table[::2] *= 1e-3
     small = table[::2]
@@ -136,7 +136,7 @@ def test_a_row_of_any_size_keeps_its_share_of_the_levels(scale):
     assert (plain - small).square().sum() > 0.5 * small.square().sum()
 
 
-def test_rows_of_zeros_are_exact_under_a_scale():
+def test_kmeans_with_row_scales_keeps_rows_of_zeros_exact():
     table = torch.randn(50, 6)
     table[[3, 17]] = 0
     for bits in (2, 4, 8):
@@ -147,14 +147,14 @@ def test_rows_of_zeros_are_exact_under_a_scale():
 
 
 @each_step
-def test_few_different_rows_are_exact_but_for_float16(step):
+def test_two_different_rows_are_exact(step):
     table = torch.tensor([[1.0, -2.0, 0.5, 0.25], [3.0, 0.0, 1.0, -1.0]]).repeat(40, 1)
     if step.kind == "kmeans":
         table = table.sign().abs() * torch.tensor([[1.0], [2.0]]).repeat(40, 1)
     torch.testing.assert_close(read(step, table), table, rtol=1e-6, atol=1e-6)
 
 
-def test_weights_decide_which_rows_are_kept_well():
+def test_rows_of_larger_weight_have_a_smaller_error():
     table = torch.randn(600, 6, generator=torch.Generator().manual_seed(3))
     weight = torch.ones(600)
     weight[:30] = 1000
@@ -180,7 +180,7 @@ def test_weights_decide_which_rows_are_kept_well():
         assert first(fit(weight), reading) < 0.97 * first(fit(None), reading)
 
 
-def test_weights_of_a_table_that_is_sampled_are_refused(monkeypatch):
+def test_row_weights_for_a_sampled_table_raise_a_value_error(monkeypatch):
     monkeypatch.setattr(kmeans, "FITTED_VALUES", 60)
     with pytest.raises(ValueError, match="at most 10 rows; got 20"):
         kmeans.fit(torch.randn(20, 6), 2, "none", torch.ones(20))
@@ -194,6 +194,6 @@ def test_weights_of_a_table_that_is_sampled_are_refused(monkeypatch):
     ],
     ids=["product_codes", "kmeans"],
 )
-def test_weights_beyond_float16_are_refused_with_the_remedy(step, code):
+def test_weights_beyond_float16_raise_value_not_storable(step, code):
     with raises_code(ValueNotStorable, code):
         read(step, torch.full((20, 4), 1e5))

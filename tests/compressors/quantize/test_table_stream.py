@@ -1,4 +1,4 @@
-"""Tables encoded block by block: the same bytes for every block size, and exact beyond 32 bits."""
+"""Tables encoded block by block: equal bytes for every block size, also beyond 32-bit offsets."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,13 +27,13 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled() -> None:
-    """Compiling takes seconds, which are no example's fault."""
+    """Compile the loops first, so that the time limit of an example does not include it."""
     RowwiseInt8().encode(torch.ones(1, 1), {})
     RowwiseInt4(clipping="mse").encode(torch.ones(1, 1), {})
 
 
 @dataclass(frozen=True)
-class Held:
+class TensorSource:
     """A table in memory."""
 
     values: Tensor
@@ -50,7 +50,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Endless:
+class ComputedSource:
     """A table of any size whose row r is filled with (r mod 97) + 1, so every row is known."""
 
     rows: int
@@ -96,12 +96,12 @@ def encoded(job: Job, workers: int = 1) -> bytes:
 
 
 def job_of(step: Any, tables: Mapping[str, Tensor], rows: int | None = None, **rest: Tensor) -> Job:
-    sources = {name: Held(values) for name, values in {**tables, **rest}.items()}
+    sources = {name: TensorSource(values) for name, values in {**tables, **rest}.items()}
     return Job(step, {name: name.removesuffix(".weight") for name in tables}, sources, rows)
 
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 70), st.integers(1, 3), st.booleans())
-def test_the_bytes_are_those_of_the_whole_table_encoded_at_once(
+def test_streamed_tensors_equal_those_of_the_table_encoded_at_once(
     rows: int, dim: int, block_rows: int, workers: int, small: bool
 ):
     step = RowwiseInt4(clipping="mse") if small else RowwiseInt8(scale="float32")
@@ -150,7 +150,9 @@ class Paired:
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 3))
-def test_no_block_splits_what_neighbours_share(rows: int, block_rows: int, workers: int):
+def test_results_do_not_depend_on_block_size_or_threads_if_rows_share_entries(
+    rows: int, block_rows: int, workers: int
+):
     weight = torch.randn(rows, 2, generator=torch.Generator().manual_seed(rows))
     whole = encoded(job_of(Paired(), {"t": weight}, rows))
     assert encoded(job_of(Paired(), {"t": weight}, block_rows), workers) == whole
@@ -159,7 +161,7 @@ def test_no_block_splits_what_neighbours_share(rows: int, block_rows: int, worke
     assert len(found["t.sums"]) == -(-rows // 3)
 
 
-def test_what_is_no_table_is_copied_and_a_table_becomes_its_module_again():
+def test_other_tensors_are_copied_and_a_table_can_be_rebuilt_from_its_record():
     weight = torch.randn(50, 6)
     rest = {"bias": torch.randn(20_000), "count": torch.tensor(3), "none": torch.empty(0, 4)}
     job = job_of(RowwiseInt8(), {"user.weight": weight.bfloat16()}, **rest)
@@ -175,7 +177,7 @@ def test_what_is_no_table_is_copied_and_a_table_becomes_its_module_again():
     assert bool((error <= stored["scale"].float() * 0.51).all())
 
 
-def test_blocks_that_are_there_are_not_made_again_nor_fitted_again():
+def test_blocks_in_the_sink_are_neither_encoded_nor_fitted_again():
     step, weight = Paired(), torch.randn(12, 2)
     job = job_of(step, {"t": weight}, 3)
     file = StreamedFile(job.layout())
@@ -190,7 +192,7 @@ def test_blocks_that_are_there_are_not_made_again_nor_fitted_again():
     assert sum(read) == weight.nbytes  # a bar reaches its end all the same
 
 
-def test_torchs_own_threads_are_as_before():
+def test_streaming_restores_the_number_of_torch_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -221,23 +223,25 @@ BORDERS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in BYTES
         for block_rows in (1000, 4096)
     ],
 )
-def test_rows_beyond_32_bits_land_where_they_belong(row: int, block_rows: int):
-    job = Job(RowwiseInt8(), {"t": "t"}, {"t": Endless(ROWS, DIM)}, block_rows)
+def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, block_rows: int):
+    job = Job(RowwiseInt8(), {"t": "t"}, {"t": ComputedSource(ROWS, DIM)}, block_rows)
     file = StreamedFile(job.layout())
     starts = {part: file.place(f"t.{part}") for part in ("codes", "scale")}
-    wanted = [block for block in job.blocks("t") if block.begin - block_rows <= row <= block.end]
-    assert len(wanted) >= 2
+    checked_blocks = [
+        block for block in job.blocks("t") if block.begin - block_rows <= row <= block.end
+    ]
+    assert len(checked_blocks) >= 2
     pieces: dict[int, memoryview] = {}
 
-    class Caught:
+    class CollectingSink:
         def holds(self, block: str) -> bool:
-            return block not in {each.name for each in wanted}
+            return block not in {each.name for each in checked_blocks}
 
         def write(self, block: str, written: Sequence[Piece]) -> None:
             pieces.update((piece.at, piece.data) for piece in written)
 
-    carry_out(job, file, Caught(), 2)
-    for block in wanted:
+    carry_out(job, file, CollectingSink(), 2)
+    for block in checked_blocks:
         codes = pieces[starts["codes"] + block.begin * DIM]
         assert len(codes) == (block.end - block.begin) * DIM
         scales = torch.frombuffer(
@@ -250,29 +254,29 @@ def test_rows_beyond_32_bits_land_where_they_belong(row: int, block_rows: int):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_weight_that_is_not_finite_is_named_by_its_row(bad: float):
+def test_a_nonfinite_weight_raises_an_error_with_its_row_and_table(bad: float):
     weight = torch.ones(100, 4)
     weight[71, 2] = bad
     with raises_code(ModelRefused, "row_not_finite", row=71, table="user.weight"):
         encoded(job_of(RowwiseInt8(), {"user.weight": weight}, 16), workers=2)
 
 
-def test_a_sum_that_overflows_is_no_fault():
+def test_finite_weights_whose_sum_overflows_are_encoded():
     encoded(job_of(RowwiseInt8(scale="float32"), {"t": torch.full((8, 8), 3e38)}))
 
 
 @dataclass(frozen=True)
-class Broken(Paired):
+class FixedEncoding(Paired):
     """A step that returns given tensors as its encoded block."""
 
-    made: Mapping[str, Tensor] = field(default_factory=dict)
+    encoded_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(self.made)
+        return dict(self.encoded_tensors)
 
 
 @pytest.mark.parametrize(
-    ("made", "code", "fields"),
+    ("encoded_tensors", "code", "fields"),
     [
         ({}, "encoded_names_differ", {"got": (), "expected": ("rows", "sums")}),
         ({"rows": torch.zeros(3, 2).half()}, "encoded_names_differ", {"got": ("rows",)}),
@@ -293,23 +297,23 @@ class Broken(Paired):
         ),
     ],
 )
-def test_a_step_that_breaks_its_layout_is_named(
-    made: Mapping[str, Tensor], code: str, fields: dict[str, Any]
+def test_a_step_that_does_not_follow_its_layout_raises_contract_broken(
+    encoded_tensors: Mapping[str, Tensor], code: str, fields: dict[str, Any]
 ):
     with raises_code(ContractBroken, code, **fields):
-        encoded(job_of(Broken(made=made), {"t": torch.zeros(3, 2)}))
+        encoded(job_of(FixedEncoding(encoded_tensors=encoded_tensors), {"t": torch.zeros(3, 2)}))
 
 
-def test_a_fit_that_forgets_what_is_laid_out_for_the_whole_table_is_named():
-    class Forgetful(Paired):
+def test_a_fit_without_a_tensor_of_the_whole_table_raises_contract_broken():
+    class FitWithoutMean(Paired):
         def fit(self, rows: Tensor) -> dict[str, Tensor]:
             return {}
 
     with raises_code(ContractBroken, "fit_incomplete", name="mean"):
-        encoded(job_of(Forgetful(), {"t": torch.zeros(3, 2)}))
+        encoded(job_of(FitWithoutMean(), {"t": torch.zeros(3, 2)}))
 
 
-def test_two_tensors_of_one_name_are_refused():
+def test_two_tensors_with_one_name_raise_model_refused():
     job = job_of(RowwiseInt8(), {"a.weight": torch.zeros(3, 2)}, **{"a.codes": torch.zeros(1)})
     with raises_code(ModelRefused, "tensor_name_taken", table="a.weight", name="a.codes"):
         job.layout()
@@ -330,13 +334,13 @@ def stored(opened: ExitStack, path: Path, name: str, values: Tensor) -> StoredRo
     header = int.from_bytes(file.read(8), "little")
 
     begin = json.loads(file.read(header))[name]["data_offsets"][0]
-    rows = StoredRows(path, file.fileno(), name, 8 + header + begin, Held(values).spec)
+    rows = StoredRows(path, file.fileno(), name, 8 + header + begin, TensorSource(values).spec)
     assert torch.equal(rows.mapped(), values)
     return rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
-def test_rows_are_read_as_they_were_stored(dtype: torch.dtype, opened: ExitStack, tmp_path: Path):
+def test_stored_rows_are_read_unchanged(dtype: torch.dtype, opened: ExitStack, tmp_path: Path):
     values = torch.randn(30, 3).to(dtype)
     rows = stored(opened, tmp_path / "file", "t", values)
     assert torch.equal(rows.read(7, 19), values[7:19])
@@ -344,13 +348,13 @@ def test_rows_are_read_as_they_were_stored(dtype: torch.dtype, opened: ExitStack
     assert rows.read(4, 4).shape == (0, 3)
 
 
-def test_a_thread_reads_into_the_same_memory_again(opened: ExitStack, tmp_path: Path):
+def test_a_thread_reuses_the_memory_of_its_previous_read(opened: ExitStack, tmp_path: Path):
     rows = stored(opened, tmp_path / "file", "t", torch.randn(30, 3))
     first = rows.read(0, 20)
     assert rows.read(10, 20).data_ptr() == first.data_ptr()
 
 
-def test_a_file_that_ends_early_is_refused(opened: ExitStack, tmp_path: Path):
+def test_a_truncated_file_raises_model_refused(opened: ExitStack, tmp_path: Path):
     rows = stored(opened, tmp_path / "file", "t", torch.randn(3000, 3))
     with (tmp_path / "file").open("r+b") as file:
         file.truncate(20_000)
@@ -358,10 +362,10 @@ def test_a_file_that_ends_early_is_refused(opened: ExitStack, tmp_path: Path):
         rows.read(0, 3000)
 
 
-def test_a_type_without_a_counterpart_is_refused():
+def test_a_dtype_unknown_to_torch_raises_model_refused():
     with raises_code(ModelRefused, "dtype_unknown", dtype="F4"):
         spec_of("F4", (2,), "t")
 
 
-def test_a_block_is_named_by_its_tensor_and_first_row():
+def test_the_name_of_a_block_is_its_tensor_and_first_row():
     assert Block("user.weight", 2**40, 2**40 + 5).name == f"user.weight@{2**40}"

@@ -1,4 +1,4 @@
-"""Weights alone in 8 and 4 bits: what is stored, what is computed, and what GPTQ is worth."""
+"""Weight-only quantization to 8 and 4 bits: codes, the op, rounded inputs and GPTQ."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ rules = st.sampled_from(["min_max", "least_squares", "mse"])
 scale_types = st.sampled_from(["float16", "float32"])
 
 
-def drawn(outputs: int, inputs: int, seed: int = 0) -> Tensor:
+def random_normal(outputs: int, inputs: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(outputs, inputs, generator=generator) / inputs**0.5
 
@@ -59,17 +59,17 @@ def layer(
     inputs: int, outputs: int, bits: int, block: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and bias of one layer, scales in float32 to be trained."""
-    weight, levels = drawn(outputs, inputs, seed), grid(bits, "min_max", "float32")
+    weight, levels = random_normal(outputs, inputs, seed), grid(bits, "min_max", "float32")
     scale = fitted_scale(weight, block, levels)
     steps = nearest_steps(weight, scale, block, levels)
-    return pack(steps, block, bits), scale, drawn(1, outputs, seed + 1)[0]
+    return pack(steps, block, bits), scale, random_normal(1, outputs, seed + 1)[0]
 
 
 # --- codes -----------------------------------------------------------------------------------
 
 
 @given(size=sizes, block=blocks, bits=widths, seed=seeds)
-def test_codes_come_back_as_they_were_packed_and_padding_is_zero(size, block, bits, seed):
+def test_unpack_restores_packed_codes_and_padding_is_zero(size, block, bits, seed):
     inputs, outputs = size
     most = 2 ** (bits - 1) - 1
     random = np.random.default_rng(seed)
@@ -81,11 +81,11 @@ def test_codes_come_back_as_they_were_packed_and_padding_is_zero(size, block, bi
 
 
 @given(size=sizes, block=blocks, bits=widths, clipping=rules, scale=scale_types, seed=seeds)
-def test_a_weight_is_within_half_a_step_and_clipping_never_costs(
+def test_rounding_error_is_at_most_half_a_step_and_clipping_never_increases_it(
     size, block, bits, clipping, scale, seed
 ):
     inputs, outputs = size
-    weight = drawn(outputs, inputs, seed)
+    weight = random_normal(outputs, inputs, seed)
     found = {}
     for rule in ("min_max", clipping):
         levels = grid(bits, rule, scale)
@@ -104,7 +104,7 @@ def test_a_weight_is_within_half_a_step_and_clipping_never_costs(
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_stored_bytes_are_two_codes_a_byte_and_a_scale_a_block(bits, block):
+def test_stored_bytes_are_those_of_padded_codes_a_scale_per_block_and_the_bias(bits, block):
     storage = {4: weight_int4.FORMAT, 8: weight_int8.FORMAT}[bits]
     how = {"block": block, "scale": "float16", "activations": "float32"}
     laid = storage.layout(100, 7, how, bias=True)
@@ -121,7 +121,7 @@ def test_stored_bytes_are_two_codes_a_byte_and_a_scale_a_block(bits, block):
 @pytest.mark.parametrize("shape", [(5, 40), (2, 3, 40)])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_op_is_a_dense_layer_over_its_codes_times_scales(bits, block, shape):
+def test_op_equals_a_dense_layer_with_decoded_weights(bits, block, shape):
     codes, scale, bias = layer(40, 6, bits, block)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     step = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
@@ -134,9 +134,9 @@ def test_the_op_is_a_dense_layer_over_its_codes_times_scales(bits, block, shape)
 
 
 @given(size=sizes, width=st.sampled_from([16, 32]), seed=seeds)
-def test_rounded_inputs_are_within_half_a_level_of_their_own_block(size, width, seed):
+def test_rounded_inputs_are_within_half_a_level_of_their_block(size, width, seed):
     inputs, rows = size
-    x = drawn(rows, inputs, seed) * torch.logspace(-3, 3, inputs)
+    x = random_normal(rows, inputs, seed) * torch.logspace(-3, 3, inputs)
     x[0] = 0
     x[0, 0] = 1e-42  # 127 divided by it is infinite
     near = rounded(x, width)
@@ -150,7 +150,7 @@ def test_rounded_inputs_are_within_half_a_level_of_their_own_block(size, width, 
 
 
 def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes, scale) -> Session:
-    """One MatMulNBits as ONNX Runtime has it, drawn by hand."""
+    """One MatMulNBits as ONNX Runtime has it, random_normal by hand."""
     held = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scale, "scale")]
     node = helper.make_node(
         "MatMulNBits",
@@ -166,7 +166,7 @@ def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes
     info = helper.make_tensor_value_info
     graph = helper.make_graph(
         [node],
-        "drawn",
+        "random_normal",
         [info("x", TensorProto.FLOAT, ["rows", inputs])],
         [info("y", TensorProto.FLOAT, ["rows", len(codes)])],
         held,
@@ -179,7 +179,7 @@ def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("inputs", [3, 40, 130])
 @pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (4, 128), (8, 16), (8, 32), (8, 0)])
-def test_the_op_computes_what_onnxruntimes_kernel_does(bits, block, inputs, activations, tmp_path):
+def test_op_equals_onnxruntimes_kernel(bits, block, inputs, activations, tmp_path):
     codes, scale, _ = layer(inputs, 24, bits, block)
     width = together(inputs, block)
     shaped = codes.reshape(24, -1, width * bits // 8).numpy()
@@ -222,7 +222,7 @@ def test_gradients_reach_inputs_scales_and_bias(bits, block, activations):
         assert found.abs().sum() > 0
 
 
-def test_the_op_keeps_torchs_contract_for_custom_ops():
+def test_op_passes_opcheck():
     codes, scale, bias = layer(24, 5, 4, 16)
     x = torch.randn(3, 24, requires_grad=True)
     scale.requires_grad_()
@@ -236,7 +236,7 @@ def test_the_op_keeps_torchs_contract_for_custom_ops():
 def correlated(rows: int, inputs: int, seed: int) -> Tensor:
     """Correlated inputs, such as the outputs of a Relu."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(rows, inputs, generator=generator) @ drawn(inputs, inputs, seed + 1)
+    mixed = torch.randn(rows, inputs, generator=generator) @ random_normal(inputs, inputs, seed + 1)
     return mixed.relu()
 
 
@@ -251,9 +251,9 @@ def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Te
 
 
 @given(size=sizes, block=blocks, rows=st.integers(1, 60), seed=seeds)
-def test_no_output_is_worse_than_rounded_to_the_nearest(size, block, rows, seed):
+def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
     inputs, outputs = size
-    weight, x = drawn(outputs, inputs, seed), correlated(rows, inputs, seed)
+    weight, x = random_normal(outputs, inputs, seed), correlated(rows, inputs, seed)
     steps, nearest, each, gram = quantized(weight, x, block)
     assert torch.equal(steps, steps.round())
     assert steps.abs().max() <= 7
@@ -261,8 +261,8 @@ def test_no_output_is_worse_than_rounded_to_the_nearest(size, block, rows, seed)
     assert (ours <= squared_error(nearest * each - weight, gram) * (1 + 1e-6) + 1e-12).all()
 
 
-def test_where_inputs_go_together_outputs_lose_little_more_than_half():
-    weight, x = drawn(64, 200), correlated(2000, 200, 3)  # more than are rounded together
+def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
+    weight, x = random_normal(64, 200), correlated(2000, 200, 3)  # more than are rounded together
     steps, nearest, each, gram = quantized(weight, x, 32)
     found = squared_error(steps * each - weight, gram).sum()
     # 0.50 to 0.60 over ten seeds; rounding columns without correcting the rest gives 1.
@@ -272,20 +272,20 @@ def test_where_inputs_go_together_outputs_lose_little_more_than_half():
     torch.testing.assert_close(off.square().sum(), found, rtol=1e-6, atol=0)
 
 
-def test_inputs_that_have_nothing_to_do_with_each_other_leave_nothing_to_make_up():
-    weight = drawn(8, 40)
+def test_gptq_with_uncorrelated_inputs_rounds_to_the_nearest_levels():
+    weight = random_normal(8, 40)
     x = torch.diag(torch.linspace(0.1, 3, 40))
     x[:, 7] = 0  # and one that is always zero
     steps, nearest, _, _ = quantized(weight, x, 32)
     assert torch.equal(steps, nearest)
 
 
-def test_where_all_inputs_are_zero_weights_are_rounded_to_the_nearest():
-    steps, nearest, _, _ = quantized(drawn(3, 20), torch.zeros(5, 20), 16)
+def test_gptq_with_zero_inputs_rounds_to_the_nearest_levels():
+    steps, nearest, _, _ = quantized(random_normal(3, 20), torch.zeros(5, 20), 16)
     assert torch.equal(steps, nearest)
 
 
-def test_gptq_in_a_model_lowers_the_error_that_its_plan_reports(tmp_path):
+def test_gptq_in_a_model_lowers_the_error_as_its_plan_reports(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
     rounded_to = {
         rounding: run(WeightInt4(rounding=rounding), source, bench, tmp_path / rounding)
@@ -317,21 +317,21 @@ def test_gptq_needs_calibration_rows_and_nearest_does_not(tmp_path):
 # --- layers ----------------------------------------------------------------------------------
 
 
-def test_a_layer_without_bias_stores_none(tmp_path):
+def test_a_layer_without_bias_stores_no_bias(tmp_path):
     for step in (WeightInt8(), WeightInt4()):
         result = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path / step.kind)
         assert isinstance(result.module.plain, PackedLinear)
         assert set(dict(result.module.plain.named_buffers())) == {"codes", "scale"}
 
 
-def test_a_layer_that_padding_would_make_larger_stays_with_the_numbers(tmp_path):
+def test_a_layer_that_padding_would_enlarge_is_skipped_with_a_reason(tmp_path):
     source = NORMED.model()
     with raises_code(NothingToCompress, "units_missing", step="weight_int8") as caught:
         run(WeightInt8(block=256), source, Bench(signature=NORMED.signature), tmp_path / "out")
     assert caught.value.fields["reasons"]["hidden"] == HasReason("not_smaller", step="weight_int8")
 
 
-def test_a_weight_beyond_a_float16_scale_is_refused_with_the_number(tmp_path):
+def test_a_weight_too_large_for_a_float16_scale_raises_value_not_storable(tmp_path):
     source = RANKER.model()
     with torch.no_grad():
         source.module.hidden.weight[3, 2] = 1e8
