@@ -23,7 +23,7 @@ from compressors.errors.steps import StepRefused
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
 from compressors.prune.structure.config_widths import Width, find_widths
-from compressors.prune.structure.narrowing import SCALES, Cut, prove, without_channels
+from compressors.prune.structure.narrowing import SCALES, Cut, require_narrowable, without_channels
 
 EXAMPLE_ROWS = 256
 BATCH = 1024
@@ -86,7 +86,7 @@ def find_dead_channels(
             readers = readers_of(width, traces, next(layouts(width)))
             dead = _dead_channels(model, signature, readers, sample)
             if dead is not None:
-                prove(model, signature, dead.cut)
+                require_narrowable(model, signature, dead.cut)
                 result.append(dead)
         except NotAWidth:
             continue  # its channels cannot be removed: the constants stay

@@ -34,7 +34,7 @@ from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, own_weight, private_copy, swap
 from compressors.errors.steps import StepRefused
-from compressors.prune.structure.narrowing import apart
+from compressors.prune.structure.narrowing import score_difference
 from compressors.rewrite.dataflow import Dataflow, Reader, dataflow
 from compressors.rewrite.dead_channels import DeadChannels, find_dead_channels, remove_dead_channels
 from compressors.rewrite.unread_features import unread_features
@@ -187,7 +187,7 @@ class Fold(StepSettings):
         before = replace(model, module=private_copy(model.module))
         after = _folded(model, moves)
         after = remove_dead_channels(after, signature, dead)
-        gap = apart(after.module, before.module, signature)
+        gap = score_difference(after.module, before.module, signature)
         if gap is not None:
             raise StepRefused("folded_scores_differ", gap=gap)
         return after

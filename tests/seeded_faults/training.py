@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         id="sparse-reconstruction-ignores-removed-weights",
         file="compressors/prune/dense/sparse_2_4.py",
-        old="    moved = torch.where(kept, 0.0, -wide)",
-        new="    moved = torch.zeros_like(wide)",
+        old="    change = torch.where(kept, 0.0, -exact)",
+        new="    change = torch.zeros_like(exact)",
         effect="The remaining weights are not refitted after pruning.",
         tests=(f"{SPARSE}::test_reconstruction_is_the_least_squares_solution_on_what_stays",),
     ),

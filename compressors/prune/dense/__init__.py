@@ -1,11 +1,11 @@
-"""Pruning of dense layers by channels, layers or weights: one step in each file.
+"""Pruning of dense layers: remove channels or layers, or set weights to zero.
 
-importance.py   how important a channel is
+importance.py   importance scores of weights and channels
 kept_shares.py  how many channels each width keeps
 reconstruct.py  least-squares refit of layers whose inputs were removed
-channels.py     output channels are removed
-drop_layers.py  whole layers are removed
-magnitude.py    the smallest weights become zero
-sparse_2_4.py   two of every four weights become zero
-l1_training.py  training with an L1 penalty
+channels.py     step: remove output channels
+drop_layers.py  step: remove whole layers
+magnitude.py    step: set the smallest weights to zero
+sparse_2_4.py   step: set two of every four weights to zero
+l1_training.py  step: train with an L1 penalty
 """

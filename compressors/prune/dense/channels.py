@@ -3,9 +3,10 @@
 The matrices become smaller, which is faster on every target. Removing an output channel also
 removes the matching input of every layer that consumes it
 (``compressors.prune.structure.channel_consumers``). The layer's width is a number in the
-architecture's configuration. That number becomes smaller, so the result is stored and built like
-any other network. If the number counts groups of channels, such as attention heads, whole groups
-are removed.
+architecture's configuration (an argument of the model class). That number becomes smaller, so the
+result is stored and built like any other network. If the number counts groups of channels, such as
+attention heads, whole groups are removed. A *unit* is one channel or one such group, a *maker* a
+layer that outputs it, a *reader* a layer or norm that consumes it.
 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
 https://arxiv.org/abs/1803.03635, sec. 2 (iterative pruning: prune and train in turn, the same share
@@ -34,27 +35,32 @@ from compressors.distill.training.training_steps import choose_trainable, pruned
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.prune.dense import kept_shares
-from compressors.prune.dense.importance import Importance, kept_units, per_unit, sizes_of
+from compressors.prune.dense.importance import (
+    Importance,
+    kept_units,
+    unit_importance,
+    weight_importance,
+)
 from compressors.prune.dense.kept_shares import Counts
 from compressors.prune.dense.reconstruct import reconstruct
 from compressors.prune.structure.channel_consumers import Readers
 from compressors.prune.structure.config_widths import Width
-from compressors.prune.structure.narrowing import Cut, left_of, without_channels
+from compressors.prune.structure.narrowing import Cut, remaining_readers, without_channels
 from compressors.prune.structure.prunable_widths import PrunableWidths, prunable_widths
 
 CUTS = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
-"""Reasons of layers that become narrower."""
+"""Codes of the reasons of layers that become narrower."""
 
 
-class Proved(NamedTuple):
-    """The widths that can be narrowed, proved with the inputs of a signature."""
+class CheckedWidths(NamedTuple):
+    """The widths that can be narrowed, and the signature that they were checked with."""
 
     signature: Signature
     prunable: PrunableWidths
 
 
 class Channels(StepSettings):
-    """Remove whole output channels of dense layers, and the inputs that read them."""
+    """Remove whole output channels of dense layers, and the inputs that consume them."""
 
     effect: ClassVar[Effect] = "values"
 
@@ -62,58 +68,64 @@ class Channels(StepSettings):
     layers: tuple[str, ...] = Field(
         ("*",), description="Dense layers to narrow: module names, with * for any characters."
     )
-    keep: float = Field(0.5, gt=0, lt=1, description="Share of the channels that stay.")
+    keep: float = Field(
+        0.5, gt=0, lt=1, description="Share of the channels to keep. Not used with flops."
+    )
     multiple: int = Field(8, ge=1, description="Widths are rounded to a multiple of this.")
     importance: Importance = Field(
         "l2",
-        description="What a channel is judged by: the L1 or L2 norm of its weights, the loss's "
-        "gradient times its weights on training rows, what it adds to the layers that read it on "
-        "calibration rows, or chance (the honest baseline).",
+        description="Channel score. l1, l2: norm of its weights. gradient: weights times the "
+        "gradient of the loss on training rows. activation: contribution to the consuming layers "
+        "on calibration rows. random: a baseline for comparison.",
     )
     rows: int = Field(
-        8192, ge=1, description="Rows read for gradient, activation and reconstruct, at most."
+        8192, ge=1, description="Largest number of rows read for gradient, activation, reconstruct."
     )
     scope: Literal["layer", "global"] = Field(
         "layer",
-        description="Every width keeps the same share, or one threshold decides over all widths, "
-        "importance being divided by its mean over each.",
+        description="layer: every width keeps the same share. global: one threshold for all "
+        "widths, after importance is divided by its mean over each width.",
     )
     least: float = Field(
-        0.1, gt=0, le=1, description="Share of its channels that each width keeps under 'global'."
+        0.1,
+        gt=0,
+        le=1,
+        description="Smallest share of its channels that each width keeps if scope is global.",
     )
     flops: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="In place of keep: share of all dense layers' multiply-adds that stays, at "
-        "most, after rounding.",
+        description="Instead of keep: largest share of the multiply-adds of all dense layers that "
+        "may remain after rounding. Empty: keep decides.",
     )
     reconstruct: bool = Field(
         False,
-        description="Solve the layers that read fewer channels again, so that on calibration rows "
-        "they answer as before.",
+        description="Refit the consuming layers by least squares so that their outputs on "
+        "calibration rows change least.",
     )
     rounds: int = Field(
-        1, ge=1, description="Cut in so many rounds; each evaluates the remaining channels again."
+        1, ge=1, description="Number of pruning rounds; channels are scored again in each round."
     )
     training: Training | None = Field(
-        None, description="How the network is trained after each round; none: not at all."
+        None, description="Training after each round. Empty: no training."
     )
     soft_share: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="In training, weight of the original's predictions against the labels.",
+        description="Weight of the original model's predictions in training; the labels get the "
+        "rest.",
     )
     temperature: float = Field(
         1.0,
         ge=0.1,
         le=100,
-        description="Divides both predictions before they are compared.",
+        description="Temperature: divides the logits of both models before they are compared.",
     )
 
     @model_validator(mode="after")
-    def _teaching_needs_training(self) -> Self:
+    def _require_training_for_soft_labels(self) -> Self:
         if self.soft_share and self.training is None:
             raise value_error("soft_share_without_training")
         return self
@@ -125,7 +137,7 @@ class Channels(StepSettings):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Rows to measure importance on, and rows to train on."""
+        """The splits that importance, reconstruction and training read."""
         parts: list[Part] = []
         if self.importance == "gradient" or self.training is not None:
             parts.append("train")
@@ -137,149 +149,164 @@ class Channels(StepSettings):
             parts.append("soft_labels")
         return tuple(parts)
 
-    def plan(self, model: Model, bench: Bench) -> StepPlan[Proved]:
+    def plan(self, model: Model, bench: Bench) -> StepPlan[CheckedWidths]:
         """Select the layers to narrow and their consumers; give a reason for each other layer.
 
         Raises:
-            NothingToCompress: importance is ``gradient``, and the signature's task has no loss.
-            CompressionError: not even the smallest widths reach the target.
+            NothingToCompress: a pattern matches no layer, or importance is ``gradient`` and the
+                signature's task has no loss.
+            StepRefused: even the smallest widths need more multiply-adds than ``flops`` allows.
         """
         if self.importance == "gradient" and not bench.signature.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
-        prunable = self._found(model, bench.signature)
+        prunable = self._prunable_widths(model, bench.signature)
         decisions = dict(prunable.decisions)
-        proved = Proved(bench.signature, prunable)
+        checked = CheckedWidths(bench.signature, prunable)
         if not prunable.readers:
-            return StepPlan(decisions, proved)
-        counts, left = self._predicted(model, bench.signature, prunable.widths)
+            return StepPlan(decisions, checked)
+        counts, work_share = self._estimate(model, bench.signature, prunable.widths)
         for item in prunable.readers:
             for maker in item.width.makers:
-                reasons = self._reasons(item.width, maker, counts[item.width.path], left)
-                decisions[maker] = _taken(decisions[maker], *reasons)
+                reasons = self._reasons(item.width, maker, counts[item.width.path], work_share)
+                decisions[maker] = _take(decisions[maker], *reasons)
             for reader in item.width.readers:
                 if reader in decisions:
                     makers = tuple(maker for maker, name in item.reads if name == reader)
                     follows = Reason("inputs_follow", makers=makers)
-                    decisions[reader] = _taken(decisions[reader], follows)
+                    decisions[reader] = _take(decisions[reader], follows)
         if self.training is not None:
             trained = choose_trainable(model, bench, self.kind, tables=self.training.tables)
             for name, decision in trained.items():
                 if decision.selected:
                     after_round = Reason("trained_each_round")
-                    decisions[name] = _taken(decisions.get(name, decision), after_round)
-        return StepPlan(decisions, proved)
+                    decisions[name] = _take(decisions.get(name, decision), after_round)
+        return StepPlan(decisions, checked)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Proved]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[CheckedWidths]) -> Applied:
         """Prune every selected width and check that only the pruned channels are missing.
 
         Raises:
-            CompressionError: the narrower network differs from the old one without those channels,
-                all gradients are zero, the target cannot be reached, or training diverged.
+            RowsMissing: the bench lacks rows or soft labels that the settings need.
+            StepRefused: the narrower network fails or differs from the old one without those
+                channels, every importance is zero, or the target cannot be reached.
+            NotAWidth: after a round, the remaining channels are not consumed as before.
+            TrainingFailed: training diverged, or nothing can be trained.
         """
         signature, prunable = plan.payload
-        learned: dict[str, tuple[Reason, ...]] = {}
-        first = {width.path: width.value for width in prunable.widths}
-        whole = sum(kept_shares.multiply_adds(model.module, signature).values())
+        training_reasons: dict[str, tuple[Reason, ...]] = {}
+        initial = {width.path: width.value for width in prunable.widths}
+        initial_work = sum(kept_shares.multiply_adds(model.module, signature).values())
         readers = prunable.readers
         for number in range(1, self.rounds + 1):
-            sizes = sizes_of(model, bench, self.importance, self.rows)
+            scores = weight_importance(model, bench, self.importance, self.rows)
             importance = {
                 maker: total
                 for item in readers
-                for maker, total in per_unit(item, sizes, self.importance).items()
+                for maker, total in unit_importance(item, scores, self.importance).items()
             }
-            part = number / self.rounds
-            counts = self._counts(model, signature, readers, importance, first, whole, part)
+            progress = number / self.rounds
+            counts = self._counts(
+                model, signature, readers, importance, initial, initial_work, progress
+            )
             before = private_copy(model.module).eval()
-            kept = _kept(readers, importance, counts)
-            model = self._cut(model, signature, readers, kept, counts)
+            kept = _kept_units(readers, importance, counts)
+            model = self._narrow(model, signature, readers, kept, counts)
             if self.reconstruct:
                 layers = sorted({name for width in prunable.widths for name in width.readers})
-                outputs = {m: kept[m][own] for item in readers for m, own in item.units.items()}
+                outputs = {
+                    maker: kept[maker][units]
+                    for item in readers
+                    for maker, units in item.units.items()
+                }
                 reconstruct(model.module, before, bench, layers, outputs, self.rows)
             if self.training is not None:
-                model, trained = self._trained(model, bench, self.training, number)
-                learned = {
+                model, trained = self._train(model, bench, self.training, number)
+                training_reasons = {
                     name: (Reason("last_round", what=outcome.reasons),)
                     for name, outcome in trained.items()
                 }
             if number < self.rounds:
-                readers = tuple(left_of(item, model, signature, kept) for item in readers)
+                readers = tuple(remaining_readers(item, model, signature, kept) for item in readers)
         if self.scope == "layer":
-            return Applied(model, _deferred(learned))
-        share = sum(kept_shares.multiply_adds(model.module, signature).values()) / whole
-        work_left = Reason("multiply_adds_left", share=share)
-        cut = {
+            return Applied(model, _deferred(training_reasons))
+        work = sum(kept_shares.multiply_adds(model.module, signature).values())
+        work_left = Reason("multiply_adds_left", share=work / initial_work)
+        narrowed = {
             maker: (
-                _fewer(width, maker, width.value, counts[width.path]),
+                _width_reason(width, maker, width.value, counts[width.path]),
                 work_left,
-                *learned.get(maker, ()),
+                *training_reasons.get(maker, ()),
             )
             for width in prunable.widths
             for maker in width.makers
         }
-        return Applied(model, _deferred({**learned, **cut}))
+        return Applied(model, _deferred({**training_reasons, **narrowed}))
 
-    def dry_run(self, model: Model, plan: StepPlan[Proved]) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[CheckedWidths]) -> Model:
         """Prune the last channels of every width: as many as ``apply`` would prune.
 
-        With ``scope`` ``global`` that number depends on the values of the weights, so the same
-        share of every width is pruned instead.
+        With ``scope`` ``global`` the number for each width depends on the values of the weights, so
+        the same share of every width is pruned instead.
         """
         signature, prunable = plan.payload
-        counts, _ = self._predicted(model, signature, prunable.widths)
-        alike = {
+        counts, _ = self._estimate(model, signature, prunable.widths)
+        equal_importance = {
             maker: torch.zeros(item.width.value)
             for item in prunable.readers
             for maker in item.width.makers
         }
-        kept = _kept(prunable.readers, alike, counts)
-        return self._cut(model, signature, prunable.readers, kept, counts)
+        kept = _kept_units(prunable.readers, equal_importance, counts)
+        return self._narrow(model, signature, prunable.readers, kept, counts)
 
-    def _reasons(self, width: Width, maker: str, count: int, left: float) -> list[Reason]:
+    def _reasons(self, width: Width, maker: str, count: int, work_share: float) -> list[Reason]:
+        """The reasons in the plan for a maker that keeps ``count`` units."""
         step, importance = self.kind, self.importance
         if self.scope == "global":
-            place = width.description()
-            reasons = [Reason("one_threshold", step=step, width=place, importance=importance)]
+            argument = width.description()
+            reasons = [Reason("one_threshold", step=step, width=argument, importance=importance)]
         else:
-            fewer = _fewer(width, maker, width.value, count)
+            fewer = _width_reason(width, maker, width.value, count)
             reasons = [Reason("channels_cut", step=step, what=fewer, importance=importance)]
             if self.flops is not None:
-                reasons.append(Reason("multiply_adds_left", share=left))
+                reasons.append(Reason("multiply_adds_left", share=work_share))
         if self.rounds > 1:
             reasons.append(Reason("in_rounds", rounds=self.rounds))
         return reasons
 
-    def _predicted(
+    def _estimate(
         self, model: Model, signature: Signature, widths: tuple[Width, ...]
     ) -> tuple[Counts, float]:
-        """Units left if every width keeps the same share, and the share of multiply-adds left."""
-        first = {width.path: width.value for width in widths}
-        work = kept_shares.multiply_adds(model.module, signature)
-        whole = sum(work.values())
-        counts = self._equal(model, work, widths, first, whole, 1.0)
-        return counts, kept_shares.remaining_multiply_adds(
-            work, model.module, widths, counts
-        ) / whole
+        """Estimate the result if every width keeps the same share.
 
-    def _equal(
+        Returns:
+            The number of units that each width keeps, and the share of multiply-adds that remains.
+        """
+        initial = {width.path: width.value for width in widths}
+        work = kept_shares.multiply_adds(model.module, signature)
+        initial_work = sum(work.values())
+        counts = self._equal_counts(model, work, widths, initial, initial_work, 1.0)
+        remaining = kept_shares.remaining_multiply_adds(work, model.module, widths, counts)
+        return counts, remaining / initial_work
+
+    def _equal_counts(
         self,
         model: Model,
         work: Mapping[str, float],
         widths: tuple[Width, ...],
-        first: Counts,
-        whole: float,
-        part: float,
+        initial: Counts,
+        initial_work: float,
+        progress: float,
     ) -> Counts:
+        """As ``_counts``, if every width keeps the same share."""
         if self.flops is None:
-            return kept_shares.equal_shares(widths, first, self.keep**part, self.multiple)
-        return kept_shares.largest_within(
+            return kept_shares.equal_shares(widths, initial, self.keep**progress, self.multiple)
+        return kept_shares.largest_counts_within(
             lambda k: kept_shares.equal_shares(
-                widths, first, (k + 1) / kept_shares.STEPS, self.multiple
+                widths, initial, (k + 1) / kept_shares.SEARCH_STEPS, self.multiple
             ),
-            kept_shares.STEPS,
+            kept_shares.SEARCH_STEPS,
             lambda counts: kept_shares.remaining_multiply_adds(work, model.module, widths, counts),
-            whole * self.flops**part,
+            initial_work * self.flops**progress,
             "multiply-adds",
         )
 
@@ -289,31 +316,45 @@ class Channels(StepSettings):
         signature: Signature,
         readers: tuple[Readers, ...],
         importance: Mapping[str, Tensor],
-        first: Counts,
-        whole: float,
-        part: float,
+        initial: Counts,
+        initial_work: float,
+        progress: float,
     ) -> Counts:
-        """Number of units that every width keeps after the fraction ``part`` of all rounds."""
+        """Number of units that every width keeps after a round.
+
+        Args:
+            model: the present network.
+            signature: its inputs.
+            readers: the consumers of the present widths.
+            importance: by maker, float ``(units,)``.
+            initial: number of units of each width before the first round.
+            initial_work: multiply-adds of all dense layers for one row before the first round.
+            progress: number of this round divided by the number of rounds.
+        """
         widths = tuple(item.width for item in readers)
         work = kept_shares.multiply_adds(model.module, signature)
         if self.scope == "layer":
-            return self._equal(model, work, widths, first, whole, part)
-        curves = kept_shares.curves_of(readers, importance)
-        floors = {path: value * self.least for path, value in first.items()}
+            return self._equal_counts(model, work, widths, initial, initial_work, progress)
+        normalized = kept_shares.normalized_importance(readers, importance)
+        floors = {path: value * self.least for path, value in initial.items()}
 
         def channels(counts: Counts) -> float:
             return sum(counts[w.path] * sum(w.makers.values()) for w in widths)
 
-        def left(counts: Counts) -> float:
+        def multiply_adds(counts: Counts) -> float:
             return kept_shares.remaining_multiply_adds(work, model.module, widths, counts)
 
         if self.flops is None:
-            cost, limit, what = channels, channels(first) * self.keep**part, "channels"
+            cost, cost_unit = channels, "channels"
+            limit = channels(initial) * self.keep**progress
         else:
-            cost, limit, what = left, whole * self.flops**part, "multiply-adds"
-        return kept_shares.by_threshold(curves, widths, floors, self.multiple, cost, limit, what)
+            cost, cost_unit = multiply_adds, "multiply-adds"
+            limit = initial_work * self.flops**progress
+        return kept_shares.counts_by_threshold(
+            normalized, widths, floors, self.multiple, cost, limit, cost_unit
+        )
 
-    def _cut(
+    def _narrow(
         self,
         model: Model,
         signature: Signature,
@@ -321,9 +362,14 @@ class Channels(StepSettings):
         kept: Mapping[str, Tensor],
         counts: Counts,
     ) -> Model:
+        """Build the network with the kept units and check it.
+
+        Raises:
+            StepRefused: the narrower network fails, or code other than layers reads the channels.
+        """
         cuts = [Cut(item.width, item, counts[item.width.path]) for item in readers]
         try:
-            narrow, gap = without_channels(model, signature, cuts, kept)
+            narrower, gap = without_channels(model, signature, cuts, kept)
         except Exception as fault:  # any exception of the class means: these widths are fixed
             if is_out_of_memory(fault):
                 raise
@@ -335,23 +381,23 @@ class Channels(StepSettings):
             ) from fault
         if gap is not None:
             raise StepRefused("channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept)))
-        return narrow
+        return narrower
 
-    def _found(self, model: Model, signature: Signature) -> PrunableWidths:
+    def _prunable_widths(self, model: Model, signature: Signature) -> PrunableWidths:
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         searched = self.flops is not None or self.scope == "global"
         share = self.flops or self.keep
         return prunable_widths(model, signature, decisions, share, self.multiple, searched=searched)
 
-    def _trained(self, model: Model, bench: Bench, training: Training, number: int) -> Applied:
+    def _train(self, model: Model, bench: Bench, training: Training, number: int) -> Applied:
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
         if bench.checkpoints is not None:  # one checkpoint folder per round
-            place = f"{bench.checkpoints}/round-{number}"
-            bench = bench.model_copy(update={"checkpoints": place})
+            folder = f"{bench.checkpoints}/round-{number}"
+            bench = bench.model_copy(update={"checkpoints": folder})
         return train_model(model, bench, loss, training, pruned_layers(model))
 
 
-def _kept(
+def _kept_units(
     readers: tuple[Readers, ...], importance: Mapping[str, Tensor], counts: Counts
 ) -> dict[str, Tensor]:
     """Units that are kept, by maker: bool ``(units,)`` each."""
@@ -361,12 +407,13 @@ def _kept(
     return kept
 
 
-def _deferred(learned: Mapping[str, tuple[Reason, ...]]) -> dict[str, Decision]:
-    return {name: Decision("deferred", reasons) for name, reasons in learned.items()}
+def _deferred(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[str, Decision]:
+    """Outcomes with these reasons; the runner compares the tensors to find out what changed."""
+    return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 
-def _fewer(width: Width, maker: str, before: int, after: int) -> Reason:
-    """Reason such as ``16 -> 8 outputs (hidden[0])`` or ``32 -> 16 outputs (heads 4 -> 2)``."""
+def _width_reason(width: Width, maker: str, before: int, after: int) -> Reason:
+    """A reason such as ``16 -> 8 outputs (hidden[0])`` or ``32 -> 16 outputs (heads 4 -> 2)``."""
     size = width.makers[maker]
     if size == 1:
         return Reason("fewer_channels", before=before, after=after, width=width.description())
@@ -380,7 +427,7 @@ def _fewer(width: Width, maker: str, before: int, after: int) -> Reason:
     )
 
 
-def _taken(decision: Decision, *reasons: Reason) -> Decision:
-    """Decide to prune or train a layer; the reasons of a decision to prune are kept."""
-    is_cut = decision.selected and decision.reasons[0].code in CUTS
-    return Decision("taken", (*decision.reasons, *reasons) if is_cut else reasons)
+def _take(decision: Decision, *reasons: Reason) -> Decision:
+    """Decide to prune or train a layer; earlier reasons are kept if they say that it is pruned."""
+    is_pruned = decision.selected and decision.reasons[0].code in CUTS
+    return Decision("taken", (*decision.reasons, *reasons) if is_pruned else reasons)

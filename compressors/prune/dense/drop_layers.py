@@ -1,11 +1,17 @@
 """Remove whole layers: cross layers, hidden layers, attention blocks.
 
-The search is greedy: remove the layer without which the network scores best on the validation rows,
-then repeat with the remaining layers.
+A *stack* is a set of layers that one argument of the model class counts (``cross_layers=3``) or
+lists (``hidden=[64, 32]``). A *member* is one position of a stack: all modules that disappear if
+the number is one less. A cross layer of two factors, for example, is one member of two modules.
 
-Source: Men et al. 2024, https://arxiv.org/abs/2403.03853 (layers are redundant; removing beats
-narrowing). Differs: they rank layers once by how much each changes the direction of its input; here
-the network is measured without each layer, which is affordable because click models are small.
+With importance ``quality`` the search is greedy: it removes the member without which the network
+scores best on the validation rows, then repeats with the remaining members. With ``random`` it
+removes randomly selected members.
+
+Source: Men et al. 2024, https://arxiv.org/abs/2403.03853 (layers are redundant; removing layers is
+better than narrowing them). Differs: the paper ranks layers once by how much each changes the
+direction of its input. Here the network is measured without each layer, which is affordable because
+CTR models are small.
 """
 
 from collections.abc import Mapping
@@ -27,136 +33,154 @@ from compressors.metrics.validation_score import quality
 from compressors.prune.structure.config_depth import Stack, find_stacks, without_member
 
 
-class Stacks(NamedTuple):
-    """The stacks with removable layers, found with the inputs of a signature."""
+class RemovableStacks(NamedTuple):
+    """The stacks with removable members, and the signature that they were checked with."""
 
     signature: Signature
     stacks: tuple[Stack, ...]
 
 
 class DropLayers(StepSettings):
-    """Remove whole layers, as many as the configuration can count."""
+    """Remove whole layers that an argument of the model class counts or lists."""
 
     effect: ClassVar[Effect] = "values"
 
     kind: Literal["drop_layers"] = "drop_layers"
     layers: tuple[str, ...] = Field(
         ("*",),
-        description="Dense layers that may go: module names, with * for any characters. A number "
-        "of the configuration is lowered only if all layers it counts are among them.",
+        description="Dense layers that may be removed: module names, with * for any characters. "
+        "Layers that one argument of the model class counts are removed only if all of them match.",
     )
     count: int = Field(
-        1, ge=1, description="Layers removed for each number or list that counts them, at most."
+        1,
+        ge=1,
+        description="Largest number of layers to remove for each argument that counts or lists "
+        "layers. One layer always stays.",
     )
     importance: Literal["quality", "random"] = Field(
         "quality",
-        description="Which go first: those without which the metric on validation rows is "
-        "highest, or those that chance says (the honest baseline).",
+        description="Order of removal. quality: first the layer without which the metric on "
+        "validation rows is highest. random: any layer (a baseline for comparison).",
     )
     most_loss: float | None = Field(
         None,
         ge=0,
-        description="By how much the metric on validation rows may fall, for all that go "
-        "together; none: at any cost.",
+        description="Largest allowed decrease of the metric on validation rows, for all removed "
+        "layers together. Empty: no limit.",
     )
 
     @property
     def needs(self) -> tuple[Part, ...]:
         """Validation rows, if the measured quality selects or limits the removed layers."""
-        return ("validation",) if self._measures else ()
+        return ("validation",) if self._needs_quality else ()
 
     @property
-    def _measures(self) -> bool:
+    def _needs_quality(self) -> bool:
         return self.importance == "quality" or self.most_loss is not None
 
-    def plan(self, model: Model, bench: Bench) -> StepPlan[Stacks]:
-        """Select the layers that may be removed; give a reason for each other layer.
+    def plan(self, model: Model, bench: Bench) -> StepPlan[RemovableStacks]:
+        """Select the stacks whose members may be removed; give a reason for each other layer.
 
         Raises:
             NothingToCompress: quality must be measured, and the task has no metric of single rows.
         """
-        if self._measures and not bench.signature.scores_rows:
+        if self._needs_quality and not bench.signature.scores_rows:
             raise NothingToCompress("row_metric_for_layers_missing", step=self.kind)
-        stacks, decisions = self._stacks(model, bench.signature)
-        return StepPlan(decisions, Stacks(bench.signature, tuple(stacks)))
+        stacks, decisions = self._removable_stacks(model, bench.signature)
+        return StepPlan(decisions, RemovableStacks(bench.signature, tuple(stacks)))
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Stacks]) -> Applied:
-        """Remove layers one at a time, each time the one whose removal costs least.
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[RemovableStacks]) -> Applied:
+        """Remove up to ``count`` members of each stack, one at a time.
 
         Raises:
-            CompressionError: the bench lacks validation rows.
+            RowsMissing: quality must be measured, and the bench has no validation rows.
         """
-        if self._measures and bench.validation is None:
+        if self._needs_quality and bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
         names = [unit.name for unit in Unit.of(model.module)]
-        before = self._quality(model, bench)
-        drawn = torch.Generator().manual_seed(bench.seed)
+        baseline_quality = self._quality(model, bench)
+        generator = torch.Generator().manual_seed(bench.seed)
         outcomes: dict[str, Decision] = {}
-        for stack in plan.payload.stacks:
-            now, left, changes = stack, list(range(stack.members)), list[Reason]()
+        for original_stack in plan.payload.stacks:
+            stack = original_stack
+            remaining = list(range(stack.members))  # original numbers of the remaining members
+            changes = list[Reason]()
             for _ in range(self.count):
-                tried = _tried(model, bench.signature, now)
-                if not tried:
+                candidates = _candidates(model, bench.signature, stack)
+                if not candidates:
                     break
                 if self.importance == "random":
-                    members = sorted(tried)
-                    gone = members[int(torch.randint(len(members), (1,), generator=drawn))]
-                    qualities = {gone: self._quality(tried[gone][0], bench)}
+                    members = sorted(candidates)
+                    index = int(torch.randint(len(members), (1,), generator=generator))
+                    selected = members[index]
+                    qualities = {selected: self._quality(candidates[selected][0], bench)}
                 else:
                     qualities = {
-                        m: self._quality(candidate, bench) for m, (candidate, _) in tried.items()
+                        member: self._quality(candidate, bench)
+                        for member, (candidate, _) in candidates.items()
                     }
-                    gone = max(qualities, key=lambda member: (qualities[member], -member))
-                metric, change = bench.signature.single_output.metric, qualities[gone] - before
-                if self.most_loss is not None and qualities[gone] < before - self.most_loss:
-                    layer = left[gone]
+                    # Of members with equal quality, the first one is removed.
+                    selected = max(qualities, key=lambda member: (qualities[member], -member))
+                metric = bench.signature.single_output.metric
+                change = qualities[selected] - baseline_quality
+                layer = remaining[selected]
+                if (
+                    self.most_loss is not None
+                    and qualities[selected] < baseline_quality - self.most_loss
+                ):
                     changes.append(Reason("layer_kept", layer=layer, metric=metric, change=change))
                     break
-                model, now = tried[gone]
-                layer = left.pop(gone)
+                model, stack = candidates[selected]
+                del remaining[selected]
                 changes.append(
                     Reason("layer_removed_measured", layer=layer, metric=metric, change=change)
-                    if self._measures
+                    if self._needs_quality
                     else Reason("layer_removed", layer=layer)
                 )
-            outcomes |= _outcomes(names, stack, left, changes)
+            outcomes |= _outcomes(names, original_stack, remaining, changes)
         return Applied(model, outcomes)
 
-    def dry_run(self, model: Model, plan: StepPlan[Stacks]) -> Model:
-        """Remove the last removable layers of every stack: as many as ``apply`` may remove."""
-        for stack in plan.payload.stacks:
-            now = stack
+    def dry_run(self, model: Model, plan: StepPlan[RemovableStacks]) -> Model:
+        """Remove the last removable members of every stack: as many as ``apply`` may remove."""
+        for original_stack in plan.payload.stacks:
+            stack = original_stack
             for _ in range(self.count):
-                tried = _tried(model, plan.payload.signature, now)
-                if tried:
-                    model, now = tried[max(tried)]
+                candidates = _candidates(model, plan.payload.signature, stack)
+                if candidates:
+                    model, stack = candidates[max(candidates)]
         return model
 
     def _quality(self, model: Model, bench: Bench) -> float:
-        if not self._measures or bench.validation is None:
+        """The metric on the validation rows; 0 if quality need not be measured."""
+        if not self._needs_quality or bench.validation is None:
             return 0.0
         return quality(model.module, bench.signature, bench.validation)
 
-    def _stacks(
+    def _removable_stacks(
         self, model: Model, signature: Signature
     ) -> tuple[list[Stack], dict[str, Decision]]:
-        """The stacks with removable layers, and the decision of every dense layer."""
+        """Find the stacks with removable members.
+
+        Returns:
+            The stacks, and the decision of every dense layer and of every other unit (such as a
+            table) in a stack that contains dense layers.
+        """
         units = Unit.of(model.module)
-        selected = choose_dense(units, self.layers, self.kind)
-        why = Reason("no_layer_count")
+        choices = choose_dense(units, self.layers, self.kind)
+        uncounted = Decision("skipped", (Reason("no_layer_count"),))
         decisions = {
-            n: Decision("skipped", (why,)) if c.selected else c for n, c in selected.items()
+            name: uncounted if choice.selected else choice for name, choice in choices.items()
         }
         stacks: list[Stack] = []
-        taken: set[str] = set()
+        assigned: set[str] = set()  # units of the stacks selected so far
         for stack in find_stacks(model):
-            inside = [u.name for u in units if stack.member_of(u.name) is not None]
-            dense = [name for name in inside if name in selected]
-            if not dense or taken & set(inside):
+            members = [unit.name for unit in units if stack.member_of(unit.name) is not None]
+            dense = [name for name in members if name in choices]
+            if not dense or assigned & set(members):
                 continue
-            reason = _why_not(model, signature, stack, selected, dense)
-            for name in inside:
-                if reason is not None and (name not in selected or selected[name].selected):
+            reason = _reason_not_removable(model, signature, stack, choices, dense)
+            for name in members:
+                if reason is not None and (name not in choices or choices[name].selected):
                     decisions[name] = Decision("skipped", (reason,))
                 elif reason is None:
                     dropped = Reason(
@@ -170,72 +194,93 @@ class DropLayers(StepSettings):
                     decisions[name] = Decision("taken", (dropped,))
             if reason is None:
                 stacks.append(stack)
-                taken |= set(inside)
+                assigned |= set(members)
         return stacks, decisions
 
 
-def _why_not(
+def _reason_not_removable(
     model: Model,
     signature: Signature,
     stack: Stack,
-    selected: Mapping[str, Decision],
+    choices: Mapping[str, Decision],
     dense: list[str],
 ) -> Reason | None:
-    """The reason why no layer of a stack can be removed, or None."""
+    """The reason why no member of a stack can be removed; None if one can.
+
+    Args:
+        model: the network; it is not changed.
+        signature: the inputs of the network.
+        stack: the stack.
+        choices: whether the setting ``layers`` selects each dense layer.
+        dense: names of the dense layers in the stack.
+    """
     for name in dense:
-        if not selected[name].selected:
-            why = selected[name].reasons
+        if not choices[name].selected:
+            why = choices[name].reasons
             return Reason("shares_count", argument=stack.description(), layer=name, why=why)
-    # Layers move up, so earlier steps must have treated all members of the stack alike.
+    # Later members move up by one, so earlier steps must have changed all members in the same way.
     steps: dict[str, set[tuple[str, ...]]] = {}
     for name in dense:
         line = model.plan.of(name) if model.plan else None
-        place = _place(stack, name)
-        steps.setdefault(place, set()).add(line.steps if line else ())
-    for treatments in steps.values():
-        if len(treatments) > 1:
+        position = _name_in_first_member(stack, name)
+        steps.setdefault(position, set()).add(line.steps if line else ())
+    for step_lists in steps.values():
+        if len(step_lists) > 1:
             return Reason("treated_differently", argument=stack.description())
     faults: list[Reason] = []
-    if not _tried(model, signature, stack, faults):
+    if not _candidates(model, signature, stack, faults):
         return faults[0]
     return None
 
 
-def _place(stack: Stack, name: str) -> str:
-    """The place of a layer within its member, the same for all members of the stack."""
-    first: str | None = name
-    while first is not None and stack.member_of(first):
-        first = stack.moved(first, 0)
-    return first or name
+def _name_in_first_member(stack: Stack, name: str) -> str:
+    """The name of the matching layer in the first member, the same for all members."""
+    moved: str | None = name
+    while moved is not None and stack.member_of(moved):
+        moved = stack.name_after_removal(moved, 0)
+    return moved or name
 
 
-def _tried(
+def _candidates(
     model: Model, signature: Signature, stack: Stack, faults: list[Reason] | None = None
 ) -> dict[int, tuple[Model, Stack]]:
-    """The network without each removable member, by member; a last member is never removed."""
-    tried: dict[int, tuple[Model, Stack]] = {}
+    """The network and the stack without each removable member, by the number of that member.
+
+    The only member of a stack is never removed. ``faults`` receives the reasons why members cannot
+    be removed.
+    """
+    candidates: dict[int, tuple[Model, Stack]] = {}
     for member in range(stack.members if stack.members > 1 else 0):
         try:
-            tried[member] = without_member(model, signature, stack, member)
+            candidates[member] = without_member(model, signature, stack, member)
         except NotAMember as fault:
             if faults is not None:
                 faults.append(fault.reason)
-    return tried
+    return candidates
 
 
 def _outcomes(
-    names: list[str], stack: Stack, left: list[int], changes: list[Reason]
+    names: list[str], stack: Stack, remaining: list[int], changes: list[Reason]
 ) -> dict[str, Decision]:
-    """The changes of every layer of a stack, by its name before the step."""
+    """The outcome for every unit of a stack, by its name before the step.
+
+    Args:
+        names: all units of the network before the step.
+        stack: the stack before the step.
+        remaining: original numbers of the members that remain, in their order.
+        changes: removed members, and the member at which the search stopped.
+    """
     outcomes = {}
     for name in names:
         member = stack.member_of(name)
         if member is None or not changes:
             continue
         reasons = list(changes)
-        if member >= len(left):
+        if member >= len(remaining):
             reasons.append(Reason("place_removed"))
-        elif left[member] != member:
-            reasons.append(Reason("moved_from", layer=left[member]))
+        elif remaining[member] != member:
+            reasons.append(Reason("moved_from", layer=remaining[member]))
+        # "deferred": the runner compares the tensors under this name before and after the step,
+        # because a later member may have moved to this name or the member may be unchanged.
         outcomes[name] = Decision("deferred", tuple(reasons))
     return outcomes

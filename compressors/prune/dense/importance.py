@@ -5,9 +5,12 @@ Sources: Li et al. 2017, https://arxiv.org/abs/1608.08710 (L1 norm of a filter);
 https://arxiv.org/abs/2306.11695, eq. 1 (a weight times the norm of its input).
 Differs: the importance of a channel includes the weights that produce it and the weights that
 consume it, as for dependency groups (Fang et al. 2023, https://arxiv.org/abs/2301.12900). With
-``activation`` only the consumers count: the mean square of the channel's contribution to their
-outputs, as a share of the contributions of all their inputs, because the outputs of different
-consumers differ in scale.
+``activation`` only the consumers count: importance is the mean square of the channel's contribution
+to their outputs, as a share of the contributions of all their inputs, because the outputs of
+different consumers differ in scale.
+
+A *unit* is one channel or one group of channels, a *maker* a layer that outputs it, a *reader* a
+layer or norm that consumes it (``prune/structure/config_widths.py``).
 """
 
 from collections.abc import Mapping
@@ -26,22 +29,29 @@ from compressors.task_kinds.loss import hard_loss, shuffled
 
 Importance = Literal["l1", "l2", "gradient", "activation", "random"]
 BATCH = 1024
-TINY = 1e-300  # a layer that reads only zeros: 0 / TINY is 0
+TINY = 1e-300  # divisor for a layer whose inputs are all zero, so that the result is 0
 
 
-def sizes_of(model: Model, bench: Bench, importance: Importance, rows: int) -> dict[str, Tensor]:
-    """Compute the importance of every weight outside of tables, by parameter name.
+def weight_importance(
+    model: Model, bench: Bench, importance: Importance, rows: int
+) -> dict[str, Tensor]:
+    """Compute the importance of every weight that is not in a table, by parameter name.
 
     The sum over the weights of a channel is the importance of the channel.
 
     Args:
         model: the network; its tensors are not changed.
-        bench: with training rows for ``gradient``, calibration rows for ``activation``.
+        bench: provides training rows for ``gradient``, calibration rows for ``activation``.
         importance: the criterion.
-        rows: largest number of rows that are read.
+        rows: largest number of rows to read.
+
+    Returns:
+        By parameter name, float in the shape of the parameter. ``activation`` gives only the
+        weights of float32 dense layers.
 
     Raises:
-        CompressionError: the rows are missing, or the importance of every weight is zero.
+        RowsMissing: the bench has no rows of the kind that the criterion needs.
+        StepRefused: the importance of every weight is zero.
     """
     tables = tuple(unit.name for unit in Unit.of(model.module) if unit.role == "table")
     weights = {
@@ -51,33 +61,33 @@ def sizes_of(model: Model, bench: Bench, importance: Importance, rows: int) -> d
     }
     match importance:
         case "l1":
-            sizes = {name: weight.abs() for name, weight in weights.items()}
+            scores = {name: weight.abs() for name, weight in weights.items()}
         case "l2":
-            sizes = {name: weight.square() for name, weight in weights.items()}
+            scores = {name: weight.square() for name, weight in weights.items()}
         case "random":
-            drawn = torch.Generator().manual_seed(bench.seed)
-            sizes = {name: torch.rand(w.shape, generator=drawn) for name, w in weights.items()}
+            generator = torch.Generator().manual_seed(bench.seed)
+            scores = {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
         case "gradient":
-            sizes = _taylor(model.module, bench, weights, rows)
+            scores = _taylor(model.module, bench, weights, rows)
         case "activation":
-            sizes = _contributions(model.module, bench, rows)
-    if not any(bool(size.any()) for size in sizes.values()):
+            scores = _contributions(model.module, bench, rows)
+    if not any(bool(score.any()) for score in scores.values()):
         raise (
             StepRefused("channel_gradients_zero")
             if importance == "gradient"
             else StepRefused("channel_inputs_zero", importance=importance)
         )
-    return sizes
+    return scores
 
 
-def per_unit(
-    readers: Readers, sizes: Mapping[str, Tensor], importance: Importance
+def unit_importance(
+    readers: Readers, scores: Mapping[str, Tensor], importance: Importance
 ) -> dict[str, Tensor]:
     """Sum the importances of the weights that produce and that consume each unit of a width.
 
     Args:
         readers: the consumers of the width.
-        sizes: by parameter name, the importance of every weight, in the parameter's shape.
+        scores: by parameter name, the importance of every weight, in the parameter's shape.
         importance: the criterion; with ``activation`` only the consuming weights count.
 
     Returns:
@@ -87,17 +97,17 @@ def per_unit(
     for maker, units in readers.units.items():
         total = torch.zeros(readers.width.value)
         if importance != "activation":
-            maker_sizes = sizes[f"{maker}.weight"].sum(dim=1)  # (channels,)
-            if f"{maker}.bias" in sizes:
-                maker_sizes = maker_sizes + sizes[f"{maker}.bias"]
-            total = total.index_add(0, units, maker_sizes)
+            channels = scores[f"{maker}.weight"].sum(dim=1)  # (channels,)
+            if f"{maker}.bias" in scores:
+                channels = channels + scores[f"{maker}.bias"]
+            total = total.index_add(0, units, channels)
         for (name, reader), columns in readers.reads.items():
             if name == maker:
-                read = sizes.get(f"{reader}.weight")  # (out, in), or (in,) of a norm
-                if read is None:  # a norm without weights
+                inputs = scores.get(f"{reader}.weight")  # (out, in), or (in,) of a norm
+                if inputs is None:  # a norm without weights
                     continue
-                read = read.sum(dim=0) if read.dim() == 2 else read  # (in,)
-                total = total + columns.to(read.dtype) @ read
+                inputs = inputs.sum(dim=0) if inputs.dim() == 2 else inputs  # (in,)
+                total = total + columns.to(inputs.dtype) @ inputs
         totals[maker] = total
     return totals
 
@@ -107,6 +117,11 @@ def kept_units(readers: Readers, importance: Mapping[str, Tensor], count: int) -
 
     Makers whose channels are combined element by element keep the same units, ranked by the sum of
     their importances. Of equally important units the first ones are kept.
+
+    Args:
+        readers: the consumers of the width.
+        importance: by maker, float ``(units,)``.
+        count: number of units to keep.
     """
     kept = {}
     for group in readers.tied:
@@ -121,14 +136,18 @@ def kept_units(readers: Readers, importance: Mapping[str, Tensor], count: int) -
 def _taylor(
     module: nn.Module, bench: Bench, weights: Mapping[str, Tensor], rows: int
 ) -> dict[str, Tensor]:
-    """Squared gradient times weight, summed over batches of training rows."""
+    """Square of gradient times weight, summed over batches of training rows.
+
+    Raises:
+        RowsMissing: there are no training rows.
+    """
     if bench.train is None:
         raise RowsMissing("gradients_need_rows")
     copied = private_copy(module).eval()
     leaves: dict[str, nn.Parameter] = {}
     for name, weight in weights.items():
-        owner, _, own = name.rpartition(".")
-        leaves[name] = own_weight(copied.get_submodule(owner), own, weight)
+        owner, _, attribute = name.rpartition(".")
+        leaves[name] = own_weight(copied.get_submodule(owner), attribute, weight)
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for batch in shuffled(bench.train, bench.signature, BATCH, bench.seed, limit=rows):
         loss = hard_loss(bench.signature, copied(**batch.inputs), batch)
@@ -141,10 +160,13 @@ def _taylor(
 
 @torch.no_grad()
 def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tensor]:
-    """Mean square of weight times input in every float32 dense layer; sums to 1 over a layer.
+    """Mean square of weight times input in every float32 dense layer, scaled to sum 1 per layer.
 
     Summed over a layer's outputs, this is the share of their energy that one input contributes:
     for an input ``x`` with weight column ``w`` it is proportional to ``E[x^2] * |w|^2``.
+
+    Raises:
+        RowsMissing: there are no calibration rows.
     """
     if bench.calibration is None:
         raise RowsMissing("calibration_rows_missing", step="channels")

@@ -1,8 +1,9 @@
-"""Number of units that each width keeps: an equal share, or the units above one threshold.
+"""Select how many units each width keeps: an equal share, or the units above one threshold.
 
-Widths depend on each other: a layer between two pruned widths has fewer outputs and fewer inputs,
-so its multiply-adds fall with the product. A target of multiply-adds is therefore reached by a
-search over the rounded widths.
+A *unit* is one channel or one group of channels (such as a head) that a number of the configuration
+counts (``prune/structure/config_widths.py``). Widths depend on each other: a layer between two
+pruned widths has fewer outputs and fewer inputs, so its multiply-adds decrease with the product. A
+target of multiply-adds is therefore reached by a search over the rounded widths.
 
 Sources: Liu et al. 2017, https://arxiv.org/abs/1708.06519 (one threshold over all layers).
 Differs: importance is first divided by its mean over the width, because a layer's norm depends more
@@ -25,18 +26,18 @@ from compressors.prune.structure.channel_consumers import Readers
 from compressors.prune.structure.config_widths import Path, Width
 
 Counts = dict[Path, int]
-"""By the number of a configuration, how many of its units stay."""
-STEPS = 1000  # resolution of the search for the share that every width keeps
-ROWS = 4  # synthetic rows that show how often a layer is called
+"""By the path of a width in the configuration, the number of units that it keeps."""
+SEARCH_STEPS = 1000  # resolution of the search for the share that every width keeps
+ROWS = 4  # synthetic rows, to count how often each layer is called
 
 
 def kept_width(value: int, keep: float, multiple: int) -> int:
-    """The new width: ``keep`` of the old one to the nearest multiple, at least one of them."""
+    """The new width: ``keep`` times the old one, rounded to a multiple, at least one multiple."""
     return max(multiple, round(value * keep / multiple) * multiple)
 
 
 def multiple_of(width: Width, multiple: int) -> int:
-    """The number of units that keeps the channels of every maker a multiple of ``multiple``."""
+    """Units must be a multiple of this so that channels are a multiple of ``multiple``."""
     size = gcd(*width.makers.values())
     return multiple // gcd(multiple, size)
 
@@ -52,7 +53,7 @@ def multiply_adds(module: nn.Module, signature: Signature) -> dict[str, float]:
         if isinstance(part, nn.Linear | PackedLinear)
     }
     inputs = example(signature, table_rows(module), ROWS)
-    with torch.no_grad(), _counting(layers) as calls:
+    with torch.no_grad(), _count_calls(layers) as calls:
         module(**inputs)
     return {
         name: calls[name] / ROWS * layer.in_features * layer.out_features
@@ -61,10 +62,11 @@ def multiply_adds(module: nn.Module, signature: Signature) -> dict[str, float]:
 
 
 @contextmanager
-def _counting(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+def _count_calls(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Count the input vectors of each layer while the context is active, by layer name."""
     calls = dict.fromkeys(layers, 0)
 
-    def counted(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+    def count_hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_: nn.Module, args: object, output: Tensor) -> None:
             calls[name] += output.numel() // output.shape[-1]
 
@@ -72,7 +74,7 @@ def _counting(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_hook(counted(name)).remove)
+            hooks.callback(layer.register_forward_hook(count_hook(name)).remove)
         yield calls
 
 
@@ -85,20 +87,23 @@ def remaining_multiply_adds(
     """Multiply-adds of all layers after the widths are reduced to the given numbers of units.
 
     Args:
-        work: present multiply-adds, by layer.
+        work: present multiply-adds for one row, by layer.
         module: the network with these layers.
         widths: the pruned widths, each a different number of the configuration.
         counts: number of units that each width keeps.
+
+    Raises:
+        TypeError: a name in ``work`` is not that of a dense layer.
     """
     total = 0.0
     for name, before in work.items():
         layer = module.get_submodule(name)
         if not isinstance(layer, nn.Linear | PackedLinear):
-            raise TypeError(f"{name!r} is no dense layer")
+            raise TypeError(f"Expected a dense layer, got {name!r}.")
         outputs, inputs = layer.out_features, layer.in_features
-        gone_out = sum(w.makers.get(name, 0) * (w.value - counts[w.path]) for w in widths)
-        gone_in = sum(w.readers.get(name, 0) * (w.value - counts[w.path]) for w in widths)
-        total += before * (1 - gone_out / outputs) * (1 - gone_in / inputs)
+        removed_outputs = sum(w.makers.get(name, 0) * (w.value - counts[w.path]) for w in widths)
+        removed_inputs = sum(w.readers.get(name, 0) * (w.value - counts[w.path]) for w in widths)
+        total += before * (1 - removed_outputs / outputs) * (1 - removed_inputs / inputs)
     return total
 
 
@@ -122,7 +127,7 @@ def equal_shares(
 
 
 def kept_above_threshold(
-    curves: Mapping[Path, Tensor],
+    importance: Mapping[Path, Tensor],
     widths: Sequence[Width],
     floors: Mapping[Path, float],
     threshold: float,
@@ -131,7 +136,7 @@ def kept_above_threshold(
     """Number of units above a threshold, rounded to the nearest multiple, at least the floor.
 
     Args:
-        curves: by width, the importance of its units, float ``(units,)``.
+        importance: by width, the importance of its units, float ``(units,)``.
         widths: the present widths.
         floors: smallest number of units that each width keeps; rounded up to a multiple.
         threshold: units of a higher importance are kept.
@@ -141,68 +146,88 @@ def kept_above_threshold(
     for width in widths:
         step = multiple_of(width, multiple)
         floor = max(step, ceil(floors[width.path] / step) * step)
-        above = round(int((curves[width.path] > threshold).sum()) / step) * step
+        above = round(int((importance[width.path] > threshold).sum()) / step) * step
         counts[width.path] = min(width.value, max(floor, above))
     return counts
 
 
-def curves_of(readers: Sequence[Readers], importance: Mapping[str, Tensor]) -> dict[Path, Tensor]:
+def normalized_importance(
+    readers: Sequence[Readers], importance: Mapping[str, Tensor]
+) -> dict[Path, Tensor]:
     """Sort and normalize the importance of the units, so that widths can be compared.
 
     For each group of makers that keep the same units, importance is sorted and divided by its
     mean. A width with several groups gets the mean of their sorted importances, rank by rank.
+
+    Args:
+        readers: the consumers of each width.
+        importance: by maker, float ``(units,)``.
+
+    Returns:
+        By width, float ``(units,)`` in descending order.
     """
-    curves = {}
+    normalized = {}
     for item in readers:
         ranked = []
         for group in item.tied:
             total = torch.stack([importance[maker] for maker in group]).sum(dim=0)
             mean = total.mean()
-            even = total / mean if bool(mean > 0) else torch.ones_like(total)
-            ranked.append(even.sort(descending=True).values)
-        curves[item.width.path] = torch.stack(ranked).mean(dim=0)  # (units,)
-    return curves
+            relative = total / mean if bool(mean > 0) else torch.ones_like(total)
+            ranked.append(relative.sort(descending=True).values)
+        normalized[item.width.path] = torch.stack(ranked).mean(dim=0)  # (units,)
+    return normalized
 
 
-def by_threshold(
-    curves: Mapping[Path, Tensor],
+def counts_by_threshold(
+    importance: Mapping[Path, Tensor],
     widths: Sequence[Width],
     floors: Mapping[Path, float],
     multiple: int,
     cost: Callable[[Counts], float],
     limit: float,
-    what: str,
+    cost_unit: str,
 ) -> Counts:
-    """Units kept by the lowest threshold whose cost, in the unit ``what``, is within a limit.
+    """Number of units above the lowest threshold whose cost is within a limit.
 
-    For the other arguments see ``kept_above_threshold`` and ``largest_within``.
+    For the arguments see ``kept_above_threshold`` and ``largest_counts_within``.
+
+    Raises:
+        StepRefused: even with every width at its floor the cost is above the limit.
     """
-    every = sorted({value for curve in curves.values() for value in curve.tolist()}, reverse=True)
-    thresholds = [inf, *every, -1.0]
-    return largest_within(
-        lambda k: kept_above_threshold(curves, widths, floors, thresholds[k], multiple),
+    values = {value for curve in importance.values() for value in curve.tolist()}
+    thresholds = [inf, *sorted(values, reverse=True), -1.0]
+    return largest_counts_within(
+        lambda k: kept_above_threshold(importance, widths, floors, thresholds[k], multiple),
         len(thresholds),
         cost,
         limit,
-        what,
+        cost_unit,
     )
 
 
-def largest_within(
+def largest_counts_within(
     candidate: Callable[[int], Counts],
     number: int,
     cost: Callable[[Counts], float],
     limit: float,
-    what: str,
+    cost_unit: str,
 ) -> Counts:
-    """The last of a non-decreasing series of counts whose cost is within a limit.
+    """Find the last of a series of counts whose cost is within a limit, by binary search.
+
+    Args:
+        candidate: maps 0 to ``number - 1`` to counts whose cost does not decrease.
+        number: how many candidates there are.
+        cost: the cost of some counts.
+        limit: the largest allowed cost.
+        cost_unit: unit of the cost, for the error message.
 
     Raises:
-        CompressionError: even the first count costs more than the limit.
+        StepRefused: even the first candidate costs more than the limit.
     """
     low, high = 0, number - 1
     if cost(candidate(0)) > limit:
-        raise StepRefused("share_unreachable", limit=limit, units=what, least=cost(candidate(0)))
+        least = cost(candidate(0))
+        raise StepRefused("share_unreachable", limit=limit, units=cost_unit, least=least)
     while low < high:
         middle = (low + high + 1) // 2
         if cost(candidate(middle)) <= limit:

@@ -1,8 +1,8 @@
 """Train dense layers with an L1 or group penalty, so that many weights become exactly zero.
 
-After every optimizer step the weights are soft-thresholded by the step's learning rate times the
-strength: they move towards zero, and a weight that would cross zero becomes zero. This is the
-proximal operator of the penalty. The gradient of a penalty would only make weights small.
+After every optimizer step the weights are soft-thresholded: they move towards zero by the learning
+rate of the step times ``penalty_strength``, and a weight that would cross zero becomes zero. This
+is the proximal operator of the penalty. The gradient of a penalty would only make weights small.
 
 Sources: Parikh and Boyd 2014, sec. 6.5 (soft and block soft thresholding); Yuan and Lin 2006 (the
 group lasso); Liu et al. 2017, https://arxiv.org/abs/1708.06519 (the scales of batch norms, which
@@ -10,8 +10,8 @@ removes channels).
 Differs: after Adam the threshold is proportional to the learning rate alone. It is decoupled from
 the scale of the gradient, as AdamW's decay is, so that one strength means the same in every
 network: a weight stays at zero while the ratio of its mean gradient to its root mean square
-gradient is below the strength. A group has all parameters of one channel: its weights, its bias,
-and the scale and shift of the norm after it, of all layers whose channels are combined.
+gradient is below the strength. A group contains all parameters of one channel, of all layers whose
+channels are combined: the weights, the bias, and the scale and shift of the norm after it.
 
 Zeros are stored like any other weight, so this step alone lowers neither bytes nor multiply-adds
 nor latency on any target. ``fine_tune`` and ``distill`` keep the zeros; ``channels`` with
@@ -41,42 +41,44 @@ from compressors.prune.structure.prunable_widths import prunable_widths
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Parameters that form ``count`` sets of weights, each penalized by its norm.
+    """Parameters of one layer, or of combined layers, split into sets that are penalized by norm.
 
-    ``parts`` has, by parameter, the indices along its first dimension and the set of each index,
-    both int64 ``(places,)``.
+    Attributes:
+        count: number of sets, usually one for each channel.
+        parts: by parameter name, the penalized indices along its first dimension, and the number of
+            the set of each index; both int64 ``(indices,)``.
     """
 
     count: int
     parts: dict[str, tuple[Tensor, Tensor]]
 
 
-def soft_threshold(weight: Tensor, reach: float) -> Tensor:
-    """Move weights towards zero by ``reach``; weights smaller than ``reach`` become zero."""
-    return weight.sign() * (weight.abs() - reach).clamp(min=0) + 0.0  # no negative zero
+def soft_threshold(weight: Tensor, threshold: float) -> Tensor:
+    """Move weights towards zero by a threshold; weights of smaller size become zero."""
+    return weight.sign() * (weight.abs() - threshold).clamp(min=0) + 0.0  # no negative zero
 
 
 def group_threshold(
-    parts: Sequence[tuple[Tensor, Tensor]], count: int, reach: float
+    parts: Sequence[tuple[Tensor, Tensor]], count: int, threshold: float
 ) -> list[Tensor]:
-    """Reduce the norm of each set of weights by ``reach`` times the root of its size.
+    """Reduce the norm of each set of weights by the threshold times the root of its size.
 
     Args:
-        parts: tensors ``(places, *)``, each with the set of every place, int64 ``(places,)``.
+        parts: tensors ``(indices, *)``, each with the set of every index, int64 ``(indices,)``.
         count: number of sets.
-        reach: threshold of a single weight.
+        threshold: threshold of a single weight.
 
     Returns:
-        The new tensors; a set with a smaller norm than its threshold becomes zero.
+        The new tensors; a set whose norm is smaller than the reduction becomes zero.
     """
     square, size = parts[0][0].new_zeros(count), parts[0][0].new_zeros(count)
     for tensor, owner in parts:
         flat = tensor.reshape(len(tensor), -1)
         square.index_add_(0, owner, flat.square().sum(dim=1))
         size.index_add_(0, owner, flat.new_full((len(flat),), flat.shape[1]))
-    length = square.sqrt()
+    norm = square.sqrt()
     # A set of zeros stays zero for any factor, so the clamp only avoids a division by zero.
-    factor = (1 - reach * size.sqrt() / length.clamp(min=1e-30)).clamp(min=0)  # (count,)
+    factor = (1 - threshold * size.sqrt() / norm.clamp(min=1e-30)).clamp(min=0)  # (count,)
     return [
         tensor * factor[owner].reshape(-1, *[1] * (tensor.dim() - 1)) + 0.0
         for tensor, owner in parts
@@ -84,11 +86,11 @@ def group_threshold(
 
 
 Penalized = dict[str, Decision]
-"""The decision of every dense layer about the penalty."""
+"""By dense layer, whether it is penalized, and why."""
 
 
 class L1Training(StepSettings):
-    """Train with a penalty on dense weights, so that many become zero."""
+    """Train with a penalty on dense weights, so that many become exactly zero."""
 
     effect: ClassVar[Effect] = "values"
     keeps_zeros: ClassVar[bool] = True
@@ -101,27 +103,30 @@ class L1Training(StepSettings):
         0.3,
         gt=0,
         le=1,
-        description="How far each step pulls a weight to zero, in parts of its learning rate. Adam "
-        "moves a weight by up to 1 where every batch has the same gradient, by about 0.2 where "
-        "gradients are noise; below that hardly a weight stays at zero.",
+        description="How far each step moves a weight towards zero, as a multiple of the learning "
+        "rate. Adam moves a weight by about 0.2 if gradients are noise and by up to 1 if all "
+        "batches agree, so below 0.2 few weights stay at zero.",
     )
     penalty: Literal["l1", "group"] = Field(
         "l1",
-        description="Single weights, or all that makes an output channel together, so that whole "
-        "channels become zero.",
+        description="l1: single weights become zero. group: all weights that compute an output "
+        "channel are penalized together, so that whole channels become zero.",
     )
     soft_share: float = Field(
-        0.0, ge=0, le=1, description="Weight of the original's predictions against the labels."
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight of the original model's predictions; the labels get the rest.",
     )
     temperature: float = Field(
         1.0,
         ge=0.1,
         le=100,
-        description="Divides both predictions before they are compared.",
+        description="Temperature: divides the logits of both models before they are compared.",
     )
     training: Training = Field(
         default_factory=lambda: Training(schedule="cosine"),
-        description="How it is trained; all epochs are run, and the last one counts.",
+        description="Settings of the training. All epochs run, and the result is the last one.",
     )
 
     @property
@@ -139,7 +144,7 @@ class L1Training(StepSettings):
         penalized = self._penalized_layers(model)
         decisions = choose_trainable(model, bench, self.kind, tables=self.training.tables)
         if not any(decision.selected for decision in penalized.values()):
-            # Nothing to penalize: no training without it.
+            # Without a penalized layer the step does not train, so every layer is skipped.
             return StepPlan({**decisions, **penalized}, penalized)
         for name, decision in penalized.items():
             if decision.selected:
@@ -153,10 +158,11 @@ class L1Training(StepSettings):
         """Train with the penalty and return the network of the last epoch.
 
         Raises:
-            CompressionError: the bench lacks rows, or training diverged.
+            RowsMissing: the bench lacks rows or soft labels.
+            TrainingFailed: training diverged, or nothing can be trained.
         """
         penalized = plan.payload
-        taken = [name for name, decision in penalized.items() if decision.selected]
+        names = [name for name, decision in penalized.items() if decision.selected]
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
         groups = _groups(model, bench.signature, penalized) if self.penalty == "group" else []
         trained = train_model(
@@ -165,12 +171,12 @@ class L1Training(StepSettings):
             loss,
             self.training,
             pruned_layers(model),
-            after_step=_pull(model.module, taken, groups, self.penalty_strength),
+            after_step=_threshold_after_step(model.module, names, groups, self.penalty_strength),
             last=True,
         )
         outcomes = dict(trained.outcomes)
-        for name in taken:
-            zeros = _zeros(trained.model.module, name, groups)
+        for name in names:
+            zeros = _zero_reasons(trained.model.module, name, groups)
             outcomes[name] = Decision("deferred", (*zeros, *outcomes[name].reasons))
         return Applied(trained.model, outcomes)
 
@@ -185,69 +191,76 @@ class L1Training(StepSettings):
         return penalized
 
 
-def _pull(
+def _threshold_after_step(
     module: nn.Module, layers: Sequence[str], groups: Sequence[WeightGroup], strength: float
 ) -> Callable[[float], None]:
-    """Build the function that thresholds the weights after an optimizer step."""
+    """Build the function that thresholds the weights after an optimizer step.
 
-    def single(rate: float) -> None:
+    It thresholds the groups if there are any, else the single weights of the layers.
+    """
+
+    def threshold_weights(learning_rate: float) -> None:
         for name in layers:
             weight = module.get_parameter(f"{name}.weight")
-            weight.copy_(soft_threshold(weight, rate * strength))
+            weight.copy_(soft_threshold(weight, learning_rate * strength))
 
-    def grouped(rate: float) -> None:
+    def threshold_groups(learning_rate: float) -> None:
         for group in groups:
             weights = {name: module.get_parameter(name) for name in group.parts}
             parts = [
                 (weight[group.parts[name][0]], group.parts[name][1].to(weight.device))
                 for name, weight in weights.items()
             ]
-            pulled = group_threshold(parts, group.count, rate * strength)
-            for (name, (places, _)), new in zip(group.parts.items(), pulled, strict=True):
-                weights[name][places] = new
+            thresholded = group_threshold(parts, group.count, learning_rate * strength)
+            for (name, (indices, _)), new in zip(group.parts.items(), thresholded, strict=True):
+                weights[name][indices] = new
 
-    return grouped if groups else single
+    return threshold_groups if groups else threshold_weights
 
 
 def _groups(
     model: Model, signature: Signature, penalized: Mapping[str, Decision]
 ) -> list[WeightGroup]:
-    """Groups of the parameters of each channel, or of each row of a layer of fixed width."""
+    """Group the parameters of each channel, or of each output of a layer of fixed width."""
     prunable = prunable_widths(model, signature, penalized, share=0.5, multiple=1, searched=True)
     groups = [
-        _group(model.module, readers, makers)
+        _group_of_makers(model.module, readers, makers)
         for readers in prunable.readers
         for makers in readers.tied
     ]
-    together = {maker for readers in prunable.readers for maker in readers.width.makers}
+    grouped = {maker for readers in prunable.readers for maker in readers.width.makers}
     for name, decision in penalized.items():
-        if decision.selected and name not in together:
-            every = torch.arange(model.module.get_parameter(f"{name}.weight").shape[0])
-            parts = dict.fromkeys(_leaves(model.module, name), (every, every))
-            groups.append(WeightGroup(len(every), parts))
+        if decision.selected and name not in grouped:
+            outputs = torch.arange(model.module.get_parameter(f"{name}.weight").shape[0])
+            parts = dict.fromkeys(_parameter_names(model.module, name), (outputs, outputs))
+            groups.append(WeightGroup(len(outputs), parts))
     return groups
 
 
-def _group(module: nn.Module, readers: Readers, makers: tuple[str, ...]) -> WeightGroup:
+def _group_of_makers(module: nn.Module, readers: Readers, makers: tuple[str, ...]) -> WeightGroup:
+    """Group the parameters of each unit of some makers and of the batch norms that read them."""
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for maker in makers:
         units = readers.units[maker]
-        for leaf in _leaves(module, maker):
-            parts[leaf] = (torch.arange(len(units)), units)
-        for (name, reader), columns in readers.reads.items():
-            if name == maker and isinstance(module.get_submodule(reader), nn.BatchNorm1d):
-                places = columns.any(dim=0).nonzero().flatten()
-                owner = columns.int().argmax(dim=0)[places]
-                for leaf in _leaves(module, reader):
-                    parts[leaf] = (places, owner)
+        for name in _parameter_names(module, maker):
+            parts[name] = (torch.arange(len(units)), units)
+        for (read_maker, reader), columns in readers.reads.items():
+            if read_maker == maker and isinstance(module.get_submodule(reader), nn.BatchNorm1d):
+                indices = columns.any(dim=0).nonzero().flatten()
+                unit_of_index = columns.int().argmax(dim=0)[indices]
+                for name in _parameter_names(module, reader):
+                    parts[name] = (indices, unit_of_index)
     return WeightGroup(readers.width.value, parts)
 
 
-def _leaves(module: nn.Module, owner: str) -> list[str]:
+def _parameter_names(module: nn.Module, owner: str) -> list[str]:
+    """Full names of the parameters of a submodule."""
     return [f"{owner}.{name}" for name, _ in module.get_submodule(owner).named_parameters()]
 
 
-def _zeros(module: nn.Module, name: str, groups: Sequence[WeightGroup]) -> tuple[Reason, ...]:
+def _zero_reasons(
+    module: nn.Module, name: str, groups: Sequence[WeightGroup]
+) -> tuple[Reason, ...]:
     """The share of zero weights of a layer, and with groups also the number of zero outputs."""
     weight = module.get_parameter(f"{name}.weight").detach()
     zeros = Reason("zeros", share=float((weight == 0).float().mean()))

@@ -22,18 +22,22 @@ from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, own_weight
 
 
-def zeroed(weights: list[Tensor], share: float) -> list[Tensor]:
-    """Set the ``round(share * all)`` weights of smallest absolute value to zero.
+def zero_smallest(weights: list[Tensor], share: float) -> list[Tensor]:
+    """Set the weights of smallest absolute value to zero, over all tensors together.
 
     Args:
-        weights: tensors of any shapes, ranked together.
-        share: between 0 and 1. Of equal weights the first ones become zero.
+        weights: tensors of any shapes.
+        share: the share of all weights that becomes zero, between 0 and 1. Of equal weights the
+            first ones become zero.
+
+    Returns:
+        New tensors in the same order and shapes.
     """
     flat = torch.cat([weight.abs().flatten() for weight in weights])  # (all weights,)
     smallest = flat.sort(stable=True).indices[: round(share * len(flat))]
-    gone = torch.zeros(len(flat), dtype=torch.bool)
-    gone[smallest] = True
-    masks = torch.split(gone, [weight.numel() for weight in weights])
+    pruned = torch.zeros(len(flat), dtype=torch.bool)
+    pruned[smallest] = True
+    masks = torch.split(pruned, [weight.numel() for weight in weights])
     return [
         weight.masked_fill(mask.view_as(weight), 0.0)
         for weight, mask in zip(weights, masks, strict=True)
@@ -52,7 +56,9 @@ class Magnitude(StepSettings):
     )
     share: float = Field(0.5, gt=0, lt=1, description="Share of the weights that become zero.")
     scope: Literal["layer", "global"] = Field(
-        "layer", description="Rank the weights of each layer, or of all layers together."
+        "layer",
+        description="layer: each layer gets the same share of zeros. global: weights are ranked "
+        "over all layers together.",
     )
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
@@ -63,14 +69,14 @@ class Magnitude(StepSettings):
             if self.scope == "layer"
             else Reason("zeros_of_all_layers", step=self.kind, share=self.share)
         )
-        return StepPlan({name: made.because(reason) for name, made in chosen.items()}, None)
+        return StepPlan({name: decision.because(reason) for name, decision in chosen.items()}, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Set the smallest weights of every selected layer to zero."""
-        taken = plan.units(model.module)
-        groups = [taken] if self.scope == "global" else [[unit] for unit in taken]
+        units = plan.units(model.module)
+        groups = [units] if self.scope == "global" else [[unit] for unit in units]
         for group in groups:
-            weights = zeroed([unit.weight for unit in group], self.share)
+            weights = zero_smallest([unit.weight for unit in group], self.share)
             for unit, weight in zip(group, weights, strict=True):
                 layer = unit.module
                 if isinstance(layer, nn.Linear):

@@ -1,8 +1,9 @@
 """Refit layers that lost input channels, so that their outputs change least.
 
-The remaining inputs of a layer predict much of the removed ones. Least squares over calibration
-rows gives the weights and bias whose outputs are nearest to the original outputs. Layers are
-refitted in the order of their calls, each on the present outputs of the layers before it.
+The remaining inputs of a layer are correlated with the removed ones, so their weights can replace
+much of the removed contribution. Least squares over calibration rows gives the weights and bias
+whose outputs are nearest to the original outputs. Layers are refitted in the order of their calls,
+each on the inputs that it receives from the already refitted layers.
 
 Source: He et al. 2017, https://arxiv.org/abs/1707.06168, eq. 3 (reconstruction with the channels
 fixed).
@@ -24,11 +25,11 @@ from compressors.errors.steps import RowsMissing
 BATCH = 1024
 RIDGE = 1e-3
 """Weight of the distance to the original weights, relative to the mean square of an input."""
-TINY = 1e-30  # if all inputs are zero, the weights do not change
+TINY = 1e-30  # smallest damping: if all inputs are zero, the weights do not change
 
 
-def nearest(gram: Tensor, product: Tensor, prior: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Ridge regression towards a prior: the weights with the nearest outputs.
+def ridge_weights(gram: Tensor, product: Tensor, prior: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Ridge regression with a prior: the weights whose outputs are nearest to the target.
 
     Args:
         gram: ``x.T @ x`` of the inputs, float64 ``(inputs, inputs)``.
@@ -36,12 +37,15 @@ def nearest(gram: Tensor, product: Tensor, prior: Tensor, ridge: float = RIDGE) 
         prior: the original weights, float64 ``(outputs, inputs)``.
         ridge: weight of the distance to the prior, as a share of the mean of the diagonal of
             ``gram``.
+
+    Returns:
+        Float64 ``(outputs, inputs)``.
     """
     damping = (ridge * gram.diagonal().mean()).clamp(min=TINY)
     residual = product - gram @ prior.T
     matrix = gram + damping * torch.eye(len(gram), dtype=gram.dtype)
-    moved: Tensor = torch.linalg.solve(matrix, residual)  # (inputs, outputs)
-    return prior + moved.T
+    change: Tensor = torch.linalg.solve(matrix, residual)  # (inputs, outputs)
+    return prior + change.T
 
 
 @torch.no_grad()
@@ -53,27 +57,28 @@ def reconstruct(
     outputs: Mapping[str, Tensor],
     rows: int,
 ) -> None:
-    """Refit the weights of some layers so that their outputs are nearest to those before.
+    """Refit the weights of some layers so that their outputs are nearest to those before pruning.
 
     Args:
         module: the pruned network, a private copy in evaluation mode; its layers are changed.
         before: the network before pruning.
         bench: with calibration rows.
         layers: names of float32 dense layers; other layers are skipped.
-        outputs: the remaining outputs of layers that lost some, bool ``(outputs before,)``.
-        rows: largest number of rows that are read.
+        outputs: by layer, for layers that lost outputs, which ones remain: bool
+            ``(outputs before,)``.
+        rows: largest number of rows to read.
 
     Raises:
-        CompressionError: there are no calibration rows.
+        RowsMissing: there are no calibration rows.
     """
     if bench.calibration is None:
         raise RowsMissing("calibration_rows_missing", step="channels")
     split, signature = bench.calibration, bench.signature
 
-    def read() -> Iterator[Batch]:
+    def read_batches() -> Iterator[Batch]:
         return batches(split, signature, BATCH, rows)
 
-    for name in _in_order(module, read, layers):
+    for name in _call_order(module, read_batches, layers):
         layer = module.get_submodule(name)
         old = before.get_submodule(name)
         if not isinstance(layer, nn.Linear) or not isinstance(old, nn.Linear):
@@ -81,7 +86,7 @@ def reconstruct(
         size = layer.in_features + (layer.bias is not None)
         gram = torch.zeros(size, size, dtype=torch.float64)
         product = torch.zeros(size, layer.out_features, dtype=torch.float64)
-        for batch in read():
+        for batch in read_batches():
             with _recorded(old, inputs=False) as targets:
                 before(**batch.inputs)
             with _recorded(layer, inputs=True) as layer_inputs:
@@ -95,24 +100,24 @@ def reconstruct(
         weight = layer.weight.detach().double()
         if layer.bias is not None:
             weight = torch.cat([weight, layer.bias.detach().double().unsqueeze(1)], dim=1)
-        solved = nearest(gram, product, weight).float()
-        own_weight(layer, "weight", _alone(solved[:, : layer.in_features]))
+        solved = ridge_weights(gram, product, weight).float()
+        own_weight(layer, "weight", _contiguous_copy(solved[:, : layer.in_features]))
         if layer.bias is not None:
-            own_weight(layer, "bias", _alone(solved[:, -1]))
+            own_weight(layer, "bias", _contiguous_copy(solved[:, -1]))
 
 
-def _alone(part: Tensor) -> Tensor:
-    """A contiguous copy; ``Tensor.contiguous`` would keep the strides of a single number."""
+def _contiguous_copy(part: Tensor) -> Tensor:
+    """A contiguous copy; ``Tensor.contiguous`` keeps the strides of a tensor with one element."""
     return part.clone(memory_format=torch.contiguous_format)
 
 
-def _in_order(
-    module: nn.Module, read: Callable[[], Iterator[Batch]], layers: Sequence[str]
+def _call_order(
+    module: nn.Module, read_batches: Callable[[], Iterator[Batch]], layers: Sequence[str]
 ) -> list[str]:
-    """The names of the layers in the order of their first calls."""
+    """The names of the called layers in the order of their first calls."""
     called: dict[str, None] = {}
 
-    def noted(name: str) -> Callable[[nn.Module, object], None]:
+    def record(name: str) -> Callable[[nn.Module, object], None]:
         def hook(_: nn.Module, args: object) -> None:
             called.setdefault(name)
 
@@ -121,8 +126,8 @@ def _in_order(
     with ExitStack() as hooks:
         for name in layers:
             layer = module.get_submodule(name)
-            hooks.callback(layer.register_forward_pre_hook(noted(name)).remove)
-        module(**next(read()).inputs)
+            hooks.callback(layer.register_forward_pre_hook(record(name)).remove)
+        module(**next(read_batches()).inputs)
     return list(called)
 
 

@@ -1,13 +1,13 @@
-"""2:4 sparsity: two zeros in every four inputs of a dense layer, and refitted other weights.
+"""2:4 sparsity: set two of every four weights of a dense layer to zero and refit the others.
 
 GPUs from compute capability 8.0 on multiply such weights with sparse kernels, which compute half
 of the products. TensorRT's builder measures these kernels and uses them where they are faster,
-which is often not the case for the layers of a recommender. The engine's audit reports which it
-uses. ONNX Runtime stores and multiplies zeros like other weights, so it gains neither bytes nor
-time.
+which is often not the case for the layers of a recommender. The audit of the engine reports which
+kernels it uses. ONNX Runtime stores and multiplies zeros like other weights, so it gains neither
+bytes nor time.
 
 Of every four weights the two least important become zero: the smallest weights, or the smallest
-products of weight and input norm on the calibration rows (Wanda; on Frappe's networks no better,
+products of weight and input norm on the calibration rows (Wanda; not better on Frappe, see
 ``benchmarks/dense_formats.py``). Then the kept weights are refitted so that the layer's outputs on
 those rows change least: least squares over the kept weights of each output channel.
 
@@ -36,75 +36,88 @@ from compressors.quantize.calibration.input_moments import grams, squared_error
 
 KIND = "sparse_2_4"
 STORES_ZEROS = frozenset({"static_int8", "float16", "bfloat16"})
-"""Formats of dense layers in which a zero is a zero, to a kernel as well."""
+"""Formats of dense layers that store a zero weight as zero, so that sparse kernels can skip it."""
 DAMPING = 0.01
-"""Share of the mean energy of inputs by which moving a weight is held back: SparseGPT's."""
-ROUNDS = 100
-"""Of conjugate gradients, at most."""
-ENOUGH = 1e-6
-"""What may be left of the gradient."""
+"""Penalty on changing a weight, as a share of the mean energy of the inputs, as in SparseGPT."""
+MAX_ITERATIONS = 100
+"""Largest number of conjugate gradient iterations."""
+TOLERANCE = 1e-6
+"""Conjugate gradients stop if the norm of the gradient falls to this share of its initial value."""
 
 
 def kept_2_4(weight: Tensor, norms: Tensor | None = None) -> Tensor:
-    """Which two of every four neighbouring inputs an output keeps: bool ``(out, in)``.
+    """Select the two weights of every four consecutive inputs that each output keeps.
 
     Args:
         weight: float, ``(out, in)``, ``in`` a multiple of four.
-        norms: of the inputs, float ``(in,)``; without them only the weights count. Of equally
-            important weights the first are kept.
+        norms: norms of the inputs, float ``(in,)``; if None, only the weights count.
+
+    Returns:
+        Bool ``(out, in)``. Of equally important weights the first ones are kept.
     """
     importance = weight.abs() if norms is None else weight.abs() * norms
-    fours = importance.reshape(-1, 4)
-    order = fours.argsort(dim=1, descending=True, stable=True)
-    kept = torch.zeros(fours.shape, dtype=torch.bool).scatter_(1, order[:, :2], True)
+    blocks = importance.reshape(-1, 4)
+    order = blocks.argsort(dim=1, descending=True, stable=True)
+    kept = torch.zeros(blocks.shape, dtype=torch.bool).scatter_(1, order[:, :2], True)
     return kept.reshape(weight.shape)
 
 
-def reconstructed(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
+def refit_kept_weights(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
     """Refit the kept weights so that the layer's outputs change least; the others are zero.
 
     Args:
         weight: float, ``(out, in)``.
         kept: bool, ``(out, in)``.
-        gram: of the layer's inputs, float64 ``(in, in)``.
+        gram: ``x.T @ x`` of the layer's inputs, float64 ``(in, in)``.
 
     Returns:
-        ``(out, in)`` in the type of ``weight``. No output's squared error on the rows of the gram
-        matrix is larger than with the other weights as they were: each round of conjugate
-        gradients lowers that error and what damping adds to it, and damping only grows.
+        ``(out, in)`` in the dtype of ``weight``. No output's squared error on the rows of the gram
+        matrix is larger than with the kept weights unchanged. Each iteration of conjugate gradients
+        decreases that error plus the damping term, and the damping term is smallest at the start.
     """
     energy = gram.diagonal()
-    curved = gram + torch.diag(torch.full_like(energy, DAMPING * float(energy.mean())))
-    usual = 1 / curved.diagonal()
-    wide = weight.double()
-    moved = torch.where(kept, 0.0, -wide)  # change of each weight; removed weights: -w
-    slope = torch.where(kept, moved @ curved, 0.0)  # half the gradient, (out, in)
-    first = (slope * slope * usual).sum(dim=1, keepdim=True)
-    along = -slope * usual
-    size = first
-    for _ in range(ROUNDS):
-        going = size > ENOUGH**2 * first  # (out, 1): channels that have not converged
-        if not bool(going.any()):
+    damped = gram + torch.diag(torch.full_like(energy, DAMPING * float(energy.mean())))
+    preconditioner = 1 / damped.diagonal()  # Jacobi
+    exact = weight.double()
+    change = torch.where(kept, 0.0, -exact)  # of each weight; a removed weight changes by -w
+    gradient = torch.where(kept, change @ damped, 0.0)  # half the gradient, (out, in)
+    initial = (gradient * gradient * preconditioner).sum(dim=1, keepdim=True)
+    direction = -gradient * preconditioner
+    squared_norm = initial
+    for _ in range(MAX_ITERATIONS):
+        active = squared_norm > TOLERANCE**2 * initial  # (out, 1): outputs not yet converged
+        if not bool(active.any()):
             break
-        bent = torch.where(kept, along @ curved, 0.0)
-        step = torch.where(going, size / (along * bent).sum(dim=1, keepdim=True), 0.0)
-        moved = moved + step * along
-        slope = slope + step * bent
-        now = (slope * slope * usual).sum(dim=1, keepdim=True)
-        along = -slope * usual + torch.where(going, now / size, 0.0) * along
-        size = torch.where(going, now, size)
-    return torch.where(kept, wide + moved, 0.0).to(weight.dtype)
+        image = torch.where(kept, direction @ damped, 0.0)
+        curvature = (direction * image).sum(dim=1, keepdim=True)
+        step = torch.where(active, squared_norm / curvature, 0.0)
+        change = change + step * direction
+        gradient = gradient + step * image
+        new_norm = (gradient * gradient * preconditioner).sum(dim=1, keepdim=True)
+        ratio = torch.where(active, new_norm / squared_norm, 0.0)
+        direction = -gradient * preconditioner + ratio * direction
+        squared_norm = torch.where(active, new_norm, squared_norm)
+    return torch.where(kept, exact + change, 0.0).to(weight.dtype)
 
 
 def is_2_4(weight: Tensor) -> bool:
-    """Whether at most two of every four neighbouring inputs have a weight: any type, 2-D."""
+    """Whether at most two of every four consecutive weights of each output are not zero.
+
+    ``weight`` may have any dtype; the result is False unless it is two-dimensional with a multiple
+    of four inputs.
+    """
     if weight.dim() != 2 or weight.shape[1] % 4:
         return False
     return bool(((weight != 0).reshape(-1, 4).sum(dim=1) <= 2).all())
 
 
 def sparse_layers(module: nn.Module, plan: Plan | None) -> tuple[str, ...]:
-    """Layers that this step made sparse and that are still sparse in their present format."""
+    """Names of the layers that this step made sparse and that are still sparse as stored now.
+
+    Args:
+        module: the network.
+        plan: its plan, which lists the steps of each layer.
+    """
     modules, sparse = dict(module.named_modules()), []
     for line in plan.lines if plan is not None else ():
         if KIND not in line.steps:
@@ -133,20 +146,22 @@ class Sparse24(StepSettings):
     )
     importance: Literal["magnitude", "activation"] = Field(
         "magnitude",
-        description="Which two of four stay: the largest weights, or the largest once weighed by "
-        "the norm of their input on calibration rows.",
+        description="Which two of four weights stay. magnitude: the largest. activation: the "
+        "largest after multiplication by the norm of their input on calibration rows.",
     )
     reconstruct: bool = Field(
-        True, description="Fit the weights that stay to the layer's outputs on calibration rows."
+        True,
+        description="Refit the kept weights so that the layer's outputs on calibration rows "
+        "change least.",
     )
-    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    rows: int = Field(4096, ge=1, description="Largest number of calibration rows to read.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Calibration rows for the statistics of the inputs, unless only the weights count."""
-        looks = self.reconstruct or self.importance == "activation"
-        return ("calibration",) if looks else ()
+        """Calibration rows for the statistics of the inputs, if they are used."""
+        uses_inputs = self.reconstruct or self.importance == "activation"
+        return ("calibration",) if uses_inputs else ()
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
@@ -164,31 +179,33 @@ class Sparse24(StepSettings):
         """Set two of every four weights of the selected layers to zero and refit the others.
 
         Raises:
-            CompressionError: there are no calibration rows, or a layer never ran on them.
+            RowsMissing: there are no calibration rows.
+            StepRefused: a layer never ran on the calibration rows, or received only zeros.
         """
-        taken = plan.units(model.module)
-        seen = self._seen(model, taken, bench) if self.needs else {}
+        units = plan.units(model.module)
+        input_grams = self._input_grams(model, units, bench) if self.needs else {}
         outcomes: dict[str, Decision] = {}
-        for unit in taken:
-            layer, weight, gram = unit.module, unit.weight, seen.get(unit.name)
+        for unit in units:
+            layer, weight, gram = unit.module, unit.weight, input_grams.get(unit.name)
             norms = None
             if gram is not None and self.importance == "activation":
                 norms = gram.diagonal().sqrt().float()
             kept = kept_2_4(weight, norms)
             new_weight = torch.where(kept, weight, 0.0)
             if gram is not None and self.reconstruct:
-                gone = float(squared_error(new_weight - weight, gram).sum())
-                new_weight = reconstructed(weight, kept, gram)
-                left = float(squared_error(new_weight - weight, gram).sum())
-                if gone > 0:
-                    error = Reason("reconstruction_error", share=left / gone)
+                error_before = float(squared_error(new_weight - weight, gram).sum())
+                new_weight = refit_kept_weights(weight, kept, gram)
+                error_after = float(squared_error(new_weight - weight, gram).sum())
+                if error_before > 0:
+                    error = Reason("reconstruction_error", share=error_after / error_before)
                     outcomes[unit.name] = Decision("taken", (error,))
             if isinstance(layer, nn.Linear):
                 own_weight(layer, "weight", new_weight)
         return Applied(model, outcomes)
 
-    def _seen(self, model: Model, taken: list[Unit], bench: Bench) -> dict[str, Tensor]:
+    def _input_grams(self, model: Model, units: list[Unit], bench: Bench) -> dict[str, Tensor]:
+        """The gram matrix of each layer's inputs on calibration rows, float64 ``(in, in)``."""
         if bench.calibration is None:
             raise RowsMissing("activations_need_rows", step=self.kind)
         rows, signature = bench.calibration, bench.signature
-        return grams(model.module, taken, rows, signature, self.batch, self.rows)
+        return grams(model.module, units, rows, signature, self.batch, self.rows)

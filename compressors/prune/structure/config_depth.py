@@ -1,11 +1,14 @@
-"""Find layers whose number is in the configuration, and build the network without one of them.
+"""Find layers that an argument of the model class counts, and build the network without one.
 
-A number such as ``cross_layers``, or a list such as ``hidden``, is found by a build with one less:
-the lists and sequences of modules that become shorter are the layers that it counts. Any member may
-be removed if the remaining ones fit the shapes that the class then builds; later members move up by
-one. A check shows that nothing else depends on the member: the shorter network must give the same
-scores as the old one with that member skipped. A skipped member either returns its input (a block,
-a hidden layer) or adds zero (a residual part, a cross layer).
+The configuration of a bundle holds the arguments of the model class. To find out whether a number
+such as ``cross_layers``, or a list such as ``hidden``, counts layers, the network is built with one
+layer less. The containers (``nn.ModuleList``, ``nn.Sequential``) that become shorter hold the
+counted layers. They form a *stack*; what one count adds to the containers is a *member* of it.
+
+A member may be removed if the remaining ones fit the shapes that the class then builds; later
+members move up by one. A check shows that nothing else depends on the member: the shorter network
+must give the same scores as the old one with that member skipped. A skipped member either returns
+its input (a block, a hidden layer) or zeros (a residual part, a cross layer).
 """
 
 from collections.abc import Callable, Iterator
@@ -29,45 +32,50 @@ from compressors.prune.structure.config_widths import (
     numbers,
     with_value,
 )
-from compressors.prune.structure.narrowing import gap_of, made_up_scores, rebuilt, rounded_scores
+from compressors.prune.structure.narrowing import gap_of, rebuild, rounded_scores, synthetic_scores
 
 
 @dataclass(frozen=True)
 class Stack:
     """Layers that a number or a list of the configuration counts.
 
-    ``parts`` are the containers of these layers, each with the number of consecutive modules that
-    form one member.
+    Attributes:
+        path: where the number or the list is in the configuration.
+        members: number of members.
+        is_list: whether the configuration has a list with one entry per member, not a number.
+        containers: by name, the containers of the layers, each with the number of consecutive
+            modules that belong to one member.
     """
 
     path: Path
     members: int
-    listed: bool
-    parts: dict[str, int]
+    is_list: bool
+    containers: dict[str, int]
 
     def description(self) -> str:
         """The number or list as it is written in code, such as ``hidden``."""
         return describe_path(self.path)
 
     def member_of(self, name: str) -> int | None:
-        """The member that a module or tensor belongs to, or None."""
-        for part, size in self.parts.items():
-            place, _, _ = name.removeprefix(f"{part}.").partition(".")
-            if name.startswith(f"{part}.") and place.isdecimal():
-                member = int(place) // size
+        """The number of the member that a module or tensor belongs to, or None."""
+        for container, size in self.containers.items():
+            index, _, _ = name.removeprefix(f"{container}.").partition(".")
+            if name.startswith(f"{container}.") and index.isdecimal():
+                member = int(index) // size
                 return member if member < self.members else None
         return None
 
-    def moved(self, name: str, gone: int) -> str | None:
-        """The name of a module or tensor after member ``gone`` is removed; None if it was in it."""
-        for part, size in self.parts.items():
-            place, dot, rest = name.removeprefix(f"{part}.").partition(".")
-            if not name.startswith(f"{part}.") or not place.isdecimal():
+    def name_after_removal(self, name: str, removed: int) -> str | None:
+        """The name of a module or tensor after a member is removed; None if it is in the member."""
+        for container, size in self.containers.items():
+            index, dot, rest = name.removeprefix(f"{container}.").partition(".")
+            if not name.startswith(f"{container}.") or not index.isdecimal():
                 continue
-            if int(place) // size == gone:
+            member = int(index) // size
+            if member == removed:
                 return None
-            after = int(place) - size * (int(place) // size > gone)
-            return f"{part}.{after}{dot}{rest}"
+            new_index = int(index) - (size if member > removed else 0)
+            return f"{container}.{new_index}{dot}{rest}"
         return name
 
 
@@ -76,45 +84,51 @@ def find_stacks(model: Model) -> tuple[Stack, ...]:
     before = _lengths(model.module)
     config = {**defaults_of(model.architecture), **model.network.architecture.config}
     stacks = []
-    for path, members, listed in _counted(config):
-        shorter = Stack(path, members, listed, {})
+    for path, members, is_list in _possible_counts(config):
+        candidate = Stack(path, members, is_list, {})
         try:
-            after = _lengths(_built(model, _config(model, shorter, members - 1)))
+            after = _lengths(_build(model, _config_without(model, candidate, members - 1)))
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
             continue
-        parts = {
-            name: size - after[name]
-            for name, size in before.items()
-            if after.get(name, size) < size and (size - after[name]) * members <= size
+        containers = {
+            name: length - after[name]
+            for name, length in before.items()
+            if after.get(name, length) < length and (length - after[name]) * members <= length
         }
         outermost = {
             name: size
-            for name, size in parts.items()
-            if not any(name.startswith(f"{other}.") for other in parts)
+            for name, size in containers.items()
+            if not any(name.startswith(f"{other}.") for other in containers)
         }
         if outermost:
-            stacks.append(replace(shorter, parts=outermost))
+            stacks.append(replace(candidate, containers=outermost))
     return tuple(stacks)
 
 
-def _counted(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, bool]]:
-    """Yield numbers of at least 2 and lists of at least two numbers, with their paths."""
-    for place, value in numbers(config, path):
+def _possible_counts(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, bool]]:
+    """Yield numbers of at least 2 and lists of at least two numbers, which may count layers.
+
+    Yields:
+        The path in the configuration, the number or the length of the list, and whether it is a
+        list.
+    """
+    for number_path, value in numbers(config, path):
         if value >= 2:
-            yield place, value, False
+            yield number_path, value, False
     items = config.items() if isinstance(config, dict) else enumerate(config)
     for key, value in items:
         if isinstance(value, list) and len(value) >= 2 and all(type(v) is int for v in value):
             yield (*path, key), len(value), True
         elif isinstance(value, dict | list):
-            for found in _counted(value, (*path, key)):
-                if found[2]:
-                    yield found
+            for inner_path, length, is_list in _possible_counts(value, (*path, key)):
+                if is_list:  # inner numbers were already yielded above
+                    yield inner_path, length, is_list
 
 
 def _lengths(module: nn.Module) -> dict[str, int]:
+    """The number of modules in each container, by name."""
     return {
         name: len(part)
         for name, part in module.named_modules()
@@ -122,58 +136,67 @@ def _lengths(module: nn.Module) -> dict[str, int]:
     }
 
 
-def _config(model: Model, stack: Stack, gone: int) -> dict[str, Any]:
+def _config_without(model: Model, stack: Stack, member: int) -> dict[str, Any]:
     """The configuration after one member is removed."""
     config = model.network.architecture.config
-    if not stack.listed:
+    if not stack.is_list:
         return with_value(model.architecture, config, stack.path, stack.members - 1)
     value: Any = {**defaults_of(model.architecture), **config}
-    for part in stack.path:
-        value = value[part]
-    return with_value(model.architecture, config, stack.path, [*value[:gone], *value[gone + 1 :]])
+    for key in stack.path:
+        value = value[key]
+    shorter = [*value[:member], *value[member + 1 :]]
+    return with_value(model.architecture, config, stack.path, shorter)
 
 
-def _built(model: Model, config: dict[str, Any]) -> nn.Module:
+def _build(model: Model, config: dict[str, Any]) -> nn.Module:
     return construct(model.architecture, config).module
 
 
 def without_member(
-    model: Model, signature: Signature, stack: Stack, gone: int
+    model: Model, signature: Signature, stack: Stack, member: int
 ) -> tuple[Model, Stack]:
-    """Build the network without one member over the same tensors; also return the shorter stack.
+    """Build the network without one member; it shares the tensors of the given network.
+
+    Returns:
+        The shorter network and the stack that it has.
 
     Raises:
         NotAMember: the remaining tensors do not fit the shapes of the shorter network, or its
             scores differ from those of the old network with that member skipped.
     """
-    config = _config(model, stack, gone)
+    config = _config_without(model, stack, member)
     try:
-        built = rebuilt(model, config, lambda name: stack.moved(name, gone))
+        module = rebuild(model, config, lambda name: stack.name_after_removal(name, member))
     except Exception as fault:  # any exception of the class means: the member is needed
         if is_out_of_memory(fault):
             raise
-        first = str(fault).strip().splitlines()[-1].strip()
-        raise NotAMember(Reason("rest_does_not_fit", layer=gone, fault=first)) from fault
+        message = str(fault).strip().splitlines()[-1].strip()
+        raise NotAMember(Reason("rest_does_not_fit", layer=member, fault=message)) from fault
     architecture = model.network.architecture.model_copy(update={"config": config})
     network = model.network.model_copy(update={"architecture": architecture})
-    shorter = replace(model, module=built, network=network)
-    _require_skipped(model, shorter, signature, stack, gone)
+    shorter = replace(model, module=module, network=network)
+    _require_same_as_skipped(model, shorter, signature, stack, member)
     return shorter, replace(stack, members=stack.members - 1)
 
 
-def _require_skipped(
-    model: Model, shorter: Model, signature: Signature, stack: Stack, gone: int
+def _require_same_as_skipped(
+    model: Model, shorter: Model, signature: Signature, stack: Stack, member: int
 ) -> None:
+    """Raise if the shorter network differs from the old one with the member skipped.
+
+    Raises:
+        NotAMember: the scores on synthetic rows differ, or the member cannot be skipped.
+    """
     tables = table_rows(model.module)
-    scores = made_up_scores(shorter.module, signature, tables)
+    scores = synthetic_scores(shorter.module, signature, tables)
     gaps = []
-    for instead in (_its_input, _nothing):
+    for replacement in (_input_of_layer, _zeros):
         skipping = private_copy(model.module).eval()
         try:
-            with _replaced(skipping, stack, gone, instead):
+            with _replace_outputs(skipping, stack, member, replacement):
                 gap = gap_of(
                     scores,
-                    made_up_scores(skipping, signature, tables),
+                    synthetic_scores(skipping, signature, tables),
                     signature,
                     lambda: rounded_scores(shorter.module, signature, tables),
                 )
@@ -185,34 +208,39 @@ def _require_skipped(
             return
         gaps.append(gap)
     if gaps:
-        raise NotAMember(Reason("not_the_skipping_network", layer=gone, gap=gaps[0]))
-    raise NotAMember(Reason("cannot_be_skipped", layer=gone))
+        raise NotAMember(Reason("not_the_skipping_network", layer=member, gap=gaps[0]))
+    raise NotAMember(Reason("cannot_be_skipped", layer=member))
 
 
-def _its_input(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _input_of_layer(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     if args[0].shape != output.shape:
-        raise ValueError("another shape")
+        raise ValueError(
+            f"Expected an input of shape {tuple(output.shape)}, got {tuple(args[0].shape)}."
+        )
     return args[0]
 
 
-def _nothing(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _zeros(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
 
 @contextmanager
-def _replaced(
+def _replace_outputs(
     module: nn.Module,
     stack: Stack,
     member: int,
-    instead: Callable[[tuple[Tensor, ...], Tensor], Tensor],
+    replacement: Callable[[tuple[Tensor, ...], Tensor], Tensor],
 ) -> Iterator[None]:
-    """Replace the output of every module of a member."""
+    """Replace the output of every module of a member while the context is active.
+
+    ``replacement`` maps the arguments and the output of a module to the new output.
+    """
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return instead(args, output)
+        return replacement(args, output)
 
     with ExitStack() as hooks:
-        for name, size in stack.parts.items():
+        for name, size in stack.containers.items():
             children = list(module.get_submodule(name).children())
             for part in children[member * size : (member + 1) * size]:
                 hooks.callback(part.register_forward_hook(hook).remove)

@@ -2,7 +2,9 @@
 
 The narrower network is built from its configuration, as a server builds it, so code that depends on
 a width (a view, a scale of ``width ** -0.5``, another layer of ``width // 16``) uses the new width.
-Then both networks score the same synthetic rows, the old network with those channels set to zero.
+Then both networks score the same synthetic rows; in the old network the removed channels are set to
+zero. A *unit* is one channel or one group of channels that the width counts, and a *maker* is a
+layer that outputs the channels (``config_widths.py``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,38 +30,39 @@ from compressors.prune.structure.config_widths import Width, with_value
 
 CHECK_ROWS = 128
 SCALES = (1.0, 30.0)
-"""Dense inputs of two sizes: some bends, such as Relu6's upper one, are far from zero."""
+"""Factors for dense inputs: some nonlinearities, such as Relu6, change only far from zero."""
 
 TOLERANCE = 1e-3
-"""Largest gap as a share of the scores' spread. Float32 sums in another order usually stay far
-below; one channel too many or in another's place moves some score by more."""
+"""Largest allowed difference as a share of the scores' spread. Float32 sums in another order
+usually differ far less; a wrong or misplaced channel changes some score by more."""
 
 ROUNDING_DRAWS = 4
 ROUNDING_FACTOR = 32.0
-"""Largest gap as a multiple of what rounding alone changes. A sum of some hundred terms in another
-order differs by a few times the change that one rounding of each weight causes."""
+"""Largest allowed difference as a multiple of the change that rounding causes. A sum of some
+hundred terms in another order differs by a few times the change from rounding each weight."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A width to reduce to ``count`` units (channels or groups of channels)."""
+    """A width that is reduced to ``count`` units, with the consumers of its channels."""
 
     width: Width
     readers: Readers
     count: int
 
 
-def prove(model: Model, signature: Signature, cut: Cut) -> None:
+def require_narrowable(model: Model, signature: Signature, cut: Cut) -> None:
     """Check with randomly selected channels that one width can be reduced.
 
     Raises:
-        NotAWidth: the network cannot be built or run with it, or computes something else.
+        NotAWidth: the network cannot be built or run with the smaller width, or its scores differ
+            from those of the old network with the removed channels at zero.
     """
-    drawn = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     kept = {}
     for group in cut.readers.tied:
         mask = torch.zeros(cut.width.value, dtype=torch.bool)
-        mask[torch.randperm(cut.width.value, generator=drawn)[: cut.count]] = True
+        mask[torch.randperm(cut.width.value, generator=generator)[: cut.count]] = True
         kept.update(dict.fromkeys(group, mask))
     private = replace(model, module=private_copy(model.module))
     try:
@@ -77,7 +80,7 @@ def prove(model: Model, signature: Signature, cut: Cut) -> None:
 def without_channels(
     model: Model, signature: Signature, cuts: Sequence[Cut], kept: Mapping[str, Tensor]
 ) -> tuple[Model, str | None]:
-    """Build the network with fewer channels and compare it with the old one without them.
+    """Build the network with fewer channels; compare it with the old one without these channels.
 
     Args:
         model: a private copy; its layers are narrowed in place.
@@ -86,44 +89,45 @@ def without_channels(
         kept: the kept units, by maker, bool ``(units,)``.
 
     Returns:
-        The new network over the remaining tensors, and a description of the difference, or None.
+        The new network over the remaining tensors, and a description of the score difference; None
+        if the scores agree.
     """
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}  # kept inputs of each reader
+    outputs: dict[str, Tensor] = {}  # kept outputs of each maker
     architecture = model.network.architecture
     config = architecture.config
     for cut in cuts:
         for (maker, reader), columns in cut.readers.reads.items():
-            gone = columns[~kept[maker]].any(dim=0)  # (inputs of the reader,)
-            inputs[reader] = inputs.get(reader, torch.ones_like(gone)) & ~gone
+            removed = columns[~kept[maker]].any(dim=0)  # (inputs of the reader,)
+            inputs[reader] = inputs.get(reader, torch.ones_like(removed)) & ~removed
         for maker, units in cut.readers.units.items():
             outputs[maker] = kept[maker][units]  # (channels,)
         config = with_value(model.architecture, config, cut.width.path, cut.count)
     tables = table_rows(model.module)
-    expected = made_up_scores(_silenced(model.module, inputs), signature, tables)
+    expected = synthetic_scores(_with_zero_weights(model.module, inputs), signature, tables)
     for name in outputs.keys() | inputs.keys():
         _narrow(model.module.get_submodule(name), outputs.get(name), inputs.get(name))
     network = model.network.model_copy(
         update={"architecture": architecture.model_copy(update={"config": config})}
     )
-    module = rebuilt(model, config)
-    scores = made_up_scores(module, signature, tables)
+    module = rebuild(model, config)
+    scores = synthetic_scores(module, signature, tables)
     gap = gap_of(scores, expected, signature, lambda: rounded_scores(module, signature, tables))
     return replace(model, module=module, network=network), gap
 
 
-def apart(found: nn.Module, expected: nn.Module, signature: Signature) -> str | None:
-    """Describe the difference of two networks on synthetic rows; None if it is only rounding."""
+def score_difference(module: nn.Module, expected: nn.Module, signature: Signature) -> str | None:
+    """Describe how two networks' scores differ on synthetic rows; None if only by rounding."""
     tables = table_rows(expected)
     return gap_of(
-        made_up_scores(found, signature, tables),
-        made_up_scores(expected, signature, tables),
+        synthetic_scores(module, signature, tables),
+        synthetic_scores(expected, signature, tables),
         signature,
         lambda: rounded_scores(expected, signature, tables),
     )
 
 
-def left_of(
+def remaining_readers(
     readers: Readers, model: Model, signature: Signature, kept: Mapping[str, Tensor]
 ) -> Readers:
     """Find the consumers of the remaining units of a width, for the next round.
@@ -138,46 +142,47 @@ def left_of(
         NotAWidth: the remaining units are not consumed as they were before.
     """
     units, count = {}, 0
-    for maker, before in readers.units.items():
+    for maker, old_units in readers.units.items():
         mask = kept[maker]
-        place, count = mask.cumsum(0) - 1, int(mask.sum())  # new indices of the kept units
-        units[maker] = place[before[mask[before]]]
+        new_index, count = mask.cumsum(0) - 1, int(mask.sum())  # of each kept unit
+        units[maker] = new_index[old_units[mask[old_units]]]
     width = replace(readers.width, value=count)
     return readers_of(width, trace(model.module, signature, table_rows(model.module), width), units)
 
 
-def rebuilt(
+def rebuild(
     model: Model,
     config: Mapping[str, Any],
-    moved: Callable[[str], str | None] = lambda name: name,
+    new_name: Callable[[str], str | None] = lambda name: name,
 ) -> nn.Module:
-    """Build the network of a configuration over the tensors and packed modules of another.
+    """Build the network of a configuration with the tensors and packed modules of another one.
 
     Args:
         model: the other network, narrowed or without some modules.
         config: the new configuration.
-        moved: gives the new name of a module or tensor; None if it is removed.
+        new_name: maps the name of a module or tensor to its new name; None if it is removed.
 
     Raises:
-        Exception: any exception of the class, or of torch if tensors do not fit.
+        Exception: any exception of the model class, or of torch if tensors do not fit.
     """
-    built = construct(model.architecture, config).module
+    module = construct(model.architecture, config).module
     for name, part in model.module.named_modules():
         packed = ComposedTable | PackedTable | FactoredLinear | PackedLinear | FoldedNorm | Bag
         if isinstance(part, packed):
-            new = moved(name)
-            if new is not None:
-                swap(built, new, part)
+            target = new_name(name)
+            if target is not None:
+                swap(module, target, part)
     recalibration = recalibration_of(model.module)
     if recalibration is not None:
-        attach(built, recalibration)
-    tensors = {moved(k): tensor for k, tensor in model.module.state_dict(keep_vars=True).items()}
-    assign(built, {k: t for k, t in tensors.items() if k is not None}, strict=True)
-    return built.eval()
+        attach(module, recalibration)
+    state = model.module.state_dict(keep_vars=True)
+    tensors = {new_name(name): tensor for name, tensor in state.items()}
+    assign(module, {k: tensor for k, tensor in tensors.items() if k is not None}, strict=True)
+    return module.eval()
 
 
 @torch.no_grad()
-def made_up_scores(module: nn.Module, signature: Signature, tables: dict[str, int]) -> Tensor:
+def synthetic_scores(module: nn.Module, signature: Signature, tables: dict[str, int]) -> Tensor:
     """Scores of a network for synthetic rows, float ``(scales, rows)``."""
     return _scores(module, signature, tables, None)
 
@@ -207,11 +212,12 @@ def rounded_scores(module: nn.Module, signature: Signature, tables: dict[str, in
 def _perturbed(
     module: nn.Module, signature: Signature, tables: dict[str, int], seed: int
 ) -> Tensor:
-    drawn = torch.Generator().manual_seed(seed)
+    """Scores after a random relative change of at most one float32 step of each number."""
+    generator = torch.Generator().manual_seed(seed)
 
     def rounded(x: Tensor) -> Tensor:
         step = torch.finfo(torch.float32).eps
-        return x * (1 + step * torch.randint(-1, 2, x.shape, generator=drawn))
+        return x * (1 + step * torch.randint(-1, 2, x.shape, generator=generator))
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return rounded(output)
@@ -236,6 +242,7 @@ def _scores(
     tables: dict[str, int],
     rounded: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
+    """Scores for synthetic rows, float ``(scales, rows)``; ``rounded`` changes dense inputs."""
     scores = []
     for scale in SCALES:
         rows = example(signature, tables, CHECK_ROWS)
@@ -248,17 +255,17 @@ def _scores(
 
 
 def gap_of(
-    found: Tensor,
+    scores: Tensor,
     expected: Tensor,
     signature: Signature,
     rounded: Callable[[], Tensor] | None = None,
 ) -> str | None:
-    """Describe the difference of two networks' scores, in logits if they are probabilities.
+    """Describe the difference of two networks' scores; probabilities are compared as logits.
 
     Args:
-        found: scores of one network, float ``(scales, rows)``.
+        scores: scores of one network, float ``(scales, rows)``.
         expected: scores of the other network, in the same shape.
-        signature: whether scores are probabilities.
+        signature: says whether scores are probabilities.
         rounded: returns scores of one network with different rounding, float
             ``(draws, scales, rows)``; differences of that size are ignored. Called only if the
             difference is a large share of the spread.
@@ -266,38 +273,44 @@ def gap_of(
     Returns:
         The difference as text; None if the scores agree.
     """
-    first, second = _in_logits(found, signature), _in_logits(expected, signature)
-    largest = (first - second).abs().amax(dim=1)  # (scales,)
-    spread = second.std(dim=1) + 1e-3 * second.abs().amax(dim=1)
+    reference = _in_logits(expected, signature)
+    largest = (_in_logits(scores, signature) - reference).abs().amax(dim=1)  # (scales,)
+    spread = reference.std(dim=1) + 1e-3 * reference.abs().amax(dim=1)
     spread = spread.clamp(min=1e-12)
     if bool((largest <= TOLERANCE * spread).all()):
         return None
     allowed = TOLERANCE * spread
     if rounded is not None:
-        again = _in_logits(rounded(), signature)  # (draws, scales, rows)
-        noise = (again - again[:1]).abs().amax(dim=(0, 2))
-        noise = torch.maximum(noise, _last_step(expected, signature))
+        draws = _in_logits(rounded(), signature)  # (draws, scales, rows)
+        noise = (draws - draws[:1]).abs().amax(dim=(0, 2))
+        noise = torch.maximum(noise, _largest_step(expected, signature))
         allowed = torch.maximum(allowed, ROUNDING_FACTOR * noise)
-    over = ~(largest <= allowed)  # NaN is over
-    if not bool(over.any()):
+    too_large = ~(largest <= allowed)  # also True for NaN
+    if not bool(too_large.any()):
         return None
-    return f"{float((largest / spread)[over].max()):.2g} of their spread"
+    return f"{float((largest / spread)[too_large].max()):.2g} of their spread"
 
 
 def _in_logits(scores: Tensor, signature: Signature) -> Tensor:
-    """Float64 logits of probabilities: click rates are small, so differences of them would be."""
-    wide = scores.double()
-    return torch.logit(wide, eps=1e-7) if signature.single_output.form == "probability" else wide
+    """Convert scores to float64, and probabilities to logits.
+
+    Click probabilities are small, so even a large relative error is a small difference of them.
+    """
+    exact = scores.double()
+    return torch.logit(exact, eps=1e-7) if signature.single_output.form == "probability" else exact
 
 
-def _last_step(scores: Tensor, signature: Signature) -> Tensor:
+def _largest_step(scores: Tensor, signature: Signature) -> Tensor:
     """The largest change of a score by one step of float32, for each scale: ``(scales,)``."""
     up = torch.nextafter(scores.float(), torch.full_like(scores, torch.inf, dtype=torch.float32))
     return (_in_logits(up, signature) - _in_logits(scores, signature)).abs().amax(dim=1)
 
 
-def _silenced(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the network with zero weights for the inputs that will be removed."""
+def _with_zero_weights(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the network with zero weights for the inputs that will be removed.
+
+    ``inputs`` has, by layer, the kept inputs: bool ``(inputs,)``.
+    """
     copied = private_copy(module).eval()
     for name, kept in inputs.items():
         layer = copied.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Find the widths of a network that can be pruned, with a check of each of them.
+"""Find the widths of a network that can be pruned, and check each of them.
 
 Layers whose width cannot be pruned get a reason.
 """
@@ -15,12 +15,12 @@ from compressors.errors.widths import NotAWidth
 from compressors.prune.dense.kept_shares import kept_width, multiple_of
 from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
 from compressors.prune.structure.config_widths import Width, find_widths
-from compressors.prune.structure.narrowing import Cut, prove
+from compressors.prune.structure.narrowing import Cut, require_narrowable
 
 
 @dataclass(frozen=True)
 class PrunableWidths:
-    """The prunable widths with their consumers, and the decision of every dense layer."""
+    """The prunable widths with their consumers, and the decision for every dense layer."""
 
     readers: tuple[Readers, ...]
     decisions: dict[str, Decision]
@@ -46,41 +46,50 @@ def prunable_widths(
         model: the network; it is not changed.
         signature: the inputs of the network.
         decisions: the dense layers that the step selects.
-        share: the approximate share of its units that a width keeps.
+        share: the approximate share of its units that each width keeps.
         multiple: the number of channels stays a multiple of this.
         searched: whether a width may keep fewer units than that share.
     """
     result = dict(decisions)
     widths, reasons = find_widths(model)
-    proved: list[Readers] = []
-    taken: set[str] = set()
+    prunable: list[Readers] = []
+    pruned: set[str] = set()  # layers of the prunable widths
     for width in widths.values():
-        if taken & width.makers.keys():  # another number is the width of these layers
+        if pruned & width.makers.keys():  # another number is already the width of these layers
             continue
         try:
-            _require_choices(width, decisions)
-            count = _tried(width, share, multiple, searched=searched)
-            proved.append(_proved(model, signature, width, count))
+            _require_all_selected(width, decisions)
+            count = _count_to_check(width, share, multiple, searched=searched)
+            prunable.append(_checked_readers(model, signature, width, count))
         except NotAWidth as fault:
             for name in width.makers:  # of two numbers the first is more likely the width
                 reasons.setdefault(name, (fault.reason,))
         else:
-            taken |= width.makers.keys()
+            pruned |= width.makers.keys()
     for name, decision in decisions.items():
-        if decision.selected and name not in taken:
+        if decision.selected and name not in pruned:
             result[name] = Decision("skipped", reasons[name])
-    return PrunableWidths(tuple(proved), result)
+    return PrunableWidths(tuple(prunable), result)
 
 
-def _require_choices(width: Width, decisions: Mapping[str, Decision]) -> None:
+def _require_all_selected(width: Width, decisions: Mapping[str, Decision]) -> None:
+    """Raise if the step does not select every layer of a width.
+
+    Raises:
+        NotAWidth: names the first layer that is not selected.
+    """
     for name in width.makers:
         if not decisions[name].selected:
             why = decisions[name].reasons
             raise NotAWidth(Reason("shares_width", width=width.description(), layer=name, why=why))
 
 
-def _tried(width: Width, share: float, multiple: int, *, searched: bool) -> int:
-    """The number of units that a width is reduced to in its check."""
+def _count_to_check(width: Width, share: float, multiple: int, *, searched: bool) -> int:
+    """The number of units that a width is reduced to in its check.
+
+    Raises:
+        NotAWidth: with this share no unit would be removed.
+    """
     step = multiple_of(width, multiple)
     count = kept_width(width.value, share, step)
     if count >= width.value and searched:
@@ -100,18 +109,18 @@ def _tried(width: Width, share: float, multiple: int, *, searched: bool) -> int:
     return count
 
 
-def _proved(model: Model, signature: Signature, width: Width, count: int) -> Readers:
-    """The consumers of a width, for the first order of its channels that passes the check.
+def _checked_readers(model: Model, signature: Signature, width: Width, count: int) -> Readers:
+    """The consumers of a width, for the first layout of its channels that passes the check.
 
     Raises:
-        NotAWidth: no order passes; the reason is that of the first order.
+        NotAWidth: no layout passes; the reason is that of the first layout.
     """
     traces = trace(model.module, signature, table_rows(model.module), width)
     faults: list[NotAWidth] = []
     for units in layouts(width):
         try:
             readers = readers_of(width, traces, units)
-            prove(model, signature, Cut(width, readers, count))
+            require_narrowable(model, signature, Cut(width, readers, count))
         except NotAWidth as fault:
             faults.append(fault)
         else:

@@ -1,10 +1,10 @@
 """Cluster the rarely looked-up rows of embedding tables, so that they share a few rows.
 
 The most looked-up rows are not changed. The others are clustered by weighted k-means, and each is
-replaced by the mean of its cluster. With ``hot`` at 0 all rows are clustered.
+replaced by the mean of its cluster. If ``hot`` is 0, all rows are clustered.
 
-Source: clustered embeddings of rare ids, e.g. CCE (https://arxiv.org/abs/2210.05974), which
-clusters during training. Differs: one clustering after training, with rows weighted by their lookup
+Source: clustered embeddings of rare ids, such as CCE (https://arxiv.org/abs/2210.05974), which
+clusters during training. Differs: rows are clustered once after training, weighted by their lookup
 counts.
 """
 
@@ -35,7 +35,7 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 from compressors.quantize.kernels.lloyd import kmeans, nearest
 
 SAMPLE = 65_536
-"""Rows that clusters are fitted on, at most: the ones looked up most among those that share."""
+"""Largest number of rows to fit clusters to: the most looked-up ones of the clustered rows."""
 
 
 def clustered(table: Tensor, counts: Tensor, hot: int, clusters: int) -> tuple[Tensor, Tensor]:
@@ -48,22 +48,22 @@ def clustered(table: Tensor, counts: Tensor, hot: int, clusters: int) -> tuple[T
         clusters: number of clusters of the other rows, at most the number of these rows.
 
     Returns:
-        ``place`` int64 ``(rows,)`` and ``unique`` float32 ``(hot + clusters, dim)``: hot rows
-        first, in their order.
+        ``place`` int64 ``(rows,)``, the number of each row in ``unique``, and ``unique`` float32
+        ``(hot + clusters, dim)``: first the hot rows in their order, then the cluster means.
     """
-    chosen = most(counts, hot)
-    cold = table[~chosen].float()
-    weight = counts[~chosen] + UNSEEN
-    fitted = most(weight, min(len(cold), SAMPLE))
-    centres = kmeans(cold[fitted], clusters, weight[fitted]).codebook
+    is_hot = most(counts, hot)
+    cold = table[~is_hot].float()
+    weight = counts[~is_hot] + UNSEEN
+    sample = most(weight, min(len(cold), SAMPLE))
+    centers = kmeans(cold[sample], clusters, weight[sample]).codebook
     place = torch.empty(len(table), dtype=torch.int64)
-    place[chosen] = torch.arange(hot)
-    place[~chosen] = hot + nearest(cold, centres)
-    return place, torch.cat([table[chosen].float(), centres])
+    place[is_hot] = torch.arange(hot)
+    place[~is_hot] = hot + nearest(cold, centers)
+    return place, torch.cat([table[is_hot].float(), centers])
 
 
 class ClusterRows(ComposingStep):
-    """Let the seldom looked-up rows of embedding tables share a few rows."""
+    """Cluster the rarely looked-up rows of embedding tables, so that they share a few rows."""
 
     kind: Literal["cluster_rows"] = "cluster_rows"
     tables: tuple[str, ...] = Field(
@@ -71,12 +71,16 @@ class ClusterRows(ComposingStep):
     )
     min_rows: MinRows = 1
     hot: float = Field(
-        0.2, ge=0, lt=1, description="Share of a table's rows, the most looked up, that stay."
+        0.2,
+        ge=0,
+        lt=1,
+        description="Share of a table's rows, those with the most lookups, that are not clustered.",
     )
     clusters: float = Field(
         0.1,
         gt=0,
-        description="Rows that the others share. Below 1: as a share of them. From 1 on: a number.",
+        description="Number of clusters of the other rows. Below 1: as a share of these rows. From "
+        "1 on: a number.",
     )
 
     @property
@@ -89,17 +93,21 @@ class ClusterRows(ComposingStep):
         return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
-        """Replace every selected table by its hot rows, its clusters and a map."""
+        """Replace every selected table by its hot rows, its clusters and a map.
+
+        Raises:
+            RowsMissing: there are no training rows.
+        """
         designs = plan.payload
         counts = lookup_counts(model, bench, designs)
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             hot, clusters = self._sizes(len(table))
             place, unique = clustered(table, counts[name], hot, clusters)
-            touched = share(counts[name], ~most(counts[name], hot))
+            clustered_share = share(counts[name], ~most(counts[name], hot))
             stored = {"planes": byte_planes(place, len(unique))}
-            shared = Reason("shared_lookups", share=touched)
-            return FittedParts(stored, {"unique": unique}, (shared,))
+            reason = Reason("shared_lookups", share=clustered_share)
+            return FittedParts(stored, {"unique": unique}, (reason,))
 
         return recompose(model, designs, fit)
 

@@ -1,14 +1,14 @@
 """Remove the least important dimensions of embedding tables.
 
-A removed dimension has the same value in every row, its mean. The result is a narrower table, a
-selection matrix and a mean row, the same form that ``low_rank`` writes. The product with a matrix
-of zeros and ones is exact, and eight times faster in ONNX Runtime than a Pad and a Gather along
-the last dimension (26,624 lookups of 8 out of 16 numbers: 179 against 1,494 us), for
-``4 * kept * dim`` bytes per table.
+A removed dimension has the same value in every row: its mean. The result is a narrower table, a
+selection matrix and a mean row, the same composition that ``low_rank`` writes. The product with a
+matrix of zeros and ones is exact. In ONNX Runtime it is eight times faster than a Pad and a Gather
+along the last dimension (26,624 lookups of 8 out of 16 numbers: 179 against 1,494 us). The matrix
+takes ``4 * kept * dim`` bytes per table.
 
 Source: Molchanov et al. 2019, https://arxiv.org/abs/1906.10771 (gradient times weight, squared).
-Differs: the score is for setting a whole dimension to its mean, not a weight to zero; the squares
-are taken for each batch of training rows and summed.
+Differs: the score estimates the effect of setting a whole dimension to its mean, not a weight to
+zero; it is squared for each batch of training rows and summed over batches.
 """
 
 from collections.abc import Mapping
@@ -49,13 +49,13 @@ def mean_row(table: Tensor, weight: Tensor) -> Tensor:
 
 
 def variance(table: Tensor, weight: Tensor) -> Tensor:
-    """The squared error of replacing each dimension by its mean: float64 ``(dim,)``."""
-    gap = table.double() - mean_row(table, weight)
-    return (weight / weight.sum()).double() @ gap.square()
+    """Weighted variance of each dimension over the rows: float64 ``(dim,)``."""
+    deviation = table.double() - mean_row(table, weight)
+    return (weight / weight.sum()).double() @ deviation.square()
 
 
 def without_dimensions(table: Tensor, kept: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the narrow table and the selection matrix and row that restore full rows.
+    """Compute the narrow table, and the matrix and the row that restore rows of full width.
 
     Args:
         table: float, ``(rows, dim)``.
@@ -72,20 +72,24 @@ def without_dimensions(table: Tensor, kept: Tensor, mean: Tensor) -> tuple[Tenso
 
 
 class Dimensions(ComposingStep):
-    """Drop the least important dimensions of embedding tables."""
+    """Remove the least important dimensions of embedding tables."""
 
     kind: Literal["dimensions"] = "dimensions"
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
     keep: float = Field(
-        0.5, gt=0, description="Below 1: share of the dimensions that stay. From 1 on: how many."
+        0.5,
+        gt=0,
+        description="Dimensions to keep. Below 1: as a share of all. From 1 on: a number.",
     )
     importance: Importance = Field(
         "variance",
-        description="What a dimension is judged by: its variance over the rows, the same with rows "
-        "counted by their lookups in training, or the loss's gradient on training rows.",
+        description="Dimension score. variance: variance over the rows. traffic: the same, rows "
+        "weighted by lookups in training. gradient: estimated change of the loss on training rows.",
     )
-    rows: int = Field(8192, ge=1, description="Training rows read for 'gradient', at most.")
+    rows: int = Field(
+        8192, ge=1, description="Largest number of training rows read for importance 'gradient'."
+    )
 
     @property
     def needs(self) -> tuple[Part, ...]:
@@ -101,30 +105,31 @@ class Dimensions(ComposingStep):
         if self.importance == "gradient" and not bench.signature.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
 
-        def shaped(rows: int, dim: int) -> Design | Reason:
+        def design(rows: int, dim: int) -> Design | Reason:
             count = share_or_number(self.keep, dim)
             reason = Reason("kept_dimensions", kept=count, dim=dim, importance=self.importance)
             return Design(COMPOSITION, {"rank": count}, reason)
 
-        return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)
+        return choose_composed(model, self.tables, self.min_rows, self.kind, design)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
         """Replace every selected table by its kept dimensions.
 
         Raises:
-            CompressionError: the loss has no gradient on the training rows.
+            RowsMissing: there are no training rows, and the importance needs them.
+            StepRefused: the loss has no gradient on the training rows.
         """
         designs = plan.payload
         weights = row_weights(model, bench, designs, weighted=self.importance != "variance")
         tables = {u.name: u.weight for u in Unit.of(model.module) if u.name in designs}
         means = {name: mean_row(table, weights[name]) for name, table in tables.items()}
         if self.importance == "gradient":
-            important = taylor(model.module, bench, means, self.rows)
+            importance = taylor(model.module, bench, means, self.rows)
         else:
-            important = {name: variance(table, weights[name]) for name, table in tables.items()}
+            importance = {name: variance(table, weights[name]) for name, table in tables.items()}
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            order = important[name].argsort(descending=True, stable=True)
+            order = importance[name].argsort(descending=True, stable=True)
             kept = order[: design.settings["rank"]].sort().values
             narrow, selection, rest = without_dimensions(table, kept, means[name])
             return FittedParts({"projection": selection, "mean": rest}, {"narrow": narrow})
@@ -146,6 +151,10 @@ def taylor(
     Returns:
         By table, float64 ``(dim,)``: the sum over batches of
         ``(sum over rows of gradient * (mean - weight)) ** 2``.
+
+    Raises:
+        RowsMissing: there are no training rows.
+        StepRefused: the gradient of every dimension is zero.
     """
     if bench.train is None:
         raise RowsMissing("gradients_need_rows")
@@ -161,8 +170,8 @@ def taylor(
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
             if grad is not None:
-                move = means[name] - leaf.detach().double()
-                total[name] += (grad.double() * move).sum(dim=0).square()
+                change = means[name] - leaf.detach().double()
+                total[name] += (grad.double() * change).sum(dim=0).square()
     if not any(bool(each.any()) for each in total.values()):
         raise StepRefused("dimension_gradients_zero")
     return total

@@ -1,9 +1,10 @@
-"""Drop embedding tables: replace the tables of unimportant fields by one row each.
+"""Drop embedding tables: replace the tables of unimportant features by one row each.
 
 Tables are ranked by permutation importance (Breiman 2001, sec. 10; Fisher et al. 2019,
-https://arxiv.org/abs/1801.01489): the loss of quality on the validation rows when the outputs of a
-table are permuted between rows. They are dropped in ascending order of importance, as long as the
-network without all of them, measured on the same rows, stays within the allowed loss.
+https://arxiv.org/abs/1801.01489): the decrease of the metric on the validation rows if the outputs
+of a table are permuted between rows. Tables are tried in ascending order of importance. A table is
+dropped if the metric of the network without it and without those already dropped, on the same rows,
+stays within the allowed loss.
 
 A dropped table returns its mean row, weighted by lookup counts, for every id, so the next layers do
 not change. ``channels`` or a distilled student can then remove its columns.
@@ -35,7 +36,7 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 @dataclass(frozen=True)
 class ConstantComposition:
-    """A table without parts that returns ``row``, float32 ``(dim,)``, for every id."""
+    """A table without parts that returns the same ``row``, float32 ``(dim,)``, for every id."""
 
     name: str = "constant"
     learned: tuple[str, ...] = ("row",)
@@ -68,33 +69,36 @@ class ConstantComposition:
 COMPOSITION: Composition = ConstantComposition()
 
 
-def permutation_loss(model: Model, bench: Bench, name: str, before: float, repeats: int) -> float:
+def permutation_loss(model: Model, bench: Bench, name: str, baseline: float, repeats: int) -> float:
     """Measure how much the validation metric falls when a table's outputs are permuted.
 
     Args:
         model: the network.
         bench: with validation rows.
         name: name of the table.
-        before: the metric without permutation.
+        baseline: the metric without permutation.
         repeats: number of permutations; the result is the mean over them.
 
-    Outputs are permuted within a batch of ``scoring.SCORING_ROWS``.
+    Outputs are permuted within each batch of ``metrics.validation_score.SCORING_ROWS`` rows.
+
+    Raises:
+        RowsMissing: there are no validation rows.
     """
     if bench.validation is None:
         raise RowsMissing("validation_rows_missing", step="drop_tables")
     private = model.private().module
-    drawn = torch.Generator().manual_seed(bench.seed)
+    generator = torch.Generator().manual_seed(bench.seed)
 
     def permute(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output[torch.randperm(len(output), generator=drawn)]
+        return output[torch.randperm(len(output), generator=generator)]
 
     private.get_submodule(name).register_forward_hook(permute)
     qualities = [quality(private, bench.signature, bench.validation) for _ in range(repeats)]
-    return before - sum(qualities) / repeats
+    return baseline - sum(qualities) / repeats
 
 
 class DropTables(StepSettings):
-    """Drop embedding tables that do not pay, as far as a loss on validation rows allows."""
+    """Replace unimportant embedding tables by one row, within an allowed loss of quality."""
 
     effect: ClassVar[Effect] = "parts"
 
@@ -106,11 +110,11 @@ class DropTables(StepSettings):
     most_loss: float = Field(
         0.0,
         ge=0,
-        description="By how much the metric on validation rows may fall, for all dropped tables "
-        "together.",
+        description="Largest allowed decrease of the metric on validation rows, for all dropped "
+        "tables together.",
     )
     repeats: int = Field(
-        3, ge=1, description="Permutations of each table whose mean loss ranks it."
+        3, ge=1, description="Number of permutations per table; their mean loss ranks the table."
     )
 
     @property
@@ -119,7 +123,7 @@ class DropTables(StepSettings):
         return ("train", "validation")
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """Select the tables that may be dropped; ``apply`` measures which of them are.
+        """Select the tables that may be dropped; only ``apply`` measures which ones are.
 
         Raises:
             NothingToCompress: the signature's task has no metric of single rows.
@@ -127,7 +131,7 @@ class DropTables(StepSettings):
         if not bench.signature.scores_rows:
             raise NothingToCompress("row_metric_missing", step=self.kind)
         decisions = choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
-        tried = Reason(
+        condition = Reason(
             "dropped_if",
             step=self.kind,
             metric=bench.signature.single_output.metric,
@@ -135,40 +139,43 @@ class DropTables(StepSettings):
         )
         for unit in StepPlan(decisions, None).units(model.module):
             bounds = unit.weight.shape[1] * 4, unit.bytes  # one row, or unchanged
-            decisions[unit.name] = Decision("deferred", (tried,), bounds)
+            decisions[unit.name] = Decision("deferred", (condition,), bounds)
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
-        """Drop tables in ascending order of importance while the loss is allowed.
+        """Drop tables in ascending order of importance if the loss is within ``most_loss``.
 
         Raises:
-            CompressionError: the bench lacks validation rows.
+            RowsMissing: the bench lacks validation or training rows.
         """
         if bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
-        taken = {unit.name: unit for unit in plan.units(model.module)}
-        counts = lookup_counts(model, bench, taken)
-        before = quality(model.module, bench.signature, bench.validation)
-        cost = {n: permutation_loss(model, bench, n, before, self.repeats) for n in taken}
+        units = {unit.name: unit for unit in plan.units(model.module)}
+        counts = lookup_counts(model, bench, units)
+        baseline = quality(model.module, bench.signature, bench.validation)
+        importance = {
+            name: permutation_loss(model, bench, name, baseline, self.repeats) for name in units
+        }
         metric = bench.signature.single_output.metric
         outcomes: dict[str, Decision] = {}
-        for name in sorted(taken, key=lambda name: cost[name]):
-            tried = model.private()
-            unit = taken[name]
-            dropped = pack_table(unit.module, _constant(unit, counts[name]))
-            swap(tried.module, name, dropped)
-            change = quality(tried.module, bench.signature, bench.validation) - before
+        for name in sorted(units, key=lambda name: importance[name]):
+            candidate = model.private()
+            unit = units[name]
+            constant = pack_table(unit.module, _mean_row_table(unit, counts[name]))
+            swap(candidate.module, name, constant)
+            change = quality(candidate.module, bench.signature, bench.validation) - baseline
             if change >= -self.most_loss:
-                model = tried
-                dropping = Reason("table_dropped", metric=metric, change=change)
-                outcomes[name] = Decision("taken", (dropping,))
+                model = candidate
+                dropped = Reason("table_dropped", metric=metric, change=change)
+                outcomes[name] = Decision("taken", (dropped,))
             else:
-                keeping = Reason("table_kept", metric=metric, change=change)
-                outcomes[name] = Decision("skipped", (keeping,))
+                kept = Reason("table_kept", metric=metric, change=change)
+                outcomes[name] = Decision("skipped", (kept,))
         return Applied(model, outcomes)
 
 
-def _constant(unit: Unit, counts: Tensor) -> ComposedTable:
+def _mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:
+    """A table that returns the mean of the unit's rows, weighted by lookup counts."""
     weight = unit.weight
     rows, dim = weight.shape
     share = (counts + UNSEEN) / (counts + UNSEEN).sum()

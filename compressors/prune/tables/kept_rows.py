@@ -1,26 +1,30 @@
 """Map of kept rows: one byte per row and four bytes per 128 rows.
 
-Kept rows stay in order, so the place of a kept row is the number of kept rows before its block plus
-its rank within the block. The same holds for the other rows. The map is int8 because of TensorRT,
-as in ``row_map``.
+A table is split into kept rows and other rows, each in their original order. The new index
+(*place*) of a kept row is therefore the number of kept rows before its block of 128 rows, plus its
+rank within the block. The same holds for the other rows. The map is int8 because of TensorRT, as in
+``row_map.py``.
 """
 
 import torch
 from torch import Tensor
 
 BLOCK = 128
-"""Rows that share one count: a place among them takes 7 bits, and the eighth says which kind."""
+"""Rows per block. A rank in a block takes 7 bits; the sign bit says whether the row is kept."""
 
 
 def most(score: Tensor, count: int) -> Tensor:
-    """Select the ``count`` rows of highest score, bool ``(rows,)``; of equal rows the first."""
+    """Select the ``count`` rows of highest score: bool ``(rows,)``; of equal scores the first."""
     chosen = torch.zeros(len(score), dtype=torch.bool)
     chosen[score.sort(descending=True, stable=True).indices[:count]] = True
     return chosen
 
 
 def share(counts: Tensor, chosen: Tensor) -> float:
-    """Share of all lookups that read the chosen rows; 0 if there are no lookups."""
+    """Share of all lookups that read the chosen rows; 0 if there are no lookups.
+
+    ``counts`` has the lookups of each row, ``chosen`` is bool; both ``(rows,)``.
+    """
     return float(counts[chosen].sum() / counts.sum().clamp(min=1))
 
 
@@ -36,22 +40,30 @@ def kept_order(kept: Tensor) -> tuple[Tensor, Tensor]:
         kept rows before each block.
     """
     rows = len(kept)
-    rank = kept.cumsum(0) - 1  # among all kept rows; valid only for kept rows
-    other = (~kept).cumsum(0) - 1
-    begins = torch.arange(0, rows, BLOCK)
-    counted = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
-    before = counted[begins]  # (blocks,)
+    kept_rank = kept.cumsum(0) - 1  # among all kept rows; valid only for kept rows
+    other_rank = (~kept).cumsum(0) - 1
+    first_rows = torch.arange(0, rows, BLOCK)
+    kept_before_row = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
+    before = kept_before_row[first_rows]  # (blocks,)
     block = torch.arange(rows) // BLOCK
-    base = before[block]
-    within = torch.where(kept, rank - base, -1 - (other - (block * BLOCK - base)))
+    kept_before = before[block]
+    other_before = block * BLOCK - kept_before
+    within = torch.where(kept, kept_rank - kept_before, -1 - (other_rank - other_before))
     return within.to(torch.int8), before.to(torch.int32)
 
 
 @torch.library.custom_op("recpress::kept_place", mutates_args=())
 def kept_place(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
-    """Look up places in the map of ``kept_order``: int64 ``(*ids,)``.
+    """Look up places in the map of ``kept_order``.
 
-    For a kept row, its place among the kept rows; else -1 minus its place among the other rows.
+    Args:
+        within: int8 ``(rows,)``.
+        before: int32 ``(blocks,)``.
+        ids: row numbers, integers of any shape.
+
+    Returns:
+        Int64 in the shape of ``ids``. For a kept row, its place among the kept rows; for another
+        row, -1 minus its place among the other rows.
     """
     rank, block = within[ids].to(torch.int64), ids.to(torch.int64) // BLOCK
     return before[block].to(torch.int64) + rank - torch.where(rank < 0, BLOCK, 0) * block

@@ -1,11 +1,14 @@
 """Merge equal and nearly equal rows of embedding tables.
 
 Rows closer to each other than a tolerance become one row: their mean, weighted by lookup counts.
-Groups are found by leader clustering (Hartigan 1975, ch. 3): the most looked-up row is a leader,
-and rows within the tolerance of it join its group. Differs: only rows in the same cell of a grid
-over the table's strongest directions are compared, so that the cost for millions of rows is that of
-sorting them. Two near rows on both sides of a cell border may stay separate, but rows farther from
-their leader than the tolerance are never merged.
+
+Source: leader clustering (Hartigan 1975, ch. 3). The most looked-up row is a leader, and rows
+within the tolerance of it join its group; the next leader is the most looked-up row without a
+group.
+Differs: only rows in the same cell of a grid are compared, so that the cost for millions of rows is
+that of sorting them. The grid covers the principal directions of the table. Two similar rows on
+both sides of a cell border may stay separate, but rows farther from their leader than the tolerance
+are never merged.
 """
 
 from typing import ClassVar, Literal
@@ -27,10 +30,10 @@ from compressors.prune.tables.row_map import COMPOSITION, byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 DIRECTIONS = 4
-"""Of the grid. More make smaller cells, so fewer comparisons, and more pairs missed at borders."""
+"""Dimensions of the grid. More of them make fewer comparisons, but miss more pairs at borders."""
 
-CELLS_PER_REACH = 4
-"""A cell is so many times as wide as rows may be apart: wider ones miss fewer pairs."""
+CELL_WIDTH = 4
+"""Width of a cell as a multiple of the tolerance. Wider cells miss fewer pairs of similar rows."""
 
 
 def merged(table: Tensor, weight: Tensor, within: float) -> tuple[Tensor, Tensor]:
@@ -44,56 +47,57 @@ def merged(table: Tensor, weight: Tensor, within: float) -> tuple[Tensor, Tensor
             of a row. 0 merges only rows that are equal bit for bit, except for the sign of zero.
 
     Returns:
-        ``place`` int64 ``(rows,)`` and ``rows`` float32 ``(places, dim)``: each row is about
-        ``rows[place]``. Places are in the order of their first row.
+        ``place`` int64 ``(rows,)`` and ``merged_rows`` float32 ``(places, dim)``: each row is
+        replaced by ``merged_rows[place]``. Places are in the order of their first row.
     """
-    exact, first = torch.unique(table, dim=0, return_inverse=True)
-    total = torch.zeros(len(exact), dtype=torch.float64).index_add_(0, first, weight.double())
-    lead = _leaders(exact, total, within) if within > 0 else torch.arange(len(exact))
-    lead = lead[first]  # (rows,): the group of each row
+    distinct, distinct_of_row = torch.unique(table, dim=0, return_inverse=True)
+    total = torch.zeros(len(distinct), dtype=torch.float64)
+    total = total.index_add_(0, distinct_of_row, weight.double())
+    leader = _leaders(distinct, total, within) if within > 0 else torch.arange(len(distinct))
+    group = leader[distinct_of_row]  # (rows,): the leader of each row
     # Number the groups by their first row, so that the result does not depend on sorting.
-    order = torch.full((len(exact),), len(table)).scatter_reduce(
-        0, lead, torch.arange(len(table)), "amin"
+    first_row = torch.full((len(distinct),), len(table)).scatter_reduce(
+        0, group, torch.arange(len(table)), "amin"
     )
-    used = order.sort().indices[: int((order < len(table)).sum())]
-    place = torch.empty(len(exact), dtype=torch.int64)
-    place[used] = torch.arange(len(used))
-    place = place[lead]
-    share = weight.double().unsqueeze(1)
-    shape = (len(used), table.shape[1])
-    sums = torch.zeros(shape, dtype=torch.float64).index_add_(0, place, share * table.double())
-    rows = sums / torch.zeros(len(used), 1, dtype=torch.float64).index_add_(0, place, share)
-    return place, rows.float()
+    groups = first_row.sort().indices[: int((first_row < len(table)).sum())]
+    place_of_group = torch.empty(len(distinct), dtype=torch.int64)
+    place_of_group[groups] = torch.arange(len(groups))
+    place = place_of_group[group]
+    weights = weight.double().unsqueeze(1)
+    sums = torch.zeros(len(groups), table.shape[1], dtype=torch.float64)
+    sums = sums.index_add_(0, place, weights * table.double())
+    weight_sums = torch.zeros(len(groups), 1, dtype=torch.float64).index_add_(0, place, weights)
+    return place, (sums / weight_sums).float()
 
 
 def _leaders(table: Tensor, weight: Tensor, within: float) -> Tensor:
-    """The leader of each row, int64 ``(rows,)``; no two rows are equal."""
-    reach = within * float(table.double().square().sum(dim=1).mean().sqrt())
-    lead = torch.arange(len(table))
-    for members in _cells(table, CELLS_PER_REACH * reach):
-        left = members[weight[members].sort(descending=True, stable=True).indices]
-        while len(left) > 1:
-            # Rounding must not merge rows just outside the tolerance.
-            gap = (table[left].double() - table[left[0]].double()).square().sum(dim=1).sqrt()
-            follows = gap <= reach
-            lead[left[follows]] = left[0]
-            left = left[~follows]
-    return lead
+    """Find the leader of each row: int64 ``(rows,)``. No two rows of the table may be equal."""
+    tolerance = within * float(table.double().square().sum(dim=1).mean().sqrt())
+    leader = torch.arange(len(table))
+    for members in _cells(table, CELL_WIDTH * tolerance):
+        remaining = members[weight[members].sort(descending=True, stable=True).indices]
+        while len(remaining) > 1:
+            # In float64: rounding must not merge rows just outside the tolerance.
+            difference = table[remaining].double() - table[remaining[0]].double()
+            follows = difference.square().sum(dim=1).sqrt() <= tolerance
+            leader[remaining[follows]] = remaining[0]
+            remaining = remaining[~follows]
+    return leader
 
 
 def _cells(table: Tensor, width: float) -> list[Tensor]:
-    """The rows of each cell of a grid, for cells with more than one row."""
-    centred = table.double() - table.double().mean(dim=0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    strongest = vectors[:, -DIRECTIONS:]  # (dim, directions)
-    cell = (centred @ strongest / max(width, torch.finfo(torch.float64).tiny)).floor()
+    """The row numbers in each cell of a grid, for cells with more than one row."""
+    centered = table.double() - table.double().mean(dim=0)
+    _, vectors = torch.linalg.eigh(centered.T @ centered)
+    principal = vectors[:, -DIRECTIONS:]  # (dim, directions)
+    cell = (centered @ principal / max(width, torch.finfo(torch.float64).tiny)).floor()
     number, counts = torch.unique(cell, dim=0, return_inverse=True, return_counts=True)[1:]
     members = torch.split(number.sort(stable=True).indices, counts.tolist())
     return [rows for rows in members if len(rows) > 1]
 
 
 class MergeRows(StepSettings):
-    """Make one of the rows of embedding tables that are equal, or nearly."""
+    """Merge rows of embedding tables that are equal or nearly equal."""
 
     effect: ClassVar[Effect] = "parts"
 
@@ -105,8 +109,8 @@ class MergeRows(StepSettings):
     within: float = Field(
         0.0,
         ge=0,
-        description="How far apart merged rows may lie, as a share of a row's usual length; 0 for "
-        "equal rows only.",
+        description="Largest distance of a merged row from the leader of its group, as a share of "
+        "the root mean square length of the table's rows. 0: merge only equal rows.",
     )
 
     @property
@@ -115,7 +119,7 @@ class MergeRows(StepSettings):
         return ("train",)
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """Select the tables to search; ``apply`` finds out whether rows can be merged."""
+        """Select the tables to search; only ``apply`` finds out whether rows can be merged."""
         units = Unit.of(model.module)
         decisions = choose_tables(units, self.tables, self.min_rows, self.kind)
         reason = (
@@ -124,18 +128,21 @@ class MergeRows(StepSettings):
             else Reason("merged_equal", step=self.kind)
         )
         for unit in StepPlan(decisions, None).units(model.module):
-            one = Design(COMPOSITION, {"places": 1}, reason).bytes(*unit.weight.shape)
-            decisions[unit.name] = Decision(
-                "deferred", (reason,), (min(one, unit.bytes), unit.bytes)
-            )
+            fewest_bytes = Design(COMPOSITION, {"places": 1}, reason).bytes(*unit.weight.shape)
+            bounds = (min(fewest_bytes, unit.bytes), unit.bytes)
+            decisions[unit.name] = Decision("deferred", (reason,), bounds)
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
-        """Merge rows in every table in which this saves more bytes than the map takes."""
-        taken = plan.units(model.module)
-        counts = lookup_counts(model, bench, [unit.name for unit in taken])
+        """Merge rows in every table in which this saves more bytes than the map takes.
+
+        Raises:
+            RowsMissing: there are no training rows.
+        """
+        units = plan.units(model.module)
+        counts = lookup_counts(model, bench, [unit.name for unit in units])
         outcomes: dict[str, Decision] = {}
-        for unit in taken:
+        for unit in units:
             rows, dim = unit.weight.shape
             place, unique = merged(unit.weight, counts[unit.name] + UNSEEN, self.within)
             reason = Reason("merged_rows", rows=rows, unique=len(unique))

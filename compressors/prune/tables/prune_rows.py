@@ -1,19 +1,18 @@
 """Prune the least important rows of embedding tables.
 
-The id of a pruned row returns the nearest kept row, one shared row, or zeros. If all pruned rows
-share a replacement, the map of kept rows takes one byte per row; otherwise it takes as many bytes
-per row as the number of kept rows needs. The kept rows are an ordinary table, which a later step
-may quantize.
+A lookup of a pruned row returns the nearest kept row, one shared row, or zeros. If all pruned rows
+have the same replacement, the map of kept rows takes one byte per row (``kept_rows.py``). Otherwise
+it takes as many bytes per row as the number of kept rows needs (``row_map.py``). The kept rows are
+an ordinary table, which a later step may quantize.
 
-With ``min_lookups`` the number of kept rows is not a share: the rows that the training data looks
-up at least that often are kept. In most tables of ids, many of the other rows were hardly trained,
-and their values are still near their initialization.
+With ``min_lookups`` the rows that the training data looks up at least that often are kept, instead
+of a fixed share of rows. In most tables of ids, many of the other rows were hardly trained, so
+their values are still near their initialization.
 
-The importance of a row is its number of lookups in training, its norm, or the first-order change of
-the loss (Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, equation 8: the squared product
-of gradient and weight). https://arxiv.org/abs/2101.07577 (learned thresholds), for example, prunes
-rows of tables during training; here the network is already trained, and the report gives the share
-of lookups that pruning affects.
+Sources: Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, eq. 8 (the squared product of
+gradient and weight, for importance ``gradient``); https://arxiv.org/abs/2101.07577 (rows of tables
+pruned during training with learned thresholds). Differs: the network is already trained, and the
+plan gives the share of lookups that pruning affects.
 """
 
 from collections.abc import Mapping
@@ -51,7 +50,10 @@ from compressors.quantize.kernels.lloyd import nearest
 
 @dataclass(frozen=True)
 class KeptRowsComposition:
-    """Part ``kept``, whose last row replaces all pruned rows, and the map of kept rows."""
+    """Part ``kept``, whose last row replaces all pruned rows, and the map of kept rows.
+
+    The map is ``within`` and ``before`` of ``kept_rows.kept_order``.
+    """
 
     name: str = "kept_rows"
     learned: tuple[str, ...] = ()
@@ -88,7 +90,7 @@ COMPOSITION: Composition = KeptRowsComposition()
 
 
 class PruneRows(ComposingStep):
-    """Drop the rows of embedding tables that matter least."""
+    """Remove the least important rows of embedding tables."""
 
     requires_budget: ClassVar[bool] = True
 
@@ -97,30 +99,36 @@ class PruneRows(ComposingStep):
         ("*",), description="Tables to prune: module names, with * for any characters."
     )
     min_rows: MinRows = 1
-    keep: float = Field(0.5, gt=0, lt=1, description="Share of a table's rows that stay.")
+    keep: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of a table's rows to keep. Not used with min_lookups.",
+    )
     importance: Literal["traffic", "norm", "gradient"] = Field(
         "traffic",
-        description="Rows that stay are looked up most, are largest, or change the loss most.",
+        description="Row score. traffic: lookups in training. norm: length of the row. gradient: "
+        "estimated change of the loss if the row is removed.",
     )
     min_lookups: int = Field(
         0,
         ge=0,
-        description="Rows that training looks up fewer times are pruned, however many they are; "
-        "0: the share 'keep' stays. For importance 'traffic'.",
+        description="Prune the rows that training looks up fewer times than this, instead of a "
+        "share. 0: 'keep' decides. Requires importance 'traffic'.",
     )
     pruned: Literal["nearest", "shared", "zero"] = Field(
         "nearest",
-        description="What ids of pruned rows get: the nearest row that stays, the mean of the "
-        "pruned rows, or zeros (the last two in a byte a row).",
+        description="Replacement of a pruned row. nearest: the nearest kept row. shared: the mean "
+        "of the pruned rows. zero: zeros. The map of shared and zero takes one byte per row.",
     )
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows, to measure the share of lookups that pruning affects."""
+        """Training rows, to count lookups: for importance and for the report."""
         return ("train",)
 
     @model_validator(mode="after")
-    def _min_lookups_need_traffic(self) -> Self:
+    def _require_traffic_for_min_lookups(self) -> Self:
         if self.min_lookups and self.importance != "traffic":
             raise value_error("min_lookups_without_traffic", importance=self.importance)
         return self
@@ -135,19 +143,23 @@ class PruneRows(ComposingStep):
             Unit.of(model.module), self.tables, max(self.min_rows, 2), self.kind
         )
         for unit in StepPlan(decisions, None).units(model.module):
-            one = self._design(1, reason).bytes(*unit.weight.shape)
-            decisions[unit.name] = Decision(
-                "deferred", (reason,), (min(one, unit.bytes), unit.bytes)
-            )
+            fewest_bytes = self._design(1, reason).bytes(*unit.weight.shape)
+            bounds = (min(fewest_bytes, unit.bytes), unit.bytes)
+            decisions[unit.name] = Decision("deferred", (reason,), bounds)
         return StepPlan(decisions, {})
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
-        """Replace every selected table by its kept rows and a map."""
+        """Replace every selected table by its kept rows and a map.
+
+        Raises:
+            RowsMissing: there are no training rows.
+            StepRefused: importance is ``gradient``, and the task has no loss.
+        """
         designs, skipped = plan.payload, dict[str, Decision]()
         if self.min_lookups:
             names = [unit.name for unit in plan.units(model.module)]
             counts = lookup_counts(model, bench, names)
-            designs, skipped = self._rare(model, counts)
+            designs, skipped = self._designs_by_lookups(model, counts)
         else:
             counts = lookup_counts(model, bench, designs)
         by_gradient = self.importance == "gradient"
@@ -161,16 +173,22 @@ class PruneRows(ComposingStep):
                     score = table.double().square().sum(dim=1)
                 case "gradient":
                     score = (gradients[name] * table.square()).double().sum(dim=1)
-            kept = most(score, design.settings[_COUNT[design.composition.name]])
-            touched = Reason("pruned_lookups", share=share(counts[name], ~kept))
-            reasons = (design.reason, touched) if self.min_lookups else (touched,)
-            return self._stored(table, kept, counts[name])._replace(reasons=reasons)
+            kept = most(score, design.settings[_COUNT_SETTING[design.composition.name]])
+            affected = Reason("pruned_lookups", share=share(counts[name], ~kept))
+            reasons = (design.reason, affected) if self.min_lookups else (affected,)
+            return self._parts(table, kept, counts[name])._replace(reasons=reasons)
 
         pruned = recompose(model, designs, fit)
         return Applied(pruned.model, {**skipped, **pruned.outcomes})
 
-    def _stored(self, weight: Tensor, kept: Tensor, count: Tensor) -> FittedParts:
-        """The map and the kept rows."""
+    def _parts(self, weight: Tensor, kept: Tensor, count: Tensor) -> FittedParts:
+        """The map and the kept rows.
+
+        Args:
+            weight: the table, float ``(rows, dim)``.
+            kept: bool ``(rows,)``.
+            count: lookups of each row, ``(rows,)``.
+        """
         if self.pruned == "nearest":
             place = torch.empty(len(kept), dtype=torch.int64)
             place[kept] = torch.arange(int(kept.sum()))
@@ -185,19 +203,21 @@ class PruneRows(ComposingStep):
         return FittedParts({"within": within, "before": before}, {"kept": rows})
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Designs]) -> Model:
-        """The smallest result with ``min_lookups``: no row reaches that number of lookups."""
+        """As ``dry_run``; with ``min_lookups``, as if no row reached that number of lookups."""
         if not self.min_lookups:
             return self.dry_run(model, plan)
-        none = {unit.name: torch.zeros(()).expand(unit.rows) for unit in plan.units(model.module)}
-        return dry_run_composed(model, self._rare(model, none)[0])
+        no_lookups = {
+            unit.name: torch.zeros(()).expand(unit.rows) for unit in plan.units(model.module)
+        }
+        return dry_run_composed(model, self._designs_by_lookups(model, no_lookups)[0])
 
-    def _rare(
+    def _designs_by_lookups(
         self, model: Model, counts: Mapping[str, Tensor]
     ) -> tuple[dict[str, Design], dict[str, Decision]]:
-        """Plan each table from its lookup counts; give a reason for each table that is not pruned.
+        """Design each table from its lookup counts; give a reason for each table not pruned.
 
-        A table is pruned only if this also saves bytes after rows are stored in four bits, because
-        the map of rows does not become smaller then.
+        A table is pruned only if this still saves bytes when a later step stores the rows in four
+        bits, because the map of rows does not become smaller then.
         """
         designs: dict[str, Design] = {}
         skipped: dict[str, Decision] = {}
@@ -214,7 +234,7 @@ class PruneRows(ComposingStep):
             parts = sum(
                 p.rows for p in design.composition.parts(rows, dim, design.settings).values()
             )
-            map_bytes = design.bytes(rows, dim) - 4 * parts * dim  # the map
+            map_bytes = design.bytes(rows, dim) - 4 * parts * dim
             if kept < rows and map_bytes + parts * packed < rows * packed:
                 designs[unit.name] = design
             else:
@@ -229,23 +249,24 @@ class PruneRows(ComposingStep):
         return self._design(kept, reason)
 
     def _design(self, kept: int, reason: Reason) -> Design:
-        form = row_map.COMPOSITION if self.pruned == "nearest" else COMPOSITION
-        return Design(form, {_COUNT[form.name]: kept}, reason)
+        composition = row_map.COMPOSITION if self.pruned == "nearest" else COMPOSITION
+        return Design(composition, {_COUNT_SETTING[composition.name]: kept}, reason)
 
 
 _BLOCK_ROWS = 65_536
-_COUNT = {COMPOSITION.name: "kept", row_map.COMPOSITION.name: "places"}
+# By composition, the name of the setting that holds the number of kept rows.
+_COUNT_SETTING = {COMPOSITION.name: "kept", row_map.COMPOSITION.name: "places"}
 
 
 def _mean_row(weight: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
     """The mean of the chosen rows, weighted by their lookups: float32 ``(dim,)``.
 
-    In blocks, since most rows of a large table may be chosen.
+    It is computed in blocks, because most rows of a large table may be chosen.
     """
-    total, lookups_in_all = torch.zeros(weight.shape[1], dtype=torch.float64), 0.0
+    total, total_lookups = torch.zeros(weight.shape[1], dtype=torch.float64), 0.0
     for begin in range(0, len(weight), _BLOCK_ROWS):
         block = slice(begin, begin + _BLOCK_ROWS)
         each = count[block][chosen[block]].double() + UNSEEN
         total += each @ weight[block][chosen[block]].double()
-        lookups_in_all += float(each.sum())
-    return (total / lookups_in_all).float()
+        total_lookups += float(each.sum())
+    return (total / total_lookups).float()

@@ -1,6 +1,7 @@
 """Tables in which several ids share a row: the format of merged, clustered and pruned tables.
 
-The map takes one byte per row for up to 256 different rows, two for up to 65,536, and so on.
+A map gives for each id the number (*place*) of the stored row. It takes one byte per id for up to
+256 stored rows, two for up to 65,536, and so on. The bytes of one significance are a *plane*.
 TensorRT stores one-byte constants in one byte only as int8 inputs of a DequantizeLinear (it
 silently widens uint8 and int16 to four bytes in its engine), so the bytes are int8 for all targets.
 """
@@ -17,12 +18,15 @@ from compressors.core.modules.formats import TensorSpec
 
 
 def bytes_needed(places: int) -> int:
-    """Number of bytes per row of ``byte_planes`` for a number of places."""
+    """Number of bytes per id of ``byte_planes`` for a number of places."""
     return max(1, -(-(places - 1).bit_length() // 8))
 
 
 def byte_planes(place: Tensor, places: int) -> Tensor:
-    """Encode places, int ``(rows,)`` in [0, places), as int8 ``(rows, bytes_needed(places))``."""
+    """Encode places, int ``(rows,)`` in [0, places), as int8 ``(rows, bytes_needed(places))``.
+
+    The least significant byte comes first. 128 is subtracted from each byte, so that it is int8.
+    """
     planes = [(place >> (8 * plane)) & 255 for plane in range(bytes_needed(places))]
     return (torch.stack(planes, dim=1) - 128).to(torch.int8)
 
@@ -42,7 +46,7 @@ def _(planes: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowMapComposition:
-    """Part ``unique`` with ``places`` rows, and ``planes``, the row that each id reads."""
+    """Part ``unique`` with ``places`` rows, and ``planes``, the encoded row number of each id."""
 
     name: str = "row_map"
     learned: tuple[str, ...] = ()

@@ -1,11 +1,11 @@
 """Split embedding tables into two: the most looked-up (hot) rows and the other (cold) rows.
 
-A few rows get most of the lookups. Both parts are ordinary tables, so later steps of the recipe may
-store each in a different format: ``rowwise_int8`` on ``*.hot``, ``rowwise_int2`` on ``*.cold``. A
-lookup reads both tables and selects the one that has the row.
+A few rows receive most of the lookups. Both parts are ordinary tables, so later steps of the recipe
+may store each in a different format: ``rowwise_int8`` on ``*.hot``, ``rowwise_int2`` on ``*.cold``.
+A lookup reads both tables and selects the row of the right one.
 
-Source: the split by lookup counts of e.g. https://arxiv.org/abs/2108.02191 (hot rows in fast
-memory). Differs: here the split determines the format, and both tables are in the same memory.
+Source: https://arxiv.org/abs/2108.02191 splits tables by lookup counts to keep hot rows in fast
+memory. Differs: here the split determines the format, and both tables are in the same memory.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,10 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 @dataclass(frozen=True)
 class TiersComposition:
-    """Parts ``hot`` and ``cold``, both in the order of their rows, and the map of hot rows."""
+    """Parts ``hot`` and ``cold``, both in the original order of rows, and the map of hot rows.
+
+    The map is ``within`` and ``before`` of ``kept_rows.kept_order``.
+    """
 
     name: str = "tiers"
     learned: tuple[str, ...] = ()
@@ -78,15 +81,19 @@ COMPOSITION: Composition = TiersComposition()
 
 
 class Tiers(ComposingStep):
-    """Part embedding tables into rows that are looked up often and the rest."""
+    """Split embedding tables into rows that are looked up often and the other rows."""
 
     kind: Literal["tiers"] = "tiers"
     tables: tuple[str, ...] = Field(
-        ("*",), description="Tables to part: module names, with * for any characters."
+        ("*",), description="Tables to split: module names, with * for any characters."
     )
     min_rows: MinRows = 2
     hot: float = Field(
-        0.1, gt=0, lt=1, description="Share of a table's rows that are kept apart as hot."
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of a table's rows that go to part 'hot': those with the most lookups in "
+        "the training data.",
     )
 
     @property
@@ -101,7 +108,11 @@ class Tiers(ComposingStep):
         )
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
-        """Split every selected table by its lookup counts."""
+        """Split every selected table by its lookup counts.
+
+        Raises:
+            RowsMissing: there are no training rows.
+        """
         designs = plan.payload
         counts = lookup_counts(model, bench, designs)
 

@@ -16,13 +16,13 @@ from compressors.core.batches import batches
 from compressors.core.runner import run
 from compressors.errors.steps import StepRefused
 from compressors.prune.dense.channels import Channels
-from compressors.prune.dense.importance import sizes_of
+from compressors.prune.dense.importance import weight_importance
 from compressors.prune.dense.kept_shares import (
-    curves_of,
     equal_shares,
     kept_above_threshold,
-    largest_within,
+    largest_counts_within,
     multiply_adds,
+    normalized_importance,
     remaining_multiply_adds,
 )
 from compressors.prune.structure import prunable_widths
@@ -92,11 +92,11 @@ def test_curves_of_widths_are_in_the_same_unit():
     readers = readers_of(width, traces, next(layouts(width)))
     drawn = torch.rand(32, generator=torch.Generator().manual_seed(0))
     importance = {"left": drawn, "again": drawn.flip(0)}
-    curve = curves_of([readers], importance)[width.path]
+    curve = normalized_importance([readers], importance)[width.path]
     assert float(curve.mean()) == pytest.approx(1.0)
     assert bool((curve.diff() <= 0).all())
     larger = {name: 100 * value for name, value in importance.items()}
-    torch.testing.assert_close(curves_of([readers], larger)[width.path], curve)
+    torch.testing.assert_close(normalized_importance([readers], larger)[width.path], curve)
 
 
 def test_comparable_importance_does_not_depend_on_a_layers_scale(tmp_path):
@@ -118,7 +118,7 @@ def test_comparable_importance_does_not_depend_on_a_layers_scale(tmp_path):
 def test_by_activation_a_channel_counts_what_it_adds_to_its_readers(tmp_path):
     reference = Reference(Plain, SCHEMA)
     source, bench = reference.model(), reference.bench(tmp_path / "data")
-    found = sizes_of(source, bench, "activation", 8192)["out.weight"].sum(dim=0)
+    found = weight_importance(source, bench, "activation", 8192)["out.weight"].sum(dim=0)
     (rows,) = batches(bench.calibration, SCHEMA, 10_000)
     module = source.module
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_the_search_finds_the_last_within_the_limit(costs, limit):
     fits = [cost for cost in costs if cost <= limit]
 
     def search() -> int:
-        counts = largest_within(
+        counts = largest_counts_within(
             lambda k: {("n",): costs[k]}, len(costs), lambda c: c["n",], limit, "things"
         )
         return counts["n",]
@@ -193,13 +193,13 @@ def test_each_round_judges_what_the_training_before_left(tmp_path, monkeypatch):
     step = Channels(multiple=4, rounds=2, importance="gradient", training=how, soft_share=0.5)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     widths: list[int] = []
-    kept = Channels._trained
+    kept = Channels._train
 
     def noted(self, model, *args):
         widths.append(model.module.hidden.out_features)
         return kept(self, model, *args)
 
-    monkeypatch.setattr(Channels, "_trained", noted)
+    monkeypatch.setattr(Channels, "_train", noted)
     again = run(step, RANKER.model(), bench, tmp_path / "again")
     assert widths == [12, 8]  # of 16: the root of a half, then a half
     for name, tensor in result.module.state_dict().items():
@@ -245,7 +245,11 @@ def test_soft_labels_without_training_are_refused():
 
 def test_a_width_is_proved_once(tmp_path, monkeypatch):
     proved = []
-    prove = prunable_widths.prove
-    monkeypatch.setattr(prunable_widths, "prove", lambda *args: proved.append(1) or prove(*args))
+    require_narrowable = prunable_widths.require_narrowable
+    monkeypatch.setattr(
+        prunable_widths,
+        "require_narrowable",
+        lambda *args: proved.append(1) or require_narrowable(*args),
+    )
     run(Channels(), WIDE.model(), WIDE.bench(tmp_path / "data"), tmp_path / "out")
     assert len(proved) == 3

@@ -37,7 +37,7 @@ from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.prune.dense.channels import Channels
-from compressors.prune.dense.importance import kept_units, per_unit
+from compressors.prune.dense.importance import kept_units, unit_importance
 from compressors.prune.dense.kept_shares import kept_width
 from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
 from compressors.prune.structure.config_widths import find_widths
@@ -143,7 +143,7 @@ def test_a_channels_importance_is_its_own_weights_and_those_that_read_it():
         for name, weight in source.module.named_parameters()
         if not name.startswith("user")
     }
-    found = per_unit(readers, sizes, "l2")["hidden"]
+    found = unit_importance(readers, sizes, "l2")["hidden"]
     hidden, out = source.module.hidden, source.module.out
     own = [(hidden.weight[c] ** 2).sum() + hidden.bias[c] ** 2 for c in range(16)]
     read = [(out.weight[:, c] ** 2).sum() for c in range(16)]
@@ -283,7 +283,7 @@ def test_a_towers_hidden_layer_is_cut_and_its_vector_is_not(tmp_path):
 
 def test_wide_layers_are_traced_in_slices(tmp_path, monkeypatch):
     whole = narrowed(BRANCHED, tmp_path / "whole")[1]
-    monkeypatch.setattr("compressors.prune.structure.channel_consumers.TRACED", 5)
+    monkeypatch.setattr("compressors.prune.structure.channel_consumers.CHANNELS_PER_BATCH", 5)
     sliced = narrowed(BRANCHED, tmp_path / "sliced")[1]
     torch.testing.assert_close(
         dict(sliced.module.state_dict()), dict(whole.module.state_dict()), rtol=0, atol=0

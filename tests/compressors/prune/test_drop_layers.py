@@ -56,11 +56,11 @@ class Weighted(Crossed):
 def test_layers_are_found_by_number_and_by_list():
     found = {stack.description(): stack for stack in find_stacks(DEEP.model())}
     assert found.keys() == {"cross_layers", "hidden"}
-    assert found["cross_layers"].parts == {"down": 1, "up": 1}
-    assert found["hidden"].parts == {"deep": 3}
+    assert found["cross_layers"].containers == {"down": 1, "up": 1}
+    assert found["hidden"].containers == {"deep": 3}
     assert found["hidden"].members == 4
     (blocks,) = find_stacks(BLOCKS.model())
-    assert (blocks.description(), blocks.parts) == ("layers", {"blocks": 1})
+    assert (blocks.description(), blocks.containers) == ("layers", {"blocks": 1})
 
 
 @pytest.mark.parametrize("idle", [0, 1, 2])

@@ -8,7 +8,7 @@ from hypothesis import given
 from models import RANKER
 
 from compressors.core.runner import run
-from compressors.prune.dense.magnitude import Magnitude, zeroed
+from compressors.prune.dense.magnitude import Magnitude, zero_smallest
 
 sizes = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, max_size=4)
 
@@ -17,7 +17,7 @@ sizes = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, ma
 def test_the_smallest_weights_become_zero_and_no_other_changes(shapes, share, seed):
     drawn = np.random.default_rng(seed)
     weights = [torch.tensor(drawn.normal(size=shape)) for shape in shapes]
-    result = zeroed(weights, share)
+    result = zero_smallest(weights, share)
     before = torch.cat([weight.flatten() for weight in weights])
     after = torch.cat([weight.flatten() for weight in result])
     gone = after == 0
@@ -28,7 +28,7 @@ def test_the_smallest_weights_become_zero_and_no_other_changes(shapes, share, se
 
 
 def test_of_equal_weights_exactly_the_share_goes():
-    (result,) = zeroed([torch.full((4, 5), -2.0)], 0.25)
+    (result,) = zero_smallest([torch.full((4, 5), -2.0)], 0.25)
     assert int((result == 0).sum()) == 5
 
 

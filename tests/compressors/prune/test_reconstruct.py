@@ -12,7 +12,7 @@ from compressors.core.batches import batches
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.prune.dense.channels import Channels
-from compressors.prune.dense.reconstruct import nearest, reconstruct
+from compressors.prune.dense.reconstruct import reconstruct, ridge_weights
 from compressors.prune.structure.channel_consumers import layouts, readers_of, trace
 from compressors.prune.structure.config_widths import find_widths
 from compressors.prune.structure.narrowing import Cut, without_channels
@@ -26,7 +26,7 @@ def test_no_other_weights_are_nearer(inputs, outputs, seed, ridge):
     wanted = torch.randn(20, outputs, generator=drawn, dtype=torch.float64)
     prior = torch.randn(outputs, inputs, generator=drawn, dtype=torch.float64)
     gram = x.T @ x
-    found = nearest(gram, x.T @ wanted, prior, ridge)
+    found = ridge_weights(gram, x.T @ wanted, prior, ridge)
     held = ridge * gram.diagonal().mean()
     slope = (x @ found.T - wanted).T @ x + held * (found - prior)
     torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-9)
@@ -35,7 +35,7 @@ def test_no_other_weights_are_nearer(inputs, outputs, seed, ridge):
 def test_inputs_that_are_always_zero_leave_the_weights_as_they_were():
     prior = torch.randn(3, 4, dtype=torch.float64)
     none = torch.zeros(4, 4, dtype=torch.float64)
-    torch.testing.assert_close(nearest(none, torch.zeros(4, 3).double(), prior), prior)
+    torch.testing.assert_close(ridge_weights(none, torch.zeros(4, 3).double(), prior), prior)
 
 
 @pytest.mark.parametrize("importance", ["l2", "random"])

@@ -19,7 +19,7 @@ from compressors.prune.dense.sparse_2_4 import (
     Sparse24,
     is_2_4,
     kept_2_4,
-    reconstructed,
+    refit_kept_weights,
     sparse_layers,
 )
 from compressors.quantize.calibration.input_moments import squared_error
@@ -75,7 +75,7 @@ def test_reconstruction_keeps_the_zeros_and_never_costs_an_output(size, rows, se
     inputs, outputs = size
     weight, gram = drawn(outputs, inputs, seed), gram_of(rows, inputs, seed)
     kept = kept_2_4(weight)
-    found = reconstructed(weight, kept, gram)
+    found = refit_kept_weights(weight, kept, gram)
     assert found.dtype == weight.dtype
     assert not found[~kept].any()
     gone = squared_error(torch.where(kept, weight, 0.0) - weight, gram)
@@ -88,7 +88,7 @@ def test_reconstruction_is_the_least_squares_solution_on_what_stays(size, seed):
     inputs, outputs = size
     weight, gram = drawn(outputs, inputs, seed), gram_of(60, inputs, seed)
     kept = kept_2_4(weight)
-    found = reconstructed(weight, kept, gram)
+    found = refit_kept_weights(weight, kept, gram)
     curved = gram + DAMPING * gram.diagonal().mean() * torch.eye(inputs)
     for channel in range(outputs):
         stays = kept[channel]
