@@ -5,10 +5,10 @@ combination of ``rank`` directions. The narrower table is an ordinary table, so 
 quantize it.
 
 Source: Eckart and Young 1936 (the truncated singular value decomposition is the closest matrix
-of a rank); for embedding tables e.g. https://arxiv.org/abs/1809.10853.
-Differs: rows may be weighted by their lookup counts, so that popular rows have the smallest errors
-(Srebro and Jaakkola 2003, the case of one weight per row, which still has a closed form), and the
-weighted mean of the rows is stored separately.
+of a given rank); for embedding tables, for example, https://arxiv.org/abs/1809.10853.
+Differs: rows may be weighted by their lookup counts, so that often looked-up rows have smaller
+errors (Srebro and Jaakkola 2003; with one weight per row there is a closed form). The weighted mean
+of the rows is stored separately.
 """
 
 from collections.abc import Mapping
@@ -53,14 +53,14 @@ def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, T
     share = (weight / weight.sum()).to(torch.float64).unsqueeze(1)  # (rows, 1)
     exact = table.to(torch.float64)
     mean = (share * exact).sum(dim=0)  # (dim,)
-    centred = exact - mean
-    covariance = centred.T @ (share * centred)  # (dim, dim)
+    centered = exact - mean
+    covariance = centered.T @ (share * centered)  # (dim, dim)
     _, vectors = torch.linalg.eigh(covariance)  # in ascending order of eigenvalues
     projection = vectors.T.flip(0)[:rank]  # (rank, dim)
     # The sign of an eigenvector is arbitrary: fix it, so that results are reproducible.
     sign = torch.gather(projection, 1, projection.abs().argmax(dim=1, keepdim=True)).sign()
     projection = projection * sign
-    return (centred @ projection.T).float(), projection.float(), mean.float()
+    return (centered @ projection.T).float(), projection.float(), mean.float()
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,21 @@ COMPOSITION: Composition = LowRankComposition()
 
 
 class LowRank(ComposingStep):
-    """Make embedding tables of narrower rows and one small matrix."""
+    """Replace embedding tables by narrower tables and one small matrix each."""
 
     kind: Literal["low_rank"] = "low_rank"
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
     rank: float = Field(
-        0.5, gt=0, description="Below 1: share of a table's width. From 1 on: numbers a row."
+        0.5,
+        gt=0,
+        description="Numbers stored per row. Below 1: as a share of the table's width. From 1 "
+        "on: a number.",
     )
     weighted: bool = Field(
         False,
-        description="Rows count by how often training looks them up, instead of all the same.",
+        description="Weight the error of each row by its lookups in the training data. False: all "
+        "rows have equal weight.",
     )
 
     @property
@@ -125,7 +129,11 @@ class LowRank(ComposingStep):
         return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
-        """Replace every selected table by its factors."""
+        """Replace every selected table by its factors.
+
+        Raises:
+            RowsMissing: ``weighted`` is set, and there are no training rows.
+        """
         designs = plan.payload
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 

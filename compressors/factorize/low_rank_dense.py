@@ -8,8 +8,8 @@ Source: Chen et al. 2021 (DRONE), https://proceedings.neurips.cc/paper/2021/hash
 and Wang et al. 2024 (SVD-LLM), https://arxiv.org/abs/2403.07378 (truncation after whitening by the
 Cholesky factor of the inputs' second moment).
 Differs: the same optimum is computed without the factor and its inverse, as the projection on the
-principal directions of the outputs, so a singular moment is allowed. If the layer has a bias,
-moments are taken around the mean and the bias corrects the output of the mean input.
+principal directions of the outputs, so the second moment may be singular. If the layer has a bias,
+moments are taken around the mean input, and the bias corrects the output of the mean input.
 """
 
 import math
@@ -36,8 +36,8 @@ from compressors.quantize.calibration.layer_inputs import (
     read_layer_inputs,
 )
 
-UNSEEN = 1e-4
-"""Share of the mean variance that every direction of the inputs gets, seen or not."""
+REGULARIZATION = 1e-4
+"""Variance added to every direction of the inputs, as a share of their mean variance."""
 
 
 def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: float, ``(out, in)``.
-        moment: second moment, or covariance, of its inputs: ``(in, in)``.
+        moment: second moment or covariance of its inputs, ``(in, in)``.
 
     Returns:
         ``energy`` float64 ``(out,)``, the energy of the outputs in each direction, descending, and
@@ -60,17 +60,25 @@ def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factors(weight: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Compute the factors ``reduce`` ``(rank, in)`` and ``expand`` ``(out, rank)`` of a weight.
+    """Compute the factors of a weight.
 
     ``expand @ reduce`` is the weight projected on the first ``rank`` directions of the outputs. It
     has the smallest squared error of the outputs among all matrices of that rank.
+
+    Args:
+        weight: float, ``(out, in)``.
+        directions: as ``principal_outputs`` returns them.
+        rank: number of directions to keep.
+
+    Returns:
+        ``reduce`` float32 ``(rank, in)`` and ``expand`` float32 ``(out, rank)``.
     """
     kept = directions[:, :rank]
     return (kept.T @ weight.double()).float(), kept.float()
 
 
 def rank_within(energy: Tensor, most_error: float) -> int:
-    """The smallest rank that loses at most a given share of the outputs' energy.
+    """Find the smallest rank that loses at most a given share of the outputs' energy.
 
     Args:
         energy: energy of each direction, descending, ``(out,)``.
@@ -80,8 +88,8 @@ def rank_within(energy: Tensor, most_error: float) -> int:
     if total == 0:
         return 1
     lost = 1 - energy.cumsum(0) / total  # (out,): with 1, 2, ... directions
-    enough = (lost <= most_error + 1e-12).nonzero()
-    return int(enough[0]) + 1
+    sufficient = (lost <= most_error + 1e-12).nonzero()
+    return int(sufficient[0]) + 1
 
 
 class _Moments:
@@ -98,16 +106,17 @@ class _Moments:
         self.total += exact.sum(dim=0)
         self.products += exact.T @ exact
 
-    def moment(self, *, centred: bool) -> tuple[Tensor, Tensor]:
-        """The second moment ``(in, in)`` and the subtracted mean ``(in,)``."""
-        mean = self.total / self.count if centred else torch.zeros_like(self.total)
+    def moment(self, *, centered: bool) -> tuple[Tensor, Tensor]:
+        """The second moment ``(in, in)``, and the subtracted mean ``(in,)`` or zeros."""
+        mean = self.total / self.count if centered else torch.zeros_like(self.total)
         moment = self.products / self.count - torch.outer(mean, mean)
-        even = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        return moment + UNSEEN * even * torch.eye(len(mean), dtype=torch.float64), mean
+        variance = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        identity = torch.eye(len(mean), dtype=torch.float64)
+        return moment + REGULARIZATION * variance * identity, mean
 
 
 class LowRankDense(StepSettings):
-    """Make dense layers of two thin ones."""
+    """Replace dense layers by two thinner ones each."""
 
     effect: ClassVar[Effect] = "parts"
 
@@ -118,22 +127,22 @@ class LowRankDense(StepSettings):
     rank: float = Field(
         0.25,
         gt=0,
-        description="Below 1: share of the full rank, the smaller side of a layer. From 1 on: a "
-        "number. Not used with most_error.",
+        description="Rank of the factors. Below 1: as a share of the smaller side of the layer. "
+        "From 1 on: a number. Not used with most_error.",
     )
     most_error: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Find the rank of each layer: the smallest that loses no more than this share "
-        "of its outputs' squared size.",
+        description="Search the rank of each layer: the smallest whose outputs lose no more than "
+        "this share of their squared norm. Empty: rank decides.",
     )
     weighted: bool = Field(
         True,
-        description="Keep what matters on calibration rows, instead of what is large in the "
-        "weights (the plain singular value decomposition).",
+        description="Minimize the error of the outputs on calibration rows. False: minimize the "
+        "error of the weights (plain singular value decomposition).",
     )
-    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    rows: int = Field(4096, ge=1, description="Largest number of calibration rows to read.")
 
     @property
     def needs(self) -> tuple[Part, ...]:
@@ -141,19 +150,19 @@ class LowRankDense(StepSettings):
         return ("calibration",) if self.weighted else ()
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """Select the dense layers to factorize and their ranks; give a reason for each other."""
+        """Select the layers to factorize and their ranks; give a reason for each other layer."""
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         for unit in Unit.of(model.module):
             if unit.name not in decisions or not decisions[unit.name].selected:
                 continue
             outputs, inputs = unit.weight.shape
-            most = _most_rank(inputs, outputs)
+            largest = _largest_rank(inputs, outputs)
             if self.most_error is not None:
-                decisions[unit.name] = self._searched(unit, most, self.most_error)
+                decisions[unit.name] = self._search_decision(unit, largest, self.most_error)
                 continue
             rank = share_or_number(self.rank, min(inputs, outputs))
             before, after = inputs * outputs, rank * (inputs + outputs)
-            if rank > most:
+            if rank > largest:
                 why = Reason("rank_not_smaller", rank=rank, before=before, after=after)
                 decisions[unit.name] = Decision("skipped", (why,))
             else:
@@ -163,13 +172,13 @@ class LowRankDense(StepSettings):
                 decisions[unit.name] = Decision("taken", (why,))
         return StepPlan(decisions, None)
 
-    def _searched(self, unit: Unit, most: int, most_error: float) -> Decision:
-        """The decision for a layer whose rank is searched up to ``most``."""
+    def _search_decision(self, unit: Unit, largest: int, most_error: float) -> Decision:
+        """The decision for a layer whose rank is searched up to ``largest``."""
         outputs, inputs = unit.weight.shape
-        if most == 0:
+        if largest == 0:
             why = Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
             return Decision("skipped", (why,))
-        why = Reason("rank_searched", step=self.kind, most_error=most_error, rank=most)
+        why = Reason("rank_searched", step=self.kind, most_error=most_error, rank=largest)
         layout = factored_layout(inputs, outputs, 1, bias=unit.bias is not None).values()
         least = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
         return Decision("deferred", (why,), (least, unit.bytes))
@@ -178,7 +187,8 @@ class LowRankDense(StepSettings):
         """Replace every selected layer by its factors.
 
         Raises:
-            CompressionError: there are no calibration rows, or a layer never ran on them.
+            RowsMissing: ``weighted`` is set, and there are no calibration rows.
+            StepRefused: a layer never ran on the calibration rows.
         """
         module, outcomes = model.module, dict[str, Decision]()
         units = plan.units(module)
@@ -188,20 +198,20 @@ class LowRankDense(StepSettings):
             weight, bias = unit.weight, unit.bias
             moment, mean = torch.eye(inputs, dtype=torch.float64), torch.zeros(inputs).double()
             if self.weighted:
-                moment, mean = moments[unit.name].moment(centred=bias is not None)
+                moment, mean = moments[unit.name].moment(centered=bias is not None)
             energy, directions = principal_outputs(weight, moment)
             rank = share_or_number(self.rank, min(inputs, outputs))
             if self.most_error is not None:
                 rank = rank_within(energy, self.most_error)
-            if rank > _most_rank(inputs, outputs):
+            if rank > _largest_rank(inputs, outputs):
                 too_large = Reason("found_rank_not_smaller", rank=rank)
                 outcomes[unit.name] = Decision("skipped", (too_large,))
                 continue
             reduce, expand = factors(weight, directions, rank)
             stored = {"reduce.weight": reduce.contiguous(), "expand.weight": expand.contiguous()}
             if bias is not None:
-                lost = (weight.double() - expand.double() @ reduce.double()) @ mean
-                stored["expand.bias"] = (bias.double() + lost).float()
+                correction = (weight.double() - expand.double() @ reduce.double()) @ mean
+                stored["expand.bias"] = (bias.double() + correction).float()
             share = float(energy[rank:].sum() / energy.sum().clamp(min=1e-300))
             outcomes[unit.name] = Decision("taken", (Reason("rank_loss", rank=rank, share=share),))
             layer = FactoredLinear(inputs, outputs, rank, bias=bias is not None, stored=stored)
@@ -209,15 +219,15 @@ class LowRankDense(StepSettings):
         return Applied(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace selected layers by placeholder factors; a searched rank is the largest one."""
+        """Replace selected layers by placeholder factors; assume the largest rank if searched."""
         for unit in plan.units(model.module):
             outputs, inputs = unit.weight.shape
             rank = share_or_number(self.rank, min(inputs, outputs))
             if self.most_error is not None:
-                rank = _most_rank(inputs, outputs)
+                rank = _largest_rank(inputs, outputs)
             bias = unit.bias is not None
-            laid = factored_layout(inputs, outputs, rank, bias=bias)
-            stored = {name: placeholder(spec) for name, spec in laid.items()}
+            layout = factored_layout(inputs, outputs, rank, bias=bias)
+            stored = {name: placeholder(spec) for name, spec in layout.items()}
             layer = FactoredLinear(inputs, outputs, rank, bias=bias, stored=stored)
             swap(model.module, unit.name, layer.eval())
         return model
@@ -238,12 +248,12 @@ class LowRankDense(StepSettings):
             limit=self.rows,
             receive=lambda unit, x: moments[unit.name](input_vectors(x)),
         )
-        for name, seen in moments.items():
-            if not seen.count:
+        for name, accumulated in moments.items():
+            if not accumulated.count:
                 raise StepRefused("layer_not_called", layer=name)
         return moments
 
 
-def _most_rank(inputs: int, outputs: int) -> int:
+def _largest_rank(inputs: int, outputs: int) -> int:
     """The largest rank with fewer weights than the original layer; 0 if there is none."""
     return math.ceil(inputs * outputs / (inputs + outputs)) - 1

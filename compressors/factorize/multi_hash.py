@@ -1,15 +1,17 @@
 """Multi-hash embedding tables: each row is a sum of shared rows selected by hashes of the id.
 
-Row ``id`` is ``mean + sum of buckets[h_j(id)]`` over ``hashes`` functions, with a sign hash for
-each function if the recipe sets it. Two rows are equal only if all their hashes collide.
+Row ``id`` is ``mean + sum over j of buckets[h_j(id)]``, where ``buckets`` is a short table of
+shared rows and ``h_1``, ``h_2``, ... are hash functions. If ``signed`` is set, a second hash of
+each function gives the sign of its term. Two rows are equal only if all their hashes collide.
 
 Source: Weinberger et al. 2009, https://arxiv.org/abs/0902.2206 (hashing with signs); Svenstrup et
 al. 2017, https://arxiv.org/abs/1709.03933 (several hashes into one table); the functions are those
 of Carter and Wegman 1979, ``(a * id + b) mod p mod buckets``.
-Differs: there buckets are trained from scratch, and importance weights are learned for each id;
-here buckets are the least-squares optimum for a trained table, with rows weighted by their lookup
-counts if the recipe sets it. The best of several random draws of functions is used, and a mean row
-is stored separately. Signs make sums of random rows unbiased; fitted rows do not benefit from them.
+Differs: in the papers, buckets are trained from scratch, and importance weights are learned for
+each id. Here buckets are the least-squares optimum for a trained table, with rows weighted by their
+lookup counts if ``weighted`` is set. The best of several random draws of functions is used, and a
+mean row is stored separately. Signs make sums of random rows unbiased; fitted rows do not benefit
+from them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,27 +41,28 @@ from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 # The largest prime below 2^31: with ids and coefficients below it, a * id + b fits an int64.
 PRIME = 2**31 - 1
-BLOCK = 65_536
-# Conjugate gradients: the largest number of steps, and the relative residual to stop at.
-STEPS, ENOUGH = 1000, 1e-6
+BLOCK = 65_536  # rows per block, to limit memory
+# Conjugate gradients: the largest number of iterations, and the relative residual to stop at.
+MAX_ITERATIONS, TOLERANCE = 1000, 1e-6
 
 
 def coefficients(hashes: int, seed: int, *, signed: bool) -> Tensor:
     """Draw random hash functions: int64 ``(hashes, 2)``, or ``(hashes, 4)`` with sign hashes."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(0, PRIME, (hashes, 4), generator=generator)
-    drawn[:, 0::2] = drawn[:, 0::2].clamp(min=1)  # a multiplier of zero maps all ids to one
-    return drawn if signed else drawn[:, :2].contiguous()
+    functions = torch.randint(0, PRIME, (hashes, 4), generator=generator)
+    # A multiplier of zero would map all ids to one bucket.
+    functions[:, 0::2] = functions[:, 0::2].clamp(min=1)
+    return functions if signed else functions[:, :2].contiguous()
 
 
 def hashed(ids: Tensor, coefficients: Tensor, buckets: int) -> Tensor:
-    """Hash ids to buckets: int64 ids ``(*)`` in [0, 2^31 - 1) -> ``(*, hashes)``."""
+    """Hash ids to bucket numbers: int64 ids ``(*)`` in [0, 2^31 - 1) -> int64 ``(*, hashes)``."""
     mixed = ids.unsqueeze(-1) * coefficients[:, 0] + coefficients[:, 1]
     return mixed % PRIME % buckets
 
 
 def signs(ids: Tensor, coefficients: Tensor) -> Tensor:
-    """Hash ids to the signs of their buckets: float32 ``(*, hashes)`` of -1 and 1."""
+    """Hash ids to the signs of their buckets: int64 ids ``(*)`` -> float32 ``(*, hashes)``, ±1."""
     mixed = ids.unsqueeze(-1) * coefficients[:, 2] + coefficients[:, 3]
     return 1.0 - 2.0 * (mixed % PRIME % 2).float()
 
@@ -72,67 +75,68 @@ class HashFit(NamedTuple):
     error: float  # weighted mean over rows of the squared error
 
 
-def fit(table: Tensor, weight: Tensor, drawn: Tensor, buckets: int) -> HashFit:
+def fit(table: Tensor, weight: Tensor, functions: Tensor, buckets: int) -> HashFit:
     """Fit the buckets and the mean row to a table by least squares.
 
     The solver is conjugate gradients on the normal equations, for all dimensions at once, with a
     Jacobi preconditioner (the weight of the rows that use each bucket). It starts at zero, so of
-    several optimal solutions it finds a small one. It is deterministic, and the memory is that of
-    a block of rows.
+    several optimal solutions it finds a small one. It is deterministic, and needs memory for one
+    block of rows only.
 
     Args:
         table: float, ``(rows, dim)``.
         weight: weight of each row's squared error, ``(rows,)``, all positive.
-        drawn: the functions, ``(hashes, 2)`` or ``(hashes, 4)``.
+        functions: coefficients of the hash functions, ``(hashes, 2)`` or ``(hashes, 4)``.
         buckets: number of buckets.
     """
     share = (weight / weight.sum()).double()
-    system = _System(share, drawn, buckets)
+    system = _System(share, functions, buckets)
     right = system.transposed(table)  # (buckets + 1, dim)
-    scale = system.diagonal().clamp(min=1e-300).unsqueeze(1)  # an empty bucket stays at zero
+    diagonal = system.diagonal().clamp(min=1e-300).unsqueeze(1)  # an empty bucket stays at zero
     solution = torch.zeros_like(right)
-    left = right.clone()
-    stretched = left / scale
-    along = stretched.clone()
-    size = (left * stretched).sum(dim=0)  # (dim,)
-    target = size * ENOUGH**2
-    for _ in range(STEPS):
-        if bool((size <= target).all()):
+    residual = right.clone()
+    preconditioned = residual / diagonal
+    direction = preconditioned.clone()
+    norm = (residual * preconditioned).sum(dim=0)  # (dim,)
+    target = norm * TOLERANCE**2
+    for _ in range(MAX_ITERATIONS):
+        if bool((norm <= target).all()):
             break
-        image = system.normal(along)
-        bent = (along * image).sum(dim=0)
-        step = torch.where(bent > 0, size / bent.clamp(min=1e-300), 0.0)
-        solution += step * along
-        left -= step * image
-        stretched = left / scale
-        new = (left * stretched).sum(dim=0)
-        along = stretched + torch.where(size > 0, new / size.clamp(min=1e-300), 0.0) * along
-        size = new
-    # With b - Ax = r, the squares x'Ax - 2b'x + c are c - x'(b + r).
-    error = system.squares(table) - float((solution * (right + left)).sum())
+        image = system.normal(direction)
+        curvature = (direction * image).sum(dim=0)
+        step = torch.where(curvature > 0, norm / curvature.clamp(min=1e-300), 0.0)
+        solution += step * direction
+        residual -= step * image
+        preconditioned = residual / diagonal
+        new_norm = (residual * preconditioned).sum(dim=0)
+        ratio = torch.where(norm > 0, new_norm / norm.clamp(min=1e-300), 0.0)
+        direction = preconditioned + ratio * direction
+        norm = new_norm
+    # With the residual r = b - Ax, the squared error x'Ax - 2b'x + c is c - x'(b + r).
+    error = system.squares(table) - float((solution * (right + residual)).sum())
     return HashFit(solution[:-1].float(), solution[-1].float(), error)
 
 
 def best_fit(
     table: Tensor, weight: Tensor, draws: Sequence[Tensor], buckets: int
 ) -> tuple[Tensor, HashFit]:
-    """The draw of functions with the smallest error and its fit; the first of equal draws.
+    """Fit several draws of hash functions; return the one with the smallest error and its fit.
 
     Collisions are random: of six draws for the item table of MovieLens 100K, the best had half
-    the error of the worst.
+    the error of the worst. Of draws with equal errors the first one is returned.
     """
-    fits = [(drawn, fit(table, weight, drawn, buckets)) for drawn in draws]
-    return min(fits, key=lambda each: each[1].error)
+    fits = [(functions, fit(table, weight, functions, buckets)) for functions in draws]
+    return min(fits, key=lambda candidate: candidate[1].error)
 
 
 class _System:
     """The linear map from buckets and mean to rows; its matrix is never built."""
 
-    def __init__(self, share: Tensor, drawn: Tensor, buckets: int) -> None:
+    def __init__(self, share: Tensor, functions: Tensor, buckets: int) -> None:
         ids = torch.arange(len(share))
         self.share, self.buckets = share, buckets
-        self.index = hashed(ids, drawn, buckets)  # (rows, hashes)
-        self.sign = signs(ids, drawn).double() if drawn.shape[1] == 4 else None
+        self.index = hashed(ids, functions, buckets)  # (rows, hashes)
+        self.sign = signs(ids, functions).double() if functions.shape[1] == 4 else None
 
     def transposed(self, rows: Tensor) -> Tensor:
         """Weighted sums of rows ``(rows, dim)`` by bucket, and of all: ``(buckets + 1, dim)``."""
@@ -152,7 +156,7 @@ class _System:
         return total
 
     def squares(self, rows: Tensor) -> float:
-        """The weighted squares of rows ``(rows, dim)``, summed."""
+        """Weighted sum of the squared norms of rows ``(rows, dim)``."""
         total = 0.0
         for begin in range(0, len(rows), BLOCK):
             each = rows[begin : begin + BLOCK].double().square().sum(dim=1)
@@ -168,13 +172,15 @@ class _System:
         return total
 
     def _add(self, total: Tensor, rows: Tensor, begin: int) -> None:
+        """Add the weighted rows of a block, which starts at row ``begin``, to their buckets."""
         end = begin + len(rows)
-        weighed = rows * self.share[begin:end].unsqueeze(1)
+        weighted = rows * self.share[begin:end].unsqueeze(1)
         for j in range(self.index.shape[1]):
-            total.index_add_(0, self.index[begin:end, j], self._signed(weighed, begin, j))
-        total[-1] += weighed.sum(dim=0)
+            total.index_add_(0, self.index[begin:end, j], self._signed(weighted, begin, j))
+        total[-1] += weighted.sum(dim=0)
 
     def _signed(self, rows: Tensor, begin: int, j: int) -> Tensor:
+        """The rows of a block times the signs of hash function ``j``, if it has signs."""
         if self.sign is None:
             return rows
         return rows * self.sign[begin : begin + len(rows), j].unsqueeze(1)
@@ -219,22 +225,30 @@ COMPOSITION: Composition = MultiHashComposition()
 
 
 class MultiHash(ComposingStep):
-    """Make embedding tables of sums of few shared rows, chosen by hashing."""
+    """Replace rows of embedding tables by sums of shared rows, selected by hashing."""
 
     kind: Literal["multi_hash"] = "multi_hash"
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
     buckets: float = Field(
-        0.5, gt=0, description="Below 1: share of a table's rows. From 1 on: rows of the new one."
+        0.5,
+        gt=0,
+        description="Number of shared rows. Below 1: as a share of the table's rows. From 1 on: a "
+        "number.",
     )
-    hashes: int = Field(2, ge=1, le=8, description="How many rows each row is the sum of.")
+    hashes: int = Field(
+        2, ge=1, le=8, description="Number of hash functions: each row is the sum of so many rows."
+    )
     draws: int = Field(
-        4, ge=1, description="How often functions are drawn for a table; the best fit is kept."
+        4, ge=1, description="Number of random draws of hash functions; the best fit is kept."
     )
-    signed: bool = Field(False, description="Each of the rows is added or taken away, by a hash.")
+    signed: bool = Field(
+        False, description="Add or subtract each shared row, as a second hash function decides."
+    )
     weighted: bool = Field(
         False,
-        description="Rows count by how often training looks them up, instead of all the same.",
+        description="Weight the error of each row by its lookups in the training data. False: all "
+        "rows have equal weight.",
     )
 
     @property
@@ -245,7 +259,7 @@ class MultiHash(ComposingStep):
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to shorten; give a reason for each other table."""
 
-        def shaped(rows: int, dim: int) -> Design | Reason:
+        def design(rows: int, dim: int) -> Design | Reason:
             if rows >= PRIME:
                 return Reason("too_many_rows", rows=rows, limit=PRIME)
             buckets = share_or_number(self.buckets, rows)
@@ -257,18 +271,23 @@ class MultiHash(ComposingStep):
             )
             return Design(COMPOSITION, settings, reason)
 
-        return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)
+        return choose_composed(model, self.tables, self.min_rows, self.kind, design)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
-        """Draw functions and fit buckets to every selected table."""
+        """Draw hash functions and fit buckets to every selected table.
+
+        Raises:
+            RowsMissing: ``weighted`` is set, and there are no training rows.
+        """
         designs = plan.payload
         weights = row_weights(model, bench, designs, weighted=self.weighted)
-        drawn = coefficients(self.hashes * self.draws, bench.seed, signed=self.signed)
-        draws = torch.split(drawn, self.hashes)
+        functions = coefficients(self.hashes * self.draws, bench.seed, signed=self.signed)
+        draws = torch.split(functions, self.hashes)
 
-        def fitted(name: str, table: Tensor, design: Design) -> FittedParts:
-            functions, hash_fit = best_fit(table, weights[name], draws, design.settings["buckets"])
-            stored = {"functions": functions.clone(), "mean": hash_fit.mean}
+        def fit_table(name: str, table: Tensor, design: Design) -> FittedParts:
+            buckets = design.settings["buckets"]
+            best, hash_fit = best_fit(table, weights[name], draws, buckets)
+            stored = {"functions": best.clone(), "mean": hash_fit.mean}
             return FittedParts(stored, {"buckets": hash_fit.buckets})
 
-        return recompose(model, designs, fitted)
+        return recompose(model, designs, fit_table)

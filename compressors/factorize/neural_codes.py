@@ -1,14 +1,15 @@
-"""Embedding tables as short codes that a small network decodes.
+"""Neural codes: store each row of a table as a short code that a small network decodes.
 
 Row ``id`` is ``codes[id] @ projection + relu(codes[id] @ inner + bias) @ outer + mean``: a low-rank
-approximation plus a nonlinear correction, for rows on a curved surface.
+approximation plus a nonlinear correction, for rows that are close to a curved surface.
 
 Source: Kang et al. 2021, https://arxiv.org/abs/2010.10784 (deep hash embeddings: a decoder makes
-rows from dense codes); Hinton and Salakhutdinov 2006 (autoencoders against principal components).
+rows from dense codes); Hinton and Salakhutdinov 2006 (autoencoders compared with principal
+components).
 Differs: codes are fitted to a trained table together with the decoder, starting from the truncated
-singular value decomposition, so the error is never larger than that of low rank with as many
-numbers per row. There codes are hashes that are not stored, and the decoder is larger than any
-table. Here the decoder has one hidden layer, and the last layer is solved by least squares.
+singular value decomposition, so the error is never larger than that of ``low_rank`` with as many
+numbers per row. The decoder has one hidden layer, and its last layer is solved by least squares. In
+Kang et al. codes are hashes that are not stored, and the decoder is large.
 """
 
 from collections.abc import Mapping
@@ -38,10 +39,10 @@ from compressors.core.steps.decisions import Applied, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.factorize.low_rank import factors
 
-BATCH = 4096
-BLOCK = 65_536
+BATCH = 4096  # rows of one training step
+BLOCK = 65_536  # rows per block without training, to limit memory
 CODE_RATE, DECODER_RATE = 0.01, 0.003  # Adam's learning rates, for codes and rows of unit size
-MOST_SHARE = 0.25  # largest size of the hidden layer, as a share of the codes' numbers
+MOST_SHARE = 0.25  # largest number of weights of the hidden layer, as a share of the codes' numbers
 DAMPING = 1e-9  # of the last layer's normal equations, relative to their mean diagonal
 
 
@@ -57,18 +58,25 @@ class Decoder(NamedTuple):
 
 def decode(codes: Tensor, decoder: Decoder) -> Tensor:
     """Decode codes ``(*, code)`` to rows ``(*, dim)``."""
-    bent = F.relu(torch.matmul(codes, decoder.inner) + decoder.bias)  # (*, hidden)
-    straight = torch.matmul(codes, decoder.projection)
-    return straight + torch.matmul(bent, decoder.outer) + decoder.mean
+    hidden = F.relu(torch.matmul(codes, decoder.inner) + decoder.bias)  # (*, hidden)
+    linear = torch.matmul(codes, decoder.projection)
+    return linear + torch.matmul(hidden, decoder.outer) + decoder.mean
 
 
 def squared_error(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> float:
-    """The weighted squared error of all rows, summed in float64."""
+    """The weighted squared error of all rows, summed in float64.
+
+    Args:
+        table: float32 ``(rows, dim)``.
+        weight: weight of each row, float64 ``(rows,)``.
+        codes: float32 ``(rows, code)``.
+        decoder: the decoder.
+    """
     total = 0.0
     for begin in range(0, len(table), BLOCK):
         block = slice(begin, begin + BLOCK)
-        gap = decode(codes[block], decoder) - table[block]
-        total += float((weight[block] * gap.double().square().sum(dim=1)).sum())
+        difference = decode(codes[block], decoder) - table[block]
+        total += float((weight[block] * difference.double().square().sum(dim=1)).sum())
     return total
 
 
@@ -77,10 +85,10 @@ def fit(
 ) -> tuple[Tensor, Decoder]:
     """Fit codes and a decoder to the rows of a table by squared error.
 
-    The fit starts at the closest rows of rank ``size``, with a random hidden layer and an outer
-    layer from least squares. It trains codes and decoder with Adam on batches of rows (the full
-    table if it is short), and solves for the outer layer again. The result is the best state at
-    these three points; the first of them is the low-rank approximation.
+    There are three candidates, and the one with the smallest error is returned: the low-rank
+    approximation of rank ``size``; the same with a random hidden layer and a last layer from least
+    squares; and the result of training codes and decoder with Adam, with the last layer solved
+    again. Training uses batches of rows, or the full table if it is short.
 
     Args:
         table: float, ``(rows, dim)``.
@@ -99,25 +107,24 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     inner = torch.randn(size, hidden, generator=generator) / size**0.5
     bias = torch.randn(hidden, generator=generator)
-    nothing = torch.zeros(hidden, table.shape[1])
-    start = Decoder(projection, inner / unit, bias, nothing, mean)
-    best = narrow, start
-    least = squared_error(exact, share, *best)
+    no_correction = torch.zeros(hidden, table.shape[1])
+    best = narrow, Decoder(projection, inner / unit, bias, no_correction, mean)
+    least_error = squared_error(exact, share, *best)
     scaled = exact / unit
     codes = narrow / unit
-    decoder = Decoder(projection, inner, bias, nothing, mean / unit)
-    for train in (False, True):
-        if train:
+    decoder = Decoder(projection, inner, bias, no_correction, mean / unit)
+    for trains in (False, True):
+        if trains:
             codes, decoder = _trained(scaled, share, codes, decoder, steps, generator)
-        decoder = _solved(scaled, share, codes, decoder)
-        candidate = codes * unit, _in_units(decoder, unit)
+        decoder = _solve_last_layer(scaled, share, codes, decoder)
+        candidate = codes * unit, _rescaled(decoder, unit)
         error = squared_error(exact, share, *candidate)
-        if error < least:
-            best, least = candidate, error
+        if error < least_error:
+            best, least_error = candidate, error
     return best
 
 
-def _in_units(decoder: Decoder, unit: float) -> Decoder:
+def _rescaled(decoder: Decoder, unit: float) -> Decoder:
     """Rescale a decoder of codes and rows of unit size to the size of the table's rows."""
     return Decoder(
         decoder.projection,
@@ -128,7 +135,7 @@ def _in_units(decoder: Decoder, unit: float) -> Decoder:
     )
 
 
-def _solved(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> Decoder:
+def _solve_last_layer(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> Decoder:
     """Set the last layer to the least-squares optimum for given codes and hidden layer."""
     size, hidden = decoder.inner.shape
     width = size + hidden + 1
@@ -136,12 +143,12 @@ def _solved(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> D
     right = torch.zeros(width, table.shape[1], dtype=torch.float64)
     for begin in range(0, len(table), BLOCK):
         block = slice(begin, begin + BLOCK)
-        bent = F.relu(codes[block] @ decoder.inner + decoder.bias)
-        ones = torch.ones(len(bent), 1)
-        read = torch.cat([codes[block], bent, ones], dim=1).double()  # (block, width)
-        weighed = read * weight[block].unsqueeze(1)
-        left += weighed.T @ read
-        right += weighed.T @ table[block].double()
+        activations = F.relu(codes[block] @ decoder.inner + decoder.bias)
+        ones = torch.ones(len(activations), 1)
+        inputs = torch.cat([codes[block], activations, ones], dim=1).double()  # (block, width)
+        weighted = inputs * weight[block].unsqueeze(1)
+        left += weighted.T @ inputs
+        right += weighted.T @ table[block].double()
     # A hidden unit that no row activates has a row of zeros: damping keeps the system solvable.
     damping = DAMPING * left.diagonal().mean()
     left.diagonal().add_(damping)
@@ -157,7 +164,7 @@ def _trained(
     steps: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Decoder]:
-    """Train codes and decoder with Adam and a learning rate that falls to zero as a cosine.
+    """Train codes and decoder with Adam and a learning rate that decreases to zero as a cosine.
 
     A batch changes only the codes of its rows, so the cost of a step does not depend on the number
     of rows.
@@ -166,30 +173,31 @@ def _trained(
     code_table = torch.nn.Embedding(
         rows, codes.shape[1], sparse=rows > BATCH, _weight=codes.clone()
     )
-    leaves = [tensor.clone().requires_grad_(True) for tensor in decoder]
+    parameters = [tensor.clone().requires_grad_(True) for tensor in decoder]
     adam = torch.optim.SparseAdam if rows > BATCH else torch.optim.Adam
     optimizers: list[torch.optim.Optimizer] = [
         adam(code_table.parameters(), lr=CODE_RATE),
-        torch.optim.Adam(leaves, lr=DECODER_RATE),
+        torch.optim.Adam(parameters, lr=DECODER_RATE),
     ]
     schedules = [
-        torch.optim.lr_scheduler.CosineAnnealingLR(each, T_max=max(steps, 1)) for each in optimizers
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(steps, 1))
+        for optimizer in optimizers
     ]
-    order, read = torch.empty(0, dtype=torch.int64), 0
+    order, begin = torch.empty(0, dtype=torch.int64), 0
     for _ in range(steps):
-        if read + min(rows, BATCH) > len(order):
-            order, read = torch.randperm(rows, generator=generator), 0
-        ids = order[read : read + BATCH]
-        read += len(ids)
-        gap = decode(code_table(ids), Decoder(*leaves)) - table[ids]
-        loss = (weight[ids].float() * gap.square().sum(dim=1)).mean()
-        for each in optimizers:
-            each.zero_grad(set_to_none=True)
+        if begin + min(rows, BATCH) > len(order):
+            order, begin = torch.randperm(rows, generator=generator), 0
+        ids = order[begin : begin + BATCH]
+        begin += len(ids)
+        difference = decode(code_table(ids), Decoder(*parameters)) - table[ids]
+        loss = (weight[ids].float() * difference.square().sum(dim=1)).mean()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        for each, schedule in zip(optimizers, schedules, strict=True):
-            each.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
             schedule.step()
-    return code_table.weight.detach(), Decoder(*(leaf.detach() for leaf in leaves))
+    return code_table.weight.detach(), Decoder(*(tensor.detach() for tensor in parameters))
 
 
 @dataclass(frozen=True)
@@ -232,26 +240,30 @@ COMPOSITION: Composition = NeuralCodesComposition()
 
 
 class NeuralCodes(ComposingStep):
-    """Make embedding tables of short codes and a small network that decodes them."""
+    """Replace embedding tables by short codes and a small network that decodes them."""
 
     kind: Literal["neural_codes"] = "neural_codes"
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
     codes: float = Field(
-        0.5, gt=0, description="Below 1: share of a table's width. From 1 on: numbers a row."
+        0.5,
+        gt=0,
+        description="Numbers per code. Below 1: as a share of the table's width. From 1 on: a "
+        "number.",
     )
     hidden: int = Field(
         64,
         ge=1,
-        description="Width of the decoder's hidden layer. It is narrower where a table is short: "
-        "the hidden layer takes at most a quarter of the numbers of the codes.",
+        description="Largest width of the decoder's hidden layer. For short tables it is smaller: "
+        "the hidden layer has at most a quarter as many numbers as the codes.",
     )
     steps: int = Field(
-        1000, ge=0, description="Training steps for each table, of 4096 rows at most."
+        1000, ge=0, description="Training steps for each table, each on up to 4096 rows."
     )
     weighted: bool = Field(
         False,
-        description="Rows count by how often training looks them up, instead of all the same.",
+        description="Weight the error of each row by its lookups in the training data. False: all "
+        "rows have equal weight.",
     )
 
     @property
@@ -262,7 +274,7 @@ class NeuralCodes(ComposingStep):
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to encode; give a reason for each other table."""
 
-        def shaped(rows: int, dim: int) -> Design | Reason:
+        def design(rows: int, dim: int) -> Design | Reason:
             size = share_or_number(self.codes, dim)
             hidden = min(self.hidden, int(MOST_SHARE * rows * size) // (size + 1 + dim))
             if hidden < 1:
@@ -270,16 +282,20 @@ class NeuralCodes(ComposingStep):
             reason = Reason("decoded_codes", dim=dim, codes=size, hidden=hidden)
             return Design(COMPOSITION, {"codes": size, "hidden": hidden}, reason)
 
-        return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)
+        return choose_composed(model, self.tables, self.min_rows, self.kind, design)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
-        """Fit codes and a decoder to every selected table."""
+        """Fit codes and a decoder to every selected table.
+
+        Raises:
+            RowsMissing: ``weighted`` is set, and there are no training rows.
+        """
         designs = plan.payload
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 
-        def fitted(name: str, table: Tensor, design: Design) -> FittedParts:
+        def fit_table(name: str, table: Tensor, design: Design) -> FittedParts:
             size, hidden = design.settings["codes"], design.settings["hidden"]
             codes, decoder = fit(table, weights[name], size, hidden, self.steps, bench.seed)
             return FittedParts(decoder._asdict(), {"codes": codes})
 
-        return recompose(model, designs, fitted)
+        return recompose(model, designs, fit_table)

@@ -1,14 +1,15 @@
 """Quotient-remainder embedding tables: one short table for quotients and one for remainders.
 
-Row ``id`` is ``quotient[id // m]`` plus or times ``remainder[id % m]``, so ``rows`` rows become
-``ceil(rows / m) + m``, fewest at ``m = sqrt(rows)``.
+Row ``id`` is ``quotient[id // m]`` plus or times ``remainder[id % m]``, where ``m`` is the setting
+``buckets``. So ``rows`` rows become ``ceil(rows / m) + m``, fewest if ``m`` is about
+``sqrt(rows)``.
 
 Paper: Shi et al. 2019, https://arxiv.org/abs/1909.02107 (compositional embeddings, section 2).
-Differs: there both tables are trained from scratch, so training adapts the rows to the sharing;
-here they are fitted to the rows of a trained table by least squares, with rows weighted by their
-lookup counts if the recipe sets it. The ids of a trained table are in arbitrary order, so rows that
-share a quotient or a remainder are not similar, and the error is large if few rows remain. Sorting
-similar rows together would need a map of ids of 4 bytes per row: as many bytes as a row of 8
+Differs: in the paper both tables are trained from scratch, so training adapts the rows to the
+sharing. Here they are fitted to the rows of a trained table by least squares, with rows weighted by
+their lookup counts if ``weighted`` is set. The ids of a trained table are in arbitrary order, so
+rows that share a quotient or a remainder are not similar, and the error is large if few rows
+remain. Sorting similar rows together would need a map of 4 bytes per id, as many as a row of 8
 numbers takes at 4 bits.
 """
 
@@ -38,12 +39,13 @@ from compressors.core.steps.decisions import Applied, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 Operation = Literal["add", "multiply"]
-ROUNDS, ENOUGH = 100, 1e-6  # alternating least squares: most rounds, relative gain to stop at
+# Alternating least squares: the largest number of rounds, and the relative gain to stop at.
+MAX_ROUNDS, MIN_GAIN = 100, 1e-6
 
 
 @torch.library.custom_op("recpress::divided_by", mutates_args=())
 def divided_by(ids: Tensor, divisor: int) -> Tensor:
-    """Divide ids, int64 ``(*)`` and not negative, by a number and round down.
+    """Divide non-negative int64 ids ``(*)`` by a number and round down.
 
     This is a custom operator because torch exports floor division as eight ONNX nodes, and
     truncating division through float32, which cannot represent all integers beyond 2^24.
@@ -60,9 +62,9 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
     """Fit two tables whose rows are added, by least squares.
 
     Given the shorter table, the normal equations of the longer one are diagonal. So only a system
-    of the shorter table's size is solved (the Schur complement), at most ``sqrt(rows)`` rows. A
-    constant row added to one table and subtracted from the other does not change the sums: each
-    table gets half of the mean.
+    of the shorter table's size is solved (the Schur complement): about ``sqrt(rows)`` rows or
+    fewer. A constant row added to one table and subtracted from the other does not change the sums:
+    each table gets half of the mean.
 
     Args:
         table: float, ``(rows, dim)``.
@@ -72,16 +74,16 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
     Returns:
         ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
     """
-    grid, sums, totals, weights = _grids(table, weight, buckets)
+    grid, sums, totals, weights = _normal_equations(table, weight, buckets)
     # Solve for the shorter table; the longer one follows from it.
     short, long = (1, 0) if buckets <= grid.shape[0] else (0, 1)
     across = grid if short else grid.T  # (long, short)
     scaled = across / weights[long].unsqueeze(1)
     left = torch.diag(weights[short]) - across.T @ scaled  # (short, short), of rank one less
     right = totals[short] - scaled.T @ totals[long]  # (short, dim)
-    # Every row of ``left`` adds up to zero: fixing the sum of the solution makes it unique.
-    gauge = weights[short].mean()
-    first = torch.linalg.solve(left + gauge / len(left), right)  # (short, dim)
+    # Every row of ``left`` sums to zero, so the solution is unique only if its sum is fixed.
+    constraint = weights[short].mean()
+    first = torch.linalg.solve(left + constraint / len(left), right)  # (short, dim)
     second = (totals[long] - across @ first) / weights[long].unsqueeze(1)
     shift = (sums / weights[0].sum()) / 2 - first.mean(dim=0)
     first, second = first + shift, second - shift
@@ -90,12 +92,13 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
 
 
 def fit_product(
-    table: Tensor, weight: Tensor, buckets: int, rounds: int = ROUNDS
+    table: Tensor, weight: Tensor, buckets: int, rounds: int = MAX_ROUNDS
 ) -> tuple[Tensor, Tensor]:
     """Fit two tables whose rows are multiplied, by alternating least squares.
 
-    Each half round is optimal for the given other table, so the error never increases; the result
-    may be a local optimum. A float64 copy of the table is in memory during the fit.
+    Each half round computes the optimum of one table for the given other one, so the error never
+    increases; the result may be a local optimum. A float64 copy of the table is in memory during
+    the fit.
 
     Args:
         table: float, ``(rows, dim)``.
@@ -111,43 +114,43 @@ def fit_product(
     grid = torch.zeros(quotients * buckets, dtype=torch.float64)
     grid[:rows] = weight
     grid = grid.reshape(quotients, buckets)
-    weighed = torch.zeros(dim, quotients * buckets, dtype=torch.float64)
-    weighed[:, :rows] = (table.double() * weight.double().unsqueeze(1)).T
-    weighed = weighed.reshape(dim, quotients, buckets)
+    weighted = torch.zeros(dim, quotients * buckets, dtype=torch.float64)
+    weighted[:, :rows] = (table.double() * weight.double().unsqueeze(1)).T
+    weighted = weighted.reshape(dim, quotients, buckets)
     noise = torch.randn(buckets, dim, generator=torch.Generator().manual_seed(0))
     # Noise breaks the symmetry: a dimension whose rows sum to zero would stay at zero otherwise.
     remainder = 1 + 0.1 * noise.double()
     explained = 0.0
     for _ in range(rounds):
-        quotient, _ = _given(weighed, grid, remainder)
-        remainder, now = _given(weighed.mT, grid.T, quotient)
-        if now - explained <= ENOUGH * now:
+        quotient, _ = _optimal_rows(weighted, grid, remainder)
+        remainder, new_explained = _optimal_rows(weighted.mT, grid.T, quotient)
+        if new_explained - explained <= MIN_GAIN * new_explained:
             break
-        explained = now
+        explained = new_explained
     # The scale of a dimension can move between the tables: both get the same root mean square.
     size = [side.square().mean(dim=0).sqrt() for side in (quotient, remainder)]
-    even = torch.where(size[0] * size[1] > 0, size[1] / size[0], 1.0).sqrt()
-    return (quotient * even).float(), (remainder / even).float()
+    factor = torch.where(size[0] * size[1] > 0, size[1] / size[0], 1.0).sqrt()
+    return (quotient * factor).float(), (remainder / factor).float()
 
 
-def _given(weighed: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor, float]:
+def _optimal_rows(weighted: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor, float]:
     """The optimal rows of one table for given rows of the other.
 
     Args:
-        weighed: weight times value of every row, ``(dim, side, other side)``.
+        weighted: weight times value of every row, ``(dim, side, other side)``.
         grid: the weights, ``(side, other side)``.
         other: the rows of the other table, ``(other side, dim)``.
 
     Returns:
         The rows ``(side, dim)``, and the explained part of the table's weighted sum of squares.
     """
-    top = torch.bmm(weighed, other.T.unsqueeze(2)).squeeze(2).T  # (side, dim)
-    low = grid @ other.square()
-    best = torch.where(low > 0, top / low, 0.0)
-    return best, float((best * top).sum())
+    numerator = torch.bmm(weighted, other.T.unsqueeze(2)).squeeze(2).T  # (side, dim)
+    denominator = grid @ other.square()
+    best = torch.where(denominator > 0, numerator / denominator, 0.0)
+    return best, float((best * numerator).sum())
 
 
-def _grids(
+def _normal_equations(
     table: Tensor, weight: Tensor, buckets: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The sums in the normal equations.
@@ -159,16 +162,16 @@ def _grids(
     rows, dim = table.shape
     quotients = -(-rows // buckets)
     share = weight.double()
-    weighed = table.double() * share.unsqueeze(1)
+    weighted = table.double() * share.unsqueeze(1)
     ids = torch.arange(rows)
     totals = (
-        torch.zeros(quotients, dim, dtype=torch.float64).index_add_(0, ids // buckets, weighed),
-        torch.zeros(buckets, dim, dtype=torch.float64).index_add_(0, ids % buckets, weighed),
+        torch.zeros(quotients, dim, dtype=torch.float64).index_add_(0, ids // buckets, weighted),
+        torch.zeros(buckets, dim, dtype=torch.float64).index_add_(0, ids % buckets, weighted),
     )
     grid = torch.zeros(quotients * buckets, dtype=torch.float64)
     grid[:rows] = share
     grid = grid.reshape(quotients, buckets)
-    return grid, weighed.sum(dim=0), totals, (grid.sum(dim=1), grid.sum(dim=0))
+    return grid, weighted.sum(dim=0), totals, (grid.sum(dim=1), grid.sum(dim=0))
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ COMPOSITION: Composition = QuotientRemainderComposition()
 
 
 class QuotientRemainder(ComposingStep):
-    """Make embedding tables of two short ones, for quotients and remainders of ids."""
+    """Replace embedding tables by two short ones, for quotients and remainders of ids."""
 
     kind: Literal["quotient_remainder"] = "quotient_remainder"
     tables: TablePatterns = ("*",)
@@ -226,15 +229,16 @@ class QuotientRemainder(ComposingStep):
     buckets: float = Field(
         0,
         ge=0,
-        description="How many remainders there are. 0: the square root of a table's rows, which "
-        "gives the fewest bytes. Below 1: share of a table's rows. From 1 on: a number.",
+        description="Number of remainders. 0: the square root of the table's rows, which gives the "
+        "fewest bytes. Below 1: as a share of the table's rows. From 1 on: a number.",
     )
     operation: Operation = Field(
-        "add", description="How the two rows of an id become one, number by number."
+        "add", description="How the two rows of an id are combined, element by element."
     )
     weighted: bool = Field(
         False,
-        description="Rows count by how often training looks them up, instead of all the same.",
+        description="Weight the error of each row by its lookups in the training data. False: all "
+        "rows have equal weight.",
     )
 
     @property
@@ -245,7 +249,7 @@ class QuotientRemainder(ComposingStep):
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to split; give a reason for each other table."""
 
-        def shaped(rows: int, dim: int) -> Design | Reason:
+        def design(rows: int, dim: int) -> Design | Reason:
             buckets = share_or_number(self.buckets or max(1.0, round(rows**0.5)), rows)
             settings = {"buckets": buckets, "operation": self.operation}
             reason = Reason(
@@ -256,10 +260,14 @@ class QuotientRemainder(ComposingStep):
             )
             return Design(COMPOSITION, settings, reason)
 
-        return choose_composed(model, self.tables, self.min_rows, self.kind, shaped)
+        return choose_composed(model, self.tables, self.min_rows, self.kind, design)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
-        """Fit two short tables to every selected table."""
+        """Fit two short tables to every selected table.
+
+        Raises:
+            RowsMissing: ``weighted`` is set, and there are no training rows.
+        """
         designs = plan.payload
         weights = row_weights(model, bench, designs, weighted=self.weighted)
         solve = fit_sum if self.operation == "add" else fit_product
