@@ -1,10 +1,10 @@
-"""Steps that rewrite weights so that they compress better; the model computes the same function.
+"""Steps that change weights so that they compress better, without changing the predictions.
 
-dataflow.py         which layers and norms read the output of which others
-unread_features.py  inputs whose weights are all zero
-dead_channels.py    channels with constant output
-fold.py             norms folded into dense layers
-scaling.py          channel factors moved from one layer into the next
-equalize.py         equal channel ranges in consecutive layers
-smooth_quant.py     input outliers moved into weights
+dataflow.py         find the layers and norms that consume each output
+unread_features.py  find inputs whose weights are all zero
+dead_channels.py    find and remove channels with constant output
+fold.py             step: fold norms into dense layers, remove dead channels
+scaling.py          move channel factors from one layer into the next
+equalize.py         step: equalize channel ranges of consecutive layers
+smooth_quant.py     step: move outliers from inputs into weights
 """

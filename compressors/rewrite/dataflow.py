@@ -2,9 +2,9 @@
 
 Steps that move factors or offsets from one layer into the next need it. Such a move is correct only
 if nothing else reads the tensor between the two layers, and if the operators between them preserve
-the change: a positive factor passes through a Relu, an offset does not. Lowering uses the same
-graph. A layer appears in it as a product with its weight, so the graph also shows code that reads
-the weight without calling the layer.
+the change: a positive factor passes through a Relu, an offset does not. Lowering exports the same
+graph. In it a layer is a product with its weight, so the graph also shows code that reads the
+weight without calling the layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,53 +50,60 @@ _METADATA_READS = {_aten._assert_tensor_metadata.default, _aten.sym_size.int}
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer or norm that reads another's output, and the nonlinear operators between them.
+    """A layer or norm that consumes another's output.
 
-    ``bends`` names these operators. They are elementwise and positively homogeneous:
-    ``f(s x) = s f(x)`` for ``s > 0``. If it is empty, the output arrives unchanged.
+    Attributes:
+        name: name of the layer or norm.
+        nonlinearities: names of the nonlinear operators between the two. They are elementwise and
+            positively homogeneous: ``f(s x) = s f(x)`` for ``s > 0``. If there are none, the output
+            arrives unchanged.
     """
 
     name: str
-    bends: tuple[str, ...] = ()
+    nonlinearities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Dataflow:
-    """Which layers and norms read the output of which others.
+    """The consumers of each layer's and norm's output.
 
-    ``readers`` maps a layer or norm to all consumers of its output, if all of them are layers and
-    norms whose values may be changed. ``reasons`` says why the others are missing. ``closed`` maps
-    layers and norms whose values may not be changed to the reason. ``dims`` maps each layer or norm
-    to the number of dimensions of its input.
+    Attributes:
+        readers: by layer or norm, all consumers of its output, if all of them are layers and norms
+            whose weights may be changed.
+        reasons: by layer or norm that is not in ``readers``, the reason.
+        fixed: by layer or norm whose weights may not be changed, the reason.
+        dims: by layer or norm, the number of dimensions of its input.
     """
 
     readers: Mapping[str, tuple[Reader, ...]]
     reasons: Mapping[str, Reason]
-    closed: Mapping[str, Reason]
+    fixed: Mapping[str, Reason]
     dims: Mapping[str, int]
 
-    def feeder(self, name: str) -> str | None:
-        """The layer or norm whose unchanged output only this one reads; None if there is none."""
+    def only_producer(self, name: str) -> str | None:
+        """The layer or norm whose output only this one consumes, unchanged; None if none does."""
         for maker, readers in self.readers.items():
             if readers == (Reader(name),):
                 return maker
         return None
 
-    def straight(self, name: str) -> tuple[str, ...]:
-        """The consumers of this output if all of them read it unchanged; otherwise empty."""
+    def direct_consumers(self, name: str) -> tuple[str, ...]:
+        """The consumers of this output if all of them receive it unchanged; otherwise empty."""
         readers = self.readers.get(name, ())
-        return () if any(reader.bends for reader in readers) else tuple(r.name for r in readers)
+        if any(reader.nonlinearities for reader in readers):
+            return ()
+        return tuple(reader.name for reader in readers)
 
 
 def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     """Trace the dataflow of a network in evaluation mode.
 
     Args:
-        module: plain or compressed; not modified. Packed layers are in no entry of the result.
-        signature: of its inputs.
+        module: plain or compressed; not modified. Packed layers are not in the result.
+        signature: the inputs of the network.
 
     Raises:
-        CompressionError: ``torch.export`` cannot trace the network.
+        StepRefused: ``torch.export`` cannot trace the network.
     """
     owners: dict[int, set[str]] = {}
     for name, part in module.named_modules():
@@ -104,16 +111,16 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
             owners.setdefault(id(tensor), set()).add(name)
     readers: dict[str, tuple[Reader, ...]] = {}
     reasons: dict[str, Reason] = {}
-    closed: dict[str, Reason] = {}
+    fixed: dict[str, Reason] = {}
     dims: dict[str, int] = {}
     for graph, placeholders in _graphs(module, signature):
         called = _called_modules(
             graph, {node: owners.get(key, set()) for node, key in placeholders.items()}
         )
-        closed |= _used_elsewhere(placeholders, owners, called)
+        fixed |= _used_elsewhere(placeholders, owners, called)
         for node, name in called.items():
             if name in dims:
-                closed[name] = Reason("called_again")
+                fixed[name] = Reason("called_again")
                 continue
             dims[name] = _fake_output(node.args[0]).dim()
             try:
@@ -122,21 +129,25 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
                 reasons[name] = fault.reason
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) and name not in dims:
-            closed.setdefault(name, Reason("not_called"))
+            fixed.setdefault(name, Reason("not_called"))
     for name, consumers in readers.items():
-        if closed_reader := next(
-            (reader.name for reader in consumers if reader.name in closed), None
+        if fixed_reader := next(
+            (reader.name for reader in consumers if reader.name in fixed), None
         ):
-            reasons[name] = Reason("reader_closed", reader=closed_reader, why=closed[closed_reader])
-    reasons |= closed
+            reasons[name] = Reason("reader_closed", reader=fixed_reader, why=fixed[fixed_reader])
+    reasons |= fixed
     known = {name: consumers for name, consumers in readers.items() if name not in reasons}
-    return Dataflow(known, reasons, closed, dims)
+    return Dataflow(known, reasons, fixed, dims)
 
 
 def _graphs(
     module: nn.Module, signature: Signature
 ) -> list[tuple[torch.fx.Graph, dict[Node, int]]]:
-    """All graphs the network is served as, with the ``id`` of the tensor of each placeholder."""
+    """Export each served graph; map its placeholders to the ``id`` of their tensors.
+
+    Raises:
+        StepRefused: ``torch.export`` cannot trace the network.
+    """
     rows = table_rows(module)
     graphs = []
     for form in served_graphs(signature):
@@ -152,8 +163,8 @@ def _graphs(
         except Exception as fault:  # tracing runs the network's code, which may raise anything
             if is_out_of_memory(fault):
                 raise
-            first = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
-            raise StepRefused("network_not_traceable", problem=first) from fault
+            problem = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
+            raise StepRefused("network_not_traceable", problem=problem) from fault
         tensors: dict[str, Tensor] = dict(wrapper.named_parameters(remove_duplicate=False))
         tensors |= dict(wrapper.named_buffers(remove_duplicate=False))
         exported = program.graph_signature
@@ -171,10 +182,10 @@ def _called_modules(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> d
     """The products and norms of a graph, each with the module whose weights it uses."""
     called = {}
     for node in graph.nodes:
-        places = _WEIGHT_POSITIONS.get(node.target, ())
+        positions = _WEIGHT_POSITIONS.get(node.target, ())
         if node.target is _aten.linear.default and node.args[1] not in owners:
             continue  # its weight is computed in the graph
-        weights = [node.args[place] for place in places if len(node.args) > place]
+        weights = [node.args[index] for index in positions if len(node.args) > index]
         modules = {
             name for weight in weights if weight is not None for name in owners.get(weight, ())
         }
@@ -204,17 +215,29 @@ def _used_elsewhere(
     return reasons
 
 
-def _readers(node: Node, called: Mapping[Node, str], bends: tuple[str, ...]) -> list[Reader]:
+def _readers(
+    node: Node, called: Mapping[Node, str], nonlinearities: tuple[str, ...]
+) -> list[Reader]:
+    """Find the consumers of a node's output.
+
+    Args:
+        node: a node of the graph.
+        called: the products and norms of the graph, with their modules.
+        nonlinearities: nonlinear operators between the layer and this node.
+
+    Raises:
+        OtherConsumer: an operator or an output of the network consumes it.
+    """
     result: list[Reader] = []
     for user in node.users:
         if user.target in _METADATA_READS:
             continue
         if user in called and user.args[0] is node and node not in user.args[1:]:
-            result.append(Reader(called[user], bends))
+            result.append(Reader(called[user], nonlinearities))
         elif _preserves_channels(user, node):
-            bend = "clamp" if user.target in _CLAMPS else _NONLINEARITIES.get(user.target)
-            more = () if bend is None else (bend,)
-            result += _readers(user, called, (*bends, *more))
+            operator = "clamp" if user.target in _CLAMPS else _NONLINEARITIES.get(user.target)
+            more = () if operator is None else (operator,)
+            result += _readers(user, called, (*nonlinearities, *more))
         elif user.op == "output":
             raise OtherConsumer(Reason("output_leaves"))
         else:
@@ -223,7 +246,12 @@ def _readers(node: Node, called: Mapping[Node, str], bends: tuple[str, ...]) -> 
 
 
 def _preserves_channels(node: Node, source: Node) -> bool:
-    """Whether an operator keeps channels (last dimension) separate and preserves factors > 0."""
+    """Whether an operator keeps channels (last dimension) separate and preserves factors > 0.
+
+    Args:
+        node: the operator.
+        source: its input.
+    """
     if node.args[0] is not source or source in node.args[1:]:
         return False
     if node.target in _IDENTITIES or node.target in _NONLINEARITIES:
@@ -232,8 +260,8 @@ def _preserves_channels(node: Node, source: Node) -> bool:
     if node.target in _RESHAPES:  # in memory order: the last size alone determines the columns
         return before.dim() > 0 and after.dim() > 0 and before.shape[-1] == after.shape[-1]
     if node.target in _SELECTIONS:
-        place = node.args[1] if len(node.args) > 1 else 0
-        return isinstance(place, int) and place % before.dim() != before.dim() - 1
+        dim = node.args[1] if len(node.args) > 1 else 0
+        return isinstance(dim, int) and dim % before.dim() != before.dim() - 1
     if node.target is _aten.to.dtype:
         return before.dtype == after.dtype
     return node.target in _CLAMPS and tuple(node.args[1:]) == (0,)

@@ -1,9 +1,9 @@
 """Detect dead channels, fold their constant output into the next layers, and remove them.
 
-A channel is dead if its output is constant for every input, which a row of zero weights proves
-(only the bias remains), or if no layer reads it (columns of zero weights). Optionally, a channel
-that is constant on all calibration rows, such as a Relu that never activates, also counts as dead;
-that is no proof.
+A channel is dead if its output is the same for every input, or if all weights that consume it are
+zero. A row of zero weights proves the former, because only the bias remains. Optionally, a channel
+that is constant on all calibration rows, such as a Relu that is never active, also counts as dead.
+That is not a proof, so removing it may change predictions.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,8 +36,11 @@ Sample = tuple[Split, int]
 class DeadChannels:
     """The dead channels of one width.
 
-    ``kept`` maps each layer that outputs the channels to bool ``(channels,)``. ``offsets`` maps
-    each consumer to float64 ``(outputs,)``: what the removed channels add to each of its outputs.
+    Attributes:
+        cut: the width to reduce.
+        kept: by layer that outputs the channels, bool ``(channels,)``.
+        offsets: by dense layer that consumes them, what the removed channels add to each of its
+            outputs, float64 ``(outputs,)``.
     """
 
     cut: Cut
@@ -45,7 +48,7 @@ class DeadChannels:
     offsets: Mapping[str, Tensor]
 
     def reasons(self, step: str) -> dict[str, Reason]:
-        """How the step changes each dense layer, by layer name."""
+        """By dense layer, the reason that says how the step changes it."""
         width = self.cut.width
         dead = Reason(
             "dead_channels",
@@ -67,16 +70,16 @@ def find_dead_channels(
     """Find the dead channels that can be removed.
 
     Args:
-        model: not modified.
-        signature: of its inputs.
+        model: the network; it is not changed.
+        signature: its inputs.
         free: the dense layers that may change.
-        sample: calibration rows; a channel that is constant on them counts as dead. If None, only
-            channels that the weights prove dead count.
+        sample: calibration rows; a channel that is constant on them counts as dead. If None, a
+            channel is dead only if the weights prove it.
     """
     widths, _ = find_widths(model)
     result = []
     for width in widths.values():
-        if max(width.makers.values()) > 1:  # in a group, such as a head, all channels must be dead
+        if max(width.makers.values()) > 1:  # groups of channels (heads) are not searched
             continue
         layers = {*width.makers, *_dense(model.module, width.readers)}
         if not layers <= set(free) or not (sample or _may_have_dead_channels(model.module, width)):
@@ -89,36 +92,37 @@ def find_dead_channels(
                 require_narrowable(model, signature, dead.cut)
                 result.append(dead)
         except NotAWidth:
-            continue  # its channels cannot be removed: the constants stay
+            continue  # the width cannot be reduced, so its dead channels stay
     return tuple(result)
 
 
 def remove_dead_channels(
-    model: Model, signature: Signature, found: Sequence[DeadChannels]
+    model: Model, signature: Signature, dead_channels: Sequence[DeadChannels]
 ) -> Model:
-    """Remove the dead channels; ``model`` is a private copy and may be modified.
+    """Remove dead channels; ``model`` is a private copy and may be changed.
 
     Raises:
-        CompressionError: the narrower network does not compute what the old one computes.
+        StepRefused: the scores of the narrower network differ from those of the old one.
     """
-    if not found:
+    if not dead_channels:
         return model
     kept: dict[str, Tensor] = {}
-    for dead in found:
+    for dead in dead_channels:
         kept |= dead.kept
         for name, offset in dead.offsets.items():
             layer = model.module.get_submodule(name)
             if isinstance(layer, nn.Linear) and layer.bias is not None:
-                moved = layer.bias.detach().double() + offset
-                own_weight(layer, "bias", moved.to(layer.bias.dtype))
-    narrow, gap = without_channels(model, signature, [dead.cut for dead in found], kept)
+                bias = layer.bias.detach().double() + offset
+                own_weight(layer, "bias", bias.to(layer.bias.dtype))
+    cuts = [dead.cut for dead in dead_channels]
+    narrower, gap = without_channels(model, signature, cuts, kept)
     if gap is not None:
         raise StepRefused("channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept)))
-    return narrow
+    return narrower
 
 
 def _may_have_dead_channels(module: nn.Module, width: Width) -> bool:
-    """Whether a width has zero rows or columns; most have none, and tracing a width is slow."""
+    """Whether a width has rows or columns of zeros: a fast check, because tracing is slow."""
     makers = [_weight(module, name) for name in width.makers]
     readers = [_weight(module, name) for name in _dense(module, width.readers)]
     rows = any(not bool(weight.any(dim=1).all()) for weight in makers)
@@ -128,9 +132,14 @@ def _may_have_dead_channels(module: nn.Module, width: Width) -> bool:
 def _dead_channels(
     model: Model, signature: Signature, readers: Readers, sample: Sample | None
 ) -> DeadChannels | None:
+    """Find the dead channels of one width; None if there are none.
+
+    Combined layers lose the same channels, and all layers of the width the same number of them.
+    """
     module, width = model.module, readers.width
     consumers = _dense(module, {reader: 1 for _, reader in readers.reads})
     low, high = _ranges(model, signature, consumers, sample)
+    # The value of each constant input, 0 for other inputs.
     value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in consumers}
     removable: dict[tuple[str, ...], Tensor] = {}
     for group in readers.tied:
@@ -147,8 +156,9 @@ def _dead_channels(
                 constant &= ~(columns & (low[name] != high[name])).any(dim=1)
                 unread &= ~(columns & weight.any(dim=0)).any(dim=1)
                 if module.get_submodule(name).bias is None:
-                    lost = weight.any(dim=0) & (value[name] != 0)
-                    constant &= ~(columns & lost).any(dim=1)
+                    # Without a bias, a constant other than 0 cannot be added to the output.
+                    needs_bias = weight.any(dim=0) & (value[name] != 0)
+                    constant &= ~(columns & needs_bias).any(dim=1)
         removable[group] = constant | unread
     fewest = min(int(dead.sum()) for dead in removable.values())
     fewest = min(fewest, width.value - 1)  # at least one channel must stay, even if it is dead
@@ -161,13 +171,13 @@ def _dead_channels(
         kept.update(dict.fromkeys(group, mask))
     offsets = {}
     for name in consumers:
-        read_inputs = [
+        removed_inputs = [
             reads[~kept[maker]].any(dim=0)
             for (maker, reader), reads in readers.reads.items()
             if reader == name
         ]
-        cut = torch.stack(read_inputs).any(dim=0)  # (inputs,)
-        offsets[name] = _weight(module, name)[:, cut].double() @ value[name][cut].double()
+        removed = torch.stack(removed_inputs).any(dim=0)  # (inputs,)
+        offsets[name] = _weight(module, name)[:, removed].double() @ value[name][removed].double()
     return DeadChannels(Cut(width, readers, width.value - fewest), kept, offsets)
 
 
@@ -201,6 +211,7 @@ def _ranges(
 def _inputs(
     model: Model, signature: Signature, sample: Sample | None
 ) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of calibration rows, or of synthetic rows of two scales without a sample."""
     if sample is not None:
         split, rows = sample
         yield from (batch.inputs for batch in batches(split, signature, BATCH, rows))
@@ -212,10 +223,16 @@ def _inputs(
 
 
 def _dense(module: nn.Module, names: Collection[str]) -> list[str]:
+    """The names of float dense layers among some modules."""
     return [name for name in names if isinstance(module.get_submodule(name), nn.Linear)]
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:
+    """The detached weight of a Linear, ``(out, in)``.
+
+    Raises:
+        StepRefused: the module is not a Linear.
+    """
     layer = module.get_submodule(name)
     if not isinstance(layer, nn.Linear):
         raise StepRefused("layer_not_linear", got=type(layer).__name__)

@@ -1,7 +1,7 @@
 """Fold norms into adjacent dense layers and remove dead channels.
 
-Run this step before any lossy step: the network computes the same values up to float32 rounding
-with fewer operators, and all later steps work on the weights that are served.
+Run this step before any lossy step. The network computes the same values, up to float32 rounding,
+with fewer operators, and all later steps process the weights that are served.
 
 * A batch norm directly after a Linear is a factor and an offset per output channel; before a
   Linear, with no nonlinear operator between them, per input channel. In both cases it becomes part
@@ -10,11 +10,12 @@ with fewer operators, and all later steps work on the weights that are served.
 * The affine part of a LayerNorm or RMSNorm moves into its consumers if all of them are Linears.
 * Dead channels (``dead_channels.py``) are removed; their constant is added to the next layers'
   biases.
-* Columns of tables and inputs that no weight reads (``unread_features.py``) are only reported.
+* Columns of tables and inputs whose weights are all zero (``unread_features.py``) are only
+reported.
 
-Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2 (batch norm into the layer
-before it).
-Differs: in evaluation mode only, and also into the layers after the norm.
+Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2 (fold a batch norm into the
+layer before it).
+Differs: norms are folded only for evaluation, and also into the layers after the norm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,10 @@ AffineNorm = nn.LayerNorm | nn.RMSNorm
 def scaled_outputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A Linear followed by ``y * scale + shift``: weight ``(out, in)``, the rest ``(out,)``."""
+    """Weight and bias, in float64, of a Linear that is followed by ``y * scale + shift``.
+
+    ``weight`` is ``(out, in)``; ``bias``, ``scale`` and ``shift`` are ``(out,)``.
+    """
     before = torch.zeros_like(shift) if bias is None else bias.double()
     return weight.double() * scale[:, None], before * scale + shift
 
@@ -53,13 +57,20 @@ def scaled_outputs(
 def scaled_inputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A Linear applied to ``x * scale + shift``; ``scale`` and ``shift`` are ``(in,)``."""
-    moved = weight.double() @ shift
-    return weight.double() * scale, moved if bias is None else bias.double() + moved
+    """Weight and bias, in float64, of a Linear that is applied to ``x * scale + shift``.
+
+    ``weight`` is ``(out, in)``, ``bias`` ``(out,)``; ``scale`` and ``shift`` are ``(in,)``.
+    """
+    offset = weight.double() @ shift
+    return weight.double() * scale, offset if bias is None else bias.double() + offset
 
 
-def of_batch_norm(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Factor and offset of a batch norm in evaluation mode: float64 ``(channels,)`` each."""
+def batch_norm_factors(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Factor and offset of a batch norm in evaluation mode: float64 ``(channels,)`` each.
+
+    Raises:
+        StepRefused: the norm has no running statistics.
+    """
     if norm.running_mean is None or norm.running_var is None:
         raise StepRefused("norm_without_statistics")
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -71,7 +82,7 @@ def of_batch_norm(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def of_affine(norm: AffineNorm) -> tuple[Tensor, Tensor]:
+def affine_factors(norm: AffineNorm) -> tuple[Tensor, Tensor]:
     """Factor and offset of a LayerNorm's or RMSNorm's affine part: float64 ``(channels,)`` each."""
     scale = norm.weight.detach().double()
     bias = getattr(norm, "bias", None)
@@ -80,7 +91,7 @@ def of_affine(norm: AffineNorm) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Move:
-    """One norm and the layers it is folded into: the one before it, or those after it."""
+    """One norm and the layers that it is folded into: the one before it, or those after it."""
 
     norm: str
     layers: tuple[str, ...]
@@ -88,13 +99,13 @@ class Move:
 
 
 class Folding(NamedTuple):
-    """What a plan of ``fold`` found.
+    """What ``Fold.plan`` found.
 
     Attributes:
-        signature: of the inputs it was found with.
+        signature: the inputs of the network.
         moves: the norms to fold.
-        dead: the channels that the weights prove dead after that.
-        free: the dense layers that may change.
+        dead: the channels that are dead after folding, as the weights prove.
+        free: names of the dense layers that may change.
     """
 
     signature: Signature
@@ -115,22 +126,23 @@ class Fold(StepSettings):
     rows: int = Field(
         0,
         ge=0,
-        description="Channels that stay the same on so many calibration rows count as dead too. 0: "
-        "only what the weights prove, which changes no score.",
+        description="Calibration rows to read; channels that are constant on them count as dead. "
+        "0: only channels that the weights prove dead, which changes no score.",
     )
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Calibration rows, if they decide which channels are dead."""
+        """Calibration rows, if they are used to find dead channels."""
         return ("calibration",) if self.rows else ()
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Folding]:
-        """Which dense layers include a norm or lose dead channels, and why the others do not.
+        """Select the layers that include a norm or lose dead channels; give reasons for others.
 
         Raises:
-            CompressionError: the network cannot be exported.
+            NothingToCompress: a pattern matches no layer.
+            StepRefused: the network cannot be exported.
         """
-        moves, decisions, stays = self._moves(model, bench)
+        moves, decisions, kept_norms = self._moves(model, bench)
         reasons: dict[str, list[Reason]] = {}
         for move in moves:
             for layer in move.layers:
@@ -153,7 +165,9 @@ class Fold(StepSettings):
                 constant = Reason("constant_channels", step=self.kind, rows=self.rows)
                 result[name] = Decision("deferred", (constant,), (0, sizes[name]))
             elif decision.selected:
-                result[name] = Decision("skipped", (stays.get(name, Reason("nothing_to_fold")),))
+                result[name] = Decision(
+                    "skipped", (kept_norms.get(name, Reason("nothing_to_fold")),)
+                )
             else:
                 result[name] = decision
         return StepPlan(result, Folding(bench.signature, tuple(moves), proven, free))
@@ -162,26 +176,26 @@ class Fold(StepSettings):
         """Fold norms, remove dead channels, and check that the predictions do not change.
 
         Raises:
-            CompressionError: predictions change by more than rounding, because other code reads the
+            StepRefused: predictions change by more than rounding, because other code reads the
                 layers' weights or channels directly.
         """
         after = self._without_dead_channels(model, plan.payload)
-        outcomes = _unread(after, bench.signature)
+        outcomes = _report_unread(after, bench.signature)
         if self.rows and bench.calibration is not None:
-            rows = bench.calibration, self.rows
-            seen = find_dead_channels(after, bench.signature, plan.payload.free, rows)
-            after = remove_dead_channels(after, bench.signature, seen)
+            sample = bench.calibration, self.rows
+            dead = find_dead_channels(after, bench.signature, plan.payload.free, sample)
+            after = remove_dead_channels(after, bench.signature, dead)
         return Applied(after, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[Folding]) -> Model:
-        """As ``apply`` but without rows: channels that only rows would show as dead stay."""
+        """As ``apply``, but channels that are constant only on calibration rows stay."""
         return self._without_dead_channels(model, plan.payload)
 
     def _without_dead_channels(self, model: Model, folding: Folding) -> Model:
         """Fold the norms and remove the channels whose weights prove that they are dead.
 
         Raises:
-            CompressionError: predictions change by more than rounding.
+            StepRefused: predictions change by more than rounding.
         """
         signature, moves, dead, _ = folding
         before = replace(model, module=private_copy(model.module))
@@ -195,47 +209,56 @@ class Fold(StepSettings):
     def _moves(
         self, model: Model, bench: Bench
     ) -> tuple[list[Move], dict[str, Decision], dict[str, Reason]]:
-        """The norms to fold, which layers may change, and why the other norms next to them stay."""
+        """Find the norms to fold.
+
+        Returns:
+            The norms to fold; by dense layer, whether it may change; and by dense layer next to a
+            norm that is not folded, the reason.
+        """
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         flow = dataflow(model.module, bench.signature)
-        for name, why in flow.closed.items():
+        for name, why in flow.fixed.items():
             if name in decisions and decisions[name].selected:
                 decisions[name] = Decision("skipped", (why,))
         moves: list[Move] = []
-        stays: dict[str, Reason] = {}
+        kept_norms: dict[str, Reason] = {}
         for name, norm in model.module.named_modules():
-            if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in flow.closed:
-                closed = Reason("reader_closed", reader=name, why=flow.closed[name])
-                stays |= {n: closed for n in decisions if flow.reasons.get(n) == closed}
+            if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in flow.fixed:
+                fixed = Reason("reader_closed", reader=name, why=flow.fixed[name])
+                kept_norms |= {n: fixed for n in decisions if flow.reasons.get(n) == fixed}
             elif isinstance(norm, nn.BatchNorm1d | AffineNorm):
-                find_move = _batch_norm if isinstance(norm, nn.BatchNorm1d) else _affine
+                find_move = (
+                    _move_of_batch_norm if isinstance(norm, nn.BatchNorm1d) else _move_of_affine
+                )
                 result = find_move(model.module, name, flow, decisions)
                 if isinstance(result, Move):
                     moves.append(result)
                 else:
-                    near = [n for n in decisions if Reader(name) in flow.readers.get(n, ())]
-                    near += [reader.name for reader in flow.readers.get(name, ())]
-                    stays.update(dict.fromkeys(near, result))
-        return moves, decisions, stays
+                    neighbors = [n for n in decisions if Reader(name) in flow.readers.get(n, ())]
+                    neighbors += [reader.name for reader in flow.readers.get(name, ())]
+                    kept_norms.update(dict.fromkeys(neighbors, result))
+        return moves, decisions, kept_norms
 
 
-def _batch_norm(
-    module: nn.Module, name: str, found: Dataflow, decisions: Mapping[str, Decision]
+def _move_of_batch_norm(
+    module: nn.Module, name: str, flow: Dataflow, decisions: Mapping[str, Decision]
 ) -> Move | Reason:
+    """The layers that a batch norm can be folded into, or the reason why it stays."""
     norm = module.get_submodule(name)
     if not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
         return Reason("norm_without_statistics", norm=name)
-    if found.dims.get(name) != 2:
+    if flow.dims.get(name) != 2:
         return Reason("norm_of_places", norm=name)
-    _, shift = of_batch_norm(norm)
-    before = found.feeder(name)
-    why = _why_not_foldable(module, before, decisions, bias=bool(shift.any())) if before else None
+    _, shift = batch_norm_factors(norm)
+    before = flow.only_producer(name)
+    needs_bias = bool(shift.any())
+    why = _reason_not_foldable(module, before, decisions, bias=needs_bias) if before else None
     if before is not None and why is None:
         return Move(name, (before,), norm_is_first=False)
-    consumers = found.straight(name)
+    consumers = flow.direct_consumers(name)
     for layer in consumers:
         bias = not _offset_has_no_effect(module, layer, shift)
-        why = _why_not_foldable(module, layer, decisions, bias=bias) or None
+        why = _reason_not_foldable(module, layer, decisions, bias=bias)
         if why is not None:
             break
     if consumers and why is None:
@@ -243,25 +266,26 @@ def _batch_norm(
     return Reason("norm_kept", norm=name, why=why or Reason("no_single_neighbor"))
 
 
-def _affine(
-    module: nn.Module, name: str, found: Dataflow, decisions: Mapping[str, Decision]
+def _move_of_affine(
+    module: nn.Module, name: str, flow: Dataflow, decisions: Mapping[str, Decision]
 ) -> Move | Reason:
+    """The layers that a norm's affine part can be folded into, or the reason why it stays."""
     norm = module.get_submodule(name)
     if not isinstance(norm, AffineNorm) or norm.weight is None:
         return Reason("norm_without_affine", norm=name)
     if norm.weight.dim() != 1:
         return Reason("norm_of_more", norm=name)
-    scale, shift = of_affine(norm)
+    scale, shift = affine_factors(norm)
     if bool((scale == 1).all()) and not bool(shift.any()):
         return Reason("norm_already_folded", norm=name)
-    consumers = found.straight(name)
+    consumers = flow.direct_consumers(name)
     if not consumers:
-        why = found.reasons.get(name, Reason("nonlinear_output"))
+        why = flow.reasons.get(name, Reason("nonlinear_output"))
         return Reason("norm_kept", norm=name, why=why)
     for layer in consumers:
         bias = not _offset_has_no_effect(module, layer, shift)
-        if (cannot := _why_not_foldable(module, layer, decisions, bias=bias)) is not None:
-            return Reason("norm_kept", norm=name, why=cannot)
+        if (reason := _reason_not_foldable(module, layer, decisions, bias=bias)) is not None:
+            return Reason("norm_kept", norm=name, why=reason)
     return Move(name, consumers, norm_is_first=True)
 
 
@@ -273,10 +297,13 @@ def _offset_has_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
     return not bool((part.weight.detach().double() @ shift).any())
 
 
-def _why_not_foldable(
+def _reason_not_foldable(
     module: nn.Module, layer: str, decisions: Mapping[str, Decision], *, bias: bool
 ) -> Reason | None:
-    """Why a layer cannot include a norm, or None; ``bias`` says whether it would need a bias."""
+    """The reason why a layer cannot include a norm; None if it can.
+
+    ``bias`` says whether the layer would need a bias for the offset of the norm.
+    """
     part = module.get_submodule(layer)
     if not isinstance(part, nn.Linear):
         return Reason("not_float_linear", layer=layer)
@@ -304,13 +331,13 @@ def _folded(model: Model, moves: Sequence[Move]) -> Model:
             swap(model.module, move.norm, FoldedNorm())
             continue
         for name, tensor in list(norm.named_parameters(recurse=False)):
-            rest = torch.ones_like(tensor) if name == "weight" else torch.zeros_like(tensor)
-            own_weight(norm, name, rest)
+            identity = torch.ones_like(tensor) if name == "weight" else torch.zeros_like(tensor)
+            own_weight(norm, name, identity)
     return model
 
 
-def _unread(model: Model, signature: Signature) -> dict[str, Decision]:
-    """Unread features by unit; those of dense inputs belong to the first dense layer."""
+def _report_unread(model: Model, signature: Signature) -> dict[str, Decision]:
+    """Report unread features by unit; those of dense inputs with the first dense layer."""
     reasons: dict[str, tuple[Reason, ...]] = {}
     units = Unit.of(model.module)
     first = next((unit.name for unit in units if unit.role == "dense"), None)
@@ -320,14 +347,20 @@ def _unread(model: Model, signature: Signature) -> dict[str, Decision]:
         elif first is not None:
             unread = Reason("input_columns_unread", columns=columns, input=name)
             reasons[first] = (*reasons.get(first, ()), unread)
+    # "deferred": the runner compares the unit with the one before the step.
     return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 
 def _factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Factor and offset of a norm: float64 ``(channels,)`` each.
+
+    Raises:
+        StepRefused: the module is no norm that can be folded.
+    """
     if isinstance(norm, nn.BatchNorm1d):
-        return of_batch_norm(norm)
+        return batch_norm_factors(norm)
     if isinstance(norm, AffineNorm):
-        return of_affine(norm)
+        return affine_factors(norm)
     raise StepRefused("norm_not_foldable", kind=type(norm).__name__)
 
 
@@ -336,7 +369,7 @@ def _bias(layer: nn.Linear) -> Tensor | None:
 
 
 def _has_placeholders(model: Model) -> bool:
-    """Whether weights are placeholders: all zero, so they do not show which channels are dead."""
+    """Whether weights are placeholders: they are all zero, so every channel would look dead."""
     return any(
         is_placeholder(part.weight)
         for part in model.module.modules()

@@ -1,8 +1,9 @@
 """Move channel factors from a layer or norm into its consumers without changing the predictions.
 
-With a factor ``s > 0`` for each channel, a layer or norm outputs ``y / s`` and its consumers
-multiply each input by ``s``. This passes through a Relu and similar operators, because
-``f(y / s) = f(y) / s``. ``equalize.py`` and ``smooth_quant.py`` use it.
+With a factor ``s > 0`` for each channel, a layer or norm (the *maker*) outputs ``y / s``, and its
+consumers (the *readers*) multiply each input by ``s``. A Relu or a similar operator between them
+does not matter, because ``f(y / s) = f(y) / s``. ``equalize.py`` and ``smooth_quant.py`` use this
+module.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,7 +23,7 @@ Norm = nn.LayerNorm | nn.RMSNorm | nn.BatchNorm1d
 
 @dataclass(frozen=True)
 class Link:
-    """A layer or norm (``maker``) and all Linear layers that read its output (``readers``)."""
+    """A layer or norm (``maker``) and all Linear layers that consume its output (``readers``)."""
 
     maker: str
     readers: tuple[str, ...]
@@ -31,17 +32,18 @@ class Link:
 def choose_links(
     model: Model, signature: Signature, patterns: tuple[str, ...], kind: str, *, norms: bool
 ) -> StepPlan[tuple[Link, ...]]:
-    """Select the links along which factors can move, and the decision for every dense layer.
+    """Select the links along which factors can move; give a reason for each other dense layer.
 
     Args:
-        model: not modified.
-        signature: of its inputs.
-        patterns: for the names of layers that may change.
-        kind: the step's tag.
+        model: the network; it is not changed.
+        signature: its inputs.
+        patterns: patterns of the names of layers that may change.
+        kind: the kind of the calling step.
         norms: whether factors also move from norms with an affine part into their consumers.
 
     Raises:
-        CompressionError: the network cannot be exported.
+        NothingToCompress: a pattern matches no layer.
+        StepRefused: the network cannot be exported.
     """
     decisions = choose_dense(Unit.of(model.module), patterns, kind)
     flow = dataflow(model.module, signature)
@@ -50,7 +52,7 @@ def choose_links(
     reasons: dict[str, Reason] = {**flow.reasons}
     for maker, readers in flow.readers.items():
         names = tuple(dict.fromkeys(reader.name for reader in readers))
-        why = _why_not(model.module, maker, names, decisions, flow.dims, norms=norms)
+        why = _reason_not_scalable(model.module, maker, names, decisions, flow.dims, norms=norms)
         if why is not None:
             reasons[maker] = why
             continue
@@ -72,7 +74,7 @@ def choose_links(
     return StepPlan(decisions, tuple(links))
 
 
-def _why_not(
+def _reason_not_scalable(
     module: nn.Module,
     maker: str,
     readers: Collection[str],
@@ -81,7 +83,7 @@ def _why_not(
     *,
     norms: bool,
 ) -> Reason | None:
-    """Why no factor can move from a layer or norm into its consumers; None if one can."""
+    """The reason why no factor can move from a maker into its readers; None if one can."""
     producer = module.get_submodule(maker)
     if not readers:
         return Reason("output_unread")
@@ -109,14 +111,17 @@ def _why_not(
 def rescale(module: nn.Module, link: Link, scale: Tensor) -> None:
     """Divide the maker's outputs by ``scale`` and multiply the readers' weights by it, in place.
 
-    ``scale`` is float64 ``(channels,)``. ``module`` is a private copy.
+    Args:
+        module: a private copy of the network.
+        link: the maker and its readers.
+        scale: float64 ``(channels,)``, positive.
     """
     maker = module.get_submodule(link.maker)
     for name, tensor in list(maker.named_parameters(recurse=False)):
         if name not in ("weight", "bias"):
             continue
-        by = scale if tensor.dim() == 1 else scale[:, None]
-        own_weight(maker, name, (tensor.detach().double() / by).to(tensor.dtype))
+        divisor = scale if tensor.dim() == 1 else scale[:, None]
+        own_weight(maker, name, (tensor.detach().double() / divisor).to(tensor.dtype))
     for name in link.readers:
         layer = module.get_submodule(name)
         weight = linear_weight(layer)
@@ -124,7 +129,11 @@ def rescale(module: nn.Module, link: Link, scale: Tensor) -> None:
 
 
 def linear_weight(layer: nn.Module) -> Tensor:
-    """The detached weight of a Linear: float ``(out, in)``."""
+    """The detached weight of a Linear: float ``(out, in)``.
+
+    Raises:
+        TypeError: the layer is not a Linear.
+    """
     if not isinstance(layer, nn.Linear):
-        raise TypeError(f"a Linear was expected, and this is a {type(layer).__name__}")
+        raise TypeError(f"Expected a Linear, got a {type(layer).__name__}.")
     return layer.weight.detach()

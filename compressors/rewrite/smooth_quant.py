@@ -2,7 +2,7 @@
 
 Scores do not change, but quantization errors become smaller. An input is quantized with one scale
 for all channels, a weight with one scale per output. If a few input channels are far larger than
-the rest, the other channels use only a few levels. A factor per channel makes inputs smaller and
+the others, the other channels use only a few levels. A factor per channel makes inputs smaller and
 weights larger. Its inverse is applied where the channel is computed: to the affine part of a norm,
 or to the rows of the previous layer's weight.
 
@@ -30,14 +30,14 @@ from compressors.quantize.calibration.layer_inputs import BATCH, input_vectors, 
 from compressors.quantize.dense.static_int8 import encode, quantize
 from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
 
-SAMPLE = 1024  # input vectors of a layer on which a search compares int8 products
-Read = tuple[Tensor, Tensor]
+SAMPLE = 1024  # number of input vectors per layer on which a search compares int8 products
+LayerSample = tuple[Tensor, Tensor]
 """Inputs of a layer, float ``(vectors, channels)``, and its weight ``(out, channels)``."""
-STRENGTHS = tuple(step / 10 for step in range(11))
+STRENGTHS = tuple(step / 10 for step in range(11))  # candidates of a search
 
 
 def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """The factor by which each input channel is divided: eq. 4.
+    """Compute the factor by which each input channel is divided: eq. 4.
 
     Args:
         inputs: the largest absolute input of each channel, ``(channels,)``.
@@ -51,11 +51,11 @@ def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     """
     first, second = inputs.double(), weights.double()
     both = (first > 0) & (second > 0)
-    moved = torch.where(both, first, 1.0) ** alpha / torch.where(both, second, 1.0) ** (1 - alpha)
-    return torch.where(both, moved, 1.0)
+    scale = torch.where(both, first, 1.0) ** alpha / torch.where(both, second, 1.0) ** (1 - alpha)
+    return torch.where(both, scale, 1.0)
 
 
-def int8_error(read: Sequence[Read], scale: Tensor) -> float:
+def int8_error(layers: Sequence[LayerSample], scale: Tensor) -> float:
     """Mean relative squared error of int8 products over all outputs, with ``scale`` applied.
 
     All outputs have equal weight: the next layer may apply small weights to a large output, or the
@@ -63,32 +63,34 @@ def int8_error(read: Sequence[Read], scale: Tensor) -> float:
     the other half, so that the error includes clipping of unseen inputs.
 
     Args:
-        read: inputs and weight of each layer.
+        layers: inputs and weight of each layer.
         scale: float64 ``(channels,)``, by which inputs are divided.
     """
     smallest = torch.finfo(torch.float32).tiny
     errors = []
-    for vectors, weight in read:
+    for vectors, weight in layers:
         inputs = (vectors.double() / scale).float()
         step = inputs[::2].abs().amax().clamp(min=smallest) / LEVELS
-        inputs, x = inputs[1::2], vectors[1::2]
+        inputs, original = inputs[1::2], vectors[1::2]
         codes, steps = encode((weight.double() * scale).float(), None, step)
-        exact = x @ weight.T  # (vectors, out)
+        exact = original @ weight.T  # (vectors, out)
         rounded = (quantize(inputs, step) * step) @ (codes.float() * steps[:, None]).T
         energy = exact.double().square().sum(dim=0).clamp(min=smallest)
         errors.append((rounded.double() - exact.double()).square().sum(dim=0) / energy)
     return float(torch.cat(errors).mean())
 
 
-def best_smoothing(inputs: Tensor, weights: Tensor, read: Sequence[Read]) -> Tensor:
-    """The factor with the smallest int8 error among all strengths and no migration.
+def best_smoothing(inputs: Tensor, weights: Tensor, layers: Sequence[LayerSample]) -> Tensor:
+    """Find the factor with the smallest int8 error among all strengths and no migration.
 
-    ``inputs`` and ``weights`` are as in ``smoothing``, ``read`` as in ``int8_error``. Returns
-    float64 ``(channels,)``.
+    ``inputs`` and ``weights`` are as in ``smoothing``, ``layers`` as in ``int8_error``.
+
+    Returns:
+        Float64 ``(channels,)``.
     """
-    decisions = [torch.ones_like(inputs, dtype=torch.float64)]
-    decisions += [smoothing(inputs, weights, alpha) for alpha in STRENGTHS]
-    return min(decisions, key=lambda scale: int8_error(read, scale))
+    candidates = [torch.ones_like(inputs, dtype=torch.float64)]
+    candidates += [smoothing(inputs, weights, alpha) for alpha in STRENGTHS]
+    return min(candidates, key=lambda scale: int8_error(layers, scale))
 
 
 class SmoothQuant(StepSettings):
@@ -104,14 +106,15 @@ class SmoothQuant(StepSettings):
         0.5,
         ge=0,
         le=1,
-        description="Migration strength: 0 leaves the weights even, 1 the inputs.",
+        description="Migration strength. 0: the scaled weights have equal ranges. 1: the scaled "
+        "inputs have equal ranges.",
     )
     search: bool = Field(
         False,
-        description="Find the strength for each layer that loses least in int8, or none at all; "
-        "alpha is then not used.",
+        description="Search the strength of each layer with the smallest int8 error, including no "
+        "migration. alpha is then not used.",
     )
-    rows: int = Field(4096, ge=1, description="Calibration rows read, at most.")
+    rows: int = Field(4096, ge=1, description="Largest number of calibration rows to read.")
 
     @property
     def needs(self) -> tuple[Part, ...]:
@@ -119,14 +122,20 @@ class SmoothQuant(StepSettings):
         return ("calibration",)
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[tuple[Link, ...]]:
-        """Which dense layers are smoothed, with which others, and why the rest is not."""
+        """Select the dense layers to smooth; give a reason for each other layer.
+
+        Raises:
+            NothingToCompress: a pattern matches no layer.
+            StepRefused: the network cannot be exported.
+        """
         return choose_links(model, bench.signature, self.layers, self.kind, norms=True)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[tuple[Link, ...]]) -> Applied:
         """Measure the inputs on calibration rows, and move a factor for each of their channels.
 
         Raises:
-            CompressionError: there are no calibration rows.
+            RowsMissing: there are no calibration rows.
+            StepRefused: a layer never ran on them.
         """
         if bench.calibration is None:
             raise RowsMissing("calibration_rows_missing", step=self.kind)
@@ -134,15 +143,15 @@ class SmoothQuant(StepSettings):
         module = model.module
         calls = -(-min(self.rows, bench.calibration.rows) // BATCH)
         readers = [name for link in links for name in link.readers]
-        recorded = {name: _Inputs(-(-SAMPLE // calls)) for name in readers}
+        recorders = {name: _InputRecorder(-(-SAMPLE // calls)) for name in readers}
         read_layer_inputs(
             module,
-            [unit for unit in Unit.of(module) if unit.name in recorded],
+            [unit for unit in Unit.of(module) if unit.name in recorders],
             bench.calibration,
             bench.signature,
             batch=BATCH,
             limit=self.rows,
-            receive=lambda unit, x: recorded[unit.name](input_vectors(x)),
+            receive=lambda unit, x: recorders[unit.name](input_vectors(x)),
         )
         # Last link first: a factor changes the weight rows of the previous layer, and the factor of
         # the link before that depends on these rows. The measured inputs of any other layer do not
@@ -150,38 +159,39 @@ class SmoothQuant(StepSettings):
         for link in reversed(links):
             weights = {name: linear_weight(module.get_submodule(name)) for name in link.readers}
             weight_ranges = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()])
-            inputs = torch.stack([recorded[name].largest(name) for name in link.readers])
+            inputs = torch.stack([recorders[name].largest(name) for name in link.readers])
             first, second = inputs.amax(dim=0), weight_ranges.amax(dim=0)  # (channels,)
             if self.search:
-                read = [
-                    (torch.cat(recorded[name].sample), weight) for name, weight in weights.items()
+                layers = [
+                    (torch.cat(recorders[name].sample), weight) for name, weight in weights.items()
                 ]
-                scale = best_smoothing(first, second, read)
+                scale = best_smoothing(first, second, layers)
             else:
                 scale = smoothing(first, second, self.alpha)
             rescale(module, link, scale)
         return Applied(model)
 
 
-class _Inputs:
+class _InputRecorder:
     """Records the largest input of each channel of a layer, and a sample of input vectors."""
 
-    def __init__(self, each: int) -> None:
-        self.each = each
-        self.most: list[Tensor] = []
+    def __init__(self, vectors_per_call: int) -> None:
+        self.vectors_per_call = vectors_per_call
+        self.maxima: list[Tensor] = []  # of each call, (channels,)
         self.sample: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> None:
         if len(x):
-            self.most.append(x.abs().amax(dim=0))
-            self.sample.append(x[:: max(1, len(x) // self.each)][: self.each].clone())
+            count = self.vectors_per_call
+            self.maxima.append(x.abs().amax(dim=0))
+            self.sample.append(x[:: max(1, len(x) // count)][:count].clone())
 
     def largest(self, name: str) -> Tensor:
         """The largest absolute input of each channel, ``(channels,)``.
 
         Raises:
-            CompressionError: the layer never ran.
+            StepRefused: the layer never ran.
         """
-        if not self.most:
+        if not self.maxima:
             raise StepRefused("layer_not_called", layer=name)
-        return torch.stack(self.most).amax(dim=0)
+        return torch.stack(self.maxima).amax(dim=0)

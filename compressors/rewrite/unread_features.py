@@ -17,7 +17,7 @@ from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Unit, table_rows
 
 CHECK_ROWS = 64
-OTHER = 3.7  # a constant that moves a changed feature out of its usual range
+SHIFT = 3.7  # constant that moves a changed feature out of its usual range
 
 Inputs = dict[str, Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -31,11 +31,12 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
     reach the scores without passing through a layer.
 
     Args:
-        module: in evaluation mode; not modified.
-        signature: of its inputs.
+        module: the network in evaluation mode; it is not changed.
+        signature: its inputs.
 
     Returns:
-        Column numbers by name of the table or dense input; names without any are left out.
+        By table or dense input, the numbers of its unread columns. Names without unread columns are
+        left out.
     """
     if not any(
         isinstance(part, nn.Linear) and not bool(part.weight.any(dim=0).all())
@@ -44,23 +45,26 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
         return {}  # every layer reads all of its inputs
     result = {}
     rows = table_rows(module)
-    for name, width, changed in _features(module, signature):
+    for name, width, change_feature in _features(module, signature):
         unread = [
             column
-            for column, is_read in enumerate(_reads(module, signature, rows, width, changed))
-            if not is_read and _scores_unchanged(module, signature, rows, changed, column)
+            for column, is_read in enumerate(
+                _read_columns(module, signature, rows, width, change_feature)
+            )
+            if not is_read and _scores_unchanged(module, signature, rows, change_feature, column)
         ]
         if unread:
             result[name] = tuple(unread)
     return result
 
 
-Changed = Callable[[Inputs, Change, ExitStack], Inputs]
-"""Inputs with one feature changed; a table's by a hook, which the exit stack removes again."""
+ChangeFeature = Callable[[Inputs, Change, ExitStack], Inputs]
+"""Apply a change to one feature of some inputs and return the inputs. The outputs of a table are
+changed by a forward hook, which the exit stack removes."""
 
 
-def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, int, Changed]]:
-    """All tables and dense inputs, each with its width and the function that changes it."""
+def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, int, ChangeFeature]]:
+    """Yield the name of each table and dense input, its width and the function that changes it."""
     for item in signature.inputs:
         if isinstance(item, DenseInput) and len(item.shape) == 1:
             name = item.name
@@ -92,8 +96,12 @@ def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, in
 
 
 @torch.no_grad()
-def _reads(
-    module: nn.Module, signature: Signature, rows: dict[str, int], width: int, changed: Changed
+def _read_columns(
+    module: nn.Module,
+    signature: Signature,
+    rows: dict[str, int],
+    width: int,
+    change_feature: ChangeFeature,
 ) -> list[bool]:
     """Whether a NaN in each column meets a nonzero weight; batch row ``i`` tests column ``i``."""
     is_read = torch.zeros(width, dtype=torch.bool)
@@ -102,42 +110,46 @@ def _reads(
         if len(x) != width:
             is_read[:] = True  # not one lookup per row: assume that every column is read
             return x
-        each = torch.arange(width)
+        column = torch.arange(width)
         marked = x.clone()
-        marked[each, ..., each] = torch.nan
+        marked[column, ..., column] = torch.nan
         return marked
 
-    def reading(
+    def check(
         part: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> Tensor:
         x = args[0] if args else named["input"]
         if len(x) != width or isinstance(part, PackedLinear):
             is_read.logical_or_(x.isnan().any())
         elif isinstance(part, nn.Linear):
-            seen = x.isnan().reshape(width, -1, x.shape[-1]).any(dim=1)  # (columns, inputs)
-            is_read.logical_or_((seen & part.weight.any(dim=0)).any(dim=1))
+            reached = x.isnan().reshape(width, -1, x.shape[-1]).any(dim=1)  # (columns, inputs)
+            is_read.logical_or_((reached & part.weight.any(dim=0)).any(dim=1))
         return output.nan_to_num(nan=0.0)  # a product ends the trace of a NaN
 
     with ExitStack() as hooks:
         for part in module.modules():
             if isinstance(part, nn.Linear | PackedLinear):
-                hooks.callback(part.register_forward_hook(reading, with_kwargs=True).remove)
-        module(**changed(example(signature, rows, width), mark, hooks))
+                hooks.callback(part.register_forward_hook(check, with_kwargs=True).remove)
+        module(**change_feature(example(signature, rows, width), mark, hooks))
     return [bool(column) for column in is_read]
 
 
 @torch.no_grad()
 def _scores_unchanged(
-    module: nn.Module, signature: Signature, rows: dict[str, int], changed: Changed, column: int
+    module: nn.Module,
+    signature: Signature,
+    rows: dict[str, int],
+    change_feature: ChangeFeature,
+    column: int,
 ) -> bool:
-    """Whether scores do not change when the values of a column do."""
+    """Whether the scores are the same after the values of a column are changed."""
 
     def shift(x: Tensor) -> Tensor:
-        other = x.clone()
-        other[..., column] = OTHER - 2 * other[..., column]
-        return other
+        changed = x.clone()
+        changed[..., column] = SHIFT - 2 * changed[..., column]
+        return changed
 
     before = module(**example(signature, rows, CHECK_ROWS))
     with ExitStack() as hooks:
-        after = module(**changed(example(signature, rows, CHECK_ROWS), shift, hooks))
+        after = module(**change_feature(example(signature, rows, CHECK_ROWS), shift, hooks))
     return torch.equal(before, after)

@@ -28,7 +28,7 @@ def test_positive_factors_pass_relus_slopes_and_views():
     found = of(CHAIN)
     assert found.readers["a"] == (Reader("b", ("leaky_relu",)),)
     assert found.readers["b"] == (Reader("c", ("prelu", "clamp")), Reader("d", ("prelu", "clamp")))
-    assert found.straight("b") == ()
+    assert found.direct_consumers("b") == ()
 
 
 BENDS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -74,7 +74,7 @@ def test_what_stops_them_is_named():
 
 
 def test_layers_whose_numbers_cannot_change_are_closed():
-    assert of(CHAIN).closed == {
+    assert of(CHAIN).fixed == {
         "twice": Reason("called_again"),
         "looked": Reason("weight_read_elsewhere"),
     }
@@ -82,17 +82,17 @@ def test_layers_whose_numbers_cannot_change_are_closed():
 
 def test_dataflow_of_norms_before_and_after_a_layer():
     found = of(NORM_FIRST)
-    assert found.straight("first") == ("hidden",)
-    assert found.feeder("second") == "plain"
-    assert found.feeder("third") is None  # the sum reads what the norm reads
+    assert found.direct_consumers("first") == ("hidden",)
+    assert found.only_producer("second") == "plain"
+    assert found.only_producer("third") is None  # the sum reads what the norm reads
     assert found.reasons["deep"] == Reason("output_enters", operator="add")
 
 
 def test_a_norm_that_three_layers_read_over_a_sequence():
     found = of(BLOCK)
-    assert found.straight("first") == ("query", "key", "value")
+    assert found.direct_consumers("first") == ("query", "key", "value")
     assert found.readers["up"] == (Reader("down", ("relu",)),)
-    assert found.straight("last") == ("out",)
+    assert found.direct_consumers("last") == ("out",)
     assert found.dims["query"] == 3
 
 
@@ -116,10 +116,10 @@ class Tied(nn.Module):
 
 def test_shared_computed_and_unused_weights_are_closed():
     found = of(Reference(Tied, SCHEMA))
-    assert found.closed["a"] == Reason("shares_tensor", other="b")
-    assert found.closed["b"] == Reason("shares_tensor", other="a")
+    assert found.fixed["a"] == Reason("shares_tensor", other="b")
+    assert found.fixed["b"] == Reason("shares_tensor", other="a")
     assert "c" not in found.readers  # its weight is computed at every call
-    assert found.closed["c"] == found.closed["spare"] == Reason("not_called")
+    assert found.fixed["c"] == found.fixed["spare"] == Reason("not_called")
 
 
 class Columns(nn.Module):
@@ -144,7 +144,7 @@ class Columns(nn.Module):
 
 def test_channels_are_followed_only_while_they_stay_in_place():
     found = of(Reference(Columns, SCHEMA))
-    assert found.straight("kept") == ("first",)
+    assert found.direct_consumers("kept") == ("first",)
     assert found.reasons["moved"] == Reason("output_enters", operator="select")
     assert found.reasons["turned"] == Reason("output_enters", operator="view")
 

@@ -30,7 +30,7 @@ from compressors.errors.steps import StepRefused
 from compressors.lower.export import lower
 from compressors.prune.dense.channels import Channels
 from compressors.quantize.dense.static_int8 import StaticInt8
-from compressors.rewrite.fold import Fold, of_batch_norm, scaled_inputs, scaled_outputs
+from compressors.rewrite.fold import Fold, batch_norm_factors, scaled_inputs, scaled_outputs
 from compressors.rewrite.unread_features import unread_features
 from examples.dcnv2 import DCNv2
 from infra.onnxruntime.sessions import optimized_graph
@@ -82,7 +82,7 @@ def test_a_batch_norm_is_a_factor_and_an_offset(affine):
     norm = nn.BatchNorm1d(5, eps=1e-3, affine=affine).double().eval()
     for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
         nn.init.uniform_(tensor, 0.2, 2.0)
-    scale, shift = of_batch_norm(norm)
+    scale, shift = batch_norm_factors(norm)
     x = torch.randn(7, 5, dtype=torch.float64)
     torch.testing.assert_close(x * scale + shift, norm(x))
 

@@ -18,7 +18,7 @@ from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.prune.dense.magnitude import Magnitude
 from compressors.quantize.dense.static_int8 import StaticInt8
-from compressors.rewrite.equalize import DEAD, SETTLED, Equalize, equalizing
+from compressors.rewrite.equalize import CONVERGED, DEAD, Equalize, equalization_factors
 from compressors.rewrite.fold import Fold
 from compressors.rewrite.smooth_quant import SmoothQuant, best_smoothing, int8_error, smoothing
 
@@ -29,7 +29,7 @@ RANGES = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=6)
 def test_after_equalizing_both_ranges_are_equal(first, second):
     count = min(len(first), len(second))
     made, read = torch.tensor(first[:count]).double(), torch.tensor(second[:count]).double()
-    scale = equalizing(made, read)
+    scale = equalization_factors(made, read)
     both = (made > DEAD * made.max()) & (read > DEAD * read.max())
     assert bool((scale > 0).all())
     assert bool((scale[~both] == 1).all())
@@ -109,7 +109,7 @@ def test_equalize_settles_in_a_chain_where_a_layer_is_on_both_sides(tmp_path):
     for maker, readers in (("a", ("b",)), ("b", ("c", "d"))):
         made, read = ranges(result, maker, readers)
         # each round leaves factors no further from 1 than this, on both sides of a square root
-        torch.testing.assert_close(made, read, rtol=4 * SETTLED, atol=0)
+        torch.testing.assert_close(made, read, rtol=4 * CONVERGED, atol=0)
     assert result.plan.of("b").reasons == (
         Reason("inputs_scaled", step="equalize", maker="a"),
         Reason("outputs_scaled", step="equalize", readers=("c", "d")),
