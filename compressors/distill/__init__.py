@@ -1,13 +1,13 @@
-"""Steps that train a model: on the labels, or with the original model as teacher.
+"""Steps that train or calibrate a model: on labels, or with the original model as teacher.
 
 training/             the training loop, checkpoints and data parallel training
-losses.py             losses between student and teacher
-soft_labels.py        the teacher's predictions as labels
+losses.py             losses between student and teacher scores
+soft_labels.py        the loss on the teacher's predictions, mixed with the labels
 auxiliary_losses.py   hint projections and an auxiliary head
-student.py            a smaller network of the same class
-distill.py            train a pruned or smaller network
-fine_tune.py          train on the labels
-code_reassignment.py  new codes of packed tables that lower the loss
-refit_codes.py        train packed tables through the quantizer
-recalibrate.py        calibrate probabilities
+student.py            build a smaller network of the same class
+distill.py            step: train a pruned or smaller network with a teacher
+fine_tune.py          step: train on the labels
+code_reassignment.py  select new codes of packed tables that decrease the loss
+refit_codes.py        step: train packed tables through the quantizer
+recalibrate.py        step: calibrate probabilities
 """

@@ -3,15 +3,16 @@
 Hints: outputs of hidden layers of the original are targets for the student's layers of the same
 name. A linear projection per layer maps the student's output, which may be narrower, to the
 teacher's width.
+
 Auxiliary head: a linear layer on top of one hidden layer learns the teacher's predictions, and the
 network's output learns only the labels. The layers below the head learn from both, and a biased or
 badly calibrated teacher does not distort the output.
 
 Sources: Romero et al. 2015, https://arxiv.org/abs/1412.6550 (FitNets; differs: hints and
-predictions are learned at once, for all hinted layers, and the gap is relative to the size of the
-teacher's output so that its weight means the same for every layer); Khani et al. 2024,
-https://arxiv.org/abs/2408.14678 (teacher labels as a separate task; differs: a linear head on a
-named layer).
+predictions are learned at the same time, for all hinted layers, and the squared error is relative
+to the size of the teacher's output, so that its weight means the same for every layer); Khani et
+al. 2024, https://arxiv.org/abs/2408.14678 (teacher labels as a separate task; differs: a linear
+head on a named layer).
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from compressors.core.batches import Batch
 from compressors.distill.training.trainer import Loss
 from compressors.errors.steps import DistillationRefused
 
-TINY = 1e-12  # the divisor for a layer whose output is all zeros
+TINY = 1e-12  # divisor for a layer whose output is all zeros
 
 
 class AuxiliaryLosses(nn.Module):
@@ -35,44 +36,60 @@ class AuxiliaryLosses(nn.Module):
     Args:
         hints: names of layers that both networks have.
         auxiliary: the layer below the head, or None.
-        widths: size of the last dimension of each named student layer's output.
-        known: the same for the teacher's layers.
-        seed: for the initial weights.
+        student_widths: by layer, the size of the last dimension of the student's output.
+        teacher_widths: the same for the teacher.
+        seed: seed of the initial weights.
+
+    Attributes:
+        outputs: by layer, the student's outputs in the last forward pass.
     """
 
     def __init__(
         self,
         hints: tuple[str, ...],
         auxiliary: str | None,
-        widths: dict[str, int],
-        known: dict[str, int],
+        student_widths: dict[str, int],
+        teacher_widths: dict[str, int],
         seed: int,
     ) -> None:
         super().__init__()
         self.hints, self.auxiliary = hints, auxiliary
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
-            self.maps = nn.ModuleList(nn.Linear(widths[name], known[name]) for name in hints)
-            self.head = None if auxiliary is None else nn.Linear(widths[auxiliary], 1)
-        self.seen: dict[str, Tensor] = {}
+            self.maps = nn.ModuleList(
+                nn.Linear(student_widths[name], teacher_widths[name]) for name in hints
+            )
+            self.head = None if auxiliary is None else nn.Linear(student_widths[auxiliary], 1)
+        self.outputs: dict[str, Tensor] = {}
 
     def predictions(self) -> Tensor:
-        """The head's predictions for the rows of the student's last forward pass, ``(rows,)``."""
+        """The head's predictions for the rows of the student's last forward pass, ``(rows,)``.
+
+        Raises:
+            DistillationRefused: there is no head.
+        """
         if self.head is None or self.auxiliary is None:
             raise DistillationRefused("auxiliary_head_missing")
-        predictions: Tensor = self.head(self.seen[self.auxiliary].float()).reshape(-1)
+        predictions: Tensor = self.head(self.outputs[self.auxiliary].float()).reshape(-1)
         return predictions
 
-    def gap(self, shown: dict[str, Tensor]) -> Tensor:
+    def hint_loss(self, targets: dict[str, Tensor]) -> Tensor:
         """Hint loss: distance of the student's hinted layers from the teacher's, a scalar.
 
         The mean over layers of the squared difference after the projection, relative to the mean
-        square of the teacher layer's output for the batch. ``shown`` holds the teacher's outputs.
+        square of the teacher layer's output for the batch.
+
+        Args:
+            targets: by layer, the teacher's outputs for the same rows.
+
+        Raises:
+            DistillationRefused: a layer's outputs have another number of vectors than the
+                teacher's.
         """
-        gaps = []
+        losses = []
         for name, projection in zip(self.hints, self.maps, strict=True):
-            target = shown[name].float()
-            projected = projection(self.seen[name].float())
+            target = targets[name].float()
+            projected = projection(self.outputs[name].float())
             if projected.shape != target.shape:
                 raise DistillationRefused(
                     "hint_shapes_differ",
@@ -80,8 +97,8 @@ class AuxiliaryLosses(nn.Module):
                     student=tuple(projected.shape),
                     original=tuple(target.shape),
                 )
-            gaps.append(F.mse_loss(projected, target) / target.square().mean().clamp(min=TINY))
-        return torch.stack(gaps).mean()
+            losses.append(F.mse_loss(projected, target) / target.square().mean().clamp(min=TINY))
+        return torch.stack(losses).mean()
 
 
 @contextmanager
@@ -89,30 +106,30 @@ def record_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[s
     """Record the outputs of the named layers in the latest forward pass, by name.
 
     Raises:
-        CompressionError: a layer does not exist.
+        DistillationRefused: a layer does not exist.
     """
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[name] = output
+            outputs[name] = output
 
         return hook
 
     require_layers(module, names)
-    handles = [module.get_submodule(n).register_forward_hook(keep(n)) for n in names]
+    handles = [module.get_submodule(n).register_forward_hook(record(n)) for n in names]
     try:
-        yield seen
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
 def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "network") -> None:
-    """Raise if a name is not the name of a layer.
+    """Raise if a name is not the name of a layer; ``where`` names the network in the error.
 
     Raises:
-        CompressionError: names the missing layer and the existing ones.
+        DistillationRefused: names the missing layer and the existing ones.
     """
     known = [name for name, _ in module.named_modules() if name]
     for name in names:
@@ -126,15 +143,22 @@ def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "netw
 def widths_of(
     module: nn.Module, names: tuple[str, ...], batch: Batch, head: str | None = None
 ) -> dict[str, int]:
-    """The last dimension of each named layer's output; below ``head`` it must be two-dimensional.
+    """Measure the size of the last dimension of each named layer's output.
+
+    Args:
+        module: the network; it is set to evaluation mode.
+        names: names of the layers.
+        batch: rows for the forward pass.
+        head: the layer below the auxiliary head, whose output must be two-dimensional, or None.
 
     Raises:
-        CompressionError: an output is not a float tensor of at least two dimensions.
+        DistillationRefused: an output is not a float tensor of at least two dimensions, or that of
+            ``head`` has more.
     """
-    with record_outputs(module.eval(), names) as seen:
+    with record_outputs(module.eval(), names) as outputs:
         module(**batch.inputs)
     for name in names:
-        output = seen.get(name)
+        output = outputs.get(name)
         if (
             not isinstance(output, Tensor)
             or not output.is_floating_point()
@@ -145,7 +169,7 @@ def widths_of(
             if isinstance(output, Tensor):
                 description = f"{output.dtype} of shape {tuple(output.shape)}"
             raise DistillationRefused("layer_output_unusable", layer=name, got=description)
-    return {name: seen[name].shape[-1] for name in names}
+    return {name: outputs[name].shape[-1] for name in names}
 
 
 def with_hint_loss(
@@ -157,13 +181,13 @@ def with_hint_loss(
 ) -> Loss:
     """Add the hint loss, weighted by ``share``, to a loss.
 
-    The original is evaluated again for every batch, because storing its layers' outputs takes more
-    space than the rows. Its tensors are not modified.
+    The original is evaluated again for every batch, because its layers' outputs take more space
+    than the rows. Its tensors are not changed.
     """
 
     def total_loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
         with torch.no_grad(), record_outputs(original, hints) as targets:
             original(**batch.inputs)
-        return loss(output, batch, numbers) + share * auxiliary.gap(targets)
+        return loss(output, batch, numbers) + share * auxiliary.hint_loss(targets)
 
     return total_loss

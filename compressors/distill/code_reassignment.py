@@ -1,12 +1,12 @@
-"""Select new codes of a packed table that lower the task's loss.
+"""Select new codes of a packed table that decrease the task's loss.
 
 Around a row's current values, the loss is modelled by its gradient and a diagonal curvature. The
 curvature is an upper bound: the columns of a row act together, and the square of a sum of ``dim``
-terms is at most ``dim`` times the sum of their squares. The model has its minimum at one target
-row. A row's modelled loss is its squared distance from the target, with each column weighted by the
-curvature, and new codes reduce this distance. (With the diagonal alone, without the factor
-``dim``, each column would take the full step by itself; on the demo's tables this raised the loss
-even when three rows moved.)
+terms is at most ``dim`` times the sum of their squares. For each row the model has its minimum at a
+target row. The modelled loss of a row is its squared distance from the target, with each column
+weighted by the curvature, and new codes decrease this distance. Without the factor ``dim`` each
+column would take the full step by itself; on the demo's tables this increased the loss even if only
+three rows changed.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from compressors.quantize.tables.rowwise import PackedRowsFormat
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8Format
 
 DAMPING = 0.1
-"""Added to the curvature, as a share of its mean, so that rows with little data move little."""
+"""Added to the curvature, as a share of its mean, so that rows with little data change little."""
 
 SMALLEST = 1e-30
 
@@ -38,8 +38,9 @@ Codes = Rowwise | Codebook
 class Proposal(NamedTuple):
     """Proposed codes of a table and the estimated gain of each row.
 
-    ``codes`` are uint8 or int8 ``(rows, codes)``, not packed. ``gain`` is
-    ``(rows,)``, in the unit of the loss; 0 for rows that should keep their codes.
+    Attributes:
+        codes: uint8 or int8 ``(rows, codes)``, not packed.
+        gain: decrease of the loss per row, ``(rows,)``; 0 for rows that should keep their codes.
     """
 
     codes: Tensor
@@ -63,22 +64,22 @@ def propose(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
     target = current - slope / metric.clamp(min=SMALLEST)
     codes = unpacked(table)
     if isinstance(form, Rowwise):
-        new, new_values = rounded(table, target)
+        new, new_values = nearest_uniform_codes(table, target)
     else:
-        new = proposed(form, codes, stored, target, metric)
+        new = nearest_codebook_codes(form, codes, stored, target, metric)
         new_values = decoded(form, new, stored, table.dim)
     gain = (metric * ((current - target).square() - (new_values - target).square())).sum(dim=1) / 2
     better = seen & (gain > 0) & (new != codes).any(dim=1)
     return Proposal(new, torch.where(better, gain, torch.zeros_like(gain)))
 
 
-def moved(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor, int]:
+def reassigned_codes(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor, int]:
     """Apply the proposed codes to the rows that gain most.
 
     Args:
         table: not modified.
         proposal: its proposed codes.
-        share: of the rows with a positive gain, how many get their proposed codes.
+        share: share of the rows with a positive gain that get their proposed codes.
 
     Returns:
         The table's codes as stored (packed), and the number of rows that changed.
@@ -102,7 +103,7 @@ def unpacked(table: PackedTable) -> Tensor:
     return unpack(codes, count, width)
 
 
-def rounded(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
     """The codes of a row-wise table nearest to a target, and their values, both ``(rows, dim)``.
 
     With uniform levels, the level nearest to each weight is the best for any weighting of columns.
@@ -116,11 +117,11 @@ def rounded(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
     offset = fitted.offset
     if offset is not None:
         offset = by_row(offset, table.rows, grid.rows_per_scale)
-    read = weights(steps, by_row(fitted.scale, table.rows, grid.rows_per_scale), offset)
+    values = weights(steps, by_row(fitted.scale, table.rows, grid.rows_per_scale), offset)
     zero = 0.0  # the code of level 0 in symmetric formats; int8 codes are signed
     if shared.symmetric and bits < 8:
         zero = grid.half if bits == 2 else grid.half + 1
-    return (steps + zero).to(torch.uint8 if bits < 8 else stored["codes"].dtype), read
+    return (steps + zero).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
 
 
 def _width(table: PackedTable) -> int:
@@ -133,40 +134,47 @@ def _width(table: PackedTable) -> int:
 
 def _form(table: PackedTable) -> Codes:
     if not isinstance(table.storage, Codes):
-        raise TypeError(f"{table.storage.name!r} has no codes")
+        raise TypeError(f"Expected a format with codes, got {table.storage.name!r}.")
     return table.storage
 
 
-def proposed(
+def nearest_codebook_codes(
     form: Codebook, codes: Tensor, stored: dict[str, Tensor], target: Tensor, metric: Tensor
 ) -> Tensor:
     """Codes uint8 ``(rows, codes)`` whose values are nearest to a target under a metric.
 
-    ``target`` and ``metric`` are ``(rows, dim)``. Exact except for residual codes, which are chosen
-    one after the other while the others are fixed.
+    The result is exact except for residual codes, which are selected one after the other while the
+    others are fixed.
+
+    Args:
+        form: the format of the table.
+        codes: the present codes, uint8 ``(rows, codes)``.
+        stored: the tensors of the table.
+        target: ``(rows, dim)``.
+        metric: weight of each squared difference, ``(rows, dim)``.
     """
     codebook = stored["codebook"].float()
     if isinstance(form, KMeansFormat):
         scale = stored.get("scale")
-        each = target
+        scaled = target
         if scale is not None:
-            each = target / scale.float().where(scale > 0, torch.ones_like(scale.float()))
-        ordered, order = codebook.sort()  # training may have moved one level past another
+            scaled = target / scale.float().where(scale > 0, torch.ones_like(scale.float()))
+        ordered, order = codebook.sort()  # training may have changed the order of levels
         middle = (ordered[1:] + ordered[:-1]) / 2
-        return order[torch.bucketize(each, middle)].to(torch.uint8)
+        return order[torch.bucketize(scaled, middle)].to(torch.uint8)
     new = codes.clone()
     books = codebook.reshape(codes.shape[1], -1, codebook.shape[1])
     if isinstance(form, ProductCodesFormat):
         begin = 0
-        for place, width in enumerate(product_codes.widths(target.shape[1], codes.shape[1])):
+        for index, width in enumerate(product_codes.widths(target.shape[1], codes.shape[1])):
             part = slice(begin, begin + width)
-            entries = books[place, :, :width]
-            new[:, place] = nearest_under(target[:, part], metric[:, part], entries)
+            entries = books[index, :, :width]
+            new[:, index] = nearest_under(target[:, part], metric[:, part], entries)
             begin += width
         return new
-    for place, entries in enumerate(books):
-        others = residual_codes.decode(new, codebook) - entries[new[:, place].long()]
-        new[:, place] = nearest_under(target - others, metric, entries)
+    for index, entries in enumerate(books):
+        others = residual_codes.decode(new, codebook) - entries[new[:, index].long()]
+        new[:, index] = nearest_under(target - others, metric, entries)
     return new
 
 

@@ -1,12 +1,12 @@
 """Distillation: train a pruned or smaller network to reproduce the original's predictions.
 
-Soft labels are the predictions of the teacher, which is the bundle that the recipe starts from, for
-every training row. With several teachers they are the mean of all predictions. They are computed
-once, stored, and mixed with the hard labels.
+Soft labels are the predictions of the teacher for every training row. The teacher is the bundle
+that the recipe starts from; with several teachers, soft labels are the mean of all predictions.
+They are computed once, stored, and mixed with the labels.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
-Differs: for click models the loss is binary, the soft form of their training loss; for ranking the
-softmax runs over each list instead of classes. Other losses: ``losses.py``.
+Differs: for CTR models the loss is binary, the soft form of their training loss; for ranking models
+the softmax is over each list instead of over classes. Other losses: ``losses.py``.
 """
 
 from typing import Any, ClassVar, Literal, Self
@@ -39,62 +39,66 @@ from compressors.distill.training.training_steps import choose_trainable, pruned
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import DistillationRefused
 
-PROBED = 8
+PROBE_ROWS = 8
 """Rows of the forward pass that measures the widths of hinted layers."""
 
 
 class Distill(StepSettings):
-    """Train dense layers to answer as the original does, mixed with the labels."""
+    """Train on the teacher's predictions and on the labels."""
 
     effect: ClassVar[Effect] = "values"
     recovers_quality: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
     soft_share: float = Field(
-        0.5, gt=0, le=1, description="Weight of the teacher's predictions against the labels."
+        0.5,
+        gt=0,
+        le=1,
+        description="Weight of the teacher's predictions; the labels get the rest.",
     )
     temperature: float = Field(
         1.0,
         ge=0.1,
         le=100,
-        description="Divides both predictions before they are compared.",
+        description="Temperature: divides the logits of both models before they are compared.",
     )
     loss: SoftLoss = Field(
         "task",
-        description="How predictions are compared. task: pointwise for clicks, listwise for "
-        "ranking. pointwise: each row's own. Over lists (groups; without a group column the batch "
-        "is one): margin (differences of two rows), listwise (softmax shares), rankdistil (the "
-        "top of the teacher's list), calibrated_listwise (shares of probabilities).",
+        description="Loss on the teacher's predictions. task: pointwise for CTR, listwise for "
+        "ranking. pointwise: each row. margin: differences of two rows of a list. listwise: "
+        "softmax shares of a list. rankdistil: the top rows of the teacher's list. "
+        "calibrated_listwise: shares of probabilities. A list is a group, or the batch without "
+        "a group column.",
     )
-    top: int = Field(10, ge=1, description="Of rankdistil: how many rows of a list are its top.")
+    top: int = Field(10, ge=1, description="Number of top rows of a list for rankdistil.")
     rows: SoftLabelSettings = Field(
         "train",
-        description="train: rows with labels. traffic: logged requests without labels (soft_share "
-        "1). both: labels where there are.",
+        description="Rows to train on. train: rows with labels. traffic: logged requests without "
+        "labels (requires soft_share 1). both: all of them.",
     )
     hints: tuple[str, ...] = Field(
         (),
-        description="Layers of the original whose outputs are shown to the layers of the same "
-        "name, through a linear map that is dropped afterwards.",
+        description="Layers whose outputs the student learns to reproduce, through a linear "
+        "projection that is discarded after training.",
     )
     hint_share: float = Field(
-        0.1, gt=0, le=100, description="Weight of the hints next to the soft labels."
+        0.1, gt=0, le=100, description="Weight of the hint loss, added to the other losses."
     )
     auxiliary: str | None = Field(
         None,
-        description="A layer on top of which a linear head learns the teacher's predictions; it is "
-        "dropped afterwards; the network's own output then learns the labels alone.",
+        description="Layer on top of which a linear head learns the teacher's predictions; the "
+        "network's output then learns only the labels. The head is discarded after training.",
     )
     dense: bool = Field(
-        True, description="Train dense layers. False: tables alone (set 'tables' of the training)."
+        True,
+        description="Train dense layers. False: train only tables (set 'tables' of the training).",
     )
     student: dict[str, Any] | None = Field(
         None,
-        description="Keyword arguments of the architecture that differ in a smaller student, such "
-        'as {"hidden": [64, 32]}. Without it the network is trained as it stands, for instance '
-        "after pruning.",
+        description="Arguments of the model class that differ in a smaller student, such as "
+        '{"hidden": [64, 32]}. Empty: train the present network, for example after pruning.',
     )
-    training: Training = Field(default_factory=Training, description="How it is trained.")
+    training: Training = Field(default_factory=Training, description="Settings of the training.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -117,7 +121,7 @@ class Distill(StepSettings):
 
     @property
     def reads_original(self) -> bool:
-        """Hints are outputs of the original's layers."""
+        """Whether the step reads the original network: hints are outputs of its layers."""
         return bool(self.hints)
 
     @property
@@ -131,7 +135,12 @@ class Distill(StepSettings):
         return parts[self.rows]
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """What is trained, and how each layer changes in a smaller student."""
+        """Select the trained units; with a student, also the units that it lacks or that shrink.
+
+        Raises:
+            NothingToCompress: the task has no training loss, or no probabilities for this loss.
+            DistillationRefused: a named layer does not exist, or the student cannot be built.
+        """
         if self.loss == "calibrated_listwise" and bench.signature.single_output.form == "score":
             raise NothingToCompress("loss_without_probability", step=self.kind)
         require_layers(model.module, self._watched())
@@ -150,11 +159,13 @@ class Distill(StepSettings):
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
-        """Train on soft and hard labels, and leave the network as it was in its best epoch.
+        """Train on soft labels and labels, and return the network of the best epoch.
 
         Raises:
-            CompressionError: the bench lacks rows, the student cannot be built, there are hints but
-                no original, or training diverged.
+            RowsMissing: the bench lacks rows or soft labels.
+            DistillationRefused: the student cannot be built, a layer's output cannot be used, or
+                there are hints but no original.
+            TrainingFailed: training diverged, or nothing can be trained.
         """
         rows = soft_label_rows(bench, self.rows, self.kind)
         original = None if model.original is None else private_copy(model.original).eval()
@@ -162,15 +173,17 @@ class Distill(StepSettings):
         if self.student is not None:
             model = student_of(model, self.student, bench.seed)
         watched = self._watched()
-        probe = rows.take(torch.arange(min(PROBED, len(rows))))
-        widths = widths_of(model.module, watched, probe, self.auxiliary) if watched else {}
+        probe = rows.take(torch.arange(min(PROBE_ROWS, len(rows))))
+        student_widths = widths_of(model.module, watched, probe, self.auxiliary) if watched else {}
         teacher_widths: dict[str, int] = {}
         if self.hints:
             if original is None:
                 raise DistillationRefused("hints_need_original", step=self.kind)
             require_layers(original, self.hints, "original")
             teacher_widths = widths_of(original, self.hints, probe)
-        auxiliary = AuxiliaryLosses(self.hints, self.auxiliary, widths, teacher_widths, bench.seed)
+        auxiliary = AuxiliaryLosses(
+            self.hints, self.auxiliary, student_widths, teacher_widths, bench.seed
+        )
         loss = soft_label_loss(
             bench,
             self.soft_share,
@@ -181,13 +194,13 @@ class Distill(StepSettings):
             rows=self.rows,
             predictions=None if self.auxiliary is None else auxiliary.predictions,
         )
-        teaching = original if self.hints and original is not None else nn.Identity()
+        teacher = original if self.hints and original is not None else nn.Identity()
         with (
-            record_outputs(model.module, watched) as auxiliary.seen,
-            moved_to(teaching, bench.device),
+            record_outputs(model.module, watched) as auxiliary.outputs,
+            moved_to(teacher, bench.device),
         ):
             if self.hints:
-                loss = with_hint_loss(loss, auxiliary, teaching, self.hints, self.hint_share)
+                loss = with_hint_loss(loss, auxiliary, teacher, self.hints, self.hint_share)
             return train_model(
                 model,
                 bench,
@@ -201,7 +214,7 @@ class Distill(StepSettings):
             )
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """The student, if it is a smaller one; training changes no shape."""
+        """Build the smaller student, if there is one; training changes no shapes."""
         return model if self.student is None else student_dry_run(model, self.student)
 
     def _watched(self) -> tuple[str, ...]:
@@ -209,15 +222,15 @@ class Distill(StepSettings):
         return tuple(dict.fromkeys((*self.hints, *filter(None, (self.auxiliary,)))))
 
     def _reasons(self, bench: Bench) -> tuple[Reason, ...]:
-        """What the step learns from, for the plan."""
+        """The rows and teachers that the step trains on, as reasons for the plan."""
         rows = bench.train.rows if bench.train and self.rows != "traffic" else 0
         traffic = bench.traffic.rows if bench.traffic and self.rows != "train" else 0
         if rows and traffic:
-            learned = Reason("trained_on_both", step=self.kind, rows=rows, traffic=traffic)
+            rows_reason = Reason("trained_on_both", step=self.kind, rows=rows, traffic=traffic)
         elif traffic:
-            learned = Reason("trained_on_traffic", step=self.kind, traffic=traffic)
+            rows_reason = Reason("trained_on_traffic", step=self.kind, traffic=traffic)
         else:
-            learned = Reason("trained_on_rows", step=self.kind, rows=rows)
+            rows_reason = Reason("trained_on_rows", step=self.kind, rows=rows)
         if not bench.teachers:
-            return (learned,)
-        return learned, Reason("several_teachers", teachers=1 + len(bench.teachers))
+            return (rows_reason,)
+        return rows_reason, Reason("several_teachers", teachers=1 + len(bench.teachers))

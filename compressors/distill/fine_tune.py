@@ -27,7 +27,7 @@ class FineTune(StepSettings):
     recovers_quality: ClassVar[bool] = True
 
     kind: Literal["fine_tune"] = "fine_tune"
-    training: Training = Field(default_factory=Training, description="How it is trained.")
+    training: Training = Field(default_factory=Training, description="Settings of the training.")
 
     @property
     def trains(self) -> bool:
@@ -40,15 +40,20 @@ class FineTune(StepSettings):
         return ("train", "validation")
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """What is trained, and why the rest is not."""
+        """Select the trained units; give a reason for each other unit.
+
+        Raises:
+            NothingToCompress: the task has no training loss.
+        """
         decisions = choose_trainable(model, bench, self.kind, tables=self.training.tables)
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
-        """Train, and leave the network as it was in its best epoch.
+        """Train, and return the network of the best epoch.
 
         Raises:
-            CompressionError: the bench lacks rows, or training diverged.
+            RowsMissing: the bench lacks rows.
+            TrainingFailed: training diverged, or nothing can be trained.
         """
 
         def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:

@@ -34,33 +34,37 @@ def loss_of_teacher(
 ) -> Tensor:
     """Compute one of the losses for outputs in the form that the signature declares.
 
-    Lists are the groups of the batch; without a group column the whole batch is one list. Click
-    predictions are compared as logits, scores of a ranking model unchanged.
+    Lists are the groups of the batch; without a group column the whole batch is one list. The
+    predictions of CTR models are compared as logits, scores of a ranking model unchanged.
 
     Args:
-        name: which loss; ``task`` is ``pointwise`` for clicks and ``listwise`` for rankings.
+        name: which loss; ``task`` is ``pointwise`` for CTR models and ``listwise`` for ranking
+            models.
         signature: kind and form of both outputs.
-        output: the student's, float ``(rows,)`` or ``(rows, 1)``.
-        teacher: the teacher's on the same rows, float ``(rows,)``.
+        output: the student's outputs, float ``(rows,)`` or ``(rows, 1)``.
+        teacher: the teacher's outputs for the same rows, float ``(rows,)``.
         batch: its groups are the lists.
         temperature: scores are divided by it before they are compared; the loss is multiplied by
             its square, so that the scale of gradients does not change.
-        top: for ``rankdistil``: how many rows of a list are its top.
+        top: for ``rankdistil``, the number of top rows of a list.
+
+    Returns:
+        A scalar.
     """
     if name == "task":
         return soft_loss(signature, output, teacher, batch, temperature)
     declared = signature.single_output
-    clicks = declared.form != "score" and (
+    compares_logits = declared.form != "score" and (
         declared.task_kind.predicts_probability or name in ("pointwise", "calibrated_listwise")
     )
     score = output.reshape(-1)
-    if clicks:
+    if compares_logits:
         score, teacher = logits(declared, score), logits(declared, teacher)
     score, teacher = score / temperature, teacher / temperature
     segment, lists = segments(batch, len(score))
     match name:
         case "pointwise":
-            loss = pointwise(score, teacher) if clicks else F.mse_loss(score, teacher)
+            loss = pointwise(score, teacher) if compares_logits else F.mse_loss(score, teacher)
         case "margin":
             loss = margin(score, teacher, segment, lists)
         case "listwise":
@@ -83,9 +87,9 @@ def pointwise(score: Tensor, teacher: Tensor) -> Tensor:
 def margin(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
     """Mean squared difference of student and teacher margins, over all pairs of a list: a scalar.
 
-    A margin is the difference of two scores of a list; the student should reproduce the teacher's.
-    The mean over the ``n (n - 1)`` pairs of a list is twice the variance of ``score - teacher``, so
-    it takes ``n`` steps. Lists of one row have no pair and are ignored.
+    A margin is the difference of two scores of a list. The mean over the ``n (n - 1)`` pairs of a
+    list is twice the sample variance of ``score - teacher``, so its cost is linear in ``n``. Lists
+    of one row have no pairs and are ignored.
 
     Source: Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666 (Margin-MSE). Differs: all
     pairs of a list instead of a relevant and another passage.
@@ -120,10 +124,10 @@ def rankdistil(score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top:
     scores are compared with the last top row instead of an absolute value, so the level is free.
     """
     place = _places(teacher, segment, lists)
-    first = place < top
-    inside = segment[first]
-    target = log_shares(teacher[first], inside, lists).exp()
-    order = -(target * log_shares(score[first], inside, lists)).sum() / lists
+    is_top = place < top
+    top_segment = segment[is_top]
+    target = log_shares(teacher[is_top], top_segment, lists).exp()
+    order = -(target * log_shares(score[is_top], top_segment, lists)).sum() / lists
     count = sums(torch.ones_like(score), segment, lists)
     last = place == (count.clamp(max=top) - 1)[segment]  # one row of each list
     list_of_last = segment[last]
@@ -131,7 +135,7 @@ def rankdistil(score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top:
     edge = edge.index_add(0, list_of_last, score[last])
     teacher_edge = teacher_edge.index_add(0, list_of_last, teacher[last])
     above = (score - edge[segment]) - (teacher - teacher_edge[segment])
-    rest = (~first).to(score.dtype)
+    rest = (~is_top).to(score.dtype)
     each = sums(F.relu(above).square() * rest, segment, lists)
     return order + (each / sums(rest, segment, lists).clamp(min=1)).sum() / lists
 

@@ -40,9 +40,9 @@ from compressors.metrics.point_estimates import logloss
 Floats = NDArray[np.float64]
 Method = Literal["temperature", "platt", "isotonic"]
 METHODS: tuple[Method, ...] = ("temperature", "platt", "isotonic")
-PARTS = 5
+FOLDS = 5  # of the cross-validation
 LEAST_SLOPE = 1e-2
-"""Smallest slope of a piece of the isotonic map: different scores stay different."""
+"""Smallest slope of a piece of the isotonic map, so that different scores stay different."""
 SCORING_ROWS = 8192
 NEWTON_STEPS = 50
 
@@ -50,8 +50,8 @@ NEWTON_STEPS = 50
 def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, float]:
     """Fit slope and offset of the logit by maximum likelihood, with Newton's method.
 
-    Labels are smoothed to the probability after one more click and one more row without a click
-    (Platt 1999), so that the slope is finite if a threshold separates the classes.
+    Labels are smoothed as if there were one more click and one more row without a click (Platt
+    1999), so that the slope is finite if a threshold separates the classes.
 
     Args:
         logit: float64 ``(rows,)``.
@@ -62,7 +62,7 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
         Slope and offset. The slope is positive: a map must not reverse the order.
 
     Raises:
-        CompressionError: no such slope fits better than a constant.
+        StepRefused: the best slope is not positive.
     """
     clicks = label.sum()
     label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), 1 / (len(label) - clicks + 2))
@@ -71,9 +71,9 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
     best = _cost(columns @ coefficients, label)
     for _ in range(NEWTON_STEPS):
         share = _sigmoid(columns @ coefficients)
-        slope = columns.T @ (share - label) / len(label)
-        curve = (columns * (share * (1 - share))[:, None]).T @ columns / len(label)
-        step = np.linalg.solve(curve + 1e-12 * np.eye(len(coefficients)), slope)
+        gradient = columns.T @ (share - label) / len(label)
+        hessian = (columns * (share * (1 - share))[:, None]).T @ columns / len(label)
+        step = np.linalg.solve(hessian + 1e-12 * np.eye(len(coefficients)), gradient)
         factor = 1.0
         while _cost(columns @ (coefficients - factor * step), label) > best and factor > 1e-6:
             factor /= 2
@@ -103,7 +103,7 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
         Logits ``(n,)`` and their mapped values ``(n,)``, both strictly increasing, ``n >= 2``.
 
     Raises:
-        CompressionError: the rows have fewer than two different scores.
+        StepRefused: the rows have fewer than two different scores.
     """
     from scipy.optimize import isotonic_regression  # importing it takes 0.2 s
 
@@ -131,8 +131,14 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     return means, targets
 
 
-def made_of(method: Method, output: str, logit: Floats, label: Floats, knots: int) -> Recalibration:
-    """Fit the map of one method; arguments as in ``fit_pieces``."""
+def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: int) -> Recalibration:
+    """Fit the map of one method.
+
+    ``output`` is the form of the model's output; the other arguments are as in ``fit_pieces``.
+
+    Raises:
+        StepRefused: no increasing map fits the rows.
+    """
     if method != "isotonic":
         slope, offset = fit_line(logit, label, offset=method == "platt")
         return Recalibration(method, output, line=torch.tensor([slope, offset]))
@@ -145,47 +151,47 @@ def made_of(method: Method, output: str, logit: Floats, label: Floats, knots: in
     return Recalibration(method, output, knots=len(means), line=line, bends=bends)
 
 
-def held_out(method: Method, logit: Floats, label: Floats, knots: int) -> float:
+def cross_validated_loss(method: Method, logit: Floats, label: Floats, knots: int) -> float:
     """Cross-validated log loss of a method; infinite if a fit fails."""
-    part = np.arange(len(logit)) % PARTS
+    fold = np.arange(len(logit)) % FOLDS
     mapped = np.empty(len(logit))
-    for number in range(PARTS):
+    for number in range(FOLDS):
         try:
-            fitted = made_of(method, "logit", logit[part != number], label[part != number], knots)
+            fitted = fit_map(method, "logit", logit[fold != number], label[fold != number], knots)
         except CompressionError:
             return float("inf")
-        inputs = torch.from_numpy(logit[part == number]).float()
-        mapped[part == number] = fitted(inputs).double().numpy()
+        inputs = torch.from_numpy(logit[fold == number]).float()
+        mapped[fold == number] = fitted(inputs).double().numpy()
     return logloss(label, _sigmoid(mapped))
 
 
 class Recalibrate(StepSettings):
-    """Map the output of a click model so that its probabilities fit the validation rows."""
+    """Map the output of a CTR model so that its probabilities fit the validation rows."""
 
     effect: ClassVar[Effect] = "output"
 
     kind: Literal["recalibrate"] = "recalibrate"
     method: Literal["temperature", "platt", "isotonic", "best"] = Field(
         "platt",
-        description="temperature: one factor of the logit. platt: a factor and an offset. "
-        "isotonic: a rising line of straight pieces. best: the least log loss on rows it was not "
-        "fitted to.",
+        description="Map of the logit. temperature: one factor. platt: a factor and an offset. "
+        "isotonic: an increasing piecewise linear map. best: the one with the smallest "
+        "cross-validated log loss, or none.",
     )
     knots: int = Field(
-        32, ge=2, le=1024, description="Of the isotonic map: how many means it goes through."
+        32, ge=2, le=1024, description="Largest number of points of the isotonic map."
     )
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Validation rows: the network was not trained on them."""
+        """Validation rows, because the network was not trained on them."""
         return ("validation",)
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[OutputForm]:
-        """No table and no dense layer.
+        """Select the model's output; the step changes no table and no dense layer.
 
         Raises:
             NothingToCompress: the task has no probabilities.
-            CompressionError: the model has a map already.
+            StepRefused: the model already has a recalibration map.
         """
         if not bench.signature.single_output.task_kind.predicts_probability:
             raise NothingToCompress(
@@ -201,7 +207,9 @@ class Recalibrate(StepSettings):
         """Fit the map on the validation rows.
 
         Raises:
-            CompressionError: there are no validation rows, or no increasing map fits them.
+            RowsMissing: there are no validation rows.
+            StepRefused: no increasing map fits them, or the model class has an attribute of the
+                map's name.
         """
         if bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
@@ -214,7 +222,9 @@ class Recalibrate(StepSettings):
         before = logloss(label, _sigmoid(logit))
         chosen: Method | None = None
         if self.method == "best":
-            losses = {method: held_out(method, logit, label, self.knots) for method in METHODS}
+            losses = {
+                method: cross_validated_loss(method, logit, label, self.knots) for method in METHODS
+            }
             best = min(losses, key=lambda method: losses[method])
             chosen = best if losses[best] < before else None
         else:
@@ -222,7 +232,7 @@ class Recalibrate(StepSettings):
         if chosen is None:
             no_map = Reason("no_better_map", step=self.kind, loss=before)
             return Applied(model, {OUTPUT: Decision("skipped", (no_map,))})
-        fitted = made_of(chosen, form, logit, label, self.knots)
+        fitted = fit_map(chosen, form, logit, label, self.knots)
         attach(model.module, fitted)
         model.module.eval()
         with torch.no_grad():

@@ -1,18 +1,19 @@
 """Refit packed tables by training through the quantizer, with the original as teacher.
 
-A codebook or scale that is fitted to a table's weights gives all weights equal importance, but for
-the task some weights matter more. Each round has two parts. First, codebooks, scales and offsets
-are trained through the lookup, on the original's predictions and the labels. Then codes are
-selected again (``code_reassignment.py``): each row moves to the minimum of a quadratic model of the
-loss. The model uses the gradient, and squared gradients (the diagonal of the empirical Fisher
-matrix) as curvature.
+A codebook or scale that is fitted to a table's weights gives all weights equal importance, but some
+weights are more important for the task. Each round has two parts. First, codebooks, scales and
+offsets are trained through the lookup, on the original's predictions and the labels. Then codes are
+selected again (``code_reassignment.py``), so that each row is near the minimum of a quadratic model
+of the loss. The model uses the gradient, and squared gradients (the diagonal of the empirical
+Fisher matrix) as curvature.
 
 Sources: Stock et al. 2020, https://arxiv.org/abs/1907.05686 (codebooks trained with the original
 as teacher); Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852 (alternating codes and
 codebooks, few codes at a time).
 Differs: the model of the loss is of second order and needs no row of the original table; of the
-rows that would gain, the ``share`` with the largest gains moves, if the loss falls; the state with
-the best validation metric is kept, and the initial state is one of the candidates.
+rows whose new codes would decrease the loss, the ``share`` with the largest decrease gets them, if
+the measured loss decreases too. The state with the best validation metric is kept; the initial
+state is one of the candidates.
 """
 
 import logging
@@ -29,7 +30,7 @@ from compressors.core.modules.formats import Bag, PackedTable
 from compressors.core.steps.decisions import Applied, Decision, StepPlan, is_among, require_matches
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
-from compressors.distill.code_reassignment import Codes, moved, propose
+from compressors.distill.code_reassignment import Codes, propose, reassigned_codes
 from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable
@@ -45,12 +46,12 @@ from compressors.quantize.calibration.loss_gradients import loss_gradients, mean
 from compressors.quantize.kernels.levels import SMALLEST
 
 log = logging.getLogger(__name__)
-TRIES = 5
+ATTEMPTS = 5
 """Number of shares of rows that are tried; each is a quarter of the previous one."""
 
 
 class RefitCodes(StepSettings):
-    """Train codebooks or scales of packed tables on the task and choose codes again, in turn."""
+    """Train codebooks or scales of packed tables on the task and select codes again, in turn."""
 
     effect: ClassVar[Effect] = "values"
     recovers_quality: ClassVar[bool] = True
@@ -60,29 +61,32 @@ class RefitCodes(StepSettings):
         ("*",), description="Tables to refit: module names, with * for any characters."
     )
     rounds: int = Field(
-        4, ge=1, description="How often codebooks or scales, and then codes, are fitted."
+        4, ge=1, description="Rounds of training codebooks or scales and then selecting codes."
     )
     share: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="Of the rows whose codes would gain, how many move in a round; fewer where "
-        "all together gain nothing. 0: only codebooks and scales are trained.",
+        description="Share of the rows with better codes that get them in a round; fewer rows are "
+        "tried if the loss does not decrease. 0: train only codebooks and scales.",
     )
-    dense: bool = Field(False, description="Train dense layers along with them.")
+    dense: bool = Field(False, description="Train dense layers too.")
     soft_share: float = Field(
-        0.5, gt=0, le=1, description="Weight of the teacher's predictions against the labels."
+        0.5,
+        gt=0,
+        le=1,
+        description="Weight of the teacher's predictions; the labels get the rest.",
     )
     temperature: float = Field(
         1.0,
         ge=0.1,
         le=100,
-        description="Divides both predictions before they are compared.",
+        description="Temperature: divides the logits of both models before they are compared.",
     )
     training: Training = Field(
         default_factory=lambda: Training(epochs=3, learning_rate=3e-4, patience=1),
-        description="How codebooks and scales are trained in a round. Give table_l2 as the "
-        "original had it; 'tables' is of no consequence here.",
+        description="Settings of the training in each round. Set table_l2 to the penalty of the "
+        "original training; 'tables' has no effect here.",
     )
 
     @property
@@ -96,7 +100,11 @@ class RefitCodes(StepSettings):
         return ("train", "validation", "soft_labels")
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """The tables of codes, and what else is trained with them."""
+        """Select the tables with codes, and with ``dense`` the dense layers.
+
+        Raises:
+            NothingToCompress: the task has no training loss, or a pattern matches no table.
+        """
         require_loss(bench, self.kind)
         dense = trainable(model.module, tables=False) if self.dense else ()
         decisions = {}
@@ -104,14 +112,14 @@ class RefitCodes(StepSettings):
         require_matches(self.tables, [u for u in units if u.role == "table"], self.kind, "table")
         for unit in units:
             if unit.role == "dense":
-                take = any(name.startswith(f"{unit.name}.") for name in dense)
+                is_trained = any(name.startswith(f"{unit.name}.") for name in dense)
                 if not self.dense:
                     why = Reason("dense_not_trained", step=self.kind)
-                elif take:
+                elif is_trained:
                     why = Reason("trained_with_codes", step=self.kind)
                 else:
                     why = nothing_to_train(unit, self.kind)
-                decisions[unit.name] = Decision("taken" if take else "skipped", (why,))
+                decisions[unit.name] = Decision("taken" if is_trained else "skipped", (why,))
             elif not is_among(unit, self.tables):
                 decisions[unit.name] = Decision(
                     "skipped", (Reason("not_matched", patterns=self.tables),)
@@ -126,10 +134,11 @@ class RefitCodes(StepSettings):
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
-        """Alternate training and code selection, and leave the network in its best state.
+        """Alternate training and code selection, and return the network in its best state.
 
         Raises:
-            CompressionError: the bench lacks rows or soft labels, or training diverged.
+            RowsMissing: the bench lacks rows or soft labels.
+            TrainingFailed: training diverged, or nothing can be trained.
         """
         if bench.train is None or bench.validation is None:
             raise RowsMissing("training_needs_rows")
@@ -154,7 +163,7 @@ class RefitCodes(StepSettings):
             rows = 0
             for step in ("codebooks", "codes"):
                 if step == "codes" and self.share:
-                    rows = self._move(model, bench, tables)
+                    rows = self._reassign_codes(model, bench, tables)
                 for name, table in tables.items():
                     _cast(table, stored[name])
                 metric = quality(model.module, bench.signature, bench.validation)
@@ -166,31 +175,34 @@ class RefitCodes(StepSettings):
         _restore(model, best_state)
         return Applied(model)
 
-    def _move(self, model: Model, bench: Bench, tables: dict[str, PackedTable]) -> int:
-        """Select new codes for the rows that gain most; returns how many rows moved.
+    def _reassign_codes(self, model: Model, bench: Bench, tables: dict[str, PackedTable]) -> int:
+        """Select new codes for the rows that gain most; return how many rows changed.
 
-        Each row's gain is estimated as if only this row moved. If all rows together do not lower
-        the loss, fewer rows are tried.
+        Each row's gain is estimated as if only this row changed. If the loss does not decrease with
+        all of these rows, fewer rows are tried.
+
+        Raises:
+            RowsMissing: there are no training rows or soft labels.
         """
         if bench.train is None:
             raise RowsMissing("train_rows_missing", step=self.kind)
         module, signature = model.module, bench.signature
         # Soft labels only: their gradient is zero at the original's rows, while labels and
-        # penalties would continue to move rows after the point where the original stopped training.
+        # penalties would continue to change rows after the point where that training ended.
         loss = soft_label_loss(bench, 1.0, self.temperature, self.kind)
         loss_before = mean_loss(module, signature, bench.train, loss)
         gradients = loss_gradients(module, signature, bench.train, loss, tables)
         proposals = {name: propose(table, *gradients[name]) for name, table in tables.items()}
         before = {name: table.get_buffer("codes") for name, table in tables.items()}
         share = self.share
-        for _ in range(TRIES):
+        for _ in range(ATTEMPTS):
             rows = 0
             for name, table in tables.items():
                 table.codes = before[name]
-                table.codes, count = moved(table, proposals[name], share)
+                table.codes, count = reassigned_codes(table, proposals[name], share)
                 rows += count
             loss_after = mean_loss(module, signature, bench.train, loss)
-            log.info("%d rows moved: loss %.6f -> %.6f", rows, loss_before, loss_after)
+            log.info("%d rows with new codes: loss %.6f -> %.6f", rows, loss_before, loss_after)
             if loss_after < loss_before:
                 return rows
             if not rows:
@@ -209,11 +221,11 @@ def _codes(unit: Unit) -> PackedTable | None:
 
 def _learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
     """Full names in the model of the learned tensors of the given tables."""
-    mine = set(tables.values())
+    selected = set(tables.values())
     return tuple(
         f"{path}.{name}"
         for path, module in model.module.named_modules()
-        if isinstance(module, PackedTable) and module in mine
+        if isinstance(module, PackedTable) and module in selected
         for name in _types(module)
     )
 
@@ -246,7 +258,7 @@ State = list[tuple[nn.Module, str, Tensor]]
 
 
 def _tensors_of(model: Model) -> State:
-    """All tensors of a model with their module and name; training replaces them by others."""
+    """All tensors of a model with their module and name; training replaces them by new ones."""
     return [
         (module, name, tensor)
         for module in model.module.modules()

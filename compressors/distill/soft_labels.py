@@ -34,32 +34,33 @@ def soft_label_loss(
     rows: SoftLabelSettings = "train",
     predictions: Callable[[], Tensor] | None = None,
 ) -> Loss:
-    """Build the loss over the training rows.
+    """Build the loss on soft labels and labels.
 
     Traffic rows have no label. The loss on labels is a mean over the labelled rows or lists of a
     batch, with weight ``1 - soft_share``; unlabelled rows in the batch do not change it.
 
     Args:
-        bench: with the rows and the teacher's predictions for them.
+        bench: provides the rows and the teacher's predictions for them.
         soft_share: weight of the teacher's predictions; labels get the rest.
         temperature: both predictions are divided by it before they are compared.
-        kind: of the calling step.
-        name: how predictions are compared.
-        top: for the loss ``rankdistil``.
+        kind: the kind of the calling step, for error messages.
+        name: the loss between student and teacher.
+        top: number of top rows, for the loss ``rankdistil``.
         rows: which rows are used.
-        predictions: returns what is compared with the teacher instead of the network's output.
+        predictions: returns the predictions to compare with the teacher; if None, those are the
+            network's output.
 
     Raises:
-        CompressionError: there are no soft labels, or not one for every row.
+        RowsMissing: there are no soft labels, or not one for every row.
     """
     teacher = torch.cat(
         [
             _predictions(split, soft, kind)
-            for split, soft, of in (
+            for split, soft, used_for in (
                 (bench.train, bench.soft_labels, ("train", "both")),
                 (bench.traffic, bench.traffic_soft_labels, ("traffic", "both")),
             )
-            if rows in of
+            if rows in used_for
         ]
     )
 
@@ -76,12 +77,12 @@ def soft_label_loss(
         if rows == "train":
             hard = hard_loss(bench.signature, output, batch)
             return soft_share * soft + (1 - soft_share) * hard
-        known = ~batch.label.isnan()
-        if soft_share == 1 or not bool(known.any()):
+        is_labelled = ~batch.label.isnan()
+        if soft_share == 1 or not bool(is_labelled.any()):
             return soft_share * soft
-        group = None if batch.group is None else batch.group[known]
-        labelled = Batch({}, batch.label[known], group)
-        hard = hard_loss(bench.signature, output.reshape(-1)[known], labelled)
+        group = None if batch.group is None else batch.group[is_labelled]
+        labelled = Batch({}, batch.label[is_labelled], group)
+        hard = hard_loss(bench.signature, output.reshape(-1)[is_labelled], labelled)
         return soft_share * soft + (1 - soft_share) * hard
 
     return loss
@@ -91,7 +92,7 @@ def soft_label_rows(bench: Bench, rows: SoftLabelSettings, kind: str) -> Rows | 
     """The training rows, in the order that ``soft_label_loss`` expects.
 
     Raises:
-        CompressionError: the bench lacks them.
+        RowsMissing: the bench lacks them.
     """
     labelled = _rows(bench, bench.train, kind) if rows in ("train", "both") else None
     if rows == "train" and labelled is not None:
@@ -106,8 +107,8 @@ def mean_predictions(
 
     Probabilities are converted to logits, averaged and converted back. This is the geometric mean
     of odds, in which a confident teacher has more weight than in a mean of probabilities. Scores of
-    ranking models have no common unit; a teacher whose scores spread ten times as far has ten times
-    the weight.
+    ranking models have no common unit: a teacher whose scores have ten times the spread has ten
+    times the weight.
 
     Args:
         scores: one float32 ``(rows,)`` per teacher, in the form that ``output`` names.
@@ -118,8 +119,8 @@ def mean_predictions(
     stacked = torch.stack(scores).to(torch.float64)
     if output != "probability":
         return stacked.mean(dim=0).to(torch.float32)
-    odds = torch.logit(stacked, eps=EDGE).mean(dim=0)
-    return torch.sigmoid(odds).to(torch.float32)
+    mean_logit = torch.logit(stacked, eps=EDGE).mean(dim=0)
+    return torch.sigmoid(mean_logit).to(torch.float32)
 
 
 def _rows(bench: Bench, split: Split | None, kind: str) -> Rows:
@@ -140,10 +141,10 @@ def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
 
 
 def mixed_loss(bench: Bench, soft_share: float, temperature: float, kind: str) -> Loss:
-    """As ``soft_label_loss``, or the loss on the labels alone if ``soft_share`` is 0.
+    """As ``soft_label_loss``, or only the loss on the labels if ``soft_share`` is 0.
 
     Raises:
-        CompressionError: as ``soft_label_loss``.
+        RowsMissing: as for ``soft_label_loss``.
     """
     if soft_share:
         return soft_label_loss(bench, soft_share, temperature, kind)

@@ -34,12 +34,12 @@ def student_decisions(
 
     Args:
         model: the original.
-        config: keyword arguments of the architecture that differ.
-        tables: whether tables are trained; a narrower table would otherwise keep random values.
-        reasons: what the student learns from.
+        config: arguments of the model class that differ.
+        tables: whether tables are trained; otherwise a narrower table would keep random values.
+        reasons: the rows and teachers that the student is trained on.
 
     Raises:
-        CompressionError: the student cannot be built, has layers that the original lacks, or
+        DistillationRefused: the student cannot be built, has layers that the original lacks, or
             differs from it in a way that is not supported.
     """
     _require_no_map(model)
@@ -73,7 +73,11 @@ def student_decisions(
 
 
 def student_of(model: Model, config: Config, seed: int) -> Model:
-    """Build the smaller network: newly initialized layers, and the original's tensors that fit."""
+    """Build the smaller network: newly initialized layers, and the original's tensors that fit.
+
+    Raises:
+        DistillationRefused: the student cannot be built.
+    """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         student = _build(model, config, construct_with_weights)
@@ -87,10 +91,15 @@ def student_dry_run(model: Model, config: Config) -> Model:
 
 
 def _build(
-    model: Model, config: Config, how: Callable[[type[nn.Module], Config], nn.Module]
+    model: Model, config: Config, construct_module: Callable[[type[nn.Module], Config], nn.Module]
 ) -> nn.Module:
+    """Construct the model class with some arguments replaced.
+
+    Raises:
+        DistillationRefused: the class cannot be constructed.
+    """
     try:
-        return how(model.architecture, {**model.network.architecture.config, **config})
+        return construct_module(model.architecture, {**model.network.architecture.config, **config})
     except ConstructionFailed as fault:
         raise DistillationRefused(
             "construction_failed",
@@ -109,7 +118,7 @@ def _with_original_tensors(model: Model, student: nn.Module, config: Config) -> 
     """Assign the original's tensors to the student where their shapes match."""
     student_names = {unit.name for unit in Unit.of(student)}
     for unit in Unit.of(model.module):
-        if _packed(unit) and unit.name in student_names and unit.part_of is None:
+        if _is_packed_table(unit) and unit.name in student_names and unit.part_of is None:
             swap(student, unit.name, unit.module)
     student_tensors = student.state_dict(keep_vars=True)
     fitting = {
@@ -125,29 +134,31 @@ def _with_original_tensors(model: Model, student: nn.Module, config: Config) -> 
 
 
 def _shape(unit: Unit) -> tuple[int, ...]:
-    inside = _inside(unit)
-    if isinstance(inside, PackedTable | ComposedTable):
-        return (inside.rows, inside.dim)
-    weight = getattr(inside, "weight", None)
+    """The shape of a table or weight: ``(rows, dim)`` or ``(out, in)``."""
+    module = _without_bag(unit)
+    if isinstance(module, PackedTable | ComposedTable):
+        return (module.rows, module.dim)
+    weight = getattr(module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, Tensor) else (unit.rows,)
 
 
-def _inside(unit: Unit) -> nn.Module:
+def _without_bag(unit: Unit) -> nn.Module:
+    """The module of a unit; of a bag, the table inside."""
     return unit.module.table if isinstance(unit.module, Bag) else unit.module
 
 
-def _packed(unit: Unit) -> bool:
-    return unit.role == "table" and isinstance(_inside(unit), PackedTable | ComposedTable)
+def _is_packed_table(unit: Unit) -> bool:
+    return unit.role == "table" and isinstance(_without_bag(unit), PackedTable | ComposedTable)
 
 
 def _require_packed_fit(units: tuple[Unit, ...], smaller: dict[str, tuple[int, ...]]) -> None:
     """Raise if the student has a packed table in another shape.
 
     Raises:
-        CompressionError: names the table.
+        DistillationRefused: names the table.
     """
     for unit in units:
-        if _packed(unit) and smaller.get(unit.name, _shape(unit)) != _shape(unit):
+        if _is_packed_table(unit) and smaller.get(unit.name, _shape(unit)) != _shape(unit):
             raise DistillationRefused("table_packed", table=unit.name, format=unit.format)
 
 
@@ -155,10 +166,10 @@ def _require_float_layers(model: Model) -> None:
     """Raise if a dense layer is packed, or a table has a float dtype other than float32.
 
     Raises:
-        CompressionError: names one of them.
+        DistillationRefused: names one of them.
     """
     for unit in Unit.of(model.module):
-        if unit.format != "float32" and not (_packed(unit) or unit.part_of is not None):
+        if unit.format != "float32" and not (_is_packed_table(unit) or unit.part_of is not None):
             raise DistillationRefused("layer_packed", layer=unit.name)
 
 
@@ -166,7 +177,7 @@ def _require_no_map(model: Model) -> None:
     """Raise if the model's output is recalibrated: the map was fitted to another network.
 
     Raises:
-        CompressionError: there is a recalibration map.
+        DistillationRefused: there is a recalibration map.
     """
     if recalibration_of(model.module) is not None:
         raise DistillationRefused("already_recalibrated")
@@ -176,7 +187,7 @@ def _require_arguments(model: Model, config: Config) -> None:
     """Raise if an argument is unknown; a class that accepts any keyword would ignore it.
 
     Raises:
-        CompressionError: names the unknown argument and the known ones.
+        DistillationRefused: names the unknown argument and the known ones.
     """
     named = inspect.signature(model.architecture).parameters
     known = {*named, *model.network.architecture.config}

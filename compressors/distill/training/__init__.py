@@ -5,5 +5,5 @@ trainable.py       the tensors that training may change
 checkpoint.py      stored progress of a long step
 data_parallel.py   training in several processes
 trainer.py         the training loop
-training_steps.py  choices and results that these steps share
+training_steps.py  selection of units and results that these steps share
 """

@@ -27,14 +27,14 @@ NAME = "progress.json"
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Tensors by name, and facts that JSON can store; NaN is allowed."""
+    """The state of a training: tensors by name, and facts that JSON can store, including NaN."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
 
 def store_progress(folder: str, progress: TrainingProgress) -> bool:
-    """Replace the folder's checkpoint; False, with a warning in the log, if that fails."""
+    """Replace the folder's checkpoint; log a warning and return False if that fails."""
     try:
         write_progress(folder, progress)
     except (OSError, SafetensorError) as fault:
@@ -68,12 +68,13 @@ def write_progress(folder: str, progress: TrainingProgress) -> None:
             old.unlink(missing_ok=True)
 
 
-def read_progress(folder: str, held: Mapping[str, Tensor]) -> TrainingProgress | None:
+def read_progress(folder: str, expected: Mapping[str, Tensor]) -> TrainingProgress | None:
     """Read a folder's checkpoint; None if it is missing, damaged or of another network.
 
     Args:
         folder: where the checkpoint is stored.
-        held: the network's current tensors; names and shapes must be equal.
+        expected: the network's current tensors; the stored ones must have the same names and
+            shapes.
     """
     directory = Path(folder)
     if not (directory / NAME).is_file():
@@ -82,12 +83,16 @@ def read_progress(folder: str, held: Mapping[str, Tensor]) -> TrainingProgress |
         facts = json.loads((directory / NAME).read_text())
         tensors = load_file(directory / facts.pop("tensors"))
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
-        log.warning("the progress in %s cannot be read, so this begins again: %s", folder, fault)
+        log.warning(
+            "the progress in %s cannot be read, so training starts from the beginning: %s",
+            folder,
+            fault,
+        )
         return None
     for prefix in ("now/", "best/"):
         stored = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if {name: tensor.shape for name, tensor in stored.items()} != {
-            name: tensor.shape for name, tensor in held.items()
+            name: tensor.shape for name, tensor in expected.items()
         }:
             return None
     return TrainingProgress(tensors, facts)

@@ -1,7 +1,7 @@
 """Data parallel training: several processes train one network, each on a share of every batch.
 
-Every process (a rank) holds the whole network, computes gradients on its rows and adds them to
-those of the other ranks, so all take the same step and end with the same values. Batches, the
+Every process (a rank) has the whole network. It computes gradients on its rows and adds them to
+those of the other ranks, so all ranks take the same step and end with the same values. Batches, the
 validation metric of an epoch and the decision to stop are the same on all ranks. Without a process
 group there is one rank, and these functions change nothing.
 
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, distributed
 
-LEAST = 2
+MIN_ROWS = 2
 """Smallest number of rows per rank: batch norm has no variance for one row."""
 
 
@@ -28,8 +28,8 @@ def rank_share(numbers: Tensor, group: Tensor | None) -> tuple[Tensor, float]:
     """The rows of a batch that this rank computes on, and their weight among all ranks.
 
     Args:
-        numbers: of the batch's rows, int64 ``(batch,)``.
-        group: of each row, int64 ``(batch,)``, if lists must not be split; otherwise None.
+        numbers: row numbers of the batch, int64 ``(batch,)``.
+        group: group of each row, int64 ``(batch,)``, if lists must not be split; otherwise None.
 
     Returns:
         Row numbers in their original order, possibly none, and a weight; the weights of all ranks
@@ -37,17 +37,17 @@ def rank_share(numbers: Tensor, group: Tensor | None) -> tuple[Tensor, float]:
     """
     if not _several():
         return numbers, 1.0
-    ranks, mine = distributed.get_world_size(), distributed.get_rank()
+    ranks, this_rank = distributed.get_world_size(), distributed.get_rank()
     if group is None:
-        if len(numbers) < LEAST * ranks:  # the last batch of an epoch
-            return (numbers, 1.0) if mine == 0 else (numbers[:0], 0.0)
-        own_rows = numbers[mine::ranks]
-        return own_rows, len(own_rows) / len(numbers)
-    lists, place = torch.unique(group, return_inverse=True)
-    if int(torch.bincount(place % ranks, minlength=ranks).min()) < LEAST:
-        return (numbers, 1.0) if mine == 0 else (numbers[:0], 0.0)
-    own_lists = len(range(mine, len(lists), ranks))
-    return numbers[place % ranks == mine], own_lists / len(lists)
+        if len(numbers) < MIN_ROWS * ranks:  # the last batch of an epoch
+            return (numbers, 1.0) if this_rank == 0 else (numbers[:0], 0.0)
+        rank_rows = numbers[this_rank::ranks]
+        return rank_rows, len(rank_rows) / len(numbers)
+    lists, list_of_row = torch.unique(group, return_inverse=True)
+    if int(torch.bincount(list_of_row % ranks, minlength=ranks).min()) < MIN_ROWS:
+        return (numbers, 1.0) if this_rank == 0 else (numbers[:0], 0.0)
+    rank_lists = len(range(this_rank, len(lists), ranks))
+    return numbers[list_of_row % ranks == this_rank], rank_lists / len(lists)
 
 
 def sum_gradients(leaves: Collection[Tensor], weight: float, loss: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ def sum_gradients(leaves: Collection[Tensor], weight: float, loss: Tensor) -> Te
 
     Args:
         leaves: the trained tensors, in the same order on every rank.
-        weight: of this rank.
-        loss: of this rank, a scalar; zero if it has no rows.
+        weight: weight of this rank.
+        loss: loss of this rank, a scalar; zero if it has no rows.
     """
     if not _several():
         return loss

@@ -15,19 +15,20 @@ def trainable(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[s
     declares as learned. Those of tables are included if ``tables``, all others if ``dense``.
     """
     names = []
-    inside: set[nn.Module] = set()
-    still: set[int] = set()  # a layer's weight that is shared with a table is frozen with it
+    in_tables: set[nn.Module] = set()
+    frozen: set[int] = set()  # a layer's weight that is shared with a table is frozen with it
     for part in module.modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag | ComposedTable | PackedTable | Bag):
-            inside |= set(part.modules())
-            still |= {id(parameter) for parameter in part.parameters() if not tables}
+            in_tables |= set(part.modules())
+            frozen |= {id(parameter) for parameter in part.parameters() if not tables}
     for owner, part in module.named_modules():
         prefix = f"{owner}." if owner else ""
         learned = _learned(part)
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers("", False)):
-            free = isinstance(tensor, nn.Parameter) or name in learned
-            mine = tables if part in inside else dense
-            if free and mine and tensor.dtype == torch.float32 and id(tensor) not in still:
+            can_train = isinstance(tensor, nn.Parameter) or name in learned
+            is_selected = tables if part in in_tables else dense
+            is_float32 = tensor.dtype == torch.float32
+            if can_train and is_selected and is_float32 and id(tensor) not in frozen:
                 names.append(prefix + name)
     return tuple(names)
 
@@ -64,8 +65,8 @@ def trained_copies(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tenso
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if not any(parameter is leaf for leaf in leaves.values()):
-                still = nn.Parameter(parameter.detach(), requires_grad=False)
-                setattr(part, name, frozen.setdefault(id(parameter), still))
+                untrained = nn.Parameter(parameter.detach(), requires_grad=False)
+                setattr(part, name, frozen.setdefault(id(parameter), untrained))
     return leaves
 
 

@@ -1,12 +1,12 @@
 """The training loop: train a compressed network for a few epochs, with checkpoints.
 
-Tables are not trained by default: they hold most of the weights, overfit first, and training them
-without the original's regularization loses more than it gains.
+Tables are not trained by default: they hold most of the weights and overfit first, and training
+them without the regularization of the original training loses more quality than it gains.
 
-The state before training is one of the candidates for the best epoch, so a training that only harms
-returns it. A checkpoint is stored after every epoch (``checkpoint.py``). A run that was killed and
-resumed ends with the same bits as an uninterrupted one: each epoch has its own seed, and the
-checkpoint holds all other state.
+The state before training is one of the candidates for the best epoch, so training that only
+decreases quality returns that state. A checkpoint is stored after every epoch (``checkpoint.py``).
+A run that was killed and resumed ends with the same bits as an uninterrupted one: each epoch has
+its own seed, and the checkpoint holds all other state.
 """
 
 import logging
@@ -38,8 +38,8 @@ from compressors.metrics.validation_score import quality
 from compressors.task_kinds.loss import shuffled_rows
 
 log = logging.getLogger(__name__)
-# A scale that changes by a larger factor leaves the range that its codes were rounded for.
-SCALE_REACH = 16.0
+# Largest change of a scale: with a larger one the codes would not fit, because they do not change.
+MAX_SCALE_FACTOR = 16.0
 
 Loss = Callable[[Tensor, Batch, Tensor], Tensor]
 """Maps the network's output, the batch, and its row numbers int64 ``(batch,)`` to a scalar."""
@@ -81,22 +81,25 @@ def train(
         validation: rows for early stopping.
         loss: the loss to minimize.
         settings: epochs, learning rate and so on.
-        seed: for the order of rows and for dropout.
-        checkpoints: a folder for checkpoints, from which training resumes after a crash.
+        seed: seed of the order of rows and of dropout.
+        checkpoints: folder for checkpoints, from which training resumes after a crash; None: none.
         pruned: layers whose zeros stay zero. In other layers a zero is an ordinary weight, such as
             a gate that starts closed or a last layer that is initialized to zero.
         only: names of the tensors to train, instead of those that ``settings`` selects.
         whole_lists: whether a batch holds whole groups for every task, not only for ranking.
-        auxiliary: a module that belongs to the loss; it is trained too, but not in the result.
+        auxiliary: a module of the loss that is trained too; it is not part of the result.
         device: where to train; the module is moved back afterwards.
         after_step: called without gradients after every step with the learning rate; it may write
             into the module's parameters.
-        last: end with the last epoch even if it is not the best one: the goal of ``after_step``
-            costs quality, so the state before training would be selected.
+        last: return the last epoch even if it is not the best one. Needed if ``after_step`` costs
+            quality, because otherwise the state before training would be selected.
+
+    Returns:
+        All epochs, starting with the state before training.
 
     Raises:
-        CompressionError: the loss is no longer finite, there is nothing to train, or the device
-            does not exist.
+        TrainingFailed: the loss is no longer finite, or there is nothing to train.
+        StepRefused: the device does not exist.
     """
     with moved_to(module, device), moved_to(auxiliary or nn.Identity(), device):
         train_rows = Rows(rows, signature) if isinstance(rows, Split) else rows
@@ -109,7 +112,7 @@ def train(
 
 def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
     """Run a training, from its checkpoint if there is one."""
-    progress = read_progress(checkpoints, run.held()) if checkpoints else None
+    progress = read_progress(checkpoints, run.state()) if checkpoints else None
     if progress is None:
         run.begin()
     else:
@@ -117,7 +120,7 @@ def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
     while not run.is_over():
         run.epoch()
         if checkpoints is not None:
-            run.keep(checkpoints)
+            run.store_checkpoint(checkpoints)
     run.finish()
     return tuple(run.epochs)
 
@@ -161,10 +164,10 @@ class _Run:
             for name, leaf in self.leaves.items()
             if not isinstance(leaf, nn.Parameter) and name.endswith("scale")
         }
-        kept = {id(table) for table in self.tables}
-        kept |= {id(leaf) for n, leaf in self.leaves.items() if packed_owner(module, n)}
-        decayed = [x for x in self.leaves.values() if x.dim() == 2 and id(x) not in kept]
-        others = [x for x in self.leaves.values() if x.dim() != 2 or id(x) in kept]
+        of_tables = {id(table) for table in self.tables}
+        of_tables |= {id(leaf) for n, leaf in self.leaves.items() if packed_owner(module, n)}
+        decayed = [x for x in self.leaves.values() if x.dim() == 2 and id(x) not in of_tables]
+        others = [x for x in self.leaves.values() if x.dim() != 2 or id(x) in of_tables]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": settings.weight_decay},
@@ -172,7 +175,7 @@ class _Run:
             ],
             lr=settings.learning_rate,
         )
-        self.whole: int | None = None  # steps, at most
+        self.max_steps: int | None = None  # of all epochs
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.factor, self.stale, self.steps = 1.0, 0, 0
@@ -186,7 +189,7 @@ class _Run:
             {"params": list(self.auxiliary.values()), "weight_decay": 0.0}
         )
 
-    def held(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name."""
         statistics = {name: self.module.get_buffer(name) for name in self.statistics}
         return {**self.leaves, **self.auxiliary, **statistics}
@@ -194,7 +197,7 @@ class _Run:
     def begin(self) -> None:
         """Evaluate the state before training, the first candidate for the best epoch."""
         self.epochs = [Epoch(0, math.nan, self._quality())]
-        self.best = _copied(self.held())
+        self.best = _copied(self.state())
 
     def is_over(self) -> bool:
         """Whether the epochs or the patience are used up."""
@@ -209,7 +212,7 @@ class _Run:
         total = counted = 0.0
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed + data_parallel.rank())  # dropout
-            for numbers in self._drawn(seed):
+            for numbers in self._batches(seed):
                 total += self._step(self.rows.in_order(numbers)) * len(numbers)
                 counted += len(numbers)
         self.module.eval()
@@ -217,7 +220,7 @@ class _Run:
         result = Epoch(number, total / counted, self._quality())
         log.info("epoch %d: loss %.5f, validation %.5f", number, result.loss, result.quality)
         if result.quality > max(epoch.quality for epoch in self.epochs):
-            self.best, self.stale = _copied(self.held()), 0
+            self.best, self.stale = _copied(self.state()), 0
         else:
             self.stale += 1
             if self.settings.schedule == "plateau":
@@ -227,7 +230,7 @@ class _Run:
     def finish(self) -> None:
         """Restore the best epoch (unless ``last``), clear gradients and set evaluation mode."""
         with torch.no_grad():
-            for name, tensor in self.held().items() if not self.last else ():
+            for name, tensor in self.state().items() if not self.last else ():
                 tensor.copy_(self.best[name])
         for leaf in self.leaves.values():
             leaf.grad = None
@@ -244,7 +247,7 @@ class _Run:
         }
         return TrainingProgress(
             tensors={
-                **{f"now/{name}": tensor.detach() for name, tensor in self.held().items()},
+                **{f"now/{name}": tensor.detach() for name, tensor in self.state().items()},
                 **{f"best/{name}": tensor for name, tensor in self.best.items()},
                 **{f"moments/{name}": tensor for name, tensor in moments.items()},
             },
@@ -259,9 +262,9 @@ class _Run:
     def resume(self, progress: TrainingProgress) -> None:
         """Continue a training from a checkpoint."""
         with torch.no_grad():
-            for name, tensor in self.held().items():
+            for name, tensor in self.state().items():
                 tensor.copy_(progress.tensors[f"now/{name}"])
-        self.best = {name: progress.tensors[f"best/{name}"] for name in self.held()}
+        self.best = {name: progress.tensors[f"best/{name}"] for name in self.state()}
         for name, leaf in (*self.leaves.items(), *self.auxiliary.items()):
             prefix = f"moments/{name}/"
             self.optimizer.state[leaf] = {  # the step count is on the CPU on every device
@@ -272,9 +275,9 @@ class _Run:
         facts = progress.facts
         self.epochs = [Epoch(*epoch) for epoch in facts["epochs"]]
         self.factor, self.stale, self.steps = facts["factor"], facts["stale"], facts["steps"]
-        log.info("going on after epoch %d", self.epochs[-1].number)
+        log.info("resuming after epoch %d", self.epochs[-1].number)
 
-    def keep(self, folder: str) -> None:
+    def store_checkpoint(self, folder: str) -> None:
         """Store a checkpoint; only the first rank writes."""
         if data_parallel.rank() == 0:
             store_progress(folder, self.progress())
@@ -285,14 +288,14 @@ class _Run:
             quality(self.module, self.signature, self.validation), self.device
         )
 
-    def _backward(self, mine: Tensor) -> Tensor:
-        """Compute gradients on some rows; returns the loss without the table penalty."""
-        if not len(mine):
+    def _backward(self, numbers: Tensor) -> Tensor:
+        """Compute gradients on some rows; return the loss without the table penalty."""
+        if not len(numbers):
             return torch.zeros((), device=self.device)
-        batch = to_device(self.rows.take(mine), self.device)
+        batch = to_device(self.rows.take(numbers), self.device)
         with self._precision():
             output = self.module(**batch.inputs)
-        loss = self.loss(output.float(), batch, mine)
+        loss = self.loss(output.float(), batch, numbers)
         total = loss
         for table in self._penalized():
             total = total + self.settings.table_l2 / 2 * table.square().sum()
@@ -300,12 +303,17 @@ class _Run:
         return loss.detach()
 
     def _step(self, numbers: Tensor) -> float:
+        """Take one optimizer step on a batch; return its loss.
+
+        Raises:
+            TrainingFailed: the loss is not finite.
+        """
         lists = self.rows.group if self.whole_lists or self.signature.has_lists else None
-        own_rows, weight = data_parallel.rank_share(
+        rank_rows, weight = data_parallel.rank_share(
             numbers, None if lists is None else lists[numbers]
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss = data_parallel.sum_gradients(self._optimized(), weight, self._backward(own_rows))
+        loss = data_parallel.sum_gradients(self._optimized(), weight, self._backward(rank_rows))
         if not bool(loss.isfinite()):
             raise TrainingFailed("diverged", loss=float(loss), epoch=len(self.epochs))
         rate = self._rate()
@@ -318,19 +326,20 @@ class _Run:
                 self.after_step(rate)
             for name, mask in self.zeros.items():  # pruned weights stay zero
                 self.leaves[name].mul_(mask)
-            for name, first in self.scales.items():
+            for name, initial in self.scales.items():
                 leaf = self.leaves[name]
-                leaf.copy_(leaf.clamp(first / SCALE_REACH, first * SCALE_REACH))
+                leaf.copy_(leaf.clamp(initial / MAX_SCALE_FACTOR, initial * MAX_SCALE_FACTOR))
         return float(loss)
 
     def _optimized(self) -> list[Tensor]:
         """Every tensor that the optimizer changes."""
         return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
 
-    def _drawn(self, seed: int) -> Iterator[Tensor]:
+    def _batches(self, seed: int) -> Iterator[Tensor]:
         """The batches of an epoch, as row numbers."""
-        size, whole = self.settings.batch, self.whole_lists
-        return shuffled_rows(self.rows, self.signature, size, seed, whole_lists=whole)
+        return shuffled_rows(
+            self.rows, self.signature, self.settings.batch, seed, whole_lists=self.whole_lists
+        )
 
     def _precision(self) -> AbstractContextManager[None]:
         """The context that sets the precision of the forward pass."""
@@ -339,7 +348,7 @@ class _Run:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _penalized(self) -> list[Tensor]:
-        """The weights of whole trained tables; packed ones dequantized."""
+        """The weights of whole trained tables; packed tables are dequantized."""
         if not self.settings.table_l2:
             return []
         every = (torch.arange(table.rows, device=self.device) for table in self.packed)
@@ -348,20 +357,20 @@ class _Run:
     def _rate(self) -> float:
         """Adam's learning rate of the next step."""
         settings = self.settings
-        risen = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
+        warmup = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
         if settings.schedule == "plateau":
-            return settings.learning_rate * risen * self.factor
-        if self.whole is None:  # only the cosine schedule needs it; counting draws an epoch
-            self.whole = settings.epochs * sum(1 for _ in self._drawn(self.seed))
-        fallen = (1 + math.cos(math.pi * min(1.0, self.steps / self.whole))) / 2
-        return settings.learning_rate * risen * fallen
+            return settings.learning_rate * warmup * self.factor
+        if self.max_steps is None:  # only the cosine schedule needs it; counting shuffles an epoch
+            self.max_steps = settings.epochs * sum(1 for _ in self._batches(self.seed))
+        decay = (1 + math.cos(math.pi * min(1.0, self.steps / self.max_steps))) / 2
+        return settings.learning_rate * warmup * decay
 
 
 def _require_float_layers(module: nn.Module, settings: Training) -> None:
     """Raise for mixed precision if a packed layer would receive bfloat16 inputs.
 
     Raises:
-        CompressionError: names the layer.
+        TrainingFailed: names the layer.
     """
     for name, part in module.named_modules():
         if settings.precision != "float32" and isinstance(part, PackedLinear):

@@ -1,4 +1,4 @@
-"""What training steps such as ``fine_tune`` and ``distill`` share: everything but the loss."""
+"""Code that training steps such as ``fine_tune`` and ``distill`` share: all but the loss."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -30,9 +30,9 @@ def choose_trainable(
     """Choose the units that training may change, with reasons for all others.
 
     Args:
-        model: its units are chosen from.
-        bench: the reasons include its number of training rows.
-        kind: of the step.
+        model: the network.
+        bench: provides the number of training rows for the reasons.
+        kind: the kind of the calling step.
         tables: whether tables are trained.
         dense: whether all other units are trained.
         reasons: for trained units; if empty, the number of training rows.
@@ -44,10 +44,10 @@ def choose_trainable(
     names = trainable(model.module, tables=tables, dense=dense)
     rows = bench.train.rows if bench.train else 0
     units = {unit.name: unit for unit in Unit.of(model.module)}
-    learned = {innermost(name, units) for name in names}
+    trained = {innermost(name, units) for name in names}
     decisions = {}
     for unit in units.values():
-        if unit.name in learned:
+        if unit.name in trained:
             rows_read = Reason("trained_on_rows", step=kind, rows=rows)
             decisions[unit.name] = Decision("taken", reasons or (rows_read,))
         elif unit.shared_with is not None:
@@ -74,20 +74,20 @@ def require_loss(bench: Bench, kind: str) -> None:
 
 
 def nothing_to_train(unit: Unit, kind: str) -> Reason:
-    """Why training cannot change a unit that the settings allow it to change."""
-    inside = unit.module.table if isinstance(unit.module, Bag) else unit.module
-    learned = inside.storage.learned if isinstance(inside, PackedTable) else ()
-    if narrow := [name for name, tensor in inside.named_buffers() if name in learned]:
-        dtype = str(inside.get_buffer(narrow[0]).dtype).removeprefix("torch.")
+    """The reason why training cannot change a unit that the settings allow it to change."""
+    module = unit.module.table if isinstance(unit.module, Bag) else unit.module
+    learned = module.storage.learned if isinstance(module, PackedTable) else ()
+    if names := [name for name, tensor in module.named_buffers() if name in learned]:
+        dtype = str(module.get_buffer(names[0]).dtype).removeprefix("torch.")
         return Reason(
-            "trains_float32_only", step=kind, tensor=narrow[0], format=unit.format, dtype=dtype
+            "trains_float32_only", step=kind, tensor=names[0], format=unit.format, dtype=dtype
         )
     return Reason("nothing_to_train", format=unit.format, step=kind)
 
 
 def pruned_layers(model: Model) -> tuple[str, ...]:
-    """Layers in which an earlier step of the recipe set weights to zero that stay zero."""
-    # The list of methods imports every method, and so this file.
+    """Names of layers in which an earlier step set weights to zero, which must stay zero."""
+    # Imported here, because the registry imports every method, and so this file.
     from compressors.core.registries import METHODS
 
     lines = model.plan.lines if model.plan is not None else ()
@@ -112,15 +112,16 @@ def train_model(
 ) -> Applied:
     """Train the model on the rows of a bench and return it in the state of its best epoch.
 
-    Every unit that training may have changed has its result as a reason. ``rows`` replaces the
-    bench's training rows; the other arguments are those of
+    The outcome of every unit that training may have changed is the result of the training. ``rows``
+    replaces the bench's training rows; the other arguments are those of
     ``compressors.distill.training.trainer.train``.
 
     Raises:
-        CompressionError: the bench lacks rows, or training diverged.
+        RowsMissing: the bench lacks rows.
+        TrainingFailed: training diverged, or nothing can be trained.
     """
-    learned = rows if rows is not None else bench.train
-    if learned is None or bench.validation is None:
+    train_rows = rows if rows is not None else bench.train
+    if train_rows is None or bench.validation is None:
         raise RowsMissing("training_needs_rows")
     names = only if only is not None else trainable(model.module, tables=settings.tables)
     units = {unit.name for unit in Unit.of(model.module)}
@@ -128,7 +129,7 @@ def train_model(
     epochs = train(
         model.module,
         bench.signature,
-        learned,
+        train_rows,
         bench.validation,
         loss,
         settings,
@@ -143,8 +144,9 @@ def train_model(
         last=last,
     )
     outcome = outcome_of(epochs, bench.signature.single_output.metric, settings, last=last)
-    learning = Decision("deferred", outcome)
-    return Applied(model, {name: learning for name in trained if name is not None})
+    # "deferred": the runner compares the tensors, because training may change none of a unit.
+    decision = Decision("deferred", outcome)
+    return Applied(model, {name: decision for name in trained if name is not None})
 
 
 def outcome_of(

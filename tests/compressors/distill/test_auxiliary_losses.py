@@ -107,16 +107,19 @@ def test_layers_that_give_no_vectors_are_refused(tmp_path):
 
 def test_the_gap_of_hints_is_relative_and_zero_where_the_map_is_right():
     auxiliary = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
-    auxiliary.seen = {"a": torch.randn(5, 2)}
+    auxiliary.outputs = {"a": torch.randn(5, 2)}
     with torch.no_grad():
-        right = auxiliary.maps[0](auxiliary.seen["a"])
-    assert auxiliary.gap({"a": right}).item() < 1e-12
-    assert auxiliary.gap({"a": torch.zeros(5, 3)}).item() > 1e6  # of nothing everything is too much
+        right = auxiliary.maps[0](auxiliary.outputs["a"])
+    assert auxiliary.hint_loss({"a": right}).item() < 1e-12
+    # Relative to a target of zeros every difference is large.
+    assert auxiliary.hint_loss({"a": torch.zeros(5, 3)}).item() > 1e6
     doubled = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
     doubled.load_state_dict({key: 2 * value for key, value in auxiliary.state_dict().items()})
-    doubled.seen = auxiliary.seen
+    doubled.outputs = auxiliary.outputs
     wanted = torch.randn(5, 3)
-    torch.testing.assert_close(auxiliary.gap({"a": wanted}), doubled.gap({"a": 2 * wanted}))
+    torch.testing.assert_close(
+        auxiliary.hint_loss({"a": wanted}), doubled.hint_loss({"a": 2 * wanted})
+    )
 
 
 def test_hints_of_several_vectors_a_row_are_compared_one_by_one(tmp_path):

@@ -20,10 +20,10 @@ from compressors.distill.fine_tune import FineTune
 from compressors.distill.recalibrate import (
     METHODS,
     Recalibrate,
+    cross_validated_loss,
     fit_line,
+    fit_map,
     fit_pieces,
-    held_out,
-    made_of,
 )
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
@@ -76,7 +76,7 @@ def test_platt_finds_the_slope_and_offset_that_labels_were_drawn_from(slope, off
 @given(st.floats(0.3, 3), st.floats(-1, 1), st.sampled_from(METHODS), st.integers(2, 40))
 def test_every_map_keeps_the_order_of_rows(slope, offset, method, knots):
     logit, label = drawn(slope, offset, rows=500)
-    made = made_of(method, "logit", logit, label, knots)
+    made = fit_map(method, "logit", logit, label, knots)
     grid = torch.linspace(-20, 20, 2001)
     assert bool((made(grid).diff() > 0).all())
 
@@ -97,7 +97,7 @@ def test_rows_with_equal_scores_are_averaged_in_any_order():
 def test_beyond_the_outer_means_a_map_is_no_steeper_than_the_logit():
     random, logit = np.random.default_rng(0), np.linspace(-0.5, 0.5, 20_000)
     label = (random.random(logit.size) < 1 / (1 + np.exp(-6 * logit))).astype(np.float64)
-    made = made_of("isotonic", "logit", logit, label, 8)
+    made = fit_map("isotonic", "logit", logit, label, 8)
     inner = made(torch.tensor([-0.4, -0.2, 0.2, 0.4]))
     # The labels have slope 6 in every piece: 2,500 rows a mean, whose logits are good to 0.05.
     assert bool((inner.diff() > 3 * torch.tensor([0.2, 0.4, 0.2])).all())
@@ -110,9 +110,9 @@ def test_a_method_that_fits_nothing_is_not_the_best():
     logit, label = drawn(1, -1.5)
     logit = logit + 5  # without an offset the best factor would turn the order round
     with raises_code(StepRefused, "slope_not_positive_without_offset"):
-        made_of("temperature", "logit", logit, label, 8)
-    assert held_out("temperature", logit, label, 8) == np.inf
-    assert held_out("platt", logit, label, 8) < 0.6
+        fit_map("temperature", "logit", logit, label, 8)
+    assert cross_validated_loss("temperature", logit, label, 8) == np.inf
+    assert cross_validated_loss("platt", logit, label, 8) < 0.6
 
 
 def test_rows_separable_by_a_threshold_get_a_finite_slope():
@@ -123,7 +123,7 @@ def test_rows_separable_by_a_threshold_get_a_finite_slope():
 
 
 def test_probabilities_next_to_zero_keep_their_order():
-    made = made_of("platt", "probability", *drawn(0.5, 0.1), 8)
+    made = fit_map("platt", "probability", *drawn(0.5, 0.1), 8)
     found = made(torch.logspace(-30, -1, 200))
     assert bool((found.diff() > 0).all())
 
@@ -149,7 +149,10 @@ def test_isotonic_pieces_follow_a_bend_that_no_line_follows():
     logit, _ = drawn(1, 0, rows=20_000)
     bent = np.where(logit < 0, 0.3 * logit, 3 * logit)
     label = (np.random.default_rng(1).random(len(logit)) < 1 / (1 + np.exp(-bent))).astype(float)
-    assert held_out("isotonic", logit, label, 32) < held_out("platt", logit, label, 32) - 1e-3
+    assert (
+        cross_validated_loss("isotonic", logit, label, 32)
+        < cross_validated_loss("platt", logit, label, 32) - 1e-3
+    )
     at, wanted = fit_pieces(logit, label, 32)
     inner = (at > -2) & (at < 1)
     wished = np.where(at < 0, 0.3 * at, 3 * at)

@@ -25,7 +25,7 @@ from compressors.core.steps.step import TableStep
 from compressors.core.steps.table_encoder import encode_table
 from compressors.core.units import Unit
 from compressors.distill import code_reassignment
-from compressors.distill.code_reassignment import Proposal, moved, propose
+from compressors.distill.code_reassignment import Proposal, propose, reassigned_codes
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.refit_codes import RefitCodes, _cast
 from compressors.distill.training.settings import Training
@@ -291,7 +291,7 @@ def test_rows_that_move_lower_the_model_of_the_loss(codes, share, monkeypatch):
         begun = table(torch.arange(200))
     before = table.codes.clone()
     proposal = propose(table, slope, curvature)
-    new, rows = moved(table, proposal, share)
+    new, rows = reassigned_codes(table, proposal, share)
     assert torch.equal(table.codes, before)  # the given ones are left alone
     table.codes = new
     change = foreseen(table, slope, curvature, begun)
@@ -322,7 +322,7 @@ def test_codes_without_a_sum_move_to_the_best_there_is(codes, monkeypatch):
         step = entries[None] - begun[:, None, columns]
         squares = 6 * curvature[:, None, columns] * step.square() / 2
         best += (slope[:, None, columns] * step + squares).sum(dim=2).amin(dim=1)
-    table.codes, _ = moved(table, propose(table, slope, curvature), 1.0)
+    table.codes, _ = reassigned_codes(table, propose(table, slope, curvature), 1.0)
     found = foreseen(table, slope, curvature, begun)
     torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-4)
 
@@ -330,7 +330,7 @@ def test_codes_without_a_sum_move_to_the_best_there_is(codes, monkeypatch):
 def test_where_nothing_is_looked_up_nothing_moves():
     table = drawn(ProductCodes())
     nothing = torch.zeros(200, 6)
-    codes, rows = moved(table, propose(table, nothing, nothing), 1.0)
+    codes, rows = reassigned_codes(table, propose(table, nothing, nothing), 1.0)
     assert rows == 0
     assert torch.equal(codes, table.codes)
 
@@ -355,10 +355,10 @@ def test_moves_that_raise_the_loss_are_taken_back(bench, tmp_path, monkeypatch):
     model = before.private()
     tables = {"item": model.module.item, "genres": model.module.genres}
     monkeypatch.setattr("compressors.distill.refit_codes.propose", wrong)
-    assert step._move(model, bench, tables) == 0
+    assert step._reassign_codes(model, bench, tables) == 0
     assert torch.equal(model.module.item.codes, before.module.item.codes)
     monkeypatch.undo()
-    assert step._move(model, bench, tables) > 0
+    assert step._reassign_codes(model, bench, tables) > 0
     assert not torch.equal(model.module.item.codes, before.module.item.codes)
 
 
@@ -429,7 +429,7 @@ def test_row_wise_codes_are_the_nearest_levels_there_are(codes):
     generator = torch.Generator().manual_seed(5)
     table = encode_table(codes, torch.randn(12, 6, generator=generator))
     target = 1.5 * torch.randn(12, 6, generator=generator)
-    new, read = code_reassignment.rounded(table, target)
+    new, read = code_reassignment.nearest_uniform_codes(table, target)
     bits = codes.storage.bits
     signed = new.dtype == torch.int8
     every = torch.arange(-127, 128) if signed else torch.arange(2**bits)
