@@ -560,7 +560,8 @@ def least_squares(
             return first
         _errors(tile, lanes, BEST, SUMS, low, top)
         for cut in range(1, CUTS.size):
-            _clip(lanes, TRIED, CUTS[cut], KEPT[cut], top, symmetric, small)
+            if not _clip(lanes, TRIED, CUTS[cut], KEPT[cut], top, symmetric, small):
+                return first
             _errors(tile, lanes, TRIED, FOUND, low, top)
             _keep_better(lanes, 1)
         _residuals(tile, lanes, BEST, SUMS, low, top)

@@ -93,7 +93,7 @@ def size_cases() -> list[Any]:
     for method in METHODS:
         if method in (Tiers, Recalibrate):
             continue
-        if getattr(method(), "changes", "format") == "values":
+        if method.effect == "values":
             cases.append(pytest.param(method, SIZES_OF_VALUES, id=method.__name__))
             cases.append(
                 pytest.param(method, SIZES, id=f"{method.__name__}-all", marks=pytest.mark.nightly)
