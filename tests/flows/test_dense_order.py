@@ -2,6 +2,7 @@
 
 from orders import ACCEPTED, BOTH, World, carry_out
 
+from compressors.contracts.reasons import Reason
 from compressors.prune.dense.sparse_2_4 import Sparse24
 from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
@@ -34,4 +35,4 @@ def test_a_report_says_what_became_of_packed_and_of_sparse_layers(world: World) 
     assert "did not pay, since ONNX Runtime stores and multiplies zeros" in text
     assert "1 dense layer multiplied by codes as stored" in text
     assert "gptq leaves" in text
-    assert "no gain in ONNX Runtime" in text
+    assert str(Reason("two_of_four", step="sparse_2_4")) in text

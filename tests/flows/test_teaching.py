@@ -1,5 +1,6 @@
 """Who teaches a student, and on which rows: logged traffic and several teachers, all the way."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from orders import Ran, carry_out, surroundings
 from reason_codes import codes_of, with_code
 from safetensors.torch import load_file
 
-from compressors.contracts import Limit
+from compressors.contracts import Limit, Plan
 from compressors.distill.distill import Distill
 from compressors.distill.training.settings import Training
 from compressors.errors.orders import OrderRefused
@@ -181,7 +182,10 @@ def test_the_command_line_takes_teachers_and_exits_with_2_where_they_do_not_fit(
     order = ("--order", str(tmp_path / "order.json"))
     code, out, err = run_main_apart(monkeypatch, capsys, "explain", *order, "--json")
     assert code == 0, err
-    assert "taught by 3 models" in out
+    plan = Plan.model_validate(json.loads(out)["plan"])
+    line = plan.of("cross")
+    assert line is not None
+    with_code(line.reasons, "several_teachers", teachers=3)
     arguments = ("clicks@1", "--preset", "small", "--limit", str(ANY), "--teacher", "lists@1")
     code, _, err = run_main_apart(monkeypatch, capsys, "explain", *arguments)
     assert code == 2
