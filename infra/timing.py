@@ -13,15 +13,13 @@ from numpy.typing import NDArray
 
 from compressors.contracts.targets.runtime import Machine, Session
 
-FloatArray = NDArray[np.float32]
-
 
 def interleaved_ms(
     sessions: Sequence[Session],
     inputs: Mapping[str, NDArray[Any]],
     rounds: int,
     warmup: int = 20,
-) -> tuple[FloatArray, ...]:
+) -> tuple[NDArray[np.float32], ...]:
     """Measure milliseconds of each call on bound inputs, sessions in turn; one array per session.
 
     The sessions run A B A B ..., so that a machine that slows down slows all of them, and the

@@ -24,9 +24,16 @@ from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear, factored_layout
+from compressors.core.modules.formats import layout_bytes
 from compressors.core.placeholders import placeholder
 from compressors.core.steps.composition_steps import share_or_number
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import (
+    Applied,
+    Decision,
+    StepPlan,
+    choose_dense,
+    selected_units,
+)
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, swap
 from compressors.errors.steps import RowsMissing, StepRefused
@@ -151,10 +158,9 @@ class LowRankDense(StepSettings):
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the layers to factorize and their ranks; give a reason for each other layer."""
-        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
-        for unit in Unit.of(model.module):
-            if unit.name not in decisions or not decisions[unit.name].selected:
-                continue
+        units = Unit.of(model.module)
+        decisions = choose_dense(units, self.layers, self.kind)
+        for unit in selected_units(units, decisions):
             outputs, inputs = unit.weight.shape
             largest = _largest_rank(inputs, outputs)
             if self.most_error is not None:
@@ -179,8 +185,7 @@ class LowRankDense(StepSettings):
             why = Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
             return Decision("skipped", (why,))
         why = Reason("rank_searched", step=self.kind, most_error=most_error, rank=largest)
-        layout = factored_layout(inputs, outputs, 1, bias=unit.bias is not None).values()
-        least = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
+        least = layout_bytes(factored_layout(inputs, outputs, 1, bias=unit.bias is not None))
         return Decision("deferred", (why,), (least, unit.bytes))
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:

@@ -10,7 +10,6 @@ table is so short that its codebooks take more bytes than its codes, the plan li
 format.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressors.contracts.reasons import Reason
-from compressors.core.modules.formats import TableFormat
+from compressors.core.modules.formats import TableFormat, layout_bytes
 from compressors.core.steps.step import StepSettings, TableStep
 from compressors.quantize.dense.float16 import LARGEST, TABLE_FORMAT
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
@@ -67,8 +66,7 @@ class Float16Rows(StepSettings):
 
 def table_bytes(step: TableStep, rows: int, dim: int) -> int:
     """Return the bytes of all stored tensors of a ``rows x dim`` table in a step's format."""
-    specs = step.storage.layout(rows, dim, step.settings()).values()
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+    return layout_bytes(step.storage.layout(rows, dim, step.settings()))
 
 
 def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reason, ...]]:

@@ -6,7 +6,6 @@ are plain float32 tables at first. Parts are ordinary units: a later step of the
 each one, with a separate line in the plan, so "rank 4, then 3 bits" needs no combined method.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import ModuleRecord
 from compressors.contracts.reasons import Reason
-from compressors.core.modules.formats import TensorSpec, register_stored
+from compressors.core.modules.formats import TensorSpec, layout_bytes, register_stored
 
 
 class PartSpec(NamedTuple):
@@ -82,10 +81,9 @@ class Design(NamedTuple):
 
     def bytes(self, rows: int, dim: int) -> int:
         """Return the bytes of the composed table, with its parts in float32."""
-        layout = self.composition.layout(rows, dim, self.settings).values()
+        layout = self.composition.layout(rows, dim, self.settings)
         parts = self.composition.parts(rows, dim, self.settings).values()
-        stored = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
-        return stored + sum(4 * part.rows * part.dim for part in parts)
+        return layout_bytes(layout) + sum(4 * part.rows * part.dim for part in parts)
 
     def table(
         self, rows: int, dim: int, stored: Mapping[str, Tensor], parts: Mapping[str, Tensor]

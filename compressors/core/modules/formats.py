@@ -91,6 +91,11 @@ def blocks(layout: Mapping[str, TensorSpec], rows: int, most: int) -> Iterator[t
     yield from ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
+def layout_bytes(layout: Mapping[str, TensorSpec]) -> int:
+    """Return the bytes of all stored tensors of a table or layer."""
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())
+
+
 def entries(spec: TensorSpec, begin: int, end: int) -> slice:
     """Return the entries of a stored tensor that encode the rows ``begin`` to ``end - 1``."""
     return slice(begin // spec.every, -(-end // spec.every))

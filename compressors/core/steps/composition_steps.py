@@ -16,7 +16,13 @@ from compressors.core.model import Model
 from compressors.core.modules.composed import Design
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.placeholders import placeholder
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.decisions import (
+    Applied,
+    Decision,
+    StepPlan,
+    choose_tables,
+    selected_units,
+)
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, pack_table, swap
 from compressors.quantize.calibration.lookup_counts import lookup_counts
@@ -82,9 +88,7 @@ def choose_composed(
     units = Unit.of(model.module)
     decisions = choose_tables(units, tables, min_rows, kind)
     designs: dict[str, Design] = {}
-    for unit in units:
-        if unit.name not in decisions or not decisions[unit.name].selected:
-            continue
+    for unit in selected_units(units, decisions):
         rows, dim = unit.weight.shape
         result = shaped(rows, dim)
         if isinstance(result, Design):

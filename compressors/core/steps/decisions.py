@@ -1,8 +1,7 @@
 """Decisions: which units a step changes, and why; and functions that select units by name."""
 
 import fnmatch
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -11,7 +10,12 @@ from torch import nn
 
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.modules.formats import LinearFormat
+from compressors.core.modules.formats import (
+    LinearFormat,
+    TableFormat,
+    TensorSpec,
+    layout_bytes,
+)
 from compressors.core.units import Unit
 from compressors.errors.compression import NothingToCompress
 
@@ -65,7 +69,7 @@ class StepPlan(Generic[Payload]):
 
     def units(self, module: nn.Module) -> list[Unit]:
         """Return the selected units of a module, in the order of its submodules."""
-        return [unit for unit in Unit.of(module) if self.selects(unit.name)]
+        return selected_units(Unit.of(module), self.decisions)
 
 
 class Applied(NamedTuple):
@@ -84,7 +88,12 @@ class Applied(NamedTuple):
 
 
 def choose_tables(
-    units: tuple[Unit, ...], patterns: tuple[str, ...], min_rows: int, kind: str
+    units: tuple[Unit, ...],
+    patterns: tuple[str, ...],
+    min_rows: int,
+    kind: str,
+    storage: TableFormat | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Decision]:
     """Decide which tables a step changes, with a reason for each table.
 
@@ -93,6 +102,9 @@ def choose_tables(
         patterns: patterns of table names; one that begins with ``!`` excludes the matching units.
         min_rows: tables with fewer rows are skipped.
         kind: the step's tag, for the reasons.
+        storage: the new format; tables that it would not make smaller are skipped. None: do not
+            compare bytes.
+        settings: arguments of the format's layout.
 
     Raises:
         NothingToCompress: a pattern matches no table.
@@ -104,6 +116,9 @@ def choose_tables(
         why = _why_skipped(unit, patterns)
         if why is None and unit.rows < min_rows:
             why = Reason("too_few_rows", rows=unit.rows, min_rows=min_rows)
+        if why is None and storage is not None:
+            rows, dim = unit.weight.shape
+            why = _why_not_smaller(unit, kind, storage.layout(rows, dim, settings or {}))
         decisions[unit.name] = _decision(why, kind)
     return decisions
 
@@ -135,14 +150,43 @@ def choose_dense(
         why = _why_skipped(unit, patterns)
         if why is None and storage is not None:
             outputs, inputs = unit.weight.shape
-            layout = storage.layout(
-                inputs, outputs, settings or {}, bias=unit.bias is not None
-            ).values()
-            size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
-            if size >= unit.bytes:
-                why = Reason("not_smaller", step=kind, bytes=size, present=unit.bytes)
+            layout = storage.layout(inputs, outputs, settings or {}, bias=unit.bias is not None)
+            why = _why_not_smaller(unit, kind, layout)
         decisions[unit.name] = _decision(why, kind)
     return decisions
+
+
+def _why_not_smaller(unit: Unit, kind: str, layout: Mapping[str, TensorSpec]) -> Reason | None:
+    size = layout_bytes(layout)
+    if size < unit.bytes:
+        return None
+    return Reason("not_smaller", step=kind, bytes=size, present=unit.bytes)
+
+
+def selected_units(units: Iterable[Unit], decisions: Mapping[str, Decision]) -> list[Unit]:
+    """Return the units that a step changes, or may change, in unchanged order."""
+    return [unit for unit in units if unit.name in decisions and decisions[unit.name].selected]
+
+
+def defer(
+    units: Iterable[Unit],
+    decisions: Mapping[str, Decision],
+    reason: Reason,
+    fewest_bytes: Callable[[Unit], int],
+) -> dict[str, Decision]:
+    """Defer the decisions of the selected units: each may also stay as it is.
+
+    Args:
+        units: the units of the model.
+        decisions: by unit; those of units that are not selected are returned unchanged.
+        reason: why the units are selected.
+        fewest_bytes: of a unit after the step; if that is more than its bytes now, these count.
+    """
+    result = dict(decisions)
+    for unit in selected_units(units, decisions):
+        bounds = min(fewest_bytes(unit), unit.bytes), unit.bytes
+        result[unit.name] = Decision("deferred", (reason,), bounds)
+    return result
 
 
 def _decision(why_skipped: Reason | None, kind: str) -> Decision:

@@ -6,7 +6,13 @@ from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.decisions import (
+    Applied,
+    Decision,
+    StepPlan,
+    choose_tables,
+    selected_units,
+)
 from compressors.core.steps.step import Effect, Method, Step, TableStep
 from compressors.core.steps.table_encoder import encode_table
 from compressors.core.units import Unit, pack_table, swap
@@ -56,9 +62,7 @@ class EncodeTables:
         units, encoder = Unit.of(model.module), self._encoder
         decisions = choose_tables(units, encoder.tables, encoder.min_rows, encoder.kind)
         formats: dict[str, TableStep] = {}
-        for unit in units:
-            if unit.name not in decisions or not decisions[unit.name].selected:
-                continue
+        for unit in selected_units(units, decisions):
             rows, dim = unit.weight.shape
             stored_by, reasons = best_format(encoder, unit.weight)
             size = table_bytes(stored_by, rows, dim)

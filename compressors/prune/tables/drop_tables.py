@@ -24,7 +24,7 @@ from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable, Composition, Parts, PartSpec
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.steps.composition_steps import UNSEEN
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables, defer
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.steps.unit_settings import MinRows
 from compressors.core.units import Unit, pack_table, swap
@@ -130,17 +130,19 @@ class DropTables(StepSettings):
         """
         if not bench.signature.scores_rows:
             raise NothingToCompress("row_metric_missing", step=self.kind)
-        decisions = choose_tables(Unit.of(model.module), self.tables, self.min_rows, self.kind)
+        units = Unit.of(model.module)
+        decisions = choose_tables(units, self.tables, self.min_rows, self.kind)
         condition = Reason(
             "dropped_if",
             step=self.kind,
             metric=bench.signature.single_output.metric,
             most_loss=self.most_loss,
         )
-        for unit in StepPlan(decisions, None).units(model.module):
-            bounds = unit.weight.shape[1] * 4, unit.bytes  # one row, or unchanged
-            decisions[unit.name] = Decision("deferred", (condition,), bounds)
-        return StepPlan(decisions, None)
+
+        def one_row(unit: Unit) -> int:
+            return unit.weight.shape[1] * 4
+
+        return StepPlan(defer(units, decisions, condition, one_row), None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Drop tables in ascending order of importance if the loss is within ``most_loss``.

@@ -22,7 +22,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
 from compressors.core.steps.composition_steps import UNSEEN
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables, defer
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.steps.unit_settings import MinRows
 from compressors.core.units import Unit, pack_table, swap
@@ -127,11 +127,11 @@ class MergeRows(StepSettings):
             if self.within
             else Reason("merged_equal", step=self.kind)
         )
-        for unit in StepPlan(decisions, None).units(model.module):
-            fewest_bytes = Design(COMPOSITION, {"places": 1}, reason).bytes(*unit.weight.shape)
-            bounds = (min(fewest_bytes, unit.bytes), unit.bytes)
-            decisions[unit.name] = Decision("deferred", (reason,), bounds)
-        return StepPlan(decisions, None)
+
+        def one_row(unit: Unit) -> int:
+            return Design(COMPOSITION, {"places": 1}, reason).bytes(*unit.weight.shape)
+
+        return StepPlan(defer(units, decisions, reason, one_row), None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         """Merge rows in every table in which this saves more bytes than the map takes.

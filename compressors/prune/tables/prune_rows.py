@@ -38,7 +38,7 @@ from compressors.core.steps.composition_steps import (
     dry_run_composed,
     recompose,
 )
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables, defer
 from compressors.core.steps.unit_settings import MinRows
 from compressors.core.units import Unit
 from compressors.prune.tables import row_map
@@ -135,18 +135,17 @@ class PruneRows(ComposingStep):
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to prune; give a reason for each other table."""
+        min_rows = max(self.min_rows, 2)
         if not self.min_lookups:
-            rows = max(self.min_rows, 2)
-            return choose_composed(model, self.tables, rows, self.kind, self.design)
+            return choose_composed(model, self.tables, min_rows, self.kind, self.design)
         reason = Reason("rows_by_lookups", step=self.kind, min_lookups=self.min_lookups)
-        decisions = choose_tables(
-            Unit.of(model.module), self.tables, max(self.min_rows, 2), self.kind
-        )
-        for unit in StepPlan(decisions, None).units(model.module):
-            fewest_bytes = self._design(1, reason).bytes(*unit.weight.shape)
-            bounds = (min(fewest_bytes, unit.bytes), unit.bytes)
-            decisions[unit.name] = Decision("deferred", (reason,), bounds)
-        return StepPlan(decisions, {})
+        units = Unit.of(model.module)
+        decisions = choose_tables(units, self.tables, min_rows, self.kind)
+
+        def one_row(unit: Unit) -> int:
+            return self._design(1, reason).bytes(*unit.weight.shape)
+
+        return StepPlan(defer(units, decisions, reason, one_row), {})
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
         """Replace every selected table by its kept rows and a map.

@@ -21,7 +21,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, Decision, StepPlan
+from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
@@ -81,7 +81,7 @@ class WeightInt4(StepSettings):
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
         units = Unit.of(model.module)
-        decisions = weight_only.choose_smaller(units, self.layers, FORMAT, self.settings())
+        decisions = choose_dense(units, self.layers, self.kind, FORMAT, self.settings())
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:

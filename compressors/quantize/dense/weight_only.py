@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import TensorSpec
-from compressors.core.steps.decisions import Decision, choose_dense
-from compressors.core.units import Unit
 from compressors.quantize.kernels.clipping import fit
 from compressors.quantize.kernels.levels import Clipping, FittedRange, Grid, ScaleType, nearest
 
@@ -247,36 +244,6 @@ class WeightOnlyFormat:
         """Return the inputs that are multiplied, rounded if int8: float32 ``(*, in)``."""
         block, _, activations = Reading.of(settings)
         return rounded(x, together(x.shape[-1], block)) if activations == "int8" else x
-
-    def bytes_of(self, unit: Unit, settings: Mapping[str, Any]) -> int:
-        """Return the bytes of a dense layer in this format."""
-        outputs, inputs = unit.weight.shape
-        specs = self.layout(inputs, outputs, settings, bias=unit.bias is not None)
-        return sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in specs.values())
-
-
-def choose_smaller(
-    units: tuple[Unit, ...],
-    patterns: tuple[str, ...],
-    storage: WeightOnlyFormat,
-    settings: Mapping[str, Any],
-) -> dict[str, Decision]:
-    """Decide which dense layers to store in a format: those that become smaller.
-
-    A layer with few inputs, padded to a block, may take more bytes than before.
-
-    Raises:
-        NothingToCompress: a pattern matches no dense layer.
-    """
-    decisions = choose_dense(units, patterns, storage.name)
-    for unit in units:
-        if unit.name not in decisions or not decisions[unit.name].selected:
-            continue
-        size = storage.bytes_of(unit, settings)
-        if size >= unit.bytes:
-            larger = Reason("not_smaller", step=storage.name, bytes=size, present=unit.bytes)
-            decisions[unit.name] = Decision("skipped", (larger,))
-    return decisions
 
 
 def stored(

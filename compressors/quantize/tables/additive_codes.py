@@ -20,7 +20,6 @@ perturbations that decrease to zero).
 Differs: rows have weights, and the best round is kept, not the last.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -28,11 +27,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Part
-from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedTable, TableFormat
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables
+from compressors.core.steps.decisions import Applied, StepPlan, choose_tables
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.core.units import Unit, pack_table, swap
@@ -239,14 +237,9 @@ class AdditiveCodes(StepSettings):
         if self.draws > 1 and not bench.signature.scores_rows:
             raise NothingToCompress("row_metric_for_draws_missing", step=self.kind)
         units = Unit.of(model.module)
-        decisions = choose_tables(units, self.tables, self.min_rows, self.kind)
-        for unit in units:
-            if unit.name in decisions and decisions[unit.name].selected:
-                specs = FORMAT.layout(unit.rows, unit.weight.shape[1], self.settings()).values()
-                size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
-                if size >= unit.bytes:
-                    larger = Reason("not_smaller", step=self.kind, bytes=size, present=unit.bytes)
-                    decisions[unit.name] = Decision("skipped", (larger,))
+        decisions = choose_tables(
+            units, self.tables, self.min_rows, self.kind, FORMAT, self.settings()
+        )
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
