@@ -1,10 +1,15 @@
 """A metric that tests add: the Brier score."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from compressors.contracts import Metric
+from compressors.contracts.metrics import FAMILIES, register
+from compressors.contracts.metrics.families import find_metric
+from compressors.contracts.metrics.metric import one
 from compressors.metrics.cluster_intervals import GroupedPair, Groups, grouped_pair, mean_of_rows
 from compressors.metrics.estimators.protocols import ScoredRows, require_groups
 from compressors.metrics.intervals import PairedRows, RowStatistics, mean_statistic
@@ -50,3 +55,14 @@ BRIER = Metric(
     high=1.0,
     estimators={"rows": Brier},
 )
+
+
+@contextmanager
+def registered_metric() -> Iterator[None]:
+    """Register the metric for the time of the context."""
+    register(one(BRIER))
+    try:
+        yield
+    finally:
+        del FAMILIES[BRIER.name]
+        find_metric.cache_clear()

@@ -1,27 +1,17 @@
 """One order of a kind of task, a metric and a table format that are registered for it alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from added_metric import BRIER
-from added_table_format import SIGNS, Signs
-from added_task_kind import KIND, LOSSES, write_upvotes
+from added_metric import registered_metric
+from added_table_format import Signs, registered_table_format
+from added_task_kind import LOSSES, registered_task_kind, write_upvotes
 from orders import carry_out, surroundings
 
 from compressors.contracts import Limit
-from compressors.contracts.metrics import FAMILIES
-from compressors.contracts.metrics import register as register_metric
-from compressors.contracts.metrics.families import find_metric
-from compressors.contracts.metrics.metric import one
 from compressors.contracts.reasons import Reason
-from compressors.contracts.task_kind import TASK_KINDS
-from compressors.contracts.task_kind import register as register_task_kind
 from compressors.core.model import Model
-from compressors.core.registries import METHODS, TABLE_FORMATS
-from compressors.core.registries import register as register_method
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.training.settings import Training
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
@@ -50,21 +40,14 @@ class AddedOrder:
     packing_warnings: tuple[Reason, ...]
 
 
-@contextmanager
-def _registered() -> Iterator[None]:
-    register_task_kind(KIND)
-    register_metric(one(BRIER))
-    register_method(Signs, SIGNS)
-    try:
-        yield
-    finally:
-        del TASK_KINDS["upvotes"], FAMILIES["brier"], METHODS["signs"], TABLE_FORMATS["signs"]
-        find_metric.cache_clear()
-
-
 def carry_out_added(home: Path) -> AddedOrder:
     """Carry out the order in a new home."""
-    with pytest.MonkeyPatch.context() as patch, _registered():
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        registered_task_kind(),
+        registered_metric(),
+        registered_table_format(),
+    ):
         surroundings(patch, home / "recpress")
         packed = pack(write_upvotes(home / "draft"))
         LOSSES.clear()

@@ -1,6 +1,7 @@
 """A table format that tests add: the sign of each weight, and a length for each row."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.core.registries import METHODS, TABLE_FORMATS, register
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
@@ -52,3 +54,13 @@ class Signs(StepSettings):
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         signs = torch.where(block < 0, -1, 1).to(torch.int8)
         return {"signs": signs, "length": block.abs().mean(dim=1)}
+
+
+@contextmanager
+def registered_table_format() -> Iterator[None]:
+    """Register the method and its format for the time of the context."""
+    register(Signs, SIGNS)
+    try:
+        yield
+    finally:
+        del METHODS["signs"], TABLE_FORMATS[SIGNS.name]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from drafts import write_draft
 from torch import Tensor
 
 from compressors.contracts import Output
-from compressors.contracts.task_kind import TaskKind
+from compressors.contracts.task_kind import TASK_KINDS, TaskKind, register
 from compressors.core.batches import Batch
 from compressors.metrics.baseline_problem import BaselineProblem
 from compressors.task_kinds.protocol import ScoredSample, TaughtRows
@@ -55,3 +56,13 @@ def write_upvotes(folder: Path) -> Path:
     document["signature"]["outputs"][0]["kind"] = "upvotes"
     (draft / "model.json").write_text(json.dumps(document))
     return draft
+
+
+@contextmanager
+def registered_task_kind() -> Iterator[None]:
+    """Register the kind of task for the time of the context."""
+    register(KIND)
+    try:
+        yield
+    finally:
+        del TASK_KINDS[KIND.name]

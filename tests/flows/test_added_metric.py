@@ -3,23 +3,20 @@
 from collections.abc import Iterator
 
 import pytest
-from added_metric import BRIER
+from added_metric import BRIER, registered_metric
 from added_order import AddedOrder
 from error_codes import raises_value_error
 
 from compressors.contracts import Limit
-from compressors.contracts.metrics import FAMILIES, register
-from compressors.contracts.metrics.families import find_metric
+from compressors.contracts.metrics import register
 from compressors.contracts.metrics.metric import one
 from tasks.report.tables import markdown
 
 
 @pytest.fixture
 def brier() -> Iterator[None]:
-    register(one(BRIER))
-    yield
-    del FAMILIES["brier"]
-    find_metric.cache_clear()
+    with registered_metric():
+        yield
 
 
 @pytest.mark.xdist_group("added")

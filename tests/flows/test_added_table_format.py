@@ -5,19 +5,18 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from added_order import AddedOrder
-from added_table_format import SIGNS, Signs
+from added_table_format import Signs, registered_table_format
 
 from compressors.core.modules.formats import PackedTable
-from compressors.core.registries import METHODS, TABLE_FORMATS, register
+from compressors.core.registries import register
 from flows.order import Order
 from tasks.bundles.table_files import table_steps
 
 
 @pytest.fixture
 def signs() -> Iterator[None]:
-    register(Signs, SIGNS)
-    yield
-    del METHODS["signs"], TABLE_FORMATS["signs"]
+    with registered_table_format():
+        yield
 
 
 @pytest.mark.xdist_group("added")

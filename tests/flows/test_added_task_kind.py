@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 from added_order import AddedOrder
-from added_task_kind import KIND, write_upvotes
+from added_task_kind import registered_task_kind, write_upvotes
 from error_codes import raises_value_error
 
 from compressors.contracts import Output, Signature
-from compressors.contracts.task_kind import TASK_KINDS, register
 
 
 @pytest.fixture
 def upvotes() -> Iterator[None]:
-    register(KIND)
-    yield
-    del TASK_KINDS["upvotes"]
+    with registered_task_kind():
+        yield
 
 
 @pytest.mark.xdist_group("added")
