@@ -21,32 +21,33 @@ STEP = TypeAdapter(AnyStep)
 
 
 def without_code(text: str) -> str:
-    """The text of a page without fenced code blocks, which contain no links or headings."""
+    """Remove fenced code blocks from a page: links and headings in them are not rendered."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a page.
+    """Return the anchors that GitHub generates for the headings of a page.
 
-    A repeated heading gets a number. Letters, digits, ``_`` and ``-`` stay, spaces become ``-``.
+    Letters, digits, ``_`` and ``-`` are kept, and spaces become ``-``. The anchor of a repeated
+    heading has a number at its end.
     """
     names: list[str] = []
     for heading in re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.MULTILINE):
-        shown = LINK.sub(lambda link: link[0].partition("]")[0].lstrip("["), heading)
-        kept = "".join(
+        rendered = LINK.sub(lambda link: link[0].partition("]")[0].lstrip("["), heading)
+        name = "".join(
             letter
-            for letter in shown.strip().lower()
+            for letter in rendered.strip().lower()
             if letter in "-_ " or unicodedata.category(letter)[0] in "LN"
         )
-        names.append(kept.replace(" ", "-"))
+        names.append(name.replace(" ", "-"))
     return {
-        name if names[:place].count(name) == 0 else f"{name}-{names[:place].count(name)}"
-        for place, name in enumerate(names)
+        name if names[:index].count(name) == 0 else f"{name}-{names[:index].count(name)}"
+        for index, name in enumerate(names)
     }
 
 
 def broken_links(page: Path) -> list[str]:
-    """The relative links of a page whose file or heading does not exist."""
+    """Return the relative links of a page whose file or heading does not exist."""
     broken = []
     for target in LINK.findall(without_code(page.read_text())):
         if re.match(r"[a-z]+:", target):
@@ -59,15 +60,15 @@ def broken_links(page: Path) -> list[str]:
 
 
 def rows_of(text: str, header: str) -> list[str]:
-    """The rows of the table in a page that has this header, or no rows."""
-    _, found, rest = text.partition(f"{header}\n")
-    if not found:
+    """Return the rows of the table with this header, or an empty list if there is none."""
+    _, separator, after = text.partition(f"{header}\n")
+    if not separator:
         return []
-    return [row for row in rest.partition("\n\n")[0].splitlines() if not row.startswith("|---")]
+    return [row for row in after.partition("\n\n")[0].splitlines() if not row.startswith("|---")]
 
 
 def setting_rows() -> list[str]:
-    """The rows of the settings tables of all method pages."""
+    """Return the rows of the settings tables of all method pages."""
     header = "| step | settings (default) |"
     return [row for page in METHOD_PAGES for row in rows_of(page.read_text(), header)]
 
@@ -77,7 +78,7 @@ def test_every_relative_link_points_to_an_existing_file_and_heading(page: Path) 
     assert broken_links(page) == []
 
 
-def test_broken_links_are_found(tmp_path: Path) -> None:
+def test_broken_links_returns_links_to_missing_files_and_headings(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "# A `name`, twice\n\n## Same\n\n## Same\n\n```\n[code](absent.md)\n```\n"
@@ -87,7 +88,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     assert broken_links(page) == ["#same-2", "absent.md", "page.md#code"]
 
 
-def test_index_lists_every_method_once_with_its_page() -> None:
+def test_methods_page_lists_every_method_once_with_its_page() -> None:
     index = (DOCS / "methods.md").read_text()
     listed = re.findall(r"^\| \[`(\w+)`\]\(methods/(\w+\.md)\)", index, re.MULTILINE)
     assert sorted(kind for kind, _ in listed) == sorted(method().kind for method in METHODS)
@@ -107,12 +108,12 @@ def test_every_setting_of_every_method_is_on_its_page() -> None:
         assert fields <= set(re.findall(r"`(\w+)`", matching[0])), name
 
 
-def test_every_recipe_line_of_a_method_page_is_a_valid_step() -> None:
+def test_json_blocks_of_method_pages_are_valid_steps_of_the_page() -> None:
     for page in METHOD_PAGES:
         blocks = re.findall(r"^```json\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
         lines = [line for block in blocks for line in block.splitlines()]
         kinds = {STEP.validate_json(line).kind for line in lines}
         title = page.read_text().partition("\n")[0]
-        named = set(re.findall(r"`(\w+)`", title))
-        assert not named or kinds & named, page
+        title_kinds = set(re.findall(r"`(\w+)`", title))
+        assert not title_kinds or kinds & title_kinds, page
         assert lines, page

@@ -1,4 +1,4 @@
-"""``docs/reliability.md`` states the actual sizes of the fault suite."""
+"""Compare the numbers in ``docs/reliability.md`` with the fault tests."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from s3_proxy import FAULTS
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 
 
-def test_page_states_the_number_of_inputs_and_cases_of_the_suite() -> None:
+def test_reliability_page_states_the_sizes_of_the_fault_tests() -> None:
     page = PAGE.read_text()
     sizes = (
         f"{len(PARSERS)} parsers, {test_fuzz.INPUTS:,} inputs each",
@@ -29,7 +29,7 @@ def test_page_states_the_number_of_inputs_and_cases_of_the_suite() -> None:
     assert [text for text in sizes if text not in page] == []
 
 
-def test_page_names_every_suite_of_the_folder() -> None:
+def test_reliability_page_names_every_suite_of_fault_tests() -> None:
     page = PAGE.read_text()
     suites = {
         path.stem.removeprefix("test_")
