@@ -52,6 +52,7 @@ CASES = {
     "table-250": Case(1_000_000, 32, 20_000, "fast"),
     "table-500": Case(2_000_000, 32, 20_000, "fast"),
     "table-1000": Case(4_000_000, 32, 20_000, "fast"),
+    "table-3000": Case(12_000_000, 32, 20_000, "fast"),
     "table-500-safe": Case(2_000_000, 32, 20_000, "safe"),
     "table-500-small": Case(2_000_000, 32, 20_000, "small"),
     "table-500-smallest": Case(2_000_000, 32, 20_000, "smallest"),

@@ -108,7 +108,12 @@ def _examine(
         tables = rows_of_tables(loaded.model.module, signature)
         edge = edge_example(signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2))
         edge_parity, _ = compared.parity(edge, "the edge cases")
-    optimized = None if runtime is None else runtime.optimized_graph(path)
+        del session, compared  # the audit opens a second session of the same graph
+    optimized = None
+    # To write the optimized graph, ONNX Runtime copies each tensor. An untouched model contains
+    # nothing that was ordered, so its tables are not copied.
+    if runtime is not None and plan is not None:
+        optimized = runtime.optimized_graph(path)
     found_in_graph = None
     if optimized is not None:
         rule = lowering_target(target)

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from compressors.core.state.tensor_files import LARGE_BYTES, TensorFile
+from compressors.core.state.tensor_files import LARGE_BYTES, TensorFile, file_of
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +27,12 @@ def link_weights(model: ir.Model, path: Path, files: Mapping[str, TensorFile]) -
         The links.
     """
     links: dict[Path, None] = {}
-    by_address = {file.address: file for file in files.values()}
     for value in model.graph.initializers.values():
         weights = getattr(value.const_value, "raw", None)  # torch's exporter keeps its tensors
         if not isinstance(weights, torch.Tensor) or weights.nbytes < LARGE_BYTES:
             continue
-        file = by_address.get(weights.data_ptr())
-        if file is None or not file.holds(weights) or value.const_value.nbytes != weights.nbytes:
+        file = file_of(weights, files)
+        if file is None or value.const_value.nbytes != weights.nbytes:
             continue
         link = path.with_name(f"{path.name}.{file.path.name}")
         try:
@@ -42,11 +41,9 @@ def link_weights(model: ir.Model, path: Path, files: Mapping[str, TensorFile]) -
         except OSError as fault:
             log.info("%s is written again instead of linked: %s", link.name, fault)
             continue
-        with link.open("rb") as opened:
-            start = 8 + int.from_bytes(opened.read(8), "little")
         value.const_value = ir.ExternalTensor(
             link.name,
-            start,
+            file.start(),
             weights.nbytes,
             value.const_value.dtype,
             shape=value.const_value.shape,

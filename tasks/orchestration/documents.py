@@ -71,7 +71,8 @@ class LoweredGraph(Frozen):
 
     ``width`` is the length of the output vectors, or None if ``output`` is one number per row.
     ``packed_bytes`` is the plan's bytes of the weights of its part of the model, each counted once.
-    ``sparse_layers`` are those with two zeros among every four inputs.
+    ``sparse_layers`` are those with two zeros among every four inputs. ``audit`` is None if no step
+    has changed the model, or if the runtime does not show its optimized graph.
     """
 
     name: str

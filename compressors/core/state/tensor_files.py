@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,6 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from compressors.core.modules.formats import TensorSpec
+from compressors.core.state.safetensors_rows import StoredRows
 from compressors.core.state.safetensors_stream import DTYPES, write
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,23 @@ class TensorFile(NamedTuple):
             and tensor.dtype == self.dtype
             and tensor.is_contiguous()
         )
+
+    def start(self) -> int:
+        """Return the offset of the tensor's first byte in the file."""
+        with self.path.open("rb") as opened:
+            return 8 + int.from_bytes(opened.read(8), "little")
+
+    @contextmanager
+    def rows(self) -> Iterator[StoredRows]:
+        """Open the file to read rows of the tensor without mapping them."""
+        with self.path.open("rb", buffering=0) as opened:
+            spec = TensorSpec(tuple(self.shape), self.dtype)
+            yield StoredRows(self.path, opened.fileno(), self.path.name, self.start(), spec)
+
+
+def file_of(tensor: Tensor, files: Mapping[str, TensorFile]) -> TensorFile | None:
+    """Return the file that holds a tensor, or None."""
+    return next((file for file in files.values() if file.holds(tensor)), None)
 
 
 def tensor_files(module: nn.Module, folder: Path) -> dict[str, TensorFile]:

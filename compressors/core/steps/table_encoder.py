@@ -6,11 +6,13 @@ format's layout determines the position of each row, and no stored entry covers 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from compressors.core.modules.formats import PackedTable, TensorSpec, blocks, entries
+from compressors.core.state.tensor_files import TensorFile
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import ContractBroken
 
@@ -102,8 +104,14 @@ class TableEncoder:
         return values
 
 
-def encode_table(step: TableStep, weight: Tensor) -> PackedTable:
+def encode_table(step: TableStep, weight: Tensor, file: TensorFile | None = None) -> PackedTable:
     """Encode a table, float ``(rows, dim)``, in the step's format.
+
+    Args:
+        step: the method and its settings.
+        weight: the table.
+        file: a file that holds ``weight``. Its rows are then read block by block: pages of a mapped
+            tensor would count as memory of this process.
 
     Raises:
         ContractBroken: the encoded tensors differ from the format's layout.
@@ -115,7 +123,9 @@ def encode_table(step: TableStep, weight: Tensor) -> PackedTable:
     }
     for name, values in encoder.whole().items():
         stored[name].copy_(values)
-    for begin, end in blocks(encoder.layout, encoder.rows, BLOCK_ROWS):
-        for name, (place, values) in encoder.encode(weight[begin:end], begin).items():
-            stored[name][place] = values
+    with nullcontext() if file is None else file.rows() as rows:
+        for begin, end in blocks(encoder.layout, encoder.rows, BLOCK_ROWS):
+            block = weight[begin:end] if rows is None else rows.read(begin, end)
+            for name, (place, values) in encoder.encode(block, begin).items():
+                stored[name][place] = values
     return PackedTable(step.storage, encoder.rows, encoder.dim, step.settings(), stored)

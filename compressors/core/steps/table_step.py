@@ -6,6 +6,7 @@ from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.placeholders import dry_run_packed
+from compressors.core.state.tensor_files import file_of
 from compressors.core.steps.decisions import (
     Applied,
     Decision,
@@ -77,7 +78,8 @@ class EncodeTables:
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Formats]) -> Applied:
         """Encode the selected tables, one after another."""
         for unit in plan.units(model.module):
-            packed = encode_table(plan.payload[unit.name], unit.weight)
+            file = file_of(unit.weight, model.files)
+            packed = encode_table(plan.payload[unit.name], unit.weight, file)
             swap(model.module, unit.name, pack_table(unit.module, packed))
         return Applied(model)
 
