@@ -15,6 +15,7 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from tasks.bundles.packing import pack
 from tasks.compress import compress
 from tasks.lower import lower_model
+from tasks.orchestration.documents import lowering_of
 from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
 
@@ -107,3 +108,10 @@ def test_tensor_in_other_memory_is_not_linked(large, monkeypatch):
 
     monkeypatch.setattr(export, "link_weights", moved)
     assert "model.onnx.data" in blobs(lowered(large, "float"))
+
+
+@pytest.mark.parametrize(("kind", "is_audited"), [("float", False), ("int8", True)])
+def test_only_a_compressed_model_is_audited(kind, is_audited, large):
+    # ONNX Runtime copies every tensor to write its optimized graph.
+    (graph,) = lowering_of(local(lowered(large, kind))).graphs
+    assert (graph.audit is not None) == is_audited

@@ -11,14 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressors.contracts import Architecture, Network
+from compressors.core.registries import METHODS
 from compressors.core.state.module_state import load, save
 from compressors.core.state.tensor_files import (
     INDEX,
     LARGE_BYTES,
     file_name,
+    file_of,
     tensor_files,
     write_tensors,
 )
+from compressors.core.steps.table_encoder import encode_table
 
 ROWS = LARGE_BYTES // 16  # of 4 float32: just as large as a tensor with a separate file
 
@@ -175,3 +178,47 @@ def test_single_file_has_the_usual_name(large, tmp_path):
     (path,) = write_tensors({"weight": torch.ones(4)}, tmp_path, large_bytes=large)
     assert path.name == "model.safetensors"
     assert not (tmp_path / INDEX).exists()
+
+
+def resident_bytes(path: Path) -> int:
+    """The pages of a mapped file that count as memory of this process (Linux)."""
+    total = 0
+    is_of_file = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:  # the first line of a mapping: addresses, ..., path
+            is_of_file = line.endswith(str(path))
+        elif is_of_file and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.parametrize("kind", ["rowwise_int8", "rowwise_int4", "float8_e4m3"])
+def test_encoding_a_mapped_table_gives_equal_codes_and_leaves_its_pages_unmapped(kind, tmp_path):
+    step = METHODS[kind].model_validate({})
+    weight = torch.randn(200_000, 16, generator=torch.Generator().manual_seed(0))
+    (path,) = write_tensors({"table.weight": weight}, tmp_path)
+    table = nn.Module()
+    table.table = nn.Embedding.from_pretrained(load_file(path)["table.weight"])
+    (file,) = tensor_files(table, tmp_path).values()
+    encoded = encode_table(step, table.table.weight, file)
+    # Half of it is far more than the pages around a read of the header.
+    assert resident_bytes(path) < weight.nbytes / 2
+    expected = encode_table(step, weight)
+    for (name, tensor), (_, other) in zip(
+        encoded.named_buffers(), expected.named_buffers(), strict=True
+    ):
+        assert torch.equal(tensor, other), name
+
+
+@pytest.mark.parametrize("changed", ["written", "other tensor"])
+def test_tensor_that_differs_from_its_file_is_not_read_from_it(changed, tmp_path):
+    module = stored(tmp_path / "source")
+    files = tensor_files(module, tmp_path / "source")
+    weight = module.user.weight
+    assert file_of(weight, files) == files["user.weight"]
+    if changed == "written":
+        with torch.no_grad():
+            weight[0] = 1
+    else:
+        weight = weight.detach().clone()
+    assert file_of(weight, files) is None
