@@ -1,15 +1,15 @@
 """The object store: a folder or ``s3://bucket/prefix``, content-addressed, verified.
 
-disk.py          translates errors of the local disk
+disk.py          translates an OSError into an error class of this project
 lock.py          locks between processes of one machine
-temporary.py     temporary files whose names identify their process
-place.py         the protocol of a place that stores keys
-folder.py        a place in a local folder
-s3.py            a place in an S3 bucket
-manifest.py      the manifest of an artifact: files, chunk hashes, root
+temporary.py     temporary files whose names identify the process that created them
+backend.py       the protocol of a key-value storage backend, and the backend of a root
+folder.py        the backend for a local folder
+s3.py            the backend for an S3 bucket
+manifest.py      the manifest of an artifact: file sizes, chunk hashes, and the artifact's name
 chunks.py        reads and hashes files in chunks
 draft.py         writes an artifact block by block
-artifact_files.py  the files of artifacts: written once by content, read verified
-object_store.py  stores, reads and verifies artifacts
-records.py       small JSON records with a seal over their bytes
+artifact_files.py  stores each file of an artifact once by content, and verifies it when read
+object_store.py  the class Store: stores, reads and verifies artifacts and small records
+records.py       small JSON records that end with a checksum
 """

@@ -1,8 +1,9 @@
-"""The files of artifacts in a place: stored once by content, read with every chunk verified.
+"""Store each file of an artifact once by content, and verify every chunk when it is read.
 
-A blob is created under its final name with all its bytes, or not at all, and is not changed
-afterwards, so writers of the same content do not disturb each other. A local folder also has a
-link to each blob under the path of the file, because readers open and map files in place.
+A blob is a file whose key is a hash of its content. It is created with all its bytes or not at
+all, and never changes, so several writers of the same content do not disturb each other. A local
+folder also contains a hard link to each blob under the path of the file, so that readers can open
+and memory-map the files of an artifact directly.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,113 +12,118 @@ from pathlib import Path
 from typing import TypeVar
 
 from infra.errors import AlreadyThere, ArtifactDamaged
-from infra.store.chunks import checked_chunks, in_order, sha256
+from infra.store.backend import Backend
+from infra.store.chunks import in_order, sha256, verified_chunks
 from infra.store.disk import translate
 from infra.store.manifest import CHUNK_BYTES, FileEntry, StoreManifest, blob_of
-from infra.store.place import Place
 
 BLOBS = "blobs"
 SMALL_BYTES = 2**16
-"""Size of files that are sent to a bucket at once, since a listing takes as long as the upload."""
+"""Up to this size a file is uploaded to a bucket without checking whether the bucket has it.
 
-Checked = TypeVar("Checked")
+The check, a listing, takes as long as the upload.
+"""
+
+Content = TypeVar("Checked")
 
 
 def files_below(root: str) -> str:
-    """Return the key prefix of an artifact's files where they are opened in place."""
+    """Return the key prefix of an artifact's files: links to blobs, or the files of version 1."""
     return f"artifacts/{root}/files/"
 
 
-def checked(place: Place, read: Callable[[], Checked]) -> Checked:
-    """Read verified content; retry once if a bucket's response does not verify.
+def read_with_retry(backend: Backend, read: Callable[[], Content]) -> Content:
+    """Read verified content; for a bucket, retry once if the verification fails.
 
-    A byte that changed in transit is not damage in the store. Content that is damaged in the
-    store fails the second read too.
+    A byte that changed in transit is correct in the second response. Content that is damaged in
+    the store fails the second verification too.
 
     Args:
-        place: where the content is stored.
-        read: reads and verifies; raises ``ArtifactDamaged``.
+        backend: where the content is stored.
+        read: reads and verifies the content; raises ``ArtifactDamaged``.
     """
     try:
         return read()
     except ArtifactDamaged:
-        if place.in_place("") is not None:
+        if backend.local_path("") is not None:
             raise
     return read()
 
 
-def holds(place: Place, key: str, entry: FileEntry, chunk_bytes: int) -> bool:
-    """Return whether a key has exactly the bytes of this file; reads all of them."""
-    return place.size(key) == entry.bytes and all(
-        sha256(place.read(key, at * chunk_bytes, (at + 1) * chunk_bytes)) == expected
+def has_content(backend: Backend, key: str, entry: FileEntry, chunk_bytes: int) -> bool:
+    """Return whether the value of a key is exactly this file; reads and hashes all its bytes."""
+    return backend.size(key) == entry.bytes and all(
+        sha256(backend.read(key, at * chunk_bytes, (at + 1) * chunk_bytes)) == expected
         for at, expected in enumerate(entry.chunks)
     )
 
 
-def add_files(place: Place, folder: Path, manifest: StoreManifest, *, move: bool) -> None:
-    """Store the files of a manifest of version 2 that the place does not have.
+def add_files(backend: Backend, folder: Path, manifest: StoreManifest, *, move: bool) -> None:
+    """Store those files of a version 2 manifest that the backend does not have.
 
     Args:
-        place: where to store them.
-        folder: the folder of the files.
-        manifest: their paths and hashes.
-        move: whether to move them if that is possible, instead of copying them.
+        backend: where to store the files.
+        folder: the folder that contains the files.
+        manifest: paths and hashes of the files.
+        move: whether to move the files, if that is possible, instead of copying them.
 
     Raises:
         ConcurrentChange: a file does not match its hashes.
     """
     for entry in manifest.files:
         key = f"{BLOBS}/{blob_of(entry, manifest.chunk_bytes)}"
-        _add_blob(place, folder, entry, key, move=move)
+        _add_blob(backend, folder, entry, key, move=move)
     for entry, blob in zip(manifest.files, manifest.blobs, strict=True):
-        place.link(f"{BLOBS}/{blob}", files_below(manifest.root) + entry.path)
+        backend.link(f"{BLOBS}/{blob}", files_below(manifest.root) + entry.path)
 
 
-def _add_blob(place: Place, folder: Path, entry: FileEntry, key: str, *, move: bool) -> None:
-    is_small = place.in_place("") is None and entry.bytes <= SMALL_BYTES
-    if not is_small and _is_stored(place, folder, entry, key):
+def _add_blob(backend: Backend, folder: Path, entry: FileEntry, key: str, *, move: bool) -> None:
+    is_small = backend.local_path("") is None and entry.bytes <= SMALL_BYTES
+    if not is_small and _is_stored(backend, folder, entry, key):
         return
-    if move and place.move(folder / entry.path, key):
+    if move and backend.move(folder / entry.path, key):
         return
     try:
-        place.upload_new(key, entry.bytes, checked_chunks(folder, entry))
+        backend.upload_new(key, entry.bytes, verified_chunks(folder, entry))
     except AlreadyThere:
-        if not _is_stored(place, folder, entry, key):  # damaged since it was stored
-            place.upload(key, entry.bytes, checked_chunks(folder, entry))
+        if not _is_stored(backend, folder, entry, key):  # damaged since it was stored
+            backend.upload(key, entry.bytes, verified_chunks(folder, entry))
 
 
-def _is_stored(place: Place, folder: Path, entry: FileEntry, key: str) -> bool:
-    """Return whether a place has a blob: by its bytes in a local folder, by its size in a bucket.
+def _is_stored(backend: Backend, folder: Path, entry: FileEntry, key: str) -> bool:
+    """Return whether the backend has an intact blob for this file.
 
-    A bucket compares checksums of its objects itself; a disk that lost power may have lost some
-    bytes of a file.
+    In a bucket only the size is compared, because the bucket verifies checksums itself. In a local
+    folder all bytes are compared, because a power failure may have lost some of them.
     """
-    size, local = place.size(key), place.in_place(key)
+    size, local = backend.size(key), backend.local_path(key)
     if size != entry.bytes or local is None:
         return size == entry.bytes
-    with suppress(OSError):  # reading it reports the problem
+    with suppress(OSError):  # the read below reports the problem
         if (folder / entry.path).samefile(local):
             return True
-    return holds(place, key, entry, CHUNK_BYTES)
+    return has_content(backend, key, entry, CHUNK_BYTES)
 
 
 class ArtifactFiles:
     """Reads the files of one artifact.
 
     Args:
-        place: where they are stored.
-        manifest: their paths and hashes, already verified.
-        in_place: read the files that a local folder has for readers that open them, instead of
-            the blobs. In version 1 these are the only ones.
+        backend: where the files are stored.
+        manifest: paths and hashes of the files, already verified.
+        use_links: whether to read the hard links at the files' paths instead of the blobs. An
+            artifact of manifest version 1 has no blobs, so it is always read from these paths.
     """
 
-    def __init__(self, place: Place, manifest: StoreManifest, *, in_place: bool = False) -> None:
-        self._place, self._manifest = place, manifest
+    def __init__(
+        self, backend: Backend, manifest: StoreManifest, *, use_links: bool = False
+    ) -> None:
+        self._backend, self._manifest = backend, manifest
         self._below = files_below(manifest.root)
-        self._uri = f"{place.uri}/artifacts/{manifest.root}"
+        self._uri = f"{backend.uri}/artifacts/{manifest.root}"
         self._blobs = (
             {}
-            if in_place
+            if use_links
             else {
                 entry.path: f"{BLOBS}/{blob}"
                 for entry, blob in zip(manifest.files, manifest.blobs, strict=False)
@@ -125,26 +131,27 @@ class ArtifactFiles:
         )
 
     def key(self, entry: FileEntry) -> str:
-        """Return the key of a file."""
+        """Return the key to read this file from."""
         return self._blobs.get(entry.path, self._below + entry.path)
 
     def verify(self) -> None:
-        """Compare every chunk with its hash; also refuses files that do not belong to the artifact.
+        """Compare every chunk with its hash, and check that the artifact has no other files.
 
         Raises:
-            ArtifactDamaged: a file is missing, changed or unexpected.
+            ArtifactDamaged: a file is missing, is changed, or does not belong to the artifact.
         """
-        checked(self._place, lambda: self._check_sizes(extra_refused=True))
+        read_with_retry(self._backend, lambda: self._check_sizes(extra_refused=True))
         for _ in self.chunks(self._manifest.files):
             pass
 
     def copy(self, into: Path) -> None:
-        """Write all files to a folder, every chunk verified.
+        """Write all files to the folder ``into``; each chunk is verified before it is written.
 
         Raises:
             ArtifactDamaged: a file is missing or changed.
+            SettingRefused, StoreUnavailable: ``into`` cannot be written.
         """
-        checked(self._place, self._check_sizes)
+        read_with_retry(self._backend, self._check_sizes)
         chunks = self.chunks(self._manifest.files)
         for entry in self._manifest.files:
             path = into / entry.path
@@ -160,10 +167,10 @@ class ArtifactFiles:
         """Yield all chunks of these files in order, each verified."""
         step = self._manifest.chunk_bytes
 
-        def read(place: tuple[FileEntry, int]) -> bytes:
-            entry, index = place
+        def read(chunk: tuple[FileEntry, int]) -> bytes:
+            entry, index = chunk
             start, stop = index * step, min((index + 1) * step, entry.bytes)
-            data = self._place.read(self.key(entry), start, stop)
+            data = self._backend.read(self.key(entry), start, stop)
             if sha256(data) != entry.chunks[index]:
                 raise ArtifactDamaged(
                     "chunk_differs",
@@ -176,18 +183,23 @@ class ArtifactFiles:
                 )
             return data
 
-        def one(place: tuple[FileEntry, int]) -> bytes:
-            return checked(self._place, lambda: read(place))
+        def read_chunk(chunk: tuple[FileEntry, int]) -> bytes:
+            return read_with_retry(self._backend, lambda: read(chunk))
 
-        return in_order(one, ((entry, at) for entry in entries for at in range(len(entry.chunks))))
+        return in_order(
+            read_chunk, ((entry, at) for entry in entries for at in range(len(entry.chunks)))
+        )
 
     def _check_sizes(self, *, extra_refused: bool = False) -> None:
-        """Find files of a wrong size, or missing, before any byte is read."""
+        """Raise ``ArtifactDamaged`` if a file is missing or has the wrong size, before reading any.
+
+        ``extra_refused`` makes a file that is not in the manifest an error too.
+        """
         files = self._manifest.files
         if self._blobs:
             sizes = dict(zip(map(self.key, files), in_order(self._size, files), strict=True))
         else:
-            sizes = dict(self._place.sizes(self._below))
+            sizes = dict(self._backend.sizes(self._below))
         for entry in files:
             key = self.key(entry)
             size = sizes.get(key)
@@ -209,4 +221,4 @@ class ArtifactFiles:
             )
 
     def _size(self, entry: FileEntry) -> int | None:
-        return self._place.size(self.key(entry))
+        return self._backend.size(self.key(entry))

@@ -1,4 +1,7 @@
-"""Read, hash and verify files in chunks, in order, with a few threads and flat memory."""
+"""Read, hash and verify files in chunks with a few threads.
+
+Results are in order. Memory is bounded by a few chunks, whatever the size of the files.
+"""
 
 import hashlib
 import os
@@ -20,10 +23,10 @@ Known = TypeVar("Known")
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Map with ``WORKERS`` threads; yields in order, at most ``WORKERS + 1`` results in memory.
+    """Apply ``work`` to each item with ``WORKERS`` threads and yield the results in order.
 
-    ``Executor.map`` would submit all calls at once, and every unconsumed result is a chunk in
-    memory.
+    At most ``WORKERS + 1`` results are in memory. ``Executor.map`` would submit all calls at once,
+    and each result that is not yet consumed can be a chunk of 8 MiB.
     """
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="chunks") as pool:
         waiting: deque[Future[Result]] = deque()
@@ -40,20 +43,20 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
 
 
 def sha256(data: bytes) -> str:
-    """Return the chunk hash, as hex."""
+    """Return the SHA-256 of a chunk as hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def regular_files(folder: Path) -> list[tuple[str, int]]:
-    """List every file below ``folder`` as (relative posix path, bytes), sorted by path.
+    """List every file below ``folder`` as (relative path with ``/``, bytes), sorted by path.
 
     Empty folders are ignored, as in git and in object stores.
 
     Raises:
-        StoreRefused: ``folder`` is not a folder or has no file; an entry below it is a symlink, not
-            a regular file, cannot be read, or has a name that no store can use.
+        StoreRefused: ``folder`` is not a folder or has no file; or an entry below it is a symlink,
+            is not a regular file, cannot be read, or has a name that ``plain_path`` rejects.
     """
-    found: list[tuple[str, int]] = []
+    files: list[tuple[str, int]] = []
 
     def walk(below: Path, prefix: str) -> None:
         with os.scandir(below) as entries:
@@ -65,7 +68,7 @@ def regular_files(folder: Path) -> list[tuple[str, int]]:
                     walk(below / entry.name, path + "/")
                 elif entry.is_file(follow_symlinks=False):
                     plain_path(path)
-                    found.append((path, entry.stat(follow_symlinks=False).st_size))
+                    files.append((path, entry.stat(follow_symlinks=False).st_size))
                 else:
                     raise StoreRefused("file_of_other_kind", path=str(folder / path))
 
@@ -80,9 +83,9 @@ def regular_files(folder: Path) -> list[tuple[str, int]]:
             problem=fault.strerror,
             file=str(fault.filename),
         ) from fault
-    if not found:
+    if not files:
         raise StoreRefused("folder_empty", folder=str(folder))
-    return sorted(found)
+    return sorted(files)
 
 
 def hashed(
@@ -90,18 +93,26 @@ def hashed(
 ) -> tuple[FileEntry, ...]:
     """Hash every chunk of these files.
 
+    Args:
+        folder: the folder that contains the files.
+        files: path relative to ``folder`` and size in bytes of each file.
+        chunk_bytes: size of a chunk in bytes; the last chunk of a file may be smaller.
+
+    Returns:
+        One entry per file, in the order of ``files``.
+
     Raises:
         ConcurrentChange: a file changed its size during the call, or cannot be read.
     """
-    places = [(path, start) for path, size in files for start in range(0, size, chunk_bytes)]
+    chunk_starts = [(path, start) for path, size in files for start in range(0, size, chunk_bytes)]
     sizes = dict(files)
 
-    def one(place: tuple[str, int]) -> str:
-        path, start = place
-        return sha256(_read(folder / path, start, min(start + chunk_bytes, sizes[path])))
+    def hash_chunk(chunk: tuple[str, int]) -> str:
+        path, start = chunk
+        return sha256(_read_range(folder / path, start, min(start + chunk_bytes, sizes[path])))
 
     chunks: dict[str, list[str]] = {path: [] for path, _ in files}
-    for (path, _), value in zip(places, in_order(one, places), strict=True):
+    for (path, _), value in zip(chunk_starts, in_order(hash_chunk, chunk_starts), strict=True):
         chunks[path].append(value)
     return tuple(
         FileEntry(path=path, bytes=size, chunks=tuple(chunks[path])) for path, size in files
@@ -109,55 +120,58 @@ def hashed(
 
 
 def hard_links(folder: Path, other: Path, known: Mapping[str, Known]) -> dict[str, Known]:
-    """Return what is known of each file of a folder that is a hard link to a file of another.
+    """Find the files of ``folder`` that are hard links to files of another folder.
 
     Args:
-        folder: the folder of the links; its files are considered, not its subfolders.
-        other: the other folder, whose files do not change.
-        known: a value for each path in the other folder.
+        folder: the folder that may contain links; its subfolders are not searched.
+        other: the other folder, whose files must not change.
+        known: a value for each path in ``other``.
+
+    Returns:
+        For the name of each hard link in ``folder``, the value of the file that it links to.
     """
     if not other.is_dir():
         return {}
     by_inode: dict[tuple[int, int], Known] = {}
     for path, value in known.items():
         with suppress(FileNotFoundError):
-            found = (other / path).lstat()
-            by_inode[found.st_dev, found.st_ino] = value
+            status = (other / path).lstat()
+            by_inode[status.st_dev, status.st_ino] = value
     links: dict[str, Known] = {}
     for file in folder.iterdir():
-        found = file.lstat()
-        if (found.st_dev, found.st_ino) in by_inode:
-            links[file.name] = by_inode[found.st_dev, found.st_ino]
+        status = file.lstat()
+        if (status.st_dev, status.st_ino) in by_inode:
+            links[file.name] = by_inode[status.st_dev, status.st_ino]
     return links
 
 
-def checked_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
-    """Yield the chunks of one file, each compared with its hash first.
+def verified_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
+    """Yield the chunks of one file, each after comparing it with its hash.
 
     Raises:
-        ConcurrentChange: the file is no longer the one that was hashed.
+        ConcurrentChange: the file has changed since it was hashed.
     """
     path = folder / entry.path
 
-    def one(index: int) -> bytes:
+    def read_verified(index: int) -> bytes:
         start = index * CHUNK_BYTES
-        data = _read(path, start, min(start + CHUNK_BYTES, entry.bytes))
+        data = _read_range(path, start, min(start + CHUNK_BYTES, entry.bytes))
         if sha256(data) != entry.chunks[index]:
-            raise _changed(path)
+            raise _change_error(path)
         return data
 
-    yield from in_order(one, range(len(entry.chunks)))
+    yield from in_order(read_verified, range(len(entry.chunks)))
     try:
-        grown = path.lstat().st_size != entry.bytes
+        has_other_size = path.lstat().st_size != entry.bytes
     except OSError as fault:
-        raise _changed(path) from fault
-    if grown:
-        raise _changed(path)
+        raise _change_error(path) from fault
+    if has_other_size:
+        raise _change_error(path)
 
 
 def pread(file: int, start: int, stop: int) -> bytes:
-    """Read bytes ``start`` to ``stop`` of an open file; fewer if it ends earlier."""
-    stop = min(stop, os.fstat(file).st_size)  # pread allocates the requested size
+    """Read bytes [start, stop) of an open file, or fewer if the file ends earlier."""
+    stop = min(stop, os.fstat(file).st_size)  # os.pread allocates the requested size first
     pieces = []
     while start < stop and (piece := os.pread(file, stop - start, start)):
         pieces.append(piece)
@@ -165,7 +179,8 @@ def pread(file: int, start: int, stop: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _read(path: Path, start: int, stop: int) -> bytes:
+def _read_range(path: Path, start: int, stop: int) -> bytes:
+    """Read exactly bytes [start, stop) of a file; raise ``ConcurrentChange`` if that fails."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -175,9 +190,9 @@ def _read(path: Path, start: int, stop: int) -> bytes:
     except OSError as fault:
         raise ConcurrentChange("file_unreadable", path=str(path), problem=fault.strerror) from fault
     if len(data) != stop - start:
-        raise _changed(path)
+        raise _change_error(path)
     return data
 
 
-def _changed(path: Path) -> InfraError:
+def _change_error(path: Path) -> InfraError:
     return ConcurrentChange("file_changed", path=str(path))

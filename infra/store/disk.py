@@ -1,4 +1,4 @@
-"""Translate errors of the local disk to ours, with the path, the cause and the remedy."""
+"""Translate an ``OSError`` into an error class of this project that names path and remedy."""
 
 import errno
 import os
@@ -23,20 +23,23 @@ _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP}
 _NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
 _RUST = {"safetensors", "safetensors_rust"}
 OF_THE_MACHINE = _FULL | _BUSY | {errno.EFBIG, errno.EIO, errno.ENOMEM}
-"""Errors that no input causes: space, limits, a failing disk."""
+"""Error numbers that the machine causes, not the input: space, limits, a failing disk."""
 _KIND = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENODEV, errno.ESPIPE}
 
 
 def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
-    """Return the error to raise for an ``OSError``.
+    """Return the project's error to raise for an ``OSError``.
 
-    A disk that is full or failing is a fault of the machine, and a retry may help. A path that
-    is missing, forbidden or of the wrong kind is a fault of the input.
+    For a disk that is full or failing, the class allows a retry. For a path that is missing,
+    forbidden or of the wrong kind, the class requires another input.
 
     Args:
-        fault: the error of the system.
-        path: the file or folder of the operation.
-        doing: ``read``, ``write`` or ``list``.
+        fault: the error that the operating system raised.
+        path: the file or folder of the operation, for the message.
+        doing: the operation, a verb for the message: ``read``, ``write``, ``list`` or ``use``.
+
+    Returns:
+        ``Refused`` if the user must change something, ``InfraError`` if a retry may help.
     """
     cause = fault.strerror or str(fault)
     if fault.errno == errno.ENOENT and doing == "read":
@@ -62,7 +65,7 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
 
 @contextmanager
 def translated(path: Path, doing: str) -> Iterator[None]:
-    """Raise every ``OSError`` of the block as ``translate`` classifies it, with ``path``."""
+    """Replace every ``OSError`` that the block raises with the error of ``translate``."""
     try:
         yield
     except Exception as fault:
@@ -74,10 +77,10 @@ def translated(path: Path, doing: str) -> Iterator[None]:
 
 @contextmanager
 def input_files(around: Path) -> Iterator[None]:
-    """Translate every ``OSError`` of a block that reads a user's files.
+    """Replace every ``OSError`` of a block that reads files file_name by the user.
 
     Args:
-        around: the folder or file the user named, for errors that name no path.
+        around: the file or folder that the user named, for an ``OSError`` without a path.
 
     Raises:
         FileRefused: a file is missing, cannot be read, or has the wrong kind.
@@ -93,24 +96,33 @@ def input_files(around: Path) -> Iterator[None]:
 
 
 def as_os_error(fault: Exception) -> OSError | None:
-    """Return the ``OSError`` that an exception is or that its text names; else None.
+    """Return an exception as an ``OSError``; None if it is no error of the operating system.
 
-    Libraries written in Rust (safetensors) raise other classes with "(os error 27)" in the
-    text.
+    safetensors, written in Rust, raises another class with "(os error 27)" in the message. For it
+    an ``OSError`` with that number is returned.
     """
     if isinstance(fault, OSError):
         return fault
-    found = re.search(r"\(os error (\d+)\)", str(fault))
-    if found is None or type(fault).__module__.partition(".")[0] not in _RUST:
+    match = re.search(r"\(os error (\d+)\)", str(fault))
+    if match is None or type(fault).__module__.partition(".")[0] not in _RUST:
         return None
-    number = int(found[1])
+    number = int(match[1])
     return OSError(number, os.strerror(number))
 
 
 def of_input(fault: OSError, around: Path | None = None) -> Refused | InfraError:
-    """Translate an error of a file that a user named: the file, the problem, the remedy."""
-    named = fault.filename2 or fault.filename
-    path = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else around
+    """Return the project's error to raise for an ``OSError`` of a file that the user named.
+
+    Args:
+        fault: the error that the operating system raised.
+        around: the file or folder that the user named, if ``fault`` contains no path.
+
+    Returns:
+        ``FileRefused`` if the file is missing, forbidden or of the wrong kind; else as
+        ``translate``.
+    """
+    file_name = fault.filename2 or fault.filename
+    path = Path(os.fsdecode(file_name)) if isinstance(file_name, str | bytes) else around
     if path is None:
         path = Path()
     cause = fault.strerror or str(fault)

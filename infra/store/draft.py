@@ -1,16 +1,16 @@
-"""Write an artifact block by block, in any order, from several threads; resumable.
+"""Write an artifact block by block, in any order, from several threads, and resume after a kill.
 
-::
+A block is a named set of byte ranges (pieces) of one large file. The files of a result ``name``::
 
-    <parent>/.<name>.part/files/...   files being written; readers ignore them
-    <parent>/.<name>.journal          one line per finished block; locked by its writer
+    <parent>/.<name>.part/files/...   the unfinished files
+    <parent>/.<name>.journal          one line per written block; locked by the writing process
     <parent>/<name>/files/...         the same files, renamed when complete
-    <parent>/<name>/manifest.json     chunk hashes and the root over them, as in the store
+    <parent>/<name>/manifest.json     sizes and chunk hashes of the files, as in the store
 
-Every chunk is hashed from the pieces as they are written, so no file is read again. An interrupted
-run continues at the next block: the blocks in its journal are read from the unfinished file,
-compared with the checksums in the journal, and hashed. If the system lost some of them (a power
-failure), those blocks are written again.
+Each chunk is hashed from the pieces as they are written, so the file is not read again at the end.
+A run that resumes reads the blocks of the journal from the unfinished file, compares them with the
+checksums in the journal, and hashes them. Blocks that differ, for instance after a power failure,
+count as not written.
 """
 
 import fcntl
@@ -36,104 +36,113 @@ from infra.store.temporary import is_old
 
 MANIFEST = "manifest.json"
 FILES = "files"
-MAX_HEAD_BYTES = 8192
+MAX_HEADER_BYTES = 8192
 
-_HEAD = re.compile(rb'\["[0-9a-f]{64}", ".*", \d+\]$')
-"""The first line of a journal of ours: digest of the job, path and size of the large file."""
+_HEADER = re.compile(rb'\["[0-9a-f]{64}", ".*", \d+\]$')
+"""The first line of a journal: a JSON list of job digest, path and size of the large file."""
 
 Piece = tuple[int, memoryview]
+"""Offset of a byte range in the file, and its bytes."""
 
 
 class ChunkHashes:
-    """Hashes the chunks of a file from its pieces, which may arrive in any order.
+    """Hashes the chunks of a file while its pieces are added in any order, from several threads.
 
-    A piece that arrives early is stored until all bytes before it have arrived. If neighbours are
-    written at about the same time, that is a few pieces.
+    A copy of a piece is kept in memory until all earlier bytes of its chunk have been added. If
+    adjacent pieces are added at about the same time, only a few copies exist.
 
     Args:
-        size: of the file, in bytes.
-        chunk_bytes: size of each chunk but the last.
+        size: size of the file in bytes.
+        chunk_bytes: size of a chunk in bytes; the last chunk may be smaller.
     """
 
     def __init__(self, size: int, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._size, self._chunk_bytes = size, chunk_bytes
         self._lock = threading.Lock()
-        self._open: dict[int, _Chunk] = {}
-        self._done: dict[int, str] = {}
+        self._open_chunks: dict[int, _Chunk] = {}
+        self._chunk_hashes: dict[int, str] = {}
 
-    def add(self, at: int, data: memoryview) -> None:
-        """Add the bytes at offset ``at``; each byte of the file once.
+    def add(self, start: int, data: memoryview) -> None:
+        """Add the bytes that begin at offset ``start``. Each byte of the file is added once.
 
         Raises:
-            ArtifactDamaged: they are outside the file, or were added before.
+            ArtifactDamaged: the bytes are outside the file, or were added before.
         """
-        if at < 0 or at + len(data) > self._size:
+        if start < 0 or start + len(data) > self._size:
             raise ArtifactDamaged(
-                "draft_outside_file", start=at, stop=at + len(data), size=self._size
+                "draft_outside_file", start=start, stop=start + len(data), size=self._size
             )
         while len(data):
-            index = at // self._chunk_bytes
-            cut = min((index + 1) * self._chunk_bytes - at, len(data))
-            self._add(index, at, data[:cut])
-            at, data = at + cut, data[cut:]
+            index = start // self._chunk_bytes
+            length = min((index + 1) * self._chunk_bytes - start, len(data))
+            self._add_piece(index, start, data[:length])
+            start, data = start + length, data[length:]
 
-    def _add(self, index: int, at: int, data: memoryview) -> None:
+    def _add_piece(self, index: int, start: int, data: memoryview) -> None:
+        """Add bytes of the chunk ``index``: hash them now, or keep a copy for later."""
         with self._lock:
-            if index in self._done:
-                raise _written_twice(at)
-            chunk = self._open.setdefault(index, _Chunk(index * self._chunk_bytes))
-            if at < chunk.at or at in chunk.waiting:
-                raise _written_twice(at)
-            if chunk.busy or at != chunk.at:
-                chunk.waiting[at] = bytes(data)
+            if index in self._chunk_hashes:
+                raise _written_twice(start)
+            chunk = self._open_chunks.setdefault(index, _Chunk(index * self._chunk_bytes))
+            if start < chunk.at or start in chunk.early_pieces:
+                raise _written_twice(start)
+            if chunk.is_hashing or start != chunk.at:
+                chunk.early_pieces[start] = bytes(data)
                 return
-            chunk.busy = True
+            chunk.is_hashing = True
         piece: memoryview | bytes | None = data
         while piece is not None:
-            chunk.hasher.update(piece)  # other threads can run during the hash
+            chunk.hasher.update(piece)  # outside the lock: hashlib lets other threads run
             with self._lock:
                 chunk.at += len(piece)
-                piece = chunk.waiting.pop(chunk.at, None)
+                piece = chunk.early_pieces.pop(chunk.at, None)
                 if piece is None:
-                    chunk.busy = False
+                    chunk.is_hashing = False
                     if chunk.at == min((index + 1) * self._chunk_bytes, self._size):
-                        self._done[index] = chunk.hasher.hexdigest()
-                        del self._open[index]
+                        self._chunk_hashes[index] = chunk.hasher.hexdigest()
+                        del self._open_chunks[index]
 
     def all(self) -> tuple[str, ...]:
         """Return the hash of every chunk, in order.
 
         Raises:
-            ArtifactDamaged: bytes are missing.
+            ArtifactDamaged: not all bytes of the file have been added.
         """
         count = -(-self._size // self._chunk_bytes)
-        if len(self._done) != count:
-            missing = next(index for index in range(count) if index not in self._done)
-            held = self._open.get(missing)
-            at = missing * self._chunk_bytes if held is None else held.at
-            raise ArtifactDamaged("draft_incomplete", start=at)
-        return tuple(self._done[index] for index in range(count))
+        if len(self._chunk_hashes) != count:
+            missing = next(index for index in range(count) if index not in self._chunk_hashes)
+            chunk = self._open_chunks.get(missing)
+            start = missing * self._chunk_bytes if chunk is None else chunk.at
+            raise ArtifactDamaged("draft_incomplete", start=start)
+        return tuple(self._chunk_hashes[index] for index in range(count))
 
 
 class _Chunk:
-    """One chunk: the number of hashed bytes, and the pieces that arrived early."""
+    """An incomplete chunk: the file offset hashed so far (``at``), and later pieces."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, start: int) -> None:
         self.hasher = hashlib.sha256()
-        self.at = at
-        self.waiting: dict[int, bytes] = {}
-        self.busy = False
+        self.at = start
+        self.early_pieces: dict[int, bytes] = {}
+        self.is_hashing = False
 
 
 class ArtifactDraft:
-    """An artifact in progress: one large file and a few small ones. Created by ``draft``."""
+    """An unfinished artifact of one large file and a few small ones. ``draft`` creates it.
+
+    Args:
+        into: the folder that ``publish`` creates.
+        journal: file descriptor of the journal, opened for appending.
+        path: path of the large file in the artifact.
+        size: size of the large file in bytes.
+    """
 
     def __init__(self, into: Path, journal: int, path: str, size: int) -> None:
         self.into = into
-        self.folder = _part(into)
+        self.folder = _unfinished_folder(into)
         self._path, self._size, self._journal = path, size, journal
-        self._small: dict[str, bytes] = {}
-        self._held: set[str] = set()
+        self._small_files: dict[str, bytes] = {}
+        self._blocks: set[str] = set()
         self._hashes = ChunkHashes(size)
         self.files = self.folder / FILES
         target = self.files / path
@@ -146,67 +155,82 @@ class ArtifactDraft:
             raise
 
     def holds(self, block: str) -> bool:
-        """Return whether a block of this name is in the file."""
-        return block in self._held
+        """Return whether a block with this name has been written, in this or an earlier run."""
+        return block in self._blocks
 
     def write(self, block: str, pieces: Sequence[Piece]) -> None:
-        """Write a block's bytes at their offsets, hash them, and record the block in the journal.
+        """Write the pieces of a block, hash them, and record the block in the journal.
+
+        Args:
+            block: a name that is unique in the file.
+            pieces: the bytes of the block with their offsets in the large file.
 
         Raises:
             StoreUnavailable: the disk is full or failing.
-            ArtifactDamaged: a byte was written before.
+            ArtifactDamaged: a byte was written before, or is outside the file.
         """
-        noted = []
+        checksums = []
         with translated(self.folder, "write"):
-            for at, data in pieces:
-                _pwrite(self._file, at, data)
-                self._hashes.add(at, data)
-                noted.append((at, len(data), zlib.crc32(data)))
-            os.write(self._journal, (json.dumps([block, noted]) + "\n").encode())
-        self._held.add(block)
+            for start, data in pieces:
+                _pwrite(self._file, start, data)
+                self._hashes.add(start, data)
+                checksums.append((start, len(data), zlib.crc32(data)))
+            os.write(self._journal, (json.dumps([block, checksums]) + "\n").encode())
+        self._blocks.add(block)
 
     def resume(self, lines: list[bytes]) -> None:
-        """Restore the blocks in an interrupted run's journal whose bytes are intact."""
+        """Mark as written the blocks of an earlier run's journal whose bytes are intact.
+
+        Args:
+            lines: the lines of the journal, without the first.
+        """
         for line in lines:
             try:
-                block, noted = json.loads(line)
+                block, checksums = json.loads(line)
             except ValueError:
                 continue  # a run was killed while it wrote the line
-            pieces = [(at, pread(self._file, at, at + size)) for at, size, _ in noted]
-            if block not in self._held and all(
+            pieces = [
+                (start, pread(self._file, start, start + size)) for start, size, _ in checksums
+            ]
+            if block not in self._blocks and all(
                 len(data) == size and zlib.crc32(data) == checksum
-                for (_, data), (_, size, checksum) in zip(pieces, noted, strict=True)
+                for (_, data), (_, size, checksum) in zip(pieces, checksums, strict=True)
             ):
-                for at, data in pieces:
-                    self._hashes.add(at, memoryview(data))
-                self._held.add(block)
+                for start, data in pieces:
+                    self._hashes.add(start, memoryview(data))
+                self._blocks.add(block)
 
     def add(self, path: str, body: bytes) -> None:
-        """Add a small file next to the large one."""
-        self._small[path] = body
+        """Add a small file to the artifact; ``seal`` writes it.
+
+        Args:
+            path: path of the file in the artifact.
+            body: content of the file.
+        """
+        self._small_files[path] = body
 
     def seal(self) -> StoreManifest:
-        """Complete the files, which do not change from now on, and return their manifest.
+        """Write the small files, make all files read-only, and return their manifest.
 
         Raises:
-            ArtifactDamaged: a part of the large file was never written.
+            ArtifactDamaged: a byte of the large file was never written.
         """
         entries = [FileEntry(path=self._path, bytes=self._size, chunks=self._hashes.all())]
         with translated(self.folder, "write"):
-            for path, body in self._small.items():
+            for path, body in self._small_files.items():
                 (self.files / path).write_bytes(body)
                 pieces = range(0, len(body), CHUNK_BYTES)
-                chunks = tuple(sha256(body[at : at + CHUNK_BYTES]) for at in pieces)
+                chunks = tuple(sha256(body[start : start + CHUNK_BYTES]) for start in pieces)
                 entries.append(FileEntry(path=path, bytes=len(body), chunks=chunks))
             for entry in entries:
                 (self.files / entry.path).chmod(0o444)
         return StoreManifest.of(tuple(sorted(entries, key=lambda entry: entry.path)))
 
     def publish(self, manifest: StoreManifest) -> None:
-        """Move the complete result to its final name.
+        """Write the manifest and rename the unfinished folder to ``into``.
 
         Raises:
-            StoreRefused: another result was stored there during the run.
+            StoreRefused: ``into`` is no longer empty.
         """
         with translated(self.folder, "write"):
             (self.folder / MANIFEST).write_text(manifest.model_dump_json())
@@ -217,20 +241,23 @@ class ArtifactDraft:
                 raise translate(fault, self.into, "write") from fault
 
     def drop(self) -> None:
-        """Remove the remaining files after the store took the result."""
+        """Remove the unfinished folder. Call it after ``Store.take`` has moved the files."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Close the large file; its content is kept for the next run."""
+        """Close the large file without removing it, so that a later run can resume."""
         os.close(self._file)
 
 
 def finished(into: Path) -> StoreManifest:
-    """Read the manifest of a result and compare every chunk with the files.
+    """Verify every chunk of a published result, and return its manifest.
+
+    Args:
+        into: the folder that ``ArtifactDraft.publish`` created.
 
     Raises:
-        ArtifactMissing: there is no manifest, so the result does not exist.
-        ArtifactDamaged: a file differs from the manifest.
+        ArtifactMissing: there is no manifest, so no result was published.
+        ArtifactDamaged: the manifest cannot be read, or a file differs from it.
     """
     try:
         raw = read_bounded(into / MANIFEST, MAX_MANIFEST_BYTES)
@@ -242,101 +269,109 @@ def finished(into: Path) -> StoreManifest:
     files = into / FILES
     hashed_files = hashed(files, regular_files(files), manifest.chunk_bytes)
     actual, expected = (
-        {entry.path: entry for entry in these} for these in (hashed_files, manifest.files)
+        {entry.path: entry for entry in entries} for entries in (hashed_files, manifest.files)
     )
-    wrong = [path for path in sorted(actual | expected) if actual.get(path) != expected.get(path)]
-    if wrong or manifest.root != root_of(manifest.files, manifest.chunk_bytes):
+    paths = sorted(actual | expected)
+    differing = [path for path in paths if actual.get(path) != expected.get(path)]
+    if differing or manifest.root != root_of(manifest.files, manifest.chunk_bytes):
         raise ArtifactDamaged(
-            "result_damaged", folder=str(into), file=wrong[0] if wrong else MANIFEST
+            "result_damaged", folder=str(into), file=differing[0] if differing else MANIFEST
         )
     return manifest
 
 
 @contextmanager
 def draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDraft]:
-    """Start or resume an artifact that will be stored at ``into``.
+    """Start to write an artifact, or resume an earlier run that was interrupted.
 
     Args:
-        into: must not exist, or be an empty folder.
-        job: everything that decides its bytes; an unfinished result of another job is removed.
-        path: path of the large file.
-        size: size of the large file, in bytes.
+        into: folder of the finished artifact; must be empty or not exist.
+        job: everything that determines the content. Unfinished files of an earlier run are used
+            only if its ``job``, ``path`` and ``size`` were the same, and removed otherwise.
+        path: path of the large file in the artifact.
+        size: size of the large file in bytes.
 
     Raises:
-        StoreRefused: ``into`` is not empty, or another process is writing there.
-        SettingRefused, StoreUnavailable: the disk cannot store it.
+        StoreRefused: ``into`` is not empty, or another process is writing it.
+        SettingRefused, StoreUnavailable: the disk cannot store the files.
     """
-    head = json.dumps([digest(job), path, size]).encode()
-    noted = into.parent / f".{into.name}.journal"
+    header = json.dumps([digest(job), path, size]).encode()
+    journal_path = into.parent / f".{into.name}.journal"
     _collect_abandoned(into)
-    with _journal(into, noted) as journal:
+    with _journal(into, journal_path) as journal:
         try:
             must_be_free(into)
-            with translated(noted, "write"):
-                result = _begun(into, journal, head, path, size)
+            with translated(journal_path, "write"):
+                result = _start_or_resume(into, journal, header, path, size)
             try:
                 yield result
             finally:
                 result.close()
         finally:
-            if not _part(into).exists():  # published, moved into the store, or never started
-                noted.unlink(missing_ok=True)
+            # There is no unfinished folder after publish(), after drop(), or if the start failed.
+            if not _unfinished_folder(into).exists():
+                journal_path.unlink(missing_ok=True)
 
 
 def _collect_abandoned(into: Path) -> None:
-    """Remove old drafts next to ``into`` that no process has open or has continued recently.
+    """Remove unfinished files in the folder of ``into`` that no run will resume.
 
-    A recent one is kept, because the same command resumes it.
+    These are files that no process writes and that have not changed for a week
+    (``temporary.MAX_AGE_SECONDS``). Newer ones are kept, because a repeated command resumes them.
     """
     with suppress(OSError):
-        for noted in into.parent.glob(".*.journal"):
-            place = noted.with_name(noted.name.removeprefix(".").removesuffix(".journal"))
-            part = _part(place)
-            if place.name == into.name or not is_old(noted) or (part.exists() and not is_old(part)):
+        for journal_path in into.parent.glob(".*.journal"):
+            name = journal_path.name.removeprefix(".").removesuffix(".journal")
+            unfinished = _unfinished_folder(journal_path.with_name(name))
+            is_recent = not is_old(journal_path) or (unfinished.exists() and not is_old(unfinished))
+            if name == into.name or is_recent:
                 continue
-            with suppress(OSError), noted.open("rb") as journal:
+            with suppress(OSError), journal_path.open("rb") as journal:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _HEAD.match(journal.readline(MAX_HEAD_BYTES)):
-                    shutil.rmtree(part, ignore_errors=True)
-                    noted.unlink(missing_ok=True)
+                if _HEADER.match(journal.readline(MAX_HEADER_BYTES)):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    journal_path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _journal(into: Path, noted: Path) -> Iterator[int]:
-    """Open the journal of one result, locked for this process."""
-    with translated(noted, "write"):
+def _journal(into: Path, journal_path: Path) -> Iterator[int]:
+    """Open the journal, lock it for this process, and yield its file descriptor."""
+    with translated(journal_path, "write"):
         into.parent.mkdir(parents=True, exist_ok=True)
-        journal = os.open(noted, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        journal = os.open(journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The previous owner may have removed it between the two calls.
-            free = noted.exists() and os.fstat(journal).st_ino == noted.stat().st_ino
+            # Between open() and flock(), the previous owner may have removed the file.
+            inode = os.fstat(journal).st_ino
+            is_owner = journal_path.exists() and journal_path.stat().st_ino == inode
         except BlockingIOError:
-            free = False
-        if not free:
+            is_owner = False
+        if not is_owner:
             raise StoreRefused("output_in_use", folder=str(into))
         yield journal
     finally:
         os.close(journal)
 
 
-def _begun(into: Path, journal: int, head: bytes, path: str, size: int) -> ArtifactDraft:
-    """Return the draft of an interrupted run of the same job, or an empty one."""
-    written = pread(journal, 0, os.fstat(journal).st_size)
-    first, *lines = written.split(b"\n")
-    file = _part(into) / FILES / path
-    resumed = first == head and file.is_file() and file.stat().st_size == size
-    if not resumed:
-        shutil.rmtree(_part(into), ignore_errors=True)
+def _start_or_resume(
+    into: Path, journal: int, header: bytes, path: str, size: int
+) -> ArtifactDraft:
+    """Return the draft of an interrupted run whose journal has this header, or an empty draft."""
+    content = pread(journal, 0, os.fstat(journal).st_size)
+    first_line, *lines = content.split(b"\n")
+    file = _unfinished_folder(into) / FILES / path
+    is_resumed = first_line == header and file.is_file() and file.stat().st_size == size
+    if not is_resumed:
+        shutil.rmtree(_unfinished_folder(into), ignore_errors=True)
         os.ftruncate(journal, 0)
-        os.write(journal, head + b"\n")
+        os.write(journal, header + b"\n")
     else:
-        file.chmod(0o644)  # a run that was killed at its end had closed it
-        if not written.endswith(b"\n"):
-            os.write(journal, b"\n")  # end the incomplete line of a killed run
+        file.chmod(0o644)  # seal() of the earlier run may have made it read-only
+        if not content.endswith(b"\n"):
+            os.write(journal, b"\n")  # the kill left an incomplete line
     result = ArtifactDraft(into, journal, path, size)
-    if resumed:
+    if is_resumed:
         try:
             result.resume(lines)
         except BaseException:
@@ -345,15 +380,16 @@ def _begun(into: Path, journal: int, head: bytes, path: str, size: int) -> Artif
     return result
 
 
-def _part(into: Path) -> Path:
+def _unfinished_folder(into: Path) -> Path:
     return into.parent / f".{into.name}.part"
 
 
-def _pwrite(file: int, at: int, data: memoryview) -> None:
+def _pwrite(file: int, start: int, data: memoryview) -> None:
+    """Write all of ``data`` at an offset; one call of ``os.pwrite`` may write only a part."""
     while len(data):
-        done = os.pwrite(file, data, at)
-        at, data = at + done, data[done:]
+        written = os.pwrite(file, data, start)
+        start, data = start + written, data[written:]
 
 
-def _written_twice(at: int) -> ArtifactDamaged:
-    return ArtifactDamaged("draft_written_twice", start=at)
+def _written_twice(start: int) -> ArtifactDamaged:
+    return ArtifactDamaged("draft_written_twice", start=start)

@@ -1,7 +1,8 @@
-"""The object store in a local folder: S3's guarantees from temporary files, rename and link.
+"""The storage backend for a local folder, with the guarantees of S3.
 
-It uses system calls instead of fsspec's local file system, which has no exclusive create that is
-atomic with its content, and which exposes partly written files.
+Values are written to a temporary file, which is then renamed or hard-linked to its key. fsspec's
+local file system is not used: it exposes partly written files, and it cannot create a file with
+its content only if the name is free.
 """
 
 import errno
@@ -22,75 +23,86 @@ from infra.store.temporary import EARLIER_KEYS, collect, owned_name
 TEMPORARY = ".tmp"
 
 COLLECT_SECONDS = 60.0
-_collected: dict[Path, float] = {}
+"""Shortest time between two removals of killed runs' temporary files from one folder."""
+
+_last_collections: dict[Path, float] = {}
 
 
 class Folder:
-    """Keys are paths below one folder. No key is ever visible with a partly written file."""
+    """Stores keys as files below one folder; implements ``backend.Backend``.
+
+    Args:
+        root: the folder; created by the first write.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self.uri = "file://" + quote(str(root))
 
-    def in_place(self, key: str) -> Path | None:
-        """Return the local path of the files of a key prefix."""
+    def local_path(self, key: str) -> Path | None:
+        """Return the local path of a key or key prefix."""
         return self._root / key
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return every key that begins with ``prefix``, with its size in bytes."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         top = prefix.rpartition("/")[0]
         with translated(self._root / top, "list"):
-            self._walk(top, found)
-        return {key: size for key, size in found.items() if key.startswith(prefix)}
+            self._add_sizes(top, sizes)
+        return {key: size for key, size in sizes.items() if key.startswith(prefix)}
 
     def size(self, key: str) -> int | None:
-        """Return the size of a key in bytes; None if there is none, or it is no plain file."""
+        """Return the size of a key in bytes; None if it does not exist or is not a plain file."""
         with translated(self._root / key, "read"):
             try:
-                found = (self._root / key).lstat()
+                status = (self._root / key).lstat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        """Read bytes ``start`` to ``stop``; fewer if the file ends earlier."""
+        """Read bytes [start, stop) of a key, or fewer if the file ends earlier.
+
+        Raises:
+            ArtifactMissing: the key does not exist.
+            RecordRefused: the path is not a plain file.
+        """
         with translated(self._root / key, "read"):
-            # Not blocking: a pipe would wait for a writer.
+            # O_NONBLOCK: opening a pipe would otherwise wait for a writer.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             try:
                 file = os.open(self._root / key, flags)
             except OSError as fault:
-                if fault.errno in {errno.ELOOP, errno.ENXIO}:  # a link, a socket
-                    raise self._no_file(key) from fault
+                if fault.errno in {errno.ELOOP, errno.ENXIO}:  # a symlink or a socket
+                    raise self._not_a_file_error(key) from fault
                 raise
             try:
                 if not stat.S_ISREG(os.fstat(file).st_mode):
-                    raise self._no_file(key)
+                    raise self._not_a_file_error(key)
                 return pread(file, start, stop)
             finally:
                 os.close(file)
 
     def create(self, key: str, body: bytes) -> None:
-        """Write a new key; ``AlreadyThere`` if it exists."""
+        """Write a new key; raises ``AlreadyThere`` if it exists."""
         self.upload_new(key, len(body), (body,))
 
     def write(self, key: str, body: bytes) -> None:
-        """Write a key, replacing its content."""
+        """Write a key; an existing value is replaced."""
         path = self._root / key
         with self._written(path, (body,)) as temporary:
             try:
                 temporary.replace(path)
             except IsADirectoryError as fault:
-                raise self._no_file(key) from fault
+                raise self._not_a_file_error(key) from fault
 
     def move(self, file: Path, key: str) -> bool:
-        """Move a local file to a key without copying it, if it is on the same disk."""
+        """Move a local file to a key; returns False if it is on another disk."""
         path = self._root / key
         with translated(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                file.chmod(0o444)  # readers map it in place
+                file.chmod(0o444)  # readers memory-map stored files, so they must not change
                 file.rename(path)
             except OSError as fault:
                 if fault.errno == errno.EXDEV:
@@ -99,25 +111,25 @@ class Folder:
         return True
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a large file; if ``chunks`` raises, the key is unchanged."""
+        """Write or replace a key; if ``chunks`` raises, the key is unchanged."""
         path = self._root / key
         with self._written(path, chunks) as temporary:
             temporary.replace(path)
 
     def upload_new(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a new large file; ``AlreadyThere`` if its key exists."""
+        """Write a new key; raises ``AlreadyThere`` if it exists."""
         path = self._root / key
         with self._written(path, chunks) as temporary:
-            # rename would replace; link is the one call that fails if the name is taken.
+            # A rename would replace an existing file; os.link fails if the name is taken.
             try:
                 os.link(temporary, path)
             except FileExistsError as fault:
                 raise AlreadyThere("key_exists", place=str(path)) from fault
 
     def link(self, key: str, to: str) -> None:
-        """Make ``to`` a hard link to the file of ``key``, replacing any other file.
+        """Make the key ``to`` a hard link to the file of ``key``; replaces an existing file.
 
-        A file with as many links as the file system allows is copied.
+        The file is copied instead if it already has as many links as the file system allows.
         """
         source, target = self._root / key, self._root / to
         with translated(target, "write"):
@@ -135,17 +147,20 @@ class Folder:
                     temporary.chmod(0o444)
                 temporary.replace(target)
             finally:
-                # A rename to another link of the same file leaves both names.
+                # Needed after a rename too: if both names link to one file, rename does nothing.
                 temporary.unlink(missing_ok=True)
 
     @contextmanager
     def _written(self, path: Path, chunks: Iterable[bytes]) -> Iterator[Path]:
-        """Yield a complete temporary file on the same disk as ``path``; removed at the end."""
+        """Write the chunks to a temporary file, yield its path, and remove it after the block.
+
+        The file is on the same disk as ``path``, so the block can rename or link it to ``path``.
+        """
         with translated(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._temporary()
             try:
-                # Read-only from the start: readers map these files in place.
+                # Created read-only, because readers memory-map stored files.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 with os.fdopen(os.open(temporary, flags, 0o444), "wb") as file:
                     for chunk in chunks:
@@ -156,44 +171,45 @@ class Folder:
                     temporary.unlink(missing_ok=True)
 
     def _temporary(self) -> Path:
-        """Return the path of a new temporary file on the disk of the keys."""
+        """Return an unused path for a temporary file on the same disk as the keys."""
         temporary = self._root / TEMPORARY / owned_name("key", "tmp")
         temporary.parent.mkdir(exist_ok=True)
-        _collect_sometimes(temporary.parent)
+        _collect_if_due(temporary.parent)
         return temporary
 
-    def _no_file(self, key: str) -> RecordRefused:
+    def _not_a_file_error(self, key: str) -> RecordRefused:
         return RecordRefused("record_no_plain_file", place=str(self._root / key))
 
-    def _walk(self, top: str, found: dict[str, int]) -> None:
+    def _add_sizes(self, top: str, sizes: dict[str, int]) -> None:
+        """Add the size of every key below the folder ``top`` to ``sizes``."""
         try:
             entries = list(os.scandir(self._root / top))
         except (FileNotFoundError, NotADirectoryError):
-            return  # as in S3: an unused prefix has no keys
+            return  # as in S3, listing an unused prefix is no error
         for entry in entries:
             key = f"{top}/{entry.name}" if top else entry.name
             if key == TEMPORARY:
                 continue
             if entry.is_dir(follow_symlinks=False):
-                self._walk(key, found)
+                self._add_sizes(key, sizes)
             else:
                 with suppress(FileNotFoundError):  # deleted after the listing
-                    found[key] = entry.stat(follow_symlinks=False).st_size
+                    sizes[key] = entry.stat(follow_symlinks=False).st_size
 
 
-def _collect_sometimes(folder: Path) -> None:
-    """Remove temporary files of killed runs, at most once in ``COLLECT_SECONDS``."""
+def _collect_if_due(folder: Path) -> None:
+    """Remove temporary files of killed runs if the last removal is ``COLLECT_SECONDS`` ago."""
     now = time.monotonic()
-    if now - _collected.get(folder, -COLLECT_SECONDS) >= COLLECT_SECONDS:
-        _collected[folder] = now
+    if now - _last_collections.get(folder, -COLLECT_SECONDS) >= COLLECT_SECONDS:
+        _last_collections[folder] = now
         collect(folder, EARLIER_KEYS)
 
 
 def must_be_free(into: Path) -> None:
-    """Raise if a folder is not empty.
+    """Raise unless ``into`` is an empty folder or does not exist.
 
     Raises:
-        StoreRefused: it is not a folder, or not empty.
+        StoreRefused: ``into`` is not a folder, or is not empty.
     """
     if into.is_symlink() or (into.exists() and not into.is_dir()):
         raise StoreRefused("output_no_folder", path=str(into))

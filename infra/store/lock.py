@@ -1,4 +1,4 @@
-"""Locks between processes of one machine; a process that is killed releases them."""
+"""Locks between processes of one machine. The system releases those of a killed process."""
 
 import fcntl
 import hashlib
@@ -10,16 +10,16 @@ from typing import IO
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Hold the lock file ``path``, created with its folder if missing; it is never removed.
+    """Lock the file ``path`` exclusively for the duration of the block.
 
     Args:
-        path: the file.
-        waiting: called if another process holds the lock.
+        path: the lock file. It is created, with its folder, if missing, and never removed.
+        waiting: called once, before waiting, if another process holds the lock.
 
     Raises:
         OSError: the file cannot be created.
     """
-    with _opened(path) as file:
+    with _open_lock_file(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -30,28 +30,30 @@ def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator
 
 @contextmanager
 def locked_name(path: Path, name: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold one of many locks in one file: the byte that ``name`` is hashed to.
+    """Lock ``name`` exclusively for the duration of the block; one file contains many locks.
 
-    Processes exclude each other; threads of one process do not.
+    The lock is on the byte at the offset that ``name`` is hashed to. It excludes other processes,
+    but not other threads of this process.
 
     Args:
-        path: the file, created with its folder if missing.
+        path: the lock file, created with its folder if missing.
         name: the name of the lock.
-        waiting: called if another process holds the lock.
+        waiting: called once, before waiting, if another process holds the lock.
 
     Raises:
         OSError: the file cannot be created.
     """
-    byte = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
-    with _opened(path) as file:
+    offset = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+    with _open_lock_file(path) as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
         except OSError:
             waiting()
-            fcntl.lockf(file, fcntl.LOCK_EX, 1, byte)
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, offset)
         yield
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _open_lock_file(path: Path) -> IO[bytes]:
+    """Open a lock file, created with its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("ab")

@@ -1,11 +1,12 @@
-"""The manifest of an artifact: paths, sizes, chunk hashes and the root over them.
+"""The manifest of an artifact: paths, sizes and chunk hashes of its files, and its root hash.
 
-A hash per chunk instead of one per file lets several threads hash, send and verify a large file
-at once, and locates damage to one chunk instead of a file of many gigabytes.
+The root is a SHA-256 over all of these; it is the name of the artifact. One hash per chunk,
+instead of one per file, lets several threads hash, send and verify a large file at once. It also
+locates damage to one chunk instead of a file of many gigabytes.
 
-In version 2 a file is a blob named by its content, which all artifacts with this file share. In
-version 1 the files are next to the manifest; results of ``recpress tables quantize`` still are.
-The root is the same in both versions, so an artifact keeps its name.
+In version 2 each file is stored as a blob, named by a hash of its content and shared by all
+artifacts that contain the file. In version 1 the files are stored next to the manifest, as
+``recpress tables quantize`` still writes its results. The root is the same in both versions.
 """
 
 from typing import Annotated, Literal, Self
@@ -17,15 +18,15 @@ from compressors.contracts.value_errors import value_error
 
 CHUNK_BYTES = 8 * 2**20
 MAX_CHUNK_BYTES = 2**30
-MAX_MANIFEST_BYTES = 64 * 2**20  # 8 MiB chunks at 67 bytes a hash: 8 TB of model
+MAX_MANIFEST_BYTES = 64 * 2**20  # enough for 8 TB: 67 bytes of JSON per chunk of 8 MiB
 
 
 def plain_path(path: str) -> str:
-    """Return ``path`` if it is a relative posix path inside its folder.
+    """Return ``path`` if it is a relative path, with forward slashes, that stays in its folder.
 
     Raises:
-        ValueError: it is empty or absolute, has a ``.``, ``..`` or empty part, a backslash, or a
-            character that is not printable text.
+        ValueError: the path is empty or absolute; or it contains a ``.``, ``..`` or empty part, a
+            backslash, a control character or a character that UTF-8 cannot encode.
     """
     parts = path.split("/")
     if not path or any(part in {"", ".", ".."} for part in parts):
@@ -40,7 +41,7 @@ def plain_path(path: str) -> str:
 
 
 class FileEntry(Frozen):
-    """One file of an artifact: its path, its size, and the hash of each chunk in order."""
+    """One file of an artifact: its path, its size in bytes, and the hash of each chunk in order."""
 
     path: Annotated[str, AfterValidator(plain_path)]
     bytes: int = Field(ge=0)
@@ -48,9 +49,10 @@ class FileEntry(Frozen):
 
 
 class StoreManifest(Frozen):
-    """The files of an artifact, sorted by path. ``root``, its name, is a digest over the files.
+    """The files of an artifact, sorted by path.
 
-    ``blobs`` names the blob of each file, in the order of ``files``; it is empty in version 1.
+    ``root`` is the hash that names the artifact (``root_of``). ``blobs`` contains the name of each
+    file's blob, in the order of ``files``; it is empty in version 1.
     """
 
     schema_version: Literal[1, 2] = 1
@@ -61,21 +63,21 @@ class StoreManifest(Frozen):
 
     @classmethod
     def of(cls, files: tuple[FileEntry, ...]) -> Self:
-        """Build the manifest, version 1, of these files, split into chunks of ``CHUNK_BYTES``."""
+        """Build the version 1 manifest of these files, hashed in chunks of ``CHUNK_BYTES``."""
         return cls(files=files, chunk_bytes=CHUNK_BYTES, root=root_of(files, CHUNK_BYTES))
 
     def with_blobs(self) -> Self:
-        """Return version 2 of this manifest, which references the files' blobs."""
+        """Return this manifest in version 2, with the names of the files' blobs."""
         blobs = tuple(blob_of(entry, self.chunk_bytes) for entry in self.files)
         return self.model_copy(update={"schema_version": 2, "blobs": blobs})
 
     @property
     def bytes(self) -> int:
-        """Size of all files together."""
+        """Return the total size of all files in bytes."""
         return sum(entry.bytes for entry in self.files)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _check_consistency(self) -> Self:
         paths = [entry.path for entry in self.files]
         if paths != sorted(set(paths)):
             raise value_error("files_not_sorted")
@@ -83,13 +85,13 @@ class StoreManifest(Frozen):
         if both := sorted(folders.intersection(paths)):
             raise value_error("file_and_folder", path=both[0])
         for entry in self.files:
-            wanted = -(-entry.bytes // self.chunk_bytes)
-            if len(entry.chunks) != wanted:
+            expected = -(-entry.bytes // self.chunk_bytes)
+            if len(entry.chunks) != expected:
                 raise value_error(
                     "chunk_count_differs",
                     path=entry.path,
                     bytes=entry.bytes,
-                    expected=wanted,
+                    expected=expected,
                     got=len(entry.chunks),
                 )
         blobs = tuple(blob_of(entry, self.chunk_bytes) for entry in self.files)
@@ -109,4 +111,5 @@ def blob_of(entry: FileEntry, chunk_bytes: int) -> str:
 
 
 def _slashes(path: str) -> list[int]:
+    """Return the index of each slash in a path."""
     return [at for at, letter in enumerate(path) if letter == "/"]

@@ -4,13 +4,16 @@
 
     <root>/blobs/<sha256>                     a file, shared by all artifacts that have it
     <root>/artifacts/<sha256>/manifest.json   written last; without it the artifact does not exist
-    <root>/artifacts/<sha256>/files/...       in a folder: hard links to the blobs, to map in place
-    <root>/<key>                              small records: the ledger, reports
+    <root>/artifacts/<sha256>/files/...       only if root is a folder: hard links to the blobs
+    <root>/<key>                              small records, such as promotions and reports
 
-In artifacts with a manifest of version 1 the files below ``files`` are the only ones, in a bucket
-too. ``manifest.py`` defines the manifest, ``chunks.py`` reads and hashes files, ``place.py`` is the
-protocol of a place that stores keys, ``folder.py`` and ``s3.py`` are its two implementations, and
-``artifact_files.py`` writes and reads the files of artifacts.
+The hard links let readers memory-map the files of an artifact by path. An artifact whose manifest
+has version 1 has no blobs: in a folder and in a bucket, its only copy of each file is below
+``files``.
+
+``manifest.py`` defines the manifest, ``chunks.py`` reads and hashes files, ``backend.py`` is the
+protocol of a key-value storage backend, ``folder.py`` and ``s3.py`` are its two implementations,
+and ``artifact_files.py`` writes and reads the files of artifacts.
 """
 
 import re
@@ -39,10 +42,11 @@ from infra.store.artifact_files import (
     BLOBS,
     ArtifactFiles,
     add_files,
-    checked,
     files_below,
-    holds,
+    has_content,
+    read_with_retry,
 )
+from infra.store.backend import backend_for
 from infra.store.chunks import hard_links, hashed, regular_files
 from infra.store.disk import translate
 from infra.store.folder import TEMPORARY, must_be_free
@@ -54,121 +58,120 @@ from infra.store.manifest import (
     plain_path,
     root_of,
 )
-from infra.store.place import place_of
 from infra.store.temporary import drop_folder, folder_next_to
 
 __all__ = ["CHUNK_BYTES", "MAX_RECORD_BYTES", "FileEntry", "Store", "StoreManifest"]
 
 MAX_RECORD_BYTES = 16 * 2**20
 
-Checked = TypeVar("Checked")
+Content = TypeVar("Checked")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Store:
-    """Stores artifacts by content and small records by key, below one root.
+    """Stores artifacts under the hash of their content, and small records under keys.
 
     Args:
         root: a folder, ``file:///folder`` or ``s3://bucket/prefix``. No connection or folder is
             created before the first read or write.
-        setting: the source of ``root``, for the error message.
+        setting: name of the variable or option that contains ``root``, for the error message.
 
     Raises:
-        SettingRefused: ``root`` is none of these.
+        SettingRefused: ``root`` has none of these forms.
 
-    Every method that reaches the store may also raise ``StoreUnavailable`` (a retry may help)
-    or ``SettingRefused`` (credentials, bucket or permissions are wrong).
+    Every method that reads or writes may also raise ``StoreUnavailable`` (a retry may help) or
+    ``SettingRefused`` (credentials, bucket or permissions are wrong).
     """
 
     def __init__(self, root: str, setting: str = "RECPRESS_STORE") -> None:
-        self._place = place_of(root, setting)
-        self.root = self._place.uri
+        self._backend = backend_for(root, setting)
+        self.root = self._backend.uri
 
     def put(self, folder: Path) -> Artifact:
-        """Store every regular file below ``folder``, unless the store has the same content.
+        """Copy every file below ``folder`` to the store, unless the store has the same content.
 
         Returns:
-            The artifact, identified by its content.
+            The artifact that contains these files.
 
         Raises:
-            StoreRefused: the folder is missing or empty, or holds a symlink or a device.
-            ConcurrentChange: a file changed while it was being stored. Nothing was stored.
+            StoreRefused: the folder is missing or empty, or contains a symlink or a device.
+            ConcurrentChange: a file changed while it was being stored. No artifact was created.
         """
         manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
         return self._store(folder, manifest, move=False)
 
     def take(self, folder: Path, manifest: StoreManifest | None = None) -> Artifact:
-        """Store files that nothing else uses.
+        """Store the files of ``folder`` and give them up: the caller must not use them afterwards.
 
-        If the store is on the same disk, they are moved instead of copied; ``folder`` is emptied.
+        If the store is a folder on the same disk, the files are moved; otherwise they are copied.
 
         Args:
-            folder: the folder of the files.
-            manifest: their hashes, as ``Draft.seal`` returns them; None to compute them.
+            folder: the folder that contains the files.
+            manifest: their hashes, as ``ArtifactDraft.seal`` returns them; None to compute them.
 
         Raises:
-            StoreRefused, ConcurrentChange: as ``put``. Nothing was stored.
+            StoreRefused, ConcurrentChange: as ``put``.
         """
         if manifest is None:
             manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
         return self._store(folder, manifest, move=True)
 
     def take_derived(self, folder: Path, parent: Artifact, parent_folder: Path) -> Artifact:
-        """Store files of which some are hard links to files of another artifact, as ``take``.
+        """Store files as ``take``, without hashing those that are hard links into ``parent``.
 
-        The linked files are not read: their hashes are in the manifest of the other artifact.
+        The hashes of the linked files are in the manifest of ``parent``.
 
         Args:
-            folder: the folder of the files.
-            parent: the other artifact.
-            parent_folder: its files, as ``local`` returned them.
+            folder: the folder that contains the files.
+            parent: the artifact that some files link to.
+            parent_folder: the folder that ``local`` returned for ``parent``.
 
         Raises:
             StoreRefused, ConcurrentChange: as ``put``.
-            ArtifactMissing, ArtifactDamaged: as ``manifest``, for the other artifact.
+            ArtifactMissing, ArtifactDamaged: as ``manifest``, for ``parent``.
         """
-        known = self.manifest(parent)
+        parent_manifest = self.manifest(parent)
         linked: dict[str, FileEntry] = {}
-        if known.chunk_bytes == CHUNK_BYTES:
-            linked = hard_links(folder, parent_folder, {one.path: one for one in known.files})
+        if parent_manifest.chunk_bytes == CHUNK_BYTES:
+            parent_entries = {entry.path: entry for entry in parent_manifest.files}
+            linked = hard_links(folder, parent_folder, parent_entries)
         files = regular_files(folder)
-        entries = hashed(folder, [item for item in files if item[0] not in linked])
-        entries += tuple(one.model_copy(update={"path": path}) for path, one in linked.items())
+        entries = hashed(folder, [file for file in files if file[0] not in linked])
+        entries += tuple(entry.model_copy(update={"path": path}) for path, entry in linked.items())
         manifest = StoreManifest.of(tuple(sorted(entries, key=lambda entry: entry.path)))
         return self._store(folder, manifest, move=True)
 
     def _store(self, folder: Path, manifest: StoreManifest, *, move: bool) -> Artifact:
-        if found := self.find(manifest.root):
-            return found
+        if stored := self.find(manifest.root):
+            return stored
         manifest = manifest.with_blobs()
-        add_files(self._place, folder, manifest, move=move)
-        # If another writer has stored the same content, the result is the same.
-        with suppress(AlreadyThere):
+        add_files(self._backend, folder, manifest, move=move)
+        with suppress(AlreadyThere):  # another writer has stored the same content
             key = f"artifacts/{manifest.root}/manifest.json"
-            self._place.create(key, manifest.model_dump_json().encode())
-        return self._named(manifest)
+            self._backend.create(key, manifest.model_dump_json().encode())
+        return self._artifact_of(manifest)
 
     def find(self, sha256: str) -> Artifact | None:
-        """Return the artifact of this name; None if it does not exist or is incomplete."""
+        """Return the artifact whose name is this hash; None if it is missing or incomplete."""
         try:
-            return self._named(self._manifest(sha256))
+            return self._artifact_of(self._manifest(sha256))
         except ArtifactMissing:
             return None
 
     def artifact(self, uri: str) -> Artifact:
-        """Return the artifact of this store that a URI refers to.
+        """Return the artifact of this store whose hash is in ``uri``.
 
-        Only the hash is used, not the root in the URI: a store may have been moved, and contents
-        are verified against the hash. Nothing outside this store is read.
+        The root in the URI is ignored, because the store may have been moved and the hash is
+        enough to verify the content. Nothing outside this store is read.
 
         Raises:
-            ArtifactMissing: there is no complete artifact under this name.
+            ArtifactMissing: this store has no complete artifact with this hash.
             StoreRefused: the URI is not of the form ``[<root>/]artifacts/<sha256>``.
         """
-        name = _name_in(uri)
+        name = _name_from_uri(uri)
         try:
-            return self._named(self._manifest(name))
+            return self._artifact_of(self._manifest(name))
         except ArtifactMissing as fault:
             if uri.startswith((f"{self.root}/", "artifacts/")):
                 raise
@@ -184,41 +187,42 @@ class Store:
         """Return the full URI of one file of an artifact in this store.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``; also there is no such file in it.
+            ArtifactMissing, ArtifactDamaged: as ``manifest``, or the artifact has no such file.
         """
         manifest = self.manifest(artifact)
-        entry = _entry(artifact, manifest, path)
-        in_place = self._in_place(manifest) is not None
-        files = ArtifactFiles(self._place, manifest, in_place=in_place)
+        entry = _find_entry(artifact, manifest, path)
+        use_links = self._links_folder(manifest) is not None
+        files = ArtifactFiles(self._backend, manifest, use_links=use_links)
         return f"{self.root}/{files.key(entry)}"
 
     def reference(self, artifact: Artifact) -> str:
-        """Return the reference to record outside the store: a full URI only for a bucket.
+        """Return the URI that other systems, such as the registry, record for an artifact.
 
-        A folder may be moved or mounted elsewhere, together with the records that refer to it.
+        For a bucket it is the full URI. For a folder it is relative to the root, because the
+        folder may be moved together with the records that refer to it.
         """
         return artifact.uri if self.folder is not None else self.uri_of(artifact)
 
     def scratch(self, cache: Path) -> Path:
-        """Return a folder for temporary files on the disk of the folders of ``local``.
+        """Return a folder for temporary files, on the same disk as the folders of ``local``.
 
-        Files in it can be hard links to files of artifacts.
+        So a file in it can be a hard link to a file of an artifact.
         """
         return cache if self.folder is None else self.folder / TEMPORARY
 
     @property
     def folder(self) -> Path | None:
-        """Return the folder of this store, if it is on this machine."""
-        return self._place.in_place("")
+        """The local folder that is the root of this store; None for a bucket."""
+        return self._backend.local_path("")
 
     def manifest(self, artifact: Artifact) -> StoreManifest:
-        """Read the manifest of an artifact, verified against its name.
+        """Read the manifest of an artifact and verify that it matches the artifact's hash.
 
         Raises:
-            ArtifactMissing: it has no manifest, so it does not exist.
-            ArtifactDamaged: the manifest does not match the artifact's name.
+            ArtifactMissing: the artifact has no manifest, so it does not exist.
+            ArtifactDamaged: the manifest matches neither the hash nor the size of the artifact.
         """
-        if _name_in(artifact.uri) != artifact.sha256:
+        if _name_from_uri(artifact.uri) != artifact.sha256:
             raise ArtifactDamaged("artifact_names_differ", uri=artifact.uri, sha256=artifact.sha256)
         manifest = self._manifest(artifact.sha256)
         if manifest.bytes != artifact.bytes:
@@ -231,20 +235,23 @@ class Store:
         return manifest
 
     def get(self, artifact: Artifact, into: Path) -> Path:
-        """Copy an artifact's files to a folder, every chunk verified. All or nothing.
+        """Copy an artifact's files to a folder and verify every chunk; all files or none.
 
         Args:
             artifact: the artifact to copy.
-            into: must not exist, or be an empty folder.
+            into: a folder that is empty or does not exist yet.
+
+        Returns:
+            ``into``.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``; also a file or chunk is damaged.
+            ArtifactMissing, ArtifactDamaged: as ``manifest``, or a file is missing or damaged.
             StoreRefused: ``into`` is not empty.
         """
         must_be_free(into)
         manifest = self.manifest(artifact)
         with folder_next_to(into) as partial:
-            ArtifactFiles(self._place, manifest).copy(partial)
+            ArtifactFiles(self._backend, manifest).copy(partial)
             try:
                 partial.rename(into)  # replaces an empty folder, fails on any other
             except OSError as fault:
@@ -253,108 +260,120 @@ class Store:
         return into
 
     def local(self, artifact: Artifact, cache: Path) -> Path:
-        """Return a verified local folder to memory-map; treat it as read-only.
+        """Return a local folder with the verified files of an artifact; callers must not write it.
 
-        For a folder store that is the folder of the artifact's links. For S3, and for a folder
-        that was copied from a bucket, it is a copy at ``cache/<sha256>``, verified on every call
-        and fetched again if it is damaged.
+        If the store is a folder, it is the artifact's folder of hard links. If that does not exist
+        (a bucket, or a folder that was copied from a bucket), it is a copy at ``cache/<sha256>``:
+        every call verifies the copy and fetches it again if it is damaged.
+
+        Raises:
+            ArtifactMissing, ArtifactDamaged: as ``get``.
+            ConcurrentChange: other processes keep changing the copy.
         """
         manifest = self.manifest(artifact)
-        place = self._in_place(manifest)
-        if place is not None:
-            ArtifactFiles(self._place, manifest, in_place=True).verify()
-            return place
-        kept = cache / artifact.sha256
+        folder = self._links_folder(manifest)
+        if folder is not None:
+            ArtifactFiles(self._backend, manifest, use_links=True).verify()
+            return folder
+        cached_copy = cache / artifact.sha256
         for _ in range(2):
-            if _is_intact(kept, manifest):
-                return kept
-            drop_folder(kept)
+            if _is_intact(cached_copy, manifest):
+                return cached_copy
+            drop_folder(cached_copy)
             try:
-                return self.get(artifact, kept)
+                return self.get(artifact, cached_copy)
             except Refused:
-                if not kept.exists():
+                if not cached_copy.exists():
                     raise  # otherwise another process created the copy: verify it
-        raise ConcurrentChange("cache_changing", path=str(kept))
+        raise ConcurrentChange("cache_changing", path=str(cached_copy))
 
     def file(self, artifact: Artifact, path: str) -> bytes:
-        """Read one small file of an artifact, with its chunks verified; at most a manifest's size.
+        """Read and verify one file of an artifact of at most ``MAX_MANIFEST_BYTES``.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``; also there is no such file in it.
+            ArtifactMissing, ArtifactDamaged: as ``manifest``; or the artifact has no such file, or
+                the file is larger or damaged.
         """
         manifest = self.manifest(artifact)
-        entry = _entry(artifact, manifest, path)
+        entry = _find_entry(artifact, manifest, path)
         if entry.bytes > MAX_MANIFEST_BYTES:
             raise ArtifactMissing("artifact_file_large", uri=artifact.uri, path=path)
-        return b"".join(ArtifactFiles(self._place, manifest).chunks((entry,)))
+        return b"".join(ArtifactFiles(self._backend, manifest).chunks((entry,)))
 
     def chunks(self, artifact: Artifact, path: str) -> Iterator[bytes]:
-        """Yield the chunks of one file of an artifact in order, each verified.
+        """Yield the verified chunks of one file of an artifact in order. The file has any size.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``file``, for any size.
+            ArtifactMissing, ArtifactDamaged: as ``manifest``; or the artifact has no such file, or
+                the file is damaged.
         """
         manifest = self.manifest(artifact)
-        entry = _entry(artifact, manifest, path)
-        return ArtifactFiles(self._place, manifest).chunks((entry,))
+        entry = _find_entry(artifact, manifest, path)
+        return ArtifactFiles(self._backend, manifest).chunks((entry,))
 
     def create(self, key: str, body: bytes) -> None:
-        """Write a small record unless its key exists; atomic with its content.
+        """Write a new small record; readers see either no record or the complete one.
 
         Raises:
-            AlreadyThere: the key exists, also if another process has just created it.
+            AlreadyThere: the key exists. Of several concurrent calls exactly one succeeds.
+            StoreRefused: the key is invalid or reserved, or the record exceeds 16 MiB.
         """
-        self._place.create(_record_key(key, body), body)
+        self._backend.create(_validate_record(key, body), body)
 
     def read(self, key: str) -> bytes:
-        """Read a small record (up to 16 MiB).
+        """Read a small record.
 
         Raises:
-            ArtifactMissing: there is no such key.
+            ArtifactMissing: the key does not exist.
+            RecordRefused: the value exceeds 16 MiB or is not a plain file.
         """
-        return self._whole(_checked_key(key), MAX_RECORD_BYTES)
+        return self._read_bounded(_validate_key(key), MAX_RECORD_BYTES)
 
     def write(self, key: str, body: bytes) -> None:
-        """Write or replace a small record; readers receive the old one or the new one."""
-        self._place.write(_record_key(key, body), body)
+        """Write or replace a small record; readers receive the old or the new one, complete."""
+        self._backend.write(_validate_record(key, body), body)
 
     def keys(self, prefix: str) -> tuple[str, ...]:
         """List every key that begins with ``prefix``, relative to the root, sorted."""
         return tuple(sorted(self.sizes(prefix)))
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Return the keys of ``keys`` with their sizes in bytes, unsorted."""
+        """Return the size in bytes of every key that begins with ``prefix``, unsorted."""
         if prefix:
-            _checked_key(prefix.rstrip("/"))
-        return self._place.sizes(prefix)
+            _validate_key(prefix.rstrip("/"))
+        return self._backend.sizes(prefix)
 
-    def checked(self, read: Callable[[], Checked]) -> Checked:
-        """Read verified content; retry once if a bucket's response does not verify.
+    def checked(self, read: Callable[[], Content]) -> Content:
+        """Call ``read``; if the store is a bucket, retry once after ``ArtifactDamaged``.
+
+        A byte that changed in transit is correct in the second response.
 
         Args:
-            read: reads and verifies; raises ``ArtifactDamaged``.
+            read: reads and verifies content; raises ``ArtifactDamaged``.
         """
-        return checked(self._place, read)
+        return read_with_retry(self._backend, read)
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write a file of any size to a key; if ``chunks`` raises, the key is unchanged."""
-        self._place.upload(_record_key(key, b""), size, chunks)
+        self._backend.upload(_validate_record(key, b""), size, chunks)
 
     def holds(self, key: str, entry: FileEntry, chunk_bytes: int = CHUNK_BYTES) -> bool:
-        """Return whether a key has exactly the bytes of this file; reads all of them."""
-        return holds(self._place, _checked_key(key), entry, chunk_bytes)
+        """Return whether the value of a key is exactly this file; reads and hashes all of it."""
+        return has_content(self._backend, _validate_key(key), entry, chunk_bytes)
 
-    def _in_place(self, manifest: StoreManifest) -> Path | None:
-        """Return the folder in which readers open an artifact's files; None if there is none."""
-        folder = self._place.in_place(files_below(manifest.root).rstrip("/"))
-        has_links = manifest.schema_version == 1 or (folder is not None and folder.exists())
-        return folder if has_links else None
+    def _links_folder(self, manifest: StoreManifest) -> Path | None:
+        """Return the local folder with an artifact's files by path; None if there is none."""
+        folder = self._backend.local_path(files_below(manifest.root).rstrip("/"))
+        is_used = manifest.schema_version == 1 or (folder is not None and folder.exists())
+        return folder if is_used else None
 
-    def _named(self, manifest: StoreManifest) -> Artifact:
+    def _artifact_of(self, manifest: StoreManifest) -> Artifact:
+        """Return the artifact that a manifest describes, with a URI relative to the root."""
         uri = f"artifacts/{manifest.root}"
         return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes)
 
     def _manifest(self, name: str) -> StoreManifest:
+        """Read and verify the manifest of an artifact by its hash."""
         if not _SHA256.fullmatch(name):
             raise StoreRefused("artifact_name_form", got=short(name))
         return self.checked(lambda: self._read_manifest(name))
@@ -362,7 +381,7 @@ class Store:
     def _read_manifest(self, name: str) -> StoreManifest:
         uri = f"{self.root}/artifacts/{name}"
         try:
-            body = self._whole(f"artifacts/{name}/manifest.json", MAX_MANIFEST_BYTES)
+            body = self._read_bounded(f"artifacts/{name}/manifest.json", MAX_MANIFEST_BYTES)
         except ArtifactMissing as fault:
             raise ArtifactMissing("artifact_missing", uri=uri) from fault
         try:
@@ -378,40 +397,45 @@ class Store:
             raise ArtifactDamaged("manifest_changed", uri=uri)
         return manifest
 
-    def _whole(self, key: str, limit: int) -> bytes:
-        body = self._place.read(key, 0, limit + 1)
+    def _read_bounded(self, key: str, limit: int) -> bytes:
+        """Read the value of a key; raise ``RecordRefused`` if it exceeds ``limit`` bytes."""
+        body = self._backend.read(key, 0, limit + 1)
         if len(body) > limit:
             raise RecordRefused("record_too_large", place=f"{self.root}/{key}", most_bytes=limit)
         return body
 
 
-def _name_in(uri: str) -> str:
+def _name_from_uri(uri: str) -> str:
+    """Return the hash in an artifact's URI; raise ``StoreRefused`` if there is none."""
     name = artifact_name(uri)
     if name is None:
         raise StoreRefused("artifact_uri_form", got=shown(uri))
     return name
 
 
-def _entry(artifact: Artifact, manifest: StoreManifest, path: str) -> FileEntry:
+def _find_entry(artifact: Artifact, manifest: StoreManifest, path: str) -> FileEntry:
+    """Return the manifest's entry of a path; raise ``ArtifactMissing`` if there is none."""
     entry = next((entry for entry in manifest.files if entry.path == path), None)
     if entry is None:
         raise ArtifactMissing("artifact_file_missing", uri=artifact.uri, path=path)
     return entry
 
 
-def _checked_key(key: str) -> str:
+def _validate_key(key: str) -> str:
+    """Return ``key`` if it is a plain relative path; raise ``StoreRefused`` otherwise."""
     try:
         return plain_path(key)
     except ValueError as fault:
         raise StoreRefused("key_form", problem=str(fault)) from fault
 
 
-def _record_key(key: str, body: bytes) -> str:
+def _validate_record(key: str, body: bytes) -> str:
+    """Return the key of a record to write; raise ``StoreRefused`` if it cannot be written."""
     if key.partition("/")[0] in {"artifacts", BLOBS, TEMPORARY}:
         raise StoreRefused("key_reserved", key=key)
     if len(body) > MAX_RECORD_BYTES:
         raise StoreRefused("record_too_large", key=key, size=len(body), most_bytes=MAX_RECORD_BYTES)
-    return _checked_key(key)
+    return _validate_key(key)
 
 
 def _is_intact(folder: Path, manifest: StoreManifest) -> bool:

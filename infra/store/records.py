@@ -1,8 +1,8 @@
-"""Small JSON records with a seal, so that a reader detects damage.
+"""Small JSON records with a checksum, so that a reader detects damage.
 
-A record is one JSON object. Its last line, the seal, is the SHA-256 of all bytes before that
-line, as in a bundle's ``model.json``. A seal detects damage; it is not a signature. So a record
-contains references only, and its reader compares the referenced content with the record's key.
+A record is one JSON object. Its last field, the seal, is the SHA-256 of all bytes before the last
+line. The seal detects damage but is not a signature: anyone can compute it. So a record contains
+only references to artifacts, and the reader checks that each artifact belongs to the record's key.
 """
 
 import hashlib
@@ -22,30 +22,34 @@ def seal_record(fields: Mapping[str, Any]) -> bytes:
     """Encode a record with its seal.
 
     Args:
-        fields: plain values; at least one.
+        fields: at least one field; all values can be encoded as JSON.
     """
     body = json.dumps(fields, indent=1).removesuffix("\n}").encode() + b",\n"
     return body + _seal_line(body)
 
 
 def is_sealed(body: bytes) -> bool:
-    """Return whether the last line of a record is the seal over all bytes before it."""
+    """Return whether the last field of a record is the SHA-256 of all bytes before it."""
     size = len(_seal_line(b""))
     return body[-size:] == _seal_line(body[:-size])
 
 
 def read_record(store: Store, key: str) -> tuple[dict[str, Any], bool]:
-    """Read the fields of a record, and whether its seal was verified.
+    """Read a record.
 
-    Records of version 0.1.0 have no seal. A caller that accepts them compares their fields.
+    Records of version 0.1.0 have no seal. A caller that accepts them must verify their fields
+    otherwise.
+
+    Returns:
+        The fields without the seal, and whether the record has a seal that matches.
 
     Raises:
-        ArtifactMissing: there is no such record.
-        RecordRefused: it is damaged: not a plain file, too large, or not one plain JSON object.
+        ArtifactMissing: the record does not exist.
+        RecordRefused: it is not a plain file, is too large, or is not one plain JSON object.
     """
     body = store.read(key)
     if store.folder is None and not is_sealed(body):
-        body = store.read(key)  # a byte may have changed in transit from a bucket
+        body = store.read(key)  # retry once: a byte may have changed in transit from the bucket
     try:
         fields = decode(body, Path(key))
     except BundleRefused as fault:
@@ -60,4 +64,5 @@ def read_record(store: Store, key: str) -> tuple[dict[str, Any], bool]:
 
 
 def _seal_line(body: bytes) -> bytes:
+    """Return the last field and the closing bracket of a record whose other bytes are ``body``."""
     return f' "{SEAL}": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()

@@ -1,7 +1,8 @@
-"""The object store in an S3 bucket, over s3fs. Endpoint and credentials are the AWS_* variables.
+"""The storage backend for an S3 bucket, through s3fs.
 
-s3fs is used as a client (its retries, sessions and credentials), not through its file objects:
-those commit a partly written file when an exception leaves their block, and they cache listings.
+Endpoint and credentials are read from the ``AWS_*`` variables. Requests are sent with the client
+of s3fs, which handles retries, sessions and credentials. Its file objects are not used: they store
+a partly written file if an exception is raised in their ``with`` block, and they cache listings.
 """
 
 import logging
@@ -29,82 +30,93 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-MAX_PARTS = 9_000  # S3 allows 10,000
+MAX_PARTS = 9_000
+"""Most parts of one multipart upload; S3 allows 10,000."""
 
-# An outage must be reported within seconds; tasks retry in addition.
+# Small, because an outage must be reported within seconds. Tasks retry in addition.
 CONNECT_SECONDS = 3
 READ_SECONDS = 20
 ATTEMPTS = 3
 
 CLIENT_SECONDS = 60.0
-"""How long a client is used for new stores: another program may renew credentials in a file."""
+"""After this time a new client reads the credentials again: another program may renew them."""
 
-_PASSING = {
+_TEMPORARY = {
     "BadDigest",
     "ConditionalRequestConflict",
     "IncompleteBody",
-    "NoSuchUpload",  # ours completed but the response was lost, or its name was damaged
+    "NoSuchUpload",  # the upload completed but the response was lost, or its ID was damaged
     "OperationAborted",
     "RequestTimeout",
     "SlowDown",
     "XAmzContentSHA256Mismatch",
 }
+"""Error codes of S3 after which the same request may succeed."""
 _PARSERS = {"botocore.parsers", "aiobotocore.parsers"}
 _MISSING = {"NoSuchBucket", "NoSuchKey"}
-_BY_STATUS = {401, 403, 412, 416}
+_KNOWN_STATUS = {401, 403, 412, 416}
 _CREDENTIALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 
 
 class Bucket:
-    """Keys below one prefix of one bucket."""
+    """Stores keys as objects below one prefix of a bucket; implements ``backend.Backend``.
+
+    Args:
+        bucket: the name of the bucket.
+        prefix: prefix of all keys, without slashes at its ends; may be empty.
+    """
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
-    def in_place(self, key: str) -> Path | None:
-        """Return None: a bucket has no local folder."""
+    def local_path(self, key: str) -> Path | None:
+        """Return None, because objects are not local files."""
         return None
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return every key that begins with ``prefix``, with its size in bytes."""
-        found: dict[str, int] = {}
-        more: dict[str, str] = {}
+        sizes: dict[str, int] = {}
+        continuation: dict[str, str] = {}
         while True:
-            page = self._call("list_objects_v2", prefix, Prefix=self._prefix + prefix, **more)
+            page = self._call(
+                "list_objects_v2", prefix, Prefix=self._prefix + prefix, **continuation
+            )
             for entry in page.get("Contents", ()):
-                if not entry["Key"].endswith("/"):  # some servers list folders as well
-                    found[entry["Key"].removeprefix(self._prefix)] = entry["Size"]
+                if not entry["Key"].endswith("/"):  # some servers list folders as keys too
+                    sizes[entry["Key"].removeprefix(self._prefix)] = entry["Size"]
             if not page.get("IsTruncated"):
-                return found
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+                return sizes
+            continuation = {"ContinuationToken": page["NextContinuationToken"]}
 
     def size(self, key: str) -> int | None:
-        """Return the size of a key in bytes; None if there is none."""
+        """Return the size of a key in bytes; None if it does not exist."""
         return self.sizes(key).get(key)
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        """Read bytes ``start`` to ``stop``; fewer if the object ends earlier."""
+        """Read bytes [start, stop) of a key, or fewer if the object ends earlier."""
         from fsspec.asyn import sync
 
         def send() -> bytes:
             try:
-                return bytes(sync(self._files.loop, self._ranged, key, start, stop))
-            except _foreign() as fault:
-                if _code_and_status(fault)[1] == 416:
+                return bytes(sync(self._files.loop, self._read_range, key, start, stop))
+            except _client_errors() as fault:
+                if _code_and_status(fault)[1] == 416:  # the object ends before ``start``
                     return b""
                 raise
 
-        return self._with_retries(send, key, lambda fault: _broke_off(fault) or _is_strange(fault))
+        return self._with_retries(
+            send, key, lambda fault: _is_truncated(fault) or _is_unknown_code(fault)
+        )
 
     def create(self, key: str, body: bytes) -> None:
-        """Write a new key; ``AlreadyThere`` if it exists."""
+        """Write a new key; raises ``AlreadyThere`` if it exists."""
         for attempt in range(ATTEMPTS):
             try:
                 self._call("put_object", key, Key=self._prefix + key, Body=body, IfNoneMatch="*")
             except StoreOutage as fault:
-                # S3 returns this during another create of the key; the client should retry.
+                # S3 returns this while another client creates the key, and asks for a retry.
                 if fault.code != "create_conflict" or attempt + 1 == ATTEMPTS:
                     raise
                 time.sleep(0.1 * 2**attempt)
@@ -112,25 +124,25 @@ class Bucket:
                 return
 
     def write(self, key: str, body: bytes) -> None:
-        """Write a key, replacing its content."""
+        """Write a key; an existing value is replaced."""
         self._call("put_object", key, Key=self._prefix + key, Body=body)
 
     def move(self, file: Path, key: str) -> bool:
-        """Return False: a local file cannot be moved into a bucket."""
+        """Return False, because a local file cannot be moved into a bucket."""
         return False
 
     def link(self, key: str, to: str) -> None:
-        """Do nothing: no reader opens files of a bucket in place."""
+        """Do nothing, because a bucket has no hard links and no reader needs them."""
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a large object; if ``chunks`` raises, the key is unchanged."""
+        """Write or replace a key of ``size`` bytes; if ``chunks`` raises, the key is unchanged."""
         if size <= CHUNK_BYTES:
             self.write(key, b"".join(chunks))
         else:
             self._upload_parts(key, size, chunks, {})
 
     def upload_new(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a new large object; ``AlreadyThere`` if its key exists."""
+        """Write a new key of ``size`` bytes; raises ``AlreadyThere`` if it exists."""
         if size <= CHUNK_BYTES:
             self.create(key, b"".join(chunks))
         else:
@@ -139,23 +151,31 @@ class Bucket:
     def _upload_parts(
         self, key: str, size: int, chunks: Iterable[bytes], condition: dict[str, str]
     ) -> None:
-        per_part = max(1, -(-size // (CHUNK_BYTES * MAX_PARTS)))
-        where: dict[str, Any] = {"Key": self._prefix + key}
-        where["UploadId"] = self._call("create_multipart_upload", key, **where)["UploadId"]
+        """Write a key in a multipart upload.
+
+        Args:
+            key: the key.
+            size: total size of the chunks in bytes.
+            chunks: the content, in order.
+            condition: parameters of the completing request, such as ``IfNoneMatch``.
+        """
+        chunks_per_part = max(1, -(-size // (CHUNK_BYTES * MAX_PARTS)))
+        upload: dict[str, Any] = {"Key": self._prefix + key}
+        upload["UploadId"] = self._call("create_multipart_upload", key, **upload)["UploadId"]
 
         def send(part: tuple[int, bytes]) -> dict[str, Any]:
             number, body = part
-            sent = self._call("upload_part", key, PartNumber=number, Body=body, **where)
+            sent = self._call("upload_part", key, PartNumber=number, Body=body, **upload)
             return {"PartNumber": number, "ETag": sent["ETag"]}
 
         try:
-            parts = list(in_order(send, enumerate(_grouped(chunks, per_part), start=1)))
-            whole = {"MultipartUpload": {"Parts": parts}, **where, **condition}
+            parts = list(in_order(send, enumerate(_group(chunks, chunks_per_part), start=1)))
+            whole = {"MultipartUpload": {"Parts": parts}, **upload, **condition}
             self._call("complete_multipart_upload", key, **whole)
         except BaseException:
-            # Parts of an open upload are invisible but are billed.
+            # Parts of an open upload are invisible but cost money.
             try:
-                self._call("abort_multipart_upload", key, **where)
+                self._call("abort_multipart_upload", key, **upload)
             except (InfraError, Refused) as fault:
                 log.warning("The unfinished upload of %s/%s remains: %s", self.uri, key, fault)
             raise
@@ -166,42 +186,50 @@ class Bucket:
         return _client(environment, os.getpid(), time.monotonic() // CLIENT_SECONDS)
 
     def _call(self, method: str, name: str, **request: Any) -> Any:
+        """Send a request to the bucket; ``name`` is the key for error messages."""
+
         def send() -> Any:
             return self._files.call_s3(method, Bucket=self._bucket, **request)
 
-        return self._with_retries(send, name, _is_strange)
+        return self._with_retries(send, name, _is_unknown_code)
 
     def _with_retries(
         self, send: Callable[[], Result], name: str, is_retried: Callable[[BaseException], bool]
     ) -> Result:
-        """Send a request, and retry it after faults that botocore does not retry."""
-        tried = 0
+        """Send a request and retry it after errors that botocore does not retry.
+
+        Args:
+            send: sends the request.
+            name: the key, for error messages.
+            is_retried: whether to retry after an exception.
+        """
+        attempts = 0
         while True:
-            tried += 1
+            attempts += 1
             try:
                 return send()
-            except _foreign() as fault:
-                if tried == ATTEMPTS or not is_retried(fault):
+            except _client_errors() as fault:
+                if attempts == ATTEMPTS or not is_retried(fault):
                     raise self._translate(fault, name) from None
 
-    async def _ranged(self, key: str, start: int, stop: int) -> Any:
-        answer = await self._files._call_s3(
+    async def _read_range(self, key: str, start: int, stop: int) -> Any:
+        response = await self._files._call_s3(
             "get_object",
             Bucket=self._bucket,
             Key=self._prefix + key,
             Range=f"bytes={start}-{stop - 1}",
         )
-        body = answer["Body"]
+        body = response["Body"]
         try:
             return await body.read()
         finally:
             body.close()
 
     def _translate(self, fault: BaseException, name: str) -> Refused | InfraError:
-        """Translate an error response or a missing one; the class shows whether a retry helps.
+        """Return the project's error to raise for an error response or a missing response.
 
-        The store's message is omitted: some servers quote the request in it, and a request contains
-        an access key. For the same reason its exception is not the cause of ours.
+        The server's message is omitted, because some servers quote the request in it and a request
+        contains an access key. For the same reason ``fault`` must not become the ``__cause__``.
         """
         code, status = _code_and_status(fault)
         at = f"{self.uri}/{name}"
@@ -213,7 +241,7 @@ class Bucket:
             return ArtifactMissing("file_missing", path=at)
         if code == "ConditionalRequestConflict":
             return StoreOutage("create_conflict", place=at)
-        if code in _PASSING or status >= 500:
+        if code in _TEMPORARY or status >= 500:
             return StoreOutage("store_failed", place=at, problem=code or str(status))
         if code in _CREDENTIALS or status in {401, 403} or _lacks_credentials(fault):
             return SettingRefused(
@@ -224,17 +252,22 @@ class Bucket:
             )
         if _is_unreadable(fault) or (status == 404 and _is_from_s3(fault)):
             return StoreUnavailable("store_answer_unreadable", place=at)
-        if 300 <= status < 500 or not _is_silence(fault):
+        if 300 <= status < 500 or not _is_connection_error(fault):
             return SettingRefused("store_unusable", place=at, problem=code or type(fault).__name__)
         return StoreOutage("store_no_answer", place=at, problem=type(fault).__name__)
 
 
 @lru_cache(maxsize=1)
 def _client(environment: tuple[tuple[str, str], ...], process: int, period: float) -> Any:  # noqa: ARG001
-    """Return the client of all stores of this process, for an unchanged environment.
+    """Return the client that all stores of this process share.
 
-    A new client takes tens of milliseconds and a new connection, and a flow opens its store
-    hundreds of times.
+    A new client takes tens of milliseconds and opens a new connection, and a flow opens its store
+    hundreds of times. The arguments are only a cache key: a change of any of them creates a client.
+
+    Args:
+        environment: all environment variables, because some contain the credentials.
+        process: the PID, because a client cannot be used after a fork.
+        period: number of the current period of ``CLIENT_SECONDS``.
     """
     import s3fs
 
@@ -248,11 +281,12 @@ def _client(environment: tuple[tuple[str, str], ...], process: int, period: floa
             "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
         },
     )
-    files.retries = 1  # botocore already retries; the product of both would be minutes
+    files.retries = 1  # botocore retries too; both together would take minutes
     return files
 
 
-def _grouped(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
+def _group(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
+    """Join every ``count`` chunks into one."""
     group: list[bytes] = []
     for chunk in chunks:
         group.append(chunk)
@@ -263,8 +297,11 @@ def _grouped(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
         yield b"".join(group)
 
 
-def _foreign() -> tuple[type[Exception], ...]:
-    """Return the exception classes of s3fs and its libraries; any other is a fault of ours."""
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Return the exception classes by which s3fs and its libraries report a failed request.
+
+    An exception of any other class is a programming error and is not caught.
+    """
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
@@ -273,8 +310,8 @@ def _foreign() -> tuple[type[Exception], ...]:
     return (*known, ResponseParserError)
 
 
-def _is_silence(fault: BaseException) -> bool:
-    """Return whether a request received no complete response; False for an invalid request."""
+def _is_connection_error(fault: BaseException) -> bool:
+    """Return whether the request received no complete response, so that a retry may help."""
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import ConnectionError as Unconnected
     from botocore.exceptions import HTTPClientError
@@ -283,13 +320,16 @@ def _is_silence(fault: BaseException) -> bool:
 
 
 def _is_unreadable(fault: BaseException) -> bool:
-    """Return whether a response could not be parsed, as opposed to an invalid address."""
+    """Return whether the exception is from botocore's parser of responses.
+
+    botocore raises the same classes for an invalid address, so the traceback decides.
+    """
     frames = traceback.walk_tb(fault.__traceback__)
     return any(frame.f_globals.get("__name__") in _PARSERS for frame, _ in frames)
 
 
-def _response(fault: BaseException | None) -> Mapping[str, Any]:
-    """Return the store's response as botocore parsed it; empty if there was none."""
+def _find_response(fault: BaseException | None) -> Mapping[str, Any]:
+    """Return the error response that botocore parsed; empty if there was no response."""
     from botocore.exceptions import ClientError
 
     while fault is not None:
@@ -302,31 +342,32 @@ def _response(fault: BaseException | None) -> Mapping[str, Any]:
 
 def _code_and_status(fault: BaseException) -> tuple[str, int]:
     """Return error code and HTTP status of the response; ``("", 0)`` if there was none."""
-    found = _response(fault)
-    status = found.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return str(found.get("Error", {}).get("Code", "")), int(status)
+    response = _find_response(fault)
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return str(response.get("Error", {}).get("Code", "")), int(status)
 
 
 def _is_from_s3(fault: BaseException) -> bool:
-    """Return whether the response is from a server that numbers its responses as S3 does.
+    """Return whether the response has the request ID that S3 servers send.
 
-    Its 404 has one of few codes; with any other code the text was damaged in transit.
+    Such a server sends 404 only with a few known codes. With any other code, the text of the
+    response was damaged in transit.
     """
-    headers = _response(fault).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    headers = _find_response(fault).get("ResponseMetadata", {}).get("HTTPHeaders", {})
     return "x-amz-request-id" in headers
 
 
-def _is_strange(fault: BaseException) -> bool:
-    """Return whether an error has an unknown code, so it may have been damaged in transit.
+def _is_unknown_code(fault: BaseException) -> bool:
+    """Return whether an error response has an unknown code, perhaps damaged in transit.
 
-    botocore does not retry such a request. A server that is not S3 repeats its response.
+    botocore does not retry such a request. If the server is not S3, the retry gets the same code.
     """
     code, status = _code_and_status(fault)
-    known = code in _PASSING | _MISSING | _CREDENTIALS or status in _BY_STATUS
+    known = code in _TEMPORARY | _MISSING | _CREDENTIALS or status in _KNOWN_STATUS
     return 400 <= status < 500 and not known
 
 
-def _broke_off(fault: BaseException) -> bool:
+def _is_truncated(fault: BaseException) -> bool:
     """Return whether the response body ended early, which botocore does not retry."""
     from aiohttp import ClientPayloadError
     from botocore.exceptions import IncompleteReadError, ResponseStreamingError
@@ -335,6 +376,7 @@ def _broke_off(fault: BaseException) -> bool:
 
 
 def _lacks_credentials(fault: BaseException) -> bool:
+    """Return whether no usable credentials were found."""
     from botocore.exceptions import (
         CredentialRetrievalError,
         NoCredentialsError,

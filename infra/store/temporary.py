@@ -1,12 +1,14 @@
-"""Temporary files and folders named after their process, so those of killed runs are removed.
+"""Temporary files and folders whose names contain the process that created them.
 
-A name ends in ``.<machine>-<pid>-<start>-<random>.<ending>``. ``machine`` identifies one boot of
-one host and one PID namespace, so a process of another container or host on a shared file system is
-never mistaken for a dead one of this host. ``start`` is the start time of the process, so a later
-process with the same PID is not mistaken for the owner.
+A later run can therefore remove those of a killed run. A name ends in
+``.<machine>-<pid>-<start>-<random>.<ending>``:
 
-``collect`` removes files of a dead process of this machine immediately, and files of another
-machine or an earlier version after ``MAX_AGE_SECONDS``.
+- ``machine`` identifies a boot of a host and a PID namespace. Two containers or hosts that share a
+  file system differ in it, so neither removes files of the other's running processes.
+- ``start`` is the process's start time, so a later process with the same PID is not the owner.
+
+``collect`` removes files of a process of this machine that has ended, and files of another machine
+or of version 0.1.0 that have not changed for ``MAX_AGE_SECONDS``.
 """
 
 import hashlib
@@ -28,13 +30,13 @@ from infra.store.disk import translate
 log = logging.getLogger(__name__)
 
 MAX_AGE_SECONDS = 7 * 86_400
-"""After this time without a change a file of another machine counts as left by a killed run."""
+"""``collect`` removes a file of another machine after this time without a change."""
 
 MAX_STEM_BYTES = 120
 
 _OWNED = re.compile(r".*\.(?P<machine>[0-9a-f]{12})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.\w+")
 
-# Names of version 0.1.0, which do not contain their owner.
+# Names that version 0.1.0 gave to temporary files. They do not contain the process.
 EARLIER_SIBLINGS = re.compile(r"\..+\.[0-9a-f]{32}\.(part|damaged)")
 EARLIER_KEYS = re.compile(r"[0-9a-f]{32}")
 _EARLIER_SCRATCH = re.compile(r"recpress-(pack|items|demo)-[a-z0-9_]{8}")
@@ -44,23 +46,23 @@ def owned_name(stem: str, ending: str) -> str:
     """Return a unique file name that identifies this process as the owner.
 
     Args:
-        stem: the beginning of the name; shortened to what every file system can store.
-        ending: the kind of file, such as ``part``; letters only.
+        stem: the beginning of the name, truncated to ``MAX_STEM_BYTES``.
+        ending: the file extension without the dot, such as ``part``; letters only.
     """
     short = stem.encode()[:MAX_STEM_BYTES].decode(errors="ignore")
-    owner = f"{_machine()}-{os.getpid()}-{_start(os.getpid())}"
+    owner = f"{_machine_id()}-{os.getpid()}-{_start_time(os.getpid())}"
     return f"{short}.{owner}-{uuid.uuid4().hex[:8]}.{ending}"
 
 
 def collect(folder: Path, earlier: re.Pattern[str]) -> int:
-    """Remove temporary files and folders of killed runs directly in ``folder``.
+    """Remove the temporary files and folders of killed runs from ``folder``.
 
-    Files with other names are never removed. A file that cannot be removed is skipped, since the
-    caller's work does not depend on it.
+    Only names as ``owned_name`` returns them and names that match ``earlier`` are considered. A
+    file that cannot be removed is skipped, since the caller does not depend on the removal.
 
     Args:
         folder: the folder to search, without its subfolders.
-        earlier: names of an earlier version's temporary files.
+        earlier: pattern of the names that version 0.1.0 gave to temporary files in this folder.
 
     Returns:
         Number of removed files and folders.
@@ -84,14 +86,16 @@ def collect(folder: Path, earlier: re.Pattern[str]) -> int:
 
 @contextmanager
 def scratch_folder(purpose: str, within: Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder for intermediate files, removed at the end or by a later run.
+    """Yield an empty folder for intermediate files and remove it at the end of the block.
+
+    If this process is killed, a later run removes the folder.
 
     Args:
-        purpose: part of the name, for people.
-        within: the folder to create it in; by default the one for temporary files.
+        purpose: a word for the folder's name, so that people recognize it.
+        within: the parent folder; None for the system's folder for temporary files.
 
     Raises:
-        SettingRefused, StoreUnavailable: there is no usable temporary folder.
+        SettingRefused, StoreUnavailable: the folder cannot be created.
     """
     try:
         base = Path(tempfile.gettempdir()) if within is None else within
@@ -111,13 +115,15 @@ def scratch_folder(purpose: str, within: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def folder_next_to(into: Path) -> Iterator[Path]:
-    """Yield a temporary folder on the disk of ``into``, to be renamed to it; else removed.
+    """Yield a temporary folder on the disk of ``into``, which the block renames to ``into``.
+
+    If the block raises, the temporary folder is removed, with each parent folder created for it.
 
     Raises:
-        SettingRefused, StoreUnavailable: it cannot be created.
+        SettingRefused, StoreUnavailable: the temporary folder cannot be created.
     """
     into = into.absolute()
-    missing = [parent for parent in into.parents if not parent.exists()]
+    missing_parents = [parent for parent in into.parents if not parent.exists()]
     collect(into.parent, EARLIER_SIBLINGS)
     partial = into.parent / owned_name(f".{into.name}", "part")
     try:
@@ -128,33 +134,36 @@ def folder_next_to(into: Path) -> Iterator[Path]:
         yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in missing:  # innermost first
+        for parent in missing_parents:  # innermost first
             with suppress(OSError):
                 parent.rmdir()
         raise
 
 
 def drop_folder(folder: Path) -> None:
-    """Remove a folder, renamed first so that no reader finds it partly removed.
+    """Remove a folder, if it exists. It is renamed first, so no reader opens half of it.
 
     Raises:
         SettingRefused, StoreUnavailable: it cannot be renamed.
     """
-    aside = folder.with_name(owned_name(f".{folder.name}", "damaged"))
+    renamed = folder.with_name(owned_name(f".{folder.name}", "damaged"))
     try:
-        folder.rename(aside)
+        folder.rename(renamed)
     except FileNotFoundError:
         return
     except OSError as fault:
         raise translate(fault, folder, "write") from fault
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def last_change(path: Path) -> float:
-    """Return the last change of a file, or of any file in a folder, in seconds of the epoch.
+    """Return when a file, or the newest file in a folder, was last modified.
+
+    Returns:
+        Seconds since the epoch.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the path cannot be read.
     """
     newest = path.lstat().st_mtime
     if path.is_dir() and not path.is_symlink():
@@ -166,7 +175,7 @@ def last_change(path: Path) -> float:
 
 
 def is_old(path: Path) -> bool:
-    """Return whether a path is unchanged for ``MAX_AGE_SECONDS``; False if unknown."""
+    """Return whether a path has not changed for ``MAX_AGE_SECONDS``; False if unreadable."""
     try:
         return last_change(path) < time.time() - MAX_AGE_SECONDS
     except OSError:
@@ -174,30 +183,36 @@ def is_old(path: Path) -> bool:
 
 
 def _is_abandoned(entry: os.DirEntry[str], earlier: re.Pattern[str]) -> bool:
-    owned = _OWNED.fullmatch(entry.name)
-    if owned is not None and owned["machine"] == _machine():
-        return not _is_running(int(owned["pid"]), int(owned["start"]))
-    known = owned is not None or earlier.fullmatch(entry.name) is not None
-    return known and is_old(Path(entry.path))
+    """Return whether an entry is a temporary file that no running process owns."""
+    owner = _OWNED.fullmatch(entry.name)
+    if owner is not None and owner["machine"] == _machine_id():
+        return not _is_running(int(owner["pid"]), int(owner["start"]))
+    is_temporary = owner is not None or earlier.fullmatch(entry.name) is not None
+    return is_temporary and is_old(Path(entry.path))
 
 
 def _is_running(pid: int, start: int) -> bool:
+    """Return whether the process with this PID and start time runs on this machine."""
     if pid == os.getpid():
-        return start == _start(pid)
+        return start == _start_time(pid)
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # the process belongs to another user
-    # 0: unknown, because /proc hides it or does not exist. It counts as running.
-    return _start(pid) in {0, start}
+    # A process with an unknown start time (0) counts as running, so its files are kept.
+    return _start_time(pid) in {0, start}
 
 
-def _start(pid: int) -> int:
-    """Return a process's start in clock ticks since boot; -1 for a zombie, 0 if unknown."""
+def _start_time(pid: int) -> int:
+    """Return a process's start in clock ticks since boot.
+
+    -1 stands for a process that has ended (a zombie), 0 for unknown: ``/proc`` is missing or does
+    not show the process.
+    """
     try:
-        # The name in brackets may contain spaces and brackets.
+        # Split after the last bracket: the process name, in brackets, may contain spaces.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return 0
@@ -205,7 +220,7 @@ def _start(pid: int) -> int:
 
 
 @cache
-def _machine() -> str:
+def _machine_id() -> str:
     """Return twelve hex digits that identify this boot, host and PID namespace."""
     parts = [os.uname().nodename]
     with suppress(OSError):

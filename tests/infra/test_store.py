@@ -116,7 +116,7 @@ def test_a_damaged_file_is_not_copied(stored, big_folder):
 
 def test_the_same_content_is_stored_once_under_the_same_name(stored, folder, tmp_path):
     first = stored.store.put(folder)
-    stored.store._place.upload = None  # a second upload would fail
+    stored.store._backend.upload = None  # a second upload would fail
     again = stored.store.put(make_copy(folder, tmp_path / "copy"))
     assert again == first
     assert stored.store.find(first.sha256) == first
@@ -337,7 +337,7 @@ def test_a_put_cut_short_does_not_exist_until_a_second_put_completes_it(
     stored, big_folder, tmp_path, monkeypatch
 ):
     uploaded = []
-    upload = stored.store._place.upload_new
+    upload = stored.store._backend.upload_new
 
     def dies_in_the_middle(key, size, chunks):
         def some():
@@ -348,7 +348,7 @@ def test_a_put_cut_short_does_not_exist_until_a_second_put_completes_it(
         uploaded.append(key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stored.store._place, "upload_new", dies_in_the_middle)
+        patch.setattr(stored.store._backend, "upload_new", dies_in_the_middle)
         with pytest.raises(KeyboardInterrupt):
             stored.store.put(big_folder)
     name = name_of(big_folder)
@@ -501,7 +501,7 @@ def test_a_root_has_one_spelling(tmp_path, monkeypatch):
     odd = tmp_path / "my store %20#"
     assert Store("x/../store").root == f"file://{tmp_path}/store"
     assert Store(Store(str(odd)).root).root == Store(str(odd)).root
-    assert Store(Store(str(odd)).root)._place.in_place("k") == odd / "k"
+    assert Store(Store(str(odd)).root)._backend.local_path("k") == odd / "k"
     assert Store("s3://bucket/a/b/").root == "s3://bucket/a/b"
     assert Store("s3://bucket/").root == "s3://bucket"
 

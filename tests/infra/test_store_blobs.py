@@ -48,7 +48,7 @@ def take(stored: Stored, folder: Path) -> Artifact:
 def count_written(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of all files that are written to the store from now on, except manifests."""
     sizes: list[int] = []
-    place = stored.store._place
+    place = stored.store._backend
 
     def counted(write: Any) -> Any:
         def write_and_count(key: str, size: int, chunks: Any) -> None:
@@ -156,7 +156,7 @@ def test_manifest_that_references_a_blob_of_another_file_is_damage(stored, folde
 
 def test_blob_is_written_before_the_manifest_that_references_it(stored, folder, monkeypatch):
     created: list[str] = []
-    place = stored.store._place
+    place = stored.store._backend
     create, upload = place.create, place.upload_new
     monkeypatch.setattr(place, "create", lambda key, body: (created.append(key), create(key, body)))
     monkeypatch.setattr(
@@ -172,7 +172,7 @@ def test_blob_is_written_before_the_manifest_that_references_it(stored, folder, 
 
 def test_large_file_is_created_only_if_its_key_is_new(stored):
     pieces = [bytes([number]) * CHUNK_BYTES for number in range(3)]
-    place = stored.store._place
+    place = stored.store._backend
     place.upload_new("large", 3 * CHUNK_BYTES, iter(pieces))
     with pytest.raises(AlreadyThere):
         place.upload_new("large", 3 * CHUNK_BYTES, iter(reversed(pieces)))
@@ -245,7 +245,7 @@ def test_file_that_is_a_link_to_its_blob_is_not_read_again(folder, tmp_path, mon
     (source / "table").hardlink_to(tmp_path / "store" / blob_key(stored, first, LARGE))
     (source / "model.json").write_text("[1]")
     manifest = StoreManifest.of(hashed(source, regular_files(source)))
-    monkeypatch.setattr("infra.store.artifact_files.holds", None)
+    monkeypatch.setattr("infra.store.artifact_files.has_content", None)
     second = stored.store.take(source, manifest)
     assert contents(stored.store.get(second, tmp_path / "out"))["model.json"] == b"[1]"
 

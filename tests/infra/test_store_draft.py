@@ -55,8 +55,8 @@ def test_places_beyond_32_bits_are_counted_in_their_own_chunk():
         hashes.add(at, memoryview(bytes([1] * 8)))
     with raises_code(ArtifactDamaged, "draft_incomplete", start=0):
         hashes.all()
-    assert sorted(hashes._open) == [2, 4]
-    assert hashes._done == {8: sha256(bytes([1] * 8))}
+    assert sorted(hashes._open_chunks) == [2, 4]
+    assert hashes._chunk_hashes == {8: sha256(bytes([1] * 8))}
 
 
 def test_large_pieces_of_two_threads_in_one_chunk_do_not_mix():
@@ -231,7 +231,7 @@ def test_the_store_takes_what_was_hashed_without_reading_it(
     store = Store(str(tmp_path / "store"))
     monkeypatch.setattr(store_draft, "hashed", None)
     monkeypatch.setattr("infra.store.object_store.hashed", None)
-    monkeypatch.setattr("infra.store.artifact_files.checked_chunks", None)
+    monkeypatch.setattr("infra.store.artifact_files.verified_chunks", None)
     with draft(tmp_path / "work", "job", "data", len(BODY)) as made:
         fill(made)
         manifest = made.seal()

@@ -1,4 +1,4 @@
-"""Temporary files of killed runs are removed by the next run; those of live runs never are."""
+"""Removal of temporary files: those of killed runs are removed, those of running ones are kept."""
 
 import os
 import re
@@ -18,14 +18,14 @@ from infra.store.draft import draft
 from infra.store.object_store import Store
 from infra.store.temporary import MAX_AGE_SECONDS, collect, owned_name, scratch_folder
 
-NONE = re.compile(r"(?!)")
+NO_EARLIER_NAMES = re.compile(r"(?!)")
 ROOT = Path(__file__).parents[2]
 
-# Each writes in the folder argv[1], says so, and waits to be killed while the file is unfinished.
-WRITERS = {
+# Code of processes that start to write below ``top`` and call ``wait()`` with an unfinished file.
+WRITER_CODE = {
     "store key": """
 from infra.store.object_store import Store
-Store(str(top / "store"))._place.upload("models/1", 5, chunks())
+Store(str(top / "store"))._backend.upload("models/1", 5, chunks())
 """,
     "fetched folder": """
 from infra.store.object_store import Store
@@ -47,12 +47,12 @@ with scratch_folder("pack") as folder:
 }
 
 
-def repeat(what: str, top: Path) -> None:
-    """What the next run of the same command does."""
-    store_folder._collected.clear()
-    if what == "store key":
+def run_same_command_again(kind: str, top: Path) -> None:
+    """Do what the next run of the same command does, including the removal of old files."""
+    store_folder._last_collections.clear()
+    if kind == "store key":
         Store(str(top / "store")).write("models/2", b"x")
-    elif what == "fetched folder":
+    elif kind == "fetched folder":
         store = Store(str(top / "store"))
         store.get(store.put(top / "model"), top / f"fetched {time.monotonic_ns()}")
     else:
@@ -61,8 +61,8 @@ def repeat(what: str, top: Path) -> None:
 
 
 @contextmanager
-def writer(what: str, top: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in the middle of writing."""
+def running_writer(kind: str, top: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process of ``WRITER_CODE`` and yield it while its file is unfinished."""
     code = f"""
 import sys, time
 from pathlib import Path
@@ -73,91 +73,94 @@ def wait():
 def chunks():
     yield b"half"
     wait()
-{WRITERS[what]}"""
+{WRITER_CODE[kind]}"""
     environment = {**os.environ, "TMPDIR": str(top / "tmp")}
     with subprocess.Popen([sys.executable, "-c", code, str(top)], cwd=ROOT, env=environment) as run:
-        until = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while not (top / "ready").exists():
-            assert run.poll() is None, "it ended before it wrote anything"
-            assert time.monotonic() < until
+            assert run.poll() is None, "the process ended before it wrote anything"
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         (top / "ready").unlink()
         yield run
         run.kill()
 
 
-def leftovers(top: Path) -> list[str]:
+def temporary_names(top: Path) -> list[str]:
+    """Return the names of all temporary files below ``top``."""
     return sorted(p.name for p in top.rglob("*") if temporary._OWNED.fullmatch(p.name))
 
 
 @pytest.fixture
 def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder whose subfolder ``tmp`` is the system's folder for temporary files."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     return tmp_path
 
 
-@pytest.mark.parametrize("what", list(WRITERS))
-def test_the_next_run_removes_what_a_killed_run_left_and_nothing_of_a_live_one(
-    what: str, top: Path
+@pytest.mark.parametrize("kind", list(WRITER_CODE))
+def test_next_run_removes_files_of_a_killed_process_and_keeps_those_of_a_running_one(
+    kind: str, top: Path
 ) -> None:
-    with writer(what, top) as live:
-        with writer(what, top) as killed:
-            assert len(leftovers(top)) == 2
+    with running_writer(kind, top) as running:
+        with running_writer(kind, top) as killed:
+            assert len(temporary_names(top)) == 2
             killed.send_signal(signal.SIGKILL)
             killed.wait()
-        repeat(what, top)
-        (left,) = leftovers(top)
-        assert f"-{live.pid}-" in left
-        live.kill()
-        live.wait()
-    repeat(what, top)
-    assert leftovers(top) == []
+        run_same_command_again(kind, top)
+        (left,) = temporary_names(top)
+        assert f"-{running.pid}-" in left
+        running.kill()
+        running.wait()
+    run_same_command_again(kind, top)
+    assert temporary_names(top) == []
 
 
-def test_a_zombie_no_longer_owns_anything(tmp_path: Path) -> None:
+def test_zombie_process_does_not_count_as_running(tmp_path: Path) -> None:
     run = subprocess.Popen([sys.executable, "-c", "pass"])
     try:
-        os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT)  # it ended and is not reaped
-        assert temporary._start(run.pid) == -1
+        os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT)  # WNOWAIT keeps the zombie
+        assert temporary._start_time(run.pid) == -1
         assert not temporary._is_running(run.pid, 1)
     finally:
         run.wait()
 
 
-def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> None:
-    own = owned_name("key", "tmp")
-    start = temporary._start(os.getpid())
-    earlier = own.replace(f"-{start}-", f"-{start - 1}-")
-    for name in (own, earlier):
+def test_file_of_an_earlier_process_with_the_same_pid_is_removed(tmp_path: Path) -> None:
+    current_name = owned_name("key", "tmp")
+    start = temporary._start_time(os.getpid())
+    earlier_name = current_name.replace(f"-{start}-", f"-{start - 1}-")
+    for name in (current_name, earlier_name):
         (tmp_path / name).touch()
-    assert collect(tmp_path, NONE) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [own]
+    assert collect(tmp_path, NO_EARLIER_NAMES) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [current_name]
 
 
-def of_another_machine(monkeypatch: pytest.MonkeyPatch) -> str:
+def name_from_another_machine(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the name of a temporary file that another machine would create."""
     with monkeypatch.context() as patch:
-        patch.setattr(temporary, "_machine", lambda: "0123456789ab")
+        patch.setattr(temporary, "_machine_id", lambda: "0123456789ab")
         return owned_name(".out", "part")
 
 
-def test_a_file_of_another_machine_is_removed_only_after_the_age_limit(
+def test_folder_of_another_machine_is_removed_after_the_age_limit_of_all_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / of_another_machine(monkeypatch)
+    folder = tmp_path / name_from_another_machine(monkeypatch)
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "growing").touch()
     old = time.time() - MAX_AGE_SECONDS - 60
     for path in (folder, folder / "deep"):
         os.utime(path, (old, old))
-    assert collect(tmp_path, NONE) == 0, "a file deep inside still grows"
+    assert collect(tmp_path, NO_EARLIER_NAMES) == 0, "a file in a subfolder changed recently"
     for path in (folder / "deep" / "growing", folder / "deep", folder):
         os.utime(path, (old, old))
-    assert collect(tmp_path, NONE) == 1
+    assert collect(tmp_path, NO_EARLIER_NAMES) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_names_are_never_touched_however_old(tmp_path: Path) -> None:
+def test_old_files_with_names_of_no_temporary_file_are_kept(tmp_path: Path) -> None:
     names = [
         ".out.part",
         "a" * 32,
@@ -175,35 +178,35 @@ def test_other_names_are_never_touched_however_old(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
-def test_names_of_an_earlier_version_are_removed_after_the_age_limit(tmp_path: Path) -> None:
-    young, old = tmp_path / f".out.{'a' * 32}.part", tmp_path / f".out.{'b' * 32}.part"
-    for folder in (young, old):
+def test_temporary_folders_of_version_0_1_0_are_removed_after_the_age_limit(tmp_path: Path) -> None:
+    recent, old = tmp_path / f".out.{'a' * 32}.part", tmp_path / f".out.{'b' * 32}.part"
+    for folder in (recent, old):
         folder.mkdir()
     long_ago = time.time() - MAX_AGE_SECONDS - 60
     os.utime(old, (long_ago, long_ago))
     assert collect(tmp_path, temporary.EARLIER_SIBLINGS) == 1
-    assert list(tmp_path.iterdir()) == [young]
+    assert list(tmp_path.iterdir()) == [recent]
 
 
-def test_a_link_is_removed_and_not_what_it_points_to(
+def test_collect_removes_a_symlink_and_keeps_its_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "f").touch()
-    start = temporary._start(os.getpid())
+    start = temporary._start_time(os.getpid())
     link = tmp_path / owned_name("x", "tmp").replace(f"-{start}-", "-1-")
     link.symlink_to(tmp_path / "kept")
-    assert collect(tmp_path, NONE) == 1
+    assert collect(tmp_path, NO_EARLIER_NAMES) == 1
     assert (tmp_path / "kept" / "f").exists()
 
 
-def test_a_long_name_leaves_room_for_the_owner(tmp_path: Path) -> None:
+def test_owned_name_of_a_long_stem_is_a_valid_file_name(tmp_path: Path) -> None:
     name = owned_name("ü" * 250, "part")
     assert len(name.encode()) < 200
     (tmp_path / name).mkdir()
 
 
-def test_a_scratch_folder_is_private_and_removed_after_an_error(top: Path) -> None:
+def test_scratch_folder_is_private_and_removed_after_an_error(top: Path) -> None:
     def fails() -> None:
         with scratch_folder("pack") as folder:
             assert folder.stat().st_mode & 0o077 == 0
@@ -214,55 +217,61 @@ def test_a_scratch_folder_is_private_and_removed_after_an_error(top: Path) -> No
     assert list((top / "tmp").iterdir()) == []
 
 
-# --- drafts: a killed run can be continued, so only old drafts are removed --------------------
+# --- Drafts: a repeated command resumes a killed run, so only old drafts are removed ----------
 
 
-def abandoned(into: Path, days: float) -> None:
-    """What a killed run of ``tables quantize`` leaves, this long ago."""
-    with draft(into, "job", "data", 5) as begun:
-        begun.write("0", [(0, memoryview(b"12345"))])
-    then = time.time() - days * 86_400
-    part = into.with_name(f".{into.name}.part")
-    for path in (*part.rglob("*"), part, into.with_name(f".{into.name}.journal")):
-        os.utime(path, (then, then))
+def leave_unfinished_draft(into: Path, days: float) -> None:
+    """Create the files of a killed run of ``tables quantize`` that changed ``days`` days ago."""
+    with draft(into, "job", "data", 5) as unfinished:
+        unfinished.write("0", [(0, memoryview(b"12345"))])
+    last_change = time.time() - days * 86_400
+    unfinished_folder = into.with_name(f".{into.name}.part")
+    for path in (
+        *unfinished_folder.rglob("*"),
+        unfinished_folder,
+        into.with_name(f".{into.name}.journal"),
+    ):
+        os.utime(path, (last_change, last_change))
 
 
-def hidden(folder: Path) -> list[str]:
+def hidden_files(folder: Path) -> list[str]:
+    """Return the sorted names in a folder that begin with a dot."""
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
 
 
-def other(folder: Path) -> None:
-    with draft(folder / "other", "job", "data", 5) as begun:
-        begun.write("0", [(0, memoryview(b"12345"))])
-        begun.publish(begun.seal())
+def finish_other_draft(folder: Path) -> None:
+    """Write and publish a draft in ``folder``, which removes abandoned drafts there."""
+    with draft(folder / "other", "job", "data", 5) as unfinished:
+        unfinished.write("0", [(0, memoryview(b"12345"))])
+        unfinished.publish(unfinished.seal())
 
 
-def test_a_draft_that_was_not_continued_for_a_week_is_removed(tmp_path: Path) -> None:
-    abandoned(tmp_path / "recent", days=6)
-    abandoned(tmp_path / "old", days=8)
-    other(tmp_path)
-    assert hidden(tmp_path) == [".recent.journal", ".recent.part"]
+def test_draft_unchanged_for_more_than_a_week_is_removed(tmp_path: Path) -> None:
+    leave_unfinished_draft(tmp_path / "recent", days=6)
+    leave_unfinished_draft(tmp_path / "old", days=8)
+    finish_other_draft(tmp_path)
+    assert hidden_files(tmp_path) == [".recent.journal", ".recent.part"]
 
 
-def test_an_old_draft_that_a_process_has_open_is_kept(tmp_path: Path) -> None:
+def test_old_draft_that_a_process_has_open_is_kept(tmp_path: Path) -> None:
     with draft(tmp_path / "open", "job", "data", 5):
         for path in (tmp_path / ".open.journal", *(tmp_path / ".open.part").rglob("*")):
             os.utime(path, (0, 0))
         os.utime(tmp_path / ".open.part", (0, 0))
-        other(tmp_path)
-        assert hidden(tmp_path) == [".open.journal", ".open.part"]
+        finish_other_draft(tmp_path)
+        assert hidden_files(tmp_path) == [".open.journal", ".open.part"]
 
 
-def test_an_old_journal_of_another_program_is_kept(tmp_path: Path) -> None:
-    (tmp_path / ".else.journal").write_text("something else\n")
-    os.utime(tmp_path / ".else.journal", (0, 0))
-    other(tmp_path)
-    assert hidden(tmp_path) == [".else.journal"]
+def test_old_file_with_a_journals_name_but_other_content_is_kept(tmp_path: Path) -> None:
+    (tmp_path / ".unrelated.journal").write_text("not a header\n")
+    os.utime(tmp_path / ".unrelated.journal", (0, 0))
+    finish_other_draft(tmp_path)
+    assert hidden_files(tmp_path) == [".unrelated.journal"]
 
 
-def test_a_refused_draft_leaves_no_journal(tmp_path: Path) -> None:
+def test_draft_refused_for_a_full_folder_leaves_no_journal(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "f").touch()
     with pytest.raises(Exception, match="not empty"), draft(tmp_path / "full", "job", "data", 5):
         pass
-    assert hidden(tmp_path) == []
+    assert hidden_files(tmp_path) == []

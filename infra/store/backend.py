@@ -1,4 +1,7 @@
-"""The protocol of a place that stores keys, and the place that a root refers to."""
+"""The protocol of a key-value storage backend, and the backend that a configured root selects.
+
+A key is a relative path with forward slashes; its value is the content of one file or S3 object.
+"""
 
 import os
 import re
@@ -17,51 +20,71 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 
 
-class Place(Protocol):
-    """Stores keys. It raises errors of ``infra`` only, and never exposes a partly written key."""
+class Backend(Protocol):
+    """Stores bytes under keys, in a local folder or an S3 bucket.
+
+    Methods raise only the error classes of ``infra.errors``. A reader never receives a partly
+    written value.
+    """
 
     uri: str
 
-    def in_place(self, key: str) -> Path | None:
-        """Return the local path of a key prefix, if this place is a local folder."""
+    def local_path(self, key: str) -> Path | None:
+        """Return the local path of a key or key prefix; None if keys are not local files."""
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return every key that begins with ``prefix``, with its size in bytes."""
 
     def size(self, key: str) -> int | None:
-        """Return the size of a key in bytes; None if there is none."""
+        """Return the size of a key in bytes; None if the key does not exist."""
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        """Read bytes ``start`` to ``stop``, or to the end; raises ``ArtifactMissing``."""
+        """Read bytes [start, stop) of a key, or fewer if its value ends earlier.
+
+        Raises:
+            ArtifactMissing: the key does not exist.
+        """
 
     def create(self, key: str, body: bytes) -> None:
-        """Write a new key, atomic with its content; raises ``AlreadyThere``."""
+        """Write a new key; readers see either no key or the complete value.
+
+        Raises:
+            AlreadyThere: the key exists.
+        """
 
     def write(self, key: str, body: bytes) -> None:
-        """Write a key, replacing its content."""
+        """Write a key; an existing value is replaced."""
 
     def move(self, file: Path, key: str) -> bool:
-        """Move a local file to a key without copying it; returns False if that is impossible."""
+        """Move a local file to a key without copying it.
+
+        Returns:
+            False if that is impossible: nothing was moved, and the caller must copy the file.
+        """
 
     def link(self, key: str, to: str) -> None:
-        """Give an existing key a second name where readers open files in place; else nothing."""
+        """Create a hard link from key ``to`` to an existing key; a bucket does nothing."""
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a large file; if ``chunks`` raises, the key is unchanged."""
+        """Write or replace a key of ``size`` bytes; if ``chunks`` raises, the key is unchanged."""
 
     def upload_new(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write a new large file, as ``upload``; raises ``AlreadyThere``."""
+        """Write a new key as ``upload`` does.
+
+        Raises:
+            AlreadyThere: the key exists.
+        """
 
 
-def place_of(root: str, setting: str) -> Place:
-    """Return the place of a folder, ``file:///folder`` or ``s3://bucket/prefix``.
+def backend_for(root: str, setting: str) -> Backend:
+    """Return the backend of a folder, ``file:///folder`` or ``s3://bucket/prefix``.
 
     Args:
-        root: the configured root.
-        setting: the variable or option that set it, for the error message.
+        root: the configured root, in one of these three forms.
+        setting: name of the variable or option that contains ``root``, for the error message.
 
     Raises:
-        SettingRefused: ``root`` is none of these.
+        SettingRefused: ``root`` has none of these forms.
     """
     if root.startswith("s3://"):
         bucket, _, prefix = root.removeprefix("s3://").partition("/")
