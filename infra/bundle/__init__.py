@@ -1,10 +1,11 @@
-"""Bundles: a folder with ``model.json`` and ``*.safetensors``.
+"""Read, validate and write bundles: folders with ``model.json`` and ``*.safetensors``.
 
 json_limits.py      size limits of JSON text, checked before parsing
 json_reader.py      strict reader for untrusted JSON
 paths.py            validated path types for ``model.json``
-shards.py           safetensors headers and weight checks, without loading tensors
+shards.py           reads safetensors headers and checks weights, without loading tensors
 architecture.py     imports a network's class, from allow-listed modules only
 schema_versions.py  migrates earlier versions of ``model.json``
-bundle_folder.py    reads, validates and seals bundle folders
+model_json.py       the fields of ``model.json``
+bundle_folder.py    reads, validates and writes bundle folders
 """

@@ -1,10 +1,10 @@
-"""The bundle format: a folder with ``model.json``, ``*.safetensors`` and nothing else.
+"""Read, validate and write bundles: folders with only ``model.json`` and ``*.safetensors``.
 
 Reading a bundle executes no code: JSON and safetensors are data, and any other file is refused.
-``model.json`` lists every other file with its size and SHA-256. Its last line, the seal, is the
-SHA-256 of the bytes before that line, so any changed byte is detected. The seal is not a signature:
-a person who rewrites all files can also reseal them. The artifact hash of the object store
-identifies the bundle.
+``model.json`` lists every other file with its size and SHA-256. Its last field, the seal, is the
+SHA-256 of all bytes before its line, so any changed byte is detected. The seal is not a signature:
+anyone can change a bundle and write a new seal. The identity of a bundle is the hash of its
+artifact in the object store.
 """
 
 import difflib
@@ -15,16 +15,13 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, field_validator
-
-from compressors.contracts import Artifact, DenseInput, Frozen, Network, Plan, Sha256, Signature
+from compressors.contracts import Artifact, DenseInput, Network, Plan, Signature
 from compressors.contracts.reasons import Reason
-from compressors.contracts.value_errors import value_error
 from infra.bundle.json_limits import AnyModel
 from infra.bundle.json_reader import clean, decode, parse, plain, read_json, refuse_if, short
-from infra.bundle.paths import DraftPath, FileName, InsidePath
+from infra.bundle.model_json import MANIFEST, DataReference, Draft, FileRecord, Manifest, SplitName
 from infra.bundle.schema_versions import (
     SCHEMA_VERSION,
     VERSION_1_PLACES,
@@ -65,97 +62,32 @@ __all__ = [
     "tensor_files",
 ]
 
-MANIFEST = "model.json"
 MAX_DIMENSIONS_SHOWN = 8
-"""Of a shape in an error: a header may list thousands."""
-
-
-# --- fields of model.json --------------------------------------------------------------------
-
-
-SplitName = Literal["train", "calibration", "validation", "test", "items", "traffic"]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class FileRecord(Frozen):
-    """Size and SHA-256 of one file when the bundle was sealed."""
-
-    sha256: Sha256
-    bytes: int = Field(ge=0)
-
-
-class DataReference(Frozen):
-    """One part of the data: a parquet file, or a folder of them, inside an artifact."""
-
-    artifact: Artifact
-    file: InsidePath
-    rows: int = Field(ge=0)
-
-
-class Manifest(Frozen):
-    """A sealed bundle's ``model.json``."""
-
-    schema_version: Literal[2]
-    name: Name
-    version: Version
-    signature: Signature
-    network: Network
-    data: dict[SplitName, DataReference]
-    vocabularies: dict[InsidePath, Artifact] = Field(default_factory=dict)
-    transforms: dict[InsidePath, Artifact] = Field(default_factory=dict)
-    files: dict[FileName, FileRecord]
-    parents: tuple[Artifact, ...] = ()
-    plan: Plan | None = None
-    notes: tuple[str, ...] = Field((), description="What to know about how the class is built.")
-
-    @field_validator("files")
-    @classmethod
-    def _other_files(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
-        if MANIFEST in files:
-            raise value_error("manifest_hashes_itself", manifest=MANIFEST)
-        return files
-
-
-class Draft(Frozen):
-    """What a user writes as ``model.json``: paths where the manifest has artifacts.
-
-    Paths are relative to the draft's folder, or absolute: ``folder / path`` is right for both.
-    """
-
-    schema_version: Literal[2]
-    name: Name
-    version: Version
-    signature: Signature
-    network: Network
-    data: dict[SplitName, DraftPath]
-    vocabularies: dict[InsidePath, DraftPath] = Field(default_factory=dict)
-    transforms: dict[InsidePath, DraftPath] = Field(default_factory=dict)
-
-
-# --- reading and sealing ---------------------------------------------------------------------
+"""Most dimensions of a shape in an error message; an invalid header may list thousands."""
 
 
 def read_draft(folder: Path) -> Draft:
-    """Read a user's ``model.json`` and run every check that needs no object store.
+    """Read a user's ``model.json`` and run all checks that need no object store.
 
     Raises:
-        BundleRefused: the draft, its weights' headers or the paths in it are unusable.
+        BundleRefused: a field or path of the draft, or a header of its weights, cannot be used.
     """
     refuse_if(folder, (p for path in listing(folder) if (p := draft_file_problem(path))))
     _, document = read_json(folder / MANIFEST)
     require_known_version(document, folder / MANIFEST)
     if "seal" in document or "files" in document:
         raise BundleRefused("already_sealed", folder=str(folder))
-    draft = _parsed(Draft, document, folder / MANIFEST)
+    draft = _migrate_and_parse(Draft, document, folder / MANIFEST)
     stored_tensors(folder)
-    sections: tuple[tuple[str, Mapping[Any, str]], ...] = (
+    path_fields: tuple[tuple[str, Mapping[Any, str]], ...] = (
         ("data", draft.data),
         ("vocabularies", draft.vocabularies),
         ("transforms", draft.transforms),
     )
-    places = ((f"{name}.{key}", text) for name, part in sections for key, text in part.items())
-    refuse_if(folder, (p for where, text in places if (p := _unusable(folder, where, text))))
+    entries = ((f"{name}.{key}", text) for name, part in path_fields for key, text in part.items())
+    refuse_if(
+        folder, (p for where, text in entries if (p := _draft_path_problem(folder, where, text)))
+    )
     return draft
 
 
@@ -174,18 +106,23 @@ def seal(
     notes: Sequence[str] = (),
     linked: Mapping[str, FileRecord] | None = None,
 ) -> Manifest:
-    """Hash every file in ``folder`` and write ``model.json``, whole or not at all.
+    """Hash every file in ``folder`` and write ``model.json``, completely or not at all.
 
-    The weights must already be in the folder: shards, and their index if there are several. An
-    existing ``model.json`` is replaced. Returns the same manifest as ``read``. Files in ``linked``
-    are not read: they are hard links to files of a verified bundle, with these records.
+    The weights must already be in the folder: the shards and, if there are several, their index.
+    An existing ``model.json`` is replaced.
+
+    ``linked`` contains the records of files that are hard links to files of a verified bundle, by
+    file name; they are not read. The other keyword arguments are fields of ``Manifest``.
+
+    Returns:
+        The manifest, equal to what ``read`` returns.
 
     Raises:
-        BundleRefused: the folder holds a file that a bundle may not have, or the fields are
-            inconsistent.
+        BundleRefused: the folder contains a file that a bundle may not have, or a field is invalid.
     """
-    partial = folder / f"{MANIFEST}.partial"
-    names = _names(folder, leave=partial.name) - {MANIFEST}  # a killed run may have left one
+    partial_file = folder / f"{MANIFEST}.partial"
+    # A killed run may have left a partial file.
+    names = _file_names(folder, ignored=partial_file.name) - {MANIFEST}
     stored_tensors(folder)
     records = linked or {}
     fields = {
@@ -217,82 +154,94 @@ def seal(
     body = text.removesuffix("\n}").encode() + b",\n"
     raw = body + _seal_line(body)
     manifest = manifest_of(raw, folder)
-    with partial.open("wb") as file:
+    with partial_file.open("wb") as file:
         file.write(raw)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(folder / MANIFEST)
+    partial_file.replace(folder / MANIFEST)
     return manifest
 
 
 def seal_again(folder: Path, manifest: Manifest) -> Manifest:
-    """Seal other files of a bundle, as ``seal``; only ``files`` differs from its manifest."""
-    kept = {name: getattr(manifest, name) for name in type(manifest).model_fields}
-    return seal(folder, **{name: kept[name] for name in kept.keys() - {"schema_version", "files"}})
+    """Write ``model.json`` for changed files with the fields of an existing manifest.
+
+    Args:
+        folder: the folder with the changed files.
+        manifest: all fields but ``files`` are copied from it.
+    """
+    names = type(manifest).model_fields.keys() - {"schema_version", "files"}
+    return seal(folder, **{name: getattr(manifest, name) for name in names})
 
 
 def read(folder: Path) -> Manifest:
-    """Read a sealed bundle and verify every byte of it.
+    """Read a sealed bundle and verify every byte of its files.
 
     Raises:
-        BundleRefused: anything in the folder is missing, extra, changed, unsafe or malformed.
+        BundleRefused: a file in the folder is missing, extra, changed, unsafe or malformed.
     """
     if not folder.is_dir() or folder.is_symlink():
-        _names(folder)  # raises with the reason if it cannot be read
+        _file_names(folder)  # raises with the reason if the folder cannot be read
     raw, _ = read_json(folder / MANIFEST)
-    manifest = manifest_of(raw, folder)  # first, so that a draft is not reported as a broken bundle
-    names = _names(folder)
+    manifest = manifest_of(raw, folder)  # first, so that a draft is reported as a draft
+    names = _file_names(folder)
     refuse_if(folder, _differences(folder, names - {MANIFEST}, manifest.files))
     stored_tensors(folder)
     return manifest
 
 
 def manifest_of(raw: bytes, folder: Path) -> Manifest:
-    """Parse a sealed bundle's ``model.json`` without reading the files it lists.
+    """Parse the ``model.json`` of a sealed bundle without reading the files that it lists.
 
     Args:
-        raw: bytes of ``model.json``.
-        folder: its folder, for the error message.
+        raw: content of ``model.json``.
+        folder: the folder of the bundle, for the error message.
 
     Raises:
-        BundleRefused: it is a draft, malformed, of an unknown version, or changed after sealing.
+        BundleRefused: ``model.json`` is a draft, is malformed, has an unknown schema version, or
+            does not match its seal.
     """
     path = folder / MANIFEST
     document = decode(raw, path)
     require_known_version(document, path)
     if "seal" not in document and "files" not in document:
         raise BundleRefused("is_draft", folder=str(folder))
-    manifest = _parsed(Manifest, _without_seal(document), path, stored=True)
-    tail = len(_seal_line(b""))
-    if raw[-tail:] != _seal_line(raw[:-tail]):
+    manifest = _migrate_and_parse(Manifest, _without_seal(document), path, stored=True)
+    seal_length = len(_seal_line(b""))
+    if raw[-seal_length:] != _seal_line(raw[:-seal_length]):
         raise BundleRefused("seal_differs", path=str(path))
     return manifest
 
 
 def check_weights(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
-    """Check that every weight is finite and every tie refers to a stored tensor.
+    """Check that all weights are finite and that all tied weights refer to stored tensors.
 
-    Reads block by block, so memory stays flat for any size.
+    Weights are read in blocks of 16 MiB, so memory does not grow with the size of the model.
 
     Returns:
-        ``TensorFact`` (shape, dtype, bytes) of every stored tensor, by name.
+        Shape, dtype and size of every stored tensor, by name.
 
     Raises:
-        BundleRefused: NaN or infinite weights, or ties or an index that do not match the shards.
+        BundleRefused: a weight is NaN or infinite, or ties or the index do not match the shards.
     """
-    found = stored_tensors(folder)
+    tensors = stored_tensors(folder)
     buffer = bytearray(BLOCK_BYTES)
-    problems = (nonfinite_problem(name, stored, buffer) for name, stored in found.items())
+    problems = (nonfinite_problem(name, stored, buffer) for name, stored in tensors.items())
     refuse_if(folder, (problem for problem in problems if problem))
-    refuse_if(folder, _tie_problems(manifest.network.ties, found))
-    return {name: stored.fact for name, stored in found.items()}
+    refuse_if(folder, _tie_problems(manifest.network.ties, tensors))
+    return {name: stored.fact for name, stored in tensors.items()}
 
 
 def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str, int]:
-    """Return the number of rows of every table that an input names: plain, tied or compressed.
+    """Return the number of rows of every table that an input of the signature refers to.
+
+    The table's weight may be stored, be tied to a stored weight, or be compressed.
+
+    Args:
+        facts: shape, dtype and size of the stored tensors by name, from ``check_weights``.
+        manifest: the manifest of the bundle.
 
     Raises:
-        BundleRefused: an input names a table that the weights do not have.
+        BundleRefused: an input refers to a table that the weights do not contain.
     """
     network = manifest.network
     tables = [name.removesuffix(".weight") for name, fact in facts.items() if len(fact.shape) == 2]
@@ -320,14 +269,14 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
             else:
                 rows[item.table] = count
         elif fact is None or len(fact.shape) != 2:
-            near = _near(item.table, [*tables, *network.modules])
+            similar = _similar_names(item.table, [*tables, *network.modules])
             problems.append(
                 Reason(
                     "table_not_stored",
                     input=name,
                     table=table,
                     weight=short(weight),
-                    near=near,
+                    near=similar,
                 )
                 if fact is None
                 else Reason(
@@ -336,7 +285,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
                     table=table,
                     weight=short(weight),
                     shape=fact.shape[:MAX_DIMENSIONS_SHOWN],
-                    near=near,
+                    near=similar,
                 )
             )
         else:
@@ -345,22 +294,23 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
     return rows
 
 
-def _tie_problems(ties: Mapping[str, str], found: Mapping[str, StoredTensor]) -> Iterator[Reason]:
+def _tie_problems(ties: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> Iterator[Reason]:
+    """Yield a reason for each tied weight whose target is not stored, or that is stored too."""
     for alias, target in ties.items():
-        if target not in found:
+        if target not in tensors:
             yield Reason(
                 "tie_not_stored",
                 alias=short(alias),
                 target=short(target),
-                near=_near(target, found),
+                near=_similar_names(target, tensors),
             )
-        if alias in found:
+        if alias in tensors:
             yield Reason("tie_stored_too", alias=short(alias))
 
 
-def _near(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names most similar to a missing one, or the first few."""
-    known = list(islice(names, 2000))  # comparing is slow, and this is only a hint
+def _similar_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names most similar to a missing one; if none is similar, the first five."""
+    known = list(islice(names, 2000))  # the comparison is slow and only gives a hint
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
     return tuple(map(short, close))
 
@@ -368,12 +318,16 @@ def _near(name: str, names: Iterable[str]) -> tuple[str, ...]:
 # --- files -----------------------------------------------------------------------------------
 
 
-def _names(folder: Path, leave: str = "") -> set[str]:
-    """List the names in a bundle's folder; raises for any file a bundle may not have."""
+def _file_names(folder: Path, ignored: str = "") -> set[str]:
+    """Return the file names in a bundle's folder, except ``ignored``.
+
+    Raises:
+        BundleRefused: the folder contains an entry that a bundle may not have.
+    """
     problems: list[Reason] = []
     names: set[str] = set()
     for path in listing(folder):
-        if path.name == leave:
+        if path.name == ignored:
             continue
         mode = path.lstat().st_mode
         names.add(path.name)
@@ -393,6 +347,7 @@ def _names(folder: Path, leave: str = "") -> set[str]:
 
 
 def _record(path: Path) -> FileRecord:
+    """Read and hash a file."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(sha256=sha256, bytes=file.tell())
@@ -401,27 +356,29 @@ def _record(path: Path) -> FileRecord:
 def _differences(
     folder: Path, names: set[str], records: Mapping[str, FileRecord]
 ) -> Iterator[Reason]:
-    """Return the differences between a folder and its manifest; hashes one file after another."""
+    """Yield the differences between a folder and its manifest; reads and hashes every file."""
     for name in sorted(records.keys() - names):
         yield Reason("file_missing", file=short(name))
     for name in sorted(names - records.keys()):
         yield Reason("file_unlisted", file=short(name), manifest=MANIFEST)
     for name in sorted(names & records.keys()):
         size = (folder / name).stat().st_size
-        if size != (wanted := records[name]).bytes:
-            yield Reason("file_size_differs", file=short(name), got=size, expected=wanted.bytes)
-        elif (found := _record(folder / name).sha256) != wanted.sha256:
-            yield Reason("file_hash_differs", file=short(name), got=found, expected=wanted.sha256)
+        if size != (expected := records[name]).bytes:
+            yield Reason("file_size_differs", file=short(name), got=size, expected=expected.bytes)
+        elif (actual_hash := _record(folder / name).sha256) != expected.sha256:
+            yield Reason(
+                "file_hash_differs", file=short(name), got=actual_hash, expected=expected.sha256
+            )
 
 
-def _unusable(folder: Path, entry: str, text: str) -> Reason | None:
-    """Return why a draft's path cannot be used, or None."""
+def _draft_path_problem(folder: Path, entry: str, text: str) -> Reason | None:
+    """Return why the path ``text`` of a draft's field ``entry`` cannot be used; None if it can."""
     path, entry, shown = folder / text, bounded(entry), short(text)
     try:
-        there = path.exists()
+        exists = path.exists()
     except OSError as fault:
         return Reason("draft_path_unreadable", entry=entry, path=shown, problem=clean(fault))
-    if not there:
+    if not exists:
         folder_name = bounded(str(folder))
         return Reason("draft_path_missing", entry=entry, path=shown, folder=folder_name)
     if folder.resolve().is_relative_to(path.resolve()):
@@ -431,10 +388,13 @@ def _unusable(folder: Path, entry: str, text: str) -> Reason | None:
     return None
 
 
-def _parsed(
+def _migrate_and_parse(
     kind: type[AnyModel], document: Mapping[str, Any], path: Path, *, stored: bool = False
 ) -> AnyModel:
-    """Validate a document of any known version; errors name places in the document as it is."""
+    """Migrate and validate a ``model.json`` of any known schema version.
+
+    Errors refer to locations in ``document``, not in the migrated document.
+    """
     places = VERSION_1_PLACES if document["schema_version"] == 1 else {}
     return parse(kind, migrate(document), path, stored=stored, places=places)
 
@@ -444,4 +404,5 @@ def _without_seal(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seal_line(body: bytes) -> bytes:
+    """Return the last field and closing bracket of a ``model.json`` that begins with ``body``."""
     return f'  "seal": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()

@@ -1,9 +1,9 @@
 """Size limits for untrusted JSON text, checked before it is parsed.
 
-A JSON value of two bytes takes 50 to 200 bytes in Python, so the size of a file does not bound
-the memory that parsing needs. One pass over the bytes counts values, depth, and the longest
-number, in blocks, before any value is created. Every reader of stored or named JSON calls
-``check_limits`` or ``validated``.
+A JSON value of two bytes becomes a Python object of 50 to 200 bytes, so a small file can exhaust
+the memory when it is parsed. ``check_limits`` therefore counts values, nesting depth and the
+length of numbers first, in one pass over the bytes that creates no values. Code that parses stored
+JSON, or JSON of a file that a user named, calls ``check_limits`` or ``validated`` first.
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ from compressors.contracts.value_errors import value_error
 
 MIB = 2**20
 MAX_JSON_BYTES = 24 * MIB
-"""A safetensors header of 100,000 tensors with names of 150 characters, or a ``model.json`` of
-10,000 compressed tables, fits twice."""
+"""Twice the size of a safetensors header of 100,000 tensors with names of 150 characters, or of a
+``model.json`` with 10,000 compressed tables."""
 
 MAX_JSON_VALUES = 1_500_000
-"""Values and names: a header of 100,000 tensors has 1.2 million."""
+"""Values and names together. A safetensors header of 100,000 tensors has 1.2 million."""
 
 MAX_JSON_DEPTH = 64
 MAX_NUMBER_CHARACTERS = 400
-"""The longest finite float, written without an exponent, has 325 digits and signs."""
+"""The longest finite float, written without an exponent, has 325 characters."""
 
 _BLOCK = MIB
 _OPEN, _CLOSE, _SEPARATOR, _NUMBER = 1, 2, 3, 4
@@ -39,7 +39,13 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 class JsonSize(NamedTuple):
-    """Counts from one pass over JSON text; ``values`` is an upper bound that includes names."""
+    """Counts over a JSON text.
+
+    Attributes:
+        values: upper bound of the number of values and names.
+        depth: greatest number of nested arrays and objects.
+        longest_number: characters of the longest number.
+    """
 
     values: int
     depth: int
@@ -51,11 +57,11 @@ def check_limits(raw: bytes, most_bytes: int = MAX_JSON_BYTES) -> None:
 
     Args:
         raw: UTF-8 text, well-formed or not.
-        most_bytes: the largest size allowed.
+        most_bytes: largest allowed size.
 
     Raises:
-        ValueError: it has too many bytes or values, is nested too deep, or has a number of too
-            many characters.
+        ValueError: the text has too many bytes or values, is nested too deep, or contains a number
+            of too many characters.
     """
     if len(raw) > most_bytes:
         raise value_error("json_too_large", bytes=len(raw), most_bytes=most_bytes)
@@ -69,43 +75,51 @@ def check_limits(raw: bytes, most_bytes: int = MAX_JSON_BYTES) -> None:
 
 
 def measure(raw: bytes) -> JsonSize:
-    """Count values, depth and the longest number of JSON text, without parsing it."""
-    if b"\\" in raw:  # left to right, so that every remaining quote begins or ends a string
+    """Count values, nesting depth and the longest number of a JSON text without parsing it."""
+    if b"\\" in raw:  # replaced left to right, so every remaining quote begins or ends a string
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    values, depth, deepest, run, longest = 1, 0, 0, 0, 0
-    inside = 0
-    for begin in range(0, len(raw), _BLOCK):
-        block = np.frombuffer(raw, np.uint8, min(_BLOCK, len(raw) - begin), begin)
+    values, depth, deepest, number_length, longest = 1, 0, 0, 0, 0
+    is_in_string = 0
+    for start in range(0, len(raw), _BLOCK):
+        block = np.frombuffer(raw, np.uint8, min(_BLOCK, len(raw) - start), start)
         quotes = np.cumsum(block == _QUOTE, dtype=np.uint32)
-        kinds = np.where((quotes + inside) & 1, 0, _KINDS[block])
-        inside = (inside + int(quotes[-1])) & 1
+        kinds = np.where((quotes + is_in_string) & 1, 0, _KINDS[block])
+        is_in_string = (is_in_string + int(quotes[-1])) & 1
         values += int(np.count_nonzero((kinds == _OPEN) | (kinds == _SEPARATOR)))
-        steps = (kinds == _OPEN).astype(np.int32) - (kinds == _CLOSE)
-        levels = depth + np.cumsum(steps)
+        level_changes = (kinds == _OPEN).astype(np.int32) - (kinds == _CLOSE)
+        levels = depth + np.cumsum(level_changes)
         depth, deepest = int(levels[-1]), max(deepest, int(levels.max()))
-        others = np.flatnonzero(kinds != _NUMBER)
-        ends = np.concatenate(([-1 - run], others, [len(block)]))
+        other_positions = np.flatnonzero(kinds != _NUMBER)
+        ends = np.concatenate(([-1 - number_length], other_positions, [len(block)]))
         longest = max(longest, int(np.diff(ends).max()) - 1)
-        run = len(block) - 1 - int(ends[-2])
+        number_length = len(block) - 1 - int(ends[-2])
     return JsonSize(values, deepest, longest)
 
 
 def validated(kind: type[AnyModel], raw: bytes, most_bytes: int = MAX_JSON_BYTES) -> AnyModel:
-    """Parse JSON text within the limits and validate it.
+    """Check the size of JSON text, parse it and validate it.
+
+    Args:
+        kind: the pydantic model to return.
+        raw: UTF-8 text, well-formed or not.
+        most_bytes: largest allowed size.
 
     Raises:
-        ValueError: it is beyond a limit; a ``ValidationError`` if it does not fit ``kind``.
+        ValueError: the text exceeds a limit of ``check_limits``.
+        ValidationError: the text is not JSON, or does not fit ``kind``.
     """
     check_limits(raw, most_bytes)
     return kind.model_validate_json(raw)
 
 
 def read_bounded(path: Path, most_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """Read a file of at most ``most_bytes``; the limit also holds for devices and pipes.
+    """Read a file of at most ``most_bytes``.
+
+    The file's stated size is not used, so the limit also holds for devices and pipes.
 
     Raises:
-        ValueError: it has more than ``most_bytes``.
-        OSError: it cannot be read.
+        ValueError: the file has more than ``most_bytes``.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         raw = file.read(most_bytes + 1)

@@ -1,6 +1,7 @@
-"""Strict reader for untrusted JSON, with the limits of ``json_limits``.
+"""Read and validate untrusted JSON strictly, within the limits of ``json_limits``.
 
-Unusable files raise ``BundleRefused`` or ``RecordRefused`` with a reason for the user.
+Files that cannot be used raise ``BundleRefused`` or ``RecordRefused``, whose message contains the
+problems for the user.
 """
 
 import json
@@ -29,46 +30,47 @@ from infra.printable import bounded
 PROBLEMS_SHOWN = 20
 
 INPUT_KINDS = ("id", "dense", "padded_bag", "jagged_bag")
+"""Kinds of a signature's inputs, which pydantic adds to the location of an error."""
 
 _END = object()
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxother = 120
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120
 
 
 def short(value: object) -> str:
-    """Format an untrusted value as printable text of bounded length."""
-    return _BRIEF.repr(value)
+    """Format an untrusted value as its ``repr``, truncated."""
+    return _SHORT_REPR.repr(value)
 
 
 def clean(message: object) -> str:
-    """Return the message of a library's error, printable and of bounded length."""
+    """Format a message of a library for an error: printable and at most 300 characters."""
     return repr(str(message)[:300])[1:-1]
 
 
 def _first_sentences(problems: Iterable[str]) -> tuple[str, ...]:
-    """Return the sentences an error shows, each of bounded length; consumes few more than those."""
-    shown = [bounded(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
-    if len(shown) > PROBLEMS_SHOWN:
-        shown[-1] = "and more."
-    return tuple(shown)
+    """Return the first ``PROBLEMS_SHOWN`` sentences, truncated, without consuming many more."""
+    messages = [bounded(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
+    if len(messages) > PROBLEMS_SHOWN:
+        messages[-1] = "and more."
+    return tuple(messages)
 
 
 def refuse_if(place: Path | str, problems: Iterable[Reason]) -> None:
-    """Raise ``BundleRefused`` if there is any problem, with the first of them.
+    """Raise ``BundleRefused`` if there is any problem; the error contains the first 20.
 
     Args:
-        place: the file or field they refer to.
-        problems: reasons whose fields are of bounded length.
+        place: the file or field that the problems refer to.
+        problems: reasons whose fields have bounded length.
     """
-    shown = list(islice(problems, PROBLEMS_SHOWN + 1))
-    if len(shown) > PROBLEMS_SHOWN:
-        shown[-1] = Reason("more_problems")
-    if shown:
-        raise BundleRefused("unusable", place=str(place), problems=tuple(shown))
+    messages = list(islice(problems, PROBLEMS_SHOWN + 1))
+    if len(messages) > PROBLEMS_SHOWN:
+        messages[-1] = Reason("more_problems")
+    if messages:
+        raise BundleRefused("unusable", place=str(place), problems=tuple(messages))
 
 
 def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """Return a file's bytes and the JSON object they contain.
+    """Read a file; return its bytes and the JSON object that they contain.
 
     Raises:
         BundleRefused: the file is missing, too large, or not one plain JSON object.
@@ -85,24 +87,27 @@ def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def decode(raw: bytes, path: Path) -> dict[str, Any]:
-    """Decode JSON; reject input on which parsers differ: repeated names, NaN, lone surrogates.
+    """Decode one JSON object, and reject JSON that other parsers may read differently.
+
+    Such JSON contains a duplicate name in one object, NaN or an infinite number, or half of a
+    surrogate pair.
 
     Args:
         raw: UTF-8 text.
-        path: its file, for the error message.
+        path: path of the file, for the error message.
 
     Raises:
-        BundleRefused: it is not one plain JSON object, or it is larger or deeper than allowed.
+        BundleRefused: the text is not one such JSON object, or exceeds a limit of ``json_limits``.
     """
     try:
         check_limits(raw)
         document = json.loads(
             raw.decode(),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
+            object_pairs_hook=_object_without_duplicates,
+            parse_constant=_reject_constant,
+            parse_float=_parse_finite,
         )
-        _check_texts(document)
+        _check_strings(document)
     except RecursionError as fault:
         raise BundleRefused("json_too_deep", path=str(path)) from fault
     except ValueError as fault:
@@ -120,32 +125,36 @@ def parse(
     stored: bool = False,
     places: Mapping[str, str] | None = None,
 ) -> AnyModel:
-    """Validate a document.
+    """Validate a decoded JSON object.
 
     Args:
-        kind: the type to validate it as.
-        document: its fields.
-        path: its file, for the error message.
-        stored: whether recpress wrote it: rules added in later versions do not apply.
-        places: what to call places of the document in errors, if it was migrated.
+        kind: the pydantic model to return.
+        document: the decoded object.
+        path: path of its file, for the error message.
+        stored: whether recpress wrote the document. Rules that later versions added for documents
+            of users do not apply to it.
+        places: for a migrated document, maps a location in it to the location in the file.
 
     Raises:
-        BundleRefused: fields are missing, unknown or wrong; a sentence for each.
+        BundleRefused: fields are missing, unknown or invalid; the error has a sentence for each.
     """
     try:
         return kind.model_validate(document, context={"stored": stored})
     except ValidationError as fault:
-        sentences = (_sentence(e, places or {}) for e in fault.errors(include_url=False))
+        sentences = (
+            _format_error(error, places or {}) for error in fault.errors(include_url=False)
+        )
         raise BundleRefused(
             "fields_unusable", path=str(path), problems=_first_sentences(sentences)
         ) from fault
 
 
 def read_limited(path: Path) -> bytes:
-    """Read the bytes of a stored JSON document that is small enough to be parsed.
+    """Read a stored JSON document as bytes, and check that it is small enough to be parsed.
 
     Raises:
-        RecordRefused: it is beyond the limits of ``json_limits``.
+        RecordRefused: the document exceeds a limit of ``json_limits``.
+        OSError: the file cannot be read.
     """
     try:
         raw = read_bounded(path)
@@ -159,17 +168,21 @@ def read_document(kind: type[AnyModel], path: Path) -> AnyModel:
     """Read and validate a stored JSON document.
 
     Raises:
-        RecordRefused: it is beyond the limits of ``json_limits``.
-        ValidationError: it does not fit ``kind``.
+        RecordRefused: the document exceeds a limit of ``json_limits``.
+        ValidationError: the document does not fit ``kind``.
+        OSError: the file cannot be read.
     """
     return kind.model_validate_json(read_limited(path))
 
 
 def plain(value: object) -> Any:
-    """Convert a value to plain JSON types, or raise ``ValueError``; no value is changed.
+    """Convert tuples to lists, and check that all other values have an exact JSON form.
 
-    Only tuples become lists. (pydantic's JSON mode writes NaN as null, and ``json`` writes number
-    keys as strings.)
+    pydantic's JSON mode would write NaN as null, and ``json`` would write a number that is a
+    dictionary key as a string.
+
+    Raises:
+        ValueError: a value has no exact JSON form.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -182,7 +195,7 @@ def plain(value: object) -> Any:
     raise ValueError(f"{short(value)} has no JSON form")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for name, value in pairs:
         if name in document:
@@ -191,50 +204,55 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _no_constant(text: str) -> NoReturn:
+def _reject_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{short(text)} is too large for a number")
     return number
 
 
-def _check_texts(document: object) -> None:
-    """Refuse text that is not Unicode, such as half of a surrogate pair, and deep nesting."""
-    waiting: list[Iterator[object]] = [iter((document,))]
-    while waiting:
-        value = next(waiting[-1], _END)
+def _check_strings(document: object) -> None:
+    """Raise ``ValueError`` for strings with half of a surrogate pair, and for deep nesting."""
+    iterators: list[Iterator[object]] = [iter((document,))]
+    while iterators:
+        value = next(iterators[-1], _END)
         if value is _END:
-            waiting.pop()
+            iterators.pop()
         elif isinstance(value, str):
             value.encode()
         elif isinstance(value, dict):
-            waiting.append(item for pair in value.items() for item in pair)
+            iterators.append(item for pair in value.items() for item in pair)
         elif isinstance(value, list):
-            waiting.append(iter(value))
-        if len(waiting) > MAX_JSON_DEPTH + 2:
+            iterators.append(iter(value))
+        if len(iterators) > MAX_JSON_DEPTH + 2:
             raise value_error("json_too_deep", most_levels=MAX_JSON_DEPTH)
 
 
-def _sentence(error: Mapping[str, Any], places: Mapping[str, str]) -> str:
-    """Format one pydantic validation error as a sentence."""
-    where = ""
-    tag_may_follow = False  # pydantic adds the kind of a union's member to the location
+def _format_error(error: Mapping[str, Any], location_names: Mapping[str, str]) -> str:
+    """Format one error of pydantic as a sentence.
+
+    Args:
+        error: an item of ``ValidationError.errors()``.
+        location_names: for a migrated document, maps a location in it to the one in the file.
+    """
+    location = ""
+    is_after_index = False  # after the index of an input, pydantic adds the input's kind
     for part in error["loc"]:
         if isinstance(part, int):
-            where += f"[{part}]"
-        elif part != "[key]" and not (tag_may_follow and part in INPUT_KINDS):
-            where += f".{part if part.isprintable() and len(part) < 80 else short(part)}"
-        tag_may_follow = isinstance(part, int)
-    where = where.removeprefix(".") or "the document"
-    where = places.get(where, where)
+            location += f"[{part}]"
+        elif part != "[key]" and not (is_after_index and part in INPUT_KINDS):
+            location += f".{part if part.isprintable() and len(part) < 80 else short(part)}"
+        is_after_index = isinstance(part, int)
+    location = location.removeprefix(".") or "the document"
+    location = location_names.get(location, location)
     if error["type"] == "missing":
-        return f"{where} is missing; add it."
+        return f"{location} is missing; add it."
     if error["type"] == "extra_forbidden":
-        return f"{where} is not a field of this format; remove it or correct its spelling."
+        return f"{location} is not a field of this format; remove it or correct its spelling."
     if error["type"] in SENTENCES or error["type"] == "value_error":
-        # The messages of our validators already contain the value.
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}."
-    return f"{where}: {error['msg']}; found {short(error['input'])}."
+        # The messages of this project's validators already contain the value.
+        return f"{location}: {error['msg'].removeprefix('Value error, ')}."
+    return f"{location}: {error['msg']}; found {short(error['input'])}."

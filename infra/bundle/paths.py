@@ -1,6 +1,6 @@
-"""Path types of ``model.json``; validation accepts only paths that are safe to open.
+"""Pydantic types of the paths in ``model.json``, which reject paths that are unsafe to open.
 
-These are pydantic types: an unsafe path is a validation error with the reason.
+An unsafe path is a validation error with the reason.
 """
 
 import re
@@ -15,7 +15,7 @@ from infra.bundle.json_reader import short
 
 
 def _path_problem(text: str) -> Reason | None:
-    """Return why a path may not be opened, or None."""
+    """Return why a path is unsafe or unusable on any system; None if it is neither."""
     if not text or not text.isprintable():
         return Reason("path_not_printable")
     if "\\" in text:
@@ -29,7 +29,7 @@ def _path_problem(text: str) -> Reason | None:
     return None
 
 
-def _inside(text: str) -> str:
+def _require_inside(text: str) -> str:
     problem = _path_problem(text)
     if problem is None and text.startswith("/"):
         problem = Reason("path_absolute")
@@ -38,18 +38,23 @@ def _inside(text: str) -> str:
     return text
 
 
-def _flat(text: str) -> str:
-    if "/" in _inside(text):
+def _require_file_name(text: str) -> str:
+    if "/" in _require_inside(text):
         raise value_error("path_in_subfolder", path=short(text))
     return text
 
 
-def _draft_path(text: str) -> str:
+def _require_usable_draft_path(text: str) -> str:
     if problem := _path_problem(text):
         raise value_error("draft_path_unusable", path=short(text), reason=problem)
     return text
 
 
-InsidePath = Annotated[str, AfterValidator(_inside)]
-FileName = Annotated[str, AfterValidator(_flat)]
-DraftPath = Annotated[str, AfterValidator(_draft_path)]
+InsidePath = Annotated[str, AfterValidator(_require_inside)]
+"""A relative path that stays in its folder, subfolders included."""
+
+FileName = Annotated[str, AfterValidator(_require_file_name)]
+"""The name of a file directly in its folder."""
+
+DraftPath = Annotated[str, AfterValidator(_require_usable_draft_path)]
+"""A path that a user writes in a draft: absolute, or relative and inside the draft's folder."""

@@ -1,6 +1,7 @@
-"""Versions of ``model.json``: migrate documents of earlier versions to the present one.
+"""Migrate ``model.json`` documents of earlier schema versions to the current version.
 
-A stored bundle is migrated each time it is read and never rewritten, so its hashes do not change.
+A stored bundle is migrated each time it is read, and its file is never rewritten, so the hashes of
+the bundle do not change.
 """
 
 from collections.abc import Mapping
@@ -11,29 +12,29 @@ from infra.bundle.json_reader import short
 from infra.errors import BundleRefused
 
 SCHEMA_VERSION: Final = 2
-"""Written by this version of recpress."""
+"""The version that recpress writes now."""
 
 KNOWN_VERSIONS: Final = (1, 2)
 
 _OUTPUT_FIELDS = {"kind": "task", "form": "output", "label": "label", "metric": "metric"}
-"""Field of the output by its name in version 1, where it was a field of the signature."""
+"""Maps each field of an output (version 2) to the field of the signature it was in version 1."""
 
 VERSION_1_PLACES: Final = {
     "signature.outputs[0]": "signature",
     **{f"signature.outputs[0].{new}": f"signature.{old}" for new, old in _OUTPUT_FIELDS.items()},
 }
-"""Places in a document of version 1, by their place in the migrated document."""
+"""Maps a location in the migrated document to its location in the version 1 document."""
 
 
 def require_known_version(document: Mapping[str, Any], path: Path) -> None:
-    """Raise if a ``model.json`` has no version, or one that cannot be read.
+    """Raise if the schema version of a ``model.json`` is missing or unknown.
 
     Args:
-        document: the decoded file.
-        path: its file, for the error message.
+        document: the decoded ``model.json``.
+        path: its path, for the error message.
 
     Raises:
-        BundleRefused: contains the version.
+        BundleRefused: the version is missing, unknown, or lower than the fields require.
     """
     version = document.get("schema_version")
     place, got = str(path), short(version)
@@ -53,14 +54,18 @@ def require_known_version(document: Mapping[str, Any], path: Path) -> None:
 
 
 def migrate(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``model.json`` of any known version as one of ``SCHEMA_VERSION``.
+    """Convert a ``model.json`` of any known version to ``SCHEMA_VERSION``.
 
-    Version 1 has one output, whose fields belong to the signature: ``task``, ``output``, ``label``
-    and ``metric``. It has no name, and is called ``score`` as in the served graph. Everything else
-    is unchanged, wrong fields too: they are reported when the result is validated.
+    In version 1 a model has one unnamed output, whose fields ``task``, ``output``, ``label`` and
+    ``metric`` are fields of the signature. The migration moves them to ``signature.outputs[0]`` and
+    names the output ``score``, as in the served graph. All other fields are unchanged. Invalid
+    fields are unchanged too, because the validation of the result reports them.
 
     Args:
-        document: the decoded file, with one of ``KNOWN_VERSIONS``; it is not modified.
+        document: the decoded ``model.json``, with one of ``KNOWN_VERSIONS``; it is not modified.
+
+    Returns:
+        A new document of version ``SCHEMA_VERSION``.
     """
     migrated = dict(document)
     if migrated["schema_version"] == 1:
@@ -71,6 +76,9 @@ def migrate(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_outputs(signature: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a version 1 signature with its output's fields moved to a list ``outputs``."""
     fields = {new: signature[old] for new, old in _OUTPUT_FIELDS.items() if old in signature}
-    rest = {name: v for name, v in signature.items() if name not in _OUTPUT_FIELDS.values()}
-    return {**rest, "outputs": [{"name": "score", **fields}]}
+    other_fields = {
+        name: value for name, value in signature.items() if name not in _OUTPUT_FIELDS.values()
+    }
+    return {**other_fields, "outputs": [{"name": "score", **fields}]}

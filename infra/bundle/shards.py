@@ -1,7 +1,7 @@
-"""A bundle's ``*.safetensors`` files: offset, dtype and shape of each tensor, and finiteness.
+"""Read the headers of a bundle's ``*.safetensors`` files, and check that weights are finite.
 
-The safetensors library validates headers. Weights are read block by block as plain bytes, so a
-check needs neither torch nor the memory of a whole table.
+Each such file is a shard of the model. The safetensors library validates headers. Weights are read
+block by block as plain bytes, so a check needs neither torch nor the memory of a whole table.
 """
 
 import re
@@ -21,14 +21,16 @@ from infra.errors import BundleRefused
 INDEX = "model.safetensors.index.json"
 BLOCK_BYTES = 16 << 20
 
-PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
 
-# Protocol 2-5, protocol 0 (dict, list, instance, global), and zip: what torch.save writes.
+# First bytes of a pickle of protocol 2 to 5; of protocol 0, if the value is a dict, list, instance
+# or global; and of a zip file, which torch.save writes.
 _PICKLE = re.compile(rb"\x80[\x02-\x05]|\((?:d|l|i)|c[A-Za-z_][\w.]*\n[\w.]+\n|PK[\x03\x05]")
 
-# dtype -> (word, mask, value): a weight is NaN or infinite where ``word & mask == value``. For
-# the IEEE-like formats that is "exponent all ones"; the others have their own single pattern.
-# None: the format has neither. Bit patterns, because numpy has no bfloat16 or float8.
+# For each dtype (integer, mask, value): read as this integer type, a weight is NaN or infinite if
+# ``weight & mask == value``. In IEEE-like formats these weights have all bits of the exponent set;
+# the other formats have one bit pattern. None: the dtype has no NaN and no infinity. Bit patterns
+# are used because numpy has no bfloat16 and no float8.
 _NONFINITE: dict[str, tuple[str, int, int] | None] = {
     "F64": ("<u8", 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000),
     "F32": ("<u4", 0x7F80_0000, 0x7F80_0000),
@@ -46,7 +48,7 @@ _NONFINITE: dict[str, tuple[str, int, int] | None] = {
 
 
 class TensorFact(Frozen):
-    """Shape, dtype and size of a tensor; ``dtype`` is safetensors' name (``F32``, ``BF16``)."""
+    """Shape, dtype and size of a tensor. ``dtype`` is the safetensors name (``F32``, ``BF16``)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -54,7 +56,7 @@ class TensorFact(Frozen):
 
 
 class StoredTensor(Frozen):
-    """A tensor and the offset of its first byte in its shard."""
+    """A tensor in a shard; ``start`` is the offset of its first byte in the file."""
 
     shard: Path
     start: int
@@ -62,10 +64,10 @@ class StoredTensor(Frozen):
 
 
 def listing(folder: Path) -> list[Path]:
-    """List the entries of a folder by name.
+    """Return the paths in a folder, sorted by name.
 
     Raises:
-        BundleRefused: it is not a readable folder.
+        BundleRefused: ``folder`` is not a readable folder.
     """
     try:
         return sorted(folder.iterdir())
@@ -76,48 +78,63 @@ def listing(folder: Path) -> list[Path]:
 
 
 def tensor_files(folder: Path) -> tuple[Path, ...]:
-    """List the ``*.safetensors`` shards of a folder by name; the index (``INDEX``) is not one."""
-    return tuple(p for p in listing(folder) if p.suffix == ".safetensors" and p.is_file())
+    """Return the ``*.safetensors`` files of a folder, sorted by name."""
+    return tuple(
+        path for path in listing(folder) if path.suffix == ".safetensors" and path.is_file()
+    )
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Read every tensor's offset from the shards' headers; checks that shards and index agree.
+    """Read the location, shape and dtype of every tensor from the headers of the shards.
 
     Args:
-        folder: folder of shards, or one file.
+        folder: a folder with ``*.safetensors`` files and, if there are several, their index; or
+            the path of one such file.
+
+    Returns:
+        The stored tensor by tensor name.
 
     Raises:
-        BundleRefused: a header is malformed, a tensor is in two shards, the index disagrees.
+        BundleRefused: there is no tensor, a header is malformed, a tensor is in two shards, or the
+            index is missing or differs from the headers.
     """
     if folder.is_file():
-        return _header(folder)
+        return _read_header(folder)
     shards = tensor_files(folder)
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems: list[Reason] = []
     for shard in shards:
-        for name, stored in _header(shard).items():
-            if name in found:
+        for name, stored in _read_header(shard).items():
+            if name in tensors:
                 problems.append(
                     Reason(
                         "tensor_in_two_shards",
                         tensor=short(name),
-                        first=found[name].shard.name,
+                        first=tensors[name].shard.name,
                         second=shard.name,
                     )
                 )
-            found[name] = stored
-    if not found:
+            tensors[name] = stored
+    if not tensors:
         raise BundleRefused("tensors_missing", folder=str(folder))
     refuse_if(folder, problems)
     if (folder / INDEX).exists():
-        refuse_if(folder, _index_problems(folder, found))
+        refuse_if(folder, _index_problems(folder, tensors))
     elif len(shards) > 1:
         raise BundleRefused("index_missing", folder=str(folder), shards=len(shards), index=INDEX)
-    return found
+    return tensors
 
 
 def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> Reason | None:
-    """Return the problem if a tensor has NaN or infinite weights; reads it through ``buffer``.
+    """Check a tensor for NaN and infinite weights.
+
+    Args:
+        name: name of the tensor, for the message.
+        stored: where the tensor is stored.
+        buffer: memory to read blocks into; its length is a multiple of 8 bytes.
+
+    Returns:
+        The number of such weights and the index of the first; None if all are finite.
 
     Raises:
         BundleRefused: the dtype is unknown, or the file shrank during the check.
@@ -128,37 +145,39 @@ def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> Rea
     pattern = _NONFINITE[fact.dtype]
     if pattern is None:
         return None
-    word, mask, value = np.dtype(pattern[0]), pattern[1], pattern[2]
-    first, count, done = -1, 0, 0
-    # Read, not mapped: a mapped file that shrinks during the check would kill the process.
+    integer, mask, value = np.dtype(pattern[0]), pattern[1], pattern[2]
+    first_index, count, bytes_read = -1, 0, 0
+    # Not memory-mapped, because a mapped file that shrinks would kill the process (SIGBUS).
     with stored.shard.open("rb") as file:
         file.seek(stored.start)
-        while done < fact.bytes:
-            view = memoryview(buffer)[: min(len(buffer), fact.bytes - done)]
+        while bytes_read < fact.bytes:
+            view = memoryview(buffer)[: min(len(buffer), fact.bytes - bytes_read)]
             if file.readinto(view) != len(view):
                 raise BundleRefused("shard_ended_early", file=str(stored.shard))
-            bad = (np.frombuffer(view, word) & word.type(mask)) == word.type(value)
-            if bad.any():
-                if first < 0:
-                    first = done // word.itemsize + int(bad.argmax())
-                count += int(np.count_nonzero(bad))
-            done += len(view)
+            is_nonfinite = (np.frombuffer(view, integer) & integer.type(mask)) == integer.type(
+                value
+            )
+            if is_nonfinite.any():
+                if first_index < 0:
+                    first_index = bytes_read // integer.itemsize + int(is_nonfinite.argmax())
+                count += int(np.count_nonzero(is_nonfinite))
+            bytes_read += len(view)
     if not count:
         return None
-    first //= 2 if fact.dtype == "C64" else 1  # two words a weight
-    place = tuple(int(i) for i in np.unravel_index(first, fact.shape))
+    first_index //= 2 if fact.dtype == "C64" else 1  # two integers per complex weight
+    place = tuple(int(i) for i in np.unravel_index(first_index, fact.shape))
     return Reason("weights_not_finite", tensor=short(name), count=count, place=place)
 
 
 def pickle_problem(path: Path) -> Reason | None:
-    """Return the problem if a file's name or first bytes are those of a pickle.
+    """Return a reason if the name or the first bytes of a file are those of a pickle; else None.
 
-    A safetensors header of 640 bytes begins with ``80 02``, as a pickle does, so the safetensors
-    library checks every file that can be one.
+    A safetensors file whose header has 640 bytes also begins with the bytes ``80 02`` of a pickle.
+    So a file that can be a safetensors file is not refused here; the safetensors library checks it.
     """
     if not path.is_file():
         return None
-    if path.name.lower().endswith(PICKLE_ENDINGS):
+    if path.name.lower().endswith(PICKLE_SUFFIXES):
         return Reason("file_named_like_pickle", file=short(path.name))
     if path.suffix not in (".safetensors", ".json"):
         return None
@@ -172,7 +191,7 @@ def pickle_problem(path: Path) -> Reason | None:
 
 
 def draft_file_problem(path: Path) -> Reason | None:
-    """Why a file next to a draft's ``model.json`` cannot be packed, or None."""
+    """Return why a file next to a draft's ``model.json`` cannot be packed; None if it can."""
     if not path.is_file() and ".safetensors" in path.name:
         file = short(path.name)
         if path.is_dir():
@@ -183,8 +202,12 @@ def draft_file_problem(path: Path) -> Reason | None:
     return pickle_problem(path)
 
 
-def _header(shard: Path) -> dict[str, StoredTensor]:
-    """Read a shard's header: validated by the safetensors library, offsets from the raw header."""
+def _read_header(shard: Path) -> dict[str, StoredTensor]:
+    """Read the tensors of a shard from its header.
+
+    The safetensors library validates the header but does not return offsets, so the offsets are
+    read from the JSON text of the header.
+    """
     if problem := pickle_problem(shard):
         raise BundleRefused("unusable", place=str(shard.parent), problems=(problem,))
     with shard.open("rb") as file:
@@ -195,47 +218,49 @@ def _header(shard: Path) -> dict[str, StoredTensor]:
             )
         raw = file.read(min(length, MAX_JSON_BYTES))
     try:
-        check_limits(raw)  # before a parser allocates the values
-        with safe_open(shard, framework="numpy") as opened:
-            names = set(opened.keys())
+        check_limits(raw)  # before a parser allocates memory for the values
+        with safe_open(shard, framework="numpy") as header_reader:
+            names = set(header_reader.keys())
     except (SafetensorError, ValueError) as fault:
         raise BundleRefused("not_safetensors", file=str(shard), problem=clean(fault)) from fault
     header = decode(raw, shard)
     header.pop("__metadata__", None)
-    if set(header) != names:  # so that no two JSON parsers read two different models
+    if set(header) != names:  # two JSON parsers read the header differently
         raise BundleRefused("header_ambiguous", file=str(shard))
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         fact = TensorFact(shape=tuple(entry["shape"]), dtype=entry["dtype"], bytes=end - start)
-        found[name] = StoredTensor(shard=shard, start=8 + length + start, fact=fact)
-    return found
+        tensors[name] = StoredTensor(shard=shard, start=8 + length + start, fact=fact)
+    return tensors
 
 
-def _index_problems(folder: Path, found: Mapping[str, StoredTensor]) -> Iterator[Reason]:
-    """Return the differences between the index and the shards' headers."""
+def _index_problems(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[Reason]:
+    """Yield the differences between the index and the tensors in the shards' headers."""
     weight_map = read_json(folder / INDEX)[1].get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
         yield Reason("index_form", index=INDEX)
         return
-    shards = {stored.shard.name for stored in found.values()}
+    shards = {stored.shard.name for stored in tensors.values()}
     for file in sorted(set(weight_map.values()) - shards):
         if "/" in file or "\\" in file or file in ("", ".", ".."):
             yield Reason("index_file_outside", index=INDEX, file=short(file))
         else:
             yield Reason("index_file_missing", index=INDEX, file=short(file))
     for name, file in weight_map.items():
-        if name not in found:
+        if name not in tensors:
             yield Reason("index_tensor_missing", index=INDEX, tensor=short(name))
-        elif file in shards and file != found[name].shard.name:
+        elif file in shards and file != tensors[name].shard.name:
             yield Reason(
                 "index_tensor_elsewhere",
                 index=INDEX,
                 tensor=short(name),
                 file=short(file),
-                shard=found[name].shard.name,
+                shard=tensors[name].shard.name,
             )
-    for name, stored in found.items():
+    for name, stored in tensors.items():
         if name not in weight_map:
             shard = stored.shard.name
             yield Reason("index_without_tensor", index=INDEX, tensor=short(name), shard=shard)

@@ -1,11 +1,13 @@
-"""Parquet files: inspected, checked, and read as tensors.
+"""Inspect and check the parquet files of a model's data, and convert them to tensors.
 
-parquet_inspection.py  reads a parquet file completely, in a process that may be killed
-parquet_inspector.py   the parent's side: starts and queries that process
-parquet.py             parquet files as record batches
-splits.py              the splits of a model as tensors
-catalogue.py           the splits of a retrieval model
-checks.py              which checks a signature requires
-expectations.py        those checks, run by Great Expectations
-validation_page.py     an HTML page of their results
+parquet_inspection.py  reads a parquet file completely, in a child process that may be killed
+parquet_inspector.py   starts that child process and sends it requests
+parquet.py             reads parquet files as record batches, and checks their columns
+column_arrays.py       converts parquet columns to arrays, and collects invalid values
+splits.py              converts the splits of a model to tensors, and checks their ids
+catalogue.py           converts the splits of a retrieval model to tensors
+checks.py              plans the checks that a signature requires
+findings.py            the results of checks, and the error for failed checks
+expectations.py        runs these checks with Great Expectations
+validation_page.py     renders their results as an HTML page
 """

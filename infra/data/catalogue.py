@@ -1,8 +1,9 @@
-"""A retrieval model's splits as tensors: interactions joined with the features of their items.
+"""Convert the splits of any model to tensors; for a retrieval model, join rows with their items.
 
-The split ``items`` is the catalogue: the inputs of the item tower, one row per item. The other
-splits hold interactions: the inputs of the query tower, and the item's id. ``prepare`` adds the
-item's other inputs, so that every row is a complete input of the model, as for any other task.
+The split ``items`` of a retrieval model is the catalogue: one row per item, with the inputs of the
+item tower. The rows of the other splits are interactions: the inputs of the query tower and the id
+of an item. ``prepare`` adds that item's other inputs, so that every row is a complete input of the
+model, as for any other task.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,25 +14,25 @@ from safetensors.numpy import load_file
 
 from compressors.contracts import ITEMS, JaggedBag, Signature
 from infra.data import splits as data
-from infra.data.parquet import Array, Faults
+from infra.data.parquet import Array, Violations
 from infra.data.splits import Prepared
 from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
 
 
 def prepare(paths: Mapping[str, Path], split: str, signature: Signature, into: Path) -> Prepared:
-    """Write one split as ``into/data.safetensors``, for any task.
+    """Write one split as ``into/data.safetensors``; the layout is described in ``splits.py``.
 
     Args:
-        paths: parquet file or folder by split name; ``retrieval`` reads ``items`` in addition to
-            ``split``.
+        paths: parquet file or folder by split name. For a retrieval model it contains ``items`` in
+            addition to ``split``.
         split: name of the split to write.
-        signature: the bundle's.
-        into: a folder; created if missing.
+        signature: signature of the bundle.
+        into: the folder to write to; created if missing.
 
     Raises:
-        DataRefused: as ``data.prepare``; an item is in the catalogue twice or not at all; two test
-            rows of one query differ in the inputs of the query tower.
+        DataRefused: as ``splits.prepare``; or an item is twice in the catalogue, or is missing from
+            it; or two test rows of one query differ in the inputs of the query tower.
     """
     prepared = data.prepare(paths[split], signature.of_split(split), into)
     if signature.item is None:
@@ -51,76 +52,97 @@ def prepare(paths: Mapping[str, Path], split: str, signature: Signature, into: P
 
 
 def _require_unique(parquet: Path, items: dict[str, Array], signature: Signature) -> None:
-    faults, (column,) = Faults(), _item_columns(signature)
-    _, first = np.unique(items[str(signature.item)], return_index=True)
-    again = np.setdiff1d(np.arange(len(items[str(signature.item)])), first)
-    faults.note(column, "an item that stands in an earlier row too", again)
-    faults.refuse(parquet)
+    """Raise if an item is twice in the catalogue."""
+    violations, (column,) = Violations(), _item_columns(signature)
+    _, first_rows = np.unique(items[str(signature.item)], return_index=True)
+    repeated = np.setdiff1d(np.arange(len(items[str(signature.item)])), first_rows)
+    violations.add(column, "an item that stands in an earlier row too", repeated)
+    violations.refuse(parquet)
 
 
 def _require_one_request(parquet: Path, tensors: dict[str, Array], signature: Signature) -> None:
-    """Raise if rows of one query differ in its inputs: the model evaluates each query once."""
-    assert signature.towers is not None  # noqa: S101 - the signature's own rule
-    faults = Faults()
+    """Raise if rows of one query differ in a query input: the model evaluates each query once."""
+    assert signature.towers is not None  # noqa: S101 - a retrieval signature always has towers
+    violations = Violations()
     _, first, query = np.unique(tensors["@group"], return_index=True, return_inverse=True)
-    same = first[query]  # (rows,): the first row of each row's query
+    first_row = first[query]  # (rows,): the first row with the same query
     for item in signature.only(signature.towers.query.inputs).inputs:
         values = tensors[item.name]
         if isinstance(item, JaggedBag):
             bounds = tensors[f"@bounds/{item.name}"]
             lengths = np.diff(bounds)
-            differs = lengths != lengths[same]
-            kept = np.flatnonzero(~differs)
-            mine = _places(bounds[kept], lengths[kept])
-            other = _places(bounds[same[kept]], lengths[kept])
-            unlike = np.repeat(kept, lengths[kept])[values[mine] != values[other]]
-            differs[unlike] = True
+            differs = lengths != lengths[first_row]
+            rows = np.flatnonzero(~differs)  # rows whose lists have equal lengths
+            positions = _list_positions(bounds[rows], lengths[rows])
+            first_positions = _list_positions(bounds[first_row[rows]], lengths[rows])
+            is_unequal = values[positions] != values[first_positions]
+            differs[np.repeat(rows, lengths[rows])[is_unequal]] = True
         else:
-            differs = (values != values[same]).reshape(len(same), -1).any(axis=1)
+            differs = (values != values[first_row]).reshape(len(first_row), -1).any(axis=1)
         rule = f"differs from the first row of the same {signature.group}, which is one query"
-        faults.note(item.columns[0], rule, np.flatnonzero(differs))
-    faults.refuse(parquet)
+        violations.add(item.columns[0], rule, np.flatnonzero(differs))
+    violations.refuse(parquet)
 
 
 def _join(
     parquet: Path, tensors: dict[str, Array], items: dict[str, Array], signature: Signature
 ) -> None:
-    """Add the catalogue's features of each row's item."""
-    assert signature.towers is not None  # noqa: S101 - the signature's own rule
-    wanted, known = tensors[str(signature.item)], items[str(signature.item)]
-    order = np.argsort(known)
-    place = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-    faults, (column,) = Faults(), _item_columns(signature)
-    faults.note(column, "an item that is not in 'items'", np.flatnonzero(known[place] != wanted))
-    faults.refuse(parquet)
+    """Add the other inputs of each row's item from the catalogue ``items`` to ``tensors``.
+
+    Raises:
+        DataRefused: an item is not in the catalogue.
+    """
+    assert signature.towers is not None  # noqa: S101 - a retrieval signature always has towers
+    row_ids, item_ids = tensors[str(signature.item)], items[str(signature.item)]
+    order = np.argsort(item_ids)
+    found = np.searchsorted(item_ids, row_ids, sorter=order)
+    position = order[found.clip(max=len(item_ids) - 1)]  # (rows,): row of the catalogue
+    violations, (column,) = Violations(), _item_columns(signature)
+    is_missing = item_ids[position] != row_ids
+    violations.add(column, "an item that is not in 'items'", np.flatnonzero(is_missing))
+    violations.refuse(parquet)
     for item in signature.only(signature.towers.item.inputs).inputs:
         if item.name == signature.item:
             continue
         if not isinstance(item, JaggedBag):
-            tensors[item.name] = items[item.name][place]
+            tensors[item.name] = items[item.name][position]
             continue
         bounds = items[f"@bounds/{item.name}"]
-        lengths = np.diff(bounds)[place]
-        tensors[item.name] = items[item.name][_places(bounds[place], lengths)]
+        lengths = np.diff(bounds)[position]
+        tensors[item.name] = items[item.name][_list_positions(bounds[position], lengths)]
         tensors[f"@bounds/{item.name}"] = np.concatenate([[0], np.cumsum(lengths)])
 
 
-def _places(begin: Array, lengths: Array) -> Array:
-    """Return the positions of all list values, concatenated, from starts and lengths."""
-    edges = np.cumsum(lengths) - lengths
-    places: Array = np.repeat(begin - edges, lengths) + np.arange(int(lengths.sum()))
-    return places
+def _list_positions(starts: Array, lengths: Array) -> Array:
+    """Return the positions of the values of several lists in the tensor of all values.
+
+    Args:
+        starts: int64 (lists,), position of the first value of each list.
+        lengths: int64 (lists,), number of values of each list.
+
+    Returns:
+        int64 (sum of lengths,), the positions of the first list, then of the second, and so on.
+    """
+    result_starts = np.cumsum(lengths) - lengths
+    positions: Array = np.repeat(starts - result_starts, lengths) + np.arange(int(lengths.sum()))
+    return positions
 
 
 def _item_columns(signature: Signature) -> tuple[str, ...]:
+    """Return the columns of the input that identifies the item."""
     return next(item.columns for item in signature.inputs if item.name == signature.item)
 
 
 def require_items(splits: Collection[str], signature: Signature, where: object) -> None:
-    """Raise if a retrieval model has no catalogue, or another model has one.
+    """Raise if a retrieval model has no catalogue, or if any other model has one.
+
+    Args:
+        splits: names of the splits.
+        signature: signature of the bundle.
+        where: what contains the splits, for the error message.
 
     Raises:
-        DataRefused: names which of the two is the case.
+        DataRefused: the catalogue is missing or unexpected.
     """
     if signature.item is not None and ITEMS not in splits:
         raise DataRefused("catalogue_missing", place=str(where), split=ITEMS)

@@ -1,7 +1,8 @@
-"""Plan the data checks of a signature, as plain values, before any row is read.
+"""Plan the data checks that a signature requires, before any row is read.
 
-The plan depends only on the signature, the tables and the rules, so that planned and evaluated
-checks can be compared. ``expectations.py`` runs them.
+A planned check is a plain value that ``expectations.py`` runs. The plan depends only on the
+signature, the column types, the tables and the rules, so the number of planned checks can be
+compared with the number of evaluated checks.
 """
 
 from dataclasses import dataclass, field
@@ -11,13 +12,15 @@ from pydantic import Field, model_validator
 
 from compressors.contracts import ITEMS, AnyInput, DenseInput, Frozen, IdInput, Output, Signature
 from compressors.contracts.value_errors import value_error
-from infra.data.parquet import SCALARS, needs
-from infra.data.splits import FLOAT32_MAX, INT32, policed
+from infra.data.column_arrays import FLOAT32_MAX, INT32
+from infra.data.parquet import SCALARS, column_uses
+from infra.data.splits import requires_known_ids
 from infra.errors import DataRefused
 
 FLOAT64_MAX = 1.7976931348623157e308
 
-# Split -> later splits; its times may equal but not exceed their first time.
+# The splits that follow each split in time. No time of a split may be later than the first time of
+# such a split; they may be equal.
 LATER = {
     "train": ("validation", "test"),
     "validation": ("test",),
@@ -25,20 +28,20 @@ LATER = {
     "traffic": ("test",),
 }
 
-# Views: what a check reads.
-COUNT = "count"  # number of rows
-TYPES = "types"  # the type of every column
-ROWS = "rows"  # a column of plain values
-LENGTHS = "lengths"  # the lengths of a list column
-BEFORE = "before"  # time minus the first time of a later split
-VALUES = "values"  # the elements of a list column
+# Views: what a check is evaluated on.
+COUNT = "count"  # the number of rows
+TYPES = "types"  # the type of each column
+ROWS = "rows"  # the values of a column without lists
+LENGTHS = "lengths"  # the lengths of the lists of a column
+BEFORE = "before"  # each time minus the first time of a later split
+VALUES = "values"  # the elements of the lists of a column
 
 
 class Rules(Frozen):
     """Requirements on the data beyond its signature.
 
-    The defaults are weak: 100 test rows (fewer support no decision), one row elsewhere, and both
-    classes present in every split of a ``ctr`` model.
+    By default, the test split needs 100 rows, because fewer support no decision, every other split
+    needs one row, and every split of a ``ctr`` model needs both classes.
     """
 
     min_rows: int | dict[str, int] = Field(
@@ -50,7 +53,7 @@ class Rules(Frozen):
     )
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def _check_bounds(self) -> Self:
         counts = self.min_rows.values() if isinstance(self.min_rows, dict) else [self.min_rows]
         if min(counts, default=1) < 1:
             raise value_error("min_rows_not_positive")
@@ -67,10 +70,17 @@ class Rules(Frozen):
 
 @dataclass(frozen=True)
 class Check:
-    """One expectation: its view and column, its class and arguments, and its text for people.
+    """One planned check, which is one expectation of Great Expectations.
 
-    ``expects`` is the class in ``great_expectations.expectations``, ``settings`` its arguments
-    except the column. ``against`` is the later split of a ``BEFORE`` view.
+    Attributes:
+        split: the split that is checked.
+        column: the column that is checked; None for the number of rows.
+        rule: the requirement, as text for people.
+        view: what the check is evaluated on, such as ``ROWS``.
+        expects: name of a class in ``great_expectations.expectations``.
+        settings: arguments of that class, without the column.
+        against: the later split, in the view ``BEFORE``.
+        remedy: what to do if the check fails.
     """
 
     split: str
@@ -84,14 +94,14 @@ class Check:
 
     @property
     def frame(self) -> tuple[str, str | None]:
-        """Key of the frame; checks with the same key run as one suite."""
+        """Key of the pandas frame that the check reads; checks of one key run as one suite."""
         if self.view in (TYPES, VALUES):
             return (self.view, self.column if self.view == VALUES else None)
         return (ROWS, None)
 
     @property
     def entry(self) -> str | None:
-        """Name of the column in the frame."""
+        """Name of the column in that frame; None for the number of rows."""
         return f"@before/{self.against}" if self.view == BEFORE else self.column
 
 
@@ -105,82 +115,84 @@ def plan(
     """Plan all checks of one split.
 
     Args:
-        split: its name; ``kinds`` holds the column types of every split given, by name.
-        signature: the columns that are read from this split, and their types.
-        kinds: they decide two things only: whether a dense input of width 1 is stored as numbers or
-            as lists, and that all splits store time in the same type.
-        rows_of_table: by table name.
-        rules: minimum rows and label rate.
+        split: name of the split.
+        signature: the inputs, outputs and columns of this split.
+        kinds: column types of every split, as ``{split: {column: type}}``. They only decide whether
+            a dense input of width 1 is stored as numbers or lists, and which type a time must have
+            to equal that of the test split.
+        rows_of_table: number of rows by table name.
+        rules: requirements beyond the signature.
 
     Raises:
-        DataRefused: an input's table is not among ``rows_of_table``.
+        DataRefused: the table of an input is not in ``rows_of_table``.
     """
-    least = rules.rows_needed(split)
+    min_rows = rules.rows_needed(split)
     checks = [
         Check(
             split,
             None,
-            f"at least {least} row(s)",
+            f"at least {min_rows} row(s)",
             COUNT,
             "ExpectTableRowCountToBeBetween",
-            {"min_value": least},
+            {"min_value": min_rows},
         )
     ]
-    for need in needs(signature):
-        allowed, rule = need.kinds, f"type is {_or(need.kinds)}"
-        reference = kinds.get("test", {}).get(need.column)
-        if need.use == "the time" and split != "test" and reference in need.kinds:
+    for use in column_uses(signature):
+        allowed, rule = use.kinds, f"type is {_type_text(use.kinds)}"
+        reference = kinds.get("test", {}).get(use.column)
+        if use.purpose == "the time" and split != "test" and reference in use.kinds:
             allowed, rule = (reference,), f"type is {reference}, as in test"
         checks += [
-            Check(split, need.column, "column is there", TYPES, "ExpectColumnToExist"),
+            Check(split, use.column, "column is there", TYPES, "ExpectColumnToExist"),
             Check(
                 split,
-                need.column,
+                use.column,
                 rule,
                 TYPES,
                 "ExpectColumnValuesToBeInSet",
                 {"value_set": list(allowed)},
-                remedy=need.remedy,
+                remedy=use.remedy,
             ),
         ]
     for item in signature.inputs:
         for column in item.columns:
             kind = kinds[split].get(column, "")
-            checks += _of_input(split, item, column, kind, rows_of_table)
+            checks += _input_checks(split, item, column, kind, rows_of_table)
             if split == ITEMS and item.name == signature.item:
                 rule, expects = "each item once", "ExpectColumnValuesToBeUnique"
                 checks.append(Check(split, column, rule, ROWS, expects))
     for output in signature.outputs:
-        checks += _of_label(split, output, rules)
+        checks += _label_checks(split, output, rules)
     if signature.group is not None:
         checks.append(_not_null(split, signature.group, ROWS))
     if signature.time is not None:
-        checks += _of_time(split, signature.time, kinds)
+        checks += _time_checks(split, signature.time, kinds)
     unique = {(check.entry, check.rule, check.view): check for check in checks}
     return list(unique.values())
 
 
-def _of_input(
+def _input_checks(
     split: str, item: AnyInput, column: str, kind: str, rows_of_table: dict[str, int]
 ) -> list[Check]:
+    """Plan the checks of one column of an input; ``kind`` is the column's type."""
     if isinstance(item, DenseInput):
-        listed = len(item.columns) == 1 and (item.shape[0] > 1 or kind.startswith("list of "))
-        view = VALUES if listed else ROWS
+        has_lists = len(item.columns) == 1 and (item.shape[0] > 1 or kind.startswith("list of "))
+        view = VALUES if has_lists else ROWS
         rule, low, high = "finite in float32", -FLOAT32_MAX, FLOAT32_MAX
     else:
-        listed = not isinstance(item, IdInput)
-        view = VALUES if listed else ROWS
+        has_lists = not isinstance(item, IdInput)
+        view = VALUES if has_lists else ROWS
         rows = rows_of_table.get(item.table)
         if rows is None:
             known = tuple(sorted(rows_of_table)) or ("none",)
             raise DataRefused("table_unknown", input=item.name, table=item.table, tables=known)
-        if policed(split, item):
+        if requires_known_ids(split, item):
             rule, low, high = f"id in table {item.table!r} (0 to {rows - 1})", 0, rows - 1
         else:
             low, high = int(INT32.min), int(INT32.max)
             rule = f"id fits int32 (outside the table: {item.out_of_range})"
     checks = [_not_null(split, column, view), _between(split, column, rule, view, low, high)]
-    if not listed:
+    if not has_lists:
         return checks
     limit = item.shape[0]
     if isinstance(item, DenseInput):
@@ -190,7 +202,8 @@ def _of_input(
     return [_not_null(split, column, LENGTHS), length, *checks]
 
 
-def _of_label(split: str, output: Output, rules: Rules) -> list[Check]:
+def _label_checks(split: str, output: Output, rules: Rules) -> list[Check]:
+    """Plan the checks of an output's label; none if the output has no label."""
     label = output.label
     if label is None:
         return []
@@ -224,13 +237,14 @@ def _of_label(split: str, output: Output, rules: Rules) -> list[Check]:
     ]
 
 
-def _of_time(split: str, time: str, kinds: dict[str, dict[str, str]]) -> list[Check]:
+def _time_checks(split: str, time: str, kinds: dict[str, dict[str, str]]) -> list[Check]:
+    """Plan the checks of the column ``time``."""
     checks = [
         _not_null(split, time, ROWS),
         _between(split, time, "finite", ROWS, -FLOAT64_MAX, FLOAT64_MAX),
     ]
-    # Differences are compared with 0, not moments with each other: Great Expectations turns
-    # bounds into float64, which is too coarse for nanoseconds since 1970.
+    # A difference of times is compared with 0, because Great Expectations converts a bound to
+    # float64, which is too coarse for nanoseconds since 1970.
     checks += [
         Check(
             split,
@@ -257,5 +271,6 @@ def _between(split: str, column: str, rule: str, view: str, low: float, high: fl
     return Check(split, column, rule, view, "ExpectColumnValuesToBeBetween", bounds)
 
 
-def _or(words: tuple[str, ...]) -> str:
-    return "one plain value a row" if words == SCALARS else " or ".join(words)
+def _type_text(kinds: tuple[str, ...]) -> str:
+    """Format the allowed column types as text."""
+    return "one plain value a row" if kinds == SCALARS else " or ".join(kinds)

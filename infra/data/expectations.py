@@ -1,7 +1,7 @@
-"""Validate the splits of a data set with Great Expectations suites built from a signature.
+"""Run the planned checks of a data set (``checks.py``) with Great Expectations.
 
-A check that raises inside Great Expectations was not evaluated and never counts as passed: a
-validation succeeds only if every planned check was evaluated and passed.
+A validation succeeds only if every planned check was evaluated and passed. A check that raises
+inside Great Expectations counts as not evaluated.
 """
 
 import datetime as dt
@@ -18,17 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from compressors.contracts import Frozen, Signature
+from compressors.contracts import Signature
 from infra.data.checks import BEFORE, COUNT, LENGTHS, TYPES, Check, Rules, plan
+from infra.data.findings import Finding, Validation, refuse_failures
 from infra.data.parquet import (
     MOMENTS,
     ROWS_SHOWN,
-    Survey,
+    SplitContents,
     batches,
-    flat,
-    needs,
-    plain_times,
-    survey,
+    column_uses,
+    flatten,
+    inspect_split,
+    to_plain_times,
 )
 from infra.data.parquet_inspection import kind_of
 from infra.errors import DataRefused
@@ -38,59 +39,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Rules", "Validation", "refuse_failures", "validate"]
 
-# Great Expectations lists failing entries in order; one row may have several.
+# Failing values requested per check. More than the rows shown, because a row may have several.
 ENTRIES_REQUESTED = 10 * ROWS_SHOWN
 
 FRAMES = "frames"
 
-# Rows listed in one line of an error; the page lists the first 20.
-ROWS_REPORTED = 10
-
-# Great Expectations keeps its context in a global, so validations of one process run in turn.
-_TURN = threading.Lock()
-
-
-class Finding(Frozen):
-    """The result of one check.
-
-    ``failing_rows`` are the parquet row numbers, from 0 through all parts, of the first
-    failing rows (at most 20) and ``failing_values`` one failing value of each;
-    ``failing_count`` counts all failing values. A check of a whole split (rows, types, label
-    rate) names no rows, only ``observed``. A check that was not ``evaluated`` is never a
-    ``success``.
-    """
-
-    split: str
-    column: str | None
-    rule: str
-    success: bool
-    observed: str
-    failing_rows: tuple[int, ...] = ()
-    failing_count: int = 0
-    failing_values: tuple[str, ...] = ()
-    evaluated: bool = True
-
-
-class Validation(Frozen):
-    """The results of all checks.
-
-    ``seconds`` is the wall time of reading and checking. ``warnings`` are about the uncompressed
-    model on its test rows; they do not check the data and never fail a validation.
-    """
-
-    success: bool
-    evaluated: int
-    intended: int
-    findings: tuple[Finding, ...]
-    seconds: float
-    warnings: tuple[str, ...] = ()
+# Great Expectations has one global context, so only one thread may validate at a time.
+_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """Facts about a split, collected before its rows are checked."""
+    """The inspected files of a split, the type of each column, and columns of a usable type."""
 
-    found: Survey
+    contents: SplitContents
     kinds: dict[str, str]
     usable: frozenset[str]
 
@@ -103,184 +65,172 @@ def validate(
 ) -> Validation:
     """Check every split against the signature, and the time order of the splits.
 
-    Each split is read into memory: its plain columns together, its list columns one by one.
+    Columns of plain values are read into memory together, list columns one after another.
 
     Args:
         splits: parquet file or folder by split name (train, calibration, validation, test; items).
-        signature: the bundle's signature.
-        rows_of_table: rows of every table an input reads, by table name.
-        rules: minimum rows and label rate; ``Rules()`` if not given.
+        signature: signature of the bundle.
+        rows_of_table: number of rows of every table that an input refers to, by table name.
+        rules: requirements beyond the signature; ``Rules()`` by default.
 
     Raises:
-        DataRefused: a file cannot be read, or an input's table is unknown. Failing checks do not
-            raise here; call ``refuse_failures``.
+        DataRefused: a file cannot be read, or an input's table is unknown. A failing check does not
+            raise; pass the result to ``refuse_failures``.
     """
-    begun = time.perf_counter()
-    read = {split: signature.of_split(split) for split in splits}
-    facts = {split: _facts(path, read[split]) for split, path in splits.items()}
-    kinds = {split: known.kinds for split, known in facts.items()}
+    start = time.perf_counter()
+    signatures = {split: signature.of_split(split) for split in splits}
+    splits_facts = {split: _facts(path, signatures[split]) for split, path in splits.items()}
+    kinds = {split: facts.kinds for split, facts in splits_facts.items()}
     checks = {
-        split: plan(split, read[split], kinds, rows_of_table, rules or Rules()) for split in splits
+        split: plan(split, signatures[split], kinds, rows_of_table, rules or Rules())
+        for split in splits
     }
-    starts = {split: _start(known, read[split].time) for split, known in facts.items()}
+    starts = {
+        split: _first_time(facts, signatures[split].time) for split, facts in splits_facts.items()
+    }
     findings: list[Finding] = []
-    with _TURN, _quiet_frames() as frames:
-        for split, known in facts.items():
-            findings += _check_split(frames, known, checks[split], starts)
+    with _LOCK, _quiet_frames() as frames:
+        for split, facts in splits_facts.items():
+            findings += _check_split(frames, facts, checks[split], starts)
     intended = sum(map(len, checks.values()))
     evaluated = sum(finding.evaluated for finding in findings)
-    held = all(finding.success for finding in findings)
+    all_passed = all(finding.success for finding in findings)
     return Validation(
-        success=held and evaluated == intended and intended > 0,
+        success=all_passed and evaluated == intended and intended > 0,
         evaluated=evaluated,
         intended=intended,
         findings=tuple(findings),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start,
     )
 
 
-def refuse_failures(validation: Validation) -> None:
-    """Raise if a check failed or was not evaluated.
-
-    Raises:
-        DataRefused: one line per failing check with split, column, rule and rows; or fewer checks
-            were evaluated than planned; or none was planned.
-    """
-    if validation.intended == 0:
-        raise DataRefused("checks_missing")
-    failed = [found for found in validation.findings if not found.success and found.evaluated]
-    unknown = [found for found in validation.findings if not found.evaluated]
-    lines = [
-        f"{_place(found)}: needs {found.rule}; found {_failure_text(found)}." for found in failed
-    ]
-    lines += [f"{_place(found)}: {found.rule}: {found.observed}." for found in unknown]
-    if validation.evaluated < validation.intended:
-        lines.append(
-            f"Only {validation.evaluated} of {validation.intended} intended checks could be "
-            "evaluated, and a check that was not evaluated did not pass."
-        )
-    if lines or not validation.success:
-        raise DataRefused("checks_failed", problems=tuple(lines))
-
-
-def _place(found: Finding) -> str:
-    column = "" if found.column is None else f", column {found.column!r}"
-    return f"split {found.split!r}{column}"
-
-
-def _failure_text(found: Finding) -> str:
-    if not found.failing_rows:
-        return found.observed
-    pairs = list(zip(found.failing_rows, found.failing_values, strict=True))[:ROWS_REPORTED]
-    rows = ", ".join(f"{row} ({value})" for row, value in pairs)
-    more = " and more" if found.failing_count > len(pairs) else ""
-    return f"{found.observed}, row(s) {rows}{more}"
-
-
 def _facts(parquet: Path, signature: Signature) -> _Facts:
-    found = survey(parquet, signature)
+    """Inspect the files of a split and find the columns whose type fits all their uses."""
+    contents = inspect_split(parquet, signature)
     kinds = {
-        name: "there more than once" if name in found.repeated else kind
-        for name, kind in found.kinds.items()
+        name: "there more than once" if name in contents.repeated else kind
+        for name, kind in contents.kinds.items()
     }
-    usable = {need.column for need in needs(signature)}
-    for column, _, allowed, _ in needs(signature):
-        if kinds.get(column) not in allowed:
-            usable.discard(column)
-    return _Facts(found, kinds, frozenset(usable))
+    usable = {use.column for use in column_uses(signature)}
+    for use in column_uses(signature):
+        if kinds.get(use.column) not in use.kinds:
+            usable.discard(use.column)
+    return _Facts(contents, kinds, frozenset(usable))
 
 
-def _start(known: _Facts, column: str | None) -> Any:
-    """Return the first time of a split; None without a time column, rows or a usable time."""
-    if column is None or column not in known.usable:
+def _first_time(facts: _Facts, column: str | None) -> Any:
+    """Return the smallest finite value of the time column of a split; None if there is none."""
+    if column is None or column not in facts.usable:
         return None
-    least = [
+    minima = [
         pc.min(pc.if_else(pc.is_finite(times), times, pa.scalar(None, times.type))).as_py()
-        for _, batch in batches(known.found, (column,))
-        for times in [plain_times(batch.column(column))]
+        for _, batch in batches(facts.contents, (column,))
+        for times in [to_plain_times(batch.column(column))]
     ]
-    return min((moment for moment in least if moment is not None), default=None)
+    return min((minimum for minimum in minima if minimum is not None), default=None)
 
 
 def _check_split(
-    frames: Any, known: _Facts, checks: list[Check], starts: dict[str, Any]
+    frames: Any, facts: _Facts, checks: list[Check], starts: dict[str, Any]
 ) -> list[Finding]:
-    """Run a split's checks, one suite per frame; returns findings in the order of the checks."""
+    """Run all checks of one split, as one suite per frame.
+
+    Args:
+        frames: the batch definition of ``_quiet_frames``.
+        facts: the inspected files of the split.
+        checks: the planned checks of the split.
+        starts: first time of each split by name.
+
+    Returns:
+        One finding per check, in the order of ``checks``.
+    """
     findings: dict[int, Finding] = {}
     suites: dict[tuple[str, str | None], list[int]] = {}
-    for place, check in enumerate(checks):
-        obstacle = _obstacle(check, known, starts)
+    for index, check in enumerate(checks):
+        obstacle = _obstacle(check, facts, starts)
         if obstacle:
-            findings[place] = _not_evaluated(check, obstacle)
+            findings[index] = _not_evaluated(check, obstacle)
         else:
-            suites.setdefault(check.frame, []).append(place)
-    for frame, places in suites.items():
-        suite = [checks[place] for place in places]
-        entries = _frame(frame, suite, known, starts)
-        findings |= zip(places, _run(frames, entries, suite, known, starts), strict=True)
-    return [findings[place] for place in range(len(checks))]
+            suites.setdefault(check.frame, []).append(index)
+    for frame_key, indices in suites.items():
+        suite = [checks[index] for index in indices]
+        frame = _build_frame(frame_key, suite, facts, starts)
+        findings |= zip(indices, _run_suite(frames, frame, suite, facts, starts), strict=True)
+    return [findings[index] for index in range(len(checks))]
 
 
-def _obstacle(check: Check, known: _Facts, starts: dict[str, Any]) -> str:
-    """Return why a check cannot be evaluated, or ''."""
+def _obstacle(check: Check, facts: _Facts, starts: dict[str, Any]) -> str:
+    """Return why a check cannot be evaluated; an empty string if it can."""
     if check.view == COUNT or check.expects == "ExpectColumnToExist":
         return ""
-    if check.column not in known.kinds:
+    if check.column not in facts.kinds:
         return "the column is missing"
     if check.view == TYPES:
         return ""
-    if check.column not in known.usable:
+    if check.column not in facts.usable:
         return "the column has the wrong type"
-    if known.found.rows == 0:
+    if facts.contents.rows == 0:
         return "the split has no rows"
     if check.view == BEFORE and starts[str(check.against)] is None:
         return f"split {check.against!r} has no moment to compare with"
     return ""
 
 
-def _frame(
-    frame: tuple[str, str | None], suite: list[Check], known: _Facts, starts: dict[str, Any]
+def _build_frame(
+    key: tuple[str, str | None], suite: list[Check], facts: _Facts, starts: dict[str, Any]
 ) -> "pd.DataFrame":
-    """Build the frame that a suite reads; the index is the row number in the split."""
+    """Build the frame that a suite reads, with row numbers of the split as the index.
+
+    Args:
+        key: ``Check.frame`` of the checks.
+        suite: the checks.
+        facts: the inspected files of the split.
+        starts: first time of each split by name.
+    """
     import pandas as pd
 
-    view, listed = frame
+    view, list_column = key
     if view == TYPES:
-        return pd.DataFrame({name: [kind] for name, kind in known.kinds.items()})
-    if listed is not None:
-        values, rows, _ = flat(_whole(known.found, (listed,))[listed])
-        return pd.DataFrame({listed: _series(values).set_axis(rows)})
-    wanted = {check.entry: check for check in suite if check.column is not None}
-    whole = _whole(known.found, {str(check.column) for check in wanted.values()})
+        return pd.DataFrame({name: [kind] for name, kind in facts.kinds.items()})
+    if list_column is not None:
+        values, rows, _ = flatten(_read_columns(facts.contents, (list_column,))[list_column])
+        return pd.DataFrame({list_column: _series(values).set_axis(rows)})
+    by_entry = {check.entry: check for check in suite if check.column is not None}
+    names = {str(check.column) for check in by_entry.values()}
+    arrays = _read_columns(facts.contents, names)
     columns = {}
-    for entry, check in wanted.items():
-        column = whole[str(check.column)]
+    for entry, check in by_entry.items():
+        column = arrays[str(check.column)]
         if check.view == LENGTHS:
             column = pc.list_value_length(column)
         elif check.view == BEFORE:
-            column = pc.subtract(plain_times(column), starts[str(check.against)])
+            column = pc.subtract(to_plain_times(column), starts[str(check.against)])
         columns[entry] = _series(column)
-    return pd.DataFrame(columns, index=pd.RangeIndex(known.found.rows))
+    return pd.DataFrame(columns, index=pd.RangeIndex(facts.contents.rows))
 
 
-def _whole(found: Survey, columns: Iterable[str]) -> dict[str, pa.Array]:
-    """Read some columns of a split, each as one array."""
-    wanted = sorted(columns)
-    if not wanted:
+def _read_columns(contents: SplitContents, columns: Iterable[str]) -> dict[str, pa.Array]:
+    """Read some columns of a split, each as one array.
+
+    Raises:
+        DataRefused: a column has too many bytes for one array.
+    """
+    names = sorted(columns)
+    if not names:
         return {}
     table = pa.concat_tables(
-        [pa.Table.from_batches([batch]) for _, batch in batches(found, wanted)],
+        [pa.Table.from_batches([batch]) for _, batch in batches(contents, names)],
         promote_options="permissive",
     )
-    whole = {name: table.column(name).combine_chunks() for name in wanted}
-    broken = [name for name, column in whole.items() if isinstance(column, pa.ChunkedArray)]
-    if broken:
-        raise DataRefused("column_too_long", column=broken[0])
-    return whole
+    arrays = {name: table.column(name).combine_chunks() for name in names}
+    too_long = [name for name, array in arrays.items() if isinstance(array, pa.ChunkedArray)]
+    if too_long:
+        raise DataRefused("column_too_long", column=too_long[0])
+    return arrays
 
 
 def _series(column: pa.Array) -> "pd.Series[Any]":
-    """Convert a column to pandas: nullable integers stay integers, times become microseconds."""
+    """Convert a column to pandas: nullable integers remain integers, times become microseconds."""
     import pandas as pd
 
     kind = kind_of(column.type)
@@ -289,7 +239,7 @@ def _series(column: pa.Array) -> "pd.Series[Any]":
     elif kind == "float":
         column = column.cast(pa.float64())
     elif kind in MOMENTS:
-        column = plain_times(column)
+        column = to_plain_times(column)
     if pa.types.is_integer(column.type) and column.null_count:
         wide = pd.UInt64Dtype() if pa.types.is_uint64(column.type) else pd.Int64Dtype()
         return pd.Series(column.to_pandas(types_mapper={column.type: wide}.get))
@@ -298,43 +248,44 @@ def _series(column: pa.Array) -> "pd.Series[Any]":
 
 @contextmanager
 def _quiet_frames() -> Iterator[Any]:
-    """Yield a definition of whole-frame batches, in an in-memory context.
+    """Yield a batch definition of Great Expectations that validates a whole pandas frame.
 
-    Inside the block Great Expectations writes no files, telemetry, progress bars or log lines.
+    Its context is in memory. Inside the block, Great Expectations writes no files, telemetry,
+    progress bars or log lines.
     """
     import great_expectations as gx
 
-    # Exceptions inside an expectation are in its result and then in the finding, so their log lines
-    # are redundant. Its loggers set their levels themselves; only a global level silences them.
-    log, wall = logging.getLogger("great_expectations"), logging.NullHandler()
-    passes_on = log.propagate
+    # An exception inside an expectation becomes part of the finding, so its log lines are
+    # redundant. The library's loggers set their levels themselves, so a level would not hide them.
+    log, null_handler = logging.getLogger("great_expectations"), logging.NullHandler()
+    earlier_propagate = log.propagate
     log.propagate = False
-    log.addHandler(wall)
+    log.addHandler(null_handler)
     try:
         context = gx.get_context(mode="ephemeral")
         context.variables.progress_bars = {"globally": False, "metric_calculations": False}
         asset = context.data_sources.add_pandas(FRAMES).add_dataframe_asset(FRAMES)
         yield asset.add_batch_definition_whole_dataframe(FRAMES)
     finally:
-        log.removeHandler(wall)
-        log.propagate = passes_on
+        log.removeHandler(null_handler)
+        log.propagate = earlier_propagate
 
 
-def _run(
+def _run_suite(
     frames: Any,
-    entries: "pd.DataFrame",
+    frame: "pd.DataFrame",
     suite: list[Check],
-    known: _Facts,
+    facts: _Facts,
     starts: dict[str, Any],
 ) -> list[Finding]:
-    """Evaluate one suite on one frame."""
+    """Evaluate the checks of one suite on one frame; returns one finding per check."""
     import great_expectations as gx
     from great_expectations.exceptions import GreatExpectationsError
 
-    wanted = [_expectation(check, place) for place, check in enumerate(suite)]
+    expectations = [_expectation(check, index) for index, check in enumerate(suite)]
     try:
-        ran = frames.get_batch({"dataframe": entries}).validate(
-            gx.ExpectationSuite(FRAMES, expectations=wanted),
+        validation = frames.get_batch({"dataframe": frame}).validate(
+            gx.ExpectationSuite(FRAMES, expectations=expectations),
             result_format={
                 "result_format": "SUMMARY",
                 "partial_unexpected_count": ENTRIES_REQUESTED,
@@ -342,56 +293,57 @@ def _run(
         )
     except GreatExpectationsError as fault:
         return [_not_evaluated(check, f"Great Expectations failed: {fault}") for check in suite]
-    results = {item.expectation_config.meta["place"]: item for item in ran.results}
-    return [_finding(check, results.get(place), known, starts) for place, check in enumerate(suite)]
+    results = {item.expectation_config.meta["index"]: item for item in validation.results}
+    return [_finding(check, results.get(index), facts, starts) for index, check in enumerate(suite)]
 
 
-def _expectation(check: Check, place: int) -> Any:
-    """Build the expectation that a check names."""
+def _expectation(check: Check, index: int) -> Any:
+    """Build the expectation of a check; ``index`` identifies its result."""
     import great_expectations.expectations as gxe
 
     column = {} if check.entry is None else {"column": check.entry}
-    return getattr(gxe, check.expects)(**column, **check.settings, meta={"place": place})
+    return getattr(gxe, check.expects)(**column, **check.settings, meta={"index": index})
 
 
-def _finding(check: Check, answer: Any, known: _Facts, starts: dict[str, Any]) -> Finding:
-    if answer is None:
+def _finding(check: Check, gx_result: Any, facts: _Facts, starts: dict[str, Any]) -> Finding:
+    """Convert the result of Great Expectations for one check; None is a missing result."""
+    if gx_result is None:
         return _not_evaluated(check, "Great Expectations gave no result for it")
-    raised = _raised(answer.exception_info)
-    if raised:
-        return _not_evaluated(check, f"it raised inside Great Expectations: {raised}")
-    result = answer.result
-    observed = _observed(check, result, known)
+    message = _exception_message(gx_result.exception_info)
+    if message:
+        return _not_evaluated(check, f"it raised inside Great Expectations: {message}")
+    result = gx_result.result
+    observed = _observed(check, result, facts)
     rows: dict[int, str] = {}
     count = 0
     if check.view not in (COUNT, TYPES):
         count = int(result.get("unexpected_count") or 0)
-        kind = known.kinds.get(str(check.column), "")
+        kind = facts.kinds.get(str(check.column), "")
         pairs = zip(
             result.get("partial_unexpected_index_list") or (),
             result.get("partial_unexpected_list") or (),
             strict=True,
         )
         for row, value in pairs:
-            rows.setdefault(int(row), _value(check, value, kind, starts))
-    shown = sorted(rows)[:ROWS_SHOWN]
+            rows.setdefault(int(row), _value_text(check, value, kind, starts))
+    shown_rows = sorted(rows)[:ROWS_SHOWN]
     return Finding(
         split=check.split,
         column=check.column,
         rule=check.rule,
-        success=bool(answer.success),
+        success=bool(gx_result.success),
         observed=observed,
-        failing_rows=tuple(shown),
+        failing_rows=tuple(shown_rows),
         failing_count=count,
-        failing_values=tuple(rows[row] for row in shown),
+        failing_values=tuple(rows[row] for row in shown_rows),
     )
 
 
-def _raised(info: dict[str, Any]) -> str:
-    """Return the message of an exception inside an expectation, or ''.
+def _exception_message(info: dict[str, Any]) -> str:
+    """Return the message of an exception inside an expectation; an empty string if none.
 
     Args:
-        info: Great Expectations' record of it: one record, or one per metric.
+        info: ``exception_info`` of the result: one record, or one record per metric by name.
     """
     records = [info] if "raised_exception" in info else list(info.values())
     messages = [
@@ -400,9 +352,10 @@ def _raised(info: dict[str, Any]) -> str:
     return "; ".join(dict.fromkeys(messages))
 
 
-def _observed(check: Check, result: dict[str, Any], known: _Facts) -> str:
+def _observed(check: Check, result: dict[str, Any], facts: _Facts) -> str:
+    """Format what a check observed."""
     if check.view == TYPES:
-        kind = known.kinds.get(str(check.column))
+        kind = facts.kinds.get(str(check.column))
         if kind is None:
             return "no such column"
         fits = check.expects == "ExpectColumnToExist" or kind in check.settings["value_set"]
@@ -410,12 +363,12 @@ def _observed(check: Check, result: dict[str, Any], known: _Facts) -> str:
     if "observed_value" in result:
         value = result["observed_value"]
         return "nothing to measure" if value is None else f"{value:.6g}"
-    total, wrong = int(result["element_count"]), int(result["unexpected_count"])
-    return f"{wrong} of {total} value(s) failing" if wrong else f"all {total} value(s)"
+    total, failing = int(result["element_count"]), int(result["unexpected_count"])
+    return f"{failing} of {total} value(s) failing" if failing else f"all {total} value(s)"
 
 
-def _value(check: Check, value: Any, kind: str, starts: dict[str, Any]) -> str:
-    """Format one failing value; for a BEFORE view, the time instead of the difference."""
+def _value_text(check: Check, value: Any, kind: str, starts: dict[str, Any]) -> str:
+    """Format one failing value; in the view ``BEFORE``, the time instead of the difference."""
     import pandas as pd
 
     if pd.isna(value):
@@ -429,6 +382,7 @@ def _value(check: Check, value: Any, kind: str, starts: dict[str, Any]) -> str:
 
 
 def _not_evaluated(check: Check, why: str) -> Finding:
+    """Return the finding of a check that could not be evaluated."""
     return Finding(
         split=check.split,
         column=check.column,

@@ -1,7 +1,7 @@
-"""Parquet files as record batches: columns that a signature needs, and checks of those columns.
+"""Read the columns that a signature uses from parquet files, and check their types.
 
-A split is one file or a folder of part files, read in the order of their names. Row numbers start
-at 0 and continue through all parts; errors use these numbers.
+A split is one file, or a folder of part files that are read in the order of their names. Row
+numbers in errors start at 0 and continue through all parts.
 """
 
 from collections import Counter
@@ -16,11 +16,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from compressors.contracts import DenseInput, IdInput, Signature
-from infra.data.parquet_inspection import BATCH_ROWS, decoded, kind_of, opened, record_batches
+from infra.data.parquet_inspection import (
+    BATCH_ROWS,
+    decode_dictionary,
+    kind_of,
+    open_parquet,
+    record_batches,
+)
 from infra.data.parquet_inspector import inspect_parquet
 from infra.errors import DataRefused
 
 ROWS_SHOWN = 20
+"""Most row numbers that an error lists for one violated rule."""
 
 NUMBERS = ("integer", "float", "boolean")
 MOMENTS = ("timestamp", "timestamp with time zone", "date")
@@ -29,21 +36,31 @@ SCALARS = (*NUMBERS, *MOMENTS, "string", "binary", "decimal", "time of day")
 Array = NDArray[Any]
 
 
-class Need(NamedTuple):
-    """The column types that one use of a column accepts; ``kinds`` are names from ``kind_of``."""
+class ColumnUse(NamedTuple):
+    """One use of a column by a signature: a column may be an input and the group, for instance.
+
+    ``kinds`` are the accepted column types, as ``kind_of`` names them; ``remedy`` is what to do
+    about any other type.
+    """
 
     column: str
-    use: str
+    purpose: str
     kinds: tuple[str, ...]
     remedy: str
 
 
 @dataclass(frozen=True)
-class Survey:
-    """Counts of a split's files, taken from the data and not from the footers.
+class SplitContents:
+    """Counts and column types of a split, read from all data and not only from the footers.
 
-    ``values`` and ``longest`` have an entry for each column that the signature reads: its number of
-    values, and the length of its longest list (0 without lists).
+    Attributes:
+        files: the part files, in reading order.
+        rows: number of rows of all parts.
+        kinds: type of each column, as ``kind_of`` names it.
+        values: number of values of each column that the signature uses; a list has several.
+        longest: length of the longest list of each such column; 0 for a column without lists.
+        repeated: names that several columns have.
+        batch_rows: rows per record batch to read the files with.
     """
 
     files: tuple[Path, ...]
@@ -56,14 +73,20 @@ class Survey:
 
 
 @dataclass
-class Faults:
-    """Violations found in one pass, counted by column and rule; only the first rows are kept."""
+class Violations:
+    """Collects violations of rules in the data: their number and first rows by column and rule."""
 
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
     rows: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
-    def note(self, column: str, rule: str, rows: Array) -> None:
-        """Add violations; ``rows`` are row numbers in the split, one entry per invalid value."""
+    def add(self, column: str, rule: str, rows: Array) -> None:
+        """Add violations of one rule.
+
+        Args:
+            column: name of the column.
+            rule: the violated rule, as text.
+            rows: int64 (violations,), row number in the split of each invalid value.
+        """
         if len(rows) == 0:
             return
         key = (column, rule)
@@ -80,57 +103,66 @@ class Faults:
             f"first in row(s) {', '.join(map(str, self.rows[column, rule]))}."
             for column, rule in self.counts
         ]
-        refuse(parquet, lines)
+        refuse_if_any(parquet, lines)
 
 
-def refuse(parquet: Path, lines: list[str]) -> None:
+def refuse_if_any(parquet: Path, lines: list[str]) -> None:
     """Raise ``DataRefused`` with these lines, if there are any."""
     if lines:
         raise DataRefused("schema_unfit", path=str(parquet), problems=tuple(lines))
 
 
-def needs(signature: Signature) -> tuple[Need, ...]:
-    """List every column a signature reads, one entry per use, in the signature's order."""
-    whole = "Encode it to row numbers of the table and store it as int64."
-    needed: list[Need] = []
+def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
+    """List the columns that a signature reads: one entry per use, in the signature's order."""
+    id_remedy = "Encode it to row numbers of the table and store it as int64."
+    uses: list[ColumnUse] = []
     for item in signature.inputs:
-        use = f"input {item.name!r}"
+        purpose = f"input {item.name!r}"
         for column in item.columns:
             if isinstance(item, IdInput):
-                needed.append(Need(column, use, ("integer",), whole))
+                uses.append(ColumnUse(column, purpose, ("integer",), id_remedy))
             elif isinstance(item, DenseInput):
                 lists = tuple(f"list of {kind}" for kind in NUMBERS)
-                many = len(item.columns) > 1
-                kinds = NUMBERS if many else NUMBERS + lists if item.shape == (1,) else lists
-                needed.append(Need(column, use, kinds, "Store it as float32."))
+                if len(item.columns) > 1:
+                    kinds = NUMBERS
+                else:
+                    kinds = NUMBERS + lists if item.shape == (1,) else lists
+                uses.append(ColumnUse(column, purpose, kinds, "Store it as float32."))
             else:
-                needed.append(Need(column, use, ("list of integer",), whole))
-    needed.extend(
-        Need(output.label, "the label", NUMBERS, "Store it as a number.")
+                uses.append(ColumnUse(column, purpose, ("list of integer",), id_remedy))
+    uses.extend(
+        ColumnUse(output.label, "the label", NUMBERS, "Store it as a number.")
         for output in signature.outputs
         if output.label is not None
     )
     if signature.group is not None and not signature.scores_rows:
-        # Other values are numbered separately in each split, and here splits are compared.
+        # Values that are not integers would be numbered separately in each split, but this task
+        # compares the groups of different splits.
         remedy = "Number the groups the same way in every split."
-        needed.append(Need(signature.group, "the group", ("integer",), remedy))
+        uses.append(ColumnUse(signature.group, "the group", ("integer",), remedy))
     elif signature.group is not None:
-        needed.append(Need(signature.group, "the group", SCALARS, "Store one plain value a row."))
+        uses.append(
+            ColumnUse(signature.group, "the group", SCALARS, "Store one plain value a row.")
+        )
     if signature.time is not None:
         kinds = ("integer", "float", *MOMENTS)
-        needed.append(Need(signature.time, "the time", kinds, "Store a timestamp or a number."))
-    return tuple(needed)
+        uses.append(ColumnUse(signature.time, "the time", kinds, "Store a timestamp or a number."))
+    return tuple(uses)
 
 
-def survey(parquet: Path, signature: Signature) -> Survey:
-    """Read a split's files once, in a separate process, and count their rows and values.
+def inspect_split(parquet: Path, signature: Signature) -> SplitContents:
+    """Read the files of a split once, in a child process, and count their rows and values.
+
+    Args:
+        parquet: a file, or a folder of part files.
+        signature: its columns are read.
 
     Raises:
-        DataRefused: there is no parquet file, one cannot be read within the limits of
-            ``parquet_inspection``, or parts differ in a type.
+        DataRefused: there is no parquet file; or a file cannot be read within the limits of
+            ``parquet_inspection``; or parts differ in the type of a column.
     """
     files = _part_files(parquet)
-    columns = [need.column for need in needs(signature)]
+    columns = [need.column for need in column_uses(signature)]
     rows, kinds, batch_rows = 0, dict[str, str](), BATCH_ROWS
     values, longest = dict[str, int](), dict[str, int]()
     repeated: set[str] = set()
@@ -138,25 +170,26 @@ def survey(parquet: Path, signature: Signature) -> Survey:
         inspected = inspect_parquet(file, columns)
         names = Counter(name for name, _ in inspected.kinds)
         repeated.update(name for name, count in names.items() if count > 1)
-        here = dict(inspected.kinds)
+        file_kinds = dict(inspected.kinds)
         if file == files[0]:
-            kinds = here
-        odd = [
-            f"column {name!r} is {here.get(name, 'missing')} in {file.name}, but "
+            kinds = file_kinds
+        differences = [
+            f"column {name!r} is {file_kinds.get(name, 'missing')} in {file.name}, but "
             f"{kinds.get(name, 'missing')} in {files[0].name}. Write all parts alike."
-            for name in {**kinds, **here}
-            if here.get(name) != kinds.get(name)
+            for name in {**kinds, **file_kinds}
+            if file_kinds.get(name) != kinds.get(name)
         ]
-        refuse(parquet, odd)
+        refuse_if_any(parquet, differences)
         rows += inspected.rows
         batch_rows = min(batch_rows, inspected.batch_rows)
         for name, count in inspected.values.items():
             values[name] = values.get(name, 0) + count
             longest[name] = max(longest.get(name, 0), inspected.longest[name])
-    return Survey(files, rows, kinds, values, longest, frozenset(repeated), batch_rows)
+    return SplitContents(files, rows, kinds, values, longest, frozenset(repeated), batch_rows)
 
 
 def _part_files(parquet: Path) -> tuple[Path, ...]:
+    """Return the parquet files of a split in reading order."""
     if parquet.is_file():
         return (parquet,)
     if not parquet.is_dir():
@@ -177,103 +210,130 @@ def _part_files(parquet: Path) -> tuple[Path, ...]:
     return tuple(visible)
 
 
-def check_columns(found: Survey, parquet: Path, signature: Signature) -> None:
-    """Raise if a column is missing or has a type that its use cannot read.
+def check_columns(contents: SplitContents, parquet: Path, signature: Signature) -> None:
+    """Raise if a column that the signature uses is missing, or has a type that it cannot use.
+
+    Args:
+        contents: the inspected files.
+        parquet: their file or folder, for the error message.
+        signature: the columns and their uses.
 
     Raises:
-        DataRefused: one line per column, with the remedy; also if there are no rows.
+        DataRefused: a line with the remedy for each such column; also if there are no rows.
     """
-    lines = [] if found.rows else ["it has no rows."]
-    for column, use, kinds, remedy in dict.fromkeys(needs(signature)):
-        kind = found.kinds.get(column)
+    lines = [] if contents.rows else ["it has no rows."]
+    for column, purpose, kinds, remedy in dict.fromkeys(column_uses(signature)):
+        kind = contents.kinds.get(column)
         if kind is None:
-            lines.append(f"column {column!r} is missing; {use} reads it.")
-        elif column in found.repeated:
+            lines.append(f"column {column!r} is missing; {purpose} reads it.")
+        elif column in contents.repeated:
             lines.append(f"column {column!r} is there more than once. Keep one.")
         elif kind not in kinds:
-            why = remedy
             if kind.endswith("float") and kinds[0].endswith("integer"):
-                why = _why_not_integers(found, column)
+                remedy = _why_not_integers(contents, column)
             lines.append(
-                f"column {column!r}: {use} needs {' or '.join(kinds)}, found {kind} in all "
-                f"{found.rows} row(s). {why}"
+                f"column {column!r}: {purpose} needs {' or '.join(kinds)}, found {kind} in all "
+                f"{contents.rows} row(s). {remedy}"
             )
     if not lines:
         lines = [
             f"column {item.columns[0]!r}: input {item.name!r} has {item.shape[0]} values in a "
-            f"row, and the longest list has {found.longest[item.columns[0]]}."
+            f"row, and the longest list has {contents.longest[item.columns[0]]}."
             for item in signature.inputs
             if isinstance(item, DenseInput)
             and len(item.columns) == 1
-            and item.shape[0] > max(1, 2 * found.longest[item.columns[0]])
+            and item.shape[0] > max(1, 2 * contents.longest[item.columns[0]])
         ]
-    refuse(parquet, lines)
+    refuse_if_any(parquet, lines)
 
 
-def _why_not_integers(found: Survey, column: str) -> str:
-    """Return why a float column cannot hold ids: nulls, fractions, or only its type."""
-    faults = Faults()
-    for first, batch in batches(found, (column,)):
-        values, parents, _ = flat(batch.column(column))
+def _why_not_integers(contents: SplitContents, column: str) -> str:
+    """Return why a float column cannot be read as ids, and the remedy.
+
+    The reason is nulls, fractions, or only the type of the column.
+    """
+    violations = Violations()
+    for first, batch in batches(contents, (column,)):
+        values, rows, _ = flatten(batch.column(column))
         numbers = values.cast(pa.float64()).fill_null(np.nan).to_numpy(zero_copy_only=False)
-        gone = np.isnan(numbers)
-        faults.note(column, "null or NaN", first + parents[gone])
-        faults.note(column, "fraction", first + parents[~gone & (numbers != np.floor(numbers))])
+        is_nan = np.isnan(numbers)
+        is_fraction = ~is_nan & (numbers != np.floor(numbers))
+        violations.add(column, "null or NaN", first + rows[is_nan])
+        violations.add(column, "fraction", first + rows[is_fraction])
     texts = [
         f"{count} value(s) are a {rule}, first in row(s) "
-        f"{', '.join(map(str, faults.rows[column, rule]))}."
-        for (column, rule), count in faults.counts.items()
+        f"{', '.join(map(str, violations.rows[column, rule]))}."
+        for (column, rule), count in violations.counts.items()
     ]
     return " ".join([*texts, "Cast it to int64" + (" when they are gone." if texts else ".")])
 
 
-def batches(found: Survey, columns: Iterable[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield record batches of some columns, each with the row number of its first row.
+def batches(
+    contents: SplitContents, columns: Iterable[str]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield the record batches of some columns, each with the row number of its first row.
+
+    Args:
+        contents: the inspected files.
+        columns: names of the columns; repeated names are read once.
 
     Raises:
-        DataRefused: a file cannot be read to its end.
+        DataRefused: a file cannot be read to its end, or has changed since the inspection.
     """
     names = list(dict.fromkeys(columns))
     row = 0
-    for file in found.files:
+    for file in contents.files:
         try:
-            with opened(file) as source:
-                for batch in record_batches(source, names, found.batch_rows):
+            with open_parquet(file) as source:
+                for batch in record_batches(source, names, contents.batch_rows):
                     yield row, batch
                     row += batch.num_rows
         except MemoryError:
             raise
         except (pa.ArrowException, OSError) as fault:
             raise DataRefused("file_broken_off", file=str(file), problem=str(fault)) from fault
-    if row != found.rows:
-        raise DataRefused("file_changed", file=str(found.files[0]), expected=found.rows, got=row)
+    if row != contents.rows:
+        raise DataRefused(
+            "file_changed", file=str(contents.files[0]), expected=contents.rows, got=row
+        )
 
 
 def is_list(column: pa.Array) -> bool:
-    """Return whether a column holds a list per row."""
+    """Return whether the values of a column are lists."""
     return kind_of(column.type).startswith("list of ")
 
 
-def flat(
-    column: pa.Array, name: str = "", first: int = 0, faults: Faults | None = None
+def flatten(
+    column: pa.Array, name: str = "", first: int = 0, violations: Violations | None = None
 ) -> tuple[pa.Array, Array, Array]:
-    """Flatten lists into values, row of each value, values per row; scalars are unchanged."""
+    """Flatten a column of lists; the values of any other column are unchanged.
+
+    Args:
+        column: a column of one record batch.
+        name: name of the column, for ``violations``.
+        first: row number of the batch's first row in the split, for ``violations``.
+        violations: if given, collects rows whose list is null.
+
+    Returns:
+        The values; int64 (values,) with the batch row of each value; int64 (rows,) with the number
+        of values of each row.
+    """
     if not is_list(column):
         return column, np.arange(len(column)), np.ones(len(column), np.int64)
-    if faults is not None:
-        faults.note(name, "null list (write an empty one)", first + nulls(column))
+    if violations is not None:
+        violations.add(name, "null list (write an empty one)", first + null_positions(column))
     lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
-    values = decoded(pc.list_flatten(column))
+    values = decode_dictionary(pc.list_flatten(column))
     return values, np.repeat(np.arange(len(column)), lengths), lengths.astype(np.int64)
 
 
-def nulls(column: pa.Array) -> Array:
-    """Return the positions of the nulls."""
+def null_positions(column: pa.Array) -> Array:
+    """Return the positions of the nulls in a column."""
     return np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
 
 
-def plain_times(column: pa.Array) -> pa.Array:
-    """Convert times to int64 microseconds since 1970, numbers to int64 or float64."""
+def to_plain_times(column: pa.Array) -> pa.Array:
+    """Convert times to int64 microseconds since 1970, and numbers to int64 or float64."""
     kind = kind_of(column.type)
     if kind in MOMENTS:
         zone = getattr(column.type, "tz", None)

@@ -1,10 +1,10 @@
-"""Read a parquet file once, completely, in a process that may be killed.
+"""Read a parquet file once, completely, in a child process that may be killed.
 
 An untrusted parquet file can end the process that reads it (a damaged footer aborts the C++
-reader), declare rows that it does not have, or expand to any size. A child process therefore reads
-every column that a schema needs, with limits of memory and time (``parquet_inspector.py`` is the
-parent's side), and reports its counts. The parent can then read the same file with the same
-library, the same batches, and no more memory.
+reader), declare rows that it does not have, or expand to any size. So a child process first reads
+every column that is needed, within limits of memory and time, and reports the counts of rows and
+values. Afterwards the parent process can read the file safely with the same library and batches.
+``parquet_inspector.py`` starts the child process and sends it requests.
 
 This module imports only pyarrow and numpy, so that the process starts quickly.
 """
@@ -26,20 +26,24 @@ import pyarrow.parquet as pq
 BATCH_ROWS = 65_536
 LEAST_BATCH_ROWS = 256
 BATCH_VALUES = 2**24
-"""Values of one batch, as far as the footer says how many a row has: 128 MiB of doubles."""
+"""Most values of one batch (128 MiB of doubles), if the footer states the values per row."""
 
 MEMORY_LIMIT = 2 * 2**30
+"""Bytes of memory that the child process may use in addition to its memory at the start."""
+
 EXPANDED_BYTES = 2**30
 EXPANSION = 1000
-"""A file may decode to 1 GiB, or to 1000 times its own size if that is more."""
+"""A file may decode to 1 GiB, or to 1000 times its size if that is more."""
 
 MAX_COLUMNS = 20_000
 MAX_NAME_BYTES = 4 * 2**20
+"""Most characters of all column names together."""
+
 BUFFER_BYTES = 2**20
 
 
 class NotUsable(Exception):
-    """Why a file is refused: a code of ``DataRefused`` and its fields, except for the file."""
+    """A file cannot be used; contains a code of ``DataRefused`` and its fields but the file."""
 
     def __init__(self, code: str, **fields: Any) -> None:
         super().__init__(code)
@@ -48,7 +52,7 @@ class NotUsable(Exception):
 
 
 def kind_of(dtype: pa.DataType) -> str:
-    """Return a column type in one word, without its width and encoding."""
+    """Return the name of a column type for people, without width and encoding (``integer``)."""
     types = pa.types
     if types.is_dictionary(dtype):
         return kind_of(dtype.value_type)
@@ -56,7 +60,7 @@ def kind_of(dtype: pa.DataType) -> str:
         return f"list of {kind_of(dtype.value_type)}"
     if types.is_timestamp(dtype):
         return "timestamp with time zone" if dtype.tz else "timestamp"
-    words = (
+    names = (
         ("integer", types.is_integer),
         ("float", types.is_floating),
         ("boolean", types.is_boolean),
@@ -68,24 +72,24 @@ def kind_of(dtype: pa.DataType) -> str:
         ("binary", types.is_binary),
         ("binary", types.is_large_binary),
     )
-    return next((word for word, fits in words if fits(dtype)), str(dtype)[:200])
+    return next((name for name, matches in names if matches(dtype)), str(dtype)[:200])
 
 
-def opened(file: str | Path) -> pq.ParquetFile:
-    """Open a parquet file for reading through small buffers, independent of its row-group size."""
+def open_parquet(file: str | Path) -> pq.ParquetFile:
+    """Open a parquet file with a buffer of 1 MiB per column, whatever the row groups' size."""
     return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
 def record_batches(
     source: pq.ParquetFile, columns: list[str], batch_rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Yield record batches of some columns, with dictionaries decoded."""
+    """Yield record batches of some columns; dictionary-encoded columns are decoded."""
     for batch in source.iter_batches(batch_rows, columns=columns, use_threads=False):
-        plain = [decoded(column) for column in batch.columns]
-        yield pa.RecordBatch.from_arrays(plain, names=batch.schema.names)
+        arrays = [decode_dictionary(column) for column in batch.columns]
+        yield pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
 
 
-def decoded(column: pa.Array) -> pa.Array:
+def decode_dictionary(column: pa.Array) -> pa.Array:
     """Decode a dictionary-encoded column; return any other column unchanged."""
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
@@ -94,41 +98,48 @@ def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
     """Read some columns of a file to its end and count their rows and values.
 
     Args:
-        file: a parquet file.
-        columns: columns to read; those the file lacks are skipped.
+        file: path of a parquet file.
+        columns: names of the columns to read; names that the file does not contain are skipped.
 
     Returns:
-        ``rows``; ``kinds`` as [name, kind] of every column in order; ``values`` and ``longest``
-        by column: its number of values and the length of its longest list; ``batch_rows``.
+        The fields of ``parquet_inspector.Inspected``: ``rows``; ``kinds``, a list of [name, type]
+        of all columns; ``values``, number of values by column; ``longest``, length of the longest
+        list by column; ``batch_rows``, rows per batch to read the file with.
 
     Raises:
-        NotUsable: the footer declares a wrong number of rows, or the file expands too far.
-        Exception: any exception of the reader on a damaged file.
+        NotUsable: the file has too many columns, states a wrong number of rows, or expands too far.
+        Exception: the reader raises exceptions of any class on a damaged file.
     """
-    with opened(file) as source:
+    with open_parquet(file) as source:
         schema, footer = source.schema_arrow, source.metadata
         kinds = [[name, kind_of(schema.field(at).type)] for at, name in enumerate(schema.names)]
-        names = sum(len(name) for name in schema.names)
-        if len(kinds) > MAX_COLUMNS or names > MAX_NAME_BYTES:
+        name_characters = sum(len(name) for name in schema.names)
+        if len(kinds) > MAX_COLUMNS or name_characters > MAX_NAME_BYTES:
             raise NotUsable(
                 "too_many_columns",
                 columns=len(kinds),
-                characters=names,
+                characters=name_characters,
                 most_columns=MAX_COLUMNS,
                 most_characters=MAX_NAME_BYTES,
             )
-        wanted = [name for name in dict.fromkeys(columns) if schema.names.count(name) == 1]
-        batch_rows = _batch_rows(footer, wanted)
-        found = _count(source, wanted, batch_rows, _most_bytes(file)) if wanted else None
-        if found is not None and found["rows"] != footer.num_rows:
-            raise NotUsable("footer_rows_differ", expected=footer.num_rows, got=found["rows"])
-    counts = found or {"rows": footer.num_rows, "values": {}, "longest": {}}
+        # Repeated names are not read; the parent reports them.
+        names = [name for name in dict.fromkeys(columns) if schema.names.count(name) == 1]
+        batch_rows = _batch_rows(footer, names)
+        counts = _count(source, names, batch_rows, _most_bytes(file)) if names else None
+        if counts is not None and counts["rows"] != footer.num_rows:
+            raise NotUsable("footer_rows_differ", expected=footer.num_rows, got=counts["rows"])
+    counts = counts or {"rows": footer.num_rows, "values": {}, "longest": {}}
     return {**counts, "kinds": kinds, "batch_rows": batch_rows}
 
 
 def _count(
     source: pq.ParquetFile, columns: list[str], batch_rows: int, most_bytes: int
 ) -> dict[str, Any]:
+    """Read columns to the end of the file and count rows and values by column.
+
+    Raises:
+        NotUsable: the decoded columns have more than ``most_bytes``.
+    """
     rows, size = 0, 0
     values, longest = dict.fromkeys(columns, 0), dict.fromkeys(columns, 0)
     for batch in record_batches(source, columns, batch_rows):
@@ -137,11 +148,11 @@ def _count(
         for name in columns:
             column = batch.column(name)
             if kind_of(column.type).startswith("list of "):
-                flat = decoded(pc.list_flatten(column))
+                list_values = decode_dictionary(pc.list_flatten(column))
                 lengths = pc.list_value_length(column).fill_null(0)
-                values[name] += len(flat)
+                values[name] += len(list_values)
                 longest[name] = max(longest[name], pc.max(lengths).as_py() or 0)
-                size += flat.nbytes
+                size += list_values.nbytes
             else:
                 values[name] += len(column)
                 size += column.nbytes
@@ -151,28 +162,32 @@ def _count(
 
 
 def _most_bytes(file: str) -> int:
+    """Return the number of bytes that a file may decode to."""
     return max(EXPANDED_BYTES, EXPANSION * Path(file).stat().st_size)
 
 
 def _batch_rows(footer: pq.FileMetaData, columns: list[str]) -> int:
-    """Choose the rows per batch, fewer if rows have many values; the footer may be wrong."""
-    most = 1
-    for group in range(footer.num_row_groups):
-        facts = footer.row_group(group)
+    """Choose the number of rows per batch from the values per row that the footer states.
+
+    The footer may be wrong, so this is only an estimate.
+    """
+    row_values = 1
+    for index in range(footer.num_row_groups):
+        row_group = footer.row_group(index)
         values = 0
-        for leaf in range(facts.num_columns):
-            chunk = facts.column(leaf)
+        for leaf in range(row_group.num_columns):
+            chunk = row_group.column(leaf)
             if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
                 values += max(chunk.num_values, 0)
-        most = max(most, values // max(facts.num_rows, 1))
-    return int(np.clip(BATCH_VALUES // most, LEAST_BATCH_ROWS, BATCH_ROWS))
+        row_values = max(row_values, values // max(row_group.num_rows, 1))
+    return int(np.clip(BATCH_VALUES // row_values, LEAST_BATCH_ROWS, BATCH_ROWS))
 
 
 # --- the child process -----------------------------------------------------------------------
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Build the child's response for one file: its counts, or why it is refused."""
+def respond(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the child's response for one file: its counts, or why the file cannot be used."""
     try:
         return inspect(request["file"], request["columns"])
     except NotUsable as fault:
@@ -197,22 +212,25 @@ def _unreadable(fault: Exception) -> NotUsable:
 
 
 def limit_memory(most: int) -> int:
-    """Limit this process to ``most`` bytes more than it has; returns the bytes it may use.
+    """Limit the address space of this process to ``most`` bytes more than it has now.
 
-    A lower limit inherited from the parent is kept.
+    A lower limit that was inherited from the parent stays in force.
+
+    Returns:
+        The number of bytes that the process may still allocate.
     """
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [held + most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    limits = [used + most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    return min(limits) - held
+    return min(limits) - used
 
 
 def main() -> None:
-    """Process requests, one JSON line each, until the parent closes the pipe."""
+    """Answer requests, one line of JSON each, until the parent closes the pipe."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # output of libraries must not mix with the responses
+    os.dup2(2, 1)  # so that output of libraries does not mix with the responses
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -221,10 +239,10 @@ def main() -> None:
     print(json.dumps({"memory": limit_memory(MEMORY_LIMIT)}), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        # Native code cannot be interrupted from Python; the kernel's timer ends the process if the
-        # parent no longer exists.
+        # If the parent has ended, this timer of the kernel ends the process. Python cannot
+        # interrupt native code.
         signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 5)
-        reply = json.dumps(answer(request))
+        reply = json.dumps(respond(request))
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(reply, file=out, flush=True)
 

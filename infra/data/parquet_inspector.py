@@ -1,7 +1,8 @@
-"""Parent side of ``parquet_inspection.py``: one child process inspects many files.
+"""Inspect parquet files in a child process that runs ``parquet_inspection.py``.
 
-The child is started for the first file and reused, because a start takes a third of a second. A
-file that ends it, or exceeds its limits, is refused, and the next file gets a new child.
+The child is started for the first file and used for further files, because a start takes a third
+of a second. A file that ends the child or exceeds its limits cannot be used, and the next file is
+inspected by a new child.
 """
 
 import atexit
@@ -30,14 +31,15 @@ from infra.store.disk import of_input
 START_SECONDS = 120.0
 SECONDS = 60.0
 BYTES_PER_SECOND = 4 * 2**20
-"""A file may take a minute, and a second more for each 4 MiB; usual are 100 MiB a second."""
+"""Time limit of a file: a minute, and a second for each 4 MiB. Usually 100 MiB take a second."""
 
 MAX_REPLY_BYTES = 16 * 2**20
 CACHED = 1024
+"""Number of files whose counts are kept in memory."""
 
 
 class Inspected(Frozen):
-    """The child's counts for one file."""
+    """The counts of one file, as ``parquet_inspection.inspect`` returns them."""
 
     rows: int
     kinds: tuple[tuple[str, str], ...]
@@ -47,6 +49,8 @@ class Inspected(Frozen):
 
 
 class _Identity(NamedTuple):
+    """Identifies the unchanged content of a file, and the columns that were read."""
+
     path: str
     device: int
     inode: int
@@ -57,7 +61,7 @@ class _Identity(NamedTuple):
 
 
 class _Ended(Exception):
-    """The child ended, or was killed at its time limit."""
+    """The child process ended before it replied."""
 
 
 class _Child:
@@ -67,7 +71,7 @@ class _Child:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in forget
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path),
-            "ARROW_DEFAULT_MEMORY_POOL": "system",  # the others reserve far more than they use
+            "ARROW_DEFAULT_MEMORY_POOL": "system",  # other pools reserve more than they use
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
@@ -80,7 +84,7 @@ class _Child:
             bufsize=0,
             start_new_session=True,
         )
-        self._rest = b""
+        self._received = b""
         try:
             self.memory: int = self.reply(START_SECONDS)["memory"]
         except BaseException:
@@ -90,9 +94,13 @@ class _Child:
     def request(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Send a request and wait for the reply.
 
+        Args:
+            request: path of the file and names of the columns.
+            seconds: time limit.
+
         Raises:
-            _Ended: the child died before it replied.
-            TimeoutError: it did not reply in time.
+            _Ended: the child ended before it replied.
+            TimeoutError: the child did not reply in time.
         """
         line = json.dumps(request | {"seconds": seconds}).encode() + b"\n"
         try:
@@ -102,39 +110,39 @@ class _Child:
         return self.reply(seconds)
 
     def reply(self, seconds: float) -> dict[str, Any]:
-        """Parse one line of the child as an object."""
+        """Read one line from the child and decode it; raises as ``request``."""
         out = self._pipe(self._process.stdout)
         end = time.monotonic() + seconds
-        while b"\n" not in self._rest:
+        while b"\n" not in self._received:
             ready, _, _ = select.select([out], [], [], max(end - time.monotonic(), 0))
             if not ready:
                 raise TimeoutError
             data = os.read(out.fileno(), 2**16)
-            if not data or len(self._rest) > MAX_REPLY_BYTES:
+            if not data or len(self._received) > MAX_REPLY_BYTES:
                 raise _Ended
-            self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
         value: dict[str, Any] = json.loads(line)
         return value
 
     def end(self) -> int:
-        """Kill the child if it runs; returns its exit code."""
+        """Kill the child if it still runs, and return its exit code."""
         if (code := self._process.poll()) is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(timeout=0.2)  # its pipe closed: it is about to end
+                code = self._process.wait(timeout=0.2)  # a child that is ending has its exit code
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self.forget()
         return self._process.wait() if code is None else code
 
     def forget(self) -> None:
-        """Close this process's ends of the pipes; the child ends when it reads the end."""
+        """Close this process's ends of the pipes; the child ends when its input ends."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
         self._log.close()
 
-    def printed(self) -> str:
+    def last_output(self) -> str:
         """Return the last line that the child printed."""
         self._log.seek(0)
         lines = self._log.read()[-4096:].decode(errors="replace").split("\n")
@@ -148,7 +156,7 @@ class _Child:
 
 
 def _refused(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
-    """Build the error for a file the child refused; messages of the reader become printable."""
+    """Build the error for a file that the child refused, from the code and fields it sent."""
     if code == "too_many_columns":
         return DataRefused(
             "too_many_columns",
@@ -170,7 +178,7 @@ def _refused(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
 
 
 class Inspector:
-    """Inspects files one after another with one child process."""
+    """Inspects files one after another with one child process. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -178,48 +186,53 @@ class Inspector:
         self._known: dict[_Identity, Inspected] = {}
 
     def inspect(self, file: Path, columns: Iterable[str]) -> Inspected:
-        """Count the contents of a file; the child reads it to its end.
+        """Read columns of a file to its end in the child process, and return the counts.
 
         A file that has not changed since its last inspection is not read again.
 
+        Args:
+            file: path of a parquet file.
+            columns: names of the columns to read; names that the file lacks are skipped.
+
         Raises:
-            DataRefused: it is damaged, or beyond the limits of memory, time or expansion.
-            FileRefused: it cannot be opened.
+            DataRefused: the file is damaged, or exceeds a limit of memory, time or expansion.
+            FileRefused: the file cannot be opened.
             OutOfMemory: this process or machine has less memory than a file may use.
-            ChildFailed: the child could not be started.
+            ChildFailed: the child process could not be started.
         """
         names = tuple(dict.fromkeys(columns))
         try:
-            facts = file.stat()
+            status = file.stat()
         except OSError as fault:
             raise of_input(fault, file) from fault
         identity = _Identity(
             str(file.absolute()),
-            facts.st_dev,
-            facts.st_ino,
-            facts.st_size,
-            facts.st_mtime_ns,
-            facts.st_ctime_ns,
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
             names,
         )
         with self._lock:
             if identity not in self._known:
-                found = self._inspect(file, names, SECONDS + facts.st_size / BYTES_PER_SECOND)
+                counts = self._inspect(file, names, SECONDS + status.st_size / BYTES_PER_SECOND)
                 if len(self._known) >= CACHED:
                     self._known.clear()
-                self._known[identity] = found
+                self._known[identity] = counts
             return self._known[identity]
 
     def _inspect(self, file: Path, columns: tuple[str, ...], seconds: float) -> Inspected:
-        child = self._running()
+        """Send a file to the child process, and raise the error that its reply stands for."""
+        child = self._running_child()
         try:
             reply = child.request({"file": str(file.absolute()), "columns": columns}, seconds)
         except TimeoutError as fault:
-            self._drop()
+            self._end_child()
             raise DataRefused("reader_timed_out", file=str(file), seconds=seconds) from fault
         except _Ended as fault:
-            printed = child.printed()
-            raise self._refusal(file, self._drop(), printed) from fault
+            message = child.last_output()
+            raise self._ended_error(file, self._end_child(), message) from fault
         if "refused" in reply:
             raise _refused(str(file), **reply["refused"])
         if "memory" in reply:
@@ -235,17 +248,25 @@ class Inspector:
         except ValidationError as fault:
             raise DataRefused("not_parquet", file=str(file)) from fault
 
-    def _refusal(self, file: Path, code: int, printed: str) -> DataRefused | OutOfMemory:
-        if code == -signal.SIGKILL:
+    def _ended_error(self, file: Path, code: int, message: str) -> DataRefused | OutOfMemory:
+        """Return the error for a file at which the child ended.
+
+        Args:
+            file: the file.
+            code: exit code of the child; negative for a signal.
+            message: the last line that the child printed.
+        """
+        if code == -signal.SIGKILL:  # the kernel kills processes when memory is exhausted
             return OutOfMemory("reader_killed", file=str(file))
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if not printed:
+        if not message:
             return DataRefused("reader_ended", file=str(file), cause=cause)
         return DataRefused(
-            "reader_ended_with_message", file=str(file), cause=cause, message=clean(printed)
+            "reader_ended_with_message", file=str(file), cause=cause, message=clean(message)
         )
 
-    def _running(self) -> _Child:
+    def _running_child(self) -> _Child:
+        """Return the child process; start one if there is none."""
         if self._child is None:
             try:
                 self._child = _Child()
@@ -253,16 +274,17 @@ class Inspector:
                 raise ChildFailed("reader_not_started") from fault
         return self._child
 
-    def _drop(self) -> int:
+    def _end_child(self) -> int:
+        """End the child process, and return its exit code; 0 if there is none."""
         child, self._child = self._child, None
         return 0 if child is None else child.end()
 
     def close(self) -> None:
         """End the child process, if there is one."""
-        self._drop()
+        self._end_child()
 
     def after_fork(self) -> None:
-        """Drop the child process of the parent in a forked process."""
+        """In a forked process, forget the child process: it belongs to the parent."""
         self._lock = threading.Lock()
         if self._child is not None:
             self._child.forget()
@@ -275,5 +297,5 @@ os.register_at_fork(after_in_child=_inspector.after_fork)
 
 
 def inspect_parquet(file: Path, columns: Iterable[str]) -> Inspected:
-    """``Inspector.inspect`` with the child process that all callers of this process share."""
+    """Call ``Inspector.inspect`` with the child process that all callers of this process share."""
     return _inspector.inspect(file, columns)

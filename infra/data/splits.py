@@ -1,17 +1,18 @@
-"""Convert parquet files to tensors as a bundle's signature declares.
+"""Convert parquet files to tensors as a bundle's signature declares, and check ids and lists.
 
-A split is one parquet file or a folder of part files, read in the order of their names and by
-record batches: memory is the output and one batch. Data that does not match the signature exactly
-is refused with column, rule and rows; no value is cast, filled or cut to match.
+A split is one parquet file, or a folder of part files that are read in the order of their names.
+Files are read by record batches, so the memory needed is the tensors and one batch. Data that does
+not match the signature exactly is an error with column, rule and rows. No value is cast, filled in
+or truncated to match.
 
 Layout of ``data.safetensors``, one file per split:
 
 id, dense, padded bag   the input's name, ``(rows, *shape)``, the declared dtype
 jagged bag              the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
-                        ``(rows + 1,)``: row ``i`` holds ids ``bounds[i]`` to ``bounds[i + 1]``
-``@label``              float32 ``(rows,)``; all 1 where the signature names no label
-``@group``              int64 ``(rows,)``; integers unchanged, other values numbered in the
-                        order it first appears
+                        ``(rows + 1,)``: the ids of row ``i`` are ``[bounds[i], bounds[i + 1])``
+``@label``              float32 ``(rows,)``; all 1 if the signature has no label
+``@group``              int64 ``(rows,)``; integers are unchanged, other values are numbered in
+                        the order of their first appearance
 ``@time``               ``(rows,)``; timestamps as int64 microseconds since 1970, numbers as
                         int64 or float64
 """
@@ -34,21 +35,26 @@ from compressors.contracts import (
     JaggedBag,
     PaddedBag,
     Signature,
-    TaskKind,
+)
+from infra.data.column_arrays import (
+    convert_floats,
+    convert_groups,
+    convert_ids,
+    convert_labels,
+    convert_times,
 )
 from infra.data.parquet import (
     Array,
-    Faults,
-    Survey,
+    SplitContents,
+    Violations,
     batches,
     check_columns,
-    flat,
+    column_uses,
+    flatten,
+    inspect_split,
     is_list,
-    needs,
-    nulls,
-    plain_times,
-    refuse,
-    survey,
+    refuse_if_any,
+    to_plain_times,
 )
 from infra.errors import DataRefused
 from infra.memory import require_memory
@@ -56,13 +62,11 @@ from infra.store.disk import translated
 
 FILE = "data.safetensors"
 UNSEEN_LENGTH, UNSEEN_FACTOR = 4096, 8
-"""How long a declared list may be without data: 4096, or eight times the longest list there is."""
-INT32 = np.iinfo(np.int32)
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+"""The declared length of a list is at most 4096, or eight times the longest list in the data."""
 
 
 class Prepared(Frozen):
-    """One split as tensors: rows, size of the file in bytes, names of the tensors in it."""
+    """A split written as tensors: its rows, size of the file in bytes, and names of the tensors."""
 
     rows: int
     bytes: int
@@ -70,19 +74,23 @@ class Prepared(Frozen):
 
 
 class IdStatistics(Frozen):
-    """Statistics of one id or bag input in one split; the ids are None if there are none.
+    """Statistics of one id or bag input in one split.
 
-    ``longest`` is the longest list of a bag and 0 for ids; ``nulls`` counts ids and lists.
+    Attributes:
+        min_id: smallest id; None if there is no id.
+        max_id: largest id; None if there is no id.
+        longest: length of the longest list of a bag; 0 for an id input.
+        nulls: number of null ids and null lists.
     """
 
     min_id: int | None = None
     max_id: int | None = None
     longest: int = 0
-    nulls: int = 0
+    null_positions: int = 0
 
 
 class SplitStatistics(Frozen):
-    """Statistics of one split, computed in one pass; times in the unit of ``@time``."""
+    """Statistics of one split; times have the unit of the tensor ``@time``."""
 
     rows: int
     label_mean: float | None
@@ -92,47 +100,61 @@ class SplitStatistics(Frozen):
 
 
 def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
-    """Write one split as ``into/data.safetensors`` (layout: this module's docstring).
+    """Write one split as ``into/data.safetensors`` in the layout of this module's docstring.
 
     Args:
         parquet: a file, or a folder of part files.
-        signature: maps columns to tensors.
-        into: a folder; created if missing.
+        signature: the inputs and outputs, and the columns that they read.
+        into: the folder to write to; created if missing.
 
     Raises:
-        DataRefused: a column is missing or of the wrong type; a value is null, NaN, infinite,
-            out of int32 or no label; a list is longer than its input allows. Every violated rule of
-            the pass is listed with its column, its rows and their number.
+        DataRefused: a column is missing or has the wrong type; a value is null, NaN, infinite,
+            outside int32 or not a valid label; or a list is longer than its input allows. The error
+            lists every violated rule with its column, its first rows and their number.
+        OutOfMemory: the tensors do not fit in memory.
     """
-    found = survey(parquet, signature)
-    check_columns(found, parquet, signature)
-    taken = [item.name for item in signature.inputs if item.name.startswith("@")]
-    refuse(parquet, [f"input {name!r}: names starting with '@' are ours." for name in taken])
-    require_memory(_bytes_needed(found, signature), f"{parquet} as tensors")
-    out, output = _allocate(found, signature), signature.single_output
-    faults, codes = Faults(), dict[Any, int]()
-    for first, batch in batches(found, (need.column for need in needs(signature))):
-        here = slice(first, first + batch.num_rows)
+    contents = inspect_split(parquet, signature)
+    check_columns(contents, parquet, signature)
+    reserved = [item.name for item in signature.inputs if item.name.startswith("@")]
+    refuse_if_any(
+        parquet, [f"input {name!r}: names starting with '@' are ours." for name in reserved]
+    )
+    require_memory(_bytes_needed(contents, signature), f"{parquet} as tensors")
+    out, output = _allocate(contents, signature), signature.single_output
+    violations, codes = Violations(), dict[Any, int]()
+    for first, batch in batches(contents, (use.column for use in column_uses(signature))):
+        batch_rows = slice(first, first + batch.num_rows)
         for item in signature.inputs:
-            _fill(item, batch, first, out, faults)
+            _fill(item, batch, first, out, violations)
         if output.label is not None:
             column = batch.column(output.label)
-            out["@label"][here] = _labels(column, output.label, output.task_kind, first, faults)
+            out["@label"][batch_rows] = convert_labels(
+                column, output.label, output.task_kind, first, violations
+            )
         if signature.group is not None:
             column = batch.column(signature.group)
-            out["@group"][here] = _groups(column, signature.group, first, codes, faults)
+            out["@group"][batch_rows] = convert_groups(
+                column, signature.group, first, codes, violations
+            )
         if signature.time is not None:
             column = batch.column(signature.time)
-            out["@time"][here] = _times(column, signature.time, first, faults)
-    faults.refuse(parquet)
+            out["@time"][batch_rows] = convert_times(column, signature.time, first, violations)
+    violations.refuse(parquet)
     for item in signature.inputs:
         if isinstance(item, JaggedBag):
             out[item.name] = out[item.name][: out[f"@bounds/{item.name}"][-1]]
-    return Prepared(rows=found.rows, bytes=save(out, into), tensors=tuple(out))
+    return Prepared(rows=contents.rows, bytes=save(out, into), tensors=tuple(out))
 
 
 def save(tensors: dict[str, Array], into: Path) -> int:
-    """Write to a temporary name and rename, so that an existing file is always complete."""
+    """Write tensors as ``into/data.safetensors``; an existing file is replaced when complete.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        SettingRefused, StoreUnavailable: the file cannot be written.
+    """
     into.mkdir(parents=True, exist_ok=True)
     final, partial = into / FILE, into / f".data-{os.getpid()}.partial"
     try:
@@ -145,32 +167,36 @@ def save(tensors: dict[str, Array], into: Path) -> int:
     return size
 
 
-def _bytes_needed(found: Survey, signature: Signature) -> int:
-    """Return the bytes of the tensors of a split."""
-    each = sum(
+def _bytes_needed(contents: SplitContents, signature: Signature) -> int:
+    """Return the size of a split's tensors in bytes."""
+    row_bytes = sum(
         math.prod(item.shape) * np.dtype(item.dtype).itemsize
         for item in signature.inputs
         if not isinstance(item, JaggedBag)
     )
     jagged = [item for item in signature.inputs if isinstance(item, JaggedBag)]
-    flat = sum(found.values[item.columns[0]] * np.dtype(item.dtype).itemsize for item in jagged)
-    return found.rows * (each + 8 * len(jagged) + 20) + flat  # bounds; label, group and time
+    id_bytes = sum(
+        contents.values[item.columns[0]] * np.dtype(item.dtype).itemsize for item in jagged
+    )
+    # Per row: 8 bytes for the bounds of each jagged bag, and 20 for label, group and time.
+    return contents.rows * (row_bytes + 8 * len(jagged) + 20) + id_bytes
 
 
-def _allocate(found: Survey, signature: Signature) -> dict[str, Array]:
+def _allocate(contents: SplitContents, signature: Signature) -> dict[str, Array]:
+    """Return tensors for all rows of a split; most of their values are not initialized."""
     out: dict[str, Array] = {}
     for item in signature.inputs:
         if isinstance(item, JaggedBag):
-            out[item.name] = np.empty(found.values[item.columns[0]], item.dtype)
-            out[f"@bounds/{item.name}"] = np.zeros(found.rows + 1, np.int64)
+            out[item.name] = np.empty(contents.values[item.columns[0]], item.dtype)
+            out[f"@bounds/{item.name}"] = np.zeros(contents.rows + 1, np.int64)
         else:
-            out[item.name] = np.empty((found.rows, *item.shape), item.dtype)
-    out["@label"] = np.ones(found.rows, np.float32)
+            out[item.name] = np.empty((contents.rows, *item.shape), item.dtype)
+    out["@label"] = np.ones(contents.rows, np.float32)
     if signature.group is not None:
-        out["@group"] = np.empty(found.rows, np.int64)
+        out["@group"] = np.empty(contents.rows, np.int64)
     if signature.time is not None:
-        is_float = found.kinds[signature.time] == "float"
-        out["@time"] = np.empty(found.rows, np.float64 if is_float else np.int64)
+        is_float = contents.kinds[signature.time] == "float"
+        out["@time"] = np.empty(contents.rows, np.float64 if is_float else np.int64)
     return out
 
 
@@ -179,37 +205,47 @@ def _fill(
     batch: pa.RecordBatch,
     first: int,
     out: dict[str, Array],
-    faults: Faults,
+    violations: Violations,
 ) -> None:
-    """Write one batch of one input at its offset."""
+    """Write one batch of one input to its tensor.
+
+    Args:
+        item: the input.
+        batch: the record batch.
+        first: row number of the batch's first row in the split.
+        out: the tensors of the split by name.
+        violations: collects values and lists that do not match the input.
+    """
     rows, target = batch.num_rows, out[item.name][first : first + batch.num_rows]
     if isinstance(item, IdInput):
-        for place, name in enumerate(item.columns):
-            ids = _ids(batch.column(name), name, first + np.arange(rows), faults)
-            target.reshape(rows, -1)[:, place] = ids
+        for index, name in enumerate(item.columns):
+            ids = convert_ids(batch.column(name), name, first + np.arange(rows), violations)
+            target.reshape(rows, -1)[:, index] = ids
         return
     name = item.columns[0]
     if isinstance(item, DenseInput) and not is_list(batch.column(name)):
-        for place, name in enumerate(item.columns):
-            numbers = _floats(batch.column(name), name, first + np.arange(rows), faults)
-            target[:, place] = numbers
+        for index, name in enumerate(item.columns):
+            numbers = convert_floats(batch.column(name), name, first + np.arange(rows), violations)
+            target[:, index] = numbers
         return
-    values, parents, lengths = flat(batch.column(name), name, first, faults)
+    values, value_rows, lengths = flatten(batch.column(name), name, first, violations)
     limit = item.shape[0]
     if isinstance(item, DenseInput):
-        numbers = _floats(values, name, first + parents, faults)
-        odd = np.flatnonzero(lengths != limit)
-        if len(odd):
-            rule = f"a list has {lengths[odd[0]]} value(s), input {item.name!r} has {limit}"
-            faults.note(name, rule, first + odd)
+        numbers = convert_floats(values, name, first + value_rows, violations)
+        wrong_lengths = np.flatnonzero(lengths != limit)
+        if len(wrong_lengths):
+            length = lengths[wrong_lengths[0]]
+            rule = f"a list has {length} value(s), input {item.name!r} has {limit}"
+            violations.add(name, rule, first + wrong_lengths)
             return
         target[:] = numbers.reshape(rows, limit)
         return
-    ids = _ids(values, name, first + parents, faults)
-    long = np.flatnonzero(lengths > limit)
-    if len(long):
-        rule = f"a list has {lengths[long[0]]} ids, input {item.name!r} takes at most {limit}"
-        faults.note(name, rule, first + long)
+    ids = convert_ids(values, name, first + value_rows, violations)
+    too_long = np.flatnonzero(lengths > limit)
+    if len(too_long):
+        length = lengths[too_long[0]]
+        rule = f"a list has {length} ids, input {item.name!r} takes at most {limit}"
+        violations.add(name, rule, first + too_long)
     elif isinstance(item, PaddedBag):
         target[:] = item.padding_id
         target[np.arange(limit) < lengths[:, None]] = ids
@@ -219,130 +255,85 @@ def _fill(
         out[item.name][bounds[0] : bounds[-1]] = ids
 
 
-def _ids(column: pa.Array, name: str, rows: Array, faults: Faults) -> Array:
-    faults.note(name, "null", rows[nulls(column)])
-    ids: Array = column.fill_null(0).to_numpy(zero_copy_only=False)
-    wide = (ids < INT32.min) | (ids > INT32.max)
-    faults.note(name, "id does not fit int32", rows[wide])
-    return ids
-
-
-def _floats(column: pa.Array, name: str, rows: Array, faults: Faults) -> Array:
-    """Convert a numeric column to float64, checked to be finite in float32."""
-    faults.note(name, "null", rows[nulls(column)])
-    plain = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
-    numbers: Array = plain.cast(pa.float64(), safe=False).fill_null(0).to_numpy()
-    faults.note(name, "NaN", rows[np.isnan(numbers)])
-    faults.note(name, "infinite or beyond float32", rows[np.abs(numbers) > FLOAT32_MAX])
-    return np.clip(numbers, -FLOAT32_MAX, FLOAT32_MAX)
-
-
-def _labels(column: pa.Array, name: str, kind: TaskKind, first: int, faults: Faults) -> Array:
-    rows = first + np.arange(len(column))
-    labels = _floats(column, name, rows, faults)
-    if kind.labels == "clicks":
-        wrong = (labels != 0) & (labels != 1) & ~np.isnan(labels)
-        faults.note(name, f"a {kind.name} label is 0 or 1", rows[wrong])
-    else:
-        faults.note(name, f"a {kind.name} label is at least 0", rows[labels < 0])
-    return labels
-
-
-def _groups(
-    column: pa.Array, name: str, first: int, codes: dict[Any, int], faults: Faults
-) -> Array:
-    rows = first + np.arange(len(column))
-    faults.note(name, "null", rows[nulls(column)])
-    if pa.types.is_integer(column.type):
-        numbers: Array = column.fill_null(0).to_numpy(zero_copy_only=False)
-        faults.note(name, "does not fit int64", rows[numbers > np.iinfo(np.int64).max])
-        return numbers.astype(np.int64)
-    if pa.types.is_floating(column.type):
-        numbers = column.cast(pa.float64()).fill_null(0).to_numpy()
-        faults.note(name, "NaN", rows[np.isnan(numbers)])
-    coded = column.dictionary_encode()
-    local = [codes.setdefault(value, len(codes)) for value in coded.dictionary.to_pylist()]
-    places = coded.indices.fill_null(0).to_numpy(zero_copy_only=False)
-    return np.asarray(np.array(local or [0], np.int64)[places])
-
-
-def _times(column: pa.Array, name: str, first: int, faults: Faults) -> Array:
-    rows = first + np.arange(len(column))
-    faults.note(name, "null", rows[nulls(column)])
-    times = plain_times(column).fill_null(0).to_numpy(zero_copy_only=False)
-    if times.dtype == np.float64:
-        faults.note(name, "NaN or infinite", rows[~np.isfinite(times)])
-    return np.asarray(times)
-
-
 def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
-    """Compute statistics of one split in one pass: rows, label mean, time range, ids and lists.
+    """Compute the statistics of one split in one pass over its data.
+
+    Args:
+        parquet: a file, or a folder of part files.
+        signature: the inputs and outputs, and the columns that they read.
 
     Raises:
-        DataRefused: a column is missing, of the wrong type, or unreadable.
+        DataRefused: a column is missing, has the wrong type, or cannot be read.
     """
-    found = survey(parquet, signature)
-    check_columns(found, parquet, signature)
+    contents = inspect_split(parquet, signature)
+    check_columns(contents, parquet, signature)
     inputs = {item.name: IdStatistics() for item in signature.inputs if item.kind != "dense"}
-    label_column, labels, total = signature.single_output.label, 0, 0.0
+    label_column, label_count, label_sum = signature.single_output.label, 0, 0.0
     low: float | int | None = None
     high: float | int | None = None
-    for _, batch in batches(found, (need.column for need in needs(signature))):
+    for _, batch in batches(contents, (use.column for use in column_uses(signature))):
         for item in signature.inputs:
             for name in item.columns if item.name in inputs else ():
-                inputs[item.name] = _widened(inputs[item.name], batch.column(name))
+                inputs[item.name] = _updated(inputs[item.name], batch.column(name))
         if label_column is not None:
             label = batch.column(label_column)
-            labels += len(label) - label.null_count
-            total += pc.sum(label.cast(pa.float64(), safe=False)).as_py() or 0.0
+            label_count += len(label) - label.null_count
+            label_sum += pc.sum(label.cast(pa.float64(), safe=False)).as_py() or 0.0
         if signature.time is not None:
-            ends = pc.min_max(plain_times(batch.column(signature.time))).as_py()
-            low, high = _least(low, ends["min"]), _most(high, ends["max"])
-    mean = total / labels if labels else None
+            limits = pc.min_max(to_plain_times(batch.column(signature.time))).as_py()
+            low, high = _min_known(low, limits["min"]), _max_known(high, limits["max"])
+    mean = label_sum / label_count if label_count else None
     return SplitStatistics(
-        rows=found.rows, label_mean=mean, time_min=low, time_max=high, inputs=inputs
+        rows=contents.rows, label_mean=mean, time_min=low, time_max=high, inputs=inputs
     )
 
 
-def _widened(known: IdStatistics, column: pa.Array) -> IdStatistics:
-    values, _, lengths = flat(column)
-    ends = pc.min_max(values).as_py()
-    in_lists = values.null_count if is_list(column) else 0
+def _updated(known: IdStatistics, column: pa.Array) -> IdStatistics:
+    """Return the statistics of an input after one more batch of one of its columns."""
+    values, _, lengths = flatten(column)
+    limits = pc.min_max(values).as_py()
+    nulls_in_lists = values.null_count if is_list(column) else 0
     longest = int(lengths.max(initial=0)) if is_list(column) else 0
     return IdStatistics(
-        min_id=_least(known.min_id, ends["min"]),
-        max_id=_most(known.max_id, ends["max"]),
+        min_id=_min_known(known.min_id, limits["min"]),
+        max_id=_max_known(known.max_id, limits["max"]),
         longest=max(known.longest, longest),
-        nulls=known.nulls + column.null_count + in_lists,
+        nulls=known.nulls + column.null_count + nulls_in_lists,
     )
 
 
-def _least(known: Any, new: Any) -> Any:
+def _min_known(known: Any, new: Any) -> Any:
+    """Return the smaller value; a value that is None is ignored."""
     return min((value for value in (known, new) if value is not None), default=None)
 
 
-def _most(known: Any, new: Any) -> Any:
+def _max_known(known: Any, new: Any) -> Any:
+    """Return the larger value; a value that is None is ignored."""
     return max((value for value in (known, new) if value is not None), default=None)
 
 
 def check_shapes(statistics: dict[str, SplitStatistics], signature: Signature) -> None:
-    """Raise if a bag's declared length is far from the lengths of the lists in the data.
+    """Raise if the declared length of a bag is far greater than the longest list in the data.
 
-    A served graph and every batch have the declared width, so it decides their memory.
+    Served graphs and batches have the declared length, so it determines the memory they need.
 
     Args:
-        statistics: by split name.
+        statistics: statistics of each split by name.
         signature: the bags and their shapes.
 
     Raises:
-        DataRefused: one line per bag.
+        DataRefused: one line for each such bag.
     """
     lines: list[str] = []
     for item in signature.inputs:
-        found = [
-            facts.inputs[item.name] for facts in statistics.values() if item.name in facts.inputs
-        ]
-        longest = max((facts.longest for facts in found), default=0)
+        longest = max(
+            (
+                split.inputs[item.name].longest
+                for split in statistics.values()
+                if item.name in split.inputs
+            ),
+            default=0,
+        )
         most = max(UNSEEN_LENGTH, UNSEEN_FACTOR * longest)
         if isinstance(item, PaddedBag | JaggedBag) and item.shape[0] > most:
             lines.append(
@@ -353,11 +344,11 @@ def check_shapes(statistics: dict[str, SplitStatistics], signature: Signature) -
         raise DataRefused("shapes_unfit", problems=tuple(lines))
 
 
-def policed(split: str, item: IdInput | PaddedBag | JaggedBag) -> bool:
-    """Return whether ids outside the table are an error in this split.
+def requires_known_ids(split: str, item: IdInput | PaddedBag | JaggedBag) -> bool:
+    """Return whether ids outside the table of an input are an error in this split.
 
-    ``clamp`` and ``default_row`` are policies for ids that the model has never seen, so they apply
-    to validation and test data. All ids of the data that a model learns from must be in its table.
+    The policies ``clamp`` and ``default_row`` are for ids that were not in the training data, so
+    they apply to validation and test data. In the other splits every id must be in the table.
     """
     return split not in ("validation", "test") or item.out_of_range == "error"
 
@@ -365,12 +356,14 @@ def policed(split: str, item: IdInput | PaddedBag | JaggedBag) -> bool:
 def check_ids(
     statistics: dict[str, SplitStatistics], signature: Signature, rows_of_table: dict[str, int]
 ) -> None:
-    """Raise for ids outside their table, lists that are too long, and settings outside the table.
+    """Raise for ids outside their table, for lists that are too long, and for special ids outside.
+
+    The special ids are an input's ``default_row`` and ``padding_id``.
 
     Args:
-        statistics: by split name.
-        signature: inputs, their tables and out-of-range policies.
-        rows_of_table: by table name.
+        statistics: statistics of each split by name.
+        signature: inputs, their tables and their policies for ids outside the table.
+        rows_of_table: number of rows by table name.
 
     Raises:
         DataRefused: one line per problem, with input, table, its rows, the id and the split.
@@ -385,27 +378,28 @@ def check_ids(
             lines.append(f"input {item.name!r} reads table {item.table!r}; there is {known}.")
             continue
         where = f"table {item.table!r} of {rows} rows"
-        spare = {"default_row": item.default_row}
+        special_ids = {"default_row": item.default_row}
         if isinstance(item, PaddedBag):
-            spare["padding_id"] = item.padding_id
+            special_ids["padding_id"] = item.padding_id
         lines += [
             f"input {item.name!r}: {setting} {value} is not in {where} (0 to {rows - 1})."
-            for setting, value in spare.items()
+            for setting, value in special_ids.items()
             if value >= rows
         ]
-        for split, facts in statistics.items():
-            seen = facts.inputs.get(item.name)
-            if seen is None:  # the catalogue has items, the other splits interactions
+        for split, known in statistics.items():
+            ids = known.inputs.get(item.name)
+            if ids is None:  # in a retrieval model, an input is in the catalogue or in the others
                 continue
-            wrong = {seen.min_id, seen.max_id} - {None} if policed(split, item) else set()
+            limits = (ids.min_id, ids.max_id) if requires_known_ids(split, item) else ()
+            outside = {id_ for id_ in limits if id_ is not None and not 0 <= id_ < rows}
             lines += [
-                f"split {split!r}, input {item.name!r}: id {found} is not in {where} "
+                f"split {split!r}, input {item.name!r}: id {id_} is not in {where} "
                 f"(0 to {rows - 1}). Fix the ids, or pack the table they belong to."
-                for found in sorted(i for i in wrong if i is not None and not 0 <= i < rows)
+                for id_ in sorted(outside)
             ]
-            if not isinstance(item, IdInput) and seen.longest > item.shape[0]:
+            if not isinstance(item, IdInput) and ids.longest > item.shape[0]:
                 lines.append(
-                    f"split {split!r}, input {item.name!r}: a list has {seen.longest} ids, the "
+                    f"split {split!r}, input {item.name!r}: a list has {ids.longest} ids, the "
                     f"input takes at most {item.shape[0]}. Cut the lists, or raise shape."
                 )
     if lines:

@@ -1,7 +1,7 @@
-"""Render a validation result as one HTML file that needs no network and no script.
+"""Render a validation result as one HTML page that needs no network and no script.
 
-The pages of Great Expectations load their style over the network and cannot be read offline. This
-file selects and formats the texts; the template escapes them.
+Great Expectations' own pages load their style over the network, so they cannot be read offline.
+This file selects and formats the texts of the page; the template escapes them.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Summary:
     """The result of a validation in a few words.
 
     Attributes:
-        word: the verdict.
+        word: the verdict, such as "Data passed".
         reason: one sentence.
-        tone: class of the colour, ``held`` or ``broken``.
+        tone: CSS class of the colour, ``held`` (passed) or ``broken``.
     """
 
     word: str
@@ -36,7 +36,7 @@ class CheckLine:
         column: name of the column; None for a check of the whole split.
         rule: what the check requires.
         result: ``passed``, ``failed`` or ``not evaluated``.
-        tone: class of the result's colour.
+        tone: CSS class of the result's colour, ``good`` or ``bad``.
         observed: the observed value, as text.
         rows: numbers of the first failing rows, with one failing value of each.
         more: how many failing values are not in ``rows``, in words; empty if none.
@@ -54,7 +54,14 @@ class CheckLine:
 
 @dataclass(frozen=True)
 class SplitChecks:
-    """All checks of one split; ``passed`` is their count in words, ``tone`` its colour."""
+    """All checks of one split.
+
+    Attributes:
+        name: name of the split.
+        tone: CSS class of the colour, ``good`` if all checks passed, else ``bad``.
+        passed: how many checks passed, as text.
+        checks: the checks.
+    """
 
     name: str
     tone: str
@@ -64,12 +71,12 @@ class SplitChecks:
 
 @dataclass(frozen=True)
 class CheckLists:
-    """The lists of the template ``checks.html.jinja``.
+    """The lists that the template ``checks.html.jinja`` shows.
 
     Attributes:
-        warnings: about the model, a sentence each.
-        failing: checks that did not pass, those that were not evaluated last.
-        splits: every check by split.
+        warnings: sentences about the uncompressed model.
+        failing: the failed checks, followed by those that were not evaluated.
+        splits: all checks by split.
     """
 
     warnings: tuple[str, ...]
@@ -82,11 +89,11 @@ def validation_page(validation: Validation, title: str) -> str:
 
     Args:
         validation: the results of the checks.
-        title: the page's heading, as plain text.
+        title: heading of the page, as plain text.
 
     Returns:
-        HTML with inline style only: verdict, counts, the failing checks with their rows, then
-        every check by split.
+        HTML with inline style only. It shows the verdict, counts, the failing checks with their
+        rows, and all checks by split.
     """
     return render(
         TEMPLATE,
@@ -99,27 +106,27 @@ def validation_page(validation: Validation, title: str) -> str:
 
 def summary(validation: Validation) -> Summary:
     """Return the verdict of the checks, its reason and its colour."""
-    unknown = validation.intended - validation.evaluated
-    broken = sum(found.evaluated for found in validation.findings if not found.success)
+    not_evaluated = validation.intended - validation.evaluated
+    failed = sum(item.evaluated for item in validation.findings if not item.success)
     if validation.success:
         why = "Every intended check was evaluated, and every one held."
         return Summary("Data passed", why, "held")
     if validation.intended == 0:
         why = "No check was intended, so nothing is known."
         return Summary("Nothing was checked", why, "broken")
-    if broken == 0:
-        why = f"{many(unknown, 'check')} could not be evaluated, and so did not pass."
+    if failed == 0:
+        why = f"{many(not_evaluated, 'check')} could not be evaluated, and so did not pass."
         return Summary("Data was not fully checked", why, "broken")
-    rest = f"; {unknown} more could not be evaluated" if unknown else ""
-    return Summary("Data failed", f"{many(broken, 'check')} did not hold{rest}.", "broken")
+    more = f"; {not_evaluated} more could not be evaluated" if not_evaluated else ""
+    return Summary("Data failed", f"{many(failed, 'check')} did not hold{more}.", "broken")
 
 
 def check_lists(validation: Validation) -> CheckLists:
     """Select the warnings, the checks that did not pass, and all checks by split."""
-    failing = [found for found in validation.findings if not found.success]
-    # Failed checks first: they are often the cause of checks that could not be evaluated.
-    ordered = sorted(failing, key=lambda found: not found.evaluated)
-    splits = dict.fromkeys(found.split for found in validation.findings)
+    failing = [finding for finding in validation.findings if not finding.success]
+    # Failed checks first, because they are often why other checks could not be evaluated.
+    ordered = sorted(failing, key=lambda finding: not finding.evaluated)
+    splits = dict.fromkeys(finding.split for finding in validation.findings)
     return CheckLists(
         warnings=validation.warnings,
         failing=tuple(map(_check_line, ordered)),
@@ -128,18 +135,19 @@ def check_lists(validation: Validation) -> CheckLists:
 
 
 def _counts(validation: Validation) -> tuple[tuple[str, str], ...]:
-    splits = {found.split for found in validation.findings}
+    """Return the labels and values of the page's counts."""
+    splits = {finding.split for finding in validation.findings}
     return (
         ("Checks evaluated", f"{validation.evaluated} of {validation.intended}"),
-        ("Not passed", str(sum(not found.success for found in validation.findings))),
+        ("Not passed", str(sum(not finding.success for finding in validation.findings))),
         ("Splits", str(len(splits))),
         ("Time", f"{validation.seconds:.1f} s"),
     )
 
 
 def _split_checks(validation: Validation, split: str) -> SplitChecks:
-    findings = [found for found in validation.findings if found.split == split]
-    passed = sum(found.success for found in findings)
+    findings = [finding for finding in validation.findings if finding.split == split]
+    passed = sum(finding.success for finding in findings)
     return SplitChecks(
         name=split,
         tone="good" if passed == len(findings) else "bad",
@@ -148,17 +156,17 @@ def _split_checks(validation: Validation, split: str) -> SplitChecks:
     )
 
 
-def _check_line(found: Finding) -> CheckLine:
-    failed = "failed" if found.evaluated else "not evaluated"
-    rows = tuple(zip(found.failing_rows, found.failing_values, strict=True))
-    more = found.failing_count - len(rows)
+def _check_line(finding: Finding) -> CheckLine:
+    failed = "failed" if finding.evaluated else "not evaluated"
+    rows = tuple(zip(finding.failing_rows, finding.failing_values, strict=True))
+    more = finding.failing_count - len(rows)
     return CheckLine(
-        split=found.split,
-        column=found.column,
-        rule=found.rule,
-        result="passed" if found.success else failed,
-        tone="good" if found.success else "bad",
-        observed=found.observed,
+        split=finding.split,
+        column=finding.column,
+        rule=finding.rule,
+        result="passed" if finding.success else failed,
+        tone="good" if finding.success else "bad",
+        observed=finding.observed,
         rows=rows,
         more=f"and {many(more, 'more value')}" if more > 0 else "",
     )

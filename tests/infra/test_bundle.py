@@ -254,7 +254,7 @@ def test_a_draft_is_read_with_relative_and_absolute_paths(draft, tmp_path):
 # --- the folder ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", shards.PICKLE_ENDINGS)
+@pytest.mark.parametrize("ending", shards.PICKLE_SUFFIXES)
 def test_a_file_named_like_a_pickle_is_refused(sealed, draft, ending):
     for folder, look in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / f"model{ending.upper()}").write_bytes(b"")

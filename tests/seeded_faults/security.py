@@ -22,7 +22,7 @@ FAULTS = (
     Fault(
         id="allow-list-checked-after-import",
         file="infra/bundle/architecture.py",
-        old="    if not any(_within(module_name, root) for root in allowed):\n        raise BundleRefused(\n"
+        old="    if not any(_is_within(module_name, root) for root in allowed):\n        raise BundleRefused(\n"
         '            "architecture_not_allowed",',
         new="    if not allowed:\n        raise BundleRefused(\n"
         '            "architecture_not_allowed",',
@@ -32,8 +32,8 @@ FAULTS = (
     Fault(
         id="architecture-getattr-runs-code",
         file="infra/bundle/architecture.py",
-        old="found = vars(module).get(class_name)  # not getattr: a module may answer that with code",
-        new="found = getattr(module, class_name, None)",
+        old="network = vars(module).get(class_name)",
+        new="network = getattr(module, class_name, None)",
         effect="The __getattr__ of a module determines the class of a bundle.",
         tests=(f"{ARCHITECTURE}::test_network_class_does_not_call_the_getattr_of_a_module",),
     ),
@@ -59,8 +59,8 @@ FAULTS = (
     Fault(
         id="bundle-seal-not-checked",
         file="infra/bundle/bundle_folder.py",
-        old="    if raw[-tail:] != _seal_line(raw[:-tail]):\n",
-        new="    if len(raw) < tail:\n",
+        old="    if raw[-seal_length:] != _seal_line(raw[:-seal_length]):\n",
+        new="    if len(raw) < seal_length:\n",
         effect="An edited model.json of a sealed bundle is accepted.",
         tests=(f"{BUNDLE}::test_an_edited_manifest_is_called_changed",),
     ),
@@ -103,7 +103,7 @@ FAULTS = (
     Fault(
         id="json-counts-brackets-in-text",
         file="infra/bundle/json_limits.py",
-        old="        kinds = np.where((quotes + inside) & 1, 0, _KINDS[block])\n",
+        old="        kinds = np.where((quotes + is_in_string) & 1, 0, _KINDS[block])\n",
         new="        kinds = _KINDS[block]\n",
         effect="Brackets inside a text count as nesting, so ordinary JSON is refused.",
         tests=(f"{JSON_LIMITS}::test_text_in_quotes_does_not_count",),

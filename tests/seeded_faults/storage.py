@@ -48,7 +48,7 @@ FAULTS = (
     Fault(
         id="store-changing-file-stored",
         file="infra/store/chunks.py",
-        old="        if sha256(data) != entry.chunks[index]:\n            raise _changed(path)\n",
+        old="        if sha256(data) != entry.chunks[index]:\n            raise _change_error(path)\n",
         new="",
         effect="A file that changes while it is stored becomes a damaged artifact.",
         tests=(f"{STORE}::test_a_file_that_changes_while_it_is_stored_is_never_stored",),

@@ -196,23 +196,23 @@ FAULTS = (
     Fault(
         id="data-id-of-table-end-accepted",
         file="infra/data/splits.py",
-        old="if i is not None and not 0 <= i < rows)",
-        new="if i is not None and not 0 <= i <= rows)",
+        old="if id_ is not None and not 0 <= id_ < rows}",
+        new="if id_ is not None and not 0 <= id_ <= rows}",
         effect="An id equal to the number of table rows passes the check.",
         tests=(f"{DATA}::test_ids_outside_their_table_are_an_error_where_no_policy_covers_them",),
     ),
     Fault(
         id="data-lists-cut-silently",
         file="infra/data/splits.py",
-        old="            if not isinstance(item, IdInput) and seen.longest > item.shape[0]:\n",
-        new="            if not isinstance(item, IdInput) and seen.longest > 2 * item.shape[0]:\n",
+        old="            if not isinstance(item, IdInput) and ids.longest > item.shape[0]:\n",
+        new="            if not isinstance(item, IdInput) and ids.longest > 2 * item.shape[0]:\n",
         effect="Lists longer than the input are accepted at pack.",
         tests=(f"{DATA}::test_lists_too_long_are_refused_in_every_split_even_with_clamped_ids",),
     ),
     Fault(
         id="validation-success-without-evaluation",
         file="infra/data/expectations.py",
-        old="        success=held and evaluated == intended and intended > 0,\n",
+        old="        success=all_passed and evaluated == intended and intended > 0,\n",
         new="        success=all(finding.success for finding in findings if finding.evaluated),\n",
         effect="Checks that were not evaluated count as passed.",
         tests=(

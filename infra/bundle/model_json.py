@@ -1,0 +1,74 @@
+"""The fields of ``model.json``: ``Manifest`` in a bundle, ``Draft`` in a folder to be packed."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from compressors.contracts import Artifact, Frozen, Network, Plan, Sha256, Signature
+from compressors.contracts.value_errors import value_error
+from infra.bundle.paths import DraftPath, FileName, InsidePath
+
+MANIFEST = "model.json"
+
+SplitName = Literal["train", "calibration", "validation", "test", "items", "traffic"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class FileRecord(Frozen):
+    """SHA-256 and size of one file when ``model.json`` was written."""
+
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
+class DataReference(Frozen):
+    """One split of the data: a parquet file, or a folder of parquet files, in an artifact."""
+
+    artifact: Artifact
+    file: InsidePath
+    rows: int = Field(ge=0)
+
+
+class Manifest(Frozen):
+    """The ``model.json`` of a complete (sealed) bundle.
+
+    ``parents`` are the artifacts of the bundles that this one was computed from, and ``plan`` is
+    the plan by which it was compressed.
+    """
+
+    schema_version: Literal[2]
+    name: Name
+    version: Version
+    signature: Signature
+    network: Network
+    data: dict[SplitName, DataReference]
+    vocabularies: dict[InsidePath, Artifact] = Field(default_factory=dict)
+    transforms: dict[InsidePath, Artifact] = Field(default_factory=dict)
+    files: dict[FileName, FileRecord]
+    parents: tuple[Artifact, ...] = ()
+    plan: Plan | None = None
+    notes: tuple[str, ...] = Field((), description="What to know about how the class is built.")
+
+    @field_validator("files")
+    @classmethod
+    def _other_files(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        if MANIFEST in files:
+            raise value_error("manifest_hashes_itself", manifest=MANIFEST)
+        return files
+
+
+class Draft(Frozen):
+    """The ``model.json`` that a user writes: it contains paths where a manifest has artifacts.
+
+    A path is absolute or relative to the draft's folder, so ``folder / path`` opens either.
+    """
+
+    schema_version: Literal[2]
+    name: Name
+    version: Version
+    signature: Signature
+    network: Network
+    data: dict[SplitName, DraftPath]
+    vocabularies: dict[InsidePath, DraftPath] = Field(default_factory=dict)
+    transforms: dict[InsidePath, DraftPath] = Field(default_factory=dict)

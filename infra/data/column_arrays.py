@@ -1,0 +1,83 @@
+"""Convert a parquet column to an array, and collect its invalid values.
+
+Every function returns an array (values,), whose entries for invalid values are arbitrary. ``name``
+is the column's name, and ``violations`` collects invalid values with their rows. ``rows`` is int64
+(values,), the row number of each value in the split; ``first`` is the row number of the column's
+first value.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from compressors.contracts import TaskKind
+from infra.data.parquet import Array, Violations, null_positions, to_plain_times
+
+INT32 = np.iinfo(np.int32)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def convert_ids(column: pa.Array, name: str, rows: Array, violations: Violations) -> Array:
+    """Convert a column of ids to integers; nulls and ids outside int32 are violations."""
+    violations.add(name, "null", rows[null_positions(column)])
+    ids: Array = column.fill_null(0).to_numpy(zero_copy_only=False)
+    is_outside = (ids < INT32.min) | (ids > INT32.max)
+    violations.add(name, "id does not fit int32", rows[is_outside])
+    return ids
+
+
+def convert_floats(column: pa.Array, name: str, rows: Array, violations: Violations) -> Array:
+    """Convert a column to float64; nulls and values not finite in float32 are violations."""
+    violations.add(name, "null", rows[null_positions(column)])
+    plain = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
+    numbers: Array = plain.cast(pa.float64(), safe=False).fill_null(0).to_numpy()
+    violations.add(name, "NaN", rows[np.isnan(numbers)])
+    violations.add(name, "infinite or beyond float32", rows[np.abs(numbers) > FLOAT32_MAX])
+    return np.clip(numbers, -FLOAT32_MAX, FLOAT32_MAX)
+
+
+def convert_labels(
+    column: pa.Array, name: str, kind: TaskKind, first: int, violations: Violations
+) -> Array:
+    """Convert a label column to float64; values that are no label of the task are violations."""
+    rows = first + np.arange(len(column))
+    labels = convert_floats(column, name, rows, violations)
+    if kind.labels == "clicks":
+        is_invalid = (labels != 0) & (labels != 1) & ~np.isnan(labels)
+        violations.add(name, f"a {kind.name} label is 0 or 1", rows[is_invalid])
+    else:
+        violations.add(name, f"a {kind.name} label is at least 0", rows[labels < 0])
+    return labels
+
+
+def convert_groups(
+    column: pa.Array, name: str, first: int, codes: dict[Any, int], violations: Violations
+) -> Array:
+    """Convert a group column to int64: integers are unchanged, other values are numbered.
+
+    ``codes`` contains the number of each value seen so far; new values are added to it.
+    """
+    rows = first + np.arange(len(column))
+    violations.add(name, "null", rows[null_positions(column)])
+    if pa.types.is_integer(column.type):
+        numbers: Array = column.fill_null(0).to_numpy(zero_copy_only=False)
+        violations.add(name, "does not fit int64", rows[numbers > np.iinfo(np.int64).max])
+        return numbers.astype(np.int64)
+    if pa.types.is_floating(column.type):
+        numbers = column.cast(pa.float64()).fill_null(0).to_numpy()
+        violations.add(name, "NaN", rows[np.isnan(numbers)])
+    encoded = column.dictionary_encode()
+    numbers_of = [codes.setdefault(value, len(codes)) for value in encoded.dictionary.to_pylist()]
+    indices = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
+    return np.asarray(np.array(numbers_of or [0], np.int64)[indices])
+
+
+def convert_times(column: pa.Array, name: str, first: int, violations: Violations) -> Array:
+    """Convert a time column to int64 or float64; nulls and non-finite values are violations."""
+    rows = first + np.arange(len(column))
+    violations.add(name, "null", rows[null_positions(column)])
+    times = to_plain_times(column).fill_null(0).to_numpy(zero_copy_only=False)
+    if times.dtype == np.float64:
+        violations.add(name, "NaN or infinite", rows[~np.isfinite(times)])
+    return np.asarray(times)
