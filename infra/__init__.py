@@ -1,19 +1,19 @@
-"""Adapters: one folder for each outside system. No Prefect, no numerics.
+"""Adapters to outside systems, one folder for each. No Prefect, no numerics.
 
-errors/            errors of this package, by whether a retry can help
-settings.py        settings, read from environment variables
-telemetry.py       usage reports of libraries, switched off
-arrow_memory.py    the memory pool of Arrow
-credentials.py     passwords, tokens and keys removed from messages and logs
-printable.py       text from outside that cannot control a terminal, a log or a page
-log_records.py     changes to every log record of the process
-memory.py          available memory
-memory_reserve.py  reserved memory, released so that an out-of-memory error can be reported
-child.py           processes that can be killed
-timing.py          interleaved timing of sessions, and the description of the machine
+errors/            the error classes of this package, by whether a retry can help
+settings.py        reads the settings from environment variables
+telemetry.py       disables the usage reports of libraries
+arrow_memory.py    selects the memory pool of Arrow
+credentials.py     removes passwords, tokens and keys from messages and logs
+printable.py       escapes untrusted text for a terminal, a log or a page
+log_records.py     changes every log record of the process
+memory.py          estimates the available memory
+memory_reserve.py  reserves memory to be able to report an out-of-memory error
+child.py           runs work in a child process that can be killed
+timing.py          times sessions in turn, and describes the machine
 store/             the object store
-bundle/            bundles: trained models as model.json and safetensors
-data/              parquet files: validated, and converted to tensors
+bundle/            reads, validates and writes bundles: model.json and safetensors
+data/              checks parquet files, and converts them to tensors
 pages/             HTML pages and SVG charts
 registry/          MLflow's model registry, and the promotion ledger
 onnxruntime/       ONNX Runtime

@@ -1,10 +1,10 @@
-"""Run work in a child process that can be killed.
+"""Run work in a child process that can be killed at a time limit.
 
-A native build cannot be interrupted from Python: a time limit around the call only takes effect
-after it has returned. Such work therefore runs as ``python -m <module>`` in a separate session and
-communicates through two JSON files. The whole process group is killed at the time limit.
+Native code, such as an engine builder, cannot be interrupted from Python. It therefore runs as
+``python -m <module>`` in a session of its own, and parent and child exchange two JSON files. At the
+time limit the parent kills the whole process group.
 
-The parent calls ``run_child``; the module's main calls ``serve``. POSIX only.
+The parent calls ``run_child``, and the main function of the module calls ``serve``. POSIX only.
 """
 
 import contextlib
@@ -26,13 +26,18 @@ from infra.errors import BuildRefused, ChildFailed, OutOfMemory, Refused
 from infra.memory import as_out_of_memory
 
 REFUSED, NO_MEMORY = 2, 3
-"""Exit codes of a child that refuses its request, or ran out of memory; the code and the fields of
-the error are the field ``error`` of its answer."""
+"""Exit codes of a child whose request cannot be carried out, and of one that ran out of memory.
 
-_SENT: dict[int, type[BuildRefused | OutOfMemory]] = {REFUSED: BuildRefused, NO_MEMORY: OutOfMemory}
+The response of such a child contains the code and the fields of the error in ``error``.
+"""
+
+_ERROR_CLASSES: dict[int, type[BuildRefused | OutOfMemory]] = {
+    REFUSED: BuildRefused,
+    NO_MEMORY: OutOfMemory,
+}
 
 GRACE_SECONDS = 5.0
-"""How long a child lives at most after its limit if its parent no longer exists."""
+"""A child whose parent no longer exists ends at most this long after the time limit."""
 
 _TAIL_LINES = 12
 _TAIL_COLUMNS = 300
@@ -43,29 +48,32 @@ def run_child(
 ) -> dict[str, Any]:
     """Run ``python -m module`` on a request and return its response.
 
-    ``folder`` receives ``request.json``, ``answer.json`` and ``child.log`` (the child's output) and
-    is created if missing. No process of the child's group survives the call, also if it raises.
+    When the call returns or raises, all processes of the child's process group have ended.
 
     Args:
-        module: a module whose main calls ``serve``; found on this process's ``sys.path``.
-        request: the request, as JSON.
-        folder: the folder of these files.
+        module: a module on ``sys.path`` whose main function calls ``serve``.
+        request: the request; it can be encoded as JSON.
+        folder: receives ``request.json``, ``answer.json`` (the response) and ``child.log`` (the
+            child's output); created if missing.
         seconds: wall-clock limit.
 
     Raises:
-        BuildRefused: the child refused the request (exit code 2), with the child's code and
-            fields.
-        OutOfMemory: the child ran out of memory, or was killed.
-        ChildFailed: the limit passed, the child died of another signal, or wrote no response.
+        BuildRefused: the request cannot be carried out; contains the child's code and fields.
+        OutOfMemory: the child ran out of memory, or was killed by SIGKILL.
+        ChildFailed: the time limit passed, another signal ended the child, or it failed or wrote no
+            valid response.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    question, answer, log = (folder / n for n in ("request.json", "answer.json", "child.log"))
+    request_file, response_file, log = (
+        folder / name for name in ("request.json", "answer.json", "child.log")
+    )
     text = request.model_dump_json() if isinstance(request, BaseModel) else json.dumps(request)
-    question.write_text(text, encoding="utf-8")
-    answer.unlink(missing_ok=True)
-    command = [sys.executable, "-u", "-P", "-m", module, str(question), str(answer)]
+    request_file.write_text(text, encoding="utf-8")
+    response_file.unlink(missing_ok=True)
+    command = [sys.executable, "-u", "-P", "-m", module, str(request_file), str(response_file)]
     command += [str(seconds + GRACE_SECONDS), str(os.getpid())]
-    # -P and our sys.path: the child imports what we import, never a file of the working folder.
+    # With -P and this sys.path the child imports the same modules as this process, and never a
+    # file of the working folder.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
     }
@@ -86,8 +94,8 @@ def run_child(
             ) from fault
         finally:
             _kill_group(process)
-    if code in _SENT:
-        raise _received(_SENT[code], answer, module, log)
+    if code in _ERROR_CLASSES:
+        raise _decode_error(_ERROR_CLASSES[code], response_file, module, log)
     if code == -signal.SIGKILL:
         raise OutOfMemory("child_killed", module=module, output=_tail(log))
     if code < 0:
@@ -95,58 +103,68 @@ def run_child(
         raise ChildFailed("child_signalled", module=module, signal=name, output=_tail(log))
     if code > 0:
         raise ChildFailed("child_failed", module=module, exit_code=code, output=_tail(log))
-    return _read(answer, module, log)
+    return _read_response(response_file, module, log)
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
-    """Process one request and exit; the main of a module that ``run_child`` starts.
+    """Process the request of ``run_child``, write the response, and exit.
 
-    A ``Refused`` raised by ``work`` results in exit code 2 and a response with its code and fields
-    (for classes other than ``BuildRefused``, its sentence). Any other exception results in a
-    traceback in the log and exit code 1. The process ends when its parent ends.
+    A module that ``run_child`` starts calls it in its main function. The process also ends if its
+    parent ends. The exit code is:
+
+    - 0 if ``work`` returns;
+    - 2 if it raises ``Refused``; the response contains the code and the fields of a
+      ``BuildRefused``, and the sentence of any other class;
+    - 3 if memory is exhausted;
+    - 1 after any other exception, whose traceback is in the log.
+
+    Args:
+        work: computes the response from the request.
     """
-    question, answer, limit, parent = sys.argv[1:5]
-    # Two guards against outliving a killed parent. The thread takes the whole group down within a
-    # second, but cannot run while native code holds the interpreter's lock; the timer is the
-    # kernel's, needs no lock, and ends this process a little after the parent would have.
+    request_file, response_file, limit, parent = sys.argv[1:5]
+    # Two mechanisms end this process if the parent was killed. The thread kills the whole group
+    # within a second, but cannot run while native code holds the interpreter lock. The kernel's
+    # timer needs no lock, and ends this process shortly after the time limit.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, float(limit))
-    threading.Thread(target=_die_with, args=(int(parent),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
     code = 0
     try:
-        reply = work(json.loads(Path(question).read_text(encoding="utf-8")))
+        reply = work(json.loads(Path(request_file).read_text(encoding="utf-8")))
     except Refused as fault:
-        reply, code = {"error": _sent(fault)}, REFUSED
+        reply, code = {"error": _encode_error(fault)}, REFUSED
     except Exception as fault:
         error = as_out_of_memory(fault, "A child process")
         if error is None:
             raise
-        reply, code = {"error": _sent(error)}, NO_MEMORY
-    part = Path(answer + ".part")
-    part.write_text(json.dumps(reply), encoding="utf-8")
-    part.replace(answer)
+        reply, code = {"error": _encode_error(error)}, NO_MEMORY
+    partial_file = Path(response_file + ".part")
+    partial_file.write_text(json.dumps(reply), encoding="utf-8")
+    partial_file.replace(response_file)
     sys.exit(code)
 
 
-def _die_with(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
+    """Wait until the parent process has ended, then kill this process group."""
     while os.getppid() == parent:
         time.sleep(0.5)
     try:
         os.killpg(os.getpid(), signal.SIGKILL)
     finally:
-        os._exit(1)  # only reached when this process is not a group leader
+        os._exit(1)  # reached only if this process does not lead a process group
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill all remaining processes of the child's session, and reap the child."""
-    with contextlib.suppress(ProcessLookupError):  # no process is left, as required
+    """Kill all remaining processes of the child's group, and wait for the child's exit code."""
+    with contextlib.suppress(ProcessLookupError):  # no process remains
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _read(answer: Path, module: str, log: Path) -> dict[str, Any]:
+def _read_response(response_file: Path, module: str, log: Path) -> dict[str, Any]:
+    """Read the response that a child wrote; raise ``ChildFailed`` if it is no JSON object."""
     try:
-        value = json.loads(answer.read_text(encoding="utf-8"))
+        value = json.loads(response_file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as fault:
         raise ChildFailed("child_answer_unreadable", module=module, output=_tail(log)) from fault
     if not isinstance(value, dict):
@@ -154,18 +172,22 @@ def _read(answer: Path, module: str, log: Path) -> dict[str, Any]:
     return value
 
 
-def _sent(fault: Refused | OutOfMemory) -> dict[str, Any]:
-    """Encode an error as the child writes it."""
+def _encode_error(fault: Refused | OutOfMemory) -> dict[str, Any]:
+    """Encode an error for the child's response."""
     if not isinstance(fault, BuildRefused | OutOfMemory):
         fault = BuildRefused("request_refused", problem=str(fault))
     return {"code": fault.code, "fields": fault.fields}
 
 
-def _received(
-    kind: type[BuildRefused | OutOfMemory], answer: Path, module: str, log: Path
+def _decode_error(
+    kind: type[BuildRefused | OutOfMemory], response_file: Path, module: str, log: Path
 ) -> BuildRefused | OutOfMemory | ChildFailed:
-    """Decode the error that a child wrote; lists become tuples again."""
-    error = _read(answer, module, log).get("error")
+    """Decode the error in a child's response; lists become tuples, as in the original fields.
+
+    Returns:
+        An error of class ``kind``; ``ChildFailed`` if the response contains no valid error.
+    """
+    error = _read_response(response_file, module, log).get("error")
     try:
         fields = {
             name: tuple(value) if isinstance(value, list) else value
@@ -177,6 +199,7 @@ def _received(
 
 
 def _tail(log: Path) -> str:
+    """Return the last lines of the child's output for an error message, without credentials."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
     if not lines:
         return f"It printed nothing ({log})."

@@ -1,11 +1,15 @@
-"""Keep passwords, tokens and keys out of messages, logs and other programs' addresses.
+"""Keep passwords, tokens and keys out of error messages, logs and URIs.
 
-Errors of libraries quote the address or the request they received. Three rules keep credentials out
-of them: libraries receive an address without its password (``bare_login``); a library's message is
-cleaned before it becomes part of ours (``cleaned``); and a library's exception is never the cause
-of ours (``raise ... from None``), since Prefect writes whole chains to its database.
-``clean_log_records`` applies ``cleaned`` to every log record of the process, for libraries that log
-by themselves. Read this file before you use a library's message.
+Error messages of libraries quote the address or the request that the library received. Three rules
+keep credentials out of them:
+
+- A library receives an address without its password (``bare_login``, ``bare_database``).
+- The message of a library is cleaned before it becomes part of another message (``cleaned``).
+- The exception of a library is not the cause of another exception (``raise ... from None``),
+  because Prefect writes the whole chain of causes to its database.
+
+``clean_log_records`` cleans all log records, because libraries log too. Read this file before you
+use a library's message.
 """
 
 import base64
@@ -25,7 +29,10 @@ from infra.log_records import change_records
 HIDDEN = "***"
 MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 SHORTEST = 6
-"""Shorter values of variables are words that also stand elsewhere; addresses are always cleaned."""
+"""Shorter values of variables are not removed from texts, because they may be ordinary words.
+
+Logins in addresses are removed whatever their length.
+"""
 
 _NAMED = re.compile(
     r"SECRET|PASSWORD|PASSWD|PASSPHRASE|TOKEN(?![A-Z])|API_?KEY|AUTH_STRING|ACCESS_KEY(?!_ID)|"
@@ -44,14 +51,17 @@ _SECRET_OPTION = re.compile(r"(?i)^(password|passwd|pwd|sslpassword|token|authto
 
 
 def cleaned(message: object, *addresses: str) -> str:
-    """Remove from text all credentials in the environment or in an address that it contains.
+    """Replace credentials in a text by ``***``.
+
+    These are the credentials in environment variables (``secrets``), in ``addresses``, and in any
+    address that the text contains.
 
     Args:
-        message: a library's error or its text.
-        addresses: further addresses whose credentials are removed.
+        message: an exception or a text.
+        addresses: addresses whose credentials are removed too.
     """
     text, known = str(message), secrets()
-    if addresses:  # log records are cleaned without further addresses
+    if addresses:  # skipped for log records, which are many
         more = {form for uri in addresses for secret in _in_address(uri) for form in _forms(secret)}
         known = tuple(sorted({*known, *more}, key=len, reverse=True))
     for secret in known:
@@ -60,16 +70,17 @@ def cleaned(message: object, *addresses: str) -> str:
 
 
 def first_line(message: object, *addresses: str, most: int = 400) -> str:
-    """Return the first line of a library's error, cleaned and of bounded length."""
+    """Return the first line of a library's message, cleaned, with at most ``most`` characters."""
     return cleaned(message, *addresses).strip().partition("\n")[0][:most]
 
 
 def secrets() -> tuple[str, ...]:
-    """Return every credential in the environment in all forms that messages use, longest first.
+    """Return the credentials in environment variables, in all forms that messages may contain.
 
-    These are the values of variables with a secret's name, and the passwords and secret options of
-    variables that are addresses. Forms: unchanged, percent-encoded, as ``repr`` writes them and,
-    for logins, in the base64 of HTTP's basic authentication.
+    A credential is the value of a variable whose name indicates a secret, or the password or a
+    secret option in a variable that contains an address. Its forms are: unchanged,
+    percent-encoded, escaped as by ``repr`` and, for a login, base64 as in HTTP basic
+    authentication. Longer texts are first, so that replacing one leaves no part of another.
     """
     return _secrets(
         tuple(
@@ -81,11 +92,13 @@ def secrets() -> tuple[str, ...]:
 
 
 def _is_secret(name: str) -> bool:
+    """Return whether the name of a variable indicates that its value is a secret."""
     return _NAMED.search(name) is not None and _FILE.search(name) is None
 
 
 @lru_cache(maxsize=8)
 def _secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """Return ``secrets()`` for these variables; cached, because the environment rarely changes."""
     found: set[str] = set()
     for name, value in variables:
         if _is_secret(name):
@@ -97,13 +110,14 @@ def _secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
         if "://" in value or "@" in value:
             for secret in _in_address(value):
                 found.update(_forms(secret))
-    given = dict(variables)
-    if login := given.get(MLFLOW_USER):
-        found.update(_forms(_basic(login, given.get(MLFLOW_PASSWORD, ""))))
+    by_name = dict(variables)
+    if login := by_name.get(MLFLOW_USER):
+        found.update(_forms(_basic(login, by_name.get(MLFLOW_PASSWORD, ""))))
     return tuple(sorted(found, key=len, reverse=True))
 
 
 def _forms(secret: str) -> Iterator[str]:
+    """Yield a secret in all forms that messages may contain, except very short ones."""
     for text in (secret, unquote(secret)):
         for form in (text, quote(text, safe=""), quote(text), quote_plus(text), repr(text)[1:-1]):
             if len(form) >= SHORTEST:
@@ -111,13 +125,14 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _basic(user: str, password: str) -> str:
+    """Encode a login as in HTTP basic authentication."""
     return base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 def _in_address(uri: str) -> Iterator[str]:
-    """Return the password and the secret options of an address; none for other text."""
-    if found := _ADDRESS.match(uri.partition("?")[0]):
-        user, password = found["user"], found["password"]
+    """Yield the password and the secret options of an address; nothing for any other text."""
+    if match := _ADDRESS.match(uri.partition("?")[0]):
+        user, password = match["user"], match["password"]
         yield user if password is None else password  # a token may be written as the user
         if password is not None:
             yield _basic(unquote(user), unquote(password))
@@ -127,7 +142,12 @@ def _in_address(uri: str) -> Iterator[str]:
 
 
 def bare_login(uri: str) -> tuple[str, str | None, str | None]:
-    """Split an ``http(s)`` address into the address without login, and the decoded login."""
+    """Remove the login from an ``http(s)`` address.
+
+    Returns:
+        The address without login, the decoded user and the decoded password. The user is None if
+        there is no login, and the password is None if the login has none.
+    """
     parts = urlsplit(uri)
     login, at, host = parts.netloc.rpartition("@")
     if not at:
@@ -138,10 +158,14 @@ def bare_login(uri: str) -> tuple[str, str | None, str | None]:
 
 
 def bare_database(uri: str) -> tuple[str, dict[str, str]]:
-    """Split a database URI into the URI without password, and the arguments its driver needs.
+    """Remove the password and other secret options from a database URI.
+
+    Returns:
+        The URI without them, and the removed values by the name of the driver's argument, for
+        ``pass_to_driver``.
 
     Raises:
-        ValueError: SQLAlchemy cannot parse it; the message does not quote it.
+        ValueError: SQLAlchemy cannot parse the URI. The message does not quote it.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -162,9 +186,13 @@ def bare_database(uri: str) -> tuple[str, dict[str, str]]:
 
 
 def pass_to_driver(uri: str, options: Mapping[str, str]) -> None:
-    """Pass the arguments that ``bare_database`` removed from a URI to the driver on every connect.
+    """Give the values that ``bare_database`` removed from a URI to the driver at every connect.
 
-    The engine, its messages and its ``repr`` contain only the bare URI.
+    The engine of SQLAlchemy, its messages and its ``repr`` contain only the URI without them.
+
+    Args:
+        uri: the URI without secrets, with which the engine is created.
+        options: the removed values by the name of the driver's argument.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine, make_url
@@ -179,8 +207,8 @@ def pass_to_driver(uri: str, options: Mapping[str, str]) -> None:
     def connect(dialect: Any, _: Any, arguments: list[Any], parameters: dict[str, Any]) -> None:
         if dialect.name != url.get_backend_name():
             return
-        first, named = dialect.create_connect_args(url)
-        if (list(arguments), parameters) == (list(first), named):
+        positional, keywords = dialect.create_connect_args(url)
+        if (list(arguments), parameters) == (list(positional), keywords):  # a connect to ``uri``
             parameters.update(options)
 
 
@@ -188,13 +216,16 @@ _passed: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
 
 
 def move_login(uri: str) -> str:
-    """Move user and password of an http(s) registry to MLflow's variables; return the bare URI.
+    """Move user and password of an ``http(s)`` registry to MLflow's environment variables.
 
-    The result in the environment of this process and its children is the same as setting the
-    variables separately. A login in the URI replaces that of the variables, as in an HTTP client.
+    A login in the URI replaces one in the variables, as in an HTTP client. Child processes inherit
+    the variables.
+
+    Returns:
+        The URI without login.
 
     Raises:
-        ValueError: it is no address.
+        ValueError: ``uri`` is not an address.
     """
     bare, user, password = bare_login(uri)
     if user is not None:
@@ -204,18 +235,18 @@ def move_login(uri: str) -> str:
 
 
 def move_registry_login() -> None:
-    """As ``move_login``, for ``MLFLOW_TRACKING_URI``, which has no login afterwards."""
+    """Move the login in ``MLFLOW_TRACKING_URI`` to MLflow's other environment variables."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith(("http://", "https://")) and "@" in uri:
-        with suppress(ValueError):  # code that uses the address raises
+        with suppress(ValueError):  # reported by the code that uses the address
             os.environ["MLFLOW_TRACKING_URI"] = move_login(uri)
 
 
 @contextmanager
 def clean_exceptions() -> Iterator[None]:
-    """Clean an exception raised by a block or a decorated function, and its causes.
+    """Remove credentials from an exception of the block or decorated function, and its causes.
 
-    Its class is unchanged, so callers handle it as before.
+    The class of the exception is unchanged, so that callers can catch it as before.
     """
     try:
         yield
@@ -225,7 +256,12 @@ def clean_exceptions() -> Iterator[None]:
 
 
 def _clean_exception(fault: BaseException) -> None:
-    if isinstance(fault, CodedError):  # also fields that its sentence shortens or omits
+    """Remove credentials from the fields, arguments, attributes and causes of an exception.
+
+    Raises:
+        RuntimeError: the text of the exception cannot be cleaned; contains the cleaned text.
+    """
+    if isinstance(fault, CodedError):  # the sentence may truncate or omit fields
         fault.fields = {name: _cleaned_field(value) for name, value in fault.fields.items()}
     whole = "".join(traceback.format_exception_only(fault))
     if cleaned(whole) != whole:
@@ -236,8 +272,8 @@ def _clean_exception(fault: BaseException) -> None:
         for name, value in vars(fault).items():
             if isinstance(value, str):
                 setattr(fault, name, cleaned(value))
-        if (left := cleaned(fault)) != str(fault):  # its text does not depend on its arguments
-            raise RuntimeError(f"{type(fault).__name__}: {left}") from None
+        if (text := cleaned(fault)) != str(fault):  # the text does not depend on the arguments
+            raise RuntimeError(f"{type(fault).__name__}: {text}") from None
     earlier = fault.__cause__ or fault.__context__
     if earlier is not None:
         chain = "".join(traceback.format_exception(earlier))
@@ -246,6 +282,7 @@ def _clean_exception(fault: BaseException) -> None:
 
 
 def _cleaned_field(value: Any) -> Any:
+    """Return the value of an error's field without credentials."""
     if isinstance(value, list | tuple):
         return tuple(map(_cleaned_field, value))
     if isinstance(value, Mapping):
@@ -265,7 +302,7 @@ def _clean_record(record: logging.LogRecord) -> None:
         record.exc_text = cleaned("".join(traceback.format_exception(*record.exc_info))).rstrip()
     try:
         message = record.getMessage()
-    except Exception:  # logging itself reports a wrong format
+    except Exception:  # the format is wrong, which logging reports
         return
     if (safe := cleaned(message)) != message:
         record.msg, record.args = safe, ()

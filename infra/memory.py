@@ -1,9 +1,9 @@
-"""Estimate the memory this process may still use, and recognize out-of-memory errors.
+"""Estimate the memory that this process may still use, and convert out-of-memory errors.
 
-Available memory is the minimum of the machine's free memory (``MemAvailable``), the rest of the
-process's control group (a container's limit), and the rest of the process's limits (``ulimit -v``,
-``ulimit -d``). ``RECPRESS_MEMORY_MB`` replaces all of them. Linux only; on other systems only the
-setting and the limits of the process are known.
+The estimate is the minimum of the machine's available memory (``MemAvailable``), of what the limit
+of the control group (a container's limit) leaves, and of what the limits of the process leave
+(``ulimit -v``, ``ulimit -d``). The setting ``RECPRESS_MEMORY_MB`` replaces all of them. On systems
+other than Linux only the setting and the limits of the process are known.
 """
 
 import resource
@@ -25,21 +25,21 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Available(NamedTuple):
-    """Bytes that this process may still use, and the limit that applies."""
+    """Bytes that this process may still use, and the limit that determines them, as text."""
 
     bytes: int
     limit: str
 
 
 def available_memory() -> Available | None:
-    """Return the memory this process may still use; None if it is unknown.
+    """Return the memory that this process may still use; None if it is unknown.
 
     Raises:
         SettingRefused: the setting is not a positive number.
     """
-    stated = load_settings().memory_mb
-    if stated is not None:
-        return Available(int(stated * MIB) - resident(), f"{SETTING}={stated:g}")
+    setting = load_settings().memory_mb
+    if setting is not None:
+        return Available(int(setting * MIB) - resident(), f"{SETTING}={setting:g}")
     known = [
         Available(free, limit)
         for limit, free in (
@@ -54,54 +54,62 @@ def available_memory() -> Available | None:
 
 
 def require_memory(needed: int, doing: str) -> None:
-    """Raise if a step needs more memory than is available, before it allocates any.
+    """Raise if work needs more memory than is available. Call it before allocating memory.
 
     Args:
-        needed: bytes in addition to what this process has.
+        needed: bytes in addition to the memory that this process uses now.
         doing: the work that needs them, as a noun phrase that begins a sentence.
 
     Raises:
-        OutOfMemory: contains both figures, the limit, and the remedy.
+        OutOfMemory: contains the needed and the available memory, and the limit.
     """
-    found = available_memory()
-    if found is not None and needed > found.bytes:
+    available = available_memory()
+    if available is not None and needed > available.bytes:
         raise OutOfMemory(
             "step_memory",
             doing=doing,
             needed_mib=needed // MIB,
-            available_mib=max(found.bytes, 0) // MIB,
-            limit=found.limit,
+            available_mib=max(available.bytes, 0) // MIB,
+            limit=available.limit,
             setting=SETTING,
         )
 
 
 def as_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemory | None:
-    """Convert a native out-of-memory error to ``OutOfMemory``; None for any other error."""
+    """Convert an out-of-memory error of any library to ``OutOfMemory``.
+
+    Args:
+        fault: the exception.
+        doing: the work that failed, as a noun phrase that begins a sentence.
+
+    Returns:
+        The error to raise; None if ``fault`` is no out-of-memory error.
+    """
     if isinstance(fault, OutOfMemory):
         return fault
     if not is_out_of_memory(fault):
         return None
-    found = available_memory()
-    if found is None:
+    available = available_memory()
+    if available is None:
         return OutOfMemory("memory_exhausted", doing=doing)
-    left = max(found.bytes, 0) // MIB
-    return OutOfMemory("memory_limit_exhausted", doing=doing, left_mib=left, limit=found.limit)
+    left = max(available.bytes, 0) // MIB
+    return OutOfMemory("memory_limit_exhausted", doing=doing, left_mib=left, limit=available.limit)
 
 
 @contextmanager
 def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
-    """Raise every out-of-memory error of the block, also of libraries, as ``OutOfMemory``.
+    """Replace every out-of-memory error of the block by ``OutOfMemory``.
 
     Args:
-        doing: the work in the block, as a noun phrase that begins a sentence.
+        doing: returns the work in the block, as a noun phrase that begins a sentence.
     """
     try:
         yield
     except Exception as fault:
         if not isinstance(fault, OutOfMemory) and not is_out_of_memory(fault):
             raise
-        release_reserve()  # formatting the message takes memory
-        traceback.clear_frames(fault.__traceback__)  # the failed allocation has been freed
+        release_reserve()  # formatting the message needs memory
+        traceback.clear_frames(fault.__traceback__)  # frees the local variables of the block
         error = as_out_of_memory(fault, doing())
         if error is None or error is fault:
             raise
@@ -109,17 +117,23 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
 
 
 def resident() -> int:
-    """Return the bytes of memory that this process occupies."""
+    """Return the resident memory of this process in bytes."""
     return _held("VmRSS")
 
 
-def _left(limit: int, held: str) -> int | None:
+def _left(limit: int, field: str) -> int | None:
+    """Return the bytes that a limit of this process leaves; None if there is no limit.
+
+    Args:
+        limit: a constant ``RLIMIT_*`` of ``resource``.
+        field: the field of ``/proc/self/status`` with the memory that counts towards the limit.
+    """
     soft, _ = resource.getrlimit(limit)
-    return None if soft == resource.RLIM_INFINITY else soft - _held(held)
+    return None if soft == resource.RLIM_INFINITY else soft - _held(field)
 
 
 def _held(field: str) -> int:
-    """Return a field of ``/proc/self/status`` of this process, in bytes."""
+    """Return a field of ``/proc/self/status`` in bytes."""
     return _field(_PROC / "self" / "status", field) or 0
 
 
@@ -134,7 +148,10 @@ def _field(file: Path, name: str) -> int | None:
 
 
 def _left_in_control_groups() -> int | None:
-    """Return the least memory left in this process's control group and all its parents."""
+    """Return the bytes that the limits of the control group and all its parents leave.
+
+    None if no limit is known.
+    """
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -150,7 +167,7 @@ def _left_in_control_groups() -> int | None:
         else:
             continue
         group = root / path.strip("/")
-        while True:  # a container's own group appears as the root
+        while True:  # including the root, which is the container's group inside a container
             if (free := _left_in(group, limit, used)) is not None:
                 left.append(free)
             if group in (root, root.parent):
@@ -160,6 +177,10 @@ def _left_in_control_groups() -> int | None:
 
 
 def _left_in(group: Path, limit: str, used: str) -> int | None:
+    """Return the bytes that the limit of one control group leaves; None if it has none.
+
+    ``limit`` and ``used`` are the names of the files with the limit and the used memory.
+    """
     try:
         most, now = (group / limit).read_text().strip(), int((group / used).read_text())
         cached = (group / "memory.stat").read_text().split()
@@ -167,7 +188,7 @@ def _left_in(group: Path, limit: str, used: str) -> int | None:
         return None
     if not most.isdigit() or int(most) >= 2**62:
         return None
-    # The kernel frees file pages before it kills a process.
-    facts = dict(zip(cached[::2], cached[1::2], strict=False))
-    files = int(facts.get("inactive_file", 0)) + int(facts.get("active_file", 0))
-    return int(most) - max(now - files, 0)
+    # Pages of files do not count, because the kernel frees them before it kills a process.
+    statistics = dict(zip(cached[::2], cached[1::2], strict=False))
+    file_pages = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+    return int(most) - max(now - file_pages, 0)

@@ -1,15 +1,14 @@
-"""A memory reserve, released when memory runs out so that a command can report the error.
+"""Reserve memory, and release it when memory is exhausted, so that a command can report the error.
 
-At a memory limit of the process, even a failing command needs memory. If a thread of Prefect starts
-without any, it never signals its start, and CPython waits for it forever
-(``threading.Thread.start``).
+Reporting the error needs memory too. In particular, a thread of Prefect that starts when no memory
+is left never signals its start, and CPython waits for it forever (``threading.Thread.start``).
 """
 
 import mmap
 import resource
 
 RESERVE_BYTES = 96 * 2**20
-"""A few stacks of threads, at 8 MiB each, and what their first allocations take."""
+"""Enough for a few thread stacks of 8 MiB each and the first allocations of these threads."""
 
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
@@ -22,13 +21,16 @@ def is_limited() -> bool:
 
 
 def hold_reserve() -> None:
-    """Reserve memory, once, if this process has a limit. It is mapped and never written."""
+    """Reserve memory if this process has a memory limit and has no reserve yet.
+
+    The memory is mapped but never written, so it only counts towards the limit.
+    """
     if is_limited() and not _held:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         _held.append(mmap.mmap(-1, RESERVE_BYTES, flags=private))
 
 
 def release_reserve() -> None:
-    """Release the reserve, so that this process can allocate it."""
+    """Release the reserve, so that this process can allocate its memory."""
     while _held:
         _held.pop().close()

@@ -1,19 +1,19 @@
 """Escape untrusted text so that it cannot control a terminal, a log or a page.
 
-Names in a bundle, tags of a registry, file names, arguments and variables of the environment may
-contain anything. Every place that shows them uses these functions; ``flows/cli/console.py``
-applies them to all that a command prints.
+Names in a bundle, tags in a registry, file names, arguments and environment variables may contain
+any character. All code that shows such text uses these functions; ``flows/cli/console.py`` applies
+them to everything that a command prints.
 """
 
 import re
 
 LONGEST_SENTENCE = 900
-"""Characters of one sentence of a refusal: 20 of them fit on a page."""
+"""Most characters of one sentence in an error message, which may contain 20 of them."""
 
 _CONTROL = re.compile(
     "["
     "\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f"  # C0 except tabs and line ends, DEL, C1
-    "\\u00ad\\u061c\\u180e"  # soft hyphen, marks of direction
+    "\\u00ad\\u061c\\u180e"  # soft hyphen, Arabic letter mark, Mongolian vowel separator
     "\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff"  # zero width, separators, direction
     "\\ufff9-\\ufffb\\ud800-\\udfff\\U000e0000-\\U000e007f"  # annotations, surrogates, tags
     "]"
@@ -21,26 +21,27 @@ _CONTROL = re.compile(
 
 
 def printable(text: str) -> str:
-    """Escape text so that it cannot control a terminal, reorder its output, or be invisible.
+    """Escape characters that can control a terminal, reorder its output, or hide text.
 
-    Control characters other than line ends and tabs, characters without width, and those that
-    change the direction of writing are written as JSON escapes, so JSON text keeps its meaning.
+    These are control characters except line ends and tabs, characters without width, and those
+    that change the writing direction. They become JSON escapes, so JSON text keeps its meaning.
     """
-    return _CONTROL.sub(_escaped, text)
+    return _CONTROL.sub(_escape, text)
 
 
 def one_line(text: str) -> str:
-    """Escape text as ``printable`` does, and line ends and tabs too."""
+    """Escape text as ``printable`` does, including line ends and tabs."""
     return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def bounded(sentence: str) -> str:
-    """Cut a sentence that may quote untrusted text to ``LONGEST_SENTENCE`` characters."""
+    """Truncate a sentence, which may quote untrusted text, to ``LONGEST_SENTENCE`` characters."""
     if len(sentence) <= LONGEST_SENTENCE:
         return sentence
     return f"{sentence[: LONGEST_SENTENCE - 3]}..."
 
 
-def _escaped(found: re.Match[str]) -> str:
-    units = found[0].encode("utf-16-be", "surrogatepass")
+def _escape(match: re.Match[str]) -> str:
+    r"""Return the JSON escape of a character: ``\uXXXX`` for each of its UTF-16 units."""
+    units = match[0].encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))

@@ -1,7 +1,8 @@
-"""Settings (places, limits and permissions), read from the environment and never from a bundle.
+"""Read the settings (folders, URIs, limits, permissions) from environment variables.
 
-The variable of each field is ``RECPRESS_<NAME>``. S3 endpoint and credentials are the usual
-``AWS_*`` variables and ``MLFLOW_TRACKING_URI`` is MLflow's variable; neither has a field here.
+No setting is read from a bundle. The variable of a field is ``RECPRESS_<NAME>``. The S3 endpoint
+and credentials (``AWS_*``) and ``MLFLOW_TRACKING_URI`` are read by their libraries and have no
+field here. The file also converts and shortens URIs.
 """
 
 import os
@@ -19,7 +20,7 @@ from infra.errors import SettingRefused
 
 
 class RecpressSettings(BaseSettings):
-    """One frozen reading of the environment."""
+    """The settings at the time of ``load_settings``; immutable."""
 
     model_config = SettingsConfigDict(env_prefix="RECPRESS_", frozen=True, extra="ignore")
 
@@ -58,16 +59,16 @@ class RecpressSettings(BaseSettings):
 
     @field_validator("allowed_modules", mode="before")
     @classmethod
-    def _split(cls, value: object) -> object:
-        """Accept ``a,b.c``, which is how people write lists in an environment variable."""
+    def _split_list(cls, value: object) -> object:
+        """Accept a comma-separated list such as ``a,b.c``."""
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
     @field_validator("home")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        """Normalize a folder: absolute, without ``..``, symlinks unresolved."""
+    def _normalize(cls, value: Path) -> Path:
+        """Return the folder as an absolute path without ``..``; symlinks are not resolved."""
         try:
             str(value).encode()
         except UnicodeEncodeError:
@@ -82,25 +83,27 @@ class RecpressSettings(BaseSettings):
 
     @property
     def store_root(self) -> str:
-        """The object store's root: the setting, or the folder ``store`` below ``home``."""
+        """Root of the object store: the setting ``store``, or the folder ``store`` in ``home``."""
         return self.store or str(self.home / "store")
 
     @property
     def registry_uri(self) -> str:
-        """The registry's URI: MLflow's variable, or a SQLite file below ``home``."""
+        """URI of the registry: ``MLFLOW_TRACKING_URI``, or a SQLite file in ``home``."""
         return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(self.home / "registry.db")
 
     @property
     def cache(self) -> Path:
-        """The folder of verified local copies of remote artifacts; safe to delete."""
+        """Folder for verified local copies of remote artifacts; it may be deleted."""
         return self.home / "cache"
 
 
 def load_settings() -> RecpressSettings:
-    """Read the environment. A login in ``MLFLOW_TRACKING_URI`` moves to MLflow's own variables.
+    """Read the settings from the environment.
+
+    A login in ``MLFLOW_TRACKING_URI`` is moved to the variables that MLflow has for it.
 
     Raises:
-        SettingRefused: a variable does not have the form its field needs.
+        SettingRefused: the value of a variable is invalid.
     """
     move_registry_login()
     try:
@@ -117,9 +120,10 @@ def load_settings() -> RecpressSettings:
 def sqlite_uri(file: Path) -> str:
     """Build the SQLAlchemy URI of a SQLite file, for any absolute path.
 
-    A path in the plain form ends at its first ``?``. A path that contains ``?`` is written as
-    SQLite's ``file:`` URI, percent-encoded. That form names the driver, because MLflow uses the
-    text after a bare ``sqlite:///`` as a path and creates its folders.
+    In the usual form ``sqlite:///PATH`` the path ends at its first ``?``. So a path that contains
+    ``?`` is written, percent-encoded, as a ``file:`` URI of SQLite. That form contains the driver
+    (``sqlite+pysqlite``), because MLflow would use the text after ``sqlite:///`` as a path and
+    create its folders.
     """
     if "?" not in str(file):
         return f"sqlite:///{file}"
@@ -127,13 +131,13 @@ def sqlite_uri(file: Path) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the absolute path of the file that a SQLAlchemy URI opens with SQLite.
+    """Return the path of the SQLite file that a SQLAlchemy URI refers to.
 
-    SQLAlchemy takes the path of the plain form literally, up to the first ``?``. With ``uri=true``
-    and ``file:`` SQLite decodes the percent signs.
+    SQLAlchemy uses the path of the form ``sqlite:///PATH`` literally, up to the first ``?``. With
+    ``uri=true`` and ``file:``, SQLite decodes percent signs.
 
     Returns:
-        None for another database or a database in memory.
+        The absolute path; None for any other database, or for a database in memory.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme.partition("+")[0] != "sqlite":
@@ -157,8 +161,8 @@ def sqlite_file(uri: str) -> Path | None:
 def shown(uri: str) -> str:
     """Reduce a URI to scheme, host and path, for messages, tags and reports.
 
-    User, password and query are removed; each of them can contain a credential. The path of a local
-    file is kept as it is.
+    User, password and query are removed, because each of them can contain a credential. The path
+    of a local file is unchanged.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
@@ -169,6 +173,6 @@ def shown(uri: str) -> str:
         file = sqlite_file(uri)
         return f"{scheme}://" if file is None else f"sqlite:///{file}"
     host, slash, path = rest.partition("?")[0].partition("/")
-    if "@" in path:  # a password with a slash in it: only what follows the last @ is safe
+    if "@" in path:  # a password that contains a slash: only the text after the last @ is safe
         host, slash, path = path.rpartition("@")[2].partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

@@ -1,7 +1,7 @@
 """Disable the usage reports of all libraries, in every process.
 
-Each library reads its variable when it is imported or initialized, so this must run first:
-importing any module of ``infra`` runs it. Child processes inherit the variables.
+Each library reads an environment variable when it is imported or initialized. ``infra/__init__.py``
+therefore calls ``disable_telemetry`` before any of them. Child processes inherit the variables.
 """
 
 import os
@@ -11,13 +11,13 @@ TELEMETRY_OFF = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GX_ANALYTICS_ENABLED": "false",  # Great Expectations
-    # The published wheels of ONNX Runtime for Linux and macOS send events to Microsoft over HTTPS.
-    # Its function disable_telemetry_events() runs too late for the first of them.
+    # The published wheels of ONNX Runtime for Linux and macOS send events to Microsoft over HTTPS,
+    # the first of them before its function disable_telemetry_events() can be called.
     "ORT_DISABLE_TELEMETRY": "1",
 }
 
 
 def disable_telemetry() -> None:
-    """Set the variables of ``TELEMETRY_OFF`` in this process, except those already set."""
+    """Set the environment variables of ``TELEMETRY_OFF``, except those that are already set."""
     for name, value in TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,7 @@
-"""Interleaved timing of sessions, and the description of the machine. For every runtime."""
+"""Time the sessions of any runtime in turn, and describe the machine.
+
+A session is one model loaded in a runtime.
+"""
 
 import contextlib
 import os
@@ -20,31 +23,41 @@ def interleaved_ms(
     rounds: int,
     warmup: int = 20,
 ) -> tuple[NDArray[np.float32], ...]:
-    """Measure milliseconds of each call on bound inputs, sessions in turn; one array per session.
+    """Measure the latency of several sessions on the same inputs.
 
-    The sessions run A B A B ..., so that a machine that slows down slows all of them, and the
-    n-th numbers belong together.
+    The sessions run in the order A B A B ..., so that a machine that slows down affects all of
+    them, and times with the same index can be compared as pairs. The inputs are bound to each
+    session before the measurement.
+
+    Args:
+        sessions: the sessions to compare.
+        inputs: one array per input name.
+        rounds: number of measured calls of each session.
+        warmup: number of calls of each session before the measurement.
+
+    Returns:
+        float32 (rounds,) per session: the duration of each call in milliseconds.
     """
     calls = [session.bound(inputs) for session in sessions]
     for call in calls:
         for _ in range(warmup):
             call()
     times = np.empty((len(sessions), rounds), dtype=np.float32)
-    for turn in range(rounds):
+    for measurement in range(rounds):
         for index, call in enumerate(calls):
-            begin = time.perf_counter_ns()
+            start = time.perf_counter_ns()
             call()
-            times[index, turn] = (time.perf_counter_ns() - begin) / 1e6
+            times[index, measurement] = (time.perf_counter_ns() - start) / 1e6
     return tuple(times)
 
 
 def machine(runtime: str, version: str, threads: int) -> Machine:
-    """Return the description of this machine.
+    """Describe this machine and the runtime of a measurement.
 
     Args:
-        runtime: the runtime's name in sentences.
-        version: version of its library.
-        threads: number of threads of one call.
+        runtime: name of the runtime, as written in sentences.
+        version: version of the runtime's library.
+        threads: number of threads that one call uses.
     """
     features = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
     return Machine(
