@@ -86,7 +86,7 @@ class IdStatistics(Frozen):
     min_id: int | None = None
     max_id: int | None = None
     longest: int = 0
-    null_positions: int = 0
+    nulls: int = 0
 
 
 class SplitStatistics(Frozen):

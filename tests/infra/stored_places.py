@@ -1,4 +1,4 @@
-"""Stores in a folder and on a real S3 server, with access to their keys for damage."""
+"""Object stores in a folder and on a real S3 server, whose stored bytes a test can change."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,14 @@ BIG = 2 * CHUNK_BYTES + 17
 
 @dataclass
 class Stored:
-    """A store and a way round it, to damage what lies there."""
+    """A store, and functions that read, write and remove its keys without the store.
+
+    Attributes:
+        store: the store under test.
+        raw: returns the bytes of a key.
+        overwrite: writes the bytes of a key.
+        remove: deletes a key.
+    """
 
     store: Store
     raw: Callable[[str], bytes]
@@ -23,12 +30,14 @@ class Stored:
 
 
 def in_folder(root: Path) -> Stored:
+    """Return a store in a local folder."""
+
     def overwrite(key: str, body: bytes) -> None:
         path = root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             path.chmod(0o644)
-        path.write_bytes(body)  # damage of the disk reaches every link to the file
+        path.write_bytes(body)  # in place, because damage of a disk affects every hard link
 
     return Stored(
         store=Store(str(root)),
@@ -39,6 +48,7 @@ def in_folder(root: Path) -> Stored:
 
 
 def in_bucket(prefix: str) -> Stored:
+    """Return a store below a prefix of the bucket ``models`` on the S3 server of the tests."""
     client = s3_client()
     return Stored(
         store=Store(f"s3://models/{prefix}"),
@@ -57,16 +67,18 @@ def s3_client() -> Any:
 
 
 def make_folder(path: Path, largest: int) -> Path:
+    """Create a folder to store: files with unusual names, and one of ``largest`` random bytes."""
     (path / "shards" / "tables").mkdir(parents=True)
     (path / "model.json").write_text("{}")
     (path / "empty.bin").write_bytes(b"")
-    (path / "manifest.json").write_text("a file of the model that is called like ours")
+    (path / "manifest.json").write_text("a file with the name of the store's manifest")
     (path / "shards" / "tables" / "big.safetensors").write_bytes(os.urandom(largest))
     (path / "shards" / "für [1] ?versionId=3 #%20.txt").write_text("an awkward name")
     return path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file below a folder by relative path."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -74,11 +86,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def home(artifact: Artifact) -> str:
+def artifact_key(artifact: Artifact) -> str:
+    """Return the key prefix of an artifact's manifest and links."""
     return f"artifacts/{artifact.sha256}"
 
 
 def blob_key(stored: Stored, artifact: Artifact, path: str) -> str:
+    """Return the key of the blob with the content of one file of an artifact."""
     manifest = stored.store.manifest(artifact)
     paths = [entry.path for entry in manifest.files]
     return f"blobs/{manifest.blobs[paths.index(path)]}"

@@ -49,18 +49,18 @@ def write(path, source):
 
 @pytest.mark.usefixtures("package")
 @pytest.mark.parametrize("allowed", [("shopnets",), ("x", "shopnets.ranker")])
-def test_an_allowed_class_is_imported(allowed):
+def test_network_class_imports_an_allowed_class(allowed):
     found = network_class("shopnets.ranker:Ranker", allowed)
     assert issubclass(found, torch.nn.Module)
     assert found.__name__ == "Ranker"
 
 
 @pytest.mark.usefixtures("package")
-def test_a_class_imported_from_an_allowed_module_is_allowed():
+def test_class_that_an_allowed_module_imports_from_an_allowed_module_is_accepted():
     assert network_class("shopnets.ranker:Cross", ALLOWED).__module__ == "shopnets.layers"
 
 
-def test_a_module_outside_the_list_is_refused_before_it_is_imported(tmp_path, monkeypatch):
+def test_module_that_is_not_allowed_is_refused_without_an_import(tmp_path, monkeypatch):
     trap = write(tmp_path / "shopnets2.py", "raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("shopnets2:Ranker", "shopnets2.below:Ranker"):
@@ -73,7 +73,7 @@ def test_a_module_outside_the_list_is_refused_before_it_is_imported(tmp_path, mo
     assert trap.stem not in sys.modules
 
 
-def test_an_empty_list_allows_nothing():
+def test_empty_allow_list_refuses_every_module():
     with raises_code(BundleRefused, "architecture_not_allowed", allowed=("nothing",)):
         network_class("shopnets.ranker:Ranker", ())
 
@@ -96,7 +96,7 @@ def test_an_empty_list_allows_nothing():
     ],
 )
 @pytest.mark.parametrize("look", [network_class, source_digest])
-def test_a_path_that_is_no_plain_module_and_class_is_refused(path, look):
+def test_path_of_another_form_than_module_and_class_is_refused(path, look):
     with raises_code(BundleRefused, "architecture_form", path=path):
         look(path, ALLOWED)
 
@@ -114,7 +114,7 @@ def test_a_path_that_is_no_plain_module_and_class_is_refused(path, look):
         ("shopnets.ranker:Linear", "defined_elsewhere", {"module": "torch.nn.modules.linear"}),
     ],
 )
-def test_what_is_no_network_of_an_allowed_module_is_refused(path, code, fields):
+def test_value_that_is_no_network_class_of_an_allowed_module_is_refused(path, code, fields):
     with raises_code(BundleRefused, f"architecture_{code}", path=path, **fields):
         network_class(path, ALLOWED)
 
@@ -132,7 +132,9 @@ def test_what_is_no_network_of_an_allowed_module_is_refused(path, code, fields):
         ("class Ranker(", "import_failed", {"kind": "SyntaxError"}),
     ],
 )
-def test_a_module_that_cannot_be_imported_says_why(package, source, code, fields):
+def test_refusal_of_a_module_that_cannot_be_imported_contains_the_reason(
+    package, source, code, fields
+):
     write(package / "broken.py", source)
     with raises_code(BundleRefused, f"architecture_{code}", module="shopnets.broken", **fields):
         network_class("shopnets.broken:Ranker", ALLOWED)
@@ -146,7 +148,7 @@ def test_network_class_does_not_call_the_getattr_of_a_module(package):
 
 
 @pytest.mark.parametrize("edited", ["ranker.py", "layers.py", "deep/blocks.py"])
-def test_the_digest_follows_every_source_file_of_the_package(package, edited):
+def test_source_digest_changes_with_every_source_file_of_the_package(package, edited):
     (package / "deep").mkdir()
     write(package / "deep" / "blocks.py", "width = 1\n")
     before = source_digest("shopnets.ranker:Ranker", ALLOWED)
@@ -155,20 +157,20 @@ def test_the_digest_follows_every_source_file_of_the_package(package, edited):
     assert source_digest("shopnets.ranker:Ranker", ALLOWED) != before
 
 
-def test_the_digest_follows_renamed_files(package):
+def test_source_digest_changes_when_a_file_is_renamed(package):
     write(package / "one.py", "width = 1\n")
     before = source_digest("shopnets:Ranker", ALLOWED)
     (package / "one.py").rename(package / "onf.py")  # keeps its place in the order
     assert source_digest("shopnets:Ranker", ALLOWED) != before
 
 
-def test_the_digest_imports_nothing(package):
+def test_source_digest_imports_no_module(package):
     write(package / "__init__.py", "raise RuntimeError('imported')\n")
     assert len(source_digest("shopnets.ranker:Ranker", ALLOWED)) == 64
     assert "shopnets" not in sys.modules
 
 
-def test_the_digest_of_a_lone_module_ignores_its_neighbours(tmp_path, monkeypatch):
+def test_source_digest_of_a_module_outside_a_package_covers_only_its_file(tmp_path, monkeypatch):
     write(tmp_path / "shopnets.py", "width = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     before = source_digest("shopnets:Ranker", ALLOWED)
@@ -188,6 +190,6 @@ def test_the_digest_of_a_lone_module_ignores_its_neighbours(tmp_path, monkeypatc
         ("builtins", ("builtins",), "architecture_source_missing"),
     ],
 )
-def test_the_digest_of_what_has_no_source_is_refused(module, allowed, code):
+def test_source_digest_without_a_source_file_is_refused(module, allowed, code):
     with raises_code(BundleRefused, code, module=module):
         source_digest(f"{module}:Ranker", allowed)

@@ -1,6 +1,7 @@
-"""A bundle is exactly what was sealed, and everything else is refused in a sentence.
+"""Bundles and drafts: reading, sealing, and refusal of unsafe, changed or inconsistent folders.
 
-Each refusal is checked by code and fields, or by the words that JSON and its readers use.
+A refusal is the error ``BundleRefused``. Tests check its code and fields, or a part of its message
+if the message is from a JSON or safetensors parser.
 """
 
 import contextlib
@@ -73,7 +74,8 @@ FIELDS = {
 EVERY_SHARDING = pytest.mark.parametrize("shard_bytes", [1 << 20, 60], ids=["one", "several"])
 
 
-def make(folder, shard_bytes=1 << 20, **changes):
+def make_bundle(folder, shard_bytes=1 << 20, **changes):
+    """Write a bundle with ``WEIGHTS`` and with ``FIELDS``, some of them changed."""
     folder.mkdir(exist_ok=True)
     write_tensors(WEIGHTS, folder, shard_bytes)
     bundle_folder.seal(folder, **{**FIELDS, **changes})
@@ -82,16 +84,19 @@ def make(folder, shard_bytes=1 << 20, **changes):
 
 @pytest.fixture
 def sealed(tmp_path):
-    return make(tmp_path / "sealed")
+    """A bundle with one shard."""
+    return make_bundle(tmp_path / "sealed")
 
 
 @pytest.fixture
 def sharded(tmp_path):
-    return make(tmp_path / "sharded", 60)
+    """A bundle with two shards and their index."""
+    return make_bundle(tmp_path / "sharded", 60)
 
 
 @pytest.fixture
 def draft(tmp_path):
+    """A draft: weights, a parquet file, and a ``model.json`` as a user writes it."""
     folder = tmp_path / "draft"
     folder.mkdir()
     write_tensors(WEIGHTS, folder)
@@ -120,15 +125,15 @@ def document_of(folder):
 
 
 def reseal(folder, document):
-    """Write a manifest as a hostile tool would: any content, with a seal that fits."""
+    """Write any content as ``model.json`` with a correct seal, as a hostile tool can."""
     fields = {name: value for name, value in document.items() if name != "seal"}
     body = json.dumps(fields, indent=2).removesuffix("\n}").encode() + b",\n"
     digest = hashlib.sha256(body).hexdigest()
     (folder / "model.json").write_bytes(body + f'  "seal": "{digest}"\n}}\n'.encode())
 
 
-def rehash(folder):
-    """List and hash every file of a folder, as a hostile tool would."""
+def list_files_again(folder):
+    """Write a ``model.json`` that lists and hashes the present files, as a hostile tool can."""
     document = document_of(folder)
     document["files"] = {
         path.name: {
@@ -141,41 +146,44 @@ def rehash(folder):
     reseal(folder, document)
 
 
-def refused(function, *arguments, **keywords):
+def refusal_of(function, *arguments, **keywords):
+    """Return the ``BundleRefused`` that a call raises."""
     with pytest.raises(BundleRefused) as caught:
         function(*arguments, **keywords)
     return caught.value
 
 
-def refusal(function, *arguments, **keywords):
-    return str(refused(function, *arguments, **keywords))
+def refusal_message(function, *arguments, **keywords):
+    """Return the message of the ``BundleRefused`` that a call raises."""
+    return str(refusal_of(function, *arguments, **keywords))
 
 
 def problems(function, *arguments, **keywords):
-    """The reasons of a refusal that lists problems."""
-    fault = refused(function, *arguments, **keywords)
+    """Return the reasons in the ``BundleRefused`` that a call raises."""
+    fault = refusal_of(function, *arguments, **keywords)
     assert fault.code == "unusable", fault
     assert all(isinstance(problem, Reason) for problem in fault.fields["problems"])
     return fault.fields["problems"]
 
 
 def wrong_fields(function, *arguments, **keywords):
-    """Codes and fields of what pydantic found, of a refusal of wrong fields."""
-    fault = refused(function, *arguments, **keywords)
+    """Return code and fields of each pydantic error behind the ``BundleRefused`` of a call."""
+    fault = refusal_of(function, *arguments, **keywords)
     assert fault.code == "fields_unusable", fault
     return value_errors(fault.__cause__)
 
 
 def shard_bytes_of(header, body=b""):
+    """Return the bytes of a safetensors file with this header, valid or not."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + body
 
 
-# --- what is accepted ------------------------------------------------------------------------
+# --- Valid bundles ---------------------------------------------------------------------------
 
 
 @EVERY_SHARDING
-def test_what_was_sealed_is_what_is_read(tmp_path, shard_bytes):
+def test_read_returns_the_manifest_that_seal_returned(tmp_path, shard_bytes):
     folder = tmp_path / "b"
     folder.mkdir()
     paths = write_tensors(WEIGHTS, folder, shard_bytes)
@@ -195,28 +203,28 @@ def test_what_was_sealed_is_what_is_read(tmp_path, shard_bytes):
     assert bundle_folder.table_rows(facts, manifest) == {"embed.user": 5, "embed.genres": 3}
 
 
-def test_the_index_has_the_standard_form(sharded):
+def test_index_has_the_form_of_hugging_face(sharded):
     index = json.loads((sharded / bundle_folder.INDEX).read_text())
     assert index["metadata"] == {"total_size": 132}
     assert index["weight_map"]["embed.user.weight"] == "model-00001-of-00002.safetensors"
 
 
-def test_sealing_again_replaces_the_manifest_and_a_killed_runs_leftover(sealed):
+def test_seal_replaces_an_earlier_manifest_and_a_partial_file(sealed):
     (sealed / "model.json.partial").write_text("half")
     bundle_folder.seal(sealed, **{**FIELDS, "version": "V2"})
     assert bundle_folder.read(sealed).version == "V2"
     assert sorted(p.name for p in sealed.iterdir()) == ["model.json", "model.safetensors"]
 
 
-def test_tuples_in_settings_come_back_as_lists_and_seal_says_so(sealed):
+def test_seal_returns_tuples_in_settings_as_lists(sealed):
     network = Network(architecture=Architecture(path="a:B", config={"hidden": (4, 2)}))
     manifest = bundle_folder.seal(sealed, **{**FIELDS, "network": network})
     assert manifest.network.architecture.config == {"hidden": [4, 2]}
     assert bundle_folder.read(sealed) == manifest
 
 
-def test_a_header_that_begins_like_a_pickle_is_no_pickle(tmp_path):
-    """Header lengths 0x0280 to 0x0580 begin with the two bytes that open a pickle."""
+def test_safetensors_header_that_begins_like_a_pickle_is_accepted(tmp_path):
+    """A header of 0x0280 to 0x0580 bytes begins with the first two bytes of a pickle."""
     entry = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
     for length in (0x280, 0x380, 0x480, 0x580):
         raw = json.dumps(entry).encode()
@@ -227,7 +235,7 @@ def test_a_header_that_begins_like_a_pickle_is_no_pickle(tmp_path):
         assert list(bundle_folder.check_weights(tmp_path, bundle_folder.read(tmp_path))) == ["a"]
 
 
-def test_a_compressed_and_a_tied_table_have_rows(tmp_path):
+def test_table_rows_of_a_compressed_and_of_a_tied_table(tmp_path):
     network = Network(
         architecture=NETWORK.architecture,
         modules={"embed.user": ModuleRecord(kind="table", format="int8", settings={"rows": 9})},
@@ -239,7 +247,7 @@ def test_a_compressed_and_a_tied_table_have_rows(tmp_path):
     assert bundle_folder.table_rows(facts, manifest) == {"embed.user": 9, "embed.genres": 6}
 
 
-def test_a_draft_is_read_with_relative_and_absolute_paths(draft, tmp_path):
+def test_draft_with_relative_and_absolute_paths_is_read(draft, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     write_draft(
         draft,
@@ -251,20 +259,21 @@ def test_a_draft_is_read_with_relative_and_absolute_paths(draft, tmp_path):
     assert (draft / read.data["test"]).is_dir()
 
 
-# --- the folder ------------------------------------------------------------------------------
+# --- Files in the folder ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", shards.PICKLE_SUFFIXES)
-def test_a_file_named_like_a_pickle_is_refused(sealed, draft, ending):
-    for folder, look in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
+def test_file_with_a_suffix_of_pickles_is_refused(sealed, draft, ending):
+    for folder, read in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / f"model{ending.upper()}").write_bytes(b"")
         expected = HasReason("file_named_like_pickle", file=f"'model{ending.upper()}'")
-        assert problems(look, folder) == expected
+        assert problems(read, folder) == expected
     assert problems(bundle_folder.seal, sealed, **FIELDS) == expected
-    assert "safetensors.torch.save_file" in refusal(bundle_folder.seal, sealed, **FIELDS)
+    assert "safetensors.torch.save_file" in refusal_message(bundle_folder.seal, sealed, **FIELDS)
 
 
 def pickles():
+    """Yield a name and the first bytes of each form of pickle."""
     yield "protocol 2", b"\x80\x02}q\x00."
     yield "protocol 4", b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00}\x94."
     yield "protocol 0 dict", b"(dp0\n."
@@ -273,17 +282,17 @@ def pickles():
 
 
 @pytest.mark.parametrize("raw", [raw for _, raw in pickles()], ids=[name for name, _ in pickles()])
-def test_a_pickle_renamed_to_safetensors_is_refused_even_when_hashed(sealed, draft, raw):
-    for folder, look in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
+def test_pickle_renamed_to_safetensors_is_refused_although_sealed(sealed, draft, raw):
+    for folder, read in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / "model.safetensors").write_bytes(raw)
-        rehash(folder) if folder is sealed else None
+        list_files_again(folder) if folder is sealed else None
         expected = HasReason("file_is_pickle", file="'model.safetensors'")
-        assert problems(look, folder) == expected
+        assert problems(read, folder) == expected
     assert problems(bundle_folder.seal, sealed, **FIELDS) == expected
-    assert "safetensors.torch.save_file" in refusal(bundle_folder.seal, sealed, **FIELDS)
+    assert "safetensors.torch.save_file" in refusal_message(bundle_folder.seal, sealed, **FIELDS)
 
 
-def test_what_torch_save_writes_is_refused_under_any_name(sealed):
+def test_file_of_torch_save_is_refused_under_any_name(sealed):
     for old in (False, True):
         torch.save(WEIGHTS, sealed / "model.safetensors", _use_new_zipfile_serialization=not old)
         assert zipfile.is_zipfile(sealed / "model.safetensors") != old
@@ -291,7 +300,7 @@ def test_what_torch_save_writes_is_refused_under_any_name(sealed):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "code", "file"),
+    ("change_folder", "code", "file"),
     [
         (lambda f: (f / "README.md").write_text("hi"), "file_of_other_kind", "README.md"),
         (lambda f: (f / "more.safetensors").write_bytes(b"x"), "file_unlisted", "more.safetensors"),
@@ -300,19 +309,19 @@ def test_what_torch_save_writes_is_refused_under_any_name(sealed):
         (lambda f: os.mkfifo(f / "pipe.safetensors"), "file_is_special", "pipe.safetensors"),
         (lambda f: (f / "m.safetensors").symlink_to("/etc/hosts"), "file_is_link", "m.safetensors"),
         (lambda f: (f / "m.safetensors").symlink_to("gone"), "file_is_link", "m.safetensors"),
-        (lambda f: link_out(f, "model.safetensors"), "file_is_link", "model.safetensors"),
-        (lambda f: link_out(f, "model.json"), "file_is_link", "model.json"),
-        (lambda f: append(f / "model.safetensors"), "file_size_differs", "model.safetensors"),
+        (lambda f: replace_by_symlink(f, "model.safetensors"), "file_is_link", "model.safetensors"),
+        (lambda f: replace_by_symlink(f, "model.json"), "file_is_link", "model.json"),
+        (lambda f: append_byte(f / "model.safetensors"), "file_size_differs", "model.safetensors"),
     ],
 )
-def test_a_folder_that_is_not_what_was_sealed_is_refused(sealed, spoil, code, file):
+def test_folder_that_differs_from_its_manifest_is_refused(sealed, change_folder, code, file):
     size = (sealed / "model.safetensors").stat().st_size
-    spoil(sealed)
+    change_folder(sealed)
     sizes = {"expected": size, "got": size + 1} if code == "file_size_differs" else {}
     assert problems(bundle_folder.read, sealed) == HasReason(code, file=repr(file), **sizes)
 
 
-def test_folder_without_a_manifest_or_no_folder_at_all_is_refused(sealed):
+def test_missing_folder_and_folder_without_a_manifest_are_refused(sealed):
     (sealed / "model.json").unlink()
     with raises_code(BundleRefused, "json_missing", path=str(sealed / "model.json")):
         bundle_folder.read(sealed)
@@ -321,31 +330,32 @@ def test_folder_without_a_manifest_or_no_folder_at_all_is_refused(sealed):
         bundle_folder.read(sealed)
 
 
-def link_out(folder, name):
+def replace_by_symlink(folder, name):
+    """Move a file out of its folder and replace it by a symlink to it."""
     (folder / name).rename(folder.parent / name)
     (folder / name).symlink_to(folder.parent / name)
 
 
-def append(path):
+def append_byte(path):
     path.write_bytes(path.read_bytes() + b"\0")
 
 
-def test_a_file_is_no_bundle(sealed):
-    assert "is not a folder" in refusal(bundle_folder.read, sealed / "model.json")
+def test_file_instead_of_a_bundle_folder_is_refused(sealed):
+    assert "is not a folder" in refusal_message(bundle_folder.read, sealed / "model.json")
 
 
-def test_all_problems_of_a_folder_are_reported_together(sharded):
+def test_refusal_lists_all_problems_of_a_folder(sharded):
     (sharded / FIRST).unlink()
-    append(sharded / "model-00002-of-00002.safetensors")
+    append_byte(sharded / "model-00002-of-00002.safetensors")
     (sharded / "extra.safetensors").write_bytes(b"")
-    found = problems(bundle_folder.read, sharded)
-    assert codes_of(found) == ["file_missing", "file_unlisted", "file_size_differs"]
-    assert refusal(bundle_folder.read, sharded).count("\n- ") == 3
+    reasons = problems(bundle_folder.read, sharded)
+    assert codes_of(reasons) == ["file_missing", "file_unlisted", "file_size_differs"]
+    assert refusal_message(bundle_folder.read, sharded).count("\n- ") == 3
 
 
 @EVERY_SHARDING
-def test_any_single_changed_byte_is_refused(tmp_path_factory, shard_bytes):
-    folder = make(tmp_path_factory.mktemp("flip") / "b", shard_bytes)
+def test_bundle_with_one_changed_byte_is_refused(tmp_path_factory, shard_bytes):
+    folder = make_bundle(tmp_path_factory.mktemp("flip") / "b", shard_bytes)
     originals = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     total = sum(map(len, originals.values()))
 
@@ -357,7 +367,7 @@ def test_any_single_changed_byte_is_refused(tmp_path_factory, shard_bytes):
                 changed[offset] ^= flip
                 path.write_bytes(changed)
                 try:
-                    refusal(bundle_folder.read, folder)
+                    refusal_message(bundle_folder.read, folder)
                 finally:
                     path.write_bytes(raw)
                 return
@@ -367,7 +377,7 @@ def test_any_single_changed_byte_is_refused(tmp_path_factory, shard_bytes):
     bundle_folder.read(folder)
 
 
-def test_a_changed_weight_is_called_changed(sealed):
+def test_changed_weight_is_reported_as_another_hash(sealed):
     path = sealed / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
@@ -377,10 +387,10 @@ def test_a_changed_weight_is_called_changed(sealed):
     assert problem == HasReason("file_hash_differs", file="'model.safetensors'", got=digest)
 
 
-def test_an_edited_manifest_is_called_changed(sealed):
+def test_edited_manifest_is_reported_as_another_seal(sealed):
     text = (sealed / "model.json").read_text()
     (sealed / "model.json").write_text(text.replace('"tiny"', '"tony"'))
-    assert "was changed after it was sealed" in refusal(bundle_folder.read, sealed)
+    assert "was changed after it was sealed" in refusal_message(bundle_folder.read, sealed)
 
 
 # --- model.json ------------------------------------------------------------------------------
@@ -416,18 +426,18 @@ def test_an_edited_manifest_is_called_changed(sealed):
     ],
     ids=range(24),
 )
-@pytest.mark.parametrize("look", [bundle_folder.read, bundle_folder.read_draft])
-def test_a_model_json_that_cannot_be_trusted_is_refused(sealed, look, raw, words):
+@pytest.mark.parametrize("read", [bundle_folder.read, bundle_folder.read_draft])
+def test_ambiguous_or_invalid_model_json_is_refused(sealed, read, raw, words):
     (sealed / "model.json").write_bytes(raw)
-    assert words in refusal(look, sealed)
+    assert words in refusal_message(read, sealed)
 
 
-@pytest.mark.parametrize("look", [bundle_folder.read, bundle_folder.read_draft])
-def test_a_large_model_json_is_refused_unread(sealed, look, monkeypatch):
+@pytest.mark.parametrize("read", [bundle_folder.read, bundle_folder.read_draft])
+def test_too_large_model_json_is_refused_before_it_is_read(sealed, read, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     with (sealed / "model.json").open("r+b") as file:
         file.truncate(MAX_JSON_BYTES + 1)  # sparse: takes no disk
-    assert "too large: at most 25165824" in refusal(look, sealed)
+    assert "too large: at most 25165824" in refusal_message(read, sealed)
 
 
 @pytest.mark.parametrize(
@@ -454,39 +464,39 @@ def test_a_large_model_json_is_refused_unread(sealed, look, monkeypatch):
         (("\x1b[2J",), 1, r"'\x1b[2J' is not a field"),
     ],
 )
-def test_a_wrong_field_is_named_with_its_place(sealed, path, value, words):
+def test_refusal_of_a_wrong_field_contains_its_location(sealed, path, value, words):
     document = document_of(sealed)
-    place = document
+    parent = document
     for part in path[:-1]:
-        place = place[part]
+        parent = parent[part]
     if value is ...:
-        del place[path[-1]]
+        del parent[path[-1]]
     else:
-        place[path[-1]] = value
+        parent[path[-1]] = value
     reseal(sealed, document)
     if path == ("signature", "inputs", 1, "name"):
         document["signature"]["inputs"][1]["columns"] = ["user"]
         words = "inputs share the name(s) user"
-    assert words in refusal(bundle_folder.read, sealed)
+    assert words in refusal_message(bundle_folder.read, sealed)
 
 
-def test_wrong_field_is_shown_with_its_input_unless_our_sentence_says_it(sealed):
+def test_refusal_of_a_wrong_field_contains_its_value_once(sealed):
     document = document_of(sealed)
     document["signature"]["inputs"][1]["shape"] = [0]
     document["version"] = ""
     reseal(sealed, document)
-    found = refused(bundle_folder.read, sealed).fields["problems"]
-    assert found[0].endswith("; found ''.")
+    reasons = refusal_of(bundle_folder.read, sealed).fields["problems"]
+    assert reasons[0].endswith("; found ''.")
     sentence = value_error("bag_shape_form", name="genres")
-    assert found[1] == f"signature.inputs[1]: {sentence}."
+    assert reasons[1] == f"signature.inputs[1]: {sentence}."
 
 
-def test_all_wrong_fields_are_reported_together_up_to_a_limit(draft):
+def test_refusal_lists_all_wrong_fields_up_to_a_limit(draft):
     write_draft(draft, name="X", version="", data={}, signature=1)
-    message = refusal(bundle_folder.read_draft, draft)
+    message = refusal_message(bundle_folder.read_draft, draft)
     assert re.search(r"\n- name: .*\n- version: .*\n- signature: ", message)
     write_draft(draft, **{f"x{number}": 1 for number in range(50)})
-    message = refusal(bundle_folder.read_draft, draft)
+    message = refusal_message(bundle_folder.read_draft, draft)
     assert message.count("\n") == 21
     assert message.endswith("and more.")
 
@@ -494,16 +504,17 @@ def test_all_wrong_fields_are_reported_together_up_to_a_limit(draft):
 @pytest.mark.parametrize(
     "change", [{"name": "x" * 100_000}, {"signature": {"outputs": [{"kind": "y" * 100_000}]}}]
 )
-def test_the_message_of_a_refusal_stays_short_if_it_quotes_long_values(draft, change):
+def test_refusal_with_long_values_has_a_bounded_length(draft, change):
     write_draft(draft, **change)
-    assert len(refusal(bundle_folder.read_draft, draft)) < 2_500  # two sentences of 900 and a path
+    message = refusal_message(bundle_folder.read_draft, draft)
+    assert len(message) < 2_500, "two sentences of 900 characters and a path"
     document = json.loads((draft / "model.json").read_text())
     document["signature"]["inputs"] = [{"kind": "z" * 100_000}] * 3
     (draft / "model.json").write_text(json.dumps(document))
-    assert len(refusal(bundle_folder.read_draft, draft)) < 20 * 900
+    assert len(refusal_message(bundle_folder.read_draft, draft)) < 20 * 900
 
 
-LEAVING = [
+UNSAFE_PATHS = [
     ("../model.safetensors", "path_with_parent"),
     ("a/../../model.safetensors", "path_with_parent"),
     ("..", "path_with_parent"),
@@ -516,55 +527,57 @@ LEAVING = [
 ]
 
 
-def leaving(code, why):
-    """The one wrong field of a document: a path that may not be followed."""
+def unsafe_path_error(code, why):
+    """Return the expected result of ``wrong_fields`` for one unsafe path."""
     return [(code, {"path": ANY, "reason": HasReason(why), "sentence": ANY})]
 
 
-@pytest.mark.parametrize(("name", "why"), [*LEAVING, ("/etc/passwd", "path_absolute")])
-def test_a_manifest_naming_files_outside_the_bundle_is_refused(sealed, name, why):
+@pytest.mark.parametrize(("name", "why"), [*UNSAFE_PATHS, ("/etc/passwd", "path_absolute")])
+def test_manifest_with_a_file_outside_the_bundle_is_refused(sealed, name, why):
     document = document_of(sealed)
     document["files"][name] = document["files"]["model.safetensors"]
     reseal(sealed, document)
-    assert wrong_fields(bundle_folder.read, sealed) == leaving("path_not_inside", why)
+    assert wrong_fields(bundle_folder.read, sealed) == unsafe_path_error("path_not_inside", why)
 
 
-def test_manifest_naming_a_file_in_a_subfolder_is_refused(sealed):
+def test_manifest_with_a_file_in_a_subfolder_is_refused(sealed):
     document = document_of(sealed)
     document["files"]["sub/model.safetensors"] = document["files"]["model.safetensors"]
     reseal(sealed, document)
-    (found,) = wrong_fields(bundle_folder.read, sealed)
-    assert found == ("path_in_subfolder", {"path": "'sub/model.safetensors'", "sentence": ANY})
+    (error,) = wrong_fields(bundle_folder.read, sealed)
+    assert error == ("path_in_subfolder", {"path": "'sub/model.safetensors'", "sentence": ANY})
 
 
-@pytest.mark.parametrize(("name", "why"), [*LEAVING, ("/etc/passwd", "path_absolute")])
-@pytest.mark.parametrize("place", ["data", "vocabularies", "transforms"])
-def test_a_manifest_naming_data_outside_its_artifact_is_refused(sealed, place, name, why):
+@pytest.mark.parametrize(("name", "why"), [*UNSAFE_PATHS, ("/etc/passwd", "path_absolute")])
+@pytest.mark.parametrize("section", ["data", "vocabularies", "transforms"])
+def test_manifest_with_data_outside_its_artifact_is_refused(sealed, section, name, why):
     document = document_of(sealed)
-    if place == "data":
+    if section == "data":
         document["data"]["train"]["file"] = name
     else:
-        document[place][name] = ARTIFACT.model_dump()
+        document[section][name] = ARTIFACT.model_dump()
     reseal(sealed, document)
-    assert wrong_fields(bundle_folder.read, sealed) == leaving("path_not_inside", why)
+    assert wrong_fields(bundle_folder.read, sealed) == unsafe_path_error("path_not_inside", why)
 
 
-@pytest.mark.parametrize(("path", "why"), [*LEAVING, ("/a/../b", "path_with_parent")])
-@pytest.mark.parametrize("place", ["data", "vocabularies", "transforms"])
-def test_a_draft_path_that_climbs_out_is_refused(draft, place, path, why):
-    write_draft(draft, **{place: {"train": path}})
-    assert wrong_fields(bundle_folder.read_draft, draft) == leaving("draft_path_unusable", why)
+@pytest.mark.parametrize(("path", "why"), [*UNSAFE_PATHS, ("/a/../b", "path_with_parent")])
+@pytest.mark.parametrize("section", ["data", "vocabularies", "transforms"])
+def test_unsafe_draft_path_is_refused(draft, section, path, why):
+    write_draft(draft, **{section: {"train": path}})
+    assert wrong_fields(bundle_folder.read_draft, draft) == unsafe_path_error(
+        "draft_path_unusable", why
+    )
 
 
 @pytest.mark.parametrize("path", ["gone.parquet", "/nowhere/gone.parquet"])
-def test_a_draft_path_to_nothing_is_refused(draft, path):
+def test_draft_path_that_does_not_exist_is_refused(draft, path):
     write_draft(draft, data={"train": path})
     (problem,) = problems(bundle_folder.read_draft, draft)
     fields = {"entry": "data.train", "path": repr(path), "folder": str(draft)}
     assert problem == Reason("draft_path_missing", **fields)
 
 
-def test_a_draft_path_through_a_link_that_leaves_is_refused(draft, tmp_path):
+def test_draft_path_through_a_symlink_to_another_folder_is_refused(draft, tmp_path):
     (tmp_path / "secret.parquet").write_bytes(b"PAR1")
     (draft / "linked.parquet").symlink_to(tmp_path / "secret.parquet")
     write_draft(draft, data={"train": "linked.parquet"})
@@ -572,22 +585,22 @@ def test_a_draft_path_through_a_link_that_leaves_is_refused(draft, tmp_path):
     assert problem == Reason("draft_path_outside", entry="data.train", path="'linked.parquet'")
 
 
-def test_draft_path_to_a_folder_that_holds_the_draft_is_refused(draft):
+def test_draft_path_to_a_folder_that_contains_the_draft_is_refused(draft):
     write_draft(draft, data={"train": "."})
     (problem,) = problems(bundle_folder.read_draft, draft)
     assert problem == Reason("draft_path_holds_draft", entry="data.train", path="'.'")
 
 
 @pytest.mark.parametrize(
-    ("place", "code"),
+    ("create", "code"),
     [
         (lambda path: path.mkdir(), "weights_are_folder"),
         (lambda path: path.symlink_to("nowhere"), "weights_are_broken_link"),
         (os.mkfifo, "weights_are_special"),
     ],
 )
-def test_draft_whose_weights_are_no_file_is_refused(draft, place, code):
-    place(draft / "more.safetensors")
+def test_draft_with_weights_that_are_no_plain_file_is_refused(draft, create, code):
+    create(draft / "more.safetensors")
     (problem,) = problems(bundle_folder.read_draft, draft)
     assert problem == Reason(code, file="'more.safetensors'")
 
@@ -595,32 +608,36 @@ def test_draft_whose_weights_are_no_file_is_refused(draft, place, code):
 def test_refusal_lists_twenty_problems_of_bounded_length(sealed):
     for number in range(50):
         (sealed / f"{number}{'x' * 200}").write_bytes(b"")
-    found = problems(bundle_folder.read, sealed)
-    assert codes_of(found) == ["file_of_other_kind"] * 20 + ["more_problems"]
-    assert all(len(str(problem)) < 900 for problem in found)
+    reasons = problems(bundle_folder.read, sealed)
+    assert codes_of(reasons) == ["file_of_other_kind"] * 20 + ["more_problems"]
+    assert all(len(str(problem)) < 900 for problem in reasons)
     facts = {"flat.weight": bundle_folder.TensorFact(shape=(1,) * 9999, dtype="F32", bytes=4)}
     inputs = [{"kind": "id", "name": "user", "table": "flat"}]
     signature = Signature.model_validate(SIGNATURE.model_dump() | {"inputs": inputs})
-    manifest = bundle_folder.seal(make(sealed.parent / "b"), **FIELDS | {"signature": signature})
+    manifest = bundle_folder.seal(
+        make_bundle(sealed.parent / "b"), **FIELDS | {"signature": signature}
+    )
     (problem,) = problems(bundle_folder.table_rows, facts, manifest)
     assert len(str(problem)) < 900
 
 
-def test_a_draft_is_no_bundle_and_a_bundle_no_draft(sealed, draft):
+def test_draft_read_as_bundle_and_bundle_read_as_draft_are_refused(sealed, draft):
     (draft / "train.parquet").unlink()
-    assert "is a draft. Pack it first: 'recpress bundle pack" in refusal(bundle_folder.read, draft)
-    assert "already a sealed bundle" in refusal(bundle_folder.read_draft, sealed)
+    assert "is a draft. Pack it first: 'recpress bundle pack" in refusal_message(
+        bundle_folder.read, draft
+    )
+    assert "already a sealed bundle" in refusal_message(bundle_folder.read_draft, sealed)
 
 
-def test_a_draft_without_weights_is_refused(draft):
+def test_draft_without_weights_is_refused(draft):
     (draft / "model.safetensors").unlink()
-    assert "holds no tensor" in refusal(bundle_folder.read_draft, draft)
+    assert "holds no tensor" in refusal_message(bundle_folder.read_draft, draft)
 
 
-def test_settings_without_a_json_form_are_refused(sealed):
+def test_seal_refuses_settings_without_a_json_form(sealed):
     for value in (torch.float16, float("nan"), -float("inf"), {1, 2}, {1: 2}, np.int64(3)):
         network = Network(architecture=Architecture(path="a:B", config={"x": value}))
-        message = refusal(bundle_folder.seal, sealed, **{**FIELDS, "network": network})
+        message = refusal_message(bundle_folder.seal, sealed, **{**FIELDS, "network": network})
         assert "has no JSON form" in message
     assert bundle_folder.read(sealed).network == NETWORK, "the old manifest still stands"
 
@@ -632,20 +649,21 @@ JSON_VALUES = st.recursive(
 )
 
 
-def test_no_model_json_raises_anything_but_a_refusal(tmp_path_factory):
-    folder = make(tmp_path_factory.mktemp("fuzz") / "b")
+def test_random_or_changed_model_json_is_read_or_refused(tmp_path_factory):
+    folder = make_bundle(tmp_path_factory.mktemp("fuzz") / "b")
     good = (folder / "model.json").read_text()
 
-    def places(value, path=()):
+    def value_paths(value, path=()):
+        """Yield the path of every value in a JSON document."""
         yield path
         if isinstance(value, dict):
             for name in value:
-                yield from places(value[name], (*path, name))
+                yield from value_paths(value[name], (*path, name))
         elif isinstance(value, list):
             for number, item in enumerate(value):
-                yield from places(item, (*path, number))
+                yield from value_paths(item, (*path, number))
 
-    every_place = list(places(json.loads(good)))[1:]
+    locations = list(value_paths(json.loads(good)))[1:]
 
     @given(
         raw=st.binary(max_size=60)
@@ -656,34 +674,34 @@ def test_no_model_json_raises_anything_but_a_refusal(tmp_path_factory):
             st.sampled_from(KNOWN_VERSIONS),
         ).map(lambda pair: json.dumps(pair[0] | {"schema_version": pair[1]}).encode())
     )
-    def garbage(raw):
+    def check_random_bytes(raw):
         (folder / "model.json").write_bytes(raw)
-        refusal(bundle_folder.read, folder)
-        refusal(bundle_folder.read_draft, folder)
+        refusal_message(bundle_folder.read, folder)
+        refusal_message(bundle_folder.read_draft, folder)
 
     @given(
-        path=st.sampled_from(every_place), value=JSON_VALUES, how=st.sampled_from(["set", "add"])
+        path=st.sampled_from(locations), value=JSON_VALUES, change=st.sampled_from(["set", "add"])
     )
-    def mutation(path, value, how):
+    def check_changed_document(path, value, change):
         document = json.loads(good)
-        place = document
+        parent = document
         for part in path[:-1]:
-            place = place[part]
-        if how == "add" and isinstance(place, dict):
-            place["something else"] = value
+            parent = parent[part]
+        if change == "add" and isinstance(parent, dict):
+            parent["something else"] = value
         else:
-            place[path[-1]] = value
+            parent[path[-1]] = value
         reseal(folder, document)
-        with contextlib.suppress(BundleRefused):  # some mutations are still good bundles
+        with contextlib.suppress(BundleRefused):  # some changed documents are valid
             manifest = bundle_folder.read(folder)
             bundle_folder.table_rows(bundle_folder.check_weights(folder, manifest), manifest)
         document.pop("files", None)
         document.pop("seal", None)
         (folder / "model.json").write_text(json.dumps(document))
-        refusal(bundle_folder.read, folder)
+        refusal_message(bundle_folder.read, folder)
 
-    garbage()
-    mutation()
+    check_random_bytes()
+    check_changed_document()
 
 
 # --- shards ----------------------------------------------------------------------------------
@@ -710,30 +728,31 @@ FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     ],
     ids=range(13),
 )
-def test_a_malformed_shard_is_refused_even_when_hashed(sealed, draft, raw, words):
-    for folder, look in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
+def test_malformed_shard_is_refused_although_sealed(sealed, draft, raw, words):
+    for folder, read in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / "model.safetensors").write_bytes(raw)
-        rehash(folder) if folder is sealed else None
-        assert words in refusal(look, folder)
-    assert words in refusal(bundle_folder.seal, sealed, **FIELDS)
+        list_files_again(folder) if folder is sealed else None
+        assert words in refusal_message(read, folder)
+    assert words in refusal_message(bundle_folder.seal, sealed, **FIELDS)
 
 
 @given(
     header=JSON_VALUES | st.dictionaries(st.text(max_size=3), JSON_VALUES), size=st.integers(0, 9)
 )
-def test_no_shard_raises_anything_but_a_refusal(tmp_path_factory, header, size):
+def test_shard_with_any_invalid_header_is_refused(tmp_path_factory, header, size):
     folder = tmp_path_factory.getbasetemp() / "shards"
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes(shard_bytes_of(header, b"0" * size))
-    refusal(shards.stored_tensors, folder)
+    refusal_message(shards.stored_tensors, folder)
 
 
 def change_index(folder, change):
+    """Change the index of a bundle and write a ``model.json`` that matches it."""
     path = folder / bundle_folder.INDEX
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
-    rehash(folder)
+    list_files_again(folder)
 
 
 FIRST = "model-00001-of-00002.safetensors"
@@ -769,7 +788,7 @@ BIAS = "dense.bias"
     ],
     ids=range(11),
 )
-def test_an_index_that_disagrees_with_its_shards_is_refused(sharded, change, code, fields):
+def test_index_that_differs_from_its_shards_is_refused(sharded, change, code, fields):
     manifest = bundle_folder.read(sharded)
     change_index(sharded, change)
     expected = HasReason(code, **{name: repr(value) for name, value in fields.items()})
@@ -779,13 +798,13 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(sharded, change, cod
 
 def test_several_shards_without_an_index_are_refused(sharded):
     (sharded / bundle_folder.INDEX).unlink()
-    rehash(sharded)
-    assert f"2 shards but no {bundle_folder.INDEX}" in refusal(bundle_folder.read, sharded)
+    list_files_again(sharded)
+    assert f"2 shards but no {bundle_folder.INDEX}" in refusal_message(bundle_folder.read, sharded)
 
 
-def test_a_tensor_in_two_shards_is_refused(sharded):
+def test_tensor_in_two_shards_is_refused(sharded):
     shutil.copy(sharded / FIRST, sharded / "more.safetensors")
-    rehash(sharded)
+    list_files_again(sharded)
     assert problems(bundle_folder.read, sharded) == HasReason(
         "tensor_in_two_shards",
         tensor="'embed.user.weight'",
@@ -811,8 +830,8 @@ FLOATS = {
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-def test_every_bit_pattern_is_called_finite_exactly_when_torch_says_so(tmp_path, dtype):
-    """All patterns of the small formats, random ones of the large, against torch as reference."""
+def test_every_bit_pattern_is_finite_exactly_if_torch_reports_it_as_finite(tmp_path, dtype):
+    """Compare with torch: all patterns of dtypes of 1 and 2 bytes, random ones of larger dtypes."""
     width = dtype.itemsize
     if width == 1:
         raw = np.arange(256, dtype=np.uint8)
@@ -825,9 +844,9 @@ def test_every_bit_pattern_is_called_finite_exactly_when_torch_says_so(tmp_path,
         special = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0]).to(dtype)
         patterns = torch.cat([patterns, special])
     wide = patterns if dtype.is_complex else patterns.to(torch.float64)
-    bad = ~torch.isfinite(wide)
-    assert bad.any() != bad.all()
-    for name, values in (("good", patterns[~bad]), ("all", patterns)):
+    is_nonfinite = ~torch.isfinite(wide)
+    assert is_nonfinite.any() != is_nonfinite.all()
+    for name, values in (("good", patterns[~is_nonfinite]), ("all", patterns)):
         folder = tmp_path / name
         folder.mkdir()
         write_tensors({"w": values}, folder)
@@ -836,14 +855,12 @@ def test_every_bit_pattern_is_called_finite_exactly_when_torch_says_so(tmp_path,
             assert bundle_folder.check_weights(folder, manifest)["w"].dtype in FLOATS
         else:
             (problem,) = problems(bundle_folder.check_weights, folder, manifest)
-            place = (int(bad.nonzero()[0]),)
-            fields = {"tensor": "'w'", "count": int(bad.sum()), "place": place}
+            index = (int(is_nonfinite.nonzero()[0]),)
+            fields = {"tensor": "'w'", "count": int(is_nonfinite.sum()), "place": index}
             assert problem == Reason("weights_not_finite", **fields)
 
 
-def test_values_that_are_not_finite_are_found_across_blocks_and_reported_for_every_tensor(
-    tmp_path, monkeypatch
-):
+def test_check_weights_finds_non_finite_values_in_all_blocks_and_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(bundle_folder, "BLOCK_BYTES", 64)
     table = torch.ones(40, 5)
     table[17, 3] = float("nan")
@@ -857,15 +874,15 @@ def test_values_that_are_not_finite_are_found_across_blocks_and_reported_for_eve
         Reason("weights_not_finite", tensor="'t'", count=2, place=(17, 3)),
         Reason("weights_not_finite", tensor="'s'", count=1, place=(8,)),
     }
-    message = refusal(bundle_folder.check_weights, tmp_path, manifest)
+    message = refusal_message(bundle_folder.check_weights, tmp_path, manifest)
     assert "'t' has 2 NaN or infinite value(s), the first at [17, 3]" in message
 
 
-def test_a_shard_that_shrinks_while_it_is_read_is_refused(sealed):
+def test_shard_that_shrinks_during_the_check_is_refused(sealed):
     stored = shards.stored_tensors(sealed)["dense.bias"]
     with (sealed / "model.safetensors").open("r+b") as file:
         file.truncate(stored.start + 4)
-    message = refusal(shards.nonfinite_problem, "dense.bias", stored, bytearray(64))
+    message = refusal_message(shards.nonfinite_problem, "dense.bias", stored, bytearray(64))
     assert "ended early" in message
 
 
@@ -884,11 +901,11 @@ def test_a_shard_that_shrinks_while_it_is_read_is_refused(sealed):
         ({"dense.bias": "embed.user.weight"}, Reason("tie_stored_too", alias="'dense.bias'")),
     ],
 )
-def test_ties_that_do_not_fit_the_shards_are_refused(tmp_path, ties, problem):
+def test_ties_that_do_not_match_the_shards_are_refused(tmp_path, ties, problem):
     network = Network(architecture=NETWORK.architecture, ties=ties)
-    folder = make(tmp_path / "b", network=network)
-    (found,) = problems(bundle_folder.check_weights, folder, bundle_folder.read(folder))
-    assert found == problem
+    folder = make_bundle(tmp_path / "b", network=network)
+    (reason,) = problems(bundle_folder.check_weights, folder, bundle_folder.read(folder))
+    assert reason == problem
 
 
 @pytest.mark.parametrize(
@@ -922,7 +939,7 @@ def test_ties_that_do_not_fit_the_shards_are_refused(tmp_path, ties, problem):
         ),
     ],
 )
-def test_an_input_whose_table_is_not_there_is_refused(tmp_path, table, modules, problem):
+def test_input_with_a_missing_table_is_refused(tmp_path, table, modules, problem):
     inputs = [{"kind": "id", "name": "user", "table": table}]
     signature = Signature.model_validate(SIGNATURE.model_dump() | {"inputs": inputs})
     network = Network(
@@ -930,18 +947,18 @@ def test_an_input_whose_table_is_not_there_is_refused(tmp_path, table, modules, 
         modules={"embed.user": ModuleRecord.model_validate(modules)} if modules else {},
     )
     manifest = bundle_folder.seal(
-        make(tmp_path / "b"), **{**FIELDS, "signature": signature} | {"network": network}
+        make_bundle(tmp_path / "b"), **{**FIELDS, "signature": signature} | {"network": network}
     )
     facts = bundle_folder.check_weights(tmp_path / "b", manifest)
     facts["flat.weight"] = bundle_folder.TensorFact(shape=(3,), dtype="F32", bytes=12)
-    fault = refused(bundle_folder.table_rows, facts, manifest)
+    fault = refusal_of(bundle_folder.table_rows, facts, manifest)
     assert fault.fields["place"] == "Inputs and weights do not fit"
-    (found,) = fault.fields["problems"]
-    assert found == problem
-    assert (found.fields["input"], found.fields["table"]) == ("'user'", repr(table))
+    (reason,) = fault.fields["problems"]
+    assert reason == problem
+    assert (reason.fields["input"], reason.fields["table"]) == ("'user'", repr(table))
 
 
-def test_the_guides_example_is_a_draft_whose_network_can_be_called(tmp_path, monkeypatch):
+def test_draft_in_the_guide_is_read_and_its_network_can_be_called(tmp_path, monkeypatch):
     guide = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text()
     network, save = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     (document,) = re.findall(r"```json\n(.*?)```", guide, re.DOTALL)
@@ -964,6 +981,6 @@ def test_the_guides_example_is_a_draft_whose_network_can_be_called(tmp_path, mon
     }
     assert set(inputs) == {n for item in draft.signature.inputs for n in tensor_names(item)}
     assert model(**inputs).shape == (2, 1)
-    facts = {n: found.fact for n, found in shards.stored_tensors(tmp_path).items()}
+    facts = {name: stored.fact for name, stored in shards.stored_tensors(tmp_path).items()}
     assert bundle_folder.table_rows(facts, draft) == {"user": 50, "item": 30, "tags": 8}
     del sys.modules["shop_net"]

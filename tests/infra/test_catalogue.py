@@ -1,4 +1,4 @@
-"""A retrieval model's files as tensors: the catalogue joined to interactions, or refused."""
+"""Splits of a retrieval model: rows joined with the features of their items, and refusals."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ LISTS = pa.list_(pa.int64())
 
 
 def interactions(**changes):
+    """Return four rows of a split, with some columns replaced."""
     return {
         "user": pa.array([3, 1, 3, 1]),
         "lately": pa.array([[5], [], [5], []], LISTS),
@@ -28,6 +29,7 @@ def interactions(**changes):
 
 
 def items(**changes):
+    """Return a catalogue of three items, with some columns replaced."""
     return {
         "item": pa.array([8, 0, 2]),
         "tags": pa.array([[1, 2, 3], [], [4]], LISTS),
@@ -39,35 +41,37 @@ def items(**changes):
 
 @pytest.fixture
 def paths(tmp_path):
+    """A function that writes a split and the catalogue, and returns their paths by split name."""
+
     def write(split="test", catalogue=None, **changes):
-        found = {split: tmp_path / f"{split}.parquet", "items": tmp_path / "items.parquet"}
-        pq.write_table(pa.table(interactions(**changes)), found[split])
-        pq.write_table(pa.table(catalogue or items()), found["items"])
-        return found
+        splits = {split: tmp_path / f"{split}.parquet", "items": tmp_path / "items.parquet"}
+        pq.write_table(pa.table(interactions(**changes)), splits[split])
+        pq.write_table(pa.table(catalogue or items()), splits["items"])
+        return splits
 
     return write
 
 
-def test_interactions_get_what_the_catalogue_says_of_their_items(paths, tmp_path):
-    found = prepare(paths(), "test", SCHEMA, tmp_path / "out")
-    held = load_file(tmp_path / "out" / "data.safetensors")
-    assert found.rows == 4
-    assert set(found.tensors) == set(held)
-    assert held["dense"].tolist() == [[0.5, 1, 1], [2.5, 3, 1], [2.5, 3, 1], [0.5, 1, 1]]
-    assert held["@bounds/tags"].tolist() == [0, 3, 4, 5, 8]
-    assert held["tags"].tolist() == [1, 2, 3, 4, 4, 1, 2, 3]
-    assert held["@group"].tolist() == [3, 1, 3, 1]
-    assert held["@label"].tolist() == [1, 1, 1, 1]  # the signature names no label
-    # So a row is a whole input of the model, in batches as anywhere else.
+def test_prepare_adds_the_features_of_each_rows_item(paths, tmp_path):
+    prepared = prepare(paths(), "test", SCHEMA, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "data.safetensors")
+    assert prepared.rows == 4
+    assert set(prepared.tensors) == set(tensors)
+    assert tensors["dense"].tolist() == [[0.5, 1, 1], [2.5, 3, 1], [2.5, 3, 1], [0.5, 1, 1]]
+    assert tensors["@bounds/tags"].tolist() == [0, 3, 4, 5, 8]
+    assert tensors["tags"].tolist() == [1, 2, 3, 4, 4, 1, 2, 3]
+    assert tensors["@group"].tolist() == [3, 1, 3, 1]
+    assert tensors["@label"].tolist() == [1, 1, 1, 1]  # the signature names no label
+    # Each row is a complete input of the model, so batches are read as for any other task.
     (batch,) = batches(Split(path=str(tmp_path / "out"), sha256="0" * 64, rows=4), SCHEMA, 9)
     assert batch.inputs["tags_offsets"].tolist() == [0, 3, 4, 5]
 
 
-def test_the_catalogue_itself_has_the_item_towers_inputs_alone(paths, tmp_path):
+def test_prepare_of_the_catalogue_writes_only_inputs_of_the_item_tower(paths, tmp_path):
     prepare(paths(), "items", SCHEMA, tmp_path / "out")
-    held = load_file(tmp_path / "out" / "data.safetensors")
-    assert set(held) == {"item", "tags", "@bounds/tags", "dense", "@label"}
-    assert held["item"].tolist() == [8, 0, 2]
+    tensors = load_file(tmp_path / "out" / "data.safetensors")
+    assert set(tensors) == {"item", "tags", "@bounds/tags", "dense", "@label"}
+    assert tensors["item"].tolist() == [8, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -92,20 +96,20 @@ def test_the_catalogue_itself_has_the_item_towers_inputs_alone(paths, tmp_path):
         ("test", {"user": pa.array(["3", "1", "3", "1"])}, "Number the groups the same way"),
     ],
 )
-def test_what_a_ranking_cannot_be_made_of_is_refused_with_its_rows(
+def test_unknown_or_repeated_items_and_inconsistent_queries_are_refused_with_their_rows(
     split, changes, words, paths, tmp_path
 ):
     with raises_code(DataRefused, "schema_unfit", problems=Text(words)):
         prepare(paths(**changes), split, SCHEMA, tmp_path / "out")
 
 
-def test_what_a_query_sends_may_change_over_the_training_rows(paths, tmp_path):
-    """A history grows while a model learns; only a test query is one request."""
-    found = paths("train", lately=pa.array([[5], [], [4], [1]], LISTS))
-    assert prepare(found, "train", SCHEMA, tmp_path / "out").rows == 4
+def test_training_rows_of_one_user_may_differ_in_query_inputs(paths, tmp_path):
+    """The history of a user grows over the training rows; a test query is a single request."""
+    splits = paths("train", lately=pa.array([[5], [], [4], [1]], LISTS))
+    assert prepare(splits, "train", SCHEMA, tmp_path / "out").rows == 4
 
 
-def test_a_catalogue_is_needed_by_retrieval_and_by_nothing_else():
+def test_require_items_needs_a_catalogue_exactly_for_retrieval():
     require_items(["test", "items"], SCHEMA, "it")
     with raises_code(DataRefused, "catalogue_missing", place="it", split="items"):
         require_items(["test"], SCHEMA, "it")
@@ -118,25 +122,32 @@ def test_a_catalogue_is_needed_by_retrieval_and_by_nothing_else():
         require_items(["test", "items"], clicks, "it")
 
 
-def test_ids_are_checked_in_the_file_that_has_them(paths):
-    found = paths(catalogue=items(tags=pa.array([[1], [6], []], LISTS)))
-    facts = {name: split_statistics(path, SCHEMA.of_split(name)) for name, path in found.items()}
+def test_check_ids_covers_the_catalogue(paths):
+    splits = paths(catalogue=items(tags=pa.array([[1], [6], []], LISTS)))
+    statistics = {
+        name: split_statistics(path, SCHEMA.of_split(name)) for name, path in splits.items()
+    }
     with raises_code(
         DataRefused,
         "ids_unfit",
         problems=Text("split 'items', input 'tags': id 6 is not in table"),
     ):
-        check_ids(facts, SCHEMA, TABLES)
+        check_ids(statistics, SCHEMA, TABLES)
 
 
-def test_every_file_is_validated_by_what_it_holds(paths):
-    held = validate(paths(), SCHEMA, TABLES, Rules(min_rows=1))
-    assert held.success, [item for item in held.findings if not item.success]
-    looked_at = {(item.split, item.column) for item in held.findings}
-    assert {("items", "d0"), ("test", "lately"), ("test", "item"), ("items", "item")} <= looked_at
-    assert not {("test", "d0"), ("items", "user")} & looked_at
+def test_validate_checks_each_column_in_the_split_that_contains_it(paths):
+    validation = validate(paths(), SCHEMA, TABLES, Rules(min_rows=1))
+    assert validation.success, [item for item in validation.findings if not item.success]
+    checked_columns = {(item.split, item.column) for item in validation.findings}
+    assert {
+        ("items", "d0"),
+        ("test", "lately"),
+        ("test", "item"),
+        ("items", "item"),
+    } <= checked_columns
+    assert not {("test", "d0"), ("items", "user")} & checked_columns
 
-    twice = paths(catalogue=items(item=pa.array([8, 2, 2])))
-    held = validate(twice, SCHEMA, TABLES, Rules(min_rows=1))
-    (failed,) = [item for item in held.findings if not item.success]
+    repeated_item = paths(catalogue=items(item=pa.array([8, 2, 2])))
+    validation = validate(repeated_item, SCHEMA, TABLES, Rules(min_rows=1))
+    (failed,) = [item for item in validation.findings if not item.success]
     assert (failed.split, failed.column, failed.rule) == ("items", "item", "each item once")

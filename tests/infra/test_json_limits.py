@@ -63,7 +63,7 @@ def read_in_children(paths: list[Path]) -> list[str]:
     return [line.partition(" ")[0] for line in ended.stdout.splitlines()]
 
 
-def test_json_of_any_shape_is_refused_within_300_mib(tmp_path):
+def test_json_beyond_a_limit_is_refused_within_300_mib(tmp_path):
     paths = []
     for place, item in enumerate(SHAPES.values()):
         for size in (MAX_JSON_BYTES, 64 << 20) if place == 0 else (MAX_JSON_BYTES,):
@@ -77,7 +77,7 @@ LARGEST = [(1, 3, 6), pytest.param(range(7), marks=pytest.mark.nightly)]
 
 
 @pytest.mark.parametrize("places", LARGEST, ids=["some", "all"])
-def test_the_largest_json_allowed_is_read_within_300_mib(tmp_path, places):
+def test_largest_allowed_json_is_read_within_300_mib(tmp_path, places):
     most = MAX_JSON_VALUES
     names = ",".join(f'"k{place}":{{}}' for place in range(most // 3 - 10))
     texts = [
@@ -100,14 +100,14 @@ def header_file(path: Path, header: bytes, body: bytes = b"") -> Path:
     return path
 
 
-def test_a_safetensors_header_of_100000_tensors_is_read(tmp_path):
+def test_safetensors_header_of_100000_tensors_is_read(tmp_path):
     entry = {"dtype": "F32", "shape": [0, 16], "data_offsets": [0, 0]}
     header = {f"model.features.tables.{n:06d}.weight": entry for n in range(100_000)}
     path = header_file(tmp_path / "model.safetensors", json.dumps(header).encode())
     assert len(stored_tensors(path)) == 100_000
 
 
-def test_a_hostile_safetensors_header_is_refused_within_300_mib(tmp_path):
+def test_safetensors_header_beyond_a_limit_is_refused_within_300_mib(tmp_path):
     headers = {
         "text": b'{"__metadata__":{"a":"' + b"x" * 60_000_000 + b'"}}',
         "metadata": b'{"__metadata__":{' + b'"a":"",' * 3_000_000 + b'"b":""}}',
@@ -156,11 +156,11 @@ def test_model_json_of_10000_tables_is_far_below_the_limits():
         ("", 1, 0, 0),
     ],
 )
-def test_text_in_quotes_does_not_count(text, values, depth, longest):
+def test_measure_ignores_text_in_strings(text, values, depth, longest):
     assert measure(text.encode()) == (values, depth, longest)
 
 
-def test_the_counts_do_not_depend_on_where_a_block_ends(monkeypatch):
+def test_measure_does_not_depend_on_where_a_block_ends(monkeypatch):
     document = {"a" * 7: [1.25, 'x,[\\"', [[{}], -123456789]], "ü": {"b": [None, True]}}
     raw = json.dumps(document, ensure_ascii=False).encode()
     whole = measure(raw)
@@ -170,13 +170,13 @@ def test_the_counts_do_not_depend_on_where_a_block_ends(monkeypatch):
 
 
 @pytest.mark.parametrize("raw", [b'"' * 101, b"]" * 50, b"\\" * 77, b'\\"' * 10, bytes(range(256))])
-def test_bytes_that_are_no_json_are_measured_all_the_same(raw):
+def test_measure_accepts_any_bytes(raw):
     check_limits(raw)
     with pytest.raises(BundleRefused):
         decode(raw, Path("model.json"))
 
 
-def test_a_number_of_400_characters_is_read_and_one_more_is_refused():
+def test_number_of_400_characters_is_read_and_of_401_is_refused():
     assert decode(b'{"a": ' + b"9" * 400 + b"}", Path("x"))["a"] == int("9" * 400)
     with raises_code(BundleRefused, "json_unusable", problem=Text("more than 400 characters")):
         decode(b'{"a": ' + b"9" * 401 + b"}", Path("x"))

@@ -1,6 +1,6 @@
-"""A foreign parquet file is read first by a child process: nothing in it ends or fills the parent.
+"""Inspection of untrusted parquet files: damaged, too large or slow files harm no process.
 
-The attacks write thrift by hand where a writer would refuse to.
+Some tests edit the Thrift encoding of the footer, because no writer produces such a footer.
 """
 
 import os
@@ -41,6 +41,7 @@ def signature(longest: int = 3) -> Signature:
 
 
 def rows(count: int = 600) -> pa.Table:
+    """Return random valid rows for ``signature()``."""
     random_ = np.random.default_rng(0)
     lists = [list(range(length)) for length in random_.integers(0, 4, count)]
     return pa.table(
@@ -54,7 +55,7 @@ def rows(count: int = 600) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory) -> bytes:
+def valid_bytes(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("good") / "good.parquet"
     pq.write_table(rows(), path)
     return path.read_bytes()
@@ -62,50 +63,55 @@ def good(tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def inspector():
-    own = Inspector()
-    yield own
-    own.close()
+    instance = Inspector()
+    yield instance
+    instance.close()
 
 
-def refusal(path: Path, into: Path, longest: int = 3) -> str:
+def refusal_message(path: Path, into: Path, longest: int = 3) -> str:
     with pytest.raises(DataRefused) as caught:
         prepare(path, signature(longest), into)
     return str(caught.value)
 
 
 def footer_of(raw: bytes) -> tuple[int, bytes]:
+    """Return the offset and the bytes of the footer of a parquet file."""
     length = struct.unpack("<I", raw[-8:-4])[0]
     return len(raw) - 8 - length, raw[-8 - length : -8]
 
 
 def with_footer(raw: bytes, footer: bytes) -> bytes:
+    """Return a parquet file with another footer."""
     start, _ = footer_of(raw)
     return raw[:start] + footer + struct.pack("<I", len(footer)) + b"PAR1"
 
 
-def varint(number: int) -> bytes:
+def thrift_varint(number: int) -> bytes:
+    """Encode a positive number as in a footer: a zigzag varint."""
     number = number << 1  # zigzag of a positive number
-    out = bytearray()
+    encoded = bytearray()
     while number > 127:
-        out.append(number & 127 | 128)
+        encoded.append(number & 127 | 128)
         number >>= 7
-    return bytes([*out, number])
+    return bytes([*encoded, number])
 
 
-@pytest.mark.parametrize("declared", [0, 601, 10**6, 10**9, 2**31, 2**62])
-def test_rows_are_counted_and_never_taken_from_the_footer(tmp_path, good, declared):
+@pytest.mark.parametrize("row_count", [0, 601, 10**6, 10**9, 2**31, 2**62])
+def test_footer_with_a_wrong_number_of_rows_is_refused(tmp_path, valid_bytes, row_count):
     path = tmp_path / "x.parquet"
-    _, footer = footer_of(good)
-    path.write_bytes(with_footer(good, footer.replace(varint(600), varint(declared))))
+    _, footer = footer_of(valid_bytes)
+    path.write_bytes(
+        with_footer(valid_bytes, footer.replace(thrift_varint(600), thrift_varint(row_count)))
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.monotonic()
-    assert "x.parquet" in refusal(path, tmp_path)
-    assert time.monotonic() - begin < 60
+    start = time.monotonic()
+    assert "x.parquet" in refusal_message(path, tmp_path)
+    assert time.monotonic() - start < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
 
 
-def attempt(path: Path, into: Path) -> bool:
-    """Whether a file is prepared; every other ending than a refusal is an error."""
+def try_prepare(path: Path, into: Path) -> bool:
+    """Return whether a file can be prepared; False if it is refused with ``DataRefused``."""
     try:
         prepare(path, signature(), into)
     except DataRefused:
@@ -113,55 +119,57 @@ def attempt(path: Path, into: Path) -> bool:
     return True
 
 
-def flipped(raw: bytes, seed: int, *, footer: bool) -> bytes:
-    draw, damaged = random.Random(seed), bytearray(raw)
-    begin = footer_of(raw)[0] if footer else 0
-    for _ in range(draw.choice([1, 1, 2, 3, 8, 20])):
-        damaged[draw.randrange(begin, len(raw))] ^= 1 << draw.randrange(8)
-    if draw.random() < 0.1:
-        damaged = damaged[: draw.randrange(len(raw))]
+def flip_random_bits(raw: bytes, seed: int, *, footer: bool) -> bytes:
+    rng, damaged = random.Random(seed), bytearray(raw)
+    start = footer_of(raw)[0] if footer else 0
+    for _ in range(rng.choice([1, 1, 2, 3, 8, 20])):
+        damaged[rng.randrange(start, len(raw))] ^= 1 << rng.randrange(8)
+    if rng.random() < 0.1:
+        damaged = damaged[: rng.randrange(len(raw))]
     return bytes(damaged)
 
 
-def check_flips(good: bytes, into: Path, count: int) -> None:
+def check_damaged_files(valid_bytes: bytes, into: Path, count: int) -> None:
     path, prepared = into / "x.parquet", 0
     for seed in range(count):
-        path.write_bytes(flipped(good, seed, footer=seed % 2 == 0))
-        prepared += attempt(path, into)
+        path.write_bytes(flip_random_bits(valid_bytes, seed, footer=seed % 2 == 0))
+        prepared += try_prepare(path, into)
     assert prepared < count
 
 
-def test_60_damaged_files_are_refused_or_read_without_harm(good, tmp_path):
-    check_flips(good, tmp_path, 60)
+def test_60_damaged_files_are_refused_or_read_correctly(valid_bytes, tmp_path):
+    check_damaged_files(valid_bytes, tmp_path, 60)
 
 
 @pytest.mark.slow
-def test_1000_damaged_files_are_refused_or_read_without_harm(good, tmp_path):
-    check_flips(good, tmp_path, 1000)
+def test_1000_damaged_files_are_refused_or_read_correctly(valid_bytes, tmp_path):
+    check_damaged_files(valid_bytes, tmp_path, 1000)
 
 
-def test_a_footer_that_aborts_the_reader_is_refused(tmp_path, good, inspector):
-    """Seeds that abort pyarrow's C++ reader; found by trying, so the ending itself is not fixed."""
-    path, endings = tmp_path / "x.parquet", []
+def test_footer_that_aborts_the_reader_is_refused(tmp_path, valid_bytes, inspector):
+    """Which damage aborts pyarrow's C++ reader depends on its version, so many seeds are tried."""
+    path, messages = tmp_path / "x.parquet", []
     for seed in range(0, 400, 2):
-        path.write_bytes(flipped(good, seed, footer=True))
+        path.write_bytes(flip_random_bits(valid_bytes, seed, footer=True))
         try:
             inspector.inspect(path, COLUMNS)
         except DataRefused as fault:
             if "ended with SIG" in str(fault):
-                endings.append(str(fault))
+                messages.append(str(fault))
                 break
-    assert inspector.inspect(write_good(tmp_path, good), COLUMNS).rows == 600, "a new child reads"
-    assert endings, "no damaged footer ended the reader: this pyarrow may be repaired"
+    assert inspector.inspect(write_valid_file(tmp_path, valid_bytes), COLUMNS).rows == 600, (
+        "a new child reads the next file"
+    )
+    assert messages, "no damaged footer ended the reader: this pyarrow may be repaired"
 
 
-def write_good(folder: Path, good: bytes) -> Path:
-    (folder / "good.parquet").write_bytes(good)
+def write_valid_file(folder: Path, valid_bytes: bytes) -> Path:
+    (folder / "good.parquet").write_bytes(valid_bytes)
     return folder / "good.parquet"
 
 
-def test_a_child_that_is_killed_is_a_fault_of_the_machine(tmp_path, good, inspector):
-    path = write_good(tmp_path, good)
+def test_child_killed_during_a_file_is_out_of_memory(tmp_path, valid_bytes, inspector):
+    path = write_valid_file(tmp_path, valid_bytes)
     inspector.inspect(path, COLUMNS)
     child = inspector._child
     child._process.send_signal(signal.SIGSTOP)
@@ -172,10 +180,8 @@ def test_a_child_that_is_killed_is_a_fault_of_the_machine(tmp_path, good, inspec
     assert inspector.inspect(path, COLUMNS).rows == 600
 
 
-def test_a_file_that_takes_too_long_is_refused_with_the_limit(
-    tmp_path, good, inspector, monkeypatch
-):
-    path = write_good(tmp_path, good)
+def test_file_beyond_the_time_limit_is_refused(tmp_path, valid_bytes, inspector, monkeypatch):
+    path = write_valid_file(tmp_path, valid_bytes)
     inspector.inspect(path, COLUMNS)
     os.utime(path)
     os.kill(inspector._child._process.pid, signal.SIGSTOP)
@@ -186,23 +192,25 @@ def test_a_file_that_takes_too_long_is_refused_with_the_limit(
 
 
 @pytest.mark.slow
-def test_one_value_of_gigabytes_is_refused_by_the_memory_limit(tmp_path, inspector):
+def test_file_with_a_value_of_gigabytes_is_refused(tmp_path, inspector):
     path = tmp_path / "x.parquet"
-    huge = pa.array(["x" * 2**30], pa.large_string())
-    with pq.ParquetWriter(path, pa.schema([("a", pa.large_string())]), compression="zstd") as out:
-        out.write_table(pa.table({"a": pa.chunked_array([huge])}))
-    del huge
+    large_value = pa.array(["x" * 2**30], pa.large_string())
+    with pq.ParquetWriter(
+        path, pa.schema([("a", pa.large_string())]), compression="zstd"
+    ) as encoded:
+        encoded.write_table(pa.table({"a": pa.chunked_array([large_value])}))
+    del large_value
     assert path.stat().st_size < 10**6
     with pytest.raises(DataRefused) as caught:
         inspector.inspect(path, ("a",))
     assert caught.value.code in {"reader_memory", "expands_too_far"}
 
 
-def test_a_repeated_dictionary_value_that_expands_to_gigabytes_is_refused(tmp_path, inspector):
+def test_dictionary_value_repeated_to_gigabytes_is_refused(tmp_path, inspector):
     path = tmp_path / "x.parquet"
     indices = pa.array(np.zeros(60_000, np.int32))
-    bomb = pa.DictionaryArray.from_arrays(indices, pa.array(["x" * 10**6]))
-    pq.write_table(pa.table({"a": bomb}), path, compression="zstd")
+    repeated = pa.DictionaryArray.from_arrays(indices, pa.array(["x" * 10**6]))
+    pq.write_table(pa.table({"a": repeated}), path, compression="zstd")
     assert path.stat().st_size < 10**6
     with pytest.raises(DataRefused) as caught:
         inspector.inspect(path, ("a",))
@@ -211,14 +219,12 @@ def test_a_repeated_dictionary_value_that_expands_to_gigabytes_is_refused(tmp_pa
 
 def write_repeated(path: Path, count: int) -> None:
     part = pa.table({"a": pa.array(np.zeros(10**6, np.int64))})
-    with pq.ParquetWriter(path, part.schema, compression="zstd") as out:
+    with pq.ParquetWriter(path, part.schema, compression="zstd") as encoded:
         for _ in range(count // 10**6):
-            out.write_table(part)
+            encoded.write_table(part)
 
 
-def test_5_million_equal_rows_are_legal_and_200_million_in_few_bytes_are_refused(
-    tmp_path, inspector
-):
+def test_5_million_equal_rows_are_read_and_200_million_are_refused(tmp_path, inspector):
     write_repeated(tmp_path / "few.parquet", 5 * 10**6)
     assert inspector.inspect(tmp_path / "few.parquet", ("a",)).rows == 5 * 10**6
     write_repeated(tmp_path / "many.parquet", 200 * 10**6)
@@ -227,26 +233,26 @@ def test_5_million_equal_rows_are_legal_and_200_million_in_few_bytes_are_refused
         inspector.inspect(tmp_path / "many.parquet", ("a",))
 
 
-def test_a_file_of_a_million_columns_is_refused(tmp_path, inspector):
+def test_file_with_20001_columns_is_refused(tmp_path, inspector):
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({f"c{place}": [1] for place in range(20_001)}), path)
+    pq.write_table(pa.table({f"c{number}": [1] for number in range(20_001)}), path)
     with raises_code(DataRefused, "too_many_columns", columns=20_001):
         inspector.inspect(path, ("c0",))
 
 
-def test_counts_are_those_of_the_table(tmp_path, inspector):
+def test_inspection_counts_rows_values_and_longest_lists(tmp_path, inspector):
     path, table = tmp_path / "x.parquet", rows()
     pq.write_table(table, path, row_group_size=100)
-    found = inspector.inspect(path, COLUMNS)
+    counts = inspector.inspect(path, COLUMNS)
     lengths = [len(value) for value in table["genres"].to_pylist()]
-    assert found.rows == 600
-    assert (found.values["genres"], found.longest["genres"]) == (sum(lengths), max(lengths))
-    assert found.values["user"] == 600
-    assert dict(found.kinds)["genres"] == "list of integer"
+    assert counts.rows == 600
+    assert (counts.values["genres"], counts.longest["genres"]) == (sum(lengths), max(lengths))
+    assert counts.values["user"] == 600
+    assert dict(counts.kinds)["genres"] == "list of integer"
 
 
-def test_an_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path, good, inspector):
-    path = write_good(tmp_path, good)
+def test_inspector_reads_a_file_again_only_after_a_change(tmp_path, valid_bytes, inspector):
+    path = write_valid_file(tmp_path, valid_bytes)
     first = inspector.inspect(path, COLUMNS)
     inspector.close()
     assert inspector.inspect(path, COLUMNS) is first
@@ -255,8 +261,8 @@ def test_an_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path, good, 
     assert inspector.inspect(path, COLUMNS).rows == 601
 
 
-def test_a_forked_process_starts_a_child_of_its_own(tmp_path, good):
-    path = write_good(tmp_path, good)
+def test_forked_process_starts_another_child(tmp_path, valid_bytes):
+    path = write_valid_file(tmp_path, valid_bytes)
     inspect_parquet(path, COLUMNS)
     os.utime(path)
     if (pid := os.fork()) == 0:
@@ -276,8 +282,8 @@ time.sleep(60)
 """
 
 
-def test_the_child_ends_when_its_parent_is_killed(tmp_path, good):
-    path = write_good(tmp_path, good)
+def test_child_ends_when_its_parent_is_killed(tmp_path, valid_bytes):
+    path = write_valid_file(tmp_path, valid_bytes)
     command = [sys.executable, "-c", ENDS_WITH_PARENT, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         child = int(parent.stdout.readline())
@@ -302,15 +308,17 @@ except InfraError as fault:
 
 
 @pytest.mark.parametrize("limit", [500, 900])
-def test_too_little_memory_of_the_process_is_not_a_fault_of_the_file(tmp_path, good, limit):
-    path = write_good(tmp_path, good)
+def test_memory_limit_of_the_process_is_out_of_memory_and_not_a_refused_file(
+    tmp_path, valid_bytes, limit
+):
+    path = write_valid_file(tmp_path, valid_bytes)
     command = [sys.executable, "-c", LOW_LIMIT, str(path), str(limit)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     expected = ("600", "OutOfMemory True", "ChildFailed True")
     assert ended.stdout.strip() in expected, ended.stderr[-1000:]
 
 
-def test_a_dense_list_of_another_width_is_refused_before_anything_is_allocated(tmp_path):
+def test_dense_list_of_another_width_is_refused_before_tensors_are_allocated(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"v": [[1.0, 2.0]] * 10, "label": [0, 1] * 5}), path)
     wide = signature().model_copy(update={"inputs": (DenseInput(name="v", shape=(60_000,)),)})
@@ -323,7 +331,7 @@ def test_a_dense_list_of_another_width_is_refused_before_anything_is_allocated(t
 
 
 @pytest.mark.parametrize("kind", [PaddedBag, JaggedBag])
-def test_a_bag_far_longer_than_any_list_in_the_data_is_refused(tmp_path, kind):
+def test_check_shapes_refuses_a_bag_far_longer_than_any_list(tmp_path, kind):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"v": [[1, 2]] * 10, "label": [0, 1] * 5}), path)
 
@@ -342,7 +350,7 @@ def test_a_bag_far_longer_than_any_list_in_the_data_is_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("shape", [65_537, 10**6, 10**12, 2**63, 10**300])
-def test_a_shape_beyond_any_batch_is_refused_by_the_signature(shape):
+def test_signature_refuses_a_shape_beyond_any_batch(shape):
     for kind in (PaddedBag, JaggedBag):
         with raises_value_error("row_too_large", name="v", values=shape, most=65_536):
             kind(name="v", table="t", shape=(shape,))
@@ -350,20 +358,20 @@ def test_a_shape_beyond_any_batch_is_refused_by_the_signature(shape):
         DenseInput(name="v", shape=(shape,))
 
 
-def test_rows_that_do_not_fit_in_memory_are_refused_before_they_are_allocated(
-    tmp_path, good, monkeypatch
+def test_tensors_beyond_the_available_memory_are_refused_before_they_are_allocated(
+    tmp_path, valid_bytes, monkeypatch
 ):
-    path = write_good(tmp_path, good)
+    path = write_valid_file(tmp_path, valid_bytes)
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "1")
     with raises_code(OutOfMemory, "step_memory", needed_mib=0, available_mib=0):
         prepare(path, signature(), tmp_path)
 
 
-def test_the_limit_of_memory_is_far_above_what_a_batch_of_wide_rows_takes(tmp_path):
+def test_batch_of_wide_rows_needs_far_less_than_the_memory_limit(tmp_path):
     path = tmp_path / "x.parquet"
     vectors = pa.FixedSizeListArray.from_arrays(
         pa.array(np.zeros(4096 * 2000, np.float64)), 4096
     ).cast(pa.list_(pa.float64()))
     pq.write_table(pa.table({"v": vectors}), path)
-    found = inspect(str(path), ("v",))
-    assert found["batch_rows"] * 4096 * 8 < MEMORY_LIMIT / 8
+    counts = inspect(str(path), ("v",))
+    assert counts["batch_rows"] * 4096 * 8 < MEMORY_LIMIT / 8

@@ -67,12 +67,12 @@ def test_migration_moves_the_four_fields_of_version_1_into_one_output() -> None:
     assert before == VERSION_1  # the argument is not modified
 
 
-def test_a_document_of_the_present_version_is_not_changed_by_migration() -> None:
+def test_migration_does_not_change_a_document_of_the_current_version() -> None:
     assert max(KNOWN_VERSIONS) == SCHEMA_VERSION
     assert migrate(VERSION_2) == VERSION_2
 
 
-def test_fields_that_version_1_leaves_out_are_left_out_of_the_output() -> None:
+def test_migration_adds_no_field_that_version_1_does_not_have() -> None:
     signature = {"task": "retrieval", "output": "score", "metric": "recall@20", "item": "item"}
     migrated = migrate({"schema_version": 1, "signature": signature})
     assert migrated["signature"] == {
@@ -84,7 +84,7 @@ def test_fields_that_version_1_leaves_out_are_left_out_of_the_output() -> None:
 
 
 @pytest.mark.parametrize("document", [{}, {"signature": 1}, {"signature": [{"task": "ctr"}]}])
-def test_a_document_without_a_signature_object_only_gets_another_version(
+def test_migration_without_a_signature_changes_only_the_version(
     document: dict[str, Any],
 ) -> None:
     assert migrate({"schema_version": 1, **document}) == {"schema_version": 2, **document}
@@ -93,7 +93,7 @@ def test_a_document_without_a_signature_object_only_gets_another_version(
 # --- drafts ----------------------------------------------------------------------------------
 
 
-def test_a_draft_reads_the_same_in_both_versions(draft: Path) -> None:
+def test_draft_of_version_1_equals_that_of_version_2(draft: Path) -> None:
     edited(draft, lambda document: None, version=2)
     present = read_draft(draft)
     earlier = read_draft(edited(draft, lambda document: None))
@@ -115,7 +115,7 @@ def test_a_draft_reads_the_same_in_both_versions(draft: Path) -> None:
         (lambda s: s.update(labels="x"), "signature.labels is not a field of this format"),
     ],
 )
-def test_a_wrong_field_of_version_1_is_named_by_its_place_in_version_1(
+def test_refusal_of_a_wrong_field_contains_its_location_in_version_1(
     draft: Path, change: Any, sentence: str
 ) -> None:
     edited(draft, lambda document: change(document["signature"]))
@@ -125,7 +125,7 @@ def test_a_wrong_field_of_version_1_is_named_by_its_place_in_version_1(
     assert problem.startswith(sentence)
 
 
-def test_a_field_of_version_2_in_a_document_of_version_1_is_refused(draft: Path) -> None:
+def test_field_of_version_2_in_version_1_is_refused(draft: Path) -> None:
     edited(draft, lambda document: document["signature"].update(outputs=[]))
     with raises_code(
         BundleRefused, "schema_version_too_old", field="signature.outputs", got="1", known=2
@@ -133,7 +133,7 @@ def test_a_field_of_version_2_in_a_document_of_version_1_is_refused(draft: Path)
         read_draft(draft)
 
 
-def test_a_field_of_version_1_in_a_document_of_version_2_is_refused(draft: Path) -> None:
+def test_field_of_version_1_in_version_2_is_refused(draft: Path) -> None:
     edited(draft, lambda document: document["signature"].update(task="ctr"), version=2)
     with raises_code(BundleRefused, "fields_unusable") as refused:
         read_draft(draft)

@@ -1,3 +1,5 @@
+"""Conversion of splits to tensors, and checks of ids and lists against their tables."""
+
 import datetime as dt
 import re
 
@@ -46,8 +48,11 @@ ALL = signature_of(USER, PAIR, DENSE, VECTOR, PADDED, JAGGED)
 
 
 def columns(**changes):
-    """Four good rows of every column ``ALL`` reads."""
-    good = {
+    """Return four valid rows of every column that ``ALL`` reads, with some columns replaced.
+
+    A column that is replaced by None is omitted.
+    """
+    valid = {
         "user": pa.array([5, 0, 3, 5]),
         "a": pa.array([1, 2, 3, 4], pa.int16()),
         "b": pa.array([9, 8, 7, 6], pa.uint8()),
@@ -60,12 +65,14 @@ def columns(**changes):
         "session": pa.array(["b", "a", "b", "c"]),
         "at": pa.array([10, 20, 30, 40]),
     }
-    made = {**good, **changes}
-    return {name: column for name, column in made.items() if column is not None}
+    column_values = {**valid, **changes}
+    return {name: column for name, column in column_values.items() if column is not None}
 
 
 @pytest.fixture
 def split(tmp_path):
+    """A function that writes ``columns(**changes)`` as a parquet file and returns its path."""
+
     def write(**changes):
         path = tmp_path / "split.parquet"
         pq.write_table(pa.table(columns(**changes)), path)
@@ -76,6 +83,8 @@ def split(tmp_path):
 
 @pytest.fixture
 def tensors(tmp_path):
+    """A function that prepares a parquet file and returns the tensors."""
+
     def make(path, signature=ALL):
         prepare(path, signature, tmp_path / "out")
         return load_file(tmp_path / "out" / "data.safetensors")
@@ -84,7 +93,9 @@ def tensors(tmp_path):
 
 
 @pytest.fixture
-def refusal(tmp_path, split):
+def refusal_message(tmp_path, split):
+    """A function that prepares invalid data and returns the message of the error."""
+
     def of(signature=ALL, **changes):
         with pytest.raises(DataRefused) as caught:
             prepare(split(**changes), signature, tmp_path / "refused")
@@ -94,7 +105,7 @@ def refusal(tmp_path, split):
     return of
 
 
-def test_every_kind_of_input_becomes_the_tensor_its_layout_promises(split, tensors):
+def test_prepare_writes_every_kind_of_input_in_its_layout(split, tensors):
     out = tensors(split())
     np.testing.assert_array_equal(out["user"], np.array([5, 0, 3, 5], np.int64))
     np.testing.assert_array_equal(out["pair"], np.int32([[1, 9], [2, 8], [3, 7], [4, 6]]))
@@ -121,29 +132,29 @@ def test_every_kind_of_input_becomes_the_tensor_its_layout_promises(split, tenso
     }
 
 
-def test_prepared_says_what_was_written(split, tmp_path):
+def test_prepare_returns_rows_tensors_and_size_of_the_file(split, tmp_path):
     prepared = prepare(
         split(), signature_of(USER, group=None, time=None), tmp_path / "deep" / "out"
     )
-    written = tmp_path / "deep" / "out" / "data.safetensors"
+    tensors_file = tmp_path / "deep" / "out" / "data.safetensors"
     assert prepared.rows == 4
     assert prepared.tensors == ("user", "@label")
-    assert prepared.bytes == written.stat().st_size
-    assert list(written.parent.iterdir()) == [written]
+    assert prepared.bytes == tensors_file.stat().st_size
+    assert list(tensors_file.parent.iterdir()) == [tensors_file]
 
 
-def test_a_write_that_fails_leaves_no_file(split, tmp_path, monkeypatch):
-    def torn(tensors, path):
+def test_prepare_on_a_full_disk_leaves_no_file(split, tmp_path, monkeypatch):
+    def write_half_and_fail(tensors, path):
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("infra.data.splits.save_file", torn)
+    monkeypatch.setattr("infra.data.splits.save_file", write_half_and_fail)
     with raises_code(StoreUnavailable, "disk_full", path=Text(r"data\.safetensors")):
         prepare(split(), ALL, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_only_empty_lists_make_an_empty_tensor(split, tensors):
+def test_column_of_empty_lists_becomes_an_empty_tensor(split, tensors):
     out = tensors(split(history=pa.array([[]] * 4, pa.list_(pa.int64()))))
     assert out["history"].shape == (0,)
     np.testing.assert_array_equal(out["@bounds/history"], [0] * 5)
@@ -157,11 +168,11 @@ def test_only_empty_lists_make_an_empty_tensor(split, tensors):
     ],
     ids=["fixed size", "large"],
 )
-def test_every_arrow_list_of_integers_is_a_bag(column, split, tensors):
+def test_every_arrow_list_type_is_read_as_a_bag(column, split, tensors):
     np.testing.assert_array_equal(tensors(split(genres=column))["genres"], [[1, 2, 3]] * 4)
 
 
-def test_booleans_and_dictionaries_are_read_as_their_values(split, tensors):
+def test_boolean_and_dictionary_columns_are_read_as_their_values(split, tensors):
     path = split(
         click=pa.array([True, False, False, True]),
         x=pa.array([True, False, True, True]),
@@ -183,14 +194,14 @@ def test_timestamps_of_any_unit_are_read_as_microseconds(unit, zone, split, tens
     np.testing.assert_array_equal(out["@time"], [0, 1_000_000, 2_000_000, 3_000_000])
 
 
-def test_dates_and_fractional_seconds_are_times_too(split, tensors):
+def test_dates_and_fractional_seconds_are_read_as_times(split, tensors):
     days = pa.array([dt.date(1970, 1, day) for day in (1, 2, 3, 4)])
     np.testing.assert_array_equal(tensors(split(at=days))["@time"][1], 86_400_000_000)
     seconds = tensors(split(at=pa.array([0.5, 1.5, 2.5, 3.5])))["@time"]
     np.testing.assert_array_equal(seconds, np.float64([0.5, 1.5, 2.5, 3.5]))
 
 
-def test_integer_groups_keep_their_numbers(split, tensors):
+def test_integer_groups_are_unchanged(split, tensors):
     out = tensors(split(session=pa.array([40, -3, 40, 9])))
     np.testing.assert_array_equal(out["@group"], [40, -3, 40, 9])
 
@@ -211,8 +222,10 @@ def test_integer_groups_keep_their_numbers(split, tensors):
     row_group=st.integers(1, 15),
     batch=st.integers(1, 9),
 )
-def test_what_was_written_comes_back(rows, row_group, batch, tmp_path_factory):
-    """Random frames, cut into row groups and batches at random places; exact: nothing rounds."""
+def test_random_tables_in_any_row_groups_and_batches_are_read_exactly(
+    rows, row_group, batch, tmp_path_factory
+):
+    """The values are equal, not only close, for any cut into row groups and batches."""
     folder = tmp_path_factory.mktemp("round")
     ids, numbers, padded, jagged, labels, groups = map(list, zip(*rows, strict=True))
     lists = pa.list_(pa.int64())
@@ -227,23 +240,27 @@ def test_what_was_written_comes_back(rows, row_group, batch, tmp_path_factory):
         }
     )
     pq.write_table(table, folder / "s.parquet", row_group_size=row_group)
-    one = DenseInput(name="vector", shape=(1,))
+    vector_input = DenseInput(name="vector", shape=(1,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("infra.data.parquet.BATCH_ROWS", batch)
-        prepare(folder / "s.parquet", signature_of(USER, one, PADDED, JAGGED, time=None), folder)
+        prepare(
+            folder / "s.parquet",
+            signature_of(USER, vector_input, PADDED, JAGGED, time=None),
+            folder,
+        )
     out = load_file(folder / "data.safetensors")
     assert out["user"].tolist() == ids
     assert out["vector"].ravel().tolist() == numbers
     assert out["genres"].tolist() == [row + [7] * (3 - len(row)) for row in padded]
     bounds = out["@bounds/history"]
-    found = [out["history"][bounds[i] : bounds[i + 1]].tolist() for i in range(len(rows))]
-    assert found == jagged
+    lists = [out["history"][bounds[i] : bounds[i + 1]].tolist() for i in range(len(rows))]
+    assert lists == jagged
     assert out["@label"].tolist() == [float(label) for label in labels]
     order = list(dict.fromkeys(groups))
     assert out["@group"].tolist() == [order.index(group) for group in groups]
 
 
-def test_part_files_are_one_split_in_the_order_of_their_names(tmp_path, tensors):
+def test_part_files_are_read_in_the_order_of_their_names(tmp_path, tensors):
     folder = tmp_path / "parts"
     folder.mkdir()
     for name, ids in (("part-1", [3, 4]), ("part-0", [1, 2])):
@@ -255,7 +272,7 @@ def test_part_files_are_one_split_in_the_order_of_their_names(tmp_path, tensors)
     assert out["@group"].tolist() == [0, 1, 0, 2]
 
 
-def test_rows_are_counted_through_all_parts(tmp_path):
+def test_row_numbers_in_errors_continue_through_all_parts(tmp_path):
     folder = tmp_path / "parts"
     folder.mkdir()
     for part, labels in enumerate(([0, 1], [0, 3])):
@@ -278,7 +295,7 @@ def test_parts_of_different_types_are_refused(tmp_path):
         prepare(folder, ALL, tmp_path)
 
 
-def test_partitioned_folders_are_refused_because_their_names_carry_columns(tmp_path):
+def test_partitioned_folder_is_refused(tmp_path):
     (tmp_path / "day=1").mkdir()
     pd.DataFrame({"user": [1]}).to_parquet(tmp_path / "day=1" / "0.parquet")
     with raises_code(
@@ -287,7 +304,7 @@ def test_partitioned_folders_are_refused_because_their_names_carry_columns(tmp_p
         prepare(tmp_path, ALL, tmp_path)
 
 
-def test_no_file_no_parquet_and_no_rows_are_refused(tmp_path, refusal):
+def test_missing_damaged_and_empty_files_are_refused(tmp_path, refusal_message):
     with raises_code(DataRefused, "parquet_missing", path=str(tmp_path / "nowhere")):
         prepare(tmp_path / "nowhere", ALL, tmp_path)
     with raises_code(DataRefused, "parquet_absent", path=str(tmp_path)):
@@ -296,10 +313,10 @@ def test_no_file_no_parquet_and_no_rows_are_refused(tmp_path, refusal):
     with raises_code(DataRefused, "unreadable", file=str(tmp_path / "odd.parquet")):
         prepare(tmp_path / "odd.parquet", ALL, tmp_path)
     nothing = {name: column.slice(0, 0) for name, column in columns().items()}
-    assert "it has no rows" in refusal(**nothing)
+    assert "it has no rows" in refusal_message(**nothing)
 
 
-def test_a_file_that_breaks_off_inside_is_refused(split, tmp_path):
+def test_file_with_damaged_pages_is_refused(split, tmp_path):
     path = split()
     raw = bytearray(path.read_bytes())
     raw[4:400] = b"\xff" * 396
@@ -308,7 +325,7 @@ def test_a_file_that_breaks_off_inside_is_refused(split, tmp_path):
         prepare(path, ALL, tmp_path)
 
 
-NO_FIT = [
+INVALID_DATA = [
     ("missing", {"b": None}, r"column 'b' is missing; input 'pair' reads it"),
     (
         "strings as ids",
@@ -385,27 +402,29 @@ NO_FIT = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), [case[1:] for case in NO_FIT], ids=lambda v: "")
-def test_what_does_not_fit_is_named_with_column_rule_and_rows(changes, message, refusal):
-    text = refusal(**changes)
+@pytest.mark.parametrize(
+    ("changes", "message"), [case[1:] for case in INVALID_DATA], ids=lambda v: ""
+)
+def test_refusal_of_invalid_data_contains_column_rule_and_rows(changes, message, refusal_message):
+    text = refusal_message(**changes)
     assert re.search(message, text)
-    assert len(text.splitlines()) == 2, "exactly the planted fault is named"
+    assert len(text.splitlines()) == 2, "the error contains only this violation"
 
 
-def test_ranking_labels_are_grades_from_zero(refusal, split, tensors):
+def test_ranking_labels_must_be_at_least_zero(refusal_message, split, tensors):
     grades = signature_of(USER, task="ranking")
     assert tensors(split(click=pa.array([0, 4, 2, 1])), grades)["@label"].tolist() == [0, 4, 2, 1]
-    text = refusal(grades, click=pa.array([0, -1, 2, 1]))
+    text = refusal_message(grades, click=pa.array([0, -1, 2, 1]))
     assert "a ranking label is at least 0; 1 value(s), first in row(s) 1." in text
 
 
-def test_all_faults_are_named_at_once(refusal):
-    text = refusal(user=pa.array([1, None, 2, 3]), click=pa.array([0, 1, 2, 0]))
+def test_refusal_contains_all_violated_rules(refusal_message):
+    text = refusal_message(user=pa.array([1, None, 2, 3]), click=pa.array([0, 1, 2, 0]))
     assert "'user': null" in text
     assert "'click': a ctr label" in text
 
 
-def test_only_the_first_rows_are_named_and_all_are_counted(split, tmp_path):
+def test_refusal_contains_the_first_twenty_rows_and_the_number_of_all(split, tmp_path):
     rows = 1000
     pq.write_table(pa.table({"user": [None] * rows, "click": [0] * rows}), tmp_path / "n.parquet")
     frame = pa.table({"user": pa.array([None] * rows, pa.int64()), "click": [0] * rows})
@@ -416,7 +435,7 @@ def test_only_the_first_rows_are_named_and_all_are_counted(split, tmp_path):
         prepare(tmp_path / "n.parquet", signature_of(USER, group=None, time=None), tmp_path)
 
 
-def test_a_column_twice_is_refused(tmp_path):
+def test_repeated_column_is_refused(tmp_path):
     table = pa.Table.from_arrays(
         [pa.array([1]), pa.array([2]), pa.array([0])], ["user"] * 2 + ["click"]
     )
@@ -425,47 +444,54 @@ def test_a_column_twice_is_refused(tmp_path):
         prepare(tmp_path / "twice.parquet", signature_of(USER, group=None, time=None), tmp_path)
 
 
-def test_names_that_collide_with_ours_are_refused(refusal):
-    odd = IdInput(name="@label", columns=("user",), table="users")
-    assert "names starting with '@' are ours" in refusal(signature_of(odd))
+def test_input_name_that_begins_with_an_at_sign_is_refused(refusal_message):
+    reserved = IdInput(name="@label", columns=("user",), table="users")
+    assert "names starting with '@' are ours" in refusal_message(signature_of(reserved))
 
 
-def test_dots_in_column_names_are_part_of_the_name(split, tensors):
-    dotted = JaggedBag(name="history", columns=("user.items",), shape=(4,), table="items")
-    plain = IdInput(name="user", table="users")
+def test_column_name_may_contain_a_dot(split, tensors):
+    dotted_input = JaggedBag(name="history", columns=("user.items",), shape=(4,), table="items")
+    plain_input = IdInput(name="user", table="users")
     path = split(**{"user.items": columns()["history"]})
-    assert tensors(path, signature_of(plain, dotted))["history"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert tensors(path, signature_of(plain_input, dotted_input))["history"].tolist() == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
-def test_statistics_are_the_facts_of_the_split(split):
-    facts = split_statistics(split(), ALL)
-    assert (facts.rows, facts.label_mean) == (4, 0.5)
-    assert (facts.time_min, facts.time_max) == (10, 40)
-    user, pair = facts.inputs["user"], facts.inputs["pair"]
+def test_split_statistics_of_valid_data(split):
+    statistics = split_statistics(split(), ALL)
+    assert (statistics.rows, statistics.label_mean) == (4, 0.5)
+    assert (statistics.time_min, statistics.time_max) == (10, 40)
+    user, pair = statistics.inputs["user"], statistics.inputs["pair"]
     assert (user.min_id, user.max_id, user.longest, user.nulls) == (0, 5, 0, 0)
     assert (pair.min_id, pair.max_id) == (1, 9)
-    genres, history = facts.inputs["genres"], facts.inputs["history"]
+    genres, history = statistics.inputs["genres"], statistics.inputs["history"]
     assert (genres.min_id, genres.max_id, genres.longest) == (1, 6, 3)
     assert (history.min_id, history.max_id, history.longest) == (1, 6, 4)
-    assert "dense" not in facts.inputs
+    assert "dense" not in statistics.inputs
 
 
-def test_statistics_count_nulls_and_survive_columns_without_any_id(split):
+def test_split_statistics_of_columns_with_nulls_or_without_ids(split):
     path = split(
         user=pa.array([None] * 4, pa.int64()),
         genres=pa.array([None, [1, None], [], [2]]),
         history=pa.array([[]] * 4, pa.list_(pa.int64())),
     )
-    facts = split_statistics(path, ALL)
-    assert (facts.inputs["user"].min_id, facts.inputs["user"].nulls) == (None, 4)
-    assert facts.inputs["genres"].nulls == 2
-    assert (facts.inputs["history"].max_id, facts.inputs["history"].longest) == (None, 0)
+    statistics = split_statistics(path, ALL)
+    assert (statistics.inputs["user"].min_id, statistics.inputs["user"].nulls) == (None, 4)
+    assert statistics.inputs["genres"].nulls == 2
+    assert (statistics.inputs["history"].max_id, statistics.inputs["history"].longest) == (None, 0)
 
 
 TABLES = {"users": 6, "pairs": 10, "genres": 8, "items": 7}
 
 
-def test_ids_inside_their_tables_pass(split):
+def test_check_ids_accepts_ids_inside_their_tables(split):
     check_ids({"train": split_statistics(split(), ALL)}, ALL, TABLES)
 
 
@@ -481,30 +507,36 @@ def test_ids_inside_their_tables_pass(split):
         ("test", "default_row", False),
     ],
 )
-@pytest.mark.parametrize("wrong", [6, -1])
-def test_ids_outside_their_table_are_an_error_where_no_policy_covers_them(
-    name, policy, refused, wrong, split
+@pytest.mark.parametrize("invalid_id", [6, -1])
+def test_check_ids_refuses_ids_outside_their_table_unless_a_policy_applies(
+    name, policy, refused, invalid_id, split
 ):
     signature = signature_of(USER.model_copy(update={"out_of_range": policy}))
-    facts = {name: split_statistics(split(user=pa.array([0, wrong, 3, 5])), signature)}
+    statistics = {name: split_statistics(split(user=pa.array([0, invalid_id, 3, 5])), signature)}
     if not refused:
-        check_ids(facts, signature, TABLES)
+        check_ids(statistics, signature, TABLES)
         return
-    message = rf"split '{name}', input 'user': id {wrong} is not in table 'users' of 6 rows"
+    message = rf"split '{name}', input 'user': id {invalid_id} is not in table 'users' of 6 rows"
     with raises_code(DataRefused, "ids_unfit", problems=Text(message)):
-        check_ids(facts, signature, TABLES)
+        check_ids(statistics, signature, TABLES)
 
 
-def test_lists_too_long_are_refused_in_every_split_even_with_clamped_ids(split):
-    short = signature_of(PADDED.model_copy(update={"shape": (2,), "out_of_range": "clamp"}))
+def test_check_ids_refuses_too_long_lists_of_clamped_ids(split):
+    signature_with_short_lists = signature_of(
+        PADDED.model_copy(update={"shape": (2,), "out_of_range": "clamp"})
+    )
     with raises_code(
         DataRefused, "ids_unfit", problems=Text("'test', input 'genres': a list has 3 ids")
     ):
-        check_ids({"test": split_statistics(split(), short)}, short, TABLES)
+        check_ids(
+            {"test": split_statistics(split(), signature_with_short_lists)},
+            signature_with_short_lists,
+            TABLES,
+        )
 
 
 @pytest.mark.parametrize("setting", ["default_row", "padding_id"])
-def test_rows_that_stand_in_for_ids_must_be_in_the_table(setting):
+def test_check_ids_refuses_a_default_row_or_padding_id_outside_the_table(setting):
     signature = signature_of(PADDED.model_copy(update={setting: 8}))
     with raises_code(
         DataRefused,
@@ -514,7 +546,7 @@ def test_rows_that_stand_in_for_ids_must_be_in_the_table(setting):
         check_ids({}, signature, TABLES)
 
 
-def test_an_input_of_an_unknown_table_is_refused():
+def test_check_ids_refuses_an_input_with_an_unknown_table():
     with raises_code(
         DataRefused, "ids_unfit", problems=Text("input 'user' reads table 'users'; there is items")
     ):

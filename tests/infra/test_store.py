@@ -1,4 +1,4 @@
-"""One suite for both places a store can lie: a local folder and a real S3 server."""
+"""The object store in a local folder and on a real S3 server: the same tests for both."""
 
 import contextlib
 import errno
@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from stored_places import (
     BIG,
     Stored,
+    artifact_key,
     blob_key,
     contents,
-    home,
     in_bucket,
     in_folder,
     make_folder,
@@ -49,6 +49,7 @@ from infra.store.object_store import CHUNK_BYTES, FileEntry, Store, StoreManifes
 
 @pytest.fixture(params=["folder", "s3"])
 def stored(request, tmp_path) -> Stored:
+    """An empty store, in a folder and in a bucket."""
     if request.param == "folder":
         return in_folder(tmp_path / "store")
     request.getfixturevalue("s3")
@@ -65,10 +66,10 @@ def big_folder(tmp_path) -> Path:
     return make_folder(tmp_path / "model", largest=BIG)
 
 
-# --- the round trip --------------------------------------------------------------------------
+# --- Artifacts: put, get, local, file --------------------------------------------------------
 
 
-def test_get_returns_every_byte_that_was_put(stored, big_folder, tmp_path):
+def test_get_returns_the_files_that_put_stored(stored, big_folder, tmp_path):
     artifact = stored.store.put(big_folder)
     into = stored.store.get(artifact, tmp_path / "new" / "out")
     assert contents(into) == contents(big_folder)
@@ -77,7 +78,7 @@ def test_get_returns_every_byte_that_was_put(stored, big_folder, tmp_path):
     assert stored.store.uri_of(artifact) == f"{stored.store.root}/artifacts/{artifact.sha256}"
 
 
-def test_one_small_file_is_read_without_the_others(stored, big_folder):
+def test_file_reads_one_file_although_another_is_damaged(stored, big_folder):
     artifact = stored.store.put(big_folder)
     stored.overwrite(blob_key(stored, artifact, "shards/tables/big.safetensors"), b"damaged")
     assert stored.store.file(artifact, "model.json") == b"{}"
@@ -88,7 +89,7 @@ def test_one_small_file_is_read_without_the_others(stored, big_folder):
         stored.store.file(artifact, "model.json")
 
 
-def test_a_file_of_an_artifact_is_copied_to_a_key_and_compared_byte_by_byte(stored, big_folder):
+def test_holds_compares_every_byte_of_a_key_with_a_file_of_an_artifact(stored, big_folder):
     artifact = stored.store.put(big_folder)
     path = "shards/tables/big.safetensors"
     entry = next(e for e in stored.store.manifest(artifact).files if e.path == path)
@@ -98,13 +99,13 @@ def test_a_file_of_an_artifact_is_copied_to_a_key_and_compared_byte_by_byte(stor
     assert stored.raw("copies/1/big") == body
     assert stored.store.sizes("copies/") == {"copies/1/big": len(body)}
     assert stored.store.holds("copies/1/big", entry)
-    last = body[:-1] + bytes([body[-1] ^ 1])
-    for wrong in (last, body[:-1], body + b"x"):
-        stored.overwrite("copies/1/big", wrong)
+    changed_last = body[:-1] + bytes([body[-1] ^ 1])
+    for changed in (changed_last, body[:-1], body + b"x"):
+        stored.overwrite("copies/1/big", changed)
         assert not stored.store.holds("copies/1/big", entry)
 
 
-def test_a_damaged_file_is_not_copied(stored, big_folder):
+def test_upload_of_a_damaged_file_leaves_no_key(stored, big_folder):
     artifact = stored.store.put(big_folder)
     path = "shards/tables/big.safetensors"
     entry = next(e for e in stored.store.manifest(artifact).files if e.path == path)
@@ -114,24 +115,26 @@ def test_a_damaged_file_is_not_copied(stored, big_folder):
     assert stored.store.keys("copy") == ()
 
 
-def test_the_same_content_is_stored_once_under_the_same_name(stored, folder, tmp_path):
+def test_put_of_the_same_content_returns_the_same_artifact_without_an_upload(
+    stored, folder, tmp_path
+):
     first = stored.store.put(folder)
     stored.store._backend.upload = None  # a second upload would fail
-    again = stored.store.put(make_copy(folder, tmp_path / "copy"))
+    again = stored.store.put(copy_folder(folder, tmp_path / "copy"))
     assert again == first
     assert stored.store.find(first.sha256) == first
     assert stored.store.artifact(first.uri) == first
     assert stored.store.artifact(first.uri + "/") == first
 
 
-def make_copy(folder: Path, into: Path) -> Path:
+def copy_folder(folder: Path, into: Path) -> Path:
     for path, body in contents(folder).items():
         (into / path).parent.mkdir(parents=True, exist_ok=True)
         (into / path).write_bytes(body)
     return into
 
 
-def test_another_name_or_another_byte_is_another_artifact(tmp_path):
+def test_folders_that_differ_in_a_path_or_a_byte_are_different_artifacts(tmp_path):
     store = Store(str(tmp_path / "store"))
     names = set()
     for path, body in (("a", b"1"), ("b", b"1"), ("a", b"2"), ("a/b", b"1")):
@@ -142,7 +145,7 @@ def test_another_name_or_another_byte_is_another_artifact(tmp_path):
     assert len(names) == 4
 
 
-def test_local_gives_a_folder_to_map_without_copying_a_local_store(stored, folder, tmp_path):
+def test_local_copies_an_artifact_only_from_a_bucket(stored, folder, tmp_path):
     artifact = stored.store.put(folder)
     path = stored.store.local(artifact, tmp_path / "cache")
     assert contents(path) == contents(folder)
@@ -151,13 +154,13 @@ def test_local_gives_a_folder_to_map_without_copying_a_local_store(stored, folde
     assert stored.store.local(artifact, tmp_path / "cache") == path
 
 
-def test_a_damaged_cached_copy_is_fetched_again(s3, folder, tmp_path):
+def test_local_fetches_a_damaged_cached_copy_again(s3, folder, tmp_path):
     store = in_bucket(f"cache-{time.time_ns()}").store
     artifact = store.put(folder)
     path = store.local(artifact, tmp_path / "cache")
-    kept = (path / "model.json").stat().st_ino
+    inode = (path / "model.json").stat().st_ino
     store.local(artifact, tmp_path / "cache")
-    assert (path / "model.json").stat().st_ino == kept, "an intact copy is not fetched again"
+    assert (path / "model.json").stat().st_ino == inode, "an intact copy is not fetched again"
     (path / "model.json").write_text("[]")
     (path / "extra").write_text("x")
     assert contents(store.local(artifact, tmp_path / "cache")) == contents(folder)
@@ -165,7 +168,7 @@ def test_a_damaged_cached_copy_is_fetched_again(s3, folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", pytest.param("s3", marks=pytest.mark.slow)])
-def test_memory_stays_flat_however_large_the_file(kind, tmp_path, request):
+def test_put_and_get_of_a_200_mib_file_use_less_than_150_mib(kind, tmp_path, request):
     if kind == "s3":
         request.getfixturevalue("s3")
     root = str(tmp_path / "store") if kind == "folder" else f"s3://models/flat-{time.time_ns()}"
@@ -183,16 +186,16 @@ def test_memory_stays_flat_however_large_the_file(kind, tmp_path, request):
         get_peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # 5 chunks read ahead and, for S3, 5 parts on their way: 80 MiB for any file size, and
-    # up to one more copy of each part inside the HTTP client. The file itself is 200 MiB.
+    # Any file needs 80 MiB: 5 chunks of 8 MiB are read ahead and, for S3, 5 parts are being sent.
+    # The HTTP client may have one more copy of each part. The file itself has 200 MiB.
     assert put_peak < 150 * 2**20
     assert get_peak < 150 * 2**20
 
 
-# --- damage ----------------------------------------------------------------------------------
+# --- Damaged artifacts -----------------------------------------------------------------------
 
 
-def test_a_flipped_byte_is_found_and_its_chunk_named(stored, big_folder, tmp_path):
+def test_flipped_byte_is_an_error_with_the_chunk(stored, big_folder, tmp_path):
     artifact = stored.store.put(big_folder)
     key = blob_key(stored, artifact, "shards/tables/big.safetensors")
     body = bytearray(stored.raw(key))
@@ -206,7 +209,7 @@ def test_a_flipped_byte_is_found_and_its_chunk_named(stored, big_folder, tmp_pat
 
 
 @pytest.mark.parametrize("change", [lambda body: body[:-1], lambda body: body + b"\0"])
-def test_a_cut_or_lengthened_file_is_damage(stored, folder, tmp_path, change):
+def test_blob_of_another_size_is_damage(stored, folder, tmp_path, change):
     artifact = stored.store.put(folder)
     key = blob_key(stored, artifact, "model.json")
     stored.overwrite(key, change(stored.raw(key)))
@@ -214,36 +217,36 @@ def test_a_cut_or_lengthened_file_is_damage(stored, folder, tmp_path, change):
         stored.store.get(artifact, tmp_path / "out")
 
 
-def test_a_missing_file_is_damage_and_a_missing_manifest_is_absence(stored, folder, tmp_path):
+def test_missing_blob_is_damage_and_missing_manifest_means_no_artifact(stored, folder, tmp_path):
     artifact = stored.store.put(folder)
     stored.remove(blob_key(stored, artifact, "model.json"))
     with raises_code(ArtifactDamaged, "file_absent", file="model.json"):
         stored.store.get(artifact, tmp_path / "out")
-    stored.remove(f"{home(artifact)}/manifest.json")
+    stored.remove(f"{artifact_key(artifact)}/manifest.json")
     assert stored.store.find(artifact.sha256) is None
-    for attempt in (
+    for read in (
         lambda: stored.store.get(artifact, tmp_path / "out"),
         lambda: stored.store.manifest(artifact),
         lambda: stored.store.artifact(artifact.uri),
         lambda: stored.store.local(artifact, tmp_path / "cache"),
     ):
         with raises_code(ArtifactMissing, "artifact_missing"):
-            attempt()
+            read()
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_does_not_belong_is_not_handed_out_in_place(tmp_path, folder):
+def test_local_refuses_a_folder_with_a_file_that_is_not_in_the_manifest(tmp_path, folder):
     stored = in_folder(tmp_path / "store")
     artifact = stored.store.put(folder)
-    stored.overwrite(f"{home(artifact)}/files/evil.pkl", b"")
+    stored.overwrite(f"{artifact_key(artifact)}/files/evil.pkl", b"")
     with raises_code(ArtifactDamaged, "file_unexpected", file="evil.pkl"):
         stored.store.local(artifact, tmp_path / "cache")
     assert contents(stored.store.get(artifact, tmp_path / "out")) == contents(folder)
 
 
-def test_a_tampered_manifest_is_damage(stored, folder):
+def test_manifest_with_a_changed_hash_is_damage(stored, folder):
     artifact = stored.store.put(folder)
-    key = f"{home(artifact)}/manifest.json"
+    key = f"{artifact_key(artifact)}/manifest.json"
     manifest = json.loads(stored.raw(key))
     victim = next(entry for entry in manifest["files"] if entry["path"] == "model.json")
     victim["chunks"] = ["0" * 64]
@@ -252,7 +255,7 @@ def test_a_tampered_manifest_is_damage(stored, folder):
     stored.overwrite(key, json.dumps(manifest).encode())
     with raises_code(ArtifactDamaged, "manifest_changed"):
         stored.store.manifest(artifact)
-    # Also when the root inside was made to fit: the name is the promise.
+    # The same if the root in the manifest matches the files, because it is not the artifact's name.
     forged = StoreManifest.of(tuple(FileEntry(**entry) for entry in manifest["files"]))
     forged = forged.with_blobs()
     stored.overwrite(key, forged.model_dump_json().encode())
@@ -264,7 +267,7 @@ def test_a_tampered_manifest_is_damage(stored, folder):
 
 
 @pytest.mark.parametrize("path", ["../up", "/etc/passwd", "a/../../b", "a\\..\\b", "", "a//b", "."])
-def test_a_manifest_path_that_leaves_the_artifact_is_refused(stored, tmp_path, path):
+def test_manifest_path_outside_the_artifact_is_refused(stored, tmp_path, path):
     entry = {"path": path, "bytes": 0, "chunks": ()}
     files = (FileEntry.model_construct(**entry),)
     root = root_of(files, CHUNK_BYTES)
@@ -287,7 +290,7 @@ def test_a_manifest_path_that_leaves_the_artifact_is_refused(stored, tmp_path, p
         ([], "too_short", {"min_length": 1}),
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_refused(files, code, fields):
+def test_inconsistent_manifest_is_refused(files, code, fields):
     entries = tuple(
         FileEntry(path=path, bytes=size, chunks=("0" * 64,) * chunks)
         for path, size, chunks in files
@@ -297,19 +300,19 @@ def test_a_manifest_that_contradicts_itself_is_refused(files, code, fields):
 
 
 @given(st.text(alphabet="ab./\\\0é", max_size=8))
-def test_a_plain_path_never_leaves_its_folder(path):
+def test_every_path_that_plain_path_accepts_is_inside_its_folder(path):
     try:
         plain_path(path)
     except ValueError:
         return
-    landed = os.path.normpath(f"/folder/{path}")
-    assert landed == f"/folder/{path}"
+    normalized = os.path.normpath(f"/folder/{path}")
+    assert normalized == f"/folder/{path}"
 
 
-# --- what put refuses, and what a cut put leaves ---------------------------------------------
+# --- Refused, interrupted and concurrent puts ------------------------------------------------
 
 
-def test_put_refuses_symlinks_devices_and_emptiness(tmp_path):
+def test_put_refuses_symlinks_special_files_and_empty_folders(tmp_path):
     store = Store(str(tmp_path / "store"))
     source = tmp_path / "source"
     with raises_code(StoreRefused, "folder_unreadable", problem="No such file or directory"):
@@ -333,26 +336,26 @@ def test_put_refuses_symlinks_devices_and_emptiness(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_a_put_cut_short_does_not_exist_until_a_second_put_completes_it(
+def test_interrupted_put_leaves_no_artifact_and_a_second_put_completes_it(
     stored, big_folder, tmp_path, monkeypatch
 ):
     uploaded = []
     upload = stored.store._backend.upload_new
 
-    def dies_in_the_middle(key, size, chunks):
-        def some():
+    def upload_half(key, size, chunks):
+        def first_chunk():
             yield next(chunks)
             raise KeyboardInterrupt
 
-        upload(key, size, some() if size == BIG else chunks)
+        upload(key, size, first_chunk() if size == BIG else chunks)
         uploaded.append(key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stored.store._backend, "upload_new", dies_in_the_middle)
+        patch.setattr(stored.store._backend, "upload_new", upload_half)
         with pytest.raises(KeyboardInterrupt):
             stored.store.put(big_folder)
-    name = name_of(big_folder)
-    assert uploaded, "it died after some files were there"
+    name = artifact_name_of(big_folder)
+    assert uploaded, "some files were stored before the interruption"
     assert set(stored.store.keys("")) == set(uploaded), "no partial file is visible"
     assert stored.store.find(name) is None
     artifact = stored.store.put(big_folder)
@@ -366,17 +369,17 @@ def test_a_put_cut_short_does_not_exist_until_a_second_put_completes_it(
         assert not list((tmp_path / "store" / ".tmp").iterdir())
 
 
-def name_of(folder: Path) -> str:
+def artifact_name_of(folder: Path) -> str:
     return StoreManifest.of(store_chunks.hashed(folder, store_chunks.regular_files(folder))).root
 
 
 @pytest.mark.parametrize("change", ["rewritten", "grown", "cut", "gone"])
-def test_a_file_that_changes_while_it_is_stored_is_never_stored(
+def test_put_of_a_file_that_changes_meanwhile_stores_no_artifact(
     stored, big_folder, monkeypatch, change
 ):
     victim = big_folder / "shards" / "tables" / "big.safetensors"
 
-    def and_then_it_changes(*args):
+    def hash_and_change(*args):
         entries = store_chunks.hashed(*args)
         if change == "gone":
             victim.unlink()
@@ -388,7 +391,7 @@ def test_a_file_that_changes_while_it_is_stored_is_never_stored(
             )
         return entries
 
-    monkeypatch.setattr("infra.store.object_store.hashed", and_then_it_changes)
+    monkeypatch.setattr("infra.store.object_store.hashed", hash_and_change)
     with raises_code(ConcurrentChange, None, path=Text(r"big\.safetensors$")):
         stored.store.put(big_folder)
     assert stored.store.keys("artifacts/") == ()
@@ -396,32 +399,32 @@ def test_a_file_that_changes_while_it_is_stored_is_never_stored(
     assert stored_bytes < BIG, "the file that changed is not there"
 
 
-def test_two_puts_of_the_same_content_at_once_both_succeed(stored, big_folder, tmp_path):
+def test_concurrent_puts_of_the_same_content_all_succeed(stored, big_folder, tmp_path):
     with ThreadPoolExecutor(3) as pool:
-        found = {artifact.sha256 for artifact in pool.map(stored.store.put, [big_folder] * 3)}
-    assert len(found) == 1
-    artifact = stored.store.find(found.pop())
+        names = {artifact.sha256 for artifact in pool.map(stored.store.put, [big_folder] * 3)}
+    assert len(names) == 1
+    artifact = stored.store.find(names.pop())
     assert contents(stored.store.get(artifact, tmp_path / "out")) == contents(big_folder)
 
 
-def test_get_does_not_touch_a_folder_that_holds_something(tmp_path, folder):
+def test_get_into_a_folder_with_files_is_refused_and_changes_nothing(tmp_path, folder):
     store = Store(str(tmp_path / "store"))
     artifact = store.put(folder)
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    assert store.get(artifact, taken) == taken, "an empty folder may be filled"
-    (taken / "model.json").write_text("mine")
-    with raises_code(StoreRefused, "output_not_empty", folder=str(taken)):
-        store.get(artifact, taken)
-    assert (taken / "model.json").read_text() == "mine"
-    with raises_code(StoreRefused, "output_no_folder", path=str(taken / "model.json")):
-        store.get(artifact, taken / "model.json")
+    nonempty = tmp_path / "taken"
+    nonempty.mkdir()
+    assert store.get(artifact, nonempty) == nonempty, "an empty folder may be filled"
+    (nonempty / "model.json").write_text("mine")
+    with raises_code(StoreRefused, "output_not_empty", folder=str(nonempty)):
+        store.get(artifact, nonempty)
+    assert (nonempty / "model.json").read_text() == "mine"
+    with raises_code(StoreRefused, "output_no_folder", path=str(nonempty / "model.json")):
+        store.get(artifact, nonempty / "model.json")
 
 
-# --- records ---------------------------------------------------------------------------------
+# --- Small records ---------------------------------------------------------------------------
 
 
-def test_of_eight_creates_at_once_exactly_one_wins_and_its_body_is_there(stored):
+def test_exactly_one_of_eight_concurrent_creates_succeeds(stored):
     barrier = threading.Barrier(8)
 
     def create(number: int) -> bool:
@@ -433,12 +436,12 @@ def test_of_eight_creates_at_once_exactly_one_wins_and_its_body_is_there(stored)
         return True
 
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(create, range(8)))
-    assert won.count(True) == 1
-    assert stored.store.read("ledger/m/1.json") == str(won.index(True)).encode() * 1000
+        is_created = list(pool.map(create, range(8)))
+    assert is_created.count(True) == 1
+    assert stored.store.read("ledger/m/1.json") == str(is_created.index(True)).encode() * 1000
 
 
-def test_records_are_replaced_listed_and_missed(stored):
+def test_records_can_be_replaced_and_listed_and_a_missing_one_is_an_error(stored):
     store = stored.store
     assert store.keys("") == ()
     for key in ("b/2", "b/10", "a/x/y", "bb"):
@@ -454,15 +457,15 @@ def test_records_are_replaced_listed_and_missed(stored):
         store.read("b/3")
 
 
-def test_records_stay_small_and_leave_the_artifacts_alone(tmp_path):
+def test_records_with_reserved_or_invalid_keys_or_too_many_bytes_are_refused(tmp_path):
     store = Store(str(tmp_path))
     for key in ("artifacts/x", ".tmp/x"):
         with raises_code(StoreRefused, "key_reserved", key=key):
             store.write(key, b"")
     for key in ("../x", "/x", "a//b", "a\\b", ""):
-        for use in (store.read, lambda key: store.create(key, b"")):
+        for call in (store.read, lambda key: store.create(key, b"")):
             with raises_code(StoreRefused, "key_form"):
-                use(key)
+                call(key)
     with raises_code(StoreRefused, "record_too_large", key="x", most_bytes=2**24):
         store.write("x", b"\0" * (16 * 2**20 + 1))
     (tmp_path / "large").write_bytes(b"\0" * (16 * 2**20 + 1))
@@ -470,7 +473,7 @@ def test_records_stay_small_and_leave_the_artifacts_alone(tmp_path):
         store.read("large")
 
 
-# --- roots and references --------------------------------------------------------------------
+# --- Roots and URIs --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -490,23 +493,23 @@ def test_records_stay_small_and_leave_the_artifacts_alone(tmp_path):
         ("S3://bucket/x", "root_scheme_unknown"),
     ],
 )
-def test_other_roots_are_refused(root, code):
+def test_store_with_an_invalid_root_is_refused(root, code):
     with raises_code(SettingRefused, code, setting="RECPRESS_STORE") as refused:
         Store(root)
     assert "secret" not in str(refused.value)
 
 
-def test_a_root_has_one_spelling(tmp_path, monkeypatch):
+def test_root_is_normalized_to_one_uri(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    odd = tmp_path / "my store %20#"
+    unusual = tmp_path / "my store %20#"
     assert Store("x/../store").root == f"file://{tmp_path}/store"
-    assert Store(Store(str(odd)).root).root == Store(str(odd)).root
-    assert Store(Store(str(odd)).root)._backend.local_path("k") == odd / "k"
+    assert Store(Store(str(unusual)).root).root == Store(str(unusual)).root
+    assert Store(Store(str(unusual)).root)._backend.local_path("k") == unusual / "k"
     assert Store("s3://bucket/a/b/").root == "s3://bucket/a/b"
     assert Store("s3://bucket/").root == "s3://bucket"
 
 
-def test_a_reference_to_another_store_or_of_another_form_is_refused(tmp_path, folder):
+def test_uri_of_another_store_or_of_another_form_is_refused(tmp_path, folder):
     store = Store(str(tmp_path / "store"))
     artifact = store.put(folder)
     with raises_code(ArtifactMissing, "artifact_in_other_store", store=store.root):
@@ -522,19 +525,19 @@ def test_a_reference_to_another_store_or_of_another_form_is_refused(tmp_path, fo
         store.manifest(artifact.model_copy(update={"bytes": 1}))
 
 
-def test_an_artifact_is_found_by_its_hash_for_any_root_in_its_uri(stored, folder, tmp_path):
+def test_artifact_ignores_the_root_in_a_uri(stored, folder, tmp_path):
     artifact = stored.store.put(folder)
     name = artifact.sha256
     for root in ("file:///old/home/store/", "s3://old/prefix/", f"{stored.store.root}/", "", "/"):
         uri = f"{root}artifacts/{name}"
         assert stored.store.artifact(uri) == artifact
         assert Artifact(uri=uri, sha256=name, bytes=artifact.bytes) == artifact
-    # A hostile URI reads this store only, and what it reads is verified.
+    # The folder in a hostile URI is not read.
     with pytest.raises(ArtifactMissing):
         stored.store.artifact(f"file:///etc/artifacts/{'0' * 64}")
 
 
-def test_a_moved_store_holds_the_same_artifacts(tmp_path, folder):
+def test_artifacts_of_a_moved_folder_can_be_read(tmp_path, folder):
     artifact = Store(str(tmp_path / "store")).put(folder)
     (tmp_path / "store").rename(tmp_path / "moved")
     moved = Store(str(tmp_path / "moved"))
@@ -543,7 +546,7 @@ def test_a_moved_store_holds_the_same_artifacts(tmp_path, folder):
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe", "socket"])
-def test_what_is_no_plain_file_in_place_of_a_record_is_refused_at_once(kind, tmp_path):
+def test_record_key_that_is_no_plain_file_is_refused_without_blocking(kind, tmp_path):
     store = Store(str(tmp_path / "s"))
     store.write("orders/1.json", b"{}")
     path = tmp_path / "s" / "orders" / "1.json"
@@ -556,8 +559,8 @@ def test_what_is_no_plain_file_in_place_of_a_record_is_refused_at_once(kind, tmp
         os.mkfifo(path)
     else:
         # The name of a socket has at most 108 bytes.
-        with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(path.name)
+        with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as unix_socket:
+            unix_socket.bind(path.name)
     with raises_code(RecordRefused, "record_no_plain_file"):
         store.read("orders/1.json")
     if kind == "folder":
@@ -568,10 +571,10 @@ def test_what_is_no_plain_file_in_place_of_a_record_is_refused_at_once(kind, tmp
         assert store.read("orders/1.json") == b"{}"
 
 
-# --- faults of the store itself --------------------------------------------------------------
+# --- Errors of the server and of the disk ----------------------------------------------------
 
 
-def test_wrong_credentials_name_the_variable_and_not_its_value(s3, monkeypatch):
+def test_error_for_wrong_credentials_does_not_contain_them(s3, monkeypatch):
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(name, "wrong-value-0123456789")
         with raises_code(SettingRefused, "store_credentials_refused", bucket="models") as refused:
@@ -583,30 +586,35 @@ def test_wrong_credentials_name_the_variable_and_not_its_value(s3, monkeypatch):
         Store("s3://models/x").read("key")
 
 
-def test_a_bucket_that_does_not_exist_is_a_setting(s3, folder):
+def test_missing_bucket_is_a_setting_error(s3, folder):
     store = Store("s3://no-such-bucket/x")
-    for use in (lambda: store.find("0" * 64), lambda: store.put(folder), lambda: store.keys("")):
+    for call in (lambda: store.find("0" * 64), lambda: store.put(folder), lambda: store.keys("")):
         with raises_code(SettingRefused, "bucket_missing", bucket="no-such-bucket"):
-            use()
+            call()
 
 
-def test_a_store_that_is_down_says_so_within_seconds(s3, folder, monkeypatch):
+def test_unreachable_server_is_an_outage_within_20_seconds(s3, folder, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # discard: no server listens
     store = Store("s3://models/x")
-    began = time.monotonic()
+    start = time.monotonic()
     with raises_code(StoreOutage, "store_no_answer"):
         store.put(folder)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - start < 20
 
 
 @contextlib.contextmanager
-def responding(monkeypatch, status: int, *bodies: str, header: str = "Server") -> Iterator[None]:
-    """A server that responds to GET requests with these bodies in turn, then with the last one."""
-    left = list(bodies)
+def serving_responses(
+    monkeypatch, status: int, *bodies: str, header: str = "Server"
+) -> Iterator[None]:
+    """Make ``AWS_ENDPOINT_URL`` a server that answers GET requests with these bodies in turn.
 
-    class Answer(BaseHTTPRequestHandler):
+    The last body is repeated. ``header`` is the name of a header in each response.
+    """
+    remaining = list(bodies)
+
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            body = left.pop(0) if len(left) > 1 else left[0]
+            body = remaining.pop(0) if len(remaining) > 1 else remaining[0]
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.send_header(header, "1")
@@ -616,7 +624,7 @@ def responding(monkeypatch, status: int, *bodies: str, header: str = "Server") -
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         try:
@@ -625,7 +633,7 @@ def responding(monkeypatch, status: int, *bodies: str, header: str = "Server") -
             server.shutdown()
 
 
-def refusal(code: str) -> str:
+def error_document(code: str) -> str:
     return f"<Error><Code>{code}</Code><Message>m</Message></Error>"
 
 
@@ -640,32 +648,30 @@ def refusal(code: str) -> str:
         (404, "", SettingRefused, "store_unusable"),
     ],
 )
-def test_error_responses_of_the_store_are_classified_by_whether_a_retry_helps(
+def test_error_response_gives_an_error_class_by_whether_a_retry_helps(
     s3, monkeypatch, status, code, kind, expected
 ):
-    body = refusal(code) if code else "?"
+    body = error_document(code) if code else "?"
     problem = Text(code)
-    with responding(monkeypatch, status, body), raises_code(kind, expected, problem=problem):
+    with serving_responses(monkeypatch, status, body), raises_code(kind, expected, problem=problem):
         Store("s3://models/x").read("key")
 
 
-@pytest.mark.parametrize("damaged", ["<Error><Code>NoSu", refusal("NnSuchKey")])
-def test_a_request_is_repeated_if_its_error_response_was_damaged_in_transit(
-    s3, monkeypatch, damaged
-):
-    server = responding(monkeypatch, 404, damaged, refusal("NoSuchKey"))
+@pytest.mark.parametrize("damaged", ["<Error><Code>NoSu", error_document("NnSuchKey")])
+def test_request_is_repeated_if_its_error_response_was_damaged_in_transit(s3, monkeypatch, damaged):
+    server = serving_responses(monkeypatch, 404, damaged, error_document("NoSuchKey"))
     with server, pytest.raises(ArtifactMissing):
         Store("s3://models/x").read("key")
 
 
-def test_a_refusal_of_s3_that_stays_damaged_is_retryable(s3, monkeypatch):
-    """A server that sends S3's request id is an S3 endpoint."""
-    server = responding(monkeypatch, 404, "<Error", header="x-amz-request-id")
+def test_404_of_s3_with_an_unknown_code_is_retryable(s3, monkeypatch):
+    """The request ID in the response shows that the server is S3, so its text was damaged."""
+    server = serving_responses(monkeypatch, 404, "<Error", header="x-amz-request-id")
     with server, raises_code(StoreUnavailable, "store_answer_unreadable"):
         Store("s3://models/x").read("key")
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
+def test_error_for_an_unwritable_root_contains_its_path(tmp_path, folder):
     (tmp_path / "file").write_text("x")
     store = Store(str(tmp_path / "file" / "store"))
     with raises_code(SettingRefused, None, path=Text(re.escape(str(tmp_path / "file")))):
@@ -680,15 +686,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
         (errno.EIO, StoreUnavailable),
     ],
 )
-def test_a_disk_that_fails_is_sorted_by_whether_a_retry_helps(
+def test_disk_error_gives_an_error_class_by_whether_a_retry_helps(
     tmp_path, monkeypatch, number, expected
 ):
-    def fails(*args):
+    def raise_os_error(*args):
         raise OSError(number, os.strerror(number))
 
     store = Store(str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "link", fails)
+        patch.setattr(os, "link", raise_os_error)
         with pytest.raises(expected, match=f"{tmp_path}/ledger/1"):
             store.create("ledger/1", b"x")
     assert store.keys("") == ()

@@ -1,4 +1,4 @@
-"""Files that artifacts share by content, both versions of manifests, links in a folder store."""
+"""Blobs shared by artifacts, both versions of manifests, and hard links in a folder store."""
 
 import errno
 import os
@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 from error_codes import raises_code
-from stored_places import BIG, Stored, blob_key, contents, home, in_bucket, in_folder, make_folder
+from stored_places import (
+    BIG,
+    Stored,
+    artifact_key,
+    blob_key,
+    contents,
+    in_bucket,
+    in_folder,
+    make_folder,
+)
 
 from compressors.contracts import Artifact
 from infra.errors import AlreadyThere, ArtifactDamaged, StoreRefused
@@ -36,34 +45,38 @@ def folder(tmp_path: Path) -> Path:
 
 
 def with_another_json(folder: Path, into: Path, text: str = "[1]") -> Path:
+    """Copy a folder with another content of ``model.json``."""
     shutil.copytree(folder, into)
     (into / "model.json").write_text(text)
     return into
 
 
-def take(stored: Stored, folder: Path) -> Artifact:
+def take_with_manifest(stored: Stored, folder: Path) -> Artifact:
     return stored.store.take(folder, StoreManifest.of(hashed(folder, regular_files(folder))))
 
 
 def count_written(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of all files that are written to the store from now on, except manifests."""
-    sizes: list[int] = []
-    place = stored.store._backend
+    """Return a list to which the size of each file that is written from now on is added.
 
-    def counted(write: Any) -> Any:
+    Manifests are not counted.
+    """
+    sizes: list[int] = []
+    backend = stored.store._backend
+
+    def counting(write: Any) -> Any:
         def write_and_count(key: str, size: int, chunks: Any) -> None:
             sizes.append(size)
             write(key, size, chunks)
 
         return write_and_count
 
-    monkeypatch.setattr(place, "upload", counted(place.upload))
-    monkeypatch.setattr(place, "upload_new", counted(place.upload_new))
+    monkeypatch.setattr(backend, "upload", counting(backend.upload))
+    monkeypatch.setattr(backend, "upload_new", counting(backend.upload_new))
     return sizes
 
 
 def store_as_version_1(stored: Stored, folder: Path) -> Artifact:
-    """Write an artifact as earlier versions did."""
+    """Write an artifact with a manifest of version 1, as version 0.1.0 did."""
     manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
     for path, body in contents(folder).items():
         stored.overwrite(f"artifacts/{manifest.root}/files/{path}", body)
@@ -83,8 +96,8 @@ def test_second_artifact_with_the_same_large_file_stores_only_its_other_files(
     assert sum(stored.store.sizes("blobs/").values()) - before == len("[1]")
     assert BIG not in sizes
     assert blob_key(stored, second, LARGE) == blob_key(stored, first, LARGE)
-    got = stored.store.get(second, tmp_path / "out")
-    assert contents(got) == contents(tmp_path / "second")
+    folder_copy = stored.store.get(second, tmp_path / "out")
+    assert contents(folder_copy) == contents(tmp_path / "second")
 
 
 def test_file_that_a_bucket_has_is_not_sent_again(s3, tmp_path, monkeypatch):
@@ -103,11 +116,11 @@ def test_folder_store_uses_the_disk_space_of_a_shared_file_once(folder, tmp_path
         for number in range(3)
     ]
     files = [path.stat() for path in (tmp_path / "store").rglob("*") if path.is_file()]
-    used = sum({found.st_ino: found.st_size for found in files}.values())
-    assert used < BIG + 20_000
-    places = [stored.store.local(one, tmp_path / "cache") / LARGE for one in artifacts]
-    assert places[0].samefile(places[1])
-    assert places[0].stat().st_mode & 0o222 == 0, "readers map it"
+    used_bytes = sum({status.st_ino: status.st_size for status in files}.values())
+    assert used_bytes < BIG + 20_000
+    paths = [stored.store.local(one, tmp_path / "cache") / LARGE for one in artifacts]
+    assert paths[0].samefile(paths[1])
+    assert paths[0].stat().st_mode & 0o222 == 0, "readers memory-map the file"
 
 
 def test_artifact_of_manifest_version_1_is_read_and_keeps_its_name(
@@ -120,11 +133,11 @@ def test_artifact_of_manifest_version_1_is_read_and_keeps_its_name(
     assert stored.store.file(artifact, "model.json") == b"{}"
     assert b"".join(stored.store.chunks(artifact, LARGE)) == (folder / LARGE).read_bytes()
     uri = stored.store.file_uri(artifact, "model.json")
-    assert uri == f"{stored.store.root}/{home(artifact)}/files/model.json"
+    assert uri == f"{stored.store.root}/{artifact_key(artifact)}/files/model.json"
     sizes = count_written(stored, monkeypatch)
     assert stored.store.put(folder) == artifact
-    assert sizes == [], "it is not stored again"
-    stored.overwrite(f"{home(artifact)}/files/{LARGE}", bytes(BIG))
+    assert sizes == [], "the artifact is not stored again"
+    stored.overwrite(f"{artifact_key(artifact)}/files/{LARGE}", bytes(BIG))
     for read in (
         lambda: stored.store.get(artifact, tmp_path / "again"),
         lambda: stored.store.local(artifact, tmp_path / "other cache"),
@@ -143,7 +156,7 @@ def test_artifact_has_the_same_name_in_both_versions(stored, folder, tmp_path):
 
 def test_manifest_that_references_a_blob_of_another_file_is_damage(stored, folder):
     artifact = stored.store.put(folder)
-    key = f"{home(artifact)}/manifest.json"
+    key = f"{artifact_key(artifact)}/manifest.json"
     blobs = stored.store.manifest(artifact).blobs
     first, second = blobs[0].encode(), blobs[1].encode()
     stored.overwrite(key, stored.raw(key).replace(first, second))
@@ -156,29 +169,31 @@ def test_manifest_that_references_a_blob_of_another_file_is_damage(stored, folde
 
 def test_blob_is_written_before_the_manifest_that_references_it(stored, folder, monkeypatch):
     created: list[str] = []
-    place = stored.store._backend
-    create, upload = place.create, place.upload_new
-    monkeypatch.setattr(place, "create", lambda key, body: (created.append(key), create(key, body)))
+    backend = stored.store._backend
+    create, upload = backend.create, backend.upload_new
     monkeypatch.setattr(
-        place,
+        backend, "create", lambda key, body: (created.append(key), create(key, body))
+    )
+    monkeypatch.setattr(
+        backend,
         "upload_new",
         lambda key, size, chunks: (created.append(key), upload(key, size, chunks)),
     )
     artifact = stored.store.put(folder)
-    assert created[-1] == f"{home(artifact)}/manifest.json"
+    assert created[-1] == f"{artifact_key(artifact)}/manifest.json"
     blobs = {f"blobs/{blob}" for blob in stored.store.manifest(artifact).blobs}
     assert blobs <= set(created[:-1])
 
 
 def test_large_file_is_created_only_if_its_key_is_new(stored):
     pieces = [bytes([number]) * CHUNK_BYTES for number in range(3)]
-    place = stored.store._backend
-    place.upload_new("large", 3 * CHUNK_BYTES, iter(pieces))
+    backend = stored.store._backend
+    backend.upload_new("large", 3 * CHUNK_BYTES, iter(pieces))
     with pytest.raises(AlreadyThere):
-        place.upload_new("large", 3 * CHUNK_BYTES, iter(reversed(pieces)))
+        backend.upload_new("large", 3 * CHUNK_BYTES, iter(reversed(pieces)))
     assert stored.raw("large") == b"".join(pieces)
-    assert place.size("large") == 3 * CHUNK_BYTES
-    assert place.size("larg") is None
+    assert backend.size("large") == 3 * CHUNK_BYTES
+    assert backend.size("larg") is None
 
 
 def test_artifacts_stored_at_once_share_their_large_file(stored, folder, tmp_path):
@@ -195,8 +210,8 @@ def test_artifacts_stored_at_once_share_their_large_file(stored, folder, tmp_pat
         artifacts = list(pool.map(put, folders))
     assert list(stored.store.sizes("blobs/").values()).count(BIG) == 1
     for number, (source, artifact) in enumerate(zip(folders, artifacts, strict=True)):
-        got = stored.store.get(artifact, tmp_path / f"out {number}")
-        assert contents(got) == contents(source)
+        folder_copy = stored.store.get(artifact, tmp_path / f"out {number}")
+        assert contents(folder_copy) == contents(source)
 
 
 def test_cut_blob_is_replaced_when_another_artifact_with_its_file_is_stored(
@@ -217,7 +232,7 @@ def test_changed_blob_in_a_folder_is_replaced_when_its_file_is_stored_again(fold
     body = (folder / LARGE).read_bytes()
     stored.overwrite(key, bytes([body[0] ^ 1]) + body[1:])
     source = with_another_json(folder, tmp_path / "second")
-    second = take(stored, source) if move else stored.store.put(source)
+    second = take_with_manifest(stored, source) if move else stored.store.put(source)
     assert stored.raw(key) == body
     assert (stored.store.local(second, tmp_path / "cache") / LARGE).read_bytes() == body
 
@@ -228,10 +243,10 @@ def test_take_moves_new_files_and_leaves_existing_blobs(folder, tmp_path):
     path = tmp_path / "store" / blob_key(stored, first, LARGE)
     source = with_another_json(folder, tmp_path / "second")
     inodes = path.stat().st_ino, (source / "model.json").stat().st_ino
-    second = take(stored, source)
+    second = take_with_manifest(stored, source)
     moved = tmp_path / "store" / blob_key(stored, second, "model.json")
     assert (path.stat().st_ino, moved.stat().st_ino) == inodes
-    assert moved.stat().st_mode & 0o222 == 0, "readers map it"
+    assert moved.stat().st_mode & 0o222 == 0, "readers memory-map the file"
     assert not (source / "model.json").exists()
     copy = stored.store.get(second, tmp_path / "out")
     assert contents(copy)["model.json"] == b"[1]"
@@ -253,31 +268,31 @@ def test_file_that_is_a_link_to_its_blob_is_not_read_again(folder, tmp_path, mon
 def test_folder_store_without_links_is_read_through_the_cache(s3, folder, tmp_path):
     stored = in_bucket(f"copied-{time.time_ns()}")
     artifact = stored.store.put(folder)
-    copied = in_folder(tmp_path / "copied")
+    copied_store = in_folder(tmp_path / "copied")
     for key in stored.store.keys(""):
-        copied.overwrite(key, stored.raw(key))
-    assert contents(copied.store.local(artifact, tmp_path / "cache")) == contents(folder)
-    assert not (tmp_path / "copied" / home(artifact) / "files").exists()
+        copied_store.overwrite(key, stored.raw(key))
+    assert contents(copied_store.store.local(artifact, tmp_path / "cache")) == contents(folder)
+    assert not (tmp_path / "copied" / artifact_key(artifact) / "files").exists()
     path = "model.json"
-    uri = copied.store.file_uri(artifact, path)
-    assert uri == f"{copied.store.root}/{blob_key(copied, artifact, path)}"
-    assert contents(copied.store.get(artifact, tmp_path / "out")) == contents(folder)
+    uri = copied_store.store.file_uri(artifact, path)
+    assert uri == f"{copied_store.store.root}/{blob_key(copied_store, artifact, path)}"
+    assert contents(copied_store.store.get(artifact, tmp_path / "out")) == contents(folder)
 
 
 def test_blob_with_as_many_links_as_possible_is_copied(folder, tmp_path, monkeypatch):
     stored = in_folder(tmp_path / "store")
     link = os.link
 
-    def limited(source: Path, target: Path) -> None:
+    def limited_link(source: Path, target: Path) -> None:
         if "blobs" in Path(source).parts:
             raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
         link(source, target)
 
-    monkeypatch.setattr(os, "link", limited)
+    monkeypatch.setattr(os, "link", limited_link)
     artifact = stored.store.put(folder)
-    place = stored.store.local(artifact, tmp_path / "cache")
-    assert contents(place) == contents(folder)
-    assert (place / LARGE).stat().st_mode & 0o222 == 0
+    links_folder = stored.store.local(artifact, tmp_path / "cache")
+    assert contents(links_folder) == contents(folder)
+    assert (links_folder / LARGE).stat().st_mode & 0o222 == 0
     assert not list((tmp_path / "store" / ".tmp").iterdir())
 
 

@@ -1,3 +1,5 @@
+"""The HTML page of a validation: verdict, counts, failing checks, escaping, accessibility."""
+
 import re
 from html.parser import HTMLParser
 
@@ -6,10 +8,10 @@ import pytest
 from infra.data.expectations import Finding, Validation
 from infra.data.validation_page import validation_page
 
-GOOD = Finding(
+PASSED = Finding(
     split="train", column="user", rule="no null or NaN", success=True, observed="all 9 value(s)"
 )
-BAD = Finding(
+FAILED = Finding(
     split="test",
     column="<script>alert(1)</script>",
     rule="id in table '<b>' (0 to 5)",
@@ -19,7 +21,7 @@ BAD = Finding(
     failing_count=30,
     failing_values=("<img src=x>", "99"),
 )
-UNKNOWN = Finding(
+NOT_EVALUATED = Finding(
     split="test",
     column="at",
     rule="finite",
@@ -27,23 +29,27 @@ UNKNOWN = Finding(
     observed="not evaluated: the column is missing",
     evaluated=False,
 )
-VOID = {"meta", "br", "link", "img", "input"}
+VOID_TAGS = {"meta", "br", "link", "img", "input"}
 
 
-def page(*findings, intended=None):
-    evaluated = sum(found.evaluated for found in findings)
-    wanted = len(findings) if intended is None else intended
-    held = all(found.success for found in findings) and evaluated == wanted > 0
+def page_of(*findings, intended=None):
+    evaluated = sum(finding.evaluated for finding in findings)
+    planned = len(findings) if intended is None else intended
+    all_passed = all(finding.success for finding in findings) and evaluated == planned > 0
     return validation_page(
         Validation(
-            success=held, evaluated=evaluated, intended=wanted, findings=findings, seconds=1.25
+            success=all_passed,
+            evaluated=evaluated,
+            intended=planned,
+            findings=findings,
+            seconds=1.25,
         ),
         "Clicks & <views>",
     )
 
 
 class Tree(HTMLParser):
-    """Tags in order, text, and whether every tag was closed where it was opened."""
+    """Parses a page into its tags in order and its text, and checks that tags are balanced."""
 
     def __init__(self, html):
         super().__init__()
@@ -52,7 +58,7 @@ class Tree(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
+        if tag not in VOID_TAGS:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -65,26 +71,30 @@ class Tree(HTMLParser):
 @pytest.mark.parametrize(
     ("findings", "verdict", "sentence"),
     [
-        ([GOOD], "Data passed", "Every intended check was evaluated, and every one held."),
-        ([GOOD, BAD], "Data failed", "1 check did not hold."),
-        ([BAD, UNKNOWN], "Data failed", "1 check did not hold; 1 more could not be evaluated."),
-        ([GOOD, UNKNOWN], "Data was not fully checked", "1 check could not be evaluated"),
+        ([PASSED], "Data passed", "Every intended check was evaluated, and every one held."),
+        ([PASSED, FAILED], "Data failed", "1 check did not hold."),
+        (
+            [FAILED, NOT_EVALUATED],
+            "Data failed",
+            "1 check did not hold; 1 more could not be evaluated.",
+        ),
+        ([PASSED, NOT_EVALUATED], "Data was not fully checked", "1 check could not be evaluated"),
         ([], "Nothing was checked", "No check was intended, so nothing is known."),
     ],
 )
-def test_the_verdict_comes_first_and_says_why(findings, verdict, sentence):
-    html = page(*findings)
+def test_page_shows_the_verdict_with_its_reason(findings, verdict, sentence):
+    html = page_of(*findings)
     assert f"<strong>{verdict}</strong><p>{sentence}" in html
     others = {"Data passed", "Data failed", "Data was not fully checked", "Nothing was checked"}
     assert not any(f"<strong>{other}</strong>" in html for other in others - {verdict})
 
 
-def test_evaluated_and_intended_are_counted():
-    assert "<dt>Checks evaluated</dt><dd>1 of 2</dd>" in page(GOOD, UNKNOWN)
+def test_page_shows_the_numbers_of_evaluated_and_planned_checks():
+    assert "<dt>Checks evaluated</dt><dd>1 of 2</dd>" in page_of(PASSED, NOT_EVALUATED)
 
 
-def test_failing_checks_stand_before_all_others_with_rows_and_values():
-    html = page(GOOD, UNKNOWN, BAD)
+def test_page_shows_failing_checks_first_with_rows_and_values():
+    html = page_of(PASSED, NOT_EVALUATED, FAILED)
     first = html.index("What did not pass")
     assert first < html.index("30 of 100 value(s) failing") < html.index("All checks by split")
     failing = html[first : html.index("All checks by split")]
@@ -92,11 +102,11 @@ def test_failing_checks_stand_before_all_others_with_rows_and_values():
     assert "and 28 more values" in failing
     assert "all 9 value(s)" not in failing
     assert failing.index("30 of 100") < failing.index("not evaluated: the column is missing")
-    assert "What did not pass" not in page(GOOD)
+    assert "What did not pass" not in page_of(PASSED)
 
 
-def test_every_check_is_listed_under_its_split():
-    html = page(GOOD, BAD, UNKNOWN)
+def test_page_lists_every_check_under_its_split():
+    html = page_of(PASSED, FAILED, NOT_EVALUATED)
     rest = html[html.index("All checks by split") :]
     assert rest.count("<details>") == 2
     train, test = rest.split("<details>")[1:]
@@ -105,8 +115,8 @@ def test_every_check_is_listed_under_its_split():
     assert [word in test for word in ("failed", "not evaluated", "finite")] == [True] * 3
 
 
-def test_what_comes_from_data_is_escaped():
-    html = page(GOOD, BAD)
+def test_page_escapes_text_from_the_data():
+    html = page_of(PASSED, FAILED)
     tree = Tree(html)
     assert {tag for tag, _ in tree.tags}.isdisjoint({"script", "img", "b-", "views"})
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
@@ -115,16 +125,16 @@ def test_what_comes_from_data_is_escaped():
         assert text in tree.text
 
 
-def test_the_page_needs_nothing_but_itself():
-    html = page(GOOD, BAD, UNKNOWN)
+def test_page_loads_no_other_file():
+    html = page_of(PASSED, FAILED, NOT_EVALUATED)
     tree = Tree(html)
     assert not [attrs for _, attrs in tree.tags if {"src", "href", "style"} & set(attrs)]
     assert not re.search(r"url\(|@import|https?:", html)
     assert "default-src 'none'" in html
 
 
-def test_the_page_is_well_formed_and_named_for_screen_readers():
-    tree = Tree(page(GOOD, BAD, UNKNOWN))
+def test_page_is_well_formed_and_has_names_for_screen_readers():
+    tree = Tree(page_of(PASSED, FAILED, NOT_EVALUATED))
     assert tree.balanced
     assert tree.open == []
     ids = [attrs["id"] for _, attrs in tree.tags if "id" in attrs]

@@ -17,7 +17,7 @@ FAULTS = (
         old='return module_name == root or module_name.startswith(f"{root}.")',
         new="return module_name.startswith(root)",
         effect="Allowing module 'a.b' also allows 'a.bc'.",
-        tests=(f"{ARCHITECTURE}::test_a_module_outside_the_list_is_refused_before_it_is_imported",),
+        tests=(f"{ARCHITECTURE}::test_module_that_is_not_allowed_is_refused_without_an_import",),
     ),
     Fault(
         id="allow-list-checked-after-import",
@@ -27,7 +27,7 @@ FAULTS = (
         new="    if not allowed:\n        raise BundleRefused(\n"
         '            "architecture_not_allowed",',
         effect="A bundle's module is imported, which runs its code, before it is rejected.",
-        tests=(f"{ARCHITECTURE}::test_a_module_outside_the_list_is_refused_before_it_is_imported",),
+        tests=(f"{ARCHITECTURE}::test_module_that_is_not_allowed_is_refused_without_an_import",),
     ),
     Fault(
         id="architecture-getattr-runs-code",
@@ -54,7 +54,7 @@ FAULTS = (
         old='    if ".." in PurePosixPath(text).parts:\n',
         new='    if text.startswith("../"):\n',
         effect="A path such as 'x/../../secret' in a draft reads files outside of its folder.",
-        tests=(f"{BUNDLE}::test_a_draft_path_that_climbs_out_is_refused",),
+        tests=(f"{BUNDLE}::test_unsafe_draft_path_is_refused",),
     ),
     Fault(
         id="bundle-seal-not-checked",
@@ -62,7 +62,7 @@ FAULTS = (
         old="    if raw[-seal_length:] != _seal_line(raw[:-seal_length]):\n",
         new="    if len(raw) < seal_length:\n",
         effect="An edited model.json of a sealed bundle is accepted.",
-        tests=(f"{BUNDLE}::test_an_edited_manifest_is_called_changed",),
+        tests=(f"{BUNDLE}::test_edited_manifest_is_reported_as_another_seal",),
     ),
     Fault(
         id="refusal-quotes-without-end",
@@ -70,7 +70,7 @@ FAULTS = (
         old='    return f"{sentence[: LONGEST_SENTENCE - 3]}..."\n',
         new="    return sentence\n",
         effect="A refusal prints a value of 100,000 characters.",
-        tests=(f"{BUNDLE}::test_the_message_of_a_refusal_stays_short_if_it_quotes_long_values",),
+        tests=(f"{BUNDLE}::test_refusal_with_long_values_has_a_bounded_length",),
     ),
     Fault(
         id="printable-keeps-direction-marks",
@@ -106,7 +106,7 @@ FAULTS = (
         old="        kinds = np.where((quotes + is_in_string) & 1, 0, _KINDS[block])\n",
         new="        kinds = _KINDS[block]\n",
         effect="Brackets inside a text count as nesting, so ordinary JSON is refused.",
-        tests=(f"{JSON_LIMITS}::test_text_in_quotes_does_not_count",),
+        tests=(f"{JSON_LIMITS}::test_measure_ignores_text_in_strings",),
     ),
     Fault(
         id="credentials-encoded-secrets-shown",

@@ -16,7 +16,7 @@ FAULTS = (
         old="            if sha256(data) != entry.chunks[index]:\n                raise ArtifactDamaged(",
         new="            if not entry.chunks[index]:\n                raise ArtifactDamaged(",
         effect="An artifact with a flipped byte is returned.",
-        tests=(f"{STORE}::test_a_flipped_byte_is_found_and_its_chunk_named[folder]",),
+        tests=(f"{STORE}::test_flipped_byte_is_an_error_with_the_chunk[folder]",),
     ),
     Fault(
         id="store-manifest-root-not-verified",
@@ -24,7 +24,7 @@ FAULTS = (
         old="        if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):\n",
         new="        if not name == manifest.root:\n",
         effect="A modified manifest is accepted as the artifact of its name.",
-        tests=(f"{STORE}::test_a_tampered_manifest_is_damage",),
+        tests=(f"{STORE}::test_manifest_with_a_changed_hash_is_damage",),
     ),
     Fault(
         id="store-extra-files-handed-out",
@@ -32,7 +32,7 @@ FAULTS = (
         old="        if extra_refused and extra:\n",
         new="        if extra_refused and not extra:\n",
         effect="A file that does not belong to an artifact is loaded with it.",
-        tests=(f"{STORE}::test_a_file_that_does_not_belong_is_not_handed_out_in_place",),
+        tests=(f"{STORE}::test_local_refuses_a_folder_with_a_file_that_is_not_in_the_manifest",),
     ),
     Fault(
         id="store-create-overwrites",
@@ -40,10 +40,7 @@ FAULTS = (
         old="                os.link(temporary, path)\n",
         new="                temporary.replace(path)\n",
         effect="Two concurrent writers of one record both report success.",
-        tests=(
-            f"{STORE}"
-            "::test_of_eight_creates_at_once_exactly_one_wins_and_its_body_is_there[folder]",
-        ),
+        tests=(f"{STORE}::test_exactly_one_of_eight_concurrent_creates_succeeds[folder]",),
     ),
     Fault(
         id="store-changing-file-stored",
@@ -51,7 +48,7 @@ FAULTS = (
         old="        if sha256(data) != entry.chunks[index]:\n            raise _change_error(path)\n",
         new="",
         effect="A file that changes while it is stored becomes a damaged artifact.",
-        tests=(f"{STORE}::test_a_file_that_changes_while_it_is_stored_is_never_stored",),
+        tests=(f"{STORE}::test_put_of_a_file_that_changes_meanwhile_stores_no_artifact",),
     ),
     Fault(
         id="store-cached-copy-not-verified",
@@ -59,7 +56,7 @@ FAULTS = (
         old="        return hashed(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files\n",
         new="        return bool(regular_files(folder))\n",
         effect="A damaged local copy of a remote artifact is used.",
-        tests=(f"{STORE}::test_a_damaged_cached_copy_is_fetched_again",),
+        tests=(f"{STORE}::test_local_fetches_a_damaged_cached_copy_again",),
     ),
     Fault(
         id="store-symlinks-followed",
@@ -67,7 +64,7 @@ FAULTS = (
         old="                if entry.is_symlink():\n",
         new="                if entry.is_symlink() and not entry.is_file():\n",
         effect="A symlink in a stored folder can read any file of the machine.",
-        tests=(f"{STORE}::test_put_refuses_symlinks_devices_and_emptiness",),
+        tests=(f"{STORE}::test_put_refuses_symlinks_special_files_and_empty_folders",),
     ),
     Fault(
         id="result-record-of-another-key",
@@ -183,9 +180,7 @@ FAULTS = (
         old="    return 400 <= status < 500 and not known\n",
         new="    return False\n",
         effect="A damaged error response of the S3 server ends an order as an invalid setting.",
-        tests=(
-            f"{STORE}::test_a_request_is_repeated_if_its_error_response_was_damaged_in_transit",
-        ),
+        tests=(f"{STORE}::test_request_is_repeated_if_its_error_response_was_damaged_in_transit",),
     ),
     Fault(
         id="schema-version-1-label-lost",

@@ -199,7 +199,7 @@ FAULTS = (
         old="if id_ is not None and not 0 <= id_ < rows}",
         new="if id_ is not None and not 0 <= id_ <= rows}",
         effect="An id equal to the number of table rows passes the check.",
-        tests=(f"{DATA}::test_ids_outside_their_table_are_an_error_where_no_policy_covers_them",),
+        tests=(f"{DATA}::test_check_ids_refuses_ids_outside_their_table_unless_a_policy_applies",),
     ),
     Fault(
         id="data-lists-cut-silently",
@@ -207,7 +207,7 @@ FAULTS = (
         old="            if not isinstance(item, IdInput) and ids.longest > item.shape[0]:\n",
         new="            if not isinstance(item, IdInput) and ids.longest > 2 * item.shape[0]:\n",
         effect="Lists longer than the input are accepted at pack.",
-        tests=(f"{DATA}::test_lists_too_long_are_refused_in_every_split_even_with_clamped_ids",),
+        tests=(f"{DATA}::test_check_ids_refuses_too_long_lists_of_clamped_ids",),
     ),
     Fault(
         id="validation-success-without-evaluation",
@@ -217,9 +217,9 @@ FAULTS = (
         effect="Checks that were not evaluated count as passed.",
         tests=(
             "tests/infra/test_expectations.py"
-            "::test_an_expectation_that_raises_is_not_evaluated_and_refused",
+            "::test_expectation_that_raises_is_not_evaluated_and_refused",
             "tests/infra/test_expectations.py"
-            "::test_an_empty_file_fails_and_what_needs_rows_is_not_evaluated",
+            "::test_empty_file_fails_and_checks_that_need_rows_are_not_evaluated",
         ),
     ),
     Fault(
