@@ -1,4 +1,7 @@
-"""Fixtures of the fault suite: fork server, Prefect server, snapshots, and the final table."""
+"""Fixtures of the fault tests: servers, snapshots of homes, and the table of outcomes.
+
+A home is a folder with all files of one recpress installation. A snapshot is a copy of a home.
+"""
 
 import json
 import os
@@ -32,7 +35,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server for all orders of this process; its API address."""
+    """The API address of a Prefect server that all orders of this process use."""
     home = tmp_path_factory.mktemp("prefect-server")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -61,19 +64,19 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small draft for all orders."""
+    """The folder of a small draft for all orders."""
     return write_draft(tmp_path_factory.mktemp("draft") / "draft", rows=ROWS)
 
 
 @pytest.fixture(scope="session")
 def order(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a complete order with promotion."""
+    """The file of an order that promotes its result."""
     return write_order(tmp_path_factory.mktemp("order") / "order.json")
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all homes of this process; the path of a home is always the same."""
+    """The folder that contains the home and the snapshots of this process."""
     return tmp_path_factory.mktemp("home")
 
 
@@ -180,6 +183,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def _is_healthy(url: str) -> bool:
+    """Return whether the Prefect server responds."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2) as response:  # noqa: S310
             return bool(response.status == 200)

@@ -1,7 +1,8 @@
-"""Run commands in forks of a process that has imported all libraries, so a run takes a second.
+"""Run recpress commands in forks of a process that has imported all libraries.
 
-Run as a script, this file is the fork server: it reads one JSON request per line and writes one
-JSON line per response. It has no threads, so forking is safe. Tests use its client, ``Forks``.
+The imports are not repeated, so a run takes a second. As a script, this file is the fork server: it
+reads one JSON request per line and writes one JSON line per response. It has no threads, so forking
+is safe. Tests use its client, ``Forks``.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ IMPORTED = (
 )
 OPSETS = (18, 20, 21)  # opsets whose operators an export reads
 UNKNOWN = re.compile(r"^recpress: [\w.]*(Error|Exception|Warning|Interrupt): ", re.MULTILINE)
-"""Start of the message of an exception that is not one of our error classes."""
+"""Start of the message of an exception that is none of this project's error classes."""
 MEASURED_ROUNDS = 20  # latency rounds instead of 1,000: the tests do not compare latencies
 
 
@@ -104,7 +105,7 @@ class Completed:
 
     @property
     def text(self) -> str:
-        """The end of all output, for the message of a failing test."""
+        """The last part of all output, for the message of a failing test."""
         return "\n".join((*self.outputs, *self.messages, self.unfinished))[-3000:]
 
     @property
@@ -220,6 +221,7 @@ def serve() -> None:
 
 
 def _run_jobs(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run each job of a request in a fork, all at the same time; return their results."""
     scratch = Path(request["scratch"])
     scratch.mkdir(parents=True, exist_ok=True)
     start_reader, start_writer = os.pipe()
@@ -263,6 +265,7 @@ def _run_jobs(request: dict[str, Any]) -> list[dict[str, Any]]:
 def _result(
     folder: Path, status: int, usage: resource.struct_rusage, seconds: float, timed_out: bool
 ) -> dict[str, Any]:
+    """Return the fields of ``Completed`` for a child process that has ended."""
     result_file = folder / "ended.json"
     result: dict[str, Any] = {"codes": [], "outputs": [], "messages": []}
     if result_file.exists():
@@ -312,13 +315,12 @@ def _child(job: dict[str, Any], folder: Path) -> None:
 
 
 def _run_job(job: dict[str, Any], folder: Path) -> None:
+    """Run the commands or the call of a job; write output and result to ``folder``."""
     codes: list[int] = []
     value = None
     before = set(sys.modules)
     for number in range(len(job["commands"]) or 1):
-        out, error = (
-            _redirected(stream, folder / f"{number}.{stream}") for stream in ("out", "err")
-        )
+        out, error = (_open_output(folder / f"{number}.{stream}") for stream in ("out", "err"))
         os.dup2(out, 1)
         os.dup2(error, 2)
         os.close(out)
@@ -356,15 +358,18 @@ def _run_job(job: dict[str, Any], folder: Path) -> None:
 
 
 def _limit_files(size: int) -> None:
+    """Limit the size of files that this process may write."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
-def _redirected(stream: str, path: Path) -> int:
+def _open_output(path: Path) -> int:
+    """Open an empty file for a command's output, and return its descriptor."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
 
 
 def _run_command(arguments: Sequence[str]) -> int:
+    """Run one recpress command in this process, and return its exit code."""
     from flows.cli import app
 
     sys.argv = ["recpress", *arguments]

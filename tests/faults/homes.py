@@ -1,8 +1,8 @@
-"""Homes for fault tests: their preparation, their state for comparisons, and integrity checks.
+"""Prepare, compare and check the recpress homes of fault tests.
 
 A ``Home`` is a folder with all files of one installation: the store, the registry, a Triton
-repository with the champion, and temporary files. ``registered`` runs in a child process, by
-``Forks.call``; the other functions only read files.
+repository with the champion, and temporary files. ``registered`` is called in a child process by
+``Forks.call``; the functions after it only read files.
 """
 
 import json
@@ -42,10 +42,12 @@ class Home:
 
     @property
     def recpress(self) -> Path:
+        """The folder that ``RECPRESS_HOME`` refers to."""
         return self.root / "recpress"
 
     @property
     def store(self) -> Path:
+        """The folder of the object store."""
         return self.recpress / "store"
 
     @property
@@ -71,7 +73,7 @@ class Home:
         return snapshot
 
     def files(self) -> dict[str, Path]:
-        """All files except locks and temporary files, by their path relative to the root."""
+        """Return all files except locks and temporary files, by path relative to the root."""
         paths = sorted(path for path in self.root.rglob("*") if path.is_file())
         names = {str(path.relative_to(self.root)): path for path in paths}
         return {
@@ -105,7 +107,7 @@ def registered(folder: str, orders: list[str], promoted: int) -> list[str]:
 
 
 def state(home: Home, store: Store | None = None) -> dict[str, Any]:
-    """The state of an installation, without times and latencies, which differ between runs.
+    """Return the state of an installation without times and latencies, which differ between runs.
 
     Args:
         home: the installation.
@@ -135,7 +137,7 @@ def state(home: Home, store: Store | None = None) -> dict[str, Any]:
 
 
 def damage(home: Home, store: Store | None = None) -> list[str]:
-    """Descriptions of visible content that is damaged or inconsistent; empty if there is none."""
+    """Describe stored content that is damaged or inconsistent; empty if there is none."""
     used_store, problems = store or Store(str(home.store)), []
     keys = used_store.keys("")
     for name in sorted({key.split("/")[1] for key in keys if key.endswith("/manifest.json")}):
@@ -166,7 +168,7 @@ def damage(home: Home, store: Store | None = None) -> list[str]:
 
 
 def temporaries(home: Home) -> list[str]:
-    """Temporary files and folders of unfinished commands."""
+    """Return the temporary files and folders that unfinished commands left."""
     return sorted(
         str(path.relative_to(home.root))
         for path in home.root.rglob("*")
@@ -175,6 +177,7 @@ def temporaries(home: Home) -> list[str]:
 
 
 def _order(store: Store, key: str) -> dict[str, Any]:
+    """Return the content of an order's record and report that is equal in every run."""
     record = json.loads(store.read(key))
     release = store.artifact(f"artifacts/{record['release']['sha256']}")
     report = json.loads(store.file(release, "report.json"))
@@ -193,6 +196,7 @@ def _order(store: Store, key: str) -> dict[str, Any]:
 
 
 def _registry(home: Home, query: str) -> list[Any]:
+    """Return the rows of an SQL query on the registry; none if it does not exist."""
     file = home.recpress / "registry.db"
     if not file.exists():
         return []
@@ -204,6 +208,7 @@ def _registry(home: Home, query: str) -> list[Any]:
 
 
 def _tagged(home: Home) -> list[tuple[str, str, dict[str, str]]]:
+    """Return model, version and tags of every registered version."""
     tags: dict[tuple[str, str], dict[str, str]] = {}
     for model, number in _registry(
         home, "SELECT name, version FROM model_versions WHERE current_stage != 'Deleted_Internal'"
@@ -218,6 +223,7 @@ def _tagged(home: Home) -> list[tuple[str, str, dict[str, str]]]:
 
 
 def _versions(home: Home) -> list[tuple[str, str, str, str]]:
+    """Return model, version, order and outcome of every registered version."""
     return [
         (model, number, tags.get("recpress.order", ""), tags.get("recpress.outcome", ""))
         for model, number, tags in _tagged(home)
@@ -225,12 +231,13 @@ def _versions(home: Home) -> list[tuple[str, str, str, str]]:
 
 
 def _aliases(home: Home) -> dict[tuple[str, str], str]:
+    """Return the version that each alias of each model refers to."""
     rows = _registry(home, "SELECT name, alias, version FROM registered_model_aliases")
     return {(model, alias): str(number) for model, alias, number in rows}
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Environment of the fork server, without settings of the user."""
+    """Return the environment of the fork server, without the user's settings."""
     import drafts
 
     return drafts.environment(

@@ -1,12 +1,13 @@
-"""Kill points: all changes of files and of the registry, and the boundaries of all tasks.
+"""Kill a process at a chosen point: before a change of a file or the registry, or at a task.
 
-A child process calls ``arm`` before its work. ``arm`` counts these points in order. If a number is
-given, it kills the process group (SIGKILL) at the point with that number, before the change:
+A child process calls ``arm`` before its work. From then on, the following points are counted in
+order. At the point with a given number, the process group is killed (SIGKILL) before the change:
 
 * opening a file below the root for writing, ``mkdir``, ``unlink``, ``rename``, ``link``,
   ``rmtree``, ``truncate``;
-* before each ``rename`` and ``link``, after truncating the file to half: a half-written file. A
-  blob of the store that gets a second link was complete before;
+* before each ``rename`` and ``link``, after truncating the file to half its size, so that the file
+  is half-written. Blobs of the store are not truncated, because they are complete before they get
+  a second link;
 * every SQL statement that changes the registry, and every commit;
 * the start and the end of every Prefect task.
 
@@ -37,6 +38,14 @@ READ_STATEMENTS = ("select", "pragma", "explain", "with", "begin")
 
 
 class _Counter:
+    """Counts the points of this process, and kills it at point ``at``.
+
+    Args:
+        root: changes of files outside this folder do not count.
+        at: number of the point at which to kill; None to count only.
+        file: file to which ``save`` writes the names of the points.
+    """
+
     def __init__(self, root: str, at: int | None, file: Path) -> None:
         self.root, self.at, self.file = root, at, file
         self.points: list[str] = []
@@ -44,6 +53,7 @@ class _Counter:
         self.lock = threading.Lock()
 
     def pass_point(self, name: str, before_kill: Any = None) -> None:
+        """Count a point; at the chosen one, call ``before_kill`` and kill the process."""
         with self.lock:
             self.points.append(name)
             reached = len(self.points) == self.at
@@ -53,6 +63,7 @@ class _Counter:
             kill()
 
     def on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Count an audit event of Python if it changes a file; see ``sys.addaudithook``."""
         if (event != "open" and event not in CHANGES) or getattr(self.inside, "hook", False):
             return
         self.inside.hook = True
@@ -148,7 +159,7 @@ def cut_in_half(path: str) -> None:
 
 
 def changes_nothing(event: str, path: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether a call only reads, or does not change the file system."""
+    """Return whether a call only reads, or does not change the file system."""
     if event == "open":
         writes = arguments[2] & (os.O_WRONLY | os.O_RDWR)
         return not writes or (path.endswith(".lock") and Path(path).exists())
@@ -158,6 +169,6 @@ def changes_nothing(event: str, path: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def path_pattern(path: str, root: str) -> str:
-    """A relative path in which hashes and random names, which differ between runs, are ``*``."""
+    """Return a relative path with ``*`` for hashes and random names, which differ between runs."""
     parts = Path(path).relative_to(root).parts
     return "/".join("*" if len(part) > 40 or "-" in part else part for part in parts)

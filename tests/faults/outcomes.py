@@ -7,7 +7,11 @@ OUTCOME = "fault outcome"
 
 
 def table(rows: Mapping[tuple[str, str, str], int]) -> list[str]:
-    """Lines of a Markdown table: suite, case, number of faults, numbers of outcomes."""
+    """Format the outcomes as the lines of a Markdown table.
+
+    Args:
+        rows: number of faults by suite, case and outcome.
+    """
     cases: dict[tuple[str, str], Counter[str]] = {}
     for (suite, case, outcome), number in sorted(rows.items()):
         cases.setdefault((suite, case), Counter())[outcome] += number

@@ -1,7 +1,8 @@
-"""All parsers of untrusted bytes, with valid inputs to start from.
+"""All parsers of untrusted bytes, with valid inputs for fuzzing.
 
-Each function takes a scratch folder and returns a ``Parser``: valid inputs, and a function that
-parses bytes like a command does. ``fuzzing`` mutates the inputs and calls that function.
+Each function takes an empty folder and returns a ``Parser``: valid inputs, and a function that
+parses bytes as a command does. The name of the function says what is parsed. ``fuzzing.py`` mutates
+the inputs and calls the parser.
 """
 
 import json
@@ -44,7 +45,7 @@ class Parser:
 
     Args:
         seeds: valid inputs.
-        parse: parses bytes; returns, or raises one of our error classes.
+        parse: parses bytes; returns a result, or raises one of this project's errors.
         is_json: whether inputs are JSON documents, whose values are also mutated.
     """
 
@@ -336,12 +337,14 @@ def table_files_plan(folder: Path) -> Parser:
 
 
 def _published(folder: Path) -> Finished:
+    """Publish an order without running it, and return its record."""
     published = import_module("triton_versions").published  # in tests/tasks
     result: Finished = published(folder, ORDER_DIGEST[0])
     return result
 
 
 def _quantized(folder: Path) -> tuple[Path, bytes]:
+    """Run ``recpress tables quantize``; return its output folder and the manifest."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     result = folder / "quantized"
     step = table_files.step_named("int8", {})

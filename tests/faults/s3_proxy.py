@@ -1,6 +1,6 @@
 """A proxy in front of a real S3 server that injects a fault into selected requests.
 
-mitmproxy would work too, but its current versions cannot be installed with our pinned packages.
+mitmproxy is not used, because its current versions conflict with this project's pinned packages.
 """
 
 import os
@@ -42,20 +42,21 @@ class Request:
 
 
 Plan = Callable[[Request], Fault | None]
+"""Returns the fault of a request, or None."""
 
 
 def no_fault(_: Request) -> Fault | None:
-    """No fault."""
+    """Plan: no request has a fault."""
     return None
 
 
 def at(number: int, fault: Fault, repeated: int = 1) -> Plan:
-    """A fault at request ``number``, and at the following ``repeated - 1`` requests."""
+    """Plan: request ``number`` and the following ``repeated - 1`` requests have a fault."""
     return lambda request: fault if 0 <= request.number - number < repeated else None
 
 
 def often(rate: float, faults: tuple[Fault, ...], seed: int) -> Plan:
-    """Random faults at a share ``rate`` of the requests, from a fixed seed."""
+    """Plan: a share ``rate`` of the requests have a random fault, drawn with a fixed seed."""
     draw, lock = random.Random(seed), threading.Lock()
 
     def plan(_: Request) -> Fault | None:
@@ -82,7 +83,7 @@ class Proxy:
             self.seen, self._plan, self.faults = [], plan, 0
 
     def decide(self, operation: str, path: str) -> Fault | None:
-        """The fault of the next request, or None."""
+        """Record the next request, and return its fault or None."""
         with self._lock:
             request = Request(operation, path, len(self.seen) + 1)
             self.seen.append(request)
@@ -109,6 +110,8 @@ def running_proxy(upstream: str) -> Iterator[Proxy]:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Sends each request to the real server and its response to the client, with a fault."""
+
     protocol_version = "HTTP/1.1"
     proxy: Proxy
 
@@ -200,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def operation_of(method: str, path: str, headers: dict[str, str]) -> str:
-    """The name of a request's operation, as in the documentation."""
+    """Return the name of a request's operation, as in the documentation."""
     query = parse_qs(urlsplit(path).query, keep_blank_values=True)
     names = {name.lower() for name in headers}
     if method == "GET":

@@ -40,7 +40,15 @@ Outcomes = Callable[..., None]
 
 
 class Readers:
-    """The reading commands of one home, and their output without faults."""
+    """Runs the reading commands of one home, and compares their output with that without faults.
+
+    Args:
+        forks: fork server that runs the commands.
+        home: home in which they run.
+        snapshot: content of the home before each run.
+        commands: arguments of the commands; ``{into}`` stands for an output folder.
+        variables: environment variables, added to those of the home.
+    """
 
     def __init__(
         self,
@@ -88,6 +96,7 @@ class Readers:
         return "same output", ""
 
     def _changed(self, completed: Completed) -> list[int]:
+        """Return the index of each successful command whose output differs from the expected."""
         pairs = zip(
             completed.codes, completed.outputs, self._expected.outputs, self._commands, strict=True
         )
@@ -99,6 +108,7 @@ class Readers:
         ]
 
     def _problems(self, completed: Completed, flipped: str, body: bytes) -> list[str]:
+        """Describe each violation of the claim; ``flipped`` is the file with the flipped bit."""
         if completed.crashed or len(completed.codes) != len(self._commands):
             return [f"crashed: {completed.text}"]
         problems = []
@@ -127,7 +137,7 @@ class Readers:
 
 
 def comparable_output(command: list[str], output: str) -> Any:
-    """The output of a command without latencies, which differ between two runs of an order."""
+    """Return the output of a command without latencies, which differ between runs of an order."""
     if command[0] != "compress":
         return output
     result = json.loads(output)
@@ -143,12 +153,12 @@ def comparable_output(command: list[str], output: str) -> Any:
 
 
 def is_content(name: str) -> bool:
-    """Whether a file is part of an artifact, stored under a name that follows from its content."""
+    """Return whether a file is part of an artifact, whose name is a hash of its content."""
     return "/artifacts/" in name or "/blobs/" in name
 
 
 def positions(name: str, size: int, draw: random.Random) -> list[tuple[int, int]]:
-    """Positions of bytes and bits to flip in one file."""
+    """Draw the bits to flip in one file, as position of the byte and number of the bit."""
     drawn = DRAWN_IN_FILES
     if Path(name).name == "registry.db":
         drawn = DRAWN_IN_REGISTRY
@@ -160,7 +170,7 @@ def positions(name: str, size: int, draw: random.Random) -> list[tuple[int, int]
 
 
 def every_flip(readers: Readers) -> list[tuple[str, int, int]]:
-    """All flips in a home; independent of random file names."""
+    """Return all flips in a home as (file, position, bit), the same in every run."""
     draw = random.Random(SEED)
     flips = []
     for name, path in sorted(readers.files.items()):
@@ -171,7 +181,7 @@ def every_flip(readers: Readers) -> list[tuple[str, int, int]]:
 
 
 def category(name: str) -> str:
-    """The category of a file in the table of outcomes."""
+    """Return the category of a file in the table of outcomes."""
     if is_content(name):
         return "manifests" if name.endswith("manifest.json") else "files of artifacts"
     if name.startswith("triton/"):
@@ -181,6 +191,7 @@ def category(name: str) -> str:
 
 
 def check(readers: Readers, flips: list[tuple[str, int, int]], outcomes: Outcomes) -> None:
+    """Run all flips, count their outcomes, and fail if any of them violates the claim."""
     failed = []
     for name, position, bit in flips:
         outcome, problem = readers.flip(name, position, bit)
@@ -191,7 +202,7 @@ def check(readers: Readers, flips: list[tuple[str, int, int]], outcomes: Outcome
 
 
 def reading_commands(model: str) -> list[list[str]]:
-    """All commands that only read a registered model."""
+    """Return the arguments of all commands that only read a registered model."""
     return [
         ["registry", "list", "--json"],
         ["registry", "show", model, "--version", "1", "--json"],

@@ -1,4 +1,4 @@
-"""Disks of several sizes that become full during pack, compress and promote.
+"""Run pack, compress and promote on disks that become full.
 
 Claim: the command exits with code 1 and an error message. No partial content is visible and no
 stored content is lost. After space is freed, the same command has the same result as on a large
@@ -55,7 +55,7 @@ def disk(mount_point: Path, kilobytes: int) -> Iterator[Disk]:
 
 
 def check_failed(completed: Completed, home: Home, case: str, outcomes: Outcomes) -> None:
-    """A failed command prints an error message, and all visible content is intact."""
+    """Check that a failed command printed an error message, and that all content is intact."""
     assert not completed.crashed, completed.text
     assert completed.code in {0, 1}, completed.text
     if completed.code:
@@ -82,6 +82,7 @@ def test_pack_with_any_limit_on_files_exits_with_code_1_and_works_afterwards(
 def check_limited(
     kilobytes: int, forks: Forks, root: Path, empty: Path, draft: Path, outcomes: Outcomes
 ) -> None:
+    """Pack a draft with a limit on the size of files, check the failure, and pack again without."""
     home = Home(root / "home")
     home.restore(empty)
     command = ["bundle", "pack", str(draft)]

@@ -1,6 +1,6 @@
-"""Mutated inputs for all parsers of untrusted bytes.
+"""Fuzz all parsers of untrusted bytes with mutated inputs.
 
-Claim: a parser returns a result or raises one of our error classes, within 5 seconds and 2 GiB.
+Claim: a parser returns a result or raises one of this project's errors, within 5 s and 2 GiB.
 There is no other exception, no crash of the process, and no message of more than 20,000 characters.
 
 Enumeration: 10,000 inputs per parser in the nightly tier, 25 by default, with fixed seeds (see

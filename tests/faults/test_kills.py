@@ -52,7 +52,7 @@ ORDER = Scenario("compress", ("compress", "--order", "{order}"), "packed")
 
 
 class KillTest:
-    """Kills and reruns of one scenario in one home.
+    """Kills and repeats the command of one scenario in one home.
 
     Args:
         forks: fork server that runs the commands.
@@ -95,7 +95,7 @@ class KillTest:
         return self._forks.run(self._command, variables=self._variables, fault=fault)
 
     def problems(self, *faults: dict[str, Any]) -> list[str]:
-        """Problems after these kills, one after another, and one more run without a kill."""
+        """Run with each kill in turn, then once without; describe what is wrong afterwards."""
         self.home.restore(self._snapshot)
         problems: list[str] = []
         for fault in faults:
@@ -119,7 +119,7 @@ class KillTest:
 
 
 def different(expected: dict[str, Any], result: dict[str, Any]) -> str:
-    """The parts of a state that differ."""
+    """Describe the parts of a state that differ from the expected one."""
     return "; ".join(
         f"{key}: expected {expected[key]}, got {result[key]}"
         for key in expected
@@ -167,6 +167,7 @@ def unused_home(root: Path) -> Path:
 def killing(
     forks: Forks, root: Path, draft: Path, order: Path, request: pytest.FixtureRequest
 ) -> Callable[[Scenario], KillTest]:
+    """A function that prepares the ``KillTest`` of a scenario."""
     preload = request.node.get_closest_marker("nightly") is not None
 
     def prepare(scenario: Scenario) -> KillTest:

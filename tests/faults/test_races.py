@@ -1,4 +1,4 @@
-"""Concurrent processes in one home, or on one S3 store.
+"""Run commands in concurrent processes, in one home or on one S3 store.
 
 Claim: for any interleaving, each order has one registered version. Each model has one ledger
 without gaps, duplicates or lost confirmations, and the registry's alias is the ledger's last entry.
@@ -31,7 +31,7 @@ Outcomes = Callable[..., None]
 
 
 def promotions(round_: int) -> list[tuple[str, ...]]:
-    """Commands of one round: promotions, with rollbacks in every second round."""
+    """Return the commands of one round: promotions, and rollbacks in every second round."""
     commands = [
         ("registry", "promote", "m", "--version", str(1 + number % 3), "--reason", f"{number}")
         for number in range(PROCESSES)
@@ -52,7 +52,7 @@ def race(
 def check_promotions(
     home: Home, store: Store, before: int, completed: list[Completed], case: str, outcomes: Outcomes
 ) -> None:
-    """The ledger is linear, the alias is its last entry, and confirmed commands are in it."""
+    """Check that the ledger is linear, and that the alias ``champion`` is its last entry."""
     assert not any(item.crashed for item in completed), [
         item.text for item in completed if item.crashed
     ]

@@ -55,7 +55,12 @@ def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prox
 
 
 class Operation:
-    """One operation on a store: preparation, execution and check, with a new key each time."""
+    """Prepares, runs and checks one operation on a store; each repetition has a new key.
+
+    Args:
+        name: an entry of ``OPERATIONS``.
+        folder: folder for the files of the operation.
+    """
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self._folder, self._number = name, folder, 0
@@ -106,7 +111,7 @@ class Operation:
         return self._ledger.append("2", ORDER_DIGEST, "promote", "me", "once", expected=1).reason
 
     def expected(self) -> Any:
-        """The result of the operation without faults."""
+        """Return the result of the operation without faults."""
         return {
             "get an artifact": lambda: contents(self._source),
             "read a record": lambda: {"text": self.body.hex()},
@@ -137,7 +142,7 @@ OPERATIONS = (
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of all files of a flat folder."""
+    """Return the content of every file in a folder without subfolders, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -281,7 +286,7 @@ def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_ea
 
 
 class OrderOnS3:
-    """A complete order whose store is accessed through the proxy.
+    """Runs the commands of an order whose store is accessed through the proxy.
 
     Args:
         forks: fork server that runs the commands.

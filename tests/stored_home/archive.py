@@ -1,4 +1,4 @@
-"""Pack and unpack the home of a fixture: reproducible archives, safe extraction.
+"""Pack the home of a fixture in a reproducible archive, and extract it safely.
 
 References in a home are relative to the store's root, so a home can be unpacked to any folder
 without changes. The archive is split into parts because the repository accepts no file over 1 MB.
@@ -16,7 +16,7 @@ MAX_HOME_BYTES = 100_000_000
 
 
 def fixtures() -> tuple[Path, ...]:
-    """The folders of all stored homes, oldest first."""
+    """Return the folders of all fixtures, oldest first."""
     return tuple(sorted(path for path in FIXTURES.iterdir() if path.is_dir()))
 
 

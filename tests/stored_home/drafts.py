@@ -1,4 +1,4 @@
-"""Drafts of the stored home: one click model, one ranking model, one retrieval model.
+"""Write the drafts of the stored home: a click model, a ranking model and a retrieval model.
 
 All data is generated from a seed. Labels follow the network's scores, so the original network is
 close to optimal and steps that train have a signal to learn from.
@@ -132,7 +132,7 @@ def write_retrieval_draft(folder: Path, *, name: str = "finder") -> Path:
 
 
 def scored_inputs(name: str) -> dict[str, Tensor]:
-    """Fixed inputs for scoring the bundles of one model, by argument name.
+    """Return fixed inputs for scoring the bundles of one model, by argument name.
 
     Args:
         name: ``clicks``, ``ranker`` or ``finder``.
@@ -214,6 +214,7 @@ def _dense_input() -> dict[str, Any]:
 
 
 def _rows(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
+    """Draw the input columns of the click and the ranking model."""
     # Skewed lookups as in real logs: few ids have most of the lookups.
     users, items = CLICK_CONFIG["users"], CLICK_CONFIG["items"]
     return {
@@ -225,24 +226,27 @@ def _rows(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
 
 
 def _bags(count: int, tags: int, draw: np.random.Generator) -> pa.Array:
+    """Draw ``count`` lists of at most ``MAX_BAG`` tags."""
     lengths = draw.integers(0, MAX_BAG + 1, count)
     bags = [draw.integers(0, tags, length).tolist() for length in lengths]
     return pa.array(bags, pa.list_(pa.int64()))
 
 
 def _dense(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
+    """Draw the columns of the dense input."""
     # Multiples of 0.5 are exact in float32 and keep the files small.
     numbers: NDArray[np.float32] = np.round(2 * draw.normal(size=(DENSE, count))).astype(np.float32)
     return {f"d{index}": pa.array(row / 2) for index, row in enumerate(numbers)}
 
 
 def _matrix(columns: dict[str, pa.Array]) -> Tensor:
+    """Return the columns of the dense input as float32 ``(rows, DENSE)``."""
     rows = [columns[f"d{index}"].to_numpy() for index in range(DENSE)]
     return torch.tensor(np.stack(rows, axis=1), dtype=torch.float32)
 
 
 def _flat(bags: pa.Array) -> tuple[Tensor, Tensor]:
-    """Values and offsets of a list column."""
+    """Return the values and the offsets of a list column."""
     lists = bags.to_pylist()
     lengths = torch.tensor([len(ids) for ids in lists])
     values = torch.tensor([number for ids in lists for number in ids], dtype=torch.int64)
@@ -250,6 +254,7 @@ def _flat(bags: pa.Array) -> tuple[Tensor, Tensor]:
 
 
 def _arguments(columns: dict[str, pa.Array]) -> dict[str, Tensor]:
+    """Convert columns to the arguments of ``ClickNet.forward``."""
     tags, offsets = _flat(columns["tags"])
     return {
         "user": torch.tensor(columns["user"].to_numpy()),

@@ -1,4 +1,4 @@
-"""Scores of stored bundles and graphs on fixed inputs, and the environment that determines them.
+"""Compute the scores of stored bundles and graphs on fixed inputs, and describe the environment.
 
 The instruction set determines the order of float sums: torch, MKL and ONNX Runtime choose kernels
 when they start. ``environment`` returns the processor and the library versions. If both are equal
@@ -32,7 +32,7 @@ FloatArray = NDArray[np.float32]
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """The processor and the library versions that determine the last bits of a score."""
+    """Return the processor and the library versions that determine the last bits of a score."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
@@ -47,14 +47,14 @@ def environment() -> dict[str, str]:
 
 
 def module_scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> FloatArray:
-    """Scores of a loaded bundle, float32 ``(rows,)``."""
+    """Compute the scores of a loaded bundle, float32 ``(rows,)``."""
     with _one_thread(), torch.no_grad():
         scores: Tensor = module(**inputs)
     return scores.reshape(-1).numpy()
 
 
 def graph_scores(path: Path, names: tuple[str, ...], inputs: Mapping[str, Tensor]) -> FloatArray:
-    """Scores or vectors of a stored graph in ONNX Runtime.
+    """Compute the scores or vectors of a stored graph in ONNX Runtime.
 
     Args:
         path: the ONNX file.
@@ -65,7 +65,7 @@ def graph_scores(path: Path, names: tuple[str, ...], inputs: Mapping[str, Tensor
 
 
 def edge_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs with some ids out of range; the stored scores cover the graph's policy."""
+    """Return the inputs with some ids out of range, to cover the graph's policy for them."""
     changed = {name: tensor.clone() for name, tensor in inputs.items()}
     changed["user"][0] = CLICK_CONFIG["users"]
     changed["item"][1] = -1
@@ -74,7 +74,7 @@ def edge_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensors_digest(module: nn.Module) -> str:
-    """SHA-256 of dtype, shape and bytes of all tensors of a module, independent of their names."""
+    """Hash dtype, shape and bytes of all tensors of a module, independent of their names."""
     descriptions = []
     for tensor in module.state_dict().values():
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -85,6 +85,7 @@ def tensors_digest(module: nn.Module) -> str:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
+    """Run torch with one thread in the block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

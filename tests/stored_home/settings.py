@@ -1,7 +1,8 @@
-"""All settings that a current order file may contain, as JSON: steps, limits and whole orders.
+"""List all settings that a current order file may contain, as JSON: steps, limits and orders.
 
-Every registered step with all fields, once with defaults and once for each other value of a field
-with named choices; every metric with every reference; every preset as a complete order.
+The steps are every registered step with all fields, once with defaults and once for each other
+value of a field with named choices. The limits are every metric with every reference. The orders
+are every preset as a complete order.
 """
 
 import types
@@ -22,13 +23,13 @@ STEP: TypeAdapter[Any] = TypeAdapter(AnyStep)
 
 
 def registered_steps() -> tuple[type[BaseModel], ...]:
-    """The classes of all registered steps."""
+    """Return the classes of all registered steps."""
     classes: tuple[type[BaseModel], ...] = tuple(METHODS.values())
     return classes
 
 
 def step_documents() -> list[Document]:
-    """All registered steps as JSON with all fields."""
+    """Return all registered steps as JSON with all fields."""
     documents: list[Document] = []
     for step in registered_steps():
         default = step().model_dump(mode="json")
@@ -45,7 +46,7 @@ def step_documents() -> list[Document]:
 
 
 def limit_documents() -> list[Document]:
-    """Limits on every metric with every reference that the metric allows."""
+    """Return limits on every metric with every reference that the metric allows."""
     documents: list[Document] = []
     for metric in usual_metrics():
         for against in get_args(Against):
@@ -59,7 +60,7 @@ def limit_documents() -> list[Document]:
 
 
 def order_documents() -> list[Document]:
-    """One order per preset with all fields, as in a report."""
+    """Return one order per preset with all fields, as in a report."""
     orders: list[Document] = []
     for preset in get_args(Preset):
         order = Order(
@@ -73,7 +74,7 @@ def order_documents() -> list[Document]:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The named choices of a field, including those within a union."""
+    """Return the named choices of a field, including those within a union."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if get_origin(annotation) in (typing.Union, types.UnionType):

@@ -43,19 +43,19 @@ class Fixture:
     root: Path
 
     def inputs(self, model: str) -> dict[str, torch.Tensor]:
-        """The fixed inputs for scoring the bundles of a model."""
+        """Return the fixed inputs for scoring the bundles of a model."""
         prefix = f"input/{model}/"
         tensors = self.tensors.items()
         return {name.removeprefix(prefix): t for name, t in tensors if name.startswith(prefix)}
 
     def scores(self, key: str) -> NDArray[np.float32]:
-        """Stored scores or vectors."""
+        """Return stored scores or vectors."""
         return self.tensors[key].numpy()
 
 
 @functools.cache
 def stored(name: str) -> Fixture:
-    """A fixture by its name, unpacked to a folder that no test may change."""
+    """Return a fixture by its name, unpacked to a folder that no test may change."""
     (folder,) = [path for path in fixtures() if path.name == name]
     root = Path(_SCRATCH.name) / name
     unpack(folder, root)
@@ -69,7 +69,7 @@ WITH_ORDERS = [name for name in NAMES if "finished" in EXPECTED[name]]
 
 
 def copied(name: str, into: Path) -> Path:
-    """A copy of a fixture's home, for a test that changes it."""
+    """Copy a fixture's home for a test that changes it, and return the copy."""
     shutil.copytree(stored(name).root, into)
     return into
 
@@ -83,6 +83,7 @@ def enter(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
 
 
 def artifact(sha256: str) -> Artifact:
+    """Return an artifact of the current store by its hash."""
     return store().artifact(f"artifacts/{sha256}")
 
 
@@ -113,7 +114,7 @@ def require_equal(
 
 
 def bundle_of(graph: str, expected: dict[str, Any]) -> str | None:
-    """SHA-256 of the compressed bundle of a graph; None if the graph is of an original model."""
+    """Return the hash of a graph's compressed bundle; None for a graph of an original model."""
     for recipe in expected["recipes"].values():
         if recipe["graph"] == graph:
             return str(recipe["bundle"])
