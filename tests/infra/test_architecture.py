@@ -1,4 +1,4 @@
-"""Only allow-listed modules are imported, and only network classes come back."""
+"""Import of network classes from allow-listed modules, and the digest of their source code."""
 
 import sys
 import textwrap
@@ -28,7 +28,7 @@ NETWORK = """
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package ``shopnets`` whose modules are gone from ``sys.modules`` afterwards."""
+    """A package ``shopnets``; its modules are removed from ``sys.modules`` afterwards."""
     folder = tmp_path / "shopnets"
     folder.mkdir()
     write(folder / "__init__.py", "")

@@ -1,4 +1,4 @@
-"""Arrow uses the system's allocator in every process that imports a module of ``infra``."""
+"""Arrow's memory pool in a process that imports a module of ``infra``."""
 
 import os
 import subprocess
@@ -11,15 +11,15 @@ from infra.arrow_memory import ARROW_POOL
 
 
 @pytest.mark.parametrize(
-    ("stated", "expected"),
+    ("variables", "expected"),
     [({}, "system"), ({"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}, "mimalloc")],
 )
-def test_arrow_uses_the_systems_pool_unless_another_is_stated(
-    stated: dict[str, str], expected: str
+def test_arrow_uses_the_system_pool_unless_the_variable_is_set(
+    variables: dict[str, str], expected: str
 ) -> None:
-    env = {name: value for name, value in os.environ.items() if name not in ARROW_POOL} | stated
+    env = {name: value for name, value in os.environ.items() if name not in ARROW_POOL} | variables
     code = "import infra.data.splits, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
-    printed = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     ).stdout
-    assert printed.strip() == expected
+    assert output.strip() == expected

@@ -1,4 +1,4 @@
-"""Available memory is the least of all limits, and every library's own error is recognized."""
+"""The estimate of available memory, and recognition of out-of-memory errors of all libraries."""
 
 import errno
 import subprocess
@@ -23,14 +23,15 @@ MIB = 2**20
 TOO_MUCH = 2**46  # bytes: more than any address space that these processes may use
 
 
-def native_error(cause) -> BaseException:
+def error_of(cause) -> BaseException:
+    """Return the exception that a call raises."""
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - each library has its own class
         cause()
     return caught.value
 
 
 def onnxruntime_error() -> None:
-    """A graph whose one constant is larger than the address space."""
+    """Run a graph with a constant that is larger than the address space."""
     shape = onnx.helper.make_tensor("s", onnx.TensorProto.INT64, [1], [TOO_MUCH // 4])
     node = onnx.helper.make_node("ConstantOfShape", ["s"], ["y"])
     output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None])
@@ -51,12 +52,12 @@ def onnxruntime_error() -> None:
     ],
     ids=["python", "numpy", "torch", "pyarrow", "onnxruntime"],
 )
-def test_the_real_error_of_each_library_is_out_of_memory(cause):
-    fault = native_error(cause)
+def test_allocation_error_of_each_library_is_out_of_memory(cause):
+    fault = error_of(cause)
     assert is_out_of_memory(fault), repr(fault)
-    found = as_out_of_memory(fault, "This test")
-    assert found is not None
-    assert str(found).startswith("This test ran out of memory.")
+    error = as_out_of_memory(fault, "This test")
+    assert error is not None
+    assert str(error).startswith("This test ran out of memory.")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_the_real_error_of_each_library_is_out_of_memory(cause):
         RuntimeError("can't start new thread"),
     ],
 )
-def test_errors_that_cannot_be_caused_here_are_recognized_by_their_words(fault):
+def test_is_out_of_memory_recognizes_messages_of_libraries(fault):
     assert is_out_of_memory(fault)
 
 
@@ -83,17 +84,17 @@ def test_errors_that_cannot_be_caused_here_are_recognized_by_their_words(fault):
         ImportError("libx.so: failed to map segment from shared object: Operation not permitted"),
     ],
 )
-def test_a_name_that_reads_like_an_error_is_not_one(fault):
+def test_is_out_of_memory_ignores_names_that_contain_its_words(fault):
     assert not is_out_of_memory(fault)
 
 
-def test_an_error_raised_from_an_exhausted_memory_is_out_of_memory():
+def test_error_caused_by_memory_error_is_out_of_memory():
     fault = ModelRefused("values_missing", names=("weight",))
     fault.__cause__ = MemoryError()
     assert is_out_of_memory(fault)
 
 
-def test_a_block_raises_out_of_memory_and_leaves_other_errors_alone():
+def test_memory_errors_converts_only_out_of_memory_errors():
     with (
         raises_code(OutOfMemory, None, doing="Lowering"),
         memory_errors(lambda: "Lowering"),
@@ -103,7 +104,7 @@ def test_a_block_raises_out_of_memory_and_leaves_other_errors_alone():
         raise KeyError("x")
 
 
-def test_an_error_of_the_system_for_lack_of_memory_is_no_bad_input(tmp_path):
+def test_enomem_of_a_file_is_out_of_memory(tmp_path):
     fault = OSError(errno.ENOMEM, "Cannot allocate memory", str(tmp_path))
     assert isinstance(of_input(fault), OutOfMemory)
     assert isinstance(translate(fault, tmp_path, "read"), OutOfMemory)
@@ -120,16 +121,16 @@ print(found.bytes, found.limit)
 
 
 @pytest.mark.parametrize(("limit", "words"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")])
-def test_the_limits_of_the_process_bound_what_is_available(limit, words):
+def test_available_memory_is_bounded_by_limits_of_the_process(limit, words):
     command = [sys.executable, "-c", AVAILABLE, limit, str(512 * MIB)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert 100 * MIB < int(said.split()[0]) < 512 * MIB
-    assert words in said
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert 100 * MIB < int(output.split()[0]) < 512 * MIB
+    assert words in output
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """Files of /proc and control groups with given numbers."""
+def simulated_machine(tmp_path, monkeypatch):
+    """Files of ``/proc`` with fixed numbers, and a function that writes those of control groups."""
     monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -149,43 +150,43 @@ def machine(tmp_path, monkeypatch):
 STAT = "anon 1\nfile 3\ninactive_file 1048576\nactive_file 1048576\n"
 
 
-def test_the_memory_of_the_machine_is_available_without_other_limits(machine):
+def test_available_memory_without_limits_is_that_of_the_machine(simulated_machine):
     assert available_memory() == (8000 * 1024, "the memory of this machine")
 
 
-def test_a_control_group_of_version_2_and_every_group_above_it_count(machine):
+def test_available_memory_is_bounded_by_all_parents_of_a_version_2_control_group(simulated_machine):
     unlimited = {"memory.max": "max", "memory.current": "1", "memory.stat": STAT}
     limited = {"memory.max": str(7 * MIB), "memory.current": str(4 * MIB), "memory.stat": STAT}
-    machine("a/b", unlimited, "0::/a/b\n")
-    machine("a", limited, "0::/a/b\n")
-    found = available_memory()
-    assert found.bytes == 5 * MIB, "what is used, less the cached files, is taken off"
-    assert "control group" in found.limit
+    simulated_machine("a/b", unlimited, "0::/a/b\n")
+    simulated_machine("a", limited, "0::/a/b\n")
+    error = available_memory()
+    assert error.bytes == 5 * MIB, "cached files do not count as used"
+    assert "control group" in error.limit
 
 
-def test_a_control_group_of_version_1_counts(machine):
+def test_available_memory_is_bounded_by_a_version_1_control_group(simulated_machine):
     files = {
         "memory.limit_in_bytes": str(4 * MIB),
         "memory.usage_in_bytes": str(3 * MIB),
         "memory.stat": STAT,
     }
-    machine("memory/a", files, "5:cpu:/x\n4:memory:/a\n")
+    simulated_machine("memory/a", files, "5:cpu:/x\n4:memory:/a\n")
     assert available_memory().bytes == 3 * MIB
 
 
-def test_the_setting_replaces_what_was_found(machine, monkeypatch):
+def test_memory_setting_replaces_all_other_limits(simulated_machine, monkeypatch):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "1")
     assert available_memory() == (MIB - 100 * 1024, "RECPRESS_MEMORY_MB=1")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", "1e300"])
-def test_a_setting_that_is_no_size_is_refused(monkeypatch, text):
+def test_memory_setting_that_is_no_positive_number_is_refused(monkeypatch, text):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", text)
     with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_MEMORY_MB"):
         available_memory()
 
 
-def test_a_refusal_names_both_figures_and_the_remedy(monkeypatch):
+def test_require_memory_raises_with_needed_memory_and_limit(monkeypatch):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "100")
     with raises_code(
         OutOfMemory,

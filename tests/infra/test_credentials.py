@@ -1,4 +1,7 @@
-"""No message, log record or address of ours carries a credential."""
+"""Removal of credentials from messages, addresses, exceptions and log records.
+
+``SECRETS`` are random values of variables such as passwords; no output may contain one of them.
+"""
 
 import logging
 import os
@@ -27,21 +30,21 @@ from infra.services.setup import make_buckets
 from infra.settings import load_settings, shown
 from infra.store.object_store import Store
 
-PLANTED = canaries()
-SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
-ENCODED = PLANTED.in_address("MLFLOW_TRACKING_URI")
+SECRETS = canaries()
+SECRET = SECRETS.of("MLFLOW_TRACKING_URI")
+ENCODED = SECRETS.in_address("MLFLOW_TRACKING_URI")
 
 
-def chain(fault: BaseException) -> str:
-    """All that a program may print or store of an exception, its hidden context left out."""
+def formatted_exception(fault: BaseException) -> str:
+    """Return all text of an exception that a program may print or store."""
     return "".join(traceback.format_exception(fault)) + repr(fault) + repr(fault.args)
 
 
-def assert_clean(*texts: str, planted: Canaries = PLANTED) -> None:
+def assert_clean(*texts: str, planted: Canaries = SECRETS) -> None:
     assert traces(planted, [], {str(number): text for number, text in enumerate(texts)}) == []
 
 
-# --- text ------------------------------------------------------------------------------------
+# --- Text ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,23 +63,25 @@ def assert_clean(*texts: str, planted: Canaries = PLANTED) -> None:
         ("write to a@b.example", "write to a@b.example"),
     ],
 )
-def test_logins_and_tokens_in_addresses_are_hidden_and_other_text_stays(
+def test_cleaned_hides_logins_and_tokens_in_addresses_and_no_other_text(
     text: str, safe: str | None
 ) -> None:
-    found = cleaned(text)
-    assert found == (safe or "https://b.s3/k?X-Amz-Signature=***&X-Amz-Security-Token=***")
+    text_without_secrets = cleaned(text)
+    assert text_without_secrets == (
+        safe or "https://b.s3/k?X-Amz-Signature=***&X-Amz-Security-Token=***"
+    )
 
 
-def test_values_of_secret_variables_are_hidden_wherever_they_stand(
+def test_cleaned_hides_values_of_secret_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, secret in PLANTED.values.items():
+    for name, secret in SECRETS.values.items():
         monkeypatch.setenv(name, secret if "UR" not in name else f"http://me:{secret}@host/x")
-    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:" + PLANTED.of("PREFECT_API_AUTH_STRING"))
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:" + SECRETS.of("PREFECT_API_AUTH_STRING"))
     for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI", "PREFECT_API_AUTH_STRING"):
-        secret = PLANTED.of(name)
+        secret = SECRETS.of(name)
         assert_clean(cleaned(f"password {secret} refused"), cleaned(f"{[secret]}"))
-        assert_clean(cleaned(f"http://me:{PLANTED.in_address(name)}@host"))
+        assert_clean(cleaned(f"http://me:{SECRETS.in_address(name)}@host"))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,7 @@ def test_values_of_secret_variables_are_hidden_wherever_they_stand(
     [lambda text: quote(text, safe=""), quote, quote_plus, lambda text: repr(text)[1:-1]],
     ids=["percent", "percent except /", "form", "repr"],
 )
-def test_encoded_values_of_secret_variables_are_hidden_outside_of_addresses(
+def test_cleaned_hides_encoded_values_of_secret_variables(
     encoded: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = "pä ss/wo\\rd&1"
@@ -92,7 +97,9 @@ def test_encoded_values_of_secret_variables_are_hidden_outside_of_addresses(
     assert cleaned(f"signed with {encoded(secret)} by x") == "signed with *** by x"
 
 
-def test_short_and_ordinary_values_of_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleaned_keeps_short_values_and_values_of_other_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "admin")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "enabled")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/etc/aws/credentials")
@@ -101,28 +108,28 @@ def test_short_and_ordinary_values_of_variables_stay(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("uri", ["https:/me:secret@h/x", "me:secret@h:5000", "s3:me:secret@b"])
-def test_an_address_with_a_missing_slash_is_shown_without_its_password(uri: str) -> None:
+def test_shown_omits_the_password_of_an_address_with_a_missing_slash(uri: str) -> None:
     assert "secret" not in shown(uri)
 
 
-# --- addresses -------------------------------------------------------------------------------
+# --- Addresses -------------------------------------------------------------------------------
 
 
-def test_the_login_of_a_registry_moves_to_the_variables_of_mlflow(
+def test_load_settings_moves_the_login_of_a_registry_to_mlflows_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    password = PLANTED.of("MLFLOW_TRACKING_URI")
-    uri = f"http://some%40body:{PLANTED.in_address('MLFLOW_TRACKING_URI')}@127.0.0.1:9/base"
+    password = SECRETS.of("MLFLOW_TRACKING_URI")
+    uri = f"http://some%40body:{SECRETS.in_address('MLFLOW_TRACKING_URI')}@127.0.0.1:9/base"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert load_settings().registry_uri == "http://127.0.0.1:9/base"
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:9/base"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == "some@body"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == password
-    move_registry_login()  # nothing is left to move
+    move_registry_login()  # a second call changes nothing
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == password
 
 
-def test_mlflow_sends_the_login_that_was_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_uses_the_moved_login(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pass%2Fword@127.0.0.1:9")
     load_settings()
     from mlflow.utils.credentials import get_default_host_creds
@@ -140,44 +147,44 @@ def test_mlflow_sends_the_login_that_was_moved(monkeypatch: pytest.MonkeyPatch) 
         ("postgresql://me@db/m", "postgresql://me@db/m", {}),
     ],
 )
-def test_a_database_uri_is_passed_on_without_its_password(
+def test_bare_database_separates_passwords_from_the_uri(
     uri: str, bare: str | None, options: dict[str, str]
 ) -> None:
     assert bare_database(uri) == (bare or "postgresql://me@db/m?sslmode=require", options)
 
 
-def test_a_database_uri_that_cannot_be_parsed_is_not_repeated() -> None:
+def test_error_for_an_invalid_database_uri_does_not_quote_it() -> None:
     with pytest.raises(ValueError, match="no database URI") as raised:
         bare_database(f"postgresql://me:{ENCODED}@db:port/m")
-    assert_clean(chain(raised.value))
+    assert_clean(formatted_exception(raised.value))
 
 
-def test_the_driver_receives_the_password_and_only_on_its_own_engine(tmp_path) -> None:
+def test_pass_to_driver_adds_the_password_only_for_its_uri(tmp_path) -> None:
     file, other = tmp_path / "a.db", tmp_path / "b.db"
     pass_to_driver(f"sqlite:///{file}", {"password": "secret"})
-    seen: list[dict[str, object]] = []
+    parameters_seen: list[dict[str, object]] = []
     for path in (file, other):
         engine = create_engine(f"sqlite:///{path}")
 
         @event.listens_for(engine, "do_connect")
         def connect(_: object, __: object, ___: object, parameters: dict[str, object]) -> None:
-            seen.append(dict(parameters))
-            parameters.pop("password", None)  # SQLite's driver knows no password
+            parameters_seen.append(dict(parameters))
+            parameters.pop("password", None)  # SQLite's driver has no argument ``password``
 
         with engine.connect():
             pass
         engine.dispose()
         assert "secret" not in repr(engine)
-    assert [item.get("password") for item in seen] == ["secret", None]
+    assert [item.get("password") for item in parameters_seen] == ["secret", None]
 
 
-def test_bare_login_decodes_and_keeps_the_rest() -> None:
+def test_bare_login_decodes_the_login_and_keeps_the_rest_of_the_address() -> None:
     assert bare_login("https://a%3Ab:c@h:1/p?q=1") == ("https://h:1/p?q=1", "a:b", "c")
     assert bare_login("https://token@h") == ("https://h", "token", None)
     assert bare_login("https://h/x@y") == ("https://h/x@y", None, None)
 
 
-# --- exceptions ------------------------------------------------------------------------------
+# --- Exceptions ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,7 +206,7 @@ def test_bare_login_decodes_and_keeps_the_rest() -> None:
         f"http:/somebody:{ENCODED}@127.0.0.1:9",
     ],
 )
-def test_no_exception_of_the_registry_carries_the_credential_of_its_uri(
+def test_errors_of_the_registry_do_not_contain_the_credential_of_its_uri(
     uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -207,49 +214,49 @@ def test_no_exception_of_the_registry_carries_the_credential_of_its_uri(
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)  # 100 s otherwise
     with pytest.raises((InfraError, Refused)) as raised:
         Registry(load_settings().registry_uri).models()
-    assert_clean(chain(raised.value), caplog.text)
+    assert_clean(formatted_exception(raised.value), caplog.text)
     assert raised.value.__cause__ is None
 
 
-def test_no_exception_of_an_s3_store_carries_a_credential(monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoint = f"http://me:{PLANTED.in_address('AWS_ENDPOINT_URL')}@127.0.0.1:9"
+def test_errors_of_an_s3_store_do_not_contain_a_credential(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = f"http://me:{SECRETS.in_address('AWS_ENDPOINT_URL')}@127.0.0.1:9"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.setenv(name, PLANTED.of(name))
+        monkeypatch.setenv(name, SECRETS.of(name))
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     for work in (lambda: Store("s3://models/x").keys(""), lambda: make_buckets(("models",))):
         with pytest.raises((InfraError, Refused)) as raised:
             work()
-        assert_clean(chain(raised.value))
+        assert_clean(formatted_exception(raised.value))
 
 
 @pytest.mark.parametrize("name", ["RECPRESS_STORE", "RECPRESS_TRITON"])
 @pytest.mark.parametrize(
     "form", ["s3://me:{}@bucket/x", "http://me:{}@h", "s3:/me:{}@b", "me:{}@h:1"]
 )
-def test_an_unusable_store_is_named_without_its_credential(name: str, form: str) -> None:
-    for secret in (PLANTED.of(name), PLANTED.in_address(name)):
+def test_error_for_an_invalid_root_does_not_contain_its_credential(name: str, form: str) -> None:
+    for secret in (SECRETS.of(name), SECRETS.in_address(name)):
         root = form.format(secret)
         try:
             uri = Store(root, name).root
         except SettingRefused as fault:
-            assert_clean(chain(fault))
+            assert_clean(formatted_exception(fault))
         else:
-            assert uri.startswith("file://")  # a folder of that name
+            assert uri.startswith("file://")  # the root is a valid name of a folder
 
 
-def test_settings_that_cannot_be_used_carry_no_input_in_their_chain(
+def test_error_for_an_invalid_setting_does_not_contain_its_credential(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RECPRESS_DEVICE", f"http://me:{ENCODED}@host")
     with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_DEVICE") as raised:
         load_settings()
-    assert_clean(chain(raised.value))
+    assert_clean(formatted_exception(raised.value))
 
 
-class Foreign(Exception):
-    """As libraries raise them: its text is not made from its arguments."""
+class LibraryError(Exception):
+    """An exception as of some libraries: its text does not depend on its arguments."""
 
     def __init__(self, uri: str) -> None:
         super().__init__("ignored")
@@ -274,14 +281,14 @@ def registry_refused(text: str) -> RegistryRefused:
         (OSError, OSError),
         (registry_unavailable, RegistryUnavailable),
         (registry_refused, RegistryRefused),
-        (Foreign, Foreign),
+        (LibraryError, LibraryError),
     ],
 )
-def test_an_exception_that_leaves_a_task_keeps_its_class_and_loses_its_secrets(
+def test_clean_exceptions_removes_secrets_and_keeps_the_class(
     make: Callable[[str], Exception], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PLANTED.of("AWS_SECRET_ACCESS_KEY"))
-    text = f"http://me:{ENCODED}@host and {PLANTED.of('AWS_SECRET_ACCESS_KEY')}"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS.of("AWS_SECRET_ACCESS_KEY"))
+    text = f"http://me:{ENCODED}@host and {SECRETS.of('AWS_SECRET_ACCESS_KEY')}"
 
     @clean_exceptions()
     def work() -> None:
@@ -292,31 +299,31 @@ def test_an_exception_that_leaves_a_task_keeps_its_class_and_loses_its_secrets(
 
     with pytest.raises(kind) as raised:
         work()
-    assert_clean(chain(raised.value))
+    assert_clean(formatted_exception(raised.value))
     assert "host" in str(raised.value)
 
 
-def test_an_exception_without_secrets_keeps_its_cause() -> None:
+def test_clean_exceptions_keeps_a_cause_without_secrets() -> None:
     cause = SQLAlchemyError("no such table")
     with pytest.raises(ValueError, match="what") as raised, clean_exceptions():
         raise ValueError("what") from cause
     assert raised.value.__cause__ is cause
 
 
-# --- logs ------------------------------------------------------------------------------------
+# --- Log records -----------------------------------------------------------------------------
 
 
-def test_log_records_of_any_library_carry_no_credential(
+def test_clean_log_records_removes_credentials_from_messages_and_tracebacks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", PLANTED.of("MLFLOW_TRACKING_TOKEN"))
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRETS.of("MLFLOW_TRACKING_TOKEN"))
     clean_log_records()
     log = logging.getLogger("some.library")
     try:
-        raise ConnectionError(f"http://me:{ENCODED}@host", PLANTED.of("MLFLOW_TRACKING_TOKEN"))
+        raise ConnectionError(f"http://me:{ENCODED}@host", SECRETS.of("MLFLOW_TRACKING_TOKEN"))
     except ConnectionError:
         log.exception("could not reach %s", f"http://me:{ENCODED}@host")
-    log.warning("%d%% of %s", 5, {"token": PLANTED.of("MLFLOW_TRACKING_TOKEN")})
+    log.warning("%d%% of %s", 5, {"token": SECRETS.of("MLFLOW_TRACKING_TOKEN")})
     assert "ConnectionError" in caplog.text
     assert "5% of" in caplog.text
     assert_clean(caplog.text)

@@ -1,4 +1,4 @@
-"""Untrusted JSON is checked before it is parsed: memory stays small for any shape."""
+"""Size limits of untrusted JSON: what exceeds them is refused with little memory."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ from infra.bundle.json_reader import decode
 from infra.bundle.shards import stored_tensors
 from infra.errors import BundleRefused
 
-MOST_MEMORY = 300 * 2**20  # beyond what the process has before it reads
+MOST_MEMORY = 300 * 2**20  # in addition to the memory before reading
 
 SHAPES = {
     "empty lists": b"[],",
@@ -56,18 +56,18 @@ for path in map(Path, sys.argv[2:]):
 
 
 def read_in_children(paths: list[Path]) -> list[str]:
-    """What processes that may use ``MOST_MEMORY`` more than they have say, one for each file."""
+    """Read each file in a process with limited memory; return the results of the processes."""
     command = [sys.executable, "-c", READ_WITH_LIMIT, str(MOST_MEMORY), *map(str, paths)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return [line.partition(" ")[0] for line in ended.stdout.splitlines()]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    return [line.partition(" ")[0] for line in completed.stdout.splitlines()]
 
 
 def test_json_beyond_a_limit_is_refused_within_300_mib(tmp_path):
     paths = []
-    for place, item in enumerate(SHAPES.values()):
-        for size in (MAX_JSON_BYTES, 64 << 20) if place == 0 else (MAX_JSON_BYTES,):
-            paths.append(tmp_path / f"{place}-{size}.json")
+    for index, item in enumerate(SHAPES.values()):
+        for size in (MAX_JSON_BYTES, 64 << 20) if index == 0 else (MAX_JSON_BYTES,):
+            paths.append(tmp_path / f"{index}-{size}.json")
             paths[-1].write_bytes(b'{"a":[' + item * ((size - 10) // len(item)) + b"1]}")
     assert read_in_children(paths) == ["refused"] * len(paths)
 
@@ -79,7 +79,7 @@ LARGEST = [(1, 3, 6), pytest.param(range(7), marks=pytest.mark.nightly)]
 @pytest.mark.parametrize("places", LARGEST, ids=["some", "all"])
 def test_largest_allowed_json_is_read_within_300_mib(tmp_path, places):
     most = MAX_JSON_VALUES
-    names = ",".join(f'"k{place}":{{}}' for place in range(most // 3 - 10))
+    names = ",".join(f'"k{index}":{{}}' for index in range(most // 3 - 10))
     texts = [
         '{"a":[' + "[]," * (most // 2 - 10) + "1]}",
         '{"a":[' + '{"a":{}},' * (most // 4 - 10) + "1]}",
@@ -89,9 +89,9 @@ def test_largest_allowed_json_is_read_within_300_mib(tmp_path, places):
         '{"a":"' + "x" * (MAX_JSON_BYTES - 10) + '"}',
         '{"a":"\U0001f600' + "x" * (MAX_JSON_BYTES - 20) + '"}',
     ]
-    paths = [tmp_path / f"{place}.json" for place in places]
-    for place, path in zip(places, paths, strict=True):
-        path.write_text(texts[place], encoding="utf-8")
+    paths = [tmp_path / f"{index}.json" for index in places]
+    for index, path in zip(places, paths, strict=True):
+        path.write_text(texts[index], encoding="utf-8")
     assert read_in_children(paths) == ["read"] * len(paths)
 
 

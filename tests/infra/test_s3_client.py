@@ -1,4 +1,4 @@
-"""How long stores of one process share an S3 client: until something may have changed."""
+"""Sharing of one S3 client by the stores of a process, and the renewal of the client."""
 
 import time
 from types import SimpleNamespace
@@ -14,24 +14,24 @@ from infra.store.s3 import CLIENT_SECONDS, Bucket
 
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that the clients' age is counted in, in seconds."""
-    held = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: held[0], sleep=time.sleep)
-    monkeypatch.setattr(s3_store, "time", clock)
-    return held
+def clock_seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The current time for the age of clients, in seconds; a test can change it."""
+    seconds = [0.0]
+    fake_time = SimpleNamespace(monotonic=lambda: seconds[0], sleep=time.sleep)
+    monkeypatch.setattr(s3_store, "time", fake_time)
+    return seconds
 
 
-def test_stores_share_a_client_for_a_minute(s3: S3Server, now: list[float]) -> None:
+def test_stores_share_one_client_for_a_minute(s3: S3Server, clock_seconds: list[float]) -> None:
     first = Bucket("models", "a")._files
-    now[0] = CLIENT_SECONDS - 1
+    clock_seconds[0] = CLIENT_SECONDS - 1
     assert Bucket("datasets", "b")._files is first
-    now[0] = CLIENT_SECONDS
+    clock_seconds[0] = CLIENT_SECONDS
     assert Bucket("models", "a")._files is not first
 
 
-def test_a_store_uses_the_credentials_of_the_environment_at_its_time(
-    s3: S3Server, now: list[float], monkeypatch: pytest.MonkeyPatch
+def test_store_uses_the_current_credentials_of_the_environment(
+    s3: S3Server, clock_seconds: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Store("s3://models/shared-client").write("key", b"body")
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Documents of schema version 1 are migrated when they are read, and refused in their own terms."""
+"""Migration of ``model.json`` from schema version 1, and the locations in its errors."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ VERSION_2: dict[str, Any] = {
 
 
 def edited(draft: Path, change: Any, *, version: int = 1) -> Path:
-    """Change the document of a draft, in one of the versions."""
+    """Change the ``model.json`` of a draft in one of the schema versions."""
     path = draft / "model.json"
     document = json.loads(path.read_text())
     document = as_version_1(document) if version == 1 else document

@@ -1,4 +1,4 @@
-"""The home folder and the registry's file: every path that the file system allows."""
+"""Settings: the home folder and the registry's SQLite file, for any path."""
 
 import os
 import sqlite3
@@ -12,7 +12,7 @@ from infra.errors import SettingRefused
 from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings, shown, sqlite_file, sqlite_uri
 
-ODD_NAMES = (
+UNUSUAL_NAMES = (
     "a?b",
     "?",
     "a?uri=true",
@@ -34,8 +34,8 @@ ODD_NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_the_uri_of_a_sqlite_file_opens_that_file_for_any_path(
+@pytest.mark.parametrize("name", UNUSUAL_NAMES)
+def test_sqlite_uri_opens_its_file_for_any_path(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -72,11 +72,11 @@ def test_the_uri_of_a_sqlite_file_opens_that_file_for_any_path(
         ("/srv/registry.db", None),
     ],
 )
-def test_the_file_of_a_sqlite_uri_is_the_one_sqlalchemy_opens(uri: str, file: str | None) -> None:
+def test_sqlite_file_returns_the_file_that_sqlalchemy_opens(uri: str, file: str | None) -> None:
     assert sqlite_file(uri) == (None if file is None else Path(file))
 
 
-def test_a_relative_sqlite_uri_is_relative_to_the_working_folder(
+def test_sqlite_file_of_a_relative_uri_is_relative_to_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def test_a_relative_sqlite_uri_is_relative_to_the_working_folder(
     assert sqlite_file("sqlite:///file:registry.db?uri=true") == tmp_path / "registry.db"
 
 
-def test_a_home_with_special_characters_holds_its_own_registry(
+def test_home_with_special_characters_contains_its_registry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = tmp_path / "work"
@@ -93,37 +93,35 @@ def test_a_home_with_special_characters_holds_its_own_registry(
     home = tmp_path / "a?b#c%41%20 d&e=f;g:h'i\"~@ü"
     monkeypatch.setenv("RECPRESS_HOME", str(home))
     registry = Registry(load_settings().registry_uri)
-    made = registry.publish("m", "0" * 64, "artifacts/" + "0" * 64, {}, "")
-    assert made.version == "1"
+    published = registry.publish("m", "0" * 64, "artifacts/" + "0" * 64, {}, "")
+    assert published.version == "1"
     assert (home / "registry.db").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"work", home.name}
     assert list(work.iterdir()) == []
 
 
-@pytest.mark.parametrize("given", ["x", "x/", "./x/../x", "link/../x", "x//", "y/../x/."])
-def test_a_home_has_one_spelling(
-    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("home", ["x", "x/", "./x/../x", "link/../x", "x//", "y/../x/."])
+def test_home_is_normalized_to_one_path(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RECPRESS_HOME", given)
+    monkeypatch.setenv("RECPRESS_HOME", home)
     settings = load_settings()
     assert settings.home == tmp_path / "x"
     assert settings.store_root == str(tmp_path / "x" / "store")
     assert sqlite_file(settings.registry_uri) == tmp_path / "x" / "registry.db"
 
 
-@pytest.mark.parametrize("given", ["~no-such-user-here/x", os.fsdecode(b"/srv/\xff")])
-def test_a_home_that_cannot_be_a_path_is_refused(
-    given: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RECPRESS_HOME", given)
+@pytest.mark.parametrize("home", ["~no-such-user-here/x", os.fsdecode(b"/srv/\xff")])
+def test_home_that_is_no_valid_path_is_refused(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECPRESS_HOME", home)
     with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_HOME"):
         load_settings()
 
 
-def test_a_shown_sqlite_uri_is_its_whole_path() -> None:
+def test_shown_keeps_the_path_of_a_sqlite_uri() -> None:
     file = Path("/srv/me@work/a?b/registry.db")
     assert shown(sqlite_uri(file)) == f"sqlite:///{file}"
     assert shown("sqlite:////srv/me@work/registry.db") == "sqlite:////srv/me@work/registry.db"

@@ -1,4 +1,4 @@
-"""No library reports its use: the variables are set before any of them is imported."""
+"""Usage reports of libraries: the variables that disable them are set before the imports."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ from drafts import ROOT
 from infra.telemetry import TELEMETRY_OFF
 
 
-def printed_by(code: str, home: Path) -> str:
-    """What a new process prints that has none of the variables."""
+def output_of(code: str, home: Path) -> str:
+    """Run code in a process without the variables, and return what it prints."""
     env = {name: value for name, value in os.environ.items() if name not in TELEMETRY_OFF}
     env |= {"HOME": str(home), "PREFECT_HOME": str(home / "prefect"), "XDG_CACHE_HOME": ""}
     return subprocess.run(
@@ -20,8 +20,8 @@ def printed_by(code: str, home: Path) -> str:
     ).stdout
 
 
-def identifiers(home: Path) -> list[str]:
-    """The files in which ONNX Runtime keeps an identifier of this machine and unsent events."""
+def identifier_files(home: Path) -> list[str]:
+    """Return the files in which ONNX Runtime stores an identifier of the machine and events."""
     return sorted(path.name for path in home.rglob("*") if ".onnxruntime" in path.parts)
 
 
@@ -34,7 +34,9 @@ def identifiers(home: Path) -> list[str]:
         pytest.param("flows.compress", marks=pytest.mark.nightly),  # imports for seconds
     ],
 )
-def test_every_variable_is_set_when_a_module_is_imported(module: str, tmp_path: Path) -> None:
+def test_import_of_any_module_sets_all_variables_before_the_libraries(
+    module: str, tmp_path: Path
+) -> None:
     libraries = "'prefect', 'mlflow', 'great_expectations', 'onnxruntime'"
     code = f"""
 import sys, importlib.abc
@@ -49,13 +51,13 @@ sys.meta_path.insert(0, Watch())
 import {module}, os
 print({{name: os.environ.get(name) for name in {list(TELEMETRY_OFF)!r}}})
 """
-    assert printed_by(code, tmp_path).strip() == repr(TELEMETRY_OFF)
+    assert output_of(code, tmp_path).strip() == repr(TELEMETRY_OFF)
 
 
-def test_onnx_runtime_leaves_no_identifier_of_the_machine(tmp_path: Path) -> None:
-    without, with_infra = tmp_path / "without", tmp_path / "with"
-    printed_by("import onnxruntime", without)
-    if not identifiers(without):
+def test_onnx_runtime_stores_no_identifier_of_the_machine(tmp_path: Path) -> None:
+    home_without, home_with = tmp_path / "without", tmp_path / "with"
+    output_of("import onnxruntime", home_without)
+    if not identifier_files(home_without):
         pytest.skip("this build of ONNX Runtime has no telemetry")
-    printed_by("import infra.onnxruntime.sessions, onnxruntime", with_infra)
-    assert identifiers(with_infra) == []
+    output_of("import infra.onnxruntime.sessions, onnxruntime", home_with)
+    assert identifier_files(home_with) == []

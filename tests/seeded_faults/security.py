@@ -116,7 +116,7 @@ FAULTS = (
         new="        for form in (text,):\n",
         effect="A percent-encoded password is printed.",
         tests=(
-            f"{CREDENTIALS}::test_encoded_values_of_secret_variables_are_hidden_outside_of_addresses",
+            f"{CREDENTIALS}::test_cleaned_hides_encoded_values_of_secret_variables",
         ),
     ),
     Fault(
@@ -126,7 +126,7 @@ FAULTS = (
         new='    return _QUERY.sub(rf"\\g<1>{HIDDEN}", text)\n',
         effect="Credentials in a URL of a library's error message are printed.",
         tests=(
-            f"{CREDENTIALS}::test_logins_and_tokens_in_addresses_are_hidden_and_other_text_stays",
+            f"{CREDENTIALS}::test_cleaned_hides_logins_and_tokens_in_addresses_and_no_other_text",
         ),
     ),
     Fault(
@@ -137,7 +137,7 @@ FAULTS = (
         effect="The cause of an exception writes a credential to Prefect's database.",
         tests=(
             f"{CREDENTIALS}"
-            "::test_an_exception_that_leaves_a_task_keeps_its_class_and_loses_its_secrets",
+            "::test_clean_exceptions_removes_secrets_and_keeps_the_class",
         ),
     ),
     Fault(
@@ -173,7 +173,7 @@ FAULTS = (
         effect="A '?' in RECPRESS_HOME moves the registry to another folder.",
         tests=(
             "tests/infra/test_settings.py"
-            "::test_the_uri_of_a_sqlite_file_opens_that_file_for_any_path",
+            "::test_sqlite_uri_opens_its_file_for_any_path",
         ),
     ),
     Fault(
