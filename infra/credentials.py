@@ -31,7 +31,7 @@ MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASS
 SHORTEST = 6
 """Shorter values of variables are not removed from texts, because they may be ordinary words.
 
-Logins in addresses are removed whatever their length.
+Logins in addresses of any length are removed.
 """
 
 _NAMED = re.compile(

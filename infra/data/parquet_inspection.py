@@ -76,7 +76,7 @@ def kind_of(dtype: pa.DataType) -> str:
 
 
 def open_parquet(file: str | Path) -> pq.ParquetFile:
-    """Open a parquet file with a buffer of 1 MiB per column, whatever the row groups' size."""
+    """Open a parquet file with a buffer of 1 MiB per column, for row groups of any size."""
     return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 

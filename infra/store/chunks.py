@@ -1,6 +1,6 @@
 """Read, hash and verify files in chunks with a few threads.
 
-Results are in order. Memory is bounded by a few chunks, whatever the size of the files.
+Results are in order. For files of any size, only a few chunks are in memory.
 """
 
 import hashlib

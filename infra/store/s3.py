@@ -116,7 +116,7 @@ class Bucket:
             try:
                 self._call("put_object", key, Key=self._prefix + key, Body=body, IfNoneMatch="*")
             except StoreOutage as fault:
-                # S3 returns this while another client creates the key, and asks for a retry.
+                # S3 returns this while another client creates the key; a retry may succeed.
                 if fault.code != "create_conflict" or attempt + 1 == ATTEMPTS:
                     raise
                 time.sleep(0.1 * 2**attempt)

@@ -167,7 +167,7 @@ def problems(function, *arguments, **keywords):
 
 
 def wrong_fields(function, *arguments, **keywords):
-    """Return code and fields of each pydantic error behind the ``BundleRefused`` of a call."""
+    """Return code and fields of each pydantic error that caused the ``BundleRefused`` of a call."""
     fault = refusal_of(function, *arguments, **keywords)
     assert fault.code == "fields_unusable", fault
     return value_errors(fault.__cause__)

@@ -606,9 +606,9 @@ def test_unreachable_server_is_an_outage_within_20_seconds(s3, folder, monkeypat
 def serving_responses(
     monkeypatch, status: int, *bodies: str, header: str = "Server"
 ) -> Iterator[None]:
-    """Make ``AWS_ENDPOINT_URL`` a server that answers GET requests with these bodies in turn.
+    """Make ``AWS_ENDPOINT_URL`` a server that responds to GET requests with these bodies.
 
-    The last body is repeated. ``header`` is the name of a header in each response.
+    The bodies are sent in turn; the last one is repeated. ``header`` is the name of a header in each response.
     """
     remaining = list(bodies)
 

@@ -115,9 +115,7 @@ FAULTS = (
         "repr(text)[1:-1]):\n",
         new="        for form in (text,):\n",
         effect="A percent-encoded password is printed.",
-        tests=(
-            f"{CREDENTIALS}::test_cleaned_hides_encoded_values_of_secret_variables",
-        ),
+        tests=(f"{CREDENTIALS}::test_cleaned_hides_encoded_values_of_secret_variables",),
     ),
     Fault(
         id="credentials-login-in-address-shown",
@@ -135,10 +133,7 @@ FAULTS = (
         old="            fault.__cause__ = fault.__context__ = None\n",
         new="            fault.__cause__ = earlier\n",
         effect="The cause of an exception writes a credential to Prefect's database.",
-        tests=(
-            f"{CREDENTIALS}"
-            "::test_clean_exceptions_removes_secrets_and_keeps_the_class",
-        ),
+        tests=(f"{CREDENTIALS}::test_clean_exceptions_removes_secrets_and_keeps_the_class",),
     ),
     Fault(
         id="embedded-server-fixed-secret",
@@ -171,10 +166,7 @@ FAULTS = (
         old='    if "?" not in str(file):\n',
         new='    if "?" not in str(file) or True:\n',
         effect="A '?' in RECPRESS_HOME moves the registry to another folder.",
-        tests=(
-            "tests/infra/test_settings.py"
-            "::test_sqlite_uri_opens_its_file_for_any_path",
-        ),
+        tests=("tests/infra/test_settings.py::test_sqlite_uri_opens_its_file_for_any_path",),
     ),
     Fault(
         id="pages-not-escaped",
