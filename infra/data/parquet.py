@@ -122,11 +122,12 @@ def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
             if isinstance(item, IdInput):
                 uses.append(ColumnUse(column, purpose, ("integer",), id_remedy))
             elif isinstance(item, DenseInput):
-                lists = tuple(f"list of {kind}" for kind in NUMBERS)
+                list_kinds = tuple(f"list of {kind}" for kind in NUMBERS)
+                kinds: tuple[str, ...] = list_kinds
                 if len(item.columns) > 1:
                     kinds = NUMBERS
-                else:
-                    kinds = NUMBERS + lists if item.shape == (1,) else lists
+                elif item.shape == (1,):
+                    kinds = NUMBERS + list_kinds
                 uses.append(ColumnUse(column, purpose, kinds, "Store it as float32."))
             else:
                 uses.append(ColumnUse(column, purpose, ("list of integer",), id_remedy))

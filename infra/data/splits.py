@@ -386,8 +386,8 @@ def check_ids(
             for setting, value in special_ids.items()
             if value >= rows
         ]
-        for split, known in statistics.items():
-            ids = known.inputs.get(item.name)
+        for split, of_split in statistics.items():
+            ids = of_split.inputs.get(item.name)
             if ids is None:  # in a retrieval model, an input is in the catalogue or in the others
                 continue
             limits = (ids.min_id, ids.max_id) if requires_known_ids(split, item) else ()

@@ -24,7 +24,7 @@ SMALL_BYTES = 2**16
 The check, a listing, takes as long as the upload.
 """
 
-Content = TypeVar("Checked")
+Content = TypeVar("Content")
 
 
 def files_below(root: str) -> str:

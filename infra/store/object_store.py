@@ -64,7 +64,7 @@ __all__ = ["CHUNK_BYTES", "MAX_RECORD_BYTES", "FileEntry", "Store", "StoreManife
 
 MAX_RECORD_BYTES = 16 * 2**20
 
-Content = TypeVar("Checked")
+Content = TypeVar("Content")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

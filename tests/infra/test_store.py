@@ -608,7 +608,8 @@ def serving_responses(
 ) -> Iterator[None]:
     """Make ``AWS_ENDPOINT_URL`` a server that responds to GET requests with these bodies.
 
-    The bodies are sent in turn; the last one is repeated. ``header`` is the name of a header in each response.
+    The bodies are sent in turn; the last one is repeated. ``header`` is the name of a header in
+    each response.
     """
     remaining = list(bodies)
 
