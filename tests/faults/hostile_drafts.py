@@ -1,4 +1,7 @@
-"""Hostile drafts for ``recpress bundle pack``: each case changes a valid draft in one way."""
+"""Hostile drafts for ``recpress bundle pack``: each case changes a valid draft in one way.
+
+A ``Change`` is a function that changes the draft in a folder. The functions below build changes.
+"""
 
 import io
 import json
@@ -23,6 +26,8 @@ RAN = "code-ran"
 
 
 class _Payload:
+    """An object whose pickle creates the file ``RAN`` when it is loaded."""
+
     def __init__(self, outside: Path) -> None:
         self.outside = outside
 
@@ -31,20 +36,24 @@ class _Payload:
 
 
 def document(draft: Path) -> dict[str, Any]:
+    """Return the ``model.json`` of a draft."""
     content: dict[str, Any] = json.loads((draft / "model.json").read_text())
     return content
 
 
 def write(name: str, body: bytes) -> Change:
+    """Write a file of the draft."""
     return lambda draft: (draft / name).write_bytes(body) and None
 
 
 def write_later(name: str, body: Callable[[], bytes]) -> Change:
-    """Like ``write`` for a large body, which exists only while its case runs."""
+    """Write a file of the draft whose large body is created only when its case runs."""
     return lambda draft: (draft / name).write_bytes(body()) and None
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Change:
+    """Change the decoded ``model.json``."""
+
     def apply(draft: Path) -> None:
         content = document(draft)
         change(content)
@@ -54,6 +63,8 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Change:
 
 
 def pickled(name: str, protocol: int) -> Change:
+    """Write a pickle of ``_Payload``."""
+
     def apply(draft: Path) -> None:
         body = pickle.dumps(_Payload(draft.parent), protocol)
         (draft / name).write_bytes(body)
@@ -62,6 +73,7 @@ def pickled(name: str, protocol: int) -> Change:
 
 
 def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> Change:
+    """Write a weights file with any header, body and stated length of the header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return write(
         "model.safetensors",
@@ -70,11 +82,14 @@ def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> Ch
 
 
 def tensor(shape: Any, offsets: list[int], dtype: str = "F32", size: int = 16) -> Change:
+    """Write a weights file with one tensor of any shape, offsets and dtype."""
     entry = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     return safetensors({"user.weight": entry}, b"\0" * size)
 
 
 def link(name: str, to: Callable[[Path], Path]) -> Change:
+    """Replace a file by a symlink; ``to`` returns its target for the folder of the draft."""
+
     def apply(draft: Path) -> None:
         (draft / name).unlink(missing_ok=True)
         (draft / name).symlink_to(to(draft))
@@ -83,6 +98,8 @@ def link(name: str, to: Callable[[Path], Path]) -> Change:
 
 
 def pipe(name: str) -> Change:
+    """Replace a file by a named pipe."""
+
     def apply(draft: Path) -> None:
         (draft / name).unlink(missing_ok=True)
         os.mkfifo(draft / name)
@@ -91,6 +108,8 @@ def pipe(name: str) -> Change:
 
 
 def all_of(*changes: Change) -> Change:
+    """Apply several changes."""
+
     def apply(draft: Path) -> None:
         for change in changes:
             change(draft)
@@ -99,30 +118,37 @@ def all_of(*changes: Change) -> Change:
 
 
 def vocabulary(path: str) -> Change:
+    """Add a vocabulary with this path."""
     return edit(lambda content: content.update(vocabularies={"v": path}))
 
 
 def inputs(change: Callable[[list[dict[str, Any]]], object]) -> Change:
+    """Change the inputs of the signature."""
     return edit(lambda content: change(content["signature"]["inputs"]))
 
 
 def network(change: Callable[[dict[str, Any]], object]) -> Change:
+    """Change the section ``network``."""
     return edit(lambda content: change(content["network"]))
 
 
 def architecture(path: str) -> Change:
+    """Change the path of the network's class."""
     return network(lambda content: content["architecture"].update(path=path))
 
 
 def config(**values: Any) -> Change:
+    """Change arguments of the network's class."""
     return network(lambda content: content["architecture"]["config"].update(values))
 
 
 def module(record: dict[str, Any], name: str = "user") -> Change:
+    """Add the record of a compressed module."""
     return network(lambda content: content.update(modules={name: record}))
 
 
 def _zip(name: str) -> bytes:
+    """Return a zip file that contains a file with this name."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr(name, "x")
@@ -130,15 +156,19 @@ def _zip(name: str) -> bytes:
 
 
 def _deep_folder(draft: Path) -> None:
+    """Create a vocabulary folder with 300 nested folders."""
     (draft / "v").joinpath(*["d"] * 300).mkdir(parents=True)
     (draft / "v").joinpath(*["d"] * 300, "f").write_text("x")
 
 
 def _outside(draft: Path) -> Path:
+    """Return the path of the secret file outside the draft."""
     return draft.parent / SECRET_FILE
 
 
 def _moved(name: str) -> Change:
+    """Move a file out of the draft, and replace it by a symlink to it."""
+
     def apply(draft: Path) -> None:
         shutil.move(draft / name, draft.parent / f"moved-{name}")
         (draft / name).symlink_to(draft.parent / f"moved-{name}")
@@ -147,7 +177,7 @@ def _moved(name: str) -> Change:
 
 
 def many_rows(count: int) -> Change:
-    """A small Parquet file with a very large number of equal rows."""
+    """Write a small test file with a very large number of equal rows."""
 
     def apply(draft: Path) -> None:
         table = pq.read_table(draft / "test.parquet")
@@ -165,6 +195,8 @@ def many_rows(count: int) -> Change:
 
 
 def footer(change: Callable[[bytes], bytes]) -> Change:
+    """Change the footer of the test file."""
+
     def apply(draft: Path) -> None:
         raw = (draft / "test.parquet").read_bytes()
         (length,) = struct.unpack("<I", raw[-8:-4])
@@ -177,6 +209,8 @@ def footer(change: Callable[[bytes], bytes]) -> Change:
 
 
 def cut(size: int) -> Change:
+    """Remove the last ``size`` bytes of the test file."""
+
     def apply(draft: Path) -> None:
         file = draft / "test.parquet"
         file.write_bytes(file.read_bytes()[:-size])
@@ -382,7 +416,7 @@ CASES: dict[str, Change] = {
         {"kind": "table", "format": "rowwise_int8", "settings": {}}, "x[/red]"
     ),
 }
-"""All cases by name. The draft of the suite has 3,000 users and 600 test rows."""
+"""All cases by name. The draft that they change has 3,000 users and 600 test rows."""
 
 HARMLESS = {
     # Files that model.json does not name are not read and not stored.

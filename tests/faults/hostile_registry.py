@@ -1,7 +1,7 @@
 """Hostile registry entries for ``registry show``, ``fetch`` and ``promote``.
 
-``register`` runs in a child process and registers one version per case. If a case is about the
-release, the release is stored.
+Each case is a registered version with a false source, tag or report. ``register`` registers all of
+them; it runs in a child process. The release of a case with a false report is stored.
 """
 
 import copy
@@ -24,7 +24,10 @@ ONLY_A_TAG = {
     "tags with control characters",
     "report with control characters",
 }
-"""Cases with a valid release: it may be shown, and is compared with the tags before serving."""
+"""Cases with a valid release, which commands may use, and a wrong tag or control characters.
+
+Before a release is served, it is compared with the tags.
+"""
 
 MAY_WORK = {
     # `show` reads only the report.
@@ -33,11 +36,11 @@ MAY_WORK = {
     # Graph names are not file names: `fetch` uses the file names of the verified artifact.
     "graph whose name climbs out": ("show", "fetch"),
 }
-"""Commands that may print or copy a verified release although other content of it is false."""
+"""Cases of a stored release with false content, and the commands that may succeed on it."""
 
 
 def cases() -> tuple[str, ...]:
-    """Names of all cases, in the order of their versions."""
+    """Return the names of all cases in the order of registration."""
     return (*SOURCES, *TAGS, *BODIES, *REPORTS)
 
 
@@ -72,6 +75,8 @@ BODIES: dict[str, bytes] = {
 
 
 def _each(part: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Any], None]:
+    """Return a function that changes every item of one list in a report."""
+
     def apply(report: dict[str, Any]) -> None:
         for item in report[part]:
             change(item)
@@ -147,6 +152,7 @@ def register(folder: str) -> dict[str, str]:
 
 
 def _release(report: bytes) -> str:
+    """Store a release with this report; return its URI."""
     from tasks.orchestration.workspace import store
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""Hostile drafts, data and registry entries.
+"""Run commands on hostile drafts, data and registry entries.
 
 Claim: each is rejected with an error message and exit code 2, in less than 20 seconds and 1.5 GiB.
 No code in it runs, no file outside the draft is read or changed, nothing of it is stored, and its
@@ -31,7 +31,7 @@ Outcomes = Callable[..., None]
 
 
 def problems(completed: Completed, allowed: set[int]) -> list[str]:
-    """Problems of a command's result; empty if it is as claimed."""
+    """Describe how the result of a command violates the claim; empty if it does not."""
     failures = []
     if completed.crashed or completed.code not in allowed:
         failures.append(f"ended with {completed.code} {completed.text[-600:]}")
@@ -79,6 +79,7 @@ def pack(name: str, forks: Forks, empty: Path, draft: Path, folder: Path) -> lis
 def check(
     names: list[str], forks: Forks, empty: Path, draft: Path, folder: Path, outcomes: Outcomes
 ) -> None:
+    """Pack the drafts of some cases, count the outcomes, and fail if there is a problem."""
     failed = []
     for number, name in enumerate(names):
         failures = pack(name, forks, empty, draft, folder / str(number))
