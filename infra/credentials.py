@@ -99,21 +99,21 @@ def _is_secret(name: str) -> bool:
 @lru_cache(maxsize=8)
 def _secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     """Return ``secrets()`` for these variables; cached, because the environment rarely changes."""
-    found: set[str] = set()
+    all_forms: set[str] = set()
     for name, value in variables:
         if _is_secret(name):
-            found.update(_forms(value))
+            all_forms.update(_forms(value))
             user, colon, password = value.partition(":")
             if colon and name.endswith("AUTH_STRING"):
-                found.update(_forms(password))
-                found.update(_forms(_basic(user, password)))
+                all_forms.update(_forms(password))
+                all_forms.update(_forms(_basic(user, password)))
         if "://" in value or "@" in value:
             for secret in _in_address(value):
-                found.update(_forms(secret))
+                all_forms.update(_forms(secret))
     by_name = dict(variables)
     if login := by_name.get(MLFLOW_USER):
-        found.update(_forms(_basic(login, by_name.get(MLFLOW_PASSWORD, ""))))
-    return tuple(sorted(found, key=len, reverse=True))
+        all_forms.update(_forms(_basic(login, by_name.get(MLFLOW_PASSWORD, ""))))
+    return tuple(sorted(all_forms, key=len, reverse=True))
 
 
 def _forms(secret: str) -> Iterator[str]:

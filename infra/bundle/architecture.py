@@ -184,7 +184,7 @@ def _find_spec(path: str, module_name: str) -> tuple[ModuleSpec, ModuleSpec | No
         locations = None if package is None else package.submodule_search_locations
         name = ".".join(parts[:depth])
         specs = (finder.find_spec(name, locations) for finder in sys.meta_path)
-        spec = next((found for found in specs if found is not None), None)
+        spec = next((candidate for candidate in specs if candidate is not None), None)
         if spec is None:
             raise _module_missing_error(path, module_name)
         if spec.submodule_search_locations is not None:

@@ -50,9 +50,9 @@ def write(path, source):
 @pytest.mark.usefixtures("package")
 @pytest.mark.parametrize("allowed", [("shopnets",), ("x", "shopnets.ranker")])
 def test_network_class_imports_an_allowed_class(allowed):
-    found = network_class("shopnets.ranker:Ranker", allowed)
-    assert issubclass(found, torch.nn.Module)
-    assert found.__name__ == "Ranker"
+    network = network_class("shopnets.ranker:Ranker", allowed)
+    assert issubclass(network, torch.nn.Module)
+    assert network.__name__ == "Ranker"
 
 
 @pytest.mark.usefixtures("package")

@@ -651,7 +651,7 @@ JSON_VALUES = st.recursive(
 
 def test_random_or_changed_model_json_is_read_or_refused(tmp_path_factory):
     folder = make_bundle(tmp_path_factory.mktemp("fuzz") / "b")
-    good = (folder / "model.json").read_text()
+    original = (folder / "model.json").read_text()
 
     def value_paths(value, path=()):
         """Yield the path of every value in a JSON document."""
@@ -663,14 +663,14 @@ def test_random_or_changed_model_json_is_read_or_refused(tmp_path_factory):
             for number, item in enumerate(value):
                 yield from value_paths(item, (*path, number))
 
-    locations = list(value_paths(json.loads(good)))[1:]
+    locations = list(value_paths(json.loads(original)))[1:]
 
     @given(
         raw=st.binary(max_size=60)
         | JSON_VALUES.map(lambda value: json.dumps(value).encode())
         | st.text(alphabet='{}[]":,0e-\\u', max_size=60).map(str.encode)
         | st.tuples(
-            st.dictionaries(st.sampled_from(sorted(json.loads(good))), JSON_VALUES),
+            st.dictionaries(st.sampled_from(sorted(json.loads(original))), JSON_VALUES),
             st.sampled_from(KNOWN_VERSIONS),
         ).map(lambda pair: json.dumps(pair[0] | {"schema_version": pair[1]}).encode())
     )
@@ -683,7 +683,7 @@ def test_random_or_changed_model_json_is_read_or_refused(tmp_path_factory):
         path=st.sampled_from(locations), value=JSON_VALUES, change=st.sampled_from(["set", "add"])
     )
     def check_changed_document(path, value, change):
-        document = json.loads(good)
+        document = json.loads(original)
         parent = document
         for part in path[:-1]:
             parent = parent[part]
