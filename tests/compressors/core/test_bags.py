@@ -1,4 +1,4 @@
-"""A Bag is torch's EmbeddingBag, in every form people use it."""
+"""``Bag`` equals ``torch.nn.EmbeddingBag`` for every mode, layout, padding and weighting."""
 
 import pytest
 import torch
@@ -21,14 +21,17 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 bags = st.lists(st.lists(st.integers(0, ROWS - 1), max_size=6), max_size=5)
 
 
-def torchs(mode: str, padding_idx: int | None, last: bool = False) -> nn.EmbeddingBag:
+def torch_bag(
+    mode: str, padding_idx: int | None, include_last_offset: bool = False
+) -> nn.EmbeddingBag:
     torch.manual_seed(0)
     return nn.EmbeddingBag(
-        ROWS, DIM, mode=mode, padding_idx=padding_idx, include_last_offset=last
+        ROWS, DIM, mode=mode, padding_idx=padding_idx, include_last_offset=include_last_offset
     ).eval()
 
 
-def ours(old: nn.EmbeddingBag) -> Bag:
+def converted_bag(old: nn.EmbeddingBag) -> Bag:
+    """A ``Bag`` that shares the weight of torch's module."""
     table = nn.Embedding(ROWS, DIM)
     table.weight = old.weight
     bag = pack_table(old, table)
@@ -36,30 +39,31 @@ def ours(old: nn.EmbeddingBag) -> Bag:
     return bag
 
 
-def jagged(lists: list[list[int]], *, last: bool) -> tuple[Tensor, Tensor]:
+def jagged(lists: list[list[int]], *, include_last_offset: bool) -> tuple[Tensor, Tensor]:
+    """The ids of all lists, concatenated, and the offset at which each list begins."""
     values = torch.tensor([i for ids in lists for i in ids], dtype=torch.int64)
     bounds = torch.tensor([0, *(len(ids) for ids in lists)]).cumsum(0)
-    return values, bounds if last else bounds[:-1]
+    return values, bounds if include_last_offset else bounds[:-1]
 
 
-def same(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, **CLOSE)
+def assert_close(pooled: Tensor, expected: Tensor) -> None:
+    assert pooled.shape == expected.shape
+    torch.testing.assert_close(pooled, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("include_last_offset", [False, True])
 @given(lists=bags, padding_idx=st.sampled_from([None, 0, 4]))
 @example(lists=[[]], padding_idx=None)
 @example(lists=[[], [], []], padding_idx=0)
 @example(lists=[[4, 4], [], [4]], padding_idx=4)
-def test_jagged_bags(mode, last, lists, padding_idx):
-    if last and not lists:
-        lists = [[]]  # torch refuses offsets that hold nothing but the last one
-    old = torchs(mode, padding_idx, last)
-    values, offsets = jagged(lists, last=last)
+def test_jagged_bags_equal_torchs_embedding_bag(mode, include_last_offset, lists, padding_idx):
+    if include_last_offset and not lists:
+        lists = [[]]  # torch refuses offsets with only the last offset
+    old = torch_bag(mode, padding_idx, include_last_offset)
+    values, offsets = jagged(lists, include_last_offset=include_last_offset)
     with torch.no_grad():
-        same(ours(old)(values, offsets), old(values, offsets))
+        assert_close(converted_bag(old)(values, offsets), old(values, offsets))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -69,42 +73,42 @@ def test_jagged_bags(mode, last, lists, padding_idx):
     padding_idx=st.sampled_from([None, 0, 4]),
     seed=st.integers(0, 9),
 )
-def test_padded_bags(mode, rows, length, padding_idx, seed):
-    old = torchs(mode, padding_idx)
+def test_padded_bags_equal_torchs_embedding_bag(mode, rows, length, padding_idx, seed):
+    old = torch_bag(mode, padding_idx)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(ROWS, (rows, length), generator=generator)
     if rows and padding_idx is not None:
         ids[0] = padding_idx  # nothing but padding
     with torch.no_grad():
-        same(ours(old)(ids), old(ids))
+        assert_close(converted_bag(old)(ids), old(ids))
 
 
 @given(lists=bags, padding_idx=st.sampled_from([None, 0, 4]), seed=st.integers(0, 9))
-def test_weights_per_id_of_jagged_bags(lists, padding_idx, seed):
-    old = torchs("sum", padding_idx)
-    values, offsets = jagged(lists, last=False)
+def test_jagged_bags_with_weights_per_id_equal_torchs_embedding_bag(lists, padding_idx, seed):
+    old = torch_bag("sum", padding_idx)
+    values, offsets = jagged(lists, include_last_offset=False)
     weights = torch.randn(len(values), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        found = ours(old)(values, offsets, per_sample_weights=weights)
-        same(found, old(values, offsets, per_sample_weights=weights))
+        pooled = converted_bag(old)(values, offsets, per_sample_weights=weights)
+        assert_close(pooled, old(values, offsets, per_sample_weights=weights))
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0])
-def test_weights_per_id_of_padded_bags(padding_idx):
-    old = torchs("sum", padding_idx)
+def test_padded_bags_with_weights_per_id_equal_torchs_embedding_bag(padding_idx):
+    old = torch_bag("sum", padding_idx)
     ids, weights = torch.randint(ROWS, (4, 5)), torch.randn(4, 5)
     with torch.no_grad():
-        found = ours(old)(ids, per_sample_weights=weights)
-        same(found, old(ids, per_sample_weights=weights))
+        pooled = converted_bag(old)(ids, per_sample_weights=weights)
+        assert_close(pooled, old(ids, per_sample_weights=weights))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_reach_the_table_as_in_torchs_bag(mode):
-    values, offsets = jagged([[1, 2, 2], [], [5], [0, 4]], last=False)
-    old = torchs(mode, 0)
+def test_gradients_of_the_table_equal_those_of_torchs_embedding_bag(mode):
+    values, offsets = jagged([[1, 2, 2], [], [5], [0, 4]], include_last_offset=False)
+    old = torch_bag(mode, 0)
     old(values, offsets).square().sum().backward()
     expected, old.weight.grad = old.weight.grad, None
-    ours(old)(values, offsets).square().sum().backward()
+    converted_bag(old)(values, offsets).square().sum().backward()
     torch.testing.assert_close(old.weight.grad, expected, **CLOSE)
 
 
@@ -118,22 +122,22 @@ def table_of(name: str, weight: Tensor) -> PackedTable:
 
 @pytest.mark.parametrize("name", sorted(TABLE_FORMATS))
 @pytest.mark.parametrize("mode", MODES)
-def test_a_compressed_table_inside_is_torchs_bag_over_the_decoded_table(name, mode):
-    old = torchs(mode, 4)
-    inside = table_of(name, old.weight.detach())
+def test_bag_of_a_compressed_table_equals_torchs_bag_of_the_decoded_table(name, mode):
+    old = torch_bag(mode, 4)
+    table = table_of(name, old.weight.detach())
     with torch.no_grad():
-        old.weight.copy_(inside(torch.arange(ROWS)))
+        old.weight.copy_(table(torch.arange(ROWS)))
         for lists in ([[1, 4, 8], [], [4]], [[], []]):
-            values, offsets = jagged(lists, last=False)
-            same(pack_table(old, inside)(values, offsets), old(values, offsets))
+            values, offsets = jagged(lists, include_last_offset=False)
+            assert_close(pack_table(old, table)(values, offsets), old(values, offsets))
 
 
-@given(lists=bags.filter(bool), room=st.integers(0, 2))
-def test_places_in_a_bag_hold_its_ids_in_order_and_zero_beyond(lists, room):
-    values, bounds = jagged(lists, last=True)
-    longest = max(len(ids) for ids in lists) + room
-    inside, position = pad_positions(bounds[:-1], bounds[1:], len(values), longest)
-    laid = padded(values, position)
+@given(lists=bags.filter(bool), extra_columns=st.integers(0, 2))
+def test_padding_a_jagged_bag_keeps_the_order_of_ids_and_appends_zeros(lists, extra_columns):
+    values, bounds = jagged(lists, include_last_offset=True)
+    longest = max(len(ids) for ids in lists) + extra_columns
+    is_id, position = pad_positions(bounds[:-1], bounds[1:], len(values), longest)
+    padded_ids = padded(values, position)
     for row, ids in enumerate(lists):
-        assert laid[row].tolist() == ids + [0] * (longest - len(ids))
-        assert inside[row].tolist() == [place < len(ids) for place in range(longest)]
+        assert padded_ids[row].tolist() == ids + [0] * (longest - len(ids))
+        assert is_id[row].tolist() == [place < len(ids) for place in range(longest)]

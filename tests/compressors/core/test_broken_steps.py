@@ -1,4 +1,4 @@
-"""Steps that break their contract are refused by the one place that runs them."""
+"""``runner.run`` raises an error for each way in which a step can break its contract."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,8 +22,8 @@ from compressors.quantize.dense.float16 import Float16
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 
-class Broken:
-    """What a step declares, and a dry run of Float16's plan."""
+class StepAttributes:
+    """Class attributes that every step declares, and a dry run that changes nothing."""
 
     effect, trains, needs, wants = "format", False, (), ()
 
@@ -34,65 +34,65 @@ class Broken:
 
 
 @dataclass(frozen=True)
-class Changed(Broken):
-    """Float16, and something that the contract forbids."""
+class ChangingStep(StepAttributes):
+    """Runs ``change`` on the model's module, after a plan for all units, some or one."""
 
-    what: Any
-    chosen: Literal["as float16", "nothing but user", "everything"] = "as float16"
+    change: Any
+    planned: Literal["as float16", "nothing but user", "everything"] = "as float16"
     kind: str = "changed"
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         taken = Decision("taken", (Reason("selected", step=self.kind),))
-        if self.chosen == "nothing but user":
+        if self.planned == "nothing but user":
             return StepPlan({"user": taken}, None)
-        if self.chosen == "everything":
+        if self.planned == "everything":
             return StepPlan({unit.name: taken for unit in Unit.of(model.module)}, None)
         return Float16().plan(model, bench)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
-        self.what(model.module)
+        self.change(model.module)
         return Applied(model)
 
 
-def narrow(module: nn.Module, **settings: Any) -> None:
-    """Float16 on a module of our own: its tensors are shared, its tree is not."""
+def apply_float16(module: nn.Module, **settings: Any) -> None:
+    """Apply Float16 in place to the module, which shares its tensors with the source model."""
     model = Model(module, type(module), Network(architecture=Architecture(path="models:Any")))
     bench, step = Bench(signature=RANKER.signature), Float16(**settings)
     step.apply(model, bench, step.plan(model, bench))
 
 
-def writes_in_place(module: nn.Module) -> None:
+def write_weight_in_place(module: nn.Module) -> None:
     with torch.no_grad():
         module.user.weight.mul_(2)
-    narrow(module)
+    apply_float16(module)
 
 
-def writes_a_buffer(module: nn.Module) -> None:
+def write_buffer_in_place(module: nn.Module) -> None:
     module.norm.running_mean.add_(1)
-    narrow(module)
+    apply_float16(module)
 
 
-def gives_nan(module: nn.Module) -> None:
-    narrow(module)
+def set_bias_to_nan(module: nn.Module) -> None:
+    apply_float16(module)
     module.out.bias.fill_(torch.nan)
 
 
-def does_more(module: nn.Module) -> None:
-    narrow(module)
+def apply_to_all_units(module: nn.Module) -> None:
+    apply_float16(module)
 
 
-def does_less(module: nn.Module) -> None:
-    narrow(module, layers=("out",))
+def apply_to_one_layer(module: nn.Module) -> None:
+    apply_float16(module, layers=("out",))
 
 
-def drops_a_table(module: nn.Module) -> None:
-    narrow(module)
+def remove_table(module: nn.Module) -> None:
+    apply_float16(module)
     module.user = nn.Identity()
 
 
 @dataclass(frozen=True)
-class Doubled:
-    """A format that has the name of float16 and computes something else."""
+class DoublingFormat:
+    """A format named float16 that returns twice the output."""
 
     name: str = "float16"
     layout: Any = float16.LINEAR_FORMAT.layout
@@ -101,46 +101,48 @@ class Doubled:
         return 2 * float16.LINEAR_FORMAT.apply(stored, x, settings)
 
 
-def hides_state(module: nn.Module) -> None:
-    narrow(module)
-    module.out.storage = Doubled()
+def replace_format(module: nn.Module) -> None:
+    apply_float16(module)
+    module.out.storage = DoublingFormat()
 
 
-def drops_the_weights_on_the_way(module: nn.Module) -> None:
-    narrow(module)
+def exclude_bias_from_state(module: nn.Module) -> None:
+    apply_float16(module)
     module.get_submodule("out")._non_persistent_buffers_set.add("bias")
 
 
 @pytest.mark.parametrize(
-    ("what", "chosen", "code", "fields"),
+    ("change", "planned", "code", "fields"),
     [
-        (writes_in_place, "as float16", "source_changed", {}),
-        (gives_nan, "as float16", "scores_not_finite", {}),
-        (does_more, "nothing but user", "unit_changed", {"unit": "item"}),
-        (does_less, "everything", "unit_kept", {"unit": "cross"}),
-        (drops_a_table, "as float16", "unit_lost", {"unit": "user"}),
-        (hides_state, "as float16", "stored_scores_differ", {}),
+        (write_weight_in_place, "as float16", "source_changed", {}),
+        (set_bias_to_nan, "as float16", "scores_not_finite", {}),
+        (apply_to_all_units, "nothing but user", "unit_changed", {"unit": "item"}),
+        (apply_to_one_layer, "everything", "unit_kept", {"unit": "cross"}),
+        (remove_table, "as float16", "unit_lost", {"unit": "user"}),
+        (replace_format, "as float16", "stored_scores_differ", {}),
     ],
 )
-def test_a_step_that_breaks_its_contract_is_refused(what, chosen, code, fields, tmp_path):
+def test_a_step_that_breaks_its_contract_raises_contract_broken(
+    change, planned, code, fields, tmp_path
+):
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(ContractBroken, code, step="changed", **fields):
-        run(Changed(what, chosen), RANKER.model(), bench, tmp_path / "out")
+        run(ChangingStep(change, planned), RANKER.model(), bench, tmp_path / "out")
 
 
-def test_a_step_that_writes_a_buffer_is_refused(tmp_path):
+def test_a_step_that_writes_a_buffer_of_its_source_raises_source_changed(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     with raises_code(ContractBroken, "source_changed"):
-        run(Changed(writes_a_buffer), NORMED.model(), bench, tmp_path / "out")
+        run(ChangingStep(write_buffer_in_place), NORMED.model(), bench, tmp_path / "out")
 
 
-def test_a_step_whose_state_is_not_stored_is_refused(tmp_path):
+def test_a_step_whose_result_has_a_non_persistent_bias_raises_tensors_differ(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(ModelRefused, "tensors_differ", missing=("out.bias",)):
-        run(Changed(drops_the_weights_on_the_way), RANKER.model(), bench, tmp_path / "out")
+        run(ChangingStep(exclude_bias_from_state), RANKER.model(), bench, tmp_path / "out")
 
 
-def test_a_table_step_that_encodes_other_than_it_lays_out_is_refused(tmp_path):
+def test_a_table_step_that_encodes_another_dtype_than_its_layout_raises_contract_broken(tmp_path):
     class Wide(RowwiseInt8):
         kind: Literal["wide"] = "wide"  # type: ignore[assignment]
 
@@ -155,7 +157,7 @@ def test_a_table_step_that_encodes_other_than_it_lays_out_is_refused(tmp_path):
 
 
 class ReadsWeights(nn.Module):
-    """Uses a layer's weight without calling the layer, as torch's own attention does."""
+    """Uses a layer's weight without calling the layer, as torch's attention does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +170,7 @@ class ReadsWeights(nn.Module):
 
 
 class Offset(nn.Module):
-    """Moves its ids itself, so that ids its signature allows lie outside the table."""
+    """Adds 10 to its ids, so that some ids that the signature allows lie outside the table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +181,7 @@ class Offset(nn.Module):
         return self.out(torch.cat([self.user(user + 10), price], dim=1))
 
 
-def test_a_layer_whose_weight_is_read_around_it_is_named_as_such(tmp_path):
+def test_a_layer_whose_weight_the_network_reads_directly_raises_step_refused(tmp_path):
     reference = Reference(ReadsWeights, NORMED.signature)
     bench = reference.bench(tmp_path / "data")
     with raises_code(StepRefused, "network_fails", step="float16"):
@@ -187,7 +189,7 @@ def test_a_layer_whose_weight_is_read_around_it_is_named_as_such(tmp_path):
     run(RowwiseInt8(), reference.model(), bench, tmp_path / "tables")
 
 
-def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
+def test_a_network_that_fails_on_ids_of_its_signature_raises_model_refused(tmp_path):
     reference = Reference(Offset, NORMED.signature)
     with raises_code(ModelRefused, "network_fails", architecture="models:Offset") as caught:
         run(RowwiseInt8(), reference.model(), Bench(signature=NORMED.signature), tmp_path / "out")
@@ -195,8 +197,8 @@ def test_a_network_that_fails_on_ids_its_schema_allows_is_refused(tmp_path):
 
 
 @dataclass(frozen=True)
-class PartialFloat16(Broken):
-    """Float16 on all layers but one, with or without an outcome of that one."""
+class PartialFloat16Step(StepAttributes):
+    """Plans Float16 for all units, changes all but ``out``, and returns ``outcomes``."""
 
     outcomes: dict[str, Decision]
     kind: str = "partial_float16"
@@ -206,42 +208,44 @@ class PartialFloat16(Broken):
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
         step = Float16(layers=("cross", "hidden", "capped", "plain"))
-        made = step.apply(model, bench, step.plan(model, bench))
-        return Applied(made.model, self.outcomes)
+        changed = step.apply(model, bench, step.plan(model, bench))
+        return Applied(changed.model, self.outcomes)
 
 
-def test_a_layer_may_stay_in_its_format_only_if_the_step_says_why(tmp_path):
+def test_a_planned_layer_may_keep_its_format_only_if_the_step_gives_a_reason(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    why = Reason("as_written", text="reaches 7e4")
-    step = PartialFloat16({"out": Decision("skipped", (why,))})
+    reason = Reason("as_written", text="reaches 7e4")
+    step = PartialFloat16Step({"out": Decision("skipped", (reason,))})
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     line = result.plan.of("out")
     assert (line.format, line.steps) == ("float32", ())
-    assert line.reasons == (Reason("kept_format", format="float32"), why)
+    assert line.reasons == (Reason("kept_format", format="float32"), reason)
     assert result.plan.of("cross").format == "float16"
     with raises_code(ContractBroken, "unit_kept", unit="out"):
-        run(PartialFloat16({}), RANKER.model(), bench, tmp_path / "again")
+        run(PartialFloat16Step({}), RANKER.model(), bench, tmp_path / "again")
 
 
 @pytest.mark.parametrize(
     ("unit", "status", "code"),
     [("cross", "skipped", "unit_changed"), ("out", "taken", "unit_kept")],
 )
-def test_a_step_whose_outcome_differs_from_its_result_is_refused(unit, status, code, tmp_path):
+def test_a_step_whose_final_decision_differs_from_its_result_raises_contract_broken(
+    unit, status, code, tmp_path
+):
     bench = RANKER.bench(tmp_path / "data")
     kept = Decision("skipped", (Reason("as_written", text="reaches 7e4"),))
     outcome = Decision(status, (Reason("selected", step="partial_float16"),))
-    step = PartialFloat16({"out": kept, unit: outcome})
+    step = PartialFloat16Step({"out": kept, unit: outcome})
     with raises_code(ContractBroken, code, unit=unit):
         run(step, RANKER.model(), bench, tmp_path / "out")
 
 
 @dataclass(frozen=True)
-class Deferring(Broken):
-    """Float16 on one layer whose decision was deferred with these bounds."""
+class DeferringStep(StepAttributes):
+    """Defers the decision for ``out``, with these bounds of bytes, then stores it in float16."""
 
     bytes: tuple[int, int]
-    works: bool = True
+    applies_float16: bool = True
     kind: str = "deferring"
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
@@ -249,22 +253,22 @@ class Deferring(Broken):
         return StepPlan({"out": Decision("deferred", reasons, self.bytes)}, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
-        if not self.works:
+        if not self.applies_float16:
             return Applied(model)
         step = Float16(tables=("!*",), layers=("out",))
         return step.apply(model, bench, step.plan(model, bench))
 
 
-def test_a_deferred_decision_is_resolved_by_what_the_step_did(tmp_path):
+def test_a_deferred_decision_is_resolved_by_the_result_of_apply(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
     most = next(unit.bytes for unit in Unit.of(source.module) if unit.name == "out")
-    changed = run(Deferring((0, most)), source, bench, tmp_path / "changed").plan.of("out")
+    changed = run(DeferringStep((0, most)), source, bench, tmp_path / "changed").plan.of("out")
     assert (changed.format, changed.steps) == ("float16", ("deferring",))
-    kept = run(Deferring((0, most), works=False), source, bench, tmp_path / "kept")
+    kept = run(DeferringStep((0, most), applies_float16=False), source, bench, tmp_path / "kept")
     assert kept.plan.of("out").steps == ()
 
 
-def test_a_deferred_unit_with_bytes_outside_the_bounds_of_the_plan_is_refused(tmp_path):
+def test_a_deferred_unit_with_bytes_outside_the_planned_bounds_raises_contract_broken(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
     with raises_code(ContractBroken, "bytes_out_of_bounds", unit="out", least=0, most=2):
-        run(Deferring((0, 2)), source, bench, tmp_path / "out")
+        run(DeferringStep((0, 2)), source, bench, tmp_path / "out")

@@ -1,4 +1,7 @@
-"""The contract of every method that makes tables of smaller ones; test_steps.py checks the rest."""
+"""The contract of every method that replaces a table by smaller tables ("parts").
+
+Examples are low rank, hashing and tiers. test_steps.py checks what holds for every step.
+"""
 
 import functools
 import tempfile
@@ -11,7 +14,7 @@ from error_codes import raises_code
 from model_scores import stored_bytes
 from models import PARTS, RANKER, Graph, Reference, graph, whole
 from reason_codes import with_code
-from test_steps import pairs, ran
+from test_steps import cached_run, method_on_references
 from torch import Tensor, nn
 
 from compressors.contracts.reasons import Reason
@@ -36,65 +39,69 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 KINDS = [method().kind for method in PARTS]
-every_method = pytest.mark.parametrize("method", PARTS, ids=lambda m: m.__name__)
+each_composing_method = pytest.mark.parametrize("method", PARTS, ids=lambda m: m.__name__)
 _SCRATCH = tempfile.TemporaryDirectory(prefix="composed-")
-PACKERS = (RowwiseInt4, Float16)  # by rows, and by weights
+PACKING_STEPS = (RowwiseInt4, Float16)  # one with a scale per row, and one without scales
 
 
 def composed_units(model: models.Model) -> tuple[Unit, ...]:
-    """The units that are made of others."""
+    """The tables that consist of parts."""
     owners = {unit.part_of for unit in Unit.of(model.module)}
     return tuple(unit for unit in Unit.of(model.module) if unit.name in owners)
 
 
-@pairs(PARTS)
-def test_parts_are_plain_tables_with_lines_of_their_own(method, reference: Reference):
-    step, done = models.default(method), ran(method, reference.network.__name__)
-    source, result = done.source, done.result
-    made = composed_units(result)
-    assert made
-    for unit in made:
+@method_on_references(PARTS)
+def test_each_part_of_a_composed_table_has_a_float32_plan_line(method, reference: Reference):
+    step, run_of_method = models.default(method), cached_run(method, reference.network.__name__)
+    source, result = run_of_method.source, run_of_method.result
+    composed = composed_units(result)
+    assert composed
+    for unit in composed:
         line = result.plan.of(unit.name)
         assert line.format == unit.format == result.network.modules[unit.name].format
         assert line.steps == (step.kind,)
         parts = [u for u in Unit.of(result.module) if u.part_of == unit.name]
         for part in parts:
-            own = result.plan.of(part.name)
-            assert (own.format, own.bytes_before, own.bytes_after) == ("float32", 0, part.bytes)
-            with_code(own.reasons, "part_of", unit=unit.name)
+            part_line = result.plan.of(part.name)
+            assert (part_line.format, part_line.bytes_before, part_line.bytes_after) == (
+                "float32",
+                0,
+                part.bytes,
+            )
+            with_code(part_line.reasons, "part_of", unit=unit.name)
         whole = line.bytes_after + sum(part.bytes for part in parts)
-        stored = {k: v for k, v in mapped(done.folder).items() if k.startswith(unit.name)}
+        stored = {k: v for k, v in mapped(run_of_method.folder).items() if k.startswith(unit.name)}
         assert whole == stored_bytes(stored)
         # Two tiers save nothing until a later step packs them.
         assert whole < line.bytes_before or method is Tiers
     assert table_rows(result.module).items() >= table_rows(source.module).items()
 
 
-@every_method
-@pytest.mark.parametrize("packer", PACKERS, ids=lambda m: m.__name__)
-def test_a_later_step_packs_the_parts(method, packer, tmp_path):
-    made, bench = ran(method, "Ranker").result, ran(method, "Ranker").bench
-    step = models.default(packer)
-    packed = run(step, made, bench, tmp_path / "packed")
-    parts = [unit.name for unit in Unit.of(made.module) if unit.part_of is not None]
+@each_composing_method
+@pytest.mark.parametrize("packing_step", PACKING_STEPS, ids=lambda m: m.__name__)
+def test_a_later_step_compresses_the_parts_of_a_composed_table(method, packing_step, tmp_path):
+    composed, bench = cached_run(method, "Ranker").result, cached_run(method, "Ranker").bench
+    step = models.default(packing_step)
+    packed = run(step, composed, bench, tmp_path / "packed")
+    parts = [unit.name for unit in Unit.of(composed.module) if unit.part_of is not None]
     for name in parts:
         line = packed.plan.of(name)
         assert line.format == step.kind == packed.network.modules[name].format
         assert line.steps == (step.kind,)
         assert line.reasons == (Reason("selected", step=step.kind),)
-    for unit in composed_units(made):
-        assert packed.plan.of(unit.name) == made.plan.of(unit.name)
+    for unit in composed_units(composed):
+        assert packed.plan.of(unit.name) == composed.plan.of(unit.name)
     assert sum(line.bytes_after for line in packed.plan.lines) == stored_bytes(
         mapped(tmp_path / "packed")
     )
-    assert dry_run(step, made, bench).plan == packed.plan
+    assert dry_run(step, composed, bench).plan == packed.plan
     again = load(packed.architecture, packed.network, tmp_path / "packed")
     torch.testing.assert_close(dict(again.state_dict()), dict(packed.module.state_dict()))
 
 
-@every_method
-def test_a_predicted_network_runs(method, tmp_path):
-    """What is pruned after a table was composed is found by running the network."""
+@each_composing_method
+def test_the_dry_run_of_a_composing_method_can_be_called_and_pruned(method, tmp_path):
+    """A later step runs the network of the dry run, for example to find what it can prune."""
     bench = RANKER.bench(tmp_path / "data")
     predicted = dry_run(models.default(method), RANKER.model(), bench)
     inputs = example(bench.signature, table_rows(predicted.module), 64)
@@ -102,43 +109,43 @@ def test_a_predicted_network_runs(method, tmp_path):
     assert dry_run(Channels(), predicted, bench).plan is not None
 
 
-def test_tables_in_tables_have_one_line_each(tmp_path):
+def test_each_part_of_a_part_has_one_plan_line(tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     for number, step in enumerate((Tiers(), LowRank(tables=("*.cold",)), LowRank(rank=1))):
         predicted = dry_run(step, model, bench).plan
         model = run(step, model, bench, tmp_path / str(number))
         names = [line.module for line in model.plan.lines]
         assert len(set(names)) == len(names)
-        held = stored_bytes(mapped(tmp_path / str(number)))
-        assert sum(line.bytes_after for line in model.plan.lines) == held
-        assert sum(line.bytes_after for line in predicted.lines) == held
+        bytes_in_file = stored_bytes(mapped(tmp_path / str(number)))
+        assert sum(line.bytes_after for line in model.plan.lines) == bytes_in_file
+        assert sum(line.bytes_after for line in predicted.lines) == bytes_in_file
     with_code(model.plan.of("user.cold.narrow.narrow").reasons, "part_of", unit="user.cold.narrow")
 
 
-@every_method
-def test_a_pattern_means_a_tables_parts_too(method, tmp_path):
-    made, bench = ran(method, "Ranker").result, ran(method, "Ranker").bench
-    packed = run(RowwiseInt8(tables=("item",)), made, bench, tmp_path / "packed")
+@each_composing_method
+def test_a_pattern_that_matches_a_table_also_selects_its_parts(method, tmp_path):
+    composed, bench = cached_run(method, "Ranker").result, cached_run(method, "Ranker").bench
+    packed = run(RowwiseInt8(tables=("item",)), composed, bench, tmp_path / "packed")
     for unit in Unit.of(packed.module):
         if unit.role == "table" and unit.name not in {u.name for u in composed_units(packed)}:
             assert (unit.format == "rowwise_int8") == (unit.part_of == "item"), unit.name
 
 
-@every_method
-def test_a_table_in_two_places_is_made_of_the_same_parts_in_both(method):
-    result = ran(method, "Tied").result
+@each_composing_method
+def test_a_module_used_under_two_names_is_composed_once(method):
+    result = cached_run(method, "Tied").result
     assert isinstance(result.module.user, ComposedTable)
     assert result.module.friend is result.module.user
     with_code(result.plan.of("item").reasons, "shares_weight", unit="similar")
 
 
-# Each on a table of its own, so that one graph has several of them.
-TOGETHER = (PARTS[::2], PARTS[1::2])
+# Each method composes another table, so that one graph has several methods.
+METHODS_OF_ONE_MODEL = (PARTS[::2], PARTS[1::2])
 TABLES = ("user", "item", "history", "tags")  # ids and both kinds of jagged bags
 
 
 class FourTables(nn.Module):
-    """Four of the ranker's tables and one layer: exported in less time."""
+    """Four of the ranker's tables and one dense layer, which takes less time to export."""
 
     def __init__(self, dim: int = 6) -> None:
         super().__init__()
@@ -171,55 +178,64 @@ FOUR_TABLES = Reference(
 
 
 @functools.cache
-def together(place: int) -> Model:
+def model_with_methods(index: int) -> Model:
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     model, bench = FOUR_TABLES.model(), FOUR_TABLES.bench(folder / "data")
-    for number, (method, table) in enumerate(zip(TOGETHER[place], TABLES, strict=True)):
+    for number, (method, table) in enumerate(zip(METHODS_OF_ONE_MODEL[index], TABLES, strict=True)):
         step = models.default(method).model_copy(update={"tables": (table,)})
         model = run(step, model, bench, folder / str(number))
         assert model.plan.of(table).steps == (step.kind,)
     return run(RowwiseInt8(), model, bench, folder / "packed")
 
 
-# A composition is written down by its parts, which are the same for every target; in the default
-# tier each method has one target.
+# The parts of a table are lowered in the same way for every target, so in the default tier each
+# method has one target.
 @pytest.mark.parametrize(
-    ("place", "target"),
+    ("index", "target"),
     [
-        pytest.param(place, target, marks=() if place == turn else pytest.mark.nightly)
-        for place in range(len(TOGETHER))
+        pytest.param(index, target, marks=() if index == turn else pytest.mark.nightly)
+        for index in range(len(METHODS_OF_ONE_MODEL))
         for turn, target in enumerate(("onnxruntime", "tensorrt-rtx"))
     ],
 )
-def test_a_graph_of_several_methods_computes_what_the_module_computes(place, target, tmp_path):
-    model, path, signature = together(place), tmp_path / "model.onnx", FOUR_TABLES.signature
-    made = Graph(model, lower(model.module, whole(signature), target, path), signature, path)
-    inputs = made.rows(600)
-    compare(made.in_torch(inputs), made.in_onnx(inputs), model.plan, target)
+def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index, target, tmp_path):
+    model, path, signature = (
+        model_with_methods(index),
+        tmp_path / "model.onnx",
+        FOUR_TABLES.signature,
+    )
+    composed = Graph(model, lower(model.module, whole(signature), target, path), signature, path)
+    inputs = composed.rows(600)
+    compare(composed.in_torch(inputs), composed.in_onnx(inputs), model.plan, target)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_computes_what_the_module_computes(kind, target):
-    made = graph("Ranker", (kind, "rowwise_int8"), target)
-    inputs = made.rows(600)
-    compare(made.in_torch(inputs), made.in_onnx(inputs), made.model.plan, target)
+    composed = graph("Ranker", (kind, "rowwise_int8"), target)
+    inputs = composed.rows(600)
+    compare(composed.in_torch(inputs), composed.in_onnx(inputs), composed.model.plan, target)
 
 
-@every_method
+@each_composing_method
 def test_trainable_excludes_composed_tables_unless_tables_is_true(method):
-    result = ran(method, "Ranker").result
-    inside = tuple(f"{unit.name}." for unit in composed_units(result))
-    still, moving = (trainable(result.module, tables=tables) for tables in (False, True))
-    assert not [name for name in still if name.startswith(inside)]
+    result = cached_run(method, "Ranker").result
+    inside_composed = tuple(f"{unit.name}." for unit in composed_units(result))
+    trained_without_tables, trained_with_tables = (
+        trainable(result.module, tables=tables) for tables in (False, True)
+    )
+    assert not [name for name in trained_without_tables if name.startswith(inside_composed)]
     parts = {unit.name for unit in Unit.of(result.module) if unit.part_of is not None}
-    assert {f"{name}.weight" for name in parts} <= set(moving)
+    assert {f"{name}.weight" for name in parts} <= set(trained_with_tables)
 
 
-@every_method
-def test_a_packed_table_is_not_taken_apart(method, tmp_path):
-    packed, bench = ran(RowwiseInt8, "Ranker").result, ran(RowwiseInt8, "Ranker").bench
+@each_composing_method
+def test_composing_a_packed_table_raises_nothing_to_compress(method, tmp_path):
+    packed, bench = (
+        cached_run(RowwiseInt8, "Ranker").result,
+        cached_run(RowwiseInt8, "Ranker").bench,
+    )
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(models.default(method), packed, bench, tmp_path / "again")
     assert caught.value.fields["reasons"]["user"] == (
@@ -227,19 +243,19 @@ def test_a_packed_table_is_not_taken_apart(method, tmp_path):
     )
 
 
-def test_both_protocols_are_not_kept_at_once():
+def test_composing_methods_are_steps_but_not_table_steps():
     for method in PARTS:
         assert isinstance(method(), Step)
         assert not isinstance(method(), TableStep)
 
 
-def test_a_composed_tables_own_weight_is_not_there_to_take():
-    result = ran(PARTS[0], "Ranker").result
+def test_reading_the_weight_of_a_composed_table_raises_step_refused():
+    result = cached_run(PARTS[0], "Ranker").result
     unit = composed_units(result)[0]
     with raises_code(StepRefused, "already_compressed", unit=unit.name, format=unit.format):
         _ = unit.weight
 
 
-def test_a_part_of_another_shape_is_refused():
+def test_a_part_of_another_shape_raises_a_value_error():
     with pytest.raises(ValueError, match=r"a part of 3 x 2 was given \(2, 3\)"):
         plain_table(PartSpec(3, 2), torch.zeros(2, 3))

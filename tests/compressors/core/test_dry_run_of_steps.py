@@ -1,11 +1,11 @@
-"""What a step is predicted to make is what it makes."""
+"""The dry run of every step predicts the plan, the bytes and the architecture of its result."""
 
 import models
 import pytest
 import torch
 from error_codes import raises_code
 from models import NORMED, RANKER, SEARCHES, TIED, Reference, Step
-from test_steps import every_pair, ran
+from test_steps import cached_run, each_method_on_references
 
 from compressors.contracts import Bench, Plan, PlanLine, Split
 from compressors.contracts.reasons import Reason
@@ -26,8 +26,8 @@ RECIPES: tuple[tuple[Step, ...], ...] = (
 )
 
 
-def without_files(bench: Bench) -> Bench:
-    """The same rows, of which no file can be read."""
+def with_missing_files(bench: Bench) -> Bench:
+    """A bench of as many rows, whose files do not exist: a dry run must not read them."""
     parts = ("train", "validation", "calibration", "soft_labels")
     nowhere = {
         part: Split(path="/nowhere", sha256="0" * 64, rows=getattr(bench, part).rows)
@@ -36,55 +36,61 @@ def without_files(bench: Bench) -> Bench:
     return bench.model_copy(update=nowhere)
 
 
-def without_notes(made: Plan, predicted: Plan) -> Plan:
-    """A plan without what its step measured while it worked."""
+def without_measured_reasons(result: Plan, predicted: Plan) -> Plan:
+    """``result`` with the reasons that ``predicted`` has, if it only adds reasons to them."""
 
-    def foreseen(line: PlanLine) -> PlanLine:
+    def with_predicted_reasons(line: PlanLine) -> PlanLine:
         before = predicted.of(line.module)
         if before is not None and line.reasons[: len(before.reasons)] == before.reasons:
             return line.model_copy(update={"reasons": before.reasons})
         return line
 
-    return Plan(lines=tuple(map(foreseen, made.lines)))
+    return Plan(lines=tuple(map(with_predicted_reasons, result.lines)))
 
 
-@every_pair
-def test_a_steps_plan_is_known_before(method, reference: Reference):
-    done = ran(method, reference.network.__name__)
-    predicted = dry_run(models.default(method), reference.model(), without_files(done.bench))
-    made = done.result
-    assert predicted.network.architecture == made.network.architecture
-    if method in SEARCHES:  # how much they find is not known before, only that it is no loss
-        assert stored_bytes(predicted.module) >= stored_bytes(made.module)
+@each_method_on_references
+def test_the_dry_run_of_a_step_has_the_plan_and_bytes_of_its_result(method, reference: Reference):
+    run_of_method = cached_run(method, reference.network.__name__)
+    predicted = dry_run(
+        models.default(method), reference.model(), with_missing_files(run_of_method.bench)
+    )
+    result = run_of_method.result
+    assert predicted.network.architecture == result.network.architecture
+    if method in SEARCHES:  # their dry run is an upper bound of the bytes
+        assert stored_bytes(predicted.module) >= stored_bytes(result.module)
         return
-    assert predicted.plan == without_notes(made.plan, predicted.plan)
-    assert stored_bytes(predicted.module) == stored_bytes(made.module)
+    assert predicted.plan == without_measured_reasons(result.plan, predicted.plan)
+    assert stored_bytes(predicted.module) == stored_bytes(result.module)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda steps: "-".join(s.kind for s in steps))
-def test_a_recipes_plan_is_known_before(recipe, tmp_path):
+def test_dry_runs_of_a_recipe_have_the_plans_of_its_results(recipe, tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    predicted = made = RANKER.model()
+    predicted = result = RANKER.model()
     for number, step in enumerate(recipe):
-        predicted = dry_run(step, predicted, without_files(bench))
-        made = run(step, made, bench, tmp_path / str(number))
-        assert predicted.plan == without_outcome(made.plan)
+        predicted = dry_run(step, predicted, with_missing_files(bench))
+        result = run(step, result, bench, tmp_path / str(number))
+        assert predicted.plan == without_training_reasons(result.plan)
 
 
-def without_outcome(plan):
-    """The plan without the outcome of training, which is not known before."""
-    outcome = {"trained_to_epoch", "still_rising"}
+def without_training_reasons(plan):
+    """The plan without the reasons that training adds, which a dry run cannot know."""
+    training_codes = {"trained_to_epoch", "still_rising"}
     lines = (
         line.model_copy(
-            update={"reasons": tuple(why for why in line.reasons if why.code not in outcome)}
+            update={
+                "reasons": tuple(
+                    reason for reason in line.reasons if reason.code not in training_codes
+                )
+            }
         )
         for line in plan.lines
     )
     return plan.model_copy(update={"lines": tuple(lines)})
 
 
-def test_a_prediction_holds_no_weights_of_its_own():
-    """A table of a terabyte is predicted as quickly as any."""
+def test_the_dry_run_of_a_table_of_ten_billion_rows_allocates_no_weights():
+    """Its tensors are placeholders that share one element of storage."""
     reference = NORMED.model()
     with torch.device("meta"):
         table = torch.nn.Embedding(10**10, 64)
@@ -92,18 +98,18 @@ def test_a_prediction_holds_no_weights_of_its_own():
     bench = Bench(signature=NORMED.signature)
     predicted = dry_run(RowwiseInt4(), reference, bench)
     assert predicted.plan.of("user").bytes_after == 10**10 * (32 + 2)
-    own = [t.untyped_storage().nbytes() for t in predicted.module.user.buffers()]
-    assert max(own) <= 4
+    sizes = [t.untyped_storage().nbytes() for t in predicted.module.user.buffers()]
+    assert max(sizes) <= 4
 
 
-def test_a_model_is_left_as_it_is():
+def test_a_dry_run_does_not_change_the_tensors_of_its_model():
     source = RANKER.model()
     before = models.tensors_apart(source.module)
     dry_run(Channels(), source, Bench(signature=RANKER.signature))
     torch.testing.assert_close(models.tensors_apart(source.module), before, rtol=0, atol=0)
 
 
-def test_what_has_nothing_to_do_says_so():
+def test_the_dry_run_of_a_step_without_prunable_layers_raises_nothing_to_compress():
     with raises_code(NothingToCompress, "units_missing") as caught:
         dry_run(Channels(), TIED.model(), Bench(signature=TIED.signature))
     assert caught.value.fields["reasons"]["out"] == (Reason("one_output"),)

@@ -1,4 +1,4 @@
-"""Training in mixed precision and on another device: what moves, and what comes back."""
+"""Training in mixed precision or on a GPU, and moving a module to another device and back."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 MIXED = QUICKLY.model_copy(update={"precision": "bfloat16"})
 
 
-def test_mixed_precision_learns_nearly_the_same_and_stores_float32(tmp_path):
+def test_training_in_bfloat16_changes_weights_like_float32_and_stores_float32(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     results = [
-        run(Distill(training=how), RANKER.model(), bench, tmp_path / how.precision).module
-        for how in (
+        run(Distill(training=training), RANKER.model(), bench, tmp_path / training.precision).module
+        for training in (
             QUICKLY.model_copy(update={"epochs": 1}),
             MIXED.model_copy(update={"epochs": 1}),
         )
@@ -28,29 +28,29 @@ def test_mixed_precision_learns_nearly_the_same_and_stores_float32(tmp_path):
     plain, mixed = (result.state_dict() for result in results)
     assert {tensor.dtype for tensor in mixed.values()} == {torch.float32}
     before = RANKER.model().module.hidden.weight
-    moved = (plain["hidden.weight"] - before).norm()
-    gap = (mixed["hidden.weight"] - plain["hidden.weight"]).norm()
-    # bfloat16 has 8 bits: a step differs by parts of a hundred. Equality would mean that nothing
-    # was computed in it.
-    assert 0 < gap < 0.3 * moved
+    change = (plain["hidden.weight"] - before).norm()
+    difference = (mixed["hidden.weight"] - plain["hidden.weight"]).norm()
+    # bfloat16 has 8 significant bits, so updates differ by a few percent. Equal weights would mean
+    # that bfloat16 was not used.
+    assert 0 < difference < 0.3 * change
 
 
-def test_packed_layers_and_mixed_precision_do_not_go_together(tmp_path):
+def test_mixed_precision_with_packed_layers_raises_training_failed(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     packed = run(StaticInt8(), RANKER.model(), bench, tmp_path / "packed")
     with raises_code(TrainingFailed, "float_layers_needed", layer="cross"):
         run(FineTune(training=MIXED), packed, bench, tmp_path / "out")
 
 
-def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
+def test_a_missing_device_raises_step_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench = RANKER.bench(tmp_path / "data").model_copy(update={"device": "cuda"})
     with raises_code(StepRefused, "device_missing", device="cuda"):
         run(FineTune(training=QUICKLY), RANKER.model(), bench, tmp_path / "out")
 
 
-def test_what_was_moved_comes_back_as_it_was_and_what_was_replaced_as_it_is():
-    """The meta device stands for any other: what lies there holds no numbers."""
+def test_moved_to_restores_moved_tensors_and_keeps_replaced_ones():
+    """The meta device, whose tensors have no values, is used as the other device."""
     module = TIED.model().module
     before = dict(module.named_parameters(remove_duplicate=False))
     pointers = {name: tensor.data_ptr() for name, tensor in before.items()}
@@ -68,7 +68,7 @@ def test_what_was_moved_comes_back_as_it_was_and_what_was_replaced_as_it_is():
             assert tensor.data_ptr() == pointers[name]
 
 
-def test_everything_comes_back_after_a_fault():
+def test_moved_to_restores_all_tensors_after_an_exception():
     module = NORMED.model().module
     before = dict(module.named_buffers()) | dict(module.named_parameters())
     with pytest.raises(ValueError, match="fault"), moved_to(module, "meta"):
@@ -79,14 +79,16 @@ def test_everything_comes_back_after_a_fault():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("step", [FineTune(training=QUICKLY), Distill(training=MIXED)])
-def test_a_gpu_learns_the_same(step, tmp_path):
+def test_training_on_a_gpu_gives_nearly_the_weights_of_training_on_a_cpu(step, tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     source = RANKER.model()
-    there = bench.model_copy(update={"device": "cuda"})
-    one = step.model_copy(update={"training": step.training.model_copy(update={"epochs": 1})})
-    found = run(one, source, there, tmp_path / "gpu").module
-    expected = run(one, RANKER.model(), bench, tmp_path / "cpu").module
-    assert device_of(found).type == device_of(source.module).type == "cpu"
-    # Sums in another order, amplified by a few steps of Adam; mixed precision rounds to 8 bits.
-    far = 0.2 if step.training.precision == "bfloat16" else 0.02
-    torch.testing.assert_close(found.hidden.weight, expected.hidden.weight, rtol=far, atol=far / 4)
+    gpu_bench = bench.model_copy(update={"device": "cuda"})
+    one_epoch = step.model_copy(update={"training": step.training.model_copy(update={"epochs": 1})})
+    result = run(one_epoch, source, gpu_bench, tmp_path / "gpu").module
+    expected = run(one_epoch, RANKER.model(), bench, tmp_path / "cpu").module
+    assert device_of(result).type == device_of(source.module).type == "cpu"
+    # A GPU adds in another order, and Adam amplifies the difference; bfloat16 rounds to 8 bits.
+    tolerance = 0.2 if step.training.precision == "bfloat16" else 0.02
+    torch.testing.assert_close(
+        result.hidden.weight, expected.hidden.weight, rtol=tolerance, atol=tolerance / 4
+    )

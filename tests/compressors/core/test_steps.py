@@ -1,4 +1,8 @@
-"""The contract of every step: all that ``compressors.core.registries`` lists."""
+"""What holds for every step in ``compressors.core.registries``, checked on reference networks.
+
+Each method runs once per reference network (``cached_run``) and many tests check the result. The
+end of the file has tests of single methods that need the runner.
+"""
 
 import functools
 import itertools
@@ -69,87 +73,92 @@ from compressors.rewrite.smooth_quant import SmoothQuant
 RECIPES = TypeAdapter(AnyStep)
 
 
-def takes(method: type[Step]) -> set[str]:
-    """Which settings name what a method works on."""
+def unit_settings(method: type[Step]) -> set[str]:
+    """The settings of a method that select units: ``tables``, ``layers`` or both."""
     return {"tables", "layers"} & set(method.model_fields)
 
 
-# One or two codes a row cannot represent 15 random rows: test_table_codes.py tests these methods.
-CODES = {ProductCodes, ResidualCodes, AdditiveCodes}
-# Training moves scores to where the labels want them: test_qat.py looks at it.
-FINE = tuple(method for method in FORMATS if method not in CODES and method is not QAT)
+# One or two codes per row cannot represent 15 random rows; test_table_codes.py tests their error.
+CODEBOOK_METHODS = {ProductCodes, ResidualCodes, AdditiveCodes}
+# Formats whose scores stay close. Training in QAT moves scores to the labels; see test_qat.py.
+CLOSE_FORMATS = tuple(
+    method for method in FORMATS if method not in CODEBOOK_METHODS and method is not QAT
+)
 
 
-# In the others the only number that is a layer's width is also the dimension of a table.
+# References with a config argument that is only a layer's width, which ``Channels`` can change. In
+# the others it is also the dimension of a table.
 WITH_WIDTHS = (RANKER, NORMED)
 
 
-# Model steps that are not called like the format they write.
-WRITES = {"qat": "static_int8", "bfloat16_dense": "bfloat16"}
+# The format written by steps whose kind is not the name of their format.
+STORED_FORMAT = {"qat": "static_int8", "bfloat16_dense": "bfloat16"}
 
 
-def form(step: Step) -> str:
-    """The format a step writes; additive codes are stored as residual ones are."""
-    return step.storage.name if hasattr(step, "storage") else WRITES.get(step.kind, step.kind)
+def format_of(step: Step) -> str:
+    """The format that a step writes; additive codes are stored as residual codes."""
+    return (
+        step.storage.name if hasattr(step, "storage") else STORED_FORMAT.get(step.kind, step.kind)
+    )
 
 
-# What finds nothing on the other references says so; each has tests of its own.
-ONLY_ON: dict[type[Step], tuple[Reference, ...]] = {
+# References of the methods that have nothing to compress on some of them.
+REFERENCES_OF: dict[type[Step], tuple[Reference, ...]] = {
     Channels: WITH_WIDTHS,
     Fold: (NORMED,),
-    # Both export the network, which takes the ranker three times as long.
+    # Both export the network, which takes three times as long for the ranker.
     Equalize: (COMPACT, RANKER),
     SmoothQuant: (COMPACT, RANKER, NORMED),
     LowRankDense: (RANKER, ATTENTION, NORMED),
 }
 
 
-def fits(method: type[Step], reference: Reference) -> bool:
+def applies_to(method: type[Step], reference: Reference) -> bool:
     return reference in references(method)
 
 
-# In the default tier on every reference: one for tables, one for layers.
+# Methods that run on every reference in the default tier: one for tables, one for layers.
 ON_EVERY_REFERENCE = (RowwiseInt4, StaticInt8)
-# In the default tier before and after every other format.
+# Formats that run before and after every other format in the default tier.
 WITH_EVERY_FORMAT = (RowwiseInt8, StaticInt8, Float16)
 
 
 def references(method: type[Step]) -> tuple[Reference, ...]:
-    return ONLY_ON.get(method, REFERENCES)
+    return REFERENCES_OF.get(method, REFERENCES)
 
 
-def first_reference(method: type[Step]) -> Reference:
+def default_reference(method: type[Step]) -> Reference:
     return references(method)[0]
 
 
-def tier(*values: object, default: bool) -> typing.Any:
-    """One case of a test, in the default or in the nightly tier."""
+def case(*values: object, default: bool) -> typing.Any:
+    """One parametrized case of a test, in the default or in the nightly tier."""
     names = (getattr(value, "__name__", None) or value.network.__name__ for value in values)
     return pytest.param(*values, id="-".join(names), marks=() if default else pytest.mark.nightly)
 
 
-def pairs(methods: tuple[type[Step], ...]) -> pytest.MarkDecorator:
-    """Every one of these methods on every reference that has something for it.
+def method_on_references(methods: tuple[type[Step], ...]) -> pytest.MarkDecorator:
+    """Parametrize a test with each method on each reference that it has something to compress on.
 
-    In the default tier each is on one reference, and two are on all.
+    In the default tier each method runs on one reference, and ``ON_EVERY_REFERENCE`` on all.
     """
     every = [
-        tier(m, r, default=r is first_reference(m) or m in ON_EVERY_REFERENCE)
+        case(m, r, default=r is default_reference(m) or m in ON_EVERY_REFERENCE)
         for m in methods
         for r in references(m)
     ]
     return pytest.mark.parametrize(("method", "reference"), every)
 
 
-def each(methods: typing.Iterable[type[Step]]) -> pytest.MarkDecorator:
+def each_of(methods: typing.Iterable[type[Step]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("method", methods, ids=lambda method: method.__name__)
 
 
-every_method = each(METHODS)
-every_format = each(FORMATS)
-every_pair = pairs(ALONE)
-every_format_pair = pairs(FORMATS)
-every_values_pair = pairs(VALUES)
+each_method = each_of(METHODS)
+each_format = each_of(FORMATS)
+each_method_on_references = method_on_references(ALONE)
+each_format_on_references = method_on_references(FORMATS)
+each_values_method_on_references = method_on_references(VALUES)
 
 
 @pytest.fixture
@@ -162,9 +171,10 @@ def bench(reference, tmp_path) -> Bench:
     return reference.bench(tmp_path / "data")
 
 
-def versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in named}
+def tensor_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Address and version counter of each tensor, which torch increases at each write."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in tensors}
 
 
 def scores(model: Model, reference: Reference, rows: int = 9) -> Tensor:
@@ -177,10 +187,10 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="steps-")
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A method, carried out once on a reference with its default settings.
+class CachedRun:
+    """The result of a method on a reference with default settings.
 
-    ``before`` is what the caller's model was, and ``tensors`` a copy of its tensors.
+    ``before`` is ``state_of`` the source model before the step, ``tensors`` a copy of its tensors.
     """
 
     source: Model
@@ -192,7 +202,7 @@ class Ran:
 
 
 @functools.cache
-def ran(method: type[Step], name: str) -> Ran:
+def cached_run(method: type[Step], name: str) -> CachedRun:
     """The result of a method, cached: many tests check it, and training it for each takes long."""
     reference = BY_NAME[name]
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
@@ -201,86 +211,92 @@ def ran(method: type[Step], name: str) -> Ran:
     before, tensors = state_of(source), tensors_apart(source.module)
     bench = reference.bench(folder / "data")
     result = run(models.default(method), source, bench, folder / "out")
-    return Ran(source, before, tensors, result, folder / "out", bench)
+    return CachedRun(source, before, tensors, result, folder / "out", bench)
 
 
 def state_of(model: Model) -> tuple[object, ...]:
-    """All of a model that a step must leave as it is, but for the values of its tensors."""
-    named = model.module.named_modules()
-    return versions(model.module), [(name, id(part), part.training) for name, part in named]
+    """What a step must not change in its source: tensor versions, modules, training modes."""
+    modules = model.module.named_modules()
+    return tensor_versions(model.module), [
+        (name, id(module), module.training) for name, module in modules
+    ]
 
 
 @pytest.fixture
-def made(method, reference) -> Ran:
-    return ran(method, reference.network.__name__)
+def method_run(method, reference) -> CachedRun:
+    return cached_run(method, reference.network.__name__)
 
 
 def test_every_method_and_every_reference_is_in_the_default_tier():
-    default = [case.values for case in every_pair.args[1] if not case.marks]
+    default = [case.values for case in each_method_on_references.args[1] if not case.marks]
     assert {method for method, _ in default} == set(ALONE) == set(METHODS) - set(NOT_ALONE)
     assert {reference.network for _, reference in default} == {r.network for r in BY_NAME.values()}
     orders = [case.values[:2] for case in COMPOSED if not case.marks]
     assert {method for pair in orders for method in pair} == set(FORMATS)
 
 
-# --- what every step keeps -------------------------------------------------------------------
+# --- what holds for every step ---------------------------------------------------------------
 
 
-@every_pair
-def test_the_callers_model_is_left_alone_bit_for_bit(made):
-    assert state_of(made.source) == made.before
-    torch.testing.assert_close(tensors_apart(made.source.module), made.tensors, rtol=0, atol=0)
+@each_method_on_references
+def test_a_step_does_not_change_its_source_model(method_run):
+    assert state_of(method_run.source) == method_run.before
+    torch.testing.assert_close(
+        tensors_apart(method_run.source.module), method_run.tensors, rtol=0, atol=0
+    )
 
 
-@pairs(FINE)
-def test_scores_are_finite_and_near_the_originals(made, reference):
-    result = scores(made.result, reference)
+@method_on_references(CLOSE_FORMATS)
+def test_scores_of_formats_are_finite_and_close_to_those_of_the_source(method_run, reference):
+    result = scores(method_run.result, reference)
     before = scores(reference.model(), reference)
     assert torch.isfinite(result).all()
     assert result.shape == before.shape
-    # Four bits keep a weight within 1/14 of its row's largest; an error that has nothing to do
-    # with rounding (rows swapped, a scale forgotten) moves scores by several times their spread.
-    # Two bits without offsets keep a weight within 1/2 of its row's largest.
-    formats = {line.format for line in made.result.plan.lines}
+    # The rounding error is at most 1/14 of the largest weight of a row with four bits, and 1/2 with
+    # two bits without offsets. Other errors (rows swapped, a missing scale) change scores by
+    # several times their spread.
+    formats = {line.format for line in method_run.result.plan.lines}
     share = 1.0 if "rowwise_int2" in formats else 0.5
     assert (result - before).abs().max() < share * before.std()
 
 
-@every_pair
-def test_every_table_and_dense_layer_has_one_plan_line(made, step):
-    source = made.source
-    result = made.result
+@each_method_on_references
+def test_every_table_and_dense_layer_has_one_plan_line(method_run, step):
+    source = method_run.source
+    result = method_run.result
     assert isinstance(result.plan, Plan)
-    named = [line.module for line in result.plan.lines]
+    names = [line.module for line in result.plan.lines]
     parts = {unit.name for unit in Unit.of(result.module) if unit.part_of is not None}
-    assert [name for name in named if name not in parts] == [
+    assert [name for name in names if name not in parts] == [
         *(unit.name for unit in Unit.of(source.module)),
         "(other)",
     ]
-    assert len(named) == len(set(named))
-    assert parts <= set(named)
+    assert len(names) == len(set(names))
+    assert parts <= set(names)
     assert not parts or step.effect == "parts"
     assert all(line.reasons for line in result.plan.lines)
 
 
-@every_pair
-def test_a_plans_bytes_are_those_of_the_stored_tensors(made, step):
-    source, result = made.source, made.result
+@each_method_on_references
+def test_bytes_of_the_plan_are_those_of_the_stored_tensors(method_run, step):
+    source, result = method_run.source, method_run.result
     assert sum(line.bytes_before for line in result.plan.lines) == stored_bytes(
         tensors_of(source.module)[0]
     )
-    assert sum(line.bytes_after for line in result.plan.lines) == stored_bytes(mapped(made.folder))
+    assert sum(line.bytes_after for line in result.plan.lines) == stored_bytes(
+        mapped(method_run.folder)
+    )
     other = result.plan.of("(other)")
     assert other.bytes_before >= other.bytes_after
-    if not isinstance(step, Channels | Fold):  # which narrow norms too, or have none left
+    if not isinstance(step, Channels | Fold):  # these also remove channels of norms, or norms
         assert other.bytes_before == other.bytes_after
 
 
-@every_format_pair
-def test_every_plan_line_says_what_its_module_holds(made):
-    result = made.result
+@each_format_on_references
+def test_format_and_bytes_of_each_plan_line_are_those_of_its_module(method_run):
+    result = method_run.result
     records = result.network.modules
-    stored = mapped(made.folder)
+    stored = mapped(method_run.folder)
     for line in result.plan.lines:
         if line.module in records:
             assert line.format == records[line.module].format
@@ -292,10 +308,10 @@ def test_every_plan_line_says_what_its_module_holds(made):
     assert any(line.module in records for line in result.plan.lines)
 
 
-@every_values_pair
-def test_a_method_of_values_leaves_every_format(made, step, reference):
-    source, result = made.source, made.result
-    stored = mapped(made.folder)
+@each_values_method_on_references
+def test_a_method_that_changes_values_keeps_all_formats(method_run, step, reference):
+    source, result = method_run.source, method_run.result
+    stored = mapped(method_run.folder)
     assert all(record.kind == "norm" for record in result.network.modules.values())
     assert torch.isfinite(scores(result, reference)).all()
     assert any(step.kind in line.steps for line in result.plan.lines)
@@ -309,53 +325,55 @@ def test_a_method_of_values_leaves_every_format(made, step, reference):
                 assert torch.equal(tensor, before[name]), name
 
 
-# Those that take float weights only are left out.
+# Methods for dense layers that change only weights of float layers are excluded.
 CHANGING_VALUES = [
-    m for m in VALUES if m not in (Magnitude, Sparse24, L1Training) and fits(m, RANKER)
+    m for m in VALUES if m not in (Magnitude, Sparse24, L1Training) and applies_to(m, RANKER)
 ]
-QUICK = [method for method in CHANGING_VALUES if "training" not in method.model_fields]
-TRAINED = [method for method in CHANGING_VALUES if "training" in method.model_fields]
+WITHOUT_TRAINING = [method for method in CHANGING_VALUES if "training" not in method.model_fields]
+WITH_TRAINING = [method for method in CHANGING_VALUES if "training" in method.model_fields]
 
 
 @pytest.mark.parametrize(
-    ("method", "packed", "reference"),
+    ("method", "format_class", "reference"),
     [
-        # In the default tier each format has one method of values that does not train, in turn, and
-        # each that trains has a format that can hold what it learned, and one that cannot.
-        tier(
+        # In the default tier each format has one method without training, in turn. Each method with
+        # training has one format that leaves layers to train (tables), and one that does not.
+        case(
             method,
-            packed,
+            format_class,
             reference,
-            default=reference is first_reference(method)
+            default=reference is default_reference(method)
             and (
-                packed in (RowwiseInt8, BFloat16Dense)
-                if method in TRAINED
-                else place % len(QUICK) == turn
+                format_class in (RowwiseInt8, BFloat16Dense)
+                if method in WITH_TRAINING
+                else format_index % len(WITHOUT_TRAINING) == method_index
             ),
         )
-        for turn, method in enumerate(QUICK + TRAINED)
-        for place, packed in enumerate(FORMATS)
+        for method_index, method in enumerate(WITHOUT_TRAINING + WITH_TRAINING)
+        for format_index, format_class in enumerate(FORMATS)
         for reference in references(method)
-        if reference in (first_reference(method), RANKER)
+        if reference in (default_reference(method), RANKER)
     ],
 )
-def test_values_change_before_and_after_formats(method, packed, reference, tmp_path):
-    made = ran(method, reference.network.__name__)
-    first, bench = made.result, made.bench
-    then = run(packed(), first, bench, tmp_path / "then")
-    line = then.plan.of("hidden")
+def test_methods_that_change_values_run_before_and_after_formats(
+    method, format_class, reference, tmp_path
+):
+    method_run = cached_run(method, reference.network.__name__)
+    first, bench = method_run.result, method_run.bench
+    packed_after = run(format_class(), first, bench, tmp_path / "then")
+    line = packed_after.plan.of("hidden")
     assert line.steps[0] == method().kind
     assert line.reasons[0].fields["step"] == method().kind
-    if method is Channels and "layers" in takes(packed):
+    if method is Channels and "layers" in unit_settings(format_class):
         return  # refused, see test_channels.py
-    packed_first = ran(packed, reference.network.__name__).result
-    if method in (Equalize, SmoothQuant) and "layers" in takes(packed):
+    packed_first = cached_run(format_class, reference.network.__name__).result
+    if method in (Equalize, SmoothQuant) and "layers" in unit_settings(format_class):
         with raises_code(NothingToCompress, "units_missing") as caught:
             run(method(), packed_first, bench, tmp_path / "after")
-        already = HasReason("already_stored", format=form(packed()))
-        assert already in caught.value.fields["reasons"].values()
+        expected_reason = HasReason("already_stored", format=format_of(format_class()))
+        assert expected_reason in caught.value.fields["reasons"].values()
         return
-    if packed in (Float16, BFloat16Dense) and method is not Channels:
+    if format_class in (Float16, BFloat16Dense) and method is not Channels:
         with raises_code(NothingToCompress, "units_missing") as caught:
             run(models.default(method), packed_first, bench, tmp_path / "after")
         assert HasReason("nothing_to_train") in caught.value.fields["reasons"].values()
@@ -365,9 +383,9 @@ def test_values_change_before_and_after_formats(method, packed, reference, tmp_p
     assert torch.isfinite(scores(after, reference)).all()
 
 
-@every_pair
-def test_the_stored_model_is_the_one_in_memory_bit_for_bit(made, reference, tmp_path):
-    result = made.result
+@each_method_on_references
+def test_the_loaded_model_has_the_tensors_and_scores_of_the_result(method_run, reference, tmp_path):
+    result = method_run.result
     ties = save(result.module, tmp_path / "again")
     assert ties == result.network.ties
     assert records_of(result.module) == result.network.modules
@@ -379,31 +397,33 @@ def test_the_stored_model_is_the_one_in_memory_bit_for_bit(made, reference, tmp_
     assert torch.equal(scores(again, reference), scores(result, reference))
 
 
-@every_pair
-def test_the_same_seed_gives_the_same_tensors(made, method, reference, tmp_path):
-    run(models.default(method), reference.model(), made.bench, tmp_path / "again")
-    first, second = mapped(made.folder), mapped(tmp_path / "again")
+@each_method_on_references
+def test_two_runs_of_a_step_give_equal_tensors(method_run, method, reference, tmp_path):
+    run(models.default(method), reference.model(), method_run.bench, tmp_path / "again")
+    first, second = mapped(method_run.folder), mapped(tmp_path / "again")
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-@every_format
-def test_only_what_was_chosen_changes(method, tmp_path):
+@each_format
+def test_only_units_that_match_the_patterns_change(method, tmp_path):
     patterns = {"tables": ("h*",), "layers": ("cross",)}
-    step = method(**{where: patterns[where] for where in takes(method)})
+    step = method(**{setting: patterns[setting] for setting in unit_settings(method)})
     source = RANKER.model()
     result = run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
-    wanted = {{"tables": "history", "layers": "cross"}[where] for where in takes(method)}
-    assert set(result.network.modules) == wanted
+    expected = {
+        {"tables": "history", "layers": "cross"}[setting] for setting in unit_settings(method)
+    }
+    assert set(result.network.modules) == expected
     kept = result.module.state_dict()
     for name, tensor in source.module.state_dict().items():
-        if name.partition(".")[0] not in wanted:
+        if name.partition(".")[0] not in expected:
             assert torch.equal(kept[name], tensor), name
     for line in result.plan.lines:
-        if line.module not in wanted and line.role != "other":
+        if line.module not in expected and line.role != "other":
             assert {"not_matched", "wrong_role"} & set(codes_of(line.reasons))
 
 
-@every_method
+@each_method
 def test_step_survives_a_json_round_trip_and_kind_selects_its_class(step):
     text = RECIPES.dump_json(step)
     assert RECIPES.validate_json(text) == step
@@ -414,15 +434,15 @@ def test_step_survives_a_json_round_trip_and_kind_selects_its_class(step):
     assert step.kind in choices["mapping"]
 
 
-def test_kinds_are_unique_and_every_method_keeps_one_protocol():
+def test_kinds_are_unique_and_every_method_implements_a_step_protocol():
     kinds = [method().kind for method in METHODS]
     assert len(set(kinds)) == len(kinds) >= 4
     for method in METHODS:
         assert isinstance(method(), TableStep | WholeStep)
 
 
-@every_method
-def test_a_step_is_frozen_and_refuses_settings_it_does_not_have(method):
+@each_method
+def test_a_step_is_frozen_hashable_and_rejects_unknown_settings(method):
     with pytest.raises(ValidationError, match="frozen"):
         method().kind = "other"
     with pytest.raises(ValidationError, match="Extra inputs"):
@@ -433,32 +453,33 @@ def test_a_step_is_frozen_and_refuses_settings_it_does_not_have(method):
     assert hash(method()) == hash(method())
 
 
-@every_method
-def test_every_setting_explains_itself_in_a_form(method):
+@each_method
+def test_every_method_and_setting_has_a_description(method):
     assert method.__doc__
     for name, field in method.model_fields.items():
         assert name == "kind" or field.description, name
 
 
-@every_format_pair
-def test_nothing_to_compress_on_a_compressed_model(made, step, tmp_path):
+@each_format_on_references
+def test_the_same_step_again_raises_nothing_to_compress(method_run, step, tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
-        run(step, made.result, made.bench, tmp_path / "twice")
-    already = HasReason("already_stored", format=form(step))
-    assert already in caught.value.fields["reasons"].values()
+        run(step, method_run.result, method_run.bench, tmp_path / "twice")
+    expected_reason = HasReason("already_stored", format=format_of(step))
+    assert expected_reason in caught.value.fields["reasons"].values()
 
 
 @pytest.mark.parametrize(
-    ("method", "where"), [(method, where) for method in METHODS for where in sorted(takes(method))]
+    ("method", "setting"),
+    [(method, setting) for method in METHODS for setting in sorted(unit_settings(method))],
 )
-def test_a_pattern_that_matches_nothing_names_what_there_is(method, where, tmp_path):
-    step = method(**{where: ("usre",)})
+def test_a_pattern_that_matches_no_unit_raises_name_unmatched(method, setting, tmp_path):
+    step = method(**{setting: ("usre",)})
     with raises_code(NothingToCompress, "name_unmatched", pattern="usre"):
         run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
 
 
-@each(m for m in METHODS if "min_rows" in m.model_fields and m not in SEARCHES)
-def test_tables_below_min_rows_are_kept_with_that_reason(step, tmp_path):
+@each_of(m for m in METHODS if "min_rows" in m.model_fields and m not in SEARCHES)
+def test_tables_below_min_rows_are_kept_with_a_reason(step, tmp_path):
     bench, step = RANKER.bench(tmp_path / "data"), step.model_copy(update={"min_rows": 40})
     plan = run(step, RANKER.model(), bench, tmp_path / "out").plan
     assert plan.of("city").format == plan.of("tags").format == "float32"
@@ -466,48 +487,48 @@ def test_tables_below_min_rows_are_kept_with_that_reason(step, tmp_path):
     assert plan.of("user").format != "float32"
 
 
-@every_format
-def test_tied_tables_are_kept_and_the_reason_names_the_tie(method):
-    result = ran(method, "Tied").result
+@each_format
+def test_tables_that_share_a_weight_are_kept_and_the_reason_names_the_other_one(method):
+    result = cached_run(method, "Tied").result
     for name in ("item", "similar"):
         line = result.plan.of(name)
         assert line.format == "float32"
-        if "tables" in takes(method):
+        if "tables" in unit_settings(method):
             other = {"item": "similar", "similar": "item"}[name]
             with_code(line.reasons, "shares_weight", unit=other)
     assert result.module.item.weight is result.module.similar.weight
     assert result.network.ties["similar.weight"] == "item.weight"
 
 
-@every_format
-def test_a_module_in_two_places_is_replaced_in_both(method):
-    source, result = ran(method, "Tied").source, ran(method, "Tied").result
+@each_format
+def test_a_module_used_under_two_names_is_replaced_under_both(method):
+    source, result = cached_run(method, "Tied").source, cached_run(method, "Tied").result
     assert result.module.friend is result.module.user
     assert (source.module.friend is result.module.friend) is False
     assert result.plan.of("friend") is None
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
-@every_format
-def test_a_table_that_renormalizes_while_read_is_refused(step, kind, tmp_path):
+@each_format
+def test_a_table_with_max_norm_raises_step_refused(step, kind, tmp_path):
     source = RANKER.model()
     source.module.user = kind(40, 6, max_norm=1.0)
     with raises_code(StepRefused, "table_renormalizes", table="user"):
         run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
 
 
-def in_turn(first: type[Step], second: type[Step]) -> bool:
+def is_in_default_tier(first: type[Step], second: type[Step]) -> bool:
     return first in WITH_EVERY_FORMAT or second in WITH_EVERY_FORMAT
 
 
-# Every method before and after every other on one network; two of them on all networks.
+# Each format before and after each other format on one network; two of them on all networks.
 COMPOSED = [
-    tier(a, b, RANKER, default=in_turn(a, b))
+    case(a, b, RANKER, default=is_in_default_tier(a, b))
     for a, b in itertools.permutations(FORMATS, 2)
-    if not takes(b) <= takes(a)
+    if not unit_settings(b) <= unit_settings(a)
 ]
 COMPOSED += [
-    tier(a, b, reference, default=True)
+    case(a, b, reference, default=True)
     for a, b in itertools.permutations(ON_EVERY_REFERENCE, 2)
     for reference in REFERENCES
     if reference is not RANKER
@@ -515,9 +536,12 @@ COMPOSED += [
 
 
 @pytest.mark.parametrize(("first", "second", "reference"), COMPOSED)
-def test_recipes_compose_in_both_orders(first, second, reference, tmp_path):
-    made = ran(first, reference.network.__name__)
-    once, twice = made.result, run(second(), made.result, made.bench, tmp_path / "twice")
+def test_two_formats_for_different_units_run_in_both_orders(first, second, reference, tmp_path):
+    method_run = cached_run(first, reference.network.__name__)
+    once, twice = (
+        method_run.result,
+        run(second(), method_run.result, method_run.bench, tmp_path / "twice"),
+    )
     assert torch.isfinite(scores(twice, reference)).all()
     assert set(once.network.modules) < set(twice.network.modules)
     for line in once.plan.lines:
@@ -534,47 +558,46 @@ def test_recipes_compose_in_both_orders(first, second, reference, tmp_path):
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        tier(a, b, default=in_turn(a, b))
+        case(a, b, default=is_in_default_tier(a, b))
         for a, b in itertools.permutations(FORMATS, 2)
-        if takes(b) <= takes(a)
+        if unit_settings(b) <= unit_settings(a)
     ],
 )
-def test_a_step_finds_nothing_left_by_one_that_takes_the_same(first, second, tmp_path):
-    made = ran(first, "Ranker")
+def test_a_second_format_for_the_same_units_raises_nothing_to_compress(first, second, tmp_path):
+    method_run = cached_run(first, "Ranker")
     with raises_code(NothingToCompress, "units_missing") as caught:
-        run(second(), made.result, made.bench, tmp_path / "twice")
-    already = HasReason("already_stored", format=form(first()))
-    assert already in caught.value.fields["reasons"].values()
+        run(second(), method_run.result, method_run.bench, tmp_path / "twice")
+    expected_reason = HasReason("already_stored", format=format_of(first()))
+    assert expected_reason in caught.value.fields["reasons"].values()
 
 
-@each(method for method in METHODS if isinstance(method(), TableStep))
-def test_row_blocks_give_what_one_block_gives(method, tmp_path, monkeypatch):
-    made = ran(method, "Ranker")
+@each_of(method for method in METHODS if isinstance(method(), TableStep))
+def test_tables_encoded_in_row_blocks_equal_tables_encoded_at_once(method, tmp_path, monkeypatch):
+    method_run = cached_run(method, "Ranker")
     # 40 and 300 rows: a short last block
     monkeypatch.setattr("compressors.core.steps.table_encoder.BLOCK_ROWS", 7)
-    run(models.default(method), RANKER.model(), made.bench, tmp_path / "blocks")
-    whole, blocks = mapped(made.folder), mapped(tmp_path / "blocks")
+    run(models.default(method), RANKER.model(), method_run.bench, tmp_path / "blocks")
+    whole, blocks = mapped(method_run.folder), mapped(tmp_path / "blocks")
     torch.testing.assert_close(blocks, whole, rtol=0, atol=0)
 
 
 # --- single methods under the runner ---------------------------------------------------------
 
 
-def test_static_int8_needs_calibration_rows(tmp_path):
+def test_static_int8_without_calibration_rows_raises_nothing_to_compress(tmp_path):
     bench = Bench(signature=RANKER.signature)
     with raises_code(NothingToCompress, "rows_missing", missing=("calibration",)):
         run(StaticInt8(), RANKER.model(), bench, tmp_path / "out")
 
 
-def test_layer_with_only_zero_inputs_has_no_scale(tmp_path):
+def test_a_layer_with_only_zero_inputs_is_skipped_and_an_error_if_named(tmp_path):
     source = RANKER.model()
     nn.init.zeros_(source.module.hidden.weight)
     nn.init.zeros_(source.module.hidden.bias)
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(StepRefused, "layer_inputs_zero", layer="capped"):
         run(StaticInt8(layers=("capped", "out")), source, bench, tmp_path / "out")
-    # The step does not name it, such as a head that only training calls: it stays, and all others
-    # are taken.
+    # Steps that do not name the layer skip it (it may be a head that only training calls).
     for step in (StaticInt8(), Float8Dense(), models.default(QAT)):
         plan = run(step, source, bench, tmp_path / step.kind).plan
         assert plan.of("capped").format == "float32"
@@ -592,7 +615,7 @@ def test_layer_with_only_zero_inputs_has_no_scale(tmp_path):
         (BFloat16(), 3.4e38, "weight_beyond_bfloat16", {}),
     ],
 )
-def test_weights_beyond_the_format_are_refused_with_the_number(
+def test_weights_beyond_the_range_of_a_format_raise_value_not_storable(
     step, weight, code, fields, tmp_path
 ):
     wide = replace(RANKER, config={"dim": 16})  # narrow rows are stored in a better format
@@ -604,7 +627,7 @@ def test_weights_beyond_the_format_are_refused_with_the_number(
     assert caught.value.fields["weight"] == pytest.approx(weight, rel=1e-6)  # of float32
 
 
-def test_a_layer_without_bias_stays_without_one(tmp_path):
+def test_a_packed_layer_without_bias_has_no_bias(tmp_path):
     for step in (Float16(), StaticInt8()):
         folder = tmp_path / step.kind
         result = run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), folder)
