@@ -1,4 +1,7 @@
-"""Networks whose layers feed each other: through norms, bends, and what cannot be passed."""
+"""Networks with norms and activations between layers, for ``fold``, ``equalize``, ``smooth_quant``.
+
+``NORM_FIRST``, ``BLOCK``, ``LOUD`` and ``CHAIN`` are their references, with signatures.
+"""
 
 import torch
 from models import ATTENTION, Reference
@@ -30,7 +33,12 @@ class NormFirst(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block over a history, with two loud channels that its norms made."""
+    """One transformer block over a history.
+
+    ``loud`` multiplies the factors of two channels in the first two norms and one channel of
+    ``up``, and divides the weights of the next layers, so the output is the same but int8 inputs
+    have a coarse scale.
+    """
 
     def __init__(self, dim: int = 16, inner: int = 32, loud: float = 1.0) -> None:
         super().__init__()
@@ -64,7 +72,12 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
-    """Layers joined by every bend that lets positive factors through, and by some that do not."""
+    """A chain of dense layers with activations between them.
+
+    A positive factor per channel can be moved through some (relu, leaky relu, PReLU) and not
+    through others (gelu, tanh). ``twice`` is called twice, and the weight of ``looked`` is read
+    outside the layer.
+    """
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()

@@ -1,4 +1,8 @@
-"""Networks whose layers can be narrower, and networks whose layers only seem to be."""
+"""Networks for tests of channel pruning: layers that can be narrower, and layers that cannot.
+
+A width can be pruned if it is a constructor argument and no code depends on single channels.
+``SCHEMA``, ``HISTORY``, ``RATE`` and ``RETRIEVAL`` are the signatures of these networks.
+"""
 
 from collections.abc import Sequence
 
@@ -45,8 +49,8 @@ RETRIEVAL = Signature.model_validate(
 )
 
 
-class Branched(nn.Module):
-    """A residual sum of two layers, a concatenation of two branches, and a norm."""
+class ResidualConcatNet(nn.Module):
+    """A residual sum of two layers, concatenated with a second branch that has a norm."""
 
     def __init__(self, left: int = 16, right: int = 24, deep: int = 32) -> None:
         super().__init__()
@@ -62,14 +66,17 @@ class Branched(nn.Module):
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
         x = torch.cat([self.user(user), price], dim=1)
         left = F.relu(self.left(x))
-        left = left + F.relu(self.again(left))  # the channels of both layers meet
+        left = left + F.relu(self.again(left))  # adds the channels of both layers
         right = self.slope(self.norm(self.right(x)))
         score: Tensor = self.out(F.relu(self.deep(torch.cat([right, left], dim=1))))
         return score
 
 
-class Plain(nn.Module):
-    """One hidden layer and something between it and the layer that reads it."""
+class HiddenLayerNet(nn.Module):
+    """One hidden layer, ``between``, and an output layer that reads it once or twice.
+
+    Subclasses replace ``between``, which is a relu here.
+    """
 
     def __init__(self, width: int = 16, twice: bool = False, dim: int = 4) -> None:
         super().__init__()
@@ -87,40 +94,42 @@ class Plain(nn.Module):
         return score
 
 
-class Softmaxed(Plain):
+class SoftmaxNet(HiddenLayerNet):
     def between(self, x: Tensor) -> Tensor:
         return x.softmax(dim=1)
 
 
-class Reversed(Plain):
-    """Channels arrive in another order than they were made in."""
+class FlippedChannelsNet(HiddenLayerNet):
+    """The output layer reads the channels of ``hidden`` in reverse order."""
 
     def between(self, x: Tensor) -> Tensor:
         return F.relu(x).flip(1)
 
 
-class Leaking(Plain):
-    """A channel reaches the score past every layer."""
+class ResidualSumNet(HiddenLayerNet):
+    """Adds the first hidden channel to the score, without a layer."""
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
         x = self.between(self.hidden(torch.cat([self.user(user), price], dim=1)))
         return self.out(x) + x[:, :1]
 
 
-class Fixed(Plain):
+class FixedWidthNet(HiddenLayerNet):
+    """Has no argument for the width."""
+
     def __init__(self) -> None:
         super().__init__(16)
 
 
-class Centred(Plain):
-    """Reads the weights of its layer past the layer itself."""
+class WeightReadingNet(HiddenLayerNet):
+    """Multiplies by the sum of the layer's weights."""
 
     def between(self, x: Tensor) -> Tensor:
         return F.relu(x) * self.hidden.weight.abs().sum()
 
 
-class Remembering(Plain):
-    """Scales by the width it was built with."""
+class StatefulNet(HiddenLayerNet):
+    """Stores its width and scales by it."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__(width)
@@ -130,8 +139,8 @@ class Remembering(Plain):
         return F.relu(x).view(-1, self.width) * self.width**-0.5
 
 
-class Squeezed(nn.Module):
-    """Another layer has a sixteenth of the width, which grows in steps of its own."""
+class BottleneckNet(nn.Module):
+    """A bottleneck layer has ``width // 16`` channels, so only multiples of 16 scale both."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -148,8 +157,8 @@ class Squeezed(nn.Module):
         return score
 
 
-class Heads(nn.Module):
-    """Channels belong to heads by their place, and the answer is a rate of a tenth of a percent."""
+class GatedHeadsNet(nn.Module):
+    """Each gate scales a block of consecutive channels; predictions are about 0.1 %."""
 
     def __init__(self, inner: int = 32, heads: int = 4) -> None:
         super().__init__()
@@ -167,8 +176,11 @@ class Heads(nn.Module):
         return torch.sigmoid(self.out(mixed))
 
 
-class Halves(nn.Module):
-    """Half of the channels bend at 6, which inputs around zero never reach."""
+class SplitConcatNet(nn.Module):
+    """The first half of the channels has a relu6 and the second a relu, then both are joined.
+
+    The two differ only for values above 6, which inputs near zero do not cause.
+    """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -182,8 +194,8 @@ class Halves(nn.Module):
         return score
 
 
-class Twice(nn.Module):
-    """One layer under two names, a norm without weights, a slope for all channels."""
+class SharedLayerNet(nn.Module):
+    """One layer under two names, a norm without weights, and a PReLU with one slope."""
 
     def __init__(
         self, width: int = 16, act: type[nn.Module] = nn.PReLU, top: float = float("inf")
@@ -204,24 +216,24 @@ class Twice(nn.Module):
         return score
 
 
-class Mixed(nn.Module):
-    """A layer that may be narrower, in parallel with one that may not."""
+class ParallelLayersNet(nn.Module):
+    """A layer that can be pruned, in parallel with one that cannot, as its weight is read."""
 
-    def __init__(self, free: int = 16, held: int = 24) -> None:
+    def __init__(self, prunable: int = 16, fixed: int = 24) -> None:
         super().__init__()
         self.user = nn.Embedding(30, 4)
-        self.free, self.held = nn.Linear(9, free), nn.Linear(9, held)
-        self.out = nn.Linear(free + held, 1)
+        self.prunable, self.fixed = nn.Linear(9, prunable), nn.Linear(9, fixed)
+        self.out = nn.Linear(prunable + fixed, 1)
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
         x = torch.cat([self.user(user), price], dim=1)
-        held = F.relu(self.held(x)) * self.held.weight.abs().sum()
-        score: Tensor = self.out(torch.cat([F.relu(self.free(x)), held], dim=1))
+        fixed = F.relu(self.fixed(x)) * self.fixed.weight.abs().sum()
+        score: Tensor = self.out(torch.cat([F.relu(self.prunable(x)), fixed], dim=1))
         return score
 
 
-class Towers(nn.Module):
-    """A tower with a hidden layer, and a table for the items."""
+class TableAndTowerNet(nn.Module):
+    """A query tower with a hidden layer; the item tower is a table."""
 
     def __init__(self, hidden: int = 16, dim: int = 6) -> None:
         super().__init__()
@@ -234,10 +246,10 @@ class Towers(nn.Module):
         return score
 
 
-class Block(nn.Module):
-    """Attention over a history and a feed-forward part, each a residual after a layer norm.
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block: attention over a history, then a feed-forward part.
 
-    ``fused`` makes queries, keys and values in one layer.
+    With ``fused``, one layer computes queries, keys and values.
     """
 
     def __init__(self, dim: int, heads: int, head_dim: int, ffn: int, fused: bool) -> None:
@@ -265,7 +277,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks over a padded history, whose mean is scored with the price."""
+    """Blocks over a padded history; the score is a layer of its mean and the price."""
 
     def __init__(
         self,
@@ -278,7 +290,9 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.item = nn.Embedding(30, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, head_dim, ffn, fused) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, heads, head_dim, ffn, fused) for _ in range(layers)
+        )
         self.out = nn.Linear(dim + 5, 1)
 
     def forward(self, history: Tensor, price: Tensor) -> Tensor:
@@ -289,15 +303,15 @@ class Transformer(nn.Module):
         return score
 
 
-class Split(Transformer):
-    """Heads share out the width of the table: no number of channels follows them."""
+class SplitHeadsTransformer(Transformer):
+    """Heads split the width of the table, so fewer heads do not mean fewer channels."""
 
     def __init__(self, dim: int = 16, heads: int = 4, ffn: int = 32, layers: int = 1) -> None:
         super().__init__(dim, heads, dim // heads, ffn, layers)
 
 
-class Crossed(nn.Module):
-    """Cross layers of low rank (DCN-v2, eq. 2), a perceptron below another number each."""
+class LowRankCrossNet(nn.Module):
+    """Low-rank cross layers (DCN-v2, eq. 2), then a perceptron; both have a variable depth."""
 
     def __init__(
         self, dim: int = 11, cross_layers: int = 3, cross_rank: int = 16, hidden: Sequence[int] = ()
@@ -327,7 +341,7 @@ class Crossed(nn.Module):
 
 
 class Branching(nn.Module):
-    """Looks at a value to decide what to compute."""
+    """Computes another function if a sum of values is positive, so it cannot be exported."""
 
     def __init__(self) -> None:
         super().__init__()

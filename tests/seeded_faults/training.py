@@ -34,7 +34,7 @@ FAULTS = (
         old="    spread = sums((gap - mean[segment]).square(), segment, lists)\n",
         new="    spread = sums(gap.square(), segment, lists)\n",
         effect="The margin loss depends on the level of a list, not on its margins.",
-        tests=(f"{DISTILL}::test_the_margin_loss_is_the_mean_over_all_pairs_of_a_list",),
+        tests=(f"{DISTILL}::test_margin_loss_is_the_mean_over_all_pairs_of_each_list",),
     ),
     Fault(
         id="rankdistil-places-reversed",
@@ -42,7 +42,7 @@ FAULTS = (
         old="    by_score = teacher.argsort(descending=True, stable=True)\n",
         new="    by_score = teacher.argsort(stable=True)\n",
         effect="RankDistil matches the order of the teacher's last rows instead of its first.",
-        tests=(f"{DISTILL}::test_rankdistil_gradient_orders_the_top_and_keeps_the_rest_below",),
+        tests=(f"{DISTILL}::test_rankdistil_gradient_orders_the_top_and_keeps_other_rows_below",),
     ),
     Fault(
         id="calibration-percentile-without-zeros",
@@ -95,7 +95,7 @@ FAULTS = (
         effect="The largest weights become zero.",
         tests=(
             "tests/compressors/prune/test_magnitude.py"
-            "::test_the_smallest_weights_become_zero_and_no_other_changes",
+            "::test_zero_smallest_zeroes_the_smallest_weights_and_changes_no_others",
         ),
     ),
     Fault(
@@ -104,7 +104,7 @@ FAULTS = (
         old="scatter_(1, order[:, :2], True)",
         new="scatter_(1, order[:, :3], True)",
         effect="Three of four weights remain, which no sparse kernel accepts.",
-        tests=(f"{SPARSE}::test_of_every_four_the_two_most_important_stay",),
+        tests=(f"{SPARSE}::test_kept_2_4_keeps_the_two_most_important_of_every_four_inputs",),
     ),
     Fault(
         id="sparse-reconstruction-ignores-removed-weights",
@@ -112,7 +112,7 @@ FAULTS = (
         old="    change = torch.where(kept, 0.0, -exact)",
         new="    change = torch.zeros_like(exact)",
         effect="The remaining weights are not refitted after pruning.",
-        tests=(f"{SPARSE}::test_reconstruction_is_the_least_squares_solution_on_what_stays",),
+        tests=(f"{SPARSE}::test_refit_kept_weights_equals_the_damped_least_squares_solution",),
     ),
     Fault(
         id="channels-drop-ties",
@@ -121,7 +121,7 @@ FAULTS = (
         new="        total = importance[group[0]]\n",
         effect="Layers that share channels are pruned by the importance of only one of them.",
         tests=(
-            "tests/compressors/prune/test_channels.py::test_layers_whose_channels_meet_keep_the_same_ones",
+            "tests/compressors/prune/test_channels.py::test_layers_whose_outputs_are_added_keep_the_same_channels",
         ),
     ),
     Fault(
@@ -130,7 +130,7 @@ FAULTS = (
         old="        each = count[block][chosen[block]].double() + UNSEEN\n",
         new="        each = torch.ones(int(chosen[block].sum()), dtype=torch.float64)\n",
         effect="The row of pruned ids is a plain mean instead of one weighted by lookups.",
-        tests=(f"{PRUNE}::test_pruned_ids_share_the_mean_weighted_by_lookups",),
+        tests=(f"{PRUNE}::test_pruned_rows_share_their_mean_weighted_by_lookups",),
     ),
     Fault(
         id="prune-rows-min-lookups-off-by-one",
@@ -138,7 +138,7 @@ FAULTS = (
         old="kept = max(1, int((counts[unit.name] >= self.min_lookups).sum()))",
         new="kept = max(1, int((counts[unit.name] > self.min_lookups).sum()))",
         effect="Rows that training looks up exactly 'min_lookups' times are pruned.",
-        tests=(f"{PRUNE}::test_rows_stay_that_training_looks_up_so_often",),
+        tests=(f"{PRUNE}::test_min_lookups_keeps_rows_with_at_least_as_many_lookups_in_training",),
     ),
     Fault(
         id="lookups-count-padding",
@@ -155,7 +155,7 @@ FAULTS = (
         new="    shift = torch.zeros_like(scale)\n",
         effect="A folded batch norm loses its mean.",
         tests=(
-            "tests/compressors/rewrite/test_fold.py::test_a_batch_norm_is_a_factor_and_an_offset",
+            "tests/compressors/rewrite/test_fold.py::test_batch_norm_factors_compute_the_norm_in_evaluation_mode",
         ),
     ),
     Fault(
@@ -165,7 +165,7 @@ FAULTS = (
         "1 / (len(label) - clicks + 2))\n",
         new="",
         effect="Perfectly separable rows give an infinite slope.",
-        tests=(f"{RECALIBRATE}::test_rows_separable_by_a_threshold_get_a_finite_slope",),
+        tests=(f"{RECALIBRATE}::test_fit_line_of_separable_labels_has_a_finite_slope",),
     ),
     Fault(
         id="recalibration-steep-beyond-data",
@@ -173,7 +173,7 @@ FAULTS = (
         old="    first, last = min(slopes[0], 1.0), min(slopes[-1], 1.0)\n",
         new="    first, last = slopes[0], slopes[-1]\n",
         effect="Beyond the outer means the isotonic map extrapolates steeply.",
-        tests=(f"{RECALIBRATE}::test_beyond_the_outer_means_a_map_is_no_steeper_than_the_logit",),
+        tests=(f"{RECALIBRATE}::test_isotonic_map_beyond_its_outer_knots_has_slope_at_most_one",),
     ),
     Fault(
         id="probability-declared-as-logit-accepted",
@@ -190,7 +190,7 @@ FAULTS = (
         new="    if label.size == 0:\n",
         effect="Test rows of one class are packed, so no metric can compare models.",
         tests=(
-            f"{BASELINE}::test_one_class_is_refused_in_test_and_validation_and_a_warning_elsewhere",
+            f"{BASELINE}::test_labels_of_one_class_are_refused_in_test_and_validation_and_a_warning_in_train",
         ),
     ),
     Fault(
@@ -240,7 +240,7 @@ FAULTS = (
         effect="Training ends with the last epoch instead of the best one.",
         tests=(
             "tests/compressors/distill/test_trainer.py"
-            "::test_it_stops_when_nothing_improves_and_gives_back_what_it_was_given",
+            "::test_training_without_improvement_stops_after_patience_and_returns_the_start",
         ),
     ),
     Fault(
@@ -251,7 +251,7 @@ FAULTS = (
         effect="A step whose state is not stored passes: the loaded model scores differently.",
         tests=(
             "tests/compressors/core/test_broken_steps.py"
-            "::test_a_step_that_breaks_its_contract_is_refused",
+            "::test_a_step_that_breaks_its_contract_raises_contract_broken",
         ),
     ),
     Fault(
@@ -261,7 +261,7 @@ FAULTS = (
         new="        if name in units and not exact:\n",
         effect="A unit that a recipe names exactly is skipped without an error.",
         tests=(
-            "tests/compressors/core/test_skipping.py::test_a_unit_that_the_recipe_names_is_an_error",
+            "tests/compressors/core/test_skipping.py::test_a_step_that_names_an_unusual_unit_raises_step_refused",
         ),
     ),
 )

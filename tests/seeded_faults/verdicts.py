@@ -12,7 +12,7 @@ FAULTS = (
         old='    if worst >= goal:\n        return "accepted"\n',
         new='    if (worst + best) / 2 >= goal:\n        return "accepted"\n',
         effect="A limit is accepted although the interval contains it.",
-        tests=(f"{JUDGE}::test_at_least_is_judged_on_the_bounds_of_the_interval",),
+        tests=(f"{JUDGE}::test_at_least_limit_compares_the_bounds_of_the_interval",),
     ),
     Fault(
         id="judge-rejects-undecided",
@@ -20,7 +20,7 @@ FAULTS = (
         old='    return "rejected" if best < goal else "undecided"\n',
         new='    return "rejected"\n',
         effect="A limit inside the interval is rejected instead of undecided.",
-        tests=(f"{JUDGE}::test_at_most_is_judged_on_the_bounds_of_the_interval",),
+        tests=(f"{JUDGE}::test_at_most_limit_compares_the_bounds_of_the_interval",),
     ),
     Fault(
         id="judge-at-most-reversed",
@@ -28,7 +28,7 @@ FAULTS = (
         old="    up = 1 if limit.at_least is not None else -1\n    goal, point",
         new="    up = 1\n    goal, point",
         effect="An upper limit is judged as a lower one.",
-        tests=(f"{JUDGE}::test_at_most_is_judged_on_the_bounds_of_the_interval",),
+        tests=(f"{JUDGE}::test_at_most_limit_compares_the_bounds_of_the_interval",),
     ),
     Fault(
         id="judge-decides-without-interval",
@@ -47,7 +47,7 @@ FAULTS = (
         old="    if not limits:\n        raise LimitRefused(",
         new="    if limits is None:\n        raise LimitRefused(",
         effect="A gate without limits accepts all targets.",
-        tests=(f"{JUDGE}::test_no_limits_is_an_error",),
+        tests=(f"{JUDGE}::test_a_verdict_without_limits_raises_limit_refused",),
     ),
     Fault(
         id="gate-accepts-unmeasured-target",
@@ -55,9 +55,7 @@ FAULTS = (
         old='return Verdict(target=target, outcome="built-unmeasured", reasons=unmeasured)',
         new='return Verdict(target=target, outcome="accepted", reasons=unmeasured)',
         effect="A target that never ran is accepted.",
-        tests=(
-            f"{JUDGE}::test_a_built_target_that_cannot_run_here_is_neither_accepted_nor_rejected",
-        ),
+        tests=(f"{JUDGE}::test_a_target_that_was_built_but_not_measured_is_built_unmeasured",),
     ),
     Fault(
         id="gate-takes-the-best-limit",
@@ -65,7 +63,7 @@ FAULTS = (
         old='    for outcome in ("rejected", "undecided"):\n',
         new='    for outcome in ("undecided",):\n',
         effect="A rejected limit does not reject the target.",
-        tests=(f"{JUDGE}::test_the_outcome_of_a_target_is_its_worst_limit",),
+        tests=(f"{JUDGE}::test_the_outcome_of_a_target_is_that_of_its_worst_limit",),
     ),
     Fault(
         id="overall-outcome-takes-the-best-target",
@@ -85,7 +83,7 @@ FAULTS = (
         old='if limit.against == "champion" and not measured.has_champion:',
         new='if limit.against == "champion":',
         effect="With a champion, a comparison that was not measured counts as passed.",
-        tests=(f"{JUDGE}::test_with_a_champion_a_number_that_was_not_measured_is_an_error",),
+        tests=(f"{JUDGE}::test_a_limit_against_an_unmeasured_champion_raises_limit_refused",),
     ),
     Fault(
         id="judge-accepts-nan",
@@ -94,7 +92,7 @@ FAULTS = (
         "or estimate.low > estimate.high:",
         new="    if estimate.low > estimate.high:",
         effect="NaN is judged like a number.",
-        tests=(f"{JUDGE}::test_nan_and_infinity_are_refused_never_accepted",),
+        tests=(f"{JUDGE}::test_nan_and_infinity_raise_limit_refused",),
     ),
     Fault(
         id="limits-that-cannot-be-meant-accepted",

@@ -1,4 +1,8 @@
-"""What a student learns from layers inside, what it takes over packed, and what stays as it was."""
+"""``distill`` with hints, auxiliary heads, packed tables, and trainings of tables only.
+
+Hints train a student's layer to predict the output of the original's layer; an auxiliary head
+predicts the teacher's scores from a layer. Both are discarded after training.
+"""
 
 from dataclasses import replace
 
@@ -26,42 +30,43 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
-NAMES = ("user", "item", "city", "genres", "history", "tags")
-TABLES = QUICKLY.model_copy(update={"tables": True})
+TABLE_NAMES = ("user", "item", "city", "genres", "history", "tags")
+TRAIN_TABLES = QUICKLY.model_copy(update={"tables": True})
 
 
 def activations(module: nn.Module, name: str, bench) -> Tensor:
-    (held,) = batches(bench.train, bench.signature, BENCH_ROWS)
-    with torch.no_grad(), record_outputs(module, (name,)) as seen:
-        module(**held.inputs)
-    return seen[name]
+    (batch,) = batches(bench.train, bench.signature, BENCH_ROWS)
+    with torch.no_grad(), record_outputs(module, (name,)) as outputs:
+        module(**batch.inputs)
+    return outputs[name]
 
 
-def unexplained(module: nn.Module, original: nn.Module, name: str, bench) -> float:
+def unexplained_share(module: nn.Module, original: nn.Module, name: str, bench) -> float:
     """Share of the original layer's output that no linear map of the student's layer predicts."""
-    own, wanted = activations(module, name, bench), activations(original, name, bench)
-    whole = torch.cat([own, torch.ones(len(own), 1)], dim=1)
-    found = whole @ torch.linalg.lstsq(whole, wanted).solution
-    return float((found - wanted).square().mean() / wanted.square().mean())
+    inputs, targets = activations(module, name, bench), activations(original, name, bench)
+    with_constant = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
+    predicted = with_constant @ torch.linalg.lstsq(with_constant, targets).solution
+    return float((predicted - targets).square().mean() / targets.square().mean())
 
 
-def test_hints_let_a_narrower_layer_predict_the_original_layer_better(tmp_path):
-    """The baseline trains on scores alone; the maps from 8 to 16 outputs are fitted afterwards."""
+def test_with_hints_a_narrower_layer_predicts_the_original_layer_better(tmp_path):
+    """The baseline has no hints; linear maps from 8 to 16 outputs are fitted after training."""
     bench = RANKER.bench(tmp_path / "data")
     original = RANKER.model().module
     source = replace(RANKER.model(), original=original)
-    how = Training(batch=16, learning_rate=0.01, warmup=0, epochs=15, patience=15)
-    found = {}
+    training = Training(batch=16, learning_rate=0.01, warmup=0, epochs=15, patience=15)
+    results = {}
     for share, hints in ((1.0, ()), (100.0, ("hidden",))):
-        step = Distill(student={"width": 8}, hints=hints, hint_share=share, training=how)
+        step = Distill(student={"width": 8}, hints=hints, hint_share=share, training=training)
         result = run(step, source, bench, tmp_path / f"{share}")
-        assert set(mapped(tmp_path / f"{share}")) == set(original.state_dict())  # nothing is left
+        # no tensor of the hints is stored
+        assert set(mapped(tmp_path / f"{share}")) == set(original.state_dict())
         assert not result.module.hidden._forward_hooks
-        found[bool(hints)] = unexplained(result.module, original, "hidden", bench)
-    assert found[True] < 0.9 * found[False]
+        results[bool(hints)] = unexplained_share(result.module, original, "hidden", bench)
+    assert results[True] < 0.9 * results[False]
 
 
-def test_hints_leave_the_original_as_it_was(tmp_path):
+def test_training_with_hints_does_not_change_the_original(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     original = NORMED.model().module.train()
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
@@ -73,7 +78,7 @@ def test_hints_leave_the_original_as_it_was(tmp_path):
     assert not original.hidden._forward_hooks
 
 
-def test_hints_without_an_original_or_of_unknown_layers_are_refused(tmp_path):
+def test_hints_without_an_original_or_for_unknown_layers_raise_distillation_refused(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(DistillationRefused, "hints_need_original"):
         run(Distill(hints=("hidden",), training=QUICKLY), RANKER.model(), bench, tmp_path / "a")
@@ -84,10 +89,10 @@ def test_hints_without_an_original_or_of_unknown_layers_are_refused(tmp_path):
         run(Distill(hints=("plain",), training=QUICKLY), source, bench, tmp_path / "b")
 
 
-def test_layers_that_give_no_vectors_are_refused(tmp_path):
-    (held,) = batches(NORMED.bench(tmp_path).train, NORMED.signature, BENCH_ROWS)
+def test_hints_for_layers_without_vector_outputs_raise_distillation_refused(tmp_path):
+    (batch,) = batches(NORMED.bench(tmp_path).train, NORMED.signature, BENCH_ROWS)
 
-    class Flat(nn.Module):
+    class FlatOutputNet(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.total = nn.Flatten(0)
@@ -102,27 +107,27 @@ def test_layers_that_give_no_vectors_are_refused(tmp_path):
         layer="total",
         got="torch.float32 of shape (96,)",
     ):
-        widths_of(Flat(), ("total",), held)
+        widths_of(FlatOutputNet(), ("total",), batch)
 
 
-def test_the_gap_of_hints_is_relative_and_zero_where_the_map_is_right():
+def test_hint_loss_is_zero_for_matching_outputs_and_independent_of_scale():
     auxiliary = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
     auxiliary.outputs = {"a": torch.randn(5, 2)}
     with torch.no_grad():
-        right = auxiliary.maps[0](auxiliary.outputs["a"])
-    assert auxiliary.hint_loss({"a": right}).item() < 1e-12
-    # Relative to a target of zeros every difference is large.
+        matching = auxiliary.maps[0](auxiliary.outputs["a"])
+    assert auxiliary.hint_loss({"a": matching}).item() < 1e-12
+    # The loss is divided by the size of the target, so it is large for a target of zeros.
     assert auxiliary.hint_loss({"a": torch.zeros(5, 3)}).item() > 1e6
     doubled = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
     doubled.load_state_dict({key: 2 * value for key, value in auxiliary.state_dict().items()})
     doubled.outputs = auxiliary.outputs
-    wanted = torch.randn(5, 3)
+    targets = torch.randn(5, 3)
     torch.testing.assert_close(
-        auxiliary.hint_loss({"a": wanted}), doubled.hint_loss({"a": 2 * wanted})
+        auxiliary.hint_loss({"a": targets}), doubled.hint_loss({"a": 2 * targets})
     )
 
 
-def test_hints_of_several_vectors_a_row_are_compared_one_by_one(tmp_path):
+def test_hints_for_layers_over_sequences_train_the_network(tmp_path):
     bench = ATTENTION.bench(tmp_path / "data")
     source = replace(ATTENTION.model(), original=ATTENTION.model(seed=1).module)
     step = Distill(hints=("key", "value"), training=QUICKLY)
@@ -130,62 +135,65 @@ def test_hints_of_several_vectors_a_row_are_compared_one_by_one(tmp_path):
     assert "distill" in result.plan.of("key").steps
 
 
-# --- a head of its own -----------------------------------------------------------------------
+# --- auxiliary heads -------------------------------------------------------------------------
 
 
-def test_with_a_head_of_its_own_the_output_follows_the_labels(tmp_path):
-    """Labels contradict the teacher here; without a head the teacher bends the output."""
+def test_with_an_auxiliary_head_the_output_follows_the_labels(tmp_path):
+    """Labels contradict the teacher; without a head the output follows the teacher."""
     bench = RANKER.bench(tmp_path / "data")
-    (held,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
+    (batch,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
     soft = tmp_path / "soft"
     soft.mkdir()
-    # The labels' opposite, and far too sure of it.
-    save_file({"score": 20 * (0.5 - held.label)}, soft / "data.safetensors")
+    # The teacher predicts the opposite of the labels, with large logits.
+    save_file({"score": 20 * (0.5 - batch.label)}, soft / "data.safetensors")
     bench = bench.model_copy(
         update={"soft_labels": bench.soft_labels.model_copy(update={"path": str(soft)})}
     )
-    how = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
-    found = {}
+    training = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    results = {}
     for auxiliary in (None, "hidden"):
-        step = Distill(soft_share=0.8, auxiliary=auxiliary, training=how)
+        step = Distill(soft_share=0.8, auxiliary=auxiliary, training=training)
         result = run(step, RANKER.model(), bench, tmp_path / str(auxiliary))
         assert set(mapped(tmp_path / str(auxiliary))) == set(RANKER.model().module.state_dict())
         with torch.no_grad():
-            score = result.module(**held.inputs).reshape(-1)
-        found[auxiliary] = float(torch.corrcoef(torch.stack([score, held.label]))[0, 1])
-    # Validation rows agree with the labels, so without a head nothing better was found (-0.8).
-    assert found[None] < 0 < 0.5 < found["hidden"]
+            score = result.module(**batch.inputs).reshape(-1)
+        results[auxiliary] = float(torch.corrcoef(torch.stack([score, batch.label]))[0, 1])
+    # Validation labels agree with the training labels, so without a head no epoch was better than
+    # the start, whose correlation is -0.8.
+    assert results[None] < 0 < 0.5 < results["hidden"]
 
 
-def test_the_layers_below_a_head_learn_from_the_teacher(tmp_path):
-    """The teacher has almost all the weight: the layer must predict the teacher's scores better."""
+def test_layers_before_an_auxiliary_head_learn_from_the_teacher(tmp_path):
+    """The teacher has 99 % of the weight, so the layer predicts its scores better than before."""
     bench = RANKER.bench(tmp_path / "data")
-    how = QUICKLY.model_copy(update={"epochs": 6, "patience": 6})
-    step = Distill(soft_share=0.99, auxiliary="plain", training=how)
+    training = QUICKLY.model_copy(update={"epochs": 6, "patience": 6})
+    step = Distill(soft_share=0.99, auxiliary="plain", training=training)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
-    (held,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
-    wanted = RANKER._opposite(held.inputs)[:, None]
+    (batch,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
+    targets = RANKER._opposite(batch.inputs)[:, None]
 
     def explained_variance(module: nn.Module) -> float:
-        own = activations(module, "plain", bench)
-        whole = torch.cat([own, torch.ones(len(own), 1)], dim=1)
-        gap = whole @ torch.linalg.lstsq(whole, wanted).solution - wanted
-        return 1 - float(gap.square().mean() / wanted.var())
+        inputs = activations(module, "plain", bench)
+        with_constant = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
+        residual = with_constant @ torch.linalg.lstsq(with_constant, targets).solution - targets
+        return 1 - float(residual.square().mean() / targets.var())
 
     before = explained_variance(RANKER.model().module)
     assert explained_variance(result.module) > before + 0.1
 
 
-# --- progress --------------------------------------------------------------------------------
+# --- resuming a training ---------------------------------------------------------------------
 
 
-def test_a_killed_training_with_hints_and_a_head_ends_with_the_same_bits(tmp_path, monkeypatch):
+def test_a_killed_training_with_hints_and_a_head_resumes_and_ends_with_the_same_bits(
+    tmp_path, monkeypatch
+):
     bench = RANKER.bench(tmp_path / "data")
     source = replace(RANKER.model(), original=RANKER.model(seed=1).module)
-    how = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
-    step = Distill(hints=("hidden",), auxiliary="plain", training=how)
-    whole = bench.model_copy(update={"checkpoints": str(tmp_path / "whole")})
-    run(step, source, whole, tmp_path / "a")
+    training = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    step = Distill(hints=("hidden",), auxiliary="plain", training=training)
+    uninterrupted = bench.model_copy(update={"checkpoints": str(tmp_path / "whole")})
+    run(step, source, uninterrupted, tmp_path / "a")
 
     class Killed(Exception):
         pass
@@ -195,36 +203,38 @@ def test_a_killed_training_with_hints_and_a_head_ends_with_the_same_bits(tmp_pat
         if len(progress.facts["epochs"]) == 3:
             raise Killed
 
-    cut = bench.model_copy(update={"checkpoints": str(tmp_path / "cut")})
+    killed_bench = bench.model_copy(update={"checkpoints": str(tmp_path / "cut")})
     monkeypatch.setattr(trainer, "store_progress", kill)
     with pytest.raises(Killed):
-        run(step, source, cut, tmp_path / "b")
+        run(step, source, killed_bench, tmp_path / "b")
     assert not source.module.hidden._forward_hooks
     monkeypatch.undo()
-    run(step, source, cut, tmp_path / "c")
+    run(step, source, killed_bench, tmp_path / "c")
     torch.testing.assert_close(mapped(tmp_path / "a"), mapped(tmp_path / "c"), rtol=0, atol=0)
 
 
-# --- tables ----------------------------------------------------------------------------------
+# --- training tables only, and packed tables -------------------------------------------------
 
 
-def test_tables_alone_learn_and_dense_layers_stay(tmp_path):
+def test_distill_with_dense_false_trains_only_tables(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    step = Distill(dense=False, soft_share=1, training=TABLES)
+    step = Distill(dense=False, soft_share=1, training=TRAIN_TABLES)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     before = RANKER.model().module.state_dict()
     for name, tensor in result.module.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name.partition(".")[0] not in NAMES), name
+        assert torch.equal(tensor, before[name]) == (name.partition(".")[0] not in TABLE_NAMES), (
+            name
+        )
     assert codes_of(result.plan.of("hidden").reasons) == ["dense_not_trained"]
     reasons = result.plan.of("user").reasons
     assert codes_of(reasons)[:2] == ["trained_on_rows", "trained_to_epoch"]
     with_code(reasons, "trained_on_rows", step="distill", rows=96)
 
 
-def test_tables_alone_may_be_packed(tmp_path):
+def test_distill_with_dense_false_trains_the_scales_of_packed_tables(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     packed = run(RowwiseInt4(scale="float32"), RANKER.model(), bench, tmp_path / "packed")
-    step = Distill(dense=False, soft_share=1, training=TABLES)
+    step = Distill(dense=False, soft_share=1, training=TRAIN_TABLES)
     result = run(step, packed, bench, tmp_path / "out")
     assert torch.equal(result.module.item.codes, packed.module.item.codes)
     assert not torch.equal(result.module.item.scale, packed.module.item.scale)
@@ -232,14 +242,14 @@ def test_tables_alone_may_be_packed(tmp_path):
 
 
 @pytest.mark.parametrize("method", [RowwiseInt8(), LowRank(rank=0.5)], ids=lambda m: m.kind)
-def test_a_student_takes_packed_tables_over_as_they_are(method, tmp_path):
+def test_a_student_keeps_packed_and_composed_tables_unchanged(method, tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     packed = run(method, RANKER.model(), bench, tmp_path / "packed")
     step = Distill(student={"width": 8}, training=QUICKLY)
-    foreseen = dry_run(step, packed, bench).plan
+    predicted = dry_run(step, packed, bench).plan
     result = run(step, packed, bench, tmp_path / "out")
     assert [(line.module, line.bytes_after) for line in result.plan.lines] == [
-        (line.module, line.bytes_after) for line in foreseen.lines
+        (line.module, line.bytes_after) for line in predicted.lines
     ]
     stored = mapped(tmp_path / "out")
     assert sum(line.bytes_after for line in result.plan.lines) == sum(
@@ -256,14 +266,14 @@ def test_a_student_takes_packed_tables_over_as_they_are(method, tmp_path):
     with_code(reasons, "smaller_in_student", before="16x40", after="8x40")
 
 
-def test_a_student_that_wants_a_packed_table_narrower_is_refused(tmp_path):
+def test_a_student_with_a_narrower_packed_table_raises_distillation_refused(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     packed = run(RowwiseInt8(), RANKER.model(), bench, tmp_path / "packed")
     with raises_code(DistillationRefused, "table_packed", format="rowwise_int8"):
-        dry_run(Distill(student={"dim": 4}, training=TABLES), packed, bench)
+        dry_run(Distill(student={"dim": 4}, training=TRAIN_TABLES), packed, bench)
 
 
-def test_a_student_of_a_recalibrated_network_is_refused(tmp_path):
+def test_a_student_of_a_recalibrated_network_raises_distillation_refused(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     source = RANKER.model()
     attach(source.module, Recalibration("platt", "logit", line=torch.tensor([2.0, 0.0])))
@@ -272,7 +282,7 @@ def test_a_student_of_a_recalibrated_network_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("method", [StaticInt8(), Float16()], ids=lambda m: m.kind)
-def test_a_student_of_packed_layers_is_refused(method, tmp_path):
+def test_a_student_of_packed_layers_raises_distillation_refused(method, tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     packed = run(method, RANKER.model(), bench, tmp_path / "packed")
     with raises_code(DistillationRefused, "layer_packed"):

@@ -1,4 +1,4 @@
-"""Students: what they learn from the original, and which are refused."""
+"""``distill``: training on a teacher's scores, smaller students, and invalid students."""
 
 import models
 import pytest
@@ -24,41 +24,41 @@ from compressors.prune.dense.channels import Channels
 from compressors.quantize.dense.static_int8 import StaticInt8
 
 
-def test_distilled_student_correlates_with_its_teacher(tmp_path):
-    """The teacher's scores are the opposite of the network's, so a correlation shows learning."""
+def test_a_distilled_student_correlates_with_its_teacher(tmp_path):
+    """The teacher's scores are the negated scores of the network before training."""
     bench = RANKER.bench(tmp_path / "data")
     source = RANKER.model()
     step = Distill(soft_share=1.0, training=QUICKLY)
     result = run(step, source, bench, tmp_path / "out")
-    (held,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
+    (batch,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
     with torch.no_grad():
-        teacher = -source.module(**held.inputs).reshape(-1)
-        student = result.module(**held.inputs).reshape(-1)
-    both = torch.stack([teacher, student])
-    assert float(torch.corrcoef(both)[0, 1]) > 0.5  # it was -1
+        teacher = -source.module(**batch.inputs).reshape(-1)
+        student = result.module(**batch.inputs).reshape(-1)
+    scores = torch.stack([teacher, student])
+    assert float(torch.corrcoef(scores)[0, 1]) > 0.5  # -1 before training
 
 
-def test_the_soft_share_weighs_labels_against_the_teacher(tmp_path):
+def test_soft_share_is_the_weight_of_the_teacher_against_labels(tmp_path):
     """Labels contradict the teacher, so the student's scores show which of them it learned from."""
     bench = RANKER.bench(tmp_path / "data")
-    agreeing = models.prepared(
+    train_like_validation = models.prepared(
         RANKER.signature, RANKER.rows_of_tables(), tmp_path / "l", 8, lambda x: -RANKER._opposite(x)
     )
-    bench = bench.model_copy(update={"train": agreeing})
-    (held,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
-    found = {}
+    bench = bench.model_copy(update={"train": train_like_validation})
+    (batch,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
+    aucs = {}
     for share in (0.05, 1.0):
         step = Distill(soft_share=share, training=QUICKLY)
         result = run(step, RANKER.model(), bench, tmp_path / str(share))
         with torch.no_grad():
-            scores = result.module(**held.inputs).reshape(-1)
-        found[share] = point_estimates.auc(held.label.numpy(), scores.numpy())
-    # The teacher agrees with the labels of the validation rows, the training labels are opposite.
-    assert found[1.0] > 0.6
-    assert found[0.05] < 0.4
+            scores = result.module(**batch.inputs).reshape(-1)
+        aucs[share] = point_estimates.auc(batch.label.numpy(), scores.numpy())
+    # The teacher agrees with the validation labels; the training labels are their opposite.
+    assert aucs[1.0] > 0.6
+    assert aucs[0.05] < 0.4
 
 
-def test_a_smaller_student_is_built_from_a_configuration(tmp_path):
+def test_student_config_builds_a_smaller_network(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     step = Distill(student={"width": 8}, training=QUICKLY)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
@@ -75,7 +75,7 @@ def test_a_smaller_student_is_built_from_a_configuration(tmp_path):
     assert result.plan.of("item").reasons == (Reason("tables_not_trained", step="distill"),)
 
 
-def test_a_student_that_cannot_be_built_or_comes_too_late_is_refused(tmp_path):
+def test_a_student_with_unknown_arguments_or_packed_layers_raises_distillation_refused(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(DistillationRefused, "argument_unknown", architecture="models:Ranker"):
         run(Distill(student={"widht": 8}), RANKER.model(), bench, tmp_path / "a")
@@ -84,8 +84,8 @@ def test_a_student_that_cannot_be_built_or_comes_too_late_is_refused(tmp_path):
         run(Distill(student={"width": 8}), packed, bench, tmp_path / "b")
 
 
-class Deep(nn.Module):
-    """As many layers as its configuration says, and it takes any other word."""
+class VariableDepthNet(nn.Module):
+    """A perceptron with a list of widths as argument, which also accepts unknown arguments."""
 
     def __init__(
         self, dim: int = 4, hidden: tuple[int, ...] = (8, 8), users: int = 15, **_: int
@@ -117,15 +117,17 @@ class Deep(nn.Module):
         ),
     ],
 )
-def test_students_that_could_not_be_what_they_seem_are_refused(student, code, fields, tmp_path):
-    reference = Reference(Deep, NORMED.signature)
+def test_students_with_untrained_tables_or_added_layers_raise_distillation_refused(
+    student, code, fields, tmp_path
+):
+    reference = Reference(VariableDepthNet, NORMED.signature)
     bench = reference.bench(tmp_path / "data")
     with raises_code(DistillationRefused, code, **fields):
         dry_run(Distill(student=student), reference.model(), bench)
 
 
-def test_a_student_with_fewer_layers_drops_the_others_from_the_plan(tmp_path):
-    reference = Reference(Deep, NORMED.signature)
+def test_layers_that_a_student_lacks_are_dropped_in_the_plan(tmp_path):
+    reference = Reference(VariableDepthNet, NORMED.signature)
     bench = reference.bench(tmp_path / "data")
     step = Distill(student={"hidden": [8]}, training=QUICKLY)
     result = run(step, reference.model(), bench, tmp_path / "out")
@@ -138,10 +140,10 @@ def test_a_student_with_fewer_layers_drops_the_others_from_the_plan(tmp_path):
 
 
 def test_a_student_with_narrower_tables_trains_them(tmp_path):
-    reference = Reference(Deep, NORMED.signature)
+    reference = Reference(VariableDepthNet, NORMED.signature)
     bench = reference.bench(tmp_path / "data")
-    how = QUICKLY.model_copy(update={"tables": True})
-    step = Distill(student={"dim": 2}, training=how)
+    training = QUICKLY.model_copy(update={"tables": True})
+    step = Distill(student={"dim": 2}, training=training)
     result = run(step, reference.model(), bench, tmp_path / "out")
     assert result.module.user.weight.shape == (15, 2)
     reasons = result.plan.of("user").reasons
@@ -149,21 +151,23 @@ def test_a_student_with_narrower_tables_trains_them(tmp_path):
     with_code(reasons, "smaller_in_student", before="15x4", after="15x2")
 
 
-def test_soft_labels_must_be_one_a_row(tmp_path):
+def test_soft_labels_of_another_row_count_raise_rows_missing(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     other = NORMED.bench(tmp_path / "other")
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    models.save_file({"score": torch.zeros(5)}, cut / "data.safetensors")
-    wrong = bench.model_copy(update={"soft_labels": Split(path=str(cut), sha256="2" * 64, rows=5)})
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    models.save_file({"score": torch.zeros(5)}, folder / "data.safetensors")
+    too_few_labels = bench.model_copy(
+        update={"soft_labels": Split(path=str(folder), sha256="2" * 64, rows=5)}
+    )
     with raises_code(RowsMissing, "soft_labels_differ", got=5, expected=96):
-        run(Distill(), RANKER.model(), wrong, tmp_path / "out")
-    without = other.model_copy(update={"soft_labels": None})
+        run(Distill(), RANKER.model(), too_few_labels, tmp_path / "out")
+    without_labels = other.model_copy(update={"soft_labels": None})
     with raises_code(NothingToCompress, "rows_missing", missing=("soft_labels",)):
-        run(Distill(), NORMED.model(), without, tmp_path / "out")
+        run(Distill(), NORMED.model(), without_labels, tmp_path / "out")
 
 
-def test_retrieval_is_refused_until_it_has_a_loss(tmp_path):
+def test_training_of_retrieval_models_raises_training_unavailable(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
 
     signature = with_output(RANKER.signature, kind="retrieval")
@@ -171,9 +175,9 @@ def test_retrieval_is_refused_until_it_has_a_loss(tmp_path):
         FineTune().plan(RANKER.model(), bench.model_copy(update={"signature": signature}))
 
 
-def test_a_pruned_network_learns_after_the_cut(tmp_path):
+def test_a_pruned_network_can_be_distilled(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    cut = run(Channels(), RANKER.model(), bench, tmp_path / "cut")
-    result = run(Distill(training=QUICKLY), cut, bench, tmp_path / "out")
-    assert result.network.architecture == cut.network.architecture
+    pruned = run(Channels(), RANKER.model(), bench, tmp_path / "cut")
+    result = run(Distill(training=QUICKLY), pruned, bench, tmp_path / "out")
+    assert result.network.architecture == pruned.network.architecture
     assert result.plan.of("hidden").steps == ("channels", "distill")

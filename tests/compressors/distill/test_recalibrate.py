@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say, and rows that stay in their order."""
+"""``recalibrate``: maps from scores to calibrated probabilities that keep the order of rows."""
 
 import numpy as np
 import pytest
@@ -35,143 +35,145 @@ from infra.onnxruntime.sessions import Session
 ROWS = 4000
 
 
-def drawn(
+def random_labels(
     slope: float, offset: float, rows: int = ROWS, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of a network that should be ``slope * logit + offset``, and labels."""
+    """Random logits, and labels of probability sigmoid(slope * logit + offset)."""
     random = np.random.default_rng(seed)
     logit = random.normal(size=rows) * 2
-    share = 1 / (1 + np.exp(-(slope * logit + offset)))
-    return logit, (random.random(rows) < share).astype(np.float64)
+    probability = 1 / (1 + np.exp(-(slope * logit + offset)))
+    return logit, (random.random(rows) < probability).astype(np.float64)
 
 
-def planted(reference: Reference, folder, slope: float, offset: float) -> Bench:
-    """A bench whose validation labels are drawn from the network's own logits, made steeper."""
+def bench_with_drawn_labels(reference: Reference, folder, slope: float, offset: float) -> Bench:
+    """A bench with random validation labels of probability sigmoid(slope * logit + offset)."""
     bench = reference.bench(folder)
     split = prepared(reference.signature, reference.rows_of_tables(), folder / "many", 3, rows=ROWS)
-    (held,) = batches(split, reference.signature, ROWS)
+    (batch,) = batches(split, reference.signature, ROWS)
     with torch.no_grad():
-        answer = reference.model().module(**held.inputs).reshape(-1).double()
+        scores = reference.model().module(**batch.inputs).reshape(-1).double()
     logit = (
-        torch.logit(answer) if reference.signature.single_output.form == "probability" else answer
+        torch.logit(scores) if reference.signature.single_output.form == "probability" else scores
     )
-    share = torch.sigmoid(slope * logit + offset)
-    drawn = torch.rand(len(share), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probability = torch.sigmoid(slope * logit + offset)
+    uniform = torch.rand(
+        len(probability), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     path = folder / "many" / "data.safetensors"
     tensors = {k: v.clone() for k, v in load_file(path).items()}
-    save_file({**tensors, "@label": (drawn < share).float()}, path)
+    save_file({**tensors, "@label": (uniform < probability).float()}, path)
     return bench.model_copy(update={"validation": split})
 
 
 @given(st.floats(0.3, 3), st.floats(-2, 2), st.integers(0, 5))
-def test_platt_finds_the_slope_and_offset_that_labels_were_drawn_from(slope, offset, seed):
-    logit, label = drawn(slope, offset, rows=20_000, seed=seed)
-    found = fit_line(logit, label, offset=True)
-    # The standard error from 20,000 rows is about 3 % of a slope and 0.03 of an offset; about four
-    # times that.
-    assert found[0] == pytest.approx(slope, rel=0.15)
-    assert found[1] == pytest.approx(offset, abs=0.15)
+def test_fit_line_finds_the_slope_and_offset_of_random_labels(slope, offset, seed):
+    logit, label = random_labels(slope, offset, rows=20_000, seed=seed)
+    fitted = fit_line(logit, label, offset=True)
+    # About four standard errors, which for 20,000 rows are 3 % of the slope and 0.03 of the offset.
+    assert fitted[0] == pytest.approx(slope, rel=0.15)
+    assert fitted[1] == pytest.approx(offset, abs=0.15)
 
 
 @given(st.floats(0.3, 3), st.floats(-1, 1), st.sampled_from(METHODS), st.integers(2, 40))
-def test_every_map_keeps_the_order_of_rows(slope, offset, method, knots):
-    logit, label = drawn(slope, offset, rows=500)
-    made = fit_map(method, "logit", logit, label, knots)
+def test_every_output_map_is_strictly_increasing(slope, offset, method, knots):
+    logit, label = random_labels(slope, offset, rows=500)
+    output_map = fit_map(method, "logit", logit, label, knots)
     grid = torch.linspace(-20, 20, 2001)
-    assert bool((made(grid).diff() > 0).all())
+    assert bool((output_map(grid).diff() > 0).all())
 
 
-def test_rows_with_equal_scores_are_averaged_in_any_order():
+def test_isotonic_value_of_equal_scores_is_the_mean_of_their_labels():
     random = np.random.default_rng(0)
     logit = np.concatenate([np.full(3_000, -1.0), random.normal(0.5, 1, 3_000)])
-    others = np.where(logit[3_000:] < -1, 0.02, 0.4)
-    chance = np.concatenate([np.linspace(0.02, 0.22, 3_000), others])
-    label = (random.random(6_000) < chance).astype(np.float64)
-    at, wanted = fit_pieces(logit, label, 32)
-    share = label[:3_000].mean()  # rows of that score, the early and the late ones
-    found = 1 / (1 + np.exp(-np.interp(-1.0, at, wanted)))
-    # The mean's part also holds the few other rows up to the next edge.
-    assert found == pytest.approx(share, abs=0.01)
+    upper_half = np.where(logit[3_000:] < -1, 0.02, 0.4)
+    probabilities = np.concatenate([np.linspace(0.02, 0.22, 3_000), upper_half])
+    label = (random.random(6_000) < probabilities).astype(np.float64)
+    knot_positions, knot_values = fit_pieces(logit, label, 32)
+    probability = label[:3_000].mean()  # all rows of this score
+    mapped = 1 / (1 + np.exp(-np.interp(-1.0, knot_positions, knot_values)))
+    # Its piece also contains the few rows between this score and the next knot.
+    assert mapped == pytest.approx(probability, abs=0.01)
 
 
-def test_beyond_the_outer_means_a_map_is_no_steeper_than_the_logit():
+def test_isotonic_map_beyond_its_outer_knots_has_slope_at_most_one():
     random, logit = np.random.default_rng(0), np.linspace(-0.5, 0.5, 20_000)
     label = (random.random(logit.size) < 1 / (1 + np.exp(-6 * logit))).astype(np.float64)
-    made = fit_map("isotonic", "logit", logit, label, 8)
-    inner = made(torch.tensor([-0.4, -0.2, 0.2, 0.4]))
-    # The labels have slope 6 in every piece: 2,500 rows a mean, whose logits are good to 0.05.
+    output_map = fit_map("isotonic", "logit", logit, label, 8)
+    inner = output_map(torch.tensor([-0.4, -0.2, 0.2, 0.4]))
+    # The labels have slope 6 in every piece; means of 2,500 rows have a logit error of 0.05.
     assert bool((inner.diff() > 3 * torch.tensor([0.2, 0.4, 0.2])).all())
-    found = made(torch.tensor([-100.0, -90.0, 90.0, 100.0]))
-    assert float(found[1] - found[0]) <= 10 * (1 + 1e-5)
-    assert float(found[3] - found[2]) <= 10 * (1 + 1e-5)
+    mapped_logits = output_map(torch.tensor([-100.0, -90.0, 90.0, 100.0]))
+    assert float(mapped_logits[1] - mapped_logits[0]) <= 10 * (1 + 1e-5)
+    assert float(mapped_logits[3] - mapped_logits[2]) <= 10 * (1 + 1e-5)
 
 
-def test_a_method_that_fits_nothing_is_not_the_best():
-    logit, label = drawn(1, -1.5)
-    logit = logit + 5  # without an offset the best factor would turn the order round
+def test_cross_validated_loss_of_a_method_that_cannot_be_fitted_is_infinite():
+    logit, label = random_labels(1, -1.5)
+    logit = logit + 5  # without an offset, the best factor would be negative
     with raises_code(StepRefused, "slope_not_positive_without_offset"):
         fit_map("temperature", "logit", logit, label, 8)
     assert cross_validated_loss("temperature", logit, label, 8) == np.inf
     assert cross_validated_loss("platt", logit, label, 8) < 0.6
 
 
-def test_rows_separable_by_a_threshold_get_a_finite_slope():
+def test_fit_line_of_separable_labels_has_a_finite_slope():
     logit = np.linspace(-3, 3, 400)
     slope, _ = fit_line(logit, (logit > 0).astype(np.float64), offset=True)
-    # At 0.0075, the nearest row, both sides may be 1/202: a slope of 700 if that alone counted.
+    # Smoothed labels are 1/202 and 201/202. The nearest rows alone, at 0.0075, would give 700.
     assert 1 < slope < 100
 
 
-def test_probabilities_next_to_zero_keep_their_order():
-    made = fit_map("platt", "probability", *drawn(0.5, 0.1), 8)
-    found = made(torch.logspace(-30, -1, 200))
-    assert bool((found.diff() > 0).all())
+def test_mapped_probabilities_close_to_zero_keep_their_order():
+    output_map = fit_map("platt", "probability", *random_labels(0.5, 0.1), 8)
+    mapped = output_map(torch.logspace(-30, -1, 200))
+    assert bool((mapped.diff() > 0).all())
 
 
-def test_no_other_line_has_a_smaller_log_loss():
-    logit, label = drawn(0.6, 0.4)
+def test_fit_line_minimizes_the_log_loss():
+    logit, label = random_labels(0.6, 0.4)
     slope, offset = fit_line(logit, label, offset=True)
 
-    def cost(a: float, b: float) -> float:
+    def log_loss(a: float, b: float) -> float:
         return float((np.logaddexp(0, a * logit + b) - label * (a * logit + b)).mean())
 
     clicks = label.sum()
     label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), 1 / (len(label) - clicks + 2))
-    least = cost(slope, offset)
-    for moved in ((0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01)):
-        assert cost(slope + moved[0], offset + moved[1]) > least
-    factor, none = fit_line(logit, label, offset=False)
-    assert none == 0
-    assert cost(factor, 0) < min(cost(factor + 0.01, 0), cost(factor - 0.01, 0))
+    smallest_loss = log_loss(slope, offset)
+    for change in ((0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01)):
+        assert log_loss(slope + change[0], offset + change[1]) > smallest_loss
+    factor, offset_without = fit_line(logit, label, offset=False)
+    assert offset_without == 0
+    assert log_loss(factor, 0) < min(log_loss(factor + 0.01, 0), log_loss(factor - 0.01, 0))
 
 
-def test_isotonic_pieces_follow_a_bend_that_no_line_follows():
-    logit, _ = drawn(1, 0, rows=20_000)
-    bent = np.where(logit < 0, 0.3 * logit, 3 * logit)
-    label = (np.random.default_rng(1).random(len(logit)) < 1 / (1 + np.exp(-bent))).astype(float)
+def test_isotonic_map_has_a_smaller_loss_than_a_line_for_curved_logits():
+    logit, _ = random_labels(1, 0, rows=20_000)
+    curved = np.where(logit < 0, 0.3 * logit, 3 * logit)
+    label = (np.random.default_rng(1).random(len(logit)) < 1 / (1 + np.exp(-curved))).astype(float)
     assert (
         cross_validated_loss("isotonic", logit, label, 32)
         < cross_validated_loss("platt", logit, label, 32) - 1e-3
     )
-    at, wanted = fit_pieces(logit, label, 32)
-    inner = (at > -2) & (at < 1)
-    wished = np.where(at < 0, 0.3 * at, 3 * at)
-    assert np.abs(wanted - wished)[inner].max() < 0.5  # 625 rows a piece: four deviations
+    knot_positions, knot_values = fit_pieces(logit, label, 32)
+    inner = (knot_positions > -2) & (knot_positions < 1)
+    expected_values = np.where(knot_positions < 0, 0.3 * knot_positions, 3 * knot_positions)
+    # four standard deviations for 625 rows per piece
+    assert np.abs(knot_values - expected_values)[inner].max() < 0.5
 
 
 @pytest.mark.parametrize("reference", [RANKER, NORMED], ids=["logit", "probability"])
 @pytest.mark.parametrize("method", ["temperature", "platt", "isotonic", "best"])
-def test_log_loss_falls_and_the_order_stays(reference, method, tmp_path):
-    bench = planted(reference, tmp_path / "data", 2.5, -1.0)
+def test_recalibrate_lowers_the_log_loss_and_keeps_the_auc(reference, method, tmp_path):
+    bench = bench_with_drawn_labels(reference, tmp_path / "data", 2.5, -1.0)
     source = reference.model()
     result = run(Recalibrate(method=method), source, bench, tmp_path / "out")
-    (held,) = batches(bench.validation, reference.signature, ROWS)
+    (batch,) = batches(bench.validation, reference.signature, ROWS)
     with torch.no_grad():
-        before, after = (m.module(**held.inputs).reshape(-1) for m in (source, result))
-    label = held.label.numpy()
+        before, after = (m.module(**batch.inputs).reshape(-1) for m in (source, result))
+    label = batch.label.numpy()
     assert point_estimates.auc(label, after.numpy()) == pytest.approx(
         point_estimates.auc(label, before.numpy()),
-        abs=1e-4,  # float32 may tie what was not
+        abs=1e-4,  # float32 may make scores equal
     )
     probability = [
         (x if reference.signature.single_output.form == "probability" else torch.sigmoid(x)).numpy()
@@ -191,35 +193,35 @@ def test_log_loss_falls_and_the_order_stays(reference, method, tmp_path):
     )
 
 
-def test_a_map_is_part_of_the_graph(tmp_path):
-    bench = planted(COMPACT, tmp_path / "data", 2.5, -1.0)
+def test_the_graph_contains_the_output_map(tmp_path):
+    bench = bench_with_drawn_labels(COMPACT, tmp_path / "data", 2.5, -1.0)
     for method in ("platt", "isotonic"):
         result = run(Recalibrate(method=method), COMPACT.model(), bench, tmp_path / method)
         path = tmp_path / f"{method}.onnx"
         lowered = lower(result.module, whole(COMPACT.signature), "onnxruntime", path)
-        (held,) = batches(bench.validation, COMPACT.signature, ROWS)
-        plain = {k: v.numpy() for k, v in held.inputs.items()}
-        found = Session(path, threads=1).scores(plain)
+        (batch,) = batches(bench.validation, COMPACT.signature, ROWS)
+        plain = {k: v.numpy() for k, v in batch.inputs.items()}
+        scores = Session(path, threads=1).scores(plain)
         with torch.no_grad():
-            expected = torch.sigmoid(result.module(**held.inputs).reshape(-1)).numpy()
-        np.testing.assert_allclose(found, expected, atol=1e-5)  # float32 in another order
+            expected = torch.sigmoid(result.module(**batch.inputs).reshape(-1)).numpy()
+        np.testing.assert_allclose(scores, expected, atol=1e-5)  # float32 in another order
         assert lowered.served.model.recalibration.method == method
 
 
-def test_what_follows_keeps_the_map(tmp_path):
-    bench = planted(NORMED, tmp_path / "data", 2.5, -1.0)
+def test_later_steps_keep_the_output_map(tmp_path):
+    bench = bench_with_drawn_labels(NORMED, tmp_path / "data", 2.5, -1.0)
     first = run(Recalibrate(), NORMED.model(), bench, tmp_path / "a")
-    then = run(StaticInt8(), first, bench, tmp_path / "b")
-    assert then.plan.of(OUTPUT) == first.plan.of(OUTPUT)
-    assert torch.equal(then.module.recalibration.line, first.module.recalibration.line)
+    quantized = run(StaticInt8(), first, bench, tmp_path / "b")
+    assert quantized.plan.of(OUTPUT) == first.plan.of(OUTPUT)
+    assert torch.equal(quantized.module.recalibration.line, first.module.recalibration.line)
     tuned = run(FineTune(training=QUICKLY), first, bench, tmp_path / "c")
     assert torch.equal(tuned.module.recalibration.line, first.module.recalibration.line)
     with raises_code(StepRefused, "recalibrated_already"):
         run(Recalibrate(), first, bench, tmp_path / "d")
 
 
-def test_the_best_map_may_be_none(tmp_path):
-    bench = planted(NORMED, tmp_path / "data", 1.0, 0.0)
+def test_method_best_may_keep_the_output_as_trained(tmp_path):
+    bench = bench_with_drawn_labels(NORMED, tmp_path / "data", 1.0, 0.0)
     result = run(Recalibrate(method="best"), NORMED.model(), bench, tmp_path / "out")
     line = result.plan.of(OUTPUT)
     assert line.format in {"as trained", "temperature", "platt"}
@@ -228,21 +230,21 @@ def test_the_best_map_may_be_none(tmp_path):
         assert not result.network.modules
 
 
-def test_a_model_that_orders_the_wrong_way_round_is_refused(tmp_path):
-    bench = planted(NORMED, tmp_path / "data", -1.0, 0.0)
+def test_a_negative_slope_raises_step_refused(tmp_path):
+    bench = bench_with_drawn_labels(NORMED, tmp_path / "data", -1.0, 0.0)
     with raises_code(StepRefused, "slope_not_positive"):
         run(Recalibrate(), NORMED.model(), bench, tmp_path / "out")
 
 
-def test_scores_without_probabilities_are_refused(tmp_path):
+def test_recalibrate_without_probabilities_raises_nothing_to_compress(tmp_path):
     with raises_code(NothingToCompress, "probability_missing"):
         run(Recalibrate(), ATTENTION.model(), ATTENTION.bench(tmp_path / "d"), tmp_path / "out")
 
 
-def test_the_outline_knows_the_bytes(tmp_path):
-    bench = planted(RANKER, tmp_path / "data", 2.5, -1.0)
+def test_the_dry_run_of_recalibrate_has_the_bytes_of_its_result(tmp_path):
+    bench = bench_with_drawn_labels(RANKER, tmp_path / "data", 2.5, -1.0)
     for method in ("platt", "isotonic"):
         step = Recalibrate(method=method, knots=16)
         result = run(step, RANKER.model(), bench, tmp_path / method)
-        foreseen: Model = dry_run(step, RANKER.model(), bench)
-        assert foreseen.plan.of(OUTPUT).bytes_after == result.plan.of(OUTPUT).bytes_after
+        predicted: Model = dry_run(step, RANKER.model(), bench)
+        assert predicted.plan.of(OUTPUT).bytes_after == result.plan.of(OUTPUT).bytes_after

@@ -1,4 +1,7 @@
-"""Codebooks and codes fitted to the task: what moves, what stays, and that nothing gets worse."""
+"""``refit_codes``: training of codebooks and scales, reassignment of codes by loss gradients.
+
+Also how ``fine_tune`` trains tables that are stored as codes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -45,22 +48,25 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from compressors.task_kinds.loss import hard_loss
 
-CODES = (
+CODEBOOK_FORMATS = (
     KMeans(bits=2),
     KMeans(bits=2, scale="none"),
     ProductCodes(),
     ProductCodes(parts=3, bits=2, codebook_type="float16"),
     ResidualCodes(),
 )
-ROWWISE = (
+ROWWISE_FORMATS = (
     RowwiseInt8(symmetric=False, rows_per_scale=4),
     RowwiseInt4(),
     RowwiseInt4(symmetric=False, scale="float32", rows_per_scale=0),
     RowwiseInt2(symmetric=True, clipping="min_max"),
-    RowwiseInt2(rows_per_scale=4),  # an offset each row makes narrow rows larger than int4
+    # with one offset per row instead of four, narrow rows would be larger than in int4
+    RowwiseInt2(rows_per_scale=4),
 )
-each_codes = pytest.mark.parametrize(
-    "codes", [*CODES, *ROWWISE], ids=lambda step: f"{step.kind}-{getattr(step, 'bits', '')}"
+each_format = pytest.mark.parametrize(
+    "codes",
+    [*CODEBOOK_FORMATS, *ROWWISE_FORMATS],
+    ids=lambda step: f"{step.kind}-{getattr(step, 'bits', '')}",
 )
 
 
@@ -78,23 +84,23 @@ def packed(step: TableStep, bench: Bench, folder: Path, reference: Reference = C
     return run(step, reference.model(), bench, folder / "packed")
 
 
-def judged(model: Model, bench: Bench) -> float:
+def validation_quality(model: Model, bench: Bench) -> float:
     return quality(model.module, bench.signature, bench.validation)
 
 
-@each_codes
-def test_codebooks_and_codes_learn_and_formats_stay(codes, bench, tmp_path):
-    """The labels are the opposite of the network's predictions, so there is much to learn."""
+@each_format
+def test_refitting_improves_quality_and_keeps_formats_and_dtypes(codes, bench, tmp_path):
+    """The labels are the opposite of the network's predictions, so quality can increase a lot."""
     before = packed(codes, bench, tmp_path)
     after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
-    assert judged(after, bench) > judged(before, bench) + 0.2
+    assert validation_quality(after, bench) > validation_quality(before, bench) + 0.2
     assert after.network.modules == before.network.modules
     old, new = before.module.state_dict(), after.module.state_dict()
     assert {name: t.dtype for name, t in new.items()} == {name: t.dtype for name, t in old.items()}
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     learned = TABLE_FORMATS[codes.storage.name].learned
     assert any(name.endswith(learned) for name in changed)
-    if codes.kind != "rowwise_int8":  # whose levels are so fine that scales alone may do
+    if codes.kind != "rowwise_int8":  # its levels are so fine that training scales may be enough
         assert any(name.endswith("codes") for name in changed)
     tables = {line.module for line in before.plan.lines if line.format == codes.kind}
     assert {name.partition(".")[0] for name in changed} <= tables
@@ -105,11 +111,11 @@ def test_codebooks_and_codes_learn_and_formats_stay(codes, bench, tmp_path):
 
 
 @pytest.mark.parametrize("reference", [NORMED, ATTENTION], ids=lambda item: item.network.__name__)
-def test_probabilities_and_lists_are_refitted_as_well(reference, tmp_path):
+def test_refitting_improves_probability_and_ranking_models(reference, tmp_path):
     bench = reference.bench(tmp_path / "data")
     before = packed(ProductCodes(), bench, tmp_path, reference)
     after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
-    assert judged(after, bench) > judged(before, bench) + 0.1
+    assert validation_quality(after, bench) > validation_quality(before, bench) + 0.1
 
 
 def test_dense_layers_are_trained_only_with_dense_true(bench, tmp_path):
@@ -117,39 +123,41 @@ def test_dense_layers_are_trained_only_with_dense_true(bench, tmp_path):
     for dense in (False, True):
         step = RefitCodes(training=QUICKLY, rounds=1, dense=dense)
         after = run(step, before, bench, tmp_path / str(dense))
-        same = torch.equal(after.module.cross.weight, before.module.cross.weight)
-        assert same != dense
+        is_unchanged = torch.equal(after.module.cross.weight, before.module.cross.weight)
+        assert is_unchanged != dense
         line = after.plan.of("cross")
         assert ("refit_codes" in line.steps) == dense
         assert line.format == "float32"
 
 
-def test_without_a_share_codes_stay(bench, tmp_path):
+def test_refitting_with_share_zero_keeps_codes_and_trains_codebooks(bench, tmp_path):
     before = packed(ProductCodes(), bench, tmp_path)
     after = run(RefitCodes(training=QUICKLY, share=0), before, bench, tmp_path / "out")
     assert torch.equal(after.module.item.codes, before.module.item.codes)
     assert not torch.equal(after.module.item.codebook, before.module.item.codebook)
 
 
-def test_it_ends_no_worse_on_the_validation_rows_than_it_began(bench, tmp_path):
+def test_refitting_never_lowers_the_validation_quality(bench, tmp_path):
     """Validation labels agree with the network's predictions, training labels are the opposite."""
-    turned = models.prepared(
+    like_predictions = models.prepared(
         COMPACT.signature,
         COMPACT.rows_of_tables(),
         tmp_path / "v",
         8,
         lambda x: -COMPACT._opposite(x),
     )
-    bench = bench.model_copy(update={"validation": turned})
+    bench = bench.model_copy(update={"validation": like_predictions})
     before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
     after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
-    assert judged(before, bench) > 0.9
-    assert judged(after, bench) == judged(before, bench)
-    assert after.plan.of("item").steps == ("product_codes",)  # nothing better was found
+    assert validation_quality(before, bench) > 0.9
+    assert validation_quality(after, bench) == validation_quality(before, bench)
+    assert after.plan.of("item").steps == ("product_codes",)  # no epoch was better
     assert torch.equal(after.module.item.codes, before.module.item.codes)
 
 
-def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(ranker_bench, tmp_path):
+def test_only_matching_tables_with_codes_are_refitted_and_others_have_a_reason(
+    ranker_bench, tmp_path
+):
     bench = ranker_bench
     before = run(BFloat16(tables=("user",)), RANKER.model(), bench, tmp_path / "user")
     before = run(ProductCodes(tables=("item", "tags")), before, bench, tmp_path / "item")
@@ -161,77 +169,80 @@ def test_only_tables_with_codebooks_are_taken_and_the_others_say_why(ranker_benc
     )
     with_code(after.plan.of("item").reasons, "refitted", step="refit_codes", rounds=1)
     assert torch.equal(after.module.tags.table.codes, before.module.tags.table.codes)
-    chosen = RefitCodes(tables=("item", "user")).plan(before, bench).decisions
-    with_code(chosen["user"].reasons, "no_codes", format="bfloat16")
+    decisions = RefitCodes(tables=("item", "user")).plan(before, bench).decisions
+    with_code(decisions["user"].reasons, "no_codes", format="bfloat16")
     for name in ("city", "tags"):
-        with_code(chosen[name].reasons, "not_matched", patterns=("item", "user"))
+        with_code(decisions[name].reasons, "not_matched", patterns=("item", "user"))
 
 
-def test_a_table_means_its_parts_too(ranker_bench, tmp_path):
+def test_a_pattern_that_matches_a_table_selects_its_parts(ranker_bench, tmp_path):
     bench, tables = ranker_bench, ("item", "tags")
     tiers = run(Tiers(tables=tables), RANKER.model(), bench, tmp_path / "tiers")
     before = run(RowwiseInt4(tables=tables), tiers, bench, tmp_path / "packed")
-    chosen = RefitCodes(tables=("item",)).plan(before, bench).decisions
-    assert {name for name, choice in chosen.items() if choice.selected} == {"item.hot", "item.cold"}
+    decisions = RefitCodes(tables=("item",)).plan(before, bench).decisions
+    assert {name for name, choice in decisions.items() if choice.selected} == {
+        "item.hot",
+        "item.cold",
+    }
 
 
 @pytest.mark.parametrize("first", [Tiers(), LowRank(), QuotientRemainder()], ids=lambda s: s.kind)
-def test_codes_of_parts_are_refitted_and_the_table_they_make_keeps_its_own(first, bench, tmp_path):
-    made = run(first, COMPACT.model(), bench, tmp_path / "made")
-    before = run(RowwiseInt2(rows_per_scale=4), made, bench, tmp_path / "packed")
+def test_codes_of_parts_are_refitted_and_their_composed_table_is_unchanged(first, bench, tmp_path):
+    composed = run(first, COMPACT.model(), bench, tmp_path / "made")
+    before = run(RowwiseInt2(rows_per_scale=4), composed, bench, tmp_path / "packed")
     after = run(RefitCodes(training=QUICKLY, rounds=1), before, bench, tmp_path / "refitted")
     parts = {unit.name for unit in Unit.of(after.module) if unit.part_of}
     changed = {line.module for line in after.plan.lines if "refit_codes" in line.steps}
     assert changed & parts
-    # Of the narrowest parts int4 takes no more bytes than int2, so those are int4.
+    # The narrowest parts are stored as int4, which takes no more bytes than int2.
     packed = ("rowwise_int2", "rowwise_int4")
     assert changed <= {unit.name for unit in Unit.of(after.module) if unit.format in packed}
 
 
-def test_without_codebooks_there_is_nothing_to_refit(bench, tmp_path):
+def test_refitting_without_codes_raises_nothing_to_compress(bench, tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(RefitCodes(), COMPACT.model(), bench, tmp_path)
     assert caught.value.fields["reasons"]["item"] == (Reason("no_codes", format="float32"),)
 
 
-def test_its_plan_is_known_before(bench, tmp_path):
+def test_the_dry_run_of_refitting_has_the_plan_of_its_result(bench, tmp_path):
     before = packed(ProductCodes(), bench, tmp_path)
     step = RefitCodes(training=QUICKLY, rounds=1)
     assert dry_run(step, before, bench).plan == run(step, before, bench, tmp_path / "x").plan
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(bench, tmp_path, monkeypatch):
+def test_an_interrupted_refit_resumes_and_ends_with_the_same_bits(bench, tmp_path, monkeypatch):
     before = packed(ProductCodes(), bench, tmp_path)
     step = RefitCodes(training=QUICKLY, rounds=2)
-    whole = run(step, before, bench, tmp_path / "whole")
-    kept = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
+    uninterrupted = run(step, before, bench, tmp_path / "whole")
+    resumable_bench = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
     calls: list[int] = []
 
-    def killed(*args: Any) -> Proposal:
+    def propose_or_interrupt(*args: Any) -> Proposal:
         calls.append(1)
         if len(calls) > 2:  # the two tables of the first round
             raise KeyboardInterrupt
         return propose(*args)
 
-    monkeypatch.setattr("compressors.distill.refit_codes.propose", killed)
+    monkeypatch.setattr("compressors.distill.refit_codes.propose", propose_or_interrupt)
     with pytest.raises(KeyboardInterrupt):  # in the second round, after its training
-        run(step, before, kept, tmp_path / "killed")
+        run(step, before, resumable_bench, tmp_path / "killed")
     monkeypatch.undo()
-    again = run(step, before, kept, tmp_path / "again")
-    for name, tensor in whole.module.state_dict().items():
-        assert torch.equal(tensor, again.module.state_dict()[name]), name
+    resumed = run(step, before, resumable_bench, tmp_path / "again")
+    for name, tensor in uninterrupted.module.state_dict().items():
+        assert torch.equal(tensor, resumed.module.state_dict()[name]), name
 
 
-def test_a_share_is_a_share():
+def test_a_share_above_one_raises_a_validation_error():
     with pytest.raises(ValidationError):
         RefitCodes(share=1.5)
 
 
-# --- slopes and moves --------------------------------------------------------------------------
+# --- gradients and reassigned codes ------------------------------------------------------------
 
 
-def test_slopes_are_the_gradients_of_the_table_the_codes_stand_for(ranker_bench, tmp_path):
-    """Against plain torch: the decoded table as a parameter, one row of data at a time."""
+def test_loss_gradients_equal_torchs_gradients_of_the_decoded_table(ranker_bench, tmp_path):
+    """The expected gradients are torch's for the decoded table, one row of data at a time."""
     bench = ranker_bench
     model = packed(ProductCodes(tables=("item", "history")), bench, tmp_path, RANKER)
     tables = {"item": model.module.item, "history": model.module.history.table}
@@ -239,26 +250,26 @@ def test_slopes_are_the_gradients_of_the_table_the_codes_stand_for(ranker_bench,
     def loss(output: Tensor, batch, numbers: Tensor) -> Tensor:
         return hard_loss(bench.signature, output, batch)
 
-    found = loss_gradients(model.module, bench.signature, bench.train, loss, tables)
+    gradients = loss_gradients(model.module, bench.signature, bench.train, loss, tables)
     plain = model.private().module
     with torch.no_grad():
         item = nn.Embedding.from_pretrained(tables["item"](torch.arange(300)), freeze=False)
     plain.item = item
     rows = Rows(bench.train, bench.signature)
-    slope, squares = torch.zeros(300, 7), torch.zeros(300, 7)
+    gradient, squares = torch.zeros(300, 7), torch.zeros(300, 7)
     for number in range(len(rows)):
         batch = rows.take(torch.tensor([number]))
         item.weight.grad = None
         hard_loss(bench.signature, plain(**batch.inputs), batch).backward()
-        slope += item.weight.grad
+        gradient += item.weight.grad
         squares += item.weight.grad.square()
-    torch.testing.assert_close(found["item"][0], slope / len(rows), rtol=1e-4, atol=1e-8)
-    torch.testing.assert_close(found["item"][1], squares / len(rows), rtol=1e-4, atol=1e-10)
-    assert found["history"][1].sum() > 0
+    torch.testing.assert_close(gradients["item"][0], gradient / len(rows), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(gradients["item"][1], squares / len(rows), rtol=1e-4, atol=1e-10)
+    assert gradients["history"][1].sum() > 0
     assert not any(module._forward_hooks for module in model.module.modules())
 
 
-def drawn(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
+def random_table(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
     table = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
     params = step.fit(table)
     layout = step.storage.layout(rows, dim, step.settings())
@@ -267,51 +278,53 @@ def drawn(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
     return PackedTable(step.storage, rows, dim, step.settings(), stored)
 
 
-def foreseen(table: PackedTable, slope: Tensor, curvature: Tensor, begun: Tensor) -> Tensor:
-    """The model of the loss at what a table reads as now, by row."""
+def predicted_change(
+    table: PackedTable, gradient: Tensor, curvature: Tensor, initial_rows: Tensor
+) -> Tensor:
+    """Change of the quadratic model of the loss since ``initial_rows``, float32 ``(rows,)``."""
     with torch.no_grad():
-        step = table(torch.arange(table.rows)) - begun
-    return (slope * step + table.dim * curvature * step.square() / 2).sum(dim=1)
+        step = table(torch.arange(table.rows)) - initial_rows
+    return (gradient * step + table.dim * curvature * step.square() / 2).sum(dim=1)
 
 
-def drawn_slopes(seed: int) -> tuple[Tensor, Tensor]:
+def random_gradients(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    slope = 3 * torch.randn(200, 6, generator=generator)
-    return slope, torch.rand(200, 6, generator=generator) + 0.1
+    gradient = 3 * torch.randn(200, 6, generator=generator)
+    return gradient, torch.rand(200, 6, generator=generator) + 0.1
 
 
-@each_codes
+@each_format
 @pytest.mark.parametrize("share", [0.2, 1.0])
-def test_rows_that_move_lower_the_model_of_the_loss(codes, share, monkeypatch):
+def test_reassigned_rows_lower_the_quadratic_model_of_the_loss(codes, share, monkeypatch):
     monkeypatch.setattr(code_reassignment, "DAMPING", 0.0)
-    table = drawn(codes)
-    slope, curvature = drawn_slopes(1)
-    slope[::4] = curvature[::4] = 0  # rows that nothing looks up
+    table = random_table(codes)
+    gradient, curvature = random_gradients(1)
+    gradient[::4] = curvature[::4] = 0  # rows without lookups
     with torch.no_grad():
-        begun = table(torch.arange(200))
+        initial_rows = table(torch.arange(200))
     before = table.codes.clone()
-    proposal = propose(table, slope, curvature)
+    proposal = propose(table, gradient, curvature)
     new, rows = reassigned_codes(table, proposal, share)
-    assert torch.equal(table.codes, before)  # the given ones are left alone
+    assert torch.equal(table.codes, before)  # the table is not modified
     table.codes = new
-    change = foreseen(table, slope, curvature, begun)
-    touched = (new != before).any(dim=1)
-    assert int(touched.sum()) == rows == round(share * int((proposal.gain > 0).sum()))
+    change = predicted_change(table, gradient, curvature, initial_rows)
+    is_changed = (new != before).any(dim=1)
+    assert int(is_changed.sum()) == rows == round(share * int((proposal.gain > 0).sum()))
     assert rows > 10
-    assert not touched[::4].any()
-    assert torch.all(change[touched] < 0)
-    torch.testing.assert_close(-change[touched], proposal.gain[touched], rtol=1e-3, atol=1e-4)
-    assert proposal.gain[touched].min() >= proposal.gain[~touched].max()
+    assert not is_changed[::4].any()
+    assert torch.all(change[is_changed] < 0)
+    torch.testing.assert_close(-change[is_changed], proposal.gain[is_changed], rtol=1e-3, atol=1e-4)
+    assert proposal.gain[is_changed].min() >= proposal.gain[~is_changed].max()
 
 
 @pytest.mark.parametrize("codes", [KMeans(bits=2, scale="none"), ProductCodes(parts=3)])
-def test_codes_without_a_sum_move_to_the_best_there_is(codes, monkeypatch):
-    """Against a search over every entry."""
+def test_reassigned_codes_equal_a_search_of_all_entries(codes, monkeypatch):
+    """The formats assign one entry per part, so the best entry can be found by a search."""
     monkeypatch.setattr(code_reassignment, "DAMPING", 0.0)
-    table = drawn(codes)
-    slope, curvature = drawn_slopes(2)
+    table = random_table(codes)
+    gradient, curvature = random_gradients(2)
     with torch.no_grad():
-        begun = table(torch.arange(200))
+        initial_rows = table(torch.arange(200))
     best = torch.zeros(200)
     width = 1 if codes.kind == "kmeans" else 2
     for part in range(6 // width):
@@ -319,23 +332,23 @@ def test_codes_without_a_sum_move_to_the_best_there_is(codes, monkeypatch):
         entries = table.codebook.reshape(-1, 1)
         if codes.kind != "kmeans":
             entries = table.codebook.reshape(3, -1, 2)[part]
-        step = entries[None] - begun[:, None, columns]
+        step = entries[None] - initial_rows[:, None, columns]
         squares = 6 * curvature[:, None, columns] * step.square() / 2
-        best += (slope[:, None, columns] * step + squares).sum(dim=2).amin(dim=1)
-    table.codes, _ = reassigned_codes(table, propose(table, slope, curvature), 1.0)
-    found = foreseen(table, slope, curvature, begun)
-    torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-4)
+        best += (gradient[:, None, columns] * step + squares).sum(dim=2).amin(dim=1)
+    table.codes, _ = reassigned_codes(table, propose(table, gradient, curvature), 1.0)
+    change = predicted_change(table, gradient, curvature, initial_rows)
+    torch.testing.assert_close(change, best, rtol=1e-4, atol=1e-4)
 
 
-def test_where_nothing_is_looked_up_nothing_moves():
-    table = drawn(ProductCodes())
-    nothing = torch.zeros(200, 6)
-    codes, rows = reassigned_codes(table, propose(table, nothing, nothing), 1.0)
+def test_zero_gradients_reassign_no_codes():
+    table = random_table(ProductCodes())
+    zero_gradient = torch.zeros(200, 6)
+    codes, rows = reassigned_codes(table, propose(table, zero_gradient, zero_gradient), 1.0)
     assert rows == 0
     assert torch.equal(codes, table.codes)
 
 
-def test_moves_that_raise_the_loss_are_taken_back(bench, tmp_path, monkeypatch):
+def test_reassignments_that_raise_the_loss_are_undone(bench, tmp_path, monkeypatch):
     before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
     teacher = COMPACT.model().module
     rows = Rows(bench.train, bench.signature)
@@ -348,13 +361,13 @@ def test_moves_that_raise_the_loss_are_taken_back(bench, tmp_path, monkeypatch):
         update={"soft_labels": bench.soft_labels.model_copy(update={"path": str(folder)})}
     )
 
-    def wrong(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
-        return propose(table, -100 * slope, curvature)  # uphill
+    def propose_uphill(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal:
+        return propose(table, -100 * gradient, curvature)  # uphill
 
     step = RefitCodes(training=QUICKLY, rounds=1)
     model = before.private()
     tables = {"item": model.module.item, "genres": model.module.genres}
-    monkeypatch.setattr("compressors.distill.refit_codes.propose", wrong)
+    monkeypatch.setattr("compressors.distill.refit_codes.propose", propose_uphill)
     assert step._reassign_codes(model, bench, tables) == 0
     assert torch.equal(model.module.item.codes, before.module.item.codes)
     monkeypatch.undo()
@@ -362,18 +375,18 @@ def test_moves_that_raise_the_loss_are_taken_back(bench, tmp_path, monkeypatch):
     assert not torch.equal(model.module.item.codes, before.module.item.codes)
 
 
-# --- the steps that train, on packed tables ----------------------------------------------------
+# --- fine-tuning of packed tables --------------------------------------------------------------
 
-TABLES = QUICKLY.model_copy(update={"tables": True})
+TRAIN_TABLES = QUICKLY.model_copy(update={"tables": True})
 
 
 @pytest.mark.parametrize(
     "codes", [KMeans(scale="float32"), ProductCodes(), ResidualCodes()], ids=lambda s: s.kind
 )
-def test_fine_tuning_trains_codebooks_where_tables_are_trained(codes, bench, tmp_path):
+def test_fine_tuning_trains_codebooks_only_with_tables_true(codes, bench, tmp_path):
     before = packed(codes, bench, tmp_path)
-    after = run(FineTune(training=TABLES), before, bench, tmp_path / "out")
-    assert judged(after, bench) > judged(before, bench)
+    after = run(FineTune(training=TRAIN_TABLES), before, bench, tmp_path / "out")
+    assert validation_quality(after, bench) > validation_quality(before, bench)
     for name in codes.storage.learned:
         if name in before.module.item._buffers:
             assert not torch.equal(
@@ -381,21 +394,21 @@ def test_fine_tuning_trains_codebooks_where_tables_are_trained(codes, bench, tmp
             )
     assert torch.equal(after.module.item.codes, before.module.item.codes)
     assert "fine_tune" in after.plan.of("item").steps
-    still = run(FineTune(training=QUICKLY), before, bench, tmp_path / "still")
-    assert torch.equal(still.module.item.codebook, before.module.item.codebook)
+    trained_dense_only = run(FineTune(training=QUICKLY), before, bench, tmp_path / "still")
+    assert torch.equal(trained_dense_only.module.item.codebook, before.module.item.codebook)
 
 
-def test_codebooks_of_float16_say_that_they_are_not_trained(bench, tmp_path):
+def test_float16_codebooks_are_not_trained_and_the_plan_has_a_reason(bench, tmp_path):
     before = packed(ProductCodes(codebook_type="float16"), bench, tmp_path)
-    after = run(FineTune(training=TABLES), before, bench, tmp_path / "out")
+    after = run(FineTune(training=TRAIN_TABLES), before, bench, tmp_path / "out")
     assert torch.equal(after.module.item.codebook, before.module.item.codebook)
-    choice = FineTune(training=TABLES).plan(before, bench).decisions["item"]
+    choice = FineTune(training=TRAIN_TABLES).plan(before, bench).decisions["item"]
     assert not choice.selected
-    why = with_code(choice.reasons, "trains_float32_only", step="fine_tune", dtype="float16")
-    assert (why.fields["tensor"], why.fields["format"]) == ("codebook", "product_codes")
+    reason = with_code(choice.reasons, "trains_float32_only", step="fine_tune", dtype="float16")
+    assert (reason.fields["tensor"], reason.fields["format"]) == ("codebook", "product_codes")
 
 
-def test_a_penalty_on_tables_makes_packed_ones_smaller_as_they_are_read(bench, tmp_path):
+def test_table_l2_lowers_the_norm_of_packed_tables(bench, tmp_path):
     before = packed(ResidualCodes(), bench, tmp_path)
     norms = []
     for penalty in (0.0, 0.1):
@@ -406,50 +419,50 @@ def test_a_penalty_on_tables_makes_packed_ones_smaller_as_they_are_read(bench, t
     assert norms[1] < 0.9 * norms[0]
 
 
-def test_weight_decay_leaves_codebooks_alone(bench, tmp_path):
-    """An entry that no training row reads would shrink under it."""
+def test_weight_decay_does_not_change_unread_codebook_entries(bench, tmp_path):
+    """Otherwise, entries that no training row reads would shrink."""
     before = packed(ProductCodes(parts=7), bench, tmp_path)
-    how = TABLES.model_copy(update={"weight_decay": 0.5, "epochs": 1})
+    how = TRAIN_TABLES.model_copy(update={"weight_decay": 0.5, "epochs": 1})
     after = run(FineTune(training=how), before, bench, tmp_path / "out")
     rows = Rows(bench.train, bench.signature)
     read = before.module.item.codes[rows.take(torch.arange(len(rows))).inputs["item"]]
     entries = len(before.module.item.codebook) // 7
-    places = (read.long() + torch.arange(7) * entries).unique()
-    unread = torch.ones(len(before.module.item.codebook), dtype=torch.bool)
-    unread[places] = False
-    assert bool(unread.any())
+    entries_read = (read.long() + torch.arange(7) * entries).unique()
+    is_unread = torch.ones(len(before.module.item.codebook), dtype=torch.bool)
+    is_unread[entries_read] = False
+    assert bool(is_unread.any())
     old, new = before.module.item.codebook, after.module.item.codebook
-    assert torch.equal(new[unread], old[unread])
-    assert not torch.equal(new[~unread], old[~unread])
+    assert torch.equal(new[is_unread], old[is_unread])
+    assert not torch.equal(new[~is_unread], old[~is_unread])
 
 
-@pytest.mark.parametrize("codes", ROWWISE, ids=lambda step: step.kind)
-def test_row_wise_codes_are_the_nearest_levels_there_are(codes):
-    """Against every level of every weight, one by one."""
+@pytest.mark.parametrize("codes", ROWWISE_FORMATS, ids=lambda step: step.kind)
+def test_nearest_uniform_codes_equal_a_search_of_all_levels(codes):
+    """The expected distance is the smallest over all codes, tried one after another."""
     generator = torch.Generator().manual_seed(5)
     table = encode_table(codes, torch.randn(12, 6, generator=generator))
     target = 1.5 * torch.randn(12, 6, generator=generator)
     new, read = code_reassignment.nearest_uniform_codes(table, target)
     bits = codes.storage.bits
     signed = new.dtype == torch.int8
-    every = torch.arange(-127, 128) if signed else torch.arange(2**bits)
+    all_codes = torch.arange(-127, 128) if signed else torch.arange(2**bits)
     if bits == 4 and codes.symmetric:
-        every = every[1:]  # the lowest code is not used
-    gaps = []
-    for code in every.tolist():
+        all_codes = all_codes[1:]  # the lowest code is not used
+    errors = []
+    for code in all_codes.tolist():
         filled = torch.full_like(new, code)
         table.codes = filled if bits == 8 else pack(filled, bits)
-        gaps.append((table(torch.arange(12)) - target).abs())
-    best = torch.stack(gaps).amin(dim=0)
+        errors.append((table(torch.arange(12)) - target).abs())
+    best = torch.stack(errors).amin(dim=0)
     table.codes = new if bits == 8 else pack(new, bits)
     with torch.no_grad():
-        found = table(torch.arange(12))
-    assert torch.equal(found, read)
-    # Only rounding decides ties between two levels.
-    torch.testing.assert_close((found - target).abs(), best, rtol=1e-5, atol=1e-6)
+        decoded = table(torch.arange(12))
+    assert torch.equal(decoded, read)
+    # For ties between two levels, rounding decides, so distances are compared.
+    torch.testing.assert_close((decoded - target).abs(), best, rtol=1e-5, atol=1e-6)
 
 
-def test_a_trained_scale_too_small_for_float16_stays_positive():
+def test_a_trained_scale_is_clamped_to_the_positive_range_of_float16():
     table = encode_table(
         RowwiseInt4(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     )

@@ -1,4 +1,4 @@
-"""A training step that changed nothing says so in the plan."""
+"""Steps that changed nothing, such as a training without improvement, report it in the plan."""
 
 from pathlib import Path
 
@@ -22,15 +22,16 @@ HARMFUL = Training(batch=16, learning_rate=30.0, warmup=0, epochs=1, patience=1)
 """A learning rate at which any epoch is worse than the start."""
 
 
-def labels_of_its_own(folder: Path) -> Bench:
-    """A bench whose labels are the network's own predictions, so that nothing can be better."""
+def bench_with_own_labels(folder: Path) -> Bench:
+    """A bench whose labels are the network's predictions, so that training cannot improve it."""
     bench = RANKER.bench(folder)
     for split in (bench.train, bench.validation):
         assert split is not None
         path = Path(split.path) / "data.safetensors"
-        held = load_file(path)
-        held["@label"] = 1 - held["@label"]  # the bench's labels are the opposite of them
-        save_file(held, path)
+        tensors = load_file(path)
+        # the labels of the bench are the opposite of the predictions
+        tensors["@label"] = 1 - tensors["@label"]
+        save_file(tensors, path)
     return bench
 
 
@@ -39,8 +40,10 @@ def labels_of_its_own(folder: Path) -> Bench:
     [Distill(training=HARMFUL), FineTune(training=HARMFUL), RefitCodes(training=HARMFUL, rounds=1)],
     ids=lambda step: step.kind,
 )
-def test_a_training_that_restored_its_start_says_so(step: AnyStep, tmp_path: Path) -> None:
-    bench, source = labels_of_its_own(tmp_path / "data"), RANKER.model()
+def test_a_training_without_improvement_adds_a_reason_to_the_plan(
+    step: AnyStep, tmp_path: Path
+) -> None:
+    bench, source = bench_with_own_labels(tmp_path / "data"), RANKER.model()
     if step.kind == "refit_codes":
         source = run(RowwiseInt4(), source, bench, tmp_path / "codes")
     plan = run(step, source, bench, tmp_path / "out").plan
@@ -61,7 +64,7 @@ def test_training_that_changes_weights_adds_no_reason_to_the_plan(tmp_path: Path
         assert plan.reasons == ()
 
 
-def test_a_search_for_equal_rows_that_finds_none_says_so(tmp_path: Path) -> None:
+def test_merge_rows_without_equal_rows_adds_a_remark_to_the_plan(tmp_path: Path) -> None:
     plan = run(MergeRows(), RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out").plan
     assert plan is not None
     (remark,) = plan.remarks

@@ -1,4 +1,4 @@
-"""Low rank: the closest rows there are, of those that are looked up most if so ordered."""
+"""``low_rank`` for tables: the factors have the smallest error, weighted by lookups on request."""
 
 import pytest
 import torch
@@ -15,49 +15,56 @@ from compressors.factorize.low_rank import LowRank, factors
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
-def drawn(seed: int, rows: int, dim: int) -> torch.Tensor:
+def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
 def error(table: torch.Tensor, rank: int, weight: torch.Tensor) -> float:
     narrow, projection, mean = factors(table, rank, weight)
-    gap = narrow @ projection + mean - table
-    return float((weight * gap.square().sum(dim=1)).sum())
+    difference = narrow @ projection + mean - table
+    return float((weight * difference.square().sum(dim=1)).sum())
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 30), dim=st.integers(1, 9))
-def test_a_full_rank_gives_the_table_back(seed, rows, dim):
-    table = drawn(seed, rows, dim)
+def test_factors_of_full_rank_reproduce_the_table(seed, rows, dim):
+    table = random_normal(seed, rows, dim)
     narrow, projection, mean = factors(table, dim, torch.ones(rows))
     # float32 sums of up to nine products of numbers of size one
     torch.testing.assert_close(narrow @ projection + mean, table, atol=1e-5, rtol=1e-5)
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(5, 30), rank=st.integers(1, 5))
-def test_no_other_rows_of_that_rank_are_closer(seed, rows, rank):
-    """Against the library's own singular values, of the rows without their mean."""
-    table = drawn(seed, rows, 6)
-    left = torch.linalg.svdvals((table - table.mean(dim=0)).double())[rank:].square().sum()
-    assert error(table, rank, torch.ones(rows)) == pytest.approx(float(left), rel=1e-4, abs=1e-5)
+def test_error_of_factors_equals_the_energy_of_the_discarded_singular_values(seed, rows, rank):
+    """Compared with torch's singular values of the rows minus their mean."""
+    table = random_normal(seed, rows, 6)
+    remaining_energy = (
+        torch.linalg.svdvals((table - table.mean(dim=0)).double())[rank:].square().sum()
+    )
+    assert error(table, rank, torch.ones(rows)) == pytest.approx(
+        float(remaining_energy), rel=1e-4, abs=1e-5
+    )
 
 
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 5))
-def test_weighted_rows_are_closest_under_their_weights(seed, rank):
-    table, weight = drawn(seed, 25, 6), drawn(seed + 1, 25, 1).abs().squeeze(1) + 0.01
-    best = error(table, rank, weight)
+def test_weighted_factors_have_no_larger_weighted_error_than_unweighted_ones(seed, rank):
+    table, weight = (
+        random_normal(seed, 25, 6),
+        random_normal(seed + 1, 25, 1).abs().squeeze(1) + 0.01,
+    )
+    weighted_error = error(table, rank, weight)
     narrow, projection, mean = factors(table, rank, torch.ones(25))
-    plain = (weight * (narrow @ projection + mean - table).square().sum(dim=1)).sum()
-    assert best <= float(plain) * (1 + 1e-5)
+    unweighted_error = (weight * (narrow @ projection + mean - table).square().sum(dim=1)).sum()
+    assert weighted_error <= float(unweighted_error) * (1 + 1e-5)
 
 
-def test_weights_decide_which_direction_stays():
+def test_weights_of_rows_decide_which_direction_is_kept():
     table = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
-    for weight, kept in (((1.0, 1.0, 1.0, 1.0), 1), ((9.0, 9.0, 1.0, 1.0), 0)):
+    for weight, expected_column in (((1.0, 1.0, 1.0, 1.0), 1), ((9.0, 9.0, 1.0, 1.0), 0)):
         _, projection, _ = factors(table, 1, torch.tensor(weight))
-        assert projection.abs().argmax() == kept
+        assert projection.abs().argmax() == expected_column
 
 
-def test_a_rank_is_a_share_or_a_number(tmp_path):
+def test_rank_is_a_share_of_the_dimension_or_a_number(tmp_path):
     bench = Bench(signature=RANKER.signature)
     for rank, width in ((0.5, 3), (2, 2), (0.01, 1)):
         result = run(LowRank(rank=rank), RANKER.model(), bench, tmp_path / str(rank))
@@ -65,26 +72,26 @@ def test_a_rank_is_a_share_or_a_number(tmp_path):
         with_code(result.plan.of("user").reasons, "narrower_rows", dim=6, rank=width)
 
 
-def test_a_table_that_would_grow_stays(tmp_path):
+def test_low_rank_skips_a_table_that_would_grow(tmp_path):
     result = run(LowRank(rank=5), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
     with_code(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
     assert result.plan.of("city").format == "float32"
 
 
-def test_weighted_needs_training_rows(tmp_path):
+def test_weighted_low_rank_without_training_rows_raises_nothing_to_compress(tmp_path):
     with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
         run(LowRank(weighted=True), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
 
 
-def test_weighted_keeps_the_rows_of_the_data_better(tmp_path):
+def test_weighted_low_rank_has_a_smaller_error_on_looked_up_rows(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     source = RANKER.model()
-    seen = lookup_counts(source, bench, ["item"])["item"]
-    gaps = {}
+    counts = lookup_counts(source, bench, ["item"])["item"]
+    errors = {}
     for weighted in (False, True):
         step = LowRank(tables=("item",), rank=2, weighted=weighted)
-        made = run(step, source, bench, tmp_path / str(weighted)).module.item
+        table = run(step, source, bench, tmp_path / str(weighted)).module.item
         with torch.no_grad():
-            gap = (made(torch.arange(300)) - source.module.item.weight).square().sum(dim=1)
-        gaps[weighted] = float((gap * seen).sum())
-    assert gaps[True] < gaps[False]
+            difference = (table(torch.arange(300)) - source.module.item.weight).square().sum(dim=1)
+        errors[weighted] = float((difference * counts).sum())
+    assert errors[True] < errors[False]

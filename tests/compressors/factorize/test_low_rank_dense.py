@@ -1,4 +1,4 @@
-"""Dense layers made of two thin ones, and what later steps make of the parts."""
+"""``low_rank_dense``: a dense layer becomes two layers, ``reduce`` and ``expand``; later steps."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
 from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, planned_and_applied, whole
-from narrow_networks import SCHEMA, Branched
+from narrow_networks import SCHEMA, ResidualConcatNet
 from reason_codes import codes_of, with_code
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ from compressors.rewrite.fold import Fold
 from infra.onnxruntime.sessions import optimized_graph
 
 
-def drawn(*shape: int, seed: int) -> Tensor:
+def random_normal(*shape: int, seed: int) -> Tensor:
     made = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=made, dtype=torch.float64)
 
@@ -52,62 +52,68 @@ def output_error(weight: Tensor, other: Tensor, x: Tensor) -> float:
     return float((x @ (weight - other).T).square().sum())
 
 
-def of_rank(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
+def low_rank_product(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
+    """The product of the two factors, of the shape of ``weight``."""
     _, directions = principal_outputs(weight, moment)
     reduce, expand = factors(weight, directions, rank)
     return expand.double() @ reduce.double()
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**31), st.data())
-def test_no_matrix_of_a_rank_has_closer_outputs(inputs, outputs, seed, data):
-    weight = drawn(outputs, inputs, seed=seed)
-    x = drawn(30, inputs, seed=seed + 1) @ drawn(inputs, inputs, seed=seed + 2)
+def test_factors_have_the_smallest_output_error_of_all_matrices_of_their_rank(
+    inputs, outputs, seed, data
+):
+    weight = random_normal(outputs, inputs, seed=seed)
+    x = random_normal(30, inputs, seed=seed + 1) @ random_normal(inputs, inputs, seed=seed + 2)
     rank = data.draw(st.integers(1, min(inputs, outputs)))
     energy, directions = principal_outputs(weight, x.T @ x)
-    found = output_error(weight, of_rank(weight, x.T @ x, rank), x)
+    error = output_error(weight, low_rank_product(weight, x.T @ x, rank), x)
     whole_energy = float(energy.sum())
     # the factors are float32
-    assert found == pytest.approx(float(energy[rank:].sum()), abs=1e-10 * whole_energy)
-    # Eckart and Young on the outputs themselves: nothing of that rank is closer
+    assert error == pytest.approx(float(energy[rank:].sum()), abs=1e-10 * whole_energy)
+    # By Eckart and Young, this is the best approximation of the outputs with that rank.
     left, values, right = torch.linalg.svd(x @ weight.T, full_matrices=False)
-    nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
-    best = float((x @ weight.T - nearest).square().sum())
-    assert found <= best + 1e-10 * whole_energy
+    best_outputs = (left[:, :rank] * values[:rank]) @ right[:rank]
+    smallest_error = float((x @ weight.T - best_outputs).square().sum())
+    assert error <= smallest_error + 1e-10 * whole_energy
     torch.testing.assert_close(directions.T @ directions, torch.eye(outputs).double())
 
 
-def test_it_is_what_whitening_by_the_cholesky_factor_gives():
-    weight, x = drawn(6, 9, seed=1), drawn(200, 9, seed=2) @ drawn(9, 9, seed=3)
+def test_factors_equal_those_of_whitening_with_the_cholesky_factor():
+    weight, x = (
+        random_normal(6, 9, seed=1),
+        random_normal(200, 9, seed=2) @ random_normal(9, 9, seed=3),
+    )
     root = torch.linalg.cholesky(x.T @ x)
     left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
     whitened = (left[:, :3] * values[:3]) @ right[:3] @ torch.linalg.inv(root)
-    torch.testing.assert_close(of_rank(weight, x.T @ x, 3), whitened, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(low_rank_product(weight, x.T @ x, 3), whitened, rtol=1e-5, atol=1e-5)
 
 
-def test_without_data_it_is_the_singular_value_decomposition():
-    weight = drawn(6, 9, seed=1)
+def test_factors_without_data_equal_the_truncated_singular_value_decomposition():
+    weight = random_normal(6, 9, seed=1)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    plain = (left[:, :3] * values[:3]) @ right[:3]
-    found = of_rank(weight, torch.eye(9).double(), 3)
-    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    expected = (left[:, :3] * values[:3]) @ right[:3]
+    result = low_rank_product(weight, torch.eye(9).double(), 3)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @given(st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=8), st.floats(0.001, 0.999))
-def test_the_rank_is_the_smallest_that_loses_no_more(values, most):
+def test_rank_within_is_the_smallest_rank_within_the_error(values, most_error):
     energy = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
-    rank = rank_within(energy, most)
+    rank = rank_within(energy, most_error)
     total = float(energy.sum())
     assert 1 <= rank <= len(values)
-    assert float(energy[rank:].sum()) <= (most + 1e-9) * total
+    assert float(energy[rank:].sum()) <= (most_error + 1e-9) * total
     if rank > 1:
-        assert float(energy[rank - 1 :].sum()) > (most - 1e-9) * total
+        assert float(energy[rank - 1 :].sum()) > (most_error - 1e-9) * total
 
 
 # --- the step --------------------------------------------------------------------------------
 
 
-class Confined(nn.Module):
-    """A wide layer whose inputs lie in three directions, far from zero."""
+class LowRankInputsNet(nn.Module):
+    """The inputs of ``wide`` have rank 3 plus a small part from the table, and a large mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,33 +129,38 @@ class Confined(nn.Module):
         return score
 
 
-CONFINED = Reference(Confined, SCHEMA)
+LOW_RANK_INPUTS = Reference(LowRankInputsNet, SCHEMA)
 
 
-def factorized(
-    reference: Reference, folder: Path, **given: float | bool | tuple[str, ...]
+def factorize_reference(
+    reference: Reference, folder: Path, **settings: float | bool | tuple[str, ...]
 ) -> tuple[Model, Model]:
     source = reference.model()
     bench = reference.bench(folder / "data")
-    return source, run(LowRankDense(**given), source, bench, folder / "out")
+    return source, run(LowRankDense(**settings), source, bench, folder / "out")
 
 
-def off(first: Model, second: Model, reference: Reference) -> float:
+def relative_change_of_scores(first: Model, second: Model, reference: Reference) -> float:
+    """Root mean squared difference of scores, as a share of the spread of the first model's."""
     before = scores_of(first.private(), reference)
     return float((scores_of(second, reference) - before).square().mean().sqrt() / before.std())
 
 
-def test_rank_is_spent_where_the_inputs_are(tmp_path):
-    """Rank 3 of 24 is nearly all that this layer's inputs use; the weights do not know."""
-    source, result = factorized(CONFINED, tmp_path / "a", layers=("wide",), rank=3)
-    _, blind = factorized(CONFINED, tmp_path / "b", layers=("wide",), rank=3, weighted=False)
-    # what is left is the rank-one trace of the table, a hundredth of a percent of the inputs
-    assert off(source, result, CONFINED) < 0.01
-    assert off(source, blind, CONFINED) > 0.5
+def test_a_rank_equal_to_that_of_the_inputs_hardly_changes_scores_if_weighted(tmp_path):
+    """The inputs of the layer have nearly rank 3, but its weights have rank 24."""
+    source, result = factorize_reference(LOW_RANK_INPUTS, tmp_path / "a", layers=("wide",), rank=3)
+    _, without_data = factorize_reference(
+        LOW_RANK_INPUTS, tmp_path / "b", layers=("wide",), rank=3, weighted=False
+    )
+    # the remaining error is the part of the table, a hundredth of a percent of the inputs
+    assert relative_change_of_scores(source, result, LOW_RANK_INPUTS) < 0.01
+    assert relative_change_of_scores(source, without_data, LOW_RANK_INPUTS) > 0.5
 
 
-def test_the_rank_is_found_for_each_layer(tmp_path):
-    _, result = factorized(CONFINED, tmp_path, layers=("wide", "spread"), most_error=0.01)
+def test_most_error_finds_a_rank_for_each_layer(tmp_path):
+    _, result = factorize_reference(
+        LOW_RANK_INPUTS, tmp_path, layers=("wide", "spread"), most_error=0.01
+    )
     assert result.module.wide.rank <= 3
     line = result.plan.of("wide")
     assert codes_of(line.reasons) == ["rank_searched", "rank_loss"]
@@ -157,23 +168,25 @@ def test_the_rank_is_found_for_each_layer(tmp_path):
     assert result.plan.of("spread").format == "float32" or result.module.spread.rank <= 2
 
 
-def test_a_layer_that_needs_too_much_rank_stays_and_says_so(tmp_path):
+def test_a_layer_whose_rank_saves_no_bytes_is_kept_with_a_reason(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     step = LowRankDense(layers=("hidden", "plain"), most_error=1e-6)
     plan = run(step, RANKER.model(), bench, tmp_path / "out").plan
     assert plan.of("plain").format == "float32"
     with_code(plan.of("plain").reasons, "found_rank_not_smaller")
     predicted = dry_run(step, RANKER.model(), Bench(signature=RANKER.signature)).plan
-    for line in plan.lines:  # the largest rank it may find is predicted
+    for line in plan.lines:  # the dry run predicts the bytes of the largest allowed rank
         if predicted.of(line.module) is None:
             continue
         whole_line = sum(x.bytes_after for x in plan.lines if x.module.startswith(line.module))
-        most = sum(x.bytes_before for x in predicted.lines if x.module.startswith(line.module))
-        assert whole_line <= most
+        largest_bytes = sum(
+            x.bytes_before for x in predicted.lines if x.module.startswith(line.module)
+        )
+        assert whole_line <= largest_bytes
 
 
-def test_two_parts_have_lines_of_their_own_and_the_bytes_of_the_file(tmp_path):
-    source, result = factorized(RANKER, tmp_path)
+def test_plan_lines_of_both_parts_have_the_stored_bytes(tmp_path):
+    source, result = factorize_reference(RANKER, tmp_path)
     plan, stored = result.plan, mapped(tmp_path / "out")
     assert sum(line.bytes_after for line in plan.lines) == stored_bytes(stored)
     hidden = plan.of("hidden")
@@ -202,15 +215,15 @@ def test_two_parts_have_lines_of_their_own_and_the_bytes_of_the_file(tmp_path):
     assert source.module.hidden.weight.shape == (16, 40)
 
 
-def test_a_network_of_layers_too_small_says_so(tmp_path):
+def test_a_network_of_small_layers_raises_nothing_to_compress(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
-        factorized(TIED, tmp_path)
+        factorize_reference(TIED, tmp_path)
     assert caught.value.fields["reasons"]["out"] == (
         Reason("rank_not_smaller", rank=1, before=24, after=25),
     )
 
 
-def test_later_steps_take_the_parts(tmp_path):
+def test_later_steps_run_on_the_parts(tmp_path):
     model, bench = NORMED.model(), NORMED.bench(tmp_path / "data")
     steps = (
         Fold(),
@@ -238,33 +251,33 @@ def test_later_steps_take_the_parts(tmp_path):
     torch.testing.assert_close(dict(again.state_dict()), dict(model.module.state_dict()))
 
 
-def test_factors_move_between_the_parts(tmp_path):
-    _, made = factorized(CHAIN, tmp_path, layers=("a", "b"))
-    result = run(Equalize(), made, CHAIN.bench(tmp_path / "data"), tmp_path / "equal")
+def test_equalize_scales_between_parts_of_factored_layers(tmp_path):
+    _, factored = factorize_reference(CHAIN, tmp_path, layers=("a", "b"))
+    result = run(Equalize(), factored, CHAIN.bench(tmp_path / "data"), tmp_path / "equal")
     with_code(result.plan.of("b.reduce").reasons[:1], "inputs_scaled", maker="a.expand")
     # float32 products in another order
-    assert off(made, result, CHAIN) < 1e-4
+    assert relative_change_of_scores(factored, result, CHAIN) < 1e-4
 
 
-def test_a_factored_layer_is_not_pruned(tmp_path):
-    _, result = factorized(RANKER, tmp_path, layers=("capped",))
+def test_channels_skips_a_factored_layer_with_a_reason(tmp_path):
+    _, result = factorize_reference(RANKER, tmp_path, layers=("capped",))
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Channels(), result, RANKER.bench(tmp_path / "data"), tmp_path / "again")
     reasons = caught.value.fields["reasons"]["hidden"]
     assert reasons == HasReason("prune_before_factorizing", module="capped")
 
 
-def test_a_narrowed_network_keeps_its_factored_layers(tmp_path):
-    """Of two widths one has nothing to do with the factored layer."""
+def test_pruning_another_width_keeps_factored_layers(tmp_path):
+    """The factored layer reads and writes other channels than the pruned ones."""
 
-    reference = Reference(Branched, SCHEMA, {"left": 16, "right": 24, "deep": 32})
+    reference = Reference(ResidualConcatNet, SCHEMA, {"left": 16, "right": 24, "deep": 32})
     bench = reference.bench(tmp_path / "data")
-    made = run(LowRankDense(layers=("again",)), reference.model(), bench, tmp_path / "0")
-    result = run(Channels(layers=("right",)), made, bench, tmp_path / "1")
+    factored = run(LowRankDense(layers=("again",)), reference.model(), bench, tmp_path / "0")
+    result = run(Channels(layers=("right",)), factored, bench, tmp_path / "1")
     assert isinstance(result.module.again, FactoredLinear)
     assert result.module.right.out_features < 24
     with torch.no_grad():
-        assert torch.equal(result.module.again.reduce.weight, made.module.again.reduce.weight)
+        assert torch.equal(result.module.again.reduce.weight, factored.module.again.reduce.weight)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
@@ -274,16 +287,16 @@ def test_a_graph_computes_what_the_module_computes(target: TargetName, tmp_path)
     model = run(StaticInt8(), model, bench, tmp_path / "1")
     path = tmp_path / "model.onnx"
     lowered = lower(model.module, whole(COMPACT.signature), target, path)
-    made = Graph(model, lowered, COMPACT.signature, path)
-    inputs = made.rows(1500)
-    compare(made.in_torch(inputs), made.in_onnx(inputs), model.plan, target)
+    graph = Graph(model, lowered, COMPACT.signature, path)
+    inputs = graph.rows(1500)
+    compare(graph.in_torch(inputs), graph.in_onnx(inputs), model.plan, target)
     if target == "onnxruntime":
-        found = audit(optimized_graph(path), model.plan, lowered.tables)
-        assert found.int8_products == 9  # four layers of two parts, and the last
-        assert np.isfinite(made.in_onnx(inputs)).all()
+        report = audit(optimized_graph(path), model.plan, lowered.tables)
+        assert report.int8_products == 9  # four layers of two parts each, and ``out``
+        assert np.isfinite(graph.in_onnx(inputs)).all()
 
 
-def test_without_calibration_rows_only_weights_can_decide(tmp_path):
+def test_unweighted_factors_need_no_rows_and_weighted_ones_raise_without_them(tmp_path):
     bench = Bench(signature=RANKER.signature)
     result = run(LowRankDense(weighted=False), RANKER.model(), bench, tmp_path / "out")
     assert isinstance(result.module.hidden, FactoredLinear)
@@ -293,14 +306,14 @@ def test_without_calibration_rows_only_weights_can_decide(tmp_path):
         planned_and_applied(LowRankDense(), RANKER.model(), bench)
 
 
-def test_a_layer_that_never_runs_is_refused(tmp_path):
-    source = CONFINED.model()
+def test_a_layer_that_is_never_called_raises_step_refused(tmp_path):
+    source = LOW_RANK_INPUTS.model()
     source.module.spare = nn.Linear(20, 20)
     with raises_code(StepRefused, "layer_not_called", layer="spare"):
-        planned_and_applied(LowRankDense(), source, CONFINED.bench(tmp_path / "data"))
+        planned_and_applied(LowRankDense(), source, LOW_RANK_INPUTS.bench(tmp_path / "data"))
 
 
-def test_records_and_shapes_that_do_not_fit_are_refused():
+def test_incomplete_records_and_wrong_shapes_of_factored_layers_raise_errors():
     record = ModuleRecord(
         kind="linear", format="factored", settings={"in_features": 4, "out_features": 4}
     )

@@ -1,4 +1,4 @@
-"""The uncompressed model on its own labels: what is refused, what is warned about, what is not."""
+"""Checks of the uncompressed model's scores and labels: refused ("problems") or warned about."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from compressors.metrics.baseline_checks import SAMPLE_ROWS, label_problems, sco
 ROWS = 2 * SAMPLE_ROWS
 
 
-class Passes(nn.Module):
-    """Returns its one dense input, so that a test decides every score."""
+class ScoreInputNet(nn.Module):
+    """Returns its only input, so that a test chooses every score."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(-1)
@@ -37,7 +37,7 @@ def signature_of(
 
 
 CLICKS = signature_of("ctr", "logit")
-CHANCES = signature_of("ctr", "probability")
+PROBABILITIES = signature_of("ctr", "probability")
 LISTS = signature_of("ranking", "score", "query", "ndcg@10")
 
 
@@ -52,15 +52,15 @@ def split(tmp_path, score, label, group=None) -> Split:
     return Split(path=str(tmp_path), sha256="0" * 64, rows=len(label))
 
 
-def found(signature, tmp_path, score, label, group=None):
-    return list(score_problems(Passes(), signature, split(tmp_path, score, label, group)))
+def problems_of(signature, tmp_path, score, label, group=None):
+    return list(score_problems(ScoreInputNet(), signature, split(tmp_path, score, label, group)))
 
 
-def clicks(seed=0, shift=-1.0, spread=1.5):
-    """Logits and the labels drawn from them: a perfectly calibrated model."""
-    draw = np.random.default_rng(seed)
-    logit = draw.normal(shift, spread, ROWS)
-    return logit, (draw.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(float)
+def calibrated_clicks(seed=0, shift=-1.0, spread=1.5):
+    """Random logits, and labels drawn with their probabilities: a calibrated model."""
+    random = np.random.default_rng(seed)
+    logit = random.normal(shift, spread, ROWS)
+    return logit, (random.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(float)
 
 
 def sigmoid(logit):
@@ -70,91 +70,93 @@ def sigmoid(logit):
 @pytest.mark.parametrize("shift", [-6.0, -3.0, -1.0, 0.0, 2.0])
 @pytest.mark.parametrize("spread", [0.05, 0.5, 3.0])
 def test_calibrated_model_has_no_problem_at_any_base_rate(tmp_path, shift, spread):
-    logit, label = clicks(shift=shift, spread=spread)
-    assert found(CLICKS, tmp_path, logit, label) == []
-    assert found(CHANCES, tmp_path, sigmoid(logit), label) == []
+    logit, label = calibrated_clicks(shift=shift, spread=spread)
+    assert problems_of(CLICKS, tmp_path, logit, label) == []
+    assert problems_of(PROBABILITIES, tmp_path, sigmoid(logit), label) == []
 
 
 def test_probabilities_declared_as_logits_are_refused(tmp_path):
-    logit, label = clicks()
-    (problem,) = found(CLICKS, tmp_path, sigmoid(logit), label)
+    logit, label = calibrated_clicks()
+    (problem,) = problems_of(CLICKS, tmp_path, sigmoid(logit), label)
     assert problem.refused
     with_code([problem.reason], "output_misdeclared", declared="logit", fitting="probability")
 
 
-def test_logits_declared_as_probabilities_are_refused_because_they_leave_the_range(tmp_path):
-    logit, label = clicks()
-    (problem,) = found(CHANCES, tmp_path, logit, label)
+def test_logits_outside_0_to_1_declared_as_probabilities_are_refused(tmp_path):
+    logit, label = calibrated_clicks()
+    (problem,) = problems_of(PROBABILITIES, tmp_path, logit, label)
     assert problem.refused
-    assert problem.fatal  # log loss of such scores has no value
+    assert problem.fatal  # log loss is undefined
     with_code([problem.reason], "probability_outside", rows=SAMPLE_ROWS)
 
 
-def test_logits_that_happen_to_lie_in_the_range_of_probabilities_are_accepted_as_logits(tmp_path):
-    draw = np.random.default_rng(0)
-    logit = draw.uniform(0.05, 0.95, ROWS)
-    label = (draw.random(ROWS) < sigmoid(logit)).astype(float)
-    assert found(CLICKS, tmp_path, logit, label) == []
-    (problem,) = found(CHANCES, tmp_path, logit, label)
-    assert not problem.refused  # the range fits, so it is not certain
+def test_logits_between_0_and_1_are_accepted_as_logits_and_give_a_warning_as_probabilities(
+    tmp_path,
+):
+    random = np.random.default_rng(0)
+    logit = random.uniform(0.05, 0.95, ROWS)
+    label = (random.random(ROWS) < sigmoid(logit)).astype(float)
+    assert problems_of(CLICKS, tmp_path, logit, label) == []
+    (problem,) = problems_of(PROBABILITIES, tmp_path, logit, label)
+    assert not problem.refused  # in the range of probabilities, so only a warning
     with_code([problem.reason], "output_misdeclared", declared="probability", fitting="logit")
 
 
-def test_scores_worse_than_the_base_rate_or_chance_are_warned_about(tmp_path):
-    logit, label = clicks()
-    problems = found(CLICKS, tmp_path, -logit, label)
+def test_reversed_scores_give_warnings_for_base_rate_and_chance(tmp_path):
+    logit, label = calibrated_clicks()
+    problems = problems_of(CLICKS, tmp_path, -logit, label)
     assert not any(problem.refused for problem in problems)
     codes = codes_of(problem.reason for problem in problems)
     assert codes == ["worse_than_base_rate", "worse_than_chance"]
 
 
 def test_a_well_ordered_but_uncalibrated_model_gets_one_warning(tmp_path):
-    logit, label = clicks()
-    (problem,) = found(CLICKS, tmp_path, logit + 4, label)
+    logit, label = calibrated_clicks()
+    (problem,) = problems_of(CLICKS, tmp_path, logit + 4, label)
     assert not problem.refused
     with_code([problem.reason], "worse_than_base_rate")
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_scores_are_not_called_worse_than_chance(tmp_path, seed):
-    _, label = clicks(seed)
+    _, label = calibrated_clicks(seed)
     score = np.random.default_rng(seed + 100).normal(np.log(0.35 / 0.65), 1e-3, ROWS)
-    problems = found(CLICKS, tmp_path, score, label)
+    problems = problems_of(CLICKS, tmp_path, score, label)
     assert "worse_than_chance" not in codes_of(problem.reason for problem in problems)
 
 
-def test_a_few_rows_prove_nothing(tmp_path):
-    assert found(CLICKS, tmp_path, [0.9, 0.8, 0.1], [0, 0, 1]) == []
+def test_three_rows_give_no_problem(tmp_path):
+    assert problems_of(CLICKS, tmp_path, [0.9, 0.8, 0.1], [0, 0, 1]) == []
 
 
-def test_equal_and_missing_scores_are_named(tmp_path):
-    _, label = clicks()
-    (constant,) = found(CLICKS, tmp_path, np.full(ROWS, 0.3), label)
+def test_equal_scores_give_a_warning_and_nan_scores_a_fatal_problem(tmp_path):
+    _, label = calibrated_clicks()
+    (constant,) = problems_of(CLICKS, tmp_path, np.full(ROWS, 0.3), label)
     assert not constant.refused
     reason = with_code([constant.reason], "scores_equal", rows=SAMPLE_ROWS)
     assert reason.fields["score"] == pytest.approx(0.3)  # stored as float32
-    score = clicks()[0]
+    score = calibrated_clicks()[0]
     score[::2] = np.nan
-    (missing,) = found(CLICKS, tmp_path, score, label)
+    (missing,) = problems_of(CLICKS, tmp_path, score, label)
     assert missing.fatal
     with_code([missing.reason], "scores_not_finite", rows=SAMPLE_ROWS)
 
 
-def test_lists_in_reverse_order_are_warned_about_and_random_ones_are_not(tmp_path):
-    draw = np.random.default_rng(0)
-    label = draw.integers(0, 4, ROWS)
+def test_lists_in_reverse_order_give_a_warning_and_random_ones_none(tmp_path):
+    random = np.random.default_rng(0)
+    label = random.integers(0, 4, ROWS)
     group = np.arange(ROWS) // 8
-    (problem,) = found(LISTS, tmp_path, -label + draw.normal(0, 0.1, ROWS), label, group)
+    (problem,) = problems_of(LISTS, tmp_path, -label + random.normal(0, 0.1, ROWS), label, group)
     assert not problem.refused
     with_code([problem.reason], "worse_than_random_order", groups=SAMPLE_ROWS // 8)
-    assert found(LISTS, tmp_path, draw.normal(size=ROWS), label, group) == []
-    assert found(LISTS, tmp_path, label + draw.normal(size=ROWS), label, group) == []
+    assert problems_of(LISTS, tmp_path, random.normal(size=ROWS), label, group) == []
+    assert problems_of(LISTS, tmp_path, label + random.normal(size=ROWS), label, group) == []
 
 
-def test_the_sample_spreads_over_a_split_that_is_sorted_by_label(tmp_path):
-    logit, label = clicks()
+def test_the_sample_covers_a_split_that_is_sorted_by_label(tmp_path):
+    logit, label = calibrated_clicks()
     order = np.argsort(label, kind="stable")
-    problems = found(CLICKS, tmp_path, -logit[order], label[order])
+    problems = problems_of(CLICKS, tmp_path, -logit[order], label[order])
     with_code([problem.reason for problem in problems], "worse_than_chance")
 
 
@@ -162,7 +164,7 @@ def test_the_sample_spreads_over_a_split_that_is_sorted_by_label(tmp_path):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_one_class_is_refused_in_test_and_validation_and_a_warning_elsewhere(value):
+def test_labels_of_one_class_are_refused_in_test_and_validation_and_a_warning_in_train(value):
     label = np.full(50, value)
     for name in ("test", "validation"):
         (problem,) = label_problems(CLICKS, name, label, None)
@@ -183,7 +185,7 @@ def test_interactions_without_a_label_above_zero_are_refused_in_test_and_validat
     assert list(label_problems(signature, "test", np.array([0.0, 1.0]), None)) == []
 
 
-def test_lists_of_equal_labels_are_refused_because_no_order_differs():
+def test_lists_of_equal_labels_are_refused():
     group = np.repeat(np.arange(10), 5)
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
     (problem,) = label_problems(LISTS, "test", label, group)
@@ -193,15 +195,16 @@ def test_lists_of_equal_labels_are_refused_because_no_order_differs():
     assert list(label_problems(LISTS, "test", label, group)) == []
 
 
-def test_a_group_column_without_mixed_groups_is_refused_with_its_removal():
+def test_groups_of_equal_labels_are_refused_where_gauc_is_needed():
     signature = signature_of("ctr", "logit", "user")
     group = np.repeat(np.arange(10), 5)
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
     (problem,) = label_problems(signature, "test", label, group)
-    assert problem.fatal  # gauc has no value
+    assert problem.fatal  # gauc is undefined
     with_code([problem.reason], "optional_group_labels_equal", metrics=("gauc",))
-    assert list(label_problems(signature, "validation", label, group)) == []  # judged by auc alone
-    judged = signature_of("ctr", "logit", "user", "gauc")
-    (problem,) = label_problems(judged, "validation", label, group)
+    # validation uses only auc
+    assert list(label_problems(signature, "validation", label, group)) == []
+    limited_by_gauc = signature_of("ctr", "logit", "user", "gauc")
+    (problem,) = label_problems(limited_by_gauc, "validation", label, group)
     assert problem.refused
     with_code([problem.reason], "group_labels_equal", metrics=("gauc",))

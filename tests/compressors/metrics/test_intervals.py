@@ -1,4 +1,4 @@
-"""Bootstrap intervals: exact per replicate, honest in coverage, cheap."""
+"""Bootstrap intervals of metrics and latencies: exact values, coverage, speed, invalid input."""
 
 import time
 
@@ -36,7 +36,7 @@ def impressions(rows, seed=0, noise=0.3):
 
 
 @given(st.data())
-def test_the_weighted_auc_equals_the_auc_of_the_rows_written_out(data):
+def test_weighted_auc_equals_the_auc_of_repeated_rows(data):
     rows = data.draw(st.integers(2, 40))
     draw = lambda values: np.array(  # noqa: E731
         data.draw(st.lists(values, min_size=rows, max_size=rows))
@@ -54,89 +54,93 @@ def test_the_weighted_auc_equals_the_auc_of_the_rows_written_out(data):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_points_are_the_metrics_own_and_the_difference_is_theirs(metric):
+def test_points_of_paired_are_the_point_estimates_and_their_difference(metric):
     label, before, after, group = impressions(600)
-    plain = {
+    point_estimate = {
         "auc": lambda s: point_estimates.auc(label, s),
         "logloss": lambda s: point_estimates.logloss(label, s),
         "normalized_entropy": lambda s: point_estimates.normalized_entropy(label, s),
         "gauc": lambda s: point_estimates.gauc(label, s, group),
         "ndcg@10": lambda s: point_estimates.ndcg(label, s, group, 10),
     }[metric]
-    got = paired(metric, label, before, after, group, samples=200)
-    assert got.baseline.point == pytest.approx(plain(before), abs=EXACT)
-    assert got.candidate.point == pytest.approx(plain(after), abs=EXACT)
-    assert got.difference.point == pytest.approx(plain(after) - plain(before), abs=EXACT)
-    assert got.resolves == (got.difference.high - got.difference.low) / 2
-    assert got.baseline.rows == got.candidate.rows == got.difference.rows == 600
-    assert got.baseline.low < got.baseline.point < got.baseline.high
+    interval = paired(metric, label, before, after, group, samples=200)
+    assert interval.baseline.point == pytest.approx(point_estimate(before), abs=EXACT)
+    assert interval.candidate.point == pytest.approx(point_estimate(after), abs=EXACT)
+    assert interval.difference.point == pytest.approx(
+        point_estimate(after) - point_estimate(before), abs=EXACT
+    )
+    assert interval.resolves == (interval.difference.high - interval.difference.low) / 2
+    assert interval.baseline.rows == interval.candidate.rows == interval.difference.rows == 600
+    assert interval.baseline.low < interval.baseline.point < interval.baseline.high
 
 
 @pytest.mark.parametrize("metric", ROW_METRICS)
-def test_the_same_seed_gives_the_same_interval_and_another_seed_another(metric):
+def test_intervals_depend_on_the_seed_only(metric):
     data = impressions(600)[:3]
-    once, again = (paired(metric, *data, samples=100, seed=5) for _ in range(2))
-    assert once == again
-    assert once.difference.low != paired(metric, *data, samples=100, seed=6).difference.low
+    first, second = (paired(metric, *data, samples=100, seed=5) for _ in range(2))
+    assert first == second
+    assert first.difference.low != paired(metric, *data, samples=100, seed=6).difference.low
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_candidate_that_scores_the_same_differs_by_exactly_nothing(metric):
+def test_the_interval_of_equal_scores_is_exactly_zero(metric):
     label, before, _, group = impressions(600)
-    got = paired(metric, label, before, before.copy(), group, samples=100)
-    assert (got.difference.low, got.difference.point, got.difference.high) == (0, 0, 0)
-    assert got.resolves == 0
-    assert got.baseline == got.candidate
+    interval = paired(metric, label, before, before.copy(), group, samples=100)
+    change = interval.difference
+    assert (change.low, change.point, change.high) == (0, 0, 0)
+    assert interval.resolves == 0
+    assert interval.baseline == interval.candidate
 
 
 @pytest.mark.parametrize("metric", ["auc", "logloss", "normalized_entropy"])
-def test_equal_scores_of_rows_without_groups_differ_by_exactly_nothing(metric):
+def test_the_interval_of_equal_scores_without_groups_is_exactly_zero(metric):
     label, before, _, _ = impressions(600)
-    got = paired(metric, label, before, before.copy(), samples=100)
-    assert (got.difference.low, got.difference.point, got.difference.high) == (0, 0, 0)
+    interval = paired(metric, label, before, before.copy(), samples=100)
+    change = interval.difference
+    assert (change.low, change.point, change.high) == (0, 0, 0)
 
 
-def test_the_interval_of_a_mean_loss_is_the_normal_one_of_95_percent():
+def test_the_interval_of_a_mean_loss_is_the_normal_95_percent_interval():
     random = np.random.default_rng(4)
     label = random.random(5000) < 0.3
     first, second = 0.2 + 0.2 * random.random((2, 5000))
-    got = paired("logloss", label, first, second, samples=2000)
+    interval = paired("logloss", label, first, second, samples=2000)
     losses = [-np.log(np.where(label, score, 1 - score)) for score in (first, second)]
     for estimate, values in (
-        (got.baseline, losses[0]),
-        (got.candidate, losses[1]),
-        (got.difference, losses[1] - losses[0]),
+        (interval.baseline, losses[0]),
+        (interval.candidate, losses[1]),
+        (interval.difference, losses[1] - losses[0]),
     ):
-        reach = 1.96 * values.std(ddof=1) / values.size**0.5
-        # A 2.5 % quantile of 2000 replicates varies by 3 % of the reach; three of that.
-        assert (estimate.high - estimate.low) / 2 == pytest.approx(reach, rel=0.09)
+        half_width = 1.96 * values.std(ddof=1) / values.size**0.5
+        # A 2.5 % quantile of 2000 replicates varies by 3 % of the half-width; three times that.
+        assert (estimate.high - estimate.low) / 2 == pytest.approx(half_width, rel=0.09)
 
 
-def test_pairing_makes_the_difference_far_narrower_than_either_model():
-    got = paired("auc", *impressions(2000, noise=0.05)[:3], samples=200)
-    assert got.resolves < (got.baseline.high - got.baseline.low) / 2 / 5
+def test_the_paired_difference_has_a_fifth_of_the_width_of_one_model():
+    interval = paired("auc", *impressions(2000, noise=0.05)[:3], samples=200)
+    assert interval.resolves < (interval.baseline.high - interval.baseline.low) / 2 / 5
 
 
-def test_four_times_the_rows_halve_what_is_resolved():
+def test_four_times_the_rows_halve_the_interval():
     small = paired("auc", *impressions(4_000, seed=1)[:3], samples=600).resolves
     large = paired("auc", *impressions(16_000, seed=2)[:3], samples=600).resolves
     # The half-width of 600 replicates itself varies by about 5 %, so the ratio by 7 %; 3 sigma.
     assert small / large == pytest.approx(2, rel=0.21)
 
 
-def covered(metric, truth, draw, runs=100, samples=300):
-    """In how many of ``runs`` test sets the interval of the difference holds the truth."""
+def covering_intervals(metric, truth, draw, runs=100, samples=300):
+    """In how many of ``runs`` random test sets the interval of the difference covers ``truth``."""
     hits = 0
     for seed in range(runs):
         label, before, after, group = draw(np.random.default_rng(1000 + seed))
-        got = paired(metric, label, before, after, group, samples=samples, seed=seed)
-        hits += got.difference.low <= truth <= got.difference.high
+        interval = paired(metric, label, before, after, group, samples=samples, seed=seed)
+        hits += interval.difference.low <= truth <= interval.difference.high
     return hits
 
 
-# 100 runs of a 95 % interval hold the truth 95 +- 2.2 times. 88 to 99 is three sigma down (the
-# percentile interval of a small sample is a little short) and two up. Seeds are fixed.
-def test_the_auc_interval_holds_the_true_difference_as_often_as_it_says():
+# 100 runs of a 95 % interval cover the truth 95 +- 2.2 times. 88 to 99 is three sigma down (the
+# percentile interval of a small sample is slightly too narrow) and two up. Seeds are fixed.
+def test_the_auc_interval_covers_the_true_difference_in_95_percent_of_runs():
     def draw(random):
         label = np.repeat([1, 0], [150, 250])
         shared, own, other = random.normal(size=(3, 400))
@@ -144,95 +148,98 @@ def test_the_auc_interval_holds_the_true_difference_as_often_as_it_says():
 
     # Two normals of variance 2 whose means lie d apart: AUC = Phi(d / 2).
     truth = norm.cdf(0.8 / 2) - norm.cdf(1.0 / 2)
-    assert 88 <= covered("auc", truth, draw) <= 99
+    assert 88 <= covering_intervals("auc", truth, draw) <= 99
 
 
-def test_the_logloss_interval_holds_the_true_difference_as_often_as_it_says():
-    chance = np.array([0.1, 0.5, 0.8])
+def test_the_logloss_interval_covers_the_true_difference_in_95_percent_of_runs():
+    probability = np.array([0.1, 0.5, 0.8])
 
-    def loss(guess):
-        return float((-chance * np.log(guess) - (1 - chance) * np.log(1 - guess)).mean())
+    def loss(predicted):
+        return float(
+            (-probability * np.log(predicted) - (1 - probability) * np.log(1 - predicted)).mean()
+        )
 
-    guesses = np.array([0.15, 0.45, 0.7]), np.array([0.2, 0.5, 0.75])
+    predictions = np.array([0.15, 0.45, 0.7]), np.array([0.2, 0.5, 0.75])
 
     def draw(random):
-        kind = random.integers(0, 3, 300)
-        label = random.random(300) < chance[kind]
-        return label, guesses[0][kind], guesses[1][kind], None
+        row_kind = random.integers(0, 3, 300)
+        label = random.random(300) < probability[row_kind]
+        return label, predictions[0][row_kind], predictions[1][row_kind], None
 
-    truth = loss(guesses[1]) - loss(guesses[0])
-    assert 88 <= covered("logloss", truth, draw) <= 99
+    truth = loss(predictions[1]) - loss(predictions[0])
+    assert 88 <= covering_intervals("logloss", truth, draw) <= 99
 
 
-def clustered(random):
-    """60 users of 12 rows who differ in how much worse the candidate is for them."""
+def rows_of_60_users(random):
+    """60 users of 12 rows: the candidate is better for half of them, and random for the others."""
     group = np.repeat(np.arange(60), 12)
     label = np.tile(np.repeat([1, 0], 6), 60)
-    # Half of the users are served well by both, half only by the baseline.
-    suits = (random.random(60) < 0.5)[group]
+    # For half of the users the candidate has good scores, for the others random scores.
+    has_good_candidate = (random.random(60) < 0.5)[group]
     noise = random.normal(size=(2, group.size))
-    return label, noise[0] + 1.0 * label, noise[1] + 2.0 * suits * label, group
+    return label, noise[0] + 1.0 * label, noise[1] + 2.0 * has_good_candidate * label, group
 
 
-def test_the_gauc_interval_holds_the_truth_when_users_differ():
+def test_the_gauc_interval_covers_the_true_difference_if_users_differ():
     # Normals of variance 1 whose means lie d apart: AUC = Phi(d / sqrt 2).
-    good, none, base = norm.cdf(2 / np.sqrt(2)), 0.5, norm.cdf(1 / np.sqrt(2))
-    assert 88 <= covered("gauc", (good + none) / 2 - base, clustered) <= 99
+    candidate = (norm.cdf(2 / np.sqrt(2)) + 0.5) / 2  # half good, half random scores
+    truth = candidate - norm.cdf(1 / np.sqrt(2))
+    assert 88 <= covering_intervals("gauc", truth, rows_of_60_users) <= 99
 
 
-def test_gauc_draws_whole_users_not_rows():
-    label, before, after, group = clustered(np.random.default_rng(0))
-    got = paired("gauc", label, before, after, group, samples=1000)
+def test_the_gauc_interval_is_the_t_interval_of_a_mean_over_users():
+    label, before, after, group = rows_of_60_users(np.random.default_rng(0))
+    interval = paired("gauc", label, before, after, group, samples=1000)
     per_user = (
         point_estimates.group_auc(label, after, group)[0]
         - point_estimates.group_auc(label, before, group)[0]
     )
     # Equal users: the t interval of a mean over users, whose 97.5 % quantile is 2.001.
-    assert got.resolves == pytest.approx(2.001 * per_user.std(ddof=1) / np.sqrt(60), rel=1e-3)
+    assert interval.resolves == pytest.approx(2.001 * per_user.std(ddof=1) / np.sqrt(60), rel=1e-3)
 
 
-def test_twenty_thousand_rows_and_a_thousand_samples_take_two_seconds():
+def test_1000_samples_of_20000_rows_take_less_than_two_seconds():
     label, before, after, _ = impressions(20_000)
     start = time.process_time()
     paired("auc", label, before, after, samples=1000)
-    # 0.2 s on an idle core; ten times that for a busy machine.
+    # 0.2 s on an idle core, times ten for a busy machine.
     assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.99])
-def test_the_latency_interval_holds_the_true_quantile_as_often_as_it_says(quantile):
+def test_the_latency_interval_covers_the_true_quantile_in_95_percent_of_runs(quantile):
     truth = float(np.exp(norm.ppf(quantile)))
     hits = 0
     for seed in range(100):
         times = np.random.default_rng(seed).lognormal(size=1000)
-        got = latency(times, quantile, samples=200, seed=seed)
-        hits += got.low <= truth <= got.high
+        interval = latency(times, quantile, samples=200, seed=seed)
+        hits += interval.low <= truth <= interval.high
     # As above; a bootstrap of the 99th percentile of 1000 rounds has ten rounds beyond it.
     assert 87 <= hits <= 100
 
 
-def test_interleaved_rounds_are_drawn_together_so_that_a_shared_slowdown_cancels():
+def test_latency_ratio_of_equally_many_rounds_resamples_the_same_rounds():
     times = np.random.default_rng(0).lognormal(size=500)
-    together = latency_ratio(times, times / 4, 0.99)
-    assert (together.low, together.point, together.high) == (0.25, 0.25, 0.25)
-    apart = latency_ratio(times, times[:-1] / 4, 0.99)
-    assert apart.low < 0.25 < apart.high
+    of_same_rounds = latency_ratio(times, times / 4, 0.99)
+    assert (of_same_rounds.low, of_same_rounds.point, of_same_rounds.high) == (0.25, 0.25, 0.25)
+    of_different_rounds = latency_ratio(times, times[:-1] / 4, 0.99)
+    assert of_different_rounds.low < 0.25 < of_different_rounds.high
 
 
 def test_latency_is_deterministic_and_in_milliseconds():
     times = np.random.default_rng(0).uniform(2, 3, size=1000)
-    once, again = latency(times, 0.5, seed=3), latency(times, 0.5, seed=3)
-    assert once == again
-    assert once.point == np.median(times)
-    assert once.low < once.point < once.high
-    assert once.rows is None
+    first, second = latency(times, 0.5, seed=3), latency(times, 0.5, seed=3)
+    assert first == second
+    assert first.point == np.median(times)
+    assert first.low < first.point < first.high
+    assert first.rows is None
 
 
 def test_blocks_do_not_change_the_latency_interval(monkeypatch):
     times = np.random.default_rng(0).uniform(2, 3, size=500)
-    whole = latency(times, 0.99)
+    in_one_block = latency(times, 0.99)
     monkeypatch.setattr("compressors.metrics.intervals.LATENCY_BLOCK_BYTES", 100_000)
-    assert latency(times, 0.99) == whole
+    assert latency(times, 0.99) == in_one_block
 
 
 def test_rounds_needed_is_where_the_slowest_round_passes_the_quantile_with_97_5_percent():
@@ -242,52 +249,56 @@ def test_rounds_needed_is_where_the_slowest_round_passes_the_quantile_with_97_5_
     assert (rounds_needed(0.5), rounds_needed(0.99)) == (6, 368)
 
 
-FINE = impressions(100)
+VALID_COLUMNS = impressions(100)
 
 
 @pytest.mark.parametrize(
     ("call", "code", "fields"),
     [
-        (lambda: paired("recall", *FINE), "interval_metric_unknown", {"metric": "recall"}),
-        (lambda: paired("ndcg@0", *FINE), "interval_metric_unknown", {"metric": "ndcg@0"}),
-        (lambda: paired("gauc", *FINE[:3]), "metric_needs_groups", {"metric": "gauc"}),
+        (lambda: paired("recall", *VALID_COLUMNS), "interval_metric_unknown", {"metric": "recall"}),
+        (lambda: paired("ndcg@0", *VALID_COLUMNS), "interval_metric_unknown", {"metric": "ndcg@0"}),
+        (lambda: paired("gauc", *VALID_COLUMNS[:3]), "metric_needs_groups", {"metric": "gauc"}),
         (
-            lambda: paired("auc", *FINE, samples=99),
+            lambda: paired("auc", *VALID_COLUMNS, samples=99),
             "bootstrap_samples_few",
             {"least": 100, "got": 99},
         ),
         (
-            lambda: paired("auc", FINE[0], FINE[1], FINE[2][:-1]),
+            lambda: paired("auc", VALID_COLUMNS[0], VALID_COLUMNS[1], VALID_COLUMNS[2][:-1]),
             "lengths_differ",
             {"lengths": (100, 99)},
         ),
         (
-            lambda: paired("auc", FINE[0], FINE[1], np.full(100, np.nan)),
+            lambda: paired("auc", VALID_COLUMNS[0], VALID_COLUMNS[1], np.full(100, np.nan)),
             "column_not_finite",
             {"column": "score", "count": 100},
         ),
         (
-            lambda: paired("logloss", FINE[0], FINE[1], FINE[2] + 9),
+            lambda: paired("logloss", VALID_COLUMNS[0], VALID_COLUMNS[1], VALID_COLUMNS[2] + 9),
             "probabilities_outside",
             {"count": 100, "rows": 100},
         ),
         (
-            lambda: paired("auc", np.arange(100) < 9, *FINE[1:3]),
+            lambda: paired("auc", np.arange(100) < 9, *VALID_COLUMNS[1:3]),
             "units_few",
             {"least": 10, "units": "positive rows", "got": 9},
         ),
         (
-            lambda: paired("auc", np.arange(100) > 8, *FINE[1:3]),
+            lambda: paired("auc", np.arange(100) > 8, *VALID_COLUMNS[1:3]),
             "units_few",
             {"least": 10, "units": "negative rows", "got": 9},
         ),
         (
-            lambda: paired("logloss", *(column[:9] for column in FINE[:3])),
+            lambda: paired("logloss", *(column[:9] for column in VALID_COLUMNS[:3])),
             "units_few",
             {"least": 10, "units": "rows", "got": 9},
         ),
-        (lambda: paired("gauc", *FINE[:3], np.arange(100)), "groups_of_one_class", {}),
-        (lambda: paired("ndcg@5", 0 * FINE[0], *FINE[1:]), "relevant_items_missing", {}),
+        (lambda: paired("gauc", *VALID_COLUMNS[:3], np.arange(100)), "groups_of_one_class", {}),
+        (
+            lambda: paired("ndcg@5", 0 * VALID_COLUMNS[0], *VALID_COLUMNS[1:]),
+            "relevant_items_missing",
+            {},
+        ),
         (lambda: latency(np.ones(367), 0.99), "rounds_few", {"least": 368, "got": 367}),
         (
             lambda: latency(np.r_[np.ones(500), np.nan], 0.5),
@@ -303,6 +314,6 @@ FINE = impressions(100)
         ),
     ],
 )
-def test_what_has_no_interval_is_refused(call, code, fields):
+def test_invalid_columns_or_too_few_rows_raise_metric_refused(call, code, fields):
     with raises_code(MetricRefused, code, **fields):
         call()

@@ -1,4 +1,4 @@
-"""The gate: what it says, and that it can only get stricter with the limit."""
+"""``judge`` and ``verdict``: outcomes of limits on measured numbers, and their reasons."""
 
 import math
 
@@ -32,7 +32,7 @@ def auc_change(point, low, high, rows=20_000):
     return Measured(numbers=(Number(metric="auc", against="baseline", estimate=estimate),))
 
 
-def only(limit, measured):
+def judge_one(limit, measured):
     (judgement,) = judge((limit,), measured)
     return judgement
 
@@ -48,8 +48,8 @@ def only(limit, measured):
         (-0.001, -0.001, "accepted"),
     ],
 )
-def test_at_least_is_judged_on_the_bounds_of_the_interval(low, high, outcome):
-    assert only(AUC_LIMIT, auc_change((low + high) / 2, low, high)).outcome == outcome
+def test_at_least_limit_compares_the_bounds_of_the_interval(low, high, outcome):
+    assert judge_one(AUC_LIMIT, auc_change((low + high) / 2, low, high)).outcome == outcome
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,11 @@ def test_at_least_is_judged_on_the_bounds_of_the_interval(low, high, outcome):
         (2.0000001, 2.5, "rejected"),
     ],
 )
-def test_at_most_is_judged_on_the_bounds_of_the_interval(low, high, outcome):
+def test_at_most_limit_compares_the_bounds_of_the_interval(low, high, outcome):
     limit = Limit(metric="p99_ms@64", against="absolute", at_most=2.0)
     estimate = Estimate(point=(low + high) / 2, low=low, high=high)
     measured = Measured(numbers=latency_numbers("p99_ms@64", estimate, exact(1.0)))
-    judgement = only(limit, measured)
+    judgement = judge_one(limit, measured)
     assert judgement.outcome == outcome
     assert judgement.rows_to_decide is None
 
@@ -78,44 +78,53 @@ floats = st.floats(-1, 1, allow_nan=False)
 def test_tightening_a_limit_never_makes_the_outcome_milder(values, bounds, upwards):
     low, point, high = sorted(values)
     loose, tight = sorted(bounds) if upwards else sorted(bounds, reverse=True)
-    kind = "at_least" if upwards else "at_most"
+    bound_name = "at_least" if upwards else "at_most"
     outcomes = [
-        only(Limit(metric="auc", **{kind: bound}), auc_change(point, low, high)).outcome
+        judge_one(Limit(metric="auc", **{bound_name: bound}), auc_change(point, low, high)).outcome
         for bound in (loose, tight)
     ]
     assert STRICTNESS[outcomes[0]] <= STRICTNESS[outcomes[1]]
 
 
 @given(st.lists(floats, min_size=3, max_size=3), floats, st.booleans())
-def test_mirroring_numbers_and_limit_mirrors_nothing_in_the_outcome(values, bound, upwards):
+def test_negated_numbers_and_limit_have_the_same_outcome(values, bound, upwards):
     low, point, high = sorted(values)
-    kinds = ("at_least", "at_most") if upwards else ("at_most", "at_least")
-    ours = only(Limit(metric="auc", **{kinds[0]: bound}), auc_change(point, low, high))
-    mirror = only(Limit(metric="auc", **{kinds[1]: -bound}), auc_change(-point, -high, -low))
-    assert (ours.outcome, ours.rows_to_decide) == (mirror.outcome, mirror.rows_to_decide)
+    bound_names = ("at_least", "at_most") if upwards else ("at_most", "at_least")
+    original = judge_one(
+        Limit(metric="auc", **{bound_names[0]: bound}), auc_change(point, low, high)
+    )
+    mirrored = judge_one(
+        Limit(metric="auc", **{bound_names[1]: -bound}), auc_change(-point, -high, -low)
+    )
+    assert (original.outcome, original.rows_to_decide) == (
+        mirrored.outcome,
+        mirrored.rows_to_decide,
+    )
 
 
 @given(st.lists(floats, min_size=3, max_size=3), floats)
-def test_at_the_rows_to_decide_the_shrunk_interval_decides_for_the_side_of_the_point(values, bound):
+def test_an_interval_of_rows_to_decide_decides_for_the_side_of_its_point(values, bound):
     low, point, high = sorted(values)
     limit = Limit(metric="auc", at_least=bound)
-    judgement = only(limit, auc_change(point, low, high))
+    judgement = judge_one(limit, auc_change(point, low, high))
     rows = judgement.rows_to_decide
     if rows is None:
         return
     assert judgement.outcome == "undecided"
     assert rows > 20_000
     # Exactly enough rows bring the bound onto the limit; a billionth more clears it.
-    shrink = math.sqrt(20_000 / (rows * (1 + 1e-9)))
-    shrunk = point - (point - low) * shrink, point + (high - point) * shrink
-    # 1e-9 of the reach is above float64 rounding of numbers below 1, and far below 1 row.
-    decided = shrunk[0] >= bound - 1e-9 if point >= bound else shrunk[1] < bound + 1e-9
-    assert decided
+    factor = math.sqrt(20_000 / (rows * (1 + 1e-9)))
+    scaled_interval = point - (point - low) * factor, point + (high - point) * factor
+    # 1e-9 is above float64 rounding of numbers below 1, and has the effect of less than one row.
+    is_decided = (
+        scaled_interval[0] >= bound - 1e-9 if point >= bound else scaled_interval[1] < bound + 1e-9
+    )
+    assert is_decided
 
 
-def test_an_undecided_limit_says_how_many_rows_would_decide():
-    judgement = only(AUC_LIMIT, auc_change(-0.0004, -0.0011, 0.0003))
-    # The lower reach 0.0007 has to shrink to the distance 0.0006: (7/6)^2 of 20,000 rows.
+def test_an_undecided_limit_has_the_number_of_rows_to_decide():
+    judgement = judge_one(AUC_LIMIT, auc_change(-0.0004, -0.0011, 0.0003))
+    # The lower half-width 0.0007 must shrink to the distance 0.0006: (7/6)^2 of 20,000 rows.
     assert judgement.rows_to_decide == pytest.approx(20_000 * (7 / 6) ** 2, abs=1)
     assert judgement.reasons == (
         Reason(
@@ -131,37 +140,42 @@ def test_an_undecided_limit_says_how_many_rows_would_decide():
     )
 
 
-def test_a_point_on_the_limit_promises_no_number_of_rows():
-    judgement = only(AUC_LIMIT, auc_change(-0.001, -0.002, 0.0))
+def test_a_point_on_the_limit_has_no_number_of_rows_to_decide():
+    judgement = judge_one(AUC_LIMIT, auc_change(-0.001, -0.002, 0.0))
     assert judgement.outcome == "undecided"
     assert judgement.rows_to_decide is None
     with_code(judgement.reasons, "on_the_limit")
 
 
-def test_bytes_are_exact_and_say_both_numbers():
+def test_limits_on_bytes_compare_exact_numbers():
     numbers = Measured(numbers=byte_numbers(candidate=262_144, baseline=1_000_000))
-    small = only(Limit(metric="bytes", against="absolute", at_most=262_144), numbers)
+    small = judge_one(Limit(metric="bytes", against="absolute", at_most=262_144), numbers)
     assert small.outcome == "accepted"
-    large = only(Limit(metric="bytes", against="absolute", at_most=262_143), numbers)
+    large = judge_one(Limit(metric="bytes", against="absolute", at_most=262_143), numbers)
     with_code(large.reasons, "exact_number", number="262,144 bytes", limit="262,143 bytes")
     with_code(large.reasons, "limit_missed")
-    ratio = only(Limit(metric="bytes", against="baseline", at_most=0.25), numbers)
-    compared = with_code(ratio.reasons, "exact_number", metric="size vs baseline", relation="<=")
-    assert (compared.fields["number"], compared.fields["limit"]) == ("0.262 times", "0.250 times")
+    ratio = judge_one(Limit(metric="bytes", against="baseline", at_most=0.25), numbers)
+    exact_reason = with_code(
+        ratio.reasons, "exact_number", metric="size vs baseline", relation="<="
+    )
+    assert (exact_reason.fields["number"], exact_reason.fields["limit"]) == (
+        "0.262 times",
+        "0.250 times",
+    )
 
 
-def test_a_bound_just_past_the_limit_is_not_printed_as_the_limit():
-    judgement = only(AUC_LIMIT, auc_change(-0.0005, -0.00100002, 0.0))
-    printed = with_code(judgement.reasons, "number_in_interval", relation=">=").fields
-    assert (printed["low"], printed["high"]) == ("-0.00100002", "+0.00000000")
-    assert printed["limit"] == "-0.00100000"
+def test_a_bound_close_to_the_limit_is_printed_with_more_digits():
+    judgement = judge_one(AUC_LIMIT, auc_change(-0.0005, -0.00100002, 0.0))
+    fields = with_code(judgement.reasons, "number_in_interval", relation=">=").fields
+    assert (fields["low"], fields["high"]) == ("-0.00100002", "+0.00000000")
+    assert fields["limit"] == "-0.00100000"
 
 
-def test_latency_is_said_in_words_and_milliseconds():
+def test_reasons_of_latency_limits_have_milliseconds():
     limit = Limit(metric="p99_ms@64", against="absolute", at_most=2.0)
     estimate = Estimate(point=2.0625, low=1.5, high=2.25)
     measured = Measured(numbers=latency_numbers("p99_ms@64", estimate, exact(0.5)))
-    reasons = only(limit, measured).reasons
+    reasons = judge_one(limit, measured).reasons
     assert codes_of(reasons) == ["number_in_interval", "more_rounds_decide"]
     assert reasons[0].fields == {
         "metric": "p99 latency at batch 64",
@@ -173,33 +187,35 @@ def test_latency_is_said_in_words_and_milliseconds():
     }
 
 
-def test_quality_numbers_carry_the_candidate_and_both_differences():
-    one, two, three = (Estimate(point=x, low=x - 1, high=x + 1, rows=9) for x in (1.0, 2.0, 3.0))
-    pair = PairedEstimate(baseline=one, candidate=two, difference=three, resolves=1.0)
+def test_quality_numbers_have_the_candidate_and_the_differences_to_baseline_and_champion():
+    first, second, third = (
+        Estimate(point=x, low=x - 1, high=x + 1, rows=9) for x in (1.0, 2.0, 3.0)
+    )
+    pair = PairedEstimate(baseline=first, candidate=second, difference=third, resolves=1.0)
     measured = Measured(numbers=quality_numbers("gauc", pair, pair), has_champion=True)
-    assert measured.of("gauc", "absolute") == two
-    assert measured.of("gauc", "baseline") == three
-    assert measured.of("gauc", "champion") == three
+    assert measured.of("gauc", "absolute") == second
+    assert measured.of("gauc", "baseline") == third
+    assert measured.of("gauc", "champion") == third
     assert measured.of("auc", "baseline") is None
 
 
 CHAMPION_LIMIT = Limit(metric="auc", against="champion", at_least=0.0)
 
 
-def test_without_a_champion_a_limit_against_it_holds_and_says_so():
-    judgement = only(CHAMPION_LIMIT, auc_change(0, 0, 0))
+def test_a_limit_against_a_missing_champion_is_accepted_with_a_reason():
+    judgement = judge_one(CHAMPION_LIMIT, auc_change(0, 0, 0))
     assert judgement.outcome == "accepted"
     assert judgement.measured is None
     assert codes_of(judgement.reasons) == ["no_champion"]
 
 
-def test_with_a_champion_a_number_that_was_not_measured_is_an_error():
+def test_a_limit_against_an_unmeasured_champion_raises_limit_refused():
     measured = auc_change(0, 0, 0).model_copy(update={"has_champion": True})
     with raises_code(LimitRefused, "number_missing", measured=("auc vs baseline",)):
         judge((CHAMPION_LIMIT,), measured)
 
 
-def test_a_limit_on_something_unmeasured_names_what_is_measured():
+def test_a_limit_on_an_unmeasured_metric_raises_limit_refused_with_the_measured_ones():
     limit = Limit(metric="gauc", at_least=-0.001)
     with raises_code(
         LimitRefused,
@@ -210,45 +226,45 @@ def test_a_limit_on_something_unmeasured_names_what_is_measured():
         judge((limit,), auc_change(0, 0, 0))
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["point", "low", "high"])
-def test_nan_and_infinity_are_refused_never_accepted(broken, where):
-    numbers = {"point": 0.0, "low": 0.0, "high": 0.0, where: broken}
+@pytest.mark.parametrize("invalid", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", ["point", "low", "high"])
+def test_nan_and_infinity_raise_limit_refused(invalid, field):
+    numbers = {"point": 0.0, "low": 0.0, "high": 0.0, field: invalid}
     with raises_code(LimitRefused, "number_broken"):
         judge((AUC_LIMIT,), auc_change(**numbers))
 
 
-def test_nan_in_a_metric_without_a_limit_is_refused():
+def test_nan_in_a_metric_without_a_limit_raises_limit_refused():
     numbers = auc_change(0, 0, 0).numbers
-    broken = Number(metric="logloss", against="absolute", estimate=exact(math.nan))
+    invalid = Number(metric="logloss", against="absolute", estimate=exact(math.nan))
     with raises_code(LimitRefused, "number_broken", number="logloss"):
-        judge((AUC_LIMIT,), Measured(numbers=(*numbers, broken)))
+        judge((AUC_LIMIT,), Measured(numbers=(*numbers, invalid)))
 
 
 @pytest.mark.parametrize("bound", [math.nan, math.inf, -math.inf])
-def test_a_limit_without_a_finite_bound_is_refused(bound):
+def test_a_limit_without_a_finite_bound_raises_a_value_error(bound):
     with raises_value_error("finite_number"):
         Limit(metric="auc", at_least=bound)
 
 
-def test_an_interval_turned_around_is_refused():
+def test_an_interval_with_low_above_high_raises_limit_refused():
     with raises_code(LimitRefused, "number_broken"):
         judge((AUC_LIMIT,), auc_change(0, 0.1, -0.1))
 
 
 @pytest.mark.parametrize("measured", [None, auc_change(0, 0, 0)])
-def test_no_limits_is_an_error(measured):
+def test_a_verdict_without_limits_raises_limit_refused(measured):
     with raises_code(LimitRefused, "limits_missing"):
         verdict("onnxruntime", (), measured, built=True)
 
 
-def test_a_number_measured_twice_is_refused():
+def test_a_number_measured_twice_raises_a_value_error():
     numbers = auc_change(0, 0, 0).numbers
     with raises_value_error("numbers_repeated", numbers=("auc vs baseline",)):
         Measured(numbers=numbers * 2)
 
 
-def test_an_empty_model_has_no_ratio_of_bytes():
+def test_a_baseline_of_zero_bytes_raises_limit_refused():
     with raises_code(LimitRefused, "sizes_below_one"):
         byte_numbers(candidate=10, baseline=0)
 
@@ -267,7 +283,7 @@ OPEN = Limit(metric="auc", against="baseline", at_least=-0.001)
         ((GOOD, OPEN, BAD), "rejected", ["exact_number", "limit_missed"]),
     ],
 )
-def test_the_outcome_of_a_target_is_its_worst_limit(limits, outcome, expected):
+def test_the_outcome_of_a_target_is_that_of_its_worst_limit(limits, outcome, expected):
     numbers = (*auc_change(-0.0004, -0.0011, 0.0003).numbers, *byte_numbers(10, 40))
     result = verdict("onnxruntime", limits, Measured(numbers=numbers), built=True)
     assert result.outcome == outcome
@@ -275,7 +291,7 @@ def test_the_outcome_of_a_target_is_its_worst_limit(limits, outcome, expected):
     assert tuple(item.limit for item in result.judgements) == limits
 
 
-def test_a_built_target_that_cannot_run_here_is_neither_accepted_nor_rejected():
+def test_a_target_that_was_built_but_not_measured_is_built_unmeasured():
     result = verdict("tensorrt-rtx", (GOOD,), None, built=True)
     assert result.outcome == "built-unmeasured"
     assert result.judgements == ()
@@ -287,11 +303,11 @@ def test_a_target_that_was_not_built_is_rejected():
     assert (result.outcome, result.judgements) == ("rejected", ())
 
 
-def test_numbers_of_a_target_that_was_not_built_are_refused():
+def test_numbers_of_a_target_that_was_not_built_raise_limit_refused():
     with raises_code(LimitRefused, "measured_but_not_built"):
         verdict("tensorrt-rtx", (GOOD,), Measured(numbers=byte_numbers(10, 40)), built=False)
 
 
-def test_measured_numbers_survive_json():
+def test_measured_numbers_have_a_json_round_trip():
     measured = Measured(numbers=byte_numbers(10, 40, champion=20), has_champion=True)
     assert Measured.model_validate_json(measured.model_dump_json()) == measured

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, and what they refuse."""
+"""Point estimates of metrics compared with scikit-learn, and their errors for invalid input."""
 
 import doctest
 
@@ -12,19 +12,19 @@ from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics import point_estimates
 
-# Both sides sum at most a few hundred float64 terms of size one; 1e-12 leaves 4,000 roundings.
+# Both sides sum at most a few hundred float64 terms of size one; 1e-12 is 4,000 roundings.
 EXACT = 1e-12
 
 
 @st.composite
-def clicks(draw, most=60, graded=False):
+def clicks(draw, largest=60, graded=False):
     """Labels, scores with many ties, and groups, of equal length."""
-    rows = draw(st.integers(2, most))
+    rows = draw(st.integers(2, largest))
     labels = st.integers(0, 4 if graded else 1)
-    # A handful of distinct scores, as a heavily quantized model gives, so ties are the rule.
+    # Few distinct scores, as of a heavily quantized model, so most rows are tied.
     scores = st.sampled_from([-3.0, -0.5, 0.0, 0.1, 0.1000001, 2.0])
-    column = lambda values: np.array(draw(st.lists(values, min_size=rows, max_size=rows)))  # noqa: E731
-    return column(labels), column(scores), column(st.integers(0, 5))
+    draw_column = lambda values: np.array(draw(st.lists(values, min_size=rows, max_size=rows)))  # noqa: E731
+    return draw_column(labels), draw_column(scores), draw_column(st.integers(0, 5))
 
 
 def has_both(label):
@@ -41,7 +41,7 @@ def test_auc_equals_scikit_learn_with_ties(data):
 
 
 @given(clicks())
-def test_auc_does_not_change_under_an_increasing_map_and_mirrors_under_a_decreasing_one(data):
+def test_auc_is_invariant_to_increasing_maps_and_one_minus_auc_for_negated_scores(data):
     label, score, _ = data
     assume(has_both(label))
     assert point_estimates.auc(label, np.arctan(score)) == point_estimates.auc(label, score)
@@ -50,11 +50,11 @@ def test_auc_does_not_change_under_an_increasing_map_and_mirrors_under_a_decreas
     )
 
 
-def test_auc_of_all_ties_is_a_half():
+def test_auc_of_equal_scores_is_a_half():
     assert point_estimates.auc([0, 1, 1], [7.0, 7.0, 7.0]) == 0.5
 
 
-def test_auc_keeps_the_ties_of_half_precision():
+def test_auc_of_float16_scores_counts_their_ties():
     score = np.array([0.1, 0.1, 0.2], dtype=np.float16)
     assert point_estimates.auc([0, 1, 1], score) == 0.75
 
@@ -63,8 +63,8 @@ def test_auc_keeps_the_ties_of_half_precision():
 def test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc(data):
     label, score, group = data
     total = weight = 0.0
-    for one in np.unique(group):
-        rows = group == one
+    for name in np.unique(group):
+        rows = group == name
         if has_both(label[rows]):
             total += rows.sum() * roc_auc_score(label[rows], score[rows])
             weight += rows.sum()
@@ -74,7 +74,7 @@ def test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc(data):
     assert left_out == pytest.approx(1 - weight / label.size, abs=EXACT)
 
 
-def test_gauc_does_not_care_how_groups_are_named_or_ordered():
+def test_gauc_does_not_depend_on_names_or_order_of_groups():
     label = np.array([0, 1, 1, 0, 1, 0])
     score = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     by_number = point_estimates.gauc(label, score, np.array([9, 9, 3, 3, 9, 3]))
@@ -87,16 +87,18 @@ def test_gauc_does_not_care_how_groups_are_named_or_ordered():
 @given(clicks(graded=True), st.integers(1, 12))
 def test_ndcg_equals_scikit_learn_with_exponential_gains_and_averaged_ties(data, k):
     label, score, group = data
-    wanted = []
-    for one in np.unique(group):
-        rows = group == one
+    expected = []
+    for name in np.unique(group):
+        rows = group == name
         # scikit-learn refuses a list of one item; its NDCG is 1 if the item is relevant.
         if label[rows].max() > 0:
             gain = np.exp2(label[rows]) - 1.0
-            alone = rows.sum() == 1
-            wanted.append(1.0 if alone else ndcg_score([gain], [score[rows]], k=k))
-    assume(wanted)
-    assert point_estimates.ndcg(label, score, group, k) == pytest.approx(np.mean(wanted), abs=EXACT)
+            is_single_row = rows.sum() == 1
+            expected.append(1.0 if is_single_row else ndcg_score([gain], [score[rows]], k=k))
+    assume(expected)
+    assert point_estimates.ndcg(label, score, group, k) == pytest.approx(
+        np.mean(expected), abs=EXACT
+    )
 
 
 @given(clicks(graded=True), st.randoms(use_true_random=False))
@@ -107,8 +109,8 @@ def test_no_metric_depends_on_the_order_of_rows(data, random):
     clicked = label > 0
     shuffled = label[order], score[order], group[order]
     if clicked.any():
-        ours = point_estimates.ndcg(label, score, group, 3)
-        assert point_estimates.ndcg(*shuffled, 3) == pytest.approx(ours, abs=EXACT)
+        value = point_estimates.ndcg(label, score, group, 3)
+        assert point_estimates.ndcg(*shuffled, 3) == pytest.approx(value, abs=EXACT)
     if has_both(clicked):
         assert point_estimates.auc(clicked[order], score[order]) == point_estimates.auc(
             clicked, score
@@ -119,13 +121,13 @@ def test_no_metric_depends_on_the_order_of_rows(data, random):
 def test_logloss_equals_scikit_learns_with_float32_clipping(probability, data):
     size = len(probability)
     label = np.array(data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size)))
-    served = np.array(probability, dtype=np.float32)
+    float32_probability = np.array(probability, dtype=np.float32)
     # scikit-learn clips by the eps of what it is given and computes in float32: 1e-6 of 16 nats.
-    wanted = log_loss(label, served, labels=[0, 1])
-    assert point_estimates.logloss(label, served) == pytest.approx(wanted, abs=2e-5)
+    expected = log_loss(label, float32_probability, labels=[0, 1])
+    assert point_estimates.logloss(label, float32_probability) == pytest.approx(expected, abs=2e-5)
 
 
-def test_one_sure_and_wrong_row_costs_sixteen_nats_and_not_infinity():
+def test_logloss_of_a_wrong_probability_of_one_is_the_float32_clip():
     loss = point_estimates.row_logloss([1, 0], [0.0, 1.0])
     np.testing.assert_allclose(loss, -np.log(np.finfo(np.float32).eps), rtol=1e-6)
 
@@ -133,9 +135,9 @@ def test_one_sure_and_wrong_row_costs_sixteen_nats_and_not_infinity():
 @given(st.integers(1, 50), st.integers(1, 50))
 def test_normalized_entropy_of_the_base_rate_is_one(positives, negatives):
     label = np.repeat([1, 0], [positives, negatives])
-    chance = np.full(label.size, positives / label.size)
-    # The clip at 1.19e-7 is far below 1/51, so nothing but rounding is left.
-    assert point_estimates.normalized_entropy(label, chance) == pytest.approx(1, abs=1e-9)
+    base_rate = np.full(label.size, positives / label.size)
+    # The clip at 1.19e-7 is far below 1/51, so the difference is only rounding.
+    assert point_estimates.normalized_entropy(label, base_rate) == pytest.approx(1, abs=1e-9)
 
 
 def test_examples_in_docstrings_run():
@@ -143,7 +145,7 @@ def test_examples_in_docstrings_run():
     assert doctest.testmod(point_estimates).attempted >= 4
 
 
-@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("invalid", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "metric",
     [
@@ -155,9 +157,9 @@ def test_examples_in_docstrings_run():
     ],
     ids=["auc", "logloss", "normalized_entropy", "gauc", "ndcg"],
 )
-def test_a_score_that_is_no_number_is_refused(metric, broken):
+def test_a_nan_or_infinite_score_raises_metric_refused(metric, invalid):
     with raises_code(MetricRefused, "column_not_finite", column="score", count=1, rows=4):
-        metric(np.array([0, 1, 0, 1]), np.array([0.1, broken, 0.3, 0.2]), np.zeros(4, int))
+        metric(np.array([0, 1, 0, 1]), np.array([0.1, invalid, 0.3, 0.2]), np.zeros(4, int))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +221,6 @@ def test_a_score_that_is_no_number_is_refused(metric, broken):
         ),
     ],
 )
-def test_what_has_no_value_is_refused(call, code, fields):
+def test_metrics_without_a_value_raise_metric_refused(call, code, fields):
     with raises_code(MetricRefused, code, **fields):
         call()

@@ -1,4 +1,4 @@
-"""Score change: values, intervals, limits on it and what verdicts say about it."""
+"""Score changes (metrics of how much a candidate's scores differ): values, intervals, limits."""
 
 import numpy as np
 import pytest
@@ -17,58 +17,60 @@ from compressors.metrics.score_change import change_of_rankings, change_of_rows
 SCORE_CHANGES = [name for name, item in usual_metrics().items() if item.kind == "score_change"]
 
 
-def rows_of(users, seed=0, change=0.05):
+def rows_of_users(users, seed=0, change=0.05):
     """Probabilities of two models for users of 5 rows; users differ in how much they change."""
     random = np.random.default_rng(seed)
     user = np.repeat(np.arange(users), 5)
     before = random.random(user.size)
-    moved = change * (random.normal(size=users)[user] + random.normal(size=user.size))
-    return before, (before + moved).clip(0, 1), user
+    change_of_row = change * (random.normal(size=users)[user] + random.normal(size=user.size))
+    return before, (before + change_of_row).clip(0, 1), user
 
 
-def measured(found, unit="probability", extra=()):
-    numbers = [Number(metric=m, against="absolute", estimate=e) for m, e in found.items()]
+def measured_of(estimates, unit="probability", extra=()):
+    numbers = [Number(metric=m, against="absolute", estimate=e) for m, e in estimates.items()]
     return Measured(numbers=(*numbers, *extra), score_unit=unit)
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_values_are_those_of_numpy(grouped):
-    before, after, user = rows_of(200)
-    found = change_of_rows(before, after, user if grouped else None, "probability")
-    assert found["score_correlation"].point == pytest.approx(
+@pytest.mark.parametrize("has_groups", [True, False])
+def test_score_changes_equal_those_of_numpy(has_groups):
+    before, after, user = rows_of_users(200)
+    estimates = change_of_rows(before, after, user if has_groups else None, "probability")
+    assert estimates["score_correlation"].point == pytest.approx(
         np.corrcoef(before, after)[0, 1], abs=1e-12
     )
-    assert found["mean_score_change"].point == pytest.approx(np.abs(after - before).mean())
-    assert found["max_score_change"].point == np.abs(after - before).max()
-    assert ("changed_top1" in found) == grouped
-    for estimate in found.values():
+    assert estimates["mean_score_change"].point == pytest.approx(np.abs(after - before).mean())
+    assert estimates["max_score_change"].point == np.abs(after - before).max()
+    assert ("changed_top1" in estimates) == has_groups
+    for estimate in estimates.values():
         assert estimate.low <= estimate.point <= estimate.high
         assert estimate.rows == 1000
-        assert estimate.groups == (200 if grouped else None)
+        assert estimate.groups == (200 if has_groups else None)
 
 
-def test_changes_of_scores_without_a_scale_are_in_standard_deviations_of_the_baseline():
-    before, after, user = rows_of(50)
-    plain = change_of_rows(before, after, user, "probability")
+def test_changes_in_spread_are_in_standard_deviations_of_the_baseline():
+    before, after, user = rows_of_users(50)
+    of_probabilities = change_of_rows(before, after, user, "probability")
     for scale in (1e-3, 1e4):
-        found = change_of_rows(scale * before, scale * after, user, "spread")
+        estimates = change_of_rows(scale * before, scale * after, user, "spread")
         for metric in ("mean_score_change", "max_score_change"):
-            expected = plain[metric].point / before.std()
-            assert found[metric].point == pytest.approx(expected, rel=1e-9)
-        assert found["score_correlation"].point == pytest.approx(plain["score_correlation"].point)
+            expected = of_probabilities[metric].point / before.std()
+            assert estimates[metric].point == pytest.approx(expected, rel=1e-9)
+        assert estimates["score_correlation"].point == pytest.approx(
+            of_probabilities["score_correlation"].point
+        )
 
 
-def test_a_correlation_close_to_one_keeps_its_digits():
+def test_a_correlation_close_to_one_is_exact_to_its_distance_from_one():
     random = np.random.default_rng(0)
     before = random.normal(size=10_000)
     noise = 1e-4 * random.normal(size=10_000)
-    found = change_of_rows(before, before + noise, None, "spread")["score_correlation"]
-    # 1 - r is half the variance of the noise over that of the scores, known to 1.4 % from 10,000.
-    assert 1 - found.point == pytest.approx(0.5e-8, rel=0.05)
-    assert found.low < found.point <= found.high <= 1
+    estimate = change_of_rows(before, before + noise, None, "spread")["score_correlation"]
+    # 1 - r is half the variance of the noise over that of the scores, with an error of 1.4 %.
+    assert 1 - estimate.point == pytest.approx(0.5e-8, rel=0.05)
+    assert estimate.low < estimate.point <= estimate.high <= 1
 
 
-def test_users_whose_rows_change_together_widen_the_interval():
+def test_equal_changes_within_users_widen_the_interval():
     random = np.random.default_rng(0)
     user = np.repeat(np.arange(50), 40)
     before = random.random(2000)
@@ -81,63 +83,63 @@ def test_users_whose_rows_change_together_widen_the_interval():
 
 @pytest.mark.parametrize("metric", ["mean_score_change", "score_correlation"])
 def test_intervals_of_grouped_rows_cover_95_percent(metric):
-    before, after, user = rows_of(200_000, seed=99)
+    before, after, user = rows_of_users(200_000, seed=99)
     truth = change_of_rows(before, after, user, "probability")[metric].point
     hits = 0
     for seed in range(300):
-        found = change_of_rows(*rows_of(60, seed=seed), "probability")[metric]
-        hits += found.low <= truth <= found.high
+        estimate = change_of_rows(*rows_of_users(60, seed=seed), "probability")[metric]
+        hits += estimate.low <= truth <= estimate.high
     # 300 runs have a standard error of 1.3 points; 3 of them.
     assert hits / 300 == pytest.approx(0.95, abs=0.039)
 
 
-def test_changed_top1_counts_groups_whose_best_row_is_another_one():
+def test_changed_top1_is_the_share_of_groups_with_another_best_row():
     user = np.array(["a", "a", "b", "b", "c", "c", "single"])
     before = np.array([0.9, 0.1, 0.2, 0.8, 0.5, 0.4, 0.3])
     after = np.array([0.6, 0.5, 0.7, 0.3, 0.5, 0.5, 0.9])
-    found = change_of_rows(before, after, user, "probability")["changed_top1"]
-    # a: same; b: another; c: two best rows, one of them is the baseline's; 'single' has no choice.
-    assert found.point == pytest.approx((0 + 1 + 0.5) / 3)
-    assert found.groups == 3
+    estimate = change_of_rows(before, after, user, "probability")["changed_top1"]
+    # a: same row; b: another; c: two best rows, one of which is the baseline's; 'single' has one.
+    assert estimate.point == pytest.approx((0 + 1 + 0.5) / 3)
+    assert estimate.groups == 3
 
 
-def test_no_changed_top1_among_few_groups_does_not_prove_that_none_changes():
-    before, _, user = rows_of(50)
-    found = change_of_rows(before, before, user, "probability")["changed_top1"]
+def test_changed_top1_of_zero_among_50_groups_has_a_positive_upper_bound():
+    before, _, user = rows_of_users(50)
+    estimate = change_of_rows(before, before, user, "probability")["changed_top1"]
     # Wilson's upper end at 0 of n: z^2 / (n + z^2).
-    assert (found.low, found.point) == (0, 0)
-    assert found.high == pytest.approx(1.96**2 / (50 + 1.96**2), rel=1e-3)
+    assert (estimate.low, estimate.point) == (0, 0)
+    assert estimate.high == pytest.approx(1.96**2 / (50 + 1.96**2), rel=1e-3)
     limit = Limit.parse("changed_top1 <= 0.02")
-    (judgement,) = judge((limit,), measured({"changed_top1": found}))
+    (judgement,) = judge((limit,), measured_of({"changed_top1": estimate}))
     assert judgement.outcome == "undecided"
 
 
-def test_equal_scores_do_not_change():
-    before, _, user = rows_of(50)
-    found = change_of_rows(before, before.copy(), user, "probability")
-    assert found["score_correlation"].low == found["score_correlation"].high == 1
+def test_score_changes_of_equal_scores_are_zero():
+    before, _, user = rows_of_users(50)
+    estimates = change_of_rows(before, before.copy(), user, "probability")
+    assert estimates["score_correlation"].low == estimates["score_correlation"].high == 1
     for metric in ("mean_score_change", "max_score_change"):
-        assert (found[metric].low, found[metric].point, found[metric].high) == (0, 0, 0)
+        assert (estimates[metric].low, estimates[metric].point, estimates[metric].high) == (0, 0, 0)
 
 
 def test_a_candidate_with_one_score_for_all_rows_has_correlation_zero():
-    before, _, user = rows_of(50)
-    found = change_of_rows(before, np.full(before.size, 0.5), user, "probability")
-    assert found["score_correlation"].point == 0
+    before, _, user = rows_of_users(50)
+    estimates = change_of_rows(before, np.full(before.size, 0.5), user, "probability")
+    assert estimates["score_correlation"].point == 0
 
 
 @pytest.mark.parametrize("unit", ["probability", "spread"])
 def test_few_groups_give_no_interval_and_are_undecided(unit):
-    before, after, user = rows_of(4)
-    found = change_of_rows(before, after, user, unit)
+    before, after, user = rows_of_users(4)
+    estimates = change_of_rows(before, after, user, unit)
     limits = (Limit.parse("score_correlation >= 0.5"), Limit.parse("mean_score_change <= 0.9"))
-    for judgement in judge(limits, measured(found, unit)):
+    for judgement in judge(limits, measured_of(estimates, unit)):
         assert judgement.outcome == "undecided"
         cause = with_code(judgement.reasons, "no_interval").fields["cause"]
         assert "4 groups in the data" in cause
 
 
-def test_scores_that_cannot_be_compared_are_refused():
+def test_nan_or_unpaired_scores_raise_metric_refused():
     with raises_code(MetricRefused, "scores_not_finite"):
         change_of_rows(np.array([1.0, np.nan]), np.ones(2), None, "spread")
     with raises_code(MetricRefused, "scores_unpaired"):
@@ -148,47 +150,49 @@ def retrieval_models(queries=40, items=60, seed=0, noise=0.1):
     random = np.random.default_rng(seed)
     test = Interactions(np.arange(queries), random.integers(0, items, queries), np.ones(queries))
     hidden = Interactions(np.arange(queries), (np.asarray(test.item) + 1) % items, np.ones(queries))
-    what = ranking_queries(test, [hidden], np.arange(items))
+    ranking = ranking_queries(test, [hidden], np.arange(items))
     query, item = random.normal(size=(2, max(queries, items), 8)).astype(np.float32)
     query, item = query[:queries], item[:items]
-    moved = [(v + noise * random.normal(size=v.shape)).astype(np.float32) for v in (query, item)]
-    return RankedVectors(query, item, what), RankedVectors(*moved, what)
+    changed = [(v + noise * random.normal(size=v.shape)).astype(np.float32) for v in (query, item)]
+    return RankedVectors(query, item, ranking), RankedVectors(*changed, ranking)
 
 
-@pytest.mark.parametrize("at_once", [None, 240])
-def test_score_changes_of_retrieval_are_those_of_all_shown_pairs(at_once, monkeypatch):
-    if at_once is not None:
-        monkeypatch.setattr("compressors.metrics.score_change.SCORES_AT_ONCE", 4 * at_once)
+@pytest.mark.parametrize("scores_at_once", [None, 240])
+def test_score_changes_of_retrieval_are_those_of_all_ranked_pairs(scores_at_once, monkeypatch):
+    if scores_at_once is not None:
+        monkeypatch.setattr("compressors.metrics.score_change.SCORES_AT_ONCE", 4 * scores_at_once)
     before, after = retrieval_models()
-    found = change_of_rankings(before, after, rows=40)
+    estimates = change_of_rankings(before, after, rows=40)
     scores = [model.query @ model.item.T for model in (before, after)]
-    shown = np.ones(scores[0].shape, bool)
-    shown.reshape(-1)[before.what.hidden] = False
-    x, y = (s[shown].astype(float) for s in scores)
+    is_ranked = np.ones(scores[0].shape, bool)
+    is_ranked.reshape(-1)[before.what.hidden] = False
+    x, y = (s[is_ranked].astype(float) for s in scores)
     # float32 products in another order.
-    close = {"rel": 1e-5}
-    assert found["score_correlation"].point == pytest.approx(np.corrcoef(x, y)[0, 1], **close)
+    tolerance = {"rel": 1e-5}
+    assert estimates["score_correlation"].point == pytest.approx(
+        np.corrcoef(x, y)[0, 1], **tolerance
+    )
     change = np.abs(y - x) / x.std()
-    assert found["mean_score_change"].point == pytest.approx(change.mean(), **close)
-    assert found["max_score_change"].point == pytest.approx(change.max(), **close)
-    ranked = [np.argsort(np.where(shown, -s, np.inf), axis=1) for s in scores]
-    assert found["changed_top1"].point == (ranked[0][:, 0] != ranked[1][:, 0]).mean()
+    assert estimates["mean_score_change"].point == pytest.approx(change.mean(), **tolerance)
+    assert estimates["max_score_change"].point == pytest.approx(change.max(), **tolerance)
+    ranked = [np.argsort(np.where(is_ranked, -s, np.inf), axis=1) for s in scores]
+    assert estimates["changed_top1"].point == (ranked[0][:, 0] != ranked[1][:, 0]).mean()
     overlap = [len({*a[:20]} & {*b[:20]}) / 20 for a, b in zip(*ranked, strict=True)]
-    assert found["top20_overlap"].point == pytest.approx(np.mean(overlap))
-    assert {estimate.groups for estimate in found.values()} == {40}
+    assert estimates["top20_overlap"].point == pytest.approx(np.mean(overlap))
+    assert {estimate.groups for estimate in estimates.values()} == {40}
 
 
-def test_equal_vectors_rank_equally():
+def test_score_changes_of_equal_vectors_are_zero():
     before, _ = retrieval_models()
-    found = change_of_rankings(before, before, rows=40)
-    assert found["score_correlation"].low == 1
-    assert found["max_score_change"].point == found["changed_top1"].point == 0
-    assert found["top20_overlap"].point == 1
+    estimates = change_of_rankings(before, before, rows=40)
+    assert estimates["score_correlation"].low == 1
+    assert estimates["max_score_change"].point == estimates["changed_top1"].point == 0
+    assert estimates["top20_overlap"].point == 1
 
 
 @pytest.mark.parametrize("metric", SCORE_CHANGES)
 @pytest.mark.parametrize("against", ["baseline", "champion"])
-def test_score_changes_have_no_other_reference(metric, against):
+def test_a_score_change_limit_with_a_reference_raises_a_value_error(metric, against):
     with raises_value_error("score_change_with_reference", metric=metric, against=against):
         Limit.parse(f"{metric} vs {against} >= 0.5")
     with raises_value_error("score_change_with_reference", metric=metric, against=against):
@@ -201,46 +205,48 @@ def test_a_limit_of_an_order_file_on_a_score_change_needs_no_reference(metric):
     assert str(Limit.parse(f"{metric} <= 0.5")) == f"{metric} <= 0.5"
 
 
-def quality():
+def auc_numbers():
     random = np.random.default_rng(0)
     label = random.random(500) < 0.5
     pair = paired("auc", label, random.random(500), random.random(500))
     return quality_numbers("auc", pair)
 
 
-def judged(change, *limits):
-    before, after, user = rows_of(300, change=change)
-    found = change_of_rows(before, after, user, "probability")
+def verdict_for_change(change, *limits):
+    before, after, user = rows_of_users(300, change=change)
+    estimates = change_of_rows(before, after, user, "probability")
     parsed = tuple(Limit.parse(text) for text in limits)
-    return verdict("onnxruntime", parsed, measured(found, extra=quality()), built=True), found
+    return verdict(
+        "onnxruntime", parsed, measured_of(estimates, extra=auc_numbers()), built=True
+    ), estimates
 
 
 def test_an_accepted_verdict_reports_the_score_change():
-    said, found = judged(0.005, "auc >= 0.3")
-    assert said.outcome == "accepted"
-    assert codes_of(said.reasons) == ["one_limit_holds", "score_changes"]
-    largest = found["max_score_change"].point
-    with_code(said.reasons, "largest_change_in", change=largest, unit="probability")
-    with_code(said.reasons, "other_top1", share=found["changed_top1"].point, groups=300)
-    correlation = with_code(said.reasons, "correlation").fields["correlation"]
+    result, estimates = verdict_for_change(0.005, "auc >= 0.3")
+    assert result.outcome == "accepted"
+    assert codes_of(result.reasons) == ["one_limit_holds", "score_changes"]
+    largest = estimates["max_score_change"].point
+    with_code(result.reasons, "largest_change_in", change=largest, unit="probability")
+    with_code(result.reasons, "other_top1", share=estimates["changed_top1"].point, groups=300)
+    correlation = with_code(result.reasons, "correlation").fields["correlation"]
     # Rounded down to six places.
-    assert found["score_correlation"].point - 1e-6 <= correlation
-    assert correlation <= found["score_correlation"].point
+    assert estimates["score_correlation"].point - 1e-6 <= correlation
+    assert correlation <= estimates["score_correlation"].point
 
 
 @pytest.mark.parametrize("limit", ["auc >= 0.3", "auc >= 0.9", "auc >= 0.5"])
 def test_large_score_changes_without_a_limit_are_a_warning_for_every_outcome(limit):
-    said, _ = judged(0.1, limit)
-    with_code(said.reasons, "large_score_changes")
-    with_code(said.reasons, "probability_change", most=0.1)
-    with_code(said.reasons, "low_correlation", least=0.99)
+    result, _ = verdict_for_change(0.1, limit)
+    with_code(result.reasons, "large_score_changes")
+    with_code(result.reasons, "probability_change", most=0.1)
+    with_code(result.reasons, "low_correlation", least=0.99)
 
 
 def test_a_limit_on_score_change_replaces_the_warning_and_is_named_when_it_fails():
-    said, found = judged(0.1, "auc >= 0.3", "max_score_change <= 0.05")
-    assert said.outcome == "rejected"
-    point = found["max_score_change"].point
-    assert said.reasons == (
+    result, estimates = verdict_for_change(0.1, "auc >= 0.3", "max_score_change <= 0.05")
+    assert result.outcome == "rejected"
+    point = estimates["max_score_change"].point
+    assert result.reasons == (
         Reason(
             "most_of_rows",
             metric="largest score change",
@@ -251,17 +257,17 @@ def test_a_limit_on_score_change_replaces_the_warning_and_is_named_when_it_fails
         ),
         Reason("limit_missed"),
     )
-    said, _ = judged(0.1, "auc >= 0.3", "mean_score_change <= 0.001")
-    assert codes_of(said.reasons) == ["number_in_interval", "limit_missed"]
-    with_code(said.reasons, "number_in_interval", metric="mean score change")
+    result, _ = verdict_for_change(0.1, "auc >= 0.3", "mean_score_change <= 0.001")
+    assert codes_of(result.reasons) == ["number_in_interval", "limit_missed"]
+    with_code(result.reasons, "number_in_interval", metric="mean score change")
 
 
 def test_measurements_stored_before_score_changes_load_and_are_judged():
-    old = Measured(numbers=quality()).model_dump()
+    old = Measured(numbers=auc_numbers()).model_dump()
     del old["score_unit"]
     for number in old["numbers"]:
         for field in ("groups", "unresolved"):
             del number["estimate"][field]
     loaded = Measured.model_validate(old)
-    said = verdict("onnxruntime", (Limit.parse("auc >= 0.3"),), loaded, built=True)
-    assert codes_of(said.reasons) == ["one_limit_holds"]
+    result = verdict("onnxruntime", (Limit.parse("auc >= 0.3"),), loaded, built=True)
+    assert codes_of(result.reasons) == ["one_limit_holds"]

@@ -1,10 +1,17 @@
-"""Heads, feed-forward widths and ranks: what a number of the configuration may count."""
+"""``channels`` where a config argument counts attention heads, feed-forward widths or ranks."""
 
 import pytest
 import torch
 from error_codes import raises_code
 from models import Reference
-from narrow_networks import HISTORY, SCHEMA, Crossed, Plain, Split, Transformer
+from narrow_networks import (
+    HISTORY,
+    SCHEMA,
+    HiddenLayerNet,
+    LowRankCrossNet,
+    SplitHeadsTransformer,
+    Transformer,
+)
 from reason_codes import with_code
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,26 +24,26 @@ from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.kept_shares import multiply_adds
 
 
-def cut(reference: Reference, folder, **settings):
+def prune_reference(reference: Reference, folder, **settings):
     bench = reference.bench(folder / "data")
     return run(Channels(**settings), reference.model(), bench, folder / "out")
 
 
 @pytest.mark.parametrize("importance", ["l2", "gradient", "activation"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_whole_heads_go(fused, importance, tmp_path):
-    """``apply`` compares with silenced heads; here it is looked at which stay."""
+def test_pruning_heads_removes_whole_heads_of_zero_weights(fused, importance, tmp_path):
+    """``apply`` itself compares scores; this checks which heads are kept."""
     reference = Reference(Transformer, HISTORY, {"fused": fused})
     source = reference.model()
-    with torch.no_grad():  # silence two heads of the first block, two others of the second
+    with torch.no_grad():  # zero two heads of the first block and two others of the second
         for block, heads in zip(source.module.blocks, ((0, 2), (1, 3)), strict=True):
             for head in heads:
-                places = slice(4 * head, 4 * head + 4)
-                block.mix.weight[:, places] = 0
-                for made in [block.qkv] if fused else [block.q, block.k, block.v]:
+                channels = slice(4 * head, 4 * head + 4)
+                block.mix.weight[:, channels] = 0
+                for layer in [block.qkv] if fused else [block.q, block.k, block.v]:
                     for part in range(3 if fused else 1):
-                        made.weight[16 * part : 16 * part + 16][places] = 0
-                        made.bias[16 * part : 16 * part + 16][places] = 0
+                        layer.weight[16 * part : 16 * part + 16][channels] = 0
+                        layer.bias[16 * part : 16 * part + 16][channels] = 0
     bench = reference.bench(tmp_path / "data")
     layers = ("*.qkv",) if fused else ("*.q", "*.k", "*.v")
     step = Channels(importance=importance, layers=layers)
@@ -45,13 +52,13 @@ def test_whole_heads_go(fused, importance, tmp_path):
     for new, old, heads in zip(
         result.module.blocks, source.module.blocks, ((1, 3), (0, 2)), strict=True
     ):
-        places = torch.cat([torch.arange(4 * head, 4 * head + 4) for head in heads])
-        assert torch.equal(new.mix.weight, old.mix.weight[:, places])
+        channels = torch.cat([torch.arange(4 * head, 4 * head + 4) for head in heads])
+        assert torch.equal(new.mix.weight, old.mix.weight[:, channels])
         if fused:
-            places = torch.cat([places + 16 * part for part in range(3)])
-            assert torch.equal(new.qkv.weight, old.qkv.weight[places])
+            channels = torch.cat([channels + 16 * part for part in range(3)])
+            assert torch.equal(new.qkv.weight, old.qkv.weight[channels])
         else:
-            assert torch.equal(new.q.bias, old.q.bias[places])
+            assert torch.equal(new.q.bias, old.q.bias[channels])
     name = "blocks.0.qkv" if fused else "blocks.0.q"
     before, after = (48, 24) if fused else (16, 8)
     fewer = with_code(result.plan.of(name).reasons, "fewer_groups", before=before, after=after)
@@ -59,46 +66,46 @@ def test_whole_heads_go(fused, importance, tmp_path):
     assert (fewer.fields["units_before"], fewer.fields["units_after"]) == (4, 2)
 
 
-def test_heads_are_counted_so_that_channels_are_a_multiple(tmp_path):
-    """4 channels a head: a multiple of 16 channels is 4 heads, of 8 two of them."""
+def test_the_number_of_heads_makes_channels_a_multiple(tmp_path):
+    """A head has 4 channels, so a multiple of 16 channels is 4 heads and one of 8 is 2 heads."""
     reference = Reference(Transformer, HISTORY, {"heads": 8})
     for multiple, heads in ((8, 2), (16, 4), (4, 2)):
-        result = cut(reference, tmp_path / f"{multiple}", keep=0.2, multiple=multiple)
+        result = prune_reference(reference, tmp_path / f"{multiple}", keep=0.2, multiple=multiple)
         assert result.network.architecture.config["heads"] == heads
 
 
-def test_feed_forward_widths_and_ranks_are_widths(tmp_path):
-    result = cut(Reference(Transformer, HISTORY), tmp_path / "ffn", layers=("*.up",))
+def test_feed_forward_widths_and_ranks_are_pruned(tmp_path):
+    result = prune_reference(Reference(Transformer, HISTORY), tmp_path / "ffn", layers=("*.up",))
     assert result.network.architecture.config == {"ffn": 16}
     with_code(result.plan.of("blocks.0.q").reasons, "not_matched", patterns=("*.up",))
-    low = cut(Reference(Crossed, SCHEMA), tmp_path / "rank")
-    assert low.network.architecture.config == {"cross_rank": 8}
-    assert [layer.out_features for layer in low.module.down] == [8, 8, 8]
-    assert [layer.in_features for layer in low.module.up] == [8, 8, 8]
+    low_rank_result = prune_reference(Reference(LowRankCrossNet, SCHEMA), tmp_path / "rank")
+    assert low_rank_result.network.architecture.config == {"cross_rank": 8}
+    assert [layer.out_features for layer in low_rank_result.module.down] == [8, 8, 8]
+    assert [layer.in_features for layer in low_rank_result.module.up] == [8, 8, 8]
 
 
-def test_heads_that_share_out_another_width_stay_with_that_reason(tmp_path):
-    result = cut(Reference(Split, HISTORY), tmp_path)
+def test_heads_that_split_another_width_are_skipped_with_a_reason(tmp_path):
+    result = prune_reference(Reference(SplitHeadsTransformer, HISTORY), tmp_path)
     assert result.network.architecture.config == {"ffn": 16}
     reasons = result.plan.of("blocks.0.q").reasons
     with_code(reasons, "size_of_other", module="item")
     with_code(reasons, "split_width", argument="heads")
 
 
-def test_a_layer_over_a_sequence_works_once_a_position():
+def test_multiply_adds_of_a_layer_over_a_sequence_are_counted_per_position():
     reference = Reference(Transformer, HISTORY)
-    work = multiply_adds(reference.model().module, HISTORY)
-    assert work["blocks.0.up"] == 6 * 12 * 32
-    assert work["out"] == 17
+    macs = multiply_adds(reference.model().module, HISTORY)
+    assert macs["blocks.0.up"] == 6 * 12 * 32
+    assert macs["out"] == 17
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_half_of_a_transformers_multiply_adds_stay(scope, tmp_path):
+def test_a_flops_target_of_a_half_keeps_at_most_half_of_the_multiply_adds(scope, tmp_path):
     reference = Reference(Transformer, HISTORY, {"ffn": 64, "heads": 8})
     before = sum(multiply_adds(reference.model().module, HISTORY).values())
-    result = cut(reference, tmp_path, flops=0.5, scope=scope, multiple=4)
+    result = prune_reference(reference, tmp_path, flops=0.5, scope=scope, multiple=4)
     after = sum(multiply_adds(result.module, HISTORY).values())
-    # One head of two blocks is 2 * 4 * 4 * 12 * 6 of 41,489 multiply-adds: a step of 5.6 %.
+    # Removing one head of both blocks saves 2 * 4 * 4 * 12 * 6 of 41,489 multiply-adds, 5.6 %.
     assert 0.4 < after / before <= 0.5
     reasons = result.plan.of("blocks.0.up").reasons
     with_code(reasons, "multiply_adds_left", share=pytest.approx(after / before))
@@ -109,16 +116,16 @@ def test_half_of_a_transformers_multiply_adds_stay(scope, tmp_path):
     assert 0.4 < share <= 0.5
 
 
-def test_a_head_cannot_go_without_its_queries(tmp_path):
+def test_keys_without_their_queries_are_not_pruned(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
-        cut(Reference(Transformer, HISTORY), tmp_path, layers=("*.k",))
+        prune_reference(Reference(Transformer, HISTORY), tmp_path, layers=("*.k",))
     reasons = caught.value.fields["reasons"]["blocks.0.k"]
     with_code(reasons, "shares_width", width="heads", layer="blocks.0.q")
     with_code(reasons, "not_matched", patterns=("*.k",))
 
 
-class Halved(Plain):
-    """A second layer of half the width: no whole channel of it follows a channel of the first."""
+class HalfWidthLayerNet(HiddenLayerNet):
+    """Has a second layer of ``width // 2``: one channel less of the first is half of one less."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__(width)
@@ -129,9 +136,9 @@ class Halved(Plain):
         return F.relu(self.second(F.relu(x)))
 
 
-def test_half_a_channel_is_no_group(tmp_path):
+def test_a_layer_followed_by_one_of_half_its_width_is_skipped_with_a_reason(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
-        cut(Reference(Halved, SCHEMA), tmp_path)
+        prune_reference(Reference(HalfWidthLayerNet, SCHEMA), tmp_path)
     assert caught.value.fields["reasons"]["hidden"] == (
         Reason("grows_differently", module="out", argument="width"),
     )

@@ -1,4 +1,4 @@
-"""How many channels each width keeps, and in how many rounds."""
+"""``channels``: how many channels each width keeps, and pruning in rounds with training."""
 
 import hypothesis.strategies as st
 import pytest
@@ -6,7 +6,7 @@ import torch
 from error_codes import raises_code, raises_value_error
 from hypothesis import given
 from models import NORMED, QUICKLY, RANKER, Reference
-from narrow_networks import SCHEMA, Branched, Plain
+from narrow_networks import SCHEMA, HiddenLayerNet, ResidualConcatNet
 from reason_codes import codes_of, with_code
 from torch import nn
 from torch.nn import functional as F
@@ -29,44 +29,46 @@ from compressors.prune.structure import prunable_widths
 from compressors.prune.structure.channel_consumers import layouts, readers_of, trace
 from compressors.prune.structure.config_widths import Width, find_widths
 
-WIDE = Reference(Branched, SCHEMA, {"left": 32, "right": 48, "deep": 64})
+WIDE = Reference(ResidualConcatNet, SCHEMA, {"left": 32, "right": 48, "deep": 64})
 
 
-def work_of(module: nn.Module) -> float:
+def total_multiply_adds(module: nn.Module) -> float:
     return sum(multiply_adds(module, SCHEMA).values())
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
-def test_the_multiply_adds_left_are_the_most_within_the_target(scope, target, tmp_path):
+def test_the_remaining_multiply_adds_are_at_most_the_target_and_close_to_it(
+    scope, target, tmp_path
+):
     source, bench = WIDE.model(), WIDE.bench(tmp_path / "data")
     step = Channels(flops=target, multiple=4, scope=scope)
     result = run(step, source, bench, tmp_path / "out")
-    share = work_of(result.module) / work_of(source.module)
+    share = total_multiply_adds(result.module) / total_multiply_adds(source.module)
     # Four channels of one width are at most 7 % of these layers.
     assert target - 0.07 < share <= target
     with_code(result.plan.of("deep").reasons, "multiply_adds_left", share=pytest.approx(share))
     assert all(value % 4 == 0 for value in result.network.architecture.config.values())
 
 
-def test_a_target_below_the_smallest_widths_is_refused_with_what_can_be_reached(tmp_path):
+def test_a_target_below_the_smallest_widths_raises_share_unreachable(tmp_path):
     with raises_code(StepRefused, "share_unreachable", units="multiply-adds"):
         run(Channels(flops=0.01), WIDE.model(), WIDE.bench(tmp_path), tmp_path / "out")
 
 
-def test_predicted_multiply_adds_are_those_of_the_narrower_network(tmp_path):
+def test_remaining_multiply_adds_equal_those_of_the_pruned_network(tmp_path):
     source = WIDE.model()
     widths = tuple(find_widths(source)[0].values())
     counts = {("left",): 8, ("right",): 20, ("deep",): 40}
-    work = multiply_adds(source.module, SCHEMA)
-    assert work["deep"] == 80 * 64
-    built = Branched(left=8, right=20, deep=40).eval()
-    assert remaining_multiply_adds(work, source.module, widths, counts) == pytest.approx(
-        work_of(built)
+    macs_of_layers = multiply_adds(source.module, SCHEMA)
+    assert macs_of_layers["deep"] == 80 * 64
+    built = ResidualConcatNet(left=8, right=20, deep=40).eval()
+    assert remaining_multiply_adds(macs_of_layers, source.module, widths, counts) == pytest.approx(
+        total_multiply_adds(built)
     )
 
 
-def test_under_one_threshold_the_layer_with_idle_channels_loses_most(tmp_path):
+def test_global_scope_removes_most_channels_from_the_layer_with_small_weights(tmp_path):
     source, bench = WIDE.model(), WIDE.bench(tmp_path / "data")
     with torch.no_grad():
         source.module.deep.weight[8:] *= 1e-3
@@ -75,23 +77,23 @@ def test_under_one_threshold_the_layer_with_idle_channels_loses_most(tmp_path):
     step = Channels(scope="global", keep=0.7, multiple=4, least=0.125)
     result = run(step, source, bench, tmp_path / "out")
     config = result.network.architecture.config
-    assert config["deep"] == 8  # the eighth that is its floor, and all that is of use
-    # Of 32 + 32 + 48 + 64 channels 70 % stay, 123: what deep gives up the others keep.
+    assert config["deep"] == 8  # the floor of one eighth, which is all channels with large weights
+    # 70 % of 32 + 32 + 48 + 64 channels are 123, so the others keep what ``deep`` loses.
     assert 2 * config["left"] + config["right"] + 8 > 105
     reasons = result.plan.of("deep").reasons
-    share = work_of(result.module) / work_of(source.module)
+    share = total_multiply_adds(result.module) / total_multiply_adds(source.module)
     with_code(reasons, "fewer_channels", before=64, after=8, width="deep")
     with_code(reasons, "multiply_adds_left", share=pytest.approx(share))
 
 
-def test_curves_of_widths_are_in_the_same_unit():
-    """A layer of many large weights would keep everything if its sums were compared as they are."""
+def test_normalized_importance_is_decreasing_with_mean_one_and_independent_of_scale():
+    """Otherwise a layer with large weights would keep all of its channels."""
     source = WIDE.model()
     width = find_widths(source)[0]["left"]
     traces = trace(source.module, SCHEMA, {"user": 30}, width)
     readers = readers_of(width, traces, next(layouts(width)))
-    drawn = torch.rand(32, generator=torch.Generator().manual_seed(0))
-    importance = {"left": drawn, "again": drawn.flip(0)}
+    random_values = torch.rand(32, generator=torch.Generator().manual_seed(0))
+    importance = {"left": random_values, "again": random_values.flip(0)}
     curve = normalized_importance([readers], importance)[width.path]
     assert float(curve.mean()) == pytest.approx(1.0)
     assert bool((curve.diff() <= 0).all())
@@ -99,8 +101,8 @@ def test_curves_of_widths_are_in_the_same_unit():
     torch.testing.assert_close(normalized_importance([readers], larger)[width.path], curve)
 
 
-def test_comparable_importance_does_not_depend_on_a_layers_scale(tmp_path):
-    """A layer whose weights are larger, and read by as much less: the same network."""
+def test_global_widths_do_not_depend_on_the_scale_of_a_layer(tmp_path):
+    """Weights of a layer times a factor, and of its consumer divided by it: an equal network."""
     configs = []
     for factor in (1.0, 16.0):  # a power of two rounds nothing
         source = WIDE.model()
@@ -115,27 +117,27 @@ def test_comparable_importance_does_not_depend_on_a_layers_scale(tmp_path):
     assert configs[0] == configs[1]
 
 
-def test_by_activation_a_channel_counts_what_it_adds_to_its_readers(tmp_path):
-    reference = Reference(Plain, SCHEMA)
+def test_activation_importance_is_the_share_of_energy_that_a_channel_adds_to_its_consumer(tmp_path):
+    reference = Reference(HiddenLayerNet, SCHEMA)
     source, bench = reference.model(), reference.bench(tmp_path / "data")
-    found = weight_importance(source, bench, "activation", 8192)["out.weight"].sum(dim=0)
+    contribution = weight_importance(source, bench, "activation", 8192)["out.weight"].sum(dim=0)
     (rows,) = batches(bench.calibration, SCHEMA, 10_000)
     module = source.module
     with torch.no_grad():
         x = torch.cat([module.user(rows.inputs["user"]), rows.inputs["price"]], dim=1)
         hidden = F.relu(module.hidden(x))
-        added = hidden * module.out.weight  # (rows, channels)
-    energy = added.square().mean(dim=0)
-    torch.testing.assert_close(found, energy / energy.sum())
+        contributions = hidden * module.out.weight  # (rows, channels)
+    energy = contributions.square().mean(dim=0)
+    torch.testing.assert_close(contribution, energy / energy.sum())
 
 
 WIDTHS = (Width(("a",), 40, {"a": 1}, {"b": 1}), Width(("b",), 24, {"b": 1}, {"c": 1}))
 
 
 @given(st.integers(0, 99), st.sampled_from([1, 4, 8]), st.floats(0, 3), st.floats(0, 3))
-def test_a_lower_threshold_never_leaves_fewer(seed, multiple, first, second):
-    drawn = torch.Generator().manual_seed(seed)
-    curves = {w.path: torch.rand(w.value, generator=drawn) * 2 for w in WIDTHS}
+def test_a_lower_threshold_keeps_at_least_as_many_channels(seed, multiple, first, second):
+    random_values = torch.Generator().manual_seed(seed)
+    curves = {w.path: torch.rand(w.value, generator=random_values) * 2 for w in WIDTHS}
     floors = {w.path: 0.1 * w.value for w in WIDTHS}
     low, high = sorted((first, second))
     more, fewer = (kept_above_threshold(curves, WIDTHS, floors, t, multiple) for t in (low, high))
@@ -145,9 +147,9 @@ def test_a_lower_threshold_never_leaves_fewer(seed, multiple, first, second):
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(0, 60))
-def test_the_search_finds_the_last_within_the_limit(costs, limit):
+def test_largest_counts_within_finds_the_largest_cost_within_the_limit(costs, limit):
     costs = sorted(costs)
-    fits = [cost for cost in costs if cost <= limit]
+    within_limit = [cost for cost in costs if cost <= limit]
 
     def search() -> int:
         counts = largest_counts_within(
@@ -155,15 +157,15 @@ def test_the_search_finds_the_last_within_the_limit(costs, limit):
         )
         return counts["n",]
 
-    if fits:
-        assert search() == fits[-1]
+    if within_limit:
+        assert search() == within_limit[-1]
     else:
         with raises_code(StepRefused, "share_unreachable"):
             search()
 
 
 @given(st.floats(0.05, 0.99), st.sampled_from([1, 4, 8, 16]))
-def test_equal_shares_are_at_most_all_of_a_width(keep, multiple):
+def test_equal_shares_keep_between_one_and_all_channels(keep, multiple):
     first = {width.path: width.value for width in WIDTHS}
     counts = equal_shares(WIDTHS, first, keep, multiple)
     for width in WIDTHS:
@@ -174,34 +176,34 @@ def test_equal_shares_are_at_most_all_of_a_width(keep, multiple):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_rounds_end_at_the_same_widths_as_one_cut(scope, tmp_path):
+def test_three_rounds_and_one_round_keep_nearly_the_same_multiply_adds(scope, tmp_path):
     bench = WIDE.bench(tmp_path / "data")
     sizes = []
     for rounds in (1, 3):
         step = Channels(flops=0.4, multiple=4, rounds=rounds, scope=scope, importance="gradient")
         result = run(step, WIDE.model(), bench, tmp_path / f"{rounds}")
-        sizes.append(work_of(result.module) / work_of(WIDE.model().module))
+        sizes.append(total_multiply_adds(result.module) / total_multiply_adds(WIDE.model().module))
     assert max(sizes) <= 0.4
     assert abs(sizes[0] - sizes[1]) < 0.07
     with_code(result.plan.of("deep").reasons, "in_rounds", rounds=3)
 
 
-def test_each_round_judges_what_the_training_before_left(tmp_path, monkeypatch):
-    """Two rounds with training in between are a cut, a training, a cut and a training."""
+def test_each_round_prunes_the_network_that_the_previous_round_trained(tmp_path, monkeypatch):
+    """Two rounds prune, train, prune and train."""
     bench = RANKER.bench(tmp_path / "data")
-    how = QUICKLY.model_copy(update={"epochs": 2})
-    step = Channels(multiple=4, rounds=2, importance="gradient", training=how, soft_share=0.5)
+    training = QUICKLY.model_copy(update={"epochs": 2})
+    step = Channels(multiple=4, rounds=2, importance="gradient", training=training, soft_share=0.5)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     widths: list[int] = []
-    kept = Channels._train
+    original_train = Channels._train
 
-    def noted(self, model, *args):
+    def recording_train(self, model, *args):
         widths.append(model.module.hidden.out_features)
-        return kept(self, model, *args)
+        return original_train(self, model, *args)
 
-    monkeypatch.setattr(Channels, "_train", noted)
+    monkeypatch.setattr(Channels, "_train", recording_train)
     again = run(step, RANKER.model(), bench, tmp_path / "again")
-    assert widths == [12, 8]  # of 16: the root of a half, then a half
+    assert widths == [12, 8]  # of 16 channels: first the square root of a half, then a half
     for name, tensor in result.module.state_dict().items():
         assert torch.equal(tensor, again.module.state_dict()[name]), name
     plain = run(Channels(multiple=4, rounds=2), RANKER.model(), bench, tmp_path / "plain")
@@ -213,43 +215,43 @@ def test_each_round_judges_what_the_training_before_left(tmp_path, monkeypatch):
         assert outcome.code in ("trained_to_epoch", "training_unchanged"), name
 
 
-def test_a_run_that_was_killed_goes_on_in_its_round(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_in_its_round_and_ends_with_the_same_bits(tmp_path, monkeypatch):
     bench = NORMED.bench(tmp_path / "data")
-    how = QUICKLY.model_copy(update={"epochs": 2, "patience": 5})
-    step = Channels(multiple=2, rounds=2, training=how)
-    whole = run(step, NORMED.model(), bench, tmp_path / "whole")
-    saved = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
+    training = QUICKLY.model_copy(update={"epochs": 2, "patience": 5})
+    step = Channels(multiple=2, rounds=2, training=training)
+    uninterrupted = run(step, NORMED.model(), bench, tmp_path / "whole")
+    resumable_bench = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
     run_epoch, count = compressors.distill.training.trainer._Run.epoch, []
 
-    def until_killed(self):
+    def epoch_until_killed(self):
         count.append(1)
         if len(count) == 4:
             raise KeyboardInterrupt
         run_epoch(self)
 
-    monkeypatch.setattr("compressors.distill.training.trainer._Run.epoch", until_killed)
+    monkeypatch.setattr("compressors.distill.training.trainer._Run.epoch", epoch_until_killed)
     with pytest.raises(KeyboardInterrupt):
-        run(step, NORMED.model(), saved, tmp_path / "killed")
+        run(step, NORMED.model(), resumable_bench, tmp_path / "killed")
     count.clear()
-    count.extend([0] * 10)  # from here on nothing is killed
-    again = run(step, NORMED.model(), saved, tmp_path / "again")
+    count.extend([0] * 10)  # no further epoch is interrupted
+    again = run(step, NORMED.model(), resumable_bench, tmp_path / "again")
     assert len(count) == 11  # only the last epoch of the second round was missing
-    for name, tensor in whole.module.state_dict().items():
+    for name, tensor in uninterrupted.module.state_dict().items():
         assert torch.equal(tensor, again.module.state_dict()[name]), name
 
 
-def test_soft_labels_without_training_are_refused():
+def test_soft_share_without_training_raises_a_value_error():
     with raises_value_error("soft_share_without_training"):
         Channels(soft_share=0.5)
 
 
-def test_a_width_is_proved_once(tmp_path, monkeypatch):
-    proved = []
+def test_each_width_is_checked_once(tmp_path, monkeypatch):
+    checked = []
     require_narrowable = prunable_widths.require_narrowable
     monkeypatch.setattr(
         prunable_widths,
         "require_narrowable",
-        lambda *args: proved.append(1) or require_narrowable(*args),
+        lambda *args: checked.append(1) or require_narrowable(*args),
     )
     run(Channels(), WIDE.model(), WIDE.bench(tmp_path / "data"), tmp_path / "out")
-    assert len(proved) == 3
+    assert len(checked) == 3

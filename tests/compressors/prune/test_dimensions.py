@@ -1,4 +1,4 @@
-"""Dropped dimensions become their mean, and the right ones are dropped."""
+"""``dimensions``: dropped dimensions of a table are replaced by their mean; importance scores."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from compressors.prune.tables.dimensions import (
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
-def drawn(seed: int, rows: int, dim: int) -> torch.Tensor:
+def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -34,52 +34,60 @@ def drawn(seed: int, rows: int, dim: int) -> torch.Tensor:
     rows=st.integers(1, 30),
     kept=st.sets(st.integers(0, 6), min_size=1),
 )
-def test_kept_dimensions_are_exact_and_the_others_their_mean(seed, rows, kept):
-    table, weight = drawn(seed, rows, 7), drawn(seed + 1, rows, 1).abs().squeeze(1) + 0.01
-    stay = torch.tensor(sorted(kept))
+def test_kept_dimensions_are_exact_and_dropped_ones_are_their_mean(seed, rows, kept):
+    table, weight = (
+        random_normal(seed, rows, 7),
+        random_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.01,
+    )
+    kept_columns = torch.tensor(sorted(kept))
     mean = mean_row(table, weight)
-    narrow, selection, rest = without_dimensions(table, stay, mean)
-    made = narrow @ selection + rest
+    narrow, selection, rest = without_dimensions(table, kept_columns, mean)
+    decoded = narrow @ selection + rest
     expected = mean.float().expand(rows, -1).clone()
-    expected[:, stay] = table[:, stay]
-    assert torch.equal(made, expected)  # products with zeros and ones round nothing
+    expected[:, kept_columns] = table[:, kept_columns]
+    assert torch.equal(decoded, expected)  # products with zeros and ones round nothing
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(2, 30), kept=st.integers(1, 6))
-def test_what_a_dimension_is_judged_by_is_the_error_of_dropping_it(seed, rows, kept):
-    table, weight = drawn(seed, rows, 7), drawn(seed + 1, rows, 1).abs().squeeze(1) + 0.01
-    judged = variance(table, weight)
-    stay = judged.argsort(descending=True)[:kept].sort().values
-    narrow, selection, rest = without_dimensions(table, stay, mean_row(table, weight))
-    gap = (narrow @ selection + rest - table).double()
-    error = float((weight * gap.square().sum(dim=1)).sum() / weight.sum())
+def test_variance_importance_is_the_error_of_dropping_a_dimension(seed, rows, kept):
+    table, weight = (
+        random_normal(seed, rows, 7),
+        random_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.01,
+    )
+    importance = variance(table, weight)
+    kept_columns = importance.argsort(descending=True)[:kept].sort().values
+    narrow, selection, rest = without_dimensions(table, kept_columns, mean_row(table, weight))
+    error_of_rows = (narrow @ selection + rest - table).double()
+    error = float((weight * error_of_rows.square().sum(dim=1)).sum() / weight.sum())
     # float32 means of thirty numbers of size one
-    assert error == pytest.approx(float(judged.sort().values[: 7 - kept].sum()), rel=1e-4, abs=1e-6)
+    assert error == pytest.approx(
+        float(importance.sort().values[: 7 - kept].sum()), rel=1e-4, abs=1e-6
+    )
 
 
-def test_traffic_decides_which_dimension_stays(tmp_path):
+def test_traffic_importance_weights_rows_by_lookups(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
-    seen = lookup_counts(source, bench, ["item"])["item"]
+    counts = lookup_counts(source, bench, ["item"])["item"]
     with torch.no_grad():
-        table = source.module.item.weight
-        table.zero_()
-        table[seen > 0, 2] = drawn(0, int((seen > 0).sum()), 1).squeeze(1)
-        table[seen == 0, 5] = 0.9 * drawn(1, int((seen == 0).sum()), 1).squeeze(1)
-    assert bool((seen > 0).any())
-    for importance, stays in (("variance", 5), ("traffic", 2)):
+        weight = source.module.item.weight
+        weight.zero_()
+        weight[counts > 0, 2] = random_normal(0, int((counts > 0).sum()), 1).squeeze(1)
+        weight[counts == 0, 5] = 0.9 * random_normal(1, int((counts == 0).sum()), 1).squeeze(1)
+    assert bool((counts > 0).any())
+    for importance, expected_column in (("variance", 5), ("traffic", 2)):
         step = Dimensions(tables=("item",), keep=1, importance=importance)
-        made = run(step, source, bench, tmp_path / importance).module.item
-        assert made.projection.argmax() == stays
+        table = run(step, source, bench, tmp_path / importance).module.item
+        assert table.projection.argmax() == expected_column
 
 
-def test_a_gradient_judges_what_the_loss_would_change_by(tmp_path):
-    """Against the loss itself, with a dimension moved a little towards its mean."""
+def test_gradient_importance_is_the_squared_derivative_of_the_loss_towards_the_mean(tmp_path):
+    """The derivative is estimated by moving a dimension towards its mean in small steps."""
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
     table = source.module.user.weight
     mean = mean_row(table.detach(), torch.ones(40, dtype=torch.float64))
-    (found,) = taylor(source.module, bench, {"user": mean}, 10_000).values()
+    (importance,) = taylor(source.module, bench, {"user": mean}, 10_000).values()
     (batch,) = batches(bench.train, bench.signature, 1024)
-    module = source.module.double()  # differences of losses need more digits
+    module = source.module.double()  # float32 has too few digits for differences of losses
     table = module.user.weight
     inputs = {name: x.double() if x.is_floating_point() else x for name, x in batch.inputs.items()}
 
@@ -97,15 +105,15 @@ def test_a_gradient_judges_what_the_loss_would_change_by(tmp_path):
             losses.append(loss())
             with torch.no_grad():
                 table.copy_(kept)
-        slope = (losses[0] - losses[1]) / 2e-4
+        derivative = (losses[0] - losses[1]) / 2e-4
         # the gradient is taken in float32
-        assert found[dimension] == pytest.approx(slope**2, rel=1e-3, abs=1e-12)
-    assert float(found.max()) > 1e-7
+        assert importance[dimension] == pytest.approx(derivative**2, rel=1e-3, abs=1e-12)
+    assert float(importance.max()) > 1e-7
 
 
-def test_a_dimension_nothing_reads_goes_first_by_gradient(tmp_path):
+def test_gradient_importance_drops_a_dimension_that_does_not_affect_the_loss(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
-    with torch.no_grad():  # the first input of every reader is the user's first dimension
+    with torch.no_grad():  # column 0 of every consumer reads the user table's dimension 0
         source.module.cross.weight[:, 0] = 0
         source.module.cross.weight[0, :] = 0
         source.module.cross.bias[0] = 0
@@ -115,12 +123,12 @@ def test_a_dimension_nothing_reads_goes_first_by_gradient(tmp_path):
     kept = {}
     for importance in ("variance", "gradient"):
         step = Dimensions(tables=("user",), keep=5, importance=importance)
-        made = run(step, source, bench, tmp_path / importance).module.user
-        kept[importance] = bool(made.projection[:, 0].any())
+        table = run(step, source, bench, tmp_path / importance).module.user
+        kept[importance] = bool(table.projection[:, 0].any())
     assert kept == {"variance": True, "gradient": False}
 
 
-def test_the_form_is_that_of_low_rank_and_the_plan_says_so(tmp_path):
+def test_the_plan_line_has_the_low_rank_format_and_the_dimensions_step(tmp_path):
     result = run(Dimensions(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
     line = result.plan.of("user")
     assert (line.format, line.steps) == ("low_rank", ("dimensions",))
@@ -129,7 +137,7 @@ def test_the_form_is_that_of_low_rank_and_the_plan_says_so(tmp_path):
     assert line.bytes_after == 4 * (3 * 6 + 6)
 
 
-def test_a_table_that_would_grow_stays(tmp_path):
+def test_dimensions_skips_a_table_that_would_grow(tmp_path):
     result = run(Dimensions(keep=5), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
     with_code(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
 
@@ -141,7 +149,7 @@ def test_data_driven_importance_requires_training_rows(importance, tmp_path):
         run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
 
 
-def test_a_loss_without_gradient_is_no_judge(tmp_path):
+def test_gradient_importance_without_gradients_raises_step_refused(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
     with torch.no_grad():
         source.module.out.weight.zero_()
@@ -149,7 +157,7 @@ def test_a_loss_without_gradient_is_no_judge(tmp_path):
         run(Dimensions(importance="gradient"), source, bench, tmp_path / "out")
 
 
-def test_retrieval_has_no_loss_to_take_a_gradient_of(tmp_path):
+def test_gradient_importance_for_retrieval_raises_loss_missing(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     signature = with_output(bench.signature, kind="retrieval")
     retrieval_bench = bench.model_copy(update={"signature": signature})

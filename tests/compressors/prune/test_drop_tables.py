@@ -1,4 +1,4 @@
-"""Tables that do not pay are dropped, and no others."""
+"""``drop_tables``: tables that do not improve the metric are replaced by their mean row."""
 
 import pytest
 import torch
@@ -18,31 +18,31 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 from infra.onnxruntime.sessions import Session
 
 
-def bench_of(tmp_path, reference: Reference = RANKER) -> Bench:
+def bench_with_own_labels(tmp_path, reference: Reference = RANKER) -> Bench:
     """A bench whose labels follow the network's predictions, so that tables improve the metric."""
     module, signature = reference.model().module, reference.signature
 
-    def answer(inputs):
+    def predict(inputs):
         with torch.no_grad():
             return module(**inputs).reshape(-1)
 
     parts = {
-        part: prepared(signature, reference.rows_of_tables(), tmp_path / part, seed, answer)
+        part: prepared(signature, reference.rows_of_tables(), tmp_path / part, seed, predict)
         for seed, part in enumerate(("train", "validation"))
     }
     return Bench(signature=signature, **parts)
 
 
-def without_use_of(name: str):
-    """The ranker with a table whose rows are all the same, which nothing can depend on."""
+def ranker_with_constant_table(name: str):
+    """The ranker with a table of equal rows, so that no prediction depends on its ids."""
     source = RANKER.model()
     with torch.no_grad():
         source.module.get_submodule(name).weight.copy_(torch.ones(6).mul(0.25))
     return source
 
 
-def test_a_table_nothing_depends_on_is_dropped_at_no_loss(tmp_path):
-    source, bench = without_use_of("user"), bench_of(tmp_path)
+def test_a_table_of_equal_rows_is_dropped_without_loss(tmp_path):
+    source, bench = ranker_with_constant_table("user"), bench_with_own_labels(tmp_path)
     before = quality(source.module, bench.signature, bench.validation)
     result = run(DropTables(tables=("user",)), source, bench, tmp_path / "out")
     line = result.plan.of("user")
@@ -51,46 +51,46 @@ def test_a_table_nothing_depends_on_is_dropped_at_no_loss(tmp_path):
     assert quality(result.module, bench.signature, bench.validation) == before
 
 
-def test_tables_that_pay_stay_and_the_plan_says_what_they_are_worth(tmp_path):
-    source, bench = RANKER.model(), bench_of(tmp_path)
+def test_tables_that_improve_the_metric_are_kept_and_the_plan_has_their_change(tmp_path):
+    source, bench = RANKER.model(), bench_with_own_labels(tmp_path)
     before = quality(source.module, bench.signature, bench.validation)
     result = run(DropTables(), source, bench, tmp_path / "out")
-    stays = [line for line in result.plan.lines if line.role == "table" and not line.steps]
-    assert "item" in {line.module for line in stays}
-    for line in stays:
+    kept_lines = [line for line in result.plan.lines if line.role == "table" and not line.steps]
+    assert "item" in {line.module for line in kept_lines}
+    for line in kept_lines:
         assert line.format == "float32"
         assert with_code(line.reasons, "table_kept", metric="auc").fields["change"] < 0
     assert quality(result.module, bench.signature, bench.validation) >= before
 
 
-def test_the_whole_loss_stays_within_what_is_allowed(tmp_path):
-    source, bench = RANKER.model(), bench_of(tmp_path)
+def test_the_total_loss_is_at_most_most_loss(tmp_path):
+    source, bench = RANKER.model(), bench_with_own_labels(tmp_path)
     before = quality(source.module, bench.signature, bench.validation)
     dropped = []
-    for most in (0.0, 0.02, 0.2):
-        result = run(DropTables(most_loss=most), source, bench, tmp_path / str(most))
+    for most_loss in (0.0, 0.02, 0.2):
+        result = run(DropTables(most_loss=most_loss), source, bench, tmp_path / str(most_loss))
         loss = before - quality(result.module, bench.signature, bench.validation)
-        assert loss <= most
+        assert loss <= most_loss
         dropped.append(sum(line.format == "constant" for line in result.plan.lines))
     assert dropped == sorted(dropped)
     assert dropped[-1] > dropped[0]
 
 
 def test_dropped_table_returns_its_mean_row_weighted_by_lookup_counts(tmp_path):
-    source, bench = without_use_of("city"), bench_of(tmp_path)
+    source, bench = ranker_with_constant_table("city"), bench_with_own_labels(tmp_path)
     with torch.no_grad():
         source.module.city.weight.add_(1e-9 * torch.arange(9).unsqueeze(1))
     result = run(DropTables(tables=("city",), most_loss=1), source, bench, tmp_path / "out")
     counts = lookup_counts(source, bench, ["city"])["city"] + 0.5
     weight = source.module.city.weight.detach().double()
-    wanted = (counts / counts.sum()).unsqueeze(1).mul(weight).sum(dim=0).float()
+    expected = (counts / counts.sum()).unsqueeze(1).mul(weight).sum(dim=0).float()
     with torch.no_grad():
-        found = result.module.city(torch.tensor([[0, 8]]))
-    torch.testing.assert_close(found, wanted.expand(1, 2, 6))
+        rows = result.module.city(torch.tensor([[0, 8]]))
+    torch.testing.assert_close(rows, expected.expand(1, 2, 6))
 
 
-def test_dealing_out_rows_of_a_table_of_one_row_costs_nothing(tmp_path):
-    source, bench = without_use_of("user"), bench_of(tmp_path)
+def test_permutation_loss_is_zero_for_a_table_of_equal_rows(tmp_path):
+    source, bench = ranker_with_constant_table("user"), bench_with_own_labels(tmp_path)
     before = quality(source.module, bench.signature, bench.validation)
     assert permutation_loss(source, bench, "user", before, repeats=2) == 0
     assert permutation_loss(source, bench, "item", before, repeats=2) > 0
@@ -99,15 +99,17 @@ def test_dealing_out_rows_of_a_table_of_one_row_costs_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("reference", "tables", "target"),
     [
-        # A dropped table of single ids and one of bags; TensorRT-RTX has the bag only nightly.
+        # A table of single ids and one of bags; TensorRT-RTX has the bag in the nightly tier only.
         (RANKER, ("city", "genres"), "onnxruntime"),
         pytest.param(RANKER, ("city", "genres"), "tensorrt-rtx", marks=pytest.mark.nightly),
         (COMPACT, ("genres",), "tensorrt-rtx"),
     ],
     ids=["Ranker-onnxruntime", "Ranker-tensorrt-rtx", "Compact-tensorrt-rtx"],
 )
-def test_a_dropped_table_is_lowered(reference, tables, target, tmp_path):
-    source, bench = reference.model(), bench_of(tmp_path, reference)
+def test_the_graph_of_a_model_with_dropped_tables_has_its_scores(
+    reference, tables, target, tmp_path
+):
+    source, bench = reference.model(), bench_with_own_labels(tmp_path, reference)
     signature, rows_of_tables = reference.signature, reference.rows_of_tables()
     step = DropTables(tables=tables, most_loss=1)
     result = run(step, source, bench, tmp_path / "out")
@@ -117,11 +119,11 @@ def test_a_dropped_table_is_lowered(reference, tables, target, tmp_path):
     inputs = example(signature, rows_of_tables, 50)
     with torch.no_grad():
         expected = lowered.served(*(inputs[name] for name in input_names(signature)))
-    found = Session(tmp_path / "model.onnx", 1).scores({k: v.numpy() for k, v in inputs.items()})
+    scores = Session(tmp_path / "model.onnx", 1).scores({k: v.numpy() for k, v in inputs.items()})
     # float32 sums in another order
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(scores), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_without_validation_rows_nothing_is_dropped(tmp_path):
+def test_drop_tables_without_rows_raises_nothing_to_compress(tmp_path):
     with raises_code(NothingToCompress, "rows_missing", missing=("train", "validation")):
         run(DropTables(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path / "out")

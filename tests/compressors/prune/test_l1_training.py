@@ -1,4 +1,4 @@
-"""Weights and channels that a penalty makes exactly zero, and what keeps them there."""
+"""``l1_training``: penalties that make weights or channels exactly zero, and steps after it."""
 
 import hypothesis.strategies as st
 import pytest
@@ -6,7 +6,7 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from models import NORMED, QUICKLY, RANKER, Reference, example, prepared
-from narrow_networks import SCHEMA, Branched
+from narrow_networks import SCHEMA, ResidualConcatNet
 from reason_codes import codes_of, with_code
 
 from compressors.contracts.reasons import Reason
@@ -17,11 +17,11 @@ from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.l1_training import L1Training, group_threshold, soft_threshold
 from compressors.quantize.dense.static_int8 import StaticInt8
 
-BRANCHED = Reference(Branched, SCHEMA)
-LONG = QUICKLY.model_copy(update={"epochs": 20, "schedule": "cosine"})
+RESIDUAL_CONCAT = Reference(ResidualConcatNet, SCHEMA)
+TWENTY_EPOCHS = QUICKLY.model_copy(update={"epochs": 20, "schedule": "cosine"})
 
 
-def scores(model, reference):
+def predictions(model, reference):
     inputs = example(reference.signature, reference.rows_of_tables(), 50, seed=3)
     with torch.no_grad():
         return model.module(**inputs).reshape(-1)
@@ -31,41 +31,46 @@ numbers = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=8)
 
 
 @given(numbers, st.floats(0, 3))
-def test_soft_threshold_is_the_nearest_point_under_the_penalty(values, reach):
+def test_soft_threshold_minimizes_squared_distance_plus_l1_penalty(values, threshold):
     """It minimises |x - w|^2 / 2 + reach * |x|: no other x, near or far, is better."""
     weight = torch.tensor(values, dtype=torch.float64)
 
     def cost(x: torch.Tensor) -> torch.Tensor:
-        return (x - weight).square() / 2 + reach * x.abs()
+        return (x - weight).square() / 2 + threshold * x.abs()
 
-    found = soft_threshold(weight, reach)
-    for other in (found + 1e-3, found - 1e-3, torch.zeros_like(weight), weight):
-        assert (cost(found) <= cost(other) + 1e-12).all()
+    result = soft_threshold(weight, threshold)
+    for other in (result + 1e-3, result - 1e-3, torch.zeros_like(weight), weight):
+        assert (cost(result) <= cost(other) + 1e-12).all()
 
 
 @given(st.integers(1, 5), st.integers(0, 99), st.floats(0, 2))
-def test_group_threshold_is_the_nearest_point_under_the_penalty_of_groups(count, seed, reach):
-    drawn = torch.Generator().manual_seed(seed)
-    owner = torch.randint(count, (7,), generator=drawn)
-    first = torch.randn(7, 3, generator=drawn, dtype=torch.float64)
-    second = torch.randn(count, generator=drawn, dtype=torch.float64)
-    every = torch.arange(count)
-    found = group_threshold([(first, owner), (second, every)], count, reach)
+def test_group_threshold_minimizes_squared_distance_plus_group_penalty(count, seed, threshold):
+    generator = torch.Generator().manual_seed(seed)
+    owner = torch.randint(count, (7,), generator=generator)
+    first = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    second = torch.randn(count, generator=generator, dtype=torch.float64)
+    all_groups = torch.arange(count)
+    result = group_threshold([(first, owner), (second, all_groups)], count, threshold)
     for group in range(count):
-        mine = torch.cat([first[owner == group].flatten(), second[group : group + 1]])
-        new = torch.cat([found[0][owner == group].flatten(), found[1][group : group + 1]])
-        pull = reach * len(mine) ** 0.5
-        if mine.norm() <= pull:
-            assert not new.any()
-        else:  # where the penalty has a slope, the slopes cancel
-            torch.testing.assert_close(new - mine + pull * new / new.norm(), torch.zeros_like(new))
+        group_before = torch.cat([first[owner == group].flatten(), second[group : group + 1]])
+        group_after = torch.cat([result[0][owner == group].flatten(), result[1][group : group + 1]])
+        group_threshold_norm = threshold * len(group_before) ** 0.5
+        if group_before.norm() <= group_threshold_norm:
+            assert not group_after.any()
+        else:  # the gradients of distance and penalty add to zero
+            torch.testing.assert_close(
+                group_after
+                - group_before
+                + group_threshold_norm * group_after / group_after.norm(),
+                torch.zeros_like(group_after),
+            )
 
 
-def test_more_strength_gives_more_zeros_and_the_plan_counts_them(tmp_path):
+def test_a_larger_penalty_gives_more_zeros_and_the_plan_has_their_share(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     shares = []
     for strength in (0.01, 0.05, 0.2):
-        step = L1Training(penalty_strength=strength, training=LONG)
+        step = L1Training(penalty_strength=strength, training=TWENTY_EPOCHS)
         result = run(step, RANKER.model(), bench, tmp_path / f"{strength}")
         zeros = float((result.module.hidden.weight == 0).float().mean())
         shares.append(zeros)
@@ -73,14 +78,14 @@ def test_more_strength_gives_more_zeros_and_the_plan_counts_them(tmp_path):
         with_code(line.reasons, "zeros", share=pytest.approx(zeros))
         assert line.bytes_after == line.bytes_before
     assert 0 < shares[0] < shares[1] < shares[2] <= 1
-    # Without a penalty Adam lands on zero by no chance.
-    plain = run(FineTune(training=LONG), RANKER.model(), bench, tmp_path / "plain")
-    assert not (plain.module.hidden.weight == 0).any()
+    # Without a penalty, Adam does not make weights exactly zero.
+    fine_tuned = run(FineTune(training=TWENTY_EPOCHS), RANKER.model(), bench, tmp_path / "plain")
+    assert not (fine_tuned.module.hidden.weight == 0).any()
 
 
-def test_only_the_named_layers_are_penalized_and_all_are_trained(tmp_path):
+def test_only_matching_layers_are_penalized_and_all_layers_are_trained(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    step = L1Training(layers=("hidden",), penalty_strength=0.1, training=LONG)
+    step = L1Training(layers=("hidden",), penalty_strength=0.1, training=TWENTY_EPOCHS)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     assert (result.module.hidden.weight == 0).any()
     assert not (result.module.cross.weight == 0).any()
@@ -89,7 +94,7 @@ def test_only_the_named_layers_are_penalized_and_all_are_trained(tmp_path):
     with_code(result.plan.of("hidden").reasons, "penalty", strength=0.1, part="weight")
 
 
-def test_the_last_epoch_counts_though_it_is_worse(tmp_path, caplog):
+def test_training_returns_the_last_epoch_even_if_the_metric_fell(tmp_path, caplog):
     """The labels are the network's predictions: every epoch with a penalty lowers the metric."""
     source = NORMED.model()
     rows = prepared(
@@ -100,13 +105,15 @@ def test_the_last_epoch_counts_though_it_is_worse(tmp_path, caplog):
         lambda inputs: source.module(**inputs).reshape(-1),
     )
     bench = NORMED.bench(tmp_path / "data").model_copy(update={"validation": rows})
-    how = QUICKLY.model_copy(update={"epochs": 4, "patience": 1})
-    result = run(L1Training(penalty_strength=1.0, training=how), source, bench, tmp_path / "out")
+    training = QUICKLY.model_copy(update={"epochs": 4, "patience": 1})
+    result = run(
+        L1Training(penalty_strength=1.0, training=training), source, bench, tmp_path / "out"
+    )
     assert (result.module.hidden.weight == 0).any()
     assert [r.message for r in caplog.records if r.message.startswith("epoch 4")]
 
 
-def test_training_afterwards_keeps_the_zeros(tmp_path):
+def test_fine_tuning_keeps_zero_weights(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     step = L1Training(penalty_strength=0.5, training=QUICKLY.model_copy(update={"epochs": 3}))
     sparse = run(step, RANKER.model(), bench, tmp_path / "sparse")
@@ -119,14 +126,16 @@ def test_training_afterwards_keeps_the_zeros(tmp_path):
         assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize(("reference", "layer"), [(BRANCHED, "right"), (NORMED, "hidden")])
-def test_channels_that_became_zero_are_cut_without_a_change(reference, layer, tmp_path):
-    """Also in a residual sum or before a norm, whose scale and shift belong to the channel."""
+@pytest.mark.parametrize(("reference", "layer"), [(RESIDUAL_CONCAT, "right"), (NORMED, "hidden")])
+def test_channels_removes_zero_channels_without_changing_predictions(reference, layer, tmp_path):
+    """Also in a residual sum and before a norm, whose weights become zero as well."""
     bench = reference.bench(tmp_path / "data")
-    step = L1Training(penalty="group", penalty_strength=0.4, training=LONG, soft_share=0.5)
+    step = L1Training(penalty="group", penalty_strength=0.4, training=TWENTY_EPOCHS, soft_share=0.5)
     sparse = run(step, reference.model(), bench, tmp_path / "sparse")
     weights = dict(sparse.module.named_parameters())
-    dead = {n: int((weights[f"{n}.weight"] == 0).all(dim=1).sum()) for n in _makers(reference)}
+    dead = {
+        n: int((weights[f"{n}.weight"] == 0).all(dim=1).sum()) for n in pruned_layers(reference)
+    }
     assert dead[layer] > 0
     reasons = sparse.plan.of(layer).reasons
     width = len(weights[f"{layer}.bias"])
@@ -134,24 +143,24 @@ def test_channels_that_became_zero_are_cut_without_a_change(reference, layer, tm
     zero = (weights[f"{layer}.weight"] == 0).all(dim=1)
     assert not weights[f"{layer}.bias"][zero].any()
     assert not weights["norm.weight"][zero].any()
-    if reference is BRANCHED:
+    if reference is RESIDUAL_CONCAT:
         pair = [(weights[f"{n}.weight"] == 0).all(dim=1) for n in ("left", "again")]
         assert torch.equal(*pair)
     keep = 1 - dead[layer] / width
-    cutting = Channels(importance="activation", layers=(layer,), keep=keep, multiple=1)
-    cut = run(cutting, sparse, bench, tmp_path / "cut")
+    step = Channels(importance="activation", layers=(layer,), keep=keep, multiple=1)
+    cut = run(step, sparse, bench, tmp_path / "cut")
     assert cut.module.get_submodule(layer).out_features == width - dead[layer]
-    # Sums of fewer terms round otherwise.
+    # Sums of fewer terms round differently.
     torch.testing.assert_close(
-        scores(cut, reference), scores(sparse, reference), rtol=1e-5, atol=1e-6
+        predictions(cut, reference), predictions(sparse, reference), rtol=1e-5, atol=1e-6
     )
 
 
-def _makers(reference) -> tuple[str, ...]:
-    return ("left", "again", "right", "deep") if reference is BRANCHED else ("hidden",)
+def pruned_layers(reference) -> tuple[str, ...]:
+    return ("left", "again", "right", "deep") if reference is RESIDUAL_CONCAT else ("hidden",)
 
 
-def test_packed_layers_have_nothing_to_penalize(tmp_path):
+def test_l1_training_of_packed_layers_raises_nothing_to_compress(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     packed = run(StaticInt8(), NORMED.model(), bench, tmp_path / "packed")
     with raises_code(NothingToCompress, "units_missing") as caught:

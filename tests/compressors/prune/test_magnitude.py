@@ -1,4 +1,4 @@
-"""The smallest weights set to zero."""
+"""``magnitude``: the smallest weights of each layer, or of all layers, are set to zero."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -14,25 +14,25 @@ sizes = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, ma
 
 
 @given(sizes, st.floats(0, 1), st.integers(0, 2**20))
-def test_the_smallest_weights_become_zero_and_no_other_changes(shapes, share, seed):
-    drawn = np.random.default_rng(seed)
-    weights = [torch.tensor(drawn.normal(size=shape)) for shape in shapes]
+def test_zero_smallest_zeroes_the_smallest_weights_and_changes_no_others(shapes, share, seed):
+    random = np.random.default_rng(seed)
+    weights = [torch.tensor(random.normal(size=shape)) for shape in shapes]
     result = zero_smallest(weights, share)
     before = torch.cat([weight.flatten() for weight in weights])
     after = torch.cat([weight.flatten() for weight in result])
-    gone = after == 0
-    assert int(gone.sum()) == round(share * len(before))
-    assert torch.equal(after[~gone], before[~gone])
-    if bool(gone.any()) and not bool(gone.all()):
-        assert before[gone].abs().max() <= before[~gone].abs().min()
+    is_zero = after == 0
+    assert int(is_zero.sum()) == round(share * len(before))
+    assert torch.equal(after[~is_zero], before[~is_zero])
+    if bool(is_zero.any()) and not bool(is_zero.all()):
+        assert before[is_zero].abs().max() <= before[~is_zero].abs().min()
 
 
-def test_of_equal_weights_exactly_the_share_goes():
+def test_zero_smallest_of_equal_weights_zeroes_exactly_the_share():
     (result,) = zero_smallest([torch.full((4, 5), -2.0)], 0.25)
     assert int((result == 0).sum()) == 5
 
 
-def test_a_share_of_each_layer_or_of_all_layers_together(tmp_path):
+def test_magnitude_zeroes_a_share_of_each_layer_or_of_all_layers_together(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     source = RANKER.model()
     with torch.no_grad():
@@ -42,10 +42,12 @@ def test_a_share_of_each_layer_or_of_all_layers_together(tmp_path):
         step = Magnitude(share=0.5, scope=scope, layers=layers)
         result = run(step, source, bench, tmp_path / scope).module
         shares = [float((getattr(result, name).weight == 0).float().mean()) for name in layers]
-        cells = [getattr(result, name).weight.numel() for name in layers]
+        weights_of_layers = [getattr(result, name).weight.numel() for name in layers]
         if scope == "layer":
             assert shares == pytest.approx([0.5, 0.5], abs=0.01)
-        else:  # cross's are all smaller, so they go first
-            assert shares[0] == pytest.approx(min(1, 0.5 * sum(cells) / cells[0]))
+        else:  # all weights of ``cross`` are smaller than those of ``hidden``
+            assert shares[0] == pytest.approx(
+                min(1, 0.5 * sum(weights_of_layers) / weights_of_layers[0])
+            )
             assert shares[1] == 0
         assert bool((result.plain.weight != 0).all())

@@ -1,4 +1,4 @@
-"""Merged rows are within the stated distance, and equal rows are found in any order."""
+"""``merge_rows``: rows within a distance of each other are stored once, as their mean."""
 
 import pytest
 import torch
@@ -12,18 +12,18 @@ from compressors.core.runner import run
 from compressors.prune.tables.merge_rows import MergeRows, merged
 
 
-def drawn(seed: int, rows: int, dim: int) -> torch.Tensor:
+def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
-@given(seed=st.integers(0, 10**6), different=st.integers(1, 20), rows=st.integers(1, 60))
-def test_equal_rows_become_one_and_no_others(seed, different, rows):
-    choice = torch.randint(different, (rows,), generator=torch.Generator().manual_seed(seed))
-    table = drawn(seed, different, 5)[choice]
-    place, unique = merged(table, torch.ones(rows), 0)
+@given(seed=st.integers(0, 10**6), distinct=st.integers(1, 20), rows=st.integers(1, 60))
+def test_merging_within_zero_merges_exactly_the_equal_rows(seed, distinct, rows):
+    choice = torch.randint(distinct, (rows,), generator=torch.Generator().manual_seed(seed))
+    table = random_normal(seed, distinct, 5)[choice]
+    index, unique = merged(table, torch.ones(rows), 0)
     assert len(unique) == len(choice.unique())
-    # A mean of equal float32 numbers, taken in float64, is that number.
-    assert torch.equal(unique[place], table)
+    # The float64 mean of equal float32 numbers is exact.
+    assert torch.equal(unique[index], table)
 
 
 @given(
@@ -32,48 +32,53 @@ def test_equal_rows_become_one_and_no_others(seed, different, rows):
     within=st.floats(0.01, 2),
     dim=st.integers(1, 9),
 )
-def test_no_row_is_merged_with_a_leader_beyond_reach(seed, rows, within, dim):
-    table, weight = drawn(seed, rows, dim), drawn(seed + 1, rows, 1).abs().squeeze(1) + 0.1
-    place, unique = merged(table, weight, within)
-    reach = within * float(table.double().square().sum(dim=1).mean().sqrt())
+def test_merged_rows_are_within_the_distance_of_their_leader_and_become_their_mean(
+    seed, rows, within, dim
+):
+    table, weight = (
+        random_normal(seed, rows, dim),
+        random_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.1,
+    )
+    index, unique = merged(table, weight, within)
+    largest_distance = within * float(table.double().square().sum(dim=1).mean().sqrt())
     for number in range(len(unique)):
-        members = (place == number).nonzero().squeeze(1)
-        heaviest = members[weight[members].argmax()]
-        gap = (table[members].double() - table[heaviest].double()).square().sum(dim=1).sqrt()
-        assert float(gap.max()) <= reach
-        share = weight[members].double().unsqueeze(1)
-        mean = (share * table[members].double()).sum(dim=0) / share.sum()
+        members = (index == number).nonzero().squeeze(1)
+        leader = members[weight[members].argmax()]
+        distance = (table[members].double() - table[leader].double()).square().sum(dim=1).sqrt()
+        assert float(distance.max()) <= largest_distance
+        weights = weight[members].double().unsqueeze(1)
+        mean = (weights * table[members].double()).sum(dim=0) / weights.sum()
         torch.testing.assert_close(unique[number].double(), mean, rtol=1e-6, atol=1e-7)
 
 
 @given(seed=st.integers(0, 10**6))
-def test_the_order_of_rows_does_not_decide_what_is_merged(seed):
-    centres = drawn(seed, 5, 6) * 10
-    noise = 0.01 * drawn(seed + 1, 40, 6)
+def test_merged_groups_do_not_depend_on_the_order_of_rows(seed):
+    centres = random_normal(seed, 5, 6) * 10
+    noise = 0.01 * random_normal(seed + 1, 40, 6)
     table = centres[torch.arange(40) % 5] + noise
     order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
     weight = torch.arange(40) + 1.0
-    place, _ = merged(table, weight, 0.01)
+    index, _ = merged(table, weight, 0.01)
     shuffled, _ = merged(table[order], weight[order], 0.01)
-    same = place[order].unsqueeze(0) == place[order].unsqueeze(1)
-    assert torch.equal(shuffled.unsqueeze(0) == shuffled.unsqueeze(1), same)
+    expected = index[order].unsqueeze(0) == index[order].unsqueeze(1)
+    assert torch.equal(shuffled.unsqueeze(0) == shuffled.unsqueeze(1), expected)
 
 
-def test_rows_around_a_few_centres_become_about_so_many():
-    centres = drawn(0, 8, 6) * 10
-    table = centres[torch.arange(400) % 8] + 0.001 * drawn(1, 400, 6)
+def test_rows_close_to_eight_centres_become_8_to_12_rows():
+    centres = random_normal(0, 8, 6) * 10
+    table = centres[torch.arange(400) % 8] + 0.001 * random_normal(1, 400, 6)
     _, unique = merged(table, torch.ones(400), 0.01)
-    assert 8 <= len(unique) <= 12  # pairs at borders of cells may be missed
+    assert 8 <= len(unique) <= 12  # pairs on both sides of a cell border may not be compared
 
 
-def test_places_are_in_the_order_of_their_first_rows():
+def test_merged_rows_are_numbered_by_first_occurrence():
     table = torch.tensor([[3.0], [1.0], [3.0], [2.0]])
-    place, unique = merged(table, torch.ones(4), 0)
-    assert place.tolist() == [0, 1, 0, 2]
+    index, unique = merged(table, torch.ones(4), 0)
+    assert index.tolist() == [0, 1, 0, 2]
     assert unique.squeeze(1).tolist() == [3, 1, 2]
 
 
-def with_twins() -> Model:
+def ranker_with_equal_rows() -> Model:
     """The ranker with an item table of 40 different rows."""
     source = RANKER.model()
     with torch.no_grad():
@@ -81,8 +86,8 @@ def with_twins() -> Model:
     return source
 
 
-def test_twins_of_a_table_are_stored_once(tmp_path):
-    source, bench = with_twins(), RANKER.bench(tmp_path / "data")
+def test_equal_rows_of_a_table_are_stored_once(tmp_path):
+    source, bench = ranker_with_equal_rows(), RANKER.bench(tmp_path / "data")
     result = run(MergeRows(), source, bench, tmp_path / "out")
     line = result.plan.of("item")
     assert codes_of(line.reasons) == ["merged_equal", "merged_rows"]
@@ -92,12 +97,12 @@ def test_twins_of_a_table_are_stored_once(tmp_path):
     ids = torch.arange(300)
     with torch.no_grad():
         assert torch.equal(result.module.item(ids), source.module.item(ids))
-    kept = result.plan.of("user")
-    assert (kept.format, kept.steps) == ("float32", ())
-    assert codes_of(kept.reasons) == ["merged_equal", "nothing_better", "merged_rows"]
-    with_code(kept.reasons, "merged_rows", rows=40, unique=40)
+    unchanged = result.plan.of("user")
+    assert (unchanged.format, unchanged.steps) == ("float32", ())
+    assert codes_of(unchanged.reasons) == ["merged_equal", "nothing_better", "merged_rows"]
+    with_code(unchanged.reasons, "merged_rows", rows=40, unique=40)
 
 
-def test_a_tolerance_below_zero_is_refused():
+def test_a_negative_distance_raises_a_value_error():
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         MergeRows(within=-1)

@@ -1,4 +1,4 @@
-"""Row pruning: the right rows are kept bit for bit, and the others get their replacement."""
+"""``prune_rows`` and ``tiers``: kept rows are unchanged, pruned ones get a replacement row."""
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 ROWS = 300  # of table item
 
 
-def pruned(tmp_path, **settings):
+def prune_item_table(tmp_path, **settings):
     step = PruneRows(tables=("item",), **settings)
     result = run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
     with torch.no_grad():
         return result, result.module.item(torch.arange(ROWS))
 
 
-def score(tmp_path, importance: str) -> torch.Tensor:
+def importance_of_rows(tmp_path, importance: str) -> torch.Tensor:
     model, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
     weight = model.module.item.weight.detach()
     match importance:
@@ -38,66 +38,69 @@ def score(tmp_path, importance: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("importance", ["traffic", "norm", "gradient"])
-@pytest.mark.parametrize("answer", ["shared", "zero", "nearest"])
-def test_the_most_important_rows_stay_bit_for_bit(importance, answer, tmp_path):
-    result, found = pruned(tmp_path, keep=0.2, importance=importance, pruned=answer)
+@pytest.mark.parametrize("replacement", ["shared", "zero", "nearest"])
+def test_the_most_important_rows_are_kept_bit_for_bit(importance, replacement, tmp_path):
+    result, rows = prune_item_table(tmp_path, keep=0.2, importance=importance, pruned=replacement)
     weight = RANKER.model().module.item.weight.detach()
-    same = (found == weight).all(dim=1)
-    assert int(same.sum()) == 60
-    scores = score(tmp_path, importance)
-    assert scores[same].min() >= scores[~same].max()
+    is_kept = (rows == weight).all(dim=1)
+    assert int(is_kept.sum()) == 60
+    scores = importance_of_rows(tmp_path, importance)
+    assert scores[is_kept].min() >= scores[~is_kept].max()
     reasons = result.plan.of("item").reasons
     with_code(reasons, "kept_rows", kept=60, rows=300, importance=importance)
 
 
-def test_the_reason_says_what_share_of_lookups_is_touched(tmp_path):
-    result, found = pruned(tmp_path, keep=0.1, pruned="shared")
+def test_the_plan_has_the_share_of_lookups_of_pruned_rows(tmp_path):
+    result, rows = prune_item_table(tmp_path, keep=0.1, pruned="shared")
     counts = lookup_counts(RANKER.model(), RANKER.bench(tmp_path / "data"), ["item"])["item"]
-    touched = ~(found == RANKER.model().module.item.weight).all(dim=1)
-    wanted = float(counts[touched].sum() / counts.sum())
+    is_pruned = ~(rows == RANKER.model().module.item.weight).all(dim=1)
+    expected = float(counts[is_pruned].sum() / counts.sum())
     reasons = result.plan.of("item").reasons
-    with_code(reasons, "pruned_lookups", share=pytest.approx(wanted))
-    assert wanted > 0
+    with_code(reasons, "pruned_lookups", share=pytest.approx(expected))
+    assert expected > 0
 
 
-def test_pruned_ids_share_the_mean_weighted_by_lookups(tmp_path):
-    _, found = pruned(tmp_path, keep=0.2, pruned="shared")
+def test_pruned_rows_share_their_mean_weighted_by_lookups(tmp_path):
+    _, rows = prune_item_table(tmp_path, keep=0.2, pruned="shared")
     weight = RANKER.model().module.item.weight.detach()
-    gone = ~(found == weight).all(dim=1)
+    is_pruned = ~(rows == weight).all(dim=1)
     counts = lookup_counts(RANKER.model(), RANKER.bench(tmp_path / "data"), ["item"])["item"]
-    share = (counts[gone] + 0.5) / (counts[gone] + 0.5).sum()
-    wanted = (share.unsqueeze(1) * weight[gone].double()).sum(dim=0).float()
-    torch.testing.assert_close(found[gone], wanted.expand(240, -1))
+    share = (counts[is_pruned] + 0.5) / (counts[is_pruned] + 0.5).sum()
+    expected = (share.unsqueeze(1) * weight[is_pruned].double()).sum(dim=0).float()
+    torch.testing.assert_close(rows[is_pruned], expected.expand(240, -1))
 
 
-def test_rows_pruned_to_zero_stay_zero_after_int4(tmp_path):
-    result, found = pruned(tmp_path, keep=0.2, pruned="zero")
-    gone = (found == 0).all(dim=1)
-    assert int(gone.sum()) == 240
+def test_rows_pruned_to_zero_are_zero_after_int4(tmp_path):
+    result, rows = prune_item_table(tmp_path, keep=0.2, pruned="zero")
+    is_pruned = (rows == 0).all(dim=1)
+    assert int(is_pruned.sum()) == 240
     packed = run(RowwiseInt4(), result, RANKER.bench(tmp_path / "data"), tmp_path / "packed")
     with torch.no_grad():
-        assert not packed.module.item(torch.arange(ROWS))[gone].any()
+        assert not packed.module.item(torch.arange(ROWS))[is_pruned].any()
 
 
 def test_pruned_rows_are_replaced_by_the_nearest_kept_row(tmp_path):
-    _, found = pruned(tmp_path, keep=0.2, importance="norm", pruned="nearest")
+    _, rows = prune_item_table(tmp_path, keep=0.2, importance="norm", pruned="nearest")
     weight = RANKER.model().module.item.weight.detach()
-    kept = (found == weight).all(dim=1)
-    best = torch.cdist(weight.double(), weight[kept].double()).amin(dim=1)
+    kept = (rows == weight).all(dim=1)
+    nearest_distance = torch.cdist(weight.double(), weight[kept].double()).amin(dim=1)
     # float32 sums of seven squares
-    torch.testing.assert_close((found - weight).double().square().sum(dim=1).sqrt(), best)
+    torch.testing.assert_close(
+        (rows - weight).double().square().sum(dim=1).sqrt(), nearest_distance
+    )
 
 
-def test_bytes_are_a_map_and_the_rows_that_stay(tmp_path):
-    plan = pruned(tmp_path, keep=0.2, pruned="shared")[0].plan
-    assert plan.of("item").bytes_after == 300 + 4 * 3  # a byte a row, four a block of 128
+def test_bytes_are_those_of_a_row_map_and_the_kept_rows(tmp_path):
+    plan = prune_item_table(tmp_path, keep=0.2, pruned="shared")[0].plan
+    # one byte per row and four bytes per block of 128 rows
+    assert plan.of("item").bytes_after == 300 + 4 * 3
     assert plan.of("item.kept").bytes_after == 61 * 7 * 4
-    plan = pruned(tmp_path, keep=0.2, pruned="nearest")[0].plan
-    assert plan.of("item").bytes_after == 300  # 60 places: one byte each
+    plan = prune_item_table(tmp_path, keep=0.2, pruned="nearest")[0].plan
+    assert plan.of("item").bytes_after == 300  # an index below 60 has one byte
     assert plan.of("item.unique").bytes_after == 60 * 7 * 4
 
 
-def test_a_table_whose_map_would_cost_more_stays(tmp_path):
+def test_a_table_that_its_row_map_would_enlarge_raises_nothing_to_compress(tmp_path):
     step = PruneRows(tables=("city",), keep=0.99, pruned="shared")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
@@ -106,17 +109,17 @@ def test_a_table_whose_map_would_cost_more_stays(tmp_path):
     )
 
 
-def test_the_only_row_of_a_table_stays(tmp_path):
+def test_a_table_of_one_row_is_skipped_with_a_reason(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    one = run(
+    one_row = run(
         ClusterRows(tables=("city",), hot=0, clusters=1), RANKER.model(), bench, tmp_path / "one"
     )
-    result = run(PruneRows(), one, bench, tmp_path / "out")
+    result = run(PruneRows(), one_row, bench, tmp_path / "out")
     with_code(result.plan.of("city.unique").reasons, "too_few_rows", rows=1, min_rows=2)
-    assert torch.equal(result.module.city.unique.weight, one.module.city.unique.weight)
+    assert torch.equal(result.module.city.unique.weight, one_row.module.city.unique.weight)
 
 
-def test_without_training_rows_nothing_is_pruned(tmp_path):
+def test_prune_rows_without_training_rows_raises_nothing_to_compress(tmp_path):
     with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
         run(PruneRows(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path / "out")
 
@@ -124,7 +127,7 @@ def test_without_training_rows_nothing_is_pruned(tmp_path):
 # --- tiers -----------------------------------------------------------------------------------
 
 
-def test_tiers_keep_every_row_and_put_the_most_looked_up_apart(tmp_path):
+def test_tiers_keep_all_rows_and_store_the_most_looked_up_in_the_hot_table(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     result = run(Tiers(tables=("item",)), RANKER.model(), bench, tmp_path / "out")
     weight = RANKER.model().module.item.weight.detach()
@@ -132,37 +135,39 @@ def test_tiers_keep_every_row_and_put_the_most_looked_up_apart(tmp_path):
         assert torch.equal(result.module.item(torch.arange(ROWS)), weight)
     hot = result.module.item.hot.weight
     counts = lookup_counts(RANKER.model(), bench, ["item"])["item"]
-    chosen = torch.tensor([bool((row == hot).all(dim=1).any()) for row in weight])
-    assert len(hot) == int(chosen.sum()) == 30
-    assert counts[chosen].min() >= counts[~chosen].max()
-    wanted = float(counts[chosen].sum() / counts.sum())
-    with_code(result.plan.of("item").reasons, "hot_lookups", share=pytest.approx(wanted))
+    is_hot = torch.tensor([bool((row == hot).all(dim=1).any()) for row in weight])
+    assert len(hot) == int(is_hot.sum()) == 30
+    assert counts[is_hot].min() >= counts[~is_hot].max()
+    expected = float(counts[is_hot].sum() / counts.sum())
+    with_code(result.plan.of("item").reasons, "hot_lookups", share=pytest.approx(expected))
 
 
-def test_each_tier_is_packed_in_its_own_format(tmp_path):
+def test_a_pattern_compresses_one_tier_and_keeps_the_other(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    parted = run(Tiers(tables=("item",), hot=0.5), RANKER.model(), bench, tmp_path / "parted")
-    packed = run(RowwiseInt4(tables=("*.cold",)), parted, bench, tmp_path / "packed")
+    tiered = run(Tiers(tables=("item",), hot=0.5), RANKER.model(), bench, tmp_path / "parted")
+    packed = run(RowwiseInt4(tables=("*.cold",)), tiered, bench, tmp_path / "packed")
     assert packed.plan.of("item.cold").format == "rowwise_int4"
     assert packed.plan.of("item.hot").format == "float32"
     weight = RANKER.model().module.item.weight.detach()
     with torch.no_grad():
-        same = (packed.module.item(torch.arange(ROWS)) == weight).all(dim=1)
-    assert int(same.sum()) == 150
+        is_kept = (packed.module.item(torch.arange(ROWS)) == weight).all(dim=1)
+    assert int(is_kept.sum()) == 150
 
 
-# --- a number of lookups instead of a share ----------------------------------------------------
+# --- min_lookups: rows kept by their number of lookups -----------------------------------------
 
 
-@pytest.mark.parametrize("fewest", [1, 2])
-def test_rows_stay_that_training_looks_up_so_often(fewest, tmp_path):
+@pytest.mark.parametrize("min_lookups", [1, 2])
+def test_min_lookups_keeps_rows_with_at_least_as_many_lookups_in_training(min_lookups, tmp_path):
     source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
     counts = lookup_counts(source, bench, ["item"])["item"]
-    step = PruneRows(tables=("item",), min_lookups=fewest, pruned="shared")
+    step = PruneRows(tables=("item",), min_lookups=min_lookups, pruned="shared")
     result = run(step, source, bench, tmp_path / "out")
-    kept = counts >= fewest
+    kept = counts >= min_lookups
     reasons = result.plan.of("item").reasons
-    with_code(reasons, "kept_rows_by_lookups", kept=int(kept.sum()), rows=300, min_lookups=fewest)
+    with_code(
+        reasons, "kept_rows_by_lookups", kept=int(kept.sum()), rows=300, min_lookups=min_lookups
+    )
     ids = torch.arange(300)
     with torch.no_grad():
         before, after = source.module.item(ids), result.module.item(ids)
@@ -171,7 +176,7 @@ def test_rows_stay_that_training_looks_up_so_often(fewest, tmp_path):
         assert len(torch.unique(after[~kept], dim=0)) == 1
 
 
-def test_a_table_stays_whose_map_would_cost_more_than_pruning_saves(tmp_path):
+def test_a_table_whose_row_map_costs_more_than_pruning_saves_is_skipped(tmp_path):
     source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
     result = run(PruneRows(min_lookups=1, pruned="shared"), source, bench, tmp_path / "out")
     line = result.plan.of("city")  # 9 rows, all of which training looks up
@@ -179,6 +184,6 @@ def test_a_table_stays_whose_map_would_cost_more_than_pruning_saves(tmp_path):
     with_code(line.reasons, "row_map_too_large")
 
 
-def test_lookups_need_importance_by_traffic():
+def test_min_lookups_without_traffic_importance_raises_a_value_error():
     with raises_value_error("min_lookups_without_traffic", importance="norm"):
         PruneRows(min_lookups=2, importance="norm")

@@ -1,4 +1,4 @@
-"""Maps of rows: every row is found where it was put."""
+"""Row maps of pruned tables: encoded positions of rows, and the ops that decode them."""
 
 import torch
 from hypothesis import given
@@ -13,57 +13,59 @@ from compressors.prune.tables.row_map import byte_planes, bytes_needed
     repeats=st.integers(1, 3),
     dtype=st.sampled_from([torch.int32, torch.int64]),
 )
-def test_each_row_finds_its_place_among_its_own_kind(kept, repeats, dtype):
-    chosen = torch.tensor(kept * repeats)
-    within, before = kept_order(chosen)
-    ids = torch.arange(len(chosen), dtype=dtype)
-    place = torch.ops.recpress.kept_place(within, before, ids)
-    assert torch.equal(place[chosen], torch.arange(int(chosen.sum())))
-    assert torch.equal(-1 - place[~chosen], torch.arange(int((~chosen).sum())))
-    assert within.nbytes + before.nbytes == len(chosen) + 4 * -(-len(chosen) // BLOCK)
+def test_kept_place_counts_kept_rows_from_0_and_pruned_rows_from_minus_1(kept, repeats, dtype):
+    is_kept = torch.tensor(kept * repeats)
+    rank_in_block, before = kept_order(is_kept)
+    ids = torch.arange(len(is_kept), dtype=dtype)
+    position = torch.ops.recpress.kept_place(rank_in_block, before, ids)
+    assert torch.equal(position[is_kept], torch.arange(int(is_kept.sum())))
+    assert torch.equal(-1 - position[~is_kept], torch.arange(int((~is_kept).sum())))
+    assert rank_in_block.nbytes + before.nbytes == len(is_kept) + 4 * -(-len(is_kept) // BLOCK)
 
 
-def test_blocks_of_one_kind_only_use_the_whole_byte():
-    for kind in (True, False):
-        within, _ = kept_order(torch.full((2 * BLOCK,), kind))
-        ends = (0, 127) if kind else (-128, -1)
-        assert (int(within.min()), int(within.max())) == ends
+def test_ranks_of_blocks_of_only_kept_or_pruned_rows_fit_in_a_byte():
+    for is_kept in (True, False):
+        rank_in_block, _ = kept_order(torch.full((2 * BLOCK,), is_kept))
+        expected = (0, 127) if is_kept else (-128, -1)
+        assert (int(rank_in_block.min()), int(rank_in_block.max())) == expected
 
 
 @given(
-    places=st.sampled_from([1, 2, 255, 256, 257, 65_536, 65_537, 2**24, 2**24 + 1, 2**31]),
+    count=st.sampled_from([1, 2, 255, 256, 257, 65_536, 65_537, 2**24, 2**24 + 1, 2**31]),
     seed=st.integers(0, 10**6),
 )
-def test_any_place_survives_its_bytes(places, seed):
-    drawn = torch.randint(places, (50,), generator=torch.Generator().manual_seed(seed))
-    edges = torch.tensor([0, places - 1, places // 2])
-    wanted = torch.cat([edges, drawn])
-    planes = byte_planes(wanted, places)
-    ids = torch.arange(len(wanted)).reshape(1, -1)
-    assert torch.equal(torch.ops.recpress.planned_place(planes, ids)[0], wanted)
-    assert planes.shape[1] == bytes_needed(places)
+def test_byte_planes_decode_to_the_encoded_positions(count, seed):
+    random_positions = torch.randint(count, (50,), generator=torch.Generator().manual_seed(seed))
+    first_and_last = torch.tensor([0, count - 1, count // 2])
+    expected = torch.cat([first_and_last, random_positions])
+    planes = byte_planes(expected, count)
+    ids = torch.arange(len(expected)).reshape(1, -1)
+    assert torch.equal(torch.ops.recpress.planned_place(planes, ids)[0], expected)
+    assert planes.shape[1] == bytes_needed(count)
 
 
-def test_bytes_are_as_few_as_hold_every_place():
-    few = {1: 1, 256: 1, 257: 2, 65_536: 2, 65_537: 3, 2**24: 3, 2**24 + 1: 4}
-    assert {places: bytes_needed(places) for places in few} == few
+def test_bytes_needed_is_the_smallest_number_for_every_position():
+    expected = {1: 1, 256: 1, 257: 2, 65_536: 2, 65_537: 3, 2**24: 3, 2**24 + 1: 4}
+    assert {count: bytes_needed(count) for count in expected} == expected
 
 
-def test_the_ops_are_what_they_say_they_are():
-    """Schema, fake kernel and real kernel agree, so an export traces what runs."""
-    within, before = kept_order(torch.tensor([True, False, True] * 50))
+def test_row_map_ops_pass_opcheck():
+    """Schema, fake kernel and real kernel agree, as an export requires."""
+    rank_in_block, before = kept_order(torch.tensor([True, False, True] * 50))
     ids = torch.tensor([[0, 149], [7, 128]])
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.recpress.kept_place, (within, before, ids), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.recpress.kept_place, (rank_in_block, before, ids), test_utils=tests
+    )
     planes = byte_planes(torch.arange(300), 300)
     torch.library.opcheck(torch.ops.recpress.planned_place, (planes, ids), test_utils=tests)
 
 
-def test_of_equal_scores_the_first_rows_are_chosen():
+def test_most_selects_the_first_of_equal_scores():
     score = torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0])
     assert most(score, 3).tolist() == [True, True, False, True, False]
 
 
-def test_a_share_of_no_lookups_is_none():
+def test_share_of_no_lookups_is_zero():
     assert share(torch.zeros(4), torch.tensor([True, False, True, False])) == 0
     assert share(torch.tensor([3.0, 1.0]), torch.tensor([True, False])) == 0.75

@@ -1,4 +1,4 @@
-"""Two zeros among every four inputs: which, what stays, and what keeps them."""
+"""``sparse_2_4``: two zeros among every four inputs, refitted weights, and steps after it."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -33,73 +33,81 @@ seeds = st.integers(0, 2**20)
 LAYERS = ("cross", "hidden", "capped", "plain", "out")
 
 
-def drawn(outputs: int, inputs: int, seed: int) -> Tensor:
+def random_normal(outputs: int, inputs: int, seed: int) -> Tensor:
     random = np.random.default_rng(seed)
     return torch.tensor(random.normal(size=(outputs, inputs)), dtype=torch.float32)
 
 
 def gram_of(rows: int, inputs: int, seed: int) -> Tensor:
-    """Of inputs that go together."""
-    x = (drawn(rows, inputs, seed) @ drawn(inputs, inputs, seed + 1)).relu().double()
+    """Gram matrix float64 ``(inputs, inputs)`` of correlated random inputs."""
+    x = (
+        (random_normal(rows, inputs, seed) @ random_normal(inputs, inputs, seed + 1))
+        .relu()
+        .double()
+    )
     return x.T @ x
 
 
-@given(size=sizes, seed=seeds, weighed=st.booleans())
-def test_of_every_four_the_two_most_important_stay(size, seed, weighed):
+@given(size=sizes, seed=seeds, has_norms=st.booleans())
+def test_kept_2_4_keeps_the_two_most_important_of_every_four_inputs(size, seed, has_norms):
     inputs, outputs = size
-    weight = drawn(outputs, inputs, seed)
-    norms = torch.tensor(np.random.default_rng(seed).random(inputs)).float() if weighed else None
+    weight = random_normal(outputs, inputs, seed)
+    norms = torch.tensor(np.random.default_rng(seed).random(inputs)).float() if has_norms else None
     kept = kept_2_4(weight, norms)
-    fours = kept.reshape(-1, 4)
-    assert (fours.sum(dim=1) == 2).all()
+    groups = kept.reshape(-1, 4)
+    assert (groups.sum(dim=1) == 2).all()
     importance = (weight.abs() if norms is None else weight.abs() * norms).reshape(-1, 4)
-    least_kept = importance.masked_fill(~fours, torch.inf).amin(dim=1)
-    most_gone = importance.masked_fill(fours, -1).amax(dim=1)
-    assert (least_kept >= most_gone).all()
+    smallest_kept = importance.masked_fill(~groups, torch.inf).amin(dim=1)
+    largest_removed = importance.masked_fill(groups, -1).amax(dim=1)
+    assert (smallest_kept >= largest_removed).all()
     assert is_2_4(torch.where(kept, weight, 0.0))
 
 
-def test_an_input_that_is_large_keeps_a_small_weight():
+def test_kept_2_4_multiplies_weights_by_the_norms_of_their_inputs():
     weight = torch.tensor([[0.1, 1.0, 2.0, 3.0]])
     assert kept_2_4(weight).tolist() == [[False, False, True, True]]
     norms = torch.tensor([100.0, 1.0, 1.0, 1.0])
     assert kept_2_4(weight, norms).tolist() == [[True, False, False, True]]
 
 
-def test_of_equal_weights_the_first_stay():
+def test_kept_2_4_keeps_the_first_of_equal_weights():
     assert kept_2_4(torch.ones(2, 8)).tolist() == [[True, True, False, False] * 2] * 2
 
 
 @given(size=sizes, rows=st.integers(1, 40), seed=seeds)
-def test_reconstruction_keeps_the_zeros_and_never_costs_an_output(size, rows, seed):
+def test_refit_kept_weights_keeps_zeros_and_never_increases_the_error_of_an_output(
+    size, rows, seed
+):
     inputs, outputs = size
-    weight, gram = drawn(outputs, inputs, seed), gram_of(rows, inputs, seed)
+    weight, gram = random_normal(outputs, inputs, seed), gram_of(rows, inputs, seed)
     kept = kept_2_4(weight)
-    found = refit_kept_weights(weight, kept, gram)
-    assert found.dtype == weight.dtype
-    assert not found[~kept].any()
-    gone = squared_error(torch.where(kept, weight, 0.0) - weight, gram)
-    # the sums are of float32 weights
-    assert (squared_error(found - weight, gram) <= gone * (1 + 1e-4) + 1e-9).all()
+    refitted = refit_kept_weights(weight, kept, gram)
+    assert refitted.dtype == weight.dtype
+    assert not refitted[~kept].any()
+    removed = squared_error(torch.where(kept, weight, 0.0) - weight, gram)
+    # the weights are rounded to float32
+    assert (squared_error(refitted - weight, gram) <= removed * (1 + 1e-4) + 1e-9).all()
 
 
 @given(size=sizes, seed=seeds)
-def test_reconstruction_is_the_least_squares_solution_on_what_stays(size, seed):
+def test_refit_kept_weights_equals_the_damped_least_squares_solution(size, seed):
     inputs, outputs = size
-    weight, gram = drawn(outputs, inputs, seed), gram_of(60, inputs, seed)
+    weight, gram = random_normal(outputs, inputs, seed), gram_of(60, inputs, seed)
     kept = kept_2_4(weight)
-    found = refit_kept_weights(weight, kept, gram)
-    curved = gram + DAMPING * gram.diagonal().mean() * torch.eye(inputs)
+    refitted = refit_kept_weights(weight, kept, gram)
+    damped_gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(inputs)
     for channel in range(outputs):
-        stays = kept[channel]
-        gone = curved[stays][:, ~stays] @ weight[channel][~stays].double()
-        exact = weight[channel][stays].double() + torch.linalg.solve(curved[stays][:, stays], gone)
-        # stored in float32; conjugate gradients stop at a millionth of the slope
-        torch.testing.assert_close(found[channel][stays].double(), exact, rtol=1e-3, atol=1e-4)
+        is_kept = kept[channel]
+        removed = damped_gram[is_kept][:, ~is_kept] @ weight[channel][~is_kept].double()
+        exact = weight[channel][is_kept].double() + torch.linalg.solve(
+            damped_gram[is_kept][:, is_kept], removed
+        )
+        # stored in float32; conjugate gradients stop at a millionth of the initial residual
+        torch.testing.assert_close(refitted[channel][is_kept].double(), exact, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "activation"])
-def test_a_models_layers_become_sparse_and_the_plan_says_what_is_left(importance, tmp_path):
+def test_all_layers_of_a_model_become_2_4_sparse_with_reasons_in_the_plan(importance, tmp_path):
     source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
     result = run(Sparse24(importance=importance), source, bench, tmp_path / "out")
     for name in LAYERS:
@@ -111,7 +119,7 @@ def test_a_models_layers_become_sparse_and_the_plan_says_what_is_left(importance
     assert sparse_layers(source.module, source.plan) == ()
 
 
-def test_by_magnitude_alone_no_rows_are_read(tmp_path):
+def test_magnitude_importance_without_reconstruction_reads_no_rows(tmp_path):
     step = Sparse24(importance="magnitude", reconstruct=False)
     source = RANKER.model()
     result = run(step, source, Bench(signature=RANKER.signature), tmp_path / "out")
@@ -121,7 +129,7 @@ def test_by_magnitude_alone_no_rows_are_read(tmp_path):
         run(Sparse24(), source, Bench(signature=RANKER.signature), tmp_path / "not")
 
 
-def test_a_layer_of_other_inputs_than_fours_stays_with_the_reason(tmp_path):
+def test_a_layer_whose_inputs_are_not_a_multiple_of_four_is_skipped_with_a_reason(tmp_path):
     wide = Reference(Ranker, RANKER.signature, {"width": 18})
     plan = run(Sparse24(), wide.model(), wide.bench(tmp_path / "data"), tmp_path / "out").plan
     with_code(plan.of("plain").reasons, "inputs_not_multiple", inputs=18)
@@ -129,28 +137,28 @@ def test_a_layer_of_other_inputs_than_fours_stays_with_the_reason(tmp_path):
     assert plan.of("hidden").steps == ("sparse_2_4",)
 
 
-def test_zeros_survive_training_and_the_formats_that_sparse_kernels_take(tmp_path):
+def test_training_and_formats_with_sparse_kernels_keep_the_2_4_pattern(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    sparse = run(Sparse24(), RANKER.model(), bench, tmp_path / "sparse")
-    tuned = run(FineTune(training=QUICKLY), sparse, bench, tmp_path / "tuned")
+    expected = run(Sparse24(), RANKER.model(), bench, tmp_path / "expected")
+    tuned = run(FineTune(training=QUICKLY), expected, bench, tmp_path / "tuned")
     assert tuned.plan.of("hidden").steps == ("sparse_2_4", "fine_tune")
-    assert not torch.equal(tuned.module.hidden.weight, sparse.module.hidden.weight)
+    assert not torch.equal(tuned.module.hidden.weight, expected.module.hidden.weight)
     assert sparse_layers(tuned.module, tuned.plan) == LAYERS
     for step in (StaticInt8(), Float16(), BFloat16Dense()):
         packed = run(step, tuned, bench, tmp_path / step.kind)
         assert sparse_layers(packed.module, packed.plan) == LAYERS
-    # Weight-only codes are dense for a kernel, also where they stand for zeros.
+    # Kernels for weight-only codes are dense, so the zeros save nothing.
     packed = run(WeightInt4(), tuned, bench, tmp_path / "int4")
     assert sparse_layers(packed.module, packed.plan) == ()
 
 
 @pytest.mark.parametrize(
-    ("weight", "sparse"),
+    ("weight", "expected"),
     [
         (torch.tensor([[1, 0, 0, 2, 0, 0, 0, 0]], dtype=torch.int8), True),
         (torch.tensor([[1, 0, 0, 2, 3, 4, 5, 0]], dtype=torch.int8), False),
         (torch.zeros(2, 6), False),
     ],
 )
-def test_is_2_4_is_true_only_for_the_2_4_pattern(weight, sparse):
-    assert is_2_4(weight) == sparse
+def test_is_2_4_is_true_only_for_the_2_4_pattern(weight, expected):
+    assert is_2_4(weight) == expected

@@ -1,4 +1,7 @@
-"""Who reads whom: what lets numbers through, and what else reads a layer."""
+"""Dataflow between layers: consumers, operators on the way, and layers that must not change.
+
+A layer is "fixed" if its numbers must not change, for example because other code reads its weight.
+"""
 
 from collections.abc import Callable
 
@@ -7,7 +10,7 @@ import torch
 from chained_networks import BLOCK, CHAIN, NORM_FIRST
 from error_codes import raises_code
 from models import RANKER, Reference, compressed
-from narrow_networks import SCHEMA, Branching, Plain
+from narrow_networks import SCHEMA, Branching, HiddenLayerNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,18 +23,18 @@ from compressors.rewrite.dataflow import Dataflow, Reader, dataflow
 from compressors.rewrite.fold import Fold
 
 
-def of(reference: Reference) -> Dataflow:
+def dataflow_of(reference: Reference) -> Dataflow:
     return dataflow(reference.model().module, reference.signature)
 
 
-def test_positive_factors_pass_relus_slopes_and_views():
-    found = of(CHAIN)
-    assert found.readers["a"] == (Reader("b", ("leaky_relu",)),)
-    assert found.readers["b"] == (Reader("c", ("prelu", "clamp")), Reader("d", ("prelu", "clamp")))
-    assert found.direct_consumers("b") == ()
+def test_consumers_are_found_through_relus_prelus_and_views():
+    flow = dataflow_of(CHAIN)
+    assert flow.readers["a"] == (Reader("b", ("leaky_relu",)),)
+    assert flow.readers["b"] == (Reader("c", ("prelu", "clamp")), Reader("d", ("prelu", "clamp")))
+    assert flow.direct_consumers("b") == ()
 
 
-BENDS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "relu": (torch.relu, True),
     "leaky": (lambda x: F.leaky_relu(x, 0.2), True),
     "at zero": (lambda x: x.clamp(min=0), True),
@@ -45,58 +48,59 @@ BENDS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 }
 
 
-class Bent(Plain):
-    def __init__(self, bend: str) -> None:
+class ActivationNet(HiddenLayerNet):
+    def __init__(self, activation: str) -> None:
         super().__init__()
-        self.bend = bend
+        self.activation = activation
 
     def between(self, x: Tensor) -> Tensor:
-        return BENDS[self.bend][0](x)
+        return ACTIVATIONS[self.activation][0](x)
 
 
-@pytest.mark.parametrize("bend", BENDS)
-def test_a_bend_passes_if_positive_factors_do(bend):
-    function, passes = BENDS[bend]
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_consumers_are_found_through_an_activation_only_if_it_is_positively_homogeneous(activation):
+    function, is_followed = ACTIVATIONS[activation]
     x = 6 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     scale = torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5
-    alike = torch.allclose(function(x * scale), function(x) * scale)
-    assert alike == passes
-    assert ("hidden" in of(Reference(Bent, SCHEMA, {"bend": bend})).readers) == passes
+    is_homogeneous = torch.allclose(function(x * scale), function(x) * scale)
+    assert is_homogeneous == is_followed  # f(scale * x) = scale * f(x)
+    flow = dataflow_of(Reference(ActivationNet, SCHEMA, {"activation": activation}))
+    assert ("hidden" in flow.readers) == is_followed
 
 
-def test_what_stops_them_is_named():
-    found = of(CHAIN)
-    assert found.reasons["c"] == Reason("output_enters", operator="gelu")
-    assert found.reasons["d"] == Reason("output_enters", operator="tanh")
+def test_a_layer_without_consumers_has_a_reason_that_names_the_operator():
+    flow = dataflow_of(CHAIN)
+    assert flow.reasons["c"] == Reason("output_enters", operator="gelu")
+    assert flow.reasons["d"] == Reason("output_enters", operator="tanh")
     called_again = Reason("called_again")
-    assert found.reasons["e"] == Reason("reader_closed", reader="twice", why=called_again)
-    assert of(RANKER).reasons["capped"] == Reason("output_enters", operator="relu6")
+    assert flow.reasons["e"] == Reason("reader_closed", reader="twice", why=called_again)
+    assert dataflow_of(RANKER).reasons["capped"] == Reason("output_enters", operator="relu6")
 
 
-def test_layers_whose_numbers_cannot_change_are_closed():
-    assert of(CHAIN).fixed == {
+def test_layers_called_twice_or_read_elsewhere_are_fixed():
+    assert dataflow_of(CHAIN).fixed == {
         "twice": Reason("called_again"),
         "looked": Reason("weight_read_elsewhere"),
     }
 
 
 def test_dataflow_of_norms_before_and_after_a_layer():
-    found = of(NORM_FIRST)
-    assert found.direct_consumers("first") == ("hidden",)
-    assert found.only_producer("second") == "plain"
-    assert found.only_producer("third") is None  # the sum reads what the norm reads
-    assert found.reasons["deep"] == Reason("output_enters", operator="add")
+    flow = dataflow_of(NORM_FIRST)
+    assert flow.direct_consumers("first") == ("hidden",)
+    assert flow.only_producer("second") == "plain"
+    assert flow.only_producer("third") is None  # a sum also reads the input of this norm
+    assert flow.reasons["deep"] == Reason("output_enters", operator="add")
 
 
-def test_a_norm_that_three_layers_read_over_a_sequence():
-    found = of(BLOCK)
-    assert found.direct_consumers("first") == ("query", "key", "value")
-    assert found.readers["up"] == (Reader("down", ("relu",)),)
-    assert found.direct_consumers("last") == ("out",)
-    assert found.dims["query"] == 3
+def test_dataflow_of_a_norm_whose_output_three_layers_of_a_transformer_read():
+    flow = dataflow_of(BLOCK)
+    assert flow.direct_consumers("first") == ("query", "key", "value")
+    assert flow.readers["up"] == (Reader("down", ("relu",)),)
+    assert flow.direct_consumers("last") == ("out",)
+    assert flow.dims["query"] == 3
 
 
-class Tied(nn.Module):
+class TiedWeightsNet(nn.Module):
     def __init__(self, width: int = 9) -> None:
         super().__init__()
         self.user = nn.Embedding(30, 4)
@@ -108,22 +112,22 @@ class Tied(nn.Module):
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
         x = F.relu(self.a(torch.cat([self.user(user), price], dim=1)))
-        # the first of two halves: other channels than went in
+        # Each channel becomes an axis of size 1 and is selected again, so this changes nothing.
         x = self.c(F.relu(self.b(x))).unflatten(1, (9, 1)).select(2, 0)
         score: Tensor = self.out(F.relu(x))
         return score
 
 
-def test_shared_computed_and_unused_weights_are_closed():
-    found = of(Reference(Tied, SCHEMA))
-    assert found.fixed["a"] == Reason("shares_tensor", other="b")
-    assert found.fixed["b"] == Reason("shares_tensor", other="a")
-    assert "c" not in found.readers  # its weight is computed at every call
-    assert found.fixed["c"] == found.fixed["spare"] == Reason("not_called")
+def test_layers_with_shared_computed_or_unused_weights_are_fixed():
+    flow = dataflow_of(Reference(TiedWeightsNet, SCHEMA))
+    assert flow.fixed["a"] == Reason("shares_tensor", other="b")
+    assert flow.fixed["b"] == Reason("shares_tensor", other="a")
+    assert "c" not in flow.readers  # its weight is computed at every call
+    assert flow.fixed["c"] == flow.fixed["spare"] == Reason("not_called")
 
 
-class Columns(nn.Module):
-    """Views, and picks of rows and of columns."""
+class ViewsNet(nn.Module):
+    """Views and selections after a layer, some of which move channels to other positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,32 +146,32 @@ class Columns(nn.Module):
         return score
 
 
-def test_channels_are_followed_only_while_they_stay_in_place():
-    found = of(Reference(Columns, SCHEMA))
-    assert found.direct_consumers("kept") == ("first",)
-    assert found.reasons["moved"] == Reason("output_enters", operator="select")
-    assert found.reasons["turned"] == Reason("output_enters", operator="view")
+def test_consumers_are_found_through_views_only_if_channels_keep_their_positions():
+    flow = dataflow_of(Reference(ViewsNet, SCHEMA))
+    assert flow.direct_consumers("kept") == ("first",)
+    assert flow.reasons["moved"] == Reason("output_enters", operator="select")
+    assert flow.reasons["turned"] == Reason("output_enters", operator="view")
 
 
 def test_a_step_traces_the_network_once(monkeypatch, tmp_path):
     counts = []
-    traced = dataflow_module._graphs
+    original = dataflow_module._graphs
 
-    def counted(module: nn.Module, signature: Signature) -> object:
+    def counting_graphs(module: nn.Module, signature: Signature) -> object:
         counts.append(1)
-        return traced(module, signature)
+        return original(module, signature)
 
-    monkeypatch.setattr(dataflow_module, "_graphs", counted)
+    monkeypatch.setattr(dataflow_module, "_graphs", counting_graphs)
     run_or_skip(Fold(), NORM_FIRST.model(), NORM_FIRST.bench(tmp_path / "data"), tmp_path / "out")
     assert len(counts) == 1
 
 
-def test_packed_layers_are_nobodys_neighbours():
+def test_packed_layers_have_no_consumers():
     model = compressed("Ranker", ("static_int8",))
     assert not dataflow(model.module, RANKER.signature).readers
 
 
-def test_a_network_that_cannot_be_exported_is_refused_in_a_sentence():
+def test_a_network_that_cannot_be_exported_raises_step_refused():
     with raises_code(StepRefused, "network_not_traceable") as refusal:
         dataflow(Branching(), SCHEMA.model_copy(update={"inputs": SCHEMA.inputs}))
     assert refusal.value.__cause__ is not None

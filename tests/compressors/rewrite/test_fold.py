@@ -1,4 +1,4 @@
-"""Norms become part of layers and dead channels go: the same scores from fewer operators."""
+"""``fold``: norms folded into dense layers, dead channels, and features that no layer reads."""
 
 import copy
 from pathlib import Path
@@ -50,7 +50,10 @@ DCN = Reference(
 )
 
 
-def folded(reference: Reference, folder: Path, source: Model | None = None) -> tuple[Model, Model]:
+def fold_reference(
+    reference: Reference, folder: Path, source: Model | None = None
+) -> tuple[Model, Model]:
+    """The source, by default the reference's model, and the result of ``Fold`` on it."""
     source = source or reference.model()
     return source, run(Fold(), source, reference.bench(folder / "data"), folder / "out")
 
@@ -61,14 +64,16 @@ def folded(reference: Reference, folder: Path, source: Model | None = None) -> t
     st.booleans(),
     st.integers(0, 2**31),
 )
-def test_a_factor_and_an_offset_become_part_of_the_layer(inputs, outputs, biased, seed):
-    drawn = torch.Generator().manual_seed(seed)
+def test_scaled_outputs_and_inputs_equal_a_factor_and_an_offset_after_and_before_the_layer(
+    inputs, outputs, has_bias, seed
+):
+    generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=drawn, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     x, weight = numbers(5, inputs), numbers(outputs, inputs)
-    bias = numbers(outputs) if biased else None
+    bias = numbers(outputs) if has_bias else None
     scale, shift = numbers(outputs), numbers(outputs)
     after = F.linear(x, *scaled_outputs(weight, bias, scale, shift))
     torch.testing.assert_close(after, F.linear(x, weight, bias) * scale + shift)
@@ -78,7 +83,7 @@ def test_a_factor_and_an_offset_become_part_of_the_layer(inputs, outputs, biased
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_batch_norm_is_a_factor_and_an_offset(affine):
+def test_batch_norm_factors_compute_the_norm_in_evaluation_mode(affine):
     norm = nn.BatchNorm1d(5, eps=1e-3, affine=affine).double().eval()
     for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
         nn.init.uniform_(tensor, 0.2, 2.0)
@@ -88,7 +93,7 @@ def test_a_batch_norm_is_a_factor_and_an_offset(affine):
 
 
 @pytest.mark.parametrize(
-    ("reference", "gone"),
+    ("reference", "folded_norms"),
     [
         (NORMED, ["norm"]),
         (DCN, ["perceptron.1", "perceptron.5"]),
@@ -97,20 +102,20 @@ def test_a_batch_norm_is_a_factor_and_an_offset(affine):
     ],
     ids=["normed", "dcnv2", "norm-first", "block"],
 )
-def test_scores_stay_the_same_and_the_norms_are_gone(reference, gone, tmp_path):
-    source, result = folded(reference, tmp_path)
+def test_fold_removes_norms_and_keeps_scores(reference, folded_norms, tmp_path):
+    source, result = fold_reference(reference, tmp_path)
     before, after = scores_of(source.private(), reference), scores_of(result, reference)
     assert (after - before).abs().max() <= float32_rounding(before)
     norms = [n for n, part in result.module.named_modules() if isinstance(part, FoldedNorm)]
-    assert norms == gone
+    assert norms == folded_norms
     other = result.plan.of("(other)")
-    assert (other.bytes_after < other.bytes_before) == bool(gone)
-    for name in gone:
+    assert (other.bytes_after < other.bytes_before) == bool(folded_norms)
+    for name in folded_norms:
         assert name in with_code(other.reasons, "folded_norms").fields["norms"]
 
 
-def test_the_affine_part_of_a_norm_goes_into_all_that_reads_it(tmp_path):
-    _, result = folded(BLOCK, tmp_path)
+def test_the_affine_part_of_a_layer_norm_is_folded_into_all_its_consumers(tmp_path):
+    _, result = fold_reference(BLOCK, tmp_path)
     for norm in (result.module.first, result.module.second):
         assert bool((norm.weight == 1).all())
         assert not bool(norm.bias.any())
@@ -122,28 +127,28 @@ def test_the_affine_part_of_a_norm_goes_into_all_that_reads_it(tmp_path):
     assert caught.value.fields["reasons"]["query"] == (Reason("norm_already_folded", norm="first"),)
 
 
-def test_a_layer_without_bias_cannot_take_an_offset(tmp_path):
+def test_a_norm_with_an_offset_before_a_layer_without_bias_is_kept(tmp_path):
     reference = Reference(NormFirst, SCHEMA, {"bias": False})
-    source, result = folded(reference, tmp_path)
+    source, result = fold_reference(reference, tmp_path)
     assert isinstance(result.module.first, FoldedNorm)
     assert isinstance(result.module.second, nn.BatchNorm1d)
-    stays = with_code(result.plan.of("plain").reasons, "norm_kept", norm="second")
-    assert stays.fields["why"] == Reason("no_bias_for_offset", layer="deep")
+    kept_norm = with_code(result.plan.of("plain").reasons, "norm_kept", norm="second")
+    assert kept_norm.fields["why"] == Reason("no_bias_for_offset", layer="deep")
     assert torch.equal(source.module.deep.weight, result.module.deep.weight)
 
 
-def test_a_norm_without_an_offset_goes_into_a_layer_without_bias(tmp_path):
+def test_a_norm_without_an_offset_is_folded_into_a_layer_without_bias(tmp_path):
     reference = Reference(NormFirst, SCHEMA, {"bias": False})
     source = reference.model()
     nn.init.zeros_(source.module.second.running_mean)
-    source, result = folded(reference, tmp_path, source)
+    source, result = fold_reference(reference, tmp_path, source)
     assert isinstance(result.module.second, FoldedNorm)
     assert result.plan.of("plain").reasons == (Reason("norm_folded", step="fold", norm="second"),)
     before = scores_of(source.private(), reference)
     assert (scores_of(result, reference) - before).abs().max() <= float32_rounding(before)
 
 
-def test_layers_that_are_not_named_keep_their_norms(tmp_path):
+def test_norms_of_layers_that_do_not_match_the_pattern_are_kept(tmp_path):
     bench = DCN.bench(tmp_path / "data")
     result = run(Fold(layers=("perceptron.4",)), DCN.model(), bench, tmp_path / "out")
     assert isinstance(result.module.perceptron[1], nn.BatchNorm1d)
@@ -154,20 +159,20 @@ def test_layers_that_are_not_named_keep_their_norms(tmp_path):
 
 
 def with_dead_channels(reference: Reference = NORMED) -> Model:
-    """One row of zeros, one factor of zero in the norm, one channel that nothing reads."""
+    """Channel 3 has zero weights, 7 a zero factor in the norm, and no layer reads channel 5."""
     source = reference.model()
-    # Of its own: with some constants from the global generator the scores hardly depend on them.
-    drawn = torch.Generator().manual_seed(0)
+    # A generator with a fixed seed, because for some constants the scores hardly change.
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         source.module.hidden.weight[3] = 0
         source.module.norm.weight[7] = 0
-        source.module.norm.bias.uniform_(0.1, 0.5, generator=drawn)  # dead channels output numbers
+        source.module.norm.bias.uniform_(0.1, 0.5, generator=generator)  # constants other than zero
         source.module.out.weight[:, 5] = 0
     return source
 
 
-def test_dead_channels_go_and_their_constant_stays(tmp_path):
-    source, result = folded(NORMED, tmp_path, with_dead_channels())
+def test_dead_channels_are_removed_and_their_constant_output_is_kept(tmp_path):
+    source, result = fold_reference(NORMED, tmp_path, with_dead_channels())
     assert result.network.architecture.config == {"width": 9}
     assert result.module.hidden.weight.shape == (9, 8)
     hidden = result.plan.of("hidden").reasons
@@ -177,19 +182,19 @@ def test_dead_channels_go_and_their_constant_stays(tmp_path):
     )
     before = scores_of(source.private(), NORMED)
     assert (scores_of(result, NORMED) - before).abs().max() <= float32_rounding(before)
-    # Without the constants it would be another network.
-    silent = copy.deepcopy(result)
-    silent.module.out.bias = source.module.out.bias
-    assert (scores_of(silent, NORMED) - before).abs().max() > 1e-3
+    # Without the constants, scores change.
+    without_constants = copy.deepcopy(result)
+    without_constants.module.out.bias = source.module.out.bias
+    assert (scores_of(without_constants, NORMED) - before).abs().max() > 1e-3
 
 
-def test_what_is_dead_is_predicted(tmp_path):
+def test_the_dry_run_of_fold_has_the_plan_of_its_result(tmp_path):
     source = with_dead_channels()
     result = run(Fold(), source, NORMED.bench(tmp_path / "data"), tmp_path / "out")
     assert dry_run(Fold(), source, Bench(signature=NORMED.signature)).plan == result.plan
 
 
-def test_stand_ins_are_not_taken_for_dead_channels(tmp_path):
+def test_zeros_of_placeholders_are_not_dead_channels(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     student = models.default(models.Fold)
     predicted = dry_run(Channels(keep=0.7), NORMED.model(), bench)
@@ -201,10 +206,10 @@ def test_stand_ins_are_not_taken_for_dead_channels(tmp_path):
     assert again.plan.of("hidden").reasons[-1] == Reason("norm_folded", step="fold", norm="norm")
 
 
-def test_a_relu_that_never_opens_goes_only_if_rows_may_say_so(tmp_path):
+def test_a_channel_whose_relu_is_always_zero_is_removed_only_if_rows_are_evaluated(tmp_path):
     source = NORMED.model()
     with torch.no_grad():
-        source.module.norm.bias[2] = -60.0  # never opens, but no weight proves it
+        source.module.norm.bias[2] = -60.0  # always zero on data, which weights cannot prove
     bench = NORMED.bench(tmp_path / "data")
     assert run(Fold(), source, bench, tmp_path / "a").network.architecture.config == {}
     result = run(Fold(rows=96), source, bench, tmp_path / "b")
@@ -213,13 +218,13 @@ def test_a_relu_that_never_opens_goes_only_if_rows_may_say_so(tmp_path):
     assert (scores_of(result, NORMED) - before).abs().max() <= float32_rounding(before)
 
 
-def test_a_constant_needs_a_bias_to_live_on_in(tmp_path):
-    """``plain`` has no bias: what a dead channel says cannot be moved, unless it is nothing."""
+def test_a_dead_channel_before_a_layer_without_bias_is_kept(tmp_path):
+    """``plain`` has no bias that could receive the constant of a dead channel of ``capped``."""
     source = COMPACT.model()
     with torch.no_grad():
         source.module.capped.weight[4] = 0
         source.module.capped.bias[4] = 0.5
-        source.module.hidden.weight[0] = 0  # the others of that width could lose one
+        source.module.hidden.weight[0] = 0  # all layers of this width lose equally many
         source.module.plain.weight[2] = 0
     bench = COMPACT.bench(tmp_path / "data")
     with raises_code(NothingToCompress, "units_missing") as caught:
@@ -227,7 +232,7 @@ def test_a_constant_needs_a_bias_to_live_on_in(tmp_path):
     assert caught.value.fields["reasons"]["cross"] == (Reason("nothing_to_fold"),)
 
 
-def test_layers_of_one_number_lose_as_many_as_the_poorest_has(tmp_path):
+def test_layers_with_a_common_width_lose_the_smallest_count_of_dead_channels(tmp_path):
     source = COMPACT.model()  # hidden, capped and plain are all ``width`` wide
     with torch.no_grad():
         for layer, count in ((source.module.hidden, 3), (source.module.capped, 2)):
@@ -241,8 +246,8 @@ def test_layers_of_one_number_lose_as_many_as_the_poorest_has(tmp_path):
     assert (scores_of(result, COMPACT) - before).abs().max() <= float32_rounding(before)
 
 
-class Peeking(nn.Module):
-    """Reads the numbers of its norm past the norm."""
+class NormStatisticReadingNet(nn.Module):
+    """Adds the running variances of its norm to the score."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -256,23 +261,23 @@ class Peeking(nn.Module):
         return score
 
 
-def test_a_norm_that_other_code_reads_stays(tmp_path):
-    reference = Reference(Peeking, SCHEMA)
+def test_a_norm_whose_statistics_other_code_reads_is_kept(tmp_path):
+    reference = Reference(NormStatisticReadingNet, SCHEMA)
     with raises_code(NothingToCompress, "units_missing") as caught:
-        folded(reference, tmp_path)
-    why = Reason("weight_read_elsewhere")
+        fold_reference(reference, tmp_path)
+    reason = Reason("weight_read_elsewhere")
     assert caught.value.fields["reasons"]["hidden"] == HasReason(
-        "reader_closed", reader="norm", why=why
+        "reader_closed", reader="norm", why=reason
     )
 
 
-def test_a_network_that_would_change_is_refused(tmp_path, monkeypatch):
+def test_a_fold_that_changes_scores_raises_step_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("compressors.rewrite.fold.scaled_outputs", lambda w, b, *_: (w, b))
     with raises_code(StepRefused, "folded_scores_differ"):
-        folded(NORMED, tmp_path)
+        fold_reference(NORMED, tmp_path)
 
 
-# --- features that nothing reads -------------------------------------------------------------
+# --- input columns that no layer reads -------------------------------------------------------
 
 
 def test_input_columns_that_no_weight_reads_are_reported(tmp_path):
@@ -287,7 +292,7 @@ def test_input_columns_that_no_weight_reads_are_reported(tmp_path):
     )
 
 
-def test_numbers_that_are_read_in_another_way_are_not():
+def test_columns_that_a_cross_product_reads_are_not_reported_as_unread():
     crossed = DCN.model()
     with torch.no_grad():
         for layer in (crossed.module.cross[0], crossed.module.perceptron[0]):
@@ -300,8 +305,11 @@ def test_numbers_that_are_read_in_another_way_are_not():
     assert unread_features(crossed.module, DCN.signature) == {"tables.user": (2,)}
 
 
-class Comparing(nn.Module):
-    """Loses a NaN on the way: only other numbers show that the price counts."""
+class ComparisonNet(nn.Module):
+    """Compares the price with 0.
+
+    The comparison turns a NaN into False, so only finite values show that the score depends on it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -317,15 +325,15 @@ class Comparing(nn.Module):
         return score
 
 
-def test_a_comparison_reads_too():
-    model = Reference(Comparing, SCHEMA).model()
+def test_columns_that_only_a_comparison_reads_are_not_reported_as_unread():
+    model = Reference(ComparisonNet, SCHEMA).model()
     assert unread_features(model.module, SCHEMA) == {"price": (1, 2, 3, 4)}
 
 
 # --- later steps -----------------------------------------------------------------------------
 
 
-def test_later_steps_take_a_folded_network(tmp_path):
+def test_later_steps_run_on_a_folded_network(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     model = run(Fold(), NORMED.model(), bench, tmp_path / "0")
     steps = (Channels(keep=0.7), FineTune(training=models.QUICKLY), StaticInt8())
@@ -341,11 +349,11 @@ def operators(model: Model, reference: Reference, folder: Path) -> onnx.GraphPro
     return optimized_graph(path)
 
 
-def test_int8_products_follow_each_other_where_a_norm_stood(tmp_path):
+def test_int8_layers_are_adjacent_in_the_graph_after_their_norm_is_folded(tmp_path):
     bench = DCN.bench(tmp_path / "data")
     plain = run(StaticInt8(), DCN.model(), bench, tmp_path / "plain")
-    apart = operators(plain, DCN, tmp_path)
-    assert sum(node.op_type == "BatchNormalization" for node in apart.node) == 2
+    unfolded_graph = operators(plain, DCN, tmp_path)
+    assert sum(node.op_type == "BatchNormalization" for node in unfolded_graph.node) == 2
     model = run(
         StaticInt8(), run(Fold(), DCN.model(), bench, tmp_path / "0"), bench, tmp_path / "1"
     )
@@ -353,21 +361,22 @@ def test_int8_products_follow_each_other_where_a_norm_stood(tmp_path):
     kinds = [node.op_type for node in graph.node]
     assert "BatchNormalization" not in kinds
     assert kinds.count("QGemm") == 6
-    maker = {output: node for node in graph.node for output in node.output}
+    producer = {output: node for node in graph.node for output in node.output}
     (second,) = (
         node
         for node in graph.node
         if node.op_type == "QGemm" and "perceptron.4.codes" in "".join(node.input)
     )
-    way, node = [], maker[second.input[0]]
+    operators_between, node = [], producer[second.input[0]]
     while node.op_type != "QGemm":
-        way.append(node.op_type)
-        node = maker[node.input[0]]
-    assert way == ["Clip"]  # the Relu, on whole numbers that the product before gives out
+        operators_between.append(node.op_type)
+        node = producer[node.input[0]]
+    # the relu, on the integers that the previous product outputs
+    assert operators_between == ["Clip"]
 
 
-class Fixed(nn.Module):
-    """A mix of fields that no input decides: a softmax of parameters."""
+class ConstantSoftmaxNet(nn.Module):
+    """Multiplies its features by a softmax of parameters, which depends on no input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -381,16 +390,17 @@ class Fixed(nn.Module):
         return score
 
 
-def test_what_depends_on_no_input_is_one_initializer(tmp_path):
-    """Constants are folded when a graph is written, before any runtime loads it."""
+def test_values_that_depend_on_no_input_are_one_initializer_of_the_graph(tmp_path):
+    """The export folds constants, so a runtime does not have to."""
     path = tmp_path / "model.onnx"
-    module = Reference(Fixed, SCHEMA).model().module
+    module = Reference(ConstantSoftmaxNet, SCHEMA).model().module
     lower(module, whole(SCHEMA), "onnxruntime", path)
     graph = onnx.load(path).graph
     assert not {"Softmax", "Exp"} & {node.op_type for node in graph.node}
     (product,) = (node for node in graph.node if node.op_type == "Mul")
-    held = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
-    (share,) = (held[name] for name in product.input if name in held)
+    initializers = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    (share,) = (initializers[name] for name in product.input if name in initializers)
     expected = torch.softmax(module.rank * 2 + module.tilt.exp(), dim=0)
     torch.testing.assert_close(torch.from_numpy(share.copy()), expected.detach())
-    assert sum(array.size == 9 for array in held.values()) == 2  # that, and the weight of ``out``
+    # the softmax, and the weight of ``out``
+    assert sum(array.size == 9 for array in initializers.values()) == 2

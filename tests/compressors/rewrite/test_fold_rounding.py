@@ -1,4 +1,8 @@
-"""``fold`` is checked against float32's own rounding where made-up scores hardly differ."""
+"""The check of ``fold``: scores may change by float32 rounding, and not by more.
+
+Random example rows are near 0, but the networks here were trained on values near 1e5. On the
+example rows their scores hardly differ, so float32 rounding is a large share of their spread.
+"""
 
 from pathlib import Path
 
@@ -28,7 +32,7 @@ from compressors.rewrite.fold import Fold
 
 USERS, ITEMS, DIM, DENSE = 60, 40, 8, 3
 MEAN, DEVIATION = 1e5, 100.0
-"""Raw numbers such as times or prices: far from the made-up rows of a check, which are near 0."""
+"""Mean and deviation of the dense inputs in training, as of raw times or prices."""
 
 
 class NormedTower(nn.Module):
@@ -45,7 +49,7 @@ class NormedTower(nn.Module):
 
 
 class NormedTowers(nn.Module):
-    """A cosine over a temperature, from raw numbers that only the batch norms bring near 1."""
+    """Cosine similarity of two towers over a temperature; batch norms rescale the raw inputs."""
 
     def __init__(self, output: str = "logit") -> None:
         super().__init__()
@@ -69,103 +73,103 @@ def signature(output: str) -> Signature:
     )
 
 
-def rows(count: int, seed: int) -> dict[str, Tensor]:
-    drawn = torch.Generator().manual_seed(seed)
+def random_rows(count: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     return {
-        "user": torch.randint(USERS, (count,), generator=drawn),
-        "item": torch.randint(ITEMS, (count,), generator=drawn),
-        "seen": MEAN + DEVIATION * torch.randn(count, DENSE, generator=drawn),
-        "price": MEAN + DEVIATION * torch.randn(count, DENSE, generator=drawn),
+        "user": torch.randint(USERS, (count,), generator=generator),
+        "item": torch.randint(ITEMS, (count,), generator=generator),
+        "seen": MEAN + DEVIATION * torch.randn(count, DENSE, generator=generator),
+        "price": MEAN + DEVIATION * torch.randn(count, DENSE, generator=generator),
     }
 
 
-def towers(output: str) -> Model:
-    """A network whose norms have seen rows, so that their means are those of its inputs."""
+def trained_towers(output: str) -> Model:
+    """A network whose batch norms have the statistics of ``random_rows``."""
     torch.manual_seed(0)
     module = NormedTowers(output).train()
     with torch.no_grad():
         for batch in range(60):
-            module(**rows(256, batch))
+            module(**random_rows(256, batch))
     module.eval().requires_grad_(False)
     architecture = Architecture(path="tests:NormedTowers", config={"output": output})
     return Model(module, NormedTowers, Network(architecture=architecture))
 
 
 @pytest.mark.parametrize(
-    ("output", "before"),
+    ("output", "format_step"),
     [
-        # In the default tier each output and each format once.
+        # In the default tier each output and each format occurs once.
         pytest.param(
             output,
-            before,
-            id=f"{output}-{before.kind if before else 'float32'}",
-            marks=() if (place + turn) % 2 else pytest.mark.nightly,
+            format_step,
+            id=f"{output}-{format_step.kind if format_step else 'float32'}",
+            marks=() if (format_index + output_index) % 2 else pytest.mark.nightly,
         )
-        for turn, output in enumerate(("logit", "probability"))
-        for place, before in enumerate((None, RowwiseInt8(), RowwiseInt4()))
+        for output_index, output in enumerate(("logit", "probability"))
+        for format_index, format_step in enumerate((None, RowwiseInt8(), RowwiseInt4()))
     ],
 )
-def test_fold_is_not_refused_where_rounding_is_a_large_share_of_a_small_spread(
-    output: str, before: RowwiseInt8 | RowwiseInt4 | None, tmp_path: Path
+def test_fold_is_accepted_if_float32_rounding_exceeds_the_tolerance_of_a_small_spread(
+    output: str, format_step: RowwiseInt8 | RowwiseInt4 | None, tmp_path: Path
 ) -> None:
-    bench, source = Bench(signature=signature(output)), towers(output)
-    if before is not None:  # what a preset does first
-        source = run(before, source, bench, tmp_path / "packed")
+    bench, source = Bench(signature=signature(output)), trained_towers(output)
+    if format_step is not None:  # a preset compresses tables first
+        source = run(format_step, source, bench, tmp_path / "packed")
     folded = run(Fold(), source, bench, tmp_path / "folded")
     norms = [m for m in folded.module.modules() if isinstance(m, nn.BatchNorm1d | FoldedNorm)]
     assert [type(norm) for norm in norms] == [FoldedNorm] * 4
-    inputs = rows(500, seed=1000)  # as the network was trained on
+    inputs = random_rows(500, seed=1000)  # distributed as in training
     with torch.no_grad():
-        gap = folded.module(**inputs) - source.private().module(**inputs)
-    # Sums of numbers of 1e5 that cancel to about 1e2 keep 7 - 3 digits of float32; then cosines
-    # over a temperature of 0.05.
-    assert float(gap.abs().max()) < 0.02
+        difference = folded.module(**inputs) - source.private().module(**inputs)
+    # Sums of numbers near 1e5 that cancel to about 1e2 keep 4 of float32's 7 digits. The cosine is
+    # then divided by the temperature of 0.05.
+    assert float(difference.abs().max()) < 0.02
 
 
-def test_a_wrong_fold_is_refused_also_where_rounding_is_a_large_share_of_the_spread(
+def test_a_fold_with_wrong_factors_is_refused_if_float32_rounding_exceeds_the_tolerance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of 32 factors of each norm is 1 % off: far above rounding, far below the sums."""
+    """One of the 32 factors of each norm is 1 % off, far more than rounding."""
     from compressors.rewrite import fold
 
-    real = fold.scaled_outputs
+    original = fold.scaled_outputs
     factor = torch.ones(32, dtype=torch.float64)
     factor[0] = 1.01
 
-    def slightly_wrong(
+    def wrong_scaled_outputs(
         weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return real(weight, bias, scale * factor, shift)
+        return original(weight, bias, scale * factor, shift)
 
-    monkeypatch.setattr(fold, "scaled_outputs", slightly_wrong)
+    monkeypatch.setattr(fold, "scaled_outputs", wrong_scaled_outputs)
     with raises_code(StepRefused, "folded_scores_differ"):
-        run(Fold(), towers("logit"), Bench(signature=signature("logit")), tmp_path / "folded")
+        run(Fold(), trained_towers("logit"), Bench(signature=signature("logit")), tmp_path / "out")
 
 
-def test_a_probability_near_one_may_move_by_the_last_step_of_float32() -> None:
+def test_a_probability_near_one_may_change_by_one_float32_step() -> None:
     """In logits, one step of float32 at 0.99999 is 0.6 % of 1: more than the tolerance."""
-    shown = signature("probability")
+    output_signature = signature("probability")
     expected = torch.tensor([[0.99998, 0.99999, 0.999985, 0.999992]])
-    found = torch.nextafter(expected, torch.ones(1))
+    scores = torch.nextafter(expected, torch.ones(1))
     rounded = expected.unsqueeze(0)
-    assert gap_of(found, expected, shown) is not None
-    assert gap_of(found, expected, shown, lambda: rounded) is None
+    assert gap_of(scores, expected, output_signature) is not None
+    assert gap_of(scores, expected, output_signature, lambda: rounded) is None
     moved = expected - 1e-5
-    assert gap_of(moved, expected, shown, lambda: rounded) is not None
+    assert gap_of(moved, expected, output_signature, lambda: rounded) is not None
 
 
 @pytest.mark.parametrize(("share", "is_accepted"), [(0.5e-3, True), (2e-3, False)])
-def test_scores_may_move_by_a_thousandth_of_their_spread(share: float, is_accepted: bool) -> None:
+def test_scores_may_change_by_a_thousandth_of_their_spread(share: float, is_accepted: bool) -> None:
     expected = torch.linspace(-1, 1, 64).reshape(4, 16)
-    found = expected.clone()
-    found[2, 5] += share * expected[2].std()
-    gap = gap_of(found, expected, signature("logit"), lambda: expected.unsqueeze(0))
-    assert (gap is None) == is_accepted
+    scores = expected.clone()
+    scores[2, 5] += share * expected[2].std()
+    difference = gap_of(scores, expected, signature("logit"), lambda: expected.unsqueeze(0))
+    assert (difference is None) == is_accepted
 
 
-def test_nan_scores_never_agree() -> None:
-    shown = signature("logit")
+def test_nan_scores_are_never_within_the_tolerance() -> None:
+    output_signature = signature("logit")
     expected = torch.randn(2, 16)
-    found = expected.clone()
-    found[0, 3] = torch.nan
-    assert gap_of(found, expected, shown, lambda: expected.unsqueeze(0)) is not None
+    scores = expected.clone()
+    scores[0, 3] = torch.nan
+    assert gap_of(scores, expected, output_signature, lambda: expected.unsqueeze(0)) is not None

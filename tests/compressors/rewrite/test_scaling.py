@@ -1,4 +1,4 @@
-"""Factors that move between layers: the same scores, and less lost in int8."""
+"""``equalize`` and ``smooth_quant`` move factors between layers: equal scores, less int8 loss."""
 
 from pathlib import Path
 
@@ -26,41 +26,42 @@ RANGES = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=6)
 
 
 @given(RANGES, RANGES)
-def test_after_equalizing_both_ranges_are_equal(first, second):
+def test_equalization_factors_make_output_and_input_ranges_equal(first, second):
     count = min(len(first), len(second))
-    made, read = torch.tensor(first[:count]).double(), torch.tensor(second[:count]).double()
-    scale = equalization_factors(made, read)
-    both = (made > DEAD * made.max()) & (read > DEAD * read.max())
+    outputs, inputs = torch.tensor(first[:count]).double(), torch.tensor(second[:count]).double()
+    scale = equalization_factors(outputs, inputs)
+    is_scaled = (outputs > DEAD * outputs.max()) & (inputs > DEAD * inputs.max())
     assert bool((scale > 0).all())
-    assert bool((scale[~both] == 1).all())
-    torch.testing.assert_close((made / scale)[both], (read * scale)[both])
+    assert bool((scale[~is_scaled] == 1).all())
+    torch.testing.assert_close((outputs / scale)[is_scaled], (inputs * scale)[is_scaled])
 
 
 @given(RANGES, RANGES, st.floats(0, 1))
-def test_smoothing_is_equation_4(first, second, alpha):
+def test_smoothing_factors_equal_equation_4_of_the_paper(first, second, alpha):
     count = min(len(first), len(second))
     inputs, weights = torch.tensor(first[:count]).double(), torch.tensor(second[:count]).double()
     scale = smoothing(inputs, weights, alpha)
-    both = (inputs > 0) & (weights > 0)
+    is_scaled = (inputs > 0) & (weights > 0)
     assert bool((scale > 0).all())
-    expected = inputs[both].pow(alpha) / weights[both].pow(1 - alpha)
-    torch.testing.assert_close(scale[both], expected)
+    expected = inputs[is_scaled].pow(alpha) / weights[is_scaled].pow(1 - alpha)
+    torch.testing.assert_close(scale[is_scaled], expected)
     if alpha == 0.5:  # both sides are equally hard to round
-        torch.testing.assert_close((inputs / scale)[both], (weights * scale)[both])
+        torch.testing.assert_close((inputs / scale)[is_scaled], (weights * scale)[is_scaled])
 
 
 @given(st.integers(0, 2**31), st.floats(1, 1000))
-def test_a_searched_strength_is_never_worse_than_none(seed, loud):
-    drawn = torch.Generator().manual_seed(seed)
-    x = torch.randn((64, 8), generator=drawn)
-    x[:, 3] *= loud
-    weight = torch.randn((5, 8), generator=drawn)
-    read = [(x, weight)]
-    scale = best_smoothing(x.abs().amax(dim=0), weight.abs().amax(dim=0), read)
-    assert int8_error(read, scale) <= int8_error(read, torch.ones(8, dtype=torch.float64))
+def test_best_smoothing_has_no_larger_int8_error_than_no_smoothing(seed, factor):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((64, 8), generator=generator)
+    x[:, 3] *= factor
+    weight = torch.randn((5, 8), generator=generator)
+    consumers = [(x, weight)]
+    scale = best_smoothing(x.abs().amax(dim=0), weight.abs().amax(dim=0), consumers)
+    unscaled = torch.ones(8, dtype=torch.float64)
+    assert int8_error(consumers, scale) <= int8_error(consumers, unscaled)
 
 
-ONES = [
+STEPS_AND_REFERENCES = [
     (Equalize(), COMPACT),
     (Equalize(), CHAIN),
     (Equalize(), LOUD),
@@ -76,40 +77,44 @@ ONES = [
 
 @pytest.mark.parametrize(
     ("step", "reference"),
-    ONES,
+    STEPS_AND_REFERENCES,
     ids=[
-        f"{step.kind}-{reference.network.__name__}-{n}" for n, (step, reference) in enumerate(ONES)
+        f"{step.kind}-{reference.network.__name__}-{n}"
+        for n, (step, reference) in enumerate(STEPS_AND_REFERENCES)
     ],
 )
-def test_scores_stay_the_same_and_weights_do_not(step, reference, tmp_path):
+def test_equalize_and_smooth_quant_change_weights_and_keep_scores(step, reference, tmp_path):
     source = reference.model()
     result = run(step, source, reference.bench(tmp_path / "data"), tmp_path / "out")
     before, after = scores_of(source.private(), reference), scores_of(result, reference)
     assert (after - before).abs().max() <= float32_rounding(before)
     old, new = source.module.state_dict(), result.module.state_dict()
-    moved = {name.rpartition(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    changed_layers = {
+        name.rpartition(".")[0] for name in old if not torch.equal(old[name], new[name])
+    }
     reported = {line.module for line in result.plan.lines if step.kind in line.steps}
-    assert reported <= moved
-    assert len(moved) >= 2
+    assert reported <= changed_layers
+    assert len(changed_layers) >= 2
 
 
-def ranges(model: Model, maker: str, readers: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def weight_ranges(model: Model, producer: str, consumers: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Largest weight of each output channel of a layer, and of each input of its consumers."""
     layers = model.module
-    made = layers.get_submodule(maker).weight.abs().amax(dim=1)
-    read = [layers.get_submodule(name).weight.abs().amax(dim=0) for name in readers]
-    return made.detach(), torch.stack(read).amax(dim=0).detach()
+    output_ranges = layers.get_submodule(producer).weight.abs().amax(dim=1)
+    input_ranges = [layers.get_submodule(name).weight.abs().amax(dim=0) for name in consumers]
+    return output_ranges.detach(), torch.stack(input_ranges).amax(dim=0).detach()
 
 
-def test_equalize_settles_in_a_chain_where_a_layer_is_on_both_sides(tmp_path):
+def test_equalize_converges_in_a_chain_in_which_a_layer_is_producer_and_consumer(tmp_path):
     source = CHAIN.model()
     with torch.no_grad():
         source.module.b.weight[5] *= 300
         source.module.b.weight[:, 2] *= 50
     result = run(Equalize(), source, CHAIN.bench(tmp_path / "data"), tmp_path / "out")
-    for maker, readers in (("a", ("b",)), ("b", ("c", "d"))):
-        made, read = ranges(result, maker, readers)
-        # each round leaves factors no further from 1 than this, on both sides of a square root
-        torch.testing.assert_close(made, read, rtol=4 * CONVERGED, atol=0)
+    for producer, consumers in (("a", ("b",)), ("b", ("c", "d"))):
+        output_ranges, input_ranges = weight_ranges(result, producer, consumers)
+        # at convergence each factor, a square root, is within CONVERGED of 1
+        torch.testing.assert_close(output_ranges, input_ranges, rtol=4 * CONVERGED, atol=0)
     assert result.plan.of("b").reasons == (
         Reason("inputs_scaled", step="equalize", maker="a"),
         Reason("outputs_scaled", step="equalize", readers=("c", "d")),
@@ -128,7 +133,7 @@ def test_layers_that_equalize_skips_have_a_reason(tmp_path):
     assert caught.value.fields["reasons"]["hidden"] == (Reason("reader_is_norm", reader="norm"),)
 
 
-def test_layers_that_are_not_named_keep_what_they_have(tmp_path):
+def test_equalize_changes_only_layers_that_match_the_patterns(tmp_path):
     bench = CHAIN.bench(tmp_path / "data")
     source = CHAIN.model()
     result = run(Equalize(layers=("a", "b", "c")), source, bench, tmp_path / "out")
@@ -137,7 +142,7 @@ def test_layers_that_are_not_named_keep_what_they_have(tmp_path):
     assert not torch.equal(result.module.b.weight, source.module.b.weight)
 
 
-def test_zeros_stay_zeros(tmp_path):
+def test_equalize_keeps_zero_weights(tmp_path):
     bench = COMPACT.bench(tmp_path / "data")
     pruned = run(Magnitude(), COMPACT.model(), bench, tmp_path / "0")
     result = run(Equalize(), pruned, bench, tmp_path / "1")
@@ -146,11 +151,11 @@ def test_zeros_stay_zeros(tmp_path):
         assert torch.equal(before == 0, after == 0)
 
 
-# --- what it is for --------------------------------------------------------------------------
+# --- loss of int8 with and without these steps -----------------------------------------------
 
 
-def lost(reference: Reference, steps: tuple[Step, ...], folder: Path) -> float:
-    """Error of the scores in int8 after some steps, against their spread."""
+def int8_loss(reference: Reference, steps: tuple[Step, ...], folder: Path) -> float:
+    """Root mean squared change of int8 scores after some steps, as a share of their spread."""
     bench, model = reference.bench(folder / "data"), reference.model()
     before = scores_of(model.private(), reference)
     for number, step in enumerate((*steps, StaticInt8())):
@@ -164,28 +169,28 @@ def lost(reference: Reference, steps: tuple[Step, ...], folder: Path) -> float:
     [(SmoothQuant(),), (SmoothQuant(search=True),), (Fold(), SmoothQuant())],
     ids=["alpha", "search", "folded"],
 )
-def test_a_transformer_with_loud_channels_loses_less_in_int8(steps, tmp_path):
-    """Two of sixteen channels are 40 times as large as the others, as in trained ones."""
-    plain = lost(LOUD, (), tmp_path / "plain")
-    assert lost(LOUD, steps, tmp_path / "smooth") < plain / 2
+def test_smooth_quant_halves_the_int8_loss_of_a_transformer_with_large_channels(steps, tmp_path):
+    """Two of sixteen channels are 40 times as large as the others, as in trained transformers."""
+    without_step = int8_loss(LOUD, (), tmp_path / "plain")
+    assert int8_loss(LOUD, steps, tmp_path / "smooth") < without_step / 2
 
 
-def test_a_loud_channel_between_two_layers_loses_less_when_equalized(tmp_path):
-    """Inside the feed-forward part one channel is made loud and read quietly."""
-    plain = lost(LOUD, (), tmp_path / "plain")
-    assert lost(LOUD, (Equalize(),), tmp_path / "equal") < plain
+def test_equalize_lowers_the_int8_loss_of_a_network_with_a_large_channel(tmp_path):
+    """In the feed-forward part one channel has large outputs and small weights that read them."""
+    without_step = int8_loss(LOUD, (), tmp_path / "plain")
+    assert int8_loss(LOUD, (Equalize(),), tmp_path / "equal") < without_step
 
 
-def test_a_quiet_transformer_is_not_made_worse_by_searching(tmp_path):
-    plain = lost(BLOCK, (), tmp_path / "plain")
-    assert lost(BLOCK, (SmoothQuant(search=True),), tmp_path / "smooth") < 1.2 * plain
+def test_smooth_quant_with_search_hardly_increases_the_int8_loss_without_large_channels(tmp_path):
+    without_step = int8_loss(BLOCK, (), tmp_path / "plain")
+    assert int8_loss(BLOCK, (SmoothQuant(search=True),), tmp_path / "smooth") < 1.2 * without_step
 
 
-def test_a_channel_that_is_next_to_dead_is_left_alone(tmp_path):
-    """Its bias would grow with the factor, and the range of what the next layer reads with it."""
+def test_equalize_does_not_scale_a_channel_with_almost_zero_weights(tmp_path):
+    """The factor would multiply its bias, and widen the input range of the next layer."""
     source = CHAIN.model()
     with torch.no_grad():
         source.module.a.weight[3] *= 1e-6
         source.module.a.bias[3] = 0.3
-    made = run(Equalize(), source, CHAIN.bench(tmp_path / "data"), tmp_path / "out")
-    assert made.module.a.bias[3] == source.module.a.bias[3]
+    result = run(Equalize(), source, CHAIN.bench(tmp_path / "data"), tmp_path / "out")
+    assert result.module.a.bias[3] == source.module.a.bias[3]
