@@ -1,4 +1,4 @@
-"""botocore reads S3's description for each new client: most of the processor time of an S3 test."""
+"""Cache botocore's service descriptions, whose loading takes most of the CPU time of S3 tests."""
 
 import functools
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from botocore.loaders import JSONFileLoader
 
 @contextmanager
 def models_read_once() -> Iterator[None]:
-    """Inside, every client is made from the descriptions that the first one read."""
-    read = JSONFileLoader.load_file
+    """Within this context, botocore reads each service description only once."""
+    original = JSONFileLoader.load_file
     reader = JSONFileLoader()
-    known = functools.cache(functools.partial(read, reader))
+    load_once = functools.cache(functools.partial(original, reader))
 
     def load_file(self: JSONFileLoader, file_path: str) -> object:
-        return known(file_path)
+        return load_once(file_path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JSONFileLoader, "load_file", load_file)

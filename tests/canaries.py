@@ -1,9 +1,9 @@
-"""Canaries: synthetic secrets planted in every place for a credential, and the search for them.
+"""Canaries: synthetic secrets for tests that search files and outputs for leaked credentials.
 
-``plant`` gives the environment, ``traces`` the places where a secret appeared although it should
-not. A secret counts in each form in which programs write it: as it is, percent-encoded, as a
-JSON or Python string, and in base64 at any offset. Databases are read row by row as well as byte
-by byte, because SQLite splits long texts over pages.
+``canaries`` creates one secret per credential variable; ``traces`` finds them in folders and texts.
+It searches each form in which programs write a secret: plain, percent-encoded, as a JSON or Python
+string, and in base64 at any offset. It also reads databases row by row, because SQLite splits long
+texts over pages.
 """
 
 import base64
@@ -32,26 +32,26 @@ SECRETS = (
 
 @dataclass(frozen=True)
 class Canaries:
-    """One secret for each variable, with characters that have to be encoded in an address."""
+    """One secret for each variable, with characters that must be encoded in a URL."""
 
     values: Mapping[str, str]
 
     def of(self, name: str) -> str:
-        """The secret as it is."""
+        """The secret of a variable."""
         return self.values[name]
 
     def in_address(self, name: str) -> str:
-        """The secret as an address must write it."""
+        """The percent-encoded secret of a variable, for use in a URL."""
         return quote(self.values[name], safe="")
 
 
 def canaries(names: Iterable[str] = SECRETS) -> Canaries:
-    """New secrets: each is recognized by the name in it."""
+    """Create secrets that contain the name of their variable."""
     return Canaries({name: f"cnry/{name.lower().replace('_', '-')}%+é=9" for name in names})
 
 
 def forms(secret: str) -> set[bytes]:
-    """Every way in which a program may write a secret down."""
+    """Every byte sequence in which a program may write a secret."""
     texts = {
         secret,
         quote(secret, safe=""),
@@ -63,34 +63,35 @@ def forms(secret: str) -> set[bytes]:
         quote(quote(secret, safe=""), safe=""),
     }
     raw = secret.encode()
-    # The middle of the secret suffices: what frames it may have been cut or encoded otherwise.
+    # The middle alone also counts, as the start and end may be cut or encoded in another way.
     middle = secret[secret.index("/") + 1 : secret.index("%")]
-    found = {text.encode() for text in texts} | {middle.encode()}
+    result = {text.encode() for text in texts} | {middle.encode()}
     for body in (raw, raw.replace("é".encode(), b"")):
         for offset in range(3):
             encoded = base64.b64encode(b"\0" * offset + body)
-            # The first and last characters depend on what is next to the secret.
-            found.add(encoded[4 if offset else 0 : -4])
-    return found
+            # The first and last base64 characters depend on the bytes next to the secret.
+            result.add(encoded[4 if offset else 0 : -4])
+    return result
 
 
 def traces(planted: Canaries, folders: Iterable[Path], texts: Mapping[str, str]) -> list[str]:
-    """Where a secret is written: each as "which secret, in what, near which words"."""
-    found = []
+    """Search folders and texts for secrets: one line per occurrence with variable and context."""
+    result = []
     bodies = [(name, text.encode("utf-8", "surrogatepass")) for name, text in texts.items()]
-    wanted = {name: forms(secret) for name, secret in planted.values.items()}
-    for place, body in (*bodies, *_bodies(folders)):
-        for name, variants in wanted.items():
+    expected = {name: forms(secret) for name, secret in planted.values.items()}
+    for source, body in (*bodies, *_bodies(folders)):
+        for name, variants in expected.items():
             for variant in variants:
-                at = body.find(variant)
-                if at >= 0:
-                    near = body[max(0, at - 80) : at + 60].decode(errors="replace")
-                    found.append(f"{name} in {place}: {near!r}")
+                position = body.find(variant)
+                if position >= 0:
+                    context = body[max(0, position - 80) : position + 60].decode(errors="replace")
+                    result.append(f"{name} in {source}: {context!r}")
                     break
-    return found
+    return result
 
 
 def _bodies(folders: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file, of unpacked archives, and of the rows of databases."""
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.is_symlink() or not path.is_file():
@@ -112,9 +113,9 @@ def _rows(path: Path) -> Iterator[tuple[str, bytes]]:
         names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         for (name,) in names:
             rows: list[bytes] = []
-            with suppress(sqlite3.OperationalError):  # virtual tables of a module that is not here
+            with suppress(sqlite3.OperationalError):  # virtual tables of a missing SQLite module
                 for row in database.execute(f'SELECT * FROM "{name}"'):  # noqa: S608
                     rows += [
-                        cell if isinstance(cell, bytes) else str(cell).encode() for cell in row
+                        value if isinstance(value, bytes) else str(value).encode() for value in row
                     ]
             yield f"{path}: table {name}", b"\n".join(rows)

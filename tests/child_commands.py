@@ -1,4 +1,4 @@
-"""Run a script in a child process that replies to lines with JSON, so that it imports once."""
+"""Run a script in one child process that executes many commands, so that it imports only once."""
 
 import json
 import os

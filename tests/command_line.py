@@ -1,4 +1,4 @@
-"""The command line in the process of the tests."""
+"""Run the command line in the process of the test."""
 
 import sys
 
@@ -21,7 +21,7 @@ def run_main_apart(
     """Run ``main`` with these arguments; returns exit code, standard output and error."""
     monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         app.main()
     out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
+    return int(caught.value.code or 0), out, err

@@ -1,4 +1,4 @@
-"""What every test starts from: an empty environment and a home of its own."""
+"""Fixtures and hooks of all tests: an isolated environment, scheduling, S3 server and registry."""
 
 import gc
 import itertools
@@ -16,18 +16,18 @@ from s3_server import S3Server, running_server
 
 from infra.telemetry import disable_telemetry
 
-gc.disable()  # until all is imported: nothing of it can be freed
-PLACES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
+gc.disable()  # while modules are imported, since nothing of them can be freed
+ADDRESS_VARIABLES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
 
 disable_telemetry()
 
-# Prefect reads this when it is imported, which is before any fixture runs.
+# Prefect reads this variable at import, before any fixture runs.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-")
 
 
-# No deadline and no limit on slow generation: a busy machine is not a wrong result. The default
-# profile is derandomized: a change fails because of the change, not because of the examples drawn
-# that day. The nightly profile draws new examples every time, and prints how to repeat a failure.
+# No deadline and no limit on slow generation, since the machine may be busy. The default profile
+# has the same examples in every run, so a test can fail only because of a change. The nightly
+# profile draws new examples each time, and prints how to repeat a failure.
 _PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile(
     "nightly", max_examples=200, derandomize=False, print_blob=True, **_PATIENT
@@ -37,19 +37,19 @@ settings.load_profile("default")  # `pytest --hypothesis-profile nightly` overri
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest groups first."""
-    places = {name: place for place, name in enumerate(GROUPS)}
-    items.sort(key=lambda item: places.get(group_of(item.nodeid), len(places)))
+    """Sort tests so that the longest groups start first."""
+    group_indices = {name: index for index, name in enumerate(GROUPS)}
+    items.sort(key=lambda item: group_indices.get(group_of(item.nodeid), len(group_indices)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling | None:
-    """Schedule by the groups of ``groups.py`` under ``--dist loadgroup``."""
+    """Schedule by the groups of ``groups.py`` if pytest runs with ``--dist loadgroup``."""
     return GroupScheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected lives to the end: the garbage collector need not look."""
+    """Exclude imported modules and collected tests, which are never freed, from collections."""
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -58,13 +58,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than cores: a tenth of the time of a test is waiting for services."""
+    """Use one process more than cores, since tests wait for services 10 % of the time."""
     return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _read_once() -> Iterator[None]:
-    # Imports torch, which the process that only sends tests to others does without.
+    # Imported here because the process that only distributes tests does not need torch.
     from onnx_operators import operators_read_once
 
     with operators_read_once(), models_read_once():
@@ -73,18 +73,18 @@ def _read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A new folder for each test. ``mktemp`` reads the names of all earlier ones each time."""
+    """Yield a new folder for each test; ``mktemp`` would list all earlier ones each time."""
     folder = tmp_path_factory.mktemp("homes")
     return (folder / str(number) for number in itertools.count())
 
 
 @pytest.fixture(autouse=True)
-def _own_surroundings(homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never a person's own store, registry or cloud account."""
+def _isolated_environment(homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test its own homes and no settings of the user's stores or cloud accounts."""
     home = next(homes)
     home.mkdir()
     for name in list(os.environ):
-        if name.startswith(("AWS_", "MLFLOW_TRACKING_")) or name in PLACES:
+        if name.startswith(("AWS_", "MLFLOW_TRACKING_")) or name in ADDRESS_VARIABLES:
             monkeypatch.delenv(name)
     monkeypatch.setenv("RECPRESS_HOME", str(home / "recpress"))
     monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))
@@ -95,7 +95,7 @@ def _own_surroundings(homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="session")
 def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry to copy: MLflow takes a second or two to create its tables."""
+    """The file of an empty registry to copy, as MLflow takes 1 to 2 s to create its tables."""
     from infra.registry.mlflow_registry import Registry
 
     file = tmp_path_factory.mktemp("registry") / "registry.db"
@@ -105,14 +105,14 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One real S3 server for the whole run. If it cannot start, tests fail rather than skip."""
+    """One real S3 server for the whole run; if it cannot start, tests fail instead of skipping."""
     with running_server(Path(tmp_path_factory.mktemp("seaweedfs"))) as server:
         yield server
 
 
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The S3 server, with the environment of this test pointing to it."""
+    """The S3 server, with the environment variables of a client set for this test."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server

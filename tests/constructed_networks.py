@@ -1,4 +1,8 @@
-"""Networks whose constructors move, copy, cast, read or keep references to their parameters."""
+"""Networks whose constructors move, copy, cast, read or keep references to their parameters.
+
+Networks in ``EMPTY`` can be constructed on the meta device. Those in ``WITH_VALUES`` read values
+of parameters in the constructor, so they cannot.
+"""
 
 import copy
 
@@ -9,7 +13,7 @@ DIM = 4
 
 
 class Base(nn.Module):
-    """An embedding and a linear layer; ``finish`` is what a constructor does at its end."""
+    """An embedding and a linear layer; subclasses end their constructor with ``finish``."""
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()
@@ -20,7 +24,7 @@ class Base(nn.Module):
         self.finish(device)
 
     def finish(self, device: str) -> None:
-        """Nothing by default."""
+        """Do nothing by default."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.out(self.emb(ids) + self.shift).squeeze(1)

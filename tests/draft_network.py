@@ -1,4 +1,4 @@
-"""A network that no part of recpress has seen: what tests pack stands for a user's own model."""
+"""Networks of the test drafts, in a module that is not part of recpress, as a user's model is."""
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class ClickNet(nn.Module):
 
 
 class UserTower(nn.Module):
-    """A vector of a user and what they bought lately."""
+    """The vector of a user, from the user's id and the tags of recent purchases (``lately``)."""
 
     def __init__(self, users: int, tags: int, dim: int, hidden: int) -> None:
         super().__init__()
@@ -53,13 +53,13 @@ class UserTower(nn.Module):
 
     def forward(self, user: Tensor, lately: Tensor, lately_offsets: Tensor) -> Tensor:
         """Vectors ``(rows, dim)`` of ids ``(rows,)`` and a jagged bag."""
-        known = torch.cat([self.user(user), self.lately(lately, lately_offsets)], dim=1)
-        vectors: Tensor = self.second(torch.relu(self.first(known)))
+        features = torch.cat([self.user(user), self.lately(lately, lately_offsets)], dim=1)
+        vectors: Tensor = self.second(torch.relu(self.first(features)))
         return vectors
 
 
 class ItemTower(nn.Module):
-    """A vector of an item, its tags and its dense numbers."""
+    """The vector of an item, from its id, tags and dense features."""
 
     def __init__(self, items: int, tags: int, dense: int, dim: int) -> None:
         super().__init__()
@@ -69,13 +69,13 @@ class ItemTower(nn.Module):
 
     def forward(self, item: Tensor, tags: Tensor, tags_offsets: Tensor, dense: Tensor) -> Tensor:
         """Vectors ``(rows, dim)`` of ids ``(rows,)``, a jagged bag and dense ``(rows, width)``."""
-        known = torch.cat([self.item(item), self.tags(tags, tags_offsets), dense], dim=1)
-        vectors: Tensor = self.out(known)
+        features = torch.cat([self.item(item), self.tags(tags, tags_offsets), dense], dim=1)
+        vectors: Tensor = self.out(features)
         return vectors
 
 
 class TowerNet(nn.Module):
-    """Two towers of different make; a score is the dot product of their vectors.
+    """Two towers of different classes; a score is the dot product of their vectors.
 
     Args:
         users: rows of the table ``of_user.user``.
@@ -84,7 +84,7 @@ class TowerNet(nn.Module):
         dense: width of the item's dense input.
         dim: width of every table and vector.
         hidden: width of the user tower's first layer.
-        bias: added to every score, where towers know nothing of it: a model to be refused.
+        bias: added to every score outside the towers; packing such a model must fail if not 0.
         share: ``module`` or ``weight`` if both towers use one table of tags: the same bag, or two
             bags over one weight.
     """
@@ -119,8 +119,8 @@ class TowerNet(nn.Module):
         tags_offsets: Tensor,
         dense: Tensor,
     ) -> Tensor:
-        """Scores ``(rows,)`` of a user and an item a row."""
+        """Scores ``(rows,)`` of one user and one item per row."""
         query = self.of_user(user, lately, lately_offsets)
-        found = self.of_item(item, tags, tags_offsets, dense)
-        score: Tensor = (query * found).sum(dim=1) + self.bias
+        item_vectors = self.of_item(item, tags, tags_offsets, dense)
+        score: Tensor = (query * item_vectors).sum(dim=1) + self.bias
         return score

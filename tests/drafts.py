@@ -1,7 +1,7 @@
-"""Tiny but real drafts of bundles, and the environment to pack and compress them in.
+"""Write small drafts of bundles, and run recpress on them in a child process.
 
-The weights are drawn, and the clicks are then drawn from the network's own probabilities: so the
-network is the best there is for its data, and every compression can only lose.
+The weights are random, and labels are drawn with the network's probabilities. So no other network
+is better for the data, and compression can only lower the quality.
 """
 
 import json
@@ -28,7 +28,7 @@ ALLOWED = "draft_network"
 USERS, ITEMS, TAGS, DENSE = 3_000, 1_500, 300, 4
 LONGEST = 5
 ROWS = {"train": 4_000, "calibration": 1_000, "validation": 1_000, "test": 3_000}
-PER_QUERY = 15  # rows of one group in the ranking draft
+ROWS_PER_QUERY = 15  # rows of one group in the ranking draft
 SPREAD = 1.1  # standard deviation of the logits; gives an AUC of about 0.75
 
 Task = Literal["ctr", "ranking"]
@@ -45,7 +45,7 @@ def write_draft(
     network: str = NETWORK,
     sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Path:
-    """Write ``model.json``, the weights and one parquet file a split; return the folder."""
+    """Write ``model.json``, the weights and one parquet file per split; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     config = {
@@ -58,27 +58,31 @@ def write_draft(
         **sizes,
     }
     model = ClickNet(**config).eval()
-    draw = np.random.default_rng(seed)
-    columns = {split: _columns(count, draw) for split, count in rows.items()}
+    random = np.random.default_rng(seed)
+    columns = {split: _columns(count, random) for split, count in rows.items()}
     with torch.no_grad():
         logits = _logits(model, columns["train"])
         model.out.weight *= SPREAD / logits.std()
         model.out.bias.copy_(-(logits * SPREAD / logits.std()).mean() - 0.5)
     start = 0
-    for split, found in columns.items():
+    for split, columns_of_split in columns.items():
         with torch.no_grad():
-            logits = _logits(model, found).numpy()
+            logits = _logits(model, columns_of_split).numpy()
         count = len(logits)
-        chance = 1 / (1 + np.exp(-logits))
+        probability = 1 / (1 + np.exp(-logits))
         if task == "ctr":
-            found["label"] = pa.array((draw.random(count) < chance).astype(np.int64))
+            columns_of_split["label"] = pa.array(
+                (random.random(count) < probability).astype(np.int64)
+            )
         else:  # grades 0 to 3, higher where the score is higher
-            grade = np.clip(np.round(2 * chance + draw.normal(0, 0.5, count)), 0, 3)
-            found["label"] = pa.array(grade.astype(np.int64))
-            found["query"] = pa.array(start // PER_QUERY + np.arange(count) // PER_QUERY)
-        found["at"] = pa.array(start + np.arange(count))
+            grade = np.clip(np.round(2 * probability + random.normal(0, 0.5, count)), 0, 3)
+            columns_of_split["label"] = pa.array(grade.astype(np.int64))
+            columns_of_split["query"] = pa.array(
+                start // ROWS_PER_QUERY + np.arange(count) // ROWS_PER_QUERY
+            )
+        columns_of_split["at"] = pa.array(start + np.arange(count))
         start += count
-        pq.write_table(pa.table(found), folder / f"{split}.parquet")
+        pq.write_table(pa.table(columns_of_split), folder / f"{split}.parquet")
     save_file(model.state_dict(), folder / "model.safetensors")
     document = {
         "schema_version": 2,
@@ -93,7 +97,7 @@ def write_draft(
 
 
 def signature(task: Task) -> dict[str, Any]:
-    """What the network takes in and what its data is judged by."""
+    """The signature of ``ClickNet`` for a task, as a document."""
     ranking = task == "ranking"
     return {
         "inputs": [
@@ -109,7 +113,7 @@ def signature(task: Task) -> dict[str, Any]:
             {
                 "kind": "dense",
                 "name": "dense",
-                "columns": [f"d{place}" for place in range(DENSE)],
+                "columns": [f"d{index}" for index in range(DENSE)],
                 "shape": [DENSE],
             },
         ],
@@ -128,7 +132,7 @@ def signature(task: Task) -> dict[str, Any]:
 
 
 def planted_auc(folder: Path) -> float:
-    """AUC of the draft's own network on its test rows, computed without anything of recpress."""
+    """AUC of the draft's network on its test rows, computed without code of recpress."""
     document = json.loads((folder / "model.json").read_text())
     model = ClickNet(**document["network"]["architecture"]["config"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -140,14 +144,14 @@ def planted_auc(folder: Path) -> float:
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """What a child process is started with: nothing of the person's own, a home below ``home``."""
-    kept = {
+    """Environment of a child process, without the user's settings and with homes in ``home``."""
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_"))
     }
     return {
-        **kept,
+        **inherited,
         "PYTHONPATH": str(ROOT / "tests"),
         "RECPRESS_HOME": str(home / "recpress"),
         "PREFECT_HOME": str(home / "prefect"),
@@ -162,7 +166,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 def recpress(
     *arguments: str, env: Mapping[str, str], seconds: float = 200
 ) -> "subprocess.CompletedProcess[str]":
-    """Run the command line as a process of its own."""
+    """Run the command line in a child process."""
     return subprocess.run(
         [sys.executable, "-m", "flows.cli.app", *arguments],
         cwd=ROOT,
@@ -174,23 +178,23 @@ def recpress(
     )
 
 
-def _columns(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
-    lengths = draw.integers(0, LONGEST + 1, count)
-    bags = [draw.integers(0, TAGS, length).tolist() for length in lengths]
+def _columns(count: int, random: np.random.Generator) -> dict[str, pa.Array]:
+    lengths = random.integers(0, LONGEST + 1, count)
+    bags = [random.integers(0, TAGS, length).tolist() for length in lengths]
     columns = {
-        "user": pa.array(draw.integers(0, USERS, count)),
-        "item": pa.array(draw.integers(0, ITEMS, count)),
+        "user": pa.array(random.integers(0, USERS, count)),
+        "item": pa.array(random.integers(0, ITEMS, count)),
         "tags": pa.array(bags, pa.list_(pa.int64())),
     }
-    for place in range(DENSE):
-        columns[f"d{place}"] = pa.array(draw.normal(size=count).astype(np.float32))
+    for index in range(DENSE):
+        columns[f"d{index}"] = pa.array(random.normal(size=count).astype(np.float32))
     return columns
 
 
 def _logits(model: ClickNet, columns: Mapping[str, pa.Array]) -> torch.Tensor:
     bags = columns["tags"].to_pylist()
     lengths = torch.tensor([len(ids) for ids in bags])
-    dense = np.stack([columns[f"d{place}"].to_numpy() for place in range(DENSE)], axis=1)
+    dense = np.stack([columns[f"d{index}"].to_numpy() for index in range(DENSE)], axis=1)
     return model(
         user=torch.tensor(columns["user"].to_numpy()),
         item=torch.tensor(columns["item"].to_numpy()),

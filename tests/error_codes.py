@@ -1,4 +1,7 @@
-"""Errors by class, code and fields; and the table of all codes: ``python -m tests.error_codes``."""
+"""Helpers that check errors by class, code and fields, and write the table of all codes.
+
+``python -m tests.error_codes`` writes ``docs/errors.md``.
+"""
 
 import importlib
 import re
@@ -33,11 +36,11 @@ MODULES = (
     "infra.errors.store",
     "flows.cli.doctor_errors",
 )
-"""Every class of errors with codes is in one of these."""
+"""The modules that define error classes with codes."""
 
 
 class Text:
-    """Equal to a text, and to a sequence of texts, in which a regular expression is found."""
+    """Equal to a text that matches a pattern, and to a sequence with at least one such text."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -54,9 +57,9 @@ class Text:
 
 
 class HasReason:
-    """Equal to a reason, and to a sequence of reasons, with one of this code and these fields.
+    """Equal to a reason with this code and these fields, and to a sequence that contains one.
 
-    The reason may be in a field of another one, and have more fields.
+    The reason may be nested in a field of another reason, and may have more fields.
     """
 
     def __init__(self, code: str, **fields: Any) -> None:
@@ -81,23 +84,23 @@ class HasReason:
 
 @contextmanager
 def raises_code(
-    kind: type[CodedError], code: str | None, /, **fields: Any
+    error_class: type[CodedError], code: str | None, /, **fields: Any
 ) -> Iterator[pytest.ExceptionInfo[CodedError]]:
-    """Require an error of this class and code (None: any), with at least these fields.
+    """Require an error of this class and code (None: any code), with at least these fields.
 
     The value of a field may be a ``Text`` or ``HasReason``.
     """
-    with pytest.raises(kind) as caught:
+    with pytest.raises(error_class) as caught:
         yield caught
     assert code in {None, caught.value.code}, caught.value
-    got = {name: caught.value.fields.get(name) for name in fields}
-    assert got == fields, caught.value
+    actual = {name: caught.value.fields.get(name) for name in fields}
+    assert actual == fields, caught.value
 
 
 def value_errors(
     fault: ValidationError | PydanticCustomError,
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Code and fields of each error that pydantic found, or of the one that a function raised."""
+    """Code and fields of each error in pydantic's exception, or of the one error of a validator."""
     if isinstance(fault, PydanticCustomError):
         return [(fault.type, fault.context or {})]
     return [(error["type"], error.get("ctx", {})) for error in fault.errors()]
@@ -107,39 +110,53 @@ def value_errors(
 def raises_value_error(
     code: str, /, **fields: Any
 ) -> Iterator[pytest.ExceptionInfo[ValidationError | PydanticCustomError]]:
-    """Require one error in a value, of this code, with at least these fields.
+    """Require exactly one validation error, of this code, with at least these fields.
 
-    It may be of pydantic's own codes. The value of a field may be a ``Text`` or ``HasReason``.
+    The code may be one of pydantic. The value of a field may be a ``Text`` or ``HasReason``.
     """
     with pytest.raises((ValidationError, PydanticCustomError)) as caught:
         yield caught
-    found = value_errors(caught.value)
-    assert [known for known, _ in found] == [code], caught.value
-    got = {name: found[0][1].get(name) for name in fields}
-    assert got == fields, caught.value
+    errors = value_errors(caught.value)
+    assert [known for known, _ in errors] == [code], caught.value
+    actual = {name: errors[0][1].get(name) for name in fields}
+    assert actual == fields, caught.value
 
 
 def coded_classes() -> tuple[type[CodedError], ...]:
-    """Every class of errors that lists codes."""
-    members = [vars(importlib.import_module(name)).values() for name in MODULES]
-    kinds = {kind for found in members for kind in found if isinstance(kind, type)}
-    coded = [kind for kind in kinds if issubclass(kind, CodedError) and "sentences" in vars(kind)]
-    return tuple(sorted((kind for kind in coded if kind.sentences), key=lambda kind: kind.__name__))
+    """All error classes that define codes, sorted by name."""
+    module_members = [vars(importlib.import_module(name)).values() for name in MODULES]
+    classes = {
+        error_class
+        for errors in module_members
+        for error_class in errors
+        if isinstance(error_class, type)
+    }
+    coded_ones = [
+        error_class
+        for error_class in classes
+        if issubclass(error_class, CodedError) and "sentences" in vars(error_class)
+    ]
+    return tuple(
+        sorted(
+            (error_class for error_class in coded_ones if error_class.sentences),
+            key=lambda error_class: error_class.__name__,
+        )
+    )
 
 
-def example_of(kind: type[CodedError], code: str | None = None) -> CodedError:
-    """An error of a class, by default of its first code, with a value in each field."""
-    chosen = code or next(iter(kind.sentences))
+def example_of(error_class: type[CodedError], code: str | None = None) -> CodedError:
+    """An error of a class with a value in each field, by default with the first code."""
+    chosen_code = code or next(iter(error_class.sentences))
     values = {
         name: "x" if not spec else 1 if spec == "," or spec[-1] in "fg" else ("x",)
-        for _, name, spec, _ in string.Formatter().parse(kind.sentences[chosen])
+        for _, name, spec, _ in string.Formatter().parse(error_class.sentences[chosen_code])
         if name is not None
     }
-    return kind(chosen, **values)
+    return error_class(chosen_code, **values)
 
 
 def page() -> str:
-    """The documentation page: one table for each class."""
+    """The text of ``docs/errors.md``: one table per class."""
     lines = [
         "# Error codes",
         "",
@@ -153,10 +170,18 @@ def page() -> str:
         "have. They are the `type` of an entry of pydantic's `ValidationError.errors()`; `ctx` has",
         "the fields, and the derived `sentence`.",
     ]
-    for kind in coded_classes():
-        summary = (kind.__doc__ or "").splitlines()[0]
-        lines += ["", f"## {kind.__name__}", "", summary, "", "| code | sentence |", "|---|---|"]
-        lines += [f"| `{code}` | {text} |" for code, text in kind.sentences.items()]
+    for error_class in coded_classes():
+        summary = (error_class.__doc__ or "").splitlines()[0]
+        lines += [
+            "",
+            f"## {error_class.__name__}",
+            "",
+            summary,
+            "",
+            "| code | sentence |",
+            "|---|---|",
+        ]
+        lines += [f"| `{code}` | {text} |" for code, text in error_class.sentences.items()]
     lines += ["", "## Fields of documents and settings"]
     for subject, sentences in SUBJECTS.items():
         lines += ["", f"### {subject}", "", "| code | sentence |", "|---|---|"]

@@ -1,4 +1,4 @@
-"""Grids and tables that tests of uniform formats share."""
+"""Grids (evenly spaced levels) and random tables for tests of uniform quantization formats."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from compressors.quantize.kernels.clipping import fit
 from compressors.quantize.kernels.levels import FittedRange, Grid, nearest, weights
 
-# A float32 quotient, its rounding and the product back each move by at most one part in 2^24; an
-# offset adds a difference and a sum.
+# Relative rounding error of a quotient, its rounding and a product in float32, each at most 2^-24;
+# with an offset also of a difference and a sum.
 SLACK = 8 * 2.0**-24
 
 SYMMETRIC = [Grid(255), Grid(15), Grid(4)]
@@ -30,17 +30,17 @@ sharing = st.sampled_from([0, 1, 2, 4])
 rules = st.sampled_from(["min_max", "greedy", "mse"])
 
 
-def of(grid: Grid, **changes: Any) -> Grid:
-    """A grid that differs from another."""
+def changed_grid(grid: Grid, **changes: Any) -> Grid:
+    """A copy of a grid with other values in some fields."""
     fields = {name: getattr(grid, name) for name in Grid.__dataclass_fields__}
     return Grid(**{**fields, **changes})
 
 
 def tables(largest: float = 6e4) -> st.SearchStrategy[Tensor]:
-    """Float32 tables whose rows lie at very different scales and offsets."""
+    """Float32 tables whose rows have very different scales and offsets."""
 
-    def scaled(drawn: tuple[np.ndarray, float, float]) -> Tensor:
-        table, power, shift = drawn
+    def scaled(values_power_shift: tuple[np.ndarray, float, float]) -> Tensor:
+        table, power, shift = values_power_shift
         scales = np.float32(10.0) ** (power - 3 * np.arange(len(table), dtype=np.float32))
         moved = table * np.float32(1 - abs(shift)) + np.float32(shift)
         return torch.from_numpy((moved * scales[:, None]).astype(np.float32))
@@ -52,13 +52,13 @@ def tables(largest: float = 6e4) -> st.SearchStrategy[Tensor]:
     return st.tuples(values, st.floats(-8, np.log10(largest)), shift).map(scaled)
 
 
-def normal(rows: int, dim: int, seed: int = 3) -> Tensor:
-    """Normal weights from a seed."""
+def random_normal(rows: int, dim: int, seed: int = 3) -> Tensor:
+    """Normal weights float32 ``(rows, dim)`` from a seed."""
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def back(table: Tensor, grid: Grid) -> tuple[Tensor, FittedRange]:
-    """The weights that come back, and what was stored for each row."""
+def round_trip(table: Tensor, grid: Grid) -> tuple[Tensor, FittedRange]:
+    """Quantize and dequantize a table; return the weights, and scale and offset of each row."""
     fitted = fit(table, grid)
     entries = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
     scale, offset = (None if part is None else part[entries] for part in fitted)

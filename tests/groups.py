@@ -1,17 +1,17 @@
-"""Which tests run in one process, so that what they share is made once.
+"""Groups of test files that run in one process, so that cached results are computed only once.
 
-xdist 3.8 marks groups by changing a private attribute of each test, which pytest 9.2 no longer
-reads: its own ``--dist loadgroup`` makes every test a group. So the scheduler computes them here.
+xdist 3.8 marks groups in a private attribute of each test that pytest 9.2 no longer reads, so its
+``--dist loadgroup`` would make every test a group. This file has a scheduler that computes groups.
 """
 
 from pathlib import Path
 
 from xdist.scheduler import LoadScopeScheduling
 
-# What the tests of several files share, so that one process makes it once: a Prefect server and a
-# finished order; exports, which take seconds each; and runs of every method. The longest groups
-# begin first, or one process ends alone (with --no-loadscope-reorder), and none takes a third of
-# all. Every other file is a group of its own.
+# The files of a group share a Prefect server and finished orders ("flows"), exports, which take
+# seconds each ("graphs"), or runs of every method ("runs"). Each other file is a group. The longest
+# groups start first (with --no-loadscope-reorder), so that no process is busy alone at the end;
+# for the same reason no group may take a third of the total time.
 GROUPS = {
     "flows": {
         "test_budget",
@@ -43,15 +43,15 @@ GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
 def group_of(nodeid: str) -> str:
-    """The group of a test: all tests of a group run in one process, one after another."""
+    """The name of the group of a test."""
     path = Path(nodeid.partition("::")[0])
-    if path.parent.name == "faults":  # one server of forks
+    if path.parent.name == "faults":  # these tests share one process that forks others
         return "faults"
     return GROUP_OF.get(path.stem, path.stem)
 
 
 class GroupScheduling(LoadScopeScheduling):
-    """Sends whole groups to a process, in the order in which they were collected."""
+    """Sends whole groups to processes, in the order of collection."""
 
     def _split_scope(self, nodeid: str) -> str:
         return group_of(nodeid)

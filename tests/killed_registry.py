@@ -1,10 +1,9 @@
-"""Kill processes while they open a registry for the first time, then use it: run as a script.
+"""Script: kill processes while they open a registry for the first time, then use the registry.
 
-For each line that it reads, ``FOLDER WRITER POINT...``, it prints one JSON line for each point and
-an empty one. A point is a share of all operations of an undisturbed first use: the SQL
-statements and commits of SQLAlchemy and the changes to files. ``WRITER`` is ``now`` for
-``Registry`` as it is, and ``earlier`` for MLflow's own migrations in place, as earlier versions of
-recpress ran them.
+Each input line is ``FOLDER WRITER POINT...``; the script prints one JSON line per point and an
+empty line. A point is a share of all operations of an uninterrupted first use: SQL statements and
+commits of SQLAlchemy and changes of files. ``WRITER`` is ``now`` for ``Registry``, or ``earlier``
+for MLflow's migrations in place, which earlier versions of recpress used.
 """
 
 import json
@@ -35,13 +34,13 @@ def first_use(writer: str, file: Path) -> None:
         MlflowClient(uri, uri).search_registered_models(max_results=1)
 
 
-def count_operations(at: Callable[[int], None]) -> None:
-    """Call ``at`` with the number of every operation, before it happens."""
-    done = [0]
+def count_operations(before_operation: Callable[[int], None]) -> None:
+    """Call ``before_operation`` with the number of each operation, before it happens."""
+    counter = [0]
 
     def count(*_: object) -> None:
-        done[0] += 1
-        at(done[0])
+        counter[0] += 1
+        before_operation(counter[0])
 
     event.listen(Engine, "before_cursor_execute", count)
     event.listen(Engine, "commit", count)
@@ -49,7 +48,7 @@ def count_operations(at: Callable[[int], None]) -> None:
 
 
 def in_child(work: Callable[[], object]) -> tuple[int, str]:
-    """Run ``work`` in a forked process; its wait status and what it returned or raised."""
+    """Run ``work`` in a forked process; return its wait status and its result or exception."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -65,7 +64,9 @@ def in_child(work: Callable[[], object]) -> tuple[int, str]:
     return os.waitpid(child, 0)[1], result
 
 
-def operations(writer: str, file: Path) -> int:
+def count_of_first_use(writer: str, file: Path) -> int:
+    """The number of operations of an uninterrupted first use."""
+
     def work() -> int:
         last = [0]
         count_operations(lambda number: last.__setitem__(0, number))
@@ -76,14 +77,22 @@ def operations(writer: str, file: Path) -> int:
 
 
 def killed_at(writer: str, file: Path, number: int) -> bool:
+    """Kill a first use before an operation; False if it ended earlier."""
+
     def work() -> None:
-        count_operations(lambda at: os.kill(os.getpid(), signal.SIGKILL) if at == number else None)
+        count_operations(
+            lambda before_operation: (
+                os.kill(os.getpid(), signal.SIGKILL) if before_operation == number else None
+            )
+        )
         first_use(writer, file)
 
     return in_child(work)[0] == signal.SIGKILL
 
 
-def used(file: Path) -> str:
+def version_after_use(file: Path) -> str:
+    """Publish a version in another process; return the version or the error."""
+
     def work() -> str:
         registry = Registry(f"sqlite:///{file}")
         return registry.publish("ranker", ORDER, "s3://models/x", {}, "").version
@@ -92,15 +101,15 @@ def used(file: Path) -> str:
 
 
 def main(folder: Path, writer: str, points: list[float]) -> None:
-    total = operations(writer, folder / "whole" / "registry.db")
+    total = count_of_first_use(writer, folder / "whole" / "registry.db")
     for point in points:
         number = max(1, min(total, round(point * total)))
         file = folder / f"{number}" / "registry.db"
         file.parent.mkdir()
         killed = killed_at(writer, file, number)
-        version = used(file)
-        left = sorted(path.name for path in file.parent.iterdir())
-        line = {"at": number, "killed": killed, "version": version, "left": left}
+        version = version_after_use(file)
+        remaining_files = sorted(path.name for path in file.parent.iterdir())
+        line = {"at": number, "killed": killed, "version": version, "left": remaining_files}
         sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.write("\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The services of docker-compose.yml as `make up-local` runs them, for tests that need them."""
+"""Start and stop the services of docker-compose.yml as `make up-local` runs them."""
 
 import os
 import shlex
@@ -24,7 +24,7 @@ READY = "Ctrl-C stops them."
 
 @dataclass(frozen=True)
 class LocalServices:
-    """Where they are, and what a client of theirs has in its environment."""
+    """Running services: their home folder, environment variables of a client, and process id."""
 
     home: Path
     client: dict[str, str]
@@ -32,7 +32,7 @@ class LocalServices:
 
 
 def lacking() -> str:
-    """Why they cannot run on this machine; empty if they can."""
+    """The reason why the services cannot run on this machine; empty if they can."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, programs())])
     missing = [
         name
@@ -44,13 +44,13 @@ def lacking() -> str:
 
 @contextmanager
 def running_services() -> Iterator[LocalServices]:
-    """Start them on free ports with a state of their own; stop them at the end.
+    """Start the services on free ports in a temporary home; stop them at the end.
 
     Raises:
-        RuntimeError: they were not ready in time or ended; what was printed is in the message.
+        RuntimeError: the services were not ready in time or ended; the message has their output.
     """
-    # Not below pytest's folder: only its owner may enter that, and Postgres, which refuses to run
-    # as root, runs as another user.
+    # Not in pytest's folder, which only its owner can enter: Postgres runs as another user, because
+    # it refuses to run as root.
     home = Path(tempfile.mkdtemp(prefix="recpress-services-"))
     home.chmod(0o755)
     env = environment(
@@ -59,8 +59,8 @@ def running_services() -> Iterator[LocalServices]:
         RECPRESS_MODULES=str(ROOT / "tests"),
         RECPRESS_ALLOWED_MODULES=ALLOWED,
     )
-    printed = home / "printed"
-    with printed.open("wb") as out:
+    log_file = home / "printed"
+    with log_file.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "infra.services.local_services", "--any-ports"],
             cwd=ROOT,
@@ -70,23 +70,24 @@ def running_services() -> Iterator[LocalServices]:
         )
     try:
         end = time.monotonic() + START_SECONDS
-        while READY not in printed.read_text():
+        while READY not in log_file.read_text():
             if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the services are not ready:\n{printed.read_text()[-4000:]}")
+                raise RuntimeError(f"the services are not ready:\n{log_file.read_text()[-4000:]}")
             time.sleep(0.2)
         yield LocalServices(home, _exported(home / "services" / "client.env"), process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(STOP_SECONDS)
-        said = printed.read_text()
+        output = log_file.read_text()
         shutil.rmtree(home)
-    assert code == 0, said
-    assert "is killed" not in said, said
+    assert code == 0, output
+    assert "is killed" not in output, output
 
 
 def _exported(path: Path) -> dict[str, str]:
-    found = {}
+    """The variables that a shell script exports."""
+    result = {}
     for line in path.read_text().splitlines():
         name, _, value = line.removeprefix("export ").partition("=")
-        found[name] = shlex.split(value)[0]
-    return found
+        result[name] = shlex.split(value)[0]
+    return result

@@ -1,4 +1,4 @@
-"""Scores of a model on fixed rows, and how far float32 sums in another order may move them."""
+"""Scores of a model on fixed rows, their float32 rounding error, and bytes of tensors."""
 
 import models
 import torch
@@ -9,14 +9,14 @@ from compressors.core.model import Model
 
 
 def scores_of(model: Model, reference: Reference, rows: int = 300) -> Tensor:
-    """Scores float32 ``(rows,)`` of the reference network's example rows."""
+    """Scores float32 ``(rows,)`` of a model on example rows of its reference."""
     inputs = models.example(reference.signature, reference.rows_of_tables(), rows, seed=11)
     with torch.no_grad():
         return model.module(**inputs).reshape(-1)
 
 
 def float32_rounding(scores: Tensor) -> float:
-    """Sums of a hundred float32 products in another order differ by some steps of the largest."""
+    """Tolerance for scores that are sums of about 100 float32 products in another order."""
     return 64 * torch.finfo(torch.float32).eps * max(1.0, float(scores.abs().max()))
 
 

@@ -1,7 +1,8 @@
-"""Small reference networks with every shape of table, bag and dense layer that models have.
+"""Small reference networks that most tests use, benches of random rows, and lists of methods.
 
-Each is a ``Reference``: the class, its arguments, and the signature of its inputs. The weights are
-untrained and come from a seed.
+The networks have every kind of table, bag and dense layer. Each is a ``Reference``: the class, its
+arguments, and its signature. The weights are random, from a seed. The end of the file exports
+graphs of compressed references and caches them.
 """
 
 import functools
@@ -34,7 +35,7 @@ from compressors.contracts import (
 )
 from compressors.core.batches import batches, example
 from compressors.core.model import Model
-from compressors.core.registries import METHODS as REGISTERED
+from compressors.core.registries import METHODS as REGISTRY
 from compressors.core.runner import rows_of_tables, run
 from compressors.core.steps.decisions import Applied
 from compressors.core.steps.step import Method as Step
@@ -58,32 +59,32 @@ from infra.onnxruntime.sessions import Session
 
 torch.set_num_threads(1)
 
-METHODS: tuple[Any, ...] = tuple(REGISTERED.values())
-# Methods that need a model which another method compressed, labels that agree with its predictions,
-# or layers whose number is an argument. All others have something to do on any model.
+METHODS: tuple[Any, ...] = tuple(REGISTRY.values())
+# Methods that need a compressed model, labels that agree with its predictions, or an argument for
+# the number of layers. All other methods change every reference that they support.
 NOT_ALONE = (RefitCodes, Recalibrate, DropLayers)
 ALONE = tuple(method for method in METHODS if method not in NOT_ALONE)
 
 
-# Methods that change what a format holds, that store units in another one, and that make tables
-# of smaller ones.
-def _changing(what: str) -> tuple[type[Step], ...]:
+# Methods by effect: they change values within a format, store units in another format, or replace
+# a table by smaller tables ("parts").
+def _with_effect(what: str) -> tuple[type[Step], ...]:
     return tuple(m for m in ALONE if m.effect == what)
 
 
-VALUES, FORMATS, PARTS = _changing("values"), _changing("format"), _changing("parts")
-# What these make is known only when values and data were looked at: each has tests of its own.
+VALUES, FORMATS, PARTS = _with_effect("values"), _with_effect("format"), _with_effect("parts")
+# The result of these depends on values and data, so they are tested separately.
 SEARCHES = (DropTables, MergeRows)
 PARTS = tuple(method for method in PARTS if method not in (*SEARCHES, LowRankDense))
-# Methods that leave every table one table; test_composed.py is about the others.
+# Methods that keep each table as one table; test_composed.py tests the others.
 UNDIVIDED = (*VALUES, *FORMATS)
-# Methods that find something to do on the ranker, which has neither norms nor dead channels, and
-# do more than set weights to other numbers: what those leave is the untouched network's graph.
-SAME_LAYERS = (Magnitude, Sparse24, L1Training, Distill, FineTune)
-UNDIVIDED = tuple(method for method in UNDIVIDED if method not in (Fold, *SAME_LAYERS))
+# Without methods that change only values of weights, whose graphs are those of the uncompressed
+# network, and without Fold, since the ranker has neither norms nor dead channels.
+ONLY_WEIGHT_VALUES = (Magnitude, Sparse24, L1Training, Distill, FineTune)
+UNDIVIDED = tuple(method for method in UNDIVIDED if method not in (Fold, *ONLY_WEIGHT_VALUES))
 
 
-def _kinds(where: set[str]) -> list[str]:
+def _kinds_with(where: set[str]) -> list[str]:
     return [
         method.model_fields["kind"].default
         for method in UNDIVIDED
@@ -91,35 +92,35 @@ def _kinds(where: set[str]) -> list[str]:
     ]
 
 
-# An export takes three seconds, so a method for layers and one for tables share a graph. Parity
-# tolerates more where layers are packed; test_table_forms.py and test_table_code_graphs.py hold
-# packed tables next to plain layers to the rounding of float32.
+# Recipes of one or two kinds. An export takes three seconds, so a method for layers and one for
+# tables share a graph. Parity has a larger tolerance if layers are packed, so test_table_forms.py
+# and test_table_code_graphs.py check packed tables with float32 layers.
 RECIPES: tuple[tuple[str, ...], ...] = (
     *(
         tuple(kind for kind in pair if kind is not None)
-        for pair in itertools.zip_longest(_kinds({"layers"}), _kinds({"tables"}))
+        for pair in itertools.zip_longest(_kinds_with({"layers"}), _kinds_with({"tables"}))
     ),
-    *((kind,) for kind in _kinds({"layers", "tables"})),
+    *((kind,) for kind in _kinds_with({"layers", "tables"})),
 )
 
 
 def recipe_with(kind: str) -> tuple[str, ...]:
-    """The recipe of the default tier in which a kind of step stands."""
+    """The recipe in ``RECIPES`` that contains a kind of step."""
     (recipe,) = (recipe for recipe in RECIPES if kind in recipe)
     return recipe
 
 
-# Steps enough for 96 rows to move the weights.
+# A short training that changes weights noticeably with 96 rows.
 QUICKLY = Training(batch=16, learning_rate=0.02, warmup=0)
 BENCH_ROWS = 96
 LONGEST = 5
 
 
 class Ranker(nn.Module):
-    """Ids, bags of three kinds and a dense vector; a cross layer in parallel with a small tower.
+    """Ids, three kinds of bags and a dense vector; a cross layer parallel to a perceptron.
 
-    ``cross`` and ``hidden`` read the same vector, a Relu follows ``hidden`` and a Relu6 ``capped``,
-    ``plain`` has no bias, ``item`` an odd width.
+    ``cross`` and ``hidden`` read the same vector. A relu follows ``hidden`` and a relu6 follows
+    ``capped``. ``plain`` has no bias, and ``item`` has an odd width.
     """
 
     def __init__(self, dim: int = 6, width: int = 16) -> None:
@@ -168,10 +169,9 @@ class Ranker(nn.Module):
 
 
 class Compact(nn.Module):
-    """The ranker's dense layers over one id and two more of another table: exported in a third of
-    the time.
+    """The dense layers of ``Ranker`` with two tables only, which takes a third of the export time.
 
-    ``cross``, ``hidden``, ``capped`` and ``plain`` are as in ``Ranker``, ``item`` has an odd width.
+    ``genres`` is looked up for two ids. ``item`` has an odd width.
     """
 
     def __init__(self, dim: int = 6, width: int = 16) -> None:
@@ -196,7 +196,7 @@ class Compact(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two tables over one weight, and one module standing in two places."""
+    """Two tables that share one weight, and one module under two names."""
 
     def __init__(self, dim: int = 6) -> None:
         super().__init__()
@@ -214,9 +214,9 @@ class Tied(nn.Module):
 
 
 class Buffered(nn.Module):
-    """Keeps a buffer that no file stores, one that files store, and a plain tensor attribute.
+    """Has a non-persistent buffer, a persistent one, and a plain tensor attribute.
 
-    The table of positions is read at the same rows in every call.
+    Every call reads the same rows of the table of positions.
     """
 
     places: Tensor
@@ -239,7 +239,7 @@ class Buffered(nn.Module):
 
 
 class Attention(nn.Module):
-    """A user attends to a padded history: a Linear over ``(rows, length, dim)``."""
+    """Attention of a user over a padded history, with dense layers over ``(rows, length, dim)``."""
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()
@@ -253,13 +253,13 @@ class Attention(nn.Module):
         rows = self.item(history)  # (rows, length, dim)
         keys, values = F.relu(self.key(rows)), self.value(rows)
         fit = (keys * self.user(user).unsqueeze(1)).sum(dim=2)  # (rows, length)
-        seen = torch.matmul(fit.softmax(dim=1).unsqueeze(1), values).squeeze(1)  # (rows, dim)
-        score: Tensor = self.out(seen).squeeze(1)
+        attended = torch.matmul(fit.softmax(dim=1).unsqueeze(1), values).squeeze(1)  # (rows, dim)
+        score: Tensor = self.out(attended).squeeze(1)
         return score
 
 
 class Normed(nn.Module):
-    """Batch norm and dropout, and a probability at the end."""
+    """A dense layer with batch norm and dropout; the output is a probability."""
 
     def __init__(self, dim: int = 6, width: int = 12) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def planned_and_applied(step: Any, model: Model, bench: Bench) -> Applied:
 
 
 def default(method: type[Step]) -> Step:
-    """The method with its default settings, except how it trains and what suits narrow rows."""
+    """A step with default settings, except a short training and symmetric int2."""
     fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
     quickly = {"training": QUICKLY, "steps": 20}
     settings: dict[str, Any] = {
@@ -296,14 +296,14 @@ def default(method: type[Step]) -> Step:
 
 @dataclass(frozen=True)
 class Reference:
-    """A network's class with the signature of its inputs."""
+    """A model class, its arguments, and its signature."""
 
     network: type[nn.Module]
     signature: Signature
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self, seed: int = 0) -> Model:
-        """The network as it would come out of a bundle."""
+        """The network as a bundle would be loaded, with random weights from ``seed``."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             module = self.network(**self.config)
@@ -316,14 +316,14 @@ class Reference:
         return Model(module.eval(), self.network, description)
 
     def rows_of_tables(self) -> dict[str, int]:
-        """Rows of every table an input names."""
+        """Number of rows of every table that an input names."""
         return rows_of_tables(self.model().module, self.signature)
 
     def bench(self, folder: Path) -> Bench:
-        """A bench of made-up rows in ``folder``, written once.
+        """Write 96 random rows for each split to ``folder`` and return the bench.
 
-        Labels and soft labels are the opposite of the untrained network's predictions, so that
-        there is something to learn.
+        Labels and soft labels are the opposite of the network's predictions, so that training can
+        improve the metric.
         """
         tables = self.rows_of_tables()
         parts = {
@@ -338,6 +338,7 @@ class Reference:
         return Bench(signature=self.signature, soft_labels=soft, **parts)
 
     def _opposite(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The negated score of each row, or 1 minus its probability, float32 ``(rows,)``."""
         with torch.no_grad():
             scores = self.model().module(**inputs).reshape(-1)
         return 1 - scores if self.signature.single_output.form == "probability" else -scores
@@ -415,7 +416,7 @@ NORMED = Reference(
     ),
 )
 REFERENCES = (RANKER, TIED, BUFFERED, ATTENTION, NORMED)
-# Stands in for the ranker where a network is exported for many recipes.
+# With COMPACT, which is used instead of RANKER if a network is exported for many recipes.
 BY_NAME = {reference.network.__name__: reference for reference in (*REFERENCES, COMPACT)}
 
 
@@ -424,54 +425,55 @@ def prepared(
     rows_of_table: dict[str, int],
     folder: Path,
     seed: int = 7,
-    answer: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    score_function: Callable[[dict[str, Tensor]], Tensor] | None = None,
     rows: int = BENCH_ROWS,
 ) -> Split:
-    """A split of made-up rows, written as ``compressors.core.batches`` reads it.
+    """Write a split of random rows in the format that ``compressors.core.batches`` reads.
 
-    Labels are 0 and 1 in turn, or, with an ``answer``, whether it lies above its median.
+    Labels alternate between 0 and 1. With a ``score_function`` of the inputs, a label is 1 if the
+    score is above the median.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = example(signature, rows_of_table, rows, seed=seed)
+    inputs = example(signature, rows_of_table, rows, seed=seed)
     label = torch.arange(rows, dtype=torch.float32) % 2
-    if answer is not None:
-        scores = answer(made)
+    if score_function is not None:
+        scores = score_function(inputs)
         label = (scores > scores.median()).to(torch.float32)
     for item in signature.inputs:
         if isinstance(item, JaggedBag):
-            second = made.pop(f"{item.name}_{item.layout}")
-            count = len(made[item.name])
+            bounds_or_lengths = inputs.pop(f"{item.name}_{item.layout}")
+            count = len(inputs[item.name])
             if item.layout == "offsets":
-                bounds = torch.cat([second, torch.tensor([count])])
+                bounds = torch.cat([bounds_or_lengths, torch.tensor([count])])
             else:
-                bounds = torch.cat([torch.zeros(1, dtype=torch.int64), second.cumsum(0)])
-            made[f"@bounds/{item.name}"] = bounds
-    made["@label"] = label
+                bounds = torch.cat([torch.zeros(1, dtype=torch.int64), bounds_or_lengths.cumsum(0)])
+            inputs[f"@bounds/{item.name}"] = bounds
+    inputs["@label"] = label
     if signature.group is not None:
-        made["@group"] = torch.arange(rows) // 8
-    save_file(made, folder / "data.safetensors")
+        inputs["@group"] = torch.arange(rows) // 8
+    save_file(inputs, folder / "data.safetensors")
     return Split(path=str(folder), sha256="0" * 64, rows=rows)
 
 
 def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every tensor of a module, to compare with later."""
+    """A copy of every tensor of a module's state."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-# --- exports are slow (one to three seconds), so every test file shares them -----------------
+# --- cached exports, as an export takes one to three seconds ---------------------------------
 
 _SCRATCH = tempfile.TemporaryDirectory(prefix="lowered-")
 
 
 def whole(signature: Signature) -> ServedGraph:
-    """The one graph of a model that is served as one."""
-    (form,) = served_graphs(signature)
-    return form
+    """The only graph of a model that is not split into towers."""
+    (only_graph,) = served_graphs(signature)
+    return only_graph
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A reference, compressed and written down for one target."""
+    """The exported graph of a compressed reference for one target."""
 
     model: Model
     lowered: Lowered
@@ -480,17 +482,17 @@ class Graph:
     target: TargetName = "onnxruntime"
 
     def rows(self, count: int, seed: int = 5) -> dict[str, Tensor]:
-        """Made-up inputs, every id within its table."""
+        """Random inputs with ids within the tables."""
         return example(self.signature, self.lowered.served.rows_of_table, count, seed)
 
     def in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
-        """Scores of the module inside its input policy."""
+        """Scores of the serving wrapper in torch, which applies the policy for ids."""
         with torch.no_grad():
             scores: Tensor = self.lowered.served(*(inputs[n] for n in input_names(self.signature)))
         return scores.numpy()
 
     def in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
-        """Scores of the graph in ONNX Runtime; the forms for TensorRT run there too, slowly."""
+        """Scores of the graph in ONNX Runtime, which can also run the graphs for TensorRT."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         path = self.path
         if self.target != "onnxruntime" and has_bfloat16_products(self.model.plan):
@@ -501,7 +503,7 @@ class Graph:
 
 @functools.cache
 def compressed(reference_name: str, kinds: tuple[str, ...]) -> Model:
-    """A reference after the steps of these kinds, each with its default settings."""
+    """The model of a reference after steps of these kinds with default settings."""
     reference = BY_NAME[reference_name]
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     methods = {method.model_fields["kind"].default: method for method in METHODS}  # type: ignore[attr-defined]
@@ -513,7 +515,7 @@ def compressed(reference_name: str, kinds: tuple[str, ...]) -> Model:
 
 @functools.cache
 def graph(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Graph:
-    """A compressed reference's graph for one target; plain where ``kinds`` is empty."""
+    """The graph of a compressed reference; of the uncompressed one if ``kinds`` is empty."""
     reference = BY_NAME[reference_name]
     model = compressed(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"

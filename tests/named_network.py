@@ -1,4 +1,4 @@
-"""A network whose module names come from its configuration, as feature names do."""
+"""A network whose config has the names of its modules, as models with feature names have."""
 
 import torch
 from torch import Tensor, nn

@@ -21,47 +21,49 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     Returns:
         Combinations, each with one value of every axis, in the order of the axes.
     """
-    places = [range(len(axis)) for axis in axes]
-    open_pairs = {
+    indices = [range(len(axis)) for axis in axes]
+    uncovered = {
         (first, a, second, b): None
         for first, second in itertools.combinations(range(len(axes)), 2)
-        for a, b in itertools.product(places[first], places[second])
+        for a, b in itertools.product(indices[first], indices[second])
     }
-    chosen: list[tuple[int, ...]] = [] if len(axes) > 1 else [(place,) for place in places[0]]
-    while open_pairs:
-        first, a, second, b = next(iter(open_pairs))
+    chosen: list[tuple[int, ...]] = [] if len(axes) > 1 else [(index,) for index in indices[0]]
+    while uncovered:
+        first, a, second, b = next(iter(uncovered))
         row: dict[int, int] = {first: a, second: b}
         for axis in range(len(axes)):
             if axis not in row:
-                row[axis] = max(places[axis], key=lambda v: _newly(open_pairs, row, axis, v))
+                row[axis] = max(
+                    indices[axis], key=lambda v: _newly_covered(uncovered, row, axis, v)
+                )
         chosen.append(tuple(row[axis] for axis in range(len(axes))))
-        for pair in _pairs(chosen[-1]):
-            open_pairs.pop(pair, None)
+        for pair in _pairs_of(chosen[-1]):
+            uncovered.pop(pair, None)
     return [tuple(axis[v] for axis, v in zip(axes, row, strict=True)) for row in chosen]
 
 
 Pair = tuple[int, int, int, int]
 
 
-def _pairs(row: Sequence[int]) -> list[Pair]:
+def _pairs_of(row: Sequence[int]) -> list[Pair]:
     return [(i, row[i], k, row[k]) for i, k in itertools.combinations(range(len(row)), 2)]
 
 
-def _newly(open_pairs: dict[Pair, None], row: dict[int, int], axis: int, value: int) -> int:
-    """How many uncovered pairs a value makes with the values chosen so far."""
+def _newly_covered(uncovered: dict[Pair, None], row: dict[int, int], axis: int, value: int) -> int:
+    """How many uncovered pairs a value has with the values chosen so far."""
     pairs = (
         (axis, value, other, chosen) if axis < other else (other, chosen, axis, value)
         for other, chosen in row.items()
     )
-    return sum(pair in open_pairs for pair in pairs)
+    return sum(pair in uncovered for pair in pairs)
 
 
 def parametrize_pairwise(**axes: Mapping[str, Any] | Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrize a test with a pairwise cover; a mapping's keys are the ids of its values."""
-    named = [
+    axes_with_ids = [
         axis if isinstance(axis, Mapping) else {str(value): value for value in axis}
         for axis in axes.values()
     ]
-    rows = pairwise(*(list(axis) for axis in named))
-    values = [[axis[key] for axis, key in zip(named, row, strict=True)] for row in rows]
+    rows = pairwise(*(list(axis) for axis in axes_with_ids))
+    values = [[axis[key] for axis, key in zip(axes_with_ids, row, strict=True)] for row in rows]
     return pytest.mark.parametrize(list(axes), values, ids=["-".join(row) for row in rows])

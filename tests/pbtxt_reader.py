@@ -1,7 +1,7 @@
-"""A reader of protocol buffers as text, written against the format's description, not our writer.
+"""A parser of protocol buffers in text format, written from the description of the format.
 
-Every field is read as a list of its values in order: without the signature a single value and a
-repeated one look alike.
+It does not share code with the writer that it tests. Every field is a list of values, since a
+single and a repeated field cannot be distinguished without the message definition.
 """
 
 import re
@@ -28,60 +28,60 @@ class Word(str):
 
 
 def read(text: str) -> Message:
-    """The message a text stands for; ``ValueError`` says where it is not well formed."""
+    """Parse a message; raise ``ValueError`` with the position if the text is malformed."""
     tokens = _tokens(text)
-    message, at = _message(tokens, 0)
-    if at != len(tokens):
-        raise ValueError(f"something follows the message: {tokens[at:][:5]}")
+    message, position = _message(tokens, 0)
+    if position != len(tokens):
+        raise ValueError(f"something follows the message: {tokens[position:][:5]}")
     return message
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    found, at = [], 0
-    while at < len(text):
-        token = _TOKEN.match(text, at)
+    values_read, position = [], 0
+    while position < len(text):
+        token = _TOKEN.match(text, position)
         if token is None:
-            raise ValueError(f"no token at {at}: {text[at : at + 20]!r}")
+            raise ValueError(f"no token at {position}: {text[position : position + 20]!r}")
         if token.lastgroup != "skip":
-            found.append((token.lastgroup or "", token[0]))
-        at = token.end()
-    return found
+            values_read.append((token.lastgroup or "", token[0]))
+        position = token.end()
+    return values_read
 
 
-def _message(tokens: list[tuple[str, str]], at: int) -> tuple[Message, int]:
+def _message(tokens: list[tuple[str, str]], position: int) -> tuple[Message, int]:
     message: Message = {}
-    while at < len(tokens) and tokens[at][1] != "}":
-        kind, name = tokens[at]
+    while position < len(tokens) and tokens[position][1] != "}":
+        kind, name = tokens[position]
         if kind != "word":
             raise ValueError(f"a field's name is wanted, found {name!r}")
         values = message.setdefault(name, [])
-        if tokens[at + 1][1] == "{":
-            nested, at = _message(tokens, at + 2)
-            if tokens[at : at + 1] != [("mark", "}")]:
+        if tokens[position + 1][1] == "{":
+            nested, position = _message(tokens, position + 2)
+            if tokens[position : position + 1] != [("mark", "}")]:
                 raise ValueError(f"{name} is not closed")
             values.append(nested)
-            at += 1
-        elif tokens[at + 1][1] == ":":
-            found, at = _values(tokens, at + 2)
-            values.extend(found)
+            position += 1
+        elif tokens[position + 1][1] == ":":
+            values_read, position = _values(tokens, position + 2)
+            values.extend(values_read)
         else:
-            raise ValueError(f"{name} is followed by {tokens[at + 1]}")
-    return message, at
+            raise ValueError(f"{name} is followed by {tokens[position + 1]}")
+    return message, position
 
 
-def _values(tokens: list[tuple[str, str]], at: int) -> tuple[list[Any], int]:
-    if tokens[at][1] != "[":
-        return [_scalar(*tokens[at])], at + 1
-    found: list[Any] = []
-    at += 1
-    while tokens[at][1] != "]":
-        if found:
-            if tokens[at][1] != ",":
-                raise ValueError(f"a comma is wanted, found {tokens[at]}")
-            at += 1
-        found.append(_scalar(*tokens[at]))
-        at += 1
-    return found, at + 1
+def _values(tokens: list[tuple[str, str]], position: int) -> tuple[list[Any], int]:
+    if tokens[position][1] != "[":
+        return [_scalar(*tokens[position])], position + 1
+    values_read: list[Any] = []
+    position += 1
+    while tokens[position][1] != "]":
+        if values_read:
+            if tokens[position][1] != ",":
+                raise ValueError(f"a comma is wanted, found {tokens[position]}")
+            position += 1
+        values_read.append(_scalar(*tokens[position]))
+        position += 1
+    return values_read, position + 1
 
 
 def _scalar(kind: str, text: str) -> Any:
@@ -94,8 +94,8 @@ def _scalar(kind: str, text: str) -> Any:
     raise ValueError(f"a value is wanted, found {text!r}")
 
 
-def _unescaped(found: re.Match[str]) -> str:
-    code = found[1]
+def _unescaped(match: re.Match[str]) -> str:
+    code = match[1]
     if code[0] in "01234567":
         return chr(int(code, 8))
     return _NAMED[code]

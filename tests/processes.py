@@ -1,4 +1,4 @@
-"""Processes of this machine as /proc shows them: children, ports, environment, arguments."""
+"""Read from /proc the children, ports, environment and arguments of processes."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ LISTENING = "0A"
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all its descendants."""
+    """The process ids of a process and all its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -16,10 +16,10 @@ def tree(pid: int) -> list[int]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found = [pid]
-    for parent in found:
-        found += children.get(parent, [])
-    return found
+    result = [pid]
+    for parent in result:
+        result += children.get(parent, [])
+    return result
 
 
 def arguments(pid: int) -> list[str]:
@@ -28,7 +28,7 @@ def arguments(pid: int) -> list[str]:
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """The environment a process was started with."""
+    """The environment variables with which a process was started."""
     lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return {name: value for name, _, value in (line.partition("=") for line in lines if line)}
 
@@ -43,14 +43,14 @@ def listening(pid: int) -> set[tuple[str, int]]:
             continue
         if target.startswith("socket:["):
             inodes.add(target[8:-1])
-    found = set()
+    result = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == LISTENING and fields[9] in inodes:
                 address, _, port = fields[1].partition(":")
-                found.add((address, int(port, 16)))
-    return found
+                result.add((address, int(port, 16)))
+    return result
 
 
 LOOPBACK = {

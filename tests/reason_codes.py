@@ -1,4 +1,7 @@
-"""Reasons by code and fields; and the table of all codes: ``python -m tests.reason_codes``."""
+"""Helpers that check reasons by code and fields, and write the table of all codes.
+
+``python -m tests.reason_codes`` writes ``docs/reasons.md``.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,22 +13,25 @@ TABLE = Path(__file__).parent.parent / "docs" / "reasons.md"
 
 
 def codes_of(reasons: Iterable[Reason]) -> list[str]:
-    """The codes of some reasons, in their order."""
+    """The code of each reason, in order."""
     return [reason.code for reason in reasons]
 
 
 def with_code(reasons: Iterable[Reason], code: str, **fields: Any) -> Reason:
-    """The one reason of a code, also inside fields of others, with at least these fields."""
-    known = list(reasons)
-    found = [inner for reason in known for inner in reason.walk() if inner.code == code]
-    assert len(found) == 1, f"{len(found)} of code {code!r} in {known}"
-    got = {name: found[0].fields.get(name) for name in fields}
-    assert got == fields, found[0]
-    return found[0]
+    """Require exactly one reason with this code and at least these fields, and return it.
+
+    Reasons nested in fields of other reasons are included.
+    """
+    all_reasons = list(reasons)
+    matching = [inner for reason in all_reasons for inner in reason.walk() if inner.code == code]
+    assert len(matching) == 1, f"{len(matching)} of code {code!r} in {all_reasons}"
+    actual = {name: matching[0].fields.get(name) for name in fields}
+    assert actual == fields, matching[0]
+    return matching[0]
 
 
 def page() -> str:
-    """The documentation page: one table for each subject."""
+    """The text of ``docs/reasons.md``: one table per subject."""
     lines = [
         "# Reason codes",
         "",

@@ -1,6 +1,6 @@
-"""A tiny but real draft of a retrieval model: what people went for is drawn from its own scores.
+"""Write a small draft of a retrieval model, with interactions drawn from the network's scores.
 
-So the network is the best there is for its data, and every compression can only lose.
+So no other network is better for the data, and compression can only lower the quality.
 """
 
 import json
@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 USERS, ITEMS, TAGS, DENSE, LONGEST = 300, 400, 40, 3, 4
 CONFIG = {
     "users": USERS,
-    "items": ITEMS + 7,  # rows of the table that no item of the catalogue has
+    "items": ITEMS + 7,  # 7 rows of the table belong to no item of the catalogue
     "tags": TAGS,
     "dense": DENSE,
     "dim": 16,
     "hidden": 32,
 }
-EACH = {"train": 20, "validation": 3, "test": 4}  # interactions a user
+EACH = {"train": 20, "validation": 3, "test": 4}  # interactions per user
 SPREAD = 3.0  # standard deviation of the scores
 
 SIGNATURE: dict[str, Any] = {
@@ -37,7 +37,7 @@ SIGNATURE: dict[str, Any] = {
         {
             "kind": "dense",
             "name": "dense",
-            "columns": [f"d{place}" for place in range(DENSE)],
+            "columns": [f"d{index}" for index in range(DENSE)],
             "shape": [DENSE],
         },
     ],
@@ -62,17 +62,17 @@ def write_retrieval_draft(
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = TowerNet(**config).eval()
-    draw = np.random.default_rng(seed)
-    bags = [draw.integers(0, TAGS, count) for count in draw.integers(0, LONGEST + 1, USERS)]
+    random = np.random.default_rng(seed)
+    bags = [random.integers(0, TAGS, count) for count in random.integers(0, LONGEST + 1, USERS)]
     # The catalogue's order is not the order of ids.
-    ids = draw.permutation(ITEMS)
+    ids = random.permutation(ITEMS)
     items = {
         "item": pa.array(ids),
         "tags": pa.array(
-            [draw.integers(0, TAGS, n).tolist() for n in draw.integers(0, LONGEST + 1, ITEMS)],
+            [random.integers(0, TAGS, n).tolist() for n in random.integers(0, LONGEST + 1, ITEMS)],
             pa.list_(pa.int64()),
         ),
-        **{f"d{place}": pa.array(draw.normal(size=ITEMS)) for place in range(DENSE)},
+        **{f"d{index}": pa.array(random.normal(size=ITEMS)) for index in range(DENSE)},
     }
     pq.write_table(pa.table(items), folder / "items.parquet")
     lately = pa.array([bag.tolist() for bag in bags], pa.list_(pa.int64()))
@@ -81,18 +81,18 @@ def write_retrieval_draft(
         model.of_user.second.weight *= SPREAD / scores.std()
         model.of_user.second.bias *= SPREAD / scores.std()
         scores = all_scores(model, lately, items)
-    # The best of scores plus Gumbel noise are a draw without repeats, the first likeliest.
-    liked = np.argsort(-(scores + draw.gumbel(size=scores.shape)), axis=1)
-    begin = 0
-    for split, each in EACH.items():
-        chosen = liked[:, begin : begin + each]
-        begin += each
-        user = np.repeat(np.arange(USERS), each)
-        order = draw.permutation(user.size)
+    # Sorting scores plus Gumbel noise samples items without replacement from their softmax.
+    items_in_order = np.argsort(-(scores + random.gumbel(size=scores.shape)), axis=1)
+    first = 0
+    for split, per_user in EACH.items():
+        items_of_split = items_in_order[:, first : first + per_user]
+        first += per_user
+        user = np.repeat(np.arange(USERS), per_user)
+        order = random.permutation(user.size)
         columns = {
             "user": pa.array(user[order]),
             "lately": lately.take(pa.array(user[order])),
-            "item": pa.array(ids[chosen.reshape(-1)[order]]),
+            "item": pa.array(ids[items_of_split.reshape(-1)[order]]),
         }
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
     weights = model.state_dict()
@@ -112,45 +112,52 @@ def write_retrieval_draft(
 
 
 def planted_recall(folder: Path, *, mask: bool = True) -> float:
-    """Recall@20 of the draft's own network, computed without anything of recpress."""
+    """Recall@20 of the draft's network, computed without code of recpress.
+
+    ``mask`` removes the items of other splits from the ranking of a user.
+    """
     model = TowerNet(**CONFIG)
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    held = {split: pq.read_table(folder / f"{split}.parquet") for split in (*EACH, "items")}
-    items = {name: held["items"][name].combine_chunks() for name in held["items"].column_names}
+    columns = {split: pq.read_table(folder / f"{split}.parquet") for split in (*EACH, "items")}
+    items = {
+        name: columns["items"][name].combine_chunks() for name in columns["items"].column_names
+    }
     ids = items["item"].to_numpy()
     bags: dict[int, list[int]] = {}
-    wanted: dict[int, set[int]] = {}
+    test_items: dict[int, set[int]] = {}
     hidden: dict[int, set[int]] = {user: set() for user in range(USERS)}
     for split in EACH:
-        for row in held[split].to_pylist():
+        for row in columns[split].to_pylist():
             bags[row["user"]] = row["lately"]
-            (wanted if split == "test" else hidden).setdefault(row["user"], set()).add(row["item"])
+            (test_items if split == "test" else hidden).setdefault(row["user"], set()).add(
+                row["item"]
+            )
     lately = pa.array([bags[user] for user in range(USERS)], pa.list_(pa.int64()))
     with torch.no_grad():
         scores = all_scores(model.eval(), lately, items)
     shares = []
-    for user, things in wanted.items():
-        ranked = [int(ids[place]) for place in np.argsort(-scores[user], kind="stable")]
-        shown = [item for item in ranked if not mask or item not in hidden[user]][:20]
-        shares.append(len(things & set(shown)) / len(things))
+    for user, item_ids in test_items.items():
+        ranked = [int(ids[index]) for index in np.argsort(-scores[user], kind="stable")]
+        top_items = [item for item in ranked if not mask or item not in hidden[user]][:20]
+        shares.append(len(item_ids & set(top_items)) / len(item_ids))
     return float(np.mean(shares))
 
 
 def all_scores(
     model: TowerNet, lately: pa.Array, items: Mapping[str, pa.Array]
 ) -> NDArray[np.float32]:
-    """Scores of every user and item, ``(users, items)``."""
-    dense = np.stack([items[f"d{place}"].to_numpy() for place in range(DENSE)], axis=1)
+    """Scores of every user and item, float32 ``(users, items)``."""
+    dense = np.stack([items[f"d{index}"].to_numpy() for index in range(DENSE)], axis=1)
     query = model.of_user(torch.arange(USERS), *_bag(lately))
-    found = model.of_item(
+    item_vectors = model.of_item(
         torch.tensor(items["item"].to_numpy()), *_bag(items["tags"]), torch.tensor(dense).float()
     )
-    scores: NDArray[np.float32] = (query @ found.T).numpy()
+    scores: NDArray[np.float32] = (query @ item_vectors.T).numpy()
     return scores
 
 
 def _bag(lists: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
-    held = lists.to_pylist()
-    lengths = torch.tensor([len(ids) for ids in held])
-    values = torch.tensor([number for ids in held for number in ids], dtype=torch.int64)
+    columns = lists.to_pylist()
+    lengths = torch.tensor([len(ids) for ids in columns])
+    values = torch.tensor([number for ids in columns for number in ids], dtype=torch.int64)
     return values, lengths.cumsum(0) - lengths

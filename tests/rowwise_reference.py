@@ -1,8 +1,7 @@
-"""Row-wise int8, int4, int2 and 8-bit floats in numpy, from the formulas: an oracle for tests.
+"""Reference implementation in numpy of row-wise int8, int4, int2 and 8-bit floats.
 
-Written from the docstrings of ``levels.py`` and ``bitpacking.py`` in
-``compressors/quantize/kernels`` and from ``docs/methods/rowwise.md``, without any code of the
-package. Ranges end at the smallest and the
+Written from ``docs/methods/rowwise.md`` and the docstrings of ``levels.py`` and ``bitpacking.py``
+in ``compressors/quantize/kernels``, without code of the package. Ranges end at the smallest and the
 largest weight (``min_max``). All arithmetic is IEEE float32, which rounds the same way in numpy and
 torch, so results are compared bit by bit.
 
@@ -29,7 +28,7 @@ SMALLEST = {np.float16: np.float32(2.0**-24), np.float32: np.finfo(np.float32).t
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A table as it is stored.
+    """The stored tensors of a table.
 
     ``codes`` uint8 ``(rows, bytes)``; ``scale`` ``(ranges, 1)`` in the stored type; ``offset``
     likewise, or None.
@@ -44,31 +43,33 @@ def encode_rows(
     table: Floats, bits: int, *, symmetric: bool, rows_per_scale: int, scale_type: str
 ) -> StoredRows:
     """Encode a table float32 ``(rows, dim)``; ``rows_per_scale`` 0 is one scale for the table."""
-    number = {"float16": np.float16, "float32": np.float32}[scale_type]
-    together = rows_per_scale or len(table)
+    stored_type = {"float16": np.float16, "float32": np.float32}[scale_type]
+    rows_of_scale = rows_per_scale or len(table)
     codes, scales, offsets = [], [], []
-    for begin in range(0, len(table), together):
-        rows = table[begin : begin + together]
+    for first in range(0, len(table), rows_of_scale):
+        rows = table[first : first + rows_of_scale]
         if symmetric:
             half = (2**bits - 1) // 2 if bits > 2 else 1.5
-            scale = _stored_scale(np.abs(rows).max() / np.float32(half), half, number)
+            scale = _stored_scale(np.abs(rows).max() / np.float32(half), half, stored_type)
             ratio = rows / np.float32(scale)
             levels = np.rint(ratio) if bits > 2 else np.floor(ratio) + np.float32(0.5)
             levels = np.clip(levels, -half, half)
-            added = {8: 0, 4: 8, 2: 1.5}[bits]
-            codes.append((levels + np.float32(added)).astype(np.int16).astype(np.uint8))
+            code_offset = {8: 0, 4: 8, 2: 1.5}[bits]
+            codes.append((levels + np.float32(code_offset)).astype(np.int16).astype(np.uint8))
         else:
             top = 2**bits - 1
-            offset = _rounded_down(rows.min() + np.float32(0), number)
-            scale = _stored_scale((rows.max() - np.float32(offset)) / np.float32(top), top, number)
+            offset = _rounded_down(rows.min() + np.float32(0), stored_type)
+            scale = _stored_scale(
+                (rows.max() - np.float32(offset)) / np.float32(top), top, stored_type
+            )
             ratio = (rows - np.float32(offset)) / np.float32(scale)
             codes.append(np.clip(np.rint(ratio), 0, top).astype(np.uint8))
             offsets.append([offset])
         scales.append([scale])
     return StoredRows(
         pack_planes(np.concatenate(codes), bits),
-        np.array(scales, number),
-        None if symmetric else np.array(offsets, number),
+        np.array(scales, stored_type),
+        None if symmetric else np.array(offsets, stored_type),
     )
 
 
@@ -76,15 +77,17 @@ def decode_rows(stored: StoredRows, bits: int, dim: int, rows_per_scale: int) ->
     """The float32 weights ``(rows, dim)`` of a stored table: ``level * scale + offset``."""
     codes = unpack_planes(stored.codes, dim, bits)
     weights = np.empty(codes.shape, np.float32)
-    for row, own in enumerate(codes):
-        place = row // rows_per_scale if rows_per_scale else 0
+    for row, codes_of_row in enumerate(codes):
+        index = row // rows_per_scale if rows_per_scale else 0
         if stored.offset is not None:
-            levels, offset = own.astype(np.float32), np.float32(stored.offset[place, 0])
+            levels, offset = codes_of_row.astype(np.float32), np.float32(stored.offset[index, 0])
         else:
             zero = np.float32({8: 0, 4: 8, 2: 1.5}[bits])
-            levels = (own.view(np.int8) if bits == 8 else own).astype(np.float32) - zero
+            levels = (codes_of_row.view(np.int8) if bits == 8 else codes_of_row).astype(
+                np.float32
+            ) - zero
             offset = np.float32(0)
-        weights[row] = levels * np.float32(stored.scale[place, 0]) + offset
+        weights[row] = levels * np.float32(stored.scale[index, 0]) + offset
     return weights
 
 
@@ -92,15 +95,15 @@ def pack_planes(codes: Bytes, bits: int) -> Bytes:
     """Codes ``(rows, dim)`` as bytes: byte ``j`` of a row holds code ``j`` of every plane.
 
     The first plane, the first ``ceil(dim * bits / 8)`` codes of a row, is in the lowest bits.
-    Places beyond ``dim`` hold the middle code, ``2**(bits - 1)``.
+    Positions after ``dim`` have the middle code, ``2**(bits - 1)``.
     """
     planes = 8 // bits
     width = -(-codes.shape[1] // planes)
     packed = np.zeros((len(codes), width), np.uint8)
-    for row, own in enumerate(codes.tolist()):
-        own += [2 ** (bits - 1)] * (planes * width - len(own))
-        for place, code in enumerate(own):
-            plane, byte = divmod(place, width)
+    for row, codes_of_row in enumerate(codes.tolist()):
+        codes_of_row += [2 ** (bits - 1)] * (planes * width - len(codes_of_row))
+        for index, code in enumerate(codes_of_row):
+            plane, byte = divmod(index, width)
             packed[row, byte] += code * 2 ** (bits * plane)
     return packed
 
@@ -109,14 +112,14 @@ def unpack_planes(packed: Bytes, dim: int, bits: int) -> Bytes:
     """The codes ``(rows, dim)`` of packed bytes."""
     width = packed.shape[1]
     codes = np.empty((len(packed), dim), np.uint8)
-    for place in range(dim):
-        plane, byte = divmod(place, width)
-        codes[:, place] = packed[:, byte] >> (bits * plane) & (2**bits - 1)
+    for index in range(dim):
+        plane, byte = divmod(index, width)
+        codes[:, index] = packed[:, byte] >> (bits * plane) & (2**bits - 1)
     return codes
 
 
 def float8_numbers() -> Floats:
-    """What the bytes 0 to 126 stand for in E4M3: the numbers from 0 to 448, rising."""
+    """The E4M3 numbers of the bytes 0 to 126: from 0 to 448, ascending."""
     exponent, mantissa = np.divmod(np.arange(127), 8)
     return np.where(
         exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9
@@ -125,32 +128,32 @@ def float8_numbers() -> Floats:
 
 def encode_float8_rows(table: Floats, rows_per_scale: int, scale_type: str) -> StoredRows:
     """Encode a table float32 ``(rows, dim)`` as E4M3 bytes, the sign in the highest bit."""
-    number = {"float16": np.float16, "float32": np.float32}[scale_type]
-    together, numbers = rows_per_scale or len(table), float8_numbers()
+    stored_type = {"float16": np.float16, "float32": np.float32}[scale_type]
+    rows_of_scale, numbers = rows_per_scale or len(table), float8_numbers()
     codes, scales = [], []
-    for begin in range(0, len(table), together):
-        rows = table[begin : begin + together]
-        scale = _stored_scale(np.abs(rows).max() / np.float32(448), 448, number)
-        size = np.minimum(np.abs(rows / np.float32(scale)), numbers[-1])
-        above = np.searchsorted(numbers, size).clip(1)
-        middle = (numbers[above - 1] + numbers[above]) / 2  # exact: neighbours share a step
-        odd = above % 2 == 1  # of two neighbours the even byte has the even mantissa
-        nearest = np.where((size > middle) | ((size == middle) & ~odd), above, above - 1)
+    for first in range(0, len(table), rows_of_scale):
+        rows = table[first : first + rows_of_scale]
+        scale = _stored_scale(np.abs(rows).max() / np.float32(448), 448, stored_type)
+        magnitude = np.minimum(np.abs(rows / np.float32(scale)), numbers[-1])
+        upper = np.searchsorted(numbers, magnitude).clip(1)
+        middle = (numbers[upper - 1] + numbers[upper]) / 2  # exact: neighbours share a step
+        odd = upper % 2 == 1  # of two neighbours the even byte has the even mantissa
+        nearest = np.where((magnitude > middle) | ((magnitude == middle) & ~odd), upper, upper - 1)
         codes.append(nearest.astype(np.uint8) | np.where(np.signbit(rows), 128, 0).astype(np.uint8))
         scales.append([scale])
-    return StoredRows(np.concatenate(codes), np.array(scales, number), None)
+    return StoredRows(np.concatenate(codes), np.array(scales, stored_type), None)
 
 
-def _stored_scale(scale: np.float32, top: float, number: type) -> np.floating:
-    """A scale as stored: positive, and rounded up where rounding down would clip half a level."""
-    smallest = SMALLEST[number]
-    stored = number(max(scale, smallest))
+def _stored_scale(scale: np.float32, top: float, stored_type: type) -> np.floating:
+    """Round a scale to the stored type: positive, and up if rounding down would clip."""
+    smallest = SMALLEST[stored_type]
+    stored = stored_type(max(scale, smallest))
     if scale * np.float32(top) > np.float32(stored) * np.float32(top + 0.5):
-        stored = number(stored + number(smallest))
+        stored = stored_type(stored + stored_type(smallest))
     return stored
 
 
-def _rounded_down(low: np.float32, number: type) -> np.floating:
-    """The largest stored number that is not above ``low``."""
-    stored = number(low)
-    return np.nextafter(stored, number(-np.inf)) if np.float32(stored) > low else stored
+def _rounded_down(low: np.float32, stored_type: type) -> np.floating:
+    """The largest number of the stored type that is not above ``low``."""
+    stored = stored_type(low)
+    return np.nextafter(stored, stored_type(-np.inf)) if np.float32(stored) > low else stored

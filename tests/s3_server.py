@@ -14,13 +14,13 @@ from pathlib import Path
 
 BUCKETS = ("models", "datasets")
 START_SECONDS = 30
-STOP_SECONDS = 3  # it waits for idle connections; its data is discarded, so we do not
-GRPC_ABOVE = 10_000  # SeaweedFS expects each service's gRPC port this far above its own
+STOP_SECONDS = 3  # then it is killed: it would wait for idle connections
+GRPC_PORT_OFFSET = 10_000  # SeaweedFS's gRPC port of a service minus its own port
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where the server listens, and the only key it accepts."""
+    """The address of a running server, and the only key that it accepts."""
 
     endpoint: str
     access_key: str
@@ -29,7 +29,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables a client reads."""
+        """The environment variables of a client."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -40,10 +40,10 @@ class S3Server:
 
 @contextmanager
 def running_server(folder: Path) -> Iterator[S3Server]:
-    """Start the server with its data in ``folder``; stop it, by its own pid, at the end.
+    """Start the server with its data in ``folder``; stop it at the end.
 
     Raises:
-        RuntimeError: it did not answer in time, or died; the end of its log is in the message.
+        RuntimeError: the server was not ready in time or ended; the message has the end of its log.
     """
     weed = Path(sys.executable).parent / "weed"
     if not weed.exists():
@@ -69,7 +69,7 @@ def running_server(folder: Path) -> Iterator[S3Server]:
         "-s3.autoCreateBucket=false",
         f"-bucket={','.join(BUCKETS)}",
         *(f"-{name}.port={port}" for name, port in ports.items()),
-        *(f"-{name}.port.grpc={port + GRPC_ABOVE}" for name, port in ports.items()),
+        *(f"-{name}.port.grpc={port + GRPC_PORT_OFFSET}" for name, port in ports.items()),
     ]
     environment = {
         "PATH": os.environ.get("PATH", ""),
@@ -95,7 +95,7 @@ def running_server(folder: Path) -> Iterator[S3Server]:
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", server: S3Server) -> None:
-    """Listening is not enough: the key must be known and the buckets made."""
+    """Wait until the server accepts the key and the buckets exist."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -109,8 +109,8 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", server: S3Server) -> N
         config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}),
     )
     problem: Exception | None = None
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             for bucket in BUCKETS:
                 client.put_object(Bucket=bucket, Key="ready", Body=b"ready")
@@ -119,18 +119,18 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", server: S3Server) -> N
             time.sleep(0.1)
         else:
             return
-    tail = server.log.read_text(errors="replace")[-3000:]
-    raise RuntimeError(f"the S3 server is not ready ({problem!r}); its log ends:\n{tail}")
+    end_of_log = server.log.read_text(errors="replace")[-3000:]
+    raise RuntimeError(f"the S3 server is not ready ({problem!r}); its log ends:\n{end_of_log}")
 
 
 def _free_ports(*names: str) -> dict[str, int]:
-    """A free port for each name whose gRPC partner is free as well."""
-    found: dict[str, int] = {}
-    while len(found) < len(names):
+    """A free port for each name whose gRPC port is free as well."""
+    ports: dict[str, int] = {}
+    while len(ports) < len(names):
         port = 12_000 + secrets.randbelow(20_000)
-        if port not in found.values() and _is_free(port) and _is_free(port + GRPC_ABOVE):
-            found[names[len(found)]] = port
-    return found
+        if port not in ports.values() and _is_free(port) and _is_free(port + GRPC_PORT_OFFSET):
+            ports[names[len(ports)]] = port
+    return ports
 
 
 def _is_free(port: int) -> bool:

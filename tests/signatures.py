@@ -1,4 +1,4 @@
-"""Signatures with another output, and documents as schema version 1 wrote them."""
+"""Change the output of a signature, and convert documents to schema version 1."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from compressors.contracts import Signature
 
 
 def with_output(signature: Signature, **changes: Any) -> Signature:
-    """A signature whose only output has other fields; nothing is validated."""
+    """A copy of a signature with other values in fields of its only output, without validation."""
     output = signature.single_output.model_copy(update=changes)
     return signature.model_copy(update={"outputs": (output,)})
 
 
 def as_version_1(document: dict[str, Any]) -> dict[str, Any]:
-    """A ``model.json`` of version 2 in the form of version 1, which had no name of the output."""
+    """Convert a ``model.json`` from version 2 to version 1, which had no name of the output."""
     signature = dict(document["signature"])
     (output,) = signature.pop("outputs")
     signature |= {"task": output["kind"], "output": output["form"], "metric": output["metric"]}

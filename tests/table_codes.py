@@ -1,4 +1,4 @@
-"""What the tests of tables with codebooks have in common: the steps, and tables to try them on."""
+"""Steps and random tables for the tests of tables with codebooks."""
 
 import math
 from typing import Any
@@ -30,6 +30,7 @@ STEPS = (
 
 
 def named(step: Any) -> str:
+    """An id for a step: its kind and the settings that are not defaults."""
     settings = step.model_dump(exclude_defaults=True, exclude={"kind", "tables", "min_rows"})
     return "-".join([step.kind, *(f"{key}={value}" for key, value in settings.items())])
 
@@ -37,20 +38,21 @@ def named(step: Any) -> str:
 each_step = pytest.mark.parametrize("step", STEPS, ids=named)
 
 
-def alike(rows: int, dim: int, seed: int = 0) -> Tensor:
-    """Rows that have something in common, as those of trained tables have."""
+def clustered_rows(rows: int, dim: int, seed: int = 0) -> Tensor:
+    """Rows float32 ``(rows, dim)`` near multiples of 12 centres, similar to trained tables."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(12, dim, generator=generator)
-    which = torch.randint(12, (rows,), generator=generator)
+    cluster = torch.randint(12, (rows,), generator=generator)
     sizes = torch.rand(rows, 1, generator=generator) + 0.5
-    return sizes * (centres[which] + 0.2 * torch.randn(rows, dim, generator=generator))
+    return sizes * (centres[cluster] + 0.2 * torch.randn(rows, dim, generator=generator))
 
 
 def stored(step: TableStep, table: Tensor) -> dict[str, Tensor]:
+    """The tensors that a step stores for a table."""
     params = step.fit(table)
     layout = step.storage.layout(*table.shape, step.settings())
-    whole = {name: params[name] for name, spec in layout.items() if not spec.every}
-    return {**whole, **step.encode(table, params)}
+    of_the_table = {name: params[name] for name, spec in layout.items() if not spec.every}
+    return {**of_the_table, **step.encode(table, params)}
 
 
 def packed(step: TableStep, table: Tensor) -> PackedTable:
@@ -58,20 +60,22 @@ def packed(step: TableStep, table: Tensor) -> PackedTable:
     return PackedTable(step.storage, rows, dim, step.settings(), stored(step, table))
 
 
-def read(step: TableStep, table: Tensor) -> Tensor:
+def decoded_rows(step: TableStep, table: Tensor) -> Tensor:
     with torch.no_grad():
         return packed(step, table)(torch.arange(len(table)))
 
 
-def tables(most: int = 60) -> st.SearchStrategy[Tensor]:
+def tables(largest: int = 60) -> st.SearchStrategy[Tensor]:
     unit = st.floats(-1, 1, width=32, allow_subnormal=False).map(lambda x: np.float32(round(x, 2)))
-    shapes = st.tuples(st.integers(2, most), st.integers(1, 9))
+    shapes = st.tuples(st.integers(2, largest), st.integers(1, 9))
     values = arrays.arrays(np.float32, shapes, elements=unit)
     scales = st.sampled_from([1e-3, 1.0, 1e3])
-    return st.tuples(values, scales).map(lambda drawn: torch.from_numpy(drawn[0]) * drawn[1])
+    return st.tuples(values, scales).map(
+        lambda values_and_scale: torch.from_numpy(values_and_scale[0]) * values_and_scale[1]
+    )
 
 
 def size_of(step: TableStep, rows: int, dim: int) -> int:
-    """Bytes of a table as laid out."""
+    """Bytes of a table in the layout of a step."""
     layout = step.storage.layout(rows, dim, step.settings())
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())

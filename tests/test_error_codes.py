@@ -112,8 +112,8 @@ def test_sentence_is_made_from_the_fields():
 
 
 def test_lists_and_mappings_are_written_with_the_separator_of_the_sentence():
-    missing, found = ("train", "test"), {"user": "packed", "item": ("tied", "small")}
-    fault = Example("not_fitting", missing=missing, found=found)
+    missing, result = ("train", "test"), {"user": "packed", "item": ("tied", "small")}
+    fault = Example("not_fitting", missing=missing, found=result)
     assert str(fault) == "train and test are missing; there is user: packed; item: tied; small."
     assert str(Example("not_fitting", missing=("a",), found={})) == "a are missing; there is none."
 
@@ -179,10 +179,10 @@ def test_copy_of_a_compression_error_has_the_units_that_are_its_cause(fault):
 
 def test_credentials_in_a_mapping_of_fields_are_removed_and_its_keys_stay(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret-value")
-    found = {"user": "read from http://user:canary-secret-value@host", "item": "tied"}
+    result = {"user": "read from http://user:canary-secret-value@host", "item": "tied"}
     with pytest.raises(Example) as caught, clean_exceptions():
-        raise Example("not_fitting", missing=("train",), found=found)
-    assert caught.value.fields["found"].keys() == found.keys()
+        raise Example("not_fitting", missing=("train",), found=result)
+    assert caught.value.fields["found"].keys() == result.keys()
     assert "canary-secret-value" not in str(caught.value)
     assert "item: tied" in str(caught.value)
 

@@ -27,13 +27,13 @@ def name_of(case: Case) -> str:
 def check(case: Case, targets: tuple[str, ...], folder) -> None:
     """Fail with one line for each entry of the record that differs."""
     torch.set_num_threads(1)
-    found = entries_of(case, folder, targets)
+    result = entries_of(case, folder, targets)
     skipped = package.targets().keys() - set(targets)
     expected = compare.of_case(RECORD, case, skipped)
     here = numerics.machine()
     lines = compare.differences(
         expected,
-        found,
+        result,
         exact=here == RECORDED_ON,
         trains=any(kind in TRAINING for kind, _ in case.steps),
     )
@@ -107,10 +107,10 @@ def changed(key: str, line: str | None) -> list[str]:
     """Differences after one entry of a case changed."""
     case = SAMPLE[0]
     expected = compare.of_case(RECORD, case)
-    found = {**expected, key: line}
+    result = {**expected, key: line}
     if line is None:
-        del found[key]
-    return compare.differences(expected, found, exact=True, trains=False)
+        del result[key]
+    return compare.differences(expected, result, exact=True, trains=False)
 
 
 KEY = "mixed 1 | click | onnxruntime | "
@@ -146,8 +146,8 @@ def test_first_step_after_which_tensors_differ_is_named_first():
     expected = compare.of_case(RECORD, case)
     steps = sorted(key for key in expected if key.endswith("| all tensors"))
     assert len(steps) == len(case.steps)
-    found = {**expected, **dict.fromkeys(steps[6:], "0" * 16)}
-    (line,) = compare.differences(expected, found, exact=True, trains=False)
+    result = {**expected, **dict.fromkeys(steps[6:], "0" * 16)}
+    (line,) = compare.differences(expected, result, exact=True, trains=False)
     kind, _ = case.steps[6]
     assert line.startswith(f"mixed 1 | click | step 06 {kind} | all tensors: the first step")
 

@@ -92,13 +92,13 @@ def faults_of(line: str) -> list[str]:
 
 
 def test_no_line_uses_a_word_of_the_former_dialect() -> None:
-    found = [
+    result = [
         f"{path.relative_to(ROOT)}:{number}: {word!r}: write {REPLACEMENTS[word]}"
         for path in files()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         for word in faults_of(line)
     ]
-    assert found == [], "\n" + "\n".join(found)
+    assert result == [], "\n" + "\n".join(result)
 
 
 @pytest.mark.parametrize(

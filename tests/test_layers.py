@@ -96,8 +96,8 @@ def sources() -> list[Path]:
 def scan(path: Path) -> list[str]:
     folder = path.relative_to(ROOT).parts[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = layer_faults(folder, tree) + pickle_faults(tree, loading_only=folder == "tests")
-    return [f"{path.relative_to(ROOT)}:{fault}" for fault in found]
+    result = layer_faults(folder, tree) + pickle_faults(tree, loading_only=folder == "tests")
+    return [f"{path.relative_to(ROOT)}:{fault}" for fault in result]
 
 
 def test_imports_flow_one_way_and_nothing_is_unpickled():

@@ -18,13 +18,13 @@ AXES = {
 
 @pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
 def test_every_pair_of_values_occurs_in_some_combination(axes):
-    found = pairwise(*axes)
-    assert all(value in axis for row in found for value, axis in zip(row, axes, strict=True))
+    result = pairwise(*axes)
+    assert all(value in axis for row in result for value, axis in zip(row, axes, strict=True))
     for first, second in itertools.combinations(range(len(axes)), 2):
-        covered = {(row[first], row[second]) for row in found}
+        covered = {(row[first], row[second]) for row in result}
         assert covered == set(itertools.product(axes[first], axes[second]))
     if len(axes) == 1:
-        assert [row[0] for row in found] == list(axes[0])
+        assert [row[0] for row in result] == list(axes[0])
 
 
 def test_a_cover_is_much_smaller_than_the_product():

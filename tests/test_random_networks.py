@@ -40,9 +40,9 @@ def lines(found: Findings) -> str:
     ],
 )
 def test_a_random_network_has_parity_in_mixed_formats(seed, target):
-    found = checked(generate(seed), lambda checker: mixed(checker, seed % 7, target) and None)
-    assert not found.faults, lines(found)
-    assert found.counts["parities"] >= 4
+    result = checked(generate(seed), lambda checker: mixed(checker, seed % 7, target) and None)
+    assert not result.faults, lines(result)
+    assert result.counts["parities"] >= 4
 
 
 def test_the_same_seed_gives_the_same_network_and_weights():
@@ -55,10 +55,10 @@ def test_the_same_seed_gives_the_same_network_and_weights():
 def test_shrinking_keeps_what_fails_and_drops_the_rest():
     case = generate(3)
     kinds = {spec["kind"] for spec in case.config["parts"]}
-    wanted = sorted(kinds - {"Lookup"})[0]
+    expected = sorted(kinds - {"Lookup"})[0]
 
     def fails(candidate):
-        return any(spec["kind"] == wanted for spec in candidate.config["parts"])
+        return any(spec["kind"] == expected for spec in candidate.config["parts"])
 
     small = shrunk(case, fails, seconds=20)
     assert len(small.config["parts"]) <= 3
@@ -69,10 +69,10 @@ def test_shrinking_keeps_what_fails_and_drops_the_rest():
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(NIGHTLY))
 def test_a_random_network_has_parity_in_every_format_on_every_target(seed):
-    found = checked(generate(seed), whole)
-    SEEN.update(found.pairs)
+    result = checked(generate(seed), whole)
+    SEEN.update(result.pairs)
     SEEN["networks"] += 1
-    assert not found.faults, lines(found)
+    assert not result.faults, lines(result)
 
 
 @pytest.mark.nightly
@@ -80,8 +80,8 @@ def test_all_random_networks_together_lower_every_format_for_every_target():
     if SEEN["networks"] < NIGHTLY:
         pytest.skip(f"only {SEEN['networks']} of {NIGHTLY} networks ran in this process")
     formats = {*TABLE_FORMATS, *LINEAR_FORMATS, *COMPOSITIONS}
-    wanted = {f"{name} on {target}" for name in formats for target in TARGETS}
-    assert {pair: SEEN[pair] for pair in wanted if SEEN[pair] < 5} == {}
+    expected = {f"{name} on {target}" for name in formats for target in TARGETS}
+    assert {pair: SEEN[pair] for pair in expected if SEEN[pair] < 5} == {}
 
 
 @pytest.mark.nightly

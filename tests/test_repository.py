@@ -66,14 +66,14 @@ def pins() -> dict[str, Version]:
     """constraints.txt: name -> version. Anything but ``name==version`` is an error."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    found = {canonicalize_name(name): Version(version) for name, version in pairs}
-    assert len(found) == len(pairs), "a package is pinned twice"
-    return found
+    result = {canonicalize_name(name): Version(version) for name, version in pairs}
+    assert len(result) == len(pairs), "a package is pinned twice"
+    return result
 
 
 def closure(wanted: list[Requirement]) -> dict[str, Version]:
     """Everything installed here that the requirements pull in: name -> version."""
-    found: dict[str, Version] = {}
+    result: dict[str, Version] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
     while wanted:
         requirement = wanted.pop()
@@ -82,14 +82,14 @@ def closure(wanted: list[Requirement]) -> dict[str, Version]:
             continue
         seen.add((name, extras))
         installed = metadata.distribution(name)  # raises if the environment is incomplete
-        found[name] = Version(installed.version)
+        result[name] = Version(installed.version)
         for line in installed.requires or ():
             needed = Requirement(line)
             if needed.marker is None or any(
                 needed.marker.evaluate({"extra": extra}) for extra in {*extras, ""}
             ):
                 wanted.append(needed)
-    return found
+    return result
 
 
 def texts() -> list[tuple[Path, str]]:
@@ -159,14 +159,14 @@ def test_no_file_is_over_1_mb():
 
 @pytest.mark.parametrize("pattern", [MACHINE_PATH, REGISTRY_HOST], ids=["paths", "hosts"])
 def test_no_file_names_somebodys_machine_or_a_package_registry(pattern):
-    found = [
+    result = [
         f"{path}:{number}: {line.strip()[:100]}"
         for path, text in texts()
         if path.name != "LICENSE"
         for number, line in enumerate(text.splitlines(), start=1)
         if pattern.search(line)
     ]
-    assert found == []
+    assert result == []
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,9 @@ def test_a_secret_is_found_in_every_form_and_place(
             database.execute("CREATE TABLE log (message TEXT)")
             database.execute("INSERT INTO log VALUES (?)", ("x" * 4_000 + text + "y" * 9_000,))
         database.close()
-    found = traces(PLANTED, [tmp_path], texts)
-    assert found
-    assert all(line.startswith("MLFLOW_TRACKING_URI in ") for line in found)
+    result = traces(PLANTED, [tmp_path], texts)
+    assert result
+    assert all(line.startswith("MLFLOW_TRACKING_URI in ") for line in result)
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:

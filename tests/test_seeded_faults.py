@@ -50,8 +50,8 @@ def test_every_selection_of_a_fault_names_an_existing_test() -> None:
                 functions[file] = {
                     node.name for node in tree.body if isinstance(node, ast.FunctionDef)
                 }
-            found = functions[file]
-            if not found or (name and name.partition("[")[0] not in found):
+            result = functions[file]
+            if not result or (name and name.partition("[")[0] not in result):
                 missing.append(f"{fault.id}: {selection}")
     assert missing == []
 

@@ -58,15 +58,15 @@ def present_tasks() -> dict[str, Task[..., Any]]:
     """Every Prefect task below ``tasks/`` by its name."""
     modules = pkgutil.walk_packages(tasks.__path__, "tasks.")
     members = [vars(importlib.import_module(module.name)).values() for module in modules]
-    return {task.name: task for found in members for task in found if isinstance(task, Task)}
+    return {task.name: task for result in members for task in result if isinstance(task, Task)}
 
 
 @pytest.fixture
 def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
     """A fixture that the test only reads."""
-    found = stored(name)
-    enter(monkeypatch, found.root)
-    return found
+    result = stored(name)
+    enter(monkeypatch, result.root)
+    return result
 
 
 @pytest.fixture
@@ -81,13 +81,13 @@ def home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_no_stored_file_was_written_again():
-    found = {
+    result = {
         folder.name: {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
         }
         for folder in fixtures()
     }
-    assert found == FILES
+    assert result == FILES
     assert WITH_ORDERS
 
 
@@ -156,8 +156,8 @@ def require_within(expected: Any, found: Any, place: str = "") -> None:
 def listed(name: str, home: Path) -> list[dict[str, Any]]:
     """What ``registry list`` printed, with the present place of the home."""
     text = json.dumps(EXPECTED[name]["registry"]["list"])
-    found: list[dict[str, Any]] = json.loads(text.replace(HOME, str(home / "recpress")))
-    return found
+    result: list[dict[str, Any]] = json.loads(text.replace(HOME, str(home / "recpress")))
+    return result
 
 
 @every_home
@@ -186,13 +186,13 @@ def test_every_stored_report_is_printed_and_its_page_is_written(
 def test_a_stored_champion_is_fetched_file_by_file(name: str, home: Path, recpress: Command):
     for model, files in EXPECTED[name]["registry"]["fetch"].items():
         recpress("registry", "fetch", model, "--into", str(home / model))
-        found = {
+        result = {
             path.relative_to(home / model).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in (home / model).rglob("*")
             if path.is_file()
         }
-        assert found == files
-        assert any(path.endswith(".onnx") for path in found)
+        assert result == files
+        assert any(path.endswith(".onnx") for path in result)
     engine = ("--version", "2", "--target", "tensorrt-rtx", "--unmeasured")
     recpress("registry", "fetch", "clicks", "--into", str(home / "engine"), *engine)
     assert (home / "engine" / "model.engine").stat().st_size > 0
@@ -257,12 +257,12 @@ def test_every_stored_report_is_rendered_by_the_present_code(fixture: Fixture):
 @every_fixture
 def test_a_stored_bundle_is_found_checked_and_not_packed_twice(home: Path, recpress: Command):
     for model in ("clicks", "ranker", "finder"):
-        found = recpress.json("bundle", "check", f"{model}@1")
-        assert (found["name"], found["version"]) == (model, "1")
+        result = recpress.json("bundle", "check", f"{model}@1")
+        assert (result["name"], result["version"]) == (model, "1")
         before = resolve(f"{model}@1")
         packed = recpress.json("bundle", "pack", str(home / "drafts" / model))
         assert packed["artifact"]["sha256"] == before.sha256
-        assert packed["rows"] == found["rows"]
+        assert packed["rows"] == result["rows"]
         manifest = recpress.json("bundle", "show", before.uri)
         assert manifest == recpress.json("bundle", "show", model)
 
@@ -270,8 +270,8 @@ def test_a_stored_bundle_is_found_checked_and_not_packed_twice(home: Path, recpr
 @every_fixture
 def test_stored_table_files_are_complete(name: str, fixture: Fixture, recpress: Command):
     for kind, sha256 in EXPECTED[name]["tables"].items():
-        found, tables = recpress.json("tables", "check", str(fixture.root / "tables" / kind))
-        assert found["sha256"] == sha256
+        result, tables = recpress.json("tables", "check", str(fixture.root / "tables" / kind))
+        assert result["sha256"] == sha256
         assert tables["step"]["kind"] == kind
 
 
@@ -313,7 +313,10 @@ def test_every_document_in_a_stored_artifact_is_read(fixture: Fixture):
 @every_home
 def test_every_finished_order_is_found_with_its_version(name: str, fixture: Fixture):
     for order in EXPECTED[name]["finished"].values():
-        found = finished(order["order"])
-        assert found is not None
-        assert (found.version, found.report.name) == (order["version"], order["model"])
-        assert (found.report.outcome, found.release.sha256) == (order["outcome"], order["release"])
+        result = finished(order["order"])
+        assert result is not None
+        assert (result.version, result.report.name) == (order["version"], order["model"])
+        assert (result.report.outcome, result.release.sha256) == (
+            order["outcome"],
+            order["release"],
+        )

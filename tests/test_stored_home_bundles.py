@@ -41,9 +41,9 @@ every_fixture = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture
 def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
     """A fixture that the test only reads."""
-    found = stored(name)
-    enter(monkeypatch, found.root)
-    return found
+    result = stored(name)
+    enter(monkeypatch, result.root)
+    return result
 
 
 # --- what is stored --------------------------------------------------------------------------
@@ -57,10 +57,10 @@ def test_every_registered_step_is_in_a_stored_recipe():
 
 def test_every_format_is_in_a_stored_bundle():
     formats = {
-        found
+        result
         for expected in EXPECTED.values()
         for bundle in expected["bundles"].values()
-        for found in bundle["formats"]
+        for result in bundle["formats"]
     }
     known = {f"{kind}:{f}" for kind in ("table", "bag") for f in (*TABLE_FORMATS, *COMPOSITIONS)}
     known |= {f"linear:{f}" for f in (*LINEAR_FORMATS, FACTORED)}
@@ -71,9 +71,9 @@ def test_every_format_is_in_a_stored_bundle():
 @every_fixture
 def test_the_fixture_holds_every_bundle_that_is_expected(fixture: Fixture):
     held = {path.name for path in (fixture.root / "recpress/store/artifacts").iterdir()}
-    wanted = {*fixture.expected["bundles"], *fixture.expected["graphs"]}
-    assert wanted
-    assert wanted <= held
+    expected = {*fixture.expected["bundles"], *fixture.expected["graphs"]}
+    assert expected
+    assert expected <= held
 
 
 # --- bundles and graphs ----------------------------------------------------------------------
@@ -85,8 +85,8 @@ GRAPHS = [(name, sha) for name in NAMES for sha in EXPECTED[name]["graphs"]]
 def _id(value: str) -> str:
     """A bundle by its recipe's name where it has one."""
     for expected in EXPECTED.values():
-        for recipe, found in expected["recipes"].items():
-            if value in (found["bundle"], found["graph"]):
+        for recipe, result in expected["recipes"].items():
+            if value in (result["bundle"], result["graph"]):
                 return recipe
     return value[:12]
 
@@ -136,7 +136,7 @@ def test_a_stored_graph_has_its_scores_in_onnx_runtime(sha: str, fixture: Fixtur
 @every_fixture
 def test_out_of_range_ids_have_their_stored_result_in_a_graph(fixture: Fixture):
     graphs = [
-        sha for sha, found in fixture.expected["graphs"].items() if found["model"] == "clicks"
+        sha for sha, result in fixture.expected["graphs"].items() if result["model"] == "clicks"
     ]
     assert graphs
     for sha in graphs:

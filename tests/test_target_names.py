@@ -54,8 +54,8 @@ def scanned() -> Iterator[tuple[str, ast.Module]]:
 
 
 def test_no_source_outside_its_folders_contains_the_name_of_a_target() -> None:
-    found = {place: list(named(tree)) for place, tree in scanned() if not place.startswith(PLACES)}
-    assert {place: names for place, names in found.items() if names}.keys() == EXCEPTIONS
+    result = {place: list(named(tree)) for place, tree in scanned() if not place.startswith(PLACES)}
+    assert {place: names for place, names in result.items() if names}.keys() == EXCEPTIONS
 
 
 def test_no_source_outside_the_targets_imports_the_folder_of_one() -> None:

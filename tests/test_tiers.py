@@ -24,8 +24,8 @@ def test_a_property_has_25_examples_by_default_the_same_in_every_run_and_200_nig
 
 
 def test_no_test_sets_its_own_number_of_examples_but_the_fuzzer():
-    found = {path.name for path in FILES if "max_examples" in path.read_text()}
-    assert found == {Path(__file__).name}
+    result = {path.name for path in FILES if "max_examples" in path.read_text()}
+    assert result == {Path(__file__).name}
 
 
 def test_every_tier_but_gpu_is_in_test_all_with_the_nightly_profile():

@@ -1,4 +1,4 @@
-"""What a Triton server does with a configuration and a folder, as far as tests need it."""
+"""Triton configurations for tests, and how a server would read them: warm-ups and versions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from compressors.lower.serving_wrapper import input_names
 from infra.triton.repository import ServedVersion, Tensor
 
 DTYPES = {"TYPE_INT64": np.int64, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32}
-NOTHING = Artifact(uri="file:///nowhere", sha256="a" * 64, bytes=1)
+MISSING_ARTIFACT = Artifact(uri="file:///nowhere", sha256="a" * 64, bytes=1)
 USER = Tensor(name="user", dtype="int64")
 PRICE = Tensor(name="price", dtype="float32", shape=(3,))
 TAGS = (
@@ -25,14 +25,14 @@ SCORE = Tensor(name="score", dtype="float32")
 
 
 def served(*inputs: Tensor, **more: Any) -> ServedVersion:
-    """A graph with these inputs and everything else as usual."""
+    """A served version with these inputs and default values in all other fields."""
     fields: dict[str, Any] = {
         "name": "m",
         "model": "m",
         "version": 3,
         "order": "b" * 64,
         "target": "onnxruntime",
-        "artifact": NOTHING,
+        "artifact": MISSING_ARTIFACT,
         "files": {"model.onnx": "model.onnx"},
         "inputs": inputs,
         "outputs": (SCORE,),
@@ -43,14 +43,14 @@ def served(*inputs: Tensor, **more: Any) -> ServedVersion:
 
 
 def tensors(signature: Signature, rows_of_table: dict[str, int]) -> tuple[Tensor, ...]:
-    """The inputs of a lowered reference, as its lowering writes them down."""
-    made = example(signature, rows_of_table, 3)
+    """The inputs that the lowering of a signature declares."""
+    arrays_of_inputs = example(signature, rows_of_table, 3)
     longest = {item.name: item.shape[0] for item in signature.inputs if isinstance(item, JaggedBag)}
     return tuple(
         Tensor(
             name=name,
-            dtype=str(made[name].dtype).removeprefix("torch."),
-            shape=tuple(made[name].shape[1:]),
+            dtype=str(arrays_of_inputs[name].dtype).removeprefix("torch."),
+            shape=tuple(arrays_of_inputs[name].shape[1:]),
             longest=longest.get(name),
         )
         for name in input_names(signature)
@@ -58,10 +58,10 @@ def tensors(signature: Signature, rows_of_table: dict[str, int]) -> tuple[Tensor
 
 
 def warmups(config: str) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-    """Every warm-up as the server runs it: the requested rows and the input arrays of the graph.
+    """Yield for each warm-up the requested rows and the input arrays that the graph receives.
 
-    A request of ``batch_size`` n is n requests of one row each, joined along the first dimension;
-    a reshape takes place before that.
+    A request with ``batch_size`` n is n requests of one row each, which the server reshapes and
+    then concatenates along the first dimension.
     """
     message = read(config)
     batched = message["max_batch_size"][0] > 0
@@ -85,9 +85,9 @@ def warmups(config: str) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
 
 
 def served_by(repository: Path, model: str = "m") -> tuple[str, bytes] | None:
-    """What a server that starts now would load: version and bytes; None where nothing is laid out.
+    """The version and bytes that a server would load at its start; None without a configuration.
 
-    A configuration that names what is not there fails the test: that server would serve nothing.
+    Fails if the configuration names a missing file, because the server would serve nothing.
     """
     config = repository / model / "config.pbtxt"
     if not config.exists():

@@ -1,7 +1,7 @@
-"""What a web page of another origin, or another user of the machine, can send to a Prefect API.
+"""Requests that a web page of another origin or another local user can send to a Prefect API.
 
-Every request is one that a browser lets a page send: with a preflight (JSON) or without one (plain
-text, a form, no body). ``http.client`` sends them, so nothing adds or drops a header.
+Browsers allow pages to send all of them: with a preflight (JSON) or without one (plain text, a
+form, no body). ``http.client`` sends them, so no library adds or removes a header.
 """
 
 import base64
@@ -38,7 +38,7 @@ POOL = {"name": "from-another-origin", "type": "process", "base_job_template": {
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for one request."""
+    """The response to one request."""
 
     status: int
     headers: dict[str, str]
@@ -53,14 +53,14 @@ def send(
     body: bytes | None = None,
     headers: dict[str, str] | None = None,
 ) -> Reply:
-    """One request to ``api``, the URL that ends with /api."""
+    """Send one request to ``api``, a URL that ends with /api."""
     parts = urlsplit(api)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=SECONDS)
     try:
         connection.request(method, f"{parts.path}{path}", body=body, headers=headers or {})
-        answer = connection.getresponse()
-        fields = {name.lower(): value for name, value in answer.getheaders()}
-        return Reply(answer.status, fields, answer.read())
+        response = connection.getresponse()
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        return Reply(response.status, fields, response.read())
     finally:
         connection.close()
 
@@ -90,8 +90,8 @@ def attempts() -> Iterator[tuple[str, str, object]]:
 
 
 def stored_names(api: str, auth_string: str) -> dict[str, list[str]]:
-    """What the server has, read with the secret."""
-    found = {}
+    """The names of all objects of the server, read with the secret."""
+    result = {}
     for kind in ("work_pools", "flows", "deployments", "flow_runs", "variables"):
         reply = send(
             api,
@@ -101,14 +101,14 @@ def stored_names(api: str, auth_string: str) -> dict[str, list[str]]:
             headers={"Content-Type": "application/json", **basic(auth_string)},
         )
         assert reply.status == 200, (kind, reply)
-        found[kind] = sorted(item["name"] for item in json.loads(reply.body))
-    return found
+        result[kind] = sorted(item["name"] for item in json.loads(reply.body))
+    return result
 
 
 def require_no_answer_without_the_secret(api: str, auth_string: str) -> None:
     """Fail if a request without the secret succeeds or another origin may read a response.
 
-    The server is compared before and after: nothing was created, and nothing was deleted.
+    Also fails if the names of the objects of the server change.
     """
     before = stored_names(api, auth_string)
     for origin in FOREIGN:
@@ -119,13 +119,13 @@ def require_no_answer_without_the_secret(api: str, auth_string: str) -> None:
                 reply = send(api, "POST", path, body=text, headers=headers)
                 assert reply.status == 401, (origin, name, kind, reply)
                 assert "access-control-allow-origin" not in reply.headers, (origin, name, reply)
-            wanted = {
+            expected = {
                 "Origin": origin,
                 "Access-Control-Request-Method": "POST",
                 "Access-Control-Request-Headers": "authorization,content-type",
                 "Access-Control-Request-Private-Network": "true",
             }
-            preflight = send(api, "OPTIONS", path, headers=wanted)
+            preflight = send(api, "OPTIONS", path, headers=expected)
             assert "access-control-allow-origin" not in preflight.headers, (origin, preflight)
             assert "access-control-allow-private-network" not in preflight.headers
     for credentials in wrong_credentials(auth_string):
@@ -153,7 +153,7 @@ def require_no_answer_without_the_secret(api: str, auth_string: str) -> None:
 
 
 def wrong_credentials(auth_string: str) -> Iterator[str]:
-    """Values of the header Authorization that a guess would have."""
+    """Wrong values of the header Authorization."""
     user, _, password = auth_string.partition(":")
     for guess in ("recpress:recpress", f"{user}:", f":{password}", password, auth_string[:-1], ""):
         yield f"Basic {base64.b64encode(guess.encode()).decode()}"
@@ -163,7 +163,7 @@ def wrong_credentials(auth_string: str) -> Iterator[str]:
 
 
 def require_closed_socket(api: str, path: str) -> None:
-    """Fail if a web socket opens without the secret: no protocol, no message, or a wrong one."""
+    """Fail if a web socket without the secret sends a message, for wrong protocols and messages."""
     url = api.replace("http://", "ws://") + path
     for protocols, message in (
         (None, None),
@@ -176,10 +176,10 @@ def require_closed_socket(api: str, path: str) -> None:
 
 
 def first_answer(url: str, protocols: list[str] | None, message: object) -> object:
-    """Open a web socket from a page of another origin, send a message, receive one."""
+    """Open a web socket from another origin, send a message and return the first response."""
     with connect(
         url, subprotocols=protocols, origin="http://evil.example", open_timeout=SECONDS
-    ) as opened:
+    ) as socket:
         if message is not None:
-            opened.send(json.dumps(message))
-        return opened.recv(timeout=SECONDS)
+            socket.send(json.dumps(message))
+        return socket.recv(timeout=SECONDS)

@@ -390,9 +390,9 @@ def test_the_loaded_model_has_the_tensors_and_scores_of_the_result(method_run, r
     assert ties == result.network.ties
     assert records_of(result.module) == result.network.modules
     loaded = load(result.architecture, result.network, tmp_path / "again")
-    expected, found = result.module.state_dict(), loaded.state_dict()
-    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
-    assert {k: v.dtype for k, v in found.items()} == {k: v.dtype for k, v in expected.items()}
+    expected, actual = result.module.state_dict(), loaded.state_dict()
+    torch.testing.assert_close(dict(actual), dict(expected), rtol=0, atol=0)
+    assert {k: v.dtype for k, v in actual.items()} == {k: v.dtype for k, v in expected.items()}
     again = Model(loaded, result.architecture, result.network)
     assert torch.equal(scores(again, reference), scores(result, reference))
 

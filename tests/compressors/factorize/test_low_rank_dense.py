@@ -44,8 +44,8 @@ from infra.onnxruntime.sessions import optimized_graph
 
 
 def random_normal(*shape: int, seed: int) -> Tensor:
-    made = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=made, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def output_error(weight: Tensor, other: Tensor, x: Tensor) -> float:

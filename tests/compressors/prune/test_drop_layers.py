@@ -61,11 +61,11 @@ class AveragedCrossNet(LowRankCrossNet):
 
 
 def test_find_stacks_finds_layers_counted_by_a_number_or_a_list():
-    found = {stack.description(): stack for stack in find_stacks(DEEP.model())}
-    assert found.keys() == {"cross_layers", "hidden"}
-    assert found["cross_layers"].containers == {"down": 1, "up": 1}
-    assert found["hidden"].containers == {"deep": 3}
-    assert found["hidden"].members == 4
+    result = {stack.description(): stack for stack in find_stacks(DEEP.model())}
+    assert result.keys() == {"cross_layers", "hidden"}
+    assert result["cross_layers"].containers == {"down": 1, "up": 1}
+    assert result["hidden"].containers == {"deep": 3}
+    assert result["hidden"].members == 4
     (blocks,) = find_stacks(BLOCKS.model())
     assert (blocks.description(), blocks.containers) == ("layers", {"blocks": 1})
 

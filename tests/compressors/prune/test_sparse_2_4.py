@@ -139,10 +139,10 @@ def test_a_layer_whose_inputs_are_not_a_multiple_of_four_is_skipped_with_a_reaso
 
 def test_training_and_formats_with_sparse_kernels_keep_the_2_4_pattern(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    expected = run(Sparse24(), RANKER.model(), bench, tmp_path / "expected")
-    tuned = run(FineTune(training=QUICKLY), expected, bench, tmp_path / "tuned")
+    sparse = run(Sparse24(), RANKER.model(), bench, tmp_path / "sparse")
+    tuned = run(FineTune(training=QUICKLY), sparse, bench, tmp_path / "tuned")
     assert tuned.plan.of("hidden").steps == ("sparse_2_4", "fine_tune")
-    assert not torch.equal(tuned.module.hidden.weight, expected.module.hidden.weight)
+    assert not torch.equal(tuned.module.hidden.weight, sparse.module.hidden.weight)
     assert sparse_layers(tuned.module, tuned.plan) == LAYERS
     for step in (StaticInt8(), Float16(), BFloat16Dense()):
         packed = run(step, tuned, bench, tmp_path / step.kind)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import NORMED, RANKER
 from reason_codes import with_code
-from table_codes import alike
+from table_codes import clustered_rows
 from torch import Tensor, nn
 
 from compressors.contracts import Bench
@@ -46,45 +46,45 @@ def test_encode_with_a_beam_of_all_sums_finds_the_smallest_error(seed, books, ro
     every = torch.tensor(list(itertools.product(range(3), repeat=books)), dtype=torch.uint8)
     sums = decode(every, codebook)  # (3 ** books, dim)
     best = torch.cdist(table.double(), sums.double()).square().amin(dim=1)
-    found = error(table, encode(table, codebook, books, beam=3**books), codebook)
-    # float32 sums of squares of numbers of size one; two sums may be as near to a row
-    torch.testing.assert_close(found.double(), best, atol=1e-4, rtol=1e-4)
+    result = error(table, encode(table, codebook, books, beam=3**books), codebook)
+    # float32 sums of squares of numbers of size one; two codes may have almost equal errors
+    torch.testing.assert_close(result.double(), best, atol=1e-4, rtol=1e-4)
 
 
 @given(seed=st.integers(0, 10**6), books=st.integers(1, 4))
 def test_encode_with_a_beam_of_one_has_the_error_of_greedy_codes(seed, books):
     table, codebook = random_normal(seed, 15, 6), random_normal(seed + 1, books * 4, 6)
-    left, greedy = table, []
+    residual, greedy = table, []
     for book in codebook.reshape(books, 4, 6):
-        greedy.append(nearest(left, book))
-        left = left - book[greedy[-1]]
-    wanted = error(table, torch.stack(greedy, dim=1).to(torch.uint8), codebook)
-    found = error(table, encode(table, codebook, books, beam=1), codebook)
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        greedy.append(nearest(residual, book))
+        residual = residual - book[greedy[-1]]
+    expected = error(table, torch.stack(greedy, dim=1).to(torch.uint8), codebook)
+    result = error(table, encode(table, codebook, books, beam=1), codebook)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_encode_in_small_blocks_has_the_error_of_encoding_all_rows_at_once(monkeypatch):
     table, codebook = random_normal(0, 50, 6), random_normal(1, 12, 6)
-    whole = error(table, encode(table, codebook, 3, beam=4), codebook)
+    at_once = error(table, encode(table, codebook, 3, beam=4), codebook)
     monkeypatch.setattr("compressors.quantize.tables.additive_codes.BLOCK", 7)
-    again = encode(table, codebook, 3, beam=4)
-    assert again.shape == (50, 3)
-    torch.testing.assert_close(error(table, again, codebook), whole)
+    in_blocks = encode(table, codebook, 3, beam=4)
+    assert in_blocks.shape == (50, 3)
+    torch.testing.assert_close(error(table, in_blocks, codebook), at_once)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_fit_has_a_smaller_error_than_residual_and_plain_additive_codes(seed):
     """The references are residual fitting, and additive codes without noise and beam search."""
-    table, weight = alike(400, 10, seed), torch.ones(400)
+    table, weight = clustered_rows(400, 10, seed), torch.ones(400)
     _, errors = fit(table, weight, 4, 8)
     plain = residual_codes.fit(table, 4, 8, refine=8).errors[-1]
-    # Of five tables tried 0.72 to 0.79 of the one and 0.78 to 0.84 of the other was left.
+    # In five tables, the error was 0.72 to 0.79 of the first and 0.78 to 0.84 of the second.
     assert min(errors) < 0.85 * errors[0]
     assert min(errors) < 0.9 * plain
 
 
 def test_fit_returns_the_codebook_of_the_best_round_not_of_the_last():
-    table, weight = alike(200, 8), torch.rand(200) + 0.1
+    table, weight = clustered_rows(200, 8), torch.rand(200) + 0.1
     codebook, errors = fit(table, weight, 3, 4, rounds=1, shake=3.0)
     assert errors[1] > 2 * errors[0]  # noise three times as large as the entries
     lost = (error(table, encode(table, codebook, 3, 16), codebook) * weight).sum()
@@ -102,12 +102,13 @@ def test_rounds_lower_the_weighted_error():
 @given(seed=st.integers(0, 10**6), size=st.sampled_from([1e-4, 1.0, 1e3]))
 def test_fit_has_the_same_relative_error_for_a_table_multiplied_by_a_constant(seed, size):
     """Trained tables have weights of any size; neither damping nor noise may depend on it."""
-    table, weight = alike(60, 5, seed), torch.ones(60)
+    table, weight = clustered_rows(60, 5, seed), torch.ones(60)
     first, _ = fit(table, weight, 2, 4, rounds=5)
     second, _ = fit(table * size, weight, 2, 4, rounds=5)
-    one = error(table, encode(table, first, 2, 8), first).sum()
-    two = error(table * size, encode(table * size, second, 2, 8), second).sum() / size**2
-    assert float(two) == pytest.approx(float(one), rel=0.05, abs=1e-6)  # rounding may part them
+    first_error = error(table, encode(table, first, 2, 8), first).sum()
+    second_error = error(table * size, encode(table * size, second, 2, 8), second).sum() / size**2
+    # rounding may change codes
+    assert float(second_error) == pytest.approx(float(first_error), rel=0.05, abs=1e-6)
 
 
 def test_rows_of_larger_weight_have_a_smaller_error_than_with_equal_weights():
@@ -124,12 +125,12 @@ def test_rows_of_larger_weight_have_a_smaller_error_than_with_equal_weights():
 
 @given(seed=st.integers(0, 10**6))
 def test_squared_error_after_stretch_is_the_error_weighted_by_the_sensitivity(seed):
-    slopes, gap = random_normal(seed, 40, 5).double(), random_normal(seed + 1, 3, 5)
-    matrix = slopes.T @ slopes
+    gradients, difference = random_normal(seed, 40, 5).double(), random_normal(seed + 1, 3, 5)
+    matrix = gradients.T @ gradients
     even = torch.eye(5, dtype=torch.float64) * matrix.diagonal().mean()
-    wanted = ((gap.double() @ (matrix + even)) * gap.double()).sum(dim=1)
-    found = (gap @ stretch(matrix)).square().sum(dim=1).double() * matrix.diagonal().mean()
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    expected = ((difference.double() @ (matrix + even)) * difference.double()).sum(dim=1)
+    result = (difference @ stretch(matrix)).square().sum(dim=1).double() * matrix.diagonal().mean()
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_without_sensitivity_or_lookups_rows_and_columns_have_equal_weights():
@@ -143,23 +144,23 @@ def test_lookup_weight_is_a_power_of_the_lookups_and_positive_without_lookups():
 
 
 def test_sensitivity_equals_sums_of_torchs_squared_output_gradients(tmp_path):
-    """The reference are torch's gradients, one row of the data at a time."""
+    """The expected sums are those of torch's gradients, one row of the data at a time."""
     model, bench = NORMED.model(), NORMED.bench(tmp_path)
     assert bench.train is not None
     table = model.module.user
-    (found,) = sensitivity(model.module, bench.signature, bench.train, {"user": table}).values()
+    (result,) = sensitivity(model.module, bench.signature, bench.train, {"user": table}).values()
     (batch,) = batches(bench.train, bench.signature, bench.train.rows)
     rows = batch.inputs
     columns, by_row = torch.zeros(6, 6), torch.zeros(15)
-    for place in range(len(rows["user"])):
-        one = {name: tensor[place : place + 1] for name, tensor in rows.items()}
-        (slope,) = torch.autograd.grad(model.module(**one).sum(), table.weight)
-        row = slope[one["user"]].squeeze(0)
+    for index in range(len(rows["user"])):
+        first_error = {name: tensor[index : index + 1] for name, tensor in rows.items()}
+        (gradient,) = torch.autograd.grad(model.module(**first_error).sum(), table.weight)
+        row = gradient[first_error["user"]].squeeze(0)
         columns += torch.outer(row, row)
-        by_row[one["user"]] += row.square().sum()
-    torch.testing.assert_close(found.columns.float(), columns, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found.rows.float(), by_row, rtol=1e-4, atol=1e-7)
-    assert found.lookups == len(rows["user"])
+        by_row[first_error["user"]] += row.square().sum()
+    torch.testing.assert_close(result.columns.float(), columns, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(result.rows.float(), by_row, rtol=1e-4, atol=1e-7)
+    assert result.lookups == len(rows["user"])
 
 
 def test_additive_codes_are_stored_as_residual_codes_with_the_expected_bytes(tmp_path):
@@ -193,22 +194,22 @@ def test_plan_skips_a_table_whose_codes_would_take_more_bytes(tmp_path):
 
 def test_sensitivity_counts_the_same_lookups_as_lookup_counts_without_bag_padding(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
-    wanted = lookup_counts(model, bench, ["genres", "history"])
-    found = sensitivities(model, bench, ["genres", "history"])
-    for name, counts in wanted.items():
-        assert found[name].lookups == int(counts.sum()), name
+    expected = lookup_counts(model, bench, ["genres", "history"])
+    result = sensitivities(model, bench, ["genres", "history"])
+    for name, counts in expected.items():
+        assert result[name].lookups == int(counts.sum()), name
 
 
 def test_of_several_draws_the_fit_with_the_best_validation_metric_is_used(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     step = AdditiveCodes(tables=("item",), codebooks=2, bits=2, rounds=8, shake=0.5)
 
-    def judged(draws: int) -> float:
+    def quality_with_draws(draws: int) -> float:
         made = run(step.model_copy(update={"draws": draws}), model, bench, tmp_path / str(draws))
         return quality(made.module, bench.signature, bench.validation)
 
-    found = [judged(draws) for draws in (1, 2, 6)]
-    assert found == sorted(found)
-    assert found[-1] > found[0]  # six fits with so much noise are not all alike
+    result = [quality_with_draws(draws) for draws in (1, 2, 6)]
+    assert result == sorted(result)
+    assert result[-1] > result[0]  # six fits with so much noise are not all alike
     assert step.needs == ("train",)
     assert AdditiveCodes(draws=2).needs == ("train", "validation")

@@ -110,13 +110,13 @@ def test_no_step_increases_the_bytes_of_a_network_or_of_a_unit(method, sizes) ->
     for dim, rows in sizes:
         source = network(rows, dim).model()
         try:
-            made = dry_run(step, source, BENCH)
+            result = dry_run(step, source, BENCH)
         except CompressionError:
             continue  # the step does not apply
-        assert stored_bytes(made.module) <= stored_bytes(source.module), (dim, rows)
-        assert made.plan is not None
+        assert stored_bytes(result.module) <= stored_bytes(source.module), (dim, rows)
+        assert result.plan is not None
         assert all(
-            line.bytes_after <= line.bytes_before for line in made.plan.lines if line.bytes_before
+            line.bytes_after <= line.bytes_before for line in result.plan.lines if line.bytes_before
         )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from error_codes import raises_code
-from grids import normal, tables
+from grids import random_normal, tables
 from hypothesis import given
 
 from compressors.core.steps.table_encoder import encode_table
@@ -27,7 +27,7 @@ def test_encoding_a_weight_that_rounds_to_infinity_raises_value_not_storable(val
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,)])
 def test_lookup_accepts_ids_of_any_shape(shape):
-    table = normal(11, 5)
+    table = random_normal(11, 5)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
     rows = encode_table(BFloat16(), table)(ids)
     assert rows.dtype == torch.float32
@@ -35,8 +35,8 @@ def test_lookup_accepts_ids_of_any_shape(shape):
 
 
 def test_op_passes_opcheck_and_its_gradient_equals_plain_torch():
-    ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), normal(6, 4).reshape(2, 3, 4)
-    ours, plain = (normal(6, 4).to(torch.bfloat16).requires_grad_() for _ in range(2))
+    ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), random_normal(6, 4).reshape(2, 3, 4)
+    ours, plain = (random_normal(6, 4).to(torch.bfloat16).requires_grad_() for _ in range(2))
     op = torch.ops.recpress.bfloat16_table
     torch.library.opcheck(op.default, (ours, ids))
     (op(ours, ids) * by).sum().backward()

@@ -44,10 +44,10 @@ def test_op_passes_opcheck_and_its_gradients_equal_plain_torch():
     ours, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
     (OP(*ours) * up).sum().backward()
     (F.linear(plain[0], plain[1].float(), plain[2].float()) * up).sum().backward()
-    for found, expected in zip(ours, plain, strict=True):
+    for result, expected in zip(ours, plain, strict=True):
         # gradients of bfloat16 leaves are rounded to 8 bits
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-2, atol=1e-2)
-        assert found.grad.any()
+        torch.testing.assert_close(result.grad, expected.grad, rtol=1e-2, atol=1e-2)
+        assert result.grad.any()
 
 
 @given(table=tables(largest=3e38))
@@ -58,9 +58,9 @@ def test_rounding_error_is_at_most_half_the_last_of_eight_bits(table):
     model.module.hidden = layer
     step = BFloat16Dense(layers=("hidden",))
     applied = planned_and_applied(step, model, Bench(signature=RANKER.signature))
-    found = applied.model.module.hidden.weight.float()
+    result = applied.model.module.hidden.weight.float()
     # Half of the last of 8 significant bits; below float32's normal numbers the steps are even.
-    assert torch.all((found - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
+    assert torch.all((result - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
 
 
 def test_a_layer_that_rounds_to_infinity_is_skipped_with_a_reason():
@@ -81,7 +81,7 @@ def test_a_layer_that_rounds_to_infinity_is_skipped_with_a_reason():
 
 
 def test_every_dense_layer_is_stored_in_two_bytes_per_number(tmp_path):
-    """Tables by a step of their own, and layers."""
+    """Compress tables with one step and layers with another."""
     bench = RANKER.bench(tmp_path / "data")
     result = run(BFloat16Dense(), RANKER.model(), bench, tmp_path / "out")
     lines = [line for line in result.plan.lines if line.role == "dense"]
@@ -98,18 +98,18 @@ def test_every_dense_layer_is_stored_in_two_bytes_per_number(tmp_path):
 
 def to(cast: onnx.NodeProto) -> int:
     """The type a Cast casts to."""
-    (found,) = (item.i for item in cast.attribute if item.name == "to")
-    return found
+    (result,) = (item.i for item in cast.attribute if item.name == "to")
+    return result
 
 
 def test_tensorrt_graph_has_bfloat16_gemms_between_two_casts():
     written = onnx.load(graph("Compact", recipe_with("bfloat16_dense"), RTX).path).graph
-    held = {item.name: item.data_type for item in written.initializer}
+    types = {item.name: item.data_type for item in written.initializer}
     maker = {output: node for node in written.node for output in node.output}
     gemms = [node for node in written.node if node.op_type == "Gemm"]
     assert len(gemms) == 5
     for gemm in gemms:
-        assert {held[name] for name in gemm.input[1:]} == {TensorProto.BFLOAT16}
+        assert {types[name] for name in gemm.input[1:]} == {TensorProto.BFLOAT16}
         before = maker[gemm.input[0]]
         assert (before.op_type, to(before)) == ("Cast", TensorProto.BFLOAT16)
         (after,) = (n for n in written.node if gemm.output[0] in n.input)
@@ -135,9 +135,9 @@ def test_onnxruntime_cannot_run_the_bfloat16_graph_of_tensorrt(tmp_path):
 
 
 def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_path):
-    held = np.random.default_rng(0)
-    weight = torch.from_numpy(held.standard_normal((3, 8)).astype(np.float32)).bfloat16()
-    bias = torch.from_numpy(held.standard_normal(3).astype(np.float32)).bfloat16()
+    random = np.random.default_rng(0)
+    weight = torch.from_numpy(random.standard_normal((3, 8)).astype(np.float32)).bfloat16()
+    bias = torch.from_numpy(random.standard_normal(3).astype(np.float32)).bfloat16()
     short = [
         onnx.helper.make_tensor(name, TensorProto.BFLOAT16, list(t.shape), t.float().flatten())
         for name, t in (("w", weight), ("b", bias))
@@ -153,19 +153,19 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
         onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
         for name, width in (("x", 8), ("y", 3))
     ]
-    drawn = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [*short, plain])
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [*short, plain])
     opset = [onnx.helper.make_opsetid("", 21)]
     onnx.save(
-        onnx.helper.make_model(drawn, opset_imports=opset, ir_version=10), tmp_path / "g.onnx"
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "g.onnx"
     )
     write_checkable(tmp_path / "g.onnx", tmp_path / "c.onnx")
-    x = held.standard_normal((50, 8)).astype(np.float32)
-    found = Session(tmp_path / "c.onnx", 1).scores({"x": x})
+    x = random.standard_normal((50, 8)).astype(np.float32)
+    result = Session(tmp_path / "c.onnx", 1).scores({"x": x})
     wide = F.linear(torch.from_numpy(x).bfloat16().float(), weight.float(), bias.float())
     # Sums in another order may fall to the other side of a rounding: one bit of 8.
-    np.testing.assert_allclose(found, wide.bfloat16().float().numpy(), rtol=2.0**-7)
-    assert np.array_equal(found, torch.from_numpy(found).bfloat16().float().numpy())
-    assert not np.array_equal(found, wide.numpy())
+    np.testing.assert_allclose(result, wide.bfloat16().float().numpy(), rtol=2.0**-7)
+    assert np.array_equal(result, torch.from_numpy(result).bfloat16().float().numpy())
+    assert not np.array_equal(result, wide.numpy())
 
 
 @pytest.mark.parametrize("reference", ["Compact", "Attention", "Normed"])

@@ -51,10 +51,10 @@ def test_packed_planes_are_consecutive_codes_with_the_first_plane_in_the_lowest_
 def test_tensorrt_codes_decode_to_the_packed_codes(count, width):
     codes = torch.randint(1 << width, (7, count), dtype=torch.uint8)
     tensor = codes_tensor(pack(codes, width).numpy(), width)
-    found = tensor.numpy().astype(np.int64)
+    result = tensor.numpy().astype(np.int64)
     if width == 2:
-        found += 8
-        found = np.concatenate([found % 4, found // 4], axis=1)
+        result += 8
+        result = np.concatenate([result % 4, result // 4], axis=1)
     else:
-        found += 128 if width == 8 else 8
-    assert np.array_equal(found[:, :count], codes.numpy())
+        result += 128 if width == 8 else 8
+    assert np.array_equal(result[:, :count], codes.numpy())

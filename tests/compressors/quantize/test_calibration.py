@@ -29,10 +29,10 @@ from compressors.quantize.dense.static_int8 import StaticInt8, clipped_scale, en
 
 
 def histogram_of(*parts: Tensor) -> Histogram:
-    found = Histogram()
+    result = Histogram()
     for part in parts:
-        found.add(part)
-    return found
+        result.add(part)
+    return result
 
 
 values = arrays.arrays(
@@ -44,29 +44,29 @@ values = arrays.arrays(
 
 @given(x=values, cut=st.integers(0, 60))
 def test_histogram_does_not_depend_on_how_rows_are_split_into_batches(x, cut):
-    whole, apart = (
+    at_once, in_batches = (
         histogram_of(torch.from_numpy(x)),
         histogram_of(*map(torch.from_numpy, (x[:cut], x[cut:]))),
     )
-    assert torch.equal(whole.counts, apart.counts)
-    assert (whole.zeros, whole.width) == (apart.zeros, apart.width)
-    assert torch.equal(whole.largest, apart.largest)
+    assert torch.equal(at_once.counts, in_batches.counts)
+    assert (at_once.zeros, at_once.width) == (in_batches.zeros, in_batches.width)
+    assert torch.equal(at_once.largest, in_batches.largest)
 
 
 @given(x=values)
 def test_histogram_counts_every_value_in_its_bin(x):
-    found, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
-    assert found.zeros == int((size == 0).sum())
-    place = np.floor(size[size > 0] / found.width).astype(np.int64)
-    assert np.array_equal(found.counts.numpy(), np.bincount(place, minlength=BINS))
-    assert float(found.largest) == size.max()
+    result, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+    assert result.zeros == int((size == 0).sum())
+    bin_index = np.floor(size[size > 0] / result.width).astype(np.int64)
+    assert np.array_equal(result.counts.numpy(), np.bincount(bin_index, minlength=BINS))
+    assert float(result.largest) == size.max()
     # At least half the bins, but for numbers that are next to nothing.
-    assert size.max() < 2.0**-100 or BINS // 2 < found.used() <= BINS
+    assert size.max() < 2.0**-100 or BINS // 2 < result.used() <= BINS
 
 
 def test_histogram_accepts_empty_tensors_and_reports_a_nonfinite_largest_value():
-    found = histogram_of(torch.empty(0, 3), torch.tensor([1.0, -3.0]))
-    assert int(found.counts.sum()) == 2
+    result = histogram_of(torch.empty(0, 3), torch.tensor([1.0, -3.0]))
+    assert int(result.counts.sum()) == 2
     assert not torch.isfinite(histogram_of(torch.tensor([1.0, torch.nan])).largest)
     assert not torch.isfinite(histogram_of(torch.tensor([1.0, -torch.inf])).largest)
 
@@ -76,11 +76,11 @@ def test_histogram_accepts_empty_tensors_and_reports_a_nonfinite_largest_value()
 
 @given(x=values, share=st.sampled_from([0.6, 0.9, 0.999, 1.0]))
 def test_percentile_is_the_smallest_bin_edge_with_its_share_of_values_inside(x, share):
-    found, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
-    end = calibrators.percentile(found, share)
+    result, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+    end = calibrators.percentile(result, share)
     assert (size <= end).mean() >= share or size.max() == 0
-    fewer = (size < end - found.width).mean()
-    assert fewer < share or end <= found.width
+    fewer = (size < end - result.width).mean()
+    assert fewer < share or end <= result.width
     assert end <= size.max() or size.max() == 0
     if share == 1:
         assert end == size.max()
@@ -105,9 +105,9 @@ SHAPES: dict[str, Callable[[torch.Generator], Tensor]] = {
 @pytest.mark.parametrize("seed", [0, 1])
 def test_least_squares_range_has_at_most_2_percent_more_error_than_the_best(shape, seed):
     x = shape(torch.Generator().manual_seed(seed))
-    found = histogram_of(x)
-    end = calibrators.least_squares(found)
-    largest = float(found.largest)
+    result = histogram_of(x)
+    end = calibrators.least_squares(result)
+    largest = float(result.largest)
     best = min(rounded(x, share * largest) for share in np.linspace(0.05, 1, 96))
     # Errors are expected, not measured: inputs are taken as even within a step.
     assert rounded(x, end) <= 1.02 * best
@@ -137,16 +137,16 @@ def naive_divergence(counts: np.ndarray, end: int) -> float:
     zeros=st.integers(0, 5000),
 )
 def test_entropy_range_has_the_least_divergence_of_a_naive_reference(seed, power, zeros):
-    drawn = torch.Generator().manual_seed(seed)
-    x = torch.randn(3000, generator=drawn).abs() ** power
-    found = histogram_of(torch.cat([x, torch.zeros(zeros)]))
-    counts, used = found.counts.numpy(), found.used()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3000, generator=generator).abs() ** power
+    result = histogram_of(torch.cat([x, torch.zeros(zeros)]))
+    counts, used = result.counts.numpy(), result.used()
     ends = [*range(128, used, calibrators.BINS_APART), used]
     every = ends[:: max(1, len(ends) // 12)]  # a dozen of them: the reference is slow
-    end = calibrators.least_divergence(found)
-    place = math.ceil(end / found.width)  # the largest value ends the last bin
-    least = naive_divergence(counts, place)
-    assert place in ends
+    end = calibrators.least_divergence(result)
+    bin_index = math.ceil(end / result.width)  # the largest value ends the last bin
+    least = naive_divergence(counts, bin_index)
+    assert bin_index in ends
     for other in every:
         assert least <= naive_divergence(counts, other) * (1 + 1e-9) + 1e-12
 
@@ -171,15 +171,15 @@ def test_inputs_of_one_absolute_value_are_inside_the_range(rule, value):
 def test_clipped_scale_never_has_a_larger_error_than_no_clipping():
     weight = torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))
     weight[3, 7] = 30.0  # worth clipping among so many
-    one = torch.tensor(1.0)
+    input_scale = torch.tensor(1.0)
 
-    def lost(scale: Tensor | None) -> Tensor:
-        codes, found = encode(weight, None, one, scale)
-        return (codes.float() * found[:, None] - weight).square().sum(dim=1)
+    def output_loss(scale: Tensor | None) -> Tensor:
+        codes, result = encode(weight, None, input_scale, scale)
+        return (codes.float() * result[:, None] - weight).square().sum(dim=1)
 
-    clipped, whole = lost(clipped_scale(weight)), lost(None)
-    assert torch.all(clipped <= whole * (1 + 1e-5))
-    assert clipped[3] < 0.99 * whole[3]
+    clipped, at_once = output_loss(clipped_scale(weight)), output_loss(None)
+    assert torch.all(clipped <= at_once * (1 + 1e-5))
+    assert clipped[3] < 0.99 * at_once[3]
 
 
 # --- the step --------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def outliers() -> Tensor:
     return x
 
 
-def lost(source: Model, result: Model, x: Tensor, layer: str = "first") -> float:
+def output_loss(source: Model, result: Model, x: Tensor, layer: str = "first") -> float:
     """Mean squared error of a layer's output."""
     with torch.no_grad():
         before, after = (model.module.get_submodule(layer)(x) for model in (source, result))
@@ -235,32 +235,39 @@ def by_calibrator(tmp_path_factory):
     folder, x, source = tmp_path_factory.mktemp("calibrators"), outliers(), SMALL.model()
     bench = calibration_bench(folder / "data", x)
     results = {
-        how: run(StaticInt8(calibrator=how, most_error=1.0), source, bench, folder / how)
-        for how in ("min_max", "percentile", "entropy", "mse", "best")
+        calibrator: run(
+            StaticInt8(calibrator=calibrator, most_error=1.0), source, bench, folder / calibrator
+        )
+        for calibrator in ("min_max", "percentile", "entropy", "mse", "best")
     }
     return source, x, results
 
 
-@pytest.mark.parametrize("how", ["percentile", "entropy", "mse"])
-def test_with_an_outlier_other_calibrators_have_less_error_than_min_max(by_calibrator, how):
+@pytest.mark.parametrize("calibrator", ["percentile", "entropy", "mse"])
+def test_with_an_outlier_other_calibrators_have_less_error_than_min_max(by_calibrator, calibrator):
     source, x, results = by_calibrator
-    assert lost(source, results[how], x) < 0.7 * lost(source, results["min_max"], x)
-    end = float(results[how].module.first.input_scale) * LEVELS
+    assert output_loss(source, results[calibrator], x) < 0.7 * output_loss(
+        source, results["min_max"], x
+    )
+    end = float(results[calibrator].module.first.input_scale) * LEVELS
     assert 2.5 < end < 20
-    reasons = results[how].plan.of("first").reasons
+    reasons = results[calibrator].plan.of("first").reasons
     assert codes_of(reasons) == ["selected", "calibrated_range", "output_error"]
-    with_code(reasons, "calibrated_range", calibrator=how)
+    with_code(reasons, "calibrated_range", calibrator=calibrator)
 
 
 def test_best_selects_the_calibrator_with_the_least_error_for_each_layer(by_calibrator):
     source, x, results = by_calibrator
-    others = [how for how in results if how != "best"]
+    others = [calibrator for calibrator in results if calibrator != "best"]
     hidden = torch.relu(source.module.first(x)).detach()
     chosen = []
     for layer, read in (("first", x), ("out", hidden)):
-        errors = {how: lost(source, results[how], read, layer) for how in others}
+        errors = {
+            calibrator: output_loss(source, results[calibrator], read, layer)
+            for calibrator in others
+        }
         least = min(errors, key=errors.__getitem__)
-        assert lost(source, results["best"], read, layer) == errors[least]
+        assert output_loss(source, results["best"], read, layer) == errors[least]
         reasons = results["best"].plan.of(layer).reasons
         chosen_range = [r.fields["calibrator"] for r in reasons if r.code == "calibrated_range"]
         assert chosen_range == ([] if least == "min_max" else [least])
@@ -271,9 +278,9 @@ def test_best_selects_the_calibrator_with_the_least_error_for_each_layer(by_cali
 def test_reported_error_is_the_relative_output_error_on_the_calibration_rows(by_calibrator):
     source, x, results = by_calibrator
     with torch.no_grad():
-        own = float(source.module.first(x).double().square().mean())
-    share = (lost(source, results["mse"], x) / own) ** 0.5
-    # The step adds up the same squares batch by batch.
+        mean_square = float(source.module.first(x).double().square().mean())
+    share = (output_loss(source, results["mse"], x) / mean_square) ** 0.5
+    # The step adds the same squares in batches.
     expected = pytest.approx(share, rel=1e-4)
     with_code(results["mse"].plan.of("first").reasons, "output_error", share=expected)
 
@@ -283,16 +290,16 @@ def test_layers_above_most_error_stay_float32_and_the_plan_gives_their_error(tmp
     bench = calibration_bench(tmp_path / "data", x)
     # `first` reads the far input, `out` does not: its error lies between.
     result = run(StaticInt8(most_error=0.04), source, bench, tmp_path / "out")
-    kept, taken = result.plan.of("first"), result.plan.of("out")
-    assert kept.format == "float32"
-    assert kept.steps == ()
-    assert kept.bytes_after == kept.bytes_before
-    assert codes_of(kept.reasons) == ["kept_format", "output_error", "above_most_error"]
-    assert with_code(kept.reasons, "output_error").fields["share"] > 0.04
-    with_code(kept.reasons, "above_most_error", step="static_int8", most_error=0.04)
+    kept_line, quantized_line = result.plan.of("first"), result.plan.of("out")
+    assert kept_line.format == "float32"
+    assert kept_line.steps == ()
+    assert kept_line.bytes_after == kept_line.bytes_before
+    assert codes_of(kept_line.reasons) == ["kept_format", "output_error", "above_most_error"]
+    assert with_code(kept_line.reasons, "output_error").fields["share"] > 0.04
+    with_code(kept_line.reasons, "above_most_error", step="static_int8", most_error=0.04)
     assert torch.equal(result.module.first.weight, source.module.first.weight)
-    assert taken.format == "static_int8"
-    assert codes_of(taken.reasons) == ["selected", "output_error"]
+    assert quantized_line.format == "static_int8"
+    assert codes_of(quantized_line.reasons) == ["selected", "output_error"]
     none = run(StaticInt8(most_error=1e-9), source, bench, tmp_path / "none")
     assert not none.network.modules
     assert torch.equal(none.module(x), source.module(x))
@@ -330,7 +337,8 @@ def test_weights_mse_lowers_the_weight_error_and_keeps_the_input_scale(tmp_path)
     x = outliers()
     bench = calibration_bench(tmp_path / "data", x)
     plain, clipped = (
-        run(StaticInt8(weights=how), source, bench, tmp_path / how) for how in ("min_max", "mse")
+        run(StaticInt8(weights=calibrator), source, bench, tmp_path / calibrator)
+        for calibrator in ("min_max", "mse")
     )
     assert torch.all(clipped.module.first.weight_scale <= plain.module.first.weight_scale * 1.001)
     assert torch.equal(clipped.module.first.input_scale, plain.module.first.input_scale)

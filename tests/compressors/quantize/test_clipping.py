@@ -4,11 +4,11 @@ import pytest
 import torch
 from grids import (
     GRIDS,
-    back,
+    changed_grid,
     each_asymmetric,
     each_grid,
-    normal,
-    of,
+    random_normal,
+    round_trip,
     scale_types,
     sharing,
     tables,
@@ -25,7 +25,7 @@ INT4 = GRIDS["15 symmetric"]
 
 def error(table: Tensor, grid: Grid) -> Tensor:
     """Squared error of every range, in float64."""
-    squares = (back(table, grid)[0] - table).double().square().sum(dim=1)
+    squares = (round_trip(table, grid)[0] - table).double().square().sum(dim=1)
     entries = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
     return torch.zeros(int(entries[-1]) + 1, dtype=torch.float64).index_add_(0, entries, squares)
 
@@ -35,39 +35,42 @@ def error(table: Tensor, grid: Grid) -> Tensor:
     [
         # In the default tier each grid has one rule, in turn.
         pytest.param(
-            grid, rule, id=f"{name}-{rule}", marks=pytest.mark.nightly if (place + turn) % 2 else ()
+            grid,
+            rule,
+            id=f"{name}-{rule}",
+            marks=pytest.mark.nightly if (grid_index + rule_index) % 2 else (),
         )
-        for place, (name, grid) in enumerate(GRIDS.items())
-        for turn, rule in enumerate(("greedy", "mse"))
+        for grid_index, (name, grid) in enumerate(GRIDS.items())
+        for rule_index, rule in enumerate(("greedy", "mse"))
     ],
 )
 @given(table=tables(), scale=scale_types, together=sharing)
 def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, together):
-    plain = of(grid, scale=scale, rows_per_scale=together)
+    plain = changed_grid(grid, scale=scale, rows_per_scale=together)
     # Errors are compared in float32; sums of a few dozen squares round by parts in 10^6.
     least = error(table, plain) * (1 + 1e-5) + 1e-45
-    assert torch.all(error(table, of(plain, clipping=rule)) <= least)
+    assert torch.all(error(table, changed_grid(plain, clipping=rule)) <= least)
 
 
 def test_mse_finds_the_best_share_of_every_symmetric_row():
     """The reference encodes the whole table once for every share."""
-    table = normal(200, 24)
-    grid = of(INT4, scale="float32")
+    table = random_normal(200, 24)
+    grid = changed_grid(INT4, scale="float32")
     widest = fit(table, grid).scale
     tried = []
     for share in (1.0, *clipping.SHARES):
         scale = (widest * share).double()
         codes = (table.double() / scale).round().clamp(-7, 7)
         tried.append((codes * scale - table.double()).square().sum(dim=1))
-    found = error(table, of(grid, clipping="mse"))
-    torch.testing.assert_close(found, torch.stack(tried).amin(dim=0), rtol=1e-4, atol=0)
+    result = error(table, changed_grid(grid, clipping="mse"))
+    torch.testing.assert_close(result, torch.stack(tried).amin(dim=0), rtol=1e-4, atol=0)
     # A normal row of 24 loses a tenth of its error and more where its largest weight stands out.
-    assert found.sum() < 0.95 * error(table, grid).sum()
+    assert result.sum() < 0.95 * error(table, grid).sum()
 
 
 @each_asymmetric
 def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
-    table = normal(100, 16)
+    table = random_normal(100, 16)
     low, high = ends(table)
     step = (high - low) / clipping.STEPS
     places = range(clipping.STEPS // 2)
@@ -79,39 +82,43 @@ def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
     least = torch.stack(tried).amin(dim=0).sum()
     # One end at a time may miss a pair of steps; the finer steps win that back, and more at 256
     # levels, where a 50th of the range is five of them.
-    assert error(table, of(grid, clipping="mse")).sum() <= 1.01 * least
+    assert error(table, changed_grid(grid, clipping="mse")).sum() <= 1.01 * least
 
 
 @each_asymmetric
 def test_greedy_error_is_within_2_percent_of_torchs_implementation(grid):
     """Torch does the same search, but keeps only local minima and rounds offsets to the nearest."""
-    table = normal(100, 16)
+    table = random_normal(100, 16)
     bits = grid.levels.bit_length() - 1
-    found = [
+    result = [
         torch.choose_qparams_optimized(row, row.numel(), clipping.BINS, 0.16, bits) for row in table
     ]
-    high, low = (torch.cat(parts).unsqueeze(1) for parts in zip(*found, strict=True))
+    high, low = (torch.cat(parts).unsqueeze(1) for parts in zip(*result, strict=True))
     scale = ((high - low) / (grid.levels - 1)).half().float()
     low = low.half().float()
     codes = ((table - low) / scale).round().clamp(0, grid.levels - 1)
     theirs = (codes * scale + low - table).square().sum()
     # At 256 levels the rounding of an offset is what differs: by an eighth of a level at most.
-    assert error(table, of(grid, clipping="greedy")).sum() <= 1.02 * theirs
+    assert error(table, changed_grid(grid, clipping="greedy")).sum() <= 1.02 * theirs
 
 
 @each_grid
 def test_greedy_removes_at_most_16_percent_of_a_range(grid):
-    table = normal(300, 16)
-    whole, found = (fit(table, of(grid, clipping=rule)).scale for rule in ("min_max", "greedy"))
-    assert torch.all(found.float() >= 0.84 * whole.float() * (1 - 2.0**-9))
+    table = random_normal(300, 16)
+    whole, result = (
+        fit(table, changed_grid(grid, clipping=rule)).scale for rule in ("min_max", "greedy")
+    )
+    assert torch.all(result.float() >= 0.84 * whole.float() * (1 - 2.0**-9))
     if grid.levels < 20:  # with more levels a bin is more than a level
-        assert (found < whole).float().mean() > 0.7
+        assert (result < whole).float().mean() > 0.7
 
 
 def test_mse_clips_one_large_weight_among_many_small_ones():
     table = torch.full((1, 64), 0.5)
     table[0, 0] = 1.0
-    plain, clipped = (fit(table, of(INT4, clipping=rule)).scale for rule in ("min_max", "mse"))
+    plain, clipped = (
+        fit(table, changed_grid(INT4, clipping=rule)).scale for rule in ("min_max", "mse")
+    )
     assert float(plain) == pytest.approx(1 / 7, rel=1e-3)
     assert float(clipped) < float(plain)
 
@@ -122,10 +129,10 @@ def test_mse_with_two_bits_and_one_scale_finds_the_optimal_step_despite_an_outli
     symmetric, largest
 ):
     """The step does not depend on the size of a single outlier."""
-    table = normal(4000, 16)
+    table = random_normal(4000, 16)
     table[7, 3] = largest
     grid = Grid(4, symmetric=symmetric, rows_per_scale=0)
-    scale = float(fit(table, of(grid, clipping="mse")).scale)
+    scale = float(fit(table, changed_grid(grid, clipping="mse")).scale)
     # 0.9957 is the step of the best four even levels for a normal distribution (Max 1960).
     assert scale == pytest.approx(0.9957, rel=0.05)
     assert scale < float(fit(table, grid).scale) / 2
@@ -134,8 +141,8 @@ def test_mse_with_two_bits_and_one_scale_finds_the_optimal_step_despite_an_outli
 @each_grid
 @pytest.mark.parametrize("rule", ["min_max", "greedy", "mse"])
 def test_a_range_fitted_in_chunks_is_close_to_the_range_fitted_at_once(grid, rule, monkeypatch):
-    table = normal(64, 10)
-    chosen = of(grid, rows_per_scale=0, clipping=rule)
+    table = random_normal(64, 10)
+    chosen = changed_grid(grid, rows_per_scale=0, clipping=rule)
     whole = fit(table, chosen)
     monkeypatch.setattr(
         "compressors.quantize.kernels.levels.CHUNK", 100
@@ -150,7 +157,7 @@ def test_a_range_fitted_in_chunks_is_close_to_the_range_fitted_at_once(grid, rul
 
 
 def test_ranges_of_a_table_with_one_scale_share_its_memory():
-    table = normal(1000, 8)
+    table = random_normal(1000, 8)
     (values,) = ranges(table, 0)
     assert values.data_ptr() == table.data_ptr()
     assert values.shape == (1, 8000)
@@ -165,9 +172,9 @@ def test_fit_of_an_empty_table_returns_the_number_of_scales_of_its_layout(
     levels = 15 if symmetric else 16
     grid = Grid(levels, symmetric, clipping, rows_per_scale=together)
     scale, offset = fit(torch.empty(0, 6), grid)
-    wanted = (0 if together else 1, 1)
-    assert scale.shape == wanted
+    expected = (0 if together else 1, 1)
+    assert scale.shape == expected
     assert scale.dtype == torch.float16
     assert (offset is None) == symmetric
     if offset is not None:
-        assert offset.shape == wanted
+        assert offset.shape == expected

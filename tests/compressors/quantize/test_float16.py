@@ -45,14 +45,14 @@ def test_weight_beyond_the_float16_range_is_reported(value):
 )
 def test_largest_sum_bounds_partial_sums_in_any_order(x, weight, bias, seed):
     terms = np.concatenate([x[:, None] * weight, np.broadcast_to(bias, (3, 2))[..., None]], axis=2)
-    found = largest_sum(*map(torch.from_numpy, (x, weight, bias)))
+    result = largest_sum(*map(torch.from_numpy, (x, weight, bias)))
     shuffled = np.random.default_rng(seed).permuted(terms.astype(np.float64), axis=2)
     room = 1e-5 * np.abs(terms).sum(axis=2).max()
-    assert np.abs(shuffled.cumsum(axis=2)).max() <= found + room
+    assert np.abs(shuffled.cumsum(axis=2)).max() <= result + room
     # and one of them gets there: all terms of one sign first
     ordered = np.sort(terms.astype(np.float64), axis=2)
     highest = max(np.abs(o.cumsum(axis=2)).max() for o in (ordered, ordered[..., ::-1]))
-    assert abs(highest - found) <= room
+    assert abs(highest - result) <= room
 
 
 WIDTH, ROWS = 4, 50
@@ -73,8 +73,8 @@ class Tall(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         raised = self.raised(x)
-        same = (x[:, :1] / 10).expand(-1, WIDTH)
-        score: Tensor = self.out(raised.tanh()) + self.sums(same).sum(dim=1, keepdim=True)
+        repeated = (x[:, :1] / 10).expand(-1, WIDTH)
+        score: Tensor = self.out(raised.tanh()) + self.sums(repeated).sum(dim=1, keepdim=True)
         return score
 
 
@@ -96,7 +96,7 @@ def calibrating(folder: Path, size: float) -> Bench:
 
 
 @pytest.mark.parametrize(
-    ("size", "headroom", "kept"),
+    ("size", "headroom", "kept_layers"),
     [
         (30_000, 2.0, set()),
         (33_000, 2.0, {"raised"}),
@@ -107,25 +107,25 @@ def calibrating(folder: Path, size: float) -> Bench:
         (170_000, 1.0, {"raised"}),
     ],
 )
-def test_layers_that_may_overflow_stay_float32_with_a_reason(size, headroom, kept, tmp_path):
+def test_layers_that_may_overflow_stay_float32_with_a_reason(size, headroom, kept_layers, tmp_path):
     source = TALL.model()
     bench = calibrating(tmp_path / "data", size)
     result = run(Float16(headroom=headroom, batch=8), source, bench, tmp_path / "out")
     lines = {line.module: line for line in result.plan.lines if line.role == "dense"}
-    assert {name for name, line in lines.items() if line.format == "float32"} == kept
-    for name in kept:
+    assert {name for name, line in lines.items() if line.format == "float32"} == kept_layers
+    for name in kept_layers:
         assert codes_of(lines[name].reasons) == ["kept_format", "near_largest"]
         with_code(lines[name].reasons, "near_largest", headroom=headroom, format="float16")
         assert lines[name].bytes_after == lines[name].bytes_before
-    if "raised" in kept:
+    if "raised" in kept_layers:
         with_code(lines["raised"].reasons, "near_largest", what="an input", size=float(size))
-    if "sums" in kept:
+    if "sums" in kept_layers:
         # 20 products in float32.
         sums = pytest.approx(34_000, rel=1e-5)
         with_code(lines["sums"].reasons, "near_largest", what="a sum", size=sums)
     x = torch.full((2, WIDTH), float(size))
     with torch.no_grad():  # what float16 took, it can compute
-        for name in lines.keys() - kept:
+        for name in lines.keys() - kept_layers:
             layer = result.module.get_submodule(name)
             layer_input = x if name == "raised" else x / 10 if name == "sums" else x.tanh()
             assert torch.isfinite(F.linear(layer_input.half(), layer.weight, layer.bias)).all()
@@ -197,6 +197,6 @@ def test_layer_gradients_equal_plain_torch(shape):
     ours, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
     (OPS.float16_linear(*ours) * up).sum().backward()
     (F.linear(plain[0], plain[1].float(), plain[2].float()) * up).sum().backward()
-    for found, expected in zip(ours, plain, strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, **HALF)
-        assert found.grad.any()
+    for result, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(result.grad, expected.grad, **HALF)
+        assert result.grad.any()

@@ -33,9 +33,9 @@ def layer(inputs: int, outputs: int, *, by_channel: bool = True) -> tuple[Tensor
 @given(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=50))
 def test_inputs_are_rounded_to_the_nearest_e4m3_number(values):
     x = torch.tensor(values)
-    found = rounded(x).numpy()
+    result = rounded(x).numpy()
     gaps = np.abs(NUMBERS[None] - x.clamp(-448, 448).numpy()[:, None])
-    np.testing.assert_array_equal(np.abs(found - x.clamp(-448, 448).numpy()), gaps.min(axis=1))
+    np.testing.assert_array_equal(np.abs(result - x.clamp(-448, 448).numpy()), gaps.min(axis=1))
 
 
 @pytest.mark.parametrize("by_channel", [True, False])
@@ -68,10 +68,10 @@ def test_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
     x.view(-1)[0] = 100.0  # beyond 4.48: clipped, as QuantizeLinear saturates
     near = rounded((x / input_scale).clamp(-448, 448)).double() * 0.01
     weight = steps_of(codes).double() * scale.double().reshape(-1, 1)
-    found = OP(x, codes, scale, input_scale, bias)
-    torch.testing.assert_close(found.double(), near @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    result = OP(x, codes, scale, input_scale, bias)
+    torch.testing.assert_close(result.double(), near @ weight.T + bias, rtol=1e-5, atol=1e-5)
     without = OP(x, codes, scale, input_scale, None)
-    torch.testing.assert_close(without, found - bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(without, result - bias, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_channel", [True, False])
@@ -94,11 +94,11 @@ def test_gradients_equal_the_straight_through_estimate(by_channel):
         (function(*leaves) * up).sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    found = gradients(ours)
-    for ours_, expected in zip(found, gradients(plain), strict=True):
+    result = gradients(ours)
+    for ours_, expected in zip(result, gradients(plain), strict=True):
         torch.testing.assert_close(ours_, expected, rtol=1e-4, atol=1e-4)
         assert ours_.abs().sum() > 0
-    assert found[0].view(-1)[:2].tolist() == [0, 0]
+    assert result[0].view(-1)[:2].tolist() == [0, 0]
 
 
 def test_op_passes_opcheck():
@@ -111,14 +111,14 @@ def test_op_passes_opcheck():
 
 def test_input_scale_is_the_largest_calibration_input_over_448(tmp_path):
     source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
-    seen: list[Tensor] = []
-    hook = source.module.capped.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inputs: list[Tensor] = []
+    hook = source.module.capped.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
         for batch in batches(bench.calibration, RANKER.signature, 10, 50):
             source.module(**batch.inputs)
     hook.remove()
     result = run(Float8Dense(rows=50, batch=7), source, bench, tmp_path / "out")
-    largest = torch.cat(seen).abs().max()
+    largest = torch.cat(inputs).abs().max()
     # batches of another size sum in another order
     torch.testing.assert_close(result.module.capped.input_scale, largest / 448, rtol=1e-6, atol=0)
     assert not source.module.capped._forward_pre_hooks

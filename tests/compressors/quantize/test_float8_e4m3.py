@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from error_codes import raises_code
-from grids import SLACK, normal, scale_types, sharing, tables
+from grids import SLACK, random_normal, scale_types, sharing, tables
 from hypothesis import given
 from rowwise_reference import encode_float8_rows
 from torch import Tensor
@@ -42,28 +42,28 @@ def test_every_byte_decodes_as_the_e4m3_definition():
     for code in range(256):
         exponent, mantissa = (code >> 3) & 15, code & 7
         size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
-        found = float(steps_of(torch.tensor([code], dtype=torch.uint8)))
+        result = float(steps_of(torch.tensor([code], dtype=torch.uint8)))
         if code & 127 == 127:
-            assert np.isnan(found)
+            assert np.isnan(result)
         else:
-            assert found == (-size if code & 128 else size)
+            assert result == (-size if code & 128 else size)
 
 
 @pytest.mark.parametrize("together", [0, 1, 4])
 @pytest.mark.parametrize("scale", ["float16", "float32"])
 def test_stored_codes_and_scales_equal_the_numpy_reference(together, scale):
-    table = normal(40, 9) * torch.logspace(-6, 3, 40).unsqueeze(1)
+    table = random_normal(40, 9) * torch.logspace(-6, 3, 40).unsqueeze(1)
     table[3] = 0.0
     table[8:12, 0] = 448.0  # the scale of these rows is 1: ties between E4M3 numbers are exact
     table[8:12, 1:] = torch.tensor([17.0, 19.0, -21.0, 23.0, 2.0**-10, -3 * 2.0**-10, 1.0625, 300])
     module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), table)
-    wanted = encode_float8_rows(table.numpy(), together, scale)
-    assert np.array_equal(module.scale.numpy(), wanted.scale)
-    assert np.array_equal(module.codes.numpy(), wanted.codes)
+    expected = encode_float8_rows(table.numpy(), together, scale)
+    assert np.array_equal(module.scale.numpy(), expected.scale)
+    assert np.array_equal(module.codes.numpy(), expected.codes)
 
 
 def test_no_weight_is_encoded_as_nan():
-    table = normal(2000, 7) * torch.logspace(-9, 3, 2000).unsqueeze(1)
+    table = random_normal(2000, 7) * torch.logspace(-9, 3, 2000).unsqueeze(1)
     sizes = encode_table(Float8E4M3(), table).codes & 127
     assert not bool((sizes == 127).any())
     # 448, where the scale puts each row's largest weight, unless float16 has no scale so small.
@@ -71,7 +71,7 @@ def test_no_weight_is_encoded_as_nan():
 
 
 def test_scales_reduce_the_error_of_small_weights_20_times():
-    table = normal(200, 16) * 0.001
+    table = random_normal(200, 16) * 0.001
     decoded, _ = back(Float8E4M3(), table)
     bare = table.to(torch.float8_e4m3fn).float()
     assert (decoded - table).square().sum() < 0.05 * (bare - table).square().sum()
@@ -80,7 +80,7 @@ def test_scales_reduce_the_error_of_small_weights_20_times():
 @pytest.mark.parametrize("together", [0, 1, 4])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,)])
 def test_lookup_accepts_ids_of_any_shape(together, shape):
-    step, table = Float8E4M3(rows_per_scale=together), normal(11, 5)
+    step, table = Float8E4M3(rows_per_scale=together), random_normal(11, 5)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
     rows = encode_table(step, table)(ids)
     assert rows.shape == (*shape, 5)
@@ -89,7 +89,7 @@ def test_lookup_accepts_ids_of_any_shape(together, shape):
 
 @pytest.mark.parametrize("together", [0, 1, 4])
 def test_bytes_are_one_per_weight_and_two_per_scale(together):
-    module = encode_table(Float8E4M3(rows_per_scale=together), normal(11, 5))
+    module = encode_table(Float8E4M3(rows_per_scale=together), random_normal(11, 5))
     stored = sum(tensor.numel() * tensor.element_size() for tensor in module.buffers())
     assert stored == 11 * 5 + 2 * {0: 1, 1: 11, 4: 3}[together]
 
@@ -97,14 +97,14 @@ def test_bytes_are_one_per_weight_and_two_per_scale(together):
 @pytest.mark.parametrize("together", [0, 1, 4])
 @pytest.mark.parametrize("scale", ["float16", "float32"])
 def test_op_passes_opcheck_and_its_gradient_equals_plain_torch(together, scale):
-    module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), normal(11, 5))
-    ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), normal(6, 5).reshape(2, 3, 5)
+    module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), random_normal(11, 5))
+    ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), random_normal(6, 5).reshape(2, 3, 5)
     ours, plain = (module.scale.clone().requires_grad_() for _ in range(2))
     op = torch.ops.recpress.float8_e4m3_table
     torch.library.opcheck(op.default, (module.codes, ours, ids, together))
     (op(module.codes, ours, ids, together) * by).sum().backward()
-    places = ids // (together or 11)
-    (steps_of(module.codes[ids]) * plain.float()[places] * by).sum().backward()
+    scale_indices = ids // (together or 11)
+    (steps_of(module.codes[ids]) * plain.float()[scale_indices] * by).sum().backward()
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
     tolerance = 1e-5 if scale == "float32" else 5e-3
     torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=tolerance)

@@ -59,19 +59,19 @@ def stored(steps: Tensor, bits: int, *, symmetric: bool) -> Tensor:
 def agree(rows: Tensor, grid: Grid, bits: int) -> None:
     """Codes, scales and offsets are the specification's, or both refuse."""
     try:
-        wanted = clipping.fit(rows, grid)
+        expected = clipping.fit(rows, grid)
     except CompressionError:
         with pytest.raises(CompressionError):
             row_encoding.encode(rows, grid, bits)
         return
     codes, fitted = row_encoding.encode(rows, grid, bits)
-    assert torch.equal(words(fitted.scale), words(wanted.scale))
-    assert (fitted.offset is None) == (wanted.offset is None)
-    if fitted.offset is not None and wanted.offset is not None:
-        assert torch.equal(words(fitted.offset), words(wanted.offset))
-    steps = stored(nearest(rows, wanted, grid), bits, symmetric=grid.symmetric)
+    assert torch.equal(words(fitted.scale), words(expected.scale))
+    assert (fitted.offset is None) == (expected.offset is None)
+    if fitted.offset is not None and expected.offset is not None:
+        assert torch.equal(words(fitted.offset), words(expected.offset))
+    steps = stored(nearest(rows, expected, grid), bits, symmetric=grid.symmetric)
     assert torch.equal(codes, steps)
-    assert torch.equal(row_encoding.encode_as(rows, wanted, grid, bits), steps)
+    assert torch.equal(row_encoding.encode_as(rows, expected, grid, bits), steps)
 
 
 def finite(words_: list[int], dim: int) -> Tensor:
@@ -81,7 +81,7 @@ def finite(words_: list[int], dim: int) -> Tensor:
     return torch.from_numpy(numbers[: len(numbers) // dim * dim].reshape(-1, dim).copy())
 
 
-# Any bits; and floats of one size, so that rows are not ruled by one large number.
+# Any bits, and floats of one exponent, so that no large number dominates a row.
 ANY = st.integers(0, 2**32 - 1)
 NEAR = st.builds(
     lambda sign, exponent, rest: sign << 31 | exponent << 23 | rest,
@@ -126,23 +126,23 @@ def test_ties_between_levels_are_rounded_as_in_the_specification(bits: int, symm
 def test_a_steps_encoded_block_equals_the_specification(step, clip, symmetric, together):
     method = step(clipping=clip, symmetric=symmetric, rows_per_scale=together)
     rows = torch.randn(41, 10, generator=torch.Generator().manual_seed(1)).half()
-    found = method.encode(rows, method.fit(rows))
+    result = method.encode(rows, method.fit(rows))
     fitted = clipping.fit(rows, method.grid)
     bits = 8 if step is RowwiseInt8 else 4
     steps = stored(nearest(rows, fitted, method.grid), bits, symmetric=symmetric)
-    assert torch.equal(found["codes"].view(torch.uint8), steps)
-    assert found.keys() == {"codes"} | (
+    assert torch.equal(result["codes"].view(torch.uint8), steps)
+    assert result.keys() == {"codes"} | (
         ({"scale"} | (set() if symmetric else {"offset"})) if together else set()
     )
     if together:
-        assert torch.equal(found["scale"], fitted.scale)
+        assert torch.equal(result["scale"], fitted.scale)
 
 
 def prepacked(rows: Tensor) -> Tensor:
-    """What torch's own 4-bit prepack makes of a table: asymmetric, float16 scale and offset."""
+    """A table after torch's 4-bit prepack and unpack: asymmetric, float16 scale and offset."""
     packed = torch.ops.quantized.embedding_bag_4bit_prepack(rows)
-    found: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(packed)
-    return found[:, : rows.shape[1]]
+    result: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(packed)
+    return result[:, : rows.shape[1]]
 
 
 def tables(dim: int) -> dict[str, Tensor]:
@@ -161,11 +161,11 @@ def tables(dim: int) -> dict[str, Tensor]:
 def test_least_squares_has_less_error_than_torchs_4_bit_prepack(dim: int):
     for name, rows in tables(dim).items():
         step = RowwiseInt4(symmetric=False, clipping="least_squares")
-        found = step.encode(rows, {})
+        result = step.encode(rows, {})
         ids = torch.arange(len(rows))
-        weights = step.storage.lookup(found, ids, dim, step.settings())
+        weights = step.storage.lookup(result, ids, dim, step.settings())
         ratio = (weights - rows).square().sum() / (prepacked(rows) - rows).square().sum()
-        # 0.71 to 0.89 as measured; the tables are drawn, so a little more is allowed.
+        # 0.71 to 0.89 were measured; the tables are random, so slightly more is allowed.
         assert float(ratio) < 0.92, (name, float(ratio))
 
 
@@ -179,7 +179,7 @@ def test_least_squares_never_has_a_larger_error_than_min_max(
         grid = Grid(LEVELS[form], form[1], clip)
         fitted = clipping.fit(rows, grid)
         errors.append(squared_error(rows, fitted, grid))
-    # Errors are of float32 sums and codes found with a reciprocal: a rounding apart at a tie.
+    # Errors are float32 sums, and codes computed with a reciprocal may differ at ties.
     assert bool((errors[1] <= errors[0] * (1 + 1e-4) + 1e-12).all())
 
 
@@ -191,18 +191,18 @@ def test_results_and_errors_do_not_depend_on_the_number_of_threads(
     monkeypatch.setattr(row_encoding, "THREAD_VALUES", 64)
     rows = torch.randn(1001, 12, generator=torch.Generator().manual_seed(2))
     grid = Grid(15, True, "min_max", "float16", together)
-    whole = row_encoding.encode(rows, grid, 4)
+    at_once = row_encoding.encode(rows, grid, 4)
     fitted = clipping.fit(rows, Grid(15, True, "min_max", "float16", 0))
     table = Grid(15, True, "min_max", "float16", 0)
     alone = row_encoding.encode_as(rows, fitted, table, 4)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        codes, found = row_encoding.encode(rows, grid, 4)
-        assert torch.equal(codes, whole[0])
-        assert torch.equal(found.scale, whole[1].scale)
+        codes, result = row_encoding.encode(rows, grid, 4)
+        assert torch.equal(codes, at_once[0])
+        assert torch.equal(result.scale, at_once[1].scale)
         assert torch.equal(row_encoding.encode_as(rows, fitted, table, 4), alone)
-        assert torch.equal(row_encoding.encode_as(rows, whole[1], grid, 4), whole[0])
+        assert torch.equal(row_encoding.encode_as(rows, at_once[1], grid, 4), at_once[0])
         rows[777, 3] = float("nan")
         with raises_code(ValueNotStorable, "row_not_finite", row=777):
             row_encoding.encode(rows, grid, 4)

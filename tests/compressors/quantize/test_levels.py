@@ -5,12 +5,12 @@ import torch
 from error_codes import raises_code
 from grids import (
     SLACK,
-    back,
+    changed_grid,
     each_asymmetric,
     each_grid,
     each_symmetric,
-    normal,
-    of,
+    random_normal,
+    round_trip,
     rules,
     scale_types,
     sharing,
@@ -26,7 +26,7 @@ from compressors.quantize.kernels.levels import Grid, nearest
 
 
 def within_half_a_level(table: Tensor, grid: Grid) -> None:
-    decoded, (scale, offset) = back(table, grid)
+    decoded, (scale, offset) = round_trip(table, grid)
     largest = table.abs().amax(dim=1, keepdim=True)
     if offset is not None:
         largest = torch.maximum(largest, offset.float().abs())
@@ -36,7 +36,7 @@ def within_half_a_level(table: Tensor, grid: Grid) -> None:
 @each_grid
 @given(table=tables(), scale=scale_types, together=sharing)
 def test_round_trip_error_is_at_most_half_the_stored_scale(grid, table, scale, together):
-    within_half_a_level(table, of(grid, scale=scale, rows_per_scale=together))
+    within_half_a_level(table, changed_grid(grid, scale=scale, rows_per_scale=together))
 
 
 @each_grid
@@ -49,7 +49,7 @@ def test_scales_of_the_smallest_float16_numbers_clip_nothing(grid, largest):
 @each_grid
 @given(table=tables(), together=sharing)
 def test_the_scale_is_no_larger_than_the_range_needs(grid, table, together):
-    _, (scale, offset) = back(table, of(grid, rows_per_scale=together))
+    _, (scale, offset) = round_trip(table, changed_grid(grid, rows_per_scale=together))
     groups = torch.arange(len(table)) // (together or len(table))
     low, high = (
         torch.stack([part(table[groups == group]) for group in groups])
@@ -68,7 +68,7 @@ def test_the_scale_is_no_larger_than_the_range_needs(grid, table, together):
 @each_grid
 @given(table=tables(), together=sharing, clipping=rules)
 def test_codes_are_integers_within_the_grid(grid, table, together, clipping):
-    chosen = of(grid, rows_per_scale=together, clipping=clipping)
+    chosen = changed_grid(grid, rows_per_scale=together, clipping=clipping)
     steps = nearest(table, fit(table, chosen), chosen)
     codes = steps + (grid.half if grid.symmetric else 0)
     assert torch.equal(codes, codes.round())
@@ -81,8 +81,8 @@ def test_codes_are_integers_within_the_grid(grid, table, together, clipping):
 def test_rows_of_zeros_have_a_positive_scale_and_are_exact(grid, scale, clipping):
     table = torch.zeros(4, 5)
     table[2] = torch.tensor([0.5, -1.0, 0.0, 0.25, 1.0])
-    decoded, stored = back(table, of(grid, scale=scale, clipping=clipping))
-    # Around zero there is no level at zero: half of the smallest scale is what is left.
+    decoded, stored = round_trip(table, changed_grid(grid, scale=scale, clipping=clipping))
+    # Levels around zero do not contain zero, so the error is half of the smallest scale.
     allowed = 2.0**-25 if grid.symmetric and grid.levels == 4 else 0.0
     assert decoded[[0, 1, 3]].abs().max() <= allowed
     assert torch.all(stored.scale > 0)
@@ -94,8 +94,8 @@ def test_rows_of_zeros_have_a_positive_scale_and_are_exact(grid, scale, clipping
 @pytest.mark.parametrize("scale", ["float16", "float32"])
 @pytest.mark.parametrize("value", [0.013, -0.013, 1 / 3, -7.7, 1e-6, 60000.3])
 def test_a_row_of_equal_values_changes_only_by_rounding(grid, scale, value):
-    decoded, stored = back(torch.full((3, 6), value), of(grid, scale=scale))
-    # The offset lies below by less than a float16 step, and the codes divide what is left.
+    decoded, stored = round_trip(torch.full((3, 6), value), changed_grid(grid, scale=scale))
+    # The offset is rounded down by less than a float16 step, and the codes divide the rest.
     step = 2.0**-10 * abs(value) / (grid.levels - 1) + 2.0**-24
     assert (decoded - value).abs().max() <= step / 2 + SLACK * abs(value)
     assert torch.all(stored.offset.float() <= value + SLACK * abs(value))
@@ -104,16 +104,18 @@ def test_a_row_of_equal_values_changes_only_by_rounding(grid, scale, value):
 @each_asymmetric
 def test_an_offset_reduces_the_error_of_weights_of_one_sign_4_times(grid):
     table = torch.rand(50, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.1
-    plain = of(grid, symmetric=True, levels=grid.levels - grid.levels % 2)
-    with_offset, without = ((back(table, one)[0] - table).square().sum() for one in (grid, plain))
+    plain = changed_grid(grid, symmetric=True, levels=grid.levels - grid.levels % 2)
+    with_offset, without = (
+        (round_trip(table, one)[0] - table).square().sum() for one in (grid, plain)
+    )
     # Half of a symmetric grid's levels lie where no weight is, and zero to 0.1 is empty.
     assert with_offset < without / 4
 
 
 def test_four_levels_around_zero_have_less_error_than_three_with_a_zero():
-    table = normal(500, 16)
+    table = random_normal(500, 16)
     errors = {
-        levels: (back(table, Grid(levels, clipping="mse"))[0] - table).square().sum()
+        levels: (round_trip(table, Grid(levels, clipping="mse"))[0] - table).square().sum()
         for levels in (3, 4)
     }
     assert errors[4] < 0.7 * errors[3]
@@ -121,7 +123,7 @@ def test_four_levels_around_zero_have_less_error_than_three_with_a_zero():
 
 @each_grid
 def test_weights_too_small_for_float16_decode_to_at_most_its_smallest_number(grid):
-    decoded, _ = back(torch.full((2, 4), 1e-12), grid)
+    decoded, _ = round_trip(torch.full((2, 4), 1e-12), grid)
     assert decoded.abs().max() <= 2.0**-24
 
 
@@ -130,7 +132,7 @@ def test_a_scale_above_float16_raises_and_can_be_stored_as_float32(grid):
     table = torch.full((2, 3), 65504.0 * grid.half * 1.01)
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         fit(table, grid)
-    within_half_a_level(table, of(grid, scale="float32"))
+    within_half_a_level(table, changed_grid(grid, scale="float32"))
 
 
 @each_asymmetric
@@ -142,7 +144,7 @@ def test_an_offset_or_scale_above_float16_raises_and_can_be_stored_as_float32(gr
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         fit(high, grid)
     for table in (low, high):
-        within_half_a_level(table, of(grid, scale="float32"))
+        within_half_a_level(table, changed_grid(grid, scale="float32"))
 
 
 @each_asymmetric
@@ -150,13 +152,13 @@ def test_an_offset_or_scale_above_float16_raises_and_can_be_stored_as_float32(gr
 def test_a_range_beyond_float32_raises_value_not_storable(grid, clipping):
     table = torch.tensor([[-3e38, 3e38]])
     with raises_code(ValueNotStorable, "scale_beyond_float32"):
-        fit(table, of(grid, scale="float32", clipping=clipping))
+        fit(table, changed_grid(grid, scale="float32", clipping=clipping))
 
 
 @each_symmetric
 def test_both_ends_of_a_row_are_exact_if_float16_represents_the_scale(grid):
     table = torch.tensor([[-1.0, 1.0, 1.0]]) * grid.half * 2.0**-6
-    assert torch.equal(back(table, grid)[0], table)
+    assert torch.equal(round_trip(table, grid)[0], table)
 
 
 @each_grid
@@ -164,7 +166,7 @@ def test_both_ends_of_a_row_are_exact_if_float16_represents_the_scale(grid):
 def test_the_fit_of_a_range_does_not_depend_on_other_ranges(grid, table, clipping, data):
     """So it does not matter which blocks a table is encoded in."""
     together = data.draw(st.sampled_from([1, 2]))
-    chosen = of(grid, clipping=clipping, rows_per_scale=together)
+    chosen = changed_grid(grid, clipping=clipping, rows_per_scale=together)
     whole = fit(table, chosen)
     parts = [fit(part, chosen) for part in table.split(together)]
     for name in ("scale", "offset"):
@@ -176,11 +178,11 @@ def test_the_fit_of_a_range_does_not_depend_on_other_ranges(grid, table, clippin
 @each_grid
 @pytest.mark.parametrize("rows", [8, 11, 3])
 def test_a_shared_scale_equals_that_of_its_rows_concatenated(grid, rows):
-    table = normal(rows, 3, seed=rows)
-    shared = fit(table, of(grid, rows_per_scale=4))
+    table = random_normal(rows, 3, seed=rows)
+    shared = fit(table, changed_grid(grid, rows_per_scale=4))
     assert len(shared.scale) == -(-rows // 4)
     for number, part in enumerate(table.split(4)):
         alone = fit(part.reshape(1, -1), grid)
         assert torch.equal(shared.scale[number], alone.scale[0])
-    one = fit(table, of(grid, rows_per_scale=0))
+    one = fit(table, changed_grid(grid, rows_per_scale=0))
     assert torch.equal(one.scale, fit(table.reshape(1, -1), grid).scale)

@@ -92,7 +92,7 @@ def test_kmeans_finds_well_separated_clusters():
 def test_the_error_decreases_with_the_number_of_entries(dim):
     rows = torch.randn(2000, dim, generator=torch.Generator().manual_seed(1))
     losses = [kmeans(rows, levels).errors[-1] for levels in (1, 2, 4, 8, 16, 32, 64)]
-    # A minimum of Lloyd's is local, so a hundredth of slack; in fact each halves in one column.
+    # Lloyd's algorithm finds a local minimum, so 1 % is allowed.
     assert all(later <= 1.01 * earlier for earlier, later in itertools.pairwise(losses))
     assert losses[-1] < 0.5 * losses[0]
 
@@ -101,8 +101,8 @@ def test_scalar_kmeans_of_a_normal_sample_is_within_2_percent_of_the_optimum():
     """Max 1960 gives the least mean squared error of a unit normal under 4 and 16 levels."""
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(2))
     for levels, least in ((4, 0.1175), (16, 0.009497)):
-        found = scalar_kmeans(values, levels).errors[-1] / len(values)
-        assert found == pytest.approx(least, rel=0.02)  # a sample of 2e5 is off by a hundredth
+        result = scalar_kmeans(values, levels).errors[-1] / len(values)
+        assert result == pytest.approx(least, rel=0.02)  # a sample of 2e5 is off by a hundredth
 
 
 @given(rows=points(), levels=st.integers(1, 9), seed=st.integers(0, 5))
@@ -122,15 +122,15 @@ def test_one_more_update_of_the_means_lowers_the_error_by_almost_nothing(levels)
     rows = torch.randn(600, 3, generator=generator)
     weight = torch.rand(600, generator=generator, dtype=torch.float64) ** 4
     fit = kmeans(rows, levels, weight, rounds=200)
-    found = error(rows, fit.codebook, weight)
-    assert found == pytest.approx(fit.errors[-1], rel=1e-6)
+    result = error(rows, fit.codebook, weight)
+    assert result == pytest.approx(fit.errors[-1], rel=1e-6)
     codes = nearest(rows, fit.codebook)
     means = [
         np.average(rows[codes == code].numpy(), axis=0, weights=weight[codes == code].numpy())
         for code in range(levels)
     ]
     again = error(rows, torch.from_numpy(np.stack(means)).float(), weight)
-    assert again > (1 - 2 * lloyd.MIN_IMPROVEMENT) * found
+    assert again > (1 - 2 * lloyd.MIN_IMPROVEMENT) * result
 
 
 def test_a_point_of_large_weight_is_close_to_an_entry():
@@ -156,7 +156,7 @@ def test_entries_without_points_are_moved_to_points(monkeypatch):
     monkeypatch.setattr(lloyd, "_seeded", lambda *_: equal)
     fit = kmeans(rows, 8)
     assert len(torch.unique(nearest(rows, fit.codebook))) == 8
-    # Two clusters may keep one entry between them.
+    # Two clusters may share one entry.
     assert fit.errors[-1] < 0.2 * fit.errors[0]
 
 
@@ -181,9 +181,9 @@ def test_nearest_equals_a_float64_search_of_all_entries(rows, levels, seed):
     assert torch.equal(nearest(rows, codebook), gaps.argmin(dim=1))
     ones = torch.ones_like(rows)
     under = nearest_under(rows, ones, codebook)
-    found = gaps.gather(1, under[:, None]).flatten()
+    result = gaps.gather(1, under[:, None]).flatten()
     size = float(rows.double().square().sum(dim=1).amax())
-    assert torch.all(found <= gaps.amin(dim=1) + 1e-5 * size)  # products of float32
+    assert torch.all(result <= gaps.amin(dim=1) + 1e-5 * size)  # products of float32
 
 
 def test_columns_of_weight_zero_do_not_affect_the_nearest_entry():
@@ -200,11 +200,11 @@ def test_nearest_does_not_depend_on_the_block_size(block, monkeypatch):
     codebook[100:] = codebook[:100] * (1 + 2.0**-22)
     pairs = torch.randint(200, (1000, 2), generator=generator)
     rows = codebook[pairs].mean(dim=1)  # half way between two entries
-    whole = nearest(rows, codebook)
+    at_once = nearest(rows, codebook)
     monkeypatch.setattr(lloyd, "BLOCK", block)
-    assert torch.equal(nearest(rows, codebook), whole)
+    assert torch.equal(nearest(rows, codebook), at_once)
     parts = [nearest(part, codebook) for part in rows.split(block)]
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), at_once)
 
 
 def test_squared_distance_is_within_float32_rounding_of_float64():

@@ -133,25 +133,25 @@ def by_single_rows(bench: Bench, model, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["user", "item", "city"])
 def test_squared_gradients_equal_the_mean_over_single_rows(name, tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
-    found = squared_gradients(model, bench, [name])[name]
+    result = squared_gradients(model, bench, [name])[name]
     # float32 gradients of the batch against those of single rows
-    torch.testing.assert_close(found, by_single_rows(bench, model, name), rtol=1e-4, atol=1e-10)
+    torch.testing.assert_close(result, by_single_rows(bench, model, name), rtol=1e-4, atol=1e-10)
 
 
 def test_rows_that_a_bag_does_not_read_have_no_squared_gradient(tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
-    found = squared_gradients(model, bench, NAMES)
+    result = squared_gradients(model, bench, NAMES)
     for name in ("genres", "history", "tags"):
         read = lookup_counts(model, bench, [name])[name] > 0
-        touched = found[name].sum(dim=1) > 0
+        touched = result[name].sum(dim=1) > 0
         assert touched.any()
         assert not (touched & ~read).any(), name
-    assert not found["genres"][0].any()
+    assert not result["genres"][0].any()
 
 
 def test_squared_gradients_of_lists_equal_the_mean_over_single_lists(tmp_path):
     bench = ATTENTION.bench(tmp_path / "data")
-    found = squared_gradients(ATTENTION.model(), bench, ["user"])["user"]
+    result = squared_gradients(ATTENTION.model(), bench, ["user"])["user"]
     module = ATTENTION.model().module
     data = Rows(bench.train, bench.signature)
     total = torch.zeros(25, 8, dtype=torch.float64)
@@ -167,7 +167,7 @@ def test_squared_gradients_of_lists_equal_the_mean_over_single_lists(tmp_path):
         (grad,) = torch.autograd.grad(hard_loss(bench.signature, answer, batch), [seen])
         total.index_add_(0, batch.inputs["user"], grad.double().square())
     wanted = (total / len(data.group.unique())).float()
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-10)
+    torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-10)
 
 
 def test_gradients_need_a_loss(tmp_path):

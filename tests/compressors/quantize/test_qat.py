@@ -44,8 +44,8 @@ def test_fake_quantize_gradients_are_those_of_learned_step_size_quantization():
 
 
 def test_the_gradient_of_a_scale_has_the_sign_that_lowers_the_error():
-    drawn = torch.Generator().manual_seed(0)
-    x = torch.randn(5000, generator=drawn)
+    split_with_outlier = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, generator=split_with_outlier)
     for first in (0.5, 0.002):  # too coarse, and clipping nearly all
         scale = torch.tensor(first, requires_grad=True)
         (fake_quantize(x, scale, -128, 127) - x).square().sum().backward()
@@ -87,8 +87,8 @@ def test_packed_layer_has_the_outputs_of_the_trained_layer(bias):
 def test_an_untrained_layer_is_packed_as_the_calibrated_layer():
     layer = nn.Linear(20, 6)
     packed = packed_int8(layer, torch.tensor(2.0))
-    again = LearnedInt8(layer, packed).packed()
-    for (name, first), second in zip(packed.named_buffers(), again.buffers(), strict=True):
+    resumed = LearnedInt8(layer, packed).packed()
+    for (name, first), second in zip(packed.named_buffers(), resumed.buffers(), strict=True):
         assert torch.equal(first, second), name
 
 
@@ -109,8 +109,8 @@ def test_every_parameter_of_a_learned_layer_gets_a_gradient():
 def test_qat_without_improvement_stores_the_tensors_of_static_int8(tmp_path):
     """So a difference between both steps is the effect of training."""
     bench = RANKER.bench(tmp_path / "data")
-    still = Training(epochs=1, learning_rate=1e-30)
-    step = QAT(training=still, soft_share=0, calibrator="mse")
+    unchanged_training = Training(epochs=1, learning_rate=1e-30)
+    step = QAT(training=unchanged_training, soft_share=0, calibrator="mse")
     trained = run(step, RANKER.model(), bench, tmp_path / "qat")
     run(StaticInt8(calibrator="mse"), RANKER.model(), bench, tmp_path / "ptq")
     torch.testing.assert_close(mapped(tmp_path / "qat"), mapped(tmp_path / "ptq"), rtol=0, atol=0)
@@ -126,11 +126,11 @@ def test_qat_without_improvement_stores_the_tensors_of_static_int8(tmp_path):
 def test_the_metric_in_the_plan_is_that_of_the_stored_network(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     result = run(QAT(training=QUICKLY), RANKER.model(), bench, tmp_path / "out")
-    found = quality(result.module, RANKER.signature, bench.validation)
+    actual = quality(result.module, RANKER.signature, bench.validation)
     assert result.plan.of("hidden").format == "static_int8"
-    with_code(result.plan.of("hidden").reasons, "trained_to_epoch", after=pytest.approx(found))
+    with_code(result.plan.of("hidden").reasons, "trained_to_epoch", after=pytest.approx(actual))
     before = run(StaticInt8(calibrator="best"), RANKER.model(), bench, tmp_path / "before")
-    assert found > quality(before.module, RANKER.signature, bench.validation)
+    assert actual > quality(before.module, RANKER.signature, bench.validation)
 
 
 def test_norms_are_trained_and_update_their_running_statistics(tmp_path):
@@ -147,14 +147,16 @@ class Killed(BaseException):
 
 
 def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypatch):
-    how = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    training = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
     bench = NORMED.bench(tmp_path / "data")
 
-    def ran(name: str) -> Model:
-        own = bench.model_copy(update={"checkpoints": str(tmp_path / f"{name} progress")})
-        return run(QAT(training=how), NORMED.model(), own, tmp_path / name)
+    def train_with_checkpoints(name: str) -> Model:
+        resumable_bench = bench.model_copy(
+            update={"checkpoints": str(tmp_path / f"{name} progress")}
+        )
+        return run(QAT(training=training), NORMED.model(), resumable_bench, tmp_path / name)
 
-    whole = ran("whole")
+    uninterrupted = train_with_checkpoints("whole")
     shuffled = compressors.distill.training.trainer.shuffled_rows
 
     def dying(folder: str, progress: TrainingProgress) -> None:
@@ -164,7 +166,7 @@ def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypat
 
     monkeypatch.setattr(compressors.distill.training.trainer, "store_progress", dying)
     with pytest.raises(Killed):
-        ran("killed")
+        train_with_checkpoints("killed")
     monkeypatch.undo()
     epochs = []
     monkeypatch.setattr(
@@ -172,12 +174,12 @@ def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypat
         "shuffled_rows",
         lambda *a, **k: epochs.append(1) or shuffled(*a, **k),
     )
-    again = ran("killed")
+    resumed = train_with_checkpoints("killed")
     assert len(epochs) == 2  # the third and the fourth
     torch.testing.assert_close(
         mapped(tmp_path / "killed"), mapped(tmp_path / "whole"), rtol=0, atol=0
     )
-    assert again.plan == whole.plan
+    assert resumed.plan == uninterrupted.plan
 
 
 def test_qat_needs_soft_labels_only_with_a_soft_share():
@@ -201,7 +203,7 @@ class Sum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.out = nn.Linear(WIDTH, 1)
-        with torch.no_grad():  # the many small numbers say most, the one large number as much
+        with torch.no_grad():  # the score depends equally on the small numbers and the large one
             self.out.weight.copy_(torch.tensor([[4.0, -4.0] * 4 + [0.05]]))
             self.out.bias.zero_()
 
@@ -217,8 +219,8 @@ SCHEMA = Signature(
 SUM = Reference(Sum, SCHEMA)
 
 
-def drawn(folder: Path, seed: int) -> Split:
-    """Eight numbers around 0.3 and one of 60 or -60, labelled by the network's own answer."""
+def split_with_outlier(folder: Path, seed: int) -> Split:
+    """Eight numbers near 0.3 and one of 60 or -60, labelled by the network's predictions."""
     generator = torch.Generator().manual_seed(seed)
     x = 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
     x[:, -1] = 60 * (2 * torch.randint(2, (ROWS,), generator=generator) - 1)
@@ -236,28 +238,30 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     Training learns to clip the large input, of which only the sign matters, and to give it a larger
     weight.
     """
-    train, validation, test = (drawn(tmp_path / str(seed), seed) for seed in (1, 2, 3))
+    train, validation, test = (split_with_outlier(tmp_path / str(seed), seed) for seed in (1, 2, 3))
     bench = Bench(
         signature=SCHEMA,
         calibration=train,
         train=train,
         validation=validation,
-        soft_labels=train,  # its scores are the network's own
+        soft_labels=train,  # the scores of the network
     )
     source = SUM.model()
     rounded = {
-        how: quality(
-            run(StaticInt8(calibrator=how), source, bench, tmp_path / how).module, SCHEMA, test
+        calibrator: quality(
+            run(StaticInt8(calibrator=calibrator), source, bench, tmp_path / calibrator).module,
+            SCHEMA,
+            test,
         )
-        for how in ("min_max", "percentile", "entropy", "mse", "best")
+        for calibrator in ("min_max", "percentile", "entropy", "mse", "best")
     }
     training = Training(epochs=20, patience=20, batch=64, learning_rate=0.02, warmup=0)
     step = QAT(soft_share=soft_share, training=training)
     result = run(step, source, bench, tmp_path / "qat")
-    found = quality(result.module, SCHEMA, test)
+    actual = quality(result.module, SCHEMA, test)
     assert quality(source.module, SCHEMA, test) == 1.0
     # The loss of ranking, 1 - AUC, is cut at least to a third.
-    assert 1 - found < (1 - max(rounded.values())) / 3
+    assert 1 - actual < (1 - max(rounded.values())) / 3
     assert float(result.module.out.input_scale) * 127 < 30
     (rows,) = batches(test, SCHEMA, ROWS)
     assert torch.isfinite(result.module(**rows.inputs)).all()

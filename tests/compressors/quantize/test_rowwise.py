@@ -6,7 +6,7 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from grids import normal
+from grids import random_normal
 from hypothesis import given
 from hypothesis import strategies as st
 from pairwise import parametrize_pairwise
@@ -60,8 +60,8 @@ def expected(step: Rowwise, table: Tensor) -> Tensor:
 
 
 def spread(rows: int, dim: int) -> Tensor:
-    """Normal weights; rows of zeros, of one value, and next to float16's smallest scales."""
-    table = normal(rows, dim)
+    """Normal weights, rows of zeros, rows of one value, and rows with the smallest scales."""
+    table = random_normal(rows, dim)
     table[1 % rows] = 0.0
     table[2 % rows] = -0.37
     table[3 % rows] *= 2.0**-20
@@ -74,13 +74,13 @@ def spread(rows: int, dim: int) -> Tensor:
 def test_stored_codes_scales_and_offsets_equal_the_numpy_reference(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = spread(11, dim)
-    stored, wanted = packed(step, table), reference(step, table)
-    assert np.array_equal(stored.codes.view(torch.uint8).numpy(), wanted.codes)
-    assert np.array_equal(stored.scale.numpy(), wanted.scale)
-    if wanted.offset is None:
+    stored, expected_rows = packed(step, table), reference(step, table)
+    assert np.array_equal(stored.codes.view(torch.uint8).numpy(), expected_rows.codes)
+    assert np.array_equal(stored.scale.numpy(), expected_rows.scale)
+    if expected_rows.offset is None:
         assert "offset" not in dict(stored.named_buffers())
     else:
-        assert np.array_equal(stored.offset.numpy(), wanted.offset)
+        assert np.array_equal(stored.offset.numpy(), expected_rows.offset)
 
 
 @parametrize_pairwise(step=EVERY)
@@ -101,7 +101,7 @@ def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
     dtype=[torch.int64, torch.int32],
 )
 def test_lookup_returns_the_reference_weights_for_ids_of_any_shape(step, dim, shape, dtype):
-    table = normal(11, dim)
+    table = random_normal(11, dim)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
     rows = packed(step, table)(ids)
     assert rows.dtype == torch.float32
@@ -113,7 +113,7 @@ def test_lookup_returns_the_reference_weights_for_ids_of_any_shape(step, dim, sh
 def test_bytes_are_those_of_codes_scales_and_offsets(step, rows, scale):
     step = step.model_copy(update={"scale": scale})
     dim, bits = 10, BITS[step.kind]
-    table = packed(step, normal(rows, dim))
+    table = packed(step, random_normal(rows, dim))
     ranges = -(-rows // step.rows_per_scale) if step.rows_per_scale else 1
     numbers = ranges * (1 if step.symmetric else 2)
     size = {"float16": 2, "float32": 4}[scale]
@@ -139,10 +139,10 @@ def gradients(
                 levels = levels.view(np.int8)
             zero = {8: 0, 4: 8, 2: 1.5}[bits] * step.symmetric
             steps = torch.from_numpy(levels).float()[ids] - zero
-        places = ids // (step.rows_per_scale or table.rows)
-        rows = steps * stored["scale"].float()[places]
+        scale_indices = ids // (step.rows_per_scale or table.rows)
+        rows = steps * stored["scale"].float()[scale_indices]
         if "offset" in stored:
-            rows = rows + stored["offset"].float()[places]
+            rows = rows + stored["offset"].float()[scale_indices]
     (rows * by).sum().backward()
     return {name: stored[name].grad for name in learned}
 
@@ -150,9 +150,9 @@ def gradients(
 @parametrize_pairwise(step=EVERY, dim=[2, 5], scale=["float16", "float32"])
 def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
-    table = packed(step, normal(11, dim))
+    table = packed(step, random_normal(11, dim))
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, rows 8 to 10 are never read
-    by = normal(6, dim).reshape(2, 3, dim)
+    by = random_normal(6, dim).reshape(2, 3, dim)
     ours = gradients(step, table, ids, by, ours=True)
     plain = gradients(step, table, ids, by, ours=False)
     assert set(ours) == ({"scale"} if step.symmetric else {"scale", "offset"})
@@ -172,16 +172,16 @@ def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
     [
         pytest.param(
             step,
-            ("float16", "float32")[place % 2],
+            ("float16", "float32")[index % 2],
             id=name,
-            marks=() if place in (0, 5, 7, 10, 14, 15) else pytest.mark.nightly,
+            marks=() if index in (0, 5, 7, 10, 14, 15) else pytest.mark.nightly,
         )
-        for place, (name, step) in enumerate(EVERY.items())
+        for index, (name, step) in enumerate(EVERY.items())
     ],
 )
 def test_op_passes_opcheck(step, scale):
     step = step.model_copy(update={"scale": scale})
-    table = dict(packed(step, normal(6, 5)).named_buffers())
+    table = dict(packed(step, random_normal(6, 5)).named_buffers())
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
     offset = table.get("offset")
     learned = (
@@ -214,9 +214,9 @@ def test_packed_codes_equal_the_numpy_reference_and_unpack_to_the_codes(codes, b
 
 
 def even(rows: int = 300, dim: int = 11) -> Tensor:
-    """Weights from integers, the same bits everywhere."""
-    whole = torch.arange(rows * dim, dtype=torch.int64)
-    values = (whole * 2_654_435_761 % 2001 - 1000).to(torch.float32).reshape(rows, dim) / 1000
+    """Weights computed from integers, so they have the same bits on every machine."""
+    integers = torch.arange(rows * dim, dtype=torch.int64)
+    values = (integers * 2_654_435_761 % 2001 - 1000).to(torch.float32).reshape(rows, dim) / 1000
     return values * (1 + torch.arange(rows).unsqueeze(1) % 7) * 2.0**-7
 
 
@@ -232,7 +232,7 @@ def even(rows: int = 300, dim: int = 11) -> Tensor:
     ],
 )
 def test_symmetric_tables_have_the_bytes_of_the_version_without_offsets(step, digest):
-    """Digests of what the version before (e06a5ae) wrote of the same table."""
+    """The expected digests are those of commit e06a5ae for the same table."""
     table = packed(step, even())
     data = b"".join(tensor.numpy().tobytes() for tensor in (table.codes, table.scale))
     assert hashlib.sha256(data).hexdigest()[:16] == digest

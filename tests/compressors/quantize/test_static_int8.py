@@ -44,10 +44,10 @@ def integer_gemm(
 ) -> np.ndarray:
     """What an int8 Gemm with an int32 bias computes, in int64, scaled in float64 at the end."""
     ratio = x.numpy() / input_scale.numpy()  # float32, as QuantizeLinear divides
-    whole = np.clip(np.rint(ratio), -128, 127).astype(np.int64)
+    codes_of_inputs = np.clip(np.rint(ratio), -128, 127).astype(np.int64)
     step = weight_scale.numpy() * input_scale.numpy()
     offset = np.rint(bias.numpy() / step).astype(np.int64)
-    total = whole @ codes.numpy().astype(np.int64).T + offset
+    total = codes_of_inputs @ codes.numpy().astype(np.int64).T + offset
     return total.astype(np.float64) * step.astype(np.float64)
 
 
@@ -59,12 +59,12 @@ def test_op_equals_exact_integer_arithmetic(inputs, extreme):
     x = 2 * torch.randn(33, inputs, generator=generator)
     if extreme:  # every product as large as it gets, all of one sign
         codes, x = torch.full_like(codes, -127), torch.full_like(x, -1e6)
-    found = OP(x, codes, weight_scale, input_scale, bias)
+    result = OP(x, codes, weight_scale, input_scale, bias)
     expected = integer_gemm(x, codes, weight_scale, input_scale, bias)
     # Adding the bias, scaling, and one rounding to float32 each cost one part in 2^24 of the
     # numbers added; an inexact sum of products would be off by whole levels.
     room = 3 * 2.0**-24 * (np.abs(expected) + bias.abs().numpy())
-    assert np.all(np.abs(found.numpy() - expected) <= room)
+    assert np.all(np.abs(result.numpy() - expected) <= room)
 
 
 @pytest.mark.parametrize("shape", [(33,), (3, 11), (0,), ()])
@@ -90,8 +90,8 @@ def test_a_sum_of_more_inputs_than_float32_adds_exactly_is_exact():
     one, zero = torch.ones(1), torch.zeros(1)
     expected = 127 * 127 * (inputs - 1) + 1
     # As float32 the result itself rounds to a multiple of 8 up there, so it is offset to be small.
-    found = OP(x, codes, one, torch.tensor(1.0), zero - expected + 5)
-    assert abs(found.item() - 5) <= 4
+    result = OP(x, codes, one, torch.tensor(1.0), zero - expected + 5)
+    assert abs(result.item() - 5) <= 4
 
 
 @given(
@@ -130,11 +130,11 @@ def test_each_channel_has_a_separate_scale_and_zeros_remain_zeros():
         st.tuples(st.integers(1, 6), st.integers(1, 7)),
         elements=st.floats(-100, 100, width=32, allow_subnormal=False),
     ),
-    wanted=st.none() | st.floats(2.0**-10, 2, width=32),
+    weight_scale=st.none() | st.floats(2.0**-10, 2, width=32),
 )
-def test_the_sum_of_two_neighbouring_products_fits_in_16_bits(weight, wanted):
+def test_the_sum_of_two_neighbouring_products_fits_in_16_bits(weight, weight_scale):
     table = torch.from_numpy(weight)
-    scale = None if wanted is None else torch.full((len(table),), wanted)
+    scale = None if weight_scale is None else torch.full((len(table),), weight_scale)
     codes, _ = encode(table, None, torch.tensor(0.1), scale)
     padded = torch.nn.functional.pad(codes.to(torch.int64), (0, codes.shape[1] % 2))
     pairs = padded.unflatten(1, (-1, 2))  # (out, pairs, 2)
@@ -163,8 +163,8 @@ def test_onnxruntime_multiplies_the_largest_inputs_and_weights_exactly(inputs, r
     x = torch.ones(rows, inputs)
     with torch.no_grad():
         expected = network(x).numpy()
-    found = Session(tmp_path / "model.onnx", threads=1).scores({"x": x.numpy()})
-    np.testing.assert_allclose(found, expected, rtol=1e-6)  # float32 sums of 16 numbers
+    result = Session(tmp_path / "model.onnx", threads=1).scores({"x": x.numpy()})
+    np.testing.assert_allclose(result, expected, rtol=1e-6)  # float32 sums of 16 numbers
 
 
 class Named(torch.nn.Module):
@@ -184,9 +184,9 @@ class Named(torch.nn.Module):
     scale=st.floats(2.0**-10, 10, width=32),
 )
 def test_inputs_are_rounded_half_to_even_and_clipped_to_int8(x, scale):
-    found = quantize(torch.from_numpy(x), torch.tensor(scale)).numpy()
+    result = quantize(torch.from_numpy(x), torch.tensor(scale)).numpy()
     expected = np.clip(np.rint(x / np.float32(scale)), -128, 127)
-    assert np.array_equal(found, expected)
+    assert np.array_equal(result, expected)
 
 
 @pytest.mark.parametrize("shape", [(5,), (0,), (2, 3), (2, 0, 4)])
@@ -213,9 +213,9 @@ def straight_through(
 ) -> Tensor:
     """The same function in plain torch, with every rounding passed straight through."""
     ratio = (x / input_scale).clamp(-128, 127)
-    whole = ratio + (ratio.round() - ratio).detach()
+    codes_of_inputs = ratio + (ratio.round() - ratio).detach()
     weight = codes.to(x.dtype) * weight_scale[:, None]
-    return whole * input_scale @ weight.T + bias
+    return codes_of_inputs * input_scale @ weight.T + bias
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
@@ -232,10 +232,10 @@ def test_gradients_equal_the_straight_through_estimate(shape):
         return [leaf.grad for leaf in leaves]
 
     ours, plain = gradients(static_int8_linear), gradients(straight_through)
-    for found, expected in zip(ours, plain, strict=True):
+    for result, expected in zip(ours, plain, strict=True):
         # float32 sums in another order
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert found.abs().sum() > 0
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+        assert result.abs().sum() > 0
     assert ours[0].view(-1)[:2].tolist() == [0, 0]
     assert ours[0][x.abs() < 2.5].abs().min() > 0
 
@@ -258,12 +258,12 @@ def test_the_gradient_of_weight_scales_equals_the_finite_difference():
 
 def test_input_scale_is_the_largest_calibration_input_over_127(tmp_path):
     source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
-    seen: list[Tensor] = []
-    source.module.capped.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inputs: list[Tensor] = []
+    source.module.capped.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
         for batch in batches(bench.calibration, RANKER.signature, 10, 50):
             source.module(**batch.inputs)
-    largest = torch.cat(seen).abs().max()
+    largest = torch.cat(inputs).abs().max()
     source.module.capped._forward_pre_hooks.clear()
     result = run(StaticInt8(rows=50, batch=7), source, bench, tmp_path / "out")
     # batches of another size sum in another order

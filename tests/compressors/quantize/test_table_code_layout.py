@@ -30,16 +30,16 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 @given(table=tables())
 def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
     layout = step.storage.layout(*table.shape, step.settings())
-    held = stored(step, table)
-    assert {name: (tuple(t.shape), t.dtype) for name, t in held.items()} == {
+    tensors = stored(step, table)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
         name: (spec.shape, spec.dtype) for name, spec in layout.items()
     }
     width = step.storage.width(*table.shape, step.settings())
     books, count = 1, table.shape[1]
     if step.kind != "kmeans":
         books = count = step.storage.shape(*table.shape, step.settings()).books
-    codes = unpack(held["codes"], count, width)
-    assert int(codes.max()) < len(held["codebook"]) // books
+    codes = unpack(tensors["codes"], count, width)
+    assert int(codes.max()) < len(tensors["codebook"]) // books
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_parts_differ_by_at_most_one_column_and_cover_every_column_once(dim, par
     assert len(each) == min(parts, dim)
     assert max(each) - min(each) <= 1
     assert list(each) == sorted(each, reverse=True)
-    places = product_codes.columns(dim, parts)
-    assert (places is None) == (max(each) == min(each))
-    if places is not None:
-        assert len(set(places)) == dim
-        assert max(places) < len(each) * each[0]
+    columns = product_codes.columns(dim, parts)
+    assert (columns is None) == (max(each) == min(each))
+    if columns is not None:
+        assert len(set(columns)) == dim
+        assert max(columns) < len(each) * each[0]
 
 
 @each_step
@@ -104,9 +104,9 @@ def test_codes_of_a_row_do_not_depend_on_its_block(step, cut):
     table = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
     table[100:200] = table[:100]
     params = step.fit(table)
-    whole = step.encode(table, params)
+    at_once = step.encode(table, params)
     parts = [step.encode(block, params) for block in table.split(cut)]
-    for name, tensor in whole.items():
+    for name, tensor in at_once.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
 
 
@@ -132,8 +132,8 @@ def test_a_table_that_would_not_shrink_is_skipped_and_the_plan_gives_both_sizes(
     assert size >= 216
     assert all(line.bytes_after < line.bytes_before for line in plan.lines if line.steps)
     assert plan.of("item").format == step.kind
-    kept = {name for name in mapped(tmp_path) if name.startswith("city.")}
-    assert kept == {"city.weight"}
+    stored_names = {name for name in mapped(tmp_path) if name.startswith("city.")}
+    assert stored_names == {"city.weight"}
 
 
 def test_a_step_that_shrinks_no_table_raises_nothing_to_compress(tmp_path):
@@ -161,7 +161,7 @@ def test_lookup_returns_the_same_rows_for_ids_of_any_shape(step, shape, dtype):
 
 def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, tuple[Any, ...]]:
     module = packed(step, table)
-    held = {
+    tensors = {
         name: tensor.requires_grad_() if tensor.is_floating_point() else tensor
         for name, tensor in module.named_buffers()
     }
@@ -169,10 +169,10 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
     width = step.storage.width(rows, dim, step.settings())
     ops = torch.ops.recpress
     if step.kind == "kmeans":
-        scale = held.get("scale")
-        return ops.kmeans_table, (held["codes"], held["codebook"], scale, ids, dim, width)
+        scale = tensors.get("scale")
+        return ops.kmeans_table, (tensors["codes"], tensors["codebook"], scale, ids, dim, width)
     books = step.storage.shape(rows, dim, step.settings()).books
-    first = (held["codes"], held["codebook"], ids)
+    first = (tensors["codes"], tensors["codebook"], ids)
     if step.kind == "product_codes":
         return ops.product_codes, (*first, dim, books, width)
     return ops.residual_codes, (*first, books, width)
@@ -183,9 +183,9 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
     [
         # In the default tier each op is called once, and k-means with and without a scale.
         pytest.param(
-            step, id=named(step), marks=() if place in (1, 2, 4, 8) else pytest.mark.nightly
+            step, id=named(step), marks=() if index in (1, 2, 4, 8) else pytest.mark.nightly
         )
-        for place, step in enumerate(STEPS)
+        for index, step in enumerate(STEPS)
     ],
 )
 def test_op_passes_opcheck(step):
@@ -194,18 +194,18 @@ def test_op_passes_opcheck(step):
     torch.library.opcheck(op.default, arguments)
 
 
-def plain(step: TableStep, held: Mapping[str, Tensor], ids: Tensor, dim: int) -> Tensor:
+def plain(step: TableStep, tensors: Mapping[str, Tensor], ids: Tensor, dim: int) -> Tensor:
     """The lookup as torch would differentiate it: every code's entry, in float32."""
-    rows = len(held["codes"])
+    rows = len(tensors["codes"])
     width = step.storage.width(rows, dim, step.settings())
-    codebook = held["codebook"].float()
+    codebook = tensors["codebook"].float()
     if step.kind == "kmeans":
-        found = codebook[unpack(held["codes"], dim, width)[ids].long()]
-        return found * held["scale"].float()[ids] if "scale" in held else found
+        result = codebook[unpack(tensors["codes"], dim, width)[ids].long()]
+        return result * tensors["scale"].float()[ids] if "scale" in tensors else result
     shape = step.storage.shape(rows, dim, step.settings())
-    codes = unpack(held["codes"], shape.books, width)[ids].long()
+    codes = unpack(tensors["codes"], shape.books, width)[ids].long()
     books = codebook.reshape(shape.books, shape.levels, shape.dim)
-    each = [books[place][codes[..., place]] for place in range(shape.books)]
+    each = [books[index][codes[..., index]] for index in range(shape.books)]
     if step.kind == "residual_codes":
         return torch.stack(each).sum(dim=0)
     widths = product_codes.widths(dim, step.parts)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from hypothesis import given
-from table_codes import alike, each_step, read, tables
+from table_codes import clustered_rows, decoded_rows, each_step, tables
 from torch import Tensor
 
 from compressors.core.steps.step import TableStep
@@ -20,7 +20,7 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 def lost(step: TableStep, table: Tensor) -> float:
     """Squared error, as a share of what the table's mean row leaves."""
     spread = (table - table.mean(dim=0)).double().square().sum()
-    return float((read(step, table) - table).double().square().sum() / spread)
+    return float((decoded_rows(step, table) - table).double().square().sum() / spread)
 
 
 # --- error -------------------------------------------------------------------------------------
@@ -30,20 +30,22 @@ def lost(step: TableStep, table: Tensor) -> float:
 @given(table=tables())
 def test_the_error_is_at_most_that_of_the_mean_row(step, table):
     """One entry for all rows would be their mean, and a codebook has at least two entries."""
-    gap = (read(step, table) - table).double().square().sum()
+    difference = (decoded_rows(step, table) - table).double().square().sum()
     mean = table.double().mean() if step.kind == "kmeans" else table.double().mean(dim=0)
     worst = (table.double() - mean).square().sum()
     if step.kind == "kmeans" and step.scale != "none":
-        # Rows of one size and sign are one level of their scale; others are no worse than zero.
+        # Rows of equal values are exact; the error of others is at most that of zeros.
         worst = table.double().square().sum()
     # A codebook or a scale of float16 is off by one part in 2^11, or half of 2^-24.
-    assert gap <= worst + table.numel() * (float(table.abs().max()) * 2.0**-11 + 2.0**-24) ** 2
+    assert (
+        difference <= worst + table.numel() * (float(table.abs().max()) * 2.0**-11 + 2.0**-24) ** 2
+    )
 
 
 @each_step
 def test_rows_of_twelve_clusters_have_a_small_error(step):
     """Twelve clusters of rows. With the codes of other rows the error would be about 2."""
-    assert lost(step, alike(2000, 8)) < {2: 0.35, 4: 0.25, 8: 0.1}[step.bits]
+    assert lost(step, clustered_rows(2000, 8)) < {2: 0.35, 4: 0.25, 8: 0.1}[step.bits]
 
 
 @pytest.mark.parametrize(
@@ -77,40 +79,40 @@ def test_the_error_decreases_with_the_number_of_codes():
 
 
 def test_rounds_of_additive_codes_never_increase_the_error_and_lower_it_in_total():
-    table = alike(3000, 8, seed=2)
+    table = clustered_rows(3000, 8, seed=2)
     fit = residual_codes.fit(table, 3, 16, refine=10)
     assert list(fit.errors) == sorted(fit.errors, reverse=True)
     assert fit.errors[-1] < 0.97 * fit.errors[0]
     codes = residual_codes.encode(table, fit.codebook, 3)
-    gap = residual_codes.decode(codes, fit.codebook) - table
-    assert float(gap.double().square().sum()) == pytest.approx(fit.errors[-1], rel=1e-6)
+    difference = residual_codes.decode(codes, fit.codebook) - table
+    assert float(difference.double().square().sum()) == pytest.approx(fit.errors[-1], rel=1e-6)
 
 
 def test_least_squares_codebooks_equal_the_solution_of_lstsq():
-    table = alike(400, 5)
+    table = clustered_rows(400, 5)
     fit = residual_codes.fit(table, 2, 8)
     codes = residual_codes.encode(table, fit.codebook, 2)
     weight = torch.rand(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    solved = residual_codes.least_squares(table, codes, fit.codebook, weight)
+    solution = residual_codes.least_squares(table, codes, fit.codebook, weight)
     onehot = torch.zeros(400, 16, dtype=torch.float64)
     onehot.scatter_(1, codes.long() + torch.tensor([0, 8]), 1.0)
     root = weight.sqrt().unsqueeze(1)
     best = torch.linalg.lstsq(root * onehot, root * table.double(), driver="gelsd").solution
     expected = (root * (onehot @ best - table)).square().sum()
-    found = (root * (onehot @ solved.double() - table)).square().sum()
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)  # entries are float32
+    result = (root * (onehot @ solution.double() - table)).square().sum()
+    assert float(result) == pytest.approx(float(expected), rel=1e-5)  # entries are float32
 
 
 def test_least_squares_does_not_change_entries_without_rows():
-    table = alike(50, 4)
+    table = clustered_rows(50, 4)
     codebook = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     codes = torch.zeros(50, 2, dtype=torch.uint8)
-    solved = residual_codes.least_squares(table, codes, codebook, torch.ones(50).double())
-    assert torch.allclose(solved[[1, 2, 3, 5, 6, 7]], codebook[[1, 2, 3, 5, 6, 7]])
+    solution = residual_codes.least_squares(table, codes, codebook, torch.ones(50).double())
+    assert torch.allclose(solution[[1, 2, 3, 5, 6, 7]], codebook[[1, 2, 3, 5, 6, 7]])
 
 
 def test_refined_codes_have_no_larger_error_than_greedy_codes(monkeypatch):
-    table = alike(500, 6)
+    table = clustered_rows(500, 6)
     codebook = torch.randn(3 * 16, 6, generator=torch.Generator().manual_seed(0))
 
     def each_error() -> Tensor:
@@ -130,8 +132,8 @@ def test_with_a_row_scale_small_rows_have_a_small_relative_error(scale):
     table = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
     table[::2] *= 1e-3
     small = table[::2]
-    near = read(KMeans(scale=scale), table)[::2]
-    plain = read(KMeans(scale="none"), table)[::2]
+    near = decoded_rows(KMeans(scale=scale), table)[::2]
+    plain = decoded_rows(KMeans(scale="none"), table)[::2]
     assert (near - small).square().sum() < 0.01 * small.square().sum()
     assert (plain - small).square().sum() > 0.5 * small.square().sum()
 
@@ -140,10 +142,10 @@ def test_kmeans_with_row_scales_keeps_rows_of_zeros_exact():
     table = torch.randn(50, 6)
     table[[3, 17]] = 0
     for bits in (2, 4, 8):
-        rows = read(KMeans(bits=bits), table)
+        rows = decoded_rows(KMeans(bits=bits), table)
         assert not rows[[3, 17]].any()
         assert rows.isfinite().all()
-    assert not read(KMeans(), torch.zeros(9, 3)).any()
+    assert not decoded_rows(KMeans(), torch.zeros(9, 3)).any()
 
 
 @each_step
@@ -151,7 +153,7 @@ def test_two_different_rows_are_exact(step):
     table = torch.tensor([[1.0, -2.0, 0.5, 0.25], [3.0, 0.0, 1.0, -1.0]]).repeat(40, 1)
     if step.kind == "kmeans":
         table = table.sign().abs() * torch.tensor([[1.0], [2.0]]).repeat(40, 1)
-    torch.testing.assert_close(read(step, table), table, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(decoded_rows(step, table), table, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_of_larger_weight_have_a_smaller_error():
@@ -159,8 +161,8 @@ def test_rows_of_larger_weight_have_a_smaller_error():
     weight = torch.ones(600)
     weight[:30] = 1000
 
-    def first(codebook: Tensor, read: Callable[[Tensor], Tensor]) -> float:
-        return float((read(codebook) - table)[:30].square().sum())
+    def first(codebook: Tensor, decoded_rows: Callable[[Tensor], Tensor]) -> float:
+        return float((decoded_rows(codebook) - table)[:30].square().sum())
 
     def by_product(codebook: Tensor) -> Tensor:
         return product_codes.decode(product_codes.encode(table, codebook, 3), codebook, 6)
@@ -196,4 +198,4 @@ def test_row_weights_for_a_sampled_table_raise_a_value_error(monkeypatch):
 )
 def test_weights_beyond_float16_raise_value_not_storable(step, code):
     with raises_code(ValueNotStorable, code):
-        read(step, torch.full((20, 4), 1e5))
+        decoded_rows(step, torch.full((20, 4), 1e5))

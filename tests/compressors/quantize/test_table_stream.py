@@ -70,12 +70,12 @@ class ComputedSource:
 class Memory:
     """A sink that is a file in memory."""
 
-    def __init__(self, size: int, held: Sequence[str] = ()) -> None:
-        self.file, self.blocks, self.held = bytearray(size), [], set(held)
+    def __init__(self, size: int, existing: Sequence[str] = ()) -> None:
+        self.file, self.blocks, self.existing = bytearray(size), [], set(existing)
         self.written = bytearray(size)
 
     def holds(self, block: str) -> bool:
-        return block in self.held
+        return block in self.existing
 
     def write(self, block: str, pieces: Sequence[Piece]) -> None:
         self.blocks.append(block)
@@ -87,7 +87,7 @@ class Memory:
 
 
 def encoded(job: Job, workers: int = 1) -> bytes:
-    """The whole result; every byte is written exactly once."""
+    """The complete file; asserts that every byte was written exactly once."""
     file = StreamedFile(job.layout())
     sink = Memory(file.bytes)
     carry_out(job, file, sink, workers)
@@ -95,8 +95,10 @@ def encoded(job: Job, workers: int = 1) -> bytes:
     return bytes(sink.file)
 
 
-def job_of(step: Any, tables: Mapping[str, Tensor], rows: int | None = None, **rest: Tensor) -> Job:
-    sources = {name: TensorSource(values) for name, values in {**tables, **rest}.items()}
+def job_of(
+    step: Any, tables: Mapping[str, Tensor], rows: int | None = None, **other_tensors: Tensor
+) -> Job:
+    sources = {name: TensorSource(values) for name, values in {**tables, **other_tensors}.items()}
     return Job(step, {name: name.removesuffix(".weight") for name in tables}, sources, rows)
 
 
@@ -106,10 +108,10 @@ def test_streamed_tensors_equal_those_of_the_table_encoded_at_once(
 ):
     step = RowwiseInt4(clipping="mse") if small else RowwiseInt8(scale="float32")
     weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(rows + dim))
-    found = load(encoded(job_of(step, {"user.weight": weight}, block_rows), workers))
-    assert found.keys() == {"user.codes", "user.scale"}
+    result = load(encoded(job_of(step, {"user.weight": weight}, block_rows), workers))
+    assert result.keys() == {"user.codes", "user.scale"}
     for name, values in step.encode(weight, {}).items():
-        assert torch.equal(found[f"user.{name}"], values)
+        assert torch.equal(result[f"user.{name}"], values)
 
 
 @dataclass(frozen=True)
@@ -154,23 +156,27 @@ def test_results_do_not_depend_on_block_size_or_threads_if_rows_share_entries(
     rows: int, block_rows: int, workers: int
 ):
     weight = torch.randn(rows, 2, generator=torch.Generator().manual_seed(rows))
-    whole = encoded(job_of(Paired(), {"t": weight}, rows))
-    assert encoded(job_of(Paired(), {"t": weight}, block_rows), workers) == whole
-    found = load(whole)
-    assert torch.equal(found["t.mean"], weight.double().mean(dim=0, keepdim=True))
-    assert len(found["t.sums"]) == -(-rows // 3)
+    at_once = encoded(job_of(Paired(), {"t": weight}, rows))
+    assert encoded(job_of(Paired(), {"t": weight}, block_rows), workers) == at_once
+    result = load(at_once)
+    assert torch.equal(result["t.mean"], weight.double().mean(dim=0, keepdim=True))
+    assert len(result["t.sums"]) == -(-rows // 3)
 
 
 def test_other_tensors_are_copied_and_a_table_can_be_rebuilt_from_its_record():
     weight = torch.randn(50, 6)
-    rest = {"bias": torch.randn(20_000), "count": torch.tensor(3), "none": torch.empty(0, 4)}
-    job = job_of(RowwiseInt8(), {"user.weight": weight.bfloat16()}, **rest)
-    found = load(encoded(job, workers=2))
-    for name, values in rest.items():
-        assert torch.equal(found[name], values)
+    other_tensors = {
+        "bias": torch.randn(20_000),
+        "count": torch.tensor(3),
+        "none": torch.empty(0, 4),
+    }
+    job = job_of(RowwiseInt8(), {"user.weight": weight.bfloat16()}, **other_tensors)
+    result = load(encoded(job, workers=2))
+    for name, values in other_tensors.items():
+        assert torch.equal(result[name], values)
     table = module_of("user", job.records()["user"])
     assert isinstance(table, PackedTable)
-    stored = {name: found[f"user.{name}"] for name in ("codes", "scale")}
+    stored = {name: result[f"user.{name}"] for name in ("codes", "scale")}
     table.load_state_dict(stored, assign=True)
     # Half a level of an int8 row, and bfloat16 was what it read.
     error = (table(torch.arange(50)) - weight.bfloat16().float()).abs()
@@ -185,10 +191,10 @@ def test_blocks_in_the_sink_are_neither_encoded_nor_fitted_again():
     carry_out(job, file, sink, 1)
     assert sink.blocks == ["t@whole", "t@3", "t@9"]
     step.fitted.clear()
-    done = Memory(file.bytes, held=["header", "t@whole", "t@0", "t@3", "t@6", "t@9"])
+    finished_sink = Memory(file.bytes, held=["header", "t@whole", "t@0", "t@3", "t@6", "t@9"])
     read: list[int] = []
-    carry_out(job, file, done, 1, read.append)
-    assert done.blocks == step.fitted == []
+    carry_out(job, file, finished_sink, 1, read.append)
+    assert finished_sink.blocks == step.fitted == []
     assert sum(read) == weight.nbytes  # a bar reaches its end all the same
 
 

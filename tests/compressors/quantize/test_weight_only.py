@@ -86,7 +86,7 @@ def test_rounding_error_is_at_most_half_a_step_and_clipping_never_increases_it(
 ):
     inputs, outputs = size
     weight = random_normal(outputs, inputs, seed)
-    found = {}
+    result = {}
     for rule in ("min_max", clipping):
         levels = grid(bits, rule, scale)
         scales = fitted_scale(weight, block, levels)
@@ -94,25 +94,25 @@ def test_rounding_error_is_at_most_half_a_step_and_clipping_never_increases_it(
         assert (scales > 0).all()
         each = of_inputs(scales, inputs, block)
         off = nearest_steps(weight, scales, block, levels) * each - weight
-        found[rule] = in_blocks(off.square(), block).sum(dim=1)
+        result[rule] = in_blocks(off.square(), block).sum(dim=1)
         if rule == "min_max":  # half a step, and what a float16 scale may fall short at the end
             short = 1 / 32 if scale == "float16" else 1e-4
             assert (off.abs() <= (0.5 + short) * each).all()
     # float32 sums of squares, in two orders
-    assert (found[clipping] <= found["min_max"] * (1 + 1e-4) + 1e-9).all()
+    assert (result[clipping] <= result["min_max"] * (1 + 1e-4) + 1e-9).all()
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_stored_bytes_are_those_of_padded_codes_a_scale_per_block_and_the_bias(bits, block):
     storage = {4: weight_int4.FORMAT, 8: weight_int8.FORMAT}[bits]
-    how = {"block": block, "scale": "float16", "activations": "float32"}
-    laid = storage.layout(100, 7, how, bias=True)
-    size = sum(spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in laid.values())
+    settings = {"block": block, "scale": "float16", "activations": "float32"}
+    layout = storage.layout(100, 7, settings, bias=True)
+    size = sum(spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in layout.values())
     codes = -(-100 // (block or 16)) * (block or 16)
     scales = codes // block if block else 1
     assert size == 7 * (codes * bits // 8 + 2 * scales + 4)
-    assert "bias" not in storage.layout(100, 7, how, bias=False)
+    assert "bias" not in storage.layout(100, 7, settings, bias=False)
 
 
 # --- what the op computes --------------------------------------------------------------------
@@ -126,11 +126,11 @@ def test_op_equals_a_dense_layer_with_decoded_weights(bits, block, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     step = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
     weight = unpack(codes, 40, bits).double() * step.double()
-    found = OP(x, codes, scale, bias, bits, block, "float32")
+    result = OP(x, codes, scale, bias, bits, block, "float32")
     # float32 sums of 40 products
-    torch.testing.assert_close(found.double(), x.double() @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.double(), x.double() @ weight.T + bias, rtol=1e-5, atol=1e-5)
     without = OP(x, codes, scale, None, bits, block, "float32")
-    torch.testing.assert_close(without, found - bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(without, result - bias, rtol=1e-5, atol=1e-5)
 
 
 @given(size=sizes, width=st.sampled_from([16, 32]), seed=seeds)
@@ -151,7 +151,10 @@ def test_rounded_inputs_are_within_half_a_level_of_their_block(size, width, seed
 
 def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes, scale) -> Session:
     """One MatMulNBits as ONNX Runtime has it, random_normal by hand."""
-    held = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scale, "scale")]
+    initializers = [
+        numpy_helper.from_array(codes, "codes"),
+        numpy_helper.from_array(scale, "scale"),
+    ]
     node = helper.make_node(
         "MatMulNBits",
         ["x", "codes", "scale"],
@@ -169,7 +172,7 @@ def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes
         "random_normal",
         [info("x", TensorProto.FLOAT, ["rows", inputs])],
         [info("y", TensorProto.FLOAT, ["rows", len(codes)])],
-        held,
+        initializers,
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
@@ -189,9 +192,9 @@ def test_op_equals_onnxruntimes_kernel(bits, block, inputs, activations, tmp_pat
     for rows in (1, 37):  # it has kernels for single rows and for many
         x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))
         expected = OP(x, codes, scale, None, bits, block, activations).numpy()
-        found = kernel.scores({"x": x.numpy()})
+        result = kernel.scores({"x": x.numpy()})
         # float32 sums in another order; an input rounded the other way would move it by 4e-3.
-        np.testing.assert_allclose(found, expected, atol=3e-6 * float(expected.std()) + 1e-6)
+        np.testing.assert_allclose(result, expected, atol=3e-6 * float(expected.std()) + 1e-6)
 
 
 @pytest.mark.parametrize("activations", ["float32", "int8"])
@@ -217,9 +220,9 @@ def test_gradients_reach_inputs_scales_and_bias(bits, block, activations):
         (function(*leaves) * up).sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    for found, expected in zip(gradients(ours), gradients(plain), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert found.abs().sum() > 0
+    for result, expected in zip(gradients(ours), gradients(plain), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+        assert result.abs().sum() > 0
 
 
 def test_op_passes_opcheck():
@@ -264,12 +267,12 @@ def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
 def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
     weight, x = random_normal(64, 200), correlated(2000, 200, 3)  # more than are rounded together
     steps, nearest, each, gram = quantized(weight, x, 32)
-    found = squared_error(steps * each - weight, gram).sum()
+    result = squared_error(steps * each - weight, gram).sum()
     # 0.50 to 0.60 over ten seeds; rounding columns without correcting the rest gives 1.
-    assert found < 0.7 * squared_error(nearest * each - weight, gram).sum()
+    assert result < 0.7 * squared_error(nearest * each - weight, gram).sum()
     # The error from the gram matrix is the error of the outputs.
     off = x.double() @ (steps * each - weight).double().T
-    torch.testing.assert_close(off.square().sum(), found, rtol=1e-6, atol=0)
+    torch.testing.assert_close(off.square().sum(), result, rtol=1e-6, atol=0)
 
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_the_nearest_levels():
@@ -299,12 +302,12 @@ def test_gptq_in_a_model_lowers_the_error_as_its_plan_reports(tmp_path):
         each = of_inputs(packed.scale, packed.in_features, 32)
         weight = unpack(packed.codes, packed.in_features, 4) * each
         errors[rounding] = float(squared_error(weight - units[0].weight, gram).sum())
-    left = errors["gptq"] / errors["nearest"]
-    assert left < 0.9
+    error_ratio = errors["gptq"] / errors["nearest"]
+    assert error_ratio < 0.9
     reasons = rounded_to["gptq"].plan.of("hidden").reasons
     assert codes_of(reasons) == ["selected", "gptq_error"]
     # The step sums the same squares in another order.
-    with_code(reasons, "gptq_error", share=pytest.approx(left, rel=1e-4))
+    with_code(reasons, "gptq_error", share=pytest.approx(error_ratio, rel=1e-4))
 
 
 def test_gptq_needs_calibration_rows_and_nearest_does_not(tmp_path):
