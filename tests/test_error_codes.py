@@ -1,4 +1,4 @@
-"""Every error with a code is raised with its fields, and documented."""
+"""Error codes: every raise has a code of its class and its fields, and every code is documented."""
 
 import ast
 import copy
@@ -26,11 +26,11 @@ from compressors.errors.parity_failure import ParityFailure
 from infra.credentials import clean_exceptions
 from infra.errors import InfraError, PromotionRefused, Refused
 
-BY_FIELDS = [kind for kind in coded_classes() if kind is not ParityLost]
-"""Made from their fields; a ``ParityLost`` is made from a ``ParityFailure``."""
-CLASSES = {kind.__name__: kind for kind in coded_classes()}
+BY_FIELDS = [error_class for error_class in coded_classes() if error_class is not ParityLost]
+"""Classes whose constructor takes a code and fields; ``ParityLost`` takes a ``ParityFailure``."""
+CLASSES = {error_class.__name__: error_class for error_class in coded_classes()}
 CODE_OF_FAILURE = {"ParityFailure": "ParityLost"}
-"""Classes whose ``code`` becomes that of an error of another class, which is made from them."""
+"""Error class by the class of its constructor's argument, which has the code."""
 
 
 RAISED = calls_of(CLASSES.keys() - set(CODE_OF_FAILURE.values()))
@@ -38,16 +38,16 @@ FAILURES = calls_of(CODE_OF_FAILURE.keys())
 VALUE_ERRORS = calls_of({"value_error"})
 
 
-def test_classes_without_codes_are_never_raised():
-    """They are for ``except`` alone."""
-    roots = {kind.__name__ for kind in (InfraError, Refused)}
+def test_base_classes_without_codes_are_never_raised():
+    """They are used only in ``except`` clauses."""
+    roots = {error_class.__name__ for error_class in (InfraError, Refused)}
     assert calls_of(roots) == []
 
 
-def test_errors_are_raised_with_a_code_of_their_class_and_with_its_fields():
+def test_each_raised_error_has_a_code_of_its_class_and_exactly_its_fields():
     wrong = [
-        place
-        for place, call in RAISED
+        position
+        for position, call in RAISED
         if not has_code_and_fields(call, CLASSES[call.func.id].sentences)
     ]
     assert wrong == []
@@ -58,13 +58,19 @@ def test_every_code_is_raised_somewhere():
     for _, call in FAILURES:
         (code,) = (keyword.value.value for keyword in call.keywords if keyword.arg == "code")
         used.add((CODE_OF_FAILURE[call.func.id], code))
-    listed = {(name, code) for name, kind in CLASSES.items() for code in kind.sentences}
-    assert used == listed
+    defined = {
+        (name, code) for name, error_class in CLASSES.items() for code in error_class.sentences
+    }
+    assert used == defined
 
 
 def test_classes_with_codes_are_in_the_documented_modules():
-    def subclasses(kind: type) -> set[type]:
-        return {kind} | {below for one in kind.__subclasses__() for below in subclasses(one)}
+    def subclasses(error_class: type) -> set[type]:
+        return {error_class} | {
+            descendant
+            for subclass in error_class.__subclasses__()
+            for descendant in subclasses(subclass)
+        }
 
     for package in (
         "compressors.errors.compression",
@@ -73,18 +79,28 @@ def test_classes_with_codes_are_in_the_documented_modules():
         "tasks.orchestration.documents",
     ):
         importlib.import_module(package)
-    ours = {kind for kind in subclasses(CodedError) if kind.__module__.split(".")[0] in PACKAGES}
-    outside = {kind for kind in ours if kind.__module__ not in (*MODULES, CodedError.__module__)}
-    assert outside == set()
+    ours = {
+        error_class
+        for error_class in subclasses(CodedError)
+        if error_class.__module__.split(".")[0] in PACKAGES
+    }
+    undocumented = {
+        error_class
+        for error_class in ours
+        if error_class.__module__ not in (*MODULES, CodedError.__module__)
+    }
+    assert undocumented == set()
 
 
-def test_documented_table_is_that_of_the_classes():
+def test_error_page_in_the_docs_is_up_to_date():
     assert TABLE.read_text() == page(), "run python -m tests.error_codes"
 
 
-@pytest.mark.parametrize("kind", coded_classes(), ids=lambda kind: kind.__name__)
-def test_sentences_end_with_a_full_stop_and_have_named_fields(kind):
-    for code, sentence in kind.sentences.items():
+@pytest.mark.parametrize(
+    "error_class", coded_classes(), ids=lambda error_class: error_class.__name__
+)
+def test_sentences_end_with_a_full_stop_and_have_named_fields(error_class):
+    for code, sentence in error_class.sentences.items():
         assert code.isidentifier(), code
         assert sentence.endswith((".", "}")), code
         assert all(name.isidentifier() for name in field_names(sentence)), code
@@ -106,14 +122,14 @@ def example() -> Example:
     return Example("wrong_count", expected=1000, names=("a", "b"), got="x")
 
 
-def test_sentence_is_made_from_the_fields():
+def test_sentence_is_derived_from_the_fields_of_an_error():
     assert str(example()) == "Expected 1,000 of a, b, got 'x'. Count again."
     assert example().fields == {"expected": 1000, "names": ("a", "b"), "got": "x"}
 
 
 def test_lists_and_mappings_are_written_with_the_separator_of_the_sentence():
-    missing, result = ("train", "test"), {"user": "packed", "item": ("tied", "small")}
-    fault = Example("not_fitting", missing=missing, found=result)
+    missing, by_unit = ("train", "test"), {"user": "packed", "item": ("tied", "small")}
+    fault = Example("not_fitting", missing=missing, found=by_unit)
     assert str(fault) == "train and test are missing; there is user: packed; item: tied; small."
     assert str(Example("not_fitting", missing=("a",), found={})) == "a are missing; there is none."
 
@@ -126,15 +142,15 @@ def test_lists_and_mappings_are_written_with_the_separator_of_the_sentence():
         ("wrong_count", {"expected": 1, "names": (), "got": 2, "more": 3}),
     ],
 )
-def test_unknown_code_or_other_fields_are_a_type_error(code, fields):
+def test_unknown_code_or_other_fields_of_an_error_raise_a_type_error(code, fields):
     with pytest.raises(TypeError):
         Example(code, **fields)
 
 
 def test_copy_of_an_error_has_its_code_and_fields():
-    """Pools of processes send errors to their parent by the same protocol as copies."""
-    again = copy.copy(example())
-    assert (type(again), again.code, again.fields) == (Example, "wrong_count", example().fields)
+    """Process pools send errors to the parent process with the same protocol as copies."""
+    copied = copy.copy(example())
+    assert (type(copied), copied.code, copied.fields) == (Example, "wrong_count", example().fields)
 
 
 @pytest.mark.parametrize(
@@ -149,17 +165,17 @@ def test_copy_of_an_error_has_its_code_and_fields():
     ],
 )
 def test_sequences_are_written_in_a_line_or_one_line_each(sentence, values, text):
-    kind = type("Listing", (CodedError,), {"sentences": {"some": sentence}})
-    assert str(kind("some", names=values)) == text
+    error_class = type("Listing", (CodedError,), {"sentences": {"some": sentence}})
+    assert str(error_class("some", names=values)) == text
 
 
-@pytest.mark.parametrize("kind", BY_FIELDS, ids=lambda kind: kind.__name__)
-def test_every_error_has_a_sentence_and_survives_a_copy(kind):
-    for code in kind.sentences:
-        error = example_of(kind, code)
+@pytest.mark.parametrize("error_class", BY_FIELDS, ids=lambda error_class: error_class.__name__)
+def test_every_error_has_a_sentence_and_can_be_copied(error_class):
+    for code in error_class.sentences:
+        error = example_of(error_class, code)
         assert "{" not in str(error)
-        again = copy.copy(error)
-        assert (type(again), again.code, again.fields) == (kind, code, error.fields)
+        copied = copy.copy(error)
+        assert (type(copied), copied.code, copied.fields) == (error_class, code, error.fields)
 
 
 @pytest.mark.parametrize(
@@ -177,17 +193,17 @@ def test_copy_of_a_compression_error_has_the_units_that_are_its_cause(fault):
     assert str(copied) == str(fault)
 
 
-def test_credentials_in_a_mapping_of_fields_are_removed_and_its_keys_stay(monkeypatch):
+def test_credentials_in_a_mapping_field_are_removed_and_its_keys_are_kept(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret-value")
-    result = {"user": "read from http://user:canary-secret-value@host", "item": "tied"}
+    by_unit = {"user": "read from http://user:canary-secret-value@host", "item": "tied"}
     with pytest.raises(Example) as caught, clean_exceptions():
-        raise Example("not_fitting", missing=("train",), found=result)
-    assert caught.value.fields["found"].keys() == result.keys()
+        raise Example("not_fitting", missing=("train",), found=by_unit)
+    assert caught.value.fields["found"].keys() == by_unit.keys()
     assert "canary-secret-value" not in str(caught.value)
     assert "item: tied" in str(caught.value)
 
 
-def test_credentials_in_fields_are_removed_and_the_class_and_code_stay(monkeypatch):
+def test_credentials_in_fields_are_removed_and_class_and_code_are_kept(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret-value")
     with pytest.raises(Refused) as caught, clean_exceptions():
         raise PromotionRefused(
@@ -215,7 +231,9 @@ def test_credentials_are_removed_from_fields_that_the_sentence_cuts_off(monkeypa
 
 
 def test_value_errors_are_created_with_a_literal_code_and_exactly_its_fields():
-    assert [place for place, call in VALUE_ERRORS if not has_code_and_fields(call, SENTENCES)] == []
+    assert [
+        position for position, call in VALUE_ERRORS if not has_code_and_fields(call, SENTENCES)
+    ] == []
 
 
 def test_every_code_of_a_value_error_is_created_somewhere():
@@ -235,8 +253,8 @@ def test_sentences_of_value_errors_have_named_fields_and_none_called_sentence():
 
 
 def test_validators_raise_value_errors_with_a_code():
-    """Sentences that are built in place have no code that a program could read."""
-    built = [
+    """A ``ValueError`` with a sentence has no code that a program could check."""
+    uncoded = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for name in PACKAGES
         for path in sorted((ROOT / name).rglob("*.py"))
@@ -246,7 +264,7 @@ def test_validators_raise_value_errors_with_a_code():
         for node in ast.walk(function)
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {"ValueError", "AssertionError"}
     ]
-    assert built == []
+    assert uncoded == []
 
 
 class Unnamed(BaseModel):
@@ -268,8 +286,8 @@ def test_pydantic_reports_the_code_the_fields_and_the_derived_sentence():
     assert error["ctx"]["sentence"] == error["msg"]
 
 
-def test_value_that_looks_like_a_field_stays_as_it_is_in_the_sentence():
-    """Pydantic replaces names in braces, also within values that it inserted before."""
+def test_a_value_with_braces_is_unchanged_in_the_sentence():
+    """Pydantic replaces names in braces, also in values that it has already inserted."""
     with raises_value_error("tensor_type_unknown") as caught:
         Unnamed(name="{dtype} {sentence}")
     assert caught.value.errors()[0]["msg"] == "'{dtype} {sentence}' is int8; Triton gets ['FP32']"
@@ -288,6 +306,6 @@ def test_surrogates_in_fields_are_written_as_escapes():
     ("code", "fields"),
     [("unknown", {}), ("steps_with_preset", {}), ("steps_missing", {"preset": "safe"})],
 )
-def test_unknown_code_or_other_fields_of_a_value_error_are_a_type_error(code, fields):
+def test_unknown_code_or_other_fields_of_a_value_error_raise_a_type_error(code, fields):
     with pytest.raises(TypeError):
         value_error(code, **fields)

@@ -1,4 +1,4 @@
-"""Every folder of the packages lists its files in reading order, and none is too large to read."""
+"""Each folder of the packages lists its files; sizes of folders and files are limited."""
 
 import ast
 import re
@@ -17,29 +17,29 @@ FOLDERS = sorted(path.parent for top in PACKAGES for path in (ROOT / top).rglob(
 FILES = sorted(path for top in PACKAGES for path in (ROOT / top).rglob("*.py"))
 
 
-def name(path: Path) -> str:
+def relative_path(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def listed(folder: Path) -> list[str]:
+def listed_files(folder: Path) -> list[str]:
     """Files and subfolders that the folder's docstring lists, in its order."""
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     return re.findall(r"^(\w+(?:\.py|/)) +\S", text, re.MULTILINE)
 
 
-def present(folder: Path) -> set[str]:
-    """Python files of a folder, and its subfolders that hold some."""
+def python_files(folder: Path) -> set[str]:
+    """The Python files of a folder, and its subfolders that contain Python files."""
     files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
     return files | {f"{path.parent.name}/" for path in folder.glob("*/*.py")}
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=name)
-def test_a_folder_lists_each_of_its_files_once(folder):
-    assert sorted(listed(folder)) == sorted(present(folder))
+@pytest.mark.parametrize("folder", FOLDERS, ids=relative_path)
+def test_each_folder_lists_each_of_its_files_once(folder):
+    assert sorted(listed_files(folder)) == sorted(python_files(folder))
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=name)
-def test_a_folder_has_at_most_fifteen_python_files(folder):
+@pytest.mark.parametrize("folder", FOLDERS, ids=relative_path)
+def test_each_folder_has_at_most_15_python_files(folder):
     assert len(list(folder.glob("*.py"))) <= MOST_FILES
 
 
@@ -48,5 +48,7 @@ def test_every_folder_with_python_files_is_a_package():
 
 
 def test_only_files_with_a_stated_reason_are_longer_than_450_lines():
-    long = {name(path) for path in FILES if len(path.read_text().splitlines()) > MOST_LINES}
+    long = {
+        relative_path(path) for path in FILES if len(path.read_text().splitlines()) > MOST_LINES
+    }
     assert long == LONG_FILES

@@ -1,10 +1,10 @@
-"""The golden lock: every method and every lowering gives what ``tests/golden/record.json`` says.
+"""The golden lock: results of every method and lowering equal ``tests/golden/record.json``.
 
-The default tier checks mixed recipes, which hold every method, on one target each. The
-nightly tier checks every method alone on both networks and every target.
+The default tier checks mixed recipes, which together contain every method, on one target each. The
+nightly tier checks each method alone on all networks and targets.
 
-If a difference is intended: ``python -m tests.golden``, and list each change of the record with
-its reason in the commit message.
+If a difference is intended, run ``python -m tests.golden`` and give the reason for each changed
+entry in the commit message.
 """
 
 import json
@@ -24,48 +24,50 @@ def name_of(case: Case) -> str:
     return f"{case.name}, {case.network}".replace(" ", "_")
 
 
-def check(case: Case, targets: tuple[str, ...], folder) -> None:
+def require_recorded_entries(case: Case, targets: tuple[str, ...], folder) -> None:
     """Fail with one line for each entry of the record that differs."""
     torch.set_num_threads(1)
     result = entries_of(case, folder, targets)
     skipped = package.targets().keys() - set(targets)
     expected = compare.of_case(RECORD, case, skipped)
-    here = numerics.machine()
+    this_machine = numerics.machine()
     lines = compare.differences(
         expected,
         result,
-        exact=here == RECORDED_ON,
+        exact=this_machine == RECORDED_ON,
         trains=any(kind in TRAINING for kind, _ in case.steps),
     )
-    if here != RECORDED_ON:
-        lines += [f"(the record was written on {RECORDED_ON}; this is {here})"] if lines else []
+    if this_machine != RECORDED_ON:
+        lines += (
+            [f"(the record was written on {RECORDED_ON}; this is {this_machine})"] if lines else []
+        )
     assert not lines, "\n".join(
         [f"{len(lines)} differences from the golden record (python -m tests.golden):", *lines[:60]]
     )
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=name_of)
-def test_mixed_recipes_on_one_target_give_the_recorded_tensors_graphs_and_scores(case, tmp_path):
-    check(case, (case.sample,), tmp_path)
+def test_mixed_recipes_on_one_target_have_the_recorded_tensors_graphs_and_scores(case, tmp_path):
+    require_recorded_entries(case, (case.sample,), tmp_path)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", all_cases(), ids=name_of)
-def test_every_method_on_every_target_gives_the_recorded_tensors_graphs_and_scores(case, tmp_path):
-    check(case, tuple(package.targets()), tmp_path)
+def test_every_method_on_every_target_has_the_recorded_tensors_graphs_and_scores(case, tmp_path):
+    require_recorded_entries(case, tuple(package.targets()), tmp_path)
 
 
 # --- the record is complete ------------------------------------------------------------------
 
 
-def recorded() -> set[tuple[str, str]]:
+def recorded_cases() -> set[tuple[str, str]]:
     """Case and network of every entry."""
     return {tuple(key.split(" | ")[:2]) for key in RECORD}
 
 
-def test_record_has_every_registered_method_on_every_network_and_nothing_else():
+def test_record_has_exactly_the_cases_of_all_methods_and_networks():
     expected = {(case.name, case.network) for case in all_cases()}
-    assert recorded() == expected
+    assert recorded_cases() == expected
     methods = {(kind, network) for kind in package.methods() for network in SINGLE}
     assert methods <= expected
 
@@ -79,7 +81,7 @@ def test_record_has_every_target_or_a_refusal_for_every_case():
         assert refused or targets <= parts, f"{name_of(case)}: no entry for {targets - parts}"
 
 
-def test_every_method_takes_effect_on_a_network_and_in_a_mixed_recipe():
+def test_every_method_changes_a_network_and_is_in_a_mixed_recipe():
     mixed = {kind for case in SAMPLE for kind, _ in case.steps}
     assert mixed == package.methods().keys()
     for case in SAMPLE:
@@ -93,18 +95,18 @@ def test_sample_has_every_target():
     assert {case.sample for case in SAMPLE} == package.targets().keys()
 
 
-def test_record_file_is_sorted_one_line_an_entry_and_below_a_megabyte():
+def test_record_file_is_sorted_with_one_line_per_entry_and_below_a_megabyte():
     text = compare.RECORD.read_text(encoding="utf-8")
     assert len(text) < 1_000_000
     content = json.loads(text)
     assert text == json.dumps(content, indent=0, sort_keys=True) + "\n"
 
 
-# --- the comparison names what differs -------------------------------------------------------
+# --- messages of the comparison --------------------------------------------------------------
 
 
-def changed(key: str, line: str | None) -> list[str]:
-    """Differences after one entry of a case changed."""
+def differences_after_change(key: str, line: str | None) -> list[str]:
+    """The differences of a case with one changed entry, or without it if ``line`` is None."""
     case = SAMPLE[0]
     expected = compare.of_case(RECORD, case)
     result = {**expected, key: line}
@@ -117,11 +119,15 @@ KEY = "mixed 1 | click | onnxruntime | "
 
 
 def test_difference_names_method_network_target_and_tensor():
-    (line,) = changed("mixed 1 | click | stored | user.codes", "int8[40,6] 0 mean 0 rms 0")
+    (line,) = differences_after_change(
+        "mixed 1 | click | stored | user.codes", "int8[40,6] 0 mean 0 rms 0"
+    )
     assert line.startswith("mixed 1 | click | stored | user.codes: recorded int8[40,6]")
-    (line,) = changed("mixed 1 | click | stored | user.extra", "int8[40,6] 0 mean 0 rms 0")
+    (line,) = differences_after_change(
+        "mixed 1 | click | stored | user.extra", "int8[40,6] 0 mean 0 rms 0"
+    )
     assert "user.extra: not in the record" in line
-    (line,) = changed(f"{KEY}initializer model.user.codes", None)
+    (line,) = differences_after_change(f"{KEY}initializer model.user.codes", None)
     assert "initializer model.user.codes: recorded" in line
     assert "got nothing of this name" in line
 
@@ -130,14 +136,14 @@ def test_difference_in_operators_names_the_operator_and_both_counts():
     counts = RECORD[f"{KEY}operators"]
     gathers = int(counts.split(" Gather:")[1].split(" ")[0])
     more = counts.replace(f" Gather:{gathers} ", f" Gather:{gathers + 1} ")
-    (line,) = changed(f"{KEY}operators", more)
+    (line,) = differences_after_change(f"{KEY}operators", more)
     assert line == f"{KEY}operators: Gather recorded {gathers}, got {gathers + 1}"
 
 
 def test_difference_in_the_last_bits_is_reported_with_equal_statistics():
     key = "mixed 1 | click | torch | scores"
     kind, _, statistics = RECORD[key].split(" ", 2)
-    (line,) = changed(key, f"{kind} {'0' * 16} {statistics}")
+    (line,) = differences_after_change(key, f"{kind} {'0' * 16} {statistics}")
     assert line.endswith("(mean and rms within 0.1%)")
 
 
@@ -152,7 +158,7 @@ def test_first_step_after_which_tensors_differ_is_named_first():
     assert line.startswith(f"mixed 1 | click | step 06 {kind} | all tensors: the first step")
 
 
-def test_another_machine_may_differ_in_digests_and_not_in_statistics_types_or_operators():
+def test_on_another_machine_digests_may_differ_but_not_statistics_types_or_operators():
     first = {"a | b | torch | scores": "float32[64] 0123456789abcdef mean 0.5 rms 2"}
     for line, is_allowed in (
         ("float32[64] fedcba9876543210 mean 0.5001 rms 2.0001", True),
@@ -176,15 +182,15 @@ def test_another_machine_may_differ_in_digests_and_not_in_statistics_types_or_op
             lines = compare.differences(scalar, second, exact=False, trains=trains)
             assert (lines == []) == is_allowed, line
     operators = {"a | b | onnxruntime | operators": "Add:3 Mul:2"}
-    other = dict.fromkeys(operators, "Add:3 Mul:1")
-    assert compare.differences(operators, other, exact=False, trains=True)
+    other_operators = dict.fromkeys(operators, "Add:3 Mul:1")
+    assert compare.differences(operators, other_operators, exact=False, trains=True)
 
 
-def test_record_round_trips_and_stores_equal_targets_once(tmp_path):
+def test_record_has_a_round_trip_and_stores_equal_targets_once(tmp_path):
     entries = {
-        f"m | n | {target} | {item}": f"{item} {place if target == 'x' else 0}"
+        f"m | n | {target} | {item}": f"{item} {index if target == 'x' else 0}"
         for target in ("a", "b", "x")
-        for place, item in enumerate(("one", "two", "three"), 1)
+        for index, item in enumerate(("one", "two", "three"), 1)
     }
     compare.write({"cpu": "z"}, entries, tmp_path / "record.json")
     assert compare.read(tmp_path / "record.json") == ({"cpu": "z"}, entries)

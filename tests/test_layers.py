@@ -1,4 +1,4 @@
-"""Imports flow one way, and nothing is ever unpickled: read off the source, not off a run."""
+"""Static checks of all sources: imports between layers, imports of Prefect, and unpickling."""
 
 import ast
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCANNED = ("flows", "tasks", "compressors", "infra", "examples", "benchmarks", "tests")
-LEAST_FILES = {"flows": 2, "tasks": 2, "compressors": 15, "infra": 12, "examples": 3, "tests": 10}
+MINIMUM_FILES = {"flows": 2, "tasks": 2, "compressors": 15, "infra": 12, "examples": 3, "tests": 10}
 
-# What a folder may import of ours; everything else of ours is refused.
+# The folders of the repository that a folder may import.
 ALLOWED = {
     "compressors": ("compressors",),
     "infra": ("infra", "compressors.contracts"),
@@ -23,7 +23,7 @@ LOADERS = ("torch.load", "torch.jit.load", "pandas.read_pickle", "multiprocessin
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of everything imported, inside functions and by string too."""
+    """Yield line and full name of each import, also in functions and by ``import_module``."""
     for node in ast.walk(tree):
         match node:
             case ast.Import():
@@ -37,47 +37,49 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
-def within(name: str, roots: tuple[str, ...]) -> bool:
+def is_within(name: str, roots: tuple[str, ...]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
 def layer_faults(folder: str, tree: ast.Module) -> list[str]:
-    """What a file of ``folder`` imports but may not."""
+    """The forbidden imports of a file in ``folder``."""
     faults = []
     for line, name in imports(tree):
         if name.startswith("."):
             faults.append(f"{line}: relative import {name}")
-        if folder in ALLOWED and within(name, SCANNED) and not within(name, ALLOWED[folder]):
+        if folder in ALLOWED and is_within(name, SCANNED) and not is_within(name, ALLOWED[folder]):
             faults.append(f"{line}: {folder} may not import {name}")
         if folder not in WITH_PREFECT and name.startswith("prefect"):
             faults.append(f"{line}: {folder} may not import {name}")
         if folder in {"flows", "tasks"} and name == "__future__.annotations":
-            # Prefect builds a flow's form from real types; as strings they are lost.
+            # Prefect creates the form of a flow from types, which would be strings.
             faults.append(f"{line}: no postponed annotations in {folder}")
     return faults
 
 
 def pickle_faults(tree: ast.Module, *, loading_only: bool) -> list[str]:
-    """Where a file unpickles; with ``loading_only``, making a pickle (to be refused) is fine."""
-    full: dict[str, str] = {}
+    """Where a file unpickles or imports a pickling library; only the former if ``loading_only``."""
+    full_names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            full |= {item.asname: item.name for item in node.names if item.asname}
+            full_names |= {item.asname: item.name for item in node.names if item.asname}
         elif isinstance(node, ast.ImportFrom):
-            full |= {item.asname or item.name: f"{node.module}.{item.name}" for item in node.names}
+            full_names |= {
+                item.asname or item.name: f"{node.module}.{item.name}" for item in node.names
+            }
     faults = []
     if not loading_only:
         faults += [
             f"{line}: imports {name}"
             for line, name in imports(tree)
-            if within(name, UNPICKLERS) or within(name, LOADERS)
+            if is_within(name, UNPICKLERS) or is_within(name, LOADERS)
         ]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         first, _, rest = ast.unparse(node.func).partition(".")
-        called = f"{full.get(first, first)}.{rest}".rstrip(".")
-        unpickles = within(called, UNPICKLERS) and "load" in called.lower().rpartition(".")[2]
+        called = f"{full_names.get(first, first)}.{rest}".rstrip(".")
+        unpickles = is_within(called, UNPICKLERS) and "load" in called.lower().rpartition(".")[2]
         if unpickles or called in LOADERS or called.endswith(".read_pickle"):
             faults.append(f"{node.lineno}: calls {called}")
         faults += [
@@ -96,19 +98,19 @@ def sources() -> list[Path]:
 def scan(path: Path) -> list[str]:
     folder = path.relative_to(ROOT).parts[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    result = layer_faults(folder, tree) + pickle_faults(tree, loading_only=folder == "tests")
-    return [f"{path.relative_to(ROOT)}:{fault}" for fault in result]
+    faults = layer_faults(folder, tree) + pickle_faults(tree, loading_only=folder == "tests")
+    return [f"{path.relative_to(ROOT)}:{fault}" for fault in faults]
 
 
-def test_imports_flow_one_way_and_nothing_is_unpickled():
+def test_no_source_has_a_forbidden_import_or_unpickles():
     assert [fault for path in sources() for fault in scan(path)] == []
 
 
-def test_scan_covers_every_folder_of_the_program():
-    seen = [path.relative_to(ROOT).parts[0] for path in sources()]
-    assert {folder: seen.count(folder) >= least for folder, least in LEAST_FILES.items()} == (
-        dict.fromkeys(LEAST_FILES, True)
-    )
+def test_sources_contains_files_of_every_folder():
+    folders = [path.relative_to(ROOT).parts[0] for path in sources()]
+    assert {
+        folder: folders.count(folder) >= minimum for folder, minimum in MINIMUM_FILES.items()
+    } == (dict.fromkeys(MINIMUM_FILES, True))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_scan_covers_every_folder_of_the_program():
         ("examples", "from prefect import flow"),
     ],
 )
-def test_a_forbidden_import_is_found(folder, source):
+def test_layer_faults_reports_a_forbidden_import(folder, source):
     assert len(layer_faults(folder, ast.parse(source))) >= 1
 
 
@@ -149,7 +151,7 @@ def test_a_forbidden_import_is_found(folder, source):
         ("compressors", "import infrared, taskset"),
     ],
 )
-def test_an_allowed_import_passes(folder, source):
+def test_layer_faults_accepts_an_allowed_import(folder, source):
     assert layer_faults(folder, ast.parse(source)) == []
 
 
@@ -164,11 +166,11 @@ def test_an_allowed_import_passes(folder, source):
         "import pickle\npickle.Unpickler(f).load()\npickle.load(f)",
     ],
 )
-def test_unpickling_is_found_in_tests_as_well(source):
+def test_pickle_faults_reports_unpickling_in_tests(source):
     assert len(pickle_faults(ast.parse(source), loading_only=True)) >= 1
 
 
-def test_only_tests_may_make_the_pickles_that_are_refused():
+def test_pickle_faults_accepts_pickling_only_in_tests():
     tree = ast.parse("import pickle\npickle.dumps(1)")
     assert pickle_faults(tree, loading_only=True) == []
     assert len(pickle_faults(tree, loading_only=False)) == 1

@@ -1,4 +1,4 @@
-"""The cover that parametrized tests use in place of full products."""
+"""``pairwise``: combinations that contain every pair of values, instead of the full product."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def test_every_pair_of_values_occurs_in_some_combination(axes):
 
 def test_a_cover_is_much_smaller_than_the_product():
     axes = AXES["mixed"]
-    # At least the product of the two longest axes; a greedy cover is a little longer.
+    # The minimum is the product of the two longest axes; a greedy cover is slightly longer.
     assert 9 * 5 <= len(pairwise(*axes)) <= 1.2 * 9 * 5 < math.prod(map(len, axes)) / 6
     assert len(pairwise(*AXES["many of two"])) <= 12
 

@@ -1,6 +1,6 @@
 """Random networks in every format on every target: a sample by default, 300 in the nightly tier.
 
-One failing network again, smaller: ``python -m tests.random_networks --seed 17 --shrink``.
+To repeat and reduce a failure: ``python -m tests.random_networks --seed 17 --shrink``.
 """
 
 import random
@@ -24,12 +24,12 @@ from tests.random_networks.steps import TARGETS
 SAMPLE = {11: "onnxruntime", 29: "tensorrt", 52: "tensorrt-rtx"}
 NIGHTLY = 300
 ENGINES = (14, 25, 39, 53, 66)
-SEEN: Counter[str] = Counter()
+LOWERED_PAIRS: Counter[str] = Counter()
 
 
-def lines(found: Findings) -> str:
-    """Every fault, a line each."""
-    return "\n".join(fault.line() for fault in found.faults)
+def lines(findings: Findings) -> str:
+    """One line for each fault."""
+    return "\n".join(fault.line() for fault in findings.faults)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_network_and_weights():
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_shrinking_keeps_what_fails_and_drops_the_rest():
+def test_shrunk_keeps_the_failing_part_and_removes_others():
     case = generate(3)
     kinds = {spec["kind"] for spec in case.config["parts"]}
     expected = sorted(kinds - {"Lookup"})[0]
@@ -70,43 +70,43 @@ def test_shrinking_keeps_what_fails_and_drops_the_rest():
 @pytest.mark.parametrize("seed", range(NIGHTLY))
 def test_a_random_network_has_parity_in_every_format_on_every_target(seed):
     result = checked(generate(seed), whole)
-    SEEN.update(result.pairs)
-    SEEN["networks"] += 1
+    LOWERED_PAIRS.update(result.pairs)
+    LOWERED_PAIRS["networks"] += 1
     assert not result.faults, lines(result)
 
 
 @pytest.mark.nightly
 def test_all_random_networks_together_lower_every_format_for_every_target():
-    if SEEN["networks"] < NIGHTLY:
-        pytest.skip(f"only {SEEN['networks']} of {NIGHTLY} networks ran in this process")
+    if LOWERED_PAIRS["networks"] < NIGHTLY:
+        pytest.skip(f"only {LOWERED_PAIRS['networks']} of {NIGHTLY} networks ran in this process")
     formats = {*TABLE_FORMATS, *LINEAR_FORMATS, *COMPOSITIONS}
     expected = {f"{name} on {target}" for name in formats for target in TARGETS}
-    assert {pair: SEEN[pair] for pair in expected if SEEN[pair] < 5} == {}
+    assert {pair: LOWERED_PAIRS[pair] for pair in expected if LOWERED_PAIRS[pair] < 5} == {}
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", ENGINES)
-def test_tensorrt_and_tensorrt_rtx_get_the_same_graph(seed, tmp_path):
-    model = packed(seed, tmp_path)
-    for form in served_graphs(generate(seed).signature):
-        paths = [tmp_path / f"{form.name}-{target}.onnx" for target in TARGETS[1:]]
+def test_the_graphs_for_tensorrt_and_tensorrt_rtx_are_identical(seed, tmp_path):
+    model = network_in_mixed_formats(seed, tmp_path)
+    for graph in served_graphs(generate(seed).signature):
+        paths = [tmp_path / f"{graph.name}-{target}.onnx" for target in TARGETS[1:]]
         for target, path in zip(TARGETS[1:], paths, strict=True):
-            lower(model.module, form, target, path)
+            lower(model.module, graph, target, path)
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 @pytest.mark.nightly
 @pytest.mark.skipif(available("tensorrt-rtx") is None, reason="TensorRT-RTX is not installed")
 @pytest.mark.parametrize("seed", ENGINES)
-def test_a_random_network_becomes_a_tensorrt_rtx_engine(seed, tmp_path):
-    model = packed(seed, tmp_path)
-    for form in served_graphs(generate(seed).signature):
-        path = tmp_path / f"{form.name}.onnx"
-        lowered = lower(model.module, form, "tensorrt-rtx", path)
+def test_a_random_network_is_built_as_a_tensorrt_rtx_engine(seed, tmp_path):
+    model = network_in_mixed_formats(seed, tmp_path)
+    for graph in served_graphs(generate(seed).signature):
+        path = tmp_path / f"{graph.name}.onnx"
+        lowered = lower(model.module, graph, "tensorrt-rtx", path)
         request = BuildRequest(
             target="tensorrt-rtx",
             onnx=str(path),
-            profiles=tuple(profile(item) for item in form.signature.inputs),
+            profiles=tuple(profile_of(item) for item in graph.signature.inputs),
             tables=tuple(
                 TableWeights(
                     module=table.module,
@@ -119,17 +119,17 @@ def test_a_random_network_becomes_a_tensorrt_rtx_engine(seed, tmp_path):
             packed_bytes=sum(line.bytes_after for line in model.plan.lines),
             seconds=300,
         )
-        assert build_engine(request, tmp_path / form.name).audit.weights_bytes > 0
+        assert build_engine(request, tmp_path / graph.name).audit.weights_bytes > 0
 
 
-def packed(seed: int, folder: Path):
+def network_in_mixed_formats(seed: int, folder: Path):
     """A random network in mixed formats."""
     checker = Checker(generate(seed), folder)
     return mixed(checker, random.Random(seed).randrange(7), None)
 
 
-def profile(item) -> Profile:
-    """One to 64 rows of an input that is no jagged list."""
+def profile_of(item) -> Profile:
+    """The optimization profile of an input for 1, 32 and 64 rows."""
     assert item.kind != "jagged_bag"
     shapes = [(rows, *item.shape) for rows in (1, 32, 64)]
     return Profile(input=item.name, low=shapes[0], best=shapes[1], high=shapes[2])

@@ -1,4 +1,4 @@
-"""Every reason is created with a code and its fields, is documented, and is read again."""
+"""Reason codes: every reason has its fields and is documented, and stored ones can be read."""
 
 import copy
 import json
@@ -16,7 +16,9 @@ CREATED = calls_of({"Reason"})
 
 
 def test_reasons_are_created_with_a_literal_code_and_exactly_its_fields():
-    assert [place for place, call in CREATED if not has_code_and_fields(call, SENTENCES)] == []
+    assert [
+        position for position, call in CREATED if not has_code_and_fields(call, SENTENCES)
+    ] == []
 
 
 def test_every_code_is_created_somewhere():
@@ -27,7 +29,7 @@ def test_codes_of_all_subjects_differ():
     assert len(SENTENCES) == sum(map(len, SUBJECTS.values()))
 
 
-def test_documented_table_is_that_of_the_sentences():
+def test_reason_page_in_the_docs_is_up_to_date():
     assert TABLE.read_text() == page(), "run python -m tests.reason_codes"
 
 
@@ -44,15 +46,21 @@ NESTED = Reason("shares_width", width="hidden[0]", layer="out", why=(INNER, Reas
 
 
 def line(**changes: object) -> PlanLine:
-    given = {"module": "user", "role": "table", "format": "f", "bytes_before": 2, "bytes_after": 1}
-    return PlanLine.model_validate({**given, "reasons": (INNER,), **changes})
+    default_fields = {
+        "module": "user",
+        "role": "table",
+        "format": "f",
+        "bytes_before": 2,
+        "bytes_after": 1,
+    }
+    return PlanLine.model_validate({**default_fields, "reasons": (INNER,), **changes})
 
 
-def test_sentence_is_derived_from_the_fields():
-    better = Reason(
+def test_sentence_is_derived_from_the_fields_of_a_reason():
+    reason = Reason(
         "better_format", format="a", bytes=1000, step="b", step_bytes=20_000, rows=3000, dim=4
     )
-    assert str(better) == (
+    assert str(reason) == (
         "stored as a, which is better and takes 1,000 bytes: b would take 20,000 for 3,000 x 4"
     )
 
@@ -80,15 +88,15 @@ def test_reasons_in_fields_are_rendered_one_after_the_other():
         ("zeros", {"share": "half"}),
     ],
 )
-def test_unknown_code_other_fields_or_types_are_a_type_error(code, fields):
+def test_unknown_code_other_fields_or_types_raise_a_type_error(code, fields):
     with pytest.raises(TypeError):
         Reason(code, **fields)
 
 
 def test_reasons_with_the_same_code_and_fields_are_equal_and_hash_the_same():
-    again = Reason("shares_weight", unit="item")
-    assert again == INNER
-    assert hash(again) == hash(INNER)
+    same = Reason("shares_weight", unit="item")
+    assert same == INNER
+    assert hash(same) == hash(INNER)
     assert Reason("shares_weight", unit="city") != INNER
     assert copy.deepcopy(NESTED) == NESTED
 
@@ -104,22 +112,22 @@ def test_reasons_with_the_same_code_and_fields_are_equal_and_hash_the_same():
     ids=lambda reason: reason.code,
 )
 def test_json_round_trip_keeps_code_field_types_and_sentence(reason):
-    read = PlanLine.model_validate_json(line(reasons=(reason,)).model_dump_json()).reasons
-    assert read == (reason,)
-    assert repr(read[0]) == repr(reason)
-    assert str(read[0]) == str(reason)
+    loaded = PlanLine.model_validate_json(line(reasons=(reason,)).model_dump_json()).reasons
+    assert loaded == (reason,)
+    assert repr(loaded[0]) == repr(reason)
+    assert str(loaded[0]) == str(reason)
 
 
-def test_number_that_is_not_finite_is_rendered_as_python_formats_it():
-    beyond = Reason("beyond_largest", largest=float("inf"), format="float16", limit=65504.0)
-    assert str(beyond) == "has a value of inf, beyond the largest of float16, 65504"
+def test_an_infinite_number_is_rendered_as_python_formats_it():
+    reason = Reason("beyond_largest", largest=float("inf"), format="float16", limit=65504.0)
+    assert str(reason) == "has a value of inf, beyond the largest of float16, 65504"
 
 
-# --- what is stored --------------------------------------------------------------------------
+# --- stored documents ------------------------------------------------------------------------
 
 
-def stored() -> list[tuple[PlanLine | Plan | Judgement | Verdict, str, str, object]]:
-    """An object of each kind, its key of reasons, and the key and value of their sentence."""
+def stored_values() -> list[tuple[PlanLine | Plan | Judgement | Verdict, str, str, object]]:
+    """Objects with reasons; the fields of their reasons and sentence, and the sentence."""
     limit = Limit(metric="auc", against="baseline", at_least=0.0)
     judgement = Judgement(
         limit=limit, measured=None, outcome="accepted", reasons=(Reason("limit_met"),)
@@ -134,7 +142,7 @@ def stored() -> list[tuple[PlanLine | Plan | Judgement | Verdict, str, str, obje
     ]
 
 
-@pytest.mark.parametrize(("value", "reasons", "sentence", "text"), stored())
+@pytest.mark.parametrize(("value", "reasons", "sentence", "text"), stored_values())
 def test_stored_json_has_codes_and_fields_and_the_derived_sentence(value, reasons, sentence, text):
     document = json.loads(value.model_dump_json())
     assert document[sentence] == text
@@ -143,23 +151,23 @@ def test_stored_json_has_codes_and_fields_and_the_derived_sentence(value, reason
     assert type(value).model_validate(value.model_dump()) == value
 
 
-@pytest.mark.parametrize(("value", "reasons", "sentence", "text"), stored())
+@pytest.mark.parametrize(("value", "reasons", "sentence", "text"), stored_values())
 def test_document_with_sentences_only_is_read_as_written(value, reasons, sentence, text):
     document = json.loads(value.model_dump_json())
     del document[reasons]
-    read = type(value).model_validate(document)
+    loaded = type(value).model_validate(document)
     texts = text if isinstance(text, list) else [text]
-    assert getattr(read, reasons) == tuple(Reason("as_written", text=item) for item in texts)
-    assert json.loads(read.model_dump_json())[sentence] == text
+    assert getattr(loaded, reasons) == tuple(Reason("as_written", text=item) for item in texts)
+    assert json.loads(loaded.model_dump_json())[sentence] == text
 
 
-@pytest.mark.parametrize(("value", "reasons", "sentence", "text"), stored())
-def test_document_with_sentences_only_is_written_again_as_it_was(value, reasons, sentence, text):
-    """Records of task results are accepted only as they would be written."""
+@pytest.mark.parametrize(("value", "reasons", "sentence", "text"), stored_values())
+def test_document_with_sentences_only_is_written_unchanged(value, reasons, sentence, text):
+    """A stored task result is accepted only if it would be written in the same way."""
     document = json.loads(value.model_dump_json())
     del document[reasons]
-    read = type(value).model_validate(document)
-    assert json.loads(read.model_dump_json(exclude_unset=True)) == document
+    loaded = type(value).model_validate(document)
+    assert json.loads(loaded.model_dump_json(exclude_unset=True)) == document
 
 
 @pytest.mark.parametrize(
@@ -170,17 +178,17 @@ def test_document_with_sentences_only_is_written_again_as_it_was(value, reasons,
         {"code": "zeros", "fields": {"share": 0.5, "of_a_later_version": 1}},
     ],
 )
-@pytest.mark.parametrize(("value", "reasons", "sentence", "text"), stored())
+@pytest.mark.parametrize(("value", "reasons", "sentence", "text"), stored_values())
 def test_unknown_reasons_are_read_as_their_sentence(value, reasons, sentence, text, unknown):
     document = json.loads(value.model_dump_json())
     document[reasons][0] = unknown
-    read = type(value).model_validate(document)
-    assert {reason.code for reason in getattr(read, reasons)} == {"as_written"}
-    assert json.loads(read.model_dump_json())[sentence] == text
+    loaded = type(value).model_validate(document)
+    assert {reason.code for reason in getattr(loaded, reasons)} == {"as_written"}
+    assert json.loads(loaded.model_dump_json())[sentence] == text
 
 
 @pytest.mark.parametrize("reason", [None, 3, ["a", 1]])
-def test_line_without_a_sentence_or_reasons_is_refused(reason):
+def test_line_without_a_sentence_or_reasons_raises_a_validation_error(reason):
     document = json.loads(line().model_dump_json())
     del document["reasons"]
     with pytest.raises(ValidationError):
@@ -197,7 +205,7 @@ def test_line_without_a_sentence_or_reasons_is_refused(reason):
         {"code": 1, "fields": {}},
     ],
 )
-def test_reason_that_is_no_code_with_its_fields_is_refused_without_a_sentence(stored_reason):
+def test_an_invalid_reason_without_a_sentence_raises_a_validation_error(stored_reason):
     document = json.loads(line().model_dump_json())
     del document["reason"]
     with pytest.raises(ValidationError):

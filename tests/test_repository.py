@@ -1,4 +1,4 @@
-"""What a visitor relies on: pins that are complete, commands that exist, files that are ours."""
+"""Checks of the repository: pinned dependencies, file sizes, machine paths, make targets, lint."""
 
 import ast
 import re
@@ -15,10 +15,10 @@ from packaging.version import Version
 from repository_files import repository_files
 
 ROOT = Path(__file__).parents[1]
-LARGEST = 1_000_000
-# What `make .venv` names, besides the demo's data.
+MAX_FILE_BYTES = 1_000_000
+# The extras that `make .venv` installs, except the data of the demo.
 INSTALLED_EXTRAS = ("dev", "services", "tensorrt-rtx")
-# CUDA builds of torch pin these themselves, CPU builds do not have them.
+# CUDA builds of torch pin these, and CPU builds do not require them.
 PINNED_BY_TORCH = re.compile(r"^(nvidia|cuda)-|^triton$")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|Users|home)/[\w.]")
 REGISTRY_HOST = re.compile(
@@ -26,8 +26,8 @@ REGISTRY_HOST = re.compile(
     r"|index-url[ =]+\S*://",
     re.IGNORECASE,
 )
-# Import names whose distribution somebody else of ours requires, and why that is safe to rely on.
-BROUGHT_ALONG = {
+# Imported modules of packages that only our dependencies require, and why we may rely on it.
+USED_THROUGH_OTHERS = {
     "aiohttp": "s3fs lets its errors through, so they have to be named",
     "botocore": "s3fs lets its errors through, so they have to be named",
     "onnx_ir": "the values that onnxscript's translation functions build",
@@ -53,7 +53,7 @@ def project() -> dict:
 
 
 def declared(*extras: str) -> list[Requirement]:
-    """Our requirements with the named extras, or with all of them."""
+    """The requirements in pyproject.toml with the named extras, by default with all."""
     table = project()["project"]
     optional = table["optional-dependencies"]
     lines = table["dependencies"] + [
@@ -62,34 +62,34 @@ def declared(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines]
 
 
-def pins() -> dict[str, Version]:
-    """constraints.txt: name -> version. Anything but ``name==version`` is an error."""
+def pinned_versions() -> dict[str, Version]:
+    """Read constraints.txt: version by name; raises for lines other than ``name==version``."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    result = {canonicalize_name(name): Version(version) for name, version in pairs}
-    assert len(result) == len(pairs), "a package is pinned twice"
-    return result
+    lines_found = {canonicalize_name(name): Version(version) for name, version in pairs}
+    assert len(lines_found) == len(pairs), "a package is pinned twice"
+    return lines_found
 
 
-def closure(wanted: list[Requirement]) -> dict[str, Version]:
-    """Everything installed here that the requirements pull in: name -> version."""
-    result: dict[str, Version] = {}
-    seen: set[tuple[str, frozenset[str]]] = set()
-    while wanted:
-        requirement = wanted.pop()
+def required_versions(remaining: list[Requirement]) -> dict[str, Version]:
+    """Installed version by name of all packages that the requirements need, also indirectly."""
+    lines_found: dict[str, Version] = {}
+    visited: set[tuple[str, frozenset[str]]] = set()
+    while remaining:
+        requirement = remaining.pop()
         name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
-        if (name, extras) in seen:
+        if (name, extras) in visited:
             continue
-        seen.add((name, extras))
+        visited.add((name, extras))
         installed = metadata.distribution(name)  # raises if the environment is incomplete
-        result[name] = Version(installed.version)
+        lines_found[name] = Version(installed.version)
         for line in installed.requires or ():
             needed = Requirement(line)
             if needed.marker is None or any(
                 needed.marker.evaluate({"extra": extra}) for extra in {*extras, ""}
             ):
-                wanted.append(needed)
-    return result
+                remaining.append(needed)
+    return lines_found
 
 
 def texts() -> list[tuple[Path, str]]:
@@ -104,11 +104,11 @@ def targets() -> set[str]:
     return set(re.findall(r"^([.a-z-]+):(?!=)", makefile, re.MULTILINE)) - {".PHONY"}
 
 
-def test_every_package_that_make_installs_is_pinned_to_what_is_installed():
-    pinned = pins()
-    recbole = metadata.version("recbole")  # installed alone: its own requirements are not ours
-    needed = closure(declared(*INSTALLED_EXTRAS)) | {"recbole": Version(recbole)}
-    # A local build of the pinned version (2.13.0+cpu) is that version.
+def test_every_package_that_make_installs_is_pinned_to_the_installed_version():
+    pinned = pinned_versions()
+    recbole = metadata.version("recbole")  # installed without its requirements
+    needed = required_versions(declared(*INSTALLED_EXTRAS)) | {"recbole": Version(recbole)}
+    # A local version such as 2.13.0+cpu counts as the pinned version.
     differing = {
         name: f"installed {version}, pinned {pinned.get(name)}"
         for name, version in needed.items()
@@ -119,11 +119,11 @@ def test_every_package_that_make_installs_is_pinned_to_what_is_installed():
 
 
 def test_every_pin_is_a_version_that_pyproject_accepts():
-    pinned = pins()
+    pinned = pinned_versions()
     refused = [
         str(requirement)
         for requirement in declared()
-        if requirement.name != "tensorrt"  # its libraries come from the vendor: never pinned
+        if requirement.name != "tensorrt"  # installed from the vendor, so not pinned
         and not requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
     ]
     assert refused == []
@@ -132,13 +132,13 @@ def test_every_pin_is_a_version_that_pyproject_accepts():
 def test_every_third_party_import_is_a_declared_dependency():
     names = {canonicalize_name(requirement.name) for requirement in declared()}
     owners = metadata.packages_distributions()
-    ours = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    own_folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
     undeclared = set()
     for path, text in texts():
         if path.suffix != ".py":
             continue
-        local = {item.stem for item in (ROOT / path).parent.glob("*.py")}
-        local |= {item.stem for item in (ROOT / "tests").glob("*.py")}
+        local_modules = {item.stem for item in (ROOT / path).parent.glob("*.py")}
+        local_modules |= {item.stem for item in (ROOT / "tests").glob("*.py")}
         for node in ast.walk(ast.parse(text)):
             modules = []
             if isinstance(node, ast.Import):
@@ -146,27 +146,33 @@ def test_every_third_party_import_is_a_declared_dependency():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules = [node.module or ""]
             for top in {module.partition(".")[0] for module in modules}:
-                known = sys.stdlib_module_names | ours | local | BROUGHT_ALONG.keys() | OPTIONAL
-                owned = {canonicalize_name(owner) for owner in owners.get(top, [])}
-                if top not in known and not owned & names:
+                allowed = (
+                    sys.stdlib_module_names
+                    | own_folders
+                    | local_modules
+                    | USED_THROUGH_OTHERS.keys()
+                    | OPTIONAL
+                )
+                distributions = {canonicalize_name(owner) for owner in owners.get(top, [])}
+                if top not in allowed and not distributions & names:
                     undeclared.add(f"{path}: {top}")
     assert sorted(undeclared) == []
 
 
 def test_no_file_is_over_1_mb():
-    assert [str(path) for path in repository_files() if path.stat().st_size > LARGEST] == []
+    assert [str(path) for path in repository_files() if path.stat().st_size > MAX_FILE_BYTES] == []
 
 
 @pytest.mark.parametrize("pattern", [MACHINE_PATH, REGISTRY_HOST], ids=["paths", "hosts"])
-def test_no_file_names_somebodys_machine_or_a_package_registry(pattern):
-    result = [
+def test_no_file_has_a_path_of_a_machine_or_a_host_of_a_package_registry(pattern):
+    lines_found = [
         f"{path}:{number}: {line.strip()[:100]}"
         for path, text in texts()
         if path.name != "LICENSE"
         for number, line in enumerate(text.splitlines(), start=1)
         if pattern.search(line)
     ]
-    assert result == []
+    assert lines_found == []
 
 
 @pytest.mark.parametrize(
@@ -178,11 +184,11 @@ def test_no_file_names_somebodys_machine_or_a_package_registry(pattern):
         (REGISTRY_HOST, "pip install --index-url" + " https://host/whl"),
     ],
 )
-def test_a_machine_path_or_registry_host_would_be_found(pattern, text):
+def test_patterns_find_machine_paths_and_registry_hosts(pattern, text):
     assert pattern.search(text)
 
 
-def test_every_make_command_in_the_prose_is_a_target():
+def test_every_make_command_in_readme_and_contributing_is_a_target():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     prose = readme + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     command = re.compile(r"(?:^|`)make ([.a-z-]+)", re.MULTILINE)
@@ -191,27 +197,27 @@ def test_every_make_command_in_the_prose_is_a_target():
 
 
 def test_make_help_lists_every_target():
-    shown = subprocess.run(
+    output = subprocess.run(
         ["make", "--no-print-directory"],  # noqa: S607
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert {line.split()[1] for line in shown.splitlines()} == targets()
+    assert {line.split()[1] for line in output.splitlines()} == targets()
 
 
-def test_every_ignored_rule_carries_its_reason():
+def test_every_ignored_lint_rule_has_a_reason():
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     start = lines.index("ignore = [") + 1
     entries = lines[start : lines.index("]", start)]
     assert [line for line in entries if not re.search(r'",\s+# \S', line)] == []
     start = lines.index("[tool.ruff.lint.per-file-ignores]") + 1
     entries = lines[start : lines.index("", start)]
-    bare = [
+    without_comment = [
         line
         for before, line in zip(["", *entries], entries, strict=False)
         if not line.startswith("#") and "#" not in line and not before.startswith("#")
     ]
-    assert bare == []
+    assert without_comment == []
     assert len(project()["tool"]["ruff"]["lint"]["ignore"]) > 5

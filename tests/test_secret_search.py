@@ -1,4 +1,4 @@
-"""The search for planted secrets finds them in every form, or its silence would mean nothing."""
+"""``canaries.traces`` finds planted secrets in every form, and nothing else."""
 
 import base64
 import gzip
@@ -16,7 +16,7 @@ SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
 
 
 @pytest.mark.parametrize(
-    "written",
+    "write",
     [
         lambda secret: f"http://user:{secret}@host",
         lambda secret: f"http://user:{quote(secret, safe='')}@host",
@@ -28,29 +28,29 @@ SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
         lambda secret: base64.b64encode(json.dumps({"password": secret}).encode()).decode(),
     ],
 )
-@pytest.mark.parametrize("where", ["text", "file", "gzip", "database"])
-def test_a_secret_is_found_in_every_form_and_place(
-    tmp_path: Path, written: Callable[[str], str], where: str
+@pytest.mark.parametrize("place", ["text", "file", "gzip", "database"])
+def test_traces_finds_a_secret_in_every_form_and_place(
+    tmp_path: Path, write: Callable[[str], str], place: str
 ) -> None:
-    text = "before " + written(SECRET) + " after"
+    text = "before " + write(SECRET) + " after"
     texts = {}
-    if where == "text":
+    if place == "text":
         texts = {"stdout": text}
-    elif where == "file":
+    elif place == "file":
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "log").write_text(text)
-    elif where == "gzip":
+    elif place == "gzip":
         (tmp_path / "log.gz").write_bytes(gzip.compress(text.encode()))
     else:
         with sqlite3.connect(tmp_path / "a.db") as database:
             database.execute("CREATE TABLE log (message TEXT)")
             database.execute("INSERT INTO log VALUES (?)", ("x" * 4_000 + text + "y" * 9_000,))
         database.close()
-    result = traces(PLANTED, [tmp_path], texts)
-    assert result
-    assert all(line.startswith("MLFLOW_TRACKING_URI in ") for line in result)
+    lines = traces(PLANTED, [tmp_path], texts)
+    assert lines
+    assert all(line.startswith("MLFLOW_TRACKING_URI in ") for line in lines)
 
 
-def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
+def test_traces_finds_nothing_in_files_without_secrets(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("http://***@host canary" * 100)
     assert traces(PLANTED, [tmp_path], {"stdout": "***"}) == []

@@ -1,4 +1,4 @@
-"""The lists of seeded faults fit the present code, and their runner distinguishes outcomes."""
+"""Every seeded fault applies to the current code; the runner classifies outcomes of test runs."""
 
 import ast
 from pathlib import Path
@@ -18,19 +18,19 @@ from tests.seeded_faults.runner import (
 
 pytest_plugins = ("pytester",)
 
-LEAST = 60
-PRODUCT = ("compressors", "tasks", "infra", "flows")
+MINIMUM_FAULTS = 60
+PRODUCT_FOLDERS = ("compressors", "tasks", "infra", "flows")
 
 
-def test_there_are_at_least_60_faults_with_ids_of_their_own() -> None:
+def test_there_are_at_least_60_faults_with_different_ids() -> None:
     ids = [fault.id for fault in FAULTS]
-    assert len(ids) >= LEAST
+    assert len(ids) >= MINIMUM_FAULTS
     assert sorted(set(ids)) == sorted(ids)
 
 
 def test_every_fault_applies_to_the_present_product_code_and_compiles() -> None:
     for fault in FAULTS:
-        assert fault.file.partition("/")[0] in PRODUCT, fault.id
+        assert fault.file.partition("/")[0] in PRODUCT_FOLDERS, fault.id
         patched = fault.patched(ROOT)  # raises, with its id, unless the old text occurs once
         assert patched != (ROOT / fault.file).read_text(), fault.id
         compile(patched, fault.file, "exec")
@@ -50,8 +50,8 @@ def test_every_selection_of_a_fault_names_an_existing_test() -> None:
                 functions[file] = {
                     node.name for node in tree.body if isinstance(node, ast.FunctionDef)
                 }
-            result = functions[file]
-            if not result or (name and name.partition("[")[0] not in result):
+            names = functions[file]
+            if not names or (name and name.partition("[")[0] not in names):
                 missing.append(f"{fault.id}: {selection}")
     assert missing == []
 
@@ -83,7 +83,7 @@ def test_with_broken_fixture(broken):
 """
 
 
-def test_only_tests_that_fail_in_their_own_body_count(pytester: pytest.Pytester) -> None:
+def test_failed_tests_lists_only_tests_that_fail_in_their_body(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_code=TESTS)
     report = pytester.path / "report.xml"
     run = pytester.runpytest_inprocess(
@@ -112,7 +112,7 @@ def test_a_fault_is_caught_only_by_failed_tests(
     assert outcome_of(EXAMPLE, run).status == status
 
 
-def test_text_that_occurs_twice_is_not_applicable(tmp_path: Path) -> None:
+def test_a_fault_whose_text_occurs_twice_raises_not_applicable(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("a = 1\na = 1\n")
     with pytest.raises(NotApplicable) as refusal:
         Fault("twice", "x.py", "a = 1", "a = 2", "An example.", ("t",)).patched(tmp_path)

@@ -1,8 +1,8 @@
-"""A home that an earlier version wrote is listed, served, promoted and scored as it was then.
+"""Backward compatibility: commands on a home folder that an earlier version of recpress wrote.
 
-Each fixture below ``tests/stored_home/fixtures`` was written once and is never written again: from
-then on, code may be moved and renamed, and what is stored stays readable. See
-``tests/stored_home/create.py`` for how to add a fixture.
+Each fixture in ``tests/stored_home/fixtures`` was written once and never changes, so these tests
+fail if a change makes stored files unreadable. See ``tests/stored_home/create.py`` for how to add
+a fixture.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from tests.stored_home.create import HOME
 from tests.stored_home.stored import EXPECTED, NAMES, WITH_ORDERS, Fixture, copied, enter, stored
 
 RENAMED = {"lost": "quality_loss", "weigh": "measure_stages"}
-"""The present name of a task by the name in stored records, where it was renamed."""
+"""Current name by stored name of renamed tasks."""
 FILES = {
     "0.1.0-2026-11-30": {
         "expected.json": "84f888849e9c56fc21f72017864f3a92f38ee72c41db7fbb32e5bef4f87c467c",
@@ -55,7 +55,7 @@ every_home = pytest.mark.parametrize("name", WITH_ORDERS)
 
 
 def present_tasks() -> dict[str, Task[..., Any]]:
-    """Every Prefect task below ``tasks/`` by its name."""
+    """Every Prefect task in ``tasks/`` by its name."""
     modules = pkgutil.walk_packages(tasks.__path__, "tasks.")
     members = [vars(importlib.import_module(module.name)).values() for module in modules]
     return {task.name: task for result in members for task in result if isinstance(task, Task)}
@@ -71,7 +71,7 @@ def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
 
 @pytest.fixture
 def home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a fixture's home under another path, for a test that changes it."""
+    """A copy of a fixture's home at another path, which the test may change."""
     root = copied(name, tmp_path / "moved")
     enter(monkeypatch, root)
     return root
@@ -80,7 +80,7 @@ def home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- fixtures --------------------------------------------------------------------------------
 
 
-def test_no_stored_file_was_written_again():
+def test_fixture_files_are_unchanged():
     result = {
         folder.name: {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
@@ -91,13 +91,13 @@ def test_no_stored_file_was_written_again():
     assert WITH_ORDERS
 
 
-def test_a_fixture_that_exists_is_not_created_again():
+def test_creating_an_existing_fixture_exits_with_an_error():
     with pytest.raises(SystemExit, match="exists and stays as it is"):
         create.main([NAMES[0]])
 
 
 @pytest.mark.parametrize(("name", "target"), [("../outside", ""), ("link", "/etc")])
-def test_an_archive_entry_that_leads_out_of_the_folder_is_refused(
+def test_unpacking_an_entry_outside_the_folder_raises_a_filter_error(
     name: str, target: str, tmp_path: Path
 ):
     plain = io.BytesIO()
@@ -122,13 +122,13 @@ class Command:
     capsys: pytest.CaptureFixture[str]
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        """Run it and require an exit code; returns what it printed."""
-        ended, text = run_main(self.monkeypatch, self.capsys, *arguments)
-        assert ended == code, text
+        """Run a command, require its exit code, and return its output."""
+        exit_code, text = run_main(self.monkeypatch, self.capsys, *arguments)
+        assert exit_code == code, text
         return text
 
     def json(self, *arguments: str, code: int = 0) -> Any:
-        """The same for a command that prints JSON."""
+        """Run a command with ``--json`` and return the parsed output."""
         return json.loads(self(*arguments, "--json", code=code))
 
 
@@ -137,31 +137,31 @@ def recpress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return Command(monkeypatch, capsys)
 
 
-def require_within(expected: Any, found: Any, place: str = "") -> None:
-    """Require that everything in a stored document is in the present one, which may have more."""
+def require_within(expected: Any, actual: Any, path: str = "") -> None:
+    """Require that ``actual`` has every value of a stored document; it may have more fields."""
     if isinstance(expected, dict):
-        assert isinstance(found, dict), place
+        assert isinstance(actual, dict), path
         for key, value in expected.items():
-            assert key in found, f"{place}.{key} is missing"
-            require_within(value, found[key], f"{place}.{key}")
+            assert key in actual, f"{path}.{key} is missing"
+            require_within(value, actual[key], f"{path}.{key}")
     elif isinstance(expected, list):
-        assert isinstance(found, list), place
-        assert len(found) == len(expected), place
-        for number, (old, new) in enumerate(zip(expected, found, strict=True)):
-            require_within(old, new, f"{place}[{number}]")
+        assert isinstance(actual, list), path
+        assert len(actual) == len(expected), path
+        for number, (old, new) in enumerate(zip(expected, actual, strict=True)):
+            require_within(old, new, f"{path}[{number}]")
     else:
-        assert found == expected, place
+        assert actual == expected, path
 
 
 def listed(name: str, home: Path) -> list[dict[str, Any]]:
-    """What ``registry list`` printed, with the present place of the home."""
+    """The stored output of ``registry list`` with the current path of the home."""
     text = json.dumps(EXPECTED[name]["registry"]["list"])
     result: list[dict[str, Any]] = json.loads(text.replace(HOME, str(home / "recpress")))
     return result
 
 
 @every_home
-def test_list_and_show_print_what_they_printed_then(name: str, home: Path, recpress: Command):
+def test_registry_list_and_show_print_the_stored_output(name: str, home: Path, recpress: Command):
     versions = listed(name, home)
     assert len(versions) == len(EXPECTED[name]["finished"])
     require_within(versions, recpress.json("registry", "list"))
@@ -171,7 +171,7 @@ def test_list_and_show_print_what_they_printed_then(name: str, home: Path, recpr
 
 
 @every_home
-def test_every_stored_report_is_printed_and_its_page_is_written(
+def test_registry_show_prints_every_stored_report_and_writes_its_page(
     name: str, home: Path, recpress: Command
 ):
     for version in EXPECTED[name]["registry"]["show"]:
@@ -183,7 +183,9 @@ def test_every_stored_report_is_printed_and_its_page_is_written(
 
 
 @every_home
-def test_a_stored_champion_is_fetched_file_by_file(name: str, home: Path, recpress: Command):
+def test_registry_fetch_writes_the_files_of_a_stored_champion(
+    name: str, home: Path, recpress: Command
+):
     for model, files in EXPECTED[name]["registry"]["fetch"].items():
         recpress("registry", "fetch", model, "--into", str(home / model))
         result = {
@@ -199,9 +201,7 @@ def test_a_stored_champion_is_fetched_file_by_file(name: str, home: Path, recpre
 
 
 @every_home
-def test_versions_are_promoted_and_rolled_back_on_top_of_the_stored_ledger(
-    home: Path, recpress: Command
-):
+def test_promotions_and_rollbacks_extend_the_stored_ledger(home: Path, recpress: Command):
     def ledger() -> list[tuple[str, str]]:
         return [(entry.action, entry.version) for entry in Ledger(store(), "clicks").entries()]
 
@@ -219,22 +219,22 @@ def test_versions_are_promoted_and_rolled_back_on_top_of_the_stored_ledger(
 
 
 @every_home
-def test_a_stored_triton_repository_is_read_and_written_again(home: Path, recpress: Command):
+def test_a_stored_triton_repository_is_shown_and_exported(home: Path, recpress: Command):
     for model in ("clicks", "ranker", "finder"):
         # Another version may write another configuration; then the exit code is 1.
         _, text = run_main(recpress.monkeypatch, recpress.capsys, "triton", "show", model, "--json")
-        there = json.loads(text)
-        assert {item["served"] for item in there} == {"1"}
-        assert {state for item in there for state in item["files"].values()} == {"ok"}
+        shown = json.loads(text)
+        assert {item["served"] for item in shown} == {"1"}
+        assert {state for item in shown for state in item["files"].values()} == {"ok"}
         recpress("triton", "export", model)
-        laid = recpress.json("triton", "show", model)
-        assert {item["state"] for item in laid} == {"champion"}
+        exported = recpress.json("triton", "show", model)
+        assert {item["state"] for item in exported} == {"champion"}
     recpress("registry", "promote", "clicks", "--version", "2")
     assert {item["served"] for item in recpress.json("triton", "show", "clicks")} == {"2"}
 
 
 @every_home
-def test_a_lost_registry_is_restored_from_the_stored_records_with_its_tags(
+def test_registry_restore_recreates_a_deleted_registry_with_its_tags(
     name: str, home: Path, recpress: Command
 ):
     (home / "recpress" / "registry.db").unlink()
@@ -243,7 +243,7 @@ def test_a_lost_registry_is_restored_from_the_stored_records_with_its_tags(
 
 
 @every_home
-def test_every_stored_report_is_rendered_by_the_present_code(fixture: Fixture):
+def test_every_stored_report_is_rendered(fixture: Fixture):
     for version in fixture.expected["registry"]["show"]:
         model, _, number = version.partition("@")
         _, report = version_report(model, number)
@@ -255,7 +255,9 @@ def test_every_stored_report_is_rendered_by_the_present_code(fixture: Fixture):
 
 
 @every_fixture
-def test_a_stored_bundle_is_found_checked_and_not_packed_twice(home: Path, recpress: Command):
+def test_a_stored_bundle_is_checked_and_packing_it_gives_the_same_artifact(
+    home: Path, recpress: Command
+):
     for model in ("clicks", "ranker", "finder"):
         result = recpress.json("bundle", "check", f"{model}@1")
         assert (result["name"], result["version"]) == (model, "1")

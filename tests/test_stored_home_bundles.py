@@ -1,6 +1,6 @@
-"""Bundles and graphs that an earlier version stored have their tensors and scores of then.
+"""Backward compatibility: stored bundles and graphs have their stored tensors and scores.
 
-A fixture of ``tests/stored_home`` covers every registered method and every format.
+The fixtures of ``tests/stored_home`` contain every registered method and every format.
 """
 
 import json
@@ -46,7 +46,7 @@ def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
     return result
 
 
-# --- what is stored --------------------------------------------------------------------------
+# --- contents of the fixtures ----------------------------------------------------------------
 
 
 def test_every_registered_step_is_in_a_stored_recipe():
@@ -55,25 +55,25 @@ def test_every_registered_step_is_in_a_stored_recipe():
     assert {step().kind for step in registered_steps()} - kinds == set()
 
 
-def test_every_format_is_in_a_stored_bundle():
+def test_every_current_format_is_in_a_stored_bundle():
     formats = {
-        result
+        stored_format
         for expected in EXPECTED.values()
         for bundle in expected["bundles"].values()
-        for result in bundle["formats"]
+        for stored_format in bundle["formats"]
     }
-    known = {f"{kind}:{f}" for kind in ("table", "bag") for f in (*TABLE_FORMATS, *COMPOSITIONS)}
-    known |= {f"linear:{f}" for f in (*LINEAR_FORMATS, FACTORED)}
-    known |= {"norm:folded"} | {f"output:{method}" for method in get_args(Method)}
-    assert known - formats == set()
+    current = {f"{kind}:{f}" for kind in ("table", "bag") for f in (*TABLE_FORMATS, *COMPOSITIONS)}
+    current |= {f"linear:{f}" for f in (*LINEAR_FORMATS, FACTORED)}
+    current |= {"norm:folded"} | {f"output:{method}" for method in get_args(Method)}
+    assert current - formats == set()
 
 
 @every_fixture
-def test_the_fixture_holds_every_bundle_that_is_expected(fixture: Fixture):
-    held = {path.name for path in (fixture.root / "recpress/store/artifacts").iterdir()}
+def test_the_fixture_has_every_expected_bundle_and_graph(fixture: Fixture):
+    stored_artifacts = {path.name for path in (fixture.root / "recpress/store/artifacts").iterdir()}
     expected = {*fixture.expected["bundles"], *fixture.expected["graphs"]}
     assert expected
-    assert expected <= held
+    assert expected <= stored_artifacts
 
 
 # --- bundles and graphs ----------------------------------------------------------------------
@@ -83,7 +83,7 @@ GRAPHS = [(name, sha) for name in NAMES for sha in EXPECTED[name]["graphs"]]
 
 
 def _id(value: str) -> str:
-    """A bundle by its recipe's name where it has one."""
+    """The test id of a bundle or graph: the name of its recipe, or the start of its hash."""
     for expected in EXPECTED.values():
         for recipe, result in expected["recipes"].items():
             if value in (result["bundle"], result["graph"]):
@@ -103,7 +103,9 @@ def test_a_stored_bundle_has_its_tensors_and_scores(sha: str, fixture: Fixture):
 
 
 @pytest.mark.parametrize("name", NAMES[:1])
-def test_bundles_of_schema_version_1_are_read_as_version_2_and_not_rewritten(fixture: Fixture):
+def test_bundles_of_schema_version_1_are_read_as_version_2_and_their_files_are_unchanged(
+    fixture: Fixture,
+):
     versions = set()
     for sha in fixture.expected["bundles"]:
         folder = local(artifact(sha))
@@ -119,7 +121,7 @@ def test_bundles_of_schema_version_1_are_read_as_version_2_and_not_rewritten(fix
 
 
 @pytest.mark.parametrize(("name", "sha"), GRAPHS, ids=_id)
-def test_a_stored_graph_has_its_scores_in_onnx_runtime(sha: str, fixture: Fixture):
+def test_a_stored_graph_has_its_stored_scores_in_onnx_runtime(sha: str, fixture: Fixture):
     expected = fixture.expected["graphs"][sha]
     folder = local(artifact(sha))
     lowering = lowering_of(folder)
@@ -127,21 +129,22 @@ def test_a_stored_graph_has_its_scores_in_onnx_runtime(sha: str, fixture: Fixtur
     inputs = fixture.inputs(expected["model"])
     for graph in lowering.graphs:
         names = tuple(item.name for item in graph.inputs)
-        for kind, given in (("rows", inputs), ("edge", edge_inputs(inputs))):
-            scores = graph_scores(folder / graph.file, names, given)
+        for kind, inputs_of_kind in (("rows", inputs), ("edge", edge_inputs(inputs))):
+            scores = graph_scores(folder / graph.file, names, inputs_of_kind)
             key = f"onnx/{sha}/{graph.name}/{kind}"
             require_equal(scores, fixture.scores(key), fixture, bundle_of(sha, fixture.expected))
 
 
 @every_fixture
-def test_out_of_range_ids_have_their_stored_result_in_a_graph(fixture: Fixture):
+def test_a_stored_graph_has_nan_scores_only_for_out_of_range_users(fixture: Fixture):
     graphs = [
         sha for sha, result in fixture.expected["graphs"].items() if result["model"] == "clicks"
     ]
     assert graphs
     for sha in graphs:
         edge = fixture.scores(f"onnx/{sha}/model/edge")
-        assert np.flatnonzero(np.isnan(edge)).tolist() == [0]  # the user; the item has a default
+        # row 0 has an out-of-range user; items have a default row
+        assert np.flatnonzero(np.isnan(edge)).tolist() == [0]
 
 
 RECIPE_GRAPHS = [(name, recipe) for name in NAMES for recipe in EXPECTED[name]["recipes"]]

@@ -1,7 +1,7 @@
-"""Orders, steps and limits that were written once are read for ever, under the names they have.
+"""Backward compatibility: stored orders, steps and limits are read with all of their values.
 
-A setting, kind or choice that is renamed needs an alias for the old name: these documents are order
-files of users, and orders inside of stored reports.
+A renamed setting, kind or choice needs an alias for the old name, because order files of users and
+stored reports contain it.
 """
 
 import json
@@ -28,7 +28,7 @@ ORDER_DOCUMENTS = [document for expected in EXPECTED.values() for document in ex
 
 
 def values(document: Any) -> Counter[str]:
-    """Every value in a document, without the names of the fields; ``kind`` is a name as well."""
+    """Count every value in a document, except those of ``kind`` fields."""
     if isinstance(document, dict):
         parts = [values(value) for key, value in document.items() if key != "kind"]
         return sum(parts, Counter())
@@ -37,13 +37,13 @@ def values(document: Any) -> Counter[str]:
     return Counter([json.dumps(document)])
 
 
-def require_values(document: Any, found: Any) -> None:
-    """Require that every stored value is in what was read; a later version may have more fields."""
-    lost = values(document) - values(found)
-    assert not lost
+def require_values(document: Any, loaded: Any) -> None:
+    """Require that ``loaded`` has every stored value; it may have more."""
+    missing = values(document) - values(loaded)
+    assert not missing
 
 
-def test_every_registered_step_is_among_the_stored_documents():
+def test_every_registered_step_is_in_the_stored_documents():
     stored = {document["kind"] for document in STEPS}
     assert {step().kind for step in registered_steps()} - stored == set()
     assert len(STEPS) > len(registered_steps())
@@ -75,15 +75,20 @@ def test_a_stored_order_is_read_with_all_of_its_values(document: dict[str, Any])
 
 
 @pytest.mark.parametrize("name", WITH_ORDERS)
-def test_stored_order_files_and_the_orders_in_reports_are_the_same_orders(name: str):
+def test_stored_order_files_equal_the_orders_in_stored_reports(name: str):
     files = {path.stem: path for path in (stored(name).root / "orders").iterdir()}
     assert files.keys() == ORDERS.keys()
     orders = {stem: read_order(path) for stem, path in files.items()}
     expected = EXPECTED[name]
     for stem, order in orders.items():
-        done = expected["finished"][stem]
-        report = expected["registry"]["show"][f"{done['model']}@{done['version']}"]
-        again = Order.model_validate(report["reproduction"]["order"])
-        # The report leaves out what does not change the result, and names bundle and teachers.
-        same = {"model": again.model, "teachers": again.teachers, "promote": False, "attempt": 0}
-        assert order.model_copy(update=same) == again
+        finished = expected["finished"][stem]
+        report = expected["registry"]["show"][f"{finished['model']}@{finished['version']}"]
+        stored_order = Order.model_validate(report["reproduction"]["order"])
+        # The report omits settings that do not affect the result, and resolves bundle and teachers.
+        unreported = {
+            "model": stored_order.model,
+            "teachers": stored_order.teachers,
+            "promote": False,
+            "attempt": 0,
+        }
+        assert order.model_copy(update=unreported) == stored_order

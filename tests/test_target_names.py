@@ -1,4 +1,4 @@
-"""Only a target's folder, its declaration and its adapters contain its name."""
+"""The name of a target occurs only in its folder, its declaration and its adapters."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from compressors.contracts import TARGETS
 
 NAMES = {name for item in TARGETS.values() for name in (item.name, item.field)}
 LOWERINGS = "compressors.lower.targets."
-PLACES = (
+ALLOWED_FOLDERS = (
     "compressors/contracts/targets/",  # the declarations
     "compressors/lower/targets/",
     "infra/onnxruntime/",
@@ -23,7 +23,7 @@ EXCEPTIONS = {
 }
 
 
-def named(tree: ast.AST) -> Iterator[str]:
+def target_names(tree: ast.AST) -> Iterator[str]:
     """Yield each constant, attribute and keyword that is a target's name, with its line."""
     for node in ast.walk(tree):
         match node:
@@ -47,29 +47,33 @@ def imported_lowerings(tree: ast.AST) -> Iterator[str]:
                 yield f"{node.lineno}: {module}"
 
 
-def scanned() -> Iterator[tuple[str, ast.Module]]:
+def parsed_sources() -> Iterator[tuple[str, ast.Module]]:
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())
 
 
 def test_no_source_outside_its_folders_contains_the_name_of_a_target() -> None:
-    result = {place: list(named(tree)) for place, tree in scanned() if not place.startswith(PLACES)}
-    assert {place: names for place, names in result.items() if names}.keys() == EXCEPTIONS
+    names_by_path = {
+        path: list(target_names(tree))
+        for path, tree in parsed_sources()
+        if not path.startswith(ALLOWED_FOLDERS)
+    }
+    assert {path: names for path, names in names_by_path.items() if names}.keys() == EXCEPTIONS
 
 
 def test_no_source_outside_the_targets_imports_the_folder_of_one() -> None:
-    for place, tree in scanned():
-        if not place.startswith("compressors/lower/targets/"):
-            assert list(imported_lowerings(tree)) == [], place
+    for path, tree in parsed_sources():
+        if not path.startswith("compressors/lower/targets/"):
+            assert list(imported_lowerings(tree)) == [], path
 
 
-def test_the_places_of_targets_contain_their_names() -> None:
-    for place in PLACES:
-        trees = [ast.parse(path.read_text()) for path in (ROOT / place).rglob("*.py")]
-        assert trees, place
+def test_the_folders_of_targets_contain_their_names() -> None:
+    for folder in ALLOWED_FOLDERS:
+        trees = [ast.parse(path.read_text()) for path in (ROOT / folder).rglob("*.py")]
+        assert trees, folder
     registry = Path(ROOT / "compressors/contracts/targets/registry.py")
-    assert {name.partition(": ")[2] for name in named(ast.parse(registry.read_text()))} >= {
+    assert {name.partition(": ")[2] for name in target_names(ast.parse(registry.read_text()))} >= {
         item.name for item in TARGETS.values()
     }
 
@@ -85,5 +89,5 @@ def test_the_places_of_targets_contain_their_names() -> None:
         'TargetKind = Literal["onnxruntime"]',
     ],
 )
-def test_a_name_of_a_target_is_found(source: str) -> None:
-    assert len(list(named(ast.parse(source)))) == 1
+def test_target_names_finds_names_in_constants_attributes_and_keywords(source: str) -> None:
+    assert len(list(target_names(ast.parse(source)))) == 1

@@ -1,4 +1,4 @@
-"""What the default tier is: its examples, its groups, and the command that runs all the rest."""
+"""Test tiers: Hypothesis profiles, groups of files, and the command that runs all tiers."""
 
 import ast
 import re
@@ -12,23 +12,23 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests").rglob("test_*.py"))
-# What a test of a flow takes if it shares Prefect's server, or the finished order.
-SERVER = {"prefect_server", "prefect_folder", "world", "the_world", "no_champion"}
+# Fixtures that share a Prefect server or a finished order between tests of flows.
+SHARED_FIXTURES = {"prefect_server", "prefect_folder", "world", "the_world", "no_champion"}
 
 
-def test_a_property_has_25_examples_by_default_the_same_in_every_run_and_200_nightly():
+def test_hypothesis_profiles_have_25_fixed_examples_by_default_and_200_random_ones_nightly():
     default, nightly = (settings.get_profile(name) for name in ("default", "nightly"))
     assert (default.max_examples, default.derandomize) == (25, True)
     assert (nightly.max_examples, nightly.derandomize) == (200, False)
     assert default.deadline is nightly.deadline is None
 
 
-def test_no_test_sets_its_own_number_of_examples_but_the_fuzzer():
-    result = {path.name for path in FILES if "max_examples" in path.read_text()}
-    assert result == {Path(__file__).name}
+def test_no_test_sets_its_number_of_examples():
+    files = {path.name for path in FILES if "max_examples" in path.read_text()}
+    assert files == {Path(__file__).name}
 
 
-def test_every_tier_but_gpu_is_in_test_all_with_the_nightly_profile():
+def test_make_test_all_runs_every_tier_except_gpu_with_the_nightly_profile():
     makefile = (ROOT / "Makefile").read_text()
     (command,) = re.findall(
         r"^test-all:.*\n\t\$\(PYTEST\) (.*) \$\(ARGS\)$", makefile, re.MULTILINE
@@ -41,25 +41,25 @@ def test_every_tier_but_gpu_is_in_test_all_with_the_nightly_profile():
 
 
 def fixtures_of(path: Path) -> set[str]:
-    """The names of all arguments in a file, and of the fixtures it uses by name."""
+    """The names of all function arguments in a file, which include the fixtures."""
     tree = ast.parse(path.read_text())
     return {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
 
 
 @pytest.mark.parametrize("path", (ROOT / "tests" / "flows").glob("test_*.py"), ids=lambda p: p.stem)
-def test_tests_that_share_a_prefect_server_or_an_order_are_in_a_group(path: Path):
+def test_files_that_use_shared_flow_fixtures_are_in_the_flows_group(path: Path):
     group = groups.group_of(f"tests/flows/{path.name}::test_x")
-    assert group == ("flows" if fixtures_of(path) & SERVER else path.stem)
+    assert group == ("flows" if fixtures_of(path) & SHARED_FIXTURES else path.stem)
 
 
-def test_every_file_that_is_grouped_is_there():
+def test_every_grouped_file_exists():
     names = {path.stem for path in FILES}
     assert set(groups.GROUP_OF) <= names
     assert sum(map(len, groups.GROUPS.values())) == len(groups.GROUP_OF)
 
 
 def test_loadgroup_sends_the_tests_of_a_group_to_one_process(pytestconfig):
-    """xdist's own groups do nothing under pytest 9.2: every test would be a group."""
+    """The groups of xdist do not work with pytest 9.2: every test would be a group."""
     config = SimpleNamespace(getvalue=lambda name: {"dist": "loadgroup", "tx": ["2*popen"]}[name])
     plugin = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     scheduler = plugin.pytest_xdist_make_scheduler(config, log=None)
