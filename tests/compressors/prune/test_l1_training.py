@@ -32,7 +32,7 @@ numbers = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=8)
 
 @given(numbers, st.floats(0, 3))
 def test_soft_threshold_minimizes_squared_distance_plus_l1_penalty(values, threshold):
-    """It minimises |x - w|^2 / 2 + reach * |x|: no other x, near or far, is better."""
+    """It minimizes |x - w|^2 / 2 + threshold * |x|, compared with near values, zero and w."""
     weight = torch.tensor(values, dtype=torch.float64)
 
     def cost(x: torch.Tensor) -> torch.Tensor:

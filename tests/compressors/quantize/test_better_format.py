@@ -82,7 +82,7 @@ def test_best_format_selects_the_most_precise_format_that_is_no_larger(step: Tab
                 with_code(reasons, "better_format", format=chosen.kind, bytes=size, step=step.kind)
 
 
-# Some of these methods export the network to find what they can change.
+# Methods that keep formats have two sizes only, as some of them export the network, which is slow.
 SIZES = tuple(itertools.product((1, 2, 5, 16), (1, 2, 17, 100)))
 SIZES_OF_VALUES = ((1, 1), (16, 100))
 
@@ -105,7 +105,7 @@ def size_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("method", "sizes"), size_cases())
 def test_no_step_increases_the_bytes_of_a_network_or_of_a_unit(method, sizes) -> None:
-    """Without ``tiers``, whose map takes bytes that later steps save, and ``recalibrate``."""
+    """Except ``tiers`` and ``recalibrate``, which add a row map and an output map."""
     step = default(method)
     for dim, rows in sizes:
         source = network(rows, dim).model()

@@ -81,14 +81,13 @@ def test_a_layer_that_rounds_to_infinity_is_skipped_with_a_reason():
 
 
 def test_every_dense_layer_is_stored_in_two_bytes_per_number(tmp_path):
-    """Compress tables with one step and layers with another."""
     bench = RANKER.bench(tmp_path / "data")
     result = run(BFloat16Dense(), RANKER.model(), bench, tmp_path / "out")
     lines = [line for line in result.plan.lines if line.role == "dense"]
     assert {line.format for line in lines} == {"bfloat16"}
     assert has_bfloat16_products(result.plan)
     assert not has_bfloat16_products(RANKER.model().plan)
-    for line in lines:  # two bytes a number, and a bias where there was none
+    for line in lines:  # two bytes per number, also for layers without bias, which get one
         layer = RANKER.model().module.get_submodule(line.module)
         assert line.bytes_after == 2 * (layer.weight.numel() + layer.out_features)
 
@@ -96,36 +95,44 @@ def test_every_dense_layer_is_stored_in_two_bytes_per_number(tmp_path):
 # --- graphs ----------------------------------------------------------------------------------
 
 
-def to(cast: onnx.NodeProto) -> int:
-    """The type a Cast casts to."""
+def cast_type(cast: onnx.NodeProto) -> int:
+    """The output type of a Cast node."""
     (result,) = (item.i for item in cast.attribute if item.name == "to")
     return result
 
 
 def test_tensorrt_graph_has_bfloat16_gemms_between_two_casts():
-    written = onnx.load(graph("Compact", recipe_with("bfloat16_dense"), RTX).path).graph
-    types = {item.name: item.data_type for item in written.initializer}
-    maker = {output: node for node in written.node for output in node.output}
-    gemms = [node for node in written.node if node.op_type == "Gemm"]
+    onnx_graph = onnx.load(graph("Compact", recipe_with("bfloat16_dense"), RTX).path).graph
+    types = {item.name: item.data_type for item in onnx_graph.initializer}
+    producer = {output: node for node in onnx_graph.node for output in node.output}
+    gemms = [node for node in onnx_graph.node if node.op_type == "Gemm"]
     assert len(gemms) == 5
     for gemm in gemms:
         assert {types[name] for name in gemm.input[1:]} == {TensorProto.BFLOAT16}
-        before = maker[gemm.input[0]]
-        assert (before.op_type, to(before)) == ("Cast", TensorProto.BFLOAT16)
-        (after,) = (n for n in written.node if gemm.output[0] in n.input)
-        assert (after.op_type, to(after)) == ("Cast", TensorProto.FLOAT)
+        before = producer[gemm.input[0]]
+        assert (before.op_type, cast_type(before)) == ("Cast", TensorProto.BFLOAT16)
+        (after,) = (n for n in onnx_graph.node if gemm.output[0] in n.input)
+        assert (after.op_type, cast_type(after)) == ("Cast", TensorProto.FLOAT)
 
 
 def test_onnxruntime_graph_stores_bfloat16_weights_and_no_float32_copy():
-    written = onnx.load(graph("Compact", recipe_with("bfloat16_dense"), "onnxruntime").path).graph
-    short = [item for item in written.initializer if item.data_type == TensorProto.BFLOAT16]
-    assert len([item for item in short if len(item.dims) == 2]) == 5
-    wide = [i for i in written.initializer if i.data_type == TensorProto.FLOAT and len(i.dims) == 2]
-    assert not {tuple(i.dims) for i in wide} & {tuple(item.dims) for item in short}
+    onnx_graph = onnx.load(
+        graph("Compact", recipe_with("bfloat16_dense"), "onnxruntime").path
+    ).graph
+    bfloat16_weights = [
+        item for item in onnx_graph.initializer if item.data_type == TensorProto.BFLOAT16
+    ]
+    assert len([item for item in bfloat16_weights if len(item.dims) == 2]) == 5
+    float32_weights = [
+        i for i in onnx_graph.initializer if i.data_type == TensorProto.FLOAT and len(i.dims) == 2
+    ]
+    assert not {tuple(i.dims) for i in float32_weights} & {
+        tuple(item.dims) for item in bfloat16_weights
+    }
 
 
 def test_onnxruntime_cannot_run_the_bfloat16_graph_of_tensorrt(tmp_path):
-    """Or there would be no need for another form."""
+    """Therefore the graph for ONNX Runtime has another form."""
     with raises_code(
         BuildRefused,
         "onnxruntime_graph_refused",
@@ -138,7 +145,7 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
     random = np.random.default_rng(0)
     weight = torch.from_numpy(random.standard_normal((3, 8)).astype(np.float32)).bfloat16()
     bias = torch.from_numpy(random.standard_normal(3).astype(np.float32)).bfloat16()
-    short = [
+    bfloat16_weights = [
         onnx.helper.make_tensor(name, TensorProto.BFLOAT16, list(t.shape), t.float().flatten())
         for name, t in (("w", weight), ("b", bias))
     ]
@@ -153,7 +160,7 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
         onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
         for name, width in (("x", 8), ("y", 3))
     ]
-    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [*short, plain])
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [*bfloat16_weights, plain])
     opset = [onnx.helper.make_opsetid("", 21)]
     onnx.save(
         onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "g.onnx"
@@ -161,11 +168,11 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
     write_checkable(tmp_path / "g.onnx", tmp_path / "c.onnx")
     x = random.standard_normal((50, 8)).astype(np.float32)
     result = Session(tmp_path / "c.onnx", 1).scores({"x": x})
-    wide = F.linear(torch.from_numpy(x).bfloat16().float(), weight.float(), bias.float())
-    # Sums in another order may fall to the other side of a rounding: one bit of 8.
-    np.testing.assert_allclose(result, wide.bfloat16().float().numpy(), rtol=2.0**-7)
+    float32_weights = F.linear(torch.from_numpy(x).bfloat16().float(), weight.float(), bias.float())
+    # Sums in another order may round to the neighbouring number, one of 8 bits.
+    np.testing.assert_allclose(result, float32_weights.bfloat16().float().numpy(), rtol=2.0**-7)
     assert np.array_equal(result, torch.from_numpy(result).bfloat16().float().numpy())
-    assert not np.array_equal(result, wide.numpy())
+    assert not np.array_equal(result, float32_weights.numpy())
 
 
 @pytest.mark.parametrize("reference", ["Compact", "Attention", "Normed"])
@@ -181,7 +188,7 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_scores_three_percent_of_a_
     off = expected + np.float32(0.03) * spread
     with pytest.raises(ParityLost):
         compare(expected, off.astype(np.float32), plan, RTX)
-    with pytest.raises(ParityLost):  # ONNX Runtime widens, and rounds nothing
+    with pytest.raises(ParityLost):  # ONNX Runtime computes in float32 without rounding to bfloat16
         compare(expected, expected + np.float32(0.005) * spread, plan, "onnxruntime")
 
 

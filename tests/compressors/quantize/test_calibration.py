@@ -29,10 +29,10 @@ from compressors.quantize.dense.static_int8 import StaticInt8, clipped_scale, en
 
 
 def histogram_of(*parts: Tensor) -> Histogram:
-    result = Histogram()
+    histogram = Histogram()
     for part in parts:
-        result.add(part)
-    return result
+        histogram.add(part)
+    return histogram
 
 
 values = arrays.arrays(
@@ -55,32 +55,32 @@ def test_histogram_does_not_depend_on_how_rows_are_split_into_batches(x, cut):
 
 @given(x=values)
 def test_histogram_counts_every_value_in_its_bin(x):
-    result, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
-    assert result.zeros == int((size == 0).sum())
-    bin_index = np.floor(size[size > 0] / result.width).astype(np.int64)
-    assert np.array_equal(result.counts.numpy(), np.bincount(bin_index, minlength=BINS))
-    assert float(result.largest) == size.max()
-    # At least half the bins, but for numbers that are next to nothing.
-    assert size.max() < 2.0**-100 or BINS // 2 < result.used() <= BINS
+    histogram, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+    assert histogram.zeros == int((size == 0).sum())
+    bin_index = np.floor(size[size > 0] / histogram.width).astype(np.int64)
+    assert np.array_equal(histogram.counts.numpy(), np.bincount(bin_index, minlength=BINS))
+    assert float(histogram.largest) == size.max()
+    # At least half of the bins are used, except for very small numbers.
+    assert size.max() < 2.0**-100 or BINS // 2 < histogram.used() <= BINS
 
 
 def test_histogram_accepts_empty_tensors_and_reports_a_nonfinite_largest_value():
-    result = histogram_of(torch.empty(0, 3), torch.tensor([1.0, -3.0]))
-    assert int(result.counts.sum()) == 2
+    histogram = histogram_of(torch.empty(0, 3), torch.tensor([1.0, -3.0]))
+    assert int(histogram.counts.sum()) == 2
     assert not torch.isfinite(histogram_of(torch.tensor([1.0, torch.nan])).largest)
     assert not torch.isfinite(histogram_of(torch.tensor([1.0, -torch.inf])).largest)
 
 
-# --- where ranges end ------------------------------------------------------------------------
+# --- the range of each calibrator ------------------------------------------------------------
 
 
 @given(x=values, share=st.sampled_from([0.6, 0.9, 0.999, 1.0]))
 def test_percentile_is_the_smallest_bin_edge_with_its_share_of_values_inside(x, share):
-    result, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
-    end = calibrators.percentile(result, share)
+    histogram, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+    end = calibrators.percentile(histogram, share)
     assert (size <= end).mean() >= share or size.max() == 0
-    fewer = (size < end - result.width).mean()
-    assert fewer < share or end <= result.width
+    fewer = (size < end - histogram.width).mean()
+    assert fewer < share or end <= histogram.width
     assert end <= size.max() or size.max() == 0
     if share == 1:
         assert end == size.max()
@@ -105,16 +105,16 @@ SHAPES: dict[str, Callable[[torch.Generator], Tensor]] = {
 @pytest.mark.parametrize("seed", [0, 1])
 def test_least_squares_range_has_at_most_2_percent_more_error_than_the_best(shape, seed):
     x = shape(torch.Generator().manual_seed(seed))
-    result = histogram_of(x)
-    end = calibrators.least_squares(result)
-    largest = float(result.largest)
+    histogram = histogram_of(x)
+    end = calibrators.least_squares(histogram)
+    largest = float(histogram.largest)
     best = min(rounded(x, share * largest) for share in np.linspace(0.05, 1, 96))
-    # Errors are expected, not measured: inputs are taken as even within a step.
+    # The calibrator estimates errors, assuming that inputs are uniform within a step.
     assert rounded(x, end) <= 1.02 * best
 
 
 def naive_divergence(counts: np.ndarray, end: int) -> float:
-    """Migacz's pseudocode, a bin at a time, on counts of bins without the zeros."""
+    """Migacz's pseudocode written out with loops, for bin counts without the zeros."""
     p = counts[:end].astype(np.float64)
     p[-1] += counts[end:].sum()
     groups: dict[int, list[int]] = {}
@@ -139,15 +139,16 @@ def naive_divergence(counts: np.ndarray, end: int) -> float:
 def test_entropy_range_has_the_least_divergence_of_a_naive_reference(seed, power, zeros):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3000, generator=generator).abs() ** power
-    result = histogram_of(torch.cat([x, torch.zeros(zeros)]))
-    counts, used = result.counts.numpy(), result.used()
+    histogram = histogram_of(torch.cat([x, torch.zeros(zeros)]))
+    counts, used = histogram.counts.numpy(), histogram.used()
     ends = [*range(128, used, calibrators.BINS_APART), used]
-    every = ends[:: max(1, len(ends) // 12)]  # a dozen of them: the reference is slow
-    end = calibrators.least_divergence(result)
-    bin_index = math.ceil(end / result.width)  # the largest value ends the last bin
+    tried_ends = ends[:: max(1, len(ends) // 12)]  # about 12, as the reference is slow
+    end = calibrators.least_divergence(histogram)
+    # The range ends at the largest value, which may be on the lower edge of the last bin.
+    bin_index = used if end == float(histogram.largest) else math.ceil(end / histogram.width)
     least = naive_divergence(counts, bin_index)
     assert bin_index in ends
-    for other in every:
+    for other in tried_ends:
         assert least <= naive_divergence(counts, other) * (1 + 1e-9) + 1e-12
 
 
@@ -160,9 +161,9 @@ def test_inputs_of_one_absolute_value_are_inside_the_range(rule, value):
         "least_squares": calibrators.least_squares,
     }
     x = torch.tensor([value, -value, value])
-    # A bin's values are taken as even within it: least squares may clip less than a bin.
-    room = value / BINS * 2 if rule == "least_squares" else 0
-    assert float(x[0]) - room <= ends[rule](histogram_of(x)) <= float(x[0])
+    # Least squares assumes uniform values within a bin, so it may clip up to a bin.
+    tolerance = value / BINS * 2 if rule == "least_squares" else 0
+    assert float(x[0]) - tolerance <= ends[rule](histogram_of(x)) <= float(x[0])
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def calibration_bench(folder: Path, x: Tensor) -> Bench:
 
 
 def outliers() -> Tensor:
-    """Normal rows, with one number in a quarter of a million far out."""
+    """Normal rows with one outlier of 40 among 250,000 numbers."""
     x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
     x[17, 3] = 40.0
     return x
@@ -288,7 +289,7 @@ def test_reported_error_is_the_relative_output_error_on_the_calibration_rows(by_
 def test_layers_above_most_error_stay_float32_and_the_plan_gives_their_error(tmp_path):
     source, x = SMALL.model(), outliers()
     bench = calibration_bench(tmp_path / "data", x)
-    # `first` reads the far input, `out` does not: its error lies between.
+    # ``first`` reads the outlier and ``out`` does not, so only the error of ``first`` is above 4 %.
     result = run(StaticInt8(most_error=0.04), source, bench, tmp_path / "out")
     kept_line, quantized_line = result.plan.of("first"), result.plan.of("out")
     assert kept_line.format == "float32"
@@ -300,9 +301,9 @@ def test_layers_above_most_error_stay_float32_and_the_plan_gives_their_error(tmp
     assert torch.equal(result.module.first.weight, source.module.first.weight)
     assert quantized_line.format == "static_int8"
     assert codes_of(quantized_line.reasons) == ["selected", "output_error"]
-    none = run(StaticInt8(most_error=1e-9), source, bench, tmp_path / "none")
-    assert not none.network.modules
-    assert torch.equal(none.module(x), source.module(x))
+    unquantized = run(StaticInt8(most_error=1e-9), source, bench, tmp_path / "none")
+    assert not unquantized.network.modules
+    assert torch.equal(unquantized.module(x), source.module(x))
 
 
 def test_default_scale_covers_every_input_and_the_plan_reports_no_error(tmp_path):
@@ -325,14 +326,14 @@ def test_percentile_leaves_its_share_of_the_inputs_unclipped(tmp_path):
         result = run(step, SMALL.model(), bench, tmp_path / str(share))
         ends.append(float(result.module.first.input_scale) * LEVELS)
         inside = float((x.abs() <= ends[-1]).float().mean())
-        assert share <= inside <= share + 5e-3  # a bin holds so many
+        assert share <= inside <= share + 5e-3  # up to the values of one bin
     assert all(low < high for low, high in itertools.pairwise(ends))
 
 
 def test_weights_mse_lowers_the_weight_error_and_keeps_the_input_scale(tmp_path):
     source = SMALL.model()
     with torch.no_grad():
-        source.module.first.weight[0, :] = 0.5  # 63.5 steps of the whole range
+        source.module.first.weight[0, :] = 0.5  # 63.5 steps without clipping
         source.module.first.weight[0, 0] = 1.0
     x = outliers()
     bench = calibration_bench(tmp_path / "data", x)

@@ -1,4 +1,4 @@
-"""Clipping rules never increase the squared error, and come close to an exhaustive search."""
+"""Clipping rules never increase the squared error, and are close to an exhaustive search."""
 
 import pytest
 import torch
@@ -48,23 +48,23 @@ def error(table: Tensor, grid: Grid) -> Tensor:
 def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, together):
     plain = changed_grid(grid, scale=scale, rows_per_scale=together)
     # Errors are compared in float32; sums of a few dozen squares round by parts in 10^6.
-    least = error(table, plain) * (1 + 1e-5) + 1e-45
-    assert torch.all(error(table, changed_grid(plain, clipping=rule)) <= least)
+    smallest_error = error(table, plain) * (1 + 1e-5) + 1e-45
+    assert torch.all(error(table, changed_grid(plain, clipping=rule)) <= smallest_error)
 
 
 def test_mse_finds_the_best_share_of_every_symmetric_row():
-    """The reference encodes the whole table once for every share."""
+    """The reference encodes the table for every share and takes the best one of each row."""
     table = random_normal(200, 24)
     grid = changed_grid(INT4, scale="float32")
     widest = fit(table, grid).scale
-    tried = []
+    errors_of_shares = []
     for share in (1.0, *clipping.SHARES):
         scale = (widest * share).double()
         codes = (table.double() / scale).round().clamp(-7, 7)
-        tried.append((codes * scale - table.double()).square().sum(dim=1))
+        errors_of_shares.append((codes * scale - table.double()).square().sum(dim=1))
     result = error(table, changed_grid(grid, clipping="mse"))
-    torch.testing.assert_close(result, torch.stack(tried).amin(dim=0), rtol=1e-4, atol=0)
-    # A normal row of 24 loses a tenth of its error and more where its largest weight stands out.
+    torch.testing.assert_close(result, torch.stack(errors_of_shares).amin(dim=0), rtol=1e-4, atol=0)
+    # Clipping lowers the error of normal rows of 24 weights, on average by more than 5 %.
     assert result.sum() < 0.95 * error(table, grid).sum()
 
 
@@ -73,21 +73,21 @@ def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
     table = random_normal(100, 16)
     low, high = ends(table)
     step = (high - low) / clipping.STEPS
-    places = range(clipping.STEPS // 2)
-    tried = [
+    steps = range(clipping.STEPS // 2)
+    errors_of_shares = [
         squared_error(table, asymmetric_ends(low + first * step, high - second * step, grid), grid)
-        for first in places
-        for second in places
+        for first in steps
+        for second in steps
     ]
-    least = torch.stack(tried).amin(dim=0).sum()
-    # One end at a time may miss a pair of steps; the finer steps win that back, and more at 256
-    # levels, where a 50th of the range is five of them.
-    assert error(table, changed_grid(grid, clipping="mse")).sum() <= 1.01 * least
+    smallest_error = torch.stack(errors_of_shares).amin(dim=0).sum()
+    # The search moves one end at a time, so it may miss the best pair of coarse steps. It then
+    # refines its steps, which the reference does not.
+    assert error(table, changed_grid(grid, clipping="mse")).sum() <= 1.01 * smallest_error
 
 
 @each_asymmetric
 def test_greedy_error_is_within_2_percent_of_torchs_implementation(grid):
-    """Torch does the same search, but keeps only local minima and rounds offsets to the nearest."""
+    """Torch has the same search, but stops at local minima and rounds offsets to the nearest."""
     table = random_normal(100, 16)
     bits = grid.levels.bit_length() - 1
     result = [
@@ -97,20 +97,20 @@ def test_greedy_error_is_within_2_percent_of_torchs_implementation(grid):
     scale = ((high - low) / (grid.levels - 1)).half().float()
     low = low.half().float()
     codes = ((table - low) / scale).round().clamp(0, grid.levels - 1)
-    theirs = (codes * scale + low - table).square().sum()
-    # At 256 levels the rounding of an offset is what differs: by an eighth of a level at most.
-    assert error(table, changed_grid(grid, clipping="greedy")).sum() <= 1.02 * theirs
+    error_of_torch = (codes * scale + low - table).square().sum()
+    # With 256 levels, the difference is the rounding of offsets, at most an eighth of a level.
+    assert error(table, changed_grid(grid, clipping="greedy")).sum() <= 1.02 * error_of_torch
 
 
 @each_grid
 def test_greedy_removes_at_most_16_percent_of_a_range(grid):
     table = random_normal(300, 16)
-    whole, result = (
+    without_clipping, result = (
         fit(table, changed_grid(grid, clipping=rule)).scale for rule in ("min_max", "greedy")
     )
-    assert torch.all(result.float() >= 0.84 * whole.float() * (1 - 2.0**-9))
+    assert torch.all(result.float() >= 0.84 * without_clipping.float() * (1 - 2.0**-9))
     if grid.levels < 20:  # with more levels a bin is more than a level
-        assert (result < whole).float().mean() > 0.7
+        assert (result < without_clipping).float().mean() > 0.7
 
 
 def test_mse_clips_one_large_weight_among_many_small_ones():
@@ -143,16 +143,16 @@ def test_mse_with_two_bits_and_one_scale_finds_the_optimal_step_despite_an_outli
 def test_a_range_fitted_in_chunks_is_close_to_the_range_fitted_at_once(grid, rule, monkeypatch):
     table = random_normal(64, 10)
     chosen = changed_grid(grid, rows_per_scale=0, clipping=rule)
-    whole = fit(table, chosen)
+    without_clipping = fit(table, chosen)
     monkeypatch.setattr(
         "compressors.quantize.kernels.levels.CHUNK", 100
     )  # 640 values: a short last piece
     pieces = fit(table, chosen)
     # Sums of squares in another order may choose the neighbouring step at most.
     for name in ("scale", "offset"):
-        if getattr(whole, name) is not None:
+        if getattr(without_clipping, name) is not None:
             torch.testing.assert_close(
-                getattr(pieces, name), getattr(whole, name), rtol=0.03, atol=1e-3
+                getattr(pieces, name), getattr(without_clipping, name), rtol=0.03, atol=1e-3
             )
 
 

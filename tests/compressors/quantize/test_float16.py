@@ -47,19 +47,19 @@ def test_largest_sum_bounds_partial_sums_in_any_order(x, weight, bias, seed):
     terms = np.concatenate([x[:, None] * weight, np.broadcast_to(bias, (3, 2))[..., None]], axis=2)
     result = largest_sum(*map(torch.from_numpy, (x, weight, bias)))
     shuffled = np.random.default_rng(seed).permuted(terms.astype(np.float64), axis=2)
-    room = 1e-5 * np.abs(terms).sum(axis=2).max()
-    assert np.abs(shuffled.cumsum(axis=2)).max() <= result + room
-    # and one of them gets there: all terms of one sign first
+    tolerance = 1e-5 * np.abs(terms).sum(axis=2).max()
+    assert np.abs(shuffled.cumsum(axis=2)).max() <= result + tolerance
+    # The bound is reached if all terms of one sign are added first.
     ordered = np.sort(terms.astype(np.float64), axis=2)
     highest = max(np.abs(o.cumsum(axis=2)).max() for o in (ordered, ordered[..., ::-1]))
-    assert abs(highest - result) <= room
+    assert abs(highest - result) <= tolerance
 
 
 WIDTH, ROWS = 4, 50
 
 
-class Tall(nn.Module):
-    """``raised`` reads numbers of the rows' size, ``sums`` adds up what cancels out."""
+class LargeInputsNet(nn.Module):
+    """``raised`` reads the input; the terms of ``sums`` are a tenth of it and cancel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,11 +82,11 @@ SCHEMA = Signature(
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-TALL = Reference(Tall, SCHEMA)
+LARGE_INPUTS = Reference(LargeInputsNet, SCHEMA)
 
 
-def calibrating(folder: Path, size: float) -> Bench:
-    """Rows whose largest number is ``size``, in their last row."""
+def bench_with_largest_input(folder: Path, size: float) -> Bench:
+    """A bench whose largest absolute input is ``size``, in the last calibration row."""
     x = torch.ones(ROWS, WIDTH)
     x[-1] = -size
     folder.mkdir(parents=True)
@@ -102,14 +102,14 @@ def calibrating(folder: Path, size: float) -> Bench:
         (33_000, 2.0, {"raised"}),
         (33_000, 1.0, set()),
         (66_000, 1.0, {"raised"}),
-        # a tenth of it twice with either sign: no output, but sums of a fifth on the way
+        # ``sums`` adds a tenth twice with each sign: the output is 0, partial sums are a fifth
         (170_000, 2.0, {"raised", "sums"}),
         (170_000, 1.0, {"raised"}),
     ],
 )
 def test_layers_that_may_overflow_stay_float32_with_a_reason(size, headroom, kept_layers, tmp_path):
-    source = TALL.model()
-    bench = calibrating(tmp_path / "data", size)
+    source = LARGE_INPUTS.model()
+    bench = bench_with_largest_input(tmp_path / "data", size)
     result = run(Float16(headroom=headroom, batch=8), source, bench, tmp_path / "out")
     lines = {line.module: line for line in result.plan.lines if line.role == "dense"}
     assert {name for name, line in lines.items() if line.format == "float32"} == kept_layers
@@ -124,7 +124,7 @@ def test_layers_that_may_overflow_stay_float32_with_a_reason(size, headroom, kep
         sums = pytest.approx(34_000, rel=1e-5)
         with_code(lines["sums"].reasons, "near_largest", what="a sum", size=sums)
     x = torch.full((2, WIDTH), float(size))
-    with torch.no_grad():  # what float16 took, it can compute
+    with torch.no_grad():  # layers in float16 do not overflow
         for name in lines.keys() - kept_layers:
             layer = result.module.get_submodule(name)
             layer_input = x if name == "raised" else x / 10 if name == "sums" else x.tanh()

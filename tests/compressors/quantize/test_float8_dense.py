@@ -18,7 +18,7 @@ from compressors.quantize.dense.float8_dense import LARGEST, Float8Dense, encode
 from compressors.quantize.tables.float8_e4m3 import steps_of
 
 OP = torch.ops.recpress.float8_linear
-# Every number that E4M3 has, from the format's own bits.
+# All E4M3 numbers, from the bits of the format.
 NUMBERS = steps_of(torch.tensor([code for code in range(256) if code & 127 != 127]).byte()).numpy()
 
 

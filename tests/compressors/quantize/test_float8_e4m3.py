@@ -14,8 +14,8 @@ from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.tables.float8_e4m3 import Float8E4M3, steps_of
 
 
-def back(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights that come back, and the scale of each row."""
+def decoded_and_scales(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The decoded weights of an encoded table, and the scale of each row."""
     module = encode_table(step, table)
     rows = torch.arange(len(table))
     return module(rows), module.scale[rows // (step.rows_per_scale or len(table))].float()
@@ -25,7 +25,7 @@ def back(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]:
 def test_rounding_error_is_at_most_half_the_last_of_four_bits_or_half_the_smallest_step(
     table, scale, together
 ):
-    decoded, scales = back(Float8E4M3(scale=scale, rows_per_scale=together), table)
+    decoded, scales = decoded_and_scales(Float8E4M3(scale=scale, rows_per_scale=together), table)
     # Half of the last of 4 significant bits; below 2^-6 scales the steps are 2^-9, all even.
     allowed = torch.maximum(table.abs() * 2.0**-4, scales * 2.0**-10)
     # A stored scale may round down and leave the largest weight at 448.5 instead of 448.
@@ -72,7 +72,7 @@ def test_no_weight_is_encoded_as_nan():
 
 def test_scales_reduce_the_error_of_small_weights_20_times():
     table = random_normal(200, 16) * 0.001
-    decoded, _ = back(Float8E4M3(), table)
+    decoded, _ = decoded_and_scales(Float8E4M3(), table)
     bare = table.to(torch.float8_e4m3fn).float()
     assert (decoded - table).square().sum() < 0.05 * (bare - table).square().sum()
 
@@ -84,7 +84,7 @@ def test_lookup_accepts_ids_of_any_shape(together, shape):
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
     rows = encode_table(step, table)(ids)
     assert rows.shape == (*shape, 5)
-    assert torch.equal(rows, back(step, table)[0][ids])
+    assert torch.equal(rows, decoded_and_scales(step, table)[0][ids])
 
 
 @pytest.mark.parametrize("together", [0, 1, 4])
@@ -115,11 +115,11 @@ def test_a_scale_above_float16_raises_and_can_be_stored_as_float32():
     table = torch.full((2, 3), 65504.0 * 449)
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         encode_table(Float8E4M3(), table)
-    decoded, _ = back(Float8E4M3(scale="float32"), table)
+    decoded, _ = decoded_and_scales(Float8E4M3(scale="float32"), table)
     torch.testing.assert_close(decoded, table, rtol=1e-6, atol=0)
 
 
 def test_rows_of_zeros_are_exact():
-    decoded, scales = back(Float8E4M3(), torch.zeros(3, 4))
+    decoded, scales = decoded_and_scales(Float8E4M3(), torch.zeros(3, 4))
     assert not decoded.any()
     assert torch.all(scales > 0)

@@ -38,26 +38,26 @@ GRIDS = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled() -> None:
-    """Compiling takes seconds, which are no example's fault."""
+    """Compile the loops before any example, because compilation takes seconds."""
     row_encoding.encode(torch.zeros(1, 1), Grid(15), 4)
     row_encoding.encode(torch.zeros(1, 1), Grid(15, clipping="least_squares"), 4)
     row_encoding.encode_as(torch.zeros(1, 1), FittedRange(torch.ones(1, 1), None), Grid(15), 4)
 
 
-def words(tensor: Tensor) -> Tensor:
-    """A tensor's bits, so that zeros of both signs differ."""
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers, so that 0.0 and -0.0 differ."""
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
-def stored(steps: Tensor, bits: int, *, symmetric: bool) -> Tensor:
-    """Levels counted in scales as codes: what the compiled loops write."""
+def expected_codes(steps: Tensor, bits: int, *, symmetric: bool) -> Tensor:
+    """Convert levels (multiples of the scale) to codes as the compiled loops write them."""
     if bits == 8:
         return steps.to(torch.int8 if symmetric else torch.uint8).view(torch.uint8)
     return bitpacking.pack((steps + 8 if symmetric else steps).to(torch.uint8), 4)
 
 
-def agree(rows: Tensor, grid: Grid, bits: int) -> None:
-    """Codes, scales and offsets are the specification's, or both refuse."""
+def require_equal_encoding(rows: Tensor, grid: Grid, bits: int) -> None:
+    """Require that compiled loops and specification give equal results or the same error."""
     try:
         expected = clipping.fit(rows, grid)
     except CompressionError:
@@ -65,17 +65,17 @@ def agree(rows: Tensor, grid: Grid, bits: int) -> None:
             row_encoding.encode(rows, grid, bits)
         return
     codes, fitted = row_encoding.encode(rows, grid, bits)
-    assert torch.equal(words(fitted.scale), words(expected.scale))
+    assert torch.equal(bits_of(fitted.scale), bits_of(expected.scale))
     assert (fitted.offset is None) == (expected.offset is None)
     if fitted.offset is not None and expected.offset is not None:
-        assert torch.equal(words(fitted.offset), words(expected.offset))
-    steps = stored(nearest(rows, expected, grid), bits, symmetric=grid.symmetric)
+        assert torch.equal(bits_of(fitted.offset), bits_of(expected.offset))
+    steps = expected_codes(nearest(rows, expected, grid), bits, symmetric=grid.symmetric)
     assert torch.equal(codes, steps)
     assert torch.equal(row_encoding.encode_as(rows, expected, grid, bits), steps)
 
 
 def finite(words_: list[int], dim: int) -> Tensor:
-    """Rows made of any float32 bit patterns but NaN and infinity."""
+    """Rows of arbitrary float32 bit patterns except NaN and infinity."""
     numbers = np.array(words_, np.uint32).view(np.float32)
     numbers = np.where(np.isfinite(numbers), numbers, np.float32(0))
     return torch.from_numpy(numbers[: len(numbers) // dim * dim].reshape(-1, dim).copy())
@@ -96,7 +96,7 @@ SPECIAL = st.sampled_from([0, 1 << 31, 1, 0x7FFFFF, 0x800000, 0x477FE000, 0x3380
 @given(st.lists(ANY | NEAR | SPECIAL, min_size=1, max_size=60), st.integers(1, 20))
 @example([0x477FE000, 0x477FE006], 2)  # 65504 and more: only a clipped range is beyond float16
 def test_every_bit_is_the_specifications(bits: int, grid: Grid, numbers: list[int], dim: int):
-    agree(finite(numbers, min(dim, len(numbers))), grid, bits)
+    require_equal_encoding(finite(numbers, min(dim, len(numbers))), grid, bits)
 
 
 @pytest.mark.parametrize(("bits", "grid"), GRIDS)
@@ -107,7 +107,7 @@ def test_encoding_normal_rows_equals_the_specification_bit_for_bit(
     rows = torch.randn(70, dim, generator=torch.Generator().manual_seed(seed)) * 2.0**power
     rows[seed % 70] = 0
     rows[seed % 7] = rows[seed % 7].abs() + 2.0**power  # all of one sign
-    agree(rows, grid, bits)
+    require_equal_encoding(rows, grid, bits)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -116,7 +116,7 @@ def test_ties_between_levels_are_rounded_as_in_the_specification(bits: int, symm
     grid = Grid(LEVELS[bits, symmetric], symmetric, "min_max", "float32")
     top = grid.half if symmetric else grid.levels - 1
     rows = torch.arange(-2 * int(top), 2 * int(top) + 1).float().unsqueeze(0) / 2
-    agree(rows if symmetric else rows.abs(), grid, bits)
+    require_equal_encoding(rows if symmetric else rows.abs(), grid, bits)
 
 
 @pytest.mark.parametrize("clip", ["min_max", "least_squares", "greedy", "mse"])
@@ -129,7 +129,7 @@ def test_a_steps_encoded_block_equals_the_specification(step, clip, symmetric, t
     result = method.encode(rows, method.fit(rows))
     fitted = clipping.fit(rows, method.grid)
     bits = 8 if step is RowwiseInt8 else 4
-    steps = stored(nearest(rows, fitted, method.grid), bits, symmetric=symmetric)
+    steps = expected_codes(nearest(rows, fitted, method.grid), bits, symmetric=symmetric)
     assert torch.equal(result["codes"].view(torch.uint8), steps)
     assert result.keys() == {"codes"} | (
         ({"scale"} | (set() if symmetric else {"offset"})) if together else set()

@@ -42,7 +42,7 @@ def test_round_trip_error_is_at_most_half_the_stored_scale(grid, table, scale, t
 @each_grid
 @pytest.mark.parametrize("largest", [1.4e-7, 1e-5, 1.1e-4, 6e-8 * 127.4, 6e-8 * 7.4, 6e-8 * 1.6])
 def test_scales_of_the_smallest_float16_numbers_clip_nothing(grid, largest):
-    # Such scales are whole multiples of 2^-24: rounded down, they would clip the largest weights.
+    # Such scales are small multiples of 2^-24; rounding them down would clip the largest weights.
     within_half_a_level(torch.linspace(-1, 1, 33).reshape(3, 11) * largest, grid)
 
 
@@ -108,7 +108,7 @@ def test_an_offset_reduces_the_error_of_weights_of_one_sign_4_times(grid):
     with_offset, without = (
         (round_trip(table, one)[0] - table).square().sum() for one in (grid, plain)
     )
-    # Half of a symmetric grid's levels lie where no weight is, and zero to 0.1 is empty.
+    # Half of the levels of a symmetric grid are below zero, and a quarter between 0 and 0.1.
     assert with_offset < without / 4
 
 
@@ -167,12 +167,12 @@ def test_the_fit_of_a_range_does_not_depend_on_other_ranges(grid, table, clippin
     """So it does not matter which blocks a table is encoded in."""
     together = data.draw(st.sampled_from([1, 2]))
     chosen = changed_grid(grid, clipping=clipping, rows_per_scale=together)
-    whole = fit(table, chosen)
+    all_rows = fit(table, chosen)
     parts = [fit(part, chosen) for part in table.split(together)]
     for name in ("scale", "offset"):
-        if getattr(whole, name) is not None:
+        if getattr(all_rows, name) is not None:
             alone = torch.cat([getattr(part, name) for part in parts])
-            assert torch.equal(getattr(whole, name), alone)
+            assert torch.equal(getattr(all_rows, name), alone)
 
 
 @each_grid

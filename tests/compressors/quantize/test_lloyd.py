@@ -27,13 +27,13 @@ def points(most: int = 40) -> st.SearchStrategy[Tensor]:
     shapes = st.tuples(st.integers(1, most), st.integers(1, 4))
     values = arrays.arrays(np.float32, shapes, elements=st.builds(np.float32, unit))
     scales = st.sampled_from([1e-4, 1.0, 1e4])
-    return st.tuples(values, scales).map(lambda drawn: torch.from_numpy(drawn[0]) * drawn[1])
+    return st.tuples(values, scales).map(lambda sampled: torch.from_numpy(sampled[0]) * sampled[1])
 
 
 def error(rows: Tensor, codebook: Tensor, weight: Tensor | None = None) -> float:
     """Squared error with every point at its nearest entry, the plain way, in float64."""
-    gaps = rows.double()[:, None] - codebook.double()[None]
-    each = gaps.square().sum(dim=2).amin(dim=1)
+    distances = rows.double()[:, None] - codebook.double()[None]
+    each = distances.square().sum(dim=2).amin(dim=1)
     return float(each.sum() if weight is None else (each * weight.double()).sum())
 
 
@@ -152,7 +152,7 @@ def test_points_of_weight_zero_do_not_affect_the_codebook():
 
 def test_entries_without_points_are_moved_to_points(monkeypatch):
     rows, _ = clustered(400, 2, 8)
-    equal = rows[:1].expand(8, 2).clone()  # seven of these first entries are nearest to nothing
+    equal = rows[:1].expand(8, 2).clone()  # seven of eight equal entries have no points
     monkeypatch.setattr(lloyd, "_seeded", lambda *_: equal)
     fit = kmeans(rows, 8)
     assert len(torch.unique(nearest(rows, fit.codebook))) == 8
@@ -177,13 +177,13 @@ def test_kmeans_does_not_depend_on_the_global_random_state():
 def test_nearest_equals_a_float64_search_of_all_entries(rows, levels, seed):
     generator = torch.Generator().manual_seed(seed)
     codebook = rows[torch.randint(len(rows), (levels,), generator=generator)] * 0.9
-    gaps = (rows.double()[:, None] - codebook.double()[None]).square().sum(dim=2)
-    assert torch.equal(nearest(rows, codebook), gaps.argmin(dim=1))
+    distances = (rows.double()[:, None] - codebook.double()[None]).square().sum(dim=2)
+    assert torch.equal(nearest(rows, codebook), distances.argmin(dim=1))
     ones = torch.ones_like(rows)
-    under = nearest_under(rows, ones, codebook)
-    result = gaps.gather(1, under[:, None]).flatten()
+    nearest_entries = nearest_under(rows, ones, codebook)
+    result = distances.gather(1, nearest_entries[:, None]).flatten()
     size = float(rows.double().square().sum(dim=1).amax())
-    assert torch.all(result <= gaps.amin(dim=1) + 1e-5 * size)  # products of float32
+    assert torch.all(result <= distances.amin(dim=1) + 1e-5 * size)  # products of float32
 
 
 def test_columns_of_weight_zero_do_not_affect_the_nearest_entry():
@@ -194,12 +194,12 @@ def test_columns_of_weight_zero_do_not_affect_the_nearest_entry():
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
 def test_nearest_does_not_depend_on_the_block_size(block, monkeypatch):
-    """Equal and nearly equal distances are what rounding would decide by the cut."""
+    """For nearly equal distances, rounding that depends on blocks would change the result."""
     generator = torch.Generator().manual_seed(5)
     codebook = torch.randn(200, 7, generator=generator)
     codebook[100:] = codebook[:100] * (1 + 2.0**-22)
     pairs = torch.randint(200, (1000, 2), generator=generator)
-    rows = codebook[pairs].mean(dim=1)  # half way between two entries
+    rows = codebook[pairs].mean(dim=1)  # halfway between two entries
     at_once = nearest(rows, codebook)
     monkeypatch.setattr(lloyd, "BLOCK", block)
     assert torch.equal(nearest(rows, codebook), at_once)
@@ -219,11 +219,11 @@ def test_squared_distance_is_within_float32_rounding_of_float64():
 @given(count=st.integers(1, 500), most=st.integers(1, 50))
 def test_a_sample_has_one_row_of_each_section_of_the_table(count, most):
     rows = torch.arange(count, dtype=torch.float32).unsqueeze(1)
-    drawn = sample(rows, most).flatten()
-    assert len(drawn) == min(count, most)
+    sampled = sample(rows, most).flatten()
+    assert len(sampled) == min(count, most)
     if count <= most:
-        assert torch.equal(drawn, rows.flatten())
+        assert torch.equal(sampled, rows.flatten())
     else:
         stretch = (torch.arange(most + 1) * count // most).float()
-        assert torch.all(drawn >= stretch[:-1])
-        assert torch.all(drawn < stretch[1:])
+        assert torch.all(sampled >= stretch[:-1])
+        assert torch.all(sampled < stretch[1:])

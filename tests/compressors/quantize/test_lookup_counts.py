@@ -61,7 +61,7 @@ NESTED: tuple[Step, ...] = (
 
 
 def test_a_part_counts_only_lookups_whose_values_depend_on_its_row(tmp_path):
-    """The reference changes each row of a part, and finds the table's rows that change with it."""
+    """The expected count of a part's row is that of all table rows that change with it."""
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     before = lookup_counts(model, bench, NAMES)
     for number, step in enumerate(NESTED):
@@ -70,18 +70,18 @@ def test_a_part_counts_only_lookups_whose_values_depend_on_its_row(tmp_path):
     counts, module = lookup_counts(model, bench, owners), private_copy(model.module)
     assert set(counts) == set(owners)
     for name, count in counts.items():
-        part, whole = module.get_submodule(name), module.get_submodule(owners[name])
+        part, owner = module.get_submodule(name), module.get_submodule(owners[name])
         if not isinstance(part, torch.nn.Embedding):
-            continue  # its own parts are looked at
-        table = whole.table if isinstance(whole, Bag) else whole
+            continue  # a composed part, whose parts are checked
+        table = owner.table if isinstance(owner, Bag) else owner
         ids = torch.arange(table.rows)
-        was, weight = table(ids), part.weight
+        rows_before, weight = table(ids), part.weight
         for row in range(part.num_embeddings):
-            moved = weight.detach().clone()
-            moved[row] += 1 + moved[row].abs()
-            own_weight(part, "weight", moved)
-            reads = (table(ids) != was).any(dim=1)
-            assert float(count[row]) == float(before[owners[name]][reads].sum()), (name, row)
+            changed_weight = weight.detach().clone()
+            changed_weight[row] += 1 + changed_weight[row].abs()
+            own_weight(part, "weight", changed_weight)
+            is_affected = (table(ids) != rows_before).any(dim=1)
+            assert float(count[row]) == float(before[owners[name]][is_affected].sum()), (name, row)
         part.weight = weight
 
 
@@ -89,8 +89,11 @@ def test_a_bucket_counts_the_lookups_of_every_hash(tmp_path):
     bench, step = RANKER.bench(tmp_path / "data"), MultiHash(tables=("user",), hashes=3)
     model = run(step, RANKER.model(), bench, tmp_path / "out")
     counts = lookup_counts(model, bench, ["user", "user.buckets"])
-    places = hashed(torch.arange(40), model.module.user.functions, 20)
-    expected = [float((counts["user"].unsqueeze(1) * (places == at)).sum()) for at in range(20)]
+    buckets_of_ids = hashed(torch.arange(40), model.module.user.functions, 20)
+    expected = [
+        float((counts["user"].unsqueeze(1) * (buckets_of_ids == bucket)).sum())
+        for bucket in range(20)
+    ]
     assert counts["user.buckets"].tolist() == expected
 
 
@@ -116,8 +119,8 @@ def test_lookup_counts_without_training_rows_raises_rows_missing():
 # --- squared gradients -----------------------------------------------------------------------
 
 
-def by_single_rows(bench: Bench, model, name: str) -> torch.Tensor:
-    """The same from autograd's own gradient of the weight, one row of the data at a time."""
+def mean_squared_gradients(bench: Bench, model, name: str) -> torch.Tensor:
+    """Mean squared gradient of a table by autograd, one row of the data at a time."""
     rows = Rows(bench.train, bench.signature)
     module = model.private().module.requires_grad_(True)
     weight = module.get_submodule(name).weight
@@ -135,7 +138,9 @@ def test_squared_gradients_equal_the_mean_over_single_rows(name, tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     result = squared_gradients(model, bench, [name])[name]
     # float32 gradients of the batch against those of single rows
-    torch.testing.assert_close(result, by_single_rows(bench, model, name), rtol=1e-4, atol=1e-10)
+    torch.testing.assert_close(
+        result, mean_squared_gradients(bench, model, name), rtol=1e-4, atol=1e-10
+    )
 
 
 def test_rows_that_a_bag_does_not_read_have_no_squared_gradient(tmp_path):

@@ -37,26 +37,26 @@ def test_fake_quantize_gradients_are_those_of_learned_step_size_quantization():
     x = torch.tensor([0.26, -0.74, 5.0, -5.0], requires_grad=True)
     scale = torch.tensor(0.1, requires_grad=True)
     fake_quantize(x, scale, -8, 7).backward(torch.tensor([1.0, 10.0, 100.0, 1000.0]))
-    assert x.grad.tolist() == [1, 10, 0, 0]  # what is clipped cannot move
+    assert x.grad.tolist() == [1, 10, 0, 0]  # clipped values have no gradient
     # Esser et al., equation 3: round(v/s) - v/s inside, the bound outside
     expected = 1 * (3 - 2.6) + 10 * (-7 + 7.4) + 100 * 7 + 1000 * -8
     assert scale.grad.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_gradient_of_a_scale_has_the_sign_that_lowers_the_error():
-    split_with_outlier = torch.Generator().manual_seed(0)
-    x = torch.randn(5000, generator=split_with_outlier)
-    for first in (0.5, 0.002):  # too coarse, and clipping nearly all
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, generator=generator)
+    for first in (0.5, 0.002):  # one scale is too large, the other clips nearly all values
         scale = torch.tensor(first, requires_grad=True)
         (fake_quantize(x, scale, -128, 127) - x).square().sum().backward()
         assert (scale.grad > 0) == (first == 0.5)
 
 
-# --- the layer in training, and what it becomes ----------------------------------------------
+# --- the layer in training, and the stored layer ---------------------------------------------
 
 
-def learned(bias: bool = True) -> LearnedInt8:
-    """A layer whose scales have moved away from where they began."""
+def layer_with_changed_scales(bias: bool = True) -> LearnedInt8:
+    """A layer in training whose scales differ from their initial values."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = nn.Linear(20, 6, bias=bias)
@@ -69,12 +69,12 @@ def learned(bias: bool = True) -> LearnedInt8:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_layer_has_the_outputs_of_the_trained_layer(bias):
-    layer_in_training = learned(bias).eval()
+    layer_in_training = layer_with_changed_scales(bias).eval()
     x = torch.randn(7, 3, 20, generator=torch.Generator().manual_seed(1))
     packed = layer_in_training.packed()
     assert torch.equal(packed(x), layer_in_training(x))
     assert packed.has_bias == bias
-    # In training the same numbers are computed in float: other sums, and the bias is not rounded.
+    # In training, sums are float and the bias is not rounded.
     trained = layer_in_training.train()(x)
     assert trained.requires_grad
     room = float((packed.weight_scale * packed.input_scale).max()) / 2 + 1e-5
@@ -93,7 +93,7 @@ def test_an_untrained_layer_is_packed_as_the_calibrated_layer():
 
 
 def test_every_parameter_of_a_learned_layer_gets_a_gradient():
-    layer_in_training = learned().train()
+    layer_in_training = layer_with_changed_scales().train()
     layer_in_training(torch.randn(50, 20)).square().sum().backward()
     assert {name for name, p in layer_in_training.named_parameters() if p.grad.abs().sum() > 0} == {
         "weight",
@@ -107,7 +107,7 @@ def test_every_parameter_of_a_learned_layer_gets_a_gradient():
 
 
 def test_qat_without_improvement_stores_the_tensors_of_static_int8(tmp_path):
-    """So a difference between both steps is the effect of training."""
+    """So any difference between the two steps is an effect of training."""
     bench = RANKER.bench(tmp_path / "data")
     unchanged_training = Training(epochs=1, learning_rate=1e-30)
     step = QAT(training=unchanged_training, soft_share=0, calibrator="mse")
@@ -192,12 +192,12 @@ def test_qat_settings_that_train_tables_raise_a_value_error():
         QAT(training=Training(tables=True))
 
 
-# --- what it is for --------------------------------------------------------------------------
+# --- the gain over static int8 ---------------------------------------------------------------
 
 WIDTH, ROWS = 9, 2048
 
 
-class Sum(nn.Module):
+class SmallAndLargeInputsNet(nn.Module):
     """One layer over a dense vector."""
 
     def __init__(self) -> None:
@@ -216,7 +216,7 @@ SCHEMA = Signature(
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-SUM = Reference(Sum, SCHEMA)
+SMALL_AND_LARGE = Reference(SmallAndLargeInputsNet, SCHEMA)
 
 
 def split_with_outlier(folder: Path, seed: int) -> Split:
@@ -225,7 +225,7 @@ def split_with_outlier(folder: Path, seed: int) -> Split:
     x = 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
     x[:, -1] = 60 * (2 * torch.randint(2, (ROWS,), generator=generator) - 1)
     with torch.no_grad():
-        score = SUM.model().module(x).squeeze(1)
+        score = SMALL_AND_LARGE.model().module(x).squeeze(1)
     folder.mkdir(parents=True)
     save_file({"x": x, "@label": (score > 0).float(), "score": score}, folder / "data.safetensors")
     return Split(path=str(folder), sha256="0" * 64, rows=ROWS)
@@ -246,7 +246,7 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
         validation=validation,
         soft_labels=train,  # the scores of the network
     )
-    source = SUM.model()
+    source = SMALL_AND_LARGE.model()
     rounded = {
         calibrator: quality(
             run(StaticInt8(calibrator=calibrator), source, bench, tmp_path / calibrator).module,

@@ -54,12 +54,12 @@ def reference(step: Rowwise, table: Tensor) -> StoredRows:
 
 
 def expected(step: Rowwise, table: Tensor) -> Tensor:
-    """The weights that must come back, by the reference alone."""
+    """The decoded weights according to the numpy reference."""
     stored, dim = reference(step, table), table.shape[1]
     return torch.from_numpy(decode_rows(stored, BITS[step.kind], dim, step.rows_per_scale))
 
 
-def spread(rows: int, dim: int) -> Tensor:
+def varied_rows(rows: int, dim: int) -> Tensor:
     """Normal weights, rows of zeros, rows of one value, and rows with the smallest scales."""
     table = random_normal(rows, dim)
     table[1 % rows] = 0.0
@@ -73,7 +73,7 @@ def spread(rows: int, dim: int) -> Tensor:
 @parametrize_pairwise(step=EVERY, dim=[1, 2, 5, 8], scale=["float16", "float32"])
 def test_stored_codes_scales_and_offsets_equal_the_numpy_reference(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
-    table = spread(11, dim)
+    table = varied_rows(11, dim)
     stored, expected_rows = packed(step, table), reference(step, table)
     assert np.array_equal(stored.codes.view(torch.uint8).numpy(), expected_rows.codes)
     assert np.array_equal(stored.scale.numpy(), expected_rows.scale)
@@ -85,7 +85,7 @@ def test_stored_codes_scales_and_offsets_equal_the_numpy_reference(step, dim, sc
 
 @parametrize_pairwise(step=EVERY)
 def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
-    """The ends of the range make the scale 1 or 2, so half of the weights lie on a tie."""
+    """The range gives a scale of 1 or 2, so half of the weights are halfway between levels."""
     top = (127 if step.symmetric else 255) if step.kind == "rowwise_int8" else 3
     halves = torch.arange(-2 * top if step.symmetric else 0, 2 * top + 1).float() / 2
     if step.kind == "rowwise_int4":
@@ -122,14 +122,14 @@ def test_bytes_are_those_of_codes_scales_and_offsets(step, rows, scale):
 
 
 def gradients(
-    step: Rowwise, table: PackedTable, ids: Tensor, by: Tensor, *, ours: bool
+    step: Rowwise, table: PackedTable, ids: Tensor, weights: Tensor, *, with_op: bool
 ) -> dict[str, Tensor]:
-    """Of what the format learns, by the op or by plain torch operators."""
+    """Gradients of the tensors that the format can train, by the op or by torch operators."""
     stored = {name: tensor.clone() for name, tensor in table.named_buffers()}
-    learned = [name for name in step.storage.learned if name in stored]
-    for name in learned:
+    learned_tensors = [name for name in step.storage.learned if name in stored]
+    for name in learned_tensors:
         stored[name].requires_grad_()
-    if ours:
+    if with_op:
         rows = step.storage.lookup(stored, ids, table.dim, step.settings())
     else:
         with torch.no_grad():
@@ -143,8 +143,8 @@ def gradients(
         rows = steps * stored["scale"].float()[scale_indices]
         if "offset" in stored:
             rows = rows + stored["offset"].float()[scale_indices]
-    (rows * by).sum().backward()
-    return {name: stored[name].grad for name in learned}
+    (rows * weights).sum().backward()
+    return {name: stored[name].grad for name in learned_tensors}
 
 
 @parametrize_pairwise(step=EVERY, dim=[2, 5], scale=["float16", "float32"])
@@ -152,14 +152,14 @@ def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = packed(step, random_normal(11, dim))
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, rows 8 to 10 are never read
-    by = random_normal(6, dim).reshape(2, 3, dim)
-    ours = gradients(step, table, ids, by, ours=True)
-    plain = gradients(step, table, ids, by, ours=False)
-    assert set(ours) == ({"scale"} if step.symmetric else {"scale", "offset"})
+    weights = random_normal(6, dim).reshape(2, 3, dim)
+    with_op = gradients(step, table, ids, weights, with_op=True)
+    plain = gradients(step, table, ids, weights, with_op=False)
+    assert set(with_op) == ({"scale"} if step.symmetric else {"scale", "offset"})
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
     tolerance = 1e-5 if scale == "float32" else 5e-3
-    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
-    for gradient in ours.values():
+    torch.testing.assert_close(with_op, plain, rtol=tolerance, atol=tolerance)
+    for gradient in with_op.values():
         assert gradient.abs().sum() > 0
         if step.rows_per_scale:
             assert gradient[-1].item() == 0
@@ -167,8 +167,8 @@ def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
 
 @pytest.mark.parametrize(
     ("step", "scale"),
-    # The scale's type passes through; each op gets both. In the default tier each op is called with
-    # and without offsets.
+    # Each op is checked with both types of scales. In the default tier each op has one case with
+    # offsets and one without.
     [
         pytest.param(
             step,
@@ -184,13 +184,13 @@ def test_op_passes_opcheck(step, scale):
     table = dict(packed(step, random_normal(6, 5)).named_buffers())
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
     offset = table.get("offset")
-    learned = (
+    learned_tensors = (
         table["scale"].requires_grad_(),
         offset if offset is None else offset.requires_grad_(),
     )
     dim = () if step.kind == "rowwise_int8" else (5,)
     op = getattr(torch.ops.recpress, step.kind).default
-    torch.library.opcheck(op, (table["codes"], *learned, ids, *dim, step.rows_per_scale))
+    torch.library.opcheck(op, (table["codes"], *learned_tensors, ids, *dim, step.rows_per_scale))
 
 
 # --- packing ---------------------------------------------------------------------------------
@@ -210,10 +210,10 @@ def test_packed_codes_equal_the_numpy_reference_and_unpack_to_the_codes(codes, b
     assert np.array_equal(bitpacking.unpack(stored, codes.shape[1], bits).numpy(), codes)
 
 
-# --- what was stored before ------------------------------------------------------------------
+# --- tables stored by earlier versions -------------------------------------------------------
 
 
-def even(rows: int = 300, dim: int = 11) -> Tensor:
+def deterministic_weights(rows: int = 300, dim: int = 11) -> Tensor:
     """Weights computed from integers, so they have the same bits on every machine."""
     integers = torch.arange(rows * dim, dtype=torch.int64)
     values = (integers * 2_654_435_761 % 2001 - 1000).to(torch.float32).reshape(rows, dim) / 1000
@@ -233,7 +233,7 @@ def even(rows: int = 300, dim: int = 11) -> Tensor:
 )
 def test_symmetric_tables_have_the_bytes_of_the_version_without_offsets(step, digest):
     """The expected digests are those of commit e06a5ae for the same table."""
-    table = packed(step, even())
+    table = packed(step, deterministic_weights())
     data = b"".join(tensor.numpy().tobytes() for tensor in (table.codes, table.scale))
     assert hashlib.sha256(data).hexdigest()[:16] == digest
 
@@ -243,7 +243,10 @@ def test_a_record_without_offset_settings_loads_as_symmetric_with_a_scale_per_ro
     layout = form.layout(9, 6, {"scale": "float16"})
     assert set(layout) == {"codes", "scale"}
     assert layout["scale"].shape == (9, 1)
-    table = packed({"rowwise_int8": RowwiseInt8, "rowwise_int4": RowwiseInt4}[form.name](), even())
+    table = packed(
+        {"rowwise_int8": RowwiseInt8, "rowwise_int4": RowwiseInt4}[form.name](),
+        deterministic_weights(),
+    )
     old = PackedTable(form, 300, 11, {"scale": "float16"}, dict(table.named_buffers()))
     ids = torch.tensor([0, 299, 7])
     assert torch.equal(old(ids), table(ids))

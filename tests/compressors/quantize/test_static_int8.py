@@ -42,7 +42,7 @@ def layer(
 def integer_gemm(
     x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor
 ) -> np.ndarray:
-    """What an int8 Gemm with an int32 bias computes, in int64, scaled in float64 at the end."""
+    """An int8 Gemm with an int32 bias, computed in int64 and scaled in float64."""
     ratio = x.numpy() / input_scale.numpy()  # float32, as QuantizeLinear divides
     codes_of_inputs = np.clip(np.rint(ratio), -128, 127).astype(np.int64)
     step = weight_scale.numpy() * input_scale.numpy()
@@ -52,19 +52,19 @@ def integer_gemm(
 
 
 @pytest.mark.parametrize("inputs", [1, 7, EXACT_INPUTS, EXACT_INPUTS + 1, 5000])
-@pytest.mark.parametrize("extreme", [False, True])
-def test_op_equals_exact_integer_arithmetic(inputs, extreme):
+@pytest.mark.parametrize("has_largest_products", [False, True])
+def test_op_equals_exact_integer_arithmetic(inputs, has_largest_products):
     codes, weight_scale, input_scale, bias = layer(inputs, 9)
     generator = torch.Generator().manual_seed(2)
     x = 2 * torch.randn(33, inputs, generator=generator)
-    if extreme:  # every product as large as it gets, all of one sign
+    if has_largest_products:  # the largest possible products, all of one sign
         codes, x = torch.full_like(codes, -127), torch.full_like(x, -1e6)
     result = OP(x, codes, weight_scale, input_scale, bias)
     expected = integer_gemm(x, codes, weight_scale, input_scale, bias)
-    # Adding the bias, scaling, and one rounding to float32 each cost one part in 2^24 of the
-    # numbers added; an inexact sum of products would be off by whole levels.
-    room = 3 * 2.0**-24 * (np.abs(expected) + bias.abs().numpy())
-    assert np.all(np.abs(result.numpy() - expected) <= room)
+    # Adding the bias, scaling, and rounding to float32 each have a relative error of 2^-24. An
+    # inexact sum of products would differ by at least one level.
+    tolerance = 3 * 2.0**-24 * (np.abs(expected) + bias.abs().numpy())
+    assert np.all(np.abs(result.numpy() - expected) <= tolerance)
 
 
 @pytest.mark.parametrize("shape", [(33,), (3, 11), (0,), ()])
@@ -73,7 +73,11 @@ def test_op_in_parts_equals_one_product_bit_for_bit(inputs, shape, monkeypatch):
     codes, weight_scale, input_scale, bias = layer(inputs, 9)
     x = torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2))
     at_once = OP(x, codes, weight_scale, input_scale, bias)
-    for values in (1, 5 * inputs, 2 * 9):  # one row and output, several, a last part that is short
+    for values in (
+        1,
+        5 * inputs,
+        2 * 9,
+    ):  # one row and output per part, several, and a shorter last part
         monkeypatch.setattr(static_int8, "EXACT_CODES", values)
         in_parts = OP(x, codes, weight_scale, input_scale, bias)
         assert torch.equal(in_parts, at_once)
@@ -112,14 +116,14 @@ def test_round_trip_error_is_at_most_half_the_channels_scale(weight, bias, input
     # the quotient, its rounding and the product back: one part in 2^24 each
     slack = 4 * 2.0**-24 * table.abs().amax(dim=1, keepdim=True)
     assert torch.all(error <= scale[:, None] / 2 + slack)
-    # The runtime's bias is an int32 with room above it for the sum of products.
+    # The bias is an int32 that must leave range for the sum of products.
     assert torch.all((offset / (scale * input_scale)).abs() <= 2**23 * (1 + 1e-6))
 
 
 def test_each_channel_has_a_separate_scale_and_zeros_remain_zeros():
     weight = torch.tensor([[1.0, -2.0], [0.001, 0.002], [0.0, 0.0]])
     codes, scale = encode(weight, None, torch.tensor(0.1))
-    # Neighbours of one sign share 127 steps, those of unlike sign have 127 each.
+    # Two adjacent weights of equal sign share 127 steps; those of opposite signs have 127 each.
     torch.testing.assert_close(scale, torch.tensor([2 / 127, 0.003 / 127, 1.0]))
     assert codes.tolist() == [[64, -127], [42, 85], [0, 0]]
 
@@ -146,7 +150,7 @@ def test_the_sum_of_two_neighbouring_products_fits_in_16_bits(weight, weight_sca
 @pytest.mark.parametrize("inputs", [7, 64, 257, 1664])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_onnxruntime_multiplies_the_largest_inputs_and_weights_exactly(inputs, rows, tmp_path):
-    """On a processor without VNNI this fails for weights that are rounded one by one."""
+    """Without VNNI, sums of two products have 16 bits and would clip if weights used all levels."""
     layer = torch.nn.Linear(inputs, 16)
     torch.nn.init.uniform_(layer.weight, 0.99, 1.0)
     signature = Signature(

@@ -54,7 +54,7 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
         (ProductCodes(parts=5, bits=4), (10_000, 10), 10_000 * 3 + 16 * 10 * 4),
         (ResidualCodes(), (10_000, 16), 10_000 * 2 + 2 * 256 * 16 * 4),
         (ResidualCodes(codebooks=5, bits=2), (10_000, 16), 10_000 * 2 + 5 * 4 * 16 * 4),
-        # A tenth of 400 x 8 float32 pays for 40 entries of 8 float32: 4 codebooks of 10.
+        # A tenth of 400 x 8 float32 is 40 entries of 8 float32: 4 codebooks of 10.
         (ResidualCodes(codebooks=4, codebook_share=0.1), (400, 8), 400 * 2 + 4 * 10 * 8 * 4),
     ],
     ids=lambda value: named(value) if hasattr(value, "kind") else str(value),
@@ -119,7 +119,7 @@ def test_encoded_tensors_do_not_depend_on_the_global_random_state(step):
     torch.testing.assert_close(stored(step, table), first, rtol=0, atol=0)
 
 
-# --- tables that do not pay --------------------------------------------------------------------
+# --- tables that would grow --------------------------------------------------------------------
 
 
 def test_a_table_that_would_not_shrink_is_skipped_and_the_plan_gives_both_sizes(tmp_path):

@@ -17,7 +17,7 @@ from compressors.quantize.tables.product_codes import ProductCodes
 from compressors.quantize.tables.residual_codes import ResidualCodes
 
 
-def lost(step: TableStep, table: Tensor) -> float:
+def squared_error(step: TableStep, table: Tensor) -> float:
     """Squared error, as a share of what the table's mean row leaves."""
     spread = (table - table.mean(dim=0)).double().square().sum()
     return float((decoded_rows(step, table) - table).double().square().sum() / spread)
@@ -45,7 +45,7 @@ def test_the_error_is_at_most_that_of_the_mean_row(step, table):
 @each_step
 def test_rows_of_twelve_clusters_have_a_small_error(step):
     """Twelve clusters of rows. With the codes of other rows the error would be about 2."""
-    assert lost(step, clustered_rows(2000, 8)) < {2: 0.35, 4: 0.25, 8: 0.1}[step.bits]
+    assert squared_error(step, clustered_rows(2000, 8)) < {2: 0.35, 4: 0.25, 8: 0.1}[step.bits]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_rows_of_twelve_clusters_have_a_small_error(step):
 )
 def test_the_error_decreases_with_the_number_of_bits(family: Callable[[int], TableStep], seed):
     table = torch.randn(3000, 6, generator=torch.Generator().manual_seed(seed))
-    two, four, eight = (lost(family(bits), table) for bits in (2, 4, 8))
+    two, four, eight = (squared_error(family(bits), table) for bits in (2, 4, 8))
     assert eight < four < two
 
 
@@ -74,7 +74,7 @@ def test_the_error_decreases_with_the_number_of_codes():
         lambda count: ProductCodes(parts=count, bits=4),
         lambda count: ResidualCodes(codebooks=count, bits=4),
     ):
-        losses = [lost(family(count), table) for count in (1, 2, 4, 8)]
+        losses = [squared_error(family(count), table) for count in (1, 2, 4, 8)]
         assert losses == sorted(losses, reverse=True)
 
 

@@ -67,7 +67,7 @@ class ComputedSource:
         return torch.empty(self.rows, self.dim, device="meta")
 
 
-class Memory:
+class MemorySink:
     """A sink that is a file in memory."""
 
     def __init__(self, size: int, existing: Sequence[str] = ()) -> None:
@@ -86,16 +86,16 @@ class Memory:
             )
 
 
-def encoded(job: Job, workers: int = 1) -> bytes:
+def encode_to_memory(job: Job, workers: int = 1) -> bytes:
     """The complete file; asserts that every byte was written exactly once."""
     file = StreamedFile(job.layout())
-    sink = Memory(file.bytes)
+    sink = MemorySink(file.bytes)
     carry_out(job, file, sink, workers)
     assert set(sink.written) == {1}
     return bytes(sink.file)
 
 
-def job_of(
+def encoding_job(
     step: Any, tables: Mapping[str, Tensor], rows: int | None = None, **other_tensors: Tensor
 ) -> Job:
     sources = {name: TensorSource(values) for name, values in {**tables, **other_tensors}.items()}
@@ -108,7 +108,9 @@ def test_streamed_tensors_equal_those_of_the_table_encoded_at_once(
 ):
     step = RowwiseInt4(clipping="mse") if small else RowwiseInt8(scale="float32")
     weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(rows + dim))
-    result = load(encoded(job_of(step, {"user.weight": weight}, block_rows), workers))
+    result = load(
+        encode_to_memory(encoding_job(step, {"user.weight": weight}, block_rows), workers)
+    )
     assert result.keys() == {"user.codes", "user.scale"}
     for name, values in step.encode(weight, {}).items():
         assert torch.equal(result[f"user.{name}"], values)
@@ -129,7 +131,7 @@ class PairedFormat:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedStep:
     """A step whose scales are shared by neighbours and which learns something from the table."""
 
     kind: str = "paired"
@@ -156,8 +158,10 @@ def test_results_do_not_depend_on_block_size_or_threads_if_rows_share_entries(
     rows: int, block_rows: int, workers: int
 ):
     weight = torch.randn(rows, 2, generator=torch.Generator().manual_seed(rows))
-    at_once = encoded(job_of(Paired(), {"t": weight}, rows))
-    assert encoded(job_of(Paired(), {"t": weight}, block_rows), workers) == at_once
+    at_once = encode_to_memory(encoding_job(PairedStep(), {"t": weight}, rows))
+    assert (
+        encode_to_memory(encoding_job(PairedStep(), {"t": weight}, block_rows), workers) == at_once
+    )
     result = load(at_once)
     assert torch.equal(result["t.mean"], weight.double().mean(dim=0, keepdim=True))
     assert len(result["t.sums"]) == -(-rows // 3)
@@ -170,39 +174,41 @@ def test_other_tensors_are_copied_and_a_table_can_be_rebuilt_from_its_record():
         "count": torch.tensor(3),
         "none": torch.empty(0, 4),
     }
-    job = job_of(RowwiseInt8(), {"user.weight": weight.bfloat16()}, **other_tensors)
-    result = load(encoded(job, workers=2))
+    job = encoding_job(RowwiseInt8(), {"user.weight": weight.bfloat16()}, **other_tensors)
+    result = load(encode_to_memory(job, workers=2))
     for name, values in other_tensors.items():
         assert torch.equal(result[name], values)
     table = module_of("user", job.records()["user"])
     assert isinstance(table, PackedTable)
     stored = {name: result[f"user.{name}"] for name in ("codes", "scale")}
     table.load_state_dict(stored, assign=True)
-    # Half a level of an int8 row, and bfloat16 was what it read.
+    # Half a level of int8 from the bfloat16 weights that were read.
     error = (table(torch.arange(50)) - weight.bfloat16().float()).abs()
     assert bool((error <= stored["scale"].float() * 0.51).all())
 
 
 def test_blocks_in_the_sink_are_neither_encoded_nor_fitted_again():
-    step, weight = Paired(), torch.randn(12, 2)
-    job = job_of(step, {"t": weight}, 3)
+    step, weight = PairedStep(), torch.randn(12, 2)
+    job = encoding_job(step, {"t": weight}, 3)
     file = StreamedFile(job.layout())
-    sink = Memory(file.bytes, held=["header", "t@0", "t@6"])
+    sink = MemorySink(file.bytes, existing=["header", "t@0", "t@6"])
     carry_out(job, file, sink, 1)
     assert sink.blocks == ["t@whole", "t@3", "t@9"]
     step.fitted.clear()
-    finished_sink = Memory(file.bytes, held=["header", "t@whole", "t@0", "t@3", "t@6", "t@9"])
+    finished_sink = MemorySink(
+        file.bytes, existing=["header", "t@whole", "t@0", "t@3", "t@6", "t@9"]
+    )
     read: list[int] = []
     carry_out(job, file, finished_sink, 1, read.append)
     assert finished_sink.blocks == step.fitted == []
-    assert sum(read) == weight.nbytes  # a bar reaches its end all the same
+    assert sum(read) == weight.nbytes  # skipped blocks count as progress
 
 
 def test_streaming_restores_the_number_of_torch_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        encoded(job_of(RowwiseInt8(), {"t": torch.randn(40, 2)}, 4), workers=2)
+        encode_to_memory(encoding_job(RowwiseInt8(), {"t": torch.randn(40, 2)}, 4), workers=2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -218,8 +224,8 @@ BORDERS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in BYTES
 @pytest.mark.parametrize(
     ("row", "block_rows"),
     [
-        # A table has 16,000 blocks of 4,096 rows, and four times as many of 1,000, which takes
-        # longer: the default tier has them at the last border.
+        # Blocks of 1,000 rows take four times as long as blocks of 4,096, so the default tier has
+        # them only at the last border.
         pytest.param(
             row,
             block_rows,
@@ -264,15 +270,15 @@ def test_a_nonfinite_weight_raises_an_error_with_its_row_and_table(bad: float):
     weight = torch.ones(100, 4)
     weight[71, 2] = bad
     with raises_code(ModelRefused, "row_not_finite", row=71, table="user.weight"):
-        encoded(job_of(RowwiseInt8(), {"user.weight": weight}, 16), workers=2)
+        encode_to_memory(encoding_job(RowwiseInt8(), {"user.weight": weight}, 16), workers=2)
 
 
 def test_finite_weights_whose_sum_overflows_are_encoded():
-    encoded(job_of(RowwiseInt8(scale="float32"), {"t": torch.full((8, 8), 3e38)}))
+    encode_to_memory(encoding_job(RowwiseInt8(scale="float32"), {"t": torch.full((8, 8), 3e38)}))
 
 
 @dataclass(frozen=True)
-class FixedEncoding(Paired):
+class FixedEncoding(PairedStep):
     """A step that returns given tensors as its encoded block."""
 
     encoded_tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -307,20 +313,24 @@ def test_a_step_that_does_not_follow_its_layout_raises_contract_broken(
     encoded_tensors: Mapping[str, Tensor], code: str, fields: dict[str, Any]
 ):
     with raises_code(ContractBroken, code, **fields):
-        encoded(job_of(FixedEncoding(encoded_tensors=encoded_tensors), {"t": torch.zeros(3, 2)}))
+        encode_to_memory(
+            encoding_job(FixedEncoding(encoded_tensors=encoded_tensors), {"t": torch.zeros(3, 2)})
+        )
 
 
 def test_a_fit_without_a_tensor_of_the_whole_table_raises_contract_broken():
-    class FitWithoutMean(Paired):
+    class FitWithoutMean(PairedStep):
         def fit(self, rows: Tensor) -> dict[str, Tensor]:
             return {}
 
     with raises_code(ContractBroken, "fit_incomplete", name="mean"):
-        encoded(job_of(FitWithoutMean(), {"t": torch.zeros(3, 2)}))
+        encode_to_memory(encoding_job(FitWithoutMean(), {"t": torch.zeros(3, 2)}))
 
 
 def test_two_tensors_with_one_name_raise_model_refused():
-    job = job_of(RowwiseInt8(), {"a.weight": torch.zeros(3, 2)}, **{"a.codes": torch.zeros(1)})
+    job = encoding_job(
+        RowwiseInt8(), {"a.weight": torch.zeros(3, 2)}, **{"a.codes": torch.zeros(1)}
+    )
     with raises_code(ModelRefused, "tensor_name_taken", table="a.weight", name="a.codes"):
         job.layout()
 

@@ -92,12 +92,12 @@ def test_rounding_error_is_at_most_half_a_step_and_clipping_never_increases_it(
         scales = fitted_scale(weight, block, levels)
         assert scales.dtype == levels.dtype
         assert (scales > 0).all()
-        each = of_inputs(scales, inputs, block)
-        off = nearest_steps(weight, scales, block, levels) * each - weight
-        result[rule] = in_blocks(off.square(), block).sum(dim=1)
-        if rule == "min_max":  # half a step, and what a float16 scale may fall short at the end
+        scale_of_weight = of_inputs(scales, inputs, block)
+        rounding_error = nearest_steps(weight, scales, block, levels) * scale_of_weight - weight
+        result[rule] = in_blocks(rounding_error.square(), block).sum(dim=1)
+        if rule == "min_max":  # half a step, plus the rounding of a float16 scale
             short = 1 / 32 if scale == "float16" else 1e-4
-            assert (off.abs() <= (0.5 + short) * each).all()
+            assert (rounding_error.abs() <= (0.5 + short) * scale_of_weight).all()
     # float32 sums of squares, in two orders
     assert (result[clipping] <= result["min_max"] * (1 + 1e-4) + 1e-9).all()
 
@@ -115,7 +115,7 @@ def test_stored_bytes_are_those_of_padded_codes_a_scale_per_block_and_the_bias(b
     assert "bias" not in storage.layout(100, 7, settings, bias=False)
 
 
-# --- what the op computes --------------------------------------------------------------------
+# --- the op ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(5, 40), (2, 3, 40)])
@@ -206,11 +206,11 @@ def test_gradients_reach_inputs_scales_and_bias(bits, block, activations):
     x, up = torch.randn(2, 3, 40, generator=generator), torch.randn(2, 3, 6, generator=generator)
 
     def plain(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        each = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
+        scale_of_weight = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
         read = x
         if activations == "int8":  # straight through
             read = x + (rounded(x, together(40, block)) - x).detach()
-        return read @ (unpack(codes, 40, bits) * each).T + bias
+        return read @ (unpack(codes, 40, bits) * scale_of_weight).T + bias
 
     def ours(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return OP(x, codes, scale, bias, bits, block, activations)
@@ -248,31 +248,33 @@ def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Te
     levels = grid(4, "mse", "float16")
     scale = fitted_scale(weight, block, levels)
     nearest = nearest_steps(weight, scale, block, levels)
-    each = of_inputs(scale, weight.shape[1], block)
+    scale_of_weight = of_inputs(scale, weight.shape[1], block)
     gram = x.double().T @ x.double()
-    return gptq(weight, nearest, gram, each, levels.half), nearest, each, gram
+    return gptq(weight, nearest, gram, scale_of_weight, levels.half), nearest, scale_of_weight, gram
 
 
 @given(size=sizes, block=blocks, rows=st.integers(1, 60), seed=seeds)
 def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
     inputs, outputs = size
     weight, x = random_normal(outputs, inputs, seed), correlated(rows, inputs, seed)
-    steps, nearest, each, gram = quantized(weight, x, block)
+    steps, nearest, scale_of_weight, gram = quantized(weight, x, block)
     assert torch.equal(steps, steps.round())
     assert steps.abs().max() <= 7
-    ours = squared_error(steps * each - weight, gram)
-    assert (ours <= squared_error(nearest * each - weight, gram) * (1 + 1e-6) + 1e-12).all()
+    ours = squared_error(steps * scale_of_weight - weight, gram)
+    assert (
+        ours <= squared_error(nearest * scale_of_weight - weight, gram) * (1 + 1e-6) + 1e-12
+    ).all()
 
 
 def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
     weight, x = random_normal(64, 200), correlated(2000, 200, 3)  # more than are rounded together
-    steps, nearest, each, gram = quantized(weight, x, 32)
-    result = squared_error(steps * each - weight, gram).sum()
+    steps, nearest, scale_of_weight, gram = quantized(weight, x, 32)
+    result = squared_error(steps * scale_of_weight - weight, gram).sum()
     # 0.50 to 0.60 over ten seeds; rounding columns without correcting the rest gives 1.
-    assert result < 0.7 * squared_error(nearest * each - weight, gram).sum()
+    assert result < 0.7 * squared_error(nearest * scale_of_weight - weight, gram).sum()
     # The error from the gram matrix is the error of the outputs.
-    off = x.double() @ (steps * each - weight).double().T
-    torch.testing.assert_close(off.square().sum(), result, rtol=1e-6, atol=0)
+    rounding_error = x.double() @ (steps * scale_of_weight - weight).double().T
+    torch.testing.assert_close(rounding_error.square().sum(), result, rtol=1e-6, atol=0)
 
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_the_nearest_levels():
@@ -299,8 +301,8 @@ def test_gptq_in_a_model_lowers_the_error_as_its_plan_reports(tmp_path):
     errors = {}
     for rounding, model in rounded_to.items():
         packed = model.module.hidden
-        each = of_inputs(packed.scale, packed.in_features, 32)
-        weight = unpack(packed.codes, packed.in_features, 4) * each
+        scale_of_weight = of_inputs(packed.scale, packed.in_features, 32)
+        weight = unpack(packed.codes, packed.in_features, 4) * scale_of_weight
         errors[rounding] = float(squared_error(weight - units[0].weight, gram).sum())
     error_ratio = errors["gptq"] / errors["nearest"]
     assert error_ratio < 0.9
