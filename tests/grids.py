@@ -42,8 +42,8 @@ def tables(largest: float = 6e4) -> st.SearchStrategy[Tensor]:
     def scaled(values_power_shift: tuple[np.ndarray, float, float]) -> Tensor:
         table, power, shift = values_power_shift
         scales = np.float32(10.0) ** (power - 3 * np.arange(len(table), dtype=np.float32))
-        moved = table * np.float32(1 - abs(shift)) + np.float32(shift)
-        return torch.from_numpy((moved * scales[:, None]).astype(np.float32))
+        shifted = table * np.float32(1 - abs(shift)) + np.float32(shift)
+        return torch.from_numpy((shifted * scales[:, None]).astype(np.float32))
 
     shapes = st.tuples(st.integers(1, 5), st.integers(1, 9))
     unit = st.floats(-1, 1, width=32, allow_subnormal=False)

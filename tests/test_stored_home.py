@@ -100,12 +100,12 @@ def test_creating_an_existing_fixture_exits_with_an_error():
 def test_unpacking_an_entry_outside_the_folder_raises_a_filter_error(
     name: str, target: str, tmp_path: Path
 ):
-    plain = io.BytesIO()
-    with tarfile.open(fileobj=plain, mode="w") as tar:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
         entry = tarfile.TarInfo(name)
         entry.type, entry.linkname = (tarfile.SYMTYPE, target) if target else (entry.type, "")
         tar.addfile(entry)
-    (tmp_path / "home.tar.xz.1").write_bytes(lzma.compress(plain.getvalue()))
+    (tmp_path / "home.tar.xz.1").write_bytes(lzma.compress(archive.getvalue()))
     with pytest.raises(tarfile.FilterError):
         unpack(tmp_path, tmp_path / "into")
     assert not (tmp_path / "outside").exists()

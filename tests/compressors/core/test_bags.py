@@ -116,7 +116,9 @@ def table_of(name: str, weight: Tensor) -> PackedTable:
     if name == "float16":
         stored = {"weight": float16.narrow(weight)}
         return PackedTable(float16.TABLE_FORMAT, ROWS, DIM, {}, stored)
-    (method,) = (one for one in METHODS if one.model_fields["kind"].default == name)
+    (method,) = (
+        candidate for candidate in METHODS if candidate.model_fields["kind"].default == name
+    )
     return encode_table(method(), weight)
 
 
@@ -140,4 +142,4 @@ def test_padding_a_jagged_bag_keeps_the_order_of_ids_and_appends_zeros(lists, ex
     padded_ids = padded(values, position)
     for row, ids in enumerate(lists):
         assert padded_ids[row].tolist() == ids + [0] * (longest - len(ids))
-        assert is_id[row].tolist() == [place < len(ids) for place in range(longest)]
+        assert is_id[row].tolist() == [index < len(ids) for index in range(longest)]

@@ -98,9 +98,9 @@ def test_example_bags_have_every_length_from_zero_to_the_maximum():
 
 
 def test_example_rows_depend_on_the_seed_only():
-    first, again = (example(RANKER.signature, ROWS, 20, seed=4) for _ in range(2))
+    first, second = (example(RANKER.signature, ROWS, 20, seed=4) for _ in range(2))
     other = example(RANKER.signature, ROWS, 20, seed=5)
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["user"], other["user"])
 
 

@@ -261,10 +261,14 @@ class DeferringStep(StepAttributes):
 
 def test_a_deferred_decision_is_resolved_by_the_result_of_apply(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
-    most = next(unit.bytes for unit in Unit.of(source.module) if unit.name == "out")
-    changed = run(DeferringStep((0, most)), source, bench, tmp_path / "changed").plan.of("out")
+    largest_bytes = next(unit.bytes for unit in Unit.of(source.module) if unit.name == "out")
+    changed = run(DeferringStep((0, largest_bytes)), source, bench, tmp_path / "changed").plan.of(
+        "out"
+    )
     assert (changed.format, changed.steps) == ("float16", ("deferring",))
-    kept = run(DeferringStep((0, most), applies_float16=False), source, bench, tmp_path / "kept")
+    kept = run(
+        DeferringStep((0, largest_bytes), applies_float16=False), source, bench, tmp_path / "kept"
+    )
     assert kept.plan.of("out").steps == ()
 
 

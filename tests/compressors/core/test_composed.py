@@ -95,8 +95,8 @@ def test_a_later_step_compresses_the_parts_of_a_composed_table(method, packing_s
         mapped(tmp_path / "packed")
     )
     assert dry_run(step, composed, bench).plan == packed.plan
-    again = load(packed.architecture, packed.network, tmp_path / "packed")
-    torch.testing.assert_close(dict(again.state_dict()), dict(packed.module.state_dict()))
+    loaded = load(packed.architecture, packed.network, tmp_path / "packed")
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(packed.module.state_dict()))
 
 
 @each_composing_method

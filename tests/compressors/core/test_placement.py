@@ -25,11 +25,11 @@ def test_training_in_bfloat16_changes_weights_like_float32_and_stores_float32(tm
             MIXED.model_copy(update={"epochs": 1}),
         )
     ]
-    plain, mixed = (result.state_dict() for result in results)
-    assert {tensor.dtype for tensor in mixed.values()} == {torch.float32}
+    in_float32, in_bfloat16 = (result.state_dict() for result in results)
+    assert {tensor.dtype for tensor in in_bfloat16.values()} == {torch.float32}
     before = RANKER.model().module.hidden.weight
-    change = (plain["hidden.weight"] - before).norm()
-    difference = (mixed["hidden.weight"] - plain["hidden.weight"]).norm()
+    change = (in_float32["hidden.weight"] - before).norm()
+    difference = (in_bfloat16["hidden.weight"] - in_float32["hidden.weight"]).norm()
     # bfloat16 has 8 significant bits, so updates differ by a few percent. Equal weights would mean
     # that bfloat16 was not used.
     assert 0 < difference < 0.3 * change

@@ -393,8 +393,8 @@ def test_the_loaded_model_has_the_tensors_and_scores_of_the_result(method_run, r
     expected, actual = result.module.state_dict(), loaded.state_dict()
     torch.testing.assert_close(dict(actual), dict(expected), rtol=0, atol=0)
     assert {k: v.dtype for k, v in actual.items()} == {k: v.dtype for k, v in expected.items()}
-    again = Model(loaded, result.architecture, result.network)
-    assert torch.equal(scores(again, reference), scores(result, reference))
+    loaded_model = Model(loaded, result.architecture, result.network)
+    assert torch.equal(scores(loaded_model, reference), scores(result, reference))
 
 
 @each_method_on_references
@@ -414,10 +414,10 @@ def test_only_units_that_match_the_patterns_change(method, tmp_path):
         {"tables": "history", "layers": "cross"}[setting] for setting in unit_settings(method)
     }
     assert set(result.network.modules) == expected
-    kept = result.module.state_dict()
+    result_state = result.module.state_dict()
     for name, tensor in source.module.state_dict().items():
         if name.partition(".")[0] not in expected:
-            assert torch.equal(kept[name], tensor), name
+            assert torch.equal(result_state[name], tensor), name
     for line in result.plan.lines:
         if line.module not in expected and line.role != "other":
             assert {"not_matched", "wrong_role"} & set(codes_of(line.reasons))
@@ -577,8 +577,8 @@ def test_tables_encoded_in_row_blocks_equal_tables_encoded_at_once(method, tmp_p
     # 40 and 300 rows: a short last block
     monkeypatch.setattr("compressors.core.steps.table_encoder.BLOCK_ROWS", 7)
     run(models.default(method), RANKER.model(), method_run.bench, tmp_path / "blocks")
-    whole, blocks = mapped(method_run.folder), mapped(tmp_path / "blocks")
-    torch.testing.assert_close(blocks, whole, rtol=0, atol=0)
+    at_once, blocks = mapped(method_run.folder), mapped(tmp_path / "blocks")
+    torch.testing.assert_close(blocks, at_once, rtol=0, atol=0)
 
 
 # --- single methods under the runner ---------------------------------------------------------
@@ -631,7 +631,7 @@ def test_a_packed_layer_without_bias_has_no_bias(tmp_path):
     for step in (Float16(), StaticInt8()):
         folder = tmp_path / step.kind
         result = run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), folder)
-        plain = result.module.plain
-        assert isinstance(plain, PackedLinear)
-        assert not plain.has_bias
-        assert not plain.bias.any()
+        packed_layer = result.module.plain
+        assert isinstance(packed_layer, PackedLinear)
+        assert not packed_layer.has_bias
+        assert not packed_layer.bias.any()

@@ -169,14 +169,14 @@ def batch(group: list[int] | None, rows: int = 6) -> Batch:
 def test_click_rows_without_groups_are_one_list():
     generator = torch.Generator().manual_seed(0)
     score, teacher = torch.randn(6, generator=generator), torch.randn(6, generator=generator)
-    one = torch.zeros(6, dtype=torch.int64)
+    single_list = torch.zeros(6, dtype=torch.int64)
 
     def loss_with(group: list[int] | None) -> Tensor:
         return loss_of_teacher(
             "listwise", RANKER.signature, score, teacher, batch(group), temperature=1, top=3
         )
 
-    assert loss_with(None) == losses.listwise(score, teacher, one, 1)
+    assert loss_with(None) == losses.listwise(score, teacher, single_list, 1)
     two_lists = torch.tensor([0, 0, 0, 1, 1, 1])
     assert loss_with([4, 4, 4, 9, 9, 9]) == losses.listwise(score, teacher, two_lists, 2)
 

@@ -200,8 +200,8 @@ def test_the_graph_contains_the_output_map(tmp_path):
         path = tmp_path / f"{method}.onnx"
         lowered = lower(result.module, whole(COMPACT.signature), "onnxruntime", path)
         (batch,) = batches(bench.validation, COMPACT.signature, ROWS)
-        plain = {k: v.numpy() for k, v in batch.inputs.items()}
-        scores = Session(path, threads=1).scores(plain)
+        arrays = {k: v.numpy() for k, v in batch.inputs.items()}
+        scores = Session(path, threads=1).scores(arrays)
         with torch.no_grad():
             expected = torch.sigmoid(result.module(**batch.inputs).reshape(-1)).numpy()
         np.testing.assert_allclose(scores, expected, atol=1e-5)  # float32 in another order

@@ -251,16 +251,16 @@ def test_loss_gradients_equal_torchs_gradients_of_the_decoded_table(ranker_bench
         return hard_loss(bench.signature, output, batch)
 
     gradients = loss_gradients(model.module, bench.signature, bench.train, loss, tables)
-    plain = model.private().module
+    reference_module = model.private().module
     with torch.no_grad():
         item = nn.Embedding.from_pretrained(tables["item"](torch.arange(300)), freeze=False)
-    plain.item = item
+    reference_module.item = item
     rows = Rows(bench.train, bench.signature)
     gradient, squares = torch.zeros(300, 7), torch.zeros(300, 7)
     for number in range(len(rows)):
         batch = rows.take(torch.tensor([number]))
         item.weight.grad = None
-        hard_loss(bench.signature, plain(**batch.inputs), batch).backward()
+        hard_loss(bench.signature, reference_module(**batch.inputs), batch).backward()
         gradient += item.weight.grad
         squares += item.weight.grad.square()
     torch.testing.assert_close(gradients["item"][0], gradient / len(rows), rtol=1e-4, atol=1e-8)
@@ -412,8 +412,8 @@ def test_table_l2_lowers_the_norm_of_packed_tables(bench, tmp_path):
     before = packed(ResidualCodes(), bench, tmp_path)
     norms = []
     for penalty in (0.0, 0.1):
-        how = Training(batch=16, learning_rate=0.02, warmup=0, tables=True, table_l2=penalty)
-        after = run(FineTune(training=how), before, bench, tmp_path / str(penalty))
+        training = Training(batch=16, learning_rate=0.02, warmup=0, tables=True, table_l2=penalty)
+        after = run(FineTune(training=training), before, bench, tmp_path / str(penalty))
         with torch.no_grad():
             norms.append(float(after.module.item(torch.arange(300)).norm()))
     assert norms[1] < 0.9 * norms[0]
@@ -422,8 +422,8 @@ def test_table_l2_lowers_the_norm_of_packed_tables(bench, tmp_path):
 def test_weight_decay_does_not_change_unread_codebook_entries(bench, tmp_path):
     """Otherwise, entries that no training row reads would shrink."""
     before = packed(ProductCodes(parts=7), bench, tmp_path)
-    how = TRAIN_TABLES.model_copy(update={"weight_decay": 0.5, "epochs": 1})
-    after = run(FineTune(training=how), before, bench, tmp_path / "out")
+    training = TRAIN_TABLES.model_copy(update={"weight_decay": 0.5, "epochs": 1})
+    after = run(FineTune(training=training), before, bench, tmp_path / "out")
     rows = Rows(bench.train, bench.signature)
     read = before.module.item.codes[rows.take(torch.arange(len(rows))).inputs["item"]]
     entries = len(before.module.item.codebook) // 7

@@ -253,13 +253,13 @@ def test_a_killed_training_resumes_and_ends_with_the_same_bits(
     with pytest.raises(Killed):
         train_copy(reference.model(), bench, training, tmp_path / "killed")
     monkeypatch.undo()
-    seen = []
+    shuffles = []
     monkeypatch.setattr(
-        trainer, "shuffled_rows", lambda *a, **k: seen.append(1) or shuffled_rows(*a, **k)
+        trainer, "shuffled_rows", lambda *a, **k: shuffles.append(1) or shuffled_rows(*a, **k)
     )
     resumed, resumed_epochs = train_copy(reference.model(), bench, training, tmp_path / "killed")
     # Epochs 4 to 6 of six; the cosine schedule also counts the batches once.
-    assert len(seen) == 3 + (schedule == "cosine")
+    assert len(shuffles) == 3 + (schedule == "cosine")
     assert equal_tensors(resumed, uninterrupted)
     assert resumed_epochs[1:] == epochs[1:]
     assert resumed_epochs[0].quality == epochs[0].quality

@@ -247,8 +247,8 @@ def test_later_steps_run_on_the_parts(tmp_path):
         assert model.plan.of(name).steps == ("fine_tune", "static_int8")
         assert model.network.modules[name].format == "static_int8"
     assert model.network.modules["hidden"].format == "factored"
-    again = load(model.architecture, model.network, tmp_path / "3")
-    torch.testing.assert_close(dict(again.state_dict()), dict(model.module.state_dict()))
+    loaded = load(model.architecture, model.network, tmp_path / "3")
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.module.state_dict()))
 
 
 def test_equalize_scales_between_parts_of_factored_layers(tmp_path):

@@ -175,6 +175,8 @@ def test_weighted_multi_hash_has_a_smaller_error_on_looked_up_rows(tmp_path):
         step = MultiHash(tables=("item",), buckets=0.3, weighted=weighted)
         hashed_table = run(step, source, bench, tmp_path / str(weighted)).module.item
         with torch.no_grad():
-            gap = (hashed_table(torch.arange(300)) - source.module.item.weight).square().sum(dim=1)
-        errors[weighted] = float((gap * counts).sum())
+            difference = (
+                (hashed_table(torch.arange(300)) - source.module.item.weight).square().sum(dim=1)
+            )
+        errors[weighted] = float((difference * counts).sum())
     assert errors[True] < errors[False]

@@ -132,8 +132,8 @@ def test_training_in_batches_lowers_the_error_and_is_deterministic(monkeypatch):
         squared_error(table, weight, *fit(table, weight, 2, 32, steps, 0)) for steps in (0, 600)
     ]
     assert errors[1] < 0.8 * errors[0]
-    again = fit(table, weight, 2, 32, 20, 0)
-    torch.testing.assert_close(again, fit(table, weight, 2, 32, 20, 0), rtol=0, atol=0)
+    codes_and_decoder = fit(table, weight, 2, 32, 20, 0)
+    torch.testing.assert_close(codes_and_decoder, fit(table, weight, 2, 32, 20, 0), rtol=0, atol=0)
 
 
 def test_fit_in_blocks_of_rows_has_the_error_of_one_block(monkeypatch):
@@ -141,7 +141,8 @@ def test_fit_in_blocks_of_rows_has_the_error_of_one_block(monkeypatch):
     at_once = fit(table, weight, 3, 8, 0, 0)
     monkeypatch.setattr("compressors.factorize.neural_codes.BLOCK", 7)
     error, error_in_blocks = (
-        squared_error(table, weight, *each) for each in (at_once, fit(table, weight, 3, 8, 0, 0))
+        squared_error(table, weight, *fitted)
+        for fitted in (at_once, fit(table, weight, 3, 8, 0, 0))
     )
     assert error_in_blocks == pytest.approx(error, rel=1e-4)  # the same sums in another order
 

@@ -44,11 +44,11 @@ def test_weighted_auc_equals_the_auc_of_repeated_rows(data):
     label, score = draw(st.integers(0, 1)), draw(st.sampled_from([-1.0, 0.0, 0.5, 0.25]))
     counts = draw(st.integers(0, 3))
     assume(0 < label.sum() < rows)
-    drawn = np.repeat(np.arange(rows), counts)
+    repeated = np.repeat(np.arange(rows), counts)
     value = auc_statistic(label, score)(counts)
-    if drawn.size and 0 < label[drawn].sum() < drawn.size:
+    if repeated.size and 0 < label[repeated].sum() < repeated.size:
         # Both are one integer count over twice the pairs: equal to the last bit.
-        assert value == point_estimates.auc(label[drawn], score[drawn])
+        assert value == point_estimates.auc(label[repeated], score[repeated])
     else:
         assert np.isnan(value)
 

@@ -202,16 +202,16 @@ def test_each_round_prunes_the_network_that_the_previous_round_trained(tmp_path,
         return original_train(self, model, *args)
 
     monkeypatch.setattr(Channels, "_train", recording_train)
-    again = run(step, RANKER.model(), bench, tmp_path / "again")
+    second_result = run(step, RANKER.model(), bench, tmp_path / "again")
     assert widths == [12, 8]  # of 16 channels: first the square root of a half, then a half
     for name, tensor in result.module.state_dict().items():
-        assert torch.equal(tensor, again.module.state_dict()[name]), name
-    plain = run(Channels(multiple=4, rounds=2), RANKER.model(), bench, tmp_path / "plain")
-    assert not torch.equal(plain.module.cross.weight, result.module.cross.weight)
+        assert torch.equal(tensor, second_result.module.state_dict()[name]), name
+    untrained = run(Channels(multiple=4, rounds=2), RANKER.model(), bench, tmp_path / "plain")
+    assert not torch.equal(untrained.module.cross.weight, result.module.cross.weight)
     for name in ("cross", "hidden"):
         reasons = result.plan.of(name).reasons
-        place = codes_of(reasons).index("trained_each_round")
-        (outcome,) = with_code(reasons[place + 1 :], "last_round").fields["what"][:1]
+        index = codes_of(reasons).index("trained_each_round")
+        (outcome,) = with_code(reasons[index + 1 :], "last_round").fields["what"][:1]
         assert outcome.code in ("trained_to_epoch", "training_unchanged"), name
 
 
@@ -234,10 +234,10 @@ def test_a_killed_run_resumes_in_its_round_and_ends_with_the_same_bits(tmp_path,
         run(step, NORMED.model(), resumable_bench, tmp_path / "killed")
     count.clear()
     count.extend([0] * 10)  # no further epoch is interrupted
-    again = run(step, NORMED.model(), resumable_bench, tmp_path / "again")
+    second_result = run(step, NORMED.model(), resumable_bench, tmp_path / "again")
     assert len(count) == 11  # only the last epoch of the second round was missing
     for name, tensor in uninterrupted.module.state_dict().items():
-        assert torch.equal(tensor, again.module.state_dict()[name]), name
+        assert torch.equal(tensor, second_result.module.state_dict()[name]), name
 
 
 def test_soft_share_without_training_raises_a_value_error():

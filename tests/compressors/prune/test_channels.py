@@ -130,9 +130,9 @@ def test_layers_whose_outputs_are_added_keep_the_same_channels():
     importance = {"left": torch.zeros(16), "again": torch.zeros(16)}
     importance["left"][[3, 5]] = 1.0
     importance["again"][[5, 9]] = 2.0
-    kept = kept_units(readers, importance, 3)
-    assert kept["left"].nonzero().flatten().tolist() == [3, 5, 9]
-    assert torch.equal(kept["left"], kept["again"])
+    kept_channels = kept_units(readers, importance, 3)
+    assert kept_channels["left"].nonzero().flatten().tolist() == [3, 5, 9]
+    assert torch.equal(kept_channels["left"], kept_channels["again"])
 
 
 def test_importance_is_the_norm_of_the_channels_weights_and_those_of_its_consumers():
@@ -162,11 +162,11 @@ def test_a_consumer_that_reads_each_channel_twice_loses_both_inputs(tmp_path):
 def test_a_consumer_that_reads_channels_in_reverse_order_loses_the_matching_inputs(tmp_path):
     source, result = prune_reference(Reference(FlippedChannelsNet, SCHEMA), tmp_path)
     rows = {tuple(row) for row in source.module.hidden.weight.tolist()}
-    kept = [tuple(row) for row in result.module.hidden.weight.tolist()]
-    assert set(kept) < rows
+    kept_channels = [tuple(row) for row in result.module.hidden.weight.tolist()]
+    assert set(kept_channels) < rows
     # Column j of the consumer belongs to channel 15 - j of ``hidden``.
-    positions = [source.module.hidden.weight.tolist().index(list(row)) for row in kept]
-    expected = source.module.out.weight[0, [15 - place for place in reversed(positions)]]
+    positions = [source.module.hidden.weight.tolist().index(list(row)) for row in kept_channels]
+    expected = source.module.out.weight[0, [15 - position for position in reversed(positions)]]
     assert torch.equal(result.module.out.weight[0], expected)
 
 
@@ -178,14 +178,14 @@ def test_gradient_importance_without_training_rows_raises_nothing_to_compress(tm
 
 def test_random_importance_depends_on_the_seed_only(tmp_path):
     bench = RESIDUAL_CONCAT.bench(tmp_path / "data")
-    kept = []
+    kept_channels = []
     for index, seed in enumerate((1, 1, 2)):
         other = bench.model_copy(update={"seed": seed})
         step = Channels(importance="random")
         result = run(step, RESIDUAL_CONCAT.model(), other, tmp_path / str(index))
-        kept.append(result.module.deep.weight)
-    assert torch.equal(kept[0], kept[1])
-    assert not torch.equal(kept[0], kept[2])
+        kept_channels.append(result.module.deep.weight)
+    assert torch.equal(kept_channels[0], kept_channels[1])
+    assert not torch.equal(kept_channels[0], kept_channels[2])
 
 
 @pytest.mark.parametrize(
@@ -284,11 +284,11 @@ def test_the_hidden_layer_of_a_tower_is_pruned_and_its_output_vector_is_not(tmp_
 
 
 def test_tracing_channels_in_batches_gives_the_same_network(tmp_path, monkeypatch):
-    whole = prune_reference(RESIDUAL_CONCAT, tmp_path / "whole")[1]
+    at_once = prune_reference(RESIDUAL_CONCAT, tmp_path / "whole")[1]
     monkeypatch.setattr("compressors.prune.structure.channel_consumers.CHANNELS_PER_BATCH", 5)
     sliced = prune_reference(RESIDUAL_CONCAT, tmp_path / "sliced")[1]
     torch.testing.assert_close(
-        dict(sliced.module.state_dict()), dict(whole.module.state_dict()), rtol=0, atol=0
+        dict(sliced.module.state_dict()), dict(at_once.module.state_dict()), rtol=0, atol=0
     )
 
 

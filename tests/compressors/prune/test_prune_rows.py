@@ -82,8 +82,8 @@ def test_rows_pruned_to_zero_are_zero_after_int4(tmp_path):
 def test_pruned_rows_are_replaced_by_the_nearest_kept_row(tmp_path):
     _, rows = prune_item_table(tmp_path, keep=0.2, importance="norm", pruned="nearest")
     weight = RANKER.model().module.item.weight.detach()
-    kept = (rows == weight).all(dim=1)
-    nearest_distance = torch.cdist(weight.double(), weight[kept].double()).amin(dim=1)
+    is_kept = (rows == weight).all(dim=1)
+    nearest_distance = torch.cdist(weight.double(), weight[is_kept].double()).amin(dim=1)
     # float32 sums of seven squares
     torch.testing.assert_close(
         (rows - weight).double().square().sum(dim=1).sqrt(), nearest_distance
@@ -163,17 +163,17 @@ def test_min_lookups_keeps_rows_with_at_least_as_many_lookups_in_training(min_lo
     counts = lookup_counts(source, bench, ["item"])["item"]
     step = PruneRows(tables=("item",), min_lookups=min_lookups, pruned="shared")
     result = run(step, source, bench, tmp_path / "out")
-    kept = counts >= min_lookups
+    is_kept = counts >= min_lookups
     reasons = result.plan.of("item").reasons
     with_code(
-        reasons, "kept_rows_by_lookups", kept=int(kept.sum()), rows=300, min_lookups=min_lookups
+        reasons, "kept_rows_by_lookups", kept=int(is_kept.sum()), rows=300, min_lookups=min_lookups
     )
     ids = torch.arange(300)
     with torch.no_grad():
         before, after = source.module.item(ids), result.module.item(ids)
-    torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0)
-    if bool((~kept).any()):
-        assert len(torch.unique(after[~kept], dim=0)) == 1
+    torch.testing.assert_close(after[is_kept], before[is_kept], rtol=0, atol=0)
+    if bool((~is_kept).any()):
+        assert len(torch.unique(after[~is_kept], dim=0)) == 1
 
 
 def test_a_table_whose_row_map_costs_more_than_pruning_saves_is_skipped(tmp_path):

@@ -53,14 +53,14 @@ def test_kept_2_4_keeps_the_two_most_important_of_every_four_inputs(size, seed, 
     inputs, outputs = size
     weight = random_normal(outputs, inputs, seed)
     norms = torch.tensor(np.random.default_rng(seed).random(inputs)).float() if has_norms else None
-    kept = kept_2_4(weight, norms)
-    groups = kept.reshape(-1, 4)
+    is_kept = kept_2_4(weight, norms)
+    groups = is_kept.reshape(-1, 4)
     assert (groups.sum(dim=1) == 2).all()
     importance = (weight.abs() if norms is None else weight.abs() * norms).reshape(-1, 4)
     smallest_kept = importance.masked_fill(~groups, torch.inf).amin(dim=1)
     largest_removed = importance.masked_fill(groups, -1).amax(dim=1)
     assert (smallest_kept >= largest_removed).all()
-    assert is_2_4(torch.where(kept, weight, 0.0))
+    assert is_2_4(torch.where(is_kept, weight, 0.0))
 
 
 def test_kept_2_4_multiplies_weights_by_the_norms_of_their_inputs():
@@ -80,11 +80,11 @@ def test_refit_kept_weights_keeps_zeros_and_never_increases_the_error_of_an_outp
 ):
     inputs, outputs = size
     weight, gram = random_normal(outputs, inputs, seed), gram_of(rows, inputs, seed)
-    kept = kept_2_4(weight)
-    refitted = refit_kept_weights(weight, kept, gram)
+    is_kept = kept_2_4(weight)
+    refitted = refit_kept_weights(weight, is_kept, gram)
     assert refitted.dtype == weight.dtype
-    assert not refitted[~kept].any()
-    removed = squared_error(torch.where(kept, weight, 0.0) - weight, gram)
+    assert not refitted[~is_kept].any()
+    removed = squared_error(torch.where(is_kept, weight, 0.0) - weight, gram)
     # the weights are rounded to float32
     assert (squared_error(refitted - weight, gram) <= removed * (1 + 1e-4) + 1e-9).all()
 
@@ -93,17 +93,17 @@ def test_refit_kept_weights_keeps_zeros_and_never_increases_the_error_of_an_outp
 def test_refit_kept_weights_equals_the_damped_least_squares_solution(size, seed):
     inputs, outputs = size
     weight, gram = random_normal(outputs, inputs, seed), gram_of(60, inputs, seed)
-    kept = kept_2_4(weight)
-    refitted = refit_kept_weights(weight, kept, gram)
+    is_kept = kept_2_4(weight)
+    refitted = refit_kept_weights(weight, is_kept, gram)
     damped_gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(inputs)
     for channel in range(outputs):
-        is_kept = kept[channel]
-        removed = damped_gram[is_kept][:, ~is_kept] @ weight[channel][~is_kept].double()
-        exact = weight[channel][is_kept].double() + torch.linalg.solve(
-            damped_gram[is_kept][:, is_kept], removed
+        kept = is_kept[channel]
+        removed = damped_gram[kept][:, ~kept] @ weight[channel][~kept].double()
+        exact = weight[channel][kept].double() + torch.linalg.solve(
+            damped_gram[kept][:, kept], removed
         )
         # stored in float32; conjugate gradients stop at a millionth of the initial residual
-        torch.testing.assert_close(refitted[channel][is_kept].double(), exact, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(refitted[channel][kept].double(), exact, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "activation"])
@@ -123,8 +123,8 @@ def test_magnitude_importance_without_reconstruction_reads_no_rows(tmp_path):
     step = Sparse24(importance="magnitude", reconstruct=False)
     source = RANKER.model()
     result = run(step, source, Bench(signature=RANKER.signature), tmp_path / "out")
-    kept = result.module.hidden.weight != 0
-    assert torch.equal(result.module.hidden.weight[kept], source.module.hidden.weight[kept])
+    is_kept = result.module.hidden.weight != 0
+    assert torch.equal(result.module.hidden.weight[is_kept], source.module.hidden.weight[is_kept])
     with raises_code(NothingToCompress, "rows_missing", missing=("calibration",)):
         run(Sparse24(), source, Bench(signature=RANKER.signature), tmp_path / "not")
 

@@ -77,10 +77,10 @@ def test_fit_has_a_smaller_error_than_residual_and_plain_additive_codes(seed):
     """The references are residual fitting, and additive codes without noise and beam search."""
     table, weight = clustered_rows(400, 10, seed), torch.ones(400)
     _, errors = fit(table, weight, 4, 8)
-    plain = residual_codes.fit(table, 4, 8, refine=8).errors[-1]
+    error_of_residual_codes = residual_codes.fit(table, 4, 8, refine=8).errors[-1]
     # In five tables, the error was 0.72 to 0.79 of the first and 0.78 to 0.84 of the second.
     assert min(errors) < 0.85 * errors[0]
-    assert min(errors) < 0.9 * plain
+    assert min(errors) < 0.9 * error_of_residual_codes
 
 
 def test_fit_returns_the_codebook_of_the_best_round_not_of_the_last():
@@ -127,8 +127,8 @@ def test_rows_of_larger_weight_have_a_smaller_error_than_with_equal_weights():
 def test_squared_error_after_stretch_is_the_error_weighted_by_the_sensitivity(seed):
     gradients, difference = random_normal(seed, 40, 5).double(), random_normal(seed + 1, 3, 5)
     matrix = gradients.T @ gradients
-    even = torch.eye(5, dtype=torch.float64) * matrix.diagonal().mean()
-    expected = ((difference.double() @ (matrix + even)) * difference.double()).sum(dim=1)
+    identity = torch.eye(5, dtype=torch.float64) * matrix.diagonal().mean()
+    expected = ((difference.double() @ (matrix + identity)) * difference.double()).sum(dim=1)
     result = (difference @ stretch(matrix)).square().sum(dim=1).double() * matrix.diagonal().mean()
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
@@ -178,8 +178,8 @@ def test_training_rows_are_required_only_for_lookup_counts_or_gradients(tmp_path
     for needing in (AdditiveCodes(), AdditiveCodes(traffic=0), AdditiveCodes(sensitive=False)):
         with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
             run(needing, model, bare, tmp_path / "refused")
-    plain = AdditiveCodes(traffic=0, sensitive=False, rounds=1)
-    packed = run(plain, model, bare, tmp_path / "out")
+    error_of_residual_codes = AdditiveCodes(traffic=0, sensitive=False, rounds=1)
+    packed = run(error_of_residual_codes, model, bare, tmp_path / "out")
     assert not any(isinstance(part, nn.Embedding) for part in packed.module.modules())
 
 
@@ -205,11 +205,13 @@ def test_of_several_draws_the_fit_with_the_best_validation_metric_is_used(tmp_pa
     step = AdditiveCodes(tables=("item",), codebooks=2, bits=2, rounds=8, shake=0.5)
 
     def quality_with_draws(draws: int) -> float:
-        made = run(step.model_copy(update={"draws": draws}), model, bench, tmp_path / str(draws))
-        return quality(made.module, bench.signature, bench.validation)
+        result_with_draws = run(
+            step.model_copy(update={"draws": draws}), model, bench, tmp_path / str(draws)
+        )
+        return quality(result_with_draws.module, bench.signature, bench.validation)
 
-    result = [quality_with_draws(draws) for draws in (1, 2, 6)]
-    assert result == sorted(result)
-    assert result[-1] > result[0]  # six fits with so much noise are not all alike
+    qualities = [quality_with_draws(draws) for draws in (1, 2, 6)]
+    assert qualities == sorted(qualities)
+    assert qualities[-1] > qualities[0]  # fits with so much noise differ
     assert step.needs == ("train",)
     assert AdditiveCodes(draws=2).needs == ("train", "validation")

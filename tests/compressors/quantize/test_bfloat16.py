@@ -36,11 +36,12 @@ def test_lookup_accepts_ids_of_any_shape(shape):
 
 def test_op_passes_opcheck_and_its_gradient_equals_plain_torch():
     ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), random_normal(6, 4).reshape(2, 3, 4)
-    ours, plain = (random_normal(6, 4).to(torch.bfloat16).requires_grad_() for _ in range(2))
+    of_op, of_torch = (random_normal(6, 4).to(torch.bfloat16).requires_grad_() for _ in range(2))
     op = torch.ops.recpress.bfloat16_table
-    torch.library.opcheck(op.default, (ours, ids))
-    (op(ours, ids) * by).sum().backward()
-    (plain.float()[ids] * by).sum().backward()
-    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-2, atol=0)  # one bfloat16 rounding
-    assert not ours.grad[3].any()
-    assert ours.grad.abs().sum() > 0
+    torch.library.opcheck(op.default, (of_op, ids))
+    (op(of_op, ids) * by).sum().backward()
+    (of_torch.float()[ids] * by).sum().backward()
+    # one bfloat16 rounding
+    torch.testing.assert_close(of_op.grad, of_torch.grad, rtol=1e-2, atol=0)
+    assert not of_op.grad[3].any()
+    assert of_op.grad.abs().sum() > 0

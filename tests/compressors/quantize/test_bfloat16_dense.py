@@ -41,10 +41,10 @@ def test_op_passes_opcheck_and_its_gradients_equal_plain_torch():
     leaves = (torch.randn(2, 3, 6), torch.randn(4, 6).bfloat16(), torch.randn(4).bfloat16())
     torch.library.opcheck(OP.default, tuple(leaf.clone().requires_grad_() for leaf in leaves))
     up = torch.randn(2, 3, 4)
-    ours, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
-    (OP(*ours) * up).sum().backward()
+    of_op, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
+    (OP(*of_op) * up).sum().backward()
     (F.linear(plain[0], plain[1].float(), plain[2].float()) * up).sum().backward()
-    for result, expected in zip(ours, plain, strict=True):
+    for result, expected in zip(of_op, plain, strict=True):
         # gradients of bfloat16 leaves are rounded to 8 bits
         torch.testing.assert_close(result.grad, expected.grad, rtol=1e-2, atol=1e-2)
         assert result.grad.any()
@@ -185,9 +185,9 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_scores_three_percent_of_a_
     expected, plan = lowered.in_torch(inputs), lowered.model.plan
     compare(expected, lowered.in_onnx(inputs), plan, RTX)
     spread = expected.std()
-    off = expected + np.float32(0.03) * spread
+    wrong_scores = expected + np.float32(0.03) * spread
     with pytest.raises(ParityLost):
-        compare(expected, off.astype(np.float32), plan, RTX)
+        compare(expected, wrong_scores.astype(np.float32), plan, RTX)
     with pytest.raises(ParityLost):  # ONNX Runtime computes in float32 without rounding to bfloat16
         compare(expected, expected + np.float32(0.005) * spread, plan, "onnxruntime")
 

@@ -146,10 +146,10 @@ def test_entropy_range_has_the_least_divergence_of_a_naive_reference(seed, power
     end = calibrators.least_divergence(histogram)
     # The range ends at the largest value, which may be on the lower edge of the last bin.
     bin_index = used if end == float(histogram.largest) else math.ceil(end / histogram.width)
-    least = naive_divergence(counts, bin_index)
+    smallest = naive_divergence(counts, bin_index)
     assert bin_index in ends
     for other in tried_ends:
-        assert least <= naive_divergence(counts, other) * (1 + 1e-9) + 1e-12
+        assert smallest <= naive_divergence(counts, other) * (1 + 1e-9) + 1e-12
 
 
 @pytest.mark.parametrize("rule", ["percentile", "least_divergence", "least_squares"])
@@ -267,12 +267,12 @@ def test_best_selects_the_calibrator_with_the_least_error_for_each_layer(by_cali
             calibrator: output_loss(source, results[calibrator], read, layer)
             for calibrator in others
         }
-        least = min(errors, key=errors.__getitem__)
-        assert output_loss(source, results["best"], read, layer) == errors[least]
+        smallest = min(errors, key=errors.__getitem__)
+        assert output_loss(source, results["best"], read, layer) == errors[smallest]
         reasons = results["best"].plan.of(layer).reasons
         chosen_range = [r.fields["calibrator"] for r in reasons if r.code == "calibrated_range"]
-        assert chosen_range == ([] if least == "min_max" else [least])
-        chosen.append(least)
+        assert chosen_range == ([] if smallest == "min_max" else [smallest])
+        chosen.append(smallest)
     assert chosen[0] != "min_max"
 
 
@@ -337,19 +337,21 @@ def test_weights_mse_lowers_the_weight_error_and_keeps_the_input_scale(tmp_path)
         source.module.first.weight[0, 0] = 1.0
     x = outliers()
     bench = calibration_bench(tmp_path / "data", x)
-    plain, clipped = (
+    without_clipping, clipped = (
         run(StaticInt8(weights=calibrator), source, bench, tmp_path / calibrator)
         for calibrator in ("min_max", "mse")
     )
-    assert torch.all(clipped.module.first.weight_scale <= plain.module.first.weight_scale * 1.001)
-    assert torch.equal(clipped.module.first.input_scale, plain.module.first.input_scale)
+    assert torch.all(
+        clipped.module.first.weight_scale <= without_clipping.module.first.weight_scale * 1.001
+    )
+    assert torch.equal(clipped.module.first.input_scale, without_clipping.module.first.input_scale)
 
     def error(result: Model) -> float:
         layer = result.module.first
         back = layer.codes.float() * layer.weight_scale[:, None]
         return float((back - source.module.first.weight.detach()).square().sum())
 
-    assert error(clipped) < error(plain)
+    assert error(clipped) < error(without_clipping)
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])

@@ -46,10 +46,10 @@ def error(table: Tensor, grid: Grid) -> Tensor:
 )
 @given(table=tables(), scale=scale_types, together=sharing)
 def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, together):
-    plain = changed_grid(grid, scale=scale, rows_per_scale=together)
+    unclipped = changed_grid(grid, scale=scale, rows_per_scale=together)
     # Errors are compared in float32; sums of a few dozen squares round by parts in 10^6.
-    smallest_error = error(table, plain) * (1 + 1e-5) + 1e-45
-    assert torch.all(error(table, changed_grid(plain, clipping=rule)) <= smallest_error)
+    smallest_error = error(table, unclipped) * (1 + 1e-5) + 1e-45
+    assert torch.all(error(table, changed_grid(unclipped, clipping=rule)) <= smallest_error)
 
 
 def test_mse_finds_the_best_share_of_every_symmetric_row():
@@ -116,11 +116,11 @@ def test_greedy_removes_at_most_16_percent_of_a_range(grid):
 def test_mse_clips_one_large_weight_among_many_small_ones():
     table = torch.full((1, 64), 0.5)
     table[0, 0] = 1.0
-    plain, clipped = (
+    unclipped, clipped = (
         fit(table, changed_grid(INT4, clipping=rule)).scale for rule in ("min_max", "mse")
     )
-    assert float(plain) == pytest.approx(1 / 7, rel=1e-3)
-    assert float(clipped) < float(plain)
+    assert float(unclipped) == pytest.approx(1 / 7, rel=1e-3)
+    assert float(clipped) < float(unclipped)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -182,21 +182,21 @@ HALF = {"rtol": 2e-3, "atol": 2e-3}
 def test_table_gradient_equals_plain_torch():
     weight, ids = torch.randn(5, 3).half(), torch.tensor([[0, 4, 4], [1, 0, 0]])
     up = torch.randn(2, 3, 3)
-    ours, plain = (weight.clone().requires_grad_() for _ in range(2))
-    (OPS.float16_table(ours, ids) * up).sum().backward()
-    (plain.float()[ids] * up).sum().backward()
-    torch.testing.assert_close(ours.grad, plain.grad, **HALF)
-    assert not ours.grad[[2, 3]].any()
-    assert ours.grad[4].any()
+    of_op, of_torch = (weight.clone().requires_grad_() for _ in range(2))
+    (OPS.float16_table(of_op, ids) * up).sum().backward()
+    (of_torch.float()[ids] * up).sum().backward()
+    torch.testing.assert_close(of_op.grad, of_torch.grad, **HALF)
+    assert not of_op.grad[[2, 3]].any()
+    assert of_op.grad[4].any()
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
 def test_layer_gradients_equal_plain_torch(shape):
     leaves = (torch.randn(shape), torch.randn(4, 6).half(), torch.randn(4).half())
     up = torch.randn(*shape[:-1], 4)
-    ours, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
-    (OPS.float16_linear(*ours) * up).sum().backward()
-    (F.linear(plain[0], plain[1].float(), plain[2].float()) * up).sum().backward()
-    for result, expected in zip(ours, plain, strict=True):
+    of_op, of_torch = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
+    (OPS.float16_linear(*of_op) * up).sum().backward()
+    (F.linear(of_torch[0], of_torch[1].float(), of_torch[2].float()) * up).sum().backward()
+    for result, expected in zip(of_op, of_torch, strict=True):
         torch.testing.assert_close(result.grad, expected.grad, **HALF)
         assert result.grad.any()

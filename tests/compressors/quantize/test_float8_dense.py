@@ -34,8 +34,10 @@ def layer(inputs: int, outputs: int, *, by_channel: bool = True) -> tuple[Tensor
 def test_inputs_are_rounded_to_the_nearest_e4m3_number(values):
     x = torch.tensor(values)
     result = rounded(x).numpy()
-    gaps = np.abs(NUMBERS[None] - x.clamp(-448, 448).numpy()[:, None])
-    np.testing.assert_array_equal(np.abs(result - x.clamp(-448, 448).numpy()), gaps.min(axis=1))
+    distances = np.abs(NUMBERS[None] - x.clamp(-448, 448).numpy()[:, None])
+    np.testing.assert_array_equal(
+        np.abs(result - x.clamp(-448, 448).numpy()), distances.min(axis=1)
+    )
 
 
 @pytest.mark.parametrize("by_channel", [True, False])
@@ -46,10 +48,10 @@ def test_scale_maps_the_largest_weight_to_448(by_channel):
     tops = steps_of(codes).abs().amax(dim=1)
     assert tops.max() == LARGEST
     assert bool((tops == LARGEST).all()) == by_channel
-    off = (steps_of(codes) * scale.reshape(-1, 1) - weight).abs()
+    rounding_error = (steps_of(codes) * scale.reshape(-1, 1) - weight).abs()
     if by_channel:  # half of the last of 4 bits; below 2^-6 scales even steps of 2^-9
         allowed = torch.maximum(weight.abs() * 2.0**-4, scale[:, None] * 2.0**-10)
-        assert (off <= allowed * (1 + 1e-6)).all()
+        assert (rounding_error <= allowed * (1 + 1e-6)).all()
 
 
 def test_channels_of_zeros_or_denormals_have_a_positive_scale_and_finite_weights():

@@ -99,16 +99,16 @@ def test_bytes_are_one_per_weight_and_two_per_scale(together):
 def test_op_passes_opcheck_and_its_gradient_equals_plain_torch(together, scale):
     module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), random_normal(11, 5))
     ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), random_normal(6, 5).reshape(2, 3, 5)
-    ours, plain = (module.scale.clone().requires_grad_() for _ in range(2))
+    of_op, of_torch = (module.scale.clone().requires_grad_() for _ in range(2))
     op = torch.ops.recpress.float8_e4m3_table
-    torch.library.opcheck(op.default, (module.codes, ours, ids, together))
-    (op(module.codes, ours, ids, together) * by).sum().backward()
+    torch.library.opcheck(op.default, (module.codes, of_op, ids, together))
+    (op(module.codes, of_op, ids, together) * by).sum().backward()
     scale_indices = ids // (together or 11)
-    (steps_of(module.codes[ids]) * plain.float()[scale_indices] * by).sum().backward()
+    (steps_of(module.codes[ids]) * of_torch.float()[scale_indices] * by).sum().backward()
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
     tolerance = 1e-5 if scale == "float32" else 5e-3
-    torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=tolerance)
-    assert ours.grad.abs().sum() > 0
+    torch.testing.assert_close(of_op.grad, of_torch.grad, rtol=tolerance, atol=tolerance)
+    assert of_op.grad.abs().sum() > 0
 
 
 def test_a_scale_above_float16_raises_and_can_be_stored_as_float32():

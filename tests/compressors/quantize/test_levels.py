@@ -104,9 +104,10 @@ def test_a_row_of_equal_values_changes_only_by_rounding(grid, scale, value):
 @each_asymmetric
 def test_an_offset_reduces_the_error_of_weights_of_one_sign_4_times(grid):
     table = torch.rand(50, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.1
-    plain = changed_grid(grid, symmetric=True, levels=grid.levels - grid.levels % 2)
+    symmetric_grid = changed_grid(grid, symmetric=True, levels=grid.levels - grid.levels % 2)
     with_offset, without = (
-        (round_trip(table, one)[0] - table).square().sum() for one in (grid, plain)
+        (round_trip(table, grid_used)[0] - table).square().sum()
+        for grid_used in (grid, symmetric_grid)
     )
     # Half of the levels of a symmetric grid are below zero, and a quarter between 0 and 0.1.
     assert with_offset < without / 4
@@ -184,5 +185,5 @@ def test_a_shared_scale_equals_that_of_its_rows_concatenated(grid, rows):
     for number, part in enumerate(table.split(4)):
         alone = fit(part.reshape(1, -1), grid)
         assert torch.equal(shared.scale[number], alone.scale[0])
-    one = fit(table, changed_grid(grid, rows_per_scale=0))
-    assert torch.equal(one.scale, fit(table.reshape(1, -1), grid).scale)
+    with_one_scale = fit(table, changed_grid(grid, rows_per_scale=0))
+    assert torch.equal(with_one_scale.scale, fit(table.reshape(1, -1), grid).scale)

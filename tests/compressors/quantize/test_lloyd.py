@@ -33,8 +33,10 @@ def points(most: int = 40) -> st.SearchStrategy[Tensor]:
 def error(rows: Tensor, codebook: Tensor, weight: Tensor | None = None) -> float:
     """Squared error with every point at its nearest entry, the plain way, in float64."""
     distances = rows.double()[:, None] - codebook.double()[None]
-    each = distances.square().sum(dim=2).amin(dim=1)
-    return float(each.sum() if weight is None else (each * weight.double()).sum())
+    smallest_distances = distances.square().sum(dim=2).amin(dim=1)
+    return float(
+        smallest_distances.sum() if weight is None else (smallest_distances * weight.double()).sum()
+    )
 
 
 def error_of_the_mean(rows: Tensor) -> float:
@@ -109,8 +111,8 @@ def test_scalar_kmeans_of_a_normal_sample_is_within_2_percent_of_the_optimum():
 def test_scalar_kmeans_treats_an_integer_weight_as_that_many_copies(rows, levels, seed):
     times = torch.randint(1, 4, (len(rows),), generator=torch.Generator().manual_seed(seed))
     copies = rows.repeat_interleave(times, dim=0)
-    values, each = rows[:, 0], times.double()
-    weighted = scalar_kmeans(values, levels, each)
+    values, smallest_distances = rows[:, 0], times.double()
+    weighted = scalar_kmeans(values, levels, smallest_distances)
     repeated = scalar_kmeans(copies[:, 0], levels)
     torch.testing.assert_close(weighted.codebook, repeated.codebook, rtol=1e-5, atol=1e-7)
 
@@ -129,8 +131,8 @@ def test_one_more_update_of_the_means_lowers_the_error_by_almost_nothing(levels)
         np.average(rows[codes == code].numpy(), axis=0, weights=weight[codes == code].numpy())
         for code in range(levels)
     ]
-    again = error(rows, torch.from_numpy(np.stack(means)).float(), weight)
-    assert again > (1 - 2 * lloyd.MIN_IMPROVEMENT) * result
+    error_after_update = error(rows, torch.from_numpy(np.stack(means)).float(), weight)
+    assert error_after_update > (1 - 2 * lloyd.MIN_IMPROVEMENT) * result
 
 
 def test_a_point_of_large_weight_is_close_to_an_entry():

@@ -148,9 +148,9 @@ def test_rows_that_a_bag_does_not_read_have_no_squared_gradient(tmp_path):
     result = squared_gradients(model, bench, NAMES)
     for name in ("genres", "history", "tags"):
         read = lookup_counts(model, bench, [name])[name] > 0
-        touched = result[name].sum(dim=1) > 0
-        assert touched.any()
-        assert not (touched & ~read).any(), name
+        has_gradient = result[name].sum(dim=1) > 0
+        assert has_gradient.any()
+        assert not (has_gradient & ~read).any(), name
     assert not result["genres"][0].any()
 
 
@@ -163,16 +163,16 @@ def test_squared_gradients_of_lists_equal_the_mean_over_single_lists(tmp_path):
     for group in data.group.unique():
         numbers = (data.group == group).nonzero().squeeze(1)
         batch = data.take(numbers)
-        seen = module.user(batch.inputs["user"]).detach().requires_grad_(True)
+        looked_up = module.user(batch.inputs["user"]).detach().requires_grad_(True)
         with torch.no_grad():
             rows = module.item(batch.inputs["history"])
         keys, values = torch.relu(module.key(rows)), module.value(rows)
-        fit = (keys * seen.unsqueeze(1)).sum(dim=2)
+        fit = (keys * looked_up.unsqueeze(1)).sum(dim=2)
         answer = module.out(torch.matmul(fit.softmax(dim=1).unsqueeze(1), values).squeeze(1))
-        (grad,) = torch.autograd.grad(hard_loss(bench.signature, answer, batch), [seen])
+        (grad,) = torch.autograd.grad(hard_loss(bench.signature, answer, batch), [looked_up])
         total.index_add_(0, batch.inputs["user"], grad.double().square())
-    wanted = (total / len(data.group.unique())).float()
-    torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-10)
+    expected_squares = (total / len(data.group.unique())).float()
+    torch.testing.assert_close(result, expected_squares, rtol=1e-3, atol=1e-10)
 
 
 def test_gradients_need_a_loss(tmp_path):

@@ -77,11 +77,11 @@ def test_packed_layer_has_the_outputs_of_the_trained_layer(bias):
     # In training, sums are float and the bias is not rounded.
     trained = layer_in_training.train()(x)
     assert trained.requires_grad
-    room = float((packed.weight_scale * packed.input_scale).max()) / 2 + 1e-5
-    assert (trained - packed(x)).abs().max() <= room
+    tolerance = float((packed.weight_scale * packed.input_scale).max()) / 2 + 1e-5
+    assert (trained - packed(x)).abs().max() <= tolerance
     # ... which the clipped and rounded weights decide: float outputs are further off
-    plain = F.linear(x, layer_in_training.weight, layer_in_training.bias)
-    assert (plain - trained).abs().max() > 10 * room
+    float_output = F.linear(x, layer_in_training.weight, layer_in_training.bias)
+    assert (float_output - trained).abs().max() > 10 * tolerance
 
 
 def test_an_untrained_layer_is_packed_as_the_calibrated_layer():

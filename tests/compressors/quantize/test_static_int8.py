@@ -235,13 +235,13 @@ def test_gradients_equal_the_straight_through_estimate(shape):
         (function(leaves[0], codes, *leaves[1:]) * up).sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    ours, plain = gradients(static_int8_linear), gradients(straight_through)
-    for result, expected in zip(ours, plain, strict=True):
+    of_op, of_torch = gradients(static_int8_linear), gradients(straight_through)
+    for result, expected in zip(of_op, of_torch, strict=True):
         # float32 sums in another order
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
         assert result.abs().sum() > 0
-    assert ours[0].view(-1)[:2].tolist() == [0, 0]
-    assert ours[0][x.abs() < 2.5].abs().min() > 0
+    assert of_op[0].view(-1)[:2].tolist() == [0, 0]
+    assert of_op[0][x.abs() < 2.5].abs().min() > 0
 
 
 def test_the_gradient_of_weight_scales_equals_the_finite_difference():
@@ -251,9 +251,9 @@ def test_the_gradient_of_weight_scales_equals_the_finite_difference():
     leaf = weight_scale.clone().requires_grad_()
     OP(x, codes, leaf, input_scale, zero).sum().backward()
     for channel in range(4):
-        moved = weight_scale.clone()
-        moved[channel] *= 1.5
-        rise = OP(x, codes, moved, input_scale, zero) - OP(
+        changed_scale = weight_scale.clone()
+        changed_scale[channel] *= 1.5
+        rise = OP(x, codes, changed_scale, input_scale, zero) - OP(
             x, codes, weight_scale, input_scale, zero
         )
         slope = rise.sum() / (0.5 * weight_scale[channel])

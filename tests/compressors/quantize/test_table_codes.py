@@ -133,9 +133,9 @@ def test_with_a_row_scale_small_rows_have_a_small_relative_error(scale):
     table[::2] *= 1e-3
     small = table[::2]
     near = decoded_rows(KMeans(scale=scale), table)[::2]
-    plain = decoded_rows(KMeans(scale="none"), table)[::2]
+    without_scale = decoded_rows(KMeans(scale="none"), table)[::2]
     assert (near - small).square().sum() < 0.01 * small.square().sum()
-    assert (plain - small).square().sum() > 0.5 * small.square().sum()
+    assert (without_scale - small).square().sum() > 0.5 * small.square().sum()
 
 
 def test_kmeans_with_row_scales_keeps_rows_of_zeros_exact():

@@ -71,9 +71,11 @@ def layer(
 @given(size=sizes, block=blocks, bits=widths, seed=seeds)
 def test_unpack_restores_packed_codes_and_padding_is_zero(size, block, bits, seed):
     inputs, outputs = size
-    most = 2 ** (bits - 1) - 1
+    largest_code = 2 ** (bits - 1) - 1
     random = np.random.default_rng(seed)
-    steps = torch.tensor(random.integers(-most, most + 1, (outputs, inputs))).float()
+    steps = torch.tensor(
+        random.integers(-largest_code, largest_code + 1, (outputs, inputs))
+    ).float()
     codes = pack(steps, block, bits)
     assert codes.shape == (outputs, padded(inputs, block) * bits // 8)
     assert torch.equal(unpack(codes, inputs, bits), steps)

@@ -201,9 +201,9 @@ def test_zeros_of_placeholders_are_not_dead_channels(tmp_path):
     for part in predicted.module.modules():
         if isinstance(part, nn.Linear):
             part.weight = nn.Parameter(torch.zeros(()).expand(part.weight.shape))
-    again = dry_run(student, predicted, bench)
-    assert again.network.architecture.config == {"width": 8}
-    assert again.plan.of("hidden").reasons[-1] == Reason("norm_folded", step="fold", norm="norm")
+    folded = dry_run(student, predicted, bench)
+    assert folded.network.architecture.config == {"width": 8}
+    assert folded.plan.of("hidden").reasons[-1] == Reason("norm_folded", step="fold", norm="norm")
 
 
 def test_a_channel_whose_relu_is_always_zero_is_removed_only_if_rows_are_evaluated(tmp_path):
@@ -351,8 +351,8 @@ def operators(model: Model, reference: Reference, folder: Path) -> onnx.GraphPro
 
 def test_int8_layers_are_adjacent_in_the_graph_after_their_norm_is_folded(tmp_path):
     bench = DCN.bench(tmp_path / "data")
-    plain = run(StaticInt8(), DCN.model(), bench, tmp_path / "plain")
-    unfolded_graph = operators(plain, DCN, tmp_path)
+    quantized = run(StaticInt8(), DCN.model(), bench, tmp_path / "plain")
+    unfolded_graph = operators(quantized, DCN, tmp_path)
     assert sum(node.op_type == "BatchNormalization" for node in unfolded_graph.node) == 2
     model = run(
         StaticInt8(), run(Fold(), DCN.model(), bench, tmp_path / "0"), bench, tmp_path / "1"

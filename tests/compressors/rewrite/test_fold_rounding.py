@@ -154,8 +154,8 @@ def test_a_probability_near_one_may_change_by_one_float32_step() -> None:
     rounded = expected.unsqueeze(0)
     assert gap_of(scores, expected, output_signature) is not None
     assert gap_of(scores, expected, output_signature, lambda: rounded) is None
-    moved = expected - 1e-5
-    assert gap_of(moved, expected, output_signature, lambda: rounded) is not None
+    changed_scores = expected - 1e-5
+    assert gap_of(changed_scores, expected, output_signature, lambda: rounded) is not None
 
 
 @pytest.mark.parametrize(("share", "is_accepted"), [(0.5e-3, True), (2e-3, False)])
