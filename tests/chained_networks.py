@@ -75,8 +75,7 @@ class Chain(nn.Module):
     """A chain of dense layers with activations between them.
 
     A positive factor per channel can be moved through some (relu, leaky relu, PReLU) and not
-    through others (gelu, tanh). ``twice`` is called twice, and the weight of ``looked`` is read
-    outside the layer.
+    through others (gelu, tanh). The weight of ``weight_read`` is also read outside the layer.
     """
 
     def __init__(self, width: int = 16) -> None:
@@ -86,8 +85,8 @@ class Chain(nn.Module):
         self.b = nn.Linear(width, width)
         self.c, self.d = nn.Linear(width, width), nn.Linear(width, width)
         self.e = nn.Linear(width, width)
-        self.twice = nn.Linear(width, width)
-        self.looked = nn.Linear(width, width)
+        self.called_twice = nn.Linear(width, width)
+        self.weight_read = nn.Linear(width, width)
         self.slope = nn.PReLU(width)
         self.out = nn.Linear(width, 1)
 
@@ -96,8 +95,8 @@ class Chain(nn.Module):
         x = self.slope(self.b(x.view(-1, 1, x.shape[-1]).squeeze(1))).clamp(min=0)
         x = F.gelu(self.c(x)) + torch.tanh(self.d(x))
         x = F.relu(self.e(x))
-        x = self.twice(F.relu(self.twice(x)))
-        x = self.looked(F.relu(x)) * self.looked.weight.abs().sum()
+        x = self.called_twice(F.relu(self.called_twice(x)))
+        x = self.weight_read(F.relu(x)) * self.weight_read.weight.abs().sum()
         score: Tensor = self.out(F.relu(x))
         return score
 

@@ -44,9 +44,9 @@ def error(table: Tensor, grid: Grid) -> Tensor:
         for rule_index, rule in enumerate(("greedy", "mse"))
     ],
 )
-@given(table=tables(), scale=scale_types, together=sharing)
-def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, together):
-    unclipped = changed_grid(grid, scale=scale, rows_per_scale=together)
+@given(table=tables(), scale=scale_types, rows_per_scale=sharing)
+def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, rows_per_scale):
+    unclipped = changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale)
     # Errors are compared in float32; sums of a few dozen squares round by parts in 10^6.
     smallest_error = error(table, unclipped) * (1 + 1e-5) + 1e-45
     assert torch.all(error(table, changed_grid(unclipped, clipping=rule)) <= smallest_error)
@@ -165,14 +165,14 @@ def test_ranges_of_a_table_with_one_scale_share_its_memory():
 
 @pytest.mark.parametrize("clipping", ["min_max", "least_squares", "greedy", "mse"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("together", [0, 1, 4])
+@pytest.mark.parametrize("rows_per_scale", [0, 1, 4])
 def test_fit_of_an_empty_table_returns_the_number_of_scales_of_its_layout(
-    clipping, symmetric, together
+    clipping, symmetric, rows_per_scale
 ):
     levels = 15 if symmetric else 16
-    grid = Grid(levels, symmetric, clipping, rows_per_scale=together)
+    grid = Grid(levels, symmetric, clipping, rows_per_scale=rows_per_scale)
     scale, offset = fit(torch.empty(0, 6), grid)
-    expected = (0 if together else 1, 1)
+    expected = (0 if rows_per_scale else 1, 1)
     assert scale.shape == expected
     assert scale.dtype == torch.float16
     assert (offset is None) == symmetric

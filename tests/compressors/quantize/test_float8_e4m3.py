@@ -21,11 +21,13 @@ def decoded_and_scales(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]
     return module(rows), module.scale[rows // (step.rows_per_scale or len(table))].float()
 
 
-@given(table=tables(), scale=scale_types, together=sharing)
+@given(table=tables(), scale=scale_types, rows_per_scale=sharing)
 def test_rounding_error_is_at_most_half_the_last_of_four_bits_or_half_the_smallest_step(
-    table, scale, together
+    table, scale, rows_per_scale
 ):
-    decoded, scales = decoded_and_scales(Float8E4M3(scale=scale, rows_per_scale=together), table)
+    decoded, scales = decoded_and_scales(
+        Float8E4M3(scale=scale, rows_per_scale=rows_per_scale), table
+    )
     # Half of the last of 4 significant bits; below 2^-6 scales the steps are 2^-9, all even.
     allowed = torch.maximum(table.abs() * 2.0**-4, scales * 2.0**-10)
     # A stored scale may round down and leave the largest weight at 448.5 instead of 448.
@@ -49,15 +51,15 @@ def test_every_byte_decodes_as_the_e4m3_definition():
             assert result == (-size if code & 128 else size)
 
 
-@pytest.mark.parametrize("together", [0, 1, 4])
+@pytest.mark.parametrize("rows_per_scale", [0, 1, 4])
 @pytest.mark.parametrize("scale", ["float16", "float32"])
-def test_stored_codes_and_scales_equal_the_numpy_reference(together, scale):
+def test_stored_codes_and_scales_equal_the_numpy_reference(rows_per_scale, scale):
     table = random_normal(40, 9) * torch.logspace(-6, 3, 40).unsqueeze(1)
     table[3] = 0.0
     table[8:12, 0] = 448.0  # the scale of these rows is 1: ties between E4M3 numbers are exact
     table[8:12, 1:] = torch.tensor([17.0, 19.0, -21.0, 23.0, 2.0**-10, -3 * 2.0**-10, 1.0625, 300])
-    module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), table)
-    expected = encode_float8_rows(table.numpy(), together, scale)
+    module = encode_table(Float8E4M3(scale=scale, rows_per_scale=rows_per_scale), table)
+    expected = encode_float8_rows(table.numpy(), rows_per_scale, scale)
     assert np.array_equal(module.scale.numpy(), expected.scale)
     assert np.array_equal(module.codes.numpy(), expected.codes)
 
@@ -77,34 +79,36 @@ def test_scales_reduce_the_error_of_small_weights_20_times():
     assert (decoded - table).square().sum() < 0.05 * (bare - table).square().sum()
 
 
-@pytest.mark.parametrize("together", [0, 1, 4])
+@pytest.mark.parametrize("rows_per_scale", [0, 1, 4])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,)])
-def test_lookup_accepts_ids_of_any_shape(together, shape):
-    step, table = Float8E4M3(rows_per_scale=together), random_normal(11, 5)
+def test_lookup_accepts_ids_of_any_shape(rows_per_scale, shape):
+    step, table = Float8E4M3(rows_per_scale=rows_per_scale), random_normal(11, 5)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
     rows = encode_table(step, table)(ids)
     assert rows.shape == (*shape, 5)
     assert torch.equal(rows, decoded_and_scales(step, table)[0][ids])
 
 
-@pytest.mark.parametrize("together", [0, 1, 4])
-def test_bytes_are_one_per_weight_and_two_per_scale(together):
-    module = encode_table(Float8E4M3(rows_per_scale=together), random_normal(11, 5))
+@pytest.mark.parametrize("rows_per_scale", [0, 1, 4])
+def test_bytes_are_one_per_weight_and_two_per_scale(rows_per_scale):
+    module = encode_table(Float8E4M3(rows_per_scale=rows_per_scale), random_normal(11, 5))
     stored = sum(tensor.numel() * tensor.element_size() for tensor in module.buffers())
-    assert stored == 11 * 5 + 2 * {0: 1, 1: 11, 4: 3}[together]
+    assert stored == 11 * 5 + 2 * {0: 1, 1: 11, 4: 3}[rows_per_scale]
 
 
-@pytest.mark.parametrize("together", [0, 1, 4])
+@pytest.mark.parametrize("rows_per_scale", [0, 1, 4])
 @pytest.mark.parametrize("scale", ["float16", "float32"])
-def test_op_passes_opcheck_and_its_gradient_equals_plain_torch(together, scale):
-    module = encode_table(Float8E4M3(scale=scale, rows_per_scale=together), random_normal(11, 5))
-    ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), random_normal(6, 5).reshape(2, 3, 5)
+def test_op_passes_opcheck_and_its_gradient_equals_plain_torch(rows_per_scale, scale):
+    module = encode_table(
+        Float8E4M3(scale=scale, rows_per_scale=rows_per_scale), random_normal(11, 5)
+    )
+    ids, weights = torch.tensor([[0, 5, 5], [2, 1, 0]]), random_normal(6, 5).reshape(2, 3, 5)
     of_op, of_torch = (module.scale.clone().requires_grad_() for _ in range(2))
     op = torch.ops.recpress.float8_e4m3_table
-    torch.library.opcheck(op.default, (module.codes, of_op, ids, together))
-    (op(module.codes, of_op, ids, together) * by).sum().backward()
-    scale_indices = ids // (together or 11)
-    (steps_of(module.codes[ids]) * of_torch.float()[scale_indices] * by).sum().backward()
+    torch.library.opcheck(op.default, (module.codes, of_op, ids, rows_per_scale))
+    (op(module.codes, of_op, ids, rows_per_scale) * weights).sum().backward()
+    scale_indices = ids // (rows_per_scale or 11)
+    (steps_of(module.codes[ids]) * of_torch.float()[scale_indices] * weights).sum().backward()
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
     tolerance = 1e-5 if scale == "float32" else 5e-3
     torch.testing.assert_close(of_op.grad, of_torch.grad, rtol=tolerance, atol=tolerance)

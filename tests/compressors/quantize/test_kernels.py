@@ -24,8 +24,8 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 ROOT = Path(__file__).parents[3]
 LEVELS = {(8, True): 255, (8, False): 256, (4, True): 15, (4, False): 16}
 GRIDS = [
-    (bits, Grid(levels, symmetric, "min_max", scale, together))
-    for ((bits, symmetric), levels), scale, together in itertools.product(
+    (bits, Grid(levels, symmetric, "min_max", scale, rows_per_scale))
+    for ((bits, symmetric), levels), scale, rows_per_scale in itertools.product(
         LEVELS.items(), ("float16", "float32"), (1, 2, 8)
     )
 ] + [
@@ -119,12 +119,12 @@ def test_ties_between_levels_are_rounded_as_in_the_specification(bits: int, symm
     require_equal_encoding(rows if symmetric else rows.abs(), grid, bits)
 
 
-@pytest.mark.parametrize("clip", ["min_max", "least_squares", "greedy", "mse"])
+@pytest.mark.parametrize("rule", ["min_max", "least_squares", "greedy", "mse"])
 @pytest.mark.parametrize("step", [RowwiseInt8, RowwiseInt4])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("together", [0, 1, 4])
-def test_a_steps_encoded_block_equals_the_specification(step, clip, symmetric, together):
-    method = step(clipping=clip, symmetric=symmetric, rows_per_scale=together)
+@pytest.mark.parametrize("rows_per_scale", [0, 1, 4])
+def test_a_steps_encoded_block_equals_the_specification(step, rule, symmetric, rows_per_scale):
+    method = step(clipping=rule, symmetric=symmetric, rows_per_scale=rows_per_scale)
     rows = torch.randn(41, 10, generator=torch.Generator().manual_seed(1)).half()
     result = method.encode(rows, method.fit(rows))
     fitted = clipping.fit(rows, method.grid)
@@ -132,9 +132,9 @@ def test_a_steps_encoded_block_equals_the_specification(step, clip, symmetric, t
     steps = expected_codes(nearest(rows, fitted, method.grid), bits, symmetric=symmetric)
     assert torch.equal(result["codes"].view(torch.uint8), steps)
     assert result.keys() == {"codes"} | (
-        ({"scale"} | (set() if symmetric else {"offset"})) if together else set()
+        ({"scale"} | (set() if symmetric else {"offset"})) if rows_per_scale else set()
     )
-    if together:
+    if rows_per_scale:
         assert torch.equal(result["scale"], fitted.scale)
 
 
@@ -175,8 +175,8 @@ def test_least_squares_never_has_a_larger_error_than_min_max(
 ):
     rows = torch.randn(70, dim, generator=torch.Generator().manual_seed(seed))
     errors = []
-    for clip in ("min_max", "least_squares"):
-        grid = Grid(LEVELS[form], form[1], clip)
+    for rule in ("min_max", "least_squares"):
+        grid = Grid(LEVELS[form], form[1], rule)
         fitted = clipping.fit(rows, grid)
         errors.append(squared_error(rows, fitted, grid))
     # Errors are float32 sums, and codes computed with a reciprocal may differ at ties.
@@ -184,13 +184,13 @@ def test_least_squares_never_has_a_larger_error_than_min_max(
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("together", [1, 8])
+@pytest.mark.parametrize("rows_per_scale", [1, 8])
 def test_results_and_errors_do_not_depend_on_the_number_of_threads(
-    threads: int, together: int, monkeypatch: pytest.MonkeyPatch
+    threads: int, rows_per_scale: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(row_encoding, "THREAD_VALUES", 64)
     rows = torch.randn(1001, 12, generator=torch.Generator().manual_seed(2))
-    grid = Grid(15, True, "min_max", "float16", together)
+    grid = Grid(15, True, "min_max", "float16", rows_per_scale)
     at_once = row_encoding.encode(rows, grid, 4)
     fitted = clipping.fit(rows, Grid(15, True, "min_max", "float16", 0))
     table = Grid(15, True, "min_max", "float16", 0)

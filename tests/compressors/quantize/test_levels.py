@@ -34,9 +34,9 @@ def within_half_a_level(table: Tensor, grid: Grid) -> None:
 
 
 @each_grid
-@given(table=tables(), scale=scale_types, together=sharing)
-def test_round_trip_error_is_at_most_half_the_stored_scale(grid, table, scale, together):
-    within_half_a_level(table, changed_grid(grid, scale=scale, rows_per_scale=together))
+@given(table=tables(), scale=scale_types, rows_per_scale=sharing)
+def test_round_trip_error_is_at_most_half_the_stored_scale(grid, table, scale, rows_per_scale):
+    within_half_a_level(table, changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale))
 
 
 @each_grid
@@ -47,10 +47,10 @@ def test_scales_of_the_smallest_float16_numbers_clip_nothing(grid, largest):
 
 
 @each_grid
-@given(table=tables(), together=sharing)
-def test_the_scale_is_no_larger_than_the_range_needs(grid, table, together):
-    _, (scale, offset) = round_trip(table, changed_grid(grid, rows_per_scale=together))
-    groups = torch.arange(len(table)) // (together or len(table))
+@given(table=tables(), rows_per_scale=sharing)
+def test_the_scale_is_no_larger_than_the_range_needs(grid, table, rows_per_scale):
+    _, (scale, offset) = round_trip(table, changed_grid(grid, rows_per_scale=rows_per_scale))
+    groups = torch.arange(len(table)) // (rows_per_scale or len(table))
     low, high = (
         torch.stack([part(table[groups == group]) for group in groups])
         for part in (torch.min, torch.max)
@@ -66,9 +66,9 @@ def test_the_scale_is_no_larger_than_the_range_needs(grid, table, together):
 
 
 @each_grid
-@given(table=tables(), together=sharing, clipping=rules)
-def test_codes_are_integers_within_the_grid(grid, table, together, clipping):
-    chosen = changed_grid(grid, rows_per_scale=together, clipping=clipping)
+@given(table=tables(), rows_per_scale=sharing, clipping=rules)
+def test_codes_are_integers_within_the_grid(grid, table, rows_per_scale, clipping):
+    chosen = changed_grid(grid, rows_per_scale=rows_per_scale, clipping=clipping)
     steps = nearest(table, fit(table, chosen), chosen)
     codes = steps + (grid.half if grid.symmetric else 0)
     assert torch.equal(codes, codes.round())
@@ -166,10 +166,10 @@ def test_both_ends_of_a_row_are_exact_if_float16_represents_the_scale(grid):
 @given(table=tables(), clipping=rules, data=st.data())
 def test_the_fit_of_a_range_does_not_depend_on_other_ranges(grid, table, clipping, data):
     """So it does not matter which blocks a table is encoded in."""
-    together = data.draw(st.sampled_from([1, 2]))
-    chosen = changed_grid(grid, clipping=clipping, rows_per_scale=together)
+    rows_per_scale = data.draw(st.sampled_from([1, 2]))
+    chosen = changed_grid(grid, clipping=clipping, rows_per_scale=rows_per_scale)
     all_rows = fit(table, chosen)
-    parts = [fit(part, chosen) for part in table.split(together)]
+    parts = [fit(part, chosen) for part in table.split(rows_per_scale)]
     for name in ("scale", "offset"):
         if getattr(all_rows, name) is not None:
             alone = torch.cat([getattr(part, name) for part in parts])

@@ -26,12 +26,12 @@ Rowwise = RowwiseInt8 | RowwiseInt4 | RowwiseInt2
 BITS = {"rowwise_int8": 8, "rowwise_int4": 4, "rowwise_int2": 2}
 
 EVERY = {
-    f"{method.__name__}-{'symmetric' if symmetric else 'offset'}-{together}": method(
-        symmetric=symmetric, clipping="min_max", rows_per_scale=together
+    f"{method.__name__}-{'symmetric' if symmetric else 'offset'}-{rows_per_scale}": method(
+        symmetric=symmetric, clipping="min_max", rows_per_scale=rows_per_scale
     )
     for method in (RowwiseInt8, RowwiseInt4, RowwiseInt2)
     for symmetric in (True, False)
-    for together in (0, 1, 4)
+    for rows_per_scale in (0, 1, 4)
 }
 
 

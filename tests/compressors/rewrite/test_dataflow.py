@@ -73,14 +73,14 @@ def test_a_layer_without_consumers_has_a_reason_that_names_the_operator():
     assert flow.reasons["c"] == Reason("output_enters", operator="gelu")
     assert flow.reasons["d"] == Reason("output_enters", operator="tanh")
     called_again = Reason("called_again")
-    assert flow.reasons["e"] == Reason("reader_closed", reader="twice", why=called_again)
+    assert flow.reasons["e"] == Reason("reader_closed", reader="called_twice", why=called_again)
     assert dataflow_of(RANKER).reasons["capped"] == Reason("output_enters", operator="relu6")
 
 
 def test_layers_called_twice_or_read_elsewhere_are_fixed():
     assert dataflow_of(CHAIN).fixed == {
-        "twice": Reason("called_again"),
-        "looked": Reason("weight_read_elsewhere"),
+        "called_twice": Reason("called_again"),
+        "weight_read": Reason("weight_read_elsewhere"),
     }
 
 
@@ -132,25 +132,25 @@ class ViewsNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.user = nn.Embedding(30, 4)
-        self.kept, self.moved = nn.Linear(9, 8), nn.Linear(9, 8)
-        self.turned, self.out = nn.Linear(9, 8), nn.Linear(8, 1)
+        self.in_place, self.expanded = nn.Linear(9, 8), nn.Linear(9, 8)
+        self.transposed, self.out = nn.Linear(9, 8), nn.Linear(8, 1)
         self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
         x = torch.cat([self.user(user), price], dim=1)
-        a = self.first(self.kept(x).unsqueeze(1)[:, 0])
-        square = self.moved(x).unsqueeze(1).expand(-1, 8, 8)
+        a = self.first(self.in_place(x).unsqueeze(1)[:, 0])
+        square = self.expanded(x).unsqueeze(1).expand(-1, 8, 8)
         b = self.second(square.select(2, 0))
-        c = self.third(self.turned(x).view(-1, 4, 2).transpose(1, 2).reshape(-1, 8))
+        c = self.third(self.transposed(x).view(-1, 4, 2).transpose(1, 2).reshape(-1, 8))
         score: Tensor = self.out(F.relu(a) * F.relu(b) * F.relu(c))
         return score
 
 
 def test_consumers_are_found_through_views_only_if_channels_keep_their_positions():
     flow = dataflow_of(Reference(ViewsNet, SCHEMA))
-    assert flow.direct_consumers("kept") == ("first",)
-    assert flow.reasons["moved"] == Reason("output_enters", operator="select")
-    assert flow.reasons["turned"] == Reason("output_enters", operator="view")
+    assert flow.direct_consumers("in_place") == ("first",)
+    assert flow.reasons["expanded"] == Reason("output_enters", operator="select")
+    assert flow.reasons["transposed"] == Reason("output_enters", operator="view")
 
 
 def test_a_step_traces_the_network_once(monkeypatch, tmp_path):
