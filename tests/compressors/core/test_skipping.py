@@ -231,8 +231,7 @@ SKIPPED_UNIT: dict[type[BaseNet], str] = {
 
 
 def reference_and_model(network: type[BaseNet]) -> tuple[Reference, Model]:
-    reference = Reference(network, SCHEMA)
-    return reference, reference.model()
+    return (reference := Reference(network, SCHEMA)), reference.model()
 
 
 def run_step(step: AnyStep, source: Model, bench: Bench, folder: Path) -> Model:
@@ -286,9 +285,7 @@ def test_each_step_runs_on_a_network_with_one_unusual_unit(
         for place, network in enumerate(NETWORKS)
     ],
 )
-def test_a_recipe_compresses_all_units_but_the_unusual_one(
-    network: type[BaseNet], tmp_path: Path
-) -> None:
+def test_two_steps_skip_only_the_unusual_unit(network: type[BaseNet], tmp_path: Path) -> None:
     model, bench = packed_and_folded(network)
     for number, step in enumerate((StaticInt8(), Float16())):
         model = run_step(step, model, bench, tmp_path / f"then{number}")
@@ -320,12 +317,10 @@ def test_a_skipped_unit_has_its_reason_in_its_plan_line_and_in_the_plans_reasons
     # The dry run gives the same plan, and a later step keeps the reason.
     assert dry_run(step, source, bench).plan == result.plan
     if name == "item":
-        first_result = run_or_skip(StaticInt8(), source, bench, tmp_path / "then")
-        second_result = run_or_skip(RowwiseInt8(), first_result, bench, tmp_path / "later")
-        assert second_result.plan is not None
-        remark = with_code(
-            second_result.plan.reasons[:1], "unit_skipped", step="rowwise_int8", unit="item"
-        )
+        earlier = run_or_skip(StaticInt8(), source, bench, tmp_path / "then")
+        later = run_or_skip(RowwiseInt8(), earlier, bench, tmp_path / "later")
+        assert later.plan is not None
+        remark = with_code(later.plan.reasons[:1], "unit_skipped", step="rowwise_int8", unit="item")
         assert remark.fields["why"] == reason
 
 
@@ -349,7 +344,7 @@ def test_a_step_that_names_an_unusual_unit_raises_step_refused(
 
 
 @pytest.mark.parametrize("tables", [("*",), ("*", "!us*r"), ("it*",)], ids=str)
-def test_a_step_whose_pattern_matches_an_unusual_unit_skips_it(
+def test_a_pattern_that_matches_an_unusual_unit_skips_it(
     tables: tuple[str, ...], tmp_path: Path
 ) -> None:
     reference, source = reference_and_model(SlicedTable)

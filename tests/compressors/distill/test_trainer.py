@@ -37,11 +37,7 @@ from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
 
 def train_copy(
-    model: Model,
-    bench: Bench,
-    training: Training = QUICKLY,
-    folder: Path | None = None,
-    seed: int = 0,
+    model: Model, bench: Bench, training: Training = QUICKLY, folder: Path | None = None
 ) -> tuple[nn.Module, tuple[trainer.Epoch, ...]]:
     module = model.private().module
 
@@ -57,7 +53,7 @@ def train_copy(
         bench.validation,
         loss,
         training,
-        seed=seed,
+        seed=0,
         checkpoints=None if folder is None else str(folder),
     )
     return module, epochs
@@ -94,9 +90,8 @@ def validation_with_opposite_labels(reference: Reference, folder: Path) -> Split
 
 
 def tables_of(module: nn.Module) -> list[nn.Parameter]:
-    return [
-        part.weight for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)
-    ]
+    kinds = nn.Embedding | nn.EmbeddingBag
+    return [part.weight for part in module.modules() if isinstance(part, kinds)]
 
 
 def test_training_without_improvement_stops_after_patience_and_returns_the_start(tmp_path):
@@ -274,11 +269,11 @@ def test_an_interrupted_write_of_progress_keeps_the_previous_progress(tmp_path, 
         raise Killed
 
     monkeypatch.setattr("compressors.distill.training.checkpoint.os.replace", fail_to_replace)
-    second_progress = TrainingProgress(
+    later = TrainingProgress(
         {"now/a": torch.zeros(3)}, {"epochs": [*facts["epochs"], [1, 0.3, 0.6]]}
     )
     with pytest.raises(Killed):
-        write_progress(str(tmp_path), second_progress)
+        write_progress(str(tmp_path), later)
     monkeypatch.undo()
     result = read_progress(str(tmp_path), {"a": torch.empty(3)})
     assert result is not None
@@ -390,10 +385,10 @@ def test_layers_initialized_with_zeros_are_trained(tmp_path):
 
 def test_a_last_batch_of_one_row_is_added_to_the_previous_batch(tmp_path):
     bench = STATISTICS.bench(tmp_path)
-    batches_of_rows = shuffled_rows(
+    batches_drawn = shuffled_rows(
         Rows(bench.train, STATISTICS.signature), STATISTICS.signature, 19, seed=1
     )
-    assert [len(row_numbers) for row_numbers in batches_of_rows] == [19, 19, 19, 19, 20]
+    assert [len(row_numbers) for row_numbers in batches_drawn] == [19, 19, 19, 19, 20]
     train_copy(STATISTICS.model(), bench, QUICKLY.model_copy(update={"batch": 19}))
 
 
