@@ -1,7 +1,7 @@
-"""The flow of one order: pull, validate, compress, lower, build, measure, gate, publish.
+"""The Prefect flow ``compress``: runs all stages of one order (``stages.py``).
 
-Every task's result is cached by content, so a killed flow resumes where it stopped, and a repeated
-order only reads cached results.
+The result of every task is cached by a hash of its inputs. A flow that was killed therefore
+resumes where it stopped, and a repeated order only reads cached results.
 """
 
 import logging
@@ -12,16 +12,15 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from compressors.contracts import limit_warnings
-from flows.choosing import require_taught
-from flows.memory import require_order_memory, what_ran
+from flows.memory import describe_running_stage, require_order_memory
 from flows.order import Order
 from flows.resolve import (
-    by_other_version,
-    carried_out_before,
-    champions_of,
+    already_completed_message,
+    find_champions,
+    find_result_of_other_version,
     promote_if_ordered,
     require_registry,
-    teachers_of,
+    resolve_teachers,
 )
 from flows.run import Run
 from flows.server.embedded_server import protect_ephemeral_server
@@ -35,6 +34,7 @@ from flows.stages import (
     publish_result,
     pull_model,
 )
+from flows.step_selection import require_teachers_are_used
 from infra.credentials import clean_exceptions
 from infra.memory import memory_errors
 from tasks.bundles.bundle_ref import find, require_measurable
@@ -47,39 +47,40 @@ from tasks.orchestration.progress import Progress, show_log_lines
 log = logging.getLogger(__name__)
 log_lines.install()
 
-# A call of the flow in Python, without a configured server, makes Prefect start one.
+# Prefect starts a server if Python code calls the flow and no server is configured.
 protect_ephemeral_server()
 
 
 @flow(name="compress", flow_run_name="{order.model} {order.preset}", **NO_RESULTS)
 @clean_exceptions()
 def compress(order: Order) -> Finished | State[Any]:
-    """Compress a model, judge what will be served, and register the result.
+    """Compress a model, compare the result with the limits for each target, and register it.
 
-    A rejected or undecided candidate is a result, not a crash: the run completes with that name.
+    A rejected or undecided result is not a failure: the run completes, and its state in Prefect is
+    named Rejected or Undecided.
     """
     show_log_lines()
-    subject = wait_out(lambda: find(order.model))
-    require_measurable(subject, order.limits)
+    bundle = wait_out(lambda: find(order.model))
+    require_measurable(bundle, order.limits)
     for warning in limit_warnings(order.limits):
         log.warning("%s", warning)
-    require_taught(order)
-    estimate = require_order_memory(order, subject)
+    require_teachers_are_used(order)
+    estimate = require_order_memory(order, bundle)
     wait_out(require_registry)
-    teachers = wait_out(lambda: teachers_of(order, subject))
-    champions = wait_out(lambda: champions_of(order, subject))
-    before = wait_out(lambda: by_other_version(order, subject, champions, teachers))
-    if before is not None:
-        log.info("%s", carried_out_before(before))
-        wait_out(lambda: promote_if_ordered(order, before))
-        return _ended(before)
-    progress = Progress(stages=8 + len(order.recipe()) + 2 * len(order.targets.wanted()))
-    run = Run(order, subject, teachers, champions, progress)
-    with memory_errors(what_ran(lambda: progress.current, estimate, subject)):
-        return _carry_out(run)
+    teachers = wait_out(lambda: resolve_teachers(order, bundle))
+    champions = wait_out(lambda: find_champions(order, bundle))
+    completed = wait_out(lambda: find_result_of_other_version(order, bundle, champions, teachers))
+    if completed is not None:
+        log.info("%s", already_completed_message(completed))
+        wait_out(lambda: promote_if_ordered(order, completed))
+        return _final_state(completed)
+    progress = Progress(stages=8 + len(order.recipe()) + 2 * len(order.targets.requirements()))
+    run = Run(order, bundle, teachers, champions, progress)
+    with memory_errors(describe_running_stage(lambda: progress.current, estimate, bundle)):
+        return _run_stages(run)
 
 
-def _carry_out(run: Run) -> Finished | State[Any]:
+def _run_stages(run: Run) -> Finished | State[Any]:
     pull_model(run)
     data = prepare_data(run)
     baselines = build_baselines(run, data)
@@ -87,11 +88,12 @@ def _carry_out(run: Run) -> Finished | State[Any]:
     built = build_targets(run, compressed.bundle, data, baselines)
     measured = measure_result(run, data, baselines, compressed, built)
     verdicts = judge_targets(run, built, measured)
-    return _ended(publish_result(run, data, baselines, compressed, built, measured, verdicts))
+    finished = publish_result(run, data, baselines, compressed, built, measured, verdicts)
+    return _final_state(finished)
 
 
-def _ended(finished: Finished) -> Finished | State[Any]:
-    """Return the final state of the run, named after the outcome if it is not accepted."""
+def _final_state(finished: Finished) -> Finished | State[Any]:
+    """Return a state named after the outcome if that is rejected or undecided, else the result."""
     report = finished.report
     if report.outcome in {"accepted", "built-unmeasured"}:
         return finished

@@ -1,7 +1,7 @@
-"""Dry run of a recipe: its steps and bytes, from the bundle's shapes alone.
+"""Dry run of a recipe: predict its steps and bytes from the shapes of a bundle, without data.
 
-The quality budget decides between options, and training decides how many rows are looked up.
-Neither is known before a recipe is applied, so bytes have bounds.
+A dry run cannot know which pruning steps the quality budget will accept, nor how many rows will be
+pruned, which depends on the training data. ``bounds`` therefore returns the fewest and most bytes.
 """
 
 from typing import Literal, NamedTuple
@@ -13,18 +13,26 @@ from compressors.core.model import Model
 from compressors.core.registries import AnyStep
 from compressors.core.units import stored_bytes
 from compressors.errors.compression import CompressionError, NothingToCompress
-from flows.choosing import allowed_steps, can_be_judged, parts_of_step, split_name
 from flows.order import Order
+from flows.step_selection import can_be_judged, parts_of_step, select_steps, split_name
 from tasks.bundles.bundle_ref import BundleRef
 from tasks.bundles.loading import load_bundle
 from tasks.orchestration.documents import NotApplicable, not_applicable
 
 Cuts = Literal["all", "most", "none"]
-"""Which judged cuts count as within the budget: all, all with as few rows as possible, or none."""
+"""Which pruning steps a dry run accepts, where an order would compare them with its budget.
+
+``all``; ``most``: all, and each keeps as few rows as it may; ``none``.
+"""
 
 
 class RecipeDryRun(NamedTuple):
-    """The result of a dry run: the model after each applied step, and the skipped steps."""
+    """The result of a dry run.
+
+    Attributes:
+        stages: name and model of each stage: the untouched model, then each applied step.
+        left_out: reasons of skipped steps, by the step's index in the recipe.
+    """
 
     stages: tuple[tuple[str, Model], ...]
     left_out: dict[int, Reason]
@@ -32,29 +40,29 @@ class RecipeDryRun(NamedTuple):
 
 def dry_run_recipe(
     order: Order,
-    subject: BundleRef,
+    bundle: BundleRef,
     signature: Signature,
     model: Model,
     teachers: tuple[Artifact, ...],
     cuts: Cuts = "all",
 ) -> RecipeDryRun:
-    """Dry-run a recipe, without data and without training.
+    """Dry-run a recipe without data and without training.
 
     Args:
         order: the order with the steps.
-        subject: the order's bundle.
+        bundle: the order's bundle.
         signature: the bundle's signature.
         model: the bundle's model.
         teachers: the teachers of the distillation steps.
-        cuts: which of the cuts that the budget judges are applied.
+        cuts: which pruning steps are accepted; matters only if the order has a budget.
 
     Raises:
-        CompressionError: as ``flows.choosing.allowed_steps``.
+        CompressionError: no step fits, or a step of preset ``custom`` cannot be applied.
     """
 
-    def attempt(step: AnyStep, source: Model) -> Model | NotApplicable:
-        counted = _rows(parts_of_step(step, subject), subject)
-        bench = Bench(signature=signature, teachers=teachers, **counted)
+    def dry_run_step(step: AnyStep, source: Model) -> Model | NotApplicable:
+        splits = _row_counts(parts_of_step(step, bundle), bundle)
+        bench = Bench(signature=signature, teachers=teachers, **splits)
         try:
             return dry_run(step, source, bench, smallest=cuts == "most")
         except NothingToCompress as fault:
@@ -64,45 +72,45 @@ def dry_run_recipe(
                 raise
             return not_applicable(fault)
 
-    def spent(_: Model) -> Reason | None:
+    def budget_violation(_: Model) -> Reason | None:
         return Reason("not_within_budget") if cuts == "none" else None
 
-    judged = can_be_judged(order, subject)
-    return RecipeDryRun(*allowed_steps(order, subject, model, attempt, spent if judged else None))
+    check = budget_violation if can_be_judged(order, bundle) else None
+    return RecipeDryRun(*select_steps(order, bundle, model, dry_run_step, check))
 
 
 def bounds(
     order: Order,
-    subject: BundleRef,
+    bundle: BundleRef,
     signature: Signature,
     model: Model,
     teachers: tuple[Artifact, ...],
 ) -> tuple[int, int]:
     """Return the fewest and the most bytes of weights that a recipe can result in."""
-    # Without either, the applied steps are known, and the two dry runs would be the same.
-    open_ended = can_be_judged(order, subject) or any(
+    # Otherwise the applied steps are known, and two dry runs would return the same bytes.
+    is_uncertain = can_be_judged(order, bundle) or any(
         step.requires_budget for step in order.recipe()
     )
-    extremes: tuple[Cuts, ...] = ("most", "none") if open_ended else ("all",)
+    extremes: tuple[Cuts, ...] = ("most", "none") if is_uncertain else ("all",)
     sizes = []
     for cuts in extremes:
         try:
-            stages, _ = dry_run_recipe(order, subject, signature, model, teachers, cuts)
+            stages, _ = dry_run_recipe(order, bundle, signature, model, teachers, cuts)
             sizes.append(stored_bytes(stages[-1][1].module))
-        except CompressionError:  # nothing is within the budget: the model is unchanged
+        except CompressionError:  # no step is within the budget: the model is unchanged
             sizes.append(stored_bytes(model.module))
     return min(sizes), max(sizes)
 
 
-def least_bytes(order: Order, subject: BundleRef, bundle: Artifact) -> int:
-    """Return the fewest bytes of weights that a recipe can result in, for a pulled bundle."""
-    loaded = load_bundle(bundle)
-    return bounds(order, subject, loaded.manifest.signature, loaded.model, ())[0]
+def min_weight_bytes(order: Order, bundle: BundleRef) -> int:
+    """Load a bundle and return the fewest bytes of weights that a recipe can result in."""
+    loaded = load_bundle(bundle.artifact)
+    return bounds(order, bundle, loaded.manifest.signature, loaded.model, ())[0]
 
 
-def _rows(parts: tuple[Part, ...], subject: BundleRef) -> dict[str, Split]:
-    """Return the number of rows a step would read; a dry run prepares and reads none."""
+def _row_counts(parts: tuple[Part, ...], bundle: BundleRef) -> dict[str, Split]:
+    """Return splits with the row counts that a step would read, but with no data."""
     return {
-        part: Split(path="", sha256="0" * 64, rows=subject.rows[split_name(part, subject)])
+        part: Split(path="", sha256="0" * 64, rows=bundle.rows[split_name(part, bundle)])
         for part in parts
     }

@@ -12,11 +12,16 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import stored_bytes
 from compressors.distill.training.trainable import trainable
-from flows.choosing import can_be_judged, is_reported, require_budget_rows, require_taught
 from flows.dry_run import bounds, dry_run_recipe
 from flows.order import Order
-from flows.resolve import carried_out_result, teachers_of
-from flows.terms import Terms, Wanted
+from flows.resolve import find_completed_result, resolve_teachers
+from flows.step_selection import (
+    can_be_judged,
+    is_reported,
+    require_budget_rows,
+    require_teachers_are_used,
+)
+from flows.terms import Requirement, Terms
 from infra.errors import Refused
 from tasks.build import require_builder
 from tasks.bundles.bundle_ref import BundleRef, find, require_measurable
@@ -37,7 +42,7 @@ class ExplainedTarget(Frozen):
     """One target, and why it would be skipped if it is optional and cannot be built here."""
 
     target: str
-    wanted: Wanted
+    wanted: Requirement
     missing: str | None = None
 
 
@@ -87,9 +92,9 @@ def explain(terms: Terms) -> Explanation:
     order = terms if isinstance(terms, Order) else Order.model_validate(terms.model_dump())
     bundle = find(order.model)
     require_measurable(bundle, order.limits)
-    require_taught(order)
-    teachers = teachers_of(order, bundle)
-    earlier = carried_out_result(order)
+    require_teachers_are_used(order)
+    teachers = resolve_teachers(order, bundle)
+    earlier = find_completed_result(order)
     loaded = load_bundle(bundle.artifact)
     signature = loaded.manifest.signature
     teacher_artifacts = tuple(teacher.artifact for teacher in teachers)
@@ -109,20 +114,20 @@ def explain(terms: Terms) -> Explanation:
         steps=(ExplainedStep(step=AS_TRAINED, bytes=original_bytes), *steps),
         plan=plan if earlier is None else _with_warnings(plan, earlier.report.plan),
         targets=tuple(
-            _explain_target(kind, wanted) for kind, wanted in order.targets.wanted().items()
+            _explain_target(kind, wanted) for kind, wanted in order.targets.requirements().items()
         ),
         memory=peak_memory(
             bytes_before=original_bytes,
             bytes_after=sum(line.bytes_after for line in plan.lines),
             data_bytes=max(split.artifact.bytes for split in loaded.manifest.data.values()),
-            builds=any(TARGETS[kind].is_built for kind in order.targets.wanted()),
+            builds=any(TARGETS[kind].is_built for kind in order.targets.requirements()),
             trained_bytes=trained_bytes,
         ),
     )
 
 
 def _with_warnings(plan: Plan, finished: Plan) -> Plan:
-    """Take over the warnings of a finished run of the order, which had calibration rows."""
+    """Copy the warnings of a finished run of the order: a dry run has no rows to find them."""
     warnings = {line.module: line.warnings for line in finished.lines if line.warnings}
     return Plan(
         lines=tuple(
@@ -178,7 +183,7 @@ def _most_trained_bytes(
     return most
 
 
-def _explain_target(kind: str, wanted: Wanted) -> ExplainedTarget:
+def _explain_target(kind: str, wanted: Requirement) -> ExplainedTarget:
     """Say whether a target can be built here; raise if it is required and cannot."""
     try:
         require_builder(kind)

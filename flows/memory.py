@@ -11,46 +11,46 @@ from tasks.orchestration.memory_estimate import MIB, Memory, peak_memory
 
 
 def trains_tables(order: Order) -> bool:
-    """Return whether a step of the order trains tables that no earlier step has changed."""
+    """Return whether a step of the order trains tables at their full, uncompressed size."""
     for step in order.recipe():
         training = getattr(step, "training", None)
         if training is not None and training.tables:
             return True
-        if hasattr(step, "tables"):  # a table method, after which tables are smaller
+        if hasattr(step, "tables"):  # it compresses tables, so later steps train smaller ones
             return False
     return False
 
 
-def estimated_memory(order: Order, subject: BundleRef) -> Memory:
-    """Estimate memory from the sizes in a bundle's manifest, before anything is fetched."""
+def estimated_memory(order: Order, bundle: BundleRef) -> Memory:
+    """Estimate the peak memory of an order from the sizes in its bundle's manifest."""
     return peak_memory(
-        bytes_before=subject.weight_bytes,
-        bytes_after=subject.weight_bytes,
-        data_bytes=subject.data_bytes,
-        builds=any(TARGETS[target].is_built for target in order.targets.wanted()),
-        trained_bytes=subject.weight_bytes if trains_tables(order) else 0,
+        bytes_before=bundle.weight_bytes,
+        bytes_after=bundle.weight_bytes,
+        data_bytes=bundle.data_bytes,
+        builds=any(TARGETS[target].is_built for target in order.targets.requirements()),
+        trained_bytes=bundle.weight_bytes if trains_tables(order) else 0,
     )
 
 
-def require_order_memory(order: Order, subject: BundleRef) -> Memory:
-    """Raise before any work if an order does not fit in memory.
+def require_order_memory(order: Order, bundle: BundleRef) -> Memory:
+    """Estimate the peak memory of an order, and raise if it is not available.
 
-    The estimate includes the untouched model's mapped file; this check does not, since the system
-    reclaims those pages before it runs out of memory.
+    The estimate includes the memory-mapped file of the untouched model. The comparison does not,
+    since the operating system frees those pages before it runs out of memory.
 
     Returns:
         The estimate.
 
     Raises:
-        OutOfMemory: contains the estimate, the available memory, its limit, and the remedy.
+        OutOfMemory: the order needs more than is available.
     """
-    estimate, available, used = estimated_memory(order, subject), available_memory(), resident()
-    needed = estimate.peak - subject.weight_bytes
+    estimate, available, used = estimated_memory(order, bundle), available_memory(), resident()
+    needed = estimate.peak - bundle.weight_bytes
     if available is not None and needed - used > available.bytes:
         raise OutOfMemory(
             "order_memory",
-            name=subject.name,
-            version=subject.version,
+            name=bundle.name,
+            version=bundle.version,
             needed_mib=needed // MIB,
             moment=estimate.moment,
             available_mib=max(available.bytes + used, 0) // MIB,
@@ -60,9 +60,14 @@ def require_order_memory(order: Order, subject: BundleRef) -> Memory:
     return estimate
 
 
-def what_ran(stage: Callable[[], str], estimate: Memory, subject: BundleRef) -> Callable[[], str]:
-    """Describe for a message what ran out of memory: the stage, and the estimate."""
+def describe_running_stage(
+    stage: Callable[[], str], estimate: Memory, bundle: BundleRef
+) -> Callable[[], str]:
+    """Return a function that names the current stage, as the subject of an error sentence.
+
+    The sentence continues with "ran out of memory".
+    """
     return lambda: (
-        f"Stage '{stage()}' of the order for {subject.name}@{subject.version}, estimated to use "
+        f"Stage '{stage()}' of the order for {bundle.name}@{bundle.version}, estimated to use "
         f"{estimate.peak // MIB:,} MiB at most,"
     )

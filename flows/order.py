@@ -1,4 +1,4 @@
-"""The parameter of the flow: an order for one model, with preset, targets and limits."""
+"""``Order``: the parameter of the flow, which is also the form in Prefect's UI."""
 
 import shlex
 from typing import Any, Self
@@ -9,14 +9,14 @@ from compressors.contracts import Limit, default_target
 from compressors.contracts.value_errors import value_error
 from compressors.core.registries import AnyStep
 from flows.order_schema import add_rules
-from flows.presets import PRESETS, Group, PresetOptions
+from flows.presets import PRESETS, Choice, Group
 from flows.terms import Targets, Terms
 from infra.data.checks import Rules
 from tasks.orchestration.documents import ORDER_FILE, Reproduction
 
 
 class Order(Terms):
-    """Compress one model, judge what will be served, and register the result."""
+    """Compress a model, compare the result with the limits for each target, and register it."""
 
     model_config = ConfigDict(json_schema_extra=add_rules)
 
@@ -28,7 +28,7 @@ class Order(Terms):
     )
 
     @model_validator(mode="after")
-    def _steps_fit_the_preset(self) -> Self:
+    def _require_steps_only_for_custom(self) -> Self:
         if (self.preset == "custom") != bool(self.steps):
             raise (
                 value_error("steps_with_preset", preset=self.preset)
@@ -38,25 +38,25 @@ class Order(Terms):
         return self
 
     @model_validator(mode="after")
-    def _a_map_fits_what_is_served(self) -> Self:
+    def _require_output_calibration_last(self) -> Self:
         for step, following in zip(self.steps, self.steps[1:], strict=False):
             if step.effect == "output":
                 raise value_error("recalibrate_not_last", step=following.kind)
         return self
 
     def recipe(self) -> tuple[AnyStep, ...]:
-        """Return the steps that may run, those of every option, in order."""
+        """Return the steps of every option of every choice, in order."""
         return tuple(step for group in self.groups() for step in group)
 
     def groups(self) -> tuple[Group, ...]:
-        """Return the steps in groups that are applied completely or not at all."""
+        """Return all options of all choices; an option is a group of steps."""
         return tuple(option for choice in self.choices() for option in choice.options)
 
-    def choices(self) -> tuple[PresetOptions, ...]:
-        """Return the steps in choices; the first option that fits model and budget is applied.
+    def choices(self) -> tuple[Choice, ...]:
+        """Return the recipe as choices, each a list of options (``flows/presets.py``).
 
-        A preset has several options and groups of steps. With a budget, a custom recipe also has
-        groups: a cut, and the training that recovers its quality.
+        A choice of a custom recipe has one option. That option is one step; with a budget, it also
+        includes the steps that follow it and recover its quality.
         """
         if self.preset != "custom":
             return PRESETS[self.preset]
@@ -66,37 +66,37 @@ class Order(Terms):
                 groups[-1] = (*groups[-1], step)
             else:
                 groups.append((step,))
-        return tuple(PresetOptions((group,)) for group in groups)
+        return tuple(Choice((group,)) for group in groups)
 
-    def own_steps(self) -> list[dict[str, Any]]:
+    def custom_steps(self) -> list[dict[str, Any]]:
         """Return the steps of preset ``custom`` as plain values; none for the other presets."""
         return [step.model_dump(mode="json") for step in self.steps]
 
     def reproduction(self, model: str, teachers: tuple[str, ...] = ()) -> Reproduction:
-        """Return how to reproduce the result: a command, and the order as file contents.
+        """Return how to reproduce the result: a command, and the contents of an order file.
 
-        Fields that do not change the result (promotion, attempt) are omitted, so that orders that
-        differ only in them have the same report.
+        Both have the defaults of ``promote`` and ``attempt``, which do not change the result, so
+        that orders that differ only in them have the same report.
 
         Args:
-            model: the bundle that the order resolved to, name@version.
-            teachers: the URIs of the bundles that its teachers resolved to.
+            model: the order's bundle as name@version.
+            teachers: URIs of the teachers' bundles.
         """
-        said = {"model": model, "teachers": teachers, "promote": False, "attempt": 0}
-        same = self.model_copy(update=said)
-        return Reproduction(command=_command(same), order=same.model_dump(mode="json"))
+        fields = {"model": model, "teachers": teachers, "promote": False, "attempt": 0}
+        order = self.model_copy(update=fields)
+        return Reproduction(command=_command(order), order=order.model_dump(mode="json"))
 
 
 def _command(order: Order) -> str:
-    """Return the command for this order, with options if they can express it completely."""
-    wanted = order.targets.wanted()
-    required = [target for target, how in wanted.items() if how == "required"]
+    """Return the command for an order: with options if they can express it, else with a file."""
+    requirements = order.targets.requirements()
+    required = [target for target, value in requirements.items() if value == "required"]
     if order.preset == "custom" or not _has_only_options(order):
         return f"recpress compress --order {ORDER_FILE}"
     options = [("--preset", str(order.preset))]
     options += [("--limit", str(limit)) for limit in order.limits]
     options += [("--target", str(target)) for target in required]
-    options += [("--optional", str(target)) for target in wanted if target not in required]
+    options += [("--optional", str(target)) for target in requirements if target not in required]
     if order.budget is not None:
         options.append(("--budget", f"{order.budget:g}"))
     options += [("--teacher", teacher) for teacher in order.teachers]
@@ -108,11 +108,17 @@ def _command(order: Order) -> str:
 
 
 def _has_only_options(order: Order) -> bool:
-    """Return whether all other fields are defaults and limits read back unchanged."""
-    others = Targets.model_fields
+    """Return whether options of the command can express the fields of an order except steps.
+
+    Fields without an option must have their defaults, and each limit must be the same after it is
+    written as text and read again.
+    """
+    target_settings = Targets.model_fields
     return (
         order.rules == Rules()
-        and default_target().name in order.targets.wanted()  # with options it is always a target
-        and all(getattr(order.targets, name) == others[name].default for name in others)
+        and default_target().name in order.targets.requirements()  # options always include it
+        and all(
+            getattr(order.targets, name) == field.default for name, field in target_settings.items()
+        )
         and all(Limit.parse(str(limit)) == limit for limit in order.limits)
     )

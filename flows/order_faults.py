@@ -1,4 +1,4 @@
-"""Format the faults of an order: pydantic's errors as sentences, with the valid names."""
+"""Format pydantic's validation errors of an order as sentences that list the valid names."""
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -9,54 +9,59 @@ from infra.printable import bounded
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-Place = tuple[int | str, ...]
+Location = tuple[int | str, ...]
+"""Field names, list indices and tags of step kinds, from the order down to one value."""
 
 MOST_SENTENCES = 20
 
 
 def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) -> list[str]:
-    """Format one sentence per fault: its location, the value, the valid values.
-
-    Returns the first ``MOST_SENTENCES``, each of bounded length, and the number of further faults.
+    """Format each error as a sentence with its location in the order.
 
     Args:
-        fault: pydantic's error.
-        model: the validated class, for the names of its fields.
+        fault: pydantic's exception.
+        model: the validated class; used to suggest names of its fields.
+
+    Returns:
+        At most ``MOST_SENTENCES`` sentences of bounded length, then the number of further errors.
     """
     errors = fault.errors()
-    places = [error["loc"] for error in errors]
+    locations = [error["loc"] for error in errors]
     errors = [
         error
         for error in errors
-        # A list with only faulty items counts as empty; that is not a second fault.
-        if not (error["type"] == "too_short" and any(_inside(p, error["loc"]) for p in places))
+        # pydantic also reports a list as too short if all of its items are invalid.
+        if error["type"] != "too_short"
+        or not any(_is_inside(location, error["loc"]) for location in locations)
     ]
-    found = [
+    lines = [
         bounded(f"{'.'.join(map(str, error['loc'])) or fault.title}: {_sentence(error, model)}")
         for error in errors[:MOST_SENTENCES]
     ]
-    more = len(errors) - len(found)
-    return found if not more else [*found, f"and {more} more faults"]
+    more = len(errors) - len(lines)
+    return lines if not more else [*lines, f"and {more} more faults"]
 
 
-def _inside(place: Place, outer: Place) -> bool:
-    return len(place) > len(outer) and place[: len(outer)] == outer
+def _is_inside(location: Location, outer: Location) -> bool:
+    return len(location) > len(outer) and location[: len(outer)] == outer
 
 
 def _sentence(error: Any, model: "type[BaseModel] | None") -> str:
-    place, context = error["loc"], error.get("ctx", {})
+    location, context = error["loc"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            return f"there is no such setting{_instead(str(place[-1]), _names(model, place[:-1]))}"
+            name, valid_names = str(location[-1]), _field_names(model, location[:-1])
+            return f"there is no such setting{_suggestion(name, valid_names)}"
         case "union_tag_invalid":
-            there = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
-            kind = str(context["discriminator"]).strip("'")
-            return f"there is no {kind} {context['tag']!r}{_instead(str(context['tag']), there)}"
+            kinds = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
+            field = str(context["discriminator"]).strip("'")
+            kind = context["tag"]
+            return f"there is no {field} {kind!r}{_suggestion(str(kind), kinds)}"
         case "too_short":
-            found = context["actual_length"]
-            return f"needs at least {context['min_length']}; found {found or 'none'}"
+            length = context["actual_length"]
+            return f"needs at least {context['min_length']}; found {length or 'none'}"
         case "target_unknown":
-            return f"there is no target {context['target']!r}" + _instead(
+            return f"there is no target {context['target']!r}" + _suggestion(
                 context["target"], context["known"]
             )
         case "missing":
@@ -67,34 +72,35 @@ def _sentence(error: Any, model: "type[BaseModel] | None") -> str:
             return str(error["msg"])
 
 
-def _instead(found: str, there: Sequence[str]) -> str:
-    if not there:
+def _suggestion(name: str, valid_names: Sequence[str]) -> str:
+    """Return the end of a sentence: the most similar valid name, and all valid names."""
+    if not valid_names:
         return ""
-    near = get_close_matches(found, there, n=1)
-    guess = f", did you mean {near[0]!r}?" if near else ";"
-    return f"{guess} There are {', '.join(sorted(there))}."
+    similar = get_close_matches(name, valid_names, n=1)
+    guess = f", did you mean {similar[0]!r}?" if similar else ";"
+    return f"{guess} There are {', '.join(sorted(valid_names))}."
 
 
-def _names(model: "type[BaseModel] | None", place: Place) -> tuple[str, ...]:
-    """Return the field names at a location in a model; none if the location is unknown."""
-    kinds: list[Any] = [] if model is None else [model]
-    for part in place:
-        kinds = [inner for kind in kinds for inner in _at(kind, part)]
-    return tuple(name for kind in kinds for name in kind.model_fields)
+def _field_names(model: "type[BaseModel] | None", location: Location) -> tuple[str, ...]:
+    """Return the field names at a location in a model class; none if it is unknown."""
+    classes: list[Any] = [] if model is None else [model]
+    for part in location:
+        classes = [inner for outer in classes for inner in _classes_at(outer, part)]
+    return tuple(name for item in classes for name in item.model_fields)
 
 
-def _at(kind: "type[BaseModel]", part: int | str) -> "Iterator[type[BaseModel]]":
-    """Return the models that a field may contain, or that a tag or list index selects."""
-    if isinstance(part, int) or part not in kind.model_fields:
-        tag = kind.model_fields.get("kind")
+def _classes_at(model: "type[BaseModel]", part: int | str) -> "Iterator[type[BaseModel]]":
+    """Yield the model classes at one part of a location: a field, a list index or a step kind."""
+    if isinstance(part, int) or part not in model.model_fields:
+        tag = model.model_fields.get("kind")
         if isinstance(part, int) or (tag is not None and tag.default == part):
-            yield kind
+            yield model
         return
-    yield from _models(kind.model_fields[part].annotation)
+    yield from _model_classes(model.model_fields[part].annotation)
 
 
-def _models(annotation: Any) -> "Iterator[type[BaseModel]]":
-    """Return the models in an annotation, at any depth."""
+def _model_classes(annotation: Any) -> "Iterator[type[BaseModel]]":
+    """Yield the model classes in a type annotation, at any depth."""
     from pydantic import BaseModel
 
     from compressors.core.registries import METHODS
@@ -105,4 +111,4 @@ def _models(annotation: Any) -> "Iterator[type[BaseModel]]":
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
-        yield from _models(inner)
+        yield from _model_classes(inner)

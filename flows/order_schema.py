@@ -1,13 +1,14 @@
-"""The rules of an order that Prefect checks when it is submitted, as JSON schema.
+"""Add the rules between fields of an order to the JSON schema that Prefect checks.
 
 Prefect validates the parameters of a run against the flow's JSON schema when the run is created:
 from the form, the API and ``prefect deployment run``. Pydantic writes types and ranges of single
-fields into that schema. This file adds the rules between fields, so that an order that ``Order``
-refuses is refused before it is queued.
+fields into that schema. This file adds the rules that concern several fields, so that Prefect
+refuses an invalid order before it is queued. ``Order`` checks the same rules again.
 
-Rules are under ``then`` (of an ``if`` that is always true), which the form does not render. JSON
-schema cannot compare two numbers: batch sizes and ``label_rate`` are compared at thresholds, so a
-pair between two neighbouring thresholds is refused when the run starts, and not before.
+The rules are in the ``then`` of an ``if`` that is always true, because the form does not render
+that part. JSON schema cannot compare two numbers with each other. Batch sizes and ``label_rate``
+are therefore compared with fixed thresholds; a wrong pair of numbers between two neighboring
+thresholds is refused only when the run starts.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from flows.presets import PRESETS
 Schema = dict[str, Any]
 
 LONGEST_RECIPE = 24
-"""Positions of a recipe for which the schema says that 'recalibrate' comes last."""
+"""Number of positions in a recipe for which the schema requires that 'recalibrate' is last."""
 
 BATCH_THRESHOLDS = tuple(
     sorted(
@@ -37,7 +38,7 @@ RATE_THRESHOLDS = tuple(number / 20 for number in range(1, 21))
 
 
 def add_rules(schema: Schema) -> None:
-    """Add the rules to the JSON schema of ``Order``."""
+    """Add the rules to the JSON schema of ``Order``, in place."""
     schema["if"] = {}
     schema["then"] = {"allOf": list(_rules())}
 
@@ -58,76 +59,80 @@ def _rules() -> Iterator[Schema]:
 
 
 def _limit_rules() -> Iterator[Schema]:
-    """Return the rule for each metric and reference: the side and the range of the bound."""
+    """Yield rules for each metric and reference: which bound is allowed, and its range."""
     for family in FAMILIES.values():
-        declared = family.any_member()
-        of_metric = _holds("metric", {"pattern": name_pattern(family)})
+        metric = family.any_member()
+        is_metric = _satisfies("metric", {"pattern": name_pattern(family)})
         relative = {"against": {"enum": ["baseline", "champion"]}}
-        if declared.compared == "never":
+        if metric.compared == "never":
             absolute = {"against": {"const": "absolute"}}  # also if the order omits it
-            yield _implies(of_metric, {"properties": absolute})
-            yield _implies(of_metric, _bounded(declared, _absolute_range(declared)))
+            yield _implies(is_metric, {"properties": absolute})
+            yield _implies(is_metric, _require_bound(metric, _absolute_range(metric)))
             continue
         by_reference = {
             "if": {"properties": relative},  # baseline if the order omits it
-            "then": _bounded(declared, _relative_range(declared)),
-            "else": _bounded(declared, _absolute_range(declared)),
+            "then": _require_bound(metric, _relative_range(metric)),
+            "else": _require_bound(metric, _absolute_range(metric)),
         }
-        yield _implies(of_metric, by_reference)
+        yield _implies(is_metric, by_reference)
 
 
-def _bounded(declared: Metric, numbers: Schema) -> Schema:
-    """Require a bound on the side that limits a bad result, and none on the other side."""
+def _require_bound(metric: Metric, numbers: Schema) -> Schema:
+    """Require the bound that limits a bad result (minimum or maximum), and forbid the other."""
     sides = ("at_least", "at_most")
-    side, other = sides if declared.higher_is_better else sides[::-1]
+    side, other = sides if metric.higher_is_better else sides[::-1]
     bounds = {side: {"type": "number", **numbers}, other: {"type": "null"}}
     return {"properties": bounds, "required": [side]}
 
 
-def _absolute_range(declared: Metric) -> Schema:
-    """Return the range of a bound, as for one limit in ``compressors/contracts/limits.py``."""
-    is_change = declared.compared == "never"  # then the best value is possible: no score changes
-    if declared.higher_is_better:
+def _absolute_range(metric: Metric) -> Schema:
+    """Return the range of an absolute bound, as ``compressors/contracts/limits.py`` checks it."""
+    # A metric that is never compared measures how much scores change; no change may be a bound.
+    is_change = metric.compared == "never"
+    if metric.higher_is_better:
         most = "maximum" if is_change else "exclusiveMaximum"
-        return {"minimum": declared.low, "exclusiveMinimum": 0, most: declared.high}
-    least: Schema = {"minimum": max(declared.low, 0)}
+        return {"minimum": metric.low, "exclusiveMinimum": 0, most: metric.high}
+    least: Schema = {"minimum": max(metric.low, 0)}
     return (
-        least | ({} if is_change else {"exclusiveMinimum": 0}) | {"exclusiveMaximum": declared.high}
+        least | ({} if is_change else {"exclusiveMinimum": 0}) | {"exclusiveMaximum": metric.high}
     )
 
 
-def _relative_range(declared: Metric) -> Schema:
-    if declared.compared == "ratio":
-        return {"exclusiveMinimum": 0, "maximum": declared.largest}
-    least, most = -declared.largest, LARGEST_GAIN
-    if not declared.higher_is_better:
+def _relative_range(metric: Metric) -> Schema:
+    """Return the range of a bound relative to the baseline or the champion."""
+    if metric.compared == "ratio":
+        return {"exclusiveMinimum": 0, "maximum": metric.largest}
+    least, most = -metric.largest, LARGEST_GAIN
+    if not metric.higher_is_better:
         least, most = -most, -least
     return {"exclusiveMinimum": least, "exclusiveMaximum": most}
 
 
 def _target_rules() -> Iterator[Schema]:
+    """Yield rules for targets: at least one is not off, and batch sizes grow."""
     first = default_target()
     others = [item.field for item in TARGETS.values() if item is not first]
     is_target = {"enum": ["required", "optional"]}
     yield {
         "if": {"properties": {first.field: is_target}},  # a target if the order omits it
-        "else": {"anyOf": [_holds(other, is_target) for other in others]},
+        "else": {"anyOf": [_satisfies(other, is_target) for other in others]},
     }
     sizes = (("smallest_batch", 1), ("best_batch", 64), ("largest_batch", 1024))
     for (less, _), (more, default) in pairwise(sizes):
         for threshold in BATCH_THRESHOLDS:
             at_least = {"minimum": threshold}
-            enough = _holds(more, at_least, by_default=default >= threshold)
-            yield _implies(_holds(less, at_least), enough)
-    # Without the size in the middle its default is between the others.
+            enough = _satisfies(more, at_least, by_default=default >= threshold)
+            yield _implies(_satisfies(less, at_least), enough)
+    # If the order omits best_batch, its default, 64, must be between the two other sizes.
     for name, bound in (("smallest_batch", {"maximum": 64}), ("largest_batch", {"minimum": 64})):
         yield {"if": {"required": ["best_batch"]}, "else": _field(name, bound)}
     yield _implies(
-        _holds("best_batch", {"exclusiveMinimum": 1024}), {"required": ["largest_batch"]}
+        _satisfies("best_batch", {"exclusiveMinimum": 1024}), {"required": ["largest_batch"]}
     )
 
 
 def _data_rules() -> Iterator[Schema]:
+    """Yield rules for the thresholds of data checks: row counts, and the range of label rates."""
     yield _field("min_rows", {"minimum": 1, "additionalProperties": {"minimum": 1}})
     yield _field("label_rate", {"items": {}, "prefixItems": [{"minimum": 0, "maximum": 1}] * 2})
     for threshold in RATE_THRESHOLDS:
@@ -137,44 +142,47 @@ def _data_rules() -> Iterator[Schema]:
 
 
 def _recipe_rules() -> Iterator[Schema]:
-    is_last = {"properties": {"kind": {"const": "recalibrate"}}, "required": ["kind"]}
-    yield {"contains": is_last, "minContains": 0, "maxContains": 1}
-    for place in range(LONGEST_RECIPE):
-        before: list[Schema] = [{}] * place
-        found = {"minItems": place + 1, "prefixItems": [*before, is_last]}
-        yield _implies(found, {"maxItems": place + 1})
+    """Yield rules for the list of steps: 'recalibrate' occurs at most once, as the last step."""
+    is_recalibrate = {"properties": {"kind": {"const": "recalibrate"}}, "required": ["kind"]}
+    yield {"contains": is_recalibrate, "minContains": 0, "maxContains": 1}
+    for index in range(LONGEST_RECIPE):
+        earlier_steps: list[Schema] = [{}] * index
+        is_at_index = {"minItems": index + 1, "prefixItems": [*earlier_steps, is_recalibrate]}
+        yield _implies(is_at_index, {"maxItems": index + 1})
 
 
 def _step_rules() -> Iterator[Schema]:
-    """Return the rules between the settings of one step, as in the step's class."""
+    """Yield rules between the settings of one step, which the step's class checks too."""
 
-    def of(kind: str, when: Schema, then: Schema) -> Schema:
-        return _implies({"allOf": [_holds("kind", {"const": kind}), when]}, then)
+    def for_kind(kind: str, when: Schema, then: Schema) -> Schema:
+        return _implies({"allOf": [_satisfies("kind", {"const": kind}), when]}, then)
 
     above_0 = {"exclusiveMinimum": 0}
-    yield of(
-        "prune_rows", _holds("min_lookups", above_0), _field("importance", {"const": "traffic"})
+    yield for_kind(
+        "prune_rows", _satisfies("min_lookups", above_0), _field("importance", {"const": "traffic"})
     )
-    yield of("channels", _holds("soft_share", above_0), _holds("training", {"type": "object"}))
-    trains_tables = _holds("tables", {"const": True})
-    yield of("qat", {}, _field("training", _field("tables", {"const": False})))
-    yield of(
+    yield for_kind(
+        "channels", _satisfies("soft_share", above_0), _satisfies("training", {"type": "object"})
+    )
+    trains_tables = _satisfies("tables", {"const": True})
+    yield for_kind("qat", {}, _field("training", _field("tables", {"const": False})))
+    yield for_kind(
         "distill",
-        _holds("rows", {"const": "traffic"}),
+        _satisfies("rows", {"const": "traffic"}),
         {**_field("soft_share", {"const": 1}), "required": ["soft_share"]},
     )
-    has_auxiliary = _holds("auxiliary", {"type": "string"})
-    yield of("distill", has_auxiliary, _field("soft_share", {"exclusiveMaximum": 1}))
-    yield of("distill", has_auxiliary, _field("rows", {"enum": ["train", "both"]}))
-    of_margin = _holds("loss", {"const": "margin"})
-    yield of("distill", of_margin, _field("temperature", {"const": 1}))
-    no_dense = _holds("dense", {"const": False})
-    yield of("distill", no_dense, _holds("training", trains_tables))
-    yield of("distill", no_dense, _field("student", {"type": "null"}))
+    has_auxiliary = _satisfies("auxiliary", {"type": "string"})
+    yield for_kind("distill", has_auxiliary, _field("soft_share", {"exclusiveMaximum": 1}))
+    yield for_kind("distill", has_auxiliary, _field("rows", {"enum": ["train", "both"]}))
+    is_margin = _satisfies("loss", {"const": "margin"})
+    yield for_kind("distill", is_margin, _field("temperature", {"const": 1}))
+    no_dense = _satisfies("dense", {"const": False})
+    yield for_kind("distill", no_dense, _satisfies("training", trains_tables))
+    yield for_kind("distill", no_dense, _field("student", {"type": "null"}))
 
 
 def _teacher_rules() -> Iterator[Schema]:
-    """Require a step that learns from teachers, as ``require_taught`` does at run time."""
+    """Yield a rule: an order with teachers has a step that learns from them."""
 
     def can_be_taught(step: Any) -> bool:
         return "soft_share" in step.model_fields
@@ -190,24 +198,30 @@ def _teacher_rules() -> Iterator[Schema]:
             for step in group
         )
     ]
-    learns = {"contains": _holds("kind", {"enum": kinds})}
+    has_taught_step = {"contains": _satisfies("kind", {"enum": kinds})}
     yield _implies(
-        _holds("teachers", {"minItems": 1}),
+        _satisfies("teachers", {"minItems": 1}),
         {
-            "if": _holds("preset", {"const": "custom"}),
-            "then": _holds("steps", learns),
-            "else": _holds("preset", {"enum": presets}),
+            "if": _satisfies("preset", {"const": "custom"}),
+            "then": _satisfies("steps", has_taught_step),
+            "else": _satisfies("preset", {"enum": presets}),
         },
     )
 
 
 def _field(name: str, rule: Schema) -> Schema:
-    """Return a rule for a field that applies if the order has the field."""
+    """Return a rule for a field; it does not apply if the field is absent."""
     return {"properties": {name: rule}}
 
 
-def _holds(name: str, rule: Schema, *, by_default: bool = False) -> Schema:
-    """Return a condition: the field, or its default if absent, satisfies a rule."""
+def _satisfies(name: str, rule: Schema, *, by_default: bool = False) -> Schema:
+    """Return a condition: a field satisfies a rule.
+
+    Args:
+        name: the field.
+        rule: the rule.
+        by_default: whether an absent field, which has its default, satisfies the rule.
+    """
     return _field(name, rule) if by_default else {**_field(name, rule), "required": [name]}
 
 

@@ -1,11 +1,11 @@
-"""The presets: named recipes, each no larger than the one before it.
+"""The presets: named recipes, from ``safe`` to ``smallest``.
 
-A preset is a list of choices, applied in order. A choice has one or more options, and the first
-option that fits the model and the quality budget is applied. The last option of a choice marked
-``base`` is the earlier preset's option for the same tables or layers, so it is applied at any cost
-in quality, unless the order sets a budget. A cut that is over the budget therefore falls back to
-the earlier preset's option. ``flows.recipe`` compares the bytes at the end: if the earlier preset's
-result is still smaller, that result is used.
+A preset is a list of choices that are applied in order. A choice has one or more options; an option
+is a group of steps that are applied together. The first option that fits the model and the quality
+budget is applied. If none fits, the choice is skipped.
+
+No preset's result has more bytes than that of the preset before it (``PREVIOUS_PRESET``), because
+``flows/recipe.py`` compares the two results and uses the smaller one.
 """
 
 from dataclasses import dataclass
@@ -23,62 +23,76 @@ from compressors.rewrite.fold import Fold
 from flows.terms import Preset
 
 Group = tuple[AnyStep, ...]
-"""Steps that only make sense together: where one has nothing to do, all are left out."""
+"""Steps that are useful only together: if one cannot be applied, all are skipped."""
 
 
 @dataclass(frozen=True)
-class PresetOptions:
-    """Options for one part of a recipe; the first that fits model and budget is applied.
+class Choice:
+    """A part of a recipe with several options; the first that fits model and budget is applied.
 
     Attributes:
         options: groups of steps, in order of preference.
-        base: whether the last option is the earlier preset's, so that a default budget does not
-            judge it.
-        rest: whether it applies only to units that other steps left, so that having nothing to do
-            is not reported.
+        last_option_is_exempt: whether the last option ignores the default budget of the preset, for
+            example because the previous preset applies it too. A budget in the order still counts.
+        only_remaining_units: whether the steps apply only to units that earlier steps have not
+            changed. If there are none, reports do not mention the steps.
     """
 
     options: tuple[Group, ...]
-    base: bool = False
-    rest: bool = False
+    last_option_is_exempt: bool = False
+    only_remaining_units: bool = False
 
 
-def _always(step: AnyStep) -> PresetOptions:
-    return PresetOptions(((step,),), base=True)
+def _single_step(step: AnyStep) -> Choice:
+    """Return a choice with one step, which the default budget does not exclude."""
+    return Choice(((step,),), last_option_is_exempt=True)
 
 
-RARE_ROWS = PresetOptions(
-    tuple((PruneRows(min_lookups=fewest, pruned="shared"),) for fewest in (2, 1)),
+SHARE_RARE_ROWS = Choice(
+    tuple((PruneRows(min_lookups=count, pruned="shared"),) for count in (2, 1)),
 )
-"""Rows that training looks up at most once share one row; else those that it never looks up."""
+"""Replace rarely used table rows by one shared row.
 
-_CUT = (Channels(keep=0.65), Distill())
-_QUARTER = (Channels(keep=0.25), Distill())
-_REST = PresetOptions(((Float16(),),), base=True, rest=True)
+The first option replaces rows that training data looks up at most once, the second one only rows
+that it never looks up.
+"""
 
-PRESETS: dict[Preset, tuple[PresetOptions, ...]] = {
-    "safe": (_always(RowwiseInt8()), _always(Float16())),
-    "fast": (_always(RowwiseInt8()), _always(Fold()), _always(StaticInt8()), _REST),
-    "small": (
-        RARE_ROWS,
-        PresetOptions((_QUARTER,)),
-        PresetOptions(((RowwiseInt4(),), (RowwiseInt8(),)), base=True),
-        _always(Fold()),
-        _always(StaticInt8()),
-        _REST,
+_KEEP_65_PERCENT = (Channels(keep=0.65), Distill())
+_KEEP_25_PERCENT = (Channels(keep=0.25), Distill())
+_REMAINING_LAYERS_TO_FLOAT16 = Choice(
+    ((Float16(),),), last_option_is_exempt=True, only_remaining_units=True
+)
+
+PRESETS: dict[Preset, tuple[Choice, ...]] = {
+    "safe": (_single_step(RowwiseInt8()), _single_step(Float16())),
+    "fast": (
+        _single_step(RowwiseInt8()),
+        _single_step(Fold()),
+        _single_step(StaticInt8()),
+        _REMAINING_LAYERS_TO_FLOAT16,
     ),
-    # The steps of small, then cuts of a third of the rest, each recovered before the next.
+    "small": (
+        SHARE_RARE_ROWS,
+        Choice((_KEEP_25_PERCENT,)),
+        Choice(((RowwiseInt4(),), (RowwiseInt8(),)), last_option_is_exempt=True),
+        _single_step(Fold()),
+        _single_step(StaticInt8()),
+        _REMAINING_LAYERS_TO_FLOAT16,
+    ),
+    # As small, with up to three more rounds that remove 35 % of the channels and distill.
     "smallest": (
-        RARE_ROWS,
-        PresetOptions((_QUARTER, _CUT)),
-        *(PresetOptions((_CUT,)) for _ in range(3)),
-        PresetOptions(((RowwiseInt4(clipping="least_squares"),), (RowwiseInt8(),)), base=True),
-        _always(Fold()),
-        _always(StaticInt8()),
-        _REST,
-        _always(Recalibrate(method="best")),
+        SHARE_RARE_ROWS,
+        Choice((_KEEP_25_PERCENT, _KEEP_65_PERCENT)),
+        *(Choice((_KEEP_65_PERCENT,)) for _ in range(3)),
+        Choice(
+            ((RowwiseInt4(clipping="least_squares"),), (RowwiseInt8(),)), last_option_is_exempt=True
+        ),
+        _single_step(Fold()),
+        _single_step(StaticInt8()),
+        _REMAINING_LAYERS_TO_FLOAT16,
+        _single_step(Recalibrate(method="best")),
     ),
 }
 
-BEFORE: dict[Preset, Preset] = {"fast": "safe", "small": "fast", "smallest": "small"}
-"""The preset before each: no preset's result has more bytes than that of the one before it."""
+PREVIOUS_PRESET: dict[Preset, Preset] = {"fast": "safe", "small": "fast", "smallest": "small"}
+"""For each preset, the one whose result is never smaller (see the module docstring)."""

@@ -1,4 +1,4 @@
-"""Apply a recipe: the steps in order, within the budget, and the effect of each step."""
+"""Apply the steps of a recipe within the quality budget, and measure the result of each step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,20 +8,20 @@ from types import MappingProxyType
 from compressors.contracts import Artifact, Estimate, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
-from flows.choosing import (
+from flows.dry_run import min_weight_bytes
+from flows.order import Order
+from flows.presets import PREVIOUS_PRESET
+from flows.run import Run
+from flows.step_selection import (
     SOFT_LABELS,
-    allowed_steps,
     can_be_judged,
     is_reported,
-    is_taught,
+    learns_from_teachers,
     parts_of_step,
     require_budget_rows,
+    select_steps,
     split_name,
 )
-from flows.dry_run import least_bytes
-from flows.order import Order
-from flows.presets import BEFORE
-from flows.run import Run
 from infra.bundle.bundle_folder import read
 from infra.settings import load_settings
 from tasks.compress import compress as compress_step
@@ -36,18 +36,18 @@ from tasks.stages import measure_stages
 
 @dataclass(frozen=True)
 class Compressed:
-    """The result of a recipe: every stage from the untouched model on, and the skipped steps.
+    """The result of a recipe.
 
     Attributes:
-        order: the applied order; that of an earlier preset if it results in fewer bytes.
-        stages: the result of each step.
-        left_out_steps: reasons of skipped steps, by the step's place in the recipe.
-        remarks: remarks for the report: the budget and its used part, a fallback.
+        order: the applied order. Its preset is an earlier one if that results in fewer bytes.
+        stages: name and bundle of each stage: the untouched model, then each applied step.
+        skip_reasons: reasons of skipped steps, by the step's index in the recipe.
+        remarks: remarks for the report, such as the budget and how much of it was used.
     """
 
     order: Order
     stages: tuple[tuple[str, Artifact], ...]
-    left_out_steps: dict[int, Reason]
+    skip_reasons: dict[int, Reason]
     remarks: tuple[Reason, ...] = ()
 
     @property
@@ -56,92 +56,94 @@ class Compressed:
         return self.stages[-1][1]
 
     def recipe(self) -> tuple[AnyStep, ...]:
-        """Return the steps that were tried, without options that were not needed."""
-        return tuple(step for _, step in self._tried())
+        """Return the steps that a report lists: all but those whose skipping needs no mention."""
+        return tuple(step for _, step in self._reported_steps())
 
-    def left_out(self) -> dict[str, Reason]:
-        """Return the reasons of skipped steps, by their names in reports."""
-        tried = self._tried()
-        kinds = [step.kind for _, step in tried]
-        return {
-            step.kind
-            + (
-                f" (step {number} of the recipe)" if kinds.count(step.kind) > 1 else ""
-            ): self.left_out_steps[place]
-            for number, (place, step) in enumerate(tried, 1)
-            if place in self.left_out_steps
-        }
+    def skip_reasons_by_step(self) -> dict[str, Reason]:
+        """Return the reasons of skipped steps, by the steps' names in reports."""
+        steps = self._reported_steps()
+        kinds = [step.kind for _, step in steps]
+        reasons = {}
+        for number, (index, step) in enumerate(steps, 1):
+            if index in self.skip_reasons:
+                suffix = f" (step {number} of the recipe)" if kinds.count(step.kind) > 1 else ""
+                reasons[f"{step.kind}{suffix}"] = self.skip_reasons[index]
+        return reasons
 
-    def _tried(self) -> list[tuple[int, AnyStep]]:
+    def _reported_steps(self) -> list[tuple[int, AnyStep]]:
+        """Return index and step of each step that a report lists."""
         return [
-            (place, step)
-            for place, step in enumerate(self.order.recipe())
-            if is_reported(self.left_out_steps.get(place))
+            (index, step)
+            for index, step in enumerate(self.order.recipe())
+            if is_reported(self.skip_reasons.get(index))
         ]
 
 
-def carry_out(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -> Compressed:
-    """Apply the steps of an order to a pulled bundle.
+def apply_recipe(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -> Compressed:
+    """Apply the steps of an order to its bundle.
 
-    A preset's result never has more bytes than that of the previous preset: if it would, the
-    earlier preset is applied and its result is used.
+    If the result of a preset could have more bytes than that of the previous preset, that preset is
+    applied too, and the smaller result is returned.
 
     Args:
-        run: the order; its progress receives the name of each step.
-        excluded: units that no step of a preset may change, with the reasons.
+        run: the run context of the order.
+        excluded: units that no step of a preset may change, each with its reason.
 
     Raises:
-        CompressionError: as ``allowed_steps``; or the order has a budget that cannot be measured.
+        CompressionError: no step fits, a step of preset ``custom`` cannot be applied, or the order
+            has a budget that cannot be measured.
     """
     order = run.order
     require_budget_rows(order, run.model)
-    own = _carried_out(run, excluded)
-    before = BEFORE.get(order.preset)
-    if before is None:
-        return own
-    earlier = replace(run, order=order.model_copy(update={"preset": before}))
-    size = weight_bytes(own.bundle)
-    least = partial(least_bytes, earlier.order, run.model, run.model.artifact)
-    if before != "small" and wait_out(least) >= size:
-        return own  # known from the dry run, without applying it
-    other = carry_out(earlier, excluded)
-    other_size = weight_bytes(other.bundle)
-    if other_size >= size:
-        return own
+    result = _apply_steps(run, excluded)
+    previous_preset = PREVIOUS_PRESET.get(order.preset)
+    if previous_preset is None:
+        return result
+    previous_run = replace(run, order=order.model_copy(update={"preset": previous_preset}))
+    size = weight_bytes(result.bundle)
+    lower_bound = partial(min_weight_bytes, previous_run.order, run.model)
+    # The bound of "small" assumes that as many rows as possible are pruned; it is rarely reached.
+    if previous_preset != "small" and wait_out(lower_bound) >= size:
+        return result
+    previous_result = apply_recipe(previous_run, excluded)
+    previous_size = weight_bytes(previous_result.bundle)
+    if previous_size >= size:
+        return result
     remark = Reason(
         "earlier_preset_smaller",
         preset=order.preset,
         bytes=size,
-        earlier=other.order.preset,
-        earlier_bytes=other_size,
+        earlier=previous_result.order.preset,
+        earlier_bytes=previous_size,
     )
-    return replace(other, remarks=(remark, *other.remarks))
+    return replace(previous_result, remarks=(remark, *previous_result.remarks))
 
 
-def _carried_out(run: Run, excluded: Mapping[str, str]) -> Compressed:
-    learned: set[str] = set()  # stages that have learned from the teachers, or follow such a stage
+def _apply_steps(run: Run, excluded: Mapping[str, str]) -> Compressed:
+    """Apply the steps of an order, without a comparison with the previous preset."""
+    taught_stages: set[str] = set()  # hashes of bundles that depend on the teachers
 
-    def attempt(step: AnyStep, source: Artifact) -> Artifact | NotApplicable:
+    def apply_step(step: AnyStep, source: Artifact) -> Artifact | NotApplicable:
         run.progress.stage(step.kind)
-        taught = is_taught(step) or source.sha256 in learned
-        teachers = run.teachers if taught else ()
+        depends_on_teachers = learns_from_teachers(step) or source.sha256 in taught_stages
+        teachers = run.teachers if depends_on_teachers else ()
         result = _apply_step(replace(run, teachers=teachers), step, source, excluded)
-        if taught and not isinstance(result, NotApplicable):
-            learned.add(result.sha256)
+        if depends_on_teachers and not isinstance(result, NotApplicable):
+            taught_stages.add(result.sha256)
         return result
 
-    judged = can_be_judged(run.order, run.model)
-    spent = partial(over_budget, run) if judged else None
-    stages, left_out = allowed_steps(run.order, run.model, run.model.artifact, attempt, spent)
+    is_judged = can_be_judged(run.order, run.model)
+    check = partial(over_budget, run) if is_judged else None
+    stages, reasons = select_steps(run.order, run.model, run.model.artifact, apply_step, check)
     budget = run.order.quality_budget()
-    if not judged or budget is None:
-        return Compressed(run.order, stages, left_out)
+    if not is_judged or budget is None:
+        return Compressed(run.order, stages, reasons)
     remark = budget_remark(run, budget, stages[-1][1])
-    return Compressed(run.order, stages, left_out, (remark,))
+    return Compressed(run.order, stages, reasons, (remark,))
 
 
 def weight_bytes(bundle: Artifact) -> int:
-    """Return the bytes of all weights of a compressed bundle, as its plan counts them."""
+    """Return the bytes of all weights of a compressed bundle, according to its plan."""
     plan = wait_out(lambda: read(local(bundle))).plan
     return sum(line.bytes_after for line in plan.lines) if plan is not None else 0
 
@@ -149,9 +151,9 @@ def weight_bytes(bundle: Artifact) -> int:
 def measure_recipe_stages(
     run: Run, compressed: Compressed, test: PreparedRows, ranking: Ranking | None
 ) -> Artifact:
-    """Measure the quality of every stage on the test rows, for the report.
+    """Measure the quality of every stage on the test rows.
 
-    These numbers do not affect any choice.
+    The numbers are only reported; they do not affect which steps are applied.
     """
 
     def predictions(bundle: Artifact) -> Artifact:
@@ -174,10 +176,10 @@ def measure_recipe_stages(
 
 
 def budget_loss(run: Run, stage: Artifact) -> Estimate:
-    """Measure the metric a stage has lost against the untouched model, on validation rows."""
+    """Measure a stage's loss of the metric against the untouched model, on validation rows."""
     validation = run.prepared("validation")
 
-    def scored(name: str, bundle: Artifact) -> Scored:
+    def score_stage(name: str, bundle: Artifact) -> Scored:
         predictions = run.call(
             score, bundle=bundle, split=validation.artifact, rows=validation.rows
         )
@@ -185,8 +187,8 @@ def budget_loss(run: Run, stage: Artifact) -> Estimate:
 
     return run.call(
         quality_loss,
-        original=scored(AS_TRAINED, run.model.artifact),
-        now=scored("now", stage),
+        original=score_stage(AS_TRAINED, run.model.artifact),
+        now=score_stage("now", stage),
         metric=run.model.metric,
         validation=validation.artifact,
         rows=validation.rows,
@@ -204,7 +206,7 @@ def over_budget(run: Run, stage: Artifact) -> Reason | None:
 
 
 def budget_remark(run: Run, budget: float, result: Artifact) -> Reason:
-    """Format the budget, and the part of it that the result has used."""
+    """Return the remark that states the budget and the loss or gain of the result."""
     metric = run.model.metric
     loss = budget_loss(run, result).point
     origin = Reason("budget_ordered")
@@ -230,14 +232,14 @@ def _apply_step(
         seed=run.order.seed,
         preset=run.order.preset != "custom",
         excluded=dict(excluded),
-        # Training on another device results in other bits; all other work is bit-identical.
+        # Only training depends on the device; all other results are bit-identical on any device.
         device=load_settings().device if "validation" in step.needs else "cpu",
         code=run.code,
     )
 
 
 def _splits(run: Run, step: AnyStep) -> dict[Part, Artifact]:
-    """Return only the splits that a step may read, so that no other is part of its cache key."""
+    """Return the splits a step may read. Other splits must not become part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in parts_of_step(step, run.model):
         rows = run.prepared(split_name(part, run.model))
@@ -246,12 +248,12 @@ def _splits(run: Run, step: AnyStep) -> dict[Part, Artifact]:
 
 
 def _soft_labels(run: Run, rows: PreparedRows) -> Artifact:
-    """Average the predictions of the untouched model with those of the teachers."""
-    own = run.call(score, bundle=run.model.artifact, split=rows.artifact, rows=rows.rows)
+    """Return the average of the predictions of the untouched model and of the teachers."""
+    original = run.call(score, bundle=run.model.artifact, split=rows.artifact, rows=rows.rows)
     if not run.teachers:
-        return own
-    others = (
+        return original
+    teacher_scores = (
         run.call_for(teacher, score, bundle=teacher.artifact, split=rows.artifact, rows=rows.rows)
         for teacher in run.teachers
     )
-    return run.call(average, scores=(own, *others), output=run.teachers[0].output)
+    return run.call(average, scores=(original, *teacher_scores), output=run.teachers[0].output)

@@ -1,7 +1,7 @@
-"""Resolve an order: its bundle, its champion, its digest. No Prefect, no torch.
+"""Find what an order refers to (bundle, teachers, champion), and its result if it ran before.
 
-The command line calls this before it starts a flow, so the report of a repeated order is returned
-immediately.
+The command line calls this before it starts the flow. It imports neither Prefect nor torch, so the
+report of a repeated order is printed immediately.
 """
 
 from collections.abc import Mapping
@@ -18,21 +18,25 @@ from tasks.orchestration.order_records import finished, order_of_request
 from tasks.promotion.promotions import champion, champion_graph, promote_order, registry
 
 
-def champions_of(order: Terms, subject: BundleRef) -> dict[str, Artifact]:
-    """Return what production runs now, by target; empty if the order does not compare with it."""
-    if not order.against_champion():
+def find_champions(order: Terms, bundle: BundleRef) -> dict[str, Artifact]:
+    """Return graph or engine of the current champion for each compared target.
+
+    The result is empty if no limit of the order compares with the champion.
+    """
+    if not order.compares_with_champion():
         return {}
-    graphs = {target: champion_graph(subject.name, target) for target in order.targets.compared()}
+    targets = order.targets.compared_targets()
+    graphs = {target: champion_graph(bundle.name, target) for target in targets}
     return {target: graph for target, graph in graphs.items() if graph is not None}
 
 
-def teachers_of(order: Terms, subject: BundleRef) -> tuple[Teacher, ...]:
-    """Return the models that an order names as teachers, in addition to its model."""
-    return find_teachers(order.teachers, subject)
+def resolve_teachers(order: Terms, bundle: BundleRef) -> tuple[Teacher, ...]:
+    """Return the additional teachers that an order names."""
+    return find_teachers(order.teachers, bundle)
 
 
 def require_registry() -> None:
-    """Raise if the registry does not respond, before anything is computed for it.
+    """Raise if the registry cannot be used, so that an order fails before it computes anything.
 
     Raises:
         RegistryUnavailable: the registry does not respond.
@@ -43,71 +47,72 @@ def require_registry() -> None:
 
 def order_digest(
     order: Terms,
-    subject: BundleRef,
+    bundle: BundleRef,
     champions: Mapping[str, Artifact],
     teachers: tuple[Teacher, ...] = (),
 ) -> str:
-    """Return the digest of a request and of the version of recpress that runs it.
+    """Return the digest that identifies an order: ``request_digest`` and recpress's version.
 
-    It does not include sources: they are part of the cache keys of the tasks.
+    Source files are not in this digest; they are in the cache keys of the tasks.
     """
-    return digest([request_digest(order, subject, champions, teachers), recpress_version()])
+    return digest([request_digest(order, bundle, champions, teachers), recpress_version()])
 
 
 def request_digest(
     order: Terms,
-    subject: BundleRef,
+    bundle: BundleRef,
     champions: Mapping[str, Artifact],
     teachers: tuple[Teacher, ...] = (),
 ) -> str:
-    """Return the digest of an order's request: its terms, bundle, teachers and champions.
+    """Return the digest of everything that determines an order's result, except the version.
 
-    One champion is in the digest as its hash alone, as in orders of earlier versions.
+    That is the order's fields, the bundle, the teachers and the champions.
     """
     hashes = [champion.sha256 for champion in champions.values()]
     return digest(
         {
-            "model": subject.artifact.sha256,
+            "model": bundle.artifact.sha256,
             "preset": order.preset,  # its steps change only with the version of recpress
-            "steps": order.own_steps(),
+            "steps": order.custom_steps(),
             "limits": list(order.limits),
             "targets": order.targets,
             "rules": order.rules,
             "budget": order.quality_budget(),
             "seed": order.seed,
-            "teachers": [[held.artifact.sha256, held.architecture] for held in teachers],
+            "teachers": [[item.artifact.sha256, item.architecture] for item in teachers],
+            # One hash is not in a list, so that digests of earlier versions stay valid.
             "champion": hashes[0] if len(hashes) == 1 else hashes or None,
-            "architecture": subject.architecture,
+            "architecture": bundle.architecture,
             "attempt": order.attempt,
             "threads": load_settings().threads,
         }
     )
 
 
-def digest_now(order: Terms) -> str:
+def current_order_digest(order: Terms) -> str:
     """Return the digest of an order with its current bundle, champion and teachers.
 
     Raises:
         CompressionError: the order has a metric that is not measured for this bundle.
     """
-    return order_digest(*_as_it_is_now(order))
+    return order_digest(*_resolve(order))
 
 
-def _as_it_is_now(
+def _resolve(
     order: Terms,
 ) -> tuple[Terms, BundleRef, dict[str, Artifact], tuple[Teacher, ...]]:
-    """Return an order with its current bundle, champions and teachers."""
-    subject = find(order.model)
-    require_measurable(subject, order.limits)
-    return order, subject, champions_of(order, subject), teachers_of(order, subject)
+    """Find an order's current bundle, champions and teachers; the arguments of its digest."""
+    bundle = find(order.model)
+    require_measurable(bundle, order.limits)
+    return order, bundle, find_champions(order, bundle), resolve_teachers(order, bundle)
 
 
-def carried_out_before(found: Finished) -> str:
-    """Format the sentence that an order was completed, and by which version of recpress."""
-    version = found.report.recpress_version
+def already_completed_message(finished: Finished) -> str:
+    """Return the sentence that an order was completed, and by which version of recpress."""
+    version = finished.report.recpress_version
     by = f" by recpress {version}" if version not in {"", recpress_version()} else ""
     again = " Use --force, or a new 'attempt', to carry it out again." if by else ""
-    return f"Order {found.report.order[:12]} was carried out before{by}.{again}"
+    return f"Order {finished.report.order[:12]} was carried out before{by}.{again}"
 
 
 def promote_if_ordered(order: Terms, finished: Finished) -> None:
@@ -117,19 +122,19 @@ def promote_if_ordered(order: Terms, finished: Finished) -> None:
         promote_order(report.name, report.order, f"order {report.order[:12]}")
 
 
-def champion_now(order: Terms) -> Entry | None:
+def current_champion(order: Terms) -> Entry | None:
     """Return the ledger entry of the current champion of the order's model."""
     return champion(find(order.model).name)
 
 
-def promoted_sentence(entry: Entry) -> str:
-    """Describe the version that a ledger entry made champion, and the champion before it."""
-    was = "there was none" if entry.previous is None else f"was version {entry.previous}"
-    return f"version {entry.version} is champion ({was})."
+def promotion_sentence(entry: Entry) -> str:
+    """Return a sentence with the new champion of a ledger entry and the champion before it."""
+    before = "there was none" if entry.previous is None else f"was version {entry.previous}"
+    return f"version {entry.version} is champion ({before})."
 
 
-def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
-    """Describe in a sentence whether an order with ``promote`` changed the champion.
+def promotion_message(order: Terms, finished: Finished, before: Entry | None) -> str:
+    """Return a sentence that says whether an order with ``promote`` changed the champion.
 
     Args:
         order: an order with ``promote``.
@@ -138,66 +143,66 @@ def promotion(order: Terms, finished: Finished, before: Entry | None) -> str:
     """
     outcome = finished.report.outcome
     if outcome != "accepted":
-        kept = "there is no champion"
+        current = "there is no champion"
         if before is not None:
-            kept = f"version {before.version} stays champion"
+            current = f"version {before.version} stays champion"
         return (
             f"Not promoted: version {finished.version} is {outcome}, and only an accepted version "
-            f"becomes champion; {kept}."
+            f"becomes champion; {current}."
         )
-    now = champion_now(order)
-    if now is None or now.order != finished.report.order:
-        other = "there is no champion now"
-        if now is not None:
-            other = f"version {now.version} was promoted after it"
-        return f"Not champion: version {finished.version} was promoted, and {other}."
-    if before is not None and before.order == now.order:
+    champion = current_champion(order)
+    if champion is None or champion.order != finished.report.order:
+        event = "there is no champion now"
+        if champion is not None:
+            event = f"version {champion.version} was promoted after it"
+        return f"Not champion: version {finished.version} was promoted, and {event}."
+    if before is not None and before.order == champion.order:
         return f"Version {finished.version} is champion already."
-    return f"Promoted: {promoted_sentence(now)}"
+    return f"Promoted: {promotion_sentence(champion)}"
 
 
-def earlier(order: Terms) -> Finished | None:
-    """Return the finished report of the same order, if any; promoted if the order requires it."""
-    found = carried_out_result(order)
-    if found is not None:
-        promote_if_ordered(order, found)
-    return found
+def reuse_completed_result(order: Terms) -> Finished | None:
+    """Find the result of the same order, if it ran before, and promote it if the order says so."""
+    result = find_completed_result(order)
+    if result is not None:
+        promote_if_ordered(order, result)
+    return result
 
 
-def carried_out_result(order: Terms) -> Finished | None:
-    """Return the finished report of the same order if the registry has it; changes nothing.
+def find_completed_result(order: Terms) -> Finished | None:
+    """Find the result of the same order in the registry; None if it is not registered.
 
-    An order that another version of recpress completed counts as the same: after an upgrade nothing
-    is compressed, registered or promoted again unless ``attempt`` changes. The registry version is
-    the current number of the order in this registry.
+    This includes results of other versions of recpress: after an upgrade, an order does not run
+    again unless its ``attempt`` changes. The returned version is the current one in this registry.
 
     Raises:
         CompressionError: the order has a metric that is not measured for this bundle.
     """
-    now = _as_it_is_now(order)
-    return _registered(order_digest(*now)) or by_other_version(*now)
+    resolved = _resolve(order)
+    result = _find_registered_result(order_digest(*resolved))
+    return result or find_result_of_other_version(*resolved)
 
 
-def by_other_version(
+def find_result_of_other_version(
     order: Terms,
-    subject: BundleRef,
+    bundle: BundleRef,
     champions: Mapping[str, Artifact],
     teachers: tuple[Teacher, ...] = (),
 ) -> Finished | None:
-    """Return the registered result of a request that another version completed last."""
-    digest_of_order = order_of_request(request_digest(order, subject, champions, teachers))
-    if digest_of_order in {None, order_digest(order, subject, champions, teachers)}:
+    """Find the latest result of the same request by another version of recpress, if any."""
+    digest_of_order = order_of_request(request_digest(order, bundle, champions, teachers))
+    if digest_of_order in {None, order_digest(order, bundle, champions, teachers)}:
         return None
-    return _registered(digest_of_order)
+    return _find_registered_result(digest_of_order)
 
 
-def _registered(digest_of_order: str) -> Finished | None:
-    """Return the finished report of an order digest, if the registry has its release."""
-    found = finished(digest_of_order)
-    if found is None:
+def _find_registered_result(digest_of_order: str) -> Finished | None:
+    """Return the result with an order digest if it is stored and the registry has its release."""
+    result = finished(digest_of_order)
+    if result is None:
         return None
     uri = load_settings().registry_uri
-    registered = registry().find_order(found.report.order, found.report.name)
-    if registered is None or registered.tags.get("recpress.release") != found.release.sha256:
-        return None  # the flow publishes it again
-    return found.model_copy(update={"version": registered.version, "registry": shown(uri)})
+    registered = registry().find_order(result.report.order, result.report.name)
+    if registered is None or registered.tags.get("recpress.release") != result.release.sha256:
+        return None  # the flow will publish it again
+    return result.model_copy(update={"version": registered.version, "registry": shown(uri)})

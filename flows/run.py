@@ -1,4 +1,4 @@
-"""The run context of one order: values that all stages need, and methods that call tasks."""
+"""``Run``: the values that all stages of one order need, and methods that call tasks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,13 +23,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Run:
-    """An order in progress, with the objects that it refers to.
+    """An order that is running, and the bundles that it refers to.
 
     Attributes:
         order: the order.
-        model: the bundle it names.
-        teachers: models whose predictions steps learn from, in addition to the model's.
-        champions: what production runs, by target; empty if the order does not compare with it.
+        model: the order's bundle.
+        teachers: models whose predictions steps learn from, in addition to those of the model.
+        champions: graph or engine of the current champion, by target; empty if no limit compares
+            with the champion.
         progress: receives the name of each stage.
     """
 
@@ -41,7 +42,7 @@ class Run:
 
     @cached_property
     def code(self) -> str:
-        """Digest of the architecture's code and the attempt, part of each result's cache key."""
+        """Digest of the model's code and the order's attempt, a part of every cache key."""
         return digest([self.model.architecture, self.order.attempt])
 
     def call(
@@ -51,23 +52,35 @@ class Run:
         check: Callable[[R], object] = require_stored,
         **arguments: Any,
     ) -> R:
-        """Run a task or return its recorded result, as ``policy.call``."""
+        """Run a task, or return its cached result.
+
+        Args:
+            task: the task.
+            check: raises if a cached result is no longer valid; then the task runs again.
+            arguments: the arguments of the task.
+        """
         return policy.call(task, self.code, check, **arguments)
 
     def call_for(self, teacher: Teacher, task: Task[..., R], /, **arguments: Any) -> R:
-        """Run a task on a teacher, whose architecture is also part of the cache key."""
+        """Run a task on a teacher, or return its cached result.
+
+        Like ``call``, but the cache key also contains the digest of the teacher's code.
+        """
         code = digest([self.code, teacher.architecture])
         return policy.call(task, code, **arguments)
 
     def prepared(self, split: SplitName) -> PreparedRows:
-        """Return the rows of one split of the model's data, as tensors."""
-        rows = self.call(prepare, bundle=self.model.artifact, split=split)
-        return PreparedRows(artifact=rows, rows=self.model.rows[split])
+        """Convert one split of the model's data to tensors, and return their artifact."""
+        artifact = self.call(prepare, bundle=self.model.artifact, split=split)
+        return PreparedRows(artifact=artifact, rows=self.model.rows[split])
 
     def ranking(self) -> Ranking | None:
-        """Return the catalogue and the seen items of a retrieval model; None for other tasks."""
+        """Return what a retrieval evaluation needs; None if the task has a score per row.
+
+        That is the catalogue of items, and the splits with items that users have seen before.
+        """
         if task_kind(self.model.task).scores_rows:
             return None
-        earlier: tuple[SplitName, ...] = ("train", "calibration", "validation")
-        seen = tuple(self.prepared(split) for split in earlier if split in self.model.rows)
+        earlier_splits: tuple[SplitName, ...] = ("train", "calibration", "validation")
+        seen = tuple(self.prepared(split) for split in earlier_splits if split in self.model.rows)
         return Ranking(items=self.prepared("items"), seen=seen)

@@ -1,4 +1,7 @@
-"""The stages of an order, in sequence: arguments are the run and results of other stages."""
+"""The stages of an order in sequence, one function each; ``flows/compress.py`` calls them.
+
+A function receives the run context and the results of earlier stages.
+"""
 
 import contextlib
 import functools
@@ -10,7 +13,7 @@ from compressors.contracts import TARGETS, Artifact, Verdict
 from compressors.contracts.metrics import further_metrics
 from compressors.errors.compression import CompressionError
 from compressors.errors.orders import OrderRefused
-from flows.recipe import Compressed, carry_out, measure_recipe_stages
+from flows.recipe import Compressed, apply_recipe, measure_recipe_stages
 from flows.resolve import order_digest, promote_if_ordered, request_digest
 from flows.run import Run
 from infra.errors import InfraError, OutOfMemory, Refused
@@ -29,18 +32,18 @@ from tasks.validate import validate
 
 log = logging.getLogger(__name__)
 
-MOST_ROWS = 65_536
-"""The largest batch that a graph must accept."""
+MAX_BATCH_ROWS = 65_536
+"""The largest batch that a lowered graph must accept."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The model's data, validated and as tensors.
+    """The model's data, checked and converted to tensors.
 
     Attributes:
         validation: the results of the data checks.
-        test: the rows for the measurement of the result.
-        probe: the rows for the comparison of graphs with the module.
+        test: the rows on which the result is measured.
+        probe: the rows on which a lowered graph is compared with the PyTorch module.
         ranking: the catalogue and seen items of a retrieval model; None for other tasks.
     """
 
@@ -52,7 +55,7 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class BuiltTargets:
-    """The files that each target loads, and why optional targets were skipped."""
+    """What was built: the graph or engine of each target, and why other targets were skipped."""
 
     artifacts: dict[str, Artifact]
     skipped: dict[str, str]
@@ -60,21 +63,21 @@ class BuiltTargets:
 
 @dataclass(frozen=True)
 class MeasuredResult:
-    """The measurements of what is served, by measured target, and each stage's quality."""
+    """Measurements of the served graphs by target, and the quality after each step."""
 
     served: dict[str, Artifact]
     stages: Artifact
 
 
 def pull_model(run: Run) -> None:
-    """Verify the bundle and the teachers' bundles, and require the builders of the targets.
+    """Fetch and verify the bundles of model and teachers; check that required targets can be built.
 
     Raises:
         Refused: a required target cannot be built on this machine, or a bundle is damaged.
     """
     run.progress.stage(f"pull {run.model.name} {run.model.version}")
-    for target, wanted in run.order.targets.wanted().items():
-        if wanted == "required":
+    for target, requirement in run.order.targets.requirements().items():
+        if requirement == "required":
             require_builder(target)
     run.call(pull, artifact=run.model.artifact)
     for teacher in run.teachers:
@@ -85,7 +88,7 @@ def prepare_data(run: Run) -> PreparedData:
     """Check the data and convert it to tensors.
 
     Raises:
-        DataRefused: a check failed, or the model cannot be measured.
+        DataRefused: a check failed, or the data cannot be used to measure the model.
     """
     run.progress.stage("validate the data")
     validation = run.call(validate, bundle=run.model.artifact, rules=run.order.rules)
@@ -99,50 +102,52 @@ def prepare_data(run: Run) -> PreparedData:
 def compress_model(run: Run, data: PreparedData) -> Compressed:
     """Apply the recipe.
 
-    If units prevent the lowering of a required target, a preset is applied again without them.
+    If compressed units of a preset prevent the lowering for a required target, the preset is
+    applied again without them.
 
     Raises:
         CompressionError: no step fits, or a required target cannot be lowered.
     """
-    compressed = carry_out(run)
+    compressed = apply_recipe(run)
     excluded: dict[str, str] = {}
-    while refused := _not_servable(run, compressed.bundle, data, excluded):
-        excluded |= refused
-        compressed = carry_out(run, excluded)
+    while units := _units_that_prevent_lowering(run, compressed.bundle, data, excluded):
+        excluded |= units
+        compressed = apply_recipe(run, excluded)
     return compressed
 
 
 def build_baselines(run: Run, data: PreparedData) -> BuiltTargets:
-    """Lower and build the untouched model, the baseline of the result, for each compared target.
+    """Lower and build the untouched model for each compared target, as the baseline of the result.
 
-    An optional target may be skipped, except the first, whose bytes the report compares.
+    An optional target is skipped if that fails, unless no earlier target succeeded: the report
+    needs the bytes of at least one baseline.
     """
     run.progress.stage("lower the untouched model")
     baselines = BuiltTargets({}, {})
-    for target in run.order.targets.compared():
-        with _may_be_skipped(run, target, baselines, is_needed=not baselines.artifacts):
-            graph = _lowered(run, run.model.artifact, target, data)
-            baselines.artifacts[target] = _built(run, target, graph)
+    for target in run.order.targets.compared_targets():
+        with _skip_if_optional(run, target, baselines, is_needed=not baselines.artifacts):
+            graph = _lower(run, run.model.artifact, target, data)
+            baselines.artifacts[target] = _build(run, target, graph)
     return baselines
 
 
 def build_targets(
     run: Run, bundle: Artifact, data: PreparedData, baselines: BuiltTargets
 ) -> BuiltTargets:
-    """Lower and build the result for each target; an optional target may be skipped.
+    """Lower and build the result for each target; skip optional targets that cannot be built.
 
     Raises:
-        CompressionError, Refused, InfraError: a required target cannot be built, or none was.
+        CompressionError, Refused, InfraError: a required target, or no target, can be built.
     """
     result = BuiltTargets({}, dict(baselines.skipped))
-    for target in run.order.targets.wanted():
+    for target in run.order.targets.requirements():
         if target in baselines.skipped:
             continue
-        with _may_be_skipped(run, target, result):
+        with _skip_if_optional(run, target, result):
             run.progress.stage(f"lower for {target}")
-            graph = _lowered(run, bundle, target, data)
+            graph = _lower(run, bundle, target, data)
             run.progress.stage(f"build {target}")
-            result.artifacts[target] = _built(run, target, graph)
+            result.artifacts[target] = _build(run, target, graph)
     if not result.artifacts:
         raise OrderRefused("no_target_built", reasons=result.skipped)
     return result
@@ -155,9 +160,9 @@ def measure_result(
     compressed: Compressed,
     built: BuiltTargets,
 ) -> MeasuredResult:
-    """Measure the result for each measured target against the untouched model.
+    """Measure what was built, against the untouched model, for each target that can be measured.
 
-    Each stage of the recipe is evaluated in torch.
+    Also evaluate the model after each step of the recipe, in PyTorch.
     """
     run.progress.stage("measure")
     served = {
@@ -182,7 +187,7 @@ def measure_result(
 
 
 def judge_targets(run: Run, built: BuiltTargets, measured: MeasuredResult) -> dict[str, Verdict]:
-    """Judge the order's limits for each target that was built."""
+    """Compare the order's limits with the measurements, for each target that was built."""
     run.progress.stage("judge")
     return {
         target: run.call(
@@ -218,17 +223,18 @@ def publish_result(
         baselines=baselines.artifacts,
         built=built.artifacts,
         required={
-            target: wanted == "required" for target, wanted in order.targets.wanted().items()
+            target: requirement == "required"
+            for target, requirement in order.targets.requirements().items()
         },
         verdicts=verdicts,
         skipped=built.skipped,
-        left_out=compressed.left_out(),
+        left_out=compressed.skip_reasons_by_step(),
         remarks=compressed.remarks,
         stages=measured.stages,
         measurements=measured.served,
         validation=data.validation,
         reproduction=order.reproduction(
-            f"{model.name}@{model.version}", tuple(held.artifact.uri for held in run.teachers)
+            f"{model.name}@{model.version}", tuple(teacher.artifact.uri for teacher in run.teachers)
         ),
     )
     report = wait_out(write_report)
@@ -241,59 +247,65 @@ def publish_result(
     return finished
 
 
-def _not_servable(
+def _units_that_prevent_lowering(
     run: Run, bundle: Artifact, data: PreparedData, excluded: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return units of a preset's result that prevent the lowering of a required target.
+    """Return the units of a preset's result that cannot be lowered for a required target.
+
+    Returns:
+        The reason for each unit; empty if every required target can be lowered.
 
     Raises:
-        CompressionError: no unit is known to be the cause, or it is already excluded.
+        CompressionError: lowering fails, and the error names no unit that is not yet excluded.
     """
-    for target, wanted in run.order.targets.wanted().items():
-        if run.order.preset == "custom" or wanted != "required":
+    for target, requirement in run.order.targets.requirements().items():
+        if run.order.preset == "custom" or requirement != "required":
             continue
         try:
-            _lowered(run, bundle, target, data)
+            _lower(run, bundle, target, data)
         except CompressionError as fault:
             units = [name for name in fault.units if name not in excluded]
             if not units:
                 raise
-            log.warning("%s: %s; without them the recipe runs again", ", ".join(units), fault)
+            names = ", ".join(units)
+            log.warning("%s: %s The recipe is applied again without them.", names, fault)
             return dict.fromkeys(units, " ".join(str(fault).split()).rstrip("."))
     return {}
 
 
 @contextlib.contextmanager
-def _may_be_skipped(
+def _skip_if_optional(
     run: Run, target: str, result: BuiltTargets, *, is_needed: bool = False
 ) -> Iterator[None]:
-    """Record why an optional target cannot be built, instead of raising.
+    """Catch an error of an optional target, and record it in ``result.skipped``.
 
     Raises:
-        CompressionError, Refused, InfraError: the target is required or needed.
+        CompressionError, Refused, InfraError: the target is required, or ``is_needed`` is set.
+        OutOfMemory: in any case.
     """
     try:
         yield
     except (CompressionError, Refused, InfraError) as fault:
-        is_required = run.order.targets.wanted().get(target) != "optional"
+        is_required = run.order.targets.requirements().get(target) != "optional"
         if is_required or is_needed or isinstance(fault, OutOfMemory):
             raise
-        log.warning("%s is optional and left out: %s", target, fault)
+        log.warning("Skipped optional target %s: %s", target, fault)
         result.skipped[target] = str(fault)
 
 
-def _lowered(run: Run, bundle: Artifact, target: str, data: PreparedData) -> Artifact:
+def _lower(run: Run, bundle: Artifact, target: str, data: PreparedData) -> Artifact:
+    """Return the graph of a bundle for a target."""
     return run.call(
         lower_model,
         bundle=bundle,
         target=target,
         probe=data.probe.artifact,
         probe_rows=data.probe.rows,
-        most_rows=MOST_ROWS,
+        most_rows=MAX_BATCH_ROWS,
     )
 
 
-def _built(run: Run, target: str, graph: Artifact) -> Artifact:
+def _build(run: Run, target: str, graph: Artifact) -> Artifact:
     """Return the files that the target loads: the graph itself, or an engine built from it."""
     if not TARGETS[target].is_built:
         return graph
@@ -301,7 +313,7 @@ def _built(run: Run, target: str, graph: Artifact) -> Artifact:
         build,
         lowered=graph,
         target=target,
-        batch=run.order.targets.batch(),
+        batch=run.order.targets.batch_sizes(),
         longest=run.model.longest,
         seconds=run.order.targets.build_seconds,
     )

@@ -1,7 +1,7 @@
-"""The terms of an order, without the types of steps: importing this loads no tensor library.
+"""``Terms``: every field of an order except custom steps, whose classes need a tensor library.
 
-The command line checks with these terms whether an order was completed before. ``Order`` in
-``order.py`` adds custom recipes.
+Importing this module is fast. The command line uses it to find out whether an order was completed
+before, without loading torch. ``Order`` in ``order.py`` adds the custom steps.
 """
 
 from collections.abc import Mapping
@@ -23,27 +23,27 @@ from compressors.contracts.value_errors import value_error
 from infra.data.checks import Rules
 from tasks.orchestration.documents import BatchSizes
 
-Wanted = Literal["required", "optional", "off"]
+Requirement = Literal["required", "optional", "off"]
 Preset = Literal["small", "fast", "safe", "smallest", "custom"]
 DEFAULT_BUDGET = 0.001
-"""What presets ``small`` and ``smallest`` may lose of the metric where the order does not say."""
+"""Quality budget of presets ``small`` and ``smallest`` if the order sets none."""
 
 
 def _add_target_fields(schema: dict[str, Any]) -> None:
-    """Add a field for each target to the JSON schema of ``Targets``, before the others."""
-    fields = {
+    """Add a field for each target to the JSON schema of ``Targets``, before the other fields."""
+    target_fields = {
         item.field: {
             "default": "required" if item.is_default else "off",
             **({"description": item.description} if item.description else {}),
-            "enum": list(get_args(Wanted)),
+            "enum": list(get_args(Requirement)),
             "title": item.title or item.label,
             "type": "string",
         }
         for item in TARGETS.values()
     }
-    every = {**fields, **schema["properties"]}
+    all_fields = {**target_fields, **schema["properties"]}
     schema["properties"] = {
-        name: {**field, "position": place} for place, (name, field) in enumerate(every.items())
+        name: {**field, "position": index} for index, (name, field) in enumerate(all_fields.items())
     }
     schema["additionalProperties"] = False
 
@@ -51,26 +51,30 @@ def _add_target_fields(schema: dict[str, Any]) -> None:
 class Targets(Frozen):
     """Where the result will be served. An optional target that cannot be built is left out."""
 
-    # Each target has a field, 'required', 'optional' or 'off': that of its declaration. They are
-    # extra fields of this model, so that a target that is registered later can be ordered.
+    # Each registered target has a field with the value 'required', 'optional' or 'off'. These are
+    # extra fields of this class, so that a target that is registered later also has one.
     model_config = ConfigDict(extra="allow", json_schema_extra=_add_target_fields)
-    __pydantic_extra__: dict[str, Wanted]
+    __pydantic_extra__: dict[str, Requirement]
 
     smallest_batch: int = Field(1, ge=1)
-    best_batch: int = Field(64, ge=1, description="Engines are tuned for it.")
+    best_batch: int = Field(64, ge=1, description="Engines are tuned for this size.")
     largest_batch: int = Field(1024, ge=1)
     build_seconds: float = Field(600, gt=0, description="Time limit of one engine build.")
 
     @model_validator(mode="before")
     @classmethod
-    def _fields_of_targets(cls, data: Any) -> Any:
-        """Add targets that the order does not name, and drop those that need not be stored."""
+    def _complete_target_fields(cls, data: Any) -> Any:
+        """Add the default of each target that the order omits; drop 'off' where it is implied.
+
+        Raises:
+            ValidationError: a field belongs to no registered target.
+        """
         if not isinstance(data, Mapping):
             return data
         by_field = {item.field: item for item in TARGETS.values()}
         unknown = [name for name in data if name not in by_field and name not in cls.model_fields]
         if unknown:
-            faults = [
+            errors = [
                 InitErrorDetails(
                     type=value_error("target_unknown", target=name, known=tuple(by_field)),
                     loc=(name,),
@@ -78,51 +82,52 @@ class Targets(Frozen):
                 )
                 for name in unknown
             ]
-            raise ValidationError.from_exception_data(cls.__name__, faults)
-        ordered = {
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        target_values = {
             name: data.get(name, "required" if item.is_default else "off")
             for name, item in by_field.items()
             if item.is_default or item.is_always_stored or data.get(name, "off") != "off"
         }
-        return {**ordered, **{name: data[name] for name in data if name not in by_field}}
+        return {**target_values, **{name: data[name] for name in data if name not in by_field}}
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def _require_growing_batches_and_a_target(self) -> Self:
         if not self.smallest_batch <= self.best_batch <= self.largest_batch:
             raise value_error("batch_sizes_shrink")
-        if not self.wanted():
+        if not self.requirements():
             raise value_error("targets_off")
         return self
 
     @model_serializer(mode="wrap")
-    def _targets_first(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _serialize_targets_first(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialize(self)
         targets = {name: fields.pop(name) for name in self.__pydantic_extra__ if name in fields}
         return targets | fields
 
-    def wanted(self) -> dict[str, Wanted]:
-        """Return the targets that are not off."""
-        ordered = {item.name: self._wanted(item) for item in TARGETS.values()}
-        return {target: wanted for target, wanted in ordered.items() if wanted != "off"}
+    def requirements(self) -> dict[str, Requirement]:
+        """Return whether each ordered target is required or optional, by the target's name."""
+        by_name = {item.name: self._requirement(item) for item in TARGETS.values()}
+        return {name: requirement for name, requirement in by_name.items() if requirement != "off"}
 
-    def _wanted(self, declared: Target) -> Wanted:
-        return self.__pydantic_extra__.get(declared.field, "off")
+    def _requirement(self, target: Target) -> Requirement:
+        return self.__pydantic_extra__.get(target.field, "off")
 
-    def compared(self) -> tuple[str, ...]:
-        """Return the targets for which the untouched model and the champion are compared.
+    def compared_targets(self) -> tuple[str, ...]:
+        """Return the targets for which the untouched model and the champion are also built.
 
-        They are the measured targets. Without one it is the default target, for the bytes before.
+        These are the targets that this project measures. If the order has none of them, it is the
+        default target, whose bytes the report compares.
         """
-        measured = tuple(name for name in self.wanted() if TARGETS[name].is_measured)
+        measured = tuple(name for name in self.requirements() if TARGETS[name].is_measured)
         return measured or (default_target().name,)
 
-    def batch(self) -> BatchSizes:
-        """Return the expected batch sizes."""
+    def batch_sizes(self) -> BatchSizes:
+        """Return the batch sizes for which engines are built."""
         return BatchSizes(low=self.smallest_batch, best=self.best_batch, high=self.largest_batch)
 
 
 class Terms(Frozen):
-    """Compress one model, judge what will be served, and register the result."""
+    """Compress a model, compare the result with the limits for each target, and register it."""
 
     model: str = Field(
         min_length=1,
@@ -133,18 +138,18 @@ class Terms(Frozen):
     preset: Preset = Field(
         "safe",
         title="Preset",
-        description="safe: int8 tables, float16 layers. fast: int8 tables and layers. small: rows "
-        "that training hardly looks up share one, a quarter of the dense channels, distilled; int4 "
-        "tables, int8 layers. smallest: small, and more channels go. custom: the steps below. The "
-        "cuts of small and smallest lose at most the quality budget. Each preset gives no more "
-        "bytes than the one before it.",
+        description="safe: int8 tables, float16 layers. fast: int8 tables and layers. small: int4 "
+        "tables, int8 layers; rarely used rows share one vector; a quarter of the dense channels "
+        "is kept, then trained by distillation. smallest: as small, with fewer channels. custom: "
+        "the steps below. Pruning in small and smallest loses at most the quality budget. Each "
+        "preset results in at most the bytes of the preset before it.",
         json_schema_extra={"position": 1},
     )
     limits: tuple[Limit, ...] = Field(
         min_length=1,
         title="Limits",
-        description="What the result must keep; at least one. A usual first one: auc, against "
-        "baseline, at_least -0.002.",
+        description="Bounds on the measurements of the result; at least one. A common first limit: "
+        "auc, against baseline, at_least -0.002.",
         json_schema_extra={"position": 2},
     )
     targets: Targets = Field(
@@ -156,7 +161,7 @@ class Terms(Frozen):
     promote: bool = Field(
         False,
         title="Promote if accepted",
-        description="Make the result champion at once if every limit holds.",
+        description="Make the result champion immediately if every limit holds.",
         json_schema_extra={"position": 6},
     )
     seed: int = Field(0, ge=0, json_schema_extra={"position": 7})
@@ -172,37 +177,38 @@ class Terms(Frozen):
         None,
         ge=0,
         title="Quality budget",
-        description="How much of the signature's metric the recipe may lose on validation rows, "
-        "such as 0.001. Steps that would lose more are left out, with the training that follows "
-        "them. Without a value: 0.001 for the cuts of presets small and smallest, none for others.",
+        description="Largest loss of the model's metric on validation rows, such as 0.001. Steps "
+        "that would lose more are left out, with the training that follows them. Default: 0.001 "
+        "for the pruning of presets small and smallest, no budget for the others.",
         json_schema_extra={"position": 9},
     )
 
     teachers: tuple[str, ...] = Field(
         (),
         title="Other teachers",
-        description="Models whose predictions are averaged with the original's where a step learns "
-        "from them: packed bundles, or registry:name@version. Same inputs and output.",
+        description="Steps that learn from predictions use the average of the predictions of the "
+        "original and these models: packed bundles, or registry:name@version, with the same inputs "
+        "and output.",
         json_schema_extra={"position": 10},
     )
 
     @field_validator("limits")
     @classmethod
-    def _limits_mean_something(cls, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
+    def _require_meaningful_limits(cls, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
         if problems := limit_problems(limits):
             raise value_error("limits_not_meant", reasons=problems)
         return limits
 
     def quality_budget(self) -> float | None:
-        """The metric that the recipe may lose on validation rows: as ordered, or by default."""
+        """Return the largest loss of the metric on validation rows; None if there is no budget."""
         if self.budget is None and self.preset in ("small", "smallest"):
             return DEFAULT_BUDGET
         return self.budget
 
-    def against_champion(self) -> bool:
-        """Whether any limit compares with the champion."""
+    def compares_with_champion(self) -> bool:
+        """Return whether any limit compares with the champion."""
         return any(limit.against == "champion" for limit in self.limits)
 
-    def own_steps(self) -> list[dict[str, Any]]:
-        """The steps of preset ``custom`` as plain values; none for the other presets."""
+    def custom_steps(self) -> list[dict[str, Any]]:
+        """Return no steps: only ``Order`` has custom steps."""
         return []

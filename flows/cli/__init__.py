@@ -1,14 +1,14 @@
 """The command line: ``recpress --help``.
 
-console.py        terminal output
+console.py        terminal output: lines, tables, progress and results
 errors.py         messages and exit codes of failed commands
-options.py        options that several commands have
-orders.py         an order from options or a file
-demo.py           the demo's order
-promotion.py      ``recpress registry``
+options.py        options that several commands share
+orders.py         builds an order from options or a file
+demo.py           the order of ``recpress demo``
+promotion.py      ``recpress registry promote``, ``rollback``, ``restore``
 tables.py         ``recpress tables``
 triton.py         ``recpress triton``
 doctor_errors.py  errors of ``recpress doctor``
 doctor.py         ``recpress doctor``
-app.py            all commands
+app.py            the entry point, and all other commands
 """

@@ -1,7 +1,9 @@
-"""The command line: ``recpress --help``.
+"""The entry point of the command line, and most commands of ``recpress --help``.
 
-Imports are inside the commands, so that help is printed immediately. Exit codes: 0 accepted or
-done, 1 failure, 2 bad input, 3 rejected, 4 undecided or nothing measured.
+Imports are inside the commands, so that ``--help`` does not load torch or Prefect.
+
+Exit codes: 0 accepted or completed, 1 failure, 2 invalid input, 3 rejected, 4 undecided or built
+but not measured.
 """
 
 import functools
@@ -46,10 +48,10 @@ EXIT = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}
 
 
 def main() -> None:
-    """Run the command line; every known fault becomes one sentence and an exit code."""
+    """Run a command, and exit with its code; print an error as one sentence."""
     require_limits(sys.argv[1:])
     try:
-        # Usage errors are also reported here: typer would print the arguments unescaped.
+        # standalone_mode=False: typer would print usage errors with unescaped arguments.
         code = app(obj=datetime.now(UTC), standalone_mode=False)
     except (Exception, typer.Abort) as fault:
         code = report(fault)
@@ -66,8 +68,8 @@ def compress(
     force: Annotated[bool, typer.Option(help="Run the order again, as a new version.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a model, judge what will be served, and register the result."""
-    raise typer.Exit(_carry_out(terms, force=force, as_json=as_json))
+    """Compress a model, compare the result with its limits, and register it."""
+    raise typer.Exit(_run_order(terms, force=force, as_json=as_json))
 
 
 @app.command()
@@ -76,73 +78,83 @@ def explain(
     terms: "Terms",
     as_json: Json = False,
 ) -> None:
-    """Say what an order would run, its bytes and its peak memory, without running it."""
-    from flows.cli.console import explained
+    """Predict the steps, bytes and peak memory of an order without running it."""
+    from flows.cli.console import show_explanation
     from flows.explain import explain
 
-    found = explain(terms)
+    explanation = explain(terms)
     orders.warn(terms)
     if as_json:
-        write(found.model_dump_json(indent=1))
+        write(explanation.model_dump_json(indent=1))
     else:
-        explained(found)
+        show_explanation(explanation)
 
 
 @app.command()
 def demo(
     force: Annotated[
-        bool, typer.Option(help="Compress again, as a new version; the trained model is kept.")
+        bool, typer.Option(help="Compress the trained model again, as a new version.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a click model on MovieLens 100K, compress it, judge it, register it."""
+    """Train a click model on MovieLens 100K, compress it, and register the result."""
     from flows.cli.demo import demo_order
 
-    raise typer.Exit(_carry_out(demo_order(), force=force, as_json=as_json))
+    raise typer.Exit(_run_order(demo_order(), force=force, as_json=as_json))
 
 
-def _carry_out(order: "Terms", *, force: bool, as_json: bool) -> int:
-    """Find the finished report of this order, or run the flow; print it; return the exit code."""
+def _run_order(order: "Terms", *, force: bool, as_json: bool) -> int:
+    """Run an order unless it ran before, print its result, and return the exit code."""
     from flows.cli import console
-    from flows.resolve import carried_out_before, champion_now, earlier, promotion, require_registry
+    from flows.resolve import (
+        already_completed_message,
+        current_champion,
+        promotion_message,
+        require_registry,
+        reuse_completed_result,
+    )
 
     if force:
         order = order.model_copy(update={"attempt": time.time_ns()})
-    champion = champion_now(order) if order.promote else None
-    found = earlier(order)
+    champion = current_champion(order) if order.promote else None
+    finished = reuse_completed_result(order)
     orders.warn(order)
-    if found is None:
-        with _only_process_of(order, quiet=as_json):
-            found = earlier(order)
-            if found is None:
-                require_registry()  # fails at once: the flow would wait for it
-                found = console.run(order, quiet=as_json)
+    if finished is None:
+        with _order_lock(order, quiet=as_json):
+            finished = reuse_completed_result(order)
+            if finished is None:
+                require_registry()  # fails immediately; the flow would wait for the registry
+                finished = console.run(order, quiet=as_json)
     else:
-        console.print_progress(carried_out_before(found), quiet=as_json)
+        console.print_progress(already_completed_message(finished), quiet=as_json)
     if as_json:
-        write(found.model_dump_json(indent=1))
+        write(finished.model_dump_json(indent=1))
     else:
-        console.show(found)
+        console.show_result(finished)
     if order.promote:
-        console.print_progress(promotion(order, found, champion), quiet=as_json)
-    return EXIT[found.report.outcome]
+        console.print_progress(promotion_message(order, finished, champion), quiet=as_json)
+    return EXIT[finished.report.outcome]
 
 
 @contextmanager
-def _only_process_of(order: "Terms", *, quiet: bool) -> Iterator[None]:
-    """Hold the lock of an order in this home; other processes wait, then use its result."""
+def _order_lock(order: "Terms", *, quiet: bool) -> Iterator[None]:
+    """Hold the lock of an order, so that only one process with this home folder runs it.
+
+    Raises:
+        SettingRefused: the lock file cannot be written.
+    """
     from flows.cli import console
-    from flows.resolve import digest_now
+    from flows.resolve import current_order_digest
     from infra.errors import SettingRefused
     from infra.settings import load_settings
     from infra.store.lock import locked_name
 
-    digest, path = digest_now(order), load_settings().home / "orders.lock"
+    digest, path = current_order_digest(order), load_settings().home / "orders.lock"
     text = f"Order {digest[:12]} is being carried out by another process. Waiting for its result."
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            waiting = functools.partial(console.print_progress, text, quiet=quiet)
-            held.enter_context(locked_name(path, digest, waiting))
+            notify_waiting = functools.partial(console.print_progress, text, quiet=quiet)
+            stack.enter_context(locked_name(path, digest, notify_waiting))
         except OSError as fault:
             raise SettingRefused(
                 "lock_not_writable", path=str(path), problem=fault.strerror
@@ -150,11 +162,11 @@ def _only_process_of(order: "Terms", *, quiet: bool) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, body: bytes) -> None:
+def _write_file(path: Path, content: bytes) -> None:
     from infra.store.disk import of_input
 
     try:
-        path.write_bytes(body)
+        path.write_bytes(content)
     except OSError as fault:
         raise of_input(fault, path) from fault
 
@@ -164,10 +176,12 @@ def _write(path: Path, body: bytes) -> None:
 
 @bundle_app.command("pack")
 def bundle_pack(
-    folder: Annotated[Path, typer.Argument(help="Draft: model.json, *.safetensors, data files.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A draft: model.json, *.safetensors and data files.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Check a draft completely and store it as a bundle."""
+    """Check a draft and store it as a bundle."""
     from tasks.bundles.packing import pack
     from tasks.orchestration.workspace import store
 
@@ -181,7 +195,7 @@ def bundle_pack(
     for table, rows in packed.tables.items():
         write_line(f"  table {table}: {rows:,} rows")
     write_line(store().uri_of(packed.artifact))
-    _notices(packed.notes, packed.warnings)
+    _print_notices(packed.notes, packed.warnings)
 
 
 @bundle_app.command("check")
@@ -189,28 +203,28 @@ def bundle_check(
     bundle: Annotated[str, typer.Argument(help="name@version, name, artifact URI, or a folder.")],
     as_json: Json = False,
 ) -> None:
-    """Verify a bundle from its bytes to its loaded module."""
+    """Verify the hashes, tensors and ids of a bundle, and load its model."""
     from tasks.bundles.packing import examine
 
     checked = examine(bundle)
     manifest, facts = checked.manifest, checked.facts
-    found = {
+    summary = {
         "name": manifest.name,
         "version": manifest.version,
         "tensors": len(facts),
         "files": len(manifest.files),
-        "rows": {split: held.rows for split, held in manifest.data.items()},
+        "rows": {split: data.rows for split, data in manifest.data.items()},
         "notes": manifest.notes,
         "warnings": tuple(map(str, checked.warnings)),
     }
     if as_json:
-        write(json.dumps(found, indent=1))
+        write(json.dumps(summary, indent=1))
     else:
         write_line(
-            f"{manifest.name}@{manifest.version} is sound: {len(facts)} finite tensors in "
+            f"{manifest.name}@{manifest.version} is valid: {len(facts)} finite tensors in "
             f"{len(manifest.files)} file(s), every hash verified, every id in its table."
         )
-        _notices(manifest.notes, checked.warnings)
+        _print_notices(manifest.notes, checked.warnings)
 
 
 @bundle_app.command("show")
@@ -218,7 +232,7 @@ def bundle_show(
     bundle: Annotated[str, typer.Argument(help="name@version, name, artifact URI, or a folder.")],
     as_json: Json = False,
 ) -> None:
-    """Print what a bundle says about itself."""
+    """Print the inputs, outputs, data and weight formats of a bundle."""
     from tasks.bundles.packing import show
     from tasks.orchestration.workspace import store
 
@@ -227,19 +241,19 @@ def bundle_show(
         write(manifest.model_dump_json(indent=1))
         return
     signature = manifest.signature
-    measured = "; ".join(f"{output.kind}, {output.metric}" for output in signature.outputs)
-    write_line(f"{manifest.name}@{manifest.version}: {measured}")
+    outputs = "; ".join(f"{output.kind}, {output.metric}" for output in signature.outputs)
+    write_line(f"{manifest.name}@{manifest.version}: {outputs}")
     write_line(f"architecture {manifest.network.architecture.path}")
     for item in signature.inputs:
         table = getattr(item, "table", None)
-        where = f" -> table {table}" if table else ""
+        destination = f" -> table {table}" if table else ""
         shape = f" {list(item.shape)} a row" if item.shape else ""
-        write_line(f"  input {item.name}: {item.kind} {item.dtype}{shape}{where}")
-    for split, held in manifest.data.items():
-        write_line(f"  {split}: {held.rows:,} rows, {store().uri_of(held.artifact)}")
+        write_line(f"  input {item.name}: {item.kind} {item.dtype}{shape}{destination}")
+    for split, data in manifest.data.items():
+        write_line(f"  {split}: {data.rows:,} rows, {store().uri_of(data.artifact)}")
     for name, record in manifest.network.modules.items():
         write_line(f"  {name}: {record.format}")
-    _notices(manifest.notes)
+    _print_notices(manifest.notes)
 
 
 @bundle_app.command("schema")
@@ -255,17 +269,17 @@ def bundle_schema() -> None:
 
 @registry_app.command("list")
 def registry_list(
-    model: Annotated[str | None, typer.Argument(help="One model; all without it.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Registered model name; else all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List registered versions with their verdicts."""
+    """List the registered versions of models, with their outcomes."""
     from tasks.promotion.registry_listing import listed
 
-    found = listed(model)
+    versions = listed(model)
     if as_json:
-        write(json.dumps([item.model_dump(mode="json") for item in found], indent=1))
+        write(json.dumps([item.model_dump(mode="json") for item in versions], indent=1))
         return
-    if not found:
+    if not versions:
         write_line("Nothing is registered yet. Try: recpress demo")
         return
     write_table(
@@ -279,10 +293,10 @@ def registry_list(
                 ", ".join(item.recipe),
                 item.tags.get("recpress.bundle", ""),
             ]
-            for item in found
+            for item in versions
         ],
     )
-    for item in found:
+    for item in versions:
         if item.note:
             write_line(f"{item.model} version {item.version} is {item.note}.")
 
@@ -292,7 +306,8 @@ def registry_show(
     model: RegisteredModel,
     version: Version = "@candidate",
     html: Annotated[
-        Path | None, typer.Option(help="Write the report's page, with pictures, to this file.")
+        Path | None,
+        typer.Option(help="Write the report as an HTML page, with charts, to this file."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -302,7 +317,7 @@ def registry_show(
 
     if html is not None:
         registered, page = version_page(model, version)
-        _write(html, page)
+        _write_file(html, page)
         write_line(f"{model} version {registered.version}: its report is in {html}")
         return
     _, report = version_report(model, version)
@@ -312,25 +327,25 @@ def registry_show(
 @registry_app.command("fetch")
 def registry_fetch(
     model: RegisteredModel,
-    into: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    into: Annotated[Path, typer.Option(help="The destination, a new or empty folder.")],
     version: Version = "@champion",
     target: Annotated[
-        str | None, typer.Option(help="Which target's files; without it the default target's.")
+        str | None, typer.Option(help="The target to copy; else the default target.")
     ] = None,
     unmeasured: Annotated[
-        bool, typer.Option(help="Take a target that was built but never measured.")
+        bool, typer.Option(help="Allow a target that was built but never measured.")
     ] = False,
     unaccepted: Annotated[
-        bool, typer.Option(help="Take a target that was rejected or is undecided.")
+        bool, typer.Option(help="Allow a target that was rejected or is undecided.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Copy one target of a version to a folder, every chunk verified."""
+    """Copy the files of one target to a folder, and verify their hashes."""
     from compressors.contracts import default_target
     from tasks.promotion.promotions import fetch
 
     name = default_target().name if target is None else orders.target_named(target)
-    registered, found = fetch(
+    registered, fetched = fetch(
         model,
         version,
         name,
@@ -339,11 +354,11 @@ def registry_fetch(
         unaccepted=unaccepted,
     )
     if as_json:
-        write(found.model_dump_json(indent=1))
+        write(fetched.model_dump_json(indent=1))
         return
     write_line(
-        f"{model} version {registered.version}, {name}: {found.verdict.outcome}. "
-        f"{found.artifact.bytes:,} bytes verified in {into}:"
+        f"{model} version {registered.version}, {name}: {fetched.verdict.outcome}. "
+        f"{fetched.artifact.bytes:,} bytes verified in {into}:"
     )
     for path in sorted(into.rglob("*")):
         if path.is_file():
@@ -355,7 +370,7 @@ def registry_fetch(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show what this installation uses, and whether it responds."""
+    """Check each service and library that this installation uses."""
     from flows.cli.doctor import examine
 
     findings = examine()
@@ -372,8 +387,8 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(1 if any(item.state == "fault" for item in findings) else 0)
 
 
-def _notices(notes: tuple[str, ...], warnings: "tuple[Reason, ...]" = ()) -> None:
-    """Print remarks about a bundle after the output of a command."""
+def _print_notices(notes: tuple[str, ...], warnings: "tuple[Reason, ...]" = ()) -> None:
+    """Print the notes and warnings of a bundle."""
     for note in notes:
         write_line(f"note: {note}")
     for warning in warnings:

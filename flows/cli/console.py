@@ -1,4 +1,4 @@
-"""Terminal output: the progress of the flow, and its result."""
+"""Terminal output: plain lines and tables, the progress of the flow, and its result."""
 
 import logging
 import os
@@ -20,28 +20,35 @@ if TYPE_CHECKING:
     from tasks.orchestration.documents import Finished
 
 EMBEDDED = {
-    # Faults of a run are exceptions of the command, so Prefect's log of them is redundant.
+    # The command prints errors of a run itself, so Prefect need not log them.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,compressors",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
-WIDE = 100
+"""Environment variables for Prefect if the flow runs in the process of the command."""
+
+INTERVALS_MIN_WIDTH = 100
+"""Tables in narrower terminals omit confidence intervals."""
+
 STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
 
 
 def console(*, error: bool = False) -> "Console":
-    """Return a rich console that prints text literally, without styles if not on a terminal.
+    """Return a rich console that prints text literally.
 
-    Text in lines, tables and titles is never parsed for markup, emoji codes or control sequences.
-    Styles are arguments (``style=``), never part of a text.
+    It does not interpret markup, emoji codes or control sequences in lines, tables and titles.
+    Styles must be passed as ``style=``; they have an effect only on a terminal.
+
+    Args:
+        error: whether it writes to standard error instead of standard output.
     """
     from rich.console import Console
     from rich.text import Text
 
-    class Escaping(Console):
+    class LiteralConsole(Console):
         def render_str(self, text: str, **options: Any) -> Text:
-            """Escape a string; rich passes every string through this method."""
+            """Convert a string to a rich text; rich calls this for every string it prints."""
             if options.get("markup"):
                 raise ValueError("Expected a text without markup. Pass style= instead.")
             options |= {"markup": False, "emoji": False, "highlight": False}
@@ -52,7 +59,7 @@ def console(*, error: bool = False) -> "Console":
                 raise ValueError("Expected a text without markup. Pass style= instead.")
             super().print(*objects, **options)
 
-    return Escaping(
+    return LiteralConsole(
         stderr=error,
         highlight=False,
         markup=False,
@@ -67,12 +74,12 @@ def write(text: str) -> None:
 
 
 def write_line(text: str) -> None:
-    """Print one line to standard output, with its names escaped."""
+    """Print one line to standard output, with control characters and line breaks escaped."""
     print(one_line(text))  # noqa: T201
 
 
 def write_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table to standard output; a cell is one line."""
+    """Print a table to standard output, with line breaks in cells escaped."""
     from rich.table import Table
 
     table = Table()
@@ -84,40 +91,40 @@ def write_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def print_progress(text: str, *, quiet: bool = False) -> None:
-    """Print one progress line to standard error, so that results can be piped."""
+    """Print one line to standard error, so that standard output contains only results."""
     if not quiet:
         console(error=True).print(one_line(text))
 
 
 def run(order: "Terms", *, quiet: bool) -> "Finished":
-    """Run the flow in this process, and show its progress on the terminal."""
+    """Run the flow in this process, show its progress on the terminal, and return its result."""
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
-    with _shown(quiet=quiet):
+    with _progress_on_terminal(quiet=quiet):
         from flows.server.prefect_access import connect
 
-        say_stage = logging.getLogger("tasks.orchestration.progress").info
-        server = connect(say_stage)  # starts during the imports below
+        notify = logging.getLogger("tasks.orchestration.progress").info
+        server = connect(notify)  # the server starts while the imports below run
         from flows.compress import compress
         from flows.order import Order
         from tasks.orchestration.documents import Finished
         from tasks.orchestration.policy import local_result
 
         if server is not None:
-            server.wait_until_ready(say_stage)
+            server.wait_until_ready(notify)
         if not isinstance(order, Order):
             order = Order.model_validate(order.model_dump())
         try:
-            outcome = local_result(compress(order, return_state=True))
+            result = local_result(compress(order, return_state=True))
         except Exception:
             if server is not None:
-                server.require_running()
+                server.require_running()  # if it ended, that is the error to report
             raise
-        return Finished.model_validate(outcome)
+        return Finished.model_validate(result)
 
 
-def show(finished: "Finished") -> None:
-    """Print the table of before and after, the verdicts, and how to get the result."""
+def show_result(finished: "Finished") -> None:
+    """Print measurements before and after, verdicts, and the command that fetches the result."""
     from tasks.report.stages import stage_rows
     from tasks.report.tables import headline, limit_lines, remarks, resolution
 
@@ -135,38 +142,40 @@ def show(finished: "Finished") -> None:
         title = f"{target.target}: {target.verdict.outcome}"
         out.print(title, style=style, end=" - ", soft_wrap=True)
         line(target.verdict.reason)
-    for name, why in report.skipped.items():
-        line(f"{name}: left out (optional) - {why}")
+    for name, reason in report.skipped.items():
+        line(f"{name}: left out (optional) - {reason}")
     version = f"{report.name} version {finished.version}"
     line(f"Registered: {version} in {finished.registry}")
     line(f"Report:     {finished.page_uri()}")
     line(f"Get it:     {finished.fetch_command()}")
 
 
-def explained(found: "Explanation") -> None:
-    """Print the steps of an order, with its bytes and its peak memory."""
+def show_explanation(explanation: "Explanation") -> None:
+    """Print the steps, bytes, plan, targets and peak memory that an order would have."""
     from tasks.report.cells import mebibytes, plan_warnings
 
     out = console()
     line = partial(_print_line, out)
-    rows = ", ".join(f"{split} {count:,}" for split, count in found.rows.items())
-    line(f"{found.model} ({found.task}; rows: {rows})")
-    if found.earlier is not None:
+    rows = ", ".join(f"{split} {count:,}" for split, count in explanation.rows.items())
+    line(f"{explanation.model} ({explanation.task}; rows: {rows})")
+    if explanation.earlier is not None:
         out.print(
-            f"Carried out before: version {found.earlier}. Nothing would run again.",
+            f"This order ran before and is version {explanation.earlier}. Nothing would run again.",
             soft_wrap=True,
         )
-    first = found.steps[0].bytes
+    first = explanation.steps[0].bytes
     stages = [
         {
             "step": item.step if item.left_out is None else f"{item.step} (left out)",
             "bytes of weights": f"{item.bytes:,}",
             "share": f"{item.bytes / first:.2f}x" if first else "-",
         }
-        for item in found.steps
+        for item in explanation.steps
     ]
-    out.print(_table("What would run, and what would be left after it", stages, out.width))
-    for item in found.steps:
+    out.print(
+        _table("Steps that would run, and the bytes of weights after each", stages, out.width)
+    )
+    for item in explanation.steps:
         if item.left_out is not None:
             line(f"{item.step} is left out: {item.left_out}")
     lines = [
@@ -176,35 +185,35 @@ def explained(found: "Explanation") -> None:
             "before": f"{unit.bytes_before:,}",
             "after": f"{unit.bytes_after:,}",
         }
-        for unit in found.plan.lines
+        for unit in explanation.plan.lines
     ]
     out.print(_table("Plan", lines, out.width))
-    for unit in found.plan.lines:
+    for unit in explanation.plan.lines:
         line(f"{unit.module}: {unit.reason}")
-    for warning in plan_warnings(found.plan):
+    for warning in plan_warnings(explanation.plan):
         line(warning)
-    for target in found.targets:
+    for target in explanation.targets:
         note = "" if target.missing is None else f" - cannot be built here: {target.missing}"
         line(f"target {target.target}, {target.wanted}{note}")
-    for limit in found.limits:
+    for limit in explanation.limits:
         line(f"limit {limit}")
-    if found.budget is not None:
+    if explanation.budget is not None:
         out.print(
-            f"budget {found.budget:g}, measured on validation rows when it runs: cuts that would "
-            f"lose more are left out, with the training that follows them",
+            f"budget {explanation.budget:g}, measured on validation rows when the order runs: steps that "
+            f"would lose more are left out, with the training that follows them",
             soft_wrap=True,
         )
-    if found.bytes_between is not None and len(set(found.bytes_between)) > 1:
-        least, most = found.bytes_between
+    if explanation.bytes_between is not None and len(set(explanation.bytes_between)) > 1:
+        least, most = explanation.bytes_between
         out.print(
-            f"Bytes of weights: between {least:,} and {most:,}, as the budget and the lookups of "
-            f"the training rows decide; the table shows every first choice within the budget and "
-            f"no row pruned.",
+            f"Bytes of weights: between {least:,} and {most:,}. The budget and the lookup counts "
+            f"of the training data decide. The table assumes that every step is within the budget "
+            f"and that no row is pruned.",
             soft_wrap=True,
         )
-    for teacher in found.teachers:
+    for teacher in explanation.teachers:
         line(f"teacher {teacher}, in addition to the original")
-    memory = found.memory
+    memory = explanation.memory
     out.print(
         f"Peak memory of the flow's process: about {mebibytes(memory.peak)} MiB, reached in "
         f"{memory.moment} ({mebibytes(memory.process)} MiB of libraries, "
@@ -218,46 +227,56 @@ def _print_line(out: "Console", text: str) -> None:
 
 
 def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
+    """Return a table with a column for each key of ``rows``.
+
+    Args:
+        title: printed above the table.
+        rows: the cells of each row, by column.
+        width: of the terminal, in characters.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
     )
-    for place, column in enumerate(rows[0]):
-        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for index, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        # Intervals need a wide window; the report contains them in any case.
-        cells = (cell.partition(" [")[0] if width < WIDE else cell for cell in row.values())
+        # Intervals are written in brackets; the report contains them in any case.
+        cells = (
+            cell.partition(" [")[0] if width < INTERVALS_MIN_WIDTH else cell
+            for cell in row.values()
+        )
         table.add_row(*map(one_line, cells))
     return table
 
 
 @contextmanager
-def _shown(*, quiet: bool) -> Iterator[None]:
-    """Show each stage that the flow logs: a spinner on a terminal, plain lines otherwise."""
+def _progress_on_terminal(*, quiet: bool) -> Iterator[None]:
+    """Print the log lines of stages and waits, with a spinner if standard error is a terminal."""
     if quiet:
         yield
         return
     err = console(error=True)
-    shown = [
+    loggers = [
         logging.getLogger(name)
         for name in ("tasks.orchestration.progress", "tasks.orchestration.outages")
     ]
     with err.status("starting the flow") as status:
-        handler = _Stages(err, status)
-        for logger in shown:
+        handler = _ProgressHandler(err, status)
+        for logger in loggers:
             logger.setLevel(logging.INFO)
             logger.addHandler(handler)
         try:
             yield
         finally:
-            for logger in shown:
+            for logger in loggers:
                 logger.removeHandler(handler)
 
 
-class _Stages(logging.Handler):
-    """Shows log lines of the flow's progress and waiting, one at a time on the terminal."""
+class _ProgressHandler(logging.Handler):
+    """Prints each log line, and shows the latest one next to the spinner."""
 
     def __init__(self, out: "Console", status: "Status") -> None:
         super().__init__(logging.INFO)

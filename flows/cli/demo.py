@@ -1,4 +1,4 @@
-"""The demo's order: a click model trained on MovieLens 100K, packed into the embedded store."""
+"""The order of ``recpress demo``: a click model that is trained on MovieLens 100K and packed."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from tasks.orchestration.workspace import store
 BUNDLE = "ml100k-dcnv2"
 TRAINER = "examples.movielens"
 
-# A limit that the test set's 20,000 rows can decide: their interval is narrower.
+# The confidence interval of the 20,000 test rows is narrow enough to decide this AUC limit.
 LIMITS = (
     Limit(metric="auc", against="baseline", at_least=-0.002),
     Limit(metric="bytes", against="baseline", at_most=0.5),
@@ -28,7 +28,7 @@ def demo_order() -> Terms:
     """Train and pack the demo's model unless it is already stored, and return its order.
 
     Raises:
-        CommandRefused: the examples are not next to this installation.
+        CommandRefused: this installation does not include the folder ``examples``.
         ChildFailed: training failed.
         ServiceFailed: the configured Prefect server does not respond.
     """
@@ -51,13 +51,19 @@ def demo_order() -> Terms:
 def _is_packed(model: str) -> bool:
     try:
         store().manifest(resolve(model))
-    except (ArtifactMissing, RecordRefused):  # packing restores a damaged record
+    except (ArtifactMissing, RecordRefused):  # packing it again repairs a damaged record
         return False
     return True
 
 
 def _train_and_pack(root: Path, version: str) -> None:
-    require_access()
+    """Train the model in a child process, and pack it under a version.
+
+    Raises:
+        ChildFailed: training failed.
+        ServiceFailed: the configured Prefect server does not respond.
+    """
+    require_access()  # fails before the training, not after it
     with scratch_folder("demo") as scratch:
         draft = scratch / "draft"
         print_progress("Training a DCN-v2 click model on MovieLens 100K ...")
@@ -69,12 +75,10 @@ def _train_and_pack(root: Path, version: str) -> None:
         )
         if trained.returncode:
             raise ChildFailed("trainer_failed", trainer=TRAINER, exit_code=trained.returncode)
-        described = json.loads((draft / "model.json").read_text())
-        described["version"] = version
-        (draft / "model.json").write_text(json.dumps(described, indent=1))
-        from tasks.bundles.packing import (
-            pack,  # torch: not needed if the model is already packed
-        )
+        description = json.loads((draft / "model.json").read_text())
+        description["version"] = version
+        (draft / "model.json").write_text(json.dumps(description, indent=1))
+        from tasks.bundles.packing import pack  # loads torch, which takes seconds
 
         print_progress("Packing it into the object store ...")
         pack(draft)

@@ -1,7 +1,7 @@
-"""Check the services and libraries that this installation uses; report faults and remedies.
+"""``recpress doctor``: check the services and libraries that this installation uses.
 
-Services are queried concurrently and have ``SECONDS`` each, so an address that never responds takes
-no longer than that. Checks on this machine have no time limit.
+Each result says whether the service works, and what to do if not. Services on other machines are
+queried concurrently, with a time limit of 5 s each. Local checks have no time limit.
 """
 
 import importlib
@@ -22,24 +22,29 @@ from tasks.orchestration.workspace import store
 from tasks.promotion.champion import champions, registry
 from tasks.promotion.triton_repository import contents
 
-PROBE = "doctor/written.json"
+PROBE_KEY = "doctor/written.json"
+"""Key in the object store that the check of write access writes and reads."""
 
-_SILENT = "Start it, or correct the address; a firewall in between may swallow what is sent."
-_STORE = (
+_NO_RESPONSE_REMEDY = (
+    "Start it, or correct the address. A firewall in between may drop packets without an error."
+)
+_STORE_REMEDY = (
     "Set RECPRESS_STORE and, for s3://, AWS_ENDPOINT_URL and a key that may list, read and write "
     "below it."
 )
-_REGISTRY = "Set MLFLOW_TRACKING_URI to a server that runs, or unset it for the embedded registry."
-_CHAMPIONS = (
+_REGISTRY_REMEDY = (
+    "Set MLFLOW_TRACKING_URI to a server that runs, or unset it for the embedded registry."
+)
+_CHAMPIONS_REMEDY = (
     "Set MLFLOW_TRACKING_URI to the registry the champions were published in, or register the "
     "results of the store again: 'recpress registry restore'."
 )
-_TRITON = (
+_TRITON_REMEDY = (
     "Set RECPRESS_TRITON to a folder or s3://bucket/prefix that this key may list, read and write, "
     "or unset it."
 )
-_PREFECT = "Set PREFECT_API_URL to a server that runs, or unset it for the embedded one."
-_CREDENTIALS = {
+_PREFECT_REMEDY = "Set PREFECT_API_URL to a server that runs, or unset it for the embedded one."
+_CREDENTIALS_REMEDIES = {
     "MLflow": "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
     "MLFLOW_TRACKING_TOKEN); a server that says 'Invalid Host' needs this host in its "
     "--allowed-hosts.",
@@ -48,7 +53,14 @@ _CREDENTIALS = {
 
 
 class Finding(Frozen):
-    """The result of one check: it works, it is absent (and optional), or it is a fault."""
+    """The result of one check.
+
+    Attributes:
+        what: the service or library.
+        state: ``ok``; ``absent``: not available, and optional; or ``fault``.
+        found: the version, address and contents that were found, or the error.
+        remedy: what to do about a fault.
+    """
 
     what: str
     state: Literal["ok", "absent", "fault"]
@@ -59,107 +71,125 @@ class Finding(Frozen):
 def examine() -> tuple[Finding, ...]:
     """Check the store, the registry, the Prefect server, the libraries and the builders."""
     settings = load_settings()
-    # Imports do not count in a service's seconds: they run before any query.
+    # Slow imports run before the queries, because they would use up the time limit of a service.
     importlib.import_module("prefect.settings")
     if settings.store_root.startswith("s3://") or settings.triton.startswith("s3://"):
         importlib.import_module("s3fs")
-    probes = [
-        _start("object store", settings.store_root.startswith("s3://"), _store, _STORE),
-        _start("registry", not settings.registry_uri.startswith("sqlite"), _registry, _REGISTRY),
-        _start("Prefect", True, _prefect, _PREFECT),
+    is_store_remote = settings.store_root.startswith("s3://")
+    is_registry_remote = not settings.registry_uri.startswith("sqlite")
+    is_triton_remote = settings.triton.startswith("s3://")
+    are_champions_remote = is_store_remote or is_registry_remote
+    services = [
+        _start_check("object store", is_store_remote, _store, _STORE_REMEDY),
+        _start_check("registry", is_registry_remote, _registry, _REGISTRY_REMEDY),
+        _start_check("Prefect", True, _prefect, _PREFECT_REMEDY),
+        _start_check("champions", are_champions_remote, _champions, _CHAMPIONS_REMEDY),
     ]
-    remote = settings.store_root.startswith("s3://")
-    remote = remote or not settings.registry_uri.startswith("sqlite")
-    champion = _start("champions", remote, _champions, _CHAMPIONS)
-    triton = _start("Triton repository", settings.triton.startswith("s3://"), _triton, _TRITON)
+    triton = _start_check("Triton repository", is_triton_remote, _triton, _TRITON_REMEDY)
     unset = Finding(what="Triton repository", state="absent", found="RECPRESS_TRITON is not set")
     return (
-        *(wait() for wait in probes),
-        champion(),
+        *(wait() for wait in services),
         triton() if settings.triton else unset,
-        _try("torch", _torch, "Install it again: make .venv"),
-        *map(_target, TARGETS.values()),
-        _architectures(settings.allowed_modules),
+        _run_check("torch", _torch, "Install it again: make .venv"),
+        *map(_check_target, TARGETS.values()),
+        _check_architectures(settings.allowed_modules),
     )
 
 
-def _target(target: Target) -> Finding:
-    """Check the library of a target's runtime or builder; only the default target needs it."""
+def _check_target(target: Target) -> Finding:
+    """Check the library of a target's runtime or builder, which only the default target needs."""
     library = target.load_runtime() or target.load_builder()
     remedy = "Install it again: make .venv" if target.is_default else ""
     version = (lambda: "graphs only") if library is None else library.version
-    return _try(target.label, version, remedy, needed=target.is_default)
+    return _run_check(target.label, version, remedy, is_needed=target.is_default)
 
 
-def _architectures(modules: tuple[str, ...]) -> Finding:
-    """Check whether each allowed module can be found; none is imported, since that runs it."""
-    said = ", ".join(modules) + " (RECPRESS_ALLOWED_MODULES)"
+def _check_architectures(modules: tuple[str, ...]) -> Finding:
+    """Check that each module that may define architectures can be found, without importing it."""
+    setting = ", ".join(modules) + " (RECPRESS_ALLOWED_MODULES)"
     missing = [name for name in modules if importlib.util.find_spec(name.partition(".")[0]) is None]
     if not missing:
-        return Finding(what="architectures from", state="ok", found=said)
+        return Finding(what="architectures from", state="ok", found=setting)
     return Finding(
         what="architectures from",
         state="fault",
-        found=f"{said}: there is no module {', '.join(missing)}",
-        remedy="Correct the name, or put the folder that holds it on PYTHONPATH.",
+        found=f"{setting}: there is no module {', '.join(missing)}",
+        remedy="Correct the name, or add the folder that contains it to PYTHONPATH.",
     )
 
 
 def _triton() -> str:
+    """Describe the Triton repository."""
     return "{}: {} model(s)".format(*contents())
 
 
-def _start(what: str, remote: bool, probe: Callable[[], str], remedy: str) -> Callable[[], Finding]:
-    """Start a probe and return a function that waits for its result."""
-    if not remote:
-        return lambda: _try(what, probe, remedy)
-    question = HttpRequest(probe)
-    return lambda: _try(what, question.answer, remedy)
+def _start_check(
+    what: str, is_remote: bool, check: Callable[[], str], remedy: str
+) -> Callable[[], Finding]:
+    """Start a check of a service, and return a function that waits for its result.
+
+    Args:
+        what: the service.
+        is_remote: whether the check runs in a thread with a time limit.
+        check: returns a description of the service; raises if it does not work.
+        remedy: what to do if it does not work.
+    """
+    if not is_remote:
+        return lambda: _run_check(what, check, remedy)
+    request = HttpRequest(check)
+    return lambda: _run_check(what, request.answer, remedy)
 
 
-def _try(what: str, probe: Callable[[], str], remedy: str, *, needed: bool = True) -> Finding:
+def _run_check(
+    what: str, check: Callable[[], str], remedy: str, *, is_needed: bool = True
+) -> Finding:
+    """Run a check, and return its description or error; arguments as in ``_start_check``."""
     try:
-        return Finding(what=what, state="ok", found=probe())
+        return Finding(what=what, state="ok", found=check())
     except CheckFailed as fault:
         return Finding(
             what=what, state="fault", found=cleaned(fault), remedy=_remedy(fault, remedy)
         )
     except NoAnswer as fault:
-        return Finding(what=what, state="fault", found=cleaned(fault), remedy=f"{_SILENT} {remedy}")
+        remedy = f"{_NO_RESPONSE_REMEDY} {remedy}"
+        return Finding(what=what, state="fault", found=cleaned(fault), remedy=remedy)
     except (InfraError, Refused, ImportError, OSError) as fault:
-        state: Literal["absent", "fault"] = "fault" if needed else "absent"
+        state: Literal["absent", "fault"] = "fault" if is_needed else "absent"
         return Finding(what=what, state=state, found=cleaned(fault), remedy=remedy)
 
 
-def _remedy(fault: CheckFailed, otherwise: str) -> str:
+def _remedy(fault: CheckFailed, default: str) -> str:
+    """Return the remedy for an error, or a default if there is no specific one."""
     match fault.code:
         case "store_read_only":
             return "Fetching works; to pack and compress, use a key or user that may write there."
         case "credentials_refused":
-            return _CREDENTIALS[fault.fields["service"]]
+            return _CREDENTIALS_REMEDIES[fault.fields["service"]]
         case "service_failed":
-            return "Its log says more; it may wait for its database."
-    return otherwise
+            return "Read its log; its database may not be available."
+    return default
 
 
 def _store() -> str:
-    held = store()
+    """List, write and read in the object store, and describe it."""
+    object_store = store()
     begun = time.monotonic()
-    bundles = len(held.keys("bundles/"))
+    bundles = len(object_store.keys("bundles/"))
     ms = 1000 * (time.monotonic() - begun)
     try:
-        held.write(PROBE, b"{}")
-        written = held.read(PROBE) == b"{}"
+        object_store.write(PROBE_KEY, b"{}")
+        is_written = object_store.read(PROBE_KEY) == b"{}"
     except (InfraError, Refused) as fault:
         raise CheckFailed(
-            "store_read_only", root=held.root, bundles=bundles, problem=str(fault)
+            "store_read_only", root=object_store.root, bundles=bundles, problem=str(fault)
         ) from fault
-    if not written:
-        raise CheckFailed("store_write_lost", root=held.root, key=PROBE)
-    return f"{held.root}: {bundles} bundle(s), {ms:.0f} ms, writable"
+    if not is_written:
+        raise CheckFailed("store_write_lost", root=object_store.root, key=PROBE_KEY)
+    return f"{object_store.root}: {bundles} bundle(s), {ms:.0f} ms, writable"
 
 
 def _registry() -> str:
+    """List models in the registry, and describe it."""
     uri = load_settings().registry_uri
     if not uri.startswith(("http://", "https://")):
         return f"{shown(uri)}: {len(registry().models())} model(s)"
@@ -167,23 +197,24 @@ def _registry() -> str:
     path = "/api/2.0/mlflow/registered-models/search?max_results=1000"
     answer = _mlflow_get(base + path)
     _require_accepted(answer, "MLflow", shown(uri))
-    found = answer.value()
-    if not isinstance(found, dict) or found.keys() - {"registered_models", "next_page_token"}:
+    body = answer.value()
+    if not isinstance(body, dict) or body.keys() - {"registered_models", "next_page_token"}:
         raise CheckFailed("answer_foreign", service="MLflow", address=shown(uri))
-    more = "+" if found.get("next_page_token") else ""
-    models = len(found.get("registered_models", ()))
-    version = _mlflow_get(f"{base}/version")
-    named = version.body.decode("ascii", "replace")[:20] if version.status == 200 else "?"
-    return f"MLflow {named} at {shown(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
+    more = "+" if body.get("next_page_token") else ""
+    models = len(body.get("registered_models", ()))
+    response = _mlflow_get(f"{base}/version")
+    version = response.body.decode("ascii", "replace")[:20] if response.status == 200 else "?"
+    return f"MLflow {version} at {shown(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
 
 
 def _champions() -> str:
-    found = champions()
-    return ", ".join(f"{model} {number}" for model, number in found.items()) or "none yet"
+    """List the champions of all models."""
+    versions = champions()
+    return ", ".join(f"{model} {version}" for model, version in versions.items()) or "none yet"
 
 
 def _mlflow_get(uri: str) -> HttpAnswer:
-    """Send a request with the credentials of MLflow's client: a login, otherwise a token."""
+    """Send a GET request with the credentials that MLflow's client uses: a login, else a token."""
     user, password = os.environ.get(MLFLOW_USER), os.environ.get(MLFLOW_PASSWORD)
     if user and password:
         return get(uri, login=(user, password))
@@ -192,9 +223,10 @@ def _mlflow_get(uri: str) -> HttpAnswer:
 
 
 def _prefect() -> str:
+    """List the work pools of the Prefect server, and describe it."""
     from prefect.settings import Settings
 
-    api = Settings().api  # the environment and the profile, as a command started now reads them
+    api = Settings().api  # read again, since Prefect caches settings in this process
     if not api.url:
         return "embedded, started with each command"
     base, headers, login = api.url.rstrip("/"), dict[str, str](), None
@@ -208,18 +240,18 @@ def _prefect() -> str:
     pools = answer.value()
     if not isinstance(pools, list):
         raise CheckFailed("answer_foreign", service="Prefect", address=shown(api.url))
-    version = get(f"{base}/admin/version", headers=headers, login=login)
-    named = str(version.value())[:20] if version.status == 200 else "?"
+    response = get(f"{base}/admin/version", headers=headers, login=login)
+    version = str(response.value())[:20] if response.status == 200 else "?"
     ready = ", ".join(str(pool.get("name")) for pool in pools if pool.get("status") == "READY")
     workers = f"workers of {ready}" if ready else "no worker online"
-    return f"Prefect {named} at {shown(api.url)}: {workers}, {answer.ms:.0f} ms"
+    return f"Prefect {version} at {shown(api.url)}: {workers}, {answer.ms:.0f} ms"
 
 
 def _require_accepted(answer: HttpAnswer, service: str, address: str) -> None:
-    """Raise unless the answer is 200.
+    """Raise if the status of an HTTP answer is not 200.
 
     Raises:
-        CheckFailed: omits the body, since some servers quote the request in it.
+        CheckFailed: contains no body, since some servers repeat the credentials of the request.
     """
     status = answer.status
     if status == 200:
@@ -232,6 +264,7 @@ def _require_accepted(answer: HttpAnswer, service: str, address: str) -> None:
 
 
 def _torch() -> str:
+    """Return torch's version and the GPU."""
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"

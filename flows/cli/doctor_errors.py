@@ -1,4 +1,4 @@
-"""The error of ``recpress doctor``: a service that responds, but not as expected. Types only."""
+"""The error class of ``recpress doctor``."""
 
 from typing import ClassVar
 
@@ -6,7 +6,7 @@ from compressors.contracts import CodedError
 
 
 class CheckFailed(CodedError):
-    """A service responds, but not as expected."""
+    """A service responded, but not as expected."""
 
     sentences: ClassVar = {
         "store_read_only": "{root} is read ({bundles} bundle(s)) but not written: {problem}",

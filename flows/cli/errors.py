@@ -1,8 +1,8 @@
 """Messages and exit codes of failed commands.
 
-Every known fault is one sentence: exit code 2 for bad input, 1 for faults that may not occur in a
-retry or on another machine. No failure here may end in a traceback, not even exhausted memory:
-modules are imported when they are needed, and if that fails too, a fixed sentence is printed.
+A command that fails prints one sentence. Its exit code is 2 for invalid input, and 1 for errors
+that may not occur in a retry or on another machine. Even if memory is exhausted, no traceback is
+printed: functions import modules when they need them, and print a fixed sentence if that fails.
 """
 
 import io
@@ -20,11 +20,14 @@ from typer._click.exceptions import ClickException  # of typer's own copy of cli
 from infra.memory_reserve import hold_reserve, is_limited, release_reserve
 
 MIB = 2**20
-LEAST_LEFT = {
+MIN_MEMORY_LIMITS = {
     resource.RLIMIT_AS: (1536 * MIB, "ulimit -v"),
     resource.RLIMIT_DATA: (768 * MIB, "ulimit -d"),
 }
-"""Native libraries abort the process, without an exception, if less is left when they load."""
+"""Smallest limit in bytes, and the command that sets it.
+
+With a lower limit, native libraries abort the process while they are loaded.
+"""
 
 NO_MEMORY = (
     "recpress: {command} ran out of memory. Raise the limit of this process (ulimit -v), end other "
@@ -37,13 +40,16 @@ INCOMPLETE = (
 
 
 def require_limits(arguments: list[str]) -> None:
-    """Exit with code 1 if the process's limits leave too little memory to load the libraries.
+    """Exit with code 1 if the limits of this process are too low to load the libraries.
 
-    Otherwise it reserves some memory for the report of a failure.
+    Otherwise reserve memory for ``report``, which may run when memory is exhausted.
+
+    Args:
+        arguments: the command line, without the program's name.
     """
     if not arguments or "--help" in arguments:
         return
-    for limit, (least, setting) in LEAST_LEFT.items():
+    for limit, (least, setting) in MIN_MEMORY_LIMITS.items():
         soft, _ = resource.getrlimit(limit)
         if soft != resource.RLIM_INFINITY and soft < least:
             print(  # noqa: T201
@@ -56,28 +62,28 @@ def require_limits(arguments: list[str]) -> None:
 
 
 def report(fault: Exception) -> int:
-    """Print the message of a fault; returns the exit code."""
+    """Print the message of an error, and return the exit code."""
     release_reserve()
-    traceback.clear_frames(fault.__traceback__)  # releases the memory of the failed work
+    traceback.clear_frames(fault.__traceback__)  # frees what its local variables refer to
     try:
         return _report(fault)
     except MemoryError:
-        said = NO_MEMORY
+        message = NO_MEMORY
     except ImportError as missing:
-        # Libraries that run out of memory while loading also raise this, but only under a limit.
-        said = NO_MEMORY if is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")
-    print(said.replace("{command}", command(sys.argv[1:])), file=sys.stderr)  # noqa: T201
+        # With a memory limit, libraries that run out of memory while loading also raise this.
+        message = NO_MEMORY if is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")
+    print(message.replace("{command}", command(sys.argv[1:])), file=sys.stderr)  # noqa: T201
     return 1
 
 
 def command(arguments: list[str]) -> str:
-    """Return the current command as a noun phrase for a message."""
+    """Return the words of a command line without its options, in quotes, for a message."""
     words = itertools.takewhile(lambda word: word.isascii() and word.isalpha(), arguments[:2])
     return f"'{' '.join(('recpress', *words))}'"
 
 
-def _usage(fault: ClickException) -> int:
-    """Print the faults of the arguments, which are untrusted text."""
+def _report_usage_error(fault: ClickException) -> int:
+    """Print an error of the arguments, which are untrusted text, and return the exit code."""
     out = io.StringIO()
     fault.show(file=out)
     _print(out.getvalue().rstrip("\n"))
@@ -85,8 +91,9 @@ def _usage(fault: ClickException) -> int:
 
 
 def _report(fault: Exception) -> int:
+    """Print the message of an error, and return the exit code; may run out of memory."""
     if isinstance(fault, ClickException):
-        return _usage(fault)
+        return _report_usage_error(fault)
     if isinstance(fault, typer.Abort):
         print("Aborted.", file=sys.stderr)  # noqa: T201
         return 1
@@ -117,7 +124,7 @@ def _report(fault: Exception) -> int:
 
 
 def _print(text: str) -> None:
-    """Print to standard error, without credentials and terminal control characters."""
+    """Print to standard error, without credentials and control characters of terminals."""
     from infra.credentials import cleaned
     from infra.printable import printable
 

@@ -1,6 +1,7 @@
-"""``recpress registry promote``, ``rollback`` and ``restore``: which version serves.
+"""``recpress registry promote``, ``rollback`` and ``restore``.
 
-Imports are inside the commands, as in ``flows/cli/app.py``.
+The first two change which version is the champion; ``restore`` fills a lost registry again. Imports
+are inside the commands, so that ``--help`` is fast.
 """
 
 import json
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 promotion_app = typer.Typer()
 
-Reason = Annotated[str, typer.Option(help="Written into the ledger.")]
+Reason = Annotated[str, typer.Option(help="A reason, stored in the ledger of promotions.")]
 
 
 @promotion_app.command("promote")
@@ -27,7 +28,7 @@ def registry_promote(
     as_json: Json = False,
 ) -> None:
     """Make an accepted version the champion."""
-    from flows.resolve import promoted_sentence
+    from flows.resolve import promotion_sentence
     from tasks.promotion.promotions import apply_promotion
 
     change = apply_promotion(model, version, reason)
@@ -35,9 +36,9 @@ def registry_promote(
     if as_json:
         write(entry.model_dump_json(indent=1))
     elif change.is_new:
-        write_line(f"{model}: {promoted_sentence(entry)}")
+        write_line(f"{model}: {promotion_sentence(entry)}")
     else:
-        write_line(f"{model}: version {entry.version} is champion already ({_decision(entry)}).")
+        write_line(f"{model}: version {entry.version} is champion already ({_describe(entry)}).")
 
 
 @promotion_app.command("rollback")
@@ -51,9 +52,9 @@ def registry_rollback(
     reason: Reason = "",
     as_json: Json = False,
 ) -> None:
-    """Make the champion before the current one the champion again.
+    """Make the previous champion the champion again.
 
-    Repeating a command that was interrupted completes it and does not go back a second time.
+    If the command is interrupted, repeat it: it is completed, and does not go back twice.
     """
     from tasks.promotion.promotions import apply_rollback
 
@@ -66,17 +67,17 @@ def registry_rollback(
     else:
         write_line(
             f"{model}: already rolled back from version {entry.previous} to version "
-            f"{entry.version} ({_decision(entry)}). To go back further: recpress registry "
+            f"{entry.version} ({_describe(entry)}). To go back further: recpress registry "
             f"rollback {model} --from {entry.version}"
         )
 
 
 @promotion_app.command("restore")
 def registry_restore(
-    model: Annotated[str | None, typer.Argument(help="One model; all without it.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Registered model name; else all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Register the results in the store again, after a registry was lost."""
+    """Register all results in the object store again, after the registry was lost."""
     from tasks.publish import restore
 
     restored = restore(model)
@@ -85,9 +86,10 @@ def registry_restore(
         return
     for item in restored:
         write_line(f"{item.model} version {item.version}: {item.tags.get('recpress.outcome', '')}")
-    write_line(f"{len(restored)} version(s) registered again; every other result was registered.")
+    write_line(f"{len(restored)} version(s) registered again; all others were registered already.")
 
 
-def _decision(entry: "Entry") -> str:
-    why = f": {entry.reason}" if entry.reason else ""
-    return f"{entry.action} by {entry.by} at {entry.at}{why}"
+def _describe(entry: "Entry") -> str:
+    """Return who changed the champion, when and why."""
+    reason = f": {entry.reason}" if entry.reason else ""
+    return f"{entry.action} by {entry.by} at {entry.at}{reason}"

@@ -1,6 +1,6 @@
 """``recpress tables``: compress embedding tables of any size, from file to file.
 
-Imports are inside the commands, as in ``flows/cli/app.py``.
+Imports are inside the commands, so that ``--help`` is fast.
 """
 
 import json
@@ -30,70 +30,74 @@ def tables_quantize(
     ],
     into: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.")],
     form: Annotated[
-        str, typer.Option("--format", help="int8, int4, ...: see 'recpress tables formats'.")
+        str, typer.Option("--format", help="Format, such as int8: see 'recpress tables formats'.")
     ],
     scale: Annotated[
-        str | None, typer.Option(help="How each scale is stored: float16 or float32.")
+        str | None, typer.Option(help="Type of the stored scales: float16 or float32.")
     ] = None,
     clipping: Annotated[
-        str | None, typer.Option(help="How the range of a row is found, such as min_max or mse.")
+        str | None,
+        typer.Option(help="How the range of each row is chosen, such as min_max or mse."),
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; may be repeated."),
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Another setting of the format. Repeatable."
+        ),
     ] = None,
     tensor: Annotated[
         list[str] | None,
-        typer.Option(help="Tables to compress, with * for any characters; may be repeated."),
+        typer.Option(help="Tables to compress; * matches any characters. Repeatable."),
     ] = None,
     min_rows: Annotated[
-        int | None, typer.Option(help="Tables with fewer rows stay as they are.")
+        int | None, typer.Option(help="Tables with fewer rows are not compressed.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; else one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; else one per core.")] = None,
     block_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows a thread encodes at once.")
+        int | None, typer.Option(min=1, help="Rows that a thread encodes at a time.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compress every table of IN into OUT, which is complete when it is there at all.
+    """Compress every table of IN into OUT.
 
-    The same command continues where an interrupted one stopped. Tensors that are no tables, or
-    not among --tensor, are copied, and listed with the reason.
+    OUT is written only when it is complete. If the command is interrupted, repeat it: it continues
+    where it stopped. Tensors that are not tables, or not selected by --tensor, are copied, and
+    listed with the reason.
     """
     from tasks.bundles.table_files import quantize, step_named
 
-    settings: dict[str, object] = dict(_setting(text) for text in setting or ())
-    named = {"scale": scale, "clipping": clipping, "min_rows": min_rows}
-    settings |= {name: value for name, value in named.items() if value is not None}
+    settings: dict[str, object] = dict(_parse_setting(text) for text in setting or ())
+    options = {"scale": scale, "clipping": clipping, "min_rows": min_rows}
+    settings |= {name: value for name, value in options.items() if value is not None}
     if tensor:
         settings["tables"] = tensor
     step = step_named(form, settings)
     begun = time.perf_counter()
-    with _bar(quiet=as_json) as progress:
-        done = quantize(
+    with _progress_bar(quiet=as_json) as progress:
+        result = quantize(
             source, into, step, block_rows=block_rows, workers=workers, progress=progress
         )
     if as_json:
-        write(done.model_dump_json(indent=1))
+        write(result.model_dump_json(indent=1))
         return
-    _show(done.plan)
+    _print_plan(result.plan)
     seconds = time.perf_counter() - begun
-    write_line(f"{into}: {done.bytes:,} bytes in {seconds:.1f} s, sha256 {done.sha256}")
+    write_line(f"{into}: {result.bytes:,} bytes in {seconds:.1f} s, sha256 {result.sha256}")
 
 
 @tables_app.command("check")
 def tables_check(
-    folder: Annotated[Path, typer.Argument(help="What 'recpress tables quantize' wrote.")],
+    folder: Annotated[Path, typer.Argument(help="The OUT folder of 'recpress tables quantize'.")],
     as_json: Json = False,
 ) -> None:
-    """Compare every chunk of a result with its hash, and say what is in it."""
+    """Verify the hashes of a compressed folder, and print its tables."""
     from tasks.bundles.table_files import check
 
     artifact, tables = check(folder)
     if as_json:
         write(json.dumps([artifact.model_dump(mode="json"), tables.model_dump(mode="json")]))
         return
-    _show(tables.plan)
+    _print_plan(tables.plan)
     write_line(f"{folder}: {artifact.bytes:,} bytes, every hash verified, sha256 {artifact.sha256}")
 
 
@@ -116,19 +120,25 @@ def tables_formats(as_json: Json = False) -> None:
                 write_line(f"    {field.description}")
 
 
-def _setting(text: str) -> tuple[str, object]:
+def _parse_setting(text: str) -> tuple[str, object]:
+    """Parse ``NAME=VALUE``; the value is JSON, or else a string.
+
+    Raises:
+        CommandRefused: the text has another form.
+    """
     from infra.errors import CommandRefused
 
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise CommandRefused("setting_form", got=text)
     try:
-        return name, json.loads(value)  # a number, also if only some numbers are allowed
+        return name, json.loads(value)
     except ValueError:
         return name, value
 
 
-def _show(plan: "Plan") -> None:
+def _print_plan(plan: "Plan") -> None:
+    """Print format, bytes and reason of each table."""
     for line in plan.lines:
         share = f"{100 * line.bytes_after / max(line.bytes_before, 1):.1f} %"
         write_line(
@@ -138,8 +148,13 @@ def _show(plan: "Plan") -> None:
 
 
 @contextmanager
-def _bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a progress bar on a terminal."""
+def _progress_bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a progress bar if standard error is a terminal.
+
+    Yields:
+        A function that adds bytes that were read, and sets the total number of bytes; None if
+        there is no progress bar.
+    """
     from flows.cli.console import console
 
     err = console(error=True)
@@ -152,7 +167,7 @@ def _bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("reading", total=None)
 
-        def show(read: int, total: int) -> None:
-            bar.update(task, advance=read, total=total)
+        def advance(read_bytes: int, total: int) -> None:
+            bar.update(task, advance=read_bytes, total=total)
 
-        yield show
+        yield advance

@@ -1,6 +1,6 @@
-"""``recpress triton``: export a champion to Triton, and show the state of the repository.
+"""``recpress triton``: export a champion to a Triton model repository, and show its state.
 
-Imports are inside the commands, as in ``flows/cli/app.py``.
+Imports are inside the commands, so that ``--help`` is fast.
 """
 
 import json
@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from tasks.promotion.triton_repository import TritonModel
 
 triton_app = typer.Typer(
-    no_args_is_help=True, help="A Triton model repository that follows the champion."
+    no_args_is_help=True, help="Export the champion to a Triton model repository."
 )
 
 To = Annotated[
-    str | None, typer.Option("--to", help="A folder or s3://bucket/prefix; else RECPRESS_TRITON.")
+    str | None,
+    typer.Option(
+        "--to", help="The repository: a folder or s3://bucket/prefix; else RECPRESS_TRITON."
+    ),
 ]
 Unmeasured = Annotated[
-    bool, typer.Option(help="Also a TensorRT plan that was built but never measured.")
+    bool, typer.Option(help="Include a TensorRT plan that was built but never measured.")
 ]
 
 
@@ -30,14 +33,14 @@ Unmeasured = Annotated[
 def triton_export(
     model: RegisteredModel, to: To = None, unmeasured: Unmeasured = False, as_json: Json = False
 ) -> None:
-    """Lay the champion out: its files, then the configuration that serves them."""
+    """Write the files of the champion, then the configuration that serves them."""
     from tasks.promotion.promotions import export
 
-    laid = export(model, to, unmeasured=unmeasured)
+    exported = export(model, to, unmeasured=unmeasured)
     if as_json:
-        write(json.dumps([item.model_dump(mode="json") for item in laid], indent=1))
+        write(json.dumps([item.model_dump(mode="json") for item in exported], indent=1))
         return
-    for item in laid:
+    for item in exported:
         write_line(f"{item.name}: version {item.served} of {model} is served from {item.uri}")
 
 
@@ -45,23 +48,24 @@ def triton_export(
 def triton_show(
     model: RegisteredModel, to: To = None, unmeasured: Unmeasured = False, as_json: Json = False
 ) -> None:
-    """Print the configuration, which version it serves, and whether its files are sound.
+    """Print the configuration, the version that it serves, and whether its files are valid.
 
-    Exit code 0 if a server that starts now serves the champion, 1 if not.
+    The exit code is 0 if a server that starts now would serve the champion, else 1.
     """
     from tasks.promotion.promotions import triton_contents
 
-    laid = triton_contents(model, to, unmeasured=unmeasured)
+    models = triton_contents(model, to, unmeasured=unmeasured)
     if as_json:
-        write(json.dumps([item.model_dump(mode="json") for item in laid], indent=1))
+        write(json.dumps([item.model_dump(mode="json") for item in models], indent=1))
     else:
-        for item in laid:
-            _show(item)
-    raise typer.Exit(0 if all(item.sound for item in laid) else 1)
+        for item in models:
+            _print_model(item)
+    raise typer.Exit(0 if all(item.sound for item in models) else 1)
 
 
-def _show(item: "TritonModel") -> None:
-    said = {
+def _print_model(item: "TritonModel") -> None:
+    """Print the state, files and configuration of one model in the repository."""
+    state = {
         "champion": f"serves version {item.served}, the champion",
         "behind": f"serves version {item.served} or an older configuration; the champion is "
         f"{item.champion}. Run 'recpress triton export'",
@@ -69,8 +73,9 @@ def _show(item: "TritonModel") -> None:
         "stale": f"serves version {item.served}; the champion, {item.champion}, has nothing to "
         "serve here",
     }[item.state]
-    write_line(f"{item.name} {said}.")
-    for key, found in item.files.items():
-        write_line(f"  {item.uri}/{key}: {'ok, every hash verified' if found == 'ok' else found}")
+    write_line(f"{item.name} {state}.")
+    for key, problem in item.files.items():
+        status = "ok, every hash verified" if problem == "ok" else problem
+        write_line(f"  {item.uri}/{key}: {status}")
     if item.config is not None:
         write(f"\n{item.config}")

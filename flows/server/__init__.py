@@ -1,5 +1,5 @@
-"""Select or start the Prefect server of a run.
+"""The Prefect server that a command uses: the configured one, or one that the command starts.
 
-prefect_access.py   selects and checks the server of a command
-embedded_server.py  the server of one command, if no other is configured
+prefect_access.py   checks the configured server, or starts an embedded one
+embedded_server.py  a Prefect server that runs as long as one command
 """

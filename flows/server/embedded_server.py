@@ -1,15 +1,16 @@
-"""The embedded Prefect server: a process started for one command; other clients are refused.
+"""The embedded Prefect server: a process that serves one command and refuses other clients.
 
-A command without ``PREFECT_API_URL`` starts it. It listens on a free port of loopback, and every
-request and socket needs a secret that is drawn for this command. The secret exists only in the
-memory and the environment of the command and its children, never on disk or in an argument. The
-server allows no web page's origin.
+A command starts it if ``PREFECT_API_URL`` is not set. It listens on a free port of the loopback
+interface. Every HTTP request and WebSocket needs a random secret that is generated for this
+command. The secret exists only in the memory and the environment of the command and its children,
+never on disk or in an argument. CORS allows no web page to call the server.
 
-Run as ``python -m flows.server.embedded_server FD``, this module is the server's process. It ends
-when the command that started it ends, for any reason.
+The command runs ``python -m flows.server.embedded_server FD`` as the server's process; FD is the
+descriptor of the listening socket. The process ends when the command ends, for any reason.
 
-Differs from Prefect's ``SubprocessASGIServer``: it waits as long as the server makes progress, it
-binds the port before the process starts, so no other process can take it, and it authenticates.
+Differs from Prefect's ``SubprocessASGIServer``: the command waits as long as the server makes
+progress, it binds the port before the process starts, so that no other process can take the port,
+and clients must authenticate.
 """
 
 import atexit
@@ -32,16 +33,16 @@ from infra.errors import NoAnswer, ServiceFailed
 from infra.services.http_probe import get
 from infra.store.lock import locked
 
-SAY_AFTER_SECONDS = 10.0
-SAY_EVERY_SECONDS = 30.0
+NOTIFY_AFTER_SECONDS = 10.0
+NOTIFY_EVERY_SECONDS = 30.0
 STALL_SECONDS = 300.0
-"""A server that makes no progress for this long is given up."""
+"""A start without progress fails after this time."""
 
 CPU_SECONDS = 0.05
-"""This much more CPU time counts as progress; an idle process needs hours for it."""
+"""Additional CPU time that counts as progress. An idle process uses less than this in hours."""
 
 NO_ORIGIN = "http://recpress.invalid"
-"""No page can have this origin: the top-level domain is reserved (RFC 2606)."""
+"""The only allowed CORS origin. No page can have it: RFC 2606 reserves this top-level domain."""
 
 _POLL_SECONDS = 0.1
 _REQUEST_SECONDS = 2.0
@@ -56,7 +57,12 @@ Notify = Callable[[str], object]
 
 
 class EmbeddedServer:
-    """A server process that was started, and how to reach it."""
+    """A started server process.
+
+    Attributes:
+        process: the process.
+        api_url: the URL of its API.
+    """
 
     def __init__(
         self,
@@ -76,18 +82,18 @@ class EmbeddedServer:
     def wait_until_ready(self, notify: Notify, *, stall_seconds: float = STALL_SECONDS) -> None:
         """Wait until the server responds, as long as its process makes progress.
 
-        Progress is CPU time of the process, or a change of the database's files. Only the running
-        time of this process counts, so both may be suspended together.
+        Progress is CPU time of the server's process, or a change of its database files. Time in
+        which the command itself is suspended does not count.
 
         Args:
-            notify: called with the reason of the wait, first after ``SAY_AFTER_SECONDS``.
+            notify: called with a sentence about the wait, first after ``NOTIFY_AFTER_SECONDS``.
             stall_seconds: the longest time without progress.
 
         Raises:
             ServiceFailed: the process ended, or made no progress for ``stall_seconds``.
         """
-        begun = looked = time.monotonic()
-        say_at, stalled, last = begun + SAY_AFTER_SECONDS, 0.0, self._progress()
+        begun = last_poll = time.monotonic()
+        notify_at, stalled, last = begun + NOTIFY_AFTER_SECONDS, 0.0, self._progress()
         try:
             while not self._is_ready():
                 self.require_running(is_started=False)
@@ -95,8 +101,9 @@ class EmbeddedServer:
                 if current[0] - last[0] >= CPU_SECONDS or current[1] != last[1]:
                     last, stalled = current, 0.0
                 else:
-                    stalled += min(now - looked, 2 * _REQUEST_SECONDS)
-                looked = now
+                    # A longer interval means that this process was suspended.
+                    stalled += min(now - last_poll, 2 * _REQUEST_SECONDS)
+                last_poll = now
                 if stalled >= stall_seconds:
                     raise ServiceFailed(
                         "embedded_server_stalled",
@@ -105,8 +112,8 @@ class EmbeddedServer:
                         folder=str(self._home),
                         output=self._last_output(),
                     )
-                if now >= say_at:
-                    say_at = now + SAY_EVERY_SECONDS
+                if now >= notify_at:
+                    notify_at = now + NOTIFY_EVERY_SECONDS
                     notify(
                         f"waiting for the embedded Prefect server to start ({now - begun:.0f} s, "
                         f"process {self.process.pid}, database in {self._home}). {_REMEDY}"
@@ -133,7 +140,7 @@ class EmbeddedServer:
         )
 
     def stop(self) -> None:
-        """Stop the process; the second call does nothing."""
+        """Stop the process, if it still runs."""
         atexit.unregister(self.stop)
         self._lock.close()
         self.process.terminate()
@@ -152,36 +159,41 @@ class EmbeddedServer:
             return False
 
     def _progress(self) -> tuple[float, tuple[tuple[str, int, int], ...]]:
-        """Return CPU seconds of the process, and the state of its database's files."""
+        """Return CPU seconds of the process, and name, size and mtime of its database files."""
         files = []
         for path in sorted(self._home.glob("prefect.db*")):
             try:
                 state = path.stat()
-            except FileNotFoundError:  # a journal that was removed
+            except FileNotFoundError:  # SQLite removed a journal in the meantime
                 continue
             files.append((path.name, state.st_size, state.st_mtime_ns))
         return cpu_seconds(self.process.pid), tuple(files)
 
     def _last_output(self) -> str:
         size = os.fstat(self._output.fileno()).st_size
-        # Not with the file's position, which the server's process shares.
+        # pread, because the server's process shares the position of the file.
         tail = os.pread(self._output.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
         text = tail.decode("utf-8", "replace").strip()
         return f"Its last output:\n{text}" if text else "It printed nothing."
 
 
 def start_embedded_server(notify: Notify) -> EmbeddedServer:
-    """Start the server of this command and make Prefect's clients in this process use it.
+    """Start the server of this command, and make Prefect's clients in this process use it.
 
-    One server of a Prefect home starts at a time, because each migrates the same database. The lock
-    is released when the server is ready.
+    Every server migrates the database in Prefect's home folder when it starts. A lock ensures that
+    only one does so at a time; ``EmbeddedServer.wait_until_ready`` releases it.
+
+    Args:
+        notify: called with a sentence if another command holds the lock.
     """
     from prefect.settings import get_current_settings
 
     home = get_current_settings().home
     lock = ExitStack()
-    waiting = partial(notify, f"waiting for another command that starts a Prefect server in {home}")
-    lock.enter_context(locked(home / "recpress-server.lock", waiting))
+    notify_waiting = partial(
+        notify, f"waiting for another command that starts a Prefect server in {home}"
+    )
+    lock.enter_context(locked(home / "recpress-server.lock", notify_waiting))
     output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server runs)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -197,14 +209,14 @@ def start_embedded_server(notify: Notify) -> EmbeddedServer:
             start_new_session=True,  # the command handles Ctrl-C and stops the server
         )
     server = EmbeddedServer(process, api_url, output, home, lock)
-    _use(PREFECT_API_URL=api_url, PREFECT_API_AUTH_STRING=auth)
+    _set_variables(PREFECT_API_URL=api_url, PREFECT_API_AUTH_STRING=auth)
     return server
 
 
 def protect_ephemeral_server() -> None:
-    """Authenticate the server that Prefect itself starts for a flow that is called in Python.
+    """Require a secret of clients of the server that Prefect starts for a flow called in Python.
 
-    Such a server reads the settings of this process. Does nothing if an API is configured.
+    Such a server reads its settings from this process. Does nothing if a server is configured.
     """
     from prefect.settings import get_current_settings
 
@@ -214,11 +226,11 @@ def protect_ephemeral_server() -> None:
     configured = settings.server.api.auth_string or settings.api.auth_string
     auth = configured.get_secret_value() if configured is not None else new_auth_string()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
-    _use(PREFECT_API_AUTH_STRING=auth, **_server_settings(auth))
+    _set_variables(PREFECT_API_AUTH_STRING=auth, **_server_settings(auth))
 
 
 def new_auth_string() -> str:
-    """Return a user and a random password, as Prefect's basic authentication expects them."""
+    """Return a user and a random password, in the form ``user:password`` that Prefect expects."""
     return f"recpress:{secrets.token_hex(24)}"
 
 
@@ -231,20 +243,20 @@ def cpu_seconds(pid: int) -> float:
         except (FileNotFoundError, ProcessLookupError):
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    shown = subprocess.run(  # macOS: [[days-]hours:]minutes:seconds
+    output = subprocess.run(  # macOS: [[days-]hours:]minutes:seconds
         ["ps", "-o", "time=", "-p", str(pid)],  # noqa: S607
         capture_output=True,
         text=True,
         check=False,
     ).stdout
     seconds = 0.0
-    for part in shown.strip().replace("-", ":").split(":"):
+    for part in output.strip().replace("-", ":").split(":"):
         seconds = seconds * 60 + float(part or 0)
     return seconds
 
 
-def _use(**variables: str) -> None:
-    """Set variables, and make Prefect, which reads them once, read them again."""
+def _set_variables(**variables: str) -> None:
+    """Set environment variables, and make Prefect read its settings from them again."""
     from prefect.context import refresh_global_settings_context
 
     os.environ.update(variables)
@@ -252,36 +264,38 @@ def _use(**variables: str) -> None:
 
 
 def _server_settings(auth: str) -> dict[str, str]:
+    """Return the variables that make a server require a secret and allow no origin."""
     return {
         "PREFECT_SERVER_API_AUTH_STRING": auth,
-        # Both names of the setting, because the first has priority if a profile sets it.
+        # The setting has two names. If a profile sets the first, the second has no effect.
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": NO_ORIGIN,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": NO_ORIGIN,
     }
 
 
 def _environment(auth: str) -> dict[str, str]:
+    """Return the environment variables of the server's process."""
     from prefect.settings import get_current_settings
 
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     return {
         **os.environ,
-        **settings,  # including those of the profile
+        **settings,  # includes those of the Prefect profile
         **_server_settings(auth),
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         "PREFECT_UI_ENABLED": "0",
-        # Prefect's settings for an embedded server: fewer services, less memory.
+        # Prefect sets these two for its own embedded server: fewer services, less memory.
         "PREFECT__SERVER_EPHEMERAL": "1",
         "PREFECT__SERVER_FINAL": "1",
-        # Its output is shown only if it ends, so it need not be silent.
+        # Its output is printed only if the server fails.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     }
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of standard input, which the parent keeps open, then exit."""
-    os.read(0, 1)  # not sys.stdin, whose lock would break the interpreter's shutdown
+    """Wait until the parent process closes standard input, then exit."""
+    os.read(0, 1)  # not sys.stdin: the lock of a blocked read breaks the interpreter's shutdown
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_STOP_SECONDS)
     os._exit(1)

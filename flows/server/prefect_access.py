@@ -1,4 +1,4 @@
-"""Select the Prefect server of a command: the configured one, checked, or an embedded one."""
+"""Check the configured Prefect server; start an embedded one if none is configured."""
 
 from flows.server.embedded_server import EmbeddedServer, Notify, start_embedded_server
 from infra.errors import ServiceFailed, SettingRefused
@@ -9,14 +9,14 @@ def connect(notify: Notify) -> EmbeddedServer | None:
     """Check the configured server, or start an embedded one if none is configured.
 
     Args:
-        notify: called with the reason of a wait.
+        notify: called with a sentence if the start has to wait.
 
     Returns:
-        The embedded server, which is not ready yet; None if another server is configured.
+        The embedded server, which is still starting; None if a server is configured.
 
     Raises:
-        SettingRefused: the configured server refuses the credentials or is not Prefect, or there is
-            none and embedded servers are disabled.
+        SettingRefused: the configured server refuses the credentials or is not a Prefect server, or
+            no server is configured and embedded servers are disabled.
         ServiceFailed: the configured server does not respond, or reports an internal failure.
     """
     from prefect.settings import get_current_settings
@@ -34,7 +34,7 @@ def require_access() -> None:
     """Raise if the configured Prefect server cannot be used; do nothing if none is configured.
 
     Raises:
-        SettingRefused: it refuses the credentials, or is not Prefect.
+        SettingRefused: it refuses the credentials, or is not a Prefect server.
         ServiceFailed: it does not respond, or reports an internal failure.
     """
     from prefect.settings import get_current_settings
@@ -52,8 +52,8 @@ def require_access() -> None:
         status = fault.response.status_code
         if status in {401, 403}:
             name = "PREFECT_API_KEY" if api.auth_string is None else "PREFECT_API_AUTH_STRING"
-            sent = getattr(api, "key" if api.auth_string is None else "auth_string")
-            if sent is None:
+            credentials = getattr(api, "key" if api.auth_string is None else "auth_string")
+            if credentials is None:
                 raise SettingRefused(
                     "prefect_credentials_missing", address=shown(api.url), status=status
                 ) from None
@@ -70,7 +70,7 @@ def require_access() -> None:
         raise ServiceFailed(
             "prefect_no_answer", address=shown(api.url), problem=type(fault).__name__
         ) from None
-    except ValueError as fault:  # a response that is not Prefect's
+    except ValueError as fault:  # the response is not JSON, or not what Prefect sends
         raise SettingRefused(
             "prefect_answer_foreign", address=shown(api.url), problem=type(fault).__name__
         ) from None

@@ -112,7 +112,7 @@ def carry_out_recipe(order: Order) -> RecipeRun:
     """Carry out the recipe of an order and nothing else: no graph is made and nothing is judged."""
     with without_engine() as tasks:
         run = Run(order, find(order.model), (), {}, progress.Progress(stages=1))
-        result = recipe.carry_out(run)
+        result = recipe.apply_recipe(run)
         stages = recipe.measure_recipe_stages(run, result, run.prepared("test"), run.ranking())
     plan = read(local(result.bundle)).plan
     assert plan is not None
@@ -121,7 +121,7 @@ def carry_out_recipe(order: Order) -> RecipeRun:
         result.bundle,
         plan,
         Stages.validate_json((local(stages) / STAGES).read_bytes()),
-        result.left_out(),
+        result.skip_reasons_by_step(),
         result.remarks,
         result.recipe(),
         tuple(tasks),

@@ -340,7 +340,10 @@ def test_an_added_target_is_in_the_form_and_in_the_command_line(added_target: No
     field = Targets.model_json_schema()["properties"]["not_optimized"]
     assert field["enum"] == ["required", "optional", "off"]
     ordered = terms("clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0)
-    assert ordered.targets.wanted() == {"onnxruntime": "required", "not-optimized": "required"}
+    assert ordered.targets.requirements() == {
+        "onnxruntime": "required",
+        "not-optimized": "required",
+    }
 
 
 def test_registering_a_target_changes_no_order_without_it(

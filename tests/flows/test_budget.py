@@ -19,9 +19,9 @@ from compressors.prune.dense.magnitude import Magnitude
 from compressors.prune.tables.tiers import Tiers
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
-from flows.choosing import allowed_steps
 from flows.explain import explain
 from flows.order import Order
+from flows.step_selection import select_steps
 from tasks.bundles.packing import pack
 from tasks.orchestration.documents import NotApplicable
 
@@ -86,11 +86,11 @@ def test_what_works_on_parts_that_were_taken_back_is_left_out_with_them() -> Non
     def spent(made: str) -> Reason | None:
         return lost if made.endswith("tiers") else None
 
-    stages, left_out = allowed_steps(order, subject, "model", attempt, spent)
+    stages, left_out = select_steps(order, subject, "model", attempt, spent)
     assert [stage for _, stage in stages] == ["model", "model static_int8"]
     assert left_out == {0: lost, 1: missing}
     with raises_code(OrderRefused, "step_not_applicable", reason=missing):
-        allowed_steps(order, subject, "model", lambda step, source: attempt(step, ""), None)
+        select_steps(order, subject, "model", lambda step, source: attempt(step, ""), None)
 
 
 def test_without_a_budget_the_same_steps_are_all_carried_out(world: World) -> None:

@@ -286,7 +286,7 @@ def test_other_contents_under_a_packed_version_are_refused_and_nothing_is_lost(
 def test_check_and_show_say_what_a_bundle_is(world: World, call: Any) -> None:
     checked = call("bundle", "check", "clicks")
     assert checked.code == 0, checked.err
-    assert "clicks@1 is sound" in checked.out
+    assert "clicks@1 is valid" in checked.out
     by_uri = call("bundle", "check", world.packed.artifact.uri, "--json")
     assert json.loads(by_uri.out)["version"] == "1"
     shown = call("bundle", "show", "clicks@1")

@@ -196,7 +196,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Embedde
 def test_a_server_without_progress_is_given_up_with_what_to_do(
     started: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded_server, "SAY_AFTER_SECONDS", 0.5)
+    monkeypatch.setattr(embedded_server, "NOTIFY_AFTER_SECONDS", 0.5)
     said: list[str] = []
     os.kill(started.process.pid, signal.SIGSTOP)
     with raises_code(ServiceFailed, "embedded_server_stalled", seconds=1) as raised:

@@ -7,7 +7,7 @@ import pytest
 from orders import World, carry_out, copied_home
 
 from flows import resolve
-from flows.resolve import carried_out_result, request_digest
+from flows.resolve import find_completed_result, request_digest
 from infra.registry.ledger import Ledger
 from tasks.bundles.bundle_ref import find
 from tasks.orchestration import new_report
@@ -39,7 +39,7 @@ def test_order_of_an_earlier_version_is_found_and_registers_and_promotes_nothing
     order = upgraded.order.model_copy(update={"promote": True})
     first = upgraded.first.finished
     before = registered(), Ledger(store(), "clicks").entries()
-    found = carried_out_result(order)
+    found = find_completed_result(order)
     assert found is not None
     assert (found.report, found.version) == (first.report, first.version)
     ran = carry_out(order)
@@ -49,7 +49,7 @@ def test_order_of_an_earlier_version_is_found_and_registers_and_promotes_nothing
 
 
 def test_new_attempt_after_an_upgrade_is_not_found_and_would_run(upgraded: World) -> None:
-    assert carried_out_result(upgraded.order.model_copy(update={"attempt": 7})) is None
+    assert find_completed_result(upgraded.order.model_copy(update={"attempt": 7})) is None
 
 
 def test_report_names_the_version_that_carried_the_order_out(world: World) -> None:
@@ -64,7 +64,7 @@ def test_request_record_that_is_damaged_counts_as_absent(
     record = place.read_bytes()
     for body in (b"{}", b"not JSON", record.replace(b'"order": "', b'"order": "0')):
         place.write_bytes(body)
-        assert carried_out_result(order) is None
+        assert find_completed_result(order) is None
     place.write_bytes(record)
-    assert carried_out_result(upgraded.order) is not None
+    assert find_completed_result(upgraded.order) is not None
     assert "It counts as absent" in caplog.text

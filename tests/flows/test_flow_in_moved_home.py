@@ -7,7 +7,7 @@ import pytest
 from orders import World, carry_out, copied_home
 
 from compressors.contracts import Limit
-from flows.resolve import carried_out_result
+from flows.resolve import find_completed_result
 from tasks.promotion.promotions import champion_graph, promote, version_report
 
 
@@ -23,7 +23,7 @@ def test_an_order_carried_out_before_the_move_is_found_and_otherwise_cached(
     world: World, moved: Path
 ) -> None:
     first = world.first.finished
-    found = carried_out_result(world.order)
+    found = find_completed_result(world.order)
     assert found is not None
     assert (found.report, found.release, found.version) == (
         first.report,
@@ -31,12 +31,12 @@ def test_an_order_carried_out_before_the_move_is_found_and_otherwise_cached(
         first.version,
     )
     shutil.rmtree(moved / "store" / "orders")
-    assert carried_out_result(world.order) is None
+    assert find_completed_result(world.order) is None
     ran = carry_out(world.order)
     assert (ran.finished.release, ran.finished.version) == (first.release, first.version)
     ended = {state for name, state in ran.tasks if not name.startswith("publish")}
     assert ended == {"Cached"}
-    assert carried_out_result(world.order) == ran.finished
+    assert find_completed_result(world.order) == ran.finished
     assert {path.name for path in moved.parent.iterdir()} == {moved.name}
 
 

@@ -84,7 +84,7 @@ def test_an_order_for_no_target_is_refused() -> None:
 
 def test_targets_that_are_off_are_not_wanted() -> None:
     targets = Targets(onnxruntime="optional", tensorrt_rtx="required")
-    assert targets.wanted() == {"onnxruntime": "optional", "tensorrt-rtx": "required"}
+    assert targets.requirements() == {"onnxruntime": "optional", "tensorrt-rtx": "required"}
 
 
 def test_batch_sizes_must_grow() -> None:

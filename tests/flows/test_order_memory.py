@@ -11,7 +11,7 @@ from error_codes import Text, raises_code
 from compressors.contracts import Limit
 from flows.cli import errors as cli_errors
 from flows.compress import compress
-from flows.memory import estimated_memory, require_order_memory, what_ran
+from flows.memory import describe_running_stage, estimated_memory, require_order_memory
 from flows.order import Order
 from infra.errors import InfraError, OutOfMemory
 from infra.memory import memory_errors
@@ -61,7 +61,7 @@ def test_an_order_that_fits_is_not_refused(monkeypatch):
 
 def test_what_ran_out_of_memory_names_stage_model_and_estimate():
     subject = find("clicks")
-    doing = what_ran(lambda: "measure", estimated_memory(order(), subject), subject)
+    doing = describe_running_stage(lambda: "measure", estimated_memory(order(), subject), subject)
     with (
         raises_code(
             OutOfMemory, None, doing=Text("^Stage 'measure' of the order for clicks@1, estimated")

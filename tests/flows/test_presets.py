@@ -17,7 +17,7 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 from examples.table_heavy import SMALL, write_draft
 from flows.explain import Explanation, explain
 from flows.order import Order
-from flows.presets import BEFORE, PRESETS
+from flows.presets import PRESETS, PREVIOUS_PRESET
 from flows.terms import DEFAULT_BUDGET, Preset
 from tasks.bundles.packing import pack
 
@@ -64,7 +64,7 @@ def table_heavy(made: tuple[Path, Made], monkeypatch: pytest.MonkeyPatch) -> Mad
 
 def test_every_preset_has_the_one_before_it() -> None:
     assert set(PRESETS) == set(ORDER)
-    assert [BEFORE.get(preset) for preset in ORDER] == [None, *ORDER[:-1]]
+    assert [PREVIOUS_PRESET.get(preset) for preset in ORDER] == [None, *ORDER[:-1]]
 
 
 def test_no_preset_gives_more_bytes_than_the_one_before_it(table_heavy) -> None:

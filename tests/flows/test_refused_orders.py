@@ -163,7 +163,7 @@ def test_pack_and_check_print_warnings_about_the_model(call: Call, tmp_path: Pat
     assert packed.code == 0, packed.err
     assert "warning: The model's log loss" in packed.out
     checked = call("bundle", "check", "clicks")
-    assert "clicks@1 is sound" in checked.out
+    assert "clicks@1 is valid" in checked.out
     assert "warning: The model's log loss" in checked.out
     (warning,) = json.loads(call("bundle", "check", "clicks", "--json").out)["warnings"]
     assert "mean label" in warning

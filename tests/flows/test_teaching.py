@@ -118,12 +118,12 @@ def test_soft_labels_are_the_mean_of_logits(ran: tuple[Path, Ran]) -> None:
 
 
 def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, Ran]) -> None:
-    from flows.resolve import carried_out_result
+    from flows.resolve import find_completed_result
 
-    found = carried_out_result(ORDER)
+    found = find_completed_result(ORDER)
     assert found is not None
     assert found.version == ran[1].finished.version
-    assert carried_out_result(ORDER.model_copy(update={"teachers": ("second@1",)})) is None
+    assert find_completed_result(ORDER.model_copy(update={"teachers": ("second@1",)})) is None
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from rich.status import Status
 from rich.table import Table
 from safetensors.torch import save_file
 
-from flows.cli.console import _Stages, console, write_table
+from flows.cli.console import _ProgressHandler, console, write_table
 from infra.pages.html import render
 from infra.printable import one_line, printable
 from tasks.orchestration import log_lines
@@ -255,7 +255,7 @@ def test_console_lines_tables_and_stages_print_hostile_text_escaped_on_a_termina
     terminal.print(table)
     write_table(["x"], [[f"written {name}"]])
     with Status("begin", console=terminal) as status:
-        _Stages(terminal, status).emit(
+        _ProgressHandler(terminal, status).emit(
             logging.makeLogRecord({"msg": f"stage {name}", "levelno": logging.INFO})
         )
     text = without_styles(out.getvalue())

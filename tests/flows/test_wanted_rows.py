@@ -7,7 +7,7 @@ from compressors.contracts.reasons import Reason
 from compressors.prune.dense.magnitude import Magnitude
 from compressors.quantize.dense.float16 import Float16
 from compressors.quantize.dense.static_int8 import StaticInt8
-from flows.choosing import lacking, parts_of_step
+from flows.step_selection import missing_data_reason, parts_of_step
 from tasks.bundles.bundle_ref import BundleRef
 
 
@@ -37,13 +37,13 @@ def subject(**rows: int) -> BundleRef:
 def test_float16_uses_calibration_rows_if_available_and_never_requires_them(rows, seen):
     held = subject(**rows)
     assert parts_of_step(Float16(), held) == seen
-    assert lacking(Float16(), held) is None
+    assert missing_data_reason(Float16(), held) is None
 
 
 def test_what_a_step_needs_comes_first_and_others_want_nothing():
     held = subject(train=10)
     assert parts_of_step(StaticInt8(), held) == ("calibration",)
     assert parts_of_step(Magnitude(), held) == ()
-    assert lacking(StaticInt8(), subject()) == Reason(
+    assert missing_data_reason(StaticInt8(), subject()) == Reason(
         "data_missing", step="static_int8", missing=("train",), splits=("test",)
     )

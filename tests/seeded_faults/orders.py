@@ -44,8 +44,8 @@ FAULTS = (
     Fault(
         id="missing-module-called-out-of-memory",
         file="flows/cli/errors.py",
-        old='        said = NO_MEMORY if is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")\n',
-        new="        said = NO_MEMORY\n",
+        old='        message = NO_MEMORY if is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")\n',
+        new="        message = NO_MEMORY\n",
         effect="A command whose modules cannot be imported claims to be out of memory.",
         tests=(
             "tests/flows/test_order_memory.py::test_a_module_that_is_missing_is_not_called_out_of_memory",
@@ -62,8 +62,8 @@ FAULTS = (
     Fault(
         id="order-without-targets",
         file="flows/terms.py",
-        old="        if not self.wanted():\n",
-        new="        if self.wanted() is None:\n",
+        old="        if not self.requirements():\n",
+        new="        if self.requirements() is None:\n",
         effect="An order for no target runs and publishes nothing.",
         tests=(f"{ORDER}::test_an_order_for_no_target_is_refused",),
     ),

@@ -145,7 +145,7 @@ FAULTS = (
     Fault(
         id="order-digest-without-teachers",
         file="flows/resolve.py",
-        old='            "teachers": [[held.artifact.sha256, held.architecture] for held in teachers],\n',
+        old='            "teachers": [[item.artifact.sha256, item.architecture] for item in teachers],\n',
         new="",
         effect="Two orders with different teachers share one result.",
         tests=(f"{ORDER}::test_teachers_change_the_orders_digest",),
