@@ -13,7 +13,13 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 # Fixtures that share a Prefect server or a finished order between tests of flows.
-SHARED_FIXTURES = {"prefect_server", "prefect_folder", "world", "the_world", "no_champion"}
+SHARED_FIXTURES = {
+    "prefect_server",
+    "prefect_folder",
+    "accepted_order",
+    "session_order",
+    "without_champion",
+}
 
 
 def test_hypothesis_profiles_have_25_fixed_examples_by_default_and_200_random_ones_nightly():

@@ -1,4 +1,4 @@
-"""A metric that tests add: the Brier score."""
+"""A metric that only tests define and register: the Brier score."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from compressors.metrics.point_estimates import number_groups
 
 
 def squared_errors(label, probability) -> np.ndarray:
+    """Return the squared error of each row, float64 ``(rows,)``."""
     return (np.asarray(probability, np.float64) - np.asarray(label, np.float64)) ** 2
 
 
@@ -59,7 +60,7 @@ BRIER = Metric(
 
 @contextmanager
 def registered_metric() -> Iterator[None]:
-    """Register the metric for the time of the context."""
+    """Register the metric within the context."""
     register(one(BRIER))
     try:
         yield

@@ -1,4 +1,4 @@
-"""One order of a kind of task, a metric and a table format that are registered for it alone."""
+"""Run one order with a task kind, a metric and a table format that only tests define."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from added_metric import registered_metric
 from added_table_format import Signs, registered_table_format
 from added_task_kind import LOSSES, registered_task_kind, write_upvotes
-from orders import carry_out, surroundings
+from orders import run_without_prefect, use_home
 
 from compressors.contracts import Limit
 from compressors.contracts.reasons import Reason
@@ -22,16 +22,20 @@ from tasks.orchestration.documents import Report
 
 LIMITS = (
     "brier vs baseline <= 0.05",
-    "brier vs baseline <= -0.15",  # a gain that no compression reaches
+    "brier vs baseline <= -0.15",  # an improvement that compression cannot reach
     "auc vs baseline >= -0.05",
 )
 
 
 @dataclass(frozen=True)
 class AddedOrder:
-    """The report of the order, its compressed model, and what was seen while it ran.
+    """The result of the order.
 
-    ``losses`` are the values of the task kind's loss, ``packing_warnings`` those of ``pack``.
+    Attributes:
+        report: the report.
+        compressed: the compressed model.
+        losses: the training losses that the added task kind computed.
+        packing_warnings: the warnings of ``pack`` for the model.
     """
 
     report: Report
@@ -40,15 +44,15 @@ class AddedOrder:
     packing_warnings: tuple[Reason, ...]
 
 
-def carry_out_added(home: Path) -> AddedOrder:
-    """Carry out the order in a new home."""
+def run_added_order(home: Path) -> AddedOrder:
+    """Run the order in a new home folder."""
     with (
         pytest.MonkeyPatch.context() as patch,
         registered_task_kind(),
         registered_metric(),
         registered_table_format(),
     ):
-        surroundings(patch, home / "recpress")
+        use_home(patch, home / "recpress")
         packed = pack(write_upvotes(home / "draft"))
         LOSSES.clear()
         order = Order(
@@ -61,6 +65,6 @@ def carry_out_added(home: Path) -> AddedOrder:
             ),
             limits=tuple(map(Limit.parse, LIMITS)),
         )
-        report = carry_out(order).finished.report
+        report = run_without_prefect(order).finished.report
         compressed = load_bundle(report.compressed).model
         return AddedOrder(report, compressed, tuple(LOSSES), packed.warnings)

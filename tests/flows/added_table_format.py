@@ -1,4 +1,4 @@
-"""A table format that tests add: the sign of each weight, and a length for each row."""
+"""A table format that only tests define: the sign of each weight, and one scale for each row."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 @dataclass(frozen=True)
 class SignsFormat:
-    """``signs`` int8 ``(rows, dim)``, -1 or 1, and ``length`` float32 ``(rows,)``."""
+    """Stores ``signs`` int8 ``(rows, dim)``, -1 or 1, and ``length`` float32 ``(rows,)``."""
 
     name: str = "signs"
     learned: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Signs(StepSettings):
 
 @contextmanager
 def registered_table_format() -> Iterator[None]:
-    """Register the method and its format for the time of the context."""
+    """Register the method and its format within the context."""
     register(Signs, SIGNS)
     try:
         yield

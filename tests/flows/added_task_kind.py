@@ -1,4 +1,4 @@
-"""A kind of task that tests add: posts with upvotes, trained by squared errors."""
+"""A task kind that only tests define: predicts upvotes of posts, trained with squared errors."""
 
 import json
 from collections.abc import Iterator
@@ -17,11 +17,12 @@ from compressors.metrics.baseline_problem import BaselineProblem
 from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 
 LOSSES: list[float] = []
+"""The values of ``hard_loss``, so that a test can check that training used this task kind."""
 
 
 @dataclass(frozen=True)
 class Upvotes:
-    """Squared errors of probabilities."""
+    """The loss functions of the task kind: squared errors of probabilities."""
 
     output: Output
 
@@ -51,6 +52,7 @@ KIND = TaskKind(
 
 
 def write_upvotes(folder: Path) -> Path:
+    """Write a draft with the task kind, and return its folder."""
     draft = write_draft(folder, name="posts")
     document = json.loads((draft / "model.json").read_text())
     document["signature"]["outputs"][0]["kind"] = "upvotes"
@@ -60,7 +62,7 @@ def write_upvotes(folder: Path) -> Path:
 
 @contextmanager
 def registered_task_kind() -> Iterator[None]:
-    """Register the kind of task for the time of the context."""
+    """Register the task kind within the context."""
     register(KIND)
     try:
         yield

@@ -1,7 +1,7 @@
-"""One Prefect server and one finished order for the tests of flows that need them.
+"""Fixtures for tests of flows: a Prefect server, one accepted order, and an empty home folder.
 
-The finished order ran in Prefect; what is not about Prefect runs without its engine: see
-``orders.py``.
+The accepted order runs in Prefect once per session. Tests that do not concern Prefect run the
+flow's function without Prefect's engine, which is faster (``orders.py``).
 """
 
 import shutil
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from added_order import AddedOrder, carry_out_added
+from added_order import AddedOrder, run_added_order
 from drafts import write_draft
 from local_services import LocalServices, lacking, running_services
-from orders import ACCEPTED, BOTH, World, carry_out_in_prefect, surroundings
+from orders import ACCEPTED, BOTH_TARGETS, AcceptedOrder, run_in_prefect, use_home
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
@@ -22,8 +22,8 @@ from tasks.bundles.packing import pack
 from tasks.orchestration import outages
 from tasks.promotion.promotions import repair
 
-# Of the server's background services a flow here needs the one that records task runs; the others
-# work on schedules, deployments, automations and runs that were lost.
+# Background services of the Prefect server that these tests do not need: they handle schedules,
+# deployments, automations and lost runs. The service that records task runs stays on.
 UNUSED_SERVICES = (
     "CANCELLATION_CLEANUP",
     "EVENT_PERSISTER",
@@ -37,14 +37,14 @@ UNUSED_SERVICES = (
 
 
 @pytest.fixture(autouse=True)
-def _outages_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that a test switches off for good is tried once more, not for ten minutes."""
+def _short_outage_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait 3 s, not ten minutes, for services that a test stops."""
     monkeypatch.setattr(outages, "DEADLINE_SECONDS", 3.0)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_rounds() -> Iterator[None]:
-    """As few rounds of latency as a p99 needs: no test of a flow is about the milliseconds."""
+def _one_latency_round() -> Iterator[None]:
+    """Measure latency in one round: no test of flows checks a time in milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "MOST_ROUNDS", 1)
         yield
@@ -52,37 +52,39 @@ def _few_rounds() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
+    """A Prefect server for the session, with an empty database."""
     with pytest.MonkeyPatch.context() as patch:
         for service in UNUSED_SERVICES:
             patch.setenv(f"PREFECT_SERVER_SERVICES_{service}_ENABLED", "false")
-        # The end of a run waits for the thread of its heartbeats, which sleeps a second at a time.
+        # Without heartbeats a run ends up to a second earlier: it would wait for their thread.
         no_heartbeats = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
         with prefect_test_harness(server_startup_timeout=90), no_heartbeats:
             yield
 
 
 @pytest.fixture(scope="session")
-def the_world(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> World:
-    home = tmp_path_factory.mktemp("world")
+def session_order(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> AcceptedOrder:
+    """Pack the draft ``clicks`` in a new home, and run one order in Prefect, which is accepted."""
+    home = tmp_path_factory.mktemp("accepted_order")
     with pytest.MonkeyPatch.context() as patch:
-        surroundings(patch, home / "recpress")
+        use_home(patch, home / "recpress")
         draft = write_draft(home / "draft")
         packed = pack(draft)
-        order = Order(model="clicks@1", preset="small", limits=(ACCEPTED,), targets=BOTH)
-        return World(home / "recpress", draft, packed, order, carry_out_in_prefect(order))
+        order = Order(model="clicks@1", preset="small", limits=(ACCEPTED,), targets=BOTH_TARGETS)
+        return AcceptedOrder(home / "recpress", draft, packed, order, run_in_prefect(order))
 
 
 @pytest.fixture
-def world(the_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The finished order, with this test's environment in its home."""
-    surroundings(monkeypatch, the_world.home)
-    return the_world
+def accepted_order(session_order: AcceptedOrder, monkeypatch: pytest.MonkeyPatch) -> AcceptedOrder:
+    """The accepted order of the session; sets the environment of this test to its home."""
+    use_home(monkeypatch, session_order.home)
+    return session_order
 
 
 @pytest.fixture
-def no_champion(world: World) -> Iterator[None]:
-    """Remove the champion that any other test promoted, before and after this test."""
-    ledger = world.home / "store" / "ledger"
+def without_champion(accepted_order: AcceptedOrder) -> Iterator[None]:
+    """Remove the champion of the accepted order's home, before and after this test."""
+    ledger = accepted_order.home / "store" / "ledger"
     shutil.rmtree(ledger, ignore_errors=True)
     repair("clicks")
     yield
@@ -91,15 +93,15 @@ def no_champion(world: World) -> Iterator[None]:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home in which nothing happened yet."""
-    surroundings(monkeypatch, tmp_path / "recpress")
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set the environment to a home with an empty store and registry; return its parent folder."""
+    use_home(monkeypatch, tmp_path / "recpress")
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def local_services() -> Iterator[LocalServices]:
-    """Prefect, MLflow, Postgres, an S3 store and a worker, as `make up-local` runs them."""
+    """Run Prefect, MLflow, Postgres, an S3 store and a worker, as `make up-local` does."""
     if reason := lacking():
         pytest.skip(reason)
     with running_services() as services:
@@ -108,5 +110,5 @@ def local_services() -> Iterator[LocalServices]:
 
 @pytest.fixture(scope="session")
 def added_order(tmp_path_factory: pytest.TempPathFactory) -> AddedOrder:
-    """A finished order of a kind of task, a metric and a table format that tests add."""
-    return carry_out_added(tmp_path_factory.mktemp("added"))
+    """Run one order with a task kind, a metric and a table format that only tests define."""
+    return run_added_order(tmp_path_factory.mktemp("added"))

@@ -1,4 +1,4 @@
-"""Carrying out orders in tests: how a run ended, and the home it ended in."""
+"""Helpers that run orders in tests, with or without Prefect, and return what happened."""
 
 import functools
 import shutil
@@ -35,68 +35,79 @@ from tasks.orchestration.documents import STAGES, Finished, Stage, Stages
 from tasks.orchestration.workspace import local
 
 ACCEPTED = Limit(metric="auc", against="baseline", at_least=-0.02)
-PATIENCE = 30.0  # seconds
-BOTH = Targets(onnxruntime="required", tensorrt_rtx="required")
+EVENT_SECONDS = 30.0
+"""How long to wait for the events that report task runs as completed."""
+BOTH_TARGETS = Targets(onnxruntime="required", tensorrt_rtx="required")
 
 
 @dataclass(frozen=True)
-class Ran:
-    """How a flow run ended: its state's name and message, its result, every task run's state."""
+class FlowResult:
+    """The end of a flow run.
+
+    Attributes:
+        state: name of the final state.
+        message: message of the final state.
+        finished: the result of the flow.
+        tasks: name and final state of each task run.
+    """
 
     state: str
     message: str
     finished: Finished
     tasks: tuple[tuple[str, str], ...]
 
-    def of(self, task: str) -> list[str]:
-        """The states of the runs of one task."""
+    def states_of(self, task: str) -> list[str]:
+        """Return the states of the runs of one task."""
         return [state for name, state in self.tasks if name.startswith(task)]
 
 
 @contextmanager
-def without_engine() -> Iterator[list[tuple[str, str]]]:
-    """Call the functions of tasks, without Prefect's engine and without a server.
+def without_prefect_engine() -> Iterator[list[tuple[str, str]]]:
+    """Patch the project so that a task is a plain function call, without a Prefect server.
 
-    All is real but what Prefect adds: task runs with their retries, and the pages of a run.
+    Only what Prefect adds is missing: task runs with retries, and the artifacts on a run's page.
 
     Yields:
-        Name and state of every task so far, as Prefect would show them.
+        A list to which the name and the state of each task are added when it ends.
     """
     tasks: list[tuple[str, str]] = []
 
-    def ran(task: Task[..., Any], arguments: dict[str, Any]) -> Any:
+    def run_task(task: Task[..., Any], arguments: dict[str, Any]) -> Any:
         result = task.fn(**arguments)
         tasks.append((_name(task, arguments), "Completed"))
         return result
 
-    def found(task: Task[..., Any], arguments: dict[str, Any]) -> None:
+    def show_cached(task: Task[..., Any], arguments: dict[str, Any]) -> None:
         tasks.append((_name(task, arguments), "Cached"))
 
-    def shown(*_: Any, **__: Any) -> UUID:
+    def create_artifact(*_: Any, **__: Any) -> UUID:
         return uuid4()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "run_task", ran)
-        patch.setattr(policy, "show_cached", found)
+        patch.setattr(policy, "run_task", run_task)
+        patch.setattr(policy, "show_cached", show_cached)
         for kind in ("markdown", "table", "progress"):
-            patch.setattr(progress, f"create_{kind}_artifact", shown)
-        patch.setattr(progress, "update_progress_artifact", shown)
+            patch.setattr(progress, f"create_{kind}_artifact", create_artifact)
+        patch.setattr(progress, "update_progress_artifact", create_artifact)
         yield tasks
 
 
-def carry_out(order: Order) -> Ran:
-    """Run the flow's own function, without Prefect's engine."""
-    with without_engine() as tasks:
-        outcome = compress.fn(order)
+def run_without_prefect(order: Order) -> FlowResult:
+    """Run the function of the flow ``compress`` without Prefect's engine."""
+    with without_prefect_engine() as tasks:
+        result = compress.fn(order)
     state, message = "Completed", ""
-    if isinstance(outcome, State):
-        state, message, outcome = outcome.name or "", outcome.message or "", outcome.data
-    return Ran(state, message, Finished.model_validate(outcome), tuple(tasks))
+    if isinstance(result, State):
+        state, message, result = result.name or "", result.message or "", result.data
+    return FlowResult(state, message, Finished.model_validate(result), tuple(tasks))
 
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """The result of a recipe, with the names of a report's fields, and the state of every task."""
+    """The result of a recipe; fields have the names of the same fields of a report.
+
+    ``tasks`` has the name and the state of each task.
+    """
 
     source: Artifact
     compressed: Artifact
@@ -108,9 +119,9 @@ class RecipeRun:
     tasks: tuple[tuple[str, str], ...]
 
 
-def carry_out_recipe(order: Order) -> RecipeRun:
-    """Carry out the recipe of an order and nothing else: no graph is made and nothing is judged."""
-    with without_engine() as tasks:
+def run_recipe(order: Order) -> RecipeRun:
+    """Run only the recipe of an order: no graph is lowered, and no limit is judged."""
+    with without_prefect_engine() as tasks:
         run = Run(order, find(order.model), (), {}, progress.Progress(stages=1))
         result = recipe.apply_recipe(run)
         stages = recipe.measure_recipe_stages(run, result, run.prepared("test"), run.ranking())
@@ -129,52 +140,55 @@ def carry_out_recipe(order: Order) -> RecipeRun:
 
 
 def _name(task: Task[..., Any], arguments: dict[str, Any]) -> str:
-    """What Prefect names a run of this task."""
+    """Return the name that Prefect gives to a run of a task."""
     assert isinstance(task.task_run_name, str)
     return task.task_run_name.format(**arguments)
 
 
-def carry_out_in_prefect(order: Order) -> Ran:
-    """Run the flow as Prefect does, and read the state of every task from the server."""
+def run_in_prefect(order: Order) -> FlowResult:
+    """Run the flow in Prefect, and read the states of its task runs from the server."""
     state = compress(order, return_state=True)
-    outcome = state.result()
-    while isinstance(outcome, State):
-        outcome = outcome.result()
+    result = state.result()
+    while isinstance(result, State):
+        result = result.result()
     run = state.state_details.flow_run_id
     assert run is not None
     with get_client(sync_client=True) as client:
         flow_state = client.read_flow_run(run).state
         of_this_run = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
-        found = client.read_task_runs(flow_run_filter=of_this_run, limit=200)
-        late = time.monotonic() + PATIENCE
-        # The server learns a task run's end from an event, which may arrive after the flow's end.
-        while time.monotonic() < late and any(not has_ended(task) for task in found):
+        task_runs = client.read_task_runs(flow_run_filter=of_this_run, limit=200)
+        deadline = time.monotonic() + EVENT_SECONDS
+        # An event reports the end of a task run. It may arrive after the end of the flow run.
+        while time.monotonic() < deadline and not all(map(is_final, task_runs)):
             time.sleep(0.2)
-            found = client.read_task_runs(flow_run_filter=of_this_run, limit=200)
+            task_runs = client.read_task_runs(flow_run_filter=of_this_run, limit=200)
     assert flow_state is not None
-    return Ran(
+    return FlowResult(
         state=flow_state.name or "",
         message=flow_state.message or "",
-        finished=Finished.model_validate(outcome),
-        tasks=tuple((task.name, task.state_name or "") for task in found),
+        finished=Finished.model_validate(result),
+        tasks=tuple((task.name, task.state_name or "") for task in task_runs),
     )
 
 
-def has_ended(task: TaskRun) -> bool:
+def is_final(task: TaskRun) -> bool:
     return task.state is not None and task.state.is_final()
 
 
 @functools.cache
 def _empty_registry() -> bytes:
-    """A registry's database as it is created; its tables take most of a second."""
+    """Return the database file of an empty registry; creating its tables takes most of a second."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "registry.db"
         Registry(f"sqlite:///{file}").check()
         return file.read_bytes()
 
 
-def surroundings(patch: pytest.MonkeyPatch, home: Path) -> None:
-    """Work in this home, with the drafts' network allowed; a new one gets an empty registry."""
+def use_home(patch: pytest.MonkeyPatch, home: Path) -> None:
+    """Set the environment variables of a home folder; create it with an empty registry if needed.
+
+    The module with the network of the test drafts is allowed.
+    """
     if not home.exists():
         home.mkdir(parents=True)
         (home / "registry.db").write_bytes(_empty_registry())
@@ -184,19 +198,27 @@ def surroundings(patch: pytest.MonkeyPatch, home: Path) -> None:
         patch.delenv(name, raising=False)
 
 
-def copied_home(patch: pytest.MonkeyPatch, source: Path, home: Path) -> None:
-    """Work in a copy of a home, without the champions that other tests made."""
+def use_copied_home(patch: pytest.MonkeyPatch, source: Path, home: Path) -> None:
+    """Copy a home folder without its champions, and set the environment to the copy."""
     shutil.copytree(source, home)
     shutil.rmtree(home / "store" / "ledger", ignore_errors=True)
-    surroundings(patch, home)
+    use_home(patch, home)
 
 
 @dataclass(frozen=True)
-class World:
-    """A home in which one draft was packed and one order was carried out, and was accepted."""
+class AcceptedOrder:
+    """A home folder with a packed draft and an accepted order.
+
+    Attributes:
+        home: the value of ``RECPRESS_HOME``.
+        draft: the folder of the draft.
+        packed: the packed bundle.
+        order: the order.
+        result: the result of the order in Prefect.
+    """
 
     home: Path
     draft: Path
     packed: Packed
     order: Order
-    first: Ran
+    result: FlowResult

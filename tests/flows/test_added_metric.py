@@ -1,4 +1,4 @@
-"""A metric is added by one declaration with its estimator, and goes through a whole order."""
+"""One declaration with an estimator adds a metric that every stage of an order can use."""
 
 from collections.abc import Iterator
 
@@ -20,25 +20,26 @@ def brier() -> Iterator[None]:
 
 
 @pytest.mark.xdist_group("added")
-def test_a_registered_metric_is_measured_judged_and_reported(
+def test_registered_metric_is_measured_judged_and_reported(
     added_order: AddedOrder, brier: None
 ) -> None:
     report = added_order.report
     accepted, rejected = report.targets[0].verdict.judgements[:2]
     assert (accepted.outcome, rejected.outcome) == ("accepted", "rejected")
     assert report.measurement is not None
-    number = report.measurement.numbers.of("brier", "absolute")
-    assert number is not None
-    assert 0 < number.low < number.point < number.high < 0.25  # 0.25: one half for every row
+    estimate = report.measurement.numbers.of("brier", "absolute")
+    assert estimate is not None
+    # A model that predicts 0.5 for every row has a Brier score of 0.25.
+    assert 0 < estimate.low < estimate.point < estimate.high < 0.25
     assert accepted.reason.startswith("Brier score vs baseline is ")
     assert "| Brier score |" in markdown(report)
 
 
-def test_a_name_is_registered_once(brier: None) -> None:
+def test_registering_a_metric_name_twice_raises_value_error(brier: None) -> None:
     with pytest.raises(ValueError, match="brier"):
         register(one(BRIER))
 
 
-def test_without_registration_the_name_is_unknown() -> None:
+def test_limit_on_an_unregistered_metric_raises_metric_unknown() -> None:
     with raises_value_error("metric_unknown", metric="brier"):
         Limit.parse("brier vs baseline <= 0.01")

@@ -1,4 +1,4 @@
-"""A table format is added by one file and one registration, and goes through a whole order."""
+"""One file and one registration add a table format that every stage of an order can use."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ def signs() -> Iterator[None]:
 
 
 @pytest.mark.xdist_group("added")
-def test_a_registered_table_format_is_stored_lowered_and_measured(added_order: AddedOrder) -> None:
+def test_registered_table_format_is_stored_lowered_and_measured(added_order: AddedOrder) -> None:
     plan = added_order.compressed.plan
     assert plan is not None
     line = plan.of("item")
@@ -31,14 +31,14 @@ def test_a_registered_table_format_is_stored_lowered_and_measured(added_order: A
     assert line.bytes_after == table.rows * (table.dim + 4)
     assert set(np.unique(table.get_buffer("signs"))) == {-1, 1}
     (graph,) = added_order.report.targets[0].lowering.graphs
-    assert graph.rows_parity.largest < 1e-6  # signs and lengths are multiplied exactly
+    assert graph.rows_parity.largest < 1e-6  # float32 products of signs and lengths are exact
 
 
-def test_a_registered_table_format_is_offered_for_table_files(signs: None) -> None:
+def test_registered_table_format_is_listed_for_table_files_and_orders(signs: None) -> None:
     assert table_steps()["signs"] is Signs
     assert "Signs" in Order.model_json_schema()["$defs"]
 
 
-def test_a_method_is_registered_once(signs: None) -> None:
+def test_registering_a_method_twice_raises_value_error(signs: None) -> None:
     with pytest.raises(ValueError, match="signs"):
         register(Signs)

@@ -15,7 +15,7 @@ import torch
 from drafts import ROWS, write_draft
 from error_codes import raises_code, raises_value_error
 from onnxscript import opset21 as op
-from orders import carry_out, copied_home, surroundings
+from orders import run_without_prefect, use_copied_home, use_home
 
 from compressors.contracts import Limit, Plan, digest
 from compressors.contracts.targets import TARGETS, Engines, Target, register
@@ -219,23 +219,23 @@ def finished_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home in which the order was carried out without the added target."""
     home = tmp_path_factory.mktemp("finished") / "recpress"
     with pytest.MonkeyPatch.context() as patch:
-        surroundings(patch, home)
+        use_home(patch, home)
         pack(write_draft(home.parent / "draft"))
-        carry_out(order_for())
+        run_without_prefect(order_for())
     return home
 
 
 @pytest.fixture
 def home(finished_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of that home: what does not belong to the added target is not done again."""
-    copied_home(monkeypatch, finished_home, tmp_path / "recpress")
+    use_copied_home(monkeypatch, finished_home, tmp_path / "recpress")
 
 
 def test_a_registered_target_is_lowered_measured_judged_and_published(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(not_optimized="required")
-    finished = carry_out(order).finished
+    finished = run_without_prefect(order).finished
     report = finished.report
     first, added = report.targets
     assert (first.target, added.target) == ("onnxruntime", "not-optimized")
@@ -264,7 +264,7 @@ def test_a_registered_target_is_lowered_measured_judged_and_published(
     assert (tmp_path / "served" / "model.onnx").exists()
 
     limits = (Limit.parse("auc vs champion >= -0.02"),)
-    again = carry_out(order.model_copy(update={"limits": limits})).finished.report
+    again = run_without_prefect(order.model_copy(update={"limits": limits})).finished.report
     assert again.champion == first.artifact
     assert again.other_champions == {TARGET.name: added.artifact}
     for measured in again.measured.values():
@@ -286,7 +286,7 @@ def test_each_target_is_judged_by_the_scores_of_its_runtime(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(not_optimized="required")
-    report = carry_out(order).finished.report
+    report = run_without_prefect(order).finished.report
     verdicts = {item.target: item.verdict.outcome for item in report.targets}
     assert verdicts == {"onnxruntime": "accepted", "not-optimized": "rejected"}
     assert report.outcome == "rejected"
@@ -297,7 +297,7 @@ def test_an_added_target_is_the_only_one_of_an_order(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(onnxruntime="off", not_optimized="required")
-    ran = carry_out(order)
+    ran = run_without_prefect(order)
     report = ran.finished.report
     assert list(report.measured) == [TARGET.name]
     assert report.outcome == "accepted"
@@ -315,7 +315,7 @@ def test_an_added_target_with_a_builder_is_measured_with_its_engines(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(onnxruntime="off", not_optimized="required")
-    ran = carry_out(order)
+    ran = run_without_prefect(order)
     (found,) = ran.finished.report.targets
     assert found.verdict.outcome == "accepted", found.verdict.reason
     assert found.audits == {"model": {"copied_bytes": found.bytes}}
@@ -330,7 +330,7 @@ def test_an_optional_target_that_cannot_load_the_untouched_model_is_left_out(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(not_optimized="optional")
-    report = carry_out(order).finished.report
+    report = run_without_prefect(order).finished.report
     assert [item.target for item in report.targets] == ["onnxruntime"]
     assert list(report.skipped) == [TARGET.name]
     assert report.outcome == "accepted"

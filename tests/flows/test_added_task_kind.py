@@ -1,4 +1,4 @@
-"""A kind of task is added by one declaration with its functions, and goes through a whole order."""
+"""One declaration with its functions adds a task kind that every stage of an order can use."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,9 @@ def upvotes() -> Iterator[None]:
 
 
 @pytest.mark.xdist_group("added")
-def test_a_registered_kind_is_packed_trained_measured_and_judged(added_order: AddedOrder) -> None:
+def test_registered_task_kind_is_packed_trained_measured_and_judged(
+    added_order: AddedOrder,
+) -> None:
     assert added_order.packing_warnings == ()
     measurement = added_order.report.measurement
     assert measurement is not None
@@ -28,16 +30,18 @@ def test_a_registered_kind_is_packed_trained_measured_and_judged(added_order: Ad
         "accepted"
     }
     assert added_order.losses
-    assert max(added_order.losses) < 0.5  # of squares; cross entropy begins near 0.6
+    assert max(added_order.losses) < 0.5  # squared errors; a cross entropy would start near 0.6
 
 
-def test_without_registration_the_task_is_unknown(tmp_path: Path) -> None:
+def test_unregistered_task_kind_is_refused_as_unknown(tmp_path: Path) -> None:
     document = json.loads((write_upvotes(tmp_path / "draft") / "model.json").read_text())
     with raises_value_error("task_unknown", task="upvotes"):
         Signature.model_validate(document["signature"])
 
 
-def test_a_kind_of_other_outputs_is_refused(upvotes: None, tmp_path: Path) -> None:
+def test_output_with_a_form_that_the_task_kind_excludes_is_refused(
+    upvotes: None, tmp_path: Path
+) -> None:
     document = json.loads((write_upvotes(tmp_path / "draft") / "model.json").read_text())
     with raises_value_error("output_form", task="upvotes", got="score"):
         Output.model_validate(document["signature"]["outputs"][0] | {"form": "score"})

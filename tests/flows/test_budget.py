@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from drafts import ROWS, write_draft
 from error_codes import raises_code
-from orders import World, carry_out_recipe
+from orders import AcceptedOrder, run_recipe
 from reason_codes import with_code
 
 from compressors.contracts import Limit
@@ -44,10 +44,12 @@ def budgeted(budget: float, steps: tuple = CUTS) -> Order:
     return Order(model="clicks@1", preset="custom", steps=steps, limits=(ANY,), budget=budget)
 
 
-def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(world: World) -> None:
+def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(
+    accepted_order: AcceptedOrder,
+) -> None:
     order = budgeted(0.02)
     assert [len(group) for group in order.groups()] == [2, 1, 2, 1, 1, 1, 1]
-    report = carry_out_recipe(order)
+    report = run_recipe(order)
     assert [stage.step for stage in report.stages[1:]] == [
         "magnitude",
         "fine_tune",
@@ -64,7 +66,7 @@ def test_what_costs_more_than_the_budget_is_left_out_with_what_follows_it(world:
     assert isinstance(loss, float)
     assert 0.02 < loss < 0.5
     # Every stage that counts is found again: an order that was stopped goes on where it was.
-    again = carry_out_recipe(order)
+    again = run_recipe(order)
     cut = [
         state for name, state in again.tasks if name in {"magnitude", "fine_tune", "static_int8"}
     ]
@@ -93,27 +95,29 @@ def test_what_works_on_parts_that_were_taken_back_is_left_out_with_them() -> Non
         select_steps(order, subject, "model", lambda step, source: attempt(step, ""), None)
 
 
-def test_without_a_budget_the_same_steps_are_all_carried_out(world: World) -> None:
+def test_without_a_budget_the_same_steps_are_all_carried_out(accepted_order: AcceptedOrder) -> None:
     order = budgeted(0.02, CUTS[:3]).model_copy(update={"budget": None})
     assert [len(group) for group in order.groups()] == [1, 1, 1]
-    report = carry_out_recipe(order)
+    report = run_recipe(order)
     assert [stage.step for stage in report.stages[1:]] == ["magnitude", "fine_tune", "magnitude"]
     assert report.stages[-1].quality.point < report.stages[-2].quality.point - 0.02
 
 
-def test_a_budget_that_nothing_keeps_to_is_an_error_that_says_so(world: World) -> None:
+def test_a_budget_that_nothing_keeps_to_is_an_error_that_says_so(
+    accepted_order: AcceptedOrder,
+) -> None:
     with raises_code(OrderRefused, "no_step_fits") as caught:
-        carry_out_recipe(budgeted(0.0, (Magnitude(share=0.99),)))
+        run_recipe(budgeted(0.0, (Magnitude(share=0.99),)))
     loss = with_code(caught.value.fields["reasons"], "over_budget", budget=0.0).fields["loss"]
     assert isinstance(loss, float)
     assert loss > 0
 
 
-def test_a_budget_needs_rows_to_weigh_on(fresh: Path) -> None:
+def test_a_budget_needs_rows_to_weigh_on(empty_home: Path) -> None:
     rows = {split: count for split, count in ROWS.items() if split != "validation"}
-    pack(write_draft(fresh / "draft", name="few", rows=rows))
+    pack(write_draft(empty_home / "draft", name="few", rows=rows))
     order = budgeted(0.01, (RowwiseInt8(),)).model_copy(update={"model": "few"})
-    for function in (carry_out_recipe, explain):
+    for function in (run_recipe, explain):
         with raises_code(OrderRefused, "budget_needs_validation"):
             function(order)
 

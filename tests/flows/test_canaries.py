@@ -8,7 +8,7 @@ import pytest
 from canaries import canaries, traces
 from command_line import run_main_apart
 from drafts import environment, recpress, write_draft
-from orders import World, carry_out_in_prefect
+from orders import AcceptedOrder, run_in_prefect
 from prefect import flow, task
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import get_current_settings
@@ -91,7 +91,10 @@ def failing_flow() -> None:
 
 
 def test_an_exception_with_secrets_reaches_prefect_without_them(
-    fresh: Path, prefect_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    empty_home: Path,
+    prefect_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
 ) -> None:
     for name, value in everywhere().items():
         if not name.startswith("PREFECT"):
@@ -101,7 +104,7 @@ def test_an_exception_with_secrets_reaches_prefect_without_them(
     with pytest.raises(ValueError, match="http"):
         failing_flow()
     APILogHandler().flush()
-    assert_nowhere([fresh, prefect_folder], dict(enumerate_texts(capfd)))
+    assert_nowhere([empty_home, prefect_folder], dict(enumerate_texts(capfd)))
 
 
 def enumerate_texts(capfd: pytest.CaptureFixture) -> Iterator[tuple[str, str]]:
@@ -111,21 +114,23 @@ def enumerate_texts(capfd: pytest.CaptureFixture) -> Iterator[tuple[str, str]]:
 
 
 def test_an_order_whose_registry_is_down_leaves_its_password_nowhere(
-    world: World,
+    accepted_order: AcceptedOrder,
     prefect_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     uri = login("MLFLOW_TRACKING_URI", "127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    order = world.order.model_copy(update={"limits": (Limit.parse("bytes vs baseline <= 0.6"),)})
+    order = accepted_order.order.model_copy(
+        update={"limits": (Limit.parse("bytes vs baseline <= 0.6"),)}
+    )
     with pytest.raises(RegistryUnavailable) as raised:
-        carry_out_in_prefect(order)
+        run_in_prefect(order)
     code, out, err = run_main_apart(monkeypatch, capsys, "registry", "list")
     assert code == 1
     assert "registry did not answer" in err
     texts = {"raised": str(raised.value), "out": out, "err": err}
-    assert_nowhere([world.home, prefect_folder], texts)
+    assert_nowhere([accepted_order.home, prefect_folder], texts)
 
 
 # --- the tour --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from drafts import ALLOWED, ROOT, ROWS, environment, recpress, write_draft
-from orders import ACCEPTED, World, carry_out
+from orders import ACCEPTED, AcceptedOrder, run_without_prefect
 from prefect.client.orchestration import get_client
 from prefect.utilities.schema_tools.validation import ValidationError as SchemaError
 from prefect.utilities.schema_tools.validation import validate
@@ -104,7 +104,7 @@ def test_help_lists_every_command(tmp_path: Path) -> None:
 
 
 def test_a_finished_order_returns_its_report_without_prefect_or_the_registry(
-    world: World,
+    accepted_order: AcceptedOrder,
 ) -> None:
     code = (
         "import sys\nfrom flows.cli.app import main\n"
@@ -112,7 +112,7 @@ def test_a_finished_order_returns_its_report_without_prefect_or_the_registry(
         f"{LIMIT!r}, *{TARGETS!r}]\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
     )
-    env = environment(world.home.parent) | {"RECPRESS_HOME": str(world.home)}
+    env = environment(accepted_order.home.parent) | {"RECPRESS_HOME": str(accepted_order.home)}
     loaded = imported_by(code, env)
     assert "flows" in loaded
     assert not loaded & {"prefect", "mlflow", "great_expectations", "onnxscript", "torch"}
@@ -122,14 +122,14 @@ def test_a_finished_order_returns_its_report_without_prefect_or_the_registry(
 
 
 def test_an_accepted_order_ends_with_0_the_table_and_the_command_that_fetches_it(
-    world: World, call: Any
+    accepted_order: AcceptedOrder, call: Any
 ) -> None:
     said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
     assert said.code == 0, said.err
     assert "was carried out before" in said.err
     for text in ("bytes served", "AUC", "p99 ms, batch 64", "onnxruntime: accepted"):
         assert text in said.out
-    assert world.first.finished.fetch_command() in said.out
+    assert accepted_order.result.finished.fetch_command() in said.out
     assert "The 3,000 test rows resolve a change of AUC of about" in said.out
 
 
@@ -138,39 +138,41 @@ def test_an_accepted_order_ends_with_0_the_table_and_the_command_that_fetches_it
     [("bytes vs baseline <= 0.02", "rejected", 3), ("between", "undecided", 4)],
 )
 def test_a_result_that_is_not_accepted_has_an_exit_code_of_its_own(
-    world: World, call: Any, limit: str, outcome: str, code: int
+    accepted_order: AcceptedOrder, call: Any, limit: str, outcome: str, code: int
 ) -> None:
     if limit == "between":
-        measured = world.first.finished.report.measurement
+        measured = accepted_order.result.finished.report.measurement
         assert measured is not None
         change = measured.numbers.of("auc", "baseline")
         assert change is not None
         limit = f"auc vs baseline >= {(change.point + change.high) / 2!r}"
-    carry_out(world.order.model_copy(update={"limits": (Limit.parse(limit),)}))
+    run_without_prefect(accepted_order.order.model_copy(update={"limits": (Limit.parse(limit),)}))
     said = call("compress", "clicks", "--preset", "small", "--limit", limit, *TARGETS, "--json")
     assert said.code == code, said.err
     assert Finished.model_validate_json(said.out).report.outcome == outcome
 
 
-def test_an_order_file_is_the_same_order(world: World, call: Any, tmp_path: Path) -> None:
+def test_an_order_file_is_the_same_order(
+    accepted_order: AcceptedOrder, call: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "order.json"
-    path.write_text(world.order.model_dump_json())
+    path.write_text(accepted_order.order.model_dump_json())
     said = call("compress", "--order", str(path), "--json")
     assert said.code == 0, said.err
-    assert Finished.model_validate_json(said.out) == world.first.finished
+    assert Finished.model_validate_json(said.out) == accepted_order.result.finished
     assert said.err == ""
 
 
 def test_an_order_whose_files_are_gone_from_the_store_is_not_called_carried_out(
-    world: World,
+    accepted_order: AcceptedOrder,
 ) -> None:
     """A finished report is useless if the graph that it refers to cannot be fetched."""
-    served = world.first.finished.report.targets[0].artifact
-    lying = world.home / "store" / "artifacts" / served.sha256
+    served = accepted_order.result.finished.report.targets[0].artifact
+    lying = accepted_order.home / "store" / "artifacts" / served.sha256
     aside = lying.with_name("aside")
     lying.rename(aside)
     try:
-        assert finished(world.first.finished.report.order) is None
+        assert finished(accepted_order.result.finished.report.order) is None
     finally:
         aside.rename(lying)
 
@@ -233,7 +235,7 @@ def test_an_order_file_that_is_no_text_is_refused(home: Path, call: Any) -> None
 
 
 def test_a_required_target_that_cannot_be_built_ends_with_2_and_how_to_install_it(
-    world: World, call: Any, monkeypatch: pytest.MonkeyPatch
+    accepted_order: AcceptedOrder, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # as where it is not installed
     for name, value in EMBEDDED.items():  # the command sets them for good
@@ -283,11 +285,11 @@ def test_other_contents_under_a_packed_version_are_refused_and_nothing_is_lost(
     assert pack(home / "draft") == packed
 
 
-def test_check_and_show_say_what_a_bundle_is(world: World, call: Any) -> None:
+def test_check_and_show_say_what_a_bundle_is(accepted_order: AcceptedOrder, call: Any) -> None:
     checked = call("bundle", "check", "clicks")
     assert checked.code == 0, checked.err
     assert "clicks@1 is valid" in checked.out
-    by_uri = call("bundle", "check", world.packed.artifact.uri, "--json")
+    by_uri = call("bundle", "check", accepted_order.packed.artifact.uri, "--json")
     assert json.loads(by_uri.out)["version"] == "1"
     shown = call("bundle", "show", "clicks@1")
     assert "input tags: jagged_bag int64 [5] a row -> table tags" in shown.out
@@ -392,29 +394,33 @@ def test_a_hostile_draft_is_refused_by_the_process_as_well(tmp_path: Path) -> No
 # --- registry -------------------------------------------------------------------------------
 
 
-def test_list_and_show_print_the_versions_and_the_report(world: World, call: Any) -> None:
+def test_list_and_show_print_the_versions_and_the_report(
+    accepted_order: AcceptedOrder, call: Any
+) -> None:
     listed = json.loads(call("registry", "list", "--json").out)
-    mine = next(item for item in listed if item["version"] == world.first.finished.version)
+    mine = next(
+        item for item in listed if item["version"] == accepted_order.result.finished.version
+    )
     assert mine["tags"]["recpress.outcome"] == "accepted"
     assert "clicks" in call("registry", "list", "clicks").out
-    version = world.first.finished.version
+    version = accepted_order.result.finished.version
     shown = call("registry", "show", "clicks", "--version", version, "--json")
-    assert Report.model_validate_json(shown.out) == world.first.finished.report
+    assert Report.model_validate_json(shown.out) == accepted_order.result.finished.report
     markdown = call("registry", "show", "clicks", "--version", version).out
     assert "# clicks 1: accepted" in markdown
     assert "| tensorrt-rtx | built-unmeasured |" in markdown
 
 
 def test_the_reports_page_is_written_as_it_was_published(
-    world: World, call: Any, tmp_path: Path
+    accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
-    version = world.first.finished.version
+    version = accepted_order.result.finished.version
     show = ("registry", "show", "clicks", "--version", version)
     said = call(*show, "--html", str(tmp_path / "report.html"))
     assert said.code == 0, said.err
     html = (tmp_path / "report.html").read_text()
     assert f"{tmp_path}/report.html" in said.out
-    report = world.first.finished.report
+    report = accepted_order.result.finished.report
     assert html == page(report, validation_of(report.validation))
     for line in report.plan.lines:
         assert f"<code>{line.module}</code>" in html
@@ -423,12 +429,14 @@ def test_the_reports_page_is_written_as_it_was_published(
 
 
 def test_registry_command_line_and_prefect_say_where_the_reports_page_lies(
-    world: World, call: Any
+    accepted_order: AcceptedOrder, call: Any
 ) -> None:
     listed = json.loads(call("registry", "list", "clicks", "--json").out)
-    mine = next(item for item in listed if item["version"] == world.first.finished.version)
+    mine = next(
+        item for item in listed if item["version"] == accepted_order.result.finished.version
+    )
     where = mine["tags"]["recpress.report"]
-    assert where == world.first.finished.page_uri()
+    assert where == accepted_order.result.finished.page_uri()
     assert Path(where.removeprefix("file://")).read_text().startswith("<!doctype html>")
     said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
     assert where in said.out
@@ -437,20 +445,22 @@ def test_registry_command_line_and_prefect_say_where_the_reports_page_lies(
     assert any(where in text and f"--version {mine['version']} --html" in text for text in shown)
 
 
-def test_a_report_that_is_published_again_is_the_same_artifact(world: World) -> None:
-    again = publish.fn(world.first.finished.report)
-    assert again == world.first.finished
+def test_a_report_that_is_published_again_is_the_same_artifact(
+    accepted_order: AcceptedOrder,
+) -> None:
+    again = publish.fn(accepted_order.result.finished.report)
+    assert again == accepted_order.result.finished
 
 
 def test_the_reproduction_command_of_a_report_returns_that_report(
-    world: World, call: Any, tmp_path: Path
+    accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
-    again = world.first.finished.report.reproduction
+    again = accepted_order.result.finished.report.reproduction
     said = call(*shlex.split(again.command.replace("\\\n", ""))[1:], "--json")
-    assert Finished.model_validate_json(said.out) == world.first.finished
+    assert Finished.model_validate_json(said.out) == accepted_order.result.finished
     (tmp_path / "order.json").write_text(json.dumps(again.order))
     said = call("compress", "--order", str(tmp_path / "order.json"), "--json")
-    assert Finished.model_validate_json(said.out) == world.first.finished
+    assert Finished.model_validate_json(said.out) == accepted_order.result.finished
 
 
 def test_an_empty_registry_says_what_to_do(home: Path, call: Any) -> None:
@@ -461,9 +471,9 @@ def test_an_empty_registry_says_what_to_do(home: Path, call: Any) -> None:
 
 
 def test_a_version_is_fetched_into_another_folder_and_only_into_an_empty_one(
-    world: World, call: Any, tmp_path: Path
+    accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
-    arguments = ("registry", "fetch", "clicks", "--version", world.first.finished.version)
+    arguments = ("registry", "fetch", "clicks", "--version", accepted_order.result.finished.version)
     into = tmp_path / "deep" / "served"
     said = call(*arguments, "--into", str(into), "--json")
     assert said.code == 0, said.err
@@ -473,17 +483,17 @@ def test_a_version_is_fetched_into_another_folder_and_only_into_an_empty_one(
 
 
 def test_a_flipped_byte_in_the_store_is_noticed_and_no_folder_is_made(
-    world: World, call: Any, tmp_path: Path
+    accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
-    served = world.first.finished.report.targets[0].artifact
-    path = world.home / "store" / "artifacts" / served.sha256 / "files" / "model.onnx"
+    served = accepted_order.result.finished.report.targets[0].artifact
+    path = accepted_order.home / "store" / "artifacts" / served.sha256 / "files" / "model.onnx"
     whole = path.read_bytes()
     spoiled = bytearray(whole)
     spoiled[len(spoiled) // 2] ^= 1
     path.chmod(0o644)
     path.write_bytes(spoiled)
     into = tmp_path / "new" / "served"
-    version = world.first.finished.version
+    version = accepted_order.result.finished.version
     try:
         said = call("registry", "fetch", "clicks", "--version", version, "--into", str(into))
     finally:
@@ -495,9 +505,9 @@ def test_a_flipped_byte_in_the_store_is_noticed_and_no_folder_is_made(
 
 
 def test_fetch_of_an_unmeasured_engine_requires_the_option_unmeasured(
-    world: World, call: Any, tmp_path: Path
+    accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
-    version = world.first.finished.version
+    version = accepted_order.result.finished.version
     arguments = ("registry", "fetch", "clicks", "--version", version, "--target", "tensorrt-rtx")
     into = tmp_path / "engine"
     refused(call(*arguments, "--into", str(into)), "built-unmeasured", "--unmeasured")
@@ -508,7 +518,7 @@ def test_fetch_of_an_unmeasured_engine_requires_the_option_unmeasured(
 
 
 def test_an_unknown_target_or_version_is_refused_with_what_there_is(
-    world: World, call: Any, tmp_path: Path
+    accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
     into = ("--into", str(tmp_path / "x"))
     refused(call("registry", "fetch", "clicks", "--version", "99", *into), "99")
@@ -521,10 +531,12 @@ def test_an_unknown_target_or_version_is_refused_with_what_there_is(
 
 
 def test_a_rejected_version_is_not_promoted_and_its_fetch_requires_the_option_unaccepted(
-    world: World, call: Any, tmp_path: Path, no_champion: None
+    accepted_order: AcceptedOrder, call: Any, tmp_path: Path, without_champion: None
 ) -> None:
     limits = (Limit.parse("bytes vs baseline <= 0.015"),)
-    rejected = carry_out(world.order.model_copy(update={"limits": limits})).finished.version
+    rejected = run_without_prefect(
+        accepted_order.order.model_copy(update={"limits": limits})
+    ).finished.version
     refused(call("registry", "promote", "clicks", "--version", rejected), "rejected")
     into = tmp_path / "rejected"
     arguments = ("registry", "fetch", "clicks", "--version", rejected, "--into", str(into))
@@ -535,12 +547,14 @@ def test_a_rejected_version_is_not_promoted_and_its_fetch_requires_the_option_un
 
 
 def test_promote_and_roll_back_move_the_champion_that_fetch_gives(
-    world: World, call: Any, tmp_path: Path, no_champion: None
+    accepted_order: AcceptedOrder, call: Any, tmp_path: Path, without_champion: None
 ) -> None:
     refused(call("registry", "fetch", "clicks", "--into", str(tmp_path / "none")), "@champion")
-    first = world.first.finished.version
+    first = accepted_order.result.finished.version
     limits = (ACCEPTED, Limit.parse("bytes vs baseline <= 0.5"))
-    second = carry_out(world.order.model_copy(update={"limits": limits})).finished.version
+    second = run_without_prefect(
+        accepted_order.order.model_copy(update={"limits": limits})
+    ).finished.version
     said = call("registry", "promote", "clicks", "--version", first)
     assert f"version {first} is champion (there was none)." in said.out
     said = call("registry", "promote", "clicks", "--version", second, "--reason", "smaller")
@@ -555,13 +569,13 @@ def test_promote_and_roll_back_move_the_champion_that_fetch_gives(
 
 
 def test_an_order_that_promotes_does_so_also_when_it_was_carried_out_before(
-    world: World, call: Any, no_champion: None
+    accepted_order: AcceptedOrder, call: Any, without_champion: None
 ) -> None:
     said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS, "--promote")
     assert said.code == 0, said.err
     listed = json.loads(call("registry", "list", "clicks", "--json").out)
     champions = [item["version"] for item in listed if "champion" in item["aliases"]]
-    assert champions == [world.first.finished.version]
+    assert champions == [accepted_order.result.finished.version]
     assert f"Promoted: version {champions[0]} is champion (there was none)." in said.err
     again = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS, "--promote")
     assert f"Version {champions[0]} is champion already." in again.err
@@ -579,7 +593,7 @@ def test_an_order_that_promotes_does_so_also_when_it_was_carried_out_before(
 
 
 def test_doctor_names_store_registry_and_builders_and_fails_if_the_store_does(
-    world: World, call: Any, monkeypatch: pytest.MonkeyPatch
+    accepted_order: AcceptedOrder, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = call("doctor", "--json")
     found = {item["what"]: item for item in json.loads(said.out)}

@@ -18,7 +18,7 @@ import pytest
 from command_line import run_main
 from drafts import DENSE, ROOT, ROWS, environment, planted_auc, recpress, write_draft
 from error_codes import Text, raises_code
-from orders import World, carry_out, carry_out_in_prefect
+from orders import AcceptedOrder, run_in_prefect, run_without_prefect
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
@@ -44,9 +44,9 @@ from tasks.report.tables import markdown
 ANY = Limit.parse("auc vs baseline >= -0.02")
 
 
-def with_limits(world: World, *limits: str) -> Order:
+def with_limits(accepted_order: AcceptedOrder, *limits: str) -> Order:
     """The world's order with other limits: everything but the gate is remembered."""
-    return world.order.model_copy(update={"limits": tuple(map(Limit.parse, limits))})
+    return accepted_order.order.model_copy(update={"limits": tuple(map(Limit.parse, limits))})
 
 
 def registered(model: str) -> list[str]:
@@ -56,8 +56,10 @@ def registered(model: str) -> list[str]:
 # --- what becomes of an order ----------------------------------------------------------------
 
 
-def test_an_order_within_its_limits_is_accepted_registered_and_measured(world: World) -> None:
-    ran = world.first
+def test_an_order_within_its_limits_is_accepted_registered_and_measured(
+    accepted_order: AcceptedOrder,
+) -> None:
+    ran = accepted_order.result
     report = ran.finished.report
     assert (ran.state, report.outcome) == ("Completed", "accepted")
     assert [(t.target, t.verdict.outcome) for t in report.targets] == [
@@ -70,7 +72,7 @@ def test_an_order_within_its_limits_is_accepted_registered_and_measured(world: W
     before = measured.baseline.of("auc", "absolute")
     assert before is not None
     # Float32 sums in another order swap hardly any of 2 million pairs of scores.
-    assert before.point == pytest.approx(planted_auc(world.draft), abs=1e-6)
+    assert before.point == pytest.approx(planted_auc(accepted_order.draft), abs=1e-6)
     # int8 rows with their scales and int8 layers: 0.28 of the weights, and the graph around it.
     # int4 rows cost more than the preset's budget on the few validation rows.
     assert report.targets[0].bytes < 0.35 * report.baseline_bytes
@@ -84,7 +86,7 @@ def test_an_order_within_its_limits_is_accepted_registered_and_measured(world: W
     assert version.tags["recpress.verdict.tensorrt-rtx"] == "built-unmeasured"
 
 
-def test_what_was_found_is_on_the_runs_pages(world: World) -> None:
+def test_what_was_found_is_on_the_runs_pages(accepted_order: AcceptedOrder) -> None:
     with get_client(sync_client=True) as client:
         kinds = {item.type: item for item in client.read_artifacts()}
     assert {"markdown", "table", "progress"} <= set(kinds)
@@ -92,12 +94,12 @@ def test_what_was_found_is_on_the_runs_pages(world: World) -> None:
 
 
 def test_the_fetched_graph_gives_the_reported_auc_in_a_plain_session(
-    world: World, tmp_path: Path
+    accepted_order: AcceptedOrder, tmp_path: Path
 ) -> None:
     """With nothing but what lies in the folder: model.onnx, lowering.json, and the test data."""
     into = tmp_path / "served"
-    fetch("clicks", world.first.finished.version, "onnxruntime", into)
-    rows = pq.read_table(world.draft / "test.parquet")
+    fetch("clicks", accepted_order.result.finished.version, "onnxruntime", into)
+    rows = pq.read_table(accepted_order.draft / "test.parquet")
     bags = rows["tags"].to_pylist()
     lengths = np.array([len(ids) for ids in bags])
     given: dict[str, Any] = {
@@ -112,7 +114,7 @@ def test_the_fetched_graph_gives_the_reported_auc_in_a_plain_session(
     session = onnxruntime.InferenceSession(str(into / "model.onnx"))
     inputs = {item.name: given[item.name].astype(item.dtype) for item in described.inputs}
     (scores,) = session.run([described.output], inputs)
-    measured = world.first.finished.report.measurement
+    measured = accepted_order.result.finished.report.measurement
     assert measured is not None
     reported = measured.numbers.of("auc", "absolute")
     assert reported is not None
@@ -123,8 +125,10 @@ def test_the_fetched_graph_gives_the_reported_auc_in_a_plain_session(
     assert (scores < 1).all()
 
 
-def test_an_order_over_a_limit_completes_as_rejected_with_the_numbers(world: World) -> None:
-    ran = carry_out_in_prefect(with_limits(world, "bytes vs baseline <= 0.01"))
+def test_an_order_over_a_limit_completes_as_rejected_with_the_numbers(
+    accepted_order: AcceptedOrder,
+) -> None:
+    ran = run_in_prefect(with_limits(accepted_order, "bytes vs baseline <= 0.01"))
     assert ran.state == "Rejected"
     assert "the limit is <= 0.010 times; rejected" in ran.message
     assert ran.finished.report.outcome == "rejected"
@@ -133,15 +137,19 @@ def test_an_order_over_a_limit_completes_as_rejected_with_the_numbers(world: Wor
     assert "candidate" not in version.aliases
 
 
-def test_an_order_over_a_limit_on_score_change_is_rejected_with_the_change(world: World) -> None:
-    ran = carry_out(with_limits(world, "max_score_change <= 0.0001", "score_correlation >= 0.5"))
+def test_an_order_over_a_limit_on_score_change_is_rejected_with_the_change(
+    accepted_order: AcceptedOrder,
+) -> None:
+    ran = run_without_prefect(
+        with_limits(accepted_order, "max_score_change <= 0.0001", "score_correlation >= 0.5")
+    )
     assert ran.state == "Rejected"
     assert "largest score change is" in ran.message
     assert "test rows (other rows may change more); the limit is <= 0.0001; rejected" in ran.message
 
 
-def test_an_accepted_order_reports_how_much_scores_changed(world: World) -> None:
-    report = world.first.finished.report
+def test_an_accepted_order_reports_how_much_scores_changed(accepted_order: AcceptedOrder) -> None:
+    report = accepted_order.result.finished.report
     changes = with_code(report.targets[0].verdict.reasons, "score_changes")
     assert 0.9 <= with_code([changes], "correlation").fields["correlation"] < 1
     text = markdown(report)
@@ -150,15 +158,15 @@ def test_an_accepted_order_reports_how_much_scores_changed(world: World) -> None
 
 
 def test_a_limit_inside_the_interval_is_undecided_and_says_how_many_rows_would_decide(
-    world: World,
+    accepted_order: AcceptedOrder,
 ) -> None:
-    measured = world.first.finished.report.measurement
+    measured = accepted_order.result.finished.report.measurement
     assert measured is not None
     change = measured.numbers.of("auc", "baseline")
     assert change is not None
     assert change.low < change.point
     between = (change.point + change.low) / 2
-    ran = carry_out(with_limits(world, f"auc vs baseline >= {between!r}"))
+    ran = run_without_prefect(with_limits(accepted_order, f"auc vs baseline >= {between!r}"))
     assert ran.state == "Undecided"
     (judgement,) = ran.finished.report.targets[0].verdict.judgements
     assert judgement.outcome == "undecided"
@@ -168,40 +176,44 @@ def test_a_limit_inside_the_interval_is_undecided_and_says_how_many_rows_would_d
 
 
 def test_data_that_breaks_a_rule_stops_the_flow_before_anything_is_compressed(
-    world: World,
+    accepted_order: AcceptedOrder,
 ) -> None:
-    order = world.order.model_copy(update={"rules": Rules(min_rows={"test": 100_000})})
+    order = accepted_order.order.model_copy(update={"rules": Rules(min_rows={"test": 100_000})})
     with raises_code(DataRefused, "checks_failed", problems=Text(r"test.*100,?000")):
-        carry_out(order)
+        run_without_prefect(order)
 
 
 # --- what is made twice ----------------------------------------------------------------------
 
 
 def test_the_same_order_again_takes_every_task_from_the_cache_and_registers_nothing(
-    world: World,
+    accepted_order: AcceptedOrder,
 ) -> None:
     versions = registered("clicks")
-    ran = carry_out_in_prefect(world.order)
+    ran = run_in_prefect(accepted_order.order)
     assert {state for _, state in ran.tasks} == {"Cached"}, ran.tasks
-    assert len(ran.tasks) == len(world.first.tasks)
-    assert ran.finished == world.first.finished
+    assert len(ran.tasks) == len(accepted_order.result.tasks)
+    assert ran.finished == accepted_order.result.finished
     assert registered("clicks") == versions
     # Other tests run orders without the engine: the same tasks under the same names.
-    assert sorted(carry_out(world.order).tasks) == sorted(ran.tasks)
+    assert sorted(run_without_prefect(accepted_order.order).tasks) == sorted(ran.tasks)
 
 
-def test_an_order_with_other_limits_runs_only_gate_and_publish_again(world: World) -> None:
-    ran = carry_out(with_limits(world, "auc vs baseline >= -0.03"))
+def test_an_order_with_other_limits_runs_only_gate_and_publish_again(
+    accepted_order: AcceptedOrder,
+) -> None:
+    ran = run_without_prefect(with_limits(accepted_order, "auc vs baseline >= -0.03"))
     made = [name for name, state in ran.tasks if state != "Cached"]
     assert {name.split()[0] for name in made} == {"gate", "publish"}, made
 
 
-def test_an_artifact_that_was_deleted_from_the_store_is_made_again(world: World) -> None:
-    compressed = world.first.finished.report.compressed
-    shutil.rmtree(world.home / "store" / "artifacts" / compressed.sha256)
-    ran = carry_out(world.order)
-    assert ran.finished == world.first.finished  # the same bits, so the same name
+def test_an_artifact_that_was_deleted_from_the_store_is_made_again(
+    accepted_order: AcceptedOrder,
+) -> None:
+    compressed = accepted_order.result.finished.report.compressed
+    shutil.rmtree(accepted_order.home / "store" / "artifacts" / compressed.sha256)
+    ran = run_without_prefect(accepted_order.order)
+    assert ran.finished == accepted_order.result.finished  # the same bits, so the same name
     assert store().find(compressed.sha256) == compressed
     assert ran.of("static_int8") == ["Completed"]
     assert ran.of("rowwise_int4") == ["Cached"]
@@ -209,17 +221,19 @@ def test_an_artifact_that_was_deleted_from_the_store_is_made_again(world: World)
 
 
 def test_an_order_forgotten_by_the_registry_is_registered_again(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    accepted_order: AcceptedOrder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
-    ran = carry_out(world.order)
+    ran = run_without_prefect(accepted_order.order)
     assert ran.of("publish") == ["Completed"]
     assert registered("clicks") == ["1"]
     assert "other.db" in ran.finished.registry
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     versions = registered("clicks")
-    back = carry_out(world.order).finished  # what it was registered as elsewhere is not its name
-    assert back == world.first.finished
+    back = run_without_prefect(
+        accepted_order.order
+    ).finished  # what it was registered as elsewhere is not its name
+    assert back == accepted_order.result.finished
     assert registered("clicks") == versions
 
 
@@ -244,15 +258,15 @@ def test_a_killed_flow_goes_on_where_it_was(
     preset: Preset,
     first_step: str,
     server: str,
-    fresh: Path,
+    empty_home: Path,
     prefect_server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """kill -9 of the process and of its server if it is embedded, in the second of the steps."""
-    pack(write_draft(fresh / "draft", name="killed"))
+    pack(write_draft(empty_home / "draft", name="killed"))
     limit = str(ANY)
-    environ = environment(fresh, **(access() if server == "shared" else {}))
+    environ = environment(empty_home, **(access() if server == "shared" else {}))
     command = [sys.executable, "-m", "flows.cli.app", "compress", "killed", "--preset", preset]
     process = subprocess.Popen(
         [*command, "--limit", limit],
@@ -276,7 +290,7 @@ def test_a_killed_flow_goes_on_where_it_was(
     assert Registry(load_settings().registry_uri).models() == ()
 
     order = Order(model="killed", preset=preset, limits=(ANY,))
-    ran = carry_out(order)
+    ran = run_without_prefect(order)
     assert ran.state == "Completed"
     for task in ("pull", "validate", "prepare", first_step):
         assert set(ran.of(task)) == {"Cached"}, (task, ran.tasks)
@@ -299,10 +313,10 @@ def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_optional_target_that_cannot_be_built_is_left_out_with_its_reason(
-    world: World, without_tensorrt: None
+    accepted_order: AcceptedOrder, without_tensorrt: None
 ) -> None:
-    targets = world.order.targets.model_copy(update={"tensorrt": "optional"})
-    ran = carry_out(world.order.model_copy(update={"targets": targets}))
+    targets = accepted_order.order.targets.model_copy(update={"tensorrt": "optional"})
+    ran = run_without_prefect(accepted_order.order.model_copy(update={"targets": targets}))
     report = ran.finished.report
     assert (ran.state, report.outcome) == ("Completed", "accepted")
     assert [item.target for item in report.targets] == ["onnxruntime", "tensorrt-rtx"]
@@ -310,31 +324,31 @@ def test_an_optional_target_that_cannot_be_built_is_left_out_with_its_reason(
 
 
 def test_a_required_target_that_cannot_be_built_is_refused_before_anything_is_done(
-    world: World, without_tensorrt: None
+    accepted_order: AcceptedOrder, without_tensorrt: None
 ) -> None:
-    order = world.order.model_copy(
+    order = accepted_order.order.model_copy(
         update={"model": "clicks", "targets": Targets(tensorrt="required"), "seed": 5}
     )
     with raises_code(BuildRefused, "tensorrt_missing", target="tensorrt"):
-        carry_out(order)
+        run_without_prefect(order)
 
 
 # --- the champion ----------------------------------------------------------------------------
 
 
 def test_a_limit_against_the_champion_holds_without_one_and_is_measured_with_one(
-    world: World, no_champion: None
+    accepted_order: AcceptedOrder, without_champion: None
 ) -> None:
-    order = with_limits(world, "bytes vs champion <= 1.01", "auc vs champion >= -0.0001")
+    order = with_limits(accepted_order, "bytes vs champion <= 1.01", "auc vs champion >= -0.0001")
     assert champion_graph("clicks", "onnxruntime") is None
 
-    ran = carry_out(order)
+    ran = run_without_prefect(order)
     judgements = ran.finished.report.targets[0].verdict.judgements
     assert ran.finished.report.outcome == "accepted"
     assert all(codes_of(judgement.reasons) == ["no_champion"] for judgement in judgements)
 
-    promote("clicks", world.first.finished.version, "the first")
-    ran = carry_out(order)
+    promote("clicks", accepted_order.result.finished.version, "the first")
+    ran = run_without_prefect(order)
     size, quality = ran.finished.report.targets[0].verdict.judgements
     assert ran.of("measure") == ["Completed"]
     assert size.measured is not None
@@ -361,7 +375,7 @@ def runs_of(name: str) -> list[int]:
 
 
 def test_a_task_is_retried_once_after_a_store_failure(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    accepted_order: AcceptedOrder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -372,12 +386,12 @@ def test_a_task_is_retried_once_after_a_store_failure(
         return store()
 
     monkeypatch.setattr(preparing, "store", failing_once)
-    assert only_prepare(world.packed.artifact).bytes > 0
+    assert only_prepare(accepted_order.packed.artifact).bytes > 0
     assert runs_of("prepare") == [2]
 
 
 def test_a_task_that_raises_a_refusal_is_not_retried(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    accepted_order: AcceptedOrder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -387,7 +401,7 @@ def test_a_task_that_raises_a_refusal_is_not_retried(
 
     monkeypatch.setattr(preparing, "store", refusing)
     with raises_code(DataRefused, "checks_missing"):
-        only_prepare(world.packed.artifact)
+        only_prepare(accepted_order.packed.artifact)
     assert len(calls) == 1
 
 
@@ -414,12 +428,12 @@ def test_a_store_that_is_down_is_said_in_one_sentence_within_a_minute(tmp_path: 
 # --- another kind of model -------------------------------------------------------------------
 
 
-def test_a_ranking_model_is_judged_by_its_groups(fresh: Path) -> None:
-    pack(write_draft(fresh / "draft", name="ranker", task="ranking"))
+def test_a_ranking_model_is_judged_by_its_groups(empty_home: Path) -> None:
+    pack(write_draft(empty_home / "draft", name="ranker", task="ranking"))
     texts = ("ndcg@10 vs baseline >= -0.02", "ndcg@3 vs baseline >= -0.1",
              "bytes vs baseline <= 0.5", "p50_ms@7 vs baseline <= 10")  # fmt: skip
     limits = tuple(map(Limit.parse, texts))
-    ran = carry_out(Order(model="ranker", preset="safe", limits=limits))
+    ran = run_without_prefect(Order(model="ranker", preset="safe", limits=limits))
     report = ran.finished.report
     assert report.outcome == "accepted", report.targets[0].verdict.reason
     assert report.measurement is not None

@@ -1,6 +1,6 @@
 """Weights of few bits and 2:4 zeros through the whole flow, to both targets and the report."""
 
-from orders import ACCEPTED, BOTH, World, carry_out
+from orders import ACCEPTED, BOTH_TARGETS, AcceptedOrder, run_without_prefect
 
 from compressors.contracts.reasons import Reason
 from compressors.prune.dense.sparse_2_4 import Sparse24
@@ -16,9 +16,13 @@ STEPS = (
 )
 
 
-def test_a_report_says_what_became_of_packed_and_of_sparse_layers(world: World) -> None:
-    order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ACCEPTED,), targets=BOTH)
-    report = carry_out(order).finished.report
+def test_a_report_says_what_became_of_packed_and_of_sparse_layers(
+    accepted_order: AcceptedOrder,
+) -> None:
+    order = Order(
+        model="clicks@1", preset="custom", steps=STEPS, limits=(ACCEPTED,), targets=BOTH_TARGETS
+    )
+    report = run_without_prefect(order).finished.report
     assert [(item.target, item.verdict.outcome) for item in report.targets] == [
         ("onnxruntime", "accepted"),
         ("tensorrt-rtx", "built-unmeasured"),

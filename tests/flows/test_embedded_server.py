@@ -18,7 +18,7 @@ import pytest
 from command_line import run_main_apart
 from drafts import ROOT, environment, recpress, write_draft
 from error_codes import raises_code
-from orders import surroundings
+from orders import use_home
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
@@ -59,7 +59,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a packed bundle."""
     home = tmp_path_factory.mktemp("embedded")
     with pytest.MonkeyPatch.context() as patch:
-        surroundings(patch, home / "recpress")
+        use_home(patch, home / "recpress")
         pack(write_draft(home / "draft"))
     return home
 
@@ -289,7 +289,7 @@ def test_missing_credentials_end_the_command_with_2_before_it_works(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     url = get_current_settings().api.url
-    surroundings(monkeypatch, packed / "recpress")
+    use_home(monkeypatch, packed / "recpress")
     for name, value in EMBEDDED.items():  # the command sets them for good
         monkeypatch.setenv(name, value)
     with temporary_settings(restore_defaults={PREFECT_API_AUTH_STRING}):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from drafts import write_draft
 from error_codes import raises_code
-from orders import RecipeRun, World, carry_out_recipe, surroundings
+from orders import AcceptedOrder, RecipeRun, run_recipe, use_home
 from test_recipe import ANY, STEPS, recipe  # noqa: F401 - a fixture
 
 from compressors.contracts.reasons import Reason
@@ -20,11 +20,11 @@ from tasks.bundles.packing import pack
 
 
 @pytest.fixture(scope="module")
-def explained(the_world: World) -> Explanation:
+def explained(session_order: AcceptedOrder) -> Explanation:
     """The world's order, explained after it was carried out."""
     with pytest.MonkeyPatch.context() as patch:
-        surroundings(patch, the_world.home)
-        return explain(the_world.order)
+        use_home(patch, session_order.home)
+        return explain(session_order.order)
 
 
 def stored(home: Path) -> set[Path]:
@@ -37,9 +37,11 @@ def left_out(found: Explanation) -> dict[str, Reason]:
     return {item.step: item.left_out for item in found.steps if item.left_out is not None}
 
 
-def test_a_presets_stages_plan_and_skipped_steps_are_known_before(world: World) -> None:
-    order = world.order.model_copy(update={"preset": "fast"})
-    report, found = carry_out_recipe(order), explain(order)
+def test_a_presets_stages_plan_and_skipped_steps_are_known_before(
+    accepted_order: AcceptedOrder,
+) -> None:
+    order = accepted_order.order.model_copy(update={"preset": "fast"})
+    report, found = run_recipe(order), explain(order)
     assert found.plan == report.plan
     done = [(item.step, item.bytes) for item in found.steps if item.left_out is None]
     assert done == [(stage.step, stage.bytes) for stage in report.stages]
@@ -47,8 +49,10 @@ def test_a_presets_stages_plan_and_skipped_steps_are_known_before(world: World) 
     assert found.bytes_between == (report.stages[-1].bytes, report.stages[-1].bytes)
 
 
-def test_what_a_budget_decides_is_known_within_bounds(world: World, explained: Explanation) -> None:
-    report, found = world.first.finished.report, explained
+def test_what_a_budget_decides_is_known_within_bounds(
+    accepted_order: AcceptedOrder, explained: Explanation
+) -> None:
+    report, found = accepted_order.result.finished.report, explained
     assert found.bytes_between is not None
     least, most = found.bytes_between
     assert least < report.stages[-1].bytes <= most
@@ -59,14 +63,14 @@ def test_what_a_budget_decides_is_known_within_bounds(world: World, explained: E
 
 
 def test_explain_names_the_version_of_an_order_that_was_carried_out_before(
-    world: World, explained: Explanation
+    accepted_order: AcceptedOrder, explained: Explanation
 ) -> None:
-    assert explained.earlier == world.first.finished.version
+    assert explained.earlier == accepted_order.result.finished.version
 
 
 def test_a_recipe_that_trains_is_known_before(
-    recipe: tuple[World, RecipeRun],  # noqa: F811
-    world: World,
+    recipe: tuple[AcceptedOrder, RecipeRun],  # noqa: F811
+    accepted_order: AcceptedOrder,
 ) -> None:
     order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ANY,))
     _, report = recipe
@@ -78,14 +82,14 @@ def test_a_recipe_that_trains_is_known_before(
     assert predicted == {line.module: (line.format, line.bytes_after) for line in report.plan.lines}
 
 
-def test_nothing_is_stored_and_nothing_is_run(world: World) -> None:
+def test_nothing_is_stored_and_nothing_is_run(accepted_order: AcceptedOrder) -> None:
     before = stored(load_settings().home)
     order = Order(model="clicks@1", preset="fast", limits=(ANY,))
     assert explain(order).earlier is None
     assert stored(load_settings().home) == before
 
 
-def test_what_would_be_refused_is_refused_now(world: World) -> None:
+def test_what_would_be_refused_is_refused_now(accepted_order: AcceptedOrder) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         explain(order)
@@ -94,8 +98,8 @@ def test_what_would_be_refused_is_refused_now(world: World) -> None:
         explain(Order(model="nothing", preset="fast", limits=(ANY,)))
 
 
-def test_explain_names_the_missing_splits_of_each_skipped_step(fresh: Path) -> None:
-    pack(write_draft(fresh / "draft", name="few", rows={"train": 500, "test": 500}))
+def test_explain_names_the_missing_splits_of_each_skipped_step(empty_home: Path) -> None:
+    pack(write_draft(empty_home / "draft", name="few", rows={"train": 500, "test": 500}))
     found = explain(Order(model="few", preset="small", limits=(ANY,)))
     reasons = left_out(found)
     assert set(reasons) == {"prune_rows", "channels", "distill", "fold"}
@@ -114,7 +118,9 @@ def test_a_model_of_any_size_is_explained_in_the_memory_of_its_libraries(
 
 
 def test_the_command_prints_it_and_speaks_json(
-    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    accepted_order: AcceptedOrder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from flows.cli import app
 

@@ -4,7 +4,7 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
-from orders import World, carry_out, copied_home
+from orders import AcceptedOrder, run_without_prefect, use_copied_home
 
 from flows import resolve
 from flows.resolve import find_completed_result, request_digest
@@ -19,14 +19,16 @@ NEWER = "99.1.0"
 
 
 @pytest.fixture
-def upgraded(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def upgraded(
+    accepted_order: AcceptedOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AcceptedOrder:
     """A copy of the finished order's home, with a champion, in the hands of another version."""
     home = tmp_path / "recpress"
-    copied_home(monkeypatch, world.home, home)
-    promote("clicks", world.first.finished.version, "before the upgrade")
+    use_copied_home(monkeypatch, accepted_order.home, home)
+    promote("clicks", accepted_order.result.finished.version, "before the upgrade")
     for module in (resolve, new_report):
         monkeypatch.setattr(module, "recpress_version", lambda: NEWER)
-    return world
+    return accepted_order
 
 
 def registered() -> list[tuple[str, str]]:
@@ -34,30 +36,32 @@ def registered() -> list[tuple[str, str]]:
 
 
 def test_order_of_an_earlier_version_is_found_and_registers_and_promotes_nothing(
-    upgraded: World,
+    upgraded: AcceptedOrder,
 ) -> None:
     order = upgraded.order.model_copy(update={"promote": True})
-    first = upgraded.first.finished
+    first = upgraded.result.finished
     before = registered(), Ledger(store(), "clicks").entries()
     found = find_completed_result(order)
     assert found is not None
     assert (found.report, found.version) == (first.report, first.version)
-    ran = carry_out(order)
+    ran = run_without_prefect(order)
     assert ran.finished.release == first.release
     assert ran.tasks == ()
     assert (registered(), Ledger(store(), "clicks").entries()) == before
 
 
-def test_new_attempt_after_an_upgrade_is_not_found_and_would_run(upgraded: World) -> None:
+def test_new_attempt_after_an_upgrade_is_not_found_and_would_run(upgraded: AcceptedOrder) -> None:
     assert find_completed_result(upgraded.order.model_copy(update={"attempt": 7})) is None
 
 
-def test_report_names_the_version_that_carried_the_order_out(world: World) -> None:
-    assert world.first.finished.report.recpress_version == importlib.metadata.version("recpress")
+def test_report_names_the_version_that_carried_the_order_out(accepted_order: AcceptedOrder) -> None:
+    assert accepted_order.result.finished.report.recpress_version == importlib.metadata.version(
+        "recpress"
+    )
 
 
 def test_request_record_that_is_damaged_counts_as_absent(
-    upgraded: World, caplog: pytest.LogCaptureFixture
+    upgraded: AcceptedOrder, caplog: pytest.LogCaptureFixture
 ) -> None:
     order = upgraded.order
     place = store().folder / request_key(request_digest(order, find(order.model), {}))

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from orders import World, carry_out, copied_home
+from orders import AcceptedOrder, run_without_prefect, use_copied_home
 
 from compressors.contracts import Limit
 from flows.resolve import find_completed_result
@@ -12,18 +12,18 @@ from tasks.promotion.promotions import champion_graph, promote, version_report
 
 
 @pytest.fixture
-def moved(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def moved(accepted_order: AcceptedOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished order's home under an odd name."""
     home = tmp_path / "a?b#c%41 d"
-    copied_home(monkeypatch, world.home, home)
+    use_copied_home(monkeypatch, accepted_order.home, home)
     return home
 
 
 def test_an_order_carried_out_before_the_move_is_found_and_otherwise_cached(
-    world: World, moved: Path
+    accepted_order: AcceptedOrder, moved: Path
 ) -> None:
-    first = world.first.finished
-    found = find_completed_result(world.order)
+    first = accepted_order.result.finished
+    found = find_completed_result(accepted_order.order)
     assert found is not None
     assert (found.report, found.release, found.version) == (
         first.report,
@@ -31,21 +31,21 @@ def test_an_order_carried_out_before_the_move_is_found_and_otherwise_cached(
         first.version,
     )
     shutil.rmtree(moved / "store" / "orders")
-    assert find_completed_result(world.order) is None
-    ran = carry_out(world.order)
+    assert find_completed_result(accepted_order.order) is None
+    ran = run_without_prefect(accepted_order.order)
     assert (ran.finished.release, ran.finished.version) == (first.release, first.version)
     ended = {state for name, state in ran.tasks if not name.startswith("publish")}
     assert ended == {"Cached"}
-    assert find_completed_result(world.order) == ran.finished
+    assert find_completed_result(accepted_order.order) == ran.finished
     assert {path.name for path in moved.parent.iterdir()} == {moved.name}
 
 
 def test_an_order_is_compared_with_the_champion_of_before_the_move(
-    world: World, moved: Path
+    accepted_order: AcceptedOrder, moved: Path
 ) -> None:
-    promote("clicks", world.first.finished.version, "before")
+    promote("clicks", accepted_order.result.finished.version, "before")
     limit = Limit.parse("auc vs champion >= -0.02")
-    ran = carry_out(world.order.model_copy(update={"limits": (limit,)}))
+    ran = run_without_prefect(accepted_order.order.model_copy(update={"limits": (limit,)}))
     assert (ran.state, ran.finished.report.outcome) == ("Completed", "accepted")
     assert ran.finished.report.champion == champion_graph("clicks", "onnxruntime")
-    assert version_report("clicks", "@champion")[1] == world.first.finished.report
+    assert version_report("clicks", "@champion")[1] == accepted_order.result.finished.report

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from drafts import write_draft
 from error_codes import raises_code
-from orders import PATIENCE, has_ended, surroundings
+from orders import PATIENCE, has_ended, use_home
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.filesystems import LocalFileSystem
@@ -148,7 +148,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
     """A home with a bundle; tests use other ``code``, so they share no result."""
     home = tmp_path_factory.mktemp("planted")
     with pytest.MonkeyPatch.context() as patch:
-        surroundings(patch, home)
+        use_home(patch, home)
         rows = dict.fromkeys(("train", "calibration", "validation", "test"), 200)
         return home, pack(write_draft(home / "draft", rows=rows)).artifact
 
@@ -157,7 +157,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
 def bundle(
     packed: tuple[Path, Artifact], prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> Artifact:
-    surroundings(monkeypatch, packed[0])
+    use_home(monkeypatch, packed[0])
     return packed[1]
 
 
@@ -244,7 +244,7 @@ def refusing() -> None:
 
 
 def test_the_exception_of_a_failed_flow_is_not_stored_by_prefect(
-    fresh: Path, prefect_server: None
+    empty_home: Path, prefect_server: None
 ) -> None:
     storage = [get_current_settings().results.local_storage_path]
     before = files_below(storage)

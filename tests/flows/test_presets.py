@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from error_codes import raises_code
-from orders import RecipeRun, carry_out, carry_out_recipe, surroundings
+from orders import RecipeRun, run_recipe, run_without_prefect, use_home
 from reason_codes import codes_of, with_code
 
 from compressors.contracts import Limit
@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Made]:
     """The home, and of the draft every preset's report and explanation."""
     home = tmp_path_factory.mktemp("tables")
     with pytest.MonkeyPatch.context() as patch:
-        surroundings(patch, home / "recpress")
+        use_home(patch, home / "recpress")
         patch.setenv("RECPRESS_ALLOWED_MODULES", "examples.table_heavy")
         draft = write_draft(home / "draft", SMALL)
         pack(draft)
@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Made]:
         for preset in ORDER:
             order = Order(model="tableheavy", preset=preset, limits=(ANY,))
             explained[preset] = explain(order)
-            reports[preset] = carry_out_recipe(order)
+            reports[preset] = run_recipe(order)
     return home, (draft, reports, explained)
 
 
@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Made]:
 def table_heavy(made: tuple[Path, Made], monkeypatch: pytest.MonkeyPatch) -> Made:
     """The same, with this test's environment in its home."""
     home, found = made
-    surroundings(monkeypatch, home / "recpress")
+    use_home(monkeypatch, home / "recpress")
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples.table_heavy")
     return found
 
@@ -144,11 +144,11 @@ def test_presets_work_without_rows_and_say_what_was_left_out(
     shutil.copy(few / "train.parquet", few / "calibration.parquet")
     document["data"] = {split: f"{split}.parquet" for split in left}
     (few / "model.json").write_text(json.dumps(document))
-    surroundings(monkeypatch, tmp_path / "recpress")
+    use_home(monkeypatch, tmp_path / "recpress")
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples.table_heavy")
     pack(few)
     order = Order(model="few", preset="small", limits=(ANY,))
-    report = carry_out_recipe(order)
+    report = run_recipe(order)
     why = report.idle_reasons["prune_rows (step 1 of the recipe)"]
     if "validation" in left:
         with_code([why], "data_missing", step="prune_rows", missing=("train",))
@@ -169,7 +169,7 @@ def test_a_budget_that_nothing_fits_leaves_what_the_earlier_preset_does(
     lost = Reason("over_budget", loss=1.0, metric="auc", budget=DEFAULT_BUDGET)
     monkeypatch.setattr("flows.recipe.over_budget", lambda *_: lost)
     order = Order(model="tableheavy", preset=preset, limits=(ANY,))
-    report = carry_out_recipe(order)
+    report = run_recipe(order)
     assert weights(report) <= weights(reports["fast"])
     assert "rowwise_int8" in {step for line in report.plan.lines for step in line.steps}
 
@@ -206,7 +206,7 @@ def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
 
     monkeypatch.setattr(export, "_require_packed", refuse_one_layer)
     order = Order(model="tableheavy", preset="fast", limits=(ANY,))
-    report = carry_out(order).finished.report
+    report = run_without_prefect(order).finished.report
     line = report.plan.of("layers.0")
     assert line is not None
     assert (line.format, line.steps) == ("float32", ())
@@ -222,4 +222,4 @@ def test_a_unit_that_a_target_refuses_is_excluded_and_the_recipe_runs_again(
     assert other.format == "static_int8"
     custom = Order(model="tableheavy", preset="custom", steps=(StaticInt8(),), limits=(ANY,))
     with raises_code(AuditFailed, "weight_replaced", unit="layers.0"):
-        carry_out(custom)
+        run_without_prefect(custom)

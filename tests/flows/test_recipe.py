@@ -7,7 +7,7 @@ import pytest
 import torch
 from drafts import ROWS, write_draft
 from error_codes import raises_code
-from orders import RecipeRun, World, carry_out_recipe, surroundings
+from orders import AcceptedOrder, RecipeRun, run_recipe, use_home
 from reason_codes import codes_of, with_code
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -31,11 +31,11 @@ STEPS = (Distill(student={"hidden": 32}, training=SHORT), FineTune(training=SHOR
 
 
 @pytest.fixture(scope="module")
-def recipe(the_world: World) -> tuple[World, RecipeRun]:
+def recipe(session_order: AcceptedOrder) -> tuple[AcceptedOrder, RecipeRun]:
     with pytest.MonkeyPatch.context() as patch:
-        surroundings(patch, the_world.home)
+        use_home(patch, session_order.home)
         order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ANY,))
-        return the_world, carry_out_recipe(order)
+        return session_order, run_recipe(order)
 
 
 def auc_of(bundle: Artifact) -> float:
@@ -57,14 +57,14 @@ def auc_of(bundle: Artifact) -> float:
 
 
 def test_every_stage_has_the_bytes_and_the_quality_of_its_bundle(
-    recipe: tuple[World, RecipeRun], world: World
+    recipe: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
 ) -> None:
     _, report = recipe
     assert [stage.step for stage in report.stages] == [
         "as trained",
         *(step.kind for step in STEPS),
     ]
-    for result in (report, world.first.finished.report):
+    for result in (report, accepted_order.result.finished.report):
         assert result.stages[0].bundle == result.source
         assert result.stages[-1].bundle == result.compressed
     for stage in report.stages:
@@ -82,7 +82,7 @@ def test_every_stage_has_the_bytes_and_the_quality_of_its_bundle(
 
 
 def test_the_student_is_stored_with_its_own_configuration(
-    recipe: tuple[World, RecipeRun], world: World
+    recipe: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
 ) -> None:
     _, report = recipe
     loaded = load_bundle(report.compressed)
@@ -104,15 +104,17 @@ def test_the_student_is_stored_with_its_own_configuration(
 
 
 def test_a_finished_recipe_leaves_no_progress_files(
-    recipe: tuple[World, RecipeRun], world: World
+    recipe: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
 ) -> None:
     folder = load_settings().home / "progress"
     assert not list(folder.iterdir())
 
 
-def test_what_a_preset_could_not_do_is_said_and_fails_nothing(world: World) -> None:
+def test_what_a_preset_could_not_do_is_said_and_fails_nothing(
+    accepted_order: AcceptedOrder,
+) -> None:
     """The draft's one width is also half of another, so nothing can be pruned alone."""
-    report = world.first.finished.report
+    report = accepted_order.result.finished.report
     pruned = {f"prune_rows (step {place} of the recipe)" for place in (1, 2)}
     reasons = report.idle_reasons
     assert set(reasons) == {"channels", "distill", "fold", "rowwise_int4", *pruned}
@@ -122,22 +124,22 @@ def test_what_a_preset_could_not_do_is_said_and_fails_nothing(world: World) -> N
     assert reasons["channels"] == reasons["distill"]
     assert "'second' does not grow in proportion to hidden" in str(reasons["channels"])
     assert [stage.step for stage in report.stages] == ["as trained", "rowwise_int8", "static_int8"]
-    assert {state for _, state in world.first.tasks} <= {"Completed", "Cached"}
+    assert {state for _, state in accepted_order.result.tasks} <= {"Completed", "Cached"}
 
 
-def test_a_recipe_of_ones_own_must_fit(world: World) -> None:
+def test_a_recipe_of_ones_own_must_fit(accepted_order: AcceptedOrder) -> None:
     order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
-        carry_out_recipe(order)
+        run_recipe(order)
     assert "does not grow in proportion to hidden" in str(caught.value.fields["reason"])
 
 
 def test_a_recipe_without_rows_that_a_step_needs_is_refused_before_any_step_runs(
-    fresh: Path,
+    empty_home: Path,
 ) -> None:
     rows = {split: count for split, count in ROWS.items() if split != "validation"}
-    pack(write_draft(fresh / "draft", name="few", rows=rows))
+    pack(write_draft(empty_home / "draft", name="few", rows=rows))
     order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(ANY,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
-        carry_out_recipe(order)
+        run_recipe(order)
     with_code([caught.value.fields["reason"]], "data_missing", missing=("validation",))

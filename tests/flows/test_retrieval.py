@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pyarrow.parquet as pq
 import pytest
-from orders import BOTH, Ran, carry_out, surroundings
+from orders import BOTH_TARGETS, FlowResult, run_without_prefect, use_home
 from reason_codes import with_code
 from retrieval_draft import ITEMS, USERS, planted_recall, write_retrieval_draft
 
@@ -29,22 +29,24 @@ STEPS = (RowwiseInt4(), StaticInt8())
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
     home = tmp_path_factory.mktemp("retrieval")
     with pytest.MonkeyPatch.context() as patch:
-        surroundings(patch, home / "recpress")
+        use_home(patch, home / "recpress")
         pack(write_retrieval_draft(home / "draft"))
-        order = Order(model="finder", preset="custom", steps=STEPS, limits=LIMITS, targets=BOTH)
-        return home, carry_out(order)
+        order = Order(
+            model="finder", preset="custom", steps=STEPS, limits=LIMITS, targets=BOTH_TARGETS
+        )
+        return home, run_without_prefect(order)
 
 
 @pytest.fixture(autouse=True)
-def _here(ran: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    surroundings(monkeypatch, ran[0] / "recpress")
+def _here(ran: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_home(monkeypatch, ran[0] / "recpress")
 
 
 def test_it_is_accepted_with_every_table_and_layer_of_both_towers_packed(
-    ran: tuple[Path, Ran],
+    ran: tuple[Path, FlowResult],
 ) -> None:
     report = ran[1].finished.report
     assert report.outcome == "accepted", report.targets[0].verdict.reason
@@ -64,7 +66,7 @@ def test_it_is_accepted_with_every_table_and_layer_of_both_towers_packed(
 
 
 def test_the_baselines_recall_is_the_networks_own_with_seen_items_masked(
-    ran: tuple[Path, Ran],
+    ran: tuple[Path, FlowResult],
 ) -> None:
     """Without the mask the best places would be taken by what users had before."""
     home, made = ran
@@ -77,7 +79,7 @@ def test_the_baselines_recall_is_the_networks_own_with_seen_items_masked(
 
 
 def test_the_fetched_graphs_give_the_reported_recall_in_plain_sessions(
-    ran: tuple[Path, Ran], tmp_path: Path
+    ran: tuple[Path, FlowResult], tmp_path: Path
 ) -> None:
     """With nothing but query.onnx, item.onnx, and the data."""
     home, made = ran
@@ -129,7 +131,9 @@ def test_the_fetched_graphs_give_the_reported_recall_in_plain_sessions(
     assert recall == pytest.approx(reported.point, abs=1e-3)  # last digits move single pairs
 
 
-def test_both_graphs_are_served_and_counted_and_published_by_name(ran: tuple[Path, Ran]) -> None:
+def test_both_graphs_are_served_and_counted_and_published_by_name(
+    ran: tuple[Path, FlowResult],
+) -> None:
     finished = ran[1].finished
     served, engines = finished.report.targets
     folder = local(served.artifact)
@@ -146,7 +150,7 @@ def test_both_graphs_are_served_and_counted_and_published_by_name(ran: tuple[Pat
     assert not any("of_item" in name for name in held), held
 
 
-def test_the_report_says_what_was_timed_and_measured(ran: tuple[Path, Ran]) -> None:
+def test_the_report_says_what_was_timed_and_measured(ran: tuple[Path, FlowResult]) -> None:
     finished = ran[1].finished
     metrics = [number.metric for number in finished.report.measurement.baseline.numbers]  # type: ignore[union-attr]
     assert metrics[:3] == ["recall@20", "ndcg@20", "bytes"]
@@ -168,8 +172,8 @@ def test_the_report_says_what_was_timed_and_measured(ran: tuple[Path, Ran]) -> N
     )
 
 
-def test_steps_that_train_have_nothing_to_do_and_say_so(ran: tuple[Path, Ran]) -> None:
-    made = carry_out(Order(model="finder", preset="small", limits=LIMITS))
+def test_steps_that_train_have_nothing_to_do_and_say_so(ran: tuple[Path, FlowResult]) -> None:
+    made = run_without_prefect(Order(model="finder", preset="small", limits=LIMITS))
     report = made.finished.report
     assert {"channels", "distill"} <= set(report.idle_reasons)
     assert report.idle_reasons["distill"] == Reason("no_loss", step="distill", task="retrieval")

@@ -9,7 +9,7 @@ import boto3
 import pytest
 from command_line import run_main, run_main_apart
 from drafts import environment, recpress, write_draft
-from orders import carry_out_in_prefect, surroundings
+from orders import run_in_prefect, use_home
 from prefect.client.orchestration import get_client
 from s3_server import S3Server
 from test_readme import commands, write_own_model
@@ -68,15 +68,15 @@ def assert_nowhere(server: S3Server, home: Path, *said: str) -> None:
 
 def test_the_readmes_commands_work_with_an_s3_store_and_its_secret_stays_out_of_everything(
     s3: S3Server,
-    fresh: Path,
+    empty_home: Path,
     prefect_server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The commands for a model of one's own, one after another in this process."""
     monkeypatch.setenv("RECPRESS_STORE", ROOT)
-    monkeypatch.chdir(fresh)
-    write_own_model(fresh)
+    monkeypatch.chdir(empty_home)
+    write_own_model(empty_home)
     said, order = {}, []
     for line in commands("recpress bundle pack ./draft").replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -84,7 +84,7 @@ def test_the_readmes_commands_work_with_an_s3_store_and_its_secret_stays_out_of_
             for setting in words[1:]:
                 name, _, value = setting.partition("=")
                 if name == "PYTHONPATH":
-                    monkeypatch.syspath_prepend(str(fresh / value))
+                    monkeypatch.syspath_prepend(str(empty_home / value))
                 elif name != "PATH":
                     monkeypatch.setenv(name, value)
         else:
@@ -99,31 +99,31 @@ def test_the_readmes_commands_work_with_an_s3_store_and_its_secret_stays_out_of_
     code, found, again = run_main_apart(monkeypatch, capsys, *order, "--json")
     assert code == 0, again
     report = Finished.model_validate_json(found).report
-    assert (fresh / "serving" / "model.onnx").stat().st_size == report.targets[0].bytes
-    assert_nowhere(s3, fresh, *said.values(), found, again)
+    assert (empty_home / "serving" / "model.onnx").stat().st_size == report.targets[0].bytes
+    assert_nowhere(s3, empty_home, *said.values(), found, again)
 
 
 @pytest.mark.nightly  # the README's commands do the same in this process
 def test_pack_compress_and_fetch_in_processes_with_an_s3_store_leave_its_secret_nowhere(
-    s3: S3Server, fresh: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, empty_home: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_STORE", ROOT)
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        env = environment(fresh, RECPRESS_STORE=ROOT, **s3.environment)
+        env = environment(empty_home, RECPRESS_STORE=ROOT, **s3.environment)
         ended = recpress(*arguments, env=env)
         return ended.returncode, ended.stdout, ended.stderr
 
-    draft = write_draft(fresh / "draft")
+    draft = write_draft(empty_home / "draft")
     code, said, packing = command("bundle", "pack", str(draft), "--json")
     assert code == 0, packing
     packed = Packed.model_validate_json(said)
     assert store().uri_of(packed.artifact).startswith(f"{ROOT}/artifacts/")
 
-    ran = carry_out_in_prefect(Order(model="clicks", preset="small", limits=(LIMIT,)))
+    ran = run_in_prefect(Order(model="clicks", preset="small", limits=(LIMIT,)))
     assert (ran.state, ran.finished.report.outcome) == ("Completed", "accepted")
 
-    into = fresh / "served"
+    into = empty_home / "served"
     arguments = ("clicks", "--version", ran.finished.version, "--into", str(into))
     code, *fetching = command("registry", "fetch", *arguments)
     assert code == 0, fetching
@@ -134,7 +134,7 @@ def test_pack_compress_and_fetch_in_processes_with_an_s3_store_leave_its_secret_
     )
     assert code == 0, again
     assert Finished.model_validate_json(found) == ran.finished
-    assert_nowhere(s3, fresh, said, packing, *fetching, found, again)
+    assert_nowhere(s3, empty_home, said, packing, *fetching, found, again)
 
 
 def test_a_damaged_object_is_not_fetched(
@@ -143,7 +143,7 @@ def test_a_damaged_object_is_not_fetched(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    surroundings(monkeypatch, tmp_path / "recpress")
+    use_home(monkeypatch, tmp_path / "recpress")
     monkeypatch.setenv("RECPRESS_STORE", "s3://models/damaged")
     packed = pack(write_draft(tmp_path / "d"))
     uri = store().file_uri(packed.artifact, "model.safetensors")

@@ -10,7 +10,7 @@ import torch
 from command_line import run_main_apart
 from drafts import write_draft
 from error_codes import raises_code
-from orders import Ran, carry_out, surroundings
+from orders import FlowResult, run_without_prefect, use_home
 from reason_codes import codes_of, with_code
 from safetensors.torch import load_file
 
@@ -54,22 +54,22 @@ ORDER = Order(
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
     home = tmp_path_factory.mktemp("teaching")
     with pytest.MonkeyPatch.context() as patch:
-        surroundings(patch, home / "recpress")
+        use_home(patch, home / "recpress")
         for seed, name in enumerate(("clicks", "second", "third")):
             pack(write_unlabelled(home / name, name, seed))
         pack(write_draft(home / "lists", name="lists", task="ranking", rows=ROWS))
-        return home, carry_out(ORDER)
+        return home, run_without_prefect(ORDER)
 
 
 @pytest.fixture(autouse=True)
-def _here(ran: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    surroundings(monkeypatch, ran[0] / "recpress")
+def _here(ran: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_home(monkeypatch, ran[0] / "recpress")
 
 
-def test_the_plan_says_who_taught_and_on_what(ran: tuple[Path, Ran]) -> None:
+def test_the_plan_says_who_taught_and_on_what(ran: tuple[Path, FlowResult]) -> None:
     plan = ran[1].finished.report.plan
     line = plan.of("cross")
     assert line is not None
@@ -84,16 +84,16 @@ def test_the_plan_says_who_taught_and_on_what(ran: tuple[Path, Ran]) -> None:
 
 
 def test_every_teacher_scores_each_split_once_and_predictions_are_averaged_once(
-    ran: tuple[Path, Ran],
+    ran: tuple[Path, FlowResult],
 ) -> None:
     # Three models on two splits; and the three stages on the test rows.
     assert ran[1].of("score") == ["Completed"] * (3 * 2 + 3)
     assert ran[1].of("average") == ["Completed"] * 2
-    again = carry_out(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.1"),)}))
+    again = run_without_prefect(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.1"),)}))
     assert set(again.of("score") + again.of("average")) == {"Cached"}
 
 
-def test_the_result_names_its_teachers_among_its_parents(ran: tuple[Path, Ran]) -> None:
+def test_the_result_names_its_teachers_among_its_parents(ran: tuple[Path, FlowResult]) -> None:
     report = ran[1].finished.report
     stages = [stage.bundle for stage in report.stages]
     others = [resolve(name) for name in ORDER.teachers]
@@ -104,7 +104,7 @@ def test_the_result_names_its_teachers_among_its_parents(ran: tuple[Path, Ran]) 
     assert order["teachers"] == [other.uri for other in others]
 
 
-def test_soft_labels_are_the_mean_of_logits(ran: tuple[Path, Ran]) -> None:
+def test_soft_labels_are_the_mean_of_logits(ran: tuple[Path, FlowResult]) -> None:
     from tasks.prepare import prepare
     from tasks.score import average, score
 
@@ -117,7 +117,7 @@ def test_soft_labels_are_the_mean_of_logits(ran: tuple[Path, Ran]) -> None:
     assert float((held[0] - held[1]).abs().mean()) > 0.1  # they do not say the same
 
 
-def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, Ran]) -> None:
+def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, FlowResult]) -> None:
     from flows.resolve import find_completed_result
 
     found = find_completed_result(ORDER)
@@ -158,16 +158,16 @@ def test_teachers_that_cannot_be_used_are_refused_before_any_step_runs(
 
 
 def test_training_goes_where_the_settings_say(
-    ran: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch
+    ran: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is no such GPU here; the step's cache on the CPU does not stand in for it."""
     monkeypatch.setenv("RECPRESS_DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with raises_code(StepRefused, "device_missing", device="cuda"):
-        carry_out(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.2"),)}))
+        run_without_prefect(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.2"),)}))
 
 
-def test_a_registered_version_can_teach(ran: tuple[Path, Ran]) -> None:
+def test_a_registered_version_can_teach(ran: tuple[Path, FlowResult]) -> None:
     version = ran[1].finished.version
     order = ORDER.model_copy(update={"teachers": (f"registry:clicks@{version}",)})
     line = explain(order).plan.of("cross")

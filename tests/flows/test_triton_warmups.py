@@ -7,17 +7,17 @@ import numpy as np
 import onnxruntime
 import pytest
 from drafts import LONGEST
-from orders import World
+from orders import AcceptedOrder
 from pbtxt_reader import read
 from triton_configs import warmups
 
 from tasks.promotion.promotions import promote
 
-pytestmark = pytest.mark.usefixtures("no_champion")
+pytestmark = pytest.mark.usefixtures("without_champion")
 
 
 def test_a_published_model_scores_the_warm_ups_of_its_triton_configuration(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accepted_order: AcceptedOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_TRITON", str(tmp_path))
     version = promote("clicks", "@candidate", "").version
