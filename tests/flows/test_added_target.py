@@ -1,4 +1,7 @@
-"""A target is added by one declaration with its lowering and runtime, and goes through an order."""
+"""One declaration with a lowering and a runtime adds a target that orders can use.
+
+The added target runs plain ONNX graphs in ONNX Runtime without graph optimizations.
+"""
 
 import json
 import shutil
@@ -42,11 +45,12 @@ pytestmark = pytest.mark.xdist_group("added target")
 PARITY_ROWS = ROWS["calibration"]
 STEPS = (RowwiseInt8(),)
 LIMITS = (Limit.parse("auc vs baseline >= -0.02"), Limit.parse("bytes vs baseline <= 0.9"))
-SCORED: list[int] = []
-"""Rows of each call of the runtime."""
+SCORED_ROWS: list[int] = []
+"""The number of rows in each call of the added runtime."""
 
 
 def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
+    """Translate a lookup in a row-wise int8 table: gather codes and scales, then multiply."""
     assert rows_per_scale == 1
     assert offset is None
     rows = op.Cast(op.Gather(codes, ids, axis=0), to=FLOAT)
@@ -54,7 +58,7 @@ def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: 
 
 
 class PlainLowering:
-    """Graphs of plain operators of ONNX."""
+    """Lowers to graphs that contain only standard ONNX operators."""
 
     merges_lookups = False
 
@@ -99,6 +103,8 @@ class PlainLowering:
 
 
 class UnoptimizedSession:
+    """An ONNX Runtime session without graph optimizations."""
+
     def __init__(self, path: Path, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -110,7 +116,7 @@ class UnoptimizedSession:
         scores: np.ndarray = self._session.run(None, {name: inputs[name] for name in self.inputs})[
             0
         ]
-        SCORED.append(len(scores))
+        SCORED_ROWS.append(len(scores))
         return scores
 
     def bound(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
@@ -118,7 +124,7 @@ class UnoptimizedSession:
 
 
 class UnoptimizedRuntime:
-    """ONNX Runtime that runs graphs as they are written."""
+    """ONNX Runtime without graph optimizations."""
 
     def version(self) -> str:
         return str(onnxruntime.__version__)
@@ -131,12 +137,16 @@ class UnoptimizedRuntime:
 
 
 def has_packed_tables(path: Path) -> bool:
+    """Return whether a graph has int8 or uint8 weights."""
     types = {item.data_type for item in onnx.load(path).graph.initializer}
     return bool(types & {onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
 
 
 class NoisySession(UnoptimizedSession):
-    """A runtime whose scores of packed tables are wrong in large batches."""
+    """Returns random scores for large batches if the graph has packed tables.
+
+    Small batches are right, so that the comparison of graph and module passes.
+    """
 
     def __init__(self, path: Path, threads: int) -> None:
         super().__init__(path, threads)
@@ -155,7 +165,7 @@ class NoisyRuntime(UnoptimizedRuntime):
 
 
 class RefusingRuntime(UnoptimizedRuntime):
-    """A runtime that loads compressed models only."""
+    """Refuses graphs without packed tables, and so the untouched model."""
 
     def open(self, path: Path, threads: int) -> UnoptimizedSession:
         if not has_packed_tables(path):
@@ -165,6 +175,8 @@ class RefusingRuntime(UnoptimizedRuntime):
 
 @dataclass(frozen=True)
 class CopiedEngine:
+    """The result of ``CopyingBuilder``."""
+
     path: str
     bytes: int
     version: str = "1"
@@ -198,13 +210,15 @@ TARGET = Target(
 
 @pytest.fixture
 def added_target(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Register ``TARGET``, with fields replaced by the test's parameter."""
     register(replace(TARGET, **getattr(request, "param", {})))
-    SCORED.clear()
+    SCORED_ROWS.clear()
     yield
     del TARGETS[TARGET.name]
 
 
 def order_for(**targets: str) -> Order:
+    """Return the order of these tests for some targets, by their field names."""
     return Order(
         model="clicks@1",
         preset="custom",
@@ -216,7 +230,7 @@ def order_for(**targets: str) -> Order:
 
 @pytest.fixture(scope="module")
 def finished_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which the order was carried out without the added target."""
+    """A home in which the order has run without the added target."""
     home = tmp_path_factory.mktemp("finished") / "recpress"
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, home)
@@ -227,11 +241,11 @@ def finished_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(finished_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of that home: what does not belong to the added target is not done again."""
+    """Use a copy of ``finished_home``, where tasks without the added target are cached."""
     use_copied_home(monkeypatch, finished_home, tmp_path / "recpress")
 
 
-def test_a_registered_target_is_lowered_measured_judged_and_published(
+def test_registered_target_is_lowered_measured_judged_and_published(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(not_optimized="required")
@@ -246,16 +260,19 @@ def test_a_registered_target_is_lowered_measured_judged_and_published(
     assert graph.audit.packed_tables == 3
     assert graph.rows_parity.rows == PARITY_ROWS
 
-    found = report.measured[added.target]
-    assert sum(SCORED) > 2 * found.rows  # of the untouched model and of the result
-    assert (found.machine.runtime, found.machine.version) == (TARGET.label, onnxruntime.__version__)
+    measured = report.measured[added.target]
+    assert sum(SCORED_ROWS) > 2 * measured.rows  # the untouched model and the result
+    machine = measured.machine
+    assert (machine.runtime, machine.version) == (TARGET.label, onnxruntime.__version__)
     before, after = (
         report.measured[name].numbers.of("auc", "baseline") for name in ("onnxruntime", TARGET.name)
     )
     assert before is not None
     assert after is not None
-    assert after.point == pytest.approx(before.point, abs=1e-5)  # the same function
-    assert found.numbers.of("p50_ms@1", "absolute") is not None
+    assert after.point == pytest.approx(
+        before.point, abs=1e-5
+    )  # both targets compute the same function
+    assert measured.numbers.of("p50_ms@1", "absolute") is not None
 
     version = registry().version("clicks", finished.version)
     assert version.tags["recpress.verdict.not-optimized"] == "accepted"
@@ -267,11 +284,12 @@ def test_a_registered_target_is_lowered_measured_judged_and_published(
     again = run_without_prefect(order.model_copy(update={"limits": limits})).finished.report
     assert again.champion == first.artifact
     assert again.other_champions == {TARGET.name: added.artifact}
-    for measured in again.measured.values():
-        assert measured.numbers.of("auc", "champion") is not None
+    for measurement in again.measured.values():
+        assert measurement.numbers.of("auc", "champion") is not None
 
 
 def check_report(report: Report) -> None:
+    """Assert that tables and page of a report show the added target."""
     rows = headline(report)
     assert {"change", "before, not-optimized", "change, not-optimized"} <= set(rows[0])
     assert all(row.keys() == rows[0].keys() for row in rows)
@@ -293,40 +311,40 @@ def test_each_target_is_judged_by_the_scores_of_its_runtime(
     check_report(report)
 
 
-def test_an_added_target_is_the_only_one_of_an_order(
+def test_order_can_have_only_an_added_target(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(onnxruntime="off", not_optimized="required")
-    ran = run_without_prefect(order)
-    report = ran.finished.report
+    result = run_without_prefect(order)
+    report = result.finished.report
     assert list(report.measured) == [TARGET.name]
     assert report.outcome == "accepted"
-    assert "measure not-optimized" in [name for name, _ in ran.tasks]
-    assert "measure onnxruntime" not in [name for name, _ in ran.tasks]
+    assert "measure not-optimized" in [name for name, _ in result.tasks]
+    assert "measure onnxruntime" not in [name for name, _ in result.tasks]
     assert "'change' compares ONNX Runtime as written" in markdown(report)
-    assert report_of(ran.finished.release) == report
+    assert report_of(result.finished.release) == report
 
 
 ENGINES = Engines(builder=CopyingBuilder, suffix=".copy")
 
 
 @pytest.mark.parametrize("added_target", [{"engines": ENGINES}], indirect=True)
-def test_an_added_target_with_a_builder_is_measured_with_its_engines(
+def test_added_target_with_a_builder_is_measured_with_its_engines(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(onnxruntime="off", not_optimized="required")
-    ran = run_without_prefect(order)
-    (found,) = ran.finished.report.targets
-    assert found.verdict.outcome == "accepted", found.verdict.reason
-    assert found.audits == {"model": {"copied_bytes": found.bytes}}
-    assert found.lowering.graphs[0].audit is None  # the engine is audited, by its builder
-    assert [name for name, _ in ran.tasks].count("build not-optimized") == 2
-    assert (local(found.artifact) / "model.copy").exists()
-    assert not (local(found.artifact) / "model.onnx").exists()
+    result = run_without_prefect(order)
+    (target,) = result.finished.report.targets
+    assert target.verdict.outcome == "accepted", target.verdict.reason
+    assert target.audits == {"model": {"copied_bytes": target.bytes}}
+    assert target.lowering.graphs[0].audit is None  # the builder audits the engine instead
+    assert [name for name, _ in result.tasks].count("build not-optimized") == 2
+    assert (local(target.artifact) / "model.copy").exists()
+    assert not (local(target.artifact) / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("added_target", [{"runtime": RefusingRuntime}], indirect=True)
-def test_an_optional_target_that_cannot_load_the_untouched_model_is_left_out(
+def test_optional_target_that_cannot_load_the_untouched_model_is_skipped(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
     order = order_for(not_optimized="optional")
@@ -336,7 +354,7 @@ def test_an_optional_target_that_cannot_load_the_untouched_model_is_left_out(
     assert report.outcome == "accepted"
 
 
-def test_an_added_target_is_in_the_form_and_in_the_command_line(added_target: None) -> None:
+def test_added_target_is_in_the_form_and_in_the_command_line(added_target: None) -> None:
     field = Targets.model_json_schema()["properties"]["not_optimized"]
     assert field["enum"] == ["required", "optional", "off"]
     ordered = terms("clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0)
@@ -346,7 +364,7 @@ def test_an_added_target_is_in_the_form_and_in_the_command_line(added_target: No
     }
 
 
-def test_registering_a_target_changes_no_order_without_it(
+def test_registering_a_target_does_not_change_the_digest_of_orders_without_it(
     request: pytest.FixtureRequest,
 ) -> None:
     before = order_for(tensorrt="optional")
@@ -356,14 +374,16 @@ def test_registering_a_target_changes_no_order_without_it(
     assert (digest(after), after.model_dump_json()) == (digest(before), stored)
 
 
-def test_without_registration_the_target_is_unknown() -> None:
+def test_unregistered_target_is_refused_as_unknown() -> None:
     with raises_value_error("target_unknown", target="not_optimized"):
         order_for(not_optimized="required")
     with raises_code(CommandRefused, "target_unknown", target="not-optimized"):
         terms("clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0)
 
 
-def test_a_name_is_registered_once_and_there_is_one_default(added_target: None) -> None:
+def test_registering_a_target_twice_or_a_second_default_raises_value_error(
+    added_target: None,
+) -> None:
     with pytest.raises(ValueError, match="not-optimized"):
         register(TARGET)
     with pytest.raises(ValueError, match="onnxruntime"):

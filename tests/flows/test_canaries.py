@@ -1,4 +1,8 @@
-"""Secrets planted in every variable for a credential are nowhere after real runs, failed or not."""
+"""No file and no output contains a secret after commands and flows that succeed or fail.
+
+Each variable for a credential is set to a unique text (a canary). After a run, the tests search for
+it in all files and all output.
+"""
 
 import sqlite3
 from collections.abc import Iterator
@@ -20,35 +24,39 @@ from infra.errors import RegistryUnavailable
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.policy import KEPT, NO_RESULTS, call
 
-PLANTED = canaries()
+SECRETS = canaries()
 LIMIT = "auc vs baseline >= -0.2"
 
 
-def login(name: str, host: str) -> str:
-    """An address with the secret of a variable as its password."""
-    return f"http://somebody:{PLANTED.in_address(name)}@{host}"
+def address_with_secret(name: str, host: str) -> str:
+    """Return an address whose password is the secret of a variable."""
+    return f"http://somebody:{SECRETS.in_address(name)}@{host}"
 
 
-def everywhere(**more: str) -> dict[str, str]:
-    """A secret in each variable that is not an address; ``more`` replaces some."""
-    plain = {
-        name: PLANTED.of(name)
+def variables_with_secrets(**more: str) -> dict[str, str]:
+    """Return variables with secrets, except those that contain an address.
+
+    Args:
+        more: further variables, which replace those of the same name.
+    """
+    secrets = {
+        name: SECRETS.of(name)
         for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_TOKEN")
     }
-    auth = f"admin:{PLANTED.of('PREFECT_API_AUTH_STRING')}"
+    auth = f"admin:{SECRETS.of('PREFECT_API_AUTH_STRING')}"
     return {
-        **plain,
+        **secrets,
         "AWS_ACCESS_KEY_ID": "somebody",
         "AWS_DEFAULT_REGION": "us-east-1",
         "PREFECT_API_AUTH_STRING": auth,
-        "PREFECT_API_KEY": PLANTED.of("PREFECT_API_KEY"),
+        "PREFECT_API_KEY": SECRETS.of("PREFECT_API_KEY"),
         **more,
     }
 
 
 @pytest.fixture
 def prefect_folder(prefect_server: None) -> Iterator[Path]:
-    """Where the test server has its database."""
+    """Return the folder of the test server's database; afterwards, assert that it has runs."""
     url = get_current_settings().server.database.connection_url
     assert url is not None
     file = Path(url.get_secret_value().partition("///")[2])
@@ -58,68 +66,73 @@ def prefect_folder(prefect_server: None) -> Iterator[Path]:
     database.close()
 
 
-def assert_nowhere(folders: list[Path], texts: dict[str, str]) -> None:
+def assert_no_secret_in(folders: list[Path], texts: dict[str, str]) -> None:
+    """Assert that no file in the folders and none of the texts contains a secret."""
     APILogHandler().flush()
-    assert traces(PLANTED, folders, texts) == []
+    assert traces(SECRETS, folders, texts) == []
 
 
-# --- a sample --------------------------------------------------------------------------------
+# --- exceptions and one order ----------------------------------------------------------------
 
 
 @task(**{**KEPT, "retries": 1, "retry_delay_seconds": 0})
-def failing() -> int:
-    """Fail as a library whose message repeats its configuration; retried, so logged twice."""
-    token = PLANTED.in_address("AWS_SESSION_TOKEN")
+def failing_task() -> int:
+    """Raise an error with secrets in its message and cause; it is retried and logged twice."""
+    token = SECRETS.in_address("AWS_SESSION_TOKEN")
     try:
-        raise ConnectionError(f"{login('MLFLOW_TRACKING_URI', 'h')}/api?token={token}")
+        raise ConnectionError(
+            f"{address_with_secret('MLFLOW_TRACKING_URI', 'h')}/api?token={token}"
+        )
     except ConnectionError as fault:
         raise RegistryUnavailable(
-            "registry_no_answer", problem=PLANTED.of("AWS_SECRET_ACCESS_KEY")
+            "registry_no_answer", problem=SECRETS.of("AWS_SECRET_ACCESS_KEY")
         ) from fault
 
 
 @flow(name="failing-task", **NO_RESULTS)
 @clean_exceptions()
-def failing_task() -> None:
-    call(failing, "code")
+def flow_with_failing_task() -> None:
+    call(failing_task, "code")
 
 
 @flow(name="failing-flow", **NO_RESULTS)
 @clean_exceptions()
 def failing_flow() -> None:
-    raise ValueError(login("MLFLOW_TRACKING_URI", "h"), {"key": PLANTED.of("AWS_SESSION_TOKEN")})
+    raise ValueError(
+        address_with_secret("MLFLOW_TRACKING_URI", "h"), {"key": SECRETS.of("AWS_SESSION_TOKEN")}
+    )
 
 
-def test_an_exception_with_secrets_reaches_prefect_without_them(
+def test_secrets_in_an_exception_are_not_stored_or_logged_by_prefect(
     empty_home: Path,
     prefect_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
 ) -> None:
-    for name, value in everywhere().items():
+    for name, value in variables_with_secrets().items():
         if not name.startswith("PREFECT"):
             monkeypatch.setenv(name, value)
     with pytest.raises(RegistryUnavailable):
-        failing_task()
+        flow_with_failing_task()
     with pytest.raises(ValueError, match="http"):
         failing_flow()
     APILogHandler().flush()
-    assert_nowhere([empty_home, prefect_folder], dict(enumerate_texts(capfd)))
+    assert_no_secret_in([empty_home, prefect_folder], dict(captured_texts(capfd)))
 
 
-def enumerate_texts(capfd: pytest.CaptureFixture) -> Iterator[tuple[str, str]]:
+def captured_texts(capfd: pytest.CaptureFixture) -> Iterator[tuple[str, str]]:
     captured = capfd.readouterr()
     yield "stdout", captured.out
     yield "stderr", captured.err
 
 
-def test_an_order_whose_registry_is_down_leaves_its_password_nowhere(
+def test_order_with_an_unreachable_registry_does_not_store_or_print_its_password(
     accepted_order: AcceptedOrder,
     prefect_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    uri = login("MLFLOW_TRACKING_URI", "127.0.0.1:9")
+    uri = address_with_secret("MLFLOW_TRACKING_URI", "127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     order = accepted_order.order.model_copy(
         update={"limits": (Limit.parse("bytes vs baseline <= 0.6"),)}
@@ -130,36 +143,36 @@ def test_an_order_whose_registry_is_down_leaves_its_password_nowhere(
     assert code == 1
     assert "registry did not answer" in err
     texts = {"raised": str(raised.value), "out": out, "err": err}
-    assert_nowhere([accepted_order.home, prefect_folder], texts)
+    assert_no_secret_in([accepted_order.home, prefect_folder], texts)
 
 
-# --- the tour --------------------------------------------------------------------------------
+# --- many commands ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_no_command_and_no_order_leaves_a_secret_anywhere(
+def test_commands_that_succeed_or_fail_do_not_store_or_print_a_secret(
     tmp_path: Path, s3_server: S3Server
 ) -> None:
     home = tmp_path / "home"
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    base = environment(home, TMPDIR=str(temporary), **everywhere())
+    base = environment(home, TMPDIR=str(temporary), **variables_with_secrets())
     draft = write_draft(tmp_path / "draft")
     texts: dict[str, str] = {}
 
     def run(name: str, *arguments: str, codes: tuple[int, ...], **more: str) -> str:
-        ended = recpress(*arguments, env=base | more, seconds=400)
-        texts[f"{name}: stdout"], texts[f"{name}: stderr"] = ended.stdout, ended.stderr
-        assert ended.returncode in codes, (name, ended.returncode, ended.stderr)
-        return ended.stdout
+        process = recpress(*arguments, env=base | more, seconds=400)
+        texts[f"{name}: stdout"], texts[f"{name}: stderr"] = process.stdout, process.stderr
+        assert process.returncode in codes, (name, process.returncode, process.stderr)
+        return process.stdout
 
     order = ("compress", "clicks", "--preset", "safe")
-    down = login("MLFLOW_TRACKING_URI", "127.0.0.1:9")
-    endpoint = login("AWS_ENDPOINT_URL", s3_server.endpoint.partition("://")[2])
-    silent = login("AWS_ENDPOINT_URL", "127.0.0.1:9")
+    down = address_with_secret("MLFLOW_TRACKING_URI", "127.0.0.1:9")
+    endpoint = address_with_secret("AWS_ENDPOINT_URL", s3_server.endpoint.partition("://")[2])
+    silent = address_with_secret("AWS_ENDPOINT_URL", "127.0.0.1:9")
     postgres = "postgresql://somebody:{}@127.0.0.1:9/m"
-    database = postgres.format(PLANTED.in_address("MLFLOW_TRACKING_URI"))
+    database = postgres.format(SECRETS.in_address("MLFLOW_TRACKING_URI"))
 
     run("pack", "bundle", "pack", str(draft), codes=(0,))
     accepted = run("accepted", *order, "--limit", LIMIT, "--json", codes=(0,))
@@ -181,10 +194,10 @@ def test_no_command_and_no_order_leaves_a_secret_anywhere(
         run("S3 down, doctor", "doctor", codes=(1,), MLFLOW_TRACKING_URI=down, **wrong)
         for name in ("RECPRESS_STORE", "RECPRESS_TRITON"):
             for form in ("s3://me:{}@bucket/x", "http://me:{}@h/x?token={}", "s3:/me:{}@b"):
-                root = {name: form.format(*[PLANTED.in_address(name)] * 2), **debug}
+                root = {name: form.format(*[SECRETS.in_address(name)] * 2), **debug}
                 run(f"{name} {form}", "doctor", codes=(0, 1, 2), **root)
                 run(f"{name} {form}, triton", "triton", "export", "clicks", codes=(1, 2), **root)
-        invalid = "http://me:" + PLANTED.in_address("MLFLOW_TRACKING_URI") + "@[::1"
+        invalid = "http://me:" + SECRETS.in_address("MLFLOW_TRACKING_URI") + "@[::1"
         for uri in (invalid, "ftp" + down, down.replace("9", "99999")):
             run(
                 f"list {uri[:4]}",
@@ -200,4 +213,4 @@ def test_no_command_and_no_order_leaves_a_secret_anywhere(
     run("damaged registry, list", "registry", "list", codes=(1, 2))
     damaged.unlink()
     run("postgres down", "doctor", codes=(1,), MLFLOW_TRACKING_URI=database)
-    assert_nowhere([tmp_path], texts)
+    assert_no_secret_in([tmp_path], texts)

@@ -1,7 +1,7 @@
-"""The command line: what it prints where, its exit codes, and what it refuses in one sentence."""
+"""The command line: output, exit codes, and the sentences of refused commands."""
 
 import json
-import pickle  # noqa: TID251 (what is refused has to be made first)
+import pickle  # noqa: TID251 (to write files that must be refused)
 import shlex
 import subprocess
 import sys
@@ -30,8 +30,8 @@ LIMIT = "auc vs baseline >= -0.02"
 TARGETS = ("--target", "onnxruntime", "--target", "tensorrt-rtx")
 
 
-class Said:
-    """Exit code and output of one call of the command line in this process."""
+class CommandResult:
+    """Exit code, standard output and standard error of one command in this process."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -39,45 +39,45 @@ class Said:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run ``main`` with these arguments; start-up of a process is tested once, elsewhere."""
+    """Return a function that runs ``main`` with arguments in this process."""
 
-    def called(*arguments: str) -> Said:
+    def run_command(*arguments: str) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             app.main()
         out, err = capsys.readouterr()
-        code = ended.value.code
-        return Said(code if isinstance(code, int) else 0 if code is None else 1, out, err)
+        code = caught.value.code
+        return CommandResult(code if isinstance(code, int) else 0 if code is None else 1, out, err)
 
-    return called
+    return run_command
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home in which nothing happened yet."""
+    """Set the environment to a new, empty home; return its parent folder."""
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
     return tmp_path
 
 
-def refused(said: Said, *words: str) -> None:
-    """Exit code 2, nothing on standard output, one sentence of ours without a traceback."""
-    assert said.code == 2, said.err
-    assert said.out == ""
-    assert said.err.startswith("recpress: ")
-    assert "Traceback" not in said.err
+def assert_refused(result: CommandResult, *words: str) -> None:
+    """Assert exit code 2, no standard output, and an error message with certain words."""
+    assert result.code == 2, result.err
+    assert result.out == ""
+    assert result.err.startswith("recpress: ")
+    assert "Traceback" not in result.err
     for word in words:
-        assert word in said.err, said.err
+        assert word in result.err, result.err
 
 
 # --- start ----------------------------------------------------------------------------------
 
 
 def imported_by(code: str, env: Mapping[str, str]) -> set[str]:
-    """The top-level modules a fresh process has after running some code."""
+    """Return the top-level modules that a new process has loaded after it ran some code."""
     show = "import sys; print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", f"{code}\n{show}"],
         cwd=ROOT,
         env=dict(env),
@@ -86,7 +86,7 @@ def imported_by(code: str, env: Mapping[str, str]) -> set[str]:
         check=True,
         timeout=120,
     )
-    return set(ended.stderr.splitlines()[-1].split())
+    return set(process.stderr.splitlines()[-1].split())
 
 
 def test_help_imports_no_heavy_package(tmp_path: Path) -> None:
@@ -96,14 +96,14 @@ def test_help_imports_no_heavy_package(tmp_path: Path) -> None:
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
-    ended = recpress("--help", env=environment(tmp_path, COLUMNS="100"))
-    assert ended.returncode == 0
+    process = recpress("--help", env=environment(tmp_path, COLUMNS="100"))
+    assert process.returncode == 0
     for command in ("compress", "demo", "bundle", "registry", "triton", "doctor"):
-        assert command in ended.stdout
-    assert ended.stderr == ""
+        assert command in process.stdout
+    assert process.stderr == ""
 
 
-def test_a_finished_order_returns_its_report_without_prefect_or_the_registry(
+def test_completed_order_prints_its_report_without_importing_prefect_or_mlflow(
     accepted_order: AcceptedOrder,
 ) -> None:
     code = (
@@ -121,23 +121,23 @@ def test_a_finished_order_returns_its_report_without_prefect_or_the_registry(
 # --- compress -------------------------------------------------------------------------------
 
 
-def test_an_accepted_order_ends_with_0_the_table_and_the_command_that_fetches_it(
+def test_accepted_order_exits_with_code_0_and_prints_table_and_fetch_command(
     accepted_order: AcceptedOrder, call: Any
 ) -> None:
-    said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
-    assert said.code == 0, said.err
-    assert "was carried out before" in said.err
+    result = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
+    assert result.code == 0, result.err
+    assert "was carried out before" in result.err
     for text in ("bytes served", "AUC", "p99 ms, batch 64", "onnxruntime: accepted"):
-        assert text in said.out
-    assert accepted_order.result.finished.fetch_command() in said.out
-    assert "The 3,000 test rows resolve a change of AUC of about" in said.out
+        assert text in result.out
+    assert accepted_order.result.finished.fetch_command() in result.out
+    assert "The 3,000 test rows resolve a change of AUC of about" in result.out
 
 
 @pytest.mark.parametrize(
     ("limit", "outcome", "code"),
     [("bytes vs baseline <= 0.02", "rejected", 3), ("between", "undecided", 4)],
 )
-def test_a_result_that_is_not_accepted_has_an_exit_code_of_its_own(
+def test_rejected_order_exits_with_code_3_and_undecided_order_with_code_4(
     accepted_order: AcceptedOrder, call: Any, limit: str, outcome: str, code: int
 ) -> None:
     if limit == "between":
@@ -147,34 +147,34 @@ def test_a_result_that_is_not_accepted_has_an_exit_code_of_its_own(
         assert change is not None
         limit = f"auc vs baseline >= {(change.point + change.high) / 2!r}"
     run_without_prefect(accepted_order.order.model_copy(update={"limits": (Limit.parse(limit),)}))
-    said = call("compress", "clicks", "--preset", "small", "--limit", limit, *TARGETS, "--json")
-    assert said.code == code, said.err
-    assert Finished.model_validate_json(said.out).report.outcome == outcome
+    result = call("compress", "clicks", "--preset", "small", "--limit", limit, *TARGETS, "--json")
+    assert result.code == code, result.err
+    assert Finished.model_validate_json(result.out).report.outcome == outcome
 
 
-def test_an_order_file_is_the_same_order(
+def test_order_file_returns_the_result_of_the_same_order(
     accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "order.json"
     path.write_text(accepted_order.order.model_dump_json())
-    said = call("compress", "--order", str(path), "--json")
-    assert said.code == 0, said.err
-    assert Finished.model_validate_json(said.out) == accepted_order.result.finished
-    assert said.err == ""
+    result = call("compress", "--order", str(path), "--json")
+    assert result.code == 0, result.err
+    assert Finished.model_validate_json(result.out) == accepted_order.result.finished
+    assert result.err == ""
 
 
-def test_an_order_whose_files_are_gone_from_the_store_is_not_called_carried_out(
+def test_order_whose_graph_is_missing_in_the_store_does_not_count_as_completed(
     accepted_order: AcceptedOrder,
 ) -> None:
     """A finished report is useless if the graph that it refers to cannot be fetched."""
     served = accepted_order.result.finished.report.targets[0].artifact
-    lying = accepted_order.home / "store" / "artifacts" / served.sha256
-    aside = lying.with_name("aside")
-    lying.rename(aside)
+    folder = accepted_order.home / "store" / "artifacts" / served.sha256
+    aside = folder.with_name("aside")
+    folder.rename(aside)
     try:
         assert finished(accepted_order.result.finished.report.order) is None
     finally:
-        aside.rename(lying)
+        aside.rename(folder)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +203,10 @@ def test_an_order_whose_files_are_gone_from_the_store_is_not_called_carried_out(
         pytest.param(["clicks", "--order", "o.json"], ["not both"], id="order and model"),
     ],
 )
-def test_a_bad_order_is_refused_in_words_with_exit_code_2(
+def test_invalid_order_exits_with_code_2_and_a_sentence(
     home: Path, call: Any, arguments: list[str], words: list[str]
 ) -> None:
-    refused(call("compress", *arguments), *words)
+    assert_refused(call("compress", *arguments), *words)
 
 
 @pytest.mark.parametrize(
@@ -220,48 +220,50 @@ def test_a_bad_order_is_refused_in_words_with_exit_code_2(
         ),
     ],
 )
-def test_an_unusable_order_file_is_refused_with_the_field_that_is_wrong(
+def test_invalid_order_file_exits_with_code_2_and_names_the_field(
     home: Path, call: Any, text: str, words: list[str]
 ) -> None:
     path = home / "order.json"
     path.write_text(text)
-    refused(call("compress", "--order", str(path)), *words)
+    assert_refused(call("compress", "--order", str(path)), *words)
 
 
-def test_an_order_file_that_is_no_text_is_refused(home: Path, call: Any) -> None:
+def test_binary_order_file_exits_with_code_2(home: Path, call: Any) -> None:
     path = home / "order.json"
     path.write_bytes(b"\xff\xfe\x00\x80")
-    refused(call("compress", "--order", str(path)), "order.json")
+    assert_refused(call("compress", "--order", str(path)), "order.json")
 
 
-def test_a_required_target_that_cannot_be_built_ends_with_2_and_how_to_install_it(
+def test_required_target_without_its_library_exits_with_code_2_and_the_install_command(
     accepted_order: AcceptedOrder, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # as where it is not installed
-    for name, value in EMBEDDED.items():  # the command sets them for good
+    monkeypatch.setitem(
+        sys.modules, "tensorrt", None
+    )  # its import fails, as if it was not installed
+    for name, value in EMBEDDED.items():  # the command sets them; monkeypatch restores them
         monkeypatch.setenv(name, value)
-    said = call("compress", "clicks", "--limit", LIMIT, "--target", "tensorrt", "--json")
-    refused(said, "pip install 'recpress[tensorrt]'")
+    result = call("compress", "clicks", "--limit", LIMIT, "--target", "tensorrt", "--json")
+    assert_refused(result, "pip install 'recpress[tensorrt]'")
 
 
-def test_an_unexpected_error_exits_with_code_1_and_names_its_class_and_the_debug_variable(
+def test_unexpected_error_exits_with_code_1_and_names_its_class_and_recpress_debug(
     call: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(reference: str) -> None:
         raise ZeroDivisionError("an unexpected error")
 
     monkeypatch.setattr("tasks.bundles.packing.show", broken)
-    said = call("bundle", "show", "clicks")
-    assert said.code == 1
-    assert "ZeroDivisionError: an unexpected error" in said.err
-    assert "RECPRESS_DEBUG=1" in said.err
-    assert "Traceback" not in said.err
+    result = call("bundle", "show", "clicks")
+    assert result.code == 1
+    assert "ZeroDivisionError: an unexpected error" in result.err
+    assert "RECPRESS_DEBUG=1" in result.err
+    assert "Traceback" not in result.err
 
 
 # --- bundle ---------------------------------------------------------------------------------
 
 
-def test_packing_the_same_draft_twice_is_a_no_op(home: Path, call: Any) -> None:
+def test_packing_the_same_draft_twice_changes_nothing(home: Path, call: Any) -> None:
     draft = write_draft(home / "draft")
     first = call("bundle", "pack", str(draft), "--json")
     assert first.code == 0, first.err
@@ -273,19 +275,19 @@ def test_packing_the_same_draft_twice_is_a_no_op(home: Path, call: Any) -> None:
     assert sorted(str(path) for path in (home / "recpress" / "store").rglob("*")) == before
 
 
-def test_other_contents_under_a_packed_version_are_refused_and_nothing_is_lost(
+def test_pack_refuses_other_contents_with_a_packed_version_and_keeps_the_bundle(
     home: Path, call: Any
 ) -> None:
     packed = pack(write_draft(home / "draft"))
     other = write_draft(home / "other", seed=1)
-    refused(call("bundle", "pack", str(other)), "clicks@1", "raise 'version'")
-    found = call("bundle", "check", "clicks@1", "--json")
-    assert found.code == 0, found.err
-    assert json.loads(found.out)["rows"] == ROWS
+    assert_refused(call("bundle", "pack", str(other)), "clicks@1", "raise 'version'")
+    checked = call("bundle", "check", "clicks@1", "--json")
+    assert checked.code == 0, checked.err
+    assert json.loads(checked.out)["rows"] == ROWS
     assert pack(home / "draft") == packed
 
 
-def test_check_and_show_say_what_a_bundle_is(accepted_order: AcceptedOrder, call: Any) -> None:
+def test_bundle_check_and_show_describe_a_bundle(accepted_order: AcceptedOrder, call: Any) -> None:
     checked = call("bundle", "check", "clicks")
     assert checked.code == 0, checked.err
     assert "clicks@1 is valid" in checked.out
@@ -297,9 +299,11 @@ def test_check_and_show_say_what_a_bundle_is(accepted_order: AcceptedOrder, call
     assert json.loads(call("bundle", "show", "clicks", "--json").out)["name"] == "clicks"
 
 
-def test_the_drafts_schema_is_json_and_a_draft_follows_it(home: Path, call: Any) -> None:
-    said = call("bundle", "schema")
-    schema = json.loads(said.out)
+def test_bundle_schema_accepts_a_valid_draft_and_rejects_invalid_ones(
+    home: Path, call: Any
+) -> None:
+    result = call("bundle", "schema")
+    schema = json.loads(result.out)
     draft = json.loads((write_draft(home / "draft") / "model.json").read_text())
     assert set(schema["required"]) <= set(draft) <= set(schema["properties"])
     validate(draft, schema, raise_on_error=True)
@@ -315,44 +319,45 @@ def test_the_drafts_schema_is_json_and_a_draft_follows_it(home: Path, call: Any)
             validate(other, schema, raise_on_error=True)
 
 
-def hostile_pickle(draft: Path) -> None:
+def pickled_weights(draft: Path) -> None:
     (draft / "model.safetensors").write_bytes(pickle.dumps({"weights": [1.0]}))
 
 
-def hostile_extra(draft: Path) -> None:
+def extra_pickle_file(draft: Path) -> None:
     (draft / "weights.bin").write_bytes(pickle.dumps([1]))
 
 
-def hostile_path(draft: Path) -> None:
-    edit(draft, lambda text: text.replace("test.parquet", "../../etc/passwd"))
+def path_outside_the_draft(draft: Path) -> None:
+    edit_model_json(draft, lambda text: text.replace("test.parquet", "../../etc/passwd"))
 
 
-def hostile_module(draft: Path) -> None:
-    edit(draft, lambda text: text.replace("draft_network:ClickNet", "os:system"))
+def module_that_is_not_allowed(draft: Path) -> None:
+    edit_model_json(draft, lambda text: text.replace("draft_network:ClickNet", "os:system"))
 
 
-def hostile_version(draft: Path) -> None:
-    edit(draft, lambda text: text.replace('"schema_version": 2', '"schema_version": 99'))
+def unknown_schema_version(draft: Path) -> None:
+    edit_model_json(draft, lambda text: text.replace('"schema_version": 2', '"schema_version": 99'))
 
 
-def hostile_nan(draft: Path) -> None:
+def nan_weight(draft: Path) -> None:
     weights = load_file(draft / "model.safetensors")
     weights["user.weight"][7, 3] = float("nan")
     save_file(weights, draft / "model.safetensors")
 
 
-def hostile_table(draft: Path) -> None:
+def table_with_too_few_rows(draft: Path) -> None:
     weights = load_file(draft / "model.safetensors")
     weights["user.weight"] = weights["user.weight"][:50].contiguous()
     save_file(weights, draft / "model.safetensors")
-    edit(draft, lambda text: text.replace('"users": 3000', '"users": 50'))
+    edit_model_json(draft, lambda text: text.replace('"users": 3000', '"users": 50'))
 
 
-def hostile_shape(draft: Path) -> None:
-    edit(draft, lambda text: text.replace('"hidden": 64', '"hidden": 65'))
+def config_with_other_width(draft: Path) -> None:
+    edit_model_json(draft, lambda text: text.replace('"hidden": 64', '"hidden": 65'))
 
 
-def edit(draft: Path, change: Any) -> None:
+def edit_model_json(draft: Path, change: Any) -> None:
+    """Change the text of a draft's model.json, and assert that the change has an effect."""
     path = draft / "model.json"
     before = path.read_text()
     path.write_text(change(before))
@@ -360,41 +365,41 @@ def edit(draft: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("make_unsafe", "words"),
     [
-        (hostile_pickle, ["model.safetensors"]),
-        (hostile_extra, ["weights.bin"]),
-        (hostile_path, [".."]),
-        (hostile_module, ["os", "RECPRESS_ALLOWED_MODULES"]),
-        (hostile_version, ["schema_version", "99"]),
-        (hostile_nan, ["user.weight"]),
-        (hostile_table, ["'user'", "50 rows"]),
-        (hostile_shape, ["first.", "[65]", "'config'"]),
+        (pickled_weights, ["model.safetensors"]),
+        (extra_pickle_file, ["weights.bin"]),
+        (path_outside_the_draft, [".."]),
+        (module_that_is_not_allowed, ["os", "RECPRESS_ALLOWED_MODULES"]),
+        (unknown_schema_version, ["schema_version", "99"]),
+        (nan_weight, ["user.weight"]),
+        (table_with_too_few_rows, ["'user'", "50 rows"]),
+        (config_with_other_width, ["first.", "[65]", "'config'"]),
     ],
 )
-def test_a_hostile_draft_is_refused_and_no_bundle_is_stored(
-    home: Path, call: Any, spoil: Any, words: list[str]
+def test_pack_of_an_unsafe_draft_exits_with_code_2_and_stores_no_bundle(
+    home: Path, call: Any, make_unsafe: Any, words: list[str]
 ) -> None:
     draft = write_draft(home / "draft")
-    spoil(draft)
-    refused(call("bundle", "pack", str(draft)), *words)
+    make_unsafe(draft)
+    assert_refused(call("bundle", "pack", str(draft)), *words)
     assert not list((home / "recpress" / "store" / "bundles").rglob("*.json"))
 
 
-def test_a_hostile_draft_is_refused_by_the_process_as_well(tmp_path: Path) -> None:
+def test_pack_of_an_unsafe_draft_in_a_process_prints_no_traceback(tmp_path: Path) -> None:
     draft = write_draft(tmp_path / "draft")
-    hostile_pickle(draft)
-    ended = recpress("bundle", "pack", str(draft), env=environment(tmp_path))
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert len(ended.stderr.strip().splitlines()) <= 4
-    assert "Traceback" not in ended.stderr
+    pickled_weights(draft)
+    process = recpress("bundle", "pack", str(draft), env=environment(tmp_path))
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert len(process.stderr.strip().splitlines()) <= 4
+    assert "Traceback" not in process.stderr
 
 
 # --- registry -------------------------------------------------------------------------------
 
 
-def test_list_and_show_print_the_versions_and_the_report(
+def test_registry_list_and_show_print_the_versions_and_the_report(
     accepted_order: AcceptedOrder, call: Any
 ) -> None:
     listed = json.loads(call("registry", "list", "--json").out)
@@ -411,24 +416,24 @@ def test_list_and_show_print_the_versions_and_the_report(
     assert "| tensorrt-rtx | built-unmeasured |" in markdown
 
 
-def test_the_reports_page_is_written_as_it_was_published(
+def test_registry_show_html_writes_the_published_page(
     accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
     version = accepted_order.result.finished.version
     show = ("registry", "show", "clicks", "--version", version)
-    said = call(*show, "--html", str(tmp_path / "report.html"))
-    assert said.code == 0, said.err
+    result = call(*show, "--html", str(tmp_path / "report.html"))
+    assert result.code == 0, result.err
     html = (tmp_path / "report.html").read_text()
-    assert f"{tmp_path}/report.html" in said.out
+    assert f"{tmp_path}/report.html" in result.out
     report = accepted_order.result.finished.report
     assert html == page(report, validation_of(report.validation))
     for line in report.plan.lines:
         assert f"<code>{line.module}</code>" in html
     assert report.reproduction.command.startswith("recpress compress clicks@1")
-    refused(call(*show, "--html", str(tmp_path / "no" / "report.html")), "does not exist")
+    assert_refused(call(*show, "--html", str(tmp_path / "no" / "report.html")), "does not exist")
 
 
-def test_registry_command_line_and_prefect_say_where_the_reports_page_lies(
+def test_registry_command_line_and_prefect_name_the_uri_of_the_reports_page(
     accepted_order: AcceptedOrder, call: Any
 ) -> None:
     listed = json.loads(call("registry", "list", "clicks", "--json").out)
@@ -438,68 +443,68 @@ def test_registry_command_line_and_prefect_say_where_the_reports_page_lies(
     where = mine["tags"]["recpress.report"]
     assert where == accepted_order.result.finished.page_uri()
     assert Path(where.removeprefix("file://")).read_text().startswith("<!doctype html>")
-    said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
-    assert where in said.out
+    result = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
+    assert where in result.out
     with get_client(sync_client=True) as client:
         shown = [str(item.data) for item in client.read_artifacts() if item.type == "markdown"]
     assert any(where in text and f"--version {mine['version']} --html" in text for text in shown)
 
 
-def test_a_report_that_is_published_again_is_the_same_artifact(
+def test_publishing_the_same_report_again_returns_the_same_artifact(
     accepted_order: AcceptedOrder,
 ) -> None:
     again = publish.fn(accepted_order.result.finished.report)
     assert again == accepted_order.result.finished
 
 
-def test_the_reproduction_command_of_a_report_returns_that_report(
+def test_reproduction_command_and_order_of_a_report_return_that_report(
     accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
-    again = accepted_order.result.finished.report.reproduction
-    said = call(*shlex.split(again.command.replace("\\\n", ""))[1:], "--json")
-    assert Finished.model_validate_json(said.out) == accepted_order.result.finished
-    (tmp_path / "order.json").write_text(json.dumps(again.order))
-    said = call("compress", "--order", str(tmp_path / "order.json"), "--json")
-    assert Finished.model_validate_json(said.out) == accepted_order.result.finished
+    reproduction = accepted_order.result.finished.report.reproduction
+    result = call(*shlex.split(reproduction.command.replace("\\\n", ""))[1:], "--json")
+    assert Finished.model_validate_json(result.out) == accepted_order.result.finished
+    (tmp_path / "order.json").write_text(json.dumps(reproduction.order))
+    result = call("compress", "--order", str(tmp_path / "order.json"), "--json")
+    assert Finished.model_validate_json(result.out) == accepted_order.result.finished
 
 
-def test_an_empty_registry_says_what_to_do(home: Path, call: Any) -> None:
-    said = call("registry", "list")
-    assert said.code == 0
-    assert "recpress demo" in said.out
+def test_listing_an_empty_registry_suggests_the_demo(home: Path, call: Any) -> None:
+    result = call("registry", "list")
+    assert result.code == 0
+    assert "recpress demo" in result.out
     assert json.loads(call("registry", "list", "--json").out) == []
 
 
-def test_a_version_is_fetched_into_another_folder_and_only_into_an_empty_one(
+def test_fetch_creates_the_folder_and_refuses_a_folder_with_files(
     accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
     arguments = ("registry", "fetch", "clicks", "--version", accepted_order.result.finished.version)
     into = tmp_path / "deep" / "served"
-    said = call(*arguments, "--into", str(into), "--json")
-    assert said.code == 0, said.err
-    assert json.loads(said.out)["target"] == "onnxruntime"
+    result = call(*arguments, "--into", str(into), "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["target"] == "onnxruntime"
     assert {"model.onnx", "lowering.json"} <= {path.name for path in into.iterdir()}
-    refused(call(*arguments, "--into", str(into)), "not empty")
+    assert_refused(call(*arguments, "--into", str(into)), "not empty")
 
 
-def test_a_flipped_byte_in_the_store_is_noticed_and_no_folder_is_made(
+def test_fetch_of_a_damaged_file_exits_with_code_2_and_creates_no_folder(
     accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
     served = accepted_order.result.finished.report.targets[0].artifact
     path = accepted_order.home / "store" / "artifacts" / served.sha256 / "files" / "model.onnx"
-    whole = path.read_bytes()
-    spoiled = bytearray(whole)
-    spoiled[len(spoiled) // 2] ^= 1
+    original = path.read_bytes()
+    damaged = bytearray(original)
+    damaged[len(damaged) // 2] ^= 1
     path.chmod(0o644)
-    path.write_bytes(spoiled)
+    path.write_bytes(damaged)
     into = tmp_path / "new" / "served"
     version = accepted_order.result.finished.version
     try:
-        said = call("registry", "fetch", "clicks", "--version", version, "--into", str(into))
+        result = call("registry", "fetch", "clicks", "--version", version, "--into", str(into))
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
         path.chmod(0o444)
-    refused(said, "damaged", "model.onnx")
+    assert_refused(result, "damaged", "model.onnx")
     assert not into.exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -510,94 +515,100 @@ def test_fetch_of_an_unmeasured_engine_requires_the_option_unmeasured(
     version = accepted_order.result.finished.version
     arguments = ("registry", "fetch", "clicks", "--version", version, "--target", "tensorrt-rtx")
     into = tmp_path / "engine"
-    refused(call(*arguments, "--into", str(into)), "built-unmeasured", "--unmeasured")
+    assert_refused(call(*arguments, "--into", str(into)), "built-unmeasured", "--unmeasured")
     assert not into.exists()
-    said = call(*arguments, "--into", str(into), "--unmeasured")
-    assert said.code == 0, said.err
+    result = call(*arguments, "--into", str(into), "--unmeasured")
+    assert result.code == 0, result.err
     assert "model.engine" in {path.name for path in into.iterdir()}
 
 
-def test_an_unknown_target_or_version_is_refused_with_what_there_is(
+def test_unknown_target_version_or_model_exits_with_code_2_and_the_known_names(
     accepted_order: AcceptedOrder, call: Any, tmp_path: Path
 ) -> None:
     into = ("--into", str(tmp_path / "x"))
-    refused(call("registry", "fetch", "clicks", "--version", "99", *into), "99")
-    refused(call("registry", "fetch", "clicks", "--version", "1", "--target", "tpu", *into), "tpu")
-    refused(
+    assert_refused(call("registry", "fetch", "clicks", "--version", "99", *into), "99")
+    assert_refused(
+        call("registry", "fetch", "clicks", "--version", "1", "--target", "tpu", *into), "tpu"
+    )
+    assert_refused(
         call("registry", "fetch", "clicks", "--version", "1", "--target", "tensorrt", *into),
         "has no tensorrt",
     )
-    refused(call("registry", "show", "views"), "views", "clicks")
+    assert_refused(call("registry", "show", "views"), "views", "clicks")
 
 
-def test_a_rejected_version_is_not_promoted_and_its_fetch_requires_the_option_unaccepted(
+def test_rejected_version_is_not_promoted_and_its_fetch_requires_unaccepted(
     accepted_order: AcceptedOrder, call: Any, tmp_path: Path, without_champion: None
 ) -> None:
     limits = (Limit.parse("bytes vs baseline <= 0.015"),)
     rejected = run_without_prefect(
         accepted_order.order.model_copy(update={"limits": limits})
     ).finished.version
-    refused(call("registry", "promote", "clicks", "--version", rejected), "rejected")
+    assert_refused(call("registry", "promote", "clicks", "--version", rejected), "rejected")
     into = tmp_path / "rejected"
     arguments = ("registry", "fetch", "clicks", "--version", rejected, "--into", str(into))
-    refused(call(*arguments), "--unaccepted")
+    assert_refused(call(*arguments), "--unaccepted")
     assert not into.exists()
     assert call(*arguments, "--unaccepted").code == 0
     assert into.is_dir()
 
 
-def test_promote_and_roll_back_move_the_champion_that_fetch_gives(
+def test_promote_and_rollback_change_the_champion_that_fetch_copies(
     accepted_order: AcceptedOrder, call: Any, tmp_path: Path, without_champion: None
 ) -> None:
-    refused(call("registry", "fetch", "clicks", "--into", str(tmp_path / "none")), "@champion")
+    assert_refused(
+        call("registry", "fetch", "clicks", "--into", str(tmp_path / "none")), "@champion"
+    )
     first = accepted_order.result.finished.version
     limits = (ACCEPTED, Limit.parse("bytes vs baseline <= 0.5"))
     second = run_without_prefect(
         accepted_order.order.model_copy(update={"limits": limits})
     ).finished.version
-    said = call("registry", "promote", "clicks", "--version", first)
-    assert f"version {first} is champion (there was none)." in said.out
-    said = call("registry", "promote", "clicks", "--version", second, "--reason", "smaller")
-    assert f"version {second} is champion (was version {first})." in said.out
-    said = call("registry", "promote", "clicks", "--version", second)
-    assert f"version {second} is champion already (promote by " in said.out
+    result = call("registry", "promote", "clicks", "--version", first)
+    assert f"version {first} is champion (there was none)." in result.out
+    result = call("registry", "promote", "clicks", "--version", second, "--reason", "smaller")
+    assert f"version {second} is champion (was version {first})." in result.out
+    result = call("registry", "promote", "clicks", "--version", second)
+    assert f"version {second} is champion already (promote by " in result.out
     fetched = call("registry", "fetch", "clicks", "--into", str(tmp_path / "a"))
     assert f"clicks version {second}" in fetched.out
-    back = json.loads(call("registry", "rollback", "clicks", "--json").out)
-    assert (back["action"], back["version"]) == ("rollback", first)
-    refused(call("registry", "rollback", "clicks"), "no champion before")
+    rollback = json.loads(call("registry", "rollback", "clicks", "--json").out)
+    assert (rollback["action"], rollback["version"]) == ("rollback", first)
+    assert_refused(call("registry", "rollback", "clicks"), "no champion before")
 
 
-def test_an_order_that_promotes_does_so_also_when_it_was_carried_out_before(
+def test_order_with_promote_promotes_a_result_that_was_completed_before(
     accepted_order: AcceptedOrder, call: Any, without_champion: None
 ) -> None:
-    said = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS, "--promote")
-    assert said.code == 0, said.err
+    result = call(
+        "compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS, "--promote"
+    )
+    assert result.code == 0, result.err
     listed = json.loads(call("registry", "list", "clicks", "--json").out)
     champions = [item["version"] for item in listed if "champion" in item["aliases"]]
     assert champions == [accepted_order.result.finished.version]
-    assert f"Promoted: version {champions[0]} is champion (there was none)." in said.err
+    assert f"Promoted: version {champions[0]} is champion (there was none)." in result.err
     again = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS, "--promote")
     assert f"Version {champions[0]} is champion already." in again.err
     rejected = ("--limit", "bytes vs baseline <= 0.015", *TARGETS, "--promote")
-    said = call("compress", "clicks", "--preset", "small", *rejected)
-    assert said.code == 3
-    assert "Not promoted: version " in said.err
+    result = call("compress", "clicks", "--preset", "small", *rejected)
+    assert result.code == 3
+    assert "Not promoted: version " in result.err
     assert (
         f"is rejected, and only an accepted version becomes champion; version {champions[0]}"
-        in (said.err)
+        in (result.err)
     )
 
 
 # --- doctor ---------------------------------------------------------------------------------
 
 
-def test_doctor_names_store_registry_and_builders_and_fails_if_the_store_does(
+def test_doctor_reports_each_service_and_exits_with_code_1_if_the_store_fails(
     accepted_order: AcceptedOrder, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = call("doctor", "--json")
-    found = {item["what"]: item for item in json.loads(said.out)}
-    assert said.code == 0, said.out
+    result = call("doctor", "--json")
+    found = {item["what"]: item for item in json.loads(result.out)}
+    assert result.code == 0, result.out
     assert found["object store"]["state"] == "ok"
     assert found["ONNX Runtime"]["state"] == "ok"
     assert ALLOWED in found["architectures from"]["found"]

@@ -1,4 +1,4 @@
-"""``recpress tables``: what it prints, and what it refuses in one sentence with exit code 2."""
+"""``recpress tables``: output of its commands, and input that it refuses with exit code 2."""
 
 import json
 import os
@@ -23,14 +23,14 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def called(*arguments: str) -> tuple[int, str, str]:
+    def run_command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["recpress", "tables", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as process:
             app.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
+        output = capsys.readouterr()
+        return int(process.value.code or 0), output.out, output.err
 
-    return called
+    return run_command
 
 
 @pytest.fixture
@@ -43,55 +43,57 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_a_table_is_compressed_checked_and_listed(call: Call, source: Path, tmp_path: Path):
+def test_quantize_compresses_a_table_that_check_verifies_and_prints(
+    call: Call, source: Path, tmp_path: Path
+):
     out = tmp_path / "out"
-    code, said, _ = call("quantize", source, out, "--format", "int8", "--tensor", "user")
+    code, output, _ = call("quantize", source, out, "--format", "int8", "--tensor", "user")
     assert code == 0
-    assert "user: rowwise_int8, 16,000 -> 5,000 bytes (31.2 %; rowwise_int8 as ordered)" in said
-    assert "mlp.weight: float32, 128 -> 128 bytes (100.0 %; not among user)" in said
-    found = load_file(out / "files" / "model.safetensors")
-    assert found["user.scale"].dtype == torch.float16
+    assert "user: rowwise_int8, 16,000 -> 5,000 bytes (31.2 %; rowwise_int8 as ordered)" in output
+    assert "mlp.weight: float32, 128 -> 128 bytes (100.0 %; not among user)" in output
+    tensors = load_file(out / "files" / "model.safetensors")
+    assert tensors["user.scale"].dtype == torch.float16
     code, checked, _ = call("check", out)
     assert code == 0
     assert "every hash verified" in checked
-    assert checked.splitlines()[:2] == said.splitlines()[:2]
+    assert checked.splitlines()[:2] == output.splitlines()[:2]
 
 
-def test_a_number_of_a_list_may_be_set(call: Call, source: Path, tmp_path: Path):
+def test_set_accepts_numbers_booleans_and_lists(call: Call, source: Path, tmp_path: Path):
     options = ("--format", "int8", "--set", "rows_per_scale=8", "--set", "symmetric=false")
-    code, said, err = call("quantize", source, tmp_path / "out", *options, "--json")
+    code, output, err = call("quantize", source, tmp_path / "out", *options, "--json")
     assert (code, err) == (0, "")
-    lines = {line["module"]: line for line in json.loads(said)["plan"]["lines"]}
-    assert lines["user"]["bytes_after"] == 500 * 8 + 2 * 2 * 63  # a scale and an offset for 8 rows
+    lines = {line["module"]: line for line in json.loads(output)["plan"]["lines"]}
+    assert lines["user"]["bytes_after"] == 500 * 8 + 2 * 2 * 63  # scale and offset per 8 rows
     options = ("--format", "kmeans", "--set", "bits=2", "--set", 'tables=["user"]')
     code, _, _ = call("quantize", source, tmp_path / "two", *options)
     assert code == 0
 
 
-def test_every_setting_reaches_the_step(call: Call, source: Path, tmp_path: Path):
+def test_every_option_reaches_the_step(call: Call, source: Path, tmp_path: Path):
     options = ("--format", "int4", "--scale", "float32", "--clipping", "mse", "--min-rows", "5")
-    code, said, _ = call("quantize", source, tmp_path / "out", *options, "--json")
+    code, output, _ = call("quantize", source, tmp_path / "out", *options, "--json")
     assert code == 0
-    line = json.loads(said)["plan"]["lines"][0]
+    line = json.loads(output)["plan"]["lines"][0]
     fields = {"rows": 4, "min_rows": 5}
     assert line["reasons"] == [{"code": "too_few_rows", "fields": fields}]
     assert line["reason"] == "4 rows, fewer than min_rows 5"
-    _, said, _ = call("check", tmp_path / "out", "--json")
-    step = json.loads(said)[1]["step"]
+    _, output, _ = call("check", tmp_path / "out", "--json")
+    step = json.loads(output)[1]["step"]
     assert (step["scale"], step["clipping"], step["min_rows"]) == ("float32", "mse", 5)
-    code, said, _ = call(
+    code, output, _ = call(
         "quantize", source, tmp_path / "too", "--format", "int4", "--set", "clipping=mse"
     )
     assert code == 0
 
 
-def test_the_formats_list_themselves(call: Call):
-    code, said, _ = call("formats")
+def test_formats_lists_table_formats_and_their_settings(call: Call):
+    code, output, _ = call("formats")
     assert code == 0
-    assert "int8: Store embedding tables as one byte per weight" in said
-    assert "clipping (min_max)" in said
-    code, said, _ = call("formats", "--json")
-    assert json.loads(said).keys() >= {"int8", "int4"}
+    assert "int8: Store embedding tables as one byte per weight" in output
+    assert "clipping (min_max)" in output
+    code, output, _ = call("formats", "--json")
+    assert json.loads(output).keys() >= {"int8", "int4"}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_the_formats_list_themselves(call: Call):
         (["--format", "int8", "--tensor", "itme*"], ["'itme*'", "user.weight", "Correct"]),
     ],
 )
-def test_a_wrong_order_is_one_sentence_and_leaves_nothing(
+def test_invalid_options_exit_with_code_2_and_write_no_file(
     options: list[str], words: list[str], call: Call, source: Path, tmp_path: Path
 ):
     code, out, err = call("quantize", source, tmp_path / "out", *options)
@@ -117,7 +119,9 @@ def test_a_wrong_order_is_one_sentence_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_a_missing_file_and_a_full_folder_are_refused(call: Call, source: Path, tmp_path: Path):
+def test_missing_input_and_folder_with_files_exit_with_code_2(
+    call: Call, source: Path, tmp_path: Path
+):
     code, _, err = call("quantize", tmp_path / "no", tmp_path / "out", "--format", "int8")
     assert code == 2
     assert "does not exist" in err
@@ -129,7 +133,7 @@ def test_a_missing_file_and_a_full_folder_are_refused(call: Call, source: Path, 
     assert "no manifest.json" in err
 
 
-def test_it_starts_without_prefect(source: Path, tmp_path: Path):
+def test_tables_quantize_imports_neither_prefect_nor_mlflow(source: Path, tmp_path: Path):
     code = (
         "import sys\n"
         "from flows.cli.app import main\n"
@@ -137,7 +141,7 @@ def test_it_starts_without_prefect(source: Path, tmp_path: Path):
         "assert not {'prefect', 'mlflow', 's3fs', 'onnx'} & sys.modules.keys()"
     )
     order = ["tables", "quantize", str(source), str(tmp_path / "out"), "--format", "int8"]
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, *order],
         cwd=ROOT,
         env=environment(tmp_path),
@@ -146,50 +150,51 @@ def test_it_starts_without_prefect(source: Path, tmp_path: Path):
         check=False,
         timeout=120,
     )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == ""
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
-def blocks_of(language: str) -> list[str]:
+def code_blocks(language: str) -> list[str]:
+    """Return the code blocks of a language in docs/tables.md."""
     page = (Path(ROOT) / "docs" / "tables.md").read_text()
     return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def test_what_the_documentation_shows_is_what_happens(
+def test_documented_commands_print_the_documented_output(
     call: Call,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    (commands,), (python,) = blocks_of("bash"), blocks_of("python")
-    (printed,) = blocks_of("text")
+    (commands,), (python,) = code_blocks("bash"), code_blocks("python")
+    (printed,) = code_blocks("text")
     script = re.fullmatch(r"python - <<'END'\n(.*?)END\n(.*)", commands, re.DOTALL)
     assert script is not None
     monkeypatch.chdir(tmp_path)
     (tmp_path / "written.py").write_text(script[1])
     runpy.run_path("written.py")
-    said = ""
+    output = ""
     for line in script[2].splitlines():
         recpress, tables, *arguments = shlex.split(line, comments=True)
         assert (recpress, tables) == ("recpress", "tables")
         code, out, err = call(*arguments)
         assert code == 0, err
-        said += out
-    assert said.count(printed) == 2  # once as it is made, once as it is checked
+        output += out
+    assert output.count(printed) == 2  # printed by quantize and by check
     (tmp_path / "read.py").write_text(python)
     runpy.run_path("read.py")
     assert capsys.readouterr().out == "torch.Size([2, 64])\n"
 
 
 @pytest.mark.nightly  # the test above runs the same commands in one process
-def test_what_the_documentation_shows_is_what_happens_in_a_shell(tmp_path: Path):
-    (commands,), (python,) = blocks_of("bash"), blocks_of("python")
-    (printed,) = blocks_of("text")
+def test_documented_commands_print_the_documented_output_in_a_shell(tmp_path: Path):
+    (commands,), (python,) = code_blocks("bash"), code_blocks("python")
+    (printed,) = code_blocks("text")
     bash = shutil.which("bash")
     assert bash is not None
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ran = subprocess.run(
+    process = subprocess.run(
         [bash, "-euo", "pipefail", "-c", f"{commands}\npython - <<'END'\n{python}\nEND"],
         cwd=tmp_path,
         env={**environment(tmp_path), "PATH": path},
@@ -198,6 +203,6 @@ def test_what_the_documentation_shows_is_what_happens_in_a_shell(tmp_path: Path)
         check=False,
         timeout=120,
     )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count(printed) == 2  # once as it is made, once as it is checked
-    assert ran.stdout.endswith("torch.Size([2, 64])\n")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count(printed) == 2  # printed by quantize and by check
+    assert process.stdout.endswith("torch.Size([2, 64])\n")

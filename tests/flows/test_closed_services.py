@@ -1,4 +1,4 @@
-"""The services of `make up-local` in front of other web pages and other users of the machine."""
+"""The services of `make up-local` refuse other web pages and other users of the machine."""
 
 import asyncio
 import http.client
@@ -30,17 +30,19 @@ JSON = {"Content-Type": "application/json"}
 
 
 def secrets_of(services: LocalServices) -> dict[str, str]:
+    """Return the secrets of the services by variable."""
     return read_variables(services.home / "services" / "secrets.env")
 
 
 def process_names(services: LocalServices) -> dict[int, list[str]]:
-    found = {}
+    """Return the command line of each process of the services, by process id."""
+    names = {}
     for pid in tree(services.pid):
         try:
-            found[pid] = arguments(pid)
-        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            names[pid] = arguments(pid)
+        except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
-    return found
+    return names
 
 
 def test_prefect_refuses_requests_without_the_secret(local_services: LocalServices) -> None:
@@ -50,17 +52,17 @@ def test_prefect_refuses_requests_without_the_secret(local_services: LocalServic
     )
 
 
-def test_prefects_own_ui_may_call_the_api_from_both_names_of_this_machine(
+def test_prefect_allows_its_own_ui_as_127_0_0_1_and_as_localhost(
     local_services: LocalServices,
 ) -> None:
     api = local_services.client["PREFECT_API_URL"]
-    own = api.removesuffix("/api")
-    for origin in (own, own.replace("127.0.0.1", "localhost")):
+    ui_origin = api.removesuffix("/api")
+    for origin in (ui_origin, ui_origin.replace("127.0.0.1", "localhost")):
         reply = send(api, "GET", "/health", headers={"Origin": origin})
         assert reply.headers["access-control-allow-origin"] == origin
 
 
-def test_the_sockets_of_events_and_logs_open_with_the_secret(local_services: LocalServices) -> None:
+def test_websockets_for_events_and_logs_open_with_the_secret(local_services: LocalServices) -> None:
     client, name = local_services.client, f"recpress.test.{uuid4()}"
 
     async def pass_through() -> None:
@@ -69,7 +71,7 @@ def test_the_sockets_of_events_and_logs_open_with_the_secret(local_services: Loc
         ) as events:
             emit_event(event=name, resource={"prefect.resource.id": name})
             assert (await asyncio.wait_for(anext(events), 60)).event == name
-        # Prefect publishes no log lines there unless it is configured to; opening authenticates.
+        # By default Prefect publishes no log lines there, but the client authenticates.
         async with get_logs_subscriber():
             pass
 
@@ -81,17 +83,17 @@ def test_the_sockets_of_events_and_logs_open_with_the_secret(local_services: Loc
         asyncio.run(pass_through())
 
 
-def test_no_process_listens_beyond_loopback(local_services: LocalServices) -> None:
+def test_every_process_listens_only_on_loopback(local_services: LocalServices) -> None:
     ports = {
         (pid, " ".join(words)[:60], *place)
         for pid, words in process_names(local_services).items()
         for place in listening(pid)
     }
     assert len(ports) >= 13  # 2 Postgres, 8 of the store, Prefect, MLflow, the worker
-    assert [found for found in ports if found[2] not in LOOPBACK] == []
+    assert [names for names in ports if names[2] not in LOOPBACK] == []
 
 
-def test_no_secret_is_an_argument_a_printed_line_or_in_another_file(
+def test_secrets_are_only_in_files_that_only_their_owner_can_read(
     local_services: LocalServices,
 ) -> None:
     secrets = set(secrets_of(local_services).values())
@@ -101,7 +103,7 @@ def test_no_secret_is_an_argument_a_printed_line_or_in_another_file(
     state = local_services.home / "services"
     private = {state / "secrets.env", state / "client.env", state / "configs" / "identities"}
     assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
-    holding = [
+    other_files = [
         str(path)
         for path in local_services.home.rglob("*")
         if path.is_file() and path not in private
@@ -109,22 +111,22 @@ def test_no_secret_is_an_argument_a_printed_line_or_in_another_file(
         for secret in secrets
         if secret.encode() in content
     ]
-    assert holding == []
+    assert other_files == []
 
 
-def test_no_process_reports_its_use(local_services: LocalServices) -> None:
-    seen = set()
+def test_telemetry_is_off_in_every_process(local_services: LocalServices) -> None:
+    checked = set()
     for pid, words in process_names(local_services).items():
         kinds = {name for name in ("prefect", "mlflow") if f"/{name}" in " ".join(words)}
         if kinds and pid != local_services.pid:
             values = environment_of(pid)
             assert {name: values.get(name, "") for name in TELEMETRY_OFF} == TELEMETRY_OFF, words
-            seen |= kinds
+            checked |= kinds
         assert "weed" not in words[:1] or "-master.telemetry=false" in words
-    assert seen == {"prefect", "mlflow"}
+    assert checked == {"prefect", "mlflow"}
 
 
-def test_the_printed_steps_lead_to_the_string_that_logs_in(local_services: LocalServices) -> None:
+def test_printed_command_prints_the_secret_that_logs_in(local_services: LocalServices) -> None:
     printed = (local_services.home / "printed").read_text()
     (step,) = (line.strip() for line in printed.splitlines() if "echo" in line)
     shell = subprocess.run(["/bin/sh", "-c", step], capture_output=True, text=True, check=True)
@@ -136,7 +138,7 @@ def test_the_printed_steps_lead_to_the_string_that_logs_in(local_services: Local
     assert reply.status == 200
 
 
-def test_prefects_command_line_works_in_a_terminal_that_read_the_file(
+def test_prefects_command_line_works_with_the_variables_of_client_env(
     local_services: LocalServices, tmp_path: Path
 ) -> None:
     file = shlex.quote(str(local_services.home / "services" / "client.env"))
@@ -161,18 +163,18 @@ def test_prefects_command_line_works_in_a_terminal_that_read_the_file(
     assert refused.returncode != 0
 
 
-def test_the_doctor_names_the_variable_if_the_credentials_are_wrong(
+def test_doctor_names_the_variable_of_wrong_credentials(
     local_services: LocalServices, tmp_path: Path
 ) -> None:
     wrong = local_services.client | {"PREFECT_API_AUTH_STRING": "recpress:wrong"}
-    said = recpress("doctor", "--json", env=environment(tmp_path, **wrong))
-    assert said.returncode == 1
-    (prefect,) = (item for item in json.loads(said.stdout) if item["what"] == "Prefect")
+    process = recpress("doctor", "--json", env=environment(tmp_path, **wrong))
+    assert process.returncode == 1
+    (prefect,) = (item for item in json.loads(process.stdout) if item["what"] == "Prefect")
     assert "refuses the credentials (401)" in prefect["found"]
     assert "PREFECT_API_AUTH_STRING" in prefect["remedy"]
 
 
-def test_mlflow_refuses_pages_of_other_origins_and_foreign_hosts(
+def test_mlflow_refuses_requests_of_other_origins_and_for_other_hosts(
     local_services: LocalServices,
 ) -> None:
     uri = local_services.client["MLFLOW_TRACKING_URI"]
@@ -202,7 +204,7 @@ def test_mlflow_refuses_pages_of_other_origins_and_foreign_hosts(
     assert send(uri, "GET", "/").headers["x-frame-options"] == "SAMEORIGIN"
 
 
-def test_the_store_takes_no_http_request_without_a_key_on_any_port(
+def test_store_refuses_http_requests_without_a_key_on_every_port(
     local_services: LocalServices,
 ) -> None:
     (pid,) = (pid for pid, words in process_names(local_services).items() if words[:1] == ["weed"])

@@ -1,4 +1,4 @@
-"""The way of one model, with the real tasks: what becomes of it, and what a second run costs."""
+"""The flow with its real tasks: outcomes of orders, repeated and killed runs, targets, retries."""
 
 import os
 import shutil
@@ -45,23 +45,24 @@ ANY = Limit.parse("auc vs baseline >= -0.02")
 
 
 def with_limits(accepted_order: AcceptedOrder, *limits: str) -> Order:
-    """The world's order with other limits: everything but the gate is remembered."""
+    """Return the accepted order with other limits; all tasks before the gate are cached."""
     return accepted_order.order.model_copy(update={"limits": tuple(map(Limit.parse, limits))})
 
 
 def registered(model: str) -> list[str]:
+    """Return the registered versions of a model."""
     return [item.version for item in Registry(load_settings().registry_uri).versions(model)]
 
 
-# --- what becomes of an order ----------------------------------------------------------------
+# --- outcomes --------------------------------------------------------------------------------
 
 
-def test_an_order_within_its_limits_is_accepted_registered_and_measured(
+def test_order_within_its_limits_is_measured_accepted_and_registered(
     accepted_order: AcceptedOrder,
 ) -> None:
-    ran = accepted_order.result
-    report = ran.finished.report
-    assert (ran.state, report.outcome) == ("Completed", "accepted")
+    result = accepted_order.result
+    report = result.finished.report
+    assert (result.state, report.outcome) == ("Completed", "accepted")
     assert [(t.target, t.verdict.outcome) for t in report.targets] == [
         ("onnxruntime", "accepted"),
         ("tensorrt-rtx", "built-unmeasured"),
@@ -71,84 +72,88 @@ def test_an_order_within_its_limits_is_accepted_registered_and_measured(
     assert measured.rows == ROWS["test"]
     before = measured.baseline.of("auc", "absolute")
     assert before is not None
-    # Float32 sums in another order swap hardly any of 2 million pairs of scores.
+    # Another order of float32 sums may swap a few of the 2 million pairs of scores.
     assert before.point == pytest.approx(planted_auc(accepted_order.draft), abs=1e-6)
-    # int8 rows with their scales and int8 layers: 0.28 of the weights, and the graph around it.
-    # int4 rows cost more than the preset's budget on the few validation rows.
+    # int8 rows with their scales and int8 layers have 0.28 of the bytes; the graph adds some. The
+    # few validation rows make int4 rows exceed the preset's budget.
     assert report.targets[0].bytes < 0.35 * report.baseline_bytes
     assert report.idle_reasons["rowwise_int4"].code == "over_budget"
     lines = {line.module: line.format for line in report.plan.lines}
     assert {"user", "item", "tags", "cross", "first", "second", "out"} <= set(lines)
     assert {lines[table] for table in ("user", "item", "tags")} == {"rowwise_int8"}
-    version = Registry(load_settings().registry_uri).version("clicks", ran.finished.version)
-    assert version.source == ran.finished.release.uri
+    version = Registry(load_settings().registry_uri).version("clicks", result.finished.version)
+    assert version.source == result.finished.release.uri
     assert version.tags["recpress.outcome"] == "accepted"
     assert version.tags["recpress.verdict.tensorrt-rtx"] == "built-unmeasured"
 
 
-def test_what_was_found_is_on_the_runs_pages(accepted_order: AcceptedOrder) -> None:
+def test_prefect_has_report_table_and_progress_artifacts_of_the_run(
+    accepted_order: AcceptedOrder,
+) -> None:
     with get_client(sync_client=True) as client:
         kinds = {item.type: item for item in client.read_artifacts()}
     assert {"markdown", "table", "progress"} <= set(kinds)
     assert "recpress registry fetch clicks" in str(kinds["markdown"].data)
 
 
-def test_the_fetched_graph_gives_the_reported_auc_in_a_plain_session(
+def test_fetched_graph_has_the_reported_auc_in_a_plain_onnxruntime_session(
     accepted_order: AcceptedOrder, tmp_path: Path
 ) -> None:
-    """With nothing but what lies in the folder: model.onnx, lowering.json, and the test data."""
+    """Uses only the fetched files, model.onnx and lowering.json, and the test data."""
     into = tmp_path / "served"
     fetch("clicks", accepted_order.result.finished.version, "onnxruntime", into)
     rows = pq.read_table(accepted_order.draft / "test.parquet")
     bags = rows["tags"].to_pylist()
     lengths = np.array([len(ids) for ids in bags])
-    given: dict[str, Any] = {
+    columns: dict[str, Any] = {
         "user": rows["user"].to_numpy(),
         "item": rows["item"].to_numpy(),
         "tags": np.concatenate([np.array(ids, np.int64) for ids in bags]),
         "tags_offsets": np.cumsum(lengths) - lengths,
-        "dense": np.stack([rows[f"d{place}"].to_numpy() for place in range(DENSE)], axis=1),
+        "dense": np.stack([rows[f"d{index}"].to_numpy() for index in range(DENSE)], axis=1),
     }
-    (described,) = Lowering.model_validate_json((into / "lowering.json").read_text()).graphs
-    assert [item.name for item in described.inputs] == list(given)
+    (graph,) = Lowering.model_validate_json((into / "lowering.json").read_text()).graphs
+    assert [item.name for item in graph.inputs] == list(columns)
     session = onnxruntime.InferenceSession(str(into / "model.onnx"))
-    inputs = {item.name: given[item.name].astype(item.dtype) for item in described.inputs}
-    (scores,) = session.run([described.output], inputs)
+    inputs = {item.name: columns[item.name].astype(item.dtype) for item in graph.inputs}
+    (scores,) = session.run([graph.output], inputs)
     measured = accepted_order.result.finished.report.measurement
     assert measured is not None
     reported = measured.numbers.of("auc", "absolute")
     assert reported is not None
-    # Scored in one batch here and in blocks there; ties and last digits move single pairs.
-    found = roc_auc_score(rows["label"].to_numpy(), scores)
-    assert found == pytest.approx(reported.point, abs=1e-5)
+    # The report scores blocks of rows, this test one batch: last digits may swap a few pairs.
+    auc = roc_auc_score(rows["label"].to_numpy(), scores)
+    assert auc == pytest.approx(reported.point, abs=1e-5)
     assert (scores > 0).all()
     assert (scores < 1).all()
 
 
-def test_an_order_over_a_limit_completes_as_rejected_with_the_numbers(
+def test_order_over_a_limit_completes_with_state_rejected_and_the_numbers(
     accepted_order: AcceptedOrder,
 ) -> None:
-    ran = run_in_prefect(with_limits(accepted_order, "bytes vs baseline <= 0.01"))
-    assert ran.state == "Rejected"
-    assert "the limit is <= 0.010 times; rejected" in ran.message
-    assert ran.finished.report.outcome == "rejected"
-    version = Registry(load_settings().registry_uri).version("clicks", ran.finished.version)
+    result = run_in_prefect(with_limits(accepted_order, "bytes vs baseline <= 0.01"))
+    assert result.state == "Rejected"
+    assert "the limit is <= 0.010 times; rejected" in result.message
+    assert result.finished.report.outcome == "rejected"
+    version = Registry(load_settings().registry_uri).version("clicks", result.finished.version)
     assert version.tags["recpress.outcome"] == "rejected"
     assert "candidate" not in version.aliases
 
 
-def test_an_order_over_a_limit_on_score_change_is_rejected_with_the_change(
+def test_order_over_a_score_change_limit_is_rejected_with_the_change(
     accepted_order: AcceptedOrder,
 ) -> None:
-    ran = run_without_prefect(
+    result = run_without_prefect(
         with_limits(accepted_order, "max_score_change <= 0.0001", "score_correlation >= 0.5")
     )
-    assert ran.state == "Rejected"
-    assert "largest score change is" in ran.message
-    assert "test rows (other rows may change more); the limit is <= 0.0001; rejected" in ran.message
+    assert result.state == "Rejected"
+    assert "largest score change is" in result.message
+    assert (
+        "test rows (other rows may change more); the limit is <= 0.0001; rejected" in result.message
+    )
 
 
-def test_an_accepted_order_reports_how_much_scores_changed(accepted_order: AcceptedOrder) -> None:
+def test_accepted_order_reports_the_score_changes(accepted_order: AcceptedOrder) -> None:
     report = accepted_order.result.finished.report
     changes = with_code(report.targets[0].verdict.reasons, "score_changes")
     assert 0.9 <= with_code([changes], "correlation").fields["correlation"] < 1
@@ -157,7 +162,7 @@ def test_an_accepted_order_reports_how_much_scores_changed(accepted_order: Accep
         assert f"| {what} |" in text
 
 
-def test_a_limit_inside_the_interval_is_undecided_and_says_how_many_rows_would_decide(
+def test_limit_inside_the_interval_is_undecided_and_reports_rows_to_decide(
     accepted_order: AcceptedOrder,
 ) -> None:
     measured = accepted_order.result.finished.report.measurement
@@ -166,16 +171,16 @@ def test_a_limit_inside_the_interval_is_undecided_and_says_how_many_rows_would_d
     assert change is not None
     assert change.low < change.point
     between = (change.point + change.low) / 2
-    ran = run_without_prefect(with_limits(accepted_order, f"auc vs baseline >= {between!r}"))
-    assert ran.state == "Undecided"
-    (judgement,) = ran.finished.report.targets[0].verdict.judgements
+    result = run_without_prefect(with_limits(accepted_order, f"auc vs baseline >= {between!r}"))
+    assert result.state == "Undecided"
+    (judgement,) = result.finished.report.targets[0].verdict.judgements
     assert judgement.outcome == "undecided"
     assert judgement.rows_to_decide is not None
     assert judgement.rows_to_decide > ROWS["test"]
-    assert "rows would decide" in ran.message
+    assert "rows would decide" in result.message
 
 
-def test_data_that_breaks_a_rule_stops_the_flow_before_anything_is_compressed(
+def test_data_that_violates_a_rule_stops_the_flow(
     accepted_order: AcceptedOrder,
 ) -> None:
     order = accepted_order.order.model_copy(update={"rules": Rules(min_rows={"test": 100_000})})
@@ -183,62 +188,60 @@ def test_data_that_breaks_a_rule_stops_the_flow_before_anything_is_compressed(
         run_without_prefect(order)
 
 
-# --- what is made twice ----------------------------------------------------------------------
+# --- repeated and killed runs ----------------------------------------------------------------
 
 
-def test_the_same_order_again_takes_every_task_from_the_cache_and_registers_nothing(
+def test_repeated_order_reads_every_task_from_the_cache_and_registers_nothing(
     accepted_order: AcceptedOrder,
 ) -> None:
     versions = registered("clicks")
-    ran = run_in_prefect(accepted_order.order)
-    assert {state for _, state in ran.tasks} == {"Cached"}, ran.tasks
-    assert len(ran.tasks) == len(accepted_order.result.tasks)
-    assert ran.finished == accepted_order.result.finished
+    result = run_in_prefect(accepted_order.order)
+    assert {state for _, state in result.tasks} == {"Cached"}, result.tasks
+    assert len(result.tasks) == len(accepted_order.result.tasks)
+    assert result.finished == accepted_order.result.finished
     assert registered("clicks") == versions
-    # Other tests run orders without the engine: the same tasks under the same names.
-    assert sorted(run_without_prefect(accepted_order.order).tasks) == sorted(ran.tasks)
+    # Without the engine, as in most tests, the same tasks run under the same names.
+    assert sorted(run_without_prefect(accepted_order.order).tasks) == sorted(result.tasks)
 
 
-def test_an_order_with_other_limits_runs_only_gate_and_publish_again(
+def test_order_with_other_limits_runs_only_gate_and_publish_again(
     accepted_order: AcceptedOrder,
 ) -> None:
-    ran = run_without_prefect(with_limits(accepted_order, "auc vs baseline >= -0.03"))
-    made = [name for name, state in ran.tasks if state != "Cached"]
-    assert {name.split()[0] for name in made} == {"gate", "publish"}, made
+    result = run_without_prefect(with_limits(accepted_order, "auc vs baseline >= -0.03"))
+    executed = [name for name, state in result.tasks if state != "Cached"]
+    assert {name.split()[0] for name in executed} == {"gate", "publish"}, executed
 
 
-def test_an_artifact_that_was_deleted_from_the_store_is_made_again(
+def test_artifact_deleted_from_the_store_is_created_again(
     accepted_order: AcceptedOrder,
 ) -> None:
     compressed = accepted_order.result.finished.report.compressed
     shutil.rmtree(accepted_order.home / "store" / "artifacts" / compressed.sha256)
-    ran = run_without_prefect(accepted_order.order)
-    assert ran.finished == accepted_order.result.finished  # the same bits, so the same name
+    result = run_without_prefect(accepted_order.order)
+    assert result.finished == accepted_order.result.finished  # the same bits have the same hash
     assert store().find(compressed.sha256) == compressed
-    assert ran.of("static_int8") == ["Completed"]
-    assert ran.of("rowwise_int4") == ["Cached"]
-    assert set(ran.of("measure")) == {"Cached"}
+    assert result.states_of("static_int8") == ["Completed"]
+    assert result.states_of("rowwise_int4") == ["Cached"]
+    assert set(result.states_of("measure")) == {"Cached"}
 
 
-def test_an_order_forgotten_by_the_registry_is_registered_again(
+def test_order_missing_in_another_registry_is_registered_there(
     accepted_order: AcceptedOrder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
-    ran = run_without_prefect(accepted_order.order)
-    assert ran.of("publish") == ["Completed"]
+    result = run_without_prefect(accepted_order.order)
+    assert result.states_of("publish") == ["Completed"]
     assert registered("clicks") == ["1"]
-    assert "other.db" in ran.finished.registry
+    assert "other.db" in result.finished.registry
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     versions = registered("clicks")
-    back = run_without_prefect(
-        accepted_order.order
-    ).finished  # what it was registered as elsewhere is not its name
-    assert back == accepted_order.result.finished
+    # The version in the other registry does not replace the version in this one.
+    assert run_without_prefect(accepted_order.order).finished == accepted_order.result.finished
     assert registered("clicks") == versions
 
 
-def access() -> dict[str, str]:
-    """Environment variables for the Prefect server of the tests."""
+def prefect_variables() -> dict[str, str]:
+    """Return the environment variables that select the Prefect server of the tests."""
     api = get_current_settings().api
     assert api.url is not None
     assert api.auth_string is not None
@@ -250,11 +253,11 @@ def access() -> dict[str, str]:
     ("preset", "first_step", "server"),
     [
         ("fast", "rowwise_int8", "shared"),
-        # Its own server takes as long to start as all the rest, and keeps nothing that is needed.
+        # An embedded server doubles the time of the test.
         pytest.param("small", "rowwise_int4", "embedded", marks=pytest.mark.nightly),
     ],
 )
-def test_a_killed_flow_goes_on_where_it_was(
+def test_killed_flow_resumes_after_its_last_completed_task(
     preset: Preset,
     first_step: str,
     server: str,
@@ -263,10 +266,10 @@ def test_a_killed_flow_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """kill -9 of the process and of its server if it is embedded, in the second of the steps."""
+    """Kill the process, and its server if that is embedded, in the step static_int8."""
     pack(write_draft(empty_home / "draft", name="killed"))
     limit = str(ANY)
-    environ = environment(empty_home, **(access() if server == "shared" else {}))
+    environ = environment(empty_home, **(prefect_variables() if server == "shared" else {}))
     command = [sys.executable, "-m", "flows.cli.app", "compress", "killed", "--preset", preset]
     process = subprocess.Popen(
         [*command, "--limit", limit],
@@ -283,24 +286,23 @@ def test_a_killed_flow_goes_on_where_it_was(
         while "static_int8" not in lines[-1] and (line := process.stderr.readline()):
             lines.append(line)
     finally:
-        with suppress(ProcessLookupError):  # it ended by itself: the exit code below shows it
+        with suppress(ProcessLookupError):  # it has ended; the exit code is checked below
             os.killpg(process.pid, signal.SIGKILL)
     process.stderr.close()
     assert process.wait() == -signal.SIGKILL, lines
     assert Registry(load_settings().registry_uri).models() == ()
 
     order = Order(model="killed", preset=preset, limits=(ANY,))
-    ran = run_without_prefect(order)
-    assert ran.state == "Completed"
+    result = run_without_prefect(order)
+    assert result.state == "Completed"
     for task in ("pull", "validate", "prepare", first_step):
-        assert set(ran.of(task)) == {"Cached"}, (task, ran.tasks)
-    assert ran.of("measure") == ["Completed"]
+        assert set(result.states_of(task)) == {"Cached"}, (task, result.tasks)
+    assert result.states_of("measure") == ["Completed"]
     assert registered("killed") == ["1"]
 
-    # What the resumed run made is what the command line now finds.
-    code, said = run_main(monkeypatch, capsys, *command[3:], "--limit", limit)
-    assert code == 0, said
-    assert "was carried out before" in said
+    code, output = run_main(monkeypatch, capsys, *command[3:], "--limit", limit)
+    assert code == 0, output
+    assert "was carried out before" in output
 
 
 # --- targets ---------------------------------------------------------------------------------
@@ -308,22 +310,22 @@ def test_a_killed_flow_goes_on_where_it_was(
 
 @pytest.fixture
 def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where the datacenter package is not installed."""
+    """Make the import of tensorrt fail, as on a machine without that package."""
     monkeypatch.setitem(sys.modules, "tensorrt", None)
 
 
-def test_an_optional_target_that_cannot_be_built_is_left_out_with_its_reason(
+def test_optional_target_that_cannot_be_built_is_skipped_with_a_reason(
     accepted_order: AcceptedOrder, without_tensorrt: None
 ) -> None:
     targets = accepted_order.order.targets.model_copy(update={"tensorrt": "optional"})
-    ran = run_without_prefect(accepted_order.order.model_copy(update={"targets": targets}))
-    report = ran.finished.report
-    assert (ran.state, report.outcome) == ("Completed", "accepted")
+    result = run_without_prefect(accepted_order.order.model_copy(update={"targets": targets}))
+    report = result.finished.report
+    assert (result.state, report.outcome) == ("Completed", "accepted")
     assert [item.target for item in report.targets] == ["onnxruntime", "tensorrt-rtx"]
     assert "pip install 'recpress[tensorrt]'" in report.skipped["tensorrt"]
 
 
-def test_a_required_target_that_cannot_be_built_is_refused_before_anything_is_done(
+def test_required_target_that_cannot_be_built_is_refused(
     accepted_order: AcceptedOrder, without_tensorrt: None
 ) -> None:
     order = accepted_order.order.model_copy(
@@ -336,26 +338,26 @@ def test_a_required_target_that_cannot_be_built_is_refused_before_anything_is_do
 # --- the champion ----------------------------------------------------------------------------
 
 
-def test_a_limit_against_the_champion_holds_without_one_and_is_measured_with_one(
+def test_champion_limit_holds_without_a_champion_and_is_measured_with_one(
     accepted_order: AcceptedOrder, without_champion: None
 ) -> None:
     order = with_limits(accepted_order, "bytes vs champion <= 1.01", "auc vs champion >= -0.0001")
     assert champion_graph("clicks", "onnxruntime") is None
 
-    ran = run_without_prefect(order)
-    judgements = ran.finished.report.targets[0].verdict.judgements
-    assert ran.finished.report.outcome == "accepted"
+    result = run_without_prefect(order)
+    judgements = result.finished.report.targets[0].verdict.judgements
+    assert result.finished.report.outcome == "accepted"
     assert all(codes_of(judgement.reasons) == ["no_champion"] for judgement in judgements)
 
     promote("clicks", accepted_order.result.finished.version, "the first")
-    ran = run_without_prefect(order)
-    size, quality = ran.finished.report.targets[0].verdict.judgements
-    assert ran.of("measure") == ["Completed"]
+    result = run_without_prefect(order)
+    size, quality = result.finished.report.targets[0].verdict.judgements
+    assert result.states_of("measure") == ["Completed"]
     assert size.measured is not None
     assert quality.measured is not None
-    # The champion is this very graph: as many bytes, and not one score differs.
+    # The champion is the same graph: same bytes and same scores.
     assert (size.measured.point, quality.measured.point) == (1.0, 0.0)
-    assert ran.state == "Completed"
+    assert result.state == "Completed"
 
 
 # --- retries ---------------------------------------------------------------------------------
@@ -363,96 +365,99 @@ def test_a_limit_against_the_champion_holds_without_one_and_is_measured_with_one
 
 @flow
 def only_prepare(bundle: Any) -> Any:
+    """Run the task ``prepare``, with a cache key that was never used."""
     return call(prepare, f"retries {time.time_ns()}", bundle=bundle, split="validation")
 
 
-def runs_of(name: str) -> list[int]:
-    """How often each run of a task was tried, newest flow run first."""
+def run_counts_of_newest_flow() -> list[int]:
+    """Return how often each task run of the newest flow run was started."""
     with get_client(sync_client=True) as client:
-        found = client.read_task_runs(limit=200)
-    newest = max(found, key=lambda run: run.created or 0)
-    return [run.run_count for run in found if run.flow_run_id == newest.flow_run_id]
+        task_runs = client.read_task_runs(limit=200)
+    newest = max(task_runs, key=lambda run: run.created or 0)
+    return [run.run_count for run in task_runs if run.flow_run_id == newest.flow_run_id]
 
 
-def test_a_task_is_retried_once_after_a_store_failure(
+def test_task_is_retried_once_after_a_store_failure(
     accepted_order: AcceptedOrder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
-    def failing_once() -> Any:
+    def fail_once() -> Any:
         calls.append(1)
         if len(calls) == 1:
             raise StoreUnavailable("disk_full", path="store")
         return store()
 
-    monkeypatch.setattr(preparing, "store", failing_once)
+    monkeypatch.setattr(preparing, "store", fail_once)
     assert only_prepare(accepted_order.packed.artifact).bytes > 0
-    assert runs_of("prepare") == [2]
+    assert run_counts_of_newest_flow() == [2]
 
 
-def test_a_task_that_raises_a_refusal_is_not_retried(
+def test_task_that_refuses_its_input_is_not_retried(
     accepted_order: AcceptedOrder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
-    def refusing() -> Any:
+    def refuse() -> Any:
         calls.append(1)
         raise DataRefused("checks_missing")
 
-    monkeypatch.setattr(preparing, "store", refusing)
+    monkeypatch.setattr(preparing, "store", refuse)
     with raises_code(DataRefused, "checks_missing"):
         only_prepare(accepted_order.packed.artifact)
     assert len(calls) == 1
 
 
-def test_a_store_that_is_down_is_said_in_one_sentence_within_a_minute(tmp_path: Path) -> None:
-    with socket.socket() as held:  # bound and never listening: nothing else can answer there
-        held.bind(("127.0.0.1", 0))
+def test_unreachable_store_exits_with_code_1_and_one_sentence_within_a_minute(
+    tmp_path: Path,
+) -> None:
+    with socket.socket() as listener:  # bound but not listening, so connections are refused
+        listener.bind(("127.0.0.1", 0))
         environ = environment(
             tmp_path,
             RECPRESS_STORE="s3://models",
-            AWS_ENDPOINT_URL=f"http://127.0.0.1:{held.getsockname()[1]}",
+            AWS_ENDPOINT_URL=f"http://127.0.0.1:{listener.getsockname()[1]}",
             AWS_ACCESS_KEY_ID="key",
             AWS_SECRET_ACCESS_KEY="canary-of-a-secret",
             AWS_DEFAULT_REGION="us-east-1",
         )
         began = time.monotonic()
-        ended = recpress("compress", "clicks", "--limit", str(ANY), env=environ)
+        process = recpress("compress", "clicks", "--limit", str(ANY), env=environ)
     assert time.monotonic() - began < 60
-    assert ended.returncode == 1
-    assert "s3://models" in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert "canary" not in ended.stdout + ended.stderr
+    assert process.returncode == 1
+    assert "s3://models" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert "canary" not in process.stdout + process.stderr
 
 
-# --- another kind of model -------------------------------------------------------------------
+# --- ranking models --------------------------------------------------------------------------
 
 
-def test_a_ranking_model_is_judged_by_its_groups(empty_home: Path) -> None:
+def test_ranking_model_is_judged_on_its_groups(empty_home: Path) -> None:
     pack(write_draft(empty_home / "draft", name="ranker", task="ranking"))
     texts = ("ndcg@10 vs baseline >= -0.02", "ndcg@3 vs baseline >= -0.1",
              "bytes vs baseline <= 0.5", "p50_ms@7 vs baseline <= 10")  # fmt: skip
     limits = tuple(map(Limit.parse, texts))
-    ran = run_without_prefect(Order(model="ranker", preset="safe", limits=limits))
-    report = ran.finished.report
+    result = run_without_prefect(Order(model="ranker", preset="safe", limits=limits))
+    report = result.finished.report
     assert report.outcome == "accepted", report.targets[0].verdict.reason
     assert report.measurement is not None
-    found = report.measurement.numbers.of("ndcg@10", "absolute")
-    assert found is not None
-    assert 0.5 < found.point < 1
-    # A depth and a batch that only a limit names are measured too.
+    ndcg = report.measurement.numbers.of("ndcg@10", "absolute")
+    assert ndcg is not None
+    assert 0.5 < ndcg.point < 1
+    # Limits name a depth (3) and a batch size (7) that are not measured by default.
     judged = {str(item.limit): item.measured for item in report.targets[0].verdict.judgements}
     assert None not in judged.values()
-    shallow = report.measurement.baseline.of("ndcg@3", "absolute")
-    assert shallow is not None
-    assert shallow.point < found.point
+    ndcg_3 = report.measurement.baseline.of("ndcg@3", "absolute")
+    assert ndcg_3 is not None
+    assert ndcg_3.point < ndcg.point
     assert report.measurement.baseline.of("p50_ms@7", "absolute") is not None
     assert report.measurement.numbers.score_unit == "spread"
-    top = report.measurement.numbers.of("changed_top1", "absolute")
-    assert top is not None
+    changed_top = report.measurement.numbers.of("changed_top1", "absolute")
+    assert changed_top is not None
     # Lists without a relevant item have a best row, but no NDCG.
-    assert top.groups is not None
-    assert found.groups is not None
-    assert top.groups >= found.groups
-    # int8 tables change which row is first in few lists, perhaps in none.
-    assert 0 <= top.point < 0.5
+    assert changed_top.groups is not None
+    assert ndcg.groups is not None
+    assert changed_top.groups >= ndcg.groups
+    # int8 tables change the first row of only a few lists.
+    assert 0 <= changed_top.point < 0.5

@@ -1,4 +1,4 @@
-"""Weights of few bits and 2:4 zeros through the whole flow, to both targets and the report."""
+"""An order with int4, weight-only int8 and 2:4 sparse layers, for both targets."""
 
 from orders import ACCEPTED, BOTH_TARGETS, AcceptedOrder, run_without_prefect
 
@@ -16,7 +16,7 @@ STEPS = (
 )
 
 
-def test_a_report_says_what_became_of_packed_and_of_sparse_layers(
+def test_report_describes_how_targets_run_int4_and_sparse_layers(
     accepted_order: AcceptedOrder,
 ) -> None:
     order = Order(

@@ -1,4 +1,4 @@
-"""The deployment carried out by the worker, between the real services of docker-compose.yml."""
+"""A deployment that a worker runs, with the real services of docker-compose.yml."""
 
 import json
 import logging
@@ -42,20 +42,20 @@ ORDER = {
 
 @pytest.fixture(scope="module")
 def client(local_services: LocalServices) -> Iterator[dict[str, str]]:
-    """What a client of the services has, with Prefect's own client pointing there as well."""
-    found = local_services.client
+    """Return a client's environment variables, and configure Prefect's client with them."""
+    variables = local_services.client
     with temporary_settings(
         {
-            PREFECT_API_URL: found["PREFECT_API_URL"],
-            PREFECT_API_AUTH_STRING: found["PREFECT_API_AUTH_STRING"],
+            PREFECT_API_URL: variables["PREFECT_API_URL"],
+            PREFECT_API_AUTH_STRING: variables["PREFECT_API_AUTH_STRING"],
         }
     ):
-        yield found
+        yield variables
 
 
 @pytest.fixture(scope="module")
-def carried_out(client: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> FlowRun:
-    """A draft packed into the store, and the order carried out by the worker."""
+def flow_run(client: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> FlowRun:
+    """Pack a draft into the store, and let the worker run the order."""
     folder = tmp_path_factory.mktemp("services")
     env = environment(folder, **client)
     packing = recpress("bundle", "pack", str(write_draft(folder / "draft")), env=env)
@@ -66,7 +66,7 @@ def carried_out(client: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 
 
 def s3(client: dict[str, str], **options: Any) -> Any:
-    """Another client of the store than ours."""
+    """Return a boto3 client of the store, which the project itself does not use."""
     return boto3.client(
         "s3",
         **{
@@ -79,14 +79,12 @@ def s3(client: dict[str, str], **options: Any) -> Any:
     )
 
 
-def test_the_workers_run_completes_and_leaves_its_report_in_prefect(carried_out: FlowRun) -> None:
-    assert carried_out.state is not None
-    assert (carried_out.state.name, carried_out.work_pool_name) == ("Completed", "recpress-cpu")
+def test_run_of_the_worker_completes_with_a_report_artifact_in_prefect(flow_run: FlowRun) -> None:
+    assert flow_run.state is not None
+    assert (flow_run.state.name, flow_run.work_pool_name) == ("Completed", "recpress-cpu")
     with get_client(sync_client=True) as prefect:
         artifacts = prefect.read_artifacts(
-            artifact_filter=ArtifactFilter(
-                flow_run_id=ArtifactFilterFlowRunId(any_=[carried_out.id])
-            )
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run.id]))
         )
     written = [item for item in artifacts if item.type == "markdown"]
     assert [item.key for item in written] == ["recpress-clicks"]
@@ -95,29 +93,29 @@ def test_the_workers_run_completes_and_leaves_its_report_in_prefect(carried_out:
     assert "recpress registry fetch clicks" in text
 
 
-def test_the_events_of_its_tasks_reach_the_server(carried_out: FlowRun) -> None:
+def test_server_receives_the_events_of_task_runs(flow_run: FlowRun) -> None:
     with get_client(sync_client=True) as prefect:
         # A client reports the state of a task run as an event, over the authenticated socket.
         tasks = prefect.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[carried_out.id])), limit=200
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id])), limit=200
         )
     assert len(tasks) > 5
     assert {task.state_name for task in tasks} <= {"Completed", "Cached"}
 
 
-def test_the_log_of_the_run_has_its_stages_and_warnings(
-    client: dict[str, str], carried_out: FlowRun
+def test_log_of_the_run_has_its_stages_and_warnings(
+    client: dict[str, str], flow_run: FlowRun
 ) -> None:
     with get_client(sync_client=True) as prefect:
         lines = prefect.read_logs(
-            LogFilter(flow_run_id=LogFilterFlowRunId(any_=[carried_out.id])), limit=200
+            LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id])), limit=200
         )
     stages = [line.message for line in lines if line.message.startswith("[")]
     assert stages[0].endswith("] pull clicks 1")
     assert stages[-1].endswith("] publish")
     numbers = [int(stage[1:].partition("/")[0]) for stage in stages]
     assert numbers == list(range(1, len(stages) + 1))
-    # This model has no layer that 'fold' could fold: the step's own warning.
+    # This model has no layer for the step 'fold', which logs a warning.
     assert any("'fold' needs" in line.message for line in lines if line.level == logging.WARNING)
 
 
@@ -130,7 +128,7 @@ def test_the_log_of_the_run_has_its_stages_and_warnings(
         ({"promot": True}, "'promot' was unexpected"),
     ],
 )
-def test_an_invalid_order_is_refused_when_it_is_submitted(
+def test_invalid_order_is_refused_on_submission(
     client: dict[str, str], change: dict[str, Any], reason: str
 ) -> None:
     order = {**ORDER, **change}
@@ -140,10 +138,10 @@ def test_an_invalid_order_is_refused_when_it_is_submitted(
     assert reason in raised.value.response.json()["detail"]
 
 
-def test_waiting_orders_start_in_the_order_of_their_submission_one_at_a_time(
-    client: dict[str, str], carried_out: FlowRun
+def test_queued_orders_run_one_at_a_time_in_the_sequence_of_submission(
+    client: dict[str, str], flow_run: FlowRun
 ) -> None:
-    """They name models that do not exist, so each ends soon after its start."""
+    """The orders name models that do not exist, so that each ends soon after its start."""
     submitted = [
         run_deployment(
             "compress/compress", parameters={"order": {**ORDER, "model": f"none{n}@1"}}, timeout=0
@@ -164,8 +162,8 @@ def test_waiting_orders_start_in_the_order_of_their_submission_one_at_a_time(
         assert earlier.end_time <= later.start_time
 
 
-def test_the_version_is_in_the_mlflow_server_with_its_tags_and_alias(
-    client: dict[str, str], carried_out: FlowRun
+def test_mlflow_server_has_the_version_with_its_tags_and_alias(
+    client: dict[str, str], flow_run: FlowRun
 ) -> None:
     mlflow = MlflowClient(client["MLFLOW_TRACKING_URI"], client["MLFLOW_TRACKING_URI"])
     version = mlflow.get_model_version_by_alias("clicks", "candidate")
@@ -180,18 +178,18 @@ def test_the_version_is_in_the_mlflow_server_with_its_tags_and_alias(
     assert version.source.startswith("s3://recpress/store/artifacts/")
 
 
-def test_the_release_is_in_the_s3_store_and_is_fetched_with_every_chunk_verified(
-    client: dict[str, str], carried_out: FlowRun, tmp_path: Path
+def test_release_is_fetched_from_the_s3_store(
+    client: dict[str, str], flow_run: FlowRun, tmp_path: Path
 ) -> None:
     into = tmp_path / "served"
-    said = recpress(
+    process = recpress(
         *("registry", "fetch", "clicks", "--version", "@candidate", "--into", str(into)),
         env=environment(tmp_path, **client),
     )
-    assert said.returncode == 0, said.stderr
+    assert process.returncode == 0, process.stderr
     assert (into / "model.onnx").stat().st_size > 0
-    held = s3(client).list_objects_v2(Bucket="recpress", Prefix="store/bundles/clicks/")
-    assert [entry["Key"] for entry in held["Contents"]] == ["store/bundles/clicks/1.json"]
+    listing = s3(client).list_objects_v2(Bucket="recpress", Prefix="store/bundles/clicks/")
+    assert [entry["Key"] for entry in listing["Contents"]] == ["store/bundles/clicks/1.json"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +201,7 @@ def test_the_release_is_in_the_s3_store_and_is_fetched_with_every_chunk_verified
     ],
     ids=["secret", "key", "anonymous"],
 )
-def test_the_s3_store_refuses_requests_without_the_key(
+def test_s3_store_refuses_requests_without_the_key(
     client: dict[str, str], options: dict[str, Any], code: str
 ) -> None:
     with pytest.raises(ClientError) as raised:
@@ -211,7 +209,7 @@ def test_the_s3_store_refuses_requests_without_the_key(
     assert raised.value.response["Error"]["Code"] == code
 
 
-def test_the_clients_key_may_not_make_buckets_and_the_worker_has_no_other(
+def test_key_of_clients_and_worker_cannot_create_buckets(
     client: dict[str, str], local_services: LocalServices
 ) -> None:
     with pytest.raises(ClientError) as raised:
@@ -222,18 +220,18 @@ def test_the_clients_key_may_not_make_buckets_and_the_worker_has_no_other(
     assert "S3_SETUP_SECRET_KEY" in secret
 
 
-def test_the_doctor_finds_all_of_them_well(client: dict[str, str], tmp_path: Path) -> None:
-    said = recpress("doctor", "--json", env=environment(tmp_path, **client))
-    assert said.returncode == 0, said.stdout
-    found = {item["what"]: item["found"] for item in json.loads(said.stdout)}
+def test_doctor_reports_that_all_services_work(client: dict[str, str], tmp_path: Path) -> None:
+    process = recpress("doctor", "--json", env=environment(tmp_path, **client))
+    assert process.returncode == 0, process.stdout
+    found = {item["what"]: item["found"] for item in json.loads(process.stdout)}
     assert "writable" in found["object store"]
     assert found["registry"].startswith("MLflow 3.")
     assert "workers of recpress-cpu" in found["Prefect"]
-    assert client["AWS_SECRET_ACCESS_KEY"] not in said.stdout + said.stderr
+    assert client["AWS_SECRET_ACCESS_KEY"] not in process.stdout + process.stderr
 
 
-def test_secrets_are_readable_by_their_owner_only_and_in_no_log(
-    local_services: LocalServices, carried_out: FlowRun
+def test_files_with_secrets_are_private_and_logs_have_no_secret(
+    local_services: LocalServices, flow_run: FlowRun
 ) -> None:
     state = local_services.home / "services"
     private = [state / "secrets.env", state / "client.env", state / "configs" / "identities"]

@@ -1,4 +1,4 @@
-"""The embedded server of a command: who may use it, and how long a command waits for it."""
+"""The embedded Prefect server of a command: authentication, start, failures and its end."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from prefect.settings import (
     temporary_settings,
 )
 from processes import LOOPBACK, arguments, environment_of, listening, tree
-from test_doctor import serving
+from test_doctor import http_server
 from web_attacks import require_no_answer_without_the_secret, send
 
 from flows.cli import errors as cli_errors
@@ -46,11 +46,12 @@ from infra.telemetry import TELEMETRY_OFF
 from tasks.bundles.packing import pack
 
 LIMIT = "auc vs baseline >= -0.02"
-# The report of an order that another test carried out would be returned without a server.
+# --force, because the report of an order that another test ran is returned without a server.
 COMPRESS = ("compress", "clicks", "--preset", "fast", "--limit", LIMIT, "--force", "--json")
-START_SECONDS = 120  # a busy machine; an idle one needs about 12
+START_SECONDS = 120  # for a busy machine; an idle one needs about 12 s
 END_SECONDS = 200
 SHORT_LIMIT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
+"""Prefect's own time limit for a start, which must have no effect."""
 SUSPENDED_SECONDS = 3
 
 
@@ -65,7 +66,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def compressing(env: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
+def running_command(env: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
+    """Run ``recpress compress`` in a process; kill it at the end of the context."""
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli.app", *COMPRESS],
         cwd=ROOT,
@@ -81,35 +83,35 @@ def compressing(env: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
         process.wait()
 
 
-def until(happened: Callable[[], object], process: "subprocess.Popen[str]") -> object:
-    """What ``happened`` returns once it is true; the process must live until then."""
+def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str]") -> object:
+    """Call ``condition`` until its result is true, and return that; the process must still run."""
     end = time.monotonic() + START_SECONDS
-    while not (found := happened()):
+    while not (result := condition()):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.05)
-    return found
+    return result
 
 
-def servers_of(pid: int) -> list[int]:
-    """The processes below ``pid`` that serve Prefect's API, whether they listen yet or not."""
-    found = []
+def server_processes(pid: int) -> list[int]:
+    """Return the descendants of a process that serve Prefect's API or are about to."""
+    servers = []
     for child in tree(pid)[1:]:
         try:
             words = " ".join(arguments(child))
         except (FileNotFoundError, ProcessLookupError):
             continue
         if "flows.server.embedded_server" in words or "prefect.server.api.server" in words:
-            found.append(child)
-    return found
+            servers.append(child)
+    return servers
 
 
-def test_only_the_command_may_use_its_embedded_server_which_starts_late_and_ends_with_it(
+def test_embedded_server_refuses_other_clients_starts_slowly_and_ends_with_its_command(
     packed: Path, tmp_path: Path
 ) -> None:
     env = environment(packed, RECPRESS_HOME=str(tmp_path / "recpress"), **SHORT_LIMIT)
     shutil.copytree(packed / "recpress", tmp_path / "recpress")
-    with compressing(env) as process:
+    with running_command(env) as process:
         server, secret = attack(process)
         process.kill()
         end = time.monotonic() + START_SECONDS
@@ -120,10 +122,10 @@ def test_only_the_command_may_use_its_embedded_server_which_starts_late_and_ends
 
 
 @pytest.mark.slow
-def test_a_run_whose_server_is_attacked_completes_and_no_file_has_the_secret(
+def test_run_whose_server_is_attacked_completes_and_no_file_has_the_secret(
     packed: Path,
 ) -> None:
-    with compressing(environment(packed, **SHORT_LIMIT)) as process:
+    with running_command(environment(packed, **SHORT_LIMIT)) as process:
         server, secret = attack(process)
         out, err = process.communicate(timeout=END_SECONDS)
         assert process.returncode == 0, err
@@ -135,17 +137,20 @@ def test_a_run_whose_server_is_attacked_completes_and_no_file_has_the_secret(
 
 
 def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Attack the embedded server of a command; return the server's process and secret.
+    """Send requests without the secret to the embedded server of a command; all must fail.
 
-    The server's start is suspended for longer than Prefect's own limit (``SHORT_LIMIT``). The
-    command is suspended during the attack, so that its run does not end.
+    The start of the server is suspended for longer than Prefect's own limit (``SHORT_LIMIT``). The
+    command is suspended during the requests, so that its run does not end.
+
+    Returns:
+        The process id and the authentication string of the server.
     """
-    (server,) = until(lambda: servers_of(process.pid), process)
+    (server,) = wait_until(lambda: server_processes(process.pid), process)
     os.kill(server, signal.SIGSTOP)
     time.sleep(SUSPENDED_SECONDS)
     assert process.poll() is None, process.communicate()
     os.kill(server, signal.SIGCONT)
-    until(lambda: listening(server), process)
+    wait_until(lambda: listening(server), process)
     os.kill(process.pid, signal.SIGSTOP)
     ((address, port),) = listening(server)
     api = f"http://127.0.0.1:{port}/api"
@@ -155,8 +160,9 @@ def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
     assert address in LOOPBACK
     assert send(api, "GET", "/health").status == 200
     require_no_answer_without_the_secret(api, secret)
-    for own in (f"http://127.0.0.1:{port}", f"http://localhost:{port}"):  # it has no pages
-        reply = send(api, "GET", "/health", headers={"Origin": own})
+    # The server has no pages, so not even its own origin is allowed.
+    for origin in (f"http://127.0.0.1:{port}", f"http://localhost:{port}"):
+        reply = send(api, "GET", "/health", headers={"Origin": origin})
         assert "access-control-allow-origin" not in reply.headers
     for pid in tree(process.pid):
         assert secret.partition(":")[2] not in " ".join(arguments(pid))
@@ -166,21 +172,21 @@ def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
 
 
 def files_with(secret: str, *folders: Path) -> list[str]:
-    """The files that have the password of an authentication string."""
+    """Return the files that contain the password of an authentication string."""
     password = secret.partition(":")[2].encode()
     files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
     return [str(path) for path in files if password in path.read_bytes()]
 
 
-# --- waiting ---------------------------------------------------------------------------------
+# --- start -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedServer]:
-    """An embedded server that was started just now, in a new Prefect home."""
+def starting_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedServer]:
+    """An embedded server that has just been started, in a new Prefect home."""
     for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
-        monkeypatch.setenv(name, "restored afterwards")
-    monkeypatch.setattr(embedded_server, "_STOP_SECONDS", 0.5)  # tests suspend it, so it is killed
+        monkeypatch.setenv(name, "to be restored afterwards")
+    monkeypatch.setattr(embedded_server, "_STOP_SECONDS", 0.5)  # a suspended server is killed
     context = prefect.context.GLOBAL_SETTINGS_CONTEXT
     monkeypatch.setattr(prefect.context, "GLOBAL_SETTINGS_CONTEXT", context)
     settings = {
@@ -193,21 +199,21 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Embedde
         server.stop()
 
 
-def test_a_server_without_progress_is_given_up_with_what_to_do(
-    started: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+def test_server_without_progress_raises_embedded_server_stalled_and_is_stopped(
+    starting_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded_server, "NOTIFY_AFTER_SECONDS", 0.5)
-    said: list[str] = []
-    os.kill(started.process.pid, signal.SIGSTOP)
+    output: list[str] = []
+    os.kill(starting_server.process.pid, signal.SIGSTOP)
     with raises_code(ServiceFailed, "embedded_server_stalled", seconds=1) as raised:
-        started.wait_until_ready(said.append, stall_seconds=1)
+        starting_server.wait_until_ready(output.append, stall_seconds=1)
     assert "set PREFECT_API_URL" in str(raised.value)
-    assert started.process.poll() is not None
-    assert f"process {started.process.pid}" in said[0]
-    assert "set PREFECT_API_URL" in said[0]
+    assert starting_server.process.poll() is not None
+    assert f"process {starting_server.process.pid}" in output[0]
+    assert "set PREFECT_API_URL" in output[0]
 
 
-def test_a_busy_process_makes_progress_and_a_suspended_one_does_not() -> None:
+def test_cpu_seconds_grow_for_a_busy_process_and_not_for_a_suspended_one() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         time.sleep(0.5)
         before = cpu_seconds(process.pid)
@@ -221,11 +227,11 @@ def test_a_busy_process_makes_progress_and_a_suspended_one_does_not() -> None:
         process.kill()
 
 
-def test_no_other_process_can_take_the_port_before_the_server_listens(
-    started: EmbeddedServer,
+def test_port_is_bound_before_the_server_process_listens(
+    starting_server: EmbeddedServer,
 ) -> None:
-    os.kill(started.process.pid, signal.SIGSTOP)
-    port = int(started.api_url.removesuffix("/api").rpartition(":")[2])
+    os.kill(starting_server.process.pid, signal.SIGSTOP)
+    port = int(starting_server.api_url.removesuffix("/api").rpartition(":")[2])
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with pytest.raises(OSError, match="in use"):
@@ -233,45 +239,47 @@ def test_no_other_process_can_take_the_port_before_the_server_listens(
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Path:
-    """The new Prefect home of ``started``, with a database that is none."""
+def invalid_database(tmp_path: Path) -> Path:
+    """Write an invalid database into the Prefect home of ``starting_server``."""
     folder = tmp_path / "prefect"
     folder.mkdir()
     (folder / "prefect.db").write_bytes(b"this is no database" * 1000)
     return folder
 
 
-def test_a_server_that_dies_is_an_error_of_exit_code_1_with_its_last_output(
-    damaged: Path, started: EmbeddedServer, capsys: pytest.CaptureFixture[str]
+def test_server_that_ends_at_start_raises_an_error_with_its_last_output(
+    invalid_database: Path, starting_server: EmbeddedServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with raises_code(ServiceFailed, "embedded_server_not_started", exit_code=3) as raised:
-        started.wait_until_ready(lambda _: None)
+        starting_server.wait_until_ready(lambda _: None)
     assert cli_errors.report(raised.value) == 1
-    said = capsys.readouterr().err
-    assert "The embedded Prefect server ended with exit code 3 before it was ready" in said
-    assert "file is not a database" in said
-    assert "set PREFECT_API_URL" in said
-    assert str(damaged) in said
+    output = capsys.readouterr().err
+    assert "The embedded Prefect server ended with exit code 3 before it was ready" in output
+    assert "file is not a database" in output
+    assert "set PREFECT_API_URL" in output
+    assert str(invalid_database) in output
 
 
 @pytest.mark.nightly
-def test_a_server_that_dies_ends_the_command_with_1_and_its_last_output(packed: Path) -> None:
+def test_command_whose_server_ends_at_start_exits_with_code_1_and_its_last_output(
+    packed: Path,
+) -> None:
     prefect = packed / "damaged"
     prefect.mkdir()
     (prefect / "prefect.db").write_bytes(b"this is no database" * 1000)
-    said = recpress(*COMPRESS, env=environment(packed, PREFECT_HOME=str(prefect)))
-    assert said.returncode == 1
-    assert "The embedded Prefect server ended with exit code 3 before it was ready" in said.stderr
-    assert "file is not a database" in said.stderr
-    assert "set PREFECT_API_URL" in said.stderr
-    assert str(prefect) in said.stderr
+    output = recpress(*COMPRESS, env=environment(packed, PREFECT_HOME=str(prefect)))
+    assert output.returncode == 1
+    assert "The embedded Prefect server ended with exit code 3 before it was ready" in output.stderr
+    assert "file is not a database" in output.stderr
+    assert "set PREFECT_API_URL" in output.stderr
+    assert str(prefect) in output.stderr
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_ends_the_command_with_1(packed: Path) -> None:
+def test_command_whose_server_is_killed_exits_with_code_1(packed: Path) -> None:
     env = environment(packed, PREFECT_HOME=str(packed / "killed"))
-    with compressing(env) as process:
-        (server,) = until(lambda: servers_of(process.pid), process)
+    with running_command(env) as process:
+        (server,) = wait_until(lambda: server_processes(process.pid), process)
         os.kill(server, signal.SIGKILL)
         _, err = process.communicate(timeout=END_SECONDS)
     assert process.returncode == 1
@@ -279,10 +287,10 @@ def test_a_server_that_is_killed_ends_the_command_with_1(packed: Path) -> None:
     assert "Traceback" not in err
 
 
-# --- a server that is configured -------------------------------------------------------------
+# --- a configured server ---------------------------------------------------------------------
 
 
-def test_missing_credentials_end_the_command_with_2_before_it_works(
+def test_command_with_missing_credentials_exits_with_code_2_before_any_work(
     packed: Path,
     prefect_server: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -290,7 +298,7 @@ def test_missing_credentials_end_the_command_with_2_before_it_works(
 ) -> None:
     url = get_current_settings().api.url
     use_home(monkeypatch, packed / "recpress")
-    for name, value in EMBEDDED.items():  # the command sets them for good
+    for name, value in EMBEDDED.items():  # the command sets them; monkeypatch restores them
         monkeypatch.setenv(name, value)
     with temporary_settings(restore_defaults={PREFECT_API_AUTH_STRING}):
         code, out, err = run_main_apart(monkeypatch, capsys, *COMPRESS)
@@ -302,7 +310,7 @@ def test_missing_credentials_end_the_command_with_2_before_it_works(
     assert not (packed / "recpress" / "results").exists()
 
 
-def test_wrong_credentials_are_refused_and_not_repeated(prefect_server: None) -> None:
+def test_wrong_credentials_raise_an_error_that_does_not_contain_them(prefect_server: None) -> None:
     with (
         temporary_settings({PREFECT_API_AUTH_STRING: "recpress:canary"}),
         raises_code(
@@ -310,13 +318,13 @@ def test_wrong_credentials_are_refused_and_not_repeated(prefect_server: None) ->
             "prefect_credentials_refused",
             status=401,
             variable="PREFECT_API_AUTH_STRING",
-        ) as no,
+        ) as caught,
     ):
         require_access()
-    assert "canary" not in str(no.value)
+    assert "canary" not in str(caught.value)
 
 
-def test_a_configured_server_that_is_down_or_another_is_named() -> None:
+def test_configured_server_that_is_down_or_not_prefect_raises_an_error() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}/api"
@@ -326,14 +334,14 @@ def test_a_configured_server_that_is_down_or_another_is_named() -> None:
         ):
             require_access()
     with (
-        serving(lambda _: (200, {}, b"<html>It works!</html>")) as uri,
+        http_server(lambda _: (200, {}, b"<html>It works!</html>")) as uri,
         temporary_settings({PREFECT_API_URL: f"{uri}/api"}),
         raises_code(SettingRefused, "prefect_answer_foreign"),
     ):
         require_access()
 
 
-def test_the_server_that_prefect_starts_by_itself_for_the_flow_needs_a_secret(
+def test_server_that_prefect_starts_for_a_called_flow_requires_a_secret(
     prefect_server: None,
 ) -> None:
     settings = get_current_settings()

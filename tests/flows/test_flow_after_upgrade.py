@@ -1,4 +1,4 @@
-"""Another version of recpress in the same home: nothing is registered or promoted again by it."""
+"""After an upgrade of recpress, completed orders in the same home do not run again."""
 
 import importlib.metadata
 from pathlib import Path
@@ -19,10 +19,10 @@ NEWER = "99.1.0"
 
 
 @pytest.fixture
-def upgraded(
+def upgraded_order(
     accepted_order: AcceptedOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AcceptedOrder:
-    """A copy of the finished order's home, with a champion, in the hands of another version."""
+    """The accepted order in a copied home with a champion; recpress reports a newer version."""
     home = tmp_path / "recpress"
     use_copied_home(monkeypatch, accepted_order.home, home)
     promote("clicks", accepted_order.result.finished.version, "before the upgrade")
@@ -32,43 +32,46 @@ def upgraded(
 
 
 def registered() -> list[tuple[str, str]]:
-    return [(found.version, found.source) for found in registry().versions("clicks")]
+    """Return number and source of each registered version."""
+    return [(version.version, version.source) for version in registry().versions("clicks")]
 
 
-def test_order_of_an_earlier_version_is_found_and_registers_and_promotes_nothing(
-    upgraded: AcceptedOrder,
+def test_order_of_an_earlier_version_is_found_and_nothing_is_registered_or_promoted(
+    upgraded_order: AcceptedOrder,
 ) -> None:
-    order = upgraded.order.model_copy(update={"promote": True})
-    first = upgraded.result.finished
+    order = upgraded_order.order.model_copy(update={"promote": True})
+    first = upgraded_order.result.finished
     before = registered(), Ledger(store(), "clicks").entries()
-    found = find_completed_result(order)
-    assert found is not None
-    assert (found.report, found.version) == (first.report, first.version)
-    ran = run_without_prefect(order)
-    assert ran.finished.release == first.release
-    assert ran.tasks == ()
+    completed = find_completed_result(order)
+    assert completed is not None
+    assert (completed.report, completed.version) == (first.report, first.version)
+    result = run_without_prefect(order)
+    assert result.finished.release == first.release
+    assert result.tasks == ()
     assert (registered(), Ledger(store(), "clicks").entries()) == before
 
 
-def test_new_attempt_after_an_upgrade_is_not_found_and_would_run(upgraded: AcceptedOrder) -> None:
-    assert find_completed_result(upgraded.order.model_copy(update={"attempt": 7})) is None
+def test_new_attempt_after_an_upgrade_is_not_found(upgraded_order: AcceptedOrder) -> None:
+    assert find_completed_result(upgraded_order.order.model_copy(update={"attempt": 7})) is None
 
 
-def test_report_names_the_version_that_carried_the_order_out(accepted_order: AcceptedOrder) -> None:
+def test_report_names_the_version_of_recpress_that_ran_the_order(
+    accepted_order: AcceptedOrder,
+) -> None:
     assert accepted_order.result.finished.report.recpress_version == importlib.metadata.version(
         "recpress"
     )
 
 
-def test_request_record_that_is_damaged_counts_as_absent(
-    upgraded: AcceptedOrder, caplog: pytest.LogCaptureFixture
+def test_damaged_request_record_counts_as_absent(
+    upgraded_order: AcceptedOrder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    order = upgraded.order
-    place = store().folder / request_key(request_digest(order, find(order.model), {}))
-    record = place.read_bytes()
+    order = upgraded_order.order
+    path = store().folder / request_key(request_digest(order, find(order.model), {}))
+    record = path.read_bytes()
     for body in (b"{}", b"not JSON", record.replace(b'"order": "', b'"order": "0')):
-        place.write_bytes(body)
+        path.write_bytes(body)
         assert find_completed_result(order) is None
-    place.write_bytes(record)
-    assert find_completed_result(upgraded.order) is not None
+    path.write_bytes(record)
+    assert find_completed_result(upgraded_order.order) is not None
     assert "It counts as absent" in caplog.text

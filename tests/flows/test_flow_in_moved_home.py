@@ -1,4 +1,4 @@
-"""An order in a home that was moved: what was done there is found, and nothing runs twice."""
+"""After a home folder was moved, its completed orders are found and its cached results used."""
 
 import shutil
 from pathlib import Path
@@ -12,40 +12,42 @@ from tasks.promotion.promotions import champion_graph, promote, version_report
 
 
 @pytest.fixture
-def moved(accepted_order: AcceptedOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the finished order's home under an odd name."""
+def moved_home(
+    accepted_order: AcceptedOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A copy of the accepted order's home in a path with characters that are special in URIs."""
     home = tmp_path / "a?b#c%41 d"
     use_copied_home(monkeypatch, accepted_order.home, home)
     return home
 
 
-def test_an_order_carried_out_before_the_move_is_found_and_otherwise_cached(
-    accepted_order: AcceptedOrder, moved: Path
+def test_order_is_found_or_read_from_the_cache_after_its_home_was_moved(
+    accepted_order: AcceptedOrder, moved_home: Path
 ) -> None:
     first = accepted_order.result.finished
-    found = find_completed_result(accepted_order.order)
-    assert found is not None
-    assert (found.report, found.release, found.version) == (
+    completed = find_completed_result(accepted_order.order)
+    assert completed is not None
+    assert (completed.report, completed.release, completed.version) == (
         first.report,
         first.release,
         first.version,
     )
-    shutil.rmtree(moved / "store" / "orders")
+    shutil.rmtree(moved_home / "store" / "orders")
     assert find_completed_result(accepted_order.order) is None
-    ran = run_without_prefect(accepted_order.order)
-    assert (ran.finished.release, ran.finished.version) == (first.release, first.version)
-    ended = {state for name, state in ran.tasks if not name.startswith("publish")}
-    assert ended == {"Cached"}
-    assert find_completed_result(accepted_order.order) == ran.finished
-    assert {path.name for path in moved.parent.iterdir()} == {moved.name}
+    result = run_without_prefect(accepted_order.order)
+    assert (result.finished.release, result.finished.version) == (first.release, first.version)
+    states = {state for name, state in result.tasks if not name.startswith("publish")}
+    assert states == {"Cached"}
+    assert find_completed_result(accepted_order.order) == result.finished
+    assert {path.name for path in moved_home.parent.iterdir()} == {moved_home.name}
 
 
-def test_an_order_is_compared_with_the_champion_of_before_the_move(
-    accepted_order: AcceptedOrder, moved: Path
+def test_order_is_compared_with_the_champion_promoted_in_the_moved_home(
+    accepted_order: AcceptedOrder, moved_home: Path
 ) -> None:
     promote("clicks", accepted_order.result.finished.version, "before")
     limit = Limit.parse("auc vs champion >= -0.02")
-    ran = run_without_prefect(accepted_order.order.model_copy(update={"limits": (limit,)}))
-    assert (ran.state, ran.finished.report.outcome) == ("Completed", "accepted")
-    assert ran.finished.report.champion == champion_graph("clicks", "onnxruntime")
+    result = run_without_prefect(accepted_order.order.model_copy(update={"limits": (limit,)}))
+    assert (result.state, result.finished.report.outcome) == ("Completed", "accepted")
+    assert result.finished.report.champion == champion_graph("clicks", "onnxruntime")
     assert version_report("clicks", "@champion")[1] == accepted_order.result.finished.report

@@ -1,4 +1,4 @@
-"""What a person does without a terminal: fill in the form, wait for the run, read its report."""
+"""Prefect's UI in a browser: submit an order in the form, wait for the run, read its report."""
 
 import re
 import shutil
@@ -25,19 +25,19 @@ RUN_MS = 300_000
 
 @pytest.fixture
 def page() -> Iterator[Page]:
-    """A window of a browser of this machine; playwright brings none of its own."""
+    """A page in the installed browser; playwright does not provide one."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-quic"]
         )
-        opened = browser.new_page(viewport={"width": 1300, "height": 1800})
-        opened.set_default_timeout(PAGE_MS)
-        yield opened
+        browser_page = browser.new_page(viewport={"width": 1300, "height": 1800})
+        browser_page.set_default_timeout(PAGE_MS)
+        yield browser_page
         browser.close()
 
 
 def log_in(page: Page, services: LocalServices, path: str) -> None:
-    """Open a page of Prefect's UI, which requires the authentication string first."""
+    """Open a page of Prefect's UI, and log in with the authentication string."""
     page.goto(services.client["PREFECT_API_URL"].removesuffix("/api") + path)
     page.wait_for_url(re.compile("/login"))
     password = page.locator("input[type=password]")
@@ -51,23 +51,23 @@ def log_in(page: Page, services: LocalServices, path: str) -> None:
     page.wait_for_url(re.compile(f"{path}$"))
 
 
-def field(within: Page | Locator, title: str) -> Locator:
-    """The innermost field of the form with this title."""
+def form_field(within: Page | Locator, title: str) -> Locator:
+    """Return the innermost field with a title."""
     page = within if isinstance(within, Page) else within.page
     heading = re.compile(rf"^{re.escape(title)}( \(Optional\))?$")
     label = page.locator(".schema-form-property__label", has_text=heading)
     return within.locator(".schema-form-property", has=label).last
 
 
-def choose(held: Locator, option: str) -> None:
-    """Pick from a dropdown: the arrow key opens it; its options stand outside the form."""
-    button = held.locator(".p-select-button__control")
+def choose(field: Locator, option: str) -> None:
+    """Select an option of a dropdown, whose list is outside of the form in the page."""
+    button = field.locator(".p-select-button__control")
     button.press("ArrowDown")
-    held.page.get_by_role("option", name=option, exact=True).click()
+    field.page.get_by_role("option", name=option, exact=True).click()
     expect(button).to_have_text(option)
 
 
-def test_an_order_from_the_form_is_carried_out_and_its_report_is_read_in_the_browser(
+def test_order_from_the_form_completes_and_its_report_is_shown_in_the_browser(
     local_services: LocalServices, page: Page, tmp_path: Path
 ) -> None:
     env = environment(tmp_path, **local_services.client)
@@ -79,19 +79,19 @@ def test_an_order_from_the_form_is_carried_out_and_its_report_is_read_in_the_bro
     page.get_by_role("link", name="compress", exact=True).first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
-    field(page, "Model").locator("textarea").fill("forms@1")
-    choose(field(page, "Preset"), "fast")
-    limits = field(page, "Limits")
+    form_field(page, "Model").locator("textarea").fill("forms@1")
+    choose(form_field(page, "Preset"), "fast")
+    limits = form_field(page, "Limits")
     limits.get_by_role("button", name="Add item").click()
-    choose(field(limits, "Metric"), "auc")
-    least = field(limits, "At Least")
+    choose(form_field(limits, "Metric"), "auc")
+    least = form_field(limits, "At Least")
     least.get_by_role("button", name="float").click()
     least.locator("input").fill("-0.02")
     page.screenshot(path=tmp_path / "form.png")
 
     page.get_by_role("button", name="Submit").click()
     link = page.locator("a[href*='/runs/flow-run/']").first
-    # Loaded, not clicked, so that no badge of the page before is left.
+    # goto instead of a click, so that no state badge of the previous page remains.
     page.goto(urljoin(page.url, link.get_attribute("href") or ""))
     badge = page.locator(".state-badge", has_text=re.compile("Completed|Failed|Crashed")).first
     expect(badge).to_be_visible(timeout=RUN_MS)

@@ -1,4 +1,4 @@
-"""An order is the form people fill in, the file they send, and the name of the result."""
+"""Orders: validation, the form in Prefect's UI, and the digest that identifies a result."""
 
 import re
 import typing
@@ -27,7 +27,7 @@ from tasks.orchestration import code_digest
 
 LIMIT = Limit(metric="auc", against="baseline", at_least=-0.002)
 ORDER = Order(model="clicks@1", limits=(LIMIT,))
-SUBJECT = BundleRef(
+BUNDLE = BundleRef(
     artifact=Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1),
     name="clicks",
     version="1",
@@ -41,64 +41,65 @@ SUBJECT = BundleRef(
 CHAMPION = Artifact(uri="file:///s/artifacts/c", sha256="c" * 64, bytes=1)
 
 
-def changed(**fields: object) -> Order:
+def order_with(**fields: object) -> Order:
+    """Return ``ORDER`` with other fields."""
     return Order.model_validate(ORDER.model_dump() | fields)
 
 
-def test_an_order_without_limits_is_refused_because_nothing_would_be_judged() -> None:
+def test_order_without_limits_is_refused() -> None:
     with pytest.raises(ValidationError, match="limits"):
-        changed(limits=())
+        order_with(limits=())
     with pytest.raises(ValidationError, match="limits"):
         Order.model_validate({"model": "clicks@1"})
 
 
-def test_steps_belong_to_the_preset_custom_and_to_no_other() -> None:
+def test_steps_are_required_with_preset_custom_and_refused_with_others() -> None:
     with raises_value_error("steps_missing"):
-        changed(preset="custom")
+        order_with(preset="custom")
     with raises_value_error("steps_with_preset", preset="safe"):
-        changed(steps=(RowwiseInt8(),))
-    assert changed(preset="custom", steps=(Float16(),)).recipe() == (Float16(),)
+        order_with(steps=(RowwiseInt8(),))
+    assert order_with(preset="custom", steps=(Float16(),)).recipe() == (Float16(),)
 
 
 @pytest.mark.parametrize("following", [Recalibrate(), RowwiseInt8()])
-def test_recalibrate_must_be_the_last_step_and_occur_once(following: AnyStep) -> None:
+def test_step_after_recalibrate_is_refused(following: AnyStep) -> None:
     with raises_value_error("recalibrate_not_last", step=following.kind):
-        changed(preset="custom", steps=(Recalibrate(), following))
-    last = changed(preset="custom", steps=(RowwiseInt8(), Recalibrate()))
+        order_with(preset="custom", steps=(Recalibrate(), following))
+    last = order_with(preset="custom", steps=(RowwiseInt8(), Recalibrate()))
     assert last.recipe()[-1] == Recalibrate()
 
 
 @pytest.mark.parametrize("preset", [name for name in typing.get_args(Preset) if name != "custom"])
-def test_every_preset_has_a_recipe(preset: Preset) -> None:
-    order = changed(preset=preset, budget=0.001)
+def test_recipe_of_a_preset_has_the_steps_of_all_its_options(preset: Preset) -> None:
+    order = order_with(preset=preset, budget=0.001)
     assert order.choices() == PRESETS[preset] != ()
     groups = tuple(option for choice in PRESETS[preset] for option in choice.options)
     assert order.groups() == groups
     assert order.recipe() == tuple(step for group in groups for step in group)
 
 
-def test_an_order_for_no_target_is_refused() -> None:
+def test_order_without_targets_is_refused() -> None:
     with raises_value_error("targets_off"):
         Targets(onnxruntime="off")
 
 
-def test_targets_that_are_off_are_not_wanted() -> None:
+def test_requirements_omit_targets_that_are_off() -> None:
     targets = Targets(onnxruntime="optional", tensorrt_rtx="required")
     assert targets.requirements() == {"onnxruntime": "optional", "tensorrt-rtx": "required"}
 
 
-def test_batch_sizes_must_grow() -> None:
+def test_decreasing_batch_sizes_are_refused() -> None:
     with raises_value_error("batch_sizes_shrink"):
         Targets(smallest_batch=65)
 
 
-def test_an_unknown_field_is_refused_rather_than_left_out() -> None:
+def test_unknown_field_is_refused() -> None:
     with pytest.raises(ValidationError, match="promot"):
-        changed(promot=True)
+        order_with(promot=True)
 
 
-def test_an_order_survives_json() -> None:
-    order = changed(
+def test_order_read_from_its_json_is_equal() -> None:
+    order = order_with(
         preset="custom",
         steps=(RowwiseInt8(), Float16()),
         targets=Targets(tensorrt="optional"),
@@ -115,30 +116,32 @@ def test_an_order_survives_json() -> None:
 
 @pytest.fixture(scope="module")
 def form() -> dict[str, typing.Any]:
-    """What Prefect's UI draws the flow's form from."""
+    """The JSON schemas from which Prefect's UI renders the form of the flow."""
     signature = parameter_schema(compress).model_dump()
     definitions = signature["definitions"]
     return {"Order": definitions["Order"], **definitions}
 
 
-def test_the_form_shows_the_model_first_and_numbers_every_field(
+def test_form_fields_have_titles_and_positions_with_the_model_first(
     form: dict[str, typing.Any],
 ) -> None:
     for name in ("Order", "Targets", "Limit"):
         fields = form[name]["properties"]
-        positions = {key: held.get("position") for key, held in fields.items()}
+        positions = {key: properties.get("position") for key, properties in fields.items()}
         assert sorted(positions.values()) == list(range(len(fields))), (name, positions)
-        # A field that is a model of its own takes that model's title.
+        # A field whose type is a model has the title of that model.
         titles = {
-            key: held.get("title") or form[held["$ref"].rpartition("/")[2]]["title"]
-            for key, held in fields.items()
+            key: properties.get("title") or form[properties["$ref"].rpartition("/")[2]]["title"]
+            for key, properties in fields.items()
         }
         assert all(titles.values()), titles
     assert form["Order"]["properties"]["model"]["position"] == 0
     assert {"model", "limits"} <= set(form["Order"]["required"])
 
 
-def test_the_form_offers_choices_where_there_are_choices(form: dict[str, typing.Any]) -> None:
+def test_form_lists_presets_targets_references_and_usual_metrics(
+    form: dict[str, typing.Any],
+) -> None:
     assert form["Order"]["properties"]["preset"]["enum"] == list(typing.get_args(Preset))
     for target in ("onnxruntime", "tensorrt_rtx", "tensorrt"):
         assert form["Targets"]["properties"][target]["enum"] == ["required", "optional", "off"]
@@ -149,7 +152,7 @@ def test_the_form_offers_choices_where_there_are_choices(form: dict[str, typing.
     assert not re.search(other["pattern"], "ndcg@")
 
 
-def test_the_form_schema_distinguishes_steps_by_their_kind(form: dict[str, typing.Any]) -> None:
+def test_form_schema_distinguishes_steps_by_their_kind(form: dict[str, typing.Any]) -> None:
     """Without a discriminator Prefect's form cannot select one of several models."""
     items = form["Order"]["properties"]["steps"]["items"]
     kinds = {member.model_fields["kind"].default for member in tuple(METHODS.values())}
@@ -158,57 +161,57 @@ def test_the_form_schema_distinguishes_steps_by_their_kind(form: dict[str, typin
     assert len(items["oneOf"]) == len(kinds) >= 4
 
 
-# --- the name of the result ------------------------------------------------------------------
+# --- the digest ------------------------------------------------------------------------------
 
-SAME = order_digest(ORDER, SUBJECT, {})
+DIGEST = order_digest(ORDER, BUNDLE, {})
 
 
 @pytest.mark.parametrize(
-    ("order", "subject", "champions"),
+    ("order", "bundle", "champions"),
     [
-        pytest.param(changed(preset="small"), SUBJECT, {}, id="recipe"),
+        pytest.param(order_with(preset="small"), BUNDLE, {}, id="recipe"),
         pytest.param(
-            changed(limits=(Limit.parse("auc vs baseline >= -0.0021"),)), SUBJECT, {}, id="limits"
+            order_with(limits=(Limit.parse("auc vs baseline >= -0.0021"),)), BUNDLE, {}, id="limits"
         ),
-        pytest.param(changed(targets=Targets(tensorrt_rtx="optional")), SUBJECT, {}, id="target"),
-        pytest.param(changed(targets=Targets(best_batch=32)), SUBJECT, {}, id="batch"),
-        pytest.param(changed(rules=Rules(min_rows=7)), SUBJECT, {}, id="rules"),
-        pytest.param(changed(seed=1), SUBJECT, {}, id="seed"),
-        pytest.param(changed(budget=0.001), SUBJECT, {}, id="budget"),
-        pytest.param(changed(attempt=1), SUBJECT, {}, id="attempt"),
-        pytest.param(ORDER, SUBJECT, {"onnxruntime": CHAMPION}, id="champion"),
+        pytest.param(order_with(targets=Targets(tensorrt_rtx="optional")), BUNDLE, {}, id="target"),
+        pytest.param(order_with(targets=Targets(best_batch=32)), BUNDLE, {}, id="batch"),
+        pytest.param(order_with(rules=Rules(min_rows=7)), BUNDLE, {}, id="rules"),
+        pytest.param(order_with(seed=1), BUNDLE, {}, id="seed"),
+        pytest.param(order_with(budget=0.001), BUNDLE, {}, id="budget"),
+        pytest.param(order_with(attempt=1), BUNDLE, {}, id="attempt"),
+        pytest.param(ORDER, BUNDLE, {"onnxruntime": CHAMPION}, id="champion"),
         pytest.param(
             ORDER,
-            SUBJECT.model_copy(update={"artifact": CHAMPION}),
+            BUNDLE.model_copy(update={"artifact": CHAMPION}),
             {},
             id="model",
         ),
         pytest.param(
-            ORDER, SUBJECT.model_copy(update={"architecture": "d" * 64}), {}, id="architecture"
+            ORDER, BUNDLE.model_copy(update={"architecture": "d" * 64}), {}, id="architecture"
         ),
     ],
 )
 def test_order_digest_differs_for_every_change_that_affects_the_result(
-    order: Order, subject: BundleRef, champions: dict[str, Artifact]
+    order: Order, bundle: BundleRef, champions: dict[str, Artifact]
 ) -> None:
-    assert order_digest(order, subject, champions) != SAME
+    assert order_digest(order, bundle, champions) != DIGEST
 
 
-def test_teachers_change_the_orders_digest() -> None:
+def test_order_digest_differs_for_other_teachers_and_other_teacher_code() -> None:
     teacher = Teacher(artifact=CHAMPION, name="clicks@2", output="logit", architecture="b" * 64)
     edited = teacher.model_copy(update={"architecture": "d" * 64})
-    other = teacher.model_copy(update={"artifact": SUBJECT.artifact})
-    digests = {order_digest(ORDER, SUBJECT, {}, (one,)) for one in (teacher, edited, other)}
-    assert len(digests | {SAME}) == 4
+    other = teacher.model_copy(update={"artifact": BUNDLE.artifact})
+    digests = {order_digest(ORDER, BUNDLE, {}, (one,)) for one in (teacher, edited, other)}
+    assert len(digests | {DIGEST}) == 4
 
 
-def test_version_of_recpress_changes_the_order_digest_but_not_the_request(
+def test_version_of_recpress_changes_the_order_digest_but_not_the_request_digest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    request = request_digest(ORDER, SUBJECT, {})
+    request = request_digest(ORDER, BUNDLE, {})
     monkeypatch.setattr(resolve, "recpress_version", lambda: "99.0")
-    assert order_digest(ORDER, SUBJECT, {}) != SAME
-    assert request_digest(ORDER, SUBJECT, {}) == request
+    assert order_digest(ORDER, BUNDLE, {}) != DIGEST
+    assert request_digest(ORDER, BUNDLE, {}) == request
 
 
 def test_sources_of_recpress_do_not_change_the_order_digest(
@@ -220,21 +223,21 @@ def test_sources_of_recpress_do_not_change_the_order_digest(
     code_digest._direct_imports.cache_clear()
     code_digest._sources_digest.cache_clear()
     monkeypatch.setattr(Path, "read_bytes", unreadable)
-    assert order_digest(ORDER, SUBJECT, {}) == SAME
+    assert order_digest(ORDER, BUNDLE, {}) == DIGEST
 
 
-def test_promoting_or_the_way_a_model_is_called_does_not_change_the_digest() -> None:
-    assert order_digest(changed(promote=True), SUBJECT, {}) == SAME
-    assert order_digest(changed(model="clicks"), SUBJECT, {}) == SAME
+def test_order_digest_ignores_promote_and_the_reference_to_the_model() -> None:
+    assert order_digest(order_with(promote=True), BUNDLE, {}) == DIGEST
+    assert order_digest(order_with(model="clicks"), BUNDLE, {}) == DIGEST
 
 
-def test_the_terms_of_an_order_have_its_digest_so_the_command_line_finds_it() -> None:
+def test_terms_of_an_order_have_the_digest_of_the_order() -> None:
     terms = Terms.model_validate(ORDER.model_dump(exclude={"steps"}))
-    assert order_digest(terms, SUBJECT, {}) == SAME
+    assert order_digest(terms, BUNDLE, {}) == DIGEST
 
 
-def test_steps_of_ones_own_are_part_of_the_digest() -> None:
-    one = changed(preset="custom", steps=(RowwiseInt8(),))
-    other = changed(preset="custom", steps=(RowwiseInt8(min_rows=7),))
-    digests = {order_digest(order, SUBJECT, {}) for order in (one, other)}
-    assert len(digests | {SAME}) == 3
+def test_order_digest_differs_for_other_custom_steps() -> None:
+    one = order_with(preset="custom", steps=(RowwiseInt8(),))
+    other = order_with(preset="custom", steps=(RowwiseInt8(min_rows=7),))
+    digests = {order_digest(order, BUNDLE, {}) for order in (one, other)}
+    assert len(digests | {DIGEST}) == 3

@@ -1,4 +1,4 @@
-"""An order that does not fit in memory is refused before any work, as a fault that may pass."""
+"""Orders and commands that run out of memory: early refusals, exit codes and sentences."""
 
 import json
 import subprocess
@@ -7,12 +7,12 @@ import sys
 import pytest
 from drafts import ALLOWED, environment, recpress, write_draft
 from error_codes import Text, raises_code
+from flows.order import Order
 
 from compressors.contracts import Limit
 from flows.cli import errors as cli_errors
 from flows.compress import compress
 from flows.memory import describe_running_stage, estimated_memory, require_order_memory
-from flows.order import Order
 from infra.errors import InfraError, OutOfMemory
 from infra.memory import memory_errors
 from tasks.bundles.bundle_ref import find
@@ -21,6 +21,7 @@ from tasks.bundles.packing import pack
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
+    """A folder with a draft and a home in which it is packed."""
     folder = tmp_path_factory.mktemp("memory")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECPRESS_HOME", str(folder / "recpress"))
@@ -31,92 +32,92 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _in_home(home, monkeypatch):
+def _use_home(home, monkeypatch):
     monkeypatch.setenv("RECPRESS_HOME", str(home / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
 
 
-def order() -> Order:
+def safe_order() -> Order:
     return Order(model="clicks", preset="safe", limits=(Limit.parse("auc vs baseline >= -0.1"),))
 
 
-def test_the_flow_refuses_an_order_that_does_not_fit_before_any_work(home, monkeypatch):
+def test_flow_raises_out_of_memory_before_any_work_if_an_order_does_not_fit(home, monkeypatch):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "300")
     before = sorted((home / "recpress").rglob("*"))
     with pytest.raises(OutOfMemory) as caught:
-        compress.fn(order())
+        compress.fn(safe_order())
     sentence = str(caught.value)
-    subject = find("clicks")
-    needed = estimated_memory(order(), subject).peak - subject.weight_bytes
+    bundle = find("clicks")
+    needed = estimated_memory(safe_order(), bundle).peak - bundle.weight_bytes
     for part in (f"use {needed // 2**20:,} MiB", "300 MiB are available", "RECPRESS_MEMORY_MB"):
         assert part in sentence, sentence
     assert sorted((home / "recpress").rglob("*")) == before
-    assert isinstance(caught.value, InfraError), "exit code 1: with more memory it succeeds"
+    assert isinstance(caught.value, InfraError), "exit code 1, for a retry"
 
 
-def test_an_order_that_fits_is_not_refused(monkeypatch):
+def test_order_that_fits_in_memory_is_not_refused(monkeypatch):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "100000")
-    assert require_order_memory(order(), find("clicks")).peak > 0
+    assert require_order_memory(safe_order(), find("clicks")).peak > 0
 
 
-def test_what_ran_out_of_memory_names_stage_model_and_estimate():
-    subject = find("clicks")
-    doing = describe_running_stage(lambda: "measure", estimated_memory(order(), subject), subject)
+def test_out_of_memory_error_names_stage_model_and_estimate():
+    bundle = find("clicks")
+    description = describe_running_stage(
+        lambda: "measure", estimated_memory(safe_order(), bundle), bundle
+    )
     with (
         raises_code(
             OutOfMemory, None, doing=Text("^Stage 'measure' of the order for clicks@1, estimated")
         ),
-        memory_errors(doing),
+        memory_errors(description),
     ):
         raise MemoryError
 
 
-def test_a_module_that_is_missing_is_not_called_out_of_memory(monkeypatch, capsys):
+def test_missing_module_is_not_reported_as_out_of_memory(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "flows.order_faults", None)
     assert cli_errors.report(ValueError("x")) == 1
-    said = capsys.readouterr().err
-    assert "a module that cannot be imported: " in said
-    assert "flows.order_faults" in said
-    assert "memory" not in said
+    output = capsys.readouterr().err
+    assert "a module that cannot be imported: " in output
+    assert "flows.order_faults" in output
+    assert "memory" not in output
 
 
 @pytest.mark.parametrize("limit", [60, 400, 1000])
-def test_a_process_with_too_little_address_space_ends_with_code_1_and_a_sentence(tmp_path, limit):
-    check_under_limit(tmp_path, limit)
+def test_pack_with_too_little_address_space_exits_with_code_1_and_a_sentence(tmp_path, limit):
+    check_pack_under_limit(tmp_path, limit)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", range(1500, 3500, 100))
-def test_packing_under_any_limit_succeeds_or_ends_with_code_1_and_a_sentence(tmp_path, limit):
-    check_under_limit(tmp_path, limit)
+def test_pack_with_any_address_space_succeeds_or_exits_with_code_1_and_a_sentence(tmp_path, limit):
+    check_pack_under_limit(tmp_path, limit)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", range(400, 3000, 200))
-def test_packing_under_any_limit_of_data_succeeds_or_ends_with_code_1_and_a_sentence(
-    tmp_path, limit
-):
-    check_under_limit(tmp_path, limit, kind="RLIMIT_DATA")
+def test_pack_with_any_data_limit_succeeds_or_exits_with_code_1_and_a_sentence(tmp_path, limit):
+    check_pack_under_limit(tmp_path, limit, kind="RLIMIT_DATA")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("limit", [1200, 1600, 2000, 2800, 4000])
 @pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
-def test_an_order_under_any_limit_succeeds_or_ends_with_code_1_and_can_be_run_again(
+def test_order_with_any_memory_limit_succeeds_or_exits_with_code_1_and_can_run_again(
     tmp_path, limit, kind
 ):
     env = environment(tmp_path)
     packed = recpress("bundle", "pack", str(write_draft(tmp_path / "draft")), env=env)
     assert packed.returncode == 0, packed.stderr
-    ended = under_limit(
+    process = run_under_limit(
         env, kind, limit, "compress", "clicks", "--preset", "fast",
         "--limit", "auc vs baseline >= -0.1", "--promote",
     )  # fmt: skip
-    assert ended.returncode in (0, 1), ended.stderr
-    assert "Traceback" not in ended.stderr
-    if ended.returncode == 1:
-        assert "memory" in ended.stderr
+    assert process.returncode in (0, 1), process.stderr
+    assert "Traceback" not in process.stderr
+    if process.returncode == 1:
+        assert "memory" in process.stderr
         again = recpress("compress", "clicks", "--preset", "fast",
                          "--limit", "auc vs baseline >= -0.1", "--promote", env=env)  # fmt: skip
         assert again.returncode == 0, again.stderr
@@ -125,7 +126,7 @@ def test_an_order_under_any_limit_succeeds_or_ends_with_code_1_and_can_be_run_ag
     assert (version["version"], version["aliases"][-1]) == ("1", "champion"), listed.stdout
 
 
-LIMITED = """
+LIMITED_COMMAND = """
 import resource, sys
 resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]) * 2**20,) * 2)
 sys.argv = ["recpress", *sys.argv[3:]]
@@ -134,12 +135,12 @@ main()
 """
 
 
-def under_limit(
+def run_under_limit(
     env: dict[str, str], kind: str, limit: int, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    """A command in a process with a limit in MiB."""
+    """Run a command in a process with a resource limit in MiB."""
     return subprocess.run(
-        [sys.executable, "-c", LIMITED, kind, str(limit), *arguments],
+        [sys.executable, "-c", LIMITED_COMMAND, kind, str(limit), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -147,29 +148,30 @@ def under_limit(
     )
 
 
-def check_under_limit(tmp_path, limit: int, kind: str = "RLIMIT_AS") -> None:
+def check_pack_under_limit(tmp_path, limit: int, kind: str = "RLIMIT_AS") -> None:
+    """Assert that pack succeeds under a limit, or exits with code 1 and stores no bundle."""
     draft = write_draft(tmp_path / "draft")
-    ended = under_limit(environment(tmp_path), kind, limit, "bundle", "pack", str(draft))
-    said = ended.stderr
-    assert ended.returncode in (0, 1), said
-    assert "Traceback" not in said
-    if ended.returncode == 1:
-        assert "memory" in said
+    process = run_under_limit(environment(tmp_path), kind, limit, "bundle", "pack", str(draft))
+    output = process.stderr
+    assert process.returncode in (0, 1), output
+    assert "Traceback" not in output
+    if process.returncode == 1:
+        assert "memory" in output
         stored = list((tmp_path / "recpress/store").rglob("manifest.json"))
         assert not list((tmp_path / "recpress/store").rglob("bundles/*.json")), stored
 
 
-EXHAUSTED = """
+EXHAUST_MEMORY = """
 import resource, sys, threading
 from infra import memory, memory_reserve
-held = int(memory._held("VmData"))
-resource.setrlimit(resource.RLIMIT_DATA, (held + 300 * 2**20,) * 2)
+used = int(memory._held("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + 300 * 2**20,) * 2)
 if sys.argv[1] == "with":
     memory_reserve.hold_reserve()
-kept = []
+blocks = []
 def fill(block):
     while True:
-        kept.append(bytearray(block))
+        blocks.append(bytearray(block))
 try:
     with memory.memory_errors(lambda: "Filling"):
         for block in (2**20, 2**12, 64):
@@ -185,18 +187,18 @@ except memory.OutOfMemory:
 """
 
 
-@pytest.mark.parametrize("how", ["with", "without"])
-def test_a_thread_can_start_after_memory_ran_out_only_because_some_was_held_back(how):
-    """Prefect starts one to report a failure."""
+@pytest.mark.parametrize("reserve", ["with", "without"])
+def test_thread_starts_after_memory_ran_out_only_with_a_reserve(reserve):
+    """Prefect starts a thread to report a failure."""
     try:
-        ended = subprocess.run(
-            [sys.executable, "-c", EXHAUSTED, how],
+        process = subprocess.run(
+            [sys.executable, "-c", EXHAUST_MEMORY, reserve],
             capture_output=True,
             text=True,
             check=False,
             timeout=20,
         )
-        ran = ended.stdout == "ran\n"
+        has_started = process.stdout == "ran\n"
     except subprocess.TimeoutExpired:
-        ran = False  # the thread had no memory to say that it runs
-    assert ran == (how == "with")
+        has_started = False  # the thread had no memory to print
+    assert has_started == (reserve == "with")

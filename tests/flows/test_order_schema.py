@@ -1,6 +1,6 @@
-"""An order that ``Order`` refuses is refused by the schema that Prefect checks on submission.
+"""The JSON schema that Prefect checks on submission and the class ``Order`` refuse the same orders.
 
-Prefect's server validates with this very function when a run is created.
+The tests use the validator that Prefect's server uses when a run is created.
 """
 
 import json
@@ -35,25 +35,26 @@ ORDER: dict[str, Any] = {"model": "clicks@1", "limits": [LIMIT]}
 KINDS: dict[str, Any] = {
     member.model_fields["kind"].default: member for member in tuple(METHODS.values())
 }
-BIGGEST_SCHEMA_BYTES = 150_000
-"""The form loads it; without the rules it is 60 KB."""
+MAX_SCHEMA_BYTES = 150_000
+"""A browser loads the schema with the form. Without the rules between fields it has 60 kB."""
 
 
 @cache
 def validator() -> Any:
+    """Return Prefect's validator of the flow's parameters."""
     schema = parameter_schema(compress).model_dump()
     is_valid_schema(schema)
-    assert len(json.dumps(schema)) < BIGGEST_SCHEMA_BYTES
+    assert len(json.dumps(schema)) < MAX_SCHEMA_BYTES
     return _VALIDATOR(preprocess_schema(schema))
 
 
-def is_submitted(order: dict[str, Any]) -> bool:
-    """Whether Prefect's server accepts the order."""
+def passes_schema(order: dict[str, Any]) -> bool:
+    """Return whether Prefect's server accepts an order on submission."""
     return next(validator().iter_errors({"order": order}), None) is None
 
 
-def is_order(order: dict[str, Any]) -> bool:
-    """Whether the flow accepts it when it starts."""
+def passes_class(order: dict[str, Any]) -> bool:
+    """Return whether ``Order`` accepts an order, as at the start of the flow."""
     try:
         Order.model_validate_json(json.dumps(order))
     except ValidationError:
@@ -61,11 +62,13 @@ def is_order(order: dict[str, Any]) -> bool:
     return True
 
 
-def custom(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
+def custom_order(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return an order with a custom recipe."""
     return {**ORDER, "preset": "custom", "steps": list(steps), **more}
 
 
-def limited(*limits: dict[str, Any]) -> dict[str, Any]:
+def order_with_limits(*limits: dict[str, Any]) -> dict[str, Any]:
+    """Return an order with other limits."""
     return {**ORDER, "limits": list(limits)}
 
 
@@ -74,41 +77,41 @@ VALID: dict[str, dict[str, Any]] = {
     "every preset": {**ORDER, "preset": "smallest", "budget": 0.001},
     "explicit defaults": Order.model_validate(ORDER).model_dump(mode="json"),
     "nulls of the form": {**ORDER, "budget": None, "rules": {"label_rate": None}},
-    "steps": custom({"kind": "fold"}, {"kind": "rowwise_int8", "tables": ["user", "item*"]}),
-    "recalibrate last": custom({"kind": "rowwise_int8"}, {"kind": "recalibrate"}),
-    "recalibrate alone": custom({"kind": "recalibrate"}),
-    "same step twice": custom({"kind": "rowwise_int8"}, {"kind": "rowwise_int8"}),
+    "steps": custom_order({"kind": "fold"}, {"kind": "rowwise_int8", "tables": ["user", "item*"]}),
+    "recalibrate last": custom_order({"kind": "rowwise_int8"}, {"kind": "recalibrate"}),
+    "recalibrate alone": custom_order({"kind": "recalibrate"}),
+    "same step twice": custom_order({"kind": "rowwise_int8"}, {"kind": "rowwise_int8"}),
     "other target": {**ORDER, "targets": {"onnxruntime": "off", "tensorrt_rtx": "optional"}},
     "third target": {**ORDER, "targets": {"onnxruntime": "off", "tensorrt": "required"}},
     "batches": {**ORDER, "targets": {"smallest_batch": 3, "best_batch": 3, "largest_batch": 3}},
     "teachers": {**ORDER, "preset": "small", "teachers": ["a@1", "registry:b@2"]},
-    "taught step": custom({"kind": "distill"}, teachers=["a@1"]),
+    "taught step": custom_order({"kind": "distill"}, teachers=["a@1"]),
     "rows by split": {**ORDER, "rules": {"min_rows": {"test": 5}, "label_rate": [0.2, 0.2]}},
-    "several limits": limited(LIMIT, LIMIT, {"metric": "bytes", "at_most": 0.5}),
-    "score change": limited({"metric": "score_correlation", "at_least": 1.0}),
-    "tables only": custom({"kind": "distill", "dense": False, "training": {"tables": True}}),
-    "traffic": custom({"kind": "distill", "rows": "traffic", "soft_share": 1}),
+    "several limits": order_with_limits(LIMIT, LIMIT, {"metric": "bytes", "at_most": 0.5}),
+    "score change": order_with_limits({"metric": "score_correlation", "at_least": 1.0}),
+    "tables only": custom_order({"kind": "distill", "dense": False, "training": {"tables": True}}),
+    "traffic": custom_order({"kind": "distill", "rows": "traffic", "soft_share": 1}),
 }
 INVALID: dict[str, dict[str, Any]] = {
     "no model": {"limits": [LIMIT]},
     "empty model": {**ORDER, "model": ""},
     "no limits": {"model": "clicks@1"},
-    "empty limits": limited(),
+    "empty limits": order_with_limits(),
     "unknown field": {**ORDER, "promot": True},
     "unknown preset": {**ORDER, "preset": "tiny"},
     "unknown target": {**ORDER, "targets": {"openvino": "required"}},
-    "unknown field of a limit": limited({**LIMIT, "margin": 1}),
-    "unknown field of a step": custom({"kind": "fold", "x": 1}),
+    "unknown field of a limit": order_with_limits({**LIMIT, "margin": 1}),
+    "unknown field of a step": custom_order({"kind": "fold", "x": 1}),
     "negative budget": {**ORDER, "budget": -0.1},
     "negative seed": {**ORDER, "seed": -1},
     "custom without steps": {**ORDER, "preset": "custom"},
-    "custom with no steps": custom(),
+    "custom with no steps": custom_order(),
     "steps without custom": {**ORDER, "steps": [{"kind": "fold"}]},
     "steps with another preset": {**ORDER, "preset": "small", "steps": [{"kind": "fold"}]},
-    "unknown step": custom({"kind": "fold_all"}),
-    "step without kind": custom({"min_rows": 7}),
-    "recalibrate first": custom({"kind": "recalibrate"}, {"kind": "fold"}),
-    "recalibrate twice": custom({"kind": "recalibrate"}, {"kind": "recalibrate"}),
+    "unknown step": custom_order({"kind": "fold_all"}),
+    "step without kind": custom_order({"min_rows": 7}),
+    "recalibrate first": custom_order({"kind": "recalibrate"}, {"kind": "fold"}),
+    "recalibrate twice": custom_order({"kind": "recalibrate"}, {"kind": "recalibrate"}),
     "no target": {**ORDER, "targets": {"onnxruntime": "off"}},
     "all targets off": {
         **ORDER,
@@ -125,67 +128,69 @@ INVALID: dict[str, dict[str, Any]] = {
     "rate above 1": {**ORDER, "rules": {"label_rate": [0.1, 1.5]}},
     "rate below 0": {**ORDER, "rules": {"label_rate": [-0.1, 0.5]}},
     "rates reversed": {**ORDER, "rules": {"label_rate": [0.9, 0.1]}},
-    "unknown metric": limited({"metric": "accuracy", "at_least": 0.1}),
-    "unknown reference": limited({**LIMIT, "against": "teacher"}),
-    "no bound": limited({"metric": "auc"}),
-    "two bounds": limited({"metric": "auc", "at_least": -0.1, "at_most": 0.1}),
-    "wrong side": limited({"metric": "auc", "at_most": -0.1}),
-    "wrong side of a size": limited({"metric": "bytes", "at_least": 0.5}),
-    "useless": limited({"metric": "auc", "at_least": -0.5}),
-    "impossible gain": limited({"metric": "auc", "at_least": 0.2}),
-    "percent": limited({"metric": "auc", "against": "absolute", "at_least": 75}),
-    "at random": limited({"metric": "auc", "against": "absolute", "at_least": 0.4}),
-    "ratio of zero": limited({"metric": "bytes", "at_most": 0}),
-    "ratio as percent": limited({"metric": "bytes", "at_most": 50}),
-    "score change against": limited(
+    "unknown metric": order_with_limits({"metric": "accuracy", "at_least": 0.1}),
+    "unknown reference": order_with_limits({**LIMIT, "against": "teacher"}),
+    "no bound": order_with_limits({"metric": "auc"}),
+    "two bounds": order_with_limits({"metric": "auc", "at_least": -0.1, "at_most": 0.1}),
+    "wrong side": order_with_limits({"metric": "auc", "at_most": -0.1}),
+    "wrong side of a size": order_with_limits({"metric": "bytes", "at_least": 0.5}),
+    "useless": order_with_limits({"metric": "auc", "at_least": -0.5}),
+    "impossible gain": order_with_limits({"metric": "auc", "at_least": 0.2}),
+    "percent": order_with_limits({"metric": "auc", "against": "absolute", "at_least": 75}),
+    "at random": order_with_limits({"metric": "auc", "against": "absolute", "at_least": 0.4}),
+    "ratio of zero": order_with_limits({"metric": "bytes", "at_most": 0}),
+    "ratio as percent": order_with_limits({"metric": "bytes", "at_most": 50}),
+    "score change against": order_with_limits(
         {"metric": "changed_top1", "against": "baseline", "at_most": 0}
     ),
-    "second limit": limited(LIMIT, {"metric": "auc", "at_least": -3}),
-    "qat with tables": custom({"kind": "qat", "training": {"tables": True}}),
-    "taught without training": custom({"kind": "channels", "soft_share": 0.5}),
-    "lookups by norm": custom({"kind": "prune_rows", "min_lookups": 2, "importance": "norm"}),
-    "traffic has no labels": custom({"kind": "distill", "rows": "traffic"}),
-    "auxiliary without labels": custom({"kind": "distill", "auxiliary": "a", "soft_share": 1}),
-    "temperature of margin": custom({"kind": "distill", "loss": "margin", "temperature": 2}),
-    "nothing learns": custom({"kind": "distill", "dense": False}),
-    "student without dense": custom(
+    "second limit": order_with_limits(LIMIT, {"metric": "auc", "at_least": -3}),
+    "qat with tables": custom_order({"kind": "qat", "training": {"tables": True}}),
+    "taught without training": custom_order({"kind": "channels", "soft_share": 0.5}),
+    "lookups by norm": custom_order({"kind": "prune_rows", "min_lookups": 2, "importance": "norm"}),
+    "traffic has no labels": custom_order({"kind": "distill", "rows": "traffic"}),
+    "auxiliary without labels": custom_order(
+        {"kind": "distill", "auxiliary": "a", "soft_share": 1}
+    ),
+    "temperature of margin": custom_order({"kind": "distill", "loss": "margin", "temperature": 2}),
+    "nothing learns": custom_order({"kind": "distill", "dense": False}),
+    "student without dense": custom_order(
         {"kind": "distill", "dense": False, "training": {"tables": True}, "student": {"hidden": 4}}
     ),
 }
 
 
 @pytest.mark.parametrize("order", VALID.values(), ids=VALID)
-def test_a_valid_order_is_submitted(order: dict[str, Any]) -> None:
-    assert is_order(order)
-    assert is_submitted(order)
+def test_valid_order_passes_class_and_schema(order: dict[str, Any]) -> None:
+    assert passes_class(order)
+    assert passes_schema(order)
 
 
 @pytest.mark.parametrize("order", INVALID.values(), ids=INVALID)
-def test_an_invalid_order_is_refused_on_submission(order: dict[str, Any]) -> None:
-    assert not is_order(order)
-    assert not is_submitted(order)
+def test_invalid_order_fails_class_and_schema(order: dict[str, Any]) -> None:
+    assert not passes_class(order)
+    assert not passes_schema(order)
 
 
-def test_teachers_without_a_step_that_learns_are_refused_on_submission() -> None:
-    """The flow refuses these as well, but not ``Order``."""
-    for order in ({**ORDER, "teachers": ["a"]}, custom({"kind": "fold"}, teachers=["a"])):
-        assert is_order(order)
-        assert not is_submitted(order)
+def test_schema_refuses_teachers_without_a_step_that_learns_from_them() -> None:
+    """``Order`` accepts these orders; the flow refuses them at its start."""
+    for order in ({**ORDER, "teachers": ["a"]}, custom_order({"kind": "fold"}, teachers=["a"])):
+        assert passes_class(order)
+        assert not passes_schema(order)
 
 
-def test_every_preset_is_submitted_and_its_steps_are_as_a_recipe_of_ones_own() -> None:
+def test_schema_accepts_every_preset_and_its_steps_as_a_custom_recipe() -> None:
     for preset, choices in PRESETS.items():
-        assert is_submitted({**ORDER, "preset": preset})
+        assert passes_schema({**ORDER, "preset": preset})
         for choice in choices:
             for group in choice.options:
                 steps = [step.model_dump(mode="json") for step in group]
-                assert is_submitted(custom(*steps)), (preset, steps)
+                assert passes_schema(custom_order(*steps)), (preset, steps)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_step_with_its_defaults_is_treated_alike(kind: str) -> None:
-    order = custom({"kind": kind})
-    assert is_submitted(order) == is_order(order)
+def test_class_and_schema_agree_on_every_step_with_its_defaults(kind: str) -> None:
+    order = custom_order({"kind": kind})
+    assert passes_schema(order) == passes_class(order)
 
 
 REFERENCES: list[dict[str, Any]] = [
@@ -197,31 +202,31 @@ REFERENCES: list[dict[str, Any]] = [
 METRICS = sorted({*usual_metrics(), "ndcg@5", "recall@100", "p99_ms@256"})
 
 
-def bounds_of(metric: str) -> list[float]:
-    """Numbers at and on both sides of everything that a limit on this metric is compared with."""
-    facts = metric_named(metric)
-    numbers = (0.0, LARGEST_GAIN, facts.low, facts.high, facts.largest)
+def bounds_near_limits(metric: str) -> list[float]:
+    """Return numbers at, below and above those that a limit on a metric is checked against."""
+    declared = metric_named(metric)
+    numbers = (0.0, LARGEST_GAIN, declared.low, declared.high, declared.largest)
     near = {value + more for value in numbers for more in (-1e-3, 0.0, 1e-3)}
     return sorted({sign * value for value in near for sign in (-1.0, 1.0)})
 
 
 @given(st.data())
-def test_limits_at_their_bounds_are_treated_alike(data: st.DataObject) -> None:
+def test_class_and_schema_agree_on_random_limits_near_their_bounds(data: st.DataObject) -> None:
     metric = data.draw(st.sampled_from(METRICS))
     reference = data.draw(st.sampled_from(REFERENCES))
     side = data.draw(st.sampled_from(["at_least", "at_most"]))
-    bound = data.draw(st.sampled_from(bounds_of(metric)))
-    order = limited({"metric": metric, **reference, side: bound})
-    assert is_submitted(order) == is_order(order)
+    bound = data.draw(st.sampled_from(bounds_near_limits(metric)))
+    order = order_with_limits({"metric": metric, **reference, side: bound})
+    assert passes_schema(order) == passes_class(order)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
-def test_every_limit_at_its_bounds_is_treated_alike(metric: str) -> None:
+def test_class_and_schema_agree_on_every_limit_near_its_bounds(metric: str) -> None:
     for reference, side in product(REFERENCES, ("at_least", "at_most")):
-        for bound in bounds_of(metric):
-            order = limited({"metric": metric, **reference, side: bound})
-            assert is_submitted(order) == is_order(order), order
+        for bound in bounds_near_limits(metric):
+            order = order_with_limits({"metric": metric, **reference, side: bound})
+            assert passes_schema(order) == passes_class(order), order
 
 
 SIZES = st.sampled_from([*BATCH_THRESHOLDS, 1, 7, 100, 1_000, 4_096])
@@ -244,7 +249,7 @@ STEPS = st.lists(st.sampled_from([{"kind": kind} for kind in KINDS]), max_size=6
     preset=st.sampled_from(["safe", "small", "custom"]),
     rates=st.lists(st.sampled_from([0.0, *RATE_THRESHOLDS, 1.05]), min_size=1, max_size=3),
 )
-def test_orders_drawn_at_random_are_treated_alike(
+def test_class_and_schema_agree_on_random_targets_steps_and_rates(
     targets: dict[str, Any], steps: list[dict[str, Any]], preset: str, rates: list[float]
 ) -> None:
     for order in (
@@ -252,19 +257,19 @@ def test_orders_drawn_at_random_are_treated_alike(
         {**ORDER, "preset": preset, "steps": steps},
         {**ORDER, "rules": {"label_rate": rates}},
     ):
-        assert is_submitted(order) == is_order(order), order
+        assert passes_schema(order) == passes_class(order), order
 
 
 @given(sizes=st.tuples(*[st.integers(1, 200_000)] * 3))
-def test_no_valid_batch_sizes_are_refused_on_submission(sizes: tuple[int, int, int]) -> None:
-    """Between two thresholds only the flow's start compares them."""
+def test_schema_accepts_all_valid_batch_sizes(sizes: tuple[int, int, int]) -> None:
+    """The schema compares sizes at thresholds only, and may accept some invalid sizes."""
     names = ("smallest_batch", "best_batch", "largest_batch")
     order = {**ORDER, "targets": dict(zip(names, sorted(sizes), strict=True))}
-    assert is_order(order)
-    assert is_submitted(order)
+    assert passes_class(order)
+    assert passes_schema(order)
 
 
-def test_a_refusal_names_the_field_and_the_reason() -> None:
+def test_schema_error_names_the_field_and_the_reason() -> None:
     with pytest.raises(SchemaError, match=r"order\.limits\[0\]\.at_least.*-3 is less than"):
         validate(
             {"order": INVALID["second limit"] | {"limits": [{"metric": "auc", "at_least": -3}]}},

@@ -1,10 +1,10 @@
-"""Files that pose as results of tasks, wherever results are or were: no content of theirs runs."""
+"""Attacks with planted files in place of task results: none is executed, imported or unpickled."""
 
 import base64
 import json
 import lzma
 import os
-import pickle  # noqa: TID251 (an attack has to be made before it can be refused)
+import pickle  # noqa: TID251 (to write the files of the attack)
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from drafts import write_draft
 from error_codes import raises_code
-from orders import PATIENCE, has_ended, use_home
+from orders import EVENT_SECONDS, is_final, use_home
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.filesystems import LocalFileSystem
@@ -44,31 +44,31 @@ HOSTILE_SETTINGS: dict[str, Any] = {
 
 @flow(name="two-tasks", **NO_RESULTS)
 def two_tasks(bundle: Artifact, code: str) -> tuple[Artifact, Verdict]:
-    """One task with an artifact, one with a value, as ``compress`` calls them."""
+    """Call a task that returns an artifact, and one that returns a value."""
     prepared = call(prepare, code, bundle=bundle, split="validation")
     return prepared, call(gate, code, target="onnxruntime", limits=LIMITS, measurement=None)
 
 
 def task_runs() -> list[tuple[str, str]]:
-    """Task and state of every task run of the newest flow run.
+    """Return name and state of each task run of the newest flow run.
 
-    The server receives the end of a task run as an event, which may come after the flow's own.
+    An event reports the end of a task run. It may arrive after the end of the flow run.
     """
-    late = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + EVENT_SECONDS
     while True:
         with get_client(sync_client=True) as client:
-            found = client.read_task_runs(limit=200)
-        newest = max(found, key=lambda run: run.created or 0)
-        runs = [run for run in found if run.flow_run_id == newest.flow_run_id]
-        if all(has_ended(run) for run in runs) or time.monotonic() > late:
+            all_runs = client.read_task_runs(limit=200)
+        newest = max(all_runs, key=lambda run: run.created or 0)
+        runs = [run for run in all_runs if run.flow_run_id == newest.flow_run_id]
+        if all(is_final(run) for run in runs) or time.monotonic() > deadline:
             return sorted((run.name.split("-")[0], run.state_name or "") for run in runs)
         time.sleep(0.2)
 
 
-# --- what is planted -------------------------------------------------------------------------
+# --- planted files ---------------------------------------------------------------------------
 
 
-class Touch:
+class CreatesFolder:
     """Creates a folder when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
@@ -79,8 +79,8 @@ class Touch:
 
 
 def prefect_record(kind: str, trap: Path) -> bytes:
-    """A record as Prefect writes it, whose decoding creates ``trap``."""
-    pickled = pickle.dumps(Touch(trap))
+    """Return a result in the format of Prefect; decoding it would create the folder ``trap``."""
+    pickled = pickle.dumps(CreatesFolder(trap))
     serializers: dict[str, Any] = {
         "pickle": {"type": "pickle", "picklelib": "cloudpickle", "picklelib_version": None},
         "compressed/pickle": {
@@ -108,23 +108,27 @@ def prefect_record(kind: str, trap: Path) -> bytes:
 
 
 def records(keys: dict[str, str], trap: Path) -> dict[str, dict[str, bytes]]:
-    """Bodies for our own records, by what they are; each with the right names and a right seal."""
-    pickled = base64.encodebytes(pickle.dumps(Touch(trap))).decode()
+    """Return planted contents for the records of this project, by kind of attack and task.
 
-    def sealed(task: str, value: Any, **more: Any) -> bytes:
+    Those that are sealed have the right task, key and checksum.
+    """
+    pickled = base64.encodebytes(pickle.dumps(CreatesFolder(trap))).decode()
+
+    def sealed_record(task: str, value: Any, **more: Any) -> bytes:
         fields = {"schema_version": 1, "task": task, "key": keys[task], "value": value}
         return seal_record({**fields, **more})
 
     decoder = {"__class__": f"{MODULE}.Thing", "data": {}}
     return {
-        "raw pickle": {task: pickle.dumps(Touch(trap)) for task in keys},
-        "pickle as text": {task: sealed(task, pickled) for task in keys},
-        "class to import": {task: sealed(task, decoder) for task in keys},
+        "raw pickle": {task: pickle.dumps(CreatesFolder(trap)) for task in keys},
+        "pickle as text": {task: sealed_record(task, pickled) for task in keys},
+        "class to import": {task: sealed_record(task, decoder) for task in keys},
         "exception to import": {
-            task: sealed(task, {"__exc_type__": f"{MODULE}.Thing", "message": "x"}) for task in keys
+            task: sealed_record(task, {"__exc_type__": f"{MODULE}.Thing", "message": "x"})
+            for task in keys
         },
-        "serializer named next to a sound value": {
-            task: sealed(task, decoder, metadata={"serializer": {"type": "pickle"}})
+        "serializer named next to a valid value": {
+            task: sealed_record(task, decoder, metadata={"serializer": {"type": "pickle"}})
             for task in keys
         },
         "record of Prefect": {task: prefect_record("pickle", trap) for task in keys},
@@ -133,19 +137,19 @@ def records(keys: dict[str, str], trap: Path) -> dict[str, dict[str, bytes]]:
 
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A path that exists if anything planted was executed or imported."""
-    place = tmp_path / "executed"
+    """A path that exists after planted content was executed or imported."""
+    path = tmp_path / "executed"
     (tmp_path / "modules").mkdir()
-    body = f"import os\nos.mkdir({str(place)!r})\nclass Thing(Exception): ...\n"
+    body = f"import os\nos.mkdir({str(path)!r})\nclass Thing(Exception): ...\n"
     (tmp_path / "modules" / f"{MODULE}.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    yield place
+    yield path
     sys.modules.pop(MODULE, None)
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
-    """A home with a bundle; tests use other ``code``, so they share no result."""
+    """A home with a packed bundle, and its artifact."""
     home = tmp_path_factory.mktemp("planted")
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, home)
@@ -163,11 +167,12 @@ def bundle(
 
 @pytest.fixture
 def code() -> str:
-    """Part of every key, so each test has results of its own."""
+    """A unique part of each cache key, so that tests do not share results."""
     return f"code {time.time_ns()}"
 
 
-def keys_of(bundle: Artifact, code: str) -> dict[str, str]:
+def cache_keys(bundle: Artifact, code: str) -> dict[str, str]:
+    """Return the cache keys of the tasks of ``two_tasks``."""
     return {
         "prepare": content_key(prepare, code, {"bundle": bundle, "split": "validation"}),
         "gate": content_key(
@@ -176,124 +181,124 @@ def keys_of(bundle: Artifact, code: str) -> dict[str, str]:
     }
 
 
-# --- Prefect's own records -------------------------------------------------------------------
+# --- results in Prefect's format -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "hostile"),
+    ("kind", "has_hostile_settings"),
     [("pickle", False), ("pickle", True), ("compressed/pickle", True), ("json class", True)],
     ids=lambda item: {False: "default settings", True: "persist by default"}.get(item, item),
 )
-def test_planted_results_of_prefect_are_not_read(
+def test_planted_results_in_prefects_folders_are_not_read(
     bundle: Artifact,
     code: str,
     trap: Path,
     tmp_path: Path,
     kind: str,
-    hostile: bool,
+    has_hostile_settings: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = two_tasks(bundle, code)
-    for task, key in keys_of(bundle, code).items():
+    for task, key in cache_keys(bundle, code).items():
         record = store().root.removeprefix("file://") + "/" + record_key(task, key)
-        Path(record).unlink()  # the flow looks for the result elsewhere, if anywhere
-    places = [
+        Path(record).unlink()  # so that the result could only be read from elsewhere
+    folders = [
         load_settings().home / "results",
         get_current_settings().results.local_storage_path,
         tmp_path / "block",
     ]
-    for place in places:
-        place.mkdir(parents=True, exist_ok=True)
-        for task, key in keys_of(bundle, code).items():
+    for path in folders:
+        path.mkdir(parents=True, exist_ok=True)
+        for task, key in cache_keys(bundle, code).items():
             for name in (f"{task}-{key}", key, record_key(task, key)):
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-                (place / name).write_bytes(prefect_record(kind, trap))
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / name).write_bytes(prefect_record(kind, trap))
     updates: dict[str, Any] = {}
-    if hostile:
+    if has_hostile_settings:
         LocalFileSystem(basepath=str(tmp_path / "block")).save("planted", overwrite=True)
         block = "local-file-system/planted"
         monkeypatch.setenv("PREFECT_DEFAULT_RESULT_STORAGE_BLOCK", block)
         updates = {**HOSTILE_SETTINGS, "PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": block}
-    before = files_below(places)
-    with temporary_settings(updates=settings_named(updates)):
+    before = files_in(folders)
+    with temporary_settings(updates=settings_by_name(updates)):
         assert two_tasks(bundle, code) == expected
     assert not trap.exists()
     assert task_runs() == [("gate onnxruntime", "Completed"), ("prepare validation", "Completed")]
-    assert files_below(places) == before, "Prefect stored a result"
+    assert files_in(folders) == before, "Prefect stored a result"
 
 
-def settings_named(updates: dict[str, Any]) -> dict[Any, Any]:
+def settings_by_name(updates: dict[str, Any]) -> dict[Any, Any]:
     import prefect.settings
 
     return {getattr(prefect.settings, name): value for name, value in updates.items()}
 
 
-def files_below(places: list[Path]) -> dict[Path, bytes]:
+def files_in(folders: list[Path]) -> dict[Path, bytes]:
     return {
-        path: path.read_bytes() for place in places for path in place.rglob("*") if path.is_file()
+        path: path.read_bytes() for path in folders for path in path.rglob("*") if path.is_file()
     }
 
 
 class Killed(BaseException):
-    """Nothing in between catches it, as nothing catches a kill."""
+    """Simulates a kill: a BaseException, which the code under test does not catch."""
 
 
-@flow(name="refusing", **NO_RESULTS)
-def refusing() -> None:
+@flow(name="failing-flow", **NO_RESULTS)
+def failing_flow() -> None:
     raise DataRefused("checks_missing")
 
 
-def test_the_exception_of_a_failed_flow_is_not_stored_by_prefect(
+def test_prefect_does_not_store_the_exception_of_a_failed_flow(
     empty_home: Path, prefect_server: None
 ) -> None:
     storage = [get_current_settings().results.local_storage_path]
-    before = files_below(storage)
+    before = files_in(storage)
     with raises_code(DataRefused, "checks_missing"):
-        refusing()
-    assert files_below(storage) == before
+        failing_flow()
+    assert files_in(storage) == before
 
 
-# --- our own records -------------------------------------------------------------------------
+# --- records of this project -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", list(records({"prepare": "0" * 64}, Path("x"))))
-def test_a_planted_record_is_replaced_and_nothing_in_it_runs(
-    bundle: Artifact, code: str, trap: Path, what: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kind", list(records({"prepare": "0" * 64}, Path("x"))))
+def test_planted_record_in_the_store_is_replaced_and_not_executed(
+    bundle: Artifact, code: str, trap: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = two_tasks(bundle, code)
-    keys = keys_of(bundle, code)
+    keys = cache_keys(bundle, code)
     folder = store().folder
     assert folder is not None
-    sound = {task: (folder / record_key(task, key)).read_bytes() for task, key in keys.items()}
-    for task, body in records(keys, trap)[what].items():
+    valid = {task: (folder / record_key(task, key)).read_bytes() for task, key in keys.items()}
+    for task, body in records(keys, trap)[kind].items():
         store().write(record_key(task, keys[task]), body)
-    with temporary_settings(updates=settings_named(HOSTILE_SETTINGS)):
+    with temporary_settings(updates=settings_by_name(HOSTILE_SETTINGS)):
         assert two_tasks(bundle, code) == expected
     assert not trap.exists()
     assert task_runs() == [("gate onnxruntime", "Completed"), ("prepare validation", "Completed")]
     assert "is damaged" in caplog.text
     for task, key in keys.items():
-        assert (folder / record_key(task, key)).read_bytes() == sound[task]
+        assert (folder / record_key(task, key)).read_bytes() == valid[task]
 
 
-def test_a_sound_record_is_used_and_shown_as_cached(bundle: Artifact, code: str) -> None:
+def test_valid_record_is_used_and_the_task_has_state_cached(bundle: Artifact, code: str) -> None:
     expected = two_tasks(bundle, code)
     assert two_tasks(bundle, code) == expected
     assert task_runs() == [("gate onnxruntime", "Cached"), ("prepare validation", "Cached")]
 
 
-def test_a_task_that_ended_before_its_record_was_written_runs_again(
+def test_task_killed_before_its_record_was_written_runs_again(
     bundle: Artifact, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> None:
+    def raise_killed(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.orchestration.policy.write_result", killed)
+        patch.setattr("tasks.orchestration.policy.write_result", raise_killed)
         with pytest.raises(Killed):
             two_tasks(bundle, code)
-    assert keys_of(bundle, code)["prepare"] not in " ".join(store().keys("results/"))
+    assert cache_keys(bundle, code)["prepare"] not in " ".join(store().keys("results/"))
     first = store().keys("artifacts/")
     prepared, _ = two_tasks(bundle, code)
-    assert store().keys("artifacts/") == first  # the same bytes, so the same artifact
+    assert store().keys("artifacts/") == first  # the same bytes have the same hash
     assert store().find(prepared.sha256) == prepared

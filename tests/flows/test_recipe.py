@@ -1,4 +1,4 @@
-"""Recipes that prune and train, through the whole flow; and what each step of them was worth."""
+"""Recipes that train and quantize: stages, the stored student, and steps that do not fit."""
 
 from pathlib import Path
 
@@ -25,21 +25,26 @@ from tasks.bundles.loading import data_path, load_bundle
 from tasks.bundles.packing import pack
 from tasks.orchestration.workspace import local
 
-ANY = Limit.parse("auc vs baseline >= -0.2")
-SHORT = Training(epochs=2, patience=2, batch=256)
-STEPS = (Distill(student={"hidden": 32}, training=SHORT), FineTune(training=SHORT), RowwiseInt8())
+LOOSE_LIMIT = Limit.parse("auc vs baseline >= -0.2")
+TWO_EPOCHS = Training(epochs=2, patience=2, batch=256)
+STEPS = (
+    Distill(student={"hidden": 32}, training=TWO_EPOCHS),
+    FineTune(training=TWO_EPOCHS),
+    RowwiseInt8(),
+)
 
 
 @pytest.fixture(scope="module")
 def recipe(session_order: AcceptedOrder) -> tuple[AcceptedOrder, RecipeRun]:
+    """Run ``STEPS`` on the bundle of the accepted order, in its home."""
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, session_order.home)
-        order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(ANY,))
+        order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(LOOSE_LIMIT,))
         return session_order, run_recipe(order)
 
 
 def auc_of(bundle: Artifact) -> float:
-    """AUC on the test rows by other code than ours."""
+    """Return the AUC on the test rows, computed with scikit-learn."""
     loaded = load_bundle(bundle)
     rows = pq.read_table(data_path(loaded.manifest, "test"))
     tags = rows["tags"].combine_chunks()
@@ -50,13 +55,13 @@ def auc_of(bundle: Artifact) -> float:
             tags=torch.tensor(tags.values.to_numpy()),
             tags_offsets=torch.tensor(tags.offsets.to_numpy()[:-1].astype("int64")),
             dense=torch.stack(
-                [torch.tensor(rows[f"d{place}"].to_numpy()) for place in range(4)], dim=1
+                [torch.tensor(rows[f"d{index}"].to_numpy()) for index in range(4)], dim=1
             ).float(),
         )
     return float(roc_auc_score(rows["label"].to_numpy(), scores.reshape(-1).numpy()))
 
 
-def test_every_stage_has_the_bytes_and_the_quality_of_its_bundle(
+def test_each_stage_reports_the_bytes_and_the_auc_of_its_bundle(
     recipe: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
 ) -> None:
     _, report = recipe
@@ -69,19 +74,19 @@ def test_every_stage_has_the_bytes_and_the_quality_of_its_bundle(
         assert result.stages[-1].bundle == result.compressed
     for stage in report.stages:
         tensors = local(stage.bundle).glob("*.safetensors")
-        held = [t for path in tensors for t in load_file(path).values()]
-        assert stage.bytes == sum(t.numel() * t.element_size() for t in held)
+        stored = [t for path in tensors for t in load_file(path).values()]
+        assert stage.bytes == sum(t.numel() * t.element_size() for t in stored)
         assert stage.quality.point == pytest.approx(auc_of(stage.bundle), abs=1e-6)
         assert stage.quality.rows == ROWS["test"]
     for before, after in zip(report.stages, report.stages[1:], strict=False):
         assert after.change is not None
-        moved = after.quality.point - before.quality.point
-        assert after.change.point == pytest.approx(moved, abs=1e-9)
+        difference = after.quality.point - before.quality.point
+        assert after.change.point == pytest.approx(difference, abs=1e-9)
         assert after.change.low <= after.change.point <= after.change.high
     assert report.stages[0].change is None
 
 
-def test_the_student_is_stored_with_its_own_configuration(
+def test_student_is_stored_with_its_configuration_and_reasons(
     recipe: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
 ) -> None:
     _, report = recipe
@@ -90,35 +95,35 @@ def test_the_student_is_stored_with_its_own_configuration(
     assert loaded.model.module.first.out_features == 32
     line = report.plan.of("first")
     assert line is not None
-    assert codes_of(why for why in line.reasons if why.code != "still_rising") == [
+    assert codes_of(reason for reason in line.reasons if reason.code != "still_rising") == [
         "trained_on_rows",
         "smaller_in_student",
         "trained_to_epoch",
         "trained_on_rows",
         "trained_to_epoch",
     ]
-    steps = [why.fields["step"] for why in line.reasons if why.code == "trained_on_rows"]
+    steps = [reason.fields["step"] for reason in line.reasons if reason.code == "trained_on_rows"]
     assert steps == ["distill", "fine_tune"]
     with_code(line.reasons, "smaller_in_student", before="64x52", after="32x52")
     assert line.bytes_after < line.bytes_before
 
 
-def test_a_finished_recipe_leaves_no_progress_files(
+def test_completed_recipe_leaves_no_progress_files(
     recipe: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
 ) -> None:
     folder = load_settings().home / "progress"
     assert not list(folder.iterdir())
 
 
-def test_what_a_preset_could_not_do_is_said_and_fails_nothing(
+def test_preset_skips_steps_that_cannot_be_applied_with_a_reason(
     accepted_order: AcceptedOrder,
 ) -> None:
-    """The draft's one width is also half of another, so nothing can be pruned alone."""
+    """No channel of the draft can be pruned, since another layer's width depends on ``hidden``."""
     report = accepted_order.result.finished.report
-    pruned = {f"prune_rows (step {place} of the recipe)" for place in (1, 2)}
+    pruned = {f"prune_rows (step {number} of the recipe)" for number in (1, 2)}
     reasons = report.idle_reasons
     assert set(reasons) == {"channels", "distill", "fold", "rowwise_int4", *pruned}
-    # On 1,000 validation rows of a network that is the best there is, each of these costs more.
+    # The draft's network is optimal for its synthetic data, so these lose more than the budget.
     for name in ("rowwise_int4", *pruned):
         with_code([reasons[name]], "over_budget", metric="auc", budget=0.001)
     assert reasons["channels"] == reasons["distill"]
@@ -127,19 +132,19 @@ def test_what_a_preset_could_not_do_is_said_and_fails_nothing(
     assert {state for _, state in accepted_order.result.tasks} <= {"Completed", "Cached"}
 
 
-def test_a_recipe_of_ones_own_must_fit(accepted_order: AcceptedOrder) -> None:
-    order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(ANY,))
+def test_custom_step_that_cannot_be_applied_raises_an_error(accepted_order: AcceptedOrder) -> None:
+    order = Order(model="clicks@1", preset="custom", steps=(Channels(),), limits=(LOOSE_LIMIT,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         run_recipe(order)
     assert "does not grow in proportion to hidden" in str(caught.value.fields["reason"])
 
 
-def test_a_recipe_without_rows_that_a_step_needs_is_refused_before_any_step_runs(
+def test_custom_step_without_its_data_raises_an_error(
     empty_home: Path,
 ) -> None:
     rows = {split: count for split, count in ROWS.items() if split != "validation"}
     pack(write_draft(empty_home / "draft", name="few", rows=rows))
-    order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(ANY,))
+    order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(LOOSE_LIMIT,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         run_recipe(order)
     with_code([caught.value.fields["reason"]], "data_missing", missing=("validation",))

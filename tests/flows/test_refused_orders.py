@@ -1,4 +1,4 @@
-"""Orders that cannot mean what was typed end with exit code 2 before any work, everywhere."""
+"""Orders with meaningless limits and metrics end with exit code 2 before any work."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from flows.cli.orders import terms
 from infra.errors import CommandRefused
 from tasks.bundles.packing import pack
 
-TYPED = [
+MEANINGLESS_LIMITS = [
     ("auc vs baseline <= 0.002", "auc vs baseline >= -0.002"),
     ("bytes <= 0.5", "bytes vs baseline <= 0.5"),
     ("p99_ms@64 <= 0", "p99_ms@64 vs baseline <= 1"),
@@ -27,15 +27,15 @@ TYPED = [
 ]
 
 
-class Ended(NamedTuple):
-    """How a call of the command line ended."""
+class CommandResult(NamedTuple):
+    """Exit code, standard output and standard error of a command."""
 
     code: int
     out: str
     err: str
 
 
-Call = Callable[..., Ended]
+Call = Callable[..., CommandResult]
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def call(
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
 
-    def called(*arguments: str) -> Ended:
+    def run_command(*arguments: str) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
-        # A run, even one that fails at once, would start a server; nothing here may reach it.
+        # A run would start a server; the commands of these tests must fail earlier.
         monkeypatch.setattr(
             "flows.cli.console.run", lambda *_, **__: pytest.fail("a run was started")
         )
@@ -56,72 +56,73 @@ def call(
         code: object = 0
         try:
             app.main()
-        except SystemExit as ended:
-            code = ended.code
-        return Ended(code if isinstance(code, int) else 0, *capsys.readouterr())
+        except SystemExit as caught:
+            code = caught.code
+        return CommandResult(code if isinstance(code, int) else 0, *capsys.readouterr())
 
-    return called
+    return run_command
 
 
-def refused(ended: Ended, *words: str) -> None:
-    assert ended.code == 2, ended.err
-    assert ended.out == ""
-    assert "Traceback" not in ended.err
+def assert_refused(result: CommandResult, *words: str) -> None:
+    """Assert exit code 2, no standard output, and an error message with certain words."""
+    assert result.code == 2, result.err
+    assert result.out == ""
+    assert "Traceback" not in result.err
     for word in words:
-        assert word in ended.err, ended.err
+        assert word in result.err, result.err
 
 
 @pytest.mark.parametrize(
-    ("typed", "code", "problem"),
+    ("limit_text", "code", "problem"),
     [
         ("auc > 0.5", "limit_unreadable", str(value_error("limit_form", text="auc > 0.5"))),
         ("auc >= -0.1", "limit_invalid", str(value_error("absolute_bound_negative", metric="auc"))),
         ("auc >= nan", "limit_invalid", "Input should be a finite number (found 'nan')"),
     ],
 )
-def test_limit_is_refused_with_what_was_found_unless_our_sentence_says_it(typed, code, problem):
+def test_invalid_limit_option_raises_an_error_with_the_problem(limit_text, code, problem):
     with raises_code(CommandRefused, code, problem=problem):
-        terms("clicks", "safe", [typed], None, [], promote=False, seed=0)
+        terms("clicks", "safe", [limit_text], None, [], promote=False, seed=0)
 
 
-@pytest.mark.parametrize(("typed", "meant"), TYPED)
-def test_a_limit_that_cannot_be_meant_exits_with_code_2_and_the_intent(
-    call: Call, typed: str, meant: str
+@pytest.mark.parametrize(("limit_text", "suggestion"), MEANINGLESS_LIMITS)
+def test_meaningless_limit_exits_with_code_2_and_suggests_another(
+    call: Call, limit_text: str, suggestion: str
 ) -> None:
-    refused(call("compress", "clicks", "--limit", typed), meant)
-    refused(call("explain", "clicks", "--limit", typed), meant)
+    assert_refused(call("compress", "clicks", "--limit", limit_text), suggestion)
+    assert_refused(call("explain", "clicks", "--limit", limit_text), suggestion)
 
 
-@pytest.mark.parametrize(("typed", "meant"), TYPED)
-def test_the_same_limit_in_an_order_file_exits_with_code_2(
-    call: Call, tmp_path: Path, typed: str, meant: str
+@pytest.mark.parametrize(("limit_text", "suggestion"), MEANINGLESS_LIMITS)
+def test_meaningless_limit_in_an_order_file_exits_with_code_2(
+    call: Call, tmp_path: Path, limit_text: str, suggestion: str
 ) -> None:
-    metric, *_, sign, bound = typed.split()
+    metric, *_, sign, bound = limit_text.split()
     limit = {
         "metric": metric,
-        "against": "baseline" if " vs " in typed else "absolute",
+        "against": "baseline" if " vs " in limit_text else "absolute",
         "at_least" if sign == ">=" else "at_most": bound,
     }
     path = tmp_path / "order.json"
     path.write_text(json.dumps({"model": "clicks", "limits": [limit]}))
-    refused(call("compress", "--order", str(path)), "order.json holds no order", meant)
+    assert_refused(call("compress", "--order", str(path)), "order.json holds no order", suggestion)
 
 
-@pytest.mark.parametrize(("typed", "meant"), TYPED[:2])
-def test_the_same_limit_in_the_form_fails_the_run_with_its_sentence(
-    prefect_server: None, typed: str, meant: str
+@pytest.mark.parametrize(("limit_text", "suggestion"), MEANINGLESS_LIMITS[:2])
+def test_meaningless_limit_in_parameters_of_the_flow_fails_the_run(
+    prefect_server: None, limit_text: str, suggestion: str
 ) -> None:
     from flows.compress import compress
 
-    metric, *_, sign, bound = typed.split()
+    metric, *_, sign, bound = limit_text.split()
     limit = {
         "metric": metric,
-        "against": "baseline" if " vs " in typed else "absolute",
+        "against": "baseline" if " vs " in limit_text else "absolute",
         "at_least" if sign == ">=" else "at_most": float(bound),
     }
     state = compress({"model": "clicks", "limits": [limit]}, return_state=True)
     assert state.is_failed()
-    assert meant in str(state.message)
+    assert suggestion in str(state.message)
 
 
 @pytest.mark.parametrize(
@@ -135,21 +136,23 @@ def test_the_same_limit_in_the_form_fails_the_run_with_its_sentence(
         "p50_ms@1024 vs baseline <= 1",
     ],
 )
-def test_a_metric_that_is_not_measured_for_the_model_exits_with_code_2_before_a_run(
+def test_limit_on_a_metric_that_is_not_measured_for_the_model_exits_with_code_2(
     call: Call, tmp_path: Path, limit: str
 ) -> None:
     rows = {"train": 500, "validation": 200, "test": 1000}  # fewer than the largest batch
     pack(write_draft(tmp_path / "draft", rows=rows))
-    refused(call("compress", "clicks", "--limit", limit), "not measured for this bundle", "logloss")
-    refused(call("explain", "clicks", "--limit", limit), "not measured for this bundle")
+    assert_refused(
+        call("compress", "clicks", "--limit", limit), "not measured for this bundle", "logloss"
+    )
+    assert_refused(call("explain", "clicks", "--limit", limit), "not measured for this bundle")
 
 
-def test_a_demanded_improvement_is_explained_with_a_warning(call: Call, tmp_path: Path) -> None:
+def test_limit_that_requires_an_improvement_prints_a_warning(call: Call, tmp_path: Path) -> None:
     pack(write_draft(tmp_path / "draft"))
-    ended = call("explain", "clicks", "--limit", "auc vs baseline >= 0.002", "--json")
-    assert ended.code == 0, ended.err
-    assert json.loads(ended.out)["limits"] == ["auc vs baseline >= 0.002"]
-    assert "warning: limit 'auc vs baseline >= 0.002'" in ended.err.replace("\n", " ")
+    result = call("explain", "clicks", "--limit", "auc vs baseline >= 0.002", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["limits"] == ["auc vs baseline >= 0.002"]
+    assert "warning: limit 'auc vs baseline >= 0.002'" in result.err.replace("\n", " ")
 
 
 def test_pack_and_check_print_warnings_about_the_model(call: Call, tmp_path: Path) -> None:
@@ -176,4 +179,4 @@ def test_pack_refuses_a_metric_of_another_task_with_exit_code_2(call: Call, tmp_
     document = json.loads((draft / "model.json").read_text())
     document["signature"]["outputs"][0]["metric"] = "auc"
     (draft / "model.json").write_text(json.dumps(document))
-    refused(call("bundle", "pack", str(draft)), "signature", "needs metric ndcg@k", "'auc'")
+    assert_refused(call("bundle", "pack", str(draft)), "signature", "needs metric ndcg@k", "'auc'")

@@ -1,4 +1,4 @@
-"""The command a report shows gives the order the report is of, or the order is shown as a file."""
+"""The command in a report that reproduces its order, with options or with an order file."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ from tasks.bundles.bundle_ref import BundleRef
 
 LIMIT = Limit(metric="auc", against="baseline", at_least=-0.002)
 ORDER = Order(model="clicks@1", limits=(LIMIT,))
-SUBJECT = BundleRef(
+BUNDLE = BundleRef(
     artifact=Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1),
     name="clicks",
     version="1",
@@ -30,28 +30,29 @@ SUBJECT = BundleRef(
 )
 
 
-def changed(**fields: object) -> Order:
+def order_with(**fields: object) -> Order:
+    """Return ``ORDER`` with other fields."""
     return Order.model_validate(ORDER.model_dump() | fields)
 
 
-def read_by_the_command_line(command: str) -> Terms:
-    """The terms that ``recpress compress`` makes of a command a report shows."""
+def terms_of_command(command: str) -> Terms:
+    """Return the terms that ``recpress compress`` reads from a command."""
     program, name, model, *options = shlex.split(command.replace("\\\n", ""))
     assert (program, name) == ("recpress", "compress")
-    given: dict[str, list[str]] = {}
+    options_by_name: dict[str, list[str]] = {}
     for option, value in zip(options[::2], options[1::2], strict=True):
-        given.setdefault(option.removeprefix("--"), []).append(value)
-    (preset,), (seed,) = given["preset"], given.get("seed", ["0"])
-    targets, optional = given.get("target", []), given.get("optional", [])
+        options_by_name.setdefault(option.removeprefix("--"), []).append(value)
+    (preset,), (seed,) = options_by_name["preset"], options_by_name.get("seed", ["0"])
+    targets, optional = options_by_name.get("target", []), options_by_name.get("optional", [])
     return orders.terms(
         model,
         preset,
-        given["limit"],
+        options_by_name["limit"],
         targets,
         optional,
         False,
         int(seed),
-        teacher=given.get("teacher"),
+        teacher=options_by_name.get("teacher"),
     )
 
 
@@ -66,13 +67,15 @@ def read_by_the_command_line(command: str) -> Terms:
         {"limits": (LIMIT, Limit(metric="p99_ms@64", at_most=1.1))},
     ],
 )
-def test_the_command_of_a_report_gives_an_order_of_the_same_digest(fields: dict[str, Any]) -> None:
-    order = changed(**fields)
-    again = order.reproduction("clicks@1")
-    terms = read_by_the_command_line(again.command)
-    assert order_digest(terms, SUBJECT, {}) == order_digest(order, SUBJECT, {})
+def test_reproduction_command_describes_an_order_with_the_same_digest(
+    fields: dict[str, Any],
+) -> None:
+    order = order_with(**fields)
+    reproduction = order.reproduction("clicks@1")
+    terms = terms_of_command(reproduction.command)
+    assert order_digest(terms, BUNDLE, {}) == order_digest(order, BUNDLE, {})
     assert terms.model == "clicks@1"
-    assert Order.model_validate(again.order) == order
+    assert Order.model_validate(reproduction.order) == order
 
 
 @pytest.mark.parametrize(
@@ -82,32 +85,34 @@ def test_the_command_of_a_report_gives_an_order_of_the_same_digest(fields: dict[
         {"rules": Rules(min_rows=5)},
         {"targets": Targets(best_batch=128)},
         {"targets": Targets(onnxruntime="off", tensorrt_rtx="required")},
-        # More digits than a limit is written with: the command would promise something else.
+        # A limit is written with fewer digits, so the command would have another limit.
         {"limits": (Limit(metric="auc", at_least=-0.00123456789),)},
     ],
 )
-def test_what_options_cannot_say_is_given_as_a_file(fields: dict[str, Any]) -> None:
-    order = changed(**fields)
-    again = order.reproduction("clicks@1")
-    assert again.command == "recpress compress --order order.json"
-    assert Order.model_validate_json(json.dumps(again.order)) == order
+def test_order_that_options_cannot_express_is_reproduced_from_a_file(
+    fields: dict[str, Any],
+) -> None:
+    order = order_with(**fields)
+    reproduction = order.reproduction("clicks@1")
+    assert reproduction.command == "recpress compress --order order.json"
+    assert Order.model_validate_json(json.dumps(reproduction.order)) == order
 
 
-def test_orders_of_one_digest_are_described_equally() -> None:
-    """Else one order would have two reports, of which the registry points to the first."""
-    one = changed(preset="small")
-    same = changed(model="clicks", preset="small", promote=True)
-    assert order_digest(one, SUBJECT, {}) == order_digest(same, SUBJECT, {})
+def test_orders_with_the_same_digest_have_the_same_reproduction() -> None:
+    """Otherwise one order could have two different reports."""
+    one = order_with(preset="small")
+    same = order_with(model="clicks", preset="small", promote=True)
+    assert order_digest(one, BUNDLE, {}) == order_digest(same, BUNDLE, {})
     assert one.reproduction("clicks@1") == same.reproduction("clicks@1")
 
 
-def test_another_attempt_of_an_order_is_reproduced_by_the_same_command() -> None:
-    assert changed(attempt=7).reproduction("clicks@1") == ORDER.reproduction("clicks@1")
+def test_reproduction_ignores_the_attempt() -> None:
+    assert order_with(attempt=7).reproduction("clicks@1") == ORDER.reproduction("clicks@1")
 
 
-def test_the_command_of_a_report_names_its_teachers_by_what_they_are() -> None:
-    order = changed(preset="small", teachers=("newest", "registry:clicks@3"))
+def test_reproduction_names_teachers_by_their_uris() -> None:
+    order = order_with(preset="small", teachers=("newest", "registry:clicks@3"))
     uris = ("file:///s/artifacts/t", "file:///s/artifacts/u")
-    found = order.reproduction("clicks@1", uris)
-    assert read_by_the_command_line(found.command).teachers == uris
-    assert Order.model_validate(found.order).teachers == uris
+    reproduction = order.reproduction("clicks@1", uris)
+    assert terms_of_command(reproduction.command).teachers == uris
+    assert Order.model_validate(reproduction.order).teachers == uris

@@ -1,4 +1,4 @@
-"""A retrieval model through the same flow: two graphs, judged by a full ranking."""
+"""An order for a two-tower retrieval model: two graphs, evaluated by ranking all items."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,8 @@ STEPS = (RowwiseInt4(), StaticInt8())
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
+def retrieval_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
+    """Run an order for a retrieval model; return the folder with draft and home, and the result."""
     home = tmp_path_factory.mktemp("retrieval")
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, home / "recpress")
@@ -41,14 +42,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
 
 
 @pytest.fixture(autouse=True)
-def _here(ran: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch) -> None:
-    use_home(monkeypatch, ran[0] / "recpress")
+def _use_home(retrieval_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_home(monkeypatch, retrieval_run[0] / "recpress")
 
 
-def test_it_is_accepted_with_every_table_and_layer_of_both_towers_packed(
-    ran: tuple[Path, FlowResult],
+def test_retrieval_order_is_accepted_with_all_tables_and_layers_quantized(
+    retrieval_run: tuple[Path, FlowResult],
 ) -> None:
-    report = ran[1].finished.report
+    report = retrieval_run[1].finished.report
     assert report.outcome == "accepted", report.targets[0].verdict.reason
     formats = {line.module: line.format for line in report.plan.lines if line.role != "other"}
     assert formats == {
@@ -65,29 +66,29 @@ def test_it_is_accepted_with_every_table_and_layer_of_both_towers_packed(
     assert [graph.audit.packed_tables for graph in served if graph.audit] == [2, 2]
 
 
-def test_the_baselines_recall_is_the_networks_own_with_seen_items_masked(
-    ran: tuple[Path, FlowResult],
+def test_baseline_recall_is_that_of_the_network_with_seen_items_masked(
+    retrieval_run: tuple[Path, FlowResult],
 ) -> None:
-    """Without the mask the best places would be taken by what users had before."""
-    home, made = ran
-    assert made.finished.report.measurement is not None
-    found = made.finished.report.measurement.baseline.of("recall@20", "absolute")
-    assert found is not None
-    assert found.point == pytest.approx(planted_recall(home / "draft"), abs=1e-6)
-    assert found.low < found.point < found.high
-    assert planted_recall(home / "draft", mask=False) < found.point - 0.1
+    """Without the mask, items that users have seen before would have the first ranks."""
+    home, result = retrieval_run
+    assert result.finished.report.measurement is not None
+    recall = result.finished.report.measurement.baseline.of("recall@20", "absolute")
+    assert recall is not None
+    assert recall.point == pytest.approx(planted_recall(home / "draft"), abs=1e-6)
+    assert recall.low < recall.point < recall.high
+    assert planted_recall(home / "draft", mask=False) < recall.point - 0.1
 
 
-def test_the_fetched_graphs_give_the_reported_recall_in_plain_sessions(
-    ran: tuple[Path, FlowResult], tmp_path: Path
+def test_fetched_graphs_have_the_reported_recall_in_plain_onnxruntime_sessions(
+    retrieval_run: tuple[Path, FlowResult], tmp_path: Path
 ) -> None:
-    """With nothing but query.onnx, item.onnx, and the data."""
-    home, made = ran
+    """Uses only the fetched graphs and the test data."""
+    home, result = retrieval_run
     into = tmp_path / "served"
-    fetch("finder", made.finished.version, "onnxruntime", into)
+    fetch("finder", result.finished.version, "onnxruntime", into)
     assert {path.name for path in into.iterdir()} == {"query.onnx", "item.onnx", "lowering.json"}
-    described = lowering_of(into).graphs
-    assert [(graph.name, graph.output, graph.width) for graph in described] == [
+    graphs = lowering_of(into).graphs
+    assert [(graph.name, graph.output, graph.width) for graph in graphs] == [
         ("query", "vector", 16),
         ("item", "vector", 16),
     ]
@@ -95,13 +96,14 @@ def test_the_fetched_graphs_give_the_reported_recall_in_plain_sessions(
     test = pq.read_table(home / "draft" / "test.parquet").to_pylist()
     bags = {row["user"]: row["lately"] for row in test}
 
-    def bag(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def jagged(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.array([len(ids) for ids in lists])
         flat = np.concatenate([np.array(ids, np.int64) for ids in lists])
         return flat, np.cumsum(lengths) - lengths
 
-    lately, tags = bag([bags[user] for user in range(USERS)]), bag(items["tags"].to_pylist())
-    given = {
+    lately = jagged([bags[user] for user in range(USERS)])
+    tags = jagged(items["tags"].to_pylist())
+    inputs_by_graph = {
         "query": {"user": np.arange(USERS), "lately": lately[0], "lately_offsets": lately[1]},
         "item": {
             "item": items["item"].to_numpy(),
@@ -112,29 +114,29 @@ def test_the_fetched_graphs_give_the_reported_recall_in_plain_sessions(
     }
     vectors = {
         name: onnxruntime.InferenceSession(str(into / f"{name}.onnx")).run(["vector"], inputs)[0]
-        for name, inputs in given.items()
+        for name, inputs in inputs_by_graph.items()
     }
     scores = vectors["query"] @ vectors["item"].T
     assert scores.shape == (USERS, ITEMS)
-    place = {int(item): at for at, item in enumerate(given["item"]["item"])}
+    item_index = {int(item): index for index, item in enumerate(inputs_by_graph["item"]["item"])}
     for split in ("train", "validation"):
         for row in pq.read_table(home / "draft" / f"{split}.parquet").to_pylist():
-            scores[row["user"], place[row["item"]]] = -np.inf
+            scores[row["user"], item_index[row["item"]]] = -np.inf
     top = np.argsort(-scores, axis=1)[:, :20]
     hits: dict[int, list[bool]] = {}
     for row in test:
-        hits.setdefault(row["user"], []).append(place[row["item"]] in top[row["user"]])
-    recall = np.mean([np.mean(found) for found in hits.values()])
-    assert made.finished.report.measurement is not None
-    reported = made.finished.report.measurement.numbers.of("recall@20", "absolute")
+        hits.setdefault(row["user"], []).append(item_index[row["item"]] in top[row["user"]])
+    recall = np.mean([np.mean(user_hits) for user_hits in hits.values()])
+    assert result.finished.report.measurement is not None
+    reported = result.finished.report.measurement.numbers.of("recall@20", "absolute")
     assert reported is not None
-    assert recall == pytest.approx(reported.point, abs=1e-3)  # last digits move single pairs
+    assert recall == pytest.approx(reported.point, abs=1e-3)  # last digits may swap a few pairs
 
 
-def test_both_graphs_are_served_and_counted_and_published_by_name(
-    ran: tuple[Path, FlowResult],
+def test_query_and_item_graphs_are_built_counted_and_published(
+    retrieval_run: tuple[Path, FlowResult],
 ) -> None:
-    finished = ran[1].finished
+    finished = retrieval_run[1].finished
     served, engines = finished.report.targets
     folder = local(served.artifact)
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.onnx")}
@@ -145,20 +147,22 @@ def test_both_graphs_are_served_and_counted_and_published_by_name(
     assert {"query.engine", "item.engine", "query.build.json", "item.build.json"} <= built
     version = Registry(load_settings().registry_uri).version("finder", finished.version)
     assert version.tags["recpress.graphs.onnxruntime"] == "query, item"
-    # Each graph holds its own tower's tables and no others.
-    held = {i.name for i in onnx.load(folder / "query.onnx").graph.initializer}
-    assert not any("of_item" in name for name in held), held
+    # A graph contains only the tables of its tower.
+    initializers = {i.name for i in onnx.load(folder / "query.onnx").graph.initializer}
+    assert not any("of_item" in name for name in initializers), initializers
 
 
-def test_the_report_says_what_was_timed_and_measured(ran: tuple[Path, FlowResult]) -> None:
-    finished = ran[1].finished
+def test_report_contains_retrieval_metrics_latency_and_stages(
+    retrieval_run: tuple[Path, FlowResult],
+) -> None:
+    finished = retrieval_run[1].finished
     metrics = [number.metric for number in finished.report.measurement.baseline.numbers]  # type: ignore[union-attr]
     assert metrics[:3] == ["recall@20", "ndcg@20", "bytes"]
     numbers = finished.report.measurement.numbers  # type: ignore[union-attr]
     for metric, least in (("score_correlation", 0.9), ("top20_overlap", 0.5)):
-        found = numbers.of(metric, "absolute")
-        assert found is not None
-        assert least < found.point < 1, metric
+        estimate = numbers.of(metric, "absolute")
+        assert estimate is not None
+        assert least < estimate.point < 1, metric
     with_code(finished.report.targets[0].verdict.reasons, "top20_overlap")
     text = (local(finished.release) / "report.md").read_text()
     assert "Recall@20" in text
@@ -166,15 +170,19 @@ def test_the_report_says_what_was_timed_and_measured(ran: tuple[Path, FlowResult
     assert "onnxruntime, item: vectors differ from torch by at most" in text
     stages = finished.report.stages
     assert [stage.step for stage in stages] == ["as trained", "rowwise_int4", "static_int8"]
-    assert stages[0].quality.point == pytest.approx(planted_recall(ran[0] / "draft"), abs=1e-6)
+    assert stages[0].quality.point == pytest.approx(
+        planted_recall(retrieval_run[0] / "draft"), abs=1e-6
+    )
     assert (
         json.loads((local(finished.release) / "report.json").read_text())["metric"] == "recall@20"
     )
 
 
-def test_steps_that_train_have_nothing_to_do_and_say_so(ran: tuple[Path, FlowResult]) -> None:
-    made = run_without_prefect(Order(model="finder", preset="small", limits=LIMITS))
-    report = made.finished.report
+def test_preset_small_skips_training_for_retrieval_with_a_reason(
+    retrieval_run: tuple[Path, FlowResult],
+) -> None:
+    result = run_without_prefect(Order(model="finder", preset="small", limits=LIMITS))
+    report = result.finished.report
     assert {"channels", "distill"} <= set(report.idle_reasons)
     assert report.idle_reasons["distill"] == Reason("no_loss", step="distill", task="retrieval")
     assert "static_int8" not in report.idle_reasons

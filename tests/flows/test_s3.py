@@ -1,4 +1,4 @@
-"""The whole way against a real S3 server, and no secret of it anywhere afterwards."""
+"""Commands and orders with a real S3 server as store, whose secret key is not stored or printed."""
 
 import shlex
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ ROOT = "s3://models/way/of/one"
 LIMIT = Limit.parse("auc vs baseline >= -0.02")
 
 
-def everything_in(server: S3Server, bucket: str, prefix: str) -> Iterator[tuple[str, bytes]]:
-    """Every object, read by another client than ours."""
+def objects_in(server: S3Server, bucket: str, prefix: str) -> Iterator[tuple[str, bytes]]:
+    """Yield key and content of each object, read with boto3, which the project does not use."""
     client: Any = boto3.client(
         "s3",
         endpoint_url=server.endpoint,
@@ -40,8 +40,8 @@ def everything_in(server: S3Server, bucket: str, prefix: str) -> Iterator[tuple[
             yield entry["Key"], body.read()
 
 
-def everything_in_prefect() -> str:
-    """All text that the server stores: artifacts, logs, parameters and state messages, as JSON."""
+def texts_in_prefect() -> str:
+    """Return artifacts, runs and logs that the Prefect server stores, as JSON."""
     with get_client(sync_client=True) as client:
         artifacts = client.read_artifacts()
         runs = [*client.read_flow_runs(), *client.read_task_runs()]
@@ -50,34 +50,35 @@ def everything_in_prefect() -> str:
 
 
 def files_with(secret: str, *folders: Path) -> list[Path]:
+    """Return the files that contain a secret."""
     files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
     return [path for path in files if secret.encode() in path.read_bytes()]
 
 
-def assert_nowhere(server: S3Server, home: Path, *said: str) -> None:
-    """The server's secret key is in no object, no file, not in Prefect and in nothing printed."""
+def assert_secret_is_not_stored_or_printed(server: S3Server, home: Path, *output: str) -> None:
+    """Assert that objects, files, Prefect and printed texts do not contain the secret key."""
     secret = server.secret_key
-    objects = dict(everything_in(server, "models", "way/of/one"))
+    objects = dict(objects_in(server, "models", "way/of/one"))
     assert len(objects) > 20
     assert [key for key, body in objects.items() if secret.encode() in body] == []
     assert files_with(secret, home) == []
-    assert secret not in everything_in_prefect()
-    for text in said:
+    assert secret not in texts_in_prefect()
+    for text in output:
         assert secret not in text
 
 
-def test_the_readmes_commands_work_with_an_s3_store_and_its_secret_stays_out_of_everything(
+def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_secret(
     s3: S3Server,
     empty_home: Path,
     prefect_server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The commands for a model of one's own, one after another in this process."""
+    """Runs the README's commands for a user's model in this process."""
     monkeypatch.setenv("RECPRESS_STORE", ROOT)
     monkeypatch.chdir(empty_home)
     write_own_model(empty_home)
-    said, order = {}, []
+    output, order = {}, []
     for line in commands("recpress bundle pack ./draft").replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["export"]:
@@ -90,54 +91,56 @@ def test_the_readmes_commands_work_with_an_s3_store_and_its_secret_stays_out_of_
         else:
             assert words[0] == "recpress", line
             order = words[1:] if words[1] == "compress" else order
-            code, said[words[1]] = run_main(monkeypatch, capsys, *words[1:])
-            assert code == 0, said
-    assert list(said) == ["bundle", "compress", "registry"]
-    assert "onnxruntime: accepted" in said["compress"]
+            code, output[words[1]] = run_main(monkeypatch, capsys, *words[1:])
+            assert code == 0, output
+    assert list(output) == ["bundle", "compress", "registry"]
+    assert "onnxruntime: accepted" in output["compress"]
     assert store().uri_of(find("mymodel").artifact).startswith(f"{ROOT}/artifacts/")
 
-    code, found, again = run_main_apart(monkeypatch, capsys, *order, "--json")
-    assert code == 0, again
-    report = Finished.model_validate_json(found).report
+    code, output_json, errors = run_main_apart(monkeypatch, capsys, *order, "--json")
+    assert code == 0, errors
+    report = Finished.model_validate_json(output_json).report
     assert (empty_home / "serving" / "model.onnx").stat().st_size == report.targets[0].bytes
-    assert_nowhere(s3, empty_home, *said.values(), found, again)
+    assert_secret_is_not_stored_or_printed(s3, empty_home, *output.values(), output_json, errors)
 
 
-@pytest.mark.nightly  # the README's commands do the same in this process
-def test_pack_compress_and_fetch_in_processes_with_an_s3_store_leave_its_secret_nowhere(
+@pytest.mark.nightly  # the test above does the same in one process
+def test_processes_with_an_s3_store_do_not_store_or_print_its_secret(
     s3: S3Server, empty_home: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_STORE", ROOT)
 
     def command(*arguments: str) -> tuple[int, str, str]:
         env = environment(empty_home, RECPRESS_STORE=ROOT, **s3.environment)
-        ended = recpress(*arguments, env=env)
-        return ended.returncode, ended.stdout, ended.stderr
+        process = recpress(*arguments, env=env)
+        return process.returncode, process.stdout, process.stderr
 
     draft = write_draft(empty_home / "draft")
-    code, said, packing = command("bundle", "pack", str(draft), "--json")
+    code, output, packing = command("bundle", "pack", str(draft), "--json")
     assert code == 0, packing
-    packed = Packed.model_validate_json(said)
+    packed = Packed.model_validate_json(output)
     assert store().uri_of(packed.artifact).startswith(f"{ROOT}/artifacts/")
 
-    ran = run_in_prefect(Order(model="clicks", preset="small", limits=(LIMIT,)))
-    assert (ran.state, ran.finished.report.outcome) == ("Completed", "accepted")
+    result = run_in_prefect(Order(model="clicks", preset="small", limits=(LIMIT,)))
+    assert (result.state, result.finished.report.outcome) == ("Completed", "accepted")
 
     into = empty_home / "served"
-    arguments = ("clicks", "--version", ran.finished.version, "--into", str(into))
+    arguments = ("clicks", "--version", result.finished.version, "--into", str(into))
     code, *fetching = command("registry", "fetch", *arguments)
     assert code == 0, fetching
-    assert (into / "model.onnx").stat().st_size == ran.finished.report.targets[0].bytes
+    assert (into / "model.onnx").stat().st_size == result.finished.report.targets[0].bytes
 
-    code, found, again = command(
+    code, output_json, errors = command(
         "compress", "clicks", "--preset", "small", "--limit", str(LIMIT), "--json"
     )
-    assert code == 0, again
-    assert Finished.model_validate_json(found) == ran.finished
-    assert_nowhere(s3, empty_home, said, packing, *fetching, found, again)
+    assert code == 0, errors
+    assert Finished.model_validate_json(output_json) == result.finished
+    assert_secret_is_not_stored_or_printed(
+        s3, empty_home, output, packing, *fetching, output_json, errors
+    )
 
 
-def test_a_damaged_object_is_not_fetched(
+def test_check_of_a_damaged_object_in_s3_exits_with_code_2(
     s3: S3Server,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -148,7 +151,7 @@ def test_a_damaged_object_is_not_fetched(
     packed = pack(write_draft(tmp_path / "d"))
     uri = store().file_uri(packed.artifact, "model.safetensors")
     key = uri.removeprefix("s3://models/")
-    body = bytearray(dict(everything_in(s3, "models", key))[key])
+    body = bytearray(dict(objects_in(s3, "models", key))[key])
     body[-1] ^= 1
     client: Any = boto3.client(
         "s3",
@@ -158,8 +161,8 @@ def test_a_damaged_object_is_not_fetched(
         region_name="us-east-1",
     )
     client.put_object(Bucket="models", Key=key, Body=bytes(body))
-    code, said = run_main(monkeypatch, capsys, "bundle", "check", "clicks")
+    code, output = run_main(monkeypatch, capsys, "bundle", "check", "clicks")
     assert code == 2
-    assert "damaged" in said
-    assert "model.safetensors" in said
-    assert "Traceback" not in said
+    assert "damaged" in output
+    assert "model.safetensors" in output
+    assert "Traceback" not in output

@@ -1,4 +1,4 @@
-"""What the settings of an embedded Prefect server do to requests, without starting a server."""
+"""Settings of an embedded Prefect server: which requests it accepts, without starting a server."""
 
 import asyncio
 
@@ -12,16 +12,19 @@ from web_attacks import FOREIGN, basic
 from flows.server import embedded_server
 from flows.server.embedded_server import new_auth_string
 
-# Unlike /health, it needs authentication; it needs no database.
+# Unlike /health, this path requires authentication. It does not read the database.
 VERSION = "http://127.0.0.1/api/version"
 
 
 def replies(
     monkeypatch: pytest.MonkeyPatch, auth: str, *requests: dict[str, str]
 ) -> list[httpx.Response]:
-    """Replies of Prefect's own application, configured as an embedded server is, to some headers.
+    """Send requests to Prefect's application, with the environment of an embedded server.
 
-    The environment is the one that the server's process gets, so every name of a setting counts.
+    Args:
+        monkeypatch: sets the environment.
+        auth: the authentication string of the server.
+        requests: the headers of each request.
     """
     for name, value in embedded_server._environment(auth).items():
         monkeypatch.setenv(name, value)
@@ -35,7 +38,7 @@ def replies(
         return asyncio.run(send_requests())
 
 
-def test_an_embedded_server_accepts_only_requests_with_its_secret(
+def test_embedded_server_accepts_only_requests_with_its_secret(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     auth = new_auth_string()
@@ -43,7 +46,7 @@ def test_an_embedded_server_accepts_only_requests_with_its_secret(
     assert (without.status_code, wrong.status_code, right.status_code) == (401, 401, 200)
 
 
-def test_an_embedded_server_allows_no_other_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_server_allows_no_other_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     auth = new_auth_string()
     headers = [basic(auth) | {"Origin": origin} for origin in FOREIGN]
     for reply in replies(monkeypatch, auth, *headers):
@@ -51,7 +54,7 @@ def test_an_embedded_server_allows_no_other_origin(monkeypatch: pytest.MonkeyPat
         assert "access-control-allow-origin" not in reply.headers
 
 
-def test_each_embedded_server_has_another_secret_of_at_least_128_bits() -> None:
+def test_auth_strings_are_unique_with_at_least_128_bits() -> None:
     secrets = {new_auth_string().partition(":")[2] for _ in range(100)}
     assert len(secrets) == 100
     assert all(len(bytes.fromhex(secret)) * 8 >= 128 for secret in secrets)

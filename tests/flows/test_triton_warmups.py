@@ -1,4 +1,4 @@
-"""A model published by an order, exported for Triton and called with the server's warm-ups."""
+"""A published model accepts the warm-up requests in its Triton configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tasks.promotion.promotions import promote
 pytestmark = pytest.mark.usefixtures("without_champion")
 
 
-def test_a_published_model_scores_the_warm_ups_of_its_triton_configuration(
+def test_published_model_scores_the_warm_up_requests_of_its_triton_configuration(
     accepted_order: AcceptedOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_TRITON", str(tmp_path))
@@ -34,9 +34,11 @@ def test_a_published_model_scores_the_warm_ups_of_its_triton_configuration(
         assert np.isfinite(scores).all()
         assert arrays["tags"].shape == (LONGEST,)
         batch_sizes.append(rows)
-    # Measured at 1, 64 and 1024 rows; which of them is the best is the machine's business.
+    # The fastest of the measured sizes (1, 64 and 1024 rows) depends on the machine.
     assert {1, 1024} <= set(batch_sizes) <= {1, 64, 1024}
-    assert message["max_batch_size"] == [0]  # a bag's values are no rows
+    assert message["max_batch_size"] == [
+        0
+    ]  # 0: bags have more values than rows, so Triton must not batch
 
 
 def _names(items: list[dict[str, Any]]) -> list[str]:

@@ -17,7 +17,7 @@ FAULTS = (
         new="    if isinstance(shown, Refused | CompressionError):\n"
         '        _print(f"recpress: {shown}")\n        return 1\n',
         effect="Invalid input has the exit code of an error that a retry may solve.",
-        tests=(f"{CLI}::test_a_bad_order_is_refused_in_words_with_exit_code_2",),
+        tests=(f"{CLI}::test_invalid_order_exits_with_code_2_and_a_sentence",),
     ),
     Fault(
         id="lack-of-memory-exits-with-2",
@@ -26,8 +26,7 @@ FAULTS = (
         new="    shown: Exception = fault\n",
         effect="Out of memory is reported as another error, with a traceback.",
         tests=(
-            "tests/flows/test_exit_codes.py"
-            "::test_a_lack_of_memory_exits_with_code_1_and_one_sentence",
+            "tests/flows/test_exit_codes.py::test_memory_error_exits_with_code_1_and_one_sentence",
         ),
     ),
     Fault(
@@ -38,7 +37,7 @@ FAULTS = (
         effect="A rejected result ends with exit code 0, so a pipeline deploys it.",
         tests=(
             "tests/flows/test_exit_codes.py"
-            "::test_a_finished_order_exits_with_the_code_of_its_outcome",
+            "::test_completed_order_exits_with_the_code_of_its_outcome",
         ),
     ),
     Fault(
@@ -48,7 +47,7 @@ FAULTS = (
         new="        message = NO_MEMORY\n",
         effect="A command whose modules cannot be imported claims to be out of memory.",
         tests=(
-            "tests/flows/test_order_memory.py::test_a_module_that_is_missing_is_not_called_out_of_memory",
+            "tests/flows/test_order_memory.py::test_missing_module_is_not_reported_as_out_of_memory",
         ),
     ),
     Fault(
@@ -57,7 +56,7 @@ FAULTS = (
         old="        if not self.smallest_batch <= self.best_batch <= self.largest_batch:\n",
         new="        if not self.smallest_batch <= self.largest_batch:\n",
         effect="An order's best batch may be outside of its range; the engine build fails.",
-        tests=(f"{ORDER}::test_batch_sizes_must_grow",),
+        tests=(f"{ORDER}::test_decreasing_batch_sizes_are_refused",),
     ),
     Fault(
         id="order-without-targets",
@@ -65,7 +64,7 @@ FAULTS = (
         old="        if not self.requirements():\n",
         new="        if self.requirements() is None:\n",
         effect="An order for no target runs and publishes nothing.",
-        tests=(f"{ORDER}::test_an_order_for_no_target_is_refused",),
+        tests=(f"{ORDER}::test_order_without_targets_is_refused",),
     ),
     Fault(
         id="order-map-not-last",
@@ -73,7 +72,7 @@ FAULTS = (
         old='            if step.effect == "output":\n',
         new='            if step.effect == self.steps[-1].effect == "output":\n',
         effect="A calibration map is fitted before later steps change the scores.",
-        tests=(f"{ORDER}::test_recalibrate_must_be_the_last_step_and_occur_once",),
+        tests=(f"{ORDER}::test_step_after_recalibrate_is_refused",),
     ),
     Fault(
         id="order-steps-ignored-with-a-preset",
@@ -81,7 +80,7 @@ FAULTS = (
         old='        if (self.preset == "custom") != bool(self.steps):\n',
         new='        if self.preset == "custom" and not self.steps:\n',
         effect="Steps given with a preset are silently ignored.",
-        tests=(f"{ORDER}::test_steps_belong_to_the_preset_custom_and_to_no_other",),
+        tests=(f"{ORDER}::test_steps_are_required_with_preset_custom_and_refused_with_others",),
     ),
     Fault(
         id="order-limits-not-checked",

@@ -148,7 +148,7 @@ FAULTS = (
         old='            "teachers": [[item.artifact.sha256, item.architecture] for item in teachers],\n',
         new="",
         effect="Two orders with different teachers share one result.",
-        tests=(f"{ORDER}::test_teachers_change_the_orders_digest",),
+        tests=(f"{ORDER}::test_order_digest_differs_for_other_teachers_and_other_teacher_code",),
     ),
     Fault(
         id="code-digest-without-package-files",

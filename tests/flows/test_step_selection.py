@@ -1,4 +1,4 @@
-"""A step that can do without rows is given them where there are some."""
+"""Which splits a step reads, and the reason if the bundle lacks a required split."""
 
 import pytest
 
@@ -11,7 +11,8 @@ from flows.step_selection import missing_data_reason, parts_of_step
 from tasks.bundles.bundle_ref import BundleRef
 
 
-def subject(**rows: int) -> BundleRef:
+def bundle_with(**rows: int) -> BundleRef:
+    """Return a bundle with 100 test rows and other splits."""
     return BundleRef(
         artifact=Artifact(uri="file:///nowhere", sha256="0" * 64, bytes=1),
         name="clicks",
@@ -26,7 +27,7 @@ def subject(**rows: int) -> BundleRef:
 
 
 @pytest.mark.parametrize(
-    ("rows", "seen"),
+    ("rows", "expected"),
     [
         ({}, ()),
         ({"validation": 10}, ()),
@@ -34,16 +35,16 @@ def subject(**rows: int) -> BundleRef:
         ({"train": 10, "calibration": 10}, ("calibration",)),
     ],
 )
-def test_float16_uses_calibration_rows_if_available_and_never_requires_them(rows, seen):
-    held = subject(**rows)
-    assert parts_of_step(Float16(), held) == seen
-    assert missing_data_reason(Float16(), held) is None
+def test_float16_uses_calibration_rows_if_available_and_never_requires_them(rows, expected):
+    bundle = bundle_with(**rows)
+    assert parts_of_step(Float16(), bundle) == expected
+    assert missing_data_reason(Float16(), bundle) is None
 
 
-def test_what_a_step_needs_comes_first_and_others_want_nothing():
-    held = subject(train=10)
-    assert parts_of_step(StaticInt8(), held) == ("calibration",)
-    assert parts_of_step(Magnitude(), held) == ()
-    assert missing_data_reason(StaticInt8(), subject()) == Reason(
+def test_static_int8_requires_calibration_rows_and_magnitude_requires_none():
+    bundle = bundle_with(train=10)
+    assert parts_of_step(StaticInt8(), bundle) == ("calibration",)
+    assert parts_of_step(Magnitude(), bundle) == ()
+    assert missing_data_reason(StaticInt8(), bundle_with()) == Reason(
         "data_missing", step="static_int8", missing=("train",), splits=("test",)
     )

@@ -1,4 +1,4 @@
-"""Who teaches a student, and on which rows: logged traffic and several teachers, all the way."""
+"""Orders that distill from several teachers, on training rows and unlabeled traffic."""
 
 import json
 from pathlib import Path
@@ -27,17 +27,17 @@ from tasks.bundles.bundle_ref import resolve
 from tasks.bundles.packing import pack
 from tasks.orchestration.workspace import local
 
-ANY = Limit.parse("auc vs baseline >= -0.2")
-SHORT = Training(epochs=1, batch=256)
+LOOSE_LIMIT = Limit.parse("auc vs baseline >= -0.2")
+ONE_EPOCH = Training(epochs=1, batch=256)
 ROWS = {"train": 1_000, "validation": 500, "traffic": 700, "test": 500}
 STEPS = (
-    Distill(rows="both", hints=("first",), student={"hidden": 32}, training=SHORT),
+    Distill(rows="both", hints=("first",), student={"hidden": 32}, training=ONE_EPOCH),
     RowwiseInt8(),
 )
 
 
 def write_unlabelled(folder: Path, name: str, seed: int) -> Path:
-    """A draft whose rows of traffic have no label, nor any other column that is not read."""
+    """Write a draft whose split ``traffic`` has no label column."""
     draft = write_draft(folder, name=name, seed=seed, rows=ROWS)
     traffic = pq.read_table(draft / "traffic.parquet").drop_columns(["label"])
     pq.write_table(traffic, draft / "traffic.parquet")
@@ -48,14 +48,15 @@ ORDER = Order(
     model="clicks@1",
     preset="custom",
     steps=STEPS,
-    limits=(ANY,),
+    limits=(LOOSE_LIMIT,),
     teachers=("second@1", "third@1"),
 )
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
-    home = tmp_path_factory.mktemp("teaching")
+def taught_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
+    """Pack the model, two teachers and a ranking model; run ``ORDER``; return folder and result."""
+    home = tmp_path_factory.mktemp("teachers")
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, home / "recpress")
         for seed, name in enumerate(("clicks", "second", "third")):
@@ -65,36 +66,38 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
 
 
 @pytest.fixture(autouse=True)
-def _here(ran: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch) -> None:
-    use_home(monkeypatch, ran[0] / "recpress")
+def _use_home(taught_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_home(monkeypatch, taught_run[0] / "recpress")
 
 
-def test_the_plan_says_who_taught_and_on_what(ran: tuple[Path, FlowResult]) -> None:
-    plan = ran[1].finished.report.plan
+def test_plan_states_the_teachers_and_training_rows_that_explain_predicted(
+    taught_run: tuple[Path, FlowResult],
+) -> None:
+    plan = taught_run[1].finished.report.plan
     line = plan.of("cross")
     assert line is not None
     assert codes_of(line.reasons)[:2] == ["trained_on_both", "several_teachers"]
     with_code(line.reasons, "trained_on_both", step="distill", rows=1000, traffic=700)
     with_code(line.reasons, "several_teachers", teachers=3)
     assert line.reasons[2].code in ("trained_to_epoch", "training_unchanged")
-    foreseen = explain(ORDER).plan.lines
-    for before, after in zip(foreseen, plan.lines, strict=True):
+    predicted = explain(ORDER).plan.lines
+    for before, after in zip(predicted, plan.lines, strict=True):
         assert after.reasons[: len(before.reasons)] == before.reasons
         assert after.model_copy(update={"reasons": before.reasons}) == before
 
 
-def test_every_teacher_scores_each_split_once_and_predictions_are_averaged_once(
-    ran: tuple[Path, FlowResult],
+def test_each_teacher_scores_each_split_once_and_predictions_are_averaged_once(
+    taught_run: tuple[Path, FlowResult],
 ) -> None:
-    # Three models on two splits; and the three stages on the test rows.
-    assert ran[1].of("score") == ["Completed"] * (3 * 2 + 3)
-    assert ran[1].of("average") == ["Completed"] * 2
+    # Three models on two splits, and three stages on the test rows.
+    assert taught_run[1].states_of("score") == ["Completed"] * (3 * 2 + 3)
+    assert taught_run[1].states_of("average") == ["Completed"] * 2
     again = run_without_prefect(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.1"),)}))
-    assert set(again.of("score") + again.of("average")) == {"Cached"}
+    assert set(again.states_of("score") + again.states_of("average")) == {"Cached"}
 
 
-def test_the_result_names_its_teachers_among_its_parents(ran: tuple[Path, FlowResult]) -> None:
-    report = ran[1].finished.report
+def test_bundles_have_the_teachers_among_their_parents(taught_run: tuple[Path, FlowResult]) -> None:
+    report = taught_run[1].finished.report
     stages = [stage.bundle for stage in report.stages]
     others = [resolve(name) for name in ORDER.teachers]
     last = read(local(report.compressed))
@@ -104,25 +107,29 @@ def test_the_result_names_its_teachers_among_its_parents(ran: tuple[Path, FlowRe
     assert order["teachers"] == [other.uri for other in others]
 
 
-def test_soft_labels_are_the_mean_of_logits(ran: tuple[Path, FlowResult]) -> None:
+def test_soft_labels_are_the_mean_logits_of_the_teachers(
+    taught_run: tuple[Path, FlowResult],
+) -> None:
     from tasks.prepare import prepare
     from tasks.score import average, score
 
     bundles = [resolve(name) for name in ("clicks", *ORDER.teachers)]
     rows = prepare.fn(bundles[0], "traffic")
     scores = tuple(score.fn(bundle, rows, ROWS["traffic"]) for bundle in bundles)
-    held = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
-    found = load_file(local(average.fn(scores, "logit")) / "data.safetensors")["score"]
-    torch.testing.assert_close(found, torch.stack(held).mean(dim=0))
-    assert float((held[0] - held[1]).abs().mean()) > 0.1  # they do not say the same
+    logits = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
+    mean = load_file(local(average.fn(scores, "logit")) / "data.safetensors")["score"]
+    torch.testing.assert_close(mean, torch.stack(logits).mean(dim=0))
+    assert float((logits[0] - logits[1]).abs().mean()) > 0.1  # the teachers differ
 
 
-def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, FlowResult]) -> None:
+def test_order_with_other_teachers_is_not_the_completed_order(
+    taught_run: tuple[Path, FlowResult],
+) -> None:
     from flows.resolve import find_completed_result
 
-    found = find_completed_result(ORDER)
-    assert found is not None
-    assert found.version == ran[1].finished.version
+    result = find_completed_result(ORDER)
+    assert result is not None
+    assert result.version == taught_run[1].finished.version
     assert find_completed_result(ORDER.model_copy(update={"teachers": ("second@1",)})) is None
 
 
@@ -146,7 +153,7 @@ def test_an_order_of_other_teachers_is_another_order(ran: tuple[Path, FlowResult
         (("second@1",), (RowwiseInt8(),), "teachers_unused", {"steps": ("rowwise_int8",)}),
     ],
 )
-def test_teachers_that_cannot_be_used_are_refused_before_any_step_runs(
+def test_unusable_teachers_are_refused(
     teachers: tuple[str, ...],
     steps: tuple[Distill | RowwiseInt8, ...],
     code: str,
@@ -157,25 +164,25 @@ def test_teachers_that_cannot_be_used_are_refused_before_any_step_runs(
         explain(order)
 
 
-def test_training_goes_where_the_settings_say(
-    ran: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch
+def test_training_on_a_missing_gpu_raises_device_missing(
+    taught_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no such GPU here; the step's cache on the CPU does not stand in for it."""
+    """A cached result of the step on the CPU must not be used instead."""
     monkeypatch.setenv("RECPRESS_DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with raises_code(StepRefused, "device_missing", device="cuda"):
         run_without_prefect(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.2"),)}))
 
 
-def test_a_registered_version_can_teach(ran: tuple[Path, FlowResult]) -> None:
-    version = ran[1].finished.version
+def test_registered_version_can_be_a_teacher(taught_run: tuple[Path, FlowResult]) -> None:
+    version = taught_run[1].finished.version
     order = ORDER.model_copy(update={"teachers": (f"registry:clicks@{version}",)})
     line = explain(order).plan.of("cross")
     assert line is not None
     with_code(line.reasons, "several_teachers", teachers=2)
 
 
-def test_the_command_line_takes_teachers_and_exits_with_2_where_they_do_not_fit(
+def test_explain_command_accepts_teachers_and_exits_with_code_2_if_they_do_not_match(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "order.json").write_text(ORDER.model_dump_json())
@@ -186,7 +193,15 @@ def test_the_command_line_takes_teachers_and_exits_with_2_where_they_do_not_fit(
     line = plan.of("cross")
     assert line is not None
     with_code(line.reasons, "several_teachers", teachers=3)
-    arguments = ("clicks@1", "--preset", "small", "--limit", str(ANY), "--teacher", "lists@1")
+    arguments = (
+        "clicks@1",
+        "--preset",
+        "small",
+        "--limit",
+        str(LOOSE_LIMIT),
+        "--teacher",
+        "lists@1",
+    )
     code, _, err = run_main_apart(monkeypatch, capsys, "explain", *arguments)
     assert code == 2
     assert "another signature" in err
