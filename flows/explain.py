@@ -114,7 +114,8 @@ def explain(terms: Terms) -> Explanation:
         steps=(ExplainedStep(step=AS_TRAINED, bytes=original_bytes), *steps),
         plan=plan if earlier is None else _with_warnings(plan, earlier.report.plan),
         targets=tuple(
-            _explain_target(kind, wanted) for kind, wanted in order.targets.requirements().items()
+            _explain_target(target, requirement)
+            for target, requirement in order.targets.requirements().items()
         ),
         memory=peak_memory(
             bytes_before=original_bytes,
@@ -183,12 +184,16 @@ def _most_trained_bytes(
     return most
 
 
-def _explain_target(kind: str, wanted: Requirement) -> ExplainedTarget:
-    """Say whether a target can be built here; raise if it is required and cannot."""
+def _explain_target(target: str, requirement: Requirement) -> ExplainedTarget:
+    """Check whether a target can be built on this machine.
+
+    Raises:
+        Refused: it cannot be built, and the order requires it.
+    """
     try:
-        require_builder(kind)
+        require_builder(target)
     except Refused as fault:
-        if wanted == "required":
+        if requirement == "required":
             raise
-        return ExplainedTarget(target=kind, wanted=wanted, missing=str(fault))
-    return ExplainedTarget(target=kind, wanted=wanted)
+        return ExplainedTarget(target=target, wanted=requirement, missing=str(fault))
+    return ExplainedTarget(target=target, wanted=requirement)

@@ -18,14 +18,15 @@ from tasks.bundles.bundle_ref import BundleRef
 from tasks.orchestration.documents import AS_TRAINED, NotApplicable
 
 T = TypeVar("T")
+"""The result of a step: a stored bundle (``Artifact``) or, in a dry run, a ``Model``."""
 
 UNREPORTED = ("nothing_left", "option_not_needed")
 """Codes of the reasons for skipped steps that reports omit."""
 
 
-def is_reported(left_out: Reason | None) -> bool:
-    """Return whether a report lists a step, given the reason why it was skipped, if it was."""
-    return left_out is None or left_out.code not in UNREPORTED
+def is_reported(skip_reason: Reason | None) -> bool:
+    """Return whether reports list a step: it is applied, or skipped for a reason they mention."""
+    return skip_reason is None or skip_reason.code not in UNREPORTED
 
 
 def require_budget_rows(order: Order, bundle: BundleRef) -> None:

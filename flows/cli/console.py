@@ -199,8 +199,8 @@ def show_explanation(explanation: "Explanation") -> None:
         line(f"limit {limit}")
     if explanation.budget is not None:
         out.print(
-            f"budget {explanation.budget:g}, measured on validation rows when the order runs: steps "
-            f"that would lose more are left out, with the training that follows them",
+            f"budget {explanation.budget:g}, measured on validation rows when the order runs: "
+            f"steps that would lose more are left out, with the training that follows them",
             soft_wrap=True,
         )
     if explanation.bytes_between is not None and len(set(explanation.bytes_between)) > 1:

@@ -173,9 +173,9 @@ def _remedy(fault: CheckFailed, default: str) -> str:
 def _store() -> str:
     """List, write and read in the object store, and describe it."""
     object_store = store()
-    begun = time.monotonic()
+    start = time.monotonic()
     bundles = len(object_store.keys("bundles/"))
-    ms = 1000 * (time.monotonic() - begun)
+    ms = 1000 * (time.monotonic() - start)
     try:
         object_store.write(PROBE_KEY, b"{}")
         is_written = object_store.read(PROBE_KEY) == b"{}"

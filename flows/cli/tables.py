@@ -72,7 +72,7 @@ def tables_quantize(
     if tensor:
         settings["tables"] = tensor
     step = step_named(form, settings)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with _progress_bar(quiet=as_json) as progress:
         result = quantize(
             source, into, step, block_rows=block_rows, workers=workers, progress=progress
@@ -81,7 +81,7 @@ def tables_quantize(
         write(result.model_dump_json(indent=1))
         return
     _print_plan(result.plan)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     write_line(f"{into}: {result.bytes:,} bytes in {seconds:.1f} s, sha256 {result.sha256}")
 
 

@@ -92,8 +92,8 @@ class EmbeddedServer:
         Raises:
             ServiceFailed: the process ended, or made no progress for ``stall_seconds``.
         """
-        begun = last_poll = time.monotonic()
-        notify_at, stalled, last = begun + NOTIFY_AFTER_SECONDS, 0.0, self._progress()
+        start = last_poll = time.monotonic()
+        notify_at, stalled, last = start + NOTIFY_AFTER_SECONDS, 0.0, self._progress()
         try:
             while not self._is_ready():
                 self.require_running(is_started=False)
@@ -115,7 +115,7 @@ class EmbeddedServer:
                 if now >= notify_at:
                     notify_at = now + NOTIFY_EVERY_SECONDS
                     notify(
-                        f"waiting for the embedded Prefect server to start ({now - begun:.0f} s, "
+                        f"waiting for the embedded Prefect server to start ({now - start:.0f} s, "
                         f"process {self.process.pid}, database in {self._home}). {_REMEDY}"
                     )
                 time.sleep(_POLL_SECONDS)

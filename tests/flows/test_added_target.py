@@ -269,9 +269,8 @@ def test_registered_target_is_lowered_measured_judged_and_published(
     )
     assert before is not None
     assert after is not None
-    assert after.point == pytest.approx(
-        before.point, abs=1e-5
-    )  # both targets compute the same function
+    # Both targets compute the same function.
+    assert after.point == pytest.approx(before.point, abs=1e-5)
     assert measured.numbers.of("p50_ms@1", "absolute") is not None
 
     version = registry().version("clicks", finished.version)

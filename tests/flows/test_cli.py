@@ -237,9 +237,7 @@ def test_binary_order_file_exits_with_code_2(home: Path, call: Any) -> None:
 def test_required_target_without_its_library_exits_with_code_2_and_the_install_command(
     accepted_order: AcceptedOrder, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, "tensorrt", None
-    )  # its import fails, as if it was not installed
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # makes its import fail
     for name, value in EMBEDDED.items():  # the command sets them; monkeypatch restores them
         monkeypatch.setenv(name, value)
     result = call("compress", "clicks", "--limit", LIMIT, "--target", "tensorrt", "--json")

@@ -20,11 +20,11 @@ import pytest
 from command_line import run_main_apart
 from drafts import environment, recpress
 from error_codes import raises_code
-from infra.services.http_probe import MOST_BYTES, HttpRequest, get
 from s3_server import S3Server
 
 from flows.cli.doctor import Finding, examine
 from infra.errors import NoAnswer
+from infra.services.http_probe import MOST_BYTES, HttpRequest, get
 
 SECRET = "canary-of-a-password"
 LIMIT_SECONDS = 2.5
@@ -126,9 +126,9 @@ def test_three_services_that_never_respond_take_one_time_limit(
     monkeypatch.setattr(HttpRequest.answer, "__defaults__", (LIMIT_SECONDS,))
     monkeypatch.setitem(get.__kwdefaults__, "seconds", LIMIT_SECONDS)
     set_services(monkeypatch, f"http://127.0.0.1:{silent_port}")
-    begun = time.monotonic()
+    start = time.monotonic()
     findings = examine_services()
-    assert LIMIT_SECONDS - 0.5 < time.monotonic() - begun < MAX_SECONDS
+    assert LIMIT_SECONDS - 0.5 < time.monotonic() - start < MAX_SECONDS
     for item in findings:
         assert item.state == "fault"
         assert "No answer" in item.found
@@ -146,11 +146,11 @@ def test_doctor_command_ends_soon_if_services_never_respond(
         if name.startswith("AWS_")
         or name in {"RECPRESS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"}
     }
-    begun = time.monotonic()
+    start = time.monotonic()
     process = recpress("doctor", env=environment(tmp_path, **hanging), seconds=60)
     assert process.returncode == 1
     # Most of the time is imports. Without the limit, retries of the clients would take minutes.
-    assert time.monotonic() - begun < 40
+    assert time.monotonic() - start < 40
     assert process.stdout.count("No answer") >= 3
     assert "registry: Start it, or correct the address" in process.stdout
     assert SECRET not in process.stdout + process.stderr
@@ -278,11 +278,11 @@ def slow_server(head: bytes) -> Iterator[tuple[str, threading.Event]]:
 )
 def test_request_to_a_server_that_sends_slowly_ends_at_its_total_deadline(head: bytes) -> None:
     with slow_server(head) as (uri, _):
-        begun = time.monotonic()
+        start = time.monotonic()
         with raises_code(NoAnswer, "no_answer", address=uri, problem="TimeoutError"):
             get(uri, seconds=0.5)
         # The server sends for 5 s; 2 s more than the deadline are for a busy machine.
-        assert 0.5 <= time.monotonic() - begun < 2.5
+        assert 0.5 <= time.monotonic() - start < 2.5
 
 
 def test_connection_to_a_server_that_sends_slowly_is_closed_after_the_deadline() -> None:
@@ -370,10 +370,10 @@ def test_invalid_address_raises_no_answer_without_its_password(uri: str) -> None
 
 
 def test_http_request_raises_no_answer_in_time_at_its_limit() -> None:
-    begun = time.monotonic()
+    start = time.monotonic()
     with raises_code(NoAnswer, "no_answer_in_time", seconds=0.2):
         HttpRequest(lambda: time.sleep(2)).answer(0.2)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - start < 1
 
 
 def test_http_request_raises_the_error_of_its_thread_when_the_answer_is_read() -> None:

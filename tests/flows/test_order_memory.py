@@ -7,12 +7,12 @@ import sys
 import pytest
 from drafts import ALLOWED, environment, recpress, write_draft
 from error_codes import Text, raises_code
-from flows.order import Order
 
 from compressors.contracts import Limit
 from flows.cli import errors as cli_errors
 from flows.compress import compress
 from flows.memory import describe_running_stage, estimated_memory, require_order_memory
+from flows.order import Order
 from infra.errors import InfraError, OutOfMemory
 from infra.memory import memory_errors
 from tasks.bundles.bundle_ref import find
@@ -62,9 +62,8 @@ def test_order_that_fits_in_memory_is_not_refused(monkeypatch):
 
 def test_out_of_memory_error_names_stage_model_and_estimate():
     bundle = find("clicks")
-    description = describe_running_stage(
-        lambda: "measure", estimated_memory(safe_order(), bundle), bundle
-    )
+    memory = estimated_memory(safe_order(), bundle)
+    description = describe_running_stage(lambda: "measure", memory, bundle)
     with (
         raises_code(
             OutOfMemory, None, doing=Text("^Stage 'measure' of the order for clicks@1, estimated")

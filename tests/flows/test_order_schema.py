@@ -85,7 +85,7 @@ VALID: dict[str, dict[str, Any]] = {
     "third target": {**ORDER, "targets": {"onnxruntime": "off", "tensorrt": "required"}},
     "batches": {**ORDER, "targets": {"smallest_batch": 3, "best_batch": 3, "largest_batch": 3}},
     "teachers": {**ORDER, "preset": "small", "teachers": ["a@1", "registry:b@2"]},
-    "taught step": custom_order({"kind": "distill"}, teachers=["a@1"]),
+    "step that learns from teachers": custom_order({"kind": "distill"}, teachers=["a@1"]),
     "rows by split": {**ORDER, "rules": {"min_rows": {"test": 5}, "label_rate": [0.2, 0.2]}},
     "several limits": order_with_limits(LIMIT, LIMIT, {"metric": "bytes", "at_most": 0.5}),
     "score change": order_with_limits({"metric": "score_correlation", "at_least": 1.0}),
@@ -145,7 +145,9 @@ INVALID: dict[str, dict[str, Any]] = {
     ),
     "second limit": order_with_limits(LIMIT, {"metric": "auc", "at_least": -3}),
     "qat with tables": custom_order({"kind": "qat", "training": {"tables": True}}),
-    "taught without training": custom_order({"kind": "channels", "soft_share": 0.5}),
+    "channels with teachers, without training": custom_order(
+        {"kind": "channels", "soft_share": 0.5}
+    ),
     "lookups by norm": custom_order({"kind": "prune_rows", "min_lookups": 2, "importance": "norm"}),
     "traffic has no labels": custom_order({"kind": "distill", "rows": "traffic"}),
     "auxiliary without labels": custom_order(

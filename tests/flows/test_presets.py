@@ -68,10 +68,8 @@ def table_heavy(
 
 def test_previous_preset_is_defined_for_all_presets_but_the_first() -> None:
     assert set(PRESETS) == set(PRESET_SEQUENCE)
-    assert [PREVIOUS_PRESET.get(preset) for preset in PRESET_SEQUENCE] == [
-        None,
-        *PRESET_SEQUENCE[:-1],
-    ]
+    previous = [PREVIOUS_PRESET.get(preset) for preset in PRESET_SEQUENCE]
+    assert previous == [None, *PRESET_SEQUENCE[:-1]]
 
 
 def test_result_of_a_preset_has_no_more_bytes_than_that_of_the_previous_one(table_heavy) -> None:
@@ -112,6 +110,7 @@ def test_report_of_small_and_smallest_states_the_budget_and_the_loss(table_heavy
         (remark,) = budget_remarks(reports[preset])
         assert remark.fields["budget"] == DEFAULT_BUDGET
         assert remark.fields["metric"] == "auc"
+        # If "smallest" uses the result of "small", this is the remark of "small".
         with_code([remark], "budget_of_preset")
     for preset in ("safe", "fast"):
         assert not budget_remarks(reports[preset])
