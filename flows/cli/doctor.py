@@ -143,7 +143,14 @@ def _start_check(
 def _run_check(
     what: str, check: Callable[[], str], remedy: str, *, is_needed: bool = True
 ) -> Finding:
-    """Run a check, and return its description or error; arguments as in ``_start_check``."""
+    """Run a check, and return its description or its error.
+
+    Args:
+        what: the service or library.
+        check: returns a description; raises if the service or library does not work.
+        remedy: what to do then.
+        is_needed: whether an error is a fault; otherwise the library counts as absent.
+    """
     try:
         return Finding(what=what, state="ok", found=check())
     except CheckFailed as fault:

@@ -71,11 +71,11 @@ def task_runs() -> list[tuple[str, str]]:
 class CreatesFolder:
     """Creates a folder when it is unpickled."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.file),)
+        return os.mkdir, (str(self.folder),)
 
 
 def prefect_record(kind: str, trap: Path) -> bytes:

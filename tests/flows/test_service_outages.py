@@ -97,13 +97,14 @@ def test_task_fails_with_the_outage_at_its_deadline(
 
 @pytest.fixture
 def client(local_services: LocalServices) -> Iterator[dict[str, str]]:
-    flow_run = local_services.client
+    """Return a client's environment variables, and configure Prefect's client with them."""
+    variables = local_services.client
     settings = {
-        PREFECT_API_URL: flow_run["PREFECT_API_URL"],
-        PREFECT_API_AUTH_STRING: flow_run["PREFECT_API_AUTH_STRING"],
+        PREFECT_API_URL: variables["PREFECT_API_URL"],
+        PREFECT_API_AUTH_STRING: variables["PREFECT_API_AUTH_STRING"],
     }
     with temporary_settings(settings):
-        yield flow_run
+        yield variables
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def packed(client: dict[str, str], tmp_path: Path) -> None:
 def child_of(parent: int, words: str) -> int:
     """Return the child process whose command line contains words."""
     lists = Path(f"/proc/{parent}/task").glob("*/children")
-    children = [int(pid) for flow_run in lists for pid in flow_run.read_text().split()]
+    children = [int(pid) for file in lists for pid in file.read_text().split()]
     commands = [(pid, Path(f"/proc/{pid}/cmdline").read_text()) for pid in children]
     (pid,) = [pid for pid, command in commands if words in command.replace("\0", " ")]
     return pid
