@@ -20,9 +20,11 @@ from tasks.bundles.loading import load_bundle
 from tasks.orchestration.documents import NotApplicable, not_applicable
 
 Cuts = Literal["all", "most", "none"]
-"""Which pruning steps a dry run accepts, where an order would compare them with its budget.
+"""An assumption about the pruning steps of a recipe that an order compares with its budget.
 
-``all``; ``most``: all, and each keeps as few rows as it may; ``none``.
+- ``all``: all are within the budget.
+- ``most``: all are within the budget, and each prunes as much as it may.
+- ``none``: none is within the budget.
 """
 
 
@@ -54,7 +56,7 @@ def dry_run_recipe(
         signature: the bundle's signature.
         model: the bundle's model.
         teachers: the teachers of the distillation steps.
-        cuts: which pruning steps are accepted; matters only if the order has a budget.
+        cuts: the assumption about pruning steps.
 
     Raises:
         CompressionError: no step fits, or a step of preset ``custom`` cannot be applied.
@@ -87,7 +89,7 @@ def bounds(
     teachers: tuple[Artifact, ...],
 ) -> tuple[int, int]:
     """Return the fewest and the most bytes of weights that a recipe can result in."""
-    # Otherwise the applied steps are known, and two dry runs would return the same bytes.
+    # If nothing is uncertain, two dry runs would return the same bytes.
     is_uncertain = can_be_judged(order, bundle) or any(
         step.requires_budget for step in order.recipe()
     )

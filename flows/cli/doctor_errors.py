@@ -6,7 +6,7 @@ from compressors.contracts import CodedError
 
 
 class CheckFailed(CodedError):
-    """A service responded, but not as expected."""
+    """A service responds, but not as expected."""
 
     sentences: ClassVar = {
         "store_read_only": "{root} is read ({bundles} bundle(s)) but not written: {problem}",

@@ -37,7 +37,7 @@ Reply = tuple[int, dict[str, str], bytes]
 
 @contextmanager
 def http_server(reply: Callable[[BaseHTTPRequestHandler], Reply]) -> Iterator[str]:
-    """Run a server that answers every request with the result of ``reply``; yields its URI."""
+    """Run a server that sends the result of ``reply`` to every request; yields its URI."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
