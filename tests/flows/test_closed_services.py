@@ -34,15 +34,15 @@ def secrets_of(services: LocalServices) -> dict[str, str]:
     return read_variables(services.home / "services" / "secrets.env")
 
 
-def process_names(services: LocalServices) -> dict[int, list[str]]:
+def command_lines_by_pid(services: LocalServices) -> dict[int, list[str]]:
     """Return the command line of each process of the services, by process id."""
-    names = {}
+    command_lines = {}
     for pid in tree(services.pid):
         try:
-            names[pid] = arguments(pid)
+            command_lines[pid] = arguments(pid)
         except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
-    return names
+    return command_lines
 
 
 def test_prefect_refuses_requests_without_the_secret(local_services: LocalServices) -> None:
@@ -86,11 +86,11 @@ def test_websockets_for_events_and_logs_open_with_the_secret(local_services: Loc
 def test_every_process_listens_only_on_loopback(local_services: LocalServices) -> None:
     ports = {
         (pid, " ".join(words)[:60], *place)
-        for pid, words in process_names(local_services).items()
+        for pid, words in command_lines_by_pid(local_services).items()
         for place in listening(pid)
     }
     assert len(ports) >= 13  # 2 Postgres, 8 of the store, Prefect, MLflow, the worker
-    assert [names for names in ports if names[2] not in LOOPBACK] == []
+    assert [port for port in ports if port[2] not in LOOPBACK] == []
 
 
 def test_secrets_are_only_in_files_that_only_their_owner_can_read(
@@ -98,7 +98,7 @@ def test_secrets_are_only_in_files_that_only_their_owner_can_read(
 ) -> None:
     secrets = set(secrets_of(local_services).values())
     assert len(secrets) == 6
-    for words in process_names(local_services).values():
+    for words in command_lines_by_pid(local_services).values():
         assert not [word for word in words for secret in secrets if secret in word], words[0]
     state = local_services.home / "services"
     private = {state / "secrets.env", state / "client.env", state / "configs" / "identities"}
@@ -116,7 +116,7 @@ def test_secrets_are_only_in_files_that_only_their_owner_can_read(
 
 def test_telemetry_is_off_in_every_process(local_services: LocalServices) -> None:
     checked = set()
-    for pid, words in process_names(local_services).items():
+    for pid, words in command_lines_by_pid(local_services).items():
         kinds = {name for name in ("prefect", "mlflow") if f"/{name}" in " ".join(words)}
         if kinds and pid != local_services.pid:
             values = environment_of(pid)
@@ -207,7 +207,9 @@ def test_mlflow_refuses_requests_of_other_origins_and_for_other_hosts(
 def test_store_refuses_http_requests_without_a_key_on_every_port(
     local_services: LocalServices,
 ) -> None:
-    (pid,) = (pid for pid, words in process_names(local_services).items() if words[:1] == ["weed"])
+    (pid,) = (
+        pid for pid, words in command_lines_by_pid(local_services).items() if words[:1] == ["weed"]
+    )
     paths = (
         ("GET", "/dir/assign"),
         ("GET", "/col/delete?collection=recpress"),
