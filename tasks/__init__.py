@@ -1,23 +1,23 @@
 """Prefect tasks: each has one side effect, and tasks exchange artifacts.
 
-orchestration/      retries, result records, progress; the workspace
-bundles/            packed models: pack, find, load
-pull.py             verify a bundle
-validate.py         run Great Expectations on every split
-prepare.py          converts parquet to tensors
-score.py            the predictions of a model for a split
-rank.py             the full ranking of a retrieval model
-compress.py         one step of a recipe
-tables.py           the tables of a stored file, of any size
-target_adapters.py  the builder and the runtime of a target
-lower.py            the graphs of one target, compared and audited
-build.py            the engines of one target
-evaluation/         comparisons of models on the same rows
-stages.py           bytes and quality that each step contributes
-measure.py          quality, latency and bytes of the served graphs
+orchestration/      retries, cached results, progress, JSON documents, the object store
+bundles/            packs, finds and loads bundles
+pull.py             verifies a stored bundle
+validate.py         checks every split with Great Expectations
+prepare.py          converts a parquet split to tensors
+score.py            computes a model's predictions for a split
+rank.py             ranks the catalogue with a retrieval model
+compress.py         applies one step of a recipe
+tables.py           compresses the tables of a stored file of any size
+target_adapters.py  returns the engine builder and the runtime of a target
+lower.py            exports the graphs of one target, compares and audits them
+build.py            builds the engines of one target
+evaluation/         compares models on the same rows
+stages.py           measures bytes and quality after each step
+measure.py          measures quality, latency and bytes of the served graphs
 gate.py             judges measurements against limits
 report/             renders results as tables and pages
-publish.py          the release and its registry version
+publish.py          publishes the release and its registry version
 promotion/          decides which version serves
 """
 

@@ -1,4 +1,4 @@
-"""Build a target's engines from a lowered model, one per graph."""
+"""Build a target's engines from a lowered model, one engine per graph."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 
 
 def require_builder(target: str) -> None:
-    """Raise before a long recipe if its result could not be built at the end.
+    """Raise if a target needs an engine builder that is not usable on this machine.
+
+    Called before a long recipe, whose result could otherwise not be built at the end.
 
     Raises:
         Refused: the target's builder cannot build on this machine.
@@ -35,14 +37,19 @@ def build(
     longest: dict[str, int],
     seconds: float,
 ) -> Artifact:
-    """Build and audit one engine per graph in a killable child process, and store them.
+    """Build and audit one engine per graph, and store the engines.
+
+    Each engine is built in a child process, so that it can be stopped at the time limit.
 
     Args:
-        lowered: the graphs.
-        target: a target whose graphs are built to engines.
-        batch: the shapes an engine must accept.
-        longest: maximum list length of each jagged input.
+        lowered: the artifact of the graphs, as stored by ``lower_model``.
+        target: a target that serves engines.
+        batch: the batch sizes that an engine must accept.
+        longest: maximum list length of each jagged input, by name.
         seconds: time limit of building and auditing one engine.
+
+    Returns:
+        The artifact of the engines, a record of each build, and ``lowering.json``.
 
     Raises:
         BuildRefused: the builder is not installed, refuses a graph, or an audit failed.
@@ -52,13 +59,13 @@ def build(
     folder = local(lowered)
     lowering = lowering_of(folder)
     with scratch_folder("build") as scratch:
-        kept_files = Path(scratch) / "release"
-        kept_files.mkdir()
+        release = Path(scratch) / "release"
+        release.mkdir()
         for graph in lowering.graphs:
             request = BuildRequest(
                 target=target,
                 onnx=str(folder / graph.file),
-                profiles=_profiles(graph, batch, longest),
+                profiles=_optimization_profiles(graph, batch, longest),
                 tables=tuple(
                     TableWeights(
                         module=table.module,
@@ -77,16 +84,17 @@ def build(
             engine = builder.build(request, work)
             path = Path(engine.path)
             name = f"{graph.name}{path.suffix}"
-            path.rename(kept_files / name)
-            (kept_files / build_record(graph.name)).write_text(engine.record(name))
+            path.rename(release / name)
+            (release / build_record(graph.name)).write_text(engine.record(name))
             log.info("%s %s, %s: %d bytes", target, engine.version, name, engine.bytes)
-        (kept_files / "lowering.json").write_text(lowering.model_dump_json(indent=1))
-        return store().put(kept_files)
+        (release / "lowering.json").write_text(lowering.model_dump_json(indent=1))
+        return store().put(release)
 
 
-def _profiles(
+def _optimization_profiles(
     graph: LoweredGraph, batch: BatchSizes, longest: dict[str, int]
 ) -> tuple[Profile, ...]:
+    """Return the smallest, best and largest shape of each input, for TensorRT."""
     profiles = []
     for item in graph.inputs:
         sizes = [batch.low, batch.best, batch.high]

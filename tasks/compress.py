@@ -1,4 +1,4 @@
-"""Apply one step of a recipe: input and output are bundles."""
+"""Apply one step of a recipe to a bundle and store the result as a bundle."""
 
 import logging
 import shutil
@@ -38,27 +38,32 @@ def compress(
 ) -> Artifact | NotApplicable:
     """Apply one step to a stored model and store the result.
 
-    A step with nothing to do is also a result: the recipe decides whether that is a fault.
-
     Args:
         source: the bundle to compress.
         step: the method and its settings.
         splits: the prepared data and soft labels that the step needs; never test data.
-        original: the bundle the recipe started from: the teacher, and the result's parent.
-        teachers: other models whose predictions this step or an earlier one learns from; also
-            parents of the result.
+        original: the bundle the recipe started from. It is the teacher, and a parent of the result.
+        teachers: other models whose predictions this step or an earlier one learns from; they are
+            parents of the result as well.
         seed: seed of all random numbers of the step.
         device: the device of a training step; several are separated by commas.
-        code: digest of the architecture's code and the attempt: an interrupted training is resumed
-            only if they are the same.
-        preset: whether the step is part of a preset; then it is skipped if it cannot be applied.
+        code: digest of the architecture's code and the number of the attempt. An interrupted
+            training resumes only from checkpoints with the same digest.
+        preset: whether the step is part of a preset. If so, it is skipped if it cannot be applied.
         excluded: units that the step may not change, with the reasons.
+
+    Returns:
+        The artifact of the compressed bundle, or ``NotApplicable`` if the step changes nothing.
+
+    Raises:
+        ModelRefused: the model cannot be compressed by any step.
+        CompressionError: the step cannot be applied and is not part of a preset.
     """
     source_folder = local(source)
     manifest = read(source_folder)
     rows = {name: reference.rows for name, reference in manifest.data.items()}
-    # Without a calibration split a bundle is calibrated on its training split.
-    of: dict[Part, SplitName] = {
+    # Without a calibration split, a bundle is calibrated on its training split.
+    split_of_part: dict[Part, SplitName] = {
         "train": "train",
         "calibration": "calibration" if "calibration" in rows else "train",
         "validation": "validation",
@@ -66,15 +71,17 @@ def compress(
         "traffic": "traffic",
         "traffic_soft_labels": "traffic",
     }
-    held = {part: split_of(artifact, rows[of[part]]) for part, artifact in splits.items()}
+    parts = {
+        part: split_of(artifact, rows[split_of_part[part]]) for part, artifact in splits.items()
+    }
     devices = device.split(",")
-    made_from = digest([source, step, splits, original, seed, code, code_digest(compress.fn)])
-    progress = load_settings().home / "progress" / made_from
-    bench = bench_of(manifest, held, original, seed, progress, teachers, devices[0])
+    inputs_digest = digest([source, step, splits, original, seed, code, code_digest(compress.fn)])
+    checkpoints = load_settings().home / "progress" / inputs_digest
+    bench = bench_of(manifest, parts, original, seed, checkpoints, teachers, devices[0])
     work = Work(source=source, original=original, step=step, bench=bench, excluded=excluded or {})
     with scratch_folder("compress", store().scratch(load_settings().cache)) as scratch:
-        folder = Path(scratch) / "made"
-        result = _carried_out(work, devices, folder, preset=preset)
+        folder = Path(scratch) / "result"
+        result = _run_or_skip(work, devices, folder, preset=preset)
         if isinstance(result, NotApplicable):
             log.warning("%s has nothing to do in this model: %s", step.kind, result.reason)
             return result
@@ -93,14 +100,15 @@ def compress(
             linked=hard_links(folder, source_folder, manifest.files),
         )
         artifact = store().take_derived(folder, source, source_folder)
-    shutil.rmtree(progress, ignore_errors=True)  # exists only if the step trains
+    shutil.rmtree(checkpoints, ignore_errors=True)  # exists only if the step trains
     log.info("%s: %d -> %d bytes", step.kind, source.bytes, artifact.bytes)
     return artifact
 
 
-def _carried_out(
+def _run_or_skip(
     work: Work, devices: list[str], folder: Path, *, preset: bool
 ) -> StepResult | NotApplicable:
+    """Run a step on one or several devices; errors that allow skipping the step are results."""
     try:
         if len(devices) > 1 and "train" in work.step.needs:
             return run_step_on_devices(work, devices, folder)
@@ -108,7 +116,7 @@ def _carried_out(
     except NothingToCompress as fault:
         return not_applicable(fault)
     except ModelRefused:
-        raise  # a fault of the network, independent of the step
+        raise  # a problem of the model, which no other step avoids
     except CompressionError as fault:
         if not preset:
             raise

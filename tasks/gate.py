@@ -14,15 +14,15 @@ def gate(
     limits: tuple[Limit, ...],
     measurement: Artifact | None,
 ) -> Verdict:
-    """Judge one built target.
+    """Compare the measurements of one target with the limits and return the verdict.
 
     Args:
         target: name of the target.
         limits: the order's limits.
-        measurement: its stored numbers; None if it cannot run on this machine.
+        measurement: the stored measurements; None if the target cannot run on this machine.
 
     Raises:
-        CompressionError: no limits, or a limit on a number that was not measured.
+        CompressionError: there are no limits, or a limit is on a number that was not measured.
     """
     numbers = None if measurement is None else measurement_of(measurement).numbers
     return judge.verdict(target, limits, numbers, built=True)

@@ -1,4 +1,8 @@
-"""Lower a model to ONNX graphs for one target: export, compare with the module, audit."""
+"""Lower a model to ONNX graphs for one target.
+
+Each graph is exported, compared with the torch module, and audited: the audit counts quantized
+operators in the graph as the target's runtime has optimized it.
+"""
 
 import logging
 from pathlib import Path
@@ -19,7 +23,7 @@ from infra.onnxruntime.sessions import OnnxRuntime
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import Loaded, load_bundle, split_of
-from tasks.evaluation.parity import Compared, checkable
+from tasks.evaluation.parity import GraphCheck, runnable_graph
 from tasks.orchestration.documents import GraphInput, LoweredGraph, Lowering
 from tasks.orchestration.policy import KEPT
 from tasks.orchestration.workspace import store
@@ -27,8 +31,11 @@ from tasks.target_adapters import runtime_of_graphs
 
 log = logging.getLogger(__name__)
 PROBE_ROWS = 2048
+"""Rows of data on which a graph and the module are compared."""
 SMALL_BATCHES = (1, 2)
+"""Batch sizes at which scores must be the same as in a batch of ``PROBE_ROWS``."""
 EDGE_ROWS = 64
+"""Fewest synthetic rows with extreme inputs."""
 
 
 @task(task_run_name="lower {target}", **KEPT)
@@ -39,35 +46,40 @@ def lower_model(
     probe_rows: int,
     most_rows: int,
 ) -> Artifact:
-    """Lower a bundle's model for one target, and store its graphs with their facts.
+    """Export a bundle's model for one target, check its graphs, and store them.
 
-    The graphs are compared with the module on rows of data, and on synthetic edge cases (ids out of
-    range, empty and full lists): in the target's runtime if it serves graphs, otherwise in ONNX
+    Graphs and module are compared on rows of data and on synthetic edge cases (ids out of range,
+    empty and full lists). If the target serves graphs, they run in its runtime, otherwise in ONNX
     Runtime, which runs the graphs of every target.
 
     Args:
         bundle: the model.
-        target: the target, which decides the lowering of each storage format.
-        probe: a prepared split to compare on.
+        target: name of the target.
+        probe: the prepared split of the data rows.
         probe_rows: number of rows of that split.
         most_rows: the largest batch a graph must accept.
 
+    Returns:
+        The artifact of one ``.onnx`` file per graph and their ``lowering.json``.
+
     Raises:
-        NotLowerable, ParityLost, AuditFailed: contains the graph and the problem.
+        NotLowerable: the target has no lowering for a part of the model.
+        ParityLost: a graph's outputs differ from the module's by more than the tolerance.
+        AuditFailed: the runtime computes a quantized layer or table in float.
     """
     loaded = load_bundle(bundle)
-    # An engine contains the weights of its graph, so a graph that is built needs no links.
+    # A served graph links to the bundle's weight files. An engine contains its weights instead.
     files = {} if TARGETS[target].is_built else loaded.model.files
     with scratch_folder("lower", store().scratch(load_settings().cache)) as scratch:
         graphs = []
-        for form in served_graphs(loaded.manifest.signature):
-            path = Path(scratch) / f"{form.name}.onnx"
+        for served in served_graphs(loaded.manifest.signature):
+            path = Path(scratch) / f"{served.name}.onnx"
             model = loaded.model
-            lowered = lower(model.module, form, target, path, most_rows, files)
+            lowered = lower(model.module, served, target, path, most_rows, files)
             rows = split_of(probe, probe_rows)
-            graph = _examine(loaded, lowered, target, path, rows, most_rows)
+            graph = _check_graph(loaded, lowered, target, path, rows, most_rows)
             log.info(
-                "%s, %s: largest difference %.2g on %d rows",
+                "%s, graph %s: outputs differ from torch by at most %.2g on %d rows",
                 target,
                 graph.name,
                 graph.rows_parity.largest,
@@ -85,7 +97,7 @@ def lower_model(
         return store().take_derived(Path(scratch), bundle, loaded.folder)
 
 
-def _examine(
+def _check_graph(
     loaded: Loaded,
     lowered: Lowered,
     target: str,
@@ -93,60 +105,72 @@ def _examine(
     probe: Split,
     most_rows: int,
 ) -> LoweredGraph:
-    form = lowered.served.form
-    signature, plan = form.signature, _plan(loaded, form)
+    """Compare a graph with its module, audit it, and return its description.
+
+    Args:
+        loaded: the model.
+        lowered: the exported graph.
+        target: name of the target.
+        path: the graph's file.
+        probe: the rows of data.
+        most_rows: the largest batch the graph must accept.
+
+    Raises:
+        ParityLost, AuditFailed: as ``lower_model``.
+    """
+    served = lowered.served.form
+    signature, plan = served.signature, _plan_of_graph(loaded, served)
     runtime = runtime_of_graphs(target)
-    checked_in = OnnxRuntime() if runtime is None else runtime
-    with checkable(path, target, plan) as runnable:
-        session = checked_in.open(runnable, load_settings().threads)
-        compared = Compared(
-            loaded.model.module, lowered, plan, target, most_rows, runnable, session
-        )
-        rows_parity, expected = compared.parity(_first(probe, signature, PROBE_ROWS), "the data")
-        for few in SMALL_BATCHES:
-            compared.same_alone(expected[:few], _first(probe, signature, few), rows_parity)
+    comparison_runtime = OnnxRuntime() if runtime is None else runtime
+    with runnable_graph(path, target, plan) as runnable:
+        session = comparison_runtime.open(runnable, load_settings().threads)
+        check = GraphCheck(loaded.model.module, lowered, plan, target, most_rows, runnable, session)
+        rows_parity, expected = check.parity(_first_batch(probe, signature, PROBE_ROWS), "the data")
+        for size in SMALL_BATCHES:
+            inputs = _first_batch(probe, signature, size)
+            check.require_same_in_small_batch(expected[:size], inputs, rows_parity)
         tables = rows_of_tables(loaded.model.module, signature)
         edge = edge_example(signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2))
-        edge_parity, _ = compared.parity(edge, "the edge cases")
-        del session, compared  # the audit opens a second session of the same graph
+        edge_parity, _ = check.parity(edge, "the edge cases")
+        del session, check  # the audit opens a second session of the same graph
     optimized = None
-    # To write the optimized graph, ONNX Runtime copies each tensor. An untouched model contains
-    # nothing that was ordered, so its tables are not copied.
+    # ONNX Runtime copies each tensor to write the optimized graph. An untouched model has nothing
+    # to audit, so its tables are not copied.
     if runtime is not None and plan is not None:
         optimized = runtime.optimized_graph(path)
-    found_in_graph = None
+    audit = None
     if optimized is not None:
-        rule = lowering_target(target)
-        found_in_graph = rule.audit(optimized, plan, lowered.tables, lowered.layers)
+        audit = lowering_target(target).audit(optimized, plan, lowered.tables, lowered.layers)
     return LoweredGraph(
-        name=form.name,
-        inputs=tuple(_inputs(edge, signature)),
-        output=form.output,
+        name=served.name,
+        inputs=tuple(_graph_inputs(edge, signature)),
+        output=served.output,
         width=expected.shape[1] if expected.ndim == 2 else None,
         rows_parity=rows_parity,
         edge_parity=edge_parity,
-        audit=found_in_graph,
+        audit=audit,
         tables=lowered.tables,
-        packed_bytes=_packed_bytes(loaded, form),
+        packed_bytes=_packed_bytes(loaded, served),
         sparse_layers=sparse_layers(loaded.model.module, plan),
     )
 
 
-def _plan(loaded: Loaded, form: ServedGraph) -> Plan | None:
-    """Return the lines of the plan about units that a graph runs."""
+def _plan_of_graph(loaded: Loaded, served: ServedGraph) -> Plan | None:
+    """Return the plan with only the units that a graph runs; None if the model has no plan."""
     plan = loaded.model.plan
-    if plan is None or not form.module:
+    if plan is None or not served.module:
         return plan
-    mine = set(form.part(loaded.model.module).modules())
-    names = {unit.name for unit in Unit.of(loaded.model.module) if unit.module in mine}
+    modules = set(served.part(loaded.model.module).modules())
+    names = {unit.name for unit in Unit.of(loaded.model.module) if unit.module in modules}
     return Plan(lines=tuple(line for line in plan.lines if line.module in names))
 
 
-def _first(split: Split, signature: Signature, rows: int) -> dict[str, Tensor]:
+def _first_batch(split: Split, signature: Signature, rows: int) -> dict[str, Tensor]:
     return next(batches(split, signature, rows)).inputs
 
 
-def _inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
+def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
+    """Describe a graph's inputs; dtypes and shapes are those of an example batch."""
     longest = {item.name: item.shape[0] for item in signature.inputs if isinstance(item, JaggedBag)}
     return [
         GraphInput(
@@ -159,26 +183,26 @@ def _inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput
     ]
 
 
-def _packed_bytes(loaded: Loaded, form: ServedGraph) -> int:
+def _packed_bytes(loaded: Loaded, served: ServedGraph) -> int:
     """Return the bytes of one graph's weights; a table that both towers read counts in both."""
-    if form.module:
-        return stored_bytes(form.part(loaded.model.module))
+    if served.module:
+        return stored_bytes(served.part(loaded.model.module))
     return _weight_bytes(loaded)
 
 
 def _repeated_bytes(loaded: Loaded) -> int:
-    """Return the bytes of shared tensors, counted in every graph except the first."""
-    seen: set[int] = set()
+    """Return the bytes of tensors that several graphs store, without each tensor's first copy."""
+    counted: set[int] = set()
     repeated = 0
-    for form in served_graphs(loaded.manifest.signature):
-        part = form.part(loaded.model.module)
-        repeated += stored_bytes(part) - stored_bytes(part, seen)
-        seen |= {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
+    for served in served_graphs(loaded.manifest.signature):
+        part = served.part(loaded.model.module)
+        repeated += stored_bytes(part) - stored_bytes(part, counted)
+        counted |= {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
     return repeated
 
 
 def _weight_bytes(loaded: Loaded) -> int:
-    """Return the bytes of a model's weights, each stored tensor once, as plans count them."""
+    """Return the bytes of a model's weights, counting each shared tensor once, as plans do."""
     plan = loaded.model.plan
     if plan is not None:
         return sum(line.bytes_after for line in plan.lines)

@@ -1,4 +1,8 @@
-"""Measure quality, bytes and latency of the served graphs, and of the baseline in the same run."""
+"""Measure quality, bytes and latency of a target's graphs or engines.
+
+The compressed model is the candidate. It is compared with the untouched model (the baseline) and
+with the champion, which are measured in the same run and on the same machine.
+"""
 
 import logging
 import math
@@ -46,8 +50,10 @@ from tasks.target_adapters import runtime_of
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
 
-BUDGET_MS = 15_000.0  # for one batch size, all sessions together
+TIMING_BUDGET_MS = 15_000.0
+"""Time for the latency of one batch size, of all models together."""
 MOST_ROUNDS = 1000
+"""Most calls of each model at one batch size."""
 
 
 @task(task_run_name="measure {target}", **KEPT)
@@ -63,22 +69,29 @@ def measure(
     metrics: tuple[str, ...],
     seed: int,
 ) -> Artifact:
-    """Score the test rows in a target's runtime, time its graphs in turn, store all numbers.
+    """Score the test rows in a target's runtime, time the models in turn, and store all numbers.
 
-    For a retrieval model the query tower is timed: a request waits only for it, since the items'
-    vectors are computed in advance.
+    Of a retrieval model only the query tower is timed, since a request waits for it alone: the
+    items' vectors are computed in advance.
 
     Args:
         target: a target with a runtime.
-        bundle: the bundle of the signature.
+        bundle: the bundle with the signature.
         baseline: the untouched model's graphs or engines for this target.
         candidate: the compressed model's graphs or engines.
-        champion: what production runs now for this target, if anything.
+        champion: the graphs or engines that serve now; None if there are none.
         test: the prepared test split.
-        test_rows: its number of rows.
-        ranking: the catalogue and the hidden items of a retrieval model; None for other tasks.
-        metrics: metrics of limits that are not measured for every model.
+        test_rows: number of rows of the test split.
+        ranking: the catalogue and the earlier interactions of a retrieval model; None for other
+            tasks.
+        metrics: metrics that the limits name, in addition to those measured for every model.
         seed: seed of the bootstrap.
+
+    Returns:
+        The artifact of ``measurement.json``.
+
+    Raises:
+        MetricRefused: the models have different graphs or inputs, or a score is not finite.
     """
     signature = read(local(bundle)).signature
     output = signature.single_output
@@ -89,44 +102,59 @@ def measure(
     folders = {name: local(artifact) for name, artifact in graphs.items()}
     declared, runtime = declared_target(target), runtime_of(target)
     sessions = {
-        name: _sessions(declared, runtime, folder, signature, threads)
+        name: _open_sessions(declared, runtime, folder, signature, threads)
         for name, folder in folders.items()
     }
-    _same_inputs(sessions)
+    _require_same_inputs(sessions)
     names = quality_metrics(
         output.kind, grouped=signature.group is not None, named=(output.metric, *metrics)
     )
-    quality = _quality(signature, sessions, split_of(test, test_rows), ranking, names, seed)
+    quality = _evaluate(signature, sessions, split_of(test, test_rows), ranking, names, seed)
 
-    own: list[judge.Number] = []
-    reference: list[judge.Number] = []
+    candidate_numbers: list[judge.Number] = []
+    baseline_numbers: list[judge.Number] = []
     resolves: dict[str, float] = {}
     for name in names:
         pair = quality.paired(name, "baseline", "candidate")
-        rival = quality.paired(name, "champion", "candidate") if champion is not None else None
-        own += judge.quality_numbers(name, pair, rival)
-        reference.append(judge.Number(metric=name, against="absolute", estimate=pair.baseline))
+        with_champion = (
+            quality.paired(name, "champion", "candidate") if champion is not None else None
+        )
+        candidate_numbers += judge.quality_numbers(name, pair, with_champion)
+        baseline_numbers.append(
+            judge.Number(metric=name, against="absolute", estimate=pair.baseline)
+        )
         resolves[name] = pair.resolves
     unit = output.task_kind.score_unit
     for name, estimate in quality.score_change("baseline", "candidate", unit).items():
-        own.append(judge.Number(metric=name, against="absolute", estimate=estimate))
+        candidate_numbers.append(judge.Number(metric=name, against="absolute", estimate=estimate))
     sizes = {name: served_bytes(folder) for name, folder in folders.items()}
-    own += judge.byte_numbers(sizes["candidate"], sizes["baseline"], sizes.get("champion"))
-    reference.append(
+    candidate_numbers += judge.byte_numbers(
+        sizes["candidate"], sizes["baseline"], sizes.get("champion")
+    )
+    baseline_numbers.append(
         judge.Number(
             metric=BYTES.name, against="absolute", estimate=judge.exact(float(sizes["baseline"]))
         )
     )
-    waited_for = served_graphs(signature)[0]
-    timed = {name: held[waited_for.name] for name, held in sessions.items()}
-    named = {batch for name in metrics if (batch := metric(name).batch) is not None}
-    for size in sorted({*usual_batches(output.kind), *named}):
-        _time(size, timed, waited_for.signature, test, test_rows, seed, own, reference)
+    request_graph = served_graphs(signature)[0]
+    timed = {name: of_model[request_graph.name] for name, of_model in sessions.items()}
+    limited_sizes = {size for name in metrics if (size := metric(name).batch) is not None}
+    for size in sorted({*usual_batches(output.kind), *limited_sizes}):
+        _add_latency(
+            size,
+            timed,
+            request_graph.signature,
+            test,
+            test_rows,
+            seed,
+            candidate_numbers,
+            baseline_numbers,
+        )
     measurement = Measurement(
         numbers=judge.Measured(
-            numbers=tuple(own), has_champion=champion is not None, score_unit=unit
+            numbers=tuple(candidate_numbers), has_champion=champion is not None, score_unit=unit
         ),
-        baseline=judge.Measured(numbers=tuple(reference)),
+        baseline=judge.Measured(numbers=tuple(baseline_numbers)),
         resolves=resolves,
         rows=test_rows,
         machine=machine(declared.label, runtime.version(), threads),
@@ -137,41 +165,42 @@ def measure(
 
 
 Sessions = dict[str, Session]
-"""The graphs of one model, by name."""
+"""The open graphs of one model, by the graph's name."""
 
 
-def _sessions(
+def _open_sessions(
     target: Target, runtime: Runtime, folder: Path, signature: Signature, threads: int
 ) -> Sessions:
-    """Open sessions for every graph of a stored model that this signature requires.
+    """Open every graph of a stored model in the target's runtime.
 
     Raises:
-        CompressionError: the model has other graphs.
+        MetricRefused: the model does not have the graphs that the signature requires.
     """
-    wanted = [form.name for form in served_graphs(signature)]
-    found = [graph.name for graph in lowering_of(folder).graphs]
-    if sorted(found) != sorted(wanted):
+    expected = [graph.name for graph in served_graphs(signature)]
+    stored = [graph.name for graph in lowering_of(folder).graphs]
+    if sorted(stored) != sorted(expected):
         task_name = signature.single_output.kind
         raise MetricRefused(
-            "graphs_differ", task=task_name, expected=tuple(wanted), got=tuple(found)
+            "graphs_differ", task=task_name, expected=tuple(expected), got=tuple(stored)
         )
-    return {name: runtime.open(folder / target.served_file(name), threads) for name in wanted}
+    return {name: runtime.open(folder / target.served_file(name), threads) for name in expected}
 
 
-def _same_inputs(sessions: dict[str, Sessions]) -> None:
+def _require_same_inputs(sessions: dict[str, Sessions]) -> None:
+    """Raise if a graph of one model has other inputs than the candidate's graph."""
     for graph, candidate in sessions["candidate"].items():
-        wanted = set(candidate.inputs)
-        for name, held in sessions.items():
-            if set(held[graph].inputs) != wanted:
+        expected = set(candidate.inputs)
+        for name, of_model in sessions.items():
+            if set(of_model[graph].inputs) != expected:
                 raise MetricRefused(
                     "inputs_differ",
                     model=name,
-                    got=tuple(held[graph].inputs),
-                    expected=tuple(sorted(wanted)),
+                    got=tuple(of_model[graph].inputs),
+                    expected=tuple(sorted(expected)),
                 )
 
 
-def _quality(
+def _evaluate(
     signature: Signature,
     sessions: dict[str, Sessions],
     test: Split,
@@ -179,34 +208,39 @@ def _quality(
     names: tuple[str, ...],
     seed: int,
 ) -> Quality:
-    """Evaluate the served graphs: one score per row, or one ranking per query."""
+    """Evaluate every model on the test rows: one score per row, or one ranking per query."""
     if ranking is not None:
         vectors = {
-            name: ranked_vectors(_towers(held), signature, test, ranking)
-            for name, held in sessions.items()
+            name: ranked_vectors(_tower_functions(of_model), signature, test, ranking)
+            for name, of_model in sessions.items()
         }
         values = {name: ranking_metrics(of_model, names) for name, of_model in vectors.items()}
         return ByQuery(values, test.rows, seed, vectors)
     rows = list(batches(test, signature, SCORING_ROWS))
-    (form,) = served_graphs(signature)
-    scores = {name: _scores(name, held[form.name], rows) for name, held in sessions.items()}
+    (graph,) = served_graphs(signature)
+    scores = {
+        name: _score_rows(name, of_model[graph.name], rows) for name, of_model in sessions.items()
+    }
     return row_quality(rows, scores, seed)
 
 
-def _towers(sessions: Sessions) -> dict[str, Vectors]:
+def _tower_functions(sessions: Sessions) -> dict[str, Vectors]:
+    """Return the towers of a retrieval model as functions from tensors to vectors."""
+
     def vectors(session: Session) -> Vectors:
         return lambda inputs: session.scores({name: t.numpy() for name, t in inputs.items()})
 
     return {name: vectors(session) for name, session in sessions.items()}
 
 
-def _scores(name: str, session: Session, rows: list[Batch]) -> Array:
+def _score_rows(name: str, session: Session, rows: list[Batch]) -> Array:
+    """Return the scores ``(rows,)`` of one model; raises for scores that are not finite."""
     parts = [session.scores(_arrays(batch)) for batch in rows]
     scores = np.concatenate(parts)
-    refused = np.flatnonzero(~np.isfinite(scores))
-    if refused.size:
+    not_finite = np.flatnonzero(~np.isfinite(scores))
+    if not_finite.size:
         raise MetricRefused(
-            "graph_scores_not_finite", model=name, count=refused.size, row=int(refused[0])
+            "graph_scores_not_finite", model=name, count=not_finite.size, row=int(not_finite[0])
         )
     return scores
 
@@ -215,36 +249,43 @@ def _arrays(batch: Batch) -> dict[str, Array]:
     return {name: tensor.numpy() for name, tensor in batch.inputs.items()}
 
 
-def _time(
+def _add_latency(
     size: int,
     sessions: dict[str, Session],
     signature: Signature,
     test: Artifact,
     test_rows: int,
     seed: int,
-    own: list[judge.Number],
-    reference: list[judge.Number],
+    candidate_numbers: list[judge.Number],
+    baseline_numbers: list[judge.Number],
 ) -> None:
-    """Add p50 and p99 at one batch size; a batch larger than the test data is skipped."""
+    """Time all models at one batch size, and append p50 and p99 to the two lists of numbers.
+
+    A batch larger than the test data is skipped.
+    """
     if size > test_rows:
-        log.warning("no latency at batch %d: there are %d test rows", size, test_rows)
+        log.warning(
+            "Latency at batch %d is not measured: there are only %d test rows", size, test_rows
+        )
         return
     inputs = _arrays(next(batches(split_of(test, test_rows), signature, size)))
-    listed = list(sessions.values())
-    trial = interleaved_ms(listed, inputs, rounds=5, warmup=5)
-    once = sum(float(np.median(times)) for times in trial)
+    models = list(sessions.values())
+    trial = interleaved_ms(models, inputs, rounds=5, warmup=5)
+    round_ms = sum(float(np.median(times)) for times in trial)
     needed = max(intervals.rounds_needed(quantile) for quantile in QUANTILES.values())
-    rounds = max(needed, min(MOST_ROUNDS, math.ceil(BUDGET_MS / once)))
-    times = dict(zip(sessions, interleaved_ms(listed, inputs, rounds), strict=True))
+    rounds = max(needed, min(MOST_ROUNDS, math.ceil(TIMING_BUDGET_MS / round_ms)))
+    times = dict(zip(sessions, interleaved_ms(models, inputs, rounds), strict=True))
     for name, quantile in QUANTILES.items():
-        timed = latency(name, size).name
+        metric_name = latency(name, size).name
         ratio = intervals.latency_ratio(times["baseline"], times["candidate"], quantile, seed=seed)
-        rival = None
+        champion_ratio = None
         if "champion" in times:
-            rival = intervals.latency_ratio(
+            champion_ratio = intervals.latency_ratio(
                 times["champion"], times["candidate"], quantile, seed=seed
             )
         candidate = intervals.latency(times["candidate"], quantile, seed=seed)
         baseline = intervals.latency(times["baseline"], quantile, seed=seed)
-        own += judge.latency_numbers(timed, candidate, ratio, rival)
-        reference.append(judge.Number(metric=timed, against="absolute", estimate=baseline))
+        candidate_numbers += judge.latency_numbers(metric_name, candidate, ratio, champion_ratio)
+        baseline_numbers.append(
+            judge.Number(metric=metric_name, against="absolute", estimate=baseline)
+        )

@@ -1,4 +1,4 @@
-"""Convert one split of a bundle's data to tensors."""
+"""Convert one split of a bundle's data from parquet to tensors."""
 
 import logging
 from pathlib import Path
@@ -18,18 +18,22 @@ log = logging.getLogger(__name__)
 
 @task(task_run_name="prepare {split}", **KEPT)
 def prepare(bundle: Artifact, split: SplitName) -> Artifact:
-    """Turn one parquet split into memory-mappable tensors and store them.
+    """Convert one parquet split to memory-mappable tensors and store them.
 
-    Interactions of a retrieval model are joined with the catalogue's features of their items.
+    Rows of a retrieval model (interactions) are joined with their items' features, which are in the
+    split ``items``.
 
     Args:
-        bundle: the bundle of the data and of the signature.
+        bundle: the bundle with the data and the signature.
         split: name of the split.
+
+    Returns:
+        The artifact of the tensors: a prepared split.
     """
     manifest = read(local(bundle))
     with scratch_folder("prepare") as scratch:
-        read_too: tuple[SplitName, ...] = ("items",) if "items" in manifest.data else ()
-        paths: dict[str, Path] = {name: data_path(manifest, name) for name in (split, *read_too)}
+        catalogue: tuple[SplitName, ...] = ("items",) if "items" in manifest.data else ()
+        paths: dict[str, Path] = {name: data_path(manifest, name) for name in (split, *catalogue)}
         prepared = prepare_split(paths, split, manifest.signature, Path(scratch))
         log.info("%s: %d rows, %d bytes of tensors", split, prepared.rows, prepared.bytes)
         return store().put(Path(scratch))

@@ -1,4 +1,4 @@
-"""Publish the release of an order: stored, and registered once under its order digest."""
+"""Publish an order's release: store its report and register it as a version in the registry."""
 
 import json
 import logging
@@ -29,15 +29,16 @@ from tasks.report.tables import markdown
 log = logging.getLogger(__name__)
 CANDIDATE = "candidate"
 OUTCOME_TAG = "recpress.outcome"
-PLAN_CHARACTERS = 50_000  # a registry's tag can store twice as many
+PLAN_CHARACTERS = 50_000
+"""Length from which a plan's tag has only its digest; the registry's limit is twice as high."""
 
 
 @task(task_run_name="publish {report.name}", **KEPT)
 def publish(report: Report) -> Finished:
-    """Store the report as JSON, Markdown and HTML, then register one version per order.
+    """Store the report as JSON, Markdown and HTML, then register it as one version.
 
-    The version has all its tags from its creation. The alias ``candidate`` moves to
-    it if the order was accepted.
+    An order has only one version: if it is already registered, that version is the result. If the
+    order was accepted, the alias ``candidate`` is moved to the version.
 
     Args:
         report: the order's report.
@@ -48,10 +49,10 @@ def publish(report: Report) -> Finished:
         (scratch / PAGE).write_text(page(report, validation_of(report.validation)))
         release = store().put(scratch)
     uri = load_settings().registry_uri
-    registered = _register(report, release)
+    registered = _register_release(report, release)
     if artifact_name(registered.source) != release.sha256:
-        # Another process completed the same order first. Its release is the version, so its report
-        # is the result, not the one measured here.
+        # Another process has registered the same order first. Its report, not this one, is the
+        # result.
         release = store().artifact(registered.source)
         report = report_of(release)
     if report.outcome == "accepted":
@@ -65,11 +66,11 @@ def publish(report: Report) -> Finished:
 
 
 def restore(model: str | None) -> tuple[Registered, ...]:
-    """Register every finished order of the store that the registry lacks.
+    """Rebuild a lost registry: register every finished order of the store that it lacks.
 
-    Use it for a registry that was lost. Versions are registered in their earlier order, so an empty
-    registry gives them the same numbers if none is missing. The champion is set from the ledger;
-    the newest accepted version becomes the candidate if there is none.
+    Orders are registered by ascending former version number, so an empty registry assigns the
+    former numbers again if no order is missing. The champion is set from the promotion ledger. A
+    model without a candidate gets its newest accepted version as candidate.
 
     Args:
         model: only orders of this model; None for all.
@@ -78,61 +79,64 @@ def restore(model: str | None) -> tuple[Registered, ...]:
         The versions that were registered.
     """
     orders = (key.removeprefix("orders/").removesuffix(".json") for key in store().keys("orders/"))
-    every = (finished(order, registered=False) for order in sorted(orders))
-    results = [found for found in every if found is not None]
-    results = [found for found in results if model in (None, found.report.name)]
-    results.sort(key=lambda found: (found.report.name, int(found.version)))
+    records = (finished(order, registered=False) for order in sorted(orders))
+    results = [result for result in records if result is not None]
+    results = [result for result in results if model in (None, result.report.name)]
+    results.sort(key=lambda result: (result.report.name, int(result.version)))
     restored = tuple(
-        _register(found.report, found.release)
-        for found in results
-        if registry().by_order(found.report.order, found.report.name) is None
+        _register_release(result.report, result.release)
+        for result in results
+        if registry().by_order(result.report.order, result.report.name) is None
     )
-    names = tuple(dict.fromkeys(found.report.name for found in results))
+    names = tuple(dict.fromkeys(result.report.name for result in results))
     for name in names:
         versions = registry().versions(name)
         accepted = [item for item in versions if item.tags.get(OUTCOME_TAG) == "accepted"]
         if accepted and not any(CANDIDATE in item.aliases for item in versions):
             registry().point(name, CANDIDATE, accepted[0].version)
-    for name in names:  # last: it raises if the champion's order is in no record of the store
+    for name in names:  # last, since it raises if no stored record has the champion's order
         repair(name, expected=True)
     return restored
 
 
-def is_registered(found: Finished) -> bool:
-    """Return whether this process's registry has a finished order under this version.
+def is_registered(result: Finished) -> bool:
+    """Return whether this process's registry has a finished order under the version it names.
 
-    A result from another registry contains that registry and its version number there.
+    False for a result from another registry, even if the version numbers are equal.
     """
-    held = registry().by_order(found.report.order, found.report.name)
+    registered = registry().by_order(result.report.order, result.report.name)
     here = shown(load_settings().registry_uri)
-    return held is not None and found.registry == here and held.version == found.version
+    return (
+        registered is not None and result.registry == here and registered.version == result.version
+    )
 
 
-def still_published(found: Finished) -> None:
-    """Raise if the registry or the store no longer has a recorded result.
+def still_published(result: Finished) -> None:
+    """Raise if the store or the registry no longer has a recorded result of ``publish``.
 
     Raises:
-        ArtifactMissing: so that it is published again.
+        ArtifactMissing: the order is not in the registry, so it must be published again.
         ArtifactDamaged: its report is not the report of its release.
     """
-    if report_of(found.release) != found.report:
-        raise ArtifactDamaged("report_differs", order=found.report.order)
-    if not is_registered(found):
-        raise ArtifactMissing("order_no_longer_in_registry", order=found.report.order)
+    if report_of(result.release) != result.report:
+        raise ArtifactDamaged("report_differs", order=result.report.order)
+    if not is_registered(result):
+        raise ArtifactMissing("order_no_longer_in_registry", order=result.report.order)
 
 
-def _register(report: Report, release: Artifact) -> Registered:
+def _register_release(report: Report, release: Artifact) -> Registered:
+    """Register a release with all its tags, or return the version that has its order."""
     return registry().publish(
         report.name,
         report.order,
         store().reference(release),
-        _tags(report, release),
+        _version_tags(report, release),
         f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}. "
         f"Report: {page_reference(release)}",
     )
 
 
-def _tags(report: Report, release: Artifact) -> dict[str, str]:
+def _version_tags(report: Report, release: Artifact) -> dict[str, str]:
     tags = {
         "recpress.order": report.order,
         "recpress.release": release.sha256,
@@ -156,7 +160,7 @@ def _tags(report: Report, release: Artifact) -> dict[str, str]:
 
 
 def _plan_tag(report: Report) -> str:
-    """Return the plan as a tag, or its digest if it is too long (thousands of tables)."""
+    """Return the plan as JSON for a tag; its digest if it is too long (thousands of tables)."""
     lines = {line.module: f"{line.format}, {line.bytes_after} bytes" for line in report.plan.lines}
     text = json.dumps(lines)
     return text if len(text) <= PLAN_CHARACTERS else f"sha256:{digest(report.plan)}"

@@ -13,10 +13,17 @@ log = logging.getLogger(__name__)
 
 @task(task_run_name="pull", **KEPT)
 def pull(artifact: Artifact) -> Artifact:
-    """Check every hash, weight and id of a stored bundle, and that its module loads.
+    """Verify every hash, weight and id of a stored bundle, and that its module loads.
 
     Args:
         artifact: the artifact of the bundle.
+
+    Returns:
+        The same artifact.
+
+    Raises:
+        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: the first
+            problem.
     """
     manifest, facts = check(artifact.uri)
     log.info(

@@ -1,4 +1,4 @@
-"""Rank the catalogue with a stored retrieval model for every test query; cached."""
+"""Rank the catalogue with a stored retrieval model for every test query."""
 
 from pathlib import Path
 
@@ -17,28 +17,29 @@ from tasks.orchestration.workspace import store
 
 @task(task_run_name="rank", **KEPT)
 def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
-    """Rank the catalogue for every test query with the torch module's towers.
+    """Rank the catalogue for every test query with the torch module's two towers.
 
-    Used for the effect of each step of a recipe. It does not affect the verdict: served graphs are
-    measured in their own runtime.
+    The metrics show the effect of each step of a recipe. They do not affect the verdict, which is
+    based on rankings by the served graphs in the target's runtime.
 
     Args:
         bundle: the model.
         test: the prepared test rows.
-        ranking: the catalogue and the hidden items.
+        ranking: the catalogue, and the earlier interactions whose items are not ranked again.
 
     Returns:
-        Each metric of the task, float64 ``(queries,)``.
+        The artifact of ``data.safetensors`` with each metric of the task, float64 ``(queries,)``.
 
     Raises:
-        CompressionError: a vector is not finite, or no query has a new item.
+        CompressionError: a vector is not finite, or no query has an item that it had not before.
     """
     loaded = load_bundle(bundle)
     signature, output = loaded.manifest.signature, loaded.manifest.signature.single_output
     towers = torch_towers(loaded.model.module, signature)
     names = quality_metrics(output.kind, grouped=True, named=(output.metric,))
-    found = query_quality(towers, signature, split_of(test.artifact, test.rows), ranking, names)
-    tensors = {metric: torch.from_numpy(values) for metric, values in found.items()}
+    split = split_of(test.artifact, test.rows)
+    metrics = query_quality(towers, signature, split, ranking, names)
+    tensors = {metric: torch.from_numpy(values) for metric, values in metrics.items()}
     with scratch_folder("rank") as scratch:
         write(Path(scratch) / "data.safetensors", tensors)
         return store().put(Path(scratch))

@@ -1,4 +1,4 @@
-"""Compute the predictions of a stored model for the rows of a split; cached."""
+"""Compute the predictions of stored models for the rows of a split."""
 
 from pathlib import Path
 from typing import Literal
@@ -22,8 +22,8 @@ from tasks.orchestration.workspace import local, store
 def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
     """Score every row of a prepared split with the torch module.
 
-    Used as a teacher's soft labels, and for the effect of each step of a recipe. It does not affect
-    the verdict: served graphs are measured in their own runtime.
+    The scores serve as soft labels, and to measure the effect of each step of a recipe. They do not
+    affect the verdict, which is based on scores of the served graphs in the target's runtime.
 
     Args:
         bundle: the model.
@@ -31,16 +31,17 @@ def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
         rows: number of rows.
 
     Returns:
-        ``score`` float32 ``(rows,)``, the network's unchanged output (a logit stays a logit).
+        The artifact of ``data.safetensors`` with ``score`` float32 ``(rows,)``: the module's
+        output, without conversion of logits to probabilities.
 
     Raises:
-        CompressionError: a score is not a finite number.
+        MetricRefused: a score is not a finite number.
     """
     loaded = load_bundle(bundle)
     signature = loaded.manifest.signature
-    held = batches(split_of(split, rows), signature, SCORING_ROWS)
+    split_batches = batches(split_of(split, rows), signature, SCORING_ROWS)
     with torch.no_grad():
-        parts = [loaded.model.module(**batch.inputs).reshape(-1) for batch in held]
+        parts = [loaded.model.module(**batch.inputs).reshape(-1) for batch in split_batches]
     scores = torch.cat(parts).to(torch.float32)
     if not bool(scores.isfinite().all()):
         raise MetricRefused(
@@ -49,7 +50,7 @@ def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
             version=loaded.manifest.version,
             count=int((~scores.isfinite()).sum()),
         )
-    return _stored(scores)
+    return _store_scores(scores)
 
 
 @task(task_run_name="average {output}", **KEPT)
@@ -57,19 +58,20 @@ def average(
     scores: tuple[Artifact, ...],
     output: Literal["logit", "probability", "score"],
 ) -> Artifact:
-    """Average the predictions of several teachers.
-
-    Computed by ``compressors.distill.soft_labels.mean_predictions``.
+    """Average the predictions of several teachers with ``mean_predictions``.
 
     Args:
         scores: the results of ``score`` for each teacher, for the same rows.
         output: the form of the scores.
+
+    Returns:
+        An artifact as returned by ``score``.
     """
-    held = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
-    return _stored(mean_predictions(held, output))
+    predictions = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
+    return _store_scores(mean_predictions(predictions, output))
 
 
-def _stored(scores: torch.Tensor) -> Artifact:
+def _store_scores(scores: torch.Tensor) -> Artifact:
     with scratch_folder("score") as scratch:
         folder = Path(scratch)
         write(folder / "data.safetensors", {"score": scores})

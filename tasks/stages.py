@@ -1,4 +1,7 @@
-"""Measure the effect of each step of a recipe on bytes and quality."""
+"""Measure the effect of each step of a recipe on bytes and quality.
+
+A stage is the model after one step of the recipe; the first stage is the untouched model.
+"""
 
 from pathlib import Path
 
@@ -17,7 +20,8 @@ from tasks.orchestration.documents import STAGES, Scored, Stage, Stages
 from tasks.orchestration.policy import KEPT
 from tasks.orchestration.workspace import local, store
 
-READING_ROWS = 65_536
+LABEL_BATCH_ROWS = 65_536
+"""Rows of each batch when labels and groups are read."""
 
 
 @task(task_run_name="evaluate the stages", **KEPT)
@@ -28,32 +32,35 @@ def measure_stages(
     test_rows: int,
     seed: int,
 ) -> Artifact:
-    """Compare every stage with the one before it, on the same rows.
+    """Measure bytes and quality of every stage, and its change from the previous stage.
 
     Args:
-        scored: the stages in order, the untouched model first.
-        metric: the signature's metric.
+        scored: the stages in order with their predictions for the test rows.
+        metric: the metric to compare, as named in the signature.
         test: the prepared test split, for labels and groups.
-        test_rows: its number of rows.
+        test_rows: number of rows of the test split.
         seed: seed of the bootstrap.
+
+    Returns:
+        The artifact of ``stages.json``.
     """
-    manifests = [read(local(item.bundle)) for item in scored]
+    manifests = [read(local(stage.bundle)) for stage in scored]
     signature = manifests[0].signature
     plans = [manifest.plan for manifest in manifests]
     sizes = [sum(line.bytes_after for line in plan.lines) for plan in plans if plan is not None]
     if plans[0] is None and plans[1] is not None:  # an uncompressed bundle has no plan
         sizes.insert(0, sum(line.bytes_before for line in plans[1].lines))
-    quality = quality_of(signature, scored, split_of(test, test_rows), seed)
+    quality = compare_stages(signature, scored, split_of(test, test_rows), seed)
     stages = []
-    for place, item in enumerate(scored):
-        pair = quality.paired(metric, str(max(place - 1, 0)), str(place))
+    for index, stage in enumerate(scored):
+        pair = quality.paired(metric, str(max(index - 1, 0)), str(index))
         stages.append(
             Stage(
-                step=item.step,
-                bundle=item.bundle,
-                bytes=sizes[place],
+                step=stage.step,
+                bundle=stage.bundle,
+                bytes=sizes[index],
                 quality=pair.candidate,
-                change=pair.difference if place else None,
+                change=pair.difference if index else None,
             )
         )
     with scratch_folder("stages") as scratch:
@@ -61,21 +68,30 @@ def measure_stages(
         return store().put(Path(scratch))
 
 
-def quality_of(signature: Signature, scored: tuple[Scored, ...], test: Split, seed: int) -> Quality:
-    """Combine stages by number, each with its predictions for the same rows."""
+def compare_stages(
+    signature: Signature, scored: tuple[Scored, ...], test: Split, seed: int
+) -> Quality:
+    """Return the quality of the stages, named "0", "1", ... in their order.
+
+    Args:
+        signature: the signature that all stages have.
+        scored: the stages with their stored predictions for the rows of ``test``.
+        test: the prepared rows.
+        seed: seed of the bootstrap.
+    """
     if not signature.scores_rows:
-        stored = [load_file(local(item.score) / "data.safetensors") for item in scored]
-        values = {
-            str(place): {metric: found.numpy() for metric, found in held.items()}
-            for place, held in enumerate(stored)
+        stored = [load_file(local(stage.score) / "data.safetensors") for stage in scored]
+        metrics_of_queries = {
+            str(index): {metric: values.numpy() for metric, values in tensors.items()}
+            for index, tensors in enumerate(stored)
         }
-        return ByQuery(values, test.rows, seed)
-    predictions = {str(place): _predictions(signature, item) for place, item in enumerate(scored)}
-    return row_quality(list(batches(test, signature, READING_ROWS)), predictions, seed)
+        return ByQuery(metrics_of_queries, test.rows, seed)
+    scores = {str(index): _read_scores(signature, stage) for index, stage in enumerate(scored)}
+    return row_quality(list(batches(test, signature, LABEL_BATCH_ROWS)), scores, seed)
 
 
-def _predictions(signature: Signature, item: Scored) -> np.ndarray:
-    """Return a stage's scores, as probabilities for log loss and entropy; keeps their order."""
-    output = load_file(local(item.score) / "data.safetensors")["score"]
+def _read_scores(signature: Signature, stage: Scored) -> np.ndarray:
+    """Return a stage's scores ``(rows,)``; logits are converted to probabilities for log loss."""
+    output = load_file(local(stage.score) / "data.safetensors")["score"]
     is_logit = signature.single_output.form == "logit"
     return (torch.sigmoid(output.double()) if is_logit else output).numpy()

@@ -1,4 +1,4 @@
-"""Compress tables of any size as files; input and output are artifacts."""
+"""Compress the tables of a stored artifact from file to file, so that they may be of any size."""
 
 from prefect import task
 
@@ -20,10 +20,14 @@ def quantize_tables(
     """Compress every table of an artifact's safetensors files.
 
     Args:
-        source: the artifact of the tables.
+        source: the artifact with the tables.
         step: a table method and its settings.
-        block_rows: rows encoded at once by each thread; changes no byte of the result.
-        workers: number of threads, by default one per core; changes no byte of the result.
+        block_rows: rows that each thread encodes at once; does not affect the result.
+        workers: number of threads, by default one per core; does not affect the result.
+
+    Raises:
+        CommandRefused: the step is not a table method.
+        NothingToCompress: the step applies to no tensor.
     """
     if not isinstance(step, TableStep):
         raise CommandRefused("method_needs_model", method=step.kind, methods=tuple(table_steps()))

@@ -1,6 +1,7 @@
-"""The builder and the runtime that a target declares. No Prefect.
+"""Return the engine builder and the runtime of a target. No Prefect.
 
-The imports of this file make the digests of tasks contain the adapters of recpress.
+Targets load these adapters by name. This file imports them as well, so that the code digest of a
+task changes with their source (``tasks/orchestration/code_digest.py``).
 """
 
 from compressors.contracts import target
@@ -14,7 +15,7 @@ def builder_of(name: str) -> Builder:
     """Return the builder of a target's engines.
 
     Raises:
-        ValueError: the target serves graphs.
+        ValueError: the target has no builder, because it serves graphs.
     """
     builder = target(name).load_builder()
     if builder is None:
@@ -23,10 +24,10 @@ def builder_of(name: str) -> Builder:
 
 
 def runtime_of(name: str) -> Runtime:
-    """Return the runtime of a measured target.
+    """Return the runtime that scores and times a target's graphs or engines.
 
     Raises:
-        ValueError: the target is not measured.
+        ValueError: the target has no runtime, so it cannot be measured.
     """
     runtime = target(name).load_runtime()
     if runtime is None:
@@ -35,5 +36,5 @@ def runtime_of(name: str) -> Runtime:
 
 
 def runtime_of_graphs(name: str) -> Runtime | None:
-    """Return the runtime that serves a target's graphs; None if it serves engines or has none."""
+    """Return the runtime of a target that serves graphs; None if it serves engines or has none."""
     return None if target(name).is_built else target(name).load_runtime()

@@ -1,4 +1,4 @@
-"""Validate every split of a bundle's data with Great Expectations."""
+"""Validate every split of a bundle's data with Great Expectations, and check the model's scores."""
 
 import logging
 from pathlib import Path
@@ -23,18 +23,21 @@ log = logging.getLogger(__name__)
 
 @task(task_run_name="validate", **KEPT)
 def validate(bundle: Artifact, rules: Rules) -> Artifact:
-    """Run the checks of a bundle's signature; store the result and its HTML page.
+    """Check a bundle's data against its signature; store the result and its HTML page.
 
-    Also checks the model's labels and a sample of its scores: problems that prevent measurement
-    raise, others are warnings in the result.
+    Also checks the labels, and the model's scores of a sample of rows. Problems that prevent
+    measurement raise; other problems are warnings in the result.
 
     Args:
         bundle: the bundle whose data is checked.
-        rules: requirements beyond the signature, such as the minimum rows.
+        rules: requirements beyond the signature, such as the minimum number of rows.
+
+    Returns:
+        The artifact of ``validation.json`` and ``validation.html``.
 
     Raises:
-        DataRefused: a check failed, fewer were evaluated than planned, or the model cannot be
-            measured. The page is stored first.
+        DataRefused: a check failed, fewer checks were evaluated than planned, or the model cannot
+            be measured. The page is stored before.
     """
     folder = local(bundle)
     manifest = read(folder)
@@ -42,7 +45,7 @@ def validate(bundle: Artifact, rules: Rules) -> Artifact:
     splits: dict[str, Path] = {split: data_path(manifest, split) for split in manifest.data}
     validation = run_checks(splits, manifest.signature, tables, rules)
     problems: tuple[BaselineProblem, ...] = ()
-    if validation.success:  # otherwise the splits cannot be read, and are refused below
+    if validation.success:  # splits that failed may not be readable; they are refused below
         module = model_of(folder, manifest).module
         problems = check_baseline(module, manifest.signature, splits)
         texts = tuple(str(problem.reason) for problem in problems)

@@ -1,6 +1,6 @@
 """Compare models on the same rows. No Prefect.
 
-parity.py   compares a module with its graph
-quality.py  compares several models on the test rows
+parity.py   compares a torch module with the graph exported from it
+quality.py  compares the quality of several models on the test rows
 budget.py   measures the loss of quality on validation rows
 """

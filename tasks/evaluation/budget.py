@@ -1,4 +1,4 @@
-"""Measure the quality a model has lost against the original, on validation rows."""
+"""Measure how much of the quality budget a recipe has used, on validation rows."""
 
 from prefect import task
 
@@ -8,10 +8,10 @@ from tasks.bundles.loading import split_of
 from tasks.orchestration.documents import Scored
 from tasks.orchestration.policy import KEPT
 from tasks.orchestration.workspace import local
-from tasks.stages import quality_of
+from tasks.stages import compare_stages
 
 
-@task(task_run_name="weigh against the budget", **KEPT)
+@task(task_run_name="measure the quality loss", **KEPT)
 def quality_loss(
     original: Scored,
     now: Scored,
@@ -20,18 +20,18 @@ def quality_loss(
     rows: int,
     seed: int,
 ) -> Estimate:
-    """Return the metric of the original minus that of a model, on validation rows.
+    """Return the metric of the original model minus that of the compressed model.
 
     Args:
         original: the untouched model and its predictions for the validation rows.
-        now: the compressed model and its predictions.
-        metric: the signature's metric.
+        now: the model as compressed so far and its predictions for these rows.
+        metric: the metric to compare, as named in the signature.
         validation: the prepared validation split, for labels and groups.
-        rows: its number of rows.
+        rows: number of rows of the validation split.
         seed: seed of the bootstrap.
     """
     signature = read(local(original.bundle)).signature
-    quality = quality_of(signature, (original, now), split_of(validation, rows), seed)
+    quality = compare_stages(signature, (original, now), split_of(validation, rows), seed)
     change = quality.paired(metric, "0", "1").difference
     return change.model_copy(
         update={"point": -change.point, "low": -change.high, "high": -change.low}

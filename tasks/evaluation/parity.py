@@ -1,4 +1,4 @@
-"""Compare a module with its graph on the same rows, and explain the differences."""
+"""Compare a torch module with the graph exported from it, and diagnose differences. No Prefect."""
 
 import contextlib
 import logging
@@ -31,10 +31,17 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A module and its graph, both ready to score the same rows.
+class GraphCheck:
+    """Compares the scores of a torch module and its graph on the same rows.
 
-    ``path`` is the graph in a form that ONNX Runtime runs, which exists for every target.
+    Attributes:
+        model: the whole torch model.
+        lowered: the exported graph and the part of the model it computes.
+        plan: plan lines of the graph's units, which determine the tolerance.
+        target: name of the target.
+        most_rows: the largest batch the graph must accept.
+        path: file of the graph, in a form that ONNX Runtime can run.
+        session: the graph, loaded in a runtime.
     """
 
     model: nn.Module
@@ -46,24 +53,33 @@ class Compared:
     session: Session
 
     def parity(self, inputs: dict[str, Tensor], rows_from: str) -> tuple[Parity, FloatArray]:
-        """Compare on some rows; also returns the module's scores.
+        """Compare the outputs of module and graph; returns the parity and the module's outputs.
+
+        Args:
+            inputs: one batch, by input name.
+            rows_from: origin of the rows, for error messages.
 
         Raises:
-            ParityLost: contains the row, both scores and the first tensor that differs.
+            ParityLost: the outputs differ by more than the tolerance. Contains the row, both
+                outputs and the first tensor that differs.
         """
-        expected, found = self.scores(inputs, rows_from)
+        expected, actual = self.scores(inputs, rows_from)
         try:
-            return compare(expected, found, self.plan, self.target), expected
+            return compare(expected, actual, self.plan, self.target), expected
         except ParityLost as fault:
-            raise self.explained(fault.failure, inputs, rows_from) from None
+            raise self.parity_error(fault.failure, inputs, rows_from) from None
 
     def scores(self, inputs: dict[str, Tensor], rows_from: str) -> tuple[FloatArray, FloatArray]:
-        """Return the scores of the module and of the graph.
+        """Return the outputs of the module and of the graph, ``(rows,)`` or ``(rows, dim)``.
+
+        Args:
+            inputs: one batch, by input name.
+            rows_from: origin of the rows, for error messages.
 
         Raises:
             ParityLost: the graph does not run on these rows.
         """
-        expected = self._module(inputs)
+        expected = self._module_scores(inputs)
         try:
             return expected, self.session.scores(_arrays(inputs))
         except InfraError as fault:
@@ -72,63 +88,65 @@ class Compared:
                 target=self.target,
                 rows=expected.shape[0],
                 reason=str(fault),
-                row=self._first_failing(inputs, expected.shape[0]),
+                row=self._first_failing_row(inputs, expected.shape[0]),
             )
-            raise self.explained(failure, inputs, rows_from) from fault
+            raise self.parity_error(failure, inputs, rows_from) from fault
 
-    def same_alone(self, among: FloatArray, inputs: dict[str, Tensor], parity: Parity) -> None:
-        """Raise if a model's or graph's score of a row depends on other rows of the batch.
+    def require_same_in_small_batch(
+        self, expected: FloatArray, inputs: dict[str, Tensor], parity: Parity
+    ) -> None:
+        """Raise if a score of the module or the graph depends on other rows of the batch.
 
         Args:
-            among: the module's scores of these rows in a large batch.
-            inputs: a few rows, as a separate batch.
-            parity: the parity of the large batch.
+            expected: the module's scores of these rows, computed in a large batch.
+            inputs: the same rows as a separate, small batch.
+            parity: the parity of the large batch, which contains the tolerance.
 
         Raises:
-            ParityLost: contains which of the two, and the difference.
+            ParityLost: contains which of the two depends on other rows, and the difference.
         """
         rows_from = "the data"
-        network, graph = self.scores(inputs, rows_from)
-        for side, scores in (("network", network), ("graph", graph)):
+        module_scores, graph_scores = self.scores(inputs, rows_from)
+        for side, scores in (("network", module_scores), ("graph", graph_scores)):
             failure = ParityFailure(
                 code="parity_batch",
                 target=self.target,
                 side=side,
-                rows=len(among),
+                rows=len(expected),
                 limits={"largest": parity.largest_limit},
-                shapes=(among.shape, scores.shape),
+                shapes=(expected.shape, scores.shape),
                 measured={"largest": np.inf},
             )
-            if scores.shape != among.shape:
-                raise self.explained(failure, inputs, rows_from)
-            gap = gap_of(among, scores)
+            if scores.shape != expected.shape:
+                raise self.parity_error(failure, inputs, rows_from)
+            gap = gap_of(expected, scores)
             if gap.max(initial=0.0) <= parity.largest_limit:
                 continue
-            place = np.unravel_index(int(np.argmax(gap)), gap.shape)
+            index = np.unravel_index(int(np.argmax(gap)), gap.shape)
             failure = replace(
                 failure,
-                row=int(place[0]),
-                component=int(place[1]) if len(place) > 1 else None,
-                expected=float(among[place]),
-                found=float(scores[place]),
-                measured={"largest": float(gap[place])},
+                row=int(index[0]),
+                component=int(index[1]) if len(index) > 1 else None,
+                expected=float(expected[index]),
+                found=float(scores[index]),
+                measured={"largest": float(gap[index])},
             )
-            raise self.explained(failure, inputs, rows_from)
+            raise self.parity_error(failure, inputs, rows_from)
 
-    def explained(
+    def parity_error(
         self, failure: ParityFailure, inputs: dict[str, Tensor], rows_from: str
     ) -> ParityLost:
         """Build the error of a failure, with the row's inputs and the first tensor that differs."""
-        form = self.lowered.served.form
-        failure = replace(failure, graph=form.name, rows_from=rows_from)
+        served = self.lowered.served.form
+        failure = replace(failure, graph=served.name, rows_from=rows_from)
         if failure.row is None:
             return ParityLost(failure)
-        alone = row_of(inputs, form.signature, failure.row)
-        failure = replace(failure, inputs=format_row(alone, form.signature))
+        single_row = row_of(inputs, served.signature, failure.row)
+        failure = replace(failure, inputs=format_row(single_row, served.signature))
         if failure.code == "parity_run" or failure.side == "network":
             return ParityLost(failure)
         try:
-            return ParityLost(self._located(failure, alone, inputs))
+            return ParityLost(self._with_differing_tensor(failure, single_row, inputs))
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
@@ -136,36 +154,41 @@ class Compared:
             log.warning("The first tensor that differs was not determined: %r", fault)
             return ParityLost(failure)
 
-    def _located(
-        self, failure: ParityFailure, alone: dict[str, Tensor], inputs: dict[str, Tensor]
+    def _with_differing_tensor(
+        self, failure: ParityFailure, single_row: dict[str, Tensor], inputs: dict[str, Tensor]
     ) -> ParityFailure:
-        """Add the first tensor that differs: with the row alone, else with all rows."""
-        form, names = self.lowered.served.form, input_names(self.lowered.served.form.signature)
-        _, program = exported(self.model, form, self.target, self.most_rows)
+        """Add the first tensor that differs between the exported program and the graph.
+
+        The batch of the failing row is tried first, then all rows, since a difference may depend
+        on the batch.
+        """
+        served = self.lowered.served.form
+        names = input_names(served.signature)
+        _, program = exported(self.model, served, self.target, self.most_rows)
         if program.exported_program is None:
             return failure
-        for rows in (alone, inputs):
+        for rows in (single_row, inputs):
             traced = run_traced(program.exported_program, [rows[name] for name in names])
             values = [GraphValue(*value) for value in graph_values(self.path, _arrays(rows))]
             allowed = allowed_share(self.plan, self.target)
-            module, output = self._module(rows), traced.output.numpy()
+            expected, output = self._module_scores(rows), traced.output.numpy()
             limit = failure.limits.get("at most", failure.limits.get("largest", 1e-5))
-            is_wrong = module.shape != output.shape or gap_of(module, output).max() > limit
-            tensor = first_difference(traced, values, form.output, allowed)
+            is_wrong = expected.shape != output.shape or gap_of(expected, output).max() > limit
+            tensor = first_difference(traced, values, served.output, allowed)
             is_clear = tensor is not None and tensor.is_clear
             if is_wrong or is_clear:
-                clear = tensor if is_clear else None
-                return replace(failure, tensor=clear, is_exported_wrong=bool(is_wrong))
+                cause = tensor if is_clear else None
+                return replace(failure, tensor=cause, is_exported_wrong=bool(is_wrong))
         return replace(failure, tensor=tensor)
 
-    def _module(self, inputs: Mapping[str, Tensor]) -> FloatArray:
+    def _module_scores(self, inputs: Mapping[str, Tensor]) -> FloatArray:
         names = input_names(self.lowered.served.form.signature)
         with torch.no_grad():
             scores: Tensor = self.lowered.served(*(inputs[name] for name in names))
         result: FloatArray = scores.numpy()
         return result
 
-    def _first_failing(self, inputs: dict[str, Tensor], rows: int) -> int | None:
+    def _first_failing_row(self, inputs: dict[str, Tensor], rows: int) -> int | None:
         """Find the first row that the runtime refuses as a batch of one."""
         signature = self.lowered.served.form.signature
         for row in range(rows):
@@ -177,17 +200,20 @@ class Compared:
 
 
 @contextlib.contextmanager
-def checkable(path: Path, target: str, plan: Plan | None) -> Iterator[Path]:
-    """Return a graph ONNX Runtime can run: the file itself, or a copy without bfloat16 Gemms."""
+def runnable_graph(path: Path, target: str, plan: Plan | None) -> Iterator[Path]:
+    """Yield a graph that ONNX Runtime can run: the file itself, or a copy without bfloat16 Gemms.
+
+    The copy is deleted afterwards, since every file of the folder is stored.
+    """
     if not lowering_target(target).has_unsupported_products(plan):
         yield path
         return
-    written = path.with_name(f"checkable-{path.name}")
+    copy = path.with_name(f"checkable-{path.name}")
     try:
-        write_checkable(path, written)
-        yield written
+        write_checkable(path, copy)
+        yield copy
     finally:
-        written.unlink(missing_ok=True)  # every file of the folder is stored
+        copy.unlink(missing_ok=True)
 
 
 def _arrays(inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:

@@ -1,7 +1,7 @@
-"""Compare the quality of models in pairs on the same test rows. No Prefect.
+"""Compare the quality of two models at a time on the same test rows. No Prefect.
 
-``ctr`` and ``ranking`` models are compared by one score per row, ``retrieval`` models by the
-metrics of a full ranking of the catalogue for every query.
+Models of the tasks ``ctr`` and ``ranking`` are compared by one score per row. ``retrieval`` models
+rank the whole catalogue for every query, and are compared by the metrics of these rankings.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,7 @@ from compressors.core.batches import Batch, Rows, batches
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
 from compressors.metrics import intervals
-from compressors.metrics.estimators import builtin as builtin
+from compressors.metrics.estimators import builtin as builtin  # for the code digest
 from compressors.metrics.full_ranking import (
     Interactions,
     RankedVectors,
@@ -29,28 +29,35 @@ from compressors.metrics.full_ranking import (
 from compressors.metrics.intervals import PairedEstimate
 from compressors.metrics.score_change import change_of_rankings, change_of_rows
 from tasks.bundles.loading import SCORING_ROWS, split_of
-from tasks.orchestration.documents import PreparedRows, Ranking
+from tasks.orchestration.documents import Ranking
 
 Array = NDArray[Any]
 Vectors = Callable[[Mapping[str, Tensor]], Array]
-"""A tower: named inputs -> float32 ``(rows, dim)``."""
+"""A tower as a function: inputs by name -> vectors, float32 ``(rows, dim)``."""
 
 
 class Quality(Protocol):
-    """Models by name, each measured on the same rows."""
+    """The results of several models on the same rows; models are identified by name."""
 
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
-        """One metric of two of them."""
+        """Estimate one metric of two models, and its difference with a paired interval."""
 
     def score_change(
         self, baseline: str, candidate: str, unit: ScoreUnit
     ) -> Mapping[str, Estimate]:
-        """How much the scores of two of them differ."""
+        """Measure how much the scores of two models differ; returns estimates by metric."""
 
 
 @dataclass(frozen=True)
 class ByRow:
-    """One score per test row of each model, ``(rows,)``."""
+    """The quality of models with one score per row.
+
+    Attributes:
+        label: labels ``(rows,)``.
+        group: group ids ``(rows,)``; None if the signature has no groups.
+        scores: scores ``(rows,)`` of each model.
+        seed: seed of the bootstrap.
+    """
 
     label: Array
     group: Array | None
@@ -64,16 +71,20 @@ class ByRow:
         return change_of_rows(self.scores[baseline], self.scores[candidate], self.group, unit)
 
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
-        """One metric of two of them."""
+        """Estimate one metric of two models, and its difference with a paired interval."""
         before, after = self.scores[baseline], self.scores[candidate]
         return intervals.paired(metric, self.label, before, after, self.group, seed=self.seed)
 
 
 @dataclass(frozen=True)
 class ByQuery:
-    """Each model's metrics of every query, ``(queries,)``; ``rows`` is of the test data.
+    """The quality of retrieval models.
 
-    ``vectors`` of the models are needed only for score changes.
+    Attributes:
+        values: for each model, each metric of every query ``(queries,)``.
+        rows: number of test rows.
+        seed: seed of the bootstrap.
+        vectors: query and item vectors of each model; needed only for ``score_change``.
     """
 
     values: Mapping[str, Mapping[str, Array]]
@@ -87,17 +98,26 @@ class ByQuery:
         candidate: str,
         unit: ScoreUnit,
     ) -> Mapping[str, Estimate]:
-        """Measure how much the scores of all items differ, query by query; always in spreads."""
+        """Measure how much the scores of all items differ, query by query.
+
+        The unit is always the standard deviation of the query's scores; ``unit`` is ignored.
+        """
         return change_of_rankings(self.vectors[baseline], self.vectors[candidate], self.rows)
 
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
-        """One metric of two of them."""
+        """Estimate one metric of two models, and its difference with a paired interval."""
         before, after = self.values[baseline][metric], self.values[candidate][metric]
         return intervals.paired_means(before, after, self.rows, seed=self.seed)
 
 
 def row_quality(rows: list[Batch], scores: Mapping[str, Array], seed: int) -> ByRow:
-    """Combine scores of test rows with their labels and groups."""
+    """Combine the scores of test rows with their labels and groups.
+
+    Args:
+        rows: all batches of the test rows.
+        scores: scores ``(rows,)`` of each model, in the order of the batches.
+        seed: seed of the bootstrap.
+    """
     label = np.concatenate([batch.label.numpy() for batch in rows])
     groups = [batch.group.numpy() for batch in rows if batch.group is not None]
     return ByRow(label, np.concatenate(groups) if groups else None, scores, seed)
@@ -110,20 +130,20 @@ def query_quality(
     ranking: Ranking,
     names: Iterable[str],
 ) -> dict[str, Array]:
-    """Rank the whole catalogue for every test query.
+    """Rank the whole catalogue for every test query and return the metrics of each query.
 
     Args:
-        towers: the functions that return vectors: ``query`` and ``item``.
+        towers: the towers ``query`` and ``item``.
         signature: the bundle's signature.
         test: the prepared test rows.
-        ranking: the catalogue and the hidden items.
-        names: the metrics.
+        ranking: the catalogue, and the earlier interactions whose items are not ranked again.
+        names: names of the metrics.
 
     Returns:
-        Metric -> float64 ``(queries,)``.
+        Each metric, float64 ``(queries,)``.
 
     Raises:
-        CompressionError: a vector is not finite, or no query has a new item.
+        CompressionError: a vector is not finite, or no query has an item that it had not before.
     """
     return ranking_metrics(ranked_vectors(towers, signature, test, ranking), names)
 
@@ -134,49 +154,52 @@ def ranked_vectors(
     """Compute the vectors of every test query and item; arguments as for ``query_quality``."""
     catalogue = split_of(ranking.items.artifact, ranking.items.rows)
     query, item = (form.signature for form in served_graphs(signature))
-    listed = list(batches(catalogue, item, SCORING_ROWS))
-    ids = np.concatenate([batch.inputs[str(signature.item)].numpy() for batch in listed])
-    what = ranking_queries(
-        _interactions(test, signature), [_seen(p, signature) for p in ranking.seen], ids
-    )
+    item_batches = list(batches(catalogue, item, SCORING_ROWS))
+    ids = np.concatenate([batch.inputs[str(signature.item)].numpy() for batch in item_batches])
+    earlier = [
+        _interactions(split_of(rows.artifact, rows.rows), signature) for rows in ranking.seen
+    ]
+    queries = ranking_queries(_interactions(test, signature), earlier, ids)
     return RankedVectors(
-        _query_vectors(towers["query"], what, Rows(test, query)),
-        np.concatenate([towers["item"](batch.inputs) for batch in listed]),
-        what,
+        _query_vectors(towers["query"], queries, Rows(test, query)),
+        np.concatenate([towers["item"](batch.inputs) for batch in item_batches]),
+        queries,
     )
 
 
 def torch_towers(model: nn.Module, signature: Signature) -> dict[str, Vectors]:
-    """Return the towers of a module, evaluated in torch instead of as graphs."""
+    """Return the towers of a torch module, by name."""
 
-    def vectors(part: nn.Module, names: tuple[str, ...]) -> Vectors:
-        def of(inputs: Mapping[str, Tensor]) -> Array:
+    def tower(part: nn.Module, names: tuple[str, ...]) -> Vectors:
+        def compute_vectors(inputs: Mapping[str, Tensor]) -> Array:
             with torch.no_grad():
-                found: Array = part(**{name: inputs[name] for name in names}).numpy()
-            return found
+                vectors: Array = part(**{name: inputs[name] for name in names}).numpy()
+            return vectors
 
-        return of
+        return compute_vectors
 
     return {
-        form.name: vectors(form.part(model), input_names(form.signature))
-        for form in served_graphs(signature)
+        graph.name: tower(graph.part(model), input_names(graph.signature))
+        for graph in served_graphs(signature)
     }
 
 
-def _query_vectors(tower: Vectors, what: RankingQueries, test: Rows) -> Array:
-    rows = torch.from_numpy(what.row)
+def _query_vectors(tower: Vectors, queries: RankingQueries, test: Rows) -> Array:
+    """Return the vectors ``(queries, dim)``; each query is the row that ``queries.row`` names."""
+    rows = torch.from_numpy(queries.row)
     return np.concatenate(
         [tower(test.take(part).inputs) for part in torch.split(rows, SCORING_ROWS)]
     )
 
 
-def _seen(part: PreparedRows, signature: Signature) -> Interactions:
-    return _interactions(split_of(part.artifact, part.rows), signature)
-
-
 def _interactions(split: Split, signature: Signature) -> Interactions:
-    held = Rows(split, signature.only([str(signature.item)]))
-    item = held.take(torch.arange(len(held))).inputs[str(signature.item)]
-    if held.group is None:
+    """Read the group, item and label of every row of a split.
+
+    Raises:
+        MetricRefused: the rows have no groups, which are the queries.
+    """
+    rows = Rows(split, signature.only([str(signature.item)]))
+    item = rows.take(torch.arange(len(rows))).inputs[str(signature.item)]
+    if rows.group is None:
         raise MetricRefused("retrieval_needs_groups")
-    return Interactions(held.group.numpy(), item.numpy(), held.label.numpy())
+    return Interactions(rows.group.numpy(), item.numpy(), rows.label.numpy())

@@ -21,7 +21,7 @@ from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.export import lower
 from infra.onnxruntime.sessions import Session
-from tasks.evaluation.parity import Compared, checkable
+from tasks.evaluation.parity import GraphCheck, runnable_graph
 
 each_target = pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
 
@@ -113,8 +113,8 @@ def stored(lowered: Graph) -> dict[str, NDArray[np.generic]]:
 def failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> ParityFailure:
     """What comparing the module with another graph reports."""
     plan, target = lowered.model.plan, lowered.target
-    with checkable(path, target, plan) as runnable:
-        compared = Compared(
+    with runnable_graph(path, target, plan) as runnable:
+        compared = GraphCheck(
             lowered.model.module,
             lowered.lowered,
             plan,
@@ -227,11 +227,11 @@ def test_a_score_that_depends_on_the_batch_names_the_side_and_the_row(tmp_path):
     model = Reference(Centred, SCHEMA).model()
     path = tmp_path / "model.onnx"
     done = lower(model.module, whole(SCHEMA), "onnxruntime", path)
-    compared = Compared(model.module, done, None, "onnxruntime", 64, path, Session(path, 1))
+    compared = GraphCheck(model.module, done, None, "onnxruntime", 64, path, Session(path, 1))
     inputs = {"items": torch.randint(1, 30, (20, 5))}
     parity, expected = compared.parity(inputs, "the data")
     with pytest.raises(ParityLost) as raised:
-        compared.same_alone(expected[:1], row_of(inputs, SCHEMA, 0), parity)
+        compared.require_same_in_small_batch(expected[:1], row_of(inputs, SCHEMA, 0), parity)
     found = raised.value.failure
     assert (found.code, found.side, found.row) == ("parity_batch", "network", 0)
     assert found.inputs["items"].startswith("[")
