@@ -1,9 +1,11 @@
-"""Packed models: pack, find and load. No Prefect.
+"""Pack, find and load bundles. No Prefect.
 
-bundle_ref.py   the bundle that an order refers to
-packing.py      pack, check, show and find bundles
+To pack is to check a folder with a model and its data (a draft) and to store it as a bundle.
+
+bundle_ref.py   finds a bundle in the store by name and version
+packing.py      packs, checks and shows bundles
 loading.py      loads a stored bundle as a module, a stored split as tensors
 baseline.py     checks a bundle's model and labels before compression
 teachers.py     finds the teachers of an order
-table_files.py  compresses tables from file to file
+table_files.py  compresses the tables of files of any size
 """

@@ -1,4 +1,7 @@
-"""Check a bundle's model and labels before compression. No Prefect."""
+"""Check that a model's quality can be measured at all: its labels and its scores. No Prefect.
+
+A problem is, for example, that all labels or all scores are equal.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,12 +18,18 @@ from infra.data.catalogue import prepare
 from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
 
-JUDGED = ("test", "validation")
+LABELLED = ("test", "validation")
+"""The splits on which quality is measured, so that their labels matter."""
 
 
 @dataclass(frozen=True)
 class LabelledSplits:
-    """Problems of the labels, and the prepared test rows, valid as long as their folder exists."""
+    """The result of ``check_labels``.
+
+    Attributes:
+        problems: the problems of the labels.
+        test: the prepared test rows, valid as long as their folder exists.
+    """
 
     problems: tuple[BaselineProblem, ...]
     test: Split
@@ -29,12 +38,12 @@ class LabelledSplits:
 def check_labels(
     signature: Signature, paths: Mapping[str, Path], splits: Collection[str], into: Path
 ) -> LabelledSplits:
-    """Prepare splits with the checks of a run, and check their labels.
+    """Convert splits from parquet to tensors, as a run does, and check their labels.
 
     Args:
         signature: the bundle's signature.
-        paths: parquet file or folder by split name.
-        splits: the splits to check; ``test`` is always checked.
+        paths: parquet file or folder of each split, by the split's name.
+        splits: names of the splits to check; ``test`` is always checked.
         into: a folder for the prepared test rows.
 
     Raises:
@@ -52,19 +61,19 @@ def check_labels(
                 raise DataRefused("split_unusable", split=split, problem=str(fault)) from fault
             if split in (ITEMS, TRAFFIC) or not prepared.rows:
                 continue
-            held = Split(path=str(folder), sha256="0" * 64, rows=prepared.rows)
-            rows = Rows(held, signature)
+            prepared_split = Split(path=str(folder), sha256="0" * 64, rows=prepared.rows)
+            rows = Rows(prepared_split, signature)
             group = None if rows.group is None else rows.group.numpy()
             problems += label_problems(signature, split, rows.label.numpy(), group)
             if split == "test":
-                test = held
+                test = prepared_split
     return LabelledSplits(tuple(problems), test)
 
 
 def check_scores(
     module: nn.Module, signature: Signature, labelled: LabelledSplits
 ) -> tuple[BaselineProblem, ...]:
-    """Score a sample of the test rows, and add the problems of the scores."""
+    """Score a sample of the test rows, and return the problems of the labels and the scores."""
     return (*labelled.problems, *score_problems(module, signature, labelled.test))
 
 
@@ -75,25 +84,28 @@ def check_baseline(
 
     Args:
         module: the loaded model.
-        signature: of the bundle.
-        paths: parquet file or folder by split name.
+        signature: the bundle's signature.
+        paths: parquet file or folder of each split, by the split's name.
+
+    Raises:
+        DataRefused: a split does not match the signature.
     """
     with scratch_folder("check") as scratch:
-        return check_scores(module, signature, check_labels(signature, paths, JUDGED, scratch))
+        return check_scores(module, signature, check_labels(signature, paths, LABELLED, scratch))
 
 
 def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tuple[Reason, ...]:
     """Raise for problems that make results meaningless; return the others as warnings.
 
     Args:
-        problems: problems of one bundle.
-        packed: whether the bundle is already stored; then only problems that prevent measurement
+        problems: all problems of one bundle.
+        packed: whether the bundle is already stored. If so, only problems that prevent measurement
             raise.
 
     Raises:
-        DataRefused: one line per problem.
+        DataRefused: contains one line per problem.
     """
-    refused = [item.reason for item in problems if (item.fatal if packed else item.refused)]
-    if refused:
-        raise DataRefused("not_measurable", problems=tuple(refused))
+    errors = [item.reason for item in problems if (item.fatal if packed else item.refused)]
+    if errors:
+        raise DataRefused("not_measurable", problems=tuple(errors))
     return tuple(item.reason for item in problems)

@@ -1,4 +1,8 @@
-"""Find the bundle that an order refers to. No Prefect or torch: the command line uses it."""
+"""Find a bundle in the store by its name, name and version, or URI. No Prefect, no torch.
+
+``bundles/<name>/<version>.json`` in the store is the record of a packed bundle: it names the
+bundle's artifact and has a checksum (it is "sealed"). The command line uses this file too.
+"""
 
 import math
 from pathlib import Path
@@ -26,7 +30,21 @@ from tasks.orchestration.workspace import store
 
 
 class BundleRef(Frozen):
-    """The bundle that an order refers to, with the facts that flows need."""
+    """The bundle that an order refers to, with the facts that flows need.
+
+    Attributes:
+        artifact: the bundle's artifact.
+        name: name of the bundle.
+        version: version of the bundle.
+        metric: name of the metric in the signature.
+        rows: number of rows of each split.
+        longest: maximum list length of each jagged input.
+        architecture: digest of the source of the model's class.
+        task: kind of the task, such as ``ctr``.
+        grouped: whether the signature has groups.
+        weight_bytes: bytes of the weight files.
+        data_bytes: bytes of the largest split's parquet files.
+    """
 
     artifact: Artifact
     name: str
@@ -39,26 +57,27 @@ class BundleRef(Frozen):
     grouped: bool
     weight_bytes: int = 0
     data_bytes: int = 0
-    """Of the weights' files, and of the largest split's parquet files."""
 
     def calibration(self) -> SplitName:
-        """Return the calibration split; the training split if the bundle has none."""
+        """Return the name of the calibration split; the training split if the bundle has none."""
         return "calibration" if "calibration" in self.rows else "train"
 
 
 SCHEMA_VERSION = 2
+"""Version of the fields of a bundle record."""
 
 
 def require_measurable(subject: BundleRef, limits: tuple[Limit, ...]) -> None:
-    """Raise before a long run if a metric cannot be measured at its end.
+    """Raise if the signature's metric, or the metric of a limit, cannot be measured.
+
+    Called before a long run, which measures at its end.
 
     Args:
         subject: the bundle.
         limits: the order's limits.
 
     Raises:
-        CompressionError: the signature's metric, or one of a limit, is not measured for this
-            bundle; lists those that are.
+        LimitRefused: a metric cannot be measured for this bundle; lists the metrics that can.
     """
     task, grouped = subject.task, subject.grouped
     if problem := metric_problem(task, subject.metric, grouped=grouped):
@@ -90,10 +109,13 @@ def require_measurable(subject: BundleRef, limits: tuple[Limit, ...]) -> None:
 
 
 def find(reference: str) -> BundleRef:
-    """Find the bundle of a reference, and a digest of its architecture's source.
+    """Find a bundle and read the facts that flows need from its ``model.json``.
 
-    Not a task: a name may refer to another bundle later, so it is looked up every time. Only
-    ``model.json`` is read; ``pull`` verifies the rest.
+    This function is not a task, because its result is not cached: a name may refer to a newer
+    bundle later. The other files are verified by the task ``pull``.
+
+    Args:
+        reference: as in ``resolve``.
     """
     artifact = resolve(reference)
     manifest = manifest_of(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
@@ -103,7 +125,7 @@ def find(reference: str) -> BundleRef:
         name=manifest.name,
         version=manifest.version,
         metric=output.metric,
-        rows={split: held.rows for split, held in manifest.data.items()},
+        rows={split: data.rows for split, data in manifest.data.items()},
         longest={
             item.name: item.shape[0]
             for item in manifest.signature.inputs
@@ -112,55 +134,59 @@ def find(reference: str) -> BundleRef:
         task=output.kind,
         grouped=manifest.signature.group is not None,
         weight_bytes=sum(record.bytes for record in manifest.files.values()),
-        data_bytes=max((held.artifact.bytes for held in manifest.data.values()), default=0),
+        data_bytes=max((data.artifact.bytes for data in manifest.data.values()), default=0),
         architecture=source_digest(path, load_settings().allowed_modules),
     )
 
 
 def resolve(reference: str) -> Artifact:
-    """Resolve a bundle's artifact: by URI, by ``name@version``, or the newest of ``name``.
+    """Return the artifact of a bundle.
+
+    Args:
+        reference: the artifact's URI, ``name@version``, or ``name`` for the bundle of this name
+            that was packed last.
 
     Raises:
-        ArtifactMissing: no such bundle; lists the existing ones.
-        RecordRefused: a record that is needed is damaged.
+        ArtifactMissing: there is no such bundle; lists the existing ones.
+        RecordRefused: the record of the bundle is damaged.
     """
-    held = store()
+    bundles = store()
     if artifact_name(reference) is not None:
-        return held.artifact(reference)
+        return bundles.artifact(reference)
     with input_files(Path(reference)):
         is_folder = Path(reference).is_dir()
     if is_folder:
         raise ArtifactMissing("bundle_not_packed", folder=reference)
     if "/" in reference or ":" in reference:
-        return held.artifact(reference)
+        return bundles.artifact(reference)
     name, _, version = reference.partition("@")
-    known = _known()
-    versions = (version,) if version else tuple(v for n, v in known if n == name)
+    packed = _packed_versions()
+    versions = (version,) if version else tuple(v for n, v in packed if n == name)
     records = [record for v in versions if (record := bundle_record(name, v)) is not None]
     if not records:
         raise ArtifactMissing(
             "bundle_missing",
             reference=reference,
-            store=held.root,
-            known=tuple(f"{name}@{version}" for name, version in known) or ("none yet",),
+            store=bundles.root,
+            known=tuple(f"{name}@{version}" for name, version in packed) or ("none yet",),
         )
     newest = max(records, key=lambda record: record.packed_at)
     bundle_manifest(newest)
     return newest.artifact
 
 
-def _known() -> tuple[tuple[str, str], ...]:
-    """List name and version of every bundle record, sorted."""
-    parts = [key.split("/") for key in store().keys("bundles/")]
+def _packed_versions() -> tuple[tuple[str, str], ...]:
+    """List the name and version of every packed bundle, sorted."""
+    keys = [key.split("/") for key in store().keys("bundles/")]
     return tuple(
-        (place[1], place[2].removesuffix(".json"))
-        for place in parts
-        if len(place) == 3 and place[2].endswith(".json")
+        (parts[1], parts[2].removesuffix(".json"))
+        for parts in keys
+        if len(parts) == 3 and parts[2].endswith(".json")
     )
 
 
 class BundleRecord(Frozen):
-    """The artifact of a bundle's name and version."""
+    """The record of a packed bundle; ``packed_at`` is in seconds since 1970."""
 
     name: str
     version: str
@@ -169,16 +195,16 @@ class BundleRecord(Frozen):
 
 
 def bundle_key(name: str, version: str) -> str:
-    """Return the key of the record of a packed bundle."""
+    """Return the store's key of a bundle record."""
     return f"bundles/{name}/{version}.json"
 
 
 def write_bundle_record(record: BundleRecord, *, replace: bool = False) -> None:
-    """Store the record of a packed bundle.
+    """Store a bundle record with its checksum.
 
     Args:
         record: the record to store.
-        replace: whether an existing, damaged record is replaced.
+        replace: whether to replace an existing record, which is damaged.
 
     Raises:
         AlreadyThere: there is a record, and ``replace`` is not set.
@@ -192,70 +218,75 @@ def write_bundle_record(record: BundleRecord, *, replace: bool = False) -> None:
 
 
 def bundle_record(name: str, version: str) -> BundleRecord | None:
-    """Read the record of a packed bundle; None if there is none.
+    """Read and verify a bundle record; None if there is none.
+
+    Records of recpress 0.1.0 have no checksum. Of these only the artifact's hash is used; its size
+    is read from the artifact.
 
     Raises:
-        RecordRefused: it is damaged.
+        RecordRefused: the record is damaged, or is another bundle's record.
     """
     key = bundle_key(name, version)
     try:
-        fields, sealed = read_record(store(), key)
+        fields, is_sealed = read_record(store(), key)
     except ArtifactMissing:
         return None
     except RecordRefused as fault:
-        raise _damaged(name, version, str(fault)) from fault
+        raise _damaged_record(name, version, str(fault)) from fault
     try:
-        if sealed:
+        if is_sealed:
             if fields.pop("schema_version") != SCHEMA_VERSION:
-                raise _damaged(name, version, "another version of recpress wrote it")
+                raise _damaged_record(name, version, "another version of recpress wrote it")
             record = BundleRecord.model_validate(fields)
         elif fields.keys() == {"artifact", "packed_at"}:  # version 0.1.0
             record = BundleRecord.model_validate({"name": name, "version": version, **fields})
         else:
-            raise _damaged(name, version, "its seal does not fit the rest")
+            raise _damaged_record(name, version, "its checksum does not match its contents")
     except (ValidationError, KeyError) as fault:
-        raise _damaged(name, version, "its fields are not those of a bundle's record") from fault
+        raise _damaged_record(
+            name, version, "its fields are not those of a bundle's record"
+        ) from fault
     if (record.name, record.version) != (name, version):
-        raise _damaged(name, version, f"it is the record of {record.name}@{record.version}")
-    if not sealed:
-        # Its size and time are not verified; the artifact verifies its size.
-        found = store().find(record.artifact.sha256)
-        if found is not None and math.isfinite(record.packed_at):
-            return record.model_copy(update={"artifact": found})
-        raise _damaged(name, version, "it names an artifact that is not in the store")
+        raise _damaged_record(name, version, f"it is the record of {record.name}@{record.version}")
+    if not is_sealed:
+        artifact = store().find(record.artifact.sha256)
+        if artifact is not None and math.isfinite(record.packed_at):
+            return record.model_copy(update={"artifact": artifact})
+        raise _damaged_record(name, version, "it names an artifact that is not in the store")
     return record
 
 
 def bundle_manifest(record: BundleRecord) -> Manifest:
-    """Read the manifest of a recorded bundle, which must have the record's name and version.
+    """Read the manifest of a recorded bundle, and check its name and version.
 
     Raises:
         ArtifactMissing: the artifact is not in the store.
         RecordRefused: the artifact is another bundle, or not a bundle.
     """
-    name, version, held = record.name, record.version, store()
-    where = held.uri_of(record.artifact)
-    found = held.find(record.artifact.sha256)
-    if found is None:
-        raise ArtifactMissing("bundle_artifact_missing", name=name, version=version, uri=where)
+    name, version, bundles = record.name, record.version, store()
+    uri = bundles.uri_of(record.artifact)
+    artifact = bundles.find(record.artifact.sha256)
+    if artifact is None:
+        raise ArtifactMissing("bundle_artifact_missing", name=name, version=version, uri=uri)
     try:
-        body = held.file(found, MANIFEST)
+        body = bundles.file(artifact, MANIFEST)
     except ArtifactMissing as fault:
-        raise _damaged(name, version, f"{where} is no bundle") from fault
+        raise _damaged_record(name, version, f"{uri} is no bundle") from fault
     try:
-        manifest = manifest_of(body, Path(where))
+        manifest = manifest_of(body, Path(uri))
     except BundleRefused as fault:
-        raise _damaged(name, version, f"{where} is no bundle ({fault})") from fault
+        raise _damaged_record(name, version, f"{uri} is no bundle ({fault})") from fault
     if (manifest.name, manifest.version) != (name, version):
-        raise _damaged(name, version, f"{where} is the bundle {manifest.name}@{manifest.version}")
+        other = f"{manifest.name}@{manifest.version}"
+        raise _damaged_record(name, version, f"{uri} is the bundle {other}")
     return manifest
 
 
-def _damaged(name: str, version: str, why: str) -> RecordRefused:
+def _damaged_record(name: str, version: str, problem: str) -> RecordRefused:
     return RecordRefused(
         "bundle_record_damaged",
         name=name,
         version=version,
         place=f"{store().root}/{bundle_key(name, version)}",
-        problem=why.rstrip("."),
+        problem=problem.rstrip("."),
     )

@@ -16,16 +16,18 @@ from infra.settings import load_settings
 from tasks.orchestration.workspace import local
 
 MAX_LAYER_BYTES = 2**46
-"""64 TiB of float32: no layer of a model that is served has more."""
+"""64 TiB of float32: more than any layer of a served model."""
 SCORING_ROWS = 1024
-"""Rows that are scored at once. The activations of 4,096 rows of a layer of 4,096 outputs made
-scoring the peak of an order's memory, which the estimate
-(``tasks/orchestration/memory_estimate.py``) leaves out."""
+"""Rows per batch when a split is scored.
+
+With batches of 4,096 rows, the activations of a layer with 4,096 outputs were the peak of an
+order's memory. ``tasks/orchestration/memory_estimate.py`` does not count activations.
+"""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A bundle on this machine: its manifest, its folder, its module."""
+    """A bundle that was loaded on this machine."""
 
     artifact: Artifact
     manifest: Manifest
@@ -34,11 +36,11 @@ class Loaded:
 
 
 def load_bundle(artifact: Artifact) -> Loaded:
-    """Verify a stored bundle and load its module over memory-mapped tensors.
+    """Verify a stored bundle and load its module with memory-mapped tensors.
 
     Raises:
         BundleRefused: the bundle is unsafe or its architecture is not allowed.
-        ModelRefused: its tensors do not fit its architecture.
+        ModelRefused: its tensors do not match its architecture.
     """
     folder = local(artifact)
     manifest = read(folder)
@@ -49,8 +51,9 @@ def model_of(folder: Path, manifest: Manifest) -> Model:
     """Load the module of a verified bundle folder.
 
     Raises:
-        BundleRefused: a compressed module declares a size beyond any machine's memory.
-        OutOfMemory: a layer, which is built once at its full size, does not fit in memory.
+        BundleRefused: the layer that a compressed module replaces is larger than any real layer.
+        OutOfMemory: such a layer, which the model's class first builds at its original size, does
+            not fit in memory.
     """
     network, name = manifest.network, f"{manifest.name}@{manifest.version}"
     largest = largest_replaced(network)
@@ -64,7 +67,7 @@ def model_of(folder: Path, manifest: Manifest) -> Model:
 
 
 def data_path(manifest: Manifest, split: SplitName) -> Path:
-    """Return the verified parquet file or folder of one split.
+    """Return the local parquet file or folder of one split, verified by its hash.
 
     Raises:
         BundleRefused: the bundle has no such split.
@@ -82,7 +85,7 @@ def data_path(manifest: Manifest, split: SplitName) -> Path:
 
 
 def split_of(prepared: Artifact, rows: int) -> Split:
-    """Load a prepared split on this machine."""
+    """Copy a prepared split to this machine, if it is not here yet, and describe it for reading."""
     return Split(path=str(local(prepared)), sha256=prepared.sha256, rows=rows)
 
 
@@ -95,7 +98,17 @@ def bench_of(
     teachers: tuple[Artifact, ...] = (),
     device: str = "cpu",
 ) -> Bench:
-    """Build the bench of a step: the data it may learn from, without test data."""
+    """Build the bench of a step: the data it may learn from, without test data.
+
+    Args:
+        manifest: the manifest of the bundle to compress.
+        splits: the prepared splits and soft labels that the step needs.
+        teacher: the bundle of the untouched model.
+        seed: seed of all random numbers of the step.
+        checkpoints: folder for the checkpoints of a training step; None for no checkpoints.
+        teachers: bundles of the additional teachers.
+        device: the device of a training step.
+    """
     return Bench(
         signature=manifest.signature,
         train=splits.get("train"),

@@ -1,4 +1,9 @@
-"""Pack, check and show bundles. No Prefect: the command line and flows call these."""
+"""Pack, check and show bundles. No Prefect: the command line and flows call these functions.
+
+A draft is a folder with a model and its data as the user wrote it. Packing checks a draft and
+stores it as a bundle. Sealing, a part of packing, writes the manifest ``model.json`` with the hash
+of every file.
+"""
 
 import logging
 import re
@@ -57,11 +62,21 @@ from tasks.orchestration.workspace import local, store
 log = logging.getLogger(__name__)
 
 LARGE_BYTES = 16 * 10**6
-"""Size from which a packed bundle has a file for one tensor; smaller ones stay in their files."""
+"""Tensors of at least this size get separate files in a packed bundle."""
 
 
 class Packed(Frozen):
-    """A stored bundle."""
+    """The result of ``pack``.
+
+    Attributes:
+        name: name of the bundle.
+        version: version of the bundle.
+        artifact: the stored bundle.
+        rows: number of rows of each split.
+        tables: number of rows of each embedding table.
+        notes: remarks on how the model's class was constructed.
+        warnings: problems of labels and scores that do not prevent packing.
+    """
 
     name: str
     version: str
@@ -78,7 +93,13 @@ class Packed(Frozen):
 
 @dataclass(frozen=True)
 class Checked:
-    """A verified bundle: its manifest, its tensors, and warnings about its model or labels."""
+    """The result of ``examine``.
+
+    Attributes:
+        manifest: the bundle's manifest.
+        facts: dtype, shape and bytes of each tensor.
+        warnings: problems of labels and scores that do not prevent measurement.
+    """
 
     manifest: Manifest
     facts: dict[str, TensorFact]
@@ -88,15 +109,15 @@ class Checked:
 def pack(folder: Path) -> Packed:
     """Check a draft folder completely and store it as a bundle.
 
-    The weights, the data and the vocabularies go into the object store as artifacts; the bundle
-    refers to them by hash. Packing the same draft again changes nothing.
+    The weights, each split and each vocabulary are stored as separate artifacts, to which the
+    bundle refers by hash. Packing the same draft again changes nothing.
 
     Raises:
         BundleRefused: the draft is unsafe or inconsistent.
-        DataRefused: the data does not match the signature or the tables, or labels and scores make
+        DataRefused: the data does not match the signature or the tables, or labels or scores make
             every measurement meaningless.
         FileRefused: a file cannot be read, or has the wrong kind.
-        AlreadyThere: another bundle was packed under this name and version.
+        AlreadyThere: another bundle was packed with this name and version.
         StoreUnavailable: the machine lacks space or another resource.
     """
     with input_files(folder):
@@ -105,7 +126,7 @@ def pack(folder: Path) -> Packed:
 
 def _pack(folder: Path) -> Packed:
     draft = read_draft(folder)
-    _inside(folder, draft)
+    _require_inside_draft(folder, draft)
     architecture = draft.network.architecture
     network = network_class(architecture.path, load_settings().allowed_modules)
     if "test" not in draft.data:
@@ -115,33 +136,32 @@ def _pack(folder: Path) -> Packed:
         split: split_statistics(folder / path, draft.signature.of_split(split))
         for split, path in draft.data.items()
     }
-    check_shapes(_by_name(statistics), draft.signature)
+    check_shapes(_by_split_name(statistics), draft.signature)
     if "train" not in draft.data and "calibration" not in draft.data:
         raise BundleRefused("training_data_missing", folder=str(folder))
     paths = {str(split): folder / path for split, path in draft.data.items()}
     notes = construction_notes(network, draft.network, folder)
     with scratch_folder("pack") as scratch:
-        # The strictest reader: it checks nulls, NaN, types, lengths, labels. It runs before
-        # anything is stored; a run prepares the splits again.
+        # This also checks nulls, NaN, types, lengths and labels, before anything is stored.
         labelled = check_labels(draft.signature, paths, paths, scratch / "test")
         require_sound(labelled.problems, packed=False)
-        to = store()
+        bundle_store = store()
         staged = scratch / "bundle"
         staged.mkdir()
         for shard in sorted(folder.glob("*.safetensors*")):
-            _place(shard, staged / shard.name)
-        manifest = _seal(staged, draft, folder, statistics, notes, to)
+            _link_or_copy(shard, staged / shard.name)
+        manifest = _seal_bundle(staged, draft, folder, statistics, notes, bundle_store)
         facts, module = _check_model(staged, manifest)
         rows_of_table = table_rows(facts, manifest)
-        check_ids(_by_name(statistics), draft.signature, rows_of_table)
+        check_ids(_by_split_name(statistics), draft.signature, rows_of_table)
         problems = check_scores(module, draft.signature, labelled)
         warnings = require_sound(problems, packed=False)
-        artifact = _store(to, manifest, staged)
+        artifact = _store_bundle(bundle_store, manifest, staged)
     return Packed(
         name=manifest.name,
         version=manifest.version,
         artifact=artifact,
-        rows={split: found.rows for split, found in statistics.items()},
+        rows={split: statistic.rows for split, statistic in statistics.items()},
         tables=rows_of_table,
         notes=notes,
         warnings=warnings,
@@ -149,33 +169,35 @@ def _pack(folder: Path) -> Packed:
 
 
 def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
-    """Verify a bundle from its bytes to its loaded module, and its data's ids.
+    """Call ``examine``, and return only the manifest and the tensors' dtypes, shapes and bytes.
 
     Args:
         reference: as in ``examine``.
 
     Raises:
-        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: the first fault.
+        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: the first
+            problem.
     """
     checked = examine(reference)
     return checked.manifest, checked.facts
 
 
 def examine(reference: str) -> Checked:
-    """Verify a bundle from its bytes to its loaded module, its data's ids, labels and scores.
+    """Verify a bundle: file hashes, weights, a test run of the model, ids, labels and scores.
 
     Args:
         reference: an artifact URI, ``name@version``, ``name``, or the folder of a sealed bundle.
 
     Raises:
-        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: the first fault.
+        BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: the first
+            problem.
     """
     with input_files(Path(reference)):
         return _examine(reference)
 
 
 def _examine(reference: str) -> Checked:
-    folder = _folder(reference)
+    folder = _bundle_folder(reference)
     manifest = read(folder)
     signature = manifest.signature
     grouped = signature.group is not None
@@ -189,38 +211,51 @@ def _examine(reference: str) -> Checked:
     statistics = {
         split: split_statistics(path, signature.of_split(split)) for split, path in paths.items()
     }
-    check_shapes(_by_name(statistics), signature)
+    check_shapes(_by_split_name(statistics), signature)
     facts, module = _check_model(folder, manifest)
-    check_ids(_by_name(statistics), signature, table_rows(facts, manifest))
+    check_ids(_by_split_name(statistics), signature, table_rows(facts, manifest))
     by_name = {str(split): path for split, path in paths.items()}
     problems = check_baseline(module, signature, by_name)
     return Checked(manifest, facts, require_sound(problems, packed=True))
 
 
 def show(reference: str) -> Manifest:
-    """Return a bundle's manifest, with its files verified."""
+    """Verify the hashes of a bundle's files and return its manifest.
+
+    Args:
+        reference: as in ``examine``.
+    """
     with input_files(Path(reference)):
-        return read(_folder(reference))
+        return read(_bundle_folder(reference))
 
 
-def _folder(reference: str) -> Path:
-    """Return the local folder of a bundle: a given folder, or a stored one."""
+def _bundle_folder(reference: str) -> Path:
+    """Return the local folder of a bundle; ``reference`` is a folder or a stored bundle."""
     if artifact_name(reference) is None and Path(reference).is_dir():
         return Path(reference)
     return local(resolve(reference))
 
 
-def _seal(
+def _seal_bundle(
     staged: Path,
     draft: Draft,
     folder: Path,
     statistics: Mapping[SplitName, SplitStatistics],
     notes: tuple[str, ...],
-    to: Store,
+    bundle_store: Store,
 ) -> Manifest:
+    """Store the data of a draft, and write the manifest next to its staged weights."""
     data: dict[SplitName, DataReference] = {
-        split: _reference(to, folder / path, statistics[split].rows)
+        split: _store_data(bundle_store, folder / path, statistics[split].rows)
         for split, path in draft.data.items()
+    }
+    vocabularies = {
+        key: _store_separately(bundle_store, folder / path)
+        for key, path in draft.vocabularies.items()
+    }
+    transforms = {
+        key: _store_separately(bundle_store, folder / path)
+        for key, path in draft.transforms.items()
     }
     return seal(
         staged,
@@ -229,29 +264,29 @@ def _seal(
         signature=draft.signature,
         network=draft.network,
         data=data,
-        vocabularies={key: _alone(to, folder / path) for key, path in draft.vocabularies.items()},
-        transforms={key: _alone(to, folder / path) for key, path in draft.transforms.items()},
+        vocabularies=vocabularies,
+        transforms=transforms,
         notes=notes,
     )
 
 
-def _by_name(statistics: Mapping[SplitName, SplitStatistics]) -> dict[str, SplitStatistics]:
-    return {str(split): found for split, found in statistics.items()}
+def _by_split_name(statistics: Mapping[SplitName, SplitStatistics]) -> dict[str, SplitStatistics]:
+    return {str(split): statistic for split, statistic in statistics.items()}
 
 
 def _check_model(folder: Path, manifest: Manifest) -> tuple[dict[str, TensorFact], nn.Module]:
-    """Check that weights are finite, the network loads, and it runs on all valid inputs."""
+    """Check that the weights are finite, and that the model loads and runs on valid inputs."""
     facts = check_weights(folder, manifest)
     module, again = (model_of(folder, manifest).module for _ in range(2))
     smoke_test(module, manifest.signature, manifest.network.architecture.path, again)
     return facts, module
 
 
-def _inside(folder: Path, draft: Draft) -> None:
-    """Raise if vocabularies or transforms are outside the draft; only data may be elsewhere.
+def _require_inside_draft(folder: Path, draft: Draft) -> None:
+    """Raise if vocabularies or transforms are outside the draft's folder; only data may be.
 
     Raises:
-        BundleRefused: contains the entry.
+        BundleRefused: contains the entry of the draft.
     """
     for section, entries in (
         ("vocabularies", draft.vocabularies),
@@ -264,67 +299,70 @@ def _inside(folder: Path, draft: Draft) -> None:
                 )
 
 
-def _reference(to: Store, path: Path, rows: int) -> DataReference:
-    return DataReference(artifact=_alone(to, path), file=path.name, rows=rows)
+def _store_data(bundle_store: Store, path: Path, rows: int) -> DataReference:
+    artifact = _store_separately(bundle_store, path)
+    return DataReference(artifact=artifact, file=path.name, rows=rows)
 
 
-def _alone(to: Store, path: Path) -> Artifact:
+def _store_separately(bundle_store: Store, path: Path) -> Artifact:
     """Store one file, or one folder of part files, as a separate artifact."""
     with scratch_folder("pack") as scratch:
         if path.is_dir():
-            for name, _ in regular_files(path):  # it refuses links, which may point anywhere
+            # regular_files raises for symbolic links, which may point outside the folder.
+            for name, _ in regular_files(path):
                 target = scratch / path.name / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _place(path / name, target)
+                _link_or_copy(path / name, target)
         else:
-            _place(path, scratch / path.name)
-        return to.put(scratch)
+            _link_or_copy(path, scratch / path.name)
+        return bundle_store.put(scratch)
 
 
-def _place(source: Path, target: Path) -> None:
-    _link_or_copy(str(source), str(target))
-
-
-def _link_or_copy(source: str, target: str) -> str:
+def _link_or_copy(source: Path, target: Path) -> None:
     """Create a hard link if the file system can, so that packing needs no second copy on disk."""
     try:
-        Path(target).hardlink_to(Path(source).resolve())
+        target.hardlink_to(source.resolve())
     except OSError:
         shutil.copyfile(source, target)
-    return target
 
 
-def _store(to: Store, manifest: Manifest, staged: Path) -> Artifact:
-    """Store a sealed bundle, each large tensor in a file of its own.
+def _store_bundle(bundle_store: Store, manifest: Manifest, staged: Path) -> Artifact:
+    """Store a sealed bundle with every large tensor in a separate file.
 
-    A step that does not change such a tensor then stores nothing for it. A version that was packed
-    with the files of its draft, by an earlier version of recpress, keeps them.
+    The result of a step then shares the files of the large tensors that the step did not change.
+    If an earlier recpress packed this version with the files of the draft, that bundle is returned.
 
     Raises:
         AlreadyThere: another bundle has this name and version.
     """
     tensors = stored_tensors(staged).values()
-    in_shard = Counter(tensor.shard for tensor in tensors)
-    if not any(one.fact.bytes >= LARGE_BYTES and in_shard[one.shard] > 1 for one in tensors):
-        return _named(to, manifest, staged)
-    with scratch_folder("pack", to.scratch(load_settings().cache)) as separate:
+    tensors_in_shard = Counter(tensor.shard for tensor in tensors)
+    if not any(
+        tensor.fact.bytes >= LARGE_BYTES and tensors_in_shard[tensor.shard] > 1
+        for tensor in tensors
+    ):
+        return _store_once(bundle_store, manifest, staged)
+    with scratch_folder("pack", bundle_store.scratch(load_settings().cache)) as separate:
         write_tensors(mapped(staged), separate, large_bytes=LARGE_BYTES)
         try:
-            return _named(to, seal_again(separate, manifest), separate, move=True)
+            return _store_once(bundle_store, seal_again(separate, manifest), separate, move=True)
         except AlreadyThere:
-            return _named(to, manifest, staged)
+            return _store_once(bundle_store, manifest, staged)
 
 
-def _named(to: Store, manifest: Manifest, staged: Path, *, move: bool = False) -> Artifact:
+def _store_once(
+    bundle_store: Store, manifest: Manifest, staged: Path, *, move: bool = False
+) -> Artifact:
     """Store a sealed bundle under its name and version, unless it is already stored.
 
-    A damaged record is written again, unless it still names another bundle of this version.
+    A damaged record of this name and version is replaced, unless it contains the hash of another
+    bundle with this name and version.
 
     Args:
-        to: the store.
+        bundle_store: the store.
         manifest: the bundle's manifest.
-        staged: its folder.
-        move: whether its files may be moved into the store.
+        staged: the bundle's folder.
+        move: whether the files may be moved into the store.
 
     Raises:
         AlreadyThere: another bundle has this name and version.
@@ -333,59 +371,60 @@ def _named(to: Store, manifest: Manifest, staged: Path, *, move: bool = False) -
     is_damaged = False
     try:
         record = bundle_record(name, version)
-        if record is not None and (same := _same(record, manifest)) is not None:
-            return same
+        if record is not None and (stored := _recorded_artifact(record, manifest)) is not None:
+            return stored
     except RecordRefused as fault:
         is_damaged = True
-        if (other := _other_bundle(to, manifest)) is not None:
+        if (other := _other_bundle(bundle_store, manifest)) is not None:
             raise _packed_before(manifest, other) from fault
-        log.warning("%s It is restored.", fault)
-    artifact = to.take(staged) if move else to.put(staged)
+        log.warning("%s Replacing the record.", fault)
+    artifact = bundle_store.take(staged) if move else bundle_store.put(staged)
     record = BundleRecord(name=name, version=version, artifact=artifact, packed_at=time.time())
     try:
         write_bundle_record(record, replace=is_damaged)
     except AlreadyThere:  # another process has packed this version
-        won = bundle_record(name, version)
-        if won is None or (same := _same(won, manifest)) is None:
-            raise _packed_before(manifest, "whose files are gone") from None
-        return same
+        other_record = bundle_record(name, version)
+        if other_record is None or (stored := _recorded_artifact(other_record, manifest)) is None:
+            raise _packed_before(manifest, "whose files are missing") from None
+        return stored
     return artifact
 
 
-def _same(record: BundleRecord, manifest: Manifest) -> Artifact | None:
-    """Return the recorded bundle if it is this one; None if its files are missing.
+def _recorded_artifact(record: BundleRecord, manifest: Manifest) -> Artifact | None:
+    """Return the artifact of a record if it is the bundle of ``manifest``; None if it is missing.
 
-    Manifests are compared, not their bytes: earlier versions wrote the store's root into them.
+    Manifests are compared by value, not by bytes: earlier versions also wrote the store's root.
 
     Raises:
         AlreadyThere: the record is of another bundle.
-        RecordRefused: the record refers to something else.
+        RecordRefused: the recorded artifact is not a bundle of this name and version.
     """
     try:
-        held = bundle_manifest(record)
+        recorded_manifest = bundle_manifest(record)
     except ArtifactMissing:
         return None
-    if held != manifest:
+    if recorded_manifest != manifest:
         raise _packed_before(manifest, record.artifact.sha256)
     return record.artifact
 
 
-def _other_bundle(to: Store, manifest: Manifest) -> str | None:
-    """Return the hash in a damaged record, if it is another bundle of this name and version."""
+def _other_bundle(bundle_store: Store, manifest: Manifest) -> str | None:
+    """Search a damaged record for the hash of another bundle of this name and version."""
     try:
-        body = to.read(bundle_key(manifest.name, manifest.version))
+        body = bundle_store.read(bundle_key(manifest.name, manifest.version))
     except Refused:
         return None
-    names: list[bytes] = re.findall(rb"[0-9a-f]{64}", body)
-    for sha256 in {name.decode() for name in names}:
+    hashes: list[bytes] = re.findall(rb"[0-9a-f]{64}", body)
+    for sha256 in {text.decode() for text in hashes}:
         try:
-            artifact = to.find(sha256)
+            artifact = bundle_store.find(sha256)
             if artifact is None:
                 continue
-            held = manifest_of(to.file(artifact, MANIFEST), Path(to.uri_of(artifact)))
+            path = Path(bundle_store.uri_of(artifact))
+            other = manifest_of(bundle_store.file(artifact, MANIFEST), path)
         except Refused:
             continue
-        if (held.name, held.version) == (manifest.name, manifest.version) and held != manifest:
+        if (other.name, other.version) == (manifest.name, manifest.version) and other != manifest:
             return sha256
     return None
 

@@ -1,4 +1,8 @@
-"""Compress tables of any size from file to file. No Prefect."""
+"""Compress the tables of safetensors files of any size, without a model. No Prefect.
+
+Rows are read and written in blocks, so memory does not grow with the tables. An interrupted run is
+resumed by the same call.
+"""
 
 import fnmatch
 from collections.abc import Callable, Iterator
@@ -39,11 +43,11 @@ TENSORS, TABLES = "model.safetensors", "tables.json"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of a block that was read, and of all blocks."""
+"""Called after each block with the bytes of this block and of all blocks."""
 
 
 class Tables(Frozen):
-    """Contents of ``tables.json``: the modules of the stored tensors, and each tensor's result."""
+    """Contents of ``tables.json``: the step, the compressed modules, and a line for each tensor."""
 
     step: AnyStep
     modules: dict[str, ModuleRecord]
@@ -51,16 +55,16 @@ class Tables(Frozen):
 
 
 class Quantized(Frozen):
-    """The result of quantizing a file of tables."""
+    """The result of ``quantize``."""
 
-    place: str = Field(description="The folder, or the artifact's URI.")
-    sha256: Sha256 = Field(description="The root over all chunk hashes: the artifact's name.")
-    bytes: int = Field(description="All files of the result.")
+    place: str = Field(description="Folder of the result, or URI of its artifact.")
+    sha256: Sha256 = Field(description="Hash of the result: the root over its chunk hashes.")
+    bytes: int = Field(description="Bytes of all files of the result.")
     plan: Plan
 
 
 def table_steps() -> dict[str, type[Frozen]]:
-    """Return the table methods that process row blocks, by kind."""
+    """Return the step classes that encode tables in row blocks, by kind."""
     defaults = {kind: method.model_validate({}) for kind, method in METHODS.items()}
     return {kind: METHODS[kind] for kind, step in defaults.items() if isinstance(step, TableStep)}
 
@@ -84,7 +88,7 @@ def step_named(name: str, settings: dict[str, object]) -> TableStep:
 
 
 def short_name(kind: str) -> str:
-    """Return the short name of a kind."""
+    """Return the short name of a kind: ``int8`` for ``rowwise_int8``."""
     return kind.removeprefix("rowwise_")
 
 
@@ -99,19 +103,21 @@ def quantize(
 ) -> Quantized:
     """Compress the tables of a safetensors file, or of a folder of shards, into a new folder.
 
-    If ``into`` exists, it is complete. The same call resumes an interrupted run. The bytes do not
-    depend on ``block_rows`` and ``workers``.
+    The folder ``into`` is created when the result is complete. The same call resumes an interrupted
+    run.
 
     Args:
-        source: float32, float16 or bfloat16 tables ``(rows, dim)``; other tensors are copied.
-        into: must not exist, or be an empty folder.
-        step: the method; its ``tables`` name tensors or their modules.
-        block_rows: rows encoded at once by each thread.
-        workers: number of threads; by default one per core.
-        progress: called from several threads.
+        source: a file or folder. Float32, float16 and bfloat16 tensors ``(rows, dim)`` are tables;
+            other tensors are copied.
+        into: folder of the result; must not exist, or be empty.
+        step: the method; the patterns in its ``tables`` match names of tensors or modules.
+        block_rows: rows that each thread encodes at once; does not affect the result.
+        workers: number of threads; by default one per core; does not affect the result.
+        progress: called from several threads after each block.
 
     Raises:
-        NothingToCompress: the step fits no tensor.
+        CommandRefused: ``source`` does not exist.
+        NothingToCompress: the step applies to no tensor.
         BundleRefused: the source is not readable as safetensors.
         StoreRefused: ``into`` is not empty, or another process writes there.
     """
@@ -129,38 +135,39 @@ def _quantize(
     workers: int | None,
     progress: Progress | None,
 ) -> Quantized:
-    with _job(source, step, block_rows) as (job, plan):
-        made = _identity(source)
-        with _written(job, plan, into, made, workers, progress) as begun:
-            manifest = begun.seal()
-            begun.publish(manifest)
+    with _open_job(source, step, block_rows) as (job, plan):
+        identity = _source_identity(source)
+        with _write_draft(job, plan, into, identity, workers, progress) as result:
+            manifest = result.seal()
+            result.publish(manifest)
     return Quantized(place=str(into), sha256=manifest.root, bytes=manifest.bytes, plan=plan)
 
 
 def quantize_artifact(
     source: Artifact, step: TableStep, block_rows: int | None = None, workers: int | None = None
 ) -> Artifact:
-    """Quantize a stored artifact with safetensors files; the result is an artifact.
+    """Compress the tables of a stored artifact with safetensors files; returns a new artifact.
 
-    If the store is on this machine's disk, the result is moved there, not copied.
+    Arguments and errors as in ``quantize``. If the store is on this machine's disk, the result is
+    moved there, not copied.
     """
-    made = source.sha256
-    key = digest([made, step, block_rows, code_digest(quantize)])
+    identity = source.sha256
+    key = digest([identity, step, block_rows, code_digest(quantize)])
     into = load_settings().home / "progress" / f"tables-{key}"
     with (
-        _job(local(source), step, block_rows) as (job, plan),
-        _written(job, plan, into, made, workers, None) as begun,
+        _open_job(local(source), step, block_rows) as (job, plan),
+        _write_draft(job, plan, into, identity, workers, None) as result,
     ):
-        artifact = store().take(begun.files, begun.seal())
-        begun.drop()
+        artifact = store().take(result.files, result.seal())
+        result.drop()
     return artifact
 
 
 def check(folder: Path) -> tuple[Artifact, Tables]:
-    """Verify every chunk of a result of ``quantize`` and return its contents.
+    """Verify every chunk of a result of ``quantize`` and return its ``tables.json``.
 
     Raises:
-        ArtifactMissing, ArtifactDamaged: it is incomplete or damaged.
+        ArtifactMissing, ArtifactDamaged: the result is incomplete or damaged.
     """
     with input_files(folder):
         manifest = finished(folder)
@@ -170,25 +177,33 @@ def check(folder: Path) -> tuple[Artifact, Tables]:
 
 
 @contextmanager
-def _written(
-    job: Job, plan: Plan, into: Path, made: object, workers: int | None, progress: Progress | None
+def _write_draft(
+    job: Job,
+    plan: Plan,
+    into: Path,
+    identity: object,
+    workers: int | None,
+    progress: Progress | None,
 ) -> Iterator[ArtifactDraft]:
-    """Return the draft of a result with all its bytes written."""
+    """Write all files of a result and yield them as a draft, which the caller completes.
+
+    An unfinished draft in ``into`` is continued if it has the same ``identity``, settings and code.
+    """
     file = StreamedFile(job.layout())
     total = sum(size_of(rows.spec) for rows in job.sources.values())
-    one = [made, job.step, job.block_rows, code_digest(quantize)]
-    with draft(into, one, TENSORS, file.bytes) as begun:
+    resume_key = [identity, job.step, job.block_rows, code_digest(quantize)]
+    with draft(into, resume_key, TENSORS, file.bytes) as result:
         report_bytes = None if progress is None else (lambda read: progress(read, total))
-        carry_out(job, file, begun, workers, report_bytes)
+        carry_out(job, file, result, workers, report_bytes)
         records = job.records()
         tables = Tables.model_validate({"step": job.step, "modules": records, "plan": plan})
-        begun.add(TABLES, tables.model_dump_json(indent=1).encode())
-        yield begun
+        result.add(TABLES, tables.model_dump_json(indent=1).encode())
+        yield result
 
 
 @contextmanager
-def _job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tuple[Job, Plan]]:
-    """Yield the plan for every tensor of a file or folder, with its files open."""
+def _open_job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tuple[Job, Plan]]:
+    """Open the files of a source, and yield the work to do and the plan for every tensor."""
     with ExitStack() as files:
         descriptors: dict[Path, int] = {}
         sources: dict[str, StoredRows] = {}
@@ -198,40 +213,45 @@ def _job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tupl
             spec = spec_of(stored.fact.dtype, stored.fact.shape, name)
             file = descriptors[stored.shard]
             sources[name] = StoredRows(stored.shard, file, name, stored.start, spec)
-        reasons = {name: _reason(step, name, rows.spec) for name, rows in sources.items()}
-        _all_match(step, sources)
-        tables = {name: module_name(name) for name, why in reasons.items() if why is None}
+        reasons = {name: _skip_reason(step, name, rows.spec) for name, rows in sources.items()}
+        _require_all_patterns_match(step, sources)
+        tables = {name: module_name(name) for name, reason in reasons.items() if reason is None}
         if not tables:
             raise NothingToCompress("float_table_missing", step=step.kind, reasons=reasons)
         job = Job(step, tables, sources, block_rows)
-        yield job, Plan(lines=tuple(_line(job, name, reasons[name]) for name in sources))
+        yield job, Plan(lines=tuple(_plan_line(job, name, reasons[name]) for name in sources))
 
 
-def _reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
-    """Return why a tensor is not compressed, or None."""
+def _skip_reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
+    """Return why a tensor is not compressed; None if it is compressed."""
     if len(spec.shape) != 2 or spec.dtype not in FLOATS:
-        return Reason("not_a_table", shape=tuple(spec.shape), dtype=_type(spec))
+        return Reason("not_a_table", shape=tuple(spec.shape), dtype=_dtype_name(spec))
     if not any(_matches(pattern, name) for pattern in step.tables):
         return Reason("not_matched", patterns=step.tables)
     if spec.shape[0] < step.min_rows:
         return Reason("too_few_rows", rows=spec.shape[0], min_rows=step.min_rows)
-    laid = step.storage.layout(*spec.shape, step.settings()).values()
-    size = sum(size_of(part) for part in laid)
+    stored_tensor_specs = step.storage.layout(*spec.shape, step.settings()).values()
+    size = sum(size_of(stored) for stored in stored_tensor_specs)
     if size >= size_of(spec):
         return Reason("not_smaller", step=step.kind, bytes=size, present=size_of(spec))
     return None
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return any(fnmatch.fnmatchcase(own, pattern) for own in (name, module_name(name)))
+    return any(fnmatch.fnmatchcase(text, pattern) for text in (name, module_name(name)))
 
 
 def module_name(tensor: str) -> str:
-    """Return the module of a table's tensor: ``user`` for ``user.weight``."""
+    """Return the name of the module that has a tensor: ``user`` for ``user.weight``."""
     return "" if tensor == "weight" else tensor.removesuffix(".weight")
 
 
-def _all_match(step: TableStep, sources: dict[str, StoredRows]) -> None:
+def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows]) -> None:
+    """Raise if a pattern of the step, except ``*``, matches no table.
+
+    Raises:
+        NothingToCompress: contains the pattern and the names of the tables.
+    """
     tables = [
         name
         for name, rows in sources.items()
@@ -244,7 +264,7 @@ def _all_match(step: TableStep, sources: dict[str, StoredRows]) -> None:
             )
 
 
-def _line(job: Job, name: str, reason: Reason | None) -> PlanLine:
+def _plan_line(job: Job, name: str, reason: Reason | None) -> PlanLine:
     spec = job.sources[name].spec
     before = size_of(spec)
     if reason is not None:
@@ -252,7 +272,7 @@ def _line(job: Job, name: str, reason: Reason | None) -> PlanLine:
         return PlanLine(
             module=name,
             role=role,
-            format=_type(spec),
+            format=_dtype_name(spec),
             bytes_before=before,
             bytes_after=before,
             reasons=(reason,),
@@ -268,12 +288,15 @@ def _line(job: Job, name: str, reason: Reason | None) -> PlanLine:
     )
 
 
-def _type(spec: TensorSpec) -> str:
+def _dtype_name(spec: TensorSpec) -> str:
     return str(spec.dtype).removeprefix("torch.")
 
 
-def _identity(source: Path) -> object:
-    """Return facts that identify the files an interrupted run was reading, without their bytes."""
+def _source_identity(source: Path) -> object:
+    """Return path, size and modification time of each file: a run resumes only if they are equal.
+
+    Hashes would identify the files better, but need a read of all bytes.
+    """
     shards = sorted({stored.shard for stored in stored_tensors(source).values()})
-    facts = [(str(shard.absolute()), shard.stat()) for shard in shards]
-    return [[path, found.st_size, found.st_mtime_ns] for path, found in facts]
+    stats = [(str(shard.absolute()), shard.stat()) for shard in shards]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]

@@ -1,4 +1,7 @@
-"""Find the teachers of an order, in addition to the model itself. No Prefect, no torch."""
+"""Find the bundles of an order's additional teachers. No Prefect, no torch.
+
+The untouched model always teaches; an order can name further models.
+"""
 
 from pathlib import Path
 from typing import Literal
@@ -25,34 +28,35 @@ class Teacher(Frozen):
 
 
 def find_teachers(references: tuple[str, ...], subject: BundleRef) -> tuple[Teacher, ...]:
-    """Find the teachers' bundles, which must have the subject's signature.
+    """Find the bundles of teachers, and check that they have the student's inputs and outputs.
 
     Args:
-        references: for each teacher a packed bundle as in ``tasks.bundles.bundle_ref.resolve``, or
-            ``registry:name@version`` for the compressed model of a registered version
-            (``registry:name@@champion`` for an alias).
+        references: one for each teacher: a packed bundle as in
+            ``tasks.bundles.bundle_ref.resolve``, or ``registry:name@version`` for the compressed
+            model of a registered version (``registry:name@@champion`` for an alias).
         subject: the student's bundle.
 
     Raises:
         ArtifactMissing, RegistryRefused: there is no such bundle or version.
-        CompressionError: a teacher has other inputs, another form of output, or is listed twice.
+        OrderRefused: a teacher has other inputs, another form of output, or is listed twice.
     """
     if not references:
         return ()
-    wanted = _signature(subject.artifact)
-    found: dict[str, Teacher] = {subject.artifact.sha256: _teacher(subject.artifact)}
+    expected = _read_signature(subject.artifact)
+    # Starts with the student, so that it is refused as its own teacher.
+    teachers: dict[str, Teacher] = {subject.artifact.sha256: _read_teacher(subject.artifact)}
     for reference in references:
-        artifact = _resolved(reference)
-        if artifact.sha256 in found:
+        artifact = _resolve_teacher(reference)
+        if artifact.sha256 in teachers:
             raise OrderRefused(
-                "teacher_repeated", reference=reference, name=found[artifact.sha256].name
+                "teacher_repeated", reference=reference, name=teachers[artifact.sha256].name
             )
-        _require_same(reference, _signature(artifact), wanted)
-        found[artifact.sha256] = _teacher(artifact)
-    return tuple(found.values())[1:]
+        _require_same_signature(reference, _read_signature(artifact), expected)
+        teachers[artifact.sha256] = _read_teacher(artifact)
+    return tuple(teachers.values())[1:]
 
 
-def _resolved(reference: str) -> Artifact:
+def _resolve_teacher(reference: str) -> Artifact:
     if not reference.startswith(REGISTERED):
         return resolve(reference)
     name, _, version = reference.removeprefix(REGISTERED).partition("@")
@@ -62,8 +66,8 @@ def _resolved(reference: str) -> Artifact:
     return report.compressed
 
 
-def _teacher(artifact: Artifact) -> Teacher:
-    manifest = _manifest(artifact)
+def _read_teacher(artifact: Artifact) -> Teacher:
+    manifest = _read_manifest(artifact)
     path = manifest.network.architecture.path
     return Teacher(
         artifact=artifact,
@@ -73,34 +77,39 @@ def _teacher(artifact: Artifact) -> Teacher:
     )
 
 
-def _signature(artifact: Artifact) -> Signature:
-    return _manifest(artifact).signature
+def _read_signature(artifact: Artifact) -> Signature:
+    return _read_manifest(artifact).signature
 
 
-def _manifest(artifact: Artifact) -> Manifest:
+def _read_manifest(artifact: Artifact) -> Manifest:
     return manifest_of(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
 
 
-def _require_same(reference: str, found: Signature, wanted: Signature) -> None:
-    """Raise if a teacher has other inputs or another form of output."""
-    unlike = difference(found, wanted)
-    if unlike is not None:
-        raise OrderRefused("teacher_signature_differs", reference=reference, difference=unlike)
+def _require_same_signature(reference: str, teacher: Signature, student: Signature) -> None:
+    """Raise if a teacher has other inputs or another form of output than the student."""
+    difference = first_difference(teacher, student)
+    if difference is not None:
+        raise OrderRefused("teacher_signature_differs", reference=reference, difference=difference)
 
 
-def difference(found: Signature, wanted: Signature) -> str | None:
-    """Return the first difference between a teacher's inputs and outputs and the expected ones."""
-    for output, expected in zip(found.outputs, wanted.outputs, strict=True):
+def first_difference(teacher: Signature, student: Signature) -> str | None:
+    """Describe the first difference of a teacher's inputs and outputs from the student's."""
+    for output, expected in zip(teacher.outputs, student.outputs, strict=True):
         if output.kind != expected.kind:
             return f"its task is {output.kind!r}, not {expected.kind!r}"
         if output.form != expected.form:
             return f"its output is a {output.form}, not a {expected.form}"
-    own, others = ([item.name for item in signature.inputs] for signature in (found, wanted))
-    if own != others:
-        return f"its inputs are {', '.join(own)}, not {', '.join(others)}"
-    for one, other in zip(found.inputs, wanted.inputs, strict=True):
-        known = other.model_dump()
-        for field, value in one.model_dump().items():
-            if field not in known or value != known[field]:
-                return f"{field!r} of its input {one.name!r} is {value!r}, not {known.get(field)!r}"
+    names, expected_names = (
+        [item.name for item in signature.inputs] for signature in (teacher, student)
+    )
+    if names != expected_names:
+        return f"its inputs are {', '.join(names)}, not {', '.join(expected_names)}"
+    for item, expected_item in zip(teacher.inputs, student.inputs, strict=True):
+        expected_fields = expected_item.model_dump()
+        for field, value in item.model_dump().items():
+            if field not in expected_fields or value != expected_fields[field]:
+                return (
+                    f"{field!r} of its input {item.name!r} is {value!r}, "
+                    f"not {expected_fields.get(field)!r}"
+                )
     return None

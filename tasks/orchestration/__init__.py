@@ -1,15 +1,15 @@
-"""Code that all tasks share: retries, cached results, progress and the workspace.
+"""Code that all tasks share: stored documents, retries, cached results and progress.
 
-workspace.py        the store and the local artifact copies of this process
-documents.py        JSON that is stored next to artifacts
-new_report.py       the report of an order, from the results of its tasks
-code_digest.py      the digest of the sources that a task imports
-result_records.py   records of task results, read on a repeated run
-order_records.py    records of finished orders, read on a repeated order
+workspace.py        opens the object store and copies its artifacts to this machine
+documents.py        types of the JSON documents that tasks store
+new_report.py       builds the report of an order from the results of its tasks
+code_digest.py      computes the digest of the sources that a task imports
+result_records.py   stores results of tasks, so that a repeated task returns its result
+order_records.py    stores results of orders, so that a repeated order returns its result
 outages.py          waits while a service does not respond
-policy.py           which faults are retried, and how results are cached
+policy.py           decides which faults are retried, and runs tasks with cached results
 log_lines.py        escapes log lines so that they cannot be forged
-progress.py         progress and results on Prefect's pages
+progress.py         shows progress and results on Prefect's pages
 memory_estimate.py  estimates the peak memory of an order from sizes
 data_parallel.py    runs a step in several processes, one per device
 """

@@ -1,9 +1,9 @@
 """Run a step in this process, or data parallel in several processes, one per device.
 
-With several devices, one child process starts one process (a rank) per device. All ranks run the
-whole step and share the batches of its training (``compressors.distill.training.data_parallel``);
-the result of the first rank is used. Ranks communicate over the loopback interface and connect
-through a file.
+With several devices, a child process starts one process (a rank) per device. All ranks run the
+whole step; in training, each rank computes the gradient of a part of every batch
+(``compressors.distill.training.data_parallel``). The result of the first rank is used. Ranks find
+each other through a file and communicate over the loopback interface.
 """
 
 import json
@@ -31,13 +31,22 @@ from tasks.orchestration.documents import NotApplicable, not_applicable
 
 log = logging.getLogger(__name__)
 
-SECONDS = 30 * 86_400.0
-"""How long such a training may take: the flow's own time limits end it sooner."""
+TIME_LIMIT_SECONDS = 30 * 86_400.0
+"""Time limit of the child process, so high that only the flow's time limits have an effect."""
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+"""Name of the loopback interface by platform."""
 
 
 class Work(Frozen):
-    """One step, with its bundles and rows."""
+    """A step with its inputs.
+
+    Attributes:
+        source: the bundle to compress.
+        original: the bundle of the untouched model.
+        step: the step.
+        bench: the data of the step.
+        excluded: units that the step may not change, with the reasons.
+    """
 
     source: Artifact
     original: Artifact
@@ -47,7 +56,7 @@ class Work(Frozen):
 
 
 class SharedWork(Frozen):
-    """The work of several ranks: one device per rank, and the folders of their files."""
+    """The work of several ranks: one device per rank, and the folder of the first rank's result."""
 
     work: Work
     devices: tuple[str, ...]
@@ -55,7 +64,14 @@ class SharedWork(Frozen):
 
 
 class Outcome(Frozen):
-    """The result of the first rank, or why there is none."""
+    """The result of the first rank, or why there is none.
+
+    Attributes:
+        network: records of the compressed model; its tensors are in ``SharedWork.folder``.
+        plan: plan of the compressed model.
+        left_out: the result of a step that changes nothing.
+        refused: the message of the step's error.
+    """
 
     network: Network | None = None
     plan: Plan | None = None
@@ -65,14 +81,14 @@ class Outcome(Frozen):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a step; its tensors are in a folder."""
+    """Records and plan of a compressed model, whose tensors are in the folder of the result."""
 
     network: Network
     plan: Plan | None
 
 
 def run_step(work: Work, folder: Path) -> StepResult:
-    """Run a step in this process.
+    """Run a step in this process and write the result's tensors to a folder.
 
     Raises:
         CompressionError: as ``compressors.core.skipping.run_or_skip``.
@@ -81,28 +97,33 @@ def run_step(work: Work, folder: Path) -> StepResult:
     if work.step.reads_original:
         model = replace(model, original=load_bundle(work.original).model.module)
     folder.mkdir(parents=True, exist_ok=True)
-    excluded = {unit: Reason("not_servable", fault=why) for unit, why in work.excluded.items()}
+    excluded = {unit: Reason("not_servable", fault=text) for unit, text in work.excluded.items()}
     result = run_or_skip(work.step, model, work.bench, folder, excluded)
     return StepResult(result.network, result.plan)
 
 
 def run_step_on_devices(work: Work, devices: list[str], folder: Path) -> StepResult | NotApplicable:
-    """Run a step with one process per device; a step with nothing to do is also a result.
+    """Run a step with one process per device and write the result's tensors to a folder.
+
+    Returns:
+        The result, or ``NotApplicable`` if the step changes nothing.
 
     Raises:
         CompressionError: as ``compressors.core.runner.run``; or a device does not exist.
-        ChildFailed: a process ended without a response.
+        ChildFailed: a process ended without a result.
     """
     for device in devices:
         require_device(torch.device(device))
-    place = folder.parent
+    parent = folder.parent
     shared = SharedWork(work=work, devices=tuple(devices), folder=str(folder))
-    log.info("%s on %s: every batch is shared", work.step.kind, ", ".join(devices))
+    log.info("%s: training data parallel on %s", work.step.kind, ", ".join(devices))
     try:
-        answer = run_child("tasks.orchestration.data_parallel", shared, place / "together", SECONDS)
+        response = run_child(
+            "tasks.orchestration.data_parallel", shared, parent / "together", TIME_LIMIT_SECONDS
+        )
     except BuildRefused as fault:
         raise StepRefused("device_processes_failed", problem=str(fault)) from fault
-    outcome = Outcome.model_validate(answer)
+    outcome = Outcome.model_validate(response)
     if outcome.left_out is not None:
         return outcome.left_out
     if outcome.refused is not None or outcome.network is None:
@@ -115,26 +136,36 @@ def run_step_on_devices(work: Work, devices: list[str], folder: Path) -> StepRes
 
 
 def run_ranks(request: dict[str, Any]) -> dict[str, Any]:
-    """Start the ranks, wait for all, and return the result of the first one.
+    """Start the ranks, wait for all, and return the outcome of the first one.
 
-    If a rank fails, the others are stopped and this process raises its reason.
+    This function runs in the child process. If a rank fails, the others are stopped and the error
+    of the failed rank is raised.
+
+    Args:
+        request: ``SharedWork`` as JSON.
     """
     from tasks.orchestration.data_parallel import (
         run_rank,  # this module runs as __main__, which ranks cannot import
     )
 
     shared = SharedWork.model_validate(request)
-    place = Path(shared.folder).parent
+    parent = Path(shared.folder).parent
     multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
-        run_rank, args=(shared.model_dump_json(), str(place)), nprocs=len(shared.devices)
+        run_rank, args=(shared.model_dump_json(), str(parent)), nprocs=len(shared.devices)
     )
-    found: dict[str, Any] = json.loads(_outcome(place).read_text())
-    return found
+    outcome: dict[str, Any] = json.loads(_outcome_file(parent).read_text())
+    return outcome
 
 
-def run_rank(rank: int, text: str, place: str) -> None:
-    """Run one rank; only the first rank writes its tensors and outcome."""
-    shared = SharedWork.model_validate_json(text)
+def run_rank(rank: int, request: str, parent: str) -> None:
+    """Run one rank; only the outcome of the first rank is written.
+
+    Args:
+        rank: number of the rank.
+        request: ``SharedWork`` as JSON.
+        parent: folder of the outcome and of the other ranks' tensors, which are not used.
+    """
+    shared = SharedWork.model_validate_json(request)
     device = torch.device(shared.devices[rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -142,28 +173,28 @@ def run_rank(rank: int, text: str, place: str) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK.get(sys.platform, "lo")
     distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=(Path(place) / "ranks").as_uri(),
+        init_method=(Path(parent) / "ranks").as_uri(),
         rank=rank,
         world_size=len(shared.devices),
     )
     bench = shared.work.bench.model_copy(update={"device": str(device)})
-    folder = Path(shared.folder) if rank == 0 else Path(place) / f"rank-{rank}"
+    folder = Path(shared.folder) if rank == 0 else Path(parent) / f"rank-{rank}"
     try:
         result = run_step(shared.work.model_copy(update={"bench": bench}), folder)
         outcome = Outcome(network=result.network, plan=result.plan)
     except NothingToCompress as fault:
         outcome = Outcome(left_out=not_applicable(fault))
-    except CompressionError as fault:  # the same on all ranks, which compute the same numbers
+    except CompressionError as fault:  # every rank raises it, since all compute the same numbers
         outcome = Outcome(refused=str(fault))
     if rank == 0:
-        _outcome(Path(place)).write_text(outcome.model_dump_json())
-    # gloo aborts a process that still waits for one that has closed its connections.
+        _outcome_file(Path(parent)).write_text(outcome.model_dump_json())
+    # gloo aborts a process that waits for another one whose connections are closed.
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def _outcome(place: Path) -> Path:
-    return place / "outcome.json"
+def _outcome_file(parent: Path) -> Path:
+    return parent / "outcome.json"
 
 
 if __name__ == "__main__":

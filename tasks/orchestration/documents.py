@@ -1,6 +1,7 @@
-"""JSON documents that tasks store next to their files, and functions to read them. No Prefect.
+"""Types of the JSON documents that tasks store, and functions to read them. No Prefect.
 
-``Report`` is the result of an order, for people, programs and the registry.
+``Lowering`` describes the graphs of a model, ``Measurement`` the numbers of a target, and
+``Report`` the whole result of an order.
 """
 
 import operator
@@ -43,10 +44,11 @@ PAGE = "report.html"
 ORDER_FILE = "order.json"
 STAGES = "stages.json"
 AS_TRAINED = "as trained"
+"""Name of the first stage: the untouched model."""
 
 
 class BatchSizes(Frozen):
-    """Expected batch sizes of a target: smallest, the one to optimize for, largest."""
+    """Batch sizes that an engine accepts: smallest, the one it is optimized for, largest."""
 
     low: int
     best: int
@@ -54,10 +56,14 @@ class BatchSizes(Frozen):
 
 
 class GraphInput(Frozen):
-    """One input a caller must send: ``shape`` without the varying first dimension.
+    """One input of a graph.
 
-    That dimension is the rows, except for the values of a jagged bag: those are the ids of all rows
-    concatenated, at most ``longest`` per row.
+    Attributes:
+        name: name of the input.
+        dtype: dtype of the tensor, such as ``int64``.
+        shape: shape without the first dimension, which varies. The first dimension is the rows, or
+            for the values of a jagged bag the ids of all rows concatenated.
+        longest: maximum number of ids per row of a jagged bag; None for other inputs.
     """
 
     name: str
@@ -67,12 +73,20 @@ class GraphInput(Frozen):
 
 
 class LoweredGraph(Frozen):
-    """One graph, with its facts.
+    """One exported graph and the results of its checks.
 
-    ``width`` is the length of the output vectors, or None if ``output`` is one number per row.
-    ``packed_bytes`` is the plan's bytes of the weights of its part of the model, each counted once.
-    ``sparse_layers`` are those with two zeros among every four inputs. ``audit`` is None if no step
-    has changed the model, or if the runtime does not show its optimized graph.
+    Attributes:
+        name: ``model``, or ``query`` or ``item`` for the towers of a retrieval model.
+        inputs: the inputs, in order.
+        output: name of the output.
+        width: length of the output vectors; None if the output is one number per row.
+        rows_parity: largest differences from the torch module on rows of data.
+        edge_parity: the same on synthetic edge cases, such as ids out of range.
+        audit: quantized operators in the graph as the runtime optimizes it; None if no step
+            changed the model, or if no runtime serves the graph itself.
+        tables: the graph's constants with the weights of each table.
+        packed_bytes: bytes of the weights in this graph, as compressed, each counted once.
+        sparse_layers: layers with 2:4 zeros (two zeros among every four weights of an output).
     """
 
     name: str
@@ -88,17 +102,21 @@ class LoweredGraph(Frozen):
 
     @property
     def file(self) -> str:
-        """Its file next to ``lowering.json``; large weights are stored next to it."""
+        """Name of the graph's file; large weights are in separate files next to it."""
         return f"{self.name}.onnx"
 
 
 class Lowering(Frozen):
-    """The document stored next to the graphs of a model; requests wait for the first graph.
+    """Contents of ``lowering.json``, which is stored next to the graphs of a model.
 
-    A model has one graph, ``model``; a retrieval model has two, ``query`` and ``item``.
-    ``packed_bytes`` counts each stored tensor of the model once, as plans do;
-    ``served_packed_bytes`` counts it in every graph that reads it, as served bytes do;
-    ``repeated_bytes`` is the part of the latter that is due to tensors in several graphs.
+    Attributes:
+        target: name of the target.
+        name: ``name@version`` of the bundle.
+        graphs: one graph ``model``; for a retrieval model ``query``, then ``item``. A request waits
+            for the first graph only.
+        packed_bytes: bytes of the model's weights, as compressed. A tensor that two graphs read
+            counts once, as in plans; in ``served_packed_bytes`` it counts twice.
+        repeated_bytes: the difference of these two numbers.
     """
 
     target: str
@@ -109,12 +127,22 @@ class Lowering(Frozen):
 
     @property
     def served_packed_bytes(self) -> int:
-        """Bytes of weights in all graphs together."""
+        """Bytes of the weights in all graphs, as compressed, counted in each graph."""
         return sum(graph.packed_bytes for graph in self.graphs)
 
 
 class Measurement(Frozen):
-    """Measurements of one target: the numbers of the candidate and of the baseline."""
+    """Measurements of one target.
+
+    Attributes:
+        numbers: quality, bytes and latency of the compressed model, and its changes from the
+            untouched model and the champion.
+        baseline: quality, bytes and latency of the untouched model.
+        resolves: for each quality metric, half the width of the interval of its change: smaller
+            changes cannot be detected with these rows.
+        rows: number of test rows.
+        machine: the machine and the runtime.
+    """
 
     numbers: judge.Measured
     baseline: judge.Measured
@@ -131,25 +159,33 @@ class PreparedRows(Frozen):
 
 
 class Ranking(Frozen):
-    """Inputs of a full ranking other than the test rows: the catalogue, and items seen before."""
+    """Inputs of a full ranking, in addition to the test rows.
+
+    Attributes:
+        items: the catalogue: all items that are ranked.
+        seen: earlier interactions. A query's items in them are left out of its ranking.
+    """
 
     items: PreparedRows
     seen: tuple[PreparedRows, ...]
 
 
 class NotApplicable(Reasoned):
-    """A step of a recipe that has nothing to do in this model, and the reason."""
+    """The result of a step that changes nothing in this model, with the reason."""
 
 
 def not_applicable(fault: CompressionError) -> NotApplicable:
-    """Build the outcome of a step that refuses a model."""
+    """Build the result of a step from the error that it raised."""
     return NotApplicable(reasons=(Reason("not_applicable", fault=str(fault)),))
 
 
 class Scored(Frozen):
-    """One stage of a recipe: a model and its predictions for the test rows.
+    """A stage (the model after a step of a recipe) and its predictions.
 
-    ``score`` contains one score per row, or for ``retrieval`` the metrics of every query.
+    Attributes:
+        step: kind of the step, or ``AS_TRAINED`` for the untouched model.
+        bundle: the model.
+        score: one score per row, or for ``retrieval`` the metrics of every query.
     """
 
     step: str
@@ -158,9 +194,14 @@ class Scored(Frozen):
 
 
 class Stage(Frozen):
-    """One stage of a recipe: bytes of the model's weights and its quality in torch.
+    """A stage (the model after a step of a recipe) and its measurements in torch.
 
-    ``change`` is the difference to the stage before; the untouched model has none.
+    Attributes:
+        step: kind of the step, or ``AS_TRAINED`` for the untouched model.
+        bundle: the model.
+        bytes: bytes of the model's weights.
+        quality: the signature's metric on the test rows.
+        change: change of the metric from the previous stage; None for the untouched model.
     """
 
     step: str
@@ -174,7 +215,17 @@ Stages = TypeAdapter(tuple[Stage, ...])
 
 
 class TargetReport(Frozen):
-    """One target: its served files and their facts."""
+    """The result for one target.
+
+    Attributes:
+        target: name of the target.
+        required: whether the order requires this target; an optional one may be skipped.
+        artifact: the graphs or engines.
+        bytes: bytes of the graphs with their weights, or of the engines.
+        verdict: the verdict on the order's limits.
+        lowering: description of the graphs.
+        audits: the audit of each engine.
+    """
 
     target: str
     required: bool
@@ -183,35 +234,38 @@ class TargetReport(Frozen):
     verdict: Verdict
     lowering: Lowering
     audits: dict[str, dict[str, object]] = Field(
-        default_factory=dict, description="Of each engine, by the name of its graph."
+        default_factory=dict, description="Audit of each engine, by the name of its graph."
     )
 
 
 class Reproduction(Frozen):
-    """How to run an order again: the command, and the contents of ``ORDER_FILE``."""
+    """How to run an order again: the command, and the order as the contents of ``ORDER_FILE``."""
 
     command: str
     order: dict[str, Any]
 
 
 class Report(Frozen):
-    """An order and its result; the document a registry version points to."""
+    """An order and its result; every registry version refers to a report."""
 
     schema_version: int = 1
-    order: str = Field(description="Digest of everything the result was made from.")
-    recpress_version: str = Field("", description="That carried it out; empty in older reports.")
+    order: str = Field(description="Digest of the order: of everything that affects the result.")
+    recpress_version: str = Field(
+        "", description="Version of recpress that ran the order; empty in older reports."
+    )
     name: str
     bundle_version: str
     metric: str
     source: Artifact
     compressed: Artifact
     champion: Artifact | None = Field(
-        None, description="The graph it was compared with, if a limit needs that."
+        None,
+        description="The champion's graphs for the first measured target, if a limit needs them.",
     )
     other_champions: dict[str, Artifact] = Field(
         default_factory=dict,
         exclude_if=operator.not_,
-        description="What the further measured targets were compared with, by target.",
+        description="The champion's graphs for the other measured targets, by target.",
     )
     recipe: tuple[dict[str, Any], ...]
     limits: tuple[Limit, ...]
@@ -219,26 +273,30 @@ class Report(Frozen):
     outcome: Outcome
     targets: tuple[TargetReport, ...] = Field(min_length=1)
     skipped: dict[str, str] = Field(
-        default_factory=dict, description="Optional targets that were left out, and why."
+        default_factory=dict, description="Optional targets that were skipped, with the reason."
     )
     idle_reasons: dict[str, Reason] = Field(
         default_factory=dict,
-        description="Steps that were left out, and why. In JSON 'idle' has the sentences.",
+        description="Steps that were skipped, with the reason. In JSON, 'idle' has the sentences.",
     )
     remark_reasons: tuple[Reason, ...] = Field(
         (),
-        description="What else was decided: the quality budget, units that steps skipped, steps "
-        "that changed nothing. In JSON 'remarks' are the sentences.",
+        description="Other decisions: the quality budget, units that steps skipped, steps that "
+        "changed nothing. In JSON, 'remarks' has the sentences.",
     )
     stages: tuple[Stage, ...] = Field(
-        (), description="What each step was worth, in torch on the test rows; nothing judges by it."
+        (),
+        description="Effect of each step, measured in torch on the test rows. It does not affect "
+        "the verdict.",
     )
     baseline_bytes: int
-    measurement: Measurement | None = Field(description="Of the first measured target.")
+    measurement: Measurement | None = Field(
+        description="Measurements of the first measured target."
+    )
     other_measurements: dict[str, Measurement] = Field(
         default_factory=dict,
         exclude_if=operator.not_,
-        description="Of the further measured targets, by target.",
+        description="Measurements of the other measured targets, by target.",
     )
     validation: Artifact
     calibrated_on: str
@@ -246,13 +304,16 @@ class Report(Frozen):
 
     @property
     def first_measured(self) -> TargetReport | None:
-        """The first target whose limits were judged; ``baseline_bytes`` is of its baseline."""
-        judged = (item for item in self.targets if item.verdict.outcome != "built-unmeasured")
-        return next(judged, None)
+        """The first target that was measured; None if there is none.
+
+        ``baseline_bytes`` are the bytes of the untouched model for this target.
+        """
+        measured = (item for item in self.targets if item.verdict.outcome != "built-unmeasured")
+        return next(measured, None)
 
     @property
     def measured(self) -> dict[str, Measurement]:
-        """The measurements of all measured targets, by target."""
+        """The measurements of all measured targets, by target, in the order of the targets."""
         if self.measurement is None:
             return {}
         first = self.first_measured or self.targets[0]
@@ -261,28 +322,36 @@ class Report(Frozen):
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @property
     def idle(self) -> dict[str, str]:
-        """Why steps were left out, in sentences."""
+        """The reasons of skipped steps as sentences, by the step's kind."""
         return {step: str(reason) for step, reason in self.idle_reasons.items()}
 
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Return the other decisions as sentences."""
+        """The other decisions as sentences."""
         return tuple(map(str, self.remark_reasons))
 
     @model_validator(mode="wrap")
     @classmethod
     def _read_sentences(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Read reports of earlier versions, which have sentences instead of reasons."""
         return read_reasons(
             data,
-            lambda rest: read_reasons(rest, validate, "remarks", "remark_reasons"),
+            lambda fields: read_reasons(fields, validate, "remarks", "remark_reasons"),
             "idle",
             "idle_reasons",
         )
 
 
 class Finished(Frozen):
-    """A published report: its artifact and its registry version."""
+    """A published report.
+
+    Attributes:
+        report: the report.
+        release: the artifact with the report.
+        version: number of its version in the registry.
+        registry: the registry's URI, without credentials.
+    """
 
     report: Report
     release: Artifact
@@ -290,7 +359,7 @@ class Finished(Frozen):
     registry: str
 
     def fetch_command(self) -> str:
-        """Return the command that fetches the result, with the flag that its verdict requires."""
+        """Return the command that fetches the first target, with the flag its verdict requires."""
         first = self.report.targets[0]
         flag = {"accepted": "", "built-unmeasured": " --unmeasured"}.get(
             first.verdict.outcome, " --unaccepted"
@@ -310,32 +379,34 @@ class Finished(Frozen):
 
 
 def page_uri(release: Artifact) -> str:
-    """Return the full URI of the page of a release's report."""
+    """Return the URI of the page of a release's report."""
     return store().file_uri(release, PAGE)
 
 
 def page_reference(release: Artifact) -> str:
-    """Return the reference to the page that is recorded outside the store."""
+    """Return a reference to the page that stays valid if the store's folder is moved.
+
+    It is relative to the store if the store is a folder; otherwise it is the URI.
+    """
     if store().folder is None:
         return page_uri(release)
     return f"{store().reference(release)}/files/{PAGE}"
 
 
 def build_record(graph: str) -> str:
-    """Read the file next to an engine that describes its build and its audit."""
+    """Return the name of the file next to an engine that describes its build and its audit."""
     return "build.json" if graph == "model" else f"{graph}.build.json"
 
 
 def lowering_of(folder: Path) -> Lowering:
-    """Read the document stored next to the graphs of a model."""
+    """Read ``lowering.json`` in a folder of graphs or engines."""
     return read_document(Lowering, folder / "lowering.json")
 
 
 def served_bytes(folder: Path) -> int:
-    """Return the bytes that a target loads: all graphs with their weights, or all engines.
+    """Return the bytes of the files that a target loads: all engines, or all graphs with weights.
 
-    The same for the baseline, the candidate and the champion. A tensor that two graphs read is in
-    both files and counts in both.
+    A tensor that two graphs read is in both files and counts twice.
     """
     suffixes = engine_suffixes()
     engines = [path for path in folder.iterdir() if path.suffix in suffixes]
@@ -351,19 +422,19 @@ def report_of(release: Artifact) -> Report:
     """Read a stored report, verified by its hash.
 
     Raises:
-        ArtifactMissing, ArtifactDamaged: it is missing or damaged.
-        RecordRefused: it is not a report.
+        ArtifactMissing, ArtifactDamaged: the release is missing or damaged.
+        RecordRefused: its report does not have the fields of a report.
     """
     try:
         return validated(Report, store().file(release, REPORT))
     except ValidationError as fault:
         first = fault.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the document"
+        field = ".".join(str(part) for part in first["loc"]) or "the document"
         raise RecordRefused(
             "report_unusable",
             release=store().uri_of(release),
             file=REPORT,
-            problem=f"{clean(place)}: {clean(first['msg'])}",
+            problem=f"{clean(field)}: {clean(first['msg'])}",
         ) from fault
     except ValueError as fault:
         raise RecordRefused(

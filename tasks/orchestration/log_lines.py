@@ -1,7 +1,7 @@
-"""Escape our log messages so that they cannot forge lines or control a terminal.
+"""Escape recpress's log messages so that they cannot forge lines or control a terminal.
 
-Messages contain names from bundles. Prefect sends them to its run log, and services write them to
-terminals, so they are escaped when the record is created, before any handler receives it.
+Messages contain names from bundles, which may contain line ends or control characters. A message is
+escaped when its record is created, before any handler (Prefect's run log, a terminal) receives it.
 """
 
 import logging
@@ -9,20 +9,20 @@ import logging
 from infra.log_records import change_records
 from infra.printable import one_line, printable
 
-OURS = ("flows", "tasks", "infra", "compressors")
-RUNS = ("prefect.flow_runs", "prefect.task_runs")
-"""Prefect's loggers whose lines contain the names of runs, which contain names of models."""
+OUR_PACKAGES = ("flows", "tasks", "infra", "compressors")
+RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
+"""Prefect's loggers whose messages contain names of runs, and so names of models."""
 
 
 def install() -> None:
-    """Escape the messages of this project's loggers; calling it again changes nothing."""
+    """Escape all later messages of the loggers above; calling it again changes nothing."""
     change_records(_escape)
 
 
 def _escape(record: logging.LogRecord) -> None:
-    name = record.name or ""  # a record that was sent from another process has none yet
-    if name.partition(".")[0] in OURS:
-        lines = record.getMessage().split("\n- ")  # our lists of problems keep their lines
+    name = record.name or ""  # a record from another process has no name yet
+    if name.partition(".")[0] in OUR_PACKAGES:
+        lines = record.getMessage().split("\n- ")  # lists of problems remain lists
         record.msg, record.args = "\n- ".join(map(one_line, lines)), ()
-    elif name.startswith(RUNS):
+    elif name.startswith(RUN_LOGGERS):
         record.msg, record.args = printable(record.getMessage()), ()

@@ -1,8 +1,10 @@
 """Estimate the peak memory of an order from sizes alone. No Prefect.
 
-Weights are read through memory-mapped files, so only copies count: the copies of the exporter and
-of ONNX Runtime while the untouched model is lowered and inspected, which was the peak of every run
-so far; and packed tables before they are written.
+An order has phases, such as lowering and training. The estimate of a phase is the memory of the
+process without data (libraries and their buffers), plus a factor times the bytes of the weights or
+of the data; the peak is the largest of these sums. Weights are memory-mapped files, so the factors
+count copies of them: those of the exporter and of ONNX Runtime, and compressed tables before they
+are written.
 """
 
 from compressors.contracts import Frozen
@@ -10,7 +12,7 @@ from compressors.lower.export import EXTERNAL_BYTES
 
 MIB = 2**20
 # Measured with the versions of constraints.txt: python -m benchmarks.peak_memory
-PROCESS = {  # libraries are imported on first use
+PROCESS_BYTES = {
     "lowering the untouched model": 830 * MIB,
     "packing": 920 * MIB,
     "training": 920 * MIB,
@@ -18,24 +20,41 @@ PROCESS = {  # libraries are imported on first use
     "measuring": 1020 * MIB,
     "publishing": 1040 * MIB,
 }
-BUILDER = 300 * MIB
+"""Bytes of the process in each phase; they grow, since libraries are imported on first use."""
+BUILDER_BYTES = 300 * MIB
+"""Additional bytes of the process if an engine is built."""
 LOWERING = 4.6
+"""Factor of the untouched model's weights while it is lowered."""
 LINKED = 2.0
-"""Instead of ``LOWERING`` and ``MEASURING``, if the graph has links to the bundle's tables: ONNX
-Runtime maps these files. So it is for graphs of more bytes than ``EXTERNAL_BYTES`` that are served
-as they are (``compressors.lower.export``)."""
+"""Replaces ``LOWERING`` and ``MEASURING`` if the graph links to the weight files of the bundle.
+
+ONNX Runtime then memory-maps these files. This is the case for graphs that are served without
+building an engine and are larger than ``EXTERNAL_BYTES`` (``compressors/lower/export.py``).
+"""
 PACKING = 1.3
+"""Factor of the compressed model's weights while they are packed."""
 MEASURING = 4.1
+"""Factor of the untouched model's weights while it is measured."""
 PUBLISHING = 2.0
+"""Factor of the untouched model's weights while the release is published."""
 READING = 6.2
+"""Factor of the largest split's parquet file while its rows are read."""
 TRAINING = 8.8
+"""Factor of the weights that a step trains."""
 
 
 class Memory(Frozen):
-    """An estimate in bytes of the largest resident set of the flow's process.
+    """An estimate of the largest resident set of the flow's process, in bytes.
 
-    ``peak`` is the sum of the other fields. It includes pages of mapped files, which the system can
-    reclaim; so a machine with less memory may be sufficient.
+    It includes pages of memory-mapped files, which the system can reclaim, so a machine with less
+    memory may be sufficient.
+
+    Attributes:
+        peak: the sum of the next three fields.
+        process: the process without data.
+        weights: weights and copies of them.
+        rows: rows of the data.
+        moment: the phase of the peak, such as "training".
     """
 
     peak: int
@@ -53,30 +72,35 @@ def peak_memory(
     builds: bool,
     trained_bytes: int = 0,
 ) -> Memory:
-    """Estimate the peak memory.
+    """Estimate the peak memory of an order.
 
     Args:
         bytes_before: bytes of the untouched model's weights.
         bytes_after: bytes of the compressed model's weights.
         data_bytes: bytes of the largest split's parquet file.
         builds: whether an engine is built.
-        trained_bytes: bytes of the tensors that a step trains; these tensors, their gradients,
-            Adam's two moments and the best epoch's copies are in memory at once.
+        trained_bytes: bytes of the tensors that a step trains. In memory at once are these tensors,
+            their gradients, Adam's two moments and copies of the best epoch.
     """
-    linked = bytes_before > EXTERNAL_BYTES and not builds
-    moments = {
-        "lowering the untouched model": (round((LINKED if linked else LOWERING) * bytes_before), 0),
+    is_linked = bytes_before > EXTERNAL_BYTES and not builds
+    weights_and_rows = {
+        "lowering the untouched model": (
+            round((LINKED if is_linked else LOWERING) * bytes_before),
+            0,
+        ),
         "packing": (round(bytes_before + PACKING * bytes_after), 0),
         "training": (
             bytes_before + round((TRAINING - 1) * trained_bytes) if trained_bytes else 0,
             0,
         ),
         "reading the rows": (0, round(READING * data_bytes)),
-        "measuring": (round((LINKED if linked else MEASURING) * bytes_before), 0),
+        "measuring": (round((LINKED if is_linked else MEASURING) * bytes_before), 0),
         "publishing": (round(PUBLISHING * bytes_before), 0),
     }
-    moment, (weights, rows) = max(moments.items(), key=lambda item: PROCESS[item[0]] + sum(item[1]))
-    process = PROCESS[moment] + (BUILDER if builds else 0)
+    phase, (weights, rows) = max(
+        weights_and_rows.items(), key=lambda item: PROCESS_BYTES[item[0]] + sum(item[1])
+    )
+    process = PROCESS_BYTES[phase] + (BUILDER_BYTES if builds else 0)
     return Memory(
-        peak=process + weights + rows, process=process, weights=weights, rows=rows, moment=moment
+        peak=process + weights + rows, process=process, weights=weights, rows=rows, moment=phase
     )

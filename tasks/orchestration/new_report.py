@@ -46,11 +46,28 @@ def report_from(
 ) -> Report:
     """Build a report from the stored results of the tasks.
 
-    Champions, baselines and measurements are by target, in the order of the targets.
+    Args:
+        order: digest of the order.
+        subject: the bundle of the order.
+        compressed: the compressed bundle.
+        champions: the champion's graphs or engines, by target.
+        recipe: the steps as JSON.
+        limits: the order's limits.
+        baselines: the untouched model's graphs or engines, by target.
+        built: the compressed model's graphs or engines, by target.
+        required: whether the order requires the target, by target.
+        verdicts: the verdicts, by target.
+        skipped: reasons of skipped optional targets, by target.
+        left_out: reasons of skipped steps, by kind.
+        remarks: other decisions of the run.
+        stages: the result of ``measure_stages``.
+        measurements: the results of ``measure``, by target, in the order of the targets.
+        validation: the result of ``validate``.
+        reproduction: how to run the order again.
     """
     plan = read(local(compressed)).plan
     measured = {target: measurement_of(item) for target, item in measurements.items()}
-    first, *others = measured or list(baselines)[:1]
+    first, *others = measured or list(baselines)[:1]  # names of targets
     return Report(
         order=order,
         recpress_version=recpress_version(),
@@ -66,7 +83,7 @@ def report_from(
         plan=plan if plan is not None else Plan(),
         outcome=overall(verdicts.values()),
         targets=tuple(
-            _target(target, artifact, required[target], verdicts[target])
+            _target_report(target, artifact, required[target], verdicts[target])
             for target, artifact in built.items()
         ),
         skipped=skipped,
@@ -82,7 +99,9 @@ def report_from(
     )
 
 
-def _target(target: str, artifact: Artifact, required: bool, verdict: Verdict) -> TargetReport:
+def _target_report(
+    target: str, artifact: Artifact, required: bool, verdict: Verdict
+) -> TargetReport:
     folder = local(artifact)
     lowering = lowering_of(folder)
     audits = {

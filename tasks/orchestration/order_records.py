@@ -1,9 +1,12 @@
 """Records of finished orders, so that a repeated order returns its result. No Prefect.
 
-``orders/<digest>.json`` names the release and the registry version of an order. It saves time only:
-without it the order runs again and uses the cached results of its tasks. ``requests/<digest>.json``
-names the latest order of a request. A request is an order without the version of recpress, so that
-a result is also found after an upgrade.
+``orders/<digest>.json`` in the object store names the release and the registry version of an order.
+The record only saves time: without it the order runs again with the cached results of its tasks.
+
+``requests/<digest>.json`` names the latest order of a request. A request is an order without the
+version of recpress, so that a result is also found after an upgrade.
+
+Records have a checksum: they are "sealed". Records of recpress 0.1.0 are not.
 """
 
 import logging
@@ -21,30 +24,40 @@ from tasks.orchestration.workspace import store
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
+"""Version of the fields of both records."""
 
 
 class FinishedRecord(Frozen):
-    """The record of a finished order: references only; all other data is in the release."""
+    """The record of a finished order: references only; all other data is in the release.
+
+    Attributes:
+        order: digest of the order.
+        release: the artifact with the report.
+        version: number of the version in the registry.
+        registry: the registry.
+    """
 
     order: str
     release: Artifact
     version: str
-    registry: str = Field(description="Relative to the root of the store, where both are folders.")
+    registry: str = Field(
+        description="Path relative to the store's root if both are local; otherwise a URI."
+    )
 
 
 class RequestRecord(Frozen):
-    """The record of a request: its most recent order."""
+    """The record of a request: digests of the request and of its most recent order."""
 
     request: Sha256
     order: Sha256
 
 
 def write_request(request: str, order: str) -> None:
-    """Store the order of a request, before that order is finished.
+    """Store which order a request leads to; a failed write is logged.
 
     Args:
         request: digest of the order without the version of recpress.
-        order: digest of the order.
+        order: digest of the order, which need not be finished.
     """
     record = RequestRecord(request=request, order=order)
     body = seal_record({"schema_version": SCHEMA_VERSION, **record.model_dump(mode="json")})
@@ -55,20 +68,20 @@ def write_request(request: str, order: str) -> None:
 
 
 def order_of_request(request: str) -> str | None:
-    """Return the most recent order of a request; None without a valid record."""
+    """Return the digest of the most recent order of a request; None without a valid record."""
     key = request_key(request)
-    wrong = _unsealed(key)
+    damaged = _wrong_checksum(key)
     try:
         fields, is_sealed = read_record(store(), key)
         if not is_sealed or fields.pop("schema_version", None) != SCHEMA_VERSION:
-            raise wrong
+            raise damaged
         record = RequestRecord.model_validate(fields)
         if record.request != request:
-            raise wrong
+            raise damaged
     except ArtifactMissing:
         return None
     except ValidationError:
-        log.warning("%s It counts as absent.", wrong)
+        log.warning("%s It counts as absent.", damaged)
         return None
     except RecordRefused as fault:
         log.warning("%s It counts as absent.", fault)
@@ -77,10 +90,9 @@ def order_of_request(request: str) -> str | None:
 
 
 def write_finished(done: Finished) -> None:
-    """Store the record of a finished order.
+    """Store the record of a finished order; a failed write is logged.
 
-    If the record cannot be written, the next run of this order takes longer, without other effects;
-    the failure is logged.
+    Without the record, the next run of this order takes longer; there is no other effect.
     """
     record = FinishedRecord(
         order=done.report.order,
@@ -96,61 +108,60 @@ def write_finished(done: Finished) -> None:
 
 
 def finished(order: str, *, registered: bool = True) -> Finished | None:
-    """Return the report of a finished order if its record, report and results are valid.
+    """Return the result of a finished order, or None if the order has to run.
 
-    The record contains only the release and the version; all other data is read from the release,
-    verified by its hash. A record that is damaged, or that names the release of another order,
-    counts as absent: the order runs again and uses the cached results of its tasks.
+    The release in the record is verified by its hash, and the artifacts of its targets must be
+    stored. A record that is damaged, or names the release of another order, counts as absent.
 
     Args:
-        order: the digest.
-        registered: whether the registry must confirm the version in a record of version 0.1.0,
-            which has no checksum. If False, that version may be wrong.
+        order: digest of the order.
+        registered: whether to read the version number from the registry if the record has no
+            checksum. If False, the number in such a record is used, which may be wrong.
 
     Raises:
         ArtifactDamaged: the record is valid and the release is damaged.
     """
-    held = store()
+    artifacts = store()
     try:
-        record, is_sealed = _finished_record(order)
-        release = held.find(record.release.sha256)
+        record, is_sealed = _read_finished_record(order)
+        release = artifacts.find(record.release.sha256)
         if release is None:
-            raise ArtifactMissing("release_missing", uri=held.uri_of(record.release))
+            raise ArtifactMissing("release_missing", uri=artifacts.uri_of(record.release))
         report = report_of(release)
         if report.order != order:
             raise RecordRefused(
                 "record_damaged",
-                place=f"{held.root}/{finished_key(order)}",
+                place=f"{artifacts.root}/{finished_key(order)}",
                 problem=f"it names the release of order {report.order[:12]}",
             )
         for target in report.targets:
-            held.manifest(target.artifact)
-        trusted = is_sealed or not registered
-        version = record.version if trusted else _registered_version(report)
+            artifacts.manifest(target.artifact)
+        is_version_verified = is_sealed or not registered
+        version = record.version if is_version_verified else _registered_version(report)
     except ArtifactMissing:
         return None
     except RecordRefused as fault:
         log.warning("%s The order counts as not finished.", fault)
         return None
-    here = record.registry in {_registry_reference(), ""}
-    registry = shown(load_settings().registry_uri) if here else record.registry
+    is_this_registry = record.registry in {_registry_reference(), ""}
+    registry = shown(load_settings().registry_uri) if is_this_registry else record.registry
     return Finished(report=report, release=release, version=version, registry=registry)
 
 
-def _finished_record(order: str) -> tuple[FinishedRecord, bool]:
-    """Read the record of an order, and whether it is sealed, so that its version is reliable.
+def _read_finished_record(order: str) -> tuple[FinishedRecord, bool]:
+    """Read the record of an order; also returns whether a checksum has verified it.
 
     Raises:
-        ArtifactMissing: there is none.
-        RecordRefused: it is damaged, or belongs to another order.
+        ArtifactMissing: there is no record.
+        RecordRefused: the record is damaged, or belongs to another order.
     """
     key = finished_key(order)
-    fields, sealed = read_record(store(), key)
-    wrong = _unsealed(key)
+    fields, is_sealed = read_record(store(), key)
+    damaged = _wrong_checksum(key)
     try:
-        if sealed:
+        if is_sealed:
             if fields.pop("schema_version") != SCHEMA_VERSION:
-                raise wrong
+                raise damaged
             record = FinishedRecord.model_validate(fields)
         elif fields.keys() == {"report", "release", "version", "registry"}:
             # Version 0.1.0 stored the whole report, and an absolute path of the registry.
@@ -158,36 +169,36 @@ def _finished_record(order: str) -> tuple[FinishedRecord, bool]:
             version = f"{int(fields['version'])}"
             record = FinishedRecord(order=order, release=release, version=version, registry="")
         else:
-            raise wrong
+            raise damaged
     except (ValidationError, KeyError, TypeError, ValueError) as fault:
-        raise wrong from fault
+        raise damaged from fault
     if record.order != order:
         raise RecordRefused("record_of_other_order", place=f"{store().root}/{key}")
-    return record, sealed
+    return record, is_sealed
 
 
-def _unsealed(key: str) -> RecordRefused:
+def _wrong_checksum(key: str) -> RecordRefused:
     return RecordRefused(
         "record_damaged",
         place=f"{store().root}/{key}",
-        problem="its seal does not fit the rest",
+        problem="its checksum does not match its contents",
     )
 
 
 def _registered_version(report: Report) -> str:
-    """Return the version of an order in the registry of this process.
+    """Return the number of an order's version in the registry of this process.
 
     Raises:
-        ArtifactMissing: it is not registered there.
+        ArtifactMissing: the order is not registered there.
     """
-    found = Registry(load_settings().registry_uri).by_order(report.order, report.name)
-    if found is None:
+    registered = Registry(load_settings().registry_uri).by_order(report.order, report.name)
+    if registered is None:
         raise ArtifactMissing("order_not_in_registry", order=report.order)
-    return found.version
+    return registered.version
 
 
 def _registry_reference() -> str:
-    """Return this process's registry, relative to the store if both are on this machine."""
+    """Return the registry as written in records: see ``FinishedRecord.registry``."""
     uri = load_settings().registry_uri
     file, root = sqlite_file(uri), store().folder
     return shown(uri) if file is None or root is None else os.path.relpath(file, root)

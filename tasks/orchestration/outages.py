@@ -1,7 +1,8 @@
-"""Wait while a service is down: the faults that cause waiting, the deadline, the log lines.
+"""Wait while a service is down: which faults mean that, how long to wait, and the log messages.
 
-Read by ``policy.py`` for tasks and by flows for the calls between tasks. A restarted service
-responds after about a minute; ten minutes also cover the migration of a node.
+``policy.py`` uses this file for tasks, flows use it for calls between tasks. The deadline is ten
+minutes: a restarted service responds after about one, but its migration to another node takes
+longer.
 """
 
 import logging
@@ -20,12 +21,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEADLINE_SECONDS = 600.0
-"""How long one outage is waited for, from the first call that failed."""
+"""Longest wait for one outage, from the first failed call."""
 
 DELAYS = (2.0, 5.0, 10.0, 20.0, *[30.0] * 20)
-"""Seconds before each further try: together a little more than the deadline."""
+"""Seconds before each retry; their sum is a little more than the deadline."""
 
 _SERVER_FAULTS = 500
+"""Lowest HTTP status code of a fault of the server."""
 
 
 class Outage:
@@ -36,7 +38,7 @@ class Outage:
         self._until = time.time() + DEADLINE_SECONDS
 
     def may_try_again(self, service: str, fault: BaseException, tries: int) -> bool:
-        """Return whether another try begins before the deadline; logs the decision.
+        """Return whether the next retry begins before the deadline; logs the decision.
 
         Args:
             service: the service that does not respond, as the beginning of a sentence.
@@ -57,9 +59,9 @@ class Outage:
 
 
 def service_of(fault: BaseException) -> str | None:
-    """Return the service that is down according to a fault; None for any other fault.
+    """Return the name of the service that is down; None if the fault has another cause.
 
-    A fault of Prefect's API counts: its server may be restarting.
+    The name is the beginning of a sentence. Prefect's API counts as a service.
     """
     match fault:
         case RegistryOutage():
@@ -74,13 +76,13 @@ def service_of(fault: BaseException) -> str | None:
 
 
 def wait_out(call: Callable[[], T]) -> T:
-    """Call a function between tasks, with retries while a service is down.
+    """Call a function, with retries while a service is down. For calls between tasks.
 
     Args:
-        call: the function; it may be called several times, also after it ran in part.
+        call: the function. It must allow repeated calls, also after a partial run.
 
     Raises:
-        Exception: the last exception of ``call``, if it is not an outage or at the deadline.
+        Exception: the exception of ``call``, if no service is down or the deadline has passed.
     """
     outage: Outage | None = None
     tries = 0
@@ -99,7 +101,7 @@ def wait_out(call: Callable[[], T]) -> T:
 
 
 class TaskOutages:
-    """The outages of the task runs of this process, for Prefect's retries."""
+    """The outages of this process's task runs; Prefect does the waiting and the retries."""
 
     def __init__(self) -> None:
         self._outages: dict[UUID, tuple[Outage, int]] = {}

@@ -1,10 +1,12 @@
-"""Retry and cache policy of tasks: what is retried, and how cached results are found.
+"""Retry and cache policy of tasks: which faults are retried, and how cached results are found.
 
-The key of a result is the task, its arguments (stored artifacts are identified by content) and a
-digest of the sources the task imports (``code_digest.py``). Prefect's cache is not used: its keys
-cover a task's lines but not the code they call, and its records select their decoder, which may be
-pickle. Our records are JSON in the object store (``result_records.py``). Prefect runs and retries
-tasks, but with any settings it neither stores nor reads a result.
+The key of a result consists of the task's name, its arguments (artifacts count by their hash) and a
+digest of the sources that the task imports (``code_digest.py``). Results are records in the object
+store (``result_records.py``).
+
+Prefect runs and retries tasks, but its cache is disabled and it stores no results. Its cache keys
+cover the lines of a task but not the code they call, and its stored results name their decoder,
+which may be pickle.
 """
 
 import copy
@@ -48,27 +50,27 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 OTHER_RETRIES = 2
-"""Retries after a fault outside that is no outage, such as a child process that was killed."""
+"""Retries after an external fault that is no outage, such as a killed child process."""
 
 _outages = TaskOutages()
 
 
-clean_log_records()  # before a run begins: Prefect stores its log, with every traceback
+clean_log_records()  # removes credentials, before Prefect stores log messages and tracebacks
 
 
 class NoResultStorage(WritableFileSystem):
     """A result storage for Prefect that stores nothing.
 
-    Without it, Prefect writes the exception of every failed flow to its default storage, even if
-    results are not persisted. No block has this id: a state that refers to this storage cannot be
-    read from any other.
+    Without it, Prefect writes the exception of every failed flow to its default storage, even with
+    ``persist_result=False``. Its id is zero, which no saved block of Prefect has, so a state that
+    refers to this storage cannot be read from another one.
     """
 
     _block_type_slug = "recpress-no-results"
     _block_document_id: UUID | None = PrivateAttr(UUID(int=0))
 
     def read_path(self, path: str, **_: Any) -> bytes:  # type: ignore[override]
-        """Refuse to read; Prefect calls it from synchronous and asynchronous code.
+        """Refuse to read. Not async, since Prefect calls it from synchronous code as well.
 
         Raises:
             ValueError: always.
@@ -84,17 +86,17 @@ NO_RESULTS: dict[str, Any] = {
     "result_storage": NoResultStorage(),
     "result_serializer": "json",  # the default would pickle content that is then discarded
 }
-"""Options of every flow and task: Prefect stores no result and reads none."""
+"""Options of every flow and task, so that Prefect neither stores nor reads results."""
 
 
 def local_result(state: State[Any]) -> Any:
-    """Return the result of a run of this process.
+    """Return the result of a run of this process from its final state.
 
-    For a state from Prefect's API, ``State.result`` would read any location with any decoder that
-    the state names.
+    Prefect's ``State.result`` is not safe for a state from Prefect's API: it reads any location,
+    with any decoder, that the state names.
 
     Raises:
-        ServiceFailed: the state came from the API: the server ended the run.
+        ServiceFailed: the state is from the API, because the server ended the run.
         BaseException: the exception of the run.
     """
     data = state.data.result if isinstance(state.data, ResultRecord) else state.data
@@ -110,9 +112,10 @@ def local_result(state: State[Any]) -> Any:
 
 
 def infra_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
-    """Retry only faults that a second try may solve; an invalid order is never retried.
+    """Return whether Prefect retries a failed task run: only faults that may be temporary.
 
-    If a service is down, retries continue until a deadline (``outages.py``).
+    If a service is down, retries continue until a deadline (``outages.py``). Errors in an order or
+    in our code are never retried.
     """
     fault = state.data.result if isinstance(state.data, ResultRecord) else state.data
     if isinstance(fault, StoreOutage | RegistryOutage):
@@ -129,16 +132,16 @@ KEPT: dict[str, Any] = {
     "retry_delay_seconds": list(DELAYS),
     "retry_condition_fn": infra_fault,
 }
-"""How every task of ours is declared."""
+"""Options of every task."""
 
 
 def content_key(task: Task[..., Any], code: str, arguments: Mapping[str, Any]) -> str:
-    """Compute the digest of a task's sources, ``code`` and all arguments, including defaults.
+    """Compute the cache key of a result, from the task's sources, ``code`` and all arguments.
 
     Args:
         task: the task of the result.
-        code: digest of the other inputs of the result: the architecture's code, the attempt.
-        arguments: of the task, by name.
+        code: digest of other inputs: the architecture's code and the number of the attempt.
+        arguments: the arguments of the task by name; missing ones have their defaults.
 
     Raises:
         TypeError: an argument has no canonical JSON form.
@@ -149,12 +152,12 @@ def content_key(task: Task[..., Any], code: str, arguments: Mapping[str, Any]) -
 
 
 def require_stored(result: object) -> None:
-    """Raise if a result is an artifact that is not stored; accept any other result.
+    """Raise if a result is an artifact that is no longer stored; accept any other result.
 
-    An object store may delete artifacts before the records that refer to them.
+    An object store with expiry rules may delete artifacts before the records that refer to them.
 
     Raises:
-        ArtifactMissing, ArtifactDamaged: it is not stored, or its manifest cannot be read.
+        ArtifactMissing, ArtifactDamaged: the artifact is not stored, or its manifest is damaged.
     """
     if isinstance(result, Artifact):
         store().manifest(result)
@@ -167,24 +170,28 @@ def call(
     check: Callable[[R], object] = require_stored,
     **arguments: Any,
 ) -> R:
-    """Run a task, or return its recorded result if ``check`` accepts it.
+    """Return the recorded result of a task if ``check`` accepts it; otherwise run the task.
 
     Args:
-        task: declared with ``KEPT``.
+        task: a task with the options ``KEPT``.
         code: digest of inputs other than the arguments; part of the cache key.
-        check: raises ``ArtifactMissing`` or ``ArtifactDamaged`` for a result that cannot be used:
-            the task runs again.
-        arguments: of the task, by name.
+        check: raises ``ArtifactMissing`` or ``ArtifactDamaged`` for a result that cannot be used,
+            so that the task runs again.
+        arguments: the arguments of the task, by name.
+
+    Raises:
+        StoreOutage, RegistryOutage: the service is still down at the deadline.
+        Exception: the exception of the task.
     """
     key = content_key(task, code, arguments)
 
-    def recorded() -> R:
-        found: R = find_result(store(), task.name, key, task.fn)
-        check(found)
-        return found
+    def recorded_result() -> R:
+        recorded: R = find_result(store(), task.name, key, task.fn)
+        check(recorded)
+        return recorded
 
     try:
-        result = wait_out(recorded)
+        result = wait_out(recorded_result)
     except (StoreOutage, RegistryOutage):
         raise
     except ArtifactMissing as fault:
@@ -201,10 +208,10 @@ def call(
 
 
 def run_task(task: Task[..., R], arguments: dict[str, Any]) -> R:
-    """Run a task in Prefect, as a task run of this flow run; exceptions are free of secrets."""
-    guarded = copy.copy(task)
-    guarded.fn = clean_exceptions()(task.fn)
-    result: R = guarded(**arguments)
+    """Run a task as a task run of this flow run; credentials are removed from its exceptions."""
+    task_copy = copy.copy(task)
+    task_copy.fn = clean_exceptions()(task.fn)
+    result: R = task_copy(**arguments)
     return result
 
 
@@ -212,10 +219,14 @@ def show_cached(task: Task[..., Any], arguments: dict[str, Any]) -> None:
     """Show a cached result on the flow run's page, as a task run in the state Cached."""
 
     @functools.wraps(task.fn)
-    def found(*_: Any, **__: Any) -> State[Any]:
+    def return_cached_state(*_: Any, **__: Any) -> State[Any]:
         return Completed(name="Cached", message="Found in the object store.")
 
-    shown = Task(
-        found, name=task.name, task_run_name=task.task_run_name, cache_policy=NO_CACHE, **NO_RESULTS
+    cached_task = Task(
+        return_cached_state,
+        name=task.name,
+        task_run_name=task.task_run_name,
+        cache_policy=NO_CACHE,
+        **NO_RESULTS,
     )
-    shown(**arguments)
+    cached_task(**arguments)

@@ -19,13 +19,13 @@ from tasks.report.tables import headline, markdown
 log = logging.getLogger(__name__)
 
 LOGGERS = ("flows", "tasks", "infra", "compressors")
-"""Whose lines belong into a run's log: those that PREFECT_LOGGING_EXTRA_LOGGERS names as well."""
+"""Loggers whose messages are part of a run's log; also listed in PREFECT_LOGGING_EXTRA_LOGGERS."""
 
 
 def show_log_lines() -> None:
-    """Enable info messages in the run's log, unless a level is set.
+    """Enable info messages of recpress in the run's log, unless a level is set.
 
-    Prefect sends the messages of our loggers to its API. It does not set their level, so they
+    Prefect sends messages of these loggers to its API, but does not set their level. They would
     inherit the root logger's level, which is warning.
     """
     for name in LOGGERS:
@@ -39,7 +39,7 @@ def publish_links(finished: Finished) -> None:
     report = finished.report
     key = "recpress-" + "".join(c if c.isalnum() else "-" for c in report.name.lower())
     create_markdown_artifact(
-        f"{markdown(report)}\nThe same with pictures: `{finished.page_uri()}`, or\n\n"
+        f"{markdown(report)}\nThe same report with charts: `{finished.page_uri()}`, or\n\n"
         f"```\n{finished.page_command()}\n{finished.fetch_command()}\n```\n",
         key=key,
         description=f"{report.name} {report.bundle_version}: {report.outcome}",
@@ -48,20 +48,24 @@ def publish_links(finished: Finished) -> None:
 
 
 class Progress:
-    """Progress of a flow run: a progress artifact on its page in Prefect, and log lines."""
+    """Shows the progress of a flow run: a progress bar on its page in Prefect, and log lines.
+
+    Args:
+        stages: expected number of stages; it grows if the run has more.
+    """
 
     def __init__(self, stages: int) -> None:
         self._stages = stages
         self._done = 0
         self.current = "the start"
-        """The stage that runs now."""
+        """Name of the current stage."""
         create = functools.partial(create_progress_artifact, 0.0, description="recpress")
         self._artifact = cast(UUID, wait_out(create))
 
     def stage(self, name: str) -> None:
-        """Log the start of a stage, and update the progress artifact."""
+        """Log the start of a stage, and update the progress bar."""
         self.current = name
-        self._stages = max(self._stages, self._done + 1)  # a recipe may be applied again
+        self._stages = max(self._stages, self._done + 1)  # a repeated recipe adds stages
         log.info("[%d/%d] %s", self._done + 1, self._stages, name)
         self._update(100 * self._done / self._stages, name)
         self._done += 1
@@ -71,7 +75,7 @@ class Progress:
         self._update(100.0, "done")
 
     def _update(self, percent: float, text: str) -> None:
-        """Update the progress artifact; while Prefect's API is down, wait for the next stage."""
+        """Update the progress bar; if Prefect's API is down, only log a warning."""
         try:
             update_progress_artifact(self._artifact, progress=percent, description=text)
         except Exception as fault:

@@ -1,10 +1,14 @@
 """Records of task results, so that a repeated task returns its cached result. No Prefect.
 
 ``results/<task>/<key>.json`` in the object store contains the result of one task for one set of
-arguments, as JSON. A record is untrusted input: it must be a sealed record of exactly this task and
-key, its value must have exactly the form that pydantic writes for the task's declared return type,
-and every artifact in it must be named ``artifacts/<sha256>``. No part of a record selects a class,
-an import or a decoder. Read this file when a task unexpectedly runs again.
+arguments, as JSON. A record is untrusted input, so it is used only if
+
+- it has a valid checksum (it is "sealed"), and names this task and key;
+- its value is exactly what pydantic writes for the task's declared return type;
+- every artifact in it has the URI ``artifacts/<sha256>``.
+
+No part of a record selects a class, an import or a decoder. Read this file when a task
+unexpectedly runs again.
 """
 
 import functools
@@ -27,12 +31,12 @@ FOLDER = "results"
 
 
 class ResultRecord(Frozen):
-    """The stored form of one result; ``value`` is plain JSON until it is validated."""
+    """The stored form of one result; ``value`` is JSON that is not validated yet."""
 
     schema_version: int
     task: str
     key: Sha256
-    value: Any = Field(description="The result, as pydantic dumps its declared type.")
+    value: Any = Field(description="The result, as pydantic writes its declared type to JSON.")
 
 
 def record_key(task: str, key: str) -> str:
@@ -51,42 +55,48 @@ def read_result(store: Store, task: str, key: str, function: Callable[..., Any])
 
     Raises:
         ArtifactMissing: there is no record.
-        RecordRefused: it is damaged, is the record of another task or key, or its value is not
-            of the declared type.
+        RecordRefused: the record is damaged or of another task or key, or its value does not have
+            the declared type.
     """
     place = record_key(task, key)
     fields, is_sealed = read_record(store, place)
     if not is_sealed:
-        raise _damaged(store, place, "its seal does not fit the rest")
+        raise _damaged_record(store, place, "its checksum does not match its contents")
     try:
         record = ResultRecord.model_validate(fields, strict=True)
     except ValidationError as fault:
-        raise _damaged(store, place, _first(fault)) from None
+        raise _damaged_record(store, place, _first_problem(fault)) from None
     if record.schema_version != SCHEMA_VERSION:
-        raise _damaged(store, place, f"its signature version is {record.schema_version}")
+        raise _damaged_record(store, place, f"its schema version is {record.schema_version}")
     if (record.task, record.key) != (task, key):
-        raise _damaged(store, place, "it is the record of another task or other arguments")
+        raise _damaged_record(store, place, "it is the record of another task or other arguments")
     try:
         return _validated(record.value, function)
     except ValueError as fault:
-        reason = _first(fault) if isinstance(fault, ValidationError) else str(fault)
-        raise _damaged(store, place, reason) from None
+        reason = _first_problem(fault) if isinstance(fault, ValidationError) else str(fault)
+        raise _damaged_record(store, place, reason) from None
 
 
 def write_result(
     store: Store, task: str, key: str, function: Callable[..., Any], value: Any
 ) -> None:
-    """Record the result of a task.
+    """Record the result of a task; a failed write is logged.
 
-    If a result cannot be recorded, the next run of this task takes longer, without other effects;
-    the failure is logged.
+    Without the record, the task runs again next time; there is no other effect.
+
+    Args:
+        store: the store of the records.
+        task: the task's name.
+        key: the digest of its arguments.
+        function: the task's function; its return annotation is the type of the value.
+        value: the result.
 
     Raises:
-        StoreOutage: the store is away, so the caller may wait and call again.
+        StoreOutage: the store is down, so the caller may wait and call again.
     """
     place = record_key(task, key)
     try:
-        plain = json.loads(_declared(function).dump_json(value))
+        plain = json.loads(_return_type(function).dump_json(value))
         _validated(plain, function)
         record = ResultRecord(schema_version=SCHEMA_VERSION, task=task, key=key, value=plain)
         store.write(place, seal_record(record.model_dump(mode="json")))
@@ -101,11 +111,11 @@ def write_result(
 
 
 def find_result(store: Store, task: str, key: str, function: Callable[..., Any]) -> Any:
-    """Call ``read_result``, and log every reason why a record cannot be used.
+    """Call ``read_result``, but treat a record that cannot be used as missing, and log the reason.
 
     Raises:
         ArtifactMissing: there is no usable record, so the task has to run.
-        StoreOutage: the store is away, so the caller may wait and call again.
+        StoreOutage: the store is down, so the caller may wait and call again.
     """
     try:
         return read_result(store, task, key, function)
@@ -117,11 +127,11 @@ def find_result(store: Store, task: str, key: str, function: Callable[..., Any])
 
 
 @functools.cache
-def _declared(function: Callable[..., Any]) -> TypeAdapter[Any]:
+def _return_type(function: Callable[..., Any]) -> TypeAdapter[Any]:
     """Return the declared return type of a task's function.
 
     Raises:
-        TypeError: it has no return annotation.
+        TypeError: the function has no return annotation.
     """
     hints = get_type_hints(function)
     if "return" not in hints:
@@ -130,17 +140,17 @@ def _declared(function: Callable[..., Any]) -> TypeAdapter[Any]:
 
 
 def _validated(plain: Any, function: Callable[..., Any]) -> Any:
-    """Validate a plain value as the declared type.
+    """Validate plain JSON as the declared return type of a function, and return the value.
 
     Raises:
-        ValueError: the plain value differs from the form that pydantic writes for its type, except
-            that fields with a default may be absent.
+        ValueError: the JSON differs from what pydantic writes for the value, except that fields
+            with a default may be absent; or an artifact in it has an unexpected URI.
     """
-    declared = _declared(function)
+    declared = _return_type(function)
     value = declared.validate_python(plain)
-    # A field that an earlier version lacked is unset and has its default.
+    # Records of earlier versions lack newer fields, which then have their defaults.
     if json.loads(declared.dump_json(value, exclude_unset=True)) != plain:
-        raise ValueError("its value is not written as recpress writes it")
+        raise ValueError("its value is not what recpress writes for this type")
     for artifact in _artifacts(value):
         if artifact.uri != f"artifacts/{artifact.sha256}":
             raise ValueError(f"expected artifacts/{artifact.sha256}, got {clean(artifact.uri)}")
@@ -160,11 +170,11 @@ def _artifacts(value: Any) -> Iterator[Artifact]:
             yield from _artifacts(item)
 
 
-def _damaged(store: Store, place: str, reason: str) -> RecordRefused:
+def _damaged_record(store: Store, place: str, reason: str) -> RecordRefused:
     return RecordRefused("record_damaged", place=f"{store.root}/{place}", problem=reason)
 
 
-def _first(fault: ValidationError) -> str:
+def _first_problem(fault: ValidationError) -> str:
     """Format the first problem of a record, without its values, which are untrusted."""
     problem = fault.errors(include_input=False, include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"]) or "the value"

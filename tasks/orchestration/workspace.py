@@ -1,4 +1,4 @@
-"""The object store of this process, and local copies of its artifacts. No Prefect."""
+"""Open the object store of this process, and copy its artifacts to this machine. No Prefect."""
 
 from pathlib import Path
 
@@ -13,5 +13,5 @@ def store() -> Store:
 
 
 def local(artifact: Artifact) -> Path:
-    """Return a verified local folder of an artifact."""
+    """Return a local folder with the files of an artifact, verified by their hashes."""
     return store().local(artifact, load_settings().cache)

@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         id="code-digest-without-package-files",
         file="tasks/orchestration/code_digest.py",
-        old='                found |= {path.with_suffix(".py"), path / "__init__.py"}\n',
-        new='                found |= {path.with_suffix(".py")}\n',
+        old='                paths |= {path.with_suffix(".py"), path / "__init__.py"}\n',
+        new='                paths |= {path.with_suffix(".py")}\n',
         effect="After a change of a package's __init__.py, a task reuses its old result.",
         tests=(CODE_DIGEST,),
     ),
@@ -169,8 +169,8 @@ FAULTS = (
     Fault(
         id="code-digest-without-templates",
         file="tasks/orchestration/code_digest.py",
-        old="    return tuple(sorted(found.union(*(folder.glob(TEMPLATES) for folder in folders))))\n",
-        new="    return tuple(sorted(found))\n",
+        old="    return tuple(sorted(sources.union(*(folder.glob(TEMPLATES) for folder in folders))))\n",
+        new="    return tuple(sorted(sources))\n",
         effect="After a change of a page's template, a task reuses the old page.",
         tests=(CODE_DIGEST,),
     ),

@@ -1,10 +1,10 @@
-"""A teacher is refused with the first difference between its signature and the expected one."""
+"""Teachers: the first difference of a teacher's signature from the student's is reported."""
 
 import pytest
 from signatures import with_output
 
 from compressors.contracts import DenseInput, IdInput, Output, Signature
-from tasks.bundles.teachers import difference
+from tasks.bundles.teachers import first_difference
 
 ITEM = IdInput(name="item", table="items", dtype="int64", out_of_range="clamp")
 USER = IdInput(name="user", table="users", dtype="int64", out_of_range="clamp")
@@ -39,4 +39,4 @@ def test_the_first_difference_between_two_signatures_is_reported(changed, expect
     inputs = changed.get("inputs", WANTED.inputs)
     output = {name: value for name, value in changed.items() if name != "inputs"}
     found = with_output(WANTED, **output).model_copy(update={"inputs": inputs})
-    assert difference(found, WANTED) == expected
+    assert first_difference(found, WANTED) == expected
