@@ -1,8 +1,8 @@
-"""Decide which version serves. No Prefect.
+"""Decide which version of a model serves: promote, roll back, fetch. No Prefect.
 
 acceptance.py         checks whether a report allows promotion
 champion.py           finds the version and report of a ledger entry
-registry_listing.py   lists the versions of the registry
+registry_listing.py   lists the versions in the registry
 promotions.py         promotes, rolls back and fetches versions
-triton_repository.py  keeps a Triton repository in step with the champion
+triton_repository.py  copies the champion to a Triton model repository
 """

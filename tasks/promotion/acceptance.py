@@ -1,7 +1,7 @@
 """Check whether a stored report allows its version to become champion. No Prefect.
 
-Another program may have written a report in the store. So its outcome is computed again from its
-targets' verdicts, and these from their judgements.
+Another program may have written the report. Therefore its outcome is recomputed from the targets'
+verdicts, and each verdict from the judgements of its limits.
 """
 
 from compressors.contracts import overall
@@ -12,6 +12,11 @@ from tasks.orchestration.documents import Report, TargetReport
 
 def require_accepted(model: str, version: str, report: Report) -> None:
     """Raise unless every measured target of a report was accepted.
+
+    Args:
+        model: registered name, for the error.
+        version: version number, for the error.
+        report: the report.
 
     Raises:
         PromotionRefused: the report has no targets or no limits, contradicts itself, or its
@@ -41,9 +46,10 @@ def require_accepted(model: str, version: str, report: Report) -> None:
 
 
 def _contradiction(report: Report, target: TargetReport) -> str | None:
+    """Describe how a target's verdict contradicts its judgements; None if it does not."""
     verdict = target.verdict
     if verdict.target != target.target:
-        return f"the verdict of {target.target} is one of {verdict.target}"
+        return f"the verdict of {target.target} is for {verdict.target}"
     if not verdict.judgements:
         return None  # nothing was measured
     judged = {str(item.limit) for item in verdict.judgements}
@@ -53,7 +59,7 @@ def _contradiction(report: Report, target: TargetReport) -> str | None:
     outcome = judge.recomputed(verdict)
     if outcome != verdict.outcome:
         return (
-            f"{target.target} says {verdict.outcome}, and its judgements add up to {outcome} "
-            f"({'; '.join(item.reason for item in verdict.judgements)})"
+            f"the verdict of {target.target} is {verdict.outcome}, but its judgements add up to "
+            f"{outcome} ({'; '.join(item.reason for item in verdict.judgements)})"
         )
     return None

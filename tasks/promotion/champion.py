@@ -1,7 +1,8 @@
 """Find the registry version and the report of a ledger entry. No Prefect.
 
-The digest of the order is the link between them. Version numbers are not: a registry that was
-rebuilt, or another registry, may give the same number to another order.
+The promotion ledger in the object store records every change of champion. Its entries and the
+versions in the registry are matched by the digest of the order, not by version number: a rebuilt
+registry may give the same number to another order.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def version_of(registered: Registered) -> Version:
 
 
 def version_of_order(model: str, order: str) -> Version:
-    """Return the registry version of this order, for any version number.
+    """Return the registry version of an order.
 
     Raises:
         PromotionRefused: the registry does not have the order.
@@ -62,13 +63,13 @@ def version_of_order(model: str, order: str) -> Version:
     registered = registry().by_order(order, model)
     if registered is None:
         raise PromotionRefused(
-            "order_not_registered", order=order, model=model, registry=_shown_registry()
+            "order_not_registered", order=order, model=model, registry=_registry_uri()
         )
     return version_of(registered)
 
 
 def version_of_entry(model: str, entry: Entry) -> Version:
-    """Return the version whose order a ledger entry made champion.
+    """Return the registry version of the order in a ledger entry, if its report is accepted.
 
     Raises:
         PromotionRefused: the registry does not have the order, or its report is not accepted.
@@ -81,37 +82,39 @@ def version_of_entry(model: str, entry: Entry) -> Version:
             model=model,
             version=entry.version,
             by=entry.by,
-            registry=_shown_registry(),
+            registry=_registry_uri(),
         )
     version = version_of(registered)
     require_accepted(model, version.number, version.report)
     return version
 
 
-def _shown_registry() -> str:
+def _registry_uri() -> str:
+    """Return the registry's URI without credentials."""
     return shown(load_settings().registry_uri)
 
 
 def champions() -> dict[str, str]:
-    """Return the champion's version number of every model that has a ledger.
+    """Return the version number of the champion of every model that has a ledger.
 
     Raises:
         PromotionRefused: lists every model whose champion the registry does not have, or whose
             alias points to another version.
     """
     models = sorted({key.split("/")[1] for key in store().keys("ledger/")})
-    found, problems = {}, []
+    numbers, problems = {}, []
     for model in models:
         try:
-            found[model] = _aliased(model)
+            numbers[model] = _champion_number(model)
         except Refused as fault:
             problems.append(f"{model}: {fault}")
     if problems:
         raise PromotionRefused("champions_unusable", problems="; ".join(problems))
-    return found
+    return numbers
 
 
-def _aliased(model: str) -> str:
+def _champion_number(model: str) -> str:
+    """Return the champion's version number, or "none"; raises if the alias is on another one."""
     entry = Ledger(store(), model).champion()
     if entry is None:
         return "none"

@@ -1,9 +1,11 @@
-"""Promote, roll back and fetch versions. No Prefect: commands and servers call these.
+"""Promote, roll back and fetch versions. No Prefect: commands and servers call these functions.
 
-The ledger in the object store decides; the registry's alias and the Triton repository, if there is
-one, are repaired from it. A change of champion has a fixed order, so that a server has the old
-champion or the new one wherever a process dies: files into the repository, ledger, alias, the
-repository's configuration.
+The ledger in the object store decides which version is the champion. The alias ``champion`` in the
+registry and the Triton model repository, if there is one, are copies that are repaired from it.
+
+A change of champion has four steps: copy the version's files to the Triton repository, append to
+the ledger, move the alias, and update the repository's configuration. In this order, a server
+always has the complete old or new champion, also if the process is killed in between.
 """
 
 import getpass
@@ -35,11 +37,14 @@ log = logging.getLogger(__name__)
 
 
 def version_report(model: str, reference: str) -> tuple[Registered, Report]:
-    """Return a registry version and the report it points to.
+    """Return a registry version and its report. ``@champion`` is read from the ledger.
 
     Args:
         model: registered name.
         reference: ``3``, ``@champion`` or ``@candidate``.
+
+    Raises:
+        PromotionRefused: there is no champion, or the report is of another model or order.
     """
     if reference != "@champion":
         version = version_of(registry().version(model, reference))
@@ -52,11 +57,9 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
 
 
 def version_page(model: str, reference: str) -> tuple[Registered, bytes]:
-    """Return a registry version and the page of its report, as published.
+    """Return a registry version and the stored HTML page of its report.
 
-    Args:
-        model: registered name.
-        reference: ``3``, ``@champion`` or ``@candidate``.
+    Arguments and errors as in ``version_report``.
     """
     registered, _ = version_report(model, reference)
     return registered, store().file(store().artifact(registered.source), PAGE)
@@ -69,13 +72,13 @@ def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entr
 
     Args:
         model: registered name.
-        expected: whether a change of champion was just written, so that a difference is expected.
+        expected: whether the ledger was just changed. If so, a repair is expected and not logged.
         reading: whether the caller only needs the champion. If so, a failed repair of the Triton
             repository is logged; otherwise it raises.
 
     Returns:
-        The ledger's last entry, with the number its order has in the registry; None if there is
-        no ledger.
+        The ledger's last entry, with the version number that its order has in the registry now;
+        None if there is no ledger.
 
     Raises:
         PromotionRefused: the registry does not have the champion's order, or its report is not
@@ -88,48 +91,45 @@ def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entr
         if registry().repair(model, version.number) and not expected:
             log.warning("%s: the registry's champion was repaired from the ledger", model)
         try:
-            if _followed(model, version) and not expected:
+            if _update_triton(model, version) and not expected:
                 log.warning("%s: the Triton repository was repaired from the ledger", model)
         except (InfraError, Refused) as fault:
             if not reading:
                 raise
-            log.warning("%s: the Triton repository does not follow: %s", model, fault)
+            log.warning("%s: the Triton repository was not updated: %s", model, fault)
         newest = ledger.champion()
         if newest == entry:
             return entry.model_copy(update={"version": version.number})
-        entry = newest  # another process has promoted: alias and server follow its entry
+        entry = newest  # another process has promoted a version in the meantime
     return None
 
 
-def _followed(model: str, version: Version) -> bool:
-    """Update the Triton repository, if any, to this champion; returns whether it changed."""
-    root = triton_repository.repository()
+def _update_triton(model: str, version: Version) -> bool:
+    """Update the Triton repository, if any, to this champion; return whether it changed."""
+    root = triton_repository.repository_root()
     if root is None:
         return False
-    return (
-        triton_repository.follow(
-            root, model, triton_repository.graphs(version.number, version.report)
-        )
-        != ()
-    )
+    graphs = triton_repository.servable_graphs(version.number, version.report)
+    return triton_repository.update(root, model, graphs) != ()
 
 
-def _stage(model: str, version: Version) -> None:
+def _copy_to_triton(model: str, version: Version) -> None:
     """Copy a version's files into the Triton repository, if there is one."""
-    root = triton_repository.repository()
+    root = triton_repository.repository_root()
     if root is None:
         return
     try:
-        # In a registry with other version numbers, the folder that the server reads now may have
-        # this version's number: first move the champion to its current number.
+        # Folders have version numbers. In a rebuilt registry, the folder of the current champion
+        # may have the number of this version, so the champion is first moved to its new number.
         repair(model, reading=True)
     except PromotionRefused as fault:
-        log.warning("%s: the present champion stays as it is served: %s", model, fault)
-    triton_repository.stage(root, triton_repository.graphs(version.number, version.report))
+        log.warning("%s: the current champion was not repaired: %s", model, fault)
+    graphs = triton_repository.servable_graphs(version.number, version.report)
+    triton_repository.copy_files(root, graphs)
 
 
 class Change(Frozen):
-    """The resulting ledger entry of a command; ``is_new`` if this command appended it."""
+    """The champion's ledger entry after a command; ``is_new`` if the command appended it."""
 
     entry: Entry
     is_new: bool
@@ -151,11 +151,12 @@ def apply_promotion(model: str, reference: str, reason: str) -> Change:
     Args:
         model: registered name.
         reference: ``3``, ``@candidate`` or ``@champion``.
-        reason: written into the ledger.
+        reason: a text for the ledger.
 
     Raises:
-        PromotionRefused: its outcome is not accepted, or its report does not support it.
-        AlreadyThere: another command has made another version champion.
+        PromotionRefused: the outcome of the version's report is not ``accepted``, or the report
+            contradicts it.
+        AlreadyThere: another command has made another version the champion.
     """
     entries = Ledger(store(), model).entries()
     registered, report = version_report(model, reference)
@@ -163,27 +164,33 @@ def apply_promotion(model: str, reference: str, reason: str) -> Change:
 
 
 def champion(model: str) -> Entry | None:
-    """Return the entry of the current champion; None if there has never been one."""
+    """Return the ledger entry of the current champion; None if there is no champion."""
     return Ledger(store(), model).champion()
 
 
 def promote_order(model: str, order: str, reason: str) -> Entry:
-    """Make the version that has this order the champion.
+    """Make the version of an order the champion.
+
+    Args:
+        model: registered name.
+        order: digest of the order.
+        reason: a text for the ledger.
 
     Raises:
-        PromotionRefused, AlreadyThere: as ``apply_promotion``; also the registry does not have
-            the order.
+        PromotionRefused: as ``apply_promotion``, or the registry does not have the order.
+        AlreadyThere: as ``apply_promotion``.
     """
     entries = Ledger(store(), model).entries()
     return _promote(model, version_of_order(model, order), reason, entries).entry
 
 
 def _promote(model: str, version: Version, reason: str, entries: tuple[Entry, ...]) -> Change:
+    """Make a version the champion; ``entries`` is the ledger when the command began."""
     order = version.report.order
     require_accepted(model, version.number, version.report)
     is_new = not entries or entries[-1].order != order
     if is_new:
-        _stage(model, version)
+        _copy_to_triton(model, version)
         ledger = Ledger(store(), model)
         try:
             ledger.append(version.number, order, "promote", whoami(), reason, expected=len(entries))
@@ -192,7 +199,7 @@ def _promote(model: str, version: Version, reason: str, entries: tuple[Entry, ..
             if champion is None or champion.order != order:
                 raise
             is_new = False  # another command has promoted the same order
-    return _completed(model, is_new=is_new)
+    return _complete(model, is_new=is_new)
 
 
 def apply_rollback(
@@ -200,15 +207,15 @@ def apply_rollback(
 ) -> Change:
     """Make the version before the current champion the champion again.
 
-    A repeated command after an interrupted run completes that run and does not roll back a second
-    time: the last entry is an unconfirmed rollback. The same holds for a rollback by another
-    command after this one began.
+    If the last ledger entry is a rollback that was interrupted, or that another command appended
+    after this one began, only that rollback is completed, so that a repeated command does not go
+    back two versions.
 
     Args:
         model: registered name.
-        reason: written into the ledger.
-        leaving: the version to roll back from. If it has already been rolled back, nothing else is
-            rolled back. Default: the current champion.
+        reason: a text for the ledger.
+        leaving: the version to roll back from; by default the current champion. If it has already
+            been rolled back, nothing is rolled back.
         began: start time of the command; by default now.
 
     Raises:
@@ -218,14 +225,16 @@ def apply_rollback(
     began = began or datetime.now(UTC)
     ledger = Ledger(store(), model)
     entries = ledger.entries()
-    left = None if leaving is None else registry().version(model, leaving).tags.get(ORDER_TAG)
-    if _is_rolled_back(model, entries, leaving, left, began):
-        return _completed(model, is_new=False)
+    leaving_order = (
+        None if leaving is None else registry().version(model, leaving).tags.get(ORDER_TAG)
+    )
+    if _is_rolled_back(model, entries, leaving, leaving_order, began):
+        return _complete(model, is_new=False)
     earlier = before(entries)
     if earlier is None:
         raise PromotionRefused("earlier_champion_missing", model=model, entries=len(entries))
     version = version_of_entry(model, earlier)
-    _stage(model, version)
+    _copy_to_triton(model, version)
     try:
         ledger.append(
             version.number, earlier.order, "rollback", whoami(), reason, expected=len(entries)
@@ -234,35 +243,46 @@ def apply_rollback(
         later = ledger.entries()[len(entries) :]
         if any(entry.action != "rollback" for entry in later):
             raise
-        return _completed(model, is_new=False)  # another command has rolled back
-    return _completed(model, is_new=True)
+        return _complete(model, is_new=False)  # another command has rolled back
+    return _complete(model, is_new=True)
 
 
 def _is_rolled_back(
     model: str,
     entries: tuple[Entry, ...],
     leaving: str | None,
-    left: str | None,
+    leaving_order: str | None,
     began: datetime,
 ) -> bool:
-    """Return whether the ledger already has the rollback of a command."""
+    """Return whether the ledger already has the rollback of a command.
+
+    Args:
+        model: registered name.
+        entries: the entries of the ledger.
+        leaving: the version to roll back from; None for the current champion.
+        leaving_order: digest of that version's order.
+        began: start time of the command.
+
+    Raises:
+        PromotionRefused: ``leaving`` is not the champion and has not been rolled back.
+    """
     last = entries[-1] if entries else None
     if leaving is not None:
-        if last is not None and last.order == left:
+        if last is not None and last.order == leaving_order:
             return False
-        if left in undone(entries):
+        if leaving_order in undone(entries):
             return True
         current = "none" if last is None else f"version {last.version}"
         raise PromotionRefused("other_champion", model=model, expected=leaving, got=current)
     if last is None or last.action != "rollback":
         return False
-    if last.digest is None:  # written by a version that did not confirm: the alias moved last
+    if last.digest is None:  # an earlier recpress wrote it, whose last step was to move the alias
         return CHAMPION not in version_of_entry(model, last).registered.aliases
     return datetime.fromisoformat(last.at) > began or registry().confirmed(model) != last.digest
 
 
-def _completed(model: str, *, is_new: bool) -> Change:
-    """Update the alias and the Triton repository, then record the confirmation."""
+def _complete(model: str, *, is_new: bool) -> Change:
+    """Update the alias and the Triton repository, then record that the change is complete."""
     entry = repair(model, expected=True)
     if entry is None:
         raise ConcurrentChange("ledger_emptied", model=model)
@@ -272,7 +292,7 @@ def _completed(model: str, *, is_new: bool) -> Change:
 
 
 def champion_graph(model: str, target: str) -> Artifact | None:
-    """Return what a target serves of the current champion; None without a champion.
+    """Return the champion's graphs or engines for a target; None if there is no champion.
 
     Raises:
         ArtifactMissing: the champion was not built for this target.
@@ -281,7 +301,7 @@ def champion_graph(model: str, target: str) -> Artifact | None:
     if entry is None:
         return None
     version = version_of_entry(model, entry)
-    return _target(version.report, target, model, version.number).artifact
+    return _require_target(version.report, target, model, version.number).artifact
 
 
 def fetch(
@@ -293,13 +313,13 @@ def fetch(
     unmeasured: bool = False,
     unaccepted: bool = False,
 ) -> tuple[Registered, TargetReport]:
-    """Copy one target of a version to a folder, every chunk verified.
+    """Copy the files of one target of a version to a folder, and verify their hashes.
 
     Args:
         model: registered name.
         reference: ``3``, ``@champion`` or ``@candidate``.
-        target: the target of the files.
-        into: must not exist, or be an empty folder.
+        target: name of the target.
+        into: the folder; must not exist, or be empty.
         unmeasured: allow a target that was built but never measured.
         unaccepted: allow a target that was rejected or is undecided.
 
@@ -309,8 +329,8 @@ def fetch(
         ArtifactDamaged: stored bytes are damaged.
     """
     registered, report = version_report(model, reference)
-    found = _target(report, target, model, registered.version)
-    outcome = found.verdict.outcome
+    target_report = _require_target(report, target, model, registered.version)
+    outcome = target_report.verdict.outcome
     if outcome == "built-unmeasured" and not unmeasured:
         raise PromotionRefused(
             "target_unmeasured", target=target, model=model, version=registered.version
@@ -322,10 +342,10 @@ def fetch(
             model=model,
             version=registered.version,
             outcome=outcome,
-            reason=found.verdict.reason,
+            reason=target_report.verdict.reason,
         )
-    store().get(found.artifact, into)
-    return registered, found
+    store().get(target_report.artifact, into)
+    return registered, target_report
 
 
 def whoami() -> str:
@@ -333,7 +353,8 @@ def whoami() -> str:
     return os.environ.get("RECPRESS_USER") or getpass.getuser()
 
 
-def _target(report: Report, target: str, model: str, version: str) -> TargetReport:
+def _require_target(report: Report, target: str, model: str, version: str) -> TargetReport:
+    """Return the part of a report for a target; raises ``ArtifactMissing`` if there is none."""
     for item in report.targets:
         if item.target == target:
             return item
@@ -353,43 +374,49 @@ def export(
 
     Args:
         model: registered name.
-        to: the repository; None for the one of the settings.
-        unmeasured: also export a plan that was built but never measured.
+        to: root of the repository; None for the repository in the settings.
+        unmeasured: also export engines that were built but never measured.
 
     Raises:
         PromotionRefused: there is no champion, or it has no graph that Triton can serve.
         SettingRefused: there is no repository, or it cannot be used.
     """
-    root = triton_repository.needed(to)
-    registered, found = _servable(model, unmeasured=unmeasured)
-    triton_repository.stage(root, found)  # compares every byte, unlike the update
-    triton_repository.follow(root, model, found)
-    return triton_repository.compare(root, model, registered.version, found)
+    root = triton_repository.require_repository(to)
+    registered, graphs = _champion_graphs(model, unmeasured=unmeasured)
+    triton_repository.copy_files(root, graphs)  # also replaces files with different bytes
+    triton_repository.update(root, model, graphs)
+    return triton_repository.compare(root, model, registered.version, graphs)
 
 
 def triton_contents(
     model: str, to: str | None, *, unmeasured: bool = False
 ) -> tuple[triton_repository.TritonModel, ...]:
-    """Return the state of a Triton repository for a model's champion, without changes.
+    """Compare a Triton repository with a model's champion, without changing it.
 
     Arguments and errors as in ``export``.
     """
-    root = triton_repository.needed(to)
-    registered, found = _servable(model, unmeasured=unmeasured)
-    return triton_repository.compare(root, model, registered.version, found)
+    root = triton_repository.require_repository(to)
+    registered, graphs = _champion_graphs(model, unmeasured=unmeasured)
+    return triton_repository.compare(root, model, registered.version, graphs)
 
 
-def _servable(model: str, *, unmeasured: bool) -> tuple[Registered, tuple[ServedVersion, ...]]:
-    """Return the champion and its graphs for Triton, without changing the alias."""
+def _champion_graphs(
+    model: str, *, unmeasured: bool
+) -> tuple[Registered, tuple[ServedVersion, ...]]:
+    """Return the champion and its graphs for Triton, without repairing the alias.
+
+    Raises:
+        PromotionRefused: there is no champion, or it has no graph that Triton can serve.
+    """
     entry = Ledger(store(), model).champion()
     if entry is None:
         raise PromotionRefused("champion_to_serve_missing", model=model)
     version = version_of_entry(model, entry)
     registered, report = version.registered, version.report
-    found = triton_repository.graphs(version.number, report, unmeasured=unmeasured)
-    if not found:
+    graphs = triton_repository.servable_graphs(version.number, report, unmeasured=unmeasured)
+    if not graphs:
         targets = tuple(f"{item.target} ({item.verdict.outcome})" for item in report.targets)
         raise PromotionRefused(
             "not_servable_by_triton", model=model, version=version.number, targets=targets
         )
-    return registered, found
+    return registered, graphs

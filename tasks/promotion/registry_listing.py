@@ -1,7 +1,7 @@
-"""List our versions in the registry, including those with unexpected tags.
+"""List the versions of recpress in the registry, including those with unexpected tags.
 
-Every user with write access can register any version. An unexpected version is listed with a note,
-and the others are still listed.
+Every user with write access to the registry can create a version with any tags. A version with
+unexpected tags is listed with a note; it does not prevent the listing of others.
 """
 
 import json
@@ -20,65 +20,71 @@ log = logging.getLogger(__name__)
 
 RECIPE_TAG = "recpress.recipe"
 
-_REFERENCES = re.compile(r"recpress\.(report|artifact\..*)")
-_IN_ARTIFACT = re.compile(
+# Tags whose values are references to the store.
+_REFERENCE_TAGS = re.compile(r"recpress\.(report|artifact\..*)")
+# A reference: an artifact, or a file in it, with or without the store's root.
+_REFERENCE = re.compile(
     r"(?P<uri>(?:.*/)?artifacts/[0-9a-f]{64})(?P<path>(?:/files/.*)?)", re.DOTALL
 )
 
 
 class ListedVersion(Registered):
-    """A registered version; ``note`` describes what is unexpected about it."""
+    """A registered version with the kinds of its recipe's steps.
+
+    ``note`` describes unexpected tags; it is empty if there are none.
+    """
 
     recipe: tuple[str, ...] = ()
     note: str = ""
 
 
 def listed(model: str | None) -> tuple[ListedVersion, ...]:
-    """List our versions of one model or of all models, without those of other programs.
+    """List the versions of one model, or of all models, that have an order's digest as a tag.
 
     Raises:
         RegistryRefused: there is no model of that name.
     """
     registry = Registry(load_settings().registry_uri)
-    found: list[Registered] = []
+    versions: list[Registered] = []
     for name in [model] if model else registry.models():
         try:
-            found += registry.versions(name)
+            versions += registry.versions(name)
         except Refused as fault:
             if model:
                 raise
             log.warning("Model %r is left out: %s", name, fault)
-    here = store()
-    return tuple(_listed(item, here) for item in found if ORDER_TAG in item.tags)
+    release_store = store()
+    return tuple(_listed(item, release_store) for item in versions if ORDER_TAG in item.tags)
 
 
-def _listed(item: Registered, here: Store) -> ListedVersion:
+def _listed(item: Registered, release_store: Store) -> ListedVersion:
+    """Return a version with full URIs, the kinds of its steps, and a note on unexpected tags."""
     notes = []
-    recipe = _recipe(item.tags.get(RECIPE_TAG))
+    recipe = _parse_recipe(item.tags.get(RECIPE_TAG))
     if recipe is None:
         notes.append(f"its tag {RECIPE_TAG} is not a list of steps")
     if not re.fullmatch(r"[0-9a-f]{64}", item.tags[ORDER_TAG]):
         notes.append(f"its tag {ORDER_TAG} is not an order's digest")
-    notes += [f"it has no tag {tag}" for tag in _missing(item.tags)]
+    notes += [f"it has no tag {tag}" for tag in _missing_tags(item.tags)]
     if artifact_name(item.source) is None:
         notes.append("its source is not an artifact of a store")
-    known = {
+    fields = {
         **item.model_dump(),
-        "source": _whole(item.source, here),
+        "source": _full_uri(item.source, release_store),
         "tags": {
-            name: _whole(value, here) if _REFERENCES.fullmatch(name) else value
+            name: _full_uri(value, release_store) if _REFERENCE_TAGS.fullmatch(name) else value
             for name, value in item.tags.items()
         },
     }
     note = f"not as recpress registers it: {'; '.join(notes)}" if notes else ""
-    return ListedVersion(**known, recipe=recipe or (), note=note)
+    return ListedVersion(**fields, recipe=recipe or (), note=note)
 
 
-def _missing(tags: dict[str, str]) -> list[str]:
+def _missing_tags(tags: dict[str, str]) -> list[str]:
     return [tag for tag in ("recpress.outcome", "recpress.bundle") if not tags.get(tag)]
 
 
-def _recipe(text: str | None) -> tuple[str, ...] | None:
+def _parse_recipe(text: str | None) -> tuple[str, ...] | None:
     """Parse the kinds of the steps in a recipe tag; None if it is not a recipe."""
     try:
         raw = (text or "").encode()
@@ -93,10 +99,11 @@ def _recipe(text: str | None) -> tuple[str, ...] | None:
     return tuple(step["kind"] for step in steps)
 
 
-def _whole(text: str, here: Store) -> str:
-    """Prefix an artifact reference with the store's root; return any other text unchanged."""
-    found = _IN_ARTIFACT.fullmatch(text)
-    name = None if found is None else artifact_name(found["uri"])
-    if found is None or name is None:
+def _full_uri(text: str, release_store: Store) -> str:
+    """Return a reference as a full URI; return text that is not a reference unchanged."""
+    match = _REFERENCE.fullmatch(text)
+    sha256 = None if match is None else artifact_name(match["uri"])
+    if match is None or sha256 is None:
         return text
-    return here.uri_of(Artifact(uri=found["uri"], sha256=name, bytes=0)) + found["path"]
+    artifact = Artifact(uri=match["uri"], sha256=sha256, bytes=0)
+    return release_store.uri_of(artifact) + match["path"]

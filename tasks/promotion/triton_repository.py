@@ -1,8 +1,10 @@
-"""Update and inspect the champion's Triton repository. No Prefect: commands call this.
+"""Copy the champion to a Triton model repository, and inspect the repository. No Prefect.
 
-A promotion copies a version's files before the ledger refers to it, and lets the server load it
-after the registry's alias has moved. At every moment in between, the server finds the complete old
-champion or the complete new one. ``follow`` completes an interrupted promotion.
+Each graph of a champion is a Triton model: a folder with one subfolder per version and a
+configuration, which names the version that the server loads. A promotion calls ``copy_files``
+before it changes the ledger, and ``update``, which writes the configuration, at its end
+(``promotions.py``). So the server always finds a complete champion, and ``update`` completes a
+promotion that was interrupted.
 """
 
 import logging
@@ -33,9 +35,10 @@ from tasks.orchestration.workspace import store
 log = logging.getLogger(__name__)
 
 PARTS = ("", "query", "item")
-"""Which graphs a model may have: the only one, or the two towers of a retrieval model."""
+"""Graphs that a model may have: the only graph (""), or the two towers of a retrieval model."""
 
 _LATENCY = re.compile(r"p50_ms@([0-9]+)")
+"""Name of the metric median latency; the group is the batch size."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,18 @@ class GraphPart:
 
 
 class TritonModel(Frozen):
-    """One Triton model in a repository, compared with the published files.
+    """The state of a Triton model in a repository, compared with the champion.
 
-    ``files`` has the state of every file of the served version: ``ok``, ``missing`` or ``changed``.
+    Attributes:
+        name: name of the Triton model.
+        uri: URI of its folder.
+        state: "champion" if the server loads the champion; "behind" if it loads another
+            version; "absent" if there is no configuration; "stale" if the champion has no graph
+            for this Triton model, which an earlier version had.
+        served: the version that the server loads; None if there is no configuration.
+        champion: the version of the champion.
+        files: state of each of the champion's files: "ok", "missing" or "changed".
+        config: the configuration.
     """
 
     name: str
@@ -62,46 +74,54 @@ class TritonModel(Frozen):
 
     @property
     def sound(self) -> bool:
-        """Whether a server that starts now serves the champion from undamaged files."""
+        """Whether a server that starts now serves the champion, and its files are undamaged."""
         return self.state == "champion" and set(self.files.values()) == {"ok"}
 
 
-def repository(given: str | None = None) -> str | None:
-    """Return the repository's root: the argument, or ``RECPRESS_TRITON``; None without both.
+def repository_root(option: str | None = None) -> str | None:
+    """Return the root of the Triton repository; None if there is no repository.
+
+    Args:
+        option: value of the option ``--to``; without it the setting ``RECPRESS_TRITON`` is used.
 
     Raises:
         SettingRefused: the root cannot be used.
     """
-    root, setting = (given, "--to") if given else (load_settings().triton, "RECPRESS_TRITON")
+    root, setting = (option, "--to") if option else (load_settings().triton, "RECPRESS_TRITON")
     if not root:
         return None
     triton.refuse_overlap(root, store(), setting)
     return root
 
 
-def needed(given: str | None) -> str:
-    """Return the root as ``repository`` does, and raise if there is none.
+def require_repository(option: str | None) -> str:
+    """Return the root of the Triton repository; raise if there is no repository.
+
+    Args:
+        option: as in ``repository_root``.
 
     Raises:
-        SettingRefused: there is none.
+        SettingRefused: there is no repository, or it cannot be used.
     """
-    root = repository(given)
+    root = repository_root(option)
     if root is None:
         raise SettingRefused("triton_repository_missing")
     return root
 
 
 def contents() -> tuple[str, int]:
-    """Return the repository of these settings and its number of models."""
-    return triton.contents(needed(None))
+    """Return the root of the repository in the settings, and its number of models."""
+    return triton.contents(require_repository(None))
 
 
-def graphs(version: str, report: Report, *, unmeasured: bool = False) -> tuple[ServedVersion, ...]:
-    """List the graphs Triton can serve of a version: accepted ONNX graphs and TensorRT plans.
+def servable_graphs(
+    version: str, report: Report, *, unmeasured: bool = False
+) -> tuple[ServedVersion, ...]:
+    """List the accepted graphs of a version that Triton can serve: ONNX graphs, TensorRT engines.
 
     Args:
-        version: its number in the registry.
-        report: its report.
+        version: number of the version in the registry.
+        report: the report of the version.
         unmeasured: include targets that were built but never measured.
 
     Raises:
@@ -109,74 +129,89 @@ def graphs(version: str, report: Report, *, unmeasured: bool = False) -> tuple[S
     """
     outcomes = {"accepted", "built-unmeasured"} if unmeasured else {"accepted"}
     return tuple(
-        _served(version, report, target, part)
+        _graph_to_serve(version, report, target, part)
         for target in report.targets
         if target.target in servable_targets() and target.verdict.outcome in outcomes
         for part in _parts(target)
     )
 
 
-def stage(root: str, found: tuple[ServedVersion, ...]) -> None:
-    """Copy the files of a version. No server loads them before ``follow``.
+def copy_files(root: str, graphs: tuple[ServedVersion, ...]) -> None:
+    """Copy the files of a version to a repository. No server loads them before ``update``.
 
     Raises:
         TritonRefused: a folder belongs to another model.
     """
-    if not found:
-        log.warning("Triton has nothing to serve of this version: no accepted graph it can load")
-    for served in found:
-        for key in triton.stage(_home(root, served.name), store(), served):
-            log.info("%s: %s is in place", served.name, key)
+    if not graphs:
+        log.warning("Triton cannot serve this version: it has no accepted graph that Triton loads")
+    for graph in graphs:
+        for key in triton.stage(_model_folder(root, graph.name), store(), graph):
+            log.info("%s: copied %s", graph.name, key)
 
 
-def follow(root: str, model: str, found: tuple[ServedVersion, ...]) -> tuple[str, ...]:
-    """Copy missing files of a model's graphs, then let the server load them.
+def update(root: str, model: str, graphs: tuple[ServedVersion, ...]) -> tuple[str, ...]:
+    """Copy missing files of a model's graphs, then write the configurations that load them.
+
+    Args:
+        root: root of the repository.
+        model: registered name.
+        graphs: the graphs of the champion.
 
     Returns:
-        The Triton models that changed.
+        The names of the Triton models that changed.
     """
-    late = [item for item in found if not triton.follows(_home(root, item.name), store(), item)]
-    for served in late:  # all files before the first configuration: graphs are updated together
-        triton.stage(_home(root, served.name), store(), served)
-    for served in late:
-        triton.point(_home(root, served.name), served)
-    for name in stale_models(root, model, found):
+    outdated = [
+        graph
+        for graph in graphs
+        if not triton.follows(_model_folder(root, graph.name), store(), graph)
+    ]
+    for graph in outdated:  # all files before the first configuration
+        triton.stage(_model_folder(root, graph.name), store(), graph)
+    for graph in outdated:
+        triton.point(_model_folder(root, graph.name), graph)
+    for name in stale_models(root, model, graphs):
         log.warning(
-            "%s: the champion of %s has nothing to serve under this name, so the server keeps "
-            "an earlier version. Remove the folder from %s if it should not.",
+            "%s: the champion of %s has no graph of this name, so the server keeps an earlier "
+            "version. Remove the folder from %s if it should not.",
             name,
             model,
             root,
         )
-    return tuple(served.name for served in late)
+    return tuple(graph.name for graph in outdated)
 
 
-def stale_models(root: str, model: str, found: tuple[ServedVersion, ...]) -> tuple[str, ...]:
-    """List Triton models of earlier versions for which the current version has no graph."""
+def stale_models(root: str, model: str, graphs: tuple[ServedVersion, ...]) -> tuple[str, ...]:
+    """List the Triton models of a registered model for which the champion has no graph.
+
+    Args:
+        root: root of the repository.
+        model: registered name.
+        graphs: the graphs of the champion.
+    """
     names = {triton_name(model, target, part) for target in servable_targets() for part in PARTS}
-    names -= {served.name for served in found}
-    return tuple(sorted(name for name in names if _follows(_home(root, name), model)))
+    names -= {graph.name for graph in graphs}
+    return tuple(sorted(name for name in names if _belongs_to(_model_folder(root, name), model)))
 
 
 def compare(
-    root: str, model: str, version: str, served: tuple[ServedVersion, ...]
+    root: str, model: str, version: str, graphs: tuple[ServedVersion, ...]
 ) -> tuple[TritonModel, ...]:
-    """Compare every byte of the champion's graphs in the repository with the published files.
+    """Compare every byte of the champion's graphs in a repository with the stored files.
 
     Args:
-        root: the repository.
-        model: the registered model.
-        version: the champion's version.
-        served: the graphs of it that Triton can serve.
+        root: root of the repository.
+        model: registered name.
+        version: number of the champion's version.
+        graphs: the champion's graphs that Triton can serve.
     """
-    found = [_compare_one(_home(root, item.name), item) for item in served]
-    for name in stale_models(root, model, served):
-        home = _home(root, name)
-        body = triton.current(home) or b""
-        found.append(
+    models = [_compare_one(_model_folder(root, graph.name), graph) for graph in graphs]
+    for name in stale_models(root, model, graphs):
+        folder = _model_folder(root, name)
+        body = triton.current(folder) or b""
+        models.append(
             TritonModel(
                 name=name,
-                uri=home.root,
+                uri=folder.root,
                 state="stale",
                 served=triton.version_in(body),
                 champion=version,
@@ -184,40 +219,41 @@ def compare(
                 config=body.decode(errors="replace"),
             )
         )
-    return tuple(found)
+    return tuple(models)
 
 
-def _compare_one(home: Store, wanted: ServedVersion) -> TritonModel:
-    triton.owner(home)  # raises for another program's model
-    body = triton.current(home)
-    wrong = triton.faults(home, store(), wanted)
+def _compare_one(folder: Store, graph: ServedVersion) -> TritonModel:
+    triton.owner(folder)  # raises if the folder belongs to another program
+    body = triton.current(folder)
+    problems = triton.faults(folder, store(), graph)
     state: Literal["champion", "behind", "absent"] = "behind"
     if body is None:
         state = "absent"
-    elif body == triton.config(wanted):
+    elif body == triton.config(graph):
         state = "champion"
+    files: dict[str, Literal["ok", "missing", "changed"]] = {}
+    for key in triton.keys(store(), graph):
+        problem = problems.get(key)
+        files[key] = "ok" if problem is None else "missing" if problem == "missing" else "changed"
     return TritonModel(
-        name=wanted.name,
-        uri=home.root,
+        name=graph.name,
+        uri=folder.root,
         state=state,
         served=None if body is None else triton.version_in(body),
-        champion=str(wanted.version),
-        files={
-            key: "missing" if wrong.get(key) == "missing" else "changed" if key in wrong else "ok"
-            for key in triton.keys(store(), wanted)
-        },
+        champion=str(graph.version),
+        files=files,
         config=None if body is None else body.decode(errors="replace"),
     )
 
 
-def _home(root: str, name: str) -> Store:
+def _model_folder(root: str, name: str) -> Store:
     return triton.place(root, name)
 
 
-def _follows(home: Store, model: str) -> bool:
+def _belongs_to(folder: Store, model: str) -> bool:
     try:
-        return triton.owner(home) == model
-    except Refused:  # another program's folder with this name
+        return triton.owner(folder) == model
+    except Refused:  # the folder belongs to another program
         return False
 
 
@@ -229,25 +265,32 @@ def _parts(target: TargetReport) -> tuple[GraphPart, ...]:
     )
 
 
-def _served(version: str, report: Report, target: TargetReport, part: GraphPart) -> ServedVersion:
+def _graph_to_serve(
+    version: str, report: Report, target: TargetReport, part: GraphPart
+) -> ServedVersion:
+    """Return a graph with what its Triton configuration needs.
+
+    Raises:
+        TritonRefused: the report lacks such a value, or has an invalid one.
+    """
     graph = part.graph.name
-    held = {entry.path for entry in store().manifest(target.artifact).files}
     capability = None
     engines, stored = declared(target.target).engines, declared(target.target).served_file(graph)
     if engines is not None:
         build = store().file(target.artifact, build_record(graph))
         capability = validated(EngineRecord, build).capability
-        # A GPU of another kind finds no file, instead of one it cannot load.
-        named = f"{graph}-{capability}{engines.suffix}" if capability else stored
-        files = {named: stored}
+        # With the GPU's compute capability in its name, other GPUs do not load the engine.
+        file_name = f"{graph}-{capability}{engines.suffix}" if capability else stored
+        files = {file_name: stored}
         batches, threads = _ordered_batches(report), None
     else:
         # Large weights are stored next to the graph and must be copied before it.
-        external = sorted(path for path in held if path.startswith(f"{stored}."))
-        files = {path: path for path in (*external, stored)}
-        measured = report.measured.get(target.target)
-        batches = _measured_batches(measured)
-        threads = None if measured is None else measured.machine.threads
+        paths = {entry.path for entry in store().manifest(target.artifact).files}
+        weights = sorted(path for path in paths if path.startswith(f"{stored}."))
+        files = {path: path for path in (*weights, stored)}
+        measurement = report.measured.get(target.target)
+        batches = _measured_batches(measurement)
+        threads = None if measurement is None else measurement.machine.threads
     width = () if part.graph.width is None else (part.graph.width,)
     try:
         return ServedVersion(
@@ -277,24 +320,25 @@ def _served(version: str, report: Report, target: TargetReport, part: GraphPart)
         ) from fault
 
 
-def _measured_batches(measured: Measurement | None) -> tuple[int, int, int]:
-    """Return one row, the measured batch with the most rows per second, and the largest one.
+def _measured_batches(measurement: Measurement | None) -> tuple[int, int, int]:
+    """Return smallest, best and largest batch size of an ONNX graph.
 
-    No limit was judged for a request larger than all measured batches.
+    The best has the most rows per second. The largest is the largest measured batch, since no limit
+    was judged for larger ones. All are 1 without measurements.
     """
-    numbers = () if measured is None else measured.numbers.numbers
-    pace = {
+    numbers = () if measurement is None else measurement.numbers.numbers
+    rows_per_ms = {
         int(size[1]): int(size[1]) / max(number.estimate.point, 1e-9)
         for number in numbers
         if number.against == "absolute" and (size := _LATENCY.fullmatch(number.metric))
     }
-    if not pace:
+    if not rows_per_ms:
         return 1, 1, 1
-    return 1, max(pace, key=lambda rows: pace[rows]), max(pace)
+    return 1, max(rows_per_ms, key=lambda rows: rows_per_ms[rows]), max(rows_per_ms)
 
 
 def _ordered_batches(report: Report) -> tuple[int, int, int]:
-    """Return the shapes of the plan's optimization profile."""
+    """Return smallest, best and largest batch size of an engine, as in the order."""
     ordered = report.reproduction.order.get("targets", {})
     try:
         low, best, high = (

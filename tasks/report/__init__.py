@@ -1,10 +1,10 @@
-"""Render results as tables, Markdown and HTML. No Prefect.
+"""Render the report of an order as tables, Markdown and HTML. No Prefect.
 
-cells.py         formats metrics and changes as text
-tables.py        the report as a table and as Markdown
-stages.py        the effect of each step
-measured.py      limits, quality and latency
-plan_section.py  the recipe and the bytes of each table and layer
-target_facts.py  facts about each target that was built
-page.py          the report as one HTML page, from ``templates/``
+cells.py         formats metrics, changes and reasons as text
+tables.py        renders the report as a table and as Markdown
+stages.py        renders the effect of each step
+measured.py      renders limits, quality and latency for the page
+plan_section.py  renders the recipe and the bytes of each table and layer for the page
+target_facts.py  renders facts about each built target for the page
+page.py          renders the report as one HTML page, from ``templates/``
 """

@@ -1,4 +1,4 @@
-"""Format metrics and changes for reports, and order them. No Prefect."""
+"""Format metrics, changes and reasons as text for reports, and sort plan lines. No Prefect."""
 
 import json
 from collections.abc import Iterable
@@ -12,63 +12,71 @@ from infra.pages.html import many
 from infra.printable import one_line
 
 
-def label(name: str) -> str:
-    """Format the name of a metric for a table; a metric without a declaration as it is."""
-    found = find_metric(name)
-    return name.replace("_", " ") if found is None else found.heading or found.label
+def metric_label(name: str) -> str:
+    """Return the heading of a metric in a table; for a metric that is not declared its name."""
+    declared = find_metric(name)
+    return name.replace("_", " ") if declared is None else declared.heading or declared.label
 
 
-def label_of(target: str) -> str:
-    """Return a target's name in sentences; a target without a declaration as it is."""
-    found = TARGETS.get(target)
-    return target if found is None else found.label
+def target_label(target: str) -> str:
+    """Return the name of a target in sentences; for a target that is not declared its name."""
+    declared = TARGETS.get(target)
+    return target if declared is None else declared.label
 
 
 def is_ratio(name: str) -> bool:
-    """Whether two models are compared by the ratio of this metric."""
-    found = find_metric(name)
-    return found is not None and found.compared == "ratio"
+    """Return whether two models are compared by the ratio of this metric."""
+    declared = find_metric(name)
+    return declared is not None and declared.compared == "ratio"
 
 
 def is_kind(name: str, *kinds: MetricKind) -> bool:
-    """Whether a metric is of one of these kinds."""
-    found = find_metric(name)
-    return found is not None and found.kind in kinds
+    """Return whether a metric is of one of these kinds."""
+    declared = find_metric(name)
+    return declared is not None and declared.kind in kinds
 
 
-def change_of(estimate: Estimate, *, ratio: bool) -> str:
-    """Format a change and its interval, if any: a ratio, or a signed difference for quality."""
-    if estimate.low == estimate.high:  # exact, such as bytes
+def format_change(estimate: Estimate, *, ratio: bool) -> str:
+    """Format a change and its interval, if any.
+
+    Args:
+        estimate: the change.
+        ratio: whether the change is a ratio (bytes, latency) or a difference (quality).
+    """
+    if estimate.low == estimate.high:  # exact numbers, such as bytes, have no interval
         return f"{estimate.point:.2f}x" if ratio else f"{estimate.point:+.5f}"
     if ratio:
         return f"{estimate.point:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
     return f"{estimate.point:+.5f} [{estimate.low:+.5f}, {estimate.high:+.5f}]"
 
 
-def score_change_of(name: str, estimate: Estimate, unit: ScoreUnit | None) -> str:
-    """Format a score change and its interval, if any; ``sd`` means standard deviations."""
+def format_score_change(name: str, estimate: Estimate, unit: ScoreUnit | None) -> str:
+    """Format a score change (how much scores differ between two models) and its interval, if any.
+
+    Args:
+        name: the metric, such as ``mean_score_change``.
+        estimate: its value.
+        unit: unit of the scores; ``spread`` is shown as "sd", standard deviations.
+    """
     declared = metric(name)
     if declared.is_share:
         return f"{estimate.point:.2%} [{estimate.low:.2%}, {estimate.high:.2%}]"
-    after = " sd" if declared.in_score_units and unit == "spread" else ""
+    suffix = " sd" if declared.in_score_units and unit == "spread" else ""
     style = ".3g" if declared.in_score_units else ".6f"
-    point, low, high = (f"{value:{style}}" for value in _ends(estimate))
+    values = (estimate.point, estimate.low, estimate.high)
+    point, low, high = (f"{value:{style}}" for value in values)
     if estimate.low == estimate.high:
-        return f"{point}{after}"
-    return f"{point}{after} [{low}, {high}]"
+        return f"{point}{suffix}"
+    return f"{point}{suffix} [{low}, {high}]"
 
 
-def _ends(estimate: Estimate) -> tuple[float, float, float]:
-    return estimate.point, estimate.low, estimate.high
-
-
-def reason_and_warning(line: PlanLine) -> str:
-    """Format why a unit is stored in its format, and its warning if there is one."""
+def format_reason(line: PlanLine) -> str:
+    """Format why a unit has its format, with its warning if there is one."""
     return line.reason if line.warning is None else f"{line.reason}. Warning: {line.warning}"
 
 
 def plan_warnings(plan: Plan) -> list[str]:
-    """List the warnings of a plan, one sentence for each table or layer that has one."""
+    """Return a sentence for each table or layer of a plan that has a warning."""
     return [
         f"Warning about {line.module} ({line.format}): {line.warning}."
         for line in plan.lines
@@ -77,49 +85,61 @@ def plan_warnings(plan: Plan) -> list[str]:
 
 
 def cell(text: str) -> str:
-    """Escape text for a table cell, so that it cannot end the cell or become HTML or markup.
+    """Escape text for a cell of a Markdown table, so that it cannot end the cell or become markup.
 
-    Links, pictures and code are written as HTML entities, which Markdown shows as the characters.
+    Characters that begin HTML, links, images and code are escaped; Markdown shows them unchanged.
     """
     plain = escape(one_line(" ".join(text.split())), quote=False)
     return plain.replace("|", "\\|").replace("`", "&#96;").replace("](", "]&#40;")
 
 
-def packed(audit: GraphAudit) -> str:
-    """Count packed tables of an optimized graph; tables in one lookup count as one."""
+def describe_packed_tables(audit: GraphAudit) -> str:
+    """Describe how many tables an optimized graph stores packed (quantized).
+
+    Lowering can merge tables of the same format into one (``compressors/lower/merged_tables.py``),
+    which then counts once.
+    """
     tables = many(audit.packed_tables, "packed table")
-    return f"{tables} (alike ones count once)" if audit.packed_tables else tables
+    return f"{tables} (merged tables count once)" if audit.packed_tables else tables
 
 
-def widened(audit: GraphAudit) -> str:
-    """Describe the packed dense layers of an optimized graph."""
-    kept, wide = audit.packed_layers, audit.widened_layers
-    parts = [f"{many(kept, 'dense layer')} multiplied by codes as stored"] if kept else []
-    floats = f"{many(wide, 'dense layer')} float32 once a session starts"
-    parts.append(floats if wide else "nothing widened")
+def describe_dense_layers(audit: GraphAudit) -> str:
+    """Describe the dense layers with packed (quantized) weights of an optimized graph.
+
+    The kernel multiplies with the stored codes, or the runtime converts the weights to float32 when
+    a session starts, which takes more memory.
+    """
+    packed, converted = audit.packed_layers, audit.widened_layers
+    parts = [f"{many(packed, 'dense layer')} multiplied by codes as stored"] if packed else []
+    layers = f"{many(converted, 'dense layer')} converted to float32 when a session starts"
+    parts.append(layers if converted else "no layer converted to float32")
     return "; ".join(parts)
 
 
 def mebibytes(size: int) -> str:
-    """Format a size in mebibytes."""
+    """Format a number of bytes as whole mebibytes, without the unit."""
     return f"{size / 2**20:,.0f}"
 
 
 def largest_first(lines: Iterable[PlanLine]) -> list[PlanLine]:
-    """Sort lines by original bytes, each followed by the tables that now compose it."""
-    listed = tuple(lines)
-    before = {line.module: line.bytes_before for line in listed}
+    """Sort plan lines by original bytes, the largest first.
 
-    def place(line: PlanLine) -> tuple[int, str, str]:
-        owners = [name for name in before if line.module.startswith(f"{name}.")]
-        whole = min(owners, key=len) if owners and not line.bytes_before else line.module
-        return -before[whole], whole, line.module
+    A table that a step composed of smaller tables is followed by the lines of these tables, which
+    have no original bytes.
+    """
+    all_lines = tuple(lines)
+    before = {line.module: line.bytes_before for line in all_lines}
 
-    return sorted(listed, key=place)
+    def sort_key(line: PlanLine) -> tuple[int, str, str]:
+        parents = [name for name in before if line.module.startswith(f"{name}.")]
+        unit = min(parents, key=len) if parents and not line.bytes_before else line.module
+        return -before[unit], unit, line.module
+
+    return sorted(all_lines, key=sort_key)
 
 
-def as_text(value: object) -> str:
-    """Format a value of an order or an audit for people."""
+def format_value(value: object) -> str:
+    """Format a JSON value of an order or an audit as readable text."""
     match value:
         case None:
             return "none"
@@ -128,10 +148,10 @@ def as_text(value: object) -> str:
         case int() if not isinstance(value, bool):
             return f"{value:,}"
         case list():
-            return ", ".join(map(as_text, value)) or "none"
+            return ", ".join(map(format_value, value)) or "none"
         case dict():
             return (
-                ", ".join(f"{name} {as_text(item)}" for name, item in sorted(value.items()))
+                ", ".join(f"{name} {format_value(item)}" for name, item in sorted(value.items()))
                 or "none"
             )
     return json.dumps(value)

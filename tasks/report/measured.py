@@ -1,4 +1,4 @@
-"""The measurements of the report's page: limits, quality, latency. No Prefect."""
+"""Render the page's sections with measurements: limits, quality and latency. No Prefect."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from infra.pages import pictures
 from infra.pages.html import many
 from infra.pages.pictures import Curve, Mark, Tone
 from tasks.orchestration.documents import Measurement, Report, TargetReport
-from tasks.report.cells import change_of, is_kind, label, score_change_of
-from tasks.report.tables import timed
+from tasks.report.cells import format_change, format_score_change, is_kind, metric_label
+from tasks.report.tables import latency_remarks
 
 TONES: dict[Outcome, Tone] = {
     "accepted": "held",
@@ -29,21 +29,23 @@ TONES: dict[Outcome, Tone] = {
     "undecided": "unsure",
     "built-unmeasured": "unsure",
 }
+"""Colour of each outcome in charts and banners, as a CSS class."""
 WORDS = {"held": "good", "broken": "bad", "unsure": "open", "plain": "soft"}
+"""CSS class of words in the colour of each tone."""
 
 
 @dataclass(frozen=True)
 class LimitRow:
-    """A row of the page: a limit, or a number without a limit.
+    """A row of the table of limits: a limit, or a measured number without a limit.
 
     Attributes:
         name: name of the limit or the number.
         note: text below the name; may be empty.
         picture: SVG of the number on its scale; empty if nothing was measured.
-        point: the number; empty if nothing was measured.
+        point: the number as text; empty if nothing was measured.
         interval: interval of the number, in brackets; empty if it has none.
-        outcome: outcome of the limit, or that there is no limit.
-        tone: class of the outcome's colour.
+        outcome: outcome of the limit, or "no limit".
+        tone: CSS class of the outcome's colour.
         reason: reason of the outcome; empty if there is none.
     """
 
@@ -59,9 +61,11 @@ class LimitRow:
 
 @dataclass(frozen=True)
 class Chart:
-    """Latency of one quantile by batch size; ``picture`` is None if not measured.
+    """The latency of one quantile by batch size.
 
-    ``title`` is the quantile, and the target if there are several.
+    Attributes:
+        title: the quantile, after the name of the target if there are several.
+        picture: SVG of the chart; None if nothing was measured.
     """
 
     title: str
@@ -70,80 +74,89 @@ class Chart:
 
 @dataclass(frozen=True)
 class LatencySection:
-    """The latency charts, and the machines of the measurements."""
+    """The latency charts; ``note`` describes the machines of the measurements."""
 
     note: str
     charts: tuple[Chart, ...]
 
 
 def limit_rows(report: Report) -> tuple[LimitRow, ...]:
-    """Return every limit with its number, then the quality numbers without a limit."""
-    rows, judged = [], set()
+    """Return every limit with its measured number, then the quality numbers without a limit."""
+    rows, limited = [], set()
     for target in report.targets:
-        found = report.measured.get(target.target)
-        unit = None if found is None else found.numbers.score_unit
-        for item in target.verdict.judgements:
-            judged.add((target.target, item.limit.metric, item.limit.against))
-            rows.append(_judged(item, target, unit))
+        measurement = report.measured.get(target.target)
+        unit = None if measurement is None else measurement.numbers.score_unit
+        for judgement in target.verdict.judgements:
+            limit = judgement.limit
+            limited.add((target.target, limit.metric, limit.against))
+            rows.append(_judgement_row(judgement, target, unit))
     if not rows:
         rows = [
-            _limit_row(str(limit), "", Markup(), "", "not measured", "open", "")
+            _row(str(limit), "", Markup(), "", "not measured", "open", "")
             for limit in report.limits
         ]
-    for name, number, unit in _unpromised(report, judged):
+    for target_name, number, unit in _numbers_without_limit(report, limited):
         higher = metric(number.metric).higher_is_better
-        up = "higher" if higher else "lower"
         if is_kind(number.metric, "score_change"):
-            title = label(number.metric)
-            said = score_change_of(number.metric, number.estimate, unit)
-            same = Mark(at=1.0 if higher else 0.0, label="no change")
+            title = metric_label(number.metric)
+            text = format_score_change(number.metric, number.estimate, unit)
+            no_change = Mark(at=1.0 if higher else 0.0, label="no change")
         else:
-            title = f"{label(number.metric)} vs {number.against}"
-            said = change_of(number.estimate, ratio=False)
-            same = Mark(at=0, label="no change")
+            title = f"{metric_label(number.metric)} vs {number.against}"
+            text = format_change(number.estimate, ratio=False)
+            no_change = Mark(at=0, label="no change")
         picture = Markup(
-            pictures.strip(number.estimate, "plain", f"{title} is {said}; no limit", same)
+            pictures.strip(number.estimate, "plain", f"{title} is {text}; no limit", no_change)
         )
-        note = f"{up} is better"
+        note = f"{'higher' if higher else 'lower'} is better"
         if len(report.measured) > 1:
-            note = f"{name}, {note}"
-        rows.append(_limit_row(title, note, picture, said, "no limit", "soft", ""))
+            note = f"{target_name}, {note}"
+        rows.append(_row(title, note, picture, text, "no limit", "soft", ""))
     return tuple(rows)
 
 
-def _judged(item: Judgement, target: TargetReport, unit: ScoreUnit | None) -> LimitRow:
-    limit, found = item.limit, item.measured
-    tone = TONES[item.outcome]
-    picture, said = Markup(), ""
-    if found is not None:
+def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit | None) -> LimitRow:
+    """Return the row of a judged limit; ``unit`` is the unit of the model's scores."""
+    limit, measured = judgement.limit, judgement.measured
+    tone = TONES[judgement.outcome]
+    picture, text = Markup(), ""
+    if measured is not None:
         bound = limit.at_least if limit.at_least is not None else limit.at_most
-        if bound is None:  # a limit has one of the two: Limit validates this
+        if bound is None:  # impossible: Limit validates that it has one of the two
             raise ValueError(f"limit {limit} has no bound")
         picture = Markup(
             pictures.strip(
-                found,
+                measured,
                 tone,
-                item.reason,
-                _no_change(limit),
+                judgement.reason,
+                _no_change_mark(limit),
                 Mark(at=bound, label=f"limit {bound:g}"),
                 "below" if limit.at_least is not None else "above",
             )
         )
-        said = _said(limit, found, unit)
-    return _limit_row(
-        str(limit), target.target, picture, said, item.outcome, WORDS[tone], item.reason
+        text = _format_measured(limit, measured, unit)
+    return _row(
+        str(limit),
+        target.target,
+        picture,
+        text,
+        judgement.outcome,
+        WORDS[tone],
+        judgement.reason,
     )
 
 
-def _limit_row(
-    name: str, note: str, picture: Markup, said: str, outcome: str, tone: str, reason: str
+def _row(
+    name: str, note: str, picture: Markup, measured: str, outcome: str, tone: str, reason: str
 ) -> LimitRow:
-    point, _, interval = said.partition(" [")
+    """Return a row; ``measured`` is the number, followed by its interval in brackets if any."""
+    point, _, interval = measured.partition(" [")
     interval = interval and f"[{interval}"
     return LimitRow(name, note, picture, point, interval, outcome, tone, reason)
 
 
-def _no_change(limit: Limit) -> Mark | None:
+def _no_change_mark(limit: Limit) -> Mark | None:
+    """Return the mark of an unchanged model on the scale of a limit; None if it has no place."""
     if limit.declared.compared == "never":
         return Mark(at=1.0 if limit.declared.higher_is_better else 0.0, label="no change")
     if limit.against == "absolute":
@@ -151,51 +164,56 @@ def _no_change(limit: Limit) -> Mark | None:
     return Mark(at=1.0 if limit.declared.compared == "ratio" else 0.0, label="no change")
 
 
-def _said(limit: Limit, found: Estimate, score_unit: ScoreUnit | None) -> str:
+def _format_measured(limit: Limit, measured: Estimate, score_unit: ScoreUnit | None) -> str:
     declared = limit.declared
     if limit.against != "absolute":
-        return change_of(found, ratio=declared.compared == "ratio")
+        return format_change(measured, ratio=declared.compared == "ratio")
     if declared.kind == "bytes":
-        return f"{found.point:,.0f}"
+        return f"{measured.point:,.0f}"
     if declared.kind == "score_change":
-        return score_change_of(limit.metric, found, score_unit)
-    return f"{found.point:.5g}{declared.unit} [{found.low:.5g}, {found.high:.5g}]"
+        return format_score_change(limit.metric, measured, score_unit)
+    return f"{measured.point:.5g}{declared.unit} [{measured.low:.5g}, {measured.high:.5g}]"
 
 
-def _unpromised(
-    report: Report, judged: Collection[tuple[str, str, str]]
+def _numbers_without_limit(
+    report: Report, limited: Collection[tuple[str, str, str]]
 ) -> Iterator[tuple[str, Number, ScoreUnit | None]]:
-    """Yield changes of quality and scores without a limit, with the target and the unit."""
-    for target, measured in report.measured.items():
-        for number in measured.numbers.numbers:
-            of_scores = is_kind(number.metric, "quality", "score_change")
-            promised = (target, number.metric, number.against) in judged
-            compared = number.against != "absolute" or is_kind(number.metric, "score_change")
-            if of_scores and compared and not promised:
-                yield target, number, measured.numbers.score_unit
+    """Yield target, number and score unit of every change of quality or scores without a limit.
+
+    Args:
+        report: the report.
+        limited: target, metric and ``against`` of every number with a limit.
+    """
+    for target, measurement in report.measured.items():
+        for number in measurement.numbers.numbers:
+            is_quality = is_kind(number.metric, "quality", "score_change")
+            has_limit = (target, number.metric, number.against) in limited
+            is_change = number.against != "absolute" or is_kind(number.metric, "score_change")
+            if is_quality and is_change and not has_limit:
+                yield target, number, measurement.numbers.score_unit
 
 
 def latency_section(report: Report) -> LatencySection:
-    """Draw latency by batch size, and describe the machine of the measurement."""
+    """Draw the latency of each quantile by batch size, and describe the machines."""
     if not report.measured:
         return LatencySection(note="Nothing was measured on this machine.", charts=())
     notes = [
-        "Both models are called in turn, so what slows the machine slows both. Whiskers are 95 % "
-        "intervals.",
-        *timed(report),
+        "The models are called in turn, so other load on the machine affects both equally. "
+        "Whiskers are 95 % intervals.",
+        *latency_remarks(report),
     ]
+    several = len(report.measured) > 1
     return LatencySection(
-        note=" ".join([_machines(report), *notes]),
+        note=" ".join([_describe_machines(report), *notes]),
         charts=tuple(
-            _chart(measured, quantile, f"{target} {quantile}" if several else quantile)
-            for several in [len(report.measured) > 1]
-            for target, measured in report.measured.items()
+            _latency_chart(measurement, quantile, f"{target} {quantile}" if several else quantile)
+            for target, measurement in report.measured.items()
             for quantile in QUANTILES
         ),
     )
 
 
-def _machines(report: Report) -> str:
+def _describe_machines(report: Report) -> str:
     """Describe the machine of each measurement and its runtime."""
     return " ".join(
         f"Measured on {machine.processor}, {machine.cores} cores, {machine.system}, "
@@ -205,36 +223,42 @@ def _machines(report: Report) -> str:
     )
 
 
-def _chart(measured: Measurement, quantile: str, title: str) -> Chart:
-    before = _over_sizes(measured.baseline.numbers, quantile)
-    after = _over_sizes(measured.numbers.numbers, quantile)
+def _latency_chart(measurement: Measurement, quantile: str, title: str) -> Chart:
+    before = _by_batch_size(measurement.baseline.numbers, quantile)
+    after = _by_batch_size(measurement.numbers.numbers, quantile)
     if not before or not after:
         return Chart(title, None)
-    ends = ", ".join(
+    description = ", ".join(
         f"{old.point:.3g} to {new.point:.3g} ms at batch {size}"
         for (size, old), (_, new) in zip(before, after, strict=True)
     )
-    drawn = Markup(
+    labels = {
+        size: (f"batch {size:,}", _format_ratio(measurement, quantile, size)) for size, _ in after
+    }
+    picture = Markup(
         pictures.curves(
             [Curve(kind="before", points=before), Curve(kind="after", points=after)],
             "ms",
-            {size: (f"batch {size:,}", _ratio_at(measured, quantile, size)) for size, _ in after},
-            f"{title} latency, before to after: {ends}",
+            labels,
+            f"{title} latency, before to after: {description}",
         )
     )
-    return Chart(title, drawn)
+    return Chart(title, picture)
 
 
-def _ratio_at(measured: Measurement, quantile: str, size: int) -> str:
-    ratio = measured.numbers.of(latency(quantile, size).name, "baseline")
+def _format_ratio(measurement: Measurement, quantile: str, size: int) -> str:
+    ratio = measurement.numbers.of(latency(quantile, size).name, "baseline")
     return "" if ratio is None else f"{ratio.point:.2f}x"
 
 
-def _over_sizes(numbers: Iterable[Number], quantile: str) -> tuple[tuple[int, Estimate], ...]:
+def _by_batch_size(numbers: Iterable[Number], quantile: str) -> tuple[tuple[int, Estimate], ...]:
+    """Return the batch sizes with their latency, by increasing size."""
     absolute = ((find_metric(n.metric), n.estimate) for n in numbers if n.against == "absolute")
-    found = {
-        item.batch: estimate
-        for item, estimate in absolute
-        if item is not None and item.batch is not None and item.quantile == QUANTILES[quantile]
+    estimates = {
+        declared.batch: estimate
+        for declared, estimate in absolute
+        if declared is not None
+        and declared.batch is not None
+        and declared.quantile == QUANTILES[quantile]
     }
-    return tuple(sorted(found.items()))
+    return tuple(sorted(estimates.items()))

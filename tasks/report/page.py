@@ -1,7 +1,8 @@
-"""Render the report as one HTML page: no network, no script, all values escaped. No Prefect.
+"""Render the report as one HTML page. No Prefect.
 
-This file selects and formats the texts of the page; its HTML is in ``templates``, one file per
-section. Charts are next to the numbers they show, so a chart is never the only source.
+The page loads nothing from the network, has no script, and all values in it are escaped. This file
+and its neighbours select and format the texts; the HTML is in ``templates``, one file per section.
+Every chart is next to its numbers, so that no information is only in a chart.
 """
 
 import json
@@ -16,7 +17,7 @@ from infra.pages import pictures
 from infra.pages.html import many, render
 from tasks.orchestration.documents import ORDER_FILE, Report
 from tasks.orchestration.workspace import local
-from tasks.report.cells import change_of, is_ratio, label
+from tasks.report.cells import format_change, is_ratio, metric_label
 from tasks.report.measured import TONES, WORDS, latency_section, limit_rows
 from tasks.report.plan_section import plan_section
 from tasks.report.stages import NumberTable, stage_section
@@ -28,7 +29,13 @@ TEMPLATE = "tasks/report/templates/page.html.jinja"
 
 @dataclass(frozen=True)
 class Banner:
-    """The verdict of the order, its colour, and one line per target."""
+    """The verdict at the top of the page.
+
+    Attributes:
+        outcome: outcome of the order.
+        tone: CSS class of its colour.
+        lines: the reason of each target's verdict.
+    """
 
     outcome: str
     tone: str
@@ -46,7 +53,14 @@ class Card:
 
 @dataclass(frozen=True)
 class DataSection:
-    """The verdict of the data checks, its colour, and the checks."""
+    """The results of the data checks.
+
+    Attributes:
+        word: the result in a word.
+        tone: CSS class of its colour.
+        text: the number of checks, and the reason of the result.
+        lists: the checks by result.
+    """
 
     word: str
     tone: str
@@ -56,7 +70,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class NamedArtifact:
-    """An artifact that the order read or wrote; ``bytes`` is its size as text."""
+    """An artifact that the order read or wrote; ``bytes`` is the size as text."""
 
     name: str
     sha256: str
@@ -66,7 +80,7 @@ class NamedArtifact:
 
 @dataclass(frozen=True)
 class HashesSection:
-    """The digest of the order and its artifacts."""
+    """The digest of the order, and its artifacts."""
 
     order: str
     artifacts: tuple[NamedArtifact, ...]
@@ -79,7 +93,7 @@ class AgainSection:
     Attributes:
         command: the shell command.
         order: the order as JSON.
-        file: name of the file for the order.
+        file: name of the file with the order.
         needs_file: whether the command reads that file.
     """
 
@@ -97,7 +111,7 @@ def page(report: Report, validation: Validation) -> str:
         validation: the results of its data checks.
 
     Returns:
-        HTML with inline style and inline SVG only. The same report gives the same page.
+        HTML with inline CSS and SVG. Equal arguments give equal pages.
     """
     return render(
         TEMPLATE,
@@ -107,20 +121,20 @@ def page(report: Report, validation: Validation) -> str:
         version=report.bundle_version,
         banner=_banner(report),
         cards=_cards(report, validation),
-        numbers=_numbers(report),
+        numbers=_numbers_section(report),
         limits=limit_rows(report),
         latency=latency_section(report),
         stages=stage_section(report),
         plan=plan_section(report),
-        data=_data(validation),
+        data=_data_section(validation),
         targets=targets_section(report),
-        hashes=_hashes(report),
-        again=_again(report),
+        hashes=_hashes_section(report),
+        again=_again_section(report),
     )
 
 
 def validation_of(artifact: Artifact) -> Validation:
-    """Read a stored validation."""
+    """Read the stored result of the task ``validate``."""
     return read_document(Validation, local(artifact) / "validation.json")
 
 
@@ -136,40 +150,40 @@ def _banner(report: Report) -> Banner:
 
 
 def _cards(report: Report, validation: Validation) -> tuple[Card, ...]:
-    """Return the main numbers of the report."""
-    served = report.first_measured
+    """Return the main numbers: bytes, quality, one latency, and the data checks."""
+    target = report.first_measured
     cards = []
-    if served is not None:
+    if target is not None:
         cards.append(
             Card(
                 "Bytes served",
-                f"{served.bytes / report.baseline_bytes:.2f}x",
-                f"{report.baseline_bytes:,} to {served.bytes:,}",
+                f"{target.bytes / report.baseline_bytes:.2f}x",
+                f"{report.baseline_bytes:,} to {target.bytes:,}",
             )
         )
-    measured = report.measurement
+    measurement = report.measurement
     for metric in (report.metric, latency("p99", 64).name, latency("p50", 1).name):
-        if measured is None or len(cards) == 3:
+        if measurement is None or len(cards) == 3:
             break
-        changed = measured.numbers.of(metric, "baseline")
-        if changed is None:
+        change = measurement.numbers.of(metric, "baseline")
+        if change is None:
             continue
-        said = change_of(changed, ratio=is_ratio(metric))
-        value, _, interval = said.partition(" ")
-        title = label(metric)
-        title = title if is_ratio(metric) else f"{title} against before"
+        text = format_change(change, ratio=is_ratio(metric))
+        value, _, interval = text.partition(" ")
+        title = metric_label(metric)
+        title = title if is_ratio(metric) else f"Change of {title}"
         cards.append(Card(title, value, interval))
-    checked = f"{validation.evaluated} of {validation.intended}"
-    cards.append(Card(summary(validation).word, checked, "checks evaluated"))
+    evaluated = f"{validation.evaluated} of {validation.intended}"
+    cards.append(Card(summary(validation).word, evaluated, "checks evaluated"))
     return tuple(cards)
 
 
-def _numbers(report: Report) -> NumberTable:
+def _numbers_section(report: Report) -> NumberTable:
     rows = headline(report)
     columns = list(rows[0])
     note = (
-        "The change is a difference for quality and a ratio for bytes and latency, after to "
-        "before, with its 95 % interval. A dash: not measured."
+        "The change is a difference for quality, and the ratio of after to before for bytes and "
+        "latency, with its 95 % interval. A dash means not measured."
     )
     return NumberTable(
         heads=("", *columns[1:]),
@@ -181,13 +195,13 @@ def _numbers(report: Report) -> NumberTable:
 # --- data -----------------------------------------------------------------------------------
 
 
-def _data(validation: Validation) -> DataSection:
-    found = summary(validation)
+def _data_section(validation: Validation) -> DataSection:
+    result = summary(validation)
     intended = many(validation.intended, "intended check")
     return DataSection(
-        word=found.word,
-        tone=WORDS[found.tone],
-        text=f"{validation.evaluated} of {intended} evaluated. {found.reason}",
+        word=result.word,
+        tone=WORDS[result.tone],
+        text=f"{validation.evaluated} of {intended} evaluated. {result.reason}",
         lists=check_lists(validation),
     )
 
@@ -195,7 +209,7 @@ def _data(validation: Validation) -> DataSection:
 # --- artifacts -------------------------------------------------------------------------------
 
 
-def _hashes(report: Report) -> HashesSection:
+def _hashes_section(report: Report) -> HashesSection:
     named: list[tuple[str, Artifact]] = [
         ("Bundle", report.source),
         ("Compressed bundle", report.compressed),
@@ -213,11 +227,11 @@ def _hashes(report: Report) -> HashesSection:
     )
 
 
-def _again(report: Report) -> AgainSection:
-    again = report.reproduction
+def _again_section(report: Report) -> AgainSection:
+    reproduction = report.reproduction
     return AgainSection(
-        command=again.command,
-        order=json.dumps(again.order, indent=1),
+        command=reproduction.command,
+        order=json.dumps(reproduction.order, indent=1),
         file=ORDER_FILE,
-        needs_file=ORDER_FILE in again.command,
+        needs_file=ORDER_FILE in reproduction.command,
     )

@@ -1,4 +1,4 @@
-"""The report page's section on the recipe and the bytes of its plan. No Prefect."""
+"""Render the page's section on the recipe and the bytes of each table and layer. No Prefect."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from infra.pages import pictures
 from infra.pages.html import many
 from infra.pages.pictures import BarSegment, Role
 from tasks.orchestration.documents import Report
-from tasks.report.cells import as_text, largest_first, reason_and_warning
+from tasks.report.cells import format_reason, format_value, largest_first
 
-LARGEST = 20
-"""Lines of a plan that are always shown; more are folded away, the largest first."""
+SHOWN_LINES = 20
+"""Number of plan lines that are always shown, the largest first; a click shows the others."""
 
 
 @dataclass(frozen=True)
 class RecipeLine:
-    """A step of the recipe, or a remark about the recipe, which has no kind."""
+    """A step of the recipe with its settings, or a remark, whose ``kind`` is None."""
 
     kind: str | None
     text: str
@@ -26,7 +26,7 @@ class RecipeLine:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A table or layer of the plan as text, with the chart of its bytes."""
+    """A plan line as text; ``picture`` is the chart of its bytes before and after."""
 
     module: str
     role: str
@@ -39,7 +39,13 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows of the plan that a click shows; ``note`` is their bytes as text."""
+    """The rows that a click shows.
+
+    Attributes:
+        title: how many rows there are.
+        note: their bytes before and after, as text.
+        lines: the rows.
+    """
 
     title: str
     note: str
@@ -53,10 +59,10 @@ class PlanSection:
     Attributes:
         steps: steps of the recipe, and remarks.
         note: the calibration data of the steps.
-        keys: the roles in the chart, with their bytes as text.
+        keys: legend of the chart: each role (table, dense or other) with its bytes as text.
         picture: chart of all bytes before and after.
-        shown: the largest tables and layers.
-        fold: the others; None if all are shown.
+        shown: rows of the largest tables and layers.
+        fold: the other rows; None if all are shown.
     """
 
     steps: tuple[RecipeLine, ...]
@@ -68,12 +74,12 @@ class PlanSection:
 
 
 def plan_section(report: Report) -> PlanSection:
-    """Return the steps of the recipe and the plan, its largest tables and layers first."""
-    ordered = largest_first(report.plan.lines)
-    shown, folded = ordered[:LARGEST], ordered[LARGEST:]
-    if len(folded) < 4:  # so few rows are read faster than a fold is opened
-        shown, folded = ordered, []
-    most = max((max(line.bytes_before, line.bytes_after) for line in ordered), default=0)
+    """Return the steps of the recipe and the plan lines, the largest first."""
+    lines = largest_first(report.plan.lines)
+    shown, folded = lines[:SHOWN_LINES], lines[SHOWN_LINES:]
+    if len(folded) < 4:  # not worth a click
+        shown, folded = lines, []
+    max_bytes = max((max(line.bytes_before, line.bytes_after) for line in lines), default=0)
     fold = None
     if folded:
         before = sum(line.bytes_before for line in folded)
@@ -81,30 +87,30 @@ def plan_section(report: Report) -> PlanSection:
         fold = Fold(
             title=many(len(folded), "smaller one"),
             note=f"{before:,} to {after:,} bytes",
-            lines=tuple(_plan_row(line, most) for line in folded),
+            lines=tuple(_plan_row(line, max_bytes) for line in folded),
         )
-    keys, picture = _composition(report.plan.lines)
+    keys, picture = _bytes_chart(report.plan.lines)
     return PlanSection(
         steps=tuple(_recipe_lines(report)),
         note=f"Calibrated on: {report.calibrated_on}.",
         keys=keys,
         picture=picture,
-        shown=tuple(_plan_row(line, most) for line in shown),
+        shown=tuple(_plan_row(line, max_bytes) for line in shown),
         fold=fold,
     )
 
 
 def _recipe_lines(report: Report) -> Iterator[RecipeLine]:
     for step in report.recipe:
-        yield RecipeLine(str(step["kind"]), _settings(step))
+        yield RecipeLine(str(step["kind"]), _format_settings(step))
     for kind, reason in report.idle.items():
         yield RecipeLine(kind, f"was left out: {reason}")
     for remark in report.remarks:
         yield RecipeLine(None, remark)
 
 
-def _composition(lines: tuple[PlanLine, ...]) -> tuple[tuple[tuple[Role, str], ...], Markup]:
-    """Return the bytes of each role as text, and the chart of all bytes."""
+def _bytes_chart(lines: tuple[PlanLine, ...]) -> tuple[tuple[tuple[Role, str], ...], Markup]:
+    """Return the legend (bytes of each role as text) and the chart of all bytes."""
     before = [
         BarSegment(name=line.module, role=line.role, size=line.bytes_before) for line in lines
     ]
@@ -117,9 +123,11 @@ def _composition(lines: tuple[PlanLine, ...]) -> tuple[tuple[tuple[Role, str], .
     }
     keys: list[tuple[Role, str]] = []
     for role, name in names.items():
-        old, new = (sum(p.size for p in parts if p.role == role) for parts in (before, after))
-        if old or new:
-            keys.append((role, f"{name}: {old:,} to {new:,} bytes"))
+        bytes_before, bytes_after = (
+            sum(part.size for part in parts if part.role == role) for parts in (before, after)
+        )
+        if bytes_before or bytes_after:
+            keys.append((role, f"{name}: {bytes_before:,} to {bytes_after:,} bytes"))
     picture = Markup(
         pictures.composition(
             [
@@ -132,17 +140,20 @@ def _composition(lines: tuple[PlanLine, ...]) -> tuple[tuple[tuple[Role, str], .
     return tuple(keys), picture
 
 
-def _plan_row(line: PlanLine, most: int) -> PlanRow:
+def _plan_row(line: PlanLine, max_bytes: int) -> PlanRow:
+    """Format a plan line; ``max_bytes`` is the scale of its chart."""
     return PlanRow(
         module=line.module,
         role=line.role,
         format=line.format,
-        picture=Markup(pictures.pair(line.bytes_before, line.bytes_after, most, line.role)),
+        picture=Markup(pictures.pair(line.bytes_before, line.bytes_after, max_bytes, line.role)),
         bytes_before=f"{line.bytes_before:,}",
         bytes_after=f"{line.bytes_after:,}",
-        reason=reason_and_warning(line),
+        reason=format_reason(line),
     )
 
 
-def _settings(step: dict[str, object]) -> str:
-    return ", ".join(f"{name} {as_text(value)}" for name, value in step.items() if name != "kind")
+def _format_settings(step: dict[str, object]) -> str:
+    return ", ".join(
+        f"{name} {format_value(value)}" for name, value in step.items() if name != "kind"
+    )

@@ -1,20 +1,24 @@
-"""The report's section on the effect of each step of the recipe. No Prefect."""
+"""Render the report's section on the effect of each step of the recipe. No Prefect.
+
+A stage is the model after one step; the first stage is the untouched model.
+"""
 
 from dataclasses import dataclass
 
 from tasks.orchestration.documents import Report
-from tasks.report.cells import cell, change_of, label
+from tasks.report.cells import cell, format_change, metric_label
 
 NOTE = (
-    "Bytes are those of all weights, the share is of the untouched model's. Quality is the torch "
-    "module's on the test rows, and each change is against the line above, paired on the same "
-    "rows, with its 95 % interval; the verdict is about what is served, above."
+    "Bytes are those of all weights; the share is relative to the untouched model. Quality is "
+    "measured in torch on the test rows. Each change is from the line above, paired on the same "
+    "rows, with its 95 % interval. The verdict does not depend on this table: it is based on the "
+    "served graphs or engines."
 )
 
 
 @dataclass(frozen=True)
 class NumberTable:
-    """A table of text for the page: all columns after the first are numbers.
+    """A table of the page: text in the first column, numbers in the others.
 
     Attributes:
         heads: column headings.
@@ -28,36 +32,36 @@ class NumberTable:
 
 
 def stage_rows(report: Report) -> list[dict[str, str]]:
-    """Return one row per stage: its bytes, its quality, and the change from the previous stage."""
+    """Return one row per stage, by column: bytes, quality, and changes from the previous stage."""
     rows = []
-    before = None
-    first = report.stages[0].bytes if report.stages else 0
+    previous = None
+    original_bytes = report.stages[0].bytes if report.stages else 0
     for stage in report.stages:
         rows.append(
             {
                 "after": stage.step,
                 "bytes": f"{stage.bytes:,}",
-                "share": f"{stage.bytes / first:.2f}x" if first else "-",
-                label(report.metric): f"{stage.quality.point:.5f}",
-                "worth in bytes": f"{stage.bytes - before.bytes:+,}" if before else "",
-                f"worth in {label(report.metric)}": ""
+                "share": f"{stage.bytes / original_bytes:.2f}x" if original_bytes else "-",
+                metric_label(report.metric): f"{stage.quality.point:.5f}",
+                "change in bytes": f"{stage.bytes - previous.bytes:+,}" if previous else "",
+                f"change in {metric_label(report.metric)}": ""
                 if stage.change is None
-                else change_of(stage.change, ratio=False),
+                else format_change(stage.change, ratio=False),
             }
         )
-        before = stage
+        previous = stage
     return rows
 
 
 def stage_lines(report: Report) -> list[str]:
-    """Format the stages as a section of Markdown; empty for a report without stages."""
+    """Return the lines of the Markdown section; no lines for a report without stages."""
     rows = stage_rows(report)
     if not rows:
         return []
     columns = list(rows[0])
     return [
         "",
-        "## What each step was worth",
+        "## Effect of each step",
         "",
         NOTE,
         "",
@@ -68,7 +72,7 @@ def stage_lines(report: Report) -> list[str]:
 
 
 def stage_section(report: Report) -> NumberTable:
-    """Return the stages as a table of the page; without rows for a report without stages."""
+    """Return the table of the page; it has no rows for a report without stages."""
     rows = stage_rows(report)
     columns = list(rows[0]) if rows else []
     return NumberTable(

@@ -1,4 +1,7 @@
-"""Render the report as a table and as Markdown. No Prefect."""
+"""Render the report as a table and as Markdown. No Prefect.
+
+The command line and Prefect's pages show the table; the Markdown is stored with the report.
+"""
 
 import json
 
@@ -16,27 +19,28 @@ from tasks.orchestration.documents import (
 )
 from tasks.report.cells import (
     cell,
-    change_of,
+    describe_dense_layers,
+    describe_packed_tables,
+    format_change,
+    format_reason,
+    format_score_change,
     is_kind,
-    label,
-    label_of,
-    packed,
+    metric_label,
     plan_warnings,
-    reason_and_warning,
-    score_change_of,
-    widened,
+    target_label,
 )
 from tasks.report.stages import stage_lines
 
-NOTICED = 1.02
-"""Ratio of medians from which the report names a slower batch; less is not worth acting on."""
+SLOWER_RATIO = 1.02
+"""Ratio of median latencies from which a remark says that a batch is slower than before."""
 
 
 def headline(report: Report) -> list[dict[str, str]]:
-    """Return the table of before and after: one row per number, one column per model and target.
+    """Return the table of numbers before and after compression, as rows by column.
 
-    ``before`` and ``change`` are of the first measured target; every other one has such columns
-    with its name.
+    The columns are ``what``, ``before``, one column per target, and ``change``. ``before`` and
+    ``change`` are of the first measured target; each other measured target has further columns
+    ``before, <target>`` and ``change, <target>``.
     """
     measured = report.measured
     rows = [_bytes_row(report), _weights_row(report)]
@@ -44,12 +48,12 @@ def headline(report: Report) -> list[dict[str, str]]:
         return rows
     numbers = next(iter(measured.values()))
     rows += [
-        _row(report, number.metric)
+        _metric_row(report, number.metric)
         for number in numbers.baseline.numbers
         if not is_kind(number.metric, "bytes")
     ]
     rows += [
-        _row(report, number.metric)
+        _metric_row(report, number.metric)
         for number in numbers.numbers.numbers
         if is_kind(number.metric, "score_change")
     ]
@@ -97,17 +101,17 @@ def markdown(report: Report) -> str:
         "|---|---|---|---|---|---|",
         *(
             f"| {cell(line.module)} | {line.role} | {line.format} | {line.bytes_before:,} | "
-            f"{line.bytes_after:,} | {cell(reason_and_warning(line))} |"
+            f"{line.bytes_after:,} | {cell(format_reason(line))} |"
             for line in report.plan.lines
         ),
         "",
         "## Checks of each graph",
         "",
-        *_checks(report),
+        *_graph_checks(report),
         "",
-        "## Made from",
+        "## Artifacts",
         "",
-        "Each artifact is named relative to the root of the object store.",
+        "URIs are relative to the root of the object store.",
         "",
         f"- bundle `{report.source.uri}`",
         f"- compressed bundle `{report.compressed.uri}`",
@@ -121,49 +125,50 @@ def markdown(report: Report) -> str:
             f"- measured on {machine.processor}, {machine.cores} cores, {machine.system}, "
             f"{machine.runtime} {machine.version} with {machine.threads} thread(s)"
         )
-    again = report.reproduction
-    lines += ["", "## Carry it out again", "", f"```bash\n{again.command}\n```"]
-    if ORDER_FILE in again.command:
-        lines += ["", f"```json\n{json.dumps(again.order, indent=1)}\n```"]
+    reproduction = report.reproduction
+    lines += ["", "## Run the order again", "", f"```bash\n{reproduction.command}\n```"]
+    if ORDER_FILE in reproduction.command:
+        lines += ["", f"```json\n{json.dumps(reproduction.order, indent=1)}\n```"]
     return printable("\n".join(lines) + "\n")
 
 
 def remarks(report: Report) -> list[str]:
-    """List the remarks about the table, one sentence each."""
-    found = []
+    """List remarks on the table of ``headline``, one or two sentences each."""
+    texts = []
     for target, measurement in report.measured.items():
         runtime = measurement.machine.runtime
         if slower := _slower_batches(measurement):
             where = f" in {runtime}" if len(report.measured) > 1 else ""
-            found.append(
+            texts.append(
                 f"Slower than before at batch {', '.join(slower)}{where}: put a limit on p50_ms or "
                 f"p99_ms where that matters."
             )
-        found.append(
+        texts.append(
             f"'{change_column(report, target)}' compares {runtime} with the untouched model in the "
             f"same run."
         )
     if report.measured:
-        found += timed(report)
+        texts += latency_remarks(report)
     if any(not measurement.machine.int8_dot for measurement in report.measured.values()):
-        found.append(
-            "This processor has no int8 dot product: int8 layers are slower than with one."
+        texts.append(
+            "This processor has no int8 dot product instruction, so int8 layers are slower than "
+            "on processors with one."
         )
-    found += [
-        f"{_engines(target)} {target.lowering.served_packed_bytes:,} bytes of weights; the rest of "
-        f"the {target.bytes:,} bytes is code, which does not grow with a table's rows."
+    texts += [
+        f"{_engines_hold(target)} {target.lowering.served_packed_bytes:,} bytes of weights; the "
+        f"other bytes of the {target.bytes:,} are code, which does not grow with a table's rows."
         for target in report.targets
         if target.audits
     ]
-    found += shared(report)
-    found += plan_warnings(report.plan)
-    found += report.remarks
-    found += [f"Step {kind} was left out: {why}" for kind, why in report.idle.items()]
-    return found
+    texts += shared_weight_remarks(report)
+    texts += plan_warnings(report.plan)
+    texts += report.remarks
+    texts += [f"Step {kind} was left out: {reason}" for kind, reason in report.idle.items()]
+    return texts
 
 
 def _slower_batches(measurement: Measurement) -> list[str]:
-    """List the batch sizes with a higher median latency than before, with the ratio."""
+    """List the batch sizes with a clearly higher median latency than before, with the ratio."""
     ratios = [
         (find_metric(number.metric), number.estimate)
         for number in measurement.numbers.numbers
@@ -172,42 +177,42 @@ def _slower_batches(measurement: Measurement) -> list[str]:
     return [
         f"{declared.batch} ({ratio.point:.2f}x)"
         for declared, ratio in ratios
-        if declared is not None and declared.quantile == MEDIAN and ratio.low > NOTICED
+        if declared is not None and declared.quantile == MEDIAN and ratio.low > SLOWER_RATIO
     ]
 
 
-def _engines(target: TargetReport) -> str:
+def _engines_hold(target: TargetReport) -> str:
     if len(target.lowering.graphs) == 1:
         return f"The {target.target} engine holds"
     return f"The {len(target.lowering.graphs)} {target.target} engines hold"
 
 
-def shared(report: Report) -> list[str]:
-    """Explain that weights in several graphs count differently; empty if there are none."""
+def shared_weight_remarks(report: Report) -> list[str]:
+    """Explain how weights in several graphs are counted; empty if no graphs share weights."""
     first = report.targets[0].lowering
     if not first.repeated_bytes:
         return []
     names = " and ".join(graph.name for graph in first.graphs)
     return [
-        f"The graphs {names} share {first.repeated_bytes:,} bytes of weights. 'bytes of weights' "
-        f"counts each stored tensor once, before and after; 'bytes served' counts every file that "
-        f"a target loads, before and after."
+        f"The graphs {names} share {first.repeated_bytes:,} bytes of weights. Both before and "
+        f"after, 'bytes of weights' counts them once, and 'bytes served' counts them in every "
+        f"graph."
     ]
 
 
-def timed(report: Report) -> list[str]:
-    """State which of several graphs the latency is of; empty if there is one graph."""
+def latency_remarks(report: Report) -> list[str]:
+    """Explain which of several graphs was timed; empty if there is one graph."""
     names = [graph.name for target in report.targets[:1] for graph in target.lowering.graphs]
     if len(names) == 1:
         return []
     return [
-        f"Bytes are of all graphs ({', '.join(names)}); latency is of the {names[0]} graph alone: "
-        f"a request waits for it, while the items' vectors are made beforehand."
+        f"Bytes are of all graphs ({', '.join(names)}). Latency is of the {names[0]} graph alone: "
+        f"a request waits for it, while the items' vectors are computed in advance."
     ]
 
 
 def limit_lines(report: Report) -> list[str]:
-    """List every limit with its outcome, one line each."""
+    """List every limit with its outcome, one Markdown line each."""
     judged = [
         (f"{target.target}, " if len(report.measured) > 1 else "", item)
         for target in report.targets
@@ -219,7 +224,7 @@ def limit_lines(report: Report) -> list[str]:
 
 
 def resolution(report: Report) -> str:
-    """State the smallest change of the metric that the test set resolves."""
+    """Return a sentence on the smallest change of the metric that the test rows can detect."""
     if not report.measured:
         return "Nothing was measured on this machine."
     if len(report.measured) == 1:
@@ -235,27 +240,37 @@ def _resolution(report: Report, measurement: Measurement) -> str:
     rows = f"{measurement.rows:,} test rows"
     change = measurement.numbers.of(metric, "baseline")
     if change is not None and change.unresolved is not None:
-        return f"The {rows} resolve no change of {label(metric)}: {change.unresolved}."
+        return f"The {rows} resolve no change of {metric_label(metric)}: {change.unresolved}."
     if change is not None and change.groups is not None:
         rows += f" of {change.groups:,} groups"
     return (
-        f"The {rows} resolve a change of {label(metric)} of about "
+        f"The {rows} resolve a change of {metric_label(metric)} of about "
         f"{measurement.resolves[metric]:.2g} (half the width of its 95 % interval)."
     )
 
 
-def _checks(report: Report) -> list[str]:
+def _graph_checks(report: Report) -> list[str]:
+    """List the checks of every graph of every target, one line each."""
     lines = []
     for t in report.targets:
         for graph in t.lowering.graphs:
             where = t.target if len(t.lowering.graphs) == 1 else f"{t.target}, {graph.name}"
-            lines += _graph_checks(where, graph, t.audits.get(graph.name, {}), label_of(t.target))
+            audit = t.audits.get(graph.name, {})
+            lines += _checks_of_graph(where, graph, audit, target_label(t.target))
     return lines
 
 
-def _graph_checks(
+def _checks_of_graph(
     where: str, graph: LoweredGraph, audit: dict[str, object], runtime: str
 ) -> list[str]:
+    """List the differences from torch and the results of the audits of one graph.
+
+    Args:
+        where: name of the target, with the graph's name if there are several.
+        graph: the graph.
+        audit: the audit of its engine; empty if it is served without building an engine.
+        runtime: name of the runtime.
+    """
     parity = graph.rows_parity
     lines = [
         f"- {where}: {graph.output}s differ from torch by at most {parity.largest:.2g} (root mean "
@@ -264,7 +279,8 @@ def _graph_checks(
     if graph.audit is not None:
         lines.append(
             f"- {where}: optimized graph holds {graph.audit.int8_products} int8 "
-            f"products and {packed(graph.audit)}; {widened(graph.audit)}"
+            f"products and {describe_packed_tables(graph.audit)}; "
+            f"{describe_dense_layers(graph.audit)}"
         )
         if graph.sparse_layers:
             lines.append(
@@ -287,55 +303,68 @@ def _graph_checks(
 
 
 def change_column(report: Report, target: str) -> str:
-    """Return the column of a measured target's change from the untouched model."""
+    """Return the name of the column with a measured target's change from the untouched model."""
     return "change" if target == next(iter(report.measured), None) else f"change, {target}"
 
 
-def _row(report: Report, metric: str) -> dict[str, str]:
-    """Return the row of one metric: a dash where a target was not measured."""
-    cells = {target: _cells(metric, found) for target, found in report.measured.items()}
-    changes_only = is_kind(metric, "score_change")
-    row = {"what": label(metric), "before": "", "change": ""}
-    own = {t.target: "" if changes_only else "-" for t in report.targets}
+def _metric_row(report: Report, metric: str) -> dict[str, str]:
+    """Return the row of one metric, by column; a dash means that a target was not measured."""
+    cells = {
+        target: _metric_cells(metric, measurement)
+        for target, measurement in report.measured.items()
+    }
+    has_only_change = is_kind(metric, "score_change")
+    row = {"what": metric_label(metric), "before": "", "change": ""}
+    after_cells = {t.target: "" if has_only_change else "-" for t in report.targets}
     further: dict[str, str] = {}
     for target, (before, after, change) in cells.items():
-        own[target] = after
+        after_cells[target] = after
         if change_column(report, target) in row:
             row |= {"before": before, "change": change}
         else:
             further |= {f"before, {target}": before, f"change, {target}": change}
-    return {"what": row["what"], "before": row["before"], **own, "change": row["change"], **further}
+    return {
+        "what": row["what"],
+        "before": row["before"],
+        **after_cells,
+        "change": row["change"],
+        **further,
+    }
 
 
-def _cells(metric: str, found: Measurement) -> tuple[str, str, str]:
-    """Return a metric of the untouched model and of the result, and its change."""
-    after = found.numbers.of(metric, "absolute")
+def _metric_cells(metric: str, measurement: Measurement) -> tuple[str, str, str]:
+    """Return the cells of a metric: before, after and change."""
+    numbers = measurement.numbers
+    after = numbers.of(metric, "absolute")
     if is_kind(metric, "score_change"):
-        unit = found.numbers.score_unit
-        return "", "", "" if after is None else score_change_of(metric, after, unit)
-    latency = is_kind(metric, "latency")
-    before, change = found.baseline.of(metric, "absolute"), found.numbers.of(metric, "baseline")
+        unit = numbers.score_unit
+        return "", "", "" if after is None else format_score_change(metric, after, unit)
+    is_latency = is_kind(metric, "latency")
+    before = measurement.baseline.of(metric, "absolute")
+    change = numbers.of(metric, "baseline")
     return (
-        "-" if before is None else _plain(before, latency),
-        "-" if after is None else _plain(after, latency),
-        "" if change is None else change_of(change, ratio=latency),
+        "-" if before is None else _format_value(before, is_latency),
+        "-" if after is None else _format_value(after, is_latency),
+        "" if change is None else format_change(change, ratio=is_latency),
     )
 
 
 def _bytes_row(report: Report) -> dict[str, str]:
+    """Return the row of the bytes of the served files, by column."""
     first = report.first_measured
     row = {"what": "bytes served", "before": f"{report.baseline_bytes:,}"}
     row |= {t.target: f"{t.bytes:,}" for t in report.targets}
     row["change"] = "" if first is None else f"{first.bytes / report.baseline_bytes:.2f}x"
-    for target, found in report.other_measurements.items():
-        before = found.baseline.of(BYTES.name, "absolute")
-        change = found.numbers.of(BYTES.name, "baseline")
+    for target, measurement in report.other_measurements.items():
+        before = measurement.baseline.of(BYTES.name, "absolute")
+        change = measurement.numbers.of(BYTES.name, "baseline")
         row[f"before, {target}"] = "-" if before is None else f"{before.point:,.0f}"
         row[f"change, {target}"] = "-" if change is None else f"{change.point:.2f}x"
     return row
 
 
 def _weights_row(report: Report) -> dict[str, str]:
+    """Return the row of the bytes of the plan, which are the same for all targets, by column."""
     before, change = sum(line.bytes_before for line in report.plan.lines), _ratio(report.plan)
     row = {"what": "bytes of weights", "before": f"{before:,}"}
     row |= {t.target: f"{_bytes_after(report.plan):,}" for t in report.targets}
@@ -354,5 +383,5 @@ def _bytes_after(plan: Plan) -> int:
     return sum(line.bytes_after for line in plan.lines)
 
 
-def _plain(estimate: Estimate, latency: bool) -> str:
-    return f"{estimate.point:.3f}" if latency else f"{estimate.point:.5f}"
+def _format_value(estimate: Estimate, is_latency: bool) -> str:
+    return f"{estimate.point:.3f}" if is_latency else f"{estimate.point:.5f}"

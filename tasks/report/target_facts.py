@@ -1,21 +1,26 @@
-"""The report page's section on the graphs and engines of each target. No Prefect."""
+"""Render the page's section on the graphs and engines of each target. No Prefect."""
 
 from dataclasses import dataclass
 
 from compressors.lower.findings import Parity
 from infra.pages.html import many
 from tasks.orchestration.documents import LoweredGraph, Report, TargetReport
-from tasks.report.cells import as_text, label_of, packed, widened
+from tasks.report.cells import (
+    describe_dense_layers,
+    describe_packed_tables,
+    format_value,
+    target_label,
+)
 from tasks.report.measured import TONES, WORDS
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact about a target, without its name.
+    """The value of one row of a target's table; the row's name is stored with it in ``Target``.
 
     Attributes:
-        text: the fact.
-        tone: class of the text's colour; empty for none.
+        text: the value.
+        tone: CSS class of the text's colour; empty for none.
         note: text below the fact; None if there is none.
         lines: additional lines of text.
     """
@@ -45,43 +50,51 @@ class TargetsSection:
 def targets_section(report: Report) -> TargetsSection:
     """Return the facts about each target that was built, and the skipped targets."""
     return TargetsSection(
-        built=tuple(_target(target) for target in report.targets),
+        built=tuple(_target_with_facts(target) for target in report.targets),
         skipped=tuple(report.skipped.items()),
     )
 
 
-def _target(target: TargetReport) -> Target:
+def _target_with_facts(target: TargetReport) -> Target:
     lowering, verdict = target.lowering, target.verdict
     packed_bytes = f"{lowering.served_packed_bytes:,}"
     facts = {
         "Verdict": Fact(verdict.outcome, WORDS[TONES[verdict.outcome]], verdict.reason),
         "Ordered as": Fact("required" if target.required else "optional"),
-        "Bytes served": Fact(f"{target.bytes:,}, of them {packed_bytes} of packed weights"),
+        "Bytes served": Fact(f"{target.bytes:,}, of which {packed_bytes} are weights"),
     }
     for graph in lowering.graphs:
-        found = _graph(graph, target.audits.get(graph.name, {}), label_of(target.target))
-        several = len(lowering.graphs) > 1
+        audit = target.audits.get(graph.name, {})
+        graph_facts = _graph_facts(graph, audit, target_label(target.target))
+        has_several_graphs = len(lowering.graphs) > 1
         facts |= {
-            f"{name}, {graph.name}" if several else name: fact for name, fact in found.items()
+            f"{name}, {graph.name}" if has_several_graphs else name: fact
+            for name, fact in graph_facts.items()
         }
     return Target(target.target, tuple(facts.items()))
 
 
-def _graph(graph: LoweredGraph, audit: dict[str, object], runtime: str) -> dict[str, Fact]:
-    """Return the facts about one graph of a target, by name."""
+def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) -> dict[str, Fact]:
+    """Return the facts about one graph of a target, by name.
+
+    Args:
+        graph: the graph.
+        audit: the audit of its engine; empty if the graph is served without building an engine.
+        runtime: name of the runtime.
+    """
     facts = {
         f"{graph.output.capitalize()}s against torch": Fact(
             lines=(
-                _parity(graph.rows_parity, "rows of data"),
-                _parity(graph.edge_parity, "made-up rows at the edges"),
+                _format_parity(graph.rows_parity, "rows of data"),
+                _format_parity(graph.edge_parity, "synthetic edge cases"),
             )
         )
     }
     if graph.audit is not None:
         facts["Optimized graph"] = Fact(
             f"{many(graph.audit.int8_products, 'int8 product')}, "
-            f"{packed(graph.audit)}, "
-            f"{graph.audit.weight_bytes:,} bytes of weights; {widened(graph.audit)}",
+            f"{describe_packed_tables(graph.audit)}, "
+            f"{graph.audit.weight_bytes:,} bytes of weights; {describe_dense_layers(graph.audit)}",
             note=", ".join(f"{count} {name}" for name, count in graph.audit.nodes.items()),
         )
         if graph.sparse_layers:
@@ -91,7 +104,7 @@ def _graph(graph: LoweredGraph, audit: dict[str, object], runtime: str) -> dict[
                 "stores and multiplies like other weights",
             )
     facts |= {
-        name.replace("_", " ").capitalize(): Fact(as_text(value))
+        name.replace("_", " ").capitalize(): Fact(format_value(value))
         for name, value in audit.items()
         if value is not None or not name.startswith("sparsity")
     }
@@ -105,9 +118,10 @@ def _graph(graph: LoweredGraph, audit: dict[str, object], runtime: str) -> dict[
     return facts
 
 
-def _parity(parity: Parity, rows: str) -> str:
+def _format_parity(parity: Parity, rows: str) -> str:
+    """Format the differences between a graph and its torch module, with their limits."""
     return (
-        f"at most {parity.largest:.2g} apart (allowed {parity.largest_limit:.2g}), root mean "
+        f"differ by at most {parity.largest:.2g} (allowed {parity.largest_limit:.2g}), root mean "
         f"square {parity.root_mean_square:.2g} (allowed {parity.rms_limit:.2g}), on "
         f"{parity.rows:,} {rows}"
     )

@@ -278,7 +278,7 @@ def changed(done: Finished, **verdict: Any) -> tuple[TargetReport, ...]:
         ({"outcome": "rejected"}, "add up to rejected"),
         ({"outcome": "undecided"}, "add up to undecided"),
         ({"outcome": "built-unmeasured"}, "add up to built-unmeasured"),
-        ({"target": "tensorrt"}, "is one of tensorrt"),
+        ({"target": "tensorrt"}, "is for tensorrt"),
         ({"judgements": (judged(LIMIT, -0.001, "rejected"),)}, "add up to rejected"),
         ({"judgements": (judged(LIMIT, -0.01, "accepted"),)}, "add up to rejected"),
         ({"judgements": (judged(LIMIT, -0.0025, "accepted"),)}, "add up to undecided"),

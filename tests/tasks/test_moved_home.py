@@ -48,7 +48,7 @@ def published_by_0_1_0(home: Path, digit: str) -> Finished:
     (folder / "report.json").write_text(absolute(made.model_dump_json(indent=1)))
     (folder / "report.html").write_text("<p>")
     release = store().put(folder)
-    tags = publishing._tags(made, release)
+    tags = publishing._version_tags(made, release)
     for name, value in tags.items():
         if value.startswith("artifacts/"):
             tags[name] = f"{root}/{value}"

@@ -95,7 +95,7 @@ def test_a_row_of_the_markdown_table_stays_one_row_for_any_text_of_a_reason(made
 
 
 def test_each_steps_worth_is_the_change_from_the_stage_before(made: Report) -> None:
-    assert "What each step was worth" not in markdown(made)
+    assert "Effect of each step" not in markdown(made)
     half = Estimate(point=-0.002, low=-0.003, high=-0.001, rows=9)
     stages = tuple(
         Stage(

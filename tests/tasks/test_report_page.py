@@ -13,7 +13,7 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 from flows.order import Order
 from infra.data.expectations import Finding
 from tasks.report.page import page
-from tasks.report.plan_section import LARGEST
+from tasks.report.plan_section import SHOWN_LINES
 from tasks.report.tables import headline, markdown
 
 VOID = {"meta", "br", "link", "img", "input"}
@@ -138,9 +138,9 @@ def test_every_line_of_the_plan_is_there_the_largest_first():
     made = report(200)
     found = section(page(made, PASSED), "plan")
     shown, folded = found.split("<details>")
-    assert shown.count('class="bars"') == LARGEST
+    assert shown.count('class="bars"') == SHOWN_LINES
     assert "tables.t0199" in shown
-    assert f"<b>{len(made.plan.lines) - LARGEST} smaller ones</b>" in folded
+    assert f"<b>{len(made.plan.lines) - SHOWN_LINES} smaller ones</b>" in folded
     text = Tree(found).text
     rows = re.findall(r'<tr><th scope="row"><code>(.*?)</code>', found)
     largest_first = sorted(made.plan.lines, key=lambda line: (-line.bytes_before, line.module))
@@ -193,15 +193,15 @@ def test_data_checks_say_how_many_were_evaluated_and_what_failed_first():
 def test_every_target_has_its_verdict_and_its_audit(html):
     text = Tree(section(html, "targets")).text
     for words in (
-        "at most 1.2e-07 apart (allowed 0.12)",
-        "5 int8 products, 9 packed tables (alike ones count once), 145,190 bytes of weights; "
-        "nothing widened",
+        "differ by at most 1.2e-07 (allowed 0.12)",
+        "5 int8 products, 9 packed tables (merged tables count once), 145,190 bytes of weights; "
+        "no layer converted to float32",
         "Scratch bytes12,476,416",
         "Twin scratch bytesnone",
         "Layer typesfp16 27, int8 9",
         "Tables checkednone",
         "prices float32 [rows, 4]",
-        "Left out, as it was optional: needs the package <tensorrt>",
+        "This optional target was left out: needs the package <tensorrt>",
     ):
         assert words in text
 
@@ -217,7 +217,7 @@ def test_a_report_shows_sparsity_without_gain_and_layers_that_stayed_packed():
     audits = {graph.name: {**made.targets[1].audits["model"], **found}}
     second = made.targets[1].model_copy(update={"audits": audits})
     sparse = made.model_copy(update={"targets": (first, second)})
-    packed = "4 dense layers multiplied by codes as stored; 1 dense layer float32 once a session"
+    packed = "4 dense layers multiplied by codes as stored; 1 dense layer converted to float32"
     text = Tree(section(page(sparse, PASSED), "targets")).text
     for words in (packed, "2 layers with 2:4 zeros", "Sparsitydid not pay", "2 were eligible"):
         assert words in text

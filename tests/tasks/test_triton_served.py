@@ -150,7 +150,7 @@ def test_an_unmeasured_plan_is_exported_only_with_the_option_unmeasured(
     # A promotion without a plan that may be served cannot take it back; it says so.
     two = published(home, "b").version
     promote("m", two, "")
-    assert "m_tensorrt: the champion of m has nothing to serve under this name" in caplog.text
+    assert "m_tensorrt: the champion of m has no graph of this name" in caplog.text
     stale = {item.name: item for item in triton_contents("m", None)}["m_tensorrt"]
     assert (stale.state, stale.served, stale.sound) == ("stale", one, False)
 
