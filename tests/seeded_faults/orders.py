@@ -99,9 +99,7 @@ FAULTS = (
         old="        if time.monotonic() - self._began + delay > DEADLINE_SECONDS:\n",
         new="        if delay > DEADLINE_SECONDS:\n",
         effect="A run waits forever for an unavailable service.",
-        tests=(
-            f"{OUTAGES}::test_the_deadline_of_a_task_counts_from_its_first_fault_and_for_each_task",
-        ),
+        tests=(f"{OUTAGES}::test_deadline_of_a_task_run_begins_at_its_first_fault",),
     ),
     Fault(
         id="wrong-credentials-waited-for",
@@ -110,7 +108,7 @@ FAULTS = (
         new="        case httpx.HTTPStatusError():\n",
         effect="With wrong credentials for Prefect's API, a command waits for ten minutes.",
         tests=(
-            f"{OUTAGES}::test_only_services_over_the_network_that_do_not_answer_are_waited_for",
+            f"{OUTAGES}::test_service_of_returns_a_name_only_for_faults_of_unavailable_services",
         ),
     ),
     Fault(
@@ -119,7 +117,7 @@ FAULTS = (
         old="    return isinstance(fault, InfraError) and run.run_count <= OTHER_RETRIES\n",
         new="    return run.run_count <= OTHER_RETRIES\n",
         effect="A task that rejects its input runs three times.",
-        tests=(f"{POLICY}::test_a_bad_order_or_our_own_bug_stays_bad",),
+        tests=(f"{POLICY}::test_refused_order_or_bug_is_not_retried",),
     ),
     Fault(
         id="task-without-our-options",
@@ -135,6 +133,8 @@ FAULTS = (
         old="    if data is None or isinstance(data, ResultRecordMetadata) or not state.is_completed():\n",
         new="    if data is None or not state.is_completed():\n",
         effect="A result that Prefect's API refers to is used as the result of a run.",
-        tests=(f"{POLICY}::test_a_state_of_the_api_is_never_followed_to_where_it_points",),
+        tests=(
+            f"{POLICY}::test_local_result_never_reads_the_location_named_by_a_state_of_the_api",
+        ),
     ),
 )

@@ -50,7 +50,7 @@ FAULTS = (
         old="        elif entry.digest != entry.sealed(previous).digest:\n",
         new="        elif len(entry.digest) != 64:\n",
         effect="A modified entry is read without an error.",
-        tests=(f"{LOST}::test_one_changed_value_of_an_entry_is_damage",),
+        tests=(f"{LOST}::test_ledger_entry_with_a_changed_value_is_refused",),
     ),
     Fault(
         id="ledger-digest-not-chained",
@@ -96,7 +96,7 @@ FAULTS = (
         new="    registered = registry().version(model, entry.version)\n    if registered is None:\n"
         '        raise PromotionRefused(\n            "champion_not_registered",',
         effect="After the registry is rebuilt, the ledger's version number refers to another order.",
-        tests=(f"{LOST}::test_the_champion_is_found_by_its_order_under_another_number",),
+        tests=(f"{LOST}::test_champion_is_found_by_its_order_under_another_version_number",),
     ),
     Fault(
         id="version-tag-not-compared",
@@ -104,7 +104,7 @@ FAULTS = (
         old="    if (report.name, report.order) != (model, order):\n",
         new="    if report.name != model:\n",
         effect="A version whose tag names another order is promoted.",
-        tests=(f"{LOST}::test_a_version_whose_tag_names_another_order_is_not_promoted",),
+        tests=(f"{LOST}::test_version_whose_tag_names_another_order_is_not_promoted",),
     ),
     Fault(
         id="acceptance-trusts-the-report",
@@ -112,7 +112,7 @@ FAULTS = (
         old="    if outcome != report.outcome:\n",
         new="    outcome = report.outcome\n    if not outcome:\n",
         effect="A report that was modified to 'accepted' is promoted.",
-        tests=(f"{LOST}::test_a_report_that_contradicts_itself_is_not_promoted",),
+        tests=(f"{LOST}::test_report_that_contradicts_itself_is_not_promoted",),
     ),
     Fault(
         id="acceptance-judgements-not-computed-again",
@@ -120,7 +120,7 @@ FAULTS = (
         old="    outcome = judge.recomputed(verdict)\n",
         new="    outcome = verdict.outcome\n",
         effect="A verdict that contradicts its judgements is promoted.",
-        tests=(f"{LOST}::test_a_report_that_contradicts_itself_is_not_promoted",),
+        tests=(f"{LOST}::test_report_that_contradicts_itself_is_not_promoted",),
     ),
     Fault(
         id="promotion-of-undecided-version",
@@ -137,7 +137,7 @@ FAULTS = (
         "or registry().confirmed(model) != last.digest\n",
         new="    return False\n",
         effect="Repeating an interrupted rollback goes back two versions.",
-        tests=(f"{REPEATED}::test_a_repeated_rollback_completes_the_interrupted_one",),
+        tests=(f"{REPEATED}::test_repeated_rollback_completes_an_interrupted_one",),
     ),
     Fault(
         id="fetch-gives-rejected-targets",
@@ -145,6 +145,6 @@ FAULTS = (
         old='    if outcome in {"rejected", "undecided"} and not unaccepted:\n',
         new='    if outcome in {"undecided"} and not unaccepted:\n',
         effect="A rejected target is fetched without the option for rejected targets.",
-        tests=(f"{PROMOTION}::test_what_was_not_accepted_is_only_given_by_its_own_option",),
+        tests=(f"{PROMOTION}::test_target_without_acceptance_is_fetched_only_with_its_option",),
     ),
 )

@@ -176,7 +176,7 @@ FAULTS = (
         effect="A name in a model or its data becomes HTML of the report.",
         tests=(
             f"{HTML}::test_render_escapes_text_and_inserts_markup_as_it_is",
-            "tests/tasks/test_report_page.py::test_what_comes_from_a_model_or_its_data_is_escaped",
+            "tests/tasks/test_report_page.py::test_names_and_texts_of_a_model_are_escaped_in_the_page",
         ),
     ),
     Fault(

@@ -72,11 +72,7 @@ FAULTS = (
         old="    if (record.task, record.key) != (task, key):\n",
         new="    if record.task != task:\n",
         effect="A record for other arguments is used as a task's result.",
-        tests=(
-            f"{RESULTS}"
-            "::test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced"
-            "[record of another key]",
-        ),
+        tests=(f"{RESULTS}::test_invalid_record_is_refused_and_replaced[record of another key]",),
     ),
     Fault(
         id="result-record-with-artifact-of-two-names",
@@ -84,11 +80,7 @@ FAULTS = (
         old='        if artifact.uri != f"artifacts/{artifact.sha256}":\n',
         new='        if not artifact.uri.startswith("artifacts/"):\n',
         effect="A forged record refers to two artifacts, one by its URI and one by its hash.",
-        tests=(
-            f"{RESULTS}"
-            "::test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced"
-            "[artifact of two names]",
-        ),
+        tests=(f"{RESULTS}::test_invalid_record_is_refused_and_replaced[artifact of two names]",),
     ),
     Fault(
         id="result-record-without-seal",
@@ -96,11 +88,7 @@ FAULTS = (
         old="    if not is_sealed:\n",
         new="    if is_sealed is None:\n",
         effect="A damaged record is read as a result.",
-        tests=(
-            f"{RESULTS}"
-            "::test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced"
-            "[no seal]",
-        ),
+        tests=(f"{RESULTS}::test_invalid_record_is_refused_and_replaced[no seal]",),
     ),
     Fault(
         id="order-record-of-another-order",
@@ -108,7 +96,7 @@ FAULTS = (
         old="        if report.order != order:\n",
         new="        if not report.order:\n",
         effect="A record refers to the release of another order.",
-        tests=(f"{ORDERS}::test_a_record_never_leads_to_the_result_of_another_order",),
+        tests=(f"{ORDERS}::test_order_record_with_the_release_of_another_order_counts_as_absent",),
     ),
     Fault(
         id="cache-key-without-defaults",
@@ -116,7 +104,7 @@ FAULTS = (
         old="    bound.apply_defaults()\n",
         new="",
         effect="An explicit default value changes the cache key, so the task runs again.",
-        tests=(f"{POLICY}::test_a_default_that_is_named_is_the_same_key",),
+        tests=(f"{POLICY}::test_content_key_is_the_same_with_an_explicit_default",),
     ),
     Fault(
         id="cache-key-of-object-addresses",
@@ -124,7 +112,7 @@ FAULTS = (
         old='        raise TypeError(f"{type(item).__name__} has no canonical JSON form")\n',
         new="        return repr(item)\n",
         effect="Arguments without a canonical form give keys that change with the process.",
-        tests=(f"{POLICY}::test_an_argument_without_a_canonical_form_is_an_error",),
+        tests=(f"{POLICY}::test_content_key_of_an_argument_without_canonical_form_is_an_error",),
     ),
     Fault(
         id="order-digest-without-budget",

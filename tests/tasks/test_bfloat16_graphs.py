@@ -16,7 +16,7 @@ from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 
 
-def test_a_graph_with_bfloat16_products_is_checked_and_only_what_is_served_is_stored(
+def test_graph_with_bfloat16_products_is_compared_and_its_copy_without_them_is_not_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))

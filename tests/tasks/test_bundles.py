@@ -42,7 +42,7 @@ def bundles() -> tuple[str, ...]:
     return store().keys("bundles")
 
 
-def test_a_packed_bundle_is_the_draft_with_its_data_by_hash(draft: Path) -> None:
+def test_packed_bundle_has_the_weights_and_data_of_the_draft(draft: Path) -> None:
     packed = pack(draft)
     assert (packed.name, packed.version, packed.rows) == ("clicks", "1", ROWS)
     assert packed.tables == {"user": 3000, "item": 1500, "tags": 300}
@@ -55,7 +55,7 @@ def test_a_packed_bundle_is_the_draft_with_its_data_by_hash(draft: Path) -> None
     assert sum(value.numel() for value in model.state_dict().values()) > 70_000
 
 
-def test_packing_again_changes_nothing_and_another_content_is_refused(
+def test_packing_again_changes_nothing_and_other_contents_are_refused(
     draft: Path, tmp_path: Path
 ) -> None:
     packed = pack(draft)
@@ -69,7 +69,7 @@ def test_packing_again_changes_nothing_and_another_content_is_refused(
     check("clicks@1")
 
 
-def test_a_draft_of_schema_version_1_rewritten_in_version_2_is_the_same_bundle(draft: Path) -> None:
+def test_draft_of_schema_version_1_and_its_version_2_are_the_same_bundle(draft: Path) -> None:
     path = draft / "model.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps(as_version_1(document)))
@@ -88,7 +88,7 @@ def test_a_draft_of_schema_version_1_rewritten_in_version_2_is_the_same_bundle(d
         pack(draft)
 
 
-def test_packing_changes_nothing_in_the_draft(draft: Path) -> None:
+def test_packing_does_not_change_the_draft(draft: Path) -> None:
     before = {path.name: path.read_bytes() for path in draft.iterdir()}
     pack(draft)
     assert {path.name: path.read_bytes() for path in draft.iterdir()} == before
@@ -97,7 +97,7 @@ def test_packing_changes_nothing_in_the_draft(draft: Path) -> None:
     check("clicks@1")
 
 
-def test_changing_the_draft_in_place_afterwards_does_not_change_what_was_packed(
+def test_editing_the_draft_in_place_does_not_change_the_packed_bundle(
     draft: Path,
 ) -> None:
     """Packing may share bytes by hard links, so an edit in place must not reach the store."""
@@ -108,7 +108,7 @@ def test_changing_the_draft_in_place_afterwards_does_not_change_what_was_packed(
     check("clicks@1")
 
 
-def test_a_name_means_its_newest_version(draft: Path, tmp_path: Path) -> None:
+def test_name_resolves_to_the_bundle_packed_last(draft: Path, tmp_path: Path) -> None:
     first = pack(draft)
     second = pack(write_draft(tmp_path / "second", version="0.9", seed=1))
     assert resolve("clicks") == second.artifact
@@ -116,9 +116,7 @@ def test_a_name_means_its_newest_version(draft: Path, tmp_path: Path) -> None:
     assert resolve(first.artifact.uri) == first.artifact
 
 
-def test_a_version_that_another_one_begins_with_is_not_taken_for_it(
-    draft: Path, tmp_path: Path
-) -> None:
+def test_prefix_of_a_name_or_version_does_not_resolve(draft: Path, tmp_path: Path) -> None:
     pack(write_draft(tmp_path / "second", version="1.1", seed=1))
     with raises_code(ArtifactMissing, "bundle_missing", known=("clicks@1.1",)):
         resolve("clicks@1")
@@ -126,7 +124,7 @@ def test_a_version_that_another_one_begins_with_is_not_taken_for_it(
         resolve("click")
 
 
-def test_an_unknown_bundle_is_refused_with_those_there_are(draft: Path) -> None:
+def test_unknown_bundle_is_refused_with_the_known_bundles(draft: Path) -> None:
     with raises_code(ArtifactMissing, "bundle_missing", known=("none yet",)):
         resolve("clicks")
     pack(draft)
@@ -139,14 +137,14 @@ def test_an_unknown_bundle_is_refused_with_those_there_are(draft: Path) -> None:
 # --- refused, and nothing is named in the store ----------------------------------------------
 
 
-def test_without_test_data_nothing_could_be_gated(draft: Path) -> None:
+def test_draft_without_test_data_is_refused(draft: Path) -> None:
     described(draft, data={"train": "train.parquet"})
     with raises_code(BundleRefused, "test_data_missing", folder=str(draft)):
         pack(draft)
     assert bundles() == ()
 
 
-def test_an_architecture_outside_the_allow_list_is_refused_without_importing_it(
+def test_architecture_outside_the_allow_list_is_refused(
     draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples")
@@ -155,7 +153,7 @@ def test_an_architecture_outside_the_allow_list_is_refused_without_importing_it(
     assert bundles() == ()
 
 
-def test_an_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path) -> None:
+def test_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path) -> None:
     table = pq.read_table(draft / "test.parquet")
     users = table["user"].to_pylist()
     users[17] = 3_000
@@ -168,7 +166,7 @@ def test_an_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path)
     assert bundles() == ()
 
 
-def test_a_column_the_signature_names_must_be_in_the_data(draft: Path) -> None:
+def test_data_without_a_column_of_the_signature_is_refused(draft: Path) -> None:
     table = pq.read_table(draft / "test.parquet").drop_columns([f"d{DENSE - 1}"])
     pq.write_table(table, draft / "test.parquet")
     with raises_code(DataRefused, "schema_unfit", problems=Text(f"d{DENSE - 1}")):
@@ -176,7 +174,7 @@ def test_a_column_the_signature_names_must_be_in_the_data(draft: Path) -> None:
     assert bundles() == ()
 
 
-def test_weights_that_do_not_fit_the_architecture_are_refused(draft: Path) -> None:
+def test_weights_with_other_shapes_than_the_architecture_are_refused(draft: Path) -> None:
     document = json.loads((draft / "model.json").read_text())
     document["network"]["architecture"]["config"]["dim"] = 8
     (draft / "model.json").write_text(json.dumps(document))
@@ -188,7 +186,7 @@ def test_weights_that_do_not_fit_the_architecture_are_refused(draft: Path) -> No
 # --- check ----------------------------------------------------------------------------------
 
 
-def test_check_reads_every_byte_of_the_bundle_and_of_its_data(draft: Path) -> None:
+def test_check_detects_a_flipped_bit_in_weights_or_data(draft: Path) -> None:
     packed = pack(draft)
     manifest = show("clicks")
     for artifact, file in (
@@ -207,7 +205,7 @@ def test_check_reads_every_byte_of_the_bundle_and_of_its_data(draft: Path) -> No
     check("clicks")
 
 
-def test_a_sealed_folder_is_checked_where_it_lies(draft: Path) -> None:
+def test_check_of_a_sealed_folder_returns_its_manifest_and_refuses_a_draft(draft: Path) -> None:
     packed = pack(draft)
     manifest, facts = check(str(local(packed.artifact)))
     assert manifest == show("clicks")
@@ -218,7 +216,7 @@ def test_a_sealed_folder_is_checked_where_it_lies(draft: Path) -> None:
         check(str(draft))
 
 
-def test_a_split_a_bundle_does_not_have_is_refused_with_those_it_has(
+def test_missing_split_is_refused_with_the_existing_splits(
     draft: Path,
 ) -> None:
     described(draft, data={"train": "train.parquet", "test": "test.parquet"})
@@ -230,7 +228,7 @@ def test_a_split_a_bundle_does_not_have_is_refused_with_those_it_has(
 # --- what an order is about ------------------------------------------------------------------
 
 
-def test_a_subject_knows_what_a_flow_must_know_and_notices_an_edited_architecture(
+def test_find_returns_facts_and_a_digest_that_changes_with_the_architecture(
     draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = (Path(__file__).parents[1] / "draft_network.py").read_text()
@@ -260,7 +258,7 @@ def towers(draft: Path, tmp_path: Path) -> Path:
     return write_retrieval_draft(tmp_path / "towers")
 
 
-def test_a_retrieval_model_is_packed_with_its_catalogue(towers: Path) -> None:
+def test_retrieval_model_is_packed_with_its_catalogue(towers: Path) -> None:
     packed = pack(towers)
     assert packed.rows["items"] == ITEMS
     manifest, _ = check("finder@1")
@@ -277,7 +275,7 @@ def signature_of(draft: Path, **changes: object) -> None:
     described(draft, signature=SIGNATURE | changes)
 
 
-def test_a_score_that_is_not_the_towers_dot_product_is_refused(towers: Path) -> None:
+def test_score_other_than_the_dot_product_of_the_towers_is_refused(towers: Path) -> None:
     network_of(towers, bias=0.5)
     with raises_code(ModelRefused, "towers_not_the_score", gap=0.5):
         pack(towers)
@@ -287,7 +285,7 @@ def test_a_score_that_is_not_the_towers_dot_product_is_refused(towers: Path) -> 
     "query",
     ["of_unknown", "of_item"],
 )
-def test_a_tower_that_cannot_be_called_is_refused(query: str, towers: Path) -> None:
+def test_tower_that_cannot_be_called_is_refused(query: str, towers: Path) -> None:
     named = SIGNATURE["towers"] | {"query": {"module": query, "inputs": ["user", "lately"]}}
     signature_of(towers, towers=named)
     with raises_code(ModelRefused, "tower_fails", tower="query", module=query) as caught:
@@ -295,7 +293,7 @@ def test_a_tower_that_cannot_be_called_is_refused(query: str, towers: Path) -> N
     assert caught.value.fields["inputs"][:2] == ("user", "lately")
 
 
-def test_a_tower_must_give_a_vector_a_row_as_long_as_the_others(towers: Path) -> None:
+def test_tower_that_needs_other_inputs_is_refused(towers: Path) -> None:
     lengthened = "of_item.out"  # called with nothing of the signature
     named = SIGNATURE["towers"] | {"item": SIGNATURE["towers"]["item"] | {"module": lengthened}}
     signature_of(towers, towers=named)
@@ -303,7 +301,7 @@ def test_a_tower_must_give_a_vector_a_row_as_long_as_the_others(towers: Path) ->
         pack(towers)
 
 
-def test_a_retrieval_model_without_a_catalogue_is_refused(towers: Path) -> None:
+def test_retrieval_model_without_a_catalogue_is_refused(towers: Path) -> None:
     held = json.loads((towers / "model.json").read_text())["data"]
     del held["items"]
     described(towers, data=held)

@@ -38,7 +38,7 @@ def sources(function: object) -> set[str]:
     return {file.relative_to(ROOT).as_posix() for file in files}
 
 
-def test_sources_of_a_task_hold_every_module_that_importing_it_loads():
+def test_imported_sources_contain_every_module_that_importing_a_task_loads():
     """The import system itself is the reference, one process for each task."""
     modules = [compress, publish]
     names = [module.__name__ for module in modules]
@@ -65,7 +65,7 @@ def _task(module):
     }[module]
 
 
-def test_task_does_not_depend_on_flows_or_on_what_it_does_not_import():
+def test_imported_sources_exclude_flows_and_modules_that_are_not_imported():
     found = sources(compress.compress.fn)
     assert "compressors/quantize/tables/rowwise_int8.py" in found
     assert "infra/store/object_store.py" in found
@@ -89,12 +89,12 @@ def test_task_does_not_depend_on_flows_or_on_what_it_does_not_import():
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_task_depends_on_estimators_and_functions_that_declarations_name(task, file):
+def test_imported_sources_contain_estimators_and_task_kinds(task, file):
     assert file in sources(inspect.unwrap(task.fn))
 
 
 @pytest.mark.parametrize("declared", TARGETS.values(), ids=lambda declared: declared.name)
-def test_tasks_depend_on_the_lowering_builder_and_runtime_that_a_target_names(declared):
+def test_imported_sources_contain_lowering_builder_and_runtime_of_every_target(declared):
     def file(reference):
         return reference.partition(":")[0].replace(".", "/") + ".py"
 
@@ -105,7 +105,7 @@ def test_tasks_depend_on_the_lowering_builder_and_runtime_that_a_target_names(de
         assert file(declared.runtime) in sources(inspect.unwrap(measure.measure.fn))
 
 
-def test_tasks_that_render_a_page_depend_on_its_templates():
+def test_imported_sources_contain_templates_only_of_rendered_pages():
     validation = "infra/pages/templates/validation.html.jinja"
     assert validation in sources(validate.validate.fn)
     assert "tasks/report/templates/limits.html.jinja" in sources(publish.publish.fn)
@@ -162,7 +162,7 @@ def _forget():
         ("flows/templates/unused.html.jinja", False),
     ],
 )
-def test_editing_a_source_changes_the_digest_only_if_the_task_imports_it(project, edited, is_part):
+def test_editing_a_file_changes_the_digest_only_if_the_task_imports_it(project, edited, is_part):
     before = digests._sources_digest(project / "tasks/work.py")
     with (project / edited).open("a") as file:
         file.write("# edited\n")

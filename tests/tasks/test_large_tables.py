@@ -64,7 +64,7 @@ def planted(header: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_row_is_where_it_belongs_and_memory_stays_flat(tmp_path: Path):
+def test_quantize_of_a_17_gb_table_is_correct_at_32_bit_borders_in_flat_memory(tmp_path: Path):
     source, into = tmp_path / "in.safetensors", tmp_path / "out"
     file = StreamedFile({"t.weight": TensorSpec((ROWS, DIM), torch.float32)})
     result = StreamedFile(

@@ -57,7 +57,7 @@ def order_fetched(home: Path) -> str:
     return (home / "out" / "model.onnx").read_text().removeprefix("onnxruntime ")
 
 
-def test_the_champion_is_found_by_its_order_under_another_number(
+def test_champion_is_found_by_its_order_under_another_version_number(
     home: Path, triton: Path, lose: Callable[[], None]
 ) -> None:
     graph = published(home, "a").report.targets[0].artifact
@@ -81,7 +81,7 @@ def test_the_champion_is_found_by_its_order_under_another_number(
     assert len(Ledger(store(), "m").entries()) == 1
 
 
-def test_a_rollback_restores_the_previous_order_under_its_new_version_number(
+def test_rollback_restores_the_previous_order_under_its_new_version_number(
     home: Path, fill: Fill, lose: Callable[[], None]
 ) -> None:
     fill("ab", "ab")
@@ -93,7 +93,7 @@ def test_a_rollback_restores_the_previous_order_under_its_new_version_number(
     assert Ledger(store(), "m").champion() == entry
 
 
-def test_a_champion_that_the_registry_does_not_have_is_refused_on_every_path(
+def test_champion_missing_in_the_registry_is_refused_by_every_function(
     home: Path, fill: Fill, triton: Path, lose: Callable[[], None]
 ) -> None:
     fill("ab", "ab")
@@ -122,7 +122,7 @@ def test_a_champion_that_the_registry_does_not_have_is_refused_on_every_path(
     assert len(Ledger(store(), "m").entries()) == 2
 
 
-def test_restoring_a_lost_registry_registers_every_result_under_its_number(
+def test_restore_registers_every_result_under_its_former_number(
     home: Path, lose: Callable[[], None]
 ) -> None:
     for digit in "cab":
@@ -144,7 +144,7 @@ def test_restoring_a_lost_registry_registers_every_result_under_its_number(
     assert rollback("m", "").order == C
 
 
-def test_a_new_champion_does_not_overwrite_the_files_a_server_reads(
+def test_promotion_does_not_overwrite_the_served_files_of_another_order(
     home: Path, fill: Fill, triton: Path, lose: Callable[[], None]
 ) -> None:
     fill("a", "a")
@@ -159,7 +159,7 @@ def test_a_new_champion_does_not_overwrite_the_files_a_server_reads(
     assert (triton / "m" / "2" / "model.onnx").read_bytes() == body("a")
 
 
-def test_an_order_is_promoted_by_its_digest(
+def test_promote_order_promotes_the_version_with_the_digest(
     home: Path, fill: Fill, lose: Callable[[], None]
 ) -> None:
     fill("a", "")
@@ -191,7 +191,7 @@ def change_entry(sequence: int, old: str, new: str) -> None:
         ('"by": "tester"', '"by": "tesser"'),
     ],
 )
-def test_one_changed_value_of_an_entry_is_damage(
+def test_ledger_entry_with_a_changed_value_is_refused(
     home: Path, fill: Fill, old: str, new: str
 ) -> None:
     fill("ab", "ab")
@@ -210,7 +210,7 @@ def without_digests(entries: tuple[Entry, ...]) -> None:
         store().write(f"ledger/m/{entry.sequence:08d}.json", text.encode())
 
 
-def test_a_ledger_of_an_earlier_version_is_read_and_continued(home: Path, fill: Fill) -> None:
+def test_ledger_without_digests_is_read_and_continued(home: Path, fill: Fill) -> None:
     fill("ab", "ab")
     rollback("m", "")
     without_digests(Ledger(store(), "m").entries())
@@ -223,7 +223,9 @@ def test_a_ledger_of_an_earlier_version_is_read_and_continued(home: Path, fill: 
     assert caught.value.fields["changed"].endswith("00000004.json or the entry before it")
 
 
-def test_a_digest_that_was_removed_is_damage(home: Path, fill: Fill) -> None:
+def test_ledger_entry_without_its_digest_after_one_with_digest_is_refused(
+    home: Path, fill: Fill
+) -> None:
     fill("ab", "ab")
     without_digests(Ledger(store(), "m").entries()[1:])
     with raises_code(ArtifactDamaged, "ledger_digest_missing"):
@@ -231,7 +233,7 @@ def test_a_digest_that_was_removed_is_damage(home: Path, fill: Fill) -> None:
 
 
 @pytest.mark.parametrize("order", [C, f"{'a' * 63}b", "?"])
-def test_an_entry_of_an_earlier_version_with_another_order_serves_nothing(
+def test_ledger_entry_without_digest_of_another_order_is_refused(
     home: Path, fill: Fill, order: str
 ) -> None:
     fill("a", "a")
@@ -286,7 +288,7 @@ def changed(done: Finished, **verdict: Any) -> tuple[TargetReport, ...]:
         ({"judgements": (judged("bytes <= 9", 5, "accepted"),)}, "not judged by its limit auc"),
     ],
 )
-def test_a_report_that_contradicts_itself_is_not_promoted(
+def test_report_that_contradicts_itself_is_not_promoted(
     home: Path, verdict: dict[str, Any], problem: str
 ) -> None:
     done = published(home, "a")
@@ -307,7 +309,7 @@ def test_a_report_that_contradicts_itself_is_not_promoted(
         ({"limits": ()}, PromotionRefused, "no limits"),
     ],
 )
-def test_a_report_without_targets_or_limits_is_not_promoted(
+def test_report_without_targets_or_limits_is_not_promoted(
     home: Path, part: dict[str, Any], refusal: type[Refused], message: str
 ) -> None:
     done = published(home, "a")
@@ -318,13 +320,13 @@ def test_a_report_without_targets_or_limits_is_not_promoted(
         promote("m", version, "")
 
 
-def test_a_report_whose_judgements_support_it_is_promoted(home: Path) -> None:
+def test_report_consistent_with_its_judgements_is_promoted(home: Path) -> None:
     judgements = (judged(LIMIT, -0.001, "accepted"),)
     targets = changed(published(home, "a"), judgements=judgements)
     assert promote("m", published(home, "b", targets=targets).version, "").order == B
 
 
-def test_a_version_whose_tag_names_another_order_is_not_promoted(home: Path) -> None:
+def test_version_whose_tag_names_another_order_is_not_promoted(home: Path) -> None:
     done = published(home, "a")
     tags = {"recpress.outcome": "accepted"}
     registered = registry().publish("m", C, done.release.uri, tags, "")

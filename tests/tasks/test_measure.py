@@ -76,7 +76,7 @@ def _here(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     surroundings(monkeypatch, made.home)
 
 
-def test_a_lowered_graph_says_what_a_caller_must_send_and_how_far_it_is_from_torch(
+def test_lowering_describes_the_inputs_and_the_parity_of_its_graph(
     made: Graphs,
 ) -> None:
     (found,) = lowering_of(local(made.graph)).graphs
@@ -94,7 +94,7 @@ def test_a_lowered_graph_says_what_a_caller_must_send_and_how_far_it_is_from_tor
     assert found.rows_parity.rows == 2048
 
 
-def test_the_served_graphs_auc_is_the_networks_own(made: Graphs) -> None:
+def test_auc_of_the_served_graph_is_the_auc_of_the_module(made: Graphs) -> None:
     auc = made.itself.numbers.of("auc", "absolute")
     assert auc is not None
     assert auc.point == pytest.approx(planted_auc(made.draft), abs=1e-6)
@@ -102,7 +102,7 @@ def test_the_served_graphs_auc_is_the_networks_own(made: Graphs) -> None:
     assert auc.rows == made.itself.rows == ROWS["test"]
 
 
-def test_a_model_against_itself_differs_in_nothing_but_its_latency(made: Graphs) -> None:
+def test_model_compared_with_itself_differs_only_in_latency(made: Graphs) -> None:
     for metric in QUALITY:
         change = made.itself.numbers.of(metric, "baseline")
         assert change is not None
@@ -116,7 +116,7 @@ def test_a_model_against_itself_differs_in_nothing_but_its_latency(made: Graphs)
         assert 0.7 < ratio.point < 1.4, size
 
 
-def test_every_number_a_limit_may_name_is_there_for_the_candidate_and_the_baseline(
+def test_measurement_has_all_metrics_of_candidate_and_baseline(
     made: Graphs,
 ) -> None:
     wanted = QUALITY | {"bytes"}
@@ -129,7 +129,7 @@ def test_every_number_a_limit_may_name_is_there_for_the_candidate_and_the_baseli
     assert not made.itself.numbers.has_champion
 
 
-def test_a_model_against_itself_changes_no_score(made: Graphs) -> None:
+def test_score_changes_of_a_model_compared_with_itself_are_zero(made: Graphs) -> None:
     changes = {metric: made.itself.numbers.of(metric, "absolute") for metric in SCORES}
     assert {metric: found.point for metric, found in changes.items() if found is not None} == {
         "score_correlation": 1.0,
@@ -139,14 +139,16 @@ def test_a_model_against_itself_changes_no_score(made: Graphs) -> None:
     assert made.itself.numbers.score_unit == "probability"
 
 
-def test_bytes_are_those_of_the_served_files_alone(made: Graphs) -> None:
+def test_bytes_are_the_size_of_the_served_graph_file(made: Graphs) -> None:
     folder = local(made.graph)
     found = made.itself.numbers.of("bytes", "absolute")
     assert found is not None
     assert found.point == served_bytes(folder) == (folder / "model.onnx").stat().st_size
 
 
-def test_a_champion_adds_its_own_comparison(made: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_champion_adds_changes_from_the_champion(
+    made: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(measuring, "usual_batches", lambda _: (1,))
     found = measured(made, champion=made.graph)
     assert found.numbers.has_champion
@@ -154,7 +156,7 @@ def test_a_champion_adds_its_own_comparison(made: Graphs, monkeypatch: pytest.Mo
         assert found.numbers.of(metric, "champion") is not None, metric
 
 
-def test_a_batch_larger_than_the_test_data_is_left_out(
+def test_latency_at_a_batch_larger_than_the_test_data_is_left_out(
     made: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measuring, "usual_batches", lambda _: (ROWS["test"] + 1,))
@@ -162,7 +164,7 @@ def test_a_batch_larger_than_the_test_data_is_left_out(
     assert {number.metric for number in found.numbers.numbers} == QUALITY | SCORES | {"bytes"}
 
 
-def test_a_graph_with_other_inputs_is_not_compared(
+def test_champion_with_other_inputs_or_graphs_is_refused(
     made: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A champion of an earlier signature cannot be scored on these rows."""
@@ -187,7 +189,9 @@ def test_a_graph_with_other_inputs_is_not_compared(
         measured(made, champion=store().put(other))
 
 
-def test_rows_without_a_score_are_an_error_that_counts_them(made: Graphs, tmp_path: Path) -> None:
+def test_scores_that_are_not_finite_are_refused_with_their_count_and_first_row(
+    made: Graphs, tmp_path: Path
+) -> None:
     """An id outside a table whose policy is 'error' scores NaN; a NaN must not reach the AUC."""
     from safetensors.numpy import load_file, save_file
 
@@ -201,7 +205,7 @@ def test_rows_without_a_score_are_an_error_that_counts_them(made: Graphs, tmp_pa
         measured(made, test=store().put(spoiled))
 
 
-def test_the_planted_clicks_are_what_the_test_needs(made: Graphs) -> None:
+def test_synthetic_clicks_have_a_base_rate_and_an_auc_away_from_the_extremes(made: Graphs) -> None:
     """An AUC near a half or near one would make every comparison above easy."""
     clicks = pq.read_table(made.draft / "test.parquet")["label"].to_numpy()
     assert 0.25 < np.mean(clicks) < 0.55

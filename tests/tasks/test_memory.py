@@ -12,7 +12,9 @@ size = st.integers(0, 10**13)
 
 
 @given(size, size, size, st.booleans())
-def test_the_peak_is_the_sum_of_its_parts_and_never_below_the_model(before, after, rows, builds):
+def test_peak_is_the_sum_of_its_parts_and_at_least_the_size_of_the_model(
+    before, after, rows, builds
+):
     found = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=builds)
     assert found.peak == found.process + found.weights + found.rows
     assert found.peak >= max(before, after, rows)
@@ -20,7 +22,7 @@ def test_the_peak_is_the_sum_of_its_parts_and_never_below_the_model(before, afte
 
 @given(size, size, size, size)
 @example(2**29, 0, 0, 2**29)
-def test_more_weights_or_rows_never_take_less_unless_tables_become_linked(
+def test_more_weights_or_rows_never_lower_the_peak_unless_the_graph_becomes_linked(
     before, after, rows, more
 ):
     least = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=False).peak
@@ -34,7 +36,7 @@ def test_more_weights_or_rows_never_take_less_unless_tables_become_linked(
     assert engine.peak > least
 
 
-def test_the_moment_is_the_one_of_the_larger_part():
+def test_moment_is_the_phase_with_the_largest_estimate():
     large = {"bytes_before": 5 * 10**8, "bytes_after": 10**8, "data_bytes": 10**6, "builds": False}
     assert peak_memory(**large).moment == "lowering the untouched model"
     assert peak_memory(**{**large, "data_bytes": 10**10}).moment == "reading the rows"
@@ -43,7 +45,7 @@ def test_the_moment_is_the_one_of_the_larger_part():
     assert trained.peak > 7 * 10**9
 
 
-def test_tables_that_a_graph_links_count_less_than_half():
+def test_tables_linked_from_a_graph_count_less_than_half():
     sizes = {"bytes_after": 0, "data_bytes": 0, "builds": False}
     copied = peak_memory(bytes_before=EXTERNAL_BYTES, **sizes)
     linked = peak_memory(bytes_before=EXTERNAL_BYTES + 1, **sizes)
@@ -55,7 +57,7 @@ def test_tables_that_a_graph_links_count_less_than_half():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["tiny", "table-100", "rows-1m", "dense-35"])
-def test_the_estimate_is_within_a_fifth_of_what_a_run_uses(name):
+def test_estimate_is_within_a_fifth_of_the_measured_peak(name):
     """A fifth is what the docs promise; runs of one order differ by about 2 %."""
     found = measure(CASES[name])
     assert 0.8 < found["estimate"]["peak"] / found["peak"] < 1.2, found["stages"]

@@ -76,7 +76,7 @@ def move(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", NEW_NAMES)
 @pytest.mark.parametrize("make", [published, published_by_0_1_0])
-def test_everything_of_a_moved_home_works(
+def test_moved_home_is_listed_fetched_promoted_and_found_again(
     make: Any, name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = make(home, "a"), make(home, "b")
@@ -106,7 +106,7 @@ def test_everything_of_a_moved_home_works(
     assert {path.name for path in new.iterdir()} <= {"registry.db", "registry.db.lock", "store"}
 
 
-def test_nothing_a_new_version_writes_holds_the_place_of_the_home(home: Path) -> None:
+def test_files_of_a_home_do_not_contain_its_path(home: Path) -> None:
     done = published(home, "a")
     promote("m", done.version, "")
     for path in (home / "recpress").rglob("*"):
@@ -114,7 +114,7 @@ def test_nothing_a_new_version_writes_holds_the_place_of_the_home(home: Path) ->
             assert str(home).encode() not in path.read_bytes(), path
 
 
-def test_an_order_published_again_after_the_move_is_the_same_version(
+def test_order_published_again_after_the_move_is_the_same_version(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = published_by_0_1_0(home, "a")
@@ -130,13 +130,15 @@ def test_an_order_published_again_after_the_move_is_the_same_version(
 @pytest.mark.parametrize(
     "source", ["file:///etc", "file:///etc/artifacts", "artifacts/../../etc", "s3://a/b", "/etc"]
 )
-def test_a_source_outside_the_store_is_never_read(source: str, home: Path) -> None:
+def test_version_whose_source_is_outside_the_store_is_refused(source: str, home: Path) -> None:
     made = Registry(load_settings().registry_uri).publish("m", "c" * 64, source, {}, "")
     with raises_code(StoreRefused, "artifact_uri_form"):
         version_report("m", made.version)
 
 
-def test_an_artifact_of_another_root_is_read_from_this_store_and_verified(home: Path) -> None:
+def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_it(
+    home: Path,
+) -> None:
     done = published(home, "a")
     outside = home / "outside" / "artifacts" / ("0" * 64)
     outside.mkdir(parents=True)
@@ -165,7 +167,7 @@ def packed_by_0_1_0(home: Path) -> Artifact:
     return earlier
 
 
-def test_a_bundle_of_a_moved_home_is_found_checked_and_not_packed_twice(
+def test_bundle_of_a_moved_home_is_found_checked_and_not_packed_twice(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
@@ -184,7 +186,7 @@ def test_a_bundle_of_a_moved_home_is_found_checked_and_not_packed_twice(
     assert resolve("clicks@1") == again
 
 
-def test_an_artifact_uri_is_no_folder_of_the_working_folder(
+def test_relative_artifact_uri_is_not_read_from_the_working_folder(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)

@@ -141,7 +141,7 @@ ODD: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ODD)
-def test_an_odd_file_is_refused_in_a_sentence_and_nothing_is_named(kind: str, draft: Path) -> None:
+def test_unusable_file_in_a_draft_is_refused_and_nothing_is_packed(kind: str, draft: Path) -> None:
     ODD[kind](draft)
     with pytest.raises((BundleRefused, DataRefused, FileRefused, Refused)) as refused:
         pack(draft)
@@ -150,7 +150,7 @@ def test_an_odd_file_is_refused_in_a_sentence_and_nothing_is_named(kind: str, dr
     assert store().keys("bundles/") == ()
 
 
-def test_a_folder_of_part_files_is_packed_as_it_is(draft: Path) -> None:
+def test_folder_of_part_files_is_packed_unchanged(draft: Path) -> None:
     parts(lambda folder: (folder / "notes.txt").write_text("kept too"))(draft)
     packed = pack(draft)
     manifest = show("clicks@1")
@@ -178,7 +178,7 @@ def unprivileged() -> Iterator[None]:
 @pytest.mark.parametrize(
     "name", ["model.json", "model.safetensors", "test.parquet", "extra.json", "v.txt", "."]
 )
-def test_an_unreadable_file_is_named_with_what_to_do(
+def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
     name: str, a_draft: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any
 ) -> None:
     top = Path(tmp_path_factory.getbasetemp())
@@ -210,7 +210,7 @@ def test_an_unreadable_file_is_named_with_what_to_do(
 
 # tests/faults/test_full_disk.py has a lower limit in the default tier.
 @pytest.mark.parametrize("limit", [330_000, pytest.param(20_000, marks=pytest.mark.nightly)])
-def test_a_file_size_limit_ends_packing_with_a_sentence_and_loses_nothing(
+def test_packing_beyond_the_file_size_limit_fails_without_losing_bundles(
     limit: int, draft: Path, tmp_path: Path
 ) -> None:
     """At every limit: in the scratch folder, in the store, in the record."""
@@ -235,7 +235,7 @@ def test_a_file_size_limit_ends_packing_with_a_sentence_and_loses_nothing(
     assert pack(tmp_path / "before") == before
 
 
-def test_a_file_that_changes_while_it_is_packed_is_not_stored(
+def test_file_that_changes_during_packing_is_not_stored(
     draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = chunks.hashed
@@ -272,7 +272,7 @@ def test_a_file_that_changes_while_it_is_packed_is_not_stored(
         (errno.ENAMETOOLONG, FileRefused),
     ],
 )
-def test_an_error_of_the_system_becomes_ours_with_path_and_remedy(
+def test_os_error_is_translated_with_path_and_remedy(
     number: int,
     expected: type[Exception],
     monkeypatch: pytest.MonkeyPatch,
@@ -289,7 +289,7 @@ def test_an_error_of_the_system_becomes_ours_with_path_and_remedy(
     assert "Errno" not in capsys.readouterr().err
 
 
-def test_an_error_of_the_system_in_the_text_of_safetensors_is_recognized() -> None:
+def test_os_error_in_a_safetensors_message_is_recognized() -> None:
     text = "Error while serializing: I/O error: No space left on device (os error 28)"
     error = as_os_error(SafetensorError(text))
     assert error is not None
@@ -299,7 +299,7 @@ def test_an_error_of_the_system_in_the_text_of_safetensors_is_recognized() -> No
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "/".join(["y" * 200] * 30)])
-def test_a_name_longer_than_a_file_system_allows_is_refused(name: str, draft: Path) -> None:
+def test_name_longer_than_the_file_system_allows_is_refused(name: str, draft: Path) -> None:
     for use in (
         lambda: pack(Path(name)),
         lambda: check(name),

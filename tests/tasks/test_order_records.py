@@ -85,7 +85,7 @@ def of_version_0_1_0(done: Finished, home: Path) -> bytes:
     return text.encode()
 
 
-def test_a_record_of_an_order_holds_references_only_and_no_place_of_this_machine(
+def test_order_record_has_references_only_and_no_local_path(
     home: Path,
 ) -> None:
     done = published(home, "a")
@@ -104,7 +104,7 @@ def test_a_record_of_an_order_holds_references_only_and_no_place_of_this_machine
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_flipped_bit_of_a_record_of_an_order_makes_the_order_run_again(
+def test_order_record_with_a_flipped_bit_counts_as_absent(
     count: int | None, done: Finished, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = finished_key(ORDER)
@@ -120,7 +120,7 @@ def test_a_flipped_bit_of_a_record_of_an_order_makes_the_order_run_again(
 
 
 @pytest.mark.parametrize("count", [75, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_flipped_bit_of_an_earlier_versions_record_never_changes_what_is_found(
+def test_unsealed_order_record_with_a_flipped_bit_gives_the_same_result_or_none(
     done: Finished, home: Path, count: int | None
 ) -> None:
     body = of_version_0_1_0(done, home)
@@ -134,7 +134,7 @@ def test_a_flipped_bit_of_an_earlier_versions_record_never_changes_what_is_found
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, "a folder"])
-def test_what_is_no_record_of_an_order_counts_as_absent(
+def test_invalid_order_record_counts_as_absent_and_is_replaced(
     kind: str, done: Finished, home: Path
 ) -> None:
     key = finished_key(ORDER)
@@ -152,7 +152,7 @@ def test_what_is_no_record_of_an_order_counts_as_absent(
     assert finished(ORDER) == done
 
 
-def test_a_record_never_leads_to_the_result_of_another_order(home: Path) -> None:
+def test_order_record_with_the_release_of_another_order_counts_as_absent(home: Path) -> None:
     first, second = published(home, "a"), published(home, "b")
     own, other = (store().read(finished_key(digit * 64)) for digit in "ab")
     store().write(finished_key("a" * 64), other)
@@ -179,7 +179,7 @@ def test_a_record_never_leads_to_the_result_of_another_order(home: Path) -> None
     assert finished("a" * 64) is None, "an artifact that is no release"
 
 
-def test_a_record_names_the_registry_that_its_version_belongs_to(
+def test_finished_result_names_the_registry_of_its_version(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(home, "a")
@@ -236,7 +236,7 @@ def found_or_refused() -> Artifact | None:
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_flipped_bit_of_a_bundles_record_is_refused_with_what_to_do(
+def test_bundle_record_with_a_flipped_bit_is_refused_with_the_remedy(
     count: int | None, packed: Packed, tmp_path: Path
 ) -> None:
     path = tmp_path / "recpress" / "store" / KEY
@@ -252,7 +252,7 @@ def test_a_flipped_bit_of_a_bundles_record_is_refused_with_what_to_do(
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_flipped_bit_of_an_earlier_bundles_record_is_refused_or_harmless(
+def test_unsealed_bundle_record_with_a_flipped_bit_is_refused_or_unchanged(
     count: int | None, packed: Packed, tmp_path: Path
 ) -> None:
     body = earlier_bundle_record(packed)
@@ -266,7 +266,9 @@ def test_a_flipped_bit_of_an_earlier_bundles_record_is_refused_or_harmless(
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_packing_again_restores_a_damaged_record(kind: str, packed: Packed, tmp_path: Path) -> None:
+def test_packing_again_replaces_a_damaged_bundle_record(
+    kind: str, packed: Packed, tmp_path: Path
+) -> None:
     path = tmp_path / "recpress" / "store" / KEY
     body = path.read_bytes()
     path.chmod(0o644)
@@ -280,7 +282,9 @@ def test_packing_again_restores_a_damaged_record(kind: str, packed: Packed, tmp_
     assert resolve("clicks@1") == packed.artifact
 
 
-def test_a_folder_in_place_of_a_bundles_record_is_named(packed: Packed, tmp_path: Path) -> None:
+def test_folder_in_place_of_a_bundle_record_is_refused_with_its_path(
+    packed: Packed, tmp_path: Path
+) -> None:
     path = put_folder_at(KEY, tmp_path)
     assert found_or_refused() is None
     (path / "x").touch()
@@ -289,7 +293,7 @@ def test_a_folder_in_place_of_a_bundles_record_is_named(packed: Packed, tmp_path
         pack(tmp_path / "draft")
 
 
-def test_a_damaged_newest_version_is_not_silently_left_out(packed: Packed, tmp_path: Path) -> None:
+def test_damaged_record_of_the_newest_version_is_refused(packed: Packed, tmp_path: Path) -> None:
     pack(write_draft(tmp_path / "second", version="2", seed=1))
     store().write(bundle_key("clicks", "2"), b"")
     assert resolve("clicks@1") == packed.artifact
@@ -297,7 +301,7 @@ def test_a_damaged_newest_version_is_not_silently_left_out(packed: Packed, tmp_p
         resolve("clicks")
 
 
-def test_a_record_of_another_bundle_is_refused(packed: Packed, tmp_path: Path) -> None:
+def test_bundle_record_of_another_bundle_is_refused(packed: Packed, tmp_path: Path) -> None:
     other = pack(write_draft(tmp_path / "second", version="2", seed=1))
     own, second = store().read(KEY), store().read(bundle_key("clicks", "2"))
     store().write(KEY, second)
@@ -318,7 +322,7 @@ def packed_data(packed: Packed) -> Artifact:
     return Artifact.model_validate(body["data"]["test"]["artifact"])
 
 
-def test_a_damaged_record_does_not_let_another_bundle_take_the_version(
+def test_other_bundle_cannot_replace_a_damaged_record_of_its_version(
     packed: Packed, tmp_path: Path
 ) -> None:
     body = store().read(KEY)
@@ -329,7 +333,7 @@ def test_a_damaged_record_does_not_let_another_bundle_take_the_version(
     assert pack(tmp_path / "draft") == packed
 
 
-def test_a_bundle_whose_files_are_gone_is_packed_again(packed: Packed, tmp_path: Path) -> None:
+def test_bundle_with_missing_files_is_packed_again(packed: Packed, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "recpress" / "store" / "artifacts" / packed.artifact.sha256)
     with raises_code(ArtifactMissing, "bundle_artifact_missing", name="clicks", version="1"):
         resolve("clicks@1")

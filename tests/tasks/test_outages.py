@@ -71,14 +71,14 @@ def away_until(clock: Clock, end: float, fault: Exception, takes: float = 0.0) -
         (ValueError("x"), None),
     ],
 )
-def test_only_services_over_the_network_that_do_not_answer_are_waited_for(
+def test_service_of_returns_a_name_only_for_faults_of_unavailable_services(
     fault: Exception, service: str | None
 ) -> None:
     assert service_of(fault) == service
 
 
 @pytest.mark.parametrize("seconds", [1, 60, 300, 560])
-def test_a_call_succeeds_after_an_outage_that_is_shorter_than_the_deadline(
+def test_wait_out_returns_after_an_outage_shorter_than_the_deadline(
     clock: Clock, seconds: float
 ) -> None:
     assert (
@@ -91,7 +91,7 @@ def test_a_call_succeeds_after_an_outage_that_is_shorter_than_the_deadline(
 
 
 @pytest.mark.parametrize("takes", [0.0, 20.0, 61.0])
-def test_an_outage_without_end_raises_its_own_fault_at_the_deadline(
+def test_wait_out_raises_the_exception_of_the_call_at_the_deadline(
     clock: Clock, takes: float
 ) -> None:
     fault = errors.StoreOutage("store_failed", place="p", problem="x")
@@ -102,13 +102,13 @@ def test_an_outage_without_end_raises_its_own_fault_at_the_deadline(
     assert DEADLINE_SECONDS - max(DELAYS) - takes <= clock.now - takes <= DEADLINE_SECONDS + takes
 
 
-def test_another_fault_is_raised_at_once(clock: Clock) -> None:
+def test_wait_out_raises_other_faults_at_once(clock: Clock) -> None:
     with pytest.raises(errors.SettingRefused):
         wait_out(away_until(clock, 1, errors.SettingRefused("registry_address_malformed")))
     assert clock.now == 0
 
 
-def test_a_person_reads_what_is_waited_for_and_until_when(
+def test_log_names_the_unavailable_service_and_the_deadline(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     until = datetime.fromtimestamp(outages.time.time() + DEADLINE_SECONDS).strftime("%H:%M")
@@ -120,7 +120,7 @@ def test_a_person_reads_what_is_waited_for_and_until_when(
     assert len(waits) == len(lines) - 1  # the cause is in the log once
 
 
-def test_the_deadline_of_a_task_counts_from_its_first_fault_and_for_each_task(
+def test_deadline_of_a_task_run_begins_at_its_first_fault(
     clock: Clock,
 ) -> None:
     known, run, fault = (
@@ -138,12 +138,12 @@ def test_the_deadline_of_a_task_counts_from_its_first_fault_and_for_each_task(
     assert not known.may_try_again(run, ValueError("x"))
 
 
-def test_the_delays_reach_the_deadline_and_prefect_takes_them() -> None:
+def test_delays_add_up_to_the_deadline_and_are_within_prefects_limit() -> None:
     assert sum(DELAYS) >= DEADLINE_SECONDS
     assert policy.KEPT["retries"] == len(DELAYS) <= 50  # Prefect takes no more delays
 
 
-def test_a_registry_that_is_a_file_is_no_service_to_wait_for(tmp_path: object) -> None:
+def test_fault_of_a_registry_file_is_no_outage(tmp_path: object) -> None:
     of_a_server = Registry("http://127.0.0.1:9")
     with pytest.raises(errors.RegistryOutage):
         of_a_server.check()

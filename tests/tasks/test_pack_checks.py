@@ -109,7 +109,7 @@ def store_as_packed(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "self.weights = [(list(self.user.parameters()), 0.1)]",
     ],
 )
-def test_a_class_that_moves_or_copies_is_packed_without_a_note(
+def test_class_that_moves_or_copies_its_weights_is_packed_without_a_note(
     home: Path, monkeypatch: pytest.MonkeyPatch, init: str
 ) -> None:
     packed = pack(own_draft(home, monkeypatch, init=init))
@@ -125,7 +125,7 @@ def test_a_class_that_moves_or_copies_is_packed_without_a_note(
         ("self.big = float(self.user.weight.max()) > 0", ["all its weights in memory", "self.big"]),
     ],
 )
-def test_a_class_built_in_another_way_has_a_note_in_the_bundle(
+def test_class_that_needs_a_gpu_or_all_weights_in_memory_is_packed_with_a_note(
     home: Path, monkeypatch: pytest.MonkeyPatch, init: str, words: list[str]
 ) -> None:
     packed = pack(own_draft(home, monkeypatch, init=init))
@@ -136,7 +136,7 @@ def test_a_class_built_in_another_way_has_a_note_in_the_bundle(
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
 
 
-def test_random_values_that_change_the_score_are_refused_by_name(
+def test_random_attribute_that_changes_scores_is_refused_by_name(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init, score = "self.noise = torch.randn(1)", "score + self.noise"
@@ -144,7 +144,7 @@ def test_random_values_that_change_the_score_are_refused_by_name(
         pack(own_draft(home, monkeypatch, init=init, score=score))
 
 
-def test_random_values_that_change_no_score_are_accepted(
+def test_random_attribute_that_changes_no_score_is_accepted(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init = "import time\nself.noise = torch.randn(1)\nself.begun = time.time()"
@@ -157,7 +157,7 @@ def test_dropout_in_evaluation_mode_is_refused(home: Path, monkeypatch: pytest.M
         pack(own_draft(home, monkeypatch, score=score))
 
 
-def test_a_class_that_raises_is_refused_with_its_own_reason(
+def test_class_that_raises_in_its_constructor_is_refused_with_its_message(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init = 'raise ValueError("an odd number of fields")'
@@ -171,7 +171,7 @@ def test_a_class_that_raises_is_refused_with_its_own_reason(
 
 
 @pytest.mark.parametrize("metric", ["auc", "gauc", "recall@20"])
-def test_a_ranking_model_with_a_metric_of_another_task_is_refused(home: Path, metric: str) -> None:
+def test_ranking_model_with_a_metric_of_another_task_is_refused(home: Path, metric: str) -> None:
     draft = write_draft(home / "draft", task="ranking")
     change(draft, metric=metric)
     with raises_code(
@@ -181,7 +181,7 @@ def test_a_ranking_model_with_a_metric_of_another_task_is_refused(home: Path, me
     assert store().keys("bundles") == ()
 
 
-def test_a_bundle_packed_with_such_a_metric_is_read_and_refused_for_an_order(
+def test_stored_bundle_with_a_metric_of_another_task_is_shown_but_refused_for_orders(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = write_draft(home / "draft", task="ranking")
@@ -201,7 +201,7 @@ def test_a_bundle_packed_with_such_a_metric_is_read_and_refused_for_an_order(
 @pytest.mark.parametrize("task", ["ctr", "ranking", "retrieval"])
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("rows", [1, 63, 64, 5000])
-def test_a_limit_is_accepted_exactly_where_its_metric_is_measured(
+def test_limit_is_accepted_if_and_only_if_its_metric_is_measured(
     task: str, grouped: bool, rows: int
 ) -> None:
     if task != "ctr" and not grouped:
@@ -237,7 +237,7 @@ def test_a_limit_is_accepted_exactly_where_its_metric_is_measured(
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 @pytest.mark.parametrize("value", [0, 1])
-def test_a_split_of_one_class_is_refused(home: Path, split: str, value: int) -> None:
+def test_split_with_equal_labels_is_refused(home: Path, split: str, value: int) -> None:
     draft = write_draft(home / "draft")
     relabel(draft, split, [value] * len(labels_of(draft, split)))
     with raises_code(
@@ -247,7 +247,7 @@ def test_a_split_of_one_class_is_refused(home: Path, split: str, value: int) -> 
     assert store().keys("") == ()  # nothing is stored
 
 
-def test_lists_whose_labels_are_all_equal_are_refused(home: Path) -> None:
+def test_groups_with_equal_labels_are_refused(home: Path) -> None:
     draft = write_draft(home / "draft", task="ranking")
     queries = pq.read_table(draft / "test.parquet")["query"].to_pylist()
     relabel(draft, "test", [query % 2 for query in queries])
@@ -259,7 +259,7 @@ def test_lists_whose_labels_are_all_equal_are_refused(home: Path) -> None:
         pack(draft)
 
 
-def test_a_probability_declared_as_logit_is_refused_and_named_right(
+def test_probability_declared_as_logit_is_refused_with_the_right_form(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = own_draft(home, monkeypatch, score="torch.sigmoid(score)")
@@ -273,14 +273,14 @@ def test_a_probability_declared_as_logit_is_refused_and_named_right(
     assert pack(draft).warnings == ()
 
 
-def test_a_logit_declared_as_probability_is_refused(home: Path) -> None:
+def test_logit_declared_as_probability_is_refused(home: Path) -> None:
     draft = write_draft(home / "draft")
     change(draft, form="probability")
     with raises_code(DataRefused, "not_measurable", problems=HasReason("probability_outside")):
         pack(draft)
 
 
-def test_a_model_worse_than_the_base_rate_is_packed_with_warnings_that_stay_visible(
+def test_model_worse_than_the_base_rate_is_packed_with_warnings(
     home: Path,
 ) -> None:
     draft = write_draft(home / "draft")
@@ -295,7 +295,7 @@ def test_a_model_worse_than_the_base_rate_is_packed_with_warnings_that_stay_visi
     assert document["warnings"] == [str(warning) for warning in packed.warnings]
 
 
-def test_a_bundle_packed_before_is_warned_about_in_its_validation_report(
+def test_validation_warns_about_a_stored_bundle_with_a_wrong_output_form(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     draft = own_draft(home, monkeypatch, score="torch.sigmoid(score)")
@@ -313,7 +313,7 @@ def test_a_bundle_packed_before_is_warned_about_in_its_validation_report(
     assert warning in caplog.text
 
 
-def test_a_bundle_packed_before_that_cannot_be_measured_is_refused_in_validation(
+def test_validation_refuses_a_stored_bundle_that_cannot_be_measured(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = write_draft(home / "draft")
@@ -325,12 +325,12 @@ def test_a_bundle_packed_before_that_cannot_be_measured_is_refused_in_validation
         validate.fn(bundle=find("clicks").artifact, rules=Rules())
 
 
-def test_a_validation_report_of_an_earlier_version_is_read() -> None:
+def test_validation_without_warnings_of_an_earlier_version_is_read() -> None:
     text = '{"success": true, "evaluated": 1, "intended": 1, "findings": [], "seconds": 0.1}'
     assert Validation.model_validate_json(text).warnings == ()
 
 
-def test_a_manifest_of_an_earlier_version_is_read(home: Path) -> None:
+def test_manifest_without_notes_of_an_earlier_version_is_read(home: Path) -> None:
     packed = pack(write_draft(home / "draft"))
     raw = (local(packed.artifact) / MANIFEST).read_bytes()
     assert b"notes" not in raw

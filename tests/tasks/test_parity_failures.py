@@ -129,7 +129,7 @@ def failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> ParityFail
 
 
 @each_target
-def test_a_lost_epsilon_is_reported_at_the_division_with_the_empty_row(
+def test_missing_epsilon_is_reported_at_its_addition_with_the_failing_row(
     mean_graph, target, tmp_path
 ):
     lowered = mean_graph(target)
@@ -164,7 +164,7 @@ def test_a_lost_epsilon_is_reported_at_the_division_with_the_empty_row(
         ),
     ],
 )
-def test_a_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_path):
+def test_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_path):
     lowered = mean_graph(target)
     name = f"model.{layer}.bias"
     path = edited(lowered, tmp_path, **{name: stored(lowered)[name] + np.float32(3)})
@@ -191,7 +191,7 @@ def test_a_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_pa
         ),
     ],
 )
-def test_a_wrong_packed_tensor_is_reported_at_its_module(kinds, module, target, tmp_path):
+def test_wrong_quantized_tensor_is_reported_at_its_module(kinds, module, target, tmp_path):
     lowered = packed_graph(kinds, target, tmp_path)
     held = stored(lowered)
     owner = [name for name in held if f"model.{module}." in name]
@@ -204,7 +204,7 @@ def test_a_wrong_packed_tensor_is_reported_at_its_module(kinds, module, target, 
     assert set(found.inputs) == {item.name for item in lowered.signature.inputs}
 
 
-def test_nan_in_the_module_only_is_reported(mean_graph, monkeypatch):
+def test_nan_only_in_the_module_is_reported(mean_graph, monkeypatch):
     lowered = mean_graph("onnxruntime")
     bias = lowered.model.module.hidden.bias
     monkeypatch.setattr(
@@ -218,7 +218,7 @@ def test_nan_in_the_module_only_is_reported(mean_graph, monkeypatch):
     assert np.isfinite(found.tensor.found)
 
 
-def test_a_score_that_depends_on_the_batch_names_the_side_and_the_row(tmp_path):
+def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path):
     class Centred(Mean):
         def forward(self, items: Tensor) -> Tensor:
             score = super().forward(items)
@@ -237,7 +237,7 @@ def test_a_score_that_depends_on_the_batch_names_the_side_and_the_row(tmp_path):
     assert found.inputs["items"].startswith("[")
 
 
-def test_a_number_that_tracing_fixes_is_reported_as_such(tmp_path):
+def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
     class Traced(Mean):
         def forward(self, items: Tensor) -> Tensor:
             return super().forward(items) * (2.0 if torch.compiler.is_exporting() else 1.0)
@@ -252,7 +252,7 @@ def test_a_number_that_tracing_fixes_is_reported_as_such(tmp_path):
     assert "torch.export traced" in str(found)
 
 
-def test_a_row_that_the_runtime_refuses_is_named(mean_graph, tmp_path):
+def test_row_that_the_runtime_refuses_is_reported(mean_graph, tmp_path):
     lowered = mean_graph("onnxruntime")
     table = stored(lowered)["model.items.weight"]
     path = edited(lowered, tmp_path, **{"model.items.weight": table[:20]})
@@ -263,7 +263,7 @@ def test_a_row_that_the_runtime_refuses_is_named(mean_graph, tmp_path):
     assert "25" in found.inputs["items"]
 
 
-def test_the_error_survives_being_copied_with_its_fields():
+def test_copied_parity_error_has_its_failure_and_message():
     failed = ParityLost(ParityFailure(code="parity_nan", target="tensorrt", row=3))
     again = copy.deepcopy(failed)
     assert again.failure == failed.failure
@@ -273,7 +273,7 @@ def test_the_error_survives_being_copied_with_its_fields():
 # --- the row's inputs ------------------------------------------------------------------------
 
 
-def test_a_row_is_taken_out_of_every_kind_of_input():
+def test_row_of_selects_a_row_of_every_kind_of_input():
     signature = Signature(
         inputs=(
             IdInput(name="user", table="user"),

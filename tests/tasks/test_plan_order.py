@@ -16,7 +16,7 @@ def line(module: str, before: int) -> PlanLine:
     )
 
 
-def test_parts_follow_the_table_that_is_made_of_them():
+def test_largest_first_lists_composing_tables_after_their_table():
     lines = [
         line("small", 5),
         line("user", 50),

@@ -61,15 +61,15 @@ def retried(fault: BaseException, run_count: int = 1) -> bool:
         if kind.sentences and kind is not errors.OutOfMemory
     ],
 )
-def test_a_fault_outside_of_us_is_worth_a_second_try(kind: type[Exception]) -> None:
+def test_external_fault_is_retried(kind: type[Exception]) -> None:
     assert retried(example_of(kind))
 
 
-def test_a_task_that_ran_out_of_memory_is_not_retried_at_once() -> None:
+def test_task_that_ran_out_of_memory_is_not_retried() -> None:
     assert not retried(example_of(errors.OutOfMemory))
 
 
-def test_a_killed_child_is_retried_twice_and_an_outage_more_often() -> None:
+def test_killed_child_is_retried_twice_and_an_outage_more_often() -> None:
     killed, outage = example_of(errors.ChildFailed), example_of(errors.RegistryOutage)
     assert [retried(killed, count) for count in (1, 2, 3)] == [True, True, False]
     assert all(retried(outage, count) for count in (1, 2, 3, 10))
@@ -94,16 +94,16 @@ def example(kind: type[Exception]) -> Exception:
         MemoryError,
     ],
 )
-def test_a_bad_order_or_our_own_bug_stays_bad(kind: type[Exception]) -> None:
+def test_refused_order_or_bug_is_not_retried(kind: type[Exception]) -> None:
     assert not retried(example(kind))
 
 
-def test_a_result_is_no_fault() -> None:
+def test_successful_run_is_not_retried() -> None:
     state: State[Any] = Completed(data=1)
     assert not policy.infra_fault(cast("Any", None), cast("TaskRun", None), state)
 
 
-def test_every_module_that_declares_a_task_is_among_those_checked() -> None:
+def test_tasks_of_every_declaring_module_are_checked() -> None:
     """By the text of the sources, so that an error of the search for tasks is noticed."""
     folder = Path(tasks.__file__).parent
     declaring = {
@@ -123,7 +123,7 @@ def test_prefect_stores_no_result_of_a_task_or_flow(ours: Any) -> None:
 
 
 @pytest.mark.parametrize("ours", EVERY, ids=lambda ours: ours.name)
-def test_every_task_is_retried_after_a_fault_outside_and_cached_by_us_only(ours: Any) -> None:
+def test_every_task_has_our_retry_condition_and_no_prefect_cache(ours: Any) -> None:
     assert ours.cache_policy is NO_CACHE
     assert ours.cache_key_fn is None
     assert ours.retry_condition_fn is policy.infra_fault
@@ -131,7 +131,7 @@ def test_every_task_is_retried_after_a_fault_outside_and_cached_by_us_only(ours:
     assert "return" in get_type_hints(ours.fn)  # records are validated by it
 
 
-def test_the_storage_that_prefect_is_given_keeps_nothing() -> None:
+def test_no_result_storage_stores_nothing() -> None:
     storage = policy.NoResultStorage()
     storage.write_path("key", b"content")
     with pytest.raises(ValueError, match="recpress stores results itself"):
@@ -141,7 +141,7 @@ def test_the_storage_that_prefect_is_given_keeps_nothing() -> None:
 # --- the result of a run of this process -----------------------------------------------------
 
 
-def test_a_state_of_this_process_gives_its_result_or_its_exception() -> None:
+def test_local_result_returns_the_result_or_raises_the_exception_of_a_state() -> None:
     assert policy.local_result(Completed(data=1)) == 1
     assert policy.local_result(Completed(data=Completed(data=2))) == 2
     with raises_code(errors.DataRefused, "checks_missing"):
@@ -160,7 +160,9 @@ def test_a_state_of_this_process_gives_its_result_or_its_exception() -> None:
     ],
     ids=lambda state: f"{state.name}, {'no' if state.data is None else 'stored'} data",
 )
-def test_a_state_of_the_api_is_never_followed_to_where_it_points(state: State[Any]) -> None:
+def test_local_result_never_reads_the_location_named_by_a_state_of_the_api(
+    state: State[Any],
+) -> None:
     with raises_code(errors.ServiceFailed, "run_ended_by_prefect", state=state.name, problem="m"):
         policy.local_result(state)
 
@@ -172,7 +174,7 @@ def key(of: Any = tables.quantize_tables, code: str = "c", /, **arguments: Any) 
     return policy.content_key(of, code, arguments)
 
 
-def test_a_key_depends_on_the_code_and_every_argument_and_on_nothing_else() -> None:
+def test_content_key_depends_on_code_and_every_argument_but_not_their_order() -> None:
     arguments = {"source": A, "step": RowwiseInt8()}
     one = key(**arguments)
     assert one == key(step=RowwiseInt8(), source=A)
@@ -184,7 +186,7 @@ def test_a_key_depends_on_the_code_and_every_argument_and_on_nothing_else() -> N
     assert len({one, *others}) == 4
 
 
-def test_a_default_that_is_named_is_the_same_key() -> None:
+def test_content_key_is_the_same_with_an_explicit_default() -> None:
     arguments = {
         "source": A,
         "step": RowwiseInt8(),
@@ -200,7 +202,7 @@ def test_a_default_that_is_named_is_the_same_key() -> None:
     assert one != key(compress.compress, **arguments, preset=True)
 
 
-def test_an_argument_without_a_canonical_form_is_an_error() -> None:
+def test_content_key_of_an_argument_without_canonical_form_is_an_error() -> None:
     """Not a key that changes with the process, such as an address in memory."""
     with pytest.raises(TypeError, match="no canonical JSON form"):
         key(source=object(), step=RowwiseInt8())
@@ -210,7 +212,7 @@ def test_an_argument_without_a_canonical_form_is_an_error() -> None:
 def never() -> None: ...
 
 
-def test_a_task_declared_without_our_options_has_none_of_them() -> None:
+def test_plain_prefect_task_has_none_of_our_options() -> None:
     """The checks above would pass for anything if Prefect filled these in by itself."""
     assert never.persist_result is not False
     assert never.result_storage is None

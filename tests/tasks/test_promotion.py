@@ -29,7 +29,7 @@ def aliases(model: str = "m") -> dict[str, str]:
     return {alias: item.version for item in registry().versions(model) for alias in item.aliases}
 
 
-def test_an_order_is_registered_once_with_everything_that_is_known_about_it(home: Path) -> None:
+def test_order_is_registered_once_with_its_tags(home: Path) -> None:
     first = published(home, "a")
     again = published(home, "a")
     assert (first, len(registry().versions("m"))) == (again, 1)
@@ -47,7 +47,7 @@ def test_an_order_is_registered_once_with_everything_that_is_known_about_it(home
     }.items() <= version.tags.items()
 
 
-def test_a_finished_order_is_found_again_until_its_files_are_gone(home: Path) -> None:
+def test_finished_order_is_found_until_its_files_are_missing(home: Path) -> None:
     done = published(home, "a")
     assert finished("a" * 64) == done
     assert finished("b" * 64) is None
@@ -57,7 +57,7 @@ def test_a_finished_order_is_found_again_until_its_files_are_gone(home: Path) ->
     assert finished("a" * 64) is None
 
 
-def test_a_published_result_the_registry_or_store_lost_is_published_again(
+def test_still_published_raises_if_registry_or_store_lost_the_result(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = published(home, "a")
@@ -84,7 +84,7 @@ def test_only_an_accepted_version_becomes_candidate_or_champion(
     assert aliases() == {}
 
 
-def test_a_promotion_is_in_the_ledger_with_who_and_why_and_on_the_alias(
+def test_promotion_writes_user_and_reason_to_the_ledger_and_moves_the_alias(
     home: Path, fill: Fill
 ) -> None:
     (version,) = fill("a", "")
@@ -101,7 +101,9 @@ def test_promoting_the_champion_again_changes_nothing(home: Path, fill: Fill) ->
     assert len(Ledger(store(), "m").entries()) == 1
 
 
-def test_rolling_back_goes_to_the_version_before_and_needs_one(home: Path, fill: Fill) -> None:
+def test_rollback_promotes_the_previous_version_and_is_refused_without_one(
+    home: Path, fill: Fill
+) -> None:
     one, two = fill("ab", "")
     promote("m", one, "")
     with raises_code(PromotionRefused, "earlier_champion_missing", model="m", entries=1):
@@ -114,7 +116,7 @@ def test_rolling_back_goes_to_the_version_before_and_needs_one(home: Path, fill:
         rollback("m", "")
 
 
-def test_an_alias_that_somebody_moved_is_repaired_from_the_ledger(home: Path) -> None:
+def test_moved_alias_is_repaired_from_the_ledger(home: Path) -> None:
     one = published(home, "a").version
     two = published(home, "b", outcomes={"onnxruntime": "rejected"}).version
     promote("m", one, "")
@@ -127,7 +129,7 @@ def test_an_alias_that_somebody_moved_is_repaired_from_the_ledger(home: Path) ->
     assert aliases()["champion"] == one
 
 
-def test_a_champion_without_a_ledger_is_no_champion(home: Path, fill: Fill) -> None:
+def test_champion_alias_without_a_ledger_is_ignored(home: Path, fill: Fill) -> None:
     (version,) = fill("a", "")
     registry().point("m", "champion", version)
     with raises_code(PromotionRefused, "champion_missing", model="m"):
@@ -153,7 +155,7 @@ def test_the_second_of_two_concurrent_promotions_is_refused(
     assert aliases()["champion"] == one
 
 
-def test_the_champions_graph_is_what_a_candidate_is_compared_with(home: Path) -> None:
+def test_champion_graph_is_the_artifact_of_the_promoted_version(home: Path) -> None:
     done = published(home, "a")
     assert champion_graph("unknown", "onnxruntime") is None
     assert champion_graph("m", "onnxruntime") is None
@@ -180,7 +182,7 @@ def test_fetch_copies_the_requested_target(home: Path) -> None:
         ("undecided", "unaccepted"),
     ],
 )
-def test_what_was_not_accepted_is_only_given_by_its_own_option(
+def test_target_without_acceptance_is_fetched_only_with_its_option(
     home: Path, outcome: Outcome, option: str
 ) -> None:
     version = published(home, "a", outcomes={"onnxruntime": outcome}).version
@@ -196,7 +198,7 @@ def test_what_was_not_accepted_is_only_given_by_its_own_option(
     assert into.is_dir()
 
 
-def test_a_target_a_version_does_not_have_is_refused_with_those_it_has(
+def test_fetch_of_a_missing_target_is_refused_with_the_existing_targets(
     home: Path, fill: Fill
 ) -> None:
     (version,) = fill("a", "")
@@ -205,7 +207,7 @@ def test_a_target_a_version_does_not_have_is_refused_with_those_it_has(
         fetch("m", version, "tensorrt", home / "out")
 
 
-def test_a_changed_byte_is_noticed_before_anything_is_handed_over(home: Path) -> None:
+def test_fetch_of_damaged_files_is_refused_before_writing(home: Path) -> None:
     done = published(home, "a")
     sha256 = done.report.targets[0].artifact.sha256
     path = home / "recpress" / "store" / "artifacts" / sha256 / "files" / "model.onnx"
@@ -216,7 +218,7 @@ def test_a_changed_byte_is_noticed_before_anything_is_handed_over(home: Path) ->
     assert not (home / "new").exists()
 
 
-def test_the_ledger_names_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoami_is_the_setting_or_the_login_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECPRESS_USER", "somebody")
     assert whoami() == "somebody"
     monkeypatch.delenv("RECPRESS_USER")
@@ -235,5 +237,5 @@ def test_the_ledger_names_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sqlite:////srv/registry.db", "sqlite:////srv/registry.db"),
     ],
 )
-def test_what_is_shown_of_an_address_holds_no_secret(uri: str, public: str) -> None:
+def test_shown_uri_has_no_credentials(uri: str, public: str) -> None:
     assert shown(uri) == public

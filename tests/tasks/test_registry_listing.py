@@ -87,7 +87,7 @@ NIGHTLY = set(RECIPES) - {"recipe no kind", "recipe deep"}
     "kind",
     [pytest.param(kind, marks=pytest.mark.nightly if kind in NIGHTLY else ()) for kind in ODD],
 )
-def test_an_odd_version_is_listed_with_a_note_and_does_not_disturb_the_others(
+def test_version_with_unexpected_tags_is_listed_with_a_note_next_to_the_others(
     kind: str,
     good: Finished,
     monkeypatch: pytest.MonkeyPatch,
@@ -112,7 +112,7 @@ def test_an_odd_version_is_listed_with_a_note_and_does_not_disturb_the_others(
     assert run_main(monkeypatch, capsys, "registry", "show", "m", "--version", odd)[0] == 2
 
 
-def test_a_model_whose_name_we_never_register_does_not_disturb_the_others(good: Finished) -> None:
+def test_model_with_an_unexpected_name_is_left_out_of_the_list(good: Finished) -> None:
     for name in ("it's", "tab\there", 'quo"te'):
         register(f"artifacts/{'0' * 64}", TAGS, name)
     assert [item.model for item in listed(None)] == ["m"]
@@ -134,7 +134,7 @@ def test_a_model_whose_name_we_never_register_does_not_disturb_the_others(good: 
         b'{"schema_version": NaN}',
     ],
 )
-def test_a_release_without_a_usable_report_is_refused(
+def test_release_without_a_valid_report_is_refused(
     body: bytes, good: Finished, tmp_path: Path
 ) -> None:
     (tmp_path / "r").mkdir()
@@ -149,7 +149,7 @@ def test_a_release_without_a_usable_report_is_refused(
             use()
 
 
-def test_text_of_others_cannot_control_the_terminal(
+def test_escape_sequences_in_a_report_or_name_are_not_printed(
     good: Finished,
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -171,7 +171,7 @@ def test_text_of_others_cannot_control_the_terminal(
     assert (code, text) == (2, printable(text))
 
 
-def test_references_are_shown_with_the_root_of_the_present_store(good: Finished) -> None:
+def test_references_are_listed_with_the_root_of_the_current_store(good: Finished) -> None:
     (item,) = listed("m")
     assert isinstance(item, Registered)
     assert item.source == store().uri_of(good.release)

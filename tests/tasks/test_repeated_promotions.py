@@ -50,7 +50,7 @@ def interrupted_at(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["repair", "point", "confirm"])
-def test_a_repeated_rollback_completes_the_interrupted_one(three: None, method: str) -> None:
+def test_repeated_rollback_completes_an_interrupted_one(three: None, method: str) -> None:
     interrupted_at(method)
     change = apply_rollback("m", "clicks fell")
     assert (change.entry.version, change.is_new) == ("2", False)
@@ -58,7 +58,7 @@ def test_a_repeated_rollback_completes_the_interrupted_one(three: None, method: 
     assert registry().version("m", "@champion").version == "2"
 
 
-def test_a_reader_that_repairs_the_alias_does_not_complete_a_rollback(three: None) -> None:
+def test_repair_by_a_reader_does_not_complete_an_interrupted_rollback(three: None) -> None:
     interrupted_at("repair")
     assert version_report("m", "@champion")[0].version == "2"
     assert registry().version("m", "@champion").version == "2"
@@ -66,7 +66,7 @@ def test_a_reader_that_repairs_the_alias_does_not_complete_a_rollback(three: Non
     assert versions() == ["1", "2", "3", "2"]
 
 
-def test_the_triton_repository_follows_when_a_rollback_is_repeated(
+def test_repeated_rollback_updates_the_triton_repository(
     home: Path, triton: Path, three: None
 ) -> None:
     interrupted_at("repair")
@@ -75,7 +75,7 @@ def test_the_triton_repository_follows_when_a_rollback_is_repeated(
     assert served_by(triton) == ("2", body("b"))
 
 
-def test_a_second_rollback_after_a_complete_one_goes_back_further(three: None) -> None:
+def test_second_rollback_after_a_complete_one_goes_back_further(three: None) -> None:
     assert rollback("m", "").version == "2"
     assert apply_rollback("m", "").is_new
     assert versions() == ["1", "2", "3", "2", "1"]
@@ -83,7 +83,7 @@ def test_a_second_rollback_after_a_complete_one_goes_back_further(three: None) -
         rollback("m", "")
 
 
-def test_a_rollback_that_names_its_version_goes_back_once_however_often_it_runs(
+def test_rollback_from_a_named_version_is_idempotent(
     three: None,
 ) -> None:
     assert [rollback("m", "", leaving="3").version for _ in range(3)] == ["2", "2", "2"]
@@ -92,14 +92,14 @@ def test_a_rollback_that_names_its_version_goes_back_once_however_often_it_runs(
     assert versions() == ["1", "2", "3", "2", "1"]
 
 
-def test_a_rollback_that_names_its_version_continues_after_an_interrupted_one(
+def test_rollback_from_a_named_version_works_after_an_interrupted_rollback(
     three: None,
 ) -> None:
     interrupted_at("repair")
     assert rollback("m", "", leaving="2").version == "1"
 
 
-def test_a_rollback_from_a_version_that_is_not_champion_is_refused(home: Path, three: None) -> None:
+def test_rollback_from_a_version_that_is_not_champion_is_refused(home: Path, three: None) -> None:
     with raises_code(PromotionRefused, "other_champion", expected="2", got="version 3"):
         rollback("m", "", leaving="2")
     rollback("m", "", leaving="3")
@@ -110,14 +110,14 @@ def test_a_rollback_from_a_version_that_is_not_champion_is_refused(home: Path, t
         rollback("m", "", leaving="9")
 
 
-def test_a_rollback_decided_after_a_command_began_is_the_one_it_means(three: None) -> None:
+def test_rollback_by_another_command_after_the_start_is_not_repeated(three: None) -> None:
     began = datetime.now(UTC)
     rollback("m", "the other person")
     change = apply_rollback("m", "", began=began)
     assert (change.entry.version, change.is_new) == ("2", False)
 
 
-def test_a_rollback_of_an_earlier_version_is_complete_when_the_alias_follows(
+def test_rollback_entry_without_digest_is_completed_if_the_alias_differs(
     three: None,
 ) -> None:
     entry = rollback("m", "")
@@ -131,7 +131,9 @@ def test_a_rollback_of_an_earlier_version_is_complete_when_the_alias_follows(
     assert rollback("m", "").version == "1"
 
 
-def test_a_promotion_of_the_champion_completes_an_interrupted_one(home: Path, three: None) -> None:
+def test_promotion_of_the_champion_completes_an_interrupted_promotion(
+    home: Path, three: None
+) -> None:
     registry().point("m", "champion", "1")
     change = apply_promotion("m", "3", "")
     assert (change.entry.version, change.is_new) == ("3", False)
@@ -162,7 +164,7 @@ EVERY = [
 
 
 @pytest.mark.parametrize(("step", "commands"), EVERY)
-def test_a_command_killed_at_any_operation_and_repeated_has_its_effect_once(
+def test_command_killed_at_any_operation_and_repeated_has_its_effect_once(
     run: SendCommand, step: str, commands: tuple[str, ...]
 ) -> None:
     results = [item for command in commands for item in run(f"kill {command} {step}")]
@@ -184,7 +186,7 @@ def test_a_command_killed_at_any_operation_and_repeated_has_its_effect_once(
         ),
     ],
 )
-def test_processes_that_decide_the_same_at_once_all_succeed(
+def test_concurrent_processes_with_the_same_command_all_succeed(
     run: SendCommand, command: str, count: int
 ) -> None:
     *results, state = run(f"race {command} {count}")
@@ -194,7 +196,7 @@ def test_processes_that_decide_the_same_at_once_all_succeed(
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.nightly)])
-def test_processes_that_publish_the_same_order_at_once_share_one_version(
+def test_concurrent_processes_that_publish_one_order_share_one_version(
     run: SendCommand, count: int
 ) -> None:
     *results, state = run(f"race publish {count}")

@@ -29,7 +29,7 @@ def row(made: Report, what: str) -> dict[str, str]:
     return next(line for line in headline(made) if line["what"] == what)
 
 
-def test_the_table_has_what_was_measured_for_who_was_measured(made: Report) -> None:
+def test_headline_has_measurements_and_a_dash_for_unmeasured_targets(made: Report) -> None:
     assert row(made, "AUC") == {
         "what": "AUC",
         "before": "0.75050",
@@ -46,28 +46,28 @@ def test_the_table_has_what_was_measured_for_who_was_measured(made: Report) -> N
     }
 
 
-def test_bytes_are_what_is_served_on_each_target(made: Report) -> None:
+def test_headline_has_served_bytes_and_bytes_of_weights(made: Report) -> None:
     served = row(made, "bytes served")
     assert (served["before"], served["onnxruntime"], served["change"]) == ("1,000", "400", "0.40x")
     assert row(made, "bytes of weights")["change"] == "0.30x"
 
 
-def test_every_row_has_the_same_columns_so_it_can_be_a_table(made: Report) -> None:
+def test_headline_rows_have_the_same_columns(made: Report) -> None:
     assert len({tuple(line) for line in headline(made)}) == 1
 
 
-def test_the_output_says_what_loss_the_test_rows_can_resolve(made: Report) -> None:
+def test_resolution_states_the_smallest_detectable_change(made: Report) -> None:
     assert "1,234 test rows resolve a change of AUC of about 0.0012" in resolution(made)
 
 
-def test_nothing_measured_is_said_and_no_number_is_made_up(made: Report) -> None:
+def test_report_without_a_measurement_has_no_quality_numbers(made: Report) -> None:
     without = made.model_copy(update={"measurement": None})
     assert resolution(without) == "Nothing was measured on this machine."
     assert {line["what"] for line in headline(without)} == {"bytes served", "bytes of weights"}
     assert "AUC" not in markdown(without)
 
 
-def test_the_page_holds_verdicts_limits_plan_and_where_everything_came_from(made: Report) -> None:
+def test_markdown_has_verdicts_limits_plan_and_artifacts(made: Report) -> None:
     skipped = made.model_copy(update={"skipped": {"tensorrt": "not installed"}})
     page = markdown(skipped)
     for text in (
@@ -85,7 +85,7 @@ def test_the_page_holds_verdicts_limits_plan_and_where_everything_came_from(made
         assert text in page, text
 
 
-def test_a_row_of_the_markdown_table_stays_one_row_for_any_text_of_a_reason(made: Report) -> None:
+def test_reason_with_pipes_and_line_ends_stays_in_one_markdown_cell(made: Report) -> None:
     """A builder's message may hold pipes and line breaks; each row must stay one row."""
     page = markdown(made.model_copy(update={"skipped": {"tensorrt": "a | b\nc"}}))
     line = next(line for line in page.splitlines() if line.startswith("| tensorrt |"))
@@ -94,7 +94,7 @@ def test_a_row_of_the_markdown_table_stays_one_row_for_any_text_of_a_reason(made
     assert "c" in line
 
 
-def test_each_steps_worth_is_the_change_from_the_stage_before(made: Report) -> None:
+def test_effect_of_a_step_is_the_change_from_the_previous_stage(made: Report) -> None:
     assert "Effect of each step" not in markdown(made)
     half = Estimate(point=-0.002, low=-0.003, high=-0.001, rows=9)
     stages = tuple(
@@ -115,7 +115,7 @@ def test_each_steps_worth_is_the_change_from_the_stage_before(made: Report) -> N
     assert ("| channels | 400 | 0.40x | 0.74800 | -600 | -0.00200 [-0.00300, -0.00100] |") in page
 
 
-def test_a_report_survives_the_store(made: Report, tmp_path: Path) -> None:
+def test_report_of_a_stored_release_equals_the_report(made: Report, tmp_path: Path) -> None:
     folder = tmp_path / "release"
     folder.mkdir()
     (folder / "report.json").write_text(made.model_dump_json())
@@ -153,7 +153,7 @@ def with_score_changes(made: Report) -> Report:
     return made.model_copy(update={"measurement": measurement})
 
 
-def test_score_changes_are_rows_of_the_table_with_their_intervals(made: Report) -> None:
+def test_headline_has_score_changes_with_intervals(made: Report) -> None:
     changed = with_score_changes(made)
     assert {line["what"]: line["change"] for line in headline(changed)[-4:]} == {
         "score correlation": "0.999500 [0.999400, 0.999600]",
@@ -165,7 +165,7 @@ def test_score_changes_are_rows_of_the_table_with_their_intervals(made: Report) 
     assert "| changed top-1 |" in markdown(changed)
 
 
-def test_warnings_of_the_plan_are_remarks_and_in_the_plan_table(made: Report) -> None:
+def test_plan_warning_is_a_remark_and_in_the_plan_table(made: Report) -> None:
     warning = Reason("as_written", text="inputs | of <different> range")
     line = made.plan.lines[0].model_copy(update={"warnings": (warning,)})
     warned = made.model_copy(update={"plan": Plan(lines=(line,))})
@@ -173,7 +173,7 @@ def test_warnings_of_the_plan_are_remarks_and_in_the_plan_table(made: Report) ->
     assert "as ordered. Warning: inputs \\| of &lt;different&gt; range |" in markdown(warned)
 
 
-def test_the_resolution_counts_groups_or_says_why_there_is_none(made: Report) -> None:
+def test_resolution_counts_groups_or_gives_the_reason_without_one(made: Report) -> None:
     assert made.measurement is not None
 
     def resolved(**fields: object) -> str:

@@ -88,7 +88,7 @@ def narrow(tmp_path_factory) -> dict:
     return looked_at(tmp_path_factory.mktemp("narrow"), 360)
 
 
-def test_the_browser_has_nothing_to_complain_about(tmp_path):
+def test_browser_reports_no_problem_with_the_page(tmp_path):
     path = tmp_path / "report.html"
     path.write_text(page(report(), PASSED))
     dumped, said = browse(path, tmp_path / "profile", "--dump-dom")
@@ -103,7 +103,7 @@ def test_the_browser_has_nothing_to_complain_about(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["wide", "narrow"])
-def test_every_picture_and_everything_drawn_in_it_can_be_seen(size, request):
+def test_charts_and_their_shapes_are_visible(size, request):
     found = request.getfixturevalue(size)
     assert len(found["pictures"]) > 10
     for picture in found["pictures"]:
@@ -119,7 +119,7 @@ def test_every_picture_and_everything_drawn_in_it_can_be_seen(size, request):
 
 
 @pytest.mark.parametrize("size", ["wide", "narrow"])
-def test_words_in_pictures_stay_inside_them_and_keep_their_size(size, request):
+def test_text_in_charts_is_inside_and_of_readable_size(size, request):
     words = request.getfixturevalue(size)["words"]
     assert len(words) > 20
     for word in words:
@@ -128,12 +128,12 @@ def test_words_in_pictures_stay_inside_them_and_keep_their_size(size, request):
         assert 12 < word["height"] < 24, word
 
 
-def test_the_page_itself_never_scrolls_sideways(narrow, wide):
+def test_page_is_not_wider_than_the_window(narrow, wide):
     assert narrow["across"] <= 360
     assert wide["across"] <= 1200
 
 
-def test_pictures_follow_the_dark_colours(wide, tmp_path):
+def test_charts_have_other_colours_in_dark_mode(wide, tmp_path):
     dark = looked_at(tmp_path, 1200, "--blink-settings=preferredColorScheme=0")
     assert dark["ink"] != wide["ink"]
     colours = [{shape["fill"] for shape in found["shapes"]} for found in (dark, wide)]

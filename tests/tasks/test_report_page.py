@@ -61,7 +61,7 @@ def html():
     return page(report(), PASSED)
 
 
-def test_the_verdict_of_the_order_and_of_every_target_comes_first(html):
+def test_page_begins_with_the_verdicts_of_order_and_targets(html):
     top = html[: html.index("<nav")]
     assert "<strong>Rejected</strong>" in top
     assert 'class="verdict broken"' in top
@@ -74,18 +74,18 @@ def test_the_verdict_of_the_order_and_of_every_target_comes_first(html):
     ("outcome", "tone"),
     [("accepted", "held"), ("undecided", "unsure"), ("built-unmeasured", "unsure")],
 )
-def test_the_banner_has_the_colour_of_the_outcome(outcome, tone):
+def test_banner_has_the_colour_of_the_outcome(outcome, tone):
     assert f'<div class="verdict {tone}">' in page(report(outcome=outcome), PASSED)
 
 
-def test_the_table_before_and_after_is_the_one_of_the_command_line(html):
+def test_numbers_section_has_every_row_of_headline(html):
     text = Tree(section(html, "numbers")).text
     for row in headline(report()):
         assert "".join(row.values()) in text
     assert "The 20,000 test rows resolve a change of AUC of about 0.0006" in text
 
 
-def test_every_limit_is_there_with_its_picture_its_numbers_and_its_reason(html):
+def test_limits_section_has_chart_number_and_reason_of_every_limit(html):
     found = section(html, "limits")
     rows = found.split("<tr>")[2:]
     for row, item in zip(rows, JUDGED, strict=False):
@@ -98,14 +98,14 @@ def test_every_limit_is_there_with_its_picture_its_numbers_and_its_reason(html):
     assert ["refused" in row for row in rows[:4]] == [True, True, True, False]
 
 
-def test_quality_without_a_limit_is_shown_and_said_to_have_none(html):
+def test_quality_metric_without_a_limit_is_shown_as_no_limit(html):
     rows = section(html, "limits").split("<tr>")[2 + len(JUDGED) :]
     (row,) = rows  # auc has a limit against the baseline, log loss has not
     assert "log loss vs baselinelower is better" in Tree(row).text
     assert "no limit" in row
 
 
-def test_limits_are_listed_although_nothing_was_measured():
+def test_limits_are_listed_as_not_measured_without_a_measurement():
     target = report().targets[1]
     verdict = Verdict(
         target="tensorrt-rtx", outcome="built-unmeasured", reasons=(Reason("cannot_run"),)
@@ -123,7 +123,7 @@ def test_limits_are_listed_although_nothing_was_measured():
     assert "Nothing was measured on this machine." in section(html, "latency")
 
 
-def test_every_latency_is_written_at_its_point(html):
+def test_latency_chart_shows_every_latency_as_text(html):
     found = section(html, "latency")
     numbers = measurement()
     for number in (*numbers.numbers.numbers, *numbers.baseline.numbers):
@@ -134,7 +134,7 @@ def test_every_latency_is_written_at_its_point(html):
     assert "1.30x" in found
 
 
-def test_every_line_of_the_plan_is_there_the_largest_first():
+def test_plan_section_lists_every_plan_line_the_largest_first():
     made = report(200)
     found = section(page(made, PASSED), "plan")
     shown, folded = found.split("<details>")
@@ -151,19 +151,19 @@ def test_every_line_of_the_plan_is_there_the_largest_first():
         assert line.format in text
 
 
-def test_a_short_plan_is_not_folded(html):
+def test_short_plan_is_shown_without_a_fold(html):
     assert "<details>" not in section(html, "plan")
 
 
-def test_a_plan_of_a_thousand_tables_stays_small_enough_to_open():
+def test_page_of_a_thousand_tables_is_smaller_than_600_kb():
     assert len(page(report(1000), PASSED)) < 600_000  # bytes; about 400 a line
 
 
-def test_an_empty_plan_is_no_fault():
+def test_page_of_an_empty_plan_is_rendered():
     assert "0 bytes of weights" in page(report(plan=Plan()), PASSED)
 
 
-def test_data_checks_say_how_many_were_evaluated_and_what_failed_first():
+def test_data_section_shows_evaluated_checks_and_failures_before_all_checks():
     bad = Finding(
         split="test",
         column="user",
@@ -190,7 +190,7 @@ def test_data_checks_say_how_many_were_evaluated_and_what_failed_first():
     assert "2 of 2 intended checks evaluated." in section(page(report(), PASSED), "data")
 
 
-def test_every_target_has_its_verdict_and_its_audit(html):
+def test_targets_section_has_parity_and_audit_of_every_target(html):
     text = Tree(section(html, "targets")).text
     for words in (
         "differ by at most 1.2e-07 (allowed 0.12)",
@@ -206,7 +206,7 @@ def test_every_target_has_its_verdict_and_its_audit(html):
         assert words in text
 
 
-def test_a_report_shows_sparsity_without_gain_and_layers_that_stayed_packed():
+def test_page_and_markdown_show_sparsity_without_gain_and_packed_layers():
     made = report()
     (graph,) = made.targets[0].lowering.graphs
     audit = graph.audit.model_copy(update={"packed_layers": 4, "widened_layers": 1})
@@ -230,7 +230,7 @@ def test_a_report_shows_sparsity_without_gain_and_layers_that_stayed_packed():
     assert "sparsity" not in markdown(made)
 
 
-def test_every_hash_is_there(html):
+def test_hashes_section_has_every_artifact_and_the_order(html):
     text = Tree(section(html, "hashes")).text
     for letter in "abcdef":  # bundle, compressed, champion, two targets, validation
         assert text.count(artifact(letter).sha256) == 2  # the hash and the address
@@ -238,14 +238,14 @@ def test_every_hash_is_there(html):
     assert "Champion" not in page(report(champion=None), PASSED)
 
 
-def test_the_command_that_gives_the_same_result_is_there_with_the_order(html):
+def test_again_section_has_command_and_order(html):
     text = Tree(section(html, "again")).text
     again = report().reproduction
     assert again.command in text
     assert json.dumps(again.order, indent=1) in text
 
 
-def test_an_order_no_option_can_say_is_shown_in_full_as_a_file():
+def test_order_without_equivalent_options_is_shown_as_a_file():
     order = Order(
         model="clicks@1",
         preset="custom",
@@ -261,7 +261,7 @@ def test_an_order_no_option_can_say_is_shown_in_full_as_a_file():
     assert '"rows": 512' in markdown(custom)
 
 
-def test_what_comes_from_a_model_or_its_data_is_escaped():
+def test_names_and_texts_of_a_model_are_escaped_in_the_page():
     html = page(report(name="<b>n</b>", bundle_version="<i>1</i>"), PASSED)
     tree = Tree(html)
     assert {tag for tag, _ in tree.tags}.isdisjoint({"script", "img", "tensorrt"})
@@ -271,7 +271,7 @@ def test_what_comes_from_a_model_or_its_data_is_escaped():
     assert f"{HOSTILE}: 8 bytes" in tree.text  # what a pointer shows over its bar
 
 
-def test_a_hostile_name_neither_becomes_html_nor_ends_its_cell_in_the_markdown():
+def test_hostile_name_is_escaped_in_a_markdown_cell():
     lines = [line for line in markdown(report()).splitlines() if "table" in line]
     stage, module = [line for line in lines if "alert('" in line]
     for line in (stage, module):
@@ -279,7 +279,7 @@ def test_a_hostile_name_neither_becomes_html_nor_ends_its_cell_in_the_markdown()
         assert len(re.findall(r"(?<!\\)\|", line)) == 7  # six cells
 
 
-def test_the_page_needs_nothing_but_itself(html):
+def test_page_loads_no_external_resource_and_has_no_script(html):
     tree = Tree(html)
     assert not [attrs for _, attrs in tree.tags if {"src", "style", "srcset"} & set(attrs)]
     links = tree.attributes("href")
@@ -289,7 +289,7 @@ def test_the_page_needs_nothing_but_itself(html):
     assert "default-src 'none'" in html
 
 
-def test_the_page_is_well_formed_and_named_for_screen_readers(html):
+def test_page_is_well_formed_and_labelled_for_screen_readers(html):
     tree = Tree(html)
     assert tree.balanced
     assert tree.open == []
@@ -302,12 +302,12 @@ def test_the_page_is_well_formed_and_named_for_screen_readers(html):
         assert hidden or re.match(r'<svg height="\d+" role="img"><title>[^<]+</title>', drawn)
 
 
-def test_the_same_report_gives_the_same_page(html):
+def test_page_of_an_equal_report_is_equal(html):
     again = type(report()).model_validate_json(report().model_dump_json())
     assert page(again, PASSED) == html
 
 
-def test_score_changes_are_shown_with_their_picture_with_and_without_a_limit():
+def test_score_change_without_a_limit_is_shown_with_a_chart():
     made = report()
     measured = made.measurement
     estimate = Estimate(point=0.999, low=0.998, high=0.9995, rows=100, groups=20)
@@ -323,7 +323,7 @@ def test_score_changes_are_shown_with_their_picture_with_and_without_a_limit():
     assert "score correlation is 0.999000 [0.998000, 0.999500]; no limit" in found
 
 
-def test_a_warning_about_a_layer_is_in_the_plan_table():
+def test_warning_about_a_unit_is_in_the_plan_section():
     made = report()
     warnings = (Reason("as_written", text="one <scale>"),)
     lines = [line.model_copy(update={"warnings": warnings}) for line in made.plan.lines]

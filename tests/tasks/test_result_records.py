@@ -87,14 +87,14 @@ def place(store: Store, task: str = "step") -> Path:
         ),
     ],
 )
-def test_a_result_is_read_back_as_it_was_written(
+def test_result_is_read_back_as_it_was_written(
     store: Store, function: Callable[..., Any], value: Any
 ) -> None:
     write_result(store, "step", KEY, function, value)
     assert read_result(store, "step", KEY, function) == value
 
 
-def test_not_a_number_is_read_back_as_such(store: Store) -> None:
+def test_nan_is_read_back_as_nan(store: Store) -> None:
     value = Estimate(point=math.nan, low=0.0, high=1.0)
     write_result(store, "step", KEY, estimate, value)
     assert math.isnan(read_result(store, "step", KEY, estimate).point)
@@ -103,7 +103,7 @@ def test_not_a_number_is_read_back_as_such(store: Store) -> None:
 INTERVAL = {"point": 0.5, "low": 0.25, "high": 1.0}
 
 
-def test_optional_field_that_an_earlier_version_did_not_have_has_its_default(store: Store) -> None:
+def test_optional_field_missing_in_a_record_has_its_default(store: Store) -> None:
     place(store, "estimate").write_bytes(sealed(task="estimate", value=INTERVAL))
     assert read_result(store, "estimate", KEY, estimate) == Estimate(**INTERVAL)
 
@@ -111,7 +111,7 @@ def test_optional_field_that_an_earlier_version_did_not_have_has_its_default(sto
 @pytest.mark.parametrize(
     "value", [INTERVAL | {"unknown": 1}, {"point": 0.5, "low": 0.25}], ids=["unknown", "lacking"]
 )
-def test_unknown_or_lacking_field_of_a_result_is_refused(
+def test_unknown_or_missing_field_of_a_result_is_refused(
     store: Store, value: dict[str, Any]
 ) -> None:
     place(store, "estimate").write_bytes(sealed(task="estimate", value=value))
@@ -119,12 +119,12 @@ def test_unknown_or_lacking_field_of_a_result_is_refused(
         read_result(store, "estimate", KEY, estimate)
 
 
-def test_without_a_record_there_is_no_result(store: Store) -> None:
+def test_find_result_without_a_record_raises_artifact_missing(store: Store) -> None:
     with pytest.raises(ArtifactMissing):
         find_result(store, "step", KEY, step)
 
 
-def test_a_task_without_a_declared_return_type_is_an_error(store: Store) -> None:
+def test_function_without_a_return_annotation_is_an_error(store: Store) -> None:
     with pytest.raises(TypeError, match="declares no return type"):
         write_result(store, "step", KEY, undeclared, 1)
 
@@ -165,7 +165,7 @@ HOSTILE_BODIES = {
 
 
 @pytest.mark.parametrize("what", list(HOSTILE_BODIES))
-def test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced(
+def test_invalid_record_is_refused_and_replaced(
     store: Store, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     place(store).write_bytes(HOSTILE_BODIES[what])
@@ -180,7 +180,7 @@ def test_a_record_that_is_not_exactly_what_was_written_is_refused_and_replaced(
 
 
 @pytest.mark.parametrize("kind", ["symlink", "broken symlink", "fifo", "socket"])
-def test_what_is_no_plain_file_is_refused_and_replaced(
+def test_record_that_is_not_a_plain_file_is_refused_and_replaced(
     store: Store, tmp_path: Path, kind: str
 ) -> None:
     path = place(store)
@@ -202,7 +202,7 @@ def test_what_is_no_plain_file_is_refused_and_replaced(
 
 
 @pytest.mark.parametrize("where", ["record", "task", "all"])
-def test_a_folder_or_file_in_the_way_costs_the_record_and_not_the_order(
+def test_result_is_not_recorded_if_a_folder_or_file_blocks_its_path(
     store: Store, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = place(store)
@@ -222,7 +222,7 @@ def test_a_folder_or_file_in_the_way_costs_the_record_and_not_the_order(
     assert "runs again next time" in caplog.text
 
 
-def test_a_result_larger_than_a_record_is_not_recorded(
+def test_result_larger_than_the_record_limit_is_not_recorded(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     reason = Reason("not_applicable", fault="x" * MAX_RECORD_BYTES)
@@ -232,7 +232,7 @@ def test_a_result_larger_than_a_record_is_not_recorded(
         find_result(store, "step", KEY, step)
 
 
-def test_a_value_that_is_not_of_the_declared_type_is_not_recorded(
+def test_artifact_with_an_unexpected_uri_is_not_recorded(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     outside = ARTIFACT.model_copy(update={"uri": "../x"})
@@ -250,7 +250,7 @@ JSON = st.recursive(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=200) | JSON.map(lambda value: sealed(value=value)))
-def test_any_bytes_are_a_result_or_refused(store: Store, body: bytes) -> None:
+def test_arbitrary_bytes_are_a_valid_result_or_refused(store: Store, body: bytes) -> None:
     place(store).parent.mkdir(parents=True, exist_ok=True)
     store.write(record_key("step", KEY), body)
     try:

@@ -55,7 +55,9 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     return held
 
 
-def test_two_processes_learn_what_one_learns(work: Work, tmp_path: Path) -> None:
+def test_training_on_two_processes_gives_the_weights_of_training_on_one(
+    work: Work, tmp_path: Path
+) -> None:
     before = tensors_in(local(work.source))
     alone = run_step(work, tmp_path / "alone" / "made")
     both = run_step_on_devices(work, PAIR, tmp_path / "both" / "made")
@@ -77,15 +79,13 @@ WILD = FineTune(training=HOW.model_copy(update={"learning_rate": 1e30, "warmup":
 
 
 @pytest.mark.nightly
-def test_a_training_that_diverges_in_two_processes_is_refused_like_one(
-    work: Work, tmp_path: Path
-) -> None:
+def test_divergence_in_two_processes_is_raised_with_its_message(work: Work, tmp_path: Path) -> None:
     with raises_code(StepRefused, "device_processes_failed") as caught:
         run_step_on_devices(work.model_copy(update={"step": WILD}), PAIR, tmp_path / "made")
     assert "Training diverged: the loss is" in caught.value.fields["problem"]
 
 
-def test_a_training_that_diverges_is_the_outcome_of_its_rank(work: Work, tmp_path: Path) -> None:
+def test_divergence_is_written_to_the_outcome_of_the_rank(work: Work, tmp_path: Path) -> None:
     wild = work.model_copy(update={"step": WILD})
     shared = SharedWork(work=wild, devices=("cpu",), folder=str(tmp_path / "made"))
     run_rank(0, shared.model_dump_json(), str(tmp_path))
@@ -95,9 +95,7 @@ def test_a_training_that_diverges_is_the_outcome_of_its_rank(work: Work, tmp_pat
     assert "Training diverged: the loss is" in outcome.refused
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_starts(
-    work: Work, tmp_path: Path
-) -> None:
+def test_missing_device_is_refused_before_a_process_starts(work: Work, tmp_path: Path) -> None:
     if torch.cuda.device_count() > 1:
         pytest.skip("this machine has two GPUs")
     with raises_code(StepRefused, "device_missing", device="cuda:1"):
@@ -105,7 +103,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_starts(
     assert not (tmp_path / "together").exists()
 
 
-def test_without_a_process_group_a_batch_is_ones_own() -> None:
+def test_rank_share_is_the_whole_batch_without_a_process_group() -> None:
     numbers, loss = torch.arange(5), torch.tensor(2.0)
     held, weight = data_parallel.rank_share(numbers, None)
     assert held is numbers
@@ -122,7 +120,7 @@ def test_without_a_process_group_a_batch_is_ones_own() -> None:
         (4, [1, 1, 1, 1], ([0, 1, 2, 3], [])),  # one list
     ],
 )
-def test_every_row_is_one_ranks_and_weights_add_up_to_one(
+def test_rank_shares_partition_the_rows_and_their_weights_add_up_to_one(
     rows: int,
     group: list[int] | None,
     shares: tuple[list[int], list[int]],

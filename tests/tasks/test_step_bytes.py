@@ -106,7 +106,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[dict[str, i
     sent["created"] += sum(size for inode, size in files_below(home).items() if inode not in before)
 
 
-def test_step_uploads_and_creates_its_changed_tensors_and_at_most_a_megabyte(
+def test_step_stores_its_changed_tensors_and_at_most_a_megabyte_more(
     place, home, draft, monkeypatch
 ):
     original = pack(draft).artifact
@@ -208,7 +208,7 @@ def test_packed_bundle_has_a_file_for_each_large_table(home, draft):
     assert pack(draft) == packed
 
 
-def test_version_that_was_packed_with_the_files_of_its_draft_keeps_them(home, draft, monkeypatch):
+def test_version_packed_with_the_files_of_its_draft_is_returned_unchanged(home, draft, monkeypatch):
     with monkeypatch.context() as patch:  # as earlier versions did
         patch.setattr(packing, "LARGE_BYTES", 2**62)
         packed = pack(draft)

@@ -53,7 +53,7 @@ def source(tmp_path: Path) -> Path:
 STEP = RowwiseInt8(tables=("user", "item*"))
 
 
-def test_every_tensor_is_there_as_ordered_and_the_plan_counts_the_files_bytes(
+def test_quantize_encodes_matched_tables_copies_others_and_plans_the_bytes(
     source: Path, tmp_path: Path
 ):
     done = quantize(source, tmp_path / "out", STEP)
@@ -82,7 +82,7 @@ def test_every_tensor_is_there_as_ordered_and_the_plan_counts_the_files_bytes(
     assert artifact.bytes == done.bytes
 
 
-def test_a_table_that_would_not_shrink_is_copied(tmp_path: Path):
+def test_table_that_would_not_get_smaller_is_copied(tmp_path: Path):
     given = {"one.weight": torch.randn(1, 3), "half.weight": torch.randn(40, 2).half()}
     given["user.weight"] = torch.randn(4000, 16)
     save_file(given, tmp_path / "model.safetensors")
@@ -98,7 +98,7 @@ def test_a_table_that_would_not_shrink_is_copied(tmp_path: Path):
     assert torch.equal(found["half.weight"], given["half.weight"])
 
 
-def test_blocks_workers_shards_and_the_store_give_the_same_bytes(source: Path, tmp_path: Path):
+def test_result_does_not_depend_on_blocks_workers_shards_or_storage(source: Path, tmp_path: Path):
     wanted = quantize(source, tmp_path / "whole", STEP)
     for number, (rows, workers) in enumerate([(1, 1), (7, 3), (10**9, 2)]):
         done = quantize(source, tmp_path / f"{number}", STEP, block_rows=rows, workers=workers)
@@ -116,7 +116,7 @@ def test_blocks_workers_shards_and_the_store_give_the_same_bytes(source: Path, t
     assert not any((tmp_path / "recpress" / "progress").glob("*"))
 
 
-def test_quantize_tables_returns_an_artifact_and_refuses_a_method_that_needs_the_model(
+def test_quantize_tables_returns_an_artifact_and_refuses_steps_that_need_a_model(
     source: Path, tmp_path: Path
 ):
     folder = tmp_path / "folder"
@@ -129,7 +129,7 @@ def test_quantize_tables_returns_an_artifact_and_refuses_a_method_that_needs_the
         quantize_tables.fn(stored, Float16())
 
 
-def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
+def test_killed_run_is_resumed_without_encoding_finished_blocks_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_file({"t.weight": torch.randn(200_000, 32)}, tmp_path / "large.safetensors")
@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
         (RowwiseInt8(min_rows=10**6), "float_table_missing", {}),
     ],
 )
-def test_an_order_that_fits_nothing_says_what_there_is(
+def test_step_that_matches_no_table_is_refused_with_the_existing_tables(
     step, code: str, fields: dict[str, Any], source: Path
 ):
     with raises_code(NothingToCompress, code, **fields) as caught:
@@ -200,13 +200,13 @@ def test_an_order_that_fits_nothing_says_what_there_is(
     assert sorted(path.name for path in source.parent.iterdir()) == ["model.safetensors"]
 
 
-def test_a_file_without_tables_is_refused(tmp_path: Path):
+def test_file_without_tables_is_refused(tmp_path: Path):
     save_file({"bias": torch.zeros(3), "ids": torch.zeros(2, 2).long()}, tmp_path / "in")
     with raises_code(NothingToCompress, "float_table_missing"):
         quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
 
 
-def test_what_is_no_safetensors_file_is_refused(tmp_path: Path):
+def test_missing_or_invalid_safetensors_file_is_refused(tmp_path: Path):
     with raises_code(CommandRefused, "tables_missing", path=str(tmp_path / "in")):
         quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
     (tmp_path / "in").write_bytes(b"nothing of the kind")
@@ -214,7 +214,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path):
         quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
 
 
-def test_a_weight_that_is_not_finite_leaves_no_result(tmp_path: Path):
+def test_weight_that_is_not_finite_is_refused_without_a_result(tmp_path: Path):
     weight = torch.zeros(30, 4)
     weight[17, 0] = float("nan")
     save_file({"t.weight": weight}, tmp_path / "in")
@@ -223,7 +223,7 @@ def test_a_weight_that_is_not_finite_leaves_no_result(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_corrected_source_is_read_again_despite_the_journal(source: Path, tmp_path: Path):
+def test_changed_source_is_not_resumed_from_the_journal(source: Path, tmp_path: Path):
     given = tensors()
     given["user.weight"][2999, 3] = float("inf")
     given["user.weight"][0] += 1  # in a block that is written before the fault is met
@@ -239,17 +239,17 @@ def test_a_corrected_source_is_read_again_despite_the_journal(source: Path, tmp_
 @pytest.mark.parametrize(
     ("tensor", "module"), [("user.weight", "user"), ("user", "user"), ("weight", "")]
 )
-def test_a_table_belongs_to_the_module_of_its_weight(tensor: str, module: str):
+def test_module_name_is_the_tensor_name_without_weight(tensor: str, module: str):
     assert module_name(tensor) == module
 
 
-def test_a_file_that_is_one_weight_has_one_table_without_a_name(tmp_path: Path):
+def test_tensor_named_weight_is_a_table_with_an_empty_module_name(tmp_path: Path):
     save_file({"weight": torch.randn(20, 4)}, tmp_path / "in")
     quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
     assert load_file(tmp_path / "out" / "files" / "model.safetensors").keys() == {"codes", "scale"}
 
 
-def test_formats_go_by_their_kind_or_short_name():
+def test_step_named_accepts_kind_or_short_name_and_refuses_unknown_settings():
     assert step_named("int8", {}) == step_named("rowwise_int8", {}) == RowwiseInt8()
     settings = {"clipping": "mse", "min_rows": "7", "tables": ["a"]}
     assert step_named("int4", settings) == RowwiseInt4(clipping="mse", min_rows=7, tables=("a",))
@@ -262,9 +262,7 @@ def test_formats_go_by_their_kind_or_short_name():
 
 
 @pytest.mark.parametrize("step", [KMeans(), ResidualCodes()], ids=lambda step: step.kind)
-def test_a_weight_that_is_no_number_is_named_by_its_row_also_where_a_table_is_fitted(
-    step, tmp_path
-):
+def test_fitted_table_with_nan_is_refused_with_the_row(step, tmp_path):
     weight = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
     weight[123, 4] = float("nan")
     save_file({"user": weight}, tmp_path / "in.safetensors")

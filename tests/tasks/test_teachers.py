@@ -35,7 +35,7 @@ WANTED = Signature(
         ),
     ],
 )
-def test_the_first_difference_between_two_signatures_is_reported(changed, expected):
+def test_first_difference_describes_the_first_differing_field(changed, expected):
     inputs = changed.get("inputs", WANTED.inputs)
     output = {name: value for name, value in changed.items() if name != "inputs"}
     found = with_output(WANTED, **output).model_copy(update={"inputs": inputs})

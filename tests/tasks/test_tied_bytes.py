@@ -56,7 +56,7 @@ def lowered(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
         pytest.param("module", True, marks=pytest.mark.nightly),
     ],
 )
-def test_a_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
+def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
     share, lowers_both, tmp_path
 ):
     bundle = pack(tied_draft(tmp_path / "draft", share)).artifact
@@ -105,7 +105,7 @@ def test_a_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files
     assert [step.bytes for step in explained.steps] == [before, after]
 
 
-def test_the_report_compares_weights_counted_once_and_names_what_graphs_share(home, tmp_path):
+def test_report_counts_weights_once_and_mentions_the_bytes_that_graphs_share(home, tmp_path):
     found = report(tmp_path, "a" * 64, {"onnxruntime": "accepted"})
     (target,) = found.targets
     (graph,) = target.lowering.graphs
@@ -120,7 +120,7 @@ def test_the_report_compares_weights_counted_once_and_names_what_graphs_share(ho
     assert "share" not in markdown(found).split("## Plan")[0]
 
 
-def test_a_tie_stored_as_two_equal_copies_is_still_a_tie(tmp_path):
+def test_two_equal_stored_copies_of_a_tied_weight_are_loaded_as_one(tmp_path):
     draft = tied_draft(tmp_path / "draft", "weight")
     undeclared(draft, equal=True)
     module = load_bundle(pack(draft).artifact).model.module
@@ -128,7 +128,7 @@ def test_a_tie_stored_as_two_equal_copies_is_still_a_tie(tmp_path):
     assert stored_bytes(module) == sum(p.nbytes for p in module.parameters())
 
 
-def test_a_tie_stored_with_different_values_is_refused(tmp_path):
+def test_two_different_stored_copies_of_a_tied_weight_are_refused(tmp_path):
     draft = tied_draft(tmp_path / "draft", "weight")
     undeclared(draft, equal=False)
     with raises_code(ModelRefused, "shared_tensor_differs"):

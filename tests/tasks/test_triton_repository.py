@@ -32,7 +32,9 @@ from tasks.promotion.promotions import (
 # --- following ------------------------------------------------------------------------------
 
 
-def test_promotions_and_rollbacks_are_followed(home: Path, fill: Fill, triton: Path) -> None:
+def test_promotion_and_rollback_update_the_triton_repository(
+    home: Path, fill: Fill, triton: Path
+) -> None:
     one, two = fill("ab", "")
     assert not triton.exists()
     promote("m", one, "")
@@ -45,13 +47,13 @@ def test_promotions_and_rollbacks_are_followed(home: Path, fill: Fill, triton: P
     assert sorted(path.name for path in triton.iterdir()) == ["m"]
 
 
-def test_without_the_setting_nothing_is_laid_out(home: Path, fill: Fill) -> None:
+def test_promotion_without_the_setting_writes_no_configuration(home: Path, fill: Fill) -> None:
     (one,) = fill("a", "")
     promote("m", one, "")
     assert list(home.rglob("config.pbtxt")) == []
 
 
-def test_a_repository_set_up_later_is_filled_by_the_next_repair(
+def test_repair_fills_a_repository_that_was_set_up_later(
     home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (one,) = fill("a", "")
@@ -65,9 +67,7 @@ def test_a_repository_set_up_later_is_filled_by_the_next_repair(
     assert caplog.text == ""
 
 
-def test_what_somebody_changed_or_removed_is_put_right(
-    home: Path, fill: Fill, triton: Path
-) -> None:
+def test_changed_or_removed_file_is_replaced(home: Path, fill: Fill, triton: Path) -> None:
     one, two = fill("ab", "ab")
     config = triton / "m" / "config.pbtxt"
     good = config.read_bytes()
@@ -80,7 +80,7 @@ def test_what_somebody_changed_or_removed_is_put_right(
     assert served_by(triton) == (two, body("b"))
 
 
-def test_a_file_left_from_another_registry_is_compared_byte_by_byte(
+def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
     home: Path, fill: Fill, triton: Path
 ) -> None:
     (one,) = fill("a", "")
@@ -110,7 +110,7 @@ def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
     assert order == [f"{one}/model.onnx.data", f"{one}/model.onnx"]
 
 
-def test_a_promotion_that_lost_a_race_changes_nothing_that_is_served(
+def test_refused_concurrent_promotion_does_not_change_the_served_version(
     home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
@@ -128,7 +128,7 @@ def test_a_promotion_that_lost_a_race_changes_nothing_that_is_served(
     assert served_by(triton) == (one, body("a"))
 
 
-def test_a_promotion_serves_the_champion_of_a_concurrent_later_promotion(
+def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
     home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
@@ -192,7 +192,7 @@ WRITES = 4  # the file, the ledger, the alias, the configuration
     at=range(1, WRITES + 1),
     after={"before": False, "after": True},
 )
-def test_a_promotion_that_dies_leaves_old_or_new_and_is_mended(
+def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
     home: Path, fill: Fill, triton: Path, at: int, after: bool, mend: str
 ) -> None:
     one, two = fill("ab", "a")
@@ -232,7 +232,7 @@ def test_a_promotion_that_dies_leaves_old_or_new_and_is_mended(
         for after in (False, True)
     ],
 )
-def test_a_rollback_that_dies_leaves_old_or_new_and_is_mended(
+def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
     home: Path, fill: Fill, triton: Path, at: int, after: bool
 ) -> None:
     """The earlier version's file is there already: three writes."""
@@ -252,9 +252,7 @@ def test_a_rollback_that_dies_leaves_old_or_new_and_is_mended(
     assert served_by(triton) == (one, body("a"))
 
 
-def test_the_writes_of_a_promotion_are_the_four_that_are_cut(
-    home: Path, fill: Fill, triton: Path
-) -> None:
+def test_promotion_has_four_writes(home: Path, fill: Fill, triton: Path) -> None:
     (one,) = fill("a", "")
     with pytest.MonkeyPatch.context() as patch:
         writes = dying(patch, 99, after=False)
@@ -262,7 +260,7 @@ def test_the_writes_of_a_promotion_are_the_four_that_are_cut(
     assert writes() == WRITES
 
 
-def test_a_first_promotion_that_dies_serves_nothing_before_the_ledger_does(
+def test_killed_first_promotion_serves_nothing_before_the_ledger_entry(
     home: Path, fill: Fill, triton: Path
 ) -> None:
     (one,) = fill("a", "")
@@ -275,7 +273,7 @@ def test_a_first_promotion_that_dies_serves_nothing_before_the_ledger_does(
         assert Ledger(store(), "m").champion() is None
 
 
-def test_a_repository_that_does_not_answer_stops_a_promotion_before_the_ledger(
+def test_promotion_to_an_unreachable_repository_fails_before_the_ledger_entry(
     home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (one,) = fill("a", "")
@@ -288,7 +286,7 @@ def test_a_repository_that_does_not_answer_stops_a_promotion_before_the_ledger(
     assert Ledger(store(), "m").entries() == ()
 
 
-def test_reading_the_champion_does_not_need_the_repository(
+def test_version_report_logs_a_failed_update_of_the_repository(
     home: Path, fill: Fill, triton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (one,) = fill("a", "a")
@@ -296,7 +294,7 @@ def test_reading_the_champion_does_not_need_the_repository(
     config.chmod(0o644)
     config.write_text("mine")
     assert version_report("m", "@champion")[0].version == one
-    assert "the Triton repository does not follow" in caplog.text
+    assert "the Triton repository was not updated" in caplog.text
     with raises_code(TritonRefused, "configuration_foreign"):
         repair("m")
     assert config.read_text() == "mine"
@@ -305,7 +303,7 @@ def test_reading_the_champion_does_not_need_the_repository(
 # --- S3 -------------------------------------------------------------------------------------
 
 
-def test_a_bucket_follows_as_a_folder_does(
+def test_repository_in_a_bucket_is_updated_like_a_folder(
     home: Path, fill: Fill, s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = f"s3://models/triton-{time.time_ns()}"

@@ -45,7 +45,7 @@ def configuration(root: Path, model: str = "m") -> dict[str, Any]:
     return read((root / model / "config.pbtxt").read_text())
 
 
-def test_batches_and_threads_are_those_that_were_measured(home: Path, triton: Path) -> None:
+def test_configuration_has_the_measured_batches_and_threads(home: Path, triton: Path) -> None:
     measured = timed(b1=0.1, b64=0.2, b1024=10.0)  # 10, 320 and 102 rows a millisecond
     promote("m", published(home, "a", measurement=measured).version, "")
     found = configuration(triton)
@@ -61,7 +61,7 @@ def test_batches_and_threads_are_those_that_were_measured(home: Path, triton: Pa
     assert said["intra_op_thread_count"] == {"string_value": ["1"]}
 
 
-def test_a_graph_that_takes_lists_end_to_end_is_not_joined(home: Path, triton: Path) -> None:
+def test_graph_with_jagged_inputs_has_no_dynamic_batching(home: Path, triton: Path) -> None:
     made = report(home, "a" * 64, {"onnxruntime": "accepted"})
     inputs = (
         GraphInput(name="tags", dtype="int64", shape=(), longest=5),
@@ -128,7 +128,9 @@ def with_plan(home: Path, digit: str, outcome: Outcome, ordered: Any = None) -> 
     return published(home, digit, targets=targets, reproduction=reproduction)
 
 
-def test_an_accepted_plan_is_a_second_model_for_its_gpus(home: Path, triton: Path) -> None:
+def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
+    home: Path, triton: Path
+) -> None:
     one = with_plan(home, "a", "accepted").version
     promote("m", one, "")
     found = configuration(triton, "m_tensorrt")
@@ -139,7 +141,7 @@ def test_an_accepted_plan_is_a_second_model_for_its_gpus(home: Path, triton: Pat
     assert served_by(triton) == (one, body("a"))
 
 
-def test_an_unmeasured_plan_is_exported_only_with_the_option_unmeasured(
+def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
     home: Path, triton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = with_plan(home, "a", "built-unmeasured").version
@@ -155,7 +157,7 @@ def test_an_unmeasured_plan_is_exported_only_with_the_option_unmeasured(
     assert (stale.state, stale.served, stale.sound) == ("stale", one, False)
 
 
-def test_a_plan_of_unknown_batch_sizes_is_refused_before_the_ledger(
+def test_engine_of_unknown_batch_sizes_is_refused_before_the_ledger_entry(
     home: Path, triton: Path
 ) -> None:
     one = with_plan(home, "a", "accepted", ordered={}).version
@@ -164,7 +166,7 @@ def test_a_plan_of_unknown_batch_sizes_is_refused_before_the_ledger(
     assert Ledger(store(), "m").entries() == ()
 
 
-def test_an_engine_of_tensorrt_rtx_is_never_laid_out(home: Path, triton: Path) -> None:
+def test_engine_of_tensorrt_rtx_is_not_copied_to_triton(home: Path, triton: Path) -> None:
     outcomes = {"onnxruntime": "accepted", "tensorrt-rtx": "accepted"}
     promote("m", published(home, "a", outcomes=outcomes).version, "")
     assert [path.name for path in triton.iterdir()] == ["m"]
@@ -185,7 +187,7 @@ def test_two_models_cannot_share_a_folder(home: Path, triton: Path) -> None:
     assert [item.name for item in triton_contents("m", None)] == ["m"]
 
 
-def test_a_repository_that_is_the_object_store_is_refused(
+def test_repository_inside_the_object_store_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = published(home, "a").version
@@ -216,7 +218,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return called
 
 
-def test_a_champion_is_exported_and_shown(home: Path, fill: Fill, call: Any) -> None:
+def test_export_and_show_print_the_state_of_the_champion(home: Path, fill: Fill, call: Any) -> None:
     (one,) = fill("a", "a")
     to = ("--to", str(home / "by hand"))
     code, out, _ = call("show", "m", *to)
@@ -232,7 +234,7 @@ def test_a_champion_is_exported_and_shown(home: Path, fill: Fill, call: Any) -> 
     assert (home / "by hand" / "m" / "config.pbtxt").read_text() in out
 
 
-def test_outdated_or_damaged_files_are_reported_by_show_and_repaired_by_export(
+def test_show_reports_and_export_repairs_outdated_or_damaged_files(
     home: Path, fill: Fill, call: Any
 ) -> None:
     one, two = fill("ab", "")
@@ -258,7 +260,9 @@ def test_outdated_or_damaged_files_are_reported_by_show_and_repaired_by_export(
 
 
 @pytest.mark.parametrize("command", ["export", "show"])
-def test_bad_input_is_one_sentence_and_exit_code_2(home: Path, call: Any, command: str) -> None:
+def test_bad_input_prints_one_sentence_and_exits_with_code_2(
+    home: Path, call: Any, command: str
+) -> None:
     def refused(said: str, *arguments: str) -> None:
         code, out, err = call(command, *arguments)
         assert (code, out) == (2, ""), err
@@ -278,7 +282,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(home: Path, call: Any, comman
     assert strange.read_text() == 'name: "m"\n'
 
 
-def test_the_doctor_says_what_follows(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_the_triton_repository(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said() -> tuple[str, str]:
         (found,) = (item for item in examine() if item.what == "Triton repository")
         return found.state, found.found
