@@ -1,4 +1,7 @@
-"""A home with an empty registry of its own for every test that publishes."""
+"""Fixtures for tests that publish: a home (store and registry) for each test.
+
+``fill`` copies a home with published orders, which is made once per session.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -17,13 +20,14 @@ def _use_home(folder: Path, empty_registry: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def home(empty_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The parent folder of RECPRESS_HOME, which has an empty store and an empty registry."""
     _use_home(tmp_path, empty_registry, monkeypatch)
     return tmp_path
 
 
 @pytest.fixture
 def triton(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The repository that follows."""
+    """The folder of the Triton repository that promotions update."""
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "triton"))
     return home / "triton"
 
@@ -32,7 +36,10 @@ def triton(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def prepared_home(
     empty_registry: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """Homes with orders of the model "m", published once for all tests that start with them."""
+    """A function that returns a home with published orders of the model "m"; results are cached.
+
+    Its arguments are those of ``fill``.
+    """
     from triton_versions import published
 
     from tasks.promotion.promotions import promote
@@ -57,10 +64,12 @@ def prepared_home(
 def fill(
     home: Path, prepared_home: Callable[[str, str], Path]
 ) -> Callable[[str, str], tuple[str, ...]]:
-    """Publish orders in an empty home, then promote some of them: ``fill("abc", "ab")``.
+    """Publish orders in an empty home, then promote some of them, and return all versions.
 
-    The promotions are followed in ``home / "triton"``. What is filled in is a copy: references in
-    a home have no root (``test_moved_home.py``).
+    ``fill("abc", "ab")`` publishes the orders with the digests "aaa...", "bbb..." and "ccc..." as
+    versions 1 to 3, and promotes the first two. Promotions also update ``home / "triton"``. The
+    files are copied from another home, which is possible because stored references are relative
+    (``test_moved_home.py``).
     """
 
     def copy(orders: str, promoted: str) -> tuple[str, ...]:

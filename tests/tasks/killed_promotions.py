@@ -1,11 +1,16 @@
-"""Kill promotions and rollbacks at every operation, or let several race: run as a script.
+"""Kill promotions and rollbacks at every operation, or run several at once. A script.
 
-``python killed_promotions.py HOME`` publishes three orders as versions 1 to 3 and promotes them,
-then reads lines. ``kill COMMAND STEP`` runs a command (``rollback``, ``from`` or ``promote``) once
-for every STEP-th operation: killed there, and run again undisturbed. After ``rollback+reader``,
-another process fetches the champion in between. ``race COMMAND N`` starts N processes at once. The
-reply to each line is JSON lines and an empty line. The processes are forks of this one, which has
-imported everything.
+``python killed_promotions.py HOME`` publishes three orders as versions 1 to 3 and promotes them.
+Then it reads commands from standard input, one per line:
+
+- ``kill COMMAND STEP``: for every STEP-th operation on files or the registry, run COMMAND in a
+  process that is killed at this operation, then run it again to its end. COMMAND is ``rollback``,
+  ``from`` (a rollback from version 3) or ``promote`` (of version 2). With ``rollback+reader``,
+  another process reads the champion in between.
+- ``race COMMAND N``: run COMMAND in N processes at once. COMMAND can also be ``publish``.
+
+Each command is followed by output lines of JSON and an empty line. Processes are forks of this one,
+so that they need no imports.
 """
 
 import json
@@ -32,11 +37,12 @@ from tasks.promotion.promotions import (
 )
 
 HOME = Path(sys.argv[1])
-COPY = HOME / "copy"
+COPY = HOME / "copy"  # the home before any command
 EMPTY = HOME / "empty" / "registry.db"
 
 
-def decide(command: str) -> str:
+def run_command(command: str) -> str:
+    """Run a promotion or rollback; return the champion's version and whether it is new."""
     if command == "rollback":
         change = apply_rollback("m", "", began=datetime.now(UTC))
     elif command == "from":
@@ -46,7 +52,8 @@ def decide(command: str) -> str:
     return f"{change.entry.version} {change.is_new}"
 
 
-def state() -> dict[str, Any]:
+def final_state() -> dict[str, Any]:
+    """Return the versions in the ledger, under the alias, and in the Triton repository."""
     entries = Ledger(store(), "m").entries()
     aliases = [item.version for item in registry().versions("m") if "champion" in item.aliases]
     served = version_in(current(place(os.environ["RECPRESS_TRITON"], "m")) or b"")
@@ -57,71 +64,71 @@ def state() -> dict[str, Any]:
     }
 
 
-def restored() -> None:
+def restore_home() -> None:
     for name in ("recpress", "triton"):
         shutil.rmtree(HOME / name, ignore_errors=True)
         shutil.copytree(COPY / name, HOME / name)
 
 
-def show(line: dict[str, Any]) -> None:
+def write_line(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
 
-def json_state() -> str:
-    return json.dumps(state())
-
-
 def prepare() -> None:
-    # This process opens no file that its forks open, but imports what opening one imports.
+    """Publish and promote three orders, and copy the home."""
+    # Only a fork opens the registry of HOME, since an open database must not be shared with forks.
+    # Opening the empty one imports MLflow's modules once for all forks.
     EMPTY.parent.mkdir()
     assert Registry(f"sqlite:///{EMPTY}").models() == ()
     (HOME / "recpress").mkdir()
     shutil.copy(EMPTY, HOME / "recpress" / "registry.db")
 
-    def work() -> None:
+    def publish_and_promote() -> None:
         for digit in "abc":
             promote("m", published(HOME, digit).version, "")
 
-    status, result = in_child(work)
+    status, result = in_child(publish_and_promote)
     assert (status, result) == (0, "None"), result
     for name in ("recpress", "triton"):
         shutil.copytree(HOME / name, COPY / name)
 
 
-def kill_everywhere(name: str, step: int) -> None:
+def kill_at_operations(name: str, step: int) -> None:
+    """Kill a command at every STEP-th operation and at the last ones, and repeat it."""
     command, _, reader = name.partition("+")
 
-    def counted() -> int:
-        restored()
-        last = [0]
-        count_operations(lambda number: last.__setitem__(0, number))
-        decide(command)
-        return last[0]
+    def count_all() -> int:
+        restore_home()
+        last_number = [0]
+        count_operations(lambda number: last_number.__setitem__(0, number))
+        run_command(command)
+        return last_number[0]
 
-    def again() -> str:
-        result = decide(command)
-        return json.dumps({"again": result} | state())
+    def repeat_command() -> str:
+        result = run_command(command)
+        return json.dumps({"again": result} | final_state())
 
-    total = int(in_child(counted)[1])
-    last = (3 if name == "rollback" else 1) if step > 100 else 6
-    for number in sorted({*range(1, total + 1, step), *range(total + 1 - last, total + 1)}):
-        restored()
+    total = int(in_child(count_all)[1])
+    at_end = (3 if name == "rollback" else 1) if step > 100 else 6
+    for number in sorted({*range(1, total + 1, step), *range(total + 1 - at_end, total + 1)}):
+        restore_home()
 
-        def killed(number: int = number) -> None:
+        def run_and_kill(number: int = number) -> None:
             count_operations(lambda at: os.kill(os.getpid(), 9) if at == number else None)
-            decide(command)
+            run_command(command)
 
-        was_killed = in_child(killed)[0] == 9
+        was_killed = in_child(run_and_kill)[0] == 9
         if reader:
             in_child(lambda: version_report("m", "@champion"))
         line = {"command": name, "at": number, "of": total, "killed": was_killed}
-        show(line | json.loads(in_child(again)[1]))
+        write_line(line | json.loads(in_child(repeat_command)[1]))
 
 
 def race(command: str, count: int) -> None:
-    restored()
-    if command == "publish":  # they make the registry as well
+    """Run a command in several processes at once, and write their results and the final state."""
+    restore_home()
+    if command == "publish":  # these processes also create the registry
         shutil.rmtree(HOME / "recpress")
     start, begin = os.pipe()
     children = []
@@ -133,11 +140,11 @@ def race(command: str, count: int) -> None:
             os.read(start, 1)  # returns when the parent closes its end
             try:
                 if command == "publish":
-                    # Another measurement of each process: another release of the same order.
+                    # With other numbers, each process has another release of the same order.
                     result = published(HOME / str(number), "a", baseline_bytes=1000 + number)
                     text = f"{result.version} {result.report.baseline_bytes}"
                 else:
-                    text = decide(command)
+                    text = run_command(command)
             except BaseException as fault:
                 text = f"{type(fault).__name__}: {fault}"
             os.write(writing, text.encode())
@@ -147,21 +154,21 @@ def race(command: str, count: int) -> None:
     os.close(begin)
     for child, reading in children:
         with os.fdopen(reading) as pipe:
-            show({"result": pipe.read()})
+            write_line({"result": pipe.read()})
         os.waitpid(child, 0)
 
-    def ended() -> str:
+    def read_state() -> str:
         if command == "publish":
             return json.dumps({"versions": [item.version for item in registry().versions("m")]})
-        return json_state()
+        return json.dumps(final_state())
 
-    show(json.loads(in_child(ended)[1]))
+    write_line(json.loads(in_child(read_state)[1]))
 
 
 if __name__ == "__main__":
     prepare()
     for line in sys.stdin:
-        work, command_name, number = line.split()
-        {"kill": kill_everywhere, "race": race}[work](command_name, int(number))
+        action, command_name, number = line.split()
+        {"kill": kill_at_operations, "race": race}[action](command_name, int(number))
         sys.stdout.write("\n")
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Reports as an order may leave them, made up without running one: what pages are tested on."""
+"""Reports for tests of the HTML page: all values are invented, and no artifact is stored."""
 
 from typing import Any
 
@@ -21,6 +21,7 @@ from tasks.orchestration.documents import (
 )
 
 HOSTILE = "<script>alert('|table|')</script>"
+"""A name with HTML and with the separator of Markdown tables."""
 
 PASSED = Validation(
     success=True,
@@ -35,25 +36,26 @@ PASSED = Validation(
 
 
 def artifact(letter: str, size: int = 1000) -> Artifact:
+    """An artifact whose hash is one repeated letter."""
     return Artifact(uri=f"file:///store/artifacts/{letter * 64}", sha256=letter * 64, bytes=size)
 
 
-def estimate(point: float, reach: float = 0.0, rows: int | None = None) -> Estimate:
-    return Estimate(point=point, low=point - reach, high=point + reach, rows=rows)
+def estimate(point: float, half_width: float = 0.0, rows: int | None = None) -> Estimate:
+    return Estimate(point=point, low=point - half_width, high=point + half_width, rows=rows)
 
 
 def plan(tables: int) -> Plan:
-    """Tables of growing size, one dense layer, one module with a hostile name."""
+    """A plan with tables of increasing size, one dense layer, and a module with a hostile name."""
     lines = [
         PlanLine(
-            module=f"tables.t{place:04}",
+            module=f"tables.t{number:04}",
             role="table",
             format="rowwise_int4",
-            bytes_before=640 * (place + 1),
-            bytes_after=100 * (place + 1),
-            reasons=(Reason("as_written", text=f"because of {place:04}"),),
+            bytes_before=640 * (number + 1),
+            bytes_after=100 * (number + 1),
+            reasons=(Reason("as_written", text=f"because of {number:04}"),),
         )
-        for place in range(tables)
+        for number in range(tables)
     ]
     dense = PlanLine(
         module="head",
@@ -75,23 +77,27 @@ def plan(tables: int) -> Plan:
 
 
 def measurement() -> Measurement:
-    own, before = [], []
-    for metric, value, moved in (("auc", 0.71, -0.0009), ("logloss", 0.55, 0.0007)):
-        own.append(Number(metric=metric, against="absolute", estimate=estimate(value, 0.006)))
-        own.append(Number(metric=metric, against="baseline", estimate=estimate(moved, 0.0006)))
-        before.append(Number(metric=metric, against="absolute", estimate=estimate(value - moved)))
-    own.append(Number(metric="bytes", against="absolute", estimate=estimate(250_000)))
-    own.append(Number(metric="bytes", against="baseline", estimate=estimate(0.25)))
+    """A measurement with two quality metrics, bytes, and p50 and p99 at three batch sizes."""
+    after, before = [], []
+
+    def add(metric: str, value: Estimate, change: Estimate, baseline: Estimate | None) -> None:
+        after.append(Number(metric=metric, against="absolute", estimate=value))
+        after.append(Number(metric=metric, against="baseline", estimate=change))
+        if baseline is not None:
+            before.append(Number(metric=metric, against="absolute", estimate=baseline))
+
+    for metric, value, change in (("auc", 0.71, -0.0009), ("logloss", 0.55, 0.0007)):
+        baseline = estimate(value - change)
+        add(metric, estimate(value, 0.006), estimate(change, 0.0006), baseline)
+    add("bytes", estimate(250_000), estimate(0.25), None)
     for quantile, factor in (("p50", 1.0), ("p99", 2.5)):
-        for size, once, ratio in ((1, 0.06, 1.3), (64, 0.3, 0.9), (1024, 3.0, 0.7)):
-            metric, value = f"{quantile}_ms@{size}", once * factor
-            found = estimate(value * ratio, value * 0.05)
-            own.append(Number(metric=metric, against="absolute", estimate=found))
-            own.append(Number(metric=metric, against="baseline", estimate=estimate(ratio, 0.05)))
-            found = estimate(value, value * 0.04)
-            before.append(Number(metric=metric, against="absolute", estimate=found))
+        for size, median, ratio in ((1, 0.06, 1.3), (64, 0.3, 0.9), (1024, 3.0, 0.7)):
+            value = median * factor
+            baseline = estimate(value, value * 0.04)
+            latency = estimate(value * ratio, value * 0.05)
+            add(f"{quantile}_ms@{size}", latency, estimate(ratio, 0.05), baseline)
     return Measurement(
-        numbers=Measured(numbers=tuple(own)),
+        numbers=Measured(numbers=tuple(after)),
         baseline=Measured(numbers=tuple(before)),
         resolves={"auc": 0.0006},
         rows=20_000,
@@ -107,7 +113,7 @@ def measurement() -> Measurement:
     )
 
 
-JUDGED = (
+JUDGEMENTS = (
     Judgement(
         limit=Limit.parse("auc vs baseline >= -0.002"),
         measured=estimate(-0.0009, 0.0006, rows=20_000),
@@ -196,7 +202,7 @@ def lowering(target: Any) -> Lowering:
 
 
 def stages() -> tuple[Stage, ...]:
-    """Three stages, one of them with a hostile name."""
+    """Three stages, the last one with a hostile name."""
     changes = (
         ("as trained", 1_000_000, None),
         ("channels", 700_000, -0.002),
@@ -215,11 +221,16 @@ def stages() -> tuple[Stage, ...]:
 
 
 def report(tables: int = 12, **changes: Any) -> Report:
-    """A rejected order with every kind of judgement, an engine, and what was left out."""
+    """A report of a rejected order with every kind of judgement, and skipped target and step.
+
+    Args:
+        tables: number of tables in the plan.
+        changes: fields of the report to replace.
+    """
     order = Order(
         model="clicks@1",
         preset="small",
-        limits=tuple(item.limit for item in JUDGED),
+        limits=tuple(item.limit for item in JUDGEMENTS),
         targets=Targets(tensorrt_rtx="required", tensorrt="optional"),
     )
     served = TargetReport(
@@ -228,7 +239,10 @@ def report(tables: int = 12, **changes: Any) -> Report:
         artifact=artifact("d", 250_400),
         bytes=250_000,
         verdict=Verdict(
-            target="onnxruntime", outcome="rejected", judgements=JUDGED, reasons=JUDGED[2].reasons
+            target="onnxruntime",
+            outcome="rejected",
+            judgements=JUDGEMENTS,
+            reasons=JUDGEMENTS[2].reasons,
         ),
         lowering=lowering("onnxruntime"),
     )

@@ -1,4 +1,4 @@
-"""Reports as an order would leave them, with real files in the store but without the work."""
+"""Reports of orders that were not run: their numbers are invented, their artifacts are stored."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ MACHINE = Machine(
 
 
 def stored(folder: Path, **files: str) -> Artifact:
-    """An artifact of a few text files; ``model_onnx="..."`` becomes ``model.onnx``."""
+    """Store a few text files as an artifact; ``model_onnx="..."`` is the file ``model.onnx``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name.replace("_", ".")).write_text(text)
@@ -52,14 +52,16 @@ def stored(folder: Path, **files: str) -> Artifact:
 
 
 def parity() -> Parity:
-    fields: dict[str, Any] = {"rows": 8, "largest": 1e-7, "root_mean_square": 1e-8}
-    known = Parity.model_fields
+    """A parity with small differences; its other fields are 0."""
+    values: dict[str, Any] = {"rows": 8, "largest": 1e-7, "root_mean_square": 1e-8}
+    fields = Parity.model_fields
     return Parity.model_validate(
-        {name: fields.get(name, 0) for name in known if known[name].is_required()} | fields
+        {name: values.get(name, 0) for name in fields if fields[name].is_required()} | values
     )
 
 
 def lowering(target: TargetName) -> Lowering:
+    """A lowering with one graph of 300 bytes of weights."""
     return Lowering(
         target=target,
         name="m@1",
@@ -80,6 +82,8 @@ def lowering(target: TargetName) -> Lowering:
 
 
 def measurement() -> Measurement:
+    """A measurement with AUC and one latency, each with its change from the baseline."""
+
     def number(metric: str, against: Any, point: float, half: float) -> judge.Number:
         estimate = Estimate(point=point, low=point - half, high=point + half, rows=1234)
         return judge.Number(metric=metric, against=against, estimate=estimate)
@@ -107,7 +111,13 @@ def measurement() -> Measurement:
 
 
 def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Report:
-    """A report of one order whose targets have these outcomes."""
+    """A report of an order with these outcomes of its targets, whose files are stored.
+
+    Args:
+        folder: a folder for the files before they are stored.
+        order: the digest of the order.
+        outcomes: the outcome of each target.
+    """
     targets = tuple(
         TargetReport(
             target=target,
@@ -123,8 +133,8 @@ def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Rep
         )
         for target, outcome in outcomes.items()
     )
-    anything = stored(folder / "anything", x_txt="x")
-    checked = Validation(success=True, evaluated=1, intended=1, findings=(), seconds=0.5)
+    bundle = stored(folder / "bundle", x_txt="x")  # no test reads its contents
+    validation = Validation(success=True, evaluated=1, intended=1, findings=(), seconds=0.5)
     line = PlanLine(
         module="user",
         role="table",
@@ -138,8 +148,8 @@ def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Rep
         name="m",
         bundle_version="1",
         metric="auc",
-        source=anything,
-        compressed=anything,
+        source=bundle,
+        compressed=bundle,
         recipe=(RowwiseInt8().model_dump(mode="json"),),
         limits=(LIMIT,),
         plan=Plan(lines=(line,)),
@@ -147,7 +157,7 @@ def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Rep
         targets=targets,
         baseline_bytes=1000,
         measurement=measurement(),
-        validation=stored(folder / "checked", validation_json=checked.model_dump_json()),
+        validation=stored(folder / "validation", validation_json=validation.model_dump_json()),
         calibrated_on="train (10 rows)",
         reproduction=Reproduction(command="recpress compress m@1", order={"model": "m@1"}),
     )

@@ -1,4 +1,4 @@
-"""The digest of a task's code changes with the sources that the task imports, and with no other."""
+"""The digest of a task's code changes with the source_names that the task imports, and with no other."""
 
 import inspect
 import json
@@ -11,12 +11,12 @@ import pytest
 
 from compressors.contracts import TARGETS
 from tasks import build, compress, gate, lower, measure, publish, rank, stages, tables, validate
-from tasks.orchestration import code_digest as digests
+from tasks.orchestration import code_digest as digest_module
 from tasks.orchestration.code_digest import ROOT, code_digest, imported_sources
 
-LOADED = """
+PRINT_LOADED_FILES = """
 import json, os, sys
-import onnx, onnxscript, pandas, prefect, scipy.optimize, torch  # once for all, they take seconds
+import onnx, onnxscript, pandas, prefect, scipy.optimize, torch  # slow, so before the forks
 names = sys.argv[1:]
 for name in names:
     read, write = os.pipe()
@@ -33,27 +33,28 @@ for name in names:
 """
 
 
-def sources(function: object) -> set[str]:
+def source_names(function: object) -> set[str]:
+    """Return the paths of a function's sources, relative to the repository."""
     files = imported_sources(Path(inspect.getsourcefile(function)))
     return {file.relative_to(ROOT).as_posix() for file in files}
 
 
 def test_imported_sources_contain_every_module_that_importing_a_task_loads():
-    """The import system itself is the reference, one process for each task."""
+    """The reference is the list of modules that Python loads, in one process per task."""
     modules = [compress, publish]
     names = [module.__name__ for module in modules]
-    ran = subprocess.run(
-        [sys.executable, "-c", LOADED, *names],
+    process = subprocess.run(
+        [sys.executable, "-c", PRINT_LOADED_FILES, *names],
         cwd=ROOT,
         check=True,
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    lines = ran.stdout.decode().splitlines()
+    lines = process.stdout.decode().splitlines()
     for module, line in zip(modules, lines, strict=True):
         loaded = {Path(file).relative_to(ROOT).as_posix() for file in json.loads(line) if file}
         assert len(loaded) > 20
-        assert loaded <= sources(inspect.unwrap(_task(module).fn))
+        assert loaded <= source_names(inspect.unwrap(_task(module).fn))
 
 
 def _task(module):
@@ -66,13 +67,13 @@ def _task(module):
 
 
 def test_imported_sources_exclude_flows_and_modules_that_are_not_imported():
-    found = sources(compress.compress.fn)
-    assert "compressors/quantize/tables/rowwise_int8.py" in found
-    assert "infra/store/object_store.py" in found
-    assert not any(name.startswith("flows/") for name in found)
-    assert not any("report" in name for name in found)
-    assert "compressors/quantize/tables/rowwise_int8.py" not in sources(gate.gate.fn)
-    assert "tasks/report/tables.py" in sources(publish.publish.fn)
+    names = source_names(compress.compress.fn)
+    assert "compressors/quantize/tables/rowwise_int8.py" in names
+    assert "infra/store/object_store.py" in names
+    assert not any(name.startswith("flows/") for name in names)
+    assert not any("report" in name for name in names)
+    assert "compressors/quantize/tables/rowwise_int8.py" not in source_names(gate.gate.fn)
+    assert "tasks/report/tables.py" in source_names(publish.publish.fn)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_imported_sources_exclude_flows_and_modules_that_are_not_imported():
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_imported_sources_contain_estimators_and_task_kinds(task, file):
-    assert file in sources(inspect.unwrap(task.fn))
+    assert file in source_names(inspect.unwrap(task.fn))
 
 
 @pytest.mark.parametrize("declared", TARGETS.values(), ids=lambda declared: declared.name)
@@ -98,23 +99,23 @@ def test_imported_sources_contain_lowering_builder_and_runtime_of_every_target(d
     def file(reference):
         return reference.partition(":")[0].replace(".", "/") + ".py"
 
-    assert file(declared.lowering) in sources(inspect.unwrap(lower.lower_model.fn))
+    assert file(declared.lowering) in source_names(inspect.unwrap(lower.lower_model.fn))
     if declared.engines is not None:
-        assert file(declared.engines.builder) in sources(inspect.unwrap(build.build.fn))
+        assert file(declared.engines.builder) in source_names(inspect.unwrap(build.build.fn))
     if declared.runtime is not None:
-        assert file(declared.runtime) in sources(inspect.unwrap(measure.measure.fn))
+        assert file(declared.runtime) in source_names(inspect.unwrap(measure.measure.fn))
 
 
 def test_imported_sources_contain_templates_only_of_rendered_pages():
     validation = "infra/pages/templates/validation.html.jinja"
-    assert validation in sources(validate.validate.fn)
-    assert "tasks/report/templates/limits.html.jinja" in sources(publish.publish.fn)
-    assert not any(name.endswith(".jinja") for name in sources(compress.compress.fn))
+    assert validation in source_names(validate.validate.fn)
+    assert "tasks/report/templates/limits.html.jinja" in source_names(publish.publish.fn)
+    assert not any(name.endswith(".jinja") for name in source_names(compress.compress.fn))
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A small project with a task whose imports are direct, indirect and inside a function."""
+    """The root of a small project whose task imports directly, indirectly, and in a function."""
     texts = {
         "tasks/__init__.py": "",
         "tasks/work.py": "from compressors import direct\nimport infra.inside.leaf\n"
@@ -135,15 +136,15 @@ def project(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(digests, "ROOT", tmp_path)
-    _forget()
+    monkeypatch.setattr(digest_module, "ROOT", tmp_path)
+    _clear_caches()
     yield tmp_path
-    _forget()
+    _clear_caches()
 
 
-def _forget():
-    digests._direct_imports.cache_clear()
-    digests._sources_digest.cache_clear()
+def _clear_caches():
+    digest_module._direct_imports.cache_clear()
+    digest_module._sources_digest.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -163,11 +164,11 @@ def _forget():
     ],
 )
 def test_editing_a_file_changes_the_digest_only_if_the_task_imports_it(project, edited, is_part):
-    before = digests._sources_digest(project / "tasks/work.py")
+    before = digest_module._sources_digest(project / "tasks/work.py")
     with (project / edited).open("a") as file:
         file.write("# edited\n")
-    _forget()
-    assert (digests._sources_digest(project / "tasks/work.py") != before) == is_part
+    _clear_caches()
+    assert (digest_module._sources_digest(project / "tasks/work.py") != before) == is_part
 
 
 def test_thread_count_and_library_versions_change_the_digest(monkeypatch):
@@ -175,6 +176,6 @@ def test_thread_count_and_library_versions_change_the_digest(monkeypatch):
     monkeypatch.setenv("RECPRESS_THREADS", "7")
     assert code_digest(gate.gate.fn) != before
     monkeypatch.delenv("RECPRESS_THREADS")
-    versions = digests._library_versions()
-    monkeypatch.setattr(digests, "_library_versions", lambda: versions | {"onnx": "0.0.1"})
+    versions = digest_module._library_versions()
+    monkeypatch.setattr(digest_module, "_library_versions", lambda: versions | {"onnx": "0.0.1"})
     assert code_digest(gate.gate.fn) != before

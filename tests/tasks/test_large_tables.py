@@ -1,6 +1,6 @@
 """A table beyond every 32-bit border, in a process that may hold a small part of it.
 
-The file has holes: where nothing was planted it costs no disk, and reads as rows of zeros.
+The file has holes: where nothing was rows_at_borders it costs no disk, and reads as rows of zeros.
 """
 
 import json
@@ -22,16 +22,17 @@ ROWS = 2**32 // DIM + 70_000  # 17.2 GB of float32, 4.3 GB of codes
 BLOCK_ROWS = 50_000
 CHUNK_BYTES = 8 * 2**20
 
-# Rows at which something crosses a border: elements, bytes read, bytes of codes (an element
-# each), scales; the first and last blocks; chunks of the result near the 32-bit borders.
+# Rows at which a number exceeds 31 or 32 bits (elements, which are also bytes of codes), 31 to 34
+# bits (bytes that are read), or at which the first or last block ends.
 BORDERS = (
     *(2**power // DIM for power in (31, 32)),
     *(2**power // (4 * DIM) for power in (31, 32, 33, 34)),
     *(BLOCK_ROWS * block for block in (1, ROWS // BLOCK_ROWS)),
 )
-ABOVE_BASELINE = 256 * 2**20
-PROCESS = 3 * 2**29  # 1.5 GB
+MAX_GROWTH = 256 * 2**20
+MAX_DATA_BYTES = 3 * 2**29  # 1.5 GB, the limit of the process
 
+# Prints the resident memory before quantization, and its maximum.
 CODE = """
 import json, resource, sys
 from pathlib import Path
@@ -40,22 +41,26 @@ resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from tasks.bundles.table_files import quantize
 
-def held(name):
+def status_bytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
-Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
-before = held("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # reset the maximum
+before = status_bytes("VmRSS")
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), RowwiseInt8(), block_rows=int(sys.argv[4]))
-print(json.dumps([before, held("VmHWM")]))
+print(json.dumps([before, status_bytes("VmHWM")]))
 """
 
 
-def planted(header: int) -> list[int]:
-    """The rows next to every border, the chunk borders of the codes included."""
+def rows_at_borders(header: int) -> list[int]:
+    """Return the rows next to every border, and next to the ends of chunks of the result there.
+
+    Args:
+        header: bytes before the codes in the result's file.
+    """
     rows = {0, ROWS - 1}
     for border in BORDERS:
-        byte = header + border * DIM  # of the result: scales come first, so their bytes are added
+        byte = header + border * DIM
         chunk = (-(-byte // CHUNK_BYTES) * CHUNK_BYTES - header) // DIM
         for row in (border, chunk):
             rows |= {row - 1, row, row + 1}
@@ -73,7 +78,7 @@ def test_quantize_of_a_17_gb_table_is_correct_at_32_bit_borders_in_flat_memory(t
             "t.scale": TensorSpec((ROWS, 1), torch.float16),
         }
     )
-    rows = planted(result.place("t.codes"))
+    rows = rows_at_borders(result.place("t.codes"))
     with source.open("wb") as opened:
         opened.write(file.header)
         opened.truncate(file.bytes)
@@ -82,30 +87,38 @@ def test_quantize_of_a_17_gb_table_is_correct_at_32_bit_borders_in_flat_memory(t
             weight = torch.arange(DIM, dtype=torch.float32).sub(DIM // 2).mul(number).unsqueeze(0)
             put(opened.fileno(), file.piece("t.weight", weight, row))
     try:
-        ended = subprocess.run(
-            [sys.executable, "-c", CODE, str(source), str(into), str(PROCESS), str(BLOCK_ROWS)],
+        process = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                CODE,
+                str(source),
+                str(into),
+                str(MAX_DATA_BYTES),
+                str(BLOCK_ROWS),
+            ],
             cwd=ROOT,
             env=dict(os.environ),
             capture_output=True,
             text=True,
             check=False,
         )
-        assert ended.returncode == 0, ended.stderr
-        before, highest = json.loads(ended.stdout)
+        assert process.returncode == 0, process.stderr
+        before, highest = json.loads(process.stdout)
         print(f"{before / 2**20:.0f} MiB before, {highest / 2**20:.0f} MiB at most")  # noqa: T201
-        assert highest - before <= ABOVE_BASELINE
+        assert highest - before <= MAX_GROWTH
         with safe_open(into / "files" / "model.safetensors", framework="pt") as opened:
             scale = opened.get_tensor("t.scale")
             assert scale.shape == (ROWS, 1)
-            # Rows of zeros have the smallest scale there is: no row landed anywhere else.
+            # Rows of zeros have the smallest scale, so all other rows are where they belong.
             assert torch.nonzero(scale[:, 0] > 2.0**-24).flatten().tolist() == rows
             codes = opened.get_slice("t.codes")
             for number, row in enumerate(rows, start=1):
-                found = codes[row : row + 1].float() * scale[row : row + 1].float()
+                decoded = codes[row : row + 1].float() * scale[row : row + 1].float()
                 weight = torch.arange(DIM, dtype=torch.float32).sub(DIM // 2).mul(number)
-                # Half a level, and a float16 scale is within 2^-11 of exact.
+                # Half the scale for rounding codes, and 2^-11 for rounding the scale to float16.
                 limit = float(weight.abs().max()) * (0.5 / 127 + 2**-11)
-                assert float((found[0] - weight).abs().max()) <= limit, row
+                assert float((decoded[0] - weight).abs().max()) <= limit, row
                 if row + 1 < ROWS and row + 1 not in rows:
                     assert not codes[row + 1 : row + 2].any(), row
     finally:

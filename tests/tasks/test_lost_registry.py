@@ -9,7 +9,7 @@ import pytest
 from error_codes import raises_code
 from reports import stored
 from triton_configs import served_by
-from triton_versions import Fill, body, published
+from triton_versions import Fill, graph_bytes, published
 
 from compressors.contracts import Estimate, Judgement, Limit
 from infra.errors import ArtifactDamaged, PromotionRefused, RecordRefused, Refused, TritonRefused
@@ -74,7 +74,7 @@ def test_champion_is_found_by_its_order_under_another_version_number(
     repaired = repair("m")
     assert repaired is not None
     assert repaired.version == "2"
-    assert served_by(triton) == ("2", body("a"))
+    assert served_by(triton) == ("2", graph_bytes("a"))
     assert {item.served for item in export("m", None)} == {"2"}
     assert all(item.sound for item in triton_contents("m", None))
     assert promote("m", "2", "again").order == A
@@ -118,7 +118,7 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
         champions()
     assert "m: The ledger names order bbbbbbbbbbbb" in caught.value.fields["problems"]
     assert alias() == other, "nothing was repaired to another order"
-    assert served_by(triton) == ("2", body("b"))
+    assert served_by(triton) == ("2", graph_bytes("b"))
     assert len(Ledger(store(), "m").entries()) == 2
 
 
@@ -152,11 +152,11 @@ def test_promotion_does_not_overwrite_the_served_files_of_another_order(
     other = published(home, "b").version
     with raises_code(TritonRefused, "version_of_other_order", version=1, model="m"):
         promote("m", other, "")
-    assert served_by(triton) == ("1", body("a"))
+    assert served_by(triton) == ("1", graph_bytes("a"))
     restore("m")
     promote("m", other, "")
-    assert served_by(triton) == ("1", body("b"))
-    assert (triton / "m" / "2" / "model.onnx").read_bytes() == body("a")
+    assert served_by(triton) == ("1", graph_bytes("b"))
+    assert (triton / "m" / "2" / "model.onnx").read_bytes() == graph_bytes("a")
 
 
 def test_promote_order_promotes_the_version_with_the_digest(

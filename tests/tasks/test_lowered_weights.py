@@ -1,4 +1,4 @@
-"""Weights of a large graph: links to the files of its bundle, stored once for both."""
+"""Weights of a large graph are hard links to the bundle's files, so that both are stored once."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from tasks.orchestration.documents import lowering_of
 from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
 
-FEW = {"train": 300, "calibration": 100, "validation": 100, "test": 300}
-SIZES = {"users": 320_000}  # of 16 float32: 20.5 MB; the other tables are small
+FEW = {"train": 300, "calibration": 100, "validation": 100, "test": 300}  # rows of each split
+SIZES = {"users": 320_000}  # rows of 16 float32: 20.5 MB; the other tables are small
 LARGE_GRAPH = 2**20
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """A packed bundle, the same with int8 tables, and the prepared test rows."""
+    """A packed bundle, its result with int8 tables, the prepared test rows, and the home."""
     root = tmp_path_factory.mktemp("lowered")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("RECPRESS_HOME", str(root / "home"))
@@ -43,7 +43,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 
 @pytest.fixture
 def large(bundles: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> dict[str, Artifact]:
-    """The bundles, where graphs of more than a megabyte have their weights in other files."""
+    """The bundles; graphs of more than a megabyte have their weights in separate files."""
     monkeypatch.setenv("RECPRESS_HOME", f"{bundles['home']}/home")
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
     monkeypatch.setattr(export, "EXTERNAL_BYTES", LARGE_GRAPH)
@@ -64,12 +64,12 @@ def test_large_graph_and_its_bundle_share_the_file_of_a_table(kind, tensor, larg
     before = set(store().sizes("blobs/"))
     artifact = lowered(large, kind)
     (shared,) = (path for path in blobs(artifact) if tensor in path)
-    assert shared.startswith("model.onnx."), "the Triton repository copies these files"
+    assert shared.startswith("model.onnx."), "names of files that are copied to Triton"
     assert blobs(artifact)[shared] in blobs(large[kind]).values()
     sizes = store().sizes("blobs/")
     assert sum(size for key, size in sizes.items() if key not in before) < 2**20
-    copied = store().get(artifact, tmp_path / "served")
-    graph = onnx.load(copied / "model.onnx").graph  # the package refuses links
+    copied = store().get(artifact, tmp_path / "served")  # onnx.load refuses links
+    graph = onnx.load(copied / "model.onnx").graph
     values = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     expected = mapped(local(large[kind]))[tensor].numpy()
     assert any(
@@ -101,12 +101,13 @@ def test_engine_is_built_from_a_graph_without_links(large):
 
 
 def test_tensor_in_other_memory_is_not_linked(large, monkeypatch):
-    files = export.link_weights
+    link_weights = export.link_weights
 
-    def moved(model, path: Path, found):
-        return files(model, path, {n: f._replace(address=f.address + 64) for n, f in found.items()})
+    def with_other_addresses(model, path: Path, tensors):
+        changed = {name: t._replace(address=t.address + 64) for name, t in tensors.items()}
+        return link_weights(model, path, changed)
 
-    monkeypatch.setattr(export, "link_weights", moved)
+    monkeypatch.setattr(export, "link_weights", with_other_addresses)
     assert "model.onnx.data" in blobs(lowered(large, "float"))
 
 

@@ -1,4 +1,4 @@
-"""The estimate of peak memory grows with what grows."""
+"""Estimate of an order's peak memory: monotone in the sizes, and close to measured runs."""
 
 import pytest
 from hypothesis import example, given
@@ -8,32 +8,32 @@ from benchmarks.peak_memory import CASES, measure
 from compressors.lower.export import EXTERNAL_BYTES
 from tasks.orchestration.memory_estimate import peak_memory
 
-size = st.integers(0, 10**13)
+sizes = st.integers(0, 10**13)
 
 
-@given(size, size, size, st.booleans())
+@given(sizes, sizes, sizes, st.booleans())
 def test_peak_is_the_sum_of_its_parts_and_at_least_the_size_of_the_model(
     before, after, rows, builds
 ):
-    found = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=builds)
-    assert found.peak == found.process + found.weights + found.rows
-    assert found.peak >= max(before, after, rows)
+    memory = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=builds)
+    assert memory.peak == memory.process + memory.weights + memory.rows
+    assert memory.peak >= max(before, after, rows)
 
 
-@given(size, size, size, size)
+@given(sizes, sizes, sizes, sizes)
 @example(2**29, 0, 0, 2**29)
 def test_more_weights_or_rows_never_lower_the_peak_unless_the_graph_becomes_linked(
     before, after, rows, more
 ):
-    least = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=False).peak
+    peak = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=False).peak
     for x, y, z in ((more, 0, 0), (0, more, 0), (0, 0, more)):
-        found = peak_memory(
+        larger = peak_memory(
             bytes_before=before + x, bytes_after=after + y, data_bytes=rows + z, builds=False
         )
         if not before <= EXTERNAL_BYTES < before + x:
-            assert found.peak >= least
-    engine = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=True)
-    assert engine.peak > least
+            assert larger.peak >= peak
+    with_engine = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=True)
+    assert with_engine.peak > peak
 
 
 def test_moment_is_the_phase_with_the_largest_estimate():
@@ -58,6 +58,6 @@ def test_tables_linked_from_a_graph_count_less_than_half():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["tiny", "table-100", "rows-1m", "dense-35"])
 def test_estimate_is_within_a_fifth_of_the_measured_peak(name):
-    """A fifth is what the docs promise; runs of one order differ by about 2 %."""
-    found = measure(CASES[name])
-    assert 0.8 < found["estimate"]["peak"] / found["peak"] < 1.2, found["stages"]
+    """The documentation promises a fifth. Repeated runs of one order differ by about 2 %."""
+    result = measure(CASES[name])
+    assert 0.8 < result["estimate"]["peak"] / result["peak"] < 1.2, result["stages"]

@@ -1,4 +1,7 @@
-"""A home that was moved, or is mounted elsewhere, holds what it held: references have no root."""
+"""A home (store and registry) works after its folder is moved, since references are relative.
+
+recpress 0.1.0 stored absolute URIs; moved homes that it wrote work as well.
+"""
 
 import json
 import shutil
@@ -36,8 +39,8 @@ def published(home: Path, digit: str) -> Finished:
 
 
 def published_by_0_1_0(home: Path, digit: str) -> Finished:
-    """A published order with the store's root in its report, registry version and record."""
-    made = report(home, digit * 64, GOOD)
+    """Publish an order like recpress 0.1.0, with absolute URIs in report, version and record."""
+    order_report = report(home, digit * 64, GOOD)
     root = store().root
 
     def absolute(text: str) -> str:
@@ -45,41 +48,41 @@ def published_by_0_1_0(home: Path, digit: str) -> Finished:
 
     folder = home / f"release {digit}"
     folder.mkdir()
-    (folder / "report.json").write_text(absolute(made.model_dump_json(indent=1)))
+    (folder / "report.json").write_text(absolute(order_report.model_dump_json(indent=1)))
     (folder / "report.html").write_text("<p>")
     release = store().put(folder)
-    tags = publishing._version_tags(made, release)
+    tags = publishing._version_tags(order_report, release)
     for name, value in tags.items():
         if value.startswith("artifacts/"):
             tags[name] = f"{root}/{value}"
     registry = Registry(load_settings().registry_uri)
     source = f"{root}/{release.uri}"
-    version = registry.publish("m", made.order, source, tags, "").version
+    version = registry.publish("m", order_report.order, source, tags, "").version
     done = Finished(
-        report=made, release=release, version=version, registry=load_settings().registry_uri
+        report=order_report, release=release, version=version, registry=load_settings().registry_uri
     )
-    store().write(finished_key(made.order), absolute(done.model_dump_json()).encode())
+    store().write(finished_key(order_report.order), absolute(done.model_dump_json()).encode())
     return done
 
 
 def move(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Move the home, and leave in its old place a store whose contents are damaged."""
+    """Copy the home to a new folder, use it, and damage all files of the old one."""
     old, new = home / "recpress", home / name
     shutil.copytree(old, new)
     for path in old.rglob("*"):
         if path.is_file():
             path.chmod(0o644)
-            path.write_bytes(b"not what was stored")
+            path.write_bytes(b"damaged")
     monkeypatch.setenv("RECPRESS_HOME", str(new))
     return new
 
 
 @pytest.mark.parametrize("name", NEW_NAMES)
-@pytest.mark.parametrize("make", [published, published_by_0_1_0])
+@pytest.mark.parametrize("publish_order", [published, published_by_0_1_0])
 def test_moved_home_is_listed_fetched_promoted_and_found_again(
-    make: Any, name: str, home: Path, monkeypatch: pytest.MonkeyPatch
+    publish_order: Any, name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = make(home, "a"), make(home, "b")
+    first, second = publish_order(home, "a"), publish_order(home, "b")
     promote("m", first.version, "")
     new = move(home, name, monkeypatch)
     assert [item.version for item in listed(None)] == [second.version, first.version]
@@ -87,8 +90,8 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
         assert item.note == ""
         assert item.source.startswith(f"{store().root}/artifacts/")
         assert item.tags["recpress.report"].startswith(f"{store().root}/artifacts/")
-    registered, found = version_report("m", first.version)
-    assert (registered.version, found) == (first.version, first.report)
+    registered, stored_report = version_report("m", first.version)
+    assert (registered.version, stored_report) == (first.version, first.report)
     fetch("m", "@champion", "onnxruntime", home / "out")
     assert (home / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
     assert champion_graph("m", "onnxruntime") == first.report.targets[0].artifact
@@ -131,9 +134,9 @@ def test_order_published_again_after_the_move_is_the_same_version(
     "source", ["file:///etc", "file:///etc/artifacts", "artifacts/../../etc", "s3://a/b", "/etc"]
 )
 def test_version_whose_source_is_outside_the_store_is_refused(source: str, home: Path) -> None:
-    made = Registry(load_settings().registry_uri).publish("m", "c" * 64, source, {}, "")
+    registered = Registry(load_settings().registry_uri).publish("m", "c" * 64, source, {}, "")
     with raises_code(StoreRefused, "artifact_uri_form"):
-        version_report("m", made.version)
+        version_report("m", registered.version)
 
 
 def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_it(
@@ -143,17 +146,17 @@ def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_
     outside = home / "outside" / "artifacts" / ("0" * 64)
     outside.mkdir(parents=True)
     uri = f"file://{outside}"
-    made = Registry(load_settings().registry_uri).publish("m", "c" * 64, uri, {}, "")
+    registered = Registry(load_settings().registry_uri).publish("m", "c" * 64, uri, {}, "")
     with raises_code(ArtifactMissing, "artifact_in_other_store"):
-        version_report("m", made.version)
+        version_report("m", registered.version)
     assert Report.model_validate(done.report.model_dump()) == done.report
 
 
 def packed_by_0_1_0(home: Path) -> Artifact:
-    """A packed bundle with the store's root in its manifest and its record."""
+    """Pack a bundle like recpress 0.1.0, with absolute URIs in its manifest and record."""
     packed = pack(write_draft(home / "draft"))
     root = store().root
-    folder = home / "as before"
+    folder = home / "earlier"
     store().get(packed.artifact, folder)
     body, seal, _ = (folder / "model.json").read_bytes().partition(b'  "seal"')
     assert seal

@@ -1,4 +1,4 @@
-"""Which faults are waited for, how long, and what a person reads meanwhile."""
+"""Retries during an outage: which faults count as one, the deadline, and the log messages."""
 
 import time
 from collections.abc import Callable
@@ -23,16 +23,16 @@ def api_fault(status: int) -> httpx.HTTPStatusError:
 
 
 class Clock:
-    """Time that passes only by sleeping, and by what each call takes."""
+    """Replaces the time of ``outages``: it passes only in ``sleep`` and ``advance``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self._began = time.time()
         monkeypatch.setattr(outages.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(outages.time, "time", lambda: self._began + self.now)
-        monkeypatch.setattr(outages.time, "sleep", self.pass_by)
+        monkeypatch.setattr(outages.time, "sleep", self.advance)
 
-    def pass_by(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += seconds
 
 
@@ -41,11 +41,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def away_until(clock: Clock, end: float, fault: Exception, takes: float = 0.0) -> Callable[[], str]:
-    """A call that fails until a time."""
+def failing_until(
+    clock: Clock, end: float, fault: Exception, takes: float = 0.0
+) -> Callable[[], str]:
+    """Return a function that raises ``fault`` until the time ``end``; each call takes a while.
+
+    Args:
+        clock: the replaced time.
+        end: end of the outage, in seconds from the start.
+        fault: the exception.
+        takes: duration of each call in seconds.
+    """
 
     def call() -> str:
-        clock.pass_by(takes)
+        clock.advance(takes)
         if clock.now < end:
             raise fault
         return "done"
@@ -83,7 +92,7 @@ def test_wait_out_returns_after_an_outage_shorter_than_the_deadline(
 ) -> None:
     assert (
         wait_out(
-            away_until(clock, seconds, errors.RegistryOutage("registry_no_answer", problem="x"))
+            failing_until(clock, seconds, errors.RegistryOutage("registry_no_answer", problem="x"))
         )
         == "done"
     )
@@ -96,15 +105,15 @@ def test_wait_out_raises_the_exception_of_the_call_at_the_deadline(
 ) -> None:
     fault = errors.StoreOutage("store_failed", place="p", problem="x")
     with pytest.raises(errors.StoreOutage) as raised:
-        wait_out(away_until(clock, float("inf"), fault, takes))
+        wait_out(failing_until(clock, float("inf"), fault, takes))
     assert raised.value is fault
-    # The last try begins before the deadline and may take as long as any other.
+    # The last try begins before the deadline and may end after it.
     assert DEADLINE_SECONDS - max(DELAYS) - takes <= clock.now - takes <= DEADLINE_SECONDS + takes
 
 
 def test_wait_out_raises_other_faults_at_once(clock: Clock) -> None:
     with pytest.raises(errors.SettingRefused):
-        wait_out(away_until(clock, 1, errors.SettingRefused("registry_address_malformed")))
+        wait_out(failing_until(clock, 1, errors.SettingRefused("registry_address_malformed")))
     assert clock.now == 0
 
 
@@ -113,29 +122,26 @@ def test_log_names_the_unavailable_service_and_the_deadline(
 ) -> None:
     until = datetime.fromtimestamp(outages.time.time() + DEADLINE_SECONDS).strftime("%H:%M")
     fault = errors.RegistryOutage("registry_no_answer", problem="connection refused")
-    wait_out(away_until(clock, 30, fault))
+    wait_out(failing_until(clock, 30, fault))
     lines = [record.getMessage() for record in caplog.records]
-    waits = [line for line in lines if line != str(fault)]
-    assert waits[3] == f"The registry did not answer; trying again in 20 s, until {until}"
-    assert len(waits) == len(lines) - 1  # the cause is in the log once
+    retries = [line for line in lines if line != str(fault)]
+    assert retries[3] == f"The registry did not answer; trying again in 20 s, until {until}"
+    assert len(retries) == len(lines) - 1  # the cause is in the log once
 
 
 def test_deadline_of_a_task_run_begins_at_its_first_fault(
     clock: Clock,
 ) -> None:
-    known, run, fault = (
-        TaskOutages(),
-        uuid4(),
-        errors.RegistryOutage("registry_no_answer", problem="x"),
-    )
-    clock.pass_by(7_200)  # a task that trains for hours is still waited for
-    assert known.may_try_again(run, fault)
-    clock.pass_by(DEADLINE_SECONDS - 20)
-    assert known.may_try_again(run, fault)
-    clock.pass_by(15)
-    assert not known.may_try_again(run, fault)
-    assert known.may_try_again(uuid4(), fault)
-    assert not known.may_try_again(run, ValueError("x"))
+    outages_of_tasks, run = TaskOutages(), uuid4()
+    fault = errors.RegistryOutage("registry_no_answer", problem="x")
+    clock.advance(7_200)  # the duration of a task before its first fault does not matter
+    assert outages_of_tasks.may_try_again(run, fault)
+    clock.advance(DEADLINE_SECONDS - 20)
+    assert outages_of_tasks.may_try_again(run, fault)
+    clock.advance(15)
+    assert not outages_of_tasks.may_try_again(run, fault)
+    assert outages_of_tasks.may_try_again(uuid4(), fault)
+    assert not outages_of_tasks.may_try_again(run, ValueError("x"))
 
 
 def test_delays_add_up_to_the_deadline_and_are_within_prefects_limit() -> None:
@@ -144,10 +150,10 @@ def test_delays_add_up_to_the_deadline_and_are_within_prefects_limit() -> None:
 
 
 def test_fault_of_a_registry_file_is_no_outage(tmp_path: object) -> None:
-    of_a_server = Registry("http://127.0.0.1:9")
+    server_registry = Registry("http://127.0.0.1:9")
     with pytest.raises(errors.RegistryOutage):
-        of_a_server.check()
-    of_a_file = Registry(f"sqlite:////proc/recpress/{uuid4()}.db")
+        server_registry.check()
+    file_registry = Registry(f"sqlite:////proc/recpress/{uuid4()}.db")
     with pytest.raises((errors.InfraError, errors.Refused)) as raised:
-        of_a_file.check()
+        file_registry.check()
     assert not isinstance(raised.value, errors.RegistryOutage)

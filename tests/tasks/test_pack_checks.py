@@ -1,4 +1,4 @@
-"""What pack says about a model that loads: how it is built, its metric, its labels, its scores."""
+"""Checks of ``pack`` on a model that loads: its construction, metric, labels and scores."""
 
 import html
 import json
@@ -28,14 +28,14 @@ from tasks.bundles.packing import examine, pack, show
 from tasks.orchestration.workspace import local, store
 from tasks.validate import validate
 
-# ClickNet of draft_network.py, with what a test adds at the end of its constructor or forward.
+# ClickNet of draft_network.py with code at the end of its constructor and another returned score.
 NETWORK = """
 import copy
 import torch
 from torch import nn
 import draft_network
 
-class Own(draft_network.ClickNet):
+class ChangedClickNet(draft_network.ClickNet):
     def __init__(self, **config):
         super().__init__(**config)
 {init}
@@ -53,19 +53,26 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def own_draft(
+def changed_draft(
     home: Path, monkeypatch: pytest.MonkeyPatch, *, init: str = "pass", score: str = "score"
 ) -> Path:
-    """A draft whose class is ``ClickNet`` with changes."""
-    name = f"own_{home.name}_{abs(hash((init, score)))}".replace("-", "_")
+    """Write a draft whose class is ``ClickNet`` with changes.
+
+    Args:
+        home: parent folder of the draft.
+        monkeypatch: the fixture.
+        init: statements at the end of the constructor.
+        score: expression that ``forward`` returns; ``score`` is the original score.
+    """
+    name = f"changed_{home.name}_{abs(hash((init, score)))}".replace("-", "_")
     lines = "\n".join(f"        {line}" for line in init.splitlines())
     (home / f"{name}.py").write_text(NETWORK.format(init=lines, score=score))
     monkeypatch.syspath_prepend(str(home))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", name)
-    return write_draft(home / "draft", network=f"{name}:Own")
+    return write_draft(home / "draft", network=f"{name}:ChangedClickNet")
 
 
-def change(draft: Path, **fields: object) -> None:
+def change_output(draft: Path, **fields: object) -> None:
     """Change fields of the draft's output."""
     path = draft / "model.json"
     document = json.loads(path.read_text())
@@ -81,15 +88,15 @@ def relabel(draft: Path, split: str, labels: list[int]) -> None:
 
 
 def labels_of(draft: Path, split: str) -> list[int]:
-    found: list[int] = pq.read_table(draft / f"{split}.parquet")["label"].to_pylist()
-    return found
+    labels: list[int] = pq.read_table(draft / f"{split}.parquet")["label"].to_pylist()
+    return labels
 
 
-def store_as_packed(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Pack as a version of recpress without these checks did."""
-    with monkeypatch.context() as before:
-        before.setattr("tasks.bundles.packing.require_sound", lambda *_, **__: ())
-        before.setattr(
+def pack_without_checks(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Pack a draft like an earlier version of recpress, which had none of these checks."""
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.bundles.packing.require_sound", lambda *_, **__: ())
+        patch.setattr(
             "infra.bundle.bundle_folder.parse", lambda *a, **k: parse(*a, **(k | {"stored": True}))
         )
         return pack(draft).artifact.uri
@@ -112,7 +119,7 @@ def store_as_packed(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_class_that_moves_or_copies_its_weights_is_packed_without_a_note(
     home: Path, monkeypatch: pytest.MonkeyPatch, init: str
 ) -> None:
-    packed = pack(own_draft(home, monkeypatch, init=init))
+    packed = pack(changed_draft(home, monkeypatch, init=init))
     assert packed.notes == packed.warnings == ()
     assert "notes" not in json.loads((local(packed.artifact) / MANIFEST).read_text())
 
@@ -128,7 +135,7 @@ def test_class_that_moves_or_copies_its_weights_is_packed_without_a_note(
 def test_class_that_needs_a_gpu_or_all_weights_in_memory_is_packed_with_a_note(
     home: Path, monkeypatch: pytest.MonkeyPatch, init: str, words: list[str]
 ) -> None:
-    packed = pack(own_draft(home, monkeypatch, init=init))
+    packed = pack(changed_draft(home, monkeypatch, init=init))
     assert show("clicks").notes == packed.notes == examine("clicks").manifest.notes
     (note,) = packed.notes
     assert all(word in note for word in words)
@@ -141,20 +148,20 @@ def test_random_attribute_that_changes_scores_is_refused_by_name(
 ) -> None:
     init, score = "self.noise = torch.randn(1)", "score + self.noise"
     with raises_code(ModelRefused, "loads_differ", names=("noise",)):
-        pack(own_draft(home, monkeypatch, init=init, score=score))
+        pack(changed_draft(home, monkeypatch, init=init, score=score))
 
 
 def test_random_attribute_that_changes_no_score_is_accepted(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init = "import time\nself.noise = torch.randn(1)\nself.begun = time.time()"
-    pack(own_draft(home, monkeypatch, init=init))
+    pack(changed_draft(home, monkeypatch, init=init))
 
 
 def test_dropout_in_evaluation_mode_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score = "nn.functional.dropout(score, 0.5)"
     with raises_code(ModelRefused, "calls_differ"):
-        pack(own_draft(home, monkeypatch, score=score))
+        pack(changed_draft(home, monkeypatch, score=score))
 
 
 def test_class_that_raises_in_its_constructor_is_refused_with_its_message(
@@ -162,7 +169,7 @@ def test_class_that_raises_in_its_constructor_is_refused_with_its_message(
 ) -> None:
     init = 'raise ValueError("an odd number of fields")'
     with raises_code(ModelRefused, "construction_failed") as refused:
-        pack(own_draft(home, monkeypatch, init=init))
+        pack(changed_draft(home, monkeypatch, init=init))
     assert "an odd number of fields" in refused.value.fields["problem"]
     assert "keyword arguments" not in refused.value.fields["problem"]
 
@@ -173,7 +180,7 @@ def test_class_that_raises_in_its_constructor_is_refused_with_its_message(
 @pytest.mark.parametrize("metric", ["auc", "gauc", "recall@20"])
 def test_ranking_model_with_a_metric_of_another_task_is_refused(home: Path, metric: str) -> None:
     draft = write_draft(home / "draft", task="ranking")
-    change(draft, metric=metric)
+    change_output(draft, metric=metric)
     with raises_code(
         BundleRefused, "fields_unusable", problems=Text(rf"needs metric ndcg@k.*{metric}")
     ):
@@ -185,8 +192,8 @@ def test_stored_bundle_with_a_metric_of_another_task_is_shown_but_refused_for_or
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = write_draft(home / "draft", task="ranking")
-    change(draft, metric="auc")
-    store_as_packed(draft, monkeypatch)
+    change_output(draft, metric="auc")
+    pack_without_checks(draft, monkeypatch)
     assert show("clicks").signature.single_output.metric == "auc"
     subject = find("clicks")
     limit = Limit.parse("bytes vs baseline <= 0.5")
@@ -262,20 +269,20 @@ def test_groups_with_equal_labels_are_refused(home: Path) -> None:
 def test_probability_declared_as_logit_is_refused_with_the_right_form(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft = own_draft(home, monkeypatch, score="torch.sigmoid(score)")
+    draft = changed_draft(home, monkeypatch, score="torch.sigmoid(score)")
     with raises_code(
         DataRefused,
         "not_measurable",
         problems=HasReason("output_misdeclared", fitting="probability"),
     ):
         pack(draft)
-    change(draft, form="probability")
+    change_output(draft, form="probability")
     assert pack(draft).warnings == ()
 
 
 def test_logit_declared_as_probability_is_refused(home: Path) -> None:
     draft = write_draft(home / "draft")
-    change(draft, form="probability")
+    change_output(draft, form="probability")
     with raises_code(DataRefused, "not_measurable", problems=HasReason("probability_outside")):
         pack(draft)
 
@@ -298,8 +305,8 @@ def test_model_worse_than_the_base_rate_is_packed_with_warnings(
 def test_validation_warns_about_a_stored_bundle_with_a_wrong_output_form(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    draft = own_draft(home, monkeypatch, score="torch.sigmoid(score)")
-    store_as_packed(draft, monkeypatch)
+    draft = changed_draft(home, monkeypatch, score="torch.sigmoid(score)")
+    pack_without_checks(draft, monkeypatch)
     packed = find("clicks").artifact
     from infra.data.checks import Rules
 
@@ -317,8 +324,8 @@ def test_validation_refuses_a_stored_bundle_that_cannot_be_measured(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = write_draft(home / "draft")
-    change(draft, form="probability")
-    store_as_packed(draft, monkeypatch)
+    change_output(draft, form="probability")
+    pack_without_checks(draft, monkeypatch)
     from infra.data.checks import Rules
 
     with raises_code(DataRefused, "not_measurable", problems=HasReason("probability_outside")):

@@ -1,4 +1,4 @@
-"""Plan lines in the order people read them."""
+"""Order of plan lines in reports: ``largest_first``."""
 
 from compressors.contracts import PlanLine
 from compressors.contracts.reasons import Reason
@@ -25,9 +25,9 @@ def test_largest_first_lists_composing_tables_after_their_table():
         line("user.cold.narrow", 0),
         line("large", 90),
         line("large.kept", 0),
-        line("user.other", 7),  # a table of its own, whose name begins like another's
+        line("user.other", 7),  # not a part of "user", since it has original bytes
     ]
-    assert [each.module for each in largest_first(lines)] == [
+    assert [item.module for item in largest_first(lines)] == [
         "large",
         "large.kept",
         "user",

@@ -1,4 +1,4 @@
-"""One odd version of the registry is listed with a note; the others are listed as they are."""
+"""Registry versions with unexpected tags, sources or reports: listed with a note, never used."""
 
 import json
 from pathlib import Path
@@ -28,21 +28,21 @@ ESCAPES = "\x1b[31mPWN\x1b]0;t\x07\x9b1m\u202egpj\r\n[red]x[/y]"
 
 
 @pytest.fixture
-def good(fill: Fill) -> Finished:
+def accepted(fill: Fill) -> Finished:
     fill("a", "")
-    found = finished("a" * 64)
-    assert found is not None
-    return found
+    result = finished("a" * 64)
+    assert result is not None
+    return result
 
 
 def register(source: Any, tags: dict[str, str], name: str = "m") -> str:
-    """A version as anybody may register it."""
+    """Register a version with any source and tags, and return its number."""
     uri = load_settings().registry_uri
     client = MlflowClient(uri, uri)
     if name != "m":
         client.create_registered_model(name)
-    made = client.create_model_version(name, source, tags=tags, await_creation_for=None)
-    return str(made.version)
+    created = client.create_model_version(name, source, tags=tags, await_creation_for=None)
+    return str(created.version)
 
 
 TAGS = {
@@ -51,7 +51,8 @@ TAGS = {
     "recpress.outcome": "accepted",
     "recpress.bundle": "m@1",
 }
-ODD: dict[str, tuple[str | None, dict[str, str | None], str]] = {
+# Source (None for a valid one), changed tags (None for removed) and a part of the expected note.
+UNEXPECTED: dict[str, tuple[str | None, dict[str, str | None], str]] = {
     "no recipe": (None, {"recpress.recipe": None}, "recpress.recipe is not a list of steps"),
     "recipe not JSON": (None, {"recpress.recipe": "{"}, "not a list of steps"),
     "recipe empty": (None, {"recpress.recipe": ""}, "not a list of steps"),
@@ -78,41 +79,48 @@ ODD: dict[str, tuple[str | None, dict[str, str | None], str]] = {
 }
 
 
-# Recipes that are no list of steps are read alike: two of them in the default tier.
-RECIPES = [kind for kind in ODD if kind.startswith("recipe ")]
+# The same code reads all invalid recipes, so the default tier has two of them.
+RECIPES = [kind for kind in UNEXPECTED if kind.startswith("recipe ")]
 NIGHTLY = set(RECIPES) - {"recipe no kind", "recipe deep"}
 
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=pytest.mark.nightly if kind in NIGHTLY else ()) for kind in ODD],
+    [
+        pytest.param(kind, marks=pytest.mark.nightly if kind in NIGHTLY else ())
+        for kind in UNEXPECTED
+    ],
 )
 def test_version_with_unexpected_tags_is_listed_with_a_note_next_to_the_others(
     kind: str,
-    good: Finished,
+    accepted: Finished,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source, changes, note = ODD[kind]
+    source, changes, note = UNEXPECTED[kind]
     tags = {name: text for name, text in (TAGS | changes).items() if text is not None}
-    odd = register(f"artifacts/{'0' * 64}" if source is None else source, tags)
-    found = {item.version: item for item in listed(None)}
-    assert set(found) == {good.version, odd}
-    assert note in found[odd].note
-    assert (found[good.version].note, found[good.version].recipe) == ("", ("rowwise_int8",))
+    unexpected = register(f"artifacts/{'0' * 64}" if source is None else source, tags)
+    versions = {item.version: item for item in listed(None)}
+    assert set(versions) == {accepted.version, unexpected}
+    assert note in versions[unexpected].note
+    listed_accepted = versions[accepted.version]
+    assert (listed_accepted.note, listed_accepted.recipe) == ("", ("rowwise_int8",))
     code, text = run_main(monkeypatch, capsys, "registry", "list")
     assert code == 0
     assert "rowwise_int8" in text
-    assert (f"m version {odd} is not as recpress registers it" in text) == bool(note)
+    assert (f"m version {unexpected} is not as recpress registers it" in text) == bool(note)
     assert text == printable(text)
     code, text = run_main(monkeypatch, capsys, "registry", "list", "--json")
     assert (code, text) == (0, printable(text))
-    assert [item["version"] for item in json.loads(text)] == [odd, good.version]
-    assert run_main(monkeypatch, capsys, "registry", "show", "m", "--version", good.version)[0] == 0
-    assert run_main(monkeypatch, capsys, "registry", "show", "m", "--version", odd)[0] == 2
+    assert [item["version"] for item in json.loads(text)] == [unexpected, accepted.version]
+    assert (
+        run_main(monkeypatch, capsys, "registry", "show", "m", "--version", accepted.version)[0]
+        == 0
+    )
+    assert run_main(monkeypatch, capsys, "registry", "show", "m", "--version", unexpected)[0] == 2
 
 
-def test_model_with_an_unexpected_name_is_left_out_of_the_list(good: Finished) -> None:
+def test_model_with_an_unexpected_name_is_left_out_of_the_list(accepted: Finished) -> None:
     for name in ("it's", "tab\there", 'quo"te'):
         register(f"artifacts/{'0' * 64}", TAGS, name)
     assert [item.model for item in listed(None)] == ["m"]
@@ -135,34 +143,34 @@ def test_model_with_an_unexpected_name_is_left_out_of_the_list(good: Finished) -
     ],
 )
 def test_release_without_a_valid_report_is_refused(
-    body: bytes, good: Finished, tmp_path: Path
+    body: bytes, accepted: Finished, tmp_path: Path
 ) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "report.json").write_bytes(body)
-    odd = register(store().put(tmp_path / "r").uri, TAGS)
+    unexpected = register(store().put(tmp_path / "r").uri, TAGS)
     for use in (
-        lambda: version_report("m", odd),
-        lambda: fetch("m", odd, "onnxruntime", tmp_path / "out"),
-        lambda: promote("m", odd, ""),
+        lambda: version_report("m", unexpected),
+        lambda: fetch("m", unexpected, "onnxruntime", tmp_path / "out"),
+        lambda: promote("m", unexpected, ""),
     ):
         with raises_code(RecordRefused, "report_unusable", file="report.json"):
             use()
 
 
 def test_escape_sequences_in_a_report_or_name_are_not_printed(
-    good: Finished,
+    accepted: Finished,
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = report(home, ORDER, GOOD)
-    target = made.targets[0]
+    unpublished = report(home, ORDER, GOOD)
+    target = unpublished.targets[0]
     verdict = target.verdict.model_copy(update={"reasons": (Reason("as_written", text=ESCAPES),)})
-    targets = (target.model_copy(update={"verdict": verdict}), *made.targets[1:])
-    done = publishing.publish.fn(made.model_copy(update={"targets": targets}))
-    for more in ((), ("--json",)):
+    targets = (target.model_copy(update={"verdict": verdict}), *unpublished.targets[1:])
+    done = publishing.publish.fn(unpublished.model_copy(update={"targets": targets}))
+    for options in ((), ("--json",)):
         code, text = run_main(
-            monkeypatch, capsys, "registry", "show", "m", "--version", done.version, *more
+            monkeypatch, capsys, "registry", "show", "m", "--version", done.version, *options
         )
         assert code == 0
         assert "PWN" in text
@@ -171,10 +179,10 @@ def test_escape_sequences_in_a_report_or_name_are_not_printed(
     assert (code, text) == (2, printable(text))
 
 
-def test_references_are_listed_with_the_root_of_the_current_store(good: Finished) -> None:
+def test_references_are_listed_with_the_root_of_the_current_store(accepted: Finished) -> None:
     (item,) = listed("m")
     assert isinstance(item, Registered)
-    assert item.source == store().uri_of(good.release)
-    assert item.tags["recpress.report"] == good.page_uri()
-    served = good.report.targets[0].artifact
+    assert item.source == store().uri_of(accepted.release)
+    assert item.tags["recpress.report"] == accepted.page_uri()
+    served = accepted.report.targets[0].artifact
     assert item.tags["recpress.artifact.onnxruntime"] == store().uri_of(served)

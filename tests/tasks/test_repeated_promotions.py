@@ -8,7 +8,7 @@ import pytest
 from child_commands import SendCommand, running_child
 from error_codes import raises_code
 from triton_configs import served_by
-from triton_versions import Fill, body
+from triton_versions import Fill, graph_bytes
 
 from infra.errors import PromotionRefused, RegistryRefused
 from infra.registry.ledger import Ledger
@@ -70,9 +70,9 @@ def test_repeated_rollback_updates_the_triton_repository(
     home: Path, triton: Path, three: None
 ) -> None:
     interrupted_at("repair")
-    assert served_by(triton) == ("3", body("c"))
+    assert served_by(triton) == ("3", graph_bytes("c"))
     rollback("m", "")
-    assert served_by(triton) == ("2", body("b"))
+    assert served_by(triton) == ("2", graph_bytes("b"))
 
 
 def test_second_rollback_after_a_complete_one_goes_back_further(three: None) -> None:

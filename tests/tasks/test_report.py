@@ -1,4 +1,4 @@
-"""The report as people read it: every number it has, and no number it has not."""
+"""The report as a table and as Markdown."""
 
 from pathlib import Path
 
@@ -20,24 +20,24 @@ OUTCOMES: dict[TargetName, Outcome] = {
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+def order_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     return report(tmp_path, "a" * 64, OUTCOMES)
 
 
-def row(made: Report, what: str) -> dict[str, str]:
-    return next(line for line in headline(made) if line["what"] == what)
+def row(order_report: Report, what: str) -> dict[str, str]:
+    return next(line for line in headline(order_report) if line["what"] == what)
 
 
-def test_headline_has_measurements_and_a_dash_for_unmeasured_targets(made: Report) -> None:
-    assert row(made, "AUC") == {
+def test_headline_has_measurements_and_a_dash_for_unmeasured_targets(order_report: Report) -> None:
+    assert row(order_report, "AUC") == {
         "what": "AUC",
         "before": "0.75050",
         "onnxruntime": "0.75000",
         "tensorrt-rtx": "-",
         "change": "-0.00050 [-0.00170, +0.00070]",
     }
-    assert row(made, "p99 ms, batch 64") == {
+    assert row(order_report, "p99 ms, batch 64") == {
         "what": "p99 ms, batch 64",
         "before": "0.625",
         "onnxruntime": "0.500",
@@ -46,29 +46,29 @@ def test_headline_has_measurements_and_a_dash_for_unmeasured_targets(made: Repor
     }
 
 
-def test_headline_has_served_bytes_and_bytes_of_weights(made: Report) -> None:
-    served = row(made, "bytes served")
+def test_headline_has_served_bytes_and_bytes_of_weights(order_report: Report) -> None:
+    served = row(order_report, "bytes served")
     assert (served["before"], served["onnxruntime"], served["change"]) == ("1,000", "400", "0.40x")
-    assert row(made, "bytes of weights")["change"] == "0.30x"
+    assert row(order_report, "bytes of weights")["change"] == "0.30x"
 
 
-def test_headline_rows_have_the_same_columns(made: Report) -> None:
-    assert len({tuple(line) for line in headline(made)}) == 1
+def test_headline_rows_have_the_same_columns(order_report: Report) -> None:
+    assert len({tuple(line) for line in headline(order_report)}) == 1
 
 
-def test_resolution_states_the_smallest_detectable_change(made: Report) -> None:
-    assert "1,234 test rows resolve a change of AUC of about 0.0012" in resolution(made)
+def test_resolution_states_the_smallest_detectable_change(order_report: Report) -> None:
+    assert "1,234 test rows resolve a change of AUC of about 0.0012" in resolution(order_report)
 
 
-def test_report_without_a_measurement_has_no_quality_numbers(made: Report) -> None:
-    without = made.model_copy(update={"measurement": None})
+def test_report_without_a_measurement_has_no_quality_numbers(order_report: Report) -> None:
+    without = order_report.model_copy(update={"measurement": None})
     assert resolution(without) == "Nothing was measured on this machine."
     assert {line["what"] for line in headline(without)} == {"bytes served", "bytes of weights"}
     assert "AUC" not in markdown(without)
 
 
-def test_markdown_has_verdicts_limits_plan_and_artifacts(made: Report) -> None:
-    skipped = made.model_copy(update={"skipped": {"tensorrt": "not installed"}})
+def test_markdown_has_verdicts_limits_plan_and_artifacts(order_report: Report) -> None:
+    skipped = order_report.model_copy(update={"skipped": {"tensorrt": "not installed"}})
     page = markdown(skipped)
     for text in (
         "# m 1: accepted",
@@ -78,65 +78,66 @@ def test_markdown_has_verdicts_limits_plan_and_artifacts(made: Report) -> None:
         "| tensorrt | left out (optional) | not installed |",
         "- `auc vs baseline >= -0.002`",
         "| user | table | rowwise_int8 | 1,000 | 300 | rowwise_int8 as ordered |",
-        made.source.uri,
+        order_report.source.uri,
         "calibrated on: train (10 rows)",
         "measured on a processor, 2 cores",
     ):
         assert text in page, text
 
 
-def test_reason_with_pipes_and_line_ends_stays_in_one_markdown_cell(made: Report) -> None:
-    """A builder's message may hold pipes and line breaks; each row must stay one row."""
-    page = markdown(made.model_copy(update={"skipped": {"tensorrt": "a | b\nc"}}))
+def test_reason_with_pipes_and_line_ends_stays_in_one_markdown_cell(order_report: Report) -> None:
+    """Messages of engine builders can contain pipes and line ends."""
+    page = markdown(order_report.model_copy(update={"skipped": {"tensorrt": "a | b\nc"}}))
     line = next(line for line in page.splitlines() if line.startswith("| tensorrt |"))
     cells = line.replace("\\|", "").split("|")
     assert len(cells) == 5, line
     assert "c" in line
 
 
-def test_effect_of_a_step_is_the_change_from_the_previous_stage(made: Report) -> None:
-    assert "Effect of each step" not in markdown(made)
-    half = Estimate(point=-0.002, low=-0.003, high=-0.001, rows=9)
+def test_effect_of_a_step_is_the_change_from_the_previous_stage(order_report: Report) -> None:
+    assert "Effect of each step" not in markdown(order_report)
+    change_of_quality = Estimate(point=-0.002, low=-0.003, high=-0.001, rows=9)
     stages = tuple(
         Stage(
             step=step,
-            bundle=made.source,
+            bundle=order_report.source,
             bytes=size,
             quality=Estimate(point=quality, low=quality, high=quality),
             change=change,
         )
         for step, size, quality, change in (
             ("as trained", 1000, 0.75, None),
-            ("channels", 400, 0.748, half),
+            ("channels", 400, 0.748, change_of_quality),
         )
     )
-    page = markdown(made.model_copy(update={"stages": stages}))
+    page = markdown(order_report.model_copy(update={"stages": stages}))
     assert "| as trained | 1,000 | 1.00x | 0.75000 |  |  |" in page
     assert ("| channels | 400 | 0.40x | 0.74800 | -600 | -0.00200 [-0.00300, -0.00100] |") in page
 
 
-def test_report_of_a_stored_release_equals_the_report(made: Report, tmp_path: Path) -> None:
+def test_report_of_a_stored_release_equals_the_report(order_report: Report, tmp_path: Path) -> None:
     folder = tmp_path / "release"
     folder.mkdir()
-    (folder / "report.json").write_text(made.model_dump_json())
+    (folder / "report.json").write_text(order_report.model_dump_json())
     release = store().put(folder)
-    assert report_of(release) == made
-    done = Finished(report=made, release=release, version="3", registry="sqlite:///r.db")
-    assert finished_key(made.order) == f"orders/{'a' * 64}.json"
+    assert report_of(release) == order_report
+    done = Finished(report=order_report, release=release, version="3", registry="sqlite:///r.db")
+    assert finished_key(order_report.order) == f"orders/{'a' * 64}.json"
     assert done.fetch_command() == (
         "recpress registry fetch m --version 3 --target onnxruntime --into ./m"
     )
 
 
-def with_score_changes(made: Report) -> Report:
-    """The report as of a ranking order whose scores changed."""
-    assert made.measurement is not None
+def with_score_changes(order_report: Report) -> Report:
+    """Add score changes, as of a ranking order, to a report."""
+    assert order_report.measurement is not None
 
-    def number(metric: str, point: float, half: float) -> judge.Number:
-        estimate = Estimate(point=point, low=point - half, high=point + half, rows=1234, groups=120)
+    def number(metric: str, point: float, half_width: float) -> judge.Number:
+        low, high = point - half_width, point + half_width
+        estimate = Estimate(point=point, low=low, high=high, rows=1234, groups=120)
         return judge.Number(metric=metric, against="absolute", estimate=estimate)
 
-    numbers = made.measurement.numbers
+    numbers = order_report.measurement.numbers
     changed = numbers.model_copy(
         update={
             "score_unit": "spread",
@@ -149,12 +150,12 @@ def with_score_changes(made: Report) -> Report:
             ),
         }
     )
-    measurement = made.measurement.model_copy(update={"numbers": changed})
-    return made.model_copy(update={"measurement": measurement})
+    measurement = order_report.measurement.model_copy(update={"numbers": changed})
+    return order_report.model_copy(update={"measurement": measurement})
 
 
-def test_headline_has_score_changes_with_intervals(made: Report) -> None:
-    changed = with_score_changes(made)
+def test_headline_has_score_changes_with_intervals(order_report: Report) -> None:
+    changed = with_score_changes(order_report)
     assert {line["what"]: line["change"] for line in headline(changed)[-4:]} == {
         "score correlation": "0.999500 [0.999400, 0.999600]",
         "mean score change": "0.01 sd [0.008, 0.012]",
@@ -165,29 +166,31 @@ def test_headline_has_score_changes_with_intervals(made: Report) -> None:
     assert "| changed top-1 |" in markdown(changed)
 
 
-def test_plan_warning_is_a_remark_and_in_the_plan_table(made: Report) -> None:
+def test_plan_warning_is_a_remark_and_in_the_plan_table(order_report: Report) -> None:
     warning = Reason("as_written", text="inputs | of <different> range")
-    line = made.plan.lines[0].model_copy(update={"warnings": (warning,)})
-    warned = made.model_copy(update={"plan": Plan(lines=(line,))})
+    line = order_report.plan.lines[0].model_copy(update={"warnings": (warning,)})
+    warned = order_report.model_copy(update={"plan": Plan(lines=(line,))})
     assert "Warning about user (rowwise_int8): inputs | of <different> range." in remarks(warned)
     assert "as ordered. Warning: inputs \\| of &lt;different&gt; range |" in markdown(warned)
 
 
-def test_resolution_counts_groups_or_gives_the_reason_without_one(made: Report) -> None:
-    assert made.measurement is not None
+def test_resolution_counts_groups_or_gives_the_reason_without_one(order_report: Report) -> None:
+    assert order_report.measurement is not None
 
-    def resolved(**fields: object) -> str:
-        assert made.measurement is not None
+    def resolution_with(**fields: object) -> str:
+        assert order_report.measurement is not None
         numbers = tuple(
             number.model_copy(update={"estimate": number.estimate.model_copy(update=fields)})
-            for number in made.measurement.numbers.numbers
+            for number in order_report.measurement.numbers.numbers
         )
-        held = made.measurement.numbers.model_copy(update={"numbers": numbers})
-        measurement = made.measurement.model_copy(update={"numbers": held})
-        return resolution(made.model_copy(update={"measurement": measurement}))
+        changed = order_report.measurement.numbers.model_copy(update={"numbers": numbers})
+        measurement = order_report.measurement.model_copy(update={"numbers": changed})
+        return resolution(order_report.model_copy(update={"measurement": measurement}))
 
-    assert "1,234 test rows of 1,200 groups resolve a change" in resolved(groups=1200)
-    few = resolved(groups=3, unresolved="3 groups in the data; an interval needs at least 10")
+    assert "1,234 test rows of 1,200 groups resolve a change" in resolution_with(groups=1200)
+    few = resolution_with(
+        groups=3, unresolved="3 groups in the data; an interval needs at least 10"
+    )
     assert few == (
         "The 1,234 test rows resolve no change of AUC: 3 groups in the data; an interval needs at "
         "least 10."

@@ -4,7 +4,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
-from page_reports import HOSTILE, JUDGED, PASSED, artifact, measurement, report
+from page_reports import HOSTILE, JUDGEMENTS, PASSED, artifact, measurement, report
 
 from compressors.contracts import Estimate, Limit, Plan, Verdict
 from compressors.contracts.reasons import Reason
@@ -16,12 +16,12 @@ from tasks.report.page import page
 from tasks.report.plan_section import SHOWN_LINES
 from tasks.report.tables import headline, markdown
 
+# Elements without an end tag. Shapes of an SVG, <rect .../>, are handled by handle_startendtag.
 VOID = {"meta", "br", "link", "img", "input"}
-# What an SVG draws with is written <rect .../>, which the parser hands over as opened and closed.
 
 
 class Tree(HTMLParser):
-    """Tags in order, visible text, and whether every tag was closed where it was opened."""
+    """Parses HTML into tags and visible text; ``balanced`` if every tag is closed correctly."""
 
     def __init__(self, html):
         super().__init__()
@@ -48,12 +48,12 @@ class Tree(HTMLParser):
 
 
 def section(html, anchor):
-    """The HTML of one section of the page."""
+    """Return the HTML of one section of the page."""
     start = html.index(f'<section aria-labelledby="{anchor}">')
-    following = re.compile(r'<section aria-labelledby="(?!failing|all)|</main>')  # not inner ones
-    found = following.search(html, start + 1)
-    assert found is not None
-    return html[start : found.start()]
+    # The sections "failing" and "all" are inside the section "data".
+    end = re.compile(r'<section aria-labelledby="(?!failing|all)|</main>').search(html, start + 1)
+    assert end is not None
+    return html[start : end.start()]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,8 @@ def test_numbers_section_has_every_row_of_headline(html):
 
 
 def test_limits_section_has_chart_number_and_reason_of_every_limit(html):
-    found = section(html, "limits")
-    rows = found.split("<tr>")[2:]
-    for row, item in zip(rows, JUDGED, strict=False):
+    rows = section(html, "limits").split("<tr>")[2:]
+    for row, item in zip(rows, JUDGEMENTS, strict=False):
         text = Tree(row).text
         assert str(item.limit) in text
         assert item.reason in text
@@ -99,8 +98,8 @@ def test_limits_section_has_chart_number_and_reason_of_every_limit(html):
 
 
 def test_quality_metric_without_a_limit_is_shown_as_no_limit(html):
-    rows = section(html, "limits").split("<tr>")[2 + len(JUDGED) :]
-    (row,) = rows  # auc has a limit against the baseline, log loss has not
+    rows = section(html, "limits").split("<tr>")[2 + len(JUDGEMENTS) :]
+    (row,) = rows  # only log loss has no limit against the baseline
     assert "log loss vs baselinelower is better" in Tree(row).text
     assert "no limit" in row
 
@@ -110,42 +109,42 @@ def test_limits_are_listed_as_not_measured_without_a_measurement():
     verdict = Verdict(
         target="tensorrt-rtx", outcome="built-unmeasured", reasons=(Reason("cannot_run"),)
     )
-    alone = report(
+    unmeasured = report(
         targets=(target.model_copy(update={"verdict": verdict}),),
         measurement=None,
         outcome="built-unmeasured",
     )
-    html = page(alone, PASSED)
+    html = page(unmeasured, PASSED)
     text = Tree(section(html, "limits")).text
-    for limit in alone.limits:
+    for limit in unmeasured.limits:
         assert f"{limit}" in text
-    assert text.count("not measured") == len(alone.limits)
+    assert text.count("not measured") == len(unmeasured.limits)
     assert "Nothing was measured on this machine." in section(html, "latency")
 
 
 def test_latency_chart_shows_every_latency_as_text(html):
-    found = section(html, "latency")
-    numbers = measurement()
-    for number in (*numbers.numbers.numbers, *numbers.baseline.numbers):
+    latency = section(html, "latency")
+    measured = measurement()
+    for number in (*measured.numbers.numbers, *measured.baseline.numbers):
         if "_ms@" in number.metric and number.against == "absolute":
-            assert f">{number.estimate.point:.3g}</text>" in found
-    assert found.count("<svg") == 2
-    assert found.count('class="whisker') == 12
-    assert "1.30x" in found
+            assert f">{number.estimate.point:.3g}</text>" in latency
+    assert latency.count("<svg") == 2
+    assert latency.count('class="whisker') == 12
+    assert "1.30x" in latency
 
 
 def test_plan_section_lists_every_plan_line_the_largest_first():
-    made = report(200)
-    found = section(page(made, PASSED), "plan")
-    shown, folded = found.split("<details>")
+    lines = report(200).plan.lines
+    html = section(page(report(200), PASSED), "plan")
+    shown, folded = html.split("<details>")
     assert shown.count('class="bars"') == SHOWN_LINES
     assert "tables.t0199" in shown
-    assert f"<b>{len(made.plan.lines) - SHOWN_LINES} smaller ones</b>" in folded
-    text = Tree(found).text
-    rows = re.findall(r'<tr><th scope="row"><code>(.*?)</code>', found)
-    largest_first = sorted(made.plan.lines, key=lambda line: (-line.bytes_before, line.module))
+    assert f"<b>{len(lines) - SHOWN_LINES} smaller ones</b>" in folded
+    text = Tree(html).text
+    rows = re.findall(r'<tr><th scope="row"><code>(.*?)</code>', html)
+    largest_first = sorted(lines, key=lambda line: (-line.bytes_before, line.module))
     assert list(map(unescape, rows)) == [line.module for line in largest_first]
-    for line in made.plan.lines:
+    for line in lines:
         assert line.module in text
         assert line.reason in text
         assert line.format in text
@@ -156,7 +155,7 @@ def test_short_plan_is_shown_without_a_fold(html):
 
 
 def test_page_of_a_thousand_tables_is_smaller_than_600_kb():
-    assert len(page(report(1000), PASSED)) < 600_000  # bytes; about 400 a line
+    assert len(page(report(1000), PASSED)) < 600_000  # about 400 bytes per table
 
 
 def test_page_of_an_empty_plan_is_rendered():
@@ -164,7 +163,7 @@ def test_page_of_an_empty_plan_is_rendered():
 
 
 def test_data_section_shows_evaluated_checks_and_failures_before_all_checks():
-    bad = Finding(
+    failure = Finding(
         split="test",
         column="user",
         rule="id in table",
@@ -179,14 +178,14 @@ def test_data_section_shows_evaluated_checks_and_failures_before_all_checks():
             "success": False,
             "evaluated": 3,
             "intended": 4,
-            "findings": (*PASSED.findings, bad),
+            "findings": (*PASSED.findings, failure),
         }
     )
-    found = section(page(report(), failed), "data")
-    assert "Data failed." in found
-    assert "3 of 4 intended checks evaluated." in found
-    assert found.index("3 of 9") < found.index("All checks by split") < found.index("all held")
-    assert "<code>&lt;99&gt;</code>" in found
+    html = section(page(report(), failed), "data")
+    assert "Data failed." in html
+    assert "3 of 4 intended checks evaluated." in html
+    assert html.index("3 of 9") < html.index("All checks by split") < html.index("all held")
+    assert "<code>&lt;99&gt;</code>" in html
     assert "2 of 2 intended checks evaluated." in section(page(report(), PASSED), "data")
 
 
@@ -207,16 +206,16 @@ def test_targets_section_has_parity_and_audit_of_every_target(html):
 
 
 def test_page_and_markdown_show_sparsity_without_gain_and_packed_layers():
-    made = report()
-    (graph,) = made.targets[0].lowering.graphs
+    dense = report()
+    (graph,) = dense.targets[0].lowering.graphs
     audit = graph.audit.model_copy(update={"packed_layers": 4, "widened_layers": 1})
     graph = graph.model_copy(update={"sparse_layers": ("cross", "out"), "audit": audit})
-    lowering = made.targets[0].lowering.model_copy(update={"graphs": (graph,)})
-    first = made.targets[0].model_copy(update={"lowering": lowering})
-    found = {"sparsity": "did not pay", "sparsity_reason": "of 2 layers 2 were eligible"}
-    audits = {graph.name: {**made.targets[1].audits["model"], **found}}
-    second = made.targets[1].model_copy(update={"audits": audits})
-    sparse = made.model_copy(update={"targets": (first, second)})
+    lowering = dense.targets[0].lowering.model_copy(update={"graphs": (graph,)})
+    first = dense.targets[0].model_copy(update={"lowering": lowering})
+    sparsity = {"sparsity": "did not pay", "sparsity_reason": "of 2 layers 2 were eligible"}
+    audits = {graph.name: {**dense.targets[1].audits["model"], **sparsity}}
+    second = dense.targets[1].model_copy(update={"audits": audits})
+    sparse = dense.model_copy(update={"targets": (first, second)})
     packed = "4 dense layers multiplied by codes as stored; 1 dense layer converted to float32"
     text = Tree(section(page(sparse, PASSED), "targets")).text
     for words in (packed, "2 layers with 2:4 zeros", "Sparsitydid not pay", "2 were eligible"):
@@ -225,24 +224,24 @@ def test_page_and_markdown_show_sparsity_without_gain_and_packed_layers():
     assert packed in lines
     assert "2 layers with 2:4 zeros: did not pay, since ONNX Runtime stores" in lines
     assert "sparsity: did not pay" in lines
-    plain = Tree(section(page(made, PASSED), "targets")).text
-    assert "parsity" not in plain
-    assert "sparsity" not in markdown(made)
+    text_of_dense = Tree(section(page(dense, PASSED), "targets")).text
+    assert "parsity" not in text_of_dense
+    assert "sparsity" not in markdown(dense)
 
 
 def test_hashes_section_has_every_artifact_and_the_order(html):
     text = Tree(section(html, "hashes")).text
     for letter in "abcdef":  # bundle, compressed, champion, two targets, validation
-        assert text.count(artifact(letter).sha256) == 2  # the hash and the address
+        assert text.count(artifact(letter).sha256) == 2  # the hash and the URI
     assert report().order in text
     assert "Champion" not in page(report(champion=None), PASSED)
 
 
 def test_again_section_has_command_and_order(html):
     text = Tree(section(html, "again")).text
-    again = report().reproduction
-    assert again.command in text
-    assert json.dumps(again.order, indent=1) in text
+    reproduction = report().reproduction
+    assert reproduction.command in text
+    assert json.dumps(reproduction.order, indent=1) in text
 
 
 def test_order_without_equivalent_options_is_shown_as_a_file():
@@ -253,11 +252,11 @@ def test_order_without_equivalent_options_is_shown_as_a_file():
         limits=(Limit(metric="auc", against="baseline", at_least=-0.002),),
     )
     custom = report(reproduction=order.reproduction("clicks@1"))
-    found = section(page(custom, PASSED), "again")
-    assert "recpress compress --order order.json" in found
-    assert "<details>" not in found
-    (shown,) = re.findall(r"<pre><code>(\{.*?)</code>", found, re.DOTALL)
-    assert Order.model_validate_json(unescape(shown)) == order
+    html = section(page(custom, PASSED), "again")
+    assert "recpress compress --order order.json" in html
+    assert "<details>" not in html
+    (order_file,) = re.findall(r"<pre><code>(\{.*?)</code>", html, re.DOTALL)
+    assert Order.model_validate_json(unescape(order_file)) == order
     assert '"rows": 512' in markdown(custom)
 
 
@@ -268,7 +267,7 @@ def test_names_and_texts_of_a_model_are_escaped_in_the_page():
     assert not [name for _, attrs in tree.tags for name in attrs if name.startswith("on")]
     for text in (HOSTILE, "<b>n</b>", "<i>1</i>", "A <b>processor</b>", "no <dense> layer"):
         assert text in tree.text
-    assert f"{HOSTILE}: 8 bytes" in tree.text  # what a pointer shows over its bar
+    assert f"{HOSTILE}: 8 bytes" in tree.text  # the tooltip of its bar
 
 
 def test_hostile_name_is_escaped_in_a_markdown_cell():
@@ -297,37 +296,35 @@ def test_page_is_well_formed_and_labelled_for_screen_readers(html):
     assert len(ids) == len(set(ids))
     assert set(tree.attributes("aria-labelledby")) <= set(ids)
     assert all("scope" in attrs for tag, attrs in tree.tags if tag == "th")
-    for drawn in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
-        hidden = 'aria-hidden="true"' in drawn  # its numbers are in the text next to it
-        assert hidden or re.match(r'<svg height="\d+" role="img"><title>[^<]+</title>', drawn)
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        is_hidden = 'aria-hidden="true"' in svg  # its numbers are in the text next to it
+        assert is_hidden or re.match(r'<svg height="\d+" role="img"><title>[^<]+</title>', svg)
 
 
 def test_page_of_an_equal_report_is_equal(html):
-    again = type(report()).model_validate_json(report().model_dump_json())
-    assert page(again, PASSED) == html
+    equal = type(report()).model_validate_json(report().model_dump_json())
+    assert page(equal, PASSED) == html
 
 
 def test_score_change_without_a_limit_is_shown_with_a_chart():
-    made = report()
-    measured = made.measurement
+    unchanged = report()
+    measured = unchanged.measurement
     estimate = Estimate(point=0.999, low=0.998, high=0.9995, rows=100, groups=20)
     number = Number(metric="score_correlation", against="absolute", estimate=estimate)
     numbers = measured.numbers.model_copy(
         update={"numbers": (*measured.numbers.numbers, number), "score_unit": "probability"}
     )
-    changed = made.model_copy(
+    changed = unchanged.model_copy(
         update={"measurement": measured.model_copy(update={"numbers": numbers})}
     )
-    found = section(page(changed, PASSED), "limits")
-    assert "score correlation<small>higher is better</small>" in found
-    assert "score correlation is 0.999000 [0.998000, 0.999500]; no limit" in found
+    html = section(page(changed, PASSED), "limits")
+    assert "score correlation<small>higher is better</small>" in html
+    assert "score correlation is 0.999000 [0.998000, 0.999500]; no limit" in html
 
 
 def test_warning_about_a_unit_is_in_the_plan_section():
-    made = report()
     warnings = (Reason("as_written", text="one <scale>"),)
-    lines = [line.model_copy(update={"warnings": warnings}) for line in made.plan.lines]
-    found = section(
-        page(made.model_copy(update={"plan": Plan(lines=tuple(lines))}), PASSED), "plan"
-    )
-    assert "Warning: one &lt;scale&gt;" in found
+    lines = [line.model_copy(update={"warnings": warnings}) for line in report().plan.lines]
+    with_warnings = report(plan=Plan(lines=tuple(lines)))
+    html = section(page(with_warnings, PASSED), "plan")
+    assert "Warning: one &lt;scale&gt;" in html

@@ -1,4 +1,4 @@
-"""Records of task results: what is read back, and every kind of record that is refused."""
+"""Records of task results: valid ones are read back, and every kind of invalid one is refused."""
 
 import json
 import logging
@@ -26,6 +26,7 @@ ARTIFACT = Artifact(uri=f"artifacts/{SHA}", sha256=SHA, bytes=7)
 PLAIN = {"uri": f"artifacts/{SHA}", "sha256": SHA, "bytes": 7}
 
 
+# Functions of tasks; only their return annotations are used.
 def step() -> Artifact | NotApplicable: ...  # type: ignore[empty-body]
 
 
@@ -54,7 +55,7 @@ def sealed(**changes: Any) -> bytes:
     return seal_record(FIELDS | changes)
 
 
-def place(store: Store, task: str = "step") -> Path:
+def record_path(store: Store, task: str = "step") -> Path:
     folder = store.folder
     assert folder is not None
     path = folder / record_key(task, KEY)
@@ -104,17 +105,17 @@ INTERVAL = {"point": 0.5, "low": 0.25, "high": 1.0}
 
 
 def test_optional_field_missing_in_a_record_has_its_default(store: Store) -> None:
-    place(store, "estimate").write_bytes(sealed(task="estimate", value=INTERVAL))
+    record_path(store, "estimate").write_bytes(sealed(task="estimate", value=INTERVAL))
     assert read_result(store, "estimate", KEY, estimate) == Estimate(**INTERVAL)
 
 
 @pytest.mark.parametrize(
-    "value", [INTERVAL | {"unknown": 1}, {"point": 0.5, "low": 0.25}], ids=["unknown", "lacking"]
+    "value", [INTERVAL | {"unknown": 1}, {"point": 0.5, "low": 0.25}], ids=["unknown", "missing"]
 )
 def test_unknown_or_missing_field_of_a_result_is_refused(
     store: Store, value: dict[str, Any]
 ) -> None:
-    place(store, "estimate").write_bytes(sealed(task="estimate", value=value))
+    record_path(store, "estimate").write_bytes(sealed(task="estimate", value=value))
     with pytest.raises(RecordRefused):
         read_result(store, "estimate", KEY, estimate)
 
@@ -141,16 +142,16 @@ HOSTILE_BODIES = {
     "record of another task": sealed(task="gate"),
     "record of another key": sealed(key="c" * 64),
     "key that is no digest": sealed(key="../../x"),
-    "later signature version": sealed(schema_version=2),
-    "signature version as text": sealed(schema_version="1"),
-    "signature version as true": sealed(schema_version=True),
+    "later schema version": sealed(schema_version=2),
+    "schema version as text": sealed(schema_version="1"),
+    "schema version as true": sealed(schema_version=True),
     "extra field": sealed(serializer={"type": "pickle"}),
     "missing value": seal_record({"schema_version": 1, "task": "step", "key": KEY}),
     "no value": sealed(value=None),
     "value of another type": sealed(value={"target": "onnxruntime"}),
     "list": sealed(value=[PLAIN]),
     "class to import": sealed(value={"__class__": "os.system", "data": "id"}),
-    "class next to a sound value": sealed(value=PLAIN | {"__class__": "os.system"}),
+    "class next to a valid value": sealed(value=PLAIN | {"__class__": "os.system"}),
     "exception to import": sealed(value={"__exc_type__": "os.system", "message": "id"}),
     "bytes as text": sealed(value=PLAIN | {"bytes": "7"}),
     "bytes below zero": sealed(value=PLAIN | {"bytes": -1}),
@@ -164,11 +165,11 @@ HOSTILE_BODIES = {
 }
 
 
-@pytest.mark.parametrize("what", list(HOSTILE_BODIES))
+@pytest.mark.parametrize("kind", list(HOSTILE_BODIES))
 def test_invalid_record_is_refused_and_replaced(
-    store: Store, what: str, caplog: pytest.LogCaptureFixture
+    store: Store, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place(store).write_bytes(HOSTILE_BODIES[what])
+    record_path(store).write_bytes(HOSTILE_BODIES[kind])
     with pytest.raises(RecordRefused):
         read_result(store, "step", KEY, step)
     with pytest.raises(ArtifactMissing), caplog.at_level(logging.WARNING):
@@ -183,7 +184,7 @@ def test_invalid_record_is_refused_and_replaced(
 def test_record_that_is_not_a_plain_file_is_refused_and_replaced(
     store: Store, tmp_path: Path, kind: str
 ) -> None:
-    path = place(store)
+    path = record_path(store)
     elsewhere = tmp_path / "elsewhere.json"
     if kind == "symlink":
         elsewhere.write_bytes(sealed())
@@ -205,7 +206,7 @@ def test_record_that_is_not_a_plain_file_is_refused_and_replaced(
 def test_result_is_not_recorded_if_a_folder_or_file_blocks_its_path(
     store: Store, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = place(store)
+    path = record_path(store)
     if where == "record":
         (path / "x").mkdir(parents=True)
     elif where == "task":
@@ -235,8 +236,8 @@ def test_result_larger_than_the_record_limit_is_not_recorded(
 def test_artifact_with_an_unexpected_uri_is_not_recorded(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    outside = ARTIFACT.model_copy(update={"uri": "../x"})
-    write_result(store, "step", KEY, step, outside)
+    artifact = ARTIFACT.model_copy(update={"uri": "../x"})
+    write_result(store, "step", KEY, step, artifact)
     assert "is not recorded" in caplog.text
     assert store.keys("results/") == ()
 
@@ -251,7 +252,7 @@ JSON = st.recursive(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=200) | JSON.map(lambda value: sealed(value=value)))
 def test_arbitrary_bytes_are_a_valid_result_or_refused(store: Store, body: bytes) -> None:
-    place(store).parent.mkdir(parents=True, exist_ok=True)
+    record_path(store).parent.mkdir(parents=True, exist_ok=True)
     store.write(record_key("step", KEY), body)
     try:
         value = read_result(store, "step", KEY, step)

@@ -1,4 +1,4 @@
-"""A training shared by two processes is the training of one, and faults come back in words."""
+"""Data-parallel training in several processes: results, errors, and the shares of each batch."""
 
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from tasks.orchestration.data_parallel import (
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 
-PAIR = ["cpu", "cpu"]
-HOW = Training(epochs=2, batch=256, learning_rate=1e-3, warmup=0, tables=True, table_l2=1e-4)
+TWO_DEVICES = ["cpu", "cpu"]
+TRAINING = Training(epochs=2, batch=256, learning_rate=1e-3, warmup=0, tables=True, table_l2=1e-4)
 
 
 @pytest.fixture
@@ -39,8 +39,9 @@ def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
     bundle = pack(write_draft(home / "draft")).artifact
     manifest = read(local(bundle))
-    # Training keeps its last epoch regardless of the quality; the penalty is negligible.
-    step = L1Training(training=HOW, soft_share=0, penalty_strength=1e-9)
+    # This step always keeps its last epoch, so both trainings end at the same one. The penalty is
+    # negligible.
+    step = L1Training(training=TRAINING, soft_share=0, penalty_strength=1e-9)
     splits: dict[Any, Any] = {
         part: split_of(prepare.fn(bundle, part), ROWS[part]) for part in step.needs
     }
@@ -49,45 +50,48 @@ def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
-    held: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
-        held |= load_file(file)
-    return held
+        tensors |= load_file(file)
+    return tensors
 
 
 def test_training_on_two_processes_gives_the_weights_of_training_on_one(
     work: Work, tmp_path: Path
 ) -> None:
     before = tensors_in(local(work.source))
-    alone = run_step(work, tmp_path / "alone" / "made")
-    both = run_step_on_devices(work, PAIR, tmp_path / "both" / "made")
-    assert isinstance(both, StepResult)
-    assert both.network == alone.network
-    one, two = tensors_in(tmp_path / "alone" / "made"), tensors_in(tmp_path / "both" / "made")
+    one_folder, two_folder = tmp_path / "one" / "result", tmp_path / "two" / "result"
+    of_one = run_step(work, one_folder)
+    of_two = run_step_on_devices(work, TWO_DEVICES, two_folder)
+    assert isinstance(of_two, StepResult)
+    assert of_two.network == of_one.network
+    one, two = tensors_in(one_folder), tensors_in(two_folder)
     assert one.keys() == two.keys()
-    # Sums of other halves: gradients differ in their last bits, and Adam, which divides by their
-    # size, makes a step of up to 1e-3 of a bit where a gradient is nearly zero.
-    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
-    assert moved > 5e-3
+    # Gradients are summed in another order, so they differ in their last bits. Where a gradient is
+    # nearly zero, Adam, which divides by its size, turns that into a difference of up to 1e-3.
+    largest_change = max(float((one[name] - before[name]).abs().max()) for name in one)
+    assert largest_change > 5e-3
     for name, tensor in one.items():
         gap = (tensor - two[name]).abs()
         assert float(gap.mean()) < 1e-5, name
-        assert float(gap.max()) < moved / 5, name
+        assert float(gap.max()) < largest_change / 5, name
 
 
-WILD = FineTune(training=HOW.model_copy(update={"learning_rate": 1e30, "warmup": 0}))
+DIVERGING = FineTune(training=TRAINING.model_copy(update={"learning_rate": 1e30, "warmup": 0}))
 
 
 @pytest.mark.nightly
 def test_divergence_in_two_processes_is_raised_with_its_message(work: Work, tmp_path: Path) -> None:
     with raises_code(StepRefused, "device_processes_failed") as caught:
-        run_step_on_devices(work.model_copy(update={"step": WILD}), PAIR, tmp_path / "made")
+        run_step_on_devices(
+            work.model_copy(update={"step": DIVERGING}), TWO_DEVICES, tmp_path / "result"
+        )
     assert "Training diverged: the loss is" in caught.value.fields["problem"]
 
 
 def test_divergence_is_written_to_the_outcome_of_the_rank(work: Work, tmp_path: Path) -> None:
-    wild = work.model_copy(update={"step": WILD})
-    shared = SharedWork(work=wild, devices=("cpu",), folder=str(tmp_path / "made"))
+    diverging = work.model_copy(update={"step": DIVERGING})
+    shared = SharedWork(work=diverging, devices=("cpu",), folder=str(tmp_path / "result"))
     run_rank(0, shared.model_dump_json(), str(tmp_path))
     outcome = Outcome.model_validate_json((tmp_path / "outcome.json").read_text())
     assert outcome.network is None
@@ -99,14 +103,14 @@ def test_missing_device_is_refused_before_a_process_starts(work: Work, tmp_path:
     if torch.cuda.device_count() > 1:
         pytest.skip("this machine has two GPUs")
     with raises_code(StepRefused, "device_missing", device="cuda:1"):
-        run_step_on_devices(work, ["cpu", "cuda:1"], tmp_path / "made")
+        run_step_on_devices(work, ["cpu", "cuda:1"], tmp_path / "result")
     assert not (tmp_path / "together").exists()
 
 
 def test_rank_share_is_the_whole_batch_without_a_process_group() -> None:
     numbers, loss = torch.arange(5), torch.tensor(2.0)
-    held, weight = data_parallel.rank_share(numbers, None)
-    assert held is numbers
+    share, weight = data_parallel.rank_share(numbers, None)
+    assert share is numbers
     assert weight == 1.0
     assert data_parallel.sum_gradients([], weight, loss) is loss
 
@@ -115,9 +119,9 @@ def test_rank_share_is_the_whole_batch_without_a_process_group() -> None:
     ("rows", "group", "shares"),
     [
         (7, None, ([0, 2, 4, 6], [1, 3, 5])),
-        (3, None, ([0, 1, 2], [])),  # too few for two
-        (6, [4, 4, 9, 9, 9, 4], ([0, 1, 5], [2, 3, 4])),  # whole lists
-        (4, [1, 1, 1, 1], ([0, 1, 2, 3], [])),  # one list
+        (3, None, ([0, 1, 2], [])),  # too few rows for two ranks
+        (6, [4, 4, 9, 9, 9, 4], ([0, 1, 5], [2, 3, 4])),  # a group is never split
+        (4, [1, 1, 1, 1], ([0, 1, 2, 3], [])),  # a single group
     ],
 )
 def test_rank_shares_partition_the_rows_and_their_weights_add_up_to_one(
@@ -128,11 +132,11 @@ def test_rank_shares_partition_the_rows_and_their_weights_add_up_to_one(
 ) -> None:
     monkeypatch.setattr(data_parallel, "_several", lambda: True)
     monkeypatch.setattr(data_parallel.distributed, "get_world_size", lambda: 2)
-    whole = None if group is None else torch.tensor(group)
-    weights = 0.0
-    for rank, wanted in enumerate(shares):
+    groups = None if group is None else torch.tensor(group)
+    total_weight = 0.0
+    for rank, expected in enumerate(shares):
         monkeypatch.setattr(data_parallel.distributed, "get_rank", lambda rank=rank: rank)
-        held, weight = data_parallel.rank_share(torch.arange(rows), whole)
-        assert held.tolist() == wanted
-        weights += weight
-    assert weights == pytest.approx(1)
+        share, weight = data_parallel.rank_share(torch.arange(rows), groups)
+        assert share.tolist() == expected
+        total_weight += weight
+    assert total_weight == pytest.approx(1)

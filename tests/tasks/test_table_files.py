@@ -1,4 +1,4 @@
-"""Tables from file to file: the same bytes however they are made, resumed, and never half there."""
+"""Compression of tables from file to file: results, resumed runs, and refused sources."""
 
 import json
 import os
@@ -58,22 +58,22 @@ def test_quantize_encodes_matched_tables_copies_others_and_plans_the_bytes(
 ):
     done = quantize(source, tmp_path / "out", STEP)
     artifact, tables = check(tmp_path / "out")
-    found, given = load_file(tmp_path / "out" / "files" / "model.safetensors"), tensors()
+    result, original = load_file(tmp_path / "out" / "files" / "model.safetensors"), tensors()
     for name in ("tower.weight", "tower.bias", "steps"):
-        assert torch.equal(found[name], given[name])
+        assert torch.equal(result[name], original[name])
     for name, record in tables.modules.items():
         table = module_of(name, record)
-        stored = {part: found[f"{name}.{part}"] for part in ("codes", "scale")}
+        stored = {part: result[f"{name}.{part}"] for part in ("codes", "scale")}
         table.load_state_dict(stored, assign=True)
-        weight = given[f"{name}.weight"].float()
+        weight = original[f"{name}.weight"].float()
         error = (table(torch.arange(len(weight))) - weight).abs()
-        # Half a level, and a float16 scale is within 2^-11 of exact.
+        # Half the scale for rounding codes, and 2^-11 for rounding the scale to float16.
         assert bool((error <= stored["scale"].float() * (0.5 + 127 * 2**-11)).all())
     assert done.plan == tables.plan
     lines = {line.module: line for line in done.plan.lines}
     assert lines.keys() == {"user", "item", "tower.weight", "tower.bias", "steps"}
     assert sum(line.bytes_after for line in lines.values()) == sum(
-        tensor.nbytes for tensor in found.values()
+        tensor.nbytes for tensor in result.values()
     )
     assert lines["user"].bytes_after == 3000 * (16 + 2)
     with_code(lines["tower.weight"].reasons, "not_matched", patterns=("user", "item*"))
@@ -83,35 +83,35 @@ def test_quantize_encodes_matched_tables_copies_others_and_plans_the_bytes(
 
 
 def test_table_that_would_not_get_smaller_is_copied(tmp_path: Path):
-    given = {"one.weight": torch.randn(1, 3), "half.weight": torch.randn(40, 2).half()}
-    given["user.weight"] = torch.randn(4000, 16)
-    save_file(given, tmp_path / "model.safetensors")
+    original = {"one.weight": torch.randn(1, 3), "half.weight": torch.randn(40, 2).half()}
+    original["user.weight"] = torch.randn(4000, 16)
+    save_file(original, tmp_path / "model.safetensors")
     step = KMeans()
     plan = quantize(tmp_path / "model.safetensors", tmp_path / "out", step).plan
     lines = {line.module: line for line in plan.lines}
-    # One row of kmeans is 2 bytes of codes, 2 of scale and 64 of codebook.
+    # With kmeans, a table of one row has 2 bytes of codes, 2 of scale and 64 of codebook.
     with_code(lines["one.weight"].reasons, "not_smaller", step="kmeans", bytes=68, present=12)
     with_code(lines["half.weight"].reasons, "not_smaller", step="kmeans", bytes=184, present=160)
     assert lines["user"].format == "kmeans"
-    found = load_file(tmp_path / "out" / "files" / "model.safetensors")
-    assert torch.equal(found["one.weight"], given["one.weight"])
-    assert torch.equal(found["half.weight"], given["half.weight"])
+    result = load_file(tmp_path / "out" / "files" / "model.safetensors")
+    assert torch.equal(result["one.weight"], original["one.weight"])
+    assert torch.equal(result["half.weight"], original["half.weight"])
 
 
 def test_result_does_not_depend_on_blocks_workers_shards_or_storage(source: Path, tmp_path: Path):
-    wanted = quantize(source, tmp_path / "whole", STEP)
+    expected = quantize(source, tmp_path / "whole", STEP)
     for number, (rows, workers) in enumerate([(1, 1), (7, 3), (10**9, 2)]):
         done = quantize(source, tmp_path / f"{number}", STEP, block_rows=rows, workers=workers)
-        assert done.sha256 == wanted.sha256
-    shards, given = tmp_path / "shards", tensors()
+        assert done.sha256 == expected.sha256
+    shards, original = tmp_path / "shards", tensors()
     shards.mkdir()
-    save_file({"user.weight": given.pop("user.weight")}, shards / "a.safetensors")
-    save_file(given, shards / "b.safetensors")
-    index = {"user.weight": "a.safetensors", **dict.fromkeys(given, "b.safetensors")}
+    save_file({"user.weight": original.pop("user.weight")}, shards / "a.safetensors")
+    save_file(original, shards / "b.safetensors")
+    index = {"user.weight": "a.safetensors", **dict.fromkeys(original, "b.safetensors")}
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert quantize(shards, tmp_path / "from-shards", STEP).sha256 == wanted.sha256
+    assert quantize(shards, tmp_path / "from-shards", STEP).sha256 == expected.sha256
     artifact = quantize_artifact(store().put(shards), STEP, block_rows=50)
-    assert artifact.sha256 == wanted.sha256
+    assert artifact.sha256 == expected.sha256
     assert store().artifact(artifact.uri) == artifact
     assert not any((tmp_path / "recpress" / "progress").glob("*"))
 
@@ -134,7 +134,7 @@ def test_killed_run_is_resumed_without_encoding_finished_blocks_again(
 ):
     save_file({"t.weight": torch.randn(200_000, 32)}, tmp_path / "large.safetensors")
     step = RowwiseInt4(clipping="mse")
-    wanted = quantize(tmp_path / "large.safetensors", tmp_path / "whole", step, block_rows=2000)
+    expected = quantize(tmp_path / "large.safetensors", tmp_path / "whole", step, block_rows=2000)
     code = (
         "import sys; from pathlib import Path; from tasks.bundles.table_files import quantize;"
         "from compressors.quantize.tables.rowwise_int4 import RowwiseInt4;"
@@ -146,34 +146,35 @@ def test_killed_run_is_resumed_without_encoding_finished_blocks_again(
     with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ)) as process:
         until = time.monotonic() + 120
         while not (journal.exists() and journal.read_bytes().count(b"\n") > 12):
-            assert process.poll() is None, "it ended before it could be killed"
+            assert process.poll() is None, "the process ended before it could be killed"
             assert time.monotonic() < until
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
-    before = journal.read_bytes().count(b"\n")
-    reported: list[int] = []
-    made: list[int] = []
+    journal_lines = journal.read_bytes().count(b"\n")
+    reported_bytes: list[int] = []
+    encoded_rows: list[int] = []
     encode = RowwiseInt4.encode
 
-    def counted(
+    def count_and_encode(
         self: RowwiseInt4, block: Tensor, params: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        made.append(len(block))
+        encoded_rows.append(len(block))
         return encode(self, block, params)
 
-    monkeypatch.setattr(RowwiseInt4, "encode", counted)
+    monkeypatch.setattr(RowwiseInt4, "encode", count_and_encode)
     done = quantize(
         tmp_path / "large.safetensors",
         out,
         step,
         block_rows=2000,
-        progress=lambda read, total: reported.append(read),
+        progress=lambda read, total: reported_bytes.append(read),
     )
-    assert done.sha256 == wanted.sha256
-    assert sum(reported) == 200_000 * 32 * 4
-    # The journal's first lines are its head, the file's header and the table's own tensors.
-    assert sum(made) == 200_000 - 2000 * (before - 3)
+    assert done.sha256 == expected.sha256
+    assert sum(reported_bytes) == 200_000 * 32 * 4
+    # Three lines of the journal are not blocks of rows: its head, the file's header, and tensors of
+    # the whole table.
+    assert sum(encoded_rows) == 200_000 - 2000 * (journal_lines - 3)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -209,7 +210,7 @@ def test_file_without_tables_is_refused(tmp_path: Path):
 def test_missing_or_invalid_safetensors_file_is_refused(tmp_path: Path):
     with raises_code(CommandRefused, "tables_missing", path=str(tmp_path / "in")):
         quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
-    (tmp_path / "in").write_bytes(b"nothing of the kind")
+    (tmp_path / "in").write_bytes(b"not safetensors")
     with raises_code(BundleRefused, "not_safetensors", file=str(tmp_path / "in")):
         quantize(tmp_path / "in", tmp_path / "out", RowwiseInt8())
 
@@ -224,10 +225,10 @@ def test_weight_that_is_not_finite_is_refused_without_a_result(tmp_path: Path):
 
 
 def test_changed_source_is_not_resumed_from_the_journal(source: Path, tmp_path: Path):
-    given = tensors()
-    given["user.weight"][2999, 3] = float("inf")
-    given["user.weight"][0] += 1  # in a block that is written before the fault is met
-    save_file(given, source)
+    original = tensors()
+    original["user.weight"][2999, 3] = float("inf")
+    original["user.weight"][0] += 1  # in the first block, which is written before the error
+    save_file(original, source)
     with pytest.raises(ModelRefused):
         quantize(source, tmp_path / "out", STEP, block_rows=100, workers=1)
     assert (tmp_path / ".out.journal").exists()

@@ -1,4 +1,4 @@
-"""Bytes of tied weights are counted the same way before and after."""
+"""Bytes of weights that two towers share (ties), before and after compression."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 from tasks.report.tables import headline, markdown
 
-TABLE = CONFIG["tags"] * CONFIG["dim"] * 4
+TABLE_BYTES = CONFIG["tags"] * CONFIG["dim"] * 4
 TEST_ROWS = USERS * EACH["test"]
 
 
@@ -37,13 +37,20 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tied_draft(folder: Path, share: str) -> Path:
+    """Write a retrieval draft whose towers share a table.
+
+    Args:
+        folder: folder of the draft.
+        share: ``module`` if the towers have the same embedding, ``weight`` if two embeddings have
+            the same weight.
+    """
     inputs = [dict(item) for item in SIGNATURE["inputs"]]
-    if share == "module":  # one module has one name, the first
+    if share == "module":  # a shared module is known by its first name only
         inputs[3]["table"] = "of_user.lately"
     return write_retrieval_draft(folder, share=share, inputs=inputs)
 
 
-def lowered(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
+def lower_bundle(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
     folder = local(lower_model.fn(bundle, "onnxruntime", rows, TEST_ROWS, 65_536))
     return lowering_of(folder), folder
 
@@ -52,21 +59,22 @@ def lowered(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
     ("share", "lowers_both"),
     [
         ("weight", True),
-        pytest.param("module", False, marks=pytest.mark.nightly),  # only the compressed model
+        pytest.param("module", False, marks=pytest.mark.nightly),
         pytest.param("module", True, marks=pytest.mark.nightly),
     ],
 )
 def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
     share, lowers_both, tmp_path
 ):
+    """``lowers_both`` is False if only the compressed model is lowered, to save time."""
     bundle = pack(tied_draft(tmp_path / "draft", share)).artifact
     rows = prepare.fn(bundle, "test")
     assert isinstance(rows, Artifact)
-    made = compress.fn(
+    quantized = compress.fn(
         bundle, RowwiseInt8(), {}, original=bundle, teachers=(), seed=0, device="cpu", code="c"
     )
-    assert isinstance(made, Artifact)
-    untouched, compressed = load_bundle(bundle), load_bundle(made)
+    assert isinstance(quantized, Artifact)
+    untouched, compressed = load_bundle(bundle), load_bundle(quantized)
     plan = compressed.model.plan
     assert plan is not None
     before = sum(line.bytes_before for line in plan.lines)
@@ -76,23 +84,23 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
 
     table = plan.of("of_user.lately")
     assert table is not None
-    # one module is packed once; two modules over one weight stay tied, and the plan says so
+    # A shared module has one line. Of two modules with one weight, the second has 0 bytes.
     tags = plan.of("of_item.tags")
     assert (tags is None) == (share == "module")
     if tags is not None:
         assert (tags.bytes_before, tags.bytes_after) == (0, 0)
         with_code(tags.reasons, "shares_weight")
 
-    models = ((made, after, table.bytes_after), (bundle, before, TABLE))
+    models = ((quantized, after, table.bytes_after), (bundle, before, TABLE_BYTES))
     for artifact, weights, size in models if lowers_both else models[:1]:
-        described, folder = lowered(artifact, rows)
-        assert described.packed_bytes == weights
-        assert described.repeated_bytes == size
-        assert described.served_packed_bytes == weights + size
-        # what a target loads: both files, with the table in each
-        graphs = [folder / graph.file for graph in described.graphs]
+        lowering, folder = lower_bundle(artifact, rows)
+        assert lowering.packed_bytes == weights
+        assert lowering.repeated_bytes == size
+        assert lowering.served_packed_bytes == weights + size
+        # A target loads both files, each with the table.
+        graphs = [folder / graph.file for graph in lowering.graphs]
         assert served_bytes(folder) == sum(path.stat().st_size for path in graphs)
-        assert served_bytes(folder) > described.served_packed_bytes
+        assert served_bytes(folder) > lowering.served_packed_bytes
 
     explained = explain(
         Order(
@@ -106,23 +114,24 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
 
 
 def test_report_counts_weights_once_and_mentions_the_bytes_that_graphs_share(home, tmp_path):
-    found = report(tmp_path, "a" * 64, {"onnxruntime": "accepted"})
-    (target,) = found.targets
+    one_graph = report(tmp_path, "a" * 64, {"onnxruntime": "accepted"})
+    (target,) = one_graph.targets
     (graph,) = target.lowering.graphs
     both = tuple(graph.model_copy(update={"name": name}) for name in ("query", "item"))
-    # earlier versions stored the sum over the graphs as packed_bytes
+    # Earlier versions stored the sum over the graphs as packed_bytes.
     fields = {"graphs": both, "packed_bytes": 600, "repeated_bytes": 300}
-    changed = target.lowering.model_copy(update=fields)
-    two = found.model_copy(update={"targets": (target.model_copy(update={"lowering": changed}),)})
-    (row,) = (line for line in headline(two) if line["what"] == "bytes of weights")
+    lowering = target.lowering.model_copy(update=fields)
+    targets = (target.model_copy(update={"lowering": lowering}),)
+    two_graphs = one_graph.model_copy(update={"targets": targets})
+    (row,) = (line for line in headline(two_graphs) if line["what"] == "bytes of weights")
     assert (row["before"], row["onnxruntime"], row["change"]) == ("1,000", "300", "0.30x")
-    assert "The graphs query and item share 300 bytes of weights." in markdown(two)
-    assert "share" not in markdown(found).split("## Plan")[0]
+    assert "The graphs query and item share 300 bytes of weights." in markdown(two_graphs)
+    assert "share" not in markdown(one_graph).split("## Plan")[0]
 
 
 def test_two_equal_stored_copies_of_a_tied_weight_are_loaded_as_one(tmp_path):
     draft = tied_draft(tmp_path / "draft", "weight")
-    undeclared(draft, equal=True)
+    store_undeclared_tie(draft, equal=True)
     module = load_bundle(pack(draft).artifact).model.module
     assert module.of_item.tags.weight is module.of_user.lately.weight
     assert stored_bytes(module) == sum(p.nbytes for p in module.parameters())
@@ -130,18 +139,23 @@ def test_two_equal_stored_copies_of_a_tied_weight_are_loaded_as_one(tmp_path):
 
 def test_two_different_stored_copies_of_a_tied_weight_are_refused(tmp_path):
     draft = tied_draft(tmp_path / "draft", "weight")
-    undeclared(draft, equal=False)
+    store_undeclared_tie(draft, equal=False)
     with raises_code(ModelRefused, "shared_tensor_differs"):
         pack(draft)
 
 
-def undeclared(draft: Path, *, equal: bool) -> None:
-    """Store both names of a tied weight and declare no tie."""
+def store_undeclared_tie(draft: Path, *, equal: bool) -> None:
+    """Store a tied weight under both names, and remove the tie from ``model.json``.
+
+    Args:
+        draft: folder of the draft.
+        equal: whether the two stored tensors are equal.
+    """
     document = (draft / "model.json").read_text()
     tie = '"of_item.tags.weight": "of_user.lately.weight"'
     assert tie in document
     (draft / "model.json").write_text(document.replace(tie, ""))
     weights = load_file(draft / "model.safetensors")
-    copied = weights["of_user.lately.weight"].clone()
-    weights["of_item.tags.weight"] = copied if equal else copied + torch.ones(())
+    copy = weights["of_user.lately.weight"].clone()
+    weights["of_item.tags.weight"] = copy if equal else copy + torch.ones(())
     save_file(weights, draft / "model.safetensors")

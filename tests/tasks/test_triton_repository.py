@@ -11,7 +11,7 @@ from pairwise import parametrize_pairwise
 from pbtxt_reader import read
 from reports import report, stored
 from triton_configs import served_by
-from triton_versions import Fill, body, champion, published
+from triton_versions import Fill, champion_number, graph_bytes, published
 
 from infra.errors import AlreadyThere, StoreUnavailable, TritonRefused
 from infra.registry.ledger import Ledger
@@ -38,12 +38,12 @@ def test_promotion_and_rollback_update_the_triton_repository(
     one, two = fill("ab", "")
     assert not triton.exists()
     promote("m", one, "")
-    assert served_by(triton) == (one, body("a"))
+    assert served_by(triton) == (one, graph_bytes("a"))
     promote("m", two, "")
-    assert served_by(triton) == (two, body("b"))
+    assert served_by(triton) == (two, graph_bytes("b"))
     rollback("m", "clicks fell")
-    assert served_by(triton) == (one, body("a"))
-    assert (triton / "m" / two / "model.onnx").read_bytes() == body("b")
+    assert served_by(triton) == (one, graph_bytes("a"))
+    assert (triton / "m" / two / "model.onnx").read_bytes() == graph_bytes("b")
     assert sorted(path.name for path in triton.iterdir()) == ["m"]
 
 
@@ -60,7 +60,7 @@ def test_repair_fills_a_repository_that_was_set_up_later(
     promote("m", one, "")
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "late"))
     repair("m")
-    assert served_by(home / "late") == (one, body("a"))
+    assert served_by(home / "late") == (one, graph_bytes("a"))
     assert "the Triton repository was repaired from the ledger" in caplog.text
     caplog.clear()
     repair("m")
@@ -77,7 +77,7 @@ def test_changed_or_removed_file_is_replaced(home: Path, fill: Fill, triton: Pat
     assert config.read_bytes() == good
     (triton / "m" / two / "model.onnx").unlink()
     promote("m", two, "again")
-    assert served_by(triton) == (two, body("b"))
+    assert served_by(triton) == (two, graph_bytes("b"))
 
 
 def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
@@ -86,9 +86,9 @@ def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
     (one,) = fill("a", "")
     left = triton / "m" / one / "model.onnx"
     left.parent.mkdir(parents=True)
-    left.write_bytes(body("f"))  # the same size
+    left.write_bytes(graph_bytes("f"))  # the same size
     promote("m", one, "")
-    assert served_by(triton) == (one, body("a"))
+    assert served_by(triton) == (one, graph_bytes("a"))
 
 
 def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
@@ -125,7 +125,7 @@ def test_refused_concurrent_promotion_does_not_change_the_served_version(
     monkeypatch.setattr(Ledger, "entries", and_meanwhile)
     with raises_code(AlreadyThere, "ledger_moved_on", reason="the other one"):
         promote("m", two, "me")
-    assert served_by(triton) == (one, body("a"))
+    assert served_by(triton) == (one, graph_bytes("a"))
 
 
 def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
@@ -142,8 +142,8 @@ def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
 
     monkeypatch.setattr(Folder, "write", and_meanwhile)
     promote("m", one, "")
-    assert champion() == two
-    assert served_by(triton) == (two, body("b"))
+    assert champion_number() == two
+    assert served_by(triton) == (two, graph_bytes("b"))
 
 
 # --- dying in between -----------------------------------------------------------------------
@@ -196,26 +196,29 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
     home: Path, fill: Fill, triton: Path, at: int, after: bool, mend: str
 ) -> None:
     one, two = fill("ab", "a")
-    whole = {(one, body("a")), (two, body("b"))}
+    whole = {(one, graph_bytes("a")), (two, graph_bytes("b"))}
     with pytest.MonkeyPatch.context() as patch:
         dying(patch, at, after=after)
         with pytest.raises(Died):
             promote("m", two, "")
     found = served_by(triton)
     assert found in whole
-    if found == (two, body("b")):  # only what the ledger names is served
-        assert champion() == two
-    assert (triton / "m" / one / "model.onnx").read_bytes() == body("a")
-    if champion() == two:
-        assert (triton / "m" / two / "model.onnx").read_bytes() == body("b")
+    if found == (two, graph_bytes("b")):  # only what the ledger names is served
+        assert champion_number() == two
+    assert (triton / "m" / one / "model.onnx").read_bytes() == graph_bytes("a")
+    if champion_number() == two:
+        assert (triton / "m" / two / "model.onnx").read_bytes() == graph_bytes("b")
     if mend == "again":
         promote("m", two, "")
     else:
         repair("m")
-    assert served_by(triton) == {one: (one, body("a")), two: (two, body("b"))}[champion()]
-    assert (champion() == two) or mend == "repair"
+    assert (
+        served_by(triton)
+        == {one: (one, graph_bytes("a")), two: (two, graph_bytes("b"))}[champion_number()]
+    )
+    assert (champion_number() == two) or mend == "repair"
     (named,) = (item for item in registry().versions("m") if "champion" in item.aliases)
-    assert named.version == champion()
+    assert named.version == champion_number()
 
 
 @pytest.mark.parametrize(
@@ -242,14 +245,14 @@ def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
         with pytest.raises(Died):
             rollback("m", "")
     found = served_by(triton)
-    assert found in {(one, body("a")), (two, body("b"))}
-    if champion() == two:
-        assert found == (two, body("b"))
+    assert found in {(one, graph_bytes("a")), (two, graph_bytes("b"))}
+    if champion_number() == two:
+        assert found == (two, graph_bytes("b"))
         rollback("m", "once more")
     else:
         repair("m")
-    assert champion() == one
-    assert served_by(triton) == (one, body("a"))
+    assert champion_number() == one
+    assert served_by(triton) == (one, graph_bytes("a"))
 
 
 def test_promotion_has_four_writes(home: Path, fill: Fill, triton: Path) -> None:
@@ -313,10 +316,10 @@ def test_repository_in_a_bucket_is_updated_like_a_folder(
     promote("m", two, "")
     bucket = Store(root)
     assert bucket.keys("") == ("m/1/model.onnx", "m/2/model.onnx", "m/config.pbtxt")
-    assert bucket.read(f"m/{two}/model.onnx") == body("b")
+    assert bucket.read(f"m/{two}/model.onnx") == graph_bytes("b")
     text = bucket.read("m/config.pbtxt").decode()
     assert read(text)["version_policy"] == [{"specific": [{"versions": [int(two)]}]}]
-    bucket.write(f"m/{two}/model.onnx", body("f"))
+    bucket.write(f"m/{two}/model.onnx", graph_bytes("f"))
     (laid,) = triton_contents("m", None)
     assert (laid.state, laid.files) == ("champion", {f"{two}/model.onnx": "changed"})
     (laid,) = export("m", None)

@@ -10,7 +10,7 @@ from error_codes import raises_code
 from pbtxt_reader import read
 from reports import measurement, report, stored
 from triton_configs import served_by
-from triton_versions import Fill, body, published
+from triton_versions import Fill, graph_bytes, published
 
 from compressors.contracts import Estimate, Outcome
 from compressors.metrics import judge
@@ -138,7 +138,7 @@ def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
     assert found["max_batch_size"] == [32]
     assert [item["batch_size"] for item in found["model_warmup"]] == [[1], [8], [32]]
     assert (triton / "m_tensorrt" / one / "model-9.0.plan").read_text() == "a"
-    assert served_by(triton) == (one, body("a"))
+    assert served_by(triton) == (one, graph_bytes("a"))
 
 
 def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
@@ -148,7 +148,7 @@ def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
     promote("m", one, "")
     assert [path.name for path in triton.iterdir()] == ["m"]
     assert {item.name for item in export("m", None, unmeasured=True)} == {"m", "m_tensorrt"}
-    assert served_by(triton) == (one, body("a"))
+    assert served_by(triton) == (one, graph_bytes("a"))
     # A promotion without a plan that may be served cannot take it back; it says so.
     two = published(home, "b").version
     promote("m", two, "")
@@ -226,7 +226,7 @@ def test_export_and_show_print_the_state_of_the_champion(home: Path, fill: Fill,
     assert f"{one}/model.onnx: missing" in out
     code, out, _ = call("export", "m", *to)
     assert (code, out.startswith("m: version 1 of m is served from file://")) == (0, True)
-    assert served_by(home / "by hand") == (one, body("a"))
+    assert served_by(home / "by hand") == (one, graph_bytes("a"))
     code, out, _ = call("show", "m", *to)
     assert code == 0
     assert "m serves version 1, the champion." in out
@@ -250,7 +250,7 @@ def test_show_reports_and_export_repairs_outdated_or_damaged_files(
     call("export", "m", *to)
     file = home / "by hand" / "m" / two / "model.onnx"
     file.chmod(0o644)
-    file.write_bytes(body("f"))
+    file.write_bytes(graph_bytes("f"))
     code, out, _ = call("show", "m", *to, "--json")
     (laid,) = json.loads(out)
     assert (code, laid["state"], laid["files"]) == (1, "champion", {f"{two}/model.onnx": "changed"})

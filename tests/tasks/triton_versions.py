@@ -1,4 +1,4 @@
-"""Published versions of a model 'm' for tests of the Triton repository."""
+"""Publish versions of a model "m" without running orders, for tests of promotion."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +15,29 @@ from tasks.orchestration.workspace import store
 GOOD: dict[TargetName, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 
 Fill = Callable[[str, str], tuple[str, ...]]
-"""The fixture ``fill``: orders to publish, those of them to promote -> their versions."""
+"""Type of the fixture ``fill`` in ``conftest.py``."""
 
 
-def published(home: Path, digit: str, **more: Any) -> Finished:
-    """Publish an order named by one repeated hex digit; ``more`` replaces parts of its report."""
-    outcomes = more.pop("outcomes", GOOD)
-    found: Report = report(home, digit * 64, outcomes).model_copy(update=more)
-    return publishing.publish.fn(found)
+def published(home: Path, digit: str, **changes: Any) -> Finished:
+    """Publish an order whose digest is one repeated hexadecimal digit.
+
+    Args:
+        home: the fixture ``home``.
+        digit: the digit.
+        changes: fields of the report to replace; ``outcomes`` are the outcomes of the targets.
+    """
+    outcomes = changes.pop("outcomes", GOOD)
+    changed: Report = report(home, digit * 64, outcomes).model_copy(update=changes)
+    return publishing.publish.fn(changed)
 
 
-def body(digit: str) -> bytes:
-    """The ONNX graph of an order, as ``reports`` makes it."""
+def graph_bytes(digit: str) -> bytes:
+    """Return the contents of the ONNX graph of an order."""
     return f"onnxruntime {digit * 64}".encode()
 
 
-def champion() -> str:
+def champion_number() -> str:
+    """Return the version number of the champion in the ledger."""
     entry = Ledger(store(), "m").champion()
     assert entry is not None
     return entry.version
