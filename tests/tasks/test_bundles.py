@@ -1,4 +1,4 @@
-"""Packing, finding and checking bundles: what is stored, what is refused, what is never lost."""
+"""Packing, finding and checking bundles."""
 
 import json
 from pathlib import Path
@@ -33,12 +33,13 @@ def draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_draft(tmp_path / "draft")
 
 
-def described(draft: Path, **fields: object) -> None:
+def change_draft(draft: Path, **fields: object) -> None:
+    """Replace fields of a draft's ``model.json``."""
     path = draft / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def bundles() -> tuple[str, ...]:
+def bundle_keys() -> tuple[str, ...]:
     return store().keys("bundles")
 
 
@@ -49,8 +50,8 @@ def test_packed_bundle_has_the_weights_and_data_of_the_draft(draft: Path) -> Non
     manifest = show("clicks@1")
     assert set(manifest.files) == {"model.safetensors"}
     for split, reference in manifest.data.items():
-        held = local(reference.artifact) / reference.file
-        assert held.read_bytes() == (draft / f"{split}.parquet").read_bytes()
+        stored = local(reference.artifact) / reference.file
+        assert stored.read_bytes() == (draft / f"{split}.parquet").read_bytes()
     model = load_bundle(packed.artifact).model.module
     assert sum(value.numel() for value in model.state_dict().values()) > 70_000
 
@@ -93,14 +94,14 @@ def test_packing_does_not_change_the_draft(draft: Path) -> None:
     pack(draft)
     assert {path.name: path.read_bytes() for path in draft.iterdir()} == before
     for path in draft.iterdir():
-        path.write_bytes(path.read_bytes())  # still the person's own, still writable
+        path.write_bytes(path.read_bytes())  # the files are still writable
     check("clicks@1")
 
 
 def test_editing_the_draft_in_place_does_not_change_the_packed_bundle(
     draft: Path,
 ) -> None:
-    """Packing may share bytes by hard links, so an edit in place must not reach the store."""
+    """Packing uses hard links as temporary files; the store must not have them."""
     pack(draft)
     with (draft / "model.safetensors").open("r+b") as file:
         file.seek(-4, 2)
@@ -134,14 +135,14 @@ def test_unknown_bundle_is_refused_with_the_known_bundles(draft: Path) -> None:
         resolve(f"{store().root}/artifacts/short")
 
 
-# --- refused, and nothing is named in the store ----------------------------------------------
+# --- refused drafts, for which no record is written ------------------------------------------
 
 
 def test_draft_without_test_data_is_refused(draft: Path) -> None:
-    described(draft, data={"train": "train.parquet"})
+    change_draft(draft, data={"train": "train.parquet"})
     with raises_code(BundleRefused, "test_data_missing", folder=str(draft)):
         pack(draft)
-    assert bundles() == ()
+    assert bundle_keys() == ()
 
 
 def test_architecture_outside_the_allow_list_is_refused(
@@ -150,7 +151,7 @@ def test_architecture_outside_the_allow_list_is_refused(
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples")
     with raises_code(BundleRefused, "architecture_not_allowed", setting="examples,draft_network"):
         pack(draft)
-    assert bundles() == ()
+    assert bundle_keys() == ()
 
 
 def test_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path) -> None:
@@ -163,7 +164,7 @@ def test_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path) ->
         DataRefused, "ids_unfit", problems=Text("'test', input 'user': id 3000 .*3000 rows")
     ):
         pack(draft)
-    assert bundles() == ()
+    assert bundle_keys() == ()
 
 
 def test_data_without_a_column_of_the_signature_is_refused(draft: Path) -> None:
@@ -171,7 +172,7 @@ def test_data_without_a_column_of_the_signature_is_refused(draft: Path) -> None:
     pq.write_table(table, draft / "test.parquet")
     with raises_code(DataRefused, "schema_unfit", problems=Text(f"d{DENSE - 1}")):
         pack(draft)
-    assert bundles() == ()
+    assert bundle_keys() == ()
 
 
 def test_weights_with_other_shapes_than_the_architecture_are_refused(draft: Path) -> None:
@@ -180,7 +181,7 @@ def test_weights_with_other_shapes_than_the_architecture_are_refused(draft: Path
     (draft / "model.json").write_text(json.dumps(document))
     with raises_code(ModelRefused, "shape_differs"):
         pack(draft)
-    assert bundles() == ()
+    assert bundle_keys() == ()
 
 
 # --- check ----------------------------------------------------------------------------------
@@ -194,14 +195,14 @@ def test_check_detects_a_flipped_bit_in_weights_or_data(draft: Path) -> None:
         (manifest.data["test"].artifact, "test.parquet"),
     ):
         path = Path(store().uri_of(artifact).removeprefix("file://")) / "files" / file
-        whole = path.read_bytes()
-        spoiled = bytearray(whole)
-        spoiled[len(spoiled) // 2] ^= 1
+        undamaged = path.read_bytes()
+        damaged = bytearray(undamaged)
+        damaged[len(damaged) // 2] ^= 1
         path.chmod(0o644)
-        path.write_bytes(spoiled)
+        path.write_bytes(damaged)
         with raises_code(ArtifactDamaged, "chunk_differs", file=file):
             check("clicks")
-        path.write_bytes(whole)
+        path.write_bytes(undamaged)
     check("clicks")
 
 
@@ -219,32 +220,32 @@ def test_check_of_a_sealed_folder_returns_its_manifest_and_refuses_a_draft(draft
 def test_missing_split_is_refused_with_the_existing_splits(
     draft: Path,
 ) -> None:
-    described(draft, data={"train": "train.parquet", "test": "test.parquet"})
+    change_draft(draft, data={"train": "train.parquet", "test": "test.parquet"})
     pack(draft)
     with raises_code(BundleRefused, "split_missing", split="validation", splits=("train", "test")):
         data_path(show("clicks"), "validation")
 
 
-# --- what an order is about ------------------------------------------------------------------
+# --- find ------------------------------------------------------------------------------------
 
 
 def test_find_returns_facts_and_a_digest_that_changes_with_the_architecture(
     draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = (Path(__file__).parents[1] / "draft_network.py").read_text()
-    own = tmp_path / "own_network_of_this_test.py"
-    own.write_text(source)
+    module = tmp_path / "copied_draft_network.py"
+    module.write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", own.stem)
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", module.stem)
     network = json.loads((draft / "model.json").read_text())["network"]
-    network["architecture"]["path"] = f"{own.stem}:ClickNet"
-    described(draft, network=network)
+    network["architecture"]["path"] = f"{module.stem}:ClickNet"
+    change_draft(draft, network=network)
     pack(draft)
     subject = find("clicks")
     assert (subject.name, subject.version, subject.metric) == ("clicks", "1", "auc")
     assert (subject.rows, subject.longest) == (ROWS, {"tags": 5})
     assert subject.calibration() == "calibration"
-    own.write_text(source.replace("torch.relu", "torch.tanh"))
+    module.write_text(source.replace("torch.relu", "torch.tanh"))
     edited = find("clicks")
     assert edited.architecture != subject.architecture
     assert edited.artifact == subject.artifact
@@ -265,18 +266,18 @@ def test_retrieval_model_is_packed_with_its_catalogue(towers: Path) -> None:
     assert manifest.signature.item == "item"
 
 
-def network_of(draft: Path, **config: object) -> None:
-    held = json.loads((draft / "model.json").read_text())["network"]
-    held["architecture"]["config"] |= config
-    described(draft, network=held)
+def change_config(draft: Path, **config: object) -> None:
+    network = json.loads((draft / "model.json").read_text())["network"]
+    network["architecture"]["config"] |= config
+    change_draft(draft, network=network)
 
 
-def signature_of(draft: Path, **changes: object) -> None:
-    described(draft, signature=SIGNATURE | changes)
+def change_signature(draft: Path, **changes: object) -> None:
+    change_draft(draft, signature=SIGNATURE | changes)
 
 
 def test_score_other_than_the_dot_product_of_the_towers_is_refused(towers: Path) -> None:
-    network_of(towers, bias=0.5)
+    change_config(towers, bias=0.5)
     with raises_code(ModelRefused, "towers_not_the_score", gap=0.5):
         pack(towers)
 
@@ -286,24 +287,24 @@ def test_score_other_than_the_dot_product_of_the_towers_is_refused(towers: Path)
     ["of_unknown", "of_item"],
 )
 def test_tower_that_cannot_be_called_is_refused(query: str, towers: Path) -> None:
-    named = SIGNATURE["towers"] | {"query": {"module": query, "inputs": ["user", "lately"]}}
-    signature_of(towers, towers=named)
+    changed = SIGNATURE["towers"] | {"query": {"module": query, "inputs": ["user", "lately"]}}
+    change_signature(towers, towers=changed)
     with raises_code(ModelRefused, "tower_fails", tower="query", module=query) as caught:
         pack(towers)
     assert caught.value.fields["inputs"][:2] == ("user", "lately")
 
 
 def test_tower_that_needs_other_inputs_is_refused(towers: Path) -> None:
-    lengthened = "of_item.out"  # called with nothing of the signature
-    named = SIGNATURE["towers"] | {"item": SIGNATURE["towers"]["item"] | {"module": lengthened}}
-    signature_of(towers, towers=named)
+    linear = {"module": "of_item.out"}  # a layer, which does not accept the tower's inputs
+    changed = SIGNATURE["towers"] | {"item": SIGNATURE["towers"]["item"] | linear}
+    change_signature(towers, towers=changed)
     with raises_code(ModelRefused, "tower_fails", tower="item", module="of_item.out"):
         pack(towers)
 
 
 def test_retrieval_model_without_a_catalogue_is_refused(towers: Path) -> None:
-    held = json.loads((towers / "model.json").read_text())["data"]
-    del held["items"]
-    described(towers, data=held)
+    data = json.loads((towers / "model.json").read_text())["data"]
+    del data["items"]
+    change_draft(towers, data=data)
     with raises_code(DataRefused, "catalogue_missing", split="items"):
         pack(towers)

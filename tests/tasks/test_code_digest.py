@@ -1,4 +1,4 @@
-"""The digest of a task's code changes with the source_names that the task imports, and with no other."""
+"""The code digest of a task covers the sources that the task imports, and no others."""
 
 import inspect
 import json

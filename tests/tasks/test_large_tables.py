@@ -1,6 +1,7 @@
-"""A table beyond every 32-bit border, in a process that may hold a small part of it.
+"""Compression of a table of 17 GB with little memory, and with offsets beyond 32 bits.
 
-The file has holes: where nothing was rows_at_borders it costs no disk, and reads as rows of zeros.
+The source is a sparse file: only rows near such borders are written, the others read as zeros and
+take no space on disk.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The ledger names orders: another registry, or a restored one, never serves another order."""
+"""Promotion with a lost, restored or changed registry: orders are identified by their digest."""
 
 import shutil
 from collections.abc import Callable
@@ -36,8 +36,10 @@ A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
 
 @pytest.fixture
-def lose(empty_registry: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Replace the registry by an empty one."""
+def lose_registry(
+    empty_registry: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], None]:
+    """A function that replaces the registry by an empty one."""
 
     def replace() -> None:
         shutil.copy(empty_registry, home / "other.db")
@@ -46,29 +48,31 @@ def lose(empty_registry: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return replace
 
 
-def alias() -> str | None:
-    held = registry().versions("m")
-    return next((item.version for item in held if "champion" in item.aliases), None)
+def champion_alias() -> str | None:
+    """Return the version with the alias ``champion``; None if there is none."""
+    versions = registry().versions("m")
+    return next((item.version for item in versions if "champion" in item.aliases), None)
 
 
-def order_fetched(home: Path) -> str:
+def fetch_champion_order(home: Path) -> str:
+    """Fetch the champion, and return the digest of its order."""
     shutil.rmtree(home / "out", ignore_errors=True)
     fetch("m", "@champion", "onnxruntime", home / "out")
     return (home / "out" / "model.onnx").read_text().removeprefix("onnxruntime ")
 
 
 def test_champion_is_found_by_its_order_under_another_version_number(
-    home: Path, triton: Path, lose: Callable[[], None]
+    home: Path, triton: Path, lose_registry: Callable[[], None]
 ) -> None:
     graph = published(home, "a").report.targets[0].artifact
     promote("m", "1", "good")
-    lose()
+    lose_registry()
     published(home, "b", outcomes={"onnxruntime": "rejected"})
     assert published(home, "a").version == "2"
     registered, report = version_report("m", "@champion")
     assert (registered.version, report.order) == ("2", A)
-    assert alias() == "2"
-    assert order_fetched(home) == A
+    assert champion_alias() == "2"
+    assert fetch_champion_order(home) == A
     assert champion_graph("m", "onnxruntime") == graph
     assert version_page("m", "@champion")[0].version == "2"
     repaired = repair("m")
@@ -82,25 +86,25 @@ def test_champion_is_found_by_its_order_under_another_version_number(
 
 
 def test_rollback_restores_the_previous_order_under_its_new_version_number(
-    home: Path, fill: Fill, lose: Callable[[], None]
+    home: Path, fill: Fill, lose_registry: Callable[[], None]
 ) -> None:
     fill("ab", "ab")
-    lose()
+    lose_registry()
     for digit in "cba":
         published(home, digit)
     entry = rollback("m", "clicks fell")
-    assert (entry.order, entry.version, alias()) == (A, "3", "3")
+    assert (entry.order, entry.version, champion_alias()) == (A, "3", "3")
     assert Ledger(store(), "m").champion() == entry
 
 
 def test_champion_missing_in_the_registry_is_refused_by_every_function(
-    home: Path, fill: Fill, triton: Path, lose: Callable[[], None]
+    home: Path, fill: Fill, triton: Path, lose_registry: Callable[[], None]
 ) -> None:
     fill("ab", "ab")
-    lose()
+    lose_registry()
     other = published(home, "c").version  # version 1, as order a was
     registry().point("m", "champion", other)
-    paths: dict[str, Callable[[], Any]] = {
+    functions: dict[str, Callable[[], Any]] = {
         "report": lambda: version_report("m", "@champion"),
         "page": lambda: version_page("m", "@champion"),
         "fetch": lambda: fetch("m", "@champion", "onnxruntime", home / "out"),
@@ -110,20 +114,20 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
         "show": lambda: triton_contents("m", None),
         "compare": lambda: champion_graph("m", "onnxruntime"),
     }
-    for name, use in paths.items():
+    for name, function in functions.items():
         with raises_code(PromotionRefused, "champion_not_registered", model="m"):
-            use()
+            function()
         assert not (home / "out").exists(), name
     with raises_code(PromotionRefused, "champions_unusable") as caught:
         champions()
     assert "m: The ledger names order bbbbbbbbbbbb" in caught.value.fields["problems"]
-    assert alias() == other, "nothing was repaired to another order"
+    assert champion_alias() == other, "nothing was repaired to another order"
     assert served_by(triton) == ("2", graph_bytes("b"))
     assert len(Ledger(store(), "m").entries()) == 2
 
 
 def test_restore_registers_every_result_under_its_former_number(
-    home: Path, lose: Callable[[], None]
+    home: Path, lose_registry: Callable[[], None]
 ) -> None:
     for digit in "cab":
         published(home, digit)
@@ -131,7 +135,7 @@ def test_restore_registers_every_result_under_its_former_number(
     promote("m", "1", "")
     promote("m", "2", "")
     before = registry().versions("m")
-    lose()
+    lose_registry()
     assert [item.version for item in restore("m")] == ["1", "2", "3", "4"]
     assert registry().versions("m") == before
     assert restore("m") == ()
@@ -145,10 +149,10 @@ def test_restore_registers_every_result_under_its_former_number(
 
 
 def test_promotion_does_not_overwrite_the_served_files_of_another_order(
-    home: Path, fill: Fill, triton: Path, lose: Callable[[], None]
+    home: Path, fill: Fill, triton: Path, lose_registry: Callable[[], None]
 ) -> None:
     fill("a", "a")
-    lose()
+    lose_registry()
     other = published(home, "b").version
     with raises_code(TritonRefused, "version_of_other_order", version=1, model="m"):
         promote("m", other, "")
@@ -160,10 +164,10 @@ def test_promotion_does_not_overwrite_the_served_files_of_another_order(
 
 
 def test_promote_order_promotes_the_version_with_the_digest(
-    home: Path, fill: Fill, lose: Callable[[], None]
+    home: Path, fill: Fill, lose_registry: Callable[[], None]
 ) -> None:
     fill("a", "")
-    lose()
+    lose_registry()
     published(home, "b")
     with raises_code(PromotionRefused, "order_not_registered", order=A, model="m"):
         promote_order("m", A, "")
@@ -175,6 +179,7 @@ def test_promote_order_promotes_the_version_with_the_digest(
 
 
 def change_entry(sequence: int, old: str, new: str) -> None:
+    """Replace a text in a ledger entry."""
     key = f"ledger/m/{sequence:08d}.json"
     text = store().read(key).decode()
     assert text.count(old) == 1
@@ -200,11 +205,11 @@ def test_ledger_entry_with_a_changed_value_is_refused(
         with pytest.raises(ArtifactDamaged) as caught:
             use()
         assert "00000002.json" in str(caught.value)
-    assert alias() == "2"
+    assert champion_alias() == "2"
 
 
 def without_digests(entries: tuple[Entry, ...]) -> None:
-    """Write a ledger as versions before this one did."""
+    """Write ledger entries like an earlier version of recpress, without digests."""
     for entry in entries:
         text = entry.model_dump_json(indent=1, exclude={"digest"})
         store().write(f"ledger/m/{entry.sequence:08d}.json", text.encode())
@@ -244,13 +249,13 @@ def test_ledger_entry_without_digest_of_another_order_is_refused(
         with pytest.raises(Refused) as caught:
             use()
         assert caught.value.code in {"not_accepted", "champion_not_registered", "order_invalid"}
-    assert alias() == "1"
+    assert champion_alias() == "1"
 
 
-# --- reports that do not support a promotion -------------------------------------------------
+# --- reports that do not allow a promotion ---------------------------------------------------
 
 
-def judged(limit: str, low: float, outcome: str, *, measured: bool = True) -> Judgement:
+def judgement(limit: str, low: float, outcome: str, *, measured: bool = True) -> Judgement:
     estimate = Estimate(point=low + 0.0005, low=low, high=low + 0.001, rows=100)
     return Judgement.model_validate(
         {
@@ -265,9 +270,10 @@ def judged(limit: str, low: float, outcome: str, *, measured: bool = True) -> Ju
 LIMIT = "auc vs baseline >= -0.002"
 
 
-def changed(done: Finished, **verdict: Any) -> tuple[TargetReport, ...]:
+def change_verdict(done: Finished, **fields: Any) -> tuple[TargetReport, ...]:
+    """Return a report's targets with changed fields in the verdict of the first one."""
     first = done.report.targets[0]
-    verdict = first.verdict.model_copy(update=verdict).model_dump()
+    verdict = first.verdict.model_copy(update=fields).model_dump()
     return (
         first.model_copy(update={"verdict": type(first.verdict).model_validate(verdict)}),
         *done.report.targets[1:],
@@ -281,18 +287,21 @@ def changed(done: Finished, **verdict: Any) -> tuple[TargetReport, ...]:
         ({"outcome": "undecided"}, "add up to undecided"),
         ({"outcome": "built-unmeasured"}, "add up to built-unmeasured"),
         ({"target": "tensorrt"}, "is for tensorrt"),
-        ({"judgements": (judged(LIMIT, -0.001, "rejected"),)}, "add up to rejected"),
-        ({"judgements": (judged(LIMIT, -0.01, "accepted"),)}, "add up to rejected"),
-        ({"judgements": (judged(LIMIT, -0.0025, "accepted"),)}, "add up to undecided"),
-        ({"judgements": (judged(LIMIT, 0, "accepted", measured=False),)}, "add up to undecided"),
-        ({"judgements": (judged("bytes <= 9", 5, "accepted"),)}, "not judged by its limit auc"),
+        ({"judgements": (judgement(LIMIT, -0.001, "rejected"),)}, "add up to rejected"),
+        ({"judgements": (judgement(LIMIT, -0.01, "accepted"),)}, "add up to rejected"),
+        ({"judgements": (judgement(LIMIT, -0.0025, "accepted"),)}, "add up to undecided"),
+        ({"judgements": (judgement(LIMIT, 0, "accepted", measured=False),)}, "add up to undecided"),
+        (
+            {"judgements": (judgement("bytes <= 9", 5, "accepted"),)},
+            "not judged by its limit auc",
+        ),
     ],
 )
 def test_report_that_contradicts_itself_is_not_promoted(
     home: Path, verdict: dict[str, Any], problem: str
 ) -> None:
     done = published(home, "a")
-    targets = changed(done, **verdict)
+    targets = change_verdict(done, **verdict)
     version = published(home, "b", targets=targets, outcome="accepted").version
     is_measured = "judgements" in verdict or "target" in verdict
     code = "verdict_contradicts_judgements" if is_measured else "outcome_contradicts_verdicts"
@@ -321,8 +330,8 @@ def test_report_without_targets_or_limits_is_not_promoted(
 
 
 def test_report_consistent_with_its_judgements_is_promoted(home: Path) -> None:
-    judgements = (judged(LIMIT, -0.001, "accepted"),)
-    targets = changed(published(home, "a"), judgements=judgements)
+    judgements = (judgement(LIMIT, -0.001, "accepted"),)
+    targets = change_verdict(published(home, "a"), judgements=judgements)
     assert promote("m", published(home, "b", targets=targets).version, "").order == B
 
 

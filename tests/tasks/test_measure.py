@@ -44,6 +44,7 @@ def set_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
 def measure_graph(
     graphs: Graphs, champion: Artifact | None = None, **changes: object
 ) -> Measurement:
+    """Measure a graph as candidate and as baseline; ``changes`` replace arguments of the task."""
     arguments = {
         "target": "onnxruntime",
         "bundle": graphs.bundle,

@@ -1,4 +1,4 @@
-"""Drafts with files that are not what they should be: one sentence, and nothing is stored."""
+"""Drafts with unusable files: packing is refused with a message, and nothing is stored."""
 
 import contextlib
 import errno
@@ -41,32 +41,40 @@ UNPRIVILEGED_USER = 65_534
 
 
 @pytest.fixture(scope="session")
-def a_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_draft(tmp_path_factory.mktemp("drafts") / "draft", rows=ROWS)
 
 
 @pytest.fixture
-def draft(a_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def draft(session_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
-    return Path(shutil.copytree(a_draft, tmp_path / "draft"))
+    return Path(shutil.copytree(session_draft, tmp_path / "draft"))
 
 
-def names(folder: Path, section: str, entries: dict[str, str]) -> None:
+def add_files(folder: Path, section: str, entries: dict[str, str]) -> None:
+    """Add entries (paths by name) to a section of ``model.json``."""
     document = json.loads((folder / "model.json").read_text())
     document[section] = {**document.get(section, {}), **entries}
     (folder / "model.json").write_text(json.dumps(document))
 
 
-def data(text: str) -> Callable[[Path], None]:
-    return lambda draft: names(draft, "data", {"test": text})
+# The functions with_..., replace_by... and apply_all return a function that changes a draft.
 
 
-def vocabulary(text: str) -> Callable[[Path], None]:
-    return lambda draft: names(draft, "vocabularies", {"v": text})
+def with_test_data_at(path: str) -> Callable[[Path], None]:
+    """The path of the test split in ``model.json`` is changed."""
+    return lambda draft: add_files(draft, "data", {"test": path})
 
 
-def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+def with_vocabulary_at(path: str) -> Callable[[Path], None]:
+    """A vocabulary with this path is added to ``model.json``."""
+    return lambda draft: add_files(draft, "vocabularies", {"v": path})
+
+
+def replace_by(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """A file is deleted, and ``make`` creates something else in its place."""
+
     def change(draft: Path) -> None:
         (draft / name).unlink(missing_ok=True)
         make(draft / name)
@@ -74,75 +82,84 @@ def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
     return change
 
 
-def parts(make: Callable[[Path], Any]) -> Callable[[Path], None]:
-    """The test split as a folder with one good part, and something else."""
+def replace_by_parts(make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """The test split becomes a folder with a valid part; ``make`` adds something to the folder."""
 
     def change(draft: Path) -> None:
         (draft / "parts").mkdir()
         (draft / "test.parquet").rename(draft / "parts" / "a.parquet")
         make(draft / "parts")
-        data("parts")(draft)
+        with_test_data_at("parts")(draft)
 
     return change
 
 
-def loop(path: Path) -> None:
+def link_to_itself(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-def dangling(path: Path) -> None:
+def link_to_nothing(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-def both(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
+def apply_all(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """Several changes are made in order."""
+
     def change(draft: Path) -> None:
-        for one in changes:
-            one(draft)
+        for each_change in changes:
+            each_change(draft)
 
     return change
 
 
-ODD: dict[str, Callable[[Path], Any]] = {
+UNUSABLE: dict[str, Callable[[Path], Any]] = {
     "a folder named like weights": lambda d: (d / "x.safetensors").mkdir(),
     "a folder named a bit like weights": lambda d: (d / "x.safetensors.d").mkdir(),
-    "a folder for the weights": instead("model.safetensors", Path.mkdir),
-    "dangling weights": lambda d: dangling(d / "x.safetensors"),
-    "weights in a loop": instead("model.safetensors", loop),
-    "a pipe for weights": instead("model.safetensors", os.mkfifo),
-    "empty weights": instead("model.safetensors", Path.touch),
+    "a folder for the weights": replace_by("model.safetensors", Path.mkdir),
+    "a broken link for weights": lambda d: link_to_nothing(d / "x.safetensors"),
+    "a link to itself for weights": replace_by("model.safetensors", link_to_itself),
+    "a pipe for weights": replace_by("model.safetensors", os.mkfifo),
+    "empty weights": replace_by("model.safetensors", Path.touch),
     "a folder for the index": lambda d: (d / "model.safetensors.index.json").mkdir(),
     "an empty index": lambda d: (d / "model.safetensors.index.json").touch(),
-    "a folder for model.json": instead("model.json", Path.mkdir),
-    "model.json in a loop": instead("model.json", loop),
-    "a pipe for model.json": instead("model.json", os.mkfifo),
-    "an empty model.json": instead("model.json", Path.touch),
-    **{f"data {text}": data(text) for text in ("/", "//", "/.", ".", "./", "..", "~", "/dev/null")},
-    "data of the parent": lambda d: data(str(d.parent))(d),
-    "data is a long name": data("x" * 300),
-    "data is a long path": data("/".join(["x" * 200] * 30)),
-    "empty data": instead("test.parquet", Path.touch),
-    "an empty folder for data": instead("test.parquet", Path.mkdir),
-    "data in a loop": instead("test.parquet", loop),
-    "dangling data": instead("test.parquet", dangling),
-    "a pipe for data": instead("test.parquet", os.mkfifo),
-    "a pipe among parts": parts(lambda d: os.mkfifo(d / "b.parquet")),
-    "a hidden pipe among parts": parts(lambda d: os.mkfifo(d / "_b")),
-    "a link among parts": parts(lambda d: (d / "_b").symlink_to(d / "a.parquet")),
-    "a folder named like a part": parts(lambda d: (d / "b.parquet").mkdir()),
-    "the root as vocabulary": vocabulary("/"),
-    "the draft as vocabulary": vocabulary("."),
-    "a pipe as vocabulary": both(lambda d: os.mkfifo(d / "v"), vocabulary("v")),
-    "an empty folder as vocabulary": both(lambda d: (d / "v").mkdir(), vocabulary("v")),
-    "a link in a vocabulary": both(
-        lambda d: (d / "v").mkdir(), lambda d: dangling(d / "v" / "w"), vocabulary("v")
+    "a folder for model.json": replace_by("model.json", Path.mkdir),
+    "a link to itself for model.json": replace_by("model.json", link_to_itself),
+    "a pipe for model.json": replace_by("model.json", os.mkfifo),
+    "an empty model.json": replace_by("model.json", Path.touch),
+    **{
+        f"data {text}": with_test_data_at(text)
+        for text in ("/", "//", "/.", ".", "./", "..", "~", "/dev/null")
+    },
+    "data of the parent": lambda d: with_test_data_at(str(d.parent))(d),
+    "data is a long name": with_test_data_at("x" * 300),
+    "data is a long path": with_test_data_at("/".join(["x" * 200] * 30)),
+    "empty data": replace_by("test.parquet", Path.touch),
+    "an empty folder for data": replace_by("test.parquet", Path.mkdir),
+    "a link to itself for data": replace_by("test.parquet", link_to_itself),
+    "a broken link for data": replace_by("test.parquet", link_to_nothing),
+    "a pipe for data": replace_by("test.parquet", os.mkfifo),
+    "a pipe among parts": replace_by_parts(lambda d: os.mkfifo(d / "b.parquet")),
+    "a hidden pipe among parts": replace_by_parts(lambda d: os.mkfifo(d / "_b")),
+    "a link among parts": replace_by_parts(lambda d: (d / "_b").symlink_to(d / "a.parquet")),
+    "a folder named like a part": replace_by_parts(lambda d: (d / "b.parquet").mkdir()),
+    "the root as vocabulary": with_vocabulary_at("/"),
+    "the draft as vocabulary": with_vocabulary_at("."),
+    "a pipe as vocabulary": apply_all(lambda d: os.mkfifo(d / "v"), with_vocabulary_at("v")),
+    "an empty folder as vocabulary": apply_all(
+        lambda d: (d / "v").mkdir(), with_vocabulary_at("v")
+    ),
+    "a link in a vocabulary": apply_all(
+        lambda d: (d / "v").mkdir(),
+        lambda d: link_to_nothing(d / "v" / "w"),
+        with_vocabulary_at("v"),
     ),
 }
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("kind", UNUSABLE)
 def test_unusable_file_in_a_draft_is_refused_and_nothing_is_packed(kind: str, draft: Path) -> None:
-    ODD[kind](draft)
+    UNUSABLE[kind](draft)
     with pytest.raises((BundleRefused, DataRefused, FileRefused, Refused)) as refused:
         pack(draft)
     assert not isinstance(refused.value, SettingRefused)
@@ -151,12 +168,12 @@ def test_unusable_file_in_a_draft_is_refused_and_nothing_is_packed(kind: str, dr
 
 
 def test_folder_of_part_files_is_packed_unchanged(draft: Path) -> None:
-    parts(lambda folder: (folder / "notes.txt").write_text("kept too"))(draft)
+    replace_by_parts(lambda folder: (folder / "notes.txt").write_text("kept too"))(draft)
     packed = pack(draft)
     manifest = show("clicks@1")
     reference = manifest.data["test"]
-    held = {entry.path for entry in store().manifest(reference.artifact).files}
-    assert (packed.rows["test"], held) == (200, {"parts/a.parquet", "parts/notes.txt"})
+    paths = {entry.path for entry in store().manifest(reference.artifact).files}
+    assert (packed.rows["test"], paths) == (200, {"parts/a.parquet", "parts/notes.txt"})
 
 
 # --- files that may not be read ---------------------------------------------------------------
@@ -164,7 +181,7 @@ def test_folder_of_part_files_is_packed_unchanged(draft: Path) -> None:
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
-    """Root may read everything, so this part runs as another user."""
+    """Run as an unprivileged user, since root can read every file."""
     if os.geteuid() != 0:
         yield
         return
@@ -179,17 +196,17 @@ def unprivileged() -> Iterator[None]:
     "name", ["model.json", "model.safetensors", "test.parquet", "extra.json", "v.txt", "."]
 )
 def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
-    name: str, a_draft: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any
+    name: str, session_draft: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any
 ) -> None:
     top = Path(tmp_path_factory.getbasetemp())
     shared = top / f"unreadable-{name}-{os.getpid()}"
     shared.mkdir()
     for folder in (shared, *(p for p in shared.parents if p.is_relative_to(top.parent))):
         folder.chmod(folder.stat().st_mode | 0o055)
-    folder = Path(shutil.copytree(a_draft, shared / "draft"))
+    folder = Path(shutil.copytree(session_draft, shared / "draft"))
     (folder / "extra.json").write_text("{}")
     (folder / "v.txt").write_text("x")
-    vocabulary("v.txt")(folder)
+    with_vocabulary_at("v.txt")(folder)
     (shared / "recpress").mkdir()
     (shared / "recpress").chmod(0o777)
     monkeypatch.setenv("RECPRESS_HOME", str(shared / "recpress"))
@@ -205,7 +222,7 @@ def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
     assert store().keys("bundles/") == ()
 
 
-# --- what the machine lacks -------------------------------------------------------------------
+# --- limits of the machine --------------------------------------------------------------------
 
 
 # tests/faults/test_full_disk.py has a lower limit in the default tier.
@@ -213,7 +230,7 @@ def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
 def test_packing_beyond_the_file_size_limit_fails_without_losing_bundles(
     limit: int, draft: Path, tmp_path: Path
 ) -> None:
-    """At every limit: in the scratch folder, in the store, in the record."""
+    """With the limits, writes fail in the scratch folder, in the store, or for the record."""
     before = pack(write_draft(tmp_path / "before", version="0", rows=ROWS, seed=1))
     env = environment(tmp_path)
     packing = subprocess.run(
@@ -238,16 +255,16 @@ def test_packing_beyond_the_file_size_limit_fails_without_losing_bundles(
 def test_file_that_changes_during_packing_is_not_stored(
     draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = chunks.hashed
+    hashed = chunks.hashed
 
-    def changed_afterwards(folder: Path, *rest: Any) -> Any:
-        found = real(folder, *rest)
+    def hash_then_change(folder: Path, *arguments: Any) -> Any:
+        entries = hashed(folder, *arguments)
         for path in folder.rglob("*.parquet"):
-            with path.open("ab") as file:  # a hard link of the draft's own file
+            with path.open("ab") as file:  # a hard link of the draft's file
                 file.write(b"more")
-        return found
+        return entries
 
-    monkeypatch.setattr("infra.store.object_store.hashed", changed_afterwards)
+    monkeypatch.setattr("infra.store.object_store.hashed", hash_then_change)
     with raises_code(ConcurrentChange, "file_changed"):
         pack(draft)
     assert store().keys("bundles/") == ()
@@ -279,10 +296,10 @@ def test_os_error_is_translated_with_path_and_remedy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fault = OSError(number, os.strerror(number), "/srv/some/file")
-    found = of_input(fault)
-    assert type(found) is expected
-    assert "/srv/some/file" in str(found)
-    assert str(found).rstrip().endswith(".")
+    error = of_input(fault)
+    assert type(error) is expected
+    assert "/srv/some/file" in str(error)
+    assert str(error).rstrip().endswith(".")
     assert isinstance(translate(fault, Path("/srv"), "write"), Refused | InfraError)
     code = 1 if issubclass(expected, InfraError) else 2
     assert cli_errors.report(fault) == code
@@ -300,7 +317,7 @@ def test_os_error_in_a_safetensors_message_is_recognized() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 300, "/".join(["y" * 200] * 30)])
 def test_name_longer_than_the_file_system_allows_is_refused(name: str, draft: Path) -> None:
-    for use in (
+    for function in (
         lambda: pack(Path(name)),
         lambda: check(name),
         lambda: show(name),
@@ -308,4 +325,4 @@ def test_name_longer_than_the_file_system_allows_is_refused(name: str, draft: Pa
         lambda: quantize(draft / "model.safetensors", Path(name), step_named("int8", {})),
     ):
         with pytest.raises(Refused):
-            use()
+            function()

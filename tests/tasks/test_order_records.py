@@ -1,4 +1,7 @@
-"""Records hold references that are verified: damage is absence or a sentence, never a value."""
+"""Damaged records of orders and bundles: they count as absent or are refused, never used.
+
+An order with a damaged record runs again. A bundle with a damaged record is refused.
+"""
 
 import json
 import random
@@ -24,8 +27,8 @@ from tasks.orchestration.workspace import store
 ORDER = "a" * 64
 
 
-def flips(body: bytes, count: int | None = None) -> Iterator[bytes]:
-    """A body with one bit changed: every bit, or a sample that is the same each time."""
+def flipped_bits(body: bytes, count: int | None = None) -> Iterator[bytes]:
+    """Yield copies of a body with one flipped bit: every bit, or a fixed sample of ``count``."""
     bits = range(8 * len(body))
     for bit in bits if count is None else sorted(random.Random(7).sample(bits, count)):
         changed = bytearray(body)
@@ -33,14 +36,14 @@ def flips(body: bytes, count: int | None = None) -> Iterator[bytes]:
         yield bytes(changed)
 
 
-# What else may be in place of a record: none of it is one.
-BROKEN: dict[str, Callable[[bytes], bytes]] = {
+# Functions that replace the bytes of a record by something that is no valid record.
+INVALID_RECORDS: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda body: b"",
     "cut to one byte": lambda body: body[:1],
     "cut in the middle": lambda body: body[: len(body) // 2],
     "without its last byte": lambda body: body[:-1],
     "with a byte more": lambda body: body + b" ",
-    "without its seal": lambda body: body[: body.rindex(b",")] + b"\n}\n",
+    "without its checksum": lambda body: body[: body.rindex(b",")] + b"\n}\n",
     "twice": lambda body: body + body,
     "not UTF-8": lambda body: b"\xff\xfe" + body,
     "UTF-16": lambda body: body.decode().encode("utf-16"),
@@ -52,14 +55,14 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "a list": lambda body: b"[]",
     "null": lambda body: b"null",
     "another object": lambda body: b'{"a": 1}',
-    "only a seal": lambda body: seal_record({"schema_version": 2}),
+    "only a checksum": lambda body: seal_record({"schema_version": 2}),
     "of a later version": lambda body: seal_record({"schema_version": 3, "x": 1}),
     "too large": lambda body: body + b" " * (17 * 2**20),
     "a string too much": lambda body: b'{"artifact": "x", "packed_at": "y"}',
 }
 
 
-def put_folder_at(key: str, home: Path) -> Path:
+def replace_by_folder(key: str, home: Path) -> Path:
     path = home / "recpress" / "store" / key
     path.unlink()
     path.mkdir()
@@ -73,13 +76,13 @@ def put_folder_at(key: str, home: Path) -> Path:
 def done(fill: Fill) -> Finished:
     """An order that was published."""
     fill("a", "")
-    found = finished(ORDER)
-    assert found is not None
-    return found
+    result = finished(ORDER)
+    assert result is not None
+    return result
 
 
-def of_version_0_1_0(done: Finished, home: Path) -> bytes:
-    """The record as version 0.1.0 wrote it: the whole report, whole URIs, an absolute path."""
+def order_record_of_0_1_0(done: Finished, home: Path) -> bytes:
+    """Return an order record like recpress 0.1.0 wrote it: the whole report, with absolute URIs."""
     text = done.model_dump_json().replace('"artifacts/', f'"{store().root}/artifacts/')
     assert f"file://{home}" in text
     return text.encode()
@@ -111,7 +114,7 @@ def test_order_record_with_a_flipped_bit_counts_as_absent(
     body = store().read(key)
     path = home / "recpress" / "store" / key
     path.chmod(0o644)
-    for changed in flips(body, count):
+    for changed in flipped_bits(body, count):
         path.write_bytes(changed)
         assert finished(ORDER) is None
     assert "damaged" in caplog.text
@@ -123,30 +126,30 @@ def test_order_record_with_a_flipped_bit_counts_as_absent(
 def test_unsealed_order_record_with_a_flipped_bit_gives_the_same_result_or_none(
     done: Finished, home: Path, count: int | None
 ) -> None:
-    body = of_version_0_1_0(done, home)
+    body = order_record_of_0_1_0(done, home)
     store().write(finished_key(ORDER), body)
     assert finished(ORDER) == done
     path = home / "recpress" / "store" / finished_key(ORDER)
     path.chmod(0o644)
-    for changed in flips(body, count):
+    for changed in flipped_bits(body, count):
         path.write_bytes(changed)
         assert finished(ORDER) in (None, done)
 
 
-@pytest.mark.parametrize("kind", [*BROKEN, "a folder"])
+@pytest.mark.parametrize("kind", [*INVALID_RECORDS, "a folder"])
 def test_invalid_order_record_counts_as_absent_and_is_replaced(
     kind: str, done: Finished, home: Path
 ) -> None:
     key = finished_key(ORDER)
     if kind == "a folder":
-        path = put_folder_at(key, home)
+        path = replace_by_folder(key, home)
         assert finished(ORDER) is None
-        write_finished(done)  # it is logged: the order was carried out all the same
+        write_finished(done)  # fails, which is only logged
         path.rmdir()
     else:
         path = home / "recpress" / "store" / key
         path.chmod(0o644)
-        path.write_bytes(BROKEN[kind](path.read_bytes()))
+        path.write_bytes(INVALID_RECORDS[kind](path.read_bytes()))
         assert finished(ORDER) is None
     write_finished(done)
     assert finished(ORDER) == done
@@ -154,27 +157,23 @@ def test_invalid_order_record_counts_as_absent_and_is_replaced(
 
 def test_order_record_with_the_release_of_another_order_counts_as_absent(home: Path) -> None:
     first, second = published(home, "a"), published(home, "b")
-    own, other = (store().read(finished_key(digit * 64)) for digit in "ab")
-    store().write(finished_key("a" * 64), other)
+    record, other_record = (store().read(finished_key(digit * 64)) for digit in "ab")
+    store().write(finished_key("a" * 64), other_record)
     assert finished("a" * 64) is None
-    fields = {name: value for name, value in json.loads(own).items() if name != "seal"}
-    fields["release"] = json.loads(other)["release"]
+    fields = {name: value for name, value in json.loads(record).items() if name != "seal"}
+    fields["release"] = json.loads(other_record)["release"]
     store().write(finished_key("a" * 64), seal_record(fields))
-    assert finished("a" * 64) is None, "sealed, and still the release of another order"
-    earlier = of_version_0_1_0(first, home).replace(
+    assert finished("a" * 64) is None, "valid checksum, release of another order"
+    earlier = order_record_of_0_1_0(first, home).replace(
         first.release.sha256.encode(), second.release.sha256.encode()
     )
     store().write(finished_key("a" * 64), earlier)
     assert finished("a" * 64) is None
-    fields["release"] = (
-        json.loads(own)["compressed"]
-        if "compressed" in own.decode()
-        else {
-            "uri": f"artifacts/{first.report.compressed.sha256}",
-            "sha256": first.report.compressed.sha256,
-            "bytes": 1,
-        }
-    )
+    fields["release"] = {
+        "uri": f"artifacts/{first.report.compressed.sha256}",
+        "sha256": first.report.compressed.sha256,
+        "bytes": 1,
+    }
     store().write(finished_key("a" * 64), seal_record(fields))
     assert finished("a" * 64) is None, "an artifact that is no release"
 
@@ -183,21 +182,21 @@ def test_finished_result_names_the_registry_of_its_version(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(home, "a")
-    found = finished(ORDER)
-    assert found is not None
-    assert found.registry == shown(load_settings().registry_uri)
+    result = finished(ORDER)
+    assert result is not None
+    assert result.registry == shown(load_settings().registry_uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
-    elsewhere = finished(ORDER)
-    assert elsewhere is not None
-    assert elsewhere.registry != shown(load_settings().registry_uri)
+    result_with_other_registry = finished(ORDER)
+    assert result_with_other_registry is not None
+    assert result_with_other_registry.registry != shown(load_settings().registry_uri)
 
 
 # --- bundles ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def a_packed_home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Packed]:
-    """A home with one packed bundle, and its draft."""
+def packed_home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Packed]:
+    """A home with one packed bundle and its draft, and the result of ``pack``."""
     home = tmp_path_factory.mktemp("packed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECPRESS_HOME", str(home / "recpress"))
@@ -207,25 +206,27 @@ def a_packed_home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Packe
 
 @pytest.fixture
 def packed(
-    a_packed_home: tuple[Path, Packed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed_home: tuple[Path, Packed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Packed:
-    place, done = a_packed_home
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    """The result of ``pack``, in a copy of ``packed_home``."""
+    folder, result = packed_home
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
-    return done
+    return result
 
 
-KEY = bundle_key("clicks", "1")
+BUNDLE_KEY = bundle_key("clicks", "1")
 
 
-def earlier_bundle_record(packed: Packed) -> bytes:
-    """As version 0.1.0 wrote it."""
+def bundle_record_of_0_1_0(packed: Packed) -> bytes:
+    """Return a bundle record like recpress 0.1.0 wrote it: absolute URI, no checksum."""
     artifact = packed.artifact.model_dump() | {"uri": store().uri_of(packed.artifact)}
     return json.dumps({"artifact": artifact, "packed_at": 1764000000.25}).encode()
 
 
-def found_or_refused() -> Artifact | None:
+def resolve_or_none() -> Artifact | None:
+    """Resolve the bundle; None if it is refused with its name and the remedy."""
     try:
         return resolve("clicks@1")
     except RecordRefused as fault:
@@ -239,14 +240,14 @@ def found_or_refused() -> Artifact | None:
 def test_bundle_record_with_a_flipped_bit_is_refused_with_the_remedy(
     count: int | None, packed: Packed, tmp_path: Path
 ) -> None:
-    path = tmp_path / "recpress" / "store" / KEY
+    path = tmp_path / "recpress" / "store" / BUNDLE_KEY
     body = path.read_bytes()
     assert is_sealed(body)
     assert str(tmp_path).encode() not in body
     path.chmod(0o644)
-    for changed in flips(body, count):
+    for changed in flipped_bits(body, count):
         path.write_bytes(changed)
-        assert found_or_refused() is None
+        assert resolve_or_none() is None
     path.write_bytes(body)
     assert resolve("clicks@1") == packed.artifact
 
@@ -255,25 +256,25 @@ def test_bundle_record_with_a_flipped_bit_is_refused_with_the_remedy(
 def test_unsealed_bundle_record_with_a_flipped_bit_is_refused_or_unchanged(
     count: int | None, packed: Packed, tmp_path: Path
 ) -> None:
-    body = earlier_bundle_record(packed)
-    store().write(KEY, body)
+    body = bundle_record_of_0_1_0(packed)
+    store().write(BUNDLE_KEY, body)
     assert resolve("clicks") == packed.artifact
-    path = tmp_path / "recpress" / "store" / KEY
+    path = tmp_path / "recpress" / "store" / BUNDLE_KEY
     path.chmod(0o644)
-    for changed in flips(body, count):
+    for changed in flipped_bits(body, count):
         path.write_bytes(changed)
-        assert found_or_refused() in (None, packed.artifact)
+        assert resolve_or_none() in (None, packed.artifact)
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", INVALID_RECORDS)
 def test_packing_again_replaces_a_damaged_bundle_record(
     kind: str, packed: Packed, tmp_path: Path
 ) -> None:
-    path = tmp_path / "recpress" / "store" / KEY
+    path = tmp_path / "recpress" / "store" / BUNDLE_KEY
     body = path.read_bytes()
     path.chmod(0o644)
-    path.write_bytes(BROKEN[kind](body))
-    assert found_or_refused() is None
+    path.write_bytes(INVALID_RECORDS[kind](body))
+    assert resolve_or_none() is None
     with raises_code(RecordRefused, "bundle_record_damaged", name="clicks", version="1"):
         resolve("clicks")
     if kind not in {"empty", "deep"}:
@@ -285,10 +286,10 @@ def test_packing_again_replaces_a_damaged_bundle_record(
 def test_folder_in_place_of_a_bundle_record_is_refused_with_its_path(
     packed: Packed, tmp_path: Path
 ) -> None:
-    path = put_folder_at(KEY, tmp_path)
-    assert found_or_refused() is None
+    path = replace_by_folder(BUNDLE_KEY, tmp_path)
+    assert resolve_or_none() is None
     (path / "x").touch()
-    assert found_or_refused() is None
+    assert resolve_or_none() is None
     with raises_code(RecordRefused, "record_no_plain_file", place=str(path)):
         pack(tmp_path / "draft")
 
@@ -303,21 +304,21 @@ def test_damaged_record_of_the_newest_version_is_refused(packed: Packed, tmp_pat
 
 def test_bundle_record_of_another_bundle_is_refused(packed: Packed, tmp_path: Path) -> None:
     other = pack(write_draft(tmp_path / "second", version="2", seed=1))
-    own, second = store().read(KEY), store().read(bundle_key("clicks", "2"))
-    store().write(KEY, second)
-    assert found_or_refused() is None
-    fields = {name: value for name, value in json.loads(own).items() if name != "seal"}
-    for wrong in (other.artifact, packed_data(packed)):
-        sealed = seal_record(fields | {"artifact": wrong.model_dump()})
-        store().write(KEY, sealed)
-        assert found_or_refused() is None
+    record, other_record = store().read(BUNDLE_KEY), store().read(bundle_key("clicks", "2"))
+    store().write(BUNDLE_KEY, other_record)
+    assert resolve_or_none() is None
+    fields = {name: value for name, value in json.loads(record).items() if name != "seal"}
+    for artifact in (other.artifact, data_artifact(packed)):
+        sealed = seal_record(fields | {"artifact": artifact.model_dump()})
+        store().write(BUNDLE_KEY, sealed)
+        assert resolve_or_none() is None
     earlier = json.dumps({"artifact": other.artifact.model_dump(), "packed_at": 1.0})
-    store().write(KEY, earlier.encode())
-    assert found_or_refused() is None
+    store().write(BUNDLE_KEY, earlier.encode())
+    assert resolve_or_none() is None
 
 
-def packed_data(packed: Packed) -> Artifact:
-    """An artifact that is no bundle."""
+def data_artifact(packed: Packed) -> Artifact:
+    """Return the artifact of a bundle's test data, which is no bundle."""
     body = json.loads(store().file(packed.artifact, "model.json"))
     return Artifact.model_validate(body["data"]["test"]["artifact"])
 
@@ -325,8 +326,8 @@ def packed_data(packed: Packed) -> Artifact:
 def test_other_bundle_cannot_replace_a_damaged_record_of_its_version(
     packed: Packed, tmp_path: Path
 ) -> None:
-    body = store().read(KEY)
-    store().write(KEY, body.replace(b"packed_at", b"packed_ct"))
+    body = store().read(BUNDLE_KEY)
+    store().write(BUNDLE_KEY, body.replace(b"packed_at", b"packed_ct"))
     other = write_draft(tmp_path / "other", seed=1)
     with raises_code(AlreadyThere, "version_packed", name="clicks", version="1"):
         pack(other)

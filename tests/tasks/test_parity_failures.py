@@ -1,4 +1,4 @@
-"""A parity failure names the row, both scores and the first tensor that differs."""
+"""Parity failures between a module and its graph: the row, both scores, the differing tensor."""
 
 import copy
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from tasks.evaluation.parity import GraphCheck, runnable_graph
 each_target = pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
 
 
-class Mean(nn.Module):
-    """A masked mean of a list, a tower, and a product at the end."""
+class MaskedMeanNet(nn.Module):
+    """A network with a masked mean of a padded list of items, and two dense layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Mean(nn.Module):
         return score
 
 
-SCHEMA = Signature(
+MEAN_SIGNATURE = Signature(
     inputs=(PaddedBag(name="items", table="items", shape=(5,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
@@ -51,19 +51,25 @@ SCHEMA = Signature(
 
 @pytest.fixture(scope="module")
 def mean_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName], Graph]:
-    """The graph of ``Mean`` for a target, exported once."""
+    """The graph of ``MaskedMeanNet`` for a target, exported once."""
 
     @cache
     def exported(target: TargetName) -> Graph:
-        model = Reference(Mean, SCHEMA).model()
+        model = Reference(MaskedMeanNet, MEAN_SIGNATURE).model()
         path = tmp_path_factory.mktemp("mean") / "model.onnx"
-        return Graph(model, lower(model.module, whole(SCHEMA), target, path), SCHEMA, path, target)
+        return Graph(
+            model,
+            lower(model.module, whole(MEAN_SIGNATURE), target, path),
+            MEAN_SIGNATURE,
+            path,
+            target,
+        )
 
     return exported
 
 
-class Crossed(nn.Module):
-    """A cross layer and a hidden layer, both of which read the rows of two tables."""
+class CrossNet(nn.Module):
+    """A network with two tables, whose rows are inputs of a cross layer and of a dense layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,41 +86,53 @@ class Crossed(nn.Module):
         return score
 
 
-CROSSED = SCHEMA.model_copy(
+CROSS_SIGNATURE = MEAN_SIGNATURE.model_copy(
     update={"inputs": tuple(IdInput(name=name, table=name) for name in ("user", "item"))}
 )
 
 
-def packed_graph(kinds: tuple[str, ...], target: TargetName, folder: Path) -> Graph:
-    """``Crossed`` after steps of these kinds."""
-    reference = Reference(Crossed, CROSSED)
+def quantized_graph(kinds: tuple[str, ...], target: TargetName, folder: Path) -> Graph:
+    """``CrossNet`` after steps of these kinds."""
+    reference = Reference(CrossNet, CROSS_SIGNATURE)
     model, bench = reference.model(), reference.bench(folder / "data")
     methods = {method.model_fields["kind"].default: method for method in METHODS}
     for kind in kinds:
         model = run(default(methods[kind]), model, bench, folder / kind)
     path = folder / "model.onnx"
-    return Graph(model, lower(model.module, whole(CROSSED), target, path), CROSSED, path, target)
+    return Graph(
+        model,
+        lower(model.module, whole(CROSS_SIGNATURE), target, path),
+        CROSS_SIGNATURE,
+        path,
+        target,
+    )
 
 
-def edited(lowered: Graph, folder: Path, **values: NDArray[np.generic]) -> Path:
-    """The graph with other numbers in some of its stored tensors."""
+def with_changed_tensors(lowered: Graph, folder: Path, **values: NDArray[np.generic]) -> Path:
+    """Write a copy of a graph with other values of some stored tensors, and return its path."""
     model = onnx.load(lowered.path)
-    held = {item.name: item for item in model.graph.initializer}
+    initializers = {item.name: item for item in model.graph.initializer}
     for name, value in values.items():
-        held[name].CopyFrom(numpy_helper.from_array(value, name))
-    onnx.save(model, folder / "edited.onnx")
-    return folder / "edited.onnx"
+        initializers[name].CopyFrom(numpy_helper.from_array(value, name))
+    onnx.save(model, folder / "changed.onnx")
+    return folder / "changed.onnx"
 
 
-def stored(lowered: Graph) -> dict[str, NDArray[np.generic]]:
+def stored_tensors(lowered: Graph) -> dict[str, NDArray[np.generic]]:
     return {i.name: numpy_helper.to_array(i) for i in onnx.load(lowered.path).graph.initializer}
 
 
-def failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> ParityFailure:
-    """What comparing the module with another graph reports."""
+def parity_failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> ParityFailure:
+    """Compare a module with a changed graph, and return the failure.
+
+    Args:
+        lowered: the module, and the facts about its unchanged graph.
+        path: file of the changed graph.
+        inputs: the rows to compare.
+    """
     plan, target = lowered.model.plan, lowered.target
     with runnable_graph(path, target, plan) as runnable:
-        compared = GraphCheck(
+        check = GraphCheck(
             lowered.model.module,
             lowered.lowered,
             plan,
@@ -124,7 +142,7 @@ def failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> ParityFail
             Session(runnable, 1),
         )
         with pytest.raises(ParityLost) as raised:
-            compared.parity(inputs, "the data")
+            check.parity(inputs, "the data")
     return raised.value.failure
 
 
@@ -133,12 +151,12 @@ def test_missing_epsilon_is_reported_at_its_addition_with_the_failing_row(
     mean_graph, target, tmp_path
 ):
     lowered = mean_graph(target)
-    small = [n for n, v in stored(lowered).items() if v.shape == () and 0 < abs(float(v)) < 1e-8]
-    assert len(small) == 1  # the epsilon is in the graph
-    path = edited(lowered, tmp_path, **{small[0]: np.array(0, np.float32)})
+    tensors = stored_tensors(lowered)
+    (epsilon,) = [n for n, v in tensors.items() if v.shape == () and 0 < abs(float(v)) < 1e-8]
+    path = with_changed_tensors(lowered, tmp_path, **{epsilon: np.array(0, np.float32)})
     inputs = {"items": torch.randint(1, 30, (20, 5))}
     inputs["items"][13] = 0
-    found = failure(lowered, path, inputs)
+    found = parity_failure(lowered, path, inputs)
     assert (found.code, found.row, found.inputs) == ("parity_nan", 13, {"items": "[0, 0, 0, 0, 0]"})
     assert found.expected is not None
     assert np.isfinite(found.expected)
@@ -167,8 +185,10 @@ def test_missing_epsilon_is_reported_at_its_addition_with_the_failing_row(
 def test_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_path):
     lowered = mean_graph(target)
     name = f"model.{layer}.bias"
-    path = edited(lowered, tmp_path, **{name: stored(lowered)[name] + np.float32(3)})
-    found = failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
+    path = with_changed_tensors(
+        lowered, tmp_path, **{name: stored_tensors(lowered)[name] + np.float32(3)}
+    )
+    found = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
     assert found.code == "parity_limit"
     assert found.tensor is not None
     assert (found.tensor.module, found.tensor.is_clear) == (layer, True)
@@ -192,12 +212,13 @@ def test_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_path
     ],
 )
 def test_wrong_quantized_tensor_is_reported_at_its_module(kinds, module, target, tmp_path):
-    lowered = packed_graph(kinds, target, tmp_path)
-    held = stored(lowered)
-    owner = [name for name in held if f"model.{module}." in name]
-    name = next(n for n in owner if n.endswith(("scale", "weight")))
-    broken = edited(lowered, tmp_path, **{name: (held[name] * 4).astype(held[name].dtype)})
-    found = failure(lowered, broken, lowered.rows(40))
+    lowered = quantized_graph(kinds, target, tmp_path)
+    tensors = stored_tensors(lowered)
+    of_module = [name for name in tensors if f"model.{module}." in name]
+    name = next(n for n in of_module if n.endswith(("scale", "weight")))
+    wrong = (tensors[name] * 4).astype(tensors[name].dtype)
+    path = with_changed_tensors(lowered, tmp_path, **{name: wrong})
+    found = parity_failure(lowered, path, lowered.rows(40))
     assert found.tensor is not None
     assert found.tensor.is_clear
     assert found.tensor.module == module
@@ -210,7 +231,7 @@ def test_nan_only_in_the_module_is_reported(mean_graph, monkeypatch):
     monkeypatch.setattr(
         bias, "data", bias.detach().clone().index_fill(0, torch.tensor(3), torch.nan)
     )
-    found = failure(lowered, lowered.path, {"items": torch.randint(1, 30, (4, 5))})
+    found = parity_failure(lowered, lowered.path, {"items": torch.randint(1, 30, (4, 5))})
     assert found.code == "parity_nan"
     assert found.tensor is not None
     assert found.tensor.module == "hidden"
@@ -219,34 +240,34 @@ def test_nan_only_in_the_module_is_reported(mean_graph, monkeypatch):
 
 
 def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path):
-    class Centred(Mean):
+    class BatchCentredNet(MaskedMeanNet):
         def forward(self, items: Tensor) -> Tensor:
             score = super().forward(items)
             return score - score.mean()
 
-    model = Reference(Centred, SCHEMA).model()
+    model = Reference(BatchCentredNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    done = lower(model.module, whole(SCHEMA), "onnxruntime", path)
-    compared = GraphCheck(model.module, done, None, "onnxruntime", 64, path, Session(path, 1))
+    done = lower(model.module, whole(MEAN_SIGNATURE), "onnxruntime", path)
+    check = GraphCheck(model.module, done, None, "onnxruntime", 64, path, Session(path, 1))
     inputs = {"items": torch.randint(1, 30, (20, 5))}
-    parity, expected = compared.parity(inputs, "the data")
+    parity, expected = check.parity(inputs, "the data")
     with pytest.raises(ParityLost) as raised:
-        compared.require_same_in_small_batch(expected[:1], row_of(inputs, SCHEMA, 0), parity)
+        check.require_same_in_small_batch(expected[:1], row_of(inputs, MEAN_SIGNATURE, 0), parity)
     found = raised.value.failure
     assert (found.code, found.side, found.row) == ("parity_batch", "network", 0)
     assert found.inputs["items"].startswith("[")
 
 
 def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
-    class Traced(Mean):
+    class ExportDependentNet(MaskedMeanNet):
         def forward(self, items: Tensor) -> Tensor:
             return super().forward(items) * (2.0 if torch.compiler.is_exporting() else 1.0)
 
-    model = Reference(Traced, SCHEMA).model()
+    model = Reference(ExportDependentNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    done = lower(model.module, whole(SCHEMA), "onnxruntime", path)
-    lowered = Graph(model, done, SCHEMA, path)
-    found = failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
+    done = lower(model.module, whole(MEAN_SIGNATURE), "onnxruntime", path)
+    lowered = Graph(model, done, MEAN_SIGNATURE, path)
+    found = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
     assert found.is_exported_wrong
     assert found.tensor is None
     assert "torch.export traced" in str(found)
@@ -254,20 +275,20 @@ def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
 
 def test_row_that_the_runtime_refuses_is_reported(mean_graph, tmp_path):
     lowered = mean_graph("onnxruntime")
-    table = stored(lowered)["model.items.weight"]
-    path = edited(lowered, tmp_path, **{"model.items.weight": table[:20]})
+    table = stored_tensors(lowered)["model.items.weight"]
+    path = with_changed_tensors(lowered, tmp_path, **{"model.items.weight": table[:20]})
     inputs = {"items": torch.randint(1, 20, (9, 5))}
     inputs["items"][6, 2] = 25
-    found = failure(lowered, path, inputs)
+    found = parity_failure(lowered, path, inputs)
     assert (found.code, found.row) == ("parity_run", 6)
     assert "25" in found.inputs["items"]
 
 
 def test_copied_parity_error_has_its_failure_and_message():
-    failed = ParityLost(ParityFailure(code="parity_nan", target="tensorrt", row=3))
-    again = copy.deepcopy(failed)
-    assert again.failure == failed.failure
-    assert str(again) == str(failed)
+    error = ParityLost(ParityFailure(code="parity_nan", target="tensorrt", row=3))
+    copied = copy.deepcopy(error)
+    assert copied.failure == error.failure
+    assert str(copied) == str(error)
 
 
 # --- the row's inputs ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is retried, and under which key a result is found again."""
+"""Retry policy of tasks, results of runs, and cache keys."""
 
 import importlib
 import pkgutil
@@ -26,11 +26,11 @@ from infra import errors
 from tasks import compress, tables
 from tasks.orchestration import policy
 
-A = Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1)
+ARTIFACT = Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1)
 
 
-def own_tasks() -> list[Task[..., Any]]:
-    """Every Prefect task that a module of the package ``tasks`` defines, at any depth."""
+def all_tasks() -> list[Task[..., Any]]:
+    """Return every Prefect task that a module of the package ``tasks`` defines."""
     found: dict[int, Task[..., Any]] = {}
     for info in pkgutil.walk_packages(tasks.__path__, "tasks."):
         module = importlib.import_module(info.name)
@@ -40,14 +40,14 @@ def own_tasks() -> list[Task[..., Any]]:
     return list(found.values())
 
 
-EVERY = own_tasks()
+ALL_TASKS = all_tasks()
 
 
-def kinds(of: type[Exception]) -> list[type[Exception]]:
-    return [of, *(kind for sub in of.__subclasses__() for kind in kinds(sub))]
+def with_subclasses(of: type[Exception]) -> list[type[Exception]]:
+    return [of, *(kind for sub in of.__subclasses__() for kind in with_subclasses(sub))]
 
 
-def retried(fault: BaseException, run_count: int = 1) -> bool:
+def is_retried(fault: BaseException, run_count: int = 1) -> bool:
     state: State[Any] = Failed(data=fault, message=str(fault))
     run = TaskRun.model_construct(id=uuid4(), run_count=run_count)
     return policy.infra_fault(cast("Any", None), run, state)
@@ -57,26 +57,26 @@ def retried(fault: BaseException, run_count: int = 1) -> bool:
     "kind",
     [
         kind
-        for kind in kinds(errors.InfraError)
+        for kind in with_subclasses(errors.InfraError)
         if kind.sentences and kind is not errors.OutOfMemory
     ],
 )
 def test_external_fault_is_retried(kind: type[Exception]) -> None:
-    assert retried(example_of(kind))
+    assert is_retried(example_of(kind))
 
 
 def test_task_that_ran_out_of_memory_is_not_retried() -> None:
-    assert not retried(example_of(errors.OutOfMemory))
+    assert not is_retried(example_of(errors.OutOfMemory))
 
 
 def test_killed_child_is_retried_twice_and_an_outage_more_often() -> None:
     killed, outage = example_of(errors.ChildFailed), example_of(errors.RegistryOutage)
-    assert [retried(killed, count) for count in (1, 2, 3)] == [True, True, False]
-    assert all(retried(outage, count) for count in (1, 2, 3, 10))
+    assert [is_retried(killed, count) for count in (1, 2, 3)] == [True, True, False]
+    assert all(is_retried(outage, count) for count in (1, 2, 3, 10))
 
 
-def example(kind: type[Exception]) -> Exception:
-    """An error of a class: with its first code if it has codes."""
+def example_error(kind: type[Exception]) -> Exception:
+    """Build an error of a class, with its first code if it has codes."""
     if not issubclass(kind, CodedError):
         return kind("it cannot be used")
     if kind is ParityLost:
@@ -87,15 +87,15 @@ def example(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     "kind",
     [
-        *(kind for kind in kinds(errors.Refused) if kind.sentences),
-        *(kind for kind in kinds(CompressionError) if kind.sentences),
+        *(kind for kind in with_subclasses(errors.Refused) if kind.sentences),
+        *(kind for kind in with_subclasses(CompressionError) if kind.sentences),
         ValueError,
         OSError,
         MemoryError,
     ],
 )
 def test_refused_order_or_bug_is_not_retried(kind: type[Exception]) -> None:
-    assert not retried(example(kind))
+    assert not is_retried(example_error(kind))
 
 
 def test_successful_run_is_not_retried() -> None:
@@ -104,25 +104,25 @@ def test_successful_run_is_not_retried() -> None:
 
 
 def test_tasks_of_every_declaring_module_are_checked() -> None:
-    """By the text of the sources, so that an error of the search for tasks is noticed."""
+    """Search the sources for decorators, to check that ``all_tasks`` finds every task."""
     folder = Path(tasks.__file__).parent
     declaring = {
         ".".join(path.relative_to(folder.parent).with_suffix("").parts)
         for path in folder.rglob("*.py")
         if re.search(r"^@task\b", path.read_text(), re.MULTILINE)
     }
-    assert {ours.fn.__module__ for ours in EVERY} == declaring
-    assert tables.quantize_tables in EVERY
+    assert {ours.fn.__module__ for ours in ALL_TASKS} == declaring
+    assert tables.quantize_tables in ALL_TASKS
 
 
-@pytest.mark.parametrize("ours", [*EVERY, compress_flow], ids=lambda ours: ours.name)
+@pytest.mark.parametrize("ours", [*ALL_TASKS, compress_flow], ids=lambda ours: ours.name)
 def test_prefect_stores_no_result_of_a_task_or_flow(ours: Any) -> None:
     assert ours.persist_result is False
     assert isinstance(ours.result_storage, policy.NoResultStorage)
     assert ours.result_serializer == "json"
 
 
-@pytest.mark.parametrize("ours", EVERY, ids=lambda ours: ours.name)
+@pytest.mark.parametrize("ours", ALL_TASKS, ids=lambda ours: ours.name)
 def test_every_task_has_our_retry_condition_and_no_prefect_cache(ours: Any) -> None:
     assert ours.cache_policy is NO_CACHE
     assert ours.cache_key_fn is None
@@ -170,51 +170,51 @@ def test_local_result_never_reads_the_location_named_by_a_state_of_the_api(
 # --- keys ------------------------------------------------------------------------------------
 
 
-def key(of: Any = tables.quantize_tables, code: str = "c", /, **arguments: Any) -> str:
+def content_key(of: Any = tables.quantize_tables, code: str = "c", /, **arguments: Any) -> str:
     return policy.content_key(of, code, arguments)
 
 
 def test_content_key_depends_on_code_and_every_argument_but_not_their_order() -> None:
-    arguments = {"source": A, "step": RowwiseInt8()}
-    one = key(**arguments)
-    assert one == key(step=RowwiseInt8(), source=A)
+    arguments = {"source": ARTIFACT, "step": RowwiseInt8()}
+    one = content_key(**arguments)
+    assert one == content_key(step=RowwiseInt8(), source=ARTIFACT)
     others = [
-        key(**arguments | {"source": A.model_copy(update={"sha256": "b" * 64})}),
-        key(**arguments | {"step": RowwiseInt8(min_rows=7)}),
-        key(tables.quantize_tables, "d", **arguments),
+        content_key(**arguments | {"source": ARTIFACT.model_copy(update={"sha256": "b" * 64})}),
+        content_key(**arguments | {"step": RowwiseInt8(min_rows=7)}),
+        content_key(tables.quantize_tables, "d", **arguments),
     ]
     assert len({one, *others}) == 4
 
 
 def test_content_key_is_the_same_with_an_explicit_default() -> None:
     arguments = {
-        "source": A,
+        "source": ARTIFACT,
         "step": RowwiseInt8(),
         "splits": {},
-        "original": A,
+        "original": ARTIFACT,
         "teachers": (),
         "seed": 0,
         "device": "cpu",
         "code": "c",
     }
-    one = key(compress.compress, **arguments)
-    assert one == key(compress.compress, **arguments, preset=False, excluded=None)
-    assert one != key(compress.compress, **arguments, preset=True)
+    one = content_key(compress.compress, **arguments)
+    assert one == content_key(compress.compress, **arguments, preset=False, excluded=None)
+    assert one != content_key(compress.compress, **arguments, preset=True)
 
 
 def test_content_key_of_an_argument_without_canonical_form_is_an_error() -> None:
-    """Not a key that changes with the process, such as an address in memory."""
+    """The text of an object can contain its address, which differs between processes."""
     with pytest.raises(TypeError, match="no canonical JSON form"):
-        key(source=object(), step=RowwiseInt8())
+        content_key(source=object(), step=RowwiseInt8())
 
 
 @task
-def never() -> None: ...
+def task_without_options() -> None: ...
 
 
 def test_plain_prefect_task_has_none_of_our_options() -> None:
-    """The checks above would pass for anything if Prefect filled these in by itself."""
-    assert never.persist_result is not False
-    assert never.result_storage is None
-    assert never.cache_policy is not NO_CACHE
-    assert never.retry_condition_fn is None
+    """Otherwise, the tests above would pass without our options."""
+    assert task_without_options.persist_result is not False
+    assert task_without_options.result_storage is None
+    assert task_without_options.cache_policy is not NO_CACHE
+    assert task_without_options.retry_condition_fn is None

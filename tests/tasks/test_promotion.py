@@ -1,4 +1,4 @@
-"""Who serves: the ledger decides, the registry's alias follows, and rejected goes nowhere."""
+"""Promotion, rollback and fetch: the ledger, the registry's alias, and refused versions."""
 
 from pathlib import Path
 
@@ -31,12 +31,12 @@ def aliases(model: str = "m") -> dict[str, str]:
 
 def test_order_is_registered_once_with_its_tags(home: Path) -> None:
     first = published(home, "a")
-    again = published(home, "a")
-    assert (first, len(registry().versions("m"))) == (again, 1)
-    version, found = version_report("m", "@candidate")
-    assert found == first.report
+    repeated = published(home, "a")
+    assert (first, len(registry().versions("m"))) == (repeated, 1)
+    version, report = version_report("m", "@candidate")
+    assert report == first.report
     assert version.source == first.release.uri
-    target = found.targets[0]
+    target = report.targets[0]
     assert {
         "recpress.order": "a" * 64,
         "recpress.outcome": "accepted",
@@ -66,8 +66,8 @@ def test_still_published_raises_if_registry_or_store_lost_the_result(
     with raises_code(ArtifactMissing, "order_no_longer_in_registry", order="a" * 64):
         publishing.still_published(done)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    lying = home / "recpress" / "store" / "artifacts" / done.release.sha256
-    (lying / "manifest.json").unlink()
+    stored_release = home / "recpress" / "store" / "artifacts" / done.release.sha256
+    (stored_release / "manifest.json").unlink()
     with raises_code(ArtifactMissing, "artifact_missing"):
         publishing.still_published(done)
 
@@ -121,8 +121,8 @@ def test_moved_alias_is_repaired_from_the_ledger(home: Path) -> None:
     two = published(home, "b", outcomes={"onnxruntime": "rejected"}).version
     promote("m", one, "")
     registry().point("m", "champion", two)
-    version, found = version_report("m", "@champion")
-    assert (version.version, found.outcome) == (one, "accepted")
+    version, report = version_report("m", "@champion")
+    assert (version.version, report.outcome) == (one, "accepted")
     assert aliases()["champion"] == one
     registry().point("m", "champion", two)
     repair("m")
@@ -141,17 +141,17 @@ def test_the_second_of_two_concurrent_promotions_is_refused(
     home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
-    real = Ledger.entries
+    read_entries = Ledger.entries
 
-    def and_meanwhile(ledger: Ledger) -> object:
-        seen = real(ledger)
-        monkeypatch.setattr(Ledger, "entries", real)
-        promote("m", one, "the other one")
-        return seen
+    def read_then_promote_other(ledger: Ledger) -> object:
+        entries = read_entries(ledger)
+        monkeypatch.setattr(Ledger, "entries", read_entries)
+        promote("m", one, "concurrent")
+        return entries
 
-    monkeypatch.setattr(Ledger, "entries", and_meanwhile)
-    with raises_code(AlreadyThere, "ledger_moved_on", reason="the other one"):
-        promote("m", two, "me")
+    monkeypatch.setattr(Ledger, "entries", read_then_promote_other)
+    with raises_code(AlreadyThere, "ledger_moved_on", reason="concurrent"):
+        promote("m", two, "refused")
     assert aliases()["champion"] == one
 
 

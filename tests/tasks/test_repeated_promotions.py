@@ -1,4 +1,4 @@
-"""Interrupted and racing promotions and rollbacks: one decision has one effect."""
+"""Interrupted, repeated and concurrent promotions and rollbacks: each has its effect once."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -25,81 +25,86 @@ from tasks.promotion.promotions import (
 
 
 class Interrupted(Exception):
-    """The process ended here."""
+    """Stands for the end of the process."""
 
 
 @pytest.fixture
-def three(fill: Fill) -> None:
+def three_champions(fill: Fill) -> None:
+    """Three versions, promoted one after the other."""
     fill("abc", "abc")
 
 
-def versions() -> list[str]:
+def ledger_versions() -> list[str]:
     return [entry.version for entry in Ledger(store(), "m").entries()]
 
 
-def interrupted_at(method: str) -> None:
-    """Roll back in a process that ends before it calls this method of the registry."""
+def interrupt_rollback_at(method: str) -> None:
+    """Roll back, and end before the first call of this method of the registry."""
 
-    def end(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Registry, method, end)
+        patch.setattr(Registry, method, interrupt)
         with pytest.raises(Interrupted):
             rollback("m", "clicks fell")
 
 
 @pytest.mark.parametrize("method", ["repair", "point", "confirm"])
-def test_repeated_rollback_completes_an_interrupted_one(three: None, method: str) -> None:
-    interrupted_at(method)
+def test_repeated_rollback_completes_an_interrupted_one(three_champions: None, method: str) -> None:
+    interrupt_rollback_at(method)
     change = apply_rollback("m", "clicks fell")
     assert (change.entry.version, change.is_new) == ("2", False)
-    assert versions() == ["1", "2", "3", "2"]
+    assert ledger_versions() == ["1", "2", "3", "2"]
     assert registry().version("m", "@champion").version == "2"
 
 
-def test_repair_by_a_reader_does_not_complete_an_interrupted_rollback(three: None) -> None:
-    interrupted_at("repair")
+def test_repair_by_a_reader_does_not_complete_an_interrupted_rollback(
+    three_champions: None,
+) -> None:
+    interrupt_rollback_at("repair")
     assert version_report("m", "@champion")[0].version == "2"
     assert registry().version("m", "@champion").version == "2"
     assert rollback("m", "").version == "2"
-    assert versions() == ["1", "2", "3", "2"]
+    assert ledger_versions() == ["1", "2", "3", "2"]
 
 
 def test_repeated_rollback_updates_the_triton_repository(
-    home: Path, triton: Path, three: None
+    home: Path, triton: Path, three_champions: None
 ) -> None:
-    interrupted_at("repair")
+    interrupt_rollback_at("repair")
     assert served_by(triton) == ("3", graph_bytes("c"))
     rollback("m", "")
     assert served_by(triton) == ("2", graph_bytes("b"))
 
 
-def test_second_rollback_after_a_complete_one_goes_back_further(three: None) -> None:
+def test_second_rollback_after_a_complete_one_goes_back_further(three_champions: None) -> None:
     assert rollback("m", "").version == "2"
     assert apply_rollback("m", "").is_new
-    assert versions() == ["1", "2", "3", "2", "1"]
+    assert ledger_versions() == ["1", "2", "3", "2", "1"]
     with raises_code(PromotionRefused, "earlier_champion_missing", model="m"):
         rollback("m", "")
 
 
 def test_rollback_from_a_named_version_is_idempotent(
-    three: None,
+    three_champions: None,
 ) -> None:
     assert [rollback("m", "", leaving="3").version for _ in range(3)] == ["2", "2", "2"]
     assert apply_rollback("m", "", leaving="2").is_new
     assert rollback("m", "", leaving="3").version == "1"
-    assert versions() == ["1", "2", "3", "2", "1"]
+    assert ledger_versions() == ["1", "2", "3", "2", "1"]
 
 
 def test_rollback_from_a_named_version_works_after_an_interrupted_rollback(
-    three: None,
+    three_champions: None,
 ) -> None:
-    interrupted_at("repair")
+    interrupt_rollback_at("repair")
     assert rollback("m", "", leaving="2").version == "1"
 
 
-def test_rollback_from_a_version_that_is_not_champion_is_refused(home: Path, three: None) -> None:
+def test_rollback_from_a_version_that_is_not_champion_is_refused(
+    home: Path, three_champions: None
+) -> None:
     with raises_code(PromotionRefused, "other_champion", expected="2", got="version 3"):
         rollback("m", "", leaving="2")
     rollback("m", "", leaving="3")
@@ -110,15 +115,15 @@ def test_rollback_from_a_version_that_is_not_champion_is_refused(home: Path, thr
         rollback("m", "", leaving="9")
 
 
-def test_rollback_by_another_command_after_the_start_is_not_repeated(three: None) -> None:
+def test_rollback_by_another_command_after_the_start_is_not_repeated(three_champions: None) -> None:
     began = datetime.now(UTC)
-    rollback("m", "the other person")
+    rollback("m", "by another command")
     change = apply_rollback("m", "", began=began)
     assert (change.entry.version, change.is_new) == ("2", False)
 
 
 def test_rollback_entry_without_digest_is_completed_if_the_alias_differs(
-    three: None,
+    three_champions: None,
 ) -> None:
     entry = rollback("m", "")
     text = entry.model_dump_json(exclude={"digest"})
@@ -132,7 +137,7 @@ def test_rollback_entry_without_digest_is_completed_if_the_alias_differs(
 
 
 def test_promotion_of_the_champion_completes_an_interrupted_promotion(
-    home: Path, three: None
+    home: Path, three_champions: None
 ) -> None:
     registry().point("m", "champion", "1")
     change = apply_promotion("m", "3", "")
@@ -145,7 +150,7 @@ def test_promotion_of_the_champion_completes_an_interrupted_promotion(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SendCommand]:
-    """Give a line to ``killed_promotions.py``, which imports and publishes once for all tests."""
+    """A function that sends a command to ``killed_promotions.py``, which runs for all tests."""
     home = tmp_path_factory.mktemp("processes")
     variables = {"RECPRESS_HOME": str(home / "recpress"), "RECPRESS_TRITON": str(home / "triton")}
     script = "tests/tasks/killed_promotions.py"
@@ -153,25 +158,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SendCommand]:
         yield send
 
 
-# A kill takes half a second to a second. The default tier kills two commands at two points along
-# the way and at the last ones, where the alias and the Triton repository follow.
+# A kill takes half a second to a second. The default tier kills two commands at every 150th
+# operation and at the last ones, which update the alias and the Triton repository.
 COMMANDS = ("rollback", "rollback+reader", "from", "promote")
-EVERY = [
+KILL_RUNS = [
     pytest.param("1", COMMANDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     pytest.param("40", COMMANDS, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
     pytest.param("150", ("rollback", "promote"), marks=pytest.mark.timeout(600)),
 ]
 
 
-@pytest.mark.parametrize(("step", "commands"), EVERY)
+@pytest.mark.parametrize(("step", "commands"), KILL_RUNS)
 def test_command_killed_at_any_operation_and_repeated_has_its_effect_once(
     run: SendCommand, step: str, commands: tuple[str, ...]
 ) -> None:
     results = [item for command in commands for item in run(f"kill {command} {step}")]
     assert all(item["killed"] for item in results if item["command"] != "promote")
     for item in results:
-        end = (item["ledger"], item["alias"], item["served"])
-        assert end == (["1", "2", "3", "2"], ["2"], "2"), item
+        state = (item["ledger"], item["alias"], item["served"])
+        assert state == (["1", "2", "3", "2"], ["2"], "2"), item
     assert {item["command"] for item in results} == set(commands)
 
 
@@ -190,8 +195,8 @@ def test_concurrent_processes_with_the_same_command_all_succeed(
     run: SendCommand, command: str, count: int
 ) -> None:
     *results, state = run(f"race {command} {count}")
-    said = [item["result"] for item in results]
-    assert sorted(said) == ["2 False"] * (count - 1) + ["2 True"]
+    changes = [item["result"] for item in results]  # version and is_new
+    assert sorted(changes) == ["2 False"] * (count - 1) + ["2 True"]
     assert state == {"ledger": ["1", "2", "3", "2"], "alias": ["2"], "served": "2"}
 
 
@@ -200,6 +205,6 @@ def test_concurrent_processes_that_publish_one_order_share_one_version(
     run: SendCommand, count: int
 ) -> None:
     *results, state = run(f"race publish {count}")
-    (said,) = {item["result"] for item in results}  # one version and one report for all
-    assert said.startswith("1 ")
+    (result,) = {item["result"] for item in results}  # all have the same version and report
+    assert result.startswith("1 ")
     assert state["versions"] == ["1"]

@@ -1,4 +1,4 @@
-"""The report's page in a real browser: nothing to complain about, and pictures one can see."""
+"""The report's page in Chromium: no errors, and charts and texts that are visible."""
 
 import json
 import re
@@ -29,7 +29,8 @@ FLAGS = (
     "--v=0",
     "--virtual-time-budget=5000",
 )
-# The frame is as wide as a phone; what it reports is read from the dumped document.
+# A page that shows the report in a frame of a given width, measures its contents, and writes
+# the result as JSON into its title, which is read from the dumped document.
 FRAME = """<!doctype html><iframe id="f" style="border:0;width:{width}px;height:9000px"></iframe>
 <script>
 const frame = document.getElementById("f");
@@ -52,27 +53,30 @@ frame.srcdoc = {page};
 </script>"""
 
 
-def browse(path: Path, profile: Path, *flags: str) -> tuple[str, str]:
-    """What a browser prints about a page and what it complains about."""
+def run_chromium(path: Path, profile: Path, *flags: str) -> tuple[str, str]:
+    """Open a page in Chromium and return its standard output and standard error."""
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", *flags, path.as_uri()]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return ended.stdout, ended.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return process.stdout, process.stderr
 
 
-def complaints(said: str) -> list[str]:
-    return [line for line in said.splitlines() if "CONSOLE" in line or "Refused to" in line]
+def problems(log: str) -> list[str]:
+    """Return the lines of a log that report errors of the page."""
+    return [line for line in log.splitlines() if "CONSOLE" in line or "Refused to" in line]
 
 
-def looked_at(folder: Path, width: int, *flags: str) -> dict:
-    """Boxes and colours of what is drawn when the page is ``width`` wide.
+def measure_page(folder: Path, width: int, *flags: str) -> dict:
+    """Return sizes and colours of the shapes and texts of a page that is ``width`` pixels wide.
 
-    The page forbids scripts, so the copy that is measured goes without that policy.
+    The page's security policy forbids scripts, so it is removed from the copy that is measured.
     """
     html = re.sub(r"<meta http-equiv[^>]*>", "", page(report(40), PASSED))
     path = folder / "frame.html"
     escaped = json.dumps(html).replace("</", "<\\/")
     path.write_text(FRAME.format(width=width, page=escaped))
-    dumped, _ = browse(path, folder / "profile", "--window-size=1400,1000", "--dump-dom", *flags)
+    dumped, _ = run_chromium(
+        path, folder / "profile", "--window-size=1400,1000", "--dump-dom", *flags
+    )
     title = re.search(r"<title>(.*?)</title>", dumped, re.DOTALL)
     assert title is not None, "the page did not load"
     return json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
@@ -80,41 +84,41 @@ def looked_at(folder: Path, width: int, *flags: str) -> dict:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> dict:
-    return looked_at(tmp_path_factory.mktemp("wide"), 1200)
+    return measure_page(tmp_path_factory.mktemp("wide"), 1200)
 
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory) -> dict:
-    return looked_at(tmp_path_factory.mktemp("narrow"), 360)
+    return measure_page(tmp_path_factory.mktemp("narrow"), 360)
 
 
 def test_browser_reports_no_problem_with_the_page(tmp_path):
     path = tmp_path / "report.html"
     path.write_text(page(report(), PASSED))
-    dumped, said = browse(path, tmp_path / "profile", "--dump-dom")
-    assert complaints(said) == []
+    dumped, log = run_chromium(path, tmp_path / "profile", "--dump-dom")
+    assert problems(log) == []
     assert "<title>clicks 1: rejected</title>" in dumped
     assert dumped.count("<section") == page(report(), PASSED).count("<section")
     (tmp_path / "bad.html").write_text(
         page(report(), PASSED).replace("</main>", "<script>1</script></main>")
     )
-    _, said = browse(tmp_path / "bad.html", tmp_path / "profile", "--dump-dom")
-    assert len(complaints(said)) >= 1, "a script would not have been noticed"
+    _, log = run_chromium(tmp_path / "bad.html", tmp_path / "profile", "--dump-dom")
+    assert len(problems(log)) >= 1, "Chromium reports a script"
 
 
 @pytest.mark.parametrize("size", ["wide", "narrow"])
 def test_charts_and_their_shapes_are_visible(size, request):
-    found = request.getfixturevalue(size)
-    assert len(found["pictures"]) > 10
-    for picture in found["pictures"]:
+    measured = request.getfixturevalue(size)
+    assert len(measured["pictures"]) > 10
+    for picture in measured["pictures"]:
         assert picture["width"] > 100, picture
         assert picture["height"] > 15, picture
-    assert len(found["shapes"]) > 100
-    for shape in found["shapes"]:
-        # A line along an axis has no thickness of its own in its box.
+    assert len(measured["shapes"]) > 100
+    for shape in measured["shapes"]:
+        # The box of a horizontal or vertical line has a width or a height of 0.
         assert shape["width"] + shape["height"] > 0.3, shape
         colour = shape["stroke"] if shape["tag"] == "line" else shape["fill"]
-        # None of our colours is pure black: that is a shape no rule gave a colour.
+        # The style has no pure black, so a black shape has no colour of the style.
         assert colour not in {"none", "rgba(0, 0, 0, 0)", "rgb(0, 0, 0)"}, shape
 
 
@@ -123,7 +127,7 @@ def test_text_in_charts_is_inside_and_of_readable_size(size, request):
     words = request.getfixturevalue(size)["words"]
     assert len(words) > 20
     for word in words:
-        assert word["left"] > -6, word  # a picture stands in a cell with 11 px and more around it
+        assert word["left"] > -6, word  # cells around charts have a padding of at least 11 px
         assert word["right"] > -6, word
         assert 12 < word["height"] < 24, word
 
@@ -134,9 +138,9 @@ def test_page_is_not_wider_than_the_window(narrow, wide):
 
 
 def test_charts_have_other_colours_in_dark_mode(wide, tmp_path):
-    dark = looked_at(tmp_path, 1200, "--blink-settings=preferredColorScheme=0")
+    dark = measure_page(tmp_path, 1200, "--blink-settings=preferredColorScheme=0")
     assert dark["ink"] != wide["ink"]
-    colours = [{shape["fill"] for shape in found["shapes"]} for found in (dark, wide)]
+    colours = [{shape["fill"] for shape in measured["shapes"]} for measured in (dark, wide)]
     assert len(colours[0]) >= 5
     assert not (colours[0] & colours[1]) - {"rgb(0, 0, 0)", "none"}
     assert "prefers-color-scheme: dark" in STYLE

@@ -1,4 +1,4 @@
-"""Bytes that a step stores: its changed tensors, and little else, in a folder and in a bucket."""
+"""Bytes that a step stores: its changed tensors and at most a megabyte, in a folder or a bucket."""
 
 import time
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ from tasks.compress import compress
 from tasks.orchestration.workspace import local, store
 
 MEGABYTE = 10**6
-ROWS = 320_000  # of 16 float32: a table of 20.5 MB
-SIZES = {"users": ROWS, "items": ROWS}
+TABLE_ROWS = 320_000  # of 16 float32: 20.5 MB
+SIZES = {"users": TABLE_ROWS, "items": TABLE_ROWS}
 FEW = {"train": 300, "calibration": 100, "validation": 100, "test": 300}
 
 
@@ -63,13 +63,13 @@ def quantized(source: Artifact, original: Artifact, table: str) -> Artifact:
 
 
 def files_below(folder: Path) -> dict[int, int]:
-    """Bytes of every file below a folder, by inode: links count once."""
-    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    return {one.st_ino: one.st_size for one in found}
+    """Return the bytes of every file below a folder by inode, so that hard links count once."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return {stat.st_ino: stat.st_size for stat in stats}
 
 
 def changed_bytes(source: Artifact, result: Artifact) -> int:
-    """Bytes of the tensors of a result that its source does not have."""
+    """Return the bytes of a result's tensors that are new or differ from its source."""
     before, after = mapped(local(source)), mapped(local(result))
     return sum(
         tensor.nbytes
@@ -79,31 +79,32 @@ def changed_bytes(source: Artifact, result: Artifact) -> int:
 
 
 @contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[dict[str, int]]:
-    """Count bytes that are sent to a bucket, and those of files that are created in the home.
+def count_bytes(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[dict[str, int]]:
+    """Count the bytes ``uploaded`` to a bucket, and those of files ``created`` in the home.
 
-    Files in temporary folders are counted when the step has written them, before they are moved.
+    Files in temporary folders are counted after the step has written them, before they are moved.
     """
-    sent = {"uploaded": 0, "created": 0}
+    written = {"uploaded": 0, "created": 0}
     call = Bucket._call
     seal, before = compress_task.seal, files_below(home)
 
     def counting_call(bucket: Bucket, method: str, name: str, **request: Any) -> Any:
-        sent["uploaded"] += len(request.get("Body", b""))
+        written["uploaded"] += len(request.get("Body", b""))
         return call(bucket, method, name, **request)
 
     def counting_seal(folder: Path, **fields: Any) -> Manifest:
         for inode, size in files_below(home).items():
             if inode not in before:
-                sent["created"] += size
+                written["created"] += size
                 before[inode] = size
         return seal(folder, **fields)
 
     with monkeypatch.context() as patch:
         patch.setattr(Bucket, "_call", counting_call)
         patch.setattr(compress_task, "seal", counting_seal)
-        yield sent
-    sent["created"] += sum(size for inode, size in files_below(home).items() if inode not in before)
+        yield written
+    after = files_below(home)
+    written["created"] += sum(size for inode, size in after.items() if inode not in before)
 
 
 def test_step_stores_its_changed_tensors_and_at_most_a_megabyte_more(
@@ -112,17 +113,17 @@ def test_step_stores_its_changed_tensors_and_at_most_a_megabyte_more(
     original = pack(draft).artifact
     source = original
     for table in ("user", "item"):
-        local(source)  # a bucket's copy in the cache is not of this step
-        with counted(monkeypatch, home) as sent:
+        local(source)  # download it before, so that its files are not counted
+        with count_bytes(monkeypatch, home) as written:
             before = sum(store().sizes("").values())
             result = quantized(source, original, table)
             growth = sum(store().sizes("").values()) - before
         if place == "folder":  # each link is listed with the size of its file
-            growth = sent["created"]
+            growth = written["created"]
         changed = changed_bytes(source, result)
         assert 5 * MEGABYTE < changed < 7 * MEGABYTE, "codes and scales of one table"
-        assert sent["created"] <= changed + MEGABYTE
-        assert sent["uploaded"] <= changed + MEGABYTE
+        assert written["created"] <= changed + MEGABYTE
+        assert written["uploaded"] <= changed + MEGABYTE
         assert growth <= changed + MEGABYTE
         source = result
     module = load_bundle(source).model.module
@@ -150,47 +151,47 @@ def test_unchanged_table_is_loaded_from_the_file_of_the_source_to_check_the_resu
     source = pack(draft).artifact
     folder = local(source)
     (file,) = folder.glob("item.weight*")
-    loaded: list[Path] = []
-    load = compress_task.run_step
+    files_of_result: list[Path] = []
+    run_step = compress_task.run_step
 
-    def remember(work: Any, into: Path) -> Any:
-        result = load(work, into)
-        loaded.extend(into.glob("item.weight*"))
-        assert loaded[0].samefile(file)
+    def run_and_compare(work: Any, into: Path) -> Any:
+        result = run_step(work, into)
+        files_of_result.extend(into.glob("item.weight*"))
+        assert files_of_result[0].samefile(file)
         return result
 
-    monkeypatch.setattr(compress_task, "run_step", remember)
+    monkeypatch.setattr(compress_task, "run_step", run_and_compare)
     quantized(source, source, "user")
-    assert len(loaded) == 1
+    assert len(files_of_result) == 1
 
 
 def test_unchanged_file_is_not_hashed_again(home, draft, monkeypatch):
     source = pack(draft).artifact
     records = read(local(source)).files
     (name,) = (name for name in records if name.startswith("item.weight"))
-    read_files: list[str] = []
+    hashed_files: list[str] = []
     record, hashed = bundle_folder._record, object_store.hashed
 
-    def remember_record(path: Path) -> FileRecord:
-        read_files.append(path.name)
+    def log_and_record(path: Path) -> FileRecord:
+        hashed_files.append(path.name)
         return record(path)
 
-    def remember_hashed(folder: Path, files: list[tuple[str, int]]) -> tuple[FileEntry, ...]:
-        read_files.extend(path for path, _ in files)
+    def log_and_hash(folder: Path, files: list[tuple[str, int]]) -> tuple[FileEntry, ...]:
+        hashed_files.extend(path for path, _ in files)
         return hashed(folder, files)
 
     seal = compress_task.seal
 
-    def sealing(folder: Path, **fields: Any) -> Manifest:
-        read_files.clear()  # until here the source was verified
+    def clear_and_seal(folder: Path, **fields: Any) -> Manifest:
+        hashed_files.clear()  # removes the files of the source, which was verified before
         return seal(folder, **fields)
 
-    monkeypatch.setattr(bundle_folder, "_record", remember_record)
-    monkeypatch.setattr(object_store, "hashed", remember_hashed)
-    monkeypatch.setattr(compress_task, "seal", sealing)
+    monkeypatch.setattr(bundle_folder, "_record", log_and_record)
+    monkeypatch.setattr(object_store, "hashed", log_and_hash)
+    monkeypatch.setattr(compress_task, "seal", clear_and_seal)
     result = quantized(source, source, "user")
-    assert name not in read_files
-    assert read_files.count("model.safetensors") == 2, "a changed file is hashed"
+    assert name not in hashed_files
+    assert hashed_files.count("model.safetensors") == 2, "a changed file is hashed"
     assert read(local(result)).files[name] == records[name]
 
 

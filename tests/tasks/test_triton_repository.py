@@ -1,4 +1,4 @@
-"""A Triton repository follows the champion; a process that dies anywhere leaves it servable."""
+"""Updates of a Triton repository: promotion, repair, killed processes, and S3."""
 
 import time
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from tasks.promotion.promotions import (
     version_report,
 )
 
-# --- following ------------------------------------------------------------------------------
+# --- updates ---------------------------------------------------------------------------------
 
 
 def test_promotion_and_rollback_update_the_triton_repository(
@@ -84,9 +84,9 @@ def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
     home: Path, fill: Fill, triton: Path
 ) -> None:
     (one,) = fill("a", "")
-    left = triton / "m" / one / "model.onnx"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(graph_bytes("f"))  # the same size
+    existing = triton / "m" / one / "model.onnx"
+    existing.parent.mkdir(parents=True)
+    existing.write_bytes(graph_bytes("f"))  # the same size
     promote("m", one, "")
     assert served_by(triton) == (one, graph_bytes("a"))
 
@@ -94,37 +94,37 @@ def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
 def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
     home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = report(home, "a" * 64, {"onnxruntime": "accepted"})
+    accepted = report(home, "a" * 64, {"onnxruntime": "accepted"})
     artifact = stored(home / "large", model_onnx="graph", model_onnx_data="weights")
-    target = made.targets[0].model_copy(update={"artifact": artifact})
-    order = []
-    real = Folder.upload
+    target = accepted.targets[0].model_copy(update={"artifact": artifact})
+    uploaded_keys = []
+    upload = Folder.upload
 
-    def noted(place: Folder, key: str, *rest: Any) -> None:
-        order.append(key)
-        real(place, key, *rest)
+    def log_and_upload(folder: Folder, key: str, *arguments: Any) -> None:
+        uploaded_keys.append(key)
+        upload(folder, key, *arguments)
 
     one = published(home, "a", targets=(target,)).version
-    monkeypatch.setattr(Folder, "upload", noted)
+    monkeypatch.setattr(Folder, "upload", log_and_upload)
     promote("m", one, "")
-    assert order == [f"{one}/model.onnx.data", f"{one}/model.onnx"]
+    assert uploaded_keys == [f"{one}/model.onnx.data", f"{one}/model.onnx"]
 
 
 def test_refused_concurrent_promotion_does_not_change_the_served_version(
     home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
-    real = Ledger.entries
+    read_entries = Ledger.entries
 
-    def and_meanwhile(ledger: Ledger) -> object:
-        seen = real(ledger)
-        monkeypatch.setattr(Ledger, "entries", real)
-        promote("m", one, "the other one")
-        return seen
+    def read_then_promote_other(ledger: Ledger) -> object:
+        entries = read_entries(ledger)
+        monkeypatch.setattr(Ledger, "entries", read_entries)
+        promote("m", one, "concurrent")
+        return entries
 
-    monkeypatch.setattr(Ledger, "entries", and_meanwhile)
-    with raises_code(AlreadyThere, "ledger_moved_on", reason="the other one"):
-        promote("m", two, "me")
+    monkeypatch.setattr(Ledger, "entries", read_then_promote_other)
+    with raises_code(AlreadyThere, "ledger_moved_on", reason="concurrent"):
+        promote("m", two, "refused")
     assert served_by(triton) == (one, graph_bytes("a"))
 
 
@@ -132,45 +132,50 @@ def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
     home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
-    real = Folder.write
+    write = Folder.write
 
-    def and_meanwhile(place: Folder, key: str, body: bytes) -> None:
+    def promote_other_then_write(folder: Folder, key: str, body: bytes) -> None:
         if key == "config.pbtxt":
-            monkeypatch.setattr(Folder, "write", real)
+            monkeypatch.setattr(Folder, "write", write)
             promote("m", two, "in between")
-        real(place, key, body)
+        write(folder, key, body)
 
-    monkeypatch.setattr(Folder, "write", and_meanwhile)
+    monkeypatch.setattr(Folder, "write", promote_other_then_write)
     promote("m", one, "")
     assert champion_number() == two
     assert served_by(triton) == (two, graph_bytes("b"))
 
 
-# --- dying in between -----------------------------------------------------------------------
+# --- killed processes -----------------------------------------------------------------------
 
 
-class Died(Exception):
-    """The process was killed here."""
+class ProcessKilled(Exception):
+    """Stands for the end of the process."""
 
 
-def dying(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Callable[[], int]:
-    """Kill the process at its n-th write to a store or to the registry, before or after it.
+def kill_at_write(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Callable[[], int]:
+    """Raise ``ProcessKilled`` at the ``at``-th write to a store or the registry.
+
+    Args:
+        monkeypatch: the fixture.
+        at: number of the write, from 1.
+        after: whether to raise after the write instead of before it.
 
     Returns:
-        How many writes there were.
+        A function that returns the number of writes so far.
     """
-    seen = 0
+    writes = 0
 
-    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-        def write(*given: Any) -> Any:
-            nonlocal seen
-            seen += 1
-            if seen > at or (seen == at and not after):
-                raise Died
-            done = real(*given)
-            if seen == at:
-                raise Died
-            return done
+    def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*arguments: Any) -> Any:
+            nonlocal writes
+            writes += 1
+            if writes > at or (writes == at and not after):
+                raise ProcessKilled
+            result = method(*arguments)
+            if writes == at:
+                raise ProcessKilled
+            return result
 
         return write
 
@@ -181,34 +186,34 @@ def dying(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Callable[
         (Registry, "point"),
     ):
         monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
-    return lambda: seen
+    return lambda: writes
 
 
 WRITES = 4  # the file, the ledger, the alias, the configuration
 
 
 @parametrize_pairwise(
-    mend=["again", "repair"],
+    completed_by=["again", "repair"],
     at=range(1, WRITES + 1),
     after={"before": False, "after": True},
 )
 def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
-    home: Path, fill: Fill, triton: Path, at: int, after: bool, mend: str
+    home: Path, fill: Fill, triton: Path, at: int, after: bool, completed_by: str
 ) -> None:
     one, two = fill("ab", "a")
-    whole = {(one, graph_bytes("a")), (two, graph_bytes("b"))}
+    complete = {(one, graph_bytes("a")), (two, graph_bytes("b"))}
     with pytest.MonkeyPatch.context() as patch:
-        dying(patch, at, after=after)
-        with pytest.raises(Died):
+        kill_at_write(patch, at, after=after)
+        with pytest.raises(ProcessKilled):
             promote("m", two, "")
-    found = served_by(triton)
-    assert found in whole
-    if found == (two, graph_bytes("b")):  # only what the ledger names is served
+    served = served_by(triton)
+    assert served in complete
+    if served == (two, graph_bytes("b")):  # only after the ledger entry
         assert champion_number() == two
     assert (triton / "m" / one / "model.onnx").read_bytes() == graph_bytes("a")
     if champion_number() == two:
         assert (triton / "m" / two / "model.onnx").read_bytes() == graph_bytes("b")
-    if mend == "again":
+    if completed_by == "again":
         promote("m", two, "")
     else:
         repair("m")
@@ -216,15 +221,15 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
         served_by(triton)
         == {one: (one, graph_bytes("a")), two: (two, graph_bytes("b"))}[champion_number()]
     )
-    assert (champion_number() == two) or mend == "repair"
-    (named,) = (item for item in registry().versions("m") if "champion" in item.aliases)
-    assert named.version == champion_number()
+    assert (champion_number() == two) or completed_by == "repair"
+    (aliased,) = (item for item in registry().versions("m") if "champion" in item.aliases)
+    assert aliased.version == champion_number()
 
 
 @pytest.mark.parametrize(
     ("at", "after"),
     [
-        # In the default tier each write has one side, in turn.
+        # The default tier kills after writes 1 and 3, and before write 2.
         pytest.param(
             at,
             after,
@@ -238,16 +243,16 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
 def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
     home: Path, fill: Fill, triton: Path, at: int, after: bool
 ) -> None:
-    """The earlier version's file is there already: three writes."""
+    """A rollback has three writes, since the file of the earlier version exists."""
     one, two = fill("ab", "ab")
     with pytest.MonkeyPatch.context() as patch:
-        dying(patch, at, after=after)
-        with pytest.raises(Died):
+        kill_at_write(patch, at, after=after)
+        with pytest.raises(ProcessKilled):
             rollback("m", "")
-    found = served_by(triton)
-    assert found in {(one, graph_bytes("a")), (two, graph_bytes("b"))}
+    served = served_by(triton)
+    assert served in {(one, graph_bytes("a")), (two, graph_bytes("b"))}
     if champion_number() == two:
-        assert found == (two, graph_bytes("b"))
+        assert served == (two, graph_bytes("b"))
         rollback("m", "once more")
     else:
         repair("m")
@@ -258,7 +263,7 @@ def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
 def test_promotion_has_four_writes(home: Path, fill: Fill, triton: Path) -> None:
     (one,) = fill("a", "")
     with pytest.MonkeyPatch.context() as patch:
-        writes = dying(patch, 99, after=False)
+        writes = kill_at_write(patch, 99, after=False)
         promote("m", one, "")
     assert writes() == WRITES
 
@@ -269,8 +274,8 @@ def test_killed_first_promotion_serves_nothing_before_the_ledger_entry(
     (one,) = fill("a", "")
     for at in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
-            dying(patch, at, after=False)
-            with pytest.raises(Died):
+            kill_at_write(patch, at, after=False)
+            with pytest.raises(ProcessKilled):
                 promote("m", one, "")
         assert served_by(triton) is None
         assert Ledger(store(), "m").champion() is None
@@ -295,12 +300,12 @@ def test_version_report_logs_a_failed_update_of_the_repository(
     (one,) = fill("a", "a")
     config = triton / "m" / "config.pbtxt"
     config.chmod(0o644)
-    config.write_text("mine")
+    config.write_text("not written by recpress")
     assert version_report("m", "@champion")[0].version == one
     assert "the Triton repository was not updated" in caplog.text
     with raises_code(TritonRefused, "configuration_foreign"):
         repair("m")
-    assert config.read_text() == "mine"
+    assert config.read_text() == "not written by recpress"
 
 
 # --- S3 -------------------------------------------------------------------------------------
@@ -320,9 +325,9 @@ def test_repository_in_a_bucket_is_updated_like_a_folder(
     text = bucket.read("m/config.pbtxt").decode()
     assert read(text)["version_policy"] == [{"specific": [{"versions": [int(two)]}]}]
     bucket.write(f"m/{two}/model.onnx", graph_bytes("f"))
-    (laid,) = triton_contents("m", None)
-    assert (laid.state, laid.files) == ("champion", {f"{two}/model.onnx": "changed"})
-    (laid,) = export("m", None)
-    assert laid.sound
+    (model,) = triton_contents("m", None)
+    assert (model.state, model.files) == ("champion", {f"{two}/model.onnx": "changed"})
+    (model,) = export("m", None)
+    assert model.sound
     rollback("m", "")
     assert f"versions: [{one}]" in bucket.read("m/config.pbtxt").decode()

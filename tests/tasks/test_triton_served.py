@@ -1,4 +1,4 @@
-"""What of a version Triton is given, how it is configured, and the commands that lay it out."""
+"""Which graphs of a version Triton serves, their configuration, and the commands of the CLI."""
 
 import json
 import sys
@@ -23,12 +23,12 @@ from tasks.orchestration.documents import Finished, GraphInput
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import export, promote, triton_contents
 
-# --- what is configured ---------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------
 
 
-def timed(**milliseconds: float) -> Any:
-    """A measurement with these medians: ``b64=0.2`` is 0.2 ms for 64 rows."""
-    made = measurement()
+def with_latency(**milliseconds: float) -> Any:
+    """Return a measurement with these median latencies: ``b64=0.2`` is 0.2 ms for 64 rows."""
+    without_latency = measurement()
     numbers = tuple(
         judge.Number(
             metric=f"p50_ms@{name[1:]}",
@@ -37,8 +37,8 @@ def timed(**milliseconds: float) -> Any:
         )
         for name, point in milliseconds.items()
     )
-    own = judge.Measured(numbers=(*made.numbers.numbers, *numbers))
-    return made.model_copy(update={"numbers": own})
+    measured = judge.Measured(numbers=(*without_latency.numbers.numbers, *numbers))
+    return without_latency.model_copy(update={"numbers": measured})
 
 
 def configuration(root: Path, model: str = "m") -> dict[str, Any]:
@@ -46,55 +46,57 @@ def configuration(root: Path, model: str = "m") -> dict[str, Any]:
 
 
 def test_configuration_has_the_measured_batches_and_threads(home: Path, triton: Path) -> None:
-    measured = timed(b1=0.1, b64=0.2, b1024=10.0)  # 10, 320 and 102 rows a millisecond
+    measured = with_latency(b1=0.1, b64=0.2, b1024=10.0)  # 10, 320 and 102 rows a millisecond
     promote("m", published(home, "a", measurement=measured).version, "")
-    found = configuration(triton)
-    assert found["max_batch_size"] == [1024]
-    assert [item["batch_size"] for item in found["model_warmup"]] == [[1], [64], [1024]]
-    promote("m", published(home, "b", measurement=timed(b1=0.1, b64=9.0)).version, "")
-    found = configuration(triton)
-    assert found["max_batch_size"] == [64]
-    assert [item["batch_size"] for item in found["model_warmup"]] == [[1], [64]]
+    config = configuration(triton)
+    assert config["max_batch_size"] == [1024]
+    assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [64], [1024]]
+    promote("m", published(home, "b", measurement=with_latency(b1=0.1, b64=9.0)).version, "")
+    config = configuration(triton)
+    assert config["max_batch_size"] == [64]
+    assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [64]]
     promote("m", published(home, "c").version, "")
-    assert configuration(triton)["max_batch_size"] == [1]  # nothing was measured by rows
-    said = {item["key"][0]: item["value"][0] for item in configuration(triton)["parameters"]}
-    assert said["intra_op_thread_count"] == {"string_value": ["1"]}
+    assert configuration(triton)["max_batch_size"] == [1]  # no median latency was measured
+    parameters = {item["key"][0]: item["value"][0] for item in configuration(triton)["parameters"]}
+    assert parameters["intra_op_thread_count"] == {"string_value": ["1"]}
 
 
 def test_graph_with_jagged_inputs_has_no_dynamic_batching(home: Path, triton: Path) -> None:
-    made = report(home, "a" * 64, {"onnxruntime": "accepted"})
+    accepted = report(home, "a" * 64, {"onnxruntime": "accepted"})
     inputs = (
         GraphInput(name="tags", dtype="int64", shape=(), longest=5),
         GraphInput(name="tags_offsets", dtype="int64", shape=()),
     )
-    whole = made.targets[0].lowering
-    graph = whole.graphs[0].model_copy(update={"inputs": inputs})
-    lowering = whole.model_copy(update={"graphs": (graph,)})
-    target = made.targets[0].model_copy(update={"lowering": lowering})
+    original = accepted.targets[0].lowering
+    graph = original.graphs[0].model_copy(update={"inputs": inputs})
+    lowering = original.model_copy(update={"graphs": (graph,)})
+    target = accepted.targets[0].model_copy(update={"lowering": lowering})
     promote("m", published(home, "a", targets=(target,)).version, "")
-    found = configuration(triton)
-    assert found["max_batch_size"] == [0]
-    assert [item["dims"] for item in found["input"]] == [[-1], [-1]]
+    config = configuration(triton)
+    assert config["max_batch_size"] == [0]
+    assert [item["dims"] for item in config["input"]] == [[-1], [-1]]
 
 
 def test_each_tower_of_a_retrieval_model_is_a_triton_model(home: Path, triton: Path) -> None:
-    made = report(home, "a" * 64, {"onnxruntime": "accepted"}).targets[0]
+    one_graph = report(home, "a" * 64, {"onnxruntime": "accepted"}).targets[0]
     towers = tuple(
-        made.lowering.graphs[0].model_copy(update={"name": name, "output": "vector", "width": 16})
+        one_graph.lowering.graphs[0].model_copy(
+            update={"name": name, "output": "vector", "width": 16}
+        )
         for name in ("query", "item")
     )
-    target = made.model_copy(
+    target = one_graph.model_copy(
         update={
-            "lowering": made.lowering.model_copy(update={"graphs": towers}),
+            "lowering": one_graph.lowering.model_copy(update={"graphs": towers}),
             "artifact": stored(home / "towers", query_onnx="q", item_onnx="i"),
         }
     )
     promote("m", published(home, "a", targets=(target,)).version, "")
     assert (triton / "m_query" / "1" / "query.onnx").read_text() == "q"
     assert (triton / "m_item" / "1" / "item.onnx").read_text() == "i"
-    said = (triton / "m_item" / "config.pbtxt").read_text()
-    assert '"vector"' in said
-    assert '"item.onnx"' in said
+    config = (triton / "m_item" / "config.pbtxt").read_text()
+    assert '"vector"' in config
+    assert '"item.onnx"' in config
 
 
 ENGINE = Engine(
@@ -117,26 +119,36 @@ ENGINE = Engine(
 )
 
 
-def with_plan(home: Path, digit: str, outcome: Outcome, ordered: Any = None) -> Finished:
-    """A version with an accepted ONNX graph and a plan for one compute capability."""
-    made = report(home, digit * 64, {"onnxruntime": "accepted", "tensorrt": outcome})
-    plan = stored(home / f"plan{digit}", model_plan=digit, build_json=ENGINE.model_dump_json())
-    targets = (made.targets[0], made.targets[1].model_copy(update={"artifact": plan}))
+def published_with_engine(
+    home: Path, digit: str, outcome: Outcome, ordered: Any = None
+) -> Finished:
+    """Publish a version with an accepted ONNX graph and a TensorRT engine for one GPU type.
+
+    Args:
+        home: the fixture ``home``.
+        digit: as in ``published``.
+        outcome: the outcome of the engine.
+        ordered: batch sizes in the order; None for usual ones.
+    """
+    without_engine = report(home, digit * 64, {"onnxruntime": "accepted", "tensorrt": outcome})
+    onnx, tensorrt = without_engine.targets
+    engine = stored(home / f"plan{digit}", model_plan=digit, build_json=ENGINE.model_dump_json())
+    targets = (onnx, tensorrt.model_copy(update={"artifact": engine}))
     batches = {"smallest_batch": 1, "best_batch": 8, "largest_batch": 32}
     order = {"targets": batches if ordered is None else ordered}
-    reproduction = made.reproduction.model_copy(update={"order": order})
+    reproduction = without_engine.reproduction.model_copy(update={"order": order})
     return published(home, digit, targets=targets, reproduction=reproduction)
 
 
 def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
     home: Path, triton: Path
 ) -> None:
-    one = with_plan(home, "a", "accepted").version
+    one = published_with_engine(home, "a", "accepted").version
     promote("m", one, "")
-    found = configuration(triton, "m_tensorrt")
-    assert found["cc_model_filenames"] == [{"key": ["9.0"], "value": ["model-9.0.plan"]}]
-    assert found["max_batch_size"] == [32]
-    assert [item["batch_size"] for item in found["model_warmup"]] == [[1], [8], [32]]
+    config = configuration(triton, "m_tensorrt")
+    assert config["cc_model_filenames"] == [{"key": ["9.0"], "value": ["model-9.0.plan"]}]
+    assert config["max_batch_size"] == [32]
+    assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [8], [32]]
     assert (triton / "m_tensorrt" / one / "model-9.0.plan").read_text() == "a"
     assert served_by(triton) == (one, graph_bytes("a"))
 
@@ -144,12 +156,12 @@ def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
 def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
     home: Path, triton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = with_plan(home, "a", "built-unmeasured").version
+    one = published_with_engine(home, "a", "built-unmeasured").version
     promote("m", one, "")
     assert [path.name for path in triton.iterdir()] == ["m"]
     assert {item.name for item in export("m", None, unmeasured=True)} == {"m", "m_tensorrt"}
     assert served_by(triton) == (one, graph_bytes("a"))
-    # A promotion without a plan that may be served cannot take it back; it says so.
+    # A promotion of a version without a servable engine does not remove the earlier one, but warns.
     two = published(home, "b").version
     promote("m", two, "")
     assert "m_tensorrt: the champion of m has no graph of this name" in caplog.text
@@ -160,7 +172,7 @@ def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
 def test_engine_of_unknown_batch_sizes_is_refused_before_the_ledger_entry(
     home: Path, triton: Path
 ) -> None:
-    one = with_plan(home, "a", "accepted", ordered={}).version
+    one = published_with_engine(home, "a", "accepted", ordered={}).version
     with raises_code(TritonRefused, "batch_sizes_missing", model="m"):
         promote("m", one, "")
     assert Ledger(store(), "m").entries() == ()
@@ -180,9 +192,9 @@ def test_two_models_cannot_share_a_folder(home: Path, triton: Path) -> None:
     other = published(home, "c", name="m_tensorrt").version
     promote("m_tensorrt", other, "")
     with raises_code(TritonRefused, "folder_of_other_model", model="m_tensorrt", got="m"):
-        promote("m", with_plan(home, "a", "accepted").version, "")
+        promote("m", published_with_engine(home, "a", "accepted").version, "")
     assert Ledger(store(), "m").entries() == ()
-    # Without a plan there is no clash, and the folder of the other model is not checked.
+    # Without an engine, the folder m_tensorrt is not needed.
     promote("m", published(home, "b").version, "")
     assert [item.name for item in triton_contents("m", None)] == ["m"]
 
@@ -202,20 +214,20 @@ def test_repository_inside_the_object_store_is_refused(
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run ``main`` with these arguments: exit code, standard output, standard error."""
+    """A function that runs ``recpress triton``; returns exit code, standard output and error."""
 
-    def called(*arguments: str) -> tuple[int, str, str]:
+    def run_triton_command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["recpress", "triton", *arguments])
         capsys.readouterr()
         try:
             app.main()
             code: Any = 0
-        except SystemExit as ended:
-            code = ended.code or 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
         out, err = capsys.readouterr()
         return code, out, err
 
-    return called
+    return run_triton_command
 
 
 def test_export_and_show_print_the_state_of_the_champion(home: Path, fill: Fill, call: Any) -> None:
@@ -252,44 +264,45 @@ def test_show_reports_and_export_repairs_outdated_or_damaged_files(
     file.chmod(0o644)
     file.write_bytes(graph_bytes("f"))
     code, out, _ = call("show", "m", *to, "--json")
-    (laid,) = json.loads(out)
-    assert (code, laid["state"], laid["files"]) == (1, "champion", {f"{two}/model.onnx": "changed"})
+    (model,) = json.loads(out)
+    assert (code, model["state"]) == (1, "champion")
+    assert model["files"] == {f"{two}/model.onnx": "changed"}
     code, out, _ = call("export", "m", *to, "--json")
-    (laid,) = json.loads(out)
-    assert (code, laid["files"]) == (0, {f"{two}/model.onnx": "ok"})
+    (model,) = json.loads(out)
+    assert (code, model["files"]) == (0, {f"{two}/model.onnx": "ok"})
 
 
 @pytest.mark.parametrize("command", ["export", "show"])
 def test_bad_input_prints_one_sentence_and_exits_with_code_2(
     home: Path, call: Any, command: str
 ) -> None:
-    def refused(said: str, *arguments: str) -> None:
+    def assert_refused(message: str, *arguments: str) -> None:
         code, out, err = call(command, *arguments)
         assert (code, out) == (2, ""), err
         assert err.startswith("recpress: ")
-        assert said in err
+        assert message in err
 
-    refused("Set RECPRESS_TRITON, or add --to", "m")
-    refused("m has no champion in the ledger", "m", "--to", str(home / "t"))
-    refused("without '/' and ':'", "a/b", "--to", str(home / "t"))
-    refused("--to 'gs://b' cannot be used", "m", "--to", "gs://b")
+    assert_refused("Set RECPRESS_TRITON, or add --to", "m")
+    assert_refused("m has no champion in the ledger", "m", "--to", str(home / "t"))
+    assert_refused("without '/' and ':'", "a/b", "--to", str(home / "t"))
+    assert_refused("--to 'gs://b' cannot be used", "m", "--to", "gs://b")
     promote("m", published(home, "a").version, "")
-    refused("holds the object store", "m", "--to", str(home))
-    strange = home / "t" / "m" / "config.pbtxt"
-    strange.parent.mkdir(parents=True)
-    strange.write_text('name: "m"\n')
-    refused("was not written by recpress", "m", "--to", str(home / "t"))
-    assert strange.read_text() == 'name: "m"\n'
+    assert_refused("holds the object store", "m", "--to", str(home))
+    other_config = home / "t" / "m" / "config.pbtxt"
+    other_config.parent.mkdir(parents=True)
+    other_config.write_text('name: "m"\n')
+    assert_refused("was not written by recpress", "m", "--to", str(home / "t"))
+    assert other_config.read_text() == 'name: "m"\n'
 
 
 def test_doctor_reports_the_triton_repository(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def said() -> tuple[str, str]:
-        (found,) = (item for item in examine() if item.what == "Triton repository")
-        return found.state, found.found
+    def reported() -> tuple[str, str]:
+        (line,) = (item for item in examine() if item.what == "Triton repository")
+        return line.state, line.found
 
-    assert said() == ("absent", "RECPRESS_TRITON is not set")
+    assert reported() == ("absent", "RECPRESS_TRITON is not set")
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "triton"))
     promote("m", published(home, "a").version, "")
-    assert said() == ("ok", f"file://{home}/triton: 1 model(s)")
+    assert reported() == ("ok", f"file://{home}/triton: 1 model(s)")
     monkeypatch.setenv("RECPRESS_TRITON", "gs://b")
-    assert said()[0] == "fault"
+    assert reported()[0] == "fault"
