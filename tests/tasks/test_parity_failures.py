@@ -156,18 +156,22 @@ def test_missing_epsilon_is_reported_at_its_addition_with_the_failing_row(
     path = with_changed_tensors(lowered, tmp_path, **{epsilon: np.array(0, np.float32)})
     inputs = {"items": torch.randint(1, 30, (20, 5))}
     inputs["items"][13] = 0
-    found = parity_failure(lowered, path, inputs)
-    assert (found.code, found.row, found.inputs) == ("parity_nan", 13, {"items": "[0, 0, 0, 0, 0]"})
-    assert found.expected is not None
-    assert np.isfinite(found.expected)
-    assert found.found is not None
-    assert np.isnan(found.found)
-    assert found.tensor is not None
-    assert found.tensor.operator == "Add"
-    assert "test_parity_failures.py" in found.tensor.source
-    assert "(count + 1e-9)" in found.tensor.source
-    assert (found.tensor.expected, found.tensor.found) == (pytest.approx(1e-9), 0)
-    assert "Row 13 of the data (items=[0, 0, 0, 0, 0])" in str(found)
+    failure = parity_failure(lowered, path, inputs)
+    assert (failure.code, failure.row, failure.inputs) == (
+        "parity_nan",
+        13,
+        {"items": "[0, 0, 0, 0, 0]"},
+    )
+    assert failure.expected is not None
+    assert np.isfinite(failure.expected)
+    assert failure.found is not None
+    assert np.isnan(failure.found)
+    assert failure.tensor is not None
+    assert failure.tensor.operator == "Add"
+    assert "test_parity_failures.py" in failure.tensor.source
+    assert "(count + 1e-9)" in failure.tensor.source
+    assert (failure.tensor.expected, failure.tensor.found) == (pytest.approx(1e-9), 0)
+    assert "Row 13 of the data (items=[0, 0, 0, 0, 0])" in str(failure)
 
 
 @pytest.mark.parametrize(
@@ -188,11 +192,11 @@ def test_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_path
     path = with_changed_tensors(
         lowered, tmp_path, **{name: stored_tensors(lowered)[name] + np.float32(3)}
     )
-    found = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
-    assert found.code == "parity_limit"
-    assert found.tensor is not None
-    assert (found.tensor.module, found.tensor.is_clear) == (layer, True)
-    assert found.tensor.found - found.tensor.expected == pytest.approx(3, rel=1e-3)
+    failure = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
+    assert failure.code == "parity_limit"
+    assert failure.tensor is not None
+    assert (failure.tensor.module, failure.tensor.is_clear) == (layer, True)
+    assert failure.tensor.found - failure.tensor.expected == pytest.approx(3, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -218,11 +222,11 @@ def test_wrong_quantized_tensor_is_reported_at_its_module(kinds, module, target,
     name = next(n for n in of_module if n.endswith(("scale", "weight")))
     wrong = (tensors[name] * 4).astype(tensors[name].dtype)
     path = with_changed_tensors(lowered, tmp_path, **{name: wrong})
-    found = parity_failure(lowered, path, lowered.rows(40))
-    assert found.tensor is not None
-    assert found.tensor.is_clear
-    assert found.tensor.module == module
-    assert set(found.inputs) == {item.name for item in lowered.signature.inputs}
+    failure = parity_failure(lowered, path, lowered.rows(40))
+    assert failure.tensor is not None
+    assert failure.tensor.is_clear
+    assert failure.tensor.module == module
+    assert set(failure.inputs) == {item.name for item in lowered.signature.inputs}
 
 
 def test_nan_only_in_the_module_is_reported(mean_graph, monkeypatch):
@@ -231,12 +235,12 @@ def test_nan_only_in_the_module_is_reported(mean_graph, monkeypatch):
     monkeypatch.setattr(
         bias, "data", bias.detach().clone().index_fill(0, torch.tensor(3), torch.nan)
     )
-    found = parity_failure(lowered, lowered.path, {"items": torch.randint(1, 30, (4, 5))})
-    assert found.code == "parity_nan"
-    assert found.tensor is not None
-    assert found.tensor.module == "hidden"
-    assert np.isnan(found.tensor.expected)
-    assert np.isfinite(found.tensor.found)
+    failure = parity_failure(lowered, lowered.path, {"items": torch.randint(1, 30, (4, 5))})
+    assert failure.code == "parity_nan"
+    assert failure.tensor is not None
+    assert failure.tensor.module == "hidden"
+    assert np.isnan(failure.tensor.expected)
+    assert np.isfinite(failure.tensor.found)
 
 
 def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path):
@@ -253,9 +257,9 @@ def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path)
     parity, expected = check.parity(inputs, "the data")
     with pytest.raises(ParityLost) as raised:
         check.require_same_in_small_batch(expected[:1], row_of(inputs, MEAN_SIGNATURE, 0), parity)
-    found = raised.value.failure
-    assert (found.code, found.side, found.row) == ("parity_batch", "network", 0)
-    assert found.inputs["items"].startswith("[")
+    failure = raised.value.failure
+    assert (failure.code, failure.side, failure.row) == ("parity_batch", "network", 0)
+    assert failure.inputs["items"].startswith("[")
 
 
 def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
@@ -267,10 +271,10 @@ def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
     path = tmp_path / "model.onnx"
     done = lower(model.module, whole(MEAN_SIGNATURE), "onnxruntime", path)
     lowered = Graph(model, done, MEAN_SIGNATURE, path)
-    found = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
-    assert found.is_exported_wrong
-    assert found.tensor is None
-    assert "torch.export traced" in str(found)
+    failure = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
+    assert failure.is_exported_wrong
+    assert failure.tensor is None
+    assert "torch.export traced" in str(failure)
 
 
 def test_row_that_the_runtime_refuses_is_reported(mean_graph, tmp_path):
@@ -279,9 +283,9 @@ def test_row_that_the_runtime_refuses_is_reported(mean_graph, tmp_path):
     path = with_changed_tensors(lowered, tmp_path, **{"model.items.weight": table[:20]})
     inputs = {"items": torch.randint(1, 20, (9, 5))}
     inputs["items"][6, 2] = 25
-    found = parity_failure(lowered, path, inputs)
-    assert (found.code, found.row) == ("parity_run", 6)
-    assert "25" in found.inputs["items"]
+    failure = parity_failure(lowered, path, inputs)
+    assert (failure.code, failure.row) == ("parity_run", 6)
+    assert "25" in failure.inputs["items"]
 
 
 def test_copied_parity_error_has_its_failure_and_message():

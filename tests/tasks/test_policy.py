@@ -31,13 +31,13 @@ ARTIFACT = Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1)
 
 def all_tasks() -> list[Task[..., Any]]:
     """Return every Prefect task that a module of the package ``tasks`` defines."""
-    found: dict[int, Task[..., Any]] = {}
+    tasks_by_id: dict[int, Task[..., Any]] = {}
     for info in pkgutil.walk_packages(tasks.__path__, "tasks."):
         module = importlib.import_module(info.name)
         for value in vars(module).values():
             if isinstance(value, Task) and value.fn.__module__ == info.name:
-                found[id(value)] = value
-    return list(found.values())
+                tasks_by_id[id(value)] = value
+    return list(tasks_by_id.values())
 
 
 ALL_TASKS = all_tasks()

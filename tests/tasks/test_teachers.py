@@ -8,7 +8,7 @@ from tasks.bundles.teachers import first_difference
 
 ITEM = IdInput(name="item", table="items", dtype="int64", out_of_range="clamp")
 USER = IdInput(name="user", table="users", dtype="int64", out_of_range="clamp")
-WANTED = Signature(
+STUDENT = Signature(
     inputs=(USER, ITEM),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
@@ -36,7 +36,7 @@ WANTED = Signature(
     ],
 )
 def test_first_difference_describes_the_first_differing_field(changed, expected):
-    inputs = changed.get("inputs", WANTED.inputs)
+    inputs = changed.get("inputs", STUDENT.inputs)
     output = {name: value for name, value in changed.items() if name != "inputs"}
-    found = with_output(WANTED, **output).model_copy(update={"inputs": inputs})
-    assert first_difference(found, WANTED) == expected
+    teacher = with_output(STUDENT, **output).model_copy(update={"inputs": inputs})
+    assert first_difference(teacher, STUDENT) == expected
