@@ -1,8 +1,8 @@
-"""Translation of scaled dot-product attention for every target, also for fully masked rows.
+"""Translate scaled dot-product attention to ONNX, with torch's result for fully masked queries.
 
-The exporter's translation of ``scaled_dot_product_attention`` accepts only four-dimensional
-tensors. For a row whose positions are all masked (an empty history) it returns the mean of all
-values, or NaN, but torch returns zeros.
+This translation replaces the one of torch's exporter on every target. The exporter's accepts only
+four-dimensional tensors. For a query whose keys are all masked (an empty history) it returns the
+mean of all values, or NaN; torch returns zeros.
 """
 
 import math
@@ -20,54 +20,67 @@ def scaled_dot_product_attention(
     key: Any,
     value: Any,
     attn_mask: Any = None,
-    dropout_p: float = 0.0,  # evaluation mode
+    dropout_p: float = 0.0,  # no dropout in evaluation mode
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Attention with softmax over the unmasked keys; zeros for a query with no unmasked key.
+    """Build attention with a softmax over unmasked keys; zeros for a query without such a key.
 
-    ``query`` is ``(*, queries, dim)``, ``key`` ``(*, keys, dim)`` and ``value`` ``(*, keys, out)``.
-    A boolean ``attn_mask`` is True at keys that are used; a float mask is added. With
-    ``enable_gqa``, several query heads ``(rows, heads, queries, dim)`` share one head of keys and
-    values.
+    The parameters are those of ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Args:
+        query: float ``(*, queries, dim)``.
+        key: float ``(*, keys, dim)``.
+        value: float ``(*, keys, out)``.
+        attn_mask: boolean, True at keys that are used; or float, which is added to the logits.
+        dropout_p: ignored.
+        is_causal: whether a query uses only keys up to its own position.
+        scale: factor of the logits; None for ``1 / sqrt(dim)``.
+        enable_gqa: grouped-query attention: several query heads share one head of keys and
+            values. All tensors are ``(rows, heads, length, dim)``.
+
+    Returns:
+        Float ``(*, queries, out)``.
     """
     if enable_gqa:
         heads = int(query.shape[1])
-        key, value = _repeated(key, heads), _repeated(value, heads)
-    share = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
+        key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
+    factor = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
     rank = len(query.shape)
-    turned = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
-    fit = op.MatMul(op.Mul(query, op.Constant(value_float=share)), turned)
+    transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
+    logits = op.MatMul(op.Mul(query, op.Constant(value_float=factor)), transposed)
     if is_causal:
-        attn_mask = _until_now(fit)
+        attn_mask = _causal_mask(logits)
     if attn_mask is None:
-        return op.MatMul(op.Softmax(fit, axis=-1), value)
-    never = op.Constant(value_float=-math.inf)
-    boolean = is_causal or int(attn_mask.dtype) == BOOL
-    fit = op.Where(attn_mask, fit, never) if boolean else op.Add(fit, attn_mask)
-    largest = op.ReduceMax(fit, op.Constant(value_ints=[-1]), keepdims=1)
-    none = op.Equal(largest, never)
+        return op.MatMul(op.Softmax(logits, axis=-1), value)
+    minus_infinity = op.Constant(value_float=-math.inf)
+    is_boolean = is_causal or int(attn_mask.dtype) == BOOL
+    logits = (
+        op.Where(attn_mask, logits, minus_infinity) if is_boolean else op.Add(logits, attn_mask)
+    )
+    largest = op.ReduceMax(logits, op.Constant(value_ints=[-1]), keepdims=1)
+    is_masked = op.Equal(largest, minus_infinity)
     zero = op.Constant(value_float=0.0)
-    weights = op.Softmax(op.Where(none, zero, fit), axis=-1)
-    return op.MatMul(op.Where(none, zero, weights), value)
+    weights = op.Softmax(op.Where(is_masked, zero, logits), axis=-1)
+    return op.MatMul(op.Where(is_masked, zero, weights), value)
 
 
-def _repeated(x: Any, heads: int) -> Any:
-    """Repeat each head of ``(rows, few heads, length, dim)`` to get ``heads`` heads."""
-    few, dim = int(x.shape[1]), int(x.shape[3])
-    times = op.Constant(value_ints=[1, 1, heads // few, 1, 1])
-    wide = op.Expand(op.Unsqueeze(x, op.Constant(value_ints=[2])), times)
-    return op.Reshape(wide, op.Constant(value_ints=[0, heads, -1, dim]))
+def _repeat_heads(x: Any, heads: int) -> Any:
+    """Repeat each head of ``(rows, shared heads, length, dim)`` to get ``heads`` heads."""
+    shared, dim = int(x.shape[1]), int(x.shape[3])
+    repeats = op.Constant(value_ints=[1, 1, heads // shared, 1, 1])
+    repeated = op.Expand(op.Unsqueeze(x, op.Constant(value_ints=[2])), repeats)
+    return op.Reshape(repeated, op.Constant(value_ints=[0, heads, -1, dim]))
 
 
-def _until_now(fit: Any) -> Any:
-    """Causal mask ``(queries, keys)``: True at keys up to the query's position."""
-    sizes = op.Slice(op.Shape(fit), [-2], [2**31 - 1], [0])
+def _causal_mask(logits: Any) -> Any:
+    """Build the boolean mask ``(queries, keys)``: True at keys up to the query's position."""
+    sizes = op.Slice(op.Shape(logits), [-2], [2**31 - 1], [0])
     ones = op.Expand(op.Constant(value_float=1.0), sizes)
     return op.Cast(op.Trilu(ones, upper=0), to=BOOL)
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Torch operator -> the function that builds its subgraph, the same on every target."""
+    """Return the function that builds the subgraph of each torch operator on every target."""
     return {torch.ops.aten.scaled_dot_product_attention.default: scaled_dot_product_attention}

@@ -1,4 +1,9 @@
-"""Export one graph of a compressed module for one target with ``torch.onnx.export``."""
+"""Export one graph of a compressed module for one target with ``torch.onnx.export``.
+
+``lower`` exports the graph, converts stored tensors to the target's types, runs the graph passes,
+checks that no compressed weight was replaced or enlarged, and writes the file. A "packed" table or
+layer is a ``PackedTable`` or ``PackedLinear``: its weights take fewer bits than float32.
+"""
 
 import copy
 import logging
@@ -37,10 +42,10 @@ from compressors.lower.serving_wrapper import (
 from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
-MERGED = 1024  # the optimizer merges equal initializers up to this many elements
-EXTERNAL_BYTES = 2**29  # one protobuf file holds at most 2 GiB, and is read into memory
-TRACE_ROWS = 3
-NARROW = {
+MERGED_ELEMENTS = 1024  # the optimizer merges equal initializers up to this many elements
+EXTERNAL_BYTES = 2**29  # more than this is stored outside the graph; protobuf allows 2 GiB
+TRACE_ROWS = 3  # batch size of the example inputs
+SHORT_TYPES = {
     ir.DataType.FLOAT16,
     ir.DataType.BFLOAT16,
     ir.DataType.UINT8,
@@ -50,9 +55,13 @@ NARROW = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """The result of an export: the module to compare with, and the initializers of its tables.
+    """The result of an export.
 
-    Tables in which no request looks up a row are left out. ``layers`` are the packed dense layers.
+    Attributes:
+        served: the PyTorch module with which the graph's scores are compared.
+        tables: the names of the stored tensors of each table, without the tables in which the
+            looked-up rows are the same for every request.
+        layers: the names of the stored weights of each packed dense layer.
     """
 
     served: ServingWrapper
@@ -62,51 +71,56 @@ class Lowered:
 
 def lower(
     model: nn.Module,
-    form: ServedGraph,
+    served_graph: ServedGraph,
     target: str,
     path: Path,
     most_rows: int = 65_536,
     files: Mapping[str, TensorFile] = MappingProxyType({}),
 ) -> Lowered:
-    """Write one graph of ``model`` for one target to ``path`` (large weights to a file next to it).
+    """Write one graph of a model for one target.
 
     Args:
         model: a plain or compressed module.
-        form: which of its graphs.
-        target: the serving target, whose translation of each storage format is used.
-        path: the ``.onnx`` file to write.
+        served_graph: the graph to write.
+        target: name of the serving target, whose translation of each storage format is used.
+        path: the ``.onnx`` file to write; large weights are stored in files next to it.
         most_rows: the largest batch size that the graph must accept.
-        files: files of the model's tensors, to which a large graph has links; none if it is built.
+        files: stored files of the model's tensors by tensor name. A large graph links to them
+            instead of storing the tensors again.
 
     Raises:
-        NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
-        AuditFailed: a packed weight did not reach the graph as it is stored.
+        NotLowerable: torch.export cannot trace the module, or an operator has no ONNX form.
+        AuditFailed: a packed weight is missing in the graph, or takes more bytes than stored.
     """
-    wrapper, program = exported(model, form, target, most_rows)
-    tables = _tables(wrapper, program.model.graph)
+    wrapper, program = exported(model, served_graph, target, most_rows)
+    tables = _table_initializers(wrapper, program.model.graph)
     _retype(program.model, wrapper, target)
     initializers = program.model.graph.initializers
-    looked_up = tuple(
-        table for table in tables if any(_looked_up(initializers[name]) for name in table.names)
+    tables = tuple(
+        table
+        for table in tables
+        if any(_depends_on_request(initializers[name]) for name in table.names)
     )
     packed = _packed_weights(wrapper, program.model.graph)
-    small = _small_initializers(program.model.graph)
+    small_before = _small_initializers(program.model.graph)
     simplify(program.model, _may_fold)
-    merged = _merged_names(small, program.model.graph)
-    packed = tuple(replace(each, name=merged.get(each.name, each.name)) for each in packed)
-    looked_up = tuple(_renamed(table, merged) for table in looked_up)
+    new_names = _merged_names(small_before, program.model.graph)
+    packed = tuple(
+        replace(tensor, name=new_names.get(tensor.name, tensor.name)) for tensor in packed
+    )
+    tables = tuple(_rename_initializers(table, new_names) for table in tables)
     for graph_pass in lowering_target(target).passes():
         graph_pass(program.model)
     StripMetadata()(program.model)
     _require_packed(packed, program.model.graph, target)
     _save(program, path, files)
-    rows = rows_of_tables(model, form.signature)
-    layers = _layers(wrapper, packed, target)
-    return Lowered(wrap_for_serving(model, form, rows), looked_up, layers)
+    rows = rows_of_tables(model, served_graph.signature)
+    layers = _layer_initializers(wrapper, packed, target)
+    return Lowered(wrap_for_serving(model, served_graph, rows), tables, layers)
 
 
 def _save(program: torch.onnx.ONNXProgram, path: Path, files: Mapping[str, TensorFile]) -> None:
-    """Write the graph; weights of a large one are in files next to it."""
+    """Write the graph; the weights of a large graph are written or linked next to it."""
     if _inline_bytes(program.model) <= EXTERNAL_BYTES:
         program.save(str(path), external_data=False)
         return
@@ -130,24 +144,25 @@ def _inline_bytes(model: ir.Model) -> int:
 
 
 def exported(
-    model: nn.Module, form: ServedGraph, target: str, most_rows: int = 65_536
+    model: nn.Module, served_graph: ServedGraph, target: str, most_rows: int = 65_536
 ) -> tuple[ServingWrapper, torch.onnx.ONNXProgram]:
-    """Export one graph of ``model`` for a target with torch, before it is simplified.
+    """Export one graph of a model with torch, before it is simplified.
 
-    Takes the same arguments as ``lower`` and returns the same program every time.
+    The parameters are those of ``lower``; equal arguments result in equal programs. Returns the
+    exported module and the program.
 
     Raises:
-        NotLowerable: torch.export cannot trace the module, or an op has no ONNX form.
+        NotLowerable: torch.export cannot trace the module, or an operator has no ONNX form.
     """
-    signature = form.signature
+    signature = served_graph.signature
     rows = rows_of_tables(model, signature)
-    functions = lowering_target(target)
-    wrapper = wrap_for_serving(model, form, rows, together=functions.merges_lookups)
+    lowering = lowering_target(target)
+    wrapper = wrap_for_serving(model, served_graph, rows, together=lowering.merges_lookups)
     translations = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.squeeze.default: squeeze_fixed,
         **attention.translations(),
-        **functions.translations(),
+        **lowering.translations(),
     }
     output = signature.single_output
     if output.form == "probability" and recalibration_of(wrapper.model) is not None:
@@ -158,22 +173,22 @@ def exported(
         args = tuple(inputs[name] for name in names)
         shapes = dynamic_shapes(signature, most_rows)
         program = _export(wrapper, args, names, translations, shapes)
-    except Exception as fault:
-        if is_out_of_memory(fault):
+    except Exception as error:
+        if is_out_of_memory(error):
             raise
-        first = _original_error(fault)
-        if isinstance(first, NotLowerable):
-            raise copy.copy(first) from fault
-        reason = (str(first).strip().splitlines() or [repr(first)])[0].rstrip(".")
-        raise NotLowerable("export_failed", target=target, problem=reason) from fault
+        original = _original_error(error)
+        if isinstance(original, NotLowerable):
+            raise copy.copy(original) from error
+        reason = (str(original).strip().splitlines() or [repr(original)])[0].rstrip(".")
+        raise NotLowerable("export_failed", target=target, problem=reason) from error
     return wrapper, program
 
 
-def _original_error(fault: BaseException) -> BaseException:
-    """The original error, which torch's exporter wraps in advice to torch developers."""
-    while fault.__cause__ is not None:
-        fault = fault.__cause__
-    return fault
+def _original_error(error: BaseException) -> BaseException:
+    """Return the error at the root: torch's exporter wraps it in advice to torch developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _export(
@@ -183,9 +198,10 @@ def _export(
     translations: dict[Any, Callable[..., Any]],
     shapes: tuple[dict[int, Any], ...],
 ) -> torch.onnx.ONNXProgram:
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it warns once per missing torchvision op
+    """Call ``torch.onnx.export`` without its warnings and log messages."""
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)  # torch warns once per missing torchvision operator
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -204,15 +220,15 @@ def _export(
             assert program is not None  # noqa: S101 - never None with dynamo=True; for mypy
             return program
     finally:
-        quiet.setLevel(level)
+        exporter_log.setLevel(level)
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Whether constant folding may replace a node: not if it would store a weight as float32."""
+    """Return False if folding a node would make stored weights larger; None for the default."""
     source = node.inputs[0] if node.inputs else None
-    if node.op_type == "Cast" and source is not None and source.dtype in NARROW:
+    if node.op_type == "Cast" and source is not None and source.dtype in SHORT_TYPES:
         return False
-    if node.op_type == "Expand":  # it would store one scale for every block
+    if node.op_type == "Expand":  # one scale would be stored once per block
         return False
     if any(value is not None and _is_shared_weight(value) for value in node.inputs):
         return False  # the result would be a second copy of a tied weight
@@ -220,14 +236,14 @@ def _may_fold(node: ir.Node) -> bool | None:
 
 
 def _is_shared_weight(value: ir.Value) -> bool:
-    """Whether an initializer is large and more than one operator reads it."""
+    """Return whether a value is a large initializer that more than one operator reads."""
     stored = value.const_value if value.is_initializer() else None
-    return stored is not None and stored.size > MERGED and len(value.uses()) > 1
+    return stored is not None and stored.size > MERGED_ELEMENTS and len(value.uses()) > 1
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """One packed weight, and the name of its initializer in the exported graph."""
+class _PackedTensor:
+    """A stored tensor of the unit ``module``, and the name of its initializer in a graph."""
 
     module: str
     format: str
@@ -235,12 +251,12 @@ class _Packed:
     name: str
 
 
-def _packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, ...]:
-    """The stored tensors of packed modules in a graph: weights of layers, all tensors of tables.
+def _packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_PackedTensor, ...]:
+    """Return the tensors of packed modules in a graph: weights of layers, all tensors of tables.
 
-    Tensors of tables are left out if requests do not decide which of their rows are read.
+    Tensors of a table are left out if the looked-up rows are the same for every request.
     """
-    names = _names(wrapper)
+    names = _names_of_tensors(wrapper)
     result = []
     for module_name, module in wrapper.named_modules():
         if not isinstance(module, PackedTable | PackedLinear):
@@ -250,23 +266,24 @@ def _packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_Packed, 
             stored = stored[:1]
         for tensor in stored:
             name = next((n for n in names[id(tensor)] if n in graph.initializers), None)
-            if name is None:  # nothing reads it
+            if name is None:  # no operator reads it
                 continue
-            if isinstance(module, PackedTable) and not _looked_up(graph.initializers[name]):
+            value = graph.initializers[name]
+            if isinstance(module, PackedTable) and not _depends_on_request(value):
                 continue
-            label = _label(wrapper, module_name)
-            result.append(_Packed(label, module.storage.name, tensor.nbytes, name))
+            unit = _unit_name(wrapper, module_name)
+            result.append(_PackedTensor(unit, module.storage.name, tensor.nbytes, name))
     return tuple(result)
 
 
-def _layers(
-    wrapper: ServingWrapper, packed: tuple[_Packed, ...], target: str
+def _layer_initializers(
+    wrapper: ServingWrapper, packed: tuple[_PackedTensor, ...], target: str
 ) -> tuple[LayerInitializer, ...]:
-    """The initializers of packed dense layers, and which of them stay packed at serving."""
+    """Return the initializers of packed dense layers, and whether the runtime keeps them packed."""
     modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
     result = []
     for weight in packed:
-        layer = modules.get(weight.module)  # merged tables have no single name
+        layer = modules.get(weight.module)  # None for merged tables, whose name lists several
         if isinstance(layer, PackedLinear):
             stays_packed = lowering_target(target).stays_packed(layer)
             result.append(
@@ -280,78 +297,67 @@ def _layers(
     return tuple(result)
 
 
-def _require_packed(packed: tuple[_Packed, ...], graph: ir.Graph, target: str) -> None:
-    """Raise if the packed weights of a graph are not those of the module.
+def _require_packed(packed: tuple[_PackedTensor, ...], graph: ir.Graph, target: str) -> None:
+    """Raise if a tensor of a packed module is missing in the graph or larger than in the module.
 
     Raises:
-        AuditFailed: a stored tensor is missing, or takes more bytes.
+        AuditFailed: names the unit and both sizes in bytes.
     """
     for weight in packed:
         value = graph.initializers.get(weight.name)
-        size = None if value is None or value.const_value is None else value.const_value.nbytes
-        if size is None or size > weight.bytes:
-            raise (
-                AuditFailed(
-                    "weight_replaced",
-                    target=target,
-                    unit=weight.module,
-                    expected=weight.bytes,
-                    format=weight.format,
-                )
-                if size is None
-                else AuditFailed(
-                    "weight_expanded",
-                    target=target,
-                    unit=weight.module,
-                    expected=weight.bytes,
-                    got=size,
-                    format=weight.format,
-                )
-            ).caused_by(weight.module)
+        stored = None if value is None else value.const_value
+        unit, expected, form = weight.module, weight.bytes, weight.format
+        if stored is None:
+            raise AuditFailed(
+                "weight_replaced", target=target, unit=unit, expected=expected, format=form
+            ).caused_by(unit)
+        if (got := stored.nbytes) > expected:
+            raise AuditFailed(
+                "weight_expanded", target=target, unit=unit, expected=expected, got=got, format=form
+            ).caused_by(unit)
 
 
 def _small_initializers(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
-    """Dtype, shape and bytes of the small initializers, which the optimizer merges if equal."""
+    """Return dtype, shape and bytes of each small initializer; the optimizer merges equal ones."""
     return {
         name: (value.const_value.dtype, tuple(value.const_value.shape), value.const_value.tobytes())
         for name, value in graph.initializers.items()
-        if value.const_value is not None and value.const_value.size <= MERGED
+        if value.const_value is not None and value.const_value.size <= MERGED_ELEMENTS
     }
 
 
 def _merged_names(before: dict[str, tuple[object, ...]], graph: ir.Graph) -> dict[str, str]:
-    """The new name of each initializer that was merged into an equal one, by old name."""
+    """Map the name of each initializer that was merged into an equal one to the new name."""
     after = {content: name for name, content in _small_initializers(graph).items()}
     removed = before.keys() - graph.initializers.keys()
     return {name: after[before[name]] for name in removed if before[name] in after}
 
 
-def _renamed(table: TableInitializers, merged: dict[str, str]) -> TableInitializers:
-    every = {merged.get(name, name): share for name, share in table.every.items()}
-    names = tuple(merged.get(name, name) for name in table.names)
+def _rename_initializers(table: TableInitializers, new_names: dict[str, str]) -> TableInitializers:
+    every = {new_names.get(name, name): rows for name, rows in table.every.items()}
+    names = tuple(new_names.get(name, name) for name in table.names)
     return table.model_copy(update={"names": names, "every": every})
 
 
-def _names(wrapper: ServingWrapper) -> dict[int, list[str]]:
-    """All names of each tensor by ``id``; a graph stores a tied tensor under any one of them."""
+def _names_of_tensors(wrapper: ServingWrapper) -> dict[int, list[str]]:
+    """Return all names of each tensor by ``id``; a graph stores a tied tensor under one of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in wrapper.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     return names
 
 
-def _tables(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[TableInitializers, ...]:
-    """The initializers of each table in a graph, without tables that the network never reads."""
-    names = _names(wrapper)
-    result = []
+def _table_initializers(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[TableInitializers, ...]:
+    """Return the initializers of each table in a graph, without tables that are never looked up."""
+    names, result = _names_of_tensors(wrapper), []
     for name, module in wrapper.named_modules():
-        every: dict[str, int] = {}
+        rows_per_entry: dict[str, int] = {}
         if isinstance(module, PackedTable):
-            rows, form, stored = module.rows, module.storage.name, list(module.buffers())
-            laid = module.storage.layout(rows, module.dim, module.settings)
-            every = {key: spec.every for key, spec in laid.items()}
+            rows, storage_format, stored = module.rows, module.storage.name, list(module.buffers())
+            layout = module.storage.layout(rows, module.dim, module.settings)
+            rows_per_entry = {key: spec.every for key, spec in layout.items()}
         elif isinstance(module, nn.Embedding):
-            rows, form, stored = module.num_embeddings, "float32", [module.weight]
+            rows, storage_format, stored = module.num_embeddings, "float32", [module.weight]
         else:
             continue
         stored_names = [
@@ -359,38 +365,42 @@ def _tables(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[TableInitializers
         ]
         if None in stored_names:
             continue
-        shared = {n: every.get(n.rpartition(".")[2], 1) for n in stored_names if n is not None}
+        every = {
+            n: rows_per_entry.get(n.rpartition(".")[2], 1) for n in stored_names if n is not None
+        }
         result.append(
             TableInitializers(
-                module=_label(wrapper, name),
+                module=_unit_name(wrapper, name),
                 rows=rows,
-                format=form,
+                format=storage_format,
                 names=stored_names,
-                every={n: share for n, share in shared.items() if share != 1},
+                every={n: rows_shared for n, rows_shared in every.items() if rows_shared != 1},
             )
         )
     return tuple(result)
 
 
-def _label(wrapper: ServingWrapper, name: str) -> str:
-    """The name of a unit as users know it: a table inside a bag has the bag's name."""
-    owner, _, leaf = name.rpartition(".")
-    outer = wrapper.get_submodule(owner)
-    if leaf == "table" and isinstance(outer, MergedTable):
-        return outer.label
-    return (owner if leaf == "table" and isinstance(outer, Bag) else name).removeprefix("model.")
+def _unit_name(wrapper: ServingWrapper, name: str) -> str:
+    """Return the name of a unit in plans: a table inside a bag has the bag's name."""
+    parent_name, _, attribute = name.rpartition(".")
+    parent = wrapper.get_submodule(parent_name)
+    if attribute == "table" and isinstance(parent, MergedTable):
+        return parent.label
+    is_in_bag = attribute == "table" and isinstance(parent, Bag)
+    return (parent_name if is_in_bag else name).removeprefix("model.")
 
 
-def _looked_up(value: ir.Value) -> bool:
-    """Whether the request decides which rows of a stored tensor are read.
+def _depends_on_request(value: ir.Value) -> bool:
+    """Return whether the ids in a request decide which rows of a stored tensor are read.
 
-    Tables such as positions are read at the same rows in every call. A runtime computes such a
-    lookup once and drops the table, which is not an error.
+    Position embeddings, for example, are read at the same rows in every call. A runtime computes
+    such a lookup once and drops the table, which is not an error.
     """
-    return any(not _constant(gather.inputs[1]) for gather in _gathers(value))
+    return any(not _is_constant(gather.inputs[1]) for gather in _gathers(value))
 
 
 def _gathers(value: ir.Value) -> Iterator[ir.Node]:
+    """Yield the Gathers that read a value directly or after a DequantizeLinear."""
     for node in value.consumers():
         if node.op_type == "Gather":
             yield node
@@ -398,42 +408,43 @@ def _gathers(value: ir.Value) -> Iterator[ir.Node]:
             yield from _gathers(node.outputs[0])
 
 
-def _constant(value: ir.Value | None) -> bool:
+def _is_constant(value: ir.Value | None) -> bool:
+    """Return whether a value does not depend on the graph's inputs."""
     if value is None or value.is_initializer():
         return True
     node = value.producer()
-    return node is not None and all(_constant(item) for item in node.inputs)
+    return node is not None and all(_is_constant(item) for item in node.inputs)
 
 
 def _retype(model: ir.Model, wrapper: ServingWrapper, target: str) -> None:
-    """Convert packed tables and layers to the types and shapes that a target's operators take."""
-    names, done, functions = _names(wrapper), set(), lowering_target(target)
+    """Convert packed tables and layers to the types and shapes that a target's operators read."""
+    names, converted_names, lowering = _names_of_tensors(wrapper), set(), lowering_target(target)
     for module in wrapper.modules():
         if not isinstance(module, PackedTable | PackedLinear):
             continue
         for stored, tensor in module.named_buffers():
             name = next((n for n in names[id(tensor)] if n in model.graph.initializers), None)
-            if name is None or name in done:  # nothing reads it, or two tables share it
+            if name is None or name in converted_names:  # it is unused, or shared and converted
                 continue
-            done.add(name)
-            value = _initializer(model, name)
+            converted_names.add(name)
+            value = _require_initializer(model, name)
             values = value.const_value.numpy()
             if isinstance(module, PackedTable):
-                new = functions.retyped_table(module, stored, values)
+                converted = lowering.retyped_table(module, stored, values)
             else:
-                new = functions.retyped_layer(module, stored, values)
-            if new is not None:
-                _set(value, new)
+                converted = lowering.retyped_layer(module, stored, values)
+            if converted is not None:
+                _set_tensor(value, converted)
 
 
-def _initializer(model: ir.Model, name: str) -> ir.Value:
+def _require_initializer(model: ir.Model, name: str) -> ir.Value:
     value = model.graph.initializers.get(name)
     if value is None or value.const_value is None:
         raise NotLowerable("tensor_missing", name=name)
     return value
 
 
-def _set(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+def _set_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     value.const_value = tensor
     value.dtype = tensor.dtype
     value.shape = tensor.shape

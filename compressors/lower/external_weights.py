@@ -1,4 +1,4 @@
-"""Weights of a large graph in files next to it: links to files that the bundle already has."""
+"""Store large weights of a graph as hard links to the bundle's files instead of copies."""
 
 import logging
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ log = logging.getLogger(__name__)
 
 
 def link_weights(model: ir.Model, path: Path, files: Mapping[str, TensorFile]) -> tuple[Path, ...]:
-    """Replace initializers that a bundle's file contains by references to a hard link to it.
+    """Make large initializers refer to hard links to the bundle's files that contain them.
 
-    The links are next to the graph, and their names begin with its name. Where links are
-    impossible the initializers are unchanged.
+    A link is in the graph's folder and has the name of the graph's file as a prefix. An initializer
+    is left unchanged if no file contains it or the file system cannot create the link.
 
     Args:
         model: the graph, before it is saved to ``path``.
         path: the ``.onnx`` file.
-        files: files with one tensor, by the tensor's name.
+        files: the bundle's files that hold one tensor each, by the tensor's name.
 
     Returns:
-        The links.
+        The paths of the links.
     """
     links: dict[Path, None] = {}
     for value in model.graph.initializers.values():
@@ -39,7 +39,7 @@ def link_weights(model: ir.Model, path: Path, files: Mapping[str, TensorFile]) -
             if not link.exists():
                 link.hardlink_to(file.path)
         except OSError as fault:
-            log.info("%s is written again instead of linked: %s", link.name, fault)
+            log.info("%s is copied because it cannot be linked: %s", link.name, fault)
             continue
         value.const_value = ir.ExternalTensor(
             link.name,

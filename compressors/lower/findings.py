@@ -1,4 +1,7 @@
-"""What lowering reports about a graph: stored tensors, audit, parity. Needs no ONNX library."""
+"""Result types of lowering: a graph's stored tensors, its audit and its parity check.
+
+This file imports no ONNX library, so that reports can use its types without one.
+"""
 
 import math
 
@@ -8,15 +11,16 @@ from compressors.contracts import Frozen
 
 
 class TableInitializers(Frozen):
-    """The stored tensors of one table in a graph, by name.
+    """The names and shapes that the stored tensors of one table have in a graph.
 
     Attributes:
-        module: the table.
-        rows: its rows.
-        format: how it is stored.
-        names: of its stored tensors in the graph.
-        every: by tensor, how many rows share one entry of its first dimension; 0 if the tensor
-            belongs to the whole table. Tensors that are not listed have one entry per row.
+        module: the table's attribute path in the model.
+        rows: number of rows of the table.
+        format: name of the table's storage format.
+        names: names of the table's stored tensors in the graph.
+        every: how many rows share one entry of a tensor's first dimension, by tensor name; 0 if
+            the tensor belongs to the whole table. Tensors that are not listed have one entry per
+            row.
     """
 
     module: str
@@ -32,10 +36,14 @@ class TableInitializers(Frozen):
 
 
 class LayerInitializer(Frozen):
-    """The weights of one compressed dense layer in a graph, by name.
+    """The name that the weights of one compressed dense layer have in a graph.
 
-    If ``packed``, the runtime multiplies by the stored codes. Otherwise it converts them once when
-    a session starts: to float32, or to its own layout of int8.
+    Attributes:
+        module: the layer's attribute path in the model.
+        format: name of the layer's storage format.
+        name: name of the stored weights in the graph.
+        packed: whether the runtime multiplies by the stored codes. If not, it converts them once
+            when a session starts: to float32, or to its layout of int8.
     """
 
     module: str
@@ -48,12 +56,14 @@ class GraphAudit(Frozen):
     """Counts and sizes measured in an optimized graph.
 
     Attributes:
-        nodes: nodes by operator.
-        int8_products: matrix products of int8 numbers.
-        packed_tables: tables whose rows are looked up as they are stored.
+        nodes: number of nodes by operator.
+        int8_products: number of matrix products of int8 numbers.
+        packed_tables: number of tables in a format smaller than float32; their rows are dequantized
+            after the lookup.
         weight_bytes: bytes of all initializers.
-        packed_layers: dense layers that are multiplied by their codes as they are stored.
-        widened_layers: dense layers that are float32 in memory after the start of a session.
+        packed_layers: number of dense layers whose stored codes the runtime multiplies by.
+        widened_layers: number of dense layers that are float32 in memory once a session has
+            started.
     """
 
     nodes: dict[str, int]
@@ -68,12 +78,14 @@ class Parity(Frozen):
     """Differences between the scores of a lowered graph and of its module, and their limits.
 
     Attributes:
-        rows: compared rows.
+        rows: number of compared scores.
         largest: largest absolute difference.
-        root_mean_square: of the differences.
-        quantile_90: 90 % of the absolute differences are at most this.
+        root_mean_square: root mean square of the differences.
+        quantile_90: 0.9 quantile of the absolute differences.
         spread: standard deviation of the module's scores.
-        rms_limit, largest_limit, quantile_90_limit: the largest values that are allowed.
+        rms_limit: largest allowed ``root_mean_square``.
+        largest_limit: largest allowed ``largest``.
+        quantile_90_limit: largest allowed ``quantile_90``.
     """
 
     rows: int

@@ -1,4 +1,9 @@
-"""Builders of ONNX subgraphs that the translations of several targets use."""
+"""Build ONNX subgraphs that the translations of several targets use.
+
+Arguments and results of type ``Any`` are values of the graph (``onnx_ir.Value``). "Bytes with
+planes" hold several codes per byte: plane ``p`` of byte ``b`` is the code ``p * bytes + b`` of a
+row. "Short floats" are float16 and bfloat16.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,14 +22,17 @@ FLOAT, FLOAT16, BFLOAT16, INT32, INT64 = (
 
 
 def constant(dtype: int, values: list[int] | float) -> Any:
-    """A small constant of a given ONNX type: a scalar, or a vector."""
+    """Build a constant of an ONNX type: a scalar from a number, a vector from a list."""
     dims = [len(values)] if isinstance(values, list) else []
     flat = values if isinstance(values, list) else [values]
     return op.Constant(value=onnx.helper.make_tensor("", dtype, dims, flat))
 
 
-def as_matrix(x: Any, inputs: int, outputs: int) -> tuple[Any, Callable[[Any], Any]]:
-    """``x`` as ``(rows, inputs)`` for a Gemm, and a function that restores the output's shape."""
+def flatten_to_matrix(x: Any, inputs: int, outputs: int) -> tuple[Any, Callable[[Any], Any]]:
+    """Reshape ``(*, inputs)`` to ``(rows, inputs)`` for a Gemm, and return the inverse.
+
+    The inverse maps the Gemm's output ``(rows, outputs)`` to ``(*, outputs)``.
+    """
     if len(x.shape) == 2:
         return x, lambda y: y
     leading = op.Slice(op.Shape(x), [0], [len(x.shape) - 1], [0])
@@ -34,7 +42,7 @@ def as_matrix(x: Any, inputs: int, outputs: int) -> tuple[Any, Callable[[Any], A
 
 
 def exact_sigmoid(x: Any) -> Any:
-    """A sigmoid with full relative precision near zero.
+    """Build a sigmoid with full relative precision near zero.
 
     ONNX Runtime's Sigmoid has an absolute error of about 6e-8 and is 0 for inputs of -18 and below.
     This is not precise enough if the logarithm of the result is computed.
@@ -42,75 +50,99 @@ def exact_sigmoid(x: Any) -> Any:
     return op.Reciprocal(op.Add(op.Constant(value_float=1.0), op.Exp(op.Neg(x))))
 
 
-def scaled(steps: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
-    """Float32 levels of the requested rows, times their scales, plus their offsets if any."""
-    rows = op.Mul(steps, _of_rows(scale, ids, rows_per_scale))
-    return rows if offset is None else op.Add(rows, _of_rows(offset, ids, rows_per_scale))
+def apply_scales(levels: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
+    """Multiply float32 ``levels`` ``(*ids, dim)`` by their scales and add their offsets, if any.
+
+    ``rows_per_scale`` consecutive rows share a scale; 0 if the whole table has one.
+    """
+    rows = op.Mul(levels, _gather_for_rows(scale, ids, rows_per_scale))
+    return rows if offset is None else op.Add(rows, _gather_for_rows(offset, ids, rows_per_scale))
 
 
-def _of_rows(stored: Any, ids: Any, rows_per_scale: int) -> Any:
+def _gather_for_rows(stored: Any, ids: Any, rows_per_scale: int) -> Any:
+    """Gather the scale or offset of each requested row, as float32."""
     if not rows_per_scale:  # one scale for the table
         return op.Cast(stored, to=FLOAT)
-    entries = ids
+    scale_rows = ids
     if rows_per_scale > 1:
-        entries = op.Div(ids, constant(int(ids.dtype), rows_per_scale))
-    return op.Cast(op.Gather(stored, entries, axis=0), to=FLOAT)
+        scale_rows = op.Div(ids, constant(int(ids.dtype), rows_per_scale))
+    return op.Cast(op.Gather(stored, scale_rows, axis=0), to=FLOAT)
 
 
-def short_float_table(weight: Any, ids: Any) -> Any:
-    """Gather float16 or bfloat16 rows, then widen them."""
+def gather_short_floats(weight: Any, ids: Any) -> Any:
+    """Gather float16 or bfloat16 rows, then convert them to float32."""
     return op.Cast(op.Gather(weight, ids, axis=0), to=FLOAT)
 
 
-def without_padding(codes: Any, count: int, width: int) -> Any:
-    """The codes of a row without the padding of its last byte."""
+def drop_padding(codes: Any, count: int, width: int) -> Any:
+    """Remove the codes beyond ``count`` that pad the last byte of a row."""
     return codes if count * width % 8 == 0 else op.Slice(codes, [0], [count], [-1])
 
 
-def kmeans_levels(codes: Any, codebook: Any, scale: Any, ids: Any) -> Any:
-    """The level of each code int32 ``(*ids, dim)``, times the row's scale if there is one."""
+def gather_levels(codes: Any, codebook: Any, scale: Any, ids: Any) -> Any:
+    """Look up the level of each code, times the row's scale if there is one.
+
+    Takes codes int32 ``(*ids, dim)``; returns float32 of the same shape.
+    """
     rows = op.Gather(codebook, codes, axis=0)
     return rows if scale is None else op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
 
 
-def entries(codes: Any, codebook: Any, books: int) -> Any:
-    """Codebook entries of codes int32 ``(*ids, books)``: float32 ``(*ids, books, entry)``."""
+def gather_entries(codes: Any, codebook: Any, books: int) -> Any:
+    """Look up codebook entries: float32 ``(*ids, books, entry)``.
+
+    Takes codes int32 ``(*ids, books)``: one code for each of the ``books`` codebooks, which are
+    concatenated in ``codebook``.
+    """
     levels = int(codebook.shape[0]) // books
-    first = constant(INT32, [levels * book for book in range(books)])
-    return op.Cast(op.Gather(codebook, op.Add(codes, first), axis=0), to=FLOAT)
+    first_entries = constant(INT32, [levels * book for book in range(books)])
+    return op.Cast(op.Gather(codebook, op.Add(codes, first_entries), axis=0), to=FLOAT)
 
 
-def side_by_side(found: Any, ids: Any, dim: int, parts: int) -> Any:
-    """Concatenate entries ``(*ids, parts, widest)`` to rows ``(*ids, dim)``."""
+def concatenate_parts(parts_of_rows: Any, ids: Any, dim: int, parts: int) -> Any:
+    """Concatenate the entries of all parts: ``(*ids, parts, widest)`` to ``(*ids, dim)``.
+
+    Parts can differ in width; narrower ones are padded to the widest.
+    """
     shape = [0] * len(ids.shape) + [parts * -(-dim // parts)]  # 0: unchanged
-    rows = op.Reshape(found, op.Constant(value_ints=shape))
-    places = columns(dim, parts)
-    return rows if places is None else op.Gather(rows, op.Constant(value_ints=places), axis=-1)
+    rows = op.Reshape(parts_of_rows, op.Constant(value_ints=shape))
+    indices = columns(dim, parts)
+    return rows if indices is None else op.Gather(rows, op.Constant(value_ints=indices), axis=-1)
 
 
-def joined_bytes(digits: Any, count: int) -> Any:
-    """Places, int64 ``(*,)``, from their bytes, int64 ``(*, count)`` in [-128, 127]."""
+def integers_from_bytes(byte_values: Any, count: int) -> Any:
+    """Build integers, int64 ``(*,)``, from their bytes, int64 ``(*, count)`` in [-128, 127]."""
     weight = op.Constant(value_ints=[256**plane for plane in range(count)])
-    weighed = op.Mul(op.Add(digits, op.Constant(value_int=128)), weight)
-    return op.ReduceSum(weighed, op.Constant(value_ints=[-1]), keepdims=0)
+    terms = op.Mul(op.Add(byte_values, op.Constant(value_int=128)), weight)
+    return op.ReduceSum(terms, op.Constant(value_ints=[-1]), keepdims=0)
 
 
-def placed(rank: Any, before: Any, ids: Any) -> Any:
-    """Place of a row among the kept or the other rows, from its int64 rank within its block."""
+def position_from_rank(rank: Any, before: Any, ids: Any) -> Any:
+    """Build the position of rows among the kept or among the other rows of a pruned table.
+
+    Args:
+        rank: int64 ``(*ids,)``. For a kept row, its index among the kept rows of its block; for
+            another row, -1 minus its index among the other rows of its block.
+        before: number of kept rows before each block.
+        ids: row numbers, ``(*ids,)``.
+
+    Returns:
+        Int64 ``(*ids,)``; -1 minus the position for rows that are not kept.
+    """
     block = op.Div(op.Cast(ids, to=INT64), op.Constant(value_int=BLOCK))
-    base = op.Cast(op.Gather(before, block, axis=0), to=INT64)
-    other = op.Less(rank, op.Constant(value_int=0))
-    back = op.Where(other, op.Constant(value_int=BLOCK), op.Constant(value_int=0))
-    return op.Sub(op.Add(base, rank), op.Mul(back, block))
+    kept_before = op.Cast(op.Gather(before, block, axis=0), to=INT64)
+    is_other = op.Less(rank, op.Constant(value_int=0))
+    block_size = op.Where(is_other, op.Constant(value_int=BLOCK), op.Constant(value_int=0))
+    return op.Sub(op.Add(kept_before, rank), op.Mul(block_size, block))
 
 
 def divided_by(ids: Any, divisor: int) -> Any:
-    """Integer division of ids; they are not negative, so Div rounds down."""
+    """Build the integer division of ids; they are not negative, so Div rounds down."""
     return op.Div(ids, constant(onnx.TensorProto.INT64, divisor))
 
 
 def log_sigmoid(x: Any) -> Any:
-    """Logarithm of a sigmoid, finite for all inputs; the same on every target.
+    """Build the logarithm of a sigmoid, finite for all inputs.
 
     torch's exporter writes Log(Sigmoid(x)), which is -inf below -88.
     """
@@ -118,34 +150,37 @@ def log_sigmoid(x: Any) -> Any:
 
 
 def squeeze_fixed(x: Any) -> Any:
-    """``x`` without its dimensions of size 1, except the number of rows.
+    """Remove the dimensions whose size is 1 for every batch.
 
-    torch's exporter writes a Squeeze of every dimension of size 1. With one row, the batch
-    dimension has size 1 too, so the score would lose all of its dimensions.
+    torch's exporter writes a Squeeze of every dimension of size 1. In a batch of one row that
+    removes the batch dimension too.
     """
     axes = [axis for axis, size in enumerate(x.shape) if size == 1]
     return op.Squeeze(x, op.Constant(value_ints=axes)) if axes else op.Identity(x)
 
 
-def code_tables(unpacked: Callable[[Any, Any, int, int], Any]) -> dict[Any, Callable[..., Any]]:
-    """The ops of codebook tables -> their subgraphs, with a target's function that unpacks codes.
+def codebook_translations(
+    unpack_codes: Callable[[Any, Any, int, int], Any],
+) -> dict[Any, Callable[..., Any]]:
+    """Return the function that builds the subgraph of each custom op of codebook tables.
 
-    ``unpacked`` takes packed codes, ids, the number of codes per row and the bits per code.
+    ``unpack_codes(codes, ids, count, width)`` is the target's function that gathers the packed
+    codes of rows: ``count`` codes of ``width`` bits per row, as int32 ``(*ids, count)``.
     """
 
     def kmeans_table(codes: Any, codebook: Any, scale: Any, ids: Any, dim: int, width: int) -> Any:
-        """Gather codes, then their levels."""
-        return kmeans_levels(unpacked(codes, ids, dim, width), codebook, scale, ids)
+        """Gather codes, then look up their levels."""
+        return gather_levels(unpack_codes(codes, ids, dim, width), codebook, scale, ids)
 
     def product_codes(codes: Any, codebook: Any, ids: Any, dim: int, parts: int, width: int) -> Any:
-        """Gather codes, then their entries, and concatenate the parts."""
-        found = entries(unpacked(codes, ids, parts, width), codebook, parts)
-        return side_by_side(found, ids, dim, parts)
+        """Gather codes, look up their entries, and concatenate the parts."""
+        parts_of_rows = gather_entries(unpack_codes(codes, ids, parts, width), codebook, parts)
+        return concatenate_parts(parts_of_rows, ids, dim, parts)
 
     def residual_codes(codes: Any, codebook: Any, ids: Any, books: int, width: int) -> Any:
-        """Gather codes, then their entries, and add them up."""
-        found = entries(unpacked(codes, ids, books, width), codebook, books)
-        return op.ReduceSum(found, op.Constant(value_ints=[-2]), keepdims=0)
+        """Gather codes, look up their entries, and sum them."""
+        parts_of_rows = gather_entries(unpack_codes(codes, ids, books, width), codebook, books)
+        return op.ReduceSum(parts_of_rows, op.Constant(value_ints=[-2]), keepdims=0)
 
     ops = torch.ops.recpress
     return {

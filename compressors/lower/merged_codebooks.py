@@ -1,7 +1,8 @@
-"""Merge tables with codebooks into one: their codes and their codebooks are concatenated.
+"""Merge several tables with codebooks into one by concatenating their codes and their codebooks.
 
-An id of input ``i`` selects the codes of its row, which index the ``i``-th table's codebooks. This
-format exists only in graphs for ONNX Runtime; it is never stored in a bundle.
+The merged table looks up one id per input and row. An id of input ``i`` selects a row of codes, and
+these index the codebooks of table ``i``. The merged format exists only in graphs for ONNX Runtime;
+it is never stored in a bundle.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,26 +21,27 @@ FORMATS = (kmeans.FORMAT, product_codes.FORMAT, residual_codes.FORMAT)
 
 
 def codes_of(table: PackedTable) -> tuple[int, int] | None:
-    """Number of codes per row and bits per code; None if the table has no codebook."""
-    for form in FORMATS:
-        if table.storage == form:  # a copied network has copies of them
-            wide = form.width(table.rows, table.dim, table.settings)
-            if isinstance(form, kmeans.KMeansFormat):
+    """Return the number of codes per row and the bits per code; None without a codebook."""
+    for storage_format in FORMATS:
+        if table.storage == storage_format:  # equal, not identical, in a copied network
+            wide = storage_format.width(table.rows, table.dim, table.settings)
+            if isinstance(storage_format, kmeans.KMeansFormat):
                 return table.dim, wide
-            return form.shape(table.rows, table.dim, table.settings).books, wide
+            return storage_format.shape(table.rows, table.dim, table.settings).books, wide
     return None
 
 
 @dataclass(frozen=True)
 class MergedCodebookFormat:
-    """The format of several tables of one format with codebooks of one shape.
+    """The storage format of a table that merges tables of one format and codebook shape.
 
-    Args:
+    Attributes:
         inside: the format of each table.
-        inputs: number of tables.
-        count: codes per row.
+        inputs: number of tables, which is the number of ids per row.
+        count: number of codes per row.
         wide: bits per stored code.
-        laid: layout of the concatenated tensors, by name.
+        laid: shape and dtype of each concatenated tensor, by name.
+        learned: names of trainable tensors: none.
     """
 
     inside: TableFormat
@@ -51,7 +53,7 @@ class MergedCodebookFormat:
 
     @property
     def name(self) -> str:
-        """The tag of the format of the merged tables."""
+        """The name of the format that each table has."""
         return self.inside.name
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -64,15 +66,25 @@ class MergedCodebookFormat:
         dim: int,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """Look up ids ``(rows, inputs)``: float32 ``(rows, inputs, dim)``."""
+        """Look up rows by ids.
+
+        Args:
+            stored: the concatenated tensors by name.
+            ids: row numbers in the merged table, ``(rows, inputs)``.
+            dim: width of each table.
+            settings: the settings of the tables' format.
+
+        Returns:
+            Float32 ``(rows, inputs, dim)``.
+        """
         codebook = stored["codebook"]
-        scalar = self.inside == kmeans.FORMAT
-        books = self.inputs if scalar else self.inputs * self.count
-        first = torch.arange(books, dtype=torch.int32) * (len(codebook) // books)
+        is_kmeans = self.inside == kmeans.FORMAT
+        codebooks = self.inputs if is_kmeans else self.inputs * self.count
+        first_entries = torch.arange(codebooks, dtype=torch.int32) * (len(codebook) // codebooks)
         codes: Tensor = torch.ops.recpress.merged_codes(stored["codes"], ids, self.count, self.wide)
-        places = codes + first.reshape(self.inputs, -1)  # (rows, inputs, count)
-        entries = F.embedding(places, codebook).float()  # (rows, inputs, count, entry)
-        if scalar:
+        entry_rows = codes + first_entries.reshape(self.inputs, -1)  # (rows, inputs, count)
+        entries = F.embedding(entry_rows, codebook).float()  # (rows, inputs, count, entry)
+        if is_kmeans:
             rows = entries.squeeze(3)
             if "scale" not in stored:
                 return rows
@@ -85,33 +97,36 @@ class MergedCodebookFormat:
 
 
 def merge_tables(tables: Sequence[PackedTable], stored: dict[str, Tensor]) -> PackedTable:
-    """Merge tables with equal ``codes_of`` and codebooks of equal shape into one.
+    """Build one table from tables with equal results of ``codes_of`` and equal codebook shapes.
 
     Args:
-        tables: in the order of their inputs.
-        stored: their tensors, concatenated along the first dimension, by name.
+        tables: the tables in the order of the inputs that look rows up in them.
+        stored: the tables' tensors, concatenated along the first dimension, by name.
 
     Raises:
         ValueError: the tables have no codebooks.
     """
-    first, described = tables[0], codes_of(tables[0])
-    if described is None:
+    first, code_shape = tables[0], codes_of(tables[0])
+    if code_shape is None:
         raise ValueError(f"tables of format {first.storage.name!r} have no codebooks")
     if stored["codebook"].dim() == 1:
         stored = {**stored, "codebook": stored["codebook"].unsqueeze(1)}
-    every = first.storage.layout(first.rows, first.dim, first.settings)
+    layout_of_table = first.storage.layout(first.rows, first.dim, first.settings)
     laid = {
-        name: TensorSpec(tuple(tensor.shape), tensor.dtype, every=every[name].every)
+        name: TensorSpec(tuple(tensor.shape), tensor.dtype, every=layout_of_table[name].every)
         for name, tensor in stored.items()
     }
-    form = MergedCodebookFormat(first.storage, len(tables), *described, laid)
+    storage_format = MergedCodebookFormat(first.storage, len(tables), *code_shape, laid)
     rows = sum(table.rows for table in tables)
-    return PackedTable(form, rows, first.dim, first.settings, stored)
+    return PackedTable(storage_format, rows, first.dim, first.settings, stored)
 
 
 @torch.library.custom_op("recpress::merged_codes", mutates_args=())
 def merged_codes(codes: Tensor, ids: Tensor, count: int, width: int) -> Tensor:
-    """Codes of the requested rows: int32 ``(*ids, count)`` from bytes ``(rows, bytes)``."""
+    """Unpack the codes of rows: int32 ``(*ids, count)`` from bytes ``(rows, bytes)``.
+
+    ``count`` is the number of codes per row, ``width`` the bits of a code.
+    """
     return unpack(codes[ids], count, width).to(torch.int32)
 
 

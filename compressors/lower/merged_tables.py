@@ -1,14 +1,14 @@
 """Merge the lookups of several tables into one.
 
-At batch size 1, the time of a graph depends on its number of operators. A lookup in a packed table
-takes about ten. Tables that are stored alike can be concatenated into one, which needs about ten
-operators for all of them. The inputs of a group share their table's format, settings and width, and
-the policy for ids out of range.
+At batch size 1, the latency of a graph depends on its number of operators, and a lookup in a packed
+table takes about ten. Tables with the same format, settings and width can be concatenated into one,
+which takes about ten operators for all of them. Their inputs must also have the same policy for ids
+out of range.
 
-The network is not changed: it receives looked-up rows instead of ids, and its tables return them
-unchanged. This is correct only if the network uses such an input for nothing but its table's
-lookup. A trial run checks that: it passes inputs that only the table can read, and compares the
-predictions bit for bit.
+The merged lookup runs before the network. The network receives looked-up rows in place of ids, and
+the modules that replace its tables return them unchanged. This is correct only if the network uses
+such an input for nothing but its table's lookup. A test run checks that: it passes rows in an
+object that only the replaced tables can read, and compares the predictions bit for bit.
 """
 
 from collections.abc import Sequence
@@ -25,22 +25,32 @@ from compressors.core.units import private_copy, swap
 from compressors.lower.merged_codebooks import codes_of, merge_tables
 
 MOST_BYTES = 2**28
-"""Largest size of a group in bytes: its tables are copied, and lookups in larger ones are bound by
-memory, not by the number of operators.
+"""Largest size of a group in bytes.
+
+The tables of a group are copied, and the latency of lookups in larger tables depends on memory
+access rather than on the number of operators.
 """
-TRIED_ROWS = 64
+TEST_ROWS = 64
 
 
 @dataclass(frozen=True)
 class TableGroup:
-    """Inputs with one id per row whose tables are stored alike, in the order of the signature."""
+    """Inputs with one id per row whose tables can be merged, in the order of the signature."""
 
     inputs: tuple[IdInput, ...]
     tables: tuple[PackedTable, ...]
 
 
 class MergedTable(nn.Module):
-    """The tables of a group, concatenated into one along the rows."""
+    """The tables of a group, concatenated along the rows, and the id policy of their inputs.
+
+    Attributes:
+        first: the first row of each input's table in the merged one, ``(inputs,)``.
+        last: the largest id of each input, ``(inputs,)``.
+        instead: the id that replaces one out of range if the policy is ``default_row``,
+            ``(inputs,)``.
+        label: the names of the tables.
+    """
 
     first: Tensor
     last: Tensor
@@ -53,27 +63,27 @@ class MergedTable(nn.Module):
         self.policy = group.inputs[0].out_of_range
         rows = [rows_of_table[item.table] for item in group.inputs]
         dtype = getattr(torch, group.inputs[0].dtype)
-        begins = torch.tensor([0, *rows[:-1]]).cumsum(0)
+        first_rows = torch.tensor([0, *rows[:-1]]).cumsum(0)
         for name, values in (
-            ("first", begins),
+            ("first", first_rows),
             ("last", torch.tensor(rows) - 1),
             ("instead", torch.tensor([item.default_row for item in group.inputs])),
         ):
             self.register_buffer(name, values.to(dtype), persistent=False)  # (inputs,)
-        self.table = _concatenated(group.tables)
+        self.table = _concatenate(group.tables)
         self.dim = group.tables[0].dim
 
-    def forward(self, given: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    def forward(self, ids_by_input: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """Look up the rows of every input, and mark the rows of a request to refuse.
 
         Args:
-            given: ids by input, ``(rows,)`` each.
+            ids_by_input: the ids of each input, int ``(rows,)``.
 
         Returns:
             Float32 ``(rows, dim)`` for each input, and bool ``(rows,)``: the rows to refuse. None
-            if the policy refuses no row.
+            instead of the latter if the policy refuses no row.
         """
-        ids: Tensor = torch.ops.recpress.join_ids(list(given))  # (rows, inputs)
+        ids: Tensor = torch.ops.recpress.join_ids(list(ids_by_input))  # (rows, inputs)
         inside = torch.minimum(torch.maximum(ids, torch.zeros_like(self.last)), self.last)
         refused = None
         if self.policy != "clamp":
@@ -112,19 +122,22 @@ def _(rows: Tensor) -> Tensor:
 def table_groups(
     model: nn.Module, part: nn.Module, signature: Signature, rows_of_table: dict[str, int]
 ) -> list[TableGroup]:
-    """Find the inputs whose tables can be looked up together.
+    """Group the inputs whose tables can be looked up together.
 
     Args:
-        model: in evaluation mode, bags rewritten.
+        model: the model in evaluation mode, with its EmbeddingBags replaced as for export.
         part: the submodule that the graph runs.
-        signature: with the inputs of this graph only.
+        signature: a signature with the inputs of this graph only.
         rows_of_table: number of rows by table name.
+
+    Returns:
+        Groups of at least two inputs.
     """
     paths = {name: module for name, module in model.named_modules() if module is part}
     path = next(iter(paths))
     id_inputs = [item for item in signature.inputs if isinstance(item, IdInput) and not item.shape]
     tables_read = [item.table for item in signature.inputs if hasattr(item, "table")]
-    alike: dict[Any, list[tuple[IdInput, PackedTable]]] = {}
+    members_by_key: dict[Any, list[tuple[IdInput, PackedTable]]] = {}
     for item in id_inputs:
         table = model.get_submodule(item.table)
         if (
@@ -133,14 +146,21 @@ def table_groups(
             and tables_read.count(item.table) == 1
         ):
             settings = tuple(sorted(table.settings.items()))
-            books = tuple(table.get_buffer("codebook").shape) if codes_of(table) else None
-            key = (table.storage.name, table.dim, settings, books, item.dtype, item.out_of_range)
-            alike.setdefault(key, []).append((item, table))
+            codebook_shape = tuple(table.get_buffer("codebook").shape) if codes_of(table) else None
+            key = (
+                table.storage.name,
+                table.dim,
+                settings,
+                codebook_shape,
+                item.dtype,
+                item.out_of_range,
+            )
+            members_by_key.setdefault(key, []).append((item, table))
     return [
         group
-        for members in alike.values()
+        for members in members_by_key.values()
         if len(members) > 1
-        and sum(table.get_buffer(n).nbytes for _, table in members for n in _names(table))
+        and sum(table.get_buffer(n).nbytes for _, table in members for n in _tensor_names(table))
         <= MOST_BYTES
         and _predictions_unchanged(
             model, path, signature, rows_of_table, group := TableGroup(*zip(*members, strict=True))
@@ -149,30 +169,39 @@ def table_groups(
 
 
 def with_merged_tables(
-    model: nn.Module, found: Sequence[TableGroup], stand_in: type[nn.Module] = nn.Identity
+    model: nn.Module, groups: Sequence[TableGroup], replacement: type[nn.Module] = nn.Identity
 ) -> nn.Module:
-    """A copy of the network in which the tables of the groups return their input unchanged."""
-    copied = private_copy(model)
-    for group in found:
+    """Copy a model and replace the tables of the groups by modules that return looked-up rows.
+
+    Args:
+        model: the model; it is not modified.
+        groups: the groups whose tables are replaced.
+        replacement: class of the modules that replace the tables.
+    """
+    copy = private_copy(model)
+    for group in groups:
         for item in group.inputs:
-            swap(copied, item.table, stand_in())
-    return copied
+            swap(copy, item.table, replacement())
+    return copy
 
 
 def _is_concatenable(table: PackedTable) -> bool:
-    """Whether such tables can be concatenated: each entry is for one row, or of a codebook."""
+    """Return whether a table has a codebook, or else only tensors with one entry per row."""
     layout = table.storage.layout(table.rows, table.dim, table.settings)
     return codes_of(table) is not None or all(spec.every == 1 for spec in layout.values())
 
 
-def _names(table: nn.Module) -> tuple[str, ...]:
+def _tensor_names(table: nn.Module) -> tuple[str, ...]:
+    """Return the names of a table's stored tensors."""
     return tuple(name for name, _ in table.named_buffers())
 
 
-def _concatenated(tables: Sequence[PackedTable]) -> PackedTable:
+def _concatenate(tables: Sequence[PackedTable]) -> PackedTable:
+    """Concatenate tables of one format, settings and width along their rows."""
     first = tables[0]
     stored = {
-        name: torch.cat([table.get_buffer(name) for table in tables]) for name in _names(first)
+        name: torch.cat([table.get_buffer(name) for table in tables])
+        for name in _tensor_names(first)
     }
     if codes_of(first) is not None:
         return merge_tables(tables, stored)
@@ -188,32 +217,32 @@ def _predictions_unchanged(
     rows_of_table: dict[str, int],
     group: TableGroup,
 ) -> bool:
-    """Whether predictions stay the same if only the tables can read a group's inputs."""
-    inputs = example(signature, rows_of_table, TRIED_ROWS)
+    """Return whether predictions stay the same if only the tables can read a group's inputs."""
+    inputs = example(signature, rows_of_table, TEST_ROWS)
     expected = model.get_submodule(path)(**inputs)
     rows, _ = MergedTable(group, rows_of_table)([inputs[item.name] for item in group.inputs])
-    sealed = {item.name: _Sealed(row) for item, row in zip(group.inputs, rows, strict=True)}
-    opened = with_merged_tables(model, [group], _Opening)
+    hidden = {item.name: _HiddenRows(row) for item, row in zip(group.inputs, rows, strict=True)}
+    test_model = with_merged_tables(model, [group], _RowsReader)
     try:
-        predictions = opened.get_submodule(path)(**{**inputs, **sealed})
-    except Exception as fault:  # any use of the ids other than a lookup fails here
-        if is_out_of_memory(fault):
+        predictions = test_model.get_submodule(path)(**{**inputs, **hidden})
+    except Exception as error:  # any use of the ids other than a lookup fails here
+        if is_out_of_memory(error):
             raise
         return False
     return bool(torch.equal(predictions, expected))
 
 
 @dataclass(frozen=True)
-class _Sealed:
-    """Rows that only ``_Opening`` can read: no operator accepts this as a tensor."""
+class _HiddenRows:
+    """Looked-up rows that only ``_RowsReader`` can read, because operators reject this object."""
 
     rows: Tensor
 
 
-class _Opening(nn.Module):
-    """A table's placeholder that returns the rows of a ``_Sealed`` and rejects all other input."""
+class _RowsReader(nn.Module):
+    """Replaces a table in the test run: returns the rows of ``_HiddenRows``, its only input."""
 
-    def forward(self, input: _Sealed) -> Tensor:  # noqa: A002 - torch's name for the ids
-        if not isinstance(input, _Sealed):
-            raise TypeError(f"rows that were looked up together; found {type(input).__name__}")
+    def forward(self, input: _HiddenRows) -> Tensor:  # noqa: A002 - torch's name for the ids
+        if not isinstance(input, _HiddenRows):
+            raise TypeError(f"Expected looked-up rows, got {type(input).__name__}")
         return input.rows

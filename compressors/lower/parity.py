@@ -1,11 +1,12 @@
 """Parity check: compare the scores of a lowered graph with those of the module.
 
-Scores are compared on the same rows, relative to their spread (standard deviation).
+Both score the same rows. Differences are compared with limits that are relative to the spread
+(standard deviation) of the module's scores. The size of the limits has these reasons:
 
 * A graph without int8 arithmetic differs only by float rounding.
 * With int8 inputs, a value close to the boundary between two levels may be rounded to either, so a
-  few scores differ by about one level. ONNX Runtime's graph computes the same float32 values up to
-  such boundaries, so nine of ten scores must be equal up to rounding there.
+  few scores differ by about one level. In ONNX Runtime's graph the values before that rounding are
+  the module's, so 90 % of the scores must be equal up to float rounding.
 * TensorRT's graph rounds looked-up weights to float16 once, which moves many values across a
   boundary by a small amount.
 * A layer that TensorRT multiplies in bfloat16 rounds its inputs and outputs to 8 bits, which the
@@ -32,8 +33,18 @@ FloatArray = NDArray[np.float32]
 def compare(expected: FloatArray, found: FloatArray, plan: Plan | None, target: str) -> Parity:
     """Compare scores ``(rows,)`` or vectors ``(rows, dim)`` of the module and of the graph.
 
+    Args:
+        expected: the module's scores or vectors.
+        found: the graph's scores or vectors for the same rows.
+        plan: the compression plan, whose formats decide the limits; None if uncompressed.
+        target: name of the serving target.
+
+    Returns:
+        The differences and their limits.
+
     Raises:
-        ParityLost: NaN (a refused row) in different places, or a difference over the limit.
+        ParityLost: the shapes differ, NaN (a refused row) is in different places, or a difference
+            exceeds its limit.
     """
     if expected.shape != found.shape:
         shapes = expected.shape, found.shape
@@ -41,7 +52,7 @@ def compare(expected: FloatArray, found: FloatArray, plan: Plan | None, target: 
     refused = np.isnan(expected)
     if not np.array_equal(refused, np.isnan(found)):
         raise ParityLost(
-            _at(
+            _with_worst_row(
                 ParityFailure(code="parity_nan", target=target),
                 refused != np.isnan(found),
                 expected,
@@ -52,7 +63,7 @@ def compare(expected: FloatArray, found: FloatArray, plan: Plan | None, target: 
     gap = differences[~refused]
     finite = expected[np.isfinite(expected)]  # one infinite score would make every limit infinite
     spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
-    rms_share, largest_share, most_share = lowering_target(target).tolerance(plan)
+    rms_share, largest_share, quantile_90_share = lowering_target(target).tolerance(plan)
     parity = Parity(
         rows=int(expected.size),
         largest=float(gap.max(initial=0.0)),
@@ -61,7 +72,7 @@ def compare(expected: FloatArray, found: FloatArray, plan: Plan | None, target: 
         spread=spread,
         rms_limit=1e-6 + rms_share * spread,
         largest_limit=1e-5 + largest_share * spread,
-        quantile_90_limit=1e-6 + most_share * spread,
+        quantile_90_limit=1e-6 + quantile_90_share * spread,
     )
     if (
         parity.root_mean_square > parity.rms_limit
@@ -83,17 +94,17 @@ def compare(expected: FloatArray, found: FloatArray, plan: Plan | None, target: 
             },
             spread=spread,
         )
-        raise ParityLost(_at(failure, differences, expected, found))
+        raise ParityLost(_with_worst_row(failure, differences, expected, found))
     return parity
 
 
 def allowed_share(plan: Plan | None, target: str) -> float:
-    """Largest allowed difference of a tensor inside a graph, relative to its largest value."""
+    """Return how far a tensor in a graph may differ, relative to its largest absolute value."""
     return max(lowering_target(target).tolerance(plan))
 
 
 def gap_of(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
-    """Absolute differences: 0 if both are NaN or the same infinity, inf if one is NaN."""
+    """Return absolute differences: 0 if both are NaN or the same infinity, inf if one is NaN."""
     with np.errstate(invalid="ignore"):
         gap = np.abs(expected.astype(np.float64) - found)
     gap[(expected == found) | (np.isnan(expected) & np.isnan(found))] = 0.0
@@ -101,16 +112,16 @@ def gap_of(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
     return gap
 
 
-def _at(
+def _with_worst_row(
     failure: ParityFailure, gap: NDArray[Any], expected: FloatArray, found: FloatArray
 ) -> ParityFailure:
-    """Add the row and the scores where ``gap`` is largest to a failure."""
-    place = np.unravel_index(int(np.argmax(gap)), gap.shape)
+    """Return a failure with the row and the two scores for which ``gap`` is largest."""
+    position = np.unravel_index(int(np.argmax(gap)), gap.shape)
     return replace(
         failure,
-        row=int(place[0]),
-        component=int(place[1]) if len(place) > 1 else None,
-        expected=float(expected[place]),
-        found=float(found[place]),
+        row=int(position[0]),
+        component=int(position[1]) if len(position) > 1 else None,
+        expected=float(expected[position]),
+        found=float(found[position]),
         rows=int(expected.shape[0]),
     )

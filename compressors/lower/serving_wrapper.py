@@ -1,11 +1,12 @@
-"""The module that is exported and served: a model with its id policy and output, on every target.
+"""Wrap a model in the module that is exported: it adds the policy for ids out of range.
 
 A model is served as one graph, ``model``, or for ``retrieval`` as two: ``query`` and ``item``, one
 per tower. A graph has named inputs and one output: ``score`` float32 ``(rows,)``, a probability
-for ``ctr``; or a tower's ``vector``, float32 ``(rows, dim)``. The policy for ids out of range is
-part of the graph. A graph cannot raise for the policy ``error`` (for -1, ONNX Runtime returns the
-last row; TensorRT does not check), so the score or vector of such a row is NaN, which cannot be
-confused with a valid result.
+for ``ctr``; or a tower's ``vector``, float32 ``(rows, dim)``.
+
+A graph cannot raise an error for an id out of range: for -1, ONNX Runtime returns the last row, and
+TensorRT does not check. So with the policy ``error`` the graph refuses the row: its score or vector
+is NaN, which no valid row has.
 """
 
 from collections.abc import Sequence
@@ -26,10 +27,13 @@ VECTOR = "vector"
 
 @dataclass(frozen=True)
 class ServedGraph:
-    """One graph of a model: its name, inputs, submodule and output.
+    """One graph of a model.
 
-    ``signature`` has the inputs of this graph only. ``module`` is the attribute path of the
-    submodule that the graph runs; empty for the whole model.
+    Attributes:
+        name: ``model``, ``query`` or ``item``.
+        signature: the model's signature with the inputs of this graph only.
+        module: attribute path of the submodule that the graph runs; empty for the whole model.
+        output: name of the output, ``score`` or ``vector``.
     """
 
     name: str
@@ -38,12 +42,12 @@ class ServedGraph:
     output: str
 
     def part(self, model: nn.Module) -> nn.Module:
-        """The submodule of a model that this graph runs."""
+        """Return the submodule of a model that this graph runs."""
         return model.get_submodule(self.module)
 
 
 def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
-    """The graphs of a model with this signature; a request waits for the first one."""
+    """Return the graphs of a model; a request runs the first one, item vectors are precomputed."""
     if signature.towers is None:
         return (ServedGraph("model", signature, "", SCORE),)
     return tuple(
@@ -53,9 +57,15 @@ def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
 
 
 class ServingWrapper(nn.Module):
-    """A graph's part of a model with its input policy and output form.
+    """The exported module: applies the id policy, runs one graph's submodule, converts the output.
 
-    Takes tensors in the order of the form's signature.
+    Its inputs are tensors in the order of ``input_names(form.signature)``.
+
+    Attributes:
+        model: the model, prepared by ``wrap_for_serving``.
+        form: the graph that this module computes.
+        rows_of_table: number of rows by table name.
+        together: merged lookups, which run before the model.
     """
 
     def __init__(
@@ -89,7 +99,7 @@ class ServingWrapper(nn.Module):
             ids = inputs[item.name]
             rows = self.rows_of_table[item.table]
             inside = ids.clamp(0, rows - 1)
-            outside = inside != ids  # two operators; comparing with both bounds takes three
+            outside = inside != ids  # clamp and compare: one operator less than two comparisons
             if item.out_of_range == "default_row":
                 inside = torch.where(outside, item.default_row, ids)
             inputs[item.name] = inside
@@ -110,48 +120,60 @@ class ServingWrapper(nn.Module):
         return score.to(torch.float32)
 
 
-def _refused_rows(item: AnyInput, outside: Tensor, given: dict[str, Tensor]) -> Tensor | None:
-    """Rows to refuse: an id is out of range and the policy is ``error``, or a list is too long."""
+def _refused_rows(item: AnyInput, outside: Tensor, inputs: dict[str, Tensor]) -> Tensor | None:
+    """Return which rows to refuse, bool ``(rows,)``; None if this input refuses none.
+
+    A row is refused if an id is out of range and the policy is ``error``, or if its list of ids is
+    too long. ``outside`` marks ids out of range; ``inputs`` are the graph's tensors by name.
+    """
     if isinstance(item, JaggedBag):
-        second = given[tensor_names(item)[1]]
-        begin = second if item.layout == "offsets" else second.cumsum(0) - second
+        bounds = inputs[tensor_names(item)[1]]
+        first_id = bounds if item.layout == "offsets" else bounds.cumsum(0) - bounds
         count = outside.shape[0]
-        end = torch.cat([begin[1:], begin.new_full((1,), count)])
-        bad = (end - begin) > item.shape[0]
+        end_id = torch.cat([first_id[1:], first_id.new_full((1,), count)])
+        is_refused = (end_id - first_id) > item.shape[0]
         if item.out_of_range == "error":
-            inside, position = pad_positions(begin, end, count, item.shape[0])
+            inside, position = pad_positions(first_id, end_id, count, item.shape[0])
             # As floats: not every target can gather or reduce booleans.
-            hits = padded(outside.to(torch.float32), position) * inside
-            bad = bad | (hits.sum(dim=1) > 0)
-        return bad
+            outside_in_list = padded(outside.to(torch.float32), position) * inside
+            is_refused = is_refused | (outside_in_list.sum(dim=1) > 0)
+        return is_refused
     if isinstance(item, DenseInput) or item.out_of_range != "error":
         return None
     return outside if outside.dim() == 1 else outside.to(torch.float32).sum(dim=1) > 0
 
 
 def input_names(signature: Signature) -> tuple[str, ...]:
-    """Names of the graph's inputs, in order."""
+    """Return the names of the graph's inputs, in order."""
     return tuple(name for item in signature.inputs for name in tensor_names(item))
 
 
 def wrap_for_serving(
     model: nn.Module, form: ServedGraph, rows_of_table: dict[str, int], *, together: bool = False
 ) -> ServingWrapper:
-    """Prepare a model for export or comparison: rewrite bags, add id policy and output form.
+    """Prepare a model for export, or for comparison with its graph.
 
-    The given module is not modified. Its tensors are shared, except for those of tables whose
-    lookups are merged (``together``).
+    Args:
+        model: the model; it is not modified. The result shares its tensors, except those of tables
+            whose lookups are merged.
+        form: the graph to prepare.
+        rows_of_table: number of rows by table name.
+        together: whether to merge lookups in tables of the same format.
+
+    Returns:
+        The wrapper in evaluation mode. Each EmbeddingBag is replaced by a ``Bag`` of basic
+        operators.
     """
     copy = private_copy(model).eval()
-    longest: dict[str, int] = {}
+    longest_list: dict[str, int] = {}
     for item in form.signature.inputs:
         if isinstance(item, JaggedBag):
-            longest[item.table] = max(longest.get(item.table, 0), item.shape[0])
+            longest_list[item.table] = max(longest_list.get(item.table, 0), item.shape[0])
     for name, module in list(copy.named_modules()):
         if isinstance(module, nn.EmbeddingBag):
-            swap(copy, name, plain_bag(module, longest.get(name)))
+            swap(copy, name, plain_bag(module, longest_list.get(name)))
         elif isinstance(module, Bag):
-            module.longest = longest.get(name)
+            module.longest = longest_list.get(name)
     if not together:
         return ServingWrapper(copy, form, rows_of_table).eval()
     groups = table_groups(copy, form.part(copy), form.signature, rows_of_table)
@@ -160,12 +182,17 @@ def wrap_for_serving(
 
 
 def dynamic_shapes(signature: Signature, most_rows: int) -> tuple[dict[int, Any], ...]:
-    """The dynamic dimensions of the graph's inputs, for ``torch.export``."""
+    """Return the dynamic dimensions of the graph's inputs, for ``torch.export``.
+
+    Args:
+        signature: the graph's inputs.
+        most_rows: the largest batch size.
+    """
     batch = torch.export.Dim("batch", min=1, max=most_rows)
     shapes: list[dict[int, Any]] = []
     for item in signature.inputs:
         if isinstance(item, JaggedBag):
-            most = most_rows * item.shape[0]
-            shapes.append({0: torch.export.Dim(f"ids_{len(shapes)}", min=0, max=most)})
+            most_ids = most_rows * item.shape[0]
+            shapes.append({0: torch.export.Dim(f"ids_{len(shapes)}", min=0, max=most_ids)})
         shapes.append({0: batch})
     return tuple(shapes)

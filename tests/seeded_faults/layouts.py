@@ -114,7 +114,7 @@ FAULTS = (
     Fault(
         id="codes-tensor-sign-bit",
         file="compressors/lower/targets/tensorrt/types.py",
-        old="    signed = each ^ 8  # in two's complement the sign is bit 3\n",
+        old="    signed = unpacked ^ 8  # in two's complement the sign is bit 3\n",
         new="    signed = each  # in two's complement the sign is bit 3\n",
         effect="TensorRT reads int4 codes with an error of 8 levels.",
         tests=(

@@ -15,8 +15,8 @@ FAULTS = (
     Fault(
         id="soft-loss-temperature-of-student-only",
         file="compressors/task_kinds/ctr.py",
-        old="wanted = torch.sigmoid(teacher / temperature)",
-        new="wanted = torch.sigmoid(teacher)",
+        old="target = torch.sigmoid(teacher / temperature)",
+        new="target = torch.sigmoid(teacher)",
         effect="The teacher's probabilities are not softened by the temperature.",
         tests=(f"{LOSS}::test_soft_loss_of_clicks_is_the_cross_entropy_of_softened_probabilities",),
     ),
@@ -178,7 +178,7 @@ FAULTS = (
     Fault(
         id="probability-declared-as-logit-accepted",
         file="compressors/task_kinds/ctr.py",
-        old="if clearly_above(loss - other):\n",
+        old="if clearly_above(loss - other_loss):\n",
         new="if clearly_above(other - loss - 100):\n",
         effect="Probabilities declared as logits are packed.",
         tests=(f"{BASELINE}::test_probabilities_declared_as_logits_are_refused",),

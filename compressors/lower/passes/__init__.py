@@ -1,6 +1,6 @@
-"""Passes over an exported graph that every target uses, one per file.
+"""Passes over an exported graph that every target uses.
 
 exact_rules.py     rewrite rules that do not change what a graph computes
-simplify.py        inlining, constant folding and these rules
-strip_metadata.py  removal of the exporter's metadata
+simplify.py        inline functions, fold constants and apply these rules
+strip_metadata.py  remove the exporter's metadata
 """

@@ -1,14 +1,16 @@
 """Rewrite rules that do not change what a graph computes.
 
-These are onnxscript's default rules, except its no-op rules and two others. onnxscript's no-op
-rules compare constants with a tolerance (absolute 1e-8, relative 1e-5), so they remove ``+ 1e-9``
-and ``* 1.000009``: a masked mean ``sum / (count + 1e-12)`` of an empty list then divides 0 by 0.
-The rules here compare exactly: only 0 is removed from a sum or difference, and only 1 from a
-product or quotient. Two rules that merge clips are left out, because they are wrong for bounds that
-do not overlap: ``clamp(0, 1).clamp(2, 3)`` is 2, and one Clip from 2 to 1 gives 1.
+``RULES`` contains onnxscript's default rules with two changes:
 
-The other comparisons with a tolerance in onnxscript are in rules that are not run (HardSwish, RMS
-norm, attention scales). Constant folding and the passes that merge equal initializers and equal
+* onnxscript's no-op rules compare constants with a tolerance (absolute 1e-8, relative 1e-5), so
+  they remove ``+ 1e-9`` and ``* 1.000009``. A masked mean ``sum / (count + 1e-12)`` of an empty
+  list then divides 0 by 0. The no-op rules of this file compare exactly: they remove only ``+ 0``,
+  ``- 0``, ``* 1`` and ``/ 1``.
+* Two rules that merge consecutive Clips are omitted, because they are wrong for bounds that do not
+  overlap: ``clamp(0, 1).clamp(2, 3)`` is 2, but one Clip from 2 to 1 gives 1.
+
+onnxscript also compares with a tolerance in rules that recpress does not run (HardSwish, RMS norm,
+attention scales). Constant folding and the passes that merge equal initializers and equal
 subexpressions compare exactly.
 """
 
@@ -19,7 +21,7 @@ from onnxscript.rewriter.rules import common as rules
 
 
 def _scalar(value: int) -> pattern.Constant:
-    """A scalar constant of exactly this value."""
+    """Build a pattern that matches a scalar constant of exactly this value."""
     return pattern.Constant(value, rel_tol=0.0, abs_tol=0.0)
 
 
@@ -89,4 +91,4 @@ RULES = (
     rules.remove_optional_bias_from_qlinear_conv_rule,
     rules.remove_optional_bias_from_gemm_rule,
 )
-"""onnxscript's default rules in their order, except those named in the module docstring."""
+"""onnxscript's default rules in their order, with the changes in the module docstring."""

@@ -1,4 +1,8 @@
-"""Simplify an exported graph: the passes of onnxscript's ``optimize_ir`` with exact rules."""
+"""Simplify an exported graph.
+
+This runs the passes of onnxscript's ``optimize_ir``, but with the rewrite rules of
+``exact_rules.py``.
+"""
 
 from collections.abc import Callable
 
@@ -10,7 +14,7 @@ from onnxscript.rewriter import RewritePass
 from compressors.lower.passes.exact_rules import RULES
 
 ROUNDS = 2
-"""How often folding and rewriting are repeated at most, as in ``optimize_ir``."""
+"""Largest number of rounds of constant folding and rewriting, as in ``optimize_ir``."""
 
 
 def simplify(model: ir.Model, may_fold: Callable[[ir.Node], bool | None]) -> None:
@@ -18,19 +22,19 @@ def simplify(model: ir.Model, may_fold: Callable[[ir.Node], bool | None]) -> Non
 
     Args:
         model: the exported graph.
-        may_fold: whether a node with constant inputs may be replaced by its result; None for the
-            default of constant folding.
+        may_fold: returns whether a node with constant inputs may be replaced by its result; None
+            for the default of onnxscript's constant folding.
     """
     passes.InlinePass()(model)
     for _ in range(ROUNDS):
         folded = fold_constants_ir(model, onnx_shape_inference=True, should_fold=may_fold)
-        rest = ir.passes.Sequential(
+        rewritten = ir.passes.Sequential(
             RewritePass(RULES),
             passes.RemoveUnusedNodesPass(),
             passes.RemoveUnusedFunctionsPass(),
             passes.RemoveUnusedOpsetsPass(),
         )(model)
-        if not (folded.modified or rest.modified):
+        if not (folded.modified or rewritten.modified):
             break
     ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),

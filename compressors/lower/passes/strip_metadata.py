@@ -5,13 +5,14 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 
 class StripMetadata(ir.passes.InPlacePass):
-    """Remove metadata of the model, its graph, nodes and values; it can outweigh small weights.
+    """Remove the metadata of the model, its graph, nodes and values.
 
-    Differs from onnx_ir's ``ClearMetadataAndDocStringPass``: also of the model and of values.
+    In a graph of a small model, metadata can take more bytes than the weights. Differs from
+    onnx_ir's ``ClearMetadataAndDocStringPass``, which does not clear the model and values.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Strip a model in place."""
+        """Remove the metadata of a model in place."""
         modified = bool(ClearMetadataAndDocStringPass()(model).modified)
         outputs = [value for node in model.graph.all_nodes() for value in node.outputs]
         values = (*model.graph.inputs, *model.graph.initializers.values(), *outputs)

@@ -1,7 +1,7 @@
-"""Serving targets: translations of storage formats to ONNX operators, one folder for each.
+"""Serving targets: translate storage formats to ONNX operators, one folder for each target.
 
-target.py     what a target decides while a model is lowered for it
+target.py     the protocol of a target: translations, passes, tolerance, audit
 onnxruntime/  ONNX Runtime on CPU and edge
 tensorrt/     TensorRT and TensorRT-RTX
-registry.py   the lowering that a target declares
+registry.py   get a target by name
 """

@@ -1,4 +1,8 @@
-"""The lowering of each serving target, which its declaration names."""
+"""Get the lowering of a serving target by the target's name.
+
+The digest of a task's sources follows import statements. This file imports the built-in lowerings
+so that the digests of tasks that lower a model contain them.
+"""
 
 from compressors.contracts import target
 from compressors.lower.targets.onnxruntime.target import OnnxRuntime as OnnxRuntime
@@ -7,9 +11,7 @@ from compressors.lower.targets.tensorrt.target import TensorRT as TensorRT
 
 
 def lowering_target(name: str) -> LoweringTarget:
-    """Return the lowering of a target.
-
-    The imports of this file make the digests of tasks contain the lowerings of recpress.
+    """Return the lowering that a target declares.
 
     Raises:
         KeyError: there is no target of this name.

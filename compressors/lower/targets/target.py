@@ -1,4 +1,4 @@
-"""What a serving target decides while a model is lowered for it."""
+"""The protocol of a serving target in lowering, and the tolerances of its parity check."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +13,13 @@ from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitia
 
 
 class Tolerance(NamedTuple):
-    """Largest allowed differences from the module's scores, relative to their spread."""
+    """Largest allowed differences from the module's scores, relative to the scores' spread.
+
+    Attributes:
+        root_mean_square: limit of the root mean square of the differences.
+        largest: limit of the largest absolute difference.
+        quantile_90: limit of the 0.9 quantile of the absolute differences.
+    """
 
     root_mean_square: float
     largest: float
@@ -29,7 +35,7 @@ class LoweringTarget(Protocol):
 
     @property
     def merges_lookups(self) -> bool:
-        """Whether tables of the same format are looked up together in one table."""
+        """Whether tables of the same format are merged and looked up together."""
 
     def translations(self) -> Mapping[Any, Callable[..., Any]]:
         """Return the function that builds the subgraph of each custom op."""
@@ -40,9 +46,9 @@ class LoweringTarget(Protocol):
         """Convert a stored tensor of a table to the target's type; None if it needs no change.
 
         Args:
-            table: to which it belongs.
-            name: its name in the table's format.
-            values: as the module stores it.
+            table: the table to which the tensor belongs.
+            name: the tensor's name in the table's format.
+            values: the tensor as the module stores it.
         """
 
     def retyped_layer(
@@ -51,10 +57,10 @@ class LoweringTarget(Protocol):
         """Convert a stored tensor of a dense layer; arguments as for ``retyped_table``."""
 
     def stays_packed(self, layer: PackedLinear) -> bool:
-        """Whether the runtime multiplies by a dense layer's codes as they are stored."""
+        """Return whether the runtime multiplies by a dense layer's codes as they are stored."""
 
     def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
-        """Return the graph passes that run after the general ones, in order."""
+        """Return the target's graph passes, which run after the passes of ``passes/``, in order."""
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
         """Return the limits of the parity check for a model with this plan."""
@@ -66,25 +72,25 @@ class LoweringTarget(Protocol):
         tables: tuple[TableInitializers, ...],
         layers: tuple[LayerInitializer, ...],
     ) -> GraphAudit | None:
-        """Check that the graph as the runtime optimized it contains what the plan ordered.
+        """Raise if the graph that the runtime optimized does not have the plan's formats.
 
         Args:
-            graph: the optimized graph; only data of initializers may be in an external file.
+            graph: the optimized graph. Only the data of initializers may be in an external file.
             plan: the compression plan; None for an uncompressed model.
             tables: names in the graph of the stored tensors of every table.
-            layers: names in the graph of the stored weights of every packed dense layer.
+            layers: names in the graph of the stored weights of every compressed dense layer.
 
         Returns:
-            Counts and sizes; None if the target has no rule for graphs.
+            Counts and sizes; None if the target does not audit graphs.
 
         Raises:
-            AuditFailed: a weight or a product is not as ordered.
+            AuditFailed: a weight or a product does not have the plan's format.
         """
 
     def has_unsupported_products(self, plan: Plan | None) -> bool:
-        """Whether ONNX Runtime can check the graph only after its bfloat16 products are removed."""
+        """Return whether the graph has bfloat16 products, which ONNX Runtime on CPU refuses."""
 
 
 def formats_of(plan: Plan | None) -> set[str]:
-    """Return the formats of all tables and dense layers of a plan; empty without one."""
+    """Return the formats of all tables and dense layers of a plan; empty if there is no plan."""
     return {line.format for line in plan.lines if line.role != "other"} if plan else set()

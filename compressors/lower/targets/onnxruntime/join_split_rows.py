@@ -1,10 +1,14 @@
-"""A graph pass that removes a Split whose parts a Concat joins again."""
+"""A graph pass that removes a Split whose parts a Concat joins again.
+
+The merged lookup of several tables (``merged_tables.py``) ends with a Split, and networks often
+concatenate these rows.
+"""
 
 import onnx_ir as ir
 
 
 class JoinSplitRows(ir.passes.InPlacePass):
-    """Let a Concat that joins all parts of a Split in order read the input of the Split."""
+    """Replace all parts of a Split, in order, in a Concat's inputs by the input of the Split."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite a model in place."""
@@ -14,17 +18,17 @@ class JoinSplitRows(ir.passes.InPlacePass):
                 continue
             inputs, joined = list(node.inputs), list[ir.Value | None]()
             while inputs:
-                source = inputs[0].producer() if inputs[0] is not None else None
-                parts = list(source.outputs) if source is not None else []
-                whole = (
-                    source is not None
-                    and source.op_type == "Split"
+                split = inputs[0].producer() if inputs[0] is not None else None
+                parts = list(split.outputs) if split is not None else []
+                is_complete = (
+                    split is not None
+                    and split.op_type == "Split"
                     and inputs[: len(parts)] == parts
-                    and source.inputs[0] is not None
-                    and _axis(source, source.inputs[0]) == _axis(node, source.inputs[0]) is not None
+                    and split.inputs[0] is not None
+                    and _axis(split, split.inputs[0]) == _axis(node, split.inputs[0]) is not None
                 )
-                joined.append(source.inputs[0] if source is not None and whole else inputs[0])
-                inputs = inputs[len(parts) if whole else 1 :]
+                joined.append(split.inputs[0] if split is not None and is_complete else inputs[0])
+                inputs = inputs[len(parts) if is_complete else 1 :]
             if len(joined) == len(node.inputs):
                 continue
             modified = True
@@ -49,7 +53,10 @@ class JoinSplitRows(ir.passes.InPlacePass):
 
 
 def _axis(node: ir.Node, value: ir.Value) -> int | None:
-    """The axis of a Concat or Split of tensors like a value, from the front; None if unknown."""
+    """Return the axis of a Concat or Split, counted from the front; None if the rank is unknown.
+
+    ``value`` is a tensor of the same rank as the node's inputs.
+    """
     if value.shape is None:
         return None
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a target of lowering."""
+"""The target ONNX Runtime: its translations, passes, tolerance and audit for lowering."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from compressors.lower.targets.target import EXACT, Tolerance, formats_of
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """ONNX Runtime on CPU and edge: packed tables are read as they are stored."""
+    """ONNX Runtime on CPU and edge devices. See ``LoweringTarget`` for the methods."""
 
     merges_lookups: bool = True
 
@@ -29,20 +29,20 @@ class OnnxRuntime:
         return operators.translations()
 
     def retyped_table(self, *_: object) -> None:
-        """Tables keep their stored types."""
+        """Return None: tables keep their stored types."""
 
     def retyped_layer(
         self, layer: PackedLinear, name: str, values: np.ndarray
     ) -> ir.TensorProtocol | None:
-        """Convert codes to blocks, as MatMulNBits reads them."""
+        """Reshape codes to blocks, as MatMulNBits reads them."""
         return types.retyped(layer, name, values)
 
     def stays_packed(self, layer: PackedLinear) -> bool:
-        """Whether a product of codes computes a layer."""
+        """Return whether MatMulNBits multiplies by the stored codes of a layer."""
         return types.stays_packed(layer)
 
     def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
-        """Return the passes that keep products in int8 and lookups in one piece."""
+        """Return the passes that keep products in int8 and remove the Split of merged lookups."""
         return JoinSplitRows(), SpellOutClipping()
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
@@ -53,7 +53,7 @@ class OnnxRuntime:
         if "static_int8" in formats:
             return Tolerance(0.005, 0.2, 1e-3)
         if formats & {"weight_int8", "weight_int4"}:
-            # An input, rounded by its block's largest, may be on a boundary.
+            # Inputs are rounded to int8; one may be on the boundary of two levels.
             return Tolerance(0.002, 0.05, 1e-3)
         return EXACT
 
@@ -68,5 +68,5 @@ class OnnxRuntime:
         return audit(graph, plan, tables, layers)
 
     def has_unsupported_products(self, plan: Plan | None) -> bool:
-        """ONNX Runtime runs the graph that it serves."""
+        """Return False: this target's graphs run in ONNX Runtime."""
         return False

@@ -1,7 +1,7 @@
-"""Stored tensors of dense layers in the types and shapes that ONNX Runtime's operators take.
+"""Convert stored tensors of dense layers to the types and shapes that ONNX Runtime accepts.
 
-MatMulNBits reads unsigned codes in blocks. 8-bit floats are stored as bytes in a bundle and as
-floats in a graph. Weights are not packed again.
+MatMulNBits reads unsigned codes in blocks. 8-bit floats are bytes in a bundle and floats in a
+graph. The bits of the codes do not change.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ def retyped(layer: PackedLinear, name: str, values: np.ndarray) -> ir.TensorProt
     """Convert a stored tensor to ONNX Runtime's type and shape; None if it needs no change.
 
     Args:
-        layer: to which it belongs.
-        name: its name in the layer's format.
-        values: as the module stores it.
+        layer: the layer to which the tensor belongs.
+        name: the tensor's name in the layer's format.
+        values: the tensor as the module stores it.
     """
     form = layer.storage
     if isinstance(form, Float8DenseFormat):
@@ -31,11 +31,7 @@ def retyped(layer: PackedLinear, name: str, values: np.ndarray) -> ir.TensorProt
 
 
 def stays_packed(layer: PackedLinear) -> bool:
-    """Whether ONNX Runtime multiplies by a layer's codes as they are stored.
-
-    It does not for 8-bit codes and float inputs: for one row, that product is four to twelve times
-    slower than a Gemm.
-    """
+    """Return whether ONNX Runtime multiplies by a layer's codes as they are stored."""
     form = layer.storage
     if not isinstance(form, WeightOnlyFormat):
         return False
@@ -43,5 +39,13 @@ def stays_packed(layer: PackedLinear) -> bool:
 
 
 def multiplies_codes(bits: int, activations: str) -> bool:
-    """As ``stays_packed``, from an op's arguments."""
+    """Return whether ONNX Runtime multiplies by codes of weight-only layers as they are stored.
+
+    It does not for 8-bit codes and float inputs: for one row, that product is four to twelve times
+    slower than a Gemm.
+
+    Args:
+        bits: bits of a code.
+        activations: ``int8`` if the inputs are rounded to int8.
+    """
     return bits == 4 or activations == "int8"

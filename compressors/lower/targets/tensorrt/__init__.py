@@ -1,8 +1,8 @@
 """Translations of storage formats for TensorRT and TensorRT-RTX.
 
-types.py        stored tensors of tables in the types that TensorRT accepts
-dense_types.py  stored tensors of dense layers in those types
-tables.py       tables
-operators.py    the translation of every custom op
-target.py       all of it as targets of lowering
+types.py        convert stored tensors of tables to accepted types
+dense_types.py  convert stored tensors of dense layers to accepted types
+tables.py       translate tables
+operators.py    translate dense layers; the list of all translations
+target.py       the target's class, which combines the files above
 """

@@ -1,7 +1,7 @@
-"""Stored tensors of dense layers in the types and shapes that TensorRT's operators take.
+"""Convert stored tensors of dense layers to the types and shapes that TensorRT accepts.
 
-A DequantizeLinear reads signed codes. Weights are not packed again: only the type, the shape and
-the sign bit change. 8-bit floats are stored as bytes in a bundle and as floats in a graph.
+Codes are unsigned in a bundle, and DequantizeLinear reads signed ones, so their sign bit is
+inverted. 8-bit floats are bytes in a bundle and floats in a graph.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ def retyped(layer: PackedLinear, name: str, values: np.ndarray) -> ir.TensorProt
     """Convert a stored tensor to TensorRT's type and shape; None if it needs no change.
 
     Args:
-        layer: to which it belongs.
-        name: its name in the layer's format.
-        values: as the module stores it.
+        layer: the layer to which the tensor belongs.
+        name: the tensor's name in the layer's format.
+        values: the tensor as the module stores it.
     """
     form = layer.storage
     if isinstance(form, Float8DenseFormat):
@@ -40,6 +40,9 @@ def retyped(layer: PackedLinear, name: str, values: np.ndarray) -> ir.TensorProt
 
 
 def signed_length(inputs: int, block: int, bits: int) -> int:
-    """Number of codes per row: rounded up to whole blocks, or else whole bytes."""
-    whole = block or 8 // bits
-    return -(-inputs // whole) * whole
+    """Return the number of codes per row: ``inputs``, rounded up to whole blocks or whole bytes.
+
+    ``block`` is 0 if a row has one scale; then whole bytes of codes with ``bits`` bits are counted.
+    """
+    multiple = block or 8 // bits
+    return -(-inputs // multiple) * multiple

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX as targets of lowering: both read the same graphs."""
+"""The targets TensorRT and TensorRT-RTX, which read the same graphs, for lowering."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,10 @@ from compressors.lower.targets.tensorrt import dense_types, operators, types
 
 @dataclass(frozen=True)
 class TensorRT:
-    """TensorRT: it fuses operators by itself, so lookups are not merged."""
+    """TensorRT and TensorRT-RTX. See ``LoweringTarget`` for the methods.
+
+    The builder fuses operators, so lookups need not be merged.
+    """
 
     merges_lookups: bool = False
 
@@ -37,11 +40,11 @@ class TensorRT:
         return dense_types.retyped(layer, name, values)
 
     def stays_packed(self, layer: PackedLinear) -> bool:
-        """An engine stores weights packed: its audit compares its bytes with the plan's."""
+        """Return True: an engine stores codes; its audit compares its bytes with the plan's."""
         return True
 
     def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
-        """Return no pass: the builder optimizes the graph."""
+        """Return no pass, because the builder optimizes the graph."""
         return ()
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
@@ -54,13 +57,13 @@ class TensorRT:
         if "static_int8" in formats:
             return Tolerance(0.01, 0.2, 0.015)
         if formats - {"float32", DROPPED}:
-            # One float16 rounding of looked-up weights, or a float16 Gemm.
+            # Looked-up weights are rounded to float16 once, or a Gemm computes in float16.
             return Tolerance(0.005, 0.05, 0.01)
         return EXACT
 
     def audit(self, *_: object) -> None:
-        """The builder optimizes the graph, so its engine is audited instead."""
+        """Return None: the engine is audited instead of the graph, which the builder rewrites."""
 
     def has_unsupported_products(self, plan: Plan | None) -> bool:
-        """Whether dense layers multiply in bfloat16, which ONNX Runtime on CPU does not."""
+        """Return whether a dense layer multiplies in bfloat16, which ONNX Runtime refuses."""
         return has_bfloat16_products(plan)

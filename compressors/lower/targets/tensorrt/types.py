@@ -1,6 +1,6 @@
-"""Stored tensors in the types and shapes that TensorRT's operators take.
+"""Convert stored tensors of tables to the types and shapes that TensorRT accepts.
 
-A DequantizeLinear accepts signed codes, with two int4 codes per byte; scales per row are a vector,
+A DequantizeLinear accepts signed codes (int8, or two int4 per byte). One scale per row is a vector,
 the scale of a whole table is a scalar.
 """
 
@@ -20,23 +20,23 @@ def retyped(table: PackedTable, name: str, values: np.ndarray) -> ir.TensorProto
     """Convert a stored tensor to TensorRT's type and shape; None if it needs no change.
 
     Args:
-        table: to which it belongs.
-        name: its name in the table's format.
-        values: as the module stores it.
+        table: the table to which the tensor belongs.
+        name: the tensor's name in the table's format.
+        values: the tensor as the module stores it.
     """
-    form = table.storage
-    if isinstance(form, KMeansFormat | ProductCodesFormat | ResidualCodesFormat):
+    storage_format = table.storage
+    if isinstance(storage_format, KMeansFormat | ProductCodesFormat | ResidualCodesFormat):
         if name != "codes":
             return None
-        return codes_tensor(values, form.width(table.rows, table.dim, table.settings))
-    if form.name not in {"rowwise_int8", "rowwise_int4", "rowwise_int2", "float8_e4m3"}:
+        return codes_tensor(values, storage_format.width(table.rows, table.dim, table.settings))
+    if storage_format.name not in {"rowwise_int8", "rowwise_int4", "rowwise_int2", "float8_e4m3"}:
         return None
-    shared = SharedScales.of(table.settings)
+    sharing = SharedScales.of(table.settings)
     if name == "scale":
-        return _scale(form.name, shared, values)
-    match form.name, name:
+        return _reshape_scale(storage_format.name, sharing, values)
+    match storage_format.name, name:
         case "rowwise_int8", "codes":
-            return None if shared.symmetric else ir.Tensor((values ^ 128).view(np.int8))
+            return None if sharing.symmetric else ir.Tensor((values ^ 128).view(np.int8))
         case "rowwise_int4", "codes":
             return codes_tensor(values, 4)
         case "rowwise_int2", "codes":
@@ -46,30 +46,39 @@ def retyped(table: PackedTable, name: str, values: np.ndarray) -> ir.TensorProto
     return None
 
 
-def _scale(form: str, shared: SharedScales, values: np.ndarray) -> ir.TensorProtocol | None:
-    """Reshape the scale of a DequantizeLinear; None for a scale that stays a matrix."""
-    gathered = shared.rows_per_scale > 1 or not shared.symmetric or form == "rowwise_int2"
-    block = form == "rowwise_int4" and shared.rows_per_scale == 1  # one block per row: a matrix
-    if gathered or block:
+def _reshape_scale(
+    storage_format: str, sharing: SharedScales, values: np.ndarray
+) -> ir.TensorProtocol | None:
+    """Reshape the scale that a DequantizeLinear reads to a vector or scalar.
+
+    Returns None for a scale that stays a matrix: one that is gathered, or that of blocks.
+    """
+    is_gathered = (
+        sharing.rows_per_scale > 1 or not sharing.symmetric or storage_format == "rowwise_int2"
+    )
+    has_blocks = (
+        storage_format == "rowwise_int4" and sharing.rows_per_scale == 1
+    )  # a matrix, one block per row
+    if is_gathered or has_blocks:
         return None
-    return ir.Tensor(values.reshape((-1,) if shared.rows_per_scale else ()))
+    return ir.Tensor(values.reshape((-1,) if sharing.rows_per_scale else ()))
 
 
 def codes_tensor(values: np.ndarray, width: int) -> ir.TensorProtocol:
-    """Convert packed codes to signed numbers: int8, each 128 lower, or int4, each 8 lower.
+    """Convert packed unsigned codes to signed numbers: int8 (code - 128) or int4 (code - 8).
 
-    An int4 holds a code of 4 bits, or two codes of 2 bits that are half a row apart.
+    An int4 holds one code of 4 bits, or two codes of 2 bits whose places are half a row apart.
 
     Args:
-        values: codes packed in planes, uint8 ``(rows, bytes)``.
-        width: bits of a code.
+        values: uint8 ``(rows, bytes)``; plane ``p`` of byte ``b`` is code ``p * bytes + b``.
+        width: bits of a code: 2, 4 or 8.
     """
     if width == 8:
         return ir.Tensor((values ^ 128).view(np.int8))
-    each = unpack(torch.from_numpy(values), values.shape[1] * 8 // width, width).numpy()
+    unpacked = unpack(torch.from_numpy(values), values.shape[1] * 8 // width, width).numpy()
     if width == 2:
-        half = each.shape[1] // 2
-        each = each[:, :half] | (each[:, half:] << 2)
-    signed = each ^ 8  # in two's complement the sign is bit 3
+        half = unpacked.shape[1] // 2
+        unpacked = unpacked[:, :half] | (unpacked[:, half:] << 2)
+    signed = unpacked ^ 8  # in two's complement the sign is bit 3
     packed = signed[:, 0::2] | (signed[:, 1::2] << 4)
-    return ir.PackedTensor(packed.reshape(-1), ir.DataType.INT4, shape=ir.Shape(each.shape))
+    return ir.PackedTensor(packed.reshape(-1), ir.DataType.INT4, shape=ir.Shape(unpacked.shape))
