@@ -1,9 +1,12 @@
-"""Kinds of tasks: the functions of each, which its declaration names.
+"""Task kinds: losses and score checks of each kind of model output.
 
-protocol.py   what the functions of a kind are
-outputs.py    outputs as logits, and as shares of lists
+A task kind (``ctr``, ``ranking``) is declared in ``compressors/contracts/task_kind.py``. The
+declaration names the class in this folder that has the kind's functions.
+
+protocol.py   the functions that a task kind has
+outputs.py    convert outputs to logits, and to softmax shares of lists
 loss.py       the training loss of a signature, and batches in random order
 ctr.py        click prediction
 ranking.py    scores that order the rows of each list
-builtin.py    all of them, for the digests of the tasks that use them
+builtin.py    imports all task kinds, for digests of sources
 """

@@ -1,4 +1,4 @@
-"""Click prediction: the probability that a row is clicked, with labels 0 and 1."""
+"""Task kind ``ctr``: the probability of a click for each row, with labels 0 and 1."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 
 @dataclass(frozen=True)
 class Ctr:
-    """Binary cross entropy, and scores that fit the declared output."""
+    """Losses and score checks of click prediction."""
 
     output: Output
 
@@ -29,24 +29,29 @@ class Ctr:
         return F.binary_cross_entropy_with_logits(logits(self.output, score), label)
 
     def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
-        """Compute the mean cross entropy against the teacher's probabilities."""
+        """Compute the mean cross entropy against the teacher's probabilities at a temperature."""
         student, teacher = (logits(self.output, values) for values in rows[:2])
-        wanted = torch.sigmoid(teacher / temperature)
-        loss = F.binary_cross_entropy_with_logits(student / temperature, wanted)
+        target = torch.sigmoid(teacher / temperature)
+        loss = F.binary_cross_entropy_with_logits(student / temperature, target)
         return loss * temperature**2
 
     def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
-        """Check that scores fit the declared output and are better than the base rate."""
+        """Check that scores fit the declared output form and are better than the base rate.
+
+        Yields a problem if scores declared as probabilities are outside [0, 1], the other form
+        (logit or probability) has a clearly lower loss, the loss is clearly above that of
+        predicting the base rate, or the AUC is clearly below 0.5.
+        """
         label, score = sample.label, sample.score
-        outside = (score < 0) | (score > 1)
-        declared = self.output.form == "probability"
-        if declared and outside.any():
+        is_outside = (score < 0) | (score > 1)
+        is_probability = self.output.form == "probability"
+        if is_probability and is_outside.any():
             yield BaselineProblem(
                 Reason(
                     "probability_outside",
-                    count=int(outside.sum()),
+                    count=int(is_outside.sum()),
                     rows=score.size,
-                    score=float(score[outside][0]),
+                    score=float(score[is_outside][0]),
                 ),
                 refused=True,
                 fatal=True,
@@ -54,12 +59,14 @@ class Ctr:
             return
         as_logit = point_estimates.row_logloss(label, 1 / (1 + np.exp(-score)))
         loss = as_logit
-        if not outside.any():
+        if not is_outside.any():
             as_probability = point_estimates.row_logloss(label, score)
-            loss = as_probability if declared else as_logit
-            other = as_logit if declared else as_probability
-            if clearly_above(loss - other):
-                wrong, right = ("probability", "logit") if declared else ("logit", "probability")
+            loss = as_probability if is_probability else as_logit
+            other_loss = as_logit if is_probability else as_probability
+            if clearly_above(loss - other_loss):
+                wrong, right = (
+                    ("probability", "logit") if is_probability else ("logit", "probability")
+                )
                 yield BaselineProblem(
                     Reason(
                         "output_misdeclared",
@@ -67,13 +74,13 @@ class Ctr:
                         fitting=right,
                         rows=score.size,
                         declared_loss=float(loss.mean()),
-                        fitting_loss=float(other.mean()),
+                        fitting_loss=float(other_loss.mean()),
                     ),
-                    refused=not declared,
+                    refused=not is_probability,
                 )
                 return
         rate = float(label.mean())
-        if not 0 < rate < 1:  # the sample has one class only: the rarer one is too rare
+        if not 0 < rate < 1:  # all labels of the sample are equal
             return
         if clearly_above(loss - np.where(label == 1, -np.log(rate), -np.log1p(-rate))):
             yield BaselineProblem(
@@ -87,7 +94,7 @@ class Ctr:
             )
         positives = float(label.sum())
         negatives = label.size - positives
-        error = np.sqrt((label.size + 1) / (12 * positives * negatives))
+        auc_error = np.sqrt((label.size + 1) / (12 * positives * negatives))
         auc = point_estimates.auc(label, score)
-        if min(positives, negatives) >= 10 and auc + CLEAR * error < 0.5:
+        if min(positives, negatives) >= 10 and auc + CLEAR * auc_error < 0.5:
             yield BaselineProblem(Reason("worse_than_chance", auc=float(auc), rows=score.size))

@@ -1,7 +1,7 @@
-"""Training losses of a signature's kind of task, and batches of rows in random order.
+"""Training losses by task kind, and batches of rows in random order.
 
 A loss takes the network's raw output in the form that the signature names (a logit, a probability,
-or any score) and returns a scalar, averaged over rows or, for ranking, over groups.
+or any score) and returns a scalar, averaged over rows or, for ranking, over lists of rows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,14 +16,14 @@ from compressors.task_kinds.protocol import TaskFunctions, TaughtRows
 
 
 def functions_of(output: Output) -> TaskFunctions:
-    """Return the functions of an output's kind of task.
+    """Return the losses and score checks of an output's task kind.
 
     Raises:
-        ValueError: it has none; steps that need a loss refuse such a kind before.
+        ValueError: the task kind has none. Steps that need a loss refuse such a model earlier.
     """
     kind = output.task_kind.load()
     if kind is None:
-        raise ValueError(f"task {output.kind!r} has no loss")
+        raise ValueError(f"task kind {output.kind!r} has no loss")
     functions: TaskFunctions = kind(output)
     return functions
 
@@ -32,9 +32,9 @@ def hard_loss(signature: Signature, output: Tensor, batch: Batch) -> Tensor:
     """Compute the loss against the labels.
 
     Args:
-        signature: kind and form of the output.
+        signature: signature with the output's task kind and form.
         output: the network's output, float ``(rows,)`` or ``(rows, 1)``.
-        batch: labels, and for ranking the groups.
+        batch: the rows' labels, and for ranking their groups.
 
     Returns:
         A scalar.
@@ -48,10 +48,10 @@ def soft_loss(
     """Compute the distillation loss against the teacher (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        signature: kind and form of both outputs.
+        signature: signature with the task kind and form of both outputs.
         output: the student's output, float ``(rows,)`` or ``(rows, 1)``.
         teacher: the teacher's output for the same rows, float ``(rows,)``.
-        batch: the groups, for ranking.
+        batch: the rows; for ranking, their groups are used.
         temperature: divides both outputs before they are converted to probabilities; the loss is
             multiplied by its square, so that the size of gradients does not change.
 
@@ -65,13 +65,13 @@ def soft_loss(
 def shuffled(
     split: Split, signature: Signature, size: int, seed: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Yield batches of about ``size`` rows in random order, until ``limit`` rows are read."""
+    """Yield batches of about ``size`` rows in random order, until ``limit`` rows are yielded."""
     rows = Rows(split, signature)
-    read = 0
+    rows_yielded = 0
     for numbers in shuffled_rows(rows, signature, size, seed):
-        if limit is not None and read >= limit:
+        if limit is not None and rows_yielded >= limit:
             return
-        read += len(numbers)
+        rows_yielded += len(numbers)
         yield rows.take(numbers)
 
 
@@ -83,26 +83,34 @@ def shuffled_rows(
     *,
     whole_lists: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield the row numbers of each batch, int64 ``(about size,)``, each row once.
+    """Yield the row numbers of each batch, int64, in random order; each row is in one batch.
 
-    A batch contains whole groups if the loss is computed by list; with ``whole_lists`` also for
-    other tasks whose rows have a group.
+    Args:
+        rows: the rows of the data.
+        signature: the model's signature. If its loss is computed by list, all rows of a group are
+            in one batch.
+        size: number of rows of a batch; larger if its last group exceeds it.
+        seed: seed of the random order.
+        whole_lists: whether all rows of a group are in one batch for other task kinds, too.
     """
     generator = torch.Generator().manual_seed(seed)
     if rows.group is None or not (whole_lists or signature.has_lists):
-        whole = torch.randperm(len(rows), generator=generator)
-        yield from _without_single_rows(torch.split(whole, size))
+        row_numbers = torch.randperm(len(rows), generator=generator)
+        yield from _without_single_rows(torch.split(row_numbers, size))
         return
-    order = rows.group.argsort(stable=True)  # rows of a group are adjacent
+    order = rows.group.argsort(stable=True)  # makes rows of a group adjacent
     counts = torch.unique(rows.group, return_counts=True)[1]
     begins = counts.cumsum(0) - counts
-    yield from _without_single_rows(_lists(order, begins, counts, size, generator))
+    yield from _without_single_rows(_batches_of_groups(order, begins, counts, size, generator))
 
 
-def _lists(
+def _batches_of_groups(
     order: Tensor, begins: Tensor, counts: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Yield whole groups in random order, collected until a batch has ``size`` rows."""
+    """Yield batches of whole groups in random order; a batch has at least ``size`` rows.
+
+    ``order`` lists row numbers by group; group ``i`` starts at ``begins[i]`` and has ``counts[i]``.
+    """
     pending: list[Tensor] = []
     rows = 0
     for number in torch.randperm(len(counts), generator=generator).tolist():
@@ -115,15 +123,15 @@ def _lists(
         yield torch.cat(pending)
 
 
-def _without_single_rows(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Merge a batch of one row with the one before it: batch norm needs two rows for a variance."""
-    before: Tensor | None = None
-    for part in parts:
-        if before is not None and len(part) == 1:
-            before = torch.cat([before, part])
+def _without_single_rows(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Merge a batch of one row with the batch before it: batch norm needs two rows."""
+    previous: Tensor | None = None
+    for batch_rows in batches:
+        if previous is not None and len(batch_rows) == 1:
+            previous = torch.cat([previous, batch_rows])
             continue
-        if before is not None:
-            yield before
-        before = part
-    if before is not None:
-        yield before
+        if previous is not None:
+            yield previous
+        previous = batch_rows
+    if previous is not None:
+        yield previous

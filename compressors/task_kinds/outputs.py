@@ -1,4 +1,8 @@
-"""Outputs of models: as logits, and as shares of the lists that rows form."""
+"""Convert model outputs to logits, and scores of lists to softmax shares.
+
+A list is the group of rows that are ranked together, such as the results of one query. ``segment``
+is the list's index of each row, int64 ``(rows,)``.
+"""
 
 import torch
 from torch import Tensor
@@ -6,18 +10,18 @@ from torch import Tensor
 from compressors.contracts import Output
 from compressors.core.batches import Batch
 
-EDGE = 1e-6  # probabilities are clamped to [EDGE, 1 - EDGE], so that their logits are finite
+EDGE = 1e-6  # probabilities are clamped to [EDGE, 1 - EDGE], which makes their logits finite
 
 
 def logits(output: Output, values: Tensor) -> Tensor:
-    """Convert the values of an output to logits."""
+    """Convert an output's values, logits or probabilities, to logits."""
     return values if output.form == "logit" else torch.logit(values, eps=EDGE)
 
 
 def segments(batch: Batch, rows: int) -> tuple[Tensor, int]:
-    """Return the number of each row's list, int64 ``(rows,)``, and the number of lists.
+    """Return the index of each row's list, int64 ``(rows,)``, and the number of lists.
 
-    Without groups the whole batch is one list.
+    If the batch has no groups, it is one list. ``rows`` is the number of rows.
     """
     if batch.group is None:
         return torch.zeros(rows, dtype=torch.int64, device=batch.label.device), 1
@@ -26,19 +30,26 @@ def segments(batch: Batch, rows: int) -> tuple[Tensor, int]:
 
 
 def sums(values: Tensor, segment: Tensor, groups: int) -> Tensor:
-    """Sum values, ``(rows,)``, by list: ``(groups,)``."""
+    """Sum values ``(rows,)`` by list; returns ``(groups,)``."""
     return values.new_zeros(groups).index_add(0, segment, values)
 
 
 def log_shares(score: Tensor, segment: Tensor, groups: int) -> Tensor:
     """Return each row's log-softmax within its list, ``(rows,)``."""
-    top = score.detach().new_full((groups,), -torch.inf)
-    top = top.scatter_reduce(0, segment, score.detach(), "amax")
-    shifted = score - top[segment]
+    largest = score.detach().new_full((groups,), -torch.inf)
+    largest = largest.scatter_reduce(0, segment, score.detach(), "amax")
+    shifted = score - largest[segment]
     return shifted - sums(shifted.exp(), segment, groups).log()[segment]
 
 
 def listwise(score: Tensor, target: Tensor, segment: Tensor, counts: Tensor) -> Tensor:
-    """Compute the mean softmax cross entropy of the groups that count."""
-    each = sums(-target * log_shares(score, segment, len(counts)), segment, len(counts))
-    return (each * counts).sum() / counts.sum().clamp(min=1)
+    """Compute the softmax cross entropy, averaged over the lists for which ``counts`` is True.
+
+    Args:
+        score: float ``(rows,)``.
+        target: each row's target share of its list, float ``(rows,)``.
+        segment: index of each row's list, int64 ``(rows,)``.
+        counts: bool ``(groups,)``.
+    """
+    losses = sums(-target * log_shares(score, segment, len(counts)), segment, len(counts))
+    return (losses * counts).sum() / counts.sum().clamp(min=1)

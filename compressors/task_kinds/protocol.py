@@ -1,4 +1,4 @@
-"""The functions of a kind of task."""
+"""The functions that the class of a task kind must have, and their arguments."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,7 @@ class TaughtRows(NamedTuple):
 
 
 class ScoredSample(NamedTuple):
-    """A sample of rows with the uncompressed model's scores: all ``(rows,)``."""
+    """Labels, scores of the uncompressed model, and groups if any, ``(rows,)`` each."""
 
     label: NDArray[Any]
     score: NDArray[Any]
@@ -27,23 +27,26 @@ class ScoredSample(NamedTuple):
 
 
 class TaskFunctions(Protocol):
-    """Losses and checks of models with one score for each row. It is created with an output."""
+    """Losses and score checks of a task kind with one score per row.
+
+    The class is called with the signature's output.
+    """
 
     def hard_loss(self, score: Tensor, batch: Batch) -> Tensor:
         """Compute the loss against the labels, a scalar.
 
         Args:
             score: the network's output, float ``(rows,)``.
-            batch: labels, and groups if the kind has lists.
+            batch: the rows' labels, and their groups if the loss is computed by list.
         """
 
     def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
         """Compute the loss against a teacher, a scalar.
 
         Args:
-            rows: both outputs in the form that the declared output has.
+            rows: outputs of student and teacher, in the form that the signature names.
             temperature: divides both outputs; the loss is multiplied by its square.
         """
 
     def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
-        """Yield problems of the uncompressed model's scores."""
+        """Yield the problems of the uncompressed model's scores, such as an AUC below 0.5."""

@@ -1,4 +1,4 @@
-"""Ranking: scores that order the rows of each list, with labels that are grades of relevance."""
+"""Task kind ``ranking``: scores that order the rows of each list; labels are relevance grades."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 
 @dataclass(frozen=True)
 class Ranking:
-    """Listwise softmax cross entropy, and lists that are ordered better than at random.
+    """Losses and score checks of ranking.
 
-    Source: ListNet, Cao et al. 2007, top-one probabilities, with gains ``2^label - 1``. Groups
-    without a positive label do not count.
+    The loss is the listwise softmax cross entropy. Source: ListNet, Cao et al. 2007, top-one
+    probabilities, with gains ``2^label - 1``. Lists without a positive label are ignored.
     """
 
     output: Output
@@ -35,25 +35,25 @@ class Ranking:
         return listwise(score, target, segment, total > 0)
 
     def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
-        """Compute the mean cross entropy against the teacher's shares of each list."""
+        """Compute the mean cross entropy against each list's softmax of the teacher's scores."""
         segment, groups = segments(rows.batch, len(rows.student))
-        wanted = log_shares(rows.teacher / temperature, segment, groups).exp()
-        every = torch.ones(groups, dtype=torch.bool, device=rows.student.device)
-        return listwise(rows.student / temperature, wanted, segment, every) * temperature**2
+        target = log_shares(rows.teacher / temperature, segment, groups).exp()
+        all_lists = torch.ones(groups, dtype=torch.bool, device=rows.student.device)
+        return listwise(rows.student / temperature, target, segment, all_lists) * temperature**2
 
     def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
-        """Check that lists are ordered better than at random."""
+        """Yield a problem if the mean NDCG@10 is clearly below that of a random order."""
         label, score, group = sample
         if group is None:
             return
-        reached = point_estimates.group_ndcg(label, score, group, k=10)
+        ndcg = point_estimates.group_ndcg(label, score, group, k=10)
         random = point_estimates.group_ndcg(label, np.zeros_like(score), group, k=10)
-        if clearly_above(random - reached):
+        if clearly_above(random - ndcg):
             yield BaselineProblem(
                 Reason(
                     "worse_than_random_order",
-                    ndcg=float(reached.mean()),
-                    groups=reached.size,
+                    ndcg=float(ndcg.mean()),
+                    groups=ndcg.size,
                     random=float(random.mean()),
                 )
             )

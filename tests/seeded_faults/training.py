@@ -179,7 +179,7 @@ FAULTS = (
         id="probability-declared-as-logit-accepted",
         file="compressors/task_kinds/ctr.py",
         old="if clearly_above(loss - other_loss):\n",
-        new="if clearly_above(other - loss - 100):\n",
+        new="if clearly_above(other_loss - loss - 100):\n",
         effect="Probabilities declared as logits are packed.",
         tests=(f"{BASELINE}::test_probabilities_declared_as_logits_are_refused",),
     ),
