@@ -1,24 +1,24 @@
 """Data types that every layer uses: no math, no I/O, no torch.
 
-``infra`` may import this package and nothing else of ``compressors``, so reading an order loads no
-tensor library.
+``infra`` may import this package but nothing else of ``compressors``. Reading an order therefore
+loads no tensor library.
 
 coded_error.py        errors that carry a code and fields
-value_errors/         errors of invalid values in documents and settings, as code and fields
+value_errors/         errors about values in documents and settings, as code and fields
 reasons/              reasons of decisions and verdicts, as code and fields
-reasoned.py           a decision and its reasons
+reasoned.py           base class of decisions that have reasons
 artifact.py           a stored object, named by its content hash
 memory_errors.py      recognize errors caused by too little memory
 inputs.py             the kinds of inputs of a model
-named_object.py       objects that a declaration names, imported when first used
-task_kind.py          what a kind of task declares, and the registry of kinds
-metrics/              metrics: name, direction, unit, range and estimator
+named_object.py       import an object by the text ``module:name``
+task_kind.py          properties of each task kind, and the registry of task kinds
+metrics/              properties of each metric, and the registry of metrics
 limits.py             the limits of an order
 signature.py          inputs and outputs of a model
-network.py            architecture, records and ties: with the tensors they define a module
+network.py            the description that, with the tensors, defines a module
 plan.py               the decisions of a recipe for each table and layer
 bench.py              the data, teachers and settings that a step may use
-targets/              serving targets: name, lowering, builder and runtime
+targets/              properties of each serving target, and the registry of targets
 verdicts.py           estimates, judged limits and the verdict of a target
 """
 

@@ -1,4 +1,4 @@
-"""Artifact: a stored object, named by its content hash, that tasks exchange. Types only."""
+"""The type ``Artifact``: a stored object, named by its content hash, that tasks exchange."""
 
 import hashlib
 import json
@@ -13,7 +13,13 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def digest(value: Any) -> str:
-    """Compute the SHA-256 of a value's canonical JSON: sorted keys, no spaces, models as fields."""
+    """Compute the SHA-256 of a value's canonical JSON.
+
+    Keys are sorted, there are no spaces, and a pydantic model is an object of its fields.
+
+    Raises:
+        TypeError: the value contains an object without a JSON form.
+    """
 
     def plain(item: Any) -> Any:
         if isinstance(item, BaseModel):
@@ -34,6 +40,7 @@ def artifact_name(uri: str) -> str | None:
 
 
 def _without_root(uri: str) -> str:
+    """Return an artifact's URI relative to the root of the store; other URIs unchanged."""
     name = artifact_name(uri)
     return uri if name is None else f"artifacts/{name}"
 
@@ -41,10 +48,12 @@ def _without_root(uri: str) -> str:
 class Artifact(Frozen):
     """A stored object, named by its content hash; the only value that tasks exchange.
 
-    ``uri`` is relative to the root of the store, so that a store can be moved or mounted
-    elsewhere. URIs of earlier versions begin with a root, which is removed when they are read: the
-    content is located and verified by its hash. ``sha256`` is the root over the manifest's chunk
-    hashes, ``bytes`` the size of all files.
+    Attributes:
+        uri: ``artifacts/<sha256>``, relative to the root of the store, so that a store can be moved
+            or mounted elsewhere. Earlier versions of recpress wrote the root into the URI; it is
+            removed when such a URI is read.
+        sha256: hash over the chunk hashes in the artifact's manifest.
+        bytes: size of all files.
     """
 
     uri: Annotated[str, AfterValidator(_without_root)]

@@ -1,4 +1,4 @@
-"""Bench: the data, teachers and settings that a step may use. Types only."""
+"""The type ``Bench``: the data, teachers and settings that a step may use."""
 
 from typing import Literal
 
@@ -10,7 +10,13 @@ from compressors.contracts.signature import Signature
 
 
 class Split(Frozen):
-    """One split of the data as tensors on this machine's disk, named by its content."""
+    """One split of the data, stored as tensors on this machine's disk.
+
+    Attributes:
+        path: folder of the tensors.
+        sha256: hash of the content.
+        rows: number of rows.
+    """
 
     path: str
     sha256: Sha256
@@ -20,15 +26,16 @@ class Split(Frozen):
 Part = Literal[
     "train", "calibration", "validation", "soft_labels", "traffic", "traffic_soft_labels"
 ]
+"""Name of a field of ``Bench`` that is a split."""
 
 
 class Bench(Frozen):
     """The data, teachers and settings that a step may use. It never contains test data.
 
-    ``soft_labels`` contains the teacher's prediction for every row of ``train``, in its order:
-    ``score`` float32 ``(rows,)`` in the form of the signature's output; ``traffic_soft_labels`` the
-    same for ``traffic``, whose labels are not used. With ``teachers`` in addition to ``teacher`` it
-    is the mean prediction of all of them.
+    ``soft_labels`` contains the teacher's prediction for every row of ``train``, in the same order:
+    ``score`` float32 ``(rows,)`` in the form of the signature's output. ``traffic_soft_labels``
+    contains the same for ``traffic``, the logged requests, which have no labels. If there are
+    ``teachers`` in addition to ``teacher``, the mean prediction of all of them is stored.
     """
 
     signature: Signature

@@ -1,4 +1,4 @@
-"""Errors with a code and fields, from which their sentence is formatted. Types only.
+"""The base class of errors with a code and fields, from which their sentence is formatted.
 
 A program reads ``code`` and ``fields``; a person reads the sentence. The classes list their codes
 and sentences in the files of ``compressors/errors`` and ``infra/errors``, from which
@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 
 class SentenceFormatter(string.Formatter):
-    """Formats a sequence as ``a, b, c``, a mapping as ``a: 1, b: 2``, an empty one as ``none``.
+    """Formats the fields of a sentence, also sequences and mappings.
 
-    Items of a sequence in a mapping are separated by ``; ``. The format specification of a sequence
-    replaces the separator ``, ``, except for ``list`` (one line per item), ``lines`` (one line per
+    A sequence is formatted as ``a, b, c``, a mapping as ``a: 1, b: 2``, and an empty one as
+    ``none``. Items of a sequence in a mapping are separated by ``; ``. The format specification of
+    a sequence is its separator, except for ``list`` (one line per item), ``lines`` (one line per
     item if there is more than one), and ``[]`` (brackets, also around an empty sequence).
     """
 
@@ -80,13 +81,13 @@ def field_names(sentence: str) -> set[str]:
 
 
 def require_fields(code: str, sentence: str, fields: Mapping[str, Any]) -> None:
-    """Require a value for each name in a sentence, and for no other.
+    """Raise unless there is a value for each name in a sentence, and for no other.
 
     Raises:
-        TypeError: the names differ.
+        TypeError: the names of the sentence and of ``fields`` differ.
     """
     names = field_names(sentence)
     if names != fields.keys():
         expected = ", ".join(sorted(names)) or "none"
         got = ", ".join(sorted(fields)) or "none"
-        raise TypeError(f"{code!r} has the fields {expected}, got {got}")
+        raise TypeError(f"Expected the fields {expected} for code {code!r}, got {got}")

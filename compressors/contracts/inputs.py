@@ -1,4 +1,4 @@
-"""Kinds of model inputs: ids, dense vectors, padded and jagged bags. Types only."""
+"""Kinds of model inputs: ids, dense vectors, padded and jagged bags (lists of ids)."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -7,20 +7,28 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compressors.contracts.value_errors import value_error
 
 MAX_ROW_VALUES = 65_536
-"""Most values of one input in one row: they determine the memory of a batch."""
+"""Largest number of values of one input in one row; limits the memory of a batch."""
 
 OutOfRange = Literal["error", "clamp", "default_row"]
+"""What a graph does with an id that is not a row of the table.
+
+With ``error``, the score is NaN. With ``clamp``, the id becomes the first or last row. With
+``default_row``, it becomes the input's ``default_row``.
+"""
 
 
 class Frozen(BaseModel):
-    """An immutable value: equal if its fields are equal."""
+    """Base class of immutable values, which are equal if their fields are equal."""
 
-    # NaN must not be read back as null.
+    # Non-finite floats are written as text: by default, NaN is written as null.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class IdInput(Frozen):
-    """One id per row, or several ids of one table: int, shape ``()`` or ``(fields,)``."""
+    """One id per row, or one id for each of several fields of one table.
+
+    The tensor is int ``(rows,)`` or ``(rows, fields)``; ``shape`` is ``()`` or ``(fields,)``.
+    """
 
     kind: Literal["id"] = "id"
     name: str
@@ -37,7 +45,7 @@ class IdInput(Frozen):
         return _with_columns(data)
 
     @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
+    def _require_valid_shape(self) -> Self:
         _check_values(self)
         expected = () if len(self.columns) == 1 else (len(self.columns),)
         if self.shape != expected:
@@ -52,9 +60,10 @@ class IdInput(Frozen):
 
 
 class DenseInput(Frozen):
-    """A dense vector per row: float32, shape ``(width,)``.
+    """A dense vector per row; ``shape`` is ``(width,)``.
 
-    ``columns`` is either ``width`` scalar columns or one column of lists of that length.
+    The tensor is float32 ``(rows, width)``. ``columns`` names either ``width`` columns of scalars
+    or one column of lists of that length.
     """
 
     kind: Literal["dense"] = "dense"
@@ -69,7 +78,7 @@ class DenseInput(Frozen):
         return _with_columns(data)
 
     @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
+    def _require_valid_shape(self) -> Self:
         if len(self.shape) != 1 or self.shape[0] < 1:
             raise value_error("dense_shape_form", name=self.name)
         _check_values(self)
@@ -84,7 +93,10 @@ class DenseInput(Frozen):
 
 
 class PaddedBag(Frozen):
-    """A list of ids per row, padded at the end with ``padding_id``: int, shape ``(length,)``."""
+    """A list of ids per row, padded at the end with ``padding_id``; ``shape`` is ``(length,)``.
+
+    The tensor is int ``(rows, length)``.
+    """
 
     kind: Literal["padded_bag"] = "padded_bag"
     name: str
@@ -102,7 +114,7 @@ class PaddedBag(Frozen):
         return _with_columns(data)
 
     @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
+    def _require_valid_shape(self) -> Self:
         _check_bag(self)
         return self
 
@@ -110,10 +122,11 @@ class PaddedBag(Frozen):
 class JaggedBag(Frozen):
     """A list of ids per row, all lists concatenated.
 
-    The model is called with ``name`` (values, int ``(all ids,)``) and ``name_offsets``
-    (where each row begins, int ``(rows,)``) or ``name_lengths`` (ids per row, int ``(rows,)``).
-    ``shape`` is ``(longest,)``: the longest list that a request may contain, because a served
-    graph pads lists to this length. A longer list scores NaN; it is never silently truncated.
+    The model receives two tensors: ``name``, the ids of all rows, int ``(ids,)``; and
+    ``name_offsets``, the index of each row's first id, int ``(rows,)``, or ``name_lengths``, the
+    number of ids per row, int ``(rows,)``. ``shape`` is ``(longest,)``: the longest list that a
+    request may contain, because a served graph pads lists to this length. A row with a longer list
+    has the score NaN; lists are never silently truncated.
     """
 
     kind: Literal["jagged_bag"] = "jagged_bag"
@@ -132,24 +145,27 @@ class JaggedBag(Frozen):
         return _with_columns(data)
 
     @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
+    def _require_valid_shape(self) -> Self:
         _check_bag(self)
         return self
 
 
 def _with_columns(data: Any) -> Any:
+    """Set ``columns`` of an unvalidated input to its name if it has none."""
     if isinstance(data, dict) and not data.get("columns") and isinstance(data.get("name"), str):
         return {**data, "columns": (data["name"],)}
     return data
 
 
 def _check_values(item: "IdInput | DenseInput | PaddedBag | JaggedBag") -> None:
+    """Raise if a row of an input has more than ``MAX_ROW_VALUES`` values or columns."""
     most = max(*item.shape, len(item.columns), 1, 1)
     if most > MAX_ROW_VALUES:
         raise value_error("row_too_large", name=item.name, values=most, most=MAX_ROW_VALUES)
 
 
 def _check_bag(bag: PaddedBag | JaggedBag) -> None:
+    """Raise if a bag does not have a shape ``(length,)`` and one column."""
     if len(bag.shape) != 1 or bag.shape[0] < 1:
         raise value_error("bag_shape_form", name=bag.name)
     _check_values(bag)
@@ -161,7 +177,7 @@ AnyInput = Annotated[IdInput | DenseInput | PaddedBag | JaggedBag, Field(discrim
 
 
 def tensor_names(item: AnyInput) -> tuple[str, ...]:
-    """Return the names of the forward arguments of one input."""
+    """Return the names of the arguments of ``forward`` for one input: two for a jagged bag."""
     if isinstance(item, JaggedBag):
         return (item.name, f"{item.name}_{item.layout}")
     return (item.name,)

@@ -1,7 +1,7 @@
 """Limits of an order, and checks for limits that are likely mistakes.
 
-Types only. A stored limit is read without these checks; ``limit_problems`` is for new orders. Each
-check depends on what the metric declares (``metrics/metric.py``), not on its name.
+``limit_problems`` and ``limit_warnings`` check the limits of a new order; stored limits are read
+without them. The checks use the properties of a metric (``metrics/metric.py``), never its name.
 """
 
 import math
@@ -20,15 +20,16 @@ from compressors.contracts.value_errors import value_error
 Against = Literal["absolute", "baseline", "champion"]
 
 LARGEST_GAIN = 0.2
-"""No compression improves a quality metric by this much: such a bound is not a difference."""
+"""Smallest improvement of a quality metric that is implausible as the effect of compression."""
 
 
 class Limit(Frozen):
-    """One promise about one measured number.
+    """A bound on one metric of the candidate.
 
-    ``absolute`` compares the number itself. ``baseline`` and ``champion`` compare with that
-    model: the difference (candidate minus other) for quality, the ratio (candidate / other) for
-    bytes and latency. Score changes compare with the baseline already and are always ``absolute``.
+    With ``against`` ``absolute``, the bound is on the metric itself. With ``baseline`` (the
+    uncompressed model) or ``champion``, it is on a comparison with that model: the difference
+    (candidate minus other) for quality, the ratio (candidate / other) for bytes and latency. Score
+    changes are computed against the baseline, so a limit on them is always ``absolute``.
     """
 
     metric: MetricName = Field(
@@ -57,15 +58,15 @@ class Limit(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _score_change_is_absolute(cls, data: Any) -> Any:
-        """Read a limit on a score change that names no reference as ``absolute``."""
+        """Set ``against`` to ``absolute`` if a limit on a score change does not have it."""
         if isinstance(data, dict) and "against" not in data:
-            found = find_metric(str(data.get("metric")))
-            if found is not None and found.compared == "never":
+            known_metric = find_metric(str(data.get("metric")))
+            if known_metric is not None and known_metric.compared == "never":
                 return {**data, "against": "absolute"}
         return data
 
     @model_validator(mode="after")
-    def _one_reference(self) -> Self:
+    def _require_possible_reference(self) -> Self:
         if self.declared.compared == "never" and self.against != "absolute":
             raise value_error(
                 "score_change_with_reference", metric=self.metric, against=self.against
@@ -73,13 +74,13 @@ class Limit(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _one_bound(self) -> Self:
+    def _require_one_bound(self) -> Self:
         if (self.at_least is None) == (self.at_most is None):
             raise value_error("bound_count", metric=self.metric)
         return self
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _require_possible_bound(self) -> Self:
         if self.against == "absolute" and self.bound < 0:
             if self.declared.compared == "never":
                 raise value_error("score_change_bound_negative", metric=self.metric)
@@ -88,7 +89,7 @@ class Limit(Frozen):
 
     @property
     def declared(self) -> Metric:
-        """What the metric declares."""
+        """The properties of the metric."""
         return metric(self.metric)
 
     @property
@@ -122,14 +123,14 @@ class Limit(Frozen):
         )
 
     def __str__(self) -> str:
-        versus = "" if self.against == "absolute" else f" vs {self.against}"
+        reference = "" if self.against == "absolute" else f" vs {self.against}"
         if self.at_least is not None:
-            return f"{self.metric}{versus} >= {self.at_least:g}"
-        return f"{self.metric}{versus} <= {self.at_most:g}"
+            return f"{self.metric}{reference} >= {self.at_least:g}"
+        return f"{self.metric}{reference} <= {self.at_most:g}"
 
 
 def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
-    """Report limits that are likely mistakes: why, and what was probably intended.
+    """Return limits that are likely mistakes: why, and what was probably intended.
 
     Args:
         limits: the limits of one order.
@@ -139,11 +140,13 @@ def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
     """
     problems = [*_contradictions(limits)]
     for limit in limits:
-        why = _reason(limit)
+        why = _mistake(limit)
         if why is None:
             continue
-        meant = (str(other) for other in _intents(limit) if _reason(other) is None)
-        intents, text = tuple(dict.fromkeys(meant)), str(limit)
+        plausible = (
+            str(intended) for intended in _likely_intents(limit) if _mistake(intended) is None
+        )
+        intents, text = tuple(dict.fromkeys(plausible)), str(limit)
         problems.append(
             Reason("limit_with_intents", limit=text, why=why, intents=intents)
             if intents
@@ -153,137 +156,143 @@ def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
 
 
 def limit_warnings(limits: Sequence[Limit]) -> tuple[Reason, ...]:
-    """Warn about limits that demand an improvement over the baseline, which is rarely intended.
+    """Return a warning for each limit that demands an improvement over the baseline.
 
-    They are allowed, because several teachers or a recalibration can improve a model. Against the
-    champion such a limit is common.
+    Such a limit is rarely intended, but allowed, because several teachers or a recalibration can
+    improve a model. Limits against the champion are not checked: an improvement is common there.
     """
     return tuple(
         Reason(
             "improvement_demanded",
             limit=str(limit),
             metric=limit.metric,
-            loss=str(_limit(limit, -limit.bound, limit.against)),
+            loss=str(_with_bound(limit, -limit.bound, limit.against)),
         )
         for limit in limits
         if limit.against == "baseline"
         and limit.declared.compared == "difference"
-        and _gain(limit) > 0
+        and _demanded_gain(limit) > 0
     )
 
 
 def _contradictions(limits: Sequence[Limit]) -> Iterator[Reason]:
-    """Yield a reason for each pair of limits on one number that no value satisfies."""
-    for place, first in enumerate(limits):
-        for second in limits[place + 1 :]:
+    """Yield a reason for each pair of limits on the same metric that no value satisfies."""
+    for index, first in enumerate(limits):
+        for second in limits[index + 1 :]:
             if (first.metric, first.against) != (second.metric, second.against):
                 continue
-            least = max(
+            lower_bound = max(
                 (b for b in (first.at_least, second.at_least) if b is not None), default=-math.inf
             )
-            most = min(
+            upper_bound = min(
                 (b for b in (first.at_most, second.at_most) if b is not None), default=math.inf
             )
-            if least > most:
+            if lower_bound > upper_bound:
                 yield Reason("limits_contradict", first=str(first), second=str(second))
 
 
-def _reason(limit: Limit) -> Reason | None:
+def _mistake(limit: Limit) -> Reason | None:
     """Return why a limit is likely a mistake, or None."""
-    facts, bound, name = limit.declared, limit.bound, limit.metric
-    if (limit.at_least is not None) != facts.higher_is_better:
-        better = "higher" if facts.higher_is_better else "lower"
+    spec, bound, name = limit.declared, limit.bound, limit.metric
+    if (limit.at_least is not None) != spec.higher_is_better:
+        better = "higher" if spec.higher_is_better else "lower"
         return Reason("bounds_best", better=better, metric=name)
     if limit.against == "absolute":
-        return _absolute_reason(limit)
-    if facts.compared == "ratio":
+        return _absolute_mistake(limit)
+    if spec.compared == "ratio":
         if bound <= 0:
             return Reason("ratio_not_positive")
-        if bound > facts.largest:
+        if bound > spec.largest:
             return Reason("ratio_too_large", ratio=bound, against=limit.against, metric=name)
         return None
-    if _gain(limit) >= LARGEST_GAIN:
+    if _demanded_gain(limit) >= LARGEST_GAIN:
         return Reason("gain_too_large", metric=name, against=limit.against, gain=abs(bound))
-    if -_gain(limit) >= facts.largest:
+    if -_demanded_gain(limit) >= spec.largest:
         return Reason("loss_too_large", metric=name, loss=abs(bound))
     return None
 
 
-def _absolute_reason(limit: Limit) -> Reason | None:
-    facts, bound, name = limit.declared, limit.bound, limit.metric
-    unchanged = facts.compared == "never"  # then the best value can be reached: no score changes
-    if facts.higher_is_better:
-        if bound > facts.high or (bound == facts.high and not unchanged):
-            return Reason("above_highest", metric=name, highest=facts.high)
-        if bound < facts.low:
-            return Reason("below_random", metric=name, lowest=facts.low)
+def _absolute_mistake(limit: Limit) -> Reason | None:
+    """Return why a limit with ``against`` ``absolute`` is likely a mistake, or None."""
+    spec, bound, name = limit.declared, limit.bound, limit.metric
+    is_score_change = spec.compared == "never"  # its best value can be reached
+    if spec.higher_is_better:
+        if bound > spec.high or (bound == spec.high and not is_score_change):
+            return Reason("above_highest", metric=name, highest=spec.high)
+        if bound < spec.low:
+            return Reason("below_random", metric=name, lowest=spec.low)
         if bound <= 0:
             return Reason("below_zero", metric=name)
         return None
-    if (bound <= 0 and not unchanged) or bound < facts.low:
-        if not facts.low:
+    if (bound <= 0 and not is_score_change) or bound < spec.low:
+        if not spec.low:
             return Reason("not_above_zero", metric=name)
-        return Reason("below_lowest", metric=name, lowest=facts.low, unit=facts.unit)
-    if bound >= facts.high:
-        return Reason("beyond_highest", metric=name, highest=facts.high, unit=facts.unit)
+        return Reason("below_lowest", metric=name, lowest=spec.low, unit=spec.unit)
+    if bound >= spec.high:
+        return Reason(
+            "beyond_highest",
+            metric=name,
+            highest=spec.high,
+            unit=spec.unit,
+        )
     return None
 
 
-def _intents(limit: Limit) -> Iterator[Limit]:
-    """Yield the limits that were probably intended instead, the likeliest first."""
-    facts, bound = limit.declared, limit.bound
-    versus: Against = "baseline" if limit.against == "absolute" else limit.against
-    loss = -abs(bound) if facts.higher_is_better else abs(bound)
-    if (limit.at_least is not None) != facts.higher_is_better:
-        difference = limit.against != "absolute" and facts.compared == "difference"
-        other = _limit(limit, loss if difference else abs(bound), limit.against)
-        yield from [other] if _reason(other) is None else _intents(other)
-    elif facts.compared == "never":
-        yield _limit(limit, bound / 100, "absolute")  # percent
-    elif facts.compared == "difference" and limit.against == "absolute":
-        if bound > 1:  # percent
-            yield _limit(limit, bound / 100, "absolute")
+def _likely_intents(limit: Limit) -> Iterator[Limit]:
+    """Yield the limits that were probably intended instead, the most likely one first."""
+    spec, bound = limit.declared, limit.bound
+    reference: Against = "baseline" if limit.against == "absolute" else limit.against
+    loss = -abs(bound) if spec.higher_is_better else abs(bound)
+    if (limit.at_least is not None) != spec.higher_is_better:
+        is_difference = limit.against != "absolute" and spec.compared == "difference"
+        intended = _with_bound(limit, loss if is_difference else abs(bound), limit.against)
+        yield from [intended] if _mistake(intended) is None else _likely_intents(intended)
+    elif spec.compared == "never":
+        yield _with_bound(limit, bound / 100, "absolute")  # the bound is in percent
+    elif spec.compared == "difference" and limit.against == "absolute":
+        if bound > 1:  # the bound is in percent
+            yield _with_bound(limit, bound / 100, "absolute")
         if bound <= 100 * LARGEST_GAIN:
-            yield _limit(limit, loss / 100 if bound >= 1 else loss, versus)
-    elif facts.compared == "difference":
+            yield _with_bound(limit, loss / 100 if bound >= 1 else loss, reference)
+    elif spec.compared == "difference":
         if 0 < bound <= 1:
-            yield _limit(limit, bound, "absolute")
-        yield _limit(limit, loss / 100, versus)
+            yield _with_bound(limit, bound, "absolute")
+        yield _with_bound(limit, loss / 100, reference)
     elif limit.against == "absolute":
-        yield _limit(limit, bound, versus)
-        if bound > 1:  # percent; a ratio that is also a percentage is read as the ratio
-            yield _limit(limit, bound / 100, versus)
-        if facts.batch is not None:
-            yield _limit(limit, bound * 1000, "absolute")  # seconds
+        yield _with_bound(limit, bound, reference)
+        if bound > 1:  # the bound is in percent; as a ratio it was yielded before
+            yield _with_bound(limit, bound / 100, reference)
+        if spec.batch is not None:
+            yield _with_bound(limit, bound * 1000, "absolute")  # the bound is in seconds
     else:
         if -1 < bound < 0:
-            yield _limit(limit, 1 + bound, versus)
+            yield _with_bound(limit, 1 + bound, reference)
         if 0 < bound <= 100:
-            yield _limit(limit, bound / 100, versus)
-        yield _limit(limit, abs(bound), "absolute")
+            yield _with_bound(limit, bound / 100, reference)
+        yield _with_bound(limit, abs(bound), "absolute")
 
 
 def _example(limit: Limit) -> Limit:
-    """Return a typical limit on the same metric."""
-    facts = limit.declared
-    if facts.compared == "never":
-        return _limit(limit, 0.999 if facts.higher_is_better else 0.05, "absolute")
-    usual = 1.0 if facts.compared == "ratio" else -0.002 if facts.higher_is_better else 0.002
-    return _limit(limit, usual, "baseline")
+    """Return a typical limit on the same metric, for an example in a message."""
+    spec = limit.declared
+    if spec.compared == "never":
+        return _with_bound(limit, 0.999 if spec.higher_is_better else 0.05, "absolute")
+    typical_bound = 1.0 if spec.compared == "ratio" else -0.002 if spec.higher_is_better else 0.002
+    return _with_bound(limit, typical_bound, "baseline")
 
 
-def _limit(limit: Limit, bound: float, against: Against) -> Limit:
-    """Return a limit on the same metric that bounds its loss."""
+def _with_bound(limit: Limit, bound: float, against: Against) -> Limit:
+    """Return a limit on the same metric that bounds how bad the metric may be."""
     side = "at_least" if limit.declared.higher_is_better else "at_most"
-    other = {
+    changes = {
         "at_least": None,
         "at_most": None,
         side: float(f"{bound:.12g}") + 0.0,
         "against": against,
     }
-    return limit.model_copy(update=other)
+    return limit.model_copy(update=changes)
 
 
-def _gain(limit: Limit) -> float:
+def _demanded_gain(limit: Limit) -> float:
     """Return the improvement that a difference limit demands; negative if it allows a loss."""
     return limit.bound if limit.declared.higher_is_better else -limit.bound

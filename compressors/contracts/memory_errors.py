@@ -17,10 +17,10 @@ _NATIVE_MODULES = ("onnxruntime", "torch", "safetensors", "safetensors_rust", "p
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
-    """Whether too little memory caused an error or one that it was raised from.
+    """Return whether too little memory caused an error, directly or through its causes.
 
-    numpy and pyarrow raise subclasses of ``MemoryError``; torch, ONNX Runtime, safetensors and
-    the system's loader raise other classes, so their text is searched.
+    numpy and pyarrow raise subclasses of ``MemoryError``. torch, ONNX Runtime, safetensors and the
+    system's library loader raise other classes, so the messages of these are searched.
     """
     visited: set[int] = set()
     error: BaseException | None = fault

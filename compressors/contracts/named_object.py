@@ -1,11 +1,11 @@
-"""Objects that a declaration names, imported when they are first used."""
+"""Import an object by the text ``module:name``, when it is first used."""
 
 from importlib import import_module
 from typing import Any
 
 
 def named_object(reference: Any) -> Any:
-    """Return the object that ``module:name`` names; anything but a text is returned unchanged."""
+    """Import the object that a text ``module:name`` names; return other values unchanged."""
     if not isinstance(reference, str):
         return reference
     module, _, name = reference.partition(":")

@@ -1,4 +1,4 @@
-"""Network: architecture, records and ties that, with the tensors, define a module. Types only."""
+"""The type ``Network``: the description that, with the stored tensors, defines a module."""
 
 from typing import Any, Literal
 
@@ -15,9 +15,13 @@ class Architecture(Frozen):
 
 
 class ModuleRecord(Frozen):
-    """The compressed module that replaces an Embedding, EmbeddingBag, Linear or norm.
+    """The description of a compressed module, which replaces a module of the architecture.
 
-    Kind ``output`` is a map after the network's output, where the architecture has no module.
+    Attributes:
+        kind: what it replaces: an Embedding (``table``), EmbeddingBag (``bag``), Linear or norm.
+            ``output`` replaces nothing: it is a map that is applied to the network's output.
+        format: name of the storage format.
+        settings: arguments of the compressed module.
     """
 
     kind: Literal["table", "bag", "linear", "norm", "output"]
@@ -26,7 +30,10 @@ class ModuleRecord(Frozen):
 
 
 class Network(Frozen):
-    """The description that, with the tensors, is needed to build a module."""
+    """The description from which, with the stored tensors, a module is built.
+
+    ``modules`` contains the record of each compressed module, by attribute path.
+    """
 
     architecture: Architecture
     modules: dict[str, ModuleRecord] = Field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The plan of a recipe: one line for each table and dense layer. Types only."""
+"""The plan of a recipe: one line for each table and dense layer."""
 
 from typing import Any, Literal, Self
 
@@ -15,7 +15,14 @@ DROPPED = "dropped"
 class PlanLine(Reasoned):
     """The decision of a recipe for one table or dense layer, with its reasons.
 
-    ``warnings`` are possible problems of the result; in JSON ``warning`` is their sentence.
+    Attributes:
+        module: attribute path of the table or layer.
+        role: ``table`` or ``dense``; ``other`` for the map after the output, and for the line of
+            all other tensors.
+        format: name of the storage format after the recipe.
+        bytes_before: size before the recipe.
+        bytes_after: size after the recipe.
+        warnings: possible problems of the result; in JSON, ``warning`` is their sentence.
     """
 
     module: str
@@ -39,10 +46,10 @@ class PlanLine(Reasoned):
 
 
 class Plan(Frozen):
-    """One explicit line for every table and every dense layer.
+    """The lines of a recipe's plan: one for every table and every dense layer.
 
-    ``reasons`` are about steps without a line: a step that changed nothing, a unit that a step had
-    to skip. In JSON ``remarks`` are their sentences.
+    ``reasons`` say which steps changed nothing and which units a step had to skip. In JSON,
+    ``remarks`` are their sentences.
     """
 
     lines: tuple[PlanLine, ...] = ()

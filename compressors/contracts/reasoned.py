@@ -1,4 +1,4 @@
-"""A decision and its reasons, as codes and fields. Types only."""
+"""The base class of decisions that have reasons, as codes and fields."""
 
 from typing import Any, Self
 
@@ -9,10 +9,11 @@ from compressors.contracts.reasons import Reason, joined, read_reasons
 
 
 class Reasoned(Frozen):
-    """A decision and its reasons.
+    """A decision with its reasons.
 
-    In JSON ``reasons`` are codes and fields, and ``reason`` is their sentence. Documents
-    stored before codes existed have only the sentence, which is read as code ``as_written``.
+    In JSON, ``reasons`` are codes and fields, and ``reason`` is the sentence of all reasons.
+    Documents of earlier versions have only the sentence, which is read as one reason with code
+    ``as_written``.
     """
 
     reasons: tuple[Reason, ...] = Field(min_length=1)

@@ -1,4 +1,4 @@
-"""The signature of a model: its inputs and its outputs. Types only."""
+"""The signature of a model: its inputs and its outputs."""
 
 from collections.abc import Iterable
 from typing import Self
@@ -11,16 +11,17 @@ from compressors.contracts.task_kind import OutputForm, TaskKind, TaskName, task
 from compressors.contracts.value_errors import value_error
 
 ITEMS = "items"
-"""The split of a retrieval model that contains its catalogue, one row per item."""
+"""Name of the split that contains the catalogue of a retrieval model, one row per item."""
 
 TRAFFIC = "traffic"
-"""The split of logged requests: rows without a label, scored by a teacher."""
+"""Name of the split of logged requests: rows without labels, which a teacher scores."""
 
 
 class Tower(Frozen):
-    """One half of a retrieval model: a submodule, and the inputs it is called with by name.
+    """One of the two towers of a retrieval model: a submodule, and the names of its inputs.
 
-    It returns vectors ``(rows, dim)``, of the same ``dim`` as the other tower's.
+    The submodule is called with its inputs by name and returns vectors ``(rows, dim)``. Both towers
+    have the same ``dim``.
     """
 
     module: str = Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", description="Its attribute path.")
@@ -28,21 +29,25 @@ class Tower(Frozen):
 
 
 class Towers(Frozen):
-    """The served parts of a retrieval model: a pair's score is the dot product of both vectors."""
+    """Both towers of a retrieval model; the score of a pair is the dot product of its vectors."""
 
     query: Tower
     item: Tower
 
     def named(self) -> dict[str, Tower]:
-        """Return both towers, by the name of their served graph."""
+        """Return both towers by the names of their served graphs."""
         return {"query": self.query, "item": self.item}
 
 
 class Output(Frozen):
-    """One output of a model: the kind of task, the form of the values, the label and the metric.
+    """One output of a model.
 
-    The values of a row are a logit or a probability for ``ctr``, any score (higher ranks first)
-    for ``ranking`` and ``retrieval``.
+    Attributes:
+        name: the output's name.
+        kind: name of its task kind.
+        form: what its values are: logits or probabilities of label 1, or scores (higher is better).
+        label: column with the labels; None if there is none.
+        metric: the metric by which the model is judged.
     """
 
     name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")
@@ -52,7 +57,7 @@ class Output(Frozen):
     metric: MetricName
 
     @model_validator(mode="after")
-    def _fits_its_kind(self) -> Self:
+    def _require_form_and_label(self) -> Self:
         kind = self.task_kind
         if self.form not in kind.forms:
             raise value_error("output_form", task=self.kind, forms=kind.forms, got=self.form)
@@ -62,19 +67,26 @@ class Output(Frozen):
 
     @property
     def task_kind(self) -> TaskKind:
-        """What the kind of task declares."""
+        """The properties of the task kind."""
         return task_kind(self.kind)
 
 
 class Signature(Frozen):
-    """Inputs and outputs of a model, and the columns of its data that no output has alone.
+    """The signature of a model.
 
     A model is called with its inputs by name and returns its only output, ``(rows,)`` or
-    ``(rows, 1)``. Code that iterates over ``outputs`` is written for several; code that is not
-    takes ``single_output``.
+    ``(rows, 1)``. Code that supports several outputs iterates over ``outputs``; other code uses
+    ``single_output``.
 
-    ``retrieval`` alone has ``towers``, and ``item``: the input that is the item's id. Its rows
-    are interactions of the users in column ``group``; without ``label`` all of them are positive.
+    Attributes:
+        inputs: the model's inputs.
+        outputs: the model's outputs; exactly one in this version.
+        group: column that groups rows, such as by user or by query.
+        time: column with the time of a row.
+        towers: the two towers of a ``retrieval`` model; None for other models.
+        item: the input with the item's id of a ``retrieval`` model; None for other models. Rows of
+            such a model are interactions of the users in column ``group``. If it has no ``label``,
+            all interactions are positive.
     """
 
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
@@ -85,7 +97,7 @@ class Signature(Frozen):
     item: str | None = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _require_unique_inputs_and_one_output(self) -> Self:
         names = [name for item in self.inputs for name in tensor_names(item)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -95,8 +107,8 @@ class Signature(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _metrics_are_measured(self, info: ValidationInfo) -> Self:
-        """Refuse a metric that is not measured for the task, except in stored bundles."""
+    def _require_measured_metrics(self, info: ValidationInfo) -> Self:
+        """Raise if a metric is not measured for the task kind, except in stored bundles."""
         if isinstance(info.context, dict) and info.context.get("stored"):
             return self
         for output in self.outputs:
@@ -106,7 +118,7 @@ class Signature(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _towers_fit(self) -> Self:
+    def _require_complete_towers(self) -> Self:
         task = self.single_output.kind
         if self.scores_rows:
             if self.towers is not None or self.item is not None:
@@ -114,15 +126,17 @@ class Signature(Frozen):
             return self
         if self.towers is None or self.item is None:
             raise value_error("towers_missing", task=task)
-        read = (*self.towers.query.inputs, *self.towers.item.inputs)
-        known = {entry.name: entry for entry in self.inputs}
-        if sorted(read) != sorted(known):
+        tower_inputs = (*self.towers.query.inputs, *self.towers.item.inputs)
+        inputs_by_name = {entry.name: entry for entry in self.inputs}
+        if sorted(tower_inputs) != sorted(inputs_by_name):
             raise value_error(
-                "tower_inputs_differ", inputs=tuple(sorted(known)), read=tuple(sorted(read))
+                "tower_inputs_differ",
+                inputs=tuple(sorted(inputs_by_name)),
+                read=tuple(sorted(tower_inputs)),
             )
         if self.item not in self.towers.item.inputs:
             raise value_error("item_not_in_tower", item=self.item)
-        item = known[self.item]
+        item = inputs_by_name[self.item]
         if not isinstance(item, IdInput) or item.shape:
             raise value_error("item_no_single_id", item=self.item)
         return self
@@ -132,14 +146,14 @@ class Signature(Frozen):
         """The only output.
 
         Raises:
-            ValueError: there are several, so the caller would ignore all but one.
+            ValueError: there are several outputs, and the caller supports only one.
         """
         (output,) = self.outputs
         return output
 
     @property
     def scores_rows(self) -> bool:
-        """Whether the model has scores for each row, so that rows have a loss and a metric."""
+        """Whether the model has one score for each row, so that rows have a loss and a metric."""
         return all(output.task_kind.scores_rows for output in self.outputs)
 
     @property
@@ -153,7 +167,7 @@ class Signature(Frozen):
         return self.model_copy(update={"outputs": outputs})
 
     def only(self, names: Iterable[str]) -> Self:
-        """Return the signature with only these inputs, in unchanged order."""
+        """Return the signature with only the inputs of these names, in unchanged order."""
         selected = set(names)
         return self.model_copy(
             update={"inputs": tuple(item for item in self.inputs if item.name in selected)}
@@ -162,9 +176,9 @@ class Signature(Frozen):
     def of_split(self, split: str) -> Self:
         """Return the signature of the files of one split.
 
-        That is the whole signature, except for ``retrieval``: there ``items`` contains the inputs
-        of the item tower, one row per item, and the other splits contain the inputs of the query
-        tower and the item's id. ``traffic`` has no labels.
+        Files of most models contain all inputs. For ``retrieval``, split ``items`` contains the
+        inputs of the item tower, one row per item; other splits contain the inputs of the query
+        tower and the item's id. Split ``traffic`` has no labels.
         """
         rows = self.without_labels() if split == TRAFFIC else self
         if rows.towers is None or rows.item is None:

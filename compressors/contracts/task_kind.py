@@ -1,7 +1,7 @@
-"""What a kind of task declares, and the registry of kinds.
+"""The class ``TaskKind``, the properties of a kind of model output, and the registry of task kinds.
 
-The functions of a kind (losses, checks of scores) are in ``compressors/task_kinds``. To add a kind,
-write its declaration and its functions, and add it to ``TASK_KINDS`` or call ``register``.
+Losses and score checks of a task kind are in ``compressors/task_kinds``. To add a task kind, write
+its declaration and the class of its functions, and call ``register``.
 """
 
 from dataclasses import dataclass
@@ -15,32 +15,32 @@ from compressors.contracts.value_errors import value_error
 
 OutputForm = Literal["logit", "probability", "score"]
 Labels = Literal["clicks", "grades"]
-"""Values of labels: 0 or 1; or relevance, at least 0."""
+"""Values of labels: ``clicks`` are 0 or 1; ``grades`` are relevance, at least 0."""
 
 Evaluation = Literal["rows", "queries"]
-"""How a model is evaluated: one score for each row, or a ranking of the catalogue per query."""
+"""How a model is evaluated: by one score per row, or by one ranking of the catalogue per query."""
 
 ScoreUnit = Literal["probability", "spread"]
-"""Unit of a change of scores: probability, or standard deviations of the baseline's scores."""
+"""Unit of a change of scores; ``spread`` is the standard deviation of the baseline's scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskKind:
-    """Properties of models of one task.
+    """Properties of the models of one task kind.
 
     Attributes:
         name: name in signatures.
         forms: forms that an output of this kind can have.
-        labels: values of the label.
+        labels: values of the labels.
         needs_label: whether the data needs a label column.
         evaluation: how a model is evaluated. A model evaluated by ``queries`` has two towers and a
             catalogue, and cannot be trained after compression yet.
         has_lists: whether the loss is computed by list, so that a batch contains whole groups.
         usual: metrics with a number in their names that every order measures. Metrics without a
-            number are measured wherever they are possible.
-        functions: ``module:class`` of the kind's functions, imported when first used, or the class.
-            Its protocol is in ``compressors/task_kinds/protocol.py``. None if models of this kind
-            cannot be trained, and their scores not be checked.
+            number are measured for every model that has the data for them.
+        functions: the class with losses and score checks, or its ``module:class``, which is
+            imported at first use. Its protocol is in ``compressors/task_kinds/protocol.py``. None
+            if models of this kind cannot be trained and their scores are not checked.
     """
 
     name: str
@@ -68,19 +68,19 @@ class TaskKind:
         return "probability" if self.predicts_probability else "spread"
 
     def load(self) -> Any:
-        """Return the class of the kind's functions, or None; see ``functions``."""
+        """Return the class with losses and score checks, or None; see ``functions``."""
         return named_object(self.functions)
 
 
 TASK_KINDS: dict[str, TaskKind] = {}
-"""Every kind by its name."""
+"""Every task kind by its name."""
 
 
 def register(kind: TaskKind) -> None:
-    """Add a kind of task.
+    """Add a task kind.
 
     Raises:
-        ValueError: there is a kind of this name.
+        ValueError: a task kind has this name already.
     """
     if kind.name in TASK_KINDS:
         raise ValueError(f"task kind {kind.name!r} is already registered")
@@ -121,22 +121,23 @@ for _kind in (
 
 
 def task_kind(name: str) -> TaskKind:
-    """Return the kind of a name.
+    """Return the task kind with this name.
 
     Raises:
-        KeyError: there is none.
+        KeyError: no task kind has it.
     """
     return TASK_KINDS[name]
 
 
-def _known(name: str) -> str:
+def _require_known(name: str) -> str:
+    """Return the name of a registered task kind unchanged; raise for another name."""
     if name not in TASK_KINDS:
         raise value_error("task_unknown", task=name, known=tuple(TASK_KINDS))
     return name
 
 
 class _NameSchema:
-    """The JSON schema of a task's name."""
+    """The JSON schema of a task kind's name."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -144,5 +145,5 @@ class _NameSchema:
         return {"type": "string", "enum": list(TASK_KINDS)}
 
 
-TaskName = Annotated[str, AfterValidator(_known), _NameSchema()]
-"""The name of a registered kind of task."""
+TaskName = Annotated[str, AfterValidator(_require_known), _NameSchema()]
+"""The name of a registered task kind."""

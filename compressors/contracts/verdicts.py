@@ -1,4 +1,4 @@
-"""Estimates, judged limits and the verdict of a target. Types only."""
+"""Estimates, judged limits and the verdict of a target."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -13,7 +13,7 @@ Outcome = Literal["accepted", "rejected", "undecided", "built-unmeasured"]
 
 
 class Estimate(Frozen):
-    """A number with its 95 % interval; exact numbers have ``low == point == high``."""
+    """A measured number with its 95 % interval; exact numbers have ``low == point == high``."""
 
     point: float
     low: float
@@ -28,7 +28,11 @@ class Estimate(Frozen):
 
 
 class Judgement(Reasoned):
-    """The outcome of one limit, with the measured number."""
+    """The outcome of one limit, with the measured number.
+
+    ``rows_to_decide`` and ``groups_to_decide`` estimate, for an undecided limit, how many test rows
+    and groups would decide it.
+    """
 
     limit: Limit
     measured: Estimate | None
@@ -46,10 +50,10 @@ class Verdict(Reasoned):
 
 
 def overall(verdicts: Iterable[Verdict]) -> Outcome:
-    """Return the order's outcome: the worst of its measured targets (contract 5).
+    """Return the outcome of an order: the worst outcome of its measured targets.
 
-    ``built-unmeasured`` neither blocks nor counts as accepted: an order without a measured target
-    is ``built-unmeasured``.
+    Targets that are ``built-unmeasured`` are ignored. If no target is measured, the order is
+    ``built-unmeasured``.
     """
     outcomes = {verdict.outcome for verdict in verdicts}
     order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")

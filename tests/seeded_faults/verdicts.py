@@ -97,7 +97,7 @@ FAULTS = (
     Fault(
         id="limits-that-cannot-be-meant-accepted",
         file="compressors/contracts/limits.py",
-        old="    if (limit.at_least is not None) != facts.higher_is_better:\n        better",
+        old="    if (limit.at_least is not None) != spec.higher_is_better:\n        better",
         new="    if limit.bound == math.inf:\n        better",
         effect="'auc vs baseline <= 0.002' is accepted as typed.",
         tests=(f"{LIMITS}::test_a_limit_that_cannot_be_meant_is_refused_with_the_intent",),
@@ -105,7 +105,7 @@ FAULTS = (
     Fault(
         id="limits-contradictions-accepted",
         file="compressors/contracts/limits.py",
-        old="            if least > most:\n",
+        old="            if lower_bound > upper_bound:\n",
         new="            if least > most + 1:\n",
         effect="Two limits that no value satisfies are accepted.",
         tests=(f"{LIMITS}::test_limits_that_contradict_each_other_are_refused_by_name",),

@@ -1,9 +1,9 @@
 """Metrics: one object for each, with its name, label, direction, unit, range and estimator.
 
-Types and declarations only; the estimators are in ``compressors/metrics``.
+This folder declares metrics; the estimators are in ``compressors/metrics``.
 
-metric.py         what a metric declares, and a family of metrics that differ in a number
-families.py       the registry: a metric by its name, and the metrics that are measured for a task
+metric.py         the classes ``Metric`` and ``MetricFamily``
+families.py       the registry: a metric by its name, and the metrics measured for a task kind
 quality.py        quality of a model on labeled rows
 score_changes.py  changes of scores from the baseline's
 serving.py        bytes and latency of the served artifact

@@ -1,4 +1,7 @@
-"""The registry of metrics: a metric by its name, and the metrics that are measured for a task.
+"""The registry of metrics: a metric by its name, and the metrics measured for a task kind.
+
+A family contains metrics that differ in the number in their names, such as ``ndcg@10``; a metric
+without a number is a family of one. The parameter ``task`` is the name of a task kind.
 
 To add a metric, write its declaration and its estimator, and add it to a list of ``FAMILIES`` in
 this folder, or call ``register``.
@@ -26,7 +29,7 @@ def register(family: MetricFamily) -> None:
     """Add a family of metrics.
 
     Raises:
-        ValueError: there is a family of this name.
+        ValueError: a family has this name already.
     """
     if family.name in FAMILIES:
         raise ValueError(f"metric {family.spelling} is already registered")
@@ -36,9 +39,9 @@ def register(family: MetricFamily) -> None:
 
 @cache
 def find_metric(name: str) -> Metric | None:
-    """Return the metric of a name; None if no family has it."""
-    head, at, number = name.partition("@")
-    family = FAMILIES.get(head + at)
+    """Return the metric with this name; None if no family contains it."""
+    prefix, separator, number = name.partition("@")
+    family = FAMILIES.get(prefix + separator)
     if family is None:
         return None
     if not family.number:
@@ -49,15 +52,15 @@ def find_metric(name: str) -> Metric | None:
 
 
 def metric(name: str) -> Metric:
-    """Return the metric of a name.
+    """Return the metric with this name.
 
     Raises:
-        KeyError: no family has it.
+        KeyError: no family contains it.
     """
-    found = find_metric(name)
-    if found is None:
+    result = find_metric(name)
+    if result is None:
         raise KeyError(name)
-    return found
+    return result
 
 
 for _family in (*quality.FAMILIES, *score_changes.FAMILIES, *serving.FAMILIES):
@@ -67,7 +70,8 @@ for _family in (*quality.FAMILIES, *score_changes.FAMILIES, *serving.FAMILIES):
 # --- metrics of a task -------------------------------------------------------------------------
 
 
-def _usual(task: str, *, grouped: bool) -> tuple[Metric, ...]:
+def _usual_metrics(task: str, *, grouped: bool) -> tuple[Metric, ...]:
+    """Return the metrics that are measured for every model of a task kind."""
     return tuple(
         member
         for family in FAMILIES.values()
@@ -77,26 +81,26 @@ def _usual(task: str, *, grouped: bool) -> tuple[Metric, ...]:
 
 
 def usual_metrics() -> dict[str, Metric]:
-    """Return the metrics that are measured for every model of some task, by name."""
-    return {item.name: item for task in TASK_KINDS for item in _usual(task, grouped=True)}
+    """Return, by name, the metrics that are measured for every model of at least one task kind."""
+    return {item.name: item for task in TASK_KINDS for item in _usual_metrics(task, grouped=True)}
 
 
 def quality_metrics(task: str, *, grouped: bool, named: Iterable[str] = ()) -> tuple[str, ...]:
     """Return the quality metrics measured for a model.
 
     Args:
-        task: task of the signature.
+        task: name of the task kind.
         grouped: whether the signature names a group column.
-        named: further metrics to measure; those that are no metrics of quality are ignored.
+        named: names of further metrics to measure; only quality metrics are used.
     """
-    usual = [item.name for item in _usual(task, grouped=grouped) if item.kind == "quality"]
-    more = [name for name in named if metric(name).kind == "quality"]
-    return tuple(dict.fromkeys([*usual, *more]))
+    usual = [item.name for item in _usual_metrics(task, grouped=grouped) if item.kind == "quality"]
+    additional = [name for name in named if metric(name).kind == "quality"]
+    return tuple(dict.fromkeys([*usual, *additional]))
 
 
 def further_metrics(task: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the metrics among ``names`` that are not measured for every model of a task."""
-    usual = {item.name for item in _usual(task, grouped=True)}
+    """Return the metrics among ``names`` that are not measured for every model of a task kind."""
+    usual = {item.name for item in _usual_metrics(task, grouped=True)}
     return tuple(sorted(set(names) - usual))
 
 
@@ -107,9 +111,10 @@ def can_be_measured(
 
     Args:
         item: the metric.
-        task: task of the signature.
+        task: name of the task kind.
         grouped: whether the signature names a group column.
-        test_rows: number of test rows, which bounds the batch of a latency; None for no bound.
+        test_rows: number of test rows, which a latency's batch size may not exceed; None for no
+            limit.
     """
     kind = task_kind(task)
     return (
@@ -121,10 +126,10 @@ def can_be_measured(
 
 
 def measured_metrics(task: str, *, grouped: bool, test_rows: int) -> tuple[str, ...]:
-    """Return the names of all metrics that can be measured for a model, for people.
+    """Return the names, as messages show them, of all metrics that can be measured for a model.
 
-    These are quality, score changes, bytes, and latency of batches no larger than the test rows.
-    A family is one name, such as ``ndcg@k``.
+    These are quality, score changes, bytes, and latency with batch sizes up to ``test_rows``. A
+    family is one name, such as ``ndcg@k``.
     """
     return tuple(
         family.spelling
@@ -134,13 +139,13 @@ def measured_metrics(task: str, *, grouped: bool, test_rows: int) -> tuple[str, 
 
 
 def usual_batches(task: str) -> tuple[int, ...]:
-    """Return the batch sizes at which latency is measured for every model of a task."""
-    found = {item.batch for item in _usual(task, grouped=True) if item.batch is not None}
-    return tuple(sorted(found))
+    """Return the batch sizes at which latency is measured for every model of a task kind."""
+    batches = {item.batch for item in _usual_metrics(task, grouped=True) if item.batch is not None}
+    return tuple(sorted(batches))
 
 
 def selecting_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
-    """Return the names, for people, of the metrics that a signature of this task may name."""
+    """Return the names, as messages show them, of the metrics that a signature may name."""
     members = {family.spelling: family.any_member() for family in FAMILIES.values()}
     return tuple(
         spelling
@@ -150,7 +155,7 @@ def selecting_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
 
 
 def metric_problem(task: str, name: str, *, grouped: bool) -> Reason | None:
-    """Return why a signature's metric cannot be used, or None."""
+    """Return why a signature with this task kind cannot name a metric, or None."""
     item = find_metric(name)
     if item is not None and item.selects and can_be_measured(item, task, grouped=grouped):
         return None
@@ -160,13 +165,13 @@ def metric_problem(task: str, name: str, *, grouped: bool) -> Reason | None:
     with_group = selecting_metrics(task, grouped=True)
     if not possible and not grouped:
         return Reason("metric_of_groups_alone", metric=name, task=task, grouped=with_group)
-    more = tuple(spelling for spelling in with_group if spelling not in possible)
-    if more:
+    additional = tuple(spelling for spelling in with_group if spelling not in possible)
+    if additional:
         return Reason(
             "metric_of_other_task_or_group",
             task=task,
             metrics=possible,
-            grouped=more,
+            grouped=additional,
             metric=name,
         )
     return Reason("metric_of_other_task", task=task, metrics=possible, metric=name)
@@ -175,7 +180,8 @@ def metric_problem(task: str, name: str, *, grouped: bool) -> Reason | None:
 # --- names in documents ------------------------------------------------------------------------
 
 
-def _known(name: str) -> str:
+def _require_known(name: str) -> str:
+    """Return the name of a registered metric unchanged; raise for another name."""
     if find_metric(name) is None:
         known = tuple(family.spelling for family in FAMILIES.values())
         raise value_error("metric_unknown", metric=name, known=known)
@@ -183,7 +189,7 @@ def _known(name: str) -> str:
 
 
 class _NameSchema:
-    """The JSON schema of a metric's name: those measured for every model, or any of a family."""
+    """The JSON schema of a metric's name: a metric measured for every model, or one of a family."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -202,9 +208,9 @@ class _NameSchema:
 
 
 def name_pattern(family: MetricFamily) -> str:
-    """Return the regular expression of the names of a family, for JSON schemas."""
+    """Return a regular expression that matches the names of a family, for JSON schemas."""
     return f"^{re.escape(family.name)}[1-9][0-9]*$" if family.number else f"^{family.name}$"
 
 
-MetricName = Annotated[str, AfterValidator(_known), _NameSchema()]
+MetricName = Annotated[str, AfterValidator(_require_known), _NameSchema()]
 """The name of a registered metric."""

@@ -1,4 +1,4 @@
-"""What a metric declares, and families of metrics that differ only in a number in their names."""
+"""The class ``Metric``, and families of metrics that differ only in a number in their names."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,29 +19,30 @@ class Metric:
         kind: what is measured: quality of a model, a change of its scores, bytes or latency.
         label: name in sentences.
         heading: name in tables, if shorter than ``label``.
-        evaluations: by how a model is evaluated, where it can be measured; see ``TaskKind``.
-        labels: the labels with which it can be measured.
+        evaluations: the ways of evaluating a model (``TaskKind.evaluation``) that can measure it.
+        labels: the kinds of labels with which it can be measured.
         higher_is_better: whether higher values are better.
-        compared: how two models are compared: candidate minus other, or candidate over other.
-            ``never`` for a change of scores, which compares with the baseline by itself.
-        largest: in a comparison the largest loss, or the largest ratio, that an order can intend; a
-            larger one would accept a useless model.
-        low: the smallest number that a limit on the metric itself can intend. For a share it is
-            the value of random scores, which every useful model exceeds.
-        high: the largest possible number.
-        unit: unit of the metric itself, with a space before it.
-        decimals: digits after the point of the metric itself in sentences.
-        is_share: whether reports show the number in percent.
-        in_score_units: whether the number is in the unit of the model's scores.
-        has_interval: whether other rows are covered by an interval.
-        selects: whether a signature may name it as the metric to judge a model by.
+        compared: how two models are compared: by the ``difference`` candidate minus other, or the
+            ``ratio`` candidate / other. ``never`` for a change of scores, which is itself a
+            comparison with the baseline.
+        largest: largest loss or ratio that a limit on a comparison can plausibly allow; a larger
+            one would accept a useless model.
+        low: smallest plausible limit on the metric itself. For a quality metric in [0, 1] it is the
+            value of random scores.
+        high: largest possible value.
+        unit: unit of the value in sentences, with a space before it.
+        decimals: digits after the decimal point of the value in sentences.
+        is_share: whether reports show the value in percent.
+        in_score_units: whether the value is in the unit of the model's scores.
+        has_interval: whether the value has a confidence interval.
+        selects: whether a signature may name it as the metric that judges a model.
         needs_group: whether the data needs a group column.
-        depth: number of ranks that count.
-        batch: rows of the timed request.
-        quantile: quantile of the times of many requests.
-        estimators: by how a model is evaluated, ``rows`` (one score for each row) or ``queries``
-            (a ranking of the catalogue for each query): the class of the estimator, or its
-            ``module:name``, which is imported when it is first used. Empty unless ``kind`` is
+        depth: number of top ranks that are evaluated; None if there is no such number.
+        batch: number of rows of a timed request; None if it is not a latency.
+        quantile: quantile of the latencies of many requests; None if it is not a latency.
+        estimators: the class of the estimator, or its ``module:name``, which is imported at first
+            use, for each way of evaluating a model: ``rows`` (one score for each row) or
+            ``queries`` (a ranking of the catalogue for each query). Empty unless ``kind`` is
             ``quality``.
     """
 
@@ -69,12 +70,12 @@ class Metric:
     estimators: Mapping[Evaluation, Any] = field(default_factory=dict)
 
     def estimator(self, evaluation: Evaluation) -> Any:
-        """Return the estimator for ``rows`` or ``queries``; None if the metric has none.
+        """Return the estimator for a way of evaluating models; None if the metric has none.
 
         Its protocol is in ``compressors/metrics/estimators/protocols.py``.
         """
-        found = named_object(self.estimators.get(evaluation))
-        return None if found is None else found(self)
+        estimator_class = named_object(self.estimators.get(evaluation))
+        return None if estimator_class is None else estimator_class(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +84,11 @@ class MetricFamily:
 
     Attributes:
         name: the name, up to and including the ``@`` if there is one.
-        number: what the number is, such as ``k`` or ``batch``; empty for one metric.
-        member: returns the metric with a number; without arguments if the family is one metric.
-        usual: the numbers that are measured for every model, in addition to those of its
-            ``TaskKind``.
-        most: the largest number.
+        number: the meaning of the number, such as ``k`` or ``batch``; empty if there is none.
+        member: function from a number to its metric; takes no argument if there is no number.
+        usual: the numbers that are measured for every model, in addition to those in
+            ``TaskKind.usual``.
+        most: the largest allowed number.
     """
 
     name: str
@@ -98,19 +99,23 @@ class MetricFamily:
 
     @property
     def spelling(self) -> str:
-        """The names of the family for people: ``auc``, ``ndcg@k``."""
+        """The family's name as messages show it, such as ``auc`` or ``ndcg@k``."""
         return f"{self.name}{self.number}"
 
     def of_task(self, kind: TaskKind) -> tuple[Metric, ...]:
-        """Return the metrics of the family that every order measures for a kind of task."""
+        """Return the metrics of the family that every order measures for a task kind."""
         if not self.number:
             return (self.member(),)
-        named = (name.partition("@") for name in kind.usual)
-        own = [int(number) for head, at, number in named if head + at == self.name]
-        return tuple(self.member(number) for number in (*self.usual, *own))
+        usual_names = (name.partition("@") for name in kind.usual)
+        numbers_of_kind = [
+            int(number)
+            for prefix, separator, number in usual_names
+            if prefix + separator == self.name
+        ]
+        return tuple(self.member(number) for number in (*self.usual, *numbers_of_kind))
 
     def any_member(self) -> Metric:
-        """Return a metric of the family, for what all of them have in common."""
+        """Return one metric of the family, to read the properties that all of them share."""
         return self.member(1) if self.number else self.member()
 
 

@@ -1,4 +1,4 @@
-"""Metrics of quality: how well a model's scores order or predict labeled rows."""
+"""Quality metrics: how well a model's scores rank or predict labeled rows."""
 
 from compressors.contracts.metrics.metric import Metric, MetricFamily, one
 from compressors.contracts.task_kind import Evaluation, Labels
@@ -6,7 +6,7 @@ from compressors.contracts.task_kind import Evaluation, Labels
 ESTIMATORS = "compressors.metrics.estimators"
 
 
-def _share(
+def _bounded_quality(
     name: str,
     label: str,
     labels: Labels,
@@ -17,7 +17,7 @@ def _share(
     needs_group: bool = True,
     depth: int | None = None,
 ) -> Metric:
-    """A quality between 0 and 1, higher is better."""
+    """Declare a quality metric in [0, 1] for which higher is better."""
     return Metric(
         name=name,
         kind="quality",
@@ -37,7 +37,7 @@ def _share(
 
 
 def _loss(name: str, label: str, *, largest: float, high: float, estimator: str) -> Metric:
-    """A loss of predicted probabilities; 0 is perfect."""
+    """Declare a loss of predicted probabilities; its best value is 0."""
     return Metric(
         name=name,
         kind="quality",
@@ -54,8 +54,8 @@ def _loss(name: str, label: str, *, largest: float, high: float, estimator: str)
 
 
 def ndcg(k: int) -> Metric:
-    """NDCG of the first ``k`` ranks, of each list of rows or of the catalogue for each query."""
-    return _share(
+    """Declare NDCG at rank ``k``, of each group of rows or of the catalogue for each query."""
+    return _bounded_quality(
         f"ndcg@{k}",
         f"NDCG@{k}",
         "grades",
@@ -69,8 +69,8 @@ def ndcg(k: int) -> Metric:
 
 
 def recall(k: int) -> Metric:
-    """Share of a query's relevant items among the first ``k`` of the catalogue."""
-    return _share(
+    """Declare the share of a query's relevant items in the top ``k`` of the catalogue."""
+    return _bounded_quality(
         f"recall@{k}",
         f"Recall@{k}",
         "grades",
@@ -82,7 +82,7 @@ def recall(k: int) -> Metric:
 
 FAMILIES = (
     one(
-        _share(
+        _bounded_quality(
             "auc",
             "AUC",
             "clicks",
@@ -104,7 +104,7 @@ FAMILIES = (
         )
     ),
     one(
-        _share(
+        _bounded_quality(
             "gauc",
             "GAUC",
             "clicks",

@@ -1,4 +1,4 @@
-"""Metrics that compare the candidate's scores with the baseline's, their only reference."""
+"""Metrics of score changes: they compare the candidate's scores with the baseline's."""
 
 from compressors.contracts.metrics.metric import Metric, one
 from compressors.contracts.task_kind import Evaluation
@@ -16,6 +16,7 @@ def _change(
     has_interval: bool = True,
     evaluations: tuple[Evaluation, ...] = ("rows", "queries"),
 ) -> Metric:
+    """Declare a metric in [0, ``high``] that compares two models' scores of the same rows."""
     return Metric(
         name=name,
         kind="score_change",
@@ -28,7 +29,7 @@ def _change(
         low=0.0,
         high=high,
         is_share=is_share,
-        # In standard deviations, the unit of scores without a scale, a change may exceed 1.
+        # A change of a probability is at most 1; other changes are in standard deviations.
         in_score_units=high > 1,
         has_interval=has_interval,
         needs_group=needs_group,
@@ -37,7 +38,7 @@ def _change(
 
 CORRELATION = _change("score_correlation", "score correlation", higher_is_better=True)
 MEAN = _change("mean_score_change", "mean score change", high=100.0)
-# It describes only the measured rows: other rows can change more.
+# It has no interval, because rows that were not measured can change more.
 LARGEST = _change("max_score_change", "largest score change", high=100.0, has_interval=False)
 TOP1 = _change(
     "changed_top1",

@@ -1,4 +1,4 @@
-"""Bytes and latency of what is served. They are compared as ratios, and lower is better."""
+"""Metrics of serving: bytes and latency. They are compared by ratio, and lower is better."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ BYTES = Metric(
     higher_is_better=False,
     compared="ratio",
     largest=2.0,
-    low=1024.0,  # an empty graph takes more
+    low=1024.0,  # even an empty graph takes more
     high=1e18,
     unit=" bytes",
     decimals=0,
@@ -25,7 +25,7 @@ BYTES = Metric(
 
 
 def latency(quantile: str, batch: int) -> Metric:
-    """A quantile of the time of one request of ``batch`` rows, in milliseconds."""
+    """Declare a quantile of the latency of a request of ``batch`` rows, in milliseconds."""
     return Metric(
         name=f"{quantile}_ms@{batch}",
         kind="latency",
@@ -34,7 +34,7 @@ def latency(quantile: str, batch: int) -> Metric:
         higher_is_better=False,
         compared="ratio",
         largest=10.0,
-        low=0.001,  # a call of a runtime takes several microseconds
+        low=0.001,  # any call of a runtime takes longer
         high=3_600_000.0,
         unit=" ms",
         decimals=3,

@@ -1,4 +1,4 @@
-"""Reasons of decisions: a code and fields, from which the sentence is derived.
+"""Reasons of decisions: each is a code and fields, from which its sentence is formatted.
 
 reason.py     the class ``Reason``: format several reasons, and read them from JSON
 selection.py  sentences about which units a step takes, and about whole steps

@@ -1,4 +1,4 @@
-"""The class ``Reason``: the reason of a decision, as a code and fields. Types only.
+"""The class ``Reason``: why a decision was made, as a code and fields.
 
 A program reads ``code`` and ``fields``; a person reads the sentence, ``str(reason)``. Each subject
 has one table of sentences, in a separate file next to this one; ``docs/reasons.md`` is generated
@@ -45,14 +45,14 @@ SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Verdicts": verdicts.SENTENCES,
     }
 )
-"""Tables of sentences by subject: from a code to a clause with the fields in braces."""
+"""The tables of sentences, by subject. A table maps a code to a clause with fields in braces."""
 
 SENTENCES: Mapping[str, str] = MappingProxyType(
     {code: text for table in SUBJECTS.values() for code, text in table.items()}
 )
 
 Value: TypeAlias = Union[str, int, float, bool, "Reason", tuple["Value", ...]]
-"""Type of a field. A reason in a field is the reason of another decision."""
+"""Type of a field. A field can contain the reasons of another decision."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -60,7 +60,11 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 
 class _ReasonFormatter(SentenceFormatter):
-    """Also formats several reasons in one field (``,`` for a list) and non-finite numbers."""
+    """Formats also non-finite numbers, and several reasons in one field.
+
+    The reasons are formatted by ``joined``, or separated by commas if the format specification is
+    ``,``.
+    """
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, tuple) and value and all(isinstance(v, Reason) for v in value):
@@ -72,7 +76,7 @@ class _ReasonFormatter(SentenceFormatter):
 
 @dataclass(frozen=True, init=False)
 class Reason:
-    """The reason of a decision.
+    """Why a decision was made.
 
     In JSON it is ``{"code": ..., "fields": {...}}``. Non-finite floats, which JSON does not
     support, are stored as ``"nan"``, ``"inf"`` and ``"-inf"``.
@@ -93,7 +97,7 @@ class Reason:
             fields: a value for each name in the sentence, and for no other.
 
         Raises:
-            TypeError: there is no such code, it has other fields, or a field has another type.
+            TypeError: there is no such code, it has other fields, or a field has a wrong type.
         """
         sentence = SENTENCES.get(code)
         if sentence is None:
@@ -101,7 +105,7 @@ class Reason:
         require_fields(code, sentence, fields)
         object.__setattr__(self, "code", code)
         object.__setattr__(
-            self, "fields", {name: _plain(name, value) for name, value in fields.items()}
+            self, "fields", {name: _plain_value(name, value) for name, value in fields.items()}
         )
         try:
             str(self)
@@ -134,8 +138,8 @@ class Reason:
         """Build a reason from the result of ``as_json``; a ``Reason`` is returned unchanged.
 
         Raises:
-            ValueError: the value is something else, or this version does not have its code or
-                fields.
+            ValueError: the value has another form, or this version of recpress does not know its
+                code or fields.
         """
         if isinstance(value, Reason):
             return value
@@ -176,18 +180,19 @@ def read_reasons(
 ) -> Model:
     """Validate a stored object that has reasons, their sentence, or both.
 
-    Documents of earlier versions have only the sentence, and those of later versions may have
-    codes that this one does not know: for both, the sentence is read as code ``as_written``. The
-    reasons of an earlier document count as unset, so that writing it again does not change it.
+    A document of an earlier version has only the sentence. One of a later version may have codes
+    that this version does not know. In both cases, the sentence is read as one reason with code
+    ``as_written``. If a document has no reasons, they are not in ``model_fields_set`` of the
+    result, so that writing the document again does not change it.
 
     Args:
         value: the object to validate.
-        validate: validates the object with its reasons in place of their sentence.
+        validate: function that validates the object after reasons have replaced their sentence.
         sentence: key of the sentence, or of a list or mapping of sentences.
         reasons: key of the reasons.
 
     Raises:
-        ValidationError: as ``validate``.
+        ValidationError: raised by ``validate``.
     """
     result = validate(_with_reasons(value, sentence, reasons))
     if isinstance(value, Mapping) and reasons not in value:
@@ -199,21 +204,22 @@ def _with_reasons(value: Any, sentence: str, reasons: str) -> Any:
     """Replace the sentence of a mapping by its reasons; return other values unchanged."""
     if not isinstance(value, Mapping) or sentence not in value:
         return value
-    rest = {name: item for name, item in value.items() if name != sentence}
+    others = {name: item for name, item in value.items() if name != sentence}
     if reasons in value and _are_known(value[reasons]):
-        return rest
+        return others
     text = value[sentence]
     if isinstance(text, Mapping):
         if not all(isinstance(item, str) for item in text.values()):
             return value
-        return {**rest, reasons: {key: Reason("as_written", text=text[key]) for key in text}}
+        return {**others, reasons: {key: Reason("as_written", text=text[key]) for key in text}}
     texts = text if isinstance(text, list | tuple) else [] if text is None else [text]
     if not all(isinstance(item, str) for item in texts):
         return value
-    return {**rest, reasons: tuple(Reason("as_written", text=item) for item in texts)}
+    return {**others, reasons: tuple(Reason("as_written", text=item) for item in texts)}
 
 
 def _are_known(stored: Any) -> bool:
+    """Return whether this version can read all stored reasons."""
     try:
         for item in stored.values() if isinstance(stored, Mapping) else stored:
             Reason.of_json(item)
@@ -222,7 +228,8 @@ def _are_known(stored: Any) -> bool:
     return True
 
 
-def _plain(name: str, value: Any) -> Value:
+def _plain_value(name: str, value: Any) -> Value:
+    """Convert a field's value to plain Python types; non-finite floats to text."""
     if isinstance(value, bool | str | Reason):
         return value
     if isinstance(value, int):
@@ -230,8 +237,8 @@ def _plain(name: str, value: Any) -> Value:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else f"{value:g}"
     if isinstance(value, tuple):
-        return tuple(_plain(name, item) for item in value)
-    raise TypeError(f"field {name!r} of a reason is a {type(value).__name__}")
+        return tuple(_plain_value(name, item) for item in value)
+    raise TypeError(f"field {name!r} of a reason cannot be a {type(value).__name__}")
 
 
 def _as_json(value: Value) -> Any:

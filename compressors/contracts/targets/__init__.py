@@ -1,12 +1,12 @@
 """Serving targets: one object for each, with its lowering, builder and runtime.
 
-Types and declarations only; lowerings are in ``compressors/lower/targets``, builders and runtimes
+This folder declares targets; lowerings are in ``compressors/lower/targets``, builders and runtimes
 in ``infra``.
 
-target.py    what a target declares
-registry.py  the registry: a target by its name, and the targets of recpress
+target.py    the class ``Target``
+registry.py  the registry: a target by its name, and the built-in targets
 builder.py   the protocol of a builder, and its requests
-runtime.py   the protocol of a runtime, and the machine of a measurement
+runtime.py   the protocol of a runtime, and the description of a measuring machine
 """
 
 from compressors.contracts.targets.registry import TARGETS as TARGETS

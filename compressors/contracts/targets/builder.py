@@ -1,4 +1,4 @@
-"""The builder of a target, which builds engines from graphs, and its requests."""
+"""The protocol of a builder, which builds engines from graphs, and the types of its requests."""
 
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -10,7 +10,7 @@ from compressors.contracts.value_errors import value_error
 
 
 class Profile(Frozen):
-    """The shapes of one graph input: smallest, the one to optimize for, largest."""
+    """The smallest and largest shape of a graph input, and the shape ``best`` to optimize for."""
 
     input: str
     low: tuple[int, ...]
@@ -21,8 +21,8 @@ class Profile(Frozen):
     def _in_order(self) -> Self:
         if not len(self.low) == len(self.best) == len(self.high):
             raise value_error("profile_ranks_differ", input=self.input)
-        steps = zip(self.low, self.best, self.high, strict=True)
-        if not all(0 <= low <= best <= high for low, best, high in steps):
+        sizes = zip(self.low, self.best, self.high, strict=True)
+        if not all(0 <= low <= best <= high for low, best, high in sizes):
             raise value_error("profile_order", input=self.input)
         return self
 
@@ -30,8 +30,12 @@ class Profile(Frozen):
 class TableWeights(Frozen):
     """The ONNX initializers of one table.
 
-    The first dimension of each is the table's rows, except for those in ``every``: there the given
-    number of rows shares one entry, or, with 0, the tensor belongs to the whole table.
+    Attributes:
+        module: attribute path of the table.
+        rows: number of rows of the table.
+        initializers: names of the table's initializers in the graph.
+        every: how many rows share one entry of an initializer's first dimension, by name; 0 if the
+            initializer belongs to the whole table. Others have one entry per row.
     """
 
     module: str
@@ -40,16 +44,22 @@ class TableWeights(Frozen):
     every: dict[str, int] = Field(default_factory=dict)
 
     def entries(self, name: str, rows: int) -> int | None:
-        """Return the first dimension of an initializer; None if it does not depend on rows."""
+        """Return an initializer's first dimension for ``rows`` rows; None if rows do not matter."""
         every = self.every.get(name, 1)
         return -(-rows // every) if every else None
 
 
 class BuildRequest(Frozen):
-    """A request to build an engine. ``packed_bytes`` is the plan's bytes of all weights.
+    """A request to build an engine.
 
-    ``sparse_layers`` are dense layers with two zeros among every four inputs: if there are any, the
-    builder may use sparse kernels where it measures them as faster.
+    Attributes:
+        target: name of the target.
+        profiles: the shapes of each graph input.
+        tables: the initializers of each table, for the audit.
+        sparse_layers: dense layers in which two of every four weights are zero. If there are any,
+            the builder may use sparse kernels for layers that they make faster.
+        workspace_bytes: limit of the builder's scratch memory.
+        packed_bytes: bytes of all weights according to the plan.
     """
 
     target: str
@@ -63,10 +73,10 @@ class BuildRequest(Frozen):
 
 
 class EngineRecord(Frozen):
-    """What every builder stores about an engine; a record may have more.
+    """The fields that every builder's record of an engine has; a record may have more.
 
     Attributes:
-        audit: the results of its audit, by name, as reports show them.
+        audit: the results of the engine's audit, by name, as reports show them.
         capability: the compute capability on which it was built, if it runs only there.
     """
 
@@ -81,32 +91,32 @@ class BuiltEngine(Protocol):
 
     @property
     def path(self) -> str:
-        """Its file."""
+        """Path of the engine's file."""
 
     @property
     def bytes(self) -> int:
-        """Size of the file."""
+        """Size of the engine's file."""
 
     @property
     def version(self) -> str:
         """Version of the library that built it."""
 
     def record(self, name: str) -> str:
-        """Return its record as JSON with at least the fields of ``EngineRecord``.
+        """Return the engine's record as JSON with at least the fields of ``EngineRecord``.
 
         Args:
-            name: the name of its file where it is stored.
+            name: the name of the engine's file where it is stored.
         """
 
 
 class Builder(Protocol):
-    """Builds and audits engines. It is created with the target's name."""
+    """Builds and audits engines. The class is called with the target's name."""
 
     def version(self) -> str:
-        """Return the version of the library that builds.
+        """Return the version of the library that builds engines.
 
         Raises:
-            Refused: it cannot build on this machine.
+            Refused: the library cannot build on this machine.
         """
 
     def build(self, request: BuildRequest, folder: Path) -> BuiltEngine:

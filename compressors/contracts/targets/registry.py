@@ -1,4 +1,4 @@
-"""The registry of targets: a target by its name, and the targets of recpress.
+"""The registry of targets: a target by its name, and the built-in targets.
 
 To add a target, write its lowering, and its builder and runtime if it has them, and add its
 declaration here or call ``register``.
@@ -13,14 +13,14 @@ from compressors.contracts.targets.target import Engines, Target, TritonBackend
 from compressors.contracts.value_errors import value_error
 
 TARGETS: dict[str, Target] = {}
-"""Every target by its name, in the order of forms and reports."""
+"""Every target by its name, in the order in which forms and reports list them."""
 
 
 def register(target: Target) -> None:
     """Add a target.
 
     Raises:
-        ValueError: there is a target of this name, or another default.
+        ValueError: a target has this name already, or both are the default target.
     """
     if target.name in TARGETS:
         raise ValueError(f"target {target.name!r} is already registered")
@@ -73,25 +73,26 @@ for _target in (
 
 
 def target(name: str) -> Target:
-    """Return the target of a name.
+    """Return the target with this name.
 
     Raises:
-        KeyError: there is none.
+        KeyError: no target has it.
     """
     return TARGETS[name]
 
 
 def default_target() -> Target:
-    """Return the target that is required by an order that does not name it."""
+    """Return the target that an order requires if it does not say otherwise."""
     return next(target for target in TARGETS.values() if target.is_default)
 
 
 def engine_suffixes() -> set[str]:
-    """Return the suffixes of all targets' engines."""
+    """Return the file suffixes of all targets' engines."""
     return {item.engines.suffix for item in TARGETS.values() if item.engines is not None}
 
 
-def _known(name: str) -> str:
+def _require_known(name: str) -> str:
+    """Return the name of a registered target unchanged; raise for another name."""
     if name not in TARGETS:
         raise value_error("target_unknown", target=name, known=tuple(TARGETS))
     return name
@@ -106,5 +107,5 @@ class _NameSchema:
         return {"type": "string", "enum": list(TARGETS)}
 
 
-TargetName = Annotated[str, AfterValidator(_known), _NameSchema()]
+TargetName = Annotated[str, AfterValidator(_require_known), _NameSchema()]
 """The name of a registered target."""

@@ -1,4 +1,4 @@
-"""The runtime of a target, which scores and times what is served, and the machine it runs on."""
+"""The protocol of a runtime, which scores and times what is served, and the type ``Machine``."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from compressors.contracts.inputs import Frozen
 
-if TYPE_CHECKING:  # the contracts are read without these libraries
+if TYPE_CHECKING:  # importing the contracts must not import these libraries
     import numpy as np
     import onnx
     from numpy.typing import NDArray
@@ -17,25 +17,26 @@ if TYPE_CHECKING:  # the contracts are read without these libraries
 
 
 class Session(Protocol):
-    """One served graph or engine, loaded."""
+    """A loaded graph or engine, which computes scores."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of its inputs."""
+        """Names of the graph's inputs."""
 
     def scores(self, inputs: "Mapping[str, NDArray[Any]]") -> "FloatArray":
         """Return scores, float32 ``(rows,)``, or vectors, float32 ``(rows, dim)``.
 
-        NaN where the graph's out-of-range policy refuses a row.
+        A row that the graph refuses because of an id out of range is NaN.
 
         Raises:
             InfraError: the runtime failed on these inputs.
         """
 
     def bound(self, inputs: "Mapping[str, NDArray[Any]]") -> "Callable[[], FloatArray]":
-        """Return a function that evaluates ``scores`` on inputs stored where the runtime reads.
+        """Return a function that computes the scores of fixed inputs, to measure latency.
 
-        A call returns after the result is computed, so that its time is the latency.
+        The inputs are copied to the runtime's memory beforehand. A call of the function returns
+        when the result is computed.
 
         Raises:
             InfraError: the runtime does not accept these inputs.
@@ -43,7 +44,7 @@ class Session(Protocol):
 
 
 class Runtime(Protocol):
-    """Loads what a target serves."""
+    """Loads the graphs or engines that a target serves."""
 
     def version(self) -> str:
         """Return the version of the runtime's library."""
@@ -52,7 +53,7 @@ class Runtime(Protocol):
         """Load a graph or an engine.
 
         Args:
-            path: the file that is served; large weights of a graph are next to it.
+            path: the served file; large weights of a graph are in files next to it.
             threads: number of threads of one call.
 
         Raises:
@@ -60,9 +61,9 @@ class Runtime(Protocol):
         """
 
     def optimized_graph(self, path: Path) -> "onnx.GraphProto | None":
-        """Return a graph as the runtime optimized it; None if the runtime does not show it.
+        """Return a graph as the runtime optimized it, without the data of large weights.
 
-        Large weights are not loaded.
+        Returns None if the runtime cannot show its optimized graph.
 
         Raises:
             Refused: the runtime does not accept the graph.
@@ -70,14 +71,17 @@ class Runtime(Protocol):
 
 
 UNNAMED_RUNTIME = "ONNX Runtime"
-"""The runtime of documents that do not name it: they have its version as ``onnxruntime``."""
+"""The runtime of documents that do not name one.
+
+Documents of earlier versions have only the key ``onnxruntime``, with the version.
+"""
 
 
 class Machine(Frozen):
     """The machine on which a latency was measured, and the runtime.
 
-    The first runtime is stored as earlier versions did, because records of results are compared
-    with their stored bytes.
+    A measurement with ONNX Runtime is stored in the form of earlier versions, without ``runtime``
+    and with the version as ``onnxruntime``, because the bytes of stored results must not change.
     """
 
     processor: str
@@ -90,17 +94,16 @@ class Machine(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_version_of_one_runtime(cls, data: Any) -> Any:
-        """Read a document that does not name the runtime."""
+    def _read_unnamed_runtime(cls, data: Any) -> Any:
+        """Convert a document in the form of earlier versions."""
         if not isinstance(data, Mapping) or "onnxruntime" not in data:
             return data
         others = {name: value for name, value in data.items() if name != "onnxruntime"}
         return {**others, "runtime": UNNAMED_RUNTIME, "version": data["onnxruntime"]}
 
     @model_serializer(mode="wrap")
-    def _write_version_of_one_runtime(
-        self, serialize: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
+    def _write_unnamed_runtime(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write a measurement with ONNX Runtime in the form of earlier versions."""
         fields: dict[str, Any] = serialize(self)
         if self.runtime != UNNAMED_RUNTIME:
             return fields

@@ -1,4 +1,4 @@
-"""What a serving target declares."""
+"""The class ``Target``: the properties of a serving target."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +13,9 @@ class Engines:
     """The engines that a target's builder writes, one for each graph.
 
     Attributes:
-        builder: ``module:class`` of the builder, imported when first used, or the class. Its
-            protocol is in ``builder.py``; it is created with the target's name.
-        suffix: suffix of an engine's file.
+        builder: the class of the builder, or its ``module:class``, which is imported at first use.
+            Its protocol is in ``builder.py``; it is called with the target's name.
+        suffix: file suffix of an engine.
         is_bound_to_gpu: whether an engine runs only on GPUs of the compute capability on which it
             was built.
     """
@@ -30,10 +30,10 @@ class TritonBackend:
     """How Triton serves the files of a target.
 
     Attributes:
-        platform: platform in a model's configuration.
-        instance_kind: on what an instance runs.
-        suffix: end of the Triton model's name; empty for none. Two targets have different ones.
-        has_threads: whether the configuration has the number of threads of one call.
+        platform: Triton's name of the backend, in a model's configuration.
+        instance_kind: Triton's name of the device on which an instance runs.
+        suffix: end of the Triton model's name; empty for none. Each target needs another suffix.
+        has_threads: whether the configuration sets the number of threads of one call.
     """
 
     platform: str
@@ -44,25 +44,27 @@ class TritonBackend:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Properties of a runtime by which results are served.
+    """Properties of a serving target.
 
     Attributes:
         name: name in orders and reports.
         label: name in sentences.
-        lowering: ``module:class`` of translations, stored types, passes, tolerances and audit,
-            imported when first used, or the class. Its protocol is ``LoweringTarget`` in
-            ``compressors/lower/targets/target.py``; it is created without arguments.
+        lowering: the class with translations, stored types, passes, tolerances and audit, or its
+            ``module:class``, which is imported at first use. Its protocol is ``LoweringTarget`` in
+            ``compressors/lower/targets/target.py``; it is called without arguments.
         engines: the engines that are built from the graphs; None if the graphs are served.
-        runtime: ``module:class`` of the runtime that scores and times what is served, or the class.
-            Its protocol is in ``runtime.py``; it is created without arguments. With a runtime the
-            target is measured and its limits are judged; without, it is built and audited.
-        triton: how Triton serves it; None if Triton cannot.
-        libraries: distributions whose version can change results.
-        title: title in the form of an order; empty for the label.
-        description: description in the form of an order.
-        is_default: whether it is required by an order that does not name it. One target is.
-        is_always_stored: whether orders store it if it is off, as the digests of earlier orders
-            contain it. Not for new targets, which would change those digests.
+        runtime: the class of the runtime that scores and times what is served, or its
+            ``module:class``. Its protocol is in ``runtime.py``; it is called without arguments. A
+            target with a runtime is measured and its limits are judged; one without is only built
+            and audited.
+        triton: how Triton serves the target's files; None if Triton cannot.
+        libraries: Python distributions whose version can change results.
+        title: title in the form for orders; empty for the label.
+        description: description in the form for orders.
+        is_default: whether an order requires the target if it does not say otherwise. Exactly one
+            target is the default.
+        is_always_stored: whether a stored order contains the target even if it is off. True only
+            for the targets of the first version, whose orders have digests with all of them.
     """
 
     name: str
@@ -79,17 +81,17 @@ class Target:
 
     @property
     def field(self) -> str:
-        """Its field in an order."""
+        """Name of the target's field in an order."""
         return self.name.replace("-", "_")
 
     @property
     def is_built(self) -> bool:
-        """Whether its graphs are built to engines."""
+        """Whether engines are built from the target's graphs."""
         return self.engines is not None
 
     @property
     def is_measured(self) -> bool:
-        """Whether its runtime scores and times the result, so that limits are judged."""
+        """Whether the target has a runtime that scores and times results."""
         return self.runtime is not None
 
     def served_file(self, graph: str) -> str:
@@ -97,18 +99,18 @@ class Target:
         return f"{graph}{'.onnx' if self.engines is None else self.engines.suffix}"
 
     def load_lowering(self) -> Any:
-        """Return the object of ``lowering``."""
+        """Create the lowering; see ``lowering``."""
         return named_object(self.lowering)()
 
     def load_builder(self) -> Builder | None:
-        """Return the builder of its engines; None if the graphs are served."""
+        """Create the builder of engines; None if the graphs are served."""
         if self.engines is None:
             return None
         builder: Builder = named_object(self.engines.builder)(self.name)
         return builder
 
     def load_runtime(self) -> Runtime | None:
-        """Return its runtime; None if it has none."""
+        """Create the runtime; None if the target has none."""
         if self.runtime is None:
             return None
         runtime: Runtime = named_object(self.runtime)()

@@ -1,6 +1,6 @@
-"""Errors of invalid values in documents, orders and settings: code, fields, derived sentence.
+"""Errors about values in documents, orders and settings: each has a code, fields and a sentence.
 
-coded.py      the function ``value_error``, which creates an error for pydantic to report
+coded.py      the function ``value_error``, which creates an error that pydantic reports
 signature.py  sentences about the inputs and the signature of a model
 limits.py     sentences about limits and measured numbers
 steps.py      sentences about settings of steps

@@ -1,8 +1,9 @@
-"""The function ``value_error``: an error with a code and fields that pydantic reports. Types only.
+"""The function ``value_error``, which creates an error with a code and fields.
 
-A validator raises it. A program reads ``type`` (the code) and ``ctx`` (the fields) of an entry of
-``ValidationError.errors()``; a person reads ``msg``, the sentence. Each subject has one table of
-sentences, in a separate file next to this one; ``docs/errors.md`` is generated from them.
+A validator raises the error, and pydantic reports it. A program reads ``type`` (the code) and
+``ctx`` (the fields) of an entry of ``ValidationError.errors()``; a person reads ``msg``, the
+sentence. Each subject has one table of sentences, in a separate file next to this one;
+``docs/errors.md`` is generated from them.
 """
 
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Engine profiles and Triton models": serving.SENTENCES,
     }
 )
-"""Tables of sentences by subject: from a code to a clause with the fields in braces."""
+"""The tables of sentences, by subject. A table maps a code to a clause with fields in braces."""
 
 SENTENCES: Mapping[str, str] = MappingProxyType(
     {code: text for table in SUBJECTS.values() for code, text in table.items()}
@@ -43,11 +44,11 @@ SENTENCES: Mapping[str, str] = MappingProxyType(
 def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
     """Create a ``ValueError`` with a code and fields, which pydantic reports unchanged.
 
-    ``ctx`` has the fields and the derived ``sentence``. Pydantic replaces the names in braces of a
-    message one after the other, in the order of ``ctx``, also inside values that it has just
-    inserted. ``sentence`` is therefore the only such name, and the last: user text that looks
-    like a field is not replaced. Pydantic stores text as UTF-8, which has no surrogates: those of
-    an argument or a file name are written as escapes.
+    ``ctx`` has the fields and the formatted ``sentence``. Pydantic replaces the names in braces of
+    a message one after the other, in the order of ``ctx``, also inside values that it has just
+    inserted. The message is therefore only ``{sentence}``, and ``sentence`` is last in ``ctx``, so
+    that user text in braces is not replaced. Pydantic stores text as UTF-8, so surrogates in an
+    argument or file name are replaced by escapes.
 
     Args:
         code: a key of ``SENTENCES``.
@@ -67,6 +68,7 @@ def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
 
 
 def _encodable(value: Any) -> Any:
+    """Replace the surrogates of a text by escapes; return other values unchanged."""
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
     return value
