@@ -40,8 +40,8 @@ FAULTS = (
     Fault(
         id="attribute-names-run-as-code",
         file="compressors/core/state/construction.py",
-        old="            if _ENDS_TEXT.search(name):\n",
-        new="            if _ENDS_TEXT.fullmatch(name):\n",
+        old="            if _UNSAFE_IN_TEXT.search(name):\n",
+        new="            if _UNSAFE_IN_TEXT.fullmatch(name):\n",
         effect="A module name in a bundle runs as code when the network is traced.",
         tests=(
             "tests/compressors/core/test_construction.py"

@@ -1,9 +1,12 @@
 """Build a network from its class and configuration, and assign stored tensors.
 
-``construct`` builds without weights (``meta_device.py``), so loading takes no more memory than the
-stored file. If the constructor reads parameter values, the network is built again with all its
-weights, and a note says so. ``assign`` fills a network so that every reference to a parameter, in a
-list or dictionary too, has the stored values.
+``construct`` builds a network without values of its weights (``meta_device.py``), so loading takes
+no more memory than the stored file. If the constructor reads weight values, the network is built
+again with its initial weights, and a note to the user says so. ``assign`` gives stored values to a
+network so that every reference to a parameter, also in a list or dictionary, has them.
+
+"Plain tensors" are tensors in attributes that are neither parameters nor buffers, or in lists and
+objects there (``plain_values.py``).
 """
 
 import copy
@@ -36,8 +39,8 @@ from compressors.errors.compression import ModelRefused
 from compressors.errors.construction import ConstructionFailed, TooLarge
 
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
-NAMES_SHOWN = 5
-_ENDS_TEXT = re.compile(r"""["'\\\r\n\0]""")
+NAMES_SHOWN = 5  # in messages
+_UNSAFE_IN_TEXT = re.compile(r"""["'\\\r\n\0]""")
 
 
 @dataclass(frozen=True)
@@ -54,47 +57,51 @@ def construct(
     """Build a network, with parameters on the meta device if its class allows it.
 
     Args:
-        architecture: its class.
-        config: keyword arguments; not modified.
-        room: limits of what its constructor may create; without it there are none.
+        architecture: the network's class.
+        config: keyword arguments of the class; not modified.
+        room: limits on the tensors that the constructor may create; None for no limits.
 
     Returns:
-        The network on the CPU. Parameters have no values, unless a note says that the constructor
-        needs them. Buffers and plain tensors have values.
+        The network on the CPU. Its parameters have no values, unless a note says that the
+        constructor needs them. Buffers and plain tensors have values.
 
     Raises:
         ConstructionFailed: the arguments do not fit, the constructor raises, or an attribute has
             a name that could run as code.
         ModelRefused: a tensor that no file stores depends on random initial weights.
     """
-    construction = _constructed(architecture, config, room)
+    construction = _construct_unchecked(architecture, config, room)
     _require_safe_names(architecture, construction.module)
     return construction
 
 
-def _constructed(
+def _construct_unchecked(
     architecture: type[nn.Module], config: Mapping[str, Any], room: Room | None
 ) -> Construction:
+    """Build a network; attribute names are not checked."""
     _require_arguments(architecture, config)
     try:
         with parameters_on_meta(copy.copy(room)) as placement:
             module = architecture(**copy.deepcopy(dict(config)))
-    except TooLarge as fault:
-        raise ConstructionFailed("tensors_too_large", problem=str(fault)) from fault
-    except Exception as fault:
-        if is_out_of_memory(fault):
+    except TooLarge as error:
+        raise ConstructionFailed("tensors_too_large", problem=str(error)) from error
+    except Exception as error:
+        if is_out_of_memory(error):
             raise
-        reason = f"its constructor reads weight values ({_place(fault)})"
-        return _with_values(architecture, config, reason, room)
+        reason = f"its constructor reads weight values ({_source_line(error)})"
+        return _construct_with_note(architecture, config, reason, room)
     _link_views(module, placement)
     recomputed = {name for name, *_ in _computed_weights(module)}
-    if lost := [name for name in _without_values(module) if name not in recomputed]:
-        reason = f"its constructor computes {_listed(lost)} from weight values"
-        built = _with_values(architecture, config, reason, room)
+    if names_without_values := [name for name in _without_values(module) if name not in recomputed]:
+        reason = f"its constructor computes {_list_names(names_without_values)} from weight values"
+        construction = _construct_with_note(architecture, config, reason, room)
         _require_equal(
-            architecture, built.module, construct_with_weights(architecture, config), lost
+            architecture,
+            construction.module,
+            construct_with_weights(architecture, config),
+            names_without_values,
         )
-        return built
+        return construction
     return Construction(module, _device_notes(module, placement))
 
 
@@ -102,10 +109,10 @@ def construct_with_weights(architecture: type[nn.Module], config: Mapping[str, A
     """Build a network with the initial weights of its class, on the CPU.
 
     Raises:
-        ConstructionFailed: as ``construct``.
+        ConstructionFailed: for the reasons that ``construct`` lists.
     """
     _require_arguments(architecture, config)
-    module = _real(architecture, config)[0]
+    module = _construct_on_cpu(architecture, config)[0]
     _require_safe_names(architecture, module)
     return module
 
@@ -113,53 +120,57 @@ def construct_with_weights(architecture: type[nn.Module], config: Mapping[str, A
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
     """Replace a network's tensors by stored ones, without copying.
 
-    Differs: ``load_state_dict(assign=True)`` puts new objects into the modules, so lists of
-    parameters keep the old objects. Here the old objects receive the new values, and plain tensors
-    that are views of a parameter become views of the new one.
+    Differs: ``load_state_dict(assign=True)`` puts new tensor objects into the modules, so lists of
+    parameters still contain the old objects. Here the old objects receive the new values, and plain
+    tensors that are views of a parameter become views of its new values.
 
     Args:
         module: the network.
         tensors: stored tensors by name; not copied.
-        strict: whether they must be exactly the tensors of the network.
+        strict: whether the names must be exactly those of the network's state dict.
     """
-    previous = dict(module.state_dict(keep_vars=True))
-    places = {
+    previous_state = dict(module.state_dict(keep_vars=True))
+    memory_of_state = {
         tensor.untyped_storage()._cdata: (name, tensor.stride(), tensor.storage_offset())
-        for name, tensor in previous.items()
+        for name, tensor in previous_state.items()
         if name in tensors and _has_storage(tensor)
     }
-    known = {id(tensor) for tensor in previous.values()}
+    state_ids = {id(tensor) for tensor in previous_state.values()}
     views = [
-        (tensor, *places[tensor.untyped_storage()._cdata])
+        (tensor, *memory_of_state[tensor.untyped_storage()._cdata])
         for _, tensor in plain_tensors(module)
-        if id(tensor) not in known and _is_in(tensor, places)
+        if id(tensor) not in state_ids and _is_in(tensor, memory_of_state)
     ]
-    geometry = [(view.shape, view.stride(), view.storage_offset()) for view, *_ in views]
-    # New objects, because the stored ones may belong to another network; ties are preserved.
-    fresh: dict[int, Tensor] = {}
+    view_layouts = [(view.shape, view.stride(), view.storage_offset()) for view, *_ in views]
+    # New tensor objects, because the stored ones may belong to another network. A tensor with
+    # several names gets one object, so ties are preserved.
+    new_objects: dict[int, Tensor] = {}
     assigned = {
-        name: fresh.setdefault(id(value), _same_values(value)) for name, value in tensors.items()
+        name: new_objects.setdefault(id(value), _same_values(value))
+        for name, value in tensors.items()
     }
     module.load_state_dict(assigned, strict=strict, assign=True)
-    stands_for: dict[int, Tensor] = {}
+    replacement: dict[int, Tensor] = {}
     exchanged: set[int] = set()
-    loaded = module.state_dict(keep_vars=True)
-    for name, old in previous.items():
-        new = loaded[name]
-        if new is old:
+    loaded_state = module.state_dict(keep_vars=True)
+    for name, previous_tensor in previous_state.items():
+        loaded_tensor = loaded_state[name]
+        if loaded_tensor is previous_tensor:
             continue
-        if id(new) not in stands_for:
-            if id(old) in exchanged or not exchange(old, new):
+        if id(loaded_tensor) not in replacement:
+            if id(previous_tensor) in exchanged or not exchange(previous_tensor, loaded_tensor):
                 continue
-            exchanged.add(id(old))
-            stands_for[id(new)] = old
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, stands_for[id(new)])
-    for (view, name, stride, start), (shape, steps, offset) in zip(views, geometry, strict=True):
-        values = _named(module, name).detach()
-        if values.stride() == stride:  # else it has no values, and loading raises
-            begin = values.storage_offset() + offset - start
-            exchange(view, values.as_strided(shape, steps, begin))
+            exchanged.add(id(previous_tensor))
+            replacement[id(loaded_tensor)] = previous_tensor
+        parent_name, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent_name), attribute, replacement[id(loaded_tensor)])
+    for (view, name, stride, parameter_offset), (shape, view_stride, offset) in zip(
+        views, view_layouts, strict=True
+    ):
+        values = _tensor_named(module, name).detach()
+        if values.stride() == stride:  # otherwise it has no values, and loading raises an error
+            begin = values.storage_offset() + offset - parameter_offset
+            exchange(view, values.as_strided(shape, view_stride, begin))
     _recompute(module)
 
 
@@ -168,37 +179,37 @@ def unfilled(module: nn.Module, replaced: Iterable[Tensor] = ()) -> list[str]:
 
     Args:
         module: a loaded network.
-        replaced: parameters of layers that compressed ones replaced; plain lists may still contain
-            them, and they are ignored.
+        replaced: parameters of layers that compressed layers have replaced. Lists in attributes may
+            still contain them; they are ignored.
     """
     ignored = {tensor.untyped_storage()._cdata for tensor in replaced if _has_storage(tensor)}
-    every = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
+    tensors = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
     return [
-        name for name, tensor in every.items() if tensor.is_meta and not _is_in(tensor, ignored)
+        name for name, tensor in tensors.items() if tensor.is_meta and not _is_in(tensor, ignored)
     ]
 
 
 def outside_cpu(module: nn.Module) -> list[str]:
     """Return names of tensors that are on an accelerator."""
-    every = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
-    return [name for name, tensor in every.items() if tensor.device.type not in ("cpu", "meta")]
+    tensors = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
+    return [name for name, tensor in tensors.items() if tensor.device.type not in ("cpu", "meta")]
 
 
 def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:
-    """Return names of unstored tensors that differ between two loaded networks."""
+    """Return names of plain tensors and unsaved buffers that differ between two networks."""
     other = dict(plain_tensors(second))
     return [
         name
         for name, tensor in plain_tensors(first)
-        if name not in other or not _equal(tensor, other[name])
+        if name not in other or not _equal_tensors(tensor, other[name])
     ]
 
 
-def _with_values(
+def _construct_with_note(
     architecture: type[nn.Module], config: Mapping[str, Any], reason: str, room: Room | None
 ) -> Construction:
-    """Build a network with initial weights, and a note that gives the reason."""
-    module, placement = _real(architecture, config, room)
+    """Build a network with its initial weights, and a note to the user that says why."""
+    module, placement = _construct_on_cpu(architecture, config, room)
     note = (
         f"{architecture.__name__} is built with all its weights in memory each time it is loaded, "
         f"because {reason}. Memory while loading is that of the weights, not of the file's pages."
@@ -206,18 +217,19 @@ def _with_values(
     return Construction(module, (note, *_device_notes(module, placement)))
 
 
-def _real(
+def _construct_on_cpu(
     architecture: type[nn.Module], config: Mapping[str, Any], room: Room | None = None
 ) -> tuple[nn.Module, Placement]:
+    """Build a network with its initial weights; also return the context it was built in."""
     try:
         with on_cpu(copy.copy(room)) as placement:
             module = architecture(**copy.deepcopy(dict(config)))
-    except TooLarge as fault:
-        raise ConstructionFailed("tensors_too_large", problem=str(fault)) from fault
-    except Exception as fault:
-        if is_out_of_memory(fault):
+    except TooLarge as error:
+        raise ConstructionFailed("tensors_too_large", problem=str(error)) from error
+    except Exception as error:
+        if is_out_of_memory(error):
             raise
-        raise _failure(architecture, fault) from fault
+        raise _construction_error(architecture, error) from error
     return module, placement
 
 
@@ -226,27 +238,35 @@ def _require_arguments(architecture: type[nn.Module], config: Mapping[str, Any])
     signature = inspect.signature(architecture)
     try:
         signature.bind(**config)
-    except TypeError as fault:
-        named = [
+    except TypeError as error:
+        argument_names = [
             name
             for name, parameter in signature.parameters.items()
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         ]
         raise ConstructionFailed(
-            "arguments_wrong", problem=str(fault), arguments=tuple(named)
-        ) from fault
+            "arguments_wrong", problem=str(error), arguments=tuple(argument_names)
+        ) from error
 
 
-def _failure(architecture: type[nn.Module], fault: Exception) -> ConstructionFailed:
+def _construction_error(architecture: type[nn.Module], error: Exception) -> ConstructionFailed:
     """Build the error for a constructor that raised."""
-    error, place = type(fault).__name__, _place(fault)
-    problem, name = (str(fault).strip() or "no message").rstrip("."), architecture.__name__
+    error_class, source_line = type(error).__name__, _source_line(error)
+    problem, name = (str(error).strip() or "no message").rstrip("."), architecture.__name__
     if any(word in problem for word in ("CUDA", "cuda", "NVIDIA", "accelerator")):
         return ConstructionFailed(
-            "constructor_needs_gpu", error=error, place=place, problem=problem, architecture=name
+            "constructor_needs_gpu",
+            error=error_class,
+            place=source_line,
+            problem=problem,
+            architecture=name,
         )
     return ConstructionFailed(
-        "constructor_raised", error=error, place=place, problem=problem, architecture=name
+        "constructor_raised",
+        error=error_class,
+        place=source_line,
+        problem=problem,
+        architecture=name,
     )
 
 
@@ -259,7 +279,7 @@ def _require_safe_names(architecture: type[nn.Module], module: nn.Module) -> Non
     """
     for path, part in module.named_modules():
         for name in (*vars(part), *part._modules, *part._parameters, *part._buffers):
-            if _ENDS_TEXT.search(name):
+            if _UNSAFE_IN_TEXT.search(name):
                 raise ConstructionFailed(
                     "attribute_name_unsafe",
                     name=name,
@@ -267,9 +287,9 @@ def _require_safe_names(architecture: type[nn.Module], module: nn.Module) -> Non
                 )
 
 
-def _place(fault: BaseException) -> str:
-    """Describe the innermost line of the user's code in a traceback."""
-    frames = traceback.extract_tb(fault.__traceback__)
+def _source_line(error: BaseException) -> str:
+    """Describe the innermost line of the user's code in an error's traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
     user_frames = [frame for frame in frames if not frame.filename.startswith(_LIBRARY_FOLDERS)]
     if not user_frames:
         return "its call"
@@ -280,7 +300,10 @@ def _place(fault: BaseException) -> str:
 
 
 def _link_views(module: nn.Module, placement: Placement) -> None:
-    """Make plain tensors that shared a parameter's former memory views of the parameter."""
+    """Make plain tensors views of the parameter whose previous memory they share.
+
+    Moving a parameter to meta gives it new memory, so earlier views of it are no longer views.
+    """
     originals = {
         ref.cdata: parameter
         for ref, parameter in placement.originals
@@ -298,7 +321,10 @@ def _link_views(module: nn.Module, placement: Placement) -> None:
 
 
 def _without_values(module: nn.Module) -> list[str]:
-    """Return names of plain tensors on meta that are no views of a stored tensor: never filled."""
+    """Return names of plain tensors on meta that are no views of a parameter or buffer.
+
+    Loading gives them no values.
+    """
     stored = module.state_dict(keep_vars=True).values()
     filled = {tensor.untyped_storage()._cdata for tensor in stored if _has_storage(tensor)}
     return [
@@ -311,7 +337,7 @@ def _without_values(module: nn.Module) -> list[str]:
 def _require_equal(
     architecture: type[nn.Module], first: nn.Module, second: nn.Module, names: list[str]
 ) -> None:
-    """Raise if plain tensors differ between two constructions: they cannot be loaded."""
+    """Raise if plain tensors differ between two constructions, because no file stores them."""
     differing = [name for name in differing_tensors(first, second) if name in names]
     if differing:
         raise ModelRefused(
@@ -322,12 +348,13 @@ def _require_equal(
         )
 
 
-def _equal(first: Tensor, second: Tensor) -> bool:
+def _equal_tensors(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors have the same shape and values."""
     return first.shape == second.shape and bool(torch.equal(first, second))
 
 
 def _device_notes(module: nn.Module, placement: Placement) -> tuple[str, ...]:
-    """Set device attributes of the network to the CPU; return a note if there was another."""
+    """Set device attributes of a network to the CPU; return a note if it used another device."""
     changed = []
     for item in list(plain_values(module)):
         value = item.value
@@ -342,22 +369,25 @@ def _device_notes(module: nn.Module, placement: Placement) -> tuple[str, ...]:
     if not placement.devices and not changed:
         return ()
     names = ", ".join(placement.devices) or "another device"
-    also = f" Set to 'cpu': {_listed(changed)}." if changed else ""
+    changed_attributes = f" Set to 'cpu': {_list_names(changed)}." if changed else ""
     return (
         f"The constructor places the network on {names}; recpress builds it on the CPU and decides "
-        f"the device itself.{also}",
+        f"the device itself.{changed_attributes}",
     )
 
 
 def _same_values(tensor: Tensor) -> Tensor:
-    """Create another tensor object over the same memory."""
+    """Create another tensor object with the same memory."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
     return tensor.detach()
 
 
 def _computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yield plain weights that hooks of ``nn.utils`` compute from parameters before a forward."""
+    """Yield weights that hooks of ``torch.nn.utils`` compute from parameters before each forward.
+
+    Yields the weight's name, its module and the hook (weight norm, spectral norm or pruning).
+    """
     for name, part in module.named_modules():
         for hook in part._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm | SpectralNorm):
@@ -368,7 +398,10 @@ def _computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]
 
 @torch.no_grad()
 def _recompute(module: nn.Module) -> None:
-    """Compute hook weights from the loaded parameters; spectral norm without power iteration."""
+    """Compute the weights of ``_computed_weights`` from the loaded parameters.
+
+    Spectral norm uses its stored vectors, without a power iteration.
+    """
     for name, part, hook in _computed_weights(module):
         if isinstance(hook, BasePruningMethod):
             weight = hook.apply_mask(part)  # type: ignore[no-untyped-call]
@@ -379,22 +412,25 @@ def _recompute(module: nn.Module) -> None:
         setattr(part, name.rpartition(".")[2], weight)
 
 
-def _named(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(owner), leaf)
+def _tensor_named(module: nn.Module, name: str) -> Tensor:
+    """Return the tensor at an attribute path."""
+    parent_name, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(parent_name), attribute)
     return tensor
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    """Whether a tensor has memory that a view could share (sparse and lazy ones have none)."""
+    """Return whether a tensor has memory that a view can share; sparse and lazy ones have none."""
     return tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
 
 
 def _is_in(tensor: Tensor, storages: Container[int]) -> bool:
-    """Whether a tensor shares one of these memories."""
+    """Return whether a tensor's memory is one of these storages, given by address."""
     return _has_storage(tensor) and tensor.untyped_storage()._cdata in storages
 
 
-def _listed(names: list[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(map(repr, names[:NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
+def _list_names(names: list[str]) -> str:
+    """Format the first names and the number of others."""
+    remaining = len(names) - NAMES_SHOWN
+    ending = f" and {remaining} more" if remaining > 0 else ""
+    return ", ".join(map(repr, names[:NAMES_SHOWN])) + ending

@@ -1,7 +1,8 @@
-"""Build a network without its weights, and always on the CPU.
+"""Contexts in which a network's class is built on the CPU, without values of its parameters.
 
-``construction.py`` decides which of the two contexts a class is built in. Both keep tensors on the
-CPU that a constructor moves to an accelerator: recpress decides where a network runs.
+``construction.py`` builds a class in one of two contexts: ``parameters_on_meta``, or ``on_cpu`` if
+the constructor needs the values. In both, tensors stay on the CPU even if the constructor moves
+them to an accelerator: recpress decides where a network runs.
 """
 
 import re
@@ -29,21 +30,21 @@ ACCELERATOR = re.compile(r"(cuda|xpu|hpu|mps|npu|xla)(:\d+)?")
 
 @dataclass
 class Room:
-    """Limits of what a constructor may create.
+    """Limits on the tensors that a constructor may create.
 
     Attributes:
-        tensor_bytes: most bytes of one tensor.
-        tensors: number of tensors it may still create.
+        tensor_bytes: largest size of one tensor.
+        tensors: number of tensors that may still be created.
     """
 
     tensor_bytes: int
     tensors: int
 
     def check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count a tensor before it is created.
+        """Count a tensor that ``func(*args, **kwargs)`` will create, and check its size.
 
         Raises:
-            TooLarge: it exceeds ``tensor_bytes``, or the number of tensors is used up.
+            TooLarge: the tensor exceeds ``tensor_bytes``, or the number of tensors is used up.
         """
         self.tensors -= 1
         if self.tensors < 0:
@@ -52,20 +53,21 @@ class Room:
             with torch._C.DisableTorchFunction():
                 size = func(*args, **{**kwargs, "device": "meta"}).nbytes
         except (RuntimeError, NotImplementedError, TypeError):
-            return  # torch raises its error when the function is called
+            return  # the real call raises the error
         if size > self.tensor_bytes:
             raise TooLarge("tensor_large", bytes=size, most_bytes=self.tensor_bytes)
 
 
 class Placement(TorchFunctionMode):
-    """Keeps tensors on the CPU, and parameters without values on meta, while a class is built.
+    """Keeps new tensors on the CPU, and meta tensors on meta, while a class is built.
 
     Args:
-        room: limits of what may be created; without it there are none.
+        room: limits on the tensors that may be created; None for no limits.
 
     Attributes:
         devices: other devices that the constructor requested, in order.
-        originals: each registered parameter with the memory it had before its values were removed.
+        originals: each parameter that was moved to meta, with a weak reference to its previous
+            memory.
     """
 
     def __init__(self, room: Room | None = None) -> None:
@@ -81,7 +83,7 @@ class Placement(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call ``func`` with every device replaced."""
+        """Call ``func`` with each device argument replaced by the CPU or meta."""
         kwargs = dict(kwargs or {})
         tensor = args[0] if args and isinstance(args[0], Tensor) else None
         if tensor is not None:
@@ -89,92 +91,93 @@ class Placement(TorchFunctionMode):
                 return torch.device("cpu") if tensor.is_meta else func(*args, **kwargs)
             if func in _MOVES:
                 if func not in (Tensor.cpu, Tensor.pin_memory):
-                    self._note(f"{func.__name__}")
+                    self._record_device(f"{func.__name__}")
                 return tensor
             if func == _DATA_SETTER and tensor.is_meta and not args[1].is_meta:
                 return func(tensor, args[1].to("meta"))
             if func is Tensor.type and (kind := (*args[1:], *kwargs.values())[:1]):
-                return tensor.to(_number_type(kind[0]))
+                return tensor.to(_dtype_of_legacy_type(kind[0]))
             if func is Tensor.to:
-                args, kwargs = self._stay(tensor, args[1:], kwargs)
-        # A default device that the constructor sets would be added after this.
+                args, kwargs = self._keep_device(tensor, args[1:], kwargs)
+        # torch adds the default device later than this mode runs, so it is added here.
         is_new = func in _device._device_constructors()
         if is_new and self._room is not None:
             self._room.check(func, args, kwargs)
         if kwargs.get("device") is None and is_new:
             kwargs["device"] = _device.CURRENT_DEVICE
         if kwargs.get("device") is not None:
-            kwargs["device"] = self._cpu(kwargs["device"], tensor)
+            kwargs["device"] = self._replace_device(kwargs["device"], tensor)
         return func(*args, **kwargs)
 
-    def _stay(
+    def _keep_device(
         self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return arguments of ``Tensor.to`` that change the dtype but not the device."""
+        """Replace arguments of ``Tensor.to`` so that it changes the dtype but not the device."""
         other = kwargs.pop("other", None)
         if other is None and args and isinstance(args[0], Tensor):
             other, args = args[0], args[1:]
         if other is not None:
             return (tensor, other.dtype, *args), kwargs
         if args and not isinstance(args[0], torch.dtype | bool):
-            args = (self._cpu(args[0], tensor), *args[1:])
+            args = (self._replace_device(args[0], tensor), *args[1:])
         return (tensor, *args), kwargs
 
-    def _cpu(self, device: Any, tensor: Tensor | None) -> torch.device:
-        """Return the device to use instead of one that a constructor names."""
+    def _replace_device(self, device: Any, tensor: Tensor | None) -> torch.device:
+        """Record a requested device; return the one to use: meta for meta tensors, else the CPU."""
         if device is not None:
             try:
                 requested = torch.device("cuda", device) if type(device) is int else device
                 requested = torch.device(requested)
-            except RuntimeError:  # not a device's name: torch raises when the function is called
+            except RuntimeError:  # not a device: the real call raises the error
                 return device  # type: ignore[no-any-return]
             if requested.type not in ("cpu", "meta"):
-                self._note(str(requested))
+                self._record_device(str(requested))
         return torch.device("meta" if tensor is not None and tensor.is_meta else "cpu")
 
-    def _note(self, device: str) -> None:
+    def _record_device(self, device: str) -> None:
+        """Add a requested device to ``devices`` once."""
         if device not in self.devices:
             self.devices.append(device)
 
     def without_values(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Move a parameter to meta without its values; references to it remain valid."""
+        """Move a parameter to meta, which drops its values; references to it remain valid."""
         storage = parameter.untyped_storage()
-        # Function modes also intercept these calls and would keep the copy on the CPU.
+        # This mode would otherwise intercept these calls and keep the copy on the CPU.
         with torch._C.DisableTorchFunction():
             values = parameter.detach().to("meta")
             empty = nn.Parameter(values, requires_grad=parameter.requires_grad)
             if not exchange(parameter, empty):
                 return empty
-        memory = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self.originals.append((memory, parameter))
+        previous_memory = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self.originals.append((previous_memory, parameter))
         return parameter
 
 
 @contextmanager
 def on_cpu(room: Room | None = None) -> Iterator[Placement]:
-    """Inside the context, tensors of this thread are created on the CPU and remain there."""
+    """Create tensors of this thread on the CPU and keep them there, inside the context."""
     with _defaults_restored(), Placement(room) as placement:
         yield placement
 
 
 @contextmanager
 def parameters_on_meta(room: Room | None = None) -> Iterator[Placement]:
-    """Inside the context, this thread's parameters are registered on meta; buffers have values.
+    """Register this thread's parameters on meta inside the context; buffers have values.
 
-    ``torch.device("meta")`` would include buffers and plain tensor attributes, some of which no
-    file stores (offsets, position ids).
+    ``torch.device("meta")`` would also create buffers and plain tensor attributes on meta. No file
+    stores some of these (offsets, position ids), so they would have no values after loading.
     """
-    here = threading.get_ident()
+    thread = threading.get_ident()
     register = nn.Module.register_parameter
     placement = Placement(room)
 
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and threading.get_ident() == here:
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == thread:
             param = param if param.is_meta or is_lazy(param) else placement.without_values(param)
         register(module, name, param)
 
     with _LOCK:
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
         try:
             with _defaults_restored(), placement:
                 yield placement
@@ -184,7 +187,7 @@ def parameters_on_meta(room: Room | None = None) -> Iterator[Placement]:
 
 @contextmanager
 def _defaults_restored() -> Iterator[None]:
-    """Restore default device and dtype, which a constructor may set for the whole process."""
+    """Restore the default device and dtype afterwards; a constructor may change them."""
     dtype, device = torch.get_default_dtype(), _device.CURRENT_DEVICE
     try:
         yield
@@ -195,10 +198,10 @@ def _defaults_restored() -> Iterator[None]:
 
 
 def exchange(first: Tensor, second: Tensor) -> bool:
-    """Exchange the values of two tensors, so that all references to ``first`` have the new ones.
+    """Exchange the values of two tensors: all references to ``first`` then see those of ``second``.
 
-    Class and Python attributes are not exchanged. Returns False, with nothing changed, if torch
-    cannot do it: the tensor has weak references or is part of a gradient's graph.
+    The tensors keep their classes and Python attributes. Returns False, and changes nothing, if
+    torch cannot exchange them: a tensor has weak references or is part of an autograd graph.
     """
     kinds = type(first), type(second)
     attributes = dict(vars(first)), dict(vars(second))
@@ -214,7 +217,7 @@ def exchange(first: Tensor, second: Tensor) -> bool:
     return True
 
 
-def _number_type(kind: Any) -> torch.dtype:
+def _dtype_of_legacy_type(kind: Any) -> torch.dtype:
     """Return the dtype of a legacy tensor type, such as ``torch.cuda.FloatTensor`` or its name."""
     if isinstance(kind, torch.dtype):
         return kind

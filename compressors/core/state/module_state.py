@@ -1,8 +1,8 @@
-"""Save and load a module as tensors plus records, with each table in memory only once.
+"""Build, save and load a module as tensors and records, with each table in memory only once.
 
-Loading (contract 2): build the architecture with parameters on the meta device and buffers with
-values, insert compressed modules according to the records, assign memory-mapped tensors, restore
-ties, and raise if any tensor is still on meta.
+A record (``ModuleRecord``) describes a compressed module. Loading builds the architecture with
+parameters on the meta device and buffers with values, inserts compressed modules according to the
+records, assigns memory-mapped tensors, restores ties, and raises if any tensor is still on meta.
 """
 
 import logging
@@ -37,21 +37,27 @@ from compressors.errors.compression import ModelRefused
 from compressors.errors.construction import ConstructionFailed
 
 log = logging.getLogger(__name__)
-# Without gradients torch's attention layers use a fast path that scores a fully masked row as NaN.
-# With gradients, as in training, and in a lowered graph such a row attends to nothing. Without the
-# fast path, inference gives the scores of training.
+# If no gradients are needed, torch's attention layers use a fast path that returns NaN for a fully
+# masked row. In training and in a lowered graph, attention of such a row is zero. Disabling the
+# fast path makes inference compute the same scores.
 torch.backends.mha.set_fastpath_enabled(False)
 
 LEAST_ROOM = 256 * 2**20
+"""A constructor may always create tensors of this many bytes, for masks and position ids."""
 LEAST_TENSORS, TENSORS_PER_STORED = 10_000, 50
+"""A constructor may create this many tensors, and so many more for each stored one."""
 
 
 def build(architecture: type[nn.Module], network: Network) -> nn.Module:
-    """Build the module with its compressed modules, parameters on meta if possible.
+    """Build a network with its compressed modules, with parameters on meta if possible.
+
+    Args:
+        architecture: the network's class.
+        network: the configuration and the records of compressed modules.
 
     Raises:
         ModelRefused: the configuration does not fit the class, the class cannot be built, or a
-            record fits no module.
+            record names no module of the network.
     """
     return _build(architecture, network)[0]
 
@@ -62,21 +68,21 @@ def construction_notes(
     """Return notes for the user about how a network is built; most networks have none.
 
     Args:
-        architecture: its class.
-        network: its configuration.
-        folder: folder of its stored tensors, which limit what its constructor may create.
+        architecture: the network's class.
+        network: the network's configuration.
+        folder: folder of the stored tensors, whose size limits what the constructor may create.
 
     Raises:
-        ModelRefused: as ``build``.
+        ModelRefused: the class cannot be built with this configuration.
     """
     return _construct(architecture, network, room_in(folder, network)).notes
 
 
 def room_in(folder: Path, network: Network) -> Room:
-    """Return limits of what a stored network's constructor may create, from its stored size.
+    """Return limits on the tensors that a stored network's constructor may create.
 
-    A compressed table or layer is first built at its full size, which its record states.
-    ``LEAST_ROOM`` allows masks and position ids that no file stores.
+    The limits depend on the stored tensors in ``folder`` and on the full sizes in the records of
+    ``network``, because the constructor creates each compressed table and layer at its full size.
     """
     stored, tensors = 0, 0
     for path in folder.glob("*.safetensors"):
@@ -90,7 +96,7 @@ def room_in(folder: Path, network: Network) -> Room:
 
 
 def largest_replaced(network: Network) -> int:
-    """Return the bytes of the largest weight that is built on load and then replaced."""
+    """Return the bytes of the largest weight that a compressed module replaces after building."""
     return max((_full_bytes(record) for record in network.modules.values()), default=0)
 
 
@@ -107,16 +113,16 @@ def _construct(
 ) -> Construction:
     try:
         return construct(architecture, network.architecture.config, room)
-    except ConstructionFailed as fault:
+    except ConstructionFailed as error:
         raise ModelRefused(
-            "construction_failed", architecture=network.architecture.path, problem=str(fault)
-        ) from fault
+            "construction_failed", architecture=network.architecture.path, problem=str(error)
+        ) from error
 
 
 def _build(
     architecture: type[nn.Module], network: Network, room: Room | None = None
 ) -> tuple[nn.Module, tuple[nn.Parameter, ...]]:
-    """Build the module; also return the parameters of layers that compressed ones replaced."""
+    """Build a network; also return the parameters of layers that compressed modules replaced."""
     construction = _construct(architecture, network, room)
     model = construction.module
     for note in construction.notes:
@@ -130,10 +136,10 @@ def _build(
                 continue
         try:
             replaced += model.get_submodule(name).parameters()
-        except AttributeError as fault:
+        except AttributeError as error:
             raise ModelRefused(
                 "compressed_module_missing", name=name, architecture=network.architecture.path
-            ) from fault
+            ) from error
         swap(model, name, module_of(name, record))
     return model, tuple(replaced)
 
@@ -175,15 +181,20 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
         rows, dim = int(settings.pop("rows")), int(settings.pop("dim"))
         table_class = ComposedTable if record.format in COMPOSITIONS else PackedTable
         table: nn.Module = table_class(storage, rows, dim, settings)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
-        if is_out_of_memory(fault):
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise
-        raise ModelRefused("record_incomplete", name=name, problem=repr(fault)) from fault
+        raise ModelRefused("record_incomplete", name=name, problem=repr(error)) from error
     return Bag(table, **bag) if record.kind == "bag" else table
 
 
 def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Module:
-    """Load a module in evaluation mode over memory-mapped tensors of ``folder``.
+    """Load a module in evaluation mode, with the memory-mapped tensors of a folder.
+
+    Args:
+        architecture: the network's class.
+        network: the configuration, the records of compressed modules and the ties.
+        folder: the folder with the safetensors files.
 
     Raises:
         ModelRefused: tensors are missing, unexpected, of the wrong shape or dtype, or a tensor is
@@ -199,37 +210,42 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
             raise ModelRefused(
                 "tie_unknown", name=name, stored=stored, architecture=network.architecture.path
             )
-    copies = _stored_twice(state, tensors, network.architecture.path)
-    ties = {**network.ties, **copies}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
-    _check_fit(model, tensors, network.model_copy(update={"ties": ties}))
+    undeclared_ties = _undeclared_ties(state, tensors, network.architecture.path)
+    ties = {**network.ties, **undeclared_ties}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in undeclared_ties}
+    _require_matching_tensors(model, tensors, network.model_copy(update={"ties": ties}))
     assign(model, tensors, strict=False)
     for name, stored in ties.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, _tensor(model, stored))
-    if left := unfilled(model, replaced):
-        raise ModelRefused("values_missing", names=tuple(left[:5]))
-    if moved := outside_cpu(model):
+        parent_name, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), attribute, _tensor_named(model, stored))
+    if names_without_values := unfilled(model, replaced):
+        raise ModelRefused("values_missing", names=tuple(names_without_values[:5]))
+    if names_on_accelerator := outside_cpu(model):
         raise ModelRefused(
-            "tensors_on_accelerator", architecture=network.architecture.path, names=tuple(moved[:5])
+            "tensors_on_accelerator",
+            architecture=network.architecture.path,
+            names=tuple(names_on_accelerator[:5]),
         )
     return model.eval()
 
 
-def _stored_twice(
+def _undeclared_ties(
     state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str
 ) -> dict[str, str]:
-    """Find undeclared ties: stored tensors that the network shares with another stored one.
+    """Find undeclared ties: two stored tensors that are one tensor in the network.
+
+    Returns:
+        The name of each such tensor, and the name of the one it shares.
 
     Raises:
-        ModelRefused: the two have different values.
+        ModelRefused: the two stored tensors have different values.
     """
-    first: dict[int, str] = {}
+    first_names: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, tensor in state.items():
         if name not in tensors:
             continue
-        stored = first.setdefault(id(tensor), name)
+        stored = first_names.setdefault(id(tensor), name)
         if stored == name:
             continue
         if not torch.equal(tensors[name], tensors[stored]):
@@ -240,7 +256,10 @@ def _stored_twice(
     return ties
 
 
-def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network) -> None:
+def _require_matching_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], network: Network
+) -> None:
+    """Raise if stored tensors do not have the names, shapes and kinds of dtype of a model."""
     expected = dict(model.state_dict(keep_vars=True))
     missing = sorted(expected.keys() - tensors.keys() - network.ties.keys())
     extra = sorted(tensors.keys() - expected.keys())
@@ -254,9 +273,7 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network
             unexpected=tuple(extra[:5]),
         )
     for name, tensor in tensors.items():
-        if nn.parameter.is_lazy(
-            expected[name]
-        ):  # a lazy parameter has the shape of the loaded tensor
+        if nn.parameter.is_lazy(expected[name]):  # it takes the shape of the loaded tensor
             continue
         if tensor.shape != expected[name].shape:
             raise ModelRefused(
@@ -275,9 +292,10 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], network: Network
             )
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(owner), leaf)
+def _tensor_named(model: nn.Module, name: str) -> Tensor:
+    """Return the tensor at an attribute path."""
+    parent_name, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(parent_name), attribute)
     return tensor
 
 
@@ -298,9 +316,10 @@ def mapped(folder: Path) -> dict[str, Tensor]:
 
 
 def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a module's stored tensors, each once, and ties: name to the shared stored name.
+    """Return the tensors to store, by name, and the ties of a module.
 
-    A tensor that shares only part of another's memory is stored whole: a view is not a tie.
+    A tied tensor is stored once, under its first name; ties map its other names to this one. A
+    tensor that shares only part of another's memory is no tie and is stored completely.
     """
     stored: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
@@ -318,11 +337,11 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
     """Return the record of every compressed module; a bag's record includes its table."""
     records: dict[str, ModuleRecord] = {}
-    inside: set[str] = set()
+    tables_of_bags: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Bag):
-            inside.add(f"{name}.table")
-        if name in inside or not isinstance(
+            tables_of_bags.add(f"{name}.table")
+        if name in tables_of_bags or not isinstance(
             module,
             Bag
             | ComposedTable
@@ -346,14 +365,14 @@ def save(
     *,
     files: Mapping[str, TensorFile] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """Write a module's tensors as safetensors, in place of earlier ones in the folder.
+    """Write a module's tensors as safetensors files, which replace those in the folder.
 
     Args:
         model: the module.
-        folder: created if it does not exist.
-        shard_bytes: most bytes of small tensors in one file.
-        files: files of the network that the module was made from; those of unchanged tensors are
-            linked.
+        folder: the folder; created if it does not exist.
+        shard_bytes: largest size of a file of small tensors.
+        files: files of the module from which ``model`` was compressed; those of unchanged tensors
+            are linked.
 
     Returns:
         The ties to write to ``model.json``.

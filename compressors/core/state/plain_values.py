@@ -1,7 +1,7 @@
 """Find tensors, devices and texts of a module outside its parameters, buffers and submodules.
 
-Constructors store references to parameters in lists (for a penalty), devices in attributes, and
-tensors in settings objects. No state dict lists them, so loading has to search for them.
+Constructors store parameters in lists (for a penalty), devices in attributes, and tensors in
+settings objects. These "plain values" are not in the state dict, so loading searches for them.
 """
 
 import functools
@@ -16,16 +16,24 @@ import torch
 from torch import Tensor, nn
 
 MOST_ENTRIES = 10_000
-"""A container with more entries is data, not a list of tensors: it is not searched."""
+"""A container with more entries is not searched: it is data, not a list of tensors."""
 
 MOST_DEPTH = 8
+"""Objects and containers nested more deeply are not searched."""
 _INTERNAL = frozenset(vars(nn.Module()))
-_CLOSED = type | ModuleType | FunctionType | BuiltinFunctionType | MethodType | np.ndarray
+_NOT_SEARCHED = type | ModuleType | FunctionType | BuiltinFunctionType | MethodType | np.ndarray
 
 
 @dataclass(frozen=True)
 class PlainValue:
-    """A tensor, device or text in a plain attribute, or in a container or object stored there."""
+    """A tensor, device or text in an attribute, or in a container or object in an attribute.
+
+    Attributes:
+        path: where the value is, such as ``tower.sizes[0]``.
+        value: the tensor, device or text.
+        owner: the object or container that contains the value.
+        key: the value's attribute name, key or index in its owner.
+    """
 
     path: str
     value: Any
@@ -34,11 +42,11 @@ class PlainValue:
 
     @property
     def name(self) -> str:
-        """The attribute or key of the value, or the path if the key is an index."""
+        """The attribute name or text key of the value; the path if its key is not a text."""
         return str(self.key) if isinstance(self.key, str) else self.path
 
     def replace(self, value: Any) -> bool:
-        """Replace the value in its owner; False if the owner is immutable, such as a tuple."""
+        """Replace the value in its owner; return False if the owner is immutable."""
         if isinstance(self.owner, dict | list):
             self.owner[self.key] = value
         elif isinstance(self.key, str) and hasattr(self.owner, "__dict__"):
@@ -49,9 +57,10 @@ class PlainValue:
 
 
 def plain_values(module: nn.Module) -> Iterator[PlainValue]:
-    """Yield tensors, devices and texts outside a module tree's state; each container once.
+    """Yield the plain values of a module and its submodules; each container is searched once.
 
-    Modules that are not registered (in a plain list) count with all their tensors.
+    If an attribute contains a module that is not registered (in a list), all tensors of that module
+    are yielded.
     """
     visited = {id(part) for part in module.modules()}
     for name, part in module.named_modules():
@@ -59,7 +68,10 @@ def plain_values(module: nn.Module) -> Iterator[PlainValue]:
 
 
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors that ``load_state_dict`` does not fill: plain values, unsaved buffers."""
+    """Yield path and tensor of what ``load_state_dict`` does not fill.
+
+    These are tensors among the plain values, and non-persistent buffers.
+    """
     for name, part in module.named_modules():
         for buffer in part._non_persistent_buffers_set:
             value = part._buffers.get(buffer)
@@ -71,30 +83,35 @@ def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _attributes(path: str, owner: Any, visited: set[int], depth: int) -> Iterator[PlainValue]:
+    """Yield the plain values in the attributes of an object."""
     internal = _INTERNAL if isinstance(owner, nn.Module) else frozenset[str]()
     for key, value in list(vars(owner).items()):
         if key not in internal:
             inner = f"{path}.{key}".removeprefix(".")
-            yield from _walk(PlainValue(inner, value, owner, key), visited, depth)
+            yield from _search(PlainValue(inner, value, owner, key), visited, depth)
 
 
-def _walk(item: PlainValue, visited: set[int], depth: int) -> Iterator[PlainValue]:
+def _search(item: PlainValue, visited: set[int], depth: int) -> Iterator[PlainValue]:
+    """Yield a value if it is a tensor, device or text, or else the plain values inside of it.
+
+    ``visited`` contains the ids of objects that have been searched; ``depth`` is the nesting depth.
+    """
     value = item.value
     if isinstance(value, Tensor | torch.device | str):
         yield item
         return
-    if value is None or isinstance(value, bool | int | float | bytes | _CLOSED):
+    if value is None or isinstance(value, bool | int | float | bytes | _NOT_SEARCHED):
         return
     if id(value) in visited or depth == MOST_DEPTH:
         return
     visited.add(id(value))
     for key, entry, path in _entries(item):
-        yield from _walk(PlainValue(path, entry, value, key), visited, depth + 1)
+        yield from _search(PlainValue(path, entry, value, key), visited, depth + 1)
     if isinstance(value, nn.Module):
         for entries in (value._parameters, value._buffers, value._modules):
             for key, entry in entries.items():
                 inner = PlainValue(f"{item.path}.{key}", entry, entries, key)
-                yield from _walk(inner, visited, depth + 1)
+                yield from _search(inner, visited, depth + 1)
     if hasattr(value, "__dict__"):
         yield from _attributes(item.path, value, visited, depth + 1)
 
@@ -109,5 +126,5 @@ def _entries(item: PlainValue) -> Iterator[tuple[Any, Any, str]]:
             for key, entry in list(value.items()):
                 yield key, entry, f"{item.path}[{key!r}]"
     elif isinstance(value, list | tuple | set | frozenset | deque) and len(value) <= MOST_ENTRIES:
-        for place, entry in enumerate(list(value)):
-            yield place, entry, f"{item.path}[{place}]"
+        for index, entry in enumerate(list(value)):
+            yield index, entry, f"{item.path}[{index}]"

@@ -1,7 +1,7 @@
 """Read rows of a stored tensor into one buffer per thread, instead of memory-mapping the file.
 
-A mapped file's pages count as the process's memory until the system reclaims them. A reused buffer
-is as small as one block and remains in a core's cache.
+The pages of a memory-mapped file count as the process's memory until the system reclaims them. A
+reused buffer is only as large as one block of rows and remains in a core's cache.
 """
 
 import math
@@ -23,7 +23,12 @@ from compressors.errors.compression import ModelRefused
 class StoredRows(NamedTuple):
     """One tensor of an open safetensors file.
 
-    ``start`` is the offset of its first byte in the file, ``file`` an open descriptor of ``path``.
+    Attributes:
+        path: path of the file.
+        file: open descriptor of the file.
+        name: name of the tensor.
+        start: offset of the tensor's first byte in the file.
+        spec: shape and dtype of the tensor.
     """
 
     path: Path
@@ -33,48 +38,50 @@ class StoredRows(NamedTuple):
     spec: TensorSpec
 
     def read(self, begin: int, end: int) -> Tensor:
-        """Read entries ``begin`` to ``end`` of the first dimension, or a whole 0-d tensor.
+        """Read entries ``begin`` to ``end - 1`` of the first dimension, or a whole 0-d tensor.
 
-        The result is in this thread's buffer: its next call of ``read`` overwrites it.
+        The result is in this thread's buffer, which the thread's next call of ``read`` overwrites.
 
         Raises:
             ModelRefused: the file is shorter than its header says.
         """
-        inner = self.spec.shape[1:]
-        shape = (end - begin, *inner) if self.spec.shape else ()
-        each = math.prod(inner) * self.spec.dtype.itemsize
-        at, size = self.start + begin * each, math.prod(shape) * self.spec.dtype.itemsize
+        entry_shape = self.spec.shape[1:]
+        shape = (end - begin, *entry_shape) if self.spec.shape else ()
+        entry_bytes = math.prod(entry_shape) * self.spec.dtype.itemsize
+        offset, size = self.start + begin * entry_bytes, math.prod(shape) * self.spec.dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=self.spec.dtype)
         buffer = _buffer(size)
-        view, done = memoryview(buffer.numpy())[:size], 0  # type: ignore[arg-type]
-        while done < size:
-            count = os.preadv(self.file, [view[done:]], at + done)  # at most 2 GiB a call
+        view, bytes_read = memoryview(buffer.numpy())[:size], 0  # type: ignore[arg-type]
+        while bytes_read < size:
+            count = os.preadv(
+                self.file, [view[bytes_read:]], offset + bytes_read
+            )  # reads at most 2 GiB
             if not count:
                 raise ModelRefused(
-                    "file_truncated", path=str(self.path), name=self.name, byte=at + done
+                    "file_truncated", path=str(self.path), name=self.name, byte=offset + bytes_read
                 )
-            done += count
+            bytes_read += count
         return buffer[:size].view(self.spec.dtype).reshape(shape)
 
     def mapped(self) -> Tensor:
-        """Memory-map the whole tensor read-only: a write to it ends the process.
+        """Memory-map the whole tensor read-only; writing to it ends the process.
 
-        The safetensors library's mapping is writable, so the system counts all of it as memory that
-        this process may need, and refuses it if that is limited.
+        The safetensors library maps files as writable. Then the system counts the whole file as
+        memory that the process may need, and refuses the mapping if that memory is limited.
         """
         count = math.prod(self.spec.shape)
         if not count:
             return torch.empty(self.spec.shape, dtype=self.spec.dtype)
-        pages = mmap.mmap(self.file, 0, access=mmap.ACCESS_READ)
+        mapping = mmap.mmap(self.file, 0, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            flat = torch.frombuffer(pages, dtype=self.spec.dtype, count=count, offset=self.start)
+            flat = torch.frombuffer(mapping, dtype=self.spec.dtype, count=count, offset=self.start)
         return flat.reshape(self.spec.shape)
 
 
 def spec_of(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
-    """Return shape and dtype of a tensor from its entry in a file's header.
+    """Return the spec of a tensor from the dtype and shape in a file's header.
 
     Raises:
         ModelRefused: the dtype is unknown.

@@ -1,8 +1,9 @@
 """Write a safetensors file piece by piece, in any order, without a whole tensor in memory.
 
-The size of every tensor is known beforehand (a format's ``layout``), so the header is built first
-and each piece has a known position in the file. The bytes equal those of the safetensors library's
-``save_file``: tensors by descending dtype, then by name, and a header padded to eight bytes.
+A format's ``layout`` gives the size of every tensor before any value exists. So the header is built
+first, and each piece has a known position in the file. The file is byte-identical to that of the
+safetensors library's ``save_file``, which sorts tensors by descending dtype, then by name, and pads
+the header to a multiple of eight bytes.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -21,8 +22,9 @@ from compressors.core.modules.formats import TensorSpec
 from compressors.errors.compression import ContractBroken
 
 PIECE_BYTES = 2**23
+"""Size of the pieces in which ``write`` writes a tensor."""
 
-# In the library's order, by which it sorts tensors, with its names for torch's dtypes.
+# The library's names of dtypes, in the order in which it sorts them.
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -49,18 +51,18 @@ _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
 class Piece(NamedTuple):
-    """Bytes and their offset in the file."""
+    """Bytes and their offset ``at`` in the file."""
 
     at: int
     data: memoryview
 
 
 class StreamedFile:
-    """Layout of one safetensors file: its header and the offset of every tensor.
+    """The layout of one safetensors file: its header and the offset of every tensor.
 
     Args:
         layout: shape and dtype of every tensor, by name.
-        metadata: the header's free text entries.
+        metadata: text entries for the header's ``__metadata__``.
 
     Raises:
         ContractBroken: safetensors does not support a dtype, or a tensor's name or shape is not
@@ -82,18 +84,20 @@ class StreamedFile:
                 raise ContractBroken("tensor_not_storable", name=name, shape=tuple(spec.shape))
         self.layout = dict(layout)
         self._starts: dict[str, int] = {}
-        described: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+        entries_of_header: dict[str, object] = (
+            {} if metadata is None else {"__metadata__": dict(metadata)}
+        )
         end = 0  # a Python integer: no file size overflows it
         for name in sorted(layout, key=lambda name: (-_RANK[layout[name].dtype], name)):
             spec, begin = layout[name], end
             end += size_of(spec)
             self._starts[name] = begin
-            described[name] = {
+            entries_of_header[name] = {
                 "dtype": _NAMES[spec.dtype],
                 "shape": list(spec.shape),
                 "data_offsets": [begin, end],
             }
-        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(entries_of_header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self.header = len(text).to_bytes(8, "little") + text
         """First bytes of the file."""
@@ -101,7 +105,7 @@ class StreamedFile:
         """Size of the whole file in bytes."""
 
     def place(self, name: str, entry: int = 0) -> int:
-        """Return the offset in the file of an entry of a tensor's first dimension, in bytes.
+        """Return the byte offset, in the file, of an entry of a tensor's first dimension.
 
         Raises:
             ContractBroken: there is no such tensor, or no such entry.
@@ -109,22 +113,22 @@ class StreamedFile:
         if name not in self.layout:
             raise ContractBroken("tensor_not_laid_out", name=name, names=tuple(self.layout))
         spec = self.layout[name]
-        most = spec.shape[0] if spec.shape else 0
-        if not 0 <= entry <= most:
-            raise ContractBroken("entry_outside", name=name, entries=most, entry=entry)
+        entries = spec.shape[0] if spec.shape else 0
+        if not 0 <= entry <= entries:
+            raise ContractBroken("entry_outside", name=name, entries=entries, entry=entry)
         return len(self.header) + self._starts[name] + entry * _entry_bytes(spec)
 
     def piece(self, name: str, values: Tensor, entry: int = 0) -> Piece:
-        """Encode entries of a tensor's first dimension as bytes, with their offset in the file.
+        """Return entries of a tensor's first dimension as bytes with their offset in the file.
 
         Args:
             name: name of the tensor.
-            values: ``(entries, ...)`` with the tensor's other dimensions and dtype, or a whole 0-d
-                tensor.
+            values: the entries, ``(entries, ...)``, with the tensor's other dimensions and dtype;
+                or a whole 0-d tensor.
             entry: index of the first entry.
 
         Raises:
-            ContractBroken: name, dtype or shape do not fit the layout, or there are too many
+            ContractBroken: the name, dtype or shape does not fit the layout, or there are too many
                 entries.
         """
         at = self.place(name, entry)
@@ -134,8 +138,8 @@ class StreamedFile:
                 "dtype_differs", name=name, got=str(values.dtype), expected=str(spec.dtype)
             )
         shape = tuple(values.shape)
-        fits = shape[1:] == spec.shape[1:] and len(shape) == len(spec.shape)
-        if not fits or (shape and entry + shape[0] > spec.shape[0]):
+        is_expected_shape = shape[1:] == spec.shape[1:] and len(shape) == len(spec.shape)
+        if not is_expected_shape or (shape and entry + shape[0] > spec.shape[0]):
             raise ContractBroken(
                 "shape_differs", name=name, got=shape, expected=tuple(spec.shape), entry=entry
             )
@@ -143,27 +147,31 @@ class StreamedFile:
 
 
 def size_of(spec: TensorSpec) -> int:
-    """Return the bytes of a stored tensor."""
+    """Return the size of a stored tensor in bytes."""
     return math.prod(spec.shape) * spec.dtype.itemsize
 
 
 def raw(values: Tensor) -> memoryview:
-    """Return a tensor's bytes in file order; a view of its memory if it is contiguous."""
+    """Return a tensor's bytes in file order; a view of its memory if it is contiguous.
+
+    Raises:
+        ContractBroken: the tensor is on the meta device.
+    """
     if values.is_meta:
         raise ContractBroken("values_missing")
     flat = values.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type] # a buffer it is
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type] # an array is a buffer
 
 
 def write(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write whole tensors as one file, a few megabytes at a time.
+    """Write whole tensors to one file, a few megabytes at a time.
 
-    The file equals that of ``safetensors.torch.save_file``, without a second copy in memory.
+    The file is that of ``safetensors.torch.save_file``, but no tensor is copied in memory.
 
     Raises:
-        ContractBroken: safetensors cannot store one of them.
+        ContractBroken: safetensors cannot store one of the tensors.
     """
     file = StreamedFile(
         {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
@@ -180,17 +188,18 @@ def put(file: int, piece: Piece) -> None:
     """Write a whole piece at its offset in an open file."""
     at, data = piece
     while len(data):
-        done = os.pwrite(file, data, at)  # at most 2 GiB a call
-        at, data = at + done, data[done:]
+        bytes_written = os.pwrite(file, data, at)  # writes at most 2 GiB
+        at, data = at + bytes_written, data[bytes_written:]
 
 
 def _pieces(file: StreamedFile, name: str, tensor: Tensor) -> Iterator[Piece]:
+    """Yield a tensor in pieces of about ``PIECE_BYTES``."""
     if not tensor.dim():
         yield file.piece(name, tensor)
         return
-    each = max(PIECE_BYTES // max(_entry_bytes(file.layout[name]), 1), 1)
-    for begin in range(0, len(tensor), each):
-        yield file.piece(name, tensor[begin : begin + each], begin)
+    entries_per_piece = max(PIECE_BYTES // max(_entry_bytes(file.layout[name]), 1), 1)
+    for begin in range(0, len(tensor), entries_per_piece):
+        yield file.piece(name, tensor[begin : begin + entries_per_piece], begin)
 
 
 def _entry_bytes(spec: TensorSpec) -> int:

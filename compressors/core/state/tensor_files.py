@@ -1,7 +1,7 @@
-"""Write the files of a module's tensors: small tensors together, each large one in its own file.
+"""Write the files of a module's tensors: small ones together, each large one in a separate file.
 
-A large tensor that a step leaves unchanged is not written again: the result's folder has a hard
-link to the file that the source maps. Read this file if a step writes more bytes than it changes.
+A large tensor that a step leaves unchanged is not written again: the folder of the result gets a
+hard link to the source's file. Read this file if a step writes more bytes than it changes.
 """
 
 import hashlib
@@ -25,17 +25,24 @@ from compressors.core.state.safetensors_stream import DTYPES, write
 log = logging.getLogger(__name__)
 
 LARGE_BYTES = 10**6
-"""Size from which a tensor is in a file of its own. A step that changes a smaller one writes all
-smaller ones again."""
-SHARD_BYTES = 2**30  # memory of a reader that reads whole files
+"""Smallest size of a tensor with a separate file.
+
+A step that changes a smaller tensor writes all smaller tensors again.
+"""
+SHARD_BYTES = 2**30  # limits the memory of programs that read whole files
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 class TensorFile(NamedTuple):
-    """A file with one tensor, and the tensor that a module maps from it.
+    """A file with one tensor, and the identity of the tensor that a module maps from it.
 
-    ``address`` and ``version`` are those of the tensor when it was loaded.
+    Attributes:
+        path: path of the file.
+        address: address of the tensor's memory.
+        version: torch's counter of writes to the tensor, when it was loaded.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
     """
 
     path: Path
@@ -45,7 +52,7 @@ class TensorFile(NamedTuple):
     dtype: torch.dtype
 
     def holds(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is the one of this file, not written to since it was loaded."""
+        """Return whether a tensor is the loaded one and has not been written to since."""
         return (
             tensor.data_ptr() == self.address
             and tensor._version == self.version
@@ -73,11 +80,11 @@ def file_of(tensor: Tensor, files: Mapping[str, TensorFile]) -> TensorFile | Non
 
 
 def tensor_files(module: nn.Module, folder: Path) -> dict[str, TensorFile]:
-    """Return the file of each tensor that is alone in a file, by the tensor's name.
+    """Return the file of each tensor that has a separate file, by the tensor's name.
 
     Args:
-        module: as ``load`` returned it; nothing has written to its tensors.
-        folder: the folder that it was loaded from.
+        module: a module that ``load`` returned; its tensors must not have been written to.
+        folder: the folder from which the module was loaded.
     """
     state = module.state_dict(keep_vars=True)
     files: dict[str, TensorFile] = {}
@@ -88,7 +95,7 @@ def tensor_files(module: nn.Module, folder: Path) -> dict[str, TensorFile]:
                 continue
             dtype = DTYPES.get(file.get_slice(names[0]).get_dtype())
         tensor = state[names[0]]
-        if tensor.dtype == dtype:  # otherwise it was converted
+        if tensor.dtype == dtype:  # otherwise loading converted it
             files[names[0]] = TensorFile(
                 path, tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype
             )
@@ -96,7 +103,7 @@ def tensor_files(module: nn.Module, folder: Path) -> dict[str, TensorFile]:
 
 
 def file_name(tensor: str) -> str:
-    """Return the name of the file of a large tensor: readable, and different for each name."""
+    """Return the file name for a large tensor: a readable form of its name, and a hash."""
     readable = re.sub(r"[^A-Za-z0-9._-]", "_", tensor)[:100].lstrip(".")
     return f"{readable}-{hashlib.sha256(tensor.encode()).hexdigest()[:8]}.safetensors"
 
@@ -112,47 +119,50 @@ def write_tensors(
     """Write tensors as one safetensors file, or as several with an index.
 
     Args:
-        tensors: by name.
-        folder: created if it does not exist.
-        shard_bytes: most bytes of small tensors in one file.
-        large_bytes: size from which a tensor has a file of its own.
-        unchanged: files that hold one of the tensors each, by the tensor's name; they are linked.
+        tensors: the tensors by name.
+        folder: the folder; created if it does not exist.
+        shard_bytes: largest size of a file of small tensors.
+        large_bytes: smallest size of a tensor with a separate file.
+        unchanged: existing files that contain exactly one of the tensors each, by the tensor's
+            name; they are linked.
 
     Returns:
-        The files.
+        The paths of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = _layout(tensors, shard_bytes, large_bytes)
-    for file, parts in files.items():
+    files = _tensors_by_file(tensors, shard_bytes, large_bytes)
+    for file, tensors_of_file in files.items():
         path = folder / file
         path.unlink(missing_ok=True)  # it may be a link to a stored file
-        source = unchanged.get(next(iter(parts), ""))
-        if source is None or len(parts) > 1 or not _link(source, path):
-            write(path, parts)
+        source = unchanged.get(next(iter(tensors_of_file), ""))
+        if source is None or len(tensors_of_file) > 1 or not _link(source, path):
+            write(path, tensors_of_file)
     if len(files) > 1:
-        where = {name: file for file, parts in files.items() for name in parts}
+        file_of_tensor = {
+            name: file for file, tensors_of_file in files.items() for name in tensors_of_file
+        }
         total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        index = {"metadata": {"total_size": total}, "weight_map": file_of_tensor}
         (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
     return tuple(folder / file for file in files)
 
 
-def _layout(
+def _tensors_by_file(
     tensors: Mapping[str, Tensor], shard_bytes: int, large_bytes: int
 ) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each file, by the file's name."""
     shards: list[dict[str, Tensor]] = []
     large: dict[str, dict[str, Tensor]] = {}
-    filled = 0
+    shard_size = 0
     for name, tensor in tensors.items():
         if tensor.nbytes >= large_bytes:
             large[file_name(name)] = {name: tensor}
             continue
-        if not shards or (shards[-1] and filled + tensor.nbytes > shard_bytes):
+        if not shards or (shards[-1] and shard_size + tensor.nbytes > shard_bytes):
             shards.append({})
-            filled = 0
+            shard_size = 0
         shards[-1][name] = tensor
-        filled += tensor.nbytes
+        shard_size += tensor.nbytes
     if len(shards) + len(large) <= 1:
         return {SINGLE: dict(tensors)}
     if len(shards) == 1:
@@ -166,10 +176,10 @@ def _layout(
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Create a hard link; False if that is impossible, such as on another disk."""
+    """Create a hard link; return False if that is impossible, such as across disks."""
     try:
         target.hardlink_to(source)
     except OSError as fault:
-        log.info("%s is written again instead of linked: %s", target.name, fault)
+        log.info("%s is copied because it cannot be linked: %s", target.name, fault)
         return False
     return True
