@@ -282,7 +282,7 @@ def test_pydantic_reports_the_code_the_fields_and_the_derived_sentence():
     with raises_value_error("tensor_type_unknown", tensor="x", dtypes=["FP32"]) as caught:
         Unnamed(name="x")
     (error,) = caught.value.errors()
-    assert error["msg"] == "'x' is int8; Triton gets ['FP32']"
+    assert error["msg"] == "'x' has type int8; Triton supports ['FP32']"
     assert error["ctx"]["sentence"] == error["msg"]
 
 
@@ -290,7 +290,10 @@ def test_a_value_with_braces_is_unchanged_in_the_sentence():
     """Pydantic replaces names in braces, also in values that it has already inserted."""
     with raises_value_error("tensor_type_unknown") as caught:
         Unnamed(name="{dtype} {sentence}")
-    assert caught.value.errors()[0]["msg"] == "'{dtype} {sentence}' is int8; Triton gets ['FP32']"
+    assert (
+        caught.value.errors()[0]["msg"]
+        == "'{dtype} {sentence}' has type int8; Triton supports ['FP32']"
+    )
 
 
 def test_surrogates_in_fields_are_written_as_escapes():
@@ -299,7 +302,10 @@ def test_surrogates_in_fields_are_written_as_escapes():
     assert str(error) == "'a\\udc80' is not valid Unicode"
     assert error.context == {"path": "a\\udc80", "sentence": str(error)}
     inner = value_error("path_in_subfolder", path="a\udc80")
-    assert str(inner) == "a\\udc80 lies in a sub-folder; a bundle is flat"
+    assert (
+        str(inner)
+        == "a\\udc80 is in a subfolder, but a bundle has none; move the file to the top folder"
+    )
 
 
 @pytest.mark.parametrize(

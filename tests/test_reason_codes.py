@@ -118,9 +118,9 @@ def test_json_round_trip_keeps_code_field_types_and_sentence(reason):
     assert str(loaded[0]) == str(reason)
 
 
-def test_an_infinite_number_is_rendered_as_python_formats_it():
-    reason = Reason("beyond_largest", largest=float("inf"), format="float16", limit=65504.0)
-    assert str(reason) == "has a value of inf, beyond the largest of float16, 65504"
+def test_number_that_is_not_finite_is_rendered_as_python_formats_it():
+    beyond = Reason("beyond_largest", largest=float("inf"), format="float16", limit=65504.0)
+    assert str(beyond) == "has a value of inf, beyond the largest number of float16, 65504"
 
 
 # --- stored documents ------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""What can go wrong while a model is compressed: classes with codes and fields.
+"""Errors that are raised while a model is compressed: classes with codes and fields.
 
-parity_failure.py  how a graph and its module disagree
+parity_failure.py  details of a failed parity check
 compression.py     the base class, and errors of several packages
-construction.py    a network that cannot be built
-widths.py          a width that cannot be reduced
-steps.py           a step that cannot change this network
-metrics.py         metrics and limits
-orders.py          parts of an order that do not fit together
+construction.py    errors of building a network from its class
+widths.py          exceptions with the reason why a unit cannot be removed
+steps.py           errors of applying a step to a network
+metrics.py         errors of computing metrics and judging limits
+orders.py          errors about parts of an order that do not fit together
 """

@@ -1,17 +1,17 @@
-"""What can go wrong while compressing a model, with the codes and sentences of the base classes.
+"""The base class of errors of compression, and errors of several packages.
 
-CompressionError       the order cannot be carried out as written; retrying will not help
-├─ NothingToCompress   a step, or a pattern in it, fits no layer of this model
-├─ ContractBroken      a step did not keep its contract; the step is at fault, not the order
+CompressionError       the order cannot be carried out as written; a retry would fail again
+├─ NothingToCompress   a step, or a name pattern in it, matches no unit of this model
+├─ ContractBroken      a step has a bug: it did not do what its plan or layout says
 ├─ ModelRefused        the stored weights do not fit the architecture, or are not finite
-├─ NotLowerable        a module has no form on this target
+├─ NotLowerable        a module cannot be exported for this target
 ├─ ParityLost          the lowered graph does not compute what the module computes
-├─ AuditFailed         the target's own graph is not what was ordered
-├─ StepRefused         and others of ``step_errors.py``: a step cannot change this network
-├─ MetricRefused       and LimitRefused, of ``metric_errors.py``: a metric or a limit
-└─ OrderRefused        of ``order_errors.py``: the parts of an order do not fit together
+├─ AuditFailed         the optimized graph does not have the formats of the plan
+├─ StepRefused         and others of ``steps.py``: a step cannot change this network
+├─ MetricRefused       and LimitRefused, of ``metrics.py``: a metric or a limit
+└─ OrderRefused        of ``orders.py``: the parts of an order do not fit together
 
-``construction_errors.py`` and ``width_errors.py`` hold errors that do not leave ``compressors``.
+Errors of ``construction.py`` and ``widths.py`` are always caught inside ``compressors``.
 """
 
 from typing import Any, ClassVar, Self, get_args
@@ -24,33 +24,41 @@ _LEAVE_OUT = "Leave this step out."
 
 
 class CompressionError(CodedError):
-    """The order cannot be carried out as written; retrying will not help.
+    """The order cannot be carried out as written; a retry would fail again.
 
     Attributes:
-        units: the tables and layers that are the cause, where they are known.
+        units: the tables and layers that caused the error, if they are known.
     """
 
     units: tuple[str, ...] = ()
 
     def caused_by(self, *units: str) -> Self:
-        """The same error with the units that are its cause."""
+        """Set the units that caused the error, and return the error."""
         self.units = units
         return self
 
 
 class NothingToCompress(CompressionError):
-    """A step, or a pattern in it, fits no layer of this model."""
+    """A step, or a name pattern in it, matches no unit of this model."""
 
     sentences: ClassVar = {
-        "units_missing": "{step!r} needs a table or dense layer it may compress; this model has "
-        "{reasons:; }. Drop this step, let it take more units, or move it before the step that "
-        "left it none.",
-        "name_unmatched": "{step!r} needs a {role} named like {pattern!r}; this model has {names}. "
-        "Correct the name, or leave it out.",
-        "float_table_missing": "{step!r} needs a table, a float tensor of two dimensions; these "
-        "files have {reasons:; }. Name other tensors, or another file.",
-        "input_table_missing": "Input {input!r} names table {table!r}; this model has {tables}. "
-        "Correct 'table' in model.json.",
+        "units_missing": (
+            "Expected a table or dense layer that {step!r} can compress, got none: "
+            "{reasons:; }. Remove this step, let it select more units, or move it before "
+            "the step that changed them."
+        ),
+        "name_unmatched": (
+            "Expected a {role} that {pattern!r} of {step!r} matches, got {names}. Correct "
+            "the name, or leave it out."
+        ),
+        "float_table_missing": (
+            "{step!r} needs a table, which is a float tensor of two dimensions; these "
+            "files have {reasons:; }. Name other tensors, or another file."
+        ),
+        "input_table_missing": (
+            "Expected the table {table!r} that input {input!r} names, got {tables}. "
+            "Correct 'table' in model.json."
+        ),
         "rows_missing": "{step!r} needs {missing: and } rows; this model has {present}. Add the "
         "data to model.json and pack again, or leave this step out.",
         "loss_missing": "Importance 'gradient' of {step!r} needs a model of task 'ctr' or "
@@ -74,32 +82,36 @@ class NothingToCompress(CompressionError):
 
 
 class ContractBroken(CompressionError):
-    """A step did not keep its contract; the step is at fault, not the order."""
+    """A step has a bug: it did not do what its plan or its layout says."""
 
     sentences: ClassVar = {
-        "source_changed": "{step!r} wrote into the tensors of the model that it received.",
+        "source_changed": "{step!r} modified tensors of the model that it received.",
         "scores_not_finite": "After {step!r} the model's scores are not finite numbers.",
         "stored_scores_differ": "After {step!r} the stored model scores differently from the one "
         "in memory (by up to {gap:g}): some of its state is not among its tensors.",
-        "unit_lost": "After {step!r} the network has no {unit!r} any more.",
+        "unit_lost": "After {step!r} the network no longer has {unit!r}.",
         "unit_added": "After {step!r} the network has {unit!r}, which it did not have before.",
-        "unit_kept": "{step!r} did not change {unit!r}, which its plan takes.",
+        "unit_kept": "{step!r} did not change {unit!r}, which its plan selects.",
         "unit_changed": "{step!r} changed {unit!r}, which its plan skips.",
         "bytes_out_of_bounds": "{step!r} stored {unit!r} in {bytes} bytes; its plan says {least} "
         "to {most}.",
         "format_changed": "{step!r} stores {unit!r} in another format.",
-        "fit_incomplete": "{step!r} lays out {name!r} for the whole table, and its fit does not "
-        "return it.",
-        "encoded_dtype_differs": "{step!r} encodes {name!r} as {got} and lays it out as "
+        "fit_incomplete": (
+            "{step!r} lays out {name!r} as a tensor of the whole table, but its fit does "
+            "not return it."
+        ),
+        "encoded_dtype_differs": "{step!r} encodes {name!r} as {got}, but its layout says "
         "{expected}.",
-        "encoded_names_differ": "{step!r} encodes {got} and lays out {expected}.",
+        "encoded_names_differ": "{step!r} encodes {got}, but its layout has {expected}.",
         "encoded_rows_differ": "Expected {expected} entries of {name!r} from {step!r} for rows "
         "{begin} to {end}, got {got}.",
-        "dtype_not_storable": "{name!r} is laid out as {dtype}, which safetensors cannot store. "
-        "Expected one of {dtypes}.",
+        "dtype_not_storable": (
+            "{name!r} is laid out as {dtype}, which safetensors cannot store. Expected one "
+            "of {dtypes}."
+        ),
         "tensor_not_storable": "{name!r} of shape {shape!r} cannot be stored.",
-        "tensor_not_laid_out": "{name!r} is not laid out in this file, which has {names}.",
-        "entry_outside": "{name!r} has {entries} entries; there is no place for entry {entry}.",
+        "tensor_not_laid_out": "Expected a tensor of the layout, which has {names}; got {name!r}.",
+        "entry_outside": "Expected an entry of {name!r} up to {entries}, got {entry}.",
         "dtype_differs": "{name!r} is {got} and laid out as {expected}.",
         "shape_differs": "{name!r} is laid out as {expected!r}; {got!r} does not fit from entry "
         "{entry} on.",
@@ -112,41 +124,56 @@ class ModelRefused(CompressionError):
 
     sentences: ClassVar = {
         "construction_failed": "{architecture} cannot be built: {problem}",
-        "initial_weights_used": "{architecture} computes {names} from its initial weights "
-        "({count} in total), and no file stores that, so it has no values after loading. Register "
-        "it as a module, parameter or buffer and save the weights again, or compute it in forward.",
-        "compressed_module_missing": "model.json describes a compressed module {name!r}, and "
-        "{architecture} has none of that name.",
-        "format_unknown": "{name!r} is stored as {format!r}; this version of recpress knows "
-        "{formats}. Upgrade recpress.",
+        "initial_weights_used": (
+            "{architecture} computes {names} from its initial weights ({count} tensor(s) "
+            "in total). No file stores these values, so they are missing after loading. "
+            "Register each as a module, parameter or buffer and save the weights again, or "
+            "compute it in forward."
+        ),
+        "compressed_module_missing": (
+            "model.json describes a compressed module {name!r}, but {architecture} has no "
+            "module of that name."
+        ),
+        "format_unknown": (
+            "{name!r} is stored as {format!r}, but this version of recpress reads only "
+            "{formats}. Upgrade recpress."
+        ),
         "record_incomplete": "The record of {name!r} in model.json is incomplete: {problem}.",
-        "tie_not_stored": "{name!r} is tied to {stored!r}, which no file holds.",
+        "tie_not_stored": "{name!r} is tied to {stored!r}, which is in no file.",
         "tie_unknown": "A tie names {name!r} and {stored!r}; both must be weights of "
         "{architecture}.",
         "values_missing": "After loading, {names} still has no values. Store it with the weights, "
         "or compute it from the configuration in the class's __init__.",
         "tensors_on_accelerator": "Expected every tensor of {architecture} on the CPU, got {names} "
         "on an accelerator. Take the device from an argument of the class and pass 'cpu'.",
-        "shared_tensor_differs": "{architecture} uses one tensor as {first!r} and {second!r}, and "
-        "the files hold different values for the two. Store the one that the network was trained "
-        "with, and name the other in 'ties'.",
-        "tensors_differ": "The stored tensors do not fit {architecture}: {missing_count} missing "
-        "({missing}), {unexpected_count} left over ({unexpected}). A tensor that shares another's "
-        "memory belongs in 'ties'.",
+        "shared_tensor_differs": (
+            "{architecture} uses one tensor as {first!r} and {second!r}, but the files "
+            "have different values for the two. Store the one that the network was trained "
+            "with, and name the other in 'ties'."
+        ),
+        "tensors_differ": (
+            "The stored tensors do not fit {architecture}: {missing_count} missing "
+            "({missing}), {unexpected_count} unexpected ({unexpected}). A tensor that "
+            "shares another's memory belongs in 'ties'."
+        ),
         "shape_differs": "{name!r} is {stored!r} in the file and {expected!r} in {architecture}. "
         "The widths of every layer must come from 'config'.",
         "dtype_differs": "{name!r} is {stored} in the file and {expected} in the model.",
         "tensor_stored_twice": "{name!r} is in two files of {folder}.",
-        "tensor_name_taken": "{table!r} would be stored as {name!r}, and there is another tensor "
-        "of that name. Rename it, or leave {table!r} out.",
-        "file_truncated": "{path} ends within {name!r}, at byte {byte}. If it was copied, copy it "
-        "again.",
+        "tensor_name_taken": (
+            "{table!r} would be stored as {name!r}, but another tensor has that name. "
+            "Rename it, or leave {table!r} out."
+        ),
+        "file_truncated": "{path} ends within {name!r}, at byte {byte}. Copy or download "
+        "the file again.",
         "dtype_unknown": "{name!r} is stored as {dtype}, which recpress does not read. Convert it "
         "to one of {dtypes}.",
         "row_not_finite": "Row {row} of {table!r} has a NaN or infinite weight. Find where "
         "training diverged; such a table cannot be served.",
-        "weights_not_float32": "{architecture} has {dtypes} weights; a bundle begins with float32. "
-        "Convert them with model.float() before saving.",
+        "weights_not_float32": (
+            "Expected float32 weights in a new bundle, got {dtypes} in {architecture}. "
+            "Convert them with model.float() before saving."
+        ),
         "network_fails": "{architecture} fails on generated rows that its signature allows (any id "
         "below its table's rows): {problem}. Correct the inputs in model.json, or the network.",
         "scores_not_finite": "Expected a finite score of {architecture} for every row that its "
@@ -169,8 +196,11 @@ class ModelRefused(CompressionError):
         "model.json.",
         "tower_vector_shape": "{architecture}: tower {tower!r} ({module}) must return one vector "
         "per row, (rows, dim); on {rows} rows it returned {got}.",
-        "tower_lengths_differ": "{architecture}: the query tower's vectors have {query} numbers, "
-        "the item tower's {item}. A score is their dot product, so they must have the same length.",
+        "tower_lengths_differ": (
+            "{architecture}: the query tower's vectors have {query} numbers, the item "
+            "tower's {item}. A score is their dot product, so both must have the same "
+            "length."
+        ),
         "towers_not_the_score": "{architecture}: the dot product of the towers' vectors is up to "
         "{gap:.3g} away from the network's score on generated rows. Only the vectors are served: "
         "put scales, biases and norms into the towers, and let forward return the dot product.",
@@ -178,11 +208,13 @@ class ModelRefused(CompressionError):
 
 
 class NotLowerable(CompressionError):
-    """A module has no form on this target."""
+    """A module cannot be exported for this target."""
 
     sentences: ClassVar = {
-        "longest_list_unknown": "A jagged EmbeddingBag needs the longest list that a request may "
-        "have. Declare its input as a jagged_bag with shape [longest].",
+        "longest_list_unknown": (
+            "A jagged EmbeddingBag needs the length of the longest list that a request may "
+            "contain. Declare its input as a jagged_bag with shape [longest]."
+        ),
         "export_failed": "The network cannot be exported for {target}: {problem}. Its forward must "
         "be free of Python control flow that depends on tensor values.",
         "tensor_missing": "The exported graph has no tensor {name!r}.",
@@ -204,13 +236,19 @@ class ParityLost(CompressionError):
 
 
 class AuditFailed(CompressionError):
-    """The target's own graph is not what was ordered."""
+    """The graph, exported or optimized by the runtime, does not have the formats of the plan."""
 
     sentences: ClassVar = {
-        "graph_not_as_ordered": "ONNX Runtime would not serve what was ordered: {faults:; }. Leave "
-        "the layer or table out of the step, or report the network's form.",
-        "weight_replaced": "The {target} graph has another tensor for {unit!r} instead of its "
-        "{expected} bytes of {format}. Leave it out of the step.",
-        "weight_expanded": "The {target} graph holds {unit!r} as {got} bytes instead of its "
-        "{expected} bytes of {format}. Leave it out of the step.",
+        "graph_not_as_ordered": (
+            "ONNX Runtime would serve a graph that does not fit the plan: {faults:; }. "
+            "Leave the layer or table out of the step, or report the network."
+        ),
+        "weight_replaced": (
+            "The {target} graph does not contain {unit!r} as {expected} bytes of {format}. "
+            "Leave the unit out of the step."
+        ),
+        "weight_expanded": (
+            "Expected {expected} bytes of {format} for {unit!r} in the {target} graph, got "
+            "{got} bytes. Leave the unit out of the step."
+        ),
     }

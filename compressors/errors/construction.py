@@ -1,4 +1,7 @@
-"""Why a network's class cannot be built; callers raise it as ``ModelRefused`` or another error."""
+"""Errors of building a network from its class.
+
+Callers catch them and raise ``ModelRefused`` or another error of ``compression.py``.
+"""
 
 from typing import ClassVar
 
@@ -6,7 +9,7 @@ from compressors.contracts.coded_error import CodedError
 
 
 class ConstructionFailed(CodedError):
-    """A class cannot be built."""
+    """A network cannot be built from its class and configuration."""
 
     sentences: ClassVar = {
         "tensors_too_large": "{problem} Correct 'config' in model.json, or store the weights that "
@@ -26,10 +29,12 @@ class ConstructionFailed(CodedError):
 
 
 class TooLarge(CodedError):
-    """A constructor creates more than the stored tensors account for."""
+    """A constructor creates more or larger tensors than the stored files explain."""
 
     sentences: ClassVar = {
         "tensors_many": "its constructor creates far more tensors than the files hold.",
-        "tensor_large": "its constructor creates a tensor of {bytes} bytes, and by the stored "
-        "files none has more than {most_bytes}.",
+        "tensor_large": (
+            "its constructor creates a tensor of {bytes} bytes, but the stored files allow "
+            "at most {most_bytes}."
+        ),
     }

@@ -1,4 +1,4 @@
-"""Metrics, measurements and limits that cannot be computed, with their codes and sentences."""
+"""Errors of computing metrics and judging limits, with their codes and sentences."""
 
 from typing import ClassVar
 
@@ -11,12 +11,18 @@ class MetricRefused(CompressionError):
     """A metric or a measurement cannot be computed from these rows, scores or settings."""
 
     sentences: ClassVar = {
-        "probabilities_outside": "Log loss needs probabilities in [0, 1]; {count} of {rows} are "
-        "outside, the first is {first:g}. Apply the sigmoid to logits before.",
-        "labels_not_binary": "This metric needs labels 0 and 1; {count} of {rows} are neither, the "
-        "first is {first:g}. Turn ratings into clicks before.",
-        "grades_outside": "ndcg needs labels in [0, 30] (a gain is 2**label - 1); got {lowest:g} "
-        "to {highest:g}. Map ratings to grades of relevance before.",
+        "probabilities_outside": (
+            "Log loss needs probabilities in [0, 1]; {count} of {rows} are outside, the "
+            "first is {first:g}. Apply the sigmoid to logits first."
+        ),
+        "labels_not_binary": (
+            "This metric needs labels 0 and 1; {count} of {rows} are neither, the first is "
+            "{first:g}. Convert ratings to clicks first."
+        ),
+        "grades_outside": (
+            "ndcg needs labels in [0, 30] (a gain is 2**label - 1); got {lowest:g} to "
+            "{highest:g}. Convert ratings to relevance grades first."
+        ),
         "depth_below_one": "Expected a depth k of at least 1, got {depth}.",
         "one_class_only": "{metric} needs positive and negative rows; got {positive} positive of "
         "{rows}. Use a larger or another test set.",
@@ -24,8 +30,10 @@ class MetricRefused(CompressionError):
         "group has both. Choose another group column, or the metric 'auc'.",
         "relevant_items_missing": "ndcg needs a group with a relevant item (label above 0); no "
         "group has one. Check the label and group columns.",
-        "metric_needs_groups": "{metric} needs a group column and this data has none. Name one in "
-        "the bundle's signature, or use the metric 'auc'.",
+        "metric_needs_groups": (
+            "{metric} needs a group column, but this data has none. Name one in the "
+            "bundle's signature, or use the metric 'auc'."
+        ),
         "interval_metric_unknown": "An interval needs a metric with an estimator for this kind of "
         "evaluation; {metric!r} has none.",
         "column_shape": "A metric needs {column} as one number per row, shape (rows,); got shape "
@@ -38,7 +46,7 @@ class MetricRefused(CompressionError):
         "group_not_finite": "A group column must not have NaN or infinity; fill or drop them.",
         "values_unpaired": "Means are compared on the same queries; got values of shapes "
         "{baseline!r} and {candidate!r}.",
-        "values_not_finite": "A query's value is NaN or infinite, which is no measurement.",
+        "values_not_finite": "Expected finite values for all queries, got NaN or infinity.",
         "scores_unpaired": "Expected a score of both models for each row, got shapes {baseline!r} "
         "and {candidate!r}.",
         "scores_not_finite": "Expected finite scores, got NaN or infinity.",
@@ -53,37 +61,59 @@ class MetricRefused(CompressionError):
         "interval; got {got}. Measure more rounds, or limit the median.",
         "items_not_in_catalogue": "Some test items are not in the catalogue, so no ranking can "
         "contain them.",
-        "new_items_missing": "No test row has an item that the same query did not have before, so "
-        "there is nothing to find. Check the group column, which names the query, and the splits.",
+        "new_items_missing": (
+            "Every test row has an item that the same query already had in earlier splits, "
+            "so there is nothing to rank. Check the group column, which names the query, "
+            "and the splits."
+        ),
         "vectors_shape": "A ranking needs {expected} {side} vectors of one length; got shape "
         "{shape!r}.",
-        "vectors_not_finite": "{count} of {rows} {side} vectors have NaN or infinity, the first is "
-        "number {first}: an id or a list outside what its inputs declare, or an overflow.",
+        "vectors_not_finite": (
+            "{count} of {rows} {side} vectors have NaN or infinity, the first is number "
+            "{first}. Either an id or a list is outside of what its input declares, or a "
+            "value overflowed."
+        ),
         "retrieval_needs_groups": "A retrieval model's rows need a group column, which says whose "
         "interaction each row is.",
-        "graphs_differ": "A model of task {task!r} is served as {expected}; one that it should be "
-        f"compared with is served as {{got}}. {_WITHOUT_CHAMPION}",
-        "inputs_differ": "The {model} has the inputs {got}, the candidate {expected}: they cannot "
-        f"be compared on the same rows. {_WITHOUT_CHAMPION}",
-        "graph_scores_not_finite": "The {model} graph gives no finite score for {count} test rows, "
-        "the first is row {row}: an id or a list outside what its inputs declare, or an overflow.",
-        "bundle_scores_not_finite": "{name} {version} gives no finite score for {count} rows: an "
-        "id outside its table, or an overflow.",
+        "graphs_differ": (
+            "A model of task {task!r} is served as {expected}, but a model to compare it "
+            f"with is served as {{got}}. {_WITHOUT_CHAMPION}"
+        ),
+        "inputs_differ": (
+            "The {model} has the inputs {got}, but the candidate has {expected}: they "
+            f"cannot be compared on the same rows. {_WITHOUT_CHAMPION}"
+        ),
+        "graph_scores_not_finite": (
+            "The {model} graph gives no finite score for {count} test rows, the first is "
+            "row {row}. Either an id or a list is outside of what its input declares, or a "
+            "value overflowed."
+        ),
+        "bundle_scores_not_finite": (
+            "{name} {version} gives no finite score for {count} rows. Either an id is "
+            "outside of its table, or a value overflowed."
+        ),
     }
 
 
 class LimitRefused(CompressionError):
-    """Limits cannot be judged: a limit is incomplete, or what it needs is not measured."""
+    """Limits cannot be judged: one is incomplete, or its metric is not measured."""
 
     sentences: ClassVar = {
-        "limits_missing": "No limits: a gate without any would accept anything. Give at least one, "
-        "for example auc vs baseline >= -0.001.",
+        "limits_missing": (
+            "Expected at least one limit, got none: without limits every model would be "
+            "accepted. Add one, for example auc vs baseline >= -0.001."
+        ),
         "bound_missing": "Limit on {metric!r} needs at_least or at_most.",
-        "number_missing": "Limit '{limit}' needs a number that was not measured; measured: "
-        "{measured}. Drop the limit, or give the data what the metric needs (gauc, ndcg and "
-        "changed_top1 need a group column, changed_top1 also groups of two rows or more).",
-        "number_broken": "{number} is {point} [{low}, {high}], which is no measurement, so it "
-        "cannot be judged. Check the scores it was computed from.",
+        "number_missing": (
+            "Limit '{limit}' needs a metric that was not measured; measured: {measured}. "
+            "Remove the limit, or add the data that the metric needs (gauc, ndcg and "
+            "changed_top1 need a group column, changed_top1 also groups of at least two "
+            "rows)."
+        ),
+        "number_broken": (
+            "Expected finite numbers for {number}, with low <= high, got {point} [{low}, "
+            "{high}]. Check the scores from which they were computed."
+        ),
         "sizes_below_one": "Sizes must be at least 1 byte; got candidate {candidate}, baseline "
         "{baseline}, champion {champion}.",
         "measured_but_not_built": "{target} was measured but is marked as not built; one of the "

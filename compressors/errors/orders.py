@@ -1,4 +1,4 @@
-"""Orders whose parts do not fit the model or each other, with their codes and sentences."""
+"""Errors about orders whose parts do not fit together, with their codes and sentences."""
 
 from typing import ClassVar
 
@@ -9,19 +9,27 @@ class OrderRefused(CompressionError):
     """The steps, teachers, budget or targets of an order do not fit the model or each other."""
 
     sentences: ClassVar = {
-        "budget_for_retrieval": "A budget is measured on the scores of validation rows, which task "
-        "'retrieval' does not have yet. Leave it out; limits are judged all the same.",
+        "budget_for_retrieval": (
+            "A budget is measured on the scores of validation rows, which task 'retrieval' "
+            "does not have yet. Leave the budget out; limits are still checked."
+        ),
         "budget_needs_validation": "A budget is measured on validation data; this model has "
         "{splits}. Add it to model.json and pack again, or leave the budget out.",
         "step_not_applicable": "{reason}",
         "no_step_fits": "No step of preset {preset!r} fits this model: {reasons:; }",
         "no_target_built": "None of the optional targets could be built: {reasons:; }",
-        "teachers_unused": "The order names {teachers} teacher(s), and no step of it learns from "
-        "any: it has {steps}. Add a step such as 'distill', or leave 'teachers' out.",
-        "teacher_repeated": "Teacher {reference!r} is {name}, which teaches already. Name each "
-        "other model once; the one that is compressed is always among them.",
+        "teachers_unused": (
+            "The order names {teachers} teacher(s), but none of its steps uses teachers: "
+            "{steps}. Add a step such as 'distill', or leave 'teachers' out."
+        ),
+        "teacher_repeated": (
+            "Teacher {reference!r} is {name}, which is a teacher already. Name each other "
+            "model once; the model that is compressed is always a teacher."
+        ),
         "teacher_reference_malformed": "Teacher {reference!r} is not of the form "
         "'registry:name@version', such as 'registry:clicks@3' or 'registry:clicks@@champion'.",
-        "teacher_signature_differs": "Teacher {reference!r} has another signature: {difference}. "
-        "Teachers must have the same inputs and the same form of output.",
+        "teacher_signature_differs": (
+            "Teacher {reference!r} has another signature: {difference}. Teachers must have "
+            "the same inputs and the same output form as the model."
+        ),
     }

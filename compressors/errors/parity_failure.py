@@ -1,4 +1,4 @@
-"""How a lowered graph and its module disagree: the details of ``errors.ParityLost``."""
+"""Details of a failed parity check between a graph and its module, for ``ParityLost``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,18 +7,18 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """The first tensor of a graph whose values are not the module's.
+    """The first tensor of a graph whose values differ from the module's.
 
     Attributes:
-        name: the tensor's name in the graph, which is that of the node in the exported program.
-        operator: the ONNX operator that computes it.
-        module: the submodule that computes it, by its attribute path; empty for the network.
-        source: file, line and code in the network; empty if it is not from there.
-        place: where in the tensor the difference is largest.
-        expected: the module's value there.
-        found: the graph's value there.
-        is_clear: whether it differs by more than the graph's formats explain; if not, it is the
-            tensor that differs most.
+        name: the tensor's name in the graph, which is that of the node in the traced program.
+        operator: the ONNX operator that computes the tensor.
+        module: attribute path of the submodule that computes the tensor; empty for the network.
+        source: file, line and code in the network; empty if only libraries call the operator.
+        place: index at which the difference is largest.
+        expected: the module's value at that index.
+        found: the graph's value at that index.
+        is_clear: whether the difference is larger than the graph's formats explain; if no tensor
+            has such a difference, this is the tensor that differs most.
     """
 
     name: str
@@ -31,12 +31,12 @@ class TensorDifference:
     is_clear: bool = True
 
     def __str__(self) -> str:
-        rank = "First tensor that differs" if self.is_clear else "Tensor that differs most"
+        order = "First tensor that differs" if self.is_clear else "Tensor that differs most"
         module = f" of {self.module!r}" if self.module else ""
         source = f", {self.source}" if self.source else ""
         place = f"[{', '.join(map(str, self.place))}]"
         return (
-            f"{rank}: {self.name!r} ({self.operator}{module}{source}), at {place} "
+            f"{order}: {self.name!r} ({self.operator}{module}{source}), at {place} "
             f"{self.expected:.6g} in the module and {self.found:.6g} in the graph."
         )
 
@@ -46,31 +46,31 @@ ParityCode = Literal["parity_shape", "parity_nan", "parity_limit", "parity_batch
 
 @dataclass(frozen=True)
 class ParityFailure:
-    """How a graph and its module disagree.
+    """The result of a failed parity check between a graph and its module.
 
     Attributes:
-        code: ``parity_shape``: another number of scores; ``parity_nan``: NaN in other rows;
-            ``parity_limit``: a difference over a limit; ``parity_batch``: ``side`` scores a row
-            alone differently than among others; ``parity_run``: the graph does not run.
-        target: the serving target whose form the graph has.
-        graph: which graph of the model.
-        rows_from: what the compared rows are: of the data, or edge cases.
-        row: the number of the row that shows it best among the compared ones.
-        component: where in the row's vector, for graphs that output vectors.
-        inputs: what that row holds, shortened.
-        expected: the module's score of that row, or the worst number of its vector; for
-            ``parity_batch`` the score among others.
-        found: the graph's score of that row; for ``parity_batch`` the score alone.
-        measured: differences by their names, in the order of ``limits``.
-        limits: the largest allowed of each.
-        spread: the standard deviation of the module's scores.
-        shapes: of the module's and the graph's output.
-        side: ``network`` or ``graph``, for ``parity_batch``.
-        reason: what the runtime reported, for ``parity_run``.
-        rows: how many rows were compared.
+        code: ``parity_shape``: the outputs have different shapes; ``parity_nan``: NaN is in
+            different rows; ``parity_limit``: a difference exceeds its limit; ``parity_batch``: the
+            score of a row depends on the batch; ``parity_run``: the graph does not run.
+        target: name of the serving target for which the graph was exported.
+        graph: name of the graph.
+        rows_from: the source of the compared rows: the data, or generated edge cases.
+        row: index of the row with the largest difference.
+        component: index in that row's vector, for graphs that output vectors.
+        inputs: the inputs of that row, shortened, by name.
+        expected: the module's score of that row, or the component of its vector; for
+            ``parity_batch`` the score in a large batch.
+        found: the graph's score of that row; for ``parity_batch`` the score in a small batch.
+        measured: the differences by name, in the order of ``limits``.
+        limits: the largest allowed differences by name.
+        spread: standard deviation of the module's scores.
+        shapes: shapes of the module's and the graph's output.
+        side: ``network`` or ``graph``: whose score depends on the batch, for ``parity_batch``.
+        reason: the runtime's error message, for ``parity_run``.
+        rows: number of compared rows.
         tensor: the first tensor that differs.
-        is_exported_wrong: whether the program that torch.export traced differs from the module
-            already, so that no operator of the graph is at fault.
+        is_exported_wrong: whether already the program that torch.export traced differs from the
+            module, so that no operator of the graph is the cause.
     """
 
     code: ParityCode
@@ -93,18 +93,18 @@ class ParityFailure:
     is_exported_wrong: bool = False
 
     def __str__(self) -> str:
-        parts = [self._what(), self._where()]
+        parts = [self._describe_failure(), self._describe_row()]
         if self.is_exported_wrong:
             parts.append(
-                "The program that torch.export traced computes this already, so forward does "
-                "something that tracing fixes: leave Python control flow on tensor values and "
-                "random numbers out of it."
+                "The program that torch.export traced already computes the wrong score. Tracing "
+                "fixes Python control flow on tensor values and random numbers: remove both from "
+                "forward."
             )
         if self.tensor is not None:
             parts.append(str(self.tensor))
         return " ".join(part for part in parts if part)
 
-    def _what(self) -> str:
+    def _describe_failure(self) -> str:
         graph = (
             f"{self.target} graph"
             if self.graph == "model"
@@ -113,14 +113,15 @@ class ParityFailure:
         match self.code:
             case "parity_shape":
                 first, second = self.shapes or ((), ())
-                return f"The module gives {first} scores, the {graph} {second}."
+                return f"Expected scores of shape {first} from the {graph}, got {second}."
             case "parity_nan":
                 return f"The module and the {graph} give NaN in different rows."
             case "parity_batch":
-                who = "network" if self.side == "network" else graph
+                scorer = "network" if self.side == "network" else graph
                 return (
-                    f"The {who} scores {self.rows} row(s) alone differently than among others, by "
-                    f"up to {self.measured['largest']:.2g} (limit {self.limits['largest']:.2g}). "
+                    f"The {scorer} scores {self.rows} row(s) differently alone than among others, "
+                    f"by up to {self.measured['largest']:.2g} "
+                    f"(limit {self.limits['largest']:.2g}). "
                     f"A served score must not depend on the batch: leave batch statistics and "
                     f"branches on the batch size out of forward."
                 )
@@ -130,9 +131,12 @@ class ParityFailure:
             f"{value:.2g} {name} (limit {self.limits[name]:.2g})"
             for name, value in self.measured.items()
         )
-        return f"The {graph} is off by {sizes}, where scores spread by {self.spread:.2g}."
+        return (
+            f"The scores of the {graph} differ by {sizes}; the standard deviation of scores is "
+            f"{self.spread:.2g}."
+        )
 
-    def _where(self) -> str:
+    def _describe_row(self) -> str:
         if self.row is None:
             return ""
         inputs = ", ".join(f"{name}={value}" for name, value in self.inputs.items())

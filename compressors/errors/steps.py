@@ -1,4 +1,4 @@
-"""Steps that cannot be applied to a network with its data, with their codes and sentences."""
+"""Errors of applying a step to a network and its data, with their codes and sentences."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ _LEAVE_TABLE_OUT = "Leave the table out of the step."
 
 
 class RowsMissing(CompressionError):
-    """A step needs rows, or soft labels of them, that the bench does not have."""
+    """A step needs rows or soft labels that the bench does not have."""
 
     sentences: ClassVar = {
         "calibration_rows_missing": f"{{step!r}} needs calibration rows; {_NO_CALIBRATION} and "
@@ -36,20 +36,25 @@ class RowsMissing(CompressionError):
 
 
 class StepRefused(CompressionError):
-    """A step cannot change this network as its settings say."""
+    """A step cannot change this network in the way that its settings require."""
 
     sentences: ClassVar = {
         "network_not_changeable": "Expected a network that {step!r} can change, got {problem} "
         "while it was applied. Leave the layer or table out of the step, or the step out of the "
         "recipe.",
-        "network_fails": "After {step!r} the network no longer runs: {problem}. Some code of it "
-        "reads the weights of a layer instead of calling it; leave that layer out of the step.",
+        "network_fails": (
+            "After {step!r} the network no longer runs: {problem}. Some of its code reads "
+            "the weights of a layer without calling the layer; leave that layer out of the "
+            "step."
+        ),
         "unit_not_changeable": "Expected a unit that {step!r} can change, got {unit!r}, which the "
         "recipe names: {reason}. Remove the name, or use a pattern with '*', which skips such "
         "units.",
         "already_compressed": "{unit!r} is already stored as {format}.",
-        "table_renormalizes": "Table {table!r} renormalizes its rows while it is read (max_norm). "
-        "Apply it to the weights once and build the table without max_norm.",
+        "table_renormalizes": (
+            "Table {table!r} renormalizes its rows during lookups (max_norm). Renormalize "
+            "its weights once, and build the table without max_norm."
+        ),
         "layer_not_linear": "Expected an nn.Linear, got {got}.",
         "format_missing": "Expected a format for {role} {unit!r}, got none.",
         "device_missing": "Device {device!r} does not exist: torch {torch} finds no CUDA GPU. Use "
@@ -65,13 +70,18 @@ class StepRefused(CompressionError):
         "calibration rows, so its scale is unknown. Leave it out of 'layers', or correct the rows.",
         "layer_not_called": "Dense layer {layer!r} never ran on the calibration rows. "
         f"{_LEAVE_LAYER_OUT}",
-        "widths_fail": "With {widths} the network fails: {problem}. Leave one of {layers} out of "
-        "'layers'.",
-        "channels_read_elsewhere": "Without the removed channels the network scores otherwise than "
-        "with them at zero (off by {gap}): some code reads the channels of {layers} without "
-        "calling the layers. Leave them out of 'layers'.",
-        "folded_scores_differ": "After 'fold' the network scores otherwise than before (off by "
-        "{gap}): some code reads inside of its layers. Leave them out of 'layers'.",
+        "widths_fail": (
+            "The network fails with {widths}: {problem}. Leave one of {layers} out of 'layers'."
+        ),
+        "channels_read_elsewhere": (
+            "Without the removed channels, the network's scores differ from those with the "
+            "channels set to zero (by up to {gap}): some code reads the channels of "
+            "{layers} without calling the layers. Leave them out of 'layers'."
+        ),
+        "folded_scores_differ": (
+            "After 'fold' the network's scores differ from those before (by up to {gap}): "
+            "some code reads its layers without calling them. Leave them out of 'layers'."
+        ),
         "norm_without_statistics": "A batch norm without running statistics cannot be folded.",
         "norm_not_foldable": "A {kind} cannot be folded.",
         "channel_gradients_zero": "Importance 'gradient' of 'channels' is zero for every weight: "
@@ -81,25 +91,35 @@ class StepRefused(CompressionError):
         "dimension_gradients_zero": "Importance 'gradient' of 'dimensions' is zero for every "
         "dimension: the loss has no gradient on the training rows. Choose another importance.",
         "gradients_need_loss": "Gradients need a loss, and task 'retrieval' has none yet.",
-        "share_unreachable": "'channels' cannot leave only {limit:,.0f} {units}: with every width "
-        "at its smallest there are {least:,.0f}. Set a larger share, name more layers, or lower "
-        "'multiple' or 'least'.",
-        "recalibrated_already": "{step!r} was already applied ({method}). Keep one of the two, the "
-        "last.",
-        "slope_not_positive": "'recalibrate' finds no rising map: the best slope of the logit on "
-        "the validation rows is {slope:.3g}. The model orders them no better than chance.",
-        "slope_not_positive_without_offset": "'recalibrate' finds no rising map: the best slope of "
-        "the logit on the validation rows is {slope:.3g}. Without an offset there may be none; try "
-        "'platt' or 'best'.",
-        "scores_equal": "'recalibrate' by isotonic needs rows of different scores; got one score "
-        "in all validation rows. Choose 'platt'.",
-        "attribute_taken": "{architecture} has an attribute {name!r}, the name of the map that "
-        "recpress puts on its output. Rename it in the class.",
+        "share_unreachable": (
+            "'channels' cannot leave only {limit:,.0f} {units}: with every width at its "
+            "minimum there are {least:,.0f}. Set a larger share, name more layers, or "
+            "lower 'multiple' or 'least'."
+        ),
+        "recalibrated_already": "{step!r} was already applied ({method}). Keep only the last "
+        "of the two steps.",
+        "slope_not_positive": (
+            "'recalibrate' finds no increasing map: the best slope of the logit on the "
+            "validation rows is {slope:.3g}. The model orders these rows no better than "
+            "chance."
+        ),
+        "slope_not_positive_without_offset": (
+            "'recalibrate' finds no increasing map without an offset: the best slope of "
+            "the logit on the validation rows is {slope:.3g}. Try 'platt' or 'best'."
+        ),
+        "scores_equal": (
+            "'recalibrate' by isotonic regression needs rows with different scores; all "
+            "validation rows have the same score. Choose 'platt'."
+        ),
+        "attribute_taken": (
+            "{architecture} has an attribute {name!r}, the name that recpress gives to the "
+            "map of its output. Rename the attribute in the class."
+        ),
     }
 
 
 class ValueNotStorable(CompressionError):
-    """A weight, a scale or an offset is beyond the type that a table is stored in."""
+    """A weight, scale or offset is outside the range of the type in which a table is stored."""
 
     sentences: ClassVar = {
         "weight_beyond_bfloat16": "A weight of {weight:g} is beyond bfloat16's 3.39e38. "
@@ -120,7 +140,8 @@ class TrainingFailed(CompressionError):
     """A network cannot be trained with these settings, or training diverged."""
 
     sentences: ClassVar = {
-        "nothing_trainable": "Nothing in this network can be trained: all of it is packed.",
+        "nothing_trainable": "Nothing in this network can be trained: all of its weights "
+        "are compressed.",
         "diverged": "Training diverged: the loss is {loss} in epoch {epoch}. Lower learning_rate, "
         "or raise warmup.",
         "float_layers_needed": "Training in {precision} needs dense layers in float32; {layer!r} "
@@ -129,35 +150,51 @@ class TrainingFailed(CompressionError):
 
 
 class DistillationRefused(CompressionError):
-    """A student, or what it learns from besides labels, does not fit the original."""
+    """A student, or its hints or auxiliary head, does not fit the original network."""
 
     sentences: ClassVar = {
-        "hints_need_original": "Hints of {step!r} come from layers of the network that the recipe "
-        "began with, and there is none. Set 'original' of the model, or leave out 'hints'.",
+        "hints_need_original": (
+            "Hints of {step!r} come from layers of the network at the start of the recipe, "
+            "which is not available. Set 'original' of the model, or leave out 'hints'."
+        ),
         "auxiliary_head_missing": "There is no auxiliary head to evaluate.",
-        "layer_missing": "There is no layer {layer!r} in the {network} for a hint or a head; it "
+        "layer_missing": "The {network} has no layer {layer!r} for a hint or a head; it "
         "has {layers}.",
         "layer_output_unusable": "Layer {layer!r} outputs {got}; hints and heads need floats "
         "(rows, width). Name another layer.",
         "hint_shapes_differ": "Hint {layer!r} has shape {student!r} in the student and "
         "{original!r} in the original; only the last dimension may differ. Name another layer.",
-        "argument_unknown": "'distill' cannot build its student: {architecture} has no argument "
-        "{argument!r}; it has {arguments}.",
+        "argument_unknown": (
+            "'distill' cannot build its student: {architecture} has no argument "
+            "{argument!r}; it has {arguments}."
+        ),
         "construction_failed": "'distill' cannot build its student: {architecture} with {config}: "
         "{problem}",
         "layer_added": "The student of 'distill' has {unit!r}, which the original does not have: a "
         "student has the original's layers or fewer. Name another configuration.",
-        "table_shortened": "The student of 'distill' has fewer rows in table {table!r} ({got}) "
-        "than the original ({expected}): ids would be outside of it. Leave the tables' rows alone.",
-        "table_untrained": "The student of 'distill' has a table {table!r} of another shape, which "
-        "would stay as it is drawn: tables are not trained. Set 'tables' of its training, or leave "
-        "the tables' shapes alone.",
-        "table_packed": "The student of 'distill' has table {table!r} in another shape, and it is "
-        "already stored as {format}. Move 'distill' before the step that packs it, or leave the "
-        "table's shape alone.",
-        "layer_packed": "'distill' into a smaller student must come before quantization of dense "
-        "layers; {layer!r} is already packed. Move it to the front of the recipe.",
-        "already_recalibrated": "'distill' into a smaller student must come before 'recalibrate', "
-        "whose map fits only the network it was fitted to. Move 'recalibrate' to the end of the "
-        "recipe.",
+        "table_shortened": (
+            "The student of 'distill' has fewer rows in table {table!r} ({got}) than the "
+            "original ({expected}), so some ids would be out of range. Do not change the "
+            "number of rows of tables."
+        ),
+        "table_untrained": (
+            "The student of 'distill' has a table {table!r} of another shape, which would "
+            "keep its initial values, because tables are not trained. Set 'tables' of its "
+            "training, or do not change the shapes of tables."
+        ),
+        "table_packed": (
+            "The student of 'distill' has table {table!r} in another shape, but the table "
+            "is already stored as {format}. Move 'distill' before the step that compresses "
+            "the table, or do not change its shape."
+        ),
+        "layer_packed": (
+            "'distill' into a smaller student must come before quantization of dense "
+            "layers; {layer!r} is already stored in fewer bits. Move 'distill' to the "
+            "front of the recipe."
+        ),
+        "already_recalibrated": (
+            "'distill' into a smaller student must come before 'recalibrate', whose map "
+            "fits only the network on which it was fitted. Move 'recalibrate' to the end "
+            "of the recipe."
+        ),
     }

@@ -1,4 +1,4 @@
-"""Exceptions that carry the reason why a layer, or channels of it, cannot be removed."""
+"""Exceptions with the reason why a layer, or channels of it, cannot be removed."""
 
 from compressors.contracts.reasons import Reason
 
@@ -7,11 +7,11 @@ class NotRemovable(Exception):
     """A unit cannot be removed or made narrower.
 
     Attributes:
-        reason: why not; the plan of a step lists it.
+        reason: why it cannot; the reason appears in the step's plan.
     """
 
     def __init__(self, reason: Reason) -> None:
-        """Create an exception that carries a reason."""
+        """Create an exception with a reason."""
         super().__init__(str(reason))
         self.reason = reason
 
@@ -21,12 +21,15 @@ class NotAWidth(NotRemovable):
 
 
 class NotProportional(NotAWidth):
-    """With another number no layer grows in proportion, or the network cannot be built."""
+    """A width argument of the class cannot change: layers do not grow with it in proportion.
+
+    Also raised if the network cannot be built with another value of the argument.
+    """
 
 
 class NotAMember(NotRemovable):
-    """A layer of a stack cannot be removed."""
+    """A layer in a stack of repeated layers cannot be removed."""
 
 
 class OtherConsumer(NotRemovable):
-    """Something other than layers and norms consumes a layer's output."""
+    """An operator that is neither a layer nor a norm consumes a layer's output."""

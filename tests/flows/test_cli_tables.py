@@ -77,7 +77,7 @@ def test_every_option_reaches_the_step(call: Call, source: Path, tmp_path: Path)
     line = json.loads(output)["plan"]["lines"][0]
     fields = {"rows": 4, "min_rows": 5}
     assert line["reasons"] == [{"code": "too_few_rows", "fields": fields}]
-    assert line["reason"] == "4 rows, fewer than min_rows 5"
+    assert line["reason"] == "has 4 rows, fewer than min_rows 5"
     _, output, _ = call("check", tmp_path / "out", "--json")
     step = json.loads(output)[1]["step"]
     assert (step["scale"], step["clipping"], step["min_rows"]) == ("float32", "mse", 5)

@@ -476,7 +476,7 @@ def test_refusal_of_a_wrong_field_contains_its_location(sealed, path, value, wor
     reseal(sealed, document)
     if path == ("signature", "inputs", 1, "name"):
         document["signature"]["inputs"][1]["columns"] = ["user"]
-        words = "inputs share the name(s) user"
+        words = "the name(s) user are used by several inputs"
     assert words in refusal_message(bundle_folder.read, sealed)
 
 

@@ -5,8 +5,8 @@ SENTENCES = {
     "zeros_of_layer": "{step}: sets the smallest {share:.0%} of its weights to zero",
     "zeros_of_all_layers": "{step}: sets the smallest {share:.0%} of all dense weights to zero",
     "two_of_four": (
-        "{step}: two of every four weights are zero; TensorRT is faster if it selects sparse "
-        "kernels, ONNX Runtime is not"
+        "{step}: two of every four weights are zero; TensorRT is faster if it selects "
+        "sparse kernels, ONNX Runtime is not faster"
     ),
     "inputs_not_multiple": "its number of inputs ({inputs}) is not a multiple of 4",
     "reconstruction_error": "refitting reduces the output error to {share:.0%}",
@@ -21,18 +21,19 @@ SENTENCES = {
     "one_threshold": (
         "{step}: fewer outputs ({width}) by {importance}, with one threshold for all layers"
     ),
-    "multiply_adds_left": "{share:.1%} of the multiply-adds of all dense layers remain",
+    "multiply_adds_left": "keeps {share:.1%} of the multiply-adds of all dense layers",
     "in_rounds": "in {rounds} rounds",
-    "inputs_follow": "inputs follow {makers}",
+    "inputs_follow": "inputs removed with the outputs of {makers}",
     "trained_each_round": "trained after each round",
     "last_round": "in the last round: {what}",
     "shares_width": "shares {width} with {layer!r}: {why}",
     "no_fewer_channels": (
-        "{share:.0%} of its {channels} channels, rounded to a multiple of {multiple}, is not fewer"
+        "{share:.0%} of its {channels} channels, rounded to a multiple of {multiple}, "
+        "would not be fewer"
     ),
     "no_fewer_groups": (
-        "{share:.0%} of its {groups} groups of channels ({width}), rounded to a multiple of "
-        "{multiple}, is not fewer"
+        "{share:.0%} of its {groups} groups of channels ({width}), rounded to a "
+        "multiple of {multiple}, would not be fewer"
     ),
     # widths of a configuration
     "one_output": "has a single output",
@@ -43,7 +44,7 @@ SENTENCES = {
     "width_not_built": "the network cannot be built with another width",
     "prune_before_quantizing": "{module!r} is already {format}: prune before quantizing",
     "prune_before_factorizing": "{module!r} is already factored: prune before factorizing",
-    "size_of_other": "{argument} is also a size of {module!r}",
+    "size_of_other": "{argument} also sets a size of {module!r}",
     "grows_differently": "{module!r} does not grow in proportion to {argument}",
     "not_between_layers": (
         "{argument} is not both an output width of a layer and an input width of another"
@@ -52,8 +53,8 @@ SENTENCES = {
     "channels_reach_score": "the channels of {maker!r} reach the score without another dense layer",
     "not_always_called": "{reader!r} is not called for every batch",
     "channels_mixed": "{reader!r} mixes the channels of {maker!r}",
-    "mixed_before_reader": "the channels of {maker!r} are mixed on their way to {reader!r}",
-    "inputs_of_several": "some inputs of {reader!r} do not come from these channels",
+    "mixed_before_reader": "the channels of {maker!r} are mixed before they reach {reader!r}",
+    "inputs_of_several": "some inputs of {reader!r} are not outputs of these channels",
     "called_with_other_rows": "{layer!r} is not called with one row for each row of the batch",
     "returns_other_rows": "{maker!r} does not return one row for each row of the batch",
     "channels_differ": (
@@ -61,7 +62,8 @@ SENTENCES = {
     ),
     "narrower_fails": "the network fails with {width} = {count}: {fault}",
     "channels_read": (
-        "code outside of the layers reads its channels: without some, scores differ by {gap}"
+        "code outside of the layers reads its channels: without some of them, scores "
+        "differ by {gap}"
     ),
     # layers
     "no_layer_count": "no argument of the model class counts or lists this layer",
@@ -78,7 +80,7 @@ SENTENCES = {
     "cannot_be_skipped": (
         "layer {layer} cannot be skipped: neither its input nor zeros can replace its output"
     ),
-    "layer_kept": "layer {layer} stays: {metric} {change:+.5f} without it",
+    "layer_kept": "layer {layer} is kept: {metric} {change:+.5f} without it",
     "layer_removed": "layer {layer} is removed",
     "layer_removed_measured": "layer {layer} is removed: {metric} {change:+.5f} without it",
     "place_removed": "no layer has this name after the step",

@@ -2,16 +2,22 @@
 
 SENTENCES = {
     "option_not_needed": "an earlier option is within the budget",
-    "nothing_left": "nothing is left for it",
-    "over_budget": "the model would have lost {loss:.5f} of {metric} on validation rows; the "
-    "budget is {budget:g}",
+    "nothing_left": "earlier steps left no unit for it",
+    "over_budget": (
+        "the model would have lost {loss:.5f} of {metric} on validation rows, more "
+        "than the budget {budget:g}"
+    ),
     "not_within_budget": "not within the budget",
     "not_applicable": "{fault}",
-    "pruning_not_judged": "rows are pruned only where validation rows say what that costs; this "
-    "model has {splits} data. Add validation data to model.json and pack again",
-    "pruning_without_budget": "rows are pruned only where validation rows say what that costs; "
-    "task {task!r} has no quality budget yet",
-    "no_loss": "{step!r} trains, and for task {task!r} there is no loss yet. Leave it out",
+    "pruning_not_judged": (
+        "rows are pruned only if validation data can measure the loss of quality; this "
+        "model has {splits} data. Add validation data to model.json and pack again"
+    ),
+    "pruning_without_budget": (
+        "rows are pruned only if validation data can measure the loss of quality; task "
+        "{task!r} has no quality budget yet"
+    ),
+    "no_loss": ("{step!r} trains, but task {task!r} has no training loss yet. Leave the step out"),
     "data_missing": "{step!r} needs {missing: and } data; this model has {splits}. Add it to "
     "model.json and pack again, or leave the step out",
     "budget_ordered": "as ordered",
@@ -20,9 +26,11 @@ SENTENCES = {
     "result lost {loss:.5f} there",
     "quality_gained": "Quality budget: {budget:g} of {metric} on validation rows ({origin}); the "
     "result gained {gain:.5f} there",
-    "quality_over_budget": "Quality budget: {budget:g} of {metric} on validation rows ({origin}); "
-    "the result lost {loss:.5f} there, which is over the budget: the steps that preset 'fast' has "
-    "as well are not judged",
+    "quality_over_budget": (
+        "Quality budget: {budget:g} of {metric} on validation rows ({origin}); the "
+        "result lost {loss:.5f} there, which is over the budget: the steps that preset "
+        "'fast' also contains are not checked against it"
+    ),
     "earlier_preset_smaller": "Preset {preset!r} gave {bytes:,} bytes of weights and preset "
     "{earlier!r} gives {earlier_bytes:,}: this is the result of {earlier!r}",
 }

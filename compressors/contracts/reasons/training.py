@@ -5,7 +5,7 @@ SENTENCES = {
     "trained_on_traffic": "{step} on {traffic:,} rows of traffic without labels",
     "trained_on_both": "{step} on {rows:,} rows and {traffic:,} rows of traffic without labels",
     "several_teachers": "with the predictions of {teachers} teachers",
-    "not_in_student": "the student does not have it",
+    "not_in_student": "the student does not have this unit",
     "smaller_in_student": "{before} -> {after} in the student",
     "tables_not_trained": "{step} does not train tables",
     "dense_not_trained": "{step} does not train dense layers",
@@ -15,7 +15,8 @@ SENTENCES = {
     "nothing_to_train": "{format} has no tensor that {step} can train",
     "training_unchanged": "no epoch of {epochs} was better than the start",
     "trained_to_epoch": (
-        "trained to epoch {epoch}, {metric} {before:.5f} -> {after:.5f} on validation rows"
+        "epoch {epoch} of the training is used, {metric} {before:.5f} -> {after:.5f} "
+        "on validation rows"
     ),
     "still_rising": "the metric still improved in the last epoch",
     "trained_with_codes": "{step}: trained together with the tables",

@@ -2,7 +2,7 @@
 
 SENTENCES = {
     # limits
-    "no_champion": "no champion yet: nothing to compare {metric} with; accepted",
+    "no_champion": "accepted: there is no champion yet to compare {metric} with",
     "exact_number": "{metric} is {number}; the limit is {relation} {limit}",
     "number_in_interval": "{metric} is {number} [{low}, {high}]; the limit is {relation} {limit}",
     "most_of_rows": (
@@ -17,11 +17,11 @@ SENTENCES = {
         "undecided: about {needed:,} rows of {needed_groups:,} groups would decide, {rows:,} of "
         "{groups:,} were used"
     ),
-    "on_the_limit": "undecided: the number is at the limit, more rows may not decide either",
+    "on_the_limit": "undecided: the number is at the limit, and more rows may not decide it",
     "more_rounds_decide": "undecided: measuring more rounds would narrow the interval",
     # targets
-    "cannot_run": "built and audited, but it cannot run on this machine: nothing was measured",
-    "not_built": "not built, or its audit failed: there is nothing to serve",
+    "cannot_run": "built and audited, but not measured, because it cannot run on this machine",
+    "not_built": "not built, or its audit failed, so there is nothing to serve",
     "one_limit_holds": "the one limit holds",
     "all_limits_hold": "all {limits} limits hold",
     "score_changes": "scores against the baseline: {changes:,}",
@@ -29,10 +29,10 @@ SENTENCES = {
     "mean_change": "mean change {change:.2g}",
     "largest_change": "largest change {change:.2g}",
     "largest_change_in": "largest change {change:.2g} ({unit})",
-    "other_top1": "another top-1 in {share:.1%} of {groups:,} groups",
+    "other_top1": "a different first row in {share:.1%} of {groups:,} groups",
     "top20_overlap": "top-20 overlap {share:.1%}",
     "large_score_changes": (
-        "warning: single scores change much ({changes}) and no limit covers that. Add "
+        "warning: some scores change much ({changes}), and no limit covers that. Add "
         "max_score_change or score_correlation to the limits if single scores matter"
     ),
     "low_correlation": (

@@ -1,14 +1,16 @@
 """Sentences about paths in ``model.json`` and about JSON from outside."""
 
 SENTENCES = {
-    "path_not_inside": "{path} {reason}; name something inside the folder instead",
-    "path_in_subfolder": "{path} lies in a sub-folder; a bundle is flat",
+    "path_not_inside": "{path} {reason}; use a path inside the folder",
+    "path_in_subfolder": (
+        "{path} is in a subfolder, but a bundle has none; move the file to the top folder"
+    ),
     "draft_path_unusable": "{path} {reason}; give a path below the draft's folder or an absolute "
     "one",
-    "manifest_hashes_itself": "{manifest} cannot hold its own hash; its seal line does that",
-    "json_too_large": "it has {bytes} bytes, too large: at most {most_bytes}",
-    "json_file_too_large": "it is too large: more than {most_bytes} bytes",
-    "json_too_deep": "it is nested too deep, more than {most_levels} levels",
+    "manifest_hashes_itself": "{manifest} cannot contain its own hash, which is in its seal line",
+    "json_too_large": "it is too large: it has {bytes} bytes, at most {most_bytes} are allowed",
+    "json_file_too_large": "it is too large: it has more than {most_bytes} bytes",
+    "json_too_deep": "it is nested too deeply: more than {most_levels} levels",
     "json_too_many_values": "it has more than {most_values} values",
     "json_number_too_long": "a number in it has more than {most_characters} characters",
 }

@@ -2,12 +2,14 @@
 
 SENTENCES = {
     "steps_missing": "preset 'custom' needs steps",
-    "steps_with_preset": "steps need preset 'custom'; found preset {preset!r}",
-    "recalibrate_not_last": "step 'recalibrate' fits a map to the network as it then is, and "
-    "{step!r} comes after it: put one 'recalibrate' at the end",
-    "batch_sizes_shrink": "batch sizes must not shrink from smallest to best to largest",
-    "target_unknown": "there is no target {target!r}; there are {known}",
+    "steps_with_preset": "steps need preset 'custom', got preset {preset!r}",
+    "recalibrate_not_last": (
+        "step 'recalibrate' fits a map to the network at that point of the recipe, but "
+        "{step!r} follows it: put one 'recalibrate' at the end"
+    ),
+    "batch_sizes_shrink": "expected smallest <= best <= largest batch size",
+    "target_unknown": "unknown target {target!r}; use one of {known}",
     "targets_off": "an order needs at least one target that is not 'off'",
-    "min_rows_not_positive": "min_rows needs at least 1 row: nothing can be said of none",
-    "label_rate_order": "label_rate needs 0 <= low <= high <= 1; found {got!r}",
+    "min_rows_not_positive": "min_rows must be at least 1",
+    "label_rate_order": "label_rate needs 0 <= low <= high <= 1, got {got!r}",
 }
