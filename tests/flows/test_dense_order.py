@@ -38,5 +38,5 @@ def test_report_describes_how_targets_run_int4_and_sparse_layers(
     text = markdown(report)
     assert "did not pay, since ONNX Runtime stores and multiplies zeros" in text
     assert "1 dense layer multiplied by codes as stored" in text
-    assert "gptq leaves" in text
+    assert "gptq reduces the output error to" in text
     assert str(Reason("two_of_four", step="sparse_2_4")) in text

@@ -14,7 +14,7 @@ FAULTS = (
         old="return pattern.Constant(value, rel_tol=0.0, abs_tol=0.0)",
         new="return pattern.Constant(value)",
         effect="'+ 1e-9' is removed, so masked means of empty lists are NaN in the graph.",
-        tests=(f"{CONSTANTS}::test_only_an_exact_neutral_element_is_removed",),
+        tests=(f"{CONSTANTS}::test_no_op_rules_remove_only_exact_neutral_elements",),
     ),
     Fault(
         id="passes-merge-clips-apart",
@@ -22,9 +22,7 @@ FAULTS = (
         old="    rules.successive_clip_relu_rule,\n",
         new="    rules.successive_clip_relu_rule,\n    rules.successive_clip_rule,\n",
         effect="Two clamps whose bounds do not overlap become one wrong clamp.",
-        tests=(
-            f"{CONSTANTS}::test_successive_clips_with_bounds_apart_give_the_second_clips_bound",
-        ),
+        tests=(f"{CONSTANTS}::test_successive_clips_with_disjoint_bounds_return_the_second_bound",),
     ),
     Fault(
         id="log-sigmoid-overflows",
@@ -32,7 +30,7 @@ FAULTS = (
         old="return op.Neg(op.Softplus(op.Neg(x)))",
         new="return op.Log(op.Sigmoid(x))",
         effect="The logarithm of a sigmoid that underflows is -inf in served graphs.",
-        tests=(f"{CONSTANTS}::test_the_log_of_a_vanishing_sigmoid_is_finite_in_the_graph",),
+        tests=(f"{CONSTANTS}::test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph",),
     ),
     Fault(
         id="sigmoid-of-runtime-after-recalibration",
@@ -58,7 +56,7 @@ FAULTS = (
         effect="Attention over an empty history gives the mean of all values instead of zeros.",
         tests=(
             "tests/compressors/lower/test_attention_graphs.py"
-            "::test_attention_scores_an_empty_history_as_torch_does",
+            "::test_attention_in_graphs_has_the_scores_of_torch_also_for_empty_histories",
         ),
     ),
     Fault(
@@ -69,7 +67,7 @@ FAULTS = (
         effect="ONNX Runtime reads int4 tables one level too high.",
         tests=(
             "tests/compressors/lower/test_small_constants.py"
-            "::test_masked_means_of_empty_lists_are_the_modules_on_every_target"
+            "::test_masked_means_in_graphs_equal_those_of_torch"
             "[1e-08-rowwise_int4-onnxruntime]",
         ),
     ),
@@ -95,7 +93,7 @@ FAULTS = (
         old="        *_unfused_products(graph, producers),\n",
         new="",
         effect="A Gemm that computes in float32 after a DequantizeLinear passes the audit.",
-        tests=(f"{AUDIT}::test_int8_that_does_not_pay_is_refused",),
+        tests=(f"{AUDIT}::test_audit_rejects_int8_layers_that_are_not_fused_or_are_repacked",),
     ),
     Fault(
         id="audit-accepts-widened-table",
@@ -103,7 +101,7 @@ FAULTS = (
         old="        if path and name in initializers and len(initializers[name].dims) > 1:",
         new="        if path and name in initializers and len(initializers[name].dims) > 2:",
         effect="A table that every call decodes completely passes the audit.",
-        tests=(f"{AUDIT}::test_a_table_that_is_float32_at_every_call_is_refused",),
+        tests=(f"{AUDIT}::test_audit_rejects_table_that_is_dequantized_as_a_whole",),
     ),
     Fault(
         id="audit-counts-no-int8-products",
@@ -111,7 +109,7 @@ FAULTS = (
         old="    if int8_products < expected:\n",
         new="    if int8_products < 0:\n",
         effect="Fewer int8 products than ordered pass the audit.",
-        tests=(f"{AUDIT}::test_int8_that_does_not_pay_is_refused",),
+        tests=(f"{AUDIT}::test_audit_rejects_int8_layers_that_are_not_fused_or_are_repacked",),
     ),
     Fault(
         id="audit-accepts-lost-rows",
@@ -119,7 +117,7 @@ FAULTS = (
         old="elif entries is not None and entries != initializers[name].dims[0]:",
         new="elif entries is not None and entries < initializers[name].dims[0]:",
         effect="A table with missing rows in the runtime's graph passes the audit.",
-        tests=(f"{AUDIT}::test_a_table_that_lost_rows_is_refused",),
+        tests=(f"{AUDIT}::test_audit_rejects_table_with_fewer_rows_than_the_module",),
     ),
     Fault(
         id="parity-ignores-single-rows",
@@ -127,7 +125,7 @@ FAULTS = (
         old="        or parity.largest > parity.largest_limit\n",
         new="",
         effect="One row with a large difference passes the parity check.",
-        tests=(f"{PARITY}::test_one_row_far_off_is_enough_to_fail",),
+        tests=(f"{PARITY}::test_one_row_with_a_large_difference_fails",),
     ),
     Fault(
         id="parity-ignores-nan",
@@ -135,7 +133,7 @@ FAULTS = (
         old="    if not np.array_equal(refused, np.isnan(found)):\n",
         new="    if np.isnan(found).all() and not refused.all():\n",
         effect="NaN in the graph's scores passes where the module has a number.",
-        tests=(f"{PARITY}::test_refused_rows_must_be_the_same_ones",),
+        tests=(f"{PARITY}::test_nan_in_different_rows_fails",),
     ),
     Fault(
         id="parity-spread-of-infinite-scores",
@@ -143,6 +141,6 @@ FAULTS = (
         old="finite = expected[np.isfinite(expected)]",
         new="finite = np.nan_to_num(expected[~np.isnan(expected)])",
         effect="One infinite score makes every parity limit huge and hides other differences.",
-        tests=(f"{PARITY}::test_an_infinite_score_does_not_hide_other_differences",),
+        tests=(f"{PARITY}::test_equal_infinite_scores_do_not_hide_other_differences",),
     ),
 )

@@ -18,7 +18,7 @@ FAULTS = (
         old="target = torch.sigmoid(teacher / temperature)",
         new="target = torch.sigmoid(teacher)",
         effect="The teacher's probabilities are not softened by the temperature.",
-        tests=(f"{LOSS}::test_soft_loss_of_clicks_is_the_cross_entropy_of_softened_probabilities",),
+        tests=(f"{LOSS}::test_soft_loss_of_clicks_is_the_cross_entropy_at_the_temperature",),
     ),
     Fault(
         id="hard-loss-linear-gains",
@@ -26,7 +26,7 @@ FAULTS = (
         old="gains = torch.exp2(batch.label.to(torch.float32)) - 1\n",
         new="gains = batch.label.to(torch.float32)\n",
         effect="The ranking loss has linear gains instead of 2^label - 1.",
-        tests=(f"{LOSS}::test_list_losses_are_cross_entropies_of_each_lists_shares",),
+        tests=(f"{LOSS}::test_losses_of_lists_are_mean_cross_entropies_of_softmax_shares",),
     ),
     Fault(
         id="margin-loss-counts-the-level",

@@ -1,4 +1,4 @@
-"""Two small tables that hold the same codes are one tensor in a graph, and still two tables."""
+"""Two small tables with equal codes: one initializer in a graph, but two reported tables."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,9 @@ from compressors.lower.export import lower
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 
-class Alike(nn.Module):
+class EqualTables(nn.Module):
+    """Two tables of the same shape."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Embedding(60, 4), nn.Embedding(60, 4)
@@ -25,8 +27,8 @@ class Alike(nn.Module):
 
 
 REFERENCE = Reference(
-    Alike,
-    # Of two policies: ONNX Runtime would look both up together otherwise.
+    EqualTables,
+    # With different policies, because the lookups of both tables would be merged otherwise.
     _schema(
         IdInput(name="first", table="first"),
         IdInput(name="second", table="second", out_of_range="clamp"),
@@ -36,7 +38,7 @@ REFERENCE = Reference(
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-def test_tables_with_the_same_codes_are_written_down(target, tmp_path):
+def test_tables_with_equal_codes_share_one_initializer_and_stay_two_tables(target, tmp_path):
     model = REFERENCE.model()
     model.module.second.weight = nn.Parameter(model.module.first.weight.detach().clone())
     packed = run(RowwiseInt8(), model, REFERENCE.bench(tmp_path / "data"), tmp_path / "out")
@@ -44,7 +46,7 @@ def test_tables_with_the_same_codes_are_written_down(target, tmp_path):
     lowered = lower(packed.module, whole(REFERENCE.signature), target, path)
     first, second = lowered.tables
     assert first.names == second.names
-    made = Graph(packed, lowered, REFERENCE.signature, path)
-    inputs = made.rows(50)
-    # In the form for TensorRT rows are float16 before they are widened: 2^-11 of each weight.
-    np.testing.assert_allclose(made.in_onnx(inputs), made.in_torch(inputs), atol=1e-3)
+    graph = Graph(packed, lowered, REFERENCE.signature, path)
+    inputs = graph.rows(50)
+    # In the graph for TensorRT rows are rounded to float16, an error of 2^-11 of each weight.
+    np.testing.assert_allclose(graph.in_onnx(inputs), graph.in_torch(inputs), atol=1e-3)

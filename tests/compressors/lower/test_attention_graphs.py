@@ -1,4 +1,4 @@
-"""Attention in lowered graphs: every form of it, also for rows whose places are all masked."""
+"""Attention in lowered graphs: every way to call it, also with fully masked rows."""
 
 import numpy as np
 import pytest
@@ -29,51 +29,59 @@ SCHEMA = Signature(
 )
 
 
-class Attending(nn.Module):
-    """A history read by torch's attention in each of its forms, with padding masked."""
+class AttentionForms(nn.Module):
+    """The sum of every way to call torch's attention on a history, with padding masked."""
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()
         self.user, self.item = nn.Embedding(9, dim), nn.Embedding(30, dim)
         self.module = nn.MultiheadAttention(dim, 2, batch_first=True)
-        self.weighing = nn.MultiheadAttention(dim, 2, batch_first=True)
+        self.with_weights = nn.MultiheadAttention(dim, 2, batch_first=True)
         self.layer = nn.TransformerEncoderLayer(dim, 2, 2 * dim, batch_first=True)
         self.out = nn.Linear(dim, 1)
 
     def forward(self, user: Tensor, seen: Tensor) -> Tensor:
-        x, away = self.item(seen), seen == 0  # (rows, length, dim), (rows, length)
+        x, is_padding = self.item(seen), seen == 0  # (rows, length, dim), (rows, length)
         heads = x.unflatten(2, (2, -1)).transpose(1, 2)  # (rows, 2, length, dim / 2)
-        low = torch.zeros_like(away, dtype=x.dtype).masked_fill(away, float("-inf"))
-        found = (
-            self.module(x, x, x, key_padding_mask=away, need_weights=False)[0],
-            self.weighing(x, x, x, key_padding_mask=away.logical_and(~away.all(1, True)))[0],
-            self.layer(x, src_key_padding_mask=away),
-            F.scaled_dot_product_attention(x, x, x, attn_mask=~away[:, None]),
-            F.scaled_dot_product_attention(x, x, x, attn_mask=low[:, None], scale=0.3),
-            F.scaled_dot_product_attention(heads, heads, heads, ~away[:, None, None])
+        float_mask = torch.zeros_like(is_padding, dtype=x.dtype).masked_fill(
+            is_padding, float("-inf")
+        )
+        outputs = (
+            self.module(x, x, x, key_padding_mask=is_padding, need_weights=False)[0],
+            self.with_weights(
+                x, x, x, key_padding_mask=is_padding.logical_and(~is_padding.all(1, True))
+            )[0],
+            self.layer(x, src_key_padding_mask=is_padding),
+            F.scaled_dot_product_attention(x, x, x, attn_mask=~is_padding[:, None]),
+            F.scaled_dot_product_attention(x, x, x, attn_mask=float_mask[:, None], scale=0.3),
+            F.scaled_dot_product_attention(heads, heads, heads, ~is_padding[:, None, None])
             .transpose(1, 2)
             .flatten(2),
             F.scaled_dot_product_attention(x, x, x, is_causal=True),
             F.scaled_dot_product_attention(
-                torch.cat([heads, -heads], dim=1), heads, heads, low[:, None, None], enable_gqa=True
+                torch.cat([heads, -heads], dim=1),
+                heads,
+                heads,
+                float_mask[:, None, None],
+                enable_gqa=True,
             )
             .transpose(1, 2)
             .unflatten(3, (2, -1))
             .flatten(2)[..., : x.shape[2]],
             F.scaled_dot_product_attention(self.user(user).unsqueeze(1), x, x),
         )
-        return self.out(sum(part.mean(dim=1) for part in found))
+        return self.out(sum(output.mean(dim=1) for output in outputs))
 
 
 def model() -> Model:
-    """The network with weights from a seed."""
+    """Return the network with weights from a seed."""
     torch.manual_seed(0)
-    architecture = Architecture(path="test_attention_graphs:Attending")
-    return Model(Attending().eval(), Attending, Network(architecture=architecture))
+    architecture = Architecture(path="test_attention_graphs:AttentionForms")
+    return Model(AttentionForms().eval(), AttentionForms, Network(architecture=architecture))
 
 
 def rows() -> dict[str, Tensor]:
-    """Histories from empty to full, one padded in the middle."""
+    """Return histories from empty to full, and one with padding in the middle."""
     seen = torch.tensor(
         [[0, 0, 0, 0, 0], [7, 0, 0, 0, 0], [3, 4, 0, 0, 0], [9, 8, 7, 6, 5], [2, 0, 0, 0, 2]]
     )
@@ -82,29 +90,31 @@ def rows() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "target",
-    # Targets differ in how packed weights are written down, and nothing is packed here.
+    # Graphs for different targets differ only in compressed weights, and there are none here.
     ["onnxruntime", pytest.param("tensorrt", marks=pytest.mark.nightly)],
 )
-def test_attention_scores_an_empty_history_as_torch_does(target: TargetName, tmp_path):
-    (form,) = served_graphs(SCHEMA)
-    lowered = lower(model().module, form, target, tmp_path / "model.onnx")
+def test_attention_in_graphs_has_the_scores_of_torch_also_for_empty_histories(
+    target: TargetName, tmp_path
+):
+    (served_graph,) = served_graphs(SCHEMA)
+    lowered = lower(model().module, served_graph, target, tmp_path / "model.onnx")
     with torch.no_grad():
         expected = lowered.served(*(rows()[name] for name in input_names(SCHEMA))).numpy()
-    found = Session(tmp_path / "model.onnx", 1).scores({k: x.numpy() for k, x in rows().items()})
+    scores = Session(tmp_path / "model.onnx", 1).scores({k: x.numpy() for k, x in rows().items()})
     assert np.isfinite(expected).all()
-    # float32 sums in another order
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    # The float32 sums have another order.
+    np.testing.assert_allclose(scores, expected, atol=2e-6)
 
 
-def test_attention_layers_score_the_same_with_and_without_gradients():
+def test_attention_layers_have_equal_scores_with_and_without_gradients():
     module = model().module
     with torch.no_grad():
-        without = module(**rows())
-    # float32 sums in another order
-    torch.testing.assert_close(without, module(**rows()).detach(), atol=2e-6, rtol=0)
+        without_gradients = module(**rows())
+    # The float32 sums have another order.
+    torch.testing.assert_close(without_gradients, module(**rows()).detach(), atol=2e-6, rtol=0)
 
 
-def test_a_network_with_attention_over_empty_histories_can_be_compressed(tmp_path):
+def test_compressed_network_with_attention_has_finite_scores_for_empty_histories(tmp_path):
     source = model()
     result = run(RowwiseInt8(), source, Bench(signature=SCHEMA), tmp_path)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The audit passes what ONNX Runtime serves well and stops what it quietly makes slow."""
+"""The audit accepts graphs that keep the plan's formats and rejects those that lost them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,17 +25,17 @@ TABLES = {
 WIDTH = 32
 
 
-class Drawing:
-    """A graph drawn by hand: constants and nodes under made-up names."""
+class GraphBuilder:
+    """Builds a graph of constants and nodes with generated names."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
-        self.held: list[onnx.TensorProto] = []
+        self.initializers: list[onnx.TensorProto] = []
         self.random = np.random.default_rng(0)
 
     def constant(self, value: Any, name: str = "") -> str:
-        name = name or f"c{len(self.held)}"
-        self.held.append(numpy_helper.from_array(np.asarray(value), name))
+        name = name or f"c{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def node(self, op_type: str, *inputs: str, **attributes: Any) -> str:
@@ -43,22 +43,25 @@ class Drawing:
         self.nodes.append(helper.make_node(op_type, inputs, [name], **attributes))
         return name
 
-    def rounded(self, x: str, zero: np.generic) -> str:
-        """Quantize and back."""
-        scale, point = self.constant(np.float32(0.03)), self.constant(zero)
+    def quantize_dequantize(self, x: str, zero_point: np.generic) -> str:
+        """Quantize and dequantize."""
+        scale, zero_points = self.constant(np.float32(0.03)), self.constant(zero_point)
         return self.node(
-            "DequantizeLinear", self.node("QuantizeLinear", x, scale, point), scale, point
+            "DequantizeLinear",
+            self.node("QuantizeLinear", x, scale, zero_points),
+            scale,
+            zero_points,
         )
 
-    def gemm(self, x: str, *, whole_bias: bool = True) -> str:
-        """A Gemm with int8 weights; a bias in int32, or left in float."""
+    def gemm(self, x: str, *, int32_bias: bool = True) -> str:
+        """Add a Gemm with int8 weights and an int32 or a float bias."""
         weight = self.random.standard_normal((WIDTH, WIDTH)).astype(np.float32)
         scale = np.abs(weight).max(axis=1) / 127
         codes = self.constant(np.rint(weight / scale[:, None]).astype(np.int8))
         zeros = self.constant(np.zeros(WIDTH, np.int8))
         w = self.node("DequantizeLinear", codes, self.constant(scale), zeros, axis=0)
         bias = self.random.standard_normal(WIDTH).astype(np.float32)
-        if whole_bias:
+        if int32_bias:
             step = scale * np.float32(0.03)
             b = self.node(
                 "DequantizeLinear",
@@ -72,19 +75,19 @@ class Drawing:
         return self.node("Gemm", x, w, b, transB=1)
 
     def optimized(self, output: str, path: Path) -> onnx.GraphProto:
-        """The graph after ONNX Runtime has rewritten it."""
-        drawn = helper.make_graph(
+        """Return the graph as ONNX Runtime optimizes it."""
+        built_graph = helper.make_graph(
             self.nodes,
-            "drawn",
+            "built",
             [
                 helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", WIDTH]),
                 helper.make_tensor_value_info("ids", TensorProto.INT64, ["rows"]),
             ],
             [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
-            self.held,
+            self.initializers,
         )
         opsets = [helper.make_opsetid("", 21)]
-        onnx.save(helper.make_model(drawn, opset_imports=opsets, ir_version=10), path)
+        onnx.save(helper.make_model(built_graph, opset_imports=opsets, ir_version=10), path)
         return optimized_graph(path)
 
 
@@ -92,6 +95,7 @@ UNSIGNED, SIGNED = np.uint8(128), np.int8(0)
 
 
 def plan(int8_layers: int) -> Plan:
+    """Return a plan with this number of int8 layers."""
     line = PlanLine(
         module="layer",
         role="dense",
@@ -103,36 +107,37 @@ def plan(int8_layers: int) -> Plan:
     return Plan(lines=(line,) * int8_layers)
 
 
-def good(draw: Drawing) -> str:
-    x = draw.rounded("x", UNSIGNED)
-    floor = draw.constant(np.float32(0))
-    return draw.node("Add", draw.node("Max", draw.gemm(x), floor), draw.gemm(x))
+def fused_layers(builder: GraphBuilder) -> str:
+    """Add two int8 layers in the form that ONNX Runtime fuses."""
+    x = builder.quantize_dequantize("x", UNSIGNED)
+    floor = builder.constant(np.float32(0))
+    return builder.node("Add", builder.node("Max", builder.gemm(x), floor), builder.gemm(x))
 
 
-def relu_after_product(draw: Drawing) -> str:
-    x = draw.rounded("x", UNSIGNED)
-    return draw.node("Add", draw.node("Relu", draw.gemm(x)), draw.gemm(x))
+def relu_after_product(builder: GraphBuilder) -> str:
+    x = builder.quantize_dequantize("x", UNSIGNED)
+    return builder.node("Add", builder.node("Relu", builder.gemm(x)), builder.gemm(x))
 
 
-def float_bias(draw: Drawing) -> str:
-    x = draw.rounded("x", UNSIGNED)
-    return draw.node("Add", draw.gemm(x, whole_bias=False), draw.gemm(x))
+def float_bias(builder: GraphBuilder) -> str:
+    x = builder.quantize_dequantize("x", UNSIGNED)
+    return builder.node("Add", builder.gemm(x, int32_bias=False), builder.gemm(x))
 
 
-def signed_and_shared(draw: Drawing) -> str:
-    x = draw.rounded("x", SIGNED)
-    return draw.node("Add", draw.gemm(x), draw.gemm(x))
+def signed_inputs(builder: GraphBuilder) -> str:
+    x = builder.quantize_dequantize("x", SIGNED)
+    return builder.node("Add", builder.gemm(x), builder.gemm(x))
 
 
-def left_in_float(draw: Drawing) -> str:
-    return draw.node("Add", draw.gemm(draw.rounded("x", UNSIGNED)), "x")
+def one_float_layer(builder: GraphBuilder) -> str:
+    return builder.node("Add", builder.gemm(builder.quantize_dequantize("x", UNSIGNED)), "x")
 
 
-def test_the_drawn_form_of_ours_passes(tmp_path):
-    draw = Drawing()
-    found = audit(draw.optimized(good(draw), tmp_path / "g.onnx"), plan(2), ())
-    assert found.int8_products == 2
-    assert found.nodes["QGemm"] == 2
+def test_audit_accepts_int8_layers_in_the_fused_form(tmp_path):
+    builder = GraphBuilder()
+    result = audit(builder.optimized(fused_layers(builder), tmp_path / "g.onnx"), plan(2), ())
+    assert result.int8_products == 2
+    assert result.nodes["QGemm"] == 2
 
 
 @pytest.mark.parametrize(
@@ -140,47 +145,51 @@ def test_the_drawn_form_of_ours_passes(tmp_path):
     [
         (relu_after_product, "computes in float32 after a DequantizeLinear"),
         (float_bias, "computes in float32 after a DequantizeLinear"),
-        (signed_and_shared, "reads signed inputs and repacks"),
-        (left_in_float, "the plan has 2 int8 layers, the graph 1 int8 products"),
+        (signed_inputs, "reads signed inputs and repacks"),
+        (one_float_layer, "the plan has 2 int8 layers, the graph 1 int8 products"),
     ],
 )
-def test_int8_that_does_not_pay_is_refused(form: Callable[[Drawing], str], fault, tmp_path):
-    draw = Drawing()
-    optimized = draw.optimized(form(draw), tmp_path / "g.onnx")
+def test_audit_rejects_int8_layers_that_are_not_fused_or_are_repacked(
+    form: Callable[[GraphBuilder], str], fault, tmp_path
+):
+    builder = GraphBuilder()
+    optimized = builder.optimized(form(builder), tmp_path / "g.onnx")
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
         audit(optimized, plan(2), ())
-    assert any(fault in found for found in caught.value.fields["faults"])
+    assert any(fault in result for result in caught.value.fields["faults"])
 
 
 ROWS = 1000
 
 
-def table(draw: Drawing, form: str) -> tuple[str, TableInitializers]:
-    """A table read in one of several forms, as a graph's output."""
-    codes = draw.constant(draw.random.integers(-127, 128, (ROWS, 8), np.int8), "codes")
-    scale = draw.random.random(ROWS).astype(np.float32)
+def table(builder: GraphBuilder, form: str) -> tuple[str, TableInitializers]:
+    """Add a table whose rows are the graph's output; ``form`` says how they are looked up."""
+    codes = builder.constant(builder.random.integers(-127, 128, (ROWS, 8), np.int8), "codes")
+    scale = builder.random.random(ROWS).astype(np.float32)
     names = ("codes", "scale")
     if form == "gather first":
-        draw.constant(scale[:, None], "scale")
-        rows = draw.node("Cast", draw.node("Gather", codes, "ids"), to=TensorProto.FLOAT)
-        out = draw.node("Mul", rows, draw.node("Gather", "scale", "ids"))
+        builder.constant(scale[:, None], "scale")
+        rows = builder.node("Cast", builder.node("Gather", codes, "ids"), to=TensorProto.FLOAT)
+        out = builder.node("Mul", rows, builder.node("Gather", "scale", "ids"))
     elif form == "dequantize first":
-        draw.constant(scale, "scale")
-        out = draw.node("Gather", draw.node("DequantizeLinear", codes, "scale", axis=0), "ids")
+        builder.constant(scale, "scale")
+        out = builder.node(
+            "Gather", builder.node("DequantizeLinear", codes, "scale", axis=0), "ids"
+        )
     else:
-        draw.constant(scale[:, None], "scale")
-        wide = draw.node("Mul", draw.node("Cast", codes, to=TensorProto.FLOAT), "scale")
-        out = draw.node("Gather", wide, "ids")
-    held = TableInitializers(module="user", rows=ROWS, format="rowwise_int8", names=names)
-    return out, held
+        builder.constant(scale[:, None], "scale")
+        widened = builder.node("Mul", builder.node("Cast", codes, to=TensorProto.FLOAT), "scale")
+        out = builder.node("Gather", widened, "ids")
+    initializers = TableInitializers(module="user", rows=ROWS, format="rowwise_int8", names=names)
+    return out, initializers
 
 
-def test_a_table_gathered_before_it_is_widened_passes(tmp_path):
-    draw = Drawing()
-    out, held = table(draw, "gather first")
-    found = audit(draw.optimized(out, tmp_path / "g.onnx"), None, (held,))
-    assert found.packed_tables == 1
-    assert found.weight_bytes == ROWS * (8 + 4)
+def test_audit_accepts_table_that_is_gathered_before_it_is_dequantized(tmp_path):
+    builder = GraphBuilder()
+    out, initializers = table(builder, "gather first")
+    result = audit(builder.optimized(out, tmp_path / "g.onnx"), None, (initializers,))
+    assert result.packed_tables == 1
+    assert result.weight_bytes == ROWS * (8 + 4)
 
 
 @pytest.mark.parametrize(
@@ -190,72 +199,76 @@ def test_a_table_gathered_before_it_is_widened_passes(tmp_path):
         ("widened and folded", "table 'user': 'codes' was replaced by the runtime"),
     ],
 )
-def test_a_table_that_is_float32_at_every_call_is_refused(form, fault, tmp_path):
-    draw = Drawing()
-    out, held = table(draw, form)
+def test_audit_rejects_table_that_is_dequantized_as_a_whole(form, fault, tmp_path):
+    builder = GraphBuilder()
+    out, initializers = table(builder, form)
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
-        audit(draw.optimized(out, tmp_path / "g.onnx"), None, (held,))
+        audit(builder.optimized(out, tmp_path / "g.onnx"), None, (initializers,))
     assert fault in caught.value.fields["faults"]
 
 
-def test_a_table_that_lost_rows_is_refused(tmp_path):
-    draw = Drawing()
-    out, held = table(draw, "gather first")
-    more = held.model_copy(update={"rows": ROWS + 1})
+def test_audit_rejects_table_with_fewer_rows_than_the_module(tmp_path):
+    builder = GraphBuilder()
+    out, initializers = table(builder, "gather first")
+    table_with_more_rows = initializers.model_copy(update={"rows": ROWS + 1})
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
-        audit(draw.optimized(out, tmp_path / "g.onnx"), None, (more,))
+        audit(builder.optimized(out, tmp_path / "g.onnx"), None, (table_with_more_rows,))
     assert "table 'user': 'codes' lost rows" in caught.value.fields["faults"]
 
 
-def test_scales_that_rows_share_are_as_many_as_their_ranges(tmp_path):
-    draw = Drawing()
-    out, held = table(draw, "gather first")
-    shared = held.model_copy(
+def test_audit_expects_one_scale_for_each_group_of_rows(tmp_path):
+    builder = GraphBuilder()
+    out, initializers = table(builder, "gather first")
+    shared_scales = initializers.model_copy(
         update={"rows": 4 * ROWS - 1, "names": ("scale",), "every": {"scale": 4}}
     )
-    optimized = draw.optimized(out, tmp_path / "g.onnx")
-    audit(optimized, None, (shared,))
-    # What belongs to the whole table is not counted in rows, and may be folded into the graph.
-    audit(optimized, None, (shared.model_copy(update={"names": ("gone",), "every": {"gone": 0}}),))
+    optimized = builder.optimized(out, tmp_path / "g.onnx")
+    audit(optimized, None, (shared_scales,))
+    # A tensor of the whole table does not depend on the rows and may be folded.
+    audit(
+        optimized,
+        None,
+        (shared_scales.model_copy(update={"names": ("gone",), "every": {"gone": 0}}),),
+    )
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
-        audit(optimized, None, (shared.model_copy(update={"rows": 4 * ROWS + 1}),))
+        audit(optimized, None, (shared_scales.model_copy(update={"rows": 4 * ROWS + 1}),))
     assert "table 'user': 'scale' lost rows" in caught.value.fields["faults"]
 
 
-def test_a_layer_that_is_float32_in_memory_is_refused_where_it_should_be_packed(tmp_path):
+def test_audit_rejects_weight_only_layer_without_a_product_of_its_codes(tmp_path):
     lowered = graph("Compact", recipe_with("weight_int4"), "onnxruntime")
     optimized = optimized_graph(lowered.path)
     layers = lowered.lowered.layers
-    found = audit(optimized, lowered.model.plan, (), layers)
-    assert (found.packed_layers, found.widened_layers) == (5, 0)
-    assert found.nodes["MatMulNBits"] == 5
-    gone = layers[0].model_copy(update={"name": "folded"})
+    result = audit(optimized, lowered.model.plan, (), layers)
+    assert (result.packed_layers, result.widened_layers) == (5, 0)
+    assert result.nodes["MatMulNBits"] == 5
+    folded = layers[0].model_copy(update={"name": "folded"})
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
-        audit(optimized, lowered.model.plan, (), (*layers[1:], gone))
+        audit(optimized, lowered.model.plan, (), (*layers[1:], folded))
     (fault,) = caught.value.fields["faults"]
-    assert fault == f"dense layer {gone.module!r}: 'folded' was widened by the runtime"
-    assert caught.value.units == (gone.module,)
-    # A weight that something else than a product of codes reads.
-    draw = Drawing()
-    codes = draw.constant(np.zeros((WIDTH, WIDTH), np.uint8))
-    wide = draw.node("MatMul", "x", draw.node("Cast", codes, to=TensorProto.FLOAT))
-    drawn = helper.make_graph(draw.nodes, "g", [], [], draw.held)
+    assert fault == f"dense layer {folded.module!r}: 'folded' was widened by the runtime"
+    assert caught.value.units == (folded.module,)
+    # The codes are read by a Cast instead of a MatMulNBits.
+    builder = GraphBuilder()
+    codes = builder.constant(np.zeros((WIDTH, WIDTH), np.uint8))
+    widened = builder.node("MatMul", "x", builder.node("Cast", codes, to=TensorProto.FLOAT))
+    built_graph = helper.make_graph(builder.nodes, "g", [], [], builder.initializers)
     layer = LayerInitializer(module="cross", format="weight_int4", name=codes, packed=True)
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
-        audit(drawn, None, (), (layer,))
+        audit(built_graph, None, (), (layer,))
     fault = "dense layer 'cross': its codes are read by Cast instead of MatMulNBits"
     assert fault in caught.value.fields["faults"]
-    assert wide
+    assert widened
 
 
 @pytest.mark.parametrize("kind", ["float16", "float8_dense"])
-def test_layers_widened_when_a_session_starts_are_counted(kind):
+def test_audit_counts_layers_that_are_widened_when_a_session_starts(kind):
     lowered = graph("Compact", recipe_with(kind), "onnxruntime")
-    found = audit(optimized_graph(lowered.path), None, (), lowered.lowered.layers)
-    assert (found.packed_layers, found.widened_layers) == (0, 5)
+    result = audit(optimized_graph(lowered.path), None, (), lowered.lowered.layers)
+    assert (result.packed_layers, result.widened_layers) == (0, 5)
 
 
-def test_tensorrts_form_of_a_table_is_refused_in_onnxruntime():
+def test_audit_rejects_graph_that_was_exported_for_tensorrt():
     lowered = graph("Compact", recipe_with("rowwise_int8"), "tensorrt-rtx")
     optimized = optimized_graph(lowered.path)
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
@@ -268,18 +281,18 @@ TABLES_OF = {"Ranker": 6, "Compact": 2}
 
 
 @networks_and_recipes("Ranker", "Compact")
-def test_what_we_write_for_onnxruntime_passes(network, kinds):
+def test_audit_accepts_every_recipe_exported_for_onnxruntime(network, kinds):
     lowered = graph(network, kinds, "onnxruntime")
-    found = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
-    assert found.int8_products == (5 if {"static_int8", "qat"} & set(kinds) else 0)
+    result = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
+    assert result.int8_products == (5 if {"static_int8", "qat"} & set(kinds) else 0)
     packs_tables = set(kinds) & TABLES
-    assert found.packed_tables == (TABLES_OF[network] if packs_tables else 0)
+    assert result.packed_tables == (TABLES_OF[network] if packs_tables else 0)
 
 
 @pytest.mark.parametrize(
     ("reference", "kinds"),
     [
-        # In the default tier those that test_lowering.py writes for this target.
+        # The default tier has the graphs that test_lowering.py exports for this target.
         pytest.param(
             name,
             kinds,
@@ -290,15 +303,15 @@ def test_what_we_write_for_onnxruntime_passes(network, kinds):
         for kinds in OTHER_RECIPES
     ],
 )
-def test_what_we_write_for_other_networks_passes(reference, kinds):
+def test_audit_accepts_other_networks_exported_for_onnxruntime(reference, kinds):
     lowered = graph(reference, kinds, "onnxruntime")
-    found = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
-    ordered = sum(line.format == "static_int8" for line in lowered.model.plan.lines)
-    assert found.int8_products == ordered
-    assert found.packed_tables >= 1
+    result = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
+    expected = sum(line.format == "static_int8" for line in lowered.model.plan.lines)
+    assert result.int8_products == expected
+    assert result.packed_tables >= 1
 
 
-def test_the_weights_of_a_compressed_graph_are_fewer_bytes():
+def test_audit_reports_fewer_weight_bytes_for_fewer_bits():
     sizes = []
     for kinds in ((), recipe_with("rowwise_int8"), recipe_with("rowwise_int4")):
         lowered = graph("Compact", kinds, "onnxruntime")

@@ -1,6 +1,6 @@
-"""Bags in served graphs: every mode, weights for each id, padding, empty bags, both layouts.
+"""Bags in served graphs: every mode, weights per id, padding, empty bags, both layouts.
 
-Both targets' graphs run in ONNX Runtime here, over plain, packed and composed tables.
+The graphs of both targets run in ONNX Runtime, with float32, packed and row-pruned tables.
 """
 
 import numpy as np
@@ -22,8 +22,8 @@ from infra.onnxruntime.sessions import Session
 LENGTH = 4
 
 
-class Bags(nn.Module):
-    """Each id brings a weight of its own, from a table one number wide."""
+class BagNet(nn.Module):
+    """A padded and a jagged bag; in mode ``sum``, each id has a weight from a table of width 1."""
 
     def __init__(
         self,
@@ -32,21 +32,21 @@ class Bags(nn.Module):
         last: bool = False,
     ) -> None:
         super().__init__()
-        skip = 0 if padding else None
+        padding_idx = 0 if padding else None
         self.last = last
-        self.padded = nn.EmbeddingBag(30, 6, mode=modes[0], padding_idx=skip)
+        self.padded = nn.EmbeddingBag(30, 6, mode=modes[0], padding_idx=padding_idx)
         self.jagged = nn.EmbeddingBag(
-            50, 6, mode=modes[1], padding_idx=skip, include_last_offset=last
+            50, 6, mode=modes[1], padding_idx=padding_idx, include_last_offset=last
         )
-        self.worth = nn.Embedding(50, 1)
+        self.id_weights = nn.Embedding(50, 1)
         self.out = nn.Linear(12, 1)
 
     def forward(
         self, user: Tensor, padded: Tensor, jagged: Tensor, jagged_offsets: Tensor
     ) -> Tensor:
         def weights(bag: nn.EmbeddingBag, ids: Tensor) -> Tensor | None:
-            # As torch: the other modes take no weights.
-            return self.worth(ids).squeeze(-1) if bag.mode == "sum" else None
+            # torch accepts weights only in mode "sum".
+            return self.id_weights(ids).squeeze(-1) if bag.mode == "sum" else None
 
         offsets = jagged_offsets
         if self.last:
@@ -56,12 +56,12 @@ class Bags(nn.Module):
             self.jagged(jagged, offsets, per_sample_weights=weights(self.jagged, jagged)),
         )
         score: Tensor = self.out(torch.cat(parts, dim=1))
-        return score + 0.1 * self.worth(user)
+        return score + 0.1 * self.id_weights(user)
 
 
 SCHEMA = Signature(
     inputs=(
-        IdInput(name="user", table="worth"),
+        IdInput(name="user", table="id_weights"),
         PaddedBag(name="padded", table="padded", shape=(LENGTH,)),
         JaggedBag(name="jagged", table="jagged", shape=(LENGTH,)),
     ),
@@ -80,23 +80,23 @@ def bench(reference: Reference, folder) -> Bench:
     return Bench(signature=SCHEMA, train=train)
 
 
-def edges(reference: Reference) -> dict[str, Tensor]:
-    """A batch that begins and ends with empty bags and holds one of nothing but padding."""
+def edge_batch(reference: Reference) -> dict[str, Tensor]:
+    """Return a batch with empty first and last bags, and one bag with only padding."""
     inputs = example(SCHEMA, reference.rows_of_tables(), 40, seed=11)
     lengths = torch.cat([inputs["jagged_offsets"], torch.tensor([len(inputs["jagged"])])]).diff()
     lengths[0] = lengths[-1] = 0
     lengths[3], lengths[4] = LENGTH, 2
     values = torch.randint(1, 50, (int(lengths.sum()),), generator=torch.Generator().manual_seed(3))
-    begin = lengths.cumsum(0) - lengths
-    values[begin[4] : begin[4] + 2] = 0
+    first_id = lengths.cumsum(0) - lengths
+    values[first_id[4] : first_id[4] + 2] = 0
     inputs["padded"][0], inputs["padded"][-1] = 0, 0
     inputs["padded"][5] = torch.tensor([7, 0, 9, 0])  # padding in the middle
-    return {**inputs, "jagged": values, "jagged_offsets": begin}
+    return {**inputs, "jagged": values, "jagged_offsets": first_id}
 
 
 SUMS = ("sum", "sum")
 CASES = (
-    *((SUMS, True, False, made) for made in STEPS),
+    *((SUMS, True, False, tables) for tables in STEPS),
     (SUMS, False, True, "int4"),
     (("mean", "max"), True, True, "int4"),
     (("max", "mean"), True, False, "int4"),
@@ -104,40 +104,40 @@ CASES = (
 
 
 TARGETS = ("onnxruntime", "tensorrt-rtx")
-# The default tier has every mode and a packed form of each kind, each for one target.
-SAMPLE = {(place, TARGETS[place % 2]) for place in (1, 4, 5, 6)}
+# The default tier has every mode, and every kind of table, each for one target.
+SAMPLE = {(index, TARGETS[index % 2]) for index in (1, 4, 5, 6)}
 
 
 @pytest.mark.parametrize(
-    ("modes", "padding", "last", "made", "target"),
+    ("modes", "padding", "last", "tables", "target"),
     [
         pytest.param(
             *case,
             target,
             id="-".join([*case[0], str(case[1]), str(case[2]), case[3], target]),
-            marks=() if (place, target) in SAMPLE else pytest.mark.nightly,
+            marks=() if (index, target) in SAMPLE else pytest.mark.nightly,
         )
-        for place, case in enumerate(CASES)
+        for index, case in enumerate(CASES)
         for target in TARGETS
     ],
 )
-def test_graphs_reduce_bags_as_torch_does(modes, padding, last, made, target, tmp_path):
+def test_bags_in_graphs_have_the_scores_of_torch(modes, padding, last, tables, target, tmp_path):
     config = {"modes": modes, "padding": padding, "last": last}
-    reference = Reference(Bags, SCHEMA, config)
-    source, step = reference.model(), STEPS[made]
+    reference = Reference(BagNet, SCHEMA, config)
+    source, step = reference.model(), STEPS[tables]
     model = (
         source if step is None else run(step, source, bench(reference, tmp_path), tmp_path / "o")
     )
-    inputs = edges(reference)
-    (form,) = served_graphs(SCHEMA)
-    lower(model.module, form, target, tmp_path / "model.onnx")
+    inputs = edge_batch(reference)
+    (served_graph,) = served_graphs(SCHEMA)
+    lower(model.module, served_graph, target, tmp_path / "model.onnx")
     arrays = {name: inputs[name].numpy() for name in input_names(SCHEMA)}
-    found = Session(tmp_path / "model.onnx", 1).scores(arrays)
-    if made == "plain":  # torch's own bags; the others are compared with what they became
+    scores = Session(tmp_path / "model.onnx", 1).scores(arrays)
+    if tables == "plain":  # the expected scores are those of torch's bags
         assert isinstance(source.module.padded, nn.EmbeddingBag)
     with torch.no_grad():
         expected = torch.sigmoid(model.module(**inputs)).squeeze(1).numpy()
-    # float32 sums of up to four rows in another order; TensorRT's form rounds weights to float16
-    tolerance = 1e-6 if target == "onnxruntime" or made in {"plain", "composed"} else 2e-3
-    np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
-    assert np.isfinite(found).all()
+    # Float32 sums of up to four rows have another order; TensorRT's graph rounds to float16.
+    tolerance = 1e-6 if target == "onnxruntime" or tables in {"plain", "composed"} else 2e-3
+    np.testing.assert_allclose(scores, expected, atol=tolerance, rtol=0)
+    assert np.isfinite(scores).all()

@@ -1,4 +1,4 @@
-"""Values that served graphs must share with torch where exporters and runtimes differ from it."""
+"""Scores of graphs equal those of torch where exporters or runtimes could differ."""
 
 from pathlib import Path
 
@@ -43,14 +43,14 @@ class SqueezedLinear(Linear):
 
 
 class RareProbability(nn.Module):
-    """The probability whose logit is the sum of the inputs."""
+    """A probability whose logit is the sum of the inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x.sum(dim=1))
 
 
 def session(module: nn.Module, signature: Signature, target: TargetName, folder: Path) -> Session:
-    """The target's graph in ONNX Runtime, which runs TensorRT's forms too."""
+    """Export the target's graph and load it in ONNX Runtime."""
     path = folder / f"{target}.onnx"
     lower(module, whole(signature), target, path)
     return Session(path, 1)
@@ -59,61 +59,62 @@ def session(module: nn.Module, signature: Signature, target: TargetName, folder:
 def graph_scores(
     module: nn.Module, signature: Signature, target: TargetName, x: Tensor, folder: Path
 ) -> NDArray[np.float32]:
+    """Return the scores of a target's graph for inputs ``x``."""
     return session(module, signature, target, folder).scores({"x": x.numpy()})
 
 
-def test_recalibrated_probabilities_next_to_zero_are_those_of_torch(tmp_path: Path) -> None:
+def test_recalibrated_probabilities_near_zero_equal_those_of_torch(tmp_path: Path) -> None:
     module = Reference(RareProbability, PROBABILITY).model().private().module
-    # Logits of -28 to -16 become -3 to 0: ONNX Runtime's own sigmoid is 0 below -18.
+    # Logits of -28 to -16 are mapped to -3 to 0; ONNX Runtime's sigmoid is 0 below -18.
     line = torch.tensor([0.25, 4.0])
     attach(module, Recalibration("platt", "probability", line=line))
     logits = torch.linspace(-28, -16, 25)
     x = (logits / 4).unsqueeze(1).expand(-1, 4).contiguous()
-    found = graph_scores(module, PROBABILITY, "onnxruntime", x, tmp_path)
+    scores = graph_scores(module, PROBABILITY, "onnxruntime", x, tmp_path)
     expected = 1 / (1 + np.exp(-(0.25 * logits.double().numpy() + 4)))
     # A relative rounding of 2^-24 in a probability moves its logit by 6e-8, and float32 logits
     # near 28 are 2e-6 apart.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_a_squeezed_score_has_one_number_per_row_for_requests_of_any_size(
+def test_squeezed_score_has_one_number_per_row_for_one_and_several_rows(
     target: TargetName, tmp_path: Path
 ) -> None:
     module = Reference(SqueezedLinear, SCHEMA).model().private().module
     layer, graph = module.layer, session(module, SCHEMA, target, tmp_path)
     for rows in (1, 3):
         x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0))
-        found = graph.scores({"x": x.numpy()})
-        assert found.shape == (rows,)
+        scores = graph.scores({"x": x.numpy()})
+        assert scores.shape == (rows,)
         expected = torch.sigmoid(x @ layer.weight[0] + layer.bias).detach().numpy()
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)  # one float32 sum of four
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)  # a float32 sum of four
 
 
 @pytest.mark.parametrize(
-    ("share", "target"),
+    ("bias_in_steps", "target"),
     [
-        # Graphs for TensorRT and for TensorRT-RTX are the same: the default tier has one of these.
+        # Graphs for TensorRT and TensorRT-RTX are equal; the default tier has only one for RTX.
         pytest.param(
-            share,
+            bias_in_steps,
             target,
-            marks=pytest.mark.nightly if target == "tensorrt-rtx" and share != 0.7 else (),
+            marks=pytest.mark.nightly if target == "tensorrt-rtx" and bias_in_steps != 0.7 else (),
         )
-        for share in (0.3, 0.7, -0.7)
+        for bias_in_steps in (0.3, 0.7, -0.7)
         for target in ("onnxruntime", "tensorrt", "tensorrt-rtx")
     ],
 )
-def test_the_bias_of_an_int8_layer_is_rounded_to_whole_steps(
-    target: TargetName, share: float, tmp_path: Path
+def test_bias_of_int8_layer_is_rounded_to_multiples_of_the_step(
+    target: TargetName, bias_in_steps: float, tmp_path: Path
 ) -> None:
-    """With inputs this wide a step of the products is larger than the bias."""
+    """The range of inputs is so wide that the step of the products is larger than the bias."""
     module = Reference(Linear, SCHEMA).model().private().module
-    end = torch.tensor(127.0 * 8)  # inputs in steps of 8
+    largest = torch.tensor(127.0 * 8)  # inputs are rounded to multiples of 8
     with torch.no_grad():
         module.layer.weight.copy_(torch.tensor([[1.0, 0.0, -0.5, 0.0]]))
-        step = 8 * packed_int8(module.layer, end).weight_scale[0]
-        module.layer.bias.copy_(share * step)
-    module.layer = packed_int8(module.layer, end)
-    found = graph_scores(module, SCHEMA, target, torch.zeros(1, 4), tmp_path)
-    expected = 1 / (1 + np.exp(-round(share) * float(step)))
-    np.testing.assert_allclose(found, [expected], rtol=0, atol=1e-6)
+        step = 8 * packed_int8(module.layer, largest).weight_scale[0]
+        module.layer.bias.copy_(bias_in_steps * step)
+    module.layer = packed_int8(module.layer, largest)
+    scores = graph_scores(module, SCHEMA, target, torch.zeros(1, 4), tmp_path)
+    expected = 1 / (1 + np.exp(-round(bias_in_steps) * float(step)))
+    np.testing.assert_allclose(scores, [expected], rtol=0, atol=1e-6)

@@ -30,7 +30,7 @@ CLICKS = Signature(
 )
 
 
-def clicks(structure: str) -> Reference:
+def dcnv2(structure: str) -> Reference:
     config = {
         "fields": [{"name": name, "rows": rows} for name, rows in FIELDS.items()],
         "bags": [{"name": "genres", "rows": 12}],
@@ -44,8 +44,8 @@ def clicks(structure: str) -> Reference:
 
 MODELS = {
     **{item.network.__name__: item for item in (*REFERENCES, NORM_FIRST, BLOCK)},
-    "DCNv2 parallel": clicks("parallel"),
-    "DCNv2 stacked": clicks("stacked"),
+    "DCNv2 parallel": dcnv2("parallel"),
+    "DCNv2 stacked": dcnv2("stacked"),
     "TwoTower": Reference(
         TwoTower, signature(), {"users": 40, "items": 90, "dim": 8, "hidden": 24}
     ),
@@ -55,8 +55,8 @@ MODELS = {
 WITH_NORMS = ("Normed", "NormFirst", "Block", "DCNv2 parallel", "DCNv2 stacked")
 
 
-# The default tier has the networks with attention, with two towers, with a residual block and with
-# all layers of DCNv2, each in one form; test_audit.py counts the layers of the references.
+# The default tier has networks with attention, two towers, a residual block and all layers of
+# DCNv2, each plain or folded; test_audit.py counts the layers of the other reference models.
 PLAIN = ("Attention", "TwoTower")
 FOLDED = ("Block", "DCNv2 stacked")
 
@@ -71,11 +71,15 @@ FOLDED = ("Block", "DCNv2 stacked")
         for name in names
     ],
 )
-def test_no_product_of_weights_stays_in_float(name: str, folded: bool, tmp_path: Path) -> None:
+def test_every_dense_layer_of_every_reference_model_runs_in_int8(
+    name: str, folded: bool, tmp_path: Path
+) -> None:
     reference = MODELS[name]
     model, bench = reference.model(), reference.bench(tmp_path / "data")
     for part in model.module.modules():
-        if isinstance(part, nn.Linear) and not part.weight.any():  # as before its training
+        if (
+            isinstance(part, nn.Linear) and not part.weight.any()
+        ):  # an untrained layer with zero weights
             nn.init.normal_(part.weight)
     layers = {name for name, part in model.module.named_modules() if type(part) is nn.Linear}
     if folded:
@@ -83,30 +87,32 @@ def test_no_product_of_weights_stays_in_float(name: str, folded: bool, tmp_path:
     model = run(StaticInt8(), model, bench, tmp_path / "int8")
     assert {line.module for line in model.plan.lines if line.format == "static_int8"} == layers
     products = 0
-    for number, form in enumerate(served_graphs(reference.signature)):
+    for number, served_graph in enumerate(served_graphs(reference.signature)):
         path = tmp_path / f"{number}.onnx"
-        made = lower(model.module, form, "onnxruntime", path)
+        lowered = lower(model.module, served_graph, "onnxruntime", path)
         graph = optimized_graph(path)
-        plan = model.plan.model_copy(update={"lines": ()})  # its lines are of both graphs
-        audit(graph, plan, made.tables, made.layers)
-        held = {item.name for item in graph.initializer}
+        plan = model.plan.model_copy(update={"lines": ()})  # the lines are of both graphs
+        audit(graph, plan, lowered.tables, lowered.layers)
+        initializers = {item.name for item in graph.initializer}
         products += sum(node.op_type in INT8_PRODUCTS for node in graph.node)
         assert not [
             node.name
             for node in graph.node
-            if node.op_type in FLOAT_PRODUCTS and held.intersection(node.input)
+            if node.op_type in FLOAT_PRODUCTS and initializers.intersection(node.input)
         ]
     assert products == len(layers)
 
 
-def test_a_layer_that_is_left_out_is_seen(tmp_path: Path) -> None:
-    """The test above can fail: one layer in float is one product that reads weights."""
+def test_float_layer_is_found_among_the_products(tmp_path: Path) -> None:
+    """This shows that the test above can fail."""
     reference = MODELS["Normed"]
     step = StaticInt8(layers=("out",))
     model = run(step, reference.model(), reference.bench(tmp_path / "data"), tmp_path / "int8")
     path = tmp_path / "model.onnx"
     lower(model.module, served_graphs(reference.signature)[0], "onnxruntime", path)
     graph: onnx.GraphProto = optimized_graph(path)
-    held = {item.name for item in graph.initializer}
-    left = [n for n in graph.node if n.op_type in FLOAT_PRODUCTS and held.intersection(n.input)]
-    assert len(left) == 1
+    initializers = {item.name for item in graph.initializer}
+    float_products = [
+        n for n in graph.node if n.op_type in FLOAT_PRODUCTS and initializers.intersection(n.input)
+    ]
+    assert len(float_products) == 1

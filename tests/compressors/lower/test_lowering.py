@@ -1,4 +1,4 @@
-"""Every step, written down for every target, run in ONNX Runtime and compared with torch."""
+"""Graphs of every step for every target have the scores of torch, and the id policies hold."""
 
 import itertools
 
@@ -27,15 +27,15 @@ KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 EVERYTHING = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])
-# In the nightly tier every method has a graph of its own.
-ALONE = [(kind,) for kind in KINDS if (kind,) not in RECIPES]
+# In the nightly tier every method is also the only step of a recipe.
+SINGLE_STEPS = [(kind,) for kind in KINDS if (kind,) not in RECIPES]
 
 
 def networks_and_recipes(*networks: str) -> pytest.MarkDecorator:
-    """Every recipe on each of these networks.
+    """Parametrize a test with every recipe on each of these networks.
 
-    The default tier has the ranker plain and with everything, and a compact network with every
-    recipe.
+    The default tier has the ranker without a step and with ``EVERYTHING``, and the compact network
+    with every recipe.
     """
     on_ranker = [(), EVERYTHING]
     on_compact = [(), *RECIPES]
@@ -49,30 +49,32 @@ def networks_and_recipes(*networks: str) -> pytest.MarkDecorator:
             else pytest.mark.nightly,
         )
         for name in networks
-        for kinds in ((), *RECIPES, EVERYTHING, *ALONE)
+        for kinds in ((), *RECIPES, EVERYTHING, *SINGLE_STEPS)
     ]
     return pytest.mark.parametrize(("network", "kinds"), cases)
 
 
-def test_every_method_has_a_graph_in_the_default_tier():
+def test_default_tier_has_a_graph_for_every_method():
     assert sorted(kind for recipe in RECIPES for kind in recipe) == sorted(KINDS)
     default = [case.values for case in networks_and_recipes("Compact").args[1] if not case.marks]
     assert {kinds for _, kinds in default} >= set(RECIPES)
 
 
-def agree(lowered: Graph, target: TargetName, inputs: dict[str, Tensor], spread: float) -> None:
-    """Compare scores within the tolerance of parity, relative to the spread of a large batch."""
+def assert_equal_scores(
+    lowered: Graph, target: TargetName, inputs: dict[str, Tensor], spread: float
+) -> None:
+    """Assert that scores are equal within a tolerance relative to the spread of a large batch."""
     expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
     assert found.dtype == np.float32
     assert np.array_equal(np.isnan(expected), np.isnan(found))
     formats = {line.format for line in lowered.model.plan.lines} if lowered.model.plan else set()
     share = 1e-3
     if target != ORT and formats - {"float32", "as trained", "dropped"}:
-        share = 0.05  # one float16 rounding, parts in a thousand of a score
+        share = 0.05  # one float16 rounding of weights
     if formats & {"weight_int8", "weight_int4", "float8_dense"}:
-        share = 0.05 if target == ORT else 0.3  # the same, of fewer or of smaller steps
+        share = 0.05 if target == ORT else 0.3  # int8 or float8 rounding of inputs
     if "static_int8" in formats:
-        share = 0.5  # an input on the edge of two levels may fall to either side
+        share = 0.5  # an input may be rounded to either of two levels
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 + share * spread)
 
 
@@ -81,15 +83,15 @@ def agree(lowered: Graph, target: TargetName, inputs: dict[str, Tensor], spread:
 
 @each_target
 @networks_and_recipes("Ranker", "Compact")
-def test_the_graph_computes_what_torch_computes_at_every_batch(network, kinds, target):
+def test_graph_has_the_scores_of_torch_at_every_batch_size(network, kinds, target):
     lowered = graph(network, kinds, target)
-    many = lowered.rows(1500)
-    spread = float(np.std(lowered.in_torch(many)))
-    compare(lowered.in_torch(many), lowered.in_onnx(many), lowered.model.plan, target)
+    inputs = lowered.rows(1500)
+    spread = float(np.std(lowered.in_torch(inputs)))
+    compare(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
     for count in (1, 2, 57):
-        agree(lowered, target, lowered.rows(count, seed=count), spread)
+        assert_equal_scores(lowered, target, lowered.rows(count, seed=count), spread)
     outside = edge_example(lowered.signature, lowered.lowered.served.rows_of_table, 57)
-    agree(lowered, target, outside, spread)
+    assert_equal_scores(lowered, target, outside, spread)
 
 
 @each_target
@@ -103,7 +105,7 @@ def test_batch_with_only_empty_bags_has_the_scores_of_the_module(network, kinds,
         inputs["history_offsets"] = torch.zeros(count, dtype=torch.int64)
         inputs["tags_lengths"] = torch.zeros(count, dtype=torch.int64)
         inputs["genres"] = torch.zeros(count, 4, dtype=torch.int64)
-        agree(lowered, target, inputs, spread=0.02)
+        assert_equal_scores(lowered, target, inputs, spread=0.02)
         assert not np.isnan(lowered.in_onnx(inputs)).any()
 
 
@@ -123,76 +125,79 @@ OTHER_GRAPHS = pairwise(OTHERS, OTHER_RECIPES, (ORT, RTX))
         for combination in itertools.product(OTHERS, OTHER_RECIPES, (ORT, RTX))
     ],
 )
-def test_other_networks_compute_what_torch_computes(reference, kinds, target):
+def test_graphs_of_other_networks_have_the_scores_of_torch(reference, kinds, target):
     lowered = graph(reference, kinds, target)
-    many = lowered.rows(1500)
-    compare(lowered.in_torch(many), lowered.in_onnx(many), lowered.model.plan, target)
-    spread = float(np.std(lowered.in_torch(many)))
+    inputs = lowered.rows(1500)
+    compare(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
+    spread = float(np.std(lowered.in_torch(inputs)))
     for count in (1, 2, 57):
-        agree(lowered, target, lowered.rows(count, seed=count), spread)
+        assert_equal_scores(lowered, target, lowered.rows(count, seed=count), spread)
 
 
 @each_target
-def test_a_layer_over_lists_is_multiplied_by_its_codes(target):
+def test_weight_only_layer_over_lists_has_the_scores_of_torch(target):
     lowered = graph("Attention", ("weight_int4",), target)
-    many = lowered.rows(1500)
-    compare(lowered.in_torch(many), lowered.in_onnx(many), lowered.model.plan, target)
+    inputs = lowered.rows(1500)
+    compare(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
 
 
 @each_target
-def test_the_module_and_the_served_wrapper_score_alike(target):
+def test_serving_wrapper_has_the_scores_of_the_module(target):
     lowered = graph("Ranker", EVERYTHING, target)
     inputs = lowered.rows(20)
     with torch.no_grad():
         logits = lowered.model.module(**inputs).squeeze(1)
-    # bags are padded to the longest list there is or to the declared one: sums in another order
+    # Bags are padded to the longest or to the declared length, so sums have another order.
     np.testing.assert_allclose(lowered.in_torch(inputs), logits.sigmoid().numpy(), atol=1e-3)
 
 
 # --- the policy for ids out of range ---------------------------------------------------------
 
 
-def bad_rows(lowered: Graph, inputs: dict[str, Tensor]) -> list[int]:
+def refused_rows(lowered: Graph, inputs: dict[str, Tensor]) -> list[int]:
+    """Return the rows with NaN scores, which must be the same in the graph and in torch."""
     expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
     assert np.array_equal(np.isnan(expected), np.isnan(found))
     return np.flatnonzero(np.isnan(found)).tolist()
 
 
 @each_target
-@pytest.mark.parametrize("wrong", [-1, 40, 2**40])
-def test_under_error_an_id_out_of_range_refuses_its_own_row_only(target, wrong):
+@pytest.mark.parametrize("bad_id", [-1, 40, 2**40])
+def test_policy_error_refuses_only_the_row_with_an_id_out_of_range(target, bad_id):
     lowered = graph("Ranker", EVERYTHING, target)
     inputs = lowered.rows(9)
     before = lowered.in_onnx(inputs)
-    inputs["user"][[2, 7]] = wrong
-    assert bad_rows(lowered, inputs) == [2, 7]
+    inputs["user"][[2, 7]] = bad_id
+    assert refused_rows(lowered, inputs) == [2, 7]
     kept = [0, 1, 3, 4, 5, 6, 8]
     np.testing.assert_array_equal(lowered.in_onnx(inputs)[kept], before[kept])
 
 
 @each_target
-@pytest.mark.parametrize("wrong", [-1, 20])
-def test_under_error_a_padded_list_refuses_its_own_row_only(target, wrong):
+@pytest.mark.parametrize("bad_id", [-1, 20])
+def test_policy_error_refuses_only_the_row_with_a_padded_id_out_of_range(target, bad_id):
     lowered = graph("Ranker", EVERYTHING, target)
     inputs = lowered.rows(6)
-    inputs["genres"][4, 3] = wrong
-    assert bad_rows(lowered, inputs) == [4]
+    inputs["genres"][4, 3] = bad_id
+    assert refused_rows(lowered, inputs) == [4]
 
 
 @each_target
-@pytest.mark.parametrize("wrong", [-1, 50])
-@pytest.mark.parametrize(("place", "row"), [(0, 1), (1, 1), (2, 3), (4, 3), (5, 4)])
-def test_under_error_a_jagged_list_refuses_its_own_row_only(target, wrong, place, row):
+@pytest.mark.parametrize("bad_id", [-1, 50])
+@pytest.mark.parametrize(("position", "row"), [(0, 1), (1, 1), (2, 3), (4, 3), (5, 4)])
+def test_policy_error_refuses_only_the_row_with_a_jagged_id_out_of_range(
+    target, bad_id, position, row
+):
     lowered = graph("Ranker", EVERYTHING, target)
     inputs = lowered.rows(6)
     inputs["history"] = torch.arange(6) + 1
     inputs["history_offsets"] = torch.tensor([0, 0, 2, 2, 5, 6])  # lists of 0, 2, 0, 3, 1, 0 ids
-    inputs["history"][place] = wrong
-    assert bad_rows(lowered, inputs) == [row]
+    inputs["history"][position] = bad_id
+    assert refused_rows(lowered, inputs) == [row]
 
 
 @each_target
-def test_under_clamp_an_id_out_of_range_is_the_nearest_row(target):
+def test_policy_clamp_replaces_an_id_out_of_range_by_the_nearest(target):
     lowered = graph("Ranker", EVERYTHING, target)
     inputs = lowered.rows(4)
     inputs["item"] = torch.tensor([-5, 300, 10**9, 7])
@@ -203,7 +208,7 @@ def test_under_clamp_an_id_out_of_range_is_the_nearest_row(target):
 
 
 @each_target
-def test_under_default_row_an_id_out_of_range_is_that_row(target):
+def test_policy_default_row_replaces_an_id_out_of_range_by_the_default(target):
     lowered = graph("Ranker", EVERYTHING, target)
     inputs = lowered.rows(3)
     inputs["tags_lengths"] = torch.tensor([2, 0, 3])
@@ -218,21 +223,21 @@ def test_under_default_row_an_id_out_of_range_is_that_row(target):
 
 @each_target
 @pytest.mark.parametrize("name", ["history", "tags"])
-def test_a_list_longer_than_declared_is_refused_not_shortened(target, name):
+def test_row_with_a_list_longer_than_declared_is_refused(target, name):
     lowered = graph("Ranker", EVERYTHING, target)
     inputs = lowered.rows(3)
     lengths = torch.tensor([LONGEST, LONGEST + 1, 1])
     inputs[name] = torch.ones(int(lengths.sum()), dtype=inputs[name].dtype)
-    second = lengths if name == "tags" else lengths.cumsum(0) - lengths
-    inputs[f"{name}_{'lengths' if name == 'tags' else 'offsets'}"] = second
-    assert bad_rows(lowered, inputs) == [1]
+    lengths_or_offsets = lengths if name == "tags" else lengths.cumsum(0) - lengths
+    inputs[f"{name}_{'lengths' if name == 'tags' else 'offsets'}"] = lengths_or_offsets
+    assert refused_rows(lowered, inputs) == [1]
 
 
-def test_every_policy_and_layout_is_in_the_reference_schema():
-    """The tests above rest on it."""
-    given = [item for item in RANKER.signature.inputs if not isinstance(item, DenseInput)]
-    assert {item.out_of_range for item in given} == {"error", "clamp", "default_row"}
-    layouts = {item.layout for item in given if isinstance(item, JaggedBag)}
+def test_reference_signature_has_every_policy_layout_and_input_kind():
+    """The tests above need all of them."""
+    id_inputs = [item for item in RANKER.signature.inputs if not isinstance(item, DenseInput)]
+    assert {item.out_of_range for item in id_inputs} == {"error", "clamp", "default_row"}
+    layouts = {item.layout for item in id_inputs if isinstance(item, JaggedBag)}
     assert layouts == {"offsets", "lengths"}
     assert {item.kind for item in RANKER.signature.inputs} == {
         "id",

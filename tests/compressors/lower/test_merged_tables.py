@@ -1,4 +1,4 @@
-"""Tables that are stored alike are looked up together in ONNX Runtime's graph."""
+"""Lookups in tables of the same format and width are merged in ONNX Runtime's graph."""
 
 import functools
 import tempfile
@@ -33,49 +33,50 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="merged-")
 FIELDS = {"user": 40, "item": 300, "city": 9}
 
 
-class Fields(nn.Module):
-    """Three fields side by side, and one of another width.
+class ThreeTables(nn.Module):
+    """Concatenates the rows of three tables, and of one of another width.
 
-    ``masked`` and ``moved`` also use an id outside its lookup, for one id alone.
+    With ``masks_by_id``, the id 0 of input ``user`` is also used to mask its row. With
+    ``replaces_id``, id 7 of input ``item`` is replaced by 0 before the lookup.
     """
 
-    def __init__(self, *, masked: bool = False, moved: bool = False) -> None:
+    def __init__(self, *, masks_by_id: bool = False, replaces_id: bool = False) -> None:
         super().__init__()
-        self.masked, self.moved = masked, moved
+        self.masks_by_id, self.replaces_id = masks_by_id, replaces_id
         self.tables = nn.ModuleDict({name: nn.Embedding(rows, 8) for name, rows in FIELDS.items()})
         self.wide = nn.Embedding(12, 5)
         self.out = nn.Linear(29, 1)
 
     def forward(self, wide: Tensor, **ids: Tensor) -> Tensor:
-        if self.moved:  # of 300 rows, so that rows drawn by chance seldom show it
+        if self.replaces_id:  # one of 300 ids, which random inputs rarely contain
             ids["item"] = ids["item"].masked_fill(ids["item"] == 7, 0)
         parts = [table(ids[name]) for name, table in self.tables.items()]  # (rows, 8) each
-        if self.masked:
+        if self.masks_by_id:
             parts[0] = parts[0] * (ids["user"] > 0).unsqueeze(1)
         logit: Tensor = self.out(torch.cat([*parts, self.wide(wide)], dim=1))
         return logit.squeeze(1)
 
 
-def reference_of_fields(policy: str = "clamp", **what: bool) -> Reference:
+def reference_of_fields(policy: str = "clamp", **options: bool) -> Reference:
     inputs = [
-        IdInput(name=name, table=f"tables.{name}", out_of_range=policy, default_row=place + 1)
-        for place, name in enumerate(FIELDS)
+        IdInput(name=name, table=f"tables.{name}", out_of_range=policy, default_row=index + 1)
+        for index, name in enumerate(FIELDS)
     ]
     return Reference(
-        Fields,
+        ThreeTables,
         Signature(
             inputs=(*inputs, IdInput(name="wide", table="wide", out_of_range=policy)),
             outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
         ),
-        what,
+        options,
     )
 
 
-def packed(reference: Reference, step: AnyStep, folder: Path) -> Model:
+def compress(reference: Reference, step: AnyStep, folder: Path) -> Model:
     return run(step, reference.model(), reference.bench(folder / "data"), folder / "out")
 
 
-def lowered(
+def lower_model(
     reference: Reference, model: Model, folder: Path, target: TargetName = "onnxruntime"
 ) -> tuple[Lowered, Path]:
     path = folder / f"{target}.onnx"
@@ -83,15 +84,15 @@ def lowered(
 
 
 @functools.cache
-def written(step: AnyStep, policy: str) -> tuple[Model, Lowered, Path]:
-    """The fields after a step, and their graph for ONNX Runtime."""
+def compressed_and_lowered(step: AnyStep, policy: str) -> tuple[Model, Lowered, Path]:
+    """Return the network after a step, and its graph for ONNX Runtime."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     reference = reference_of_fields(policy)
-    model = packed(reference, step, folder)
-    return (model, *lowered(reference, model, folder))
+    model = compress(reference, step, folder)
+    return (model, *lower_model(reference, model, folder))
 
 
-def nodes(path: Path) -> Counter[str]:
+def count_operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
@@ -103,99 +104,101 @@ def nodes(path: Path) -> Counter[str]:
         pytest.param(BFloat16(), "error", marks=pytest.mark.nightly),
         pytest.param(KMeans(bits=2), "clamp", marks=pytest.mark.nightly),
         (KMeans(bits=4, scale="none"), "error"),
-        (ProductCodes(parts=3, bits=1), "default_row"),  # 8 columns: parts of two widths
+        (ProductCodes(parts=3, bits=1), "default_row"),  # 8 columns in parts of different widths
         (ResidualCodes(bits=1, codebooks=3, codebook_type="float16"), "clamp"),
         pytest.param(AdditiveCodes(bits=1, rounds=2), "error", marks=pytest.mark.nightly),
     ],
 )
 def test_tables_with_the_same_layout_share_one_lookup_with_unchanged_scores(step, policy):
     reference = reference_of_fields(policy)
-    model, made, path = written(step, policy)
-    tensors, of_wide = (
+    model, lowered, path = compressed_and_lowered(step, policy)
+    tensors, tensors_of_wide = (
         len(dict(table.named_buffers()))
         for table in (model.module.tables["user"], model.module.wide)
     )
-    # One Gather a stored tensor for the three, and one for the table of another width.
-    stored = {name for table in made.tables for name in table.names}
-    reads = [node for node in onnx.load(path).graph.node if stored.intersection(node.input)]
-    assert [node.op_type for node in reads] == ["Gather"] * (tensors + of_wide)
+    # One Gather for each stored tensor of the three tables, and of the table of another width.
+    names = {name for table in lowered.tables for name in table.names}
+    readers = [node for node in onnx.load(path).graph.node if names.intersection(node.input)]
+    assert [node.op_type for node in readers] == ["Gather"] * (tensors + tensors_of_wide)
     session = Session(path, threads=1)
     tables = reference.rows_of_tables()
     for inputs in (
         example(reference.signature, tables, 50),
         edge_example(reference.signature, tables, 50),
     ):
-        expected = made.served(*(inputs[name] for name in input_names(reference.signature)))
-        found = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
-        refused = np.isnan(expected.detach().numpy())
-        assert np.array_equal(np.isnan(found), refused)
-        assert refused.any() == (policy == "error" and inputs["user"].min() < 0)
-        # The same float32 products in the same order, but for the Gemm's own rounding.
-        np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+        expected = lowered.served(*(inputs[name] for name in input_names(reference.signature)))
+        result = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
+        is_refused = np.isnan(expected.detach().numpy())
+        assert np.array_equal(np.isnan(result), is_refused)
+        assert is_refused.any() == (policy == "error" and inputs["user"].min() < 0)
+        # Only the Gemm is rounded differently.
+        np.testing.assert_allclose(result, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_merged_passes_the_audit_and_holds_every_row_once():
-    model, made, path = written(RowwiseInt8(), "clamp")
-    found = audit(optimized_graph(path), model.plan, made.tables)
-    assert found.packed_tables == 2
-    rows = {table.module: table.rows for table in made.tables}
+def test_audit_accepts_merged_tables_which_store_every_row_once():
+    model, lowered, path = compressed_and_lowered(RowwiseInt8(), "clamp")
+    result = audit(optimized_graph(path), model.plan, lowered.tables)
+    assert result.packed_tables == 2
+    rows = {table.module: table.rows for table in lowered.tables}
     assert rows == {"tables.user, tables.item, tables.city": 349, "wide": 12}
-    held = {item.name: item.dims for item in onnx.load(path).graph.initializer}
-    (merged,) = [table for table in made.tables if table.rows == 349]
-    assert [held[name][0] for name in merged.names] == [349, 349]
+    dims = {item.name: item.dims for item in onnx.load(path).graph.initializer}
+    (merged,) = [table for table in lowered.tables if table.rows == 349]
+    assert [dims[name][0] for name in merged.names] == [349, 349]
 
 
-def test_rows_that_stand_side_by_side_again_are_not_taken_apart():
-    _, _, path = written(RowwiseInt8(), "clamp")
-    assert nodes(path)["Split"] == 0
+def test_graph_has_no_split_if_the_network_concatenates_the_rows():
+    _, _, path = compressed_and_lowered(RowwiseInt8(), "clamp")
+    assert count_operators(path)["Split"] == 0
 
 
-@pytest.mark.parametrize("what", ["masked", "moved"])
-def test_network_that_also_reads_an_id_outside_its_table_keeps_its_lookups(what, tmp_path):
-    reference = reference_of_fields(**{what: True})
-    model = packed(reference, RowwiseInt8(), tmp_path)
-    made, path = lowered(reference, model, tmp_path)
-    assert nodes(path)["Gather"] == 8
+@pytest.mark.parametrize("option", ["masks_by_id", "replaces_id"])
+def test_lookups_are_not_merged_if_the_network_also_uses_an_id_elsewhere(option, tmp_path):
+    reference = reference_of_fields(**{option: True})
+    model = compress(reference, RowwiseInt8(), tmp_path)
+    lowered, path = lower_model(reference, model, tmp_path)
+    assert count_operators(path)["Gather"] == 8
     inputs = example(reference.signature, reference.rows_of_tables(), 50)
     inputs["item"][:10] = 7
-    expected = made.served(*(inputs[name] for name in input_names(reference.signature)))
-    found = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
-    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+    expected = lowered.served(*(inputs[name] for name in input_names(reference.signature)))
+    result = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
+    np.testing.assert_allclose(result, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_tables_with_codebooks_of_other_sizes_stay_apart(tmp_path):
-    # The share of bytes that codebooks may take gives each table codebooks of another size.
+def test_tables_with_codebooks_of_different_sizes_are_not_merged(tmp_path):
+    # The limit on a codebook's share of the bytes results in a different size for each table.
     reference = reference_of_fields()
-    made, _ = lowered(reference, packed(reference, ResidualCodes(bits=8), tmp_path), tmp_path)
-    assert {table.module for table in made.tables} == {
+    lowered, _ = lower_model(
+        reference, compress(reference, ResidualCodes(bits=8), tmp_path), tmp_path
+    )
+    assert {table.module for table in lowered.tables} == {
         *(f"tables.{name}" for name in FIELDS),
         "wide",
     }
 
 
-def test_tables_as_trained_and_engines_keep_a_lookup_each(tmp_path):
+def test_float32_tables_and_tables_for_tensorrt_are_not_merged(tmp_path):
     reference = reference_of_fields()
-    _, plain = lowered(reference, reference.model(), tmp_path)
-    assert nodes(plain)["Gather"] == 4
-    model, _, _ = written(RowwiseInt8(), "clamp")
-    _, engine = lowered(reference, model, tmp_path, "tensorrt")
-    assert nodes(engine)["Gather"] == 4
+    _, plain = lower_model(reference, reference.model(), tmp_path)
+    assert count_operators(plain)["Gather"] == 4
+    model, _, _ = compressed_and_lowered(RowwiseInt8(), "clamp")
+    _, engine = lower_model(reference, model, tmp_path, "tensorrt")
+    assert count_operators(engine)["Gather"] == 4
 
 
-class Vectors(nn.Module):
-    """A tower that is nothing but rows side by side, and an item's."""
+class ConcatenatingTowers(nn.Module):
+    """Two towers that only concatenate rows."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.query, self.item = Rows("user", "city"), Rows("item", "kind")
+        self.query, self.item = ConcatenatedRows("user", "city"), ConcatenatedRows("item", "kind")
 
     def forward(self, user: Tensor, city: Tensor, item: Tensor, kind: Tensor) -> Tensor:
         score: Tensor = (self.query(user=user, city=city) * self.item(item=item, kind=kind)).sum(1)
         return score
 
 
-class Rows(nn.Module):
-    """Rows of two tables side by side."""
+class ConcatenatedRows(nn.Module):
+    """Concatenates the rows of two tables."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -206,7 +209,7 @@ class Rows(nn.Module):
         return torch.cat([self.tables[name](ids[name]) for name in self.names], dim=1)
 
 
-def test_rows_side_by_side_may_be_all_that_a_tower_gives(tmp_path):
+def test_tower_that_only_concatenates_rows_has_the_scores_of_the_module(tmp_path):
     inputs = {"query": ["user", "city"], "item": ["item", "kind"]}
     signature = Signature.model_validate(
         {
@@ -225,16 +228,16 @@ def test_rows_side_by_side_may_be_all_that_a_tower_gives(tmp_path):
             ],
             "group": "user",
             "item": "item",
-            "towers": {name: {"module": name, "inputs": read} for name, read in inputs.items()},
+            "towers": {name: {"module": name, "inputs": names} for name, names in inputs.items()},
         }
     )
-    reference = Reference(Vectors, signature)
+    reference = Reference(ConcatenatingTowers, signature)
     model = run(
         RowwiseInt8(), reference.model(), reference.bench(tmp_path / "data"), tmp_path / "out"
     )
-    for form in served_graphs(signature):
-        path = tmp_path / f"{form.name}.onnx"
-        made = lower(model.module, form, "onnxruntime", path)
-        ids = {name: torch.arange(20) for name in inputs[form.name]}
-        found = Session(path, threads=1).scores({k: v.numpy() for k, v in ids.items()})
-        np.testing.assert_array_equal(found, made.served(*ids.values()).detach().numpy())
+    for served_graph in served_graphs(signature):
+        path = tmp_path / f"{served_graph.name}.onnx"
+        lowered = lower(model.module, served_graph, "onnxruntime", path)
+        ids = {name: torch.arange(20) for name in inputs[served_graph.name]}
+        result = Session(path, threads=1).scores({k: v.numpy() for k, v in ids.items()})
+        np.testing.assert_array_equal(result, lowered.served(*ids.values()).detach().numpy())

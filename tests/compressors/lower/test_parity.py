@@ -26,12 +26,12 @@ def plan(*formats: str) -> Plan:
             PlanLine(
                 module=f"m{number}",
                 role="table",
-                format=form,
+                format=table_format,
                 bytes_before=4,
                 bytes_after=1,
                 reasons=(Reason("as_written", text="r"),),
             )
-            for number, form in enumerate(formats)
+            for number, table_format in enumerate(formats)
         )
     )
 
@@ -40,123 +40,123 @@ def scores(rows: int = 500) -> np.ndarray:
     return (0.5 + SPREAD * np.random.default_rng(0).standard_normal(rows)).astype(np.float32)
 
 
-def test_equal_scores_pass_and_the_numbers_are_reported():
+def test_equal_scores_pass_with_differences_of_zero():
     parity = compare(scores(), scores(), None, "onnxruntime")
     assert (parity.rows, parity.largest, parity.root_mean_square) == (500, 0, 0)
     assert parity.spread == pytest.approx(SPREAD, rel=0.1)
 
 
-def exceeded(failure: ParityFailure) -> set[str]:
-    """The limits that a failure's differences are over."""
+def exceeded_limits(failure: ParityFailure) -> set[str]:
+    """Return the names of the limits that a failure exceeds."""
     return {name for name, value in failure.measured.items() if value > failure.limits[name]}
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-@pytest.mark.parametrize("decided", [None, plan("float32", "float32")])
-def test_a_float_only_graph_may_differ_by_rounding_and_no_more(decided, target):
+@pytest.mark.parametrize("float_plan", [None, plan("float32", "float32")])
+def test_float_graph_passes_with_rounding_errors_and_fails_with_larger_ones(float_plan, target):
     rounding = 1e-6 * np.sign(scores() - 0.5).astype(np.float32)
-    compare(scores(), scores() + rounding, decided, target)
+    compare(scores(), scores() + rounding, float_plan, target)
     with raises_code(ParityLost, "parity_limit") as caught:
-        compare(scores(), scores() + 40 * rounding, decided, target)
-    assert "root mean square" in exceeded(caught.value.fields["failure"])
+        compare(scores(), scores() + 40 * rounding, float_plan, target)
+    assert "root mean square" in exceeded_limits(caught.value.fields["failure"])
 
 
-@pytest.mark.parametrize("form", ["rowwise_int8", "rowwise_int4", "float16"])
-def test_packed_tables_are_held_to_float_rounding_in_onnxruntime_only(form):
-    # TensorRT's form rounds a looked-up weight to float16 once: a part in a few thousand.
-    off = scores() + np.float32(1e-3 * SPREAD)
-    compare(scores(), off, plan(form), "tensorrt-rtx")
+@pytest.mark.parametrize("table_format", ["rowwise_int8", "rowwise_int4", "float16"])
+def test_packed_tables_may_differ_by_float16_rounding_in_tensorrt_only(table_format):
+    # TensorRT's graph rounds looked-up weights to float16 once, an error of up to 1 / 2048.
+    shifted = scores() + np.float32(1e-3 * SPREAD)
+    compare(scores(), shifted, plan(table_format), "tensorrt-rtx")
     with pytest.raises(ParityLost):
-        compare(scores(), off, plan(form), "onnxruntime")
+        compare(scores(), shifted, plan(table_format), "onnxruntime")
 
 
-def test_int8_layers_may_differ_by_a_level_in_single_rows_but_not_in_all():
-    # In ONNX Runtime's graph only rows at the edge of a level differ at all; TensorRT's rounds
-    # looked-up weights to float16, which moves every row a little.
-    one = scores(5000)
-    one[7] += 0.15 * SPREAD
-    compare(scores(5000), one, plan("static_int8"), "onnxruntime")
-    a_little, much = (scores() + np.float32(share * SPREAD) for share in (0.003, 0.03))
-    compare(scores(), a_little, plan("static_int8"), "tensorrt-rtx")
+def test_int8_layers_may_differ_by_one_level_in_single_rows_but_not_in_all():
+    # In ONNX Runtime's graph only rows with an input at the boundary of two levels differ.
+    # TensorRT's graph rounds looked-up weights to float16, so every row differs a little.
+    with_one_difference = scores(5000)
+    with_one_difference[7] += 0.15 * SPREAD
+    compare(scores(5000), with_one_difference, plan("static_int8"), "onnxruntime")
+    slightly_shifted, shifted = (scores() + np.float32(share * SPREAD) for share in (0.003, 0.03))
+    compare(scores(), slightly_shifted, plan("static_int8"), "tensorrt-rtx")
     with raises_code(ParityLost, "parity_limit") as caught:
-        compare(scores(), a_little, plan("static_int8"), "onnxruntime")
-    assert exceeded(caught.value.fields["failure"]) == {"in nine of ten rows"}
+        compare(scores(), slightly_shifted, plan("static_int8"), "onnxruntime")
+    assert exceeded_limits(caught.value.fields["failure"]) == {"in nine of ten rows"}
     with pytest.raises(ParityLost):
-        compare(scores(), much, plan("static_int8"), "tensorrt-rtx")
+        compare(scores(), shifted, plan("static_int8"), "tensorrt-rtx")
 
 
-def test_one_row_far_off_is_enough_to_fail():
-    wrong = scores(5000)
-    wrong[7] += 0.25 * SPREAD
+def test_one_row_with_a_large_difference_fails():
+    changed = scores(5000)
+    changed[7] += 0.25 * SPREAD
     with raises_code(ParityLost, "parity_limit") as caught:
-        compare(scores(5000), wrong, plan("static_int8"), "onnxruntime")
-    assert exceeded(caught.value.fields["failure"]) == {"at most"}
+        compare(scores(5000), changed, plan("static_int8"), "onnxruntime")
+    assert exceeded_limits(caught.value.fields["failure"]) == {"at most"}
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_refused_rows_must_be_the_same_ones(swapped):
-    first, second = scores(), scores()
-    first[[3, 9]] = np.nan
-    second[[3, 9]] = np.nan
-    compare(first, second, None, "onnxruntime")
-    second[9] = 0.5
-    pair = (second, first) if swapped else (first, second)
+def test_nan_in_different_rows_fails(swapped):
+    expected, found = scores(), scores()
+    expected[[3, 9]] = np.nan
+    found[[3, 9]] = np.nan
+    compare(expected, found, None, "onnxruntime")
+    found[9] = 0.5
+    pair = (found, expected) if swapped else (expected, found)
     with pytest.raises(ParityLost) as raised:
         compare(*pair, None, "onnxruntime")
     assert (raised.value.code, raised.value.failure.row) == ("parity_nan", 9)
 
 
-def test_infinite_scores_are_not_called_equal():
-    wrong = scores()
-    wrong[0] = np.inf
+def test_infinity_in_one_output_only_fails():
+    changed = scores()
+    changed[0] = np.inf
     with pytest.raises(ParityLost):
-        compare(scores(), wrong, None, "onnxruntime")
+        compare(scores(), changed, None, "onnxruntime")
 
 
-def test_an_infinite_score_does_not_hide_other_differences():
-    first, second = scores(), scores() + np.float32(1)
-    first[0] = second[0] = np.inf
+def test_equal_infinite_scores_do_not_hide_other_differences():
+    expected, found = scores(), scores() + np.float32(1)
+    expected[0] = found[0] = np.inf
     with pytest.raises(ParityLost) as raised:
-        compare(first, second, None, "onnxruntime")
+        compare(expected, found, None, "onnxruntime")
     assert raised.value.code == "parity_limit"
-    same = scores()
-    same[0] = np.inf
-    assert compare(same, same.copy(), None, "onnxruntime").largest == 0
+    infinite = scores()
+    infinite[0] = np.inf
+    assert compare(infinite, infinite.copy(), None, "onnxruntime").largest == 0
 
 
-def test_the_worst_number_of_a_vector_is_named_with_its_row():
-    first = scores().reshape(100, 5)
-    second = first.copy()
-    second[40, 3] += 1
+def test_failure_of_vectors_has_the_row_and_component_of_the_largest_difference():
+    expected = scores().reshape(100, 5)
+    found = expected.copy()
+    found[40, 3] += 1
     with pytest.raises(ParityLost) as raised:
-        compare(first, second, None, "onnxruntime")
+        compare(expected, found, None, "onnxruntime")
     failure = raised.value.failure
     assert (failure.row, failure.component) == (40, 3)
     assert failure.found == pytest.approx(failure.expected + 1)
 
 
-def test_another_number_of_scores_is_named():
+def test_different_numbers_of_scores_fail_with_both_shapes():
     with pytest.raises(ParityLost) as raised:
         compare(scores(), scores()[1:], None, "onnxruntime")
     assert raised.value.code == "parity_shape"
     assert raised.value.failure.shapes == ((500,), (499,))
 
 
-def test_a_batch_of_refused_rows_passes():
-    nothing = np.full(4, np.nan, np.float32)
-    assert compare(nothing, nothing, None, "onnxruntime").largest == 0
+def test_batch_with_only_refused_rows_passes():
+    all_refused = np.full(4, np.nan, np.float32)
+    assert compare(all_refused, all_refused, None, "onnxruntime").largest == 0
 
 
-# --- graphs that were broken by hand ---------------------------------------------------------
+# --- graphs with a changed weight ------------------------------------------------------------
 
-Break = Callable[[onnx.TensorProto], np.ndarray]
+Change = Callable[[onnx.TensorProto], np.ndarray]
 
 
 def transposed(tensor: onnx.TensorProto) -> np.ndarray:
     return np.ascontiguousarray(numpy_helper.to_array(tensor).T)
 
 
-def rescaled(tensor: onnx.TensorProto) -> np.ndarray:
+def multiplied(tensor: onnx.TensorProto) -> np.ndarray:
     return numpy_helper.to_array(tensor) * np.float32(1.5)
 
 
@@ -164,16 +164,16 @@ def rolled(tensor: onnx.TensorProto) -> np.ndarray:
     return np.roll(numpy_helper.to_array(tensor), 1, axis=0)
 
 
-def broken(lowered: Graph, name: str, how: Break, path: Path) -> Path:
+def save_with_changed_tensor(lowered: Graph, name: str, change: Change, path: Path) -> Path:
     model = onnx.load(lowered.path)
     (tensor,) = (item for item in model.graph.initializer if item.name == name)
-    tensor.CopyFrom(numpy_helper.from_array(how(tensor), name))
+    tensor.CopyFrom(numpy_helper.from_array(change(tensor), name))
     onnx.save(model, path)
     return path
 
 
 def largest_weight_of(lowered: Graph, dtype: int) -> str:
-    """The largest square matrix of a type: the cross layer's weight."""
+    """Return the name of the largest square matrix of a dtype, the weight of the cross layer."""
     model = onnx.load(lowered.path)
     square = [
         item
@@ -188,28 +188,28 @@ def largest_weight_of(lowered: Graph, dtype: int) -> str:
     ("kinds", "dtype"),
     [((), onnx.TensorProto.FLOAT), (("rowwise_int8", "static_int8"), onnx.TensorProto.INT8)],
 )
-def test_a_transposed_weight_is_caught(kinds, dtype, target, tmp_path):
+def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
     lowered = graph("Ranker", kinds, target)
     inputs = lowered.rows(1500)
     expected = lowered.in_torch(inputs)
     compare(expected, lowered.in_onnx(inputs), lowered.model.plan, target)
     name = largest_weight_of(lowered, dtype)
-    path = broken(lowered, name, transposed, tmp_path / "broken.onnx")
+    path = save_with_changed_tensor(lowered, name, transposed, tmp_path / "broken.onnx")
     found = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
     with pytest.raises(ParityLost):
         compare(expected, found, lowered.model.plan, target)
 
 
-@pytest.mark.parametrize("how", [rescaled, rolled])
-def test_wrong_scales_of_one_table_are_caught(how, tmp_path):
+@pytest.mark.parametrize("change", [multiplied, rolled])
+def test_graph_with_wrong_scales_of_one_table_fails(change, tmp_path):
     lowered = graph("Compact", recipe_with("rowwise_int8"), "onnxruntime")
     inputs = lowered.rows(1500)
     name = next(t.names[1] for t in lowered.lowered.tables if t.module == "item")
 
     def as_float16(tensor: onnx.TensorProto) -> np.ndarray:
-        return how(tensor).astype(np.float16)
+        return change(tensor).astype(np.float16)
 
-    path = broken(lowered, name, as_float16, tmp_path / "broken.onnx")
+    path = save_with_changed_tensor(lowered, name, as_float16, tmp_path / "broken.onnx")
     found = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
     with pytest.raises(ParityLost):
         compare(lowered.in_torch(inputs), found, lowered.model.plan, "onnxruntime")

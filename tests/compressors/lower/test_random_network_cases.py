@@ -1,4 +1,4 @@
-"""What random networks found, each case as small as it fails."""
+"""Failures that tests with random networks found, each reduced to a small network."""
 
 from pathlib import Path
 
@@ -42,8 +42,8 @@ HISTORIES = Signature(
 )
 
 
-class Narrow(nn.Module):
-    """A dense layer of few inputs: its scales take more bytes than its weights in 8 bits."""
+class NarrowLayerNet(nn.Module):
+    """A dense layer with few inputs: in float8 its scales take more bytes than its weights."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -54,20 +54,20 @@ class Narrow(nn.Module):
         return self.out(torch.relu(self.hidden(self.table(user))))
 
 
-class Unguarded(nn.Module):
-    """A mean over real places that is 0 / 0 for an empty list."""
+class MeanOfEmptyListNet(nn.Module):
+    """A mean over the unpadded positions, which is 0 / 0 for an empty list."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table, self.out = nn.Embedding(20, 4), nn.Linear(4, 1)
 
     def forward(self, seen: Tensor) -> Tensor:
-        real = (seen != 0).float().unsqueeze(-1)
-        return self.out((self.table(seen) * real).sum(dim=1) / real.sum(dim=1))
+        is_item = (seen != 0).float().unsqueeze(-1)
+        return self.out((self.table(seen) * is_item).sum(dim=1) / is_item.sum(dim=1))
 
 
-class Squeezed(nn.Module):
-    """Removes every dimension of size 1 from its score, so also that of a single row."""
+class SqueezedScoreNet(nn.Module):
+    """Squeezes its score, which removes the batch dimension of a single row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class Squeezed(nn.Module):
         return self.out(self.table(user)).squeeze()
 
 
-class Sure(nn.Module):
-    """A probability that is next to 0 for the first users and next to 1 for the last."""
+class ExtremeProbabilityNet(nn.Module):
+    """A probability that is close to 0 for the first users and close to 1 for the last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,56 +90,58 @@ class Sure(nn.Module):
 
 
 def model(network: type[nn.Module], **config: int) -> Model:
-    """A network with weights from a seed."""
+    """Return a network with weights from a seed."""
     torch.manual_seed(0)
     architecture = Architecture(path=f"{__name__}:{network.__name__}", config=config)
     return Model(network(**config).eval(), network, Network(architecture=architecture))
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_a_float8_layer_of_two_inputs_is_lowered(target: TargetName, tmp_path):
+def test_lower_reports_the_codes_of_a_float8_layer_with_two_inputs(target: TargetName, tmp_path):
     (tmp_path / "rows").mkdir()
     users = {"user": torch.arange(20), "@label": torch.arange(20.0) % 2}
     save_file(users, tmp_path / "rows" / "data.safetensors")
     rows = Split(path=str(tmp_path / "rows"), sha256="0" * 64, rows=20)
     bench = Bench(signature=USERS, calibration=rows)
-    packed = run(Float8Dense(layers=("hidden",)), model(Narrow, inputs=2), bench, tmp_path / "out")
-    (form,) = served_graphs(USERS)
-    (layer,) = lower(packed.module, form, target, tmp_path / "model.onnx").layers
+    compressed = run(
+        Float8Dense(layers=("hidden",)), model(NarrowLayerNet, inputs=2), bench, tmp_path / "out"
+    )
+    (served_graph,) = served_graphs(USERS)
+    (layer,) = lower(compressed.module, served_graph, target, tmp_path / "model.onnx").layers
     assert layer.module == "hidden"
     assert layer.name.endswith("codes")
 
 
-def test_a_network_that_scores_nan_by_itself_is_refused_in_place_of_the_step(tmp_path):
+def test_network_with_nan_scores_is_refused_before_the_step(tmp_path):
     with raises_code(ModelRefused, "scores_not_finite", step="rowwise_int8"):
-        run(RowwiseInt8(), model(Unguarded), Bench(signature=HISTORIES), tmp_path)
+        run(RowwiseInt8(), model(MeanOfEmptyListNet), Bench(signature=HISTORIES), tmp_path)
 
 
-def test_a_recalibrated_probability_next_to_zero_is_the_same_in_the_graph(tmp_path):
+def test_recalibrated_probability_near_zero_is_equal_in_the_graph(tmp_path):
     signature = with_output(USERS, form="probability")
-    module = model(Sure).module
+    module = model(ExtremeProbabilityNet).module
     attach(module, Recalibration("platt", "probability", line=torch.tensor([0.1, 0.0])))
-    (form,) = served_graphs(signature)
-    lowered = lower(module, form, "onnxruntime", tmp_path / "model.onnx")
+    (served_graph,) = served_graphs(signature)
+    lowered = lower(module, served_graph, "onnxruntime", tmp_path / "model.onnx")
     users = torch.arange(20)
-    found = Session(tmp_path / "model.onnx", 1).scores({"user": users.numpy()})
+    scores = Session(tmp_path / "model.onnx", 1).scores({"user": users.numpy()})
     with torch.no_grad():
         expected = lowered.served(users).numpy()
-    # Next to 1 a probability has steps of 6e-8, which move a tenth of a logit of 16 by 0.006.
-    np.testing.assert_allclose(found[:10], expected[:10], atol=1e-5)
-    np.testing.assert_allclose(found, expected, atol=1e-2)
+    # Near 1, float32 probabilities are 6e-8 apart, which is 0.006 in a tenth of a logit of 16.
+    np.testing.assert_allclose(scores[:10], expected[:10], atol=1e-5)
+    np.testing.assert_allclose(scores, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
-def test_a_graph_of_a_squeezed_score_gives_one_score_for_one_row(
+def test_graph_of_a_squeezed_score_returns_one_score_for_one_row(
     target: TargetName, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model = Squeezed().eval()
-    # Without a check of ids nothing else brings the number of rows into the score.
-    users_alone = (IdInput(name="user", table="table", out_of_range="clamp"),)
-    form = served_graphs(USERS.model_copy(update={"inputs": users_alone}))[0]
-    lower(model, form, target, tmp_path / "model.onnx")
+    model = SqueezedScoreNet().eval()
+    # With policy "error", the NaN of refused rows would restore the batch dimension.
+    clamped_input = (IdInput(name="user", table="table", out_of_range="clamp"),)
+    served_graph = served_graphs(USERS.model_copy(update={"inputs": clamped_input}))[0]
+    lower(model, served_graph, target, tmp_path / "model.onnx")
     session = Session(tmp_path / "model.onnx", threads=1)
     for rows in (1, 2, 5):
         users = torch.arange(rows)
@@ -147,11 +149,11 @@ def test_a_graph_of_a_squeezed_score_gives_one_score_for_one_row(
             expected = torch.sigmoid(model(users)).reshape(rows).numpy()
         scores = session.scores({"user": users.numpy()})
         assert scores.shape == (rows,)
-        np.testing.assert_allclose(scores, expected, atol=1e-6)  # float32 sums of four products
+        np.testing.assert_allclose(scores, expected, atol=1e-6)  # a float32 sum of four
 
 
-class Wide(nn.Module):
-    """Adds a number of any size to what an int8 layer reads."""
+class LargeInputNet(nn.Module):
+    """An int8 layer whose inputs include a very large value, so that its step is large."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,17 +166,17 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
-def test_an_int8_layer_whose_bias_is_below_one_step_scores_the_same_on_every_target(
+def test_int8_layer_with_a_bias_below_one_step_has_equal_scores_on_every_target(
     target: TargetName, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model = Wide().eval()
+    model = LargeInputNet().eval()
     model.out = packed_int8(model.out, torch.tensor(1e6))
     assert float(model.out.bias.abs()) < 0.5 * float(model.out.weight_scale * 1e6 / 127)
-    form = served_graphs(USERS)[0]
-    lower(model, form, target, tmp_path / "model.onnx")
+    served_graph = served_graphs(USERS)[0]
+    lower(model, served_graph, target, tmp_path / "model.onnx")
     users = torch.arange(19)
     with torch.no_grad():
         expected = torch.sigmoid(model(users)).squeeze(1).numpy()
     scores = Session(tmp_path / "model.onnx", threads=1).scores({"user": users.numpy()})
-    np.testing.assert_allclose(scores, expected, atol=1e-6)  # every input and the bias are 0 steps
+    np.testing.assert_allclose(scores, expected, atol=1e-6)  # all inputs and the bias round to 0

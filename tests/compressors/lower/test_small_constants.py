@@ -1,4 +1,4 @@
-"""Lowering keeps every constant that changes a result, however small."""
+"""Lowering keeps small constants that change a result, such as an epsilon in a denominator."""
 
 import functools
 import itertools
@@ -29,17 +29,17 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.onnxruntime.sessions import Session
 
 TARGETS: tuple[TargetName, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")
-# Both sides of the 1e-8 below which ``isclose`` takes a number for 0, and one far below. Others are
-# tried on the passes alone, and nightly on the network.
+# onnxscript's no-op rules treat constants up to 1e-8 as 0. These are above, at and far below it.
+# Other values are tested on the passes alone, and nightly on the network.
 EPS = (1e-7, 1e-8, 1e-16)
 OTHER_EPS = (1e-9, 1e-12)
 LENGTH = 4
-# A float32 graph sums in another order; TensorRT's forms round looked-up rows to float16 once.
+# The float32 sums have another order; TensorRT's graphs round looked-up rows to float16 once.
 ROUNDING = {"float32": 1e-6, "packed": 2e-3}
 
 
 class MaskedMeans(nn.Module):
-    """Means of a padded list as libraries write them, each with its own guard against 0 / 0."""
+    """Means of a padded list as libraries compute them, each with another way to avoid 0 / 0."""
 
     def __init__(self, eps: float, dim: int = 6) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ STEPS = {"float32": None, "rowwise_int8": RowwiseInt8(), "rowwise_int4": Rowwise
 
 
 @functools.cache
-def lowered(eps: float, form: str, target: TargetName) -> tuple[Lowered, Path]:
+def lowered(eps: float, table_format: str, target: TargetName) -> tuple[Lowered, Path]:
     folder = Path(tempfile.mkdtemp())
     reference = Reference(MaskedMeans, SCHEMA, {"eps": eps})
     model = reference.model()
-    step = STEPS[form]
+    step = STEPS[table_format]
     if step is not None:
         rows = prepared(SCHEMA, reference.rows_of_tables(), folder / "data", rows=BENCH_ROWS)
         model = run(step, model, Bench(signature=SCHEMA, train=rows), folder / "model")
@@ -89,74 +89,80 @@ def lowered(eps: float, form: str, target: TargetName) -> tuple[Lowered, Path]:
 
 
 def scores(
-    eps: float, form: str, target: TargetName, inputs: dict[str, Tensor]
+    eps: float, table_format: str, target: TargetName, inputs: dict[str, Tensor]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Of the module and of its graph in ONNX Runtime, which runs TensorRT's forms too."""
-    graph, path = lowered(eps, form, target)
+    """Return the scores of the module and of its graph in ONNX Runtime."""
+    graph, path = lowered(eps, table_format, target)
     with torch.no_grad():
         expected = graph.served(*(inputs[name] for name in input_names(SCHEMA)))
-    found = Session(path, 1).scores({name: tensor.numpy() for name, tensor in inputs.items()})
-    return expected.numpy(), found
+    scores_of_graph = Session(path, 1).scores(
+        {name: tensor.numpy() for name, tensor in inputs.items()}
+    )
+    return expected.numpy(), scores_of_graph
 
 
-# In the default tier each guard is in a graph for ONNX Runtime and in one for TensorRT-RTX, with
-# the forms of tables in turn, and one is in a graph for TensorRT.
-GUARDS = [
-    (eps, list(STEPS)[(place + turn + 1) % len(STEPS)], target)
-    for place, eps in enumerate(EPS)
-    for turn, target in enumerate(("onnxruntime", "tensorrt-rtx"))
+# The default tier has each epsilon in a graph for ONNX Runtime and in one for TensorRT-RTX, with
+# the table formats in turn, and one epsilon in a graph for TensorRT.
+DEFAULT_CASES = [
+    (eps, list(STEPS)[(index + target_index + 1) % len(STEPS)], target)
+    for index, eps in enumerate(EPS)
+    for target_index, target in enumerate(("onnxruntime", "tensorrt-rtx"))
 ]
-GUARDS.append((EPS[1], "rowwise_int8", "tensorrt"))
+DEFAULT_CASES.append((EPS[1], "rowwise_int8", "tensorrt"))
 
 
 @pytest.mark.parametrize(
-    ("eps", "form", "target"),
+    ("eps", "table_format", "target"),
     [
-        *GUARDS,
+        *DEFAULT_CASES,
         *(
             pytest.param(*case, marks=pytest.mark.nightly)
             for case in itertools.product(EPS, STEPS, TARGETS)
-            if case not in GUARDS
+            if case not in DEFAULT_CASES
         ),
     ],
 )
-def test_masked_means_of_empty_lists_are_the_modules_on_every_target(eps, form, target):
-    check_masked_means(eps, form, target)
+def test_masked_means_in_graphs_equal_those_of_torch(eps, table_format, target):
+    assert_masked_means_equal(eps, table_format, target)
 
 
 @pytest.mark.nightly
-@parametrize_pairwise(eps=OTHER_EPS, form=list(STEPS), target=TARGETS)
-def test_masked_means_with_other_guards_are_the_modules_on_every_target(eps, form, target):
-    check_masked_means(eps, form, target)
+@parametrize_pairwise(eps=OTHER_EPS, table_format=list(STEPS), target=TARGETS)
+def test_masked_means_with_other_epsilons_equal_those_of_torch(eps, table_format, target):
+    assert_masked_means_equal(eps, table_format, target)
 
 
-def check_masked_means(eps: float, form: str, target: TargetName) -> None:
+def assert_masked_means_equal(eps: float, table_format: str, target: TargetName) -> None:
     inputs = example(SCHEMA, {"user": 12, "items": 40}, 16)
     inputs["items"][:5] = 0  # empty lists
-    inputs["items"][5:9, 1:] = 0  # lists of one
-    expected, found = scores(eps, form, target, inputs)
+    inputs["items"][5:9, 1:] = 0  # lists of one item
+    expected, scores_of_graph = scores(eps, table_format, target, inputs)
     assert np.isfinite(expected).all()
-    rounding = ROUNDING["float32" if form == "float32" or target == "onnxruntime" else "packed"]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=rounding)
+    rounding = ROUNDING[
+        "float32" if table_format == "float32" or target == "onnxruntime" else "packed"
+    ]
+    np.testing.assert_allclose(scores_of_graph, expected, rtol=0, atol=rounding)
 
 
 class LogSigmoid(MaskedMeans):
-    """The logarithm of a very small probability."""
+    """The logarithm of a very small probability, from a large negative logit."""
 
     def forward(self, user: Tensor, items: Tensor) -> Tensor:
         return F.logsigmoid(super().forward(user, items) - 200)
 
 
-def test_the_log_of_a_vanishing_sigmoid_is_finite_in_the_graph(tmp_path):
+def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
     signature = with_output(SCHEMA, form="score")
     model = Reference(LogSigmoid, signature, {"eps": 1e-6}).model()
     path = tmp_path / "model.onnx"
-    done = lower(model.module, whole(signature), "onnxruntime", path)
+    lowered_graph = lower(model.module, whole(signature), "onnxruntime", path)
     inputs = example(signature, {"user": 12, "items": 40}, 8)
     with torch.no_grad():
-        expected = done.served(*(inputs[name] for name in input_names(signature))).numpy()
-    found = Session(path, 1).scores({name: tensor.numpy() for name, tensor in inputs.items()})
-    np.testing.assert_allclose(found, expected, rtol=1e-6)  # about -200, by float32 sums
+        expected = lowered_graph.served(*(inputs[name] for name in input_names(signature))).numpy()
+    scores_of_graph = Session(path, 1).scores(
+        {name: tensor.numpy() for name, tensor in inputs.items()}
+    )
+    np.testing.assert_allclose(scores_of_graph, expected, rtol=1e-6)  # scores of about -200
 
 
 # --- the passes alone ------------------------------------------------------------------------
@@ -165,19 +171,21 @@ SMALL = (1e-7, 1e-8, 9e-9, 1e-12, 1e-16, 1e-30, -1e-12)
 NEAR_ONE = (1 + 1e-5, 1 + 9e-6, 1 + 1.2e-7, 1 - 1e-6)
 
 
-def simplified(nodes: list[onnx.NodeProto], **constants: NDArray[np.generic]) -> onnx.ModelProto:
-    """A graph from ``x`` to ``y`` after the passes."""
+def build_simplified(
+    nodes: list[onnx.NodeProto], **constants: NDArray[np.generic]
+) -> onnx.ModelProto:
+    """Return a graph from ``x`` to ``y`` after the passes of ``simplify``."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 3])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 3])
-    held = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "g", [x], [y], held)
+    initializers = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
-    inside = ir.from_proto(model)
-    simplify(inside, lambda _node: None)
-    return ir.to_proto(inside)
+    ir_model = ir.from_proto(model)
+    simplify(ir_model, lambda _node: None)
+    return ir.to_proto(ir_model)
 
 
-def operators(model: onnx.ModelProto) -> list[str]:
+def operators_of(model: onnx.ModelProto) -> list[str]:
     return [node.op_type for node in model.graph.node if node.op_type != "Identity"]
 
 
@@ -191,39 +199,41 @@ def run_graph(model: onnx.ModelProto, x: NDArray[np.float32], folder: Path) -> N
     ("kind", "values", "neutral"),
     [("Add", SMALL, 0.0), ("Sub", SMALL, 0.0), ("Mul", NEAR_ONE, 1.0), ("Div", NEAR_ONE, 1.0)],
 )
-def test_only_an_exact_neutral_element_is_removed(kind, values, neutral, order):
+def test_no_op_rules_remove_only_exact_neutral_elements(kind, values, neutral, order):
     for value in values:
         node = helper.make_node(kind, order.split(), ["y"])
-        assert operators(simplified([node], c=np.array(value, np.float32))) == [kind], value
+        assert operators_of(build_simplified([node], c=np.array(value, np.float32))) == [kind], (
+            value
+        )
     if order == "x c" or kind in ("Add", "Mul"):
         node = helper.make_node(kind, order.split(), ["y"])
-        assert operators(simplified([node], c=np.array(neutral, np.float32))) == []
+        assert operators_of(build_simplified([node], c=np.array(neutral, np.float32))) == []
 
 
 @pytest.mark.parametrize("value", SMALL)
-def test_onnxruntime_keeps_small_constants_when_it_opens_a_graph(value, tmp_path):
+def test_onnxruntime_does_not_remove_small_constants(value, tmp_path):
     nodes = [
         helper.make_node("Add", ["x", "c"], ["sum"]),
         helper.make_node("Div", ["x", "sum"], ["y"]),
     ]
-    model = simplified(nodes, c=np.array(value, np.float32))
-    found = run_graph(model, np.array([[0, 1, 2]], np.float32), tmp_path)
-    # 0 / (0 + c) is 0, where 0 / 0 would be NaN; 1e-7 is one rounding of 1
-    np.testing.assert_allclose(found, [[0, 1, 1]], rtol=0, atol=2e-7)
+    model = build_simplified(nodes, c=np.array(value, np.float32))
+    scores_of_graph = run_graph(model, np.array([[0, 1, 2]], np.float32), tmp_path)
+    # 0 / (0 + c) is 0, but 0 / 0 would be NaN; 1e-7 is about the rounding of 1.
+    np.testing.assert_allclose(scores_of_graph, [[0, 1, 1]], rtol=0, atol=2e-7)
 
 
-def test_successive_clips_with_bounds_apart_give_the_second_clips_bound(tmp_path):
+def test_successive_clips_with_disjoint_bounds_return_the_second_bound(tmp_path):
     nodes = [
         helper.make_node("Clip", ["x", "zero", "one"], ["inside"]),
         helper.make_node("Clip", ["inside", "two", "three"], ["y"]),
     ]
     numbers = {"zero": 0, "one": 1, "two": 2, "three": 3}
-    model = simplified(nodes, **{n: np.array(v, np.float32) for n, v in numbers.items()})
+    model = build_simplified(nodes, **{n: np.array(v, np.float32) for n, v in numbers.items()})
     x = np.array([[-1, 0.5, 9]], np.float32)
     assert run_graph(model, x, tmp_path).tolist() == [[2, 2, 2]]
-    below = [
+    clip_and_relu = [
         helper.make_node("Clip", ["x", "", "least"], ["low"]),
         helper.make_node("Relu", ["low"], ["y"]),
     ]
-    model = simplified(below, least=np.array(-1, np.float32))
+    model = build_simplified(clip_and_relu, least=np.array(-1, np.float32))
     assert run_graph(model, x, tmp_path).tolist() == [[0, 0, 0]]

@@ -1,4 +1,4 @@
-"""Tables with codebooks, written down for both targets: the same numbers, and nothing widened."""
+"""Graphs of tables with codebooks for both targets: equal scores, and codes that stay packed."""
 
 import functools
 import tempfile
@@ -36,7 +36,7 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="codes-")
 
 
 class Lookups(nn.Module):
-    """A table of odd width read by single ids, and one by each kind of bag."""
+    """A table of odd width for single ids, and a table for each kind of bag."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,27 +65,28 @@ REFERENCE = Reference(
     ),
 )
 
-# Every width of codes of every format with the shared tests of default settings.
-WRITTEN = (0, 2, 4, 5, 8)
-# TensorRT's codes differ by width. ONNX Runtime's do not: one in the default tier.
+# Indices in ``STEPS``: with the other tests, these have every format with every width of codes.
+TESTED = (0, 2, 4, 5, 8)
+# Graphs for TensorRT depend on the width of codes. Those for ONNX Runtime do not, so the default
+# tier has one of them.
 FOR_ONNXRUNTIME = (2,)
 
 
 def cases(target: TargetName) -> list[Any]:
     return [
         pytest.param(
-            place,
-            id=named(STEPS[place]),
-            marks=() if target == RTX or place in FOR_ONNXRUNTIME else pytest.mark.nightly,
+            step_index,
+            id=named(STEPS[step_index]),
+            marks=() if target == RTX or step_index in FOR_ONNXRUNTIME else pytest.mark.nightly,
         )
-        for place in WRITTEN
+        for step_index in TESTED
     ]
 
 
-each_graph_for_onnxruntime = pytest.mark.parametrize("place", cases(ORT))
-each_graph_for_tensorrt = pytest.mark.parametrize("place", cases(RTX))
+each_graph_for_onnxruntime = pytest.mark.parametrize("step_index", cases(ORT))
+each_graph_for_tensorrt = pytest.mark.parametrize("step_index", cases(RTX))
 each_graph = pytest.mark.parametrize(
-    ("place", "target"),
+    ("step_index", "target"),
     [
         pytest.param(*case.values, target, id=f"{target}-{case.id}", marks=case.marks)
         for target in (ORT, RTX)
@@ -95,91 +96,96 @@ each_graph = pytest.mark.parametrize(
 
 
 @functools.cache
-def written(place: int, target: TargetName) -> Graph:
-    """The network under one of the steps."""
+def lowered_step(step_index: int, target: TargetName) -> Graph:
+    """Apply a step of ``STEPS`` to the network and export its graph."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     bench = Bench(signature=REFERENCE.signature)
-    model = run(STEPS[place], REFERENCE.model(), bench, folder)
+    model = run(STEPS[step_index], REFERENCE.model(), bench, folder)
     path = folder / "model.onnx"
     lowered = lower(model.module, whole(REFERENCE.signature), target, path)
     return Graph(model, lowered, REFERENCE.signature, path)
 
 
 @each_graph
-def test_the_graph_reads_what_the_module_reads(place, target):
-    lowered = written(place, target)
+def test_graph_of_codebook_tables_has_the_scores_of_torch(step_index, target):
+    lowered = lowered_step(step_index, target)
     for count in (1, 400):
         inputs = lowered.rows(count)
-        expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
-        # Codes are whole numbers and entries are looked up: what differs is float32's last bits
-        # in the sums after the tables, on every target.
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
-    compare(expected, found, lowered.model.plan, target)
+        expected, optimized = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+        # Looked-up entries are exact on every target; only sums after the tables are rounded.
+        np.testing.assert_allclose(optimized, expected, rtol=0, atol=2e-6)
+    compare(expected, optimized, lowered.model.plan, target)
 
 
 @each_graph
-def test_every_stored_tensor_takes_the_bytes_of_the_plan(place, target):
-    lowered = written(place, target)
-    held = {item.name: item for item in onnx.load(lowered.path).graph.initializer}
-    taken = [table for table in lowered.lowered.tables if table.format == STEPS[place].kind]
+def test_codebook_tables_in_graphs_take_the_bytes_of_the_plan(step_index, target):
+    lowered = lowered_step(step_index, target)
+    initializers = {item.name: item for item in onnx.load(lowered.path).graph.initializer}
+    compressed_tables = [
+        table for table in lowered.lowered.tables if table.format == STEPS[step_index].kind
+    ]
     lines = lowered.model.plan.lines
-    assert [t.module for t in taken] == [n.module for n in lines if n.format == STEPS[place].kind]
-    assert "item" in {table.module for table in taken}
-    for table in taken:
-        size = sum(len(held[name].raw_data) for name in table.names)
+    assert [t.module for t in compressed_tables] == [
+        n.module for n in lines if n.format == STEPS[step_index].kind
+    ]
+    assert "item" in {table.module for table in compressed_tables}
+    for table in compressed_tables:
+        size = sum(len(initializers[name].raw_data) for name in table.names)
         assert size == lowered.model.plan.of(table.module).bytes_after
-        (book,) = (name for name in table.names if name.endswith(".codebook"))
-        assert table.entries(book) is None
+        (codebook,) = (name for name in table.names if name.endswith(".codebook"))
+        assert table.entries(codebook) is None
         for name in table.names:
-            assert table.entries(name) in {None, held[name].dims[0]}
+            assert table.entries(name) in {None, initializers[name].dims[0]}
 
 
 @each_graph_for_onnxruntime
-def test_onnxruntime_looks_codes_up_before_it_unpacks_them(place):
-    lowered = written(place, ORT)
-    found = optimized_graph(lowered.path)
-    judged = audit(found, lowered.model.plan, lowered.lowered.tables)
-    taken = [table for table in lowered.lowered.tables if table.format != "float32"]
-    assert judged.packed_tables == len(taken)
-    for table in taken:
+def test_codes_in_onnxruntime_are_gathered_before_they_are_unpacked(step_index):
+    lowered = lowered_step(step_index, ORT)
+    optimized = optimized_graph(lowered.path)
+    result = audit(optimized, lowered.model.plan, lowered.lowered.tables)
+    compressed_tables = [table for table in lowered.lowered.tables if table.format != "float32"]
+    assert result.packed_tables == len(compressed_tables)
+    for table in compressed_tables:
         for name in table.names:
-            assert [n.op_type for n in found.node if name in n.input] == ["Gather"], name
+            assert [n.op_type for n in optimized.node if name in n.input] == ["Gather"], name
 
 
 @each_graph_for_tensorrt
-def test_tensorrt_gets_signed_codes_that_are_dequantized_by_one(place):
-    step, lowered = STEPS[place], written(place, RTX)
+def test_codes_for_tensorrt_are_signed_and_dequantized_with_scale_1(step_index):
+    step, lowered = STEPS[step_index], lowered_step(step_index, RTX)
     graph = onnx.load(lowered.path).graph
-    held = {item.name: item for item in graph.initializer}
-    maker = {output: node for node in graph.node for output in node.output}
+    initializers = {item.name: item for item in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
     for table in lowered.lowered.tables:
         if table.format == "float32":
             continue
         (codes,) = (name for name in table.names if name.endswith(".codes"))
         module = lowered.model.module.get_submodule(table.module)
-        inside = getattr(module, "table", module)
-        bits = step.storage.width(inside.rows, inside.dim, step.settings())
-        # A nibble holds two codes of two bits: TensorRT takes nothing narrower.
-        assert held[codes].data_type == (TensorProto.INT8 if bits == 8 else TensorProto.INT4)
-        (read,) = (node for node in graph.node if codes in node.input)
-        assert read.op_type == "DequantizeLinear"
-        scale = held.get(read.input[1])
+        table_module = getattr(module, "table", module)
+        bits = step.storage.width(table_module.rows, table_module.dim, step.settings())
+        # An int4 holds two codes of 2 bits, because TensorRT has no smaller type.
+        assert initializers[codes].data_type == (
+            TensorProto.INT8 if bits == 8 else TensorProto.INT4
+        )
+        (reader,) = (node for node in graph.node if codes in node.input)
+        assert reader.op_type == "DequantizeLinear"
+        scale = initializers.get(reader.input[1])
         if scale is None:
-            (attribute,) = maker[read.input[1]].attribute
+            (attribute,) = producers[reader.input[1]].attribute
             scale = attribute.t
         assert onnx.numpy_helper.to_array(scale) == 1
-        readers = [node.op_type for node in graph.node if read.output[0] in node.input]
+        readers = [node.op_type for node in graph.node if reader.output[0] in node.input]
         assert readers == ["Gather"]
 
 
-def test_codes_that_are_widened_as_a_whole_are_refused():
-    lowered = written(4, ORT)
+def test_audit_rejects_codes_that_are_unpacked_before_the_gather():
+    lowered = lowered_step(4, ORT)
     graph = optimized_graph(lowered.path)
     (table,) = (t for t in lowered.lowered.tables if t.module == "item")
     (name,) = (name for name in table.names if name.endswith(".codes"))
-    (read,) = (node for node in graph.node if name in node.input)
+    (reader,) = (node for node in graph.node if name in node.input)
     graph.node.insert(0, onnx.helper.make_node("Cast", [name], ["wide"], to=TensorProto.INT32))
-    read.input[0] = "wide"
+    reader.input[0] = "wide"
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
         audit(graph, lowered.model.plan, lowered.lowered.tables)
     assert (

@@ -1,7 +1,8 @@
-"""Every form of every table format, written down for both targets, computes what torch computes.
+"""Graphs of tables in every format and form have the scores of torch, on both targets.
 
-One network has a table for each: single ids, padded bags and jagged bags in turn. In the default
-tier it has a pairwise cover of the forms.
+A form is a format with an offset or symmetric levels, and with one scale per row, per four rows or
+per table. One network has a table for each form, which single ids, padded bags and jagged bags read
+in turn. In the default tier it has a pairwise cover of the forms.
 """
 
 import itertools
@@ -31,46 +32,49 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.onnxruntime.sessions import optimized_graph
 
-ROWS = 30  # no multiple of four: the last rows that share a scale are two
+ROWS = 30  # not a multiple of 4: the last scale belongs to 2 rows
 BITS = {8: RowwiseInt8, 4: RowwiseInt4, 2: RowwiseInt2}
 
 
 KINDS = ("offset", "symmetric")
-TOGETHER = (4, 1, 0)
+ROWS_PER_SCALE = (4, 1, 0)
 Grids = Iterable[tuple[int, str, int]]
 
 
 def steps(grids: Grids) -> dict[str, TableStep]:
-    """A step for each form: of these grids, and of those without any."""
+    """Return a step for each form, by the name of its table.
+
+    ``grids`` are bits, kind of levels and rows per scale of the integer formats.
+    """
     forms: dict[str, TableStep] = {"bf16": BFloat16(tables=("bf16",))}
-    for together in TOGETHER:
-        name = f"float8_{together}"
-        forms[name] = Float8E4M3(tables=(name,), rows_per_scale=together)
-    for bits, kind, together in grids:
-        name = f"int{bits}_{kind}_{together}"
+    for rows_per_scale in ROWS_PER_SCALE:
+        name = f"float8_{rows_per_scale}"
+        forms[name] = Float8E4M3(tables=(name,), rows_per_scale=rows_per_scale)
+    for bits, kind, rows_per_scale in grids:
+        name = f"int{bits}_{kind}_{rows_per_scale}"
         forms[name] = BITS[bits](
-            tables=(name,), symmetric=kind == "symmetric", rows_per_scale=together
+            tables=(name,), symmetric=kind == "symmetric", rows_per_scale=rows_per_scale
         )
     return forms
 
 
 FORMS = {
-    "pairwise": steps(pairwise(list(BITS), KINDS, TOGETHER)),
-    "all": steps(itertools.product(BITS, KINDS, TOGETHER)),
+    "pairwise": steps(pairwise(list(BITS), KINDS, ROWS_PER_SCALE)),
+    "all": steps(itertools.product(BITS, KINDS, ROWS_PER_SCALE)),
 }
 
 
 class EveryForm(nn.Module):
-    """The sum of what is said by single ids, padded bags and jagged bags, a table each in turn."""
+    """A sum over tables that single ids, padded bags and jagged bags read in turn."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
         self.names = names
-        for number, name in enumerate(names):
-            dim = 5 + number % 4  # every remainder that packing can leave
-            if number % 3 == 0:
+        for index, name in enumerate(names):
+            dim = 5 + index % 4  # every remainder modulo 4, the largest number of codes per byte
+            if index % 3 == 0:
                 table: nn.Module = nn.Embedding(ROWS, dim)
-            elif number % 3 == 1:
+            elif index % 3 == 1:
                 table = nn.EmbeddingBag(ROWS, dim, mode="mean", padding_idx=0)
             else:
                 table = nn.EmbeddingBag(ROWS, dim, mode="sum")
@@ -80,20 +84,20 @@ class EveryForm(nn.Module):
     def forward(self, **inputs: Tensor) -> Tensor:
         scores = []
         for name in self.names:
-            given = [inputs[key] for key in (name, f"{name}_offsets") if key in inputs]
-            rows = self.get_submodule(name)(*given)  # (batch, dim)
+            tensors = [inputs[key] for key in (name, f"{name}_offsets") if key in inputs]
+            rows = self.get_submodule(name)(*tensors)  # (batch, dim)
             scores.append(self.get_submodule(f"out_{name}")(torch.tanh(rows)))
         return torch.cat(scores, dim=1).sum(dim=1)
 
 
 def reference(names: list[str]) -> Reference:
     inputs = []
-    for number, name in enumerate(names):
-        dtype = "int32" if number % 2 else "int64"
+    for index, name in enumerate(names):
+        dtype = "int32" if index % 2 else "int64"
         common = {"name": name, "table": name, "dtype": dtype, "out_of_range": "clamp"}
-        if number % 3 == 0:
+        if index % 3 == 0:
             inputs.append(IdInput(**common))
-        elif number % 3 == 1:
+        elif index % 3 == 1:
             inputs.append(PaddedBag(**common, shape=(4,)))
         else:
             inputs.append(JaggedBag(**common, shape=(LONGEST,)))
@@ -135,7 +139,7 @@ def graph(
     return Graph(compressed, lowered, network.signature, path), request.param
 
 
-def test_every_form_is_there(compressed):
+def test_compressed_network_has_every_table_format(compressed):
     assert {line.format for line in compressed.plan.lines if line.role == "table"} == {
         "rowwise_int8",
         "rowwise_int4",
@@ -145,66 +149,70 @@ def test_every_form_is_there(compressed):
     }
 
 
-def test_the_graph_computes_what_torch_computes(graph):
+def test_graph_of_every_form_has_the_scores_of_torch(graph):
     lowered, target = graph
     for count in (1500, 2, 1):
         inputs = lowered.rows(count)
-        expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+        expected, scores_of_graph = lowered.in_torch(inputs), lowered.in_onnx(inputs)
         if count > 2:
-            parity = compare(expected, found, lowered.model.plan, target)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=parity.largest_limit)
+            parity = compare(expected, scores_of_graph, lowered.model.plan, target)
+        np.testing.assert_allclose(scores_of_graph, expected, rtol=0, atol=parity.largest_limit)
 
 
-def test_onnxruntime_serves_every_form_packed(forms, graph):
+def test_audit_counts_every_form_as_packed_in_onnxruntime(forms, graph):
     lowered, target = graph
     if target != "onnxruntime":
-        pytest.skip("the other runtime's graph is judged in tests/infra")
-    found = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
-    assert found.packed_tables == len(forms)
+        pytest.skip("graphs for TensorRT are audited in tests/infra")
+    scores_of_graph = audit(
+        optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables
+    )
+    assert scores_of_graph.packed_tables == len(forms)
 
 
-def test_a_graph_holds_the_bytes_of_the_plan(forms, graph):
+def test_tables_of_every_form_take_the_bytes_of_the_plan(forms, graph):
     lowered, _ = graph
-    held = {item.name: item for item in onnx.load(lowered.path).graph.initializer}
+    initializers = {item.name: item for item in onnx.load(lowered.path).graph.initializer}
     tables = {table.module: table for table in lowered.lowered.tables}
     assert set(tables) == set(forms)
     for name, table in tables.items():
-        stored = sum(len(held[item].raw_data) for item in table.names)
-        assert stored == lowered.model.plan.of(name).bytes_after, name
+        stored_bytes = sum(len(initializers[item].raw_data) for item in table.names)
+        assert stored_bytes == lowered.model.plan.of(name).bytes_after, name
 
 
-def test_a_table_says_which_of_its_tensors_its_rows_share(graph):
+def test_lowered_tables_list_how_many_rows_share_each_entry(graph):
     lowered, _ = graph
-    every = {
+    rows_per_entry = {
         table.module: [table.every.get(name, 1) for name in table.names]
         for table in lowered.lowered.tables
     }
-    assert every["int4_offset_1"] == [1, 1, 1]
-    assert every["int8_offset_4"] == [1, 4, 4]
-    assert every["float8_0"] == [1, 0]
-    assert every["bf16"] == [1]
+    assert rows_per_entry["int4_offset_1"] == [1, 1, 1]
+    assert rows_per_entry["int8_offset_4"] == [1, 4, 4]
+    assert rows_per_entry["float8_0"] == [1, 0]
+    assert rows_per_entry["bf16"] == [1]
     for table in lowered.lowered.tables:
-        held = {item.name: item for item in onnx.load(lowered.path).graph.initializer}
+        initializers = {item.name: item for item in onnx.load(lowered.path).graph.initializer}
         for name in table.names:
             if table.entries(name) is not None:
-                assert table.entries(name) == held[name].dims[0]
+                assert table.entries(name) == initializers[name].dims[0]
 
 
-def test_wrong_scales_of_any_one_table_are_caught(forms, network, compressed, graph):
-    """So that the comparison above would see a form that is wrong."""
+def test_parity_fails_if_the_scales_of_any_one_table_are_wrong(forms, network, compressed, graph):
+    """This shows that the comparison above would fail for a wrong form."""
     lowered, target = graph
     inputs = lowered.rows(1500)
-    found = lowered.in_onnx(inputs)
-    wrong = compressed.private()
+    scores_of_graph = lowered.in_onnx(inputs)
+    changed_model = compressed.private()
     for name in forms:
-        parts = wrong.module.get_submodule(name).modules()
+        parts = changed_model.module.get_submodule(name).modules()
         (table,) = (part for part in parts if isinstance(part, PackedTable))
-        changed = "scale" if name != "bf16" else "weight"
-        right = getattr(table, changed)
-        setattr(table, changed, (right.float() * 1.2).to(right.dtype))
-        wrapper = wrap_for_serving(wrong.module, whole(network.signature), network.rows_of_tables())
+        tensor_name = "scale" if name != "bf16" else "weight"
+        original = getattr(table, tensor_name)
+        setattr(table, tensor_name, (original.float() * 1.2).to(original.dtype))
+        wrapper = wrap_for_serving(
+            changed_model.module, whole(network.signature), network.rows_of_tables()
+        )
         with torch.no_grad():
             scores = wrapper(*(inputs[key] for key in input_names(network.signature))).numpy()
         with pytest.raises(ParityLost):
-            compare(scores, found, lowered.model.plan, target)
-        setattr(table, changed, right)
+            compare(scores, scores_of_graph, lowered.model.plan, target)
+        setattr(table, tensor_name, original)

@@ -1,4 +1,4 @@
-"""The two graphs of a retrieval model: vectors, refused rows, a table that both towers read."""
+"""The two graphs of a retrieval model: vectors, refused rows, and a table in both towers."""
 
 import functools
 import tempfile
@@ -20,8 +20,8 @@ from compressors.lower.serving_wrapper import served_graphs
 from infra.onnxruntime.sessions import Session
 
 
-class Items(nn.Module):
-    """An item's vector."""
+class ItemTower(nn.Module):
+    """The item tower."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,43 +33,43 @@ class Items(nn.Module):
         return vector
 
 
-class Reader(nn.Module):
-    """A person's vector: the mean of what they read lately, from the items' own table."""
+class QueryTower(nn.Module):
+    """The query tower: the mean of the rows of recent items, in the table of the item tower."""
 
     def __init__(self, table: nn.Embedding) -> None:
         super().__init__()
         self.table = table
         self.hidden = nn.Linear(8, 8)
 
-    def forward(self, lately: Tensor) -> Tensor:
-        vector: Tensor = torch.relu(self.hidden(self.table(lately).mean(dim=1)))
+    def forward(self, recent: Tensor) -> Tensor:
+        vector: Tensor = torch.relu(self.hidden(self.table(recent).mean(dim=1)))
         return vector
 
 
 class SharedTable(nn.Module):
-    """Two towers over one table."""
+    """Two towers that share a table."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.item = Items()
-        self.query = Reader(self.item.table)
+        self.item = ItemTower()
+        self.query = QueryTower(self.item.table)
 
-    def forward(self, lately: Tensor, item: Tensor) -> Tensor:
-        score: Tensor = (self.query(lately) * self.item(item)).sum(dim=1)
+    def forward(self, recent: Tensor, item: Tensor) -> Tensor:
+        score: Tensor = (self.query(recent) * self.item(item)).sum(dim=1)
         return score
 
 
 SCHEMA = Signature.model_validate(
     {
         "inputs": [
-            PaddedBag(name="lately", table="item.table", shape=(3,)).model_dump(),
+            PaddedBag(name="recent", table="item.table", shape=(3,)).model_dump(),
             IdInput(name="item", table="item.table").model_dump(),
         ],
         "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}],
         "group": "person",
         "item": "item",
         "towers": {
-            "query": {"module": "query", "inputs": ["lately"]},
+            "query": {"module": "query", "inputs": ["recent"]},
             "item": {"module": "item", "inputs": ["item"]},
         },
     }
@@ -82,65 +82,71 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="towers-")
 
 @functools.cache
 def graphs_as_trained() -> dict[str, Path]:
-    """The graph of each tower for ONNX Runtime."""
+    """Return the graph of each tower of the uncompressed model, for ONNX Runtime."""
     model, paths = SHARED.model().module, {}
-    for form in served_graphs(SCHEMA):
-        paths[form.name] = Path(_SCRATCH.name) / f"{form.name}.onnx"
-        lower(model, form, "onnxruntime", paths[form.name])
+    for served_graph in served_graphs(SCHEMA):
+        paths[served_graph.name] = Path(_SCRATCH.name) / f"{served_graph.name}.onnx"
+        lower(model, served_graph, "onnxruntime", paths[served_graph.name])
     return paths
 
 
 @pytest.mark.parametrize(
     ("kind", "target"),
     [
-        # In the default tier each has one target, in turn.
-        pytest.param(kind, target, marks=() if (place + turn) % 2 else pytest.mark.nightly)
-        for place, kind in enumerate(("rowwise_int8", "rowwise_int4", "float16", "static_int8"))
-        for turn, target in enumerate(TARGETS)
+        # The default tier has one target for each format, in turn.
+        pytest.param(kind, target, marks=() if (index + target_index) % 2 else pytest.mark.nightly)
+        for index, kind in enumerate(("rowwise_int8", "rowwise_int4", "float16", "static_int8"))
+        for target_index, target in enumerate(TARGETS)
     ],
 )
-def test_both_graphs_give_the_modules_vectors_also_of_a_table_they_share(kind, target, tmp_path):
+def test_graphs_of_both_towers_return_the_vectors_of_torch(kind, target, tmp_path):
     (method,) = (item for item in METHODS if item.model_fields["kind"].default == kind)
     model = run(method(), SHARED.model(), SHARED.bench(tmp_path / "data"), tmp_path / "out").module
-    for form in served_graphs(SCHEMA):
-        path = tmp_path / f"{form.name}.onnx"
-        lowered = lower(model, form, target, path)
-        inputs = example(form.signature, TABLES, 40)
+    for served_graph in served_graphs(SCHEMA):
+        path = tmp_path / f"{served_graph.name}.onnx"
+        lowered = lower(model, served_graph, target, path)
+        inputs = example(served_graph.signature, TABLES, 40)
         with torch.no_grad():
-            expected = form.part(model)(**inputs).numpy()
-        found = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
-        assert found.shape == expected.shape == (40, 8)
-        # A level of the inputs apart where layers are int8, float16 rounding elsewhere.
-        np.testing.assert_allclose(found, expected, atol=0.05 if kind == "static_int8" else 2e-3)
+            expected = served_graph.part(model)(**inputs).numpy()
+        vectors = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
+        assert vectors.shape == expected.shape == (40, 8)
+        # Inputs of int8 layers may differ by one level; others by float16 rounding.
+        np.testing.assert_allclose(vectors, expected, atol=0.05 if kind == "static_int8" else 2e-3)
         assert [table.module for table in lowered.tables] == ["item.table"]
 
 
-def test_a_refused_row_is_a_vector_of_nan_and_the_others_are_not():
-    for form in served_graphs(SCHEMA):
-        inputs = edge_example(form.signature, TABLES, 8)  # the first two rows hold a bad id
-        found = Session(graphs_as_trained()[form.name], threads=1).scores(
+def test_graph_returns_nan_vectors_for_refused_rows_only():
+    for served_graph in served_graphs(SCHEMA):
+        inputs = edge_example(
+            served_graph.signature, TABLES, 8
+        )  # the first two rows have an id out of range
+        vectors = Session(graphs_as_trained()[served_graph.name], threads=1).scores(
             {k: v.numpy() for k, v in inputs.items()}
         )
-        assert np.isnan(found[:2]).all()
-        assert np.isfinite(found[2:]).all()
+        assert np.isnan(vectors[:2]).all()
+        assert np.isfinite(vectors[2:]).all()
 
 
-def test_a_graph_holds_its_own_towers_weights_alone():
-    held = {}
+def test_graph_of_a_tower_contains_only_weights_of_that_tower():
+    weights = {}
     for name, path in graphs_as_trained().items():
         graph = onnx.load(path).graph
-        held[name] = {item.name.removeprefix("model.") for item in graph.initializer}
+        weights[name] = {item.name.removeprefix("model.") for item in graph.initializer}
         assert [item.name for item in graph.output] == ["vector"]
-    assert "query.table.weight" in held["query"] & held["item"]  # one of the two names it has
-    assert not any(name.startswith("item.out") for name in held["query"])
-    assert not any(name.startswith("query.hidden") for name in held["item"])
+    assert (
+        "query.table.weight" in weights["query"] & weights["item"]
+    )  # one of the two names of the table
+    assert not any(name.startswith("item.out") for name in weights["query"])
+    assert not any(name.startswith("query.hidden") for name in weights["item"])
 
 
 @pytest.mark.parametrize("kind", ["channels", "fine_tune", "distill"])
-def test_steps_that_train_say_they_have_no_loss_for_pairs(kind, tmp_path):
+def test_training_steps_refuse_retrieval_models(kind, tmp_path):
     (method,) = (item for item in METHODS if item.model_fields["kind"].default == kind)
     bench = SHARED.bench(tmp_path / "data")
     split = bench.calibration
-    whole = bench.model_copy(update={"train": split, "validation": split, "soft_labels": split})
+    full_bench = bench.model_copy(
+        update={"train": split, "validation": split, "soft_labels": split}
+    )
     with pytest.raises(NothingToCompress):
-        run(method(), SHARED.model(), whole, tmp_path / "out")
+        run(method(), SHARED.model(), full_bench, tmp_path / "out")

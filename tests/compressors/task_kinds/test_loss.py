@@ -1,4 +1,4 @@
-"""What training minimises, and the rows that come in a batch."""
+"""Training losses of clicks and lists, and batches in random order."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -17,8 +17,8 @@ PROBABILITIES = NORMED.signature
 
 
 def batch(label: list[float], group: list[int] | None = None) -> Batch:
-    held = None if group is None else torch.tensor(group)
-    return Batch(inputs={}, label=torch.tensor(label), group=held)
+    group_tensor = None if group is None else torch.tensor(group)
+    return Batch(inputs={}, label=torch.tensor(label), group=group_tensor)
 
 
 # --- losses ----------------------------------------------------------------------------------
@@ -28,30 +28,34 @@ rows = st.lists(st.tuples(numbers, numbers, st.integers(0, 1)), min_size=1, max_
 
 
 @given(rows, st.floats(0.5, 8))
-def test_soft_loss_of_clicks_is_the_cross_entropy_of_softened_probabilities(made, temperature):
-    score, teacher, _ = (np.array(column, np.float64) for column in zip(*made, strict=True))
-    own, wanted = (1 / (1 + np.exp(-x / temperature)) for x in (score, teacher))
-    expected = -np.mean(wanted * np.log(own) + (1 - wanted) * np.log1p(-own)) * temperature**2
-    found = soft_loss(CLICKS, torch.tensor(score), torch.tensor(teacher), batch([0.0]), temperature)
-    assert float(found) == pytest.approx(expected, rel=1e-6)
+def test_soft_loss_of_clicks_is_the_cross_entropy_at_the_temperature(values, temperature):
+    score, teacher, _ = (np.array(column, np.float64) for column in zip(*values, strict=True))
+    student, target = (1 / (1 + np.exp(-x / temperature)) for x in (score, teacher))
+    expected = (
+        -np.mean(target * np.log(student) + (1 - target) * np.log1p(-student)) * temperature**2
+    )
+    loss = soft_loss(CLICKS, torch.tensor(score), torch.tensor(teacher), batch([0.0]), temperature)
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
 
 
 @given(rows)
-def test_a_probability_and_its_logit_have_the_same_loss(made):
-    score, teacher, label = zip(*made, strict=True)
-    of_logits, of_teacher = torch.tensor(score), torch.tensor(teacher)
-    held = batch([float(value) for value in label])
-    own = (
-        hard_loss(CLICKS, of_logits, held),
-        soft_loss(CLICKS, of_logits, of_teacher, held, 1.0),
+def test_losses_of_a_probability_and_of_its_logit_are_equal(values):
+    score, teacher, label = zip(*values, strict=True)
+    logits_of_student, logits_of_teacher = torch.tensor(score), torch.tensor(teacher)
+    labeled = batch([float(value) for value in label])
+    losses_of_logits = (
+        hard_loss(CLICKS, logits_of_student, labeled),
+        soft_loss(CLICKS, logits_of_student, logits_of_teacher, labeled, 1.0),
     )
-    probability = torch.sigmoid(of_logits), torch.sigmoid(of_teacher)
-    other = (
-        hard_loss(PROBABILITIES, probability[0], held),
-        soft_loss(PROBABILITIES, *probability, held, 1.0),
+    probability = torch.sigmoid(logits_of_student), torch.sigmoid(logits_of_teacher)
+    losses_of_probabilities = (
+        hard_loss(PROBABILITIES, probability[0], labeled),
+        soft_loss(PROBABILITIES, *probability, labeled, 1.0),
     )
-    # The sigmoid of 8 is stored in float32 with 2e-4 of relative error in 1 - p.
-    torch.testing.assert_close(torch.stack(other), torch.stack(own), rtol=2e-3, atol=1e-4)
+    # In float32, 1 - sigmoid(8) has a relative error of 2e-4.
+    torch.testing.assert_close(
+        torch.stack(losses_of_probabilities), torch.stack(losses_of_logits), rtol=2e-3, atol=1e-4
+    )
 
 
 listed = st.lists(
@@ -60,44 +64,44 @@ listed = st.lists(
 
 
 @given(listed)
-def test_list_losses_are_cross_entropies_of_each_lists_shares(made):
-    score, teacher, label, group = (np.array(c) for c in zip(*made, strict=True))
-    held = batch(label.astype(np.float32).tolist(), group.tolist())
+def test_losses_of_lists_are_mean_cross_entropies_of_softmax_shares(values):
+    score, teacher, label, group = (np.array(c) for c in zip(*values, strict=True))
+    labeled = batch(label.astype(np.float32).tolist(), group.tolist())
 
-    def shares(x):
+    def softmax(x):
         return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
 
     hard, soft = [], []
-    for one in np.unique(group):
-        inside = group == one
-        own = np.log(shares(score[inside].astype(np.float64)))
-        soft.append(-(shares(teacher[inside].astype(np.float64)) * own).sum())
-        gains = 2.0 ** label[inside] - 1
+    for list_id in np.unique(group):
+        in_list = group == list_id
+        log_shares = np.log(softmax(score[in_list].astype(np.float64)))
+        soft.append(-(softmax(teacher[in_list].astype(np.float64)) * log_shares).sum())
+        gains = 2.0 ** label[in_list] - 1
         if gains.sum():
-            hard.append(-(gains / gains.sum() * own).sum())
-    given_scores = torch.tensor(score.astype(np.float64))
-    of_teacher = torch.tensor(teacher.astype(np.float64))
-    found = (
-        hard_loss(LISTS, given_scores, held),
-        soft_loss(LISTS, given_scores, of_teacher, held, 1),
+            hard.append(-(gains / gains.sum() * log_shares).sum())
+    student_scores = torch.tensor(score.astype(np.float64))
+    teacher_scores = torch.tensor(teacher.astype(np.float64))
+    losses = (
+        hard_loss(LISTS, student_scores, labeled),
+        soft_loss(LISTS, student_scores, teacher_scores, labeled, 1),
     )
-    assert float(found[0]) == pytest.approx(np.mean(hard) if hard else 0.0, rel=1e-5, abs=1e-6)
-    assert float(found[1]) == pytest.approx(np.mean(soft), rel=1e-5, abs=1e-6)
+    assert float(losses[0]) == pytest.approx(np.mean(hard) if hard else 0.0, rel=1e-5, abs=1e-6)
+    assert float(losses[1]) == pytest.approx(np.mean(soft), rel=1e-5, abs=1e-6)
 
 
 def test_soft_loss_is_minimal_at_the_teachers_scores():
     teacher = torch.randn(20, generator=torch.Generator().manual_seed(1))
-    held = batch([0.0] * 20, [place // 5 for place in range(20)])
+    labeled = batch([0.0] * 20, [row // 5 for row in range(20)])
     for signature in (CLICKS, LISTS):
-        own = teacher.clone().requires_grad_(True)
-        (grad,) = torch.autograd.grad(soft_loss(signature, own, teacher, held, 2.0), own)
+        student = teacher.clone().requires_grad_(True)
+        (grad,) = torch.autograd.grad(soft_loss(signature, student, teacher, labeled, 2.0), student)
         assert grad.abs().max() < 1e-6
-        assert soft_loss(signature, own + torch.arange(20) * 0.1, teacher, held, 2.0) > soft_loss(
-            signature, own, teacher, held, 2.0
-        )
+        assert soft_loss(
+            signature, student + torch.arange(20) * 0.1, teacher, labeled, 2.0
+        ) > soft_loss(signature, student, teacher, labeled, 2.0)
 
 
-def test_the_ends_of_a_probability_have_finite_logits():
+def test_logits_of_probabilities_0_and_1_are_finite():
     assert logits(PROBABILITIES.single_output, torch.tensor([0.0, 1.0])).isfinite().all()
 
 
@@ -105,23 +109,23 @@ def test_the_ends_of_a_probability_have_finite_logits():
 
 
 @pytest.mark.parametrize("reference", [RANKER, ATTENTION], ids=["rows", "lists"])
-def test_every_row_comes_once_an_epoch_and_lists_stay_whole(reference, tmp_path):
+def test_shuffled_rows_has_every_row_once_and_no_list_in_two_batches(reference, tmp_path):
     split = reference.bench(tmp_path).train
-    held = Rows(split, reference.signature)
-    drawn = list(shuffled_rows(held, reference.signature, 20, seed=3))
-    assert sorted(torch.cat(drawn).tolist()) == list(range(BENCH_ROWS))
-    assert torch.cat(drawn).tolist() != list(range(BENCH_ROWS))
-    if held.group is not None:
-        seen = [set(held.group[numbers].tolist()) for numbers in drawn]
-        assert sum(map(len, seen)) == len(set().union(*seen))
+    all_rows = Rows(split, reference.signature)
+    batches_of_rows = list(shuffled_rows(all_rows, reference.signature, 20, seed=3))
+    assert sorted(torch.cat(batches_of_rows).tolist()) == list(range(BENCH_ROWS))
+    assert torch.cat(batches_of_rows).tolist() != list(range(BENCH_ROWS))
+    if all_rows.group is not None:
+        groups_of_batches = [set(all_rows.group[numbers].tolist()) for numbers in batches_of_rows]
+        assert sum(map(len, groups_of_batches)) == len(set().union(*groups_of_batches))
 
 
-def test_rows_taken_by_number_are_those_of_the_file(tmp_path):
+def test_take_returns_the_rows_of_the_given_numbers(tmp_path):
     split = RANKER.bench(tmp_path).train
     (whole,) = batches(split, RANKER.signature, BENCH_ROWS)
     model = RANKER.model().module
     numbers = torch.tensor([5, 90, 0, 17])
-    taken = Rows(split, RANKER.signature).take(numbers)
+    batch_of_rows = Rows(split, RANKER.signature).take(numbers)
     with torch.no_grad():
-        torch.testing.assert_close(model(**taken.inputs), model(**whole.inputs)[numbers])
-    assert torch.equal(taken.label, whole.label[numbers])
+        torch.testing.assert_close(model(**batch_of_rows.inputs), model(**whole.inputs)[numbers])
+    assert torch.equal(batch_of_rows.label, whole.label[numbers])
