@@ -90,7 +90,7 @@ FAULTS = (
         effect="Meaningless limits pass in the command line, order files and the form.",
         tests=(
             "tests/compressors/contracts/test_limits.py"
-            "::test_an_order_refuses_such_limits_and_a_stored_limit_is_still_read",
+            "::test_order_with_an_implausible_limit_is_refused_but_a_stored_limit_is_read",
         ),
     ),
     Fault(

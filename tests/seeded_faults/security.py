@@ -45,7 +45,7 @@ FAULTS = (
         effect="A module name in a bundle runs as code when the network is traced.",
         tests=(
             "tests/compressors/core/test_construction.py"
-            "::test_an_attribute_whose_name_could_run_as_code_is_refused",
+            "::test_attribute_name_that_could_run_as_code_is_refused",
         ),
     ),
     Fault(

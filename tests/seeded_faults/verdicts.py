@@ -74,7 +74,7 @@ FAULTS = (
         '    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")',
         effect="One accepted target makes an order accepted although another is rejected.",
         tests=(
-            "tests/compressors/contracts/test_contracts.py::test_the_worst_measured_target_decides",
+            "tests/compressors/contracts/test_contracts.py::test_overall_outcome_is_the_worst_of_measured_targets",
         ),
     ),
     Fault(
@@ -100,7 +100,7 @@ FAULTS = (
         old="    if (limit.at_least is not None) != spec.higher_is_better:\n        better",
         new="    if limit.bound == math.inf:\n        better",
         effect="'auc vs baseline <= 0.002' is accepted as typed.",
-        tests=(f"{LIMITS}::test_a_limit_that_cannot_be_meant_is_refused_with_the_intent",),
+        tests=(f"{LIMITS}::test_implausible_limit_is_reported_with_the_likely_intents",),
     ),
     Fault(
         id="limits-contradictions-accepted",
@@ -108,7 +108,7 @@ FAULTS = (
         old="            if lower_bound > upper_bound:\n",
         new="            if least > most + 1:\n",
         effect="Two limits that no value satisfies are accepted.",
-        tests=(f"{LIMITS}::test_limits_that_contradict_each_other_are_refused_by_name",),
+        tests=(f"{LIMITS}::test_contradicting_limits_are_reported_with_both",),
     ),
     Fault(
         id="large-score-changes-without-warning",
@@ -128,6 +128,8 @@ FAULTS = (
         "        return None\n",
         new="    if item is not None:\n        return None\n",
         effect="A ranking model with metric 'auc' is packed and fails after minutes.",
-        tests=(f"{LIMITS}::test_a_signature_accepts_a_metric_only_if_its_task_measures_it",),
+        tests=(
+            f"{LIMITS}::test_signature_with_a_metric_that_its_task_kind_does_not_measure_is_refused",
+        ),
     ),
 )

@@ -1,4 +1,4 @@
-"""The words that cross layers refuse what does not fit together."""
+"""Contracts: defaults, JSON round trips, and values that are refused."""
 
 import subprocess
 import sys
@@ -37,21 +37,23 @@ CLICK = {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "met
 
 
 def signature(*inputs, **changes) -> Signature:
-    """A signature of one output, with changes of the output's fields and of others."""
+    """Return a signature with one output; ``changes`` are fields of the output or the signature."""
     output = {name: changes.pop(name, value) for name, value in CLICK.items()}
     return Signature(inputs=inputs or (USER,), outputs=(output,), **changes)
 
 
-def test_the_contracts_load_neither_torch_nor_an_adapter():
+def test_importing_contracts_loads_no_tensor_library_and_no_prefect():
     code = (
         "import sys, compressors.contracts; "
         "print(*sorted({'torch', 'onnx', 'numpy', 'prefect'} & set(sys.modules)))"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == ""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == ""
 
 
-def test_values_are_frozen_equal_by_their_fields_and_refuse_unknown_ones():
+def test_frozen_values_are_immutable_equal_by_fields_and_refuse_unknown_fields():
     first, second = (Artifact(uri="a", sha256="0" * 64, bytes=3) for _ in range(2))
     assert first == second
     assert hash(first) == hash(second)
@@ -62,12 +64,12 @@ def test_values_are_frozen_equal_by_their_fields_and_refuse_unknown_ones():
 
 
 @pytest.mark.parametrize("sha256", ["0" * 63, "G" * 64, "A" * 64, ""])
-def test_a_hash_is_64_small_hex_digits(sha256):
+def test_hash_that_is_not_64_lower_case_hex_digits_is_refused(sha256):
     with pytest.raises(ValidationError, match="sha256"):
         Artifact(uri="a", sha256=sha256, bytes=3)
 
 
-def test_a_digest_depends_on_values_not_on_their_order():
+def test_digest_depends_on_values_but_not_on_the_order_of_keys():
     assert digest({"a": 1, "b": [USER]}) == digest({"b": [USER.model_dump(mode="json")], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
     assert digest([1, 2]) != digest([2, 1])
@@ -75,7 +77,7 @@ def test_a_digest_depends_on_values_not_on_their_order():
         digest({1})
 
 
-def test_a_schema_is_json_and_back():
+def test_signature_is_unchanged_by_a_json_round_trip():
     assert Signature.model_validate_json(RANKER.signature.model_dump_json()) == RANKER.signature
 
 
@@ -139,12 +141,12 @@ def test_columns_default_to_the_name():
         ),
     ],
 )
-def test_an_input_that_does_not_fit_together_is_refused(kind, settings, code, fields):
+def test_input_with_inconsistent_settings_is_refused(kind, settings, code, fields):
     with raises_value_error(code, **fields):
         kind(name="x", **settings)
 
 
-def test_a_jagged_bag_is_two_arguments():
+def test_jagged_bag_has_two_tensor_names():
     bag = JaggedBag(name="tags", table="t", shape=(2,), layout="lengths")
     assert tensor_names(bag) == ("tags", "tags_lengths")
     assert tensor_names(USER) == ("user",)
@@ -174,38 +176,38 @@ def test_a_jagged_bag_is_two_arguments():
         ((USER,), {"metric": "accuracy"}, "metric_unknown", {"metric": "accuracy"}),
     ],
 )
-def test_a_schema_that_does_not_fit_together_is_refused(inputs, changes, code, fields):
+def test_signature_with_inconsistent_fields_is_refused(inputs, changes, code, fields):
     with raises_value_error(code, **fields):
         signature(*inputs, **changes)
 
 
-def test_a_schema_needs_an_input():
+def test_signature_without_an_input_is_refused():
     with pytest.raises(ValidationError, match="at least 1 item"):
         Signature(inputs=(), outputs=(CLICK,))
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_a_signature_without_exactly_one_output_is_refused(count):
-    outputs = tuple(CLICK | {"name": f"o{place}"} for place in range(count))
+def test_signature_without_exactly_one_output_is_refused(count):
+    outputs = tuple(CLICK | {"name": f"o{number}"} for number in range(count))
     with raises_value_error("outputs_count", count=count):
         Signature(inputs=(USER,), outputs=outputs)
 
 
-def test_the_single_output_of_several_is_not_chosen_silently():
+def test_single_output_raises_if_there_are_several():
     (output,) = signature().outputs
     assert signature().single_output == output
-    several = signature().model_copy(update={"outputs": (output, output)})
+    two_outputs = signature().model_copy(update={"outputs": (output, output)})
     with pytest.raises(ValueError, match="too many values"):
-        _ = several.single_output
+        _ = two_outputs.single_output
 
 
 @pytest.mark.parametrize("name", ["", "1st", "a b", "a-b", "é", "a" * 65])
-def test_the_name_of_an_output_is_an_identifier(name):
+def test_output_name_that_is_no_identifier_is_refused(name):
     with raises_value_error("string_pattern_mismatch"):
         Output.model_validate(CLICK | {"name": name})
 
 
-def test_lists_and_rows_of_a_signature_follow_from_its_outputs():
+def test_has_lists_and_scores_rows_depend_on_the_task_kind():
     ranking = with_output(signature(), kind="ranking", form="score")
     retrieval = with_output(signature(), kind="retrieval", form="score")
     assert [s.has_lists for s in (signature(), ranking, retrieval)] == [False, True, False]
@@ -213,12 +215,12 @@ def test_lists_and_rows_of_a_signature_follow_from_its_outputs():
 
 
 @pytest.mark.parametrize("path", ["a.b", "a:b:c", "a/b:C", "os.system('x'):y", ":A", "a:"])
-def test_an_architectures_path_is_a_module_and_a_class(path):
+def test_architecture_path_other_than_module_and_class_is_refused(path):
     with pytest.raises(ValidationError, match="path"):
         Architecture(path=path)
 
 
-def test_a_bench_never_holds_test_data():
+def test_bench_has_no_field_for_test_data():
     assert "test" not in Bench.model_fields
     with pytest.raises(ValidationError, match="Extra inputs"):
         Bench(signature=RANKER.signature, test=None)
@@ -229,7 +231,7 @@ def test_a_bench_never_holds_test_data():
 REASONS = (Reason("selected", step="s"),)
 
 
-def test_a_plan_finds_the_line_of_a_module():
+def test_plan_returns_the_line_of_a_module():
     line = PlanLine(
         module="user", role="table", format="f", bytes_before=2, bytes_after=1, reasons=REASONS
     )
@@ -247,7 +249,7 @@ def test_a_plan_finds_the_line_of_a_module():
         "ndcg@10 >= 0.3",
     ],
 )
-def test_a_limit_reads_as_people_write_it_and_back(text):
+def test_limit_is_unchanged_by_formatting_and_parsing(text):
     assert str(Limit.parse(text)) == text
     assert Limit.parse(str(Limit.parse(text))) == Limit.parse(text)
     assert Limit.parse(text.replace(" ", "  ")) == Limit.parse(text)
@@ -265,13 +267,13 @@ def test_a_limit_reads_as_people_write_it_and_back(text):
         ("auc >= much", "float_parsing", {}),
     ],
 )
-def test_limit_that_cannot_be_evaluated_is_refused(text, code, fields):
+def test_limit_with_an_unusable_text_is_refused(text, code, fields):
     with raises_value_error(code, **fields):
         Limit.parse(text)
 
 
 @pytest.mark.parametrize("bounds", [{}, {"at_least": 0.1, "at_most": 0.2}])
-def test_a_limit_has_exactly_one_bound(bounds):
+def test_limit_without_exactly_one_bound_is_refused(bounds):
     with raises_value_error("bound_count", metric="auc"):
         Limit(metric="auc", **bounds)
 
@@ -287,7 +289,7 @@ def test_a_limit_has_exactly_one_bound(bounds):
         ((), "built-unmeasured"),
     ],
 )
-def test_the_worst_measured_target_decides(outcomes, expected):
+def test_overall_outcome_is_the_worst_of_measured_targets(outcomes, expected):
     verdicts = [Verdict(target="onnxruntime", outcome=item, reasons=REASONS) for item in outcomes]
     assert overall(verdicts) == expected
 
@@ -308,8 +310,8 @@ RETRIEVAL = {
 }
 
 
-def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
-    whole = signature(
+def test_of_split_returns_the_inputs_and_columns_of_each_split():
+    retrieval = signature(
         USER,
         ITEM,
         DenseInput(name="price", shape=(2,)),
@@ -319,13 +321,13 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
             "towers": TOWERS | {"item": {"module": "of_item", "inputs": ["price", "item"]}},
         },
     )
-    test, items = whole.of_split("test"), whole.of_split("items")
+    test, items = retrieval.of_split("test"), retrieval.of_split("items")
     assert [item.name for item in test.inputs] == ["user", "item"]
     assert (test.single_output.label, test.group) == ("bought", "user")
     assert [item.name for item in items.inputs] == ["item", "price"]
     assert (items.single_output.label, items.group) == (None, None)
     assert signature().of_split("items") == signature()
-    traffic = whole.of_split("traffic")
+    traffic = retrieval.of_split("traffic")
     assert (traffic.inputs, traffic.group) == (test.inputs, "user")
     assert traffic.outputs == test.without_labels().outputs
     assert signature().of_split("traffic") == with_output(signature(), label=None)
@@ -375,12 +377,12 @@ def test_a_retrieval_schema_knows_what_each_of_its_files_holds():
         ({"kind": "ranking", "metric": "gauc"}, "label_missing", {"task": "ranking"}),
     ],
 )
-def test_a_retrieval_schema_that_does_not_fit_together_says_why(changes, code, fields):
+def test_retrieval_signature_with_inconsistent_fields_is_refused(changes, code, fields):
     with raises_value_error(code, **fields):
         signature(USER, ITEM, **RETRIEVAL | changes)
 
 
-def test_the_item_must_be_one_id():
+def test_item_that_is_a_bag_is_refused():
     bag = JaggedBag(name="item", table="item", shape=(3,))
     with raises_value_error("item_no_single_id", item="item"):
         signature(USER, bag, **RETRIEVAL)

@@ -1,4 +1,4 @@
-"""Limits that cannot mean what was typed are refused, each with what was probably meant."""
+"""Implausible limits are reported with the likely intents; which metrics a task kind has."""
 
 import re
 
@@ -24,12 +24,12 @@ from flows.terms import Terms
 from infra.bundle.json_reader import parse
 
 METRICS = usual_metrics()
-SHARES = [name for name, facts in METRICS.items() if facts.selects]
+SHARES = [name for name, spec in METRICS.items() if spec.selects]
 REFERENCES = {
-    name: ("absolute",) if facts.compared == "never" else ("absolute", "baseline", "champion")
-    for name, facts in METRICS.items()
+    name: ("absolute",) if spec.compared == "never" else ("absolute", "baseline", "champion")
+    for name, spec in METRICS.items()
 }
-"""What a limit on each metric may compare with."""
+"""Possible values of ``against`` for each metric."""
 
 
 def problems(*texts: str) -> tuple[Reason, ...]:
@@ -37,7 +37,7 @@ def problems(*texts: str) -> tuple[Reason, ...]:
 
 
 def suggested(reason: Reason) -> tuple[str, ...]:
-    """The limits to write instead of one that cannot be meant."""
+    """Return the limits that a reason suggests to write instead."""
     fields = reason.fields
     return fields["intents"] if reason.code == "limit_with_intents" else (fields["example"],)
 
@@ -45,7 +45,7 @@ def suggested(reason: Reason) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        # the side that bounds how good the result may be
+        # a bound on the best side, such as a largest AUC
         ("auc vs baseline <= 0.002", ["auc vs baseline >= -0.002"]),
         ("auc vs baseline <= -0.002", ["auc vs baseline >= -0.002"]),
         ("auc vs champion <= 0", ["auc vs champion >= 0"]),
@@ -56,7 +56,7 @@ def suggested(reason: Reason) -> tuple[str, ...]:
         ("p99_ms@64 vs baseline >= 0.9", ["p99_ms@64 vs baseline <= 0.9"]),
         ("bytes vs baseline >= 50", ["bytes vs baseline <= 0.5"]),
         ("bytes >= 100000", ["bytes <= 100000"]),
-        # a share or a ratio where bytes or milliseconds belong, and the reverse
+        # a ratio in place of bytes or milliseconds, and the reverse
         ("bytes <= 0.5", ["bytes vs baseline <= 0.5"]),
         ("bytes <= 50", ["bytes vs baseline <= 0.5"]),
         ("bytes vs baseline <= 200000", ["bytes <= 200000"]),
@@ -68,13 +68,13 @@ def suggested(reason: Reason) -> tuple[str, ...]:
         ("recall@20 >= 20", ["recall@20 >= 0.2"]),
         ("auc vs baseline >= -2", ["auc vs baseline >= -0.02"]),
         ("bytes vs baseline <= 50", ["bytes vs baseline <= 0.5"]),
-        # a difference where the metric itself belongs, and the reverse
+        # a difference in place of the metric itself, and the reverse
         ("auc >= 0.002", ["auc vs baseline >= -0.002"]),
         ("auc >= 1.5", ["auc vs baseline >= -0.015"]),
         ("auc vs baseline >= 0.9", ["auc >= 0.9"]),
         ("logloss vs baseline <= 0.45", ["logloss <= 0.45"]),
         ("bytes vs baseline <= -0.5", ["bytes vs baseline <= 0.5"]),
-        # never or always true
+        # limits that never or always hold
         ("p50_ms@1024 <= 0", ["p50_ms@1024 vs baseline <= 1"]),
         ("bytes vs baseline <= 0", ["bytes vs baseline <= 1"]),
         ("bytes <= 0", ["bytes vs baseline <= 1"]),
@@ -84,7 +84,7 @@ def suggested(reason: Reason) -> tuple[str, ...]:
         ("auc >= 1", ["auc vs baseline >= -0.01"]),
     ],
 )
-def test_a_limit_that_cannot_be_meant_is_refused_with_the_intent(typed, meant):
+def test_implausible_limit_is_reported_with_the_likely_intents(typed, meant):
     (problem,) = problems(typed)
     assert problem.fields["limit"] == typed
     assert set(meant) <= set(suggested(problem))
@@ -120,17 +120,16 @@ def test_a_limit_that_cannot_be_meant_is_refused_with_the_intent(typed, meant):
         "changed_top1 <= 0.02",
     ],
 )
-def test_a_limit_that_makes_sense_is_accepted(typed):
+def test_plausible_limit_is_not_reported(typed):
     assert problems(typed) == ()
 
 
 @pytest.mark.parametrize(
-    ("metric", "against"), [(name, each) for name, every in REFERENCES.items() for each in every]
+    ("metric", "against"),
+    [(name, against) for name, possible in REFERENCES.items() for against in possible],
 )
 @given(bound=st.floats(0, 1e9))
-def test_the_side_that_bounds_how_good_a_result_is_is_refused_for_every_metric(
-    metric, against, bound
-):
+def test_bound_on_the_best_side_is_reported_for_every_metric(metric, against, bound):
     side = "at_most" if METRICS[metric].higher_is_better else "at_least"
     limit = Limit(metric=metric, against=against, **{side: bound})
     assert limit_problems([limit])
@@ -138,12 +137,12 @@ def test_the_side_that_bounds_how_good_a_result_is_is_refused_for_every_metric(
 
 @given(
     reference=st.sampled_from(
-        [(name, each) for name, every in sorted(REFERENCES.items()) for each in every]
+        [(name, against) for name, possible in sorted(REFERENCES.items()) for against in possible]
     ),
     side=st.sampled_from(["at_least", "at_most"]),
     bound=st.floats(-1e6, 1e9),
 )
-def test_every_suggestion_makes_sense_itself(reference, side, bound):
+def test_every_suggested_limit_is_plausible(reference, side, bound):
     metric, against = reference
     if against == "absolute":
         bound = abs(bound)
@@ -156,7 +155,7 @@ def test_every_suggestion_makes_sense_itself(reference, side, bound):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("metric", ["auc vs baseline >=", "bytes <=", "p99_ms@1 vs champion <="])
-def test_a_bound_that_is_not_finite_is_refused(metric, value):
+def test_bound_that_is_not_finite_is_refused(metric, value):
     with raises_value_error("finite_number"):
         Limit.parse(f"{metric} {value}")
 
@@ -170,18 +169,18 @@ def test_a_bound_that_is_not_finite_is_refused(metric, value):
         ("score_correlation >= 99.9", "score_correlation >= 0.999"),
     ],
 )
-def test_a_limit_on_a_score_change_that_cannot_be_meant_is_refused_with_the_intent(typed, meant):
+def test_implausible_limit_on_a_score_change_is_reported_with_the_likely_intent(typed, meant):
     (problem,) = problems(typed)
     assert meant in suggested(problem)
 
 
 @pytest.mark.parametrize("metric", SHARES)
-def test_a_negative_share_is_refused_with_the_comparison(metric):
+def test_negative_absolute_bound_is_refused(metric):
     with raises_value_error("absolute_bound_negative", metric=metric):
         Limit.parse(f"{metric} >= -0.002")
 
 
-def test_limits_that_contradict_each_other_are_refused_by_name():
+def test_contradicting_limits_are_reported_with_both():
     first, second = "auc vs baseline >= -0.001", "auc vs baseline <= -0.002"
     with_code(problems(first, second), "limits_contradict", first=first, second=second)
     assert problems("auc vs baseline >= -0.001", "auc vs champion >= 0", "auc >= 0.7") == ()
@@ -209,32 +208,36 @@ def test_limits_that_contradict_each_other_are_refused_by_name():
         ("logloss <= 45", Reason("beyond_highest", metric="logloss", highest=15.95, unit="")),
     ],
 )
-def test_reason_says_why_a_limit_cannot_be_meant(typed, why):
+def test_reported_limit_has_the_reason_why_it_is_implausible(typed, why):
     (problem,) = problems(typed)
     assert problem.fields["why"] == why
 
 
-def test_a_demanded_improvement_is_allowed_with_a_warning():
+def test_limit_that_demands_an_improvement_results_in_a_warning():
     limits = [Limit.parse("auc vs baseline >= 0.002"), Limit.parse("logloss vs baseline <= -0.01")]
     first, second = limit_warnings(limits)
     assert first.code == second.code == "improvement_demanded"
     assert (first.fields["metric"], first.fields["loss"]) == ("auc", "auc vs baseline >= -0.002")
     assert second.fields["loss"] == "logloss vs baseline <= 0.01"
-    usual = ["auc vs baseline >= -0.002", "auc vs champion >= 0.002", "bytes vs baseline <= 0.5"]
-    assert limit_warnings([Limit.parse(text) for text in usual]) == ()
+    plausible = [
+        "auc vs baseline >= -0.002",
+        "auc vs champion >= 0.002",
+        "bytes vs baseline <= 0.5",
+    ]
+    assert limit_warnings([Limit.parse(text) for text in plausible]) == ()
 
 
-def test_an_order_refuses_such_limits_and_a_stored_limit_is_still_read():
+def test_order_with_an_implausible_limit_is_refused_but_a_stored_limit_is_read():
     limit = {"metric": "auc", "against": "baseline", "at_most": 0.002}
     with raises_value_error("limits_not_meant", reasons=HasReason("limit_with_intents")):
         Terms.model_validate({"model": "clicks", "limits": [limit]})
     assert Limit.model_validate(limit).at_most == 0.002
 
 
-# --- which task measures what ----------------------------------------------------------------
+# --- metrics of task kinds -------------------------------------------------------------------
 
 
-def test_every_metric_is_found_by_its_name_and_measured_for_a_task():
+def test_every_usual_metric_is_registered_and_measured_for_a_task_kind():
     assert {name: metric(name) for name in METRICS} == METRICS
     for item in METRICS.values():
         assert any(can_be_measured(item, task, grouped=True) for task in TASK_KINDS), item.name
@@ -244,15 +247,15 @@ def test_every_metric_is_found_by_its_name_and_measured_for_a_task():
 
 
 @given(st.sampled_from([f for f in FAMILIES.values() if f.number]), st.integers(1, 70_000))
-def test_family_has_a_metric_for_every_number_up_to_its_largest(family, number):
-    found = find_metric(f"{family.name}{number}")
+def test_family_has_a_metric_for_every_number_up_to_most(family, number):
+    member = find_metric(f"{family.name}{number}")
     if number > family.most:
-        assert found is None
+        assert member is None
         return
-    assert found is not None
-    assert found.name == f"{family.name}{number}"
-    assert number in (found.depth, found.batch)
-    limit = Limit(metric=found.name, against="baseline", at_most=1.5)
+    assert member is not None
+    assert member.name == f"{family.name}{number}"
+    assert number in (member.depth, member.batch)
+    limit = Limit(metric=member.name, against="baseline", at_most=1.5)
     assert Limit.parse(str(limit)) == limit
 
 
@@ -260,15 +263,15 @@ def test_family_has_a_metric_for_every_number_up_to_its_largest(family, number):
     "name", ["", "ndcg", "ndcg@", "ndcg@0", "ndcg@05", "ndcg@-1", "ndcg@5 ", "ndcg@1e3", "auc@5",
              "ndcg@10001", "p75_ms@1", "NDCG@10", "ndcg@10@10"]
 )  # fmt: skip
-def test_other_names_are_no_metrics(name):
+def test_unknown_metric_name_is_refused(name):
     with raises_value_error("metric_unknown", metric=name):
         Limit(metric=name, at_least=0)
 
 
-def test_metrics_of_limits_are_measured_in_addition_to_those_of_the_task():
-    named = ("ndcg@5", "bytes", "p99_ms@256", "ndcg@10")
-    assert further_metrics("ranking", named) == ("ndcg@5", "p99_ms@256")
-    assert quality_metrics("ranking", grouped=True, named=named) == ("ndcg@10", "ndcg@5")
+def test_metrics_of_limits_are_added_to_those_of_the_task_kind():
+    listed = ("ndcg@5", "bytes", "p99_ms@256", "ndcg@10")
+    assert further_metrics("ranking", listed) == ("ndcg@5", "p99_ms@256")
+    assert quality_metrics("ranking", grouped=True, named=listed) == ("ndcg@10", "ndcg@5")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +284,7 @@ def test_metrics_of_limits_are_measured_in_addition_to_those_of_the_task():
         ("retrieval", True, ("recall@20", "ndcg@20")),
     ],
 )
-def test_a_task_measures_its_own_metrics(task, grouped, expected):
+def test_measured_metrics_depend_on_task_kind_and_group(task, grouped, expected):
     assert quality_metrics(task, grouped=grouped) == expected
     changes = {"score_correlation", "mean_score_change", "max_score_change"}
     changes |= {"changed_top1"} if grouped else set()
@@ -301,7 +304,7 @@ def test_a_task_measures_its_own_metrics(task, grouped, expected):
 @pytest.mark.parametrize("task", ["ctr", "ranking", "retrieval"])
 @pytest.mark.parametrize("name", [*SHARES, "ndcg@7", "recall@1000"])
 @pytest.mark.parametrize("group", [None, "user"])
-def test_a_signature_accepts_a_metric_only_if_its_task_measures_it(task, name, group):
+def test_signature_with_a_metric_that_its_task_kind_does_not_measure_is_refused(task, name, group):
     document = {
         "inputs": [
             {"kind": "id", "name": "user", "table": "user"},
@@ -327,16 +330,16 @@ def test_a_signature_accepts_a_metric_only_if_its_task_measures_it(task, name, g
     if can_be_measured(metric(name), task, grouped=group is not None):
         assert Signature.model_validate(document).single_output.metric == name
         return
-    with raises_value_error("metric_not_measured") as refused:
+    with raises_value_error("metric_not_measured") as caught:
         Signature.model_validate(document)
-    reason = refused.value.errors()[0]["ctx"]["reason"]
+    reason = caught.value.errors()[0]["ctx"]["reason"]
     assert reason.fields["metric"] == name
     usable = {
         family.spelling
         for family in FAMILIES.values()
         if family.any_member().selects and can_be_measured(family.any_member(), task, grouped=True)
     }
-    named = {*reason.fields.get("metrics", ()), *reason.fields.get("grouped", ())}
-    assert named == (set() if reason.code == "metric_without_group" else usable)
-    # What was packed before the rule is still read.
+    listed = {*reason.fields.get("metrics", ()), *reason.fields.get("grouped", ())}
+    assert listed == (set() if reason.code == "metric_without_group" else usable)
+    # Bundles of earlier versions, which did not have this rule, can still be read.
     assert parse(Signature, document, None, stored=True).single_output.metric == name

@@ -1,4 +1,4 @@
-"""Networks whose constructors move, copy, cast or read their parameters are built and loaded."""
+"""Build and load networks whose constructors move, copy, cast or read their parameters."""
 
 import copy
 import resource
@@ -36,8 +36,10 @@ def network_of(architecture: type[nn.Module], **config: object) -> Network:
     return Network(architecture=Architecture(path=path, config=config))
 
 
-def stored(architecture: type[nn.Module], folder, **config: object) -> tuple[nn.Module, nn.Module]:
-    """A network as a user trained it, and the same loaded from its file."""
+def trained_and_loaded(
+    architecture: type[nn.Module], folder, **config: object
+) -> tuple[nn.Module, nn.Module]:
+    """Return a trained network, and the same network loaded from its file."""
     torch.manual_seed(1)
     trained = construct_as_a_user(architecture, **config)
     with torch.no_grad():
@@ -49,7 +51,7 @@ def stored(architecture: type[nn.Module], folder, **config: object) -> tuple[nn.
 
 
 def construct_as_a_user(architecture: type[nn.Module], **config: object) -> nn.Module:
-    """Without CUDA here, what a GPU would hold is on the CPU; nothing else differs."""
+    """Build a network with weights; tensors that a constructor moves to a GPU are on the CPU."""
     from compressors.core.state.construction import construct_with_weights
 
     return construct_with_weights(architecture, config)
@@ -57,7 +59,7 @@ def construct_as_a_user(architecture: type[nn.Module], **config: object) -> nn.M
 
 @pytest.mark.parametrize("architecture", EMPTY)
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_a_constructor_that_moves_casts_or_copies_is_built_without_weights(architecture, device):
+def test_constructor_that_moves_casts_or_copies_is_built_on_meta(architecture, device):
     module = construct(architecture, {"device": device}).module
     assert all(parameter.is_meta for parameter in module.parameters())
     assert not module.places.is_meta
@@ -65,51 +67,51 @@ def test_a_constructor_that_moves_casts_or_copies_is_built_without_weights(archi
 
 
 @pytest.mark.parametrize("architecture", [*EMPTY, *WITH_VALUES])
-def test_a_loaded_network_scores_like_the_trained_one(architecture, tmp_path):
-    trained, loaded = stored(architecture, tmp_path)
+def test_loaded_network_has_the_scores_of_the_trained_one(architecture, tmp_path):
+    trained, loaded = trained_and_loaded(architecture, tmp_path)
     ids = torch.arange(7)
-    # The same operations on the same numbers: not even rounding differs.
+    # Both run the same operations on the same numbers, so the scores are identical.
     torch.testing.assert_close(loaded(ids), trained(ids), rtol=0, atol=0)
     for tensor in (*loaded.parameters(), *loaded.buffers()):
         assert tensor.device.type == "cpu"
 
 
 @pytest.mark.parametrize("architecture", WITH_VALUES)
-def test_a_constructor_that_reads_values_is_built_with_weights_and_a_note(architecture):
-    built = construct(architecture, {})
-    assert not any(parameter.is_meta for parameter in built.module.parameters())
-    (note,) = built.notes
+def test_constructor_that_reads_weights_is_built_with_them_and_a_note(architecture):
+    construction = construct(architecture, {})
+    assert not any(parameter.is_meta for parameter in construction.module.parameters())
+    (note,) = construction.notes
     assert architecture.__name__ in note
     assert "all its weights in memory" in note
 
 
-def test_the_note_names_the_line_that_reads_a_value():
+def test_note_has_the_line_that_reads_a_weight():
     (note,) = construct(ReadsANumber, {}).notes
     assert "constructed_networks.py, line " in note
     assert "self.level = float(" in note
 
 
-def test_a_class_that_needs_no_values_has_no_notes():
+def test_constructor_that_reads_no_weights_has_no_note():
     assert construct(MovesToADevice, {"device": "cpu"}).notes == ()
 
 
 @pytest.mark.parametrize("architecture", [CallsCuda, CreatesOnCuda, MovesToADeviceObject])
-def test_a_constructor_on_a_gpu_is_built_on_the_cpu_with_a_note(architecture):
-    built = construct(architecture, {"device": "cuda:0"})
-    (note,) = built.notes
+def test_constructor_that_uses_a_gpu_is_built_on_the_cpu_with_a_note(architecture):
+    construction = construct(architecture, {"device": "cuda:0"})
+    (note,) = construction.notes
     assert "cuda" in note
     assert "decides the device itself" in note
 
 
-def test_process_wide_defaults_are_as_before_a_construction():
+def test_construct_restores_the_default_device_and_dtype():
     before = torch.get_default_device(), torch.get_default_dtype()
     construct(SetsDefaultsOfTheProcess, {})
     assert (torch.get_default_device(), torch.get_default_dtype()) == before
     assert torch.zeros(1).device.type == "cpu"
 
 
-def test_devices_that_a_network_remembers_become_the_cpu():
-    class Remembers(Base):
+def test_device_attributes_of_a_network_are_set_to_the_cpu():
+    class DeviceAttributesNet(Base):
         def finish(self, device):
             self.device = device
             self.own_device = torch.device(device)
@@ -117,23 +119,23 @@ def test_devices_that_a_network_remembers_become_the_cpu():
             self.settings = {"device": device, "name": "cuda"}
             self.to(device)
 
-    module = construct(Remembers, {"device": "cuda:1"}).module
+    module = construct(DeviceAttributesNet, {"device": "cuda:1"}).module
     assert module.device == "cpu"
     assert module.own_device == torch.device("cpu")
     assert module.from_weights == torch.device("cpu")
-    assert module.settings == {"device": "cpu", "name": "cuda"}  # a name is no device
+    assert module.settings == {"device": "cpu", "name": "cuda"}  # "name" is not a device
 
 
-def test_references_to_parameters_in_plain_attributes_have_the_loaded_values(tmp_path):
-    trained, loaded = stored(Penalized, tmp_path)
-    for found, expected in zip(loaded.penalties(), trained.penalties(), strict=True):
-        assert torch.equal(found, expected)
+def test_parameters_in_plain_attributes_have_the_loaded_values(tmp_path):
+    trained, loaded = trained_and_loaded(Penalized, tmp_path)
+    for loaded_value, expected in zip(loaded.penalties(), trained.penalties(), strict=True):
+        assert torch.equal(loaded_value, expected)
     assert loaded.weights[0][0][0] is loaded.emb.weight
     assert loaded.by_name["out"] is loaded.out.weight is loaded.alias
     assert loaded.first_row.data_ptr() == loaded.emb.weight[2].data_ptr()
 
 
-def test_a_plain_tensor_that_became_a_parameter_follows_the_stored_values(tmp_path):
+def test_plain_tensor_that_shares_memory_with_a_parameter_has_the_loaded_values(tmp_path):
     class SharesMemory(Base):
         def finish(self, device):
             rows = torch.zeros(7, DIM)
@@ -141,12 +143,12 @@ def test_a_plain_tensor_that_became_a_parameter_follows_the_stored_values(tmp_pa
             self.rows = rows
             self.held = [self.out.weight]
 
-    _, loaded = stored(SharesMemory, tmp_path)
+    _, loaded = trained_and_loaded(SharesMemory, tmp_path)
     assert torch.equal(loaded.rows, loaded.emb.weight)
     assert loaded.held[0] is loaded.out.weight
 
 
-def test_parameters_of_compressed_layers_in_lists_do_not_refuse_the_model(tmp_path):
+def test_model_with_a_replaced_parameter_in_a_list_is_loaded(tmp_path):
     from compressors.core.modules.formats import PackedTable
     from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
@@ -166,83 +168,83 @@ def test_parameters_of_compressed_layers_in_lists_do_not_refuse_the_model(tmp_pa
     assert loaded.by_name["out"] is loaded.out.weight
 
 
-def test_a_private_copy_shares_parameters_that_only_a_list_holds():
+def test_private_copy_shares_parameters_that_are_only_in_a_list():
     module = construct_as_a_user(Penalized)
-    held = module.weights[0][0][0]
+    only_in_list = module.weights[0][0][0]
     module.emb = nn.Embedding(7, DIM)  # as if a packed table had replaced it
-    copied = private_copy(module)
-    assert copied.weights[0][0][0] is held
-    assert copied.weights is not module.weights
+    copy_of_module = private_copy(module)
+    assert copy_of_module.weights[0][0][0] is only_in_list
+    assert copy_of_module.weights is not module.weights
 
 
-def test_random_values_that_no_file_stores_are_refused_by_name():
-    class Halved(Base):
+def test_random_plain_tensors_are_refused_with_their_names():
+    class HalvedWeightNet(Base):
         def finish(self, device):
             self.half = self.out.weight.detach() / 2
 
-    class Hidden(Base):
+    class LayerInListNet(Base):
         def finish(self, device):
             self.hidden = [nn.Linear(DIM, DIM)]
 
     with raises_code(ModelRefused, "initial_weights_used", names=("half",)):
-        construct(Halved, {})
+        construct(HalvedWeightNet, {})
     names = ("hidden[0].weight", "hidden[0].bias")
     with raises_code(ModelRefused, "initial_weights_used", names=names):
-        construct(Hidden, {})
+        construct(LayerInListNet, {})
 
 
-def test_a_weight_with_weak_references_is_still_loaded(tmp_path):
-    class Watched(Base):
+def test_weight_with_weak_references_is_loaded(tmp_path):
+    class WeakReferenceNet(Base):
         def finish(self, device):
             self.watch = weakref.ref(self.emb.weight)
 
-    trained, loaded = stored(Watched, tmp_path)
+    trained, loaded = trained_and_loaded(WeakReferenceNet, tmp_path)
     assert torch.equal(loaded.emb.weight, trained.emb.weight)
 
 
-def test_attributes_and_class_of_a_parameter_survive_building_and_loading(tmp_path):
-    class Marked(nn.Parameter):
+def test_loaded_parameter_has_its_class_and_attributes(tmp_path):
+    class MarkedParameter(nn.Parameter):
         pass
 
-    class HasMarks(Base):
+    class MarkedParameterNet(Base):
         def finish(self, device):
-            marked = Marked(torch.zeros(2))
+            marked = MarkedParameter(torch.zeros(2))
             marked.group = "slow"
             self.marked = marked
 
-    _, loaded = stored(HasMarks, tmp_path)
-    assert type(loaded.marked) is Marked
+    _, loaded = trained_and_loaded(MarkedParameterNet, tmp_path)
+    assert type(loaded.marked) is MarkedParameter
     assert loaded.marked.group == "slow"
 
 
-def test_a_constructor_that_fails_is_refused_with_its_own_cause():
-    class Broken(Base):
+def test_constructor_that_raises_is_refused_with_its_error_and_line():
+    class FailingNet(Base):
         def finish(self, device):
             raise ValueError("depth must be even")
 
-    fields = {"error": "ValueError", "problem": "depth must be even", "architecture": "Broken"}
+    fields = {"error": "ValueError", "problem": "depth must be even", "architecture": "FailingNet"}
     with raises_code(ConstructionFailed, "constructor_raised", **fields) as caught:
-        construct(Broken, {})
+        construct(FailingNet, {})
     assert caught.value.fields["place"].startswith("test_construction.py, line")
 
 
-def test_wrong_arguments_are_refused_with_those_the_class_takes():
+def test_unknown_argument_is_refused_with_the_arguments_of_the_class():
     with raises_code(ConstructionFailed, "arguments_wrong", arguments=("device",)) as caught:
         construct(Base, {"depth": 3})
     assert "'depth'" in caught.value.fields["problem"]
 
 
-def test_a_constructor_that_needs_cuda_itself_is_refused_with_a_remedy():
-    class Needs(Base):
+def test_constructor_that_requires_cuda_is_refused():
+    class CudaNet(Base):
         def finish(self, device):
             raise RuntimeError("Found no NVIDIA driver on your system")
 
-    with raises_code(ConstructionFailed, "constructor_needs_gpu", architecture="Needs") as caught:
-        construct(Needs, {})
+    with raises_code(ConstructionFailed, "constructor_needs_gpu", architecture="CudaNet") as caught:
+        construct(CudaNet, {})
     assert "NVIDIA" in caught.value.fields["problem"]
 
 
-def test_assigning_leaves_the_network_that_gave_the_tensors_as_it_was():
+def test_assign_does_not_modify_the_network_with_the_tensors():
     source, target = Base(), construct(Base, {}).module
     expected = copy.deepcopy(source.state_dict())
     assign(target, source.state_dict(keep_vars=True), strict=True)
@@ -251,8 +253,8 @@ def test_assigning_leaves_the_network_that_gave_the_tensors_as_it_was():
         assert target.state_dict()[name].data_ptr() == tensor.data_ptr()
 
 
-class Sized(nn.Module):
-    """Its configuration decides everything that its constructor creates."""
+class SizedNet(nn.Module):
+    """A network whose configuration sets the size of every tensor."""
 
     def __init__(self, *, rows=10, hidden=4, layers=1, mask=4, drawn=4):
         super().__init__()
@@ -266,8 +268,8 @@ class Sized(nn.Module):
 
 
 def stored_network(tmp_path, **config):
-    save(Sized(), tmp_path)
-    architecture = Architecture(path="test_construction:Sized", config=config)
+    save(SizedNet(), tmp_path)
+    architecture = Architecture(path="test_construction:SizedNet", config=config)
     return Network(architecture=architecture)
 
 
@@ -276,30 +278,30 @@ def stored_network(tmp_path, **config):
     [{"rows": 10**9}, {"hidden": 10**12}, {"mask": 10**6}, {"drawn": 10**10}],
     ids=["table", "layer", "buffer", "plain tensor"],
 )
-def test_a_constructor_that_creates_far_more_than_is_stored_is_refused_unbuilt(tmp_path, config):
+def test_constructor_of_a_far_larger_tensor_than_stored_is_refused_without_memory(tmp_path, config):
     network = stored_network(tmp_path, **config)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with raises_code(ModelRefused, "construction_failed") as caught:
-        load(Sized, network, tmp_path)
+        load(SizedNet, network, tmp_path)
     assert "creates a tensor of" in caught.value.fields["problem"]
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 100 * 1024  # KiB: not even a part of it was touched
+    allocated = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert allocated < 100 * 1024  # KiB: no memory was allocated for the tensor
 
 
-def test_a_constructor_that_creates_tensors_without_end_is_refused(tmp_path):
+def test_constructor_of_far_more_tensors_than_stored_is_refused(tmp_path):
     network = stored_network(tmp_path, layers=10**9)
     with raises_code(ModelRefused, "construction_failed") as caught:
-        load(Sized, network, tmp_path)
+        load(SizedNet, network, tmp_path)
     assert "far more tensors than the files hold" in caught.value.fields["problem"]
 
 
-def test_a_mask_of_60_mib_that_no_file_stores_is_allowed(tmp_path):
+def test_unsaved_mask_of_60_mib_is_allowed(tmp_path):
     network = stored_network(tmp_path, mask=4000)
-    assert load(Sized, network, tmp_path).mask.shape == (4000, 4000)
+    assert load(SizedNet, network, tmp_path).mask.shape == (4000, 4000)
 
 
 class KeyedByFeature(nn.Module):
-    """A table for each feature, a dense layer, a buffer and an attribute, by the given name."""
+    """A network with a module, parameter, buffer or attribute of the given name."""
 
     def __init__(self, name: str, place: str = "module") -> None:
         super().__init__()
@@ -318,13 +320,13 @@ class KeyedByFeature(nn.Module):
 
 
 def name_that_runs(command: str) -> str:
-    """A module's name that ends the text in which torch writes it, and continues as a line."""
-    body = f"exec(bytes({list(command.encode())}))"
-    return f'x")\r{body}\rdef other():\r    (lambda name: name)("'
+    """Return a module name that ends torch's string literal and continues with code."""
+    code = f"exec(bytes({list(command.encode())}))"
+    return f'x")\r{code}\rdef other():\r    (lambda name: name)("'
 
 
-def test_torch_runs_what_a_name_of_a_module_contains(tmp_path):
-    """Why such names are refused; if this fails, torch escapes them and the rule is needless."""
+def test_torch_runs_code_in_a_module_name(tmp_path):
+    """If this fails, torch escapes such names, and recpress need not refuse them."""
     name = name_that_runs(f"open({str(tmp_path / 'ran')!r}, 'w')")
     program = torch.export.export(KeyedByFeature(name), (torch.arange(3),))
     program.run_decompositions({})
@@ -332,18 +334,18 @@ def test_torch_runs_what_a_name_of_a_module_contains(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["module", "parameter", "buffer", "attribute"])
-@pytest.mark.parametrize("sign", ['"', "'", "\\", "\n", "\r", "\0"])
-def test_an_attribute_whose_name_could_run_as_code_is_refused(place, sign):
-    config = {"name": f"a{sign}b", "place": place}
+@pytest.mark.parametrize("character", ['"', "'", "\\", "\n", "\r", "\0"])
+def test_attribute_name_that_could_run_as_code_is_refused(place, character):
+    config = {"name": f"a{character}b", "place": place}
     with raises_code(ConstructionFailed, "attribute_name_unsafe"):
         construct(KeyedByFeature, config)
     with raises_code(ConstructionFailed, "attribute_name_unsafe"):
         construct_as_a_user(KeyedByFeature, **config)
 
 
-def test_an_attribute_with_another_unusual_name_is_built_and_traced(tmp_path):
+def test_harmless_unusual_attribute_name_is_built_and_traced(tmp_path):
     name = "price[usd] {0} %s </b> $(a) `b` ü \u2028 \x1b[31m # ; x=1"
-    trained, loaded = stored(KeyedByFeature, tmp_path, name=name)
+    trained, loaded = trained_and_loaded(KeyedByFeature, tmp_path, name=name)
     ids = torch.arange(3)
     program = torch.export.export(loaded, (ids,)).run_decompositions({})
     torch.testing.assert_close(program.module()(ids), trained(ids), rtol=0, atol=0)

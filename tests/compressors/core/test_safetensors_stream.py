@@ -1,4 +1,4 @@
-"""The streaming writer against the safetensors library, over types, shapes and orders."""
+"""The streaming writer has the results of the safetensors library for all types and shapes."""
 
 import json
 import math
@@ -27,9 +27,9 @@ METADATA = st.none() | st.dictionaries(st.text(max_size=4), st.text(max_size=4),
 
 @st.composite
 def tensor_sets(draw: st.DrawFn) -> dict[str, Tensor]:
-    """Named tensors of any type and small shape, with every bit pattern."""
+    """Generate named tensors of any dtype and small shapes, with arbitrary bits."""
     names = draw(st.lists(NAMES, min_size=1, max_size=6, unique=True))
-    found = {}
+    tensors = {}
     for name in names:
         dtype, shape = draw(st.sampled_from(list(DTYPES.values()))), draw(SHAPES)
         count = math.prod(shape) * dtype.itemsize
@@ -37,8 +37,8 @@ def tensor_sets(draw: st.DrawFn) -> dict[str, Tensor]:
         if dtype == torch.bool:
             data = bytes(byte & 1 for byte in data)
         flat = torch.tensor(list(data), dtype=torch.uint8).view(dtype) if count else torch.empty(0)
-        found[name] = flat.to(dtype).reshape(shape)
-    return found
+        tensors[name] = flat.to(dtype).reshape(shape)
+    return tensors
 
 
 def layout_of(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
@@ -46,7 +46,7 @@ def layout_of(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 @given(tensor_sets(), METADATA)
-def test_the_file_is_the_librarys_byte_for_byte(tmp_path_factory, tensors, metadata):
+def test_write_creates_the_bytes_of_the_safetensors_library(tmp_path_factory, tensors, metadata):
     folder = tmp_path_factory.mktemp("files")
     write(folder / "ours", tensors, metadata)
     save_file(tensors, folder / "library", metadata)
@@ -54,8 +54,8 @@ def test_the_file_is_the_librarys_byte_for_byte(tmp_path_factory, tensors, metad
 
 
 @given(tensor_sets(), st.randoms(use_true_random=False), st.integers(1, 3))
-def test_pieces_in_any_order_and_of_any_size_make_the_same_file(
-    tmp_path_factory, tensors, rng: random.Random, each: int
+def test_pieces_in_any_order_and_size_result_in_the_same_file(
+    tmp_path_factory, tensors, rng: random.Random, size: int
 ):
     folder = tmp_path_factory.mktemp("files")
     file = StreamedFile(layout_of(tensors))
@@ -63,7 +63,7 @@ def test_pieces_in_any_order_and_of_any_size_make_the_same_file(
     for name, tensor in tensors.items():
         if tensor.dim():
             pieces += [
-                file.piece(name, tensor[at : at + each], at) for at in range(0, len(tensor), each)
+                file.piece(name, tensor[at : at + size], at) for at in range(0, len(tensor), size)
             ]
         else:
             pieces.append(file.piece(name, tensor))
@@ -78,61 +78,61 @@ def test_pieces_in_any_order_and_of_any_size_make_the_same_file(
     assert (folder / "ours").read_bytes() == (folder / "library").read_bytes()
 
 
-def test_a_tensor_that_is_not_contiguous_is_written_in_its_own_order(tmp_path: Path):
-    turned = torch.arange(12.0).reshape(3, 4).T
-    write(tmp_path / "file", {"turned": turned})
-    assert torch.equal(load_file(tmp_path / "file")["turned"], turned)
+def test_tensor_that_is_not_contiguous_is_written_in_logical_order(tmp_path: Path):
+    transposed = torch.arange(12.0).reshape(3, 4).T
+    write(tmp_path / "file", {"transposed": transposed})
+    assert torch.equal(load_file(tmp_path / "file")["transposed"], transposed)
 
 
-def test_many_pieces_of_one_tensor_are_joined(tmp_path: Path):
+def test_tensor_of_several_pieces_is_read_back_unchanged(tmp_path: Path):
     large = torch.arange(3 * 2**20, dtype=torch.int64).reshape(-1, 4)  # 24 MiB: three pieces
     write(tmp_path / "file", {"large": large, "small": torch.tensor(7)})
-    found = load_file(tmp_path / "file")
-    assert torch.equal(found["large"], large)
-    assert found["small"].item() == 7
+    tensors = load_file(tmp_path / "file")
+    assert torch.equal(tensors["large"], large)
+    assert tensors["small"].item() == 7
 
 
-# Entries on both sides of where 32-bit arithmetic would break: elements and bytes.
-BORDERS = (2**31, 2**32, 2**33)
+# Numbers of elements and bytes at which 32-bit arithmetic would overflow.
+OVERFLOWS = (2**31, 2**32, 2**33)
 
 
-@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("overflow", OVERFLOWS)
 @pytest.mark.parametrize(
     ("dtype", "width"), [(torch.int8, 1), (torch.int8, 64), (torch.float16, 1), (torch.float32, 24)]
 )
-def test_places_beyond_32_bits_are_exact(border: int, dtype: torch.dtype, width: int):
-    rows = border // width + 3
+def test_offsets_beyond_32_bits_are_exact(overflow: int, dtype: torch.dtype, width: int):
+    rows = overflow // width + 3
     specs = {"first": TensorSpec((rows, width), dtype), "next": TensorSpec((rows, width), dtype)}
     file = StreamedFile(specs)
-    head = len(file.header)
+    header_bytes = len(file.header)
     entry_bytes = width * dtype.itemsize
-    for entry in (border // width - 1, border // width, border // width + 1):
-        assert file.place("first", entry) == head + entry * entry_bytes
-        assert file.place("next", entry) == head + (rows + entry) * entry_bytes
-    assert file.bytes == head + 2 * rows * entry_bytes
+    for entry in (overflow // width - 1, overflow // width, overflow // width + 1):
+        assert file.place("first", entry) == header_bytes + entry * entry_bytes
+        assert file.place("next", entry) == header_bytes + (rows + entry) * entry_bytes
+    assert file.bytes == header_bytes + 2 * rows * entry_bytes
     offsets = json.loads(file.header[8:])["next"]["data_offsets"]
     assert offsets == [rows * entry_bytes, 2 * rows * entry_bytes]
 
 
-def test_rows_on_both_sides_of_every_border_are_read_back_by_the_library(tmp_path: Path):
-    # A file with holes: 6 GiB long, a few blocks of the disk.
+def test_rows_near_32_bit_offsets_are_read_back_by_the_library(tmp_path: Path):
+    # A sparse file: it has 6 GiB but takes only a few blocks of the disk.
     width, rows = 32, 6 * 2**30 // 32
     file = StreamedFile({"codes": TensorSpec((rows, width), torch.int8)})
     at_2_31 = 2**31 // width
-    planted = [0, at_2_31 - 1, at_2_31, at_2_31 + 1, 2 * at_2_31 - 1, 2 * at_2_31, rows - 1]
+    written_rows = [0, at_2_31 - 1, at_2_31, at_2_31 + 1, 2 * at_2_31 - 1, 2 * at_2_31, rows - 1]
     path = tmp_path / "large"
     with path.open("wb") as opened:
         opened.write(file.header)
         opened.truncate(file.bytes)
         opened.flush()
-        for number, row in enumerate(planted, start=1):
+        for number, row in enumerate(written_rows, start=1):
             values = torch.full((1, width), number, dtype=torch.int8)
             put(opened.fileno(), file.piece("codes", values, row))
     assert path.stat().st_blocks * 512 < 2**20
     with safe_open(path, framework="pt") as opened:
         codes = opened.get_slice("codes")
         assert codes.get_shape() == [rows, width]
-        for number, row in enumerate(planted, start=1):
+        for number, row in enumerate(written_rows, start=1):
             assert set(codes[row : row + 1].flatten().tolist()) == {number}
         assert not codes[at_2_31 + 2 : at_2_31 + 4].any()
 
@@ -154,7 +154,7 @@ LAYOUT = {"codes": TensorSpec((4, 2), torch.int8), "one": TensorSpec((), torch.f
         ("codes", torch.zeros(1, 2, dtype=torch.int8, device="meta"), 0, "values_missing", {}),
     ],
 )
-def test_what_does_not_fit_the_layout_is_refused(name, values, entry, code, fields):
+def test_piece_that_does_not_fit_the_layout_is_refused(name, values, entry, code, fields):
     with raises_code(ContractBroken, code, **fields):
         StreamedFile(LAYOUT).piece(name, values, entry)
 
@@ -167,12 +167,12 @@ def test_what_does_not_fit_the_layout_is_refused(name, values, entry, code, fiel
         ("x", TensorSpec((-2,), torch.int8)),
     ],
 )
-def test_what_safetensors_cannot_hold_is_refused(name, spec):
+def test_layout_that_safetensors_cannot_store_is_refused(name, spec):
     with pytest.raises(ContractBroken):
         StreamedFile({name: spec})
 
 
-def test_sizes_are_counted_in_bytes():
+def test_size_of_returns_bytes():
     assert size_of(TensorSpec((3, 5), torch.float16)) == 30
     assert size_of(TensorSpec((), torch.float64)) == 8
     assert size_of(TensorSpec((2**31, 4), torch.int64)) == 2**36

@@ -1,4 +1,4 @@
-"""A module as tensors plus records, and back."""
+"""Save and load a module as tensors and records, and refuse stored files that do not fit."""
 
 import json
 import threading
@@ -31,7 +31,7 @@ def network_of(reference, **changes) -> Network:
     return reference.model().network.model_copy(update=changes)
 
 
-def test_parameters_are_made_on_meta_and_buffers_are_real():
+def test_parameters_on_meta_creates_parameters_on_meta_and_buffers_with_values():
     with parameters_on_meta():
         module = NORMED.network()
     assert all(parameter.is_meta for parameter in module.parameters())
@@ -39,25 +39,25 @@ def test_parameters_are_made_on_meta_and_buffers_are_real():
     assert not any(parameter.is_meta for parameter in NORMED.network().parameters())
 
 
-def test_other_threads_and_later_modules_are_not_put_on_meta():
-    made: list[nn.Linear] = []
+def test_parameters_on_meta_does_not_affect_other_threads_or_later_modules():
+    layers: list[nn.Linear] = []
     with parameters_on_meta():
-        other = threading.Thread(target=lambda: made.append(nn.Linear(2, 2)))
+        other = threading.Thread(target=lambda: layers.append(nn.Linear(2, 2)))
         other.start()
         other.join()
     with pytest.raises(RuntimeError, match="boom"), parameters_on_meta():
         raise RuntimeError("boom")
-    assert not made[0].weight.is_meta
+    assert not layers[0].weight.is_meta
     assert not nn.Linear(2, 2).weight.is_meta
 
 
 @pytest.mark.parametrize("reference", [RANKER, TIED, BUFFERED, NORMED])
-def test_a_plain_model_comes_back_bit_for_bit_in_evaluation_mode(reference, tmp_path):
+def test_loaded_model_has_identical_tensors_and_is_in_evaluation_mode(reference, tmp_path):
     source = reference.model()
     ties = save(source.module.train(), tmp_path)
     loaded = load(reference.network, network_of(reference, ties=ties), tmp_path)
-    expected, found = source.module.state_dict(), loaded.state_dict()
-    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
+    expected, actual = source.module.state_dict(), loaded.state_dict()
+    torch.testing.assert_close(dict(actual), dict(expected), rtol=0, atol=0)
     assert not any(module.training for module in loaded.modules())
 
 
@@ -71,7 +71,7 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     assert loaded.friend is loaded.user
 
 
-def test_a_view_of_another_tensor_is_stored_whole():
+def test_view_of_another_tensor_is_stored_separately():
     module = nn.Module()
     module.register_buffer("whole", torch.arange(6.0))
     module.register_buffer("part", module.whole[2:4])
@@ -80,7 +80,7 @@ def test_a_view_of_another_tensor_is_stored_whole():
     assert stored["part"].tolist() == [2, 3]
 
 
-def test_unstored_buffers_and_plain_tensors_are_there_after_loading(tmp_path):
+def test_unsaved_buffers_and_plain_tensors_have_values_after_loading(tmp_path):
     source = BUFFERED.model()
     save(source.module, tmp_path)
     assert "places" not in mapped(tmp_path)
@@ -90,20 +90,20 @@ def test_unstored_buffers_and_plain_tensors_are_there_after_loading(tmp_path):
     assert loaded.floor.tolist() == [-1.0]
 
 
-def test_a_plain_tensor_made_from_a_parameter_is_refused_because_nothing_stores_it(tmp_path):
-    class Halved(nn.Module):
+def test_plain_tensor_computed_from_a_parameter_is_refused(tmp_path):
+    class HalvedWeightNet(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.out = nn.Linear(2, 1)
             self.half = self.out.weight.detach() / 2
 
-    save(Halved(), tmp_path)
-    network = Network(architecture=Architecture(path="models:Halved"))
+    save(HalvedWeightNet(), tmp_path)
+    network = Network(architecture=Architecture(path="models:HalvedWeightNet"))
     with raises_code(ModelRefused, "initial_weights_used", names=("half",)):
-        load(Halved, network, tmp_path)
+        load(HalvedWeightNet, network, tmp_path)
 
 
-def test_shards_carry_an_index_and_read_back(tmp_path):
+def test_model_in_shards_has_an_index_and_is_loaded_unchanged(tmp_path):
     model = compressed("Ranker", EVERYTHING)
     ties = save(model.module, tmp_path, shard_bytes=1000)
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -120,14 +120,14 @@ def test_shards_carry_an_index_and_read_back(tmp_path):
     )
 
 
-def test_a_tensor_in_two_files_is_refused(tmp_path):
+def test_tensor_in_two_files_is_refused(tmp_path):
     for name in ("a", "b"):
         save_file({"weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     with raises_code(ModelRefused, "tensor_stored_twice", name="weight"):
         mapped(tmp_path)
 
 
-def test_records_survive_json():
+def test_records_are_unchanged_by_a_json_round_trip():
     network = compressed("Ranker", EVERYTHING).network
     assert Network.model_validate_json(network.model_dump_json()) == network
     assert network.modules["history"].kind == "bag"
@@ -137,7 +137,7 @@ def test_records_survive_json():
     assert "history.table" not in network.modules
 
 
-def test_missing_and_left_over_tensors_are_named(tmp_path):
+def test_load_refuses_missing_and_unexpected_tensors(tmp_path):
     source = NORMED.model()
     stored, _ = tensors_of(source.module)
     stored["elsewhere"] = stored.pop("out.bias")
@@ -148,7 +148,7 @@ def test_missing_and_left_over_tensors_are_named(tmp_path):
         load(NORMED.network, source.network, tmp_path)
 
 
-def test_a_wrong_shape_names_the_configuration_as_its_source(tmp_path):
+def test_load_refuses_a_tensor_of_another_shape(tmp_path):
     save(NORMED.model().module, tmp_path)
     network = network_of(
         NORMED, architecture=Architecture(path="models:Normed", config={"width": 5})
@@ -157,7 +157,7 @@ def test_a_wrong_shape_names_the_configuration_as_its_source(tmp_path):
         load(NORMED.network, network, tmp_path)
 
 
-def test_codes_where_floats_belong_are_refused(tmp_path):
+def test_load_refuses_integers_for_a_float_parameter(tmp_path):
     source = NORMED.model()
     stored, _ = tensors_of(source.module)
     stored["out.bias"] = stored["out.bias"].to(torch.int8)
@@ -166,14 +166,14 @@ def test_codes_where_floats_belong_are_refused(tmp_path):
         load(NORMED.network, source.network, tmp_path)
 
 
-def test_a_tie_to_a_tensor_no_file_holds_is_refused(tmp_path):
+def test_load_refuses_a_tie_to_a_tensor_that_is_not_stored(tmp_path):
     save(TIED.model().module, tmp_path)
     network = network_of(TIED, ties={"similar.weight": "items.weight"})
     with raises_code(ModelRefused, "tie_not_stored", stored="items.weight"):
         load(TIED.network, network, tmp_path)
 
 
-def test_a_configuration_the_class_does_not_take_is_refused():
+def test_build_refuses_an_unknown_argument_of_the_class():
     network = network_of(
         NORMED, architecture=Architecture(path="models:Normed", config={"depth": 5})
     )
@@ -182,7 +182,7 @@ def test_a_configuration_the_class_does_not_take_is_refused():
     assert "'depth'" in caught.value.fields["problem"]
 
 
-def test_a_record_of_a_module_that_is_not_there_is_refused():
+def test_build_refuses_a_record_of_an_unknown_module():
     record = compressed("Normed", EVERYTHING).network.modules["user"]
     with raises_code(
         ModelRefused, "compressed_module_missing", name="users", architecture="models:Normed"
@@ -190,27 +190,29 @@ def test_a_record_of_a_module_that_is_not_there_is_refused():
         build(NORMED.network, network_of(NORMED, modules={"users": record}))
 
 
-def test_a_format_of_a_later_version_is_refused_with_what_is_known():
+def test_unknown_format_is_refused():
     record = ModuleRecord(kind="table", format="ternary", settings={"rows": 1, "dim": 1})
     with raises_code(ModelRefused, "format_unknown", format="ternary"):
         module_of("user", record)
 
 
 @pytest.mark.parametrize("kind", ["table", "bag", "linear"])
-@pytest.mark.parametrize("broken", [{}, {"rows": "many", "dim": 4}, {"rows": 3, "dim": 4}])
-def test_an_incomplete_record_is_refused(kind, broken):
-    form = "static_int8" if kind == "linear" else "rowwise_int8"
+@pytest.mark.parametrize("settings", [{}, {"rows": "many", "dim": 4}, {"rows": 3, "dim": 4}])
+def test_incomplete_record_is_refused(kind, settings):
+    format_name = "static_int8" if kind == "linear" else "rowwise_int8"
     with raises_code(ModelRefused, "record_incomplete", name="user"):
-        module_of("user", ModuleRecord(kind=kind, format=form, settings=broken))
+        module_of("user", ModuleRecord(kind=kind, format=format_name, settings=settings))
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
-def test_loading_maps_tables_instead_of_reading_them(tmp_path):
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="needs Linux's list of memory mappings"
+)
+def test_loaded_tensors_are_memory_mapped(tmp_path):
     ties = save(RANKER.model().module, tmp_path)
     loaded = load(RANKER.network, network_of(RANKER, ties=ties), tmp_path)
     lines = Path("/proc/self/maps").read_text().splitlines()
     file = str(tmp_path / "model.safetensors")
     ranges = [line.split()[0].split("-") for line in lines if line.endswith(file)]
-    places = [(int(begin, 16), int(end, 16)) for begin, end in ranges]
+    mapped_ranges = [(int(begin, 16), int(end, 16)) for begin, end in ranges]
     for name, tensor in loaded.state_dict().items():
-        assert any(begin <= tensor.data_ptr() < end for begin, end in places), name
+        assert any(begin <= tensor.data_ptr() < end for begin, end in mapped_ranges), name

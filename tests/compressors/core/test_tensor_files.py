@@ -1,4 +1,4 @@
-"""Files of a module's tensors: large ones alone, and links instead of unchanged ones."""
+"""Files of a module's tensors: separate files of large tensors, and links to unchanged ones."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ from compressors.core.state.tensor_files import (
 )
 from compressors.core.steps.table_encoder import encode_table
 
-ROWS = LARGE_BYTES // 16  # of 4 float32: just as large as a tensor with a separate file
+ROWS = LARGE_BYTES // 16  # of 4 float32: the smallest table with a separate file
 
 
 class TwoTables(nn.Module):
@@ -41,14 +41,14 @@ NETWORK = Network(architecture=Architecture(path="test_tensor_files:TwoTables"))
 USER, ITEM = file_name("user.weight"), file_name("item.weight")
 
 
-def stored(folder: Path) -> nn.Module:
+def save_and_load(folder: Path) -> nn.Module:
     torch.manual_seed(0)
     save(TwoTables(), folder)
     return load(TwoTables, NETWORK, folder)
 
 
 def with_new_item_table(module: nn.Module) -> TwoTables:
-    """A module that shares all tensors with another one, except the item table."""
+    """Return a module that shares all tensors with another one, except the item table."""
     result = TwoTables()
     result.user.weight = module.user.weight
     result.out = module.out
@@ -59,7 +59,7 @@ def tensors_in(folder: Path) -> dict[str, list[str]]:
     return {path.name: sorted(load_file(path)) for path in folder.glob("*.safetensors")}
 
 
-def test_large_tensor_has_a_file_and_small_ones_share_one(tmp_path):
+def test_large_tensor_has_a_separate_file_and_small_tensors_share_one(tmp_path):
     tensors = {
         "a": torch.zeros(3),
         "large": torch.zeros(LARGE_BYTES, dtype=torch.uint8),
@@ -75,15 +75,15 @@ def test_large_tensor_has_a_file_and_small_ones_share_one(tmp_path):
     assert index["weight_map"]["large"] == file_name("large")
 
 
-def test_module_in_several_files_is_read_back_unchanged(tmp_path):
-    module = stored(tmp_path)
+def test_module_in_several_files_is_loaded_unchanged(tmp_path):
+    module = save_and_load(tmp_path)
     torch.manual_seed(0)
     expected = TwoTables().state_dict()
     torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)
     assert tensors_in(tmp_path).keys() == {USER, ITEM, "model.safetensors"}
 
 
-def test_names_of_files_differ_for_names_of_tensors_that_look_alike():
+def test_file_names_differ_for_similar_tensor_names():
     names = ["a/b", "a_b", "a b", "../a_b", "é", "x" * 300, "x" * 301, "A", "a", ""]
     files = [file_name(name) for name in names]
     assert len({file.lower() for file in files}) == len(names)
@@ -93,8 +93,8 @@ def test_names_of_files_differ_for_names_of_tensors_that_look_alike():
         assert len(file.encode()) < 255
 
 
-def test_file_of_an_unchanged_tensor_is_linked_and_a_changed_one_written(tmp_path):
-    source = stored(tmp_path / "source")
+def test_save_links_the_file_of_an_unchanged_tensor_and_writes_a_changed_one(tmp_path):
+    source = save_and_load(tmp_path / "source")
     result = with_new_item_table(source)
     save(result, tmp_path / "result", files=tensor_files(source, tmp_path / "source"))
     assert (tmp_path / "result" / USER).samefile(tmp_path / "source" / USER)
@@ -104,7 +104,7 @@ def test_file_of_an_unchanged_tensor_is_linked_and_a_changed_one_written(tmp_pat
 
 
 def test_tensor_that_was_written_to_after_loading_is_stored_with_its_values(tmp_path):
-    source = stored(tmp_path / "source")
+    source = save_and_load(tmp_path / "source")
     files = tensor_files(source, tmp_path / "source")
     with torch.no_grad():
         source.user.weight[3] = 7
@@ -115,7 +115,7 @@ def test_tensor_that_was_written_to_after_loading_is_stored_with_its_values(tmp_
 
 
 def test_reshaped_or_transposed_tensor_is_stored_with_its_values(tmp_path):
-    source = stored(tmp_path / "source")
+    source = save_and_load(tmp_path / "source")
     files = tensor_files(source, tmp_path / "source")
     weight = source.user.weight.detach()
     for number, changed in enumerate((weight.reshape(-1, 8), weight.T, weight.view(torch.int32))):
@@ -129,15 +129,15 @@ def test_reshaped_or_transposed_tensor_is_stored_with_its_values(tmp_path):
 
 
 def test_tensor_converted_when_it_was_loaded_is_not_linked(tmp_path):
-    source = stored(tmp_path / "source")
-    half = load_file(tmp_path / "source" / USER)["user.weight"].half()
+    source = save_and_load(tmp_path / "source")
+    float16_weight = load_file(tmp_path / "source" / USER)["user.weight"].half()
     (tmp_path / "source" / USER).unlink()
-    save_file({"user.weight": half}, tmp_path / "source" / USER)
+    save_file({"user.weight": float16_weight}, tmp_path / "source" / USER)
     assert "user.weight" not in tensor_files(source, tmp_path / "source")
 
 
 def test_second_save_into_a_folder_leaves_the_linked_file_of_the_source(tmp_path):
-    source = stored(tmp_path / "source")
+    source = save_and_load(tmp_path / "source")
     before = (tmp_path / "source" / USER).read_bytes()
     save(source, tmp_path / "result", files=tensor_files(source, tmp_path / "source"))
     other = TwoTables()
@@ -153,7 +153,7 @@ def test_second_save_into_a_folder_leaves_no_file_of_the_first(tmp_path):
 
 
 def test_tensor_is_written_where_links_are_impossible(tmp_path, monkeypatch):
-    source = stored(tmp_path / "source")
+    source = save_and_load(tmp_path / "source")
 
     def fails(*_: object) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -165,7 +165,7 @@ def test_tensor_is_written_where_links_are_impossible(tmp_path, monkeypatch):
 
 
 def test_tensor_whose_file_is_gone_is_written(tmp_path):
-    source = stored(tmp_path / "source")
+    source = save_and_load(tmp_path / "source")
     files = tensor_files(source, tmp_path / "source")
     before = (tmp_path / "source" / USER).read_bytes()
     (tmp_path / "source" / USER).unlink()
