@@ -460,7 +460,7 @@ def test_too_large_model_json_is_refused_before_it_is_read(sealed, read, monkeyp
         (("data", "holdout"), "x", "data.holdout: Input should be 'train'"),
         (("files", "model.safetensors", "sha256"), "0", "files.model.safetensors.sha256"),
         (("files", "model.safetensors", "bytes"), -1, "greater than or equal to 0; found -1"),
-        (("files", "model.json"), {"sha256": "0" * 64, "bytes": 1}, "cannot hold its own hash"),
+        (("files", "model.json"), {"sha256": "0" * 64, "bytes": 1}, "cannot contain its own hash"),
         (("\x1b[2J",), 1, r"'\x1b[2J' is not a field"),
     ],
 )

@@ -414,7 +414,7 @@ def test_a_fold_that_changes_scores_at_one_layer_skips_that_layer(
     (skipped,) = result.plan.reasons
     with_code([skipped], "unit_skipped", step="fold", unit="second")
     fault = with_code([skipped], "step_failed").fields["fault"]
-    assert fault.startswith("After 'fold' the network scores otherwise")
+    assert fault.startswith("After 'fold' the network's scores differ")
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.__name__)
