@@ -24,10 +24,10 @@ def codes_of(table: PackedTable) -> tuple[int, int] | None:
     """Return the number of codes per row and the bits per code; None without a codebook."""
     for storage_format in FORMATS:
         if table.storage == storage_format:  # equal, not identical, in a copied network
-            wide = storage_format.width(table.rows, table.dim, table.settings)
+            code_bits = storage_format.width(table.rows, table.dim, table.settings)
             if isinstance(storage_format, kmeans.KMeansFormat):
-                return table.dim, wide
-            return storage_format.shape(table.rows, table.dim, table.settings).books, wide
+                return table.dim, code_bits
+            return storage_format.shape(table.rows, table.dim, table.settings).books, code_bits
     return None
 
 
@@ -36,28 +36,28 @@ class MergedCodebookFormat:
     """The storage format of a table that merges tables of one format and codebook shape.
 
     Attributes:
-        inside: the format of each table.
+        table_format: the format of each table.
         inputs: number of tables, which is the number of ids per row.
-        count: number of codes per row.
-        wide: bits per stored code.
-        laid: shape and dtype of each concatenated tensor, by name.
+        codes_per_row: number of codes per row.
+        code_bits: bits per stored code.
+        merged_layout: shape and dtype of each concatenated tensor, by name.
         learned: names of trainable tensors: none.
     """
 
-    inside: TableFormat
+    table_format: TableFormat
     inputs: int
-    count: int
-    wide: int
-    laid: Mapping[str, TensorSpec]
+    codes_per_row: int
+    code_bits: int
+    merged_layout: Mapping[str, TensorSpec]
     learned: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The name of the format that each table has."""
-        return self.inside.name
+        return self.table_format.name
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        return dict(self.laid)
+        return dict(self.merged_layout)
 
     def lookup(
         self,
@@ -78,10 +78,12 @@ class MergedCodebookFormat:
             Float32 ``(rows, inputs, dim)``.
         """
         codebook = stored["codebook"]
-        is_kmeans = self.inside == kmeans.FORMAT
-        codebooks = self.inputs if is_kmeans else self.inputs * self.count
+        is_kmeans = self.table_format == kmeans.FORMAT
+        codebooks = self.inputs if is_kmeans else self.inputs * self.codes_per_row
         first_entries = torch.arange(codebooks, dtype=torch.int32) * (len(codebook) // codebooks)
-        codes: Tensor = torch.ops.recpress.merged_codes(stored["codes"], ids, self.count, self.wide)
+        codes: Tensor = torch.ops.recpress.merged_codes(
+            stored["codes"], ids, self.codes_per_row, self.code_bits
+        )
         entry_rows = codes + first_entries.reshape(self.inputs, -1)  # (rows, inputs, count)
         entries = F.embedding(entry_rows, codebook).float()  # (rows, inputs, count, entry)
         if is_kmeans:
@@ -89,9 +91,9 @@ class MergedCodebookFormat:
             if "scale" not in stored:
                 return rows
             return rows * F.embedding(ids, stored["scale"]).float()  # (rows, inputs, 1)
-        if self.inside == residual_codes.FORMAT:
+        if self.table_format == residual_codes.FORMAT:
             return entries.sum(dim=2)
-        columns = product_codes.columns(dim, self.count)
+        columns = product_codes.columns(dim, self.codes_per_row)
         rows = entries.flatten(2)
         return rows if columns is None else rows[:, :, columns]
 
@@ -112,11 +114,11 @@ def merge_tables(tables: Sequence[PackedTable], stored: dict[str, Tensor]) -> Pa
     if stored["codebook"].dim() == 1:
         stored = {**stored, "codebook": stored["codebook"].unsqueeze(1)}
     layout_of_table = first.storage.layout(first.rows, first.dim, first.settings)
-    laid = {
+    merged_layout = {
         name: TensorSpec(tuple(tensor.shape), tensor.dtype, every=layout_of_table[name].every)
         for name, tensor in stored.items()
     }
-    storage_format = MergedCodebookFormat(first.storage, len(tables), *code_shape, laid)
+    storage_format = MergedCodebookFormat(first.storage, len(tables), *code_shape, merged_layout)
     rows = sum(table.rows for table in tables)
     return PackedTable(storage_format, rows, first.dim, first.settings, stored)
 

@@ -85,16 +85,16 @@ class ServingWrapper(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         inputs = dict(zip(input_names(self.signature), tensors, strict=True))
         refused: Tensor | None = None
-        looked_up: set[str] = set()
+        merged_inputs: set[str] = set()
         for group in self.together:
             assert isinstance(group, MergedTable)  # noqa: S101 - a ModuleList has lost the type
-            rows_of, newly_refused = group([inputs[name] for name in group.names])
-            inputs.update(zip(group.names, rows_of, strict=True))
-            looked_up |= set(group.names)
+            looked_up_rows, newly_refused = group([inputs[name] for name in group.names])
+            inputs.update(zip(group.names, looked_up_rows, strict=True))
+            merged_inputs |= set(group.names)
             if newly_refused is not None:
                 refused = newly_refused if refused is None else refused | newly_refused
         for item in self.signature.inputs:
-            if isinstance(item, DenseInput) or item.name in looked_up:
+            if isinstance(item, DenseInput) or item.name in merged_inputs:
                 continue
             ids = inputs[item.name]
             rows = self.rows_of_table[item.table]

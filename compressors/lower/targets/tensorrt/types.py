@@ -56,9 +56,8 @@ def _reshape_scale(
     is_gathered = (
         sharing.rows_per_scale > 1 or not sharing.symmetric or storage_format == "rowwise_int2"
     )
-    has_blocks = (
-        storage_format == "rowwise_int4" and sharing.rows_per_scale == 1
-    )  # a matrix, one block per row
+    # A row of int4 codes is one block, whose scales are a matrix.
+    has_blocks = storage_format == "rowwise_int4" and sharing.rows_per_scale == 1
     if is_gathered or has_blocks:
         return None
     return ir.Tensor(values.reshape((-1,) if sharing.rows_per_scale else ()))
