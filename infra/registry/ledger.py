@@ -2,11 +2,11 @@
 
 A registry's alias has no compare-and-swap, so two concurrent promotions would overwrite each other
 without an error. Every ledger entry is a key, ``ledger/<model>/<sequence>.json``, written by a
-conditional create: of two writers of one number exactly one succeeds. The registry's alias is
-updated from the ledger (``Registry.repair``).
+conditional create: if two processes write the same number, exactly one succeeds. The registry's
+alias is updated from the ledger (``Registry.repair``).
 
-An entry names the champion by the digest of its order. The version is only a label: another
-registry, or a restored one, may number its versions differently.
+An entry identifies the champion by the digest of its order. The version number is only a label:
+another registry, or a restored one, may number its versions differently.
 """
 
 from datetime import UTC, datetime
@@ -34,17 +34,27 @@ Action = Literal["promote", "rollback"]
 ATTEMPTS = 100  # lost races in a row before the ledger is reported as too busy
 
 
-SEALED = ("sequence", "model", "version", "order", "action", "previous", "at", "by", "reason")
+DIGEST_FIELDS = (
+    "sequence",
+    "model",
+    "version",
+    "order",
+    "action",
+    "previous",
+    "at",
+    "by",
+    "reason",
+)
 """The fields an entry's digest covers."""
 
 
 class Entry(Frozen):
-    """One change of champion. ``previous`` is the version it replaced."""
+    """One change of champion. ``previous`` is the version number that it replaced."""
 
     sequence: int = Field(ge=1)
     model: str
-    version: str = Field(min_length=1, description="The order's number in the registry then.")
-    order: str = Field(description="The order's digest: this is what became champion.")
+    version: str = Field(min_length=1, description="Version number in the registry at that time.")
+    order: str = Field(description="Digest of the order whose release became champion.")
     action: Action
     previous: str | None
     at: str = Field(description="UTC, ISO 8601.")
@@ -52,14 +62,15 @@ class Entry(Frozen):
     reason: str
     digest: str | None = Field(
         None,
-        description="SHA-256 over this entry and the one before it. Entries of versions of "
-        "recpress that wrote none have none.",
+        description="SHA-256 over this entry and the previous entry's digest. None in entries "
+        "written by early versions of recpress.",
     )
 
-    def sealed(self, previous: "Entry | None") -> "Entry":
-        """Return the entry with its digest as the successor of ``previous``."""
-        fields = self.model_dump(mode="json", include=set(SEALED))
-        after = None if previous is None else previous.digest or previous.sealed(None).digest
+    def with_digest(self, previous: "Entry | None") -> "Entry":
+        """Return a copy whose digest covers this entry and the digest of ``previous``."""
+        fields = self.model_dump(mode="json", include=set(DIGEST_FIELDS))
+        # A previous entry without a digest gets the one that it would have as a first entry.
+        after = None if previous is None else previous.digest or previous.with_digest(None).digest
         return self.model_copy(update={"digest": digest({**fields, "after": after})})
 
 
@@ -67,8 +78,8 @@ class Ledger:
     """The ledger entries of one model.
 
     Args:
-        store: the store of the entries.
-        model: the model's name; one part of a path.
+        store: the object store that contains the entries.
+        model: the model's name, without ``/``.
 
     Raises:
         StoreRefused: ``model`` cannot be part of a key.
@@ -83,7 +94,7 @@ class Ledger:
             raise StoreRefused("model_name_characters", got=short(model))
         self._store = store
         self._model = model
-        self._home = f"ledger/{model}/"
+        self._folder = f"ledger/{model}/"
 
     def entries(self) -> tuple[Entry, ...]:
         """Read all entries, oldest first.
@@ -93,18 +104,18 @@ class Ledger:
                 continue its predecessor.
         """
         last = 0
-        for key in self._store.keys(self._home):
-            number = key.removeprefix(self._home).removesuffix(".json")
+        for key in self._store.keys(self._folder):
+            number = key.removeprefix(self._folder).removesuffix(".json")
             if key != self._key_of(number):
                 raise ArtifactDamaged("ledger_key_unknown", place=f"{self._store.root}/{key}")
             last = max(last, int(number))
-        found: list[Entry] = []
-        # By number and not by the listing: a folder listing is not a snapshot, so it may contain
-        # entry 6 without entry 5, which was written earlier.
+        entries: list[Entry] = []
+        # Read every number up to the last, not only listed keys: a folder listing is not a
+        # snapshot, so it may contain entry 6 without entry 5, which was written earlier.
         for sequence in range(1, last + 1):
-            before_it = tuple(found)
-            found.append(self._store.checked(partial(self._next, before_it, sequence)))
-        return tuple(found)
+            earlier = tuple(entries)
+            entries.append(self._store.checked(partial(self._read_next, earlier, sequence)))
+        return tuple(entries)
 
     def champion(self) -> Entry | None:
         """Return the entry of the current champion, or None if there has never been one."""
@@ -123,8 +134,8 @@ class Ledger:
         """Append an entry that makes ``version`` the champion.
 
         Args:
-            version: the order's number in the registry.
-            order: the order's digest. For a rollback: the one that ``before`` returns.
+            version: the version number in the registry.
+            order: the digest of the order; for a rollback, of the entry that ``before`` returns.
             action: promotion or rollback.
             by: the person or program that decided.
             reason: why.
@@ -133,13 +144,14 @@ class Ledger:
 
         Raises:
             AlreadyThere: the ledger has an entry after ``expected``; the error contains that entry.
-            PromotionRefused: a rollback to another order than ``before`` returns.
+            PromotionRefused: a rollback to another order than the one that ``before`` returns.
             ArtifactDamaged: as ``entries``.
+            ConcurrentChange: other processes appended first ``ATTEMPTS`` times in a row.
         """
         for _ in range(ATTEMPTS):
             entries = self.entries()
             if expected is not None and len(entries) != expected:
-                raise self._moved_on(entries, expected)
+                raise self._outdated_error(entries, expected)
             if action == "rollback":
                 self._check_rollback(entries, version, order)
             previous = entries[-1] if entries else None
@@ -153,7 +165,7 @@ class Ledger:
                 at=datetime.now(UTC).isoformat(timespec="microseconds"),
                 by=by,
                 reason=reason,
-            ).sealed(previous)
+            ).with_digest(previous)
             key, body = self._key(entry.sequence), entry.model_dump_json(indent=1).encode()
             try:
                 self._store.create(key, body)
@@ -166,7 +178,8 @@ class Ledger:
                 return entry
         raise ConcurrentChange("ledger_contention", model=self._model, attempts=ATTEMPTS)
 
-    def _next(self, found: tuple[Entry, ...], sequence: int) -> Entry:
+    def _read_next(self, entries: tuple[Entry, ...], sequence: int) -> Entry:
+        """Read the entry after ``entries`` and check that it continues them."""
         key = self._key(sequence)
         at = f"{self._store.root}/{key}"
         try:
@@ -175,7 +188,7 @@ class Ledger:
             raise ArtifactDamaged("ledger_gap", model=self._model, place=at) from fault
         except ValueError as fault:
             raise ArtifactDamaged("ledger_entry_unreadable", place=at) from fault
-        last = found[-1] if found else None
+        last = entries[-1] if entries else None
         previous = None if last is None else last.version
         if (entry.sequence, entry.model, entry.previous) != (sequence, self._model, previous):
             raise ArtifactDamaged(
@@ -190,7 +203,7 @@ class Ledger:
             )
         self._check_digest(entry, last, at)
         if entry.action == "rollback":
-            target = before(found)
+            target = before(entries)
             if target is None or not _same_champion(target, entry):
                 raise ArtifactDamaged(
                     "ledger_rollback_unfounded",
@@ -204,7 +217,7 @@ class Ledger:
         if entry.digest is None:
             if previous is not None and previous.digest is not None:
                 raise ArtifactDamaged("ledger_digest_missing", place=at)
-        elif entry.digest != entry.sealed(previous).digest:
+        elif entry.digest != entry.with_digest(previous).digest:
             changed = at if previous is None else f"{at} or the entry before it"
             raise ArtifactDamaged("ledger_digest_differs", changed=changed)
 
@@ -217,43 +230,40 @@ class Ledger:
                 "rollback_to_other_version", model=self._model, expected=target.version, got=version
             )
 
-    def _moved_on(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:
+    def _outdated_error(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:
         if len(entries) < expected:
             return AlreadyThere("ledger_shorter", model=self._model, expected=expected)
-        won = entries[expected]
+        newer = entries[expected]
         return AlreadyThere(
             "ledger_moved_on",
             model=self._model,
-            by=won.by,
-            version=won.version,
-            at=won.at,
-            action=won.action,
-            reason=won.reason,
+            by=newer.by,
+            version=newer.version,
+            at=newer.at,
+            action=newer.action,
+            reason=newer.reason,
         )
 
     def _key(self, sequence: int) -> str:
-        return f"{self._home}{sequence:08d}.json"
+        return f"{self._folder}{sequence:08d}.json"
 
     def _key_of(self, number: str) -> str | None:
         return self._key(int(number)) if number.isascii() and number.isdigit() else None
 
 
 def before(entries: tuple[Entry, ...]) -> Entry | None:
-    """Return the entry a rollback restores: the promotion below the current champion's.
+    """Return the entry that a rollback restores, or None if there is no earlier champion.
 
-    A promotion pushes an order on a stack, a rollback pops it. So two rollbacks undo two
-    promotions, and an order that was rolled back is not restored after a later promotion. Promoting
-    the current champion again changes nothing.
-
-    Returns:
-        None if there is nothing below the champion.
+    A promotion pushes an order on a stack, a rollback pops it, and the entry returned is the one
+    below the top. So two rollbacks undo two promotions, and a rollback never restores an order
+    that was itself rolled back. Promoting the current champion again does not change the stack.
     """
-    stack = _stack(entries)
+    stack = _champion_stack(entries)
     return stack[-2] if len(stack) > 1 else None
 
 
 def undone(entries: tuple[Entry, ...]) -> tuple[str, ...]:
-    """Return the orders that rollbacks removed since the last promotion, latest first."""
+    """Return digests of orders rolled back since the last promotion, latest first."""
     removed: list[str] = []
     for end in range(len(entries), 0, -1):
         if entries[end - 1].action != "rollback":
@@ -262,7 +272,8 @@ def undone(entries: tuple[Entry, ...]) -> tuple[str, ...]:
     return tuple(removed)
 
 
-def _stack(entries: tuple[Entry, ...]) -> list[Entry]:
+def _champion_stack(entries: tuple[Entry, ...]) -> list[Entry]:
+    """Return the promotions in effect: the champion is last, its predecessor before it."""
     stack: list[Entry] = []
     for entry in entries:
         if entry.action == "rollback":
@@ -273,7 +284,11 @@ def _stack(entries: tuple[Entry, ...]) -> list[Entry]:
 
 
 def _same_champion(earlier: Entry, entry: Entry) -> bool:
-    """Return whether two entries have the same champion, by the rule of ``entry``'s version."""
+    """Return whether two entries have the same champion.
+
+    Entries without a digest, of early versions of recpress, identify the champion by its version
+    number, later entries by their order.
+    """
     if entry.digest is None:
         return earlier.version == entry.version
     return earlier.order == entry.order

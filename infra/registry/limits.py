@@ -1,13 +1,14 @@
-"""Limits of a registry: lengths and characters of names, tags and sources.
+"""Limits on lengths and characters of the names, tags and sources that MLflow stores.
 
-Checked before MLflow is called, since its servers report some violations as database errors.
+They are checked before MLflow is called, because its servers report some violations as database
+errors.
 """
 
 import re
 
 from infra.errors import RegistryRefused
 
-# The narrowest limits of MLflow's checks and of the columns of its SQL stores.
+# In characters: the smaller of MLflow's own limit and the width of the column in its SQL stores.
 MAX_NAME = 256
 MAX_TAG_KEY = 250
 MAX_TAG_VALUE = 100_000
@@ -42,7 +43,7 @@ def require_name(model: str) -> None:
 
 
 def require_order(order: str) -> None:
-    """Raise ``RegistryRefused`` unless this is the digest of an order: 64 hex digits."""
+    """Raise ``RegistryRefused`` unless ``order`` is a digest of 64 lowercase hex digits."""
     if not _SHA256.fullmatch(order):
         raise RegistryRefused("order_invalid", got=order[:60])
 

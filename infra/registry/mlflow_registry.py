@@ -1,9 +1,9 @@
 """The model registry in MLflow, which serving teams read. It stores URIs, never model files.
 
-A version's ``source`` is the URI of a release in the object store; all its facts are tags of the
-one call that creates it, so a reader never receives only some of them. The embedded registry is a
-SQLite file (mlflow-skinny, sqlalchemy and alembic); ``http(s)://`` is a tracking server that you
-run.
+A version's ``source`` is the URI of a release in the object store. All tags of a version are set
+by the call that creates it, so no reader receives only some of them. By default the registry is a
+SQLite file ("embedded": it needs mlflow-skinny, sqlalchemy and alembic, but no server); an
+``http(s)://`` address is an MLflow tracking server.
 """
 
 import logging
@@ -19,7 +19,7 @@ from compressors.contracts import Frozen
 from infra.credentials import bare_database, first_line, move_login, pass_to_driver
 from infra.errors import RegistryOutage, RegistryRefused, RegistryUnavailable, SettingRefused
 from infra.registry.limits import require_fit, require_name, require_order, shortened
-from infra.registry.sqlite_file import alone, prepare, read_order
+from infra.registry.sqlite_file import prepare, read_order, registry_lock
 from infra.settings import shown, sqlite_file
 
 ORDER_TAG = "recpress.order"
@@ -28,7 +28,8 @@ CONFIRMED_TAG = "recpress.confirmed"
 
 _SCHEME = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://")
 
-# A registry that is down is reported within seconds; orders wait and retry in addition.
+# Few and short retries, so that a registry that is down is reported within seconds; the tasks that
+# call it wait and retry themselves.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -47,7 +48,7 @@ _REFUSED = {
 
 
 class Registered(Frozen):
-    """One registered version."""
+    """One registered version of a model; ``source`` is the URI of its release."""
 
     model: str
     version: str
@@ -81,26 +82,26 @@ class Registry:
     def publish(
         self, model: str, order: str, source: str, tags: dict[str, str], description: str
     ) -> Registered:
-        """Register a release once: return the version with this order digest, created if missing.
+        """Return the version of this order, after registering it if there is none.
 
         Args:
             model: the registered model's name; created if missing.
             order: digest of the order that produced the release.
             source: the release artifact's URI.
-            tags: all facts about it, written in the call that creates it.
+            tags: all tags of the version.
             description: text for people; shortened to the registry's limit.
 
         Raises:
-            RegistryRefused: a name, tag or URI is longer than the registry stores, or has
-                characters it does not accept.
+            RegistryRefused: a name, tag or URI is longer than the registry can store, or has
+                characters that it does not accept.
         """
         tags = {**tags, ORDER_TAG: order}
         require_fit(model, order, source, tags)
         with self._writing():
-            if found := self.by_order(order, model):
-                return found
+            if existing := self.by_order(order, model):
+                return existing
             with self._translated():
-                self._make_model(model)
+                self._create_model(model)
                 created = self._client.create_model_version(
                     name=model,
                     source=source,
@@ -136,10 +137,10 @@ class Registry:
     def models(self) -> tuple[str, ...]:
         """List the names of all models, sorted."""
         with self._translated():
-            found = _all_pages(
+            models = _all_pages(
                 lambda token: self._client.search_registered_models(page_token=token)
             )
-        return tuple(sorted(model.name for model in found))
+        return tuple(sorted(model.name for model in models))
 
     def version(self, model: str, ref: str) -> Registered:
         """Return one version by number (``"3"``) or alias (``"@champion"``).
@@ -149,33 +150,33 @@ class Registry:
         """
         aliases = self._aliases(model)
         number = aliases.get(ref[1:]) if ref.startswith("@") else ref
-        for found in self._search(f"name = '{model}'", aliases):
-            if found.version == number:
-                return found
+        for version in self._search(f"name = '{model}'", aliases):
+            if version.version == number:
+                return version
         if ref.startswith("@"):
             known = tuple(f"@{alias}" for alias in sorted(aliases)) or ("none",)
-            newest = tuple(found.version for found in self.versions(model)[:3]) or ("none",)
+            newest = tuple(item.version for item in self.versions(model)[:3]) or ("none",)
             raise RegistryRefused(
                 "alias_missing", model=model, alias=ref, aliases=known, newest=newest
             )
-        newest = tuple(found.version for found in self.versions(model)[:10]) or ("none",)
+        newest = tuple(item.version for item in self.versions(model)[:10]) or ("none",)
         raise RegistryRefused("version_missing", model=model, version=ref, newest=newest)
 
     def by_order(self, order: str, model: str) -> Registered | None:
         """Return the version that this order produced, or None.
 
-        If there are several (after a crash during concurrent publishing), it is the one with the
-        lowest number, which ``publish`` keeps.
+        A crash during concurrent publishing may leave several versions of one order. The one with
+        the lowest number is returned, which ``publish`` also keeps.
         """
         require_order(order)
         aliases = self._aliases_if_any(model)
         if aliases is None:
             return None
-        found = self._search(f"name = '{model}' and tags.`{ORDER_TAG}` = '{order}'", aliases)
-        return found[-1] if found else None
+        versions = self._search(f"name = '{model}' and tags.`{ORDER_TAG}` = '{order}'", aliases)
+        return versions[-1] if versions else None
 
     def point(self, model: str, alias: str, version: str) -> None:
-        """Set an alias to this version.
+        """Set an alias of a model to the version with this number.
 
         Raises:
             RegistryRefused: there is no such model or version, or MLflow does not accept the alias.
@@ -185,14 +186,14 @@ class Registry:
             self._client.set_registered_model_alias(model, alias, version)
 
     def repair(self, model: str, champion: str | None) -> bool:
-        """Set the alias ``champion`` to the ledger's champion.
+        """Set the alias ``champion`` to the champion that the promotion ledger records.
 
         Args:
             model: the model's name.
-            champion: the ledger's version; None if it has none.
+            champion: version number of the champion; None removes the alias.
 
         Returns:
-            Whether the alias had to change.
+            Whether the alias was changed.
         """
         if self._aliases(model).get(CHAMPION) == champion:
             return False
@@ -204,18 +205,19 @@ class Registry:
         return True
 
     def find_order(self, order: str, model: str) -> Registered | None:
-        """Like ``by_order``, but without MLflow's library if the registry is a file.
+        """Return the version of an order like ``by_order``, but read a file without MLflow.
 
-        For a fast check: the result is None if the file cannot be read, and ``aliases`` is empty.
+        Importing MLflow takes about two seconds. If the registry is a file, ``aliases`` of the
+        result is empty, and the result is None if the file cannot be read.
         """
         file = sqlite_file(self._uri)
         if file is None:
             return self.by_order(order, model)
         require_order(order)
-        found = read_order(file, model, ORDER_TAG, order)
-        if found is None:
+        row = read_order(file, model, ORDER_TAG, order)
+        if row is None:
             return None
-        version, source, tags = found
+        version, source, tags = row
         return Registered(model=model, version=version, source=source, tags=tags, aliases=())
 
     def confirm(self, model: str, decision: str) -> None:
@@ -229,7 +231,7 @@ class Registry:
             self._client.set_registered_model_tag(model, CONFIRMED_TAG, decision)
 
     def confirmed(self, model: str) -> str | None:
-        """Return the decision that ``confirm`` recorded last, or None."""
+        """Return the digest of the ledger entry that ``confirm`` recorded last, or None."""
         require_name(model)
         with self._translated():
             tags: dict[str, str] = self._client.get_registered_model(model).tags
@@ -241,9 +243,9 @@ class Registry:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        # MLflow logs each exception it raises with a traceback; we translate the exception.
+        # MLflow logs each exception that it raises with a traceback. ``_translated`` reports it.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-        with self._alone() as file:
+        with self._locked_file() as file:
             if file is not None:
                 prepare(file)
             uri = self._uri
@@ -251,8 +253,8 @@ class Registry:
                 uri, options = bare_database(uri)
                 pass_to_driver(uri, options)
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            # This opens the store, which checks the tables. No model has this name, so no model is
-            # loaded with its versions and tags.
+            # The first query makes MLflow check the tables. No model has an empty name, so the
+            # query loads none.
             client.search_registered_models("name = ''", max_results=1)
         return client
 
@@ -260,18 +262,18 @@ class Registry:
     def _writing(self) -> Iterator[None]:
         """Hold the write lock of a registry that is a file."""
         with self._translated():
-            _ = self._client  # prepares the file under the same lock
-        with self._alone():
+            _ = self._client  # takes the same lock to prepare the file, so it must come first
+        with self._locked_file():
             yield
 
     @contextmanager
-    def _alone(self) -> Iterator[Path | None]:
-        """Hold the lock of a registry that is a file; yields the file."""
+    def _locked_file(self) -> Iterator[Path | None]:
+        """Hold the lock of a registry that is a file and yield the file; else yield None."""
         file = sqlite_file(self._uri)
         if file is None:
             yield None
             return
-        with alone(file):
+        with registry_lock(file):
             yield file
 
     def _delete(self, model: str, version: str) -> None:
@@ -285,7 +287,8 @@ class Registry:
                 if fault.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
 
-    def _make_model(self, model: str) -> None:
+    def _create_model(self, model: str) -> None:
+        """Create a model; a model that exists already is no error."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -309,17 +312,18 @@ class Registry:
             from mlflow.exceptions import MlflowException
 
             try:
-                found = self._client.get_registered_model(model)
+                registered = self._client.get_registered_model(model)
             except MlflowException as fault:
                 if fault.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 return None
-        return {alias: str(version) for alias, version in found.aliases.items()}
+        return {alias: str(version) for alias, version in registered.aliases.items()}
 
-    def _search(self, wanted: str, aliases: dict[str, str]) -> tuple[Registered, ...]:
+    def _search(self, condition: str, aliases: dict[str, str]) -> tuple[Registered, ...]:
+        """Return the versions that match a condition in MLflow's syntax, newest first."""
         with self._translated():
-            found = _all_pages(
-                lambda token: self._client.search_model_versions(wanted, page_token=token)
+            entries = _all_pages(
+                lambda token: self._client.search_model_versions(condition, page_token=token)
             )
         versions = (
             Registered(
@@ -331,13 +335,13 @@ class Registry:
                     sorted(alias for alias, at in aliases.items() if at == str(entry.version))
                 ),
             )
-            for entry in found
+            for entry in entries
         )
         return tuple(sorted(versions, key=lambda entry: -int(entry.version)))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Translate errors of MLflow and its libraries by whether a retry may help."""
+        """Translate errors of MLflow and its libraries to errors of this project."""
         for name, value in _ENVIRONMENT.items():  # MLflow reads some of them on import
             os.environ.setdefault(name, value)
         try:
@@ -369,7 +373,10 @@ class Registry:
             ) from None
 
     def _unavailable_or_outage(self, problem: str) -> RegistryUnavailable:
-        """Return an outage if the registry is a service; waiting does not restore a file."""
+        """Return an outage, for which tasks wait, only if the registry is a server.
+
+        Waiting does not restore a file.
+        """
         if sqlite_file(self._uri) is None:
             return RegistryOutage("registry_no_answer", problem=problem)
         return RegistryUnavailable("registry_no_answer", problem=problem)
@@ -379,12 +386,13 @@ class Registry:
         return first_line(str(message).replace(self._uri, shown(self._uri)), self._uri)
 
 
-def _all_pages(page_after: Callable[[str | None], Any]) -> list[Any]:
-    found: list[Any] = []
+def _all_pages(fetch_page: Callable[[str | None], Any]) -> list[Any]:
+    """Collect the entries of every page; ``fetch_page`` receives the token of the next page."""
+    entries: list[Any] = []
     token: str | None = None
     while True:
-        page = page_after(token)
-        found.extend(page)
+        page = fetch_page(token)
+        entries.extend(page)
         token = page.token
         if not token:
-            return found
+            return entries

@@ -1,13 +1,14 @@
-"""The embedded registry's SQLite file: created and migrated atomically.
+"""Create and migrate the SQLite file of an embedded registry atomically.
 
 MLflow creates its tables in hundreds of statements that SQLite commits one by one, so a process
-that is killed during this leaves a file that no later process can use. This module creates the
-tables in a temporary file in the same folder, which becomes the registry in one step: by a link if
-no file exists yet, else by a copy into the existing file, which is one SQLite transaction. A copy,
-unlike a rename, keeps the connections of other processes valid, so none of their writes is lost.
+that is killed while it creates them leaves a file that no later process can use. This module
+creates the tables in a temporary file in the same folder. The temporary file becomes the registry
+in one step: by a hard link if no file exists yet, else by a copy into the existing file, which is
+one SQLite transaction. A copy, unlike a rename, keeps the connections of other processes valid, so
+none of their writes is lost.
 
-``prepare`` is called by one process at a time (``alone``). Read this file when a registry cannot
-be opened, or when MLflow changes how it migrates.
+``registry_lock`` ensures that one process at a time calls ``prepare``. Read this file when a
+registry cannot be opened, or when MLflow changes how it migrates.
 """
 
 import functools
@@ -27,11 +28,13 @@ from infra.errors import RegistryUnavailable, SettingRefused
 from infra.store.lock import locked
 
 TEMPORARY = ".new"
-"""How the name of a temporary file ends: ``.registry.db.<random>.new``."""
+"""Suffix of temporary files, which are named ``.registry.db.<random>.new``."""
 
 BUSY_SECONDS = 20.0
-SEEDED = {"alembic_version", "workspaces"}
-"""Tables in which MLflow's own migrations write rows."""
+"""How long SQLite waits for a lock of another program."""
+
+MIGRATION_TABLES = {"alembic_version", "workspaces"}
+"""Tables in which MLflow's migrations write rows, so their rows are not those of users."""
 
 _BY_ORDER = """
 SELECT v.version, v.source FROM model_versions v
@@ -44,9 +47,10 @@ _TAGS = "SELECT key, value FROM model_version_tags WHERE name = ? AND version = 
 
 @dataclass(frozen=True)
 class DatabaseSchema:
-    """Contents of a SQLite file: its tables, its MLflow revision, and its counts of user rows.
+    """Contents of a SQLite file.
 
-    ``rows`` counts rows that a person or program stored, without those that MLflow writes itself.
+    ``revision`` identifies the MLflow schema (alembic); None if the file does not state one.
+    ``rows`` counts the rows of users: all rows except those that MLflow writes itself.
     ``versions`` counts registered model versions.
     """
 
@@ -57,15 +61,15 @@ class DatabaseSchema:
 
 
 @contextmanager
-def alone(file: Path) -> Iterator[None]:
+def registry_lock(file: Path) -> Iterator[None]:
     """Hold the lock of a registry file: one process at a time prepares it or writes to it.
 
     Raises:
         SettingRefused: the folder cannot be created or written.
     """
-    with ExitStack() as held:
+    with ExitStack() as locks:
         try:
-            held.enter_context(locked(file.with_name(file.name + ".lock")))
+            locks.enter_context(locked(file.with_name(file.name + ".lock")))
         except OSError as fault:
             raise SettingRefused(
                 "registry_file_not_creatable", file=str(file), problem=fault.strerror
@@ -74,15 +78,15 @@ def alone(file: Path) -> Iterator[None]:
 
 
 def prepare(file: Path) -> None:
-    """Create or migrate ``file`` for the installed MLflow. The caller holds ``alone``.
+    """Create or migrate ``file`` for the installed MLflow. The caller holds ``registry_lock``.
 
     A missing or empty file is created. A file that a killed process left incomplete is created
-    again if it has no user rows, else refused. A registry of an earlier MLflow is migrated.
+    again if it has no rows of users. A registry of an earlier MLflow is migrated.
 
     Raises:
-        SettingRefused: it is not a database, was written by a later MLflow, or is incomplete and
-            has user rows; the file is unchanged.
-        RegistryUnavailable: another program keeps it locked.
+        SettingRefused: ``file`` is not a database, was written by a later MLflow, or is incomplete
+            and has rows of users. The file is unchanged.
+        RegistryUnavailable: another program keeps the file locked.
     """
     file = file.resolve()
     _remove_leftovers(file)
@@ -99,15 +103,15 @@ def read_order(
     """Read the version of a model that has this order from the file, without MLflow.
 
     Returns:
-        Its number, source and tags; if there are several, the one with the lowest number. None if
-        there is no such version, or no file that can be read.
+        Number, source and tags of the version; if there are several, of the one with the lowest
+        number. None if there is no such version or the file cannot be read.
     """
     try:
         with closing(_connected(file, "ro")) as database:
-            found = database.execute(_BY_ORDER, (tag, order, model)).fetchone()
-            if found is None:
+            row = database.execute(_BY_ORDER, (tag, order, model)).fetchone()
+            if row is None:
                 return None
-            version, source = found
+            version, source = row
             tags = database.execute(_TAGS, (model, version)).fetchall()
     except (sqlite3.DatabaseError, SettingRefused):
         return None
@@ -118,19 +122,20 @@ def _is_complete(file: Path) -> bool:
     if not file.exists():
         return False
     with closing(_connected(file)) as database:
-        return _complete(_schema(file, database))
+        return _is_current(_read_schema(file, database))
 
 
-def _complete(schema: DatabaseSchema) -> bool:
+def _is_current(schema: DatabaseSchema) -> bool:
+    """Return whether the schema is complete and of the installed MLflow."""
     return schema.revision == _revisions()[0] and _required_tables() <= schema.tables
 
 
 def _create(file: Path) -> None:
-    """Create the registry in a temporary file and link it to its name."""
+    """Create the registry in a temporary file and link ``file`` to it."""
     with _temporary(file) as temporary:
         _initialize(temporary)
         _flush(temporary)
-        # Journals of a registry that was deleted would be applied to the new one.
+        # SQLite would apply the journals of a deleted registry to the new one.
         for suffix in ("-journal", "-wal", "-shm"):
             file.with_name(file.name + suffix).unlink(missing_ok=True)
         try:
@@ -143,24 +148,26 @@ def _create(file: Path) -> None:
 def _replace(file: Path) -> None:
     """Rebuild an empty or incomplete file, or migrate a complete one of an earlier MLflow."""
     with closing(_connected(file)) as database, _temporary(file) as temporary:
-        # In this locking mode the lock is kept until the connection is closed.
-        with _not_locked(file):
+        # In this locking mode SQLite keeps the lock until the connection is closed.
+        with _lock_errors_translated(file):
             database.execute("PRAGMA locking_mode = EXCLUSIVE")
             database.execute("BEGIN EXCLUSIVE")
-        schema = _schema(file, database)
+        schema = _read_schema(file, database)
         database.execute("COMMIT")
-        if _complete(schema):
+        if _is_current(schema):
             return
         _require_known(file, schema)
         if schema.rows == 0:
             _initialize(temporary)
         else:
             if schema.revision in {None, _revisions()[0]}:
-                raise _incomplete(file, schema, "a process was killed while it created tables")
+                raise _incomplete_error(
+                    file, schema, "a process was killed while it created tables"
+                )
             with closing(_connected(temporary, "rwc")) as copy:
                 database.backup(copy)
             _migrate(file, temporary, schema)
-        with closing(_connected(temporary)) as finished, _not_locked(file):
+        with closing(_connected(temporary)) as finished, _lock_errors_translated(file):
             finished.backup(database)
 
 
@@ -177,30 +184,30 @@ def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
         with _engine(temporary) as engine:
             upgrade(engine)
         with closing(_connected(temporary)) as database:
-            migrated = _schema(temporary, database)
-    except Exception as fault:  # MLflow's migrations raise any exception of their libraries
+            migrated = _read_schema(temporary, database)
+    except Exception as fault:  # MLflow's migrations may raise exceptions of several libraries
         if is_out_of_memory(fault):
             raise
         why = f"MLflow cannot migrate it: {first_line(fault)}"
-        raise _incomplete(file, schema, why) from None
-    if not _complete(migrated):
-        raise _incomplete(file, schema, "MLflow's migration leaves tables out")
+        raise _incomplete_error(file, schema, why) from None
+    if not _is_current(migrated):
+        raise _incomplete_error(file, schema, "MLflow's migration did not create every table")
 
 
-def _incomplete(file: Path, schema: DatabaseSchema, why: str) -> SettingRefused:
+def _incomplete_error(file: Path, schema: DatabaseSchema, why: str) -> SettingRefused:
     return SettingRefused(
         "registry_incomplete", file=str(file), problem=why, versions=schema.versions
     )
 
 
-def _schema(file: Path, database: sqlite3.Connection) -> DatabaseSchema:
+def _read_schema(file: Path, database: sqlite3.Connection) -> DatabaseSchema:
     try:
         names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         tables = frozenset(name for (name,) in names if not name.startswith("sqlite_"))
         revisions: list[Any] = []
         if "alembic_version" in tables:
             revisions = database.execute("SELECT version_num FROM alembic_version").fetchall()
-        rows = {name: _rows(database, name) for name in tables - SEEDED}
+        rows = {name: _count_rows(database, name) for name in tables - MIGRATION_TABLES}
     except sqlite3.OperationalError as fault:
         raise RegistryUnavailable(
             "registry_file_unreadable", file=str(file), problem=str(fault)
@@ -215,8 +222,8 @@ def _schema(file: Path, database: sqlite3.Connection) -> DatabaseSchema:
     )
 
 
-def _rows(database: sqlite3.Connection, table: str) -> int:
-    # MLflow creates the experiment 0, "Default", whenever it opens a file.
+def _count_rows(database: sqlite3.Connection, table: str) -> int:
+    # Every MLflow process that opens a file creates the experiment 0, "Default".
     other = " WHERE experiment_id != 0" if table == "experiments" else ""
     name = table.replace('"', '""')
     (count,) = database.execute(f'SELECT count(*) FROM "{name}"{other}').fetchone()  # noqa: S608
@@ -251,7 +258,7 @@ def _initialize(temporary: Path) -> None:
 
 @contextmanager
 def _engine(temporary: Path) -> Iterator[Any]:
-    """Create an engine for a private file, which is discarded if the process dies."""
+    """Yield a fast SQLAlchemy engine for a temporary file, which need not survive a crash."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
@@ -269,7 +276,7 @@ def _engine(temporary: Path) -> Iterator[Any]:
 
 
 def _connected(file: Path, mode: str = "rw") -> sqlite3.Connection:
-    # By URI, so that a file that was just removed is not created again.
+    # The mode in the URI prevents SQLite from creating a file that was just removed.
     uri = f"file:{quote(str(file))}?mode={mode}"
     try:
         return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
@@ -280,7 +287,7 @@ def _connected(file: Path, mode: str = "rw") -> sqlite3.Connection:
 
 
 @contextmanager
-def _not_locked(file: Path) -> Iterator[None]:
+def _lock_errors_translated(file: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as fault:
@@ -299,7 +306,7 @@ def _temporary(file: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(file: Path) -> None:
-    """Remove temporary files of killed processes; the process that holds the lock has none yet."""
+    """Remove temporary files of killed processes; this process holds the lock and has none yet."""
     for path in file.parent.iterdir():
         name = path.name.partition(TEMPORARY)
         if name[0].startswith(f".{file.name}.") and name[1]:

@@ -1,4 +1,4 @@
-"""The ledger: gapless under a race, and rollbacks that lead somewhere."""
+"""The promotion ledger: concurrent appends, rollbacks, and detection of damaged entries."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ def roll_back(ledger: Ledger) -> str:
     return ledger.append(target.version, target.order, "rollback", "bob", "worse").version
 
 
-def test_entries_are_kept_in_order_and_name_what_they_replaced(ledger):
+def test_entries_are_read_in_order_with_the_version_that_each_replaced(ledger):
     assert ledger.champion() is None
     assert ledger.entries() == ()
     first, second = promote(ledger, "1"), promote(ledger, "4")
@@ -41,7 +41,7 @@ def test_entries_are_kept_in_order_and_name_what_they_replaced(ledger):
 
 
 @pytest.mark.parametrize("place", ["folder", "s3"])
-def test_six_who_append_at_once_leave_a_gapless_ledger_with_each_once(place, tmp_path, request):
+def test_six_concurrent_appends_get_consecutive_sequence_numbers(place, tmp_path, request):
     if place == "s3":
         request.getfixturevalue("s3")
     root = str(tmp_path) if place == "folder" else f"s3://models/ledger-{time.time_ns()}"
@@ -69,7 +69,7 @@ def test_promotion_that_expects_an_outdated_ledger_raises_with_the_newest_entry(
     assert [entry.version for entry in ledger.entries()] == ["1", "2"]
 
 
-def test_of_six_who_expect_the_same_ledger_one_wins(ledger):
+def test_of_six_concurrent_appends_that_expect_an_empty_ledger_one_succeeds(ledger):
     barrier = threading.Barrier(6)
 
     def append(number: int) -> bool:
@@ -85,14 +85,14 @@ def test_of_six_who_expect_the_same_ledger_one_wins(ledger):
     assert len(ledger.entries()) == 1
 
 
-def test_a_create_whose_answer_was_lost_is_not_entered_twice(ledger, monkeypatch):
+def test_append_whose_response_was_lost_writes_one_entry(ledger, monkeypatch):
     create = ledger._store.create
 
-    def loses_the_answer(key, body):
+    def create_and_lose_the_response(key, body):
         create(key, body)
         raise AlreadyThere("key_exists", place=key)  # the client retried and found its own key
 
-    monkeypatch.setattr(ledger._store, "create", loses_the_answer)
+    monkeypatch.setattr(ledger._store, "create", create_and_lose_the_response)
     entry = promote(ledger, "1")
     assert ledger.entries() == (entry,)
 
@@ -100,7 +100,7 @@ def test_a_create_whose_answer_was_lost_is_not_entered_twice(ledger, monkeypatch
 # --- rollback --------------------------------------------------------------------------------
 
 
-def test_rolling_back_twice_goes_two_steps_back(ledger):
+def test_two_rollbacks_undo_two_promotions(ledger):
     for version in ("1", "2", "3"):
         promote(ledger, version)
     assert roll_back(ledger) == "2"
@@ -110,7 +110,7 @@ def test_rolling_back_twice_goes_two_steps_back(ledger):
         ledger.append("2", "order-2", "rollback", "bob", "worse")
 
 
-def test_a_version_that_was_rolled_back_is_not_come_back_to(ledger):
+def test_rollback_does_not_restore_a_version_that_was_rolled_back(ledger):
     for version in ("1", "2"):
         promote(ledger, version)
     assert roll_back(ledger) == "1"
@@ -118,20 +118,20 @@ def test_a_version_that_was_rolled_back_is_not_come_back_to(ledger):
     assert roll_back(ledger) == "1"
 
 
-def test_promoting_the_champion_again_adds_no_step(ledger):
+def test_promoting_the_champion_again_needs_no_further_rollback(ledger):
     for version in ("1", "2", "2"):
         promote(ledger, version)
     assert roll_back(ledger) == "1"
 
 
-def test_a_version_may_be_champion_twice(ledger):
+def test_rollback_restores_a_version_that_was_champion_twice(ledger):
     for version in ("1", "2", "1"):
         promote(ledger, version)
     assert roll_back(ledger) == "2"
     assert roll_back(ledger) == "1"
 
 
-def test_a_rollback_goes_only_where_before_says(ledger):
+def test_rollback_to_another_version_than_the_previous_champion_is_refused(ledger):
     for version in ("1", "2", "3"):
         promote(ledger, version)
     with raises_code(PromotionRefused, "rollback_to_other_version", expected="2", got="1"):
@@ -153,32 +153,33 @@ def entry(sequence: int, version: str, action: str, previous: str | None) -> Ent
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "back"]), max_size=20))
-def test_a_rollback_undoes_the_promotion_it_follows(moves):
+def test_rollback_after_a_promotion_restores_the_champion_before_it(actions):
     entries: list[Entry] = []
 
     def add(version: str, action: str) -> None:
         previous = entries[-1].version if entries else None
         entries.append(entry(len(entries) + 1, version, action, previous))
 
-    for move in moves:
+    for action in actions:
         target = before(tuple(entries))
-        if move != "back":
-            add(move, "promote")
+        if action != "back":
+            add(action, "promote")
         elif target is not None:
             add(target.version, "rollback")
-    standing, target = entries[-1].version if entries else None, before(tuple(entries))
+    champion = entries[-1].version if entries else None
+    target = before(tuple(entries))
     add("new", "promote")
-    undone = before(tuple(entries))
-    assert (undone.version if undone else None) == standing
-    if undone is not None:
-        add(undone.version, "rollback")
+    restored = before(tuple(entries))
+    assert (restored.version if restored else None) == champion
+    if restored is not None:
+        add(restored.version, "rollback")
         assert before(tuple(entries)) == target
 
 
 # --- damage ----------------------------------------------------------------------------------
 
 
-def test_a_gap_is_damage(ledger, tmp_path):
+def test_missing_entry_is_reported_as_damage(ledger, tmp_path):
     for version in ("1", "2", "3"):
         promote(ledger, version)
     (tmp_path / "store" / "ledger" / "ranker" / "00000002.json").unlink()
@@ -187,7 +188,7 @@ def test_a_gap_is_damage(ledger, tmp_path):
     assert caught.value.fields["place"].endswith("00000002.json")
 
 
-def test_an_entry_that_does_not_continue_the_one_before_is_damage(ledger):
+def test_entry_that_does_not_continue_the_previous_entry_is_reported_as_damage(ledger):
     first = promote(ledger, "1")
     for forged in (
         first.model_copy(update={"sequence": 2, "previous": "9"}),
@@ -195,19 +196,19 @@ def test_an_entry_that_does_not_continue_the_one_before_is_damage(ledger):
         first.model_copy(update={"sequence": 2, "previous": "1", "action": "rollback"}),
         first.model_copy(update={"sequence": 2, "previous": "1", "model": "other"}),
     ):
-        # With a digest that fits, so that it is not the digest that is refused.
-        body = forged.sealed(first).model_dump_json().encode()
+        # The digest is recomputed, so that only the changed field can be refused.
+        body = forged.with_digest(first).model_dump_json().encode()
         ledger._store.write("ledger/ranker/00000002.json", body)
         with pytest.raises(ArtifactDamaged) as caught:
             ledger.champion()
         assert caught.value.fields["place"].endswith("00000002.json")
 
 
-def test_a_changed_entry_whose_digest_fits_is_found_by_the_entry_after_it(ledger):
+def test_changed_entry_with_a_recomputed_digest_is_detected_at_the_next_entry(ledger):
     for version in "123":
         promote(ledger, version)
     first = ledger.entries()[0]
-    changed = first.model_copy(update={"reason": "another reason"}).sealed(None)
+    changed = first.model_copy(update={"reason": "another reason"}).with_digest(None)
     ledger._store.write("ledger/ranker/00000001.json", changed.model_dump_json().encode())
     with raises_code(ArtifactDamaged, "ledger_digest_differs") as caught:
         ledger.entries()
@@ -215,13 +216,13 @@ def test_a_changed_entry_whose_digest_fits_is_found_by_the_entry_after_it(ledger
 
 
 @pytest.mark.parametrize("name", ["2.json", "x.json", "00000002.txt", "00000002.json/x"])
-def test_a_stranger_among_the_entries_is_damage(ledger, name):
+def test_unexpected_key_among_the_entries_is_reported_as_damage(ledger, name):
     ledger._store.write(f"ledger/ranker/{name}", b"{}")
     with raises_code(ArtifactDamaged, "ledger_key_unknown"):
         ledger.entries()
 
 
 @pytest.mark.parametrize("model", ["", "..", "a/b", "a:b", "/a", "a\\b"])
-def test_a_models_name_is_one_part_of_a_path(tmp_path, model):
+def test_model_name_that_is_not_one_path_component_is_refused(tmp_path, model):
     with raises_code(StoreRefused, None):
         Ledger(Store(str(tmp_path)), model)

@@ -1,4 +1,4 @@
-"""The registry on a real SQLite file."""
+"""Publish, find and alias versions in an MLflow registry that is a real SQLite file."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ from infra.registry.mlflow_registry import ORDER_TAG, Registered, Registry
 ORDER = "a" * 64
 OTHER = "b" * 64
 
-# MLflow takes two seconds to import: once for all processes.
+# Importing MLflow takes two seconds, so the processes are forked after the import.
 PUBLISH = """
 import os, sys
 from infra.registry.mlflow_registry import Registry
@@ -25,8 +25,8 @@ import mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlal
 uri, count = sys.argv[1], int(sys.argv[2])
 for number in range(count):
     if os.fork() == 0:
-        made = Registry(uri).publish("ranker", "a" * 64, "s3://models/x", {"by": str(number)}, "")
-        os.write(1, f"{made.version} {made.tags['by']}\\n".encode())
+        entry = Registry(uri).publish("ranker", "a" * 64, "s3://models/x", {"by": str(number)}, "")
+        os.write(1, f"{entry.version} {entry.tags['by']}\\n".encode())
         os._exit(0)
 assert all(os.wait()[1] == 0 for _ in range(count))
 """
@@ -41,7 +41,7 @@ def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> Re
     return registry.publish(model, order, f"s3://models/{order[:4]}", {"recipe": "[]"}, "text")
 
 
-def test_publishing_twice_makes_one_version(registry):
+def test_publishing_an_order_twice_creates_one_version(registry):
     first = publish(registry)
     assert first == publish(registry)
     assert first == Registered(
@@ -57,7 +57,7 @@ def test_publishing_twice_makes_one_version(registry):
     assert registry.by_order(ORDER, "other") is None
 
 
-def test_an_order_is_found_without_mlflow_as_with_it(registry, tmp_path):
+def test_find_order_returns_the_same_version_as_by_order(registry, tmp_path):
     assert registry.find_order(ORDER, "ranker") is None
     publish(registry)
     assert registry.find_order(ORDER, "ranker") == registry.by_order(ORDER, "ranker")
@@ -69,7 +69,7 @@ def test_an_order_is_found_without_mlflow_as_with_it(registry, tmp_path):
     assert not (tmp_path / "none.db").exists()
 
 
-def test_versions_come_newest_first_also_past_nine(registry):
+def test_versions_are_sorted_as_numbers_newest_first(registry):
     for number in range(11):
         publish(registry, f"{number:064x}")
     assert [found.version for found in registry.versions("ranker")] == [
@@ -77,21 +77,21 @@ def test_versions_come_newest_first_also_past_nine(registry):
     ]
 
 
-def test_the_same_order_of_another_model_is_another_version(registry):
+def test_one_order_published_for_two_models_creates_a_version_of_each(registry):
     publish(registry)
     assert publish(registry, model="tower").model == "tower"
     assert registry.models() == ("ranker", "tower")
 
 
-def test_two_processes_that_publish_into_a_registry_not_yet_made_share_one_version(tmp_path):
+def test_two_processes_publishing_one_order_to_a_missing_registry_create_one_version(tmp_path):
     uri = f"sqlite:///{tmp_path}/new folder/registry.db"
-    said = in_processes(uri, 2)
-    assert said[0] == said[1], "both processes got the same version"
-    assert [found.version for found in Registry(uri).versions("ranker")] == [said[0].split()[0]]
+    lines = publish_in_processes(uri, 2)
+    assert lines[0] == lines[1], "both processes got the same version"
+    assert [found.version for found in Registry(uri).versions("ranker")] == [lines[0].split()[0]]
 
 
-def in_processes(uri: str, count: int) -> list[str]:
-    ended = subprocess.run(
+def publish_in_processes(uri: str, count: int) -> list[str]:
+    process = subprocess.run(
         [sys.executable, "-c", PUBLISH, uri, str(count)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -99,54 +99,52 @@ def in_processes(uri: str, count: int) -> list[str]:
         timeout=120,
         check=False,
     )
-    assert (ended.returncode, ended.stderr) == (0, ""), "no migration or telemetry noise"
-    said = ended.stdout.splitlines()
-    assert len(said) == count
-    return said
+    assert (process.returncode, process.stderr) == (0, ""), "migrations and telemetry print nothing"
+    lines = process.stdout.splitlines()
+    assert len(lines) == count
+    return lines
 
 
-def test_racers_that_saw_nothing_keep_the_lowest_version_and_delete_the_others(
-    registry, monkeypatch
-):
-    """Force the race: everybody's first look finds no version of the order."""
+def test_concurrent_publishers_keep_the_lowest_version_and_delete_the_others(registry, monkeypatch):
+    """Simulate a race: the first query of each publisher does not find a version of the order."""
     publish(registry, OTHER)
-    looks = []
+    queries = []
     by_order = Registry.by_order
 
-    def blind_at_first(self, order, model):
-        looks.append(order)
-        return None if len(looks) in (1, 3, 5) else by_order(self, order, model)
+    def first_query_finds_nothing(self, order, model):
+        queries.append(order)
+        return None if len(queries) in (1, 3, 5) else by_order(self, order, model)
 
-    monkeypatch.setattr(Registry, "by_order", blind_at_first)
-    made = {publish(registry).version for _ in range(3)}
-    assert made == {"2"}
+    monkeypatch.setattr(Registry, "by_order", first_query_finds_nothing)
+    versions = {publish(registry).version for _ in range(3)}
+    assert versions == {"2"}
     assert [found.version for found in registry.versions("ranker")] == ["2", "1"]
 
 
-def test_threads_of_one_process_publish_once(registry):
+def test_four_threads_publishing_one_order_create_one_version(registry):
     registry.models()
     with ThreadPoolExecutor(4) as pool:
-        made = {found.version for found in pool.map(lambda _: publish(registry), range(4))}
-    assert len(made) == 1
+        versions = {item.version for item in pool.map(lambda _: publish(registry), range(4))}
+    assert len(versions) == 1
     assert len(registry.versions("ranker")) == 1
 
 
-# --- looking things up -----------------------------------------------------------------------
+# --- lookup -----------------------------------------------------------------------
 
 
-def test_an_unknown_model_is_refused_with_the_names_of_the_existing_models(registry):
+def test_unknown_model_is_refused_with_the_names_of_existing_models(registry):
     with raises_code(RegistryRefused, "model_missing", models=("none yet",)):
         registry.versions("ranker")
     publish(registry)
     publish(registry, model="tower")
-    for use in (registry.versions, lambda model: registry.version(model, "1")):
+    for look_up in (registry.versions, lambda model: registry.version(model, "1")):
         with raises_code(
             RegistryRefused, "model_missing", model="rankr", models=("ranker", "tower")
         ):
-            use("rankr")
+            look_up("rankr")
 
 
-def test_a_version_is_found_by_number_and_alias(registry):
+def test_version_is_returned_by_number_and_by_alias(registry):
     publish(registry)
     second = publish(registry, OTHER)
     registry.point("ranker", "candidate", "2")
@@ -165,7 +163,7 @@ def test_a_version_is_found_by_number_and_alias(registry):
         registry.point("ranker", "champion", "9")
 
 
-def test_the_champion_alias_is_made_to_follow_the_ledger(registry):
+def test_repair_sets_or_removes_the_champion_alias(registry):
     publish(registry)
     publish(registry, OTHER)
     assert registry.repair("ranker", "2") is True
@@ -179,10 +177,10 @@ def test_the_champion_alias_is_made_to_follow_the_ledger(registry):
         registry.version("ranker", "@champion")
 
 
-# --- what the registry does not take ---------------------------------------------------------
+# --- limits of the registry ---------------------------------------------------------
 
 
-def test_the_longest_tag_is_kept_and_a_longer_one_refused_by_name(registry):
+def test_tags_and_sources_beyond_the_limits_are_refused(registry):
     tags = {"plan": "x" * MAX_TAG_VALUE}
     assert (
         registry.publish("ranker", ORDER, "s3://x", tags, "d" * 9999).tags["plan"] == tags["plan"]
@@ -200,29 +198,29 @@ def test_the_longest_tag_is_kept_and_a_longer_one_refused_by_name(registry):
 
 
 @pytest.mark.parametrize("model", ["", " a", "a/b", "a:b", "it's", 'a"b', "a`b", "x" * 257])
-def test_names_the_registry_does_not_take_are_refused(registry, model):
+def test_model_name_that_mlflow_does_not_accept_is_refused(registry, model):
     with raises_code(RegistryRefused, "model_name_invalid", name=model[:60]):
         publish(registry, model=model)
 
 
-def test_an_alias_the_registry_does_not_take_is_refused(registry):
+def test_alias_that_mlflow_does_not_accept_is_refused(registry):
     publish(registry)
     for alias in ("latest", "v1", "a b", ""):
         with raises_code(RegistryRefused, "registry_refused"):
             registry.point("ranker", alias, "1")
 
 
-# --- faults of the registry itself -----------------------------------------------------------
+# --- unusable registries -----------------------------------------------------------
 
 
-def test_a_server_that_is_down_says_so_within_seconds():
-    began = time.monotonic()
+def test_unreachable_server_is_reported_within_20_seconds():
+    start = time.monotonic()
     with raises_code(RegistryOutage, "registry_no_answer"):
         Registry("http://user:hunter2@127.0.0.1:9").models()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - start < 20
 
 
-def test_what_is_no_registry_is_a_setting(tmp_path):
+def test_uri_that_is_not_a_registry_raises_setting_refused(tmp_path):
     for uri in ("", "registry.db", "ftp://host/x", "databricks"):
         with raises_code(SettingRefused, "registry_scheme_unknown"):
             Registry(uri)
@@ -234,7 +232,7 @@ def test_what_is_no_registry_is_a_setting(tmp_path):
         Registry(f"sqlite:///{tmp_path}/file/registry.db").models()
 
 
-def test_a_registry_file_of_another_mlflow_names_the_remedy(registry, tmp_path):
+def test_registry_file_with_an_unknown_schema_is_refused(registry, tmp_path):
     import sqlite3
 
     with sqlite3.connect(tmp_path / "registry.db") as database:
@@ -243,8 +241,8 @@ def test_a_registry_file_of_another_mlflow_names_the_remedy(registry, tmp_path):
         registry.models()
 
 
-def test_passwords_in_the_uri_stay_out_of_messages():
+def test_messages_contain_no_password_of_the_uri():
     registry = Registry("postgresql://ann:hunter2@host/x")
-    said = registry._message("cannot reach postgresql://ann:hunter2@host/x")
-    assert said == "cannot reach postgresql://host/x"
+    message = registry._message("cannot reach postgresql://ann:hunter2@host/x")
+    assert message == "cannot reach postgresql://host/x"
     assert registry._message("user ann, password hunter2: no") == "user ann, password ***: no"

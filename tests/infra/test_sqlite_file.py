@@ -1,4 +1,4 @@
-"""The registry's file: complete or absent whenever a process is killed, and never half migrated."""
+"""The registry's SQLite file: killed writers, damaged files, and migration from earlier MLflow."""
 
 import shutil
 import sqlite3
@@ -17,7 +17,7 @@ from infra.registry import sqlite_file
 from infra.registry.mlflow_registry import Registry
 
 ORDER = "a" * 64
-EARLIER = "acf3f17fdcc7"  # a revision between two releases of MLflow, well before today's
+EARLIER = "acf3f17fdcc7"  # an alembic revision older than the one of the installed MLflow
 
 
 @pytest.fixture
@@ -25,12 +25,12 @@ def file(empty_registry: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(empty_registry, tmp_path / "registry.db"))
 
 
-def opened(file: Path) -> Registry:
+def open_registry(file: Path) -> Registry:
     return Registry(f"sqlite:///{file}")
 
 
 def publish(file: Path, order: str = ORDER) -> str:
-    return opened(file).publish("ranker", order, "s3://models/x", {}, "").version
+    return open_registry(file).publish("ranker", order, "s3://models/x", {}, "").version
 
 
 def execute(file: Path, *statements: str) -> None:
@@ -45,66 +45,69 @@ def send() -> Iterator[SendCommand]:
         yield send
 
 
-def kill_points(
+def kill_writer_at(
     send: SendCommand, folder: Path, writer: str, points: list[float]
 ) -> list[dict[str, Any]]:
     return send(" ".join([str(folder), writer, *map(str, points)]))
 
 
-# The last operations create the link and remove the temporary file.
-SOME = [0.5, 1.0]
-MANY = [number / 40 for number in range(1, 36)] + [0.9 + number / 500 for number in range(51)]
+# Shares of the writer's file operations after which it is killed. The last operations create the
+# link and remove the temporary file.
+FEW_POINTS = [0.5, 1.0]
+MANY_POINTS = [number / 40 for number in range(1, 36)] + [
+    0.9 + number / 500 for number in range(51)
+]
 
 
-@pytest.mark.parametrize("points", [SOME, pytest.param(MANY, marks=pytest.mark.slow)])
-def test_a_registry_whose_first_user_was_killed_is_complete_at_the_next_use(
+@pytest.mark.parametrize("points", [FEW_POINTS, pytest.param(MANY_POINTS, marks=pytest.mark.slow)])
+def test_registry_is_complete_after_the_process_that_created_it_was_killed(
     send: SendCommand, tmp_path: Path, points: list[float]
 ) -> None:
-    results = kill_points(send, tmp_path, "now", points)
+    results = kill_writer_at(send, tmp_path, "now", points)
     assert [result["version"] for result in results] == ["1"] * len(points)
     assert all(result["killed"] for result in results)
     # Temporary files of the killed process are removed.
     assert {tuple(result["left"]) for result in results} == {("registry.db", "registry.db.lock")}
 
 
-@pytest.mark.parametrize("points", [[0.6], pytest.param(MANY, marks=pytest.mark.slow)])
-def test_a_registry_that_an_earlier_version_left_half_migrated_works_again(
+@pytest.mark.parametrize("points", [[0.6], pytest.param(MANY_POINTS, marks=pytest.mark.slow)])
+def test_registry_left_half_created_by_an_earlier_version_is_repaired(
     send: SendCommand, tmp_path: Path, points: list[float]
 ) -> None:
-    results = kill_points(send, tmp_path, "earlier", points)
+    results = kill_writer_at(send, tmp_path, "earlier", points)
     assert [result["version"] for result in results] == ["1"] * len(points)
     assert all(result["killed"] for result in results)
 
 
-def test_an_empty_file_becomes_a_registry(tmp_path: Path) -> None:
+def test_empty_file_becomes_a_registry(tmp_path: Path) -> None:
     file = tmp_path / "registry.db"
     file.touch()
     assert publish(file) == "1"
 
 
-def test_journals_of_a_deleted_registry_do_not_reach_the_new_one(file: Path) -> None:
+def test_journal_of_a_deleted_registry_is_not_applied_to_the_new_one(file: Path) -> None:
     journal = file.with_name("registry.db-journal")
     with closing(sqlite3.connect(file, isolation_level=None)) as database:
         database.execute("PRAGMA cache_size = 1")  # pages reach the file before the commit
         database.execute("BEGIN IMMEDIATE")
         database.execute("DELETE FROM workspaces")
         database.execute("CREATE TABLE large AS SELECT zeroblob(1000000) AS body")
-        hot = journal.read_bytes()
+        journal_bytes = journal.read_bytes()
         database.execute("ROLLBACK")
     file.unlink()
-    journal.write_bytes(hot)
+    journal.write_bytes(journal_bytes)
     assert publish(file) == "1"
     with closing(sqlite3.connect(file)) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_a_registry_in_a_folder_with_signs_of_a_uri_is_created_there(tmp_path: Path) -> None:
+def test_registry_is_created_in_a_folder_whose_name_has_uri_characters(tmp_path: Path) -> None:
     file = tmp_path / "what % 20 # of it" / "registry.db"
     assert publish(file) == "1"
     assert file.is_file()
 
 
-def test_a_registry_that_is_a_symlink_stays_one(tmp_path: Path) -> None:
+def test_registry_behind_a_symlink_is_created_at_the_links_target(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     file = tmp_path / "registry.db"
     file.symlink_to(tmp_path / "disk" / "real.db")
@@ -121,14 +124,14 @@ def test_a_registry_that_is_a_symlink_stays_one(tmp_path: Path) -> None:
         "UPDATE alembic_version SET version_num = (SELECT 'acf3f17fdcc7')",
     ],
 )
-def test_an_incomplete_registry_that_holds_versions_is_refused_unchanged(
+def test_incomplete_registry_with_versions_is_refused_and_unchanged(
     file: Path, damage: str
 ) -> None:
     publish(file)
     execute(file, damage)
     before = file.read_bytes()
     with raises_code(SettingRefused, "registry_incomplete", file=str(file), versions=1):
-        opened(file).models()
+        open_registry(file).models()
     assert file.read_bytes() == before
     assert sorted(path.name for path in file.parent.iterdir()) == [
         "registry.db",
@@ -137,17 +140,15 @@ def test_an_incomplete_registry_that_holds_versions_is_refused_unchanged(
 
 
 @pytest.mark.parametrize("damage", ["DELETE FROM alembic_version", "DROP TABLE model_versions"])
-def test_an_incomplete_registry_that_holds_nothing_is_created_again(
-    file: Path, damage: str
-) -> None:
+def test_incomplete_registry_without_user_rows_is_created_again(file: Path, damage: str) -> None:
     execute(file, damage)
     assert publish(file) == "1"
 
 
-def test_an_incomplete_file_with_runs_of_another_program_is_not_replaced(file: Path) -> None:
+def test_incomplete_file_with_a_table_of_another_program_is_refused(file: Path) -> None:
     execute(file, "DELETE FROM alembic_version", "CREATE TABLE mine AS SELECT 1 AS one")
     with raises_code(SettingRefused, "registry_incomplete", file=str(file)):
-        opened(file).models()
+        open_registry(file).models()
 
 
 # --- a registry of an earlier MLflow ---------------------------------------------------------
@@ -155,7 +156,7 @@ def test_an_incomplete_file_with_runs_of_another_program_is_not_replaced(file: P
 
 @pytest.fixture
 def earlier(tmp_path: Path) -> Path:
-    """A registry as an earlier MLflow left it, with one version in it."""
+    """A registry file with one version and the schema of an earlier MLflow."""
     from alembic import command
     from mlflow.store.db.utils import InitialBase, _get_alembic_config
 
@@ -178,12 +179,12 @@ def earlier(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_registry_of_an_earlier_mlflow_is_migrated_with_its_versions(earlier: Path) -> None:
-    assert publish(earlier) == "1"  # the order that is registered already
+def test_registry_of_an_earlier_mlflow_is_migrated_with_its_versions(earlier: Path) -> None:
+    assert publish(earlier) == "1"  # the order of the version that exists
     assert publish(earlier, "b" * 64) == "2"
 
 
-def test_a_migration_that_fails_leaves_the_registry_as_it_was(
+def test_failed_migration_leaves_the_registry_unchanged(
     earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow.store.db.utils
@@ -199,13 +200,13 @@ def test_a_migration_that_fails_leaves_the_registry_as_it_was(
     with raises_code(
         SettingRefused, "registry_incomplete", problem=Text("cannot migrate it: no such column")
     ):
-        opened(earlier).models()
+        open_registry(earlier).models()
     assert earlier.read_bytes() == before
     monkeypatch.undo()
     assert publish(earlier) == "1"
 
 
-def test_what_another_process_writes_while_a_registry_is_migrated_is_kept(
+def test_write_of_another_connection_during_a_migration_is_not_lost(
     earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow.store.db.utils
@@ -227,19 +228,19 @@ def test_what_another_process_writes_while_a_registry_is_migrated_is_kept(
             upgrade(engine)
 
         monkeypatch.setattr(mlflow.store.db.utils, "_upgrade_db", upgrade_slowly)
-        registry = opened(earlier)
+        registry = open_registry(earlier)
         registry.models()
         writers[0].join(60)
     assert registry.version("ranker", "1").tags["meanwhile"] == "yes"
 
 
-def test_a_registry_of_a_later_mlflow_is_refused_also_if_it_is_empty(file: Path) -> None:
+def test_empty_registry_of_a_later_mlflow_is_refused(file: Path) -> None:
     execute(file, "UPDATE alembic_version SET version_num = 'later'")
     with raises_code(SettingRefused, "registry_schema_unknown", schema="later"):
-        opened(file).models()
+        open_registry(file).models()
 
 
-def test_a_registry_that_another_program_keeps_locked_is_unavailable(
+def test_registry_locked_by_another_program_is_reported_as_unavailable(
     earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.1)
@@ -248,4 +249,4 @@ def test_a_registry_that_another_program_keeps_locked_is_unavailable(
         with raises_code(
             RegistryUnavailable, "registry_file_unreadable", problem="database is locked"
         ):
-            opened(earlier).models()
+            open_registry(earlier).models()

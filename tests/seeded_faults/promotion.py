@@ -25,7 +25,7 @@ FAULTS = (
         old="                if self._store.read(key) == body:\n",
         new='                if self._store.read(key) == b"":\n',
         effect="A create whose response was lost appends one decision twice.",
-        tests=(f"{LEDGER}::test_a_create_whose_answer_was_lost_is_not_entered_twice",),
+        tests=(f"{LEDGER}::test_append_whose_response_was_lost_writes_one_entry",),
     ),
     Fault(
         id="ledger-rollback-toggles",
@@ -33,7 +33,7 @@ FAULTS = (
         old='        if entry.action == "rollback":\n            stack.pop()\n',
         new='        if entry.action == "rollback":\n            stack.append(entry)\n',
         effect="Two rollbacks go back and forth instead of two versions back.",
-        tests=(f"{LEDGER}::test_rolling_back_twice_goes_two_steps_back",),
+        tests=(f"{LEDGER}::test_two_rollbacks_undo_two_promotions",),
     ),
     Fault(
         id="ledger-entry-of-another-model-accepted",
@@ -42,12 +42,12 @@ FAULTS = (
         "!= (sequence, self._model, previous):\n",
         new="        if (entry.sequence, entry.previous) != (sequence, previous):\n",
         effect="An entry copied from the ledger of another model determines the champion.",
-        tests=(f"{LEDGER}::test_an_entry_that_does_not_continue_the_one_before_is_damage",),
+        tests=(f"{LEDGER}::test_entry_that_does_not_continue_the_previous_entry_is_reported_as_damage",),
     ),
     Fault(
         id="ledger-digest-not-checked",
         file="infra/registry/ledger.py",
-        old="        elif entry.digest != entry.sealed(previous).digest:\n",
+        old="        elif entry.digest != entry.with_digest(previous).digest:\n",
         new="        elif len(entry.digest) != 64:\n",
         effect="A modified entry is read without an error.",
         tests=(f"{LOST}::test_ledger_entry_with_a_changed_value_is_refused",),
@@ -56,10 +56,10 @@ FAULTS = (
         id="ledger-digest-not-chained",
         file="infra/registry/ledger.py",
         old="        after = None if previous is None else "
-        "previous.digest or previous.sealed(None).digest\n",
+        "previous.digest or previous.with_digest(None).digest\n",
         new="        after = None\n",
         effect="An entry's digest does not cover the previous entry.",
-        tests=(f"{LEDGER}::test_a_changed_entry_whose_digest_fits_is_found_by_the_entry_after_it",),
+        tests=(f"{LEDGER}::test_changed_entry_with_a_recomputed_digest_is_detected_at_the_next_entry",),
     ),
     Fault(
         id="ledger-rollback-anywhere",
@@ -67,7 +67,7 @@ FAULTS = (
         old="        if target.order != order:\n            raise PromotionRefused(",
         new="        if not target.order:\n            raise PromotionRefused(",
         effect="A rollback may go to a version that was not champion before.",
-        tests=(f"{LEDGER}::test_a_rollback_goes_only_where_before_says",),
+        tests=(f"{LEDGER}::test_rollback_to_another_version_than_the_previous_champion_is_refused",),
     ),
     Fault(
         id="registry-duplicates-kept",
@@ -77,7 +77,7 @@ FAULTS = (
         effect="Two processes that publish one order create two versions.",
         tests=(
             f"{REGISTRY}"
-            "::test_racers_that_saw_nothing_keep_the_lowest_version_and_delete_the_others",
+            "::test_concurrent_publishers_keep_the_lowest_version_and_delete_the_others",
         ),
     ),
     Fault(
@@ -86,7 +86,7 @@ FAULTS = (
         old="key=lambda entry: -int(entry.version)))",
         new="key=lambda entry: entry.version, reverse=True))",
         effect="Version 9 counts as newer than version 10.",
-        tests=(f"{REGISTRY}::test_versions_come_newest_first_also_past_nine",),
+        tests=(f"{REGISTRY}::test_versions_are_sorted_as_numbers_newest_first",),
     ),
     Fault(
         id="champion-by-version-number",
