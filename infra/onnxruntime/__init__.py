@@ -1,4 +1,4 @@
 """ONNX Runtime on CPU.
 
-sessions.py  runs sessions: scores, bound calls and the optimized graph
+sessions.py  sessions that score and are timed, the optimized graph, and intermediate values
 """

@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPU: sessions, the optimized graph of a session, and the values of a graph."""
+"""ONNX Runtime on CPU: scoring sessions, optimized graphs, and a graph's intermediate values."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +27,14 @@ NUMPY_TYPES = {
 
 
 class Session:
-    """Session of one served graph: inputs are arrays by name, the output is scores or vectors."""
+    """Session of one served graph: inputs are arrays by name; the first output is returned."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        """Load ``path`` with full graph optimization.
+        """Load the graph at ``path`` with full graph optimization.
+
+        Args:
+            path: the ONNX file.
+            threads: number of threads within one operator.
 
         Raises:
             BuildRefused: ONNX Runtime does not accept the graph.
@@ -41,26 +45,26 @@ class Session:
     def scores(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
         """Return scores, float32 ``(rows,)``, or vectors, float32 ``(rows, dim)``.
 
-        NaN where the graph's out-of-range policy refuses a row.
+        Rows with ids out of range are NaN if the graph was exported to refuse such ids.
 
         Raises:
             ScoringFailed: the runtime failed on these inputs.
         """
         try:
-            answer = self._session.run(None, {name: inputs[name] for name in self.inputs})
+            outputs = self._session.run(None, {name: inputs[name] for name in self.inputs})
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
             raise ScoringFailed("scoring_failed", problem=str(fault)) from fault
-        scores: FloatArray = answer[0]
+        scores: FloatArray = outputs[0]
         return scores
 
     def bound(self, inputs: Mapping[str, NDArray[Any]]) -> Callable[[], FloatArray]:
-        """Return a function that evaluates ``scores`` repeatedly on inputs bound to the runtime.
+        """Return a function that scores the same inputs at each call, for latency measurements.
 
-        A server that stores inputs in the runtime's format does the same. ``scores`` passes them
-        from Python, at one to two microseconds each, which for one row of a model with many inputs
-        is as long as all of its layers.
+        The inputs are bound once (IO binding), as in a server that already has them in the
+        runtime's format. ``scores`` passes them from Python, which takes one to two microseconds
+        per input: for one row of a model with many inputs, as long as all of its layers.
 
         Raises:
             ScoringFailed: the runtime does not accept these inputs, or failed on them.
@@ -135,10 +139,10 @@ def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
 def graph_values(
     path: Path, inputs: Mapping[str, NDArray[Any]], threads: int = 1
 ) -> list[tuple[str, str, NDArray[Any]]]:
-    """Yield every value a graph computes, in graph order: its name, its operator and the array.
+    """Return every value that a graph computes, in graph order: name, operator type and array.
 
-    Values of types that numpy lacks (bfloat16, 8-bit floats, int4) are left out. With every value
-    as an output the runtime merges fewer operators than it does otherwise.
+    Values of types that numpy lacks (bfloat16, 8-bit floats, int4) are omitted. Every value becomes
+    an output of the graph, so the runtime fuses fewer operators than in a normal session.
 
     Args:
         path: the graph; a second file is written next to it and removed.
@@ -157,25 +161,26 @@ def graph_values(
     model.graph.output.extend(
         onnx.ValueInfoProto(name=name) for name in operators if name not in outputs
     )
-    exposed = path.with_name(f"values-{path.name}")
+    temporary = path.with_name(f"values-{path.name}")
     try:
-        onnx.save(model, exposed)
-        session = _open(exposed, threads, None)
+        onnx.save(model, temporary)
+        session = _open(temporary, threads, None)
     finally:
-        exposed.unlink(missing_ok=True)
-    wanted = [item.name for item in session.get_outputs() if item.type in NUMPY_TYPES]
+        temporary.unlink(missing_ok=True)
+    selected = [item.name for item in session.get_outputs() if item.type in NUMPY_TYPES]
     names = [item.name for item in session.get_inputs()]
     try:
-        values = session.run(wanted, {name: inputs[name] for name in names})
+        values = session.run(selected, {name: inputs[name] for name in names})
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
         raise ScoringFailed("scoring_failed", problem=str(fault)) from fault
-    by_name = dict(zip(wanted, values, strict=True))
+    by_name = dict(zip(selected, values, strict=True))
     return [(name, kind, by_name[name]) for name, kind in operators.items() if name in by_name]
 
 
 def _open(path: Path, threads: int, optimized: Path | None) -> Any:
+    """Open a session; if ``optimized`` is a path, the optimized graph is written there."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

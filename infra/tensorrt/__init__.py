@@ -1,6 +1,6 @@
 """Build engines with TensorRT and TensorRT-RTX.
 
-build.py    the child process that builds an engine; the only file that calls TensorRT
-audit.py    the audit that an engine must pass
-engines.py  builds and audits engines in that process
+engines.py  starts a child process that builds and audits an engine; the result types
+build.py    the program of that child process; the only file that calls TensorRT
+audit.py    checks an engine's weights and scratch memory against the plan
 """

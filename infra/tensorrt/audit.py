@@ -1,14 +1,18 @@
-"""The audit a TensorRT engine must pass before it is accepted; needs no GPU or TensorRT.
+"""Audit a TensorRT engine before it is accepted; needs neither a GPU nor TensorRT.
 
-*Weights.* The builder logs the bytes of the engine's weights. If they exceed the plan's packed
-bytes, a table, a scale or a dense layer was widened.
+A builder may *widen* a table or layer: convert its packed weights (int8, int4, ...) to a wider
+type, so that the compression is lost. The audit detects this from the builder's log.
 
-*Sparsity.* The builder chooses by time whether layers with 2:4 zeros run on sparse kernels. Its log
-contains the choice; if no layer uses sparse kernels, the result reports that they are not faster.
+*Weights.* The log contains the bytes of the engine's weights. If they exceed the packed bytes of
+the plan, a table, a scale or a dense layer was widened.
 
-*Scratch.* A table that is widened before its Gather is written completely into scratch memory at
-every call. So scratch memory smaller than one fp16 copy of the table proves that the table is not
-widened. A twin of the graph with half the rows is also built: its scratch memory must be the same.
+*Scratch.* A table that is widened before its lookup (the operator Gather) is written completely
+into scratch memory, the temporary memory of a call. So scratch memory smaller than one fp16 copy
+of the table proves that the table is not widened. The audit also builds a twin, the same graph with
+half the rows in every large table: its scratch memory must be the same ("flat").
+
+*Sparsity.* The builder decides by measured time whether layers with 2:4 zeros run on sparse
+kernels. The audit reads the decision from the log; it rejects no engine for it.
 """
 
 import math
@@ -23,30 +27,34 @@ if TYPE_CHECKING:
     import onnx
 
 TWIN_ROWS = 200_000
-"""Tables with fewer rows get no twin: below, other scratch memory hides what a table adds."""
+"""Tables with fewer rows are not cut for the twin.
+
+The scratch memory that a smaller table adds cannot be distinguished from that of activations.
+"""
 
 GROWTH = 0.1
-"""Share of the smallest cut table's removed bytes by which the two scratch sizes may differ.
+"""How much the scratch sizes of engine and twin may differ.
 
-Measured: flat graphs differ by exactly 0, a materialised table by 1.3 to 1.9 times
-what was removed.
+The unit is the bytes that were removed from the table with the smallest removal. Measured: the
+sizes of graphs that widen no table are equal; a widened table adds 1.3 to 1.9 times the removed
+bytes.
 """
 
 WIDENED = 1.1
 WIDENED_BYTES = 64 * 1024
-"""Weights may be ``packed * WIDENED + WIDENED_BYTES``.
+"""Weights of an engine may take at most ``packed_bytes * WIDENED + WIDENED_BYTES``.
 
-Measured with TensorRT-RTX 1.7: packed + 2.5 KB for int8, int4 and fp16 tables and for int8 and
-fp16 dense layers from 0.3 KB to 13 MB. The constant is for the padding of many small tensors, the
-10 % for builders that were never measured. The cheapest widening that changes a whole model, fp16
-scales folded to fp32, adds 11 % to int8 rows of 16 and more to anything smaller.
+Measured with TensorRT-RTX 1.7: packed bytes + 2.5 KB for int8, int4 and fp16 tables and for int8
+and fp16 dense layers from 0.3 KB to 13 MB. The constant allows padding of many small tensors, the
+10 % other builders, which were not measured. The smallest widening of a whole model, fp16 scales
+stored as fp32, adds 11 % to int8 tables with 16 columns, and more to narrower tables and codes.
 """
 
 _WIDE_BYTES = 2  # the narrowest type a table can be widened to
 _SCRATCH = re.compile(r"\b(?:Max|Total) Scratch Memory:\s*(\d+)")
 _WEIGHTS = re.compile(r"\bTotal Weights Memory:\s*(\d+)")
 
-# Up to TensorRT 9 names; from 10 on numbers, followed by names in verbose logs.
+# Logs of TensorRT up to 9 list the names of the layers; logs of 10 and later contain their number.
 _ELIGIBLE = (
     re.compile(r"\(Sparsity\) Layers eligible for sparse math:(?P<names>.*)"),
     re.compile(r"\(Sparsity\) Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics"),
@@ -61,7 +69,11 @@ Scratch = tuple[Literal["flat", "grows", "not checkable"], str, tuple[str, ...]]
 
 
 def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
-    """Read scratch and weights bytes of the engine from the builder's log.
+    """Read bytes of scratch memory and of weights of the engine from the builder's log.
+
+    Args:
+        messages: the builder's log; if a number occurs several times, the largest counts.
+        version: the version of TensorRT, for the error.
 
     Raises:
         BuildRefused: this version does not log them, so no audit is possible.
@@ -76,7 +88,12 @@ def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
 
 
 def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[str, int]) -> None:
-    """Raise if an engine has more bytes of weights than the plan packed.
+    """Raise if an engine has more bytes of weights than ``packed_bytes`` and a tolerance.
+
+    Args:
+        weights_bytes: bytes of the engine's weights.
+        packed_bytes: bytes of all tensors as the plan stores them.
+        constant_bytes: bytes of the network's constants per type, for the error.
 
     Raises:
         BuildRefused: a weight was widened.
@@ -96,10 +113,11 @@ def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[st
 def find_tables(
     model: "onnx.ModelProto", tables: Sequence[TableWeights]
 ) -> dict[str, list["onnx.TensorProto"]]:
-    """Find the initializers of every table, by module.
+    """Return the initializers of every table in the ONNX graph, by the name of its module.
 
     Raises:
-        BuildRefused: the graph lacks one, or its first dimension does not match the table's rows.
+        BuildRefused: the graph lacks an initializer, or its first dimension does not match the
+            table's rows.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     initializers: dict[str, list[onnx.TensorProto]] = {}
@@ -128,10 +146,11 @@ def widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
 def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | None:
     """Cut every table with ``TWIN_ROWS`` rows or more to half its rows, in place.
 
-    External data is not moved: rows are contiguous, so only the length changes.
+    External data stays where it is: rows are contiguous, so only the length in the graph changes.
 
     Returns:
-        Bytes removed from the table with the smallest removal; None if no table is large enough.
+        Bytes that were removed from the table that lost the fewest; None if no table is large
+        enough to be cut.
     """
     large = [table for table in tables if table.rows >= TWIN_ROWS]
     initializers = find_tables(model, large)
@@ -139,8 +158,10 @@ def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | Non
     cut: dict[str, int] = {}
     removed = []
     for table in large:
-        together = math.lcm(*(every for every in table.every.values() if every))
-        kept_rows = table.rows // (4 * together) * 2 * together
+        # Keep whole groups of rows that share a scale, and an even number of them: 4-bit rows of
+        # odd width then end on a byte.
+        group_rows = math.lcm(*(every for every in table.every.values() if every))
+        kept_rows = table.rows // (4 * group_rows) * 2 * group_rows
         for tensor in initializers[table.module]:
             entries = table.entries(tensor.name, kept_rows)
             if tensor.name not in cut:
@@ -156,14 +177,17 @@ def judge_scratch(
     removed_bytes: int | None,
     widened: dict[str, int],
 ) -> Scratch:
-    """Judge whether scratch memory depends on the rows; returns the reason and proven tables.
+    """Judge whether scratch memory depends on the number of rows of a table.
 
     Args:
         scratch_bytes: scratch bytes of the engine.
-        twin_bytes: scratch bytes of the twin with half the rows; None if no table is large enough
-            for a twin.
+        twin_bytes: scratch bytes of the twin with half the rows; None if there is no twin.
         removed_bytes: the result of ``halve``.
         widened: bytes of a complete fp16 copy per table.
+
+    Returns:
+        ``flat``, ``grows`` or ``not checkable`` (activations take enough scratch memory to hide a
+        widened table); the reason; the tables that are proven not to be widened.
     """
     proven = tuple(sorted(name for name, size in widened.items() if size > scratch_bytes))
     if twin_bytes is not None and removed_bytes is not None:
@@ -187,21 +211,26 @@ def judge_scratch(
 
 
 def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Sparsity:
-    """Judge from the builder's log how layers with 2:4 zeros run: an outcome and its reason.
+    """Read from the builder's log whether layers with 2:4 zeros run on sparse kernels.
 
     Args:
         messages: the builder's log.
-        ordered: number of layers with such zeros.
-        version: the version of TensorRT.
+        ordered: number of layers with 2:4 zeros, for which sparse kernels are allowed.
+        version: the version of TensorRT, for the reason.
+
+    Returns:
+        ``picked`` (sparse kernels are used), ``did not pay`` (the builder uses none) or
+        ``not told`` (the log does not report it); and the reason. None for both without such
+        layers.
     """
     if not ordered:
         return None, None
     eligible, picked = _counted(messages, _ELIGIBLE), _counted(messages, _PICKED)
     if eligible is None or picked is None:
         return "not told", (
-            f"{ordered} layers have 2:4 zeros; the log of TensorRT {version} does not say which "
-            "would run on sparse kernels. Builders without a GPU leave that to where the engine "
-            "runs: measure it there, against the dense model"
+            f"{ordered} layers have 2:4 zeros; the log of TensorRT {version} does not report which "
+            "run on sparse kernels. A builder without a GPU leaves the choice to the GPU that runs "
+            "the engine: compare the latency with the dense model there"
         )
     if picked:
         return "picked", f"{picked} of {ordered} layers with 2:4 zeros run on sparse kernels"
@@ -213,7 +242,10 @@ def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Spars
 
 
 def _counted(messages: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> int | None:
-    """Return the layer count in the last such line: there is one per choice of tactics."""
+    """Return the number of layers in the last line that matches; None if no line matches.
+
+    The builder writes such a line each time it chooses kernels.
+    """
     count = None
     for text in messages:
         for pattern in patterns:
@@ -234,22 +266,21 @@ def _elements(tensor: "onnx.TensorProto") -> int:
 
 
 def _cut(tensor: "onnx.TensorProto", rows: int) -> int:
-    """Keep the first ``rows`` (even, so that 4-bit rows end on a byte); return bytes removed."""
+    """Keep the first ``rows`` rows of an initializer, in place; return the bytes removed."""
     import onnx
     from onnx import numpy_helper
 
     external = {entry.key: entry for entry in tensor.external_data}
-    outside = tensor.data_location == onnx.TensorProto.EXTERNAL
-    if not outside and not tensor.raw_data:  # values in a typed field: rewrite as raw bytes
+    is_external = tensor.data_location == onnx.TensorProto.EXTERNAL
+    if not is_external and not tensor.raw_data:  # values in a typed field: rewrite as raw bytes
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
-    if outside and "length" not in external:
+    if is_external and "length" not in external:
         raise BuildRefused("initializer_length_missing", initializer=tensor.name)
-    before = int(external["length"].value) if outside else len(tensor.raw_data)
-    whole = _elements(tensor)
-    bits = round(8 * before / whole)
+    before = int(external["length"].value) if is_external else len(tensor.raw_data)
+    bits = round(8 * before / _elements(tensor))  # per element
     tensor.dims[0] = rows
     after = _elements(tensor) * bits // 8
-    if outside:
+    if is_external:
         external["length"].value = str(after)
     else:
         tensor.raw_data = tensor.raw_data[:after]

@@ -1,13 +1,13 @@
 """The child process that builds an engine: the only file that calls TensorRT.
 
-Started by ``infra.tensorrt.engines.build_engine``. Strongly typed networks only: the graph sets
-the precision (casts, Q/DQ), never a builder flag; the one flag that is set allows sparse kernels.
-TensorRT 10 needs strong types declared when the network is created; 11 and RTX accept the same
-flag.
+``infra.tensorrt.engines.build_engine`` starts it. Networks are strongly typed: the casts and
+quantize/dequantize operators of the graph set the precision, not builder flags. The only builder
+flag that is set allows sparse kernels. TensorRT 10 must be given the flag STRONGLY_TYPED when the
+network is created; 11 and RTX accept it.
 
-Variables of TensorRT objects are always called builder, network, parser, config, profile, layer,
-tensor or fault and are never chained: a test parses this file and compares every attribute with
-``infra.tensorrt.engines.NAMES``.
+A test parses this file and compares every attribute of a TensorRT object with
+``infra.tensorrt.engines.NAMES``. For this, variables of such objects are always called builder,
+network, parser, config, profile, layer, tensor or fault, and calls on them are never chained.
 """
 
 import ctypes
@@ -53,7 +53,11 @@ _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 @dataclass(frozen=True)
 class Built:
-    """An engine in memory, the log of its builder, and the types of its network."""
+    """A serialized engine (``plan``, in TensorRT's sense) with the log of its builder.
+
+    ``layer_types`` counts layer outputs per type, ``constant_bytes`` is bytes of constants per
+    type, both of the parsed network. ``seconds`` is the duration of the build.
+    """
 
     plan: memoryview
     messages: list[str]
@@ -63,14 +67,14 @@ class Built:
 
 
 class BuildLog:
-    """Collects TensorRT's log; also prints it (stdout is the child's log), except verbose lines."""
+    """Collects TensorRT's messages and prints them, except verbose ones, to the child's log."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
         self.errors: list[str] = []
 
     def add(self, severity: str, text: str) -> None:
-        """Add one message."""
+        """Add one message; ``severity`` is the name of TensorRT's enumeration value."""
         self.messages.append(text)
         if severity in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(text)
@@ -79,15 +83,21 @@ class BuildLog:
 
     @property
     def reason(self) -> str:
-        """Return TensorRT's first error messages, which name the cause of a failure."""
+        """Return TensorRT's first three error messages, which name the cause of a failure."""
         return " ".join(self.errors[:3]) or "it gave no reason."
 
 
 def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None) -> Built:
-    """Build from ``request.onnx``, or from ``model`` with its external data next to that file.
+    """Build an engine from an ONNX graph.
+
+    Args:
+        trt: TensorRT's Python module.
+        request: the graph's path, profiles and limits.
+        model: a serialized graph to build instead of the file ``request.onnx``; its external data
+            is next to that file.
 
     Raises:
-        BuildRefused: there is no builder, or it does not accept the graph, the profiles or both.
+        BuildRefused: there is no builder, or it does not accept the graph or the profiles.
     """
     build_log = BuildLog()
     logger = _logger(trt, build_log)
@@ -104,15 +114,15 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
         parsed = parser.parse(model, request.onnx)
     if not parsed:
         raise BuildRefused("tensorrt_graph_refused", version=version, problem=_parse_errors(parser))
-    layer_types, constant_bytes = _census(trt, network)
+    layer_types, constant_bytes = _count_types(trt, network)
     config = builder.create_builder_config()
     if request.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
     if request.sparse_layers:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    if request.profiles or _open_inputs(network):
+    if request.profiles or _dynamic_inputs(network):
         profile = builder.create_optimization_profile()
-        for shapes in _fitting(network, request.profiles):
+        for shapes in _checked_profiles(network, request.profiles):
             profile.set_shape(shapes.input, shapes.low, shapes.best, shapes.high)
         if config.add_optimization_profile(profile) < 0:
             raise BuildRefused("profiles_refused", version=version, problem=build_log.reason)
@@ -125,10 +135,17 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
-    """Build and audit an engine, and write it only if it passes.
+    """Build and audit an engine; write it only if it passes the audit.
+
+    Args:
+        job: the fields that ``build_engine`` passes: ``request``, ``folder``, ``file`` (the name
+            of the engine) and ``is_bound_to_gpu``.
+
+    Returns:
+        The fields of ``Engine``.
 
     Raises:
-        BuildRefused: it cannot be built from this graph, or failed its audit.
+        BuildRefused: the engine cannot be built from this graph, or failed its audit.
     """
     import onnx
 
@@ -218,7 +235,7 @@ def _logger(trt: Any, build_log: BuildLog) -> Any:
 
 
 def _parse_errors(parser: Any) -> str:
-    """Format the nodes the parser refused, with reasons; the first three in full."""
+    """Format the first three nodes that the parser refused, and the number of the others."""
     lines = []
     for index in range(parser.num_errors):
         fault = parser.get_error(index)
@@ -228,8 +245,8 @@ def _parse_errors(parser: Any) -> str:
     return (" ".join(lines[:3]) or "it gave no reason.") + more
 
 
-def _census(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """Count layer outputs per type, and bytes of constants per type, of a parsed network."""
+def _count_types(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the number of layer outputs per type, and bytes of constants per type."""
     outputs: Counter[str] = Counter()
     constants: Counter[str] = Counter()
     for index in range(network.num_layers):
@@ -247,6 +264,7 @@ def _census(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _inputs(network: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all inputs; a dynamic dimension is -1."""
     shapes = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -254,25 +272,30 @@ def _inputs(network: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _open_inputs(network: Any) -> list[str]:
+def _dynamic_inputs(network: Any) -> list[str]:
+    """Return the names of inputs with a dynamic dimension, which need a profile."""
     return [name for name, shape in _inputs(network).items() if -1 in shape]
 
 
-def _fitting(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
-    """Return the profiles, after checking that they are those the network needs."""
+def _checked_profiles(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
+    """Return the profiles after checking that they fit the inputs of the network.
+
+    Raises:
+        BuildRefused: a dynamic input has no profile, or a profile has another shape.
+    """
     inputs = _inputs(network)
-    named = {shapes.input for shapes in profiles}
-    if missing := sorted(set(_open_inputs(network)) - named):
+    profiled = {shapes.input for shapes in profiles}
+    if missing := sorted(set(_dynamic_inputs(network)) - profiled):
         raise BuildRefused("profiles_missing", inputs=tuple(missing))
     for shapes in profiles:
         if shapes.input not in inputs:
             raise BuildRefused(
                 "profile_input_unknown", input=shapes.input, inputs=tuple(sorted(inputs))
             )
-        wanted = inputs[shapes.input]
-        fits = len(wanted) == len(shapes.low) and all(
+        expected = inputs[shapes.input]
+        fits = len(expected) == len(shapes.low) and all(
             size == low == high
-            for size, low, high in zip(wanted, shapes.low, shapes.high, strict=True)
+            for size, low, high in zip(expected, shapes.low, shapes.high, strict=True)
             if size != -1
         )
         if not fits:
@@ -281,7 +304,7 @@ def _fitting(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
                 input=shapes.input,
                 low=shapes.low,
                 high=shapes.high,
-                shape=wanted,
+                shape=expected,
             )
     return profiles
 

@@ -1,8 +1,8 @@
 """Build and audit engines of TensorRT 10 / 11 and TensorRT-RTX in a child process.
 
-Both flavours share one API, and one code path builds both (``infra/tensorrt/build.py``, the only
-file that calls it). The audit is in ``infra/tensorrt/audit.py``; ``docs/tensorrt.md`` lists the
-parts that were never executed.
+TensorRT (for data-center GPUs) and TensorRT-RTX share one API, so ``infra/tensorrt/build.py``
+builds engines of both; it is the only file that calls the API. ``infra/tensorrt/audit.py`` has the
+audit. ``docs/tensorrt.md`` lists the code that has never been executed on real hardware.
 """
 
 import importlib
@@ -22,10 +22,11 @@ from infra.errors import BuildRefused
 
 MODULES: dict[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt",),
-    # The metapackage gives the first name, its two parts installed alone the second.
+    # The package tensorrt-rtx provides the first name; the packages that it depends on, installed
+    # without it, provide only the second.
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
-"""Where each flavour is imported from, in this order."""
+"""Modules to try to import for each target, in this order."""
 
 NAMES: tuple[str, ...] = (
     "__version__",
@@ -67,19 +68,21 @@ NAMES: tuple[str, ...] = (
     "MemoryPoolType",
     "MemoryPoolType.WORKSPACE",
 )
-"""Every name of TensorRT's Python API that is used: the same in 10, 11 and RTX.
+"""Every name of TensorRT's Python API that ``build.py`` uses.
 
-Tests hold it against the real binding wheels, and the code against it.
+Tests check that the code uses exactly these names, and that TensorRT 10, 11 and RTX have them.
 """
 
 
 class EngineAudit(Frozen):
-    """Facts about the engine from the builder's log and network.
+    """What the audit measured; ``infra/tensorrt/audit.py`` explains the checks.
 
-    ``layer_types`` counts layer outputs per type, ``constant_bytes`` the parsed network's
-    constants per type (before the builder folds any). ``tables_checked`` are the tables whose
-    widened copy does not fit into the scratch memory. ``sparsity`` is the outcome for layers with
-    2:4 zeros; None if there are none.
+    ``scratch`` is whether scratch memory depends on the number of rows, and the twin is the engine
+    with half the rows. ``tables_checked`` are the tables that are proven not to be widened, since
+    an fp16 copy does not fit into the scratch memory. ``packed_bytes`` is what the plan stores.
+    ``layer_types`` counts layer outputs per type; ``constant_bytes`` is bytes of constants per type
+    in the parsed network, before the builder folds any. ``sparsity`` is the outcome for layers
+    with 2:4 zeros; None if there are none.
     """
 
     scratch: Literal["flat", "grows", "not checkable"]
@@ -111,13 +114,13 @@ class Engine(Frozen):
     capability: str | None = None
 
     def record(self, name: str) -> str:
-        """Return the engine as JSON, without the folder of its file, which is of this machine."""
+        """Return the engine as JSON with ``name`` as its path, since the folder is temporary."""
         return self.model_copy(update={"path": name}).model_dump_json(indent=1)
 
 
 @dataclass(frozen=True)
 class TensorRTBuilder:
-    """The builder of a target that one flavour of TensorRT serves."""
+    """Engine builder of a target: TensorRT for ``tensorrt``, TensorRT-RTX for ``tensorrt-rtx``."""
 
     target: str
 
@@ -125,7 +128,7 @@ class TensorRTBuilder:
         """Return the version of TensorRT.
 
         Raises:
-            BuildRefused: it cannot be imported here.
+            BuildRefused: TensorRT cannot be imported.
         """
         return str(load(self.target).__version__)
 
@@ -135,10 +138,10 @@ class TensorRTBuilder:
 
 
 def load(target: str) -> ModuleType:
-    """Import the flavour of TensorRT that builds for a target.
+    """Import the Python module of TensorRT that builds for a target.
 
     Raises:
-        BuildRefused: none of its modules can be imported; contains the extra to install.
+        BuildRefused: none of the modules in ``MODULES`` can be imported.
     """
     reasons = []
     for name in MODULES[target]:
@@ -160,8 +163,12 @@ def available(target: str) -> str | None:
 def build_engine(request: BuildRequest, folder: Path) -> Engine:
     """Build an engine from an ONNX graph, audit it, and write it into ``folder``.
 
-    Leaves ``model.engine`` (RTX) or ``model.plan`` and ``build.json`` (request and result) only
-    if the audit passed; ``child.log`` holds the builder's log either way.
+    If the audit passes, the folder contains ``model.engine`` (RTX) or ``model.plan``, and
+    ``build.json`` (request and result). In any case ``child.log`` contains the builder's log.
+
+    Args:
+        request: the graph and how to build it; ``seconds`` limits the duration.
+        folder: where to write; files of an earlier build are removed first.
 
     Raises:
         BuildRefused: TensorRT is not installed, does not accept the graph, or the engine failed
@@ -180,8 +187,8 @@ def build_engine(request: BuildRequest, folder: Path) -> Engine:
         "file": f"model{engines.suffix}",
         "is_bound_to_gpu": engines.is_bound_to_gpu,
     }
-    answer = run_child("infra.tensorrt.build", job, folder, request.seconds)
-    engine = Engine.model_validate(answer)
-    record = {"request": job["request"], "engine": answer}
+    result = run_child("infra.tensorrt.build", job, folder, request.seconds)
+    engine = Engine.model_validate(result)
+    record = {"request": job["request"], "engine": result}
     (folder / "build.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     return engine

@@ -1,5 +1,5 @@
 """Write Triton model repositories.
 
-pbtxt.py       writes protocol buffers as text
+pbtxt.py       writes protocol buffers in text format
 repository.py  writes the configuration and files of a served model
 """

@@ -1,8 +1,8 @@
-"""Write protocol buffers as text, as far as a Triton configuration needs; there is no reader.
+"""Write protocol buffers in text format, as far as a Triton configuration needs.
 
-A message is a mapping from field names to values, written in its order. This module has no message
-definitions: the reader must reject unknown fields, so tests parse the text with the real
-definitions.
+A message is a mapping from field names to values; fields are written in its order. This module has
+no message definitions, so it cannot check field names. Tests parse the text with the definitions of
+Triton's client.
 """
 
 import math
@@ -16,10 +16,10 @@ _INTEGERS = range(-(2**63), 2**64)
 
 
 class Enum(str):
-    """A value of an enumeration, which is written without quotes.
+    """An enumeration value, which is written without quotes.
 
     Raises:
-        ValueError: it is not an identifier.
+        ValueError: the value is not an identifier.
     """
 
     __slots__ = ()
@@ -29,7 +29,7 @@ class Enum(str):
 
 
 def entries(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Convert a map field to its messages of ``key`` and ``value``."""
+    """Convert a mapping to a protobuf map field: one message with ``key`` and ``value`` each."""
     return tuple({"key": key, "value": value} for key, value in pairs.items())
 
 
@@ -43,7 +43,7 @@ def written(message: Mapping[str, Any]) -> str:
     Raises:
         ValueError: a field's name is not an identifier, a number does not fit into 64 bits, or a
             text is not valid Unicode.
-        TypeError: a value is none of these.
+        TypeError: a value has none of these types.
     """
     return "".join(f"{line}\n" for line in _lines(message))
 
@@ -80,32 +80,31 @@ def _scalar(name: str, value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         if value not in _INTEGERS:
-            raise ValueError(f"field {name!r} holds 64 bits; {value} does not fit")
+            raise ValueError(f"field {name!r}: expected an integer of 64 bits, got {value}")
         return str(value)
     if isinstance(value, float):
         if math.isnan(value):
             return "nan"
         return repr(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
-    raise TypeError(f"field {name!r} cannot hold {value!r}")
+    raise TypeError(f"field {name!r}: cannot write a value of this type: {value!r}")
 
 
 def _quoted(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"field {name!r} holds {text!r}, which is not valid Unicode") from None
-    letters = (
-        _ESCAPES.get(letter) or (f"\\{ord(letter):03o}" if _is_control(letter) else letter)
-        for letter in text
+        raise ValueError(f"field {name!r}: text is not valid Unicode: {text!r}") from None
+    escaped = (
+        _ESCAPES.get(char) or (f"\\{ord(char):03o}" if _is_control(char) else char) for char in text
     )
-    return f'"{"".join(letters)}"'
+    return f'"{"".join(escaped)}"'
 
 
-def _is_control(letter: str) -> bool:
-    return ord(letter) < 32 or ord(letter) == 127
+def _is_control(char: str) -> bool:
+    return ord(char) < 32 or ord(char) == 127
 
 
 def _identifier(name: str) -> str:
     if not _IDENTIFIER.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a field or of an enumeration's value")
+        raise ValueError(f"expected an identifier (letters, digits, underscores), got {name!r}")
     return name

@@ -1,17 +1,17 @@
-"""A Triton model repository: configuration and files of served graphs.
+"""Write a Triton model repository: the folder from which a Triton server loads its models.
 
 ::
 
-    <root>/<model>/<version>/...    the files the server loads; never changed once complete
+    <root>/<model>/<version>/...    the files that the server loads; never changed once complete
     <root>/<model>/config.pbtxt     selects the served version; written last
 
 A server in poll mode reads the folder at any time, so the configuration never names a version whose
-files are incomplete. Each model has a separate ``Store``, rooted at its folder: the store's
-temporary files are then where the server searches for versions, and it skips names that are not
-numbers. They are not where it searches for models.
+files are incomplete. Each Triton model has a separate ``Store``, rooted at ``<root>/<model>``. Its
+temporary files are then next to the version folders, where the server ignores names that are not
+numbers. Temporary files in ``<root>`` would be loaded as models.
 
-A target declares the backend of Triton that serves its files (``TritonBackend``). No backend loads
-engines of TensorRT-RTX, which have another format than plans of TensorRT.
+A target declares the Triton backend that serves its files (``TritonBackend``). No backend loads
+engines of TensorRT-RTX, whose format differs from that of TensorRT engines ("plans").
 """
 
 import re
@@ -31,10 +31,10 @@ from infra.triton.pbtxt import Enum, entries, written
 CONFIG = "config.pbtxt"
 TYPES = {"int64": "TYPE_INT64", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
 QUEUE_MICROSECONDS = 0
-"""How long a request may wait for others to share its batch.
+"""How long Triton delays a request to batch it with others, in microseconds.
 
-Zero: a request never waits for others; requests that arrive while the model is busy are batched.
-A longer wait increases throughput and latency, and was not measured for this model.
+With 0, requests that arrive while the model is busy are still batched. A delay increases both
+throughput and latency; its effect was not measured.
 """
 
 _MARK = "# Written by recpress for model "
@@ -44,8 +44,9 @@ _VERSIONS = re.compile(r"versions: \[([0-9]+)\]")
 class Tensor(Frozen):
     """One input or output of a graph.
 
-    ``shape`` omits the first dimension, which is the rows of a request or, if ``longest`` is set,
-    all values of all rows concatenated, at most ``longest`` per row.
+    ``shape`` omits the first dimension. If ``longest`` is None, the first dimension is the rows of
+    a request. Otherwise the input is jagged: the first dimension is the concatenated values of all
+    rows, at most ``longest`` per row.
     """
 
     name: str
@@ -55,18 +56,22 @@ class Tensor(Frozen):
 
 
 class ServedVersion(Frozen):
-    """One graph of one published version: one Triton model.
+    """One graph of one published version, which Triton serves as one model.
 
     Args:
         name: the Triton model's name.
         model: the registered model it belongs to.
         version: the registry's version number, which becomes Triton's.
         order: digest of the order that produced it.
-        artifact: the artifact its files are copied from.
-        files: path in Triton's version folder -> path in the artifact; the graph or plan is last.
-        batches: smallest, optimal and largest batch of a request.
-        threads: threads of one call, if known.
-        capability: the compute capability a plan was built for.
+        target: the runtime that it was lowered for.
+        artifact: the artifact from which its files are copied.
+        files: path in Triton's version folder -> path in the artifact. The file that Triton loads,
+            a graph or a TensorRT plan, is last.
+        inputs: the inputs of the graph.
+        outputs: the outputs of the graph.
+        batches: smallest, optimal and largest number of rows of a request.
+        threads: threads of one call; None leaves it to Triton.
+        capability: the compute capability for which a TensorRT plan was built.
     """
 
     name: str = Field(pattern=r"^[^/:\\\x00-\x1f]+$")
@@ -118,15 +123,15 @@ def servable_targets() -> tuple[str, ...]:
 
 
 def backend(target: str) -> TritonBackend:
-    """Return the backend that serves a target.
+    """Return the Triton backend that serves a target.
 
     Raises:
-        ValueError: Triton cannot serve it.
+        ValueError: Triton cannot serve the target.
     """
-    found = declared(target).triton
-    if found is None:
+    triton = declared(target).triton
+    if triton is None:
         raise ValueError(f"Triton cannot serve target {target!r}")
-    return found
+    return triton
 
 
 def triton_name(model: str, target: str, part: str = "") -> str:
@@ -134,8 +139,9 @@ def triton_name(model: str, target: str, part: str = "") -> str:
 
     Args:
         model: the registered model's name.
-        target: targets have different names: TensorRT plans are next to the ONNX graph.
-        part: which of several graphs (``query``, ``item``); empty for a model's only one.
+        target: the target of the graph; it is part of the name, so that one repository can serve
+            an ONNX graph and a TensorRT plan of the same model.
+        part: which graph of a model with several (``query``, ``item``); empty if there is one.
     """
     return "_".join(filter(None, (model, part, backend(target).suffix)))
 
@@ -144,7 +150,7 @@ def triton_name(model: str, target: str, part: str = "") -> str:
 
 
 def config(served: ServedVersion) -> bytes:
-    """Format ``config.pbtxt`` of one graph, complete, so that the server infers nothing."""
+    """Format the complete ``config.pbtxt`` of one graph; the server infers no field."""
     low, best, high = served.batches
     message: dict[str, Any] = {
         "name": served.name,
@@ -174,7 +180,7 @@ def config(served: ServedVersion) -> bytes:
 
 
 def _parameters(served: ServedVersion) -> dict[str, str]:
-    """Return the backend's threads, and the source of the model for clients that query it."""
+    """Return the backend's thread counts, and the model's origin for clients that query it."""
     parameters = {
         "recpress.model": served.model,
         "recpress.version": str(served.version),
@@ -194,12 +200,12 @@ def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
         return fields | {"dims": [-1, *tensor.shape]}
     if tensor.shape:
         return fields | {"dims": list(tensor.shape)}
-    # Triton has no tensor without dimensions: callers send (rows, 1), the graph gets (rows,).
+    # Triton requires a dimension after the batch: clients send (rows, 1), the graph gets (rows,).
     return fields | {"dims": [1], "reshape": {"shape": []}}
 
 
 def _warmup(served: ServedVersion, rows: int) -> dict[str, Any]:
-    """Build a request of zeros: 0 is an id of every table, and all list starts may be 0."""
+    """Build a warm-up request of zeros, which are valid as ids and as starts of jagged rows."""
     inputs = {
         name: {
             "data_type": Enum(TYPES[dtype]),
@@ -218,10 +224,10 @@ def _warmup(served: ServedVersion, rows: int) -> dict[str, Any]:
 def warmup_shapes(
     inputs: tuple[Tensor, ...], rows: int
 ) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    """Return name, type and shape of the zero arrays that warm up a graph at a batch size.
+    """Return name, type and shape of the arrays of a warm-up request with ``rows`` rows.
 
-    For a jagged input the last row has one list of the maximum length and the other rows are empty:
-    a graph pads all rows to the longest list, so the cost is that of any such batch.
+    In a jagged input the last row has the maximum length and the other rows are empty. The graph
+    pads all rows to the longest one, so this costs as much as a batch of rows of maximum length.
     """
     return tuple((item.name, item.dtype, (item.longest or rows, *item.shape)) for item in inputs)
 
@@ -231,6 +237,11 @@ def warmup_shapes(
 
 def place(root: str, name: str, setting: str = "RECPRESS_TRITON") -> Store:
     """Return the store of one Triton model's folder in a repository.
+
+    Args:
+        root: the repository: a folder, or ``s3://bucket/prefix``.
+        name: the Triton model's name.
+        setting: the setting or option that contains ``root``, for errors.
 
     Raises:
         SettingRefused: ``root`` is neither a folder nor ``s3://bucket/prefix``.
@@ -276,7 +287,7 @@ def owner(home: Store) -> str | None:
 
 
 def current(home: Store) -> bytes | None:
-    """Read the current configuration."""
+    """Read the current ``config.pbtxt``; None if there is none."""
     try:
         return home.read(CONFIG)
     except ArtifactMissing:
@@ -284,20 +295,25 @@ def current(home: Store) -> bytes | None:
 
 
 def version_in(body: bytes) -> str | None:
-    """Return the version that a configuration of ours serves."""
+    """Return the version number that a configuration selects; None if it selects none."""
     match = _VERSIONS.search(body.decode(errors="replace"))
     return match[1] if match else None
 
 
 def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
-    """Copy a version's files, each verified; existing correct files are not written again.
+    """Copy a version's files and verify each; correct files are not written again.
+
+    Args:
+        home: the store of the Triton model's folder.
+        source: the object store that contains the artifact.
+        served: the version.
 
     Returns:
         The keys that were written.
 
     Raises:
-        TritonRefused: the folder belongs to another model or program, or serves another order under
-            this version's number.
+        TritonRefused: the folder belongs to another model or program, or it serves a version with
+            the same number of another order.
         ArtifactMissing, ArtifactDamaged: as ``Store.chunks``.
     """
     if (owner_model := owner(home)) not in (None, served.model):
@@ -313,11 +329,11 @@ def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
             order=served.order,
             model=served.model,
         )
-    wrong = faults(home, source, served)
-    for key in wrong:
+    problems = faults(home, source, served)
+    for key in problems:
         entry = _entries(source, served)[key]
         home.upload(key, entry.bytes, source.chunks(served.artifact, entry.path))
-    return tuple(wrong)
+    return tuple(problems)
 
 
 def _names_other_order(body: str, served: ServedVersion) -> bool:
@@ -325,12 +341,16 @@ def _names_other_order(body: str, served: ServedVersion) -> bool:
 
 
 def faults(home: Store, source: Store, served: ServedVersion) -> dict[str, str]:
-    """Compare files with the published ones: key -> ``missing`` or ``changed``; reads all bytes."""
+    """Compare a version's files with the published ones by reading all their bytes.
+
+    Returns:
+        The key of each wrong file -> ``missing`` or ``changed``.
+    """
     chunk_bytes = source.manifest(served.artifact).chunk_bytes
-    there = set(home.keys(f"{served.version}/"))
+    existing = set(home.keys(f"{served.version}/"))
     problems = {}
     for key, entry in _entries(source, served).items():
-        if key not in there:
+        if key not in existing:
             problems[key] = "missing"
         elif not home.holds(key, entry, chunk_bytes):
             problems[key] = "changed"
@@ -340,17 +360,17 @@ def faults(home: Store, source: Store, served: ServedVersion) -> dict[str, str]:
 def follows(home: Store, source: Store, served: ServedVersion) -> bool:
     """Return whether the configuration and the file sizes are those of this version.
 
-    The configuration contains the artifact and is written only after its files were verified, so
-    only the configuration and one listing are read.
+    Contents of files are not compared: the configuration contains the artifact's digest and is
+    written only after the files were verified.
     """
-    there = home.sizes(f"{served.version}/")
+    sizes = home.sizes(f"{served.version}/")
     return current(home) == config(served) and all(
-        there.get(key) == entry.bytes for key, entry in _entries(source, served).items()
+        sizes.get(key) == entry.bytes for key, entry in _entries(source, served).items()
     )
 
 
 def point(home: Store, served: ServedVersion) -> None:
-    """Write the configuration, on which the server loads this version."""
+    """Write the configuration, which makes the server load this version."""
     home.write(CONFIG, config(served))
 
 
@@ -360,10 +380,11 @@ def keys(source: Store, served: ServedVersion) -> tuple[str, ...]:
 
 
 def _entries(source: Store, served: ServedVersion) -> dict[str, FileEntry]:
-    held = {entry.path: entry for entry in source.manifest(served.artifact).files}
-    found = {}
+    """Return key in the Triton model's folder -> entry of that file in the artifact's manifest."""
+    published = {entry.path: entry for entry in source.manifest(served.artifact).files}
+    entries_by_key = {}
     for name, path in served.files.items():
-        if path not in held:
+        if path not in published:
             raise ArtifactMissing("artifact_file_missing", uri=served.artifact.uri, path=path)
-        found[f"{served.version}/{name}"] = held[path]
-    return found
+        entries_by_key[f"{served.version}/{name}"] = published[path]
+    return entries_by_key

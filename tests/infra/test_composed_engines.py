@@ -1,4 +1,4 @@
-"""Tables made of smaller tables, as TensorRT engines: every form is built and stays narrow."""
+"""TensorRT-RTX engines of tables composed of smaller tables: the parts stay packed."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ needs_rtx = pytest.mark.skipif(
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 FIELDS, DIM = 26, 32
-ROWS = 400_000  # half of them, as float16, are more than the activations of this graph take
+ROWS = 400_000  # a float16 copy of half of them is larger than the activations' scratch memory
 SCHEMA = Signature(
     inputs=(
         IdInput(
@@ -67,15 +67,15 @@ class Wide(nn.Module):
     ],
     ids=lambda step: step.kind,
 )
-def test_an_engine_holds_the_packed_parts_and_no_more(step: Step, tmp_path, monkeypatch):
-    # How close the rows are is no matter here: a fit may end after its first round.
+def test_engine_stores_composed_tables_packed(step: Step, tmp_path, monkeypatch):
+    # Accuracy does not matter here, so a fit may end after its first round.
     monkeypatch.setattr(multi_hash, "ENOUGH", 1.0)
     monkeypatch.setattr(quotient_remainder, "ENOUGH", 1.0)
     torch.manual_seed(0)
     network = Network(architecture=Architecture(path=f"{__name__}:Wide", config={}))
     bench = Bench(signature=SCHEMA)
-    made = run(step, Model(Wide().eval(), Wide, network), bench, tmp_path / "made")
-    packed = run(RowwiseInt8(), made, bench, tmp_path / "packed")
+    model = run(step, Model(Wide().eval(), Wide, network), bench, tmp_path / "model")
+    packed = run(RowwiseInt8(), model, bench, tmp_path / "packed")
     (form,) = served_graphs(SCHEMA)
     lowered = lower(packed.module, form, "tensorrt-rtx", tmp_path / "model.onnx")
     planned = sum(line.bytes_after for line in packed.plan.lines)
@@ -92,7 +92,7 @@ def test_an_engine_holds_the_packed_parts_and_no_more(step: Step, tmp_path, monk
     )
     audit = build_engine(request, tmp_path / "out").audit
     assert audit.layer_types["int8"] > 0
-    # 4.9 KB beyond the plan were measured at most; the audit itself would allow 64 KiB and a tenth.
+    # At most 4.9 KB more than planned were measured; the audit would allow 64 KiB and 10 %.
     assert planned <= audit.weights_bytes < planned + 8_192
-    if audit.scratch != "flat":  # as square root of the rows, nothing is left to widen
+    if audit.scratch != "flat":  # parts with only sqrt(rows) rows are too small to be checked
         assert planned < 100_000, audit.scratch_reason

@@ -1,4 +1,4 @@
-"""TensorRT-RTX keeps dense weights as narrow as they are stored, and is let at 2:4 zeros."""
+"""TensorRT-RTX engines of compressed dense layers: packed weights and 2:4 sparsity."""
 
 import json
 import re
@@ -27,7 +27,7 @@ needs_rtx = pytest.mark.skipif(
     available("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
-INPUTS, WIDTH = 500, 512  # inputs that no block divides
+INPUTS, WIDTH = 500, 512  # 500 is no multiple of a block of weights that share a scale
 SCHEMA = Signature(
     inputs=(DenseInput(name="x", shape=(INPUTS,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
@@ -35,7 +35,7 @@ SCHEMA = Signature(
 
 
 class Tower(nn.Module):
-    """Two wide layers, which hold nearly all of the bytes."""
+    """Two wide layers, with nearly all of the bytes, and an output layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Tower(nn.Module):
         return score
 
 
-def compressed(step: Step, tmp_path) -> Model:
+def compress(step: Step, tmp_path) -> Model:
     torch.manual_seed(0)
     description = Network(architecture=Architecture(path="test:Tower", config={}))
     source = Model(Tower().eval(), Tower, description)
@@ -61,7 +61,7 @@ def compressed(step: Step, tmp_path) -> Model:
     return run(step, source, Bench(signature=SCHEMA, calibration=calibration), tmp_path / "made")
 
 
-def built(model: Model, tmp_path, layers: tuple[str, ...] = ()) -> Engine:
+def build(model: Model, tmp_path, layers: tuple[str, ...] = ()) -> Engine:
     path = tmp_path / "model.onnx"
     (form,) = served_graphs(SCHEMA)
     lower(model.module, form, "tensorrt-rtx", path)
@@ -90,34 +90,34 @@ def built(model: Model, tmp_path, layers: tuple[str, ...] = ()) -> Engine:
     ],
     ids=["int4", "int4 rows", "int4 rounding", "int8", "int8 blocks", "fp8", "fp8 layer"],
 )
-def test_weights_stay_as_narrow_as_they_are_stored(step, kind, tmp_path):
-    model = compressed(step, tmp_path)
-    audit = built(model, tmp_path).audit
+def test_engine_stores_dense_weights_packed(step, kind, tmp_path):
+    model = compress(step, tmp_path)
+    audit = build(model, tmp_path).audit
     assert audit.layer_types[kind] >= 3
-    # Measured: from 5 KB less than stored, where padding was dropped, to 2.4 KB more. As float16
-    # the 518,000 weights would be over 500 KB more.
+    # Measured: from 5 KB less than stored (TensorRT drops our padding) to 2.4 KB more. As float16
+    # the 518,000 weights would take over 500 KB more.
     assert audit.weights_bytes < stored_bytes(model.module) + 8_192
     assert audit.sparsity is None
 
 
 @needs_rtx
-def test_sparse_layers_are_built_and_what_the_log_does_not_say_is_said(tmp_path):
-    model = compressed(Sparse24(), tmp_path)
+def test_engine_of_sparse_layers_reports_that_the_log_has_no_kernel_choice(tmp_path):
+    model = compress(Sparse24(), tmp_path)
     layers = sparse_layers(model.module, model.plan)
     assert layers == ("first", "second", "out")
-    audit = built(model, tmp_path, layers).audit
+    audit = build(model, tmp_path, layers).audit
     assert audit.sparsity == "not told"
     assert "3 layers have 2:4 zeros" in audit.sparsity_reason
     request = json.loads((tmp_path / "out" / "build.json").read_text())["request"]
     assert request["sparse_layers"] == ["first", "second", "out"]
 
 
-# Lines as TensorRT 8 and 10 write them.
-NEW_FOUND = "(Sparsity) Found {} layer(s) eligible to use sparse tactics"
-NEW_CHOSE = "(Sparsity) Chose {} layer(s) using sparse tactics"
+# Lines of the logs of TensorRT 10; lines_of_version_8 has those of TensorRT 8.
+FOUND_LINE = "(Sparsity) Found {} layer(s) eligible to use sparse tactics"
+CHOSE_LINE = "(Sparsity) Chose {} layer(s) using sparse tactics"
 
 
-def old(eligible: str, picked: str) -> list[str]:
+def lines_of_version_8(eligible: str, picked: str) -> list[str]:
     return [
         f"(Sparsity) Layers eligible for sparse math: {eligible}",
         f"(Sparsity) TRT inference plan picked sparse implementation for layers: {picked}",
@@ -127,29 +127,38 @@ def old(eligible: str, picked: str) -> list[str]:
 @pytest.mark.parametrize(
     ("log", "outcome", "reason"),
     [
-        (old("first, second + relu", "second + relu"), "picked", "1 of 3 layers"),
-        (old("first, second", ""), "did not pay", "2 were eligible .* dense kernels were faster"),
-        (old("", ""), "did not pay", "none was eligible"),
+        (lines_of_version_8("first, second + relu", "second + relu"), "picked", "1 of 3 layers"),
         (
-            [NEW_FOUND.format(2) + ": first, second", NEW_CHOSE.format(2) + ": first, second"],
+            lines_of_version_8("first, second", ""),
+            "did not pay",
+            "2 were eligible .* dense kernels were faster",
+        ),
+        (lines_of_version_8("", ""), "did not pay", "none was eligible"),
+        (
+            [FOUND_LINE.format(2) + ": first, second", CHOSE_LINE.format(2) + ": first, second"],
             "picked",
             "2 of 3 layers",
         ),
-        ([NEW_FOUND.format(2), NEW_CHOSE.format(0)], "did not pay", "2 were eligible"),
-        (  # each time tactics are chosen: the last counts
-            [NEW_FOUND.format(9), NEW_CHOSE.format(9), NEW_FOUND.format(2), NEW_CHOSE.format(0)],
+        ([FOUND_LINE.format(2), CHOSE_LINE.format(0)], "did not pay", "2 were eligible"),
+        (  # the builder chose kernels twice: the last choice counts
+            [
+                FOUND_LINE.format(9),
+                CHOSE_LINE.format(9),
+                FOUND_LINE.format(2),
+                CHOSE_LINE.format(0),
+            ],
             "did not pay",
             "2 were eligible",
         ),
-        (["Total Weights Memory: 1"], "not told", "measure it there"),
+        (["Total Weights Memory: 1"], "not told", "compare the latency"),
     ],
 )
-def test_the_builders_log_says_whether_sparse_kernels_paid(log, outcome, reason):
-    found, why = judge_sparsity(["something else", *log], 3, "10.9")
-    assert found == outcome
-    assert why is not None
-    assert re.search(reason, why)
+def test_judge_sparsity_reads_the_outcome_from_the_log(log, outcome, reason):
+    judged, judged_reason = judge_sparsity(["something else", *log], 3, "10.9")
+    assert judged == outcome
+    assert judged_reason is not None
+    assert re.search(reason, judged_reason)
 
 
-def test_nothing_is_said_of_a_network_without_sparse_layers():
-    assert judge_sparsity(old("first", "first"), 0, "10.9") == (None, None)
+def test_judge_sparsity_returns_none_without_sparse_layers():
+    assert judge_sparsity(lines_of_version_8("first", "first"), 0, "10.9") == (None, None)

@@ -1,4 +1,4 @@
-"""Protocol buffers as text: every written value reads back, and nothing else is written."""
+"""Protocol buffers in text format: written values can be read back, others are refused."""
 
 import math
 from typing import Any
@@ -27,15 +27,15 @@ MESSAGES = st.recursive(
 )
 
 
-def as_read(value: Any) -> list[Any]:
-    """A field's value as a reader without the signature parses it."""
+def parsed_field(value: Any) -> list[Any]:
+    """Return a field's value as a reader without message definitions parses it: as a list."""
     values = value if isinstance(value, list | tuple) else [value]
-    return [read_back(item) for item in values]
+    return [parsed_value(item) for item in values]
 
 
-def read_back(value: Any) -> Any:
+def parsed_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: as_read(item) for name, item in value.items()}
+        return {name: parsed_field(item) for name, item in value.items()}
     if isinstance(value, bool):
         return Word("true" if value else "false")
     if isinstance(value, float) and math.isinf(value):
@@ -44,14 +44,14 @@ def read_back(value: Any) -> Any:
 
 
 @given(MESSAGES)
-def test_what_is_written_reads_back(message: dict[str, Any]) -> None:
+def test_written_message_is_read_back_unchanged(message: dict[str, Any]) -> None:
     text = written(message)
-    assert read(text) == read_back(message)
-    for letter in text:  # one line a field: no control character but the line's end
-        assert letter == "\n" or ord(letter) >= 32
+    assert read(text) == parsed_value(message)
+    for char in text:  # each field is on one line, so text contains no other control character
+        assert char == "\n" or ord(char) >= 32
 
 
-def test_a_message_looks_as_people_write_it() -> None:
+def test_written_formats_one_field_per_line() -> None:
     message = {
         "name": 'a "quoted"\tname\\',
         "kind": Enum("KIND_CPU"),
@@ -74,16 +74,16 @@ def test_a_message_looks_as_people_write_it() -> None:
     )
 
 
-def test_not_a_number_is_a_word() -> None:
+def test_nan_is_written_as_a_word() -> None:
     assert read(written({"x": [math.nan, 1]})) == {"x": [Word("nan"), 1]}
 
 
 @pytest.mark.parametrize(
-    ("message", "fault", "said"),
+    ("message", "exception", "message_part"),
     [
-        ({"a b": 1}, ValueError, "no name"),
-        ({"": 1}, ValueError, "no name"),
-        ({"x\n": 1}, ValueError, "no name"),
+        ({"a b": 1}, ValueError, "identifier"),
+        ({"": 1}, ValueError, "identifier"),
+        ({"x\n": 1}, ValueError, "identifier"),
         ({"x": 2**64}, ValueError, "64 bits"),
         ({"x": -(2**63) - 1}, ValueError, "64 bits"),
         ({"x": "\ud800"}, ValueError, "Unicode"),
@@ -93,13 +93,13 @@ def test_not_a_number_is_a_word() -> None:
         ({"x": [[1]]}, TypeError, r"\[1\]"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused(
-    message: dict[str, Any], fault: type[Exception], said: str
+def test_value_or_field_name_that_cannot_be_written_is_refused(
+    message: dict[str, Any], exception: type[Exception], message_part: str
 ) -> None:
-    with pytest.raises(fault, match=said):
+    with pytest.raises(exception, match=message_part):
         written(message)
 
 
-def test_an_enumerations_name_cannot_smuggle_anything_in() -> None:
-    with pytest.raises(ValueError, match="no name"):
+def test_enum_value_that_is_not_an_identifier_is_refused() -> None:
+    with pytest.raises(ValueError, match="identifier"):
         Enum('A } name: "x"')

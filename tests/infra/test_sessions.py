@@ -1,4 +1,4 @@
-"""A session gives the same scores for bound and passed inputs, and refuses unfit inputs."""
+"""ONNX Runtime sessions: bound inputs, interleaved timing, and inputs that are refused."""
 
 from pathlib import Path
 
@@ -15,17 +15,17 @@ from infra.timing import interleaved_ms
 
 @pytest.fixture
 def session(tmp_path: Path) -> Session:
-    """``score = x - y``: which input is which shows."""
+    """A session of ``score = x - y``, whose result changes if the inputs are exchanged."""
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows"]) for name in "xy"]
     output = helper.make_tensor_value_info("score", TensorProto.FLOAT, ["rows"])
     nodes = [helper.make_node("Sub", ["x", "y"], ["score"])]
     graph = helper.make_graph(nodes, "difference", inputs, [output])
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    onnx.save(made, tmp_path / "model.onnx")
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
     return Session(tmp_path / "model.onnx", threads=1)
 
 
-def test_bound_inputs_give_the_same_scores_at_each_call(session: Session) -> None:
+def test_bound_inputs_give_the_scores_of_passed_inputs_at_each_call(session: Session) -> None:
     rows = {"y": np.arange(6, dtype=np.float32)[::2], "x": np.ones(3, np.float32)}
     call = session.bound(rows)
     for _ in range(2):
@@ -33,14 +33,14 @@ def test_bound_inputs_give_the_same_scores_at_each_call(session: Session) -> Non
     np.testing.assert_array_equal(call(), np.array([1, -1, -3], np.float32))
 
 
-def test_each_session_is_timed_once_a_round(session: Session) -> None:
+def test_interleaved_ms_times_each_session_once_per_round(session: Session) -> None:
     rows = {name: np.ones(3, np.float32) for name in "xy"}
     times = interleaved_ms([session, session], rows, rounds=4, warmup=1)
-    assert [own.shape for own in times] == [(4,), (4,)]
-    assert all(bool((own > 0).all()) for own in times)
+    assert [durations.shape for durations in times] == [(4,), (4,)]
+    assert all(bool((durations > 0).all()) for durations in times)
 
 
-def test_inputs_of_another_kind_are_refused(session: Session) -> None:
+def test_missing_inputs_and_inputs_of_another_type_are_refused(session: Session) -> None:
     with raises_code(ScoringFailed, "inputs_refused"):
         session.bound({"x": np.ones(3, np.float32)})
     with raises_code(ScoringFailed, "scoring_failed"):

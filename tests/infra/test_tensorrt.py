@@ -1,4 +1,4 @@
-"""Engines are built in a child, and only those that keep tables narrow are accepted."""
+"""Build TensorRT-RTX engines in a child process, and audit their weights and scratch memory."""
 
 import hashlib
 import json
@@ -35,40 +35,45 @@ needs_rtx = pytest.mark.skipif(
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 FIELDS, DIM = 26, 32
-ROWS = 220_000  # enough for a twin, and as fp16 more than the 9.9 MB these graphs' activations take
+# Enough rows for a twin, and for an fp16 copy of the table to be larger than the 9.9 MB of scratch
+# memory that the activations of these graphs take.
+ROWS = 220_000
 IDS = Profile(input="ids", low=(1, FIELDS), best=(512, FIELDS), high=(1024, FIELDS))
 
 
 class Graph:
-    """An ONNX graph under construction that counts the bytes of what it stores."""
+    """An ONNX graph under construction; ``packed`` is the bytes of its initializers."""
 
     def __init__(self):
-        self.nodes, self.stored, self.packed = [], [], 0
+        self.nodes, self.initializers, self.packed = [], [], 0
 
     def init(self, name, values):
-        self.stored.append(numpy_helper.from_array(values, name))
+        """Add an initializer; return its name."""
+        self.initializers.append(numpy_helper.from_array(values, name))
         self.packed += values.nbytes
         return name
 
     def int4(self, name, shape):
+        """Add an initializer of random int4 values; return its name."""
         tensor = TensorProto(name=name, data_type=TensorProto.INT4, dims=shape)
         tensor.raw_data = np.random.default_rng(0).bytes((np.prod(shape) + 1) // 2)
-        self.stored.append(tensor)
+        self.initializers.append(tensor)
         self.packed += len(tensor.raw_data)
         return name
 
     def node(self, op, inputs, out, **attributes):
+        """Add a node with one output; return the output's name."""
         self.nodes.append(helper.make_node(op, inputs, [out], name=f"make_{out}", **attributes))
         return out
 
     def model(self, inputs, outputs):
-        graph = helper.make_graph(self.nodes, "g", inputs, outputs, self.stored)
+        graph = helper.make_graph(self.nodes, "g", inputs, outputs, self.initializers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.nowhere", 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def lookup(table, rows, dim=DIM):
-    """A graph with a table in one of several formats, its Gather, and one dense layer after it."""
+    """Build a model of a table, its Gather and one dense layer; return it and its packed bytes."""
     g, half = Graph(), np.float16
     rng = np.random.default_rng(0)
     if table == "int4":
@@ -83,7 +88,7 @@ def lookup(table, rows, dim=DIM):
         g.init("codes", rng.integers(-128, 128, (rows, dim)).astype(np.int8))
         g.init("scale", np.full(rows, 0.01, half))
         wide = g.node("DequantizeLinear", ["codes", "scale"], "wide", axis=0)
-    if table == "int8 minus its column maximum":  # needs every row before the first is looked up
+    if table == "int8 minus its column maximum":  # the maximum needs all rows, so all are widened
         top = g.node("ReduceMax", [wide, g.init("axis", np.array([0]))], "top", keepdims=0)
         wide = g.node("Sub", [wide, top], "centred")
     rows_ = g.node("Gather", [wide, "ids"], "rows", axis=0)
@@ -125,7 +130,7 @@ def build(tmp_path, table, rows, dim=DIM, **changes):
 
 @needs_rtx
 @pytest.mark.parametrize("table", ["int8", "int4", "fp16"])
-def test_a_table_that_stays_narrow_is_built_and_its_audit_says_so(tmp_path, table):
+def test_engine_of_a_packed_table_passes_the_audit(tmp_path, table):
     engine = build(tmp_path, table, ROWS)
     audit = engine.audit
     assert audit.scratch == "flat"
@@ -133,7 +138,7 @@ def test_a_table_that_stays_narrow_is_built_and_its_audit_says_so(tmp_path, tabl
     assert audit.scratch_bytes == audit.twin_scratch_bytes
     assert audit.layer_types[table] > 0
     assert audit.constant_bytes[table] >= ROWS * DIM * {"int8": 1, "int4": 0.5, "fp16": 2}[table]
-    # The engine holds what was packed: 2.4 KB of padding was measured, 16 KB leaves room.
+    # The engine contains the packed bytes and padding: 2.4 KB was measured, 16 KB leaves room.
     assert audit.packed_bytes <= audit.weights_bytes < audit.packed_bytes + 16_384
     stored = (tmp_path / "out" / "model.engine").read_bytes()
     assert len(stored) == engine.bytes
@@ -144,7 +149,7 @@ def test_a_table_that_stays_narrow_is_built_and_its_audit_says_so(tmp_path, tabl
 
 
 @needs_rtx
-def test_a_table_widened_before_its_gather_is_refused(tmp_path):
+def test_table_widened_before_its_gather_is_refused(tmp_path):
     with raises_code(BuildRefused, "scratch_grows") as caught:
         build(tmp_path, "int8 minus its column maximum", ROWS)
     fields = caught.value.fields
@@ -153,7 +158,7 @@ def test_a_table_widened_before_its_gather_is_refused(tmp_path):
 
 
 @needs_rtx
-def test_a_small_table_is_not_checkable_and_the_reason_has_the_numbers(tmp_path):
+def test_widening_of_a_small_table_is_reported_as_not_checkable(tmp_path):
     audit = build(tmp_path, "int8 minus its column maximum", 2_000).audit
     assert audit.scratch == "not checkable"
     assert f"{2_000 * DIM * 2:,} bytes as fp16" in audit.scratch_reason
@@ -161,7 +166,7 @@ def test_a_small_table_is_not_checkable_and_the_reason_has_the_numbers(tmp_path)
 
 
 @needs_rtx
-def test_more_weights_than_the_plan_packed_are_refused(tmp_path):
+def test_engine_with_more_weight_bytes_than_planned_is_refused(tmp_path):
     packed_as_int8 = 20_000 * (DIM + 2)
     with raises_code(BuildRefused, "weights_widened", packed_bytes=680_000, constants=Text("fp32")):
         build(tmp_path, "fp32", 20_000, packed_bytes=packed_as_int8)
@@ -169,7 +174,7 @@ def test_more_weights_than_the_plan_packed_are_refused(tmp_path):
 
 
 @needs_rtx
-def test_an_engine_of_an_earlier_build_does_not_outlive_a_refusal(tmp_path):
+def test_refused_build_removes_the_engine_of_an_earlier_build(tmp_path):
     build(tmp_path, "int8", 2_000)
     with pytest.raises(BuildRefused):
         build(tmp_path, "fp32", 20_000, packed_bytes=1)
@@ -178,7 +183,7 @@ def test_an_engine_of_an_earlier_build_does_not_outlive_a_refusal(tmp_path):
 
 
 @needs_rtx
-def test_external_weights_of_a_graph_are_read_and_halved_for_the_twin(tmp_path):
+def test_twin_of_a_graph_with_external_weights_has_the_same_scratch_memory(tmp_path):
     model, packed = lookup("int4", ROWS)
     path = tmp_path / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="model.onnx.data")
@@ -200,7 +205,7 @@ def test_dense_int8_layers_stay_int8_in_the_engine(tmp_path):
             g.init(f"xz{i}", np.array(0, np.int8)),
         ]
         codes = g.node("QuantizeLinear", [current, *scale], f"q{i}")
-        seen = g.node("DequantizeLinear", [codes, *scale], f"xd{i}")
+        dequantized = g.node("DequantizeLinear", [codes, *scale], f"xd{i}")
         weight = [
             g.init(f"w{i}", np.ones((n, k), np.int8)),
             g.init(f"ws{i}", np.full(n, 0.01, np.float32)),
@@ -208,7 +213,7 @@ def test_dense_int8_layers_stay_int8_in_the_engine(tmp_path):
         ]
         wide = g.node("DequantizeLinear", weight, f"wd{i}", axis=0)
         bias = g.init(f"b{i}", np.zeros(n, np.float32))
-        current = g.node("Gemm", [seen, wide, bias], f"g{i}", transB=1)
+        current = g.node("Gemm", [dequantized, wide, bias], f"g{i}", transB=1)
     info = helper.make_tensor_value_info
     model = g.model(
         [info("x", TensorProto.FLOAT, ["batch", 160])], [info(current, TensorProto.FLOAT, None)]
@@ -227,7 +232,7 @@ def test_dense_int8_layers_stay_int8_in_the_engine(tmp_path):
 
 
 @needs_rtx
-def test_a_graph_that_does_not_parse_names_the_node(tmp_path):
+def test_unknown_operator_is_refused_with_the_name_of_its_node(tmp_path):
     model, packed = lookup("int8", 100)
     model.graph.node[-1].op_type, model.graph.node[-1].domain = "Astrology", "com.nowhere"
     onnx.save(model, tmp_path / "model.onnx")
@@ -240,7 +245,7 @@ def test_a_graph_that_does_not_parse_names_the_node(tmp_path):
 
 
 @needs_rtx
-def test_int8_rows_gathered_before_they_are_dequantized_are_refused_in_its_own_words(tmp_path):
+def test_gather_of_int8_codes_without_dequantize_is_refused_with_tensorrts_message(tmp_path):
     g = Graph()
     g.init("codes", np.ones((100, DIM), np.int8))
     g.init("scale", np.full((100, 1), 0.01, np.float16))
@@ -288,26 +293,24 @@ def test_int8_rows_gathered_before_they_are_dequantized_are_refused_in_its_own_w
         ({"onnx": "nowhere.onnx"}, "graph_missing", {"path": "nowhere.onnx"}),
     ],
 )
-def test_a_request_that_does_not_fit_the_graph_is_refused_with_both_sides(
-    tmp_path, changes, code, fields
-):
+def test_request_that_does_not_fit_the_graph_is_refused(tmp_path, changes, code, fields):
     with raises_code(BuildRefused, code, **fields):
         build(tmp_path, "int8", 100, **changes)
 
 
 @needs_rtx
-def test_a_build_is_killed_at_its_limit(tmp_path):
+def test_build_that_exceeds_its_time_limit_is_killed(tmp_path):
     with raises_code(ChildFailed, "child_timed_out", seconds=0.2):
         build(tmp_path, "int8", 100, seconds=0.2)  # the interpreter alone takes longer to start
 
 
-def test_a_profile_must_be_in_order():
+def test_profile_with_a_maximum_below_its_optimum_is_refused():
     with raises_value_error("profile_order", input="ids"):
         Profile(input="ids", low=(1, 26), best=(64, 26), high=(32, 26))
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-def test_a_flavour_that_is_not_installed_names_the_extra_to_install(tmp_path, monkeypatch, target):
+def test_missing_tensorrt_is_refused_with_the_target(tmp_path, monkeypatch, target):
     monkeypatch.setitem(engines.MODULES, target, ("no_such_tensorrt",))
     request = build_request(tmp_path / "model.onnx", 1, 1, target=target)
     with raises_code(BuildRefused, "tensorrt_missing", target=target):
@@ -315,7 +318,7 @@ def test_a_flavour_that_is_not_installed_names_the_extra_to_install(tmp_path, mo
     assert available(target) is None
 
 
-def test_bindings_without_their_libraries_are_as_good_as_not_installed(tmp_path, monkeypatch):
+def test_bindings_without_their_native_libraries_count_as_missing(tmp_path, monkeypatch):
     (tmp_path / "half_installed.py").write_text("raise OSError('libnvinfer.so.11: cannot open')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(engines.MODULES, "tensorrt", ("half_installed",))
@@ -325,53 +328,55 @@ def test_bindings_without_their_libraries_are_as_good_as_not_installed(tmp_path,
         engines.load("tensorrt")
 
 
-# --- the audit's arithmetic --------------------------------------------------------------------
+# --- functions of the audit --------------------------------------------------------------------
 
 MB = 1_000_000
 
 
-def test_scratch_smaller_than_one_widened_copy_proves_a_table_flat():
+def test_scratch_smaller_than_a_widened_copy_is_judged_flat():
     state, reason, proven = judge_scratch(10 * MB, 10 * MB, 6 * MB, {"items": 13 * MB, "age": 1})
     assert (state, proven) == ("flat", ("items",))
     assert "10,000,000 bytes, less than an fp16 copy of 'items'" in reason
 
 
-def test_equal_scratch_proves_nothing_where_activations_could_hide_the_table():
+def test_scratch_larger_than_a_widened_copy_is_judged_not_checkable():
     state, reason, proven = judge_scratch(14 * MB, 14 * MB, 6 * MB, {"items": 13 * MB})
     assert (state, proven) == ("not checkable", ())
     assert "14,000,000 bytes of scratch memory for activations could hide" in reason
 
 
 @given(removed=st.integers(10, 10**12), share=st.floats(0, 1), base=st.integers(0, 10**12))
-def test_scratch_grows_exactly_when_it_differs_by_more_than_the_allowed_share(removed, share, base):
+def test_scratch_grows_if_and_only_if_it_differs_by_more_than_the_allowed_share(
+    removed, share, base
+):
     growth = round(removed * share)
     state, _, _ = judge_scratch(base + growth, base, removed, {"items": 10**13})
     assert (state == "grows") == (growth > GROWTH * removed)
 
 
 @given(packed=st.integers(0, 10**12))
-def test_weights_may_exceed_the_plan_by_a_tenth_and_64_kib(packed):
+def test_weights_may_exceed_the_plan_by_ten_percent_and_64_kib(packed):
     limit = int(packed * 1.1) + 65_536
     check_weights(limit, packed, {})
     with raises_code(BuildRefused, "weights_widened", most_bytes=limit):
         check_weights(limit + 1, packed, {})
 
 
-def test_the_log_of_either_wording_is_read_and_the_largest_engine_counts():
+def test_log_bytes_reads_both_wordings_and_returns_the_largest_values():
     log = ["Layer: a Scratch Memory: 99 bytes", "Max Scratch Memory: 7 bytes"]
     log += ["Total Scratch Memory: 5", "Total Weights Memory: 11 bytes"]
     assert log_bytes(log, "11.4") == (7, 11)
 
 
 @pytest.mark.parametrize("line", ["Max Scratch Memory", "Total Weights Memory"])
-def test_a_log_that_cannot_be_audited_is_refused_not_waved_through(line):
+def test_log_without_a_required_line_is_refused(line):
     log = ["Max Scratch Memory: 7 bytes", "Total Weights Memory: 11 bytes"]
     with raises_code(BuildRefused, "log_line_missing", version="12.0", line=line):
         log_bytes([text for text in log if line not in text], "12.0")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp16"])
-def test_halving_keeps_the_first_rows_of_every_large_table_only(kind):
+def test_halve_keeps_the_first_half_of_large_tables_and_all_of_small_ones(kind):
     rows, dim = TWIN_ROWS + 3, 3  # odd rows of odd width: 4-bit rows do not end on bytes
     model, _ = lookup(kind, rows, dim)
     before = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
@@ -380,18 +385,19 @@ def test_halving_keeps_the_first_rows_of_every_large_table_only(kind):
     small = TableWeights(module="weight", rows=FIELDS * dim, initializers=("weight",))
     removed = halve(model, [large, small])
     after = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    kept = rows // 4 * 2
+    kept_rows = rows // 4 * 2
     for name, values in before.items():
-        np.testing.assert_array_equal(after[name], values[:kept] if name in names else values)
-    sizes = {"int8": dim + 2, "int4": dim / 2 + 2, "fp16": dim * 2}[kind]
-    assert removed == pytest.approx((rows - kept) * sizes, abs=1)  # abs: half a byte rounds up
+        np.testing.assert_array_equal(after[name], values[:kept_rows] if name in names else values)
+    row_bytes = {"int8": dim + 2, "int4": dim / 2 + 2, "fp16": dim * 2}[kind]
+    # abs: half a byte is rounded up.
+    assert removed == pytest.approx((rows - kept_rows) * row_bytes, abs=1)
 
 
-def test_scales_that_rows_share_are_cut_to_the_rows_that_are_left():
+def test_halve_cuts_shared_scales_to_those_of_the_kept_rows():
     rows = TWIN_ROWS + 32
     model, _ = lookup("int8", rows)
     (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")
-    shared = numpy_helper.to_array(scale)[: rows // 64 + 1]  # the last of them for 32 rows
+    shared = numpy_helper.to_array(scale)[: rows // 64 + 1]  # the last scale is for 32 rows
     scale.CopyFrom(numpy_helper.from_array(shared, "scale"))
     book = np.ones((4, DIM), np.float16)
     model.graph.initializer.append(numpy_helper.from_array(book, "codebook"))
@@ -399,19 +405,19 @@ def test_scales_that_rows_share_are_cut_to_the_rows_that_are_left():
         module="items",
         rows=rows,
         initializers=("codes", "scale", "codebook"),
-        every={"scale": 64, "codebook": 0},  # which is the whole table's, and left as it is
+        every={"scale": 64, "codebook": 0},  # 0: shared by all rows, not cut
     )
-    # Half the rows, and whole ranges of them.
-    left = rows // 128 // 2 * 128
-    kept = left // 64
-    assert halve(model, [table]) == (rows - left) * DIM + (len(shared) - kept) * 2
+    # Half the rows, rounded down to an even number of groups of 64.
+    kept_rows = rows // 128 // 2 * 128
+    kept = kept_rows // 64
+    assert halve(model, [table]) == (rows - kept_rows) * DIM + (len(shared) - kept) * 2
     (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")
     np.testing.assert_array_equal(numpy_helper.to_array(scale), shared[:kept])
-    found = find_tables(model, [table.model_copy(update={"rows": left})])
-    assert [tensor.name for tensor in found["items"]] == ["codes", "scale", "codebook"]
+    initializers = find_tables(model, [table.model_copy(update={"rows": kept_rows})])
+    assert [tensor.name for tensor in initializers["items"]] == ["codes", "scale", "codebook"]
 
 
-def test_a_table_shared_by_two_modules_is_cut_once():
+def test_halve_cuts_a_table_shared_by_two_modules_once():
     rows = TWIN_ROWS
     model, _ = lookup("int8", rows)
     tables = [
@@ -422,7 +428,7 @@ def test_a_table_shared_by_two_modules_is_cut_once():
     assert set(find_tables(model, halved)) == {"a", "b"}
 
 
-def test_without_a_large_table_there_is_no_twin():
+def test_halve_returns_none_without_a_large_table():
     model, _ = lookup("int8", 100)
     table = TableWeights(module="items", rows=100, initializers=("codes",))
     assert halve(model, [table]) is None

@@ -1,4 +1,4 @@
-"""TensorRT-RTX keeps the codes of tables with codebooks as narrow as they are stored."""
+"""TensorRT-RTX engines of tables with codebooks: the codes stay packed."""
 
 import onnx
 import pytest
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 FIELDS = 26
-# So many that codes of 16 bytes a row, widened, outweigh the 8.2 MB of scratch that is always used.
+# So many rows that a widened copy of 16-byte codes is larger than the 8.2 MB of scratch memory that
+# every one of these engines uses.
 ROWS, DIM = 600_000, 32
 SCHEMA = Signature(
     inputs=(
@@ -49,8 +50,8 @@ class Fields(nn.Module):
         return score
 
 
-def drawn(step: TableStep) -> PackedTable:
-    """A table of random codes: a builder depends only on types and shapes."""
+def random_table(step: TableStep) -> PackedTable:
+    """Return a table of random codes; the builder depends only on types and shapes."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, spec in step.storage.layout(ROWS, DIM, step.settings()).items():
@@ -61,15 +62,18 @@ def drawn(step: TableStep) -> PackedTable:
     return PackedTable(step.storage, ROWS, DIM, step.settings(), tensors)
 
 
-def built(step: TableStep, tmp_path, spoil=None) -> tuple[Engine, int]:
-    """The engine of a network over one such table, and the bytes its weights take as stored."""
-    module = Fields(drawn(step)).eval()
+def build(step: TableStep, tmp_path, modify=None) -> tuple[Engine, int]:
+    """Build the engine of a network with one such table; return it and the packed bytes.
+
+    ``modify`` changes the ONNX model before the build.
+    """
+    module = Fields(random_table(step)).eval()
     path = tmp_path / "model.onnx"
     (form,) = served_graphs(SCHEMA)
     lowered = lower(module, form, "tensorrt-rtx", path)
-    if spoil is not None:
+    if modify is not None:
         graph = onnx.load(path)
-        spoil(graph)
+        modify(graph)
         onnx.save(graph, path)
     packed = sum(tensor.nbytes for tensor in module.state_dict().values())
     # Small batches, whose activations take little scratch memory.
@@ -100,29 +104,29 @@ def built(step: TableStep, tmp_path, spoil=None) -> tuple[Engine, int]:
     ],
     ids=named,
 )
-def test_codes_stay_packed_and_scratch_memory_flat(step, tmp_path):
-    engine, packed = built(step, tmp_path)
+def test_engine_stores_codes_and_codebooks_packed(step, tmp_path):
+    engine, packed = build(step, tmp_path)
     audit = engine.audit
     assert audit.scratch == "flat", audit.scratch_reason
     assert audit.tables_checked == ("items",)
     assert audit.scratch_bytes == audit.twin_scratch_bytes
-    # 2.4 KB of padding was measured for other tables; float16 entries may be widened once.
+    # Padding (2.4 KB was measured for other tables) and one float32 copy of float16 codebooks.
     assert packed <= audit.weights_bytes < packed + 32_768
 
 
-def test_codes_left_unsigned_become_int32_and_are_refused(tmp_path):
-    """The fault that the int8 form is for: a builder takes uint8 codes, and widens them all."""
+def test_engine_of_uint8_codes_is_refused_as_widened(tmp_path):
+    """TensorRT accepts uint8 codes but widens them to int32, so lowering stores them as int8."""
 
-    def spoil(model: onnx.ModelProto) -> None:
+    def modify(model: onnx.ModelProto) -> None:
         graph = model.graph
         (codes,) = (item for item in graph.initializer if item.name.endswith(".codes"))
-        (read,) = (node for node in graph.node if codes.name in node.input)
-        (gather,) = (node for node in graph.node if read.output[0] in node.input)
+        (dequantize,) = (node for node in graph.node if codes.name in node.input)
+        (gather,) = (node for node in graph.node if dequantize.output[0] in node.input)
         (cast,) = (node for node in graph.node if gather.output[0] in node.input)
         codes.data_type = onnx.TensorProto.UINT8
         gather.input[0] = codes.name
         assert cast.op_type == "Cast"
-        graph.node.remove(read)
+        graph.node.remove(dequantize)
 
     with raises_code(BuildRefused, "weights_widened"):
-        built(ProductCodes(parts=8), tmp_path, spoil)
+        build(ProductCodes(parts=8), tmp_path, modify)

@@ -1,7 +1,8 @@
-"""Every TensorRT name in the code exists in TensorRT 10, 11 and RTX.
+"""Every name of the TensorRT API that the code uses exists in TensorRT 10, 11 and RTX.
 
-The datacenter builder cannot run without its vendor's libraries and a GPU, but its binding wheels
-are small and list every name. So the code is held against ``NAMES``, and ``NAMES`` against them.
+The data-center builder needs large libraries and a GPU, but the wheels of its Python bindings are
+small and contain every name. So these tests compare the code with ``NAMES``, and ``NAMES`` with the
+bindings.
 """
 
 import ast
@@ -20,6 +21,7 @@ import infra.tensorrt.build
 from infra.tensorrt.engines import NAMES
 
 WHEELS = ("tensorrt-cu12-bindings==10.13.3.9", "tensorrt-cu13-bindings==11.4.0.106")
+# Variable of a TensorRT object in build.py -> the class of that object.
 HANDLES = {
     "trt": "",
     "builder": "Builder",
@@ -31,7 +33,7 @@ HANDLES = {
     "layer": "ILayer",
     "tensor": "ITensor",
 }
-# What the bindings need of the libraries they wrap, to be imported at all.
+# Symbols of the native libraries without which the bindings cannot be imported.
 STUBS = [
     "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
@@ -46,7 +48,11 @@ STUBS = [
 
 
 def used_names(source):
-    """The dotted TensorRT names a source uses through its handles, and chains it may not have."""
+    """Return the dotted TensorRT names that a source uses, and its chained calls.
+
+    Only attributes of the variables in ``HANDLES`` are read, so the class of a chained call's
+    result is unknown, and chained calls are forbidden.
+    """
     names, chains = set(), []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Attribute):
@@ -71,30 +77,30 @@ def source():
     return Path(infra.tensorrt.build.__file__).read_text()
 
 
-def test_the_code_uses_no_tensorrt_name_that_is_not_listed_and_lists_none_it_does_not_use():
+def test_build_uses_exactly_the_listed_tensorrt_names():
     names, chains = used_names(source())
-    assert chains == [], "give each TensorRT object a name of its own, so this test can see it"
-    inherited = {"ILogger.__init__"}  # what constructing any Python subclass needs
+    assert chains == [], "assign each TensorRT object to a variable in HANDLES"
+    inherited = {"ILogger.__init__"}  # every Python subclass calls it
     assert names - inherited == set(NAMES)
 
 
 @pytest.mark.parametrize(
-    ("line", "seen"),
+    ("line", "expected"),
     [
         ("trt.BuilderFlag.FP16", "trt.BuilderFlag.FP16"),
         ("config.clear_flag(1)", "IBuilderConfig.clear_flag"),
     ],
 )
-def test_an_unlisted_name_would_be_seen(line, seen):
+def test_used_names_finds_a_name_that_is_not_listed(line, expected):
     names, _ = used_names(line)
-    assert any(seen.endswith(name) for name in names - set(NAMES))
+    assert any(expected.endswith(name) for name in names - set(NAMES))
 
 
-def test_a_chain_that_hides_a_name_would_be_seen():
+def test_used_names_reports_a_chained_call():
     assert used_names("network.get_layer(0).precision")[1] == ["network.get_layer(0).precision"]
 
 
-def test_tensorrt_is_only_called_in_the_child():
+def test_only_build_uses_the_tensorrt_module():
     for path in Path(infra.tensorrt.build.__file__).parent.glob("*.py"):
         if path.name != "build.py":
             assert "trt" not in {
@@ -102,7 +108,7 @@ def test_tensorrt_is_only_called_in_the_child():
             }
 
 
-def test_rtx_has_every_name():
+def test_tensorrt_rtx_has_every_listed_name():
     trt = pytest.importorskip(
         "tensorrt_rtx_bindings", reason="install with: pip install 'recpress[tensorrt-rtx]'"
     )
@@ -119,7 +125,7 @@ def has(trt, name):
 
 @pytest.fixture(scope="module", params=WHEELS)
 def bindings(request, tmp_path_factory):
-    """The unpacked package of one real binding wheel, about 1.2 MB from the package index."""
+    """The unpacked package of a real binding wheel, a download of about 1.2 MB."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder)]
     subprocess.run([*pip, request.param], check=True, timeout=120)
@@ -130,7 +136,7 @@ def bindings(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_datacenter_bindings_carry_every_name_as_a_string(bindings):
+def test_datacenter_bindings_contain_every_listed_name_as_a_string(bindings):
     native = (bindings / "tensorrt.so").read_bytes()
     python = (bindings / "__init__.py").read_bytes()
     leaves = {name.rsplit(".", 1)[-1].encode() for name in NAMES}
@@ -141,8 +147,8 @@ def test_the_datacenter_bindings_carry_every_name_as_a_string(bindings):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for empty libraries")
-def test_the_datacenter_bindings_have_every_name_where_the_code_looks_for_it(bindings):
-    """Imports the real bindings on empty libraries, so that names are looked up, not guessed."""
+def test_datacenter_bindings_have_every_listed_attribute(bindings):
+    """Import the real bindings with stub libraries and look up each name as an attribute."""
     native = (bindings / "tensorrt.so").read_bytes()
     major = next(v for v in (b"10", b"11") if b"libnvinfer.so." + v + b"\0" in native).decode()
     libraries = bindings.parent / "libraries"
@@ -166,7 +172,7 @@ def test_the_datacenter_bindings_have_every_name_where_the_code_looks_for_it(bin
         "print(json.dumps([trt.__version__, [n for n in names if not has(n)]]))\n"
     )
     names = json.dumps([*NAMES, "BuilderFlag.NO_SUCH_FLAG"])
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, names],
         env=os.environ | {"LD_LIBRARY_PATH": str(libraries)},
         cwd=bindings.parent,
@@ -174,7 +180,7 @@ def test_the_datacenter_bindings_have_every_name_where_the_code_looks_for_it(bin
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0, done.stderr
-    version, missing = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    version, missing = json.loads(process.stdout)
     assert version.startswith(major)
     assert missing == ["BuilderFlag.NO_SUCH_FLAG"]

@@ -1,4 +1,4 @@
-"""TensorRT-RTX takes every table format as it is lowered, and keeps the table packed."""
+"""TensorRT-RTX engines of tables in every quantized format: the table stays packed."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ ROWS, DIM, FIELDS = 330_000, 32, 2
 
 
 class Fields(nn.Module):
-    """One large table, read at a few places, and one layer."""
+    """One large table, looked up for two fields, and one dense layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ SCHEMA = Signature(
 
 class Case(NamedTuple):
     step: TableStep
-    bytes_a_row: float
-    constants: str
+    row_bytes: float
+    constant_type: str
 
 
 ASYMMETRIC = {"symmetric": False, "clipping": "min_max"}
@@ -82,11 +82,11 @@ CASES = {
 }
 
 
-def requested(case: Case, folder: Path) -> BuildRequest:
-    """What is to be built of a table in one of its forms."""
+def build_request(case: Case, folder: Path) -> BuildRequest:
+    """Quantize the table, lower the model, and return the request to build its engine."""
     model = run(case.step, Reference(Fields, SCHEMA).model(), Bench(signature=SCHEMA), folder / "s")
     packed = stored_bytes(model.module)
-    assert packed == ROWS * case.bytes_a_row + model_rest(model.module)
+    assert packed == ROWS * case.row_bytes + bytes_outside_rows(model.module)
     lowered = lower(model.module, whole(SCHEMA), "tensorrt-rtx", folder / "model.onnx", 64)
     (table,) = lowered.tables
     weights = TableWeights(
@@ -103,27 +103,27 @@ def requested(case: Case, folder: Path) -> BuildRequest:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_an_engine_holds_the_table_as_packed_and_never_widens_it(case: Case, tmp_path: Path):
-    request = requested(case, tmp_path)
+def test_engine_stores_each_table_format_packed(case: Case, tmp_path: Path):
+    request = build_request(case, tmp_path)
     audit = build_engine(request, tmp_path / "engine").audit
     assert audit.scratch == "flat"
     assert audit.tables_checked == ("item",)
     assert audit.twin_scratch_bytes == audit.scratch_bytes
-    # The codes alone, without at most a scale and an offset a row.
-    assert audit.constant_bytes[case.constants] >= ROWS * int(case.bytes_a_row - 4)
-    # Within 64 KiB, where a scale a row in fp32 instead of fp16 would add 660 KB.
+    # At least the codes: without a float16 scale and a float16 offset per row.
+    assert audit.constant_bytes[case.constant_type] >= ROWS * int(case.row_bytes - 4)
+    # One scale per row in fp32 instead of fp16 would add 660 KB.
     assert request.packed_bytes <= audit.weights_bytes <= request.packed_bytes + 65_536
 
 
 @pytest.mark.parametrize("name", ["int8", "int8, asymmetric", "int2, shared scales"])
-def test_codes_that_are_multiplied_before_their_gather_are_refused(name: str, tmp_path: Path):
-    """So that the test above would see a table that is widened."""
-    request = requested(CASES[name], tmp_path)
+def test_table_multiplied_before_its_gather_is_refused(name: str, tmp_path: Path):
+    """The audit detects a widened table, so the test above proves that none is widened."""
+    request = build_request(CASES[name], tmp_path)
     model = onnx.load(request.onnx)
     nodes = model.graph.node
     codes = next(n for n in nodes if n.op_type == "DequantizeLinear" and "codes" in n.input[0])
-    (held,) = (item for item in model.graph.initializer if item.name == codes.input[0])
-    unit = np.eye(held.dims[1], dtype=np.float16)
+    (table,) = (item for item in model.graph.initializer if item.name == codes.input[0])
+    unit = np.eye(table.dims[1], dtype=np.float16)
     model.graph.initializer.append(onnx.numpy_helper.from_array(unit, "unit"))
     for node in nodes:
         if codes.output[0] in node.input:
@@ -135,7 +135,7 @@ def test_codes_that_are_multiplied_before_their_gather_are_refused(name: str, tm
         build_engine(request, tmp_path / "engine")
 
 
-def model_rest(module: nn.Module) -> int:
-    """Bytes without the rows of the table: the dense layer, and scales shared by all its rows."""
-    own = {name: tensor for name, tensor in module.item.named_buffers() if len(tensor) == 1}
-    return stored_bytes(module.out) + sum(t.numel() * t.element_size() for t in own.values())
+def bytes_outside_rows(module: nn.Module) -> int:
+    """Return the bytes of the dense layer and of scales shared by all rows of the table."""
+    shared = [tensor for _, tensor in module.item.named_buffers() if len(tensor) == 1]
+    return stored_bytes(module.out) + sum(t.numel() * t.element_size() for t in shared)

@@ -1,4 +1,4 @@
-"""Triton's configurations: what they say, that graphs answer warm-ups, that Triton reads them."""
+"""Triton repositories: contents of config.pbtxt, warm-up requests, and model folders."""
 
 import subprocess
 import sys
@@ -29,15 +29,15 @@ from infra.triton.repository import (
 ALL = (USER, PRICE, *TAGS)
 
 
-def configured(*inputs: Tensor, **more: Any) -> dict[str, Any]:
-    return read(config(served(*inputs, **more)).decode())
+def parsed_config(*inputs: Tensor, **changes: Any) -> dict[str, Any]:
+    return read(config(served(*inputs, **changes)).decode())
 
 
-# --- what is said ---------------------------------------------------------------------------
+# --- contents of a configuration ------------------------------------------------------------
 
 
-def test_rows_are_joined_where_every_input_has_one_entry_a_row() -> None:
-    message = configured(USER, PRICE)
+def test_config_without_jagged_inputs_enables_batching() -> None:
+    message = parsed_config(USER, PRICE)
     assert message["max_batch_size"] == [1024]
     assert message["dynamic_batching"] == [{"max_queue_delay_microseconds": [0]}]
     assert message["input"] == [
@@ -57,8 +57,8 @@ def test_rows_are_joined_where_every_input_has_one_entry_a_row() -> None:
     }
 
 
-def test_lists_end_to_end_cannot_be_joined_so_dimensions_are_given_in_full() -> None:
-    message = configured(*ALL)
+def test_config_with_a_jagged_input_has_full_shapes_and_no_batching() -> None:
+    message = parsed_config(*ALL)
     assert message["max_batch_size"] == [0]
     assert "dynamic_batching" not in message
     assert [item["dims"] for item in message["input"]] == [[-1], [-1, 3], [-1], [-1]]
@@ -67,14 +67,16 @@ def test_lists_end_to_end_cannot_be_joined_so_dimensions_are_given_in_full() -> 
     assert {tuple(item["batch_size"]) for item in message["model_warmup"]} == {(1,)}
 
 
-def test_the_version_the_processor_and_the_threads_are_said() -> None:
-    message = configured(USER)
+def test_config_contains_version_device_threads_and_origin() -> None:
+    message = parsed_config(USER)
     assert (message["name"], message["platform"]) == (["m"], ["onnxruntime_onnx"])
     assert message["version_policy"] == [{"specific": [{"versions": [3]}]}]
     assert message["instance_group"] == [{"count": [1], "kind": ["KIND_CPU"]}]
     assert message["default_model_filename"] == ["model.onnx"]
-    said = {item["key"][0]: item["value"][0]["string_value"][0] for item in message["parameters"]}
-    assert said == {
+    parameters = {
+        item["key"][0]: item["value"][0]["string_value"][0] for item in message["parameters"]
+    }
+    assert parameters == {
         "recpress.model": "m",
         "recpress.version": "3",
         "recpress.order": "b" * 64,
@@ -82,13 +84,13 @@ def test_the_version_the_processor_and_the_threads_are_said() -> None:
         "intra_op_thread_count": "2",
         "inter_op_thread_count": "1",
     }
-    unknown = configured(USER, threads=None)["parameters"]
-    assert not any("thread" in item["key"][0] for item in unknown)
+    without_threads = parsed_config(USER, threads=None)["parameters"]
+    assert not any("thread" in item["key"][0] for item in without_threads)
     assert version_in(config(served(USER))) == "3"
 
 
-def test_a_plan_is_served_on_the_gpus_it_was_built_for() -> None:
-    message = configured(
+def test_config_of_a_tensorrt_plan_names_its_compute_capability() -> None:
+    message = parsed_config(
         USER,
         target="tensorrt",
         capability="9.0",
@@ -103,7 +105,7 @@ def test_a_plan_is_served_on_the_gpus_it_was_built_for() -> None:
     assert not any("thread" in item["key"][0] for item in message["parameters"])
 
 
-def test_a_model_of_one_graph_keeps_its_name_and_others_say_which_they_are() -> None:
+def test_triton_name_contains_the_part_and_the_target() -> None:
     assert triton_name("m", "onnxruntime") == "m"
     assert triton_name("m", "tensorrt") == "m_tensorrt"
     assert triton_name("m", "onnxruntime", "query") == "m_query"
@@ -111,7 +113,7 @@ def test_a_model_of_one_graph_keeps_its_name_and_others_say_which_they_are() -> 
 
 
 @pytest.mark.parametrize(
-    ("more", "code"),
+    ("changes", "code"),
     [
         ({"outputs": (Tensor(name="score", dtype="bfloat16"),)}, "tensor_type_unknown"),
         ({"target": "tensorrt-rtx"}, "target_not_in_triton"),
@@ -122,34 +124,36 @@ def test_a_model_of_one_graph_keeps_its_name_and_others_say_which_they_are() -> 
         ({"files": {}}, "too_short"),
     ],
 )
-def test_what_triton_could_not_serve_is_refused(more: dict[str, Any], code: str) -> None:
+def test_served_version_that_triton_cannot_serve_is_refused(
+    changes: dict[str, Any], code: str
+) -> None:
     with raises_value_error(code):
-        served(USER, **more)
+        served(USER, **changes)
 
 
 # --- warm-ups -------------------------------------------------------------------------------
 
 
-def test_warm_ups_have_one_row_the_best_batch_and_the_largest_batch() -> None:
-    found = dict(warmups(config(served(*ALL, batches=(1, 64, 1024))).decode()))
-    assert list(found) == [1, 64, 1024]
-    assert {name: array.shape for name, array in found[64].items()} == {
+def test_warm_ups_have_the_smallest_optimal_and_largest_batch() -> None:
+    jagged = dict(warmups(config(served(*ALL, batches=(1, 64, 1024))).decode()))
+    assert list(jagged) == [1, 64, 1024]
+    assert {name: array.shape for name, array in jagged[64].items()} == {
         "user": (64,),
         "price": (64, 3),
         "tags": (5,),
         "tags_lengths": (64,),
     }
-    assert found[1]["tags"].dtype == np.int32
+    assert jagged[1]["tags"].dtype == np.int32
     assert list(dict(warmups(config(served(USER, batches=(1, 1, 1))).decode()))) == [1]
-    joined = dict(warmups(config(served(USER, PRICE)).decode()))[64]
-    assert {name: array.shape for name, array in joined.items()} == {
+    batched = dict(warmups(config(served(USER, PRICE)).decode()))[64]
+    assert {name: array.shape for name, array in batched.items()} == {
         "user": (64,),
         "price": (64, 3),
     }
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
-def test_the_graph_scores_every_warm_up_request(reference: Any) -> None:
+def test_graph_returns_finite_scores_for_every_warm_up_request(reference: Any) -> None:
     lowered = graph(reference.network.__name__, (), "onnxruntime")
     inputs = tensors(lowered.signature, lowered.lowered.served.rows_of_table)
     text = config(served(*inputs, batches=(1, 7, 130))).decode()
@@ -164,21 +168,24 @@ def test_the_graph_scores_every_warm_up_request(reference: Any) -> None:
     assert (read(text)["max_batch_size"] == [130]) is batched
 
 
-def test_the_configuration_has_the_graphs_own_inputs_and_output() -> None:
+def test_config_has_the_inputs_and_outputs_of_the_onnx_graph() -> None:
     import onnx
 
     lowered = graph("Ranker", (), "onnxruntime")
     inputs = tensors(lowered.signature, lowered.lowered.served.rows_of_table)
     message = read(config(served(*inputs)).decode())
-    held = onnx.load(lowered.path).graph
-    for ours, theirs in ((message["input"], held.input), (message["output"], held.output)):
-        assert [item["name"][0] for item in ours] == [item.name for item in theirs]
-        for item, value in zip(ours, theirs, strict=True):
+    onnx_graph = onnx.load(lowered.path).graph
+    for items, values in (
+        (message["input"], onnx_graph.input),
+        (message["output"], onnx_graph.output),
+    ):
+        assert [item["name"][0] for item in items] == [value.name for value in values]
+        for item, value in zip(items, values, strict=True):
             kind = value.type.tensor_type
             sizes = [dim.dim_value or -1 for dim in kind.shape.dim]
             assert (item["dims"], sizes[0]) == (sizes, -1)
-            wanted = {"TYPE_INT64": 7, "TYPE_INT32": 6, "TYPE_FP32": 1}[item["data_type"][0]]
-            assert kind.elem_type == wanted
+            element_type = {"TYPE_INT64": 7, "TYPE_INT32": 6, "TYPE_FP32": 1}[item["data_type"][0]]
+            assert kind.elem_type == element_type
 
 
 def _run(path: Path, arrays: dict[str, Any]) -> Any:
@@ -191,7 +198,7 @@ def _run(path: Path, arrays: dict[str, Any]) -> Any:
 # --- folders --------------------------------------------------------------------------------
 
 
-def test_a_strangers_configuration_is_left_alone(tmp_path: Path) -> None:
+def test_configuration_of_another_program_is_refused(tmp_path: Path) -> None:
     home = place(str(tmp_path), "m")
     assert owner(home) is None
     home.write("config.pbtxt", config(served(USER)))
@@ -201,16 +208,16 @@ def test_a_strangers_configuration_is_left_alone(tmp_path: Path) -> None:
         owner(home)
 
 
-def test_models_are_folders_below_the_root_and_nothing_else_is(tmp_path: Path) -> None:
+def test_repository_root_contains_only_model_folders(tmp_path: Path) -> None:
     for root in (str(tmp_path / "a b"), (tmp_path / "c").as_uri()):
         place(root, "m.1").write("config.pbtxt", b"x")
         assert contents(root)[1] == 1
     assert (tmp_path / "a b" / "m.1" / "config.pbtxt").read_bytes() == b"x"
-    # The server takes every folder of the root for a model: temporary files must not be there.
+    # The server loads every folder in the root as a model: temporary files must not be there.
     assert [path.name for path in (tmp_path / "a b").iterdir()] == ["m.1"]
 
 
-def test_a_repository_around_the_object_store_is_refused(tmp_path: Path) -> None:
+def test_repository_that_contains_the_object_store_is_refused(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "a" / "store"))
     for root in (tmp_path / "a", tmp_path / "a" / "store"):
         with raises_code(SettingRefused, "triton_repository_holds_store", store=store.root):
@@ -221,7 +228,7 @@ def test_a_repository_around_the_object_store_is_refused(tmp_path: Path) -> None
         refuse_overlap("gs://x/y", store, "--to")
 
 
-# --- Triton's own reader --------------------------------------------------------------------
+# --- Triton's own parser --------------------------------------------------------------------
 
 PARSE = """
 import sys
@@ -234,28 +241,28 @@ print(json_format.MessageToJson(message, preserving_proto_field_name=True, inden
 
 @pytest.fixture(scope="module")
 def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter with Triton's client: its protobuf must not meet the versions pinned here."""
+    """A separate environment with Triton's client, whose protobuf conflicts with our pins."""
     folder = tmp_path_factory.mktemp("client")
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    installed = subprocess.run(
+    installation = subprocess.run(
         [str(python), "-m", "pip", "install", "--quiet", "tritonclient[grpc]>=2.50"],
         capture_output=True,
         text=True,
         check=False,
         timeout=250,
     )
-    if installed.returncode:
-        reachable = "No matching distribution" not in installed.stderr
-        unconnected = "connection" in installed.stderr.lower() or not reachable
-        assert unconnected, installed.stderr
-        pytest.skip(f"tritonclient cannot be installed from here: {installed.stderr[-300:]}")
+    if installation.returncode:
+        has_no_index = "No matching distribution" in installation.stderr
+        has_no_index |= "connection" in installation.stderr.lower()
+        assert has_no_index, installation.stderr
+        pytest.skip(f"tritonclient cannot be installation from here: {installation.stderr[-300:]}")
     return python
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["batched", "jagged", "plan"])
-def test_tritons_own_schema_reads_what_is_written(
+def test_config_is_parsed_by_the_definitions_of_tritons_client(
     client_python: Path, kind: str, tmp_path: Path
 ) -> None:
     import json
@@ -269,11 +276,11 @@ def test_tritons_own_schema_reads_what_is_written(
     }[kind]
     path = tmp_path / "config.pbtxt"
     path.write_bytes(config(graph))
-    ran = subprocess.run(
+    process = subprocess.run(
         [str(client_python), "-c", PARSE, str(path)], capture_output=True, text=True, check=False
     )
-    assert ran.returncode == 0, ran.stderr
-    message = json.loads(ran.stdout)
+    assert process.returncode == 0, process.stderr
+    message = json.loads(process.stdout)
     assert message["name"] == graph.name
     assert message["version_policy"] == {"specific": {"versions": ["3"]}}
     assert [item["name"] for item in message["input"]] == [item.name for item in graph.inputs]
