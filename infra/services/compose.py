@@ -1,14 +1,14 @@
-"""Read docker-compose.yml as local processes on this machine's loopback.
+"""Convert docker-compose.yml to descriptions of local processes, for ``make up-local``.
 
-The file defines the services, their start order and their health checks; this module returns the
-same for processes. Only addresses and paths differ, so they are replaced in every command, variable
-and check:
+The file defines the services, their start order and their health checks. This module returns the
+same for processes that listen on 127.0.0.1. Only addresses and paths differ between a container and
+a process, so these are replaced in every command, variable and health check:
 
 - ``service:port`` becomes ``127.0.0.1`` and that service's local port;
-- a service's ports in its settings become its local ports; ``0.0.0.0`` becomes loopback;
+- a service's ports in its settings become its local ports; ``0.0.0.0`` becomes ``127.0.0.1``;
 - folders of volumes, files of configs and the image's code folder become local paths.
 
-Services of a profile (GPU, Triton) are omitted.
+Services with a compose profile (GPU, Triton) are omitted.
 """
 
 import re
@@ -25,17 +25,32 @@ from infra.telemetry import TELEMETRY_OFF
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
-GRPC_ABOVE = 10_000
-"""SeaweedFS expects each gRPC port this far above its service's port; such pairs stay pairs."""
+GRPC_OFFSET = 10_000
+"""SeaweedFS derives a gRPC port from the HTTP port by adding this; local ports keep the offset."""
 
 Condition = Literal["service_started", "service_healthy", "service_completed_successfully"]
 
+# "$$", "${NAME}", or "${NAME:-default}" and the like: the groups are the name, the operator (one of
+# ":-", "-", ":?" and "?") and the text after it.
 _VARIABLE = re.compile(r"\$(?:\$|\{(\w+)(?:(:?[-?])([^}]*))?\})")
 _SECONDS = re.compile(r"(\d+)s")
 
 
 class Service(Frozen):
-    """One process: its command, its variables and its health check."""
+    """One process: its command, its environment variables and its health check.
+
+    Args:
+        name: the service's name in the compose file.
+        command: program and arguments.
+        environment: variables of the process, in addition to those of the machine.
+        health: command that exits with 0 if the service is healthy; empty if there is no check.
+        health_seconds: time limit of one health check.
+        after: services that must have reached a condition before this one is started.
+        ports: port in the container -> local port.
+        stop_signal: name of the signal that stops the process.
+        stop_seconds: time until a process that does not stop is killed.
+        one_shot: whether the process ends by itself (``restart: "no"``).
+    """
 
     name: str
     command: tuple[str, ...]
@@ -50,7 +65,14 @@ class Service(Frozen):
 
 
 class Services(Frozen):
-    """All services, the variables of a client, and the files that services read."""
+    """All services, and what must exist before they are started.
+
+    Args:
+        services: the processes.
+        client: environment variables of a client of the services.
+        files: path -> content of files that services read.
+        folders: folders that services write.
+    """
 
     services: tuple[Service, ...]
     client: dict[str, str]
@@ -58,19 +80,21 @@ class Services(Frozen):
     folders: tuple[Path, ...]
 
 
-NOT_OF_ITS_FORM = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What reading a document raises that has other types or lacks a field."""
+MALFORMED_DOCUMENT = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""Exceptions of reading a YAML document in which a field is missing or has another type."""
 
 
 def needed_secrets(text: str) -> tuple[str, ...]:
-    """Return the required variables of a compose file: those with ``:?``."""
+    """Return the required variables of a compose file, ``${NAME:?message}``."""
     return tuple(
-        dict.fromkeys(name for name, how, _ in _VARIABLE.findall(text) if how.endswith("?"))
+        dict.fromkeys(
+            name for name, operator, _ in _VARIABLE.findall(text) if operator.endswith("?")
+        )
     )
 
 
 def port_variables(text: str) -> tuple[str, ...]:
-    """Return the variables that set published ports."""
+    """Return the variables of a compose file that set published ports, ``${NAME_PORT}``."""
     return tuple(
         dict.fromkeys(name for name, _, _ in _VARIABLE.findall(text) if name.endswith("_PORT"))
     )
@@ -88,15 +112,15 @@ def read_variables(path: Path) -> dict[str, str]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as fault:
         raise SettingRefused("variables_not_utf8", path=str(path), problem=str(fault)) from fault
-    found = {}
+    variables = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, equals, value = line.partition("=")
         if not equals or not re.fullmatch(r"\w+", name.strip()):
             raise SettingRefused("variables_line_form", path=str(path), line=number)
-        found[name.strip()] = value.strip().strip("\"'")
-    return found
+        variables[name.strip()] = value.strip().strip("\"'")
+    return variables
 
 
 def read_services(
@@ -106,13 +130,13 @@ def read_services(
     compose: Path = COMPOSE,
     ports: "Callable[[Iterable[int]], dict[int, int]] | None" = None,
 ) -> Services:
-    """Read a compose file as processes.
+    """Read a compose file as descriptions of processes.
 
     Args:
         variables: the values of ``${NAME}`` in the file.
-        state: the local folder of volumes and configs.
+        state: the local folder for volumes and configs.
         compose: the compose file.
-        ports: maps each unpublished port to a free local port.
+        ports: returns a free local port for each unpublished port; ``free_ports`` if None.
 
     Raises:
         SettingRefused: a required variable is missing, or a part of the file cannot be run as a
@@ -122,8 +146,8 @@ def read_services(
 
     try:
         document = yaml.safe_load(compose.read_text(encoding="utf-8"))
-        return _read_services(_filled(document, variables), state, compose, ports or free_ports)
-    except (yaml.YAMLError, *NOT_OF_ITS_FORM) as fault:
+        return _read_services(_substitute(document, variables), state, compose, ports or free_ports)
+    except (yaml.YAMLError, *MALFORMED_DOCUMENT) as fault:
         raise SettingRefused(
             "services_form", path=str(compose), kind=type(fault).__name__, problem=str(fault)[:300]
         ) from fault
@@ -133,112 +157,128 @@ def _read_services(
     document: dict[str, Any],
     state: Path,
     compose: Path,
-    free: "Callable[[Iterable[int]], dict[int, int]]",
+    choose_ports: "Callable[[Iterable[int]], dict[int, int]]",
 ) -> Services:
-    chosen = {
+    entries = {
         name: entry for name, entry in document["services"].items() if not entry.get("profiles")
     }
-    at = {name: _ports(entry, free) for name, entry in chosen.items()}
+    local_ports = {name: _ports(entry, choose_ports) for name, entry in entries.items()}
     hosts = {
-        f"{name}:{inside}": f"127.0.0.1:{here}"
-        for name, held in at.items()
-        for inside, here in held.items()
+        f"{name}:{container_port}": f"127.0.0.1:{local_port}"
+        for name, ports in local_ports.items()
+        for container_port, local_port in ports.items()
     }
     folder = compose.parent
     configs = {name: state / "configs" / name for name in document.get("configs", {})}
     services, folders = [], set()
-    for name, entry in chosen.items():
+    for name, entry in entries.items():
         paths = {entry["working_dir"]: str(folder)} if "build" in entry else {}
         for volume in entry.get("volumes", ()):
-            outside, inside = volume.split(":")[:2]
-            named = outside in document["volumes"]
-            paths[inside] = str(state / outside if named else (folder / outside).absolute())
-            folders |= {state / outside} if named else set()
+            source, target = volume.split(":")[:2]
+            is_volume = source in document["volumes"]  # else a folder of this machine
+            paths[target] = str(state / source if is_volume else (folder / source).absolute())
+            folders |= {state / source} if is_volume else set()
         for item in entry.get("configs", ()):
             paths[item["target"]] = str(configs[item["source"]])
-        services.append(_service(name, entry, at[name], _Places(hosts, at[name], paths)))
+        services.append(
+            _service(name, entry, local_ports[name], _Replacements(hosts, local_ports[name], paths))
+        )
     return Services(
         services=tuple(services),
-        client=_Places(hosts, {}, {}).of_all({**document["x-client"], **TELEMETRY_OFF}),
-        files={configs[name]: held["content"] for name, held in document["configs"].items()},
+        client=_Replacements(hosts, {}, {}).apply_to_all({**document["x-client"], **TELEMETRY_OFF}),
+        files={configs[name]: item["content"] for name, item in document["configs"].items()},
         folders=tuple(sorted(folders)),
     )
 
 
-def _service(name: str, entry: dict[str, Any], at: dict[int, int], places: "_Places") -> Service:
+def _service(
+    name: str, entry: dict[str, Any], local_ports: dict[int, int], replacements: "_Replacements"
+) -> Service:
     health = entry.get("healthcheck", {})
     test = health.get("test", ["CMD"])
     if test[0] != "CMD":
         raise SettingRefused("health_check_form", service=name)
     return Service(
         name=name,
-        command=tuple(map(places.of, [*entry.get("entrypoint", ()), *entry["command"]])),
-        environment=places.of_all(entry.get("environment", {})),
-        health=tuple(map(places.of, test[1:])),
+        command=tuple(map(replacements.apply, [*entry.get("entrypoint", ()), *entry["command"]])),
+        environment=replacements.apply_to_all(entry.get("environment", {})),
+        health=tuple(map(replacements.apply, test[1:])),
         health_seconds=_seconds(health.get("timeout", "5s")),
-        after={other: held["condition"] for other, held in entry.get("depends_on", {}).items()},
-        ports=at,
+        after={other: item["condition"] for other, item in entry.get("depends_on", {}).items()},
+        ports=local_ports,
         stop_signal=entry.get("stop_signal", "SIGTERM"),
         stop_seconds=_seconds(entry.get("stop_grace_period", "10s")),
         one_shot=entry.get("restart") == "no",
     )
 
 
-class _Places:
-    """Addresses and paths of containers, and their local replacements."""
+class _Replacements:
+    """Replaces addresses and paths of a container with local ones.
+
+    Args:
+        hosts: ``service:port`` -> local address, of all services.
+        ports: port in the container -> local port, of this service.
+        paths: path in the container -> local path, of this service.
+    """
 
     def __init__(
-        self, hosts: Mapping[str, str], own: Mapping[int, int], paths: Mapping[str, str]
+        self, hosts: Mapping[str, str], ports: Mapping[int, int], paths: Mapping[str, str]
     ) -> None:
-        self._here = {**hosts, **paths, "0.0.0.0": "127.0.0.1"}  # noqa: S104 (is replaced)
-        self._here |= {str(inside): str(here) for inside, here in own.items()}
-        words = sorted(self._here, key=len, reverse=True)
-        # In one pass, so that no replacement is replaced again.
+        self._local = {**hosts, **paths, "0.0.0.0": "127.0.0.1"}  # noqa: S104 (is replaced)
+        self._local |= {str(container): str(local) for container, local in ports.items()}
+        words = sorted(self._local, key=len, reverse=True)
+        # One pattern for all words, so that no replacement is replaced again.
         self._pattern = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, words))})(?![\w.])")
 
-    def of(self, text: str) -> str:
-        return self._pattern.sub(lambda found: self._here[found[0]], str(text))
+    def apply(self, text: str) -> str:
+        return self._pattern.sub(lambda match: self._local[match[0]], str(text))
 
-    def of_all(self, values: Mapping[str, str]) -> dict[str, str]:
-        return {name: self.of(value) for name, value in values.items()}
+    def apply_to_all(self, values: Mapping[str, str]) -> dict[str, str]:
+        return {name: self.apply(value) for name, value in values.items()}
 
 
 def _ports(
-    entry: dict[str, Any], free: "Callable[[Iterable[int]], dict[int, int]]"
+    entry: dict[str, Any], choose_ports: "Callable[[Iterable[int]], dict[int, int]]"
 ) -> dict[int, int]:
-    """Map each port of a service to its local port."""
+    """Return port in the container -> local port, for all ports of a service.
+
+    A published port has the local port of the file. Other ports get a free one, except the gRPC
+    port of a published port, which keeps its offset.
+    """
     published: dict[int, int] = {}
     for line in entry.get("ports", ()):
-        address, here, inside = line.split(":")
+        address, local_port, container_port = line.split(":")
         if address != "127.0.0.1":
             raise SettingRefused("port_not_loopback", port=line)
-        published[int(inside)] = int(here)
-    inner = [int(port) for port in entry.get("expose", ())]
-    pairs = {
-        port: published[port - GRPC_ABOVE] + GRPC_ABOVE
-        for port in inner
-        if port - GRPC_ABOVE in published
+        published[int(container_port)] = int(local_port)
+    exposed = [int(port) for port in entry.get("expose", ())]
+    grpc = {
+        port: published[port - GRPC_OFFSET] + GRPC_OFFSET
+        for port in exposed
+        if port - GRPC_OFFSET in published
     }
-    return published | pairs | free(port for port in inner if port not in pairs)
+    return published | grpc | choose_ports(port for port in exposed if port not in grpc)
 
 
-def free_ports(wanted: Iterable[int]) -> dict[int, int]:
-    """Return a free port for each; a port ``GRPC_ABOVE`` another one keeps that offset."""
-    inside = sorted(wanted)
-    found: dict[int, int] = {}
-    for port in inside:
-        if port - GRPC_ABOVE in found:
-            found[port] = found[port - GRPC_ABOVE] + GRPC_ABOVE
+def free_ports(ports: Iterable[int]) -> dict[int, int]:
+    """Return port -> free local port for each of ``ports``.
+
+    If one port is ``GRPC_OFFSET`` above another one, their local ports have the same offset.
+    """
+    chosen: dict[int, int] = {}
+    for port in sorted(ports):
+        if port - GRPC_OFFSET in chosen:
+            chosen[port] = chosen[port - GRPC_OFFSET] + GRPC_OFFSET
             continue
-        while port not in found:
-            here = 12_000 + secrets.randbelow(20_000)
-            if here not in found.values() and is_free(here) and is_free(here + GRPC_ABOVE):
-                found[port] = here
-    return found
+        while port not in chosen:
+            local = 12_000 + secrets.randbelow(20_000)
+            if local not in chosen.values() and is_free(local) and is_free(local + GRPC_OFFSET):
+                chosen[port] = local
+    return chosen
 
 
 def is_free(port: int) -> bool:
-    """Return whether a server could listen on this port of loopback now."""
+    """Return whether a server could listen on this port of 127.0.0.1 now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -248,32 +288,33 @@ def is_free(port: int) -> bool:
     return True
 
 
-def _filled(value: Any, variables: Mapping[str, str]) -> Any:
-    """Replace the variables of a document as compose does."""
+def _substitute(value: Any, variables: Mapping[str, str]) -> Any:
+    """Replace ``${NAME}`` in all texts of a document, as compose does."""
     match value:
         case str():
-            return _VARIABLE.sub(lambda found: _value(found, variables), value)
+            return _VARIABLE.sub(lambda match: _variable_value(match, variables), value)
         case dict():
-            return {name: _filled(held, variables) for name, held in value.items()}
+            return {name: _substitute(item, variables) for name, item in value.items()}
         case list():
-            return [_filled(held, variables) for held in value]
+            return [_substitute(item, variables) for item in value]
     return value
 
 
-def _value(found: "re.Match[str]", variables: Mapping[str, str]) -> str:
-    name, how, rest = found.groups()
+def _variable_value(match: "re.Match[str]", variables: Mapping[str, str]) -> str:
+    """Return the value of a match of ``_VARIABLE``; a colon makes empty values count as missing."""
+    name, operator, default_or_message = match.groups()
     if name is None:
         return "$"
     value = variables.get(name)
-    if value or (value is not None and how in {None, "-", "?"}):
+    if value or (value is not None and operator in {None, "-", "?"}):
         return value
-    if how in {"?", ":?"}:
-        raise SettingRefused("variable_missing", name=name, remedy=rest)
-    return rest or ""
+    if operator in {"?", ":?"}:
+        raise SettingRefused("variable_missing", name=name, remedy=default_or_message)
+    return default_or_message or ""
 
 
 def _seconds(text: str) -> float:
-    found = _SECONDS.fullmatch(text)
-    if not found:
+    match = _SECONDS.fullmatch(text)
+    if not match:
         raise SettingRefused("duration_form", got=short(text))
-    return float(found[1])
+    return float(match[1])

@@ -1,8 +1,8 @@
-"""One HTTP request to a service with a total deadline.
+"""Send one HTTP request to a service with a total deadline.
 
-For checking services, not for using them: one request, no retries, no redirect followed. A thread
-enforces the deadline, since the timeouts of a socket and of httpx restart with every byte, and a
-host name lookup has none.
+This module checks whether a service responds; it sends one request, without retries, and follows no
+redirect. The request runs in a thread, so that the caller stops waiting at the deadline. Timeouts
+of a socket and of httpx restart with every byte, and a host name lookup has no timeout.
 """
 
 import functools
@@ -21,13 +21,15 @@ from infra.errors import NoAnswer
 from infra.settings import shown
 
 SECONDS = 5.0
+"""Default deadline of a request."""
 MOST_BYTES = 1_000_000
+"""Bytes of a body after which it is no longer read."""
 
 T = TypeVar("T")
 
 
 class HttpAnswer(Frozen):
-    """An HTTP answer: its status, the first megabyte of its body, its duration."""
+    """An HTTP answer: its status, at most ``MOST_BYTES`` of its body, its duration in ms."""
 
     status: int
     body: bytes
@@ -44,34 +46,37 @@ class HttpAnswer(Frozen):
 class HttpRequest(Generic[T]):
     """A request in a background thread, so that the caller can abandon it.
 
-    The thread of an abandoned request continues to run; it does not keep the process alive.
+    The thread of an abandoned request continues to run, but does not keep the process alive.
+
+    Args:
+        send: sends the request and returns the result; it is called in the thread.
     """
 
     def __init__(self, send: Callable[[], T]) -> None:
         self._send = send
-        self._held: list[T] = []
+        self._results: list[T] = []
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._started = time.monotonic()
         self._thread.start()
 
     def answer(self, seconds: float = SECONDS) -> T:
-        """Return the HTTP answer, at most ``seconds`` after the request.
+        """Wait for the request and return the result of ``send``.
 
         Raises:
-            NoAnswer: no answer within ``seconds``.
-            Exception: the exception of the request.
+            NoAnswer: the request is not complete ``seconds`` after it was started.
+            Exception: the exception that ``send`` raised.
         """
         self._thread.join(max(0.0, self._started + seconds - time.monotonic()))
         if self._fault is not None:
             raise self._fault
-        if not self._held:
+        if not self._results:
             raise NoAnswer("no_answer_in_time", seconds=seconds)
-        return self._held[0]
+        return self._results[0]
 
     def _work(self) -> None:
         try:
-            self._held.append(self._send())
+            self._results.append(self._send())
         except BaseException as fault:
             self._fault = fault
 
@@ -84,7 +89,7 @@ def get(
     login: tuple[str, str] | None = None,
     seconds: float = SECONDS,
 ) -> HttpAnswer:
-    """Send one request; an error status or a redirect is an HTTP answer like any other.
+    """Send one request and return the HTTP answer, also if it is an error or a redirect.
 
     Args:
         uri: ``http(s)://``, with or without ``user:password@``.
@@ -94,7 +99,8 @@ def get(
         seconds: total deadline, from the lookup of the host name to the end of the body.
 
     Raises:
-        NoAnswer: there is none before the deadline; the message says why, without credentials.
+        NoAnswer: the service did not respond before the deadline, or the connection failed. The
+            message gives the reason, without credentials.
     """
     request = HttpRequest(lambda: _exchange(uri, headers or {}, posted, login, seconds))
     try:
@@ -121,7 +127,7 @@ def _exchange(
     address = httpx.URL(uri)
     if address.userinfo:
         login = address.username, address.password
-    # Without user and password, since httpx logs the address.
+    # httpx logs the address, so remove user and password from it.
     address = address.copy_with(userinfo=b"")
     # No decompression: a compressed body could expand beyond the limit.
     sent = {"Accept": "application/json", "Accept-Encoding": "identity", **headers}
@@ -130,16 +136,16 @@ def _exchange(
     with httpx.Client(
         verify=_certificates(), proxy=_proxy(address), trust_env=False, timeout=seconds
     ) as client:
-        begun = time.monotonic()
-        with client.stream(method, address, headers=sent, json=posted, auth=login) as reply:
-            for chunk in reply.iter_raw():
+        start = time.monotonic()
+        with client.stream(method, address, headers=sent, json=posted, auth=login) as response:
+            for chunk in response.iter_raw():
                 body += chunk
                 if len(body) >= MOST_BYTES:
                     break
-                if time.monotonic() > begun + seconds:
+                if time.monotonic() > start + seconds:
                     raise TimeoutError
-    ms = 1000 * (time.monotonic() - begun)
-    return HttpAnswer(status=reply.status_code, body=bytes(body[:MOST_BYTES]), ms=ms)
+    ms = 1000 * (time.monotonic() - start)
+    return HttpAnswer(status=response.status_code, body=bytes(body[:MOST_BYTES]), ms=ms)
 
 
 @functools.cache
@@ -151,7 +157,8 @@ def _certificates() -> ssl.SSLContext:
 def _proxy(address: httpx.URL) -> str | None:
     """Return the proxy in ``http_proxy`` or ``https_proxy`` unless ``no_proxy`` excludes the host.
 
-    The lookup of httpx also reads ``all_proxy``, and fails if that is a SOCKS proxy.
+    httpx can read these variables itself, but it also reads ``all_proxy`` and fails if that is a
+    SOCKS proxy.
     """
     if proxy_bypass(address.netloc.decode("ascii")):
         return None

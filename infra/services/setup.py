@@ -1,9 +1,9 @@
 """Set up the services before the first run: buckets, work pools, deployments, automations.
 
-``python -m infra.services.setup`` creates missing objects and leaves existing ones unchanged,
-except our deployments and automations, which it updates. It reads the ``AWS_*`` variables (a key
-that may create buckets), ``PREFECT_API_URL`` and ``RECPRESS_CODE``, the folder that workers run the
-code from.
+``python -m infra.services.setup`` creates missing buckets and pools, and creates or updates the
+deployments and automations of this folder. It reads these environment variables: ``AWS_*`` (with a
+key that may create buckets), ``PREFECT_API_URL``, and ``RECPRESS_CODE``, the folder from which
+workers run the code.
 """
 
 import json
@@ -25,15 +25,16 @@ POOLS = ("recpress-cpu", "recpress-gpu")
 DEPLOYMENTS = Path(__file__).parent / "prefect.yaml"
 AUTOMATIONS = Path(__file__).parent / "automations.yaml"
 
-_THERE = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
+_BUCKET_EXISTS = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
 SECONDS = 120
+"""Time limit of each command and request."""
 
 
 def make_buckets(names: tuple[str, ...] = BUCKETS) -> None:
     """Create the missing buckets.
 
     Raises:
-        SettingRefused: this key may not create a bucket, or the store does not respond.
+        SettingRefused: the key may not create a bucket, or the store does not respond.
     """
     import s3fs
     from botocore.exceptions import BotoCoreError, ClientError
@@ -46,25 +47,25 @@ def make_buckets(names: tuple[str, ...] = BUCKETS) -> None:
             continue
         except (ClientError, BotoCoreError, OSError) as fault:
             cause = fault if isinstance(fault, ClientError) else fault.__cause__
-            said = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
-            if said in _THERE:
+            code = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
+            if code in _BUCKET_EXISTS:
                 continue
             raise SettingRefused(
-                "bucket_not_creatable", bucket=name, problem=said or type(fault).__name__
+                "bucket_not_creatable", bucket=name, problem=code or type(fault).__name__
             ) from None
 
 
 def make_pools(names: tuple[str, ...] = POOLS) -> None:
-    """Create the work pools that are missing, each with a limit of one run.
+    """Create the work pools that are missing, each with a limit of one run at a time.
 
-    The limit of the pool also counts a run whose worker was killed and whose process still runs: a
-    new worker does not start another run in parallel. Existing pools are unchanged.
+    The pool's limit also counts a run whose worker was killed but whose process still runs, so a
+    new worker does not start another run in parallel. Existing pools are not changed.
 
     Raises:
         ChildFailed: Prefect refused, or did not respond.
     """
     for name in names:
-        if _prefect("work-pool", "inspect", name, needed=False).returncode:
+        if _prefect("work-pool", "inspect", name, must_succeed=False).returncode:
             _prefect("work-pool", "create", name, "--type", "process")
             _prefect("work-pool", "set-concurrency-limit", name, "1")
 
@@ -81,8 +82,8 @@ def deploy() -> None:
 def make_automations() -> None:
     """Create or update the automations of ``infra/services/automations.yaml``.
 
-    An automation that matches the file is not updated: an update discards the state of its trigger.
-    Its description contains a digest of the file's entry for this comparison.
+    An unchanged automation is not updated, because an update discards the state of its trigger. To
+    detect changes, the description of an automation contains a digest of its entry in the file.
 
     Raises:
         ChildFailed: Prefect refused, or did not respond.
@@ -91,21 +92,24 @@ def make_automations() -> None:
 
     current = _automations()
     for entry in yaml.safe_load(AUTOMATIONS.read_text(encoding="utf-8"))["automations"]:
-        described = (
+        description = (
             f"{entry['description']} (infra/services/automations.yaml, {digest(entry)[:12]})"
         )
-        text = json.dumps({**entry, "description": described})
+        text = json.dumps({**entry, "description": description})
         same_name = [item for item in current if item["name"] == entry["name"]]
         if not same_name:
             _prefect("automation", "create", "--from-json", text)
         for duplicate in same_name[1:]:  # two setups ran concurrently
             _prefect("automation", "delete", "--id", duplicate["id"])
-        if same_name and same_name[0]["description"] != described:
+        if same_name and same_name[0]["description"] != description:
             _prefect("automation", "update", "--id", same_name[0]["id"], "--from-json", text)
 
 
 def _automations() -> list[dict[str, Any]]:
-    """List the server's automations. Prefect's CLI prints JSON with line breaks inside strings."""
+    """List the server's automations through its API.
+
+    The CLI is not used, because its JSON contains line breaks inside strings.
+    """
     user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     answer = get(
         os.environ["PREFECT_API_URL"].rstrip("/") + "/automations/filter",
@@ -113,15 +117,15 @@ def _automations() -> list[dict[str, Any]]:
         posted={"limit": 200},
         seconds=SECONDS,
     )
-    found = answer.value()
-    if answer.status != HTTPStatus.OK or not isinstance(found, list):
+    automations = answer.value()
+    if answer.status != HTTPStatus.OK or not isinstance(automations, list):
         raise ServiceFailed("automations_not_listed", status=answer.status)
-    return found
+    return automations
 
 
-def _prefect(*arguments: str, needed: bool = True) -> "subprocess.CompletedProcess[str]":
-    # The command line, since only flows and tasks import Prefect.
-    ended = subprocess.run(
+def _prefect(*arguments: str, must_succeed: bool = True) -> "subprocess.CompletedProcess[str]":
+    """Run a command of Prefect's command line, since this package must not import Prefect."""
+    process = subprocess.run(
         [sys.executable, "-m", "prefect", *arguments],
         cwd=ROOT,  # the folder of the deployments' entrypoints
         capture_output=True,
@@ -129,14 +133,15 @@ def _prefect(*arguments: str, needed: bool = True) -> "subprocess.CompletedProce
         timeout=SECONDS,
         check=False,
     )
-    if needed and ended.returncode:
-        said = cleaned(ended.stdout + ended.stderr)[-2000:]
-        raise ChildFailed("command_failed", command=" ".join(("prefect", *arguments)), output=said)
-    return ended
+    if must_succeed and process.returncode:
+        output = cleaned(process.stdout + process.stderr)[-2000:]
+        command = " ".join(("prefect", *arguments))
+        raise ChildFailed("command_failed", command=command, output=output)
+    return process
 
 
 def main() -> None:
-    """Create all of them, and print what was created."""
+    """Create or update all objects and print their names."""
     make_buckets()
     make_pools()
     deploy()

@@ -1,4 +1,4 @@
-"""A Postgres cluster of one's own, made by Postgres's real programs."""
+"""Create a Postgres cluster with the real programs of Postgres."""
 
 import os
 import shutil
@@ -18,22 +18,22 @@ needs_initdb = pytest.mark.skipif(
 )
 
 
-def variables(folder: Path, **more: str) -> dict[str, str]:
+def variables(folder: Path, **changes: str) -> dict[str, str]:
     names = {"POSTGRES_USER": "someone", "POSTGRES_DB": "things", "POSTGRES_PASSWORD": "secret-pw"}
-    return {"PATH": PATH, "PGDATA": str(folder / "db" / "cluster"), **names, **more}
+    return {"PATH": PATH, "PGDATA": str(folder / "db" / "cluster"), **names, **changes}
 
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user may enter, unlike those of pytest."""
+    """A temporary folder that every user may enter; tmp_path allows only its owner."""
     folder = Path(tempfile.mkdtemp(prefix="recpress-postgres-"))
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become somebody else")
-def test_a_folder_its_user_cannot_enter_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs Postgres as another user")
+def test_prepare_refuses_a_folder_that_the_postgres_user_cannot_enter(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     with raises_code(SettingRefused, "postgres_folder_unreachable", folder=str(tmp_path / "db")):
         postgres.prepare(variables(tmp_path))
@@ -41,7 +41,7 @@ def test_a_folder_its_user_cannot_enter_is_refused_before_anything_is_made(tmp_p
 
 
 @needs_initdb
-def test_a_cluster_is_created_once_requires_passwords_and_leaves_no_password_file(
+def test_prepare_creates_a_cluster_once_that_requires_passwords(
     open_folder: Path,
 ) -> None:
     postgres.prepare(variables(open_folder))
@@ -53,13 +53,13 @@ def test_a_cluster_is_created_once_requires_passwords_and_leaves_no_password_fil
     ]
     assert set(rules) == {"scram-sha-256"}
     assert [path.name for path in cluster.parent.iterdir()] == ["cluster"]
-    made = (cluster / "PG_VERSION").stat().st_mtime_ns
+    created_at = (cluster / "PG_VERSION").stat().st_mtime_ns
     postgres.prepare(variables(open_folder, POSTGRES_PASSWORD="another"))
-    assert (cluster / "PG_VERSION").stat().st_mtime_ns == made
+    assert (cluster / "PG_VERSION").stat().st_mtime_ns == created_at
 
 
 @needs_initdb
-def test_a_failed_initdb_raises_and_leaves_no_cluster(open_folder: Path) -> None:
+def test_failed_initdb_raises_and_leaves_no_cluster(open_folder: Path) -> None:
     with raises_code(ChildFailed, "command_failed", command="initdb"):
         postgres.prepare(variables(open_folder, POSTGRES_USER="pg_reserved"))
     assert not (open_folder / "db" / "cluster").exists()
