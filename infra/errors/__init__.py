@@ -1,36 +1,36 @@
-"""What can go wrong at the edges, split by whether a second try can help.
+"""The errors of ``infra``, grouped by whether a retry may help.
 
-InfraError               something outside did not work this time; a retry may help
+InfraError               something outside this process failed; a retry may help
 ├─ StoreUnavailable      the object store, or a disk, failed
-│  └─ StoreOutage        a store over the network does not answer: orders wait for it
+│  └─ StoreOutage        a remote store does not respond: orders wait until it does
 ├─ RegistryUnavailable   the model registry failed
-│  └─ RegistryOutage     a registry over the network does not answer: orders wait for it
-├─ ConcurrentChange      another process changed what was being read or written
-├─ OutOfMemory           there is not enough memory for what was to be done
-├─ ChildFailed           a child process was killed or died (its limit is named)
-├─ ServiceFailed         a service ended, is not ready, or responded with its own failure
-├─ NoAnswer              a service sent no answer
+│  └─ RegistryOutage     a remote registry does not respond: orders wait until it does
+├─ ConcurrentChange      another process changed data that was being read or written
+├─ OutOfMemory           there was not enough memory
+├─ ChildFailed           a child process failed, was killed or reached its time limit
+├─ ServiceFailed         a service ended, is not ready, or reported a failure
+├─ NoAnswer              a service did not respond within the time limit
 └─ ScoringFailed         a runtime failed on inputs
-Refused                  what was given cannot be used; retrying will not help
+Refused                  the input cannot be used; a retry will not help
 ├─ CommandRefused        options of a command, or an order, cannot be used
 ├─ SettingRefused        a setting is missing or unusable
-├─ BundleRefused         a bundle is unsafe, incomplete or does not fit together
+├─ BundleRefused         a bundle is unsafe, incomplete or inconsistent
 ├─ DataRefused           data failed its checks or does not fit the signature
 ├─ FileRefused           a file the user named is missing, unreadable or of the wrong kind
 ├─ StoreRefused          a key, URI, record or folder does not have the form the store needs
-├─ RecordRefused         a stored record is damaged, or is not what its key says
+├─ RecordRefused         a stored record is damaged, or does not belong to its key
 ├─ ArtifactMissing       something expected in the store or the registry does not exist
-├─ ArtifactDamaged       stored bytes are not the bytes that were written
-├─ AlreadyThere          a conditional create lost: the key exists
-├─ BuildRefused          an engine could not be built from this graph, or failed its audit
-├─ RegistryRefused       the registry does not hold what was named, or cannot store it
+├─ ArtifactDamaged       stored bytes differ from the bytes that were written
+├─ AlreadyThere          the key of a conditional create exists already
+├─ BuildRefused          an engine could not be built from a graph, or failed its audit
+├─ RegistryRefused       the registry has no such entry, or cannot store an entry
 ├─ PromotionRefused      a version cannot become champion, or cannot be fetched or served
-└─ TritonRefused         a Triton repository holds something else, or cannot hold a graph
+└─ TritonRefused         a Triton folder belongs to another program, or a graph cannot be served
 
-Import them from here. Each file holds the classes of one subject, with the code and the sentence
+Import them from here. Each file contains the classes of one subject, with the code and the sentence
 of every error; ``docs/errors.md`` is generated from them.
 
-base.py       the two roots
+base.py       the two base classes
 settings.py   settings
 commands.py   options and orders
 bundles.py    bundles, data and files

@@ -1,11 +1,11 @@
-"""The two roots of all errors of ``infra``, by whether a second try can help. Types only."""
+"""The two base classes of all errors of ``infra``: a retry may help, or will not. Types only."""
 
 from compressors.contracts import CodedError
 
 
 class InfraError(CodedError):
-    """Something outside did not work this time; a retry may help."""
+    """Something outside this process failed; a retry may help."""
 
 
 class Refused(CodedError):
-    """What was given cannot be used; retrying will not help."""
+    """The input cannot be used; a retry will not help."""

@@ -16,7 +16,7 @@ _ENDED = "{file} is not a readable parquet file: the process that read it ended 
 
 
 class BundleRefused(Refused):
-    """A bundle is unsafe, incomplete or does not fit together."""
+    """A bundle is unsafe, incomplete or inconsistent."""
 
     sentences: ClassVar = {
         "unusable": "{place}:{problems:lines}",
@@ -77,10 +77,10 @@ class BundleRefused(Refused):
         "compressed module that declares {got} bytes. Pack the model again.",
         "split_missing": "{name} {version} refers to no {split} data; it has {splits}. Add it to "
         "model.json and pack again.",
-        "test_data_missing": "{folder} refers to no test data; without it nothing can be gated. "
+        "test_data_missing": "{folder} refers to no test data; without it no result can be judged. "
         "Add 'test' to 'data' in model.json.",
-        "training_data_missing": "{folder} refers to neither train nor calibration data; a "
-        "compressed model is compared with the original on rows it may learn from. Add one of "
+        "training_data_missing": "{folder} refers to neither train nor calibration data; one of "
+        "them is needed to compress the model and to compare it with the original. Add one of "
         "them.",
         "metric_unfit": "{name}@{version}: {problem} in the draft's model.json, raise its version "
         "and run 'recpress bundle pack' again.",
@@ -115,7 +115,7 @@ class DataRefused(Refused):
         "the file again.",
         "expands_too_far": "{file} expands to more than {most_bytes} bytes, {factor} times its "
         "size or 1 GiB. Write it without repeating one row so often, or as several files.",
-        "file_broken_off": "{file} breaks off while it is read: {problem}",
+        "file_broken_off": "{file} could not be read to its end: {problem}",
         "file_changed": "{file} changed while it was read: {expected} rows before, {got} now. "
         "Leave the files of a split alone until it is packed.",
         "schema_unfit": "{path} does not fit the signature:{problems:list}",
@@ -125,11 +125,11 @@ class DataRefused(Refused):
         "the model has.",
         "column_too_long": "column {column!r} holds more than 2**31 list elements or characters in "
         "one split. Write it as large_list or large_string, or split the data.",
-        "checks_missing": "No check was intended, so nothing is known. Give at least one split.",
+        "checks_missing": "No split was given, so no check was made. Give at least one split.",
         "checks_failed": "The data failed its checks:{problems:list}",
         "catalogue_missing": "{place} refers to no {split!r} data. Task 'retrieval' ranks a whole "
-        "catalogue: write what the item tower reads as parquet, a row an item, and name it in "
-        "'data'.",
+        "catalogue: write the inputs of the item tower as parquet, one row per item, and add the "
+        "file to 'data'.",
         "catalogue_unexpected": "{place} refers to {split!r} data, which only task 'retrieval' "
         "reads. Leave it out.",
         "not_measurable": "The model cannot be measured:{problems:list}",

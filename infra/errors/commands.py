@@ -14,9 +14,9 @@ class CommandRefused(Refused):
         "order_and_options": "Give either --order FILE or a model with options, not both.",
         "order_unreadable": "{path} cannot be read: {problem}. Name a readable file.",
         "order_not_utf8": "{path} cannot be read as UTF-8 text: {problem}.",
-        "order_unusable": "{path} is no usable order: {problem}.",
-        "order_invalid": "{path} holds no order:{problems:list}",
-        "limit_missing": "An order needs at least one limit, or nothing would be judged: --limit "
+        "order_unusable": "{path} cannot be used as an order: {problem}.",
+        "order_invalid": "{path} is not a valid order:{problems:list}",
+        "limit_missing": "An order needs at least one limit to judge its result. Add one: --limit "
         "'auc vs baseline >= -0.002'.",
         "limit_invalid": "--limit: {problem}",
         "limit_unreadable": "{problem}",

@@ -1,4 +1,4 @@
-"""Errors of processes and services: memory, children, servers that do not answer. Types only."""
+"""Errors of memory, child processes, and services that fail or do not respond. Types only."""
 
 from typing import ClassVar
 
@@ -16,16 +16,16 @@ _EXHAUSTED = (
 
 
 class OutOfMemory(InfraError):
-    """There was not enough memory; with more of it, the same work succeeds."""
+    """There was not enough memory; the same work may succeed with more."""
 
     sentences: ClassVar = {
         "order_memory": "The order for {name}@{version} is estimated to use {needed_mib:,} MiB of "
         "memory in {moment}, and {available_mib:,} MiB are available within {limit}. Free memory, "
-        "raise that limit or use a larger machine, then run again. If you know better, set "
-        "{setting} to the MiB that the process may use.",
+        "raise that limit or use a larger machine, then run again. To override the available "
+        "memory, set {setting} to a number of MiB.",
         "step_memory": "{doing} needs about {needed_mib:,} MiB of memory, and {available_mib:,} "
         "MiB are available within {limit}. Free memory, raise that limit or use a larger machine, "
-        "then run again; {setting} states the memory available yourself.",
+        "then run again. To override the available memory, set {setting} to a number of MiB.",
         "memory_exhausted": f"{{doing}} ran out of memory. {_EXHAUSTED}",
         "memory_limit_exhausted": "{doing} ran out of memory. {left_mib:,} MiB are left of "
         f"{{limit}}. {_EXHAUSTED}",
@@ -41,13 +41,13 @@ class OutOfMemory(InfraError):
 
 
 class ChildFailed(InfraError):
-    """A child process was killed or died."""
+    """A child process failed, was killed or reached its time limit."""
 
     sentences: ClassVar = {
         "child_timed_out": "{module} was killed at its limit of {seconds:g} s. Allow more seconds, "
         "or make the model smaller. {output}",
         "child_failed": "{module} failed with exit code {exit_code}. {output}",
-        "child_signalled": "{module} died of {signal}. {output}",
+        "child_signalled": "{module} was ended by {signal}. {output}",
         "child_answer_unreadable": "{module} ended without a readable answer. {output}",
         "child_answer_no_object": "{module} responded with a {kind}, not an object.",
         "reader_not_started": "The process that inspects parquet files could not be started; it "
@@ -59,17 +59,17 @@ class ChildFailed(InfraError):
 
 
 class ServiceFailed(InfraError):
-    """A service ended, did not become ready, or responded with its own failure."""
+    """A service ended, did not become ready, or reported a failure."""
 
     sentences: ClassVar = {
-        "service_ended": "{service} ended with {exit_code}. {output}",
+        "service_ended": "{service} ended with exit code {exit_code}. {output}",
         "services_not_ready": "Not ready after {seconds:g} s: {services}. {output}",
         "automations_not_listed": "Expected the list of automations from PREFECT_API_URL, got HTTP "
         "{status}. Check PREFECT_API_URL and PREFECT_API_AUTH_STRING.",
         "prefect_no_answer": "Expected an answer of the Prefect server at {address}, got "
         "{problem}. Start it, correct PREFECT_API_URL, or unset it for the embedded server.",
-        "prefect_failed": "Expected an answer of the Prefect server at {address}, got its own "
-        "failure ({status}). Read its log.",
+        "prefect_failed": "Expected an answer of the Prefect server at {address}, got a server "
+        "error (HTTP {status}). Read the server's log.",
         "run_ended_by_prefect": "Prefect's server ended the run as {state}: {problem}",
         "embedded_server_not_started": "The embedded Prefect server ended with exit code "
         f"{{exit_code}} before it was ready. {_EMBEDDED_DATA}",
@@ -82,7 +82,7 @@ class ServiceFailed(InfraError):
 
 
 class NoAnswer(InfraError):
-    """A service sent no answer within the limit, or no connection was made."""
+    """A service did not respond within the time limit, or could not be connected to."""
 
     sentences: ClassVar = {
         "no_answer": "No answer from {address} ({problem}).",

@@ -19,13 +19,13 @@ class RegistryUnavailable(InfraError):
 
 
 class RegistryOutage(RegistryUnavailable):
-    """A registry over the network did not respond, or responded with its own failure."""
+    """A remote registry did not respond, or responded with a server error."""
 
     sentences: ClassVar = {"registry_no_answer": "The registry did not answer: {problem}"}
 
 
 class RegistryRefused(Refused):
-    """The registry does not hold what was named, or cannot store what was given."""
+    """The registry has no such model, version or alias, or cannot store an entry."""
 
     sentences: ClassVar = {
         "model_missing": "There is no model {model!r} in the registry; there are: {models}.",
@@ -44,25 +44,25 @@ class RegistryRefused(Refused):
         "_-./:, got {tag!r}.",
         "tag_value_too_long": "Tag {tag!r} has {got} characters, and the registry stores at most "
         "{most}. Put it into the release and tag its digest.",
-        "registry_refused": "The registry refused: {problem}",
+        "registry_refused": "The registry refused the request: {problem}",
     }
 
 
 class TritonRefused(Refused):
-    """A Triton repository holds something else, or a graph cannot be configured for Triton."""
+    """A folder of a Triton repository is not ours, or a graph cannot be configured for Triton."""
 
     sentences: ClassVar = {
         "configuration_foreign": "{path} was not written by recpress, so it is left alone. Move it "
         "away or choose another repository.",
-        "configuration_impossible": "{model} version {version}, {target}: no Triton configuration "
-        "can be made of it ({problem}).",
+        "configuration_impossible": "{model} version {version}, {target}: it cannot be configured "
+        "for Triton ({problem}).",
         "batch_sizes_missing": "The report of {model}, order {order:.12}, does not contain the "
         "batch sizes that its TensorRT plan was built for. Run the order again with --force.",
-        "folder_of_other_model": "{folder} already follows model {model!r}, so {got!r} cannot be "
-        "placed there as well. Rename one of the two.",
-        "version_of_other_order": "{folder} serves another order as version {version} than the "
-        "registry has under this number (order {order:.12}), and its files would be overwritten "
-        "while a server reads them. Run 'recpress registry restore {model}' and 'recpress triton "
+        "folder_of_other_model": "{folder} already serves model {model!r}, so {got!r} cannot be "
+        "served from it. Rename one of the two.",
+        "version_of_other_order": "{folder} serves a version {version} of another order than the "
+        "registry's version {version} (order {order:.12}); writing would replace files while a "
+        "server reads them. Run 'recpress registry restore {model}' and 'recpress triton "
         "export {model}', or remove the folder.",
     }
 
@@ -80,10 +80,10 @@ class PromotionRefused(Refused):
         "other_champion": "Expected version {expected} to be the champion of {model}, got {got}. "
         "Name the version to roll back from, or leave out --from.",
         "target_unmeasured": "{target} of {model} version {version} is built-unmeasured: it was "
-        "built and audited on a machine that could not run it. Measure it where it will serve; to "
-        "take it as it is, add --unmeasured.",
+        "built and audited on a machine that could not run it. Measure it on the machine that will "
+        "serve it; to use it unmeasured, add --unmeasured.",
         "target_not_accepted": "{target} of {model} version {version} is {outcome}: {reason}. To "
-        "take it all the same, add --unaccepted.",
+        "use it anyway, add --unaccepted.",
         "not_servable_by_triton": "Triton can serve nothing of {model} version {version}; it has "
         "{targets}. Triton loads accepted ONNX Runtime graphs and TensorRT plans (built but "
         "unmeasured ones with --unmeasured), and never engines of TensorRT-RTX.",
@@ -100,12 +100,12 @@ class PromotionRefused(Refused):
         "champions_unusable": "{problems}",
         "alias_elsewhere": "its champion is version {version}, and the alias @{alias} does not "
         "point to it. Run 'recpress registry promote {model} --version {version}'.",
-        "limits_missing": "The report of {model} version {version} has no limits, so nothing was "
-        "promised. Compress the model again with at least one limit.",
+        "limits_missing": "The report of {model} version {version} has no limits, so its quality "
+        "was not judged. Compress the model again with at least one limit.",
         "verdict_contradicts_judgements": "The report of {model} version {version} contradicts "
         "itself: {problem}. It was changed after it was judged. Compress the model again.",
         "outcome_contradicts_verdicts": "The report of {model} version {version} contradicts "
-        "itself: it says {stated}, and its targets' verdicts add up to {computed}. It was changed "
+        "itself: it says {stated}, but its targets' verdicts result in {computed}. It was changed "
         "after it was judged. Compress the model again.",
         "not_accepted": "{model} version {version} is {outcome} ({reasons}). Only an accepted "
         "version can become champion.",

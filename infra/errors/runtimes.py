@@ -25,21 +25,23 @@ class BuildRefused(Refused):
         "datacenter builder needs a GPU like the one that will serve the engine.",
         "graph_missing": "there is no ONNX file {path}.",
         "tensorrt_graph_refused": "TensorRT {version} refuses the graph: {problem}",
-        "layer_type_unknown": "layer {layer} has outputs of type {type}, which is unknown here.",
-        "profiles_missing": "input(s) {inputs} have dimensions that vary and need a profile each.",
-        "profile_input_unknown": "the profile of {input!r} fits no input; the graph has {inputs}.",
-        "profile_shape_differs": "the profile of {input!r} runs from ({low}) to ({high}); the "
-        "graph's input has shape ({shape}), where -1 varies.",
+        "layer_type_unknown": "layer {layer} has outputs of type {type}, which the audit does not "
+        "know.",
+        "profiles_missing": "input(s) {inputs} have dynamic dimensions and need a profile each.",
+        "profile_input_unknown": "there is a profile for {input!r}, which is not an input of the "
+        "graph; it has {inputs}.",
+        "profile_shape_differs": "the profile of {input!r} covers shapes ({low}) to ({high}), but "
+        "the input's shape is ({shape}), where -1 is dynamic.",
         "profiles_refused": "TensorRT {version} refuses the profiles: {problem}",
         "engine_not_built": "TensorRT {version} built no engine: {problem}",
         "log_line_missing": "the log of TensorRT {version} has no line {line!r}, so the engine "
         "cannot be audited. Use a version named in docs/tensorrt.md.",
-        "weights_widened": "the engine holds {weights_bytes:,} bytes of weights; the plan packed "
-        "{packed_bytes:,} and at most {most_bytes:,} are allowed, so something was widened. The "
-        "graph's constants by type: {constants}.",
-        "scratch_grows": "a table is widened before its Gather: scratch memory is "
-        "{scratch_bytes:,} bytes, and {twin_bytes:,} with half the rows. Gather the rows first, "
-        "then widen them.",
+        "weights_widened": "the engine has {weights_bytes:,} bytes of weights; the plan stores "
+        "{packed_bytes:,} and at most {most_bytes:,} are allowed, so a table or layer was "
+        "converted to a wider type. Bytes of the graph's constants by type: {constants}.",
+        "scratch_grows": "a whole table is converted to a wider type before its Gather: scratch "
+        "memory is {scratch_bytes:,} bytes, and {twin_bytes:,} with half the rows. Gather the rows "
+        "first, then convert them.",
         "initializer_missing": "Expected table {table!r} in initializer {initializer!r}, which the "
         "graph does not have; the audit cannot find the table.",
         "initializer_rows_differ": "Expected {expected} rows in initializer {initializer!r} of "

@@ -6,8 +6,8 @@ from infra.errors.base import Refused
 
 _ROOT = "Give a folder, file:///folder or s3://bucket/prefix."
 PREFECT_CREDENTIALS = (
-    "Set PREFECT_API_AUTH_STRING to the server's PREFECT_SERVER_API_AUTH_STRING (a server of your "
-    "own; after 'make up-local' it is in client.env), or PREFECT_API_KEY (Prefect Cloud)."
+    "For your own server, set PREFECT_API_AUTH_STRING to its PREFECT_SERVER_API_AUTH_STRING (after "
+    "'make up-local' it is in client.env); for Prefect Cloud, set PREFECT_API_KEY."
 )
 
 
@@ -55,8 +55,8 @@ class SettingRefused(Refused):
         # --- the registry
         "registry_scheme_unknown": "MLFLOW_TRACKING_URI {scheme!r}... is no registry. Give "
         "sqlite:///folder/registry.db, http(s)://server or a database URI.",
-        "registry_address_malformed": "MLFLOW_TRACKING_URI is no address. Percent-encode its "
-        "password.",
+        "registry_address_malformed": "MLFLOW_TRACKING_URI is not a valid address. Percent-encode "
+        "its password.",
         "registry_library_missing": 'The registry needs {module}. Run "pip install mlflow-skinny '
         "'sqlalchemy<2.1' alembic\" to install it.",
         "registry_driver_missing": "MLFLOW_TRACKING_URI needs a driver that is not installed: "
@@ -82,29 +82,29 @@ class SettingRefused(Refused):
         "prefect_not_configured": "Expected a Prefect server, got none: PREFECT_API_URL is not set "
         "and PREFECT_SERVER_EPHEMERAL_ENABLED is false. Set one of them.",
         "prefect_credentials_missing": "Expected access to the Prefect server at {address}, got "
-        f"answer {{status}} without credentials. {PREFECT_CREDENTIALS}",
+        f"HTTP {{status}} without credentials. {PREFECT_CREDENTIALS}",
         "prefect_credentials_refused": "Expected access to the Prefect server at {address}, got "
-        f"answer {{status}} with the value of {{variable}}. {PREFECT_CREDENTIALS}",
+        f"HTTP {{status}} with the value of {{variable}}. {PREFECT_CREDENTIALS}",
         "prefect_not_listing": "Expected the Prefect server at {address} to list its work pools, "
-        "got answer {status}. Set PREFECT_API_URL to the address of Prefect's API, which ends with "
+        "got HTTP {status}. Set PREFECT_API_URL to the address of Prefect's API, which ends with "
         "/api, or unset it for the embedded one.",
         "prefect_answer_foreign": "Expected Prefect's API at {address}, got another answer "
         "({problem}). Correct PREFECT_API_URL, or unset it for the embedded one.",
         # --- services that run as plain processes
         "services_running": "The services of {folder} run already. Stop them, or set another "
         "RECPRESS_HOME.",
-        "services_form": "Expected services that can be processes in {path}, got {kind}: "
+        "services_form": "Expected services that can run as local processes in {path}, got {kind}: "
         "{problem}. Compare it with the file in the repository.",
         "health_check_form": "The health check of {service!r} must be a list that begins with CMD.",
         "duration_form": "Expected whole seconds such as 5s as a duration, got {got}.",
         "port_not_loopback": "The port {port!r} must be published on 127.0.0.1.",
-        "port_taken": "Port {port} ({service}, {container_port} in its container) is taken. Stop "
-        "what listens there, set PREFECT_PORT, MLFLOW_PORT or S3_PORT, or use --any-ports.",
+        "port_taken": "Port {port} ({service}, {container_port} in its container) is in use. Stop "
+        "the program that uses it, set PREFECT_PORT, MLFLOW_PORT or S3_PORT, or use --any-ports.",
         "programs_missing": "Not found: {programs}. {remedy}",
         "variables_line_form": "Expected NAME=value in {path}, line {line}. Correct it.",
         "variables_not_utf8": "Expected UTF-8 text in {path}, got {problem}. Correct it.",
         "postgres_user_missing": "Postgres refuses to run as root, and none of the users {users} "
-        "exists here to run it. Start this as another user.",
+        "exists to run it. Run this command as another user.",
         "postgres_folder_unreachable": "Postgres runs as user {user} and cannot reach {folder}. "
         "Set RECPRESS_HOME to a folder whose parents every user may enter, such as one in "
         "/var/lib.",

@@ -4,8 +4,10 @@ from typing import ClassVar
 
 from infra.errors.base import InfraError, Refused
 
-_DELETE = "Delete it from the store and run the step that makes it again."
-_DELETE_FILE = "Delete {key} and the artifact from the store and run the step that makes it again."
+_DELETE = "Delete it from the store and run the step that creates it again."
+_DELETE_FILE = (
+    "Delete {key} and the artifact from the store and run the step that creates it again."
+)
 _FREE_FOLDER = "Name a folder that does not exist or is empty."
 
 
@@ -28,7 +30,7 @@ class StoreUnavailable(InfraError):
 
 
 class StoreOutage(StoreUnavailable):
-    """A store over the network did not respond, or responded with its own failure."""
+    """A remote store did not respond, or responded with a server error."""
 
     sentences: ClassVar = {
         "store_no_answer": "The object store did not answer for {place} ({problem}). Start it or "
@@ -41,7 +43,7 @@ class StoreOutage(StoreUnavailable):
 
 
 class ConcurrentChange(InfraError):
-    """Another process changed or deleted what was being read or written."""
+    """Another process changed or deleted data that was being read or written."""
 
     sentences: ClassVar = {
         "file_changed": "{path} changed while it was being stored; nothing was stored. Let its "
@@ -49,8 +51,8 @@ class ConcurrentChange(InfraError):
         "file_unreadable": "{path} could not be read while it was being stored: {problem}.",
         "cache_changing": "{path} keeps changing. End other programs that write to the cache, then "
         "run again.",
-        "ledger_contention": "The ledger of {model!r} was appended to by others {attempts} times "
-        "in a row. Try again.",
+        "ledger_contention": "Other processes appended first to the ledger of {model!r}, "
+        "{attempts} times in a row. Try again.",
         "ledger_emptied": "The ledger of {model!r} is empty; it may have been deleted in the "
         "meantime. Run again.",
     }
@@ -82,7 +84,7 @@ class StoreRefused(Refused):
 
 
 class RecordRefused(Refused):
-    """A stored record is damaged, or is not what its key says."""
+    """A stored record is damaged, or does not belong to its key."""
 
     sentences: ClassVar = {
         "record_damaged": "{place} is damaged: {problem}.",
@@ -103,8 +105,8 @@ class ArtifactMissing(Refused):
     """Something that was expected in the store or the registry does not exist."""
 
     sentences: ClassVar = {
-        "artifact_missing": "{uri} has no manifest, so it does not exist (a put that was cut short "
-        "leaves none). Run the step that makes it again.",
+        "artifact_missing": "{uri} has no manifest, so it does not exist (an interrupted upload "
+        "leaves none). Run the step that creates it again.",
         "artifact_in_other_store": "{uri} is in another store, and {store} does not hold the same "
         "content. Set RECPRESS_STORE to the store it was put into.",
         "artifact_file_missing": "{uri} holds no file {path!r}.",
@@ -126,7 +128,7 @@ class ArtifactMissing(Refused):
 
 
 class ArtifactDamaged(Refused):
-    """Stored bytes are not the bytes that were written."""
+    """Stored bytes differ from the bytes that were written."""
 
     sentences: ClassVar = {
         "chunk_differs": "{uri} is damaged: {file}, chunk {chunk} (bytes {start} to {stop}) is not "
@@ -137,11 +139,12 @@ class ArtifactDamaged(Refused):
         "file_unexpected": f"{{uri}} is damaged: {{file}} does not belong to it. {_DELETE}",
         "manifest_unusable": "{uri} is damaged: its manifest cannot be used ({problem}). "
         f"{_DELETE}",
-        "manifest_changed": "{uri} is damaged: its manifest was changed: the root over it is "
-        f"another. {_DELETE}",
+        "manifest_changed": "{uri} is damaged: its manifest was changed, so its digest is not the "
+        f"artifact's name. {_DELETE}",
         "artifact_names_differ": "{uri} and sha256 {sha256} name two different artifacts.",
         "artifact_size_differs": "Expected {expected} bytes in {uri}; its manifest says {got}.",
-        "report_differs": "The recorded report of order {order:.12} is not that of its release.",
+        "report_differs": "The recorded report of order {order:.12} differs from the report in its "
+        "release.",
         "ledger_key_unknown": "{place} does not belong in a ledger.",
         "ledger_gap": "The ledger of {model!r} has a gap: {place} is missing, later entries are "
         "there. Restore it from a backup of the store.",
@@ -165,13 +168,13 @@ class ArtifactDamaged(Refused):
 
 
 class AlreadyThere(Refused):
-    """A conditional create lost: the key exists."""
+    """The key of a conditional create exists already."""
 
     sentences: ClassVar = {
         "key_exists": "{place} exists already; it is never overwritten.",
         "version_packed": "{name}@{version} was packed before with other contents ({sha256:.12}). "
         "A version never changes: raise 'version' in model.json.",
         "ledger_shorter": "The ledger of {model!r} has no entry {expected} (any more).",
-        "ledger_moved_on": "The ledger of {model!r} moved on: {by} made version {version} champion "
-        "at {at} ({action}: {reason}). Look at it, then decide again.",
+        "ledger_moved_on": "The champion of {model!r} was changed in the meantime: {by} made "
+        "version {version} champion at {at} ({action}: {reason}). Check it, then decide again.",
     }

@@ -216,7 +216,7 @@ def test_invalid_order_exits_with_code_2_and_a_sentence(
         ('{"model": "clicks"}', ["limits"]),
         (
             '{"model": "clicks", "limits": [], "promotion": true}',
-            ["order.json holds no order", "limits", "promotion", "did you mean 'promote'?"],
+            ["order.json is not a valid order", "limits", "promotion", "did you mean 'promote'?"],
         ),
     ],
 )

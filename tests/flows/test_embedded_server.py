@@ -303,7 +303,7 @@ def test_command_with_missing_credentials_exits_with_code_2_before_any_work(
     with temporary_settings(restore_defaults={PREFECT_API_AUTH_STRING}):
         code, out, err = run_main_apart(monkeypatch, capsys, *COMPRESS)
     assert (code, out) == (2, "")
-    expected = f"recpress: Expected access to the Prefect server at {url}, got answer 401 without"
+    expected = f"recpress: Expected access to the Prefect server at {url}, got HTTP 401 without"
     assert err.startswith(expected)
     assert "Set PREFECT_API_AUTH_STRING" in err
     assert len(err.splitlines()) == 1

@@ -105,7 +105,8 @@ def test_meaningless_limit_in_an_order_file_exits_with_code_2(
     }
     path = tmp_path / "order.json"
     path.write_text(json.dumps({"model": "clicks", "limits": [limit]}))
-    assert_refused(call("compress", "--order", str(path)), "order.json holds no order", suggestion)
+    refusal = call("compress", "--order", str(path))
+    assert_refused(refusal, "order.json is not a valid order", suggestion)
 
 
 @pytest.mark.parametrize(("limit_text", "suggestion"), MEANINGLESS_LIMITS[:2])
