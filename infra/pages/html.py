@@ -1,7 +1,7 @@
 """Render Jinja2 templates as HTML pages that need no network and no script.
 
-All HTML is in the templates of this folder and of ``tasks/report``. Values from a model or its
-data are passed to them as plain text, and every value is escaped.
+All HTML is in the templates of this folder and of ``tasks/report``, never in Python code. Values
+from a model or its data are passed to templates as plain text, and every value is escaped.
 """
 
 import functools
@@ -18,12 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def render(template: str, **values: object) -> str:
-    """Render a template as text without control characters.
+    """Render a template; control characters in the result are escaped.
 
     Args:
         template: its path below ``ROOT``, such as ``tasks/report/templates/page.html.jinja``.
-        values: the template's variables, by name. All are escaped except ``markupsafe.Markup``,
-            which only the pictures of ``infra/pages/pictures.py`` are.
+        values: the template's variables, by name. All are escaped except ``markupsafe.Markup``;
+            use that class only for the charts of ``infra/pages/pictures.py``.
 
     Raises:
         jinja2.TemplateNotFound: the file does not exist.
@@ -33,7 +33,7 @@ def render(template: str, **values: object) -> str:
 
 
 def many(count: int, thing: str) -> str:
-    """Format a count with its noun: ``1 check``, ``2 checks``."""
+    """Format a count with its noun in the singular or plural: ``1 check``, ``2 checks``."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 

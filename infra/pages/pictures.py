@@ -1,9 +1,12 @@
 """Render the report's charts as inline SVG text.
 
-Plotting libraries are not used, because they lack these properties. Horizontal lengths are
-percentages and text is never scaled, so a chart is as readable in a narrow window as in a wide one.
-Colours are the page's variables, so a chart follows light and dark mode. The same data result in
-the same bytes on every machine. Every chart has a text description (``title``).
+Plotting libraries are not used, because they lack some of these properties:
+
+- Horizontal lengths are percentages and text is not scaled, so a chart is readable in a narrow
+  window.
+- Colours are CSS variables of the page, so a chart follows light and dark mode.
+- Equal data result in equal bytes on every machine.
+- Every chart has a text description (``title``).
 """
 
 import math
@@ -49,8 +52,9 @@ svg line.plain { stroke: var(--ink); } svg circle.plain { fill: var(--ink); }
 
 Role = Literal["table", "dense", "other"]
 Tone = Literal["held", "broken", "unsure", "plain"]
-MOST_SEGMENTS = 40  # of one bar; thinner ones could not be distinguished
-THINNEST_CUT = 0.8  # percent; a gap around thinner segments would be wider than the segment
+"""Colour of a verdict: the limit is met, missed, undecided, or there is no limit."""
+MOST_SEGMENTS = 40  # per bar; more segments would be too thin to distinguish
+THINNEST_CUT = 0.8  # percent of the bar; the gap around a thinner segment would hide it
 
 
 class BarSegment(Frozen):
@@ -62,14 +66,14 @@ class BarSegment(Frozen):
 
 
 class Mark(Frozen):
-    """A reference value on a scale, and its label."""
+    """A value that is marked on a scale, and its label."""
 
     at: float
     label: str
 
 
 class Curve(Frozen):
-    """Positive numbers with their intervals by size, in ascending order of size."""
+    """A curve of positive estimates: (size, estimate) in ascending order of size."""
 
     kind: Literal["before", "after"]
     points: tuple[tuple[int, Estimate], ...]
@@ -79,25 +83,28 @@ def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) ->
     """Draw stacked bars on one scale, one below the other, with a segment for each model part.
 
     Args:
-        bars: the label above each bar, and its parts.
+        bars: label and parts of each bar.
         title: text description of the chart.
+
+    Returns:
+        The SVG text, as of the other functions.
     """
     most = max((sum(part.size for part in parts) for _, parts in bars), default=0)
-    drawn = []
+    shapes = []
     for place, (name, parts) in enumerate(bars):
         top = 58 * place
-        drawn.append(f'<text class="name" x="0" y="{top + 15}">{escape(name)}</text>')
+        shapes.append(f'<text class="name" x="0" y="{top + 15}">{escape(name)}</text>')
         x = 0.0
-        for part in _fewer(parts):
+        for part in _merge_smallest(parts):
             width = 100 * part.size / most if most else 0.0
             cut = " cut" if width >= THINNEST_CUT else ""
-            drawn.append(
+            shapes.append(
                 f'<rect class="{part.role}{cut}" x="{_percent(x)}" y="{top + 24}" '
                 f'width="{_percent(width)}" height="24">'
                 f"<title>{escape(part.name)}: {part.size:,} bytes</title></rect>"
             )
             x += width
-    return _picture(58 * len(bars) - 6, title, drawn)
+    return _svg(58 * len(bars) - 6, title, shapes)
 
 
 def pair(before: int, after: int, most: int, role: Role) -> str:
@@ -106,29 +113,29 @@ def pair(before: int, after: int, most: int, role: Role) -> str:
     Args:
         before: the upper bar's length.
         after: the lower bar's length.
-        most: the length of a bar as wide as the cell.
-        role: its colour.
+        most: the value that corresponds to the width of the cell.
+        role: the kind of unit, which determines the colour.
     """
-    drawn = [
+    shapes = [
         f'<rect class="{role}{faded}" y="{y}" width="{_percent(_visible(size, most))}" '
         'height="7" rx="2"/>'
         for y, size, faded in ((2, before, " faded"), (11, after, ""))
     ]
-    return f'<svg height="20" aria-hidden="true">{"".join(drawn)}</svg>'
+    return f'<svg height="20" aria-hidden="true">{"".join(shapes)}</svg>'
 
 
 def strip(
-    found: Estimate,
+    estimate: Estimate,
     tone: Tone,
     title: str,
     reference: Mark | None = None,
     limit: Mark | None = None,
     refused: Literal["below", "above"] = "below",
 ) -> str:
-    """Draw a number and its interval on a line, with its reference and its limit.
+    """Draw an estimate and its interval on a line, with a reference value and a limit.
 
     Args:
-        found: the measured number.
+        estimate: the measured value.
         tone: its colour, which depends on the verdict.
         title: text description of the chart.
         reference: the value that means no change; its label is above the line.
@@ -136,103 +143,107 @@ def strip(
         refused: the side of the limit that is refused.
     """
     marks = [mark.at for mark in (reference, limit) if mark is not None]
-    low, high = min(found.low, *marks, found.point), max(found.high, *marks, found.point)
-    spare = (high - low) * 0.14 or max(abs(high) * 0.14, 1e-9)
-    low, high = low - spare, high + spare
+    low = min(estimate.low, *marks, estimate.point)
+    high = max(estimate.high, *marks, estimate.point)
+    margin = (high - low) * 0.14 or max(abs(high) * 0.14, 1e-9)
+    low, high = low - margin, high + margin
 
     def place(value: float) -> float:
         return 100 * (value - low) / (high - low)
 
-    drawn = []
+    shapes = []
     if limit is not None:
         edge = place(limit.at)
         start, width = (0.0, edge) if refused == "below" else (edge, 100 - edge)
-        drawn.append(
+        shapes.append(
             f'<rect class="refused" x="{_percent(start)}" y="18" width="{_percent(width)}" '
             'height="22" rx="3"/>'
         )
-    drawn.append('<line class="axis" x1="0%" x2="100%" y1="29" y2="29"/>')
+    shapes.append('<line class="axis" x1="0%" x2="100%" y1="29" y2="29"/>')
     if reference is not None:
-        drawn += _mark(place(reference.at), reference.label, "reference", text_y=12)
+        shapes += _mark(place(reference.at), reference.label, "reference", text_y=12)
     if limit is not None:
-        drawn += _mark(place(limit.at), limit.label, "limit", text_y=55)
-    if found.low < found.high:
-        drawn.append(
-            f'<line class="interval {tone}" x1="{_percent(place(found.low))}" '
-            f'x2="{_percent(place(found.high))}" y1="29" y2="29"/>'
+        shapes += _mark(place(limit.at), limit.label, "limit", text_y=55)
+    if estimate.low < estimate.high:
+        shapes.append(
+            f'<line class="interval {tone}" x1="{_percent(place(estimate.low))}" '
+            f'x2="{_percent(place(estimate.high))}" y1="29" y2="29"/>'
         )
-    drawn.append(
-        f'<circle class="point {tone}" cx="{_percent(place(found.point))}" cy="29" r="6"/>'
+    shapes.append(
+        f'<circle class="point {tone}" cx="{_percent(place(estimate.point))}" cy="29" r="6"/>'
     )
-    return _picture(60, title, drawn)
+    return _svg(60, title, shapes)
 
 
 def curves(
-    listed: Sequence[Curve], unit: str, below: Mapping[int, tuple[str, ...]], title: str
+    all_curves: Sequence[Curve], unit: str, below: Mapping[int, tuple[str, ...]], title: str
 ) -> str:
-    """Draw curves by size, both scales logarithmic, with intervals as whiskers.
+    """Draw curves over size on logarithmic scales, with intervals as whiskers.
 
     Args:
-        listed: the curves, each over the same sizes; the number is written at every point.
-        unit: unit of the numbers.
+        all_curves: the curves, all over the same sizes; every point is labelled with its value.
+        unit: unit of the values.
         below: lines of text below each size.
         title: text description of the chart.
     """
-    estimates = [estimate for curve in listed for _, estimate in curve.points]
+    estimates = [estimate for curve in all_curves for _, estimate in curve.points]
     low = math.log10(min(estimate.low for estimate in estimates))
     high = math.log10(max(estimate.high for estimate in estimates))
-    spare = max((high - low) * 0.14, 0.05)
-    low, high = low - spare, high + spare
+    margin = max((high - low) * 0.14, 0.05)
+    low, high = low - margin, high + margin
     first, last = math.log2(min(below)), math.log2(max(below))
 
-    def across(size: int) -> float:
+    def x_of(size: int) -> float:
         return 20 + 68 * (math.log2(size) - first) / (last - first) if last > first else 54.0
 
-    def down(value: float) -> float:
+    def y_of(value: float) -> float:
         return 210 - 200 * (math.log10(value) - low) / (high - low)
 
-    drawn = []
+    shapes = []
     for value in _round_numbers(10**low, 10**high):
-        y = down(value)
-        drawn.append(f'<line class="grid" x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(f'<text x="0" y="{y - 4:.1f}">{value:g} {escape(unit)}</text>')
+        y = y_of(value)
+        shapes.append(f'<line class="grid" x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        shapes.append(f'<text x="0" y="{y - 4:.1f}">{value:g} {escape(unit)}</text>')
     for size, lines in below.items():
         for place, line in enumerate(lines):
-            drawn.append(
-                f'<text x="{_percent(across(size))}" y="{232 + 18 * place}" '
+            shapes.append(
+                f'<text x="{_percent(x_of(size))}" y="{232 + 18 * place}" '
                 f'text-anchor="middle">{escape(line)}</text>'
             )
-    layers = [_curve(curve, listed, across, down) for curve in listed]
-    # All lines below all points below all labels.
-    drawn += [item for layer in zip(*layers, strict=True) for item in layer]
-    return _picture(214 + 18 * max(map(len, below.values())), title, drawn)
+    layers = [_curve(curve, all_curves, x_of, y_of) for curve in all_curves]
+    # In this order, lines do not cover points, and neither covers labels.
+    shapes += [item for layer in zip(*layers, strict=True) for item in layer]
+    return _svg(214 + 18 * max(map(len, below.values())), title, shapes)
 
 
 def _curve(
     curve: Curve,
-    listed: Sequence[Curve],
-    across: Callable[[int], float],
-    down: Callable[[float], float],
+    all_curves: Sequence[Curve],
+    x_of: Callable[[int], float],
+    y_of: Callable[[float], float],
 ) -> tuple[str, str, str]:
     """Draw one curve: its lines, its points with their whiskers, and its labels."""
-    # Drawn with an offset, so that no whisker hides another.
-    aside = 0.9 * (listed.index(curve) - (len(listed) - 1) / 2)
+    # Curves are moved apart horizontally, so that no whisker hides another.
+    offset = 0.9 * (all_curves.index(curve) - (len(all_curves) - 1) / 2)
     lines, points, labels = [], [], []
     for (size, one), (following, other) in pairwise(curve.points):
         lines.append(
-            f'<line class="curve {curve.kind}" x1="{_percent(across(size) + aside)}" '
-            f'x2="{_percent(across(following) + aside)}" y1="{down(one.point):.1f}" '
-            f'y2="{down(other.point):.1f}"/>'
+            f'<line class="curve {curve.kind}" x1="{_percent(x_of(size) + offset)}" '
+            f'x2="{_percent(x_of(following) + offset)}" y1="{y_of(one.point):.1f}" '
+            f'y2="{y_of(other.point):.1f}"/>'
         )
     for size, estimate in curve.points:
-        x, above, below = _percent(across(size) + aside), down(estimate.high), down(estimate.low)
-        # The highest number has its label above it, the others below.
-        here = [(e.point, -listed.index(c)) for c in listed for s, e in c.points if s == size]
-        y = above - 9 if (estimate.point, -listed.index(curve)) == max(here) else below + 19
+        x, above, below = _percent(x_of(size) + offset), y_of(estimate.high), y_of(estimate.low)
+        # The label of the highest value is above its point, the others are below.
+        same_size = [
+            (e.point, -all_curves.index(c)) for c in all_curves for s, e in c.points if s == size
+        ]
+        is_highest = (estimate.point, -all_curves.index(curve)) == max(same_size)
+        y = above - 9 if is_highest else below + 19
         points.append(
             f'<line class="whisker {curve.kind}" x1="{x}" x2="{x}" y1="{above:.1f}" '
             f'y2="{below:.1f}"/>'
-            f'<circle class="point {curve.kind}" cx="{x}" cy="{down(estimate.point):.1f}" r="5"/>'
+            f'<circle class="point {curve.kind}" cx="{x}" cy="{y_of(estimate.point):.1f}" r="5"/>'
         )
         labels.append(
             f'<text class="value {curve.kind}" x="{x}" y="{y:.1f}" '
@@ -241,13 +252,15 @@ def _curve(
     return "".join(lines), "".join(points), "".join(labels)
 
 
-def _picture(height: int, title: str, drawn: Sequence[str]) -> str:
+def _svg(height: int, title: str, shapes: Sequence[str]) -> str:
     """Wrap shapes as one SVG; screen readers and tooltips use its title."""
-    return f'<svg height="{height}" role="img"><title>{escape(title)}</title>{"".join(drawn)}</svg>'
+    return (
+        f'<svg height="{height}" role="img"><title>{escape(title)}</title>{"".join(shapes)}</svg>'
+    )
 
 
 def _mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
-    """Draw a line across the scale with its label, which is kept inside the chart."""
+    """Draw a vertical line on the scale with a label, which is aligned to stay in the chart."""
     anchor = "start" if at < 30 else "end" if at > 70 else "middle"
     x = _percent(at)
     return [
@@ -256,23 +269,23 @@ def _mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
     ]
 
 
-def _fewer(parts: Sequence[BarSegment]) -> list[BarSegment]:
-    """Keep the largest parts and merge the rest of each role; tables first in every bar."""
+def _merge_smallest(parts: Sequence[BarSegment]) -> list[BarSegment]:
+    """Keep the largest parts and merge the others of each role; sort by role, then by size."""
     ordered = sorted(parts, key=lambda part: (-part.size, part.name))
-    shown, rest = ordered[:MOST_SEGMENTS], ordered[MOST_SEGMENTS:]
+    shown, others = ordered[:MOST_SEGMENTS], ordered[MOST_SEGMENTS:]
     for role in get_args(Role):
-        sizes = [part.size for part in rest if part.role == role]
+        sizes = [part.size for part in others if part.role == role]
         if sizes:
             shown.append(
                 BarSegment(name=f"{len(sizes):,} smaller ones", role=role, size=sum(sizes))
             )
     roles = get_args(Role)
-    # The sort is stable: in each role the largest part is first and the merged rest last.
+    # The sort is stable: within a role the largest part is first and the merged part last.
     return sorted((part for part in shown if part.size), key=lambda part: roles.index(part.role))
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Return round numbers between two: 1, 2, 5, 10 ... or, for a wide range, 1, 10, 100 ..."""
+    """Return the axis ticks in a range: 1, 2, 5, 10 ... or, for a wide one, 1, 10, 100 ..."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if high / low < 60 else (1,)
     values = [float(f"{step}e{power}") for power in exponents for step in steps]
@@ -280,7 +293,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def _visible(size: int, most: int) -> float:
-    """Return percent of the full length, with a minimum for any positive value."""
+    """Return ``size`` in percent of ``most``, at least 0.6 for any positive size."""
     return max(100 * size / most, 0.6) if size and most else 0.0
 
 

@@ -28,7 +28,7 @@ TAG = re.compile(rf"(?<!\?P)</?(?:{ELEMENTS.replace(' ', '|')})(?=[\s/>]|$)|<!do
 
 
 def strings(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and text of every string, an f-string as one with ``b`` for each of its values."""
+    """Yield line and text of every string; in f-strings, ``b`` replaces each value."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             parts = (part.value if isinstance(part, ast.Constant) else "b" for part in node.values)
@@ -38,13 +38,13 @@ def strings(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def tags(source: str) -> list[str]:
-    """HTML tags in the strings of a source text, with their lines."""
+    """Return the HTML tags in the strings of a source text, as ``line: tag``."""
     return sorted(
         {f"{line}: {tag}" for line, text in strings(ast.parse(source)) for tag in TAG.findall(text)}
     )
 
 
-def test_no_python_file_except_the_pictures_contains_an_html_tag():
+def test_no_python_file_except_pictures_contains_an_html_tag():
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     assert len(files) > 100
     tagged = {
@@ -69,16 +69,16 @@ def test_no_python_file_except_the_pictures_contains_an_html_tag():
         "def f():\n    return '<svg height=\"1\">' + y",
     ],
 )
-def test_a_tag_in_a_string_is_found(source):
+def test_tags_finds_an_html_tag_in_a_string(source):
     assert tags(source) != []
 
 
 @pytest.mark.parametrize("source", ["x = '<name>.journal'", "x = 'a <= b'", "x = '(?P<title>.*)'"])
-def test_text_in_angle_brackets_is_no_tag(source):
+def test_tags_ignores_other_text_in_angle_brackets(source):
     assert tags(source) == []
 
 
-def test_no_template_switches_escaping_off():
+def test_no_template_disables_escaping():
     templates = sorted(path for top in PACKAGES for path in (ROOT / top).rglob("*.jinja"))
     assert len(templates) > 10
     for path in templates:
@@ -86,7 +86,7 @@ def test_no_template_switches_escaping_off():
         assert not [part for part in code if re.search(r"\bsafe\b|\bautoescape\b", part)], path
 
 
-def test_render_escapes_text_and_inserts_markup_as_it_is():
+def test_render_escapes_text_and_inserts_markup_unchanged():
     hostile = """</title><script>alert('1')</script>&"""
     escaped = "&lt;/title&gt;&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;&amp;"
     assert f"<title>{escaped}</title>" in render(DOCUMENT, title=hostile)
@@ -104,7 +104,7 @@ def test_render_raises_for_a_missing_value_and_for_an_unknown_template():
 
 def test_importing_the_command_line_and_render_does_not_import_jinja2():
     code = "import sys, flows.cli.app, infra.pages.html; print('jinja2' in sys.modules)"
-    ran = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    assert ran.stdout == "False\n"
+    assert process.stdout == "False\n"

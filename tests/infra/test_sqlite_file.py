@@ -107,7 +107,7 @@ def test_registry_is_created_in_a_folder_whose_name_has_uri_characters(tmp_path:
     assert file.is_file()
 
 
-def test_registry_behind_a_symlink_is_created_at_the_links_target(tmp_path: Path) -> None:
+def test_registry_that_is_a_symlink_is_created_at_the_target_of_the_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     file = tmp_path / "registry.db"
     file.symlink_to(tmp_path / "disk" / "real.db")

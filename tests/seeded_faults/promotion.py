@@ -42,7 +42,9 @@ FAULTS = (
         "!= (sequence, self._model, previous):\n",
         new="        if (entry.sequence, entry.previous) != (sequence, previous):\n",
         effect="An entry copied from the ledger of another model determines the champion.",
-        tests=(f"{LEDGER}::test_entry_that_does_not_continue_the_previous_entry_is_reported_as_damage",),
+        tests=(
+            f"{LEDGER}::test_entry_that_does_not_continue_the_previous_entry_is_reported_as_damage",
+        ),
     ),
     Fault(
         id="ledger-digest-not-checked",
@@ -59,7 +61,9 @@ FAULTS = (
         "previous.digest or previous.with_digest(None).digest\n",
         new="        after = None\n",
         effect="An entry's digest does not cover the previous entry.",
-        tests=(f"{LEDGER}::test_changed_entry_with_a_recomputed_digest_is_detected_at_the_next_entry",),
+        tests=(
+            f"{LEDGER}::test_changed_entry_with_a_recomputed_digest_is_detected_at_the_next_entry",
+        ),
     ),
     Fault(
         id="ledger-rollback-anywhere",
@@ -67,7 +71,9 @@ FAULTS = (
         old="        if target.order != order:\n            raise PromotionRefused(",
         new="        if not target.order:\n            raise PromotionRefused(",
         effect="A rollback may go to a version that was not champion before.",
-        tests=(f"{LEDGER}::test_rollback_to_another_version_than_the_previous_champion_is_refused",),
+        tests=(
+            f"{LEDGER}::test_rollback_to_another_version_than_the_previous_champion_is_refused",
+        ),
     ),
     Fault(
         id="registry-duplicates-kept",
@@ -76,8 +82,7 @@ FAULTS = (
         new="            if int(winner.version) > int(created.version):\n",
         effect="Two processes that publish one order create two versions.",
         tests=(
-            f"{REGISTRY}"
-            "::test_concurrent_publishers_keep_the_lowest_version_and_delete_the_others",
+            f"{REGISTRY}::test_concurrent_publishers_keep_the_lowest_version_and_delete_the_others",
         ),
     ),
     Fault(

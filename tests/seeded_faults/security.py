@@ -175,7 +175,7 @@ FAULTS = (
         new="        autoescape=False,\n",
         effect="A name in a model or its data becomes HTML of the report.",
         tests=(
-            f"{HTML}::test_render_escapes_text_and_inserts_markup_as_it_is",
+            f"{HTML}::test_render_escapes_text_and_inserts_markup_unchanged",
             "tests/tasks/test_report_page.py::test_names_and_texts_of_a_model_are_escaped_in_the_page",
         ),
     ),
