@@ -1,6 +1,7 @@
 """Tuned click models on public data: the baselines that the other benchmarks compress.
 
-DCN-v2 (``examples/dcnv2.py``), dim 10, three cross layers parallel to a 400-400-400 perceptron, on
+The model is DCN-v2 (``examples/dcnv2.py``) with embeddings of width 10 and three cross layers
+parallel to a perceptron of widths 400-400-400. The data sets are
 
 - ``frappe``: app usage, 10 fields, 5,382 table rows (215 kB). The public split has 202,027 /
   57,722 / 28,860 rows. The public training file is not available here, so the apps of its negative
@@ -11,8 +12,8 @@ DCN-v2 (``examples/dcnv2.py``), dim 10, three cross layers parallel to a 400-400
 
 Two settings determine the quality of these baselines: the L2 penalty on *whole* tables in every
 step (half the coefficient times the squared norm), and early stopping on validation rows. Without
-them the same networks stay at 0.978 and 0.893, and any change of their tables looks like a gain.
-Only reports use test rows.
+them the same networks reach AUCs of only 0.978 and 0.893, and any compression of their tables looks
+like a gain. Test rows are used only for printed results, not for any choice.
 
     python -m benchmarks.ctr --seeds 5        # trains missing networks, prints both AUCs
 """
@@ -70,11 +71,13 @@ SCORING_ROWS = 8192
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a baseline is trained: Adam, rate / 10 after an epoch without better validation AUC.
+class TrainingSettings:
+    """How a baseline is trained: with Adam, and a learning rate that is reduced on a plateau.
 
-    The first ``grace`` epochs are exempt: MovieLens networks stagnate for an epoch or two early in
-    training, and reducing the rate there leaves some of them 0.005 below the others.
+    The rate is divided by 10 after each epoch without a better validation AUC, except in the first
+    ``grace`` epochs: MovieLens networks stagnate for an epoch or two early in training, and with a
+    reduced rate some of them end 0.005 below the others. ``patience`` is the number of such epochs
+    after which training ends.
     """
 
     table_l2: float
@@ -87,9 +90,9 @@ class Recipe:
     grace: int = 0
 
 
-RECIPES: dict[Name, Recipe] = {  # selected by validation AUC
-    "frappe": Recipe(table_l2=0.05, dropout=0.5, batch_norm=True, learning_rate=1e-3),
-    "movielens-tag": Recipe(
+TRAINING_SETTINGS: dict[Name, TrainingSettings] = {  # selected by validation AUC
+    "frappe": TrainingSettings(table_l2=0.05, dropout=0.5, batch_norm=True, learning_rate=1e-3),
+    "movielens-tag": TrainingSettings(
         table_l2=0.1, dropout=0.3, batch_norm=False, learning_rate=2e-3, grace=10
     ),
 }
@@ -111,7 +114,7 @@ class Baseline:
 
 
 def data_folder(option: Path | None) -> Path:
-    """The folder of ``--data``, else the folder that ``RECPRESS_DATA`` names.
+    """Return the folder of ``--data``, else the folder in the variable ``RECPRESS_DATA``.
 
     Raises:
         DataMissing: the folder does not exist, or neither is set.
@@ -129,9 +132,11 @@ def data_folder(option: Path | None) -> Path:
 
 
 def read(name: Name, folder: Path) -> tuple[dict[Part, tuple[Ints, Ints]], dict[str, int]]:
-    """Ids ``(rows, fields)`` and labels ``(rows,)`` of each part, and each field's table rows.
+    """Read a data set.
 
-    Ids of a field start at 0.
+    Returns:
+        By part, ids int64 ``(rows, fields)``, which start at 0 in each field, and labels int64
+        ``(rows,)``; and by field, the number of table rows.
     """
     if name == "frappe":
         source = folder / "frappe"
@@ -172,7 +177,7 @@ def _read_libfm(path: Path) -> tuple[Ints, Ints]:
 
 
 def signature(rows: dict[str, int]) -> Signature:
-    """Inputs, output, label and metric of the network."""
+    """Return the signature of the network for fields with these numbers of table rows."""
     return Signature(
         inputs=tuple(
             IdInput(name=name, table=f"tables.{name}", dtype="int64", out_of_range="clamp")
@@ -185,7 +190,7 @@ def signature(rows: dict[str, int]) -> Signature:
 def prepare_splits(
     name: Name, folder: Path, cache: Path
 ) -> tuple[dict[Part, Split], dict[str, int]]:
-    """Splits of a data set and each field's table rows; written to ``cache`` on the first call."""
+    """Return the prepared splits, and the table rows of each field; the first call writes them."""
     description = cache / name / "data.json"
     if not description.is_file():
         parts, rows = read(name, folder)
@@ -210,7 +215,7 @@ def save_split(tensors: dict[str, Tensor], folder: Path) -> Split:
 
 
 def load_split(split: Split) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs by name and labels of a prepared split."""
+    """Load the inputs, by name, and the labels of a prepared split."""
     inputs = load_file(Path(split.path) / "data.safetensors")
     label = inputs.pop("@label")
     return inputs, label
@@ -219,8 +224,8 @@ def load_split(split: Split) -> tuple[dict[str, Tensor], Tensor]:
 # --- the network -----------------------------------------------------------------------------
 
 
-def architecture(rows: dict[str, int], recipe: Recipe) -> Architecture:
-    """The tuned DCN-v2."""
+def architecture(rows: dict[str, int], settings: TrainingSettings) -> Architecture:
+    """Return the architecture of the tuned DCN-v2."""
     return Architecture(
         path="examples.dcnv2:DCNv2",
         config={
@@ -228,15 +233,15 @@ def architecture(rows: dict[str, int], recipe: Recipe) -> Architecture:
             "dim": 10,
             "cross_layers": 3,
             "hidden": [400, 400, 400],
-            "dropout": recipe.dropout,
-            "batch_norm": recipe.batch_norm,
+            "dropout": settings.dropout,
+            "batch_norm": settings.batch_norm,
         },
     )
 
 
 @torch.no_grad()
 def predict(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits of all rows, float32 ``(rows,)``."""
+    """Return the logits of all rows, float32 ``(rows,)``."""
     module.eval()
     count = len(next(iter(inputs.values())))
     parts = [
@@ -247,28 +252,28 @@ def predict(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def auc(module: nn.Module, split: Split) -> float:
-    """AUC of a network on the rows of a split."""
+    """Return the AUC of a network on the rows of a split."""
     inputs, label = load_split(split)
     return point_estimates.auc(label.numpy(), predict(module, inputs).numpy())
 
 
 def train(
-    built: Architecture, recipe: Recipe, rows: Split, validation: Split, seed: int
+    arch: Architecture, settings: TrainingSettings, rows: Split, validation: Split, seed: int
 ) -> tuple[nn.Module, float]:
     """Train a network; return it with the weights of its best epoch, and its validation AUC."""
     torch.manual_seed(seed)
-    module = DCNv2(**built.config)
+    module = DCNv2(**arch.config)
     inputs, label = load_split(rows)
     tables = list(module.tables.parameters())
-    optimizer = torch.optim.Adam(module.parameters(), lr=recipe.learning_rate)
+    optimizer = torch.optim.Adam(module.parameters(), lr=settings.learning_rate)
     best, best_state, epochs_without_gain = 0.0, module.state_dict(), 0
-    for epoch in range(recipe.epochs):
+    for epoch in range(settings.epochs):
         module.train()
-        for batch in torch.randperm(len(label)).split(recipe.batch):
+        for batch in torch.randperm(len(label)).split(settings.batch):
             logit = module(**{name: ids[batch] for name, ids in inputs.items()})
             loss = binary_cross_entropy_with_logits(logit, label[batch])
             for table in tables:
-                loss = loss + recipe.table_l2 / 2 * table.square().sum()
+                loss = loss + settings.table_l2 / 2 * table.square().sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -277,12 +282,12 @@ def train(
             best, epochs_without_gain = validation_auc, 0
             best_state = {key: tensor.clone() for key, tensor in module.state_dict().items()}
             continue
-        if epoch < recipe.grace:
+        if epoch < settings.grace:
             continue
         epochs_without_gain += 1
         for group in optimizer.param_groups:
             group["lr"] *= 0.1
-        if epochs_without_gain >= recipe.patience:
+        if epochs_without_gain >= settings.patience:
             break
     module.load_state_dict(best_state)
     return module.eval(), best
@@ -294,12 +299,12 @@ def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Mod
     The bench's soft labels are the network's logits on the training rows.
     """
     splits, rows = prepare_splits(name, folder, cache)
-    recipe = RECIPES[name]
-    built = architecture(rows, recipe)
+    settings = TRAINING_SETTINGS[name]
+    arch = architecture(rows, settings)
     run_folder = cache / name / f"seed{seed}"
     if not (run_folder / "facts.json").is_file():
         start = time.perf_counter()
-        module, best = train(built, recipe, splits["train"], splits["validation"], seed)
+        module, best = train(arch, settings, splits["train"], splits["validation"], seed)
         run_folder.mkdir(parents=True, exist_ok=True)
         save_file(module.state_dict(), run_folder / "model.safetensors")
         soft = predict(module, load_split(splits["train"])[0])
@@ -308,7 +313,7 @@ def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Mod
         facts["seconds"] = time.perf_counter() - start
         (run_folder / "facts.json").write_text(json.dumps(facts))
     facts = json.loads((run_folder / "facts.json").read_text())
-    module = DCNv2(**built.config)
+    module = DCNv2(**arch.config)
     module.load_state_dict(load_file(run_folder / "model.safetensors"))
     bench = Bench(
         signature=signature(rows),
@@ -317,16 +322,16 @@ def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Mod
         soft_labels=Split(**facts["soft_labels"]),
         seed=seed,
     )
-    return Model(module.eval(), DCNv2, Network(architecture=built)), bench
+    return Model(module.eval(), DCNv2, Network(architecture=arch)), bench
 
 
 def default_cache() -> Path:
-    """Folder of the trained baselines if ``--cache`` is not given."""
+    """Return the folder of trained baselines if ``--cache`` is not given."""
     return load_settings().home / "benchmarks" / "ctr"
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks on these models share."""
+    """Return a parser with the options that all benchmarks on these models share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, help=f"folder of the data sets (or {VARIABLE})")
     parser.add_argument("--cache", type=Path, help="folder of the trained networks")
@@ -337,7 +342,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def interval(values: list[float]) -> float:
-    """Half the width of the Student's t 95 % interval of the mean."""
+    """Return half the width of the 95 % interval of the mean (Student's t)."""
     count = len(values)
     return float(student.ppf(0.975, count - 1)) * stdev(values) / count**0.5 if count > 1 else 0.0
 

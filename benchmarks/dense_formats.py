@@ -1,4 +1,4 @@
-"""What do few bits, 8-bit floats and 2:4 zeros in dense layers cost a click model?
+"""How much AUC do few bits, 8-bit floats and 2:4 sparsity in dense layers cost a click model?
 
 Each step runs on the tuned networks of ``benchmarks/ctr.py`` with several seeds, without any
 training. The loss is the network's AUC minus the AUC of the compressed network, as mean and
@@ -64,12 +64,12 @@ LINES: list[tuple[str, dict[str, Any]]] = [
 
 
 def dense_bytes(model: Model) -> int:
-    """Stored bytes of all dense layers."""
+    """Return the stored bytes of all dense layers."""
     return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "dense")
 
 
 def measure(model: Model, bench: Bench, splits: Sequence[Split]) -> dict[str, list[float]]:
-    """By line: the share of bytes after compression, and the loss of AUC on each split."""
+    """Return by line the share of bytes after compression, and the loss of AUC on each split."""
     bench = bench.model_copy(update={"calibration": bench.train})
     before = [auc(model.module, split) for split in splits]
     results = {}

@@ -1,8 +1,8 @@
-"""What do int8, float16 and bfloat16 dense layers cost, by calibrator, and with training?
+"""How much AUC do int8, float16 and bfloat16 dense layers cost, by calibrator and with training?
 
-On tuned click models (``benchmarks/ctr.py``) with float32 tables. Prints the change of AUC on
-validation rows, which chose the settings, and on test rows: mean over seeds with Student's t 95 %
-interval. Calibration uses the first 4,096 training rows.
+Each step runs on the tuned click models of ``benchmarks/ctr.py``, with float32 tables. The change
+of AUC is printed for validation rows, with which the settings were selected, and for test rows, as
+mean over seeds with Student's t 95 % interval. Calibration uses the first 4,096 training rows.
 
     python -m benchmarks.dense_precision --data FOLDER --only frappe
 """
@@ -37,14 +37,14 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 
 STEPS: dict[str, Step] = {
     **{
-        f"`static_int8`, `{how}`": StaticInt8(calibrator=how)
-        for how in ("min_max", "percentile", "entropy", "mse", "best")
+        f"`static_int8`, `{calibrator}`": StaticInt8(calibrator=calibrator)
+        for calibrator in ("min_max", "percentile", "entropy", "mse", "best")
     },
     "`static_int8`, `min_max`, weights by `mse`": StaticInt8(weights="mse"),
     "`float16`, tables as well": Float16(),
     "`bfloat16_dense`": BFloat16Dense(),
-    "`qat`, taught": QAT(),
-    "`qat`, labels alone": QAT(soft_share=0),
+    "`qat`, with soft labels": QAT(),
+    "`qat`, labels only": QAT(soft_share=0),
 }
 
 

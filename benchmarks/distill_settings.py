@@ -1,7 +1,8 @@
 """How much of the quality lost to pruning does distillation recover, by its settings?
 
-On the demo's model: the validation AUC of the best epoch, as mean over four seeds of the row order.
-The same rows select the epoch and report its AUC, so compare the lines only with each other.
+Prunes the channels of the demo's model and distills it. Prints the validation AUC of the best epoch
+as mean over four seeds of the row order. The same rows select the epoch and report its AUC, so
+compare the lines only with each other.
 
     recpress demo && python -m benchmarks.distill_settings
 """
@@ -35,7 +36,7 @@ PATIENCE = 3
 
 
 def auc_of(module: nn.Module, bench: Bench) -> float:
-    """AUC on the validation rows."""
+    """Return the AUC of a network on the validation rows."""
     assert bench.validation is not None
     rows = list(batches(bench.validation, bench.signature, 8192))
     with torch.no_grad():

@@ -1,8 +1,9 @@
 """How do folding, equalization and low rank change AUC, bytes and operators of dense layers?
 
-On trained click models, without further training: the change of AUC on test rows, as mean over
-seeds with its 95 % interval; the bytes of dense layers and norms as a share of float32; and the
-operators of the graph that ONNX Runtime runs.
+Each recipe runs on trained click models, without further training. Prints the change of AUC on test
+rows, as mean over seeds with its 95 % interval; the bytes of dense layers and norms as a share of
+float32; and the operators of the graph that ONNX Runtime runs. After ``low_rank_dense``, a number
+is the rank as a share of the full rank, and "within" limits the relative squared error instead.
 
     python -m benchmarks.ctr --only frappe --data DATA
     python -m benchmarks.fold_and_rank --only frappe --data DATA
@@ -71,13 +72,13 @@ RECIPES: dict[str, tuple[Step, ...]] = {
 
 
 def dense_share(model: Model) -> float:
-    """Bytes of dense layers and norms, as a share of their bytes before compression."""
+    """Return the bytes of dense layers and norms, as a share of the bytes before compression."""
     lines = [line for line in (model.plan or Plan()).lines if line.role != "table"]
     return sum(line.bytes_after for line in lines) / sum(line.bytes_before for line in lines)
 
 
 def operators(model: Model, bench: Bench, folder: Path) -> str:
-    """Matrix products and norms in the graph that ONNX Runtime optimized."""
+    """Count the matrix products and norms in the graph that ONNX Runtime optimized."""
     (graph,) = served_graphs(bench.signature)
     path = folder / "model.onnx"
     lower(model.module, graph, "onnxruntime", path)
@@ -96,7 +97,10 @@ class Line:
 
 
 def measure(model: Model, bench: Bench, test: Split, lines: dict[str, Line]) -> None:
-    """Run every recipe on one network; steps that several recipes start with run once."""
+    """Run every recipe on one network and append its results to ``lines``.
+
+    Results of steps with which several recipes start are reused.
+    """
     before = auc(model.module, test)
     results: dict[tuple[Step, ...], Model] = {(): model}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,9 +1,11 @@
 """Which graph of a 4-bit table lookup is fastest in ONNX Runtime?
 
-Compared: fp32 Gather; int8 rows with Gather, Cast and Mul (ours); 4-bit rows with ONNX Runtime's
-operator GatherBlockQuantized; 4-bit rows as two bit planes, unpacked by two bitwise operators and
-one concatenation (ours). Each graph is first checked against the decoded weights; then all four
-are timed interleaved in one process on one thread.
+Compared are an fp32 Gather; int8 rows with Gather, Cast and Mul (ours); 4-bit rows with ONNX
+Runtime's operator GatherBlockQuantized; and 4-bit rows in our planar layout. In this layout, the
+low halves of a row's bytes are the codes of the first columns and the high halves those of the last
+columns, so that two bitwise operators and one concatenation unpack a row. Each graph is first
+checked against the decoded weights; then all four are timed interleaved in one process on one
+thread.
 
     python benchmarks/int4_lookup.py
 """
@@ -30,7 +32,7 @@ from infra.onnxruntime.sessions import OnnxRuntime, Session
 from infra.timing import interleaved_ms, machine
 
 FIELDS = 10  # lookups per row of a batch
-SMALLEST_BLOCK = 16  # of GatherBlockQuantized
+SMALLEST_BLOCK = 16  # smallest block size of GatherBlockQuantized
 OPSET = 21
 
 
@@ -105,7 +107,7 @@ def write_graphs(rows: int, dim: int, folder: Path) -> dict[str, tuple[Path, Ten
 
 
 def measure(rows: int, dim: int, batches: list[int], rounds: int) -> None:
-    """Print the table of one dim: microseconds per call, and the ratio to GatherBlockQuantized."""
+    """Print microseconds per call, and the ratio to GatherBlockQuantized, for one width."""
     with tempfile.TemporaryDirectory() as scratch:
         graphs = write_graphs(rows, dim, Path(scratch))
         sessions = {name: Session(path, threads=1) for name, (path, _) in graphs.items()}
@@ -125,7 +127,7 @@ def measure(rows: int, dim: int, batches: list[int], rounds: int) -> None:
 
 
 def main() -> None:
-    """Measure all dims and batches."""
+    """Measure all table widths and batch sizes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64], help="powers of two >= 16")
@@ -139,8 +141,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     host = machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
     print(f"{host.processor}, {host.runtime} {host.version}, 1 thread, {args.rows:,} rows,")
-    print(f"{FIELDS} ids a row of the batch, median of {args.rounds} interleaved calls")
-    print(f"{'dim':>4s} {'batch':>6s}  {'form':27s} {'median':>12s} {'to block':>8s}")
+    print(f"{FIELDS} ids per row of the batch, median of {args.rounds} interleaved calls;")
+    print("ratio to GatherBlockQuantized")
+    print(f"{'dim':>4s} {'batch':>6s}  {'graph':27s} {'median':>12s} {'ratio':>8s}")
     for dim in args.dims:
         measure(args.rows, dim, args.batches, args.rounds)
 

@@ -59,17 +59,18 @@ def simulate(random: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
 
 
 def heavy_tailed_sizes(random: np.random.Generator, users: int) -> NDArray[np.intp]:
-    """Rows per user, 1 to 200, with probability proportional to 1 / rows."""
+    """Draw the number of rows of each user: 1 to 200, with probability proportional to 1 / rows."""
     rows = np.arange(1, MOST_ROWS + 1)
     return random.choice(rows, size=users, p=(1 / rows) / (1 / rows).sum())
 
 
 @cache
 def truth() -> dict[str, tuple[float, float]]:
-    """The baseline's metric and the difference on 4 million users with one row each.
+    """Estimate the true baseline metric and difference from 4 million users with one row each.
 
-    One row per user removes the pairs within a user, which are a vanishing share of the pairs of a
-    large population. The standard errors (below 0.0003) are small against every interval.
+    With one row per user there are no pairs of rows of one user, which in a large population are a
+    vanishing share of all pairs. The standard errors (below 0.0003) are much smaller than every
+    interval.
     """
     random = np.random.default_rng(0)
     single = np.ones(TRUTH_ROWS, dtype=np.intp)
@@ -90,10 +91,17 @@ def truth() -> dict[str, tuple[float, float]]:
 
 
 def coverage(
-    users: int, runs: int, chosen: Iterable[str] = METRICS, *, grouped: bool = True
+    users: int, runs: int, metrics: Iterable[str] = METRICS, *, grouped: bool = True
 ) -> dict[str, Coverage]:
-    """Simulate ``runs`` test sets and count the intervals that contain the true values."""
-    metrics = tuple(chosen)
+    """Return by metric the share of simulated test sets whose interval contains the true value.
+
+    Args:
+        users: number of users of each test set.
+        runs: number of test sets.
+        metrics: names of metrics.
+        grouped: whether the bootstrap resamples users; else it resamples rows.
+    """
+    metrics = tuple(metrics)
     hits = {metric: np.zeros(2) for metric in metrics}
     for run in range(runs):
         random = np.random.default_rng([users, run])

@@ -1,9 +1,9 @@
 """How well does ``recpress explain`` estimate the peak memory of a run?
 
 Packs and compresses click and retrieval models of several sizes, each in a separate process. A
-thread samples the resident set of that process. Prints the largest value, its anonymous part and
-the stage that reached it, next to the estimate from before the run.
-``tasks/orchestration/memory_estimate.py`` takes its factors from these results.
+thread samples the resident set of that process. Prints its peak, the peak of its anonymous part
+(memory that is not mapped from files) and the stage of the peak, next to the estimate that was made
+before the run. ``tasks/orchestration/memory_estimate.py`` takes its factors from these results.
 
     python -m benchmarks.peak_memory [--case NAME ...]
 """
@@ -32,7 +32,7 @@ KIB, MIB = 1024, 2**20
 
 
 class Case(NamedTuple):
-    """One model and order."""
+    """A model and how it is compressed."""
 
     rows: int
     """Rows of the table, each of 64 float32 numbers; a retrieval model has two such tables."""
@@ -43,7 +43,9 @@ class Case(NamedTuple):
     preset: str
     """Name of the preset; ``custom`` runs ``TRAINING_STEPS``, which train the tables."""
     engine: bool = False
+    """Whether an engine for TensorRT-RTX is built as well."""
     retrieval: bool = False
+    """Whether the model is a two-tower retrieval model; else it is a click model."""
 
 
 CASES = {
@@ -92,7 +94,7 @@ class ClickModel(nn.Module):
         self.out = nn.Linear(hidden, 1)
 
     def forward(self, item: Tensor, dense: Tensor) -> Tensor:
-        """Logits ``(rows,)`` of ids ``(rows,)`` and numbers ``(rows, FIELDS)``."""
+        """Return logits ``(rows,)`` of ids ``(rows,)`` and dense inputs ``(rows, FIELDS)``."""
         x = torch.relu(self.first(torch.cat([self.item(item), dense], dim=1)))
         x = torch.relu(self.third(torch.relu(self.second(x))))
         logit: Tensor = self.out(x).squeeze(1)
@@ -109,7 +111,7 @@ class Tower(nn.Module):
         self.out = nn.Linear(DIM, hidden)
 
     def forward(self, **ids: Tensor) -> Tensor:
-        """Vectors ``(rows, hidden)``."""
+        """Return vectors ``(rows, hidden)``."""
         vectors: Tensor = self.out(self.table(ids[self.name]))
         return vectors
 
@@ -123,12 +125,15 @@ class TwoTowerModel(nn.Module):
         self.item = Tower("item", rows, hidden)
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
-        """Scores ``(rows,)``."""
+        """Return scores ``(rows,)``."""
         return (self.query(user=user) * self.item(item=item)).sum(dim=1)
 
 
 def write(folder: Path, case: Case) -> None:
-    """Write the draft of a click model with labels from its logits, or of a retrieval model."""
+    """Write the draft (data and model before packing) of a click or retrieval model.
+
+    Labels of the click model are drawn from its logits, so that it ranks better than chance.
+    """
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     network = TwoTowerModel if case.retrieval else ClickModel
@@ -155,7 +160,7 @@ def _write_click_data(folder: Path, case: Case, model: nn.Module) -> dict[str, o
     for split, count in splits.items():
         item = draw.integers(0, case.rows, count)
         dense = draw.normal(size=(count, FIELDS)).astype(np.float32)
-        scored = min(count, 20_000)  # further rows repeat these logits: they only add size
+        scored = min(count, 20_000)  # further rows repeat these logits, to save time
         with torch.no_grad():
             logit = model(torch.from_numpy(item[:scored]), torch.from_numpy(dense[:scored])).numpy()
         logit = np.resize((logit - logit.mean()) / logit.std(), count)
@@ -205,7 +210,10 @@ def _write_retrieval_data(folder: Path, case: Case) -> dict[str, object]:
 
 
 class Sampler(logging.Handler):
-    """Samples the largest resident set of this process and the stage that reached it."""
+    """Records the peak of this process's resident set, and the stage in which it occurs.
+
+    As a logging handler, it reads the current stage from the messages of the order's progress.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -276,7 +284,7 @@ def run_order(preset: str, *, engine: bool, retrieval: bool) -> None:
 
 
 def measure(case: Case) -> dict[str, object]:
-    """Pack and compress one case, each command in a child process."""
+    """Pack and compress the model of one case, each in a child process; return the results."""
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch) / "draft", case)
         environment = {

@@ -1,8 +1,10 @@
-"""Which Q/DQ forms does ONNX Runtime compute in int8, and how fast?
+"""Which Q/DQ graphs does ONNX Runtime compute in int8, and how fast?
 
-Two networks: a chain of two layers with a Relu between, and two layers with the same input. Each
-is written in float32 and in several equivalent Q/DQ forms. The column "int8" counts the products
-that the graph optimized by ONNX Runtime computes in int8; the next column is the audit's verdict.
+Q/DQ graphs express int8 layers by pairs of QuantizeLinear and DequantizeLinear, which a runtime may
+fuse with the product between them. There are two networks: a chain of two layers with a Relu
+between them, and two layers with the same input. Each is written in float32 and in several
+equivalent Q/DQ forms. The column "int8" counts the products that ONNX Runtime's optimized graph
+computes in int8; the next column is whether the audit of ``compressors/lower/audit.py`` accepts it.
 All forms of a network are timed interleaved in one process on one thread.
 
     python benchmarks/qdq_forms.py
@@ -31,10 +33,18 @@ OPSET = 21
 
 @dataclass(frozen=True)
 class Form:
-    """How the layers of a network are written as ONNX operators."""
+    """How the layers of a network are written as ONNX operators.
+
+    Args:
+        name: label of the printed line.
+        zero: zero point of the quantized inputs; None writes the layers in float32.
+        relu: the operator of a ReLU: ``Relu``; ``Max`` with 0; or ``Clip`` of the quantized codes
+            at the zero point.
+        int32_bias: whether biases are int32 codes; else they are float32.
+    """
 
     name: str
-    zero: np.generic | None = None  # None: float32
+    zero: np.generic | None = None
     relu: str = "Max"
     int32_bias: bool = True
 
@@ -46,7 +56,7 @@ CHAIN = (
     Form("int8 around 0, Max", np.int8(0)),
     Form("uint8 around 128, Relu", np.uint8(128), relu="Relu"),
     Form("uint8 around 128, Max", np.uint8(128)),
-    Form("uint8 around 128, floor of the rounded (ours)", np.uint8(128), relu="Clip"),
+    Form("uint8 around 128, Clip of the codes (ours)", np.uint8(128), relu="Clip"),
     Form("uint8 around 128, Max, float bias", np.uint8(128), int32_bias=False),
 )
 SHARED = (
@@ -58,7 +68,7 @@ SHARED = (
 
 @dataclass
 class GraphBuilder:
-    """Builds one graph. All forms of a network get the same weights."""
+    """Builds the graph of one form; every form of a network gets the same random weights."""
 
     form: Form
     width: int
@@ -79,7 +89,7 @@ class GraphBuilder:
         return name
 
     def fake_quantize(self, x: str, *, clip: bool = False) -> str:
-        """Quantize to int8 and back, once for all layers that consume the result."""
+        """Add a Q/DQ pair (nothing in float32); ``clip`` applies a ReLU to the codes."""
         if self.form.zero is None:
             return x
         scale, zero = self.constant(INPUT_SCALE), self.constant(self.form.zero)
@@ -108,7 +118,7 @@ class GraphBuilder:
         return self.node("Gemm", x, w, b, transB=1)
 
     def relu(self, x: str) -> str:
-        """Add a ReLU as the operator that the form names: Relu, or the equivalent Max."""
+        """Add a ReLU before quantization, as Relu or as Max with 0."""
         if self.form.relu == "Relu":
             return self.node("Relu", x)
         return self.node("Max", x, self.constant(np.float32(0)))
@@ -129,7 +139,7 @@ class GraphBuilder:
 
 
 def chain(builder: GraphBuilder) -> str:
-    """Two layers with a Relu between them."""
+    """Add two layers with a ReLU between them; return the name of the output."""
     first = builder.layer(builder.fake_quantize("x"))
     if builder.form.relu == "Clip":
         return builder.layer(builder.fake_quantize(first, clip=True))
@@ -137,13 +147,13 @@ def chain(builder: GraphBuilder) -> str:
 
 
 def shared(builder: GraphBuilder) -> str:
-    """The sum of two layers with the same input, like a cross layer parallel to a tower."""
+    """Add two layers with the same input and their sum, like a cross layer parallel to a tower."""
     x = builder.fake_quantize("x")
     return builder.node("Add", builder.layer(x), builder.layer(x))
 
 
 def audit_verdict(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
-    """Number of products that run in int8, and whether the audit passed."""
+    """Return the number of products that run in int8, and whether the audit passed."""
     fused = sum(node.op_type in INT8_PRODUCTS for node in graph.node)
     if form.zero is None:
         return fused, "-"
@@ -168,7 +178,7 @@ def measure(
     forms: tuple[Form, ...],
     args: argparse.Namespace,
 ) -> None:
-    """Print the table of one network: milliseconds per call, and the ratio to fp32."""
+    """Print for every form of a network milliseconds per call, and the ratio to fp32."""
     sessions, verdicts = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for form in forms:
@@ -181,7 +191,7 @@ def measure(
         expected = sessions[0].scores({"x": x})
         for form, session in zip(forms, sessions, strict=True):
             gap = np.abs(session.scores({"x": x}) - expected)
-            # One quantization step of the inputs; one or two layers do not change its magnitude.
+            # The error is about one quantization step of the inputs, also after two layers.
             assert gap.mean() < 2 * INPUT_SCALE, f"{form.name} differs by {gap.mean()} on average"
         times = interleaved_ms(sessions, {"x": x}, args.rounds)
         medians = [float(np.median(samples)) for samples in times]
@@ -193,7 +203,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure both networks at all batches."""
+    """Measure both networks at all batch sizes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--width", type=int, default=512, help="inputs and outputs of each layer")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])

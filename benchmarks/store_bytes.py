@@ -23,15 +23,16 @@ LIMIT = "auc vs baseline >= -0.4"
 
 def files_of(store: Path) -> dict[int, tuple[int, str]]:
     """Return size and path of every file, by inode."""
-    found: dict[int, tuple[int, str]] = {}
-    for path in sorted(store.rglob("*"), reverse=True):  # paths below artifacts, not blobs
+    files: dict[int, tuple[int, str]] = {}
+    # In reverse order, the path of a file that has several links is the one in an artifact.
+    for path in sorted(store.rglob("*"), reverse=True):
         if path.is_file():
-            found.setdefault(path.stat().st_ino, (path.stat().st_size, str(path)))
-    return found
+            files.setdefault(path.stat().st_ino, (path.stat().st_size, str(path)))
+    return files
 
 
 def recpress(environment: dict[str, str], *arguments: str) -> str:
-    """Run a command and return its output."""
+    """Run a command of recpress and return its output."""
     command = [sys.executable, "-m", "flows.cli.app", *arguments]
     return subprocess.run(
         command, env=environment, check=True, stdout=subprocess.PIPE, text=True
@@ -39,7 +40,7 @@ def recpress(environment: dict[str, str], *arguments: str) -> str:
 
 
 def measure(rows: int, preset: str, *, shows_files: bool) -> str:
-    """Pack and compress a model with a table of ``rows``; return a line of the table."""
+    """Pack and compress a model whose table has ``rows`` rows; return the cells of its line."""
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "recpress"
         write(Path(scratch) / "draft", Case(rows, 32, 20_000, preset))

@@ -7,11 +7,11 @@ validation AUC is kept.
 
 Torch-Pruning gets settings that work for this model: it ignores the head, the cross layers (their
 width is fixed by their input) and the tables. Its candidates are two importances (group L2,
-Taylor), each global and per layer. ``channels`` has as many candidates, each with the consuming
-layers refitted by least squares. Validation AUC after training selects one candidate per side on
-the first seed; the other seeds use the same candidates. Test rows are read once, for the printed
-table. ``channels`` is printed with and without soft labels of the original model, which need no
-additional epoch.
+Taylor), each global and per layer. ``channels`` also has four candidates, each of which refits the
+consuming layers by least squares. For each of the two libraries, validation AUC after training
+selects one candidate on the first seed; the other seeds use the same candidates. Test rows are read
+once, for the printed table. ``channels`` is printed with and without soft labels of the original
+model in the training after pruning; the number of epochs is the same.
 
     uv pip install 'recpress[bench]'
     python -m benchmarks.structured_pruning --seeds 5
@@ -68,8 +68,10 @@ class Candidate:
     soft_share: float = 0.0
 
 
-def ours(importance: Importance, scope: str, *, reconstruct: bool = True) -> Candidate:
-    """``channels`` with a target for multiply-adds."""
+def channels_candidate(
+    importance: Importance, scope: str, *, reconstruct: bool = True
+) -> Candidate:
+    """Return a candidate that prunes with ``channels`` to the target for multiply-adds."""
     step = Channels.model_validate(
         {
             "importance": importance,
@@ -86,12 +88,15 @@ def ours(importance: Importance, scope: str, *, reconstruct: bool = True) -> Can
             pruned = run(step, model, bench, Path(folder))
             return replace(pruned, module=_copy_module(pruned))
 
-    name = f"{importance}, {scope}" + (", solved again" if reconstruct else "")
+    name = f"{importance}, {scope}" + (", refitted" if reconstruct else "")
     return Candidate(name, prune)
 
 
-def theirs(name: str, importance: Callable[[], Any], scope: str) -> Candidate:
-    """Torch-Pruning with the smallest ratio that leaves at most half of the multiply-adds."""
+def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str) -> Candidate:
+    """Return a candidate that prunes with Torch-Pruning to the target for multiply-adds.
+
+    Bisection finds the smallest pruning ratio that meets the target.
+    """
 
     def prune_at(model: Model, bench: Bench, gradients: dict[str, Tensor], ratio: float) -> DCNv2:
         module = _copy_module(model)
@@ -134,40 +139,40 @@ def theirs(name: str, importance: Callable[[], Any], scope: str) -> Candidate:
             else:
                 low = ratio
         hidden = [part.out_features for part in pruned.perceptron if isinstance(part, nn.Linear)]
-        built = model.network.architecture
-        config = {**built.config, "hidden": hidden}
+        arch = model.network.architecture
+        config = {**arch.config, "hidden": hidden}
         rebuilt = DCNv2(**config)
         rebuilt.load_state_dict(pruned.state_dict())
         network = model.network.model_copy(
-            update={"architecture": built.model_copy(update={"config": config})}
+            update={"architecture": arch.model_copy(update={"config": config})}
         )
         return replace(model, module=rebuilt.eval(), network=network)
 
     return Candidate(f"Torch-Pruning {name}, {scope}", prune)
 
 
-OURS = [ours(i, s) for i in ("l2", "activation") for s in ("layer", "global")]
-THEIRS = [
-    theirs(name, importance, scope)
+CHANNELS = [channels_candidate(i, s) for i in ("l2", "activation") for s in ("layer", "global")]
+TORCH_PRUNING = [
+    torch_pruning_candidate(name, importance, scope)
     for name, importance in (
         ("group L2", lambda: torch_pruning.importance.GroupMagnitudeImportance(p=2)),
         ("taylor", lambda: torch_pruning.importance.GroupTaylorImportance()),
     )
     for scope in ("layer", "global")
 ]
-RANDOM = ours("random", "layer", reconstruct=False)
-RANDOM_RECONSTRUCTED = ours("random", "layer")
+RANDOM = channels_candidate("random", "layer", reconstruct=False)
+RANDOM_RECONSTRUCTED = channels_candidate("random", "layer")
 
 
 def _copy_module(model: Model) -> DCNv2:
-    """A copy of the network that shares no tensors with it."""
+    """Return a copy of the network that shares no tensors with it."""
     module = DCNv2(**model.network.architecture.config)
     module.load_state_dict(model.module.state_dict())
     return module.eval()
 
 
 def total_multiply_adds(module: nn.Module, bench: Bench) -> float:
-    """Multiply-adds of all dense layers for one row."""
+    """Return the multiply-adds of all dense layers for one row."""
     return sum(multiply_adds(module, bench.signature).values())
 
 
@@ -180,16 +185,19 @@ def train_candidate(model: Model, bench: Bench, training: Training, soft_share: 
 def select(
     model: Model, bench: Bench, training: Training, cached: dict[str, tuple[Model, Model]]
 ) -> dict[str, Candidate]:
-    """Select the best candidate of each side by validation AUC.
+    """Select the best candidate of each library by validation AUC.
 
-    Stores the pruned and the trained model of every candidate in ``cached``.
+    Stores the pruned and the trained model of every candidate in ``cached``, by name.
+
+    Returns:
+        The candidate of ``channels`` as "ours" and the one of Torch-Pruning as "theirs".
     """
     assert bench.validation is not None
     original = total_multiply_adds(model.module, bench)
     best: dict[str, Candidate] = {}
-    print("| first seed, validation AUC | cut | trained | multiply-adds | hidden |")
+    print("| first seed, validation AUC | pruned | trained | multiply-adds | hidden |")
     print("|---|---|---|---|---|", flush=True)
-    for side, candidates in {"ours": OURS, "theirs": THEIRS}.items():
+    for side, candidates in {"ours": CHANNELS, "theirs": TORCH_PRUNING}.items():
         aucs = {}
         for candidate in candidates:
             pruned = candidate.prune(model, bench)
@@ -213,9 +221,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument(
-        "--ours", help="use the candidate of this name; with --theirs, skips the selection"
+        "--ours",
+        help="use the candidate of channels with this name; with --theirs, skip the selection",
     )
-    parser.add_argument("--theirs", help="use the Torch-Pruning candidate of this name")
+    parser.add_argument("--theirs", help="use the candidate of Torch-Pruning with this name")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.getLogger("compressors.distill.training.trainer").setLevel(logging.WARNING)
@@ -235,16 +244,16 @@ def main() -> None:
     original = total_multiply_adds(model.module, bench)
     cached: dict[str, tuple[Model, Model]] = {}  # first seed, by candidate: pruned, trained
     if args.ours and args.theirs:
-        by_name = {candidate.name: candidate for candidate in (*OURS, *THEIRS)}
+        by_name = {candidate.name: candidate for candidate in (*CHANNELS, *TORCH_PRUNING)}
         best = {"ours": by_name[args.ours], "theirs": by_name[args.theirs]}
     else:
         best = select(model, bench, training, cached)
     lines = {
         "Torch-Pruning": best["theirs"],
         "random channels": RANDOM,
-        "random channels, solved again": RANDOM_RECONSTRUCTED,
+        "random channels, refitted": RANDOM_RECONSTRUCTED,
         "channels": best["ours"],
-        "channels, half of the loss from the original": replace(best["ours"], soft_share=0.5),
+        "channels, half of the loss from soft labels": replace(best["ours"], soft_share=0.5),
     }
     losses: dict[str, list[float]] = {name: [] for name in lines}
     untrained_losses: dict[str, list[float]] = {name: [] for name in lines}
@@ -264,7 +273,7 @@ def main() -> None:
             losses[name].append(baseline_auc - auc(tuned.module, test))
             print(seed, name, f"{losses[name][-1]:+.5f}", file=sys.stderr, flush=True)
     print()
-    print(f"| AUC lost on test rows, {args.seeds} seeds | as | cut only | trained |")
+    print(f"| loss of AUC on test rows, {args.seeds} seeds | candidate | pruned | trained |")
     print("|---|---|---|---|")
     for name, candidate in lines.items():
         spread = f" ± {interval(losses[name]):.5f}" if args.seeds > 1 else ""
@@ -276,7 +285,7 @@ def main() -> None:
 
 
 def _load_baseline(seed: int, folder: Path, cache: Path) -> tuple[Model, Bench]:
-    """Load a baseline whose bench takes calibration rows from the training split."""
+    """Load a baseline, with the training split as the bench's calibration rows as well."""
     model, bench = load_baseline("frappe", seed, folder, cache)
     return model, bench.model_copy(update={"calibration": bench.train})
 

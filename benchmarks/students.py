@@ -1,16 +1,16 @@
 """Does distillation improve a student with half of the dense FLOPs?
 
-Frappe's DCN-v2 (``benchmarks/ctr.py``): the original has a 400-400-400 perceptron parallel to its
-cross layers, the student 256-256-256, which is 48 % of the multiplications. All variants train the
-same student with the original's recipe (Adam with the rate divided by ten, batch norm, penalty on
-whole tables, batch, patience); only dropout differs:
+The original is the DCN-v2 of ``benchmarks/ctr.py`` on Frappe, with a 400-400-400 perceptron
+parallel to its cross layers. The student has a perceptron of 256-256-256, which is 48 % of the
+multiplications ("products"). All variants train this student with the training settings of the
+original, except dropout:
 
-- scratch: trained like the original, from random weights and the labels.
-- distilled: ``distill`` with the loss of that name, on labels and soft labels. Tables start from
-  the original's and are trained further.
-- distilled with traffic: the same with additional unlabelled rows. They are requests of training
-  rows, each with a randomly drawn app: a server scores many apps per request, and few of them are
-  ever shown. With several teachers, these are the original and the originals of the next seeds.
+- scratch: from random weights, on the labels only, like the original.
+- distilled: with ``distill`` and the loss of that name, on labels and soft labels. Tables start
+  with the weights of the original and are trained further.
+- distilled with traffic: the same, with additional unlabelled rows. Each is the request of a
+  training row with a randomly drawn app. A server scores many apps per request, and users see few
+  of them. With several teachers, these are the original and the originals of the next seeds.
 
 List losses use one list per request: rows that differ only in the app. Validation rows of the first
 network select dropout and the weight of the soft labels (``--tune``), and the best epochs. Test
@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.ctr import (
-    RECIPES,
+    TRAINING_SETTINGS,
     DataMissing,
     Name,
     Part,
@@ -66,21 +66,26 @@ NAME: Name = "frappe"
 ORIGINALS = 5
 HIDDEN = [256, 256, 256]
 SCRATCH = "scratch"
-RECIPE = RECIPES[NAME]
+SETTINGS = TRAINING_SETTINGS[NAME]
 TRAFFIC_SEED = 7
 EVALUATED: tuple[Part, ...] = ("validation", "test")
 
 
 def dense_products(module: nn.Module) -> int:
-    """Multiplications of all dense layers for one row."""
+    """Return the number of multiplications of all dense layers for one row."""
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a student is trained; ``scratch`` uses no soft labels.
+    """How a student is trained.
 
-    ``traffic`` is the number of unlabelled rows per labelled row.
+    Args:
+        name: the distillation loss, or ``scratch`` for training without soft labels.
+        dropout: dropout of the student.
+        share: weight of the soft labels in the loss.
+        teachers: number of originals whose mean predictions are the soft labels.
+        traffic: number of unlabelled rows per labelled row.
     """
 
     name: str
@@ -90,7 +95,7 @@ class Variant:
     traffic: int = 0
 
     def cells(self) -> str:
-        """The settings as cells of a Markdown line."""
+        """Format the settings as cells of a Markdown line."""
         if self.name == SCRATCH:
             return f"{self.name} | | | {self.dropout} | "
         rows = f"{self.traffic} a row" if self.traffic else ""
@@ -121,14 +126,14 @@ VARIANTS = (
 
 
 def with_requests(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs, with the index of each row's request as ``@group``."""
+    """Add ``@group``, the index of each row's request: all inputs except the app."""
     request = np.stack([ids.numpy() for name, ids in inputs.items() if name != "item"], axis=1)
     _, group = np.unique(request, axis=0, return_inverse=True)
     return {**inputs, "@group": torch.from_numpy(group.reshape(-1).copy())}
 
 
 def traffic_of(times: int, folder: Path, cache: Path) -> Split:
-    """Unlabelled rows: every request of the training rows ``times`` times, with random apps."""
+    """Write unlabelled rows: every request of the training rows ``times`` times, random apps."""
     traffic_folder = cache / NAME / f"traffic-{times}"
     description = traffic_folder / "split.json"
     if description.is_file():
@@ -146,7 +151,7 @@ def traffic_of(times: int, folder: Path, cache: Path) -> Split:
 
 
 def traffic_logits(seed: int, times: int, folder: Path, cache: Path) -> Tensor:
-    """Logits of one original on the traffic, float32 ``(rows,)``; stored in ``cache``."""
+    """Return the logits of one original on the traffic, float32 ``(rows,)``; cached."""
     logits_folder = cache / NAME / f"seed{seed}" / f"traffic-{times}"
     if not logits_folder.is_dir():
         inputs, _ = load_split(traffic_of(times, folder, cache))
@@ -159,7 +164,10 @@ def traffic_logits(seed: int, times: int, folder: Path, cache: Path) -> Tensor:
 def bench_of(
     variant: Variant, seed: int, folder: Path, cache: Path, scratch: Path
 ) -> tuple[Model, Bench]:
-    """An original and the bench of its student; files that are not cached go to ``scratch``."""
+    """Return an original and the bench of its student.
+
+    Files that are not cached are written to ``scratch``.
+    """
     model, bench = load_baseline(NAME, seed, folder, cache)
     teachers = [(seed + step) % ORIGINALS for step in range(variant.teachers)]
     inputs, label = load_split(prepare_splits(NAME, folder, cache)[0]["train"])
@@ -187,7 +195,7 @@ def bench_of(
 
 
 def distill_step(variant: Variant, epochs: int) -> Distill:
-    """The ``distill`` step that trains the student."""
+    """Return the ``distill`` step that trains the student."""
     return Distill(
         student={"hidden": HIDDEN, "dropout": variant.dropout},
         loss=cast("SoftLoss", variant.name),
@@ -195,12 +203,12 @@ def distill_step(variant: Variant, epochs: int) -> Distill:
         rows="both" if variant.traffic else "train",
         training=Training(
             epochs=epochs,
-            batch=RECIPE.batch,
-            learning_rate=RECIPE.learning_rate,
-            patience=RECIPE.patience,
+            batch=SETTINGS.batch,
+            learning_rate=SETTINGS.learning_rate,
+            patience=SETTINGS.patience,
             warmup=0,
             tables=True,
-            table_l2=RECIPE.table_l2,
+            table_l2=SETTINGS.table_l2,
         ),
     )
 
@@ -210,15 +218,15 @@ def train_from_scratch(
 ) -> nn.Module:
     """Train the student's network like the original, without a teacher."""
     splits, rows = prepare_splits(NAME, folder, cache)
-    built = architecture(rows, RECIPE)
-    config = {**built.config, "hidden": HIDDEN, "dropout": variant.dropout}
-    built = built.model_copy(update={"config": config})
-    recipe = replace(RECIPE, epochs=epochs)
-    return train(built, recipe, splits["train"], splits["validation"], seed)[0]
+    arch = architecture(rows, SETTINGS)
+    config = {**arch.config, "hidden": HIDDEN, "dropout": variant.dropout}
+    arch = arch.model_copy(update={"config": config})
+    settings = replace(SETTINGS, epochs=epochs)
+    return train(arch, settings, splits["train"], splits["validation"], seed)[0]
 
 
 def measure(variant: Variant, seed: int, folder: Path, cache: Path, epochs: int) -> Any:
-    """AUC of one student on validation and test rows, from ``cache`` or from training it."""
+    """Train a student and return its AUC and GAUC on validation and test rows; cached."""
     result_file = cache / "students" / f"{digest([asdict(variant), epochs])[:16]}-{seed}.json"
     if result_file.is_file():
         return json.loads(result_file.read_text())
@@ -228,7 +236,9 @@ def measure(variant: Variant, seed: int, folder: Path, cache: Path, epochs: int)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             model, bench = bench_of(variant, seed, folder, cache, Path(scratch))
-            module = run(distill_step(variant, epochs), model, bench, Path(scratch) / "made").module
+            module = run(
+                distill_step(variant, epochs), model, bench, Path(scratch) / "student"
+            ).module
     splits, _ = prepare_splits(NAME, folder, cache)
     result: dict[str, Any] = {}
     for part in EVALUATED:
@@ -242,7 +252,7 @@ def measure(variant: Variant, seed: int, folder: Path, cache: Path, epochs: int)
 
 
 def evaluate(module: nn.Module, split: Split) -> tuple[float, float]:
-    """AUC over all rows, and averaged over users (GAUC)."""
+    """Return the AUC over all rows, and the AUC averaged over users (GAUC)."""
     inputs, label = load_split(split)
     score = predict(module, inputs).numpy()
     users = inputs["user"].numpy()
@@ -261,7 +271,7 @@ def tune(folder: Path, cache: Path, epochs: int) -> None:
 
 
 def compare(seeds: int, folder: Path, cache: Path, epochs: int) -> None:
-    """Print one line per variant, with the paired difference to the student from scratch."""
+    """Print one line per variant, with its mean difference to the student from scratch."""
     splits, _ = prepare_splits(NAME, folder, cache)
     originals = [load_baseline(NAME, seed, folder, cache)[0].module for seed in range(seeds)]
     baseline = [evaluate(module, splits["test"]) for module in originals]
@@ -275,7 +285,7 @@ def compare(seeds: int, folder: Path, cache: Path, epochs: int) -> None:
     ]
     validation = mean(auc(module, splits["validation"]) for module in originals)
     print(
-        f"| none: the originals | | | {RECIPE.dropout} | | {dense_products(originals[0]):,} | "
+        f"| none: the originals | | | {SETTINGS.dropout} | | {dense_products(originals[0]):,} | "
         f"{validation:.5f} | {cells[0]} | | {cells[1]} | |"
     )
     scratch: dict[str, list[float]] = {}
@@ -295,7 +305,7 @@ def main() -> None:
     """Print the tuning results with ``--tune``, else the comparison."""
     parser = argument_parser((__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--epochs", type=int, default=RECIPE.epochs, help="largest number of epochs"
+        "--epochs", type=int, default=SETTINGS.epochs, help="largest number of epochs"
     )
     parser.add_argument(
         "--tune", action="store_true", help="print the tuning results on validation rows instead"

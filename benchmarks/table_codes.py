@@ -1,10 +1,11 @@
-"""How much AUC do code-based tables lose at the size of row-wise tables and below, and refitted?
+"""How much AUC do tables of codes lose, before and after ``refit_codes``, next to row-wise tables?
 
-On the demo's tables. The first table prints bytes (including codebooks and scales), squared error,
-both as shares of the float32 tables, and the change of AUC on the demo's test rows. The second
-table prints the change after ``refit_codes``: mean over five seeds of the row order with its 95 %
-interval. ``refit_codes`` selects by validation rows; only this benchmark reads the test rows. The
-first line of the second table applies the same training to the original model.
+Compresses the demo's tables. The first printed table has the bytes (including codebooks and scales)
+and the squared error, both as shares of the float32 tables, and the change of AUC on the demo's
+test rows. The second printed table has the change of AUC after ``refit_codes``, as mean over five
+seeds of the row order with its 95 % interval. ``refit_codes`` selects its best epoch by validation
+rows; only this benchmark reads the test rows. The first line of the second table applies the same
+training to the original model.
 
     recpress demo && python -m benchmarks.table_codes
 """
@@ -62,13 +63,13 @@ TRAINING = Training(epochs=3, learning_rate=3e-4, patience=1, table_l2=0.05)
 
 
 def step_label(step: TableStep) -> str:
-    """The step's kind and the settings that differ from their defaults."""
+    """Format the step's kind and the settings that differ from their defaults."""
     settings = step.model_dump(exclude_defaults=True, exclude={"kind"})  # type: ignore[attr-defined]
     return " ".join([f"`{step.kind}`", *(f"{key} {value}" for key, value in settings.items())])
 
 
 def bytes_and_error(before: Model, after: Model) -> tuple[float, float]:
-    """Bytes and squared error of all tables, as shares of the float32 tables."""
+    """Return bytes and squared error of all tables, as shares of the float32 tables."""
     originals = {unit.name: unit for unit in Unit.of(before.module) if unit.role == "table"}
     error = squares = 0.0
     for unit in Unit.of(after.module):
@@ -116,7 +117,7 @@ def main() -> None:
             print(
                 f"| {step_label(step)} | {size:.1%} | {error:.2%} | {auc_change:+.5f} |", flush=True
             )
-        print("| step, then refitted | bytes | before | codebooks only | codes as well |")
+        print("| step | bytes | not refitted | codebooks refitted | codes refitted as well |")
         print("|---|---|---|---|---|")
         distill = Distill(training=TRAINING.model_copy(update={"tables": True}))
         line = _over_seeds(lambda seed: _run_with_seed(distill, original, bench, seed), change)
@@ -138,13 +139,13 @@ def _refitter(step: Step, model: Model, bench: Bench) -> Callable[[int], Model]:
 
 
 def _run_with_seed(step: Step, model: Model, bench: Bench, seed: int) -> Model:
-    with (
-        tempfile.TemporaryDirectory() as scratch
-    ):  # mapped files stay readable after they are deleted
+    # Memory-mapped files stay readable after they are deleted.
+    with tempfile.TemporaryDirectory() as scratch:
         return run(step, model, bench.model_copy(update={"seed": 100 * seed}), Path(scratch))
 
 
 def _over_seeds(build: Callable[[int], Model], change: Callable[[Model], float]) -> str:
+    """Format the mean change of AUC over seeds with its 95 % interval."""
     changes = [change(build(seed)) for seed in range(SEEDS)]
     return f"{mean(changes):+.5f} ± {STUDENT_T * stdev(changes) / SEEDS**0.5:.5f}"
 

@@ -1,10 +1,10 @@
 """How fast are tables encoded in memory, and how large is the error?
 
-The first table times float32 rows to 8 and 4 bits, against torch's prepack operators (asymmetric,
-min-max) and a plain copy of the same bytes into allocated memory. Rounds are interleaved, so that
-other load affects all of them, and the best round counts, by wall time and by processor time;
-other load disturbs processor time less. The second table is the squared error of 4-bit tables drawn
-from five distributions.
+The first printed table has the speed of encoding float32 rows in 8 and 4 bits, next to torch's
+prepack operators (asymmetric, min-max) and a plain copy of the same bytes into allocated memory.
+Encoders run in turn in every round, so that other load affects all of them. The fastest round
+counts, by wall time and by processor time, which other load disturbs less. The second printed table
+has the squared error of 4-bit tables drawn from five distributions.
 
     python -m benchmarks.table_encode [--rows 1000000] [--dim 64] [--threads 2]
 """
@@ -39,20 +39,20 @@ def encode(step: RowwiseInt8 | RowwiseInt4, rows: Tensor) -> None:
 
 
 def prepack_round_trip(rows: Tensor) -> Tensor:
-    """The table after torch's 4-bit prepack and unpack."""
+    """Return the table after torch's 4-bit prepack and unpack."""
     packed = torch.ops.quantized.embedding_bag_4bit_prepack(rows)
     unpacked: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(packed)
     return unpacked[:, : rows.shape[1]]
 
 
 def step_round_trip(step: RowwiseInt4, rows: Tensor) -> Tensor:
-    """The table after encoding and decoding by ``step``."""
+    """Return the table after encoding and decoding by ``step``."""
     ids = torch.arange(len(rows))
     return step.storage.lookup(step.encode(rows, {}), ids, rows.shape[1], step.settings())
 
 
 def print_speeds(rows: Tensor) -> None:
-    """Print GB of float32 per second, and ratios to the peers of the same run."""
+    """Print GB of float32 rows per second, and ratios to prepack and to a copy in the same run."""
     target = torch.empty_like(rows)
     encoders: dict[str, Callable[[], object]] = {
         "plain copy": lambda: target.copy_(rows),
@@ -68,21 +68,24 @@ def print_speeds(rows: Tensor) -> None:
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
     for _ in range(ROUNDS + 1):  # the first round compiles kernels and touches all memory pages
         for name, encode_all in encoders.items():
-            wall, busy = time.perf_counter(), time.process_time()
+            wall_start, processor_start = time.perf_counter(), time.process_time()
             encode_all()
-            timings[name].append((time.perf_counter() - wall, time.process_time() - busy))
+            wall = time.perf_counter() - wall_start
+            timings[name].append((wall, time.process_time() - processor_start))
     wall_seconds = {name: min(each[0] for each in rounds[1:]) for name, rounds in timings.items()}
-    busy_seconds = {name: min(each[1] for each in rounds[1:]) for name, rounds in timings.items()}
+    processor_seconds = {
+        name: min(each[1] for each in rounds[1:]) for name, rounds in timings.items()
+    }
     copy = "plain copy"
-    print("| what | GB/s | prepack's time over its own | of a copy's speed |", end="")
-    print(" GB per processor second | prepack's over its own | of a copy's |")
+    print("| encoder | GB/s | speed / prepack | speed / copy |", end="")
+    print(" GB per processor second | speed / prepack | speed / copy |")
     print("|---|---|---|---|---|---|---|")
     for name in encoders:
         peer = f"torch {8 if '8' in name else 4}-bit prepack"
         cells = [
             f"{rows.nbytes / best[name] / 1e9:.2f} | {best[peer] / best[name]:.2f} | "
             f"{best[copy] / best[name]:.0%}"
-            for best in (wall_seconds, busy_seconds)
+            for best in (wall_seconds, processor_seconds)
         ]
         print(f"| {name} | {' | '.join(cells)} |")
 

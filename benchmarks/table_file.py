@@ -1,10 +1,11 @@
 """How fast is a table quantized from file to file, and how much memory does it need?
 
-Compared with ``cp`` of the input and the result, which reads and writes both, and with ``cp`` of
-half as many bytes, which reads and writes as many bytes as quantizing does. All files are in the
-page cache. Runs are interleaved, each in a separate process, and start-up time is excluded. Prints
-wall time and processor time: quantizing uses all cores, ``cp`` one. Memory is the peak resident set
-minus the resident set before the first block.
+Quantizing reads the input and writes the result. It is compared with ``cp`` of both files, which
+reads and writes each of them, and with ``cp`` of half as many bytes, which reads and writes as many
+bytes in total as quantizing does. All files are in the page cache. Runs are interleaved, each in a
+separate process, and start-up time is excluded. Prints wall time and processor time: quantizing
+uses all cores, ``cp`` one. Memory is the peak resident set minus the resident set before the first
+block.
 
     python -m benchmarks.table_file [--rows 4000000] [--dim 64] [--folder DIR]
 """
@@ -54,7 +55,7 @@ print(json.dumps([*seconds, memory_bytes("VmHWM") - before]))
 def measure_quantize(
     source: Path, target: Path, kind: str, settings: str
 ) -> tuple[float, float, int]:
-    """Wall seconds, processor seconds, and bytes of memory in addition to the libraries' memory."""
+    """Return wall seconds, processor seconds, and peak bytes of memory without the libraries."""
     shutil.rmtree(target, ignore_errors=True)
     completed = subprocess.run(
         [sys.executable, "-c", CODE, str(source), str(target), kind, settings],
@@ -63,12 +64,12 @@ def measure_quantize(
         text=True,
         check=True,
     )
-    seconds, busy, memory = json.loads(completed.stdout)
-    return float(seconds), float(busy), int(memory)
+    seconds, processor_seconds, memory = json.loads(completed.stdout)
+    return float(seconds), float(processor_seconds), int(memory)
 
 
 def measure_copy(files: list[Path], folder: Path) -> tuple[float, float]:
-    """Wall seconds and processor seconds of ``cp`` for these files."""
+    """Return the wall seconds and processor seconds of ``cp`` for these files."""
     copy = shutil.which("cp")
     assert copy is not None
     seconds = 0.0
@@ -81,8 +82,8 @@ def measure_copy(files: list[Path], folder: Path) -> tuple[float, float]:
         seconds += time.perf_counter() - start
         target.unlink()
     after = os.times()
-    busy = after.children_user - before.children_user
-    return seconds, busy + after.children_system - before.children_system
+    user_seconds = after.children_user - before.children_user
+    return seconds, user_seconds + after.children_system - before.children_system
 
 
 def write_half(source: Path, result: Path, folder: Path) -> Path:
@@ -109,16 +110,17 @@ def main() -> None:
         source, target = folder / "in.safetensors", folder / "out"
         save_file({"t.weight": torch.randn(args.rows, args.dim)}, source)
         print(f"{args.rows:,} x {args.dim} float32, {len(os.sched_getaffinity(0))} cores\n")
-        print("| what | s | of cp's speed | of cp of half | processor s | of cp | of half | MiB |")
+        print("| format | s | speed / cp | speed / cp of half | ", end="")
+        print("processor s | speed / cp | speed / cp of half | MiB |")
         print("|---|---|---|---|---|---|---|---|")
         for name, (kind, settings) in STEPS.items():
             measure_quantize(source, target, kind, settings)
             result = target / "files" / "model.safetensors"
             half = write_half(source, result, folder)
-            ours, full_copies, half_copies, memory = [], [], [], 0
+            quantize_runs, full_copies, half_copies, memory = [], [], [], 0
             for _ in range(ROUNDS):
                 *seconds, run_memory = measure_quantize(source, target, kind, settings)
-                ours.append(seconds)
+                quantize_runs.append(seconds)
                 memory = max(memory, run_memory)
                 full_copies.append(measure_copy([source, result], folder))
                 half_copies.append(measure_copy([half], folder))
@@ -127,7 +129,7 @@ def main() -> None:
             for column in range(2):  # wall time, processor time
                 best, copy, half_copy = (
                     min(seconds[column] for seconds in rounds)
-                    for rounds in (ours, full_copies, half_copies)
+                    for rounds in (quantize_runs, full_copies, half_copies)
                 )
                 cells.append(f"{best:.2f} | {copy / best:.0%} | {half_copy / best:.0%}")
             print(f"| {name} | {' | '.join(cells)} | {memory / 2**20:.0f} |", flush=True)

@@ -1,11 +1,11 @@
 """Which composition of smaller tables loses least AUC at equal bytes?
 
-On the demo's tables, or those of any bundle. Prints bytes of all tables as a share of float32, the
-squared error relative to the variance of the rows (unweighted, and weighted by lookups in
-training), and the change of AUC on validation rows. Each form is measured in float32, with its
-parts stored in 8 or 4 bits, and after distillation with tables in float32 and 4 bits; the same
-validation rows select the best epoch of the distillation. Forms in a group have about equal bytes
-per row.
+Composes the demo's tables, or those of any bundle, of smaller tables ("parts"). Prints bytes of all
+tables as a share of float32, the squared error relative to the variance of the rows (unweighted,
+and weighted by lookups in training), and the change of AUC on validation rows. Each composition is
+measured with parts in float32, 8 and 4 bits, and after distillation with parts in float32 and 4
+bits; the same validation rows select the best epoch of the distillation. Compositions in a group
+have about equal bytes per row.
 
     recpress demo && python -m benchmarks.table_forms [BUNDLE]
 """
@@ -39,13 +39,14 @@ from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
 
+# How the parts are stored; None is float32.
 PACKERS: tuple[TableStep | None, ...] = (None, RowwiseInt8(), RowwiseInt4())
 PARTS = ("train", "validation")
 TABLE_L2 = 0.05  # as in the demo's training
 
 
 def groups(dim: int) -> dict[str, tuple[Step, ...]]:
-    """Steps by the share of a table's bytes that they keep, for tables of width ``dim``."""
+    """Return by share of bytes the steps that keep this share of a table of width ``dim``."""
     steps: dict[str, tuple[Step, ...]] = {}
     for share in (0.5, 0.25, 0.125):
         numbers = max(1, round(share * dim))
@@ -67,7 +68,7 @@ def groups(dim: int) -> dict[str, tuple[Step, ...]]:
 
 
 def step_label(step: Step) -> str:
-    """The step's kind and the settings that distinguish it within its group."""
+    """Format the step's kind and the settings that distinguish it within its group."""
     shown = ("importance", "operation", "weighted", "signed")
     settings = {name: getattr(step, name) for name in shown if name in step.model_fields_set}  # type: ignore[attr-defined]
     words = [name if value is True else str(value) for name, value in settings.items()]
@@ -75,7 +76,7 @@ def step_label(step: Step) -> str:
 
 
 def rows_of(model: Model) -> dict[str, Tensor]:
-    """By table: the rows that a lookup returns, float64 ``(rows, dim)``."""
+    """Return by table the rows that a lookup returns, float64 ``(rows, dim)``."""
     tables = {}
     for unit in Unit.of(model.module):
         if unit.role != "table" or unit.part_of is not None:
@@ -90,12 +91,18 @@ def rows_of(model: Model) -> dict[str, Tensor]:
 
 
 def table_bytes(model: Model) -> int:
-    """Stored bytes of all tables, including the parts of composed tables."""
+    """Return the stored bytes of all tables, including the parts of composed tables."""
     return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "table")
 
 
 def error(before: dict[str, Tensor], after: dict[str, Tensor], weight: dict[str, Tensor]) -> float:
-    """Weighted squared error of all rows, divided by their weighted variance per table."""
+    """Return the weighted squared error of all rows, divided by their weighted variance.
+
+    Args:
+        before: original rows by table, ``(rows, dim)``.
+        after: rows after compression.
+        weight: weight of each row by table, ``(rows,)``; normalized here.
+    """
     error_sum = variance_sum = 0.0
     for name, rows in before.items():
         share = (weight[name] / weight[name].sum()).unsqueeze(1)
@@ -104,8 +111,10 @@ def error(before: dict[str, Tensor], after: dict[str, Tensor], weight: dict[str,
     return error_sum / variance_sum
 
 
-def line(model: Model, source: Model, bench: Bench, counts: dict[str, Tensor], auc: float) -> str:
-    """Bytes, errors and change of AUC of one model, as the last cells of a Markdown line."""
+def result_cells(
+    model: Model, source: Model, bench: Bench, counts: dict[str, Tensor], auc: float
+) -> str:
+    """Format bytes, errors and change of AUC of one model as the last cells of its line."""
     before, after = rows_of(source), rows_of(model)
     uniform = {name: torch.ones(len(rows), dtype=torch.float64) for name, rows in before.items()}
     cells = (
@@ -118,7 +127,7 @@ def line(model: Model, source: Model, bench: Bench, counts: dict[str, Tensor], a
 
 
 def main() -> None:
-    """Print a Markdown table with one line per form and packing."""
+    """Print a Markdown table with one line per composition and format of its parts."""
     torch.set_num_threads(1)
     bundle_ref = find(sys.argv[1] if len(sys.argv) > 1 else BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
@@ -135,15 +144,19 @@ def main() -> None:
     auc = auc_of(source.module, bench)
     distill = Distill(training=Training(tables=True, table_l2=TABLE_L2))
     print(f"AUC on validation rows as trained: {auc:.5f}; {table_bytes(source)} bytes of tables")
-    print("| form | parts | bytes | error | by lookups | change of AUC |")
+    print("| composition | parts | bytes | error | error by lookups | change of AUC |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for number, packer in enumerate(PACKERS[1:]):
             assert packer is not None
             packed = run(packer, source, bench, Path(scratch) / f"plain-{number}")
-            print(f"| none | `{packer.kind}` | {line(packed, source, bench, counts, auc)} |")
+            print(
+                f"| none | `{packer.kind}` | {result_cells(packed, source, bench, counts, auc)} |"
+            )
         distilled = run(distill, source, bench, Path(scratch) / "taught")
-        print(f"| none | float32, distilled | {line(distilled, source, bench, counts, auc)} |")
+        print(
+            f"| none | float32, distilled | {result_cells(distilled, source, bench, counts, auc)} |"
+        )
         for group, steps in groups(dim).items():
             for number, step in enumerate(steps):
                 folder = Path(scratch) / f"{group.replace('/', '-')}-{number}"
@@ -157,7 +170,7 @@ def main() -> None:
                         model = unpacked
                         if packer is not None:
                             model = run(packer, unpacked, bench, folder / kind.strip("`"))
-                        result = line(model, source, bench, counts, auc)
+                        result = result_cells(model, source, bench, counts, auc)
                         print(f"| {step_label(step)} {group} | {kind} | {result} |", flush=True)
 
 

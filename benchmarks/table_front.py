@@ -1,4 +1,4 @@
-"""How much AUC does each table method lose at each size of a click model's tables?
+"""Which table methods lose the least AUC at each size of a click model's tables (Pareto front)?
 
 Each recipe runs on the tuned networks of ``benchmarks/ctr.py`` with several seeds. The loss is the
 network's AUC on test rows minus the AUC of the compressed network, as mean and Student's t 95 %
@@ -67,13 +67,13 @@ PEERS: Lines = [
 ]
 
 
-def _additive(books: int, tables: tuple[str, ...] = ("*",), **more: Any) -> dict[str, Any]:
+def _additive_codes(books: int, tables: tuple[str, ...] = ("*",), **more: Any) -> dict[str, Any]:
     return {"kind": "additive_codes", "codebooks": books, "tables": tables, **more}
 
 
 SMALL = ("tables.daytime", "tables.weekday", "tables.isweekend", "tables.homework")
-"""Frappe fields with fewer than ten rows; cost and weather are the others."""
-TINY = {
+"""Frappe's tables with fewer than ten rows, without those of cost and weather."""
+TINY_TABLES = {
     "kind": "kmeans",
     "bits": 2,
     "scale": "none",
@@ -81,46 +81,58 @@ TINY = {
 }
 
 
-def _frappe(item: int, user: dict[str, Any], location: int) -> list[dict[str, Any]]:
-    """Additive codes for Frappe's large fields; 2 bits per weight for fields with few rows."""
+def _frappe_steps(item: int, user: dict[str, Any], location: int) -> list[dict[str, Any]]:
+    """Return steps for Frappe: additive codes for large tables, 2 bits per weight for tiny ones.
+
+    Args:
+        item: number of codes of a row of the table ``item``.
+        user: the step for the table ``user``.
+        location: number of codes of a row of the tables ``country`` and ``city``.
+    """
     return [
-        TINY,
-        _additive(item, ("tables.item",)),
+        TINY_TABLES,
+        _additive_codes(item, ("tables.item",)),
         user,
-        _additive(location, ("tables.country", "tables.city")),
+        _additive_codes(location, ("tables.country", "tables.city")),
     ]
 
 
-def _user(books: int, bits: int) -> dict[str, Any]:
-    return _additive(books, ("tables.user",), bits=bits)
+def _user_codes(books: int, bits: int) -> dict[str, Any]:
+    return _additive_codes(books, ("tables.user",), bits=bits)
 
 
-LONGER = [
-    TINY,
-    _additive(6, ("tables.item",), rounds=80, beam=16),
-    _additive(16, ("tables.user",), bits=2, rounds=40),
-    _additive(2, ("tables.country", "tables.city"), rounds=10),
+MORE_ROUNDS = [
+    TINY_TABLES,
+    _additive_codes(6, ("tables.item",), rounds=80, beam=16),
+    _additive_codes(16, ("tables.user",), bits=2, rounds=40),
+    _additive_codes(2, ("tables.country", "tables.city"), rounds=10),
 ]
 
-CHOSEN = [{**step, "draws": 4} if step["kind"] == "additive_codes" else step for step in LONGER]
+BEST_OF_DRAWS = [
+    {**step, "draws": 4} if step["kind"] == "additive_codes" else step for step in MORE_ROUNDS
+]
 
 
 OURS: dict[Name, Lines] = {
     "frappe": [
-        ("additive codes", "32 bits an item, 24 a user", _frappe(8, _user(6, 4), 2)),
-        ("additive codes", "24 bits an item, 32 a user", _frappe(6, _user(16, 2), 2)),
-        ("additive codes", "the same, fitted in 80 rounds", LONGER),
-        ("additive codes", "the same, best of 4 fits on validation rows", CHOSEN),
-        ("additive codes", "16 bits an item, 16 a user", _frappe(4, _user(4, 4), 2)),
-        ("additive codes", "8 bits an item, 8 a user", _frappe(2, _user(2, 4), 1)),
+        ("additive codes", "32 bits an item, 24 a user", _frappe_steps(8, _user_codes(6, 4), 2)),
+        ("additive codes", "24 bits an item, 32 a user", _frappe_steps(6, _user_codes(16, 2), 2)),
+        ("additive codes", "the same, fitted in 80 rounds", MORE_ROUNDS),
+        ("additive codes", "the same, best of 4 fits on validation rows", BEST_OF_DRAWS),
+        ("additive codes", "16 bits an item, 16 a user", _frappe_steps(4, _user_codes(4, 4), 2)),
+        ("additive codes", "8 bits an item, 8 a user", _frappe_steps(2, _user_codes(2, 4), 1)),
     ],
     "movielens-tag": [
         (
             "additive codes",
             "1 code of 8 bits a row",
-            [_additive(1, bits=8, traffic=1, sensitive=False)],
+            [_additive_codes(1, bits=8, traffic=1, sensitive=False)],
         ),
-        ("additive codes", "2 codes of 4 bits a row", [_additive(2, traffic=1, sensitive=False)]),
+        (
+            "additive codes",
+            "2 codes of 4 bits a row",
+            [_additive_codes(2, traffic=1, sensitive=False)],
+        ),
     ],
 }
 # Our method is black; the others use the default colour cycle.
@@ -129,12 +141,12 @@ MARKERS = {"additive codes": "o", "row-wise": "s", "SVD": "^", "product codes": 
 
 
 def table_bytes(model: Model) -> int:
-    """Stored bytes of all tables."""
+    """Return the stored bytes of all tables."""
     return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "table")
 
 
 def measure(steps: list[dict[str, Any]], model: Model, bench: Bench, test: Split) -> list[float]:
-    """Share of table bytes after compression, and losses of AUC on validation and test rows."""
+    """Return the share of bytes of tables, and the losses of AUC on validation and test rows."""
     assert bench.validation is not None
     compressed = model
     with tempfile.TemporaryDirectory() as scratch:

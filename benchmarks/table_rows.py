@@ -1,9 +1,10 @@
-"""How much AUC do fewer table rows, and rows in two tiers, lose at equal bytes?
+"""How much AUC do fewer table rows, and rows in two formats, lose at equal bytes?
 
-On the demo's tables with at least 64 rows: rows are pruned, clustered, merged or split into tiers,
-and whole tables are dropped. Prints bytes of all tables as a share of float32, the share of
-training lookups whose row changes, and the change of AUC on validation rows (which ``drop_tables``
-also uses for its decision): before and after storing the remaining rows in 8 bits.
+In the demo's tables with at least 64 rows, rows are pruned, clustered, merged, or split into a
+frequent and a rare part with different formats (``tiers``); ``drop_tables`` removes whole tables.
+Prints bytes of all tables as a share of float32, the share of training lookups whose row changes,
+and the change of AUC on validation rows, each before and after the remaining rows are stored in 8
+bits. ``drop_tables`` uses the same validation rows for its decision.
 
     recpress demo && python -m benchmarks.table_rows
 """
@@ -38,7 +39,7 @@ Steps = tuple[Step | TableStep, ...]
 
 
 def recipes() -> dict[str, Steps]:
-    """Steps by the label of their line."""
+    """Return recipes by the label of their line."""
     steps_by_label: dict[str, Steps] = {"none": (RowwiseInt8(),)}
     for keep in (0.5, 0.25):
         for importance in ("traffic", "gradient", "norm"):
@@ -67,7 +68,7 @@ def recipes() -> dict[str, Steps]:
 
 
 def affected_lookups(model: Model) -> str:
-    """Range over tables of the share of lookups that the plan reports as affected, in percent."""
+    """Format the range over tables of the share of affected lookups, as the plan reports it."""
     lines = model.plan.lines if model.plan else ()
     shares = [
         100 * float(reason.fields["share"])
@@ -91,7 +92,8 @@ def main() -> None:
     source = loaded.model
     auc = auc_of(source.module, bench)
     print(f"AUC on validation rows as trained: {auc:.5f}; {table_bytes(source)} bytes of tables")
-    print("| rows | bytes, float32 | change of AUC | lookups touched | packed | change of AUC |")
+    print("| recipe | bytes, float32 | change of AUC | affected lookups | ", end="")
+    print("bytes, packed | change of AUC |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for number, (label, steps) in enumerate(recipes().items()):

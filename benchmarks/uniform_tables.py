@@ -1,9 +1,10 @@
 """How do bits, offsets, clipping and scales of table formats change bytes, error and AUC?
 
-On the demo's tables, for every format and its settings: bytes of all tables as a share of float32,
-squared error as a share of the squared weights, the change of AUC on validation rows without
-further training, and the time to encode a large table relative to symmetric int8 in the same run.
-Further lines have scales that several rows share, and the float8 and bfloat16 formats.
+Compresses the demo's tables with every format and its settings. Prints bytes of all tables as a
+share of float32, squared error as a share of the squared weights, the change of AUC on validation
+rows without further training, and the time to encode a large table relative to symmetric int8 in
+the same run. Further lines have scales that several rows share, and the formats float8 and
+bfloat16.
 
     recpress demo && python -m benchmarks.uniform_tables
 """
@@ -37,42 +38,44 @@ from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 
 METHODS = (RowwiseInt8, RowwiseInt4, RowwiseInt2)
-RULES = ("min_max", "greedy", "mse")
+CLIPPING_RULES = ("min_max", "greedy", "mse")
 SHARED = (1, 8, 64, 0)
 LARGE = (20_000, 64)
 ROUNDS = 3
 
 
 def steps() -> Iterator[tuple[str, str, str, TableStep]]:
-    """Every step, after its labels: format, levels (offset and clipping), scales."""
+    """Yield every step with its labels: format, levels (offset and clipping), scales."""
     settings: dict[str, Any]
     for method in METHODS:
         for symmetric in (True, False):
-            for rule in RULES:
+            for rule in CLIPPING_RULES:
                 settings = {"symmetric": symmetric, "clipping": rule}
                 levels = f"{'symmetric' if symmetric else 'offset'}, {rule}"
-                yield method().kind, levels, "float16 a row", method(**settings)
+                yield method().kind, levels, "float16 per row", method(**settings)
     for method in METHODS:
         for symmetric in (True, False):
             settings = {"symmetric": symmetric, "clipping": "mse"}
             levels = f"{'symmetric' if symmetric else 'offset'}, mse"
-            yield method().kind, levels, "float32 a row", method(scale="float32", **settings)
+            yield method().kind, levels, "float32 per row", method(scale="float32", **settings)
             for rows in SHARED[1:]:
                 scales = f"float16 for {rows} rows" if rows else "one for the table"
                 yield method().kind, levels, scales, method(rows_per_scale=rows, **settings)
     for rows in SHARED:
-        scales = {0: "one for the table", 1: "float16 a row"}.get(rows, f"float16 for {rows} rows")
+        scales = {0: "one for the table", 1: "float16 per row"}.get(
+            rows, f"float16 for {rows} rows"
+        )
         yield "float8_e4m3", "", scales, Float8E4M3(rows_per_scale=rows)
     yield "bfloat16", "", "", BFloat16()
 
 
 def table_of(module: nn.Module) -> nn.Module:
-    """The table of a bag, or the module itself if it is a table."""
+    """Return the table of a bag, or the module itself if it is a table."""
     return module.table if isinstance(module, Bag) else module
 
 
 def measure(step: TableStep, model: Model, bench: Bench, folder: Path) -> tuple[float, ...]:
-    """Share of bytes, relative squared error, and AUC on validation rows."""
+    """Return the share of bytes, the relative squared error, and the AUC on validation rows."""
     compressed = run(step, model, bench, folder)
     before, after = (
         {unit.name: unit for unit in Unit.of(version.module) if unit.role == "table"}
@@ -98,7 +101,7 @@ def main() -> None:
     bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
     large = torch.randn(LARGE, generator=torch.Generator().manual_seed(0))
     print(f"AUC on validation rows as trained: {auc_of(loaded.model.module, bench):.5f}")
-    print("| format | levels | scales | bytes | error | change of AUC | time, ratio |")
+    print("| format | levels | scales | bytes | error | change of AUC | time / int8 |")
     print("|---|---|---|---|---|---|---|")
     before = auc_of(loaded.model.module, bench)
     with tempfile.TemporaryDirectory() as scratch:
@@ -106,13 +109,13 @@ def main() -> None:
             share, error, auc = measure(step, loaded.model, bench, Path(scratch) / str(number))
             print(
                 f"| `{storage}` | {levels} | {scales} | {share:.1%} | {error:.3%} "
-                f"| {auc - before:+.5f} | {ratio(step, large):.1f} |",
+                f"| {auc - before:+.5f} | {relative_encode_time(step, large):.1f} |",
                 flush=True,
             )
 
 
-def ratio(step: TableStep, large: Tensor) -> float:
-    """Time to encode a large table, divided by the interleaved time of symmetric int8."""
+def relative_encode_time(step: TableStep, large: Tensor) -> float:
+    """Return the time to encode a large table, divided by the interleaved time of int8."""
     ratios = []
     for _ in range(ROUNDS):
         times = []

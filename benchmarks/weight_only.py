@@ -1,10 +1,11 @@
 """How fast are dense layers with 8- and 4-bit weights in ONNX Runtime, by operator?
 
-Compared: the fp32 Gemm; our ``static_int8`` (calibrated, QGemm); our ``weight_int8`` and
+Compared are the fp32 Gemm; our ``static_int8`` (calibrated, QGemm); our ``weight_int8`` and
 ``weight_int4`` with float inputs and with inputs quantized to int8 at run time; and ONNX Runtime's
-8-bit product on float inputs, which we do not use. Each is first checked against the torch module;
-then all are timed interleaved in one process on one thread. The printed time is the 10 % quantile,
-because other load only adds time. Ratios are relative to the fp32 Gemm.
+8-bit product on float inputs (MatMulNBits), which recpress does not use. Each layer is first
+checked against the torch module; then all are timed interleaved in one process on one thread. The
+printed time is the 10 % quantile, because other load only adds time. Ratios are relative to the
+fp32 Gemm.
 
     python benchmarks/weight_only.py
 """
@@ -45,7 +46,7 @@ STEPS: dict[str, Step] = {
     "weight_int4/32, int8 inputs": WeightInt4(activations="int8"),
     "weight_int4/128, int8 inputs": WeightInt4(block=128, activations="int8"),
 }
-UNUSED = "8 bits, float, MatMulNBits"
+MATMUL_NBITS = "8 bits, float, MatMulNBits"
 
 
 class Layer(nn.Module):
@@ -56,13 +57,13 @@ class Layer(nn.Module):
         self.dense = nn.Linear(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Vectors ``(rows, inputs)`` -> ``(rows, outputs)``."""
+        """Map vectors ``(rows, inputs)`` to ``(rows, outputs)``."""
         y: Tensor = self.dense(x)
         return y
 
 
 def signature(inputs: int) -> Signature:
-    """The signature of a network whose only input is one vector."""
+    """Return the signature of a network whose only input is one vector."""
     item = DenseInput(name="x", shape=(inputs,))
     return Signature(
         inputs=(item,),
@@ -71,7 +72,7 @@ def signature(inputs: int) -> Signature:
 
 
 def build_sessions(width: int, folder: Path) -> dict[str, Session]:
-    """Sessions of all forms of a ``width x width`` layer, each checked against torch."""
+    """Build sessions of a ``width x width`` layer in all formats; check each against torch."""
     torch.manual_seed(0)
     config = {"inputs": width, "outputs": width}
     network = Network(architecture=Architecture(path="benchmark:Layer", config=config))
@@ -94,12 +95,12 @@ def build_sessions(width: int, folder: Path) -> dict[str, Session]:
         with torch.no_grad():
             expected = model.module(x).numpy()
         check(name, sessions[name], x.numpy(), expected)
-    sessions[UNUSED] = build_matmul_nbits(source.module, x, folder)
+    sessions[MATMUL_NBITS] = build_matmul_nbits(source.module, x, folder)
     return sessions
 
 
 def build_matmul_nbits(module: nn.Module, x: Tensor, folder: Path) -> Session:
-    """A session of the 8-bit product on float inputs, with blocks of 128 and without bias."""
+    """Build a session of the 8-bit product on float inputs, with blocks of 128, without bias."""
     weight = module.dense.weight.detach().numpy()
     width, block = len(weight), 128
     blocks = weight.reshape(width, -1, block)
@@ -129,14 +130,14 @@ def build_matmul_nbits(module: nn.Module, x: Tensor, folder: Path) -> Session:
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     session = Session(path, threads=1)
     decoded = ((codes.astype(np.float32) - 128) * scale[:, :, None]).reshape(width, width)
-    check(UNUSED, session, x.numpy(), x.numpy() @ decoded.T)
+    check(MATMUL_NBITS, session, x.numpy(), x.numpy() @ decoded.T)
     return session
 
 
 def check(
     name: str, session: Session, x: NDArray[np.float32], expected: NDArray[np.float32]
 ) -> None:
-    """Exit if a form's output differs from its module's by more than the tolerance."""
+    """Exit if the session's output differs from ``expected`` by more than the tolerance."""
     gap = float(np.abs(session.scores({"x": x}) - expected).max())
     tolerance = (5e-2 if name == "static_int8" else 1e-5) * float(expected.std())
     if gap > tolerance:
@@ -144,7 +145,7 @@ def check(
 
 
 def main() -> None:
-    """Measure all widths and batches."""
+    """Measure all widths and batch sizes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 256])
@@ -154,9 +155,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     host = machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
     print(f"{host.processor}, {host.runtime} {host.version}, 1 thread, layers of width x width,")
-    print(f"us a call, the fastest tenth of {args.rounds} in turn, and its ratio to the fp32 Gemm")
     print(
-        f"{'form':30s}" + "".join(f"{w:>8d} B={b:<5d}" for w in args.widths for b in args.batches)
+        f"us per call, the 10 % quantile of {args.rounds} interleaved calls, and the ratio to the"
+    )
+    print("fp32 Gemm")
+    print(
+        f"{'layer':30s}" + "".join(f"{w:>8d} B={b:<5d}" for w in args.widths for b in args.batches)
     )
     columns: list[dict[str, str]] = []
     for width in args.widths:

@@ -1,15 +1,16 @@
 """How small and how fast does a whole click model become, tables and dense layers together?
 
-Model: the tuned DCN-v2 of ``benchmarks/ctr.py`` on Frappe, 1.8 MB, 87 % of it dense. Ours are
-recipes of steps on the trained network. Peers quantize the ONNX graph of the same network after
-training: ONNX Runtime's ``quantize_dynamic`` and ``quantize_static`` (with and without tables), and
-NVIDIA ModelOpt if it is installed (``nvidia-modelopt onnx-graphsurgeon polygraphy cppimport lief
-onnxslim onnxconverter-common``; its extra ``onnx`` requires other versions than ours).
+The model is the tuned DCN-v2 of ``benchmarks/ctr.py`` on Frappe: 1.8 MB, 87 % of it in dense
+layers. Recipes of recpress are compared with tools ("peers") that quantize the ONNX graph of the
+same trained network: ONNX Runtime's ``quantize_dynamic`` and ``quantize_static`` (with and without
+tables), and NVIDIA ModelOpt if it is installed (``nvidia-modelopt onnx-graphsurgeon polygraphy
+cppimport lief onnxslim onnxconverter-common``; its extra ``onnx`` conflicts with our pins).
 
 Every result is evaluated as a graph in ONNX Runtime. Loss is the network's AUC on test rows minus
-the AUC of the compressed network, as mean and Student's t 95 % interval over seeds. "smaller"
-compares the bytes of all stored tensors, "file smaller" those of the graph files. Validation rows
-selected the recipes. Latency is measured with inputs already bound in the runtime.
+the AUC of the compressed network, as mean and Student's t 95 % interval over seeds. "smaller" is
+the ratio of the bytes of all stored tensors, "file smaller" of the bytes of the graph files. The
+recipes were selected by validation rows. Latency is measured with inputs already bound (IO
+binding). "the same" in a label is the recipe of the line above, with the named change.
 
     python -m benchmarks.whole_model --seeds 5 --picture docs/pictures/whole_model.png
     python -m benchmarks.whole_model --speed     # latency of the first network's graphs
@@ -67,8 +68,8 @@ THREADS = 2
 HOST = machine("ONNX Runtime", OnnxRuntime().version(), THREADS)
 
 
-def student(hidden: list[int], cross: int, dropout: float) -> dict[str, Any]:
-    """A ``distill`` step: a smaller network of the same class, with the original's training."""
+def student_step(hidden: list[int], cross: int, dropout: float) -> dict[str, Any]:
+    """Return a ``distill`` step for a smaller network of the same class."""
     return {
         "kind": "distill",
         "soft_share": 0.7,
@@ -85,9 +86,9 @@ def student(hidden: list[int], cross: int, dropout: float) -> dict[str, Any]:
     }
 
 
-LAYERS: Steps = [{"kind": "fold"}, {"kind": "static_int8"}]
+INT8_LAYERS: Steps = [{"kind": "fold"}, {"kind": "static_int8"}]
 SMALL = ("tables.daytime", "tables.weekday", "tables.isweekend", "tables.homework")
-TINY = {
+TINY_TABLES = {
     "kind": "kmeans",
     "bits": 2,
     "scale": "none",
@@ -95,10 +96,16 @@ TINY = {
 }
 
 
-def codes(item: int, user: int, location: int = 2) -> Steps:
-    """4-bit codes for large fields, as many per row as given; 2 bits per weight for tiny fields."""
+def code_steps(item: int, user: int, location: int = 2) -> Steps:
+    """Return steps for tables: 4-bit codes for large fields, 2 bits per weight for tiny fields.
+
+    Args:
+        item: number of codes of a row of the table ``item``.
+        user: number of codes of a row of the table ``user``.
+        location: number of codes of a row of the tables ``country`` and ``city``.
+    """
     return [
-        TINY,
+        TINY_TABLES,
         *(
             {"kind": "additive_codes", "codebooks": count, "rounds": 60, "tables": names}
             for count, names in (
@@ -110,23 +117,35 @@ def codes(item: int, user: int, location: int = 2) -> Steps:
     ]
 
 
-def ranks(most_error: float) -> dict[str, Any]:
-    """A ``low_rank_dense`` step with this bound on the relative squared error of the outputs."""
+def low_rank_step(most_error: float) -> dict[str, Any]:
+    """Return a ``low_rank_dense`` step with a bound on the outputs' relative squared error."""
     return {"kind": "low_rank_dense", "most_error": most_error}
 
 
-INT4: Steps = [{"kind": "rowwise_int4", "clipping": "least_squares"}]
-LAYERS_INT4: Steps = [{"kind": "fold"}, {"kind": "weight_int4", "block": 0}]
-STUDENT = student([200, 200], 3, 0.3)
+INT4_TABLES: Steps = [{"kind": "rowwise_int4", "clipping": "least_squares"}]
+INT4_LAYERS: Steps = [{"kind": "fold"}, {"kind": "weight_int4", "block": 0}]
+STUDENT = student_step([200, 200], 3, 0.3)
 OURS: list[tuple[str, Steps]] = [
-    ("int8 tables and layers", [{"kind": "rowwise_int8"}, *LAYERS]),
-    ("student 200-200, int4 tables, int8 layers", [STUDENT, *INT4, *LAYERS]),
-    ("the same, layers of low rank (2 %)", [STUDENT, ranks(0.02), *INT4, *LAYERS]),
-    ("the same, 3 %", [STUDENT, ranks(0.03), *INT4, *LAYERS]),
-    ("the same, 8 and 6 codes a row", [STUDENT, ranks(0.03), *codes(8, 6), *LAYERS]),
-    ("the same, int4 layers", [STUDENT, ranks(0.03), *codes(8, 6), *LAYERS_INT4]),
-    ("the same, 5 %, 6 and 6 codes", [STUDENT, ranks(0.05), *codes(6, 6), *LAYERS_INT4]),
-    ("the same, 8 %, 4 and 4 codes", [STUDENT, ranks(0.08), *codes(4, 4), *LAYERS_INT4]),
+    ("int8 tables and layers", [{"kind": "rowwise_int8"}, *INT8_LAYERS]),
+    ("student 200-200, int4 tables, int8 layers", [STUDENT, *INT4_TABLES, *INT8_LAYERS]),
+    (
+        "the same, layers of low rank (2 %)",
+        [STUDENT, low_rank_step(0.02), *INT4_TABLES, *INT8_LAYERS],
+    ),
+    ("the same, 3 %", [STUDENT, low_rank_step(0.03), *INT4_TABLES, *INT8_LAYERS]),
+    (
+        "the same, 8 and 6 codes a row",
+        [STUDENT, low_rank_step(0.03), *code_steps(8, 6), *INT8_LAYERS],
+    ),
+    ("the same, int4 layers", [STUDENT, low_rank_step(0.03), *code_steps(8, 6), *INT4_LAYERS]),
+    (
+        "the same, 5 %, 6 and 6 codes",
+        [STUDENT, low_rank_step(0.05), *code_steps(6, 6), *INT4_LAYERS],
+    ),
+    (
+        "the same, 8 %, 4 and 4 codes",
+        [STUDENT, low_rank_step(0.08), *code_steps(4, 4), *INT4_LAYERS],
+    ),
 ]
 
 
@@ -144,7 +163,7 @@ class _CalibrationReader:
 
 
 def quantize_dynamically(source: Path, target: Path, rows: Arrays) -> None:  # noqa: ARG001
-    """ONNX Runtime's dynamic quantization: int8 weights, inputs quantized at run time."""
+    """Quantize with ONNX Runtime: int8 weights, inputs quantized at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     reduce_range = not HOST.int8_dot  # 8-bit products saturate without VNNI
@@ -154,7 +173,7 @@ def quantize_dynamically(source: Path, target: Path, rows: Arrays) -> None:  # n
 
 
 def static_quantizer(*operators: str) -> Peer:
-    """ONNX Runtime's static quantization of these operator types; without any, of all types."""
+    """Return ONNX Runtime's static quantizer for these operator types; for all if none is given."""
 
     def quantize(source: Path, target: Path, rows: Arrays) -> None:
         from onnxruntime.quantization import QuantType, quantize_static
@@ -174,7 +193,7 @@ def static_quantizer(*operators: str) -> Peer:
 
 
 def quantize_with_modelopt(source: Path, target: Path, rows: Arrays) -> None:
-    """NVIDIA ModelOpt's ONNX quantization to int8."""
+    """Quantize to int8 with NVIDIA ModelOpt."""
     from modelopt.onnx.quantization import quantize
 
     with contextlib.redirect_stdout(sys.stderr):  # its calibration prints to stdout
@@ -182,7 +201,7 @@ def quantize_with_modelopt(source: Path, target: Path, rows: Arrays) -> None:
             str(source),
             quantize_mode="int8",
             calibration_data=rows,
-            # Without shapes it treats a batch as one row and quantizes no product.
+            # Without shapes ModelOpt treats a batch as one row and quantizes no product.
             calibration_shapes=",".join(f"{name}:{len(ids)}" for name, ids in rows.items()),
             calibration_eps=["cpu"],
             high_precision_dtype="fp32",  # CPUs have no float16 products
@@ -222,7 +241,7 @@ def run_recipe(steps: Steps, model: Model, bench: Bench, cache: Path) -> Model:
 
 
 def arrays(split: Split, rows: int | None = None) -> tuple[Arrays, NDArray[Any]]:
-    """Inputs and labels of a split, or of its first ``rows`` rows."""
+    """Load inputs and labels of a split, or of its first ``rows`` rows."""
     inputs, label = load_split(split)
     return {name: ids[:rows].numpy() for name, ids in inputs.items()}, label[:rows].numpy()
 
@@ -236,19 +255,19 @@ def write_graph(model: Model, bench: Bench, path: Path) -> Path:
 
 
 def auc_of(path: Path, split: Split) -> float:
-    """AUC of a graph on the rows of a split."""
+    """Return the AUC of a graph on the rows of a split."""
     inputs, label = arrays(split)
     return point_estimates.auc(label, Session(path, THREADS).scores(inputs))
 
 
 def initializer_bytes(path: Path) -> int:
-    """Bytes of all initializers of a graph."""
+    """Return the bytes of all initializers of a graph."""
     graph = onnx.load(path).graph
     return sum(onnx.numpy_helper.to_array(item).nbytes for item in graph.initializer)
 
 
 def graphs_of(seed: int, folder: Path, cache: Path) -> Iterator[tuple[str, Path, int]]:
-    """Name, graph and stored bytes of every line of the table; the original model is first."""
+    """Yield name, graph and stored bytes of every line of the table; the original is first."""
     model, bench = load_baseline(NAME, seed, folder, cache)
     splits, _ = prepare_splits(NAME, folder, cache)
     # Steps that calibrate use training rows, since Frappe has no calibration split.
@@ -263,7 +282,7 @@ def graphs_of(seed: int, folder: Path, cache: Path) -> Iterator[tuple[str, Path,
             try:
                 quantize(source, path, rows)
             except ImportError:
-                print(f"{name} is not installed: left out", file=sys.stderr)
+                print(f"skipped {name}: not installed", file=sys.stderr)
                 continue
         yield name, path, initializer_bytes(path)
     for name, steps in OURS:
@@ -273,7 +292,7 @@ def graphs_of(seed: int, folder: Path, cache: Path) -> Iterator[tuple[str, Path,
 
 
 def losses_of(seed: int, folder: Path, cache: Path) -> dict[str, tuple[float, float, float, float]]:
-    """By line: size ratios (tensors, file), and losses on validation and test rows.
+    """Return by line the size ratios (tensors, file) and losses on validation and test rows.
 
     AUCs are stored next to the graphs, so that an interrupted run can be continued.
     """
@@ -299,7 +318,7 @@ def losses_of(seed: int, folder: Path, cache: Path) -> dict[str, tuple[float, fl
 
 
 def print_sizes(seeds: int, folder: Path, cache: Path) -> dict[str, list[tuple[float, ...]]]:
-    """Print the table of sizes and losses; return by line the numbers of all networks."""
+    """Print the table of sizes and losses; return by line the results of all networks."""
     by_seed = [losses_of(seed, folder, cache) for seed in range(seeds)]
     print(f"\n{NAME}, {seeds} networks\n")
     print("| | smaller | file smaller | loss of AUC, test rows | validation rows |")

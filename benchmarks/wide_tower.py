@@ -1,7 +1,7 @@
 """How fast is a click model of Criteo's size: 26 fields of dim 64, hidden layers of 512 and 256?
 
-Only latency is measured, so the network is untrained. Compares float32, int8 by ONNX Runtime and
-by ModelOpt, and our recipes on the same network, interleaved in one process.
+Only latency is measured, so the network is untrained. It is compared in float32, in int8 of ONNX
+Runtime's and ModelOpt's quantizers, and after recipes of recpress, interleaved in one process.
 
     python -m benchmarks.wide_tower
 """
@@ -36,7 +36,7 @@ RECIPES = {
 
 
 def network() -> Model:
-    """The network with random weights from a fixed seed."""
+    """Return the network with random weights from a fixed seed."""
     config = {
         "fields": [{"name": name, "rows": rows} for name, rows in FIELDS.items()],
         "dim": 64,
@@ -46,8 +46,8 @@ def network() -> Model:
     }
     torch.manual_seed(0)
     module = DCNv2(**config).eval()
-    built = Architecture(path="examples.dcnv2:DCNv2", config=config)
-    return Model(module, DCNv2, Network(architecture=built))
+    arch = Architecture(path="examples.dcnv2:DCNv2", config=config)
+    return Model(module, DCNv2, Network(architecture=arch))
 
 
 def write_rows(folder: Path) -> Split:
@@ -76,7 +76,7 @@ def main() -> None:
             try:
                 quantize(paths[0], path, rows)
             except ImportError:
-                print(f"{name} is not installed: left out")
+                print(f"skipped {name}: not installed")
                 continue
             names.append(name)
             paths.append(path)
