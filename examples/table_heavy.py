@@ -1,9 +1,9 @@
 """A click model whose bytes are almost all in tables, on synthetic data with many rare ids.
 
 The model is a factorization machine plus a small perceptron over id fields. Ids follow Zipf's law
-and labels depend on latent factors of each id. Frequent rows of the tables therefore generalize,
-and rare rows are memorized. ``python -m examples.table_heavy FOLDER [small]`` writes the draft of a
-bundle.
+and labels depend on latent factors of each id. The model therefore learns the factors of frequent
+ids and memorizes the labels of rare ids. ``python -m examples.table_heavy FOLDER [small]`` writes
+the draft of a bundle.
 """
 
 import json
@@ -51,7 +51,7 @@ class FactorizationPerceptron(nn.Module):
                 nn.init.normal_(weight, std=0.05)
 
     def forward(self, **ids: Tensor) -> Tensor:
-        """Logits float ``(rows,)`` of ids int ``(rows,)``, one keyword argument per field."""
+        """Return logits float ``(rows,)`` of ids int ``(rows,)``, given by field."""
         vectors = torch.stack([self.vectors[f](ids[f]) for f in self.fields], dim=1)
         linear = torch.stack([self.linear[f](ids[f]) for f in self.fields], dim=1).sum(dim=(1, 2))
         total = vectors.sum(dim=1)  # (rows, dim)
@@ -142,6 +142,11 @@ def _columns(
     order: list[NDArray[np.int64]],
     random: np.random.Generator,
 ) -> Columns:
+    """Draw ``count`` rows: ids by frequency, and labels from the latent factors of the ids.
+
+    By field, ``latent`` has the factors of each id, ``(rows, 4)``, and ``order`` the ids in
+    descending order of frequency, ``(rows,)``.
+    """
     ids = []
     for rows, id_of_rank in zip(size.rows, order, strict=True):
         frequency = np.arange(1, rows + 1) ** -size.zipf

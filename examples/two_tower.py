@@ -45,7 +45,7 @@ class IdTower(nn.Module):
             self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), last)
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Vectors float ``(rows, dim)`` of ids int ``(rows,)``."""
+        """Return vectors float ``(rows, dim)`` of ids int ``(rows,)``."""
         vector: Tensor = self.table(inputs[self.name])  # (rows, dim)
         if self.layers is not None:
             vector = vector + self.layers(vector)
@@ -60,7 +60,8 @@ class TwoTower(nn.Module):
         items: number of items.
         dim: width of both tables and of the vectors.
         hidden: width of each tower's residual layer; 0 means no layer.
-        temperature: divisor of the cosine in a score; part of the user tower's scale.
+        temperature: divisor of the cosine similarity in a score; it is part of the scale of the
+            user tower's vectors.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class TwoTower(nn.Module):
         self.item = IdTower("item", items, dim, hidden, 1.0)
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
-        """Scores float ``(rows,)`` of ids int ``(rows,)``; higher scores rank first."""
+        """Return scores float ``(rows,)`` of ids int ``(rows,)``; higher scores rank first."""
         score: Tensor = (self.query(user=user) * self.item(item=item)).sum(dim=1)
         return score
 
@@ -81,13 +82,13 @@ class Training:
     """Training settings, selected by a few runs on validation rows, without a search."""
 
     dim: int = 64
-    # Does not improve validation recall over 0; gives the model dense layers to compress.
+    # With 0 validation recall is the same; the layers make the example more useful to compress.
     hidden: int = 64
     temperature: float = 0.1
     batch: int = 1024
     learning_rate: float = 3e-3
-    # The learning rate decays to 0 over `epochs`; a second run may stop at the best epoch of the
-    # first.
+    # The learning rate decays to 0 over `epochs`. A second run with the same decay ends after
+    # `stop_after` epochs, the best epoch of the first run.
     epochs: int = 8
     stop_after: int | None = None
     patience: int = 2
@@ -99,7 +100,7 @@ class Training:
 def train(
     network: TwoTower,
     pairs: Ints,
-    recipe: Training,
+    settings: Training,
     measure: Callable[[TwoTower], float] | None,
     log: Callable[[str], None],
 ) -> tuple[int, float]:
@@ -108,29 +109,29 @@ def train(
     Args:
         network: network to train; in evaluation mode afterwards.
         pairs: user and item, int64 ``(rows, 2)``.
-        recipe: training settings.
+        settings: training settings.
         measure: metric to maximize, evaluated after every epoch; the network ends with the
-            weights of the best epoch. None trains until ``recipe.stop_after``.
+            weights of the best epoch. None trains until ``settings.stop_after``.
         log: called with each line of progress.
 
     Returns:
         The selected epoch, counted from 1, and its metric (NaN without ``measure``).
     """
-    generator = torch.Generator().manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     interactions = torch.from_numpy(pairs)
-    # Sampling frequency of an item in a batch: the correction of the softmax.
+    # In-batch negatives are sampled by item frequency; its logarithm is subtracted from the logits.
     counts = torch.bincount(interactions[:, 1], minlength=network.item.table.num_embeddings)
     log_frequency = (counts.clamp(min=1) / len(interactions)).log().float()
     tables = [network.query.table, network.item.table]
     dense = [p for name, p in network.named_parameters() if ".layers." in name]
-    # Sparse updates step only the few table rows of a batch: ten times faster.
+    # Sparse updates change only the table rows of a batch, which is ten times faster.
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SparseAdam([table.weight for table in tables], recipe.learning_rate)
+        torch.optim.SparseAdam([table.weight for table in tables], settings.learning_rate)
     ]
     if dense:
-        optimizers.append(torch.optim.Adam(dense, recipe.learning_rate))
-    steps, step = recipe.epochs * -(-len(interactions) // recipe.batch), 0
-    last = recipe.stop_after or recipe.epochs
+        optimizers.append(torch.optim.Adam(dense, settings.learning_rate))
+    steps, step = settings.epochs * -(-len(interactions) // settings.batch), 0
+    last = settings.stop_after or settings.epochs
     best, best_epoch, state = -1.0, last, dict[str, Tensor]()
     for epoch in range(1, last + 1):
         network.train()
@@ -138,7 +139,7 @@ def train(
             table.sparse = True
         total = 0.0
         for rows in torch.split(
-            torch.randperm(len(interactions), generator=generator), recipe.batch
+            torch.randperm(len(interactions), generator=generator), settings.batch
         ):
             user, item = interactions[rows, 0], interactions[rows, 1]
             logits = network.query(user=user) @ network.item(item=item).T  # (batch, batch)
@@ -150,7 +151,7 @@ def train(
             torch.autograd.backward(loss)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * (1 - step / steps)
+                    group["lr"] = settings.learning_rate * (1 - step / steps)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -166,7 +167,7 @@ def train(
         log(f"epoch {epoch:2d}  {loss_and_metric}")
         if metric > best:
             best, best_epoch, state = metric, epoch, copy.deepcopy(network.state_dict())
-        elif epoch - best_epoch == recipe.patience:
+        elif epoch - best_epoch == settings.patience:
             break
     if measure is None:
         return last, float("nan")
@@ -176,6 +177,9 @@ def train(
 
 @torch.no_grad()
 def vectors(network: TwoTower, users: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Vectors of the given users and of all items, float ``(users, dim)`` and ``(items, dim)``."""
+    """Return vectors of users, float ``(users, dim)``, and of all items, ``(items, dim)``.
+
+    ``users`` are the arguments of the user tower by name.
+    """
     items = torch.arange(network.item.table.num_embeddings)
     return network.query(**users), network.item(item=items)
