@@ -117,7 +117,7 @@ class DataRefused(Refused):
         "size or 1 GiB. Write it without repeating one row so often, or as several files.",
         "file_broken_off": "{file} could not be read to its end: {problem}",
         "file_changed": "{file} changed while it was read: {expected} rows before, {got} now. "
-        "Leave the files of a split alone until it is packed.",
+        "Do not change the files of a split until it is packed.",
         "schema_unfit": "{path} does not fit the signature:{problems:list}",
         "shapes_unfit": "The data does not fit the declared shapes:{problems:list}",
         "ids_unfit": "The data does not fit the model's tables:{problems:list}",

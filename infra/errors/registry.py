@@ -52,8 +52,8 @@ class TritonRefused(Refused):
     """A folder of a Triton repository is not ours, or a graph cannot be configured for Triton."""
 
     sentences: ClassVar = {
-        "configuration_foreign": "{path} was not written by recpress, so it is left alone. Move it "
-        "away or choose another repository.",
+        "configuration_foreign": "{path} was not written by recpress, so it is not changed. Move "
+        "it away or choose another repository.",
         "configuration_impossible": "{model} version {version}, {target}: it cannot be configured "
         "for Triton ({problem}).",
         "batch_sizes_missing": "The report of {model}, order {order:.12}, does not contain the "

@@ -76,7 +76,7 @@ class SettingRefused(Refused):
         "got {file} with schema {schema!r}. Install the MLflow version that wrote it, or a later "
         "one.",
         "registry_incomplete": "The registry {file} is incomplete ({problem}) and holds {versions} "
-        "registered version(s), so it is left as it is. Restore it from a backup; or move it away "
+        "registered version(s), so it is not changed. Restore it from a backup; or move it away "
         "and run 'recpress registry restore', which registers every result in the store again.",
         # --- Prefect
         "prefect_not_configured": "Expected a Prefect server, got none: PREFECT_API_URL is not set "
@@ -88,8 +88,8 @@ class SettingRefused(Refused):
         "prefect_not_listing": "Expected the Prefect server at {address} to list its work pools, "
         "got HTTP {status}. Set PREFECT_API_URL to the address of Prefect's API, which ends with "
         "/api, or unset it for the embedded one.",
-        "prefect_answer_foreign": "Expected Prefect's API at {address}, got another answer "
-        "({problem}). Correct PREFECT_API_URL, or unset it for the embedded one.",
+        "prefect_answer_foreign": "Expected Prefect's API at {address}, got a response of another "
+        "service ({problem}). Correct PREFECT_API_URL, or unset it for the embedded one.",
         # --- services that run as plain processes
         "services_running": "The services of {folder} run already. Stop them, or set another "
         "RECPRESS_HOME.",

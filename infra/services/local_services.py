@@ -72,7 +72,7 @@ class LocalProcesses:
         self._logs = state / "logs"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ready: set[str] = set()
-        self._started: dict[str, float] = {}
+        self._start_times: dict[str, float] = {}
         self._restarts: dict[str, int] = {}
         self._restart_at: dict[str, float] = {}
 
@@ -91,12 +91,12 @@ class LocalProcesses:
                     self._check_ready(service)
             self.check()
             if time.monotonic() > end:
-                late = sorted(self._services.keys() - self._ready)
+                unready = sorted(self._services.keys() - self._ready)
                 raise ServiceFailed(
                     "services_not_ready",
                     seconds=seconds,
-                    services=tuple(late),
-                    output=self._log_end(late[0]),
+                    services=tuple(unready),
+                    output=self._log_end(unready[0]),
                 )
             time.sleep(POLL_SECONDS)
 
@@ -122,7 +122,7 @@ class LocalProcesses:
                 continue
             if name not in self._restart_at:
                 _signal(process, signal.SIGKILL, group=True)
-                if now - self._started[name] >= STEADY_SECONDS:
+                if now - self._start_times[name] >= STEADY_SECONDS:
                     self._restarts[name] = 0
                 count = self._restarts.get(name, 0)
                 delay = RESTART_SECONDS[min(count, len(RESTART_SECONDS) - 1)]
@@ -134,7 +134,7 @@ class LocalProcesses:
 
     def _run(self, service: Service) -> None:
         self._processes[service.name] = _start(service, self._logs)
-        self._started[service.name] = time.monotonic()
+        self._start_times[service.name] = time.monotonic()
 
     def stop(self) -> None:
         """Stop all services, the last one first; kill processes that do not stop in time."""
@@ -172,7 +172,7 @@ class LocalProcesses:
         return f"Its log {log} ends:\n{log.read_text(errors='replace')[-TAIL_CHARACTERS:]}"
 
 
-def prepared(state: Path, *, any_ports: bool) -> Services:
+def prepare_services(state: Path, *, any_ports: bool) -> Services:
     """Read the compose file and create the folders and files that the services need.
 
     Args:
@@ -318,7 +318,7 @@ def up(*, any_ports: bool) -> None:
     """
     state = load_settings().home / "services"
     with _state_lock(state):
-        services = prepared(state, any_ports=any_ports)
+        services = prepare_services(state, any_ports=any_ports)
         running = LocalProcesses(services, state)
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)

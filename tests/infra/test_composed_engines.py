@@ -1,4 +1,7 @@
-"""TensorRT-RTX engines of tables composed of smaller tables: the parts stay packed."""
+"""TensorRT-RTX engines of tables composed of smaller tables: the parts stay packed.
+
+``infra/tensorrt/audit.py`` explains the terms of the audit: widened, scratch memory, flat.
+"""
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ needs_rtx = pytest.mark.skipif(
 )
 FIELDS, DIM = 26, 32
 ROWS = 400_000  # a float16 copy of half of them is larger than the activations' scratch memory
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(
         IdInput(
             name="ids",
@@ -73,10 +76,10 @@ def test_engine_stores_composed_tables_packed(step: Step, tmp_path, monkeypatch)
     monkeypatch.setattr(quotient_remainder, "ENOUGH", 1.0)
     torch.manual_seed(0)
     network = Network(architecture=Architecture(path=f"{__name__}:Wide", config={}))
-    bench = Bench(signature=SCHEMA)
+    bench = Bench(signature=SIGNATURE)
     model = run(step, Model(Wide().eval(), Wide, network), bench, tmp_path / "model")
     packed = run(RowwiseInt8(), model, bench, tmp_path / "packed")
-    (form,) = served_graphs(SCHEMA)
+    (form,) = served_graphs(SIGNATURE)
     lowered = lower(packed.module, form, "tensorrt-rtx", tmp_path / "model.onnx")
     planned = sum(line.bytes_after for line in packed.plan.lines)
     request = BuildRequest(

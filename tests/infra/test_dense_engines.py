@@ -1,4 +1,7 @@
-"""TensorRT-RTX engines of compressed dense layers: packed weights and 2:4 sparsity."""
+"""TensorRT-RTX engines of compressed dense layers: packed weights and 2:4 sparsity.
+
+The outcome "not told" means that the builder's log does not report its choice of kernels.
+"""
 
 import json
 import re
@@ -28,7 +31,7 @@ needs_rtx = pytest.mark.skipif(
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 INPUTS, WIDTH = 500, 512  # 500 is no multiple of a block of weights that share a scale
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(INPUTS,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
@@ -58,12 +61,14 @@ def compress(step: Step, tmp_path) -> Model:
     rows = {"x": torch.randn(64, INPUTS), "@label": torch.zeros(64)}
     save_file(rows, folder / "data.safetensors")
     calibration = Split(path=str(folder), sha256="0" * 64, rows=64)
-    return run(step, source, Bench(signature=SCHEMA, calibration=calibration), tmp_path / "made")
+    return run(
+        step, source, Bench(signature=SIGNATURE, calibration=calibration), tmp_path / "compressed"
+    )
 
 
 def build(model: Model, tmp_path, layers: tuple[str, ...] = ()) -> Engine:
     path = tmp_path / "model.onnx"
-    (form,) = served_graphs(SCHEMA)
+    (form,) = served_graphs(SIGNATURE)
     lower(model.module, form, "tensorrt-rtx", path)
     request = BuildRequest(
         target="tensorrt-rtx",

@@ -72,7 +72,7 @@ def test_find_order_returns_the_same_version_as_by_order(registry, tmp_path):
 def test_versions_are_sorted_as_numbers_newest_first(registry):
     for number in range(11):
         publish(registry, f"{number:064x}")
-    assert [found.version for found in registry.versions("ranker")] == [
+    assert [item.version for item in registry.versions("ranker")] == [
         str(number) for number in range(11, 0, -1)
     ]
 
@@ -87,7 +87,7 @@ def test_two_processes_publishing_one_order_to_a_missing_registry_create_one_ver
     uri = f"sqlite:///{tmp_path}/new folder/registry.db"
     lines = publish_in_processes(uri, 2)
     assert lines[0] == lines[1], "both processes got the same version"
-    assert [found.version for found in Registry(uri).versions("ranker")] == [lines[0].split()[0]]
+    assert [item.version for item in Registry(uri).versions("ranker")] == [lines[0].split()[0]]
 
 
 def publish_in_processes(uri: str, count: int) -> list[str]:
@@ -118,7 +118,7 @@ def test_concurrent_publishers_keep_the_lowest_version_and_delete_the_others(reg
     monkeypatch.setattr(Registry, "by_order", first_query_finds_nothing)
     versions = {publish(registry).version for _ in range(3)}
     assert versions == {"2"}
-    assert [found.version for found in registry.versions("ranker")] == ["2", "1"]
+    assert [item.version for item in registry.versions("ranker")] == ["2", "1"]
 
 
 def test_four_threads_publishing_one_order_create_one_version(registry):

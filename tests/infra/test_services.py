@@ -579,7 +579,7 @@ def test_missing_programs_are_refused_with_how_to_install_them(
 ) -> None:
     monkeypatch.setattr(local_services, "_path", lambda: str(tmp_path))
     with raises_code(SettingRefused, "programs_missing") as raised:
-        local_services.prepared(tmp_path / "state", any_ports=True)
+        local_services.prepare_services(tmp_path / "state", any_ports=True)
     assert {"initdb", "weed"} <= set(raised.value.fields["programs"])
     for words in ("apt-get install postgresql", "the extra 'services'"):
         assert words in raised.value.fields["remedy"]

@@ -1,4 +1,7 @@
-"""Build TensorRT-RTX engines in a child process, and audit their weights and scratch memory."""
+"""Build TensorRT-RTX engines in a child process, and audit their weights and scratch memory.
+
+``infra/tensorrt/audit.py`` explains the terms of the audit: widened, scratch memory, twin, flat.
+"""
 
 import hashlib
 import json
@@ -409,10 +412,11 @@ def test_halve_cuts_shared_scales_to_those_of_the_kept_rows():
     )
     # Half the rows, rounded down to an even number of groups of 64.
     kept_rows = rows // 128 // 2 * 128
-    kept = kept_rows // 64
-    assert halve(model, [table]) == (rows - kept_rows) * DIM + (len(shared) - kept) * 2
+    kept_scales = kept_rows // 64
+    removed_scales = len(shared) - kept_scales
+    assert halve(model, [table]) == (rows - kept_rows) * DIM + removed_scales * 2
     (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")
-    np.testing.assert_array_equal(numpy_helper.to_array(scale), shared[:kept])
+    np.testing.assert_array_equal(numpy_helper.to_array(scale), shared[:kept_scales])
     initializers = find_tables(model, [table.model_copy(update={"rows": kept_rows})])
     assert [tensor.name for tensor in initializers["items"]] == ["codes", "scale", "codebook"]
 

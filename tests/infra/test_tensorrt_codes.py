@@ -1,4 +1,7 @@
-"""TensorRT-RTX engines of tables with codebooks: the codes stay packed."""
+"""TensorRT-RTX engines of tables with codebooks: the codes stay packed.
+
+``infra/tensorrt/audit.py`` explains the terms of the audit: widened, scratch memory, flat.
+"""
 
 import onnx
 import pytest
@@ -27,7 +30,7 @@ FIELDS = 26
 # So many rows that a widened copy of 16-byte codes is larger than the 8.2 MB of scratch memory that
 # every one of these engines uses.
 ROWS, DIM = 600_000, 32
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(
         IdInput(
             name="ids", table="items", columns=tuple("abcdefghijklmnopqrstuvwxyz"), shape=(FIELDS,)
@@ -69,7 +72,7 @@ def build(step: TableStep, tmp_path, modify=None) -> tuple[Engine, int]:
     """
     module = Fields(random_table(step)).eval()
     path = tmp_path / "model.onnx"
-    (form,) = served_graphs(SCHEMA)
+    (form,) = served_graphs(SIGNATURE)
     lowered = lower(module, form, "tensorrt-rtx", path)
     if modify is not None:
         graph = onnx.load(path)

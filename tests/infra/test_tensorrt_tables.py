@@ -1,4 +1,7 @@
-"""TensorRT-RTX engines of tables in every quantized format: the table stays packed."""
+"""TensorRT-RTX engines of tables in every quantized format: the table stays packed.
+
+``infra/tensorrt/audit.py`` explains the terms of the audit: widened, scratch memory, twin, flat.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -49,13 +52,15 @@ class Fields(nn.Module):
         return score
 
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(IdInput(name="item", table="item", columns=("a", "b"), shape=(FIELDS,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 
 class Case(NamedTuple):
+    """A step, the bytes that its format stores per row, and TensorRT's type of the codes."""
+
     step: TableStep
     row_bytes: float
     constant_type: str
@@ -84,10 +89,12 @@ CASES = {
 
 def build_request(case: Case, folder: Path) -> BuildRequest:
     """Quantize the table, lower the model, and return the request to build its engine."""
-    model = run(case.step, Reference(Fields, SCHEMA).model(), Bench(signature=SCHEMA), folder / "s")
+    model = run(
+        case.step, Reference(Fields, SIGNATURE).model(), Bench(signature=SIGNATURE), folder / "s"
+    )
     packed = stored_bytes(model.module)
     assert packed == ROWS * case.row_bytes + bytes_outside_rows(model.module)
-    lowered = lower(model.module, whole(SCHEMA), "tensorrt-rtx", folder / "model.onnx", 64)
+    lowered = lower(model.module, whole(SIGNATURE), "tensorrt-rtx", folder / "model.onnx", 64)
     (table,) = lowered.tables
     weights = TableWeights(
         module=table.module, rows=table.rows, initializers=table.names, every=table.every
