@@ -67,12 +67,15 @@ PEERS: Lines = [
 ]
 
 
-def _additive_codes(books: int, tables: tuple[str, ...] = ("*",), **more: Any) -> dict[str, Any]:
-    return {"kind": "additive_codes", "codebooks": books, "tables": tables, **more}
+def _additive_codes(
+    codebooks: int, tables: tuple[str, ...] = ("*",), **settings: Any
+) -> dict[str, Any]:
+    """Return the step ``additive_codes``, with ``codebooks`` codes per row."""
+    return {"kind": "additive_codes", "codebooks": codebooks, "tables": tables, **settings}
 
 
 SMALL = ("tables.daytime", "tables.weekday", "tables.isweekend", "tables.homework")
-"""Frappe's tables with fewer than ten rows, without those of cost and weather."""
+"""Frappe's smallest tables, of 2 to 7 rows."""
 TINY_TABLES = {
     "kind": "kmeans",
     "bits": 2,
@@ -97,8 +100,8 @@ def _frappe_steps(item: int, user: dict[str, Any], location: int) -> list[dict[s
     ]
 
 
-def _user_codes(books: int, bits: int) -> dict[str, Any]:
-    return _additive_codes(books, ("tables.user",), bits=bits)
+def _user_codes(codebooks: int, bits: int) -> dict[str, Any]:
+    return _additive_codes(codebooks, ("tables.user",), bits=bits)
 
 
 MORE_ROUNDS = [

@@ -88,7 +88,7 @@ class Registry:
             model: the registered model's name; created if missing.
             order: digest of the order that produced the release.
             source: the release artifact's URI.
-            tags: all tags of the version.
+            tags: tags of the version; a tag with the order's digest is added.
             description: text for people; shortened to the registry's limit.
 
         Raises:

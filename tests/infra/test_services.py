@@ -448,8 +448,8 @@ def run(tmp_path: Path) -> Iterator[Callable[..., local_services.LocalProcesses]
     (tmp_path / "logs").mkdir()
 
     def create(*services: Service) -> local_services.LocalProcesses:
-        described = Services(services=services, client={}, files={}, folders=())
-        created.append(local_services.LocalProcesses(described, tmp_path))
+        all_services = Services(services=services, client={}, files={}, folders=())
+        created.append(local_services.LocalProcesses(all_services, tmp_path))
         return created[-1]
 
     yield create
