@@ -105,7 +105,7 @@ class PromotionRefused(Refused):
         "verdict_contradicts_judgements": "The report of {model} version {version} contradicts "
         "itself: {problem}. It was changed after it was judged. Compress the model again.",
         "outcome_contradicts_verdicts": "The report of {model} version {version} contradicts "
-        "itself: it says {stated}, but its targets' verdicts result in {computed}. It was changed "
+        "itself: it says {stated}, and its targets' verdicts add up to {computed}. It was changed "
         "after it was judged. Compress the model again.",
         "not_accepted": "{model} version {version} is {outcome} ({reasons}). Only an accepted "
         "version can become champion.",
