@@ -6,8 +6,8 @@ from infra.errors.base import Refused
 
 _ROOT = "Give a folder, file:///folder or s3://bucket/prefix."
 PREFECT_CREDENTIALS = (
-    "For your own server, set PREFECT_API_AUTH_STRING to its PREFECT_SERVER_API_AUTH_STRING (after "
-    "'make up-local' it is in client.env); for Prefect Cloud, set PREFECT_API_KEY."
+    "Set PREFECT_API_AUTH_STRING to the PREFECT_SERVER_API_AUTH_STRING of your own server (after "
+    "'make up-local' it is in client.env), or set PREFECT_API_KEY for Prefect Cloud."
 )
 
 
