@@ -181,7 +181,7 @@ def test_single_file_has_the_usual_name(large, tmp_path):
 
 
 def resident_bytes(path: Path) -> int:
-    """The pages of a mapped file that count as memory of this process (Linux)."""
+    """Return the bytes of a mapped file that are resident in this process (Linux)."""
     total = 0
     is_of_file = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -212,7 +212,7 @@ def test_encoding_a_mapped_table_gives_equal_codes_and_leaves_its_pages_unmapped
 
 @pytest.mark.parametrize("changed", ["written", "other tensor"])
 def test_tensor_that_differs_from_its_file_is_not_read_from_it(changed, tmp_path):
-    module = stored(tmp_path / "source")
+    module = save_and_load(tmp_path / "source")
     files = tensor_files(module, tmp_path / "source")
     weight = module.user.weight
     assert file_of(weight, files) == files["user.weight"]
