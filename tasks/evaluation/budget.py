@@ -11,7 +11,7 @@ from tasks.orchestration.workspace import local
 from tasks.stages import compare_stages
 
 
-@task(task_run_name="measure the quality loss", **KEPT)
+@task(task_run_name="evaluate the quality loss", **KEPT)
 def quality_loss(
     original: Scored,
     now: Scored,

@@ -297,7 +297,7 @@ def test_killed_flow_resumes_after_its_last_completed_task(
     assert result.state == "Completed"
     for task in ("pull", "validate", "prepare", first_step):
         assert set(result.states_of(task)) == {"Cached"}, (task, result.tasks)
-    assert result.states_of("measure") == ["Completed"]
+    assert result.states_of("measure onnxruntime") == ["Completed"]
     assert registered("killed") == ["1"]
 
     code, output = run_main(monkeypatch, capsys, *command[3:], "--limit", limit)
@@ -352,7 +352,7 @@ def test_champion_limit_holds_without_a_champion_and_is_measured_with_one(
     promote("clicks", accepted_order.result.finished.version, "the first")
     result = run_without_prefect(order)
     size, quality = result.finished.report.targets[0].verdict.judgements
-    assert result.states_of("measure") == ["Completed"]
+    assert result.states_of("measure onnxruntime") == ["Completed"]
     assert size.measured is not None
     assert quality.measured is not None
     # The champion is the same graph: same bytes and same scores.

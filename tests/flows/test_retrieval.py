@@ -166,7 +166,7 @@ def test_report_contains_retrieval_metrics_latency_and_stages(
     with_code(finished.report.targets[0].verdict.reasons, "top20_overlap")
     text = (local(finished.release) / "report.md").read_text()
     assert "Recall@20" in text
-    assert "latency is of the query graph" in text
+    assert "Latency is of the query graph" in text
     assert "onnxruntime, item: vectors differ from torch by at most" in text
     stages = finished.report.stages
     assert [stage.step for stage in stages] == ["as trained", "rowwise_int4", "static_int8"]
