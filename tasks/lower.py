@@ -118,7 +118,7 @@ def _check_graph(
     Raises:
         ParityLost, AuditFailed: as ``lower_model``.
     """
-    served = lowered.served.form
+    served = lowered.served.served_graph
     signature, plan = served.signature, _plan_of_graph(loaded, served)
     runtime = runtime_of_graphs(target)
     comparison_runtime = OnnxRuntime() if runtime is None else runtime

@@ -92,7 +92,7 @@ def lower(
         NotLowerable: torch.export cannot trace the module, or an operator has no ONNX form.
         AuditFailed: a packed weight is missing in the graph, or takes more bytes than stored.
     """
-    wrapper, program = exported(model, served_graph, target, most_rows)
+    wrapper, program = export_program(model, served_graph, target, most_rows)
     tables = _table_initializers(wrapper, program.model.graph)
     _retype(program.model, wrapper, target)
     initializers = program.model.graph.initializers
@@ -143,7 +143,7 @@ def _inline_bytes(model: ir.Model) -> int:
     return sum(value.nbytes for value in values if not isinstance(value, ir.ExternalTensor))
 
 
-def exported(
+def export_program(
     model: nn.Module, served_graph: ServedGraph, target: str, most_rows: int = 65_536
 ) -> tuple[ServingWrapper, torch.onnx.ONNXProgram]:
     """Export one graph of a model with torch, before it is simplified.
@@ -213,7 +213,7 @@ def _export(
                 dynamic_shapes=(shapes,),
                 opset_version=OPSET,
                 input_names=list(names),
-                output_names=[wrapper.form.output],
+                output_names=[wrapper.served_graph.output],
                 optimize=False,
                 verbose=False,
             )

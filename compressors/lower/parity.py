@@ -30,7 +30,7 @@ from compressors.lower.targets.registry import lowering_target
 FloatArray = NDArray[np.float32]
 
 
-def compare(expected: FloatArray, found: FloatArray, plan: Plan | None, target: str) -> Parity:
+def check_parity(expected: FloatArray, found: FloatArray, plan: Plan | None, target: str) -> Parity:
     """Compare scores ``(rows,)`` or vectors ``(rows, dim)`` of the module and of the graph.
 
     Args:
@@ -59,7 +59,7 @@ def compare(expected: FloatArray, found: FloatArray, plan: Plan | None, target: 
                 found,
             )
         )
-    differences = gap_of(expected, found)
+    differences = absolute_differences(expected, found)
     gap = differences[~refused]
     finite = expected[np.isfinite(expected)]  # one infinite score would make every limit infinite
     spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
@@ -103,7 +103,7 @@ def allowed_share(plan: Plan | None, target: str) -> float:
     return max(lowering_target(target).tolerance(plan))
 
 
-def gap_of(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
+def absolute_differences(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
     """Return absolute differences: 0 if both are NaN or the same infinity, inf if one is NaN."""
     with np.errstate(invalid="ignore"):
         gap = np.abs(expected.astype(np.float64) - found)

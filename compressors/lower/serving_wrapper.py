@@ -59,11 +59,11 @@ def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
 class ServingWrapper(nn.Module):
     """The exported module: applies the id policy, runs one graph's submodule, converts the output.
 
-    Its inputs are tensors in the order of ``input_names(form.signature)``.
+    Its inputs are tensors in the order of ``input_names(served_graph.signature)``.
 
     Attributes:
         model: the model, prepared by ``wrap_for_serving``.
-        form: the graph that this module computes.
+        served_graph: the graph that this module computes.
         rows_of_table: number of rows by table name.
         together: merged lookups, which run before the model.
     """
@@ -71,15 +71,15 @@ class ServingWrapper(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        form: ServedGraph,
+        served_graph: ServedGraph,
         rows_of_table: dict[str, int],
         together: Sequence[MergedTable] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.together = nn.ModuleList(together)
-        self.form = form
-        self.signature = form.signature
+        self.served_graph = served_graph
+        self.signature = served_graph.signature
         self.rows_of_table = rows_of_table
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ class ServingWrapper(nn.Module):
             newly_refused = _refused_rows(item, outside, inputs)
             if newly_refused is not None:
                 refused = newly_refused if refused is None else refused | newly_refused
-        score: Tensor = self.form.part(self.model)(**inputs)
-        if self.form.output == VECTOR:
+        score: Tensor = self.served_graph.part(self.model)(**inputs)
+        if self.served_graph.output == VECTOR:
             if refused is not None:
                 score = torch.where(refused.unsqueeze(1), torch.nan, score)
             return score.to(torch.float32)
@@ -149,14 +149,18 @@ def input_names(signature: Signature) -> tuple[str, ...]:
 
 
 def wrap_for_serving(
-    model: nn.Module, form: ServedGraph, rows_of_table: dict[str, int], *, together: bool = False
+    model: nn.Module,
+    served_graph: ServedGraph,
+    rows_of_table: dict[str, int],
+    *,
+    together: bool = False,
 ) -> ServingWrapper:
     """Prepare a model for export, or for comparison with its graph.
 
     Args:
         model: the model; it is not modified. The result shares its tensors, except those of tables
             whose lookups are merged.
-        form: the graph to prepare.
+        served_graph: the graph to prepare.
         rows_of_table: number of rows by table name.
         together: whether to merge lookups in tables of the same format.
 
@@ -166,7 +170,7 @@ def wrap_for_serving(
     """
     copy = private_copy(model).eval()
     longest_list: dict[str, int] = {}
-    for item in form.signature.inputs:
+    for item in served_graph.signature.inputs:
         if isinstance(item, JaggedBag):
             longest_list[item.table] = max(longest_list.get(item.table, 0), item.shape[0])
     for name, module in list(copy.named_modules()):
@@ -175,10 +179,12 @@ def wrap_for_serving(
         elif isinstance(module, Bag):
             module.longest = longest_list.get(name)
     if not together:
-        return ServingWrapper(copy, form, rows_of_table).eval()
-    groups = table_groups(copy, form.part(copy), form.signature, rows_of_table)
+        return ServingWrapper(copy, served_graph, rows_of_table).eval()
+    groups = table_groups(copy, served_graph.part(copy), served_graph.signature, rows_of_table)
     lookups = [MergedTable(group, rows_of_table) for group in groups]
-    return ServingWrapper(with_merged_tables(copy, groups), form, rows_of_table, lookups).eval()
+    return ServingWrapper(
+        with_merged_tables(copy, groups), served_graph, rows_of_table, lookups
+    ).eval()
 
 
 def dynamic_shapes(signature: Signature, most_rows: int) -> tuple[dict[int, Any], ...]:

@@ -18,10 +18,10 @@ from compressors.core.batches import format_row, row_of
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.bfloat16_products import write_checkable
-from compressors.lower.export import Lowered, exported
+from compressors.lower.export import Lowered, export_program
 from compressors.lower.findings import Parity
 from compressors.lower.first_difference import GraphValue, first_difference, run_traced
-from compressors.lower.parity import FloatArray, allowed_share, compare, gap_of
+from compressors.lower.parity import FloatArray, absolute_differences, allowed_share, check_parity
 from compressors.lower.serving_wrapper import input_names
 from compressors.lower.targets.registry import lowering_target
 from infra.errors import InfraError
@@ -65,7 +65,7 @@ class GraphCheck:
         """
         expected, actual = self.scores(inputs, rows_from)
         try:
-            return compare(expected, actual, self.plan, self.target), expected
+            return check_parity(expected, actual, self.plan, self.target), expected
         except ParityLost as fault:
             raise self.parity_error(fault.failure, inputs, rows_from) from None
 
@@ -119,7 +119,7 @@ class GraphCheck:
             )
             if scores.shape != expected.shape:
                 raise self.parity_error(failure, inputs, rows_from)
-            gap = gap_of(expected, scores)
+            gap = absolute_differences(expected, scores)
             if gap.max(initial=0.0) <= parity.largest_limit:
                 continue
             index = np.unravel_index(int(np.argmax(gap)), gap.shape)
@@ -137,7 +137,7 @@ class GraphCheck:
         self, failure: ParityFailure, inputs: dict[str, Tensor], rows_from: str
     ) -> ParityLost:
         """Build the error of a failure, with the row's inputs and the first tensor that differs."""
-        served = self.lowered.served.form
+        served = self.lowered.served.served_graph
         failure = replace(failure, graph=served.name, rows_from=rows_from)
         if failure.row is None:
             return ParityLost(failure)
@@ -162,9 +162,9 @@ class GraphCheck:
         The batch of the failing row is tried first, then all rows, since a difference may depend
         on the batch.
         """
-        served = self.lowered.served.form
+        served = self.lowered.served.served_graph
         names = input_names(served.signature)
-        _, program = exported(self.model, served, self.target, self.most_rows)
+        _, program = export_program(self.model, served, self.target, self.most_rows)
         if program.exported_program is None:
             return failure
         for rows in (single_row, inputs):
@@ -173,7 +173,10 @@ class GraphCheck:
             allowed = allowed_share(self.plan, self.target)
             expected, output = self._module_scores(rows), traced.output.numpy()
             limit = failure.limits.get("at most", failure.limits.get("largest", 1e-5))
-            is_wrong = expected.shape != output.shape or gap_of(expected, output).max() > limit
+            is_wrong = (
+                expected.shape != output.shape
+                or absolute_differences(expected, output).max() > limit
+            )
             tensor = first_difference(traced, values, served.output, allowed)
             is_clear = tensor is not None and tensor.is_clear
             if is_wrong or is_clear:
@@ -182,7 +185,7 @@ class GraphCheck:
         return replace(failure, tensor=tensor)
 
     def _module_scores(self, inputs: Mapping[str, Tensor]) -> FloatArray:
-        names = input_names(self.lowered.served.form.signature)
+        names = input_names(self.lowered.served.served_graph.signature)
         with torch.no_grad():
             scores: Tensor = self.lowered.served(*(inputs[name] for name in names))
         result: FloatArray = scores.numpy()
@@ -190,7 +193,7 @@ class GraphCheck:
 
     def _first_failing_row(self, inputs: dict[str, Tensor], rows: int) -> int | None:
         """Find the first row that the runtime refuses as a batch of one."""
-        signature = self.lowered.served.form.signature
+        signature = self.lowered.served.served_graph.signature
         for row in range(rows):
             try:
                 self.session.scores(_arrays(row_of(inputs, signature, row)))

@@ -36,7 +36,7 @@ from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.audit import audit
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
 from compressors.lower.export import lower
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, served_graphs
 from compressors.quantize.dense.weight_only import zero_code
 from infra.onnxruntime.sessions import Session, optimized_graph
@@ -303,7 +303,7 @@ class Checker:
             if few or not _spread(expected) > 0.1 * _spread(typical_scores):
                 # Equal scores have no spread: use the limits for the spread of typical rows.
                 typical_scores = typical_scores[~np.isnan(typical_scores)].reshape(-1)
-                limits = compare(typical_scores, typical_scores, plan, target)
+                limits = check_parity(typical_scores, typical_scores, plan, target)
                 gap = float(np.nanmax(np.abs(expected - actual), initial=0.0))
                 nan = np.array_equal(np.isnan(expected), np.isnan(actual))
                 if expected.shape != actual.shape or not nan or gap > limits.largest_limit:
@@ -316,7 +316,7 @@ class Checker:
                         )
                     )
             else:
-                compare(expected, actual, plan, target)
+                check_parity(expected, actual, plan, target)
         except ParityLost:
             within = allowed(graph.signature, self.tables, rows)[0]
             part = graph.part(model.module)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from compressors.contracts import Artifact
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 from infra.bundle.bundle_folder import read
 from tasks.orchestration.workspace import local, store
 from tests.stored_home.archive import fixtures, unpack
@@ -107,7 +107,7 @@ def require_equal(
     if environment() == fixture.expected["environment"]:
         np.testing.assert_array_equal(actual, expected)
     elif formats & ROUNDS_INPUTS:
-        compare(expected, actual, plan, "onnxruntime")
+        check_parity(expected, actual, plan, "onnxruntime")
     else:
         spread = float(np.nanstd(expected))
         np.testing.assert_allclose(actual, expected, rtol=0, atol=ROUNDING * spread)

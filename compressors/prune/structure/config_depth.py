@@ -32,7 +32,12 @@ from compressors.prune.structure.config_widths import (
     numbers,
     with_value,
 )
-from compressors.prune.structure.narrowing import gap_of, rebuild, rounded_scores, synthetic_scores
+from compressors.prune.structure.narrowing import (
+    describe_score_difference,
+    rebuild,
+    rounded_scores,
+    synthetic_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ def _require_same_as_skipped(
         skipping = private_copy(model.module).eval()
         try:
             with _replace_outputs(skipping, stack, member, replacement):
-                gap = gap_of(
+                gap = describe_score_difference(
                     scores,
                     synthetic_scores(skipping, signature, tables),
                     signature,

@@ -112,14 +112,16 @@ def without_channels(
     )
     module = rebuild(model, config)
     scores = synthetic_scores(module, signature, tables)
-    gap = gap_of(scores, expected, signature, lambda: rounded_scores(module, signature, tables))
+    gap = describe_score_difference(
+        scores, expected, signature, lambda: rounded_scores(module, signature, tables)
+    )
     return replace(model, module=module, network=network), gap
 
 
 def score_difference(module: nn.Module, expected: nn.Module, signature: Signature) -> str | None:
     """Describe how two networks' scores differ on synthetic rows; None if only by rounding."""
     tables = table_rows(expected)
-    return gap_of(
+    return describe_score_difference(
         synthetic_scores(module, signature, tables),
         synthetic_scores(expected, signature, tables),
         signature,
@@ -254,7 +256,7 @@ def _scores(
     return torch.stack(scores)
 
 
-def gap_of(
+def describe_score_difference(
     scores: Tensor,
     expected: Tensor,
     signature: Signature,

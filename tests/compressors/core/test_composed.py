@@ -31,7 +31,7 @@ from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.factorize.low_rank import LowRank
 from compressors.lower.export import lower
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 from compressors.prune.dense.channels import Channels
 from compressors.prune.tables.tiers import Tiers
 from compressors.quantize.dense.float16 import Float16
@@ -206,7 +206,7 @@ def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index
     )
     composed = Graph(model, lower(model.module, whole(signature), target, path), signature, path)
     inputs = composed.rows(600)
-    compare(composed.in_torch(inputs), composed.in_onnx(inputs), model.plan, target)
+    check_parity(composed.in_torch(inputs), composed.in_onnx(inputs), model.plan, target)
 
 
 @pytest.mark.nightly
@@ -215,7 +215,7 @@ def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index
 def test_a_graph_computes_what_the_module_computes(kind, target):
     composed = graph("Ranker", (kind, "rowwise_int8"), target)
     inputs = composed.rows(600)
-    compare(composed.in_torch(inputs), composed.in_onnx(inputs), composed.model.plan, target)
+    check_parity(composed.in_torch(inputs), composed.in_onnx(inputs), composed.model.plan, target)
 
 
 @each_composing_method

@@ -35,7 +35,7 @@ from compressors.factorize.low_rank_dense import (
 )
 from compressors.lower.audit import audit
 from compressors.lower.export import lower
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 from compressors.prune.dense.channels import Channels
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.rewrite.equalize import Equalize
@@ -289,7 +289,7 @@ def test_a_graph_computes_what_the_module_computes(target: TargetName, tmp_path)
     lowered = lower(model.module, whole(COMPACT.signature), target, path)
     graph = Graph(model, lowered, COMPACT.signature, path)
     inputs = graph.rows(1500)
-    compare(graph.in_torch(inputs), graph.in_onnx(inputs), model.plan, target)
+    check_parity(graph.in_torch(inputs), graph.in_onnx(inputs), model.plan, target)
     if target == "onnxruntime":
         report = audit(optimized_graph(path), model.plan, lowered.tables)
         assert report.int8_products == 9  # four layers of two parts each, and ``out``

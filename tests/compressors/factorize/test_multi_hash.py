@@ -19,7 +19,7 @@ from compressors.factorize.multi_hash import (
     hashed,
     signs,
 )
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
@@ -162,7 +162,7 @@ def test_multi_hash_skips_a_table_that_would_grow(tmp_path):
 def test_the_graph_of_hashed_tables_has_the_scores_of_its_module(target):
     hashed_graph = graph("Buffered", ("multi_hash",), target)
     inputs = hashed_graph.rows(600)
-    compare(
+    check_parity(
         hashed_graph.in_torch(inputs), hashed_graph.in_onnx(inputs), hashed_graph.model.plan, target
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compressors.contracts import DenseInput, JaggedBag, TargetName
 from compressors.core.batches import edge_example
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 
 ORT: TargetName = "onnxruntime"
 RTX: TargetName = "tensorrt-rtx"
@@ -87,7 +87,7 @@ def test_graph_has_the_scores_of_torch_at_every_batch_size(network, kinds, targe
     lowered = graph(network, kinds, target)
     inputs = lowered.rows(1500)
     spread = float(np.std(lowered.in_torch(inputs)))
-    compare(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
+    check_parity(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
     for count in (1, 2, 57):
         assert_equal_scores(lowered, target, lowered.rows(count, seed=count), spread)
     outside = edge_example(lowered.signature, lowered.lowered.served.rows_of_table, 57)
@@ -128,7 +128,7 @@ OTHER_GRAPHS = pairwise(OTHERS, OTHER_RECIPES, (ORT, RTX))
 def test_graphs_of_other_networks_have_the_scores_of_torch(reference, kinds, target):
     lowered = graph(reference, kinds, target)
     inputs = lowered.rows(1500)
-    compare(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
+    check_parity(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
     spread = float(np.std(lowered.in_torch(inputs)))
     for count in (1, 2, 57):
         assert_equal_scores(lowered, target, lowered.rows(count, seed=count), spread)
@@ -138,7 +138,7 @@ def test_graphs_of_other_networks_have_the_scores_of_torch(reference, kinds, tar
 def test_weight_only_layer_over_lists_has_the_scores_of_torch(target):
     lowered = graph("Attention", ("weight_int4",), target)
     inputs = lowered.rows(1500)
-    compare(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
+    check_parity(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
 
 
 @each_target

@@ -14,7 +14,7 @@ from compressors.contracts import Plan, PlanLine
 from compressors.contracts.reasons import Reason
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 from infra.onnxruntime.sessions import Session
 
 SPREAD = 0.1
@@ -41,7 +41,7 @@ def scores(rows: int = 500) -> np.ndarray:
 
 
 def test_equal_scores_pass_with_differences_of_zero():
-    parity = compare(scores(), scores(), None, "onnxruntime")
+    parity = check_parity(scores(), scores(), None, "onnxruntime")
     assert (parity.rows, parity.largest, parity.root_mean_square) == (500, 0, 0)
     assert parity.spread == pytest.approx(SPREAD, rel=0.1)
 
@@ -55,9 +55,9 @@ def exceeded_limits(failure: ParityFailure) -> set[str]:
 @pytest.mark.parametrize("float_plan", [None, plan("float32", "float32")])
 def test_float_graph_passes_with_rounding_errors_and_fails_with_larger_ones(float_plan, target):
     rounding = 1e-6 * np.sign(scores() - 0.5).astype(np.float32)
-    compare(scores(), scores() + rounding, float_plan, target)
+    check_parity(scores(), scores() + rounding, float_plan, target)
     with raises_code(ParityLost, "parity_limit") as caught:
-        compare(scores(), scores() + 40 * rounding, float_plan, target)
+        check_parity(scores(), scores() + 40 * rounding, float_plan, target)
     assert "root mean square" in exceeded_limits(caught.value.fields["failure"])
 
 
@@ -65,9 +65,9 @@ def test_float_graph_passes_with_rounding_errors_and_fails_with_larger_ones(floa
 def test_packed_tables_may_differ_by_float16_rounding_in_tensorrt_only(table_format):
     # TensorRT's graph rounds looked-up weights to float16 once, an error of up to 1 / 2048.
     shifted = scores() + np.float32(1e-3 * SPREAD)
-    compare(scores(), shifted, plan(table_format), "tensorrt-rtx")
+    check_parity(scores(), shifted, plan(table_format), "tensorrt-rtx")
     with pytest.raises(ParityLost):
-        compare(scores(), shifted, plan(table_format), "onnxruntime")
+        check_parity(scores(), shifted, plan(table_format), "onnxruntime")
 
 
 def test_int8_layers_may_differ_by_one_level_in_single_rows_but_not_in_all():
@@ -75,21 +75,21 @@ def test_int8_layers_may_differ_by_one_level_in_single_rows_but_not_in_all():
     # TensorRT's graph rounds looked-up weights to float16, so every row differs a little.
     with_one_difference = scores(5000)
     with_one_difference[7] += 0.15 * SPREAD
-    compare(scores(5000), with_one_difference, plan("static_int8"), "onnxruntime")
+    check_parity(scores(5000), with_one_difference, plan("static_int8"), "onnxruntime")
     slightly_shifted, shifted = (scores() + np.float32(share * SPREAD) for share in (0.003, 0.03))
-    compare(scores(), slightly_shifted, plan("static_int8"), "tensorrt-rtx")
+    check_parity(scores(), slightly_shifted, plan("static_int8"), "tensorrt-rtx")
     with raises_code(ParityLost, "parity_limit") as caught:
-        compare(scores(), slightly_shifted, plan("static_int8"), "onnxruntime")
+        check_parity(scores(), slightly_shifted, plan("static_int8"), "onnxruntime")
     assert exceeded_limits(caught.value.fields["failure"]) == {"in nine of ten rows"}
     with pytest.raises(ParityLost):
-        compare(scores(), shifted, plan("static_int8"), "tensorrt-rtx")
+        check_parity(scores(), shifted, plan("static_int8"), "tensorrt-rtx")
 
 
 def test_one_row_with_a_large_difference_fails():
     changed = scores(5000)
     changed[7] += 0.25 * SPREAD
     with raises_code(ParityLost, "parity_limit") as caught:
-        compare(scores(5000), changed, plan("static_int8"), "onnxruntime")
+        check_parity(scores(5000), changed, plan("static_int8"), "onnxruntime")
     assert exceeded_limits(caught.value.fields["failure"]) == {"at most"}
 
 
@@ -98,11 +98,11 @@ def test_nan_in_different_rows_fails(swapped):
     expected, found = scores(), scores()
     expected[[3, 9]] = np.nan
     found[[3, 9]] = np.nan
-    compare(expected, found, None, "onnxruntime")
+    check_parity(expected, found, None, "onnxruntime")
     found[9] = 0.5
     pair = (found, expected) if swapped else (expected, found)
     with pytest.raises(ParityLost) as raised:
-        compare(*pair, None, "onnxruntime")
+        check_parity(*pair, None, "onnxruntime")
     assert (raised.value.code, raised.value.failure.row) == ("parity_nan", 9)
 
 
@@ -110,18 +110,18 @@ def test_infinity_in_one_output_only_fails():
     changed = scores()
     changed[0] = np.inf
     with pytest.raises(ParityLost):
-        compare(scores(), changed, None, "onnxruntime")
+        check_parity(scores(), changed, None, "onnxruntime")
 
 
 def test_equal_infinite_scores_do_not_hide_other_differences():
     expected, found = scores(), scores() + np.float32(1)
     expected[0] = found[0] = np.inf
     with pytest.raises(ParityLost) as raised:
-        compare(expected, found, None, "onnxruntime")
+        check_parity(expected, found, None, "onnxruntime")
     assert raised.value.code == "parity_limit"
     infinite = scores()
     infinite[0] = np.inf
-    assert compare(infinite, infinite.copy(), None, "onnxruntime").largest == 0
+    assert check_parity(infinite, infinite.copy(), None, "onnxruntime").largest == 0
 
 
 def test_failure_of_vectors_has_the_row_and_component_of_the_largest_difference():
@@ -129,7 +129,7 @@ def test_failure_of_vectors_has_the_row_and_component_of_the_largest_difference(
     found = expected.copy()
     found[40, 3] += 1
     with pytest.raises(ParityLost) as raised:
-        compare(expected, found, None, "onnxruntime")
+        check_parity(expected, found, None, "onnxruntime")
     failure = raised.value.failure
     assert (failure.row, failure.component) == (40, 3)
     assert failure.found == pytest.approx(failure.expected + 1)
@@ -137,14 +137,14 @@ def test_failure_of_vectors_has_the_row_and_component_of_the_largest_difference(
 
 def test_different_numbers_of_scores_fail_with_both_shapes():
     with pytest.raises(ParityLost) as raised:
-        compare(scores(), scores()[1:], None, "onnxruntime")
+        check_parity(scores(), scores()[1:], None, "onnxruntime")
     assert raised.value.code == "parity_shape"
     assert raised.value.failure.shapes == ((500,), (499,))
 
 
 def test_batch_with_only_refused_rows_passes():
     all_refused = np.full(4, np.nan, np.float32)
-    assert compare(all_refused, all_refused, None, "onnxruntime").largest == 0
+    assert check_parity(all_refused, all_refused, None, "onnxruntime").largest == 0
 
 
 # --- graphs with a changed weight ------------------------------------------------------------
@@ -192,12 +192,12 @@ def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
     lowered = graph("Ranker", kinds, target)
     inputs = lowered.rows(1500)
     expected = lowered.in_torch(inputs)
-    compare(expected, lowered.in_onnx(inputs), lowered.model.plan, target)
+    check_parity(expected, lowered.in_onnx(inputs), lowered.model.plan, target)
     name = largest_weight_of(lowered, dtype)
     path = save_with_changed_tensor(lowered, name, transposed, tmp_path / "broken.onnx")
     found = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
     with pytest.raises(ParityLost):
-        compare(expected, found, lowered.model.plan, target)
+        check_parity(expected, found, lowered.model.plan, target)
 
 
 @pytest.mark.parametrize("change", [multiplied, rolled])
@@ -212,4 +212,4 @@ def test_graph_with_wrong_scales_of_one_table_fails(change, tmp_path):
     path = save_with_changed_tensor(lowered, name, as_float16, tmp_path / "broken.onnx")
     found = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
     with pytest.raises(ParityLost):
-        compare(lowered.in_torch(inputs), found, lowered.model.plan, "onnxruntime")
+        check_parity(lowered.in_torch(inputs), found, lowered.model.plan, "onnxruntime")

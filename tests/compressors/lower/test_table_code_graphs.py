@@ -27,7 +27,7 @@ from compressors.contracts import (
 from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import audit
 from compressors.lower.export import lower
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 from infra.onnxruntime.sessions import optimized_graph
 
 ORT: TargetName = "onnxruntime"
@@ -114,7 +114,7 @@ def test_graph_of_codebook_tables_has_the_scores_of_torch(step_index, target):
         expected, optimized = lowered.in_torch(inputs), lowered.in_onnx(inputs)
         # Looked-up entries are exact on every target; only sums after the tables are rounded.
         np.testing.assert_allclose(optimized, expected, rtol=0, atol=2e-6)
-    compare(expected, optimized, lowered.model.plan, target)
+    check_parity(expected, optimized, lowered.model.plan, target)
 
 
 @each_graph

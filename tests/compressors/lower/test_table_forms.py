@@ -23,7 +23,7 @@ from compressors.core.steps.step import TableStep
 from compressors.errors.compression import ParityLost
 from compressors.lower.audit import audit
 from compressors.lower.export import lower
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 from compressors.lower.serving_wrapper import input_names, wrap_for_serving
 from compressors.quantize.tables.bfloat16 import BFloat16
 from compressors.quantize.tables.float8_e4m3 import Float8E4M3
@@ -155,7 +155,7 @@ def test_graph_of_every_form_has_the_scores_of_torch(graph):
         inputs = lowered.rows(count)
         expected, scores_of_graph = lowered.in_torch(inputs), lowered.in_onnx(inputs)
         if count > 2:
-            parity = compare(expected, scores_of_graph, lowered.model.plan, target)
+            parity = check_parity(expected, scores_of_graph, lowered.model.plan, target)
         np.testing.assert_allclose(scores_of_graph, expected, rtol=0, atol=parity.largest_limit)
 
 
@@ -214,5 +214,5 @@ def test_parity_fails_if_the_scales_of_any_one_table_are_wrong(forms, network, c
         with torch.no_grad():
             scores = wrapper(*(inputs[key] for key in input_names(network.signature))).numpy()
         with pytest.raises(ParityLost):
-            compare(scores, scores_of_graph, lowered.model.plan, target)
+            check_parity(scores, scores_of_graph, lowered.model.plan, target)
         setattr(table, tensor_name, original)

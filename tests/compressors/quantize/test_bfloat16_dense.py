@@ -19,7 +19,7 @@ from compressors.contracts.targets.builder import BuildRequest, Profile
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
 from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
-from compressors.lower.parity import compare
+from compressors.lower.parity import check_parity
 from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from infra.errors import BuildRefused
 from infra.onnxruntime.sessions import Session
@@ -183,13 +183,13 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_scores_three_percent_of_a_
     lowered = graph(reference, kinds, RTX)
     inputs = lowered.rows(1500)
     expected, plan = lowered.in_torch(inputs), lowered.model.plan
-    compare(expected, lowered.in_onnx(inputs), plan, RTX)
+    check_parity(expected, lowered.in_onnx(inputs), plan, RTX)
     spread = expected.std()
     wrong_scores = expected + np.float32(0.03) * spread
     with pytest.raises(ParityLost):
-        compare(expected, wrong_scores.astype(np.float32), plan, RTX)
+        check_parity(expected, wrong_scores.astype(np.float32), plan, RTX)
     with pytest.raises(ParityLost):  # ONNX Runtime computes in float32 without rounding to bfloat16
-        compare(expected, expected + np.float32(0.005) * spread, plan, "onnxruntime")
+        check_parity(expected, expected + np.float32(0.005) * spread, plan, "onnxruntime")
 
 
 @pytest.mark.slow

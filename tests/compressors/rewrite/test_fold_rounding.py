@@ -25,7 +25,7 @@ from compressors.core.model import Model
 from compressors.core.modules.formats import FoldedNorm
 from compressors.core.runner import run
 from compressors.errors.steps import StepRefused
-from compressors.prune.structure.narrowing import gap_of
+from compressors.prune.structure.narrowing import describe_score_difference
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from compressors.rewrite.fold import Fold
@@ -152,10 +152,13 @@ def test_a_probability_near_one_may_change_by_one_float32_step() -> None:
     expected = torch.tensor([[0.99998, 0.99999, 0.999985, 0.999992]])
     scores = torch.nextafter(expected, torch.ones(1))
     rounded = expected.unsqueeze(0)
-    assert gap_of(scores, expected, output_signature) is not None
-    assert gap_of(scores, expected, output_signature, lambda: rounded) is None
+    assert describe_score_difference(scores, expected, output_signature) is not None
+    assert describe_score_difference(scores, expected, output_signature, lambda: rounded) is None
     changed_scores = expected - 1e-5
-    assert gap_of(changed_scores, expected, output_signature, lambda: rounded) is not None
+    assert (
+        describe_score_difference(changed_scores, expected, output_signature, lambda: rounded)
+        is not None
+    )
 
 
 @pytest.mark.parametrize(("share", "is_accepted"), [(0.5e-3, True), (2e-3, False)])
@@ -163,7 +166,9 @@ def test_scores_may_change_by_a_thousandth_of_their_spread(share: float, is_acce
     expected = torch.linspace(-1, 1, 64).reshape(4, 16)
     scores = expected.clone()
     scores[2, 5] += share * expected[2].std()
-    difference = gap_of(scores, expected, signature("logit"), lambda: expected.unsqueeze(0))
+    difference = describe_score_difference(
+        scores, expected, signature("logit"), lambda: expected.unsqueeze(0)
+    )
     assert (difference is None) == is_accepted
 
 
@@ -172,4 +177,7 @@ def test_nan_scores_are_never_within_the_tolerance() -> None:
     expected = torch.randn(2, 16)
     scores = expected.clone()
     scores[0, 3] = torch.nan
-    assert gap_of(scores, expected, output_signature, lambda: expected.unsqueeze(0)) is not None
+    assert (
+        describe_score_difference(scores, expected, output_signature, lambda: expected.unsqueeze(0))
+        is not None
+    )
