@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressors.contracts import Artifact, JaggedBag, Plan, Signature, Split
 from compressors.contracts.targets import TARGETS
-from compressors.core.batches import batches, edge_example
+from compressors.core.batches import batches, generate_edge_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.units import Unit, stored_bytes
 from compressors.lower.export import Lowered, lower
@@ -130,7 +130,9 @@ def _check_graph(
             inputs = _first_batch(probe, signature, size)
             check.require_same_in_small_batch(expected[:size], inputs, rows_parity)
         tables = rows_of_tables(loaded.model.module, signature)
-        edge = edge_example(signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2))
+        edge = generate_edge_inputs(
+            signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2)
+        )
         edge_parity, _ = check.parity(edge, "the edge cases")
         del session, check  # the audit opens a second session of the same graph
     optimized = None

@@ -10,7 +10,7 @@ from compressors.core.model import Model
 
 def scores_of(model: Model, reference: Reference, rows: int = 300) -> Tensor:
     """Scores float32 ``(rows,)`` of a model on example rows of its reference."""
-    inputs = models.example(reference.signature, reference.rows_of_tables(), rows, seed=11)
+    inputs = models.generate_inputs(reference.signature, reference.rows_of_tables(), rows, seed=11)
     with torch.no_grad():
         return model.module(**inputs).reshape(-1)
 

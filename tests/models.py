@@ -33,7 +33,7 @@ from compressors.contracts import (
     Split,
     TargetName,
 )
-from compressors.core.batches import batches, example
+from compressors.core.batches import batches, generate_inputs
 from compressors.core.model import Model
 from compressors.core.registries import METHODS as REGISTRY
 from compressors.core.runner import rows_of_tables, run
@@ -434,7 +434,7 @@ def prepared(
     score is above the median.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = example(signature, rows_of_table, rows, seed=seed)
+    inputs = generate_inputs(signature, rows_of_table, rows, seed=seed)
     label = torch.arange(rows, dtype=torch.float32) % 2
     if score_function is not None:
         scores = score_function(inputs)
@@ -483,7 +483,7 @@ class Graph:
 
     def rows(self, count: int, seed: int = 5) -> dict[str, Tensor]:
         """Random inputs with ids within the tables."""
-        return example(self.signature, self.lowered.served.rows_of_table, count, seed)
+        return generate_inputs(self.signature, self.lowered.served.rows_of_table, count, seed)
 
     def in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         """Scores of the serving wrapper in torch, which applies the policy for ids."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pbtxt_reader import read
 
 from compressors.contracts import Artifact, JaggedBag, Signature
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.lower.serving_wrapper import input_names
 from infra.triton.repository import ServedVersion, Tensor
 
@@ -44,7 +44,7 @@ def served(*inputs: Tensor, **more: Any) -> ServedVersion:
 
 def tensors(signature: Signature, rows_of_table: dict[str, int]) -> tuple[Tensor, ...]:
     """The inputs that the lowering of a signature declares."""
-    arrays_of_inputs = example(signature, rows_of_table, 3)
+    arrays_of_inputs = generate_inputs(signature, rows_of_table, 3)
     longest = {item.name: item.shape[0] for item in signature.inputs if isinstance(item, JaggedBag)}
     return tuple(
         Tensor(

@@ -1,4 +1,4 @@
-"""Read prepared data as batches of model inputs, and generate example inputs.
+"""Read prepared data as batches of model inputs, and generate random inputs.
 
 A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
 name, ``@label``, and ``@group`` and ``@time`` if the signature names them. A jagged bag is its
@@ -215,7 +215,7 @@ def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]
     return dict(zip(tensor_names(item), (values, second), strict=True))
 
 
-def example(
+def generate_inputs(
     signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 0
 ) -> dict[str, Tensor]:
     """Generate random inputs with valid ids, on which a network or a step can be checked.
@@ -233,11 +233,11 @@ def example(
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
     for item in signature.inputs:
-        inputs.update(_example(item, rows_of_table, rows, generator))
+        inputs.update(_generate_input(item, rows_of_table, rows, generator))
     return inputs
 
 
-def _example(
+def _generate_input(
     item: AnyInput,
     rows_of_table: dict[str, int],
     rows: int,
@@ -271,7 +271,7 @@ def _lengths(
     return torch.randint(item.shape[0] + 1, shape, generator=generator)
 
 
-def edge_example(
+def generate_edge_inputs(
     signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 1
 ) -> dict[str, Tensor]:
     """Generate inputs with ids below and above their table's range, to compare two graphs.
@@ -286,7 +286,7 @@ def edge_example(
     """
     with_ids = [item for item in signature.inputs if not isinstance(item, DenseInput)]
     shares = (0, 1) if rows >= 2 * len(with_ids) + 2 else ()
-    inputs = example(signature, rows_of_table, rows - len(shares), seed)
+    inputs = generate_inputs(signature, rows_of_table, rows - len(shares), seed)
     if rows < 2 * len(with_ids):
         raise ValueError(f"{len(with_ids)} inputs need {2 * len(with_ids)} rows; found {rows}")
     for place, item in enumerate(with_ids):
@@ -303,7 +303,7 @@ def _row_with_lists(
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
     for item in signature.inputs:
-        inputs.update(_example(item, rows_of_table, 1, generator, share))
+        inputs.update(_generate_input(item, rows_of_table, 1, generator, share))
     return inputs
 
 

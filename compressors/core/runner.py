@@ -27,7 +27,7 @@ from compressors.contracts import (
     is_out_of_memory,
 )
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.model import Model
 from compressors.core.outcomes import resolve_decisions
 from compressors.core.plan_lines import OUTPUT, build_plan, output_line, with_remarks
@@ -161,7 +161,7 @@ def run(
         raise ContractBroken("source_changed", step=step.kind)
     before, after = Unit.of(source.module), Unit.of(module)
     decisions = resolve_decisions(step.kind, step.effect, plan.decisions, outcomes, before, after)
-    inputs = example(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
+    inputs = generate_inputs(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
     expected = _scores(step, source, module, inputs)
     if not bool(torch.isfinite(expected).all()):
         _require_finite_source(step, source, inputs)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Bench, is_out_of_memory
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.model import Model
 from compressors.core.runner import (
     Planned,
@@ -119,7 +119,9 @@ def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[s
         bench: its signature defines the inputs of the network.
         names: names of the units to check.
     """
-    inputs = example(bench.signature, rows_of_tables(source.module, bench.signature), PROBE_ROWS)
+    inputs = generate_inputs(
+        bench.signature, rows_of_tables(source.module, bench.signature), PROBE_ROWS
+    )
     try:
         expected = _scores(source.module, inputs)
     except Exception as fault:

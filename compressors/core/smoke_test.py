@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import DenseInput, Signature, is_out_of_memory
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.state.construction import differing_tensors
 from compressors.errors.compression import ModelRefused
@@ -41,7 +41,7 @@ def smoke_test(
     if other := dtypes - {"torch.float32"}:
         raise ModelRefused("weights_not_float32", architecture=path, dtypes=tuple(sorted(other)))
     rows_of_table = rows_of_tables(model, signature)
-    inputs = example(signature, rows_of_table, ROWS)
+    inputs = generate_inputs(signature, rows_of_table, ROWS)
     for item in signature.inputs:
         if not isinstance(item, DenseInput):
             inputs[item.name][-1:] = rows_of_table[item.table] - 1

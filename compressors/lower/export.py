@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import is_out_of_memory
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import recalibration_of
 from compressors.core.runner import rows_of_tables
@@ -157,7 +157,7 @@ def export_program(
     signature = served_graph.signature
     rows = rows_of_tables(model, signature)
     lowering = lowering_target(target)
-    wrapper = wrap_for_serving(model, served_graph, rows, together=lowering.merges_lookups)
+    wrapper = wrap_for_serving(model, served_graph, rows, merge_lookups=lowering.merges_lookups)
     translations = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.squeeze.default: squeeze_fixed,
@@ -167,7 +167,7 @@ def export_program(
     output = signature.single_output
     if output.form == "probability" and recalibration_of(wrapper.model) is not None:
         translations[torch.ops.aten.sigmoid.default] = exact_sigmoid
-    inputs = example(signature, rows, TRACE_ROWS)
+    inputs = generate_inputs(signature, rows, TRACE_ROWS)
     names = input_names(signature)
     try:
         args = tuple(inputs[name] for name in names)

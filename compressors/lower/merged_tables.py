@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, Signature, is_out_of_memory
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import PackedTable
 from compressors.core.units import private_copy, swap
 from compressors.lower.merged_codebooks import codes_of, merge_tables
@@ -218,7 +218,7 @@ def _predictions_unchanged(
     group: TableGroup,
 ) -> bool:
     """Return whether predictions stay the same if only the tables can read a group's inputs."""
-    inputs = example(signature, rows_of_table, TEST_ROWS)
+    inputs = generate_inputs(signature, rows_of_table, TEST_ROWS)
     expected = model.get_submodule(path)(**inputs)
     rows, _ = MergedTable(group, rows_of_table)([inputs[item.name] for item in group.inputs])
     hidden = {item.name: _HiddenRows(row) for item, row in zip(group.inputs, rows, strict=True)}

@@ -65,7 +65,7 @@ class ServingWrapper(nn.Module):
         model: the model, prepared by ``wrap_for_serving``.
         served_graph: the graph that this module computes.
         rows_of_table: number of rows by table name.
-        together: merged lookups, which run before the model.
+        merged_tables: merged lookups, which run before the model.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class ServingWrapper(nn.Module):
         model: nn.Module,
         served_graph: ServedGraph,
         rows_of_table: dict[str, int],
-        together: Sequence[MergedTable] = (),
+        merged_tables: Sequence[MergedTable] = (),
     ) -> None:
         super().__init__()
         self.model = model
-        self.together = nn.ModuleList(together)
+        self.together = nn.ModuleList(merged_tables)
         self.served_graph = served_graph
         self.signature = served_graph.signature
         self.rows_of_table = rows_of_table
@@ -153,7 +153,7 @@ def wrap_for_serving(
     served_graph: ServedGraph,
     rows_of_table: dict[str, int],
     *,
-    together: bool = False,
+    merge_lookups: bool = False,
 ) -> ServingWrapper:
     """Prepare a model for export, or for comparison with its graph.
 
@@ -162,7 +162,7 @@ def wrap_for_serving(
             whose lookups are merged.
         served_graph: the graph to prepare.
         rows_of_table: number of rows by table name.
-        together: whether to merge lookups in tables of the same format.
+        merge_lookups: whether to merge lookups in tables of the same format.
 
     Returns:
         The wrapper in evaluation mode. Each EmbeddingBag is replaced by a ``Bag`` of basic
@@ -178,7 +178,7 @@ def wrap_for_serving(
             swap(copy, name, plain_bag(module, longest_list.get(name)))
         elif isinstance(module, Bag):
             module.longest = longest_list.get(name)
-    if not together:
+    if not merge_lookups:
         return ServingWrapper(copy, served_graph, rows_of_table).eval()
     groups = table_groups(copy, served_graph.part(copy), served_graph.signature, rows_of_table)
     lookups = [MergedTable(group, rows_of_table) for group in groups]

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from compressors.contracts import Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.units import table_rows
 from compressors.errors.steps import StepRefused
 from compressors.errors.widths import OtherConsumer
@@ -152,7 +152,7 @@ def _graphs(
     graphs = []
     for form in served_graphs(signature):
         wrapper = wrap_for_serving(module, form, rows)
-        inputs = example(form.signature, rows, TRACE_ROWS)
+        inputs = generate_inputs(form.signature, rows, TRACE_ROWS)
         names = input_names(form.signature)
         dynamic = tuple({0: torch.export.Dim.AUTO} for _ in names)
         try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import DenseInput, Signature, Split
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import batches, example
+from compressors.core.batches import batches, generate_inputs
 from compressors.core.model import Model
 from compressors.core.units import own_weight, table_rows
 from compressors.errors.steps import StepRefused
@@ -217,7 +217,7 @@ def _inputs(
         yield from (batch.inputs for batch in batches(split, signature, BATCH, rows))
         return
     for scale in SCALES:
-        inputs = example(signature, table_rows(model.module), EXAMPLE_ROWS)
+        inputs = generate_inputs(signature, table_rows(model.module), EXAMPLE_ROWS)
         dense = {item.name for item in signature.inputs if isinstance(item, DenseInput)}
         yield {name: x * scale if name in dense else x for name, x in inputs.items()}
 

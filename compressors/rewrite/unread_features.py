@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import DenseInput, Signature
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Unit, table_rows
 
@@ -130,7 +130,7 @@ def _read_columns(
         for part in module.modules():
             if isinstance(part, nn.Linear | PackedLinear):
                 hooks.callback(part.register_forward_hook(check, with_kwargs=True).remove)
-        module(**change_feature(example(signature, rows, width), mark, hooks))
+        module(**change_feature(generate_inputs(signature, rows, width), mark, hooks))
     return [bool(column) for column in is_read]
 
 
@@ -149,7 +149,7 @@ def _scores_unchanged(
         changed[..., column] = SHIFT - 2 * changed[..., column]
         return changed
 
-    before = module(**example(signature, rows, CHECK_ROWS))
+    before = module(**generate_inputs(signature, rows, CHECK_ROWS))
     with ExitStack() as hooks:
-        after = module(**change_feature(example(signature, rows, CHECK_ROWS), shift, hooks))
+        after = module(**change_feature(generate_inputs(signature, rows, CHECK_ROWS), shift, hooks))
     return torch.equal(before, after)

@@ -26,7 +26,7 @@ from compressors.contracts import DenseInput as DenseInput
 from compressors.contracts import IdInput as IdInput
 from compressors.contracts import JaggedBag as JaggedBag
 from compressors.contracts import Signature as Signature
-from compressors.core.batches import edge_example, example
+from compressors.core.batches import generate_edge_inputs, generate_inputs
 from compressors.core.model import Model
 from compressors.core.registries import METHODS
 from compressors.core.runner import run
@@ -113,7 +113,7 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 def module_scores(model: Model, reference: Reference) -> NDArray[Any]:
     """The module's output on fixed valid inputs, float32."""
-    inputs = example(reference.signature, reference.rows_of_tables(), ROWS, seed=5)
+    inputs = generate_inputs(reference.signature, reference.rows_of_tables(), ROWS, seed=5)
     with torch.no_grad():
         scores: Tensor = model.module(**inputs)
     return scores.to(torch.float32).numpy()
@@ -151,8 +151,8 @@ def write_graphs(
         if target == RUNTIME:
             session, names = Session(path, threads=1), input_names(graph.signature)
             for title, inputs in (
-                ("valid", example(graph.signature, rows, ROWS, seed=5)),
-                ("edge", edge_example(graph.signature, rows, EDGE_ROWS)),
+                ("valid", generate_inputs(graph.signature, rows, ROWS, seed=5)),
+                ("edge", generate_edge_inputs(graph.signature, rows, EDGE_ROWS)),
             ):
                 scores[title] = session.scores({name: inputs[name].numpy() for name in names})
         graphs.append(WrittenGraph(graph.name, path, scores))

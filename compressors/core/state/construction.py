@@ -28,8 +28,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from compressors.contracts import is_out_of_memory
 from compressors.core.state.meta_device import (
     ACCELERATOR,
+    ConstructionLimits,
     Placement,
-    Room,
     exchange,
     on_cpu,
     parameters_on_meta,
@@ -52,14 +52,16 @@ class Construction:
 
 
 def construct(
-    architecture: type[nn.Module], config: Mapping[str, Any], room: Room | None = None
+    architecture: type[nn.Module],
+    config: Mapping[str, Any],
+    limits: ConstructionLimits | None = None,
 ) -> Construction:
     """Build a network, with parameters on the meta device if its class allows it.
 
     Args:
         architecture: the network's class.
         config: keyword arguments of the class; not modified.
-        room: limits on the tensors that the constructor may create; None for no limits.
+        limits: limits on the tensors that the constructor may create; None for no limits.
 
     Returns:
         The network on the CPU. Its parameters have no values, unless a note says that the
@@ -70,18 +72,18 @@ def construct(
             a name that could run as code.
         ModelRefused: a tensor that no file stores depends on random initial weights.
     """
-    construction = _construct_unchecked(architecture, config, room)
+    construction = _construct_unchecked(architecture, config, limits)
     _require_safe_names(architecture, construction.module)
     return construction
 
 
 def _construct_unchecked(
-    architecture: type[nn.Module], config: Mapping[str, Any], room: Room | None
+    architecture: type[nn.Module], config: Mapping[str, Any], limits: ConstructionLimits | None
 ) -> Construction:
     """Build a network; attribute names are not checked."""
     _require_arguments(architecture, config)
     try:
-        with parameters_on_meta(copy.copy(room)) as placement:
+        with parameters_on_meta(copy.copy(limits)) as placement:
             module = architecture(**copy.deepcopy(dict(config)))
     except TooLarge as error:
         raise ConstructionFailed("tensors_too_large", problem=str(error)) from error
@@ -89,12 +91,12 @@ def _construct_unchecked(
         if is_out_of_memory(error):
             raise
         reason = f"its constructor reads weight values ({_source_line(error)})"
-        return _construct_with_note(architecture, config, reason, room)
+        return _construct_with_note(architecture, config, reason, limits)
     _link_views(module, placement)
     recomputed = {name for name, *_ in _computed_weights(module)}
     if names_without_values := [name for name in _without_values(module) if name not in recomputed]:
         reason = f"its constructor computes {_list_names(names_without_values)} from weight values"
-        construction = _construct_with_note(architecture, config, reason, room)
+        construction = _construct_with_note(architecture, config, reason, limits)
         _require_equal(
             architecture,
             construction.module,
@@ -206,10 +208,13 @@ def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:
 
 
 def _construct_with_note(
-    architecture: type[nn.Module], config: Mapping[str, Any], reason: str, room: Room | None
+    architecture: type[nn.Module],
+    config: Mapping[str, Any],
+    reason: str,
+    limits: ConstructionLimits | None,
 ) -> Construction:
     """Build a network with its initial weights, and a note to the user that says why."""
-    module, placement = _construct_on_cpu(architecture, config, room)
+    module, placement = _construct_on_cpu(architecture, config, limits)
     note = (
         f"{architecture.__name__} is built with all its weights in memory each time it is loaded, "
         f"because {reason}. Memory while loading is that of the weights, not of the file's pages."
@@ -218,11 +223,13 @@ def _construct_with_note(
 
 
 def _construct_on_cpu(
-    architecture: type[nn.Module], config: Mapping[str, Any], room: Room | None = None
+    architecture: type[nn.Module],
+    config: Mapping[str, Any],
+    limits: ConstructionLimits | None = None,
 ) -> tuple[nn.Module, Placement]:
     """Build a network with its initial weights; also return the context it was built in."""
     try:
-        with on_cpu(copy.copy(room)) as placement:
+        with on_cpu(copy.copy(limits)) as placement:
             module = architecture(**copy.deepcopy(dict(config)))
     except TooLarge as error:
         raise ConstructionFailed("tensors_too_large", problem=str(error)) from error

@@ -29,7 +29,7 @@ ACCELERATOR = re.compile(r"(cuda|xpu|hpu|mps|npu|xla)(:\d+)?")
 
 
 @dataclass
-class Room:
+class ConstructionLimits:
     """Limits on the tensors that a constructor may create.
 
     Attributes:
@@ -62,7 +62,7 @@ class Placement(TorchFunctionMode):
     """Keeps new tensors on the CPU, and meta tensors on meta, while a class is built.
 
     Args:
-        room: limits on the tensors that may be created; None for no limits.
+        limits: limits on the tensors that may be created; None for no limits.
 
     Attributes:
         devices: other devices that the constructor requested, in order.
@@ -70,9 +70,9 @@ class Placement(TorchFunctionMode):
             memory.
     """
 
-    def __init__(self, room: Room | None = None) -> None:
+    def __init__(self, limits: ConstructionLimits | None = None) -> None:
         super().__init__()
-        self._room = room
+        self._limits = limits
         self.devices: list[str] = []
         self.originals: list[tuple[StorageWeakRef, nn.Parameter]] = []
 
@@ -101,8 +101,8 @@ class Placement(TorchFunctionMode):
                 args, kwargs = self._keep_device(tensor, args[1:], kwargs)
         # torch adds the default device later than this mode runs, so it is added here.
         is_new = func in _device._device_constructors()
-        if is_new and self._room is not None:
-            self._room.check(func, args, kwargs)
+        if is_new and self._limits is not None:
+            self._limits.check(func, args, kwargs)
         if kwargs.get("device") is None and is_new:
             kwargs["device"] = _device.CURRENT_DEVICE
         if kwargs.get("device") is not None:
@@ -154,14 +154,14 @@ class Placement(TorchFunctionMode):
 
 
 @contextmanager
-def on_cpu(room: Room | None = None) -> Iterator[Placement]:
+def on_cpu(limits: ConstructionLimits | None = None) -> Iterator[Placement]:
     """Create tensors of this thread on the CPU and keep them there, inside the context."""
-    with _defaults_restored(), Placement(room) as placement:
+    with _defaults_restored(), Placement(limits) as placement:
         yield placement
 
 
 @contextmanager
-def parameters_on_meta(room: Room | None = None) -> Iterator[Placement]:
+def parameters_on_meta(limits: ConstructionLimits | None = None) -> Iterator[Placement]:
     """Register this thread's parameters on meta inside the context; buffers have values.
 
     ``torch.device("meta")`` would also create buffers and plain tensor attributes on meta. No file
@@ -169,7 +169,7 @@ def parameters_on_meta(room: Room | None = None) -> Iterator[Placement]:
     """
     thread = threading.get_ident()
     register = nn.Module.register_parameter
-    placement = Placement(room)
+    placement = Placement(limits)
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and threading.get_ident() == thread:

@@ -30,7 +30,7 @@ from compressors.core.state.construction import (
     outside_cpu,
     unfilled,
 )
-from compressors.core.state.meta_device import Room
+from compressors.core.state.meta_device import ConstructionLimits
 from compressors.core.state.tensor_files import INDEX, SHARD_BYTES, TensorFile, write_tensors
 from compressors.core.units import swap
 from compressors.errors.compression import ModelRefused
@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 # fast path makes inference compute the same scores.
 torch.backends.mha.set_fastpath_enabled(False)
 
-LEAST_ROOM = 256 * 2**20
+MIN_TENSOR_BYTES = 256 * 2**20
 """A constructor may always create tensors of this many bytes, for masks and position ids."""
-LEAST_TENSORS, TENSORS_PER_STORED = 10_000, 50
+MIN_TENSORS, TENSORS_PER_STORED = 10_000, 50
 """A constructor may create this many tensors, and so many more for each stored one."""
 
 
@@ -75,10 +75,10 @@ def construction_notes(
     Raises:
         ModelRefused: the class cannot be built with this configuration.
     """
-    return _construct(architecture, network, room_in(folder, network)).notes
+    return _construct(architecture, network, construction_limits(folder, network)).notes
 
 
-def room_in(folder: Path, network: Network) -> Room:
+def construction_limits(folder: Path, network: Network) -> ConstructionLimits:
     """Return limits on the tensors that a stored network's constructor may create.
 
     The limits depend on the stored tensors in ``folder`` and on the full sizes in the records of
@@ -89,9 +89,9 @@ def room_in(folder: Path, network: Network) -> Room:
         stored += path.stat().st_size
         with safe_open(path, framework="pt") as file:
             tensors += len(file.keys())
-    return Room(
-        tensor_bytes=max(LEAST_ROOM, 2 * stored, largest_replaced(network)),
-        tensors=LEAST_TENSORS + TENSORS_PER_STORED * (tensors + len(network.modules)),
+    return ConstructionLimits(
+        tensor_bytes=max(MIN_TENSOR_BYTES, 2 * stored, largest_replaced(network)),
+        tensors=MIN_TENSORS + TENSORS_PER_STORED * (tensors + len(network.modules)),
     )
 
 
@@ -109,10 +109,10 @@ def _full_bytes(record: ModuleRecord) -> int:
 
 
 def _construct(
-    architecture: type[nn.Module], network: Network, room: Room | None = None
+    architecture: type[nn.Module], network: Network, limits: ConstructionLimits | None = None
 ) -> Construction:
     try:
-        return construct(architecture, network.architecture.config, room)
+        return construct(architecture, network.architecture.config, limits)
     except ConstructionFailed as error:
         raise ModelRefused(
             "construction_failed", architecture=network.architecture.path, problem=str(error)
@@ -120,10 +120,10 @@ def _construct(
 
 
 def _build(
-    architecture: type[nn.Module], network: Network, room: Room | None = None
+    architecture: type[nn.Module], network: Network, limits: ConstructionLimits | None = None
 ) -> tuple[nn.Module, tuple[nn.Parameter, ...]]:
     """Build a network; also return the parameters of layers that compressed modules replaced."""
-    construction = _construct(architecture, network, room)
+    construction = _construct(architecture, network, limits)
     model = construction.module
     for note in construction.notes:
         log.info("%s", note)
@@ -200,7 +200,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
         ModelRefused: tensors are missing, unexpected, of the wrong shape or dtype, or a tensor is
             still on the meta device.
     """
-    model, replaced = _build(architecture, network, room_in(folder, network))
+    model, replaced = _build(architecture, network, construction_limits(folder, network))
     tensors = mapped(folder)
     state = model.state_dict(keep_vars=True)
     for name, stored in network.ties.items():

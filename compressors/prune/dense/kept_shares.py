@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Signature
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import table_rows
 from compressors.errors.steps import StepRefused
@@ -52,7 +52,7 @@ def multiply_adds(module: nn.Module, signature: Signature) -> dict[str, float]:
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear | PackedLinear)
     }
-    inputs = example(signature, table_rows(module), ROWS)
+    inputs = generate_inputs(signature, table_rows(module), ROWS)
     with torch.no_grad(), _count_calls(layers) as calls:
         module(**inputs)
     return {

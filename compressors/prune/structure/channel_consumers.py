@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Signature
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import PackedLinear
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.config_widths import Width
@@ -77,7 +77,7 @@ def trace(
         parts: dict[str, dict[int, Tensor]] = {}
         for begin in range(0, channels, CHANNELS_PER_BATCH):
             rows = min(CHANNELS_PER_BATCH, channels - begin)  # one row per channel
-            inputs = example(signature, rows_of_table, rows)
+            inputs = generate_inputs(signature, rows_of_table, rows)
             with torch.no_grad(), _nan_trace(module, maker, channels, begin, rows) as reached:
                 score = module(**inputs)
             if bool(score.isnan().any()):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import DenseInput, Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FactoredLinear
@@ -247,7 +247,7 @@ def _scores(
     """Scores for synthetic rows, float ``(scales, rows)``; ``rounded`` changes dense inputs."""
     scores = []
     for scale in SCALES:
-        rows = example(signature, tables, CHECK_ROWS)
+        rows = generate_inputs(signature, tables, CHECK_ROWS)
         for item in signature.inputs:
             if isinstance(item, DenseInput):
                 scaled = rows[item.name] * scale

@@ -34,7 +34,7 @@ from compressors.core.units import Unit, swap
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS
-from compressors.quantize.tables.float8_e4m3 import LARGEST, steps_of
+from compressors.quantize.tables.float8_e4m3 import LARGEST, decode_float8
 
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -72,7 +72,7 @@ def float8_linear(
     ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, in)``, ``weight_scale`` ``(out,)`` or ``()``,
     ``input_scale`` ``()``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
     """
-    weight = steps_of(codes) * weight_scale.reshape(-1, 1)
+    weight = decode_float8(codes) * weight_scale.reshape(-1, 1)
     return F.linear(rounded(x / input_scale) * input_scale, weight, bias)
 
 
@@ -98,7 +98,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, weight_scale, input_scale = ctx.saved_tensors
     ratio = x / input_scale
     inside = ratio.abs() <= LARGEST
-    near, steps = rounded(ratio), steps_of(codes)
+    near, steps = rounded(ratio), decode_float8(codes)
     to_input = grad @ (steps * weight_scale.reshape(-1, 1))  # (*, in)
     flat = grad.reshape(-1, grad.shape[-1])
     by_weight = flat.T @ (near * input_scale).reshape(-1, near.shape[-1]) * steps  # (out, in)

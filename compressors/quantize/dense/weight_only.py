@@ -53,7 +53,7 @@ def padded(inputs: int, block: int) -> int:
     return -(-inputs // multiple) * multiple
 
 
-def together(inputs: int, block: int) -> int:
+def block_length(inputs: int, block: int) -> int:
     """Return the number of inputs that targets compute, and round if int8, as one block."""
     if block:
         return block
@@ -155,7 +155,7 @@ def _operands(
     """Return the weights, float32 ``(out, in)``, and the inputs, rounded if int8."""
     inputs = x.shape[-1]
     weight = unpack(codes, inputs, bits) * of_inputs(scale, inputs, block)
-    return weight, rounded(x, together(inputs, block)) if activations == "int8" else x
+    return weight, rounded(x, block_length(inputs, block)) if activations == "int8" else x
 
 
 @weight_only_linear.register_fake
@@ -243,7 +243,7 @@ class WeightOnlyFormat:
     ) -> Tensor:
         """Return the inputs that are multiplied, rounded if int8: float32 ``(*, in)``."""
         block, _, activations = Reading.of(settings)
-        return rounded(x, together(x.shape[-1], block)) if activations == "int8" else x
+        return rounded(x, block_length(x.shape[-1], block)) if activations == "int8" else x
 
 
 def stored(

@@ -47,7 +47,7 @@ def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
     return near.view(torch.uint8)
 
 
-def steps_of(codes: Tensor) -> Tensor:
+def decode_float8(codes: Tensor) -> Tensor:
     """Decode the bits of 8-bit floats to float32 in the same shape."""
     return codes.view(torch.float8_e4m3fn).float()
 
@@ -55,7 +55,7 @@ def steps_of(codes: Tensor) -> Tensor:
 @torch.library.custom_op("recpress::float8_e4m3_table", mutates_args=())
 def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
     """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
-    return weights(steps_of(codes[ids]), scale[scales.entries_of(ids, rows_per_scale)], None)
+    return weights(decode_float8(codes[ids]), scale[scales.entries_of(ids, rows_per_scale)], None)
 
 
 @float8_e4m3_table.register_fake
@@ -70,7 +70,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
     codes, scale, ids = ctx.saved_tensors
-    by_scale = scales.gradients(grad, steps_of(codes[ids]), scale, ids, ctx.rows_per_scale)
+    by_scale = scales.gradients(grad, decode_float8(codes[ids]), scale, ids, ctx.rows_per_scale)
     return None, by_scale, None, None
 
 

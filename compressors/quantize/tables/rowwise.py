@@ -90,7 +90,7 @@ class PackedRowsFormat:
         )
         return rows
 
-    def steps_of(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
+    def decode_codes(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
         """Decode planar codes ``(*, bytes)`` to multiples of the scale, float32 ``(*, dim)``."""
         steps = bitpacking.unpack(packed, dim, self.bits).float()
         return steps - self.zero if symmetric else steps
@@ -109,7 +109,7 @@ def packed_rows_format(name: str, bits: int, zero: float) -> PackedRowsFormat:
         dim: int,
         rows_per_scale: int,
     ) -> Tensor:
-        return scales.planar_rows(codes, scale, offset, ids, dim, rows_per_scale, form.steps_of)
+        return scales.planar_rows(codes, scale, offset, ids, dim, rows_per_scale, form.decode_codes)
 
-    scales.make_planar(lookup, form.steps_of)
+    scales.make_planar(lookup, form.decode_codes)
     return form

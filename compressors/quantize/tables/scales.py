@@ -150,7 +150,7 @@ def gradients(
     return total.unsqueeze(1).to(stored.dtype)
 
 
-class StepsOf(Protocol):
+class DecodeCodes(Protocol):
     """Decoder of a format with planar codes."""
 
     def __call__(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
@@ -164,15 +164,15 @@ def planar_rows(
     ids: Tensor,
     dim: int,
     rows_per_scale: int,
-    steps_of: StepsOf,
+    decode_codes: DecodeCodes,
 ) -> Tensor:
     """Look up rows of a table of planar codes ``(rows, bytes)``: ids -> float32 ``(*ids, dim)``."""
     entries = entries_of(ids, rows_per_scale)
-    steps = steps_of(codes[ids], dim, symmetric=offset is None)
+    steps = decode_codes(codes[ids], dim, symmetric=offset is None)
     return weights(steps, scale[entries], None if offset is None else offset[entries])
 
 
-def make_planar(op: Any, steps_of: StepsOf) -> None:
+def make_planar(op: Any, decode_codes: DecodeCodes) -> None:
     """Register the shape function and the gradient of a ``custom_op`` on planar codes."""
 
     def fake(
@@ -195,7 +195,7 @@ def make_planar(op: Any, steps_of: StepsOf) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None, None]:
         codes, scale, offset, ids = ctx.saved_tensors
-        steps = steps_of(codes[ids], ctx.dim, symmetric=offset is None)
+        steps = decode_codes(codes[ids], ctx.dim, symmetric=offset is None)
         by_scale = gradients(grad, steps, scale, ids, ctx.rows_per_scale)
         by_offset = None
         if offset is not None:

@@ -5,7 +5,14 @@ import torch
 from models import ATTENTION, BENCH_ROWS, RANKER, REFERENCES, prepared
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, tensor_names
-from compressors.core.batches import Batch, batches, edge_example, example, jagged, row_of
+from compressors.core.batches import (
+    Batch,
+    batches,
+    generate_edge_inputs,
+    generate_inputs,
+    jagged,
+    row_of,
+)
 from compressors.lower.serving_wrapper import input_names
 
 ROWS = RANKER.rows_of_tables()
@@ -75,7 +82,7 @@ def test_jagged_writes_bounds_as_offsets_or_lengths():
 @pytest.mark.parametrize("rows", [1, 57])
 def test_example_rows_have_the_shapes_dtypes_and_id_ranges_of_the_signature(reference, rows):
     tables = reference.rows_of_tables()
-    inputs = example(reference.signature, tables, rows)
+    inputs = generate_inputs(reference.signature, tables, rows)
     assert set(inputs) == set(input_names(reference.signature))
     for item in reference.signature.inputs:
         tensor = inputs[item.name]
@@ -87,7 +94,7 @@ def test_example_rows_have_the_shapes_dtypes_and_id_ranges_of_the_signature(refe
 
 
 def test_example_bags_have_every_length_from_zero_to_the_maximum():
-    inputs = example(RANKER.signature, ROWS, 200)
+    inputs = generate_inputs(RANKER.signature, ROWS, 200)
     batch = Batch(inputs, torch.zeros(200), None)
     for item in JAGGED.values():
         lengths = {len(ids) for ids in bags(item, batch)}
@@ -98,15 +105,15 @@ def test_example_bags_have_every_length_from_zero_to_the_maximum():
 
 
 def test_example_rows_depend_on_the_seed_only():
-    first, second = (example(RANKER.signature, ROWS, 20, seed=4) for _ in range(2))
-    other = example(RANKER.signature, ROWS, 20, seed=5)
+    first, second = (generate_inputs(RANKER.signature, ROWS, 20, seed=4) for _ in range(2))
+    other = generate_inputs(RANKER.signature, ROWS, 20, seed=5)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["user"], other["user"])
 
 
 def test_each_id_input_has_out_of_range_ids_in_two_edge_rows_of_its_own():
-    edges = edge_example(RANKER.signature, ROWS, 30, 4)
-    valid = example(RANKER.signature, ROWS, 28, 4)
+    edges = generate_edge_inputs(RANKER.signature, ROWS, 30, 4)
+    valid = generate_inputs(RANKER.signature, ROWS, 28, 4)
     id_inputs = [item for item in RANKER.signature.inputs if not isinstance(item, DenseInput)]
     for place, item in enumerate(id_inputs):
         if isinstance(item, JaggedBag):
@@ -124,7 +131,7 @@ def test_each_id_input_has_out_of_range_ids_in_two_edge_rows_of_its_own():
 
 
 def test_the_last_two_edge_rows_have_empty_and_full_lists():
-    inputs = edge_example(RANKER.signature, ROWS, 30, 4)
+    inputs = generate_edge_inputs(RANKER.signature, ROWS, 30, 4)
     empty, full = (row_of(inputs, RANKER.signature, row) for row in (28, 29))
     assert empty["genres"].tolist() == [[0, 0, 0, 0]]
     assert (len(empty["history"]), len(empty["tags"])) == (0, 0)
@@ -136,4 +143,4 @@ def test_the_last_two_edge_rows_have_empty_and_full_lists():
 
 def test_fewer_than_two_edge_rows_per_input_raise_a_value_error():
     with pytest.raises(ValueError, match="6 inputs need 12 rows; found 11"):
-        edge_example(RANKER.signature, ROWS, 11)
+        generate_edge_inputs(RANKER.signature, ROWS, 11)

@@ -18,7 +18,7 @@ from test_steps import cached_run, method_on_references
 from torch import Tensor, nn
 
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable, PartSpec, plain_table
@@ -104,7 +104,7 @@ def test_the_dry_run_of_a_composing_method_can_be_called_and_pruned(method, tmp_
     """A later step runs the network of the dry run, for example to find what it can prune."""
     bench = RANKER.bench(tmp_path / "data")
     predicted = dry_run(models.default(method), RANKER.model(), bench)
-    inputs = example(bench.signature, table_rows(predicted.module), 64)
+    inputs = generate_inputs(bench.signature, table_rows(predicted.module), 64)
     assert predicted.module(**inputs).shape == (64, 1)
     assert dry_run(Channels(), predicted, bench).plan is not None
 

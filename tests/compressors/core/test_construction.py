@@ -41,7 +41,7 @@ def trained_and_loaded(
 ) -> tuple[nn.Module, nn.Module]:
     """Return a trained network, and the same network loaded from its file."""
     torch.manual_seed(1)
-    trained = construct_as_a_user(architecture, **config)
+    trained = build_with_weights(architecture, **config)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.01)
@@ -50,7 +50,7 @@ def trained_and_loaded(
     return trained.eval(), load(architecture, network, folder)
 
 
-def construct_as_a_user(architecture: type[nn.Module], **config: object) -> nn.Module:
+def build_with_weights(architecture: type[nn.Module], **config: object) -> nn.Module:
     """Build a network with weights; tensors that a constructor moves to a GPU are on the CPU."""
     from compressors.core.state.construction import construct_with_weights
 
@@ -157,7 +157,7 @@ def test_model_with_a_replaced_parameter_in_a_list_is_loaded(tmp_path):
     layout = storage.layout(7, DIM, settings)
     values = {name: torch.ones(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
     packed = PackedTable(storage, 7, DIM, settings, values)
-    module = construct_as_a_user(Penalized)
+    module = build_with_weights(Penalized)
     module.emb = packed
     tensors, ties = tensors_of(module)
     save_file(tensors, tmp_path / "model.safetensors")
@@ -169,7 +169,7 @@ def test_model_with_a_replaced_parameter_in_a_list_is_loaded(tmp_path):
 
 
 def test_private_copy_shares_parameters_that_are_only_in_a_list():
-    module = construct_as_a_user(Penalized)
+    module = build_with_weights(Penalized)
     only_in_list = module.weights[0][0][0]
     module.emb = nn.Embedding(7, DIM)  # as if a packed table had replaced it
     copy_of_module = private_copy(module)
@@ -340,7 +340,7 @@ def test_attribute_name_that_could_run_as_code_is_refused(place, character):
     with raises_code(ConstructionFailed, "attribute_name_unsafe"):
         construct(KeyedByFeature, config)
     with raises_code(ConstructionFailed, "attribute_name_unsafe"):
-        construct_as_a_user(KeyedByFeature, **config)
+        build_with_weights(KeyedByFeature, **config)
 
 
 def test_harmless_unusual_attribute_name_is_built_and_traced(tmp_path):

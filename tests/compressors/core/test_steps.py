@@ -178,7 +178,7 @@ def tensor_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def scores(model: Model, reference: Reference, rows: int = 9) -> Tensor:
-    inputs = models.example(reference.signature, reference.rows_of_tables(), rows, seed=3)
+    inputs = models.generate_inputs(reference.signature, reference.rows_of_tables(), rows, seed=3)
     with torch.no_grad():
         return model.module(**inputs)
 

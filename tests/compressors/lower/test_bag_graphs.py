@@ -10,7 +10,7 @@ from models import Reference, prepared
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, JaggedBag, Output, PaddedBag, Signature
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.runner import run
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import input_names, served_graphs
@@ -82,7 +82,7 @@ def bench(reference: Reference, folder) -> Bench:
 
 def edge_batch(reference: Reference) -> dict[str, Tensor]:
     """Return a batch with empty first and last bags, and one bag with only padding."""
-    inputs = example(SCHEMA, reference.rows_of_tables(), 40, seed=11)
+    inputs = generate_inputs(SCHEMA, reference.rows_of_tables(), 40, seed=11)
     lengths = torch.cat([inputs["jagged_offsets"], torch.tensor([len(inputs["jagged"])])]).diff()
     lengths[0] = lengths[-1] = 0
     lengths[3], lengths[4] = LENGTH, 2

@@ -18,7 +18,7 @@ from pairwise import pairwise
 from torch import Tensor
 
 from compressors.contracts import DenseInput, JaggedBag, TargetName
-from compressors.core.batches import edge_example
+from compressors.core.batches import generate_edge_inputs
 from compressors.lower.parity import check_parity
 
 ORT: TargetName = "onnxruntime"
@@ -90,7 +90,7 @@ def test_graph_has_the_scores_of_torch_at_every_batch_size(network, kinds, targe
     check_parity(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
     for count in (1, 2, 57):
         assert_equal_scores(lowered, target, lowered.rows(count, seed=count), spread)
-    outside = edge_example(lowered.signature, lowered.lowered.served.rows_of_table, 57)
+    outside = generate_edge_inputs(lowered.signature, lowered.lowered.served.rows_of_table, 57)
     assert_equal_scores(lowered, target, outside, spread)
 
 

@@ -13,7 +13,7 @@ from models import Reference
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, Output, Signature, TargetName
-from compressors.core.batches import edge_example, example
+from compressors.core.batches import generate_edge_inputs, generate_inputs
 from compressors.core.model import Model
 from compressors.core.registries import AnyStep
 from compressors.core.runner import run
@@ -123,8 +123,8 @@ def test_tables_with_the_same_layout_share_one_lookup_with_unchanged_scores(step
     session = Session(path, threads=1)
     tables = reference.rows_of_tables()
     for inputs in (
-        example(reference.signature, tables, 50),
-        edge_example(reference.signature, tables, 50),
+        generate_inputs(reference.signature, tables, 50),
+        generate_edge_inputs(reference.signature, tables, 50),
     ):
         expected = lowered.served(*(inputs[name] for name in input_names(reference.signature)))
         result = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
@@ -157,7 +157,7 @@ def test_lookups_are_not_merged_if_the_network_also_uses_an_id_elsewhere(option,
     model = compress(reference, RowwiseInt8(), tmp_path)
     lowered, path = lower_model(reference, model, tmp_path)
     assert count_operators(path)["Gather"] == 8
-    inputs = example(reference.signature, reference.rows_of_tables(), 50)
+    inputs = generate_inputs(reference.signature, reference.rows_of_tables(), 50)
     inputs["item"][:10] = 7
     expected = lowered.served(*(inputs[name] for name in input_names(reference.signature)))
     result = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})

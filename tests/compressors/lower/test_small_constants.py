@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, IdInput, Output, PaddedBag, Signature, TargetName
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.runner import run
 from compressors.lower.export import Lowered, lower
 from compressors.lower.passes.simplify import simplify
@@ -133,7 +133,7 @@ def test_masked_means_with_other_epsilons_equal_those_of_torch(eps, table_format
 
 
 def assert_masked_means_equal(eps: float, table_format: str, target: TargetName) -> None:
-    inputs = example(SCHEMA, {"user": 12, "items": 40}, 16)
+    inputs = generate_inputs(SCHEMA, {"user": 12, "items": 40}, 16)
     inputs["items"][:5] = 0  # empty lists
     inputs["items"][5:9, 1:] = 0  # lists of one item
     expected, scores_of_graph = scores(eps, table_format, target, inputs)
@@ -156,7 +156,7 @@ def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
     model = Reference(LogSigmoid, signature, {"eps": 1e-6}).model()
     path = tmp_path / "model.onnx"
     lowered_graph = lower(model.module, whole(signature), "onnxruntime", path)
-    inputs = example(signature, {"user": 12, "items": 40}, 8)
+    inputs = generate_inputs(signature, {"user": 12, "items": 40}, 8)
     with torch.no_grad():
         expected = lowered_graph.served(*(inputs[name] for name in input_names(signature))).numpy()
     scores_of_graph = Session(path, 1).scores(

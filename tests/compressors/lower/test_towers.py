@@ -12,7 +12,7 @@ from models import METHODS, Reference
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, PaddedBag, Signature, TargetName
-from compressors.core.batches import edge_example, example
+from compressors.core.batches import generate_edge_inputs, generate_inputs
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.lower.export import lower
@@ -105,7 +105,7 @@ def test_graphs_of_both_towers_return_the_vectors_of_torch(kind, target, tmp_pat
     for served_graph in served_graphs(SCHEMA):
         path = tmp_path / f"{served_graph.name}.onnx"
         lowered = lower(model, served_graph, target, path)
-        inputs = example(served_graph.signature, TABLES, 40)
+        inputs = generate_inputs(served_graph.signature, TABLES, 40)
         with torch.no_grad():
             expected = served_graph.part(model)(**inputs).numpy()
         vectors = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
@@ -117,7 +117,7 @@ def test_graphs_of_both_towers_return_the_vectors_of_torch(kind, target, tmp_pat
 
 def test_graph_returns_nan_vectors_for_refused_rows_only():
     for served_graph in served_graphs(SCHEMA):
-        inputs = edge_example(
+        inputs = generate_edge_inputs(
             served_graph.signature, TABLES, 8
         )  # the first two rows have an id out of range
         vectors = Session(graphs_as_trained()[served_graph.name], threads=1).scores(

@@ -60,7 +60,7 @@ def consumers_of_width(argument: str, source: Model) -> Readers:
 
 
 def predictions(model: Model, reference: Reference) -> Tensor:
-    inputs = models.example(reference.signature, reference.rows_of_tables(), 50, seed=11)
+    inputs = models.generate_inputs(reference.signature, reference.rows_of_tables(), 50, seed=11)
     with torch.no_grad():
         return model.module(**inputs).reshape(-1)
 

@@ -43,7 +43,7 @@ def dropped(reference: Reference, folder, source: Model | None = None, **setting
 
 
 def predictions(module: nn.Module, reference: Reference) -> Tensor:
-    inputs = models.example(reference.signature, reference.rows_of_tables(), 50, seed=11)
+    inputs = models.generate_inputs(reference.signature, reference.rows_of_tables(), 50, seed=11)
     with torch.no_grad():
         return module(**inputs).reshape(-1)
 

@@ -7,7 +7,7 @@ from models import COMPACT, RANKER, Reference, prepared
 from reason_codes import with_code
 
 from compressors.contracts import Bench
-from compressors.core.batches import example
+from compressors.core.batches import generate_inputs
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.lower.export import lower
@@ -116,7 +116,7 @@ def test_the_graph_of_a_model_with_dropped_tables_has_its_scores(
     (form,) = served_graphs(signature)
     lowered = lower(result.module, form, target, tmp_path / "model.onnx")
     assert {table.module for table in lowered.tables} == set(rows_of_tables) - set(tables)
-    inputs = example(signature, rows_of_tables, 50)
+    inputs = generate_inputs(signature, rows_of_tables, 50)
     with torch.no_grad():
         expected = lowered.served(*(inputs[name] for name in input_names(signature)))
     scores = Session(tmp_path / "model.onnx", 1).scores({k: v.numpy() for k, v in inputs.items()})

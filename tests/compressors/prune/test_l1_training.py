@@ -5,7 +5,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from hypothesis import given
-from models import NORMED, QUICKLY, RANKER, Reference, example, prepared
+from models import NORMED, QUICKLY, RANKER, Reference, generate_inputs, prepared
 from narrow_networks import SCHEMA, ResidualConcatNet
 from reason_codes import codes_of, with_code
 
@@ -22,7 +22,7 @@ TWENTY_EPOCHS = QUICKLY.model_copy(update={"epochs": 20, "schedule": "cosine"})
 
 
 def predictions(model, reference):
-    inputs = example(reference.signature, reference.rows_of_tables(), 50, seed=3)
+    inputs = generate_inputs(reference.signature, reference.rows_of_tables(), 50, seed=3)
     with torch.no_grad():
         return model.module(**inputs).reshape(-1)
 

@@ -15,11 +15,13 @@ from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.quantize.dense.float8_dense import LARGEST, Float8Dense, encode, rounded
-from compressors.quantize.tables.float8_e4m3 import steps_of
+from compressors.quantize.tables.float8_e4m3 import decode_float8
 
 OP = torch.ops.recpress.float8_linear
 # All E4M3 numbers, from the bits of the format.
-NUMBERS = steps_of(torch.tensor([code for code in range(256) if code & 127 != 127]).byte()).numpy()
+NUMBERS = decode_float8(
+    torch.tensor([code for code in range(256) if code & 127 != 127]).byte()
+).numpy()
 
 
 def layer(inputs: int, outputs: int, *, by_channel: bool = True) -> tuple[Tensor, ...]:
@@ -45,10 +47,10 @@ def test_scale_maps_the_largest_weight_to_448(by_channel):
     weight = torch.randn(6, 40) * torch.logspace(-3, 3, 6)[:, None]
     codes, scale = encode(weight, by_channel=by_channel)
     assert scale.shape == ((6,) if by_channel else ())
-    tops = steps_of(codes).abs().amax(dim=1)
+    tops = decode_float8(codes).abs().amax(dim=1)
     assert tops.max() == LARGEST
     assert bool((tops == LARGEST).all()) == by_channel
-    rounding_error = (steps_of(codes) * scale.reshape(-1, 1) - weight).abs()
+    rounding_error = (decode_float8(codes) * scale.reshape(-1, 1) - weight).abs()
     if by_channel:  # half of the last of 4 bits; below 2^-6 scales even steps of 2^-9
         allowed = torch.maximum(weight.abs() * 2.0**-4, scale[:, None] * 2.0**-10)
         assert (rounding_error <= allowed * (1 + 1e-6)).all()
@@ -59,7 +61,7 @@ def test_channels_of_zeros_or_denormals_have_a_positive_scale_and_finite_weights
     weight[1] = 1e-45  # a denormal number: its scale would be zero
     codes, scale = encode(weight, by_channel=True)
     assert (scale > 0).all()
-    assert torch.isfinite(steps_of(codes) * scale[:, None]).all()
+    assert torch.isfinite(decode_float8(codes) * scale[:, None]).all()
 
 
 @pytest.mark.parametrize("by_channel", [True, False])
@@ -69,7 +71,7 @@ def test_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     x.view(-1)[0] = 100.0  # beyond 4.48: clipped, as QuantizeLinear saturates
     near = rounded((x / input_scale).clamp(-448, 448)).double() * 0.01
-    weight = steps_of(codes).double() * scale.double().reshape(-1, 1)
+    weight = decode_float8(codes).double() * scale.double().reshape(-1, 1)
     result = OP(x, codes, scale, input_scale, bias)
     torch.testing.assert_close(result.double(), near @ weight.T + bias, rtol=1e-5, atol=1e-5)
     without = OP(x, codes, scale, input_scale, None)
@@ -86,7 +88,7 @@ def test_gradients_equal_the_straight_through_estimate(by_channel):
     def plain(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
         ratio = (x / input_scale).clamp(-448, 448)
         near = ratio + (rounded(ratio) - ratio).detach()
-        return near * input_scale @ (steps_of(codes) * scale.reshape(-1, 1)).T + bias
+        return near * input_scale @ (decode_float8(codes) * scale.reshape(-1, 1)).T + bias
 
     def ours(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
         return OP(x, codes, scale, input_scale, bias)

@@ -26,6 +26,7 @@ from compressors.quantize.dense.gptq import gptq
 from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from compressors.quantize.dense.weight_only import (
+    block_length,
     fitted_scale,
     grid,
     in_blocks,
@@ -34,7 +35,6 @@ from compressors.quantize.dense.weight_only import (
     pack,
     padded,
     rounded,
-    together,
     unpack,
 )
 from infra.onnxruntime.sessions import Session
@@ -186,7 +186,7 @@ def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes
 @pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (4, 128), (8, 16), (8, 32), (8, 0)])
 def test_op_equals_onnxruntimes_kernel(bits, block, inputs, activations, tmp_path):
     codes, scale, _ = layer(inputs, 24, bits, block)
-    width = together(inputs, block)
+    width = block_length(inputs, block)
     shaped = codes.reshape(24, -1, width * bits // 8).numpy()
     scales = scale.expand(24, shaped.shape[1]).numpy()
     level = {"float32": 1, "int8": 4}[activations]
@@ -211,7 +211,7 @@ def test_gradients_reach_inputs_scales_and_bias(bits, block, activations):
         scale_of_weight = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
         read = x
         if activations == "int8":  # straight through
-            read = x + (rounded(x, together(40, block)) - x).detach()
+            read = x + (rounded(x, block_length(40, block)) - x).detach()
         return read @ (unpack(codes, 40, bits) * scale_of_weight).T + bias
 
     def ours(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from onnxscript.values import Op, Opset
 
 from compressors.lower.graph_builders import FLOAT, flatten_to_matrix
 from compressors.lower.targets.onnxruntime.types import multiplies_codes
-from compressors.quantize.dense.weight_only import together, zero_code
+from compressors.quantize.dense.weight_only import block_length, zero_code
 
 FLOAT8 = int(onnx.TensorProto.FLOAT8E4M3FN)
 
@@ -80,7 +80,7 @@ def weight_only_linear(
     outputs, inputs = int(codes.shape[0]), int(x.shape[-1])
     if not multiplies_codes(bits, activations):
         return _widened_linear(x, codes, scale, bias, bits, block)
-    block_size = together(inputs, block)
+    block_size = block_length(inputs, block)
     scales = op.Cast(scale, to=FLOAT)
     if not block:  # one scale per row, repeated for each block
         scales = op.Expand(scales, op.Constant(value_ints=[outputs, -(-inputs // block_size)]))

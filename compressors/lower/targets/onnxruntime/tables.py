@@ -25,7 +25,7 @@ from compressors.lower.graph_builders import (
     integers_from_bytes,
     position_from_rank,
 )
-from compressors.quantize.tables.float8_e4m3 import steps_of
+from compressors.quantize.tables.float8_e4m3 import decode_float8
 
 
 def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
@@ -78,7 +78,9 @@ def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> 
 
     ONNX has no Gather of 8-bit floats, and cannot reinterpret bytes as 8-bit floats.
     """
-    values = steps_of(torch.arange(256, dtype=torch.uint8)).nan_to_num(0.0)  # 127 and 255 are NaN
+    values = decode_float8(torch.arange(256, dtype=torch.uint8)).nan_to_num(
+        0.0
+    )  # 127 and 255 are NaN
     value_list = op.Constant(value_floats=values.tolist())
     rows = op.Gather(value_list, op.Cast(op.Gather(codes, ids, axis=0), to=INT32), axis=0)
     return apply_scales(rows, scale, None, ids, rows_per_scale)

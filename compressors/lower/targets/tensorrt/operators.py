@@ -14,7 +14,7 @@ from onnxscript import opset21 as op
 from compressors.lower.graph_builders import BFLOAT16, FLOAT, FLOAT16, constant, flatten_to_matrix
 from compressors.lower.targets.tensorrt import tables as tensorrt_tables
 from compressors.lower.targets.tensorrt.dense_types import signed_length
-from compressors.quantize.dense.weight_only import LEVELS, SMALLEST, together
+from compressors.quantize.dense.weight_only import LEVELS, SMALLEST, block_length
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
@@ -70,7 +70,7 @@ def weight_only_linear(
     outputs, inputs = int(codes.shape[0]), int(x.shape[-1])
     flat, restore = flatten_to_matrix(x, inputs, outputs)
     if activations == "int8":
-        flat = _round_inputs(flat, inputs, together(inputs, block))
+        flat = _round_inputs(flat, inputs, block_length(inputs, block))
     flat = _pad_with_zeros(flat, signed_length(inputs, block, bits) - inputs)
     if block:
         weight = op.DequantizeLinear(codes, scale, axis=1, block_size=block)
