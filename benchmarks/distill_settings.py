@@ -25,7 +25,7 @@ from compressors.distill.training.settings import Training
 from compressors.metrics import point_estimates
 from compressors.prune.dense.channels import Channels
 from flows.cli.demo import BUNDLE
-from tasks.bundles.bundle_ref import find
+from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
@@ -48,7 +48,7 @@ def auc_of(module: nn.Module, bench: Bench) -> float:
 def main() -> None:
     """Print a Markdown table with one line per setting."""
     logging.getLogger("compressors.distill.training.trainer").setLevel(logging.WARNING)
-    bundle_ref = find(BUNDLE)
+    bundle_ref = find_bundle(BUNDLE)
     bundle, loaded = bundle_ref.artifact, load_bundle(bundle_ref.artifact)
     parts = {part: prepare.fn(bundle, part) for part in ("train", "validation")}
     rows = bundle_ref.rows

@@ -35,7 +35,7 @@ from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
-from tasks.bundles.bundle_ref import find
+from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
@@ -89,7 +89,7 @@ def main() -> None:
     """Print both Markdown tables."""
     torch.set_num_threads(1)
     logging.getLogger("compressors").setLevel(logging.WARNING)
-    bundle_ref = find(BUNDLE)
+    bundle_ref = find_bundle(BUNDLE)
     bundle, loaded = bundle_ref.artifact, load_bundle(bundle_ref.artifact)
     prepared = {part: prepare.fn(bundle, part) for part in ("train", "validation", "test")}
     soft = score.fn(bundle, prepared["train"], bundle_ref.rows["train"])

@@ -34,7 +34,7 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
-from tasks.bundles.bundle_ref import find
+from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
@@ -129,7 +129,7 @@ def result_cells(
 def main() -> None:
     """Print a Markdown table with one line per composition and format of its parts."""
     torch.set_num_threads(1)
-    bundle_ref = find(sys.argv[1] if len(sys.argv) > 1 else BUNDLE)
+    bundle_ref = find_bundle(sys.argv[1] if len(sys.argv) > 1 else BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     rows = bundle_ref.rows
     parts = {part: prepare.fn(bundle_ref.artifact, part) for part in PARTS}

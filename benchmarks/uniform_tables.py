@@ -33,7 +33,7 @@ from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
-from tasks.bundles.bundle_ref import find
+from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 
@@ -94,7 +94,7 @@ def measure(step: TableStep, model: Model, bench: Bench, folder: Path) -> tuple[
 def main() -> None:
     """Print a Markdown table with one line per step."""
     torch.set_num_threads(1)
-    bundle_ref = find(BUNDLE)
+    bundle_ref = find_bundle(BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     prepared = prepare.fn(bundle_ref.artifact, "validation")
     splits = {"validation": split_of(prepared, bundle_ref.rows["validation"])}

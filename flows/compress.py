@@ -37,7 +37,7 @@ from flows.stages import (
 from flows.step_selection import require_teachers_are_used
 from infra.credentials import clean_exceptions
 from infra.memory import memory_errors
-from tasks.bundles.bundle_ref import find, require_measurable
+from tasks.bundles.bundle_ref import find_bundle, require_measurable
 from tasks.orchestration import log_lines
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.outages import wait_out
@@ -60,7 +60,7 @@ def compress(order: Order) -> Finished | State[Any]:
     named Rejected or Undecided.
     """
     show_log_lines()
-    bundle = wait_out(lambda: find(order.model))
+    bundle = wait_out(lambda: find_bundle(order.model))
     require_measurable(bundle, order.limits)
     for warning in limit_warnings(order.limits):
         log.warning("%s", warning)

@@ -24,7 +24,7 @@ from flows.step_selection import (
 from flows.terms import Requirement, Terms
 from infra.errors import Refused
 from tasks.build import require_builder
-from tasks.bundles.bundle_ref import BundleRef, find, require_measurable
+from tasks.bundles.bundle_ref import BundleRef, find_bundle, require_measurable
 from tasks.bundles.loading import load_bundle
 from tasks.orchestration.documents import AS_TRAINED
 from tasks.orchestration.memory_estimate import Memory, peak_memory
@@ -90,7 +90,7 @@ def explain(terms: Terms) -> Explanation:
             step of preset ``custom`` can compress no unit, or every step would be skipped.
     """
     order = terms if isinstance(terms, Order) else Order.model_validate(terms.model_dump())
-    bundle = find(order.model)
+    bundle = find_bundle(order.model)
     require_measurable(bundle, order.limits)
     require_teachers_are_used(order)
     teachers = resolve_teachers(order, bundle)

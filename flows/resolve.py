@@ -10,11 +10,11 @@ from compressors.contracts import Artifact, digest
 from flows.terms import Terms
 from infra.registry.ledger import Entry
 from infra.settings import load_settings, shown
-from tasks.bundles.bundle_ref import BundleRef, find, require_measurable
+from tasks.bundles.bundle_ref import BundleRef, find_bundle, require_measurable
 from tasks.bundles.teachers import Teacher, find_teachers
 from tasks.orchestration.code_digest import recpress_version
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.order_records import finished, order_of_request
+from tasks.orchestration.order_records import find_finished_order, order_of_request
 from tasks.promotion.promotions import champion, champion_graph, promote_order, registry
 
 
@@ -102,7 +102,7 @@ def _resolve(
     order: Terms,
 ) -> tuple[Terms, BundleRef, dict[str, Artifact], tuple[Teacher, ...]]:
     """Find an order's current bundle, champions and teachers; the arguments of its digest."""
-    bundle = find(order.model)
+    bundle = find_bundle(order.model)
     require_measurable(bundle, order.limits)
     return order, bundle, find_champions(order, bundle), resolve_teachers(order, bundle)
 
@@ -124,7 +124,7 @@ def promote_if_ordered(order: Terms, finished: Finished) -> None:
 
 def current_champion(order: Terms) -> Entry | None:
     """Return the ledger entry of the current champion of the order's model."""
-    return champion(find(order.model).name)
+    return champion(find_bundle(order.model).name)
 
 
 def promotion_sentence(entry: Entry) -> str:
@@ -198,7 +198,7 @@ def find_result_of_other_version(
 
 def _find_registered_result(digest_of_order: str) -> Finished | None:
     """Return the result with an order digest if it is stored and the registry has its release."""
-    result = finished(digest_of_order)
+    result = find_finished_order(digest_of_order)
     if result is None:
         return None
     uri = load_settings().registry_uri

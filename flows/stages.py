@@ -22,11 +22,11 @@ from tasks.gate import gate
 from tasks.lower import lower_model
 from tasks.measure import measure
 from tasks.orchestration.documents import Finished, PreparedRows, Ranking
-from tasks.orchestration.new_report import report_from
+from tasks.orchestration.new_report import build_report
 from tasks.orchestration.order_records import write_request
 from tasks.orchestration.outages import wait_out
 from tasks.orchestration.progress import publish_links
-from tasks.publish import publish, still_published
+from tasks.publish import publish, require_published
 from tasks.pull import pull
 from tasks.validate import validate
 
@@ -213,9 +213,9 @@ def publish_result(
     run.progress.stage("publish")
     order, model = run.order, run.model
     write_report = functools.partial(
-        report_from,
+        build_report,
         order=order_digest(order, model, run.champions, run.teachers),
-        subject=model,
+        bundle=model,
         compressed=compressed.bundle,
         champions=run.champions,
         recipe=tuple(step.model_dump(mode="json") for step in compressed.recipe()),
@@ -240,7 +240,7 @@ def publish_result(
     report = wait_out(write_report)
     request = request_digest(order, model, run.champions, run.teachers)
     wait_out(lambda: write_request(request, report.order))
-    finished = run.call(publish, still_published, report=report)
+    finished = run.call(publish, require_published, report=report)
     wait_out(lambda: promote_if_ordered(order, finished))
     wait_out(lambda: publish_links(finished))
     run.progress.finish()

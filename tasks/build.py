@@ -10,7 +10,7 @@ from compressors.contracts import target as declared_target
 from compressors.contracts.targets.builder import BuildRequest, Profile, TableWeights
 from infra.store.temporary import scratch_folder
 from tasks.orchestration.documents import BatchSizes, LoweredGraph, build_record, lowering_of
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 from tasks.target_adapters import builder_of
 
@@ -29,7 +29,7 @@ def require_builder(target: str) -> None:
         builder_of(target).version()
 
 
-@task(task_run_name="build {target}", **{**KEPT, "retries": 1})
+@task(task_run_name="build {target}", **{**TASK_OPTIONS, "retries": 1})
 def build(
     lowered: Artifact,
     target: str,

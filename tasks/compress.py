@@ -17,13 +17,13 @@ from tasks.bundles.loading import bench_of, split_of
 from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.data_parallel import StepResult, Work, run_step, run_step_on_devices
 from tasks.orchestration.documents import NotApplicable, not_applicable
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
 
 
-@task(task_run_name="{step.kind}", **KEPT)
+@task(task_run_name="{step.kind}", **TASK_OPTIONS)
 def compress(
     source: Artifact,
     step: AnyStep,

@@ -5,10 +5,10 @@ from prefect import task
 from compressors.contracts import Artifact, Limit, Verdict
 from compressors.metrics import judge
 from tasks.orchestration.documents import measurement_of
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 
 
-@task(task_run_name="gate {target}", **KEPT)
+@task(task_run_name="gate {target}", **TASK_OPTIONS)
 def gate(
     target: str,
     limits: tuple[Limit, ...],

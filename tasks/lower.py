@@ -25,7 +25,7 @@ from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import Loaded, load_bundle, split_of
 from tasks.evaluation.parity import GraphCheck, runnable_graph
 from tasks.orchestration.documents import GraphInput, LoweredGraph, Lowering
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.target_adapters import runtime_of_graphs
 
@@ -38,7 +38,7 @@ EDGE_ROWS = 64
 """Fewest synthetic rows with extreme inputs."""
 
 
-@task(task_run_name="lower {target}", **KEPT)
+@task(task_run_name="lower {target}", **TASK_OPTIONS)
 def lower_model(
     bundle: Artifact,
     target: str,

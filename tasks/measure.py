@@ -43,7 +43,7 @@ from tasks.evaluation.quality import (
     row_quality,
 )
 from tasks.orchestration.documents import Measurement, Ranking, lowering_of, served_bytes
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 from tasks.target_adapters import runtime_of
 
@@ -52,11 +52,11 @@ Array = NDArray[Any]
 
 TIMING_BUDGET_MS = 15_000.0
 """Time for the latency of one batch size, of all models together."""
-MOST_ROUNDS = 1000
+MAX_ROUNDS = 1000
 """Most calls of each model at one batch size."""
 
 
-@task(task_run_name="measure {target}", **KEPT)
+@task(task_run_name="measure {target}", **TASK_OPTIONS)
 def measure(
     target: str,
     bundle: Artifact,
@@ -273,7 +273,7 @@ def _add_latency(
     trial = interleaved_ms(models, inputs, rounds=5, warmup=5)
     round_ms = sum(float(np.median(times)) for times in trial)
     needed = max(intervals.rounds_needed(quantile) for quantile in QUANTILES.values())
-    rounds = max(needed, min(MOST_ROUNDS, math.ceil(TIMING_BUDGET_MS / round_ms)))
+    rounds = max(needed, min(MAX_ROUNDS, math.ceil(TIMING_BUDGET_MS / round_ms)))
     times = dict(zip(sessions, interleaved_ms(models, inputs, rounds), strict=True))
     for name, quantile in QUANTILES.items():
         metric_name = latency(name, size).name

@@ -10,13 +10,13 @@ from infra.bundle.bundle_folder import SplitName, read
 from infra.data.catalogue import prepare as prepare_split
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import data_path
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
 
 
-@task(task_run_name="prepare {split}", **KEPT)
+@task(task_run_name="prepare {split}", **TASK_OPTIONS)
 def prepare(bundle: Artifact, split: SplitName) -> Artifact:
     """Convert one parquet split to memory-mappable tensors and store them.
 

@@ -19,8 +19,8 @@ from tasks.orchestration.documents import (
     page_reference,
     report_of,
 )
-from tasks.orchestration.order_records import finished, write_finished
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.order_records import find_finished_order, write_finished
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import registry, repair
 from tasks.report.page import page, validation_of
@@ -33,7 +33,7 @@ PLAN_CHARACTERS = 50_000
 """Length from which a plan's tag has only its digest; the registry's limit is twice as high."""
 
 
-@task(task_run_name="publish {report.name}", **KEPT)
+@task(task_run_name="publish {report.name}", **TASK_OPTIONS)
 def publish(report: Report) -> Finished:
     """Store the report as JSON, Markdown and HTML, then register it as one version.
 
@@ -79,7 +79,7 @@ def restore(model: str | None) -> tuple[Registered, ...]:
         The versions that were registered.
     """
     orders = (key.removeprefix("orders/").removesuffix(".json") for key in store().keys("orders/"))
-    records = (finished(order, registered=False) for order in sorted(orders))
+    records = (find_finished_order(order, registered=False) for order in sorted(orders))
     results = [result for result in records if result is not None]
     results = [result for result in results if model in (None, result.report.name)]
     results.sort(key=lambda result: (result.report.name, int(result.version)))
@@ -111,7 +111,7 @@ def is_registered(result: Finished) -> bool:
     )
 
 
-def still_published(result: Finished) -> None:
+def require_published(result: Finished) -> None:
     """Raise if the store or the registry no longer has a recorded result of ``publish``.
 
     Raises:

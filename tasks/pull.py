@@ -6,12 +6,12 @@ from prefect import task
 
 from compressors.contracts import Artifact
 from tasks.bundles.packing import check
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 
 log = logging.getLogger(__name__)
 
 
-@task(task_run_name="pull", **KEPT)
+@task(task_run_name="pull", **TASK_OPTIONS)
 def pull(artifact: Artifact) -> Artifact:
     """Verify every hash, weight and id of a stored bundle, and that its module loads.
 

@@ -11,11 +11,11 @@ from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import load_bundle, split_of
 from tasks.evaluation.quality import query_quality, torch_towers
 from tasks.orchestration.documents import PreparedRows, Ranking
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 
 
-@task(task_run_name="rank", **KEPT)
+@task(task_run_name="rank", **TASK_OPTIONS)
 def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
     """Rank the catalogue for every test query with the torch module's two towers.
 

@@ -14,11 +14,11 @@ from compressors.distill.soft_labels import mean_predictions
 from compressors.errors.metrics import MetricRefused
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import SCORING_ROWS, load_bundle, split_of
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 
-@task(task_run_name="score", **KEPT)
+@task(task_run_name="score", **TASK_OPTIONS)
 def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
     """Score every row of a prepared split with the torch module.
 
@@ -53,7 +53,7 @@ def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
     return _store_scores(scores)
 
 
-@task(task_run_name="average {output}", **KEPT)
+@task(task_run_name="average {output}", **TASK_OPTIONS)
 def average(
     scores: tuple[Artifact, ...],
     output: Literal["logit", "probability", "score"],

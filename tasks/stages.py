@@ -17,14 +17,14 @@ from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import split_of
 from tasks.evaluation.quality import ByQuery, Quality, row_quality
 from tasks.orchestration.documents import STAGES, Scored, Stage, Stages
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 LABEL_BATCH_ROWS = 65_536
 """Rows of each batch when labels and groups are read."""
 
 
-@task(task_run_name="evaluate the stages", **KEPT)
+@task(task_run_name="evaluate the stages", **TASK_OPTIONS)
 def measure_stages(
     scored: tuple[Scored, ...],
     metric: str,

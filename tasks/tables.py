@@ -7,10 +7,10 @@ from compressors.core.registries import AnyStep
 from compressors.core.steps.step import TableStep
 from infra.errors import CommandRefused
 from tasks.bundles.table_files import quantize_artifact, table_steps
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 
 
-@task(task_run_name="tables {step.kind}", **KEPT)
+@task(task_run_name="tables {step.kind}", **TASK_OPTIONS)
 def quantize_tables(
     source: Artifact,
     step: AnyStep,

@@ -15,13 +15,13 @@ from infra.data.validation_page import validation_page
 from infra.store.temporary import scratch_folder
 from tasks.bundles.baseline import check_baseline, require_sound
 from tasks.bundles.loading import data_path, model_of
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
 
 
-@task(task_run_name="validate", **KEPT)
+@task(task_run_name="validate", **TASK_OPTIONS)
 def validate(bundle: Artifact, rules: Rules) -> Artifact:
     """Check a bundle's data against its signature; store the result and its HTML page.
 

@@ -29,7 +29,7 @@ from infra.registry.ledger import Ledger
 from infra.tensorrt.engines import Engine
 from tasks.bundles.bundle_ref import resolve
 from tasks.orchestration.documents import Measurement, Report, Stages, lowering_of
-from tasks.orchestration.order_records import finished
+from tasks.orchestration.order_records import find_finished_order
 from tasks.orchestration.result_records import read_result
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import version_report
@@ -315,7 +315,7 @@ def test_every_document_in_a_stored_artifact_is_read(fixture: Fixture):
 @every_home
 def test_every_finished_order_is_found_with_its_version(name: str, fixture: Fixture):
     for order in EXPECTED[name]["finished"].values():
-        result = finished(order["order"])
+        result = find_finished_order(order["order"])
         assert result is not None
         assert (result.version, result.report.name) == (order["version"], order["model"])
         assert (result.report.outcome, result.release.sha256) == (

@@ -15,7 +15,7 @@ from compressors.core.modules.factored import FACTORED
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.distill.recalibrate import Method
 from infra.bundle.bundle_folder import MANIFEST, read
-from tasks.bundles.bundle_ref import find
+from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.loading import load_bundle
 from tasks.lower import lower_model
 from tasks.orchestration.documents import lowering_of
@@ -157,10 +157,10 @@ def test_a_stored_bundle_is_lowered_to_a_graph_with_the_stored_scores(
 ):
     enter(monkeypatch, copied(name, tmp_path / "moved"))
     expected = fixture.expected["recipes"][recipe]
-    subject = find(expected["model"])
-    split = subject.calibration()
-    probe = prepare.fn(subject.artifact, split)
-    rows = subject.rows[split]
+    bundle_ref = find_bundle(expected["model"])
+    split = bundle_ref.calibration()
+    probe = prepare.fn(bundle_ref.artifact, split)
+    rows = bundle_ref.rows[split]
     bundle = artifact(expected["bundle"])
     lowered = local(lower_model.fn(bundle, "onnxruntime", probe, rows, 65_536))
     inputs = fixture.inputs(expected["model"])

@@ -273,9 +273,9 @@ def registry_list(
     as_json: Json = False,
 ) -> None:
     """List the registered versions of models, with their outcomes."""
-    from tasks.promotion.registry_listing import listed
+    from tasks.promotion.registry_listing import list_versions
 
-    versions = listed(model)
+    versions = list_versions(model)
     if as_json:
         write(json.dumps([item.model_dump(mode="json") for item in versions], indent=1))
         return

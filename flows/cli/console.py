@@ -126,12 +126,12 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
 def show_result(finished: "Finished") -> None:
     """Print measurements before and after, verdicts, and the command that fetches the result."""
     from tasks.report.stages import stage_rows
-    from tasks.report.tables import headline, limit_lines, remarks, resolution
+    from tasks.report.tables import limit_lines, number_rows, remarks, resolution
 
     report, out = finished.report, console()
     line = partial(_print_line, out)
     bundle = f"bundle {report.name}@{report.bundle_version}"
-    out.print(_table(bundle, headline(report), out.width))
+    out.print(_table(bundle, number_rows(report), out.width))
     if report.stages:
         out.print(_table("What each step was worth", stage_rows(report), out.width))
     out.print(resolution(report))

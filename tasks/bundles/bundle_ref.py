@@ -67,34 +67,34 @@ SCHEMA_VERSION = 2
 """Version of the fields of a bundle record."""
 
 
-def require_measurable(subject: BundleRef, limits: tuple[Limit, ...]) -> None:
+def require_measurable(bundle: BundleRef, limits: tuple[Limit, ...]) -> None:
     """Raise if the signature's metric, or the metric of a limit, cannot be measured.
 
     Called before a long run, which measures at its end.
 
     Args:
-        subject: the bundle.
+        bundle: the bundle.
         limits: the order's limits.
 
     Raises:
         LimitRefused: a metric cannot be measured for this bundle; lists the metrics that can.
     """
-    task, grouped = subject.task, subject.grouped
-    if problem := metric_problem(task, subject.metric, grouped=grouped):
+    task, grouped = bundle.task, bundle.grouped
+    if problem := metric_problem(task, bundle.metric, grouped=grouped):
         raise LimitRefused(
-            "bundle_metric_unusable", name=subject.name, version=subject.version, problem=problem
+            "bundle_metric_unusable", name=bundle.name, version=bundle.version, problem=problem
         )
-    measured = measured_metrics(task, grouped=grouped, test_rows=subject.rows["test"])
+    measured = measured_metrics(task, grouped=grouped, test_rows=bundle.rows["test"])
     for limit in limits:
         if not can_be_measured(
-            limit.declared, task, grouped=grouped, test_rows=subject.rows["test"]
+            limit.declared, task, grouped=grouped, test_rows=bundle.rows["test"]
         ):
             raise (
                 LimitRefused(
                     "limit_not_measured",
                     limit=str(limit),
                     task=task,
-                    rows=subject.rows["test"],
+                    rows=bundle.rows["test"],
                     metrics=measured,
                 )
                 if grouped
@@ -102,13 +102,13 @@ def require_measurable(subject: BundleRef, limits: tuple[Limit, ...]) -> None:
                     "limit_not_measured_without_groups",
                     limit=str(limit),
                     task=task,
-                    rows=subject.rows["test"],
+                    rows=bundle.rows["test"],
                     metrics=measured,
                 )
             )
 
 
-def find(reference: str) -> BundleRef:
+def find_bundle(reference: str) -> BundleRef:
     """Find a bundle and read the facts that flows need from its ``model.json``.
 
     This function is not a task, because its result is not cached: a name may refer to a newer

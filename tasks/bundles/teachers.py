@@ -27,14 +27,14 @@ class Teacher(Frozen):
     architecture: str
 
 
-def find_teachers(references: tuple[str, ...], subject: BundleRef) -> tuple[Teacher, ...]:
+def find_teachers(references: tuple[str, ...], bundle: BundleRef) -> tuple[Teacher, ...]:
     """Find the bundles of teachers, and check that they have the student's inputs and outputs.
 
     Args:
         references: one for each teacher: a packed bundle as in
             ``tasks.bundles.bundle_ref.resolve``, or ``registry:name@version`` for the compressed
             model of a registered version (``registry:name@@champion`` for an alias).
-        subject: the student's bundle.
+        bundle: the student's bundle.
 
     Raises:
         ArtifactMissing, RegistryRefused: there is no such bundle or version.
@@ -42,9 +42,9 @@ def find_teachers(references: tuple[str, ...], subject: BundleRef) -> tuple[Teac
     """
     if not references:
         return ()
-    expected = _read_signature(subject.artifact)
+    expected = _read_signature(bundle.artifact)
     # Starts with the student, so that it is refused as its own teacher.
-    teachers: dict[str, Teacher] = {subject.artifact.sha256: _read_teacher(subject.artifact)}
+    teachers: dict[str, Teacher] = {bundle.artifact.sha256: _read_teacher(bundle.artifact)}
     for reference in references:
         artifact = _resolve_teacher(reference)
         if artifact.sha256 in teachers:

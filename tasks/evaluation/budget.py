@@ -6,12 +6,12 @@ from compressors.contracts import Artifact, Estimate
 from infra.bundle.bundle_folder import read
 from tasks.bundles.loading import split_of
 from tasks.orchestration.documents import Scored
-from tasks.orchestration.policy import KEPT
+from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local
 from tasks.stages import compare_stages
 
 
-@task(task_run_name="evaluate the quality loss", **KEPT)
+@task(task_run_name="evaluate the quality loss", **TASK_OPTIONS)
 def quality_loss(
     original: Scored,
     now: Scored,

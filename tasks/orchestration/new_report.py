@@ -24,10 +24,10 @@ from tasks.orchestration.documents import (
 from tasks.orchestration.workspace import local
 
 
-def report_from(
+def build_report(
     *,
     order: str,
-    subject: BundleRef,
+    bundle: BundleRef,
     compressed: Artifact,
     champions: Mapping[str, Artifact],
     recipe: tuple[dict[str, Any], ...],
@@ -48,7 +48,7 @@ def report_from(
 
     Args:
         order: digest of the order.
-        subject: the bundle of the order.
+        bundle: the bundle of the order.
         compressed: the compressed bundle.
         champions: the champion's graphs or engines, by target.
         recipe: the steps as JSON.
@@ -71,10 +71,10 @@ def report_from(
     return Report(
         order=order,
         recpress_version=recpress_version(),
-        name=subject.name,
-        bundle_version=subject.version,
-        metric=subject.metric,
-        source=subject.artifact,
+        name=bundle.name,
+        bundle_version=bundle.version,
+        metric=bundle.metric,
+        source=bundle.artifact,
         compressed=compressed,
         champion=champions.get(first),
         other_champions={name: champions[name] for name in others if name in champions},
@@ -94,7 +94,7 @@ def report_from(
         measurement=measured.get(first),
         other_measurements={name: measured[name] for name in others},
         validation=validation,
-        calibrated_on=f"{subject.calibration()} ({subject.rows[subject.calibration()]:,} rows)",
+        calibrated_on=f"{bundle.calibration()} ({bundle.rows[bundle.calibration()]:,} rows)",
         reproduction=reproduction,
     )
 

@@ -107,7 +107,7 @@ def write_finished(done: Finished) -> None:
         log.warning("%s The order runs again next time.", fault)
 
 
-def finished(order: str, *, registered: bool = True) -> Finished | None:
+def find_finished_order(order: str, *, registered: bool = True) -> Finished | None:
     """Return the result of a finished order, or None if the order has to run.
 
     The release in the record is verified by its hash, and the artifacts of its targets must be

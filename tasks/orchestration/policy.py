@@ -125,7 +125,7 @@ def infra_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool: 
     return isinstance(fault, InfraError) and run.run_count <= OTHER_RETRIES
 
 
-KEPT: dict[str, Any] = {
+TASK_OPTIONS: dict[str, Any] = {
     **NO_RESULTS,
     "cache_policy": NO_CACHE,
     "retries": len(DELAYS),
@@ -173,7 +173,7 @@ def call(
     """Return the recorded result of a task if ``check`` accepts it; otherwise run the task.
 
     Args:
-        task: a task with the options ``KEPT``.
+        task: a task with the options ``TASK_OPTIONS``.
         code: digest of inputs other than the arguments; part of the cache key.
         check: raises ``ArtifactMissing`` or ``ArtifactDamaged`` for a result that cannot be used,
             so that the task runs again.

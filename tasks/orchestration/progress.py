@@ -14,7 +14,7 @@ from prefect.artifacts import (
 
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.outages import service_of, wait_out
-from tasks.report.tables import headline, markdown
+from tasks.report.tables import markdown, number_rows
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def publish_links(finished: Finished) -> None:
         key=key,
         description=f"{report.name} {report.bundle_version}: {report.outcome}",
     )
-    create_table_artifact(headline(report), key=f"{key}-numbers", description="before and after")
+    create_table_artifact(number_rows(report), key=f"{key}-numbers", description="before and after")
 
 
 class Progress:

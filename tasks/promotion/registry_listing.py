@@ -38,7 +38,7 @@ class ListedVersion(Registered):
     note: str = ""
 
 
-def listed(model: str | None) -> tuple[ListedVersion, ...]:
+def list_versions(model: str | None) -> tuple[ListedVersion, ...]:
     """List the versions of one model, or of all models, that have an order's digest as a tag.
 
     Raises:

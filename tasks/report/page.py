@@ -21,7 +21,7 @@ from tasks.report.cells import format_change, is_ratio, metric_label
 from tasks.report.measured import TONES, WORDS, latency_section, limit_rows
 from tasks.report.plan_section import plan_section
 from tasks.report.stages import NumberTable, stage_section
-from tasks.report.tables import headline, resolution
+from tasks.report.tables import number_rows, resolution
 from tasks.report.target_facts import targets_section
 
 TEMPLATE = "tasks/report/templates/page.html.jinja"
@@ -179,7 +179,7 @@ def _cards(report: Report, validation: Validation) -> tuple[Card, ...]:
 
 
 def _numbers_section(report: Report) -> NumberTable:
-    rows = headline(report)
+    rows = number_rows(report)
     columns = list(rows[0])
     note = (
         "The change is a difference for quality, and the ratio of after to before for bytes and "

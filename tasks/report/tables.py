@@ -35,7 +35,7 @@ SLOWER_RATIO = 1.02
 """Ratio of median latencies from which a remark says that a batch is slower than before."""
 
 
-def headline(report: Report) -> list[dict[str, str]]:
+def number_rows(report: Report) -> list[dict[str, str]]:
     """Return the table of numbers before and after compression, as rows by column.
 
     The columns are ``what``, ``before``, one column per target, and ``change``. ``before`` and
@@ -62,7 +62,7 @@ def headline(report: Report) -> list[dict[str, str]]:
 
 def markdown(report: Report) -> str:
     """Render the whole report as Markdown."""
-    rows = headline(report)
+    rows = number_rows(report)
     columns = list(rows[0])
     lines = [
         f"# {report.name} {report.bundle_version}: {report.outcome}",
@@ -133,7 +133,7 @@ def markdown(report: Report) -> str:
 
 
 def remarks(report: Report) -> list[str]:
-    """List remarks on the table of ``headline``, one or two sentences each."""
+    """List remarks on the table of ``number_rows``, one or two sentences each."""
     texts = []
     for target, measurement in report.measured.items():
         runtime = measurement.machine.runtime

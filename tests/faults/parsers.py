@@ -31,7 +31,7 @@ from infra.triton.repository import version_in
 from tasks.bundles import table_files
 from tasks.bundles.packing import pack
 from tasks.orchestration.documents import Finished, Report, report_of
-from tasks.orchestration.order_records import finished, finished_key
+from tasks.orchestration.order_records import find_finished_order, finished_key
 from tasks.orchestration.workspace import local, store
 from tasks.promotion import registry_listing
 
@@ -181,7 +181,7 @@ def order_record(folder: Path) -> Parser:
 
     def parse(changed: bytes) -> object:
         store().write(key, changed)
-        return finished(ORDER_DIGEST)
+        return find_finished_order(ORDER_DIGEST)
 
     return Parser((body,), parse)
 

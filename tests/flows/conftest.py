@@ -46,7 +46,7 @@ def _short_outage_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_latency_round() -> Iterator[None]:
     """Measure latency in one round: no test of flows checks a time in milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "MOST_ROUNDS", 1)
+        patch.setattr(measure, "MAX_ROUNDS", 1)
         yield
 
 

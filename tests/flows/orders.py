@@ -28,7 +28,7 @@ from flows.run import Run
 from flows.terms import Targets
 from infra.bundle.bundle_folder import read
 from infra.registry.mlflow_registry import Registry
-from tasks.bundles.bundle_ref import find
+from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.packing import Packed
 from tasks.orchestration import policy, progress
 from tasks.orchestration.documents import STAGES, Finished, Stage, Stages
@@ -122,7 +122,7 @@ class RecipeRun:
 def run_recipe(order: Order) -> RecipeRun:
     """Run only the recipe of an order: no graph is lowered, and no limit is judged."""
     with without_prefect_engine() as tasks:
-        run = Run(order, find(order.model), (), {}, progress.Progress(stages=1))
+        run = Run(order, find_bundle(order.model), (), {}, progress.Progress(stages=1))
         result = recipe.apply_recipe(run)
         stages = recipe.measure_recipe_stages(run, result, run.prepared("test"), run.ranking())
     plan = read(local(result.bundle)).plan

@@ -38,7 +38,7 @@ from tasks.orchestration.documents import Report, report_of
 from tasks.orchestration.workspace import local
 from tasks.promotion.promotions import fetch, promote, registry
 from tasks.report.page import page, validation_of
-from tasks.report.tables import headline, markdown
+from tasks.report.tables import markdown, number_rows
 
 pytestmark = pytest.mark.xdist_group("added target")
 
@@ -289,7 +289,7 @@ def test_registered_target_is_lowered_measured_judged_and_published(
 
 def check_report(report: Report) -> None:
     """Assert that tables and page of a report show the added target."""
-    rows = headline(report)
+    rows = number_rows(report)
     assert {"change", "before, not-optimized", "change, not-optimized"} <= set(rows[0])
     assert all(row.keys() == rows[0].keys() for row in rows)
     assert "ONNX Runtime as written" in markdown(report)

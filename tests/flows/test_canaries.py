@@ -22,7 +22,7 @@ from compressors.contracts import Limit
 from infra.credentials import clean_exceptions
 from infra.errors import RegistryUnavailable
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.policy import KEPT, NO_RESULTS, call
+from tasks.orchestration.policy import NO_RESULTS, TASK_OPTIONS, call
 
 SECRETS = canaries()
 LIMIT = "auc vs baseline >= -0.2"
@@ -75,7 +75,7 @@ def assert_no_secret_in(folders: list[Path], texts: dict[str, str]) -> None:
 # --- exceptions and one order ----------------------------------------------------------------
 
 
-@task(**{**KEPT, "retries": 1, "retry_delay_seconds": 0})
+@task(**{**TASK_OPTIONS, "retries": 1, "retry_delay_seconds": 0})
 def failing_task() -> int:
     """Raise an error with secrets in its message and cause; it is retried and logged twice."""
     token = SECRETS.in_address("AWS_SESSION_TOKEN")

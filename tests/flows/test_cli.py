@@ -22,7 +22,7 @@ from flows.cli import app
 from flows.cli.console import EMBEDDED
 from tasks.bundles.packing import Packed, pack
 from tasks.orchestration.documents import Finished, Report
-from tasks.orchestration.order_records import finished
+from tasks.orchestration.order_records import find_finished_order
 from tasks.publish import publish
 from tasks.report.page import page, validation_of
 
@@ -172,7 +172,7 @@ def test_order_whose_graph_is_missing_in_the_store_does_not_count_as_completed(
     aside = folder.with_name("aside")
     folder.rename(aside)
     try:
-        assert finished(accepted_order.result.finished.report.order) is None
+        assert find_finished_order(accepted_order.result.finished.report.order) is None
     finally:
         aside.rename(folder)
 

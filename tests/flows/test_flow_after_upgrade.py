@@ -9,7 +9,7 @@ from orders import AcceptedOrder, run_without_prefect, use_copied_home
 from flows import resolve
 from flows.resolve import find_completed_result, request_digest
 from infra.registry.ledger import Ledger
-from tasks.bundles.bundle_ref import find
+from tasks.bundles.bundle_ref import find_bundle
 from tasks.orchestration import new_report
 from tasks.orchestration.order_records import request_key
 from tasks.orchestration.workspace import store
@@ -67,7 +67,7 @@ def test_damaged_request_record_counts_as_absent(
     upgraded_order: AcceptedOrder, caplog: pytest.LogCaptureFixture
 ) -> None:
     order = upgraded_order.order
-    path = store().folder / request_key(request_digest(order, find(order.model), {}))
+    path = store().folder / request_key(request_digest(order, find_bundle(order.model), {}))
     record = path.read_bytes()
     for body in (b"{}", b"not JSON", record.replace(b'"order": "', b'"order": "0')):
         path.write_bytes(body)

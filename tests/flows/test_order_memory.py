@@ -15,7 +15,7 @@ from flows.memory import describe_running_stage, estimated_memory, require_order
 from flows.order import Order
 from infra.errors import InfraError, OutOfMemory
 from infra.memory import memory_errors
-from tasks.bundles.bundle_ref import find
+from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.packing import pack
 
 
@@ -47,7 +47,7 @@ def test_flow_raises_out_of_memory_before_any_work_if_an_order_does_not_fit(home
     with pytest.raises(OutOfMemory) as caught:
         compress.fn(safe_order())
     sentence = str(caught.value)
-    bundle = find("clicks")
+    bundle = find_bundle("clicks")
     needed = estimated_memory(safe_order(), bundle).peak - bundle.weight_bytes
     for part in (f"use {needed // 2**20:,} MiB", "300 MiB are available", "RECPRESS_MEMORY_MB"):
         assert part in sentence, sentence
@@ -57,11 +57,11 @@ def test_flow_raises_out_of_memory_before_any_work_if_an_order_does_not_fit(home
 
 def test_order_that_fits_in_memory_is_not_refused(monkeypatch):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "100000")
-    assert require_order_memory(safe_order(), find("clicks")).peak > 0
+    assert require_order_memory(safe_order(), find_bundle("clicks")).peak > 0
 
 
 def test_out_of_memory_error_names_stage_model_and_estimate():
-    bundle = find("clicks")
+    bundle = find_bundle("clicks")
     memory = estimated_memory(safe_order(), bundle)
     description = describe_running_stage(lambda: "measure", memory, bundle)
     with (

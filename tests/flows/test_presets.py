@@ -184,9 +184,9 @@ def test_preset_whose_pruning_is_over_the_budget_has_at_most_the_bytes_of_fast(
 
 def test_order_digest_differs_for_other_budgets(table_heavy) -> None:
     from flows.resolve import order_digest
-    from tasks.bundles.bundle_ref import find
+    from tasks.bundles.bundle_ref import find_bundle
 
-    bundle = find("tableheavy")
+    bundle = find_bundle("tableheavy")
     orders = [
         Order(model="tableheavy", preset="small", limits=(LOOSE_LIMIT,), budget=budget)
         for budget in (None, DEFAULT_BUDGET, 0.01, 0.0)

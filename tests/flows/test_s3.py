@@ -16,7 +16,7 @@ from test_readme import commands, write_own_model
 
 from compressors.contracts import Limit
 from flows.order import Order
-from tasks.bundles.bundle_ref import find
+from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.packing import Packed, pack
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.workspace import store
@@ -95,7 +95,7 @@ def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_sec
             assert code == 0, output
     assert list(output) == ["bundle", "compress", "registry"]
     assert "onnxruntime: accepted" in output["compress"]
-    assert store().uri_of(find("mymodel").artifact).startswith(f"{ROOT}/artifacts/")
+    assert store().uri_of(find_bundle("mymodel").artifact).startswith(f"{ROOT}/artifacts/")
 
     code, output_json, errors = run_main_apart(monkeypatch, capsys, *order, "--json")
     assert code == 0, errors

@@ -46,7 +46,7 @@ OUTAGE_SECONDS = 60
 
 def retried_task(call: Callable[[], int]) -> Any:
     """Return a task with the retries of the project's tasks, but short delays."""
-    options = {name: value for name, value in policy.KEPT.items() if "retr" in name}
+    options = {name: value for name, value in policy.TASK_OPTIONS.items() if "retr" in name}
     options["retry_delay_seconds"] = [0.2] * len(outages.DELAYS)
     return task(call, **options)
 

@@ -122,7 +122,7 @@ FAULTS = (
     Fault(
         id="task-without-our-options",
         file="tasks/validate.py",
-        old='@task(task_run_name="validate", **KEPT)\n',
+        old='@task(task_run_name="validate", **TASK_OPTIONS)\n',
         new='@task(task_run_name="validate")\n',
         effect="A task is not retried, and Prefect stores its result.",
         tests=(POLICY,),

@@ -152,7 +152,7 @@ def _run_orders(root: Path) -> dict[str, Any]:
 def _apply(name: str) -> dict[str, Any]:
     """Apply one recipe of ``steps.py`` like a flow; return its steps, bundle and graph."""
 
-    from tasks.bundles.bundle_ref import find
+    from tasks.bundles.bundle_ref import find_bundle
     from tasks.compress import compress
     from tasks.lower import lower_model
     from tasks.prepare import prepare
@@ -161,7 +161,7 @@ def _apply(name: str) -> dict[str, Any]:
     from tests.stored_home.steps import RECIPES
 
     model, steps = RECIPES[name]
-    bundle_ref = find(model)
+    bundle_ref = find_bundle(model)
     original = bundle = bundle_ref.artifact
     for document in steps:
         step = STEP.validate_python(document)

@@ -20,7 +20,7 @@ from infra.errors import (
     DataRefused,
     StoreRefused,
 )
-from tasks.bundles.bundle_ref import find, resolve
+from tasks.bundles.bundle_ref import find_bundle, resolve
 from tasks.bundles.loading import data_path, load_bundle
 from tasks.bundles.packing import check, pack, show
 from tasks.orchestration.workspace import local, store
@@ -226,10 +226,10 @@ def test_missing_split_is_refused_with_the_existing_splits(
         data_path(show("clicks"), "validation")
 
 
-# --- find ------------------------------------------------------------------------------------
+# --- find_bundle -----------------------------------------------------------------------------
 
 
-def test_find_returns_facts_and_a_digest_that_changes_with_the_architecture(
+def test_find_bundle_returns_facts_and_a_digest_that_changes_with_the_architecture(
     draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = (Path(__file__).parents[1] / "draft_network.py").read_text()
@@ -241,14 +241,14 @@ def test_find_returns_facts_and_a_digest_that_changes_with_the_architecture(
     network["architecture"]["path"] = f"{module.stem}:ClickNet"
     change_draft(draft, network=network)
     pack(draft)
-    subject = find("clicks")
-    assert (subject.name, subject.version, subject.metric) == ("clicks", "1", "auc")
-    assert (subject.rows, subject.longest) == (ROWS, {"tags": 5})
-    assert subject.calibration() == "calibration"
+    bundle_ref = find_bundle("clicks")
+    assert (bundle_ref.name, bundle_ref.version, bundle_ref.metric) == ("clicks", "1", "auc")
+    assert (bundle_ref.rows, bundle_ref.longest) == (ROWS, {"tags": 5})
+    assert bundle_ref.calibration() == "calibration"
     module.write_text(source.replace("torch.relu", "torch.tanh"))
-    edited = find("clicks")
-    assert edited.architecture != subject.architecture
-    assert edited.artifact == subject.artifact
+    edited = find_bundle("clicks")
+    assert edited.architecture != bundle_ref.architecture
+    assert edited.artifact == bundle_ref.artifact
 
 
 # --- retrieval -------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from infra.errors import ArtifactMissing, StoreRefused
 from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings, shown
 from tasks import publish as publishing
-from tasks.bundles.bundle_ref import bundle_key, find, resolve
+from tasks.bundles.bundle_ref import bundle_key, find_bundle, resolve
 from tasks.bundles.packing import check, pack, show
 from tasks.orchestration.documents import Finished, Report
-from tasks.orchestration.order_records import finished, finished_key
+from tasks.orchestration.order_records import find_finished_order, finished_key
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import champion_graph, fetch, promote, rollback, version_report
-from tasks.promotion.registry_listing import listed
+from tasks.promotion.registry_listing import list_versions
 
 GOOD: dict[TargetName, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 NEW_NAMES = (
@@ -85,8 +85,8 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
     first, second = publish_order(home, "a"), publish_order(home, "b")
     promote("m", first.version, "")
     new = move(home, name, monkeypatch)
-    assert [item.version for item in listed(None)] == [second.version, first.version]
-    for item in listed("m"):
+    assert [item.version for item in list_versions(None)] == [second.version, first.version]
+    for item in list_versions("m"):
         assert item.note == ""
         assert item.source.startswith(f"{store().root}/artifacts/")
         assert item.tags["recpress.report"].startswith(f"{store().root}/artifacts/")
@@ -97,7 +97,7 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
     assert champion_graph("m", "onnxruntime") == first.report.targets[0].artifact
     assert promote("m", second.version, "").version == second.version
     assert rollback("m", "").version == first.version
-    again = finished("a" * 64)
+    again = find_finished_order("a" * 64)
     assert again is not None
     assert (again.report, again.release, again.version) == (
         first.report,
@@ -179,7 +179,7 @@ def test_bundle_of_a_moved_home_is_found_checked_and_not_packed_twice(
     assert resolve("clicks") == earlier
     move(home, "moved", monkeypatch)
     assert {resolve(text) for text in ("clicks", "clicks@1", old_uri, earlier.uri)} == {earlier}
-    assert find("clicks").artifact == earlier
+    assert find_bundle("clicks").artifact == earlier
     manifest, _ = check("clicks@1")
     assert show(old_uri) == manifest
     assert pack(home / "draft").artifact == earlier

@@ -21,7 +21,7 @@ from infra.store.records import is_sealed, seal_record
 from tasks.bundles.bundle_ref import bundle_key, resolve
 from tasks.bundles.packing import Packed, pack
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.order_records import finished, finished_key, write_finished
+from tasks.orchestration.order_records import find_finished_order, finished_key, write_finished
 from tasks.orchestration.workspace import store
 
 ORDER = "a" * 64
@@ -76,7 +76,7 @@ def replace_by_folder(key: str, home: Path) -> Path:
 def done(fill: Fill) -> Finished:
     """An order that was published."""
     fill("a", "")
-    result = finished(ORDER)
+    result = find_finished_order(ORDER)
     assert result is not None
     return result
 
@@ -103,7 +103,7 @@ def test_order_record_has_references_only_and_no_local_path(
         "registry",
         "seal",
     }
-    assert finished(ORDER) == done
+    assert find_finished_order(ORDER) == done
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(None, marks=pytest.mark.slow)])
@@ -116,10 +116,10 @@ def test_order_record_with_a_flipped_bit_counts_as_absent(
     path.chmod(0o644)
     for changed in flipped_bits(body, count):
         path.write_bytes(changed)
-        assert finished(ORDER) is None
+        assert find_finished_order(ORDER) is None
     assert "damaged" in caplog.text
     path.write_bytes(body)
-    assert finished(ORDER) == done
+    assert find_finished_order(ORDER) == done
 
 
 @pytest.mark.parametrize("count", [75, pytest.param(None, marks=pytest.mark.slow)])
@@ -128,12 +128,12 @@ def test_unsealed_order_record_with_a_flipped_bit_gives_the_same_result_or_none(
 ) -> None:
     body = order_record_of_0_1_0(done, home)
     store().write(finished_key(ORDER), body)
-    assert finished(ORDER) == done
+    assert find_finished_order(ORDER) == done
     path = home / "recpress" / "store" / finished_key(ORDER)
     path.chmod(0o644)
     for changed in flipped_bits(body, count):
         path.write_bytes(changed)
-        assert finished(ORDER) in (None, done)
+        assert find_finished_order(ORDER) in (None, done)
 
 
 @pytest.mark.parametrize("kind", [*INVALID_RECORDS, "a folder"])
@@ -143,50 +143,50 @@ def test_invalid_order_record_counts_as_absent_and_is_replaced(
     key = finished_key(ORDER)
     if kind == "a folder":
         path = replace_by_folder(key, home)
-        assert finished(ORDER) is None
+        assert find_finished_order(ORDER) is None
         write_finished(done)  # fails, which is only logged
         path.rmdir()
     else:
         path = home / "recpress" / "store" / key
         path.chmod(0o644)
         path.write_bytes(INVALID_RECORDS[kind](path.read_bytes()))
-        assert finished(ORDER) is None
+        assert find_finished_order(ORDER) is None
     write_finished(done)
-    assert finished(ORDER) == done
+    assert find_finished_order(ORDER) == done
 
 
 def test_order_record_with_the_release_of_another_order_counts_as_absent(home: Path) -> None:
     first, second = published(home, "a"), published(home, "b")
     record, other_record = (store().read(finished_key(digit * 64)) for digit in "ab")
     store().write(finished_key("a" * 64), other_record)
-    assert finished("a" * 64) is None
+    assert find_finished_order("a" * 64) is None
     fields = {name: value for name, value in json.loads(record).items() if name != "seal"}
     fields["release"] = json.loads(other_record)["release"]
     store().write(finished_key("a" * 64), seal_record(fields))
-    assert finished("a" * 64) is None, "valid checksum, release of another order"
+    assert find_finished_order("a" * 64) is None, "valid checksum, release of another order"
     earlier = order_record_of_0_1_0(first, home).replace(
         first.release.sha256.encode(), second.release.sha256.encode()
     )
     store().write(finished_key("a" * 64), earlier)
-    assert finished("a" * 64) is None
+    assert find_finished_order("a" * 64) is None
     fields["release"] = {
         "uri": f"artifacts/{first.report.compressed.sha256}",
         "sha256": first.report.compressed.sha256,
         "bytes": 1,
     }
     store().write(finished_key("a" * 64), seal_record(fields))
-    assert finished("a" * 64) is None, "an artifact that is no release"
+    assert find_finished_order("a" * 64) is None, "an artifact that is no release"
 
 
 def test_finished_result_names_the_registry_of_its_version(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(home, "a")
-    result = finished(ORDER)
+    result = find_finished_order(ORDER)
     assert result is not None
     assert result.registry == shown(load_settings().registry_uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
-    result_with_other_registry = finished(ORDER)
+    result_with_other_registry = find_finished_order(ORDER)
     assert result_with_other_registry is not None
     assert result_with_other_registry.registry != shown(load_settings().registry_uri)
 

@@ -146,7 +146,7 @@ def test_deadline_of_a_task_run_begins_at_its_first_fault(
 
 def test_delays_add_up_to_the_deadline_and_are_within_prefects_limit() -> None:
     assert sum(DELAYS) >= DEADLINE_SECONDS
-    assert policy.KEPT["retries"] == len(DELAYS) <= 50  # Prefect takes no more delays
+    assert policy.TASK_OPTIONS["retries"] == len(DELAYS) <= 50  # Prefect takes no more delays
 
 
 def test_fault_of_a_registry_file_is_no_outage(tmp_path: object) -> None:

@@ -22,7 +22,7 @@ from infra.bundle.bundle_folder import MANIFEST, manifest_of
 from infra.bundle.json_reader import parse
 from infra.data.expectations import Validation
 from infra.errors import BundleRefused, DataRefused
-from tasks.bundles.bundle_ref import BundleRef, find, require_measurable
+from tasks.bundles.bundle_ref import BundleRef, find_bundle, require_measurable
 from tasks.bundles.loading import load_bundle
 from tasks.bundles.packing import examine, pack, show
 from tasks.orchestration.workspace import local, store
@@ -195,10 +195,10 @@ def test_stored_bundle_with_a_metric_of_another_task_is_shown_but_refused_for_or
     change_output(draft, metric="auc")
     pack_without_checks(draft, monkeypatch)
     assert show("clicks").signature.single_output.metric == "auc"
-    subject = find("clicks")
+    bundle_ref = find_bundle("clicks")
     limit = Limit.parse("bytes vs baseline <= 0.5")
     with raises_code(LimitRefused, "bundle_metric_unusable", name="clicks", version="1") as caught:
-        require_measurable(subject, (limit,))
+        require_measurable(bundle_ref, (limit,))
     unfit = HasReason("metric_of_other_task", metrics=("ndcg@k",), metric="auc")
     assert caught.value.fields["problem"] == unfit
     with raises_code(BundleRefused, "metric_unfit", problem=unfit):
@@ -213,7 +213,7 @@ def test_limit_is_accepted_if_and_only_if_its_metric_is_measured(
 ) -> None:
     if task != "ctr" and not grouped:
         return  # such a signature is refused
-    subject = BundleRef(
+    bundle_ref = BundleRef(
         artifact=Artifact(uri=f"artifacts/{'0' * 64}", sha256="0" * 64, bytes=1),  # is not read
         name="n",
         version="1",
@@ -232,11 +232,11 @@ def test_limit_is_accepted_if_and_only_if_its_metric_is_measured(
             and (facts.batch or 0) <= rows
         )
         if measured:
-            require_measurable(subject, (limit,))
+            require_measurable(bundle_ref, (limit,))
         else:
             code = "limit_not_measured" if grouped else "limit_not_measured_without_groups"
             with raises_code(LimitRefused, code, limit=str(limit), rows=rows):
-                require_measurable(subject, (limit,))
+                require_measurable(bundle_ref, (limit,))
 
 
 # --- labels and scores -----------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_validation_warns_about_a_stored_bundle_with_a_wrong_output_form(
 ) -> None:
     draft = changed_draft(home, monkeypatch, score="torch.sigmoid(score)")
     pack_without_checks(draft, monkeypatch)
-    packed = find("clicks").artifact
+    packed = find_bundle("clicks").artifact
     from infra.data.checks import Rules
 
     artifact = validate.fn(bundle=packed, rules=Rules())
@@ -329,7 +329,7 @@ def test_validation_refuses_a_stored_bundle_that_cannot_be_measured(
     from infra.data.checks import Rules
 
     with raises_code(DataRefused, "not_measurable", problems=HasReason("probability_outside")):
-        validate.fn(bundle=find("clicks").artifact, rules=Rules())
+        validate.fn(bundle=find_bundle("clicks").artifact, rules=Rules())
 
 
 def test_validation_without_warnings_of_an_earlier_version_is_read() -> None:

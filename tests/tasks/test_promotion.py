@@ -11,7 +11,7 @@ from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, Promoti
 from infra.registry.ledger import Ledger
 from infra.settings import shown
 from tasks import publish as publishing
-from tasks.orchestration.order_records import finished
+from tasks.orchestration.order_records import find_finished_order
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import (
     champion_graph,
@@ -49,27 +49,27 @@ def test_order_is_registered_once_with_its_tags(home: Path) -> None:
 
 def test_finished_order_is_found_until_its_files_are_missing(home: Path) -> None:
     done = published(home, "a")
-    assert finished("a" * 64) == done
-    assert finished("b" * 64) is None
+    assert find_finished_order("a" * 64) == done
+    assert find_finished_order("b" * 64) is None
     served = done.report.targets[1].artifact
     folder = home / "recpress" / "store" / "artifacts" / served.sha256
     (folder / "manifest.json").unlink()
-    assert finished("a" * 64) is None
+    assert find_finished_order("a" * 64) is None
 
 
 def test_still_published_raises_if_registry_or_store_lost_the_result(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = published(home, "a")
-    publishing.still_published(done)
+    publishing.require_published(done)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
     with raises_code(ArtifactMissing, "order_no_longer_in_registry", order="a" * 64):
-        publishing.still_published(done)
+        publishing.require_published(done)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     stored_release = home / "recpress" / "store" / "artifacts" / done.release.sha256
     (stored_release / "manifest.json").unlink()
     with raises_code(ArtifactMissing, "artifact_missing"):
-        publishing.still_published(done)
+        publishing.require_published(done)
 
 
 @pytest.mark.parametrize("outcome", ["rejected", "undecided", "built-unmeasured"])

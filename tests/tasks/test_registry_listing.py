@@ -18,10 +18,10 @@ from infra.registry.mlflow_registry import Registered
 from infra.settings import load_settings
 from tasks import publish as publishing
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.order_records import finished
+from tasks.orchestration.order_records import find_finished_order
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import fetch, promote, version_report
-from tasks.promotion.registry_listing import listed
+from tasks.promotion.registry_listing import list_versions
 
 ORDER = "b" * 64
 ESCAPES = "\x1b[31mPWN\x1b]0;t\x07\x9b1m\u202egpj\r\n[red]x[/y]"
@@ -30,7 +30,7 @@ ESCAPES = "\x1b[31mPWN\x1b]0;t\x07\x9b1m\u202egpj\r\n[red]x[/y]"
 @pytest.fixture
 def accepted(fill: Fill) -> Finished:
     fill("a", "")
-    result = finished("a" * 64)
+    result = find_finished_order("a" * 64)
     assert result is not None
     return result
 
@@ -100,7 +100,7 @@ def test_version_with_unexpected_tags_is_listed_with_a_note_next_to_the_others(
     source, changes, note = UNEXPECTED[kind]
     tags = {name: text for name, text in (TAGS | changes).items() if text is not None}
     unexpected = register(f"artifacts/{'0' * 64}" if source is None else source, tags)
-    versions = {item.version: item for item in listed(None)}
+    versions = {item.version: item for item in list_versions(None)}
     assert set(versions) == {accepted.version, unexpected}
     assert note in versions[unexpected].note
     listed_accepted = versions[accepted.version]
@@ -123,9 +123,9 @@ def test_version_with_unexpected_tags_is_listed_with_a_note_next_to_the_others(
 def test_model_with_an_unexpected_name_is_left_out_of_the_list(accepted: Finished) -> None:
     for name in ("it's", "tab\there", 'quo"te'):
         register(f"artifacts/{'0' * 64}", TAGS, name)
-    assert [item.model for item in listed(None)] == ["m"]
+    assert [item.model for item in list_versions(None)] == ["m"]
     with pytest.raises(Refused):
-        listed("it's")
+        list_versions("it's")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_escape_sequences_in_a_report_or_name_are_not_printed(
 
 
 def test_references_are_listed_with_the_root_of_the_current_store(accepted: Finished) -> None:
-    (item,) = listed("m")
+    (item,) = list_versions("m")
     assert isinstance(item, Registered)
     assert item.source == store().uri_of(accepted.release)
     assert item.tags["recpress.report"] == accepted.page_uri()

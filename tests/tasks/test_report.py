@@ -11,7 +11,7 @@ from compressors.metrics import judge
 from tasks.orchestration.documents import Finished, Report, Stage, report_of
 from tasks.orchestration.order_records import finished_key
 from tasks.orchestration.workspace import store
-from tasks.report.tables import headline, markdown, remarks, resolution
+from tasks.report.tables import markdown, number_rows, remarks, resolution
 
 OUTCOMES: dict[TargetName, Outcome] = {
     "onnxruntime": "accepted",
@@ -26,7 +26,7 @@ def order_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
 
 
 def row(order_report: Report, what: str) -> dict[str, str]:
-    return next(line for line in headline(order_report) if line["what"] == what)
+    return next(line for line in number_rows(order_report) if line["what"] == what)
 
 
 def test_headline_has_measurements_and_a_dash_for_unmeasured_targets(order_report: Report) -> None:
@@ -53,7 +53,7 @@ def test_headline_has_served_bytes_and_bytes_of_weights(order_report: Report) ->
 
 
 def test_headline_rows_have_the_same_columns(order_report: Report) -> None:
-    assert len({tuple(line) for line in headline(order_report)}) == 1
+    assert len({tuple(line) for line in number_rows(order_report)}) == 1
 
 
 def test_resolution_states_the_smallest_detectable_change(order_report: Report) -> None:
@@ -63,7 +63,7 @@ def test_resolution_states_the_smallest_detectable_change(order_report: Report) 
 def test_report_without_a_measurement_has_no_quality_numbers(order_report: Report) -> None:
     without = order_report.model_copy(update={"measurement": None})
     assert resolution(without) == "Nothing was measured on this machine."
-    assert {line["what"] for line in headline(without)} == {"bytes served", "bytes of weights"}
+    assert {line["what"] for line in number_rows(without)} == {"bytes served", "bytes of weights"}
     assert "AUC" not in markdown(without)
 
 
@@ -156,13 +156,13 @@ def with_score_changes(order_report: Report) -> Report:
 
 def test_headline_has_score_changes_with_intervals(order_report: Report) -> None:
     changed = with_score_changes(order_report)
-    assert {line["what"]: line["change"] for line in headline(changed)[-4:]} == {
+    assert {line["what"]: line["change"] for line in number_rows(changed)[-4:]} == {
         "score correlation": "0.999500 [0.999400, 0.999600]",
         "mean score change": "0.01 sd [0.008, 0.012]",
         "largest score change": "0.2 sd",
         "changed top-1": "5.00% [3.00%, 7.00%]",
     }
-    assert len({tuple(line) for line in headline(changed)}) == 1
+    assert len({tuple(line) for line in number_rows(changed)}) == 1
     assert "| changed top-1 |" in markdown(changed)
 
 

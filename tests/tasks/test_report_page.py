@@ -14,7 +14,7 @@ from flows.order import Order
 from infra.data.expectations import Finding
 from tasks.report.page import page
 from tasks.report.plan_section import SHOWN_LINES
-from tasks.report.tables import headline, markdown
+from tasks.report.tables import markdown, number_rows
 
 # Elements without an end tag. Shapes of an SVG, <rect .../>, are handled by handle_startendtag.
 VOID = {"meta", "br", "link", "img", "input"}
@@ -80,7 +80,7 @@ def test_banner_has_the_colour_of_the_outcome(outcome, tone):
 
 def test_numbers_section_has_every_row_of_headline(html):
     text = Tree(section(html, "numbers")).text
-    for row in headline(report()):
+    for row in number_rows(report()):
         assert "".join(row.values()) in text
     assert "The 20,000 test rows resolve a change of AUC of about 0.0006" in text
 

@@ -24,7 +24,7 @@ from tasks.lower import lower_model
 from tasks.orchestration.documents import Lowering, lowering_of, served_bytes
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
-from tasks.report.tables import headline, markdown
+from tasks.report.tables import markdown, number_rows
 
 TABLE_BYTES = CONFIG["tags"] * CONFIG["dim"] * 4
 TEST_ROWS = USERS * EACH["test"]
@@ -123,7 +123,7 @@ def test_report_counts_weights_once_and_mentions_the_bytes_that_graphs_share(hom
     lowering = target.lowering.model_copy(update=fields)
     targets = (target.model_copy(update={"lowering": lowering}),)
     two_graphs = one_graph.model_copy(update={"targets": targets})
-    (row,) = (line for line in headline(two_graphs) if line["what"] == "bytes of weights")
+    (row,) = (line for line in number_rows(two_graphs) if line["what"] == "bytes of weights")
     assert (row["before"], row["onnxruntime"], row["change"]) == ("1,000", "300", "0.30x")
     assert "The graphs query and item share 300 bytes of weights." in markdown(two_graphs)
     assert "share" not in markdown(one_graph).split("## Plan")[0]
