@@ -123,7 +123,7 @@ def rankdistil(score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top:
     scores of rows that the teacher ranks low). Differs: the order is matched by ListNet, and
     scores are compared with the last top row instead of an absolute value, so the level is free.
     """
-    place = _places(teacher, segment, lists)
+    place = _teacher_ranks(teacher, segment, lists)
     is_top = place < top
     top_segment = segment[is_top]
     target = log_shares(teacher[is_top], top_segment, lists).exp()
@@ -161,7 +161,7 @@ def calibrated_listwise(score: Tensor, teacher: Tensor, segment: Tensor, lists: 
     return -(torch.sigmoid(teacher) * share / count[segment]).sum() / lists
 
 
-def _places(teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
+def _teacher_ranks(teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
     """Rank of each row in its list by the teacher's scores, from 0; ties keep the order of rows."""
     by_score = teacher.argsort(descending=True, stable=True)
     order = by_score[segment[by_score].argsort(stable=True)]

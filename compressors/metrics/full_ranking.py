@@ -51,14 +51,14 @@ class RankingQueries:
     Attributes:
         query: the ids of the queries, int64 ``(queries,)``, sorted.
         row: the first row of each query in the test data, int64 ``(queries,)``.
-        wanted: pairs of queries and relevant items, int64 ``(pairs,)``, sorted.
-        hidden: pairs of queries and hidden items, sorted; none of them is in ``wanted``.
+        relevant: pairs of queries and relevant items, int64 ``(pairs,)``, sorted.
+        hidden: pairs of queries and hidden items, sorted; none of them is in ``relevant``.
         items: number of items of the catalogue.
     """
 
     query: Ints
     row: Ints
-    wanted: Ints
+    relevant: Ints
     hidden: Ints
     items: int
 
@@ -115,7 +115,7 @@ class RankedVectors(NamedTuple):
 
     query: Float32s
     item: Float32s
-    what: RankingQueries
+    queries: RankingQueries
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,14 @@ class RelevantPlaces:
 
 
 def relevant_places(
-    query: Float32s, item: Float32s, what: RankingQueries, deepest: int = DEPTH
+    query: Float32s, item: Float32s, queries: RankingQueries, deepest: int = DEPTH
 ) -> RelevantPlaces:
     """Rank the catalogue for every query, and find the places of its relevant items.
 
     Args:
-        query: query vectors, float32 ``(queries, dim)``, in the order of ``what``.
+        query: query vectors, float32 ``(queries, dim)``, in the order of ``queries``.
         item: item vectors, float32 ``(items, dim)``, in the order of the catalogue.
-        what: the queries with relevant and hidden pairs.
+        queries: the queries with relevant and hidden pairs.
         deepest: number of ranks that count.
 
     Raises:
@@ -160,22 +160,24 @@ def relevant_places(
 
     Memory: 64 MiB of scores, or the scores of one query if that is more.
     """
-    _check(query, item, what, deepest)
-    pairs = what.wanted.size
+    _check(query, item, queries, deepest)
+    pairs = queries.relevant.size
     above, equal = np.empty(pairs, dtype=np.int64), np.empty(pairs, dtype=np.int64)
     item_columns = torch.from_numpy(np.ascontiguousarray(item.T))  # (dim, items)
-    step = max(1, SCORES_AT_ONCE // what.items)
-    for begin in range(0, what.query.size, step):
-        end = min(begin + step, what.query.size)
+    step = max(1, SCORES_AT_ONCE // queries.items)
+    for begin in range(0, queries.query.size, step):
+        end = min(begin + step, queries.query.size)
         scores = torch.from_numpy(query[begin:end]) @ item_columns  # (block, items)
         flat = scores.view(-1)
-        edges = np.array([begin, end]) * what.items
-        hidden = what.hidden[slice(*np.searchsorted(what.hidden, edges))] - edges[0]
+        edges = np.array([begin, end]) * queries.items
+        hidden = queries.hidden[slice(*np.searchsorted(queries.hidden, edges))] - edges[0]
         flat[torch.from_numpy(hidden)] = -torch.inf
-        block = slice(*np.searchsorted(what.wanted, edges))
-        above[block], equal[block] = _places(scores, what.wanted[block] - edges[0], deepest)
-    owner = what.wanted // what.items
-    relevant = np.bincount(owner, minlength=what.query.size)
+        block = slice(*np.searchsorted(queries.relevant, edges))
+        above[block], equal[block] = _count_above_and_equal(
+            scores, queries.relevant[block] - edges[0], deepest
+        )
+    owner = queries.relevant // queries.items
+    relevant = np.bincount(owner, minlength=queries.query.size)
     return RelevantPlaces(owner, above, equal, relevant, deepest)
 
 
@@ -204,7 +206,7 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
     return values
 
 
-def _places(scores: torch.Tensor, wanted: Ints, k: int) -> tuple[Ints, Ints]:
+def _count_above_and_equal(scores: torch.Tensor, relevant: Ints, k: int) -> tuple[Ints, Ints]:
     """Count the items above each relevant item, and those of equal score, with the item itself.
 
     For an item beyond rank ``k`` the counts are not exact: ``k`` above, one equal.
@@ -213,7 +215,7 @@ def _places(scores: torch.Tensor, wanted: Ints, k: int) -> tuple[Ints, Ints]:
     top = scores.topk(min(k, items), dim=1).values  # (queries, k), best first
     least = top[:, -1:]  # (queries, 1)
     ties = (scores == least).sum(dim=1)  # (queries,)
-    pair = torch.from_numpy(wanted)
+    pair = torch.from_numpy(relevant)
     owner, score = pair // items, scores.view(-1)[pair].unsqueeze(1)  # (pairs, 1)
     best = top[owner]  # (pairs, k)
     above, equal = (best > score).sum(dim=1), (best == score).sum(dim=1)
@@ -238,13 +240,13 @@ def _pairs(
     return pairs
 
 
-def _check(query: Float32s, item: Float32s, what: RankingQueries, k: int) -> None:
+def _check(query: Float32s, item: Float32s, queries: RankingQueries, k: int) -> None:
     """Raise ``MetricRefused`` if the arguments of ``relevant_places`` are not valid."""
     if k < 1:
         raise MetricRefused("depth_below_one", depth=k)
     shapes: Sequence[tuple[str, Float32s, int]] = (
-        ("query", query, what.query.size),
-        ("item", item, what.items),
+        ("query", query, queries.query.size),
+        ("item", item, queries.items),
     )
     for name, vectors, count in shapes:
         if vectors.ndim != 2 or len(vectors) != count or vectors.shape[1] != item.shape[1]:

@@ -127,7 +127,7 @@ def change_of_rankings(
 
     Memory: as ``full_ranking.relevant_places``.
     """
-    ranking = baseline.what
+    ranking = baseline.queries
     item_columns = [torch.from_numpy(np.ascontiguousarray(m.item.T)) for m in (baseline, candidate)]
     queries = ranking.query.size
     sums = np.zeros((5, queries))

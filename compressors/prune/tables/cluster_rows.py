@@ -29,7 +29,7 @@ from compressors.core.steps.composition_steps import (
 )
 from compressors.core.steps.decisions import Applied, StepPlan
 from compressors.core.steps.unit_settings import MinRows
-from compressors.prune.tables.kept_rows import most, share
+from compressors.prune.tables.kept_rows import lookup_share, select_highest
 from compressors.prune.tables.row_map import COMPOSITION, byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 from compressors.quantize.kernels.lloyd import kmeans, nearest
@@ -51,10 +51,10 @@ def clustered(table: Tensor, counts: Tensor, hot: int, clusters: int) -> tuple[T
         ``place`` int64 ``(rows,)``, the number of each row in ``unique``, and ``unique`` float32
         ``(hot + clusters, dim)``: first the hot rows in their order, then the cluster means.
     """
-    is_hot = most(counts, hot)
+    is_hot = select_highest(counts, hot)
     cold = table[~is_hot].float()
     weight = counts[~is_hot] + UNSEEN
-    sample = most(weight, min(len(cold), SAMPLE))
+    sample = select_highest(weight, min(len(cold), SAMPLE))
     centers = kmeans(cold[sample], clusters, weight[sample]).codebook
     place = torch.empty(len(table), dtype=torch.int64)
     place[is_hot] = torch.arange(hot)
@@ -104,7 +104,7 @@ class ClusterRows(ComposingStep):
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             hot, clusters = self._sizes(len(table))
             place, unique = clustered(table, counts[name], hot, clusters)
-            clustered_share = share(counts[name], ~most(counts[name], hot))
+            clustered_share = lookup_share(counts[name], ~select_highest(counts[name], hot))
             stored = {"planes": byte_planes(place, len(unique))}
             reason = Reason("shared_lookups", share=clustered_share)
             return FittedParts(stored, {"unique": unique}, (reason,))

@@ -13,14 +13,14 @@ BLOCK = 128
 """Rows per block. A rank in a block takes 7 bits; the sign bit says whether the row is kept."""
 
 
-def most(score: Tensor, count: int) -> Tensor:
+def select_highest(score: Tensor, count: int) -> Tensor:
     """Select the ``count`` rows of highest score: bool ``(rows,)``; of equal scores the first."""
     chosen = torch.zeros(len(score), dtype=torch.bool)
     chosen[score.sort(descending=True, stable=True).indices[:count]] = True
     return chosen
 
 
-def share(counts: Tensor, chosen: Tensor) -> float:
+def lookup_share(counts: Tensor, chosen: Tensor) -> float:
     """Share of all lookups that read the chosen rows; 0 if there are no lookups.
 
     ``counts`` has the lookups of each row, ``chosen`` is bool; both ``(rows,)``.

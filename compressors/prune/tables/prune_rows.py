@@ -42,7 +42,7 @@ from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose
 from compressors.core.steps.unit_settings import MinRows
 from compressors.core.units import Unit
 from compressors.prune.tables import row_map
-from compressors.prune.tables.kept_rows import BLOCK, kept_order, most, share
+from compressors.prune.tables.kept_rows import BLOCK, kept_order, lookup_share, select_highest
 from compressors.prune.tables.row_map import byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts, squared_gradients
 from compressors.quantize.kernels.lloyd import nearest
@@ -172,8 +172,8 @@ class PruneRows(ComposingStep):
                     score = table.double().square().sum(dim=1)
                 case "gradient":
                     score = (gradients[name] * table.square()).double().sum(dim=1)
-            kept = most(score, design.settings[_COUNT_SETTING[design.composition.name]])
-            affected = Reason("pruned_lookups", share=share(counts[name], ~kept))
+            kept = select_highest(score, design.settings[_COUNT_SETTING[design.composition.name]])
+            affected = Reason("pruned_lookups", share=lookup_share(counts[name], ~kept))
             reasons = (design.reason, affected) if self.min_lookups else (affected,)
             return self._parts(table, kept, counts[name])._replace(reasons=reasons)
 

@@ -30,7 +30,7 @@ from compressors.core.steps.composition_steps import (
 )
 from compressors.core.steps.decisions import Applied, StepPlan
 from compressors.core.steps.unit_settings import MinRows
-from compressors.prune.tables.kept_rows import BLOCK, kept_order, most, share
+from compressors.prune.tables.kept_rows import BLOCK, kept_order, lookup_share, select_highest
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
@@ -117,8 +117,8 @@ class Tiers(ComposingStep):
         counts = lookup_counts(model, bench, designs)
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            hot = most(counts[name], design.settings["hot"])
-            hot_lookups = Reason("hot_lookups", share=share(counts[name], hot))
+            hot = select_highest(counts[name], design.settings["hot"])
+            hot_lookups = Reason("hot_lookups", share=lookup_share(counts[name], hot))
             within, before = kept_order(hot)
             stored = {"within": within, "before": before}
             return FittedParts(stored, {"hot": table[hot], "cold": table[~hot]}, (hot_lookups,))

@@ -126,7 +126,7 @@ def test_rows_with_label_0_are_neither_relevant_nor_seen():
     queries = ranking_queries(
         interactions((1, 100), (1, 101), label=np.array([0.0, 1.0])), [seen], [100, 101]
     )
-    assert queries.wanted.tolist() == [1]
+    assert queries.relevant.tolist() == [1]
     assert queries.hidden.size == 0
 
 

@@ -165,7 +165,7 @@ def test_score_changes_of_retrieval_are_those_of_all_ranked_pairs(scores_at_once
     estimates = change_of_rankings(before, after, rows=40)
     scores = [model.query @ model.item.T for model in (before, after)]
     is_ranked = np.ones(scores[0].shape, bool)
-    is_ranked.reshape(-1)[before.what.hidden] = False
+    is_ranked.reshape(-1)[before.queries.hidden] = False
     x, y = (s[is_ranked].astype(float) for s in scores)
     # float32 products in another order.
     tolerance = {"rel": 1e-5}

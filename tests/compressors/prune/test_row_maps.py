@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressors.prune.tables.kept_rows import BLOCK, kept_order, most, share
+from compressors.prune.tables.kept_rows import BLOCK, kept_order, lookup_share, select_highest
 from compressors.prune.tables.row_map import byte_planes, bytes_needed
 
 
@@ -61,11 +61,11 @@ def test_row_map_ops_pass_opcheck():
     torch.library.opcheck(torch.ops.recpress.planned_place, (planes, ids), test_utils=tests)
 
 
-def test_most_selects_the_first_of_equal_scores():
+def test_select_highest_selects_the_first_of_equal_scores():
     score = torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0])
-    assert most(score, 3).tolist() == [True, True, False, True, False]
+    assert select_highest(score, 3).tolist() == [True, True, False, True, False]
 
 
-def test_share_of_no_lookups_is_zero():
-    assert share(torch.zeros(4), torch.tensor([True, False, True, False])) == 0
-    assert share(torch.tensor([3.0, 1.0]), torch.tensor([True, False])) == 0.75
+def test_lookup_share_of_no_lookups_is_zero():
+    assert lookup_share(torch.zeros(4), torch.tensor([True, False, True, False])) == 0
+    assert lookup_share(torch.tensor([3.0, 1.0]), torch.tensor([True, False])) == 0.75
