@@ -61,9 +61,8 @@ def _sentence(error: Any, model: "type[BaseModel] | None") -> str:
             length = context["actual_length"]
             return f"needs at least {context['min_length']}; found {length or 'none'}"
         case "target_unknown":
-            return f"there is no target {context['target']!r}" + _suggestion(
-                context["target"], context["known"]
-            )
+            similar = _most_similar(context["target"], context["known"])
+            return f"{error['msg']}{f' (did you mean {similar!r}?)' if similar else ''}"
         case "missing":
             return "is missing"
         case "value_error":
@@ -76,9 +75,14 @@ def _suggestion(name: str, valid_names: Sequence[str]) -> str:
     """Return the end of a sentence: the most similar valid name, and all valid names."""
     if not valid_names:
         return ""
-    similar = get_close_matches(name, valid_names, n=1)
-    guess = f", did you mean {similar[0]!r}?" if similar else ";"
+    similar = _most_similar(name, valid_names)
+    guess = f", did you mean {similar!r}?" if similar else ";"
     return f"{guess} There are {', '.join(sorted(valid_names))}."
+
+
+def _most_similar(name: str, valid_names: Sequence[str]) -> str | None:
+    """Return the valid name that is most similar to a misspelled one; None if none is similar."""
+    return next(iter(get_close_matches(name, valid_names, n=1)), None)
 
 
 def _field_names(model: "type[BaseModel] | None", location: Location) -> tuple[str, ...]:

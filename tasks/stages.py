@@ -3,6 +3,7 @@
 A stage is the model after one step of the recipe; the first stage is the untouched model.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from prefect import task
 from safetensors.torch import load_file
 
-from compressors.contracts import Artifact, Signature, Split
+from compressors.contracts import Artifact, Plan, Signature, Split
 from compressors.core.batches import batches
 from infra.bundle.bundle_folder import read
+from infra.bundle.shards import stored_tensors
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import split_of
 from tasks.evaluation.quality import ByQuery, Quality, row_quality
@@ -46,10 +48,9 @@ def measure_stages(
     """
     manifests = [read(local(stage.bundle)) for stage in scored]
     signature = manifests[0].signature
-    plans = [manifest.plan for manifest in manifests]
-    sizes = [sum(line.bytes_after for line in plan.lines) for plan in plans if plan is not None]
-    if plans[0] is None and plans[1] is not None:  # an uncompressed bundle has no plan
-        sizes.insert(0, sum(line.bytes_before for line in plans[1].lines))
+    sizes = bytes_of_stages(
+        [manifest.plan for manifest in manifests], [local(stage.bundle) for stage in scored]
+    )
     quality = compare_stages(signature, scored, split_of(test, test_rows), seed)
     stages = []
     for index, stage in enumerate(scored):
@@ -66,6 +67,27 @@ def measure_stages(
     with scratch_folder("stages") as scratch:
         (Path(scratch) / STAGES).write_bytes(Stages.dump_json(tuple(stages), indent=1))
         return store().put(Path(scratch))
+
+
+def bytes_of_stages(plans: Sequence[Plan | None], folders: Sequence[Path]) -> list[int]:
+    """Return the bytes of the weights of every stage.
+
+    An uncompressed bundle has no plan. Its bytes are those before the recipe of the next stage's
+    plan; without such a plan, they are the bytes of the stored tensors.
+
+    Args:
+        plans: the plans of the stages, in order.
+        folders: the folders of the stages' bundles, in the same order.
+    """
+    sizes = []
+    for plan, next_plan, folder in zip(plans, (*plans[1:], None), folders, strict=True):
+        if plan is not None:
+            sizes.append(sum(line.bytes_after for line in plan.lines))
+        elif next_plan is not None:
+            sizes.append(sum(line.bytes_before for line in next_plan.lines))
+        else:
+            sizes.append(sum(tensor.fact.bytes for tensor in stored_tensors(folder).values()))
+    return sizes
 
 
 def compare_stages(

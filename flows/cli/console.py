@@ -133,7 +133,7 @@ def show_result(finished: "Finished") -> None:
     bundle = f"bundle {report.name}@{report.bundle_version}"
     out.print(_table(bundle, number_rows(report), out.width))
     if report.stages:
-        out.print(_table("What each step was worth", stage_rows(report), out.width))
+        out.print(_table("Effect of each step", stage_rows(report), out.width))
     out.print(resolution(report))
     for remark in (*remarks(report), *limit_lines(report)):
         line(remark)

@@ -9,7 +9,7 @@ class RegistryUnavailable(InfraError):
     """The model registry failed."""
 
     sentences: ClassVar = {
-        "registry_no_answer": "The registry did not answer: {problem}",
+        "registry_no_answer": "The registry did not respond: {problem}",
         "registry_file_unreadable": "The registry {file} cannot be read: {problem}.",
         "registry_file_locked": "The registry {file} is in use by another program ({problem}). Try "
         "again.",
@@ -21,7 +21,7 @@ class RegistryUnavailable(InfraError):
 class RegistryOutage(RegistryUnavailable):
     """A remote registry did not respond, or responded with a server error."""
 
-    sentences: ClassVar = {"registry_no_answer": "The registry did not answer: {problem}"}
+    sentences: ClassVar = {"registry_no_answer": "The registry did not respond: {problem}"}
 
 
 class RegistryRefused(Refused):

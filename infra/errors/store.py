@@ -33,7 +33,7 @@ class StoreOutage(StoreUnavailable):
     """A remote store did not respond, or responded with a server error."""
 
     sentences: ClassVar = {
-        "store_no_answer": "The object store did not answer for {place} ({problem}). Start it or "
+        "store_no_answer": "The object store did not respond for {place} ({problem}). Start it or "
         "check AWS_ENDPOINT_URL, then run again.",
         "store_failed": "The object store responded with {problem} for {place}. Wait a little, "
         "then run again.",

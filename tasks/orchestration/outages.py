@@ -49,10 +49,10 @@ class Outage:
         until = datetime.fromtimestamp(self._until).astimezone().strftime("%H:%M")
         if time.monotonic() - self._began + delay > DEADLINE_SECONDS:
             log.warning(
-                "%s did not answer until %s (%g s); giving up", service, until, DEADLINE_SECONDS
+                "%s did not respond until %s (%g s); giving up", service, until, DEADLINE_SECONDS
             )
             return False
-        log.warning("%s did not answer; trying again in %g s, until %s", service, delay, until)
+        log.warning("%s did not respond; trying again in %g s, until %s", service, delay, until)
         if tries == 1:
             log.info("%s", fault)
         return True

@@ -81,4 +81,4 @@ class Progress:
         except Exception as fault:
             if service_of(fault) is None:
                 raise
-            log.warning("The progress bar was not updated: Prefect's API did not answer.")
+            log.warning("The progress bar was not updated: Prefect's API did not respond.")

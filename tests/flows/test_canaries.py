@@ -141,7 +141,7 @@ def test_order_with_an_unreachable_registry_does_not_store_or_print_its_password
         run_in_prefect(order)
     code, out, err = run_main_apart(monkeypatch, capsys, "registry", "list")
     assert code == 1
-    assert "registry did not answer" in err
+    assert "registry did not respond" in err
     texts = {"raised": str(raised.value), "out": out, "err": err}
     assert_no_secret_in([accepted_order.home, prefect_folder], texts)
 

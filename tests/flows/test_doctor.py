@@ -111,7 +111,7 @@ def test_unreachable_services_are_faults_with_a_remedy(
     set_services(monkeypatch, f"http://127.0.0.1:{closed_port}")
     store, registry, prefect = examine_services()
     assert {item.state for item in (store, registry, prefect)} == {"fault"}
-    assert "did not answer" in store.found
+    assert "did not respond" in store.found
     assert "AWS_ENDPOINT_URL" in store.remedy
     assert f"No answer from http://127.0.0.1:{closed_port}" in registry.found
     assert "MLFLOW_TRACKING_URI" in registry.remedy

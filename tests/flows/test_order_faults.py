@@ -37,7 +37,10 @@ def test_misspelled_setting_is_reported_with_the_settings_of_its_step() -> None:
             {"steps": [{"kind": "distill", "training": {"epoch": 3}}]},
             ["steps.0.distill.training.epoch:", "did you mean 'epochs'?", "warmup"],
         ),
-        ({"targets": {"onnx": "required"}}, ["targets.onnx:", "onnxruntime"]),
+        (
+            {"targets": {"onnxruntim": "required"}},
+            ["targets.onnxruntim: unknown target 'onnxruntim'", "did you mean 'onnxruntime'?"],
+        ),
         ({"limits": [{**LIMIT, "at_last": 1}]}, ["limits.0.at_last:", "at_least"]),
     ],
 )

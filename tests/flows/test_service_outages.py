@@ -333,4 +333,4 @@ def test_order_completes_although_the_registry_is_down_for_60_s_when_it_publishe
     time.sleep(OUTAGE_SECONDS)
     with registry_server(port, tmp_path):
         assert order.wait(MAX_SECONDS) == 0, output_file.read_text()
-    assert "The registry did not answer; trying again in 20 s, until" in output_file.read_text()
+    assert "The registry did not respond; trying again in 20 s, until" in output_file.read_text()

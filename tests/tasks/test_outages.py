@@ -125,7 +125,7 @@ def test_log_names_the_unavailable_service_and_the_deadline(
     wait_out(failing_until(clock, 30, fault))
     lines = [record.getMessage() for record in caplog.records]
     retries = [line for line in lines if line != str(fault)]
-    assert retries[3] == f"The registry did not answer; trying again in 20 s, until {until}"
+    assert retries[3] == f"The registry did not respond; trying again in 20 s, until {until}"
     assert len(retries) == len(lines) - 1  # the cause is in the log once
 
 
