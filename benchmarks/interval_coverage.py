@@ -3,9 +3,9 @@
 Simulates test sets whose users have 1 to 200 rows (log-uniform: most users have few rows, a few
 users have most of the rows). Users differ in their click rate, in how well the baseline fits them
 and in how much the candidate changes their scores. For each number of users, prints the share of
-test sets in which the interval of `intervals.paired` contains the true value, for the baseline's
-metric and for the difference between candidate and baseline. The row bootstrap, which ignores
-users, is printed for comparison.
+test sets in which the interval of `intervals.estimate_pair` contains the true value, for the
+baseline's metric and for the difference between candidate and baseline. The row bootstrap, which
+ignores users, is printed for comparison.
 
     python -m benchmarks.interval_coverage --runs 4000
 """
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressors.metrics import point_estimates
-from compressors.metrics.intervals import paired
+from compressors.metrics.intervals import estimate_pair
 
 METRICS = ("auc", "logloss", "normalized_entropy")
 USERS = (30, 100, 500)
@@ -108,7 +108,7 @@ def coverage(
         rows = simulate(random, heavy_tailed_sizes(random, users))
         group = rows.user if grouped else None
         for metric in metrics:
-            intervals = paired(
+            intervals = estimate_pair(
                 metric, rows.label, rows.baseline, rows.candidate, group, samples=300
             )
             for column, (estimate, value) in enumerate(

@@ -50,7 +50,7 @@ from compressors.distill.training.training_steps import train_model
 from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.importance import Importance
 from compressors.prune.dense.kept_shares import multiply_adds
-from compressors.task_kinds.loss import hard_loss, shuffled
+from compressors.task_kinds.loss import hard_loss, shuffled_batches
 from examples.dcnv2 import DCNv2
 
 SHARE = 0.5
@@ -122,7 +122,7 @@ def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str
     def loss_gradients(model: Model, bench: Bench) -> dict[str, Tensor]:
         module = _copy_module(model)
         assert bench.train is not None
-        for batch in shuffled(bench.train, bench.signature, 1024, bench.seed, limit=ROWS):
+        for batch in shuffled_batches(bench.train, bench.signature, 1024, bench.seed, limit=ROWS):
             hard_loss(bench.signature, module(**batch.inputs), batch).backward()
         return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 

@@ -11,7 +11,7 @@ from compressors.contracts import TARGETS, Artifact, Frozen, Plan, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import stored_bytes
-from compressors.distill.training.trainable import trainable
+from compressors.distill.training.trainable import trainable_tensors
 from flows.dry_run import bounds, dry_run_recipe
 from flows.order import Order
 from flows.resolve import find_completed_result, resolve_teachers
@@ -177,7 +177,7 @@ def _most_trained_bytes(
             continue
         training = getattr(step, "training", None)
         if training is not None:
-            names = set(trainable(model.module, tables=training.tables))
+            names = set(trainable_tensors(model.module, tables=training.tables))
             tensors = (*model.module.named_parameters(), *model.module.named_buffers())
             most = max(most, sum(tensor.nbytes for name, tensor in tensors if name in names))
         _, model = next(next_stages)

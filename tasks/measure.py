@@ -133,7 +133,9 @@ def measure(
     )
     baseline_numbers.append(
         judge.Number(
-            metric=BYTES.name, against="absolute", estimate=judge.exact(float(sizes["baseline"]))
+            metric=BYTES.name,
+            against="absolute",
+            estimate=judge.exact_estimate(float(sizes["baseline"])),
         )
     )
     request_graph = served_graphs(signature)[0]

@@ -10,7 +10,7 @@ from source_calls import calls_of, has_code_and_fields
 
 from compressors.contracts import Judgement, Limit, Plan, PlanLine, Verdict
 from compressors.contracts.coded_error import field_names
-from compressors.contracts.reasons import SENTENCES, SUBJECTS, Reason, joined
+from compressors.contracts.reasons import SENTENCES, SUBJECTS, Reason, join_reasons
 
 CREATED = calls_of({"Reason"})
 
@@ -138,7 +138,7 @@ def stored_values() -> list[tuple[PlanLine | Plan | Judgement | Verdict, str, st
         (line(warnings=(NESTED,)), "warnings", "warning", str(NESTED)),
         (Plan(reasons=(INNER, NESTED)), "reasons", "remarks", [str(INNER), str(NESTED)]),
         (judgement, "reasons", "reason", "accepted"),
-        (verdict, "reasons", "reason", joined((INNER, NESTED))),
+        (verdict, "reasons", "reason", join_reasons((INNER, NESTED))),
     ]
 
 

@@ -56,7 +56,7 @@ from compressors.contracts.plan import Plan as Plan
 from compressors.contracts.plan import PlanLine as PlanLine
 from compressors.contracts.reasoned import Reasoned as Reasoned
 from compressors.contracts.reasons import Reason as Reason
-from compressors.contracts.reasons import joined as joined
+from compressors.contracts.reasons import join_reasons as join_reasons
 from compressors.contracts.signature import ITEMS as ITEMS
 from compressors.contracts.signature import TRAFFIC as TRAFFIC
 from compressors.contracts.signature import Output as Output

@@ -6,7 +6,7 @@ from pydantic import Field, ModelWrapValidatorHandler, computed_field, model_val
 
 from compressors.contracts.inputs import Frozen
 from compressors.contracts.reasoned import Reasoned
-from compressors.contracts.reasons import Reason, joined, read_reasons
+from compressors.contracts.reasons import Reason, join_reasons, read_reasons
 
 DROPPED = "dropped"
 """The format of a table or layer that was removed."""
@@ -37,7 +37,7 @@ class PlanLine(Reasoned):
     @property
     def warning(self) -> str | None:
         """Possible problems of the result, as a sentence."""
-        return joined(self.warnings) or None
+        return join_reasons(self.warnings) or None
 
     @model_validator(mode="wrap")
     @classmethod

@@ -5,7 +5,7 @@ from typing import Any, Self
 from pydantic import Field, ModelWrapValidatorHandler, computed_field, model_validator
 
 from compressors.contracts.inputs import Frozen
-from compressors.contracts.reasons import Reason, joined, read_reasons
+from compressors.contracts.reasons import Reason, join_reasons, read_reasons
 
 
 class Reasoned(Frozen):
@@ -22,7 +22,7 @@ class Reasoned(Frozen):
     @property
     def reason(self) -> str:
         """The reasons as a sentence."""
-        return joined(self.reasons)
+        return join_reasons(self.reasons)
 
     @model_validator(mode="wrap")
     @classmethod

@@ -149,7 +149,9 @@ class JoinedRows:
         group = None if self.group is None else self.group[rows]
         signature = self._parts[0].signature
         return Batch(
-            joined([part.inputs for part in batches_by_part], signature), self.label[rows], group
+            concatenate_inputs([part.inputs for part in batches_by_part], signature),
+            self.label[rows],
+            group,
         )
 
     def in_order(self, rows: Tensor) -> Tensor:
@@ -158,7 +160,9 @@ class JoinedRows:
         return torch.cat([rows[labelled], rows[~labelled]])
 
 
-def joined(parts: Sequence[dict[str, Tensor]], signature: Signature) -> dict[str, Tensor]:
+def concatenate_inputs(
+    parts: Sequence[dict[str, Tensor]], signature: Signature
+) -> dict[str, Tensor]:
     """Concatenate the inputs of several batches along the rows."""
     inputs: dict[str, Tensor] = {}
     for item in signature.inputs:
@@ -293,7 +297,7 @@ def generate_edge_inputs(
         for row, bad_id in ((2 * place, -1), (2 * place + 1, rows_of_table[item.table])):
             _write_bad_id(item, inputs, row, bad_id)
     last_rows = [_row_with_lists(signature, rows_of_table, seed, share) for share in shares]
-    return joined([inputs, *last_rows], signature)
+    return concatenate_inputs([inputs, *last_rows], signature)
 
 
 def _row_with_lists(

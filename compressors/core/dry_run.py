@@ -4,7 +4,7 @@ from compressors.contracts import Bench
 from compressors.core.model import Model
 from compressors.core.plan_lines import OUTPUT, build_plan, output_line, with_remarks
 from compressors.core.runner import plan_step
-from compressors.core.skipping import skippable
+from compressors.core.skipping import find_skippable_units
 from compressors.core.steps.step import Method
 from compressors.core.units import Unit, folded_norms, stored_bytes
 
@@ -28,7 +28,7 @@ def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = Fal
     """
     model = source.private()
     planned = plan_step(method, model, bench)
-    if skipped := skippable(planned, method, source, bench):
+    if skipped := find_skippable_units(planned, method, source, bench):
         model = source.private()
         planned = plan_step(method, model, bench, skipped)
     step, plan, _ = planned

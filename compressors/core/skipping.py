@@ -6,9 +6,9 @@ plan line gives the reason. If the recipe names the unit exactly (without a wild
 raised as an error instead.
 
 Such units are detected in two ways. Before the step, the units to be replaced are replaced by
-modules that expose no weight, and the network runs (``unreplaceable``). If the step fails and the
-unit is not known, a bisection runs the step on halves of its units (``_bisect``). Steps that train
-are not bisected, because each attempt would train again.
+modules that expose no weight, and the network runs (``find_unreplaceable_units``). If the step
+fails and the unit is not known, a bisection runs the step on halves of its units (``_bisect``).
+Steps that train are not bisected, because each attempt would train again.
 """
 
 import tempfile
@@ -71,7 +71,7 @@ def run_or_skip(
         planned = plan_step(method, source.private(), bench)
     if planned is not None:
         skipped = {name: why for name, why in skipped.items() if planned.plan.selects(name)}
-        skipped |= skippable(planned, method, source, bench)
+        skipped |= find_skippable_units(planned, method, source, bench)
     if skipped:
         planned = None  # the plan includes these units, so run plans again without them
     try:
@@ -86,7 +86,9 @@ def run_or_skip(
         return run(method, source, bench, folder, skipped={**skipped, **failing})
 
 
-def skippable(planned: Planned, method: Method, source: Model, bench: Bench) -> dict[str, Reason]:
+def find_skippable_units(
+    planned: Planned, method: Method, source: Model, bench: Bench
+) -> dict[str, Reason]:
     """Return the selected units that the step cannot replace, by name, with the reasons.
 
     The step does not run. Only steps that replace units (effect ``format`` or ``parts``) are
@@ -104,12 +106,14 @@ def skippable(planned: Planned, method: Method, source: Model, bench: Bench) -> 
     if planned.step.effect not in ("format", "parts"):
         return {}
     selected = [name for name, decision in planned.plan.decisions.items() if decision.selected]
-    units = unreplaceable(source, bench, selected)
+    units = find_unreplaceable_units(source, bench, selected)
     _require_unnamed(method, units, source, None)
     return units
 
 
-def unreplaceable(source: Model, bench: Bench, names: Collection[str]) -> dict[str, Reason]:
+def find_unreplaceable_units(
+    source: Model, bench: Bench, names: Collection[str]
+) -> dict[str, Reason]:
     """Return the units whose modules cannot be replaced, by name, with the reasons.
 
     If the network itself fails on generated inputs, the result is empty.

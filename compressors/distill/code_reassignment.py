@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressors.core.modules.formats import PackedTable
 from compressors.quantize.kernels.bitpacking import pack, unpack
-from compressors.quantize.kernels.levels import FittedRange, Grid, by_row, nearest, weights
+from compressors.quantize.kernels.levels import FittedRange, Grid, by_row, decode_steps, nearest
 from compressors.quantize.kernels.lloyd import nearest_under
 from compressors.quantize.tables import kmeans, product_codes, residual_codes, scales
 from compressors.quantize.tables.kmeans import KMeansFormat
@@ -62,12 +62,12 @@ def propose(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
     damping = DAMPING * curvature[seen].mean() if bool(seen.any()) else curvature.new_zeros(())
     metric = table.dim * (curvature + damping)
     target = current - slope / metric.clamp(min=SMALLEST)
-    codes = unpacked(table)
+    codes = read_codes(table)
     if isinstance(form, Rowwise):
         new, new_values = nearest_uniform_codes(table, target)
     else:
         new = nearest_codebook_codes(form, codes, stored, target, metric)
-        new_values = decoded(form, new, stored, table.dim)
+        new_values = decode_rows(form, new, stored, table.dim)
     gain = (metric * ((current - target).square() - (new_values - target).square())).sum(dim=1) / 2
     better = seen & (gain > 0) & (new != codes).any(dim=1)
     return Proposal(new, torch.where(better, gain, torch.zeros_like(gain)))
@@ -86,13 +86,13 @@ def reassigned_codes(table: PackedTable, proposal: Proposal, share: float) -> tu
     """
     count = round(share * int((proposal.gain > 0).sum()))
     chosen = proposal.gain.topk(count).indices
-    codes = unpacked(table)
+    codes = read_codes(table)
     codes[chosen] = proposal.codes[chosen]
     width = _width(table)
     return codes if width == 8 else pack(codes, width), count
 
 
-def unpacked(table: PackedTable) -> Tensor:
+def read_codes(table: PackedTable) -> Tensor:
     """A copy of a table's codes, unpacked: int8 or uint8 ``(rows, codes)``."""
     form, count, width = _form(table), table.dim, _width(table)
     codes = table.get_buffer("codes")
@@ -117,7 +117,7 @@ def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, T
     offset = fitted.offset
     if offset is not None:
         offset = by_row(offset, table.rows, grid.rows_per_scale)
-    values = weights(steps, by_row(fitted.scale, table.rows, grid.rows_per_scale), offset)
+    values = decode_steps(steps, by_row(fitted.scale, table.rows, grid.rows_per_scale), offset)
     zero = 0.0  # the code of level 0 in symmetric formats; int8 codes are signed
     if shared.symmetric and bits < 8:
         zero = grid.half if bits == 2 else grid.half + 1
@@ -178,7 +178,7 @@ def nearest_codebook_codes(
     return new
 
 
-def decoded(form: Codebook, codes: Tensor, stored: dict[str, Tensor], dim: int) -> Tensor:
+def decode_rows(form: Codebook, codes: Tensor, stored: dict[str, Tensor], dim: int) -> Tensor:
     """The values of codes ``(rows, codes)``: float32 ``(rows, dim)``."""
     codebook = stored["codebook"]
     if isinstance(form, KMeansFormat):

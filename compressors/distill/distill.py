@@ -34,7 +34,7 @@ from compressors.distill.losses import OF_LISTS, SoftLoss
 from compressors.distill.soft_labels import SoftLabelSettings, soft_label_loss, soft_label_rows
 from compressors.distill.student import student_decisions, student_dry_run, student_of
 from compressors.distill.training.settings import Training
-from compressors.distill.training.trainable import trainable
+from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import DistillationRefused
@@ -207,7 +207,9 @@ class Distill(StepSettings):
                 loss,
                 self.training,
                 pruned,
-                only=None if self.dense else trainable(model.module, tables=True, dense=False),
+                only=None
+                if self.dense
+                else trainable_tensors(model.module, tables=True, dense=False),
                 rows=rows,
                 whole_lists=self.loss in OF_LISTS,
                 auxiliary=auxiliary if watched else None,

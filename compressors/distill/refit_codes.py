@@ -33,7 +33,7 @@ from compressors.core.units import Unit
 from compressors.distill.code_reassignment import Codes, propose, reassigned_codes
 from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
-from compressors.distill.training.trainable import trainable
+from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.training_steps import (
     nothing_to_train,
     pruned_layers,
@@ -106,7 +106,7 @@ class RefitCodes(StepSettings):
             NothingToCompress: the task has no training loss, or a pattern matches no table.
         """
         require_loss(bench, self.kind)
-        dense = trainable(model.module, tables=False) if self.dense else ()
+        dense = trainable_tensors(model.module, tables=False) if self.dense else ()
         decisions = {}
         units = Unit.of(model.module)
         require_matches(self.tables, [u for u in units if u.role == "table"], self.kind, "table")
@@ -148,7 +148,7 @@ class RefitCodes(StepSettings):
         stored = {name: _types(table) for name, table in tables.items()}
         names = _learned_names(model, tables)
         if self.dense:
-            names += trainable(model.module, tables=False)
+            names += trainable_tensors(model.module, tables=False)
         best, best_state = (
             quality(model.module, bench.signature, bench.validation),
             _tensors_of(model),

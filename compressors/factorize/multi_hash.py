@@ -25,7 +25,7 @@ from torch import Tensor
 from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, sum_counts
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.steps.composition_steps import (
     ComposingStep,
@@ -55,13 +55,13 @@ def coefficients(hashes: int, seed: int, *, signed: bool) -> Tensor:
     return functions if signed else functions[:, :2].contiguous()
 
 
-def hashed(ids: Tensor, coefficients: Tensor, buckets: int) -> Tensor:
+def hash_ids(ids: Tensor, coefficients: Tensor, buckets: int) -> Tensor:
     """Hash ids to bucket numbers: int64 ids ``(*)`` in [0, 2^31 - 1) -> int64 ``(*, hashes)``."""
     mixed = ids.unsqueeze(-1) * coefficients[:, 0] + coefficients[:, 1]
     return mixed % PRIME % buckets
 
 
-def signs(ids: Tensor, coefficients: Tensor) -> Tensor:
+def hash_signs(ids: Tensor, coefficients: Tensor) -> Tensor:
     """Hash ids to the signs of their buckets: int64 ids ``(*)`` -> float32 ``(*, hashes)``, ±1."""
     mixed = ids.unsqueeze(-1) * coefficients[:, 2] + coefficients[:, 3]
     return 1.0 - 2.0 * (mixed % PRIME % 2).float()
@@ -135,8 +135,8 @@ class _System:
     def __init__(self, share: Tensor, functions: Tensor, buckets: int) -> None:
         ids = torch.arange(len(share))
         self.share, self.buckets = share, buckets
-        self.index = hashed(ids, functions, buckets)  # (rows, hashes)
-        self.sign = signs(ids, functions).double() if functions.shape[1] == 4 else None
+        self.index = hash_ids(ids, functions, buckets)  # (rows, hashes)
+        self.sign = hash_signs(ids, functions).double() if functions.shape[1] == 4 else None
 
     def transposed(self, rows: Tensor) -> Tensor:
         """Weighted sums of rows ``(rows, dim)`` by bucket, and of all: ``(buckets + 1, dim)``."""
@@ -207,17 +207,17 @@ class MultiHashComposition:
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         buckets = settings["buckets"]
-        each = hashed(torch.arange(len(counts)), stored["functions"], buckets)  # (rows, hashes)
+        each = hash_ids(torch.arange(len(counts)), stored["functions"], buckets)  # (rows, hashes)
         every = counts.unsqueeze(1).expand_as(each)
-        return {"buckets": gathered(every.reshape(-1), each.reshape(-1), buckets)}
+        return {"buckets": sum_counts(every.reshape(-1), each.reshape(-1), buckets)}
 
     def lookup(
         self, stored: Mapping[str, Tensor], parts: Parts, ids: Tensor, settings: Mapping[str, Any]
     ) -> Tensor:
         whole, functions = ids.long(), stored["functions"]
-        rows: Tensor = parts["buckets"](hashed(whole, functions, settings["buckets"]))
+        rows: Tensor = parts["buckets"](hash_ids(whole, functions, settings["buckets"]))
         if settings["signed"]:
-            rows = rows * signs(whole, functions).unsqueeze(-1)
+            rows = rows * hash_signs(whole, functions).unsqueeze(-1)
         return rows.sum(dim=-2) + stored["mean"]  # (*ids, hashes, dim) -> (*ids, dim)
 
 

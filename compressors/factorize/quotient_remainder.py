@@ -24,7 +24,7 @@ from torch import Tensor
 from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, sum_counts
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.steps.composition_steps import (
     ComposingStep,
@@ -200,8 +200,8 @@ class QuotientRemainderComposition:
         ids, buckets = torch.arange(len(counts)), settings["buckets"]
         quotients = -(-len(counts) // buckets)
         return {
-            "quotient": gathered(counts, ids // buckets, quotients),
-            "remainder": gathered(counts, ids % buckets, buckets),
+            "quotient": sum_counts(counts, ids // buckets, quotients),
+            "remainder": sum_counts(counts, ids % buckets, buckets),
         }
 
     def lookup(

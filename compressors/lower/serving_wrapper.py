@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import AnyInput, DenseInput, JaggedBag, Signature, tensor_names
-from compressors.core.modules.formats import Bag, pad_positions, padded
+from compressors.core.modules.formats import Bag, gather_padded, pad_positions
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged_tables import MergedTable, table_groups, with_merged_tables
 
@@ -135,7 +135,7 @@ def _refused_rows(item: AnyInput, outside: Tensor, inputs: dict[str, Tensor]) ->
         if item.out_of_range == "error":
             inside, position = pad_positions(first_id, end_id, count, item.shape[0])
             # As floats: not every target can gather or reduce booleans.
-            outside_in_list = padded(outside.to(torch.float32), position) * inside
+            outside_in_list = gather_padded(outside.to(torch.float32), position) * inside
             is_refused = is_refused | (outside_in_list.sum(dim=1) > 0)
         return is_refused
     if isinstance(item, DenseInput) or item.out_of_range != "error":

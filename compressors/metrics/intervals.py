@@ -82,7 +82,7 @@ class PairedEstimate(Frozen):
     resolves: float
 
 
-def paired(
+def estimate_pair(
     metric_name: str,
     label: ArrayLike,
     baseline: ArrayLike,

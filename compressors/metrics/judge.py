@@ -98,7 +98,7 @@ class Measured(Frozen):
 def quality_numbers(
     metric: str, to_baseline: PairedEstimate, to_champion: PairedEstimate | None = None
 ) -> tuple[Number, ...]:
-    """Return the candidate's quality and its differences, from ``intervals.paired``."""
+    """Return the candidate's quality and its differences, from ``intervals.estimate_pair``."""
     numbers = [
         Number(metric=metric, against="absolute", estimate=to_baseline.candidate),
         Number(metric=metric, against="baseline", estimate=to_baseline.difference),
@@ -119,11 +119,15 @@ def byte_numbers(candidate: int, baseline: int, champion: int | None = None) -> 
             "sizes_below_one", candidate=candidate, baseline=baseline, champion=champion
         )
     numbers = [
-        Number(metric=serving.BYTES.name, against="absolute", estimate=exact(candidate)),
-        Number(metric=serving.BYTES.name, against="baseline", estimate=exact(candidate / baseline)),
+        Number(metric=serving.BYTES.name, against="absolute", estimate=exact_estimate(candidate)),
+        Number(
+            metric=serving.BYTES.name,
+            against="baseline",
+            estimate=exact_estimate(candidate / baseline),
+        ),
     ]
     if champion is not None:
-        ratio = exact(candidate / champion)
+        ratio = exact_estimate(candidate / champion)
         numbers.append(Number(metric=serving.BYTES.name, against="champion", estimate=ratio))
     return tuple(numbers)
 
@@ -141,7 +145,7 @@ def latency_numbers(
     return tuple(numbers)
 
 
-def exact(value: float) -> Estimate:
+def exact_estimate(value: float) -> Estimate:
     """Return an estimate without uncertainty: every measurement gives the same number."""
     return Estimate(point=value, low=value, high=value)
 
@@ -310,7 +314,7 @@ def _outcome(
     return "rejected" if best < goal else "undecided"
 
 
-def recomputed(verdict: Verdict) -> Outcome:
+def recompute_outcome(verdict: Verdict) -> Outcome:
     """Recompute a stored verdict's outcome from its judgements.
 
     Each judgement is decided again from its limit and its interval; the stored outcome of a

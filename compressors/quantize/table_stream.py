@@ -106,7 +106,7 @@ class Job:
         specs = {name: self.sources[name].spec for name in self.rest}
         for name, module in self.tables.items():
             for part, spec in self.stored(name).items():
-                full_name = within(module, part)
+                full_name = tensor_name(module, part)
                 if full_name in specs:
                     raise ModelRefused("tensor_name_taken", table=name, name=full_name)
                 specs[full_name] = spec
@@ -140,7 +140,7 @@ class Job:
             yield Block(name, begin, end)
 
 
-def within(module: str, part: str) -> str:
+def tensor_name(module: str, part: str) -> str:
     """Return the full name of a module's tensor."""
     return f"{module}.{part}" if module else part
 
@@ -261,7 +261,7 @@ class _Encoding:
         return rows
 
     def _piece(self, part: str, values: Tensor, begin: int) -> Piece:
-        return self._file.piece(within(self._module, part), values, begin)
+        return self._file.piece(tensor_name(self._module, part), values, begin)
 
 
 def _check_finite(name: str, rows: Tensor, begin: int) -> None:

@@ -62,7 +62,7 @@ def soft_loss(
     return functions_of(signature.single_output).soft_loss(rows, temperature)
 
 
-def shuffled(
+def shuffled_batches(
     split: Split, signature: Signature, size: int, seed: int, limit: int | None = None
 ) -> Iterator[Batch]:
     """Yield batches of about ``size`` rows in random order, until ``limit`` rows are yielded."""

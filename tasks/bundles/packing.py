@@ -20,7 +20,7 @@ from torch import nn
 from compressors.contracts import Artifact, Frozen, artifact_name, metric_problem
 from compressors.contracts.reasons import Reason
 from compressors.core.smoke_test import smoke_test
-from compressors.core.state.module_state import construction_notes, mapped
+from compressors.core.state.module_state import construction_notes, map_tensors
 from compressors.core.state.tensor_files import write_tensors
 from infra.bundle.architecture import network_class
 from infra.bundle.bundle_folder import (
@@ -343,7 +343,7 @@ def _store_bundle(bundle_store: Store, manifest: Manifest, staged: Path) -> Arti
     ):
         return _store_once(bundle_store, manifest, staged)
     with scratch_folder("pack", bundle_store.scratch(load_settings().cache)) as separate:
-        write_tensors(mapped(staged), separate, large_bytes=LARGE_BYTES)
+        write_tensors(map_tensors(staged), separate, large_bytes=LARGE_BYTES)
         try:
             return _store_once(bundle_store, seal_again(separate, manifest), separate, move=True)
         except AlreadyThere:

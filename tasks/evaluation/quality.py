@@ -73,7 +73,9 @@ class ByRow:
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
         """Estimate one metric of two models, and its difference with a paired interval."""
         before, after = self.scores[baseline], self.scores[candidate]
-        return intervals.paired(metric, self.label, before, after, self.group, seed=self.seed)
+        return intervals.estimate_pair(
+            metric, self.label, before, after, self.group, seed=self.seed
+        )
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _contradiction(report: Report, target: TargetReport) -> str | None:
     missing = [str(limit) for limit in report.limits if str(limit) not in judged]
     if missing:
         return f"{target.target} was not judged by its limit {missing[0]}"
-    outcome = judge.recomputed(verdict)
+    outcome = judge.recompute_outcome(verdict)
     if outcome != verdict.outcome:
         return (
             f"the verdict of {target.target} is {verdict.outcome}, but its judgements add up to "

@@ -9,7 +9,7 @@ import numpy as np
 from compressors.contracts import Metric
 from compressors.contracts.metrics import FAMILIES, register
 from compressors.contracts.metrics.families import find_metric
-from compressors.contracts.metrics.metric import one
+from compressors.contracts.metrics.metric import single_metric
 from compressors.metrics.cluster_intervals import GroupedPair, Groups, grouped_pair, mean_of_rows
 from compressors.metrics.estimators.protocols import ScoredRows, require_groups
 from compressors.metrics.intervals import PairedRows, RowStatistics, mean_statistic
@@ -61,7 +61,7 @@ BRIER = Metric(
 @contextmanager
 def registered_metric() -> Iterator[None]:
     """Register the metric within the context."""
-    register(one(BRIER))
+    register(single_metric(BRIER))
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from error_codes import raises_value_error
 
 from compressors.contracts import Limit
 from compressors.contracts.metrics import register
-from compressors.contracts.metrics.metric import one
+from compressors.contracts.metrics.metric import single_metric
 from tasks.report.tables import markdown
 
 
@@ -37,7 +37,7 @@ def test_registered_metric_is_measured_judged_and_reported(
 
 def test_registering_a_metric_name_twice_raises_value_error(brier: None) -> None:
     with pytest.raises(ValueError, match="brier"):
-        register(one(BRIER))
+        register(single_metric(BRIER))
 
 
 def test_limit_on_an_unregistered_metric_raises_metric_unknown() -> None:

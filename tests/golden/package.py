@@ -30,7 +30,7 @@ from compressors.core.batches import generate_edge_inputs, generate_inputs
 from compressors.core.model import Model
 from compressors.core.registries import METHODS
 from compressors.core.runner import run
-from compressors.core.state.module_state import mapped
+from compressors.core.state.module_state import map_tensors
 from compressors.errors.compression import CompressionError
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import input_names, served_graphs
@@ -108,7 +108,7 @@ def compress(step_to_apply: Step, model: Model, bench: Bench, folder: Path) -> M
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """All stored tensors by their names in the record."""
-    return {recorded_tensor(name): tensor for name, tensor in mapped(folder).items()}
+    return {recorded_tensor(name): tensor for name, tensor in map_tensors(folder).items()}
 
 
 def module_scores(model: Model, reference: Reference) -> NDArray[Any]:

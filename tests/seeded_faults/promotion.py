@@ -122,7 +122,7 @@ FAULTS = (
     Fault(
         id="acceptance-judgements-not-computed-again",
         file="tasks/promotion/acceptance.py",
-        old="    outcome = judge.recomputed(verdict)\n",
+        old="    outcome = judge.recompute_outcome(verdict)\n",
         new="    outcome = verdict.outcome\n",
         effect="A verdict that contradicts its judgements is promoted.",
         tests=(f"{LOST}::test_report_that_contradicts_itself_is_not_promoted",),

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from compressors.core.modules.formats import TensorSpec
-from compressors.core.state.safetensors_stream import StreamedFile, put
+from compressors.core.state.safetensors_stream import StreamedFile, write_piece
 
 ROOT = Path(__file__).parents[2]
 DIM = 64
@@ -86,7 +86,7 @@ def test_quantize_of_a_17_gb_table_is_correct_at_32_bit_borders_in_flat_memory(t
         opened.flush()
         for number, row in enumerate(rows, start=1):
             weight = torch.arange(DIM, dtype=torch.float32).sub(DIM // 2).mul(number).unsqueeze(0)
-            put(opened.fileno(), file.piece("t.weight", weight, row))
+            write_piece(opened.fileno(), file.piece("t.weight", weight, row))
     try:
         process = subprocess.run(
             [

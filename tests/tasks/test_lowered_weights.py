@@ -9,7 +9,7 @@ from drafts import ALLOWED, write_draft
 from onnx import numpy_helper
 
 from compressors.contracts import Artifact
-from compressors.core.state.module_state import mapped
+from compressors.core.state.module_state import map_tensors
 from compressors.lower import export
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from tasks.bundles.packing import pack
@@ -71,7 +71,7 @@ def test_large_graph_and_its_bundle_share_the_file_of_a_table(kind, tensor, larg
     copied = store().get(artifact, tmp_path / "served")  # onnx.load refuses links
     graph = onnx.load(copied / "model.onnx").graph
     values = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
-    expected = mapped(local(large[kind]))[tensor].numpy()
+    expected = map_tensors(local(large[kind]))[tensor].numpy()
     assert any(
         value.shape == expected.shape and np.array_equal(value, expected)
         for value in values.values()

@@ -16,7 +16,12 @@ STORED_BYTES = 24
 
 def plan(before: int, after: int) -> Plan:
     line = PlanLine(
-        module="user", role="table", format="f", bytes_before=before, bytes_after=after, reasons=REASONS
+        module="user",
+        role="table",
+        format="f",
+        bytes_before=before,
+        bytes_after=after,
+        reasons=REASONS,
     )
     return Plan(lines=(line,))
 

@@ -11,7 +11,7 @@ from drafts import ALLOWED, write_draft
 from error_codes import raises_code
 
 from compressors.contracts import Artifact
-from compressors.core.state.module_state import mapped
+from compressors.core.state.module_state import map_tensors
 from compressors.core.units import stored_bytes
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.bundle import bundle_folder
@@ -70,7 +70,7 @@ def files_below(folder: Path) -> dict[int, int]:
 
 def changed_bytes(source: Artifact, result: Artifact) -> int:
     """Return the bytes of a result's tensors that are new or differ from its source."""
-    before, after = mapped(local(source)), mapped(local(result))
+    before, after = map_tensors(local(source)), map_tensors(local(result))
     return sum(
         tensor.nbytes
         for name, tensor in after.items()
@@ -202,8 +202,8 @@ def test_packed_bundle_has_a_file_for_each_large_table(home, draft):
         "item.weight",
         "user.weight",
     ]
-    tensors = mapped(local(packed.artifact))
-    expected = mapped(draft)
+    tensors = map_tensors(local(packed.artifact))
+    expected = map_tensors(draft)
     assert tensors.keys() == expected.keys()
     assert all(tensors[name].equal(tensor) for name, tensor in expected.items())
     assert pack(draft) == packed

@@ -119,6 +119,6 @@ class MetricFamily:
         return self.member(1) if self.number else self.member()
 
 
-def one(metric: Metric) -> MetricFamily:
+def single_metric(metric: Metric) -> MetricFamily:
     """Return the family of one metric without a number in its name."""
     return MetricFamily(name=metric.name, member=lambda: metric)

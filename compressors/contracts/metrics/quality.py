@@ -1,6 +1,6 @@
 """Quality metrics: how well a model's scores rank or predict labeled rows."""
 
-from compressors.contracts.metrics.metric import Metric, MetricFamily, one
+from compressors.contracts.metrics.metric import Metric, MetricFamily, single_metric
 from compressors.contracts.task_kind import Evaluation, Labels
 
 ESTIMATORS = "compressors.metrics.estimators"
@@ -81,7 +81,7 @@ def recall(k: int) -> Metric:
 
 
 FAMILIES = (
-    one(
+    single_metric(
         _bounded_quality(
             "auc",
             "AUC",
@@ -93,8 +93,8 @@ FAMILIES = (
         )
     ),
     # The probability floor of ``point_estimates.py`` bounds the loss of a row by 15.95 nats.
-    one(_loss("logloss", "log loss", largest=0.2, high=15.95, estimator="LogLoss")),
-    one(
+    single_metric(_loss("logloss", "log loss", largest=0.2, high=15.95, estimator="LogLoss")),
+    single_metric(
         _loss(
             "normalized_entropy",
             "normalized entropy",
@@ -103,7 +103,7 @@ FAMILIES = (
             estimator="NormalizedEntropy",
         )
     ),
-    one(
+    single_metric(
         _bounded_quality(
             "gauc",
             "GAUC",

@@ -1,6 +1,6 @@
 """Metrics of score changes: they compare the candidate's scores with the baseline's."""
 
-from compressors.contracts.metrics.metric import Metric, one
+from compressors.contracts.metrics.metric import Metric, single_metric
 from compressors.contracts.task_kind import Evaluation
 
 
@@ -56,4 +56,4 @@ TOP20 = _change(
     evaluations=("queries",),
 )
 
-FAMILIES = tuple(one(change) for change in (CORRELATION, MEAN, LARGEST, TOP1, TOP20))
+FAMILIES = tuple(single_metric(change) for change in (CORRELATION, MEAN, LARGEST, TOP1, TOP20))

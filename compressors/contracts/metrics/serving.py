@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from compressors.contracts.metrics.metric import Metric, MetricFamily, one
+from compressors.contracts.metrics.metric import Metric, MetricFamily, single_metric
 
 BATCHES = (1, 64, 1024)
 LARGEST_BATCH = 65_536
@@ -44,7 +44,7 @@ def latency(quantile: str, batch: int) -> Metric:
 
 
 FAMILIES = (
-    one(BYTES),
+    single_metric(BYTES),
     *(
         MetricFamily(
             name=f"{quantile}_ms@",

@@ -17,5 +17,5 @@ verdicts.py   sentences about judged limits and targets
 from compressors.contracts.reasons.reason import SENTENCES as SENTENCES
 from compressors.contracts.reasons.reason import SUBJECTS as SUBJECTS
 from compressors.contracts.reasons.reason import Reason as Reason
-from compressors.contracts.reasons.reason import joined as joined
+from compressors.contracts.reasons.reason import join_reasons as join_reasons
 from compressors.contracts.reasons.reason import read_reasons as read_reasons

@@ -62,13 +62,13 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 class _ReasonFormatter(SentenceFormatter):
     """Formats also non-finite numbers, and several reasons in one field.
 
-    The reasons are formatted by ``joined``, or separated by commas if the format specification is
-    ``,``.
+    The reasons are formatted by ``join_reasons``, or separated by commas if the format
+    specification is ``,``.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, tuple) and value and all(isinstance(v, Reason) for v in value):
-            return ", ".join(map(str, value)) if format_spec == "," else joined(value)
+            return ", ".join(map(str, value)) if format_spec == "," else join_reasons(value)
         if value in _NOT_FINITE:
             return str(value)
         return super().format_field(value, format_spec)
@@ -170,7 +170,7 @@ class Reason:
         return {"type": "object", "properties": properties, "required": ["code", "fields"]}
 
 
-def joined(reasons: Iterable[Reason]) -> str:
+def join_reasons(reasons: Iterable[Reason]) -> str:
     """Join the sentences of several reasons to one."""
     return "; ".join(map(str, reasons))
 

@@ -141,7 +141,7 @@ class ComposedTable(nn.Module):
         )
 
 
-def gathered(counts: Tensor, place: Tensor, places: int) -> Tensor:
+def sum_counts(counts: Tensor, place: Tensor, places: int) -> Tensor:
     """Sum lookup counts by target row, ``(places,)``.
 
     ``place``, int64 in the shape of ``counts``, is the target row of each count.

@@ -218,7 +218,7 @@ class Bag(nn.Module):
             ids, inside, position = self._padded(input, offsets)  # (bags, longest)
             weights = None
             if per_sample_weights is not None:
-                weights = padded(per_sample_weights, position)
+                weights = gather_padded(per_sample_weights, position)
         if self.padding_idx is not None:
             inside = inside & (ids != self.padding_idx)
         rows: Tensor = self.table(ids)  # (bags, longest, dim)
@@ -250,7 +250,7 @@ class Bag(nn.Module):
             # At least one position, so that a batch of empty bags can be reduced.
             longest = max(1, int((end - begin).max())) if len(begin) else 1
         inside, position = pad_positions(begin, end, count, longest)
-        return padded(values, position), inside, position
+        return gather_padded(values, position), inside, position
 
     def record(self) -> ModuleRecord | None:
         """Return the record of the bag and its table, or None if the table is not compressed."""
@@ -282,14 +282,14 @@ def pad_positions(begin: Tensor, end: Tensor, count: int, longest: int) -> tuple
     Returns:
         ``inside``, bool ``(bags, longest)``, false for padding; and ``position``, int
         ``(bags, longest)``. Padding has the position ``count``, the index of the extra zero that
-        ``padded`` appends, so that a batch of empty bags has an id to look up.
+        ``gather_padded`` appends, so that a batch of empty bags has an id to look up.
     """
     position = begin.unsqueeze(1) + torch.arange(longest, device=begin.device)
     inside = position < end.unsqueeze(1)
     return inside, torch.where(inside, position, count)
 
 
-def padded(values: Tensor, position: Tensor) -> Tensor:
+def gather_padded(values: Tensor, position: Tensor) -> Tensor:
     """Gather values ``(all ids,)`` at ``position``; the position ``len(values)`` gives zero."""
     return torch.cat([values, values.new_zeros(1)])[position]
 

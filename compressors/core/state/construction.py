@@ -176,7 +176,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) ->
     _recompute(module)
 
 
-def unfilled(module: nn.Module, replaced: Iterable[Tensor] = ()) -> list[str]:
+def tensors_without_values(module: nn.Module, replaced: Iterable[Tensor] = ()) -> list[str]:
     """Return names of tensors that have no values after loading.
 
     Args:

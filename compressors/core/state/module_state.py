@@ -28,7 +28,7 @@ from compressors.core.state.construction import (
     assign,
     construct,
     outside_cpu,
-    unfilled,
+    tensors_without_values,
 )
 from compressors.core.state.meta_device import ConstructionLimits
 from compressors.core.state.tensor_files import INDEX, SHARD_BYTES, TensorFile, write_tensors
@@ -201,7 +201,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
             still on the meta device.
     """
     model, replaced = _build(architecture, network, construction_limits(folder, network))
-    tensors = mapped(folder)
+    tensors = map_tensors(folder)
     state = model.state_dict(keep_vars=True)
     for name, stored in network.ties.items():
         if stored not in tensors:
@@ -218,7 +218,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
     for name, stored in ties.items():
         parent_name, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent_name), attribute, _tensor_named(model, stored))
-    if names_without_values := unfilled(model, replaced):
+    if names_without_values := tensors_without_values(model, replaced):
         raise ModelRefused("values_missing", names=tuple(names_without_values[:5]))
     if names_on_accelerator := outside_cpu(model):
         raise ModelRefused(
@@ -299,7 +299,7 @@ def _tensor_named(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def mapped(folder: Path) -> dict[str, Tensor]:
+def map_tensors(folder: Path) -> dict[str, Tensor]:
     """Memory-map every tensor of a folder's safetensors files, by name.
 
     Raises:

@@ -143,7 +143,7 @@ class StreamedFile:
             raise ContractBroken(
                 "shape_differs", name=name, got=shape, expected=tuple(spec.shape), entry=entry
             )
-        return Piece(at, raw(values))
+        return Piece(at, raw_bytes(values))
 
 
 def size_of(spec: TensorSpec) -> int:
@@ -151,7 +151,7 @@ def size_of(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * spec.dtype.itemsize
 
 
-def raw(values: Tensor) -> memoryview:
+def raw_bytes(values: Tensor) -> memoryview:
     """Return a tensor's bytes in file order; a view of its memory if it is contiguous.
 
     Raises:
@@ -178,13 +178,13 @@ def write(
         metadata,
     )
     with path.open("wb", buffering=0) as opened:
-        put(opened.fileno(), Piece(0, memoryview(file.header)))
+        write_piece(opened.fileno(), Piece(0, memoryview(file.header)))
         for name, tensor in tensors.items():
             for piece in _pieces(file, name, tensor):
-                put(opened.fileno(), piece)
+                write_piece(opened.fileno(), piece)
 
 
-def put(file: int, piece: Piece) -> None:
+def write_piece(file: int, piece: Piece) -> None:
     """Write a whole piece at its offset in an open file."""
     at, data = piece
     while len(data):

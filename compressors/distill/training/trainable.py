@@ -8,7 +8,7 @@ from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
 from compressors.core.units import own_weight
 
 
-def trainable(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[str, ...]:
+def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[str, ...]:
     """Names of the tensors that training may change.
 
     These are float32 parameters, and in compressed layers the float32 tensors that the format

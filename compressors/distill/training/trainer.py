@@ -30,7 +30,7 @@ from compressors.distill.training.trainable import (
     buffer_copies,
     is_table,
     packed_owner,
-    trainable,
+    trainable_tensors,
     trained_copies,
 )
 from compressors.errors.steps import TrainingFailed
@@ -142,7 +142,7 @@ class _Run:
     ) -> None:
         self.module, self.signature, self.rows = module, signature, rows
         self.validation, self.loss, self.settings, self.seed = validation, loss, settings, seed
-        names = trainable(module, tables=settings.tables) if only is None else tuple(only)
+        names = trainable_tensors(module, tables=settings.tables) if only is None else tuple(only)
         if not names:
             raise TrainingFailed("nothing_trainable")
         _require_float_layers(module, settings)

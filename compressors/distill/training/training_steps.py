@@ -12,7 +12,7 @@ from compressors.core.modules.formats import Bag, PackedTable
 from compressors.core.steps.decisions import Applied, Decision
 from compressors.core.units import Unit, innermost
 from compressors.distill.training.settings import Training
-from compressors.distill.training.trainable import trainable
+from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.trainer import Epoch, Loss, train
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing
@@ -41,7 +41,7 @@ def choose_trainable(
         NothingToCompress: the signature's task has no loss yet.
     """
     require_loss(bench, kind)
-    names = trainable(model.module, tables=tables, dense=dense)
+    names = trainable_tensors(model.module, tables=tables, dense=dense)
     rows = bench.train.rows if bench.train else 0
     units = {unit.name: unit for unit in Unit.of(model.module)}
     trained = {innermost(name, units) for name in names}
@@ -123,7 +123,7 @@ def train_model(
     train_rows = rows if rows is not None else bench.train
     if train_rows is None or bench.validation is None:
         raise RowsMissing("training_needs_rows")
-    names = only if only is not None else trainable(model.module, tables=settings.tables)
+    names = only if only is not None else trainable_tensors(model.module, tables=settings.tables)
     units = {unit.name for unit in Unit.of(model.module)}
     trained = {innermost(name, units) for name in names} - {None}
     epochs = train(

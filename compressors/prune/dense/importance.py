@@ -25,7 +25,7 @@ from compressors.core.model import Model
 from compressors.core.units import Unit, own_weight, private_copy
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.prune.structure.channel_consumers import Readers
-from compressors.task_kinds.loss import hard_loss, shuffled
+from compressors.task_kinds.loss import hard_loss, shuffled_batches
 
 Importance = Literal["l1", "l2", "gradient", "activation", "random"]
 BATCH = 1024
@@ -149,7 +149,7 @@ def _taylor(
         owner, _, attribute = name.rpartition(".")
         leaves[name] = own_weight(copied.get_submodule(owner), attribute, weight)
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for batch in shuffled(bench.train, bench.signature, BATCH, bench.seed, limit=rows):
+    for batch in shuffled_batches(bench.train, bench.signature, BATCH, bench.seed, limit=rows):
         loss = hard_loss(bench.signature, copied(**batch.inputs), batch)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):

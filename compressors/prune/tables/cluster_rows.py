@@ -38,7 +38,9 @@ SAMPLE = 65_536
 """Largest number of rows to fit clusters to: the most looked-up ones of the clustered rows."""
 
 
-def clustered(table: Tensor, counts: Tensor, hot: int, clusters: int) -> tuple[Tensor, Tensor]:
+def cluster_rare_rows(
+    table: Tensor, counts: Tensor, hot: int, clusters: int
+) -> tuple[Tensor, Tensor]:
     """Cluster all rows except the most looked-up ones.
 
     Args:
@@ -103,7 +105,7 @@ class ClusterRows(ComposingStep):
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             hot, clusters = self._sizes(len(table))
-            place, unique = clustered(table, counts[name], hot, clusters)
+            place, unique = cluster_rare_rows(table, counts[name], hot, clusters)
             clustered_share = lookup_share(counts[name], ~select_highest(counts[name], hot))
             stored = {"planes": byte_planes(place, len(unique))}
             reason = Reason("shared_lookups", share=clustered_share)

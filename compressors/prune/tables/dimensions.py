@@ -38,7 +38,7 @@ from compressors.core.units import Unit, own_weight, private_copy
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.factorize.low_rank import COMPOSITION
-from compressors.task_kinds.loss import hard_loss, shuffled
+from compressors.task_kinds.loss import hard_loss, shuffled_batches
 
 Importance = Literal["variance", "traffic", "gradient"]
 
@@ -165,7 +165,7 @@ def taylor(
         table = unit.module.table if isinstance(unit.module, Bag) else unit.module
         leaves[name] = own_weight(table, "weight", unit.weight)
     total = {name: torch.zeros_like(mean) for name, mean in means.items()}
-    for batch in shuffled(bench.train, bench.signature, 1024, bench.seed, limit=rows):
+    for batch in shuffled_batches(bench.train, bench.signature, 1024, bench.seed, limit=rows):
         loss = hard_loss(bench.signature, copied(**batch.inputs), batch)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):

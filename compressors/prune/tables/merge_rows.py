@@ -36,7 +36,7 @@ CELL_WIDTH = 4
 """Width of a cell as a multiple of the tolerance. Wider cells miss fewer pairs of similar rows."""
 
 
-def merged(table: Tensor, weight: Tensor, within: float) -> tuple[Tensor, Tensor]:
+def merge_similar_rows(table: Tensor, weight: Tensor, within: float) -> tuple[Tensor, Tensor]:
     """Merge rows within a tolerance of each other.
 
     Args:
@@ -144,7 +144,7 @@ class MergeRows(StepSettings):
         outcomes: dict[str, Decision] = {}
         for unit in units:
             rows, dim = unit.weight.shape
-            place, unique = merged(unit.weight, counts[unit.name] + UNSEEN, self.within)
+            place, unique = merge_similar_rows(unit.weight, counts[unit.name] + UNSEEN, self.within)
             reason = Reason("merged_rows", rows=rows, unique=len(unique))
             design = Design(COMPOSITION, {"places": len(unique)}, reason)
             if design.bytes(rows, dim) >= unit.bytes:

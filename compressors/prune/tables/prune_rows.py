@@ -27,7 +27,7 @@ from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
-from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, gathered
+from compressors.core.modules.composed import Composition, Design, Parts, PartSpec, sum_counts
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.steps.composition_steps import (
     UNSEEN,
@@ -72,7 +72,7 @@ class KeptRowsComposition:
     ) -> dict[str, Tensor]:
         ids, kept = torch.arange(len(counts)), settings["kept"]
         place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
-        return {"kept": gathered(counts, torch.where(place < 0, kept, place), kept + 1)}
+        return {"kept": sum_counts(counts, torch.where(place < 0, kept, place), kept + 1)}
 
     def lookup(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressors.core.modules.composed import Composition, Parts, PartSpec, gathered
+from compressors.core.modules.composed import Composition, Parts, PartSpec, sum_counts
 from compressors.core.modules.formats import TensorSpec
 
 
@@ -63,7 +63,7 @@ class RowMapComposition:
     ) -> dict[str, Tensor]:
         ids = torch.arange(len(counts))
         place = torch.ops.recpress.planned_place(stored["planes"], ids)
-        return {"unique": gathered(counts, place, settings["places"])}
+        return {"unique": sum_counts(counts, place, settings["places"])}
 
     def lookup(
         self,

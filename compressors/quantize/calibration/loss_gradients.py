@@ -50,7 +50,7 @@ def loss_gradients(
     shapes = {name: _shape(table) for name, table in tables.items()}
     result = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
     rows, terms = Rows(split, signature), 0
-    with watched(tables) as lookups:
+    with record_lookups(tables) as lookups:
         for numbers in shuffled_rows(rows, signature, BATCH, seed=0):
             lookups.clear()
             batch = rows.take(numbers)
@@ -114,7 +114,7 @@ def sensitivity(
         columns[name] = torch.zeros(dim, dim, dtype=torch.float64)
         by_row[name] = torch.zeros(rows, dtype=torch.float64)
     data, remaining = Rows(split, signature), most
-    with watched(tables) as watched_lookups:
+    with record_lookups(tables) as watched_lookups:
         for numbers in shuffled_rows(data, signature, BATCH, seed=0):
             watched_lookups.clear()
             output = module(**data.take(numbers).inputs)
@@ -135,7 +135,7 @@ def sensitivity(
 
 
 @contextmanager
-def watched(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
+def record_lookups(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
     """Record the lookups of some tables while the network runs.
 
     Yields:

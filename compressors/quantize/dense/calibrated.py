@@ -62,7 +62,7 @@ def range_end(seen: Histogram, calibrator: str, share: float) -> Tensor:
     return seen.largest
 
 
-def calibrated(
+def calibrate_layers(
     module: nn.Module,
     layers: Collection[Unit],
     bench: Bench,

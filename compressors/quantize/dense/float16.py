@@ -50,7 +50,7 @@ def narrow(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.float16)
 
 
-def beyond(*weights: Tensor | None) -> Reason | None:
+def overflow_reason(*weights: Tensor | None) -> Reason | None:
     """Return the reason why float16 cannot represent some tensors, or None if it can."""
     for weight in weights:
         if weight is not None and not bool(torch.isfinite(narrow(weight)).all()):
@@ -122,7 +122,7 @@ class Float16(StepSettings):
             unchecked = Decision("taken", (Reason("sums_not_checked"),))
             outcomes |= {unit.name: unchecked for unit in dense}
         for unit in selected:
-            reason = beyond(unit.weight, unit.bias) or overflowing.get(unit.name)
+            reason = overflow_reason(unit.weight, unit.bias) or overflowing.get(unit.name)
             if reason is not None:
                 outcomes[unit.name] = Decision("skipped", (reason,))
             else:

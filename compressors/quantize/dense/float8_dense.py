@@ -54,11 +54,11 @@ def encode(weight: Tensor, *, by_channel: bool) -> tuple[Tensor, Tensor]:
     largest = wide.amax(dim=1) if by_channel else wide.amax()
     scale = largest / LARGEST
     scale = torch.where(scale >= SMALLEST, scale, torch.ones_like(scale))
-    near = rounded(weight.float() / scale.reshape(-1, 1))
+    near = round_to_float8(weight.float() / scale.reshape(-1, 1))
     return near.to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
-def rounded(x: Tensor) -> Tensor:
+def round_to_float8(x: Tensor) -> Tensor:
     """Round to the nearest E4M3 numbers, as float32; larger numbers are clipped to 448."""
     return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
 
@@ -73,7 +73,7 @@ def float8_linear(
     ``input_scale`` ``()``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
     """
     weight = decode_float8(codes) * weight_scale.reshape(-1, 1)
-    return F.linear(rounded(x / input_scale) * input_scale, weight, bias)
+    return F.linear(round_to_float8(x / input_scale) * input_scale, weight, bias)
 
 
 @float8_linear.register_fake
@@ -98,7 +98,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, weight_scale, input_scale = ctx.saved_tensors
     ratio = x / input_scale
     inside = ratio.abs() <= LARGEST
-    near, steps = rounded(ratio), decode_float8(codes)
+    near, steps = round_to_float8(ratio), decode_float8(codes)
     to_input = grad @ (steps * weight_scale.reshape(-1, 1))  # (*, in)
     flat = grad.reshape(-1, grad.shape[-1])
     by_weight = flat.T @ (near * input_scale).reshape(-1, near.shape[-1]) * steps  # (out, in)
@@ -149,7 +149,7 @@ class Float8DenseFormat:
     ) -> Tensor:
         """Return the rounded inputs that are multiplied, float32 ``(*, in)``."""
         scale = stored["input_scale"]
-        return rounded(x / scale) * scale
+        return round_to_float8(x / scale) * scale
 
 
 FORMAT: LinearFormat = Float8DenseFormat()

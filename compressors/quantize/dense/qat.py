@@ -35,7 +35,7 @@ from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, innermost, swap
 from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
-from compressors.distill.training.trainable import trainable
+from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.trainer import Loss, train
 from compressors.distill.training.training_steps import (
     outcome_of,
@@ -44,8 +44,8 @@ from compressors.distill.training.training_steps import (
 )
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.calibrators import LEVELS
-from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS, Calibrator, calibrated
-from compressors.quantize.dense.static_int8 import FORMAT, encode, packed_int8, ranged
+from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS, Calibrator, calibrate_layers
+from compressors.quantize.dense.static_int8 import FORMAT, clip_to_scale, encode, packed_int8
 from compressors.task_kinds.loss import hard_loss
 
 
@@ -105,7 +105,7 @@ class LearnedInt8(nn.Module):
         weight_scale, input_scale = self.scales()
         x = fake_quantize(input, input_scale, -LEVELS - 1, LEVELS)
         bias = None if self.bias is None else self.bias.detach()
-        inside, step = ranged(self.weight, weight_scale, bias, input_scale.detach())
+        inside, step = clip_to_scale(self.weight, weight_scale, bias, input_scale.detach())
         weight = fake_quantize(inside, step[:, None], -LEVELS, LEVELS)
         return F.linear(x, weight, self.bias)
 
@@ -202,7 +202,7 @@ class QAT(StepSettings):
             raise RowsMissing("training_needs_rows")
         module, units = model.module, Unit.of(model.module)
         selected = plan.units(module)
-        initial = calibrated(
+        initial = calibrate_layers(
             module,
             selected,
             bench,
@@ -269,5 +269,5 @@ def _trained_tensors(
 ) -> tuple[str, ...]:
     """Return the names of the tensors to train: of these layers, and of modules outside units."""
     names = {unit.name for unit in units}
-    owners = {name: innermost(name, names) for name in trainable(module, tables=False)}
+    owners = {name: innermost(name, names) for name in trainable_tensors(module, tables=False)}
     return tuple(name for name, owner in owners.items() if owner is None or owner in learned)

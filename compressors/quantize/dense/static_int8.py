@@ -30,7 +30,7 @@ from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
 from compressors.quantize.calibration.calibrators import LEVELS
-from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS, Calibrator, calibrated
+from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS, Calibrator, calibrate_layers
 
 SHARES = tuple(1 - place / 64 for place in range(33))
 """Shares of a channel's largest weight that ``clipped_scale`` compares: 1 down to a half."""
@@ -60,12 +60,12 @@ def encode(
         absolute value, and ``weight_scale`` float32 ``(out,)``, always positive.
     """
     scale = weight.float().abs().amax(dim=1) / LEVELS if weight_scale is None else weight_scale
-    inside, scale = ranged(weight.float(), scale, bias, input_scale)
+    inside, scale = clip_to_scale(weight.float(), scale, bias, input_scale)
     codes = (inside / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
     return codes, scale
 
 
-def ranged(
+def clip_to_scale(
     weight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Clip weights ``(out, in)`` to the range of the requested scales.
@@ -79,7 +79,7 @@ def ranged(
     end = LEVELS * scale[:, None]
     inside = torch.minimum(torch.maximum(weight, -end), end)
     step = torch.maximum(scale, paired_scale(inside.detach()))
-    return inside, storable(step, bias, input_scale)
+    return inside, storable_scales(step, bias, input_scale)
 
 
 def paired_scale(weight: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def paired_scale(weight: Tensor) -> Tensor:
     return (even[:, 0::2] + even[:, 1::2]).abs().amax(dim=1) / LEVELS
 
 
-def storable(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
+def storable_scales(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
     """Increase the scales of output channels ``(out,)`` so that runtimes can store the bias."""
     if bias is not None:
         scale = torch.maximum(scale, bias.float().abs() / (input_scale * 2**23))
@@ -313,7 +313,7 @@ class StaticInt8(StepSettings):
                 does not contain the pattern ``*``.
         """
         units = plan.units(model.module)
-        replacements = calibrated(
+        replacements = calibrate_layers(
             model.module,
             units,
             bench,

@@ -113,7 +113,7 @@ class WeightInt4(StepSettings):
                 outputs,
                 bias=bias is not None,
                 settings=self.settings(),
-                stored=weight_only.stored(steps, scale, bias, self.block, BITS),
+                stored=weight_only.pack_tensors(steps, scale, bias, self.block, BITS),
             )
             swap(model.module, unit.name, packed)
         return Applied(model, outcomes)

@@ -86,7 +86,7 @@ class WeightInt8(StepSettings):
                 outputs,
                 bias=bias is not None,
                 settings=self.settings(),
-                stored=weight_only.stored(steps, scale, bias, self.block, BITS),
+                stored=weight_only.pack_tensors(steps, scale, bias, self.block, BITS),
             )
             swap(model.module, unit.name, packed)
         return Applied(model)

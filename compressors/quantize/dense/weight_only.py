@@ -47,7 +47,7 @@ def zero_code(bits: int) -> int:
     return 1 << (bits - 1)
 
 
-def padded(inputs: int, block: int) -> int:
+def padded_length(inputs: int, block: int) -> int:
     """Return the number of codes of a row: a multiple of the block, or of 16 without blocks."""
     multiple = block or SHORTEST
     return -(-inputs // multiple) * multiple
@@ -57,7 +57,7 @@ def block_length(inputs: int, block: int) -> int:
     """Return the number of inputs that targets compute, and round if int8, as one block."""
     if block:
         return block
-    length = padded(inputs, block)
+    length = padded_length(inputs, block)
     return next(size for size in (128, 64, 32, SHORTEST) if length % size == 0)
 
 
@@ -65,7 +65,7 @@ def in_blocks(weight: Tensor, block: int) -> Tensor:
     """Reshape weights ``(out, in)`` to blocks ``(out * blocks, block)``, padded with zeros."""
     if not block:
         return weight
-    full = F.pad(weight, (0, padded(weight.shape[1], block) - weight.shape[1]))
+    full = F.pad(weight, (0, padded_length(weight.shape[1], block) - weight.shape[1]))
     return full.reshape(-1, block)
 
 
@@ -105,7 +105,7 @@ def pack(steps: Tensor, block: int, bits: int) -> Tensor:
     """
     outputs, inputs = steps.shape
     zero = zero_code(bits)
-    codes = steps.new_full((outputs, padded(inputs, block)), zero, dtype=torch.uint8)
+    codes = steps.new_full((outputs, padded_length(inputs, block)), zero, dtype=torch.uint8)
     codes[:, :inputs] = (steps + zero).to(torch.uint8)
     return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
 
@@ -117,7 +117,7 @@ def unpack(codes: Tensor, inputs: int, bits: int) -> Tensor:
     return codes[:, :inputs].float() - zero_code(bits)
 
 
-def rounded(x: Tensor, width: int) -> Tensor:
+def round_inputs(x: Tensor, width: int) -> Tensor:
     """Round inputs ``(*, in)`` to 255 levels, with one scale for each ``width`` inputs.
 
     These are the operations, in the same order, of ONNX Runtime's MatMulNBits at accuracy level 4.
@@ -155,7 +155,7 @@ def _operands(
     """Return the weights, float32 ``(out, in)``, and the inputs, rounded if int8."""
     inputs = x.shape[-1]
     weight = unpack(codes, inputs, bits) * of_inputs(scale, inputs, block)
-    return weight, rounded(x, block_length(inputs, block)) if activations == "int8" else x
+    return weight, round_inputs(x, block_length(inputs, block)) if activations == "int8" else x
 
 
 @weight_only_linear.register_fake
@@ -221,7 +221,7 @@ class WeightOnlyFormat:
         self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
     ) -> dict[str, TensorSpec]:
         block, dtype, _ = Reading.of(settings)
-        length = padded(inputs, block)
+        length = padded_length(inputs, block)
         specs = {
             "codes": TensorSpec((outputs, length * self.bits // 8), torch.uint8),
             "scale": TensorSpec((outputs, length // block if block else 1), dtype),
@@ -243,10 +243,10 @@ class WeightOnlyFormat:
     ) -> Tensor:
         """Return the inputs that are multiplied, rounded if int8: float32 ``(*, in)``."""
         block, _, activations = Reading.of(settings)
-        return rounded(x, block_length(x.shape[-1], block)) if activations == "int8" else x
+        return round_inputs(x, block_length(x.shape[-1], block)) if activations == "int8" else x
 
 
-def stored(
+def pack_tensors(
     steps: Tensor, scale: Tensor, bias: Tensor | None, block: int, bits: int
 ) -> dict[str, Tensor]:
     """Return a layer's stored tensors from multiples ``(out, in)`` and scales ``(out, blocks)``."""

@@ -31,8 +31,8 @@ from compressors.quantize.kernels.levels import (
     FittedRange,
     Grid,
     asymmetric_ends,
-    ends,
-    ranges,
+    range_bounds,
+    split_into_ranges,
     squared_error,
     symmetric_scale,
 )
@@ -80,7 +80,7 @@ def fit(rows: Tensor, grid: Grid) -> FittedRange:
         return FittedRange(empty, None if grid.symmetric else empty)
     if not len(rows):  # an empty table: one range without weights
         rows = rows.new_zeros((1, rows.shape[1]))
-    parts = [_fit(values, grid) for values in ranges(rows, grid.rows_per_scale)]
+    parts = [_fit(values, grid) for values in split_into_ranges(rows, grid.rows_per_scale)]
     offsets = [part.offset for part in parts if part.offset is not None]
     return FittedRange(
         torch.cat([part.scale for part in parts]), torch.cat(offsets) if offsets else None
@@ -90,7 +90,7 @@ def fit(rows: Tensor, grid: Grid) -> FittedRange:
 def _fit(values: Tensor, grid: Grid) -> FittedRange:
     if grid.clipping == "least_squares":
         return least_squares(values, grid)
-    low, high = ends(values)
+    low, high = range_bounds(values)
     if grid.symmetric:
         widest = symmetric_scale(torch.maximum(-low, high), grid)
         if grid.clipping == "min_max":

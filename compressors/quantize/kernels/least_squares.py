@@ -26,11 +26,11 @@ from compressors.quantize.kernels.levels import (
     FittedRange,
     Grid,
     asymmetric_ends,
-    ends,
+    decode_steps,
+    range_bounds,
     stored_offset,
     stored_scale,
     symmetric_scale,
-    weights,
 )
 
 SHARES = (0.03, 0.06, 0.10)
@@ -61,7 +61,7 @@ def least_squares(values: Tensor, grid: Grid) -> FittedRange:
         ValueNotStorable: a scale or offset is too large for the type in which it is stored.
     """
     values = values.float()
-    low, high = ends(values)
+    low, high = range_bounds(values)
     best = _clipped(low, high, grid, 0.0)
     least = residuals(values, best, grid)
     for share in SHARES:
@@ -91,7 +91,7 @@ def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
         q = steps.clamp(-grid.half, grid.half).round()
     else:  # levels at odd multiples of a half, none at zero
         q = (steps.floor() + 0.5).clamp(-grid.half, grid.half)
-    r = values - weights(q, scale, offset)
+    r = values - decode_steps(q, scale, offset)
     return Residuals(*(in_order(each) for each in (q, q * q, r, q * r, r * r)))
 
 

@@ -95,7 +95,7 @@ def nearest(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     return _nearest(rows, scale, offset, grid)
 
 
-def weights(steps: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+def decode_steps(steps: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Decode multiples of the scale, ``(*, dim)``, to float32 weights.
 
     Scales and offsets are ``(*, 1)``. The product is rounded before the sum, as on every serving
@@ -157,7 +157,7 @@ def stored_offset(offset: Tensor, grid: Grid) -> Tensor:
     return (offset.clamp(-largest, largest) + 0.0).to(grid.dtype)
 
 
-def beyond(quantity: str, weight: float, grid: Grid) -> ValueNotStorable:
+def scale_error(quantity: str, weight: float, grid: Grid) -> ValueNotStorable:
     """Build the error for a scale or offset that is too large for its stored dtype.
 
     Args:
@@ -173,13 +173,13 @@ def beyond(quantity: str, weight: float, grid: Grid) -> ValueNotStorable:
 def _require_in_range(quantity: str, value: Tensor, weight: Tensor, grid: Grid) -> None:
     if not bool((value > torch.finfo(grid.dtype).max).any()):
         return
-    raise beyond(quantity, float(weight.max()), grid)
+    raise scale_error(quantity, float(weight.max()), grid)
 
 
 # --- functions of ranges ---------------------------------------------------------------------
 
 
-def ranges(rows: Tensor, rows_per_scale: int) -> Iterator[Tensor]:
+def split_into_ranges(rows: Tensor, rows_per_scale: int) -> Iterator[Tensor]:
     """Yield the rows reshaped to one range per row: all full ranges, then a shorter last one."""
     count, dim = rows.shape
     rows_per_range = rows_per_scale or count
@@ -190,7 +190,7 @@ def ranges(rows: Tensor, rows_per_scale: int) -> Iterator[Tensor]:
         yield rows[full:].reshape(1, -1)
 
 
-def ends(values: Tensor) -> tuple[Tensor, Tensor]:
+def range_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest value of every range, float32 ``(ranges, 1)``."""
     parts = [torch.aminmax(part, dim=1, keepdim=True) for part in torch.split(values, CHUNK, dim=1)]
     low = torch.cat([part.min for part in parts], dim=1).amin(dim=1, keepdim=True)
@@ -203,7 +203,7 @@ def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     scale, offset = fitted
     total = []
     for part in torch.split(values, CHUNK, dim=1):
-        error = weights(_nearest(part, scale, offset, grid), scale, offset) - part.float()
+        error = decode_steps(_nearest(part, scale, offset, grid), scale, offset) - part.float()
         squares = error.square()
         while squares.shape[1] > PIECE:
             whole = squares.shape[1] // PIECE * PIECE

@@ -18,7 +18,7 @@ from torch import Tensor
 from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.kernels import numba_kernels
 from compressors.quantize.kernels.least_squares import ROUNDS
-from compressors.quantize.kernels.levels import FittedRange, Grid, beyond
+from compressors.quantize.kernels.levels import FittedRange, Grid, scale_error
 
 THREAD_VALUES = 2**18
 """Smallest number of values per thread: with fewer, starting the thread takes too long."""
@@ -158,4 +158,4 @@ def _not_storable(rows: Tensor, begin: int, grid: Grid) -> ValueNotStorable:
     if bool(not_finite.any()):
         row = begin + int(not_finite.to(torch.uint8).argmax())
         return ValueNotStorable("row_not_finite", row=row)
-    return beyond("scale or offset", float(rows.abs().max()), grid)
+    return scale_error("scale or offset", float(rows.abs().max()), grid)

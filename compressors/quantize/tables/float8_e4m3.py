@@ -23,7 +23,7 @@ from torch import Tensor
 from compressors.core.modules.formats import TableFormat, TensorSpec
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
-from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, weights
+from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, decode_steps
 from compressors.quantize.tables import scales
 
 LARGEST = 448
@@ -55,7 +55,9 @@ def decode_float8(codes: Tensor) -> Tensor:
 @torch.library.custom_op("recpress::float8_e4m3_table", mutates_args=())
 def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
     """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
-    return weights(decode_float8(codes[ids]), scale[scales.entries_of(ids, rows_per_scale)], None)
+    return decode_steps(
+        decode_float8(codes[ids]), scale[scales.entries_of(ids, rows_per_scale)], None
+    )
 
 
 @float8_e4m3_table.register_fake

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compressors.core.modules.formats import TableFormat, TensorSpec
-from compressors.quantize.kernels.levels import weights
+from compressors.quantize.kernels.levels import decode_steps
 from compressors.quantize.tables import scales
 from compressors.quantize.tables.rowwise import RowwiseSettings
 
@@ -34,7 +34,9 @@ def rowwise_int8(
 ) -> Tensor:
     """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
     entries = scales.entries_of(ids, rows_per_scale)
-    return weights(codes[ids].float(), scale[entries], None if offset is None else offset[entries])
+    return decode_steps(
+        codes[ids].float(), scale[entries], None if offset is None else offset[entries]
+    )
 
 
 @rowwise_int8.register_fake

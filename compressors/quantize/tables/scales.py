@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressors.core.modules.formats import TensorSpec
 from compressors.quantize.kernels.clipping import fit
-from compressors.quantize.kernels.levels import FittedRange, Grid, nearest, weights
+from compressors.quantize.kernels.levels import FittedRange, Grid, decode_steps, nearest
 
 
 class SharedScales(NamedTuple):
@@ -169,7 +169,7 @@ def planar_rows(
     """Look up rows of a table of planar codes ``(rows, bytes)``: ids -> float32 ``(*ids, dim)``."""
     entries = entries_of(ids, rows_per_scale)
     steps = decode_codes(codes[ids], dim, symmetric=offset is None)
-    return weights(steps, scale[entries], None if offset is None else offset[entries])
+    return decode_steps(steps, scale[entries], None if offset is None else offset[entries])
 
 
 def make_planar(op: Any, decode_codes: DecodeCodes) -> None:

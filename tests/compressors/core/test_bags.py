@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from models import METHODS
 from torch import Tensor, nn
 
-from compressors.core.modules.formats import Bag, PackedTable, pad_positions, padded
+from compressors.core.modules.formats import Bag, PackedTable, gather_padded, pad_positions
 from compressors.core.registries import TABLE_FORMATS
 from compressors.core.steps.table_encoder import encode_table
 from compressors.core.units import pack_table
@@ -139,7 +139,7 @@ def test_padding_a_jagged_bag_keeps_the_order_of_ids_and_appends_zeros(lists, ex
     values, bounds = jagged(lists, include_last_offset=True)
     longest = max(len(ids) for ids in lists) + extra_columns
     is_id, position = pad_positions(bounds[:-1], bounds[1:], len(values), longest)
-    padded_ids = padded(values, position)
+    padded_ids = gather_padded(values, position)
     for row, ids in enumerate(lists):
         assert padded_ids[row].tolist() == ids + [0] * (longest - len(ids))
         assert is_id[row].tolist() == [index < len(ids) for index in range(longest)]

@@ -23,10 +23,10 @@ from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable, PartSpec, plain_table
 from compressors.core.runner import run
-from compressors.core.state.module_state import load, mapped
+from compressors.core.state.module_state import load, map_tensors
 from compressors.core.steps.step import Step, TableStep
 from compressors.core.units import Unit, table_rows
-from compressors.distill.training.trainable import trainable
+from compressors.distill.training.trainable import trainable_tensors
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.factorize.low_rank import LowRank
@@ -70,7 +70,9 @@ def test_each_part_of_a_composed_table_has_a_float32_plan_line(method, reference
             )
             with_code(part_line.reasons, "part_of", unit=unit.name)
         whole = line.bytes_after + sum(part.bytes for part in parts)
-        stored = {k: v for k, v in mapped(run_of_method.folder).items() if k.startswith(unit.name)}
+        stored = {
+            k: v for k, v in map_tensors(run_of_method.folder).items() if k.startswith(unit.name)
+        }
         assert whole == stored_bytes(stored)
         # Two tiers save nothing until a later step packs them.
         assert whole < line.bytes_before or method is Tiers
@@ -92,7 +94,7 @@ def test_a_later_step_compresses_the_parts_of_a_composed_table(method, packing_s
     for unit in composed_units(composed):
         assert packed.plan.of(unit.name) == composed.plan.of(unit.name)
     assert sum(line.bytes_after for line in packed.plan.lines) == stored_bytes(
-        mapped(tmp_path / "packed")
+        map_tensors(tmp_path / "packed")
     )
     assert dry_run(step, composed, bench).plan == packed.plan
     loaded = load(packed.architecture, packed.network, tmp_path / "packed")
@@ -116,7 +118,7 @@ def test_each_part_of_a_part_has_one_plan_line(tmp_path):
         model = run(step, model, bench, tmp_path / str(number))
         names = [line.module for line in model.plan.lines]
         assert len(set(names)) == len(names)
-        bytes_in_file = stored_bytes(mapped(tmp_path / str(number)))
+        bytes_in_file = stored_bytes(map_tensors(tmp_path / str(number)))
         assert sum(line.bytes_after for line in model.plan.lines) == bytes_in_file
         assert sum(line.bytes_after for line in predicted.lines) == bytes_in_file
     with_code(model.plan.of("user.cold.narrow.narrow").reasons, "part_of", unit="user.cold.narrow")
@@ -223,7 +225,7 @@ def test_trainable_excludes_composed_tables_unless_tables_is_true(method):
     result = cached_run(method, "Ranker").result
     inside_composed = tuple(f"{unit.name}." for unit in composed_units(result))
     trained_without_tables, trained_with_tables = (
-        trainable(result.module, tables=tables) for tables in (False, True)
+        trainable_tensors(result.module, tables=tables) for tables in (False, True)
     )
     assert not [name for name in trained_without_tables if name.startswith(inside_composed)]
     parts = {unit.name for unit in Unit.of(result.module) if unit.part_of is not None}

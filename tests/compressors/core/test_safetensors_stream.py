@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressors.core.modules.formats import TensorSpec
-from compressors.core.state.safetensors_stream import DTYPES, StreamedFile, put, size_of, write
+from compressors.core.state.safetensors_stream import (
+    DTYPES,
+    StreamedFile,
+    size_of,
+    write,
+    write_piece,
+)
 from compressors.errors.compression import ContractBroken
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -73,7 +79,7 @@ def test_pieces_in_any_order_and_size_result_in_the_same_file(
         opened.truncate(file.bytes)
         opened.flush()
         for piece in pieces:
-            put(opened.fileno(), piece)
+            write_piece(opened.fileno(), piece)
     save_file(tensors, folder / "library")
     assert (folder / "ours").read_bytes() == (folder / "library").read_bytes()
 
@@ -127,7 +133,7 @@ def test_rows_near_32_bit_offsets_are_read_back_by_the_library(tmp_path: Path):
         opened.flush()
         for number, row in enumerate(written_rows, start=1):
             values = torch.full((1, width), number, dtype=torch.int8)
-            put(opened.fileno(), file.piece("codes", values, row))
+            write_piece(opened.fileno(), file.piece("codes", values, row))
     assert path.stat().st_blocks * 512 < 2**20
     with safe_open(path, framework="pt") as opened:
         codes = opened.get_slice("codes")

@@ -17,7 +17,7 @@ from compressors.core.state.module_state import (
     INDEX,
     build,
     load,
-    mapped,
+    map_tensors,
     module_of,
     save,
     tensors_of,
@@ -65,7 +65,7 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     source = TIED.model()
     ties = save(source.module, tmp_path)
     assert ties == {"similar.weight": "item.weight", "friend.weight": "user.weight"}
-    assert set(mapped(tmp_path)) == {"item.weight", "user.weight", "out.weight", "out.bias"}
+    assert set(map_tensors(tmp_path)) == {"item.weight", "user.weight", "out.weight", "out.bias"}
     loaded = load(TIED.network, network_of(TIED, ties=ties), tmp_path)
     assert loaded.similar.weight is loaded.item.weight
     assert loaded.friend is loaded.user
@@ -83,8 +83,8 @@ def test_view_of_another_tensor_is_stored_separately():
 def test_unsaved_buffers_and_plain_tensors_have_values_after_loading(tmp_path):
     source = BUFFERED.model()
     save(source.module, tmp_path)
-    assert "places" not in mapped(tmp_path)
-    assert "gain" in mapped(tmp_path)
+    assert "places" not in map_tensors(tmp_path)
+    assert "gain" in map_tensors(tmp_path)
     loaded = load(BUFFERED.network, source.network, tmp_path)
     assert loaded.places.tolist() == [0, 1, 2]
     assert loaded.floor.tolist() == [-1.0]
@@ -124,7 +124,7 @@ def test_tensor_in_two_files_is_refused(tmp_path):
     for name in ("a", "b"):
         save_file({"weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     with raises_code(ModelRefused, "tensor_stored_twice", name="weight"):
-        mapped(tmp_path)
+        map_tensors(tmp_path)
 
 
 def test_records_are_unchanged_by_a_json_round_trip():

@@ -42,7 +42,7 @@ from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.registries import AnyStep
 from compressors.core.runner import run
-from compressors.core.state.module_state import load, mapped, records_of, save, tensors_of
+from compressors.core.state.module_state import load, map_tensors, records_of, save, tensors_of
 from compressors.core.steps.step import Step as WholeStep
 from compressors.core.steps.step import TableStep
 from compressors.core.units import Unit
@@ -284,7 +284,7 @@ def test_bytes_of_the_plan_are_those_of_the_stored_tensors(method_run, step):
         tensors_of(source.module)[0]
     )
     assert sum(line.bytes_after for line in result.plan.lines) == stored_bytes(
-        mapped(method_run.folder)
+        map_tensors(method_run.folder)
     )
     other = result.plan.of("(other)")
     assert other.bytes_before >= other.bytes_after
@@ -296,7 +296,7 @@ def test_bytes_of_the_plan_are_those_of_the_stored_tensors(method_run, step):
 def test_format_and_bytes_of_each_plan_line_are_those_of_its_module(method_run):
     result = method_run.result
     records = result.network.modules
-    stored = mapped(method_run.folder)
+    stored = map_tensors(method_run.folder)
     for line in result.plan.lines:
         if line.module in records:
             assert line.format == records[line.module].format
@@ -311,7 +311,7 @@ def test_format_and_bytes_of_each_plan_line_are_those_of_its_module(method_run):
 @each_values_method_on_references
 def test_a_method_that_changes_values_keeps_all_formats(method_run, step, reference):
     source, result = method_run.source, method_run.result
-    stored = mapped(method_run.folder)
+    stored = map_tensors(method_run.folder)
     assert all(record.kind == "norm" for record in result.network.modules.values())
     assert torch.isfinite(scores(result, reference)).all()
     assert any(step.kind in line.steps for line in result.plan.lines)
@@ -400,7 +400,7 @@ def test_the_loaded_model_has_the_tensors_and_scores_of_the_result(method_run, r
 @each_method_on_references
 def test_two_runs_of_a_step_give_equal_tensors(method_run, method, reference, tmp_path):
     run(models.default(method), reference.model(), method_run.bench, tmp_path / "again")
-    first, second = mapped(method_run.folder), mapped(tmp_path / "again")
+    first, second = map_tensors(method_run.folder), map_tensors(tmp_path / "again")
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
@@ -551,7 +551,7 @@ def test_two_formats_for_different_units_run_in_both_orders(first, second, refer
         line.bytes_before for line in once.plan.lines
     )
     assert sum(line.bytes_after for line in twice.plan.lines) == stored_bytes(
-        mapped(tmp_path / "twice")
+        map_tensors(tmp_path / "twice")
     )
 
 
@@ -577,7 +577,7 @@ def test_tables_encoded_in_row_blocks_equal_tables_encoded_at_once(method, tmp_p
     # 40 and 300 rows: a short last block
     monkeypatch.setattr("compressors.core.steps.table_encoder.BLOCK_ROWS", 7)
     run(models.default(method), RANKER.model(), method_run.bench, tmp_path / "blocks")
-    at_once, blocks = mapped(method_run.folder), mapped(tmp_path / "blocks")
+    at_once, blocks = map_tensors(method_run.folder), map_tensors(tmp_path / "blocks")
     torch.testing.assert_close(blocks, at_once, rtol=0, atol=0)
 
 

@@ -18,7 +18,7 @@ from compressors.core.batches import batches
 from compressors.core.dry_run import dry_run
 from compressors.core.modules.output_calibration import Recalibration, attach
 from compressors.core.runner import run
-from compressors.core.state.module_state import mapped
+from compressors.core.state.module_state import map_tensors
 from compressors.distill.auxiliary_losses import AuxiliaryLosses, record_outputs, widths_of
 from compressors.distill.distill import Distill
 from compressors.distill.training import trainer
@@ -60,7 +60,7 @@ def test_with_hints_a_narrower_layer_predicts_the_original_layer_better(tmp_path
         step = Distill(student={"width": 8}, hints=hints, hint_share=share, training=training)
         result = run(step, source, bench, tmp_path / f"{share}")
         # no tensor of the hints is stored
-        assert set(mapped(tmp_path / f"{share}")) == set(original.state_dict())
+        assert set(map_tensors(tmp_path / f"{share}")) == set(original.state_dict())
         assert not result.module.hidden._forward_hooks
         results[bool(hints)] = unexplained_share(result.module, original, "hidden", bench)
     assert results[True] < 0.9 * results[False]
@@ -154,7 +154,9 @@ def test_with_an_auxiliary_head_the_output_follows_the_labels(tmp_path):
     for auxiliary in (None, "hidden"):
         step = Distill(soft_share=0.8, auxiliary=auxiliary, training=training)
         result = run(step, RANKER.model(), bench, tmp_path / str(auxiliary))
-        assert set(mapped(tmp_path / str(auxiliary))) == set(RANKER.model().module.state_dict())
+        assert set(map_tensors(tmp_path / str(auxiliary))) == set(
+            RANKER.model().module.state_dict()
+        )
         with torch.no_grad():
             score = result.module(**batch.inputs).reshape(-1)
         results[auxiliary] = float(torch.corrcoef(torch.stack([score, batch.label]))[0, 1])
@@ -210,7 +212,9 @@ def test_a_killed_training_with_hints_and_a_head_resumes_and_ends_with_the_same_
     assert not source.module.hidden._forward_hooks
     monkeypatch.undo()
     run(step, source, killed_bench, tmp_path / "c")
-    torch.testing.assert_close(mapped(tmp_path / "a"), mapped(tmp_path / "c"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        map_tensors(tmp_path / "a"), map_tensors(tmp_path / "c"), rtol=0, atol=0
+    )
 
 
 # --- training tables only, and packed tables -------------------------------------------------
@@ -251,7 +255,7 @@ def test_a_student_keeps_packed_and_composed_tables_unchanged(method, tmp_path):
     assert [(line.module, line.bytes_after) for line in result.plan.lines] == [
         (line.module, line.bytes_after) for line in predicted.lines
     ]
-    stored = mapped(tmp_path / "out")
+    stored = map_tensors(tmp_path / "out")
     assert sum(line.bytes_after for line in result.plan.lines) == sum(
         tensor.nbytes for tensor in stored.values()
     )

@@ -14,7 +14,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches
 from compressors.core.dry_run import dry_run
 from compressors.core.runner import run
-from compressors.core.state.module_state import mapped
+from compressors.core.state.module_state import map_tensors
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.errors.compression import NothingToCompress
@@ -135,7 +135,7 @@ def test_layers_that_a_student_lacks_are_dropped_in_the_plan(tmp_path):
     assert (line.format, line.bytes_after) == ("dropped", 0)
     assert codes_of(line.reasons) == ["trained_on_rows", "not_in_student"]
     assert sum(item.bytes_after for item in result.plan.lines) == sum(
-        t.numel() * t.element_size() for t in mapped(tmp_path / "out").values()
+        t.numel() * t.element_size() for t in map_tensors(tmp_path / "out").values()
     )
 
 

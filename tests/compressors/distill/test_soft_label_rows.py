@@ -19,7 +19,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.batches import JoinedRows, Rows, batches
 from compressors.core.dry_run import dry_run
 from compressors.core.runner import run
-from compressors.core.state.module_state import mapped
+from compressors.core.state.module_state import map_tensors
 from compressors.distill.distill import Distill
 from compressors.distill.soft_labels import mean_predictions, soft_label_loss, soft_label_rows
 from compressors.errors.compression import NothingToCompress
@@ -110,7 +110,7 @@ def test_student_learns_from_traffic_alone_and_ignores_its_labels(tmp_path):
         bench = bench_with_traffic(RANKER, tmp_path / str(label), label)
         bench = bench.model_copy(update={"train": None, "soft_labels": None})
         result = run(step, RANKER.model(), bench, tmp_path / str(label) / "out")
-        results.append(mapped(tmp_path / str(label) / "out"))
+        results.append(map_tensors(tmp_path / str(label) / "out"))
         assert correlation_with_teacher(result.module, bench, RANKER) > 0.5  # -1 before training
         reasons = result.plan.of("hidden").reasons
         assert codes_of(reasons)[:2] == ["trained_on_traffic", "trained_to_epoch"]

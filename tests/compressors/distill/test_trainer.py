@@ -27,7 +27,7 @@ from compressors.distill.training.checkpoint import (
     write_progress,
 )
 from compressors.distill.training.settings import Training
-from compressors.distill.training.trainable import trainable
+from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.trainer import train
 from compressors.errors.steps import TrainingFailed
 from compressors.metrics.validation_score import quality
@@ -108,13 +108,17 @@ def test_training_without_improvement_stops_after_patience_and_returns_the_start
 def test_trainable_is_dense_layers_and_scales_and_tables_only_on_request(tmp_path):
     source = RANKER.model()
     dense = {"cross", "hidden", "capped", "plain", "out"}
-    assert {name.partition(".")[0] for name in trainable(source.module, tables=False)} == dense
-    trained_with_tables = {name.partition(".")[0] for name in trainable(source.module, tables=True)}
+    assert {
+        name.partition(".")[0] for name in trainable_tensors(source.module, tables=False)
+    } == dense
+    trained_with_tables = {
+        name.partition(".")[0] for name in trainable_tensors(source.module, tables=True)
+    }
     assert trained_with_tables == dense | {"user", "item", "city", "genres", "history", "tags"}
     bench = RANKER.bench(tmp_path / "data")
     packed = run(StaticInt8(layers=("hidden",)), source, bench, tmp_path / "packed")
     trained_in_hidden = {
-        n for n in trainable(packed.module, tables=False) if n.startswith("hidden")
+        n for n in trainable_tensors(packed.module, tables=False) if n.startswith("hidden")
     }
     assert trained_in_hidden
     assert all(packed.module.get_submodule("hidden").get_buffer(n[7:]).dtype == torch.float32

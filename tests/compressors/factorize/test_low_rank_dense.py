@@ -22,7 +22,7 @@ from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.runner import run
-from compressors.core.state.module_state import load, mapped, module_of
+from compressors.core.state.module_state import load, map_tensors, module_of
 from compressors.core.units import Unit
 from compressors.distill.fine_tune import FineTune
 from compressors.errors.compression import ModelRefused, NothingToCompress
@@ -187,7 +187,7 @@ def test_a_layer_whose_rank_saves_no_bytes_is_kept_with_a_reason(tmp_path):
 
 def test_plan_lines_of_both_parts_have_the_stored_bytes(tmp_path):
     source, result = factorize_reference(RANKER, tmp_path)
-    plan, stored = result.plan, mapped(tmp_path / "out")
+    plan, stored = result.plan, map_tensors(tmp_path / "out")
     assert sum(line.bytes_after for line in plan.lines) == stored_bytes(stored)
     hidden = plan.of("hidden")
     assert (hidden.format, hidden.bytes_after, hidden.steps) == (

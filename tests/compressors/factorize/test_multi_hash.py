@@ -16,8 +16,8 @@ from compressors.factorize.multi_hash import (
     best_fit,
     coefficients,
     fit,
-    hashed,
-    signs,
+    hash_ids,
+    hash_signs,
 )
 from compressors.lower.parity import check_parity
 from compressors.quantize.calibration.lookup_counts import lookup_counts
@@ -38,8 +38,8 @@ def test_hashes_and_signs_equal_those_of_python_integers(ids, seed, buckets, has
     functions = coefficients(hashes, seed, signed=True)
     functions[0] = PRIME - 1
     buckets_of_ids, sign = (
-        hashed(torch.tensor(ids), functions, buckets),
-        signs(torch.tensor(ids), functions),
+        hash_ids(torch.tensor(ids), functions, buckets),
+        hash_signs(torch.tensor(ids), functions),
     )
     for row, number in enumerate(ids):
         for j, (a, b, c, d) in enumerate(functions.tolist()):
@@ -52,12 +52,12 @@ def test_two_ids_collide_with_probability_one_over_buckets():
     buckets, functions = 50, 20_000
     functions_drawn = coefficients(functions, 3, signed=True)
     for pair in ((0, 1), (7, 57), (0, PRIME - 1)):
-        buckets_of_ids = hashed(torch.tensor(pair), functions_drawn, buckets)
+        buckets_of_ids = hash_ids(torch.tensor(pair), functions_drawn, buckets)
         collision_rate = float((buckets_of_ids[0] == buckets_of_ids[1]).float().mean())
         # four standard deviations of a share of 1/50 in 20,000
         assert abs(collision_rate - 1 / buckets) < 4 * (0.02 * 0.98 / functions) ** 0.5
         equal_sign_rate = float(
-            (signs(torch.tensor(pair), functions_drawn).prod(dim=0) > 0).float().mean()
+            (hash_signs(torch.tensor(pair), functions_drawn).prod(dim=0) > 0).float().mean()
         )
         assert abs(equal_sign_rate - 0.5) < 4 * (0.25 / functions) ** 0.5
 
@@ -82,8 +82,10 @@ def test_fit_has_the_error_of_the_least_squares_solution(
     )
     functions = coefficients(hashes, seed, signed=signed)
     ids = torch.arange(rows)
-    buckets_of_ids = hashed(ids, functions, buckets)
-    sign = signs(ids, functions).double() if signed else torch.ones_like(buckets_of_ids).double()
+    buckets_of_ids = hash_ids(ids, functions, buckets)
+    sign = (
+        hash_signs(ids, functions).double() if signed else torch.ones_like(buckets_of_ids).double()
+    )
     system = torch.zeros(rows, buckets + 1, dtype=torch.float64)
     system[:, -1] = 1
     for j in range(hashes):
@@ -129,7 +131,7 @@ def test_best_fit_returns_the_functions_with_the_smallest_error(seed, draws):
 def test_a_bucket_that_no_row_uses_is_zero():
     functions = coefficients(2, 0, signed=False)
     buckets = fit(random_normal(0, 5), torch.ones(5).double(), functions, 50).buckets
-    used_buckets = hashed(torch.arange(5), functions, 50).unique()
+    used_buckets = hash_ids(torch.arange(5), functions, 50).unique()
     empty = [number for number in range(50) if number not in used_buckets.tolist()]
     assert len(empty) >= 40
     assert not buckets[empty].any()

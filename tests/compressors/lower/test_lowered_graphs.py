@@ -19,7 +19,7 @@ from compressors.core.registries import TABLE_FORMATS
 from compressors.errors.compression import NothingToCompress, NotLowerable
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import SCORE, input_names, wrap_for_serving
-from compressors.lower.targets.tensorrt.types import codes_tensor, retyped
+from compressors.lower.targets.tensorrt.types import codes_tensor, convert_type
 from compressors.quantize.kernels import bitpacking
 from infra.onnxruntime.sessions import Session, optimized_graph
 
@@ -205,11 +205,11 @@ def test_int4_tensor_for_tensorrt_has_two_2_bit_codes_per_number(dim):
 def test_unsigned_int8_codes_for_tensorrt_are_128_lower():
     settings = {"scale": "float16", "symmetric": False}
     table = PackedTable(TABLE_FORMATS["rowwise_int8"], 1, 4, settings)
-    found = retyped(table, "codes", np.array([[0, 127, 128, 255]], np.uint8))
+    found = convert_type(table, "codes", np.array([[0, 127, 128, 255]], np.uint8))
     assert found.numpy().tolist() == [[-128, -1, 0, 127]]
     half = np.ones((1, 1), np.float16)
     for name in ("scale", "offset"):  # they are gathered without conversion
-        assert retyped(table, name, half) is None
+        assert convert_type(table, name, half) is None
 
 
 # --- shared, unread and constant tables ------------------------------------------------------

@@ -13,7 +13,7 @@ from benchmarks.interval_coverage import METRICS, coverage, heavy_tailed_sizes, 
 from compressors.contracts import Limit
 from compressors.contracts import metric as metric_named
 from compressors.metrics import point_estimates
-from compressors.metrics.intervals import PairedRows, paired
+from compressors.metrics.intervals import PairedRows, estimate_pair
 from compressors.metrics.judge import Measured, judge, quality_numbers
 
 ALL_METRICS = (*METRICS, "gauc", "ndcg@10")
@@ -97,8 +97,8 @@ def test_intervals_do_not_depend_on_the_order_of_rows_or_names_of_groups(metric)
     rows = simulated_rows(50)
     order = np.random.default_rng(1).permutation(rows.label.size)
     names = np.array([f"user {u * 7 % 50:02}" for u in rows.user])
-    first_interval = paired(metric, *rows)
-    second_interval = paired(metric, *(column[order] for column in rows[:3]), names[order])
+    first_interval = estimate_pair(metric, *rows)
+    second_interval = estimate_pair(metric, *(column[order] for column in rows[:3]), names[order])
     for first, second in zip(first_interval, second_interval, strict=True):
         if first[0] != "resolves":
             # Sums in another order.
@@ -109,7 +109,7 @@ def test_intervals_do_not_depend_on_the_order_of_rows_or_names_of_groups(metric)
 @pytest.mark.parametrize("metric", METRICS)
 def test_groups_of_one_row_give_the_interval_of_independent_rows(metric):
     rows = simulate(np.random.default_rng(0), np.ones(4000, dtype=np.intp))
-    by_group, by_row = paired(metric, *rows), paired(metric, *rows[:3], samples=2000)
+    by_group, by_row = estimate_pair(metric, *rows), estimate_pair(metric, *rows[:3], samples=2000)
     # The width of 2,000 replicates has an error of 3 %; three times that.
     assert by_group.resolves == pytest.approx(by_row.resolves, rel=0.1)
 
@@ -118,7 +118,10 @@ def test_copies_of_rows_do_not_narrow_the_interval():
     rows = simulate(np.random.default_rng(0), np.ones(200, dtype=np.intp))
     copies = [np.repeat(column, 25) for column in rows]
     for metric in METRICS:
-        first_interval, interval_of_copies = paired(metric, *rows), paired(metric, *copies)
+        first_interval, interval_of_copies = (
+            estimate_pair(metric, *rows),
+            estimate_pair(metric, *copies),
+        )
         # A copy carries no information; the difference is the bias of pairs within a user.
         assert interval_of_copies.resolves == pytest.approx(first_interval.resolves, rel=0.05)
 
@@ -126,7 +129,7 @@ def test_copies_of_rows_do_not_narrow_the_interval():
 @pytest.mark.parametrize("metric", ALL_METRICS)
 def test_the_interval_of_equal_scores_of_grouped_rows_is_exactly_zero(metric):
     label, before, _, user = simulated_rows(40)
-    interval = paired(metric, label, before, before.copy(), user).difference
+    interval = estimate_pair(metric, label, before, before.copy(), user).difference
     assert (interval.low, interval.point, interval.high) == (0, 0, 0)
 
 
@@ -134,7 +137,7 @@ def test_the_interval_of_equal_scores_of_grouped_rows_is_exactly_zero(metric):
 @pytest.mark.parametrize("metric", ALL_METRICS)
 def test_fewer_than_ten_groups_are_undecided_with_a_reason(metric, users):
     rows = simulate(np.random.default_rng(0), np.full(users, 60))
-    interval = paired(metric, *rows)
+    interval = estimate_pair(metric, *rows)
     assert interval.difference.low == -interval.difference.high
     assert interval.difference.unresolved is not None
     limit = Limit(metric=metric, against="baseline", at_least=-0.5)
@@ -151,15 +154,15 @@ def test_positives_of_five_among_100_users_are_undecided():
     label, before, after, user = simulated_rows(100)
     label = label & (user < 5)
     for metric in ("auc", "normalized_entropy"):
-        reason = paired(metric, label, before, after, user).difference.unresolved
+        reason = estimate_pair(metric, label, before, after, user).difference.unresolved
         assert reason is not None
         assert "with a positive row" in reason
-    assert paired("logloss", label, before, after, user).difference.unresolved is None
+    assert estimate_pair("logloss", label, before, after, user).difference.unresolved is None
 
 
 def test_an_undecided_limit_on_grouped_rows_has_the_rows_and_groups_to_decide():
     rows = simulated_rows(100)
-    interval = paired("auc", *rows)
+    interval = estimate_pair("auc", *rows)
     bound = interval.difference.point - 0.5 * interval.resolves
     limit = Limit(metric="auc", against="baseline", at_least=bound)
     (judgement,) = judge((limit,), Measured(numbers=quality_numbers("auc", interval)))
@@ -174,7 +177,7 @@ def test_interval_bounds_are_within_the_range_of_the_metric():
     user = np.repeat(np.arange(12), 4)
     label = np.tile([0, 0, 1, 1], 12)
     score = label + 0.3 * random.normal(size=48)
-    interval = paired("auc", label, score, score + 0.3 * random.normal(size=48), user)
+    interval = estimate_pair("auc", label, score, score + 0.3 * random.normal(size=48), user)
     assert 0 <= interval.baseline.low <= interval.baseline.point <= interval.baseline.high <= 1
 
 
@@ -183,6 +186,6 @@ def test_intervals_of_a_million_grouped_rows_take_less_than_12_seconds():
     rows = simulate(random, heavy_tailed_sizes(random, 27_000))
     start = time.process_time()
     for metric in METRICS:
-        paired(metric, *rows)
+        estimate_pair(metric, *rows)
     # 2.3 s on an idle core, times five for a busy machine.
     assert time.process_time() - start < 12

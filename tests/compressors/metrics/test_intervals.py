@@ -13,9 +13,9 @@ from compressors.errors.metrics import MetricRefused
 from compressors.metrics import point_estimates
 from compressors.metrics.estimators.auc import auc_statistic
 from compressors.metrics.intervals import (
+    estimate_pair,
     latency,
     latency_ratio,
-    paired,
     rounds_needed,
 )
 
@@ -63,7 +63,7 @@ def test_points_of_paired_are_the_point_estimates_and_their_difference(metric):
         "gauc": lambda s: point_estimates.gauc(label, s, group),
         "ndcg@10": lambda s: point_estimates.ndcg(label, s, group, 10),
     }[metric]
-    interval = paired(metric, label, before, after, group, samples=200)
+    interval = estimate_pair(metric, label, before, after, group, samples=200)
     assert interval.baseline.point == pytest.approx(point_estimate(before), abs=EXACT)
     assert interval.candidate.point == pytest.approx(point_estimate(after), abs=EXACT)
     assert interval.difference.point == pytest.approx(
@@ -77,15 +77,15 @@ def test_points_of_paired_are_the_point_estimates_and_their_difference(metric):
 @pytest.mark.parametrize("metric", ROW_METRICS)
 def test_intervals_depend_on_the_seed_only(metric):
     data = impressions(600)[:3]
-    first, second = (paired(metric, *data, samples=100, seed=5) for _ in range(2))
+    first, second = (estimate_pair(metric, *data, samples=100, seed=5) for _ in range(2))
     assert first == second
-    assert first.difference.low != paired(metric, *data, samples=100, seed=6).difference.low
+    assert first.difference.low != estimate_pair(metric, *data, samples=100, seed=6).difference.low
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_interval_of_equal_scores_is_exactly_zero(metric):
     label, before, _, group = impressions(600)
-    interval = paired(metric, label, before, before.copy(), group, samples=100)
+    interval = estimate_pair(metric, label, before, before.copy(), group, samples=100)
     change = interval.difference
     assert (change.low, change.point, change.high) == (0, 0, 0)
     assert interval.resolves == 0
@@ -95,7 +95,7 @@ def test_the_interval_of_equal_scores_is_exactly_zero(metric):
 @pytest.mark.parametrize("metric", ["auc", "logloss", "normalized_entropy"])
 def test_the_interval_of_equal_scores_without_groups_is_exactly_zero(metric):
     label, before, _, _ = impressions(600)
-    interval = paired(metric, label, before, before.copy(), samples=100)
+    interval = estimate_pair(metric, label, before, before.copy(), samples=100)
     change = interval.difference
     assert (change.low, change.point, change.high) == (0, 0, 0)
 
@@ -104,7 +104,7 @@ def test_the_interval_of_a_mean_loss_is_the_normal_95_percent_interval():
     random = np.random.default_rng(4)
     label = random.random(5000) < 0.3
     first, second = 0.2 + 0.2 * random.random((2, 5000))
-    interval = paired("logloss", label, first, second, samples=2000)
+    interval = estimate_pair("logloss", label, first, second, samples=2000)
     losses = [-np.log(np.where(label, score, 1 - score)) for score in (first, second)]
     for estimate, values in (
         (interval.baseline, losses[0]),
@@ -117,13 +117,13 @@ def test_the_interval_of_a_mean_loss_is_the_normal_95_percent_interval():
 
 
 def test_the_paired_difference_has_a_fifth_of_the_width_of_one_model():
-    interval = paired("auc", *impressions(2000, noise=0.05)[:3], samples=200)
+    interval = estimate_pair("auc", *impressions(2000, noise=0.05)[:3], samples=200)
     assert interval.resolves < (interval.baseline.high - interval.baseline.low) / 2 / 5
 
 
 def test_four_times_the_rows_halve_the_interval():
-    small = paired("auc", *impressions(4_000, seed=1)[:3], samples=600).resolves
-    large = paired("auc", *impressions(16_000, seed=2)[:3], samples=600).resolves
+    small = estimate_pair("auc", *impressions(4_000, seed=1)[:3], samples=600).resolves
+    large = estimate_pair("auc", *impressions(16_000, seed=2)[:3], samples=600).resolves
     # The half-width of 600 replicates itself varies by about 5 %, so the ratio by 7 %; 3 sigma.
     assert small / large == pytest.approx(2, rel=0.21)
 
@@ -133,7 +133,7 @@ def covering_intervals(metric, truth, draw, runs=100, samples=300):
     hits = 0
     for seed in range(runs):
         label, before, after, group = draw(np.random.default_rng(1000 + seed))
-        interval = paired(metric, label, before, after, group, samples=samples, seed=seed)
+        interval = estimate_pair(metric, label, before, after, group, samples=samples, seed=seed)
         hits += interval.difference.low <= truth <= interval.difference.high
     return hits
 
@@ -189,7 +189,7 @@ def test_the_gauc_interval_covers_the_true_difference_if_users_differ():
 
 def test_the_gauc_interval_is_the_t_interval_of_a_mean_over_users():
     label, before, after, group = rows_of_60_users(np.random.default_rng(0))
-    interval = paired("gauc", label, before, after, group, samples=1000)
+    interval = estimate_pair("gauc", label, before, after, group, samples=1000)
     per_user = (
         point_estimates.group_auc(label, after, group)[0]
         - point_estimates.group_auc(label, before, group)[0]
@@ -201,7 +201,7 @@ def test_the_gauc_interval_is_the_t_interval_of_a_mean_over_users():
 def test_1000_samples_of_20000_rows_take_less_than_two_seconds():
     label, before, after, _ = impressions(20_000)
     start = time.process_time()
-    paired("auc", label, before, after, samples=1000)
+    estimate_pair("auc", label, before, after, samples=1000)
     # 0.2 s on an idle core, times ten for a busy machine.
     assert time.process_time() - start < 2
 
@@ -255,47 +255,65 @@ VALID_COLUMNS = impressions(100)
 @pytest.mark.parametrize(
     ("call", "code", "fields"),
     [
-        (lambda: paired("recall", *VALID_COLUMNS), "interval_metric_unknown", {"metric": "recall"}),
-        (lambda: paired("ndcg@0", *VALID_COLUMNS), "interval_metric_unknown", {"metric": "ndcg@0"}),
-        (lambda: paired("gauc", *VALID_COLUMNS[:3]), "metric_needs_groups", {"metric": "gauc"}),
         (
-            lambda: paired("auc", *VALID_COLUMNS, samples=99),
+            lambda: estimate_pair("recall", *VALID_COLUMNS),
+            "interval_metric_unknown",
+            {"metric": "recall"},
+        ),
+        (
+            lambda: estimate_pair("ndcg@0", *VALID_COLUMNS),
+            "interval_metric_unknown",
+            {"metric": "ndcg@0"},
+        ),
+        (
+            lambda: estimate_pair("gauc", *VALID_COLUMNS[:3]),
+            "metric_needs_groups",
+            {"metric": "gauc"},
+        ),
+        (
+            lambda: estimate_pair("auc", *VALID_COLUMNS, samples=99),
             "bootstrap_samples_few",
             {"least": 100, "got": 99},
         ),
         (
-            lambda: paired("auc", VALID_COLUMNS[0], VALID_COLUMNS[1], VALID_COLUMNS[2][:-1]),
+            lambda: estimate_pair("auc", VALID_COLUMNS[0], VALID_COLUMNS[1], VALID_COLUMNS[2][:-1]),
             "lengths_differ",
             {"lengths": (100, 99)},
         ),
         (
-            lambda: paired("auc", VALID_COLUMNS[0], VALID_COLUMNS[1], np.full(100, np.nan)),
+            lambda: estimate_pair("auc", VALID_COLUMNS[0], VALID_COLUMNS[1], np.full(100, np.nan)),
             "column_not_finite",
             {"column": "score", "count": 100},
         ),
         (
-            lambda: paired("logloss", VALID_COLUMNS[0], VALID_COLUMNS[1], VALID_COLUMNS[2] + 9),
+            lambda: estimate_pair(
+                "logloss", VALID_COLUMNS[0], VALID_COLUMNS[1], VALID_COLUMNS[2] + 9
+            ),
             "probabilities_outside",
             {"count": 100, "rows": 100},
         ),
         (
-            lambda: paired("auc", np.arange(100) < 9, *VALID_COLUMNS[1:3]),
+            lambda: estimate_pair("auc", np.arange(100) < 9, *VALID_COLUMNS[1:3]),
             "units_few",
             {"least": 10, "units": "positive rows", "got": 9},
         ),
         (
-            lambda: paired("auc", np.arange(100) > 8, *VALID_COLUMNS[1:3]),
+            lambda: estimate_pair("auc", np.arange(100) > 8, *VALID_COLUMNS[1:3]),
             "units_few",
             {"least": 10, "units": "negative rows", "got": 9},
         ),
         (
-            lambda: paired("logloss", *(column[:9] for column in VALID_COLUMNS[:3])),
+            lambda: estimate_pair("logloss", *(column[:9] for column in VALID_COLUMNS[:3])),
             "units_few",
             {"least": 10, "units": "rows", "got": 9},
         ),
-        (lambda: paired("gauc", *VALID_COLUMNS[:3], np.arange(100)), "groups_of_one_class", {}),
         (
-            lambda: paired("ndcg@5", 0 * VALID_COLUMNS[0], *VALID_COLUMNS[1:]),
+            lambda: estimate_pair("gauc", *VALID_COLUMNS[:3], np.arange(100)),
+            "groups_of_one_class",
+            {},
+        ),
+        (
+            lambda: estimate_pair("ndcg@5", 0 * VALID_COLUMNS[0], *VALID_COLUMNS[1:]),
             "relevant_items_missing",
             {},
         ),

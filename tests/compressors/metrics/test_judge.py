@@ -16,7 +16,7 @@ from compressors.metrics.judge import (
     Measured,
     Number,
     byte_numbers,
-    exact,
+    exact_estimate,
     judge,
     latency_numbers,
     quality_numbers,
@@ -65,7 +65,7 @@ def test_at_least_limit_compares_the_bounds_of_the_interval(low, high, outcome):
 def test_at_most_limit_compares_the_bounds_of_the_interval(low, high, outcome):
     limit = Limit(metric="p99_ms@64", against="absolute", at_most=2.0)
     estimate = Estimate(point=(low + high) / 2, low=low, high=high)
-    measured = Measured(numbers=latency_numbers("p99_ms@64", estimate, exact(1.0)))
+    measured = Measured(numbers=latency_numbers("p99_ms@64", estimate, exact_estimate(1.0)))
     judgement = judge_one(limit, measured)
     assert judgement.outcome == outcome
     assert judgement.rows_to_decide is None
@@ -174,7 +174,7 @@ def test_a_bound_close_to_the_limit_is_printed_with_more_digits():
 def test_reasons_of_latency_limits_have_milliseconds():
     limit = Limit(metric="p99_ms@64", against="absolute", at_most=2.0)
     estimate = Estimate(point=2.0625, low=1.5, high=2.25)
-    measured = Measured(numbers=latency_numbers("p99_ms@64", estimate, exact(0.5)))
+    measured = Measured(numbers=latency_numbers("p99_ms@64", estimate, exact_estimate(0.5)))
     reasons = judge_one(limit, measured).reasons
     assert codes_of(reasons) == ["number_in_interval", "more_rounds_decide"]
     assert reasons[0].fields == {
@@ -236,7 +236,7 @@ def test_nan_and_infinity_raise_limit_refused(invalid, field):
 
 def test_nan_in_a_metric_without_a_limit_raises_limit_refused():
     numbers = auc_change(0, 0, 0).numbers
-    invalid = Number(metric="logloss", against="absolute", estimate=exact(math.nan))
+    invalid = Number(metric="logloss", against="absolute", estimate=exact_estimate(math.nan))
     with raises_code(LimitRefused, "number_broken", number="logloss"):
         judge((AUC_LIMIT,), Measured(numbers=(*numbers, invalid)))
 

@@ -10,7 +10,7 @@ from compressors.contracts.metrics import usual_metrics
 from compressors.contracts.reasons import Reason
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.full_ranking import Interactions, RankedVectors, ranking_queries
-from compressors.metrics.intervals import paired
+from compressors.metrics.intervals import estimate_pair
 from compressors.metrics.judge import Measured, Number, judge, quality_numbers, verdict
 from compressors.metrics.score_change import change_of_rankings, change_of_rows
 
@@ -208,7 +208,7 @@ def test_a_limit_of_an_order_file_on_a_score_change_needs_no_reference(metric):
 def auc_numbers():
     random = np.random.default_rng(0)
     label = random.random(500) < 0.5
-    pair = paired("auc", label, random.random(500), random.random(500))
+    pair = estimate_pair("auc", label, random.random(500), random.random(500))
     return quality_numbers("auc", pair)
 
 

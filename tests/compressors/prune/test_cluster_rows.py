@@ -11,7 +11,7 @@ from reason_codes import codes_of, with_code
 from compressors.contracts import Bench
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
-from compressors.prune.tables.cluster_rows import ClusterRows, clustered
+from compressors.prune.tables.cluster_rows import ClusterRows, cluster_rare_rows
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
@@ -27,7 +27,7 @@ def test_hot_rows_are_kept_and_other_rows_get_the_nearest_centroid(seed, rows, h
     counts = torch.randint(50, (rows,), generator=generator).double()
     hot = min(hot, rows - 1)
     clusters = min(clusters, rows - hot)
-    index, unique = clustered(table, counts, hot, clusters)
+    index, unique = cluster_rare_rows(table, counts, hot, clusters)
     assert unique.shape == (hot + clusters, 4)
     is_hot = index < hot
     assert int(is_hot.sum()) == hot
@@ -44,13 +44,13 @@ def test_hot_rows_are_kept_and_other_rows_get_the_nearest_centroid(seed, rows, h
 
 def test_as_many_clusters_as_rows_keep_all_rows_exactly():
     table = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
-    index, unique = clustered(table, torch.arange(12).double(), 4, 8)
+    index, unique = cluster_rare_rows(table, torch.arange(12).double(), 4, 8)
     assert torch.equal(unique[index], table)
 
 
 def test_centroids_are_means_weighted_by_lookups():
     table = torch.tensor([[9.0], [0.0], [1.0]])
-    _, unique = clustered(table, torch.tensor([1000.0, 99.5, 0.0]), 1, 1)
+    _, unique = cluster_rare_rows(table, torch.tensor([1000.0, 99.5, 0.0]), 1, 1)
     # weights 100 and 0.5 of rows 0 and 1
     torch.testing.assert_close(unique[1], torch.tensor([0.5 / 100.5]))
 

@@ -21,7 +21,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.runner import run
-from compressors.core.state.module_state import mapped
+from compressors.core.state.module_state import map_tensors
 from compressors.core.units import stored_bytes
 from compressors.distill.distill import Distill
 from compressors.errors.compression import NothingToCompress
@@ -134,7 +134,7 @@ def test_all_modules_of_later_layers_move_up():
 def test_bytes_of_the_plan_are_those_of_the_stored_tensors_after_dropped_layers(tmp_path):
     result = dropped(BLOCKS, tmp_path, count=2)
     assert result.network.architecture.config == {"layers": 2}
-    stored = sum(t.numel() * t.element_size() for t in mapped(tmp_path / "out").values())
+    stored = sum(t.numel() * t.element_size() for t in map_tensors(tmp_path / "out").values())
     assert sum(line.bytes_after for line in result.plan.lines) == stored
     predicted = dry_run(DropLayers(count=2), BLOCKS.model(), BLOCKS.bench(tmp_path / "data"))
     assert stored_bytes(predicted.module) == stored

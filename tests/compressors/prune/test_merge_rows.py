@@ -9,7 +9,7 @@ from reason_codes import codes_of, with_code
 
 from compressors.core.model import Model
 from compressors.core.runner import run
-from compressors.prune.tables.merge_rows import MergeRows, merged
+from compressors.prune.tables.merge_rows import MergeRows, merge_similar_rows
 
 
 def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
@@ -20,7 +20,7 @@ def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
 def test_merging_within_zero_merges_exactly_the_equal_rows(seed, distinct, rows):
     choice = torch.randint(distinct, (rows,), generator=torch.Generator().manual_seed(seed))
     table = random_normal(seed, distinct, 5)[choice]
-    index, unique = merged(table, torch.ones(rows), 0)
+    index, unique = merge_similar_rows(table, torch.ones(rows), 0)
     assert len(unique) == len(choice.unique())
     # The float64 mean of equal float32 numbers is exact.
     assert torch.equal(unique[index], table)
@@ -39,7 +39,7 @@ def test_merged_rows_are_within_the_distance_of_their_leader_and_become_their_me
         random_normal(seed, rows, dim),
         random_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.1,
     )
-    index, unique = merged(table, weight, within)
+    index, unique = merge_similar_rows(table, weight, within)
     largest_distance = within * float(table.double().square().sum(dim=1).mean().sqrt())
     for number in range(len(unique)):
         members = (index == number).nonzero().squeeze(1)
@@ -58,8 +58,8 @@ def test_merged_groups_do_not_depend_on_the_order_of_rows(seed):
     table = centres[torch.arange(40) % 5] + noise
     order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
     weight = torch.arange(40) + 1.0
-    index, _ = merged(table, weight, 0.01)
-    shuffled, _ = merged(table[order], weight[order], 0.01)
+    index, _ = merge_similar_rows(table, weight, 0.01)
+    shuffled, _ = merge_similar_rows(table[order], weight[order], 0.01)
     expected = index[order].unsqueeze(0) == index[order].unsqueeze(1)
     assert torch.equal(shuffled.unsqueeze(0) == shuffled.unsqueeze(1), expected)
 
@@ -67,13 +67,13 @@ def test_merged_groups_do_not_depend_on_the_order_of_rows(seed):
 def test_rows_close_to_eight_centres_become_8_to_12_rows():
     centres = random_normal(0, 8, 6) * 10
     table = centres[torch.arange(400) % 8] + 0.001 * random_normal(1, 400, 6)
-    _, unique = merged(table, torch.ones(400), 0.01)
+    _, unique = merge_similar_rows(table, torch.ones(400), 0.01)
     assert 8 <= len(unique) <= 12  # pairs on both sides of a cell border may not be compared
 
 
 def test_merged_rows_are_numbered_by_first_occurrence():
     table = torch.tensor([[3.0], [1.0], [3.0], [2.0]])
-    index, unique = merged(table, torch.ones(4), 0)
+    index, unique = merge_similar_rows(table, torch.ones(4), 0)
     assert index.tolist() == [0, 1, 0, 2]
     assert unique.squeeze(1).tolist() == [3, 1, 2]
 

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from compressors.quantize.kernels import clipping
 from compressors.quantize.kernels.clipping import fit
-from compressors.quantize.kernels.levels import Grid, asymmetric_ends, ends, ranges, squared_error
+from compressors.quantize.kernels.levels import (
+    Grid,
+    asymmetric_ends,
+    range_bounds,
+    split_into_ranges,
+    squared_error,
+)
 
 INT4 = GRIDS["15 symmetric"]
 
@@ -71,7 +77,7 @@ def test_mse_finds_the_best_share_of_every_symmetric_row():
 @each_asymmetric
 def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
     table = random_normal(100, 16)
-    low, high = ends(table)
+    low, high = range_bounds(table)
     step = (high - low) / clipping.STEPS
     steps = range(clipping.STEPS // 2)
     errors_of_shares = [
@@ -158,7 +164,7 @@ def test_a_range_fitted_in_chunks_is_close_to_the_range_fitted_at_once(grid, rul
 
 def test_ranges_of_a_table_with_one_scale_share_its_memory():
     table = random_normal(1000, 8)
-    (values,) = ranges(table, 0)
+    (values,) = split_into_ranges(table, 0)
     assert values.data_ptr() == table.data_ptr()
     assert values.shape == (1, 8000)
 

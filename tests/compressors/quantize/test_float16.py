@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from compressors.contracts import Bench, DenseInput, Output, Signature, Split
 from compressors.core.runner import run
-from compressors.quantize.dense.float16 import Float16, beyond, largest_sum, narrow
+from compressors.quantize.dense.float16 import Float16, largest_sum, narrow, overflow_reason
 
 OPS = torch.ops.recpress
 
@@ -32,9 +32,9 @@ def test_rounding_error_is_at_most_half_a_float16_step(value):
 def test_weight_beyond_the_float16_range_is_reported(value):
     weight = torch.tensor([[0.0, value]])
     largest = float(weight.abs().max())  # in float32
-    with_code([beyond(weight, None)], "beyond_largest", largest=largest, limit=65504.0)
-    assert beyond(torch.ones(1, 2), weight) == beyond(weight)
-    assert beyond(torch.tensor([65519.0, -65519.0])) is None  # rounds to 65,504
+    with_code([overflow_reason(weight, None)], "beyond_largest", largest=largest, limit=65504.0)
+    assert overflow_reason(torch.ones(1, 2), weight) == overflow_reason(weight)
+    assert overflow_reason(torch.tensor([65519.0, -65519.0])) is None  # rounds to 65,504
 
 
 @given(

@@ -14,7 +14,7 @@ from compressors.core.batches import batches
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
-from compressors.quantize.dense.float8_dense import LARGEST, Float8Dense, encode, rounded
+from compressors.quantize.dense.float8_dense import LARGEST, Float8Dense, encode, round_to_float8
 from compressors.quantize.tables.float8_e4m3 import decode_float8
 
 OP = torch.ops.recpress.float8_linear
@@ -35,7 +35,7 @@ def layer(inputs: int, outputs: int, *, by_channel: bool = True) -> tuple[Tensor
 @given(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=50))
 def test_inputs_are_rounded_to_the_nearest_e4m3_number(values):
     x = torch.tensor(values)
-    result = rounded(x).numpy()
+    result = round_to_float8(x).numpy()
     distances = np.abs(NUMBERS[None] - x.clamp(-448, 448).numpy()[:, None])
     np.testing.assert_array_equal(
         np.abs(result - x.clamp(-448, 448).numpy()), distances.min(axis=1)
@@ -70,7 +70,7 @@ def test_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
     codes, scale, input_scale, bias = layer(40, 6, by_channel=by_channel)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     x.view(-1)[0] = 100.0  # beyond 4.48: clipped, as QuantizeLinear saturates
-    near = rounded((x / input_scale).clamp(-448, 448)).double() * 0.01
+    near = round_to_float8((x / input_scale).clamp(-448, 448)).double() * 0.01
     weight = decode_float8(codes).double() * scale.double().reshape(-1, 1)
     result = OP(x, codes, scale, input_scale, bias)
     torch.testing.assert_close(result.double(), near @ weight.T + bias, rtol=1e-5, atol=1e-5)
@@ -87,7 +87,7 @@ def test_gradients_equal_the_straight_through_estimate(by_channel):
 
     def plain(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
         ratio = (x / input_scale).clamp(-448, 448)
-        near = ratio + (rounded(ratio) - ratio).detach()
+        near = ratio + (round_to_float8(ratio) - ratio).detach()
         return near * input_scale @ (decode_float8(codes) * scale.reshape(-1, 1)).T + bias
 
     def ours(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:

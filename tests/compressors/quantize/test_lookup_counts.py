@@ -12,7 +12,7 @@ from compressors.core.runner import run
 from compressors.core.units import Unit, own_weight, private_copy, table_rows
 from compressors.errors.steps import RowsMissing
 from compressors.factorize.low_rank import LowRank
-from compressors.factorize.multi_hash import MultiHash, hashed
+from compressors.factorize.multi_hash import MultiHash, hash_ids
 from compressors.factorize.quotient_remainder import QuotientRemainder
 from compressors.prune.tables.cluster_rows import ClusterRows
 from compressors.prune.tables.prune_rows import PruneRows
@@ -89,7 +89,7 @@ def test_a_bucket_counts_the_lookups_of_every_hash(tmp_path):
     bench, step = RANKER.bench(tmp_path / "data"), MultiHash(tables=("user",), hashes=3)
     model = run(step, RANKER.model(), bench, tmp_path / "out")
     counts = lookup_counts(model, bench, ["user", "user.buckets"])
-    buckets_of_ids = hashed(torch.arange(40), model.module.user.functions, 20)
+    buckets_of_ids = hash_ids(torch.arange(40), model.module.user.functions, 20)
     expected = [
         float((counts["user"].unsqueeze(1) * (buckets_of_ids == bucket)).sum())
         for bucket in range(20)

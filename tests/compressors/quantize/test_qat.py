@@ -17,7 +17,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches
 from compressors.core.model import Model
 from compressors.core.runner import run
-from compressors.core.state.module_state import mapped
+from compressors.core.state.module_state import map_tensors
 from compressors.distill.training.checkpoint import TrainingProgress, store_progress
 from compressors.distill.training.settings import Training
 from compressors.metrics.validation_score import quality
@@ -113,7 +113,9 @@ def test_qat_without_improvement_stores_the_tensors_of_static_int8(tmp_path):
     step = QAT(training=unchanged_training, soft_share=0, calibrator="mse")
     trained = run(step, RANKER.model(), bench, tmp_path / "qat")
     run(StaticInt8(calibrator="mse"), RANKER.model(), bench, tmp_path / "ptq")
-    torch.testing.assert_close(mapped(tmp_path / "qat"), mapped(tmp_path / "ptq"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        map_tensors(tmp_path / "qat"), map_tensors(tmp_path / "ptq"), rtol=0, atol=0
+    )
     unchanged = Reason("training_unchanged", epochs=1)
     assert trained.plan.of("hidden").reasons == (
         Reason("selected", step="qat"),
@@ -177,7 +179,7 @@ def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypat
     resumed = train_with_checkpoints("killed")
     assert len(epochs) == 2  # the third and the fourth
     torch.testing.assert_close(
-        mapped(tmp_path / "killed"), mapped(tmp_path / "whole"), rtol=0, atol=0
+        map_tensors(tmp_path / "killed"), map_tensors(tmp_path / "whole"), rtol=0, atol=0
     )
     assert resumed.plan == uninterrupted.plan
 

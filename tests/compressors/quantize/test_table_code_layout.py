@@ -14,7 +14,7 @@ from table_codes import STEPS, each_step, named, packed, size_of, stored, tables
 from torch import Tensor
 
 from compressors.contracts import Bench
-from compressors.core.state.module_state import mapped
+from compressors.core.state.module_state import map_tensors
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import NothingToCompress
 from compressors.quantize.kernels.bitpacking import unpack
@@ -132,7 +132,7 @@ def test_a_table_that_would_not_shrink_is_skipped_and_the_plan_gives_both_sizes(
     assert size >= 216
     assert all(line.bytes_after < line.bytes_before for line in plan.lines if line.steps)
     assert plan.of("item").format == step.kind
-    stored_names = {name for name in mapped(tmp_path) if name.startswith("city.")}
+    stored_names = {name for name in map_tensors(tmp_path) if name.startswith("city.")}
     assert stored_names == {"city.weight"}
 
 

@@ -33,8 +33,8 @@ from compressors.quantize.dense.weight_only import (
     nearest_steps,
     of_inputs,
     pack,
-    padded,
-    rounded,
+    padded_length,
+    round_inputs,
     unpack,
 )
 from infra.onnxruntime.sessions import Session
@@ -77,9 +77,9 @@ def test_unpack_restores_packed_codes_and_padding_is_zero(size, block, bits, see
         random.integers(-largest_code, largest_code + 1, (outputs, inputs))
     ).float()
     codes = pack(steps, block, bits)
-    assert codes.shape == (outputs, padded(inputs, block) * bits // 8)
+    assert codes.shape == (outputs, padded_length(inputs, block) * bits // 8)
     assert torch.equal(unpack(codes, inputs, bits), steps)
-    assert not unpack(codes, padded(inputs, block), bits)[:, inputs:].any()
+    assert not unpack(codes, padded_length(inputs, block), bits)[:, inputs:].any()
 
 
 @given(size=sizes, block=blocks, bits=widths, clipping=rules, scale=scale_types, seed=seeds)
@@ -141,7 +141,7 @@ def test_rounded_inputs_are_within_half_a_level_of_their_block(size, width, seed
     x = random_normal(rows, inputs, seed) * torch.logspace(-3, 3, inputs)
     x[0] = 0
     x[0, 0] = 1e-42  # 127 divided by it is infinite
-    near = rounded(x, width)
+    near = round_inputs(x, width)
     assert near.shape == x.shape
     assert torch.isfinite(near).all()
     assert not near[0].any()
@@ -211,7 +211,7 @@ def test_gradients_reach_inputs_scales_and_bias(bits, block, activations):
         scale_of_weight = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
         read = x
         if activations == "int8":  # straight through
-            read = x + (rounded(x, block_length(40, block)) - x).detach()
+            read = x + (round_inputs(x, block_length(40, block)) - x).detach()
         return read @ (unpack(codes, 40, bits) * scale_of_weight).T + bias
 
     def ours(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class OnnxRuntime:
         self, layer: PackedLinear, name: str, values: np.ndarray
     ) -> ir.TensorProtocol | None:
         """Reshape codes to blocks, as MatMulNBits reads them."""
-        return types.retyped(layer, name, values)
+        return types.convert_type(layer, name, values)
 
     def stays_packed(self, layer: PackedLinear) -> bool:
         """Return whether MatMulNBits multiplies by the stored codes of a layer."""

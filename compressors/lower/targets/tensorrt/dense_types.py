@@ -13,7 +13,7 @@ from compressors.quantize.dense.float8_dense import Float8DenseFormat
 from compressors.quantize.dense.weight_only import Reading, WeightOnlyFormat
 
 
-def retyped(layer: PackedLinear, name: str, values: np.ndarray) -> ir.TensorProtocol | None:
+def convert_type(layer: PackedLinear, name: str, values: np.ndarray) -> ir.TensorProtocol | None:
     """Convert a stored tensor to TensorRT's type and shape; None if it needs no change.
 
     Args:

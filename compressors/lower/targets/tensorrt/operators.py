@@ -90,7 +90,7 @@ def _pad_with_zeros(x: Any, count: int) -> Any:
 def _round_inputs(x: Any, inputs: int, block_size: int) -> Any:
     """Round inputs to int8 levels and back, by blocks of ``block_size`` inputs.
 
-    Computes the same as ``compressors.quantize.dense.weight_only.rounded``.
+    Computes the same as ``compressors.quantize.dense.weight_only.round_inputs``.
     """
     blocks = op.Reshape(
         _pad_with_zeros(x, -inputs % block_size), op.Constant(value_ints=[0, -1, block_size])

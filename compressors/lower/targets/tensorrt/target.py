@@ -31,13 +31,13 @@ class TensorRT:
         self, table: PackedTable, name: str, values: np.ndarray
     ) -> ir.TensorProtocol | None:
         """Convert codes to signed numbers, and scales to vectors."""
-        return types.retyped(table, name, values)
+        return types.convert_type(table, name, values)
 
     def retyped_layer(
         self, layer: PackedLinear, name: str, values: np.ndarray
     ) -> ir.TensorProtocol | None:
         """Convert codes to signed numbers, and scales of channels to vectors."""
-        return dense_types.retyped(layer, name, values)
+        return dense_types.convert_type(layer, name, values)
 
     def stays_packed(self, layer: PackedLinear) -> bool:
         """Return True: an engine stores codes; its audit compares its bytes with the plan's."""

@@ -16,7 +16,7 @@ from compressors.quantize.tables.residual_codes import ResidualCodesFormat
 from compressors.quantize.tables.scales import SharedScales
 
 
-def retyped(table: PackedTable, name: str, values: np.ndarray) -> ir.TensorProtocol | None:
+def convert_type(table: PackedTable, name: str, values: np.ndarray) -> ir.TensorProtocol | None:
     """Convert a stored tensor to TensorRT's type and shape; None if it needs no change.
 
     Args:
