@@ -15,7 +15,7 @@ from infra.store.chunks import hard_links
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import bench_of, split_of
 from tasks.orchestration.code_digest import code_digest
-from tasks.orchestration.data_parallel import StepResult, Work, run_step, run_step_on_devices
+from tasks.orchestration.data_parallel import StepInputs, StepResult, run_step, run_step_on_devices
 from tasks.orchestration.documents import NotApplicable, not_applicable
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
@@ -78,7 +78,9 @@ def compress(
     inputs_digest = digest([source, step, splits, original, seed, code, code_digest(compress.fn)])
     checkpoints = load_settings().home / "progress" / inputs_digest
     bench = bench_of(manifest, parts, original, seed, checkpoints, teachers, devices[0])
-    work = Work(source=source, original=original, step=step, bench=bench, excluded=excluded or {})
+    work = StepInputs(
+        source=source, original=original, step=step, bench=bench, excluded=excluded or {}
+    )
     with scratch_folder("compress", store().scratch(load_settings().cache)) as scratch:
         folder = Path(scratch) / "result"
         result = _run_or_skip(work, devices, folder, preset=preset)
@@ -106,7 +108,7 @@ def compress(
 
 
 def _run_or_skip(
-    work: Work, devices: list[str], folder: Path, *, preset: bool
+    work: StepInputs, devices: list[str], folder: Path, *, preset: bool
 ) -> StepResult | NotApplicable:
     """Run a step on one or several devices; errors that allow skipping the step are results."""
     try:

@@ -22,7 +22,7 @@ from compressors.prune.dense.sparse_2_4 import sparse_layers
 from infra.onnxruntime.sessions import OnnxRuntime
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import Loaded, load_bundle, split_of
+from tasks.bundles.loading import LoadedBundle, load_bundle, split_of
 from tasks.evaluation.parity import GraphCheck, runnable_graph
 from tasks.orchestration.documents import GraphInput, LoweredGraph, Lowering
 from tasks.orchestration.policy import TASK_OPTIONS
@@ -98,7 +98,7 @@ def lower_model(
 
 
 def _check_graph(
-    loaded: Loaded,
+    loaded: LoadedBundle,
     lowered: Lowered,
     target: str,
     path: Path,
@@ -157,7 +157,7 @@ def _check_graph(
     )
 
 
-def _plan_of_graph(loaded: Loaded, served: ServedGraph) -> Plan | None:
+def _plan_of_graph(loaded: LoadedBundle, served: ServedGraph) -> Plan | None:
     """Return the plan with only the units that a graph runs; None if the model has no plan."""
     plan = loaded.model.plan
     if plan is None or not served.module:
@@ -185,14 +185,14 @@ def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[Grap
     ]
 
 
-def _packed_bytes(loaded: Loaded, served: ServedGraph) -> int:
+def _packed_bytes(loaded: LoadedBundle, served: ServedGraph) -> int:
     """Return the bytes of one graph's weights; a table that both towers read counts in both."""
     if served.module:
         return stored_bytes(served.part(loaded.model.module))
     return _weight_bytes(loaded)
 
 
-def _repeated_bytes(loaded: Loaded) -> int:
+def _repeated_bytes(loaded: LoadedBundle) -> int:
     """Return the bytes of tensors that several graphs store, without each tensor's first copy."""
     counted: set[int] = set()
     repeated = 0
@@ -203,7 +203,7 @@ def _repeated_bytes(loaded: Loaded) -> int:
     return repeated
 
 
-def _weight_bytes(loaded: Loaded) -> int:
+def _weight_bytes(loaded: LoadedBundle) -> int:
     """Return the bytes of a model's weights, counting each shared tensor once, as plans do."""
     plan = loaded.model.plan
     if plan is not None:

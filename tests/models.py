@@ -37,7 +37,7 @@ from compressors.core.batches import batches, generate_inputs
 from compressors.core.model import Model
 from compressors.core.registries import METHODS as REGISTRY
 from compressors.core.runner import rows_of_tables, run
-from compressors.core.steps.decisions import Applied
+from compressors.core.steps.decisions import AppliedStep
 from compressors.core.steps.step import Method as Step
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
@@ -274,9 +274,9 @@ class Normed(nn.Module):
         return torch.sigmoid(self.out(x))
 
 
-def planned_and_applied(step: Any, model: Model, bench: Bench) -> Applied:
+def planned_and_applied(step: Any, model: Model, bench: Bench) -> AppliedStep:
     """Plan and apply a step without the runner and its checks."""
-    applied: Applied = step.apply(model, bench, step.plan(model, bench))
+    applied: AppliedStep = step.apply(model, bench, step.plan(model, bench))
     return applied
 
 

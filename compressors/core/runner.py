@@ -55,7 +55,7 @@ NETWORK_ERRORS = (
 """Exceptions that a network's code typically raises if it does not support what a step does."""
 
 
-class Planned(NamedTuple):
+class PlannedStep(NamedTuple):
     """A step and its plan for one model, with a decision for every unit.
 
     Attributes:
@@ -74,7 +74,7 @@ def plan_step(
     model: Model,
     bench: Bench,
     skipped: Mapping[str, Reason] = MappingProxyType({}),
-) -> Planned:
+) -> PlannedStep:
     """Plan a step, and add a decision for each unit that its plan does not mention.
 
     Args:
@@ -105,7 +105,7 @@ def plan_step(
         unit.name: Decision("skipped", (Reason("wrong_role", step=step.kind, role=unit.role),))
         for unit in units
     }
-    return Planned(step, StepPlan({**defaults, **decisions}, plan.payload), skipped)
+    return PlannedStep(step, StepPlan({**defaults, **decisions}, plan.payload), skipped)
 
 
 def without_units(method: Method, names: Collection[str]) -> Method:
@@ -128,7 +128,7 @@ def run(
     folder: Path,
     *,
     skipped: Mapping[str, Reason] = MappingProxyType({}),
-    planned: Planned | None = None,
+    planned: PlannedStep | None = None,
 ) -> Model:
     """Apply one step, write the result to ``folder``, and return the model loaded from there.
 

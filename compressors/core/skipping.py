@@ -26,7 +26,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.batches import generate_inputs
 from compressors.core.model import Model
 from compressors.core.runner import (
-    Planned,
+    PlannedStep,
     network_errors_as_refusals,
     plan_step,
     rows_of_tables,
@@ -65,7 +65,7 @@ def run_or_skip(
     """
     present = {unit.name for unit in Unit.of(source.module)}
     skipped = {name: why for name, why in excluded.items() if name in present}
-    planned: Planned | None = None
+    planned: PlannedStep | None = None
     # Errors are suppressed here because run plans again and raises them.
     with suppress(CompressionError), network_errors_as_refusals(method):
         planned = plan_step(method, source.private(), bench)
@@ -87,7 +87,7 @@ def run_or_skip(
 
 
 def find_skippable_units(
-    planned: Planned, method: Method, source: Model, bench: Bench
+    planned: PlannedStep, method: Method, source: Model, bench: Bench
 ) -> dict[str, Reason]:
     """Return the selected units that the step cannot replace, by name, with the reasons.
 

@@ -20,7 +20,7 @@ from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
 from compressors.core.placement import moved_to
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import private_copy
 from compressors.distill.auxiliary_losses import (
@@ -158,7 +158,7 @@ class Distill(StepSettings):
             decisions = {**decisions, **smaller}
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Train on soft labels and labels, and return the network of the best epoch.
 
         Raises:

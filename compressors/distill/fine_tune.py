@@ -13,7 +13,7 @@ from torch import Tensor
 from compressors.contracts import Bench, Part
 from compressors.core.batches import Batch
 from compressors.core.model import Model
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.distill.training.settings import Training
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
@@ -48,7 +48,7 @@ class FineTune(StepSettings):
         decisions = choose_trainable(model, bench, self.kind, tables=self.training.tables)
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Train, and return the network of the best epoch.
 
         Raises:

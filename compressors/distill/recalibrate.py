@@ -31,7 +31,7 @@ from compressors.core.modules.output_calibration import (
     recalibration_of,
 )
 from compressors.core.plan_lines import OUTPUT
-from compressors.core.steps.decisions import Applied, Decision, StepPlan
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.errors.compression import CompressionError, NothingToCompress
 from compressors.errors.steps import RowsMissing, StepRefused
@@ -203,7 +203,7 @@ class Recalibrate(StepSettings):
         taken = Decision("taken", (Reason("selected", step=self.kind),))
         return StepPlan({OUTPUT: taken}, bench.signature.single_output.form)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[OutputForm]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[OutputForm]) -> AppliedStep:
         """Fit the map on the validation rows.
 
         Raises:
@@ -231,7 +231,7 @@ class Recalibrate(StepSettings):
             chosen = self.method
         if chosen is None:
             no_map = Reason("no_better_map", step=self.kind, loss=before)
-            return Applied(model, {OUTPUT: Decision("skipped", (no_map,))})
+            return AppliedStep(model, {OUTPUT: Decision("skipped", (no_map,))})
         fitted = fit_map(chosen, form, logit, label, self.knots)
         attach(model.module, fitted)
         model.module.eval()
@@ -239,7 +239,7 @@ class Recalibrate(StepSettings):
             recalibrated = fitted(predictions)
         after = logloss(label, _sigmoid(logit_of(recalibrated, form).double().numpy()))
         mapped = Reason("output_mapped", method=chosen, before=before, after=after, rows=len(label))
-        return Applied(model, {OUTPUT: Decision("taken", (mapped,))})
+        return AppliedStep(model, {OUTPUT: Decision("taken", (mapped,))})
 
     def dry_run(self, model: Model, plan: StepPlan[OutputForm]) -> Model:
         """Attach an identity map with the largest possible number of values."""

@@ -27,7 +27,13 @@ from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import Bag, PackedTable
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, is_among, require_matches
+from compressors.core.steps.decisions import (
+    AppliedStep,
+    Decision,
+    StepPlan,
+    is_among,
+    require_matches,
+)
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
 from compressors.distill.code_reassignment import Codes, propose, reassigned_codes
@@ -133,7 +139,7 @@ class RefitCodes(StepSettings):
                 decisions[unit.name] = Decision("taken", (refitted,))
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Alternate training and code selection, and return the network in its best state.
 
         Raises:
@@ -173,7 +179,7 @@ class RefitCodes(StepSettings):
             if not rows:
                 break
         _restore(model, best_state)
-        return Applied(model)
+        return AppliedStep(model)
 
     def _reassign_codes(self, model: Model, bench: Bench, tables: dict[str, PackedTable]) -> int:
         """Select new codes for the rows that gain most; return how many rows changed.

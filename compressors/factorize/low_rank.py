@@ -33,7 +33,7 @@ from compressors.core.steps.composition_steps import (
     row_weights,
     share_or_number,
 )
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 
@@ -128,7 +128,7 @@ class LowRank(ComposingStep):
         """Select the tables to narrow; give a reason for each other table."""
         return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
         """Replace every selected table by its factors.
 
         Raises:

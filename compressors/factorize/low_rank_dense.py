@@ -28,7 +28,7 @@ from compressors.core.modules.formats import layout_bytes
 from compressors.core.placeholders import placeholder
 from compressors.core.steps.composition_steps import share_or_number
 from compressors.core.steps.decisions import (
-    Applied,
+    AppliedStep,
     Decision,
     StepPlan,
     choose_dense,
@@ -188,7 +188,7 @@ class LowRankDense(StepSettings):
         least = layout_bytes(factored_layout(inputs, outputs, 1, bias=unit.bias is not None))
         return Decision("deferred", (why,), (least, unit.bytes))
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected layer by its factors.
 
         Raises:
@@ -221,7 +221,7 @@ class LowRankDense(StepSettings):
             outcomes[unit.name] = Decision("taken", (Reason("rank_loss", rank=rank, share=share),))
             layer = FactoredLinear(inputs, outputs, rank, bias=bias is not None, stored=stored)
             swap(module, unit.name, layer.eval())
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace selected layers by placeholder factors; assume the largest rank if searched."""

@@ -36,7 +36,7 @@ from compressors.core.steps.composition_steps import (
     row_weights,
     share_or_number,
 )
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 # The largest prime below 2^31: with ids and coefficients below it, a * id + b fits an int64.
@@ -273,7 +273,7 @@ class MultiHash(ComposingStep):
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, design)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
         """Draw hash functions and fit buckets to every selected table.
 
         Raises:

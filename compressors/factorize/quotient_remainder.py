@@ -35,7 +35,7 @@ from compressors.core.steps.composition_steps import (
     row_weights,
     share_or_number,
 )
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 Operation = Literal["add", "multiply"]
@@ -262,7 +262,7 @@ class QuotientRemainder(ComposingStep):
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, design)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
         """Fit two short tables to every selected table.
 
         Raises:

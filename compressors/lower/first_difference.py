@@ -44,14 +44,14 @@ Run = Callable[[Mapping[str, Tensor]], Sequence[GraphValue]]
 """Runs a graph and returns all of its values in topological order."""
 
 
-class Traced(NamedTuple):
+class TracedValues(NamedTuple):
     """The values that a traced program computed, by node, and its output."""
 
     values: dict[fx.Node, Tensor]
     output: Tensor
 
 
-def run_traced(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) -> Traced:
+def run_traced(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) -> TracedValues:
     """Run a traced program node by node and record the value of each node.
 
     Args:
@@ -78,11 +78,11 @@ def run_traced(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) 
 
     with torch.no_grad():
         output = Recorder(program.graph_module).run(*arguments)
-    return Traced(values, output[0])
+    return TracedValues(values, output[0])
 
 
 def first_difference(
-    traced: Traced, graph_values: Sequence[GraphValue], output: str, allowed: float
+    traced: TracedValues, graph_values: Sequence[GraphValue], output: str, allowed: float
 ) -> TensorDifference | None:
     """Return the first value of a graph that differs from the traced program's.
 

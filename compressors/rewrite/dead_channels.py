@@ -23,7 +23,12 @@ from compressors.errors.steps import StepRefused
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
 from compressors.prune.structure.config_widths import Width, find_widths
-from compressors.prune.structure.narrowing import SCALES, Cut, require_narrowable, without_channels
+from compressors.prune.structure.narrowing import (
+    SCALES,
+    WidthCut,
+    require_narrowable,
+    without_channels,
+)
 
 EXAMPLE_ROWS = 256
 BATCH = 1024
@@ -43,7 +48,7 @@ class DeadChannels:
             outputs, float64 ``(outputs,)``.
     """
 
-    cut: Cut
+    cut: WidthCut
     kept: Mapping[str, Tensor]
     offsets: Mapping[str, Tensor]
 
@@ -178,7 +183,7 @@ def _dead_channels(
         ]
         removed = torch.stack(removed_inputs).any(dim=0)  # (inputs,)
         offsets[name] = _weight(module, name)[:, removed].double() @ value[name][removed].double()
-    return DeadChannels(Cut(width, readers, width.value - fewest), kept, offsets)
+    return DeadChannels(WidthCut(width, readers, width.value - fewest), kept, offsets)
 
 
 def _ranges(

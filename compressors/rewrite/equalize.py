@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressors.contracts import Bench
 from compressors.core.model import Model
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
 
@@ -65,7 +65,7 @@ class Equalize(StepSettings):
         """
         return choose_links(model, bench.signature, self.layers, self.kind, norms=False)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[tuple[Link, ...]]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[tuple[Link, ...]]) -> AppliedStep:
         """Equalize pair by pair, in rounds, until the factors converge."""
         links = plan.payload
         module = model.module
@@ -82,4 +82,4 @@ class Equalize(StepSettings):
                 largest_change = max(largest_change, float((scale - 1).abs().max()))
             if largest_change < CONVERGED:
                 break
-        return Applied(model)
+        return AppliedStep(model)

@@ -31,7 +31,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import FoldedNorm
 from compressors.core.placeholders import is_placeholder
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, own_weight, private_copy, swap
 from compressors.errors.steps import StepRefused
@@ -172,7 +172,7 @@ class Fold(StepSettings):
                 result[name] = decision
         return StepPlan(result, Folding(bench.signature, tuple(moves), proven, free))
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Folding]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Folding]) -> AppliedStep:
         """Fold norms, remove dead channels, and check that the predictions do not change.
 
         Raises:
@@ -185,7 +185,7 @@ class Fold(StepSettings):
             sample = bench.calibration, self.rows
             dead = find_dead_channels(after, bench.signature, plan.payload.free, sample)
             after = remove_dead_channels(after, bench.signature, dead)
-        return Applied(after, outcomes)
+        return AppliedStep(after, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[Folding]) -> Model:
         """As ``apply``, but channels that are constant only on calibration rows stay."""

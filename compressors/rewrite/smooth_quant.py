@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compressors.contracts import Bench, Part
 from compressors.core.model import Model
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
 from compressors.errors.steps import RowsMissing, StepRefused
@@ -130,7 +130,7 @@ class SmoothQuant(StepSettings):
         """
         return choose_links(model, bench.signature, self.layers, self.kind, norms=True)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[tuple[Link, ...]]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[tuple[Link, ...]]) -> AppliedStep:
         """Measure the inputs on calibration rows, and move a factor for each of their channels.
 
         Raises:
@@ -169,7 +169,7 @@ class SmoothQuant(StepSettings):
             else:
                 scale = smoothing(first, second, self.alpha)
             rescale(module, link, scale)
-        return Applied(model)
+        return AppliedStep(model)
 
 
 class _InputRecorder:

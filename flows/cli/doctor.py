@@ -52,7 +52,7 @@ _CREDENTIALS_REMEDIES = {
 }
 
 
-class Finding(Frozen):
+class DoctorFinding(Frozen):
     """The result of one check.
 
     Attributes:
@@ -68,7 +68,7 @@ class Finding(Frozen):
     remedy: str = ""
 
 
-def examine() -> tuple[Finding, ...]:
+def examine() -> tuple[DoctorFinding, ...]:
     """Check the store, the registry, the Prefect server, the libraries and the builders."""
     settings = load_settings()
     # Slow imports run before the queries, because they would use up the time limit of a service.
@@ -86,7 +86,9 @@ def examine() -> tuple[Finding, ...]:
         _start_check("champions", are_champions_remote, _champions, _CHAMPIONS_REMEDY),
     ]
     triton = _start_check("Triton repository", is_triton_remote, _triton, _TRITON_REMEDY)
-    unset = Finding(what="Triton repository", state="absent", found="RECPRESS_TRITON is not set")
+    unset = DoctorFinding(
+        what="Triton repository", state="absent", found="RECPRESS_TRITON is not set"
+    )
     return (
         *(wait() for wait in services),
         triton() if settings.triton else unset,
@@ -96,7 +98,7 @@ def examine() -> tuple[Finding, ...]:
     )
 
 
-def _check_target(target: Target) -> Finding:
+def _check_target(target: Target) -> DoctorFinding:
     """Check the library of a target's runtime or builder, which only the default target needs."""
     library = target.load_runtime() or target.load_builder()
     remedy = "Install it again: make .venv" if target.is_default else ""
@@ -104,13 +106,13 @@ def _check_target(target: Target) -> Finding:
     return _run_check(target.label, version, remedy, is_needed=target.is_default)
 
 
-def _check_architectures(modules: tuple[str, ...]) -> Finding:
+def _check_architectures(modules: tuple[str, ...]) -> DoctorFinding:
     """Check that each module that may define architectures can be found, without importing it."""
     setting = ", ".join(modules) + " (RECPRESS_ALLOWED_MODULES)"
     missing = [name for name in modules if importlib.util.find_spec(name.partition(".")[0]) is None]
     if not missing:
-        return Finding(what="architectures from", state="ok", found=setting)
-    return Finding(
+        return DoctorFinding(what="architectures from", state="ok", found=setting)
+    return DoctorFinding(
         what="architectures from",
         state="fault",
         found=f"{setting}: there is no module {', '.join(missing)}",
@@ -125,7 +127,7 @@ def _triton() -> str:
 
 def _start_check(
     what: str, is_remote: bool, check: Callable[[], str], remedy: str
-) -> Callable[[], Finding]:
+) -> Callable[[], DoctorFinding]:
     """Start a check of a service, and return a function that waits for its result.
 
     Args:
@@ -142,7 +144,7 @@ def _start_check(
 
 def _run_check(
     what: str, check: Callable[[], str], remedy: str, *, is_needed: bool = True
-) -> Finding:
+) -> DoctorFinding:
     """Run a check, and return its description or its error.
 
     Args:
@@ -152,17 +154,17 @@ def _run_check(
         is_needed: whether an error is a fault; otherwise the library counts as absent.
     """
     try:
-        return Finding(what=what, state="ok", found=check())
+        return DoctorFinding(what=what, state="ok", found=check())
     except CheckFailed as fault:
-        return Finding(
+        return DoctorFinding(
             what=what, state="fault", found=cleaned(fault), remedy=_remedy(fault, remedy)
         )
     except NoAnswer as fault:
         remedy = f"{_NO_RESPONSE_REMEDY} {remedy}"
-        return Finding(what=what, state="fault", found=cleaned(fault), remedy=remedy)
+        return DoctorFinding(what=what, state="fault", found=cleaned(fault), remedy=remedy)
     except (InfraError, Refused, ImportError, OSError) as fault:
         state: Literal["absent", "fault"] = "fault" if is_needed else "absent"
-        return Finding(what=what, state=state, found=cleaned(fault), remedy=remedy)
+        return DoctorFinding(what=what, state=state, found=cleaned(fault), remedy=remedy)
 
 
 def _remedy(fault: CheckFailed, default: str) -> str:

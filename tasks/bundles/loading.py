@@ -26,7 +26,7 @@ order's memory. ``tasks/orchestration/memory_estimate.py`` does not count activa
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedBundle:
     """A bundle that was loaded on this machine."""
 
     artifact: Artifact
@@ -35,7 +35,7 @@ class Loaded:
     model: Model
 
 
-def load_bundle(artifact: Artifact) -> Loaded:
+def load_bundle(artifact: Artifact) -> LoadedBundle:
     """Verify a stored bundle and load its module with memory-mapped tensors.
 
     Raises:
@@ -44,7 +44,7 @@ def load_bundle(artifact: Artifact) -> Loaded:
     """
     folder = local(artifact)
     manifest = read(folder)
-    return Loaded(artifact, manifest, folder, model_of(folder, manifest))
+    return LoadedBundle(artifact, manifest, folder, model_of(folder, manifest))
 
 
 def model_of(folder: Path, manifest: Manifest) -> Model:

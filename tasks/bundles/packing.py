@@ -92,7 +92,7 @@ class Packed(Frozen):
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedBundle:
     """The result of ``examine``.
 
     Attributes:
@@ -182,7 +182,7 @@ def check(reference: str) -> tuple[Manifest, dict[str, TensorFact]]:
     return checked.manifest, checked.facts
 
 
-def examine(reference: str) -> Checked:
+def examine(reference: str) -> CheckedBundle:
     """Verify a bundle: file hashes, weights, a test run of the model, ids, labels and scores.
 
     Args:
@@ -196,7 +196,7 @@ def examine(reference: str) -> Checked:
         return _examine(reference)
 
 
-def _examine(reference: str) -> Checked:
+def _examine(reference: str) -> CheckedBundle:
     folder = _bundle_folder(reference)
     manifest = read(folder)
     signature = manifest.signature
@@ -216,7 +216,7 @@ def _examine(reference: str) -> Checked:
     check_ids(_by_split_name(statistics), signature, table_rows(facts, manifest))
     by_name = {str(split): path for split, path in paths.items()}
     problems = check_baseline(module, signature, by_name)
-    return Checked(manifest, facts, require_sound(problems, packed=True))
+    return CheckedBundle(manifest, facts, require_sound(problems, packed=True))
 
 
 def show(reference: str) -> Manifest:

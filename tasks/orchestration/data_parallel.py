@@ -37,7 +37,7 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 """Name of the loopback interface by platform."""
 
 
-class Work(Frozen):
+class StepInputs(Frozen):
     """A step with its inputs.
 
     Attributes:
@@ -58,12 +58,12 @@ class Work(Frozen):
 class SharedWork(Frozen):
     """The work of several ranks: one device per rank, and the folder of the first rank's result."""
 
-    work: Work
+    work: StepInputs
     devices: tuple[str, ...]
     folder: str
 
 
-class Outcome(Frozen):
+class RankOutcome(Frozen):
     """The result of the first rank, or why there is none.
 
     Attributes:
@@ -87,7 +87,7 @@ class StepResult:
     plan: Plan | None
 
 
-def run_step(work: Work, folder: Path) -> StepResult:
+def run_step(work: StepInputs, folder: Path) -> StepResult:
     """Run a step in this process and write the result's tensors to a folder.
 
     Raises:
@@ -102,7 +102,9 @@ def run_step(work: Work, folder: Path) -> StepResult:
     return StepResult(result.network, result.plan)
 
 
-def run_step_on_devices(work: Work, devices: list[str], folder: Path) -> StepResult | NotApplicable:
+def run_step_on_devices(
+    work: StepInputs, devices: list[str], folder: Path
+) -> StepResult | NotApplicable:
     """Run a step with one process per device and write the result's tensors to a folder.
 
     Returns:
@@ -123,7 +125,7 @@ def run_step_on_devices(work: Work, devices: list[str], folder: Path) -> StepRes
         )
     except BuildRefused as fault:
         raise StepRefused("device_processes_failed", problem=str(fault)) from fault
-    outcome = Outcome.model_validate(response)
+    outcome = RankOutcome.model_validate(response)
     if outcome.left_out is not None:
         return outcome.left_out
     if outcome.refused is not None or outcome.network is None:
@@ -181,11 +183,11 @@ def run_rank(rank: int, request: str, parent: str) -> None:
     folder = Path(shared.folder) if rank == 0 else Path(parent) / f"rank-{rank}"
     try:
         result = run_step(shared.work.model_copy(update={"bench": bench}), folder)
-        outcome = Outcome(network=result.network, plan=result.plan)
+        outcome = RankOutcome(network=result.network, plan=result.plan)
     except NothingToCompress as fault:
-        outcome = Outcome(left_out=not_applicable(fault))
+        outcome = RankOutcome(left_out=not_applicable(fault))
     except CompressionError as fault:  # every rank raises it, since all compute the same numbers
-        outcome = Outcome(refused=str(fault))
+        outcome = RankOutcome(refused=str(fault))
     if rank == 0:
         _outcome_file(Path(parent)).write_text(outcome.model_dump_json())
     # gloo aborts a process that waits for another one whose connections are closed.

@@ -38,7 +38,7 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class Fold:
+class FoldedRows:
     """The rows that a click shows.
 
     Attributes:
@@ -70,7 +70,7 @@ class PlanSection:
     keys: tuple[tuple[Role, str], ...]
     picture: Markup
     shown: tuple[PlanRow, ...]
-    fold: Fold | None
+    fold: FoldedRows | None
 
 
 def plan_section(report: Report) -> PlanSection:
@@ -84,7 +84,7 @@ def plan_section(report: Report) -> PlanSection:
     if folded:
         before = sum(line.bytes_before for line in folded)
         after = sum(line.bytes_after for line in folded)
-        fold = Fold(
+        fold = FoldedRows(
             title=many(len(folded), "smaller one"),
             note=f"{before:,} to {after:,} bytes",
             lines=tuple(_plan_row(line, max_bytes) for line in folded),

@@ -16,7 +16,7 @@ from tasks.report.measured import TONES, WORDS
 
 @dataclass(frozen=True)
 class Fact:
-    """The value of one row of a target's table; the row's name is stored with it in ``Target``.
+    """The value of one row of a target's table; the row's name is stored with it in ``TargetFacts``.
 
     Attributes:
         text: the value.
@@ -32,7 +32,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetFacts:
     """A target that was built, with its facts by name."""
 
     name: str
@@ -43,7 +43,7 @@ class Target:
 class TargetsSection:
     """The targets that were built, and the skipped ones with the reason."""
 
-    built: tuple[Target, ...]
+    built: tuple[TargetFacts, ...]
     skipped: tuple[tuple[str, str], ...]
 
 
@@ -55,7 +55,7 @@ def targets_section(report: Report) -> TargetsSection:
     )
 
 
-def _target_with_facts(target: TargetReport) -> Target:
+def _target_with_facts(target: TargetReport) -> TargetFacts:
     lowering, verdict = target.lowering, target.verdict
     packed_bytes = f"{lowering.served_packed_bytes:,}"
     facts = {
@@ -71,7 +71,7 @@ def _target_with_facts(target: TargetReport) -> Target:
             f"{name}, {graph.name}" if has_several_graphs else name: fact
             for name, fact in graph_facts.items()
         }
-    return Target(target.target, tuple(facts.items()))
+    return TargetFacts(target.target, tuple(facts.items()))
 
 
 def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) -> dict[str, Fact]:

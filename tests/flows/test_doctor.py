@@ -22,7 +22,7 @@ from drafts import environment, recpress
 from error_codes import raises_code
 from s3_server import S3Server
 
-from flows.cli.doctor import Finding, examine
+from flows.cli.doctor import DoctorFinding, examine
 from infra.errors import NoAnswer
 from infra.services.http_probe import MOST_BYTES, HttpRequest, get
 
@@ -98,7 +98,7 @@ def set_services(patch: pytest.MonkeyPatch, uri: str) -> None:
     patch.setenv("PREFECT_API_AUTH_STRING", f"admin:{SECRET}")
 
 
-def examine_services() -> tuple[Finding, Finding, Finding]:
+def examine_services() -> tuple[DoctorFinding, DoctorFinding, DoctorFinding]:
     """Return the findings about store, registry and Prefect; assert that none has the secret."""
     findings = {item.what: item for item in examine()}
     assert SECRET not in "".join(item.model_dump_json() for item in findings.values())

@@ -13,7 +13,7 @@ from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
 from compressors.core.units import private_copy
-from compressors.quantize.dense.weight_only import Reading
+from compressors.quantize.dense.weight_only import LayoutSettings
 
 # Largest root mean square error of a decoded table or layer, as a share of its root mean square.
 # Formats whose error an outlier row or a large bias can dominate have no limit.
@@ -53,7 +53,7 @@ class QuantizedInputLinear(nn.Module):
             scale = self.stored["input_scale"]
             return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
         if self.form in ("weight_int8", "weight_int4"):
-            reading = Reading.of(self.layer.settings)
+            reading = LayoutSettings.of(self.layer.settings)
             if reading.activations == "int8":
                 return _quantize_blocks(x, self._block(reading.block))
         return x

@@ -19,10 +19,10 @@ from infra.bundle.bundle_folder import read
 from tasks.bundles.loading import bench_of, split_of
 from tasks.bundles.packing import pack
 from tasks.orchestration.data_parallel import (
-    Outcome,
+    RankOutcome,
     SharedWork,
+    StepInputs,
     StepResult,
-    Work,
     run_rank,
     run_step,
     run_step_on_devices,
@@ -35,7 +35,7 @@ TRAINING = Training(epochs=2, batch=256, learning_rate=1e-3, warmup=0, tables=Tr
 
 
 @pytest.fixture
-def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
+def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> StepInputs:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
     bundle = pack(write_draft(home / "draft")).artifact
     manifest = read(local(bundle))
@@ -46,7 +46,7 @@ def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
         part: split_of(prepare.fn(bundle, part), ROWS[part]) for part in step.needs
     }
     bench = bench_of(manifest, splits, bundle, seed=3)
-    return Work(source=bundle, original=bundle, step=step, bench=bench)
+    return StepInputs(source=bundle, original=bundle, step=step, bench=bench)
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
 
 
 def test_training_on_two_processes_gives_the_weights_of_training_on_one(
-    work: Work, tmp_path: Path
+    work: StepInputs, tmp_path: Path
 ) -> None:
     before = tensors_in(local(work.source))
     one_folder, two_folder = tmp_path / "one" / "result", tmp_path / "two" / "result"
@@ -81,7 +81,9 @@ DIVERGING = FineTune(training=TRAINING.model_copy(update={"learning_rate": 1e30,
 
 
 @pytest.mark.nightly
-def test_divergence_in_two_processes_is_raised_with_its_message(work: Work, tmp_path: Path) -> None:
+def test_divergence_in_two_processes_is_raised_with_its_message(
+    work: StepInputs, tmp_path: Path
+) -> None:
     with raises_code(StepRefused, "device_processes_failed") as caught:
         run_step_on_devices(
             work.model_copy(update={"step": DIVERGING}), TWO_DEVICES, tmp_path / "result"
@@ -89,17 +91,19 @@ def test_divergence_in_two_processes_is_raised_with_its_message(work: Work, tmp_
     assert "Training diverged: the loss is" in caught.value.fields["problem"]
 
 
-def test_divergence_is_written_to_the_outcome_of_the_rank(work: Work, tmp_path: Path) -> None:
+def test_divergence_is_written_to_the_outcome_of_the_rank(work: StepInputs, tmp_path: Path) -> None:
     diverging = work.model_copy(update={"step": DIVERGING})
     shared = SharedWork(work=diverging, devices=("cpu",), folder=str(tmp_path / "result"))
     run_rank(0, shared.model_dump_json(), str(tmp_path))
-    outcome = Outcome.model_validate_json((tmp_path / "outcome.json").read_text())
+    outcome = RankOutcome.model_validate_json((tmp_path / "outcome.json").read_text())
     assert outcome.network is None
     assert outcome.refused is not None
     assert "Training diverged: the loss is" in outcome.refused
 
 
-def test_missing_device_is_refused_before_a_process_starts(work: Work, tmp_path: Path) -> None:
+def test_missing_device_is_refused_before_a_process_starts(
+    work: StepInputs, tmp_path: Path
+) -> None:
     if torch.cuda.device_count() > 1:
         pytest.skip("this machine has two GPUs")
     with raises_code(StepRefused, "device_missing", device="cuda:1"):

@@ -17,7 +17,7 @@ from compressors.core.modules.composed import Design
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.placeholders import placeholder
 from compressors.core.steps.decisions import (
-    Applied,
+    AppliedStep,
     Decision,
     StepPlan,
     choose_tables,
@@ -123,7 +123,7 @@ def recompose(
     model: Model,
     designs: Designs,
     fit: Callable[[str, Tensor, Design], FittedParts],
-) -> Applied:
+) -> AppliedStep:
     """Replace tables by fitted compositions.
 
     Args:
@@ -143,7 +143,7 @@ def recompose(
         composed = designs[unit.name].table(rows, dim, stored, parts)
         swap(model.module, unit.name, pack_table(unit.module, composed))
         outcomes[unit.name] = Decision("taken", fitted.reasons)
-    return Applied(model, outcomes)
+    return AppliedStep(model, outcomes)
 
 
 def dry_run_composed(model: Model, designs: Designs) -> Model:

@@ -72,7 +72,7 @@ class StepPlan(Generic[Payload]):
         return selected_units(Unit.of(module), self.decisions)
 
 
-class Applied(NamedTuple):
+class AppliedStep(NamedTuple):
     """The result of a step.
 
     Attributes:

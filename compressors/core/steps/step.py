@@ -19,7 +19,7 @@ from torch import Tensor
 from compressors.contracts import Bench, Frozen, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import TableFormat
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 
 Effect = Literal["format", "values", "parts", "output"]
 """How a step changes a selected unit.
@@ -116,7 +116,7 @@ class Step(Method, Protocol):
         The model may consist of placeholders, and the bench may have no files: a dry run plans too.
         """
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Any]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Any]) -> AppliedStep:
         """Compress the model as planned.
 
         The model has a private copy of the module tree, whose tensors are shared with the caller's

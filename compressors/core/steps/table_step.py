@@ -8,7 +8,7 @@ from compressors.core.model import Model
 from compressors.core.placeholders import dry_run_packed
 from compressors.core.state.tensor_files import file_of
 from compressors.core.steps.decisions import (
-    Applied,
+    AppliedStep,
     Decision,
     StepPlan,
     choose_tables,
@@ -75,13 +75,13 @@ class EncodeTables:
                 decisions[unit.name] = Decision("skipped", (why,))
         return StepPlan(decisions, formats)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Formats]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Formats]) -> AppliedStep:
         """Encode the selected tables, one after another."""
         for unit in plan.units(model.module):
             file = file_of(unit.weight, model.files)
             packed = encode_table(plan.payload[unit.name], unit.weight, file)
             swap(model.module, unit.name, pack_table(unit.module, packed))
-        return Applied(model)
+        return AppliedStep(model)
 
     def dry_run(self, model: Model, plan: StepPlan[Formats]) -> Model:
         """Replace the selected tables by placeholders in the formats that ``apply`` would use."""

@@ -9,7 +9,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.batches import JoinedRows, Rows
 from compressors.core.model import Model
 from compressors.core.modules.formats import Bag, PackedTable
-from compressors.core.steps.decisions import Applied, Decision
+from compressors.core.steps.decisions import AppliedStep, Decision
 from compressors.core.units import Unit, innermost
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
@@ -109,7 +109,7 @@ def train_model(
     auxiliary: nn.Module | None = None,
     after_step: Callable[[float], None] | None = None,
     last: bool = False,
-) -> Applied:
+) -> AppliedStep:
     """Train the model on the rows of a bench and return it in the state of its best epoch.
 
     The outcome of every unit that training may have changed is the result of the training. ``rows``
@@ -146,7 +146,7 @@ def train_model(
     outcome = outcome_of(epochs, bench.signature.single_output.metric, settings, last=last)
     # "deferred": the runner compares the tensors, because training may change none of a unit.
     decision = Decision("deferred", outcome)
-    return Applied(model, {name: decision for name in trained if name is not None})
+    return AppliedStep(model, {name: decision for name in trained if name is not None})
 
 
 def outcome_of(

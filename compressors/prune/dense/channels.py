@@ -26,7 +26,7 @@ from compressors.contracts import Bench, Part, Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, private_copy
 from compressors.distill.soft_labels import mixed_loss
@@ -45,7 +45,7 @@ from compressors.prune.dense.kept_shares import Counts
 from compressors.prune.dense.reconstruct import reconstruct
 from compressors.prune.structure.channel_consumers import Readers
 from compressors.prune.structure.config_widths import Width
-from compressors.prune.structure.narrowing import Cut, remaining_readers, without_channels
+from compressors.prune.structure.narrowing import WidthCut, remaining_readers, without_channels
 from compressors.prune.structure.prunable_widths import PrunableWidths, prunable_widths
 
 CUTS = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
@@ -182,7 +182,7 @@ class Channels(StepSettings):
                     decisions[name] = _take(decisions.get(name, decision), after_round)
         return StepPlan(decisions, checked)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[CheckedWidths]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[CheckedWidths]) -> AppliedStep:
         """Prune every selected width and check that only the pruned channels are missing.
 
         Raises:
@@ -228,7 +228,7 @@ class Channels(StepSettings):
             if number < self.rounds:
                 readers = tuple(remaining_readers(item, model, signature, kept) for item in readers)
         if self.scope == "layer":
-            return Applied(model, _deferred(training_reasons))
+            return AppliedStep(model, _deferred(training_reasons))
         work = sum(kept_shares.multiply_adds(model.module, signature).values())
         work_left = Reason("multiply_adds_left", share=work / initial_work)
         narrowed = {
@@ -240,7 +240,7 @@ class Channels(StepSettings):
             for width in prunable.widths
             for maker in width.makers
         }
-        return Applied(model, _deferred({**training_reasons, **narrowed}))
+        return AppliedStep(model, _deferred({**training_reasons, **narrowed}))
 
     def dry_run(self, model: Model, plan: StepPlan[CheckedWidths]) -> Model:
         """Prune the last channels of every width: as many as ``apply`` would prune.
@@ -367,7 +367,7 @@ class Channels(StepSettings):
         Raises:
             StepRefused: the narrower network fails, or code other than layers reads the channels.
         """
-        cuts = [Cut(item.width, item, counts[item.width.path]) for item in readers]
+        cuts = [WidthCut(item.width, item, counts[item.width.path]) for item in readers]
         try:
             narrower, gap = without_channels(model, signature, cuts, kept)
         except Exception as fault:  # any exception of the class means: these widths are fixed
@@ -389,7 +389,7 @@ class Channels(StepSettings):
         share = self.flops or self.keep
         return prunable_widths(model, signature, decisions, share, self.multiple, searched=searched)
 
-    def _train(self, model: Model, bench: Bench, training: Training, number: int) -> Applied:
+    def _train(self, model: Model, bench: Bench, training: Training, number: int) -> AppliedStep:
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
         if bench.checkpoints is not None:  # one checkpoint folder per round
             folder = f"{bench.checkpoints}/round-{number}"

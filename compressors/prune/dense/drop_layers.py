@@ -23,7 +23,7 @@ from pydantic import Field
 from compressors.contracts import Bench, Part, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
 from compressors.errors.compression import NothingToCompress
@@ -89,7 +89,7 @@ class DropLayers(StepSettings):
         stacks, decisions = self._removable_stacks(model, bench.signature)
         return StepPlan(decisions, RemovableStacks(bench.signature, tuple(stacks)))
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[RemovableStacks]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[RemovableStacks]) -> AppliedStep:
         """Remove up to ``count`` members of each stack, one at a time.
 
         Raises:
@@ -138,7 +138,7 @@ class DropLayers(StepSettings):
                     else Reason("layer_removed", layer=layer)
                 )
             outcomes |= _outcomes(names, original_stack, remaining, changes)
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[RemovableStacks]) -> Model:
         """Remove the last removable members of every stack: as many as ``apply`` may remove."""

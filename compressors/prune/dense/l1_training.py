@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from compressors.contracts import Bench, Part, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
 from compressors.distill.soft_labels import mixed_loss
@@ -154,7 +154,7 @@ class L1Training(StepSettings):
                 decisions[name] = replace(decisions[name], reasons=reasons)
         return StepPlan(decisions, penalized)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Penalized]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Penalized]) -> AppliedStep:
         """Train with the penalty and return the network of the last epoch.
 
         Raises:
@@ -178,7 +178,7 @@ class L1Training(StepSettings):
         for name in names:
             zeros = _zero_reasons(trained.model.module, name, groups)
             outcomes[name] = Decision("deferred", (*zeros, *outcomes[name].reasons))
-        return Applied(trained.model, outcomes)
+        return AppliedStep(trained.model, outcomes)
 
     def _penalized_layers(self, model: Model) -> dict[str, Decision]:
         """Select the penalized dense layers; give a reason for each other layer."""

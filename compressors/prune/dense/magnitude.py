@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressors.contracts import Bench
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.steps.decisions import Applied, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, own_weight
 
@@ -71,7 +71,7 @@ class Magnitude(StepSettings):
         )
         return StepPlan({name: decision.because(reason) for name, decision in chosen.items()}, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Set the smallest weights of every selected layer to zero."""
         units = plan.units(model.module)
         groups = [units] if self.scope == "global" else [[unit] for unit in units]
@@ -81,4 +81,4 @@ class Magnitude(StepSettings):
                 layer = unit.module
                 if isinstance(layer, nn.Linear):
                     own_weight(layer, "weight", weight)
-        return Applied(model)
+        return AppliedStep(model)

@@ -28,7 +28,7 @@ from compressors.contracts import Bench, Part, Plan
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, own_weight
 from compressors.errors.steps import RowsMissing
@@ -175,7 +175,7 @@ class Sparse24(StepSettings):
                 chosen[name] = Decision("taken", (Reason("two_of_four", step=self.kind),))
         return StepPlan(chosen, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Set two of every four weights of the selected layers to zero and refit the others.
 
         Raises:
@@ -201,7 +201,7 @@ class Sparse24(StepSettings):
                     outcomes[unit.name] = Decision("taken", (error,))
             if isinstance(layer, nn.Linear):
                 own_weight(layer, "weight", new_weight)
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
     def _input_grams(self, model: Model, units: list[Unit], bench: Bench) -> dict[str, Tensor]:
         """The gram matrix of each layer's inputs on calibration rows, float64 ``(in, in)``."""

@@ -43,7 +43,7 @@ hundred terms in another order differs by a few times the change from rounding e
 
 
 @dataclass(frozen=True)
-class Cut:
+class WidthCut:
     """A width that is reduced to ``count`` units, with the consumers of its channels."""
 
     width: Width
@@ -51,7 +51,7 @@ class Cut:
     count: int
 
 
-def require_narrowable(model: Model, signature: Signature, cut: Cut) -> None:
+def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> None:
     """Check with randomly selected channels that one width can be reduced.
 
     Raises:
@@ -78,7 +78,7 @@ def require_narrowable(model: Model, signature: Signature, cut: Cut) -> None:
 
 
 def without_channels(
-    model: Model, signature: Signature, cuts: Sequence[Cut], kept: Mapping[str, Tensor]
+    model: Model, signature: Signature, cuts: Sequence[WidthCut], kept: Mapping[str, Tensor]
 ) -> tuple[Model, str | None]:
     """Build the network with fewer channels; compare it with the old one without these channels.
 

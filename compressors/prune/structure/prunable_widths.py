@@ -15,7 +15,7 @@ from compressors.errors.widths import NotAWidth
 from compressors.prune.dense.kept_shares import kept_width, multiple_of
 from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
 from compressors.prune.structure.config_widths import Width, find_widths
-from compressors.prune.structure.narrowing import Cut, require_narrowable
+from compressors.prune.structure.narrowing import WidthCut, require_narrowable
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _checked_readers(model: Model, signature: Signature, width: Width, count: in
     for units in layouts(width):
         try:
             readers = readers_of(width, traces, units)
-            require_narrowable(model, signature, Cut(width, readers, count))
+            require_narrowable(model, signature, WidthCut(width, readers, count))
         except NotAWidth as fault:
             faults.append(fault)
         else:

@@ -27,7 +27,7 @@ from compressors.core.steps.composition_steps import (
     recompose,
     share_or_number,
 )
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows
 from compressors.prune.tables.kept_rows import lookup_share, select_highest
 from compressors.prune.tables.row_map import COMPOSITION, byte_planes
@@ -94,7 +94,7 @@ class ClusterRows(ComposingStep):
         """Select the tables to cluster; give a reason for each other table."""
         return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
         """Replace every selected table by its hot rows, its clusters and a map.
 
         Raises:

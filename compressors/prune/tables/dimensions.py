@@ -32,7 +32,7 @@ from compressors.core.steps.composition_steps import (
     row_weights,
     share_or_number,
 )
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.core.units import Unit, own_weight, private_copy
 from compressors.errors.compression import NothingToCompress
@@ -112,7 +112,7 @@ class Dimensions(ComposingStep):
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, design)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
         """Replace every selected table by its kept dimensions.
 
         Raises:

@@ -24,7 +24,7 @@ from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable, Composition, Parts, PartSpec
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.steps.composition_steps import UNSEEN
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables, defer
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_tables, defer
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.steps.unit_settings import MinRows
 from compressors.core.units import Unit, pack_table, swap
@@ -144,7 +144,7 @@ class DropTables(StepSettings):
 
         return StepPlan(defer(units, decisions, condition, one_row), None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Drop tables in ascending order of importance if the loss is within ``most_loss``.
 
         Raises:
@@ -173,7 +173,7 @@ class DropTables(StepSettings):
             else:
                 kept = Reason("table_kept", metric=metric, change=change)
                 outcomes[name] = Decision("skipped", (kept,))
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
 
 def _mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:

@@ -22,7 +22,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
 from compressors.core.steps.composition_steps import UNSEEN
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables, defer
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_tables, defer
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.steps.unit_settings import MinRows
 from compressors.core.units import Unit, pack_table, swap
@@ -133,7 +133,7 @@ class MergeRows(StepSettings):
 
         return StepPlan(defer(units, decisions, reason, one_row), None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Merge rows in every table in which this saves more bytes than the map takes.
 
         Raises:
@@ -154,4 +154,4 @@ class MergeRows(StepSettings):
             stored = {"planes": byte_planes(place, len(unique))}
             table = design.table(rows, dim, stored, {"unique": unique})
             swap(model.module, unit.name, pack_table(unit.module, table))
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)

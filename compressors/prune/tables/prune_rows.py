@@ -38,7 +38,7 @@ from compressors.core.steps.composition_steps import (
     dry_run_composed,
     recompose,
 )
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_tables, defer
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_tables, defer
 from compressors.core.steps.unit_settings import MinRows
 from compressors.core.units import Unit
 from compressors.prune.tables import row_map
@@ -147,7 +147,7 @@ class PruneRows(ComposingStep):
 
         return StepPlan(defer(units, decisions, reason, one_row), {})
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
         """Replace every selected table by its kept rows and a map.
 
         Raises:
@@ -178,7 +178,7 @@ class PruneRows(ComposingStep):
             return self._parts(table, kept, counts[name])._replace(reasons=reasons)
 
         pruned = recompose(model, designs, fit)
-        return Applied(pruned.model, {**skipped, **pruned.outcomes})
+        return AppliedStep(pruned.model, {**skipped, **pruned.outcomes})
 
     def _parts(self, weight: Tensor, kept: Tensor, count: Tensor) -> FittedParts:
         """The map and the kept rows.

@@ -28,7 +28,7 @@ from compressors.core.steps.composition_steps import (
     choose_composed,
     recompose,
 )
-from compressors.core.steps.decisions import Applied, StepPlan
+from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows
 from compressors.prune.tables.kept_rows import BLOCK, kept_order, lookup_share, select_highest
 from compressors.quantize.calibration.lookup_counts import lookup_counts
@@ -107,7 +107,7 @@ class Tiers(ComposingStep):
             model, self.tables, max(self.min_rows, 2), self.kind, self.design, smaller=False
         )
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
         """Split every selected table by its lookup counts.
 
         Raises:

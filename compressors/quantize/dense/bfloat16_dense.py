@@ -16,7 +16,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
@@ -39,7 +39,7 @@ class BFloat16Dense(StepSettings):
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected layer whose weights do not round to infinity."""
         outcomes: dict[str, Decision] = {}
         for unit in plan.units(model.module):
@@ -60,7 +60,7 @@ class BFloat16Dense(StepSettings):
             outputs, inputs = weight.shape
             packed = PackedLinear(FORMAT, inputs, outputs, bias=bias is not None, stored=stored)
             swap(model.module, unit.name, packed)
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by placeholders in the format."""

@@ -29,7 +29,7 @@ Pack = Callable[[nn.Linear, Tensor], PackedLinear]
 """Builds the replacement of a layer from the layer and its largest input, float32 scalar."""
 
 
-class Calibrated(NamedTuple):
+class CalibratedLayer(NamedTuple):
     """A calibrated layer, the calibrator of its input range, and its output error.
 
     ``error`` is the root mean square of the output's error on the calibration rows, as a share of
@@ -74,7 +74,7 @@ def calibrate_layers(
     batch: int,
     measured: bool,
     lenient: bool,
-) -> dict[str, Calibrated]:
+) -> dict[str, CalibratedLayer]:
     """Calibrate the selected layers and return their replacements by layer name.
 
     Args:
@@ -114,7 +114,8 @@ def calibrate_layers(
     }
     if not measured and len(calibrators) == 1:
         return {
-            name: Calibrated(packed, calibrators[0], None) for name, (packed,) in candidates.items()
+            name: CalibratedLayer(packed, calibrators[0], None)
+            for name, (packed,) in candidates.items()
         }
     errors = {name: [0.0] * len(calibrators) for name in linears}
     outputs = dict.fromkeys(linears, 0.0)
@@ -140,11 +141,11 @@ def squared_error(layer: nn.Linear, packed: nn.Module, x: Tensor) -> tuple[float
 
 def _best(
     candidates: list[PackedLinear], calibrators: tuple[str, ...], errors: list[float], output: float
-) -> Calibrated:
+) -> CalibratedLayer:
     """Return the candidate with the smallest error, a sum of squares, like ``output``."""
     place = min(range(len(candidates)), key=errors.__getitem__)
     error = (errors[place] / output) ** 0.5 if output else 0.0
-    return Calibrated(candidates[place], calibrators[place], error)
+    return CalibratedLayer(candidates[place], calibrators[place], error)
 
 
 def _require_scale(unit: Unit, histogram: Histogram) -> nn.Linear:

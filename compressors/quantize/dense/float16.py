@@ -26,7 +26,7 @@ from compressors.core.modules.formats import (
 )
 from compressors.core.placeholders import dry_run_packed
 from compressors.core.steps.decisions import (
-    Applied,
+    AppliedStep,
     Decision,
     StepPlan,
     choose_dense,
@@ -112,7 +112,7 @@ class Float16(StepSettings):
         }
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected table and layer that float16 can represent."""
         module, selected = model.module, plan.units(model.module)
         dense = [unit for unit in selected if unit.role == "dense"]
@@ -127,7 +127,7 @@ class Float16(StepSettings):
                 outcomes[unit.name] = Decision("skipped", (reason,))
             else:
                 swap(module, unit.name, _packed(unit))
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected table and layer by placeholders in the format."""

@@ -27,7 +27,7 @@ from compressors.contracts import Bench, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
@@ -181,7 +181,7 @@ class Float8Dense(StepSettings):
         decisions = choose_dense(units, self.layers, self.kind, FORMAT, self.settings())
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Calibrate on ``bench.calibration`` and replace every selected layer.
 
         Raises:
@@ -230,7 +230,7 @@ class Float8Dense(StepSettings):
                 stored=tensors,
             )
             swap(model.module, unit.name, packed)
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by placeholders in the format, without calibration."""

@@ -29,7 +29,7 @@ from compressors.core.batches import Batch
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, innermost, swap
@@ -188,7 +188,7 @@ class QAT(StepSettings):
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Train the selected layers and modules that are not units, such as norms.
 
         The layers of the best epoch are stored.
@@ -242,7 +242,7 @@ class QAT(StepSettings):
             start = initial[name].reasons()
             first = (Reason("training_start", start=start),) if start else ()
             outcomes[name] = Decision("taken", (*first, *outcome))
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by placeholders in the format, without training."""

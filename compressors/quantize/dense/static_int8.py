@@ -25,7 +25,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import LinearFormat, PackedLinear, TensorSpec
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
@@ -304,7 +304,7 @@ class StaticInt8(StepSettings):
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Calibrate on ``bench.calibration``; replace selected layers within ``most_error``.
 
         Raises:
@@ -335,7 +335,7 @@ class StaticInt8(StepSettings):
                 outcomes[name] = Decision("skipped", (*layer.reasons(), above))
             else:
                 swap(model.module, name, layer.packed)
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
     def _pack(self, layer: nn.Linear, end: Tensor) -> PackedLinear:
         weight_scale = clipped_scale(layer.weight.detach()) if self.weights == "mse" else None

@@ -21,7 +21,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, Decision, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
@@ -84,7 +84,7 @@ class WeightInt4(StepSettings):
         decisions = choose_dense(units, self.layers, self.kind, FORMAT, self.settings())
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Round the weights of every selected layer.
 
         Raises:
@@ -116,7 +116,7 @@ class WeightInt4(StepSettings):
                 stored=weight_only.pack_tensors(steps, scale, bias, self.block, BITS),
             )
             swap(model.module, unit.name, packed)
-        return Applied(model, outcomes)
+        return AppliedStep(model, outcomes)
 
     def _grams(self, model: Model, layers: list[Unit], bench: Bench) -> dict[str, Tensor]:
         if bench.calibration is None:

@@ -21,7 +21,7 @@ from compressors.contracts import Bench, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, StepPlan, choose_dense
+from compressors.core.steps.decisions import AppliedStep, StepPlan, choose_dense
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
@@ -68,7 +68,7 @@ class WeightInt8(StepSettings):
         decisions = choose_dense(units, self.layers, self.kind, FORMAT, self.settings())
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Round the weights of every selected layer.
 
         Raises:
@@ -89,7 +89,7 @@ class WeightInt8(StepSettings):
                 stored=weight_only.pack_tensors(steps, scale, bias, self.block, BITS),
             )
             swap(model.module, unit.name, packed)
-        return Applied(model)
+        return AppliedStep(model)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by placeholders in the format."""

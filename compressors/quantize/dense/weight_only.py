@@ -195,7 +195,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 weight_only_linear.register_autograd(_backward, setup_context=_keep)
 
 
-class Reading(NamedTuple):
+class LayoutSettings(NamedTuple):
     """The settings of a step or a layer's record that determine layout and computation."""
 
     block: int
@@ -203,10 +203,10 @@ class Reading(NamedTuple):
     activations: str
 
     @staticmethod
-    def of(settings: Mapping[str, Any]) -> "Reading":
+    def of(settings: Mapping[str, Any]) -> "LayoutSettings":
         """Read them from the ``settings`` of a step or a record."""
         dtype = getattr(torch, settings["scale"])
-        return Reading(settings["block"], dtype, settings["activations"])
+        return LayoutSettings(settings["block"], dtype, settings["activations"])
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class WeightOnlyFormat:
     def layout(
         self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
     ) -> dict[str, TensorSpec]:
-        block, dtype, _ = Reading.of(settings)
+        block, dtype, _ = LayoutSettings.of(settings)
         length = padded_length(inputs, block)
         specs = {
             "codes": TensorSpec((outputs, length * self.bits // 8), torch.uint8),
@@ -229,7 +229,7 @@ class WeightOnlyFormat:
         return {**specs, "bias": TensorSpec((outputs,), torch.float32)} if bias else specs
 
     def apply(self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]) -> Tensor:
-        block, _, activations = Reading.of(settings)
+        block, _, activations = LayoutSettings.of(settings)
         y: Tensor = torch.ops.recpress.weight_only_linear(
             x, stored["codes"], stored["scale"], stored.get("bias"), self.bits, block, activations
         )
@@ -242,7 +242,7 @@ class WeightOnlyFormat:
         settings: Mapping[str, Any],
     ) -> Tensor:
         """Return the inputs that are multiplied, rounded if int8: float32 ``(*, in)``."""
-        block, _, activations = Reading.of(settings)
+        block, _, activations = LayoutSettings.of(settings)
         return round_inputs(x, block_length(x.shape[-1], block)) if activations == "int8" else x
 
 

@@ -30,7 +30,7 @@ from compressors.contracts import Bench, Part
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedTable, TableFormat
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.steps.decisions import Applied, StepPlan, choose_tables
+from compressors.core.steps.decisions import AppliedStep, StepPlan, choose_tables
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.core.units import Unit, pack_table, swap
@@ -242,7 +242,7 @@ class AdditiveCodes(StepSettings):
         )
         return StepPlan(decisions, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected table.
 
         Raises:
@@ -273,7 +273,7 @@ class AdditiveCodes(StepSettings):
                     best = metric, table
             if best is not None:
                 swap(model.module, unit.name, best[1])
-        return Applied(model)
+        return AppliedStep(model)
 
     def _validation_metric(self, model: Model, bench: Bench, name: str, table: nn.Module) -> float:
         """Return the validation metric with one fit of a table; 0 if there is only one fit."""

@@ -13,7 +13,7 @@ from compressors.contracts import Architecture, Bench, Network
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.runner import run
-from compressors.core.steps.decisions import Applied, Decision, StepPlan
+from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan
 from compressors.core.units import Unit
 from compressors.errors.compression import ContractBroken, ModelRefused
 from compressors.errors.steps import StepRefused
@@ -49,9 +49,9 @@ class ChangingStep(StepAttributes):
             return StepPlan({unit.name: taken for unit in Unit.of(model.module)}, None)
         return Float16().plan(model, bench)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         self.change(model.module)
-        return Applied(model)
+        return AppliedStep(model)
 
 
 def apply_float16(module: nn.Module, **settings: Any) -> None:
@@ -206,10 +206,10 @@ class PartialFloat16Step(StepAttributes):
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         return Float16().plan(model, bench)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         step = Float16(layers=("cross", "hidden", "capped", "plain"))
         changed = step.apply(model, bench, step.plan(model, bench))
-        return Applied(changed.model, self.outcomes)
+        return AppliedStep(changed.model, self.outcomes)
 
 
 def test_a_planned_layer_may_keep_its_format_only_if_the_step_gives_a_reason(tmp_path):
@@ -252,9 +252,9 @@ class DeferringStep(StepAttributes):
         reasons = (Reason("selected", step=self.kind),)
         return StepPlan({"out": Decision("deferred", reasons, self.bytes)}, None)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> Applied:
+    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         if not self.applies_float16:
-            return Applied(model)
+            return AppliedStep(model)
         step = Float16(tables=("!*",), layers=("out",))
         return step.apply(model, bench, step.plan(model, bench))
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from compressors.core.modules.formats import PackedLinear
 from compressors.lower.float8_tensors import float8_codes
 from compressors.quantize.dense.float8_dense import Float8DenseFormat
-from compressors.quantize.dense.weight_only import Reading, WeightOnlyFormat, block_length
+from compressors.quantize.dense.weight_only import LayoutSettings, WeightOnlyFormat, block_length
 
 
 def convert_type(layer: PackedLinear, name: str, values: np.ndarray) -> ir.TensorProtocol | None:
@@ -26,7 +26,9 @@ def convert_type(layer: PackedLinear, name: str, values: np.ndarray) -> ir.Tenso
         return float8_codes(name, values)
     if not isinstance(form, WeightOnlyFormat) or name != "codes" or not stays_packed(layer):
         return None
-    width = block_length(layer.in_features, Reading.of(layer.settings).block) * form.bits // 8
+    width = (
+        block_length(layer.in_features, LayoutSettings.of(layer.settings).block) * form.bits // 8
+    )
     return ir.Tensor(values.reshape(len(values), -1, width))
 
 
@@ -35,7 +37,7 @@ def stays_packed(layer: PackedLinear) -> bool:
     form = layer.storage
     if not isinstance(form, WeightOnlyFormat):
         return False
-    return multiplies_codes(form.bits, Reading.of(layer.settings).activations)
+    return multiplies_codes(form.bits, LayoutSettings.of(layer.settings).activations)
 
 
 def multiplies_codes(bits: int, activations: str) -> bool:

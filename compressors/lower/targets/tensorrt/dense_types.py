@@ -10,7 +10,7 @@ import onnx_ir as ir
 from compressors.core.modules.formats import PackedLinear
 from compressors.lower.float8_tensors import float8_codes
 from compressors.quantize.dense.float8_dense import Float8DenseFormat
-from compressors.quantize.dense.weight_only import Reading, WeightOnlyFormat
+from compressors.quantize.dense.weight_only import LayoutSettings, WeightOnlyFormat
 
 
 def convert_type(layer: PackedLinear, name: str, values: np.ndarray) -> ir.TensorProtocol | None:
@@ -26,7 +26,7 @@ def convert_type(layer: PackedLinear, name: str, values: np.ndarray) -> ir.Tenso
         return float8_codes(name, values)
     if not isinstance(form, WeightOnlyFormat):
         return None
-    block = Reading.of(layer.settings).block
+    block = LayoutSettings.of(layer.settings).block
     if name == "scale" and not block:  # one per channel: a vector
         return ir.Tensor(values.reshape(-1))
     if name != "codes":
