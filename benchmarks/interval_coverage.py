@@ -23,7 +23,7 @@ from compressors.metrics.intervals import estimate_pair
 
 METRICS = ("auc", "logloss", "normalized_entropy")
 USERS = (30, 100, 500)
-MOST_ROWS = 200
+MAX_ROWS = 200
 TRUTH_BATCHES, TRUTH_ROWS = 4, 1_000_000
 
 Floats = NDArray[np.float64]
@@ -60,7 +60,7 @@ def simulate(random: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
 
 def heavy_tailed_sizes(random: np.random.Generator, users: int) -> NDArray[np.intp]:
     """Draw the number of rows of each user: 1 to 200, with probability proportional to 1 / rows."""
-    rows = np.arange(1, MOST_ROWS + 1)
+    rows = np.arange(1, MAX_ROWS + 1)
     return random.choice(rows, size=users, p=(1 / rows) / (1 / rows).sum())
 
 

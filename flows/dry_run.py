@@ -1,7 +1,8 @@
 """Dry run of a recipe: predict its steps and bytes from the shapes of a bundle, without data.
 
 A dry run cannot know which pruning steps the quality budget will accept, nor how many rows will be
-pruned, which depends on the training data. ``bounds`` therefore returns the fewest and most bytes.
+pruned, which depends on the training data. ``weight_byte_bounds`` therefore returns the fewest and
+most bytes.
 """
 
 from typing import Literal, NamedTuple
@@ -81,7 +82,7 @@ def dry_run_recipe(
     return RecipeDryRun(*select_steps(order, bundle, model, dry_run_step, check))
 
 
-def bounds(
+def weight_byte_bounds(
     order: Order,
     bundle: BundleRef,
     signature: Signature,
@@ -107,7 +108,7 @@ def bounds(
 def min_weight_bytes(order: Order, bundle: BundleRef) -> int:
     """Load a bundle and return the fewest bytes of weights that a recipe can result in."""
     loaded = load_bundle(bundle.artifact)
-    return bounds(order, bundle, loaded.manifest.signature, loaded.model, ())[0]
+    return weight_byte_bounds(order, bundle, loaded.manifest.signature, loaded.model, ())[0]
 
 
 def _row_counts(parts: tuple[Part, ...], bundle: BundleRef) -> dict[str, Split]:

@@ -12,7 +12,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import stored_bytes
 from compressors.distill.training.trainable import trainable_tensors
-from flows.dry_run import bounds, dry_run_recipe
+from flows.dry_run import dry_run_recipe, weight_byte_bounds
 from flows.order import Order
 from flows.resolve import find_completed_result, resolve_teachers
 from flows.step_selection import (
@@ -108,7 +108,7 @@ def explain(terms: Terms) -> Explanation:
         rows=bundle.rows,
         limits=tuple(map(str, order.limits)),
         budget=order.quality_budget() if can_be_judged(order, bundle) else None,
-        bytes_between=bounds(order, bundle, signature, loaded.model, teacher_artifacts),
+        bytes_between=weight_byte_bounds(order, bundle, signature, loaded.model, teacher_artifacts),
         teachers=tuple(teacher.name for teacher in teachers),
         earlier=None if earlier is None else earlier.version,
         steps=(ExplainedStep(step=AS_TRAINED, bytes=original_bytes), *steps),

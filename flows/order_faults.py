@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Location = tuple[int | str, ...]
 """Field names, list indices and tags of step kinds, from the order down to one value."""
 
-MOST_SENTENCES = 20
+MAX_SENTENCES = 20
 
 
 def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) -> list[str]:
@@ -23,7 +23,7 @@ def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) 
         model: the validated class; used to suggest names of its fields.
 
     Returns:
-        At most ``MOST_SENTENCES`` sentences of bounded length, then the number of further errors.
+        At most ``MAX_SENTENCES`` sentences of bounded length, then the number of further errors.
     """
     errors = fault.errors()
     locations = [error["loc"] for error in errors]
@@ -36,7 +36,7 @@ def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) 
     ]
     lines = [
         bounded(f"{'.'.join(map(str, error['loc'])) or fault.title}: {_sentence(error, model)}")
-        for error in errors[:MOST_SENTENCES]
+        for error in errors[:MAX_SENTENCES]
     ]
     more = len(errors) - len(lines)
     return lines if not more else [*lines, f"and {more} more faults"]

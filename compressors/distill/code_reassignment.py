@@ -166,7 +166,7 @@ def nearest_codebook_codes(
     books = codebook.reshape(codes.shape[1], -1, codebook.shape[1])
     if isinstance(form, ProductCodesFormat):
         begin = 0
-        for index, width in enumerate(product_codes.widths(target.shape[1], codes.shape[1])):
+        for index, width in enumerate(product_codes.part_widths(target.shape[1], codes.shape[1])):
             part = slice(begin, begin + width)
             entries = books[index, :, :width]
             new[:, index] = nearest_under(target[:, part], metric[:, part], entries)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from compressors.contracts import Signature
 from compressors.core.batches import Batch
 from compressors.task_kinds.loss import soft_loss
-from compressors.task_kinds.outputs import log_shares, logits, segments, sums
+from compressors.task_kinds.outputs import list_indices, log_shares, logits, sum_by_list
 
 SoftLoss = Literal["task", "pointwise", "margin", "listwise", "rankdistil", "calibrated_listwise"]
 OF_LISTS = ("margin", "listwise", "rankdistil", "calibrated_listwise")
@@ -61,7 +61,7 @@ def loss_of_teacher(
     if compares_logits:
         score, teacher = logits(declared, score), logits(declared, teacher)
     score, teacher = score / temperature, teacher / temperature
-    segment, lists = segments(batch, len(score))
+    segment, lists = list_indices(batch, len(score))
     match name:
         case "pointwise":
             loss = pointwise(score, teacher) if compares_logits else F.mse_loss(score, teacher)
@@ -94,10 +94,10 @@ def margin(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Tenso
     Source: Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666 (Margin-MSE). Differs: all
     pairs of a list instead of a relevant and another passage.
     """
-    count = sums(torch.ones_like(score), segment, lists)
+    count = sum_by_list(torch.ones_like(score), segment, lists)
     gap = score - teacher
-    mean = sums(gap, segment, lists) / count.clamp(min=1)
-    spread = sums((gap - mean[segment]).square(), segment, lists)
+    mean = sum_by_list(gap, segment, lists) / count.clamp(min=1)
+    spread = sum_by_list((gap - mean[segment]).square(), segment, lists)
     paired = count > 1
     each = 2 * spread / (count - 1).clamp(min=1)
     return (each * paired).sum() / paired.sum().clamp(min=1)
@@ -128,7 +128,7 @@ def rankdistil(score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top:
     top_segment = segment[is_top]
     target = log_shares(teacher[is_top], top_segment, lists).exp()
     order = -(target * log_shares(score[is_top], top_segment, lists)).sum() / lists
-    count = sums(torch.ones_like(score), segment, lists)
+    count = sum_by_list(torch.ones_like(score), segment, lists)
     last = place == (count.clamp(max=top) - 1)[segment]  # one row of each list
     list_of_last = segment[last]
     edge, teacher_edge = score.new_zeros(lists), teacher.new_zeros(lists)
@@ -136,8 +136,8 @@ def rankdistil(score: Tensor, teacher: Tensor, segment: Tensor, lists: int, top:
     teacher_edge = teacher_edge.index_add(0, list_of_last, teacher[last])
     above = (score - edge[segment]) - (teacher - teacher_edge[segment])
     rest = (~is_top).to(score.dtype)
-    each = sums(F.relu(above).square() * rest, segment, lists)
-    return order + (each / sums(rest, segment, lists).clamp(min=1)).sum() / lists
+    each = sum_by_list(F.relu(above).square() * rest, segment, lists)
+    return order + (each / sum_by_list(rest, segment, lists).clamp(min=1)).sum() / lists
 
 
 def calibrated_listwise(score: Tensor, teacher: Tensor, segment: Tensor, lists: int) -> Tensor:
@@ -156,7 +156,7 @@ def calibrated_listwise(score: Tensor, teacher: Tensor, segment: Tensor, lists: 
     https://arxiv.org/abs/2211.01494. Differs: weights are the teacher's probabilities, divided by
     the list's length, because shares of the teacher would not be linear in ``q``.
     """
-    count = sums(torch.ones_like(score), segment, lists)
+    count = sum_by_list(torch.ones_like(score), segment, lists)
     share = log_shares(F.logsigmoid(score), segment, lists)
     return -(torch.sigmoid(teacher) * share / count[segment]).sum() / lists
 

@@ -42,7 +42,7 @@ from compressors.factorize.low_rank import factors
 BATCH = 4096  # rows of one training step
 BLOCK = 65_536  # rows per block without training, to limit memory
 CODE_RATE, DECODER_RATE = 0.01, 0.003  # Adam's learning rates, for codes and rows of unit size
-MOST_SHARE = 0.25  # largest number of weights of the hidden layer, as a share of the codes' numbers
+MAX_SHARE = 0.25  # largest number of weights of the hidden layer, as a share of the codes' numbers
 DAMPING = 1e-9  # of the last layer's normal equations, relative to their mean diagonal
 
 
@@ -276,7 +276,7 @@ class NeuralCodes(ComposingStep):
 
         def design(rows: int, dim: int) -> Design | Reason:
             size = share_or_number(self.codes, dim)
-            hidden = min(self.hidden, int(MOST_SHARE * rows * size) // (size + 1 + dim))
+            hidden = min(self.hidden, int(MAX_SHARE * rows * size) // (size + 1 + dim))
             if hidden < 1:
                 return Reason("too_short_for_decoder", rows=rows, dim=dim, codes=size)
             reason = Reason("decoded_codes", dim=dim, codes=size, hidden=hidden)

@@ -13,7 +13,7 @@ import torch
 from onnxscript import opset21 as op
 
 from compressors.prune.tables.kept_rows import BLOCK
-from compressors.quantize.tables.product_codes import columns
+from compressors.quantize.tables.product_codes import padded_columns
 
 FLOAT, FLOAT16, BFLOAT16, INT32, INT64 = (
     int(getattr(onnx.TensorProto, name))
@@ -106,7 +106,7 @@ def concatenate_parts(parts_of_rows: Any, ids: Any, dim: int, parts: int) -> Any
     """
     shape = [0] * len(ids.shape) + [parts * -(-dim // parts)]  # 0: unchanged
     rows = op.Reshape(parts_of_rows, op.Constant(value_ints=shape))
-    indices = columns(dim, parts)
+    indices = padded_columns(dim, parts)
     return rows if indices is None else op.Gather(rows, op.Constant(value_ints=indices), axis=-1)
 
 

@@ -93,7 +93,7 @@ class MergedCodebookFormat:
             return rows * F.embedding(ids, stored["scale"]).float()  # (rows, inputs, 1)
         if self.table_format == residual_codes.FORMAT:
             return entries.sum(dim=2)
-        columns = product_codes.columns(dim, self.codes_per_row)
+        columns = product_codes.padded_columns(dim, self.codes_per_row)
         rows = entries.flatten(2)
         return rows if columns is None else rows[:, :, columns]
 

@@ -24,7 +24,7 @@ from compressors.core.modules.formats import PackedTable
 from compressors.core.units import private_copy, swap
 from compressors.lower.merged_codebooks import codes_of, merge_tables
 
-MOST_BYTES = 2**28
+MAX_BYTES = 2**28
 """Largest size of a group in bytes.
 
 The tables of a group are copied, and the latency of lookups in larger tables depends on memory
@@ -161,7 +161,7 @@ def table_groups(
         for members in members_by_key.values()
         if len(members) > 1
         and sum(table.get_buffer(n).nbytes for _, table in members for n in _tensor_names(table))
-        <= MOST_BYTES
+        <= MAX_BYTES
         and _predictions_unchanged(
             model, path, signature, rows_of_table, group := TableGroup(*zip(*members, strict=True))
         )

@@ -27,7 +27,7 @@ from compressors.metrics.intervals import PairedEstimate
 
 Against = Literal["absolute", "baseline", "champion"]
 
-MOST_SHRINKING = 1000.0
+MAX_SHRINKING = 1000.0
 """Largest factor, a million times the rows, by which an interval may have to shrink to decide.
 
 For a larger one, no number of rows is given.
@@ -342,7 +342,7 @@ def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:
     None if the point is on the limit, or so close that a million times the rows would be needed:
     then the values of further rows, not their number, decide on which side the point is.
     """
-    if distance * MOST_SHRINKING <= reach:
+    if distance * MAX_SHRINKING <= reach:
         return None
     return max(rows + 1, math.ceil(rows * (reach / distance) ** 2))
 

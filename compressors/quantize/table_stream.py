@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressors.contracts import ModuleRecord
-from compressors.core.modules.formats import TensorSpec, blocks
+from compressors.core.modules.formats import TensorSpec, row_blocks
 from compressors.core.state.safetensors_stream import Piece, StreamedFile, size_of
 from compressors.core.steps.step import TableStep
 from compressors.core.steps.table_encoder import TableEncoder
@@ -136,7 +136,7 @@ class Job:
         layout = {name: spec}
         if name in self.tables:
             most, layout = self.block_rows or most, self.stored(name)
-        for begin, end in blocks(layout, rows, most):
+        for begin, end in row_blocks(layout, rows, most):
             yield Block(name, begin, end)
 
 

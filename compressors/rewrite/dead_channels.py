@@ -21,7 +21,12 @@ from compressors.core.model import Model
 from compressors.core.units import own_weight, table_rows
 from compressors.errors.steps import StepRefused
 from compressors.errors.widths import NotAWidth
-from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
+from compressors.prune.structure.channel_consumers import (
+    Readers,
+    channel_layouts,
+    readers_of,
+    trace,
+)
 from compressors.prune.structure.config_widths import Width, find_widths
 from compressors.prune.structure.narrowing import (
     SCALES,
@@ -91,7 +96,7 @@ def find_dead_channels(
             continue
         try:
             traces = trace(model.module, signature, table_rows(model.module), width)
-            readers = readers_of(width, traces, next(layouts(width)))
+            readers = readers_of(width, traces, next(channel_layouts(width)))
             dead = _dead_channels(model, signature, readers, sample)
             if dead is not None:
                 require_narrowable(model, signature, dead.cut)

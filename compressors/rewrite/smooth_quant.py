@@ -36,7 +36,7 @@ LayerSample = tuple[Tensor, Tensor]
 STRENGTHS = tuple(step / 10 for step in range(11))  # candidates of a search
 
 
-def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     """Compute the factor by which each input channel is divided: eq. 4.
 
     Args:
@@ -83,13 +83,13 @@ def int8_error(layers: Sequence[LayerSample], scale: Tensor) -> float:
 def best_smoothing(inputs: Tensor, weights: Tensor, layers: Sequence[LayerSample]) -> Tensor:
     """Find the factor with the smallest int8 error among all strengths and no migration.
 
-    ``inputs`` and ``weights`` are as in ``smoothing``, ``layers`` as in ``int8_error``.
+    ``inputs`` and ``weights`` are as in ``smoothing_factors``, ``layers`` as in ``int8_error``.
 
     Returns:
         Float64 ``(channels,)``.
     """
     candidates = [torch.ones_like(inputs, dtype=torch.float64)]
-    candidates += [smoothing(inputs, weights, alpha) for alpha in STRENGTHS]
+    candidates += [smoothing_factors(inputs, weights, alpha) for alpha in STRENGTHS]
     return min(candidates, key=lambda scale: int8_error(layers, scale))
 
 
@@ -167,7 +167,7 @@ class SmoothQuant(StepSettings):
                 ]
                 scale = best_smoothing(first, second, layers)
             else:
-                scale = smoothing(first, second, self.alpha)
+                scale = smoothing_factors(first, second, self.alpha)
             rescale(module, link, scale)
         return AppliedStep(model)
 

@@ -18,7 +18,7 @@ def logits(output: Output, values: Tensor) -> Tensor:
     return values if output.form == "logit" else torch.logit(values, eps=EDGE)
 
 
-def segments(batch: Batch, rows: int) -> tuple[Tensor, int]:
+def list_indices(batch: Batch, rows: int) -> tuple[Tensor, int]:
     """Return the index of each row's list, int64 ``(rows,)``, and the number of lists.
 
     If the batch has no groups, it is one list. ``rows`` is the number of rows.
@@ -29,7 +29,7 @@ def segments(batch: Batch, rows: int) -> tuple[Tensor, int]:
     return segment, len(lists)
 
 
-def sums(values: Tensor, segment: Tensor, groups: int) -> Tensor:
+def sum_by_list(values: Tensor, segment: Tensor, groups: int) -> Tensor:
     """Sum values ``(rows,)`` by list; returns ``(groups,)``."""
     return values.new_zeros(groups).index_add(0, segment, values)
 
@@ -39,7 +39,7 @@ def log_shares(score: Tensor, segment: Tensor, groups: int) -> Tensor:
     largest = score.detach().new_full((groups,), -torch.inf)
     largest = largest.scatter_reduce(0, segment, score.detach(), "amax")
     shifted = score - largest[segment]
-    return shifted - sums(shifted.exp(), segment, groups).log()[segment]
+    return shifted - sum_by_list(shifted.exp(), segment, groups).log()[segment]
 
 
 def listwise(score: Tensor, target: Tensor, segment: Tensor, counts: Tensor) -> Tensor:
@@ -51,5 +51,5 @@ def listwise(score: Tensor, target: Tensor, segment: Tensor, counts: Tensor) -> 
         segment: index of each row's list, int64 ``(rows,)``.
         counts: bool ``(groups,)``.
     """
-    losses = sums(-target * log_shares(score, segment, len(counts)), segment, len(counts))
+    losses = sum_by_list(-target * log_shares(score, segment, len(counts)), segment, len(counts))
     return (losses * counts).sum() / counts.sum().clamp(min=1)

@@ -12,7 +12,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.batches import Batch
 from compressors.metrics import point_estimates
 from compressors.metrics.baseline_problem import BaselineProblem, clearly_above
-from compressors.task_kinds.outputs import EDGE, listwise, log_shares, segments, sums
+from compressors.task_kinds.outputs import EDGE, list_indices, listwise, log_shares, sum_by_list
 from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 
 
@@ -28,15 +28,15 @@ class Ranking:
 
     def hard_loss(self, score: Tensor, batch: Batch) -> Tensor:
         """Compute the mean cross entropy of the lists with a relevant row."""
-        segment, groups = segments(batch, len(score))
+        segment, groups = list_indices(batch, len(score))
         gains = torch.exp2(batch.label.to(torch.float32)) - 1
-        total = sums(gains, segment, groups)
+        total = sum_by_list(gains, segment, groups)
         target = gains / total.clamp(min=EDGE)[segment]
         return listwise(score, target, segment, total > 0)
 
     def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
         """Compute the mean cross entropy against each list's softmax of the teacher's scores."""
-        segment, groups = segments(rows.batch, len(rows.student))
+        segment, groups = list_indices(rows.batch, len(rows.student))
         target = log_shares(rows.teacher / temperature, segment, groups).exp()
         all_lists = torch.ones(groups, dtype=torch.bool, device=rows.student.device)
         return listwise(rows.student / temperature, target, segment, all_lists) * temperature**2

@@ -371,9 +371,9 @@ def registry_fetch(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check each service and library that this installation uses."""
-    from flows.cli.doctor import examine
+    from flows.cli.doctor import check_installation
 
-    findings = examine()
+    findings = check_installation()
     if as_json:
         write(json.dumps([item.model_dump() for item in findings], indent=1))
     else:

@@ -126,7 +126,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
 def show_result(finished: "Finished") -> None:
     """Print measurements before and after, verdicts, and the command that fetches the result."""
     from tasks.report.stages import stage_rows
-    from tasks.report.tables import limit_lines, number_rows, remarks, resolution
+    from tasks.report.tables import describe_resolution, limit_lines, list_remarks, number_rows
 
     report, out = finished.report, console()
     line = partial(_print_line, out)
@@ -134,8 +134,8 @@ def show_result(finished: "Finished") -> None:
     out.print(_table(bundle, number_rows(report), out.width))
     if report.stages:
         out.print(_table("Effect of each step", stage_rows(report), out.width))
-    out.print(resolution(report))
-    for remark in (*remarks(report), *limit_lines(report)):
+    out.print(describe_resolution(report))
+    for remark in (*list_remarks(report), *limit_lines(report)):
         line(remark)
     for target in report.targets:
         style = STYLE.get(target.verdict.outcome, "bold")

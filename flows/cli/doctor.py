@@ -19,8 +19,8 @@ from infra.errors.settings import PREFECT_CREDENTIALS
 from infra.services.http_probe import HttpAnswer, HttpRequest, get
 from infra.settings import load_settings, shown
 from tasks.orchestration.workspace import store
-from tasks.promotion.champion import champions, registry
-from tasks.promotion.triton_repository import contents
+from tasks.promotion.champion import champion_versions, registry
+from tasks.promotion.triton_repository import count_models
 
 PROBE_KEY = "doctor/written.json"
 """Key in the object store that the check of write access writes and reads."""
@@ -68,7 +68,7 @@ class DoctorFinding(Frozen):
     remedy: str = ""
 
 
-def examine() -> tuple[DoctorFinding, ...]:
+def check_installation() -> tuple[DoctorFinding, ...]:
     """Check the store, the registry, the Prefect server, the libraries and the builders."""
     settings = load_settings()
     # Slow imports run before the queries, because they would use up the time limit of a service.
@@ -122,7 +122,7 @@ def _check_architectures(modules: tuple[str, ...]) -> DoctorFinding:
 
 def _triton() -> str:
     """Describe the Triton repository."""
-    return "{}: {} model(s)".format(*contents())
+    return "{}: {} model(s)".format(*count_models())
 
 
 def _start_check(
@@ -218,7 +218,7 @@ def _registry() -> str:
 
 def _champions() -> str:
     """List the champions of all models."""
-    versions = champions()
+    versions = champion_versions()
     return ", ".join(f"{model} {version}" for model, version in versions.items()) or "none yet"
 
 

@@ -74,7 +74,9 @@ def order_from_options(
         return read_order(order)
     if model is None:
         raise CommandRefused("model_missing")
-    return terms(model, preset, limit or [], target, optional or [], promote, seed, budget, teacher)
+    return build_terms(
+        model, preset, limit or [], target, optional or [], promote, seed, budget, teacher
+    )
 
 
 def with_order_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -97,7 +99,7 @@ def with_order_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def terms(
+def build_terms(
     model: str,
     preset: str,
     limits: list[str],

@@ -53,7 +53,7 @@ svg line.plain { stroke: var(--ink); } svg circle.plain { fill: var(--ink); }
 Role = Literal["table", "dense", "other"]
 Tone = Literal["held", "broken", "unsure", "plain"]
 """Colour of a verdict: the limit is met, missed, undecided, or there is no limit."""
-MOST_SEGMENTS = 40  # per bar; more segments would be too thin to distinguish
+MAX_SEGMENTS = 40  # per bar; more segments would be too thin to distinguish
 THINNEST_CUT = 0.8  # percent of the bar; the gap around a thinner segment would hide it
 
 
@@ -272,7 +272,7 @@ def _mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
 def _merge_smallest(parts: Sequence[BarSegment]) -> list[BarSegment]:
     """Keep the largest parts and merge the others of each role; sort by role, then by size."""
     ordered = sorted(parts, key=lambda part: (-part.size, part.name))
-    shown, others = ordered[:MOST_SEGMENTS], ordered[MOST_SEGMENTS:]
+    shown, others = ordered[:MAX_SEGMENTS], ordered[MAX_SEGMENTS:]
     for role in get_args(Role):
         sizes = [part.size for part in others if part.role == role]
         if sizes:

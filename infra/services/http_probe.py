@@ -22,14 +22,14 @@ from infra.settings import shown
 
 SECONDS = 5.0
 """Default deadline of a request."""
-MOST_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 """Bytes of a body after which it is no longer read."""
 
 T = TypeVar("T")
 
 
 class HttpAnswer(Frozen):
-    """An HTTP answer: its status, at most ``MOST_BYTES`` of its body, its duration in ms."""
+    """An HTTP answer: its status, at most ``MAX_BYTES`` of its body, its duration in ms."""
 
     status: int
     body: bytes
@@ -119,7 +119,7 @@ def _exchange(
     login: tuple[str, str] | None,
     seconds: float,
 ) -> HttpAnswer:
-    """Send the request and read at most ``MOST_BYTES`` of the body.
+    """Send the request and read at most ``MAX_BYTES`` of the body.
 
     Raises:
         TimeoutError: the body is not complete after ``seconds``; the connection is closed.
@@ -140,12 +140,12 @@ def _exchange(
         with client.stream(method, address, headers=sent, json=posted, auth=login) as response:
             for chunk in response.iter_raw():
                 body += chunk
-                if len(body) >= MOST_BYTES:
+                if len(body) >= MAX_BYTES:
                     break
                 if time.monotonic() > start + seconds:
                     raise TimeoutError
     ms = 1000 * (time.monotonic() - start)
-    return HttpAnswer(status=response.status_code, body=bytes(body[:MOST_BYTES]), ms=ms)
+    return HttpAnswer(status=response.status_code, body=bytes(body[:MAX_BYTES]), ms=ms)
 
 
 @functools.cache

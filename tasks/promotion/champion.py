@@ -94,7 +94,7 @@ def _registry_uri() -> str:
     return shown(load_settings().registry_uri)
 
 
-def champions() -> dict[str, str]:
+def champion_versions() -> dict[str, str]:
     """Return the version number of the champion of every model that has a ledger.
 
     Raises:

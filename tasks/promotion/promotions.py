@@ -385,7 +385,7 @@ def export(
     registered, graphs = _champion_graphs(model, unmeasured=unmeasured)
     triton_repository.copy_files(root, graphs)  # also replaces files with different bytes
     triton_repository.update(root, model, graphs)
-    return triton_repository.compare(root, model, registered.version, graphs)
+    return triton_repository.compare_models(root, model, registered.version, graphs)
 
 
 def triton_contents(
@@ -397,7 +397,7 @@ def triton_contents(
     """
     root = triton_repository.require_repository(to)
     registered, graphs = _champion_graphs(model, unmeasured=unmeasured)
-    return triton_repository.compare(root, model, registered.version, graphs)
+    return triton_repository.compare_models(root, model, registered.version, graphs)
 
 
 def _champion_graphs(

@@ -109,7 +109,7 @@ def require_repository(option: str | None) -> str:
     return root
 
 
-def contents() -> tuple[str, int]:
+def count_models() -> tuple[str, int]:
     """Return the root of the repository in the settings, and its number of models."""
     return triton.contents(require_repository(None))
 
@@ -193,7 +193,7 @@ def stale_models(root: str, model: str, graphs: tuple[ServedVersion, ...]) -> tu
     return tuple(sorted(name for name in names if _belongs_to(_model_folder(root, name), model)))
 
 
-def compare(
+def compare_models(
     root: str, model: str, version: str, graphs: tuple[ServedVersion, ...]
 ) -> tuple[TritonModel, ...]:
     """Compare every byte of the champion's graphs in a repository with the stored files.

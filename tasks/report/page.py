@@ -21,7 +21,7 @@ from tasks.report.cells import format_change, is_ratio, metric_label
 from tasks.report.measured import TONES, WORDS, latency_section, limit_rows
 from tasks.report.plan_section import plan_section
 from tasks.report.stages import NumberTable, stage_section
-from tasks.report.tables import number_rows, resolution
+from tasks.report.tables import describe_resolution, number_rows
 from tasks.report.target_facts import targets_section
 
 TEMPLATE = "tasks/report/templates/page.html.jinja"
@@ -188,7 +188,7 @@ def _numbers_section(report: Report) -> NumberTable:
     return NumberTable(
         heads=("", *columns[1:]),
         rows=tuple(tuple(row.get(column, "") for column in columns) for row in rows),
-        note=f"{resolution(report)} {note}",
+        note=f"{describe_resolution(report)} {note}",
     )
 
 

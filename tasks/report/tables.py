@@ -73,9 +73,9 @@ def markdown(report: Report) -> str:
         "|" + "---|" * len(columns),
         *("| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in rows),
         "",
-        resolution(report),
+        describe_resolution(report),
         "",
-        *(f"- {cell(remark)}" for remark in remarks(report)),
+        *(f"- {cell(remark)}" for remark in list_remarks(report)),
         "",
         "## Verdicts",
         "",
@@ -132,7 +132,7 @@ def markdown(report: Report) -> str:
     return printable("\n".join(lines) + "\n")
 
 
-def remarks(report: Report) -> list[str]:
+def list_remarks(report: Report) -> list[str]:
     """List remarks on the table of ``number_rows``, one or two sentences each."""
     texts = []
     for target, measurement in report.measured.items():
@@ -223,7 +223,7 @@ def limit_lines(report: Report) -> list[str]:
     return [f"- {where}`{item.limit}`: {item.outcome}. {item.reason}" for where, item in judged]
 
 
-def resolution(report: Report) -> str:
+def describe_resolution(report: Report) -> str:
     """Return a sentence on the smallest change of the metric that the test rows can detect."""
     if not report.measured:
         return "Nothing was measured on this machine."

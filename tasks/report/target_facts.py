@@ -16,7 +16,7 @@ from tasks.report.measured import TONES, WORDS
 
 @dataclass(frozen=True)
 class Fact:
-    """The value of one row of a target's table; the row's name is stored with it in ``TargetFacts``.
+    """The value of one row of a target's table; ``TargetFacts`` stores it with the row's name.
 
     Attributes:
         text: the value.

@@ -156,7 +156,7 @@ def limit(_: Path) -> Parser:
 
     def parse(body: bytes) -> object:
         text = body.decode(errors="surrogateescape")
-        return orders.terms("clicks", "safe", [text], None, [], False, 0)
+        return orders.build_terms("clicks", "safe", [text], None, [], False, 0)
 
     return Parser(tuple(text.encode() for text in texts), parse, is_json=False)
 

@@ -29,7 +29,7 @@ from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitia
 from compressors.lower.graph_builders import FLOAT
 from compressors.lower.targets.target import EXACT, Tolerance
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
-from flows.cli.orders import terms
+from flows.cli.orders import build_terms
 from flows.order import Order
 from flows.terms import Targets
 from infra.errors import BuildRefused, CommandRefused
@@ -356,7 +356,9 @@ def test_optional_target_that_cannot_load_the_untouched_model_is_skipped(
 def test_added_target_is_in_the_form_and_in_the_command_line(added_target: None) -> None:
     field = Targets.model_json_schema()["properties"]["not_optimized"]
     assert field["enum"] == ["required", "optional", "off"]
-    ordered = terms("clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0)
+    ordered = build_terms(
+        "clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0
+    )
     assert ordered.targets.requirements() == {
         "onnxruntime": "required",
         "not-optimized": "required",
@@ -377,7 +379,7 @@ def test_unregistered_target_is_refused_as_unknown() -> None:
     with raises_value_error("target_unknown", target="not_optimized"):
         order_for(not_optimized="required")
     with raises_code(CommandRefused, "target_unknown", target="not-optimized"):
-        terms("clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0)
+        build_terms("clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0)
 
 
 def test_registering_a_target_twice_or_a_second_default_raises_value_error(

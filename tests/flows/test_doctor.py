@@ -22,9 +22,9 @@ from drafts import environment, recpress
 from error_codes import raises_code
 from s3_server import S3Server
 
-from flows.cli.doctor import DoctorFinding, examine
+from flows.cli.doctor import DoctorFinding, check_installation
 from infra.errors import NoAnswer
-from infra.services.http_probe import MOST_BYTES, HttpRequest, get
+from infra.services.http_probe import MAX_BYTES, HttpRequest, get
 
 SECRET = "canary-of-a-password"
 LIMIT_SECONDS = 2.5
@@ -100,7 +100,7 @@ def set_services(patch: pytest.MonkeyPatch, uri: str) -> None:
 
 def examine_services() -> tuple[DoctorFinding, DoctorFinding, DoctorFinding]:
     """Return the findings about store, registry and Prefect; assert that none has the secret."""
-    findings = {item.what: item for item in examine()}
+    findings = {item.what: item for item in check_installation()}
     assert SECRET not in "".join(item.model_dump_json() for item in findings.values())
     return findings["object store"], findings["registry"], findings["Prefect"]
 
@@ -122,7 +122,7 @@ def test_unreachable_services_are_faults_with_a_remedy(
 def test_three_services_that_never_respond_take_one_time_limit(
     silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examine()  # loads the libraries, so that the measured time does not include that
+    check_installation()  # loads the libraries, so that the measured time does not include that
     monkeypatch.setattr(HttpRequest.answer, "__defaults__", (LIMIT_SECONDS,))
     monkeypatch.setitem(get.__kwdefaults__, "seconds", LIMIT_SECONDS)
     set_services(monkeypatch, f"http://127.0.0.1:{silent_port}")
@@ -293,10 +293,10 @@ def test_connection_to_a_server_that_sends_slowly_is_closed_after_the_deadline()
 
 
 def test_body_is_read_to_its_first_megabyte_and_not_decompressed() -> None:
-    body = b"x" * (MOST_BYTES + 100_000)
+    body = b"x" * (MAX_BYTES + 100_000)
     headers = {"Content-Encoding": "gzip"}  # the body is not gzip, so decompression would fail
     with http_server(lambda _: (200, headers, body)) as uri:
-        assert get(uri).body == body[:MOST_BYTES]
+        assert get(uri).body == body[:MAX_BYTES]
 
 
 def test_login_in_the_uri_takes_precedence_over_the_argument() -> None:
@@ -403,7 +403,7 @@ def test_doctor_reports_missing_modules_without_importing_any(
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
     for allowed, state in (("loud_models", "ok"), ("loud_models,no_such_models", "fault")):
         monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", allowed)
-        (finding,) = (item for item in examine() if item.what == "architectures from")
+        (finding,) = (item for item in check_installation() if item.what == "architectures from")
         assert finding.state == state
     assert "there is no module no_such_models" in finding.found
     assert "PYTHONPATH" in finding.remedy

@@ -12,7 +12,7 @@ from error_codes import raises_code
 
 from compressors.contracts.value_errors import value_error
 from flows.cli import app
-from flows.cli.orders import terms
+from flows.cli.orders import build_terms
 from infra.errors import CommandRefused
 from tasks.bundles.packing import pack
 
@@ -82,7 +82,7 @@ def assert_refused(result: CommandResult, *words: str) -> None:
 )
 def test_invalid_limit_option_raises_an_error_with_the_problem(limit_text, code, problem):
     with raises_code(CommandRefused, code, problem=problem):
-        terms("clicks", "safe", [limit_text], None, [], promote=False, seed=0)
+        build_terms("clicks", "safe", [limit_text], None, [], promote=False, seed=0)
 
 
 @pytest.mark.parametrize(("limit_text", "suggestion"), MEANINGLESS_LIMITS)

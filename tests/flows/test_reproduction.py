@@ -44,7 +44,7 @@ def terms_of_command(command: str) -> Terms:
         options_by_name.setdefault(option.removeprefix("--"), []).append(value)
     (preset,), (seed,) = options_by_name["preset"], options_by_name.get("seed", ["0"])
     targets, optional = options_by_name.get("target", []), options_by_name.get("optional", [])
-    return orders.terms(
+    return orders.build_terms(
         model,
         preset,
         options_by_name["limit"],

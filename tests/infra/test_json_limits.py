@@ -16,7 +16,7 @@ from infra.bundle.json_reader import decode
 from infra.bundle.shards import stored_tensors
 from infra.errors import BundleRefused
 
-MOST_MEMORY = 300 * 2**20  # in addition to the memory before reading
+MAX_MEMORY = 300 * 2**20  # in addition to the memory before reading
 
 SHAPES = {
     "empty lists": b"[],",
@@ -57,7 +57,7 @@ for path in map(Path, sys.argv[2:]):
 
 def read_in_children(paths: list[Path]) -> list[str]:
     """Read each file in a process with limited memory; return the results of the processes."""
-    command = [sys.executable, "-c", READ_WITH_LIMIT, str(MOST_MEMORY), *map(str, paths)]
+    command = [sys.executable, "-c", READ_WITH_LIMIT, str(MAX_MEMORY), *map(str, paths)]
     completed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr[-2000:]
     return [line.partition(" ")[0] for line in completed.stdout.splitlines()]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compressors.contracts import Estimate
 from infra.pages.pictures import (
-    MOST_SEGMENTS,
+    MAX_SEGMENTS,
     BarSegment,
     Curve,
     Mark,
@@ -70,7 +70,7 @@ def test_bar_lengths_are_proportional_to_bytes():
 
 @given(
     st.lists(st.integers(0, 10**12), max_size=12)
-    | st.lists(st.integers(1, 10**12), min_size=2 * MOST_SEGMENTS, max_size=100)
+    | st.lists(st.integers(1, 10**12), min_size=2 * MAX_SEGMENTS, max_size=100)
 )
 def test_composition_segments_are_adjacent_and_sum_to_all_bytes(sizes):
     parts = [
@@ -79,7 +79,7 @@ def test_composition_segments_are_adjacent_and_sum_to_all_bytes(sizes):
     ]
     svg = composition([("all", parts)], "title")
     rectangles = re.findall(r'<rect class="(\w+)[^>]* x="([\d.]+)%"[^>]* width="([\d.]+)%"', svg)
-    assert len(rectangles) <= MOST_SEGMENTS + 3
+    assert len(rectangles) <= MAX_SEGMENTS + 3
     total_bytes = sum(int(text.replace(",", "")) for text in re.findall(r": ([\d,]+) bytes", svg))
     assert total_bytes == sum(sizes)
     for (_, x, width), (_, following, _) in pairwise(rectangles):

@@ -16,7 +16,7 @@ from infra.errors import ArtifactDamaged, PromotionRefused, RecordRefused, Refus
 from infra.registry.ledger import Entry, Ledger
 from tasks.orchestration.documents import Finished, TargetReport
 from tasks.orchestration.workspace import store
-from tasks.promotion.champion import champions
+from tasks.promotion.champion import champion_versions
 from tasks.promotion.promotions import (
     champion_graph,
     export,
@@ -119,7 +119,7 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
             function()
         assert not (home / "out").exists(), name
     with raises_code(PromotionRefused, "champions_unusable") as caught:
-        champions()
+        champion_versions()
     assert "m: The ledger names order bbbbbbbbbbbb" in caught.value.fields["problems"]
     assert champion_alias() == other, "nothing was repaired to another order"
     assert served_by(triton) == ("2", graph_bytes("b"))
@@ -140,10 +140,10 @@ def test_restore_registers_every_result_under_its_former_number(
     assert registry().versions("m") == before
     assert restore("m") == ()
     assert restore("other") == ()
-    assert champions() == {"m": "2"}
+    assert champion_versions() == {"m": "2"}
     registry().point("m", "champion", "1")
     with raises_code(PromotionRefused, "champions_unusable") as caught:
-        champions()
+        champion_versions()
     assert "promote m --version 2" in caught.value.fields["problems"]
     assert rollback("m", "").order == C
 

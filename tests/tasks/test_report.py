@@ -11,7 +11,7 @@ from compressors.metrics import judge
 from tasks.orchestration.documents import Finished, Report, Stage, report_of
 from tasks.orchestration.order_records import finished_key
 from tasks.orchestration.workspace import store
-from tasks.report.tables import markdown, number_rows, remarks, resolution
+from tasks.report.tables import describe_resolution, list_remarks, markdown, number_rows
 
 OUTCOMES: dict[TargetName, Outcome] = {
     "onnxruntime": "accepted",
@@ -57,12 +57,14 @@ def test_headline_rows_have_the_same_columns(order_report: Report) -> None:
 
 
 def test_resolution_states_the_smallest_detectable_change(order_report: Report) -> None:
-    assert "1,234 test rows resolve a change of AUC of about 0.0012" in resolution(order_report)
+    assert "1,234 test rows resolve a change of AUC of about 0.0012" in describe_resolution(
+        order_report
+    )
 
 
 def test_report_without_a_measurement_has_no_quality_numbers(order_report: Report) -> None:
     without = order_report.model_copy(update={"measurement": None})
-    assert resolution(without) == "Nothing was measured on this machine."
+    assert describe_resolution(without) == "Nothing was measured on this machine."
     assert {line["what"] for line in number_rows(without)} == {"bytes served", "bytes of weights"}
     assert "AUC" not in markdown(without)
 
@@ -170,7 +172,9 @@ def test_plan_warning_is_a_remark_and_in_the_plan_table(order_report: Report) ->
     warning = Reason("as_written", text="inputs | of <different> range")
     line = order_report.plan.lines[0].model_copy(update={"warnings": (warning,)})
     warned = order_report.model_copy(update={"plan": Plan(lines=(line,))})
-    assert "Warning about user (rowwise_int8): inputs | of <different> range." in remarks(warned)
+    assert "Warning about user (rowwise_int8): inputs | of <different> range." in list_remarks(
+        warned
+    )
     assert "as ordered. Warning: inputs \\| of &lt;different&gt; range |" in markdown(warned)
 
 
@@ -185,7 +189,7 @@ def test_resolution_counts_groups_or_gives_the_reason_without_one(order_report: 
         )
         changed = order_report.measurement.numbers.model_copy(update={"numbers": numbers})
         measurement = order_report.measurement.model_copy(update={"numbers": changed})
-        return resolution(order_report.model_copy(update={"measurement": measurement}))
+        return describe_resolution(order_report.model_copy(update={"measurement": measurement}))
 
     assert "1,234 test rows of 1,200 groups resolve a change" in resolution_with(groups=1200)
     few = resolution_with(

@@ -15,7 +15,7 @@ from triton_versions import Fill, graph_bytes, published
 from compressors.contracts import Estimate, Outcome
 from compressors.metrics import judge
 from flows.cli import app
-from flows.cli.doctor import examine
+from flows.cli.doctor import check_installation
 from infra.errors import PromotionRefused, SettingRefused, TritonRefused
 from infra.registry.ledger import Ledger
 from infra.tensorrt.engines import Engine, EngineAudit
@@ -297,7 +297,7 @@ def test_bad_input_prints_one_sentence_and_exits_with_code_2(
 
 def test_doctor_reports_the_triton_repository(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def reported() -> tuple[str, str]:
-        (line,) = (item for item in examine() if item.what == "Triton repository")
+        (line,) = (item for item in check_installation() if item.what == "Triton repository")
         return line.state, line.found
 
     assert reported() == ("absent", "RECPRESS_TRITON is not set")

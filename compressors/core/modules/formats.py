@@ -75,7 +75,7 @@ class LinearFormat(Protocol):
         """Return the layer's output as float32, ``(*x.shape[:-1], outputs)``."""
 
 
-def blocks(layout: Mapping[str, TensorSpec], rows: int, most: int) -> Iterator[tuple[int, int]]:
+def row_blocks(layout: Mapping[str, TensorSpec], rows: int, most: int) -> Iterator[tuple[int, int]]:
     """Yield ``begin`` and ``end`` of the row blocks in which a table is encoded.
 
     No entry of a stored tensor covers rows of two blocks, so the stored bytes do not depend on
@@ -96,7 +96,7 @@ def layout_bytes(layout: Mapping[str, TensorSpec]) -> int:
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())
 
 
-def entries(spec: TensorSpec, begin: int, end: int) -> slice:
+def stored_entries(spec: TensorSpec, begin: int, end: int) -> slice:
     """Return the entries of a stored tensor that encode the rows ``begin`` to ``end - 1``."""
     return slice(begin // spec.every, -(-end // spec.every))
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MOST_ENTRIES = 10_000
+MAX_ENTRIES = 10_000
 """A container with more entries is not searched: it is data, not a list of tensors."""
 
-MOST_DEPTH = 8
+MAX_DEPTH = 8
 """Objects and containers nested more deeply are not searched."""
 _INTERNAL = frozenset(vars(nn.Module()))
 _NOT_SEARCHED = type | ModuleType | FunctionType | BuiltinFunctionType | MethodType | np.ndarray
@@ -102,7 +102,7 @@ def _search(item: PlainValue, visited: set[int], depth: int) -> Iterator[PlainVa
         return
     if value is None or isinstance(value, bool | int | float | bytes | _NOT_SEARCHED):
         return
-    if id(value) in visited or depth == MOST_DEPTH:
+    if id(value) in visited or depth == MAX_DEPTH:
         return
     visited.add(id(value))
     for key, entry, path in _entries(item):
@@ -122,9 +122,9 @@ def _entries(item: PlainValue) -> Iterator[tuple[Any, Any, str]]:
     if isinstance(value, functools.partial):
         yield from ((None, entry, item.path) for entry in (*value.args, *value.keywords.values()))
     elif isinstance(value, Mapping):
-        if len(value) <= MOST_ENTRIES:
+        if len(value) <= MAX_ENTRIES:
             for key, entry in list(value.items()):
                 yield key, entry, f"{item.path}[{key!r}]"
-    elif isinstance(value, list | tuple | set | frozenset | deque) and len(value) <= MOST_ENTRIES:
+    elif isinstance(value, list | tuple | set | frozenset | deque) and len(value) <= MAX_ENTRIES:
         for index, entry in enumerate(list(value)):
             yield index, entry, f"{item.path}[{index}]"

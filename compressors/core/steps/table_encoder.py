@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from compressors.core.modules.formats import PackedTable, TensorSpec, blocks, entries
+from compressors.core.modules.formats import PackedTable, TensorSpec, row_blocks, stored_entries
 from compressors.core.state.tensor_files import TensorFile
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import ContractBroken
@@ -76,7 +76,7 @@ class TableEncoder:
         entries_and_values = {}
         for name, values in encoded.items():
             end = begin + len(block)
-            place = entries(self.layout[name], begin, end)
+            place = stored_entries(self.layout[name], begin, end)
             if len(values) != place.stop - place.start:
                 raise ContractBroken(
                     "encoded_rows_differ",
@@ -124,7 +124,7 @@ def encode_table(step: TableStep, weight: Tensor, file: TensorFile | None = None
     for name, values in encoder.whole().items():
         stored[name].copy_(values)
     with nullcontext() if file is None else file.rows() as rows:
-        for begin, end in blocks(encoder.layout, encoder.rows, BLOCK_ROWS):
+        for begin, end in row_blocks(encoder.layout, encoder.rows, BLOCK_ROWS):
             block = weight[begin:end] if rows is None else rows.read(begin, end)
             for name, (place, values) in encoder.encode(block, begin).items():
                 stored[name][place] = values

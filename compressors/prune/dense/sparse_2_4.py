@@ -32,7 +32,7 @@ from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, ch
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, own_weight
 from compressors.errors.steps import RowsMissing
-from compressors.quantize.calibration.input_moments import grams, squared_error
+from compressors.quantize.calibration.input_moments import gram_matrices, squared_error
 
 KIND = "sparse_2_4"
 STORES_ZEROS = frozenset({"static_int8", "float16", "bfloat16"})
@@ -208,4 +208,4 @@ class Sparse24(StepSettings):
         if bench.calibration is None:
             raise RowsMissing("activations_need_rows", step=self.kind)
         rows, signature = bench.calibration, bench.signature
-        return grams(model.module, units, rows, signature, self.batch, self.rows)
+        return gram_matrices(model.module, units, rows, signature, self.batch, self.rows)

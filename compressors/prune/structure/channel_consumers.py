@@ -96,7 +96,7 @@ def trace(
     return reads
 
 
-def layouts(width: Width) -> Iterator[dict[str, Tensor]]:
+def channel_layouts(width: Width) -> Iterator[dict[str, Tensor]]:
     """Yield the possible assignments of channels to units, by maker int64 ``(channels,)``.
 
     Either the channels of a unit are contiguous; or the layer has two or three parts, each with

@@ -29,7 +29,7 @@ from compressors.prune.structure.config_widths import (
     Path,
     defaults_of,
     describe_path,
-    numbers,
+    integers_of,
     with_value,
 )
 from compressors.prune.structure.narrowing import (
@@ -119,7 +119,7 @@ def _possible_counts(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, 
         The path in the configuration, the number or the length of the list, and whether it is a
         list.
     """
-    for number_path, value in numbers(config, path):
+    for number_path, value in integers_of(config, path):
         if value >= 2:
             yield number_path, value, False
     items = config.items() if isinstance(config, dict) else enumerate(config)

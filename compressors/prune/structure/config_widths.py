@@ -113,7 +113,7 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
     widths: dict[str, Width] = {}
     reasons: dict[str, tuple[Reason, ...]] = {}
     not_proportional: dict[str, int] = {}
-    for path, value in numbers({**defaults_of(model.architecture), **config}):
+    for path, value in integers_of({**defaults_of(model.architecture), **config}):
         divides = value > 1 and any(outputs % value == 0 for outputs in output_widths.values())
         if before is None or not divides:
             continue
@@ -201,16 +201,16 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
     return Width(path, value, makers, readers)
 
 
-def numbers(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
+def integers_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
     """Yield every integer of a configuration with its path."""
     if isinstance(value, int) and not isinstance(value, bool):
         yield path, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from numbers(item, (*path, key))
+            yield from integers_of(item, (*path, key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from numbers(item, (*path, index))
+            yield from integers_of(item, (*path, index))
 
 
 def shapes_of(architecture: type[nn.Module], config: Mapping[str, Any]) -> Shapes | None:

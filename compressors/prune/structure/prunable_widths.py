@@ -13,7 +13,12 @@ from compressors.core.steps.decisions import Decision
 from compressors.core.units import table_rows
 from compressors.errors.widths import NotAWidth
 from compressors.prune.dense.kept_shares import kept_width, multiple_of
-from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
+from compressors.prune.structure.channel_consumers import (
+    Readers,
+    channel_layouts,
+    readers_of,
+    trace,
+)
 from compressors.prune.structure.config_widths import Width, find_widths
 from compressors.prune.structure.narrowing import WidthCut, require_narrowable
 
@@ -117,7 +122,7 @@ def _checked_readers(model: Model, signature: Signature, width: Width, count: in
     """
     traces = trace(model.module, signature, table_rows(model.module), width)
     faults: list[NotAWidth] = []
-    for units in layouts(width):
+    for units in channel_layouts(width):
         try:
             readers = readers_of(width, traces, units)
             require_narrowable(model, signature, WidthCut(width, readers, count))

@@ -11,7 +11,7 @@ from compressors.errors.steps import StepRefused
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 
 
-def grams(
+def gram_matrices(
     module: nn.Module,
     layers: Collection[Unit],
     rows: Split,

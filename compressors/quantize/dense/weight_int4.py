@@ -26,7 +26,7 @@ from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
 from compressors.errors.steps import RowsMissing
-from compressors.quantize.calibration.input_moments import grams, squared_error
+from compressors.quantize.calibration.input_moments import gram_matrices, squared_error
 from compressors.quantize.dense import weight_only
 from compressors.quantize.dense.gptq import gptq
 from compressors.quantize.dense.weight_only import Activations, Block, WeightOnlyFormat
@@ -122,7 +122,7 @@ class WeightInt4(StepSettings):
         if bench.calibration is None:
             raise RowsMissing("gptq_needs_rows", step=self.kind)
         rows, signature = bench.calibration, bench.signature
-        return grams(model.module, layers, rows, signature, self.batch, self.rows)
+        return gram_matrices(model.module, layers, rows, signature, self.batch, self.rows)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by placeholders in the format."""

@@ -35,7 +35,7 @@ class KMeansFit(NamedTuple):
     errors: tuple[float, ...]
 
 
-def sample(rows: Tensor, most: int = SAMPLE) -> Tensor:
+def sample_rows(rows: Tensor, most: int = SAMPLE) -> Tensor:
     """Draw a stratified sample of rows: one from each of equal sections of a table.
 
     Args:

@@ -68,7 +68,7 @@ def lookup_weight(importance: Tensor, lookups: float, power: float) -> Tensor:
     return (importance.double() / mean + 0.5).pow(power)
 
 
-def stretch(sensitivity: Tensor) -> Tensor:
+def weighting_matrix(sensitivity: Tensor) -> Tensor:
     """Return a matrix, float32 ``(dim, dim)``: after it, plain squared error is the weighted one.
 
     Half of each column's weight is the same for all columns, because the gradients only measure the
@@ -259,7 +259,7 @@ class AdditiveCodes(StepSettings):
             if self.sensitive:
                 sensitivity = by_table[unit.name]
                 weight = lookup_weight(sensitivity.rows, sensitivity.lookups, self.traffic)
-                matrix = stretch(sensitivity.columns)
+                matrix = weighting_matrix(sensitivity.columns)
             elif self.traffic:
                 count = counts[unit.name]
                 weight = lookup_weight(count, float(count.sum()), self.traffic)

@@ -24,7 +24,7 @@ from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.kernels.bitpacking import pack, unpack
-from compressors.quantize.kernels.lloyd import sample, scalar_kmeans
+from compressors.quantize.kernels.lloyd import sample_rows, scalar_kmeans
 from compressors.quantize.tables.codebooks import row_bytes
 
 RowScale = Literal["none", "float16", "float32"]
@@ -54,7 +54,7 @@ def fit(
         ValueError: rows are weighted, and the table is so large that it would be sampled.
     """
     most = max(FITTED_VALUES // table.shape[1], 1)
-    rows = sample(table, most)
+    rows = sample_rows(table, most)
     if weight is not None and len(table) > most:
         raise ValueError(f"rows are weighted in tables of at most {most} rows; got {len(table)}")
     counts = torch.ones(len(rows)) if weight is None else weight

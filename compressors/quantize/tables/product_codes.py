@@ -21,7 +21,7 @@ from compressors.core.modules.formats import TableFormat, TensorSpec
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.quantize.kernels.bitpacking import pack, unpack
-from compressors.quantize.kernels.lloyd import kmeans, nearest, sample
+from compressors.quantize.kernels.lloyd import kmeans, nearest, sample_rows
 from compressors.quantize.tables.codebooks import (
     CodeBits,
     CodebookShare,
@@ -35,18 +35,18 @@ from compressors.quantize.tables.codebooks import (
 )
 
 
-def widths(dim: int, parts: int) -> tuple[int, ...]:
+def part_widths(dim: int, parts: int) -> tuple[int, ...]:
     """Return the number of columns of each part, wider parts first; no part is empty."""
     parts = min(parts, dim)
     return tuple(dim // parts + (place < dim % parts) for place in range(parts))
 
 
-def columns(dim: int, parts: int) -> list[int] | None:
+def padded_columns(dim: int, parts: int) -> list[int] | None:
     """Return the indices of a row's columns among parts padded to the widest part.
 
     None if all parts have one width, so that nothing is padded.
     """
-    each = widths(dim, parts)
+    each = part_widths(dim, parts)
     if len(set(each)) == 1:
         return None
     return [part * each[0] + place for part, width in enumerate(each) for place in range(width)]
@@ -68,10 +68,10 @@ def fit(table: Tensor, parts: int, levels: int, weight: Tensor | None = None) ->
     Raises:
         ValueError: rows are weighted, and the table is so large that it is sampled.
     """
-    rows = sample(table)
+    rows = sample_rows(table)
     if weight is not None and len(weight) != len(rows):
         raise ValueError(f"rows are weighted in tables of at most {len(rows)} rows")
-    each = widths(table.shape[1], parts)
+    each = part_widths(table.shape[1], parts)
     codebook = torch.zeros(len(each), levels, each[0])
     for place, part in enumerate(torch.split(rows, list(each), dim=1)):
         codebook[place, :, : each[place]] = kmeans(part.contiguous(), levels, weight).codebook
@@ -80,7 +80,7 @@ def fit(table: Tensor, parts: int, levels: int, weight: Tensor | None = None) ->
 
 def encode(table: Tensor, codebook: Tensor, parts: int) -> Tensor:
     """Find the nearest entry for each part of each row: uint8 ``(rows, parts)``, not packed."""
-    each = widths(table.shape[1], parts)
+    each = part_widths(table.shape[1], parts)
     books = codebook.reshape(len(each), -1, each[0])
     codes = [
         nearest(part.float().contiguous(), books[place, :, : each[place]])
@@ -96,7 +96,7 @@ def decode(codes: Tensor, codebook: Tensor, dim: int) -> Tensor:
 
 def _joined(entries: Tensor, dim: int) -> Tensor:
     """Concatenate entries ``(*, parts, widest)`` and remove padding columns."""
-    places = columns(dim, entries.shape[-2])
+    places = padded_columns(dim, entries.shape[-2])
     padded = entries.flatten(-2)
     return padded if places is None else padded[..., places]
 
@@ -133,7 +133,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, ids = ctx.saved_tensors
     entry = entry_of(unpack(codes[ids], ctx.parts, ctx.width), len(codebook))  # (*ids, parts)
-    places = columns(ctx.dim, ctx.parts)
+    places = padded_columns(ctx.dim, ctx.parts)
     if places is not None:
         wide = grad.new_zeros((*grad.shape[:-1], ctx.parts * codebook.shape[1]))
         wide[..., places] = grad
@@ -155,7 +155,7 @@ class ProductCodesFormat:
 
     def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
         """Return the sizes of the codes and codebooks of a ``rows x dim`` table."""
-        each = widths(dim, settings["parts"])
+        each = part_widths(dim, settings["parts"])
         return shape_of(rows, dim, len(each), each[0], settings)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:

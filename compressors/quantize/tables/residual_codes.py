@@ -24,7 +24,13 @@ from compressors.core.modules.formats import TableFormat, TensorSpec
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.quantize.kernels.bitpacking import pack, unpack
-from compressors.quantize.kernels.lloyd import KMeansFit, kmeans, nearest, sample, squared_distance
+from compressors.quantize.kernels.lloyd import (
+    KMeansFit,
+    kmeans,
+    nearest,
+    sample_rows,
+    squared_distance,
+)
 from compressors.quantize.tables.codebooks import (
     CodeBits,
     CodebookShare,
@@ -66,7 +72,7 @@ def fit(
     Raises:
         ValueError: rows are weighted, and the table is so large that it is sampled.
     """
-    rows = sample(table)
+    rows = sample_rows(table)
     if weight is not None and len(weight) != len(rows):
         raise ValueError(f"rows are weighted in tables of at most {len(rows)} rows")
     counts = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()

@@ -26,7 +26,7 @@ from compressors.prune.dense.kept_shares import (
     remaining_multiply_adds,
 )
 from compressors.prune.structure import prunable_widths
-from compressors.prune.structure.channel_consumers import layouts, readers_of, trace
+from compressors.prune.structure.channel_consumers import channel_layouts, readers_of, trace
 from compressors.prune.structure.config_widths import Width, find_widths
 
 WIDE = Reference(ResidualConcatNet, SCHEMA, {"left": 32, "right": 48, "deep": 64})
@@ -91,7 +91,7 @@ def test_normalized_importance_is_decreasing_with_mean_one_and_independent_of_sc
     source = WIDE.model()
     width = find_widths(source)[0]["left"]
     traces = trace(source.module, SCHEMA, {"user": 30}, width)
-    readers = readers_of(width, traces, next(layouts(width)))
+    readers = readers_of(width, traces, next(channel_layouts(width)))
     random_values = torch.rand(32, generator=torch.Generator().manual_seed(0))
     importance = {"left": random_values, "again": random_values.flip(0)}
     curve = normalized_importance([readers], importance)[width.path]

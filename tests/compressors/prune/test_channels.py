@@ -39,7 +39,12 @@ from compressors.errors.steps import StepRefused
 from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.importance import kept_units, unit_importance
 from compressors.prune.dense.kept_shares import kept_width
-from compressors.prune.structure.channel_consumers import Readers, layouts, readers_of, trace
+from compressors.prune.structure.channel_consumers import (
+    Readers,
+    channel_layouts,
+    readers_of,
+    trace,
+)
 from compressors.prune.structure.config_widths import find_widths
 from compressors.quantize.dense.static_int8 import StaticInt8
 
@@ -56,7 +61,7 @@ def consumers_of_width(argument: str, source: Model) -> Readers:
     """Consumers of the channels whose count is ``argument``, for the first possible layout."""
     widths, _ = find_widths(source)
     traces = trace(source.module, SCHEMA, {"user": 30}, widths[argument])
-    return readers_of(widths[argument], traces, next(layouts(widths[argument])))
+    return readers_of(widths[argument], traces, next(channel_layouts(widths[argument])))
 
 
 def predictions(model: Model, reference: Reference) -> Tensor:

@@ -13,7 +13,7 @@ from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.reconstruct import reconstruct, ridge_weights
-from compressors.prune.structure.channel_consumers import layouts, readers_of, trace
+from compressors.prune.structure.channel_consumers import channel_layouts, readers_of, trace
 from compressors.prune.structure.config_widths import find_widths
 from compressors.prune.structure.narrowing import WidthCut, without_channels
 
@@ -69,7 +69,7 @@ def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
         source.module.hidden.bias[8:] = source.module.hidden.bias[:8]
     width = find_widths(source)[0]["width"]
     traces = trace(source.module, SCHEMA, {"user": 30}, width)
-    cut = WidthCut(width, readers_of(width, traces, next(layouts(width))), 8)
+    cut = WidthCut(width, readers_of(width, traces, next(channel_layouts(width))), 8)
     kept_channels = {"hidden": torch.arange(16) < 8}
     narrow, _ = without_channels(source.private(), SCHEMA, [cut], kept_channels)
     reconstruct(narrow.module, source.module, bench, ["out"], {}, 1000)

@@ -27,7 +27,7 @@ from compressors.quantize.tables.additive_codes import (
     encode,
     fit,
     lookup_weight,
-    stretch,
+    weighting_matrix,
 )
 from compressors.quantize.tables.residual_codes import decode
 
@@ -129,12 +129,14 @@ def test_squared_error_after_stretch_is_the_error_weighted_by_the_sensitivity(se
     matrix = gradients.T @ gradients
     identity = torch.eye(5, dtype=torch.float64) * matrix.diagonal().mean()
     expected = ((difference.double() @ (matrix + identity)) * difference.double()).sum(dim=1)
-    result = (difference @ stretch(matrix)).square().sum(dim=1).double() * matrix.diagonal().mean()
+    result = (difference @ weighting_matrix(matrix)).square().sum(
+        dim=1
+    ).double() * matrix.diagonal().mean()
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_without_sensitivity_or_lookups_rows_and_columns_have_equal_weights():
-    assert torch.equal(stretch(torch.zeros(4, 4)), torch.eye(4))
+    assert torch.equal(weighting_matrix(torch.zeros(4, 4)), torch.eye(4))
     assert torch.equal(lookup_weight(torch.zeros(5), 10, 0.5), torch.ones(5, dtype=torch.float64))
 
 

@@ -15,7 +15,7 @@ from compressors.quantize.kernels.lloyd import (
     kmeans,
     nearest,
     nearest_under,
-    sample,
+    sample_rows,
     scalar_kmeans,
     squared_distance,
 )
@@ -221,7 +221,7 @@ def test_squared_distance_is_within_float32_rounding_of_float64():
 @given(count=st.integers(1, 500), most=st.integers(1, 50))
 def test_a_sample_has_one_row_of_each_section_of_the_table(count, most):
     rows = torch.arange(count, dtype=torch.float32).unsqueeze(1)
-    sampled = sample(rows, most).flatten()
+    sampled = sample_rows(rows, most).flatten()
     assert len(sampled) == min(count, most)
     if count <= most:
         assert torch.equal(sampled, rows.flatten())

@@ -86,12 +86,12 @@ def test_codebooks_take_no_more_than_their_share_unless_they_have_two_entries(
 
 @given(dim=st.integers(1, 60), parts=st.integers(1, 70))
 def test_parts_differ_by_at_most_one_column_and_cover_every_column_once(dim, parts):
-    each = product_codes.widths(dim, parts)
+    each = product_codes.part_widths(dim, parts)
     assert sum(each) == dim
     assert len(each) == min(parts, dim)
     assert max(each) - min(each) <= 1
     assert list(each) == sorted(each, reverse=True)
-    columns = product_codes.columns(dim, parts)
+    columns = product_codes.padded_columns(dim, parts)
     assert (columns is None) == (max(each) == min(each))
     if columns is not None:
         assert len(set(columns)) == dim
@@ -208,7 +208,7 @@ def plain(step: TableStep, tensors: Mapping[str, Tensor], ids: Tensor, dim: int)
     each = [books[index][codes[..., index]] for index in range(shape.books)]
     if step.kind == "residual_codes":
         return torch.stack(each).sum(dim=0)
-    widths = product_codes.widths(dim, step.parts)
+    widths = product_codes.part_widths(dim, step.parts)
     return torch.cat([one[..., :n] for one, n in zip(each, widths, strict=True)], dim=-1)
 
 

@@ -20,7 +20,7 @@ from compressors.core.runner import run
 from compressors.core.units import Unit
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import ValueNotStorable
-from compressors.quantize.calibration.input_moments import grams, squared_error
+from compressors.quantize.calibration.input_moments import gram_matrices, squared_error
 from compressors.quantize.dense import weight_int4, weight_int8
 from compressors.quantize.dense.gptq import gptq
 from compressors.quantize.dense.weight_int4 import WeightInt4
@@ -299,7 +299,9 @@ def test_gptq_in_a_model_lowers_the_error_as_its_plan_reports(tmp_path):
         for rounding in ("nearest", "gptq")
     }
     units = [unit for unit in Unit.of(source.module) if unit.name == "hidden"]
-    gram = grams(source.module, units, bench.calibration, RANKER.signature, 7, 4096)["hidden"]
+    gram = gram_matrices(source.module, units, bench.calibration, RANKER.signature, 7, 4096)[
+        "hidden"
+    ]
     errors = {}
     for rounding, model in rounded_to.items():
         packed = model.module.hidden

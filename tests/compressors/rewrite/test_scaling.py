@@ -20,7 +20,12 @@ from compressors.prune.dense.magnitude import Magnitude
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.rewrite.equalize import CONVERGED, DEAD, Equalize, equalization_factors
 from compressors.rewrite.fold import Fold
-from compressors.rewrite.smooth_quant import SmoothQuant, best_smoothing, int8_error, smoothing
+from compressors.rewrite.smooth_quant import (
+    SmoothQuant,
+    best_smoothing,
+    int8_error,
+    smoothing_factors,
+)
 
 RANGES = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=6)
 
@@ -40,7 +45,7 @@ def test_equalization_factors_make_output_and_input_ranges_equal(first, second):
 def test_smoothing_factors_equal_equation_4_of_the_paper(first, second, alpha):
     count = min(len(first), len(second))
     inputs, weights = torch.tensor(first[:count]).double(), torch.tensor(second[:count]).double()
-    scale = smoothing(inputs, weights, alpha)
+    scale = smoothing_factors(inputs, weights, alpha)
     is_scaled = (inputs > 0) & (weights > 0)
     assert bool((scale > 0).all())
     expected = inputs[is_scaled].pow(alpha) / weights[is_scaled].pow(1 - alpha)
