@@ -72,8 +72,8 @@ class Wide(nn.Module):
 )
 def test_engine_stores_composed_tables_packed(step: Step, tmp_path, monkeypatch):
     # Accuracy does not matter here, so a fit may end after its first round.
-    monkeypatch.setattr(multi_hash, "ENOUGH", 1.0)
-    monkeypatch.setattr(quotient_remainder, "ENOUGH", 1.0)
+    monkeypatch.setattr(multi_hash, "TOLERANCE", 1.0)
+    monkeypatch.setattr(quotient_remainder, "MIN_GAIN", 1.0)
     torch.manual_seed(0)
     network = Network(architecture=Architecture(path=f"{__name__}:Wide", config={}))
     bench = Bench(signature=SIGNATURE)
