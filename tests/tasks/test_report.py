@@ -29,7 +29,9 @@ def row(order_report: Report, what: str) -> dict[str, str]:
     return next(line for line in number_rows(order_report) if line["what"] == what)
 
 
-def test_headline_has_measurements_and_a_dash_for_unmeasured_targets(order_report: Report) -> None:
+def test_number_rows_have_measurements_and_a_dash_for_unmeasured_targets(
+    order_report: Report,
+) -> None:
     assert row(order_report, "AUC") == {
         "what": "AUC",
         "before": "0.75050",
@@ -46,13 +48,13 @@ def test_headline_has_measurements_and_a_dash_for_unmeasured_targets(order_repor
     }
 
 
-def test_headline_has_served_bytes_and_bytes_of_weights(order_report: Report) -> None:
+def test_number_rows_have_served_bytes_and_bytes_of_weights(order_report: Report) -> None:
     served = row(order_report, "bytes served")
     assert (served["before"], served["onnxruntime"], served["change"]) == ("1,000", "400", "0.40x")
     assert row(order_report, "bytes of weights")["change"] == "0.30x"
 
 
-def test_headline_rows_have_the_same_columns(order_report: Report) -> None:
+def test_number_rows_have_the_same_columns(order_report: Report) -> None:
     assert len({tuple(line) for line in number_rows(order_report)}) == 1
 
 
@@ -156,7 +158,7 @@ def with_score_changes(order_report: Report) -> Report:
     return order_report.model_copy(update={"measurement": measurement})
 
 
-def test_headline_has_score_changes_with_intervals(order_report: Report) -> None:
+def test_number_rows_have_score_changes_with_intervals(order_report: Report) -> None:
     changed = with_score_changes(order_report)
     assert {line["what"]: line["change"] for line in number_rows(changed)[-4:]} == {
         "score correlation": "0.999500 [0.999400, 0.999600]",

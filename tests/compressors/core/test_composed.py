@@ -221,7 +221,7 @@ def test_a_graph_computes_what_the_module_computes(kind, target):
 
 
 @each_composing_method
-def test_trainable_excludes_composed_tables_unless_tables_is_true(method):
+def test_trainable_tensors_exclude_composed_tables_unless_tables_is_true(method):
     result = cached_run(method, "Ranker").result
     inside_composed = tuple(f"{unit.name}." for unit in composed_units(result))
     trained_without_tables, trained_with_tables = (

@@ -105,7 +105,7 @@ def test_training_without_improvement_stops_after_patience_and_returns_the_start
     assert equal_tensors(module, source.module)
 
 
-def test_trainable_is_dense_layers_and_scales_and_tables_only_on_request(tmp_path):
+def test_trainable_tensors_are_dense_layers_and_scales_and_tables_only_on_request(tmp_path):
     source = RANKER.model()
     dense = {"cross", "hidden", "capped", "plain", "out"}
     assert {
