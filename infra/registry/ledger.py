@@ -135,7 +135,8 @@ class Ledger:
 
         Args:
             version: the version number in the registry.
-            order: the digest of the order; for a rollback, of the entry that ``before`` returns.
+            order: the digest of the order; for a rollback, of the entry that ``rollback_target``
+                returns.
             action: promotion or rollback.
             by: the person or program that decided.
             reason: why.
@@ -144,7 +145,7 @@ class Ledger:
 
         Raises:
             AlreadyThere: the ledger has an entry after ``expected``; the error contains that entry.
-            PromotionRefused: a rollback to another order than the one that ``before`` returns.
+            PromotionRefused: a rollback to another order than that of ``rollback_target``.
             ArtifactDamaged: as ``entries``.
             ConcurrentChange: other processes appended first ``ATTEMPTS`` times in a row.
         """
@@ -203,7 +204,7 @@ class Ledger:
             )
         self._check_digest(entry, last, at)
         if entry.action == "rollback":
-            target = before(entries)
+            target = rollback_target(entries)
             if target is None or not _same_champion(target, entry):
                 raise ArtifactDamaged(
                     "ledger_rollback_unfounded",
@@ -222,7 +223,7 @@ class Ledger:
             raise ArtifactDamaged("ledger_digest_differs", changed=changed)
 
     def _check_rollback(self, entries: tuple[Entry, ...], version: str, order: str) -> None:
-        target = before(entries)
+        target = rollback_target(entries)
         if target is None:
             raise PromotionRefused("nothing_to_roll_back", model=self._model)
         if target.order != order:
@@ -251,7 +252,7 @@ class Ledger:
         return self._key(int(number)) if number.isascii() and number.isdigit() else None
 
 
-def before(entries: tuple[Entry, ...]) -> Entry | None:
+def rollback_target(entries: tuple[Entry, ...]) -> Entry | None:
     """Return the entry that a rollback restores, or None if there is no earlier champion.
 
     A promotion pushes an order on a stack, a rollback pops it, and the entry returned is the one
@@ -262,7 +263,7 @@ def before(entries: tuple[Entry, ...]) -> Entry | None:
     return stack[-2] if len(stack) > 1 else None
 
 
-def undone(entries: tuple[Entry, ...]) -> tuple[str, ...]:
+def rolled_back_orders(entries: tuple[Entry, ...]) -> tuple[str, ...]:
     """Return digests of orders rolled back since the last promotion, latest first."""
     removed: list[str] = []
     for end in range(len(entries), 0, -1):

@@ -23,7 +23,7 @@ from infra.errors import (
     PromotionRefused,
     Refused,
 )
-from infra.registry.ledger import Entry, Ledger, before, undone
+from infra.registry.ledger import Entry, Ledger, rollback_target, rolled_back_orders
 from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, Registered
 from infra.triton.repository import ServedVersion
 from tasks.orchestration.documents import PAGE, Report, TargetReport
@@ -230,7 +230,7 @@ def apply_rollback(
     )
     if _is_rolled_back(model, entries, leaving, leaving_order, began):
         return _complete(model, is_new=False)
-    earlier = before(entries)
+    earlier = rollback_target(entries)
     if earlier is None:
         raise PromotionRefused("earlier_champion_missing", model=model, entries=len(entries))
     version = version_of_entry(model, earlier)
@@ -270,7 +270,7 @@ def _is_rolled_back(
     if leaving is not None:
         if last is not None and last.order == leaving_order:
             return False
-        if leaving_order in undone(entries):
+        if leaving_order in rolled_back_orders(entries):
             return True
         current = "none" if last is None else f"version {last.version}"
         raise PromotionRefused("other_champion", model=model, expected=leaving, got=current)
