@@ -33,7 +33,7 @@ def entries(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple({"key": key, "value": value} for key, value in pairs.items())
 
 
-def written(message: Mapping[str, Any]) -> str:
+def format_message(message: Mapping[str, Any]) -> str:
     """Format a message as text, one field per line, nested messages indented.
 
     Args:

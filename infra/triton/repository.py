@@ -26,7 +26,7 @@ from compressors.contracts.targets import TritonBackend
 from compressors.contracts.value_errors import value_error
 from infra.errors import ArtifactMissing, SettingRefused, TritonRefused
 from infra.store.object_store import FileEntry, Store
-from infra.triton.pbtxt import Enum, entries, written
+from infra.triton.pbtxt import Enum, entries, format_message
 
 CONFIG = "config.pbtxt"
 TYPES = {"int64": "TYPE_INT64", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
@@ -176,7 +176,7 @@ def config(served: ServedVersion) -> bytes:
         f"{_MARK}{served.model}.\n"
         "# It follows the registry's champion and is written again with each promotion.\n"
     )
-    return (lines + written(message)).encode()
+    return (lines + format_message(message)).encode()
 
 
 def _parameters(served: ServedVersion) -> dict[str, str]:
@@ -235,7 +235,7 @@ def warmup_shapes(
 # --- the folders -----------------------------------------------------------------------------
 
 
-def place(root: str, name: str, setting: str = "RECPRESS_TRITON") -> Store:
+def model_store(root: str, name: str, setting: str = "RECPRESS_TRITON") -> Store:
     """Return the store of one Triton model's folder in a repository.
 
     Args:
@@ -250,7 +250,7 @@ def place(root: str, name: str, setting: str = "RECPRESS_TRITON") -> Store:
     return Store(f"{base}/{quote(name) if base.startswith('file:') else name}", setting)
 
 
-def contents(root: str, setting: str = "RECPRESS_TRITON") -> tuple[str, int]:
+def count_models(root: str, setting: str = "RECPRESS_TRITON") -> tuple[str, int]:
     """Return a repository's URI and the number of models configured in it."""
     base = Store(root, setting)
     return base.root, sum(
@@ -271,13 +271,13 @@ def refuse_overlap(root: str, store: Store, setting: str = "RECPRESS_TRITON") ->
         )
 
 
-def owner(home: Store) -> str | None:
+def owning_model(home: Store) -> str | None:
     """Return the registered model of a Triton model; None if there is no configuration.
 
     Raises:
         TritonRefused: another program or person wrote the configuration.
     """
-    body = current(home)
+    body = read_config(home)
     if body is None:
         return None
     first = body.decode(errors="replace").partition("\n")[0]
@@ -286,7 +286,7 @@ def owner(home: Store) -> str | None:
     return first.removeprefix(_MARK).removesuffix(".")
 
 
-def current(home: Store) -> bytes | None:
+def read_config(home: Store) -> bytes | None:
     """Read the current ``config.pbtxt``; None if there is none."""
     try:
         return home.read(CONFIG)
@@ -316,11 +316,11 @@ def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
             the same number of another order.
         ArtifactMissing, ArtifactDamaged: as ``Store.chunks``.
     """
-    if (owner_model := owner(home)) not in (None, served.model):
+    if (owner_model := owning_model(home)) not in (None, served.model):
         raise TritonRefused(
             "folder_of_other_model", folder=home.root, model=owner_model, got=served.model
         )
-    body = (current(home) or b"").decode(errors="replace")
+    body = (read_config(home) or b"").decode(errors="replace")
     if version_in(body.encode()) == str(served.version) and _names_other_order(body, served):
         raise TritonRefused(
             "version_of_other_order",
@@ -329,7 +329,7 @@ def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
             order=served.order,
             model=served.model,
         )
-    problems = faults(home, source, served)
+    problems = find_wrong_files(home, source, served)
     for key in problems:
         entry = _entries(source, served)[key]
         home.upload(key, entry.bytes, source.chunks(served.artifact, entry.path))
@@ -340,7 +340,7 @@ def _names_other_order(body: str, served: ServedVersion) -> bool:
     return '"recpress.order"' in body and served.order not in body
 
 
-def faults(home: Store, source: Store, served: ServedVersion) -> dict[str, str]:
+def find_wrong_files(home: Store, source: Store, served: ServedVersion) -> dict[str, str]:
     """Compare a version's files with the published ones by reading all their bytes.
 
     Returns:
@@ -357,14 +357,14 @@ def faults(home: Store, source: Store, served: ServedVersion) -> dict[str, str]:
     return problems
 
 
-def follows(home: Store, source: Store, served: ServedVersion) -> bool:
+def is_current(home: Store, source: Store, served: ServedVersion) -> bool:
     """Return whether the configuration and the file sizes are those of this version.
 
     Contents of files are not compared: the configuration contains the artifact's digest and is
     written only after the files were verified.
     """
     sizes = home.sizes(f"{served.version}/")
-    return current(home) == config(served) and all(
+    return read_config(home) == config(served) and all(
         sizes.get(key) == entry.bytes for key, entry in _entries(source, served).items()
     )
 

@@ -111,7 +111,7 @@ def require_repository(option: str | None) -> str:
 
 def count_models() -> tuple[str, int]:
     """Return the root of the repository in the settings, and its number of models."""
-    return triton.contents(require_repository(None))
+    return triton.count_models(require_repository(None))
 
 
 def servable_graphs(
@@ -163,7 +163,7 @@ def update(root: str, model: str, graphs: tuple[ServedVersion, ...]) -> tuple[st
     outdated = [
         graph
         for graph in graphs
-        if not triton.follows(_model_folder(root, graph.name), store(), graph)
+        if not triton.is_current(_model_folder(root, graph.name), store(), graph)
     ]
     for graph in outdated:  # all files before the first configuration
         triton.stage(_model_folder(root, graph.name), store(), graph)
@@ -207,7 +207,7 @@ def compare_models(
     models = [_compare_one(_model_folder(root, graph.name), graph) for graph in graphs]
     for name in stale_models(root, model, graphs):
         folder = _model_folder(root, name)
-        body = triton.current(folder) or b""
+        body = triton.read_config(folder) or b""
         models.append(
             TritonModel(
                 name=name,
@@ -223,9 +223,9 @@ def compare_models(
 
 
 def _compare_one(folder: Store, graph: ServedVersion) -> TritonModel:
-    triton.owner(folder)  # raises if the folder belongs to another program
-    body = triton.current(folder)
-    problems = triton.faults(folder, store(), graph)
+    triton.owning_model(folder)  # raises if the folder belongs to another program
+    body = triton.read_config(folder)
+    problems = triton.find_wrong_files(folder, store(), graph)
     state: Literal["champion", "behind", "absent"] = "behind"
     if body is None:
         state = "absent"
@@ -247,12 +247,12 @@ def _compare_one(folder: Store, graph: ServedVersion) -> TritonModel:
 
 
 def _model_folder(root: str, name: str) -> Store:
-    return triton.place(root, name)
+    return triton.model_store(root, name)
 
 
 def _belongs_to(folder: Store, model: str) -> bool:
     try:
-        return triton.owner(folder) == model
+        return triton.owning_model(folder) == model
     except Refused:  # the folder belongs to another program
         return False
 

@@ -26,7 +26,7 @@ from infra.registry.mlflow_registry import Registered
 from infra.services.compose import COMPOSE, needed_secrets, read_services, read_variables
 from infra.store.object_store import Store
 from infra.store.records import read_record, seal_record
-from infra.triton.pbtxt import written
+from infra.triton.pbtxt import format_message
 from infra.triton.repository import version_in
 from tasks.bundles import table_files
 from tasks.bundles.packing import pack
@@ -273,11 +273,11 @@ def triton_configuration(folder: Path) -> Parser:
     def parse(body: bytes) -> object:
         version_in(body)
         try:
-            return written({"name": body.decode(errors="surrogateescape"), "dims": [1, -1]})
+            return format_message({"name": body.decode(errors="surrogateescape"), "dims": [1, -1]})
         except (ValueError, TypeError):  # text that the writer rejects
             return None
 
-    return Parser((written(message).encode(),), parse, is_json=False)
+    return Parser((format_message(message).encode(),), parse, is_json=False)
 
 
 def compose_file(folder: Path) -> Parser:

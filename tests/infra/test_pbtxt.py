@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pbtxt_reader import Word, read
 
-from infra.triton.pbtxt import Enum, entries, written
+from infra.triton.pbtxt import Enum, entries, format_message
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 SCALARS = st.one_of(
@@ -45,7 +45,7 @@ def parsed_value(value: Any) -> Any:
 
 @given(MESSAGES)
 def test_written_message_is_read_back_unchanged(message: dict[str, Any]) -> None:
-    text = written(message)
+    text = format_message(message)
     assert read(text) == parsed_value(message)
     for char in text:  # each field is on one line, so text contains no other control character
         assert char == "\n" or ord(char) >= 32
@@ -62,7 +62,7 @@ def test_written_formats_one_field_per_line() -> None:
         "on": True,
         "share": 0.5,
     }
-    assert written(message) == (
+    assert format_message(message) == (
         'name: "a \\"quoted\\"\\tname\\\\"\n'
         "kind: KIND_CPU\n"
         "dims: [-1, 4]\n"
@@ -75,7 +75,7 @@ def test_written_formats_one_field_per_line() -> None:
 
 
 def test_nan_is_written_as_a_word() -> None:
-    assert read(written({"x": [math.nan, 1]})) == {"x": [Word("nan"), 1]}
+    assert read(format_message({"x": [math.nan, 1]})) == {"x": [Word("nan"), 1]}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_value_or_field_name_that_cannot_be_written_is_refused(
     message: dict[str, Any], exception: type[Exception], message_part: str
 ) -> None:
     with pytest.raises(exception, match=message_part):
-        written(message)
+        format_message(message)
 
 
 def test_enum_value_that_is_not_an_identifier_is_refused() -> None:

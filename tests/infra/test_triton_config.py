@@ -18,9 +18,9 @@ from infra.store.object_store import Store
 from infra.triton.repository import (
     Tensor,
     config,
-    contents,
-    owner,
-    place,
+    count_models,
+    model_store,
+    owning_model,
     refuse_overlap,
     triton_name,
     version_in,
@@ -199,19 +199,19 @@ def _run(path: Path, arrays: dict[str, Any]) -> Any:
 
 
 def test_configuration_of_another_program_is_refused(tmp_path: Path) -> None:
-    home = place(str(tmp_path), "m")
-    assert owner(home) is None
+    home = model_store(str(tmp_path), "m")
+    assert owning_model(home) is None
     home.write("config.pbtxt", config(served(USER)))
-    assert owner(home) == "m"
+    assert owning_model(home) == "m"
     home.write("config.pbtxt", b'name: "m"\n')
     with raises_code(TritonRefused, "configuration_foreign"):
-        owner(home)
+        owning_model(home)
 
 
 def test_repository_root_contains_only_model_folders(tmp_path: Path) -> None:
     for root in (str(tmp_path / "a b"), (tmp_path / "c").as_uri()):
-        place(root, "m.1").write("config.pbtxt", b"x")
-        assert contents(root)[1] == 1
+        model_store(root, "m.1").write("config.pbtxt", b"x")
+        assert count_models(root)[1] == 1
     assert (tmp_path / "a b" / "m.1" / "config.pbtxt").read_bytes() == b"x"
     # The server loads every folder in the root as a model: temporary files must not be there.
     assert [path.name for path in (tmp_path / "a b").iterdir()] == ["m.1"]

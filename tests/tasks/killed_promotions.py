@@ -26,7 +26,7 @@ from triton_versions import published
 
 from infra.registry.ledger import Ledger
 from infra.registry.mlflow_registry import Registry
-from infra.triton.repository import current, place, version_in
+from infra.triton.repository import model_store, read_config, version_in
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import (
     apply_promotion,
@@ -56,7 +56,7 @@ def final_state() -> dict[str, Any]:
     """Return the versions in the ledger, under the alias, and in the Triton repository."""
     entries = Ledger(store(), "m").entries()
     aliases = [item.version for item in registry().versions("m") if "champion" in item.aliases]
-    served = version_in(current(place(os.environ["RECPRESS_TRITON"], "m")) or b"")
+    served = version_in(read_config(model_store(os.environ["RECPRESS_TRITON"], "m")) or b"")
     return {
         "ledger": [entry.version for entry in entries],
         "alias": aliases,
