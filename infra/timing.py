@@ -38,7 +38,7 @@ def interleaved_ms(
     Returns:
         float32 (rounds,) per session: the duration of each call in milliseconds.
     """
-    calls = [session.bound(inputs) for session in sessions]
+    calls = [session.bind(inputs) for session in sessions]
     for call in calls:
         for _ in range(warmup):
             call()

@@ -59,7 +59,7 @@ class Session:
         scores: FloatArray = outputs[0]
         return scores
 
-    def bound(self, inputs: Mapping[str, NDArray[Any]]) -> Callable[[], FloatArray]:
+    def bind(self, inputs: Mapping[str, NDArray[Any]]) -> Callable[[], FloatArray]:
         """Return a function that scores the same inputs at each call, for latency measurements.
 
         The inputs are bound once (IO binding), as in a server that already has them in the

@@ -30,7 +30,7 @@ SECONDS = 120
 """Time limit of each command and request."""
 
 
-def make_buckets(names: tuple[str, ...] = BUCKETS) -> None:
+def create_buckets(names: tuple[str, ...] = BUCKETS) -> None:
     """Create the missing buckets.
 
     Raises:
@@ -142,7 +142,7 @@ def _prefect(*arguments: str, must_succeed: bool = True) -> "subprocess.Complete
 
 def main() -> None:
     """Create or update all objects and print their names."""
-    make_buckets()
+    create_buckets()
     make_pools()
     deploy()
     make_automations()

@@ -119,7 +119,7 @@ class UnoptimizedSession:
         SCORED_ROWS.append(len(scores))
         return scores
 
-    def bound(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
+    def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
         return lambda: self.scores(inputs)
 
 

@@ -26,7 +26,7 @@ from infra.credentials import (
 )
 from infra.errors import InfraError, Refused, RegistryRefused, RegistryUnavailable, SettingRefused
 from infra.registry.mlflow_registry import Registry
-from infra.services.setup import make_buckets
+from infra.services.setup import create_buckets
 from infra.settings import load_settings, shown
 from infra.store.object_store import Store
 
@@ -225,7 +225,7 @@ def test_errors_of_an_s3_store_do_not_contain_a_credential(monkeypatch: pytest.M
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(name, SECRETS.of(name))
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    for work in (lambda: Store("s3://models/x").keys(""), lambda: make_buckets(("models",))):
+    for work in (lambda: Store("s3://models/x").keys(""), lambda: create_buckets(("models",))):
         with pytest.raises((InfraError, Refused)) as raised:
             work()
         assert_clean(formatted_exception(raised.value))

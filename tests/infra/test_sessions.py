@@ -27,7 +27,7 @@ def session(tmp_path: Path) -> Session:
 
 def test_bound_inputs_give_the_scores_of_passed_inputs_at_each_call(session: Session) -> None:
     rows = {"y": np.arange(6, dtype=np.float32)[::2], "x": np.ones(3, np.float32)}
-    call = session.bound(rows)
+    call = session.bind(rows)
     for _ in range(2):
         np.testing.assert_array_equal(call(), session.scores(rows))
     np.testing.assert_array_equal(call(), np.array([1, -1, -3], np.float32))
@@ -42,6 +42,6 @@ def test_interleaved_ms_times_each_session_once_per_round(session: Session) -> N
 
 def test_missing_inputs_and_inputs_of_another_type_are_refused(session: Session) -> None:
     with raises_code(ScoringFailed, "inputs_refused"):
-        session.bound({"x": np.ones(3, np.float32)})
+        session.bind({"x": np.ones(3, np.float32)})
     with raises_code(ScoringFailed, "scoring_failed"):
-        session.bound({name: np.ones(3, np.int64) for name in "xy"})()
+        session.bind({name: np.ones(3, np.int64) for name in "xy"})()

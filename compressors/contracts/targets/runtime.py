@@ -32,7 +32,7 @@ class Session(Protocol):
             InfraError: the runtime failed on these inputs.
         """
 
-    def bound(self, inputs: "Mapping[str, NDArray[Any]]") -> "Callable[[], FloatArray]":
+    def bind(self, inputs: "Mapping[str, NDArray[Any]]") -> "Callable[[], FloatArray]":
         """Return a function that computes the scores of fixed inputs, to measure latency.
 
         The inputs are copied to the runtime's memory beforehand. A call of the function returns
