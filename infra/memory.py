@@ -118,7 +118,7 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
 
 def resident() -> int:
     """Return the resident memory of this process in bytes."""
-    return _held("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def _left(limit: int, field: str) -> int | None:
@@ -129,10 +129,10 @@ def _left(limit: int, field: str) -> int | None:
         field: the field of ``/proc/self/status`` with the memory that counts towards the limit.
     """
     soft, _ = resource.getrlimit(limit)
-    return None if soft == resource.RLIM_INFINITY else soft - _held(field)
+    return None if soft == resource.RLIM_INFINITY else soft - status_bytes(field)
 
 
-def _held(field: str) -> int:
+def status_bytes(field: str) -> int:
     """Return a field of ``/proc/self/status`` in bytes."""
     return _field(_PROC / "self" / "status", field) or 0
 

@@ -163,12 +163,12 @@ def _order_lock(order: "Terms", *, quiet: bool) -> Iterator[None]:
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    from infra.store.disk import of_input
+    from infra.store.disk import translate_input_error
 
     try:
         path.write_bytes(content)
     except OSError as fault:
-        raise of_input(fault, path) from fault
+        raise translate_input_error(fault, path) from fault
 
 
 # --- bundle ----------------------------------------------------------------------------------

@@ -103,12 +103,12 @@ def _report(fault: Exception) -> int:
     from flows.order_faults import sentences
     from infra.errors import InfraError, Refused
     from infra.memory import as_out_of_memory
-    from infra.store.disk import OF_THE_MACHINE, as_os_error, of_input
+    from infra.store.disk import OF_THE_MACHINE, find_os_error, translate_input_error
 
     shown: Exception = as_out_of_memory(fault, command(sys.argv[1:])) or fault
-    error = as_os_error(shown)
+    error = find_os_error(shown)
     if error is not None and (error.filename is not None or error.errno in OF_THE_MACHINE):
-        shown = of_input(error, Path(tempfile.gettempdir()))
+        shown = translate_input_error(error, Path(tempfile.gettempdir()))
     if os.environ.get("RECPRESS_DEBUG"):
         _print("".join(traceback.format_exception(fault)))
     if isinstance(shown, ValidationError):

@@ -34,7 +34,7 @@ from infra.bundle.shards import (
     StoredTensor,
     TensorFact,
     draft_file_problem,
-    listing,
+    list_folder,
     nonfinite_problem,
     pickle_problem,
     stored_tensors,
@@ -72,7 +72,7 @@ def read_draft(folder: Path) -> Draft:
     Raises:
         BundleRefused: a field or path of the draft, or a header of its weights, cannot be used.
     """
-    refuse_if(folder, (p for path in listing(folder) if (p := draft_file_problem(path))))
+    refuse_if(folder, (p for path in list_folder(folder) if (p := draft_file_problem(path))))
     _, document = read_json(folder / MANIFEST)
     require_known_version(document, folder / MANIFEST)
     if "seal" in document or "files" in document:
@@ -135,7 +135,7 @@ def seal(
         "vocabularies": dict(vocabularies or {}),
         "transforms": dict(transforms or {}),
         "files": {
-            item: records[item] if item in records else _record(folder / item)
+            item: records[item] if item in records else hash_file(folder / item)
             for item in sorted(names)
         },
         "parents": tuple(parents),
@@ -326,7 +326,7 @@ def _file_names(folder: Path, ignored: str = "") -> set[str]:
     """
     problems: list[Reason] = []
     names: set[str] = set()
-    for path in listing(folder):
+    for path in list_folder(folder):
         if path.name == ignored:
             continue
         mode = path.lstat().st_mode
@@ -346,7 +346,7 @@ def _file_names(folder: Path, ignored: str = "") -> set[str]:
     return names
 
 
-def _record(path: Path) -> FileRecord:
+def hash_file(path: Path) -> FileRecord:
     """Read and hash a file."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -365,7 +365,7 @@ def _differences(
         size = (folder / name).stat().st_size
         if size != (expected := records[name]).bytes:
             yield Reason("file_size_differs", file=short(name), got=size, expected=expected.bytes)
-        elif (actual_hash := _record(folder / name).sha256) != expected.sha256:
+        elif (actual_hash := hash_file(folder / name).sha256) != expected.sha256:
             yield Reason(
                 "file_hash_differs", file=short(name), got=actual_hash, expected=expected.sha256
             )

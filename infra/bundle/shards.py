@@ -63,7 +63,7 @@ class StoredTensor(Frozen):
     fact: TensorFact
 
 
-def listing(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
     """Return the paths in a folder, sorted by name.
 
     Raises:
@@ -80,7 +80,7 @@ def listing(folder: Path) -> list[Path]:
 def tensor_files(folder: Path) -> tuple[Path, ...]:
     """Return the ``*.safetensors`` files of a folder, sorted by name."""
     return tuple(
-        path for path in listing(folder) if path.suffix == ".safetensors" and path.is_file()
+        path for path in list_folder(folder) if path.suffix == ".safetensors" and path.is_file()
     )
 
 

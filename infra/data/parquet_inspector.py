@@ -26,7 +26,7 @@ from compressors.contracts import Frozen
 from infra.bundle.json_reader import clean
 from infra.data.parquet_inspection import MEMORY_LIMIT
 from infra.errors import ChildFailed, DataRefused, OutOfMemory
-from infra.store.disk import of_input
+from infra.store.disk import translate_input_error
 
 START_SECONDS = 120.0
 SECONDS = 60.0
@@ -204,7 +204,7 @@ class Inspector:
         try:
             status = file.stat()
         except OSError as fault:
-            raise of_input(fault, file) from fault
+            raise translate_input_error(fault, file) from fault
         identity = _Identity(
             str(file.absolute()),
             status.st_dev,
@@ -242,7 +242,9 @@ class Inspector:
                 )
             raise DataRefused("reader_memory", file=str(file), most_mib=MEMORY_LIMIT // 2**20)
         if "errno" in reply:
-            raise of_input(OSError(reply["errno"], os.strerror(reply["errno"]), str(file)))
+            raise translate_input_error(
+                OSError(reply["errno"], os.strerror(reply["errno"]), str(file))
+            )
         try:
             return Inspected.model_validate(reply)
         except ValidationError as fault:

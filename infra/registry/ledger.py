@@ -114,7 +114,7 @@ class Ledger:
         # snapshot, so it may contain entry 6 without entry 5, which was written earlier.
         for sequence in range(1, last + 1):
             earlier = tuple(entries)
-            entries.append(self._store.checked(partial(self._read_next, earlier, sequence)))
+            entries.append(self._store.read_with_retry(partial(self._read_next, earlier, sequence)))
         return tuple(entries)
 
     def champion(self) -> Entry | None:

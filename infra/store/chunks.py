@@ -88,7 +88,7 @@ def regular_files(folder: Path) -> list[tuple[str, int]]:
     return sorted(files)
 
 
-def hashed(
+def hash_files(
     folder: Path, files: list[tuple[str, int]], chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[FileEntry, ...]:
     """Hash every chunk of these files.

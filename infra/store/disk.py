@@ -69,15 +69,15 @@ def translated(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
-        error = as_os_error(fault)
+        error = find_os_error(fault)
         if error is None:
             raise
         raise translate(error, path, doing) from fault
 
 
 @contextmanager
-def input_files(around: Path) -> Iterator[None]:
-    """Replace every ``OSError`` of a block that reads files file_name by the user.
+def translate_input_errors(around: Path) -> Iterator[None]:
+    """Replace every ``OSError`` of a block that reads files that the user named.
 
     Args:
         around: the file or folder that the user named, for an ``OSError`` without a path.
@@ -89,13 +89,13 @@ def input_files(around: Path) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
-        error = as_os_error(fault)
+        error = find_os_error(fault)
         if error is None:
             raise
-        raise of_input(error, around) from fault
+        raise translate_input_error(error, around) from fault
 
 
-def as_os_error(fault: Exception) -> OSError | None:
+def find_os_error(fault: Exception) -> OSError | None:
     """Return an exception as an ``OSError``; None if it is no error of the operating system.
 
     safetensors, written in Rust, raises another class with "(os error 27)" in the message. For it
@@ -110,7 +110,7 @@ def as_os_error(fault: Exception) -> OSError | None:
     return OSError(number, os.strerror(number))
 
 
-def of_input(fault: OSError, around: Path | None = None) -> Refused | InfraError:
+def translate_input_error(fault: OSError, around: Path | None = None) -> Refused | InfraError:
     """Return the project's error to raise for an ``OSError`` of a file that the user named.
 
     Args:

@@ -28,7 +28,7 @@ from pathlib import Path
 from compressors.contracts import digest
 from infra.bundle.json_limits import read_bounded, validated
 from infra.errors import ArtifactDamaged, ArtifactMissing, StoreRefused
-from infra.store.chunks import hashed, pread, regular_files, sha256
+from infra.store.chunks import hash_files, pread, regular_files, sha256
 from infra.store.disk import translate, translated
 from infra.store.folder import must_be_free
 from infra.store.manifest import CHUNK_BYTES, MAX_MANIFEST_BYTES, FileEntry, StoreManifest, root_of
@@ -267,7 +267,7 @@ def finished(into: Path) -> StoreManifest:
     except ValueError as fault:
         raise ArtifactDamaged("result_manifest_unreadable", path=str(into / MANIFEST)) from fault
     files = into / FILES
-    hashed_files = hashed(files, regular_files(files), manifest.chunk_bytes)
+    hashed_files = hash_files(files, regular_files(files), manifest.chunk_bytes)
     actual, expected = (
         {entry.path: entry for entry in entries} for entries in (hashed_files, manifest.files)
     )

@@ -47,7 +47,7 @@ from infra.store.artifact_files import (
     read_with_retry,
 )
 from infra.store.backend import backend_for
-from infra.store.chunks import hard_links, hashed, regular_files
+from infra.store.chunks import hard_links, hash_files, regular_files
 from infra.store.disk import translate
 from infra.store.folder import TEMPORARY, must_be_free
 from infra.store.manifest import (
@@ -98,7 +98,7 @@ class Store:
             StoreRefused: the folder is missing or empty, or contains a symlink or a device.
             ConcurrentChange: a file changed while it was being stored. No artifact was created.
         """
-        manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
+        manifest = StoreManifest.of(hash_files(folder, regular_files(folder)))
         return self._store(folder, manifest, move=False)
 
     def take(self, folder: Path, manifest: StoreManifest | None = None) -> Artifact:
@@ -114,7 +114,7 @@ class Store:
             StoreRefused, ConcurrentChange: as ``put``.
         """
         if manifest is None:
-            manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
+            manifest = StoreManifest.of(hash_files(folder, regular_files(folder)))
         return self._store(folder, manifest, move=True)
 
     def take_derived(self, folder: Path, parent: Artifact, parent_folder: Path) -> Artifact:
@@ -137,7 +137,7 @@ class Store:
             parent_entries = {entry.path: entry for entry in parent_manifest.files}
             linked = hard_links(folder, parent_folder, parent_entries)
         files = regular_files(folder)
-        entries = hashed(folder, [file for file in files if file[0] not in linked])
+        entries = hash_files(folder, [file for file in files if file[0] not in linked])
         entries += tuple(entry.model_copy(update={"path": path}) for path, entry in linked.items())
         manifest = StoreManifest.of(tuple(sorted(entries, key=lambda entry: entry.path)))
         return self._store(folder, manifest, move=True)
@@ -343,7 +343,7 @@ class Store:
             _validate_key(prefix.rstrip("/"))
         return self._backend.sizes(prefix)
 
-    def checked(self, read: Callable[[], Content]) -> Content:
+    def read_with_retry(self, read: Callable[[], Content]) -> Content:
         """Call ``read``; if the store is a bucket, retry once after ``ArtifactDamaged``.
 
         A byte that changed in transit is correct in the second response.
@@ -357,7 +357,7 @@ class Store:
         """Write a file of any size to a key; if ``chunks`` raises, the key is unchanged."""
         self._backend.upload(_validate_record(key, b""), size, chunks)
 
-    def holds(self, key: str, entry: FileEntry, chunk_bytes: int = CHUNK_BYTES) -> bool:
+    def has_content(self, key: str, entry: FileEntry, chunk_bytes: int = CHUNK_BYTES) -> bool:
         """Return whether the value of a key is exactly this file; reads and hashes all of it."""
         return has_content(self._backend, _validate_key(key), entry, chunk_bytes)
 
@@ -376,7 +376,7 @@ class Store:
         """Read and verify the manifest of an artifact by its hash."""
         if not _SHA256.fullmatch(name):
             raise StoreRefused("artifact_name_form", got=short(name))
-        return self.checked(lambda: self._read_manifest(name))
+        return self.read_with_retry(lambda: self._read_manifest(name))
 
     def _read_manifest(self, name: str) -> StoreManifest:
         uri = f"{self.root}/artifacts/{name}"
@@ -441,6 +441,6 @@ def _validate_record(key: str, body: bytes) -> str:
 def _is_intact(folder: Path, manifest: StoreManifest) -> bool:
     """Return whether a cached copy is complete and unchanged; False if it cannot be read."""
     try:
-        return hashed(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files
+        return hash_files(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files
     except (Refused, InfraError):
         return False

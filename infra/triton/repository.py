@@ -352,7 +352,7 @@ def find_wrong_files(home: Store, source: Store, served: ServedVersion) -> dict[
     for key, entry in _entries(source, served).items():
         if key not in existing:
             problems[key] = "missing"
-        elif not home.holds(key, entry, chunk_bytes):
+        elif not home.has_content(key, entry, chunk_bytes):
             problems[key] = "changed"
     return problems
 

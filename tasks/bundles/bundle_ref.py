@@ -24,7 +24,7 @@ from infra.bundle.architecture import source_digest
 from infra.bundle.bundle_folder import MANIFEST, Manifest, SplitName, manifest_of
 from infra.errors import ArtifactMissing, BundleRefused, RecordRefused
 from infra.settings import load_settings
-from infra.store.disk import input_files
+from infra.store.disk import translate_input_errors
 from infra.store.records import read_record, seal_record
 from tasks.orchestration.workspace import store
 
@@ -153,7 +153,7 @@ def resolve(reference: str) -> Artifact:
     bundles = store()
     if artifact_name(reference) is not None:
         return bundles.artifact(reference)
-    with input_files(Path(reference)):
+    with translate_input_errors(Path(reference)):
         is_folder = Path(reference).is_dir()
     if is_folder:
         raise ArtifactMissing("bundle_not_packed", folder=reference)

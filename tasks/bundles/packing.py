@@ -44,7 +44,7 @@ from infra.data.splits import SplitStatistics, check_ids, check_shapes, split_st
 from infra.errors import AlreadyThere, ArtifactMissing, BundleRefused, RecordRefused, Refused
 from infra.settings import load_settings
 from infra.store.chunks import regular_files
-from infra.store.disk import input_files
+from infra.store.disk import translate_input_errors
 from infra.store.object_store import Store
 from infra.store.temporary import scratch_folder
 from tasks.bundles.baseline import check_baseline, check_labels, check_scores, require_sound
@@ -120,7 +120,7 @@ def pack(folder: Path) -> Packed:
         AlreadyThere: another bundle was packed with this name and version.
         StoreUnavailable: the machine lacks space or another resource.
     """
-    with input_files(folder):
+    with translate_input_errors(folder):
         return _pack(folder)
 
 
@@ -192,7 +192,7 @@ def examine(reference: str) -> CheckedBundle:
         BundleRefused, DataRefused, ModelRefused, ArtifactMissing, ArtifactDamaged: the first
             problem.
     """
-    with input_files(Path(reference)):
+    with translate_input_errors(Path(reference)):
         return _examine(reference)
 
 
@@ -225,7 +225,7 @@ def show(reference: str) -> Manifest:
     Args:
         reference: as in ``examine``.
     """
-    with input_files(Path(reference)):
+    with translate_input_errors(Path(reference)):
         return read(_bundle_folder(reference))
 
 

@@ -34,7 +34,7 @@ from infra.bundle.json_reader import read_document
 from infra.bundle.shards import stored_tensors
 from infra.errors import CommandRefused
 from infra.settings import load_settings
-from infra.store.disk import input_files
+from infra.store.disk import translate_input_errors
 from infra.store.draft import FILES, ArtifactDraft, draft, finished
 from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.workspace import local, store
@@ -121,7 +121,7 @@ def quantize(
         BundleRefused: the source is not readable as safetensors.
         StoreRefused: ``into`` is not empty, or another process writes there.
     """
-    with input_files(source):
+    with translate_input_errors(source):
         if not source.exists():
             raise CommandRefused("tables_missing", path=str(source))
         return _quantize(source, into, step, block_rows, workers, progress)
@@ -169,7 +169,7 @@ def check(folder: Path) -> tuple[Artifact, Tables]:
     Raises:
         ArtifactMissing, ArtifactDamaged: the result is incomplete or damaged.
     """
-    with input_files(folder):
+    with translate_input_errors(folder):
         manifest = finished(folder)
         tables = read_document(Tables, folder / FILES / TABLES)
     uri = folder.absolute().as_uri()

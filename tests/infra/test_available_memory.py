@@ -17,7 +17,7 @@ from compressors.errors.compression import ModelRefused
 from infra import memory
 from infra.errors import DataRefused, OutOfMemory, SettingRefused
 from infra.memory import as_out_of_memory, available_memory, memory_errors, require_memory
-from infra.store.disk import of_input, translate
+from infra.store.disk import translate, translate_input_error
 
 MIB = 2**20
 TOO_MUCH = 2**46  # bytes: more than any address space that these processes may use
@@ -106,7 +106,7 @@ def test_memory_errors_converts_only_out_of_memory_errors():
 
 def test_enomem_of_a_file_is_out_of_memory(tmp_path):
     fault = OSError(errno.ENOMEM, "Cannot allocate memory", str(tmp_path))
-    assert isinstance(of_input(fault), OutOfMemory)
+    assert isinstance(translate_input_error(fault), OutOfMemory)
     assert isinstance(translate(fault, tmp_path, "read"), OutOfMemory)
 
 

@@ -93,16 +93,16 @@ def test_holds_compares_every_byte_of_a_key_with_a_file_of_an_artifact(stored, b
     artifact = stored.store.put(big_folder)
     path = "shards/tables/big.safetensors"
     entry = next(e for e in stored.store.manifest(artifact).files if e.path == path)
-    assert not stored.store.holds("copies/1/big", entry)
+    assert not stored.store.has_content("copies/1/big", entry)
     stored.store.upload("copies/1/big", entry.bytes, stored.store.chunks(artifact, path))
     body = (big_folder / path).read_bytes()
     assert stored.raw("copies/1/big") == body
     assert stored.store.sizes("copies/") == {"copies/1/big": len(body)}
-    assert stored.store.holds("copies/1/big", entry)
+    assert stored.store.has_content("copies/1/big", entry)
     changed_last = body[:-1] + bytes([body[-1] ^ 1])
     for changed in (changed_last, body[:-1], body + b"x"):
         stored.overwrite("copies/1/big", changed)
-        assert not stored.store.holds("copies/1/big", entry)
+        assert not stored.store.has_content("copies/1/big", entry)
 
 
 def test_upload_of_a_damaged_file_leaves_no_key(stored, big_folder):
@@ -370,7 +370,9 @@ def test_interrupted_put_leaves_no_artifact_and_a_second_put_completes_it(
 
 
 def artifact_name_of(folder: Path) -> str:
-    return StoreManifest.of(store_chunks.hashed(folder, store_chunks.regular_files(folder))).root
+    return StoreManifest.of(
+        store_chunks.hash_files(folder, store_chunks.regular_files(folder))
+    ).root
 
 
 @pytest.mark.parametrize("change", ["rewritten", "grown", "cut", "gone"])
@@ -380,7 +382,7 @@ def test_put_of_a_file_that_changes_meanwhile_stores_no_artifact(
     victim = big_folder / "shards" / "tables" / "big.safetensors"
 
     def hash_and_change(*args):
-        entries = store_chunks.hashed(*args)
+        entries = store_chunks.hash_files(*args)
         if change == "gone":
             victim.unlink()
         else:
@@ -391,7 +393,7 @@ def test_put_of_a_file_that_changes_meanwhile_stores_no_artifact(
             )
         return entries
 
-    monkeypatch.setattr("infra.store.object_store.hashed", hash_and_change)
+    monkeypatch.setattr("infra.store.object_store.hash_files", hash_and_change)
     with raises_code(ConcurrentChange, None, path=Text(r"big\.safetensors$")):
         stored.store.put(big_folder)
     assert stored.store.keys("artifacts/") == ()

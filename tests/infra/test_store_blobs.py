@@ -25,7 +25,7 @@ from stored_places import (
 from compressors.contracts import Artifact
 from infra.errors import AlreadyThere, ArtifactDamaged, StoreRefused
 from infra.store.artifact_files import SMALL_BYTES
-from infra.store.chunks import hashed, regular_files
+from infra.store.chunks import hash_files, regular_files
 from infra.store.object_store import CHUNK_BYTES, Store, StoreManifest
 
 LARGE = "shards/tables/big.safetensors"
@@ -52,7 +52,7 @@ def with_another_json(folder: Path, into: Path, text: str = "[1]") -> Path:
 
 
 def take_with_manifest(stored: Stored, folder: Path) -> Artifact:
-    return stored.store.take(folder, StoreManifest.of(hashed(folder, regular_files(folder))))
+    return stored.store.take(folder, StoreManifest.of(hash_files(folder, regular_files(folder))))
 
 
 def count_written(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -77,7 +77,7 @@ def count_written(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def store_as_version_1(stored: Stored, folder: Path) -> Artifact:
     """Write an artifact with a manifest of version 1, as version 0.1.0 did."""
-    manifest = StoreManifest.of(hashed(folder, regular_files(folder)))
+    manifest = StoreManifest.of(hash_files(folder, regular_files(folder)))
     for path, body in contents(folder).items():
         stored.overwrite(f"artifacts/{manifest.root}/files/{path}", body)
     text = manifest.model_dump_json(exclude={"blobs"}).encode()
@@ -259,7 +259,7 @@ def test_file_that_is_a_link_to_its_blob_is_not_read_again(folder, tmp_path, mon
     source.mkdir()
     (source / "table").hardlink_to(tmp_path / "store" / blob_key(stored, first, LARGE))
     (source / "model.json").write_text("[1]")
-    manifest = StoreManifest.of(hashed(source, regular_files(source)))
+    manifest = StoreManifest.of(hash_files(source, regular_files(source)))
     monkeypatch.setattr("infra.store.artifact_files.has_content", None)
     second = stored.store.take(source, manifest)
     assert contents(stored.store.get(second, tmp_path / "out"))["model.json"] == b"[1]"

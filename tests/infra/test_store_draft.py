@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from infra.errors import ArtifactDamaged, ArtifactMissing, StoreRefused
 from infra.store import draft as store_draft
-from infra.store.chunks import hashed, sha256
+from infra.store.chunks import hash_files, sha256
 from infra.store.draft import ArtifactDraft, ChunkHashes, draft, finished
 from infra.store.manifest import StoreManifest
 from infra.store.object_store import CHUNK_BYTES, Store
@@ -118,7 +118,7 @@ def test_published_draft_has_the_manifest_that_the_store_computes(tmp_path: Path
     files = tmp_path / "out" / "files"
     assert (files / "data").read_bytes() == BODY
     assert (files / "notes").read_bytes() == b"small"
-    assert manifest.files == hashed(files, [("data", len(BODY)), ("notes", 5)])
+    assert manifest.files == hash_files(files, [("data", len(BODY)), ("notes", 5)])
     assert finished(tmp_path / "out") == manifest
     assert Store(str(tmp_path / "store")).put(files).sha256 == manifest.root
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
@@ -239,8 +239,8 @@ def test_store_takes_a_sealed_draft_without_hashing_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     store = Store(str(tmp_path / "store"))
-    monkeypatch.setattr(store_draft, "hashed", None)
-    monkeypatch.setattr("infra.store.object_store.hashed", None)
+    monkeypatch.setattr(store_draft, "hash_files", None)
+    monkeypatch.setattr("infra.store.object_store.hash_files", None)
     monkeypatch.setattr("infra.store.artifact_files.verified_chunks", None)
     with draft(tmp_path / "work", "job", "data", len(BODY)) as artifact_draft:
         write_missing_blocks(artifact_draft)

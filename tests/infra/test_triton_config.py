@@ -256,7 +256,7 @@ def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         has_no_index = "No matching distribution" in installation.stderr
         has_no_index |= "connection" in installation.stderr.lower()
         assert has_no_index, installation.stderr
-        pytest.skip(f"tritonclient cannot be installation from here: {installation.stderr[-300:]}")
+        pytest.skip(f"tritonclient cannot be installed here: {installation.stderr[-300:]}")
     return python
 
 

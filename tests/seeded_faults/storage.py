@@ -53,7 +53,7 @@ FAULTS = (
     Fault(
         id="store-cached-copy-not-verified",
         file="infra/store/object_store.py",
-        old="        return hashed(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files\n",
+        old="        return hash_files(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files\n",
         new="        return bool(regular_files(folder))\n",
         effect="A damaged local copy of a remote artifact is used.",
         tests=(f"{STORE}::test_local_fetches_a_damaged_cached_copy_again",),

@@ -31,7 +31,7 @@ from infra.errors import (
     StoreUnavailable,
 )
 from infra.store import chunks
-from infra.store.disk import as_os_error, of_input, translate
+from infra.store.disk import find_os_error, translate, translate_input_error
 from tasks.bundles.packing import check, pack, show
 from tasks.bundles.table_files import quantize, step_named
 from tasks.orchestration.workspace import store
@@ -255,16 +255,16 @@ def test_packing_beyond_the_file_size_limit_fails_without_losing_bundles(
 def test_file_that_changes_during_packing_is_not_stored(
     draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashed = chunks.hashed
+    hash_files = chunks.hash_files
 
     def hash_then_change(folder: Path, *arguments: Any) -> Any:
-        entries = hashed(folder, *arguments)
+        entries = hash_files(folder, *arguments)
         for path in folder.rglob("*.parquet"):
             with path.open("ab") as file:  # a hard link of the draft's file
                 file.write(b"more")
         return entries
 
-    monkeypatch.setattr("infra.store.object_store.hashed", hash_then_change)
+    monkeypatch.setattr("infra.store.object_store.hash_files", hash_then_change)
     with raises_code(ConcurrentChange, "file_changed"):
         pack(draft)
     assert store().keys("bundles/") == ()
@@ -296,7 +296,7 @@ def test_os_error_is_translated_with_path_and_remedy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fault = OSError(number, os.strerror(number), "/srv/some/file")
-    error = of_input(fault)
+    error = translate_input_error(fault)
     assert type(error) is expected
     assert "/srv/some/file" in str(error)
     assert str(error).rstrip().endswith(".")
@@ -308,11 +308,11 @@ def test_os_error_is_translated_with_path_and_remedy(
 
 def test_os_error_in_a_safetensors_message_is_recognized() -> None:
     text = "Error while serializing: I/O error: No space left on device (os error 28)"
-    error = as_os_error(SafetensorError(text))
+    error = find_os_error(SafetensorError(text))
     assert error is not None
     assert error.errno == errno.ENOSPC
-    assert as_os_error(SafetensorError("header too small")) is None
-    assert as_os_error(ValueError(text)) is None
+    assert find_os_error(SafetensorError("header too small")) is None
+    assert find_os_error(ValueError(text)) is None
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "/".join(["y" * 200] * 30)])

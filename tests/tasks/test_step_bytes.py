@@ -170,15 +170,15 @@ def test_unchanged_file_is_not_hashed_again(home, draft, monkeypatch):
     records = read(local(source)).files
     (name,) = (name for name in records if name.startswith("item.weight"))
     hashed_files: list[str] = []
-    record, hashed = bundle_folder._record, object_store.hashed
+    hash_file, hash_files = bundle_folder.hash_file, object_store.hash_files
 
     def log_and_record(path: Path) -> FileRecord:
         hashed_files.append(path.name)
-        return record(path)
+        return hash_file(path)
 
     def log_and_hash(folder: Path, files: list[tuple[str, int]]) -> tuple[FileEntry, ...]:
         hashed_files.extend(path for path, _ in files)
-        return hashed(folder, files)
+        return hash_files(folder, files)
 
     seal = compress_task.seal
 
@@ -186,8 +186,8 @@ def test_unchanged_file_is_not_hashed_again(home, draft, monkeypatch):
         hashed_files.clear()  # removes the files of the source, which was verified before
         return seal(folder, **fields)
 
-    monkeypatch.setattr(bundle_folder, "_record", log_and_record)
-    monkeypatch.setattr(object_store, "hashed", log_and_hash)
+    monkeypatch.setattr(bundle_folder, "hash_file", log_and_record)
+    monkeypatch.setattr(object_store, "hash_files", log_and_hash)
     monkeypatch.setattr(compress_task, "seal", clear_and_seal)
     result = quantized(source, source, "user")
     assert name not in hashed_files
