@@ -1,9 +1,9 @@
 """Canaries: synthetic secrets for tests that search files and outputs for leaked credentials.
 
-``canaries`` creates one secret per credential variable; ``traces`` finds them in folders and texts.
-It searches each form in which programs write a secret: plain, percent-encoded, as a JSON or Python
-string, and in base64 at any offset. It also reads databases row by row, because SQLite splits long
-texts over pages.
+``canaries`` creates one secret per credential variable. ``find_secrets`` searches folders and texts
+for each form in which programs write a secret: plain, percent-encoded, as a JSON or Python string,
+and in base64 at any offset. It also reads databases row by row, because SQLite splits long texts
+over pages.
 """
 
 import base64
@@ -74,7 +74,7 @@ def forms(secret: str) -> set[bytes]:
     return result
 
 
-def traces(planted: Canaries, folders: Iterable[Path], texts: Mapping[str, str]) -> list[str]:
+def find_secrets(planted: Canaries, folders: Iterable[Path], texts: Mapping[str, str]) -> list[str]:
     """Search folders and texts for secrets: one line per occurrence with variable and context."""
     result = []
     bodies = [(name, text.encode("utf-8", "surrogatepass")) for name, text in texts.items()]

@@ -1,7 +1,7 @@
 """Networks whose constructors move, copy, cast, read or keep references to their parameters.
 
-Networks in ``EMPTY`` can be constructed on the meta device. Those in ``WITH_VALUES`` read values
-of parameters in the constructor, so they cannot.
+Networks in ``BUILT_WITHOUT_WEIGHTS`` can be constructed on the meta device. Those in
+``BUILT_WITH_WEIGHTS`` read values of parameters in the constructor, so they cannot.
 """
 
 import copy
@@ -173,7 +173,7 @@ class KeepsAnOptimizer(Base):
         self.optimizer = torch.optim.Adam(self.parameters())
 
 
-EMPTY = [
+BUILT_WITHOUT_WEIGHTS = [
     Base,
     MovesToADevice,
     MovesToADeviceObject,
@@ -230,7 +230,7 @@ class FillsABufferFromItsWeights(Base):
         self.shift.copy_(self.out.bias.detach() * 0)
 
 
-WITH_VALUES = [
+BUILT_WITH_WEIGHTS = [
     ReadsANumber,
     BranchesOnAValue,
     PrintsAMean,

@@ -280,7 +280,7 @@ def planned_and_applied(step: Any, model: Model, bench: Bench) -> AppliedStep:
     return applied
 
 
-def default(method: type[Step]) -> Step:
+def default_step(method: type[Step]) -> Step:
     """A step with default settings, except a short training and symmetric int2."""
     fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
     quickly = {"training": QUICKLY, "steps": 20}
@@ -327,31 +327,31 @@ class Reference:
         """
         tables = self.rows_of_tables()
         parts = {
-            part: prepared(self.signature, tables, folder / part, seed, self._opposite)
+            part: write_split(self.signature, tables, folder / part, seed, self.negated_scores)
             for seed, part in enumerate(("calibration", "train", "validation"), 7)
         }
         (rows,) = batches(parts["train"], self.signature, BENCH_ROWS)
         soft_labels = folder / "soft_labels"
         soft_labels.mkdir(exist_ok=True)
-        save_file({"score": self._opposite(rows.inputs)}, soft_labels / "data.safetensors")
+        save_file({"score": self.negated_scores(rows.inputs)}, soft_labels / "data.safetensors")
         soft = Split(path=str(soft_labels), sha256="1" * 64, rows=BENCH_ROWS)
         return Bench(signature=self.signature, soft_labels=soft, **parts)
 
-    def _opposite(self, inputs: dict[str, Tensor]) -> Tensor:
+    def negated_scores(self, inputs: dict[str, Tensor]) -> Tensor:
         """The negated score of each row, or 1 minus its probability, float32 ``(rows,)``."""
         with torch.no_grad():
             scores = self.model().module(**inputs).reshape(-1)
         return 1 - scores if self.signature.single_output.form == "probability" else -scores
 
 
-def _schema(*inputs: Any, group: str | None = None, **changes: Any) -> Signature:
+def signature_of(*inputs: Any, group: str | None = None, **changes: Any) -> Signature:
     fields = {"name": "label", "kind": "ctr", "label": "label", "metric": "auc", **changes}
     return Signature(inputs=inputs, outputs=(Output(**fields),), group=group)
 
 
 RANKER = Reference(
     Ranker,
-    _schema(
+    signature_of(
         IdInput(name="user", table="user"),
         IdInput(name="item", table="item", out_of_range="clamp"),
         IdInput(
@@ -374,7 +374,7 @@ RANKER = Reference(
 )
 COMPACT = Reference(
     Compact,
-    _schema(
+    signature_of(
         IdInput(name="item", table="item", out_of_range="clamp"),
         IdInput(name="genres", table="genres", columns=("first", "second"), shape=(2,)),
         DenseInput(name="price", shape=(3,)),
@@ -383,7 +383,7 @@ COMPACT = Reference(
 )
 TIED = Reference(
     Tied,
-    _schema(
+    signature_of(
         *(IdInput(name=name, table=name) for name in ("item", "similar", "user")),
         IdInput(name="friend", table="user"),
         form="logit",
@@ -391,14 +391,14 @@ TIED = Reference(
 )
 BUFFERED = Reference(
     Buffered,
-    _schema(
+    signature_of(
         IdInput(name="fields", table="fields", columns=("a", "b", "c"), shape=(3,)),
         form="logit",
     ),
 )
 ATTENTION = Reference(
     Attention,
-    _schema(
+    signature_of(
         IdInput(name="user", table="user"),
         PaddedBag(name="history", table="item", shape=(6,)),
         form="score",
@@ -409,7 +409,7 @@ ATTENTION = Reference(
 )
 NORMED = Reference(
     Normed,
-    _schema(
+    signature_of(
         IdInput(name="user", table="user"),
         DenseInput(name="price", shape=(2,)),
         form="probability",
@@ -420,7 +420,7 @@ REFERENCES = (RANKER, TIED, BUFFERED, ATTENTION, NORMED)
 BY_NAME = {reference.network.__name__: reference for reference in (*REFERENCES, COMPACT)}
 
 
-def prepared(
+def write_split(
     signature: Signature,
     rows_of_table: dict[str, int],
     folder: Path,
@@ -465,10 +465,10 @@ def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
 _SCRATCH = tempfile.TemporaryDirectory(prefix="lowered-")
 
 
-def whole(signature: Signature) -> ServedGraph:
+def only_graph(signature: Signature) -> ServedGraph:
     """The only graph of a model that is not split into towers."""
-    (only_graph,) = served_graphs(signature)
-    return only_graph
+    (served_graph,) = served_graphs(signature)
+    return served_graph
 
 
 @dataclass(frozen=True)
@@ -509,7 +509,7 @@ def compressed(reference_name: str, kinds: tuple[str, ...]) -> Model:
     methods = {method.model_fields["kind"].default: method for method in METHODS}  # type: ignore[attr-defined]
     model, bench = reference.model(), reference.bench(folder / "data")
     for number, kind in enumerate(kinds):
-        model = run(default(methods[kind]), model, bench, folder / str(number))
+        model = run(default_step(methods[kind]), model, bench, folder / str(number))
     return model
 
 
@@ -519,5 +519,5 @@ def graph(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Gr
     reference = BY_NAME[reference_name]
     model = compressed(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
-    lowered = lower(model.module, whole(reference.signature), target, path)
+    lowered = lower(model.module, only_graph(reference.signature), target, path)
     return Graph(model, lowered, reference.signature, path, target)

@@ -340,7 +340,7 @@ class LowRankCrossNet(nn.Module):
         return score
 
 
-class Branching(nn.Module):
+class DataDependentBranchNet(nn.Module):
     """Computes another function if a sum of values is positive, so it cannot be exported."""
 
     def __init__(self) -> None:

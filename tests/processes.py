@@ -6,7 +6,7 @@ from pathlib import Path
 LISTENING = "0A"
 
 
-def tree(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """The process ids of a process and all its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
@@ -33,7 +33,7 @@ def environment_of(pid: int) -> dict[str, str]:
     return {name: value for name, _, value in (line.partition("=") for line in lines if line)}
 
 
-def listening(pid: int) -> set[tuple[str, int]]:
+def listening_sockets(pid: int) -> set[tuple[str, int]]:
     """Address (as in /proc/net) and port of every socket on which a process listens."""
     inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():

@@ -17,7 +17,7 @@ def codes_of(reasons: Iterable[Reason]) -> list[str]:
     return [reason.code for reason in reasons]
 
 
-def with_code(reasons: Iterable[Reason], code: str, **fields: Any) -> Reason:
+def require_reason(reasons: Iterable[Reason], code: str, **fields: Any) -> Reason:
     """Require exactly one reason with this code and at least these fields, and return it.
 
     Reasons nested in fields of other reasons are included.

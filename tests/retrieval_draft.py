@@ -25,7 +25,7 @@ CONFIG = {
     "dim": 16,
     "hidden": 32,
 }
-EACH = {"train": 20, "validation": 3, "test": 4}  # interactions per user
+INTERACTIONS_PER_USER = {"train": 20, "validation": 3, "test": 4}
 SPREAD = 3.0  # standard deviation of the scores
 
 SIGNATURE: dict[str, Any] = {
@@ -84,7 +84,7 @@ def write_retrieval_draft(
     # Sorting scores plus Gumbel noise samples items without replacement from their softmax.
     items_in_order = np.argsort(-(scores + random.gumbel(size=scores.shape)), axis=1)
     first = 0
-    for split, per_user in EACH.items():
+    for split, per_user in INTERACTIONS_PER_USER.items():
         items_of_split = items_in_order[:, first : first + per_user]
         first += per_user
         user = np.repeat(np.arange(USERS), per_user)
@@ -105,7 +105,7 @@ def write_retrieval_draft(
         "version": "1",
         "signature": SIGNATURE | changes,
         "network": {"architecture": architecture, "ties": ties},
-        "data": {split: f"{split}.parquet" for split in (*EACH, "items")},
+        "data": {split: f"{split}.parquet" for split in (*INTERACTIONS_PER_USER, "items")},
     }
     (folder / "model.json").write_text(json.dumps(document, indent=1))
     return folder
@@ -118,7 +118,10 @@ def planted_recall(folder: Path, *, mask: bool = True) -> float:
     """
     model = TowerNet(**CONFIG)
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    columns = {split: pq.read_table(folder / f"{split}.parquet") for split in (*EACH, "items")}
+    columns = {
+        split: pq.read_table(folder / f"{split}.parquet")
+        for split in (*INTERACTIONS_PER_USER, "items")
+    }
     items = {
         name: columns["items"][name].combine_chunks() for name in columns["items"].column_names
     }
@@ -126,7 +129,7 @@ def planted_recall(folder: Path, *, mask: bool = True) -> float:
     bags: dict[int, list[int]] = {}
     test_items: dict[int, set[int]] = {}
     hidden: dict[int, set[int]] = {user: set() for user in range(USERS)}
-    for split in EACH:
+    for split in INTERACTIONS_PER_USER:
         for row in columns[split].to_pylist():
             bags[row["user"]] = row["lately"]
             (test_items if split == "test" else hidden).setdefault(row["user"], set()).add(

@@ -29,13 +29,13 @@ STEPS = (
 )
 
 
-def named(step: Any) -> str:
+def step_id(step: Any) -> str:
     """An id for a step: its kind and the settings that are not defaults."""
     settings = step.model_dump(exclude_defaults=True, exclude={"kind", "tables", "min_rows"})
     return "-".join([step.kind, *(f"{key}={value}" for key, value in settings.items())])
 
 
-each_step = pytest.mark.parametrize("step", STEPS, ids=named)
+each_step = pytest.mark.parametrize("step", STEPS, ids=step_id)
 
 
 def clustered_rows(rows: int, dim: int, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""``canaries.traces`` finds planted secrets in every form, and nothing else."""
+"""``canaries.find_secrets`` finds planted secrets in every form, and nothing else."""
 
 import base64
 import gzip
@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from canaries import canaries, traces
+from canaries import canaries, find_secrets
 
 PLANTED = canaries()
 SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
@@ -46,11 +46,11 @@ def test_traces_finds_a_secret_in_every_form_and_place(
             database.execute("CREATE TABLE log (message TEXT)")
             database.execute("INSERT INTO log VALUES (?)", ("x" * 4_000 + text + "y" * 9_000,))
         database.close()
-    lines = traces(PLANTED, [tmp_path], texts)
+    lines = find_secrets(PLANTED, [tmp_path], texts)
     assert lines
     assert all(line.startswith("MLFLOW_TRACKING_URI in ") for line in lines)
 
 
 def test_traces_finds_nothing_in_files_without_secrets(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("http://***@host canary" * 100)
-    assert traces(PLANTED, [tmp_path], {"stdout": "***"}) == []
+    assert find_secrets(PLANTED, [tmp_path], {"stdout": "***"}) == []

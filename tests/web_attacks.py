@@ -105,7 +105,7 @@ def stored_names(api: str, auth_string: str) -> dict[str, list[str]]:
     return result
 
 
-def require_no_answer_without_the_secret(api: str, auth_string: str) -> None:
+def require_rejection_without_the_secret(api: str, auth_string: str) -> None:
     """Fail if a request without the secret succeeds or another origin may read a response.
 
     Also fails if the names of the objects of the server change.
@@ -172,10 +172,10 @@ def require_closed_socket(api: str, path: str) -> None:
         (["prefect"], {"type": "filter", "filter": {}}),
     ):
         with pytest.raises((ConnectionClosed, InvalidHandshake)):
-            first_answer(url, protocols, message)
+            first_response(url, protocols, message)
 
 
-def first_answer(url: str, protocols: list[str] | None, message: object) -> object:
+def first_response(url: str, protocols: list[str] | None, message: object) -> object:
     """Open a web socket from another origin, send a message and return the first response."""
     with connect(
         url, subprotocols=protocols, origin="http://evil.example", open_timeout=SECONDS

@@ -242,9 +242,8 @@ class Inspector:
                 )
             raise DataRefused("reader_memory", file=str(file), most_mib=MEMORY_LIMIT // 2**20)
         if "errno" in reply:
-            raise translate_input_error(
-                OSError(reply["errno"], os.strerror(reply["errno"]), str(file))
-            )
+            error = OSError(reply["errno"], os.strerror(reply["errno"]), str(file))
+            raise translate_input_error(error)
         try:
             return Inspected.model_validate(reply)
         except ValidationError as fault:

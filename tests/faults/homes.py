@@ -99,8 +99,8 @@ def registered(folder: str, orders: list[str], promoted: int) -> list[str]:
     """
     from tasks.promotion.promotions import promote
 
-    published = import_module("triton_versions").published  # in tests/tasks
-    versions = [published(Path(folder), digit).version for digit in orders]
+    publish_version = import_module("triton_versions").publish_version  # in tests/tasks
+    versions = [publish_version(Path(folder), digit).version for digit in orders]
     for version in versions[:promoted]:
         promote("m", version, "")
     return versions

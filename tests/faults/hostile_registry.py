@@ -123,7 +123,7 @@ def register(folder: str) -> dict[str, str]:
     from tasks.orchestration.workspace import store
 
     # Publish a valid order first, to copy its report and tags.
-    good = import_module("triton_versions").published(Path(folder), "d")
+    good = import_module("triton_versions").publish_version(Path(folder), "d")
     report = json.loads(good.report.model_dump_json())
     uri = load_settings().registry_uri
     client = MlflowClient(uri, uri)

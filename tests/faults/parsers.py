@@ -175,7 +175,7 @@ def record(folder: Path) -> Parser:
 
 def order_record(folder: Path) -> Parser:
     """The record of a finished order."""
-    _published(folder)
+    _publish_version(folder)
     key = finished_key(ORDER_DIGEST)
     body = store().read(key)
 
@@ -188,7 +188,7 @@ def order_record(folder: Path) -> Parser:
 
 def report(folder: Path) -> Parser:
     """The report in a release."""
-    published = _published(folder)
+    published = _publish_version(folder)
     body = store().file(published.release, "report.json")
     scratch = folder / "release"
 
@@ -336,10 +336,10 @@ def table_files_plan(folder: Path) -> Parser:
     return Parser((body,), parse)
 
 
-def _published(folder: Path) -> Finished:
+def _publish_version(folder: Path) -> Finished:
     """Publish an order without running it, and return its record."""
-    published = import_module("triton_versions").published  # in tests/tasks
-    result: Finished = published(folder, ORDER_DIGEST[0])
+    publish_version = import_module("triton_versions").publish_version  # in tests/tasks
+    result: Finished = publish_version(folder, ORDER_DIGEST[0])
     return result
 
 

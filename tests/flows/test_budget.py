@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from drafts import ROWS, write_draft
 from error_codes import raises_code
 from orders import AcceptedOrder, run_recipe
-from reason_codes import with_code
+from reason_codes import require_reason
 
 from compressors.contracts import Limit
 from compressors.contracts.reasons import Reason
@@ -64,7 +64,7 @@ def test_step_over_the_budget_is_skipped_with_the_training_that_follows_it(
     reasons = report.idle_reasons
     assert set(reasons) == {f"{kind} (step {number} of the recipe)" for kind, number in left_out}
     (reason,) = set(reasons.values())
-    loss = with_code([reason], "over_budget", metric="auc", budget=0.02).fields["loss"]
+    loss = require_reason([reason], "over_budget", metric="auc", budget=0.02).fields["loss"]
     assert isinstance(loss, float)
     assert 0.02 < loss < 0.5
     repeated = run_recipe(order)
@@ -109,7 +109,7 @@ def test_budget_that_every_step_exceeds_raises_no_step_fits(
 ) -> None:
     with raises_code(OrderRefused, "no_step_fits") as caught:
         run_recipe(order_with_budget(0.0, (Magnitude(share=0.99),)))
-    loss = with_code(caught.value.fields["reasons"], "over_budget", budget=0.0).fields["loss"]
+    loss = require_reason(caught.value.fields["reasons"], "over_budget", budget=0.0).fields["loss"]
     assert isinstance(loss, float)
     assert loss > 0
 

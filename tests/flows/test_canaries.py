@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from canaries import canaries, traces
+from canaries import canaries, find_secrets
 from command_line import run_main_apart
 from drafts import environment, recpress, write_draft
 from orders import AcceptedOrder, run_in_prefect
@@ -69,7 +69,7 @@ def prefect_folder(prefect_server: None) -> Iterator[Path]:
 def assert_no_secret_in(folders: list[Path], texts: dict[str, str]) -> None:
     """Assert that no file in the folders and none of the texts contains a secret."""
     APILogHandler().flush()
-    assert traces(SECRETS, folders, texts) == []
+    assert find_secrets(SECRETS, folders, texts) == []
 
 
 # --- exceptions and one order ----------------------------------------------------------------

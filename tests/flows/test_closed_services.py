@@ -18,8 +18,8 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.logging.clients import get_logs_subscriber
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-from processes import LOOPBACK, arguments, environment_of, listening, tree
-from web_attacks import FOREIGN, basic, require_no_answer_without_the_secret, send
+from processes import LOOPBACK, arguments, environment_of, listening_sockets, process_tree
+from web_attacks import FOREIGN, basic, require_rejection_without_the_secret, send
 
 from infra.services.compose import read_variables
 from infra.telemetry import TELEMETRY_OFF
@@ -37,7 +37,7 @@ def secrets_of(services: LocalServices) -> dict[str, str]:
 def command_lines_by_pid(services: LocalServices) -> dict[int, list[str]]:
     """Return the command line of each process of the services, by process id."""
     command_lines = {}
-    for pid in tree(services.pid):
+    for pid in process_tree(services.pid):
         try:
             command_lines[pid] = arguments(pid)
         except (FileNotFoundError, ProcessLookupError):  # the process has ended
@@ -47,7 +47,7 @@ def command_lines_by_pid(services: LocalServices) -> dict[int, list[str]]:
 
 def test_prefect_refuses_requests_without_the_secret(local_services: LocalServices) -> None:
     client = local_services.client
-    require_no_answer_without_the_secret(
+    require_rejection_without_the_secret(
         client["PREFECT_API_URL"], client["PREFECT_API_AUTH_STRING"]
     )
 
@@ -87,7 +87,7 @@ def test_every_process_listens_only_on_loopback(local_services: LocalServices) -
     ports = {
         (pid, " ".join(words)[:60], *place)
         for pid, words in command_lines_by_pid(local_services).items()
-        for place in listening(pid)
+        for place in listening_sockets(pid)
     }
     assert len(ports) >= 13  # 2 Postgres, 8 of the store, Prefect, MLflow, the worker
     assert [port for port in ports if port[2] not in LOOPBACK] == []
@@ -224,7 +224,7 @@ def test_store_refuses_http_requests_without_a_key_on_every_port(
         ("PUT", "/recpress/from-another-origin"),
     )
     accepted = {}
-    for _, port in listening(pid):
+    for _, port in listening_sockets(pid):
         for method, path in paths:
             try:
                 reply = send(f"http://127.0.0.1:{port}", method, path, body=b"content")

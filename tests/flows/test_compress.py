@@ -22,7 +22,7 @@ from orders import AcceptedOrder, run_in_prefect, run_without_prefect
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from sklearn.metrics import roc_auc_score
 
 from compressors.contracts import Limit
@@ -155,8 +155,8 @@ def test_order_over_a_score_change_limit_is_rejected_with_the_change(
 
 def test_accepted_order_reports_the_score_changes(accepted_order: AcceptedOrder) -> None:
     report = accepted_order.result.finished.report
-    changes = with_code(report.targets[0].verdict.reasons, "score_changes")
-    assert 0.9 <= with_code([changes], "correlation").fields["correlation"] < 1
+    changes = require_reason(report.targets[0].verdict.reasons, "score_changes")
+    assert 0.9 <= require_reason([changes], "correlation").fields["correlation"] < 1
     text = markdown(report)
     for what in ("score correlation", "mean score change", "largest score change"):
         assert f"| {what} |" in text

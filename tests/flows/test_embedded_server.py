@@ -27,9 +27,9 @@ from prefect.settings import (
     get_current_settings,
     temporary_settings,
 )
-from processes import LOOPBACK, arguments, environment_of, listening, tree
+from processes import LOOPBACK, arguments, environment_of, listening_sockets, process_tree
 from test_doctor import http_server
-from web_attacks import require_no_answer_without_the_secret, send
+from web_attacks import require_rejection_without_the_secret, send
 
 from flows.cli import errors as cli_errors
 from flows.cli.console import EMBEDDED
@@ -96,7 +96,7 @@ def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str]"
 def server_processes(pid: int) -> list[int]:
     """Return the descendants of a process that serve Prefect's API or are about to."""
     servers = []
-    for child in tree(pid)[1:]:
+    for child in process_tree(pid)[1:]:
         try:
             words = " ".join(arguments(child))
         except (FileNotFoundError, ProcessLookupError):
@@ -150,21 +150,21 @@ def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
     time.sleep(SUSPENDED_SECONDS)
     assert process.poll() is None, process.communicate()
     os.kill(server, signal.SIGCONT)
-    wait_until(lambda: listening(server), process)
+    wait_until(lambda: listening_sockets(server), process)
     os.kill(process.pid, signal.SIGSTOP)
-    ((address, port),) = listening(server)
+    ((address, port),) = listening_sockets(server)
     api = f"http://127.0.0.1:{port}/api"
     environ = environment_of(server)
     secret = environ.get("PREFECT_SERVER_API_AUTH_STRING", "")
     assert re.fullmatch("recpress:[0-9a-f]{48}", secret)
     assert address in LOOPBACK
     assert send(api, "GET", "/health").status == 200
-    require_no_answer_without_the_secret(api, secret)
+    require_rejection_without_the_secret(api, secret)
     # The server has no pages, so not even its own origin is allowed.
     for origin in (f"http://127.0.0.1:{port}", f"http://localhost:{port}"):
         reply = send(api, "GET", "/health", headers={"Origin": origin})
         assert "access-control-allow-origin" not in reply.headers
-    for pid in tree(process.pid):
+    for pid in process_tree(process.pid):
         assert secret.partition(":")[2] not in " ".join(arguments(pid))
     assert {name: environ[name].lower() for name in TELEMETRY_OFF} == TELEMETRY_OFF
     os.kill(process.pid, signal.SIGCONT)
@@ -348,4 +348,4 @@ def test_server_that_prefect_starts_for_a_called_flow_requires_a_secret(
     assert settings.api.url is not None
     assert settings.api.auth_string is not None
     secret = settings.api.auth_string.get_secret_value()
-    require_no_answer_without_the_secret(settings.api.url, secret)
+    require_rejection_without_the_secret(settings.api.url, secret)

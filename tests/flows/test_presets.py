@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from error_codes import raises_code
 from orders import RecipeRun, run_recipe, run_without_prefect, use_home
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 
 from compressors.contracts import Limit
 from compressors.contracts.reasons import Reason
@@ -111,7 +111,7 @@ def test_report_of_small_and_smallest_states_the_budget_and_the_loss(table_heavy
         assert remark.fields["budget"] == DEFAULT_BUDGET
         assert remark.fields["metric"] == "auc"
         # If "smallest" uses the result of "small", this is the remark of "small".
-        with_code([remark], "budget_of_preset")
+        require_reason([remark], "budget_of_preset")
     for preset in ("safe", "fast"):
         assert not budget_remarks(reports[preset])
 
@@ -157,9 +157,9 @@ def test_preset_without_some_splits_skips_pruning_with_a_reason(
     report = run_recipe(order)
     reason = report.idle_reasons["prune_rows (step 1 of the recipe)"]
     if "validation" in splits:
-        with_code([reason], "data_missing", step="prune_rows", missing=("train",))
+        require_reason([reason], "data_missing", step="prune_rows", missing=("train",))
     else:
-        with_code([reason], "pruning_not_judged", splits=splits)
+        require_reason([reason], "pruning_not_judged", splits=splits)
     steps = {step for line in report.plan.lines for step in line.steps}
     # Without validation rows int4 is not judged; with them it may cost more than the budget.
     assert steps & (
@@ -218,7 +218,7 @@ def test_unit_that_cannot_be_lowered_is_excluded_and_the_preset_is_applied_again
     line = report.plan.of("layers.0")
     assert line is not None
     assert (line.format, line.steps) == ("float32", ())
-    reason = with_code(line.reasons, "skipped", step="static_int8").fields["why"]
+    reason = require_reason(line.reasons, "skipped", step="static_int8").fields["why"]
     assert isinstance(reason, Reason)
     assert reason.code == "not_servable"
     assert "The onnxruntime graph does not contain" in str(reason)

@@ -8,7 +8,7 @@ import torch
 from drafts import ROWS, write_draft
 from error_codes import raises_code
 from orders import AcceptedOrder, RecipeRun, run_recipe, use_home
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
@@ -104,7 +104,7 @@ def test_student_is_stored_with_its_configuration_and_reasons(
     ]
     steps = [reason.fields["step"] for reason in line.reasons if reason.code == "trained_on_rows"]
     assert steps == ["distill", "fine_tune"]
-    with_code(line.reasons, "smaller_in_student", before="64x52", after="32x52")
+    require_reason(line.reasons, "smaller_in_student", before="64x52", after="32x52")
     assert line.bytes_after < line.bytes_before
 
 
@@ -125,7 +125,7 @@ def test_preset_skips_steps_that_cannot_be_applied_with_a_reason(
     assert set(reasons) == {"channels", "distill", "fold", "rowwise_int4", *pruned}
     # The draft's network is optimal for its synthetic data, so these lose more than the budget.
     for name in ("rowwise_int4", *pruned):
-        with_code([reasons[name]], "over_budget", metric="auc", budget=0.001)
+        require_reason([reasons[name]], "over_budget", metric="auc", budget=0.001)
     assert reasons["channels"] == reasons["distill"]
     assert "'second' does not grow in proportion to hidden" in str(reasons["channels"])
     assert [stage.step for stage in report.stages] == ["as trained", "rowwise_int8", "static_int8"]
@@ -147,4 +147,4 @@ def test_custom_step_without_its_data_raises_an_error(
     order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(LOOSE_LIMIT,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         run_recipe(order)
-    with_code([caught.value.fields["reason"]], "data_missing", missing=("validation",))
+    require_reason([caught.value.fields["reason"]], "data_missing", missing=("validation",))

@@ -9,7 +9,7 @@ import onnxruntime
 import pyarrow.parquet as pq
 import pytest
 from orders import BOTH_TARGETS, FlowResult, run_without_prefect, use_home
-from reason_codes import with_code
+from reason_codes import require_reason
 from retrieval_draft import ITEMS, USERS, planted_recall, write_retrieval_draft
 
 from compressors.contracts import Limit
@@ -163,7 +163,7 @@ def test_report_contains_retrieval_metrics_latency_and_stages(
         estimate = numbers.of(metric, "absolute")
         assert estimate is not None
         assert least < estimate.point < 1, metric
-    with_code(finished.report.targets[0].verdict.reasons, "top20_overlap")
+    require_reason(finished.report.targets[0].verdict.reasons, "top20_overlap")
     text = (local(finished.release) / "report.md").read_text()
     assert "Recall@20" in text
     assert "Latency is of the query graph" in text

@@ -11,7 +11,7 @@ from command_line import run_main_apart
 from drafts import write_draft
 from error_codes import raises_code
 from orders import FlowResult, run_without_prefect, use_home
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from safetensors.torch import load_file
 
 from compressors.contracts import Limit, Plan
@@ -77,8 +77,8 @@ def test_plan_states_the_teachers_and_training_rows_that_explain_predicted(
     line = plan.of("cross")
     assert line is not None
     assert codes_of(line.reasons)[:2] == ["trained_on_both", "several_teachers"]
-    with_code(line.reasons, "trained_on_both", step="distill", rows=1000, traffic=700)
-    with_code(line.reasons, "several_teachers", teachers=3)
+    require_reason(line.reasons, "trained_on_both", step="distill", rows=1000, traffic=700)
+    require_reason(line.reasons, "several_teachers", teachers=3)
     assert line.reasons[2].code in ("trained_to_epoch", "training_unchanged")
     predicted = explain(ORDER).plan.lines
     for before, after in zip(predicted, plan.lines, strict=True):
@@ -179,7 +179,7 @@ def test_registered_version_can_be_a_teacher(taught_run: tuple[Path, FlowResult]
     order = ORDER.model_copy(update={"teachers": (f"registry:clicks@{version}",)})
     line = explain(order).plan.of("cross")
     assert line is not None
-    with_code(line.reasons, "several_teachers", teachers=2)
+    require_reason(line.reasons, "several_teachers", teachers=2)
 
 
 def test_explain_command_accepts_teachers_and_exits_with_code_2_if_they_do_not_match(
@@ -192,7 +192,7 @@ def test_explain_command_accepts_teachers_and_exits_with_code_2_if_they_do_not_m
     plan = Plan.model_validate(json.loads(out)["plan"])
     line = plan.of("cross")
     assert line is not None
-    with_code(line.reasons, "several_teachers", teachers=3)
+    require_reason(line.reasons, "several_teachers", teachers=3)
     arguments = (
         "clicks@1",
         "--preset",

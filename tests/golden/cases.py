@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.draft_network import ClickNet, TowerNet
 from tests.golden import package
 from tests.golden.package import Bench, DenseInput, IdInput, JaggedBag, Signature
-from tests.models import RANKER, Reference, prepared
+from tests.models import RANKER, Reference, write_split
 from tests.narrow_networks import HISTORY, Transformer
 from tests.signatures import with_output
 
@@ -248,7 +248,7 @@ def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
             scores: Tensor = module(**inputs).reshape(-1)
         return scores + scores.std() * noise
 
-    validation = prepared(
+    validation = write_split(
         reference.signature, reference.rows_of_tables(), folder / "agreeing", 9, noisy_scores
     )
     return bench.model_copy(update={"validation": validation})

@@ -35,7 +35,7 @@ from compressors.errors.compression import CompressionError
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import input_names, served_graphs
 from infra.onnxruntime.sessions import Session
-from tests.models import Reference, Step, default
+from tests.models import Reference, Step, default_step
 
 KINDS: dict[str, str] = {}
 TARGETS: dict[str, str] = {}
@@ -84,7 +84,7 @@ def targets() -> dict[str, str]:
 def step(kind: str, **settings: Any) -> Step:
     """A step with these settings and short training; ``kind`` is the kind in the record."""
     method = methods()[kind]
-    return method(**{**default(method).model_dump(), **settings})
+    return method(**{**default_step(method).model_dump(), **settings})
 
 
 class Refused(Exception):

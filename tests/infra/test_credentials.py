@@ -10,7 +10,7 @@ from collections.abc import Callable
 from urllib.parse import quote, quote_plus
 
 import pytest
-from canaries import Canaries, canaries, traces
+from canaries import Canaries, canaries, find_secrets
 from error_codes import raises_code
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
@@ -41,7 +41,7 @@ def formatted_exception(fault: BaseException) -> str:
 
 
 def assert_clean(*texts: str, planted: Canaries = SECRETS) -> None:
-    assert traces(planted, [], {str(number): text for number, text in enumerate(texts)}) == []
+    assert find_secrets(planted, [], {str(number): text for number, text in enumerate(texts)}) == []
 
 
 # --- Text ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from error_codes import raises_code
-from table_codes import named
+from table_codes import step_id
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, Output, Signature
@@ -105,7 +105,7 @@ def build(step: TableStep, tmp_path, modify=None) -> tuple[Engine, int]:
         pytest.param(ResidualCodes(codebooks=16), marks=pytest.mark.nightly),
         ResidualCodes(codebooks=16, bits=2),
     ],
-    ids=named,
+    ids=step_id,
 )
 def test_engine_stores_codes_and_codebooks_packed(step, tmp_path):
     engine, packed = build(step, tmp_path)

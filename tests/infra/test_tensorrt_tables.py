@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import Reference, whole
+from models import Reference, only_graph
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, Output, Signature
@@ -94,7 +94,7 @@ def build_request(case: Case, folder: Path) -> BuildRequest:
     )
     packed = stored_bytes(model.module)
     assert packed == ROWS * case.row_bytes + bytes_outside_rows(model.module)
-    lowered = lower(model.module, whole(SIGNATURE), "tensorrt-rtx", folder / "model.onnx", 64)
+    lowered = lower(model.module, only_graph(SIGNATURE), "tensorrt-rtx", folder / "model.onnx", 64)
     (table,) = lowered.tables
     weights = TableWeights(
         module=table.module, rows=table.rows, initializers=table.names, every=table.every

@@ -40,7 +40,7 @@ def prepared_home(
 
     Its arguments are those of ``fill``.
     """
-    from triton_versions import published
+    from triton_versions import publish_version
 
     from tasks.promotion.promotions import promote
 
@@ -52,7 +52,7 @@ def prepared_home(
             monkeypatch.setenv("RECPRESS_TRITON", str(folder / "triton"))
             monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
             for digit in orders:
-                published(folder, digit)
+                publish_version(folder, digit)
             for digit in promoted:
                 promote("m", str(orders.index(digit) + 1), "")
         return folder

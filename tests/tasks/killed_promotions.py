@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from killed_registry import count_operations, in_child
-from triton_versions import published
+from triton_versions import publish_version
 
 from infra.registry.ledger import Ledger
 from infra.registry.mlflow_registry import Registry
@@ -86,7 +86,7 @@ def prepare() -> None:
 
     def publish_and_promote() -> None:
         for digit in "abc":
-            promote("m", published(HOME, digit).version, "")
+            promote("m", publish_version(HOME, digit).version, "")
 
     status, result = in_child(publish_and_promote)
     assert (status, result) == (0, "None"), result
@@ -141,7 +141,7 @@ def race(command: str, count: int) -> None:
             try:
                 if command == "publish":
                     # With other numbers, each process has another release of the same order.
-                    result = published(HOME / str(number), "a", baseline_bytes=1000 + number)
+                    result = publish_version(HOME / str(number), "a", baseline_bytes=1000 + number)
                     text = f"{result.version} {result.report.baseline_bytes}"
                 else:
                     text = run_command(command)

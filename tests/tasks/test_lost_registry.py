@@ -9,7 +9,7 @@ import pytest
 from error_codes import raises_code
 from reports import stored
 from triton_configs import served_by
-from triton_versions import Fill, graph_bytes, published
+from triton_versions import Fill, graph_bytes, publish_version
 
 from compressors.contracts import Estimate, Judgement, Limit
 from infra.errors import ArtifactDamaged, PromotionRefused, RecordRefused, Refused, TritonRefused
@@ -64,11 +64,11 @@ def fetch_champion_order(home: Path) -> str:
 def test_champion_is_found_by_its_order_under_another_version_number(
     home: Path, triton: Path, lose_registry: Callable[[], None]
 ) -> None:
-    graph = published(home, "a").report.targets[0].artifact
+    graph = publish_version(home, "a").report.targets[0].artifact
     promote("m", "1", "good")
     lose_registry()
-    published(home, "b", outcomes={"onnxruntime": "rejected"})
-    assert published(home, "a").version == "2"
+    publish_version(home, "b", outcomes={"onnxruntime": "rejected"})
+    assert publish_version(home, "a").version == "2"
     registered, report = version_report("m", "@champion")
     assert (registered.version, report.order) == ("2", A)
     assert champion_alias() == "2"
@@ -91,7 +91,7 @@ def test_rollback_restores_the_previous_order_under_its_new_version_number(
     fill("ab", "ab")
     lose_registry()
     for digit in "cba":
-        published(home, digit)
+        publish_version(home, digit)
     entry = rollback("m", "clicks fell")
     assert (entry.order, entry.version, champion_alias()) == (A, "3", "3")
     assert Ledger(store(), "m").champion() == entry
@@ -102,7 +102,7 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
 ) -> None:
     fill("ab", "ab")
     lose_registry()
-    other = published(home, "c").version  # version 1, as order a was
+    other = publish_version(home, "c").version  # version 1, as order a was
     registry().point("m", "champion", other)
     functions: dict[str, Callable[[], Any]] = {
         "report": lambda: version_report("m", "@champion"),
@@ -130,8 +130,8 @@ def test_restore_registers_every_result_under_its_former_number(
     home: Path, lose_registry: Callable[[], None]
 ) -> None:
     for digit in "cab":
-        published(home, digit)
-    published(home, "d", outcomes={"onnxruntime": "rejected"})
+        publish_version(home, digit)
+    publish_version(home, "d", outcomes={"onnxruntime": "rejected"})
     promote("m", "1", "")
     promote("m", "2", "")
     before = registry().versions("m")
@@ -153,7 +153,7 @@ def test_promotion_does_not_overwrite_the_served_files_of_another_order(
 ) -> None:
     fill("a", "a")
     lose_registry()
-    other = published(home, "b").version
+    other = publish_version(home, "b").version
     with raises_code(TritonRefused, "version_of_other_order", version=1, model="m"):
         promote("m", other, "")
     assert served_by(triton) == ("1", graph_bytes("a"))
@@ -168,10 +168,10 @@ def test_promote_order_promotes_the_version_with_the_digest(
 ) -> None:
     fill("a", "")
     lose_registry()
-    published(home, "b")
+    publish_version(home, "b")
     with raises_code(PromotionRefused, "order_not_registered", order=A, model="m"):
         promote_order("m", A, "")
-    published(home, "a")
+    publish_version(home, "a")
     assert promote_order("m", A, "").version == "2"
 
 
@@ -219,7 +219,7 @@ def test_ledger_without_digests_is_read_and_continued(home: Path, fill: Fill) ->
     fill("ab", "ab")
     rollback("m", "")
     without_digests(Ledger(store(), "m").entries())
-    promote("m", published(home, "c").version, "")
+    promote("m", publish_version(home, "c").version, "")
     entries = Ledger(store(), "m").entries()
     assert [entry.digest is None for entry in entries] == [True, True, True, False]
     change_entry(3, '"by": "tester"', '"by": "tesser"')
@@ -242,7 +242,7 @@ def test_ledger_entry_without_digest_of_another_order_is_refused(
     home: Path, fill: Fill, order: str
 ) -> None:
     fill("a", "a")
-    published(home, "c", outcomes={"onnxruntime": "rejected"})
+    publish_version(home, "c", outcomes={"onnxruntime": "rejected"})
     (entry,) = Ledger(store(), "m").entries()
     without_digests((entry.model_copy(update={"order": order}),))
     for use in (lambda: repair("m"), lambda: version_report("m", "@champion")):
@@ -300,9 +300,9 @@ def change_verdict(done: Finished, **fields: Any) -> tuple[TargetReport, ...]:
 def test_report_that_contradicts_itself_is_not_promoted(
     home: Path, verdict: dict[str, Any], problem: str
 ) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     targets = change_verdict(done, **verdict)
-    version = published(home, "b", targets=targets, outcome="accepted").version
+    version = publish_version(home, "b", targets=targets, outcome="accepted").version
     is_measured = "judgements" in verdict or "target" in verdict
     code = "verdict_contradicts_judgements" if is_measured else "outcome_contradicts_verdicts"
     with raises_code(PromotionRefused, code) as caught:
@@ -321,7 +321,7 @@ def test_report_that_contradicts_itself_is_not_promoted(
 def test_report_without_targets_or_limits_is_not_promoted(
     home: Path, part: dict[str, Any], refusal: type[Refused], message: str
 ) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     report = done.report.model_copy(update={"order": C, **part})
     release = stored(home / "release", report_json=report.model_dump_json())
     version = registry().publish("m", C, release.uri, {"recpress.outcome": "accepted"}, "").version
@@ -331,12 +331,12 @@ def test_report_without_targets_or_limits_is_not_promoted(
 
 def test_report_consistent_with_its_judgements_is_promoted(home: Path) -> None:
     judgements = (judgement(LIMIT, -0.001, "accepted"),)
-    targets = change_verdict(published(home, "a"), judgements=judgements)
-    assert promote("m", published(home, "b", targets=targets).version, "").order == B
+    targets = change_verdict(publish_version(home, "a"), judgements=judgements)
+    assert promote("m", publish_version(home, "b", targets=targets).version, "").order == B
 
 
 def test_version_whose_tag_names_another_order_is_not_promoted(home: Path) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     tags = {"recpress.outcome": "accepted"}
     registered = registry().publish("m", C, done.release.uri, tags, "")
     with raises_code(PromotionRefused, "other_release", expected=C, got=done.report.order):

@@ -34,11 +34,11 @@ NEW_NAMES = (
 )
 
 
-def published(home: Path, digit: str) -> Finished:
+def publish_version(home: Path, digit: str) -> Finished:
     return publishing.publish.fn(report(home, digit * 64, GOOD))
 
 
-def published_by_0_1_0(home: Path, digit: str) -> Finished:
+def publish_as_0_1_0(home: Path, digit: str) -> Finished:
     """Publish an order like recpress 0.1.0, with absolute URIs in report, version and record."""
     order_report = report(home, digit * 64, GOOD)
     root = store().root
@@ -78,7 +78,7 @@ def move(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", NEW_NAMES)
-@pytest.mark.parametrize("publish_order", [published, published_by_0_1_0])
+@pytest.mark.parametrize("publish_order", [publish_version, publish_as_0_1_0])
 def test_moved_home_is_listed_fetched_promoted_and_found_again(
     publish_order: Any, name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +110,7 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
 
 
 def test_files_of_a_home_do_not_contain_its_path(home: Path) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     promote("m", done.version, "")
     for path in (home / "recpress").rglob("*"):
         if path.is_file():
@@ -120,9 +120,9 @@ def test_files_of_a_home_do_not_contain_its_path(home: Path) -> None:
 def test_order_published_again_after_the_move_is_the_same_version(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = published_by_0_1_0(home, "a")
+    done = publish_as_0_1_0(home, "a")
     move(home, "moved", monkeypatch)
-    again = published(home, "a")
+    again = publish_version(home, "a")
     assert (again.version, again.release, again.report) == (
         done.version,
         done.release,
@@ -142,7 +142,7 @@ def test_version_whose_source_is_outside_the_store_is_refused(source: str, home:
 def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_it(
     home: Path,
 ) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     outside = home / "outside" / "artifacts" / ("0" * 64)
     outside.mkdir(parents=True)
     uri = f"file://{outside}"

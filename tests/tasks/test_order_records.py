@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from drafts import ALLOWED, write_draft
 from error_codes import raises_code
-from triton_versions import Fill, published
+from triton_versions import Fill, publish_version
 
 from compressors.contracts import Artifact
 from infra.errors import AlreadyThere, ArtifactMissing, RecordRefused
@@ -91,7 +91,7 @@ def order_record_of_0_1_0(done: Finished, home: Path) -> bytes:
 def test_order_record_has_references_only_and_no_local_path(
     home: Path,
 ) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     body = store().read(finished_key(ORDER))
     assert is_sealed(body)
     assert str(home).encode() not in body
@@ -156,7 +156,7 @@ def test_invalid_order_record_counts_as_absent_and_is_replaced(
 
 
 def test_order_record_with_the_release_of_another_order_counts_as_absent(home: Path) -> None:
-    first, second = published(home, "a"), published(home, "b")
+    first, second = publish_version(home, "a"), publish_version(home, "b")
     record, other_record = (store().read(finished_key(digit * 64)) for digit in "ab")
     store().write(finished_key("a" * 64), other_record)
     assert find_finished_order("a" * 64) is None
@@ -181,7 +181,7 @@ def test_order_record_with_the_release_of_another_order_counts_as_absent(home: P
 def test_finished_result_names_the_registry_of_its_version(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published(home, "a")
+    publish_version(home, "a")
     result = find_finished_order(ORDER)
     assert result is not None
     assert result.registry == shown(load_settings().registry_uri)

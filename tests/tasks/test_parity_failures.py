@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import METHODS, Graph, Reference, default, whole
+from models import METHODS, Graph, Reference, default_step, only_graph
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def mean_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName
         path = tmp_path_factory.mktemp("mean") / "model.onnx"
         return Graph(
             model,
-            lower(model.module, whole(MEAN_SIGNATURE), target, path),
+            lower(model.module, only_graph(MEAN_SIGNATURE), target, path),
             MEAN_SIGNATURE,
             path,
             target,
@@ -97,11 +97,11 @@ def quantized_graph(kinds: tuple[str, ...], target: TargetName, folder: Path) ->
     model, bench = reference.model(), reference.bench(folder / "data")
     methods = {method.model_fields["kind"].default: method for method in METHODS}
     for kind in kinds:
-        model = run(default(methods[kind]), model, bench, folder / kind)
+        model = run(default_step(methods[kind]), model, bench, folder / kind)
     path = folder / "model.onnx"
     return Graph(
         model,
-        lower(model.module, whole(CROSS_SIGNATURE), target, path),
+        lower(model.module, only_graph(CROSS_SIGNATURE), target, path),
         CROSS_SIGNATURE,
         path,
         target,
@@ -251,7 +251,7 @@ def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path)
 
     model = Reference(BatchCentredNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    done = lower(model.module, whole(MEAN_SIGNATURE), "onnxruntime", path)
+    done = lower(model.module, only_graph(MEAN_SIGNATURE), "onnxruntime", path)
     check = GraphCheck(model.module, done, None, "onnxruntime", 64, path, Session(path, 1))
     inputs = {"items": torch.randint(1, 30, (20, 5))}
     parity, expected = check.parity(inputs, "the data")
@@ -269,7 +269,7 @@ def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
 
     model = Reference(ExportDependentNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    done = lower(model.module, whole(MEAN_SIGNATURE), "onnxruntime", path)
+    done = lower(model.module, only_graph(MEAN_SIGNATURE), "onnxruntime", path)
     lowered = Graph(model, done, MEAN_SIGNATURE, path)
     failure = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
     assert failure.is_exported_wrong

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from error_codes import raises_code
-from triton_versions import Fill, published
+from triton_versions import Fill, publish_version
 
 from compressors.contracts import Outcome
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused
@@ -30,8 +30,8 @@ def aliases(model: str = "m") -> dict[str, str]:
 
 
 def test_order_is_registered_once_with_its_tags(home: Path) -> None:
-    first = published(home, "a")
-    repeated = published(home, "a")
+    first = publish_version(home, "a")
+    repeated = publish_version(home, "a")
     assert (first, len(registry().versions("m"))) == (repeated, 1)
     version, report = version_report("m", "@candidate")
     assert report == first.report
@@ -48,7 +48,7 @@ def test_order_is_registered_once_with_its_tags(home: Path) -> None:
 
 
 def test_finished_order_is_found_until_its_files_are_missing(home: Path) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     assert find_finished_order("a" * 64) == done
     assert find_finished_order("b" * 64) is None
     served = done.report.targets[1].artifact
@@ -60,7 +60,7 @@ def test_finished_order_is_found_until_its_files_are_missing(home: Path) -> None
 def test_still_published_raises_if_registry_or_store_lost_the_result(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     publishing.require_published(done)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
     with raises_code(ArtifactMissing, "order_no_longer_in_registry", order="a" * 64):
@@ -76,7 +76,7 @@ def test_still_published_raises_if_registry_or_store_lost_the_result(
 def test_only_an_accepted_version_becomes_candidate_or_champion(
     home: Path, outcome: Outcome
 ) -> None:
-    version = published(home, "a", outcomes={"onnxruntime": outcome}).version
+    version = publish_version(home, "a", outcomes={"onnxruntime": outcome}).version
     assert aliases() == {}
     with raises_code(PromotionRefused, "not_accepted", version=version, outcome=outcome):
         promote("m", version, "")
@@ -117,8 +117,8 @@ def test_rollback_promotes_the_previous_version_and_is_refused_without_one(
 
 
 def test_moved_alias_is_repaired_from_the_ledger(home: Path) -> None:
-    one = published(home, "a").version
-    two = published(home, "b", outcomes={"onnxruntime": "rejected"}).version
+    one = publish_version(home, "a").version
+    two = publish_version(home, "b", outcomes={"onnxruntime": "rejected"}).version
     promote("m", one, "")
     registry().point("m", "champion", two)
     version, report = version_report("m", "@champion")
@@ -156,7 +156,7 @@ def test_the_second_of_two_concurrent_promotions_is_refused(
 
 
 def test_champion_graph_is_the_artifact_of_the_promoted_version(home: Path) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     assert champion_graph("unknown", "onnxruntime") is None
     assert champion_graph("m", "onnxruntime") is None
     promote("m", done.version, "")
@@ -167,7 +167,7 @@ def test_champion_graph_is_the_artifact_of_the_promoted_version(home: Path) -> N
 
 
 def test_fetch_copies_the_requested_target(home: Path) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     registered, target = fetch("m", done.version, "onnxruntime", home / "out")
     assert registered.version == done.version
     assert target == done.report.targets[0]
@@ -185,7 +185,7 @@ def test_fetch_copies_the_requested_target(home: Path) -> None:
 def test_target_without_acceptance_is_fetched_only_with_its_option(
     home: Path, outcome: Outcome, option: str
 ) -> None:
-    version = published(home, "a", outcomes={"onnxruntime": outcome}).version
+    version = publish_version(home, "a", outcomes={"onnxruntime": outcome}).version
     into = home / "out"
     other = {"unmeasured": "unaccepted", "unaccepted": "unmeasured"}[option]
     code = "target_unmeasured" if option == "unmeasured" else "target_not_accepted"
@@ -208,7 +208,7 @@ def test_fetch_of_a_missing_target_is_refused_with_the_existing_targets(
 
 
 def test_fetch_of_damaged_files_is_refused_before_writing(home: Path) -> None:
-    done = published(home, "a")
+    done = publish_version(home, "a")
     sha256 = done.report.targets[0].artifact.sha256
     path = home / "recpress" / "store" / "artifacts" / sha256 / "files" / "model.onnx"
     path.chmod(0o644)

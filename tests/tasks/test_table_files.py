@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from error_codes import raises_code
-from reason_codes import with_code
+from reason_codes import require_reason
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,8 +76,8 @@ def test_quantize_encodes_matched_tables_copies_others_and_plans_the_bytes(
         tensor.nbytes for tensor in result.values()
     )
     assert lines["user"].bytes_after == 3000 * (16 + 2)
-    with_code(lines["tower.weight"].reasons, "not_matched", patterns=("user", "item*"))
-    with_code(lines["steps"].reasons, "not_a_table", shape=(), dtype="int64")
+    require_reason(lines["tower.weight"].reasons, "not_matched", patterns=("user", "item*"))
+    require_reason(lines["steps"].reasons, "not_a_table", shape=(), dtype="int64")
     assert artifact.sha256 == done.sha256
     assert artifact.bytes == done.bytes
 
@@ -90,8 +90,10 @@ def test_table_that_would_not_get_smaller_is_copied(tmp_path: Path):
     plan = quantize(tmp_path / "model.safetensors", tmp_path / "out", step).plan
     lines = {line.module: line for line in plan.lines}
     # With kmeans, a table of one row has 2 bytes of codes, 2 of scale and 64 of codebook.
-    with_code(lines["one.weight"].reasons, "not_smaller", step="kmeans", bytes=68, present=12)
-    with_code(lines["half.weight"].reasons, "not_smaller", step="kmeans", bytes=184, present=160)
+    require_reason(lines["one.weight"].reasons, "not_smaller", step="kmeans", bytes=68, present=12)
+    require_reason(
+        lines["half.weight"].reasons, "not_smaller", step="kmeans", bytes=184, present=160
+    )
     assert lines["user"].format == "kmeans"
     result = load_file(tmp_path / "out" / "files" / "model.safetensors")
     assert torch.equal(result["one.weight"], original["one.weight"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from drafts import ALLOWED
 from error_codes import raises_code
-from reason_codes import with_code
+from reason_codes import require_reason
 from reports import report
-from retrieval_draft import CONFIG, EACH, SIGNATURE, USERS, write_retrieval_draft
+from retrieval_draft import CONFIG, INTERACTIONS_PER_USER, SIGNATURE, USERS, write_retrieval_draft
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Artifact, Limit
@@ -27,7 +27,7 @@ from tasks.prepare import prepare
 from tasks.report.tables import markdown, number_rows
 
 TABLE_BYTES = CONFIG["tags"] * CONFIG["dim"] * 4
-TEST_ROWS = USERS * EACH["test"]
+TEST_ROWS = USERS * INTERACTIONS_PER_USER["test"]
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
     assert (tags is None) == (share == "module")
     if tags is not None:
         assert (tags.bytes_before, tags.bytes_after) == (0, 0)
-        with_code(tags.reasons, "shares_weight")
+        require_reason(tags.reasons, "shares_weight")
 
     models = ((quantized, after, table.bytes_after), (bundle, before, TABLE_BYTES))
     for artifact, weights, size in models if lowers_both else models[:1]:

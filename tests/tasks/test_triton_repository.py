@@ -11,7 +11,7 @@ from pairwise import parametrize_pairwise
 from pbtxt_reader import read
 from reports import report, stored
 from triton_configs import served_by
-from triton_versions import Fill, champion_number, graph_bytes, published
+from triton_versions import Fill, champion_number, graph_bytes, publish_version
 
 from infra.errors import AlreadyThere, StoreUnavailable, TritonRefused
 from infra.registry.ledger import Ledger
@@ -104,7 +104,7 @@ def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
         uploaded_keys.append(key)
         upload(folder, key, *arguments)
 
-    one = published(home, "a", targets=(target,)).version
+    one = publish_version(home, "a", targets=(target,)).version
     monkeypatch.setattr(Folder, "upload", log_and_upload)
     promote("m", one, "")
     assert uploaded_keys == [f"{one}/model.onnx.data", f"{one}/model.onnx"]

@@ -18,7 +18,7 @@ Fill = Callable[[str, str], tuple[str, ...]]
 """Type of the fixture ``fill`` in ``conftest.py``."""
 
 
-def published(home: Path, digit: str, **changes: Any) -> Finished:
+def publish_version(home: Path, digit: str, **changes: Any) -> Finished:
     """Publish an order whose digest is one repeated hexadecimal digit.
 
     Args:

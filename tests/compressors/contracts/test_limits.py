@@ -6,7 +6,7 @@ import pytest
 from error_codes import HasReason, raises_value_error
 from hypothesis import given
 from hypothesis import strategies as st
-from reason_codes import with_code
+from reason_codes import require_reason
 
 from compressors.contracts import (
     Limit,
@@ -182,7 +182,7 @@ def test_negative_absolute_bound_is_refused(metric):
 
 def test_contradicting_limits_are_reported_with_both():
     first, second = "auc vs baseline >= -0.001", "auc vs baseline <= -0.002"
-    with_code(problems(first, second), "limits_contradict", first=first, second=second)
+    require_reason(problems(first, second), "limits_contradict", first=first, second=second)
     assert problems("auc vs baseline >= -0.001", "auc vs champion >= 0", "auc >= 0.7") == ()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import ATTENTION, BENCH_ROWS, RANKER, REFERENCES, prepared
+from models import ATTENTION, BENCH_ROWS, RANKER, REFERENCES, write_split
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, tensor_names
 from compressors.core.batches import (
@@ -21,7 +21,7 @@ JAGGED = {item.name: item for item in RANKER.signature.inputs if isinstance(item
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    return prepared(RANKER.signature, ROWS, tmp_path_factory.mktemp("data"))
+    return write_split(RANKER.signature, ROWS, tmp_path_factory.mktemp("data"))
 
 
 def bags(item: JaggedBag, batch: Batch) -> list[list[int]]:
@@ -66,7 +66,7 @@ def test_a_batch_has_the_keyword_arguments_of_the_model(split):
 
 
 def test_batches_have_groups_if_the_signature_names_a_group_column(tmp_path):
-    split = prepared(ATTENTION.signature, ATTENTION.rows_of_tables(), tmp_path)
+    split = write_split(ATTENTION.signature, ATTENTION.rows_of_tables(), tmp_path)
     groups = [part.group for part in batches(split, ATTENTION.signature, 20)]
     assert torch.equal(torch.cat(groups), torch.arange(BENCH_ROWS) // 8)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from error_codes import raises_code
 from model_scores import stored_bytes
-from models import PARTS, RANKER, Graph, Reference, graph, whole
-from reason_codes import with_code
+from models import PARTS, RANKER, Graph, Reference, graph, only_graph
+from reason_codes import require_reason
 from test_steps import cached_run, method_on_references
 from torch import Tensor, nn
 
@@ -52,7 +52,10 @@ def composed_units(model: models.Model) -> tuple[Unit, ...]:
 
 @method_on_references(PARTS)
 def test_each_part_of_a_composed_table_has_a_float32_plan_line(method, reference: Reference):
-    step, run_of_method = models.default(method), cached_run(method, reference.network.__name__)
+    step, run_of_method = (
+        models.default_step(method),
+        cached_run(method, reference.network.__name__),
+    )
     source, result = run_of_method.source, run_of_method.result
     composed = composed_units(result)
     assert composed
@@ -68,7 +71,7 @@ def test_each_part_of_a_composed_table_has_a_float32_plan_line(method, reference
                 0,
                 part.bytes,
             )
-            with_code(part_line.reasons, "part_of", unit=unit.name)
+            require_reason(part_line.reasons, "part_of", unit=unit.name)
         whole = line.bytes_after + sum(part.bytes for part in parts)
         stored = {
             k: v for k, v in map_tensors(run_of_method.folder).items() if k.startswith(unit.name)
@@ -83,7 +86,7 @@ def test_each_part_of_a_composed_table_has_a_float32_plan_line(method, reference
 @pytest.mark.parametrize("packing_step", PACKING_STEPS, ids=lambda m: m.__name__)
 def test_a_later_step_compresses_the_parts_of_a_composed_table(method, packing_step, tmp_path):
     composed, bench = cached_run(method, "Ranker").result, cached_run(method, "Ranker").bench
-    step = models.default(packing_step)
+    step = models.default_step(packing_step)
     packed = run(step, composed, bench, tmp_path / "packed")
     parts = [unit.name for unit in Unit.of(composed.module) if unit.part_of is not None]
     for name in parts:
@@ -105,7 +108,7 @@ def test_a_later_step_compresses_the_parts_of_a_composed_table(method, packing_s
 def test_the_dry_run_of_a_composing_method_can_be_called_and_pruned(method, tmp_path):
     """A later step runs the network of the dry run, for example to find what it can prune."""
     bench = RANKER.bench(tmp_path / "data")
-    predicted = dry_run(models.default(method), RANKER.model(), bench)
+    predicted = dry_run(models.default_step(method), RANKER.model(), bench)
     inputs = generate_inputs(bench.signature, table_rows(predicted.module), 64)
     assert predicted.module(**inputs).shape == (64, 1)
     assert dry_run(Channels(), predicted, bench).plan is not None
@@ -121,7 +124,9 @@ def test_each_part_of_a_part_has_one_plan_line(tmp_path):
         bytes_in_file = stored_bytes(map_tensors(tmp_path / str(number)))
         assert sum(line.bytes_after for line in model.plan.lines) == bytes_in_file
         assert sum(line.bytes_after for line in predicted.lines) == bytes_in_file
-    with_code(model.plan.of("user.cold.narrow.narrow").reasons, "part_of", unit="user.cold.narrow")
+    require_reason(
+        model.plan.of("user.cold.narrow.narrow").reasons, "part_of", unit="user.cold.narrow"
+    )
 
 
 @each_composing_method
@@ -138,7 +143,7 @@ def test_a_module_used_under_two_names_is_composed_once(method):
     result = cached_run(method, "Tied").result
     assert isinstance(result.module.user, ComposedTable)
     assert result.module.friend is result.module.user
-    with_code(result.plan.of("item").reasons, "shares_weight", unit="similar")
+    require_reason(result.plan.of("item").reasons, "shares_weight", unit="similar")
 
 
 # Each method composes another table, so that one graph has several methods.
@@ -184,7 +189,7 @@ def model_with_methods(index: int) -> Model:
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     model, bench = FOUR_TABLES.model(), FOUR_TABLES.bench(folder / "data")
     for number, (method, table) in enumerate(zip(METHODS_OF_ONE_MODEL[index], TABLES, strict=True)):
-        step = models.default(method).model_copy(update={"tables": (table,)})
+        step = models.default_step(method).model_copy(update={"tables": (table,)})
         model = run(step, model, bench, folder / str(number))
         assert model.plan.of(table).steps == (step.kind,)
     return run(RowwiseInt8(), model, bench, folder / "packed")
@@ -206,7 +211,9 @@ def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index
         tmp_path / "model.onnx",
         FOUR_TABLES.signature,
     )
-    composed = Graph(model, lower(model.module, whole(signature), target, path), signature, path)
+    composed = Graph(
+        model, lower(model.module, only_graph(signature), target, path), signature, path
+    )
     inputs = composed.rows(600)
     check_parity(composed.in_torch(inputs), composed.in_onnx(inputs), model.plan, target)
 
@@ -239,7 +246,7 @@ def test_composing_a_packed_table_raises_nothing_to_compress(method, tmp_path):
         cached_run(RowwiseInt8, "Ranker").bench,
     )
     with raises_code(NothingToCompress, "units_missing") as caught:
-        run(models.default(method), packed, bench, tmp_path / "again")
+        run(models.default_step(method), packed, bench, tmp_path / "again")
     assert caught.value.fields["reasons"]["user"] == (
         Reason("already_stored", format="rowwise_int8"),
     )

@@ -7,9 +7,9 @@ import weakref
 import pytest
 import torch
 from constructed_networks import (
+    BUILT_WITH_WEIGHTS,
+    BUILT_WITHOUT_WEIGHTS,
     DIM,
-    EMPTY,
-    WITH_VALUES,
     Base,
     CallsCuda,
     CreatesOnCuda,
@@ -57,7 +57,7 @@ def build_with_weights(architecture: type[nn.Module], **config: object) -> nn.Mo
     return construct_with_weights(architecture, config)
 
 
-@pytest.mark.parametrize("architecture", EMPTY)
+@pytest.mark.parametrize("architecture", BUILT_WITHOUT_WEIGHTS)
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_constructor_that_moves_casts_or_copies_is_built_on_meta(architecture, device):
     module = construct(architecture, {"device": device}).module
@@ -66,7 +66,7 @@ def test_constructor_that_moves_casts_or_copies_is_built_on_meta(architecture, d
     assert module.places.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("architecture", [*EMPTY, *WITH_VALUES])
+@pytest.mark.parametrize("architecture", [*BUILT_WITHOUT_WEIGHTS, *BUILT_WITH_WEIGHTS])
 def test_loaded_network_has_the_scores_of_the_trained_one(architecture, tmp_path):
     trained, loaded = trained_and_loaded(architecture, tmp_path)
     ids = torch.arange(7)
@@ -76,7 +76,7 @@ def test_loaded_network_has_the_scores_of_the_trained_one(architecture, tmp_path
         assert tensor.device.type == "cpu"
 
 
-@pytest.mark.parametrize("architecture", WITH_VALUES)
+@pytest.mark.parametrize("architecture", BUILT_WITH_WEIGHTS)
 def test_constructor_that_reads_weights_is_built_with_them_and_a_note(architecture):
     construction = construct(architecture, {})
     assert not any(parameter.is_meta for parameter in construction.module.parameters())

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from error_codes import raises_code
-from models import Reference, default
-from reason_codes import with_code
+from models import Reference, default_step
+from reason_codes import require_reason
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,10 +85,10 @@ def test_layers_with_custom_forward_code_are_kept_and_predictions_stay_close(ste
     result = run(step, source, bench, tmp_path / "out")
     reasons = {line.module: line.reasons for line in result.plan.lines if line.format == "float32"}
     if isinstance(step, RowwiseInt8):
-        with_code(reasons["user"], "custom_forward", module_class="TenfoldEmbedding")
+        require_reason(reasons["user"], "custom_forward", module_class="TenfoldEmbedding")
     else:
-        with_code(reasons["with_relu"], "custom_forward", module_class="ReluLinear")
-        with_code(reasons["hooked"], "has_hooks")
+        require_reason(reasons["with_relu"], "custom_forward", module_class="ReluLinear")
+        require_reason(reasons["hooked"], "has_hooks")
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "user": torch.randint(30, (200,), generator=generator),
@@ -102,7 +102,9 @@ def test_layers_with_custom_forward_code_are_kept_and_predictions_stay_close(ste
     assert (predictions - expected).square().mean().sqrt() < 0.3 * expected.std()
 
 
-@pytest.mark.parametrize("step", [Fold(), Equalize(), default(SmoothQuant)], ids=lambda s: s.kind)
+@pytest.mark.parametrize(
+    "step", [Fold(), Equalize(), default_step(SmoothQuant)], ids=lambda s: s.kind
+)
 def test_rewriting_steps_skip_layers_with_custom_forward_code(step, tmp_path: Path):
     with pytest.raises(NothingToCompress):
         run(step, CUSTOM_FORWARD.model(), CUSTOM_FORWARD.bench(tmp_path / "data"), tmp_path / "out")

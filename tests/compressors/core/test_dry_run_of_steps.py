@@ -52,7 +52,7 @@ def without_measured_reasons(result: Plan, predicted: Plan) -> Plan:
 def test_the_dry_run_of_a_step_has_the_plan_and_bytes_of_its_result(method, reference: Reference):
     run_of_method = cached_run(method, reference.network.__name__)
     predicted = dry_run(
-        models.default(method), reference.model(), with_missing_files(run_of_method.bench)
+        models.default_step(method), reference.model(), with_missing_files(run_of_method.bench)
     )
     result = run_of_method.result
     assert predicted.network.architecture == result.network.architecture

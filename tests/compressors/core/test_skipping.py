@@ -9,7 +9,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from models import Reference
-from reason_codes import with_code
+from reason_codes import require_reason
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -310,7 +310,7 @@ def test_a_skipped_unit_has_its_reason_in_its_plan_line_and_in_the_plans_reasons
     line = result.plan.of(name)
     assert line is not None
     assert (line.format, line.steps) == ("float32", ())
-    skipped = with_code(line.reasons, "skipped", step="float16")
+    skipped = require_reason(line.reasons, "skipped", step="float16")
     reason = skipped.fields["why"]
     assert reason.code in ("weight_read", "attributes_read")
     assert result.plan.reasons == (Reason("unit_skipped", step="float16", unit=name, why=reason),)
@@ -320,7 +320,9 @@ def test_a_skipped_unit_has_its_reason_in_its_plan_line_and_in_the_plans_reasons
         earlier = run_or_skip(StaticInt8(), source, bench, tmp_path / "then")
         later = run_or_skip(RowwiseInt8(), earlier, bench, tmp_path / "later")
         assert later.plan is not None
-        remark = with_code(later.plan.reasons[:1], "unit_skipped", step="rowwise_int8", unit="item")
+        remark = require_reason(
+            later.plan.reasons[:1], "unit_skipped", step="rowwise_int8", unit="item"
+        )
         assert remark.fields["why"] == reason
 
 
@@ -362,7 +364,7 @@ def test_a_pattern_with_an_exclamation_mark_excludes_units(tmp_path: Path) -> No
         plan = run_or_skip(RowwiseInt8(tables=tables), source, bench, tmp_path / str(tables)).plan
         assert plan is not None
         assert [line.format for line in plan.lines[:2]] == ["rowwise_int8", "float32"]
-        with_code(plan.lines[1].reasons, "not_matched", patterns=tables)
+        require_reason(plan.lines[1].reasons, "not_matched", patterns=tables)
         assert plan.reasons == ()
 
 
@@ -378,8 +380,8 @@ def test_a_unit_that_makes_the_compressed_network_fail_is_skipped(
     formats = {line.module: line.format for line in result.plan.lines}
     assert (formats["user"], formats["item"]) == (step.kind, "float32")
     (skipped,) = result.plan.reasons
-    with_code([skipped], "unit_skipped", step=step.kind, unit="item")
-    fault = with_code([skipped], "step_failed").fields["fault"]
+    require_reason([skipped], "unit_skipped", step=step.kind, unit="item")
+    fault = require_reason([skipped], "step_failed").fields["fault"]
     assert fault.startswith(f"After '{step.kind}' the network no")
     unit = step.model_copy(update={"tables": ("item", "user")})
     with raises_code(StepRefused, "unit_not_changeable", unit="item"):
@@ -412,8 +414,8 @@ def test_a_fold_that_changes_scores_at_one_layer_skips_that_layer(
     assert result.plan is not None
     assert [line.module for line in result.plan.lines if line.steps == ("fold",)] == ["first"]
     (skipped,) = result.plan.reasons
-    with_code([skipped], "unit_skipped", step="fold", unit="second")
-    fault = with_code([skipped], "step_failed").fields["fault"]
+    require_reason([skipped], "unit_skipped", step="fold", unit="second")
+    fault = require_reason([skipped], "step_failed").fields["fault"]
     assert fault.startswith("After 'fold' the network's scores differ")
 
 

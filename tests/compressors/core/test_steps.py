@@ -34,7 +34,7 @@ from models import (
     tensors_apart,
 )
 from pydantic import TypeAdapter, ValidationError
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Plan
@@ -163,7 +163,7 @@ each_values_method_on_references = method_on_references(VALUES)
 
 @pytest.fixture
 def step(method) -> Step:
-    return models.default(method)
+    return models.default_step(method)
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def cached_run(method: type[Step], name: str) -> CachedRun:
     source.module.train()
     before, tensors = state_of(source), tensors_apart(source.module)
     bench = reference.bench(folder / "data")
-    result = run(models.default(method), source, bench, folder / "out")
+    result = run(models.default_step(method), source, bench, folder / "out")
     return CachedRun(source, before, tensors, result, folder / "out", bench)
 
 
@@ -375,10 +375,10 @@ def test_methods_that_change_values_run_before_and_after_formats(
         return
     if format_class in (Float16, BFloat16Dense) and method is not Channels:
         with raises_code(NothingToCompress, "units_missing") as caught:
-            run(models.default(method), packed_first, bench, tmp_path / "after")
+            run(models.default_step(method), packed_first, bench, tmp_path / "after")
         assert HasReason("nothing_to_train") in caught.value.fields["reasons"].values()
         return
-    after = run(models.default(method), packed_first, bench, tmp_path / "after")
+    after = run(models.default_step(method), packed_first, bench, tmp_path / "after")
     assert after.network.modules == packed_first.network.modules
     assert torch.isfinite(scores(after, reference)).all()
 
@@ -399,7 +399,7 @@ def test_the_loaded_model_has_the_tensors_and_scores_of_the_result(method_run, r
 
 @each_method_on_references
 def test_two_runs_of_a_step_give_equal_tensors(method_run, method, reference, tmp_path):
-    run(models.default(method), reference.model(), method_run.bench, tmp_path / "again")
+    run(models.default_step(method), reference.model(), method_run.bench, tmp_path / "again")
     first, second = map_tensors(method_run.folder), map_tensors(tmp_path / "again")
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
@@ -483,7 +483,7 @@ def test_tables_below_min_rows_are_kept_with_a_reason(step, tmp_path):
     bench, step = RANKER.bench(tmp_path / "data"), step.model_copy(update={"min_rows": 40})
     plan = run(step, RANKER.model(), bench, tmp_path / "out").plan
     assert plan.of("city").format == plan.of("tags").format == "float32"
-    with_code(plan.of("city").reasons, "too_few_rows", rows=9, min_rows=40)
+    require_reason(plan.of("city").reasons, "too_few_rows", rows=9, min_rows=40)
     assert plan.of("user").format != "float32"
 
 
@@ -495,7 +495,7 @@ def test_tables_that_share_a_weight_are_kept_and_the_reason_names_the_other_one(
         assert line.format == "float32"
         if "tables" in unit_settings(method):
             other = {"item": "similar", "similar": "item"}[name]
-            with_code(line.reasons, "shares_weight", unit=other)
+            require_reason(line.reasons, "shares_weight", unit=other)
     assert result.module.item.weight is result.module.similar.weight
     assert result.network.ties["similar.weight"] == "item.weight"
 
@@ -576,7 +576,7 @@ def test_tables_encoded_in_row_blocks_equal_tables_encoded_at_once(method, tmp_p
     method_run = cached_run(method, "Ranker")
     # 40 and 300 rows: a short last block
     monkeypatch.setattr("compressors.core.steps.table_encoder.BLOCK_ROWS", 7)
-    run(models.default(method), RANKER.model(), method_run.bench, tmp_path / "blocks")
+    run(models.default_step(method), RANKER.model(), method_run.bench, tmp_path / "blocks")
     at_once, blocks = map_tensors(method_run.folder), map_tensors(tmp_path / "blocks")
     torch.testing.assert_close(blocks, at_once, rtol=0, atol=0)
 
@@ -598,10 +598,10 @@ def test_a_layer_with_only_zero_inputs_is_skipped_and_an_error_if_named(tmp_path
     with raises_code(StepRefused, "layer_inputs_zero", layer="capped"):
         run(StaticInt8(layers=("capped", "out")), source, bench, tmp_path / "out")
     # Steps that do not name the layer skip it (it may be a head that only training calls).
-    for step in (StaticInt8(), Float8Dense(), models.default(QAT)):
+    for step in (StaticInt8(), Float8Dense(), models.default_step(QAT)):
         plan = run(step, source, bench, tmp_path / step.kind).plan
         assert plan.of("capped").format == "float32"
-        with_code(plan.of("capped").reasons, "zero_inputs")
+        require_reason(plan.of("capped").reasons, "zero_inputs")
         assert plan.of("out").format != "float32"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from models import ATTENTION, BENCH_ROWS, NORMED, QUICKLY, RANKER
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -172,7 +172,7 @@ def test_layers_before_an_auxiliary_head_learn_from_the_teacher(tmp_path):
     step = Distill(soft_share=0.99, auxiliary="plain", training=training)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     (batch,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
-    targets = RANKER._opposite(batch.inputs)[:, None]
+    targets = RANKER.negated_scores(batch.inputs)[:, None]
 
     def explained_variance(module: nn.Module) -> float:
         inputs = activations(module, "plain", bench)
@@ -232,7 +232,7 @@ def test_distill_with_dense_false_trains_only_tables(tmp_path):
     assert codes_of(result.plan.of("hidden").reasons) == ["dense_not_trained"]
     reasons = result.plan.of("user").reasons
     assert codes_of(reasons)[:2] == ["trained_on_rows", "trained_to_epoch"]
-    with_code(reasons, "trained_on_rows", step="distill", rows=96)
+    require_reason(reasons, "trained_on_rows", step="distill", rows=96)
 
 
 def test_distill_with_dense_false_trains_the_scales_of_packed_tables(tmp_path):
@@ -267,7 +267,7 @@ def test_a_student_keeps_packed_and_composed_tables_unchanged(method, tmp_path):
     assert result.module.hidden.out_features == 8
     assert result.plan.of("item").format == packed.plan.of("item").format
     reasons = result.plan.of("hidden").reasons
-    with_code(reasons, "smaller_in_student", before="16x40", after="8x40")
+    require_reason(reasons, "smaller_in_student", before="16x40", after="8x40")
 
 
 def test_a_student_with_a_narrower_packed_table_raises_distillation_refused(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from models import BENCH_ROWS, NORMED, QUICKLY, RANKER, Reference
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from signatures import with_output
 from torch import Tensor, nn
 
@@ -41,8 +41,12 @@ def test_a_distilled_student_correlates_with_its_teacher(tmp_path):
 def test_soft_share_is_the_weight_of_the_teacher_against_labels(tmp_path):
     """Labels contradict the teacher, so the student's scores show which of them it learned from."""
     bench = RANKER.bench(tmp_path / "data")
-    train_like_validation = models.prepared(
-        RANKER.signature, RANKER.rows_of_tables(), tmp_path / "l", 8, lambda x: -RANKER._opposite(x)
+    train_like_validation = models.write_split(
+        RANKER.signature,
+        RANKER.rows_of_tables(),
+        tmp_path / "l",
+        8,
+        lambda x: -RANKER.negated_scores(x),
     )
     bench = bench.model_copy(update={"train": train_like_validation})
     (batch,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
@@ -67,9 +71,9 @@ def test_student_config_builds_a_smaller_network(tmp_path):
     assert torch.equal(result.module.item.weight, RANKER.model().module.item.weight)
     reasons = result.plan.of("hidden").reasons
     assert codes_of(reasons)[:3] == ["trained_on_rows", "smaller_in_student", "trained_to_epoch"]
-    with_code(reasons, "trained_on_rows", step="distill", rows=96)
-    with_code(reasons, "smaller_in_student", before="16x40", after="8x40")
-    trained = with_code(reasons, "trained_to_epoch", metric="auc")
+    require_reason(reasons, "trained_on_rows", step="distill", rows=96)
+    require_reason(reasons, "smaller_in_student", before="16x40", after="8x40")
+    trained = require_reason(reasons, "trained_to_epoch", metric="auc")
     assert 1 <= trained.fields["epoch"] <= QUICKLY.epochs
     assert 0 < trained.fields["before"] < trained.fields["after"] < 1
     assert result.plan.of("item").reasons == (Reason("tables_not_trained", step="distill"),)
@@ -148,7 +152,7 @@ def test_a_student_with_narrower_tables_trains_them(tmp_path):
     assert result.module.user.weight.shape == (15, 2)
     reasons = result.plan.of("user").reasons
     assert codes_of(reasons)[:3] == ["trained_on_rows", "smaller_in_student", "trained_to_epoch"]
-    with_code(reasons, "smaller_in_student", before="15x4", after="15x2")
+    require_reason(reasons, "smaller_in_student", before="15x4", after="15x2")
 
 
 def test_soft_labels_of_another_row_count_raise_rows_missing(tmp_path):

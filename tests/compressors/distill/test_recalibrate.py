@@ -6,8 +6,8 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
-from models import ATTENTION, COMPACT, NORMED, QUICKLY, RANKER, Reference, prepared, whole
-from reason_codes import with_code
+from models import ATTENTION, COMPACT, NORMED, QUICKLY, RANKER, Reference, only_graph, write_split
+from reason_codes import require_reason
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Bench
@@ -48,7 +48,9 @@ def random_labels(
 def bench_with_drawn_labels(reference: Reference, folder, slope: float, offset: float) -> Bench:
     """A bench with random validation labels of probability sigmoid(slope * logit + offset)."""
     bench = reference.bench(folder)
-    split = prepared(reference.signature, reference.rows_of_tables(), folder / "many", 3, rows=ROWS)
+    split = write_split(
+        reference.signature, reference.rows_of_tables(), folder / "many", 3, rows=ROWS
+    )
     (batch,) = batches(split, reference.signature, ROWS)
     with torch.no_grad():
         scores = reference.model().module(**batch.inputs).reshape(-1).double()
@@ -185,7 +187,7 @@ def test_recalibrate_lowers_the_log_loss_and_keeps_the_auc(reference, method, tm
     )
     line = result.plan.of(OUTPUT)
     assert line.steps == ("recalibrate",)
-    mapped_to = with_code(line.reasons, "output_mapped", method=line.format)
+    mapped_to = require_reason(line.reasons, "output_mapped", method=line.format)
     assert mapped_to.fields["after"] < mapped_to.fields["before"]
     assert line.format in METHODS
     assert line.bytes_after == sum(
@@ -198,7 +200,7 @@ def test_the_graph_contains_the_output_map(tmp_path):
     for method in ("platt", "isotonic"):
         result = run(Recalibrate(method=method), COMPACT.model(), bench, tmp_path / method)
         path = tmp_path / f"{method}.onnx"
-        lowered = lower(result.module, whole(COMPACT.signature), "onnxruntime", path)
+        lowered = lower(result.module, only_graph(COMPACT.signature), "onnxruntime", path)
         (batch,) = batches(bench.validation, COMPACT.signature, ROWS)
         arrays = {k: v.numpy() for k, v in batch.inputs.items()}
         scores = Session(path, threads=1).scores(arrays)
@@ -226,7 +228,7 @@ def test_method_best_may_keep_the_output_as_trained(tmp_path):
     line = result.plan.of(OUTPUT)
     assert line.format in {"as trained", "temperature", "platt"}
     if line.format == "as trained":
-        with_code(line.reasons, "no_better_map", step="recalibrate")
+        require_reason(line.reasons, "no_better_map", step="recalibrate")
         assert not result.network.modules
 
 

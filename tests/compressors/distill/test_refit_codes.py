@@ -12,7 +12,7 @@ import torch
 from error_codes import raises_code
 from models import ATTENTION, COMPACT, NORMED, QUICKLY, RANKER, Reference
 from pydantic import ValidationError
-from reason_codes import with_code
+from reason_codes import require_reason
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -139,12 +139,12 @@ def test_refitting_with_share_zero_keeps_codes_and_trains_codebooks(bench, tmp_p
 
 def test_refitting_never_lowers_the_validation_quality(bench, tmp_path):
     """Validation labels agree with the network's predictions, training labels are the opposite."""
-    like_predictions = models.prepared(
+    like_predictions = models.write_split(
         COMPACT.signature,
         COMPACT.rows_of_tables(),
         tmp_path / "v",
         8,
-        lambda x: -COMPACT._opposite(x),
+        lambda x: -COMPACT.negated_scores(x),
     )
     bench = bench.model_copy(update={"validation": like_predictions})
     before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
@@ -167,12 +167,12 @@ def test_only_matching_tables_with_codes_are_refitted_and_others_have_a_reason(
         bench,
         tmp_path / "x",
     )
-    with_code(after.plan.of("item").reasons, "refitted", step="refit_codes", rounds=1)
+    require_reason(after.plan.of("item").reasons, "refitted", step="refit_codes", rounds=1)
     assert torch.equal(after.module.tags.table.codes, before.module.tags.table.codes)
     decisions = RefitCodes(tables=("item", "user")).plan(before, bench).decisions
-    with_code(decisions["user"].reasons, "no_codes", format="bfloat16")
+    require_reason(decisions["user"].reasons, "no_codes", format="bfloat16")
     for name in ("city", "tags"):
-        with_code(decisions[name].reasons, "not_matched", patterns=("item", "user"))
+        require_reason(decisions[name].reasons, "not_matched", patterns=("item", "user"))
 
 
 def test_a_pattern_that_matches_a_table_selects_its_parts(ranker_bench, tmp_path):
@@ -404,7 +404,9 @@ def test_float16_codebooks_are_not_trained_and_the_plan_has_a_reason(bench, tmp_
     assert torch.equal(after.module.item.codebook, before.module.item.codebook)
     choice = FineTune(training=TRAIN_TABLES).plan(before, bench).decisions["item"]
     assert not choice.selected
-    reason = with_code(choice.reasons, "trains_float32_only", step="fine_tune", dtype="float16")
+    reason = require_reason(
+        choice.reasons, "trains_float32_only", step="fine_tune", dtype="float16"
+    )
     assert (reason.fields["tensor"], reason.fields["format"]) == ("codebook", "product_codes")
 
 

@@ -10,7 +10,7 @@ import torch
 from error_codes import raises_code, raises_value_error
 from hypothesis import given
 from models import ATTENTION, BENCH_ROWS, QUICKLY, RANKER, Reference
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,13 +34,15 @@ def bench_with_traffic(reference: Reference, folder: Path, label: float = 1.0) -
     """
     bench = reference.bench(folder)
     folder_of_traffic = folder / f"traffic-{label}"
-    split = models.prepared(reference.signature, reference.rows_of_tables(), folder_of_traffic, 21)
+    split = models.write_split(
+        reference.signature, reference.rows_of_tables(), folder_of_traffic, 21
+    )
     tensors = load_file(folder_of_traffic / "data.safetensors")
     tensors["@label"] = torch.full((BENCH_ROWS,), label)
     save_file(tensors, folder_of_traffic / "data.safetensors")
     (rows,) = batches(split, reference.signature, BENCH_ROWS)
     (folder_of_traffic / "soft").mkdir()
-    scores = reference._opposite(rows.inputs)
+    scores = reference.negated_scores(rows.inputs)
     save_file({"score": scores}, folder_of_traffic / "soft" / "data.safetensors")
     soft = Split(path=str(folder_of_traffic / "soft"), sha256="3" * 64, rows=BENCH_ROWS)
     return bench.model_copy(update={"traffic": split, "traffic_soft_labels": soft})
@@ -99,7 +101,7 @@ def correlation_with_teacher(model: torch.nn.Module, bench: Bench, reference: Re
     """The correlation of a model's scores with the teacher's on validation rows."""
     (batch,) = batches(bench.validation, reference.signature, BENCH_ROWS)
     with torch.no_grad():
-        scores = [reference._opposite(batch.inputs), model(**batch.inputs).reshape(-1)]
+        scores = [reference.negated_scores(batch.inputs), model(**batch.inputs).reshape(-1)]
     return float(torch.corrcoef(torch.stack(scores))[0, 1])
 
 
@@ -114,7 +116,7 @@ def test_student_learns_from_traffic_alone_and_ignores_its_labels(tmp_path):
         assert correlation_with_teacher(result.module, bench, RANKER) > 0.5  # -1 before training
         reasons = result.plan.of("hidden").reasons
         assert codes_of(reasons)[:2] == ["trained_on_traffic", "trained_to_epoch"]
-        with_code(reasons, "trained_on_traffic", traffic=BENCH_ROWS)
+        require_reason(reasons, "trained_on_traffic", traffic=BENCH_ROWS)
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
@@ -229,7 +231,7 @@ def test_the_plan_has_the_number_of_teachers(tmp_path):
     bench = Bench.model_validate({**dict(bench), "teachers": [other, other]})
     plan = dry_run(Distill(), RANKER.model(), bench).plan
     assert codes_of(plan.of("hidden").reasons) == ["trained_on_rows", "several_teachers"]
-    with_code(plan.of("hidden").reasons, "several_teachers", teachers=3)
+    require_reason(plan.of("hidden").reasons, "several_teachers", teachers=3)
 
 
 # --- invalid settings, and every loss --------------------------------------------------------

@@ -80,12 +80,12 @@ def test_training_improves_quality_and_returns_the_best_epoch(reference, tmp_pat
 
 def validation_with_opposite_labels(reference: Reference, folder: Path) -> Split:
     """Validation rows whose labels are the opposite of those of the training rows."""
-    return models.prepared(
+    return models.write_split(
         reference.signature,
         reference.rows_of_tables(),
         folder / "turned",
         9,
-        lambda inputs: -reference._opposite(inputs),
+        lambda inputs: -reference.negated_scores(inputs),
     )
 
 

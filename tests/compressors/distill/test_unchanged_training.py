@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from models import RANKER
-from reason_codes import with_code
+from reason_codes import require_reason
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Bench
@@ -52,7 +52,7 @@ def test_a_training_without_improvement_adds_a_reason_to_the_plan(
     assert reason.fields["step"] == step.kind
     if reason.code != "step_found_nothing":
         assert reason.code == "step_changed_nothing"
-        with_code([reason], "training_unchanged")
+        require_reason([reason], "training_unchanged")
 
 
 def test_training_that_changes_weights_adds_no_reason_to_the_plan(tmp_path: Path) -> None:

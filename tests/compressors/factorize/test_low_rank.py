@@ -6,7 +6,7 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
-from reason_codes import with_code
+from reason_codes import require_reason
 
 from compressors.contracts import Bench
 from compressors.core.runner import run
@@ -69,12 +69,12 @@ def test_rank_is_a_share_of_the_dimension_or_a_number(tmp_path):
     for rank, width in ((0.5, 3), (2, 2), (0.01, 1)):
         result = run(LowRank(rank=rank), RANKER.model(), bench, tmp_path / str(rank))
         assert result.module.user.narrow.embedding_dim == width
-        with_code(result.plan.of("user").reasons, "narrower_rows", dim=6, rank=width)
+        require_reason(result.plan.of("user").reasons, "narrower_rows", dim=6, rank=width)
 
 
 def test_low_rank_skips_a_table_that_would_grow(tmp_path):
     result = run(LowRank(rank=5), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
-    with_code(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
+    require_reason(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
     assert result.plan.of("city").format == "float32"
 
 

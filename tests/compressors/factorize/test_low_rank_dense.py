@@ -11,9 +11,9 @@ from chained_networks import CHAIN
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
-from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, planned_and_applied, whole
+from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, only_graph, planned_and_applied
 from narrow_networks import SCHEMA, ResidualConcatNet
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, ModuleRecord, TargetName
@@ -164,7 +164,7 @@ def test_most_error_finds_a_rank_for_each_layer(tmp_path):
     assert result.module.wide.rank <= 3
     line = result.plan.of("wide")
     assert codes_of(line.reasons) == ["rank_searched", "rank_loss"]
-    with_code(line.reasons, "rank_searched", most_error=0.01, rank=11)
+    require_reason(line.reasons, "rank_searched", most_error=0.01, rank=11)
     assert result.plan.of("spread").format == "float32" or result.module.spread.rank <= 2
 
 
@@ -173,7 +173,7 @@ def test_a_layer_whose_rank_saves_no_bytes_is_kept_with_a_reason(tmp_path):
     step = LowRankDense(layers=("hidden", "plain"), most_error=1e-6)
     plan = run(step, RANKER.model(), bench, tmp_path / "out").plan
     assert plan.of("plain").format == "float32"
-    with_code(plan.of("plain").reasons, "found_rank_not_smaller")
+    require_reason(plan.of("plain").reasons, "found_rank_not_smaller")
     predicted = dry_run(step, RANKER.model(), Bench(signature=RANKER.signature)).plan
     for line in plan.lines:  # the dry run predicts the bytes of the largest allowed rank
         if predicted.of(line.module) is None:
@@ -196,15 +196,15 @@ def test_plan_lines_of_both_parts_have_the_stored_bytes(tmp_path):
         ("low_rank_dense",),
     )
     assert codes_of(hidden.reasons) == ["factorized", "rank_loss"]
-    with_code(hidden.reasons, "factorized", inputs=40, rank=4, outputs=16)
-    with_code(hidden.reasons, "rank_loss", rank=4)
+    require_reason(hidden.reasons, "factorized", inputs=40, rank=4, outputs=16)
+    require_reason(hidden.reasons, "rank_loss", rank=4)
     assert plan.of("hidden.reduce").bytes_after == 4 * 40 * 4
     assert plan.of("hidden.expand").bytes_after == 4 * (4 * 16 + 16)
     for name in ("reduce", "expand"):
         line = plan.of(f"hidden.{name}")
         assert line.bytes_before == 0
-        with_code(line.reasons, "part_of", unit="hidden")
-    with_code(plan.of("out").reasons, "rank_not_smaller", rank=1, before=56, after=57)
+        require_reason(line.reasons, "part_of", unit="hidden")
+    require_reason(plan.of("out").reasons, "rank_not_smaller", rank=1, before=56, after=57)
     assert result.network.modules["plain"].settings == {
         "in_features": 16,
         "out_features": 16,
@@ -254,7 +254,7 @@ def test_later_steps_run_on_the_parts(tmp_path):
 def test_equalize_scales_between_parts_of_factored_layers(tmp_path):
     _, factored = factorize_reference(CHAIN, tmp_path, layers=("a", "b"))
     result = run(Equalize(), factored, CHAIN.bench(tmp_path / "data"), tmp_path / "equal")
-    with_code(result.plan.of("b.reduce").reasons[:1], "inputs_scaled", maker="a.expand")
+    require_reason(result.plan.of("b.reduce").reasons[:1], "inputs_scaled", maker="a.expand")
     # float32 products in another order
     assert relative_change_of_scores(factored, result, CHAIN) < 1e-4
 
@@ -286,7 +286,7 @@ def test_a_graph_computes_what_the_module_computes(target: TargetName, tmp_path)
     model = run(LowRankDense(), COMPACT.model(), bench, tmp_path / "0")
     model = run(StaticInt8(), model, bench, tmp_path / "1")
     path = tmp_path / "model.onnx"
-    lowered = lower(model.module, whole(COMPACT.signature), target, path)
+    lowered = lower(model.module, only_graph(COMPACT.signature), target, path)
     graph = Graph(model, lowered, COMPACT.signature, path)
     inputs = graph.rows(1500)
     check_parity(graph.in_torch(inputs), graph.in_onnx(inputs), model.plan, target)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, graph
-from reason_codes import with_code
+from reason_codes import require_reason
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -145,7 +145,7 @@ def test_bytes_are_those_of_hash_functions_mean_and_buckets(signed, tmp_path):
     assert line.bytes_after == 3 * (4 if signed else 2) * 8 + 7 * 4
     assert result.plan.of("item.buckets").bytes_after == 75 * 7 * 4
     code = "signed_hashed_rows" if signed else "hashed_rows"
-    with_code(line.reasons, code, buckets=75, hashes=3)
+    require_reason(line.reasons, code, buckets=75, hashes=3)
     other = run(
         step, RANKER.model(), Bench(signature=RANKER.signature, seed=6), tmp_path / "other"
     ).module.item
@@ -155,9 +155,9 @@ def test_bytes_are_those_of_hash_functions_mean_and_buckets(signed, tmp_path):
 def test_multi_hash_skips_a_table_that_would_grow(tmp_path):
     step = MultiHash(buckets=30)
     result = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
-    with_code(result.plan.of("user").reasons, "hashed_rows", buckets=30, hashes=2)
+    require_reason(result.plan.of("user").reasons, "hashed_rows", buckets=30, hashes=2)
     # as many rows as before, plus functions and a mean
-    with_code(result.plan.of("tags").reasons, "not_smaller_composed", before=720, after=776)
+    require_reason(result.plan.of("tags").reasons, "not_smaller_composed", before=720, after=776)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import QUICKLY, RANKER
-from reason_codes import with_code
+from reason_codes import require_reason
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -151,9 +151,9 @@ def test_the_hidden_width_grows_with_the_rows_and_short_tables_are_skipped(tmp_p
     step = NeuralCodes(steps=0)
     plan = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path).plan
     # a quarter of 300 * 4 numbers over 4 + 1 + 7 for each hidden unit
-    with_code(plan.of("item").reasons, "decoded_codes", dim=7, codes=4, hidden=25)
+    require_reason(plan.of("item").reasons, "decoded_codes", dim=7, codes=4, hidden=25)
     assert plan.of("item").bytes_after == 4 * (4 * 7 + 4 * 25 + 25 + 25 * 7 + 7)
-    with_code(plan.of("city").reasons, "too_short_for_decoder", rows=9, dim=6, codes=3)
+    require_reason(plan.of("city").reasons, "too_short_for_decoder", rows=9, dim=6, codes=3)
     assert plan.of("city").format == "float32"
 
 

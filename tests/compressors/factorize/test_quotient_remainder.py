@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, compressed
-from reason_codes import with_code
+from reason_codes import require_reason
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -149,14 +149,16 @@ def test_buckets_is_the_square_root_a_share_or_a_number(buckets_setting, part_ro
         step = step.model_copy(update={"tables": ("item", "user"), "buckets": 50})
     result = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
     if part_rows is None:
-        with_code(result.plan.of("user").reasons, "not_smaller_composed", before=960, after=984)
+        require_reason(
+            result.plan.of("user").reasons, "not_smaller_composed", before=960, after=984
+        )
         return
     item = result.module.item
     assert (item.quotient.num_embeddings, item.remainder.num_embeddings) == (
         -(-300 // part_rows[1]),
         part_rows[1],
     )
-    combined_rows = with_code(
+    combined_rows = require_reason(
         result.plan.of("item").reasons, "quotient_and_remainder", operation="add"
     )
     assert (combined_rows.fields["quotients"], combined_rows.fields["buckets"]) == (

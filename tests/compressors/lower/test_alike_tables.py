@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import Graph, Reference, _schema, whole
+from models import Graph, Reference, only_graph, signature_of
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput
@@ -29,7 +29,7 @@ class EqualTables(nn.Module):
 REFERENCE = Reference(
     EqualTables,
     # With different policies, because the lookups of both tables would be merged otherwise.
-    _schema(
+    signature_of(
         IdInput(name="first", table="first"),
         IdInput(name="second", table="second", out_of_range="clamp"),
         form="logit",
@@ -43,7 +43,7 @@ def test_tables_with_equal_codes_share_one_initializer_and_stay_two_tables(targe
     model.module.second.weight = nn.Parameter(model.module.first.weight.detach().clone())
     packed = run(RowwiseInt8(), model, REFERENCE.bench(tmp_path / "data"), tmp_path / "out")
     path = tmp_path / "model.onnx"
-    lowered = lower(packed.module, whole(REFERENCE.signature), target, path)
+    lowered = lower(packed.module, only_graph(REFERENCE.signature), target, path)
     first, second = lowered.tables
     assert first.names == second.names
     graph = Graph(packed, lowered, REFERENCE.signature, path)

@@ -6,7 +6,7 @@ The graphs of both targets run in ONNX Runtime, with float32, packed and row-pru
 import numpy as np
 import pytest
 import torch
-from models import Reference, prepared
+from models import Reference, write_split
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, JaggedBag, Output, PaddedBag, Signature
@@ -76,7 +76,7 @@ STEPS = {
 
 
 def bench(reference: Reference, folder) -> Bench:
-    train = prepared(SCHEMA, reference.rows_of_tables(), folder)
+    train = write_split(SCHEMA, reference.rows_of_tables(), folder)
     return Bench(signature=SCHEMA, train=train)
 
 

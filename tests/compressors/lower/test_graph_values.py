@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import Reference, whole
+from models import Reference, only_graph
 from numpy.typing import NDArray
 from signatures import with_output
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class RareProbability(nn.Module):
 def session(module: nn.Module, signature: Signature, target: TargetName, folder: Path) -> Session:
     """Export the target's graph and load it in ONNX Runtime."""
     path = folder / f"{target}.onnx"
-    lower(module, whole(signature), target, path)
+    lower(module, only_graph(signature), target, path)
     return Session(path, 1)
 
 

@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from error_codes import raises_code
-from models import NORMED, RANKER, UNDIVIDED, Ranker, compressed, graph, recipe_with, whole
-from narrow_networks import Branching
+from models import NORMED, RANKER, UNDIVIDED, Ranker, compressed, graph, only_graph, recipe_with
+from narrow_networks import DataDependentBranchNet
 from onnx import TensorProto
 from torch import Tensor, nn
 
@@ -250,7 +250,7 @@ def test_table_read_at_constant_rows_is_not_reported(kinds, target):
 def test_unused_table_is_not_reported_and_does_not_stop_lowering(target, tmp_path):
     model = NORMED.model().module
     model.spare = nn.Embedding(3, 4)
-    tables = lower(model, whole(NORMED.signature), target, tmp_path / "model.onnx").tables
+    tables = lower(model, only_graph(NORMED.signature), target, tmp_path / "model.onnx").tables
     assert [table.module for table in tables] == ["user"]
 
 
@@ -261,7 +261,7 @@ def test_table_whose_attribute_is_named_table_keeps_its_name(tmp_path):
     signature = Signature.model_validate_json(
         NORMED.signature.model_dump_json().replace('"table":"user"', '"table":"user.table"')
     )
-    tables = lower(model, whole(signature), ORT, tmp_path / "model.onnx").tables
+    tables = lower(model, only_graph(signature), ORT, tmp_path / "model.onnx").tables
     assert [table.module for table in tables] == ["user.table"]
 
 
@@ -272,7 +272,7 @@ def test_table_whose_attribute_is_named_table_keeps_its_name(tmp_path):
 def test_network_that_branches_on_tensor_values_is_not_lowerable(target, tmp_path):
     path = tmp_path / "model.onnx"
     with raises_code(NotLowerable, "export_failed", target=target) as refusal:
-        lower(Branching(), whole(NORMED.signature), target, path)
+        lower(DataDependentBranchNet(), only_graph(NORMED.signature), target, path)
     assert "data-dependent" in refusal.value.fields["problem"]
     assert refusal.value.__cause__ is not None
     assert not path.exists()
@@ -292,7 +292,7 @@ class EigenvalueNet(nn.Module):
 
 def test_error_names_the_operator_that_onnx_lacks(tmp_path):
     with raises_code(NotLowerable, "export_failed") as caught:
-        lower(EigenvalueNet(), whole(NORMED.signature), ORT, tmp_path / "model.onnx")
+        lower(EigenvalueNet(), only_graph(NORMED.signature), ORT, tmp_path / "model.onnx")
     assert "No ONNX function found for " in caught.value.fields["problem"]
     assert "linalg_eig" in caught.value.fields["problem"]
 
@@ -314,7 +314,7 @@ def test_jagged_bag_without_a_declared_longest_list_is_not_lowerable(tmp_path):
     (item,) = (item for item in RANKER.signature.inputs if item.name == "history")
     signature = RANKER.signature.model_copy(update={"inputs": (item,)})
     with raises_code(NotLowerable, "longest_list_unknown"):
-        lower(UndeclaredBagNet(), whole(signature), ORT, tmp_path / "model.onnx")
+        lower(UndeclaredBagNet(), only_graph(signature), ORT, tmp_path / "model.onnx")
 
 
 def test_signature_that_names_a_missing_table_is_refused(tmp_path):
@@ -323,12 +323,12 @@ def test_signature_that_names_a_missing_table_is_refused(tmp_path):
     with raises_code(
         NothingToCompress, "input_table_missing", input="user", table="usre", tables=("user",)
     ):
-        lower(NORMED.model().module, whole(signature), ORT, tmp_path / "model.onnx")
+        lower(NORMED.model().module, only_graph(signature), ORT, tmp_path / "model.onnx")
 
 
 def test_wrap_for_serving_does_not_modify_the_module():
     model = RANKER.model().module.train()
-    wrapper = wrap_for_serving(model, whole(RANKER.signature), RANKER.rows_of_tables())
+    wrapper = wrap_for_serving(model, only_graph(RANKER.signature), RANKER.rows_of_tables())
     assert isinstance(model, Ranker)
     assert isinstance(model.history, nn.EmbeddingBag)
     assert model.training
@@ -341,7 +341,7 @@ def test_lower_does_not_modify_the_module(target, tmp_path):
     model = compressed("Normed", EVERYTHING).module
     before = {name: (id(module), module.training) for name, module in model.named_modules()}
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lower(model, whole(NORMED.signature), target, tmp_path / "model.onnx")
+    lower(model, only_graph(NORMED.signature), target, tmp_path / "model.onnx")
     next_operators = {name: (id(module), module.training) for name, module in model.named_modules()}
     assert next_operators == before
     torch.testing.assert_close(dict(model.state_dict()), tensors, rtol=0, atol=0)
@@ -370,7 +370,7 @@ def test_split_and_concat_along_different_axes_are_not_removed(tmp_path):
     )
     torch.manual_seed(0)
     model = SplitHeadsNet().eval()
-    lowered = lower(model, whole(signature), ORT, tmp_path / "model.onnx")
+    lowered = lower(model, only_graph(signature), ORT, tmp_path / "model.onnx")
     items = torch.randint(20, (9, 3), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = lowered.served(items).numpy()

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from models import BENCH_ROWS, Reference, prepared, whole
+from models import BENCH_ROWS, Reference, only_graph, write_split
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from pairwise import parametrize_pairwise
@@ -82,10 +82,10 @@ def lowered(eps: float, table_format: str, target: TargetName) -> tuple[Lowered,
     model = reference.model()
     step = STEPS[table_format]
     if step is not None:
-        rows = prepared(SCHEMA, reference.rows_of_tables(), folder / "data", rows=BENCH_ROWS)
+        rows = write_split(SCHEMA, reference.rows_of_tables(), folder / "data", rows=BENCH_ROWS)
         model = run(step, model, Bench(signature=SCHEMA, train=rows), folder / "model")
     path = folder / "model.onnx"
-    return lower(model.module, whole(SCHEMA), target, path), path
+    return lower(model.module, only_graph(SCHEMA), target, path), path
 
 
 def scores(
@@ -155,7 +155,7 @@ def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
     signature = with_output(SCHEMA, form="score")
     model = Reference(LogSigmoid, signature, {"eps": 1e-6}).model()
     path = tmp_path / "model.onnx"
-    lowered_graph = lower(model.module, whole(signature), "onnxruntime", path)
+    lowered_graph = lower(model.module, only_graph(signature), "onnxruntime", path)
     inputs = generate_inputs(signature, {"user": 12, "items": 40}, 8)
     with torch.no_grad():
         expected = lowered_graph.served(*(inputs[name] for name in input_names(signature))).numpy()

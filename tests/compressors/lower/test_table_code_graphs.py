@@ -10,9 +10,9 @@ import onnx
 import pytest
 import torch
 from error_codes import raises_code
-from models import LONGEST, Graph, Reference, run, whole
+from models import LONGEST, Graph, Reference, only_graph, run
 from onnx import TensorProto
-from table_codes import STEPS, named
+from table_codes import STEPS, step_id
 from torch import Tensor, nn
 
 from compressors.contracts import (
@@ -76,7 +76,7 @@ def cases(target: TargetName) -> list[Any]:
     return [
         pytest.param(
             step_index,
-            id=named(STEPS[step_index]),
+            id=step_id(STEPS[step_index]),
             marks=() if target == RTX or step_index in FOR_ONNXRUNTIME else pytest.mark.nightly,
         )
         for step_index in TESTED
@@ -102,7 +102,7 @@ def lowered_step(step_index: int, target: TargetName) -> Graph:
     bench = Bench(signature=REFERENCE.signature)
     model = run(STEPS[step_index], REFERENCE.model(), bench, folder)
     path = folder / "model.onnx"
-    lowered = lower(model.module, whole(REFERENCE.signature), target, path)
+    lowered = lower(model.module, only_graph(REFERENCE.signature), target, path)
     return Graph(model, lowered, REFERENCE.signature, path)
 
 

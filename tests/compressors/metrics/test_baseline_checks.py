@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from safetensors.torch import save_file
 from signatures import with_output
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def test_probabilities_declared_as_logits_are_refused(tmp_path):
     logit, label = calibrated_clicks()
     (problem,) = problems_of(CLICKS, tmp_path, sigmoid(logit), label)
     assert problem.refused
-    with_code([problem.reason], "output_misdeclared", declared="logit", fitting="probability")
+    require_reason([problem.reason], "output_misdeclared", declared="logit", fitting="probability")
 
 
 def test_logits_outside_0_to_1_declared_as_probabilities_are_refused(tmp_path):
@@ -87,7 +87,7 @@ def test_logits_outside_0_to_1_declared_as_probabilities_are_refused(tmp_path):
     (problem,) = problems_of(PROBABILITIES, tmp_path, logit, label)
     assert problem.refused
     assert problem.fatal  # log loss is undefined
-    with_code([problem.reason], "probability_outside", rows=SAMPLE_ROWS)
+    require_reason([problem.reason], "probability_outside", rows=SAMPLE_ROWS)
 
 
 def test_logits_between_0_and_1_are_accepted_as_logits_and_give_a_warning_as_probabilities(
@@ -99,7 +99,7 @@ def test_logits_between_0_and_1_are_accepted_as_logits_and_give_a_warning_as_pro
     assert problems_of(CLICKS, tmp_path, logit, label) == []
     (problem,) = problems_of(PROBABILITIES, tmp_path, logit, label)
     assert not problem.refused  # in the range of probabilities, so only a warning
-    with_code([problem.reason], "output_misdeclared", declared="probability", fitting="logit")
+    require_reason([problem.reason], "output_misdeclared", declared="probability", fitting="logit")
 
 
 def test_reversed_scores_give_warnings_for_base_rate_and_chance(tmp_path):
@@ -114,7 +114,7 @@ def test_a_well_ordered_but_uncalibrated_model_gets_one_warning(tmp_path):
     logit, label = calibrated_clicks()
     (problem,) = problems_of(CLICKS, tmp_path, logit + 4, label)
     assert not problem.refused
-    with_code([problem.reason], "worse_than_base_rate")
+    require_reason([problem.reason], "worse_than_base_rate")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -133,13 +133,13 @@ def test_equal_scores_give_a_warning_and_nan_scores_a_fatal_problem(tmp_path):
     _, label = calibrated_clicks()
     (constant,) = problems_of(CLICKS, tmp_path, np.full(ROWS, 0.3), label)
     assert not constant.refused
-    reason = with_code([constant.reason], "scores_equal", rows=SAMPLE_ROWS)
+    reason = require_reason([constant.reason], "scores_equal", rows=SAMPLE_ROWS)
     assert reason.fields["score"] == pytest.approx(0.3)  # stored as float32
     score = calibrated_clicks()[0]
     score[::2] = np.nan
     (missing,) = problems_of(CLICKS, tmp_path, score, label)
     assert missing.fatal
-    with_code([missing.reason], "scores_not_finite", rows=SAMPLE_ROWS)
+    require_reason([missing.reason], "scores_not_finite", rows=SAMPLE_ROWS)
 
 
 def test_lists_in_reverse_order_give_a_warning_and_random_ones_none(tmp_path):
@@ -148,7 +148,7 @@ def test_lists_in_reverse_order_give_a_warning_and_random_ones_none(tmp_path):
     group = np.arange(ROWS) // 8
     (problem,) = problems_of(LISTS, tmp_path, -label + random.normal(0, 0.1, ROWS), label, group)
     assert not problem.refused
-    with_code([problem.reason], "worse_than_random_order", groups=SAMPLE_ROWS // 8)
+    require_reason([problem.reason], "worse_than_random_order", groups=SAMPLE_ROWS // 8)
     assert problems_of(LISTS, tmp_path, random.normal(size=ROWS), label, group) == []
     assert problems_of(LISTS, tmp_path, label + random.normal(size=ROWS), label, group) == []
 
@@ -157,7 +157,7 @@ def test_the_sample_covers_a_split_that_is_sorted_by_label(tmp_path):
     logit, label = calibrated_clicks()
     order = np.argsort(label, kind="stable")
     problems = problems_of(CLICKS, tmp_path, -logit[order], label[order])
-    with_code([problem.reason for problem in problems], "worse_than_chance")
+    require_reason([problem.reason for problem in problems], "worse_than_chance")
 
 
 # --- labels ----------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_lists_of_equal_labels_are_refused():
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
     (problem,) = label_problems(LISTS, "test", label, group)
     assert problem.refused
-    with_code([problem.reason], "group_labels_equal", metrics=("ndcg@10",), group="query")
+    require_reason([problem.reason], "group_labels_equal", metrics=("ndcg@10",), group="query")
     label[0] = 1 - label[0]
     assert list(label_problems(LISTS, "test", label, group)) == []
 
@@ -201,10 +201,10 @@ def test_groups_of_equal_labels_are_refused_where_gauc_is_needed():
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
     (problem,) = label_problems(signature, "test", label, group)
     assert problem.fatal  # gauc is undefined
-    with_code([problem.reason], "optional_group_labels_equal", metrics=("gauc",))
+    require_reason([problem.reason], "optional_group_labels_equal", metrics=("gauc",))
     # validation uses only auc
     assert list(label_problems(signature, "validation", label, group)) == []
     limited_by_gauc = signature_of("ctr", "logit", "user", "gauc")
     (problem,) = label_problems(limited_by_gauc, "validation", label, group)
     assert problem.refused
-    with_code([problem.reason], "group_labels_equal", metrics=("gauc",))
+    require_reason([problem.reason], "group_labels_equal", metrics=("gauc",))

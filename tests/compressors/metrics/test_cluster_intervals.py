@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reason_codes import with_code
+from reason_codes import require_reason
 
 from benchmarks.interval_coverage import METRICS, coverage, heavy_tailed_sizes, simulate
 from compressors.contracts import Limit
@@ -145,7 +145,7 @@ def test_fewer_than_ten_groups_are_undecided_with_a_reason(metric, users):
     (judgement,) = judge((limit,), Measured(numbers=numbers))
     assert judgement.outcome == "undecided"
     assert judgement.rows_to_decide is None
-    cause = with_code(judgement.reasons, "no_interval").fields["cause"]
+    cause = require_reason(judgement.reasons, "no_interval").fields["cause"]
     assert f"{users} group" in cause
     assert "at least 10" in cause
 
@@ -169,7 +169,7 @@ def test_an_undecided_limit_on_grouped_rows_has_the_rows_and_groups_to_decide():
     assert judgement.outcome == "undecided"
     rows_used = rows.label.size
     assert judgement.groups_to_decide == math.ceil(100 * judgement.rows_to_decide / rows_used)
-    with_code(judgement.reasons, "more_groups_decide", rows=rows_used, groups=100)
+    require_reason(judgement.reasons, "more_groups_decide", rows=rows_used, groups=100)
 
 
 def test_interval_bounds_are_within_the_range_of_the_metric():

@@ -6,7 +6,7 @@ import pytest
 from error_codes import raises_code, raises_value_error
 from hypothesis import given
 from hypothesis import strategies as st
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 
 from compressors.contracts import Estimate, Limit
 from compressors.contracts.reasons import Reason
@@ -144,7 +144,7 @@ def test_a_point_on_the_limit_has_no_number_of_rows_to_decide():
     judgement = judge_one(AUC_LIMIT, auc_change(-0.001, -0.002, 0.0))
     assert judgement.outcome == "undecided"
     assert judgement.rows_to_decide is None
-    with_code(judgement.reasons, "on_the_limit")
+    require_reason(judgement.reasons, "on_the_limit")
 
 
 def test_limits_on_bytes_compare_exact_numbers():
@@ -152,10 +152,10 @@ def test_limits_on_bytes_compare_exact_numbers():
     small = judge_one(Limit(metric="bytes", against="absolute", at_most=262_144), numbers)
     assert small.outcome == "accepted"
     large = judge_one(Limit(metric="bytes", against="absolute", at_most=262_143), numbers)
-    with_code(large.reasons, "exact_number", number="262,144 bytes", limit="262,143 bytes")
-    with_code(large.reasons, "limit_missed")
+    require_reason(large.reasons, "exact_number", number="262,144 bytes", limit="262,143 bytes")
+    require_reason(large.reasons, "limit_missed")
     ratio = judge_one(Limit(metric="bytes", against="baseline", at_most=0.25), numbers)
-    exact_reason = with_code(
+    exact_reason = require_reason(
         ratio.reasons, "exact_number", metric="size vs baseline", relation="<="
     )
     assert (exact_reason.fields["number"], exact_reason.fields["limit"]) == (
@@ -166,7 +166,7 @@ def test_limits_on_bytes_compare_exact_numbers():
 
 def test_a_bound_close_to_the_limit_is_printed_with_more_digits():
     judgement = judge_one(AUC_LIMIT, auc_change(-0.0005, -0.00100002, 0.0))
-    fields = with_code(judgement.reasons, "number_in_interval", relation=">=").fields
+    fields = require_reason(judgement.reasons, "number_in_interval", relation=">=").fields
     assert (fields["low"], fields["high"]) == ("-0.00100002", "+0.00000000")
     assert fields["limit"] == "-0.00100000"
 

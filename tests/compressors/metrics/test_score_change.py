@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from error_codes import raises_code, raises_value_error
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 
 from compressors.contracts import Limit
 from compressors.contracts.metrics import usual_metrics
@@ -135,7 +135,7 @@ def test_few_groups_give_no_interval_and_are_undecided(unit):
     limits = (Limit.parse("score_correlation >= 0.5"), Limit.parse("mean_score_change <= 0.9"))
     for judgement in judge(limits, measured_of(estimates, unit)):
         assert judgement.outcome == "undecided"
-        cause = with_code(judgement.reasons, "no_interval").fields["cause"]
+        cause = require_reason(judgement.reasons, "no_interval").fields["cause"]
         assert "4 groups in the data" in cause
 
 
@@ -226,9 +226,9 @@ def test_an_accepted_verdict_reports_the_score_change():
     assert result.outcome == "accepted"
     assert codes_of(result.reasons) == ["one_limit_holds", "score_changes"]
     largest = estimates["max_score_change"].point
-    with_code(result.reasons, "largest_change_in", change=largest, unit="probability")
-    with_code(result.reasons, "other_top1", share=estimates["changed_top1"].point, groups=300)
-    correlation = with_code(result.reasons, "correlation").fields["correlation"]
+    require_reason(result.reasons, "largest_change_in", change=largest, unit="probability")
+    require_reason(result.reasons, "other_top1", share=estimates["changed_top1"].point, groups=300)
+    correlation = require_reason(result.reasons, "correlation").fields["correlation"]
     # Rounded down to six places.
     assert estimates["score_correlation"].point - 1e-6 <= correlation
     assert correlation <= estimates["score_correlation"].point
@@ -237,9 +237,9 @@ def test_an_accepted_verdict_reports_the_score_change():
 @pytest.mark.parametrize("limit", ["auc >= 0.3", "auc >= 0.9", "auc >= 0.5"])
 def test_large_score_changes_without_a_limit_are_a_warning_for_every_outcome(limit):
     result, _ = verdict_for_change(0.1, limit)
-    with_code(result.reasons, "large_score_changes")
-    with_code(result.reasons, "probability_change", most=0.1)
-    with_code(result.reasons, "low_correlation", least=0.99)
+    require_reason(result.reasons, "large_score_changes")
+    require_reason(result.reasons, "probability_change", most=0.1)
+    require_reason(result.reasons, "low_correlation", least=0.99)
 
 
 def test_a_limit_on_score_change_replaces_the_warning_and_is_named_when_it_fails():
@@ -259,7 +259,7 @@ def test_a_limit_on_score_change_replaces_the_warning_and_is_named_when_it_fails
     )
     result, _ = verdict_for_change(0.1, "auc >= 0.3", "mean_score_change <= 0.001")
     assert codes_of(result.reasons) == ["number_in_interval", "limit_missed"]
-    with_code(result.reasons, "number_in_interval", metric="mean score change")
+    require_reason(result.reasons, "number_in_interval", metric="mean score change")
 
 
 def test_measurements_stored_before_score_changes_load_and_are_judged():

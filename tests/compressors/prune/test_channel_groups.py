@@ -12,7 +12,7 @@ from narrow_networks import (
     SplitHeadsTransformer,
     Transformer,
 )
-from reason_codes import with_code
+from reason_codes import require_reason
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,7 +61,7 @@ def test_pruning_heads_removes_whole_heads_of_zero_weights(fused, importance, tm
             assert torch.equal(new.q.bias, old.q.bias[channels])
     name = "blocks.0.qkv" if fused else "blocks.0.q"
     before, after = (48, 24) if fused else (16, 8)
-    fewer = with_code(result.plan.of(name).reasons, "fewer_groups", before=before, after=after)
+    fewer = require_reason(result.plan.of(name).reasons, "fewer_groups", before=before, after=after)
     assert fewer.fields["width"] == "heads"
     assert (fewer.fields["units_before"], fewer.fields["units_after"]) == (4, 2)
 
@@ -77,7 +77,7 @@ def test_the_number_of_heads_makes_channels_a_multiple(tmp_path):
 def test_feed_forward_widths_and_ranks_are_pruned(tmp_path):
     result = prune_reference(Reference(Transformer, HISTORY), tmp_path / "ffn", layers=("*.up",))
     assert result.network.architecture.config == {"ffn": 16}
-    with_code(result.plan.of("blocks.0.q").reasons, "not_matched", patterns=("*.up",))
+    require_reason(result.plan.of("blocks.0.q").reasons, "not_matched", patterns=("*.up",))
     low_rank_result = prune_reference(Reference(LowRankCrossNet, SCHEMA), tmp_path / "rank")
     assert low_rank_result.network.architecture.config == {"cross_rank": 8}
     assert [layer.out_features for layer in low_rank_result.module.down] == [8, 8, 8]
@@ -88,8 +88,8 @@ def test_heads_that_split_another_width_are_skipped_with_a_reason(tmp_path):
     result = prune_reference(Reference(SplitHeadsTransformer, HISTORY), tmp_path)
     assert result.network.architecture.config == {"ffn": 16}
     reasons = result.plan.of("blocks.0.q").reasons
-    with_code(reasons, "size_of_other", module="item")
-    with_code(reasons, "split_width", argument="heads")
+    require_reason(reasons, "size_of_other", module="item")
+    require_reason(reasons, "split_width", argument="heads")
 
 
 def test_multiply_adds_of_a_layer_over_a_sequence_are_counted_per_position():
@@ -108,7 +108,7 @@ def test_a_flops_target_of_a_half_keeps_at_most_half_of_the_multiply_adds(scope,
     # Removing one head of both blocks saves 2 * 4 * 4 * 12 * 6 of 41,489 multiply-adds, 5.6 %.
     assert 0.4 < after / before <= 0.5
     reasons = result.plan.of("blocks.0.up").reasons
-    with_code(reasons, "multiply_adds_left", share=pytest.approx(after / before))
+    require_reason(reasons, "multiply_adds_left", share=pytest.approx(after / before))
     predicted = dry_run(
         Channels(flops=0.5, multiple=4), reference.model(), reference.bench(tmp_path)
     )
@@ -120,8 +120,8 @@ def test_keys_without_their_queries_are_not_pruned(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
         prune_reference(Reference(Transformer, HISTORY), tmp_path, layers=("*.k",))
     reasons = caught.value.fields["reasons"]["blocks.0.k"]
-    with_code(reasons, "shares_width", width="heads", layer="blocks.0.q")
-    with_code(reasons, "not_matched", patterns=("*.k",))
+    require_reason(reasons, "shares_width", width="heads", layer="blocks.0.q")
+    require_reason(reasons, "not_matched", patterns=("*.k",))
 
 
 class HalfWidthLayerNet(HiddenLayerNet):

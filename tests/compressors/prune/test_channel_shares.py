@@ -7,7 +7,7 @@ from error_codes import raises_code, raises_value_error
 from hypothesis import given
 from models import NORMED, QUICKLY, RANKER, Reference
 from narrow_networks import SCHEMA, HiddenLayerNet, ResidualConcatNet
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,7 +47,7 @@ def test_the_remaining_multiply_adds_are_at_most_the_target_and_close_to_it(
     share = total_multiply_adds(result.module) / total_multiply_adds(source.module)
     # Four channels of one width are at most 7 % of these layers.
     assert target - 0.07 < share <= target
-    with_code(result.plan.of("deep").reasons, "multiply_adds_left", share=pytest.approx(share))
+    require_reason(result.plan.of("deep").reasons, "multiply_adds_left", share=pytest.approx(share))
     assert all(value % 4 == 0 for value in result.network.architecture.config.values())
 
 
@@ -82,8 +82,8 @@ def test_global_scope_removes_most_channels_from_the_layer_with_small_weights(tm
     assert 2 * config["left"] + config["right"] + 8 > 105
     reasons = result.plan.of("deep").reasons
     share = total_multiply_adds(result.module) / total_multiply_adds(source.module)
-    with_code(reasons, "fewer_channels", before=64, after=8, width="deep")
-    with_code(reasons, "multiply_adds_left", share=pytest.approx(share))
+    require_reason(reasons, "fewer_channels", before=64, after=8, width="deep")
+    require_reason(reasons, "multiply_adds_left", share=pytest.approx(share))
 
 
 def test_normalized_importance_is_decreasing_with_mean_one_and_independent_of_scale():
@@ -185,7 +185,7 @@ def test_three_rounds_and_one_round_keep_nearly_the_same_multiply_adds(scope, tm
         sizes.append(total_multiply_adds(result.module) / total_multiply_adds(WIDE.model().module))
     assert max(sizes) <= 0.4
     assert abs(sizes[0] - sizes[1]) < 0.07
-    with_code(result.plan.of("deep").reasons, "in_rounds", rounds=3)
+    require_reason(result.plan.of("deep").reasons, "in_rounds", rounds=3)
 
 
 def test_each_round_prunes_the_network_that_the_previous_round_trained(tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_each_round_prunes_the_network_that_the_previous_round_trained(tmp_path,
     for name in ("cross", "hidden"):
         reasons = result.plan.of(name).reasons
         index = codes_of(reasons).index("trained_each_round")
-        (outcome,) = with_code(reasons[index + 1 :], "last_round").fields["what"][:1]
+        (outcome,) = require_reason(reasons[index + 1 :], "last_round").fields["what"][:1]
         assert outcome.code in ("trained_to_epoch", "training_unchanged"), name
 
 

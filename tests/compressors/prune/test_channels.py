@@ -26,7 +26,7 @@ from narrow_networks import (
     TableAndTowerNet,
     WeightReadingNet,
 )
-from reason_codes import with_code
+from reason_codes import require_reason
 from safetensors.torch import load_file, save_file
 from signatures import with_output
 from torch import Tensor
@@ -260,7 +260,7 @@ def test_shared_layers_and_norms_without_weights_are_pruned(tmp_path):
 def test_a_layer_that_cannot_be_pruned_does_not_prevent_pruning_others(tmp_path):
     _, result = prune_reference(Reference(ParallelLayersNet, SCHEMA), tmp_path)
     assert result.network.architecture.config == {"prunable": 8}
-    with_code(result.plan.of("fixed").reasons, "channels_read")
+    require_reason(result.plan.of("fixed").reasons, "channels_read")
 
 
 def test_gradient_importance_with_lists_of_one_row_raises_step_refused(tmp_path):
@@ -311,8 +311,8 @@ def test_a_layer_that_shares_its_width_with_an_excluded_layer_is_skipped(tmp_pat
     with raises_code(NothingToCompress, "units_missing") as caught:
         prune_reference(RESIDUAL_CONCAT, tmp_path, layers=("left",))
     reasons = caught.value.fields["reasons"]["left"]
-    with_code(reasons, "shares_width", width="left", layer="again")
-    with_code(reasons, "not_matched", patterns=("left",))
+    require_reason(reasons, "shares_width", width="left", layer="again")
+    require_reason(reasons, "not_matched", patterns=("left",))
 
 
 def test_the_plan_has_a_reason_for_every_layer(tmp_path):
@@ -321,8 +321,8 @@ def test_the_plan_has_a_reason_for_every_layer(tmp_path):
     fewer = Reason("fewer_channels", before=16, after=8, width="left")
     cut = Reason("channels_cut", step="channels", what=fewer, importance="l2")
     assert reasons["left"] == (cut,)
-    with_code(reasons["again"], "inputs_follow")
-    with_code(reasons["again"], "fewer_channels", before=16, after=8)
+    require_reason(reasons["again"], "inputs_follow")
+    require_reason(reasons["again"], "fewer_channels", before=16, after=8)
     assert reasons["out"] == (Reason("inputs_follow", makers=("deep",)),)
     assert reasons["user"] == (Reason("wrong_role", step="channels", role="table"),)
     assert result.plan.of("user").steps == ()

@@ -6,7 +6,7 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 
 from compressors.contracts import Bench
 from compressors.core.runner import run
@@ -63,8 +63,8 @@ def test_the_plan_has_the_share_of_lookups_of_clustered_rows(tmp_path):
     affected_share = 1 - float(counts.sort(descending=True).values[:60].sum() / counts.sum())
     reasons = result.plan.of("item").reasons
     assert codes_of(reasons) == ["composed", "shared_lookups"]
-    with_code(reasons, "clustered_rows", hot=60, rows=300, clusters=12)
-    with_code(reasons, "shared_lookups", share=pytest.approx(affected_share))
+    require_reason(reasons, "clustered_rows", hot=60, rows=300, clusters=12)
+    require_reason(reasons, "shared_lookups", share=pytest.approx(affected_share))
     assert result.plan.of("item").bytes_after == 300  # an index below 72 has one byte
     assert result.plan.of("item.unique").bytes_after == 72 * 7 * 4
 

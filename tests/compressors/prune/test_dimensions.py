@@ -6,7 +6,7 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
-from reason_codes import with_code
+from reason_codes import require_reason
 from signatures import with_output
 from torch.nn import functional as F
 
@@ -132,14 +132,14 @@ def test_the_plan_line_has_the_low_rank_format_and_the_dimensions_step(tmp_path)
     result = run(Dimensions(), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
     line = result.plan.of("user")
     assert (line.format, line.steps) == ("low_rank", ("dimensions",))
-    with_code(line.reasons, "composed", step="dimensions")
-    with_code(line.reasons, "kept_dimensions", kept=3, dim=6, importance="variance")
+    require_reason(line.reasons, "composed", step="dimensions")
+    require_reason(line.reasons, "kept_dimensions", kept=3, dim=6, importance="variance")
     assert line.bytes_after == 4 * (3 * 6 + 6)
 
 
 def test_dimensions_skips_a_table_that_would_grow(tmp_path):
     result = run(Dimensions(keep=5), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
-    with_code(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
+    require_reason(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
 
 
 @pytest.mark.parametrize("importance", ["traffic", "gradient"])

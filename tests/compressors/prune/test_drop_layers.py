@@ -4,7 +4,7 @@ import models
 import pytest
 import torch
 from error_codes import HasReason, raises_code
-from models import QUICKLY, RANKER, Reference, prepared
+from models import QUICKLY, RANKER, Reference, write_split
 from narrow_networks import (
     HISTORY,
     RETRIEVAL,
@@ -13,7 +13,7 @@ from narrow_networks import (
     TableAndTowerNet,
     Transformer,
 )
-from reason_codes import with_code
+from reason_codes import require_reason
 from torch import Tensor, nn
 
 from compressors.contracts import DROPPED, Bench
@@ -79,7 +79,9 @@ def test_a_layer_of_zeros_is_dropped_and_predictions_do_not_change(zero_layer, t
     bench = DEEP.bench(tmp_path / "data")
     # Labels are the network's predictions, so removing any other layer lowers the metric.
     tables = DEEP.rows_of_tables()
-    rows = prepared(SCHEMA, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1))
+    rows = write_split(
+        SCHEMA, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1)
+    )
     bench = bench.model_copy(update={"validation": rows})
     step = DropLayers(layers=("down.*", "up.*"), most_loss=0.0)
     result = run(step, source, bench, tmp_path / "out")
@@ -90,11 +92,11 @@ def test_a_layer_of_zeros_is_dropped_and_predictions_do_not_change(zero_layer, t
         assert torch.equal(result.module.down[new].weight, source.module.down[old].weight)
     assert torch.equal(predictions(result.module, DEEP), predictions(source.module, DEEP))
     reasons = result.plan.of("up.2").reasons
-    dropped = with_code(reasons, "layers_dropped", count=1, members=3, importance="quality")
+    dropped = require_reason(reasons, "layers_dropped", count=1, members=3, importance="quality")
     assert dropped.fields["argument"] == "cross_layers"
-    with_code(reasons, "layer_removed_measured", layer=zero_layer, metric="auc", change=0.0)
+    require_reason(reasons, "layer_removed_measured", layer=zero_layer, metric="auc", change=0.0)
     assert result.plan.of("up.2").format == result.plan.of("down.2").format == DROPPED
-    with_code(reasons, "place_removed")
+    require_reason(reasons, "place_removed")
     for index in (0, 1):
         line = result.plan.of(f"up.{index}")
         assert line.format == "float32"
@@ -128,7 +130,7 @@ def test_all_modules_of_later_layers_move_up():
     assert torch.equal(after[3].weight, before[3].weight)
     with pytest.raises(NotAMember) as caught:
         without_member(source.private(), SCHEMA, stack, 1)
-    with_code([caught.value.reason], "rest_does_not_fit", layer=1)
+    require_reason([caught.value.reason], "rest_does_not_fit", layer=1)
 
 
 def test_bytes_of_the_plan_are_those_of_the_stored_tensors_after_dropped_layers(tmp_path):
@@ -165,14 +167,16 @@ def test_greedy_selection_is_at_least_as_good_as_random_ones_on_validation_rows(
 def test_a_layer_whose_removal_loses_more_than_most_loss_is_kept(tmp_path):
     source = DEEP.model()
     tables = DEEP.rows_of_tables()
-    rows = prepared(SCHEMA, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1))
+    rows = write_split(
+        SCHEMA, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1)
+    )
     bench = DEEP.bench(tmp_path / "data").model_copy(update={"validation": rows})
     step = DropLayers(layers=("down.*", "up.*"), most_loss=0.0)
     result = run(step, source, bench, tmp_path / "out")
     assert result.network.architecture == source.network.architecture
     reasons = result.plan.of("up.0").reasons
-    assert with_code(reasons, "layer_kept", metric="auc").fields["change"] < 0
-    with_code(reasons, "nothing_better")
+    assert require_reason(reasons, "layer_kept", metric="auc").fields["change"] < 0
+    require_reason(reasons, "nothing_better")
     assert result.plan.of("up.0").steps == ()
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from error_codes import raises_code
-from models import COMPACT, RANKER, Reference, prepared
-from reason_codes import with_code
+from models import COMPACT, RANKER, Reference, write_split
+from reason_codes import require_reason
 
 from compressors.contracts import Bench
 from compressors.core.batches import generate_inputs
@@ -27,7 +27,7 @@ def bench_with_own_labels(tmp_path, reference: Reference = RANKER) -> Bench:
             return module(**inputs).reshape(-1)
 
     parts = {
-        part: prepared(signature, reference.rows_of_tables(), tmp_path / part, seed, predict)
+        part: write_split(signature, reference.rows_of_tables(), tmp_path / part, seed, predict)
         for seed, part in enumerate(("train", "validation"))
     }
     return Bench(signature=signature, **parts)
@@ -47,7 +47,7 @@ def test_a_table_of_equal_rows_is_dropped_without_loss(tmp_path):
     result = run(DropTables(tables=("user",)), source, bench, tmp_path / "out")
     line = result.plan.of("user")
     assert (line.format, line.bytes_after) == ("constant", 6 * 4)
-    with_code(line.reasons, "table_dropped", metric="auc", change=0.0)
+    require_reason(line.reasons, "table_dropped", metric="auc", change=0.0)
     assert quality(result.module, bench.signature, bench.validation) == before
 
 
@@ -59,7 +59,7 @@ def test_tables_that_improve_the_metric_are_kept_and_the_plan_has_their_change(t
     assert "item" in {line.module for line in kept_lines}
     for line in kept_lines:
         assert line.format == "float32"
-        assert with_code(line.reasons, "table_kept", metric="auc").fields["change"] < 0
+        assert require_reason(line.reasons, "table_kept", metric="auc").fields["change"] < 0
     assert quality(result.module, bench.signature, bench.validation) >= before
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from error_codes import raises_code
 from hypothesis import given
-from models import NORMED, QUICKLY, RANKER, Reference, generate_inputs, prepared
+from models import NORMED, QUICKLY, RANKER, Reference, generate_inputs, write_split
 from narrow_networks import SCHEMA, ResidualConcatNet
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 
 from compressors.contracts.reasons import Reason
 from compressors.core.runner import run
@@ -75,7 +75,7 @@ def test_a_larger_penalty_gives_more_zeros_and_the_plan_has_their_share(tmp_path
         zeros = float((result.module.hidden.weight == 0).float().mean())
         shares.append(zeros)
         line = result.plan.of("hidden")
-        with_code(line.reasons, "zeros", share=pytest.approx(zeros))
+        require_reason(line.reasons, "zeros", share=pytest.approx(zeros))
         assert line.bytes_after == line.bytes_before
     assert 0 < shares[0] < shares[1] < shares[2] <= 1
     # Without a penalty, Adam does not make weights exactly zero.
@@ -91,13 +91,13 @@ def test_only_matching_layers_are_penalized_and_all_layers_are_trained(tmp_path)
     assert not (result.module.cross.weight == 0).any()
     assert not torch.equal(result.module.cross.weight, RANKER.model().module.cross.weight)
     assert codes_of(result.plan.of("cross").reasons)[:2] == ["trained_on_rows", "trained_to_epoch"]
-    with_code(result.plan.of("hidden").reasons, "penalty", strength=0.1, part="weight")
+    require_reason(result.plan.of("hidden").reasons, "penalty", strength=0.1, part="weight")
 
 
 def test_training_returns_the_last_epoch_even_if_the_metric_fell(tmp_path, caplog):
     """The labels are the network's predictions: every epoch with a penalty lowers the metric."""
     source = NORMED.model()
-    rows = prepared(
+    rows = write_split(
         NORMED.signature,
         NORMED.rows_of_tables(),
         tmp_path / "own",
@@ -139,7 +139,7 @@ def test_channels_removes_zero_channels_without_changing_predictions(reference, 
     assert dead[layer] > 0
     reasons = sparse.plan.of(layer).reasons
     width = len(weights[f"{layer}.bias"])
-    with_code(reasons, "zero_outputs", count=dead[layer], outputs=width)
+    require_reason(reasons, "zero_outputs", count=dead[layer], outputs=width)
     zero = (weights[f"{layer}.weight"] == 0).all(dim=1)
     assert not weights[f"{layer}.bias"][zero].any()
     assert not weights["norm.weight"][zero].any()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -91,7 +91,7 @@ def test_equal_rows_of_a_table_are_stored_once(tmp_path):
     result = run(MergeRows(), source, bench, tmp_path / "out")
     line = result.plan.of("item")
     assert codes_of(line.reasons) == ["merged_equal", "merged_rows"]
-    with_code(line.reasons, "merged_rows", rows=300, unique=40)
+    require_reason(line.reasons, "merged_rows", rows=300, unique=40)
     assert (line.format, line.bytes_after) == ("row_map", 300)
     assert result.plan.of("item.unique").bytes_after == 40 * 7 * 4
     ids = torch.arange(300)
@@ -100,7 +100,7 @@ def test_equal_rows_of_a_table_are_stored_once(tmp_path):
     unchanged = result.plan.of("user")
     assert (unchanged.format, unchanged.steps) == ("float32", ())
     assert codes_of(unchanged.reasons) == ["merged_equal", "nothing_better", "merged_rows"]
-    with_code(unchanged.reasons, "merged_rows", rows=40, unique=40)
+    require_reason(unchanged.reasons, "merged_rows", rows=40, unique=40)
 
 
 def test_a_negative_distance_raises_a_value_error():

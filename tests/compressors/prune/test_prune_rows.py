@@ -4,7 +4,7 @@ import pytest
 import torch
 from error_codes import raises_code, raises_value_error
 from models import RANKER
-from reason_codes import with_code
+from reason_codes import require_reason
 
 from compressors.contracts import Bench
 from compressors.contracts.reasons import Reason
@@ -47,7 +47,7 @@ def test_the_most_important_rows_are_kept_bit_for_bit(importance, replacement, t
     scores = importance_of_rows(tmp_path, importance)
     assert scores[is_kept].min() >= scores[~is_kept].max()
     reasons = result.plan.of("item").reasons
-    with_code(reasons, "kept_rows", kept=60, rows=300, importance=importance)
+    require_reason(reasons, "kept_rows", kept=60, rows=300, importance=importance)
 
 
 def test_the_plan_has_the_share_of_lookups_of_pruned_rows(tmp_path):
@@ -56,7 +56,7 @@ def test_the_plan_has_the_share_of_lookups_of_pruned_rows(tmp_path):
     is_pruned = ~(rows == RANKER.model().module.item.weight).all(dim=1)
     expected = float(counts[is_pruned].sum() / counts.sum())
     reasons = result.plan.of("item").reasons
-    with_code(reasons, "pruned_lookups", share=pytest.approx(expected))
+    require_reason(reasons, "pruned_lookups", share=pytest.approx(expected))
     assert expected > 0
 
 
@@ -115,7 +115,7 @@ def test_a_table_of_one_row_is_skipped_with_a_reason(tmp_path):
         ClusterRows(tables=("city",), hot=0, clusters=1), RANKER.model(), bench, tmp_path / "one"
     )
     result = run(PruneRows(), one_row, bench, tmp_path / "out")
-    with_code(result.plan.of("city.unique").reasons, "too_few_rows", rows=1, min_rows=2)
+    require_reason(result.plan.of("city.unique").reasons, "too_few_rows", rows=1, min_rows=2)
     assert torch.equal(result.module.city.unique.weight, one_row.module.city.unique.weight)
 
 
@@ -139,7 +139,7 @@ def test_tiers_keep_all_rows_and_store_the_most_looked_up_in_the_hot_table(tmp_p
     assert len(hot) == int(is_hot.sum()) == 30
     assert counts[is_hot].min() >= counts[~is_hot].max()
     expected = float(counts[is_hot].sum() / counts.sum())
-    with_code(result.plan.of("item").reasons, "hot_lookups", share=pytest.approx(expected))
+    require_reason(result.plan.of("item").reasons, "hot_lookups", share=pytest.approx(expected))
 
 
 def test_a_pattern_compresses_one_tier_and_keeps_the_other(tmp_path):
@@ -165,7 +165,7 @@ def test_min_lookups_keeps_rows_with_at_least_as_many_lookups_in_training(min_lo
     result = run(step, source, bench, tmp_path / "out")
     is_kept = counts >= min_lookups
     reasons = result.plan.of("item").reasons
-    with_code(
+    require_reason(
         reasons, "kept_rows_by_lookups", kept=int(is_kept.sum()), rows=300, min_lookups=min_lookups
     )
     ids = torch.arange(300)
@@ -181,7 +181,7 @@ def test_a_table_whose_row_map_costs_more_than_pruning_saves_is_skipped(tmp_path
     result = run(PruneRows(min_lookups=1, pruned="shared"), source, bench, tmp_path / "out")
     line = result.plan.of("city")  # 9 rows, all of which training looks up
     assert line.format == "float32"
-    with_code(line.reasons, "row_map_too_large")
+    require_reason(line.reasons, "row_map_too_large")
 
 
 def test_min_lookups_without_traffic_importance_raises_a_value_error():

@@ -7,7 +7,7 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from models import QUICKLY, RANKER, Ranker, Reference
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
 
 from compressors.contracts import Bench
@@ -132,7 +132,7 @@ def test_magnitude_importance_without_reconstruction_reads_no_rows(tmp_path):
 def test_a_layer_whose_inputs_are_not_a_multiple_of_four_is_skipped_with_a_reason(tmp_path):
     wide = Reference(Ranker, RANKER.signature, {"width": 18})
     plan = run(Sparse24(), wide.model(), wide.bench(tmp_path / "data"), tmp_path / "out").plan
-    with_code(plan.of("plain").reasons, "inputs_not_multiple", inputs=18)
+    require_reason(plan.of("plain").reasons, "inputs_not_multiple", inputs=18)
     assert plan.of("plain").steps == ()
     assert plan.of("hidden").steps == ("sparse_2_4",)
 

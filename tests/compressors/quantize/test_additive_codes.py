@@ -8,7 +8,7 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import NORMED, RANKER
-from reason_codes import with_code
+from reason_codes import require_reason
 from table_codes import clustered_rows
 from torch import Tensor, nn
 
@@ -190,7 +190,7 @@ def test_plan_skips_a_table_whose_codes_would_take_more_bytes(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     choices = AdditiveCodes(codebooks=16).plan(model, bench).decisions
     assert not choices["city"].selected
-    with_code(choices["city"].reasons, "not_smaller", bytes=420, present=216)
+    require_reason(choices["city"].reasons, "not_smaller", bytes=420, present=216)
     assert choices["item"].selected
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import METHODS, Reference, default
-from reason_codes import with_code
+from models import METHODS, Reference, default_step
+from reason_codes import require_reason
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, Output, Signature, Split
@@ -79,7 +79,9 @@ def test_best_format_selects_the_most_precise_format_that_is_no_larger(step: Tab
                 if RANK[other.kind] > RANK[chosen.kind]:
                     assert table_bytes(other, rows, dim) > size
             if chosen is not step:
-                with_code(reasons, "better_format", format=chosen.kind, bytes=size, step=step.kind)
+                require_reason(
+                    reasons, "better_format", format=chosen.kind, bytes=size, step=step.kind
+                )
 
 
 # Methods that keep formats have two sizes only, as some of them export the network, which is slow.
@@ -106,7 +108,7 @@ def size_cases() -> list[Any]:
 @pytest.mark.parametrize(("method", "sizes"), size_cases())
 def test_no_step_increases_the_bytes_of_a_network_or_of_a_unit(method, sizes) -> None:
     """Except ``tiers`` and ``recalibrate``, which add a row map and an output map."""
-    step = default(method)
+    step = default_step(method)
     for dim, rows in sizes:
         source = network(rows, dim).model()
         try:
@@ -131,7 +133,7 @@ def test_a_table_of_one_column_is_stored_as_float16(step: TableStep, tmp_path: P
     line = result.plan.of("table")
     assert line is not None
     assert (line.format, line.bytes_after) == ("float16", 100)
-    with_code(line.reasons, "better_format", step=step.kind, format="float16", bytes=100)
+    require_reason(line.reasons, "better_format", step=step.kind, format="float16", bytes=100)
     assert dry_run(step, source, BENCH).plan == result.plan
 
 

@@ -11,7 +11,7 @@ from grids import tables
 from hypothesis import given
 from models import RANKER, graph, planned_and_applied, recipe_with
 from onnx import TensorProto
-from reason_codes import with_code
+from reason_codes import require_reason
 from torch.nn import functional as F
 
 from compressors.contracts import Bench
@@ -70,7 +70,7 @@ def test_a_layer_that_rounds_to_infinity_is_skipped_with_a_reason():
     result = planned_and_applied(BFloat16Dense(), model, Bench(signature=RANKER.signature))
     assert result.outcomes.keys() == {"hidden"}
     largest = float(torch.tensor(3.4e38))
-    with_code(
+    require_reason(
         result.outcomes["hidden"].reasons,
         "beyond_largest",
         largest=largest,

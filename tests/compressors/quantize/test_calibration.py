@@ -13,7 +13,7 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, Reference
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -254,7 +254,7 @@ def test_with_an_outlier_other_calibrators_have_less_error_than_min_max(by_calib
     assert 2.5 < end < 20
     reasons = results[calibrator].plan.of("first").reasons
     assert codes_of(reasons) == ["selected", "calibrated_range", "output_error"]
-    with_code(reasons, "calibrated_range", calibrator=calibrator)
+    require_reason(reasons, "calibrated_range", calibrator=calibrator)
 
 
 def test_best_selects_the_calibrator_with_the_least_error_for_each_layer(by_calibrator):
@@ -283,7 +283,7 @@ def test_reported_error_is_the_relative_output_error_on_the_calibration_rows(by_
     share = (output_loss(source, results["mse"], x) / mean_square) ** 0.5
     # The step adds the same squares in batches.
     expected = pytest.approx(share, rel=1e-4)
-    with_code(results["mse"].plan.of("first").reasons, "output_error", share=expected)
+    require_reason(results["mse"].plan.of("first").reasons, "output_error", share=expected)
 
 
 def test_layers_above_most_error_stay_float32_and_the_plan_gives_their_error(tmp_path):
@@ -296,8 +296,8 @@ def test_layers_above_most_error_stay_float32_and_the_plan_gives_their_error(tmp
     assert kept_line.steps == ()
     assert kept_line.bytes_after == kept_line.bytes_before
     assert codes_of(kept_line.reasons) == ["kept_format", "output_error", "above_most_error"]
-    assert with_code(kept_line.reasons, "output_error").fields["share"] > 0.04
-    with_code(kept_line.reasons, "above_most_error", step="static_int8", most_error=0.04)
+    assert require_reason(kept_line.reasons, "output_error").fields["share"] > 0.04
+    require_reason(kept_line.reasons, "above_most_error", step="static_int8", most_error=0.04)
     assert torch.equal(result.module.first.weight, source.module.first.weight)
     assert quantized_line.format == "static_int8"
     assert codes_of(quantized_line.reasons) == ["selected", "output_error"]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, Reference
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +32,7 @@ def test_rounding_error_is_at_most_half_a_float16_step(value):
 def test_weight_beyond_the_float16_range_is_reported(value):
     weight = torch.tensor([[0.0, value]])
     largest = float(weight.abs().max())  # in float32
-    with_code([overflow_reason(weight, None)], "beyond_largest", largest=largest, limit=65504.0)
+    require_reason([overflow_reason(weight, None)], "beyond_largest", largest=largest, limit=65504.0)
     assert overflow_reason(torch.ones(1, 2), weight) == overflow_reason(weight)
     assert overflow_reason(torch.tensor([65519.0, -65519.0])) is None  # rounds to 65,504
 
@@ -115,14 +115,14 @@ def test_layers_that_may_overflow_stay_float32_with_a_reason(size, headroom, kep
     assert {name for name, line in lines.items() if line.format == "float32"} == kept_layers
     for name in kept_layers:
         assert codes_of(lines[name].reasons) == ["kept_format", "near_largest"]
-        with_code(lines[name].reasons, "near_largest", headroom=headroom, format="float16")
+        require_reason(lines[name].reasons, "near_largest", headroom=headroom, format="float16")
         assert lines[name].bytes_after == lines[name].bytes_before
     if "raised" in kept_layers:
-        with_code(lines["raised"].reasons, "near_largest", what="an input", size=float(size))
+        require_reason(lines["raised"].reasons, "near_largest", what="an input", size=float(size))
     if "sums" in kept_layers:
         # 20 products in float32.
         sums = pytest.approx(34_000, rel=1e-5)
-        with_code(lines["sums"].reasons, "near_largest", what="a sum", size=sums)
+        require_reason(lines["sums"].reasons, "near_largest", what="a sum", size=sums)
     x = torch.full((2, WIDTH), float(size))
     with torch.no_grad():  # layers in float16 do not overflow
         for name in lines.keys() - kept_layers:
@@ -142,7 +142,7 @@ def test_units_with_weights_beyond_float16_stay_float32_without_calibration_rows
         line = result.plan.of(name)
         assert line.format == "float32"
         assert codes_of(line.reasons) == ["kept_format", "beyond_largest"]
-        with_code(line.reasons, "beyond_largest", largest=float(weight), limit=65504.0)
+        require_reason(line.reasons, "beyond_largest", largest=float(weight), limit=65504.0)
     assert result.plan.of("cross").format == result.plan.of("user").format == "float16"
     assert codes_of(result.plan.of("cross").reasons) == ["selected", "sums_not_checked"]
     assert codes_of(result.plan.of("user").reasons) == ["selected"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -94,7 +94,7 @@ def test_large_counts_next_to_small_embeddings_give_a_warning_on_the_layers_plan
     model, bench = model_and_bench(tmp_path, largest=12.0)
     plan = run(STEPS[kind], model, bench, tmp_path / "out").plan
     line = plan.of("first")
-    warning = with_code(line.warnings, "mixed_input_ranges", coarse=16, channels=19)
+    warning = require_reason(line.warnings, "mixed_input_ranges", coarse=16, channels=19)
     # The largest of the uniform calibration inputs is slightly less than 12.
     assert warning.fields["range"] == pytest.approx(12, rel=0.01)
     widest = {
@@ -122,7 +122,7 @@ def test_counts_4000_times_the_embeddings_give_a_warning_in_int8_and_none_in_8_b
 def test_counts_20_million_times_the_embeddings_give_a_warning_in_8_bit_floats(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=1e6)
     warnings = run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warnings
-    with_code(warnings, "mixed_input_ranges", range=pytest.approx(1e6, rel=0.01))
+    require_reason(warnings, "mixed_input_ranges", range=pytest.approx(1e6, rel=0.01))
 
 
 def test_coarse_channels_with_zero_weights_give_no_warning(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from error_codes import raises_value_error
 from models import NORMED, QUICKLY, RANKER, Reference
-from reason_codes import with_code
+from reason_codes import require_reason
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -130,7 +130,9 @@ def test_the_metric_in_the_plan_is_that_of_the_stored_network(tmp_path):
     result = run(QAT(training=QUICKLY), RANKER.model(), bench, tmp_path / "out")
     actual = quality(result.module, RANKER.signature, bench.validation)
     assert result.plan.of("hidden").format == "static_int8"
-    with_code(result.plan.of("hidden").reasons, "trained_to_epoch", after=pytest.approx(actual))
+    require_reason(
+        result.plan.of("hidden").reasons, "trained_to_epoch", after=pytest.approx(actual)
+    )
     before = run(StaticInt8(calibrator="best"), RANKER.model(), bench, tmp_path / "before")
     assert actual > quality(before.module, RANKER.signature, bench.validation)
 

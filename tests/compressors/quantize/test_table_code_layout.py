@@ -9,8 +9,8 @@ from error_codes import HasReason, raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, run
-from reason_codes import with_code
-from table_codes import STEPS, each_step, named, packed, size_of, stored, tables
+from reason_codes import require_reason
+from table_codes import STEPS, each_step, packed, size_of, step_id, stored, tables
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -57,7 +57,7 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
         # A tenth of 400 x 8 float32 is 40 entries of 8 float32: 4 codebooks of 10.
         (ResidualCodes(codebooks=4, codebook_share=0.1), (400, 8), 400 * 2 + 4 * 10 * 8 * 4),
     ],
-    ids=lambda value: named(value) if hasattr(value, "kind") else str(value),
+    ids=lambda value: step_id(value) if hasattr(value, "kind") else str(value),
 )
 def test_bytes_are_those_of_padded_codes_scales_and_codebooks(step, shape, size):
     assert size_of(step, *shape) == size
@@ -128,7 +128,7 @@ def test_a_table_that_would_not_shrink_is_skipped_and_the_plan_gives_both_sizes(
     line = plan.of("city")  # 9 x 6
     assert line.format == "float32"
     size = size_of(step, 9, 6)
-    with_code(line.reasons, "not_smaller", step=step.kind, bytes=size, present=216)
+    require_reason(line.reasons, "not_smaller", step=step.kind, bytes=size, present=216)
     assert size >= 216
     assert all(line.bytes_after < line.bytes_before for line in plan.lines if line.steps)
     assert plan.of("item").format == step.kind
@@ -183,7 +183,7 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
     [
         # In the default tier each op is called once, and k-means with and without a scale.
         pytest.param(
-            step, id=named(step), marks=() if index in (1, 2, 4, 8) else pytest.mark.nightly
+            step, id=step_id(step), marks=() if index in (1, 2, 4, 8) else pytest.mark.nightly
         )
         for index, step in enumerate(STEPS)
     ],

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import NORMED, RANKER
 from onnx import TensorProto, helper, numpy_helper
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -313,7 +313,7 @@ def test_gptq_in_a_model_lowers_the_error_as_its_plan_reports(tmp_path):
     reasons = rounded_to["gptq"].plan.of("hidden").reasons
     assert codes_of(reasons) == ["selected", "gptq_error"]
     # The step sums the same squares in another order.
-    with_code(reasons, "gptq_error", share=pytest.approx(error_ratio, rel=1e-4))
+    require_reason(reasons, "gptq_error", share=pytest.approx(error_ratio, rel=1e-4))
 
 
 def test_gptq_needs_calibration_rows_and_nearest_does_not(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from chained_networks import BLOCK, CHAIN, NORM_FIRST
 from error_codes import raises_code
 from models import RANKER, Reference, compressed
-from narrow_networks import SCHEMA, Branching, HiddenLayerNet
+from narrow_networks import SCHEMA, DataDependentBranchNet, HiddenLayerNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -173,5 +173,5 @@ def test_packed_layers_have_no_consumers():
 
 def test_a_network_that_cannot_be_exported_raises_step_refused():
     with raises_code(StepRefused, "network_not_traceable") as refusal:
-        dataflow(Branching(), SCHEMA.model_copy(update={"inputs": SCHEMA.inputs}))
+        dataflow(DataDependentBranchNet(), SCHEMA.model_copy(update={"inputs": SCHEMA.inputs}))
     assert refusal.value.__cause__ is not None

@@ -12,9 +12,9 @@ from chained_networks import BLOCK, NORM_FIRST, NormFirst
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import float32_rounding, scores_of
-from models import COMPACT, NORMED, Reference, whole
+from models import COMPACT, NORMED, Reference, only_graph
 from narrow_networks import SCHEMA
-from reason_codes import codes_of, with_code
+from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -111,7 +111,7 @@ def test_fold_removes_norms_and_keeps_scores(reference, folded_norms, tmp_path):
     other = result.plan.of("(other)")
     assert (other.bytes_after < other.bytes_before) == bool(folded_norms)
     for name in folded_norms:
-        assert name in with_code(other.reasons, "folded_norms").fields["norms"]
+        assert name in require_reason(other.reasons, "folded_norms").fields["norms"]
 
 
 def test_the_affine_part_of_a_layer_norm_is_folded_into_all_its_consumers(tmp_path):
@@ -132,7 +132,7 @@ def test_a_norm_with_an_offset_before_a_layer_without_bias_is_kept(tmp_path):
     source, result = fold_reference(reference, tmp_path)
     assert isinstance(result.module.first, FoldedNorm)
     assert isinstance(result.module.second, nn.BatchNorm1d)
-    kept_norm = with_code(result.plan.of("plain").reasons, "norm_kept", norm="second")
+    kept_norm = require_reason(result.plan.of("plain").reasons, "norm_kept", norm="second")
     assert kept_norm.fields["why"] == Reason("no_bias_for_offset", layer="deep")
     assert torch.equal(source.module.deep.weight, result.module.deep.weight)
 
@@ -176,7 +176,7 @@ def test_dead_channels_are_removed_and_their_constant_output_is_kept(tmp_path):
     assert result.network.architecture.config == {"width": 9}
     assert result.module.hidden.weight.shape == (9, 8)
     hidden = result.plan.of("hidden").reasons
-    with_code(hidden, "dead_channels", count=3, channels=12, width="width")
+    require_reason(hidden, "dead_channels", count=3, channels=12, width="width")
     assert result.plan.of("out").reasons == (
         Reason("dead_inputs", step="fold", makers=("hidden",)),
     )
@@ -196,7 +196,7 @@ def test_the_dry_run_of_fold_has_the_plan_of_its_result(tmp_path):
 
 def test_zeros_of_placeholders_are_not_dead_channels(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
-    student = models.default(models.Fold)
+    student = models.default_step(models.Fold)
     predicted = dry_run(Channels(keep=0.7), NORMED.model(), bench)
     for part in predicted.module.modules():
         if isinstance(part, nn.Linear):
@@ -286,7 +286,7 @@ def test_input_columns_that_no_weight_reads_are_reported(tmp_path):
         source.module.hidden.weight[:, [1, 4, 7]] = 0  # two of the table's six, the second price
     plan = run(Fold(), source, NORMED.bench(tmp_path / "data"), tmp_path / "out").plan
     assert codes_of(plan.of("user").reasons) == ["wrong_role", "columns_unread"]
-    with_code(plan.of("user").reasons, "columns_unread", columns=(1, 4))
+    require_reason(plan.of("user").reasons, "columns_unread", columns=(1, 4))
     assert plan.of("hidden").reasons[-1] == Reason(
         "input_columns_unread", columns=(1,), input="price"
     )
@@ -345,7 +345,7 @@ def test_later_steps_run_on_a_folded_network(tmp_path):
 
 def operators(model: Model, reference: Reference, folder: Path) -> onnx.GraphProto:
     path = folder / "model.onnx"
-    lower(model.module, whole(reference.signature), "onnxruntime", path)
+    lower(model.module, only_graph(reference.signature), "onnxruntime", path)
     return optimized_graph(path)
 
 
@@ -394,7 +394,7 @@ def test_values_that_depend_on_no_input_are_one_initializer_of_the_graph(tmp_pat
     """The export folds constants, so a runtime does not have to."""
     path = tmp_path / "model.onnx"
     module = Reference(ConstantSoftmaxNet, SCHEMA).model().module
-    lower(module, whole(SCHEMA), "onnxruntime", path)
+    lower(module, only_graph(SCHEMA), "onnxruntime", path)
     graph = onnx.load(path).graph
     assert not {"Softmax", "Exp"} & {node.op_type for node in graph.node}
     (product,) = (node for node in graph.node if node.op_type == "Mul")
