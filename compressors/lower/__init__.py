@@ -6,6 +6,7 @@ merged_codebooks.py    merge several tables with codebooks into one
 merged_tables.py       merge the lookups of several tables
 float8_tensors.py      convert stored 8-bit floats to a graph's type
 attention.py           translate scaled dot-product attention
+custom_operators.py    register the custom ops of all formats
 graph_builders.py      build subgraphs that several targets use
 bfloat16_products.py   rewrite bfloat16 products to run on a CPU
 passes/                graph passes that every target uses

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
-import torch
 from onnxscript import opset21 as op
 
+from compressors.lower.custom_operators import OPS
 from compressors.prune.tables.kept_rows import BLOCK
 from compressors.quantize.tables.product_codes import padded_columns
 
@@ -182,9 +182,8 @@ def codebook_translations(
         parts_of_rows = gather_entries(unpack_codes(codes, ids, books, width), codebook, books)
         return op.ReduceSum(parts_of_rows, op.Constant(value_ints=[-2]), keepdims=0)
 
-    ops = torch.ops.recpress
     return {
-        ops.kmeans_table.default: kmeans_table,
-        ops.product_codes.default: product_codes,
-        ops.residual_codes.default: residual_codes,
+        OPS.kmeans_table.default: kmeans_table,
+        OPS.product_codes.default: product_codes,
+        OPS.residual_codes.default: residual_codes,
     }

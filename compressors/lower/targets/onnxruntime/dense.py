@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
-import torch
 from onnxscript import opset21 as op
 from onnxscript.values import Op, Opset
 
+from compressors.lower.custom_operators import OPS
 from compressors.lower.graph_builders import FLOAT, flatten_to_matrix
 from compressors.lower.targets.onnxruntime.types import multiplies_codes
 from compressors.quantize.dense.weight_only import block_length, zero_code
@@ -118,8 +118,7 @@ def float8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias:
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return the function that builds the subgraph of each custom op."""
-    ops = torch.ops.recpress
     return {
-        ops.weight_only_linear.default: weight_only_linear,
-        ops.float8_linear.default: float8_linear,
+        OPS.weight_only_linear.default: weight_only_linear,
+        OPS.float8_linear.default: float8_linear,
     }

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
-import torch
 from onnxscript import opset21 as op
 
+from compressors.lower.custom_operators import OPS
 from compressors.lower.graph_builders import FLOAT, INT32, constant, flatten_to_matrix
 from compressors.lower.targets.onnxruntime import dense as onnxruntime_dense
 from compressors.lower.targets.onnxruntime import tables as onnxruntime_tables
@@ -63,13 +63,12 @@ def join_rows(rows: Any) -> Any:
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return the function that builds the subgraph of each custom op."""
-    ops = torch.ops.recpress
     return {
         **onnxruntime_tables.translations(),
         **onnxruntime_dense.translations(),
-        ops.static_int8_linear.default: static_int8_linear,
-        ops.float16_linear.default: short_float_linear,
-        ops.bfloat16_linear.default: short_float_linear,
-        ops.join_ids.default: join_ids,
-        ops.join_rows.default: join_rows,
+        OPS.static_int8_linear.default: static_int8_linear,
+        OPS.float16_linear.default: short_float_linear,
+        OPS.bfloat16_linear.default: short_float_linear,
+        OPS.join_ids.default: join_ids,
+        OPS.join_rows.default: join_rows,
     }

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
-import torch
 from onnxscript import opset21 as op
 
+from compressors.lower.custom_operators import OPS
 from compressors.lower.graph_builders import BFLOAT16, FLOAT, FLOAT16, constant, flatten_to_matrix
 from compressors.lower.targets.tensorrt import tables as tensorrt_tables
 from compressors.lower.targets.tensorrt.dense_types import signed_length
@@ -115,12 +115,11 @@ def float8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias:
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return the function that builds the subgraph of each custom op."""
-    ops = torch.ops.recpress
     return {
-        ops.weight_only_linear.default: weight_only_linear,
-        ops.float8_linear.default: float8_linear,
+        OPS.weight_only_linear.default: weight_only_linear,
+        OPS.float8_linear.default: float8_linear,
         **tensorrt_tables.translations(),
-        ops.static_int8_linear.default: static_int8_linear,
-        ops.float16_linear.default: float16_linear,
-        ops.bfloat16_linear.default: bfloat16_linear,
+        OPS.static_int8_linear.default: static_int8_linear,
+        OPS.float16_linear.default: float16_linear,
+        OPS.bfloat16_linear.default: bfloat16_linear,
     }

@@ -14,9 +14,9 @@ gathered, and multiplied in float32.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from onnxscript import opset21 as op
 
+from compressors.lower.custom_operators import OPS
 from compressors.lower.graph_builders import (
     FLOAT,
     FLOAT16,
@@ -139,16 +139,15 @@ def _gather_integers(values: Any, ids: Any) -> Any:
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return the function that builds the subgraph of each custom op."""
-    ops = torch.ops.recpress
     return {
-        ops.rowwise_int8.default: rowwise_int8,
-        ops.rowwise_int4.default: rowwise_int4,
-        ops.rowwise_int2.default: rowwise_int2,
-        ops.float8_e4m3_table.default: float8_e4m3_table,
-        ops.bfloat16_table.default: gather_short_floats,
-        ops.float16_table.default: gather_short_floats,
+        OPS.rowwise_int8.default: rowwise_int8,
+        OPS.rowwise_int4.default: rowwise_int4,
+        OPS.rowwise_int2.default: rowwise_int2,
+        OPS.float8_e4m3_table.default: float8_e4m3_table,
+        OPS.bfloat16_table.default: gather_short_floats,
+        OPS.float16_table.default: gather_short_floats,
         **codebook_translations(unpack_codes),
-        ops.planned_place.default: planned_place,
-        ops.kept_place.default: kept_place,
-        ops.divided_by.default: divided_by,
+        OPS.planned_place.default: planned_place,
+        OPS.kept_place.default: kept_place,
+        OPS.divided_by.default: divided_by,
     }
