@@ -23,7 +23,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-import compressors.core.registries  # noqa: F401 (registers the operators of every format)
 from compressors.core.steps.table_encoder import encode_table
 from compressors.lower.targets.onnxruntime.operators import translations
 from compressors.quantize.kernels import bitpacking

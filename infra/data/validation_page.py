@@ -109,16 +109,16 @@ def summary(validation: Validation) -> Summary:
     not_evaluated = validation.intended - validation.evaluated
     failed = sum(item.evaluated for item in validation.findings if not item.success)
     if validation.success:
-        why = "Every intended check was evaluated, and every one held."
+        why = "Every planned check was evaluated and passed."
         return Summary("Data passed", why, "held")
     if validation.intended == 0:
-        why = "No check was intended, so nothing is known."
+        why = "No split was given, so no check was made."
         return Summary("Nothing was checked", why, "broken")
     if failed == 0:
         why = f"{many(not_evaluated, 'check')} could not be evaluated, and so did not pass."
         return Summary("Data was not fully checked", why, "broken")
     more = f"; {not_evaluated} more could not be evaluated" if not_evaluated else ""
-    return Summary("Data failed", f"{many(failed, 'check')} did not hold{more}.", "broken")
+    return Summary("Data failed", f"{many(failed, 'check')} failed{more}.", "broken")
 
 
 def check_lists(validation: Validation) -> CheckLists:

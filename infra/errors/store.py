@@ -15,7 +15,7 @@ class StoreUnavailable(InfraError):
     """The object store, or a disk, failed."""
 
     sentences: ClassVar = {
-        "store_answer_unreadable": "The object store's answer for {place} cannot be read. Run "
+        "store_answer_unreadable": "The object store's response for {place} cannot be read. Run "
         "again.",
         "disk_full": "The disk of {path} is full. Free some space, then run again.",
         "disk_failed": "Could not {doing} {path}: {problem}. Check the disk.",
@@ -71,10 +71,10 @@ class StoreRefused(Refused):
         "model_name_no_path": "A model's name is part of a path: {problem}.",
         "model_name_characters": "Expected a model's name without '/' and ':', got {got}.",
         "folder_unreadable": "{folder} cannot be read as a folder of files: {problem} ({file}).",
-        "folder_empty": "{folder} holds no file, so there is nothing to store.",
+        "folder_empty": "{folder} contains no file, so there is nothing to store.",
         "file_name_form": "{folder}: {problem}. Rename the file.",
-        "file_is_link": "{path} is a symlink, and its target may change or be anywhere. Put a copy "
-        "of the file there.",
+        "file_is_link": "{path} is a symlink, and its target may change or be anywhere. Replace it "
+        "by a copy of the file.",
         "file_of_other_kind": "{path} is neither a file nor a folder. Remove it.",
         "output_in_use": "Another process is writing {folder}. Wait for it, or name another "
         "folder.",
@@ -107,23 +107,24 @@ class ArtifactMissing(Refused):
     sentences: ClassVar = {
         "artifact_missing": "{uri} has no manifest, so it does not exist (an interrupted upload "
         "leaves none). Run the step that creates it again.",
-        "artifact_in_other_store": "{uri} is in another store, and {store} does not hold the same "
-        "content. Set RECPRESS_STORE to the store it was put into.",
-        "artifact_file_missing": "{uri} holds no file {path!r}.",
-        "artifact_file_large": "{uri} holds no small file {path!r}.",
+        "artifact_in_other_store": "{uri} is in another store, and {store} does not contain it. "
+        "Set RECPRESS_STORE to the store that contains it.",
+        "artifact_file_missing": "{uri} has no file {path!r}.",
+        "artifact_file_large": "File {path!r} of {uri} is too large to read at once.",
         "file_missing": "{path} does not exist. Run the step that writes it again.",
         "release_missing": "{uri} does not exist.",
         "result_incomplete": "{folder} has no {file}, so it is no complete result. Make it again.",
         "result_unusable": "{place} cannot be used.",
-        "order_not_in_registry": "The registry does not hold order {order:.12}.",
-        "order_no_longer_in_registry": "The registry no longer holds order {order:.12}.",
+        "order_not_in_registry": "Order {order:.12} is not in the registry.",
+        "order_no_longer_in_registry": "Order {order:.12} is no longer in the registry.",
         "target_missing": "{model} version {version} has no {target}; it has {targets}.",
         "bundle_not_packed": "{folder} is a folder, not a packed bundle. Pack it first: 'recpress "
         "bundle pack {folder}', then name it by name@version.",
         "bundle_missing": "There is no bundle {reference!r} in {store}; there is {known}. Pack "
         "one: 'recpress bundle pack FOLDER'.",
-        "bundle_artifact_missing": "{name}@{version} is {uri}, which is not there (any more). Pack "
-        "it again: 'recpress bundle pack FOLDER' with the draft of this version restores it.",
+        "bundle_artifact_missing": "{name}@{version} is {uri}, which does not exist. It may have "
+        "been deleted. Pack the draft of this version again: 'recpress bundle pack FOLDER' "
+        "restores it.",
     }
 
 
@@ -146,8 +147,8 @@ class ArtifactDamaged(Refused):
         "report_differs": "The recorded report of order {order:.12} differs from the report in its "
         "release.",
         "ledger_key_unknown": "{place} does not belong in a ledger.",
-        "ledger_gap": "The ledger of {model!r} has a gap: {place} is missing, later entries are "
-        "there. Restore it from a backup of the store.",
+        "ledger_gap": "The ledger of {model!r} has a gap: {place} is missing, but later entries "
+        "exist. Restore it from a backup of the store.",
         "ledger_entry_unreadable": "{place} is not an entry of a ledger. Restore it from a backup "
         "of the store.",
         "ledger_entry_out_of_order": "{place} does not continue the entry before it: expected "
@@ -159,7 +160,7 @@ class ArtifactDamaged(Refused):
         "it from a backup of the store.",
         "ledger_digest_differs": "{changed} was changed: the digest does not match. Restore it "
         "from a backup of the store.",
-        "draft_outside_file": "Bytes {start} to {stop} lie outside a file of {size} bytes.",
+        "draft_outside_file": "Bytes {start} to {stop} are outside a file of {size} bytes.",
         "draft_incomplete": "The file is not complete: nothing was written at byte {start}.",
         "draft_written_twice": "Byte {start} was written twice.",
         "result_manifest_unreadable": "{path} cannot be read as a manifest.",
@@ -174,7 +175,8 @@ class AlreadyThere(Refused):
         "key_exists": "{place} exists already; it is never overwritten.",
         "version_packed": "{name}@{version} was packed before with other contents ({sha256:.12}). "
         "A version never changes: raise 'version' in model.json.",
-        "ledger_shorter": "The ledger of {model!r} has no entry {expected} (any more).",
+        "ledger_shorter": "The ledger of {model!r} has no entry {expected}; it may have been "
+        "deleted in the meantime.",
         "ledger_moved_on": "The champion of {model!r} was changed in the meantime: {by} made "
         "version {version} champion at {at} ({action}: {reason}). Check it, then decide again.",
     }

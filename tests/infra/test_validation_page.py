@@ -71,15 +71,15 @@ class Tree(HTMLParser):
 @pytest.mark.parametrize(
     ("findings", "verdict", "sentence"),
     [
-        ([PASSED], "Data passed", "Every intended check was evaluated, and every one held."),
-        ([PASSED, FAILED], "Data failed", "1 check did not hold."),
+        ([PASSED], "Data passed", "Every planned check was evaluated and passed."),
+        ([PASSED, FAILED], "Data failed", "1 check failed."),
         (
             [FAILED, NOT_EVALUATED],
             "Data failed",
-            "1 check did not hold; 1 more could not be evaluated.",
+            "1 check failed; 1 more could not be evaluated.",
         ),
         ([PASSED, NOT_EVALUATED], "Data was not fully checked", "1 check could not be evaluated"),
-        ([], "Nothing was checked", "No check was intended, so nothing is known."),
+        ([], "Nothing was checked", "No split was given, so no check was made."),
     ],
 )
 def test_page_shows_the_verdict_with_its_reason(findings, verdict, sentence):
