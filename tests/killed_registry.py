@@ -26,7 +26,8 @@ FILE_EVENTS = {"os.link", "os.mkdir", "os.remove", "os.rename", "sqlite3.connect
 ORDER = "a" * 64
 
 
-def first_use(writer: str, file: Path) -> None:
+def use_registry(writer: str, file: Path) -> None:
+    """Use a registry that may not exist yet."""
     uri = f"sqlite:///{file}"
     if writer == "now":
         Registry(uri).models()
@@ -47,7 +48,7 @@ def count_operations(before_operation: Callable[[int], None]) -> None:
     sys.addaudithook(lambda name, _: count() if name in FILE_EVENTS else None)
 
 
-def in_child(work: Callable[[], object]) -> tuple[int, str]:
+def run_in_child(work: Callable[[], object]) -> tuple[int, str]:
     """Run ``work`` in a forked process; return its wait status and its result or exception."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -64,19 +65,19 @@ def in_child(work: Callable[[], object]) -> tuple[int, str]:
     return os.waitpid(child, 0)[1], result
 
 
-def count_of_first_use(writer: str, file: Path) -> int:
-    """The number of operations of an uninterrupted first use."""
+def count_use_operations(writer: str, file: Path) -> int:
+    """Count the operations of an uninterrupted first use."""
 
     def work() -> int:
         last = [0]
         count_operations(lambda number: last.__setitem__(0, number))
-        first_use(writer, file)
+        use_registry(writer, file)
         return last[0]
 
-    return int(in_child(work)[1])
+    return int(run_in_child(work)[1])
 
 
-def killed_at(writer: str, file: Path, number: int) -> bool:
+def kill_at(writer: str, file: Path, number: int) -> bool:
     """Kill a first use before an operation; False if it ended earlier."""
 
     def work() -> None:
@@ -85,29 +86,29 @@ def killed_at(writer: str, file: Path, number: int) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL) if before_operation == number else None
             )
         )
-        first_use(writer, file)
+        use_registry(writer, file)
 
-    return in_child(work)[0] == signal.SIGKILL
+    return run_in_child(work)[0] == signal.SIGKILL
 
 
-def version_after_use(file: Path) -> str:
+def publish_after_kill(file: Path) -> str:
     """Publish a version in another process; return the version or the error."""
 
     def work() -> str:
         registry = Registry(f"sqlite:///{file}")
         return registry.publish("ranker", ORDER, "s3://models/x", {}, "").version
 
-    return in_child(work)[1]
+    return run_in_child(work)[1]
 
 
 def main(folder: Path, writer: str, points: list[float]) -> None:
-    total = count_of_first_use(writer, folder / "whole" / "registry.db")
+    total = count_use_operations(writer, folder / "uninterrupted" / "registry.db")
     for point in points:
         number = max(1, min(total, round(point * total)))
         file = folder / f"{number}" / "registry.db"
         file.parent.mkdir()
-        killed = killed_at(writer, file, number)
-        version = version_after_use(file)
+        killed = kill_at(writer, file, number)
+        version = publish_after_kill(file)
         remaining_files = sorted(path.name for path in file.parent.iterdir())
         line = {"at": number, "killed": killed, "version": version, "left": remaining_files}
         sys.stdout.write(json.dumps(line) + "\n")

@@ -19,7 +19,7 @@ from infra.services.postgres import programs
 
 START_SECONDS = 240
 STOP_SECONDS = 120
-READY = "Ctrl-C stops them."
+READY_LINE = "Ctrl-C stops them."
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class LocalServices:
     pid: int
 
 
-def lacking() -> str:
-    """The reason why the services cannot run on this machine; empty if they can."""
+def missing_programs() -> str:
+    """Return a sentence with the missing programs; empty if the services can run."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, programs())])
     missing = [
         name
@@ -47,7 +47,7 @@ def running_services() -> Iterator[LocalServices]:
     """Start the services on free ports in a temporary home; stop them at the end.
 
     Raises:
-        RuntimeError: the services were not ready in time or ended; the message has their output.
+        RuntimeError: the services were not ready in time or ended; the error contains their output.
     """
     # Not in pytest's folder, which only its owner can enter: Postgres runs as another user, because
     # it refuses to run as root.
@@ -59,7 +59,7 @@ def running_services() -> Iterator[LocalServices]:
         RECPRESS_MODULES=str(ROOT / "tests"),
         RECPRESS_ALLOWED_MODULES=ALLOWED,
     )
-    log_file = home / "printed"
+    log_file = home / "output"
     with log_file.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "infra.services.local_services", "--any-ports"],
@@ -70,11 +70,13 @@ def running_services() -> Iterator[LocalServices]:
         )
     try:
         end = time.monotonic() + START_SECONDS
-        while READY not in log_file.read_text():
+        while READY_LINE not in log_file.read_text():
             if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the services are not ready:\n{log_file.read_text()[-4000:]}")
+                raise RuntimeError(
+                    f"expected services that are ready, got:\n{log_file.read_text()[-4000:]}"
+                )
             time.sleep(0.2)
-        yield LocalServices(home, _exported(home / "services" / "client.env"), process.pid)
+        yield LocalServices(home, _read_exports(home / "services" / "client.env"), process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(STOP_SECONDS)
@@ -84,7 +86,7 @@ def running_services() -> Iterator[LocalServices]:
     assert "is killed" not in output, output
 
 
-def _exported(path: Path) -> dict[str, str]:
+def _read_exports(path: Path) -> dict[str, str]:
     """The variables that a shell script exports."""
     result = {}
     for line in path.read_text().splitlines():

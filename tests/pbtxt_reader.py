@@ -16,7 +16,7 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _ESCAPE = re.compile(r"\\([0-7]{1,3}|.)", re.DOTALL)
-_NAMED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"'}
+_NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"'}
 
 Message = dict[str, list[Any]]
 
@@ -27,25 +27,27 @@ class Word(str):
     __slots__ = ()
 
 
-def read(text: str) -> Message:
+def parse_message(text: str) -> Message:
     """Parse a message; raise ``ValueError`` with the position if the text is malformed."""
     tokens = _tokens(text)
     message, position = _message(tokens, 0)
     if position != len(tokens):
-        raise ValueError(f"something follows the message: {tokens[position:][:5]}")
+        raise ValueError(f"expected the end of the text, got {tokens[position:][:5]}")
     return message
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    values_read, position = [], 0
+    tokens, position = [], 0
     while position < len(text):
         token = _TOKEN.match(text, position)
         if token is None:
-            raise ValueError(f"no token at {position}: {text[position : position + 20]!r}")
+            raise ValueError(
+                f"expected a token at {position}, got {text[position : position + 20]!r}"
+            )
         if token.lastgroup != "skip":
-            values_read.append((token.lastgroup or "", token[0]))
+            tokens.append((token.lastgroup or "", token[0]))
         position = token.end()
-    return values_read
+    return tokens
 
 
 def _message(tokens: list[tuple[str, str]], position: int) -> tuple[Message, int]:
@@ -53,49 +55,49 @@ def _message(tokens: list[tuple[str, str]], position: int) -> tuple[Message, int
     while position < len(tokens) and tokens[position][1] != "}":
         kind, name = tokens[position]
         if kind != "word":
-            raise ValueError(f"a field's name is wanted, found {name!r}")
+            raise ValueError(f"expected the name of a field, got {name!r}")
         values = message.setdefault(name, [])
         if tokens[position + 1][1] == "{":
             nested, position = _message(tokens, position + 2)
             if tokens[position : position + 1] != [("mark", "}")]:
-                raise ValueError(f"{name} is not closed")
+                raise ValueError(f"expected a closing brace of {name}")
             values.append(nested)
             position += 1
         elif tokens[position + 1][1] == ":":
-            values_read, position = _values(tokens, position + 2)
-            values.extend(values_read)
+            field_values, position = _values(tokens, position + 2)
+            values.extend(field_values)
         else:
-            raise ValueError(f"{name} is followed by {tokens[position + 1]}")
+            raise ValueError(f"expected a brace or colon after {name}, got {tokens[position + 1]}")
     return message, position
 
 
 def _values(tokens: list[tuple[str, str]], position: int) -> tuple[list[Any], int]:
     if tokens[position][1] != "[":
         return [_scalar(*tokens[position])], position + 1
-    values_read: list[Any] = []
+    values: list[Any] = []
     position += 1
     while tokens[position][1] != "]":
-        if values_read:
+        if values:
             if tokens[position][1] != ",":
-                raise ValueError(f"a comma is wanted, found {tokens[position]}")
+                raise ValueError(f"expected a comma, got {tokens[position]}")
             position += 1
-        values_read.append(_scalar(*tokens[position]))
+        values.append(_scalar(*tokens[position]))
         position += 1
-    return values_read, position + 1
+    return values, position + 1
 
 
 def _scalar(kind: str, text: str) -> Any:
     if kind == "string":
-        return _ESCAPE.sub(_unescaped, text[1:-1])
+        return _ESCAPE.sub(_unescape, text[1:-1])
     if kind == "word":
         return Word(text)
     if kind == "number":
         return int(text) if re.fullmatch(r"-?[0-9]+", text) else float(text)
-    raise ValueError(f"a value is wanted, found {text!r}")
+    raise ValueError(f"expected a value, got {text!r}")
 
 
-def _unescaped(match: re.Match[str]) -> str:
+def _unescape(match: re.Match[str]) -> str:
     code = match[1]
     if code[0] in "01234567":
         return chr(int(code, 8))
-    return _NAMED[code]
+    return _NAMED_ESCAPES[code]

@@ -1,4 +1,4 @@
-"""Triton configurations for tests, and how a server would read them: warm-ups and versions."""
+"""Triton configurations for tests, and what a server reads from them: warm-ups and versions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pbtxt_reader import read
+from pbtxt_reader import parse_message
 
 from compressors.contracts import Artifact, JaggedBag, Signature
 from compressors.core.batches import generate_inputs
@@ -24,8 +24,8 @@ TAGS = (
 SCORE = Tensor(name="score", dtype="float32")
 
 
-def served(*inputs: Tensor, **more: Any) -> ServedVersion:
-    """A served version with these inputs and default values in all other fields."""
+def served_version(*inputs: Tensor, **more: Any) -> ServedVersion:
+    """Return a ``ServedVersion`` with these inputs and default values in all other fields."""
     fields: dict[str, Any] = {
         "name": "m",
         "model": "m",
@@ -42,8 +42,8 @@ def served(*inputs: Tensor, **more: Any) -> ServedVersion:
     return ServedVersion(**fields | more)
 
 
-def tensors(signature: Signature, rows_of_table: dict[str, int]) -> tuple[Tensor, ...]:
-    """The inputs that the lowering of a signature declares."""
+def declared_tensors(signature: Signature, rows_of_table: dict[str, int]) -> tuple[Tensor, ...]:
+    """Return the inputs that the lowering of a signature declares."""
     arrays_of_inputs = generate_inputs(signature, rows_of_table, 3)
     longest = {item.name: item.shape[0] for item in signature.inputs if isinstance(item, JaggedBag)}
     return tuple(
@@ -57,13 +57,13 @@ def tensors(signature: Signature, rows_of_table: dict[str, int]) -> tuple[Tensor
     )
 
 
-def warmups(config: str) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+def warmup_requests(config: str) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
     """Yield for each warm-up the requested rows and the input arrays that the graph receives.
 
     A request with ``batch_size`` n is n requests of one row each, which the server reshapes and
     then concatenates along the first dimension.
     """
-    message = read(config)
+    message = parse_message(config)
     batched = message["max_batch_size"][0] > 0
     reshaped = {
         item["name"][0]: item["reshape"][0]["shape"]
@@ -84,15 +84,15 @@ def warmups(config: str) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
         yield int(warmup["name"][0].split()[0]), arrays
 
 
-def served_by(repository: Path, model: str = "m") -> tuple[str, bytes] | None:
-    """The version and bytes that a server would load at its start; None without a configuration.
+def loaded_version(repository: Path, model: str = "m") -> tuple[str, bytes] | None:
+    """Return version and bytes that a server loads at its start; None without a configuration.
 
     Fails if the configuration names a missing file, because the server would serve nothing.
     """
     config = repository / model / "config.pbtxt"
     if not config.exists():
         return None
-    message = read(config.read_text())
+    message = parse_message(config.read_text())
     assert message["name"] == [model]
     (version,) = message["version_policy"][0]["specific"][0]["versions"]
     file = message.get("default_model_filename", ["model.plan"])[0]

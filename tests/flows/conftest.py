@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from added_order import AddedOrder, run_added_order
 from drafts import write_draft
-from local_services import LocalServices, lacking, running_services
+from local_services import LocalServices, missing_programs, running_services
 from orders import ACCEPTED, BOTH_TARGETS, AcceptedOrder, run_in_prefect, use_home
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
@@ -102,7 +102,7 @@ def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def local_services() -> Iterator[LocalServices]:
     """Run Prefect, MLflow, Postgres, an S3 store and a worker, as `make up-local` does."""
-    if reason := lacking():
+    if reason := missing_programs():
         pytest.skip(reason)
     with running_services() as services:
         yield services

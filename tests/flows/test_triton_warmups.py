@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 from drafts import LONGEST
 from orders import AcceptedOrder
-from pbtxt_reader import read
-from triton_configs import warmups
+from pbtxt_reader import parse_message
+from triton_configs import warmup_requests
 
 from tasks.promotion.promotions import promote
 
@@ -24,11 +24,11 @@ def test_published_model_scores_the_warm_up_requests_of_its_triton_configuration
     text = (tmp_path / "clicks" / "config.pbtxt").read_text()
     path = tmp_path / "clicks" / version / "model.onnx"
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    message = read(text)
+    message = parse_message(text)
     assert _names(message["input"]) == [item.name for item in session.get_inputs()]
     assert _names(message["output"]) == [item.name for item in session.get_outputs()]
     batch_sizes = []
-    for rows, arrays in warmups(text):
+    for rows, arrays in warmup_requests(text):
         (scores,) = session.run(None, arrays)
         assert scores.shape == (rows,)
         assert np.isfinite(scores).all()

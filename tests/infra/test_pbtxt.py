@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pbtxt_reader import Word, read
+from pbtxt_reader import Word, parse_message
 
 from infra.triton.pbtxt import Enum, entries, format_message
 
@@ -46,7 +46,7 @@ def parsed_value(value: Any) -> Any:
 @given(MESSAGES)
 def test_written_message_is_read_back_unchanged(message: dict[str, Any]) -> None:
     text = format_message(message)
-    assert read(text) == parsed_value(message)
+    assert parse_message(text) == parsed_value(message)
     for char in text:  # each field is on one line, so text contains no other control character
         assert char == "\n" or ord(char) >= 32
 
@@ -75,7 +75,7 @@ def test_written_formats_one_field_per_line() -> None:
 
 
 def test_nan_is_written_as_a_word() -> None:
-    assert read(format_message({"x": [math.nan, 1]})) == {"x": [Word("nan"), 1]}
+    assert parse_message(format_message({"x": [math.nan, 1]})) == {"x": [Word("nan"), 1]}
 
 
 @pytest.mark.parametrize(

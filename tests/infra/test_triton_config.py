@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 from error_codes import raises_code, raises_value_error
 from models import REFERENCES, graph
-from pbtxt_reader import read
-from triton_configs import PRICE, SCORE, TAGS, USER, served, tensors, warmups
+from pbtxt_reader import parse_message
+from triton_configs import (
+    PRICE,
+    SCORE,
+    TAGS,
+    USER,
+    declared_tensors,
+    served_version,
+    warmup_requests,
+)
 
 from infra.errors import SettingRefused, TritonRefused
 from infra.store.object_store import Store
@@ -30,7 +38,7 @@ ALL = (USER, PRICE, *TAGS)
 
 
 def parsed_config(*inputs: Tensor, **changes: Any) -> dict[str, Any]:
-    return read(config(served(*inputs, **changes)).decode())
+    return parse_message(config(served_version(*inputs, **changes)).decode())
 
 
 # --- contents of a configuration ------------------------------------------------------------
@@ -86,7 +94,7 @@ def test_config_contains_version_device_threads_and_origin() -> None:
     }
     without_threads = parsed_config(USER, threads=None)["parameters"]
     assert not any("thread" in item["key"][0] for item in without_threads)
-    assert version_in(config(served(USER))) == "3"
+    assert version_in(config(served_version(USER))) == "3"
 
 
 def test_config_of_a_tensorrt_plan_names_its_compute_capability() -> None:
@@ -128,14 +136,14 @@ def test_served_version_that_triton_cannot_serve_is_refused(
     changes: dict[str, Any], code: str
 ) -> None:
     with raises_value_error(code):
-        served(USER, **changes)
+        served_version(USER, **changes)
 
 
 # --- warm-ups -------------------------------------------------------------------------------
 
 
 def test_warm_ups_have_the_smallest_optimal_and_largest_batch() -> None:
-    jagged = dict(warmups(config(served(*ALL, batches=(1, 64, 1024))).decode()))
+    jagged = dict(warmup_requests(config(served_version(*ALL, batches=(1, 64, 1024))).decode()))
     assert list(jagged) == [1, 64, 1024]
     assert {name: array.shape for name, array in jagged[64].items()} == {
         "user": (64,),
@@ -144,8 +152,10 @@ def test_warm_ups_have_the_smallest_optimal_and_largest_batch() -> None:
         "tags_lengths": (64,),
     }
     assert jagged[1]["tags"].dtype == np.int32
-    assert list(dict(warmups(config(served(USER, batches=(1, 1, 1))).decode()))) == [1]
-    batched = dict(warmups(config(served(USER, PRICE)).decode()))[64]
+    assert list(
+        dict(warmup_requests(config(served_version(USER, batches=(1, 1, 1))).decode()))
+    ) == [1]
+    batched = dict(warmup_requests(config(served_version(USER, PRICE)).decode()))[64]
     assert {name: array.shape for name, array in batched.items()} == {
         "user": (64,),
         "price": (64, 3),
@@ -155,25 +165,25 @@ def test_warm_ups_have_the_smallest_optimal_and_largest_batch() -> None:
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
 def test_graph_returns_finite_scores_for_every_warm_up_request(reference: Any) -> None:
     lowered = graph(reference.network.__name__, (), "onnxruntime")
-    inputs = tensors(lowered.signature, lowered.lowered.served.rows_of_table)
-    text = config(served(*inputs, batches=(1, 7, 130))).decode()
+    inputs = declared_tensors(lowered.signature, lowered.lowered.served.rows_of_table)
+    text = config(served_version(*inputs, batches=(1, 7, 130))).decode()
     batch_sizes = []
-    for rows, arrays in warmups(text):
+    for rows, arrays in warmup_requests(text):
         scores = _run(lowered.path, arrays)
         assert (scores.shape, scores.dtype) == ((rows,), np.float32)
         assert np.isfinite(scores).all()
         batch_sizes.append(rows)
     assert batch_sizes == [1, 7, 130]
     batched = not any(item.longest for item in inputs)
-    assert (read(text)["max_batch_size"] == [130]) is batched
+    assert (parse_message(text)["max_batch_size"] == [130]) is batched
 
 
 def test_config_has_the_inputs_and_outputs_of_the_onnx_graph() -> None:
     import onnx
 
     lowered = graph("Ranker", (), "onnxruntime")
-    inputs = tensors(lowered.signature, lowered.lowered.served.rows_of_table)
-    message = read(config(served(*inputs)).decode())
+    inputs = declared_tensors(lowered.signature, lowered.lowered.served.rows_of_table)
+    message = parse_message(config(served_version(*inputs)).decode())
     onnx_graph = onnx.load(lowered.path).graph
     for items, values in (
         (message["input"], onnx_graph.input),
@@ -201,7 +211,7 @@ def _run(path: Path, arrays: dict[str, Any]) -> Any:
 def test_configuration_of_another_program_is_refused(tmp_path: Path) -> None:
     home = model_store(str(tmp_path), "m")
     assert owning_model(home) is None
-    home.write("config.pbtxt", config(served(USER)))
+    home.write("config.pbtxt", config(served_version(USER)))
     assert owning_model(home) == "m"
     home.write("config.pbtxt", b'name: "m"\n')
     with raises_code(TritonRefused, "configuration_foreign"):
@@ -268,9 +278,9 @@ def test_config_is_parsed_by_the_definitions_of_tritons_client(
     import json
 
     graph = {
-        "batched": served(USER, PRICE),
-        "jagged": served(*ALL, name='a "quoted" näme', threads=None),
-        "plan": served(
+        "batched": served_version(USER, PRICE),
+        "jagged": served_version(*ALL, name='a "quoted" näme', threads=None),
+        "plan": served_version(
             USER, target="tensorrt", capability="8.9", files={"model-8.9.plan": "model.plan"}
         ),
     }[kind]

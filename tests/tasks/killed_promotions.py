@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from killed_registry import count_operations, in_child
+from killed_registry import count_operations, run_in_child
 from triton_versions import publish_version
 
 from infra.registry.ledger import Ledger
@@ -88,7 +88,7 @@ def prepare() -> None:
         for digit in "abc":
             promote("m", publish_version(HOME, digit).version, "")
 
-    status, result = in_child(publish_and_promote)
+    status, result = run_in_child(publish_and_promote)
     assert (status, result) == (0, "None"), result
     for name in ("recpress", "triton"):
         shutil.copytree(HOME / name, COPY / name)
@@ -109,7 +109,7 @@ def kill_at_operations(name: str, step: int) -> None:
         result = run_command(command)
         return json.dumps({"again": result} | final_state())
 
-    total = int(in_child(count_all)[1])
+    total = int(run_in_child(count_all)[1])
     at_end = (3 if name == "rollback" else 1) if step > 100 else 6
     for number in sorted({*range(1, total + 1, step), *range(total + 1 - at_end, total + 1)}):
         restore_home()
@@ -118,11 +118,11 @@ def kill_at_operations(name: str, step: int) -> None:
             count_operations(lambda at: os.kill(os.getpid(), 9) if at == number else None)
             run_command(command)
 
-        was_killed = in_child(run_and_kill)[0] == 9
+        was_killed = run_in_child(run_and_kill)[0] == 9
         if reader:
-            in_child(lambda: version_report("m", "@champion"))
+            run_in_child(lambda: version_report("m", "@champion"))
         line = {"command": name, "at": number, "of": total, "killed": was_killed}
-        write_line(line | json.loads(in_child(repeat_command)[1]))
+        write_line(line | json.loads(run_in_child(repeat_command)[1]))
 
 
 def race(command: str, count: int) -> None:
@@ -162,7 +162,7 @@ def race(command: str, count: int) -> None:
             return json.dumps({"versions": [item.version for item in registry().versions("m")]})
         return json.dumps(final_state())
 
-    write_line(json.loads(in_child(read_state)[1]))
+    write_line(json.loads(run_in_child(read_state)[1]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from error_codes import raises_code
 from reports import stored
-from triton_configs import served_by
+from triton_configs import loaded_version
 from triton_versions import Fill, graph_bytes, publish_version
 
 from compressors.contracts import Estimate, Judgement, Limit
@@ -78,7 +78,7 @@ def test_champion_is_found_by_its_order_under_another_version_number(
     repaired = repair("m")
     assert repaired is not None
     assert repaired.version == "2"
-    assert served_by(triton) == ("2", graph_bytes("a"))
+    assert loaded_version(triton) == ("2", graph_bytes("a"))
     assert {item.served for item in export("m", None)} == {"2"}
     assert all(item.sound for item in triton_contents("m", None))
     assert promote("m", "2", "again").order == A
@@ -122,7 +122,7 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
         champion_versions()
     assert "m: The ledger names order bbbbbbbbbbbb" in caught.value.fields["problems"]
     assert champion_alias() == other, "nothing was repaired to another order"
-    assert served_by(triton) == ("2", graph_bytes("b"))
+    assert loaded_version(triton) == ("2", graph_bytes("b"))
     assert len(Ledger(store(), "m").entries()) == 2
 
 
@@ -156,10 +156,10 @@ def test_promotion_does_not_overwrite_the_served_files_of_another_order(
     other = publish_version(home, "b").version
     with raises_code(TritonRefused, "version_of_other_order", version=1, model="m"):
         promote("m", other, "")
-    assert served_by(triton) == ("1", graph_bytes("a"))
+    assert loaded_version(triton) == ("1", graph_bytes("a"))
     restore("m")
     promote("m", other, "")
-    assert served_by(triton) == ("1", graph_bytes("b"))
+    assert loaded_version(triton) == ("1", graph_bytes("b"))
     assert (triton / "m" / "2" / "model.onnx").read_bytes() == graph_bytes("a")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from child_commands import SendCommand, running_child
 from error_codes import raises_code
-from triton_configs import served_by
+from triton_configs import loaded_version
 from triton_versions import Fill, graph_bytes
 
 from infra.errors import PromotionRefused, RegistryRefused
@@ -73,9 +73,9 @@ def test_repeated_rollback_updates_the_triton_repository(
     home: Path, triton: Path, three_champions: None
 ) -> None:
     interrupt_rollback_at("repair")
-    assert served_by(triton) == ("3", graph_bytes("c"))
+    assert loaded_version(triton) == ("3", graph_bytes("c"))
     rollback("m", "")
-    assert served_by(triton) == ("2", graph_bytes("b"))
+    assert loaded_version(triton) == ("2", graph_bytes("b"))
 
 
 def test_second_rollback_after_a_complete_one_goes_back_further(three_champions: None) -> None:

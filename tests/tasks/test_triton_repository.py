@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from error_codes import raises_code
 from pairwise import parametrize_pairwise
-from pbtxt_reader import read
+from pbtxt_reader import parse_message
 from reports import report, stored
-from triton_configs import served_by
+from triton_configs import loaded_version
 from triton_versions import Fill, champion_number, graph_bytes, publish_version
 
 from infra.errors import AlreadyThere, StoreUnavailable, TritonRefused
@@ -38,11 +38,11 @@ def test_promotion_and_rollback_update_the_triton_repository(
     one, two = fill("ab", "")
     assert not triton.exists()
     promote("m", one, "")
-    assert served_by(triton) == (one, graph_bytes("a"))
+    assert loaded_version(triton) == (one, graph_bytes("a"))
     promote("m", two, "")
-    assert served_by(triton) == (two, graph_bytes("b"))
+    assert loaded_version(triton) == (two, graph_bytes("b"))
     rollback("m", "clicks fell")
-    assert served_by(triton) == (one, graph_bytes("a"))
+    assert loaded_version(triton) == (one, graph_bytes("a"))
     assert (triton / "m" / two / "model.onnx").read_bytes() == graph_bytes("b")
     assert sorted(path.name for path in triton.iterdir()) == ["m"]
 
@@ -60,7 +60,7 @@ def test_repair_fills_a_repository_that_was_set_up_later(
     promote("m", one, "")
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "late"))
     repair("m")
-    assert served_by(home / "late") == (one, graph_bytes("a"))
+    assert loaded_version(home / "late") == (one, graph_bytes("a"))
     assert "the Triton repository was repaired from the ledger" in caplog.text
     caplog.clear()
     repair("m")
@@ -77,7 +77,7 @@ def test_changed_or_removed_file_is_replaced(home: Path, fill: Fill, triton: Pat
     assert config.read_bytes() == good
     (triton / "m" / two / "model.onnx").unlink()
     promote("m", two, "again")
-    assert served_by(triton) == (two, graph_bytes("b"))
+    assert loaded_version(triton) == (two, graph_bytes("b"))
 
 
 def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
@@ -88,7 +88,7 @@ def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
     existing.parent.mkdir(parents=True)
     existing.write_bytes(graph_bytes("f"))  # the same size
     promote("m", one, "")
-    assert served_by(triton) == (one, graph_bytes("a"))
+    assert loaded_version(triton) == (one, graph_bytes("a"))
 
 
 def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
@@ -125,7 +125,7 @@ def test_refused_concurrent_promotion_does_not_change_the_served_version(
     monkeypatch.setattr(Ledger, "entries", read_then_promote_other)
     with raises_code(AlreadyThere, "ledger_moved_on", reason="concurrent"):
         promote("m", two, "refused")
-    assert served_by(triton) == (one, graph_bytes("a"))
+    assert loaded_version(triton) == (one, graph_bytes("a"))
 
 
 def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
@@ -143,7 +143,7 @@ def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
     monkeypatch.setattr(Folder, "write", promote_other_then_write)
     promote("m", one, "")
     assert champion_number() == two
-    assert served_by(triton) == (two, graph_bytes("b"))
+    assert loaded_version(triton) == (two, graph_bytes("b"))
 
 
 # --- killed processes -----------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
         kill_at_write(patch, at, after=after)
         with pytest.raises(ProcessKilled):
             promote("m", two, "")
-    served = served_by(triton)
+    served = loaded_version(triton)
     assert served in complete
     if served == (two, graph_bytes("b")):  # only after the ledger entry
         assert champion_number() == two
@@ -218,7 +218,7 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
     else:
         repair("m")
     assert (
-        served_by(triton)
+        loaded_version(triton)
         == {one: (one, graph_bytes("a")), two: (two, graph_bytes("b"))}[champion_number()]
     )
     assert (champion_number() == two) or completed_by == "repair"
@@ -249,7 +249,7 @@ def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
         kill_at_write(patch, at, after=after)
         with pytest.raises(ProcessKilled):
             rollback("m", "")
-    served = served_by(triton)
+    served = loaded_version(triton)
     assert served in {(one, graph_bytes("a")), (two, graph_bytes("b"))}
     if champion_number() == two:
         assert served == (two, graph_bytes("b"))
@@ -257,7 +257,7 @@ def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
     else:
         repair("m")
     assert champion_number() == one
-    assert served_by(triton) == (one, graph_bytes("a"))
+    assert loaded_version(triton) == (one, graph_bytes("a"))
 
 
 def test_promotion_has_four_writes(home: Path, fill: Fill, triton: Path) -> None:
@@ -277,7 +277,7 @@ def test_killed_first_promotion_serves_nothing_before_the_ledger_entry(
             kill_at_write(patch, at, after=False)
             with pytest.raises(ProcessKilled):
                 promote("m", one, "")
-        assert served_by(triton) is None
+        assert loaded_version(triton) is None
         assert Ledger(store(), "m").champion() is None
 
 
@@ -323,7 +323,7 @@ def test_repository_in_a_bucket_is_updated_like_a_folder(
     assert bucket.keys("") == ("m/1/model.onnx", "m/2/model.onnx", "m/config.pbtxt")
     assert bucket.read(f"m/{two}/model.onnx") == graph_bytes("b")
     text = bucket.read("m/config.pbtxt").decode()
-    assert read(text)["version_policy"] == [{"specific": [{"versions": [int(two)]}]}]
+    assert parse_message(text)["version_policy"] == [{"specific": [{"versions": [int(two)]}]}]
     bucket.write(f"m/{two}/model.onnx", graph_bytes("f"))
     (model,) = triton_contents("m", None)
     assert (model.state, model.files) == ("champion", {f"{two}/model.onnx": "changed"})

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from error_codes import raises_code
-from pbtxt_reader import read
+from pbtxt_reader import parse_message
 from reports import measurement, report, stored
-from triton_configs import served_by
+from triton_configs import loaded_version
 from triton_versions import Fill, graph_bytes, publish_version
 
 from compressors.contracts import Estimate, Outcome
@@ -42,7 +42,7 @@ def with_latency(**milliseconds: float) -> Any:
 
 
 def configuration(root: Path, model: str = "m") -> dict[str, Any]:
-    return read((root / model / "config.pbtxt").read_text())
+    return parse_message((root / model / "config.pbtxt").read_text())
 
 
 def test_configuration_has_the_measured_batches_and_threads(home: Path, triton: Path) -> None:
@@ -150,7 +150,7 @@ def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
     assert config["max_batch_size"] == [32]
     assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [8], [32]]
     assert (triton / "m_tensorrt" / one / "model-9.0.plan").read_text() == "a"
-    assert served_by(triton) == (one, graph_bytes("a"))
+    assert loaded_version(triton) == (one, graph_bytes("a"))
 
 
 def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
@@ -160,7 +160,7 @@ def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
     promote("m", one, "")
     assert [path.name for path in triton.iterdir()] == ["m"]
     assert {item.name for item in export("m", None, unmeasured=True)} == {"m", "m_tensorrt"}
-    assert served_by(triton) == (one, graph_bytes("a"))
+    assert loaded_version(triton) == (one, graph_bytes("a"))
     # A promotion of a version without a servable engine does not remove the earlier one, but warns.
     two = publish_version(home, "b").version
     promote("m", two, "")
@@ -238,7 +238,7 @@ def test_export_and_show_print_the_state_of_the_champion(home: Path, fill: Fill,
     assert f"{one}/model.onnx: missing" in out
     code, out, _ = call("export", "m", *to)
     assert (code, out.startswith("m: version 1 of m is served from file://")) == (0, True)
-    assert served_by(home / "by hand") == (one, graph_bytes("a"))
+    assert loaded_version(home / "by hand") == (one, graph_bytes("a"))
     code, out, _ = call("show", "m", *to)
     assert code == 0
     assert "m serves version 1, the champion." in out
