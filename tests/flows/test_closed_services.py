@@ -127,7 +127,7 @@ def test_telemetry_is_off_in_every_process(local_services: LocalServices) -> Non
 
 
 def test_printed_command_prints_the_secret_that_logs_in(local_services: LocalServices) -> None:
-    printed = (local_services.home / "printed").read_text()
+    printed = (local_services.home / "output").read_text()
     (step,) = (line.strip() for line in printed.splitlines() if "echo" in line)
     shell = subprocess.run(["/bin/sh", "-c", step], capture_output=True, text=True, check=True)
     secret = shell.stdout.strip()
