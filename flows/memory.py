@@ -5,7 +5,7 @@ from collections.abc import Callable
 from compressors.contracts import TARGETS
 from flows.order import Order
 from infra.errors import OutOfMemory
-from infra.memory import SETTING, available_memory, resident
+from infra.memory import SETTING, available_memory, resident_bytes
 from tasks.bundles.bundle_ref import BundleRef
 from tasks.orchestration.memory_estimate import MIB, Memory, peak_memory
 
@@ -44,7 +44,11 @@ def require_order_memory(order: Order, bundle: BundleRef) -> Memory:
     Raises:
         OutOfMemory: the order needs more than is available.
     """
-    estimate, available, used = estimated_memory(order, bundle), available_memory(), resident()
+    estimate, available, used = (
+        estimated_memory(order, bundle),
+        available_memory(),
+        resident_bytes(),
+    )
     needed = estimate.peak - bundle.weight_bytes
     if available is not None and needed - used > available.bytes:
         raise OutOfMemory(

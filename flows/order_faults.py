@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
-from infra.printable import bounded
+from infra.printable import truncate_sentence
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -35,7 +35,9 @@ def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) 
         or not any(_is_inside(location, error["loc"]) for location in locations)
     ]
     lines = [
-        bounded(f"{'.'.join(map(str, error['loc'])) or fault.title}: {_sentence(error, model)}")
+        truncate_sentence(
+            f"{'.'.join(map(str, error['loc'])) or fault.title}: {_sentence(error, model)}"
+        )
         for error in errors[:MAX_SENTENCES]
     ]
     more = len(errors) - len(lines)

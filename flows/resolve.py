@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from compressors.contracts import Artifact, digest
 from flows.terms import Terms
 from infra.registry.ledger import Entry
-from infra.settings import load_settings, shown
+from infra.settings import load_settings, public_uri
 from tasks.bundles.bundle_ref import BundleRef, find_bundle, require_measurable
 from tasks.bundles.teachers import Teacher, find_teachers
 from tasks.orchestration.code_digest import recpress_version
@@ -205,4 +205,4 @@ def _find_registered_result(digest_of_order: str) -> Finished | None:
     registered = registry().find_order(result.report.order, result.report.name)
     if registered is None or registered.tags.get("recpress.release") != result.release.sha256:
         return None  # the flow will publish it again
-    return result.model_copy(update={"version": registered.version, "registry": shown(uri)})
+    return result.model_copy(update={"version": registered.version, "registry": public_uri(uri)})

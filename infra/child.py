@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from infra.credentials import cleaned
+from infra.credentials import mask_credentials
 from infra.errors import BuildRefused, ChildFailed, OutOfMemory, Refused
 from infra.memory import as_out_of_memory
 
@@ -203,4 +203,6 @@ def _tail(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
     if not lines:
         return f"It printed nothing ({log})."
-    return f"Last lines of {log}:\n" + cleaned("\n".join(line[:_TAIL_COLUMNS] for line in lines))
+    return f"Last lines of {log}:\n" + mask_credentials(
+        "\n".join(line[:_TAIL_COLUMNS] for line in lines)
+    )

@@ -4,7 +4,8 @@ Error messages of libraries quote the address or the request that the library re
 keep credentials out of them:
 
 - A library receives an address without its password (``bare_login``, ``bare_database``).
-- The message of a library is cleaned before it becomes part of another message (``cleaned``).
+- Credentials in the message of a library are masked before it becomes part of another message
+  (``mask_credentials``).
 - The exception of a library is not the cause of another exception (``raise ... from None``),
   because Prefect writes the whole chain of causes to its database.
 
@@ -50,7 +51,7 @@ _QUERY = re.compile(
 _SECRET_OPTION = re.compile(r"(?i)^(password|passwd|pwd|sslpassword|token|authtoken|secret)$")
 
 
-def cleaned(message: object, *addresses: str) -> str:
+def mask_credentials(message: object, *addresses: str) -> str:
     """Replace credentials in a text by ``***``.
 
     These are the credentials in environment variables (``secrets``), in ``addresses``, and in any
@@ -71,7 +72,7 @@ def cleaned(message: object, *addresses: str) -> str:
 
 def first_line(message: object, *addresses: str, most: int = 400) -> str:
     """Return the first line of a library's message, cleaned, with at most ``most`` characters."""
-    return cleaned(message, *addresses).strip().partition("\n")[0][:most]
+    return mask_credentials(message, *addresses).strip().partition("\n")[0][:most]
 
 
 def secrets() -> tuple[str, ...]:
@@ -264,20 +265,22 @@ def _clean_exception(fault: BaseException) -> None:
     if isinstance(fault, CodedError):  # the sentence may truncate or omit fields
         fault.fields = {name: _cleaned_field(value) for name, value in fault.fields.items()}
     whole = "".join(traceback.format_exception_only(fault))
-    if cleaned(whole) != whole:
+    if mask_credentials(whole) != whole:
         fault.args = tuple(
-            argument if isinstance(argument, int | float | None) else cleaned(argument)
+            argument if isinstance(argument, int | float | None) else mask_credentials(argument)
             for argument in fault.args
         )
         for name, value in vars(fault).items():
             if isinstance(value, str):
-                setattr(fault, name, cleaned(value))
-        if (text := cleaned(fault)) != str(fault):  # the text does not depend on the arguments
+                setattr(fault, name, mask_credentials(value))
+        if (text := mask_credentials(fault)) != str(
+            fault
+        ):  # the text does not depend on the arguments
             raise RuntimeError(f"{type(fault).__name__}: {text}") from None
     earlier = fault.__cause__ or fault.__context__
     if earlier is not None:
         chain = "".join(traceback.format_exception(earlier))
-        if cleaned(chain) != chain:
+        if mask_credentials(chain) != chain:
             fault.__cause__ = fault.__context__ = None
 
 
@@ -287,9 +290,9 @@ def _cleaned_field(value: Any) -> Any:
         return tuple(map(_cleaned_field, value))
     if isinstance(value, Mapping):
         return {name: _cleaned_field(item) for name, item in value.items()}
-    if isinstance(value, int | float | None) or cleaned(value) == str(value):
+    if isinstance(value, int | float | None) or mask_credentials(value) == str(value):
         return value
-    return cleaned(value)
+    return mask_credentials(value)
 
 
 def clean_log_records() -> None:
@@ -299,10 +302,12 @@ def clean_log_records() -> None:
 
 def _clean_record(record: logging.LogRecord) -> None:
     if record.exc_info and record.exc_info[0] is not None:
-        record.exc_text = cleaned("".join(traceback.format_exception(*record.exc_info))).rstrip()
+        record.exc_text = mask_credentials(
+            "".join(traceback.format_exception(*record.exc_info))
+        ).rstrip()
     try:
         message = record.getMessage()
     except Exception:  # the format is wrong, which logging reports
         return
-    if (safe := cleaned(message)) != message:
+    if (safe := mask_credentials(message)) != message:
         record.msg, record.args = safe, ()

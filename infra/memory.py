@@ -39,7 +39,7 @@ def available_memory() -> Available | None:
     """
     setting = load_settings().memory_mb
     if setting is not None:
-        return Available(int(setting * MIB) - resident(), f"{SETTING}={setting:g}")
+        return Available(int(setting * MIB) - resident_bytes(), f"{SETTING}={setting:g}")
     known = [
         Available(free, limit)
         for limit, free in (
@@ -116,7 +116,7 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
         raise error from fault
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Return the resident memory of this process in bytes."""
     return status_bytes("VmRSS")
 

@@ -34,7 +34,7 @@ def one_line(text: str) -> str:
     return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
-def bounded(sentence: str) -> str:
+def truncate_sentence(sentence: str) -> str:
     """Truncate a sentence, which may quote untrusted text, to ``LONGEST_SENTENCE`` characters."""
     if len(sentence) <= LONGEST_SENTENCE:
         return sentence

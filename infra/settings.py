@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from compressors.contracts.value_errors import value_error
-from infra.credentials import cleaned, move_registry_login
+from infra.credentials import mask_credentials, move_registry_login
 from infra.errors import SettingRefused
 
 
@@ -111,9 +111,9 @@ def load_settings() -> RecpressSettings:
     except ValidationError as fault:
         first = fault.errors()[0]
         name = "RECPRESS_" + ".".join(str(part) for part in first["loc"]).upper()
-        value = cleaned(repr(first["input"]))
+        value = mask_credentials(repr(first["input"]))
         raise SettingRefused(
-            "variable_invalid", name=name, problem=cleaned(first["msg"]), got=value
+            "variable_invalid", name=name, problem=mask_credentials(first["msg"]), got=value
         ) from None
 
 
@@ -158,7 +158,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(os.path.abspath(path))  # noqa: PTH100 (keeps symlinks, as SQLAlchemy does)
 
 
-def shown(uri: str) -> str:
+def public_uri(uri: str) -> str:
     """Reduce a URI to scheme, host and path, for messages, tags and reports.
 
     User, password and query are removed, because each of them can contain a credential. The path

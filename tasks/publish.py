@@ -8,7 +8,7 @@ from prefect import task
 from compressors.contracts import Artifact, artifact_name, digest
 from infra.errors import ArtifactDamaged, ArtifactMissing
 from infra.registry.mlflow_registry import Registered
-from infra.settings import load_settings, shown
+from infra.settings import load_settings, public_uri
 from infra.store.temporary import scratch_folder
 from tasks.orchestration.documents import (
     MARKDOWN,
@@ -56,9 +56,9 @@ def publish(report: Report) -> Finished:
         release = store().artifact(registered.source)
         report = report_of(release)
     if report.outcome == "accepted":
-        registry().point(report.name, CANDIDATE, registered.version)
+        registry().set_alias(report.name, CANDIDATE, registered.version)
     result = Finished(
-        report=report, release=release, version=registered.version, registry=shown(uri)
+        report=report, release=release, version=registered.version, registry=public_uri(uri)
     )
     write_finished(result)
     log.info("%s version %s: %s", report.name, registered.version, report.outcome)
@@ -93,7 +93,7 @@ def restore(model: str | None) -> tuple[Registered, ...]:
         versions = registry().versions(name)
         accepted = [item for item in versions if item.tags.get(OUTCOME_TAG) == "accepted"]
         if accepted and not any(CANDIDATE in item.aliases for item in versions):
-            registry().point(name, CANDIDATE, accepted[0].version)
+            registry().set_alias(name, CANDIDATE, accepted[0].version)
     for name in names:  # last, since it raises if no stored record has the champion's order
         repair(name, expected=True)
     return restored
@@ -105,7 +105,7 @@ def is_registered(result: Finished) -> bool:
     False for a result from another registry, even if the version numbers are equal.
     """
     registered = registry().by_order(result.report.order, result.report.name)
-    here = shown(load_settings().registry_uri)
+    here = public_uri(load_settings().registry_uri)
     return (
         registered is not None and result.registry == here and registered.version == result.version
     )

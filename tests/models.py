@@ -502,7 +502,7 @@ class Graph:
 
 
 @functools.cache
-def compressed(reference_name: str, kinds: tuple[str, ...]) -> Model:
+def compressed_reference(reference_name: str, kinds: tuple[str, ...]) -> Model:
     """The model of a reference after steps of these kinds with default settings."""
     reference = BY_NAME[reference_name]
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
@@ -514,10 +514,10 @@ def compressed(reference_name: str, kinds: tuple[str, ...]) -> Model:
 
 
 @functools.cache
-def graph(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Graph:
+def lowered_reference(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Graph:
     """The graph of a compressed reference; of the uncompressed one if ``kinds`` is empty."""
     reference = BY_NAME[reference_name]
-    model = compressed(reference_name, kinds)
+    model = compressed_reference(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
     lowered = lower(model.module, only_graph(reference.signature), target, path)
     return Graph(model, lowered, reference.signature, path, target)

@@ -47,7 +47,7 @@ def clustered_rows(rows: int, dim: int, seed: int = 0) -> Tensor:
     return sizes * (centres[cluster] + 0.2 * torch.randn(rows, dim, generator=generator))
 
 
-def stored(step: TableStep, table: Tensor) -> dict[str, Tensor]:
+def encode(step: TableStep, table: Tensor) -> dict[str, Tensor]:
     """The tensors that a step stores for a table."""
     params = step.fit(table)
     layout = step.storage.layout(*table.shape, step.settings())
@@ -55,14 +55,14 @@ def stored(step: TableStep, table: Tensor) -> dict[str, Tensor]:
     return {**of_the_table, **step.encode(table, params)}
 
 
-def packed(step: TableStep, table: Tensor) -> PackedTable:
+def pack_table(step: TableStep, table: Tensor) -> PackedTable:
     rows, dim = table.shape
-    return PackedTable(step.storage, rows, dim, step.settings(), stored(step, table))
+    return PackedTable(step.storage, rows, dim, step.settings(), encode(step, table))
 
 
 def decoded_rows(step: TableStep, table: Tensor) -> Tensor:
     with torch.no_grad():
-        return packed(step, table)(torch.arange(len(table)))
+        return pack_table(step, table)(torch.arange(len(table)))
 
 
 def tables(largest: int = 60) -> st.SearchStrategy[Tensor]:

@@ -14,11 +14,11 @@ from compressors.contracts.targets.builder import BuildRequest, Profile, TableWe
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
-from infra.tensorrt.engines import available, build_engine
-from tests.random_networks.check import Checker, Findings, checked
+from infra.tensorrt.engines import build_engine, installed_version
+from tests.random_networks.check import Checker, Findings, run_check
 from tests.random_networks.generator import generate
-from tests.random_networks.passes import mixed, whole
-from tests.random_networks.shrink import shrunk
+from tests.random_networks.passes import check_mixed_formats, check_network
+from tests.random_networks.shrink import shrink_case
 from tests.random_networks.steps import TARGETS
 
 SAMPLE = {11: "onnxruntime", 29: "tensorrt", 52: "tensorrt-rtx"}
@@ -40,7 +40,9 @@ def lines(findings: Findings) -> str:
     ],
 )
 def test_a_random_network_has_parity_in_mixed_formats(seed, target):
-    result = checked(generate(seed), lambda checker: mixed(checker, seed % 7, target) and None)
+    result = run_check(
+        generate(seed), lambda checker: check_mixed_formats(checker, seed % 7, target) and None
+    )
     assert not result.faults, lines(result)
     assert result.counts["parities"] >= 4
 
@@ -60,7 +62,7 @@ def test_shrunk_keeps_the_failing_part_and_removes_others():
     def fails(candidate):
         return any(spec["kind"] == expected for spec in candidate.config["parts"])
 
-    small = shrunk(case, fails, seconds=20)
+    small = shrink_case(case, fails, seconds=20)
     assert len(small.config["parts"]) <= 3
     assert fails(small)
     small.model()
@@ -69,7 +71,7 @@ def test_shrunk_keeps_the_failing_part_and_removes_others():
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(NIGHTLY))
 def test_a_random_network_has_parity_in_every_format_on_every_target(seed):
-    result = checked(generate(seed), whole)
+    result = run_check(generate(seed), check_network)
     LOWERED_PAIRS.update(result.pairs)
     LOWERED_PAIRS["networks"] += 1
     assert not result.faults, lines(result)
@@ -96,7 +98,9 @@ def test_the_graphs_for_tensorrt_and_tensorrt_rtx_are_identical(seed, tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(available("tensorrt-rtx") is None, reason="TensorRT-RTX is not installed")
+@pytest.mark.skipif(
+    installed_version("tensorrt-rtx") is None, reason="TensorRT-RTX is not installed"
+)
 @pytest.mark.parametrize("seed", ENGINES)
 def test_a_random_network_is_built_as_a_tensorrt_rtx_engine(seed, tmp_path):
     model = network_in_mixed_formats(seed, tmp_path)
@@ -125,7 +129,7 @@ def test_a_random_network_is_built_as_a_tensorrt_rtx_engine(seed, tmp_path):
 def network_in_mixed_formats(seed: int, folder: Path):
     """A random network in mixed formats."""
     checker = Checker(generate(seed), folder)
-    return mixed(checker, random.Random(seed).randrange(7), None)
+    return check_mixed_formats(checker, random.Random(seed).randrange(7), None)
 
 
 def profile_of(item) -> Profile:

@@ -22,7 +22,7 @@ from prefect import Task
 
 import tasks
 from infra.bundle.bundle_folder import read
-from infra.bundle.json_limits import validated
+from infra.bundle.json_limits import validate_json
 from infra.bundle.json_reader import read_document
 from infra.data.expectations import Validation
 from infra.registry.ledger import Ledger
@@ -38,7 +38,15 @@ from tasks.report.tables import markdown
 from tests.stored_home import create
 from tests.stored_home.archive import fixtures, unpack
 from tests.stored_home.create import HOME
-from tests.stored_home.stored import EXPECTED, NAMES, WITH_ORDERS, Fixture, copied, enter, stored
+from tests.stored_home.stored import (
+    EXPECTED,
+    NAMES,
+    WITH_ORDERS,
+    Fixture,
+    copy_home,
+    enter,
+    load_fixture,
+)
 
 RENAMED = {"lost": "quality_loss", "weigh": "measure_stages"}
 """Current name by stored name of renamed tasks."""
@@ -64,7 +72,7 @@ def present_tasks() -> dict[str, Task[..., Any]]:
 @pytest.fixture
 def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
     """A fixture that the test only reads."""
-    result = stored(name)
+    result = load_fixture(name)
     enter(monkeypatch, result.root)
     return result
 
@@ -72,7 +80,7 @@ def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
 @pytest.fixture
 def home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of a fixture's home at another path, which the test may change."""
-    root = copied(name, tmp_path / "moved")
+    root = copy_home(name, tmp_path / "moved")
     enter(monkeypatch, root)
     return root
 
@@ -290,11 +298,11 @@ def test_every_stored_task_result_is_read(fixture: Fixture):
 
 
 DOCUMENTS = {
-    "build.json": lambda path: validated(Engine, path.read_bytes()),
+    "build.json": lambda path: validate_json(Engine, path.read_bytes()),
     "lowering.json": lambda path: lowering_of(path.parent),
     "measurement.json": lambda path: read_document(Measurement, path),
     "model.json": lambda path: read(path.parent),
-    "report.json": lambda path: validated(Report, path.read_bytes()),
+    "report.json": lambda path: validate_json(Report, path.read_bytes()),
     "stages.json": lambda path: Stages.validate_json(path.read_bytes()),
     "validation.json": lambda path: read_document(Validation, path),
 }

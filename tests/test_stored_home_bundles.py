@@ -29,10 +29,10 @@ from tests.stored_home.stored import (
     Fixture,
     artifact,
     bundle_of,
-    copied,
+    copy_home,
     enter,
+    load_fixture,
     require_equal,
-    stored,
 )
 
 every_fixture = pytest.mark.parametrize("name", NAMES)
@@ -41,7 +41,7 @@ every_fixture = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture
 def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
     """A fixture that the test only reads."""
-    result = stored(name)
+    result = load_fixture(name)
     enter(monkeypatch, result.root)
     return result
 
@@ -155,7 +155,7 @@ RECIPE_GRAPHS = [(name, recipe) for name in NAMES for recipe in EXPECTED[name]["
 def test_a_stored_bundle_is_lowered_to_a_graph_with_the_stored_scores(
     name: str, recipe: str, fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    enter(monkeypatch, copied(name, tmp_path / "moved"))
+    enter(monkeypatch, copy_home(name, tmp_path / "moved"))
     expected = fixture.expected["recipes"][recipe]
     bundle_ref = find_bundle(expected["model"])
     split = bundle_ref.calibration()

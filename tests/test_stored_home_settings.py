@@ -15,7 +15,7 @@ from flows.cli.orders import read_order
 from flows.order import Order
 from tests.stored_home.orders import ORDERS
 from tests.stored_home.settings import STEP, registered_steps
-from tests.stored_home.stored import EXPECTED, WITH_ORDERS, stored
+from tests.stored_home.stored import EXPECTED, WITH_ORDERS, load_fixture
 
 STEPS = [document for expected in EXPECTED.values() for document in expected["steps"]]
 RECIPES = [
@@ -76,7 +76,7 @@ def test_a_stored_order_is_read_with_all_of_its_values(document: dict[str, Any])
 
 @pytest.mark.parametrize("name", WITH_ORDERS)
 def test_stored_order_files_equal_the_orders_in_stored_reports(name: str):
-    files = {path.stem: path for path in (stored(name).root / "orders").iterdir()}
+    files = {path.stem: path for path in (load_fixture(name).root / "orders").iterdir()}
     assert files.keys() == ORDERS.keys()
     orders = {stem: read_order(path) for stem, path in files.items()}
     expected = EXPECTED[name]

@@ -65,12 +65,12 @@ def send(
         connection.close()
 
 
-def basic(auth_string: str) -> dict[str, str]:
+def basic_auth_header(auth_string: str) -> dict[str, str]:
     """The header of a client that knows the authentication string."""
     return {"Authorization": f"Basic {base64.b64encode(auth_string.encode()).decode()}"}
 
 
-def attempts() -> Iterator[tuple[str, str, object]]:
+def write_requests() -> Iterator[tuple[str, str, object]]:
     """Requests that create or change something: name, path, body."""
     flow, deployment = str(uuid4()), str(uuid4())
     yield "work pool", "/work_pools/", POOL
@@ -98,7 +98,7 @@ def stored_names(api: str, auth_string: str) -> dict[str, list[str]]:
             "POST",
             f"/{kind}/filter",
             body=b"{}",
-            headers={"Content-Type": "application/json", **basic(auth_string)},
+            headers={"Content-Type": "application/json", **basic_auth_header(auth_string)},
         )
         assert reply.status == 200, (kind, reply)
         result[kind] = sorted(item["name"] for item in json.loads(reply.body))
@@ -112,7 +112,7 @@ def require_rejection_without_the_secret(api: str, auth_string: str) -> None:
     """
     before = stored_names(api, auth_string)
     for origin in FOREIGN:
-        for name, path, document in attempts():
+        for name, path, document in write_requests():
             text = json.dumps(document).encode()
             for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded", ""):
                 headers = {"Origin": origin, **({"Content-Type": kind} if kind else {})}

@@ -50,7 +50,7 @@ class Source(Protocol):
 class Sink(Protocol):
     """A destination of encoded blocks."""
 
-    def holds(self, block: str) -> bool:
+    def has_block(self, block: str) -> bool:
         """Whether an interrupted run has already written the block of this name."""
 
     def write(self, block: str, pieces: Sequence[Piece]) -> None:
@@ -169,7 +169,7 @@ def carry_out(
         ModelRefused: a weight is NaN or infinite.
         CompressionError: the step cannot be applied to a table.
     """
-    if not sink.holds(HEADER):
+    if not sink.has_block(HEADER):
         sink.write(HEADER, [Piece(0, memoryview(file.header))])
     count = workers or len(os.sched_getaffinity(0))
     before = torch.get_num_threads()
@@ -199,7 +199,7 @@ def _tasks(
 
     def task(block: Block, encode: Callable[[Block], list[Piece]]) -> Callable[[], None]:
         def run() -> None:
-            if not sink.holds(block.name):
+            if not sink.has_block(block.name):
                 sink.write(block.name, encode(block))
             if progress is not None:
                 spec = job.sources[block.source].spec
@@ -213,12 +213,12 @@ def _tasks(
         yield from (task(block, copying) for block in job.blocks(name))
     for name in job.tables:
         whole = f"{name}@{WHOLE}"
-        if sink.holds(whole) and all(sink.holds(block.name) for block in job.blocks(name)):
+        if sink.has_block(whole) and all(sink.has_block(block.name) for block in job.blocks(name)):
             # Nothing is copied, because the sink holds every block: this only reports progress.
             yield from (task(block, copying) for block in job.blocks(name))
             continue
         encoding = _Encoding(job, file, name)
-        if not sink.holds(whole):
+        if not sink.has_block(whole):
             sink.write(whole, encoding.whole())
         yield from (task(block, encoding) for block in job.blocks(name))
 

@@ -13,11 +13,11 @@ from typing import Literal
 
 from compressors.contracts import TARGETS, Frozen, Target
 from flows.cli.doctor_errors import CheckFailed
-from infra.credentials import MLFLOW_PASSWORD, MLFLOW_USER, cleaned
+from infra.credentials import MLFLOW_PASSWORD, MLFLOW_USER, mask_credentials
 from infra.errors import InfraError, NoAnswer, Refused
 from infra.errors.settings import PREFECT_CREDENTIALS
 from infra.services.http_probe import HttpAnswer, HttpRequest, get
-from infra.settings import load_settings, shown
+from infra.settings import load_settings, public_uri
 from tasks.orchestration.workspace import store
 from tasks.promotion.champion import champion_versions, registry
 from tasks.promotion.triton_repository import count_models
@@ -157,14 +157,14 @@ def _run_check(
         return DoctorFinding(what=what, state="ok", found=check())
     except CheckFailed as fault:
         return DoctorFinding(
-            what=what, state="fault", found=cleaned(fault), remedy=_remedy(fault, remedy)
+            what=what, state="fault", found=mask_credentials(fault), remedy=_remedy(fault, remedy)
         )
     except NoAnswer as fault:
         remedy = f"{_NO_RESPONSE_REMEDY} {remedy}"
-        return DoctorFinding(what=what, state="fault", found=cleaned(fault), remedy=remedy)
+        return DoctorFinding(what=what, state="fault", found=mask_credentials(fault), remedy=remedy)
     except (InfraError, Refused, ImportError, OSError) as fault:
         state: Literal["absent", "fault"] = "fault" if is_needed else "absent"
-        return DoctorFinding(what=what, state=state, found=cleaned(fault), remedy=remedy)
+        return DoctorFinding(what=what, state=state, found=mask_credentials(fault), remedy=remedy)
 
 
 def _remedy(fault: CheckFailed, default: str) -> str:
@@ -201,19 +201,19 @@ def _registry() -> str:
     """List models in the registry, and describe it."""
     uri = load_settings().registry_uri
     if not uri.startswith(("http://", "https://")):
-        return f"{shown(uri)}: {len(registry().models())} model(s)"
+        return f"{public_uri(uri)}: {len(registry().models())} model(s)"
     base = uri.rstrip("/")
     path = "/api/2.0/mlflow/registered-models/search?max_results=1000"
     answer = _mlflow_get(base + path)
-    _require_accepted(answer, "MLflow", shown(uri))
+    _require_accepted(answer, "MLflow", public_uri(uri))
     body = answer.value()
     if not isinstance(body, dict) or body.keys() - {"registered_models", "next_page_token"}:
-        raise CheckFailed("answer_foreign", service="MLflow", address=shown(uri))
+        raise CheckFailed("answer_foreign", service="MLflow", address=public_uri(uri))
     more = "+" if body.get("next_page_token") else ""
     models = len(body.get("registered_models", ()))
     response = _mlflow_get(f"{base}/version")
     version = response.body.decode("ascii", "replace")[:20] if response.status == 200 else "?"
-    return f"MLflow {version} at {shown(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
+    return f"MLflow {version} at {public_uri(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
 
 
 def _champions() -> str:
@@ -245,15 +245,15 @@ def _prefect() -> str:
         user, _, password = api.auth_string.get_secret_value().partition(":")
         login = user, password
     answer = get(f"{base}/work_pools/filter", headers=headers, login=login, posted={"limit": 200})
-    _require_accepted(answer, "Prefect", shown(api.url))
+    _require_accepted(answer, "Prefect", public_uri(api.url))
     pools = answer.value()
     if not isinstance(pools, list):
-        raise CheckFailed("answer_foreign", service="Prefect", address=shown(api.url))
+        raise CheckFailed("answer_foreign", service="Prefect", address=public_uri(api.url))
     response = get(f"{base}/admin/version", headers=headers, login=login)
     version = str(response.value())[:20] if response.status == 200 else "?"
     ready = ", ".join(str(pool.get("name")) for pool in pools if pool.get("status") == "READY")
     workers = f"workers of {ready}" if ready else "no worker online"
-    return f"Prefect {version} at {shown(api.url)}: {workers}, {answer.ms:.0f} ms"
+    return f"Prefect {version} at {public_uri(api.url)}: {workers}, {answer.ms:.0f} ms"
 
 
 def _require_accepted(answer: HttpAnswer, service: str, address: str) -> None:

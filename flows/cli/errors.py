@@ -125,7 +125,7 @@ def _report(fault: Exception) -> int:
 
 def _print(text: str) -> None:
     """Print to standard error, without credentials and control characters of terminals."""
-    from infra.credentials import cleaned
+    from infra.credentials import mask_credentials
     from infra.printable import printable
 
-    print(printable(cleaned(text)), file=sys.stderr)  # noqa: T201
+    print(printable(mask_credentials(text)), file=sys.stderr)  # noqa: T201

@@ -31,7 +31,7 @@ from typing import IO
 
 from infra.errors import NoAnswer, ServiceFailed
 from infra.services.http_probe import get
-from infra.store.lock import locked
+from infra.store.lock import hold_lock
 
 NOTIFY_AFTER_SECONDS = 10.0
 NOTIFY_EVERY_SECONDS = 30.0
@@ -193,7 +193,7 @@ def start_embedded_server(notify: Notify) -> EmbeddedServer:
     notify_waiting = partial(
         notify, f"waiting for another command that starts a Prefect server in {home}"
     )
-    lock.enter_context(locked(home / "recpress-server.lock", notify_waiting))
+    lock.enter_context(hold_lock(home / "recpress-server.lock", notify_waiting))
     output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server runs)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -2,7 +2,7 @@
 
 from flows.server.embedded_server import EmbeddedServer, Notify, start_embedded_server
 from infra.errors import ServiceFailed, SettingRefused
-from infra.settings import shown
+from infra.settings import public_uri
 
 
 def connect(notify: Notify) -> EmbeddedServer | None:
@@ -55,22 +55,26 @@ def require_access() -> None:
             credentials = getattr(api, "key" if api.auth_string is None else "auth_string")
             if credentials is None:
                 raise SettingRefused(
-                    "prefect_credentials_missing", address=shown(api.url), status=status
+                    "prefect_credentials_missing", address=public_uri(api.url), status=status
                 ) from None
             raise SettingRefused(
                 "prefect_credentials_refused",
-                address=shown(api.url),
+                address=public_uri(api.url),
                 status=status,
                 variable=name,
             ) from None
         if status >= 500:
-            raise ServiceFailed("prefect_failed", address=shown(api.url), status=status) from None
-        raise SettingRefused("prefect_not_listing", address=shown(api.url), status=status) from None
+            raise ServiceFailed(
+                "prefect_failed", address=public_uri(api.url), status=status
+            ) from None
+        raise SettingRefused(
+            "prefect_not_listing", address=public_uri(api.url), status=status
+        ) from None
     except (httpx.HTTPError, OSError) as fault:
         raise ServiceFailed(
-            "prefect_no_answer", address=shown(api.url), problem=type(fault).__name__
+            "prefect_no_answer", address=public_uri(api.url), problem=type(fault).__name__
         ) from None
     except ValueError as fault:  # the response is not JSON, or not what Prefect sends
         raise SettingRefused(
-            "prefect_answer_foreign", address=shown(api.url), problem=type(fault).__name__
+            "prefect_answer_foreign", address=public_uri(api.url), problem=type(fault).__name__
         ) from None

@@ -20,7 +20,15 @@ from typing import Any
 from compressors.contracts import Artifact, DenseInput, Network, Plan, Signature
 from compressors.contracts.reasons import Reason
 from infra.bundle.json_limits import AnyModel
-from infra.bundle.json_reader import clean, decode, parse, plain, read_json, refuse_if, short
+from infra.bundle.json_reader import (
+    decode,
+    escape_message,
+    parse,
+    read_json,
+    refuse_if,
+    short,
+    to_json_value,
+)
 from infra.bundle.model_json import MANIFEST, DataReference, Draft, FileRecord, Manifest, SplitName
 from infra.bundle.schema_versions import (
     SCHEMA_VERSION,
@@ -41,7 +49,7 @@ from infra.bundle.shards import (
     tensor_files,
 )
 from infra.errors import BundleRefused
-from infra.printable import bounded
+from infra.printable import truncate_sentence
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -146,10 +154,10 @@ def seal(
     try:
         # Without notes the JSON has no such field, so the hashes of older bundles do not change.
         document = checked.model_dump(exclude=set() if checked.notes else {"notes"})
-        text = json.dumps(plain(document), indent=2)
+        text = json.dumps(to_json_value(document), indent=2)
     except (ValueError, RecursionError) as fault:
         raise BundleRefused(
-            "settings_not_json", folder=str(folder), problem=clean(fault)
+            "settings_not_json", folder=str(folder), problem=escape_message(fault)
         ) from fault
     body = text.removesuffix("\n}").encode() + b",\n"
     raw = body + _seal_line(body)
@@ -373,13 +381,15 @@ def _differences(
 
 def _draft_path_problem(folder: Path, entry: str, text: str) -> Reason | None:
     """Return why the path ``text`` of a draft's field ``entry`` cannot be used; None if it can."""
-    path, entry, shown = folder / text, bounded(entry), short(text)
+    path, entry, shown = folder / text, truncate_sentence(entry), short(text)
     try:
         exists = path.exists()
     except OSError as fault:
-        return Reason("draft_path_unreadable", entry=entry, path=shown, problem=clean(fault))
+        return Reason(
+            "draft_path_unreadable", entry=entry, path=shown, problem=escape_message(fault)
+        )
     if not exists:
-        folder_name = bounded(str(folder))
+        folder_name = truncate_sentence(str(folder))
         return Reason("draft_path_missing", entry=entry, path=shown, folder=folder_name)
     if folder.resolve().is_relative_to(path.resolve()):
         return Reason("draft_path_holds_draft", entry=entry, path=shown)

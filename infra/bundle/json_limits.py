@@ -3,7 +3,7 @@
 A JSON value of two bytes becomes a Python object of 50 to 200 bytes, so a small file can exhaust
 the memory when it is parsed. ``check_limits`` therefore counts values, nesting depth and the
 length of numbers first, in one pass over the bytes that creates no values. Code that parses stored
-JSON, or JSON of a file that a user named, calls ``check_limits`` or ``validated`` first.
+JSON, or JSON of a file that a user named, calls ``check_limits`` or ``validate_json`` first.
 """
 
 from pathlib import Path
@@ -96,7 +96,7 @@ def measure(raw: bytes) -> JsonSize:
     return JsonSize(values, deepest, longest)
 
 
-def validated(kind: type[AnyModel], raw: bytes, most_bytes: int = MAX_JSON_BYTES) -> AnyModel:
+def validate_json(kind: type[AnyModel], raw: bytes, most_bytes: int = MAX_JSON_BYTES) -> AnyModel:
     """Check the size of JSON text, parse it and validate it.
 
     Args:

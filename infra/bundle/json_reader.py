@@ -25,7 +25,7 @@ from infra.bundle.json_limits import (
     read_bounded,
 )
 from infra.errors import BundleRefused, RecordRefused
-from infra.printable import bounded
+from infra.printable import truncate_sentence
 
 PROBLEMS_SHOWN = 20
 
@@ -42,14 +42,14 @@ def short(value: object) -> str:
     return _SHORT_REPR.repr(value)
 
 
-def clean(message: object) -> str:
+def escape_message(message: object) -> str:
     """Format a message of a library for an error: printable and at most 300 characters."""
     return repr(str(message)[:300])[1:-1]
 
 
 def _first_sentences(problems: Iterable[str]) -> tuple[str, ...]:
     """Return the first ``PROBLEMS_SHOWN`` sentences, truncated, without consuming many more."""
-    messages = [bounded(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
+    messages = [truncate_sentence(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
     if len(messages) > PROBLEMS_SHOWN:
         messages[-1] = "and more."
     return tuple(messages)
@@ -111,7 +111,9 @@ def decode(raw: bytes, path: Path) -> dict[str, Any]:
     except RecursionError as fault:
         raise BundleRefused("json_too_deep", path=str(path)) from fault
     except ValueError as fault:
-        raise BundleRefused("json_unusable", path=str(path), problem=clean(fault)) from fault
+        raise BundleRefused(
+            "json_unusable", path=str(path), problem=escape_message(fault)
+        ) from fault
     if not isinstance(document, dict):
         raise BundleRefused("json_no_object", path=str(path), kind=type(document).__name__)
     return document
@@ -160,7 +162,9 @@ def read_limited(path: Path) -> bytes:
         raw = read_bounded(path)
         check_limits(raw)
     except ValueError as fault:
-        raise RecordRefused("document_unusable", path=str(path), problem=clean(fault)) from fault
+        raise RecordRefused(
+            "document_unusable", path=str(path), problem=escape_message(fault)
+        ) from fault
     return raw
 
 
@@ -175,7 +179,7 @@ def read_document(kind: type[AnyModel], path: Path) -> AnyModel:
     return kind.model_validate_json(read_limited(path))
 
 
-def plain(value: object) -> Any:
+def to_json_value(value: object) -> Any:
     """Convert tuples to lists, and check that all other values have an exact JSON form.
 
     pydantic's JSON mode would write NaN as null, and ``json`` would write a number that is a
@@ -189,9 +193,9 @@ def plain(value: object) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return value
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-        return {name: plain(item) for name, item in value.items()}
+        return {name: to_json_value(item) for name, item in value.items()}
     raise ValueError(f"{short(value)} has no JSON form")
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from compressors.contracts import Frozen
 from compressors.contracts.reasons import Reason
 from infra.bundle.json_limits import MAX_JSON_BYTES, check_limits
-from infra.bundle.json_reader import clean, decode, read_json, refuse_if, short
+from infra.bundle.json_reader import decode, escape_message, read_json, refuse_if, short
 from infra.errors import BundleRefused
 
 INDEX = "model.safetensors.index.json"
@@ -73,7 +73,7 @@ def list_folder(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as fault:
         raise BundleRefused(
-            "folder_unreadable", folder=clean(folder), problem=fault.strerror
+            "folder_unreadable", folder=escape_message(folder), problem=fault.strerror
         ) from fault
 
 
@@ -222,7 +222,9 @@ def _read_header(shard: Path) -> dict[str, StoredTensor]:
         with safe_open(shard, framework="numpy") as header_reader:
             names = set(header_reader.keys())
     except (SafetensorError, ValueError) as fault:
-        raise BundleRefused("not_safetensors", file=str(shard), problem=clean(fault)) from fault
+        raise BundleRefused(
+            "not_safetensors", file=str(shard), problem=escape_message(fault)
+        ) from fault
     header = decode(raw, shard)
     header.pop("__metadata__", None)
     if set(header) != names:  # two JSON parsers read the header differently

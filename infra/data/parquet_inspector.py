@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 from pydantic import ValidationError
 
 from compressors.contracts import Frozen
-from infra.bundle.json_reader import clean
+from infra.bundle.json_reader import escape_message
 from infra.data.parquet_inspection import MEMORY_LIMIT
 from infra.errors import ChildFailed, DataRefused, OutOfMemory
 from infra.store.disk import translate_input_error
@@ -174,7 +174,7 @@ def _refused(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
         return DataRefused(
             "expands_too_far", file=file, most_bytes=fields["most_bytes"], factor=fields["factor"]
         )
-    return DataRefused("unreadable", file=file, problem=clean(fields["problem"]))
+    return DataRefused("unreadable", file=file, problem=escape_message(fields["problem"]))
 
 
 class Inspector:
@@ -263,7 +263,10 @@ class Inspector:
         if not message:
             return DataRefused("reader_ended", file=str(file), cause=cause)
         return DataRefused(
-            "reader_ended_with_message", file=str(file), cause=cause, message=clean(message)
+            "reader_ended_with_message",
+            file=str(file),
+            cause=cause,
+            message=escape_message(message),
         )
 
     def _running_child(self) -> _Child:

@@ -58,7 +58,7 @@ from infra.data.parquet import (
 )
 from infra.errors import DataRefused
 from infra.memory import require_memory
-from infra.store.disk import translated
+from infra.store.disk import translate_os_errors
 
 FILE = "data.safetensors"
 UNSEEN_LENGTH, UNSEEN_FACTOR = 4096, 8
@@ -158,7 +158,7 @@ def save(tensors: dict[str, Array], into: Path) -> int:
     into.mkdir(parents=True, exist_ok=True)
     final, partial = into / FILE, into / f".data-{os.getpid()}.partial"
     try:
-        with translated(final, "write"):
+        with translate_os_errors(final, "write"):
             save_file(tensors, partial)
             size = partial.stat().st_size
             partial.replace(final)
@@ -274,7 +274,7 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
     for _, batch in batches(contents, (use.column for use in column_uses(signature))):
         for item in signature.inputs:
             for name in item.columns if item.name in inputs else ():
-                inputs[item.name] = _updated(inputs[item.name], batch.column(name))
+                inputs[item.name] = _update_statistics(inputs[item.name], batch.column(name))
         if label_column is not None:
             label = batch.column(label_column)
             label_count += len(label) - label.null_count
@@ -288,7 +288,7 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
     )
 
 
-def _updated(known: IdStatistics, column: pa.Array) -> IdStatistics:
+def _update_statistics(known: IdStatistics, column: pa.Array) -> IdStatistics:
     """Return the statistics of an input after one more batch of one of its columns."""
     values, _, lengths = flatten(column)
     limits = pc.min_max(values).as_py()

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field
 
 from compressors.contracts import Frozen, digest
-from infra.bundle.json_limits import validated
+from infra.bundle.json_limits import validate_json
 from infra.bundle.json_reader import short
 from infra.errors import (
     AlreadyThere,
@@ -184,7 +184,7 @@ class Ledger:
         key = self._key(sequence)
         at = f"{self._store.root}/{key}"
         try:
-            entry = validated(Entry, self._store.read(key))
+            entry = validate_json(Entry, self._store.read(key))
         except ArtifactMissing as fault:
             raise ArtifactDamaged("ledger_gap", model=self._model, place=at) from fault
         except ValueError as fault:

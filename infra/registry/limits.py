@@ -48,6 +48,6 @@ def require_order(order: str) -> None:
         raise RegistryRefused("order_invalid", got=order[:60])
 
 
-def shortened(text: str) -> str:
+def shorten_description(text: str) -> str:
     """Shorten a description to the length that the registry stores."""
     return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION - 3] + "..."

@@ -18,9 +18,9 @@ from typing import Any
 from compressors.contracts import Frozen
 from infra.credentials import bare_database, first_line, move_login, pass_to_driver
 from infra.errors import RegistryOutage, RegistryRefused, RegistryUnavailable, SettingRefused
-from infra.registry.limits import require_fit, require_name, require_order, shortened
+from infra.registry.limits import require_fit, require_name, require_order, shorten_description
 from infra.registry.sqlite_file import prepare, read_order, registry_lock
-from infra.settings import shown, sqlite_file
+from infra.settings import public_uri, sqlite_file
 
 ORDER_TAG = "recpress.order"
 CHAMPION = "champion"
@@ -97,16 +97,16 @@ class Registry:
         """
         tags = {**tags, ORDER_TAG: order}
         require_fit(model, order, source, tags)
-        with self._writing():
+        with self._write_lock():
             if existing := self.by_order(order, model):
                 return existing
-            with self._translated():
+            with self._translate_errors():
                 self._create_model(model)
                 created = self._client.create_model_version(
                     name=model,
                     source=source,
                     tags=tags,
-                    description=shortened(description),
+                    description=shorten_description(description),
                     await_creation_for=None,
                 )
             # A server does not enforce unique tags. Another process that created a version of this
@@ -131,12 +131,12 @@ class Registry:
 
     def check(self) -> None:
         """Raise if the registry does not respond."""
-        with self._translated():
+        with self._translate_errors():
             _ = self._client
 
     def models(self) -> tuple[str, ...]:
         """List the names of all models, sorted."""
-        with self._translated():
+        with self._translate_errors():
             models = _all_pages(
                 lambda token: self._client.search_registered_models(page_token=token)
             )
@@ -175,14 +175,14 @@ class Registry:
         versions = self._search(f"name = '{model}' and tags.`{ORDER_TAG}` = '{order}'", aliases)
         return versions[-1] if versions else None
 
-    def point(self, model: str, alias: str, version: str) -> None:
+    def set_alias(self, model: str, alias: str, version: str) -> None:
         """Set an alias of a model to the version with this number.
 
         Raises:
             RegistryRefused: there is no such model or version, or MLflow does not accept the alias.
         """
         self.version(model, version)
-        with self._writing(), self._translated():
+        with self._write_lock(), self._translate_errors():
             self._client.set_registered_model_alias(model, alias, version)
 
     def repair(self, model: str, champion: str | None) -> bool:
@@ -198,9 +198,9 @@ class Registry:
         if self._aliases(model).get(CHAMPION) == champion:
             return False
         if champion is not None:
-            self.point(model, CHAMPION, champion)
+            self.set_alias(model, CHAMPION, champion)
         else:
-            with self._writing(), self._translated():
+            with self._write_lock(), self._translate_errors():
                 self._client.delete_registered_model_alias(model, CHAMPION)
         return True
 
@@ -227,13 +227,13 @@ class Registry:
             model: the model's name.
             decision: digest of the ledger entry.
         """
-        with self._writing(), self._translated():
+        with self._write_lock(), self._translate_errors():
             self._client.set_registered_model_tag(model, CONFIRMED_TAG, decision)
 
-    def confirmed(self, model: str) -> str | None:
+    def read_confirmation(self, model: str) -> str | None:
         """Return the digest of the ledger entry that ``confirm`` recorded last, or None."""
         require_name(model)
-        with self._translated():
+        with self._translate_errors():
             tags: dict[str, str] = self._client.get_registered_model(model).tags
         return tags.get(CONFIRMED_TAG)
 
@@ -243,7 +243,7 @@ class Registry:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        # MLflow logs each exception that it raises with a traceback. ``_translated`` reports it.
+        # MLflow logs each exception that it raises; ``_translate_errors`` reports it.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         with self._locked_file() as file:
             if file is not None:
@@ -259,9 +259,9 @@ class Registry:
         return client
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write_lock(self) -> Iterator[None]:
         """Hold the write lock of a registry that is a file."""
-        with self._translated():
+        with self._translate_errors():
             _ = self._client  # takes the same lock to prepare the file, so it must come first
         with self._locked_file():
             yield
@@ -280,7 +280,7 @@ class Registry:
         """Delete a version; a version that is already deleted is no error."""
         from mlflow.exceptions import MlflowException
 
-        with self._translated():
+        with self._translate_errors():
             try:
                 self._client.delete_model_version(model, version)
             except MlflowException as fault:
@@ -308,7 +308,7 @@ class Registry:
     def _aliases_if_any(self, model: str) -> dict[str, str] | None:
         """Return alias -> version, or None if there is no such model."""
         require_name(model)
-        with self._translated():
+        with self._translate_errors():
             from mlflow.exceptions import MlflowException
 
             try:
@@ -321,7 +321,7 @@ class Registry:
 
     def _search(self, condition: str, aliases: dict[str, str]) -> tuple[Registered, ...]:
         """Return the versions that match a condition in MLflow's syntax, newest first."""
-        with self._translated():
+        with self._translate_errors():
             entries = _all_pages(
                 lambda token: self._client.search_model_versions(condition, page_token=token)
             )
@@ -340,7 +340,7 @@ class Registry:
         return tuple(sorted(versions, key=lambda entry: -int(entry.version)))
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """Translate errors of MLflow and its libraries to errors of this project."""
         for name, value in _ENVIRONMENT.items():  # MLflow reads some of them on import
             os.environ.setdefault(name, value)
@@ -383,7 +383,7 @@ class Registry:
 
     def _message(self, message: object) -> str:
         """Return the first line of a message, without credentials and the URI's options."""
-        return first_line(str(message).replace(self._uri, shown(self._uri)), self._uri)
+        return first_line(str(message).replace(self._uri, public_uri(self._uri)), self._uri)
 
 
 def _all_pages(fetch_page: Callable[[str | None], Any]) -> list[Any]:

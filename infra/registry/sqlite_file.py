@@ -25,7 +25,7 @@ from urllib.parse import quote
 from compressors.contracts import is_out_of_memory
 from infra.credentials import first_line
 from infra.errors import RegistryUnavailable, SettingRefused
-from infra.store.lock import locked
+from infra.store.lock import hold_lock
 
 TEMPORARY = ".new"
 """Suffix of temporary files, which are named ``.registry.db.<random>.new``."""
@@ -69,7 +69,7 @@ def registry_lock(file: Path) -> Iterator[None]:
     """
     with ExitStack() as locks:
         try:
-            locks.enter_context(locked(file.with_name(file.name + ".lock")))
+            locks.enter_context(hold_lock(file.with_name(file.name + ".lock")))
         except OSError as fault:
             raise SettingRefused(
                 "registry_file_not_creatable", file=str(file), problem=fault.strerror
@@ -107,7 +107,7 @@ def read_order(
         number. None if there is no such version or the file cannot be read.
     """
     try:
-        with closing(_connected(file, "ro")) as database:
+        with closing(_connect(file, "ro")) as database:
             row = database.execute(_BY_ORDER, (tag, order, model)).fetchone()
             if row is None:
                 return None
@@ -121,7 +121,7 @@ def read_order(
 def _is_complete(file: Path) -> bool:
     if not file.exists():
         return False
-    with closing(_connected(file)) as database:
+    with closing(_connect(file)) as database:
         return _is_current(_read_schema(file, database))
 
 
@@ -132,7 +132,7 @@ def _is_current(schema: DatabaseSchema) -> bool:
 
 def _create(file: Path) -> None:
     """Create the registry in a temporary file and link ``file`` to it."""
-    with _temporary(file) as temporary:
+    with _temporary_file(file) as temporary:
         _initialize(temporary)
         _flush(temporary)
         # SQLite would apply the journals of a deleted registry to the new one.
@@ -147,7 +147,7 @@ def _create(file: Path) -> None:
 
 def _replace(file: Path) -> None:
     """Rebuild an empty or incomplete file, or migrate a complete one of an earlier MLflow."""
-    with closing(_connected(file)) as database, _temporary(file) as temporary:
+    with closing(_connect(file)) as database, _temporary_file(file) as temporary:
         # In this locking mode SQLite keeps the lock until the connection is closed.
         with _lock_errors_translated(file):
             database.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -164,10 +164,10 @@ def _replace(file: Path) -> None:
                 raise _incomplete_error(
                     file, schema, "a process was killed while it created tables"
                 )
-            with closing(_connected(temporary, "rwc")) as copy:
+            with closing(_connect(temporary, "rwc")) as copy:
                 database.backup(copy)
             _migrate(file, temporary, schema)
-        with closing(_connected(temporary)) as finished, _lock_errors_translated(file):
+        with closing(_connect(temporary)) as finished, _lock_errors_translated(file):
             finished.backup(database)
 
 
@@ -183,7 +183,7 @@ def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
     try:
         with _engine(temporary) as engine:
             upgrade(engine)
-        with closing(_connected(temporary)) as database:
+        with closing(_connect(temporary)) as database:
             migrated = _read_schema(temporary, database)
     except Exception as fault:  # MLflow's migrations may raise exceptions of several libraries
         if is_out_of_memory(fault):
@@ -275,7 +275,7 @@ def _engine(temporary: Path) -> Iterator[Any]:
         engine.dispose()
 
 
-def _connected(file: Path, mode: str = "rw") -> sqlite3.Connection:
+def _connect(file: Path, mode: str = "rw") -> sqlite3.Connection:
     # The mode in the URI prevents SQLite from creating a file that was just removed.
     uri = f"file:{quote(str(file))}?mode={mode}"
     try:
@@ -297,7 +297,7 @@ def _lock_errors_translated(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _temporary(file: Path) -> Iterator[Path]:
+def _temporary_file(file: Path) -> Iterator[Path]:
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary

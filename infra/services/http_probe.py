@@ -18,7 +18,7 @@ import httpx
 
 from compressors.contracts import Frozen
 from infra.errors import NoAnswer
-from infra.settings import shown
+from infra.settings import public_uri
 
 SECONDS = 5.0
 """Default deadline of a request."""
@@ -109,7 +109,7 @@ def get(
         problem = TimeoutError.__name__
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as fault:
         problem = _problem(fault)
-    raise NoAnswer("no_answer", address=shown(uri), problem=problem)
+    raise NoAnswer("no_answer", address=public_uri(uri), problem=problem)
 
 
 def _exchange(

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from infra.credentials import cleaned
+from infra.credentials import mask_credentials
 from infra.errors import ChildFailed, SettingRefused
 
 UNPRIVILEGED = ("postgres", "nobody")
@@ -109,7 +109,7 @@ def _run(
         **run_as,
     )
     if process.returncode or "ERROR:" in process.stderr:
-        output = cleaned(process.stdout + process.stderr).replace(
+        output = mask_credentials(process.stdout + process.stderr).replace(
             environment["POSTGRES_PASSWORD"], "***"
         )
         raise ChildFailed("command_failed", command=command[0], output=output[-1500:])

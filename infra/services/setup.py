@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.contracts import digest
-from infra.credentials import cleaned
+from infra.credentials import mask_credentials
 from infra.errors import ChildFailed, ServiceFailed, SettingRefused
 from infra.services.compose import ROOT
 from infra.services.http_probe import get
@@ -134,7 +134,7 @@ def _prefect(*arguments: str, must_succeed: bool = True) -> "subprocess.Complete
         check=False,
     )
     if must_succeed and process.returncode:
-        output = cleaned(process.stdout + process.stderr)[-2000:]
+        output = mask_credentials(process.stdout + process.stderr)[-2000:]
         command = " ".join(("prefect", *arguments))
         raise ChildFailed("command_failed", command=command, output=output)
     return process

@@ -11,7 +11,7 @@ from typing import Protocol
 from urllib.parse import unquote
 
 from infra.errors import SettingRefused
-from infra.settings import shown
+from infra.settings import public_uri
 from infra.store.folder import Folder
 from infra.store.manifest import plain_path
 from infra.store.s3 import Bucket
@@ -90,18 +90,20 @@ def backend_for(root: str, setting: str) -> Backend:
         bucket, _, prefix = root.removeprefix("s3://").partition("/")
         prefix = prefix.strip("/")
         if not _BUCKET.fullmatch(bucket):
-            raise SettingRefused("root_bucket_invalid", setting=setting, root=shown(root))
+            raise SettingRefused("root_bucket_invalid", setting=setting, root=public_uri(root))
         try:
             return Bucket(bucket, plain_path(prefix) if prefix else "")
         except ValueError:
-            raise SettingRefused("root_prefix_invalid", setting=setting, root=shown(root)) from None
+            raise SettingRefused(
+                "root_prefix_invalid", setting=setting, root=public_uri(root)
+            ) from None
     path = root
     if root.startswith("file://"):
         path = unquote(root.removeprefix("file://"))
         if not path.startswith("/"):
-            raise SettingRefused("root_file_uri_form", setting=setting, root=shown(root))
+            raise SettingRefused("root_file_uri_form", setting=setting, root=public_uri(root))
     elif _SCHEME.match(root):
-        raise SettingRefused("root_scheme_unknown", setting=setting, root=shown(root))
+        raise SettingRefused("root_scheme_unknown", setting=setting, root=public_uri(root))
     if not path.strip() or "\0" in path:
-        raise SettingRefused("root_empty", setting=setting, root=shown(root))
+        raise SettingRefused("root_empty", setting=setting, root=public_uri(root))
     return Folder(Path(os.path.abspath(Path(path).expanduser())))  # noqa: PTH100 (keeps symlinks)

@@ -169,7 +169,7 @@ def verified_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
         raise _change_error(path)
 
 
-def pread(file: int, start: int, stop: int) -> bytes:
+def read_range(file: int, start: int, stop: int) -> bytes:
     """Read bytes [start, stop) of an open file, or fewer if the file ends earlier."""
     stop = min(stop, os.fstat(file).st_size)  # os.pread allocates the requested size first
     pieces = []
@@ -184,7 +184,7 @@ def _read_range(path: Path, start: int, stop: int) -> bytes:
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            data = pread(file, start, stop)
+            data = read_range(file, start, stop)
         finally:
             os.close(file)
     except OSError as fault:

@@ -64,7 +64,7 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
 
 
 @contextmanager
-def translated(path: Path, doing: str) -> Iterator[None]:
+def translate_os_errors(path: Path, doing: str) -> Iterator[None]:
     """Replace every ``OSError`` that the block raises with the error of ``translate``."""
     try:
         yield

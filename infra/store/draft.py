@@ -26,10 +26,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from compressors.contracts import digest
-from infra.bundle.json_limits import read_bounded, validated
+from infra.bundle.json_limits import read_bounded, validate_json
 from infra.errors import ArtifactDamaged, ArtifactMissing, StoreRefused
-from infra.store.chunks import hash_files, pread, regular_files, sha256
-from infra.store.disk import translate, translated
+from infra.store.chunks import hash_files, read_range, regular_files, sha256
+from infra.store.disk import translate, translate_os_errors
 from infra.store.folder import must_be_free
 from infra.store.manifest import CHUNK_BYTES, MAX_MANIFEST_BYTES, FileEntry, StoreManifest, root_of
 from infra.store.temporary import is_old
@@ -128,7 +128,7 @@ class _Chunk:
 
 
 class ArtifactDraft:
-    """An unfinished artifact of one large file and a few small ones. ``draft`` creates it.
+    """An unfinished artifact of one large file and a few small ones; see ``open_draft``.
 
     Args:
         into: the folder that ``publish`` creates.
@@ -154,7 +154,7 @@ class ArtifactDraft:
             os.close(self._file)
             raise
 
-    def holds(self, block: str) -> bool:
+    def has_block(self, block: str) -> bool:
         """Return whether a block with this name has been written, in this or an earlier run."""
         return block in self._blocks
 
@@ -170,7 +170,7 @@ class ArtifactDraft:
             ArtifactDamaged: a byte was written before, or is outside the file.
         """
         checksums = []
-        with translated(self.folder, "write"):
+        with translate_os_errors(self.folder, "write"):
             for start, data in pieces:
                 _pwrite(self._file, start, data)
                 self._hashes.add(start, data)
@@ -190,7 +190,7 @@ class ArtifactDraft:
             except ValueError:
                 continue  # a run was killed while it wrote the line
             pieces = [
-                (start, pread(self._file, start, start + size)) for start, size, _ in checksums
+                (start, read_range(self._file, start, start + size)) for start, size, _ in checksums
             ]
             if block not in self._blocks and all(
                 len(data) == size and zlib.crc32(data) == checksum
@@ -216,7 +216,7 @@ class ArtifactDraft:
             ArtifactDamaged: a byte of the large file was never written.
         """
         entries = [FileEntry(path=self._path, bytes=self._size, chunks=self._hashes.all())]
-        with translated(self.folder, "write"):
+        with translate_os_errors(self.folder, "write"):
             for path, body in self._small_files.items():
                 (self.files / path).write_bytes(body)
                 pieces = range(0, len(body), CHUNK_BYTES)
@@ -232,7 +232,7 @@ class ArtifactDraft:
         Raises:
             StoreRefused: ``into`` is no longer empty.
         """
-        with translated(self.folder, "write"):
+        with translate_os_errors(self.folder, "write"):
             (self.folder / MANIFEST).write_text(manifest.model_dump_json())
             try:
                 self.folder.rename(self.into)
@@ -249,7 +249,7 @@ class ArtifactDraft:
         os.close(self._file)
 
 
-def finished(into: Path) -> StoreManifest:
+def verify_result(into: Path) -> StoreManifest:
     """Verify every chunk of a published result, and return its manifest.
 
     Args:
@@ -261,7 +261,7 @@ def finished(into: Path) -> StoreManifest:
     """
     try:
         raw = read_bounded(into / MANIFEST, MAX_MANIFEST_BYTES)
-        manifest = validated(StoreManifest, raw, MAX_MANIFEST_BYTES)
+        manifest = validate_json(StoreManifest, raw, MAX_MANIFEST_BYTES)
     except OSError as fault:
         raise ArtifactMissing("result_incomplete", folder=str(into), file=MANIFEST) from fault
     except ValueError as fault:
@@ -281,7 +281,7 @@ def finished(into: Path) -> StoreManifest:
 
 
 @contextmanager
-def draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDraft]:
+def open_draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDraft]:
     """Start to write an artifact, or resume an earlier run that was interrupted.
 
     Args:
@@ -301,7 +301,7 @@ def draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDra
     with _journal(into, journal_path) as journal:
         try:
             must_be_free(into)
-            with translated(journal_path, "write"):
+            with translate_os_errors(journal_path, "write"):
                 result = _start_or_resume(into, journal, header, path, size)
             try:
                 yield result
@@ -336,7 +336,7 @@ def _collect_abandoned(into: Path) -> None:
 @contextmanager
 def _journal(into: Path, journal_path: Path) -> Iterator[int]:
     """Open the journal, lock it for this process, and yield its file descriptor."""
-    with translated(journal_path, "write"):
+    with translate_os_errors(journal_path, "write"):
         into.parent.mkdir(parents=True, exist_ok=True)
         journal = os.open(journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
@@ -358,7 +358,7 @@ def _start_or_resume(
     into: Path, journal: int, header: bytes, path: str, size: int
 ) -> ArtifactDraft:
     """Return the draft of an interrupted run whose journal has this header, or an empty draft."""
-    content = pread(journal, 0, os.fstat(journal).st_size)
+    content = read_range(journal, 0, os.fstat(journal).st_size)
     first_line, *lines = content.split(b"\n")
     file = _unfinished_folder(into) / FILES / path
     is_resumed = first_line == header and file.is_file() and file.stat().st_size == size

@@ -16,9 +16,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from infra.errors import AlreadyThere, RecordRefused, StoreRefused
-from infra.store.chunks import pread
-from infra.store.disk import translated
-from infra.store.temporary import EARLIER_KEYS, collect, owned_name
+from infra.store.chunks import read_range
+from infra.store.disk import translate_os_errors
+from infra.store.temporary import EARLIER_KEYS, owned_name, remove_leftovers
 
 TEMPORARY = ".tmp"
 
@@ -47,13 +47,13 @@ class Folder:
         """Return every key that begins with ``prefix``, with its size in bytes."""
         sizes: dict[str, int] = {}
         top = prefix.rpartition("/")[0]
-        with translated(self._root / top, "list"):
+        with translate_os_errors(self._root / top, "list"):
             self._add_sizes(top, sizes)
         return {key: size for key, size in sizes.items() if key.startswith(prefix)}
 
     def size(self, key: str) -> int | None:
         """Return the size of a key in bytes; None if it does not exist or is not a plain file."""
-        with translated(self._root / key, "read"):
+        with translate_os_errors(self._root / key, "read"):
             try:
                 status = (self._root / key).lstat()
             except (FileNotFoundError, NotADirectoryError):
@@ -67,7 +67,7 @@ class Folder:
             ArtifactMissing: the key does not exist.
             RecordRefused: the path is not a plain file.
         """
-        with translated(self._root / key, "read"):
+        with translate_os_errors(self._root / key, "read"):
             # O_NONBLOCK: opening a pipe would otherwise wait for a writer.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             try:
@@ -79,7 +79,7 @@ class Folder:
             try:
                 if not stat.S_ISREG(os.fstat(file).st_mode):
                     raise self._not_a_file_error(key)
-                return pread(file, start, stop)
+                return read_range(file, start, stop)
             finally:
                 os.close(file)
 
@@ -90,7 +90,7 @@ class Folder:
     def write(self, key: str, body: bytes) -> None:
         """Write a key; an existing value is replaced."""
         path = self._root / key
-        with self._written(path, (body,)) as temporary:
+        with self._write_temporary(path, (body,)) as temporary:
             try:
                 temporary.replace(path)
             except IsADirectoryError as fault:
@@ -99,7 +99,7 @@ class Folder:
     def move(self, file: Path, key: str) -> bool:
         """Move a local file to a key; returns False if it is on another disk."""
         path = self._root / key
-        with translated(path, "write"):
+        with translate_os_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 file.chmod(0o444)  # readers memory-map stored files, so they must not change
@@ -113,13 +113,13 @@ class Folder:
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write or replace a key; if ``chunks`` raises, the key is unchanged."""
         path = self._root / key
-        with self._written(path, chunks) as temporary:
+        with self._write_temporary(path, chunks) as temporary:
             temporary.replace(path)
 
     def upload_new(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
         """Write a new key; raises ``AlreadyThere`` if it exists."""
         path = self._root / key
-        with self._written(path, chunks) as temporary:
+        with self._write_temporary(path, chunks) as temporary:
             # A rename would replace an existing file; os.link fails if the name is taken.
             try:
                 os.link(temporary, path)
@@ -132,11 +132,11 @@ class Folder:
         The file is copied instead if it already has as many links as the file system allows.
         """
         source, target = self._root / key, self._root / to
-        with translated(target, "write"):
+        with translate_os_errors(target, "write"):
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists() and target.samefile(source):
                 return
-            temporary = self._temporary()
+            temporary = self._temporary_path()
             try:
                 try:
                     os.link(source, temporary)
@@ -151,14 +151,14 @@ class Folder:
                 temporary.unlink(missing_ok=True)
 
     @contextmanager
-    def _written(self, path: Path, chunks: Iterable[bytes]) -> Iterator[Path]:
+    def _write_temporary(self, path: Path, chunks: Iterable[bytes]) -> Iterator[Path]:
         """Write the chunks to a temporary file, yield its path, and remove it after the block.
 
         The file is on the same disk as ``path``, so the block can rename or link it to ``path``.
         """
-        with translated(path, "write"):
+        with translate_os_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._temporary()
+            temporary = self._temporary_path()
             try:
                 # Created read-only, because readers memory-map stored files.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -170,7 +170,7 @@ class Folder:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
 
-    def _temporary(self) -> Path:
+    def _temporary_path(self) -> Path:
         """Return an unused path for a temporary file on the same disk as the keys."""
         temporary = self._root / TEMPORARY / owned_name("key", "tmp")
         temporary.parent.mkdir(exist_ok=True)
@@ -202,7 +202,7 @@ def _collect_if_due(folder: Path) -> None:
     now = time.monotonic()
     if now - _last_collections.get(folder, -COLLECT_SECONDS) >= COLLECT_SECONDS:
         _last_collections[folder] = now
-        collect(folder, EARLIER_KEYS)
+        remove_leftovers(folder, EARLIER_KEYS)
 
 
 def must_be_free(into: Path) -> None:

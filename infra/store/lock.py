@@ -9,7 +9,7 @@ from typing import IO
 
 
 @contextmanager
-def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+def hold_lock(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Lock the file ``path`` exclusively for the duration of the block.
 
     Args:

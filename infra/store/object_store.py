@@ -25,7 +25,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from compressors.contracts import Artifact, artifact_name
-from infra.bundle.json_limits import validated
+from infra.bundle.json_limits import validate_json
 from infra.bundle.json_reader import short
 from infra.errors import (
     AlreadyThere,
@@ -37,7 +37,7 @@ from infra.errors import (
     Refused,
     StoreRefused,
 )
-from infra.settings import shown
+from infra.settings import public_uri
 from infra.store.artifact_files import (
     BLOBS,
     ArtifactFiles,
@@ -176,7 +176,7 @@ class Store:
             if uri.startswith((f"{self.root}/", "artifacts/")):
                 raise
             raise ArtifactMissing(
-                "artifact_in_other_store", uri=shown(uri), store=self.root
+                "artifact_in_other_store", uri=public_uri(uri), store=self.root
             ) from fault
 
     def uri_of(self, artifact: Artifact) -> str:
@@ -385,7 +385,7 @@ class Store:
         except ArtifactMissing as fault:
             raise ArtifactMissing("artifact_missing", uri=uri) from fault
         try:
-            manifest = validated(StoreManifest, body, MAX_MANIFEST_BYTES)
+            manifest = validate_json(StoreManifest, body, MAX_MANIFEST_BYTES)
         except ValidationError as fault:
             first = fault.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -409,7 +409,7 @@ def _name_from_uri(uri: str) -> str:
     """Return the hash in an artifact's URI; raise ``StoreRefused`` if there is none."""
     name = artifact_name(uri)
     if name is None:
-        raise StoreRefused("artifact_uri_form", got=shown(uri))
+        raise StoreRefused("artifact_uri_form", got=public_uri(uri))
     return name
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.bundle.json_reader import clean, decode
+from infra.bundle.json_reader import decode, escape_message
 from infra.errors import BundleRefused, RecordRefused
 from infra.store.object_store import Store
 
@@ -53,7 +53,7 @@ def read_record(store: Store, key: str) -> tuple[dict[str, Any], bool]:
     try:
         fields = decode(body, Path(key))
     except BundleRefused as fault:
-        problem = clean(fault).rstrip(".")
+        problem = escape_message(fault).rstrip(".")
         raise RecordRefused(
             "record_damaged", place=f"{store.root}/{key}", problem=problem
         ) from fault

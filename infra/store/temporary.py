@@ -7,8 +7,8 @@ A later run can therefore remove those of a killed run. A name ends in
   file system differ in it, so neither removes files of the other's running processes.
 - ``start`` is the process's start time, so a later process with the same PID is not the owner.
 
-``collect`` removes files of a process of this machine that has ended, and files of another machine
-or of version 0.1.0 that have not changed for ``MAX_AGE_SECONDS``.
+``remove_leftovers`` removes files of a process of this machine that has ended, and files of another
+machine or of version 0.1.0 that have not changed for ``MAX_AGE_SECONDS``.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from infra.store.disk import translate
 log = logging.getLogger(__name__)
 
 MAX_AGE_SECONDS = 7 * 86_400
-"""``collect`` removes a file of another machine after this time without a change."""
+"""``remove_leftovers`` removes a file of another machine after this time without a change."""
 
 MAX_STEM_BYTES = 120
 
@@ -54,7 +54,7 @@ def owned_name(stem: str, ending: str) -> str:
     return f"{short}.{owner}-{uuid.uuid4().hex[:8]}.{ending}"
 
 
-def collect(folder: Path, earlier: re.Pattern[str]) -> int:
+def remove_leftovers(folder: Path, earlier: re.Pattern[str]) -> int:
     """Remove the temporary files and folders of killed runs from ``folder``.
 
     Only names as ``owned_name`` returns them and names that match ``earlier`` are considered. A
@@ -101,7 +101,7 @@ def scratch_folder(purpose: str, within: Path | None = None) -> Iterator[Path]:
         base = Path(tempfile.gettempdir()) if within is None else within
     except FileNotFoundError as fault:
         raise StoreUnavailable("temporary_folder_missing", problem=fault.strerror) from fault
-    collect(base, _EARLIER_SCRATCH)
+    remove_leftovers(base, _EARLIER_SCRATCH)
     folder = base / owned_name(f"recpress-{purpose}", "tmp")
     try:
         folder.mkdir(mode=0o700, parents=within is not None)
@@ -124,7 +124,7 @@ def folder_next_to(into: Path) -> Iterator[Path]:
     """
     into = into.absolute()
     missing_parents = [parent for parent in into.parents if not parent.exists()]
-    collect(into.parent, EARLIER_SIBLINGS)
+    remove_leftovers(into.parent, EARLIER_SIBLINGS)
     partial = into.parent / owned_name(f".{into.name}", "part")
     try:
         try:

@@ -225,7 +225,7 @@ def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Spars
     """
     if not ordered:
         return None, None
-    eligible, picked = _counted(messages, _ELIGIBLE), _counted(messages, _PICKED)
+    eligible, picked = _count_layers(messages, _ELIGIBLE), _count_layers(messages, _PICKED)
     if eligible is None or picked is None:
         return "not told", (
             f"{ordered} layers have 2:4 zeros; the log of TensorRT {version} does not report which "
@@ -241,7 +241,7 @@ def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Spars
     )
 
 
-def _counted(messages: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> int | None:
+def _count_layers(messages: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> int | None:
     """Return the number of layers in the last line that matches; None if no line matches.
 
     The builder writes such a line each time it chooses kernels.

@@ -369,12 +369,12 @@ def is_current(home: Store, source: Store, served: ServedVersion) -> bool:
     )
 
 
-def point(home: Store, served: ServedVersion) -> None:
+def write_config(home: Store, served: ServedVersion) -> None:
     """Write the configuration, which makes the server load this version."""
     home.write(CONFIG, config(served))
 
 
-def keys(source: Store, served: ServedVersion) -> tuple[str, ...]:
+def version_keys(source: Store, served: ServedVersion) -> tuple[str, ...]:
     """Return the keys of a version's files in its Triton model's folder; the graph is last."""
     return tuple(_entries(source, served))
 

@@ -35,7 +35,7 @@ from infra.bundle.shards import stored_tensors
 from infra.errors import CommandRefused
 from infra.settings import load_settings
 from infra.store.disk import translate_input_errors
-from infra.store.draft import FILES, ArtifactDraft, draft, finished
+from infra.store.draft import FILES, ArtifactDraft, open_draft, verify_result
 from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.workspace import local, store
 
@@ -170,7 +170,7 @@ def check(folder: Path) -> tuple[Artifact, Tables]:
         ArtifactMissing, ArtifactDamaged: the result is incomplete or damaged.
     """
     with translate_input_errors(folder):
-        manifest = finished(folder)
+        manifest = verify_result(folder)
         tables = read_document(Tables, folder / FILES / TABLES)
     uri = folder.absolute().as_uri()
     return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes), tables
@@ -192,7 +192,7 @@ def _write_draft(
     file = StreamedFile(job.layout())
     total = sum(size_of(rows.spec) for rows in job.sources.values())
     resume_key = [identity, job.step, job.block_rows, code_digest(quantize)]
-    with draft(into, resume_key, TENSORS, file.bytes) as result:
+    with open_draft(into, resume_key, TENSORS, file.bytes) as result:
         report_bytes = None if progress is None else (lambda read: progress(read, total))
         carry_out(job, file, result, workers, report_bytes)
         records = job.records()

@@ -33,8 +33,8 @@ from compressors.contracts.targets.runtime import Machine
 from compressors.errors.compression import CompressionError
 from compressors.lower.findings import GraphAudit, Parity, TableInitializers
 from compressors.metrics import judge
-from infra.bundle.json_limits import validated
-from infra.bundle.json_reader import clean, read_document
+from infra.bundle.json_limits import validate_json
+from infra.bundle.json_reader import escape_message, read_document
 from infra.errors import RecordRefused
 from tasks.orchestration.workspace import local, store
 
@@ -426,7 +426,7 @@ def report_of(release: Artifact) -> Report:
         RecordRefused: its report does not have the fields of a report.
     """
     try:
-        return validated(Report, store().file(release, REPORT))
+        return validate_json(Report, store().file(release, REPORT))
     except ValidationError as fault:
         first = fault.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the document"
@@ -434,12 +434,12 @@ def report_of(release: Artifact) -> Report:
             "report_unusable",
             release=store().uri_of(release),
             file=REPORT,
-            problem=f"{clean(field)}: {clean(first['msg'])}",
+            problem=f"{escape_message(field)}: {escape_message(first['msg'])}",
         ) from fault
     except ValueError as fault:
         raise RecordRefused(
             "report_unusable",
             release=store().uri_of(release),
             file=REPORT,
-            problem=clean(fault),
+            problem=escape_message(fault),
         ) from fault

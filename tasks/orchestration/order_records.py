@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from compressors.contracts import Artifact, Frozen, Sha256
 from infra.errors import ArtifactMissing, RecordRefused
 from infra.registry.mlflow_registry import Registry
-from infra.settings import load_settings, shown, sqlite_file
+from infra.settings import load_settings, public_uri, sqlite_file
 from infra.store.records import read_record, seal_record
 from tasks.orchestration.documents import Finished, Report, report_of
 from tasks.orchestration.workspace import store
@@ -144,7 +144,7 @@ def find_finished_order(order: str, *, registered: bool = True) -> Finished | No
         log.warning("%s The order counts as not finished.", fault)
         return None
     is_this_registry = record.registry in {_registry_reference(), ""}
-    registry = shown(load_settings().registry_uri) if is_this_registry else record.registry
+    registry = public_uri(load_settings().registry_uri) if is_this_registry else record.registry
     return Finished(report=report, release=release, version=version, registry=registry)
 
 
@@ -201,7 +201,7 @@ def _registry_reference() -> str:
     """Return the registry as written in records: see ``FinishedRecord.registry``."""
     uri = load_settings().registry_uri
     file, root = sqlite_file(uri), store().folder
-    return shown(uri) if file is None or root is None else os.path.relpath(file, root)
+    return public_uri(uri) if file is None or root is None else os.path.relpath(file, root)
 
 
 def request_key(request: str) -> str:

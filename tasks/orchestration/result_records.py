@@ -20,7 +20,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from compressors.contracts import Artifact, Frozen, Sha256
-from infra.bundle.json_reader import clean
+from infra.bundle.json_reader import escape_message
 from infra.errors import ArtifactMissing, InfraError, RecordRefused, Refused, StoreOutage
 from infra.store.object_store import Store
 from infra.store.records import read_record, seal_record
@@ -106,7 +106,7 @@ def write_result(
         log.warning(
             "The result of %s is not recorded (%s). The task runs again next time.",
             task,
-            clean(fault),
+            escape_message(fault),
         )
 
 
@@ -153,7 +153,9 @@ def _validated(plain: Any, function: Callable[..., Any]) -> Any:
         raise ValueError("its value is not what recpress writes for this type")
     for artifact in _artifacts(value):
         if artifact.uri != f"artifacts/{artifact.sha256}":
-            raise ValueError(f"expected artifacts/{artifact.sha256}, got {clean(artifact.uri)}")
+            raise ValueError(
+                f"expected artifacts/{artifact.sha256}, got {escape_message(artifact.uri)}"
+            )
     return value
 
 
@@ -178,4 +180,4 @@ def _first_problem(fault: ValidationError) -> str:
     """Format the first problem of a record, without its values, which are untrusted."""
     problem = fault.errors(include_input=False, include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"]) or "the value"
-    return clean(f"{where}: {problem['msg']}")
+    return escape_message(f"{where}: {problem['msg']}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from infra.errors import PromotionRefused, Refused
 from infra.registry.ledger import Entry, Ledger
 from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, Registered, Registry
-from infra.settings import load_settings, shown
+from infra.settings import load_settings, public_uri
 from tasks.orchestration.documents import Report, report_of
 from tasks.orchestration.workspace import store
 from tasks.promotion.acceptance import require_accepted
@@ -91,7 +91,7 @@ def version_of_entry(model: str, entry: Entry) -> Version:
 
 def _registry_uri() -> str:
     """Return the registry's URI without credentials."""
-    return shown(load_settings().registry_uri)
+    return public_uri(load_settings().registry_uri)
 
 
 def champion_versions() -> dict[str, str]:

@@ -278,7 +278,10 @@ def _is_rolled_back(
         return False
     if last.digest is None:  # an earlier recpress wrote it, whose last step was to move the alias
         return CHAMPION not in version_of_entry(model, last).registered.aliases
-    return datetime.fromisoformat(last.at) > began or registry().confirmed(model) != last.digest
+    return (
+        datetime.fromisoformat(last.at) > began
+        or registry().read_confirmation(model) != last.digest
+    )
 
 
 def _complete(model: str, *, is_new: bool) -> Change:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from compressors.contracts import Frozen
 from compressors.contracts import target as declared
 from compressors.contracts.targets.builder import EngineRecord
-from infra.bundle.json_limits import validated
+from infra.bundle.json_limits import validate_json
 from infra.errors import Refused, SettingRefused, TritonRefused
 from infra.settings import load_settings
 from infra.store.object_store import Store
@@ -168,7 +168,7 @@ def update(root: str, model: str, graphs: tuple[ServedVersion, ...]) -> tuple[st
     for graph in outdated:  # all files before the first configuration
         triton.stage(_model_folder(root, graph.name), store(), graph)
     for graph in outdated:
-        triton.point(_model_folder(root, graph.name), graph)
+        triton.write_config(_model_folder(root, graph.name), graph)
     for name in stale_models(root, model, graphs):
         log.warning(
             "%s: the champion of %s has no graph of this name, so the server keeps an earlier "
@@ -232,7 +232,7 @@ def _compare_one(folder: Store, graph: ServedVersion) -> TritonModel:
     elif body == triton.config(graph):
         state = "champion"
     files: dict[str, Literal["ok", "missing", "changed"]] = {}
-    for key in triton.keys(store(), graph):
+    for key in triton.version_keys(store(), graph):
         problem = problems.get(key)
         files[key] = "ok" if problem is None else "missing" if problem == "missing" else "changed"
     return TritonModel(
@@ -278,7 +278,7 @@ def _graph_to_serve(
     engines, stored = declared(target.target).engines, declared(target.target).served_file(graph)
     if engines is not None:
         build = store().file(target.artifact, build_record(graph))
-        capability = validated(EngineRecord, build).capability
+        capability = validate_json(EngineRecord, build).capability
         # With the GPU's compute capability in its name, other GPUs do not load the engine.
         file_name = f"{graph}-{capability}{engines.suffix}" if capability else stored
         files = {file_name: stored}

@@ -95,7 +95,7 @@ def promoted(forks: Forks, root: Path, empty: Path) -> Path:
     home = Home(root / "home")
     home.restore(empty)
     arguments = {"folder": str(root / "reports"), "orders": list("abc"), "promoted": 2}
-    completed = forks.call("homes:registered", arguments, variables=home.variables)
+    completed = forks.call("homes:publish_orders", arguments, variables=home.variables)
     assert completed.value == ["1", "2", "3"], completed.text
     return home.save_snapshot(root / "promoted")
 

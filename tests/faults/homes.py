@@ -1,8 +1,8 @@
 """Prepare, compare and check the recpress homes of fault tests.
 
 A ``Home`` is a folder with all files of one installation: the store, the registry, a Triton
-repository with the champion, and temporary files. ``registered`` is called in a child process by
-``Forks.call``; the functions after it only read files.
+repository with the champion, and temporary files. ``Forks.call`` calls ``publish_orders`` in a child
+process; the functions after it only read files.
 """
 
 import json
@@ -89,7 +89,7 @@ def write_order(file: Path, **changes: Any) -> Path:
     return file
 
 
-def registered(folder: str, orders: list[str], promoted: int) -> list[str]:
+def publish_orders(folder: str, orders: list[str], promoted: int) -> list[str]:
     """Publish orders without running them and promote the first ones; return their versions.
 
     Args:

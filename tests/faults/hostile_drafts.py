@@ -62,7 +62,7 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Change:
     return apply
 
 
-def pickled(name: str, protocol: int) -> Change:
+def write_pickle(name: str, protocol: int) -> Change:
     """Write a pickle of ``_Payload``."""
 
     def apply(draft: Path) -> None:
@@ -264,7 +264,7 @@ ARCHITECTURES = (
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 CASES: dict[str, Change] = {
     **{
-        f"pickle {protocol} as {name}": pickled(name, protocol)
+        f"pickle {protocol} as {name}": write_pickle(name, protocol)
         for name in ("extra.pkl", "model.bin", "evil.safetensors", "model.safetensors", "x.npy")
         for protocol in (0, 4)
     },

@@ -50,12 +50,12 @@ def no_fault(_: Request) -> Fault | None:
     return None
 
 
-def at(number: int, fault: Fault, repeated: int = 1) -> Plan:
+def fail_at(number: int, fault: Fault, repeated: int = 1) -> Plan:
     """Plan: request ``number`` and the following ``repeated - 1`` requests have a fault."""
     return lambda request: fault if 0 <= request.number - number < repeated else None
 
 
-def often(rate: float, faults: tuple[Fault, ...], seed: int) -> Plan:
+def fail_randomly(rate: float, faults: tuple[Fault, ...], seed: int) -> Plan:
     """Plan: a share ``rate`` of the requests have a random fault, drawn with a fixed seed."""
     draw, lock = random.Random(seed), threading.Lock()
 

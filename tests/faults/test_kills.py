@@ -108,7 +108,7 @@ class KillTest:
             return [*problems, f"the next run ended with {again.code}: {again.text}"]
         problems += [f"after the next run: {problem}" for problem in damage(self.home)]
         if (result := state(self.home)) != self.expected:
-            problems.append(f"another result: {different(self.expected, result)}")
+            problems.append(f"another result: {describe_differences(self.expected, result)}")
         if temporaries(self.home):
             # A command whose work is already finished writes nothing and removes nothing. Later
             # commands remove temporary files: pack in TMPDIR, doctor in the store.
@@ -118,7 +118,7 @@ class KillTest:
         return problems
 
 
-def different(expected: dict[str, Any], result: dict[str, Any]) -> str:
+def describe_differences(expected: dict[str, Any], result: dict[str, Any]) -> str:
     """Describe the parts of a state that differ from the expected one."""
     return "; ".join(
         f"{key}: expected {expected[key]}, got {result[key]}"

@@ -108,7 +108,7 @@ def test_promotions_and_rollbacks_at_once_on_s3_leave_one_linear_ledger(
     address = "s3://models/races"
     variables = home.variables | s3_server.environment | {"RECPRESS_STORE": address}
     arguments = {"folder": str(root / "reports"), "orders": list("abc"), "promoted": 2}
-    completed = forks.call("homes:registered", arguments, variables=variables)
+    completed = forks.call("homes:publish_orders", arguments, variables=variables)
     assert completed.value == ["1", "2", "3"], completed.text
     for number in range(ROUNDS):
         before = len(Ledger(Store(address), "m").entries())

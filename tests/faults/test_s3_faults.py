@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from forked import Forks
 from homes import Home, state
-from s3_proxy import FAULTS, Proxy, at, often, running_proxy
+from s3_proxy import FAULTS, Proxy, fail_at, fail_randomly, running_proxy
 from s3_server import S3Server
 
 from infra.errors import AlreadyThere, ArtifactDamaged, InfraError, RecordRefused, Refused
@@ -194,7 +194,7 @@ def check_every_request(
         for fault in FAULTS:
             proxy.follow()
             operation.prepare()
-            proxy.follow(at(number, fault, repeated))
+            proxy.follow(fail_at(number, fault, repeated))
             try:
                 outcome = outcome_of(operation, f"{fault} once" if repeated == 1 else fault, proxy)
                 finish(proxy, operation, outcome)
@@ -235,7 +235,7 @@ def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
     for seed in range(ARTIFACTS):
         proxy.follow()
         operation.prepare()
-        proxy.follow(often(rate, FAULTS, seed))
+        proxy.follow(fail_randomly(rate, FAULTS, seed))
         try:
             outcome = outcome_of(operation, "flipped", proxy)
             finish(proxy, operation, outcome)
@@ -267,7 +267,7 @@ def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_ea
             except InfraError:
                 failed.append(name)
 
-    proxy.follow(often(rate, ("lost", "reset", "503"), seed=7))
+    proxy.follow(fail_randomly(rate, ("lost", "reset", "503"), seed=7))
     threads = [threading.Thread(target=write, args=(number,)) for number in range(WRITERS)]
     for thread in threads:
         thread.start()
@@ -308,7 +308,9 @@ class OrderOnS3:
         for attempt in range(ATTEMPTS):
             last = attempt == ATTEMPTS - 1
             self._proxy.follow(
-                often(0 if last else rate / (1 + attempt // 3), FAULTS, seed * 100 + attempt)
+                fail_randomly(
+                    0 if last else rate / (1 + attempt // 3), FAULTS, seed * 100 + attempt
+                )
             )
             variables = self._home.variables | self._variables
             completed = self._forks.run(command, variables=variables)
@@ -385,7 +387,7 @@ def test_pack_with_a_fault_in_any_request_is_right_or_exits_with_code_1(
     assert reference.code == 0, reference.text
     failed = []
     for number in range(1, len(proxy.seen) + 1):
-        proxy.follow(at(number, fault, IN_A_ROW))
+        proxy.follow(fail_at(number, fault, IN_A_ROW))
         completed = packed(number)
         proxy.follow()
         again = packed(number)

@@ -19,7 +19,7 @@ from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.logging.clients import get_logs_subscriber
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from processes import LOOPBACK, arguments, environment_of, listening_sockets, process_tree
-from web_attacks import FOREIGN, basic, require_rejection_without_the_secret, send
+from web_attacks import FOREIGN, basic_auth_header, require_rejection_without_the_secret, send
 
 from infra.services.compose import read_variables
 from infra.telemetry import TELEMETRY_OFF
@@ -133,7 +133,10 @@ def test_printed_command_prints_the_secret_that_logs_in(local_services: LocalSer
     secret = shell.stdout.strip()
     assert secret not in printed
     reply = send(
-        local_services.client["PREFECT_API_URL"], "GET", "/admin/version", headers=basic(secret)
+        local_services.client["PREFECT_API_URL"],
+        "GET",
+        "/admin/version",
+        headers=basic_auth_header(secret),
     )
     assert reply.status == 200
 

@@ -7,7 +7,7 @@ import pytest
 from prefect.context import SettingsContext, get_settings_context
 from prefect.server.api.server import create_app
 from prefect.settings import Settings
-from web_attacks import FOREIGN, basic
+from web_attacks import FOREIGN, basic_auth_header
 
 from flows.server import embedded_server
 from flows.server.embedded_server import new_auth_string
@@ -42,13 +42,15 @@ def test_embedded_server_accepts_only_requests_with_its_secret(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     auth = new_auth_string()
-    without, wrong, right = replies(monkeypatch, auth, {}, basic("recpress:recpress"), basic(auth))
+    without, wrong, right = replies(
+        monkeypatch, auth, {}, basic_auth_header("recpress:recpress"), basic_auth_header(auth)
+    )
     assert (without.status_code, wrong.status_code, right.status_code) == (401, 401, 200)
 
 
 def test_embedded_server_allows_no_other_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     auth = new_auth_string()
-    headers = [basic(auth) | {"Origin": origin} for origin in FOREIGN]
+    headers = [basic_auth_header(auth) | {"Origin": origin} for origin in FOREIGN]
     for reply in replies(monkeypatch, auth, *headers):
         assert reply.status_code == 200
         assert "access-control-allow-origin" not in reply.headers

@@ -58,7 +58,7 @@ RUNTIME = "onnxruntime"
 ROWS, EDGE_ROWS = 64, 32
 
 
-def recorded(name: str, names: dict[str, str]) -> str:
+def name_in_record(name: str, names: dict[str, str]) -> str:
     """The record's name for a name of the package."""
     return names.get(name, name)
 
@@ -73,12 +73,14 @@ def recorded_tensor(name: str) -> str:
 def methods() -> dict[str, type[Step]]:
     """All registered methods by their kinds in the record."""
     registered = tuple(METHODS.values())
-    return {recorded(method.model_fields["kind"].default, KINDS): method for method in registered}
+    return {
+        name_in_record(method.model_fields["kind"].default, KINDS): method for method in registered
+    }
 
 
 def targets() -> dict[str, str]:
     """All registered targets by their names in the record."""
-    return {recorded(target, TARGETS): target for target in DECLARED_TARGETS}
+    return {name_in_record(target, TARGETS): target for target in DECLARED_TARGETS}
 
 
 def step(kind: str, **settings: Any) -> Step:
@@ -97,7 +99,7 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except CompressionError as error:
-        raise Refused(recorded(type(error).__name__, REFUSALS)) from error
+        raise Refused(name_in_record(type(error).__name__, REFUSALS)) from error
 
 
 def compress(step_to_apply: Step, model: Model, bench: Bench, folder: Path) -> Model:

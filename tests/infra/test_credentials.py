@@ -20,14 +20,14 @@ from infra.credentials import (
     bare_login,
     clean_exceptions,
     clean_log_records,
-    cleaned,
+    mask_credentials,
     move_registry_login,
     pass_to_driver,
 )
 from infra.errors import InfraError, Refused, RegistryRefused, RegistryUnavailable, SettingRefused
 from infra.registry.mlflow_registry import Registry
 from infra.services.setup import create_buckets
-from infra.settings import load_settings, shown
+from infra.settings import load_settings, public_uri
 from infra.store.object_store import Store
 
 SECRETS = canaries()
@@ -66,7 +66,7 @@ def assert_clean(*texts: str, planted: Canaries = SECRETS) -> None:
 def test_cleaned_hides_logins_and_tokens_in_addresses_and_no_other_text(
     text: str, safe: str | None
 ) -> None:
-    text_without_secrets = cleaned(text)
+    text_without_secrets = mask_credentials(text)
     assert text_without_secrets == (
         safe or "https://b.s3/k?X-Amz-Signature=***&X-Amz-Security-Token=***"
     )
@@ -80,8 +80,10 @@ def test_cleaned_hides_values_of_secret_variables(
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:" + SECRETS.of("PREFECT_API_AUTH_STRING"))
     for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI", "PREFECT_API_AUTH_STRING"):
         secret = SECRETS.of(name)
-        assert_clean(cleaned(f"password {secret} refused"), cleaned(f"{[secret]}"))
-        assert_clean(cleaned(f"http://me:{SECRETS.in_address(name)}@host"))
+        assert_clean(
+            mask_credentials(f"password {secret} refused"), mask_credentials(f"{[secret]}")
+        )
+        assert_clean(mask_credentials(f"http://me:{SECRETS.in_address(name)}@host"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_cleaned_hides_encoded_values_of_secret_variables(
 ) -> None:
     secret = "pä ss/wo\\rd&1"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    assert cleaned(f"signed with {encoded(secret)} by x") == "signed with *** by x"
+    assert mask_credentials(f"signed with {encoded(secret)} by x") == "signed with *** by x"
 
 
 def test_cleaned_keeps_short_values_and_values_of_other_variables(
@@ -104,12 +106,12 @@ def test_cleaned_keeps_short_values_and_values_of_other_variables(
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "enabled")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/etc/aws/credentials")
     text = "admin enabled /etc/aws/credentials"
-    assert cleaned(text) == text
+    assert mask_credentials(text) == text
 
 
 @pytest.mark.parametrize("uri", ["https:/me:secret@h/x", "me:secret@h:5000", "s3:me:secret@b"])
 def test_shown_omits_the_password_of_an_address_with_a_missing_slash(uri: str) -> None:
-    assert "secret" not in shown(uri)
+    assert "secret" not in public_uri(uri)
 
 
 # --- Addresses -------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ from compressors.quantize.dense.float8_dense import Float8Dense
 from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from infra.tensorrt.audit import judge_sparsity
-from infra.tensorrt.engines import Engine, available, build_engine
+from infra.tensorrt.engines import Engine, build_engine, installed_version
 
 needs_rtx = pytest.mark.skipif(
-    available("tensorrt-rtx") is None,
+    installed_version("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 INPUTS, WIDTH = 500, 512  # 500 is no multiple of a block of weights that share a scale

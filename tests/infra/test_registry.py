@@ -147,12 +147,12 @@ def test_unknown_model_is_refused_with_the_names_of_existing_models(registry):
 def test_version_is_returned_by_number_and_by_alias(registry):
     publish(registry)
     second = publish(registry, OTHER)
-    registry.point("ranker", "candidate", "2")
+    registry.set_alias("ranker", "candidate", "2")
     assert registry.version("ranker", "2").source == second.source
     assert registry.version("ranker", "@candidate").version == "2"
     assert registry.version("ranker", "2").aliases == ("candidate",)
     assert registry.version("ranker", "1").aliases == ()
-    registry.point("ranker", "candidate", "1")
+    registry.set_alias("ranker", "candidate", "1")
     assert registry.version("ranker", "@candidate").version == "1"
     with raises_code(RegistryRefused, "alias_missing", alias="@champion", aliases=("@candidate",)):
         registry.version("ranker", "@champion")
@@ -160,7 +160,7 @@ def test_version_is_returned_by_number_and_by_alias(registry):
         with raises_code(RegistryRefused, None, model="ranker"):
             registry.version("ranker", ref)
     with raises_code(RegistryRefused, "version_missing", version="9", newest=("2", "1")):
-        registry.point("ranker", "champion", "9")
+        registry.set_alias("ranker", "champion", "9")
 
 
 def test_repair_sets_or_removes_the_champion_alias(registry):
@@ -168,7 +168,7 @@ def test_repair_sets_or_removes_the_champion_alias(registry):
     publish(registry, OTHER)
     assert registry.repair("ranker", "2") is True
     assert registry.repair("ranker", "2") is False
-    registry.point("ranker", "champion", "1")
+    registry.set_alias("ranker", "champion", "1")
     assert registry.repair("ranker", "2") is True
     assert registry.version("ranker", "@champion").version == "2"
     assert registry.repair("ranker", None) is True
@@ -207,7 +207,7 @@ def test_alias_that_mlflow_does_not_accept_is_refused(registry):
     publish(registry)
     for alias in ("latest", "v1", "a b", ""):
         with raises_code(RegistryRefused, "registry_refused"):
-            registry.point("ranker", alias, "1")
+            registry.set_alias("ranker", alias, "1")
 
 
 # --- unusable registries -----------------------------------------------------------

@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, text
 
 from infra.errors import SettingRefused
 from infra.registry.mlflow_registry import Registry
-from infra.settings import load_settings, shown, sqlite_file, sqlite_uri
+from infra.settings import load_settings, public_uri, sqlite_file, sqlite_uri
 
 UNUSUAL_NAMES = (
     "a?b",
@@ -123,5 +123,5 @@ def test_home_that_is_no_valid_path_is_refused(home: str, monkeypatch: pytest.Mo
 
 def test_shown_keeps_the_path_of_a_sqlite_uri() -> None:
     file = Path("/srv/me@work/a?b/registry.db")
-    assert shown(sqlite_uri(file)) == f"sqlite:///{file}"
-    assert shown("sqlite:////srv/me@work/registry.db") == "sqlite:////srv/me@work/registry.db"
+    assert public_uri(sqlite_uri(file)) == f"sqlite:///{file}"
+    assert public_uri("sqlite:////srv/me@work/registry.db") == "sqlite:////srv/me@work/registry.db"

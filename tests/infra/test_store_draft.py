@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from infra.errors import ArtifactDamaged, ArtifactMissing, StoreRefused
 from infra.store import draft as store_draft
 from infra.store.chunks import hash_files, sha256
-from infra.store.draft import ArtifactDraft, ChunkHashes, draft, finished
+from infra.store.draft import ArtifactDraft, ChunkHashes, open_draft, verify_result
 from infra.store.manifest import StoreManifest
 from infra.store.object_store import CHUNK_BYTES, Store
 
@@ -98,14 +98,14 @@ def write_missing_blocks(
     artifact_draft: ArtifactDraft, rounds: int = 99, size: int = 3 * 2**20
 ) -> None:
     """Write at most ``rounds`` of the blocks of ``BODY`` that are not written yet."""
-    missing = [at for at in range(0, len(BODY), size) if not artifact_draft.holds(str(at))]
+    missing = [at for at in range(0, len(BODY), size) if not artifact_draft.has_block(str(at))]
     for at in missing[:rounds]:
         artifact_draft.write(str(at), [(at, memoryview(BODY)[at : at + size])])
 
 
 def write_and_publish(into: Path) -> StoreManifest:
     """Write a whole draft, or the rest of an interrupted one, and publish it."""
-    with draft(into, "job", "data", len(BODY)) as artifact_draft:
+    with open_draft(into, "job", "data", len(BODY)) as artifact_draft:
         write_missing_blocks(artifact_draft)
         artifact_draft.add("notes", b"small")
         manifest = artifact_draft.seal()
@@ -119,7 +119,7 @@ def test_published_draft_has_the_manifest_that_the_store_computes(tmp_path: Path
     assert (files / "data").read_bytes() == BODY
     assert (files / "notes").read_bytes() == b"small"
     assert manifest.files == hash_files(files, [("data", len(BODY)), ("notes", 5)])
-    assert finished(tmp_path / "out") == manifest
+    assert verify_result(tmp_path / "out") == manifest
     assert Store(str(tmp_path / "store")).put(files).sha256 == manifest.root
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
 
@@ -132,7 +132,7 @@ def interrupt(into: Path, rounds: int, job: str = "job", then: Act | None = None
     """Write some blocks of a draft, call ``then``, and end as a killed process would."""
 
     def run() -> None:
-        with draft(into, job, "data", len(BODY)) as artifact_draft:
+        with open_draft(into, job, "data", len(BODY)) as artifact_draft:
             write_missing_blocks(artifact_draft, rounds)
             if then is not None:
                 then(artifact_draft)
@@ -146,7 +146,7 @@ def test_incomplete_draft_cannot_be_sealed_and_leaves_no_result(tmp_path: Path):
     interrupt(tmp_path / "out", 3)
     assert not (tmp_path / "out").exists()
     with (
-        draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft,
+        open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft,
         raises_code(ArtifactDamaged, "draft_incomplete"),
     ):
         artifact_draft.seal()
@@ -157,8 +157,8 @@ def test_incomplete_draft_cannot_be_sealed_and_leaves_no_result(tmp_path: Path):
 def test_interrupted_draft_resumes_and_gives_the_same_result(rounds: int, tmp_path: Path):
     expected = write_and_publish(tmp_path / "whole")
     interrupt(tmp_path / "out", rounds)
-    with draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-        written = [at for at in range(0, len(BODY), 3 * 2**20) if artifact_draft.holds(str(at))]
+    with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
+        written = [at for at in range(0, len(BODY), 3 * 2**20) if artifact_draft.has_block(str(at))]
     assert len(written) == min(rounds, 6)
     assert write_and_publish(tmp_path / "out") == expected
     assert (tmp_path / "out" / "files" / "data").read_bytes() == BODY
@@ -171,8 +171,8 @@ def test_block_with_lost_bytes_is_written_again(tmp_path: Path):
     with unfinished.open("r+b") as file:  # as after a power failure that lost these bytes
         file.seek(3 * 2**20 + 5)
         file.write(bytes(100))
-    with draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-        is_written = [artifact_draft.holds(str(at * 2**20)) for at in (0, 3, 6, 9)]
+    with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
+        is_written = [artifact_draft.has_block(str(at * 2**20)) for at in (0, 3, 6, 9)]
         assert is_written == [True, False, True, True]
     assert write_and_publish(tmp_path / "out") == expected
 
@@ -183,17 +183,17 @@ def test_incomplete_journal_line_is_ignored_and_later_lines_are_read(tmp_path: P
     journal = tmp_path / ".out.journal"
     journal.write_bytes(journal.read_bytes()[:-9])
     for before, after in ((2, 3), (3, 4)):
-        with draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
+        with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
             starts = range(0, len(BODY), 3 * 2**20)
-            assert sum(artifact_draft.holds(str(start)) for start in starts) == before
+            assert sum(artifact_draft.has_block(str(start)) for start in starts) == before
             write_missing_blocks(artifact_draft, after - before)
     assert write_and_publish(tmp_path / "out") == expected
 
 
 def test_draft_of_another_job_is_not_resumed(tmp_path: Path):
     interrupt(tmp_path / "out", 3, "another job")
-    with draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-        assert not artifact_draft.holds("0")
+    with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
+        assert not artifact_draft.has_block("0")
     assert write_and_publish(tmp_path / "out") == write_and_publish(tmp_path / "whole")
 
 
@@ -207,9 +207,9 @@ def test_run_killed_after_seal_resumes_and_gives_the_same_result(tmp_path: Path)
 
 
 def test_second_writer_of_one_result_is_refused(tmp_path: Path):
-    second_draft = draft(tmp_path / "out", "job", "data", 5)
+    second_draft = open_draft(tmp_path / "out", "job", "data", 5)
     with (
-        draft(tmp_path / "out", "job", "data", 5),
+        open_draft(tmp_path / "out", "job", "data", 5),
         raises_code(StoreRefused, "output_in_use", folder=str(tmp_path / "out")),
     ):
         second_draft.__enter__()
@@ -218,9 +218,12 @@ def test_second_writer_of_one_result_is_refused(tmp_path: Path):
 def test_folder_with_files_is_refused_at_the_start_and_at_publish(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with raises_code(StoreRefused, "output_not_empty"), draft(tmp_path / "out", "job", "data", 5):
+    with (
+        raises_code(StoreRefused, "output_not_empty"),
+        open_draft(tmp_path / "out", "job", "data", 5),
+    ):
         pass
-    with draft(tmp_path / "late", "job", "data", 1) as artifact_draft:
+    with open_draft(tmp_path / "late", "job", "data", 1) as artifact_draft:
         artifact_draft.write("all", [(0, memoryview(b"x"))])
         (tmp_path / "late").mkdir()
         (tmp_path / "late" / "mine").write_text("mine")
@@ -231,7 +234,7 @@ def test_folder_with_files_is_refused_at_the_start_and_at_publish(tmp_path: Path
 
 
 def test_exception_of_the_caller_is_not_translated(tmp_path: Path):
-    with pytest.raises(FileNotFoundError), draft(tmp_path / "out", "job", "data", 5):
+    with pytest.raises(FileNotFoundError), open_draft(tmp_path / "out", "job", "data", 5):
         raise FileNotFoundError("of the caller")
 
 
@@ -242,7 +245,7 @@ def test_store_takes_a_sealed_draft_without_hashing_it_again(
     monkeypatch.setattr(store_draft, "hash_files", None)
     monkeypatch.setattr("infra.store.object_store.hash_files", None)
     monkeypatch.setattr("infra.store.artifact_files.verified_chunks", None)
-    with draft(tmp_path / "work", "job", "data", len(BODY)) as artifact_draft:
+    with open_draft(tmp_path / "work", "job", "data", len(BODY)) as artifact_draft:
         write_missing_blocks(artifact_draft)
         manifest = artifact_draft.seal()
         artifact = store.take(artifact_draft.files, manifest)
@@ -256,7 +259,7 @@ def test_store_takes_a_sealed_draft_without_hashing_it_again(
 
 def test_bucket_takes_a_sealed_draft(tmp_path: Path, s3):
     store = Store("s3://models/drafts")
-    with draft(tmp_path / "work", "job", "data", len(BODY)) as artifact_draft:
+    with open_draft(tmp_path / "work", "job", "data", len(BODY)) as artifact_draft:
         write_missing_blocks(artifact_draft)
         artifact = store.take(artifact_draft.files, artifact_draft.seal())
     assert (store.local(artifact, tmp_path / "cache") / "data").read_bytes() == BODY
@@ -281,14 +284,14 @@ def test_finished_refuses_a_damaged_result(damage: str, tmp_path: Path):
         manifest["root"] = "0" * 64
         (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     with raises_code(ArtifactDamaged, "result_damaged"):
-        finished(tmp_path / "out")
+        verify_result(tmp_path / "out")
 
 
 def test_finished_without_a_manifest_is_a_missing_artifact(tmp_path: Path):
     write_and_publish(tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
     with raises_code(ArtifactMissing, "result_incomplete"):
-        finished(tmp_path / "out")
+        verify_result(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ArtifactMissing):
-        finished(tmp_path / "out")
+        verify_result(tmp_path / "out")

@@ -14,9 +14,9 @@ import pytest
 
 from infra.store import folder as store_folder
 from infra.store import temporary
-from infra.store.draft import draft
+from infra.store.draft import open_draft
 from infra.store.object_store import Store
-from infra.store.temporary import MAX_AGE_SECONDS, collect, owned_name, scratch_folder
+from infra.store.temporary import MAX_AGE_SECONDS, owned_name, remove_leftovers, scratch_folder
 
 NO_EARLIER_NAMES = re.compile(r"(?!)")
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def test_file_of_an_earlier_process_with_the_same_pid_is_removed(tmp_path: Path)
     earlier_name = current_name.replace(f"-{start}-", f"-{start - 1}-")
     for name in (current_name, earlier_name):
         (tmp_path / name).touch()
-    assert collect(tmp_path, NO_EARLIER_NAMES) == 1
+    assert remove_leftovers(tmp_path, NO_EARLIER_NAMES) == 1
     assert [path.name for path in tmp_path.iterdir()] == [current_name]
 
 
@@ -153,10 +153,12 @@ def test_folder_of_another_machine_is_removed_after_the_age_limit_of_all_its_fil
     old = time.time() - MAX_AGE_SECONDS - 60
     for path in (folder, folder / "deep"):
         os.utime(path, (old, old))
-    assert collect(tmp_path, NO_EARLIER_NAMES) == 0, "a file in a subfolder changed recently"
+    assert remove_leftovers(tmp_path, NO_EARLIER_NAMES) == 0, (
+        "a file in a subfolder changed recently"
+    )
     for path in (folder / "deep" / "growing", folder / "deep", folder):
         os.utime(path, (old, old))
-    assert collect(tmp_path, NO_EARLIER_NAMES) == 1
+    assert remove_leftovers(tmp_path, NO_EARLIER_NAMES) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,7 +176,7 @@ def test_old_files_with_names_of_no_temporary_file_are_kept(tmp_path: Path) -> N
     for name in names:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (old, old))
-    assert collect(tmp_path, temporary.EARLIER_SIBLINGS) == 0
+    assert remove_leftovers(tmp_path, temporary.EARLIER_SIBLINGS) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
@@ -184,7 +186,7 @@ def test_temporary_folders_of_version_0_1_0_are_removed_after_the_age_limit(tmp_
         folder.mkdir()
     long_ago = time.time() - MAX_AGE_SECONDS - 60
     os.utime(old, (long_ago, long_ago))
-    assert collect(tmp_path, temporary.EARLIER_SIBLINGS) == 1
+    assert remove_leftovers(tmp_path, temporary.EARLIER_SIBLINGS) == 1
     assert list(tmp_path.iterdir()) == [recent]
 
 
@@ -196,7 +198,7 @@ def test_collect_removes_a_symlink_and_keeps_its_target(
     start = temporary._start_time(os.getpid())
     link = tmp_path / owned_name("x", "tmp").replace(f"-{start}-", "-1-")
     link.symlink_to(tmp_path / "kept")
-    assert collect(tmp_path, NO_EARLIER_NAMES) == 1
+    assert remove_leftovers(tmp_path, NO_EARLIER_NAMES) == 1
     assert (tmp_path / "kept" / "f").exists()
 
 
@@ -222,7 +224,7 @@ def test_scratch_folder_is_private_and_removed_after_an_error(top: Path) -> None
 
 def leave_unfinished_draft(into: Path, days: float) -> None:
     """Create the files of a killed run of ``tables quantize`` that changed ``days`` days ago."""
-    with draft(into, "job", "data", 5) as unfinished:
+    with open_draft(into, "job", "data", 5) as unfinished:
         unfinished.write("0", [(0, memoryview(b"12345"))])
     last_change = time.time() - days * 86_400
     unfinished_folder = into.with_name(f".{into.name}.part")
@@ -241,7 +243,7 @@ def hidden_files(folder: Path) -> list[str]:
 
 def finish_other_draft(folder: Path) -> None:
     """Write and publish a draft in ``folder``, which removes abandoned drafts there."""
-    with draft(folder / "other", "job", "data", 5) as unfinished:
+    with open_draft(folder / "other", "job", "data", 5) as unfinished:
         unfinished.write("0", [(0, memoryview(b"12345"))])
         unfinished.publish(unfinished.seal())
 
@@ -254,7 +256,7 @@ def test_draft_unchanged_for_more_than_a_week_is_removed(tmp_path: Path) -> None
 
 
 def test_old_draft_that_a_process_has_open_is_kept(tmp_path: Path) -> None:
-    with draft(tmp_path / "open", "job", "data", 5):
+    with open_draft(tmp_path / "open", "job", "data", 5):
         for path in (tmp_path / ".open.journal", *(tmp_path / ".open.part").rglob("*")):
             os.utime(path, (0, 0))
         os.utime(tmp_path / ".open.part", (0, 0))
@@ -272,6 +274,9 @@ def test_old_file_with_a_journals_name_but_other_content_is_kept(tmp_path: Path)
 def test_draft_refused_for_a_full_folder_leaves_no_journal(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "f").touch()
-    with pytest.raises(Exception, match="not empty"), draft(tmp_path / "full", "job", "data", 5):
+    with (
+        pytest.raises(Exception, match="not empty"),
+        open_draft(tmp_path / "full", "job", "data", 5),
+    ):
         pass
     assert hidden_files(tmp_path) == []

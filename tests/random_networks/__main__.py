@@ -15,10 +15,10 @@ import time
 import torch
 
 from tests.onnx_operators import operators_read_once
-from tests.random_networks.check import Checker, Fault, Findings, checked
+from tests.random_networks.check import Checker, Fault, Findings, run_check
 from tests.random_networks.generator import Case, generate
 from tests.random_networks.passes import PASSES
-from tests.random_networks.shrink import shrunk
+from tests.random_networks.shrink import shrink_case
 from tests.random_networks.steps import LAST, LAYERS, TABLES, TARGETS, VALUES
 
 
@@ -71,7 +71,7 @@ def main() -> int:
     total, start = Findings(), time.process_time()
     with operators_read_once():
         for seed in range(first, first + count):
-            findings = checked(generate(seed), check)
+            findings = run_check(generate(seed), check)
             total.add(findings)
             if options.progress:
                 print(f"seed {seed}: {dict(findings.counts)}", flush=True)  # noqa: T201
@@ -108,13 +108,13 @@ def shrink(case: Case, check: object, fault: Fault) -> None:
     """Print the smallest network with a fault of the same kind."""
 
     def fails(candidate: Case) -> bool:
-        findings = checked(candidate, check)  # type: ignore[arg-type]
+        findings = run_check(candidate, check)  # type: ignore[arg-type]
         return any(other.kind == fault.kind for other in findings.faults)
 
-    small = shrunk(case, fails)
+    small = shrink_case(case, fails)
     print(json.dumps(small.config, indent=1))  # noqa: T201
     print(small.signature.model_dump_json(indent=1, exclude_defaults=True))  # noqa: T201
-    show(checked(small, check).faults)  # type: ignore[arg-type]
+    show(run_check(small, check).faults)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Bench, DenseInput, JaggedBag, Signature, Split
 from tests.random_networks.generator import Case
-from tests.random_networks.inputs import Rows, typical_rows, unpacked
+from tests.random_networks.inputs import Rows, ids_of_rows, typical_rows
 
 BENCH_ROWS = 64
 
@@ -35,7 +35,7 @@ def _prepared_tensors(signature: Signature, rows: Rows) -> dict[str, Tensor]:
     for item in signature.inputs:
         tensors[item.name] = rows[item.name]
         if isinstance(item, JaggedBag) and not isinstance(item, DenseInput):
-            lengths = torch.tensor([len(ids) for ids in unpacked(item, rows)])
+            lengths = torch.tensor([len(ids) for ids in ids_of_rows(item, rows)])
             tensors[f"@bounds/{item.name}"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     if signature.group is not None:
         tensors["@group"] = torch.arange(BENCH_ROWS) // 8

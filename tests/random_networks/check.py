@@ -43,7 +43,7 @@ from infra.onnxruntime.sessions import Session, optimized_graph
 from tests.random_networks import inputs as row_makers
 from tests.random_networks.bench import write_bench
 from tests.random_networks.generator import Case, rows_of
-from tests.random_networks.inputs import Rows, allowed, some_rows
+from tests.random_networks.inputs import Rows, replace_invalid_ids, some_rows
 from tests.random_networks.reference import decoded_network
 
 FloatArray = NDArray[np.float32]
@@ -156,7 +156,7 @@ class Checker:
         assert [(u.name, u.format) for u in Unit.of(reloaded)] == [
             (u.name, u.format) for u in Unit.of(model.module)
         ], "a reloaded network has other units"
-        rows = allowed(self.case.signature, self.tables, self.rows["edge"])[0]
+        rows = replace_invalid_ids(self.case.signature, self.tables, self.rows["edge"])[0]
         with torch.no_grad():
             first, second = model.module(**rows), reloaded(**rows)
         assert torch.equal(first.nan_to_num(7.0), second.nan_to_num(7.0)), (
@@ -165,7 +165,7 @@ class Checker:
 
     def _check_same_function(self, kind: str, before: nn.Module, after: nn.Module) -> None:
         for name in ("typical", "edge", "empty"):
-            rows = allowed(self.case.signature, self.tables, self.rows[name])[0]
+            rows = replace_invalid_ids(self.case.signature, self.tables, self.rows[name])[0]
             self._assert_close(f"{kind} on {name} rows", before, after, rows, 2e-4)
 
     def check_module(self, packed: Model, plain: Model, where: str) -> None:
@@ -178,7 +178,7 @@ class Checker:
         rounding = formats & {"static_int8", "float8_dense", "weight_int8", "weight_int4"}
         share = 0.05 if rounding else 2e-4
         for name in ("typical", "edge", "extreme", "empty"):
-            rows = allowed(self.case.signature, self.tables, self.rows[name])[0]
+            rows = replace_invalid_ids(self.case.signature, self.tables, self.rows[name])[0]
             what = f"{where} against decoded weights on {name} rows"
             self.run_guarded(
                 what,
@@ -192,7 +192,7 @@ class Checker:
         with torch.no_grad():
             expected, actual = first(**rows).reshape(-1), second(**rows).reshape(-1)
         assert torch.equal(expected.isnan(), actual.isnan()), f"{what}: NaN at other rows"
-        typical = allowed(self.case.signature, self.tables, self.rows["typical"])[0]
+        typical = replace_invalid_ids(self.case.signature, self.tables, self.rows["typical"])[0]
         with torch.no_grad():
             spread = float(first(**typical).nan_to_num().std()) if len(expected) else 0.0
         gap = (expected - actual).nan_to_num()
@@ -266,7 +266,7 @@ class Checker:
 
     def reference_scores(self, module: nn.Module, graph: ServedGraph, rows: Rows) -> FloatArray:
         """Scores by torch, with the request policy of ``inputs.allowed``."""
-        within, refused = allowed(graph.signature, self.tables, rows)
+        within, refused = replace_invalid_ids(graph.signature, self.tables, rows)
         with torch.no_grad():
             score = graph.part(module)(**within)
         if graph.output != VECTOR:
@@ -318,7 +318,7 @@ class Checker:
             else:
                 check_parity(expected, actual, plan, target)
         except ParityLost:
-            within = allowed(graph.signature, self.tables, rows)[0]
+            within = replace_invalid_ids(graph.signature, self.tables, rows)[0]
             part = graph.part(model.module)
             if target != "onnxruntime" and _beyond_float16(part, within):
                 self.findings.counts["beyond float16"] += 1
@@ -413,7 +413,7 @@ def plan_of_graph(model: Model, graph: ServedGraph) -> Plan | None:
     return Plan(lines=tuple(line for line in model.plan.lines if line.module in names))
 
 
-def checked(case: Case, check: Callable[[Checker], None]) -> Findings:
+def run_check(case: Case, check: Callable[[Checker], None]) -> Findings:
     """Run a check on one case and return its findings."""
     with tempfile.TemporaryDirectory(prefix="network-") as scratch:
         checker = Checker(case, Path(scratch))

@@ -141,7 +141,7 @@ def _packed(item: AnyInput, lists: list[list[int]]) -> Rows:
     return {item.name: ids if item.shape else ids[:, 0]}
 
 
-def unpacked(item: AnyInput, rows: Rows) -> list[list[int]]:
+def ids_of_rows(item: AnyInput, rows: Rows) -> list[list[int]]:
     """The ids of each row."""
     if not isinstance(item, JaggedBag):
         ids = rows[item.name]
@@ -155,13 +155,15 @@ def unpacked(item: AnyInput, rows: Rows) -> list[list[int]]:
     return [values[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def allowed(signature: Signature, tables: Mapping[str, int], rows: Rows) -> tuple[Rows, Tensor]:
+def replace_invalid_ids(
+    signature: Signature, tables: Mapping[str, int], rows: Rows
+) -> tuple[Rows, Tensor]:
     """Rows with every id moved into its table, and a mask of the rows that must get no score."""
     within, refused = dict(rows), None
     for item in signature.inputs:
         if isinstance(item, DenseInput):
             continue
-        lists, high = unpacked(item, rows), tables[item.table]
+        lists, high = ids_of_rows(item, rows), tables[item.table]
         bad = []
         for row, ids in enumerate(lists):
             outside = [not 0 <= i < high for i in ids]
@@ -187,6 +189,6 @@ def some_rows(signature: Signature, rows: Rows, indices: list[int]) -> Rows:
         if isinstance(item, DenseInput):
             selected[item.name] = rows[item.name][indices]
         else:
-            lists = unpacked(item, rows)
+            lists = ids_of_rows(item, rows)
             selected |= _packed(item, [lists[index] for index in indices])
     return selected

@@ -11,7 +11,7 @@ from compressors.contracts import TargetName
 from compressors.core.model import Model
 from compressors.core.units import Unit, swap
 from tests.random_networks.check import Checker, units_of
-from tests.random_networks.inputs import allowed
+from tests.random_networks.inputs import replace_invalid_ids
 from tests.random_networks.steps import COMPOSING, LAST, LAYERS, TABLES, TARGETS, TRAINS, VALUES
 
 PLAIN_EVERY = 10
@@ -20,7 +20,7 @@ SUPERVISED = ("drop_layers", "l1_training", "fine_tune", "distill")
 SLOW = ("additive_codes", "neural_codes", "qat")
 
 
-def mixed(checker: Checker, number: int, target: TargetName | None) -> Model:
+def check_mixed_formats(checker: Checker, number: int, target: TargetName | None) -> Model:
     """Apply some value-changing steps, then a different format to each group of units, and lower.
 
     Args:
@@ -86,7 +86,7 @@ def assign_formats(
 @torch.no_grad()
 def called_units(checker: Checker) -> tuple[str, ...]:
     """Units that the network calls and whose weights it uses nowhere else."""
-    rows = allowed(checker.case.signature, checker.tables, checker.rows["typical"])[0]
+    rows = replace_invalid_ids(checker.case.signature, checker.tables, checker.rows["typical"])[0]
     names = []
     for unit in Unit.of(checker.source.module):
         model = checker.source.private().module
@@ -150,21 +150,21 @@ def value_steps(checker: Checker, count: int) -> None:
             checker.apply_step(VALUES[kind](rng), checker.source)
 
 
-def whole(checker: Checker) -> None:
+def check_network(checker: Checker) -> None:
     """All checks of one network in the nightly run."""
     seed = checker.case.seed
     if seed % PLAIN_EVERY == 0:
         checker.check_lowering(checker.source, TARGETS[seed // PLAIN_EVERY % 3], "plain")
-    mixed(checker, 0, "onnxruntime")
-    mixed(checker, 1, TARGETS[1 + seed % 2])
+    check_mixed_formats(checker, 0, "onnxruntime")
+    check_mixed_formats(checker, 1, TARGETS[1 + seed % 2])
     single_formats(checker, 2)
     value_steps(checker, VALUE_STEPS)
 
 
 PASSES: dict[str, Callable[[Checker], Any]] = {
-    "whole": whole,
+    "whole": check_network,
     "formats": lambda checker: single_formats(checker, 1),
     "values": lambda checker: value_steps(checker, len(VALUES)),
-    "onnxruntime": lambda checker: mixed(checker, 0, "onnxruntime"),
-    "tensorrt": lambda checker: mixed(checker, 1, TARGETS[1 + checker.case.seed % 2]),
+    "onnxruntime": lambda checker: check_mixed_formats(checker, 0, "onnxruntime"),
+    "tensorrt": lambda checker: check_mixed_formats(checker, 1, TARGETS[1 + checker.case.seed % 2]),
 }

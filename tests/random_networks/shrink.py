@@ -26,7 +26,7 @@ SIMPLER: dict[str, Any] = {
 }
 
 
-def shrunk(case: Case, fails: Callable[[Case], bool], seconds: float = 600) -> Case:
+def shrink_case(case: Case, fails: Callable[[Case], bool], seconds: float = 600) -> Case:
     """The smallest network for which ``fails`` is true that the search finds in ``seconds``."""
     end, smaller = time.monotonic() + seconds, True
     while smaller and time.monotonic() < end:

@@ -138,8 +138,11 @@ FAULTS = (
     Fault(
         id="repeated-rollback-goes-back-twice",
         file="tasks/promotion/promotions.py",
-        old="    return datetime.fromisoformat(last.at) > began "
-        "or registry().confirmed(model) != last.digest\n",
+        old="""    return (
+        datetime.fromisoformat(last.at) > began
+        or registry().read_confirmation(model) != last.digest
+    )
+""",
         new="    return False\n",
         effect="Repeating an interrupted rollback goes back two versions.",
         tests=(f"{REPEATED}::test_repeated_rollback_completes_an_interrupted_one",),

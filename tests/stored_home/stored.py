@@ -54,7 +54,7 @@ class Fixture:
 
 
 @functools.cache
-def stored(name: str) -> Fixture:
+def load_fixture(name: str) -> Fixture:
     """Return a fixture by its name, unpacked to a folder that no test may change."""
     (folder,) = [path for path in fixtures() if path.name == name]
     root = Path(_SCRATCH.name) / name
@@ -68,9 +68,9 @@ EXPECTED = {path.name: json.loads((path / "expected.json").read_text()) for path
 WITH_ORDERS = [name for name in NAMES if "finished" in EXPECTED[name]]
 
 
-def copied(name: str, into: Path) -> Path:
+def copy_home(name: str, into: Path) -> Path:
     """Copy a fixture's home for a test that changes it, and return the copy."""
-    shutil.copytree(stored(name).root, into)
+    shutil.copytree(load_fixture(name).root, into)
     return into
 
 

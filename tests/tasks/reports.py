@@ -43,7 +43,7 @@ MACHINE = Machine(
 )
 
 
-def stored(folder: Path, **files: str) -> Artifact:
+def store_files(folder: Path, **files: str) -> Artifact:
     """Store a few text files as an artifact; ``model_onnx="..."`` is the file ``model.onnx``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -122,7 +122,7 @@ def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Rep
         TargetReport(
             target=target,
             required=True,
-            artifact=stored(folder / order[:4] / target, model_onnx=f"{target} {order}"),
+            artifact=store_files(folder / order[:4] / target, model_onnx=f"{target} {order}"),
             bytes=400,
             verdict=Verdict(
                 target=target,
@@ -133,7 +133,7 @@ def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Rep
         )
         for target, outcome in outcomes.items()
     )
-    bundle = stored(folder / "bundle", x_txt="x")  # no test reads its contents
+    bundle = store_files(folder / "bundle", x_txt="x")  # no test reads its contents
     validation = Validation(success=True, evaluated=1, intended=1, findings=(), seconds=0.5)
     line = PlanLine(
         module="user",
@@ -157,7 +157,7 @@ def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Rep
         targets=targets,
         baseline_bytes=1000,
         measurement=measurement(),
-        validation=stored(folder / "validation", validation_json=validation.model_dump_json()),
+        validation=store_files(folder / "validation", validation_json=validation.model_dump_json()),
         calibrated_on="train (10 rows)",
         reproduction=Reproduction(command="recpress compress m@1", order={"model": "m@1"}),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from error_codes import raises_code
-from reports import stored
+from reports import store_files
 from triton_configs import loaded_version
 from triton_versions import Fill, graph_bytes, publish_version
 
@@ -103,7 +103,7 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
     fill("ab", "ab")
     lose_registry()
     other = publish_version(home, "c").version  # version 1, as order a was
-    registry().point("m", "champion", other)
+    registry().set_alias("m", "champion", other)
     functions: dict[str, Callable[[], Any]] = {
         "report": lambda: version_report("m", "@champion"),
         "page": lambda: version_page("m", "@champion"),
@@ -141,7 +141,7 @@ def test_restore_registers_every_result_under_its_former_number(
     assert restore("m") == ()
     assert restore("other") == ()
     assert champion_versions() == {"m": "2"}
-    registry().point("m", "champion", "1")
+    registry().set_alias("m", "champion", "1")
     with raises_code(PromotionRefused, "champions_unusable") as caught:
         champion_versions()
     assert "promote m --version 2" in caught.value.fields["problems"]
@@ -323,7 +323,7 @@ def test_report_without_targets_or_limits_is_not_promoted(
 ) -> None:
     done = publish_version(home, "a")
     report = done.report.model_copy(update={"order": C, **part})
-    release = stored(home / "release", report_json=report.model_dump_json())
+    release = store_files(home / "release", report_json=report.model_dump_json())
     version = registry().publish("m", C, release.uri, {"recpress.outcome": "accepted"}, "").version
     with pytest.raises(refusal, match=message):
         promote("m", version, "")

@@ -17,7 +17,7 @@ from compressors.contracts import Artifact, Outcome, TargetName
 from infra.bundle import bundle_folder
 from infra.errors import ArtifactMissing, StoreRefused
 from infra.registry.mlflow_registry import Registry
-from infra.settings import load_settings, shown
+from infra.settings import load_settings, public_uri
 from tasks import publish as publishing
 from tasks.bundles.bundle_ref import bundle_key, find_bundle, resolve
 from tasks.bundles.packing import check, pack, show
@@ -104,7 +104,7 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
         first.release,
         first.version,
     )
-    assert again.registry == shown(load_settings().registry_uri)
+    assert again.registry == public_uri(load_settings().registry_uri)
     assert again.page_uri().startswith(f"{store().root}/artifacts/")
     assert {path.name for path in new.iterdir()} <= {"registry.db", "registry.db.lock", "store"}
 

@@ -16,7 +16,7 @@ from triton_versions import Fill, publish_version
 
 from compressors.contracts import Artifact
 from infra.errors import AlreadyThere, ArtifactMissing, RecordRefused
-from infra.settings import load_settings, shown
+from infra.settings import load_settings, public_uri
 from infra.store.records import is_sealed, seal_record
 from tasks.bundles.bundle_ref import bundle_key, resolve
 from tasks.bundles.packing import Packed, pack
@@ -184,11 +184,11 @@ def test_finished_result_names_the_registry_of_its_version(
     publish_version(home, "a")
     result = find_finished_order(ORDER)
     assert result is not None
-    assert result.registry == shown(load_settings().registry_uri)
+    assert result.registry == public_uri(load_settings().registry_uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
     result_with_other_registry = find_finished_order(ORDER)
     assert result_with_other_registry is not None
-    assert result_with_other_registry.registry != shown(load_settings().registry_uri)
+    assert result_with_other_registry.registry != public_uri(load_settings().registry_uri)
 
 
 # --- bundles ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from triton_versions import Fill, publish_version
 from compressors.contracts import Outcome
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused
 from infra.registry.ledger import Ledger
-from infra.settings import shown
+from infra.settings import public_uri
 from tasks import publish as publishing
 from tasks.orchestration.order_records import find_finished_order
 from tasks.orchestration.workspace import store
@@ -120,18 +120,18 @@ def test_moved_alias_is_repaired_from_the_ledger(home: Path) -> None:
     one = publish_version(home, "a").version
     two = publish_version(home, "b", outcomes={"onnxruntime": "rejected"}).version
     promote("m", one, "")
-    registry().point("m", "champion", two)
+    registry().set_alias("m", "champion", two)
     version, report = version_report("m", "@champion")
     assert (version.version, report.outcome) == (one, "accepted")
     assert aliases()["champion"] == one
-    registry().point("m", "champion", two)
+    registry().set_alias("m", "champion", two)
     repair("m")
     assert aliases()["champion"] == one
 
 
 def test_champion_alias_without_a_ledger_is_ignored(home: Path, fill: Fill) -> None:
     (version,) = fill("a", "")
-    registry().point("m", "champion", version)
+    registry().set_alias("m", "champion", version)
     with raises_code(PromotionRefused, "champion_missing", model="m"):
         version_report("m", "@champion")
     assert champion_graph("m", "onnxruntime") is None
@@ -238,4 +238,4 @@ def test_whoami_is_the_setting_or_the_login_name(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_shown_uri_has_no_credentials(uri: str, public: str) -> None:
-    assert shown(uri) == public
+    assert public_uri(uri) == public

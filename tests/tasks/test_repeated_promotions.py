@@ -50,7 +50,7 @@ def interrupt_rollback_at(method: str) -> None:
             rollback("m", "clicks fell")
 
 
-@pytest.mark.parametrize("method", ["repair", "point", "confirm"])
+@pytest.mark.parametrize("method", ["repair", "set_alias", "confirm"])
 def test_repeated_rollback_completes_an_interrupted_one(three_champions: None, method: str) -> None:
     interrupt_rollback_at(method)
     change = apply_rollback("m", "clicks fell")
@@ -131,7 +131,7 @@ def test_rollback_entry_without_digest_is_completed_if_the_alias_differs(
         body = earlier.model_dump_json(exclude={"digest"})
         store().write(f"ledger/m/{earlier.sequence:08d}.json", body.encode())
     store().write("ledger/m/00000004.json", text.encode())
-    registry().point("m", "champion", "3")
+    registry().set_alias("m", "champion", "3")
     assert rollback("m", "").version == "2"
     assert rollback("m", "").version == "1"
 
@@ -139,7 +139,7 @@ def test_rollback_entry_without_digest_is_completed_if_the_alias_differs(
 def test_promotion_of_the_champion_completes_an_interrupted_promotion(
     home: Path, three_champions: None
 ) -> None:
-    registry().point("m", "champion", "1")
+    registry().set_alias("m", "champion", "1")
     change = apply_promotion("m", "3", "")
     assert (change.entry.version, change.is_new) == ("3", False)
     assert registry().version("m", "@champion").version == "3"

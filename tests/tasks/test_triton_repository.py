@@ -9,7 +9,7 @@ import pytest
 from error_codes import raises_code
 from pairwise import parametrize_pairwise
 from pbtxt_reader import parse_message
-from reports import report, stored
+from reports import report, store_files
 from triton_configs import loaded_version
 from triton_versions import Fill, champion_number, graph_bytes, publish_version
 
@@ -95,7 +95,7 @@ def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
     home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accepted = report(home, "a" * 64, {"onnxruntime": "accepted"})
-    artifact = stored(home / "large", model_onnx="graph", model_onnx_data="weights")
+    artifact = store_files(home / "large", model_onnx="graph", model_onnx_data="weights")
     target = accepted.targets[0].model_copy(update={"artifact": artifact})
     uploaded_keys = []
     upload = Folder.upload
@@ -183,7 +183,7 @@ def kill_at_write(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> C
         (Folder, "write"),
         (Folder, "create"),
         (Folder, "upload"),
-        (Registry, "point"),
+        (Registry, "set_alias"),
     ):
         monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
     return lambda: writes

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from error_codes import raises_code
 from pbtxt_reader import parse_message
-from reports import measurement, report, stored
+from reports import measurement, report, store_files
 from triton_configs import loaded_version
 from triton_versions import Fill, graph_bytes, publish_version
 
@@ -88,7 +88,7 @@ def test_each_tower_of_a_retrieval_model_is_a_triton_model(home: Path, triton: P
     target = one_graph.model_copy(
         update={
             "lowering": one_graph.lowering.model_copy(update={"graphs": towers}),
-            "artifact": stored(home / "towers", query_onnx="q", item_onnx="i"),
+            "artifact": store_files(home / "towers", query_onnx="q", item_onnx="i"),
         }
     )
     promote("m", publish_version(home, "a", targets=(target,)).version, "")
@@ -132,7 +132,9 @@ def published_with_engine(
     """
     without_engine = report(home, digit * 64, {"onnxruntime": "accepted", "tensorrt": outcome})
     onnx, tensorrt = without_engine.targets
-    engine = stored(home / f"plan{digit}", model_plan=digit, build_json=ENGINE.model_dump_json())
+    engine = store_files(
+        home / f"plan{digit}", model_plan=digit, build_json=ENGINE.model_dump_json()
+    )
     targets = (onnx, tensorrt.model_copy(update={"artifact": engine}))
     batches = {"smallest_batch": 1, "best_batch": 8, "largest_batch": 32}
     order = {"targets": batches if ordered is None else ordered}

@@ -36,7 +36,7 @@ def problems(*texts: str) -> tuple[Reason, ...]:
     return limit_problems([Limit.parse(text) for text in texts])
 
 
-def suggested(reason: Reason) -> tuple[str, ...]:
+def suggested_limits(reason: Reason) -> tuple[str, ...]:
     """Return the limits that a reason suggests to write instead."""
     fields = reason.fields
     return fields["intents"] if reason.code == "limit_with_intents" else (fields["example"],)
@@ -87,7 +87,7 @@ def suggested(reason: Reason) -> tuple[str, ...]:
 def test_implausible_limit_is_reported_with_the_likely_intents(typed, meant):
     (problem,) = problems(typed)
     assert problem.fields["limit"] == typed
-    assert set(meant) <= set(suggested(problem))
+    assert set(meant) <= set(suggested_limits(problem))
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_every_suggested_limit_is_plausible(reference, side, bound):
         bound = abs(bound)
     limit = Limit(metric=metric, against=against, **{side: bound})
     for problem in limit_problems([limit]):
-        assert suggested(problem)
-        for suggestion in suggested(problem):
+        assert suggested_limits(problem)
+        for suggestion in suggested_limits(problem):
             assert problems(suggestion) == (), suggestion
 
 
@@ -171,7 +171,7 @@ def test_bound_that_is_not_finite_is_refused(metric, value):
 )
 def test_implausible_limit_on_a_score_change_is_reported_with_the_likely_intent(typed, meant):
     (problem,) = problems(typed)
-    assert meant in suggested(problem)
+    assert meant in suggested_limits(problem)
 
 
 @pytest.mark.parametrize("metric", SHARES)

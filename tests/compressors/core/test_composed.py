@@ -12,7 +12,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from model_scores import stored_bytes
-from models import PARTS, RANKER, Graph, Reference, graph, only_graph
+from models import PARTS, RANKER, Graph, Reference, lowered_reference, only_graph
 from reason_codes import require_reason
 from test_steps import cached_run, method_on_references
 from torch import Tensor, nn
@@ -222,7 +222,7 @@ def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_computes_what_the_module_computes(kind, target):
-    composed = graph("Ranker", (kind, "rowwise_int8"), target)
+    composed = lowered_reference("Ranker", (kind, "rowwise_int8"), target)
     inputs = composed.rows(600)
     check_parity(composed.in_torch(inputs), composed.in_onnx(inputs), composed.model.plan, target)
 

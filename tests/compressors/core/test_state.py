@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from error_codes import raises_code
-from models import BUFFERED, NORMED, RANKER, TIED, compressed
+from models import BUFFERED, NORMED, RANKER, TIED, compressed_reference
 from safetensors.torch import save_file
 from torch import nn
 
@@ -104,7 +104,7 @@ def test_plain_tensor_computed_from_a_parameter_is_refused(tmp_path):
 
 
 def test_model_in_shards_has_an_index_and_is_loaded_unchanged(tmp_path):
-    model = compressed("Ranker", EVERYTHING)
+    model = compressed_reference("Ranker", EVERYTHING)
     ties = save(model.module, tmp_path, shard_bytes=1000)
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 3
@@ -128,7 +128,7 @@ def test_tensor_in_two_files_is_refused(tmp_path):
 
 
 def test_records_are_unchanged_by_a_json_round_trip():
-    network = compressed("Ranker", EVERYTHING).network
+    network = compressed_reference("Ranker", EVERYTHING).network
     assert Network.model_validate_json(network.model_dump_json()) == network
     assert network.modules["history"].kind == "bag"
     assert network.modules["tags"].settings["include_last_offset"] is True
@@ -183,7 +183,7 @@ def test_build_refuses_an_unknown_argument_of_the_class():
 
 
 def test_build_refuses_a_record_of_an_unknown_module():
-    record = compressed("Normed", EVERYTHING).network.modules["user"]
+    record = compressed_reference("Normed", EVERYTHING).network.modules["user"]
     with raises_code(
         ModelRefused, "compressed_module_missing", name="users", architecture="models:Normed"
     ):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import RANKER, graph
+from models import RANKER, lowered_reference
 from reason_codes import require_reason
 from torch import Tensor
 
@@ -162,7 +162,7 @@ def test_multi_hash_skips_a_table_that_would_grow(tmp_path):
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 def test_the_graph_of_hashed_tables_has_the_scores_of_its_module(target):
-    hashed_graph = graph("Buffered", ("multi_hash",), target)
+    hashed_graph = lowered_reference("Buffered", ("multi_hash",), target)
     inputs = hashed_graph.rows(600)
     check_parity(
         hashed_graph.in_torch(inputs), hashed_graph.in_onnx(inputs), hashed_graph.model.plan, target

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import RANKER, compressed
+from models import RANKER, compressed_reference
 from reason_codes import require_reason
 from torch import Tensor
 
@@ -185,6 +185,6 @@ def test_weighted_quotient_remainder_has_a_smaller_error_on_looked_up_rows(tmp_p
 
 
 def test_lookups_of_int32_ids_equal_those_of_int64_ids():
-    table = compressed("Ranker", ("quotient_remainder",)).module.city
+    table = compressed_reference("Ranker", ("quotient_remainder",)).module.city
     with torch.no_grad():
         assert torch.equal(table(torch.arange(9, dtype=torch.int32)), table(torch.arange(9)))

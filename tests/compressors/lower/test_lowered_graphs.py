@@ -8,7 +8,16 @@ import onnx_ir as ir
 import pytest
 import torch
 from error_codes import raises_code
-from models import NORMED, RANKER, UNDIVIDED, Ranker, compressed, graph, only_graph, recipe_with
+from models import (
+    NORMED,
+    RANKER,
+    UNDIVIDED,
+    Ranker,
+    compressed_reference,
+    lowered_reference,
+    only_graph,
+    recipe_with,
+)
 from narrow_networks import DataDependentBranchNet
 from onnx import TensorProto
 from torch import Tensor, nn
@@ -33,7 +42,7 @@ each_target = pytest.mark.parametrize("target", [ORT, RTX])
 
 @each_target
 def test_graph_has_inputs_and_output_of_the_signature(target):
-    written = onnx.load(graph("Ranker", EVERYTHING, target).path).graph
+    written = onnx.load(lowered_reference("Ranker", EVERYTHING, target).path).graph
     assert [item.name for item in written.input] == list(input_names(RANKER.signature))
     types = {item.name: item.type.tensor_type.elem_type for item in written.input}
     assert types["user"] == TensorProto.INT64
@@ -46,7 +55,7 @@ def test_graph_has_inputs_and_output_of_the_signature(target):
 
 
 def test_graph_returns_ranking_scores_unchanged():
-    lowered = graph("Attention", (), ORT)
+    lowered = lowered_reference("Attention", (), ORT)
     inputs = lowered.rows(50)
     found = lowered.in_onnx(inputs)
     with torch.no_grad():
@@ -56,7 +65,7 @@ def test_graph_returns_ranking_scores_unchanged():
 
 
 def test_graph_applies_no_sigmoid_to_a_probability():
-    lowered = graph("Normed", (), ORT)
+    lowered = lowered_reference("Normed", (), ORT)
     inputs = lowered.rows(50)
     with torch.no_grad():
         expected = lowered.model.module(**inputs).squeeze(1).numpy()
@@ -89,7 +98,7 @@ TABLES_OF = {"Ranker": 6, "Compact": 2}
 
 @each_network_with([kind for kind in KINDS if kind != "static_int8"])
 def test_tables_in_onnxruntime_are_read_by_gather_only(network, kind, recipe):
-    lowered = graph(network, recipe, ORT)
+    lowered = lowered_reference(network, recipe, ORT)
     found = optimized_graph(lowered.path)
     initializers = {item.name for item in found.initializer}
     assert len(lowered.lowered.tables) == TABLES_OF[network]
@@ -112,7 +121,7 @@ SHORT_FLOATS = {"float16", "bfloat16"}
 
 @each_network_with(sorted(STORED_TYPES))
 def test_packed_tables_for_tensorrt_are_read_by_dequantize_only(network, kind, recipe):
-    lowered = graph(network, recipe, RTX)
+    lowered = lowered_reference(network, recipe, RTX)
     written = onnx.load(lowered.path).graph
     initializers = {item.name: item for item in written.initializer}
     expected_operators = {"Gather"} if kind in SHORT_FLOATS else {"DequantizeLinear"}
@@ -130,7 +139,7 @@ def test_packed_tables_for_tensorrt_are_read_by_dequantize_only(network, kind, r
 
 
 def test_int8_layers_for_tensorrt_are_symmetric_with_a_float_bias():
-    written = onnx.load(graph("Ranker", EVERYTHING, RTX).path).graph
+    written = onnx.load(lowered_reference("Ranker", EVERYTHING, RTX).path).graph
     initializers = {item.name: item for item in written.initializer}
     for item in initializers.values():
         if item.data_type == TensorProto.INT8:
@@ -156,7 +165,7 @@ def test_int8_layers_for_tensorrt_are_symmetric_with_a_float_bias():
     [("Ranker", ()), ("Ranker", EVERYTHING), ("Compact", recipe_with("rowwise_int4"))],
 )
 def test_graph_contains_no_metadata_of_the_exporter(network, kinds, target):
-    model = onnx.load(graph(network, kinds, target).path)
+    model = onnx.load(lowered_reference(network, kinds, target).path)
     assert not model.metadata_props
     parts = (*model.graph.node, *model.graph.input, *model.graph.initializer)
     assert not any(item.metadata_props for item in (*parts, *model.graph.value_info))
@@ -167,7 +176,7 @@ def test_graph_contains_no_metadata_of_the_exporter(network, kinds, target):
 @each_target
 @each_network_with(sorted(STORED_TYPES))
 def test_tables_in_the_file_take_the_bytes_of_the_plan(network, kind, recipe, target):
-    lowered = graph(network, recipe, target)
+    lowered = lowered_reference(network, recipe, target)
     written = onnx.load(lowered.path).graph
     initializers = {item.name: item for item in written.initializer}
     for table in lowered.lowered.tables:
@@ -217,7 +226,7 @@ def test_unsigned_int8_codes_for_tensorrt_are_128_lower():
 
 @each_target
 def test_graph_stores_tied_and_shared_tables_once(target):
-    lowered = graph("Tied", EVERYTHING, target)
+    lowered = lowered_reference("Tied", EVERYTHING, target)
     by_module = {table.module: table.names for table in lowered.lowered.tables}
     assert by_module["item"] == by_module["similar"]
     written = onnx.load(lowered.path).graph
@@ -243,7 +252,9 @@ def test_graph_stores_tied_and_shared_tables_once(target):
 )
 def test_table_read_at_constant_rows_is_not_reported(kinds, target):
     # A runtime computes such a lookup once and drops the table.
-    assert [t.module for t in graph("Buffered", kinds, target).lowered.tables] == ["fields"]
+    assert [t.module for t in lowered_reference("Buffered", kinds, target).lowered.tables] == [
+        "fields"
+    ]
 
 
 @each_target
@@ -338,7 +349,7 @@ def test_wrap_for_serving_does_not_modify_the_module():
 
 @each_target
 def test_lower_does_not_modify_the_module(target, tmp_path):
-    model = compressed("Normed", EVERYTHING).module
+    model = compressed_reference("Normed", EVERYTHING).module
     before = {name: (id(module), module.training) for name, module in model.named_modules()}
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lower(model, only_graph(NORMED.signature), target, tmp_path / "model.onnx")

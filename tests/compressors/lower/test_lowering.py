@@ -12,7 +12,7 @@ from models import (
     REFERENCES,
     UNDIVIDED,
     Graph,
-    graph,
+    lowered_reference,
 )
 from pairwise import pairwise
 from torch import Tensor
@@ -84,7 +84,7 @@ def assert_equal_scores(
 @each_target
 @networks_and_recipes("Ranker", "Compact")
 def test_graph_has_the_scores_of_torch_at_every_batch_size(network, kinds, target):
-    lowered = graph(network, kinds, target)
+    lowered = lowered_reference(network, kinds, target)
     inputs = lowered.rows(1500)
     spread = float(np.std(lowered.in_torch(inputs)))
     check_parity(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
@@ -97,7 +97,7 @@ def test_graph_has_the_scores_of_torch_at_every_batch_size(network, kinds, targe
 @each_target
 @networks_and_recipes("Ranker")
 def test_batch_with_only_empty_bags_has_the_scores_of_the_module(network, kinds, target):
-    lowered = graph(network, kinds, target)
+    lowered = lowered_reference(network, kinds, target)
     for count in (1, 3):
         inputs = lowered.rows(count)
         for name in ("history", "tags"):
@@ -126,7 +126,7 @@ OTHER_GRAPHS = pairwise(OTHERS, OTHER_RECIPES, (ORT, RTX))
     ],
 )
 def test_graphs_of_other_networks_have_the_scores_of_torch(reference, kinds, target):
-    lowered = graph(reference, kinds, target)
+    lowered = lowered_reference(reference, kinds, target)
     inputs = lowered.rows(1500)
     check_parity(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
     spread = float(np.std(lowered.in_torch(inputs)))
@@ -136,14 +136,14 @@ def test_graphs_of_other_networks_have_the_scores_of_torch(reference, kinds, tar
 
 @each_target
 def test_weight_only_layer_over_lists_has_the_scores_of_torch(target):
-    lowered = graph("Attention", ("weight_int4",), target)
+    lowered = lowered_reference("Attention", ("weight_int4",), target)
     inputs = lowered.rows(1500)
     check_parity(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
 
 
 @each_target
 def test_serving_wrapper_has_the_scores_of_the_module(target):
-    lowered = graph("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", EVERYTHING, target)
     inputs = lowered.rows(20)
     with torch.no_grad():
         logits = lowered.model.module(**inputs).squeeze(1)
@@ -164,7 +164,7 @@ def refused_rows(lowered: Graph, inputs: dict[str, Tensor]) -> list[int]:
 @each_target
 @pytest.mark.parametrize("bad_id", [-1, 40, 2**40])
 def test_policy_error_refuses_only_the_row_with_an_id_out_of_range(target, bad_id):
-    lowered = graph("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", EVERYTHING, target)
     inputs = lowered.rows(9)
     before = lowered.in_onnx(inputs)
     inputs["user"][[2, 7]] = bad_id
@@ -176,7 +176,7 @@ def test_policy_error_refuses_only_the_row_with_an_id_out_of_range(target, bad_i
 @each_target
 @pytest.mark.parametrize("bad_id", [-1, 20])
 def test_policy_error_refuses_only_the_row_with_a_padded_id_out_of_range(target, bad_id):
-    lowered = graph("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", EVERYTHING, target)
     inputs = lowered.rows(6)
     inputs["genres"][4, 3] = bad_id
     assert refused_rows(lowered, inputs) == [4]
@@ -188,7 +188,7 @@ def test_policy_error_refuses_only_the_row_with_a_padded_id_out_of_range(target,
 def test_policy_error_refuses_only_the_row_with_a_jagged_id_out_of_range(
     target, bad_id, position, row
 ):
-    lowered = graph("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", EVERYTHING, target)
     inputs = lowered.rows(6)
     inputs["history"] = torch.arange(6) + 1
     inputs["history_offsets"] = torch.tensor([0, 0, 2, 2, 5, 6])  # lists of 0, 2, 0, 3, 1, 0 ids
@@ -198,7 +198,7 @@ def test_policy_error_refuses_only_the_row_with_a_jagged_id_out_of_range(
 
 @each_target
 def test_policy_clamp_replaces_an_id_out_of_range_by_the_nearest(target):
-    lowered = graph("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", EVERYTHING, target)
     inputs = lowered.rows(4)
     inputs["item"] = torch.tensor([-5, 300, 10**9, 7])
     found = lowered.in_onnx(inputs)
@@ -209,7 +209,7 @@ def test_policy_clamp_replaces_an_id_out_of_range_by_the_nearest(target):
 
 @each_target
 def test_policy_default_row_replaces_an_id_out_of_range_by_the_default(target):
-    lowered = graph("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", EVERYTHING, target)
     inputs = lowered.rows(3)
     inputs["tags_lengths"] = torch.tensor([2, 0, 3])
     inputs["tags"] = torch.tensor([-1, 5, 30, 4, 10**6], dtype=torch.int32)
@@ -224,7 +224,7 @@ def test_policy_default_row_replaces_an_id_out_of_range_by_the_default(target):
 @each_target
 @pytest.mark.parametrize("name", ["history", "tags"])
 def test_row_with_a_list_longer_than_declared_is_refused(target, name):
-    lowered = graph("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", EVERYTHING, target)
     inputs = lowered.rows(3)
     lengths = torch.tensor([LONGEST, LONGEST + 1, 1])
     inputs[name] = torch.ones(int(lengths.sum()), dtype=inputs[name].dtype)

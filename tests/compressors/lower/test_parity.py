@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import Graph, graph, recipe_with
+from models import Graph, lowered_reference, recipe_with
 from onnx import numpy_helper
 
 from compressors.contracts import Plan, PlanLine
@@ -189,7 +189,7 @@ def largest_weight_of(lowered: Graph, dtype: int) -> str:
     [((), onnx.TensorProto.FLOAT), (("rowwise_int8", "static_int8"), onnx.TensorProto.INT8)],
 )
 def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
-    lowered = graph("Ranker", kinds, target)
+    lowered = lowered_reference("Ranker", kinds, target)
     inputs = lowered.rows(1500)
     expected = lowered.in_torch(inputs)
     check_parity(expected, lowered.in_onnx(inputs), lowered.model.plan, target)
@@ -202,7 +202,7 @@ def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
 
 @pytest.mark.parametrize("change", [multiplied, rolled])
 def test_graph_with_wrong_scales_of_one_table_fails(change, tmp_path):
-    lowered = graph("Compact", recipe_with("rowwise_int8"), "onnxruntime")
+    lowered = lowered_reference("Compact", recipe_with("rowwise_int8"), "onnxruntime")
     inputs = lowered.rows(1500)
     name = next(t.names[1] for t in lowered.lowered.tables if t.module == "item")
 

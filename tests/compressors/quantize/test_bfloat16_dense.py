@@ -9,7 +9,7 @@ import torch
 from error_codes import Text, raises_code
 from grids import tables
 from hypothesis import given
-from models import RANKER, graph, planned_and_applied, recipe_with
+from models import RANKER, lowered_reference, planned_and_applied, recipe_with
 from onnx import TensorProto
 from reason_codes import require_reason
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ from compressors.lower.parity import check_parity
 from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from infra.errors import BuildRefused
 from infra.onnxruntime.sessions import Session
-from infra.tensorrt.engines import available, build_engine
+from infra.tensorrt.engines import build_engine, installed_version
 
 OP = torch.ops.recpress.bfloat16_linear
 RTX = "tensorrt-rtx"
@@ -102,7 +102,9 @@ def cast_type(cast: onnx.NodeProto) -> int:
 
 
 def test_tensorrt_graph_has_bfloat16_gemms_between_two_casts():
-    onnx_graph = onnx.load(graph("Compact", recipe_with("bfloat16_dense"), RTX).path).graph
+    onnx_graph = onnx.load(
+        lowered_reference("Compact", recipe_with("bfloat16_dense"), RTX).path
+    ).graph
     types = {item.name: item.data_type for item in onnx_graph.initializer}
     producer = {output: node for node in onnx_graph.node for output in node.output}
     gemms = [node for node in onnx_graph.node if node.op_type == "Gemm"]
@@ -117,7 +119,7 @@ def test_tensorrt_graph_has_bfloat16_gemms_between_two_casts():
 
 def test_onnxruntime_graph_stores_bfloat16_weights_and_no_float32_copy():
     onnx_graph = onnx.load(
-        graph("Compact", recipe_with("bfloat16_dense"), "onnxruntime").path
+        lowered_reference("Compact", recipe_with("bfloat16_dense"), "onnxruntime").path
     ).graph
     bfloat16_weights = [
         item for item in onnx_graph.initializer if item.data_type == TensorProto.BFLOAT16
@@ -138,7 +140,7 @@ def test_onnxruntime_cannot_run_the_bfloat16_graph_of_tensorrt(tmp_path):
         "onnxruntime_graph_refused",
         problem=Text("Could not find an implementation for Gemm"),
     ):
-        Session(graph("Compact", recipe_with("bfloat16_dense"), RTX).path, 1)
+        Session(lowered_reference("Compact", recipe_with("bfloat16_dense"), RTX).path, 1)
 
 
 def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_path):
@@ -180,7 +182,7 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_scores_three_percent_of_a_
     reference, tmp_path
 ):
     kinds = recipe_with("bfloat16_dense") if reference == "Compact" else ("bfloat16_dense",)
-    lowered = graph(reference, kinds, RTX)
+    lowered = lowered_reference(reference, kinds, RTX)
     inputs = lowered.rows(1500)
     expected, plan = lowered.in_torch(inputs), lowered.model.plan
     check_parity(expected, lowered.in_onnx(inputs), plan, RTX)
@@ -194,11 +196,11 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_scores_three_percent_of_a_
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    available(RTX) is None,
+    installed_version(RTX) is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 def test_tensorrt_engine_stores_the_layers_in_bfloat16(tmp_path: Path):
-    lowered = graph("Attention", ("bfloat16_dense",), RTX)
+    lowered = lowered_reference("Attention", ("bfloat16_dense",), RTX)
     packed = sum(line.bytes_after for line in lowered.model.plan.lines)
     shapes = {"user": (), "history": (6,)}
     request = BuildRequest(

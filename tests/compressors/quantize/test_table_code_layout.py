@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, run
 from reason_codes import require_reason
-from table_codes import STEPS, each_step, packed, size_of, step_id, stored, tables
+from table_codes import STEPS, each_step, encode, pack_table, size_of, step_id, tables
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -30,7 +30,7 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 @given(table=tables())
 def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
     layout = step.storage.layout(*table.shape, step.settings())
-    tensors = stored(step, table)
+    tensors = encode(step, table)
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
         name: (spec.shape, spec.dtype) for name, spec in layout.items()
     }
@@ -114,9 +114,9 @@ def test_codes_of_a_row_do_not_depend_on_its_block(step, cut):
 def test_encoded_tensors_do_not_depend_on_the_global_random_state(step):
     table = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
-    first = stored(step, table)
+    first = encode(step, table)
     torch.manual_seed(2)
-    torch.testing.assert_close(stored(step, table), first, rtol=0, atol=0)
+    torch.testing.assert_close(encode(step, table), first, rtol=0, atol=0)
 
 
 # --- tables that would grow --------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_a_step_that_shrinks_no_table_raises_nothing_to_compress(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_lookup_returns_the_same_rows_for_ids_of_any_shape(step, shape, dtype):
     table = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
-    module = packed(step, table)
+    module = pack_table(step, table)
     ids = torch.randint(40, shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
     rows = module(ids)
     assert rows.dtype == torch.float32
@@ -160,7 +160,7 @@ def test_lookup_returns_the_same_rows_for_ids_of_any_shape(step, shape, dtype):
 
 
 def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    module = packed(step, table)
+    module = pack_table(step, table)
     tensors = {
         name: tensor.requires_grad_() if tensor.is_floating_point() else tensor
         for name, tensor in module.named_buffers()
@@ -219,7 +219,7 @@ def test_gradients_equal_plain_torch(step, dim):
     table = torch.randn(40, dim, generator=generator)
     ids = torch.tensor([[0, 5, 5], [2, 1, 39]])  # repeated ids add up
     factor = torch.randn(2, 3, dim, generator=generator)
-    tensors = stored(step, table)
+    tensors = encode(step, table)
 
     def leaves() -> dict[str, Tensor]:
         return {

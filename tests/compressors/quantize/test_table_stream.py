@@ -74,7 +74,7 @@ class MemorySink:
         self.file, self.blocks, self.existing = bytearray(size), [], set(existing)
         self.written = bytearray(size)
 
-    def holds(self, block: str) -> bool:
+    def has_block(self, block: str) -> bool:
         return block in self.existing
 
     def write(self, block: str, pieces: Sequence[Piece]) -> None:
@@ -246,7 +246,7 @@ def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, blo
     pieces: dict[int, memoryview] = {}
 
     class CollectingSink:
-        def holds(self, block: str) -> bool:
+        def has_block(self, block: str) -> bool:
             return block not in {each.name for each in checked_blocks}
 
         def write(self, block: str, written: Sequence[Piece]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from chained_networks import BLOCK, CHAIN, NORM_FIRST
 from error_codes import raises_code
-from models import RANKER, Reference, compressed
+from models import RANKER, Reference, compressed_reference
 from narrow_networks import SCHEMA, DataDependentBranchNet, HiddenLayerNet
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -167,7 +167,7 @@ def test_a_step_traces_the_network_once(monkeypatch, tmp_path):
 
 
 def test_packed_layers_have_no_consumers():
-    model = compressed("Ranker", ("static_int8",))
+    model = compressed_reference("Ranker", ("static_int8",))
     assert not dataflow(model.module, RANKER.signature).readers
 
 
