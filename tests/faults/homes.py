@@ -1,8 +1,8 @@
 """Prepare, compare and check the recpress homes of fault tests.
 
 A ``Home`` is a folder with all files of one installation: the store, the registry, a Triton
-repository with the champion, and temporary files. ``Forks.call`` calls ``publish_orders`` in a child
-process; the functions after it only read files.
+repository with the champion, and temporary files. ``Forks.call`` runs ``publish_orders`` in a
+child process; the functions after it only read files.
 """
 
 import json
