@@ -182,7 +182,9 @@ def test_order_whose_graph_is_missing_in_the_store_does_not_count_as_completed(
     [
         pytest.param([], ["Name a model"], id="no model"),
         pytest.param(["clicks"], ["at least one limit", "--limit"], id="no limit"),
-        pytest.param(["clicks", "--limit", "auc is good"], ["auc is good", "a limit like"], id="no sign"),
+        pytest.param(
+            ["clicks", "--limit", "auc is good"], ["auc is good", "a limit like"], id="no sign"
+        ),
         pytest.param(["clicks", "--limit", "auk >= 0.7"], ["auk"], id="unknown metric"),
         pytest.param(["clicks", "--limit", "auc >= much"], ["much"], id="no number"),
         pytest.param(

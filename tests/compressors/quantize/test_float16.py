@@ -32,7 +32,9 @@ def test_rounding_error_is_at_most_half_a_float16_step(value):
 def test_weight_beyond_the_float16_range_is_reported(value):
     weight = torch.tensor([[0.0, value]])
     largest = float(weight.abs().max())  # in float32
-    require_reason([overflow_reason(weight, None)], "beyond_largest", largest=largest, limit=65504.0)
+    require_reason(
+        [overflow_reason(weight, None)], "beyond_largest", largest=largest, limit=65504.0
+    )
     assert overflow_reason(torch.ones(1, 2), weight) == overflow_reason(weight)
     assert overflow_reason(torch.tensor([65519.0, -65519.0])) is None  # rounds to 65,504
 
