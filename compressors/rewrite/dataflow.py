@@ -3,8 +3,8 @@
 Steps that move factors or offsets from one layer into the next need it. Such a move is correct only
 if nothing else reads the tensor between the two layers, and if the operators between them preserve
 the change: a positive factor passes through a Relu, an offset does not. Lowering exports the same
-graph. In it a layer is a product with its weight, so the graph also shows code that reads the
-weight without calling the layer.
+graph. In this graph a layer is an operator (``aten.linear``) with the weight as an argument, so the
+graph also shows code that reads the weight without calling the layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from compressors.errors.steps import StepRefused
 from compressors.errors.widths import OtherConsumer
 from compressors.lower.serving_wrapper import input_names, served_graphs, wrap_for_serving
 
-TRACE_ROWS = 3
+TRACE_ROWS = 3  # of the generated inputs; the graph does not depend on them
 _aten = torch.ops.aten
 _WEIGHT_POSITIONS: dict[Any, tuple[int, ...]] = {  # operator -> positions of its weights
     _aten.linear.default: (1, 2),
@@ -49,7 +49,7 @@ _METADATA_READS = {_aten._assert_tensor_metadata.default, _aten.sym_size.int}
 
 
 @dataclass(frozen=True)
-class Reader:
+class Consumer:
     """A layer or norm that consumes another's output.
 
     Attributes:
@@ -68,48 +68,48 @@ class Dataflow:
     """The consumers of each layer's and norm's output.
 
     Attributes:
-        readers: by layer or norm, all consumers of its output, if all of them are layers and norms
-            whose weights may be changed.
-        reasons: by layer or norm that is not in ``readers``, the reason.
-        fixed: by layer or norm whose weights may not be changed, the reason.
-        dims: by layer or norm, the number of dimensions of its input.
+        consumers: by name of a layer or norm, all consumers of its output. Only layers and norms
+            all of whose consumers are layers and norms whose weights may be changed are included.
+        reasons: by name of each other layer or norm, the reason why it is not in ``consumers``.
+        fixed: by name of each layer or norm whose weights may not be changed, the reason.
+        dims: by name of each called layer or norm, the number of dimensions of its input.
     """
 
-    readers: Mapping[str, tuple[Reader, ...]]
+    consumers: Mapping[str, tuple[Consumer, ...]]
     reasons: Mapping[str, Reason]
     fixed: Mapping[str, Reason]
     dims: Mapping[str, int]
 
     def only_producer(self, name: str) -> str | None:
-        """The layer or norm whose output only this one consumes, unchanged; None if none does."""
-        for maker, readers in self.readers.items():
-            if readers == (Reader(name),):
-                return maker
+        """Return the layer or norm whose output goes, unchanged, only to ``name``; else None."""
+        for producer, consumers in self.consumers.items():
+            if consumers == (Consumer(name),):
+                return producer
         return None
 
     def direct_consumers(self, name: str) -> tuple[str, ...]:
-        """The consumers of this output if all of them receive it unchanged; otherwise empty."""
-        readers = self.readers.get(name, ())
-        if any(reader.nonlinearities for reader in readers):
+        """Return all consumers of an output if they receive it unchanged; otherwise ``()``."""
+        consumers = self.consumers.get(name, ())
+        if any(consumer.nonlinearities for consumer in consumers):
             return ()
-        return tuple(reader.name for reader in readers)
+        return tuple(consumer.name for consumer in consumers)
 
 
 def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     """Trace the dataflow of a network in evaluation mode.
 
     Args:
-        module: plain or compressed; not modified. Packed layers are not in the result.
-        signature: the inputs of the network.
+        module: plain or compressed; not modified. Compressed layers are not in the result.
+        signature: describes the inputs of the network.
 
     Raises:
         StepRefused: ``torch.export`` cannot trace the network.
     """
-    owners: dict[int, set[str]] = {}
+    owners: dict[int, set[str]] = {}  # by id of each tensor, the modules that register it
     for name, part in module.named_modules():
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
             owners.setdefault(id(tensor), set()).add(name)
-    readers: dict[str, tuple[Reader, ...]] = {}
+    consumers: dict[str, tuple[Consumer, ...]] = {}
     reasons: dict[str, Reason] = {}
     fixed: dict[str, Reason] = {}
     dims: dict[str, int] = {}
@@ -124,26 +124,28 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
                 continue
             dims[name] = _fake_output(node.args[0]).dim()
             try:
-                readers[name] = tuple(_readers(node, called, ()))
+                consumers[name] = tuple(_find_consumers(node, called, ()))
             except OtherConsumer as fault:
                 reasons[name] = fault.reason
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) and name not in dims:
             fixed.setdefault(name, Reason("not_called"))
-    for name, consumers in readers.items():
-        if fixed_reader := next(
-            (reader.name for reader in consumers if reader.name in fixed), None
+    for name, consumers_of_output in consumers.items():
+        if fixed_consumer := next(
+            (consumer.name for consumer in consumers_of_output if consumer.name in fixed), None
         ):
-            reasons[name] = Reason("reader_closed", reader=fixed_reader, why=fixed[fixed_reader])
+            reasons[name] = Reason(
+                "reader_closed", reader=fixed_consumer, why=fixed[fixed_consumer]
+            )
     reasons |= fixed
-    known = {name: consumers for name, consumers in readers.items() if name not in reasons}
-    return Dataflow(known, reasons, fixed, dims)
+    changeable = {name: value for name, value in consumers.items() if name not in reasons}
+    return Dataflow(changeable, reasons, fixed, dims)
 
 
 def _graphs(
     module: nn.Module, signature: Signature
 ) -> list[tuple[torch.fx.Graph, dict[Node, int]]]:
-    """Export each served graph; map its placeholders to the ``id`` of their tensors.
+    """Export each served graph; map its weight placeholders to the ``id`` of their tensors.
 
     Raises:
         StepRefused: ``torch.export`` cannot trace the network.
@@ -179,7 +181,12 @@ def _graphs(
 
 
 def _called_modules(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node, str]:
-    """The products and norms of a graph, each with the module whose weights it uses."""
+    """Return the linear and norm operators of a graph, each with the module that owns its weights.
+
+    Args:
+        graph: an exported graph.
+        owners: by placeholder of a weight, the names of the modules that register the weight.
+    """
     called = {}
     for node in graph.nodes:
         positions = _WEIGHT_POSITIONS.get(node.target, ())
@@ -197,7 +204,13 @@ def _called_modules(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> d
 def _used_elsewhere(
     placeholders: Mapping[Node, int], owners: Mapping[int, set[str]], called: Mapping[Node, str]
 ) -> dict[str, Reason]:
-    """Layers and norms whose tensors other code reads or shares, with the reason."""
+    """Return the layers and norms whose tensors other code reads or shares, with the reason.
+
+    Args:
+        placeholders: by placeholder of a weight, the ``id`` of its tensor.
+        owners: by ``id`` of a tensor, the names of the modules that register it.
+        called: the linear and norm operators of the graph, with their modules.
+    """
     reasons = {}
     for node, key in placeholders.items():
         for name in owners.get(key, ()):
@@ -215,29 +228,29 @@ def _used_elsewhere(
     return reasons
 
 
-def _readers(
+def _find_consumers(
     node: Node, called: Mapping[Node, str], nonlinearities: tuple[str, ...]
-) -> list[Reader]:
+) -> list[Consumer]:
     """Find the consumers of a node's output.
 
     Args:
         node: a node of the graph.
-        called: the products and norms of the graph, with their modules.
+        called: the linear and norm operators of the graph, with their modules.
         nonlinearities: nonlinear operators between the layer and this node.
 
     Raises:
         OtherConsumer: an operator or an output of the network consumes it.
     """
-    result: list[Reader] = []
+    result: list[Consumer] = []
     for user in node.users:
         if user.target in _METADATA_READS:
             continue
         if user in called and user.args[0] is node and node not in user.args[1:]:
-            result.append(Reader(called[user], nonlinearities))
+            result.append(Consumer(called[user], nonlinearities))
         elif _preserves_channels(user, node):
             operator = "clamp" if user.target in _CLAMPS else _NONLINEARITIES.get(user.target)
-            more = () if operator is None else (operator,)
-            result += _readers(user, called, (*nonlinearities, *more))
+            new = () if operator is None else (operator,)
+            result += _find_consumers(user, called, (*nonlinearities, *new))
         elif user.op == "output":
             raise OtherConsumer(Reason("output_leaves"))
         else:
@@ -246,7 +259,7 @@ def _readers(
 
 
 def _preserves_channels(node: Node, source: Node) -> bool:
-    """Whether an operator keeps channels (last dimension) separate and preserves factors > 0.
+    """Whether an operator keeps channels (last dimension) in place and preserves factors > 0.
 
     Args:
         node: the operator.
@@ -268,7 +281,7 @@ def _preserves_channels(node: Node, source: Node) -> bool:
 
 
 def _fake_output(node: Any) -> Tensor:
-    """The fake tensor with the shape and dtype of a node's output."""
+    """Return the fake tensor (shape and dtype without values) of a node's output."""
     value: Tensor = node.meta["val"]
     return value
 

@@ -1,9 +1,14 @@
 """Detect dead channels, fold their constant output into the next layers, and remove them.
 
-A channel is dead if its output is the same for every input, or if all weights that consume it are
-zero. A row of zero weights proves the former, because only the bias remains. Optionally, a channel
-that is constant on all calibration rows, such as a Relu that is never active, also counts as dead.
-That is not a proof, so removing it may change predictions.
+A channel is dead if its output is the same for every input, or if all weights that are applied to
+it are zero. A row of zeros in the weight that computes it proves that its output is constant: only
+the bias remains. Optionally, a channel that is constant on all calibration rows, such as a Relu
+that is never active, also counts as dead. That is not a proof, so removing it may change
+predictions.
+
+A *width* is a number in the network's configuration that sets the number of channels of one or more
+layers (``prune/structure/config_widths.py``). Its *producers* are the dense layers that output
+these channels, its *consumers* the layers and norms that take them as inputs.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,9 +27,9 @@ from compressors.core.units import own_weight, table_rows
 from compressors.errors.steps import StepRefused
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.channel_consumers import (
-    Readers,
+    WidthConsumers,
     channel_layouts,
-    readers_of,
+    find_consumers,
     trace,
 )
 from compressors.prune.structure.config_widths import Width, find_widths
@@ -35,8 +40,8 @@ from compressors.prune.structure.narrowing import (
     without_channels,
 )
 
-EXAMPLE_ROWS = 256
-BATCH = 1024
+EXAMPLE_ROWS = 256  # synthetic rows of each scale
+BATCH = 1024  # calibration rows of one batch
 
 Sample = tuple[Split, int]
 """Calibration rows, and the largest number of them to read."""
@@ -48,8 +53,8 @@ class DeadChannels:
 
     Attributes:
         cut: the width to reduce.
-        kept: by layer that outputs the channels, bool ``(channels,)``.
-        offsets: by dense layer that consumes them, what the removed channels add to each of its
+        kept: by producer, which channels are not removed: bool ``(channels,)``.
+        offsets: by dense consumer, the constant that the removed channels add to each of its
             outputs, float64 ``(outputs,)``.
     """
 
@@ -58,7 +63,7 @@ class DeadChannels:
     offsets: Mapping[str, Tensor]
 
     def reasons(self, step: str) -> dict[str, Reason]:
-        """By dense layer, the reason that says how the step changes it."""
+        """Return the reason for the plan line of each dense layer that becomes smaller, by name."""
         width = self.cut.width
         dead = Reason(
             "dead_channels",
@@ -67,10 +72,10 @@ class DeadChannels:
             channels=width.value,
             width=width.description(),
         )
-        result = dict.fromkeys(width.makers, dead)
-        for maker, reader in self.cut.readers.reads:
-            if reader in self.offsets:
-                result.setdefault(reader, Reason("dead_inputs", step=step, makers=(maker,)))
+        result = dict.fromkeys(width.producers, dead)
+        for producer, consumer in self.cut.consumers.connections:
+            if consumer in self.offsets:
+                result.setdefault(consumer, Reason("dead_inputs", step=step, makers=(producer,)))
         return result
 
 
@@ -81,23 +86,23 @@ def find_dead_channels(
 
     Args:
         model: the network; it is not changed.
-        signature: its inputs.
-        free: the dense layers that may change.
+        signature: describes its inputs.
+        free: names of the dense layers that may change.
         sample: calibration rows; a channel that is constant on them counts as dead. If None, a
             channel is dead only if the weights prove it.
     """
     widths, _ = find_widths(model)
     result = []
     for width in widths.values():
-        if max(width.makers.values()) > 1:  # groups of channels (heads) are not searched
+        if max(width.producers.values()) > 1:  # groups of channels (heads) are not searched
             continue
-        layers = {*width.makers, *_dense(model.module, width.readers)}
+        layers = {*width.producers, *_dense(model.module, width.consumers)}
         if not layers <= set(free) or not (sample or _may_have_dead_channels(model.module, width)):
             continue
         try:
             traces = trace(model.module, signature, table_rows(model.module), width)
-            readers = readers_of(width, traces, next(channel_layouts(width)))
-            dead = _dead_channels(model, signature, readers, sample)
+            consumers = find_consumers(width, traces, next(channel_layouts(width)))
+            dead = _dead_channels(model, signature, consumers, sample)
             if dead is not None:
                 require_narrowable(model, signature, dead.cut)
                 result.append(dead)
@@ -109,7 +114,12 @@ def find_dead_channels(
 def remove_dead_channels(
     model: Model, signature: Signature, dead_channels: Sequence[DeadChannels]
 ) -> Model:
-    """Remove dead channels; ``model`` is a private copy and may be changed.
+    """Remove dead channels and add their constants to biases; ``model`` is changed in place.
+
+    Args:
+        model: a private copy.
+        signature: describes its inputs.
+        dead_channels: the dead channels of each width.
 
     Raises:
         StepRefused: the scores of the narrower network differ from those of the old one.
@@ -133,43 +143,44 @@ def remove_dead_channels(
 
 def _may_have_dead_channels(module: nn.Module, width: Width) -> bool:
     """Whether a width has rows or columns of zeros: a fast check, because tracing is slow."""
-    makers = [_weight(module, name) for name in width.makers]
-    readers = [_weight(module, name) for name in _dense(module, width.readers)]
-    rows = any(not bool(weight.any(dim=1).all()) for weight in makers)
-    return rows or any(not bool(weight.any(dim=0).all()) for weight in readers)
+    producers = [_weight(module, name) for name in width.producers]
+    consumers = [_weight(module, name) for name in _dense(module, width.consumers)]
+    has_zero_row = any(not bool(weight.any(dim=1).all()) for weight in producers)
+    return has_zero_row or any(not bool(weight.any(dim=0).all()) for weight in consumers)
 
 
 def _dead_channels(
-    model: Model, signature: Signature, readers: Readers, sample: Sample | None
+    model: Model, signature: Signature, consumers: WidthConsumers, sample: Sample | None
 ) -> DeadChannels | None:
     """Find the dead channels of one width; None if there are none.
 
-    Combined layers lose the same channels, and all layers of the width the same number of them.
+    Producers whose outputs are combined element by element lose the same channels. All producers of
+    the width lose the same number of channels.
     """
-    module, width = model.module, readers.width
-    consumers = _dense(module, {reader: 1 for _, reader in readers.reads})
-    low, high = _ranges(model, signature, consumers, sample)
-    # The value of each constant input, 0 for other inputs.
-    value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in consumers}
+    module, width = model.module, consumers.width
+    dense_consumers = _dense(module, {consumer: 1 for _, consumer in consumers.connections})
+    low, high = _ranges(model, signature, dense_consumers, sample)
+    # By consumer, the value of each constant input, 0 for other inputs: (inputs,).
+    value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in dense_consumers}
     removable: dict[tuple[str, ...], Tensor] = {}
-    for group in readers.tied:
-        constant = torch.ones(width.value, dtype=torch.bool)
-        unread = torch.ones(width.value, dtype=torch.bool)
-        for maker in group:
+    for group in consumers.tied_producers:
+        is_constant = torch.ones(width.value, dtype=torch.bool)
+        is_unread = torch.ones(width.value, dtype=torch.bool)
+        for producer in group:
             if sample is None:
-                constant &= ~_weight(module, maker).any(dim=1)
-            for name in consumers:
-                columns = readers.reads.get((maker, name))  # (channels, inputs)
+                is_constant &= ~_weight(module, producer).any(dim=1)
+            for name in dense_consumers:
+                columns = consumers.connections.get((producer, name))  # (channels, inputs)
                 if columns is None:
                     continue
                 weight = _weight(module, name)
-                constant &= ~(columns & (low[name] != high[name])).any(dim=1)
-                unread &= ~(columns & weight.any(dim=0)).any(dim=1)
+                is_constant &= ~(columns & (low[name] != high[name])).any(dim=1)
+                is_unread &= ~(columns & weight.any(dim=0)).any(dim=1)
                 if module.get_submodule(name).bias is None:
                     # Without a bias, a constant other than 0 cannot be added to the output.
                     needs_bias = weight.any(dim=0) & (value[name] != 0)
-                    constant &= ~(columns & needs_bias).any(dim=1)
-        removable[group] = constant | unread
+                    is_constant &= ~(columns & needs_bias).any(dim=1)
+        removable[group] = is_constant | is_unread
     fewest = min(int(dead.sum()) for dead in removable.values())
     fewest = min(fewest, width.value - 1)  # at least one channel must stay, even if it is dead
     if fewest == 0:
@@ -180,21 +191,31 @@ def _dead_channels(
         mask[dead.nonzero().flatten()[:fewest]] = False
         kept.update(dict.fromkeys(group, mask))
     offsets = {}
-    for name in consumers:
+    for name in dense_consumers:
         removed_inputs = [
-            reads[~kept[maker]].any(dim=0)
-            for (maker, reader), reads in readers.reads.items()
-            if reader == name
+            columns[~kept[producer]].any(dim=0)
+            for (producer, consumer), columns in consumers.connections.items()
+            if consumer == name
         ]
         removed = torch.stack(removed_inputs).any(dim=0)  # (inputs,)
         offsets[name] = _weight(module, name)[:, removed].double() @ value[name][removed].double()
-    return DeadChannels(WidthCut(width, readers, width.value - fewest), kept, offsets)
+    return DeadChannels(WidthCut(width, consumers, width.value - fewest), kept, offsets)
 
 
 def _ranges(
     model: Model, signature: Signature, names: Sequence[str], sample: Sample | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The smallest and the largest value of each input of the layers, float ``(inputs,)`` each."""
+    """Return the smallest and the largest value of each input of some dense layers.
+
+    Args:
+        model: the network; it is not changed.
+        signature: describes its inputs.
+        names: names of the layers.
+        sample: calibration rows; if None, synthetic rows are used.
+
+    Returns:
+        By layer name, float ``(inputs,)`` each.
+    """
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}
 
@@ -221,7 +242,7 @@ def _ranges(
 def _inputs(
     model: Model, signature: Signature, sample: Sample | None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of calibration rows, or of synthetic rows of two scales without a sample."""
+    """Yield batches of the sample; without one, synthetic rows with dense inputs of two scales."""
     if sample is not None:
         split, rows = sample
         yield from (batch.inputs for batch in batches(split, signature, BATCH, rows))
@@ -233,12 +254,12 @@ def _inputs(
 
 
 def _dense(module: nn.Module, names: Collection[str]) -> list[str]:
-    """The names of float dense layers among some modules."""
+    """Return the names of the float dense layers among some modules."""
     return [name for name in names if isinstance(module.get_submodule(name), nn.Linear)]
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:
-    """The detached weight of a Linear, ``(out, in)``.
+    """Return the detached weight of a Linear, ``(out, in)``.
 
     Raises:
         StepRefused: the module is not a Linear.

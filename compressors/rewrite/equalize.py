@@ -2,12 +2,13 @@
 
 Scores do not change, but quantization errors become smaller. If a channel's weights are large in
 one layer and small in the next, both layers have large quantization errors. The step moves a factor
-per channel from one layer to the other until both ranges are equal.
+per channel from one layer to the next until its largest absolute weight (its *range*) is the same
+in both.
 
 Paper: Nagel et al. 2019, https://arxiv.org/abs/1906.04721, section 4.1, eq. 11 (cross-layer
 equalization).
 Differs: a layer with several consumers is equalized with the largest of their ranges; leaky Relu,
-PReLU and dropout are treated like Relu; high biases are not absorbed.
+PReLU and dropout are treated like Relu; the paper's absorption of high biases is left out.
 """
 
 from typing import ClassVar, Literal
@@ -22,13 +23,13 @@ from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
 
-ROUNDS = 100
+MAX_ROUNDS = 100
 DEAD = 1e-3  # channels below this share of the layer's largest channel are not scaled
 CONVERGED = 1e-3  # stop when a round changes every factor by less
 
 
 def equalization_factors(output_ranges: Tensor, input_ranges: Tensor) -> Tensor:
-    """Compute the factor per channel that makes its ranges in two consecutive layers equal.
+    """Compute the factors that make each channel's ranges in two consecutive layers equal.
 
     Args:
         output_ranges: the largest absolute weight that computes each channel, ``(channels,)``.
@@ -41,8 +42,8 @@ def equalization_factors(output_ranges: Tensor, input_ranges: Tensor) -> Tensor:
         layer's input range.
     """
     first, second = output_ranges.double(), input_ranges.double()
-    both = (first > DEAD * first.max()) & (second > DEAD * second.max())
-    ratio = torch.where(both, first, 1.0) / torch.where(both, second, 1.0)
+    is_scaled = (first > DEAD * first.max()) & (second > DEAD * second.max())
+    ratio = torch.where(is_scaled, first, 1.0) / torch.where(is_scaled, second, 1.0)
     return ratio.sqrt()
 
 
@@ -69,12 +70,12 @@ class Equalize(StepSettings):
         """Equalize pair by pair, in rounds, until the factors converge."""
         links = plan.payload
         module = model.module
-        for _ in range(ROUNDS):
+        for _ in range(MAX_ROUNDS):
             largest_change = 0.0
             for link in links:
-                output_ranges = linear_weight(module.get_submodule(link.maker)).abs().amax(dim=1)
-                readers = [linear_weight(module.get_submodule(name)) for name in link.readers]
-                input_ranges = torch.stack([weight.abs().amax(dim=0) for weight in readers]).amax(
+                output_ranges = linear_weight(module.get_submodule(link.producer)).abs().amax(dim=1)
+                consumers = [linear_weight(module.get_submodule(name)) for name in link.consumers]
+                input_ranges = torch.stack([weight.abs().amax(dim=0) for weight in consumers]).amax(
                     dim=0
                 )
                 scale = equalization_factors(output_ranges, input_ranges)

@@ -1,17 +1,20 @@
 """Fold norms into adjacent dense layers and remove dead channels.
 
-Run this step before any lossy step. The network computes the same values, up to float32 rounding,
-with fewer operators, and all later steps process the weights that are served.
+The network computes the same values, up to float32 rounding, with fewer operators. Run this step
+before steps that compress dense layers: it changes only float32 layers, and the later steps then
+process the weights that are served. Tables may be compressed before or after it.
 
-* A batch norm directly after a Linear is a factor and an offset per output channel; before a
-  Linear, with no nonlinear operator between them, per input channel. In both cases it becomes part
-  of the weight and bias, and ``FoldedNorm`` replaces it. A batch norm that is not folded leaves
-  operators between two int8 products at runtime, so the products cannot be joined.
-* The affine part of a LayerNorm or RMSNorm moves into its consumers if all of them are Linears.
-* Dead channels (``dead_channels.py``) are removed; their constant is added to the next layers'
-  biases.
-* Columns of tables and inputs whose weights are all zero (``unread_features.py``) are only
-reported.
+* A batch norm in evaluation mode multiplies each channel by a factor and adds an offset. If it
+  directly follows or precedes a Linear, with no nonlinear operator between them, factors and
+  offsets become part of the Linear's weight and bias, and ``FoldedNorm`` (an identity) replaces the
+  norm. Otherwise the norm stays in the served graph: between two int8 layers it is computed in
+  float32, so the runtime converts from int8 to float32 and back.
+* The affine part of a LayerNorm or RMSNorm moves into the layers that consume the norm's output, if
+  all of them are Linears.
+* Dead channels, whose output is constant or unused (``dead_channels.py``), are removed; their
+  constant is added to the biases of the layers that consumed them.
+* If all weights that are applied to one column of a table or dense input are zero, that column is
+  only reported (``unread_features.py``).
 
 Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2 (fold a batch norm into the
 layer before it).
@@ -36,7 +39,7 @@ from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, own_weight, private_copy, swap
 from compressors.errors.steps import StepRefused
 from compressors.prune.structure.narrowing import score_difference
-from compressors.rewrite.dataflow import Dataflow, Reader, dataflow
+from compressors.rewrite.dataflow import Consumer, Dataflow, dataflow
 from compressors.rewrite.dead_channels import DeadChannels, find_dead_channels, remove_dead_channels
 from compressors.rewrite.unread_features import unread_features
 
@@ -50,8 +53,8 @@ def scaled_outputs(
 
     ``weight`` is ``(out, in)``; ``bias``, ``scale`` and ``shift`` are ``(out,)``.
     """
-    before = torch.zeros_like(shift) if bias is None else bias.double()
-    return weight.double() * scale[:, None], before * scale + shift
+    old_bias = torch.zeros_like(shift) if bias is None else bias.double()
+    return weight.double() * scale[:, None], old_bias * scale + shift
 
 
 def scaled_inputs(
@@ -91,7 +94,13 @@ def affine_factors(norm: AffineNorm) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Move:
-    """One norm and the layers that it is folded into: the one before it, or those after it."""
+    """One norm and the layers that it is folded into.
+
+    Attributes:
+        norm: name of the norm.
+        layers: names of the dense layers: the one before the norm, or all that consume its output.
+        norm_is_first: whether the norm precedes the layers.
+    """
 
     norm: str
     layers: tuple[str, ...]
@@ -99,12 +108,12 @@ class Move:
 
 
 class Folding(NamedTuple):
-    """What ``Fold.plan`` found.
+    """The data that ``Fold.plan`` passes to ``Fold.apply``.
 
     Attributes:
-        signature: the inputs of the network.
+        signature: the signature of the network, from which random inputs are generated.
         moves: the norms to fold.
-        dead: the channels that are dead after folding, as the weights prove.
+        dead: the channels that are dead after folding, as the values of the weights prove.
         free: names of the dense layers that may change.
     """
 
@@ -136,7 +145,7 @@ class Fold(StepSettings):
         return ("calibration",) if self.rows else ()
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Folding]:
-        """Select the layers that include a norm or lose dead channels; give reasons for others.
+        """Select the layers that a norm is folded into or that lose channels, with reasons.
 
         Raises:
             NothingToCompress: a pattern matches no layer.
@@ -227,27 +236,31 @@ class Fold(StepSettings):
                 fixed = Reason("reader_closed", reader=name, why=flow.fixed[name])
                 kept_norms |= {n: fixed for n in decisions if flow.reasons.get(n) == fixed}
             elif isinstance(norm, nn.BatchNorm1d | AffineNorm):
-                find_move = (
-                    _move_of_batch_norm if isinstance(norm, nn.BatchNorm1d) else _move_of_affine
+                plan_move = (
+                    _plan_batch_norm if isinstance(norm, nn.BatchNorm1d) else _plan_affine_part
                 )
-                result = find_move(model.module, name, flow, decisions)
+                result = plan_move(model.module, name, flow, decisions)
                 if isinstance(result, Move):
                     moves.append(result)
                 else:
-                    neighbors = [n for n in decisions if Reader(name) in flow.readers.get(n, ())]
-                    neighbors += [reader.name for reader in flow.readers.get(name, ())]
+                    neighbors = [
+                        n for n in decisions if Consumer(name) in flow.consumers.get(n, ())
+                    ]
+                    neighbors += [consumer.name for consumer in flow.consumers.get(name, ())]
                     kept_norms.update(dict.fromkeys(neighbors, result))
         return moves, decisions, kept_norms
 
 
-def _move_of_batch_norm(
+def _plan_batch_norm(
     module: nn.Module, name: str, flow: Dataflow, decisions: Mapping[str, Decision]
 ) -> Move | Reason:
-    """The layers that a batch norm can be folded into, or the reason why it stays."""
+    """Find the layers that a batch norm can be folded into, or the reason why it stays."""
     norm = module.get_submodule(name)
     if not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
         return Reason("norm_without_statistics", norm=name)
     if flow.dims.get(name) != 2:
+        # Its input is (rows, channels, positions): channels are not the last dimension, as in the
+        # output of a Linear.
         return Reason("norm_of_places", norm=name)
     _, shift = batch_norm_factors(norm)
     before = flow.only_producer(name)
@@ -266,14 +279,16 @@ def _move_of_batch_norm(
     return Reason("norm_kept", norm=name, why=why or Reason("no_single_neighbor"))
 
 
-def _move_of_affine(
+def _plan_affine_part(
     module: nn.Module, name: str, flow: Dataflow, decisions: Mapping[str, Decision]
 ) -> Move | Reason:
-    """The layers that a norm's affine part can be folded into, or the reason why it stays."""
+    """Find the layers that a norm's affine part can move into, or the reason why it stays."""
     norm = module.get_submodule(name)
     if not isinstance(norm, AffineNorm) or norm.weight is None:
         return Reason("norm_without_affine", norm=name)
     if norm.weight.dim() != 1:
+        # It normalizes over several dimensions and has a factor for each of their entries, but a
+        # Linear has one weight per channel (the last dimension).
         return Reason("norm_of_more", norm=name)
     scale, shift = affine_factors(norm)
     if bool((scale == 1).all()) and not bool(shift.any()):
@@ -290,7 +305,7 @@ def _move_of_affine(
 
 
 def _offset_has_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
-    """Whether an offset before a layer adds nothing to its output."""
+    """Whether an offset of a layer's inputs, float64 ``(in,)``, adds nothing to its output."""
     part = module.get_submodule(layer)
     if not isinstance(part, nn.Linear):
         return False
@@ -300,9 +315,9 @@ def _offset_has_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
 def _reason_not_foldable(
     module: nn.Module, layer: str, decisions: Mapping[str, Decision], *, bias: bool
 ) -> Reason | None:
-    """The reason why a layer cannot include a norm; None if it can.
+    """Return the reason why a norm cannot be folded into a layer; None if it can.
 
-    ``bias`` says whether the layer would need a bias for the offset of the norm.
+    ``bias`` says whether the layer needs a bias, to which the offset of the norm is added.
     """
     part = module.get_submodule(layer)
     if not isinstance(part, nn.Linear):
@@ -315,7 +330,10 @@ def _reason_not_foldable(
 
 
 def _folded(model: Model, moves: Sequence[Move]) -> Model:
-    """Fold norms into layers in place; the model is a private copy."""
+    """Fold norms into layers in place; the model is a private copy.
+
+    ``own_weight`` gives a layer a new parameter: the old one is shared with the caller's model.
+    """
     for move in moves:
         norm = model.module.get_submodule(move.norm)
         scale, shift = _factor_and_offset(norm)
@@ -330,6 +348,7 @@ def _folded(model: Model, moves: Sequence[Move]) -> Model:
         if isinstance(norm, nn.BatchNorm1d):
             swap(model.module, move.norm, FoldedNorm())
             continue
+        # A LayerNorm or RMSNorm stays; its affine part becomes the identity.
         for name, tensor in list(norm.named_parameters(recurse=False)):
             identity = torch.ones_like(tensor) if name == "weight" else torch.zeros_like(tensor)
             own_weight(norm, name, identity)
@@ -337,7 +356,10 @@ def _folded(model: Model, moves: Sequence[Move]) -> Model:
 
 
 def _report_unread(model: Model, signature: Signature) -> dict[str, Decision]:
-    """Report unread features by unit; those of dense inputs with the first dense layer."""
+    """Report columns of tables and dense inputs whose weights are all zero, by unit name.
+
+    Dense inputs are not units, so their columns are reported for the first dense layer.
+    """
     reasons: dict[str, tuple[Reason, ...]] = {}
     units = Unit.of(model.module)
     first = next((unit.name for unit in units if unit.role == "dense"), None)
@@ -347,7 +369,7 @@ def _report_unread(model: Model, signature: Signature) -> dict[str, Decision]:
         elif first is not None:
             unread = Reason("input_columns_unread", columns=columns, input=name)
             reasons[first] = (*reasons.get(first, ()), unread)
-    # "deferred": the runner compares the unit with the one before the step.
+    # "deferred": the runner compares each unit before and after the step to decide the status.
     return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 
@@ -365,6 +387,7 @@ def _factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _bias(layer: nn.Linear) -> Tensor | None:
+    """Return a layer's detached bias, or None if it has none."""
     return None if layer.bias is None else layer.bias.detach()
 
 

@@ -1,9 +1,9 @@
 """Move channel factors from a layer or norm into its consumers without changing the predictions.
 
-With a factor ``s > 0`` for each channel, a layer or norm (the *maker*) outputs ``y / s``, and its
-consumers (the *readers*) multiply each input by ``s``. A Relu or a similar operator between them
-does not matter, because ``f(y / s) = f(y) / s``. ``equalize.py`` and ``smooth_quant.py`` use this
-module.
+With a factor ``s > 0`` for each channel, the weights of a layer or norm (the *producer*) are
+divided by ``s``, so that it outputs ``y / s``, and the weights of its consumers are multiplied by
+``s``. A Relu or a similar operator between them does not matter, because ``f(y / s) = f(y) / s``.
+``equalize.py`` and ``smooth_quant.py`` use this module.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,10 +23,10 @@ Norm = nn.LayerNorm | nn.RMSNorm | nn.BatchNorm1d
 
 @dataclass(frozen=True)
 class Link:
-    """A layer or norm (``maker``) and all Linear layers that consume its output (``readers``)."""
+    """A layer or norm (``producer``) and all consumers of its output, which are Linear layers."""
 
-    maker: str
-    readers: tuple[str, ...]
+    producer: str
+    consumers: tuple[str, ...]
 
 
 def choose_links(
@@ -36,7 +36,7 @@ def choose_links(
 
     Args:
         model: the network; it is not changed.
-        signature: its inputs.
+        signature: describes its inputs.
         patterns: patterns of the names of layers that may change.
         kind: the kind of the calling step.
         norms: whether factors also move from norms with an affine part into their consumers.
@@ -50,19 +50,19 @@ def choose_links(
     links: list[Link] = []
     scaled: dict[str, list[Reason]] = {}
     reasons: dict[str, Reason] = {**flow.reasons}
-    for maker, readers in flow.readers.items():
-        names = tuple(dict.fromkeys(reader.name for reader in readers))
-        why = _reason_not_scalable(model.module, maker, names, decisions, flow.dims, norms=norms)
+    for producer, consumers in flow.consumers.items():
+        names = tuple(dict.fromkeys(consumer.name for consumer in consumers))
+        why = _reason_not_scalable(model.module, producer, names, decisions, flow.dims, norms=norms)
         if why is not None:
-            reasons[maker] = why
+            reasons[producer] = why
             continue
-        links.append(Link(maker, names))
+        links.append(Link(producer, names))
         for name in names:
-            inputs = Reason("inputs_scaled", step=kind, maker=maker)
+            inputs = Reason("inputs_scaled", step=kind, maker=producer)
             scaled.setdefault(name, []).append(inputs)
-        if maker in decisions:
+        if producer in decisions:
             outputs = Reason("outputs_scaled", step=kind, readers=names)
-            scaled.setdefault(maker, []).append(outputs)
+            scaled.setdefault(producer, []).append(outputs)
     for name, decision in decisions.items():
         if not decision.selected:
             continue
@@ -76,28 +76,29 @@ def choose_links(
 
 def _reason_not_scalable(
     module: nn.Module,
-    maker: str,
-    readers: Collection[str],
+    producer: str,
+    consumers: Collection[str],
     decisions: Mapping[str, Decision],
     dims: Mapping[str, int],
     *,
     norms: bool,
 ) -> Reason | None:
-    """The reason why no factor can move from a maker into its readers; None if one can."""
-    producer = module.get_submodule(maker)
-    if not readers:
+    """Return why no factor can move from a producer into its consumers; None if one can."""
+    producing_module = module.get_submodule(producer)
+    if not consumers:
         return Reason("output_unread")
-    if isinstance(producer, Norm):
+    if isinstance(producing_module, Norm):
         if not norms:
-            return Reason("is_norm", norm=maker)
-        if producer.weight is None or producer.weight.dim() != 1:
-            return Reason("norm_without_channel_affine", norm=maker)
-        if isinstance(producer, nn.BatchNorm1d) and dims[maker] != 2:
-            return Reason("norm_of_places", norm=maker)
-    elif not isinstance(producer, nn.Linear):
-        return Reason("not_linear_or_norm", module=maker)
-    for name in (maker, *readers):
-        if name == maker and not isinstance(producer, nn.Linear):
+            return Reason("is_norm", norm=producer)
+        if producing_module.weight is None or producing_module.weight.dim() != 1:
+            return Reason("norm_without_channel_affine", norm=producer)
+        if isinstance(producing_module, nn.BatchNorm1d) and dims[producer] != 2:
+            # Its input is (rows, channels, positions): channels are not the last dimension.
+            return Reason("norm_of_places", norm=producer)
+    elif not isinstance(producing_module, nn.Linear):
+        return Reason("not_linear_or_norm", module=producer)
+    for name in (producer, *consumers):
+        if name == producer and not isinstance(producing_module, nn.Linear):
             continue
         if name not in decisions:
             if isinstance(module.get_submodule(name), Norm):
@@ -109,27 +110,27 @@ def _reason_not_scalable(
 
 
 def rescale(module: nn.Module, link: Link, scale: Tensor) -> None:
-    """Divide the maker's outputs by ``scale`` and multiply the readers' weights by it, in place.
+    """Divide a producer's outputs by ``scale`` and multiply its consumers' weights by it, in place.
 
     Args:
         module: a private copy of the network.
-        link: the maker and its readers.
+        link: the producer and its consumers.
         scale: float64 ``(channels,)``, positive.
     """
-    maker = module.get_submodule(link.maker)
-    for name, tensor in list(maker.named_parameters(recurse=False)):
+    producing_module = module.get_submodule(link.producer)
+    for name, tensor in list(producing_module.named_parameters(recurse=False)):
         if name not in ("weight", "bias"):
             continue
         divisor = scale if tensor.dim() == 1 else scale[:, None]
-        own_weight(maker, name, (tensor.detach().double() / divisor).to(tensor.dtype))
-    for name in link.readers:
+        own_weight(producing_module, name, (tensor.detach().double() / divisor).to(tensor.dtype))
+    for name in link.consumers:
         layer = module.get_submodule(name)
         weight = linear_weight(layer)
         own_weight(layer, "weight", (weight.double() * scale).to(weight.dtype))
 
 
 def linear_weight(layer: nn.Module) -> Tensor:
-    """The detached weight of a Linear: float ``(out, in)``.
+    """Return the detached weight of a Linear: float ``(out, in)``.
 
     Raises:
         TypeError: the layer is not a Linear.

@@ -3,13 +3,14 @@
 Scores do not change, but quantization errors become smaller. An input is quantized with one scale
 for all channels, a weight with one scale per output. If a few input channels are far larger than
 the others, the other channels use only a few levels. A factor per channel makes inputs smaller and
-weights larger. Its inverse is applied where the channel is computed: to the affine part of a norm,
-or to the rows of the previous layer's weight.
+weights larger. The inputs become smaller because the previous layer is changed: the affine part of
+a norm, or the rows of a dense layer's weight, is divided by the factors.
 
 Paper: Xiao et al. 2022, https://arxiv.org/abs/2211.10438, eq. 4.
 Differs: factors also move between two dense layers with a Relu or a similar operator between them.
-The migration strength can be searched for each layer by the error of int8 products, as AWQ does for
-weights (Lin et al. 2023, https://arxiv.org/abs/2306.00978); no migration is one of the candidates.
+The migration strength (how much of the input range moves into the weights) can be searched for
+each layer by the error of int8 products, as AWQ does for weights (Lin et al. 2023,
+https://arxiv.org/abs/2306.00978); no migration is one of the candidates.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from compressors.rewrite.scaling import Link, choose_links, linear_weight, resca
 SAMPLE = 1024  # number of input vectors per layer on which a search compares int8 products
 LayerSample = tuple[Tensor, Tensor]
 """Inputs of a layer, float ``(vectors, channels)``, and its weight ``(out, channels)``."""
-STRENGTHS = tuple(step / 10 for step in range(11))  # candidates of a search
+STRENGTHS = tuple(step / 10 for step in range(11))  # migration strengths that a search tries
 
 
 def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -49,14 +50,15 @@ def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
         ``inputs ** alpha / weights ** (1 - alpha)``, float64 ``(channels,)``; 1 where either is
         zero.
     """
-    first, second = inputs.double(), weights.double()
-    both = (first > 0) & (second > 0)
-    scale = torch.where(both, first, 1.0) ** alpha / torch.where(both, second, 1.0) ** (1 - alpha)
-    return torch.where(both, scale, 1.0)
+    largest_input, largest_weight = inputs.double(), weights.double()
+    is_scaled = (largest_input > 0) & (largest_weight > 0)
+    numerator = torch.where(is_scaled, largest_input, 1.0) ** alpha
+    scale = numerator / torch.where(is_scaled, largest_weight, 1.0) ** (1 - alpha)
+    return torch.where(is_scaled, scale, 1.0)
 
 
 def int8_error(layers: Sequence[LayerSample], scale: Tensor) -> float:
-    """Mean relative squared error of int8 products over all outputs, with ``scale`` applied.
+    """Compute the mean relative squared error of int8 products over all outputs of some layers.
 
     All outputs have equal weight: the next layer may apply small weights to a large output, or the
     output may be rescaled later. The input range comes from half of the vectors and the error from
@@ -64,7 +66,7 @@ def int8_error(layers: Sequence[LayerSample], scale: Tensor) -> float:
 
     Args:
         layers: inputs and weight of each layer.
-        scale: float64 ``(channels,)``, by which inputs are divided.
+        scale: float64 ``(channels,)``: inputs are divided and weights multiplied by it.
     """
     smallest = torch.finfo(torch.float32).tiny
     errors = []
@@ -81,7 +83,7 @@ def int8_error(layers: Sequence[LayerSample], scale: Tensor) -> float:
 
 
 def best_smoothing(inputs: Tensor, weights: Tensor, layers: Sequence[LayerSample]) -> Tensor:
-    """Find the factor with the smallest int8 error among all strengths and no migration.
+    """Return the factors with the smallest int8 error among those of all strengths and ones.
 
     ``inputs`` and ``weights`` are as in ``smoothing_factors``, ``layers`` as in ``int8_error``.
 
@@ -142,8 +144,8 @@ class SmoothQuant(StepSettings):
         links = plan.payload
         module = model.module
         calls = -(-min(self.rows, bench.calibration.rows) // BATCH)
-        readers = [name for link in links for name in link.readers]
-        recorders = {name: _InputRecorder(-(-SAMPLE // calls)) for name in readers}
+        consumers = [name for link in links for name in link.consumers]
+        recorders = {name: _InputRecorder(-(-SAMPLE // calls)) for name in consumers}
         read_layer_inputs(
             module,
             [unit for unit in Unit.of(module) if unit.name in recorders],
@@ -157,17 +159,18 @@ class SmoothQuant(StepSettings):
         # the link before that depends on these rows. The measured inputs of any other layer do not
         # change.
         for link in reversed(links):
-            weights = {name: linear_weight(module.get_submodule(name)) for name in link.readers}
+            weights = {name: linear_weight(module.get_submodule(name)) for name in link.consumers}
             weight_ranges = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()])
-            inputs = torch.stack([recorders[name].largest(name) for name in link.readers])
-            first, second = inputs.amax(dim=0), weight_ranges.amax(dim=0)  # (channels,)
+            inputs = torch.stack([recorders[name].largest(name) for name in link.consumers])
+            largest_inputs = inputs.amax(dim=0)  # (channels,)
+            largest_weights = weight_ranges.amax(dim=0)
             if self.search:
                 layers = [
                     (torch.cat(recorders[name].sample), weight) for name, weight in weights.items()
                 ]
-                scale = best_smoothing(first, second, layers)
+                scale = best_smoothing(largest_inputs, largest_weights, layers)
             else:
-                scale = smoothing_factors(first, second, self.alpha)
+                scale = smoothing_factors(largest_inputs, largest_weights, self.alpha)
             rescale(module, link, scale)
         return AppliedStep(model)
 
@@ -187,7 +190,7 @@ class _InputRecorder:
             self.sample.append(x[:: max(1, len(x) // count)][:count].clone())
 
     def largest(self, name: str) -> Tensor:
-        """The largest absolute input of each channel, ``(channels,)``.
+        """Return the largest absolute input of each channel of layer ``name``, ``(channels,)``.
 
         Raises:
             StepRefused: the layer never ran.

@@ -1,4 +1,4 @@
-"""Find unread features: columns of tables and of dense inputs whose weights are all zero.
+"""Find unread features: columns of tables and dense inputs to which only zero weights are applied.
 
 They are reported, not removed: other parts of the architecture and the signature depend on the
 width of a table or dense input. The step ``dimensions`` makes tables narrower.
@@ -20,7 +20,9 @@ CHECK_ROWS = 64
 SHIFT = 3.7  # constant that moves a changed feature out of its usual range
 
 Inputs = dict[str, Tensor]
+"""A batch of inputs, by name of the model's forward argument."""
 Change = Callable[[Tensor], Tensor]
+"""Changes the values of one feature, float ``(rows, ..., width)``."""
 
 
 def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[int, ...]]:
@@ -32,7 +34,7 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
 
     Args:
         module: the network in evaluation mode; it is not changed.
-        signature: its inputs.
+        signature: describes its inputs.
 
     Returns:
         By table or dense input, the numbers of its unread columns. Names without unread columns are
@@ -42,7 +44,7 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
         isinstance(part, nn.Linear) and not bool(part.weight.any(dim=0).all())
         for part in module.modules()
     ):
-        return {}  # every layer reads all of its inputs
+        return {}  # every layer has a nonzero weight for each of its inputs
     result = {}
     rows = table_rows(module)
     for name, width, change_feature in _features(module, signature):
@@ -59,8 +61,9 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
 
 
 ChangeFeature = Callable[[Inputs, Change, ExitStack], Inputs]
-"""Apply a change to one feature of some inputs and return the inputs. The outputs of a table are
-changed by a forward hook, which the exit stack removes."""
+"""Applies a change to one feature of some inputs and returns the inputs. If the feature is the
+output of a table, a forward hook applies the change while the network runs; the exit stack removes
+the hook."""
 
 
 def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, int, ChangeFeature]]:
@@ -103,12 +106,17 @@ def _read_columns(
     width: int,
     change_feature: ChangeFeature,
 ) -> list[bool]:
-    """Whether a NaN in each column meets a nonzero weight; batch row ``i`` tests column ``i``."""
+    """Return for each column whether a dense layer applies a nonzero weight to it.
+
+    In row ``i`` of the batch, column ``i`` is NaN; a hook on each dense layer checks which of its
+    inputs are NaN.
+    """
     is_read = torch.zeros(width, dtype=torch.bool)
 
     def mark(x: Tensor) -> Tensor:
         if len(x) != width:
-            is_read[:] = True  # not one lookup per row: assume that every column is read
+            # The table was not called with one lookup per row: assume that every column is read.
+            is_read[:] = True
             return x
         column = torch.arange(width)
         marked = x.clone()
@@ -124,7 +132,7 @@ def _read_columns(
         elif isinstance(part, nn.Linear):
             reached = x.isnan().reshape(width, -1, x.shape[-1]).any(dim=1)  # (columns, inputs)
             is_read.logical_or_((reached & part.weight.any(dim=0)).any(dim=1))
-        return output.nan_to_num(nan=0.0)  # a product ends the trace of a NaN
+        return output.nan_to_num(nan=0.0)  # only the first layer that a column reaches counts
 
     with ExitStack() as hooks:
         for part in module.modules():

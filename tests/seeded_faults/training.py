@@ -117,7 +117,7 @@ FAULTS = (
     Fault(
         id="channels-drop-ties",
         file="compressors/prune/dense/importance.py",
-        old="        total = torch.stack([importance[maker] for maker in group]).sum(dim=0)\n",
+        old="        total = torch.stack([importance[producer] for producer in group]).sum(dim=0)\n",
         new="        total = importance[group[0]]\n",
         effect="Layers that share channels are pruned by the importance of only one of them.",
         tests=(
@@ -127,8 +127,8 @@ FAULTS = (
     Fault(
         id="prune-rows-shared-row-unweighted",
         file="compressors/prune/tables/prune_rows.py",
-        old="        each = count[block][chosen[block]].double() + UNSEEN\n",
-        new="        each = torch.ones(int(chosen[block].sum()), dtype=torch.float64)\n",
+        old="        lookups = count[block][chosen[block]].double() + UNSEEN\n",
+        new="        lookups = torch.ones(int(chosen[block].sum()), dtype=torch.float64)\n",
         effect="The row of pruned ids is a plain mean instead of one weighted by lookups.",
         tests=(f"{PRUNE}::test_pruned_rows_share_their_mean_weighted_by_lookups",),
     ),

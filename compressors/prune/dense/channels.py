@@ -5,8 +5,9 @@ removes the matching input of every layer that consumes it
 (``compressors.prune.structure.channel_consumers``). The layer's width is a number in the
 architecture's configuration (an argument of the model class). That number becomes smaller, so the
 result is stored and built like any other network. If the number counts groups of channels, such as
-attention heads, whole groups are removed. A *unit* is one channel or one such group, a *maker* a
-layer that outputs it, a *reader* a layer or norm that consumes it.
+attention heads, whole groups are removed. In this file a *unit* is one channel or
+one such group, a *producer* a layer that outputs it, and a *consumer* a layer or norm that takes it
+as input.
 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
 https://arxiv.org/abs/1803.03635, sec. 2 (iterative pruning: prune and train in turn, the same share
@@ -43,13 +44,13 @@ from compressors.prune.dense.importance import (
 )
 from compressors.prune.dense.kept_shares import Counts
 from compressors.prune.dense.reconstruct import reconstruct
-from compressors.prune.structure.channel_consumers import Readers
+from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.prune.structure.config_widths import Width
-from compressors.prune.structure.narrowing import WidthCut, remaining_readers, without_channels
+from compressors.prune.structure.narrowing import WidthCut, remaining_consumers, without_channels
 from compressors.prune.structure.prunable_widths import PrunableWidths, prunable_widths
 
 CUTS = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
-"""Codes of the reasons of layers that become narrower."""
+"""Reason codes that say that a layer becomes narrower."""
 
 
 class CheckedWidths(NamedTuple):
@@ -132,7 +133,7 @@ class Channels(StepSettings):
 
     @property
     def trains(self) -> bool:
-        """A run is slow if the network is trained after each round."""
+        """Whether the network is trained after each round, which makes a run slow."""
         return self.training is not None
 
     @property
@@ -162,18 +163,20 @@ class Channels(StepSettings):
         prunable = self._prunable_widths(model, bench.signature)
         decisions = dict(prunable.decisions)
         checked = CheckedWidths(bench.signature, prunable)
-        if not prunable.readers:
+        if not prunable.consumers:
             return StepPlan(decisions, checked)
         counts, work_share = self._estimate(model, bench.signature, prunable.widths)
-        for item in prunable.readers:
-            for maker in item.width.makers:
-                reasons = self._reasons(item.width, maker, counts[item.width.path], work_share)
-                decisions[maker] = _take(decisions[maker], *reasons)
-            for reader in item.width.readers:
-                if reader in decisions:
-                    makers = tuple(maker for maker, name in item.reads if name == reader)
-                    follows = Reason("inputs_follow", makers=makers)
-                    decisions[reader] = _take(decisions[reader], follows)
+        for item in prunable.consumers:
+            for producer in item.width.producers:
+                reasons = self._reasons(item.width, producer, counts[item.width.path], work_share)
+                decisions[producer] = _take(decisions[producer], *reasons)
+            for consumer in item.width.consumers:
+                if consumer in decisions:
+                    producers = tuple(
+                        producer for producer, name in item.connections if name == consumer
+                    )
+                    follows = Reason("inputs_follow", makers=producers)
+                    decisions[consumer] = _take(decisions[consumer], follows)
         if self.training is not None:
             trained = choose_trainable(model, bench, self.kind, tables=self.training.tables)
             for name, decision in trained.items():
@@ -196,27 +199,27 @@ class Channels(StepSettings):
         training_reasons: dict[str, tuple[Reason, ...]] = {}
         initial = {width.path: width.value for width in prunable.widths}
         initial_work = sum(kept_shares.multiply_adds(model.module, signature).values())
-        readers = prunable.readers
+        consumers = prunable.consumers
         for number in range(1, self.rounds + 1):
             scores = weight_importance(model, bench, self.importance, self.rows)
             importance = {
-                maker: total
-                for item in readers
-                for maker, total in unit_importance(item, scores, self.importance).items()
+                producer: total
+                for item in consumers
+                for producer, total in unit_importance(item, scores, self.importance).items()
             }
             progress = number / self.rounds
             counts = self._counts(
-                model, signature, readers, importance, initial, initial_work, progress
+                model, signature, consumers, importance, initial, initial_work, progress
             )
             before = private_copy(model.module).eval()
-            kept = _kept_units(readers, importance, counts)
-            model = self._narrow(model, signature, readers, kept, counts)
+            kept = _kept_units(consumers, importance, counts)
+            model = self._narrow(model, signature, consumers, kept, counts)
             if self.reconstruct:
-                layers = sorted({name for width in prunable.widths for name in width.readers})
+                layers = sorted({name for width in prunable.widths for name in width.consumers})
                 outputs = {
-                    maker: kept[maker][units]
-                    for item in readers
-                    for maker, units in item.units.items()
+                    producer: kept[producer][units]
+                    for item in consumers
+                    for producer, units in item.units.items()
                 }
                 reconstruct(model.module, before, bench, layers, outputs, self.rows)
             if self.training is not None:
@@ -226,46 +229,51 @@ class Channels(StepSettings):
                     for name, outcome in trained.items()
                 }
             if number < self.rounds:
-                readers = tuple(remaining_readers(item, model, signature, kept) for item in readers)
+                consumers = tuple(
+                    remaining_consumers(item, model, signature, kept) for item in consumers
+                )
         if self.scope == "layer":
             return AppliedStep(model, _deferred(training_reasons))
         work = sum(kept_shares.multiply_adds(model.module, signature).values())
         work_left = Reason("multiply_adds_left", share=work / initial_work)
         narrowed = {
-            maker: (
-                _width_reason(width, maker, width.value, counts[width.path]),
+            producer: (
+                _width_reason(width, producer, width.value, counts[width.path]),
                 work_left,
-                *training_reasons.get(maker, ()),
+                *training_reasons.get(producer, ()),
             )
             for width in prunable.widths
-            for maker in width.makers
+            for producer in width.producers
         }
         return AppliedStep(model, _deferred({**training_reasons, **narrowed}))
 
     def dry_run(self, model: Model, plan: StepPlan[CheckedWidths]) -> Model:
         """Prune the last channels of every width: as many as ``apply`` would prune.
 
-        With ``scope`` ``global`` the number for each width depends on the values of the weights, so
-        the same share of every width is pruned instead.
+        If ``scope`` is ``global``, the number for each width depends on the values of the weights.
+        Then the same share of every width is pruned instead.
         """
         signature, prunable = plan.payload
         counts, _ = self._estimate(model, signature, prunable.widths)
         equal_importance = {
-            maker: torch.zeros(item.width.value)
-            for item in prunable.readers
-            for maker in item.width.makers
+            producer: torch.zeros(item.width.value)
+            for item in prunable.consumers
+            for producer in item.width.producers
         }
-        kept = _kept_units(prunable.readers, equal_importance, counts)
-        return self._narrow(model, signature, prunable.readers, kept, counts)
+        kept = _kept_units(prunable.consumers, equal_importance, counts)
+        return self._narrow(model, signature, prunable.consumers, kept, counts)
 
-    def _reasons(self, width: Width, maker: str, count: int, work_share: float) -> list[Reason]:
-        """The reasons in the plan for a maker that keeps ``count`` units."""
+    def _reasons(self, width: Width, producer: str, count: int, work_share: float) -> list[Reason]:
+        """Return the reasons in the plan for a producer that keeps ``count`` units.
+
+        ``work_share`` is the share of all multiply-adds that remains.
+        """
         step, importance = self.kind, self.importance
         if self.scope == "global":
             argument = width.description()
             reasons = [Reason("one_threshold", step=step, width=argument, importance=importance)]
         else:
-            fewer = _width_reason(width, maker, width.value, count)
+            fewer = _width_reason(width, producer, width.value, count)
             reasons = [Reason("channels_cut", step=step, what=fewer, importance=importance)]
             if self.flops is not None:
                 reasons.append(Reason("multiply_adds_left", share=work_share))
@@ -297,7 +305,11 @@ class Channels(StepSettings):
         initial_work: float,
         progress: float,
     ) -> Counts:
-        """As ``_counts``, if every width keeps the same share."""
+        """Return the number of units that every width keeps if all keep the same share.
+
+        ``work`` has the present multiply-adds for one row, by layer. For the other arguments see
+        ``_counts``.
+        """
         if self.flops is None:
             return kept_shares.equal_shares(widths, initial, self.keep**progress, self.multiple)
         return kept_shares.largest_counts_within(
@@ -314,32 +326,32 @@ class Channels(StepSettings):
         self,
         model: Model,
         signature: Signature,
-        readers: tuple[Readers, ...],
+        consumers: tuple[WidthConsumers, ...],
         importance: Mapping[str, Tensor],
         initial: Counts,
         initial_work: float,
         progress: float,
     ) -> Counts:
-        """Number of units that every width keeps after a round.
+        """Return the number of units that every width keeps after a round.
 
         Args:
             model: the present network.
             signature: its inputs.
-            readers: the consumers of the present widths.
-            importance: by maker, float ``(units,)``.
+            consumers: the consumers of the present widths.
+            importance: by producer, float ``(units,)``.
             initial: number of units of each width before the first round.
             initial_work: multiply-adds of all dense layers for one row before the first round.
             progress: number of this round divided by the number of rounds.
         """
-        widths = tuple(item.width for item in readers)
+        widths = tuple(item.width for item in consumers)
         work = kept_shares.multiply_adds(model.module, signature)
         if self.scope == "layer":
             return self._equal_counts(model, work, widths, initial, initial_work, progress)
-        normalized = kept_shares.normalized_importance(readers, importance)
+        normalized = kept_shares.normalized_importance(consumers, importance)
         floors = {path: value * self.least for path, value in initial.items()}
 
         def channels(counts: Counts) -> float:
-            return sum(counts[w.path] * sum(w.makers.values()) for w in widths)
+            return sum(counts[w.path] * sum(w.producers.values()) for w in widths)
 
         def multiply_adds(counts: Counts) -> float:
             return kept_shares.remaining_multiply_adds(work, model.module, widths, counts)
@@ -358,7 +370,7 @@ class Channels(StepSettings):
         self,
         model: Model,
         signature: Signature,
-        readers: tuple[Readers, ...],
+        consumers: tuple[WidthConsumers, ...],
         kept: Mapping[str, Tensor],
         counts: Counts,
     ) -> Model:
@@ -367,10 +379,10 @@ class Channels(StepSettings):
         Raises:
             StepRefused: the narrower network fails, or code other than layers reads the channels.
         """
-        cuts = [WidthCut(item.width, item, counts[item.width.path]) for item in readers]
+        cuts = [WidthCut(item.width, item, counts[item.width.path]) for item in consumers]
         try:
             narrower, gap = without_channels(model, signature, cuts, kept)
-        except Exception as fault:  # any exception of the class means: these widths are fixed
+        except Exception as fault:  # the class or torch may raise any exception
             if is_out_of_memory(fault):
                 raise
             raise StepRefused(
@@ -398,23 +410,26 @@ class Channels(StepSettings):
 
 
 def _kept_units(
-    readers: tuple[Readers, ...], importance: Mapping[str, Tensor], counts: Counts
+    consumers: tuple[WidthConsumers, ...], importance: Mapping[str, Tensor], counts: Counts
 ) -> dict[str, Tensor]:
-    """Units that are kept, by maker: bool ``(units,)`` each."""
+    """Select the units that are kept, by producer: bool ``(units,)`` each."""
     kept: dict[str, Tensor] = {}
-    for item in readers:
+    for item in consumers:
         kept |= kept_units(item, importance, counts[item.width.path])
     return kept
 
 
 def _deferred(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[str, Decision]:
-    """Outcomes with these reasons; the runner compares the tensors to find out what changed."""
+    """Build outcomes with these reasons; the runner compares the tensors to decide their status."""
     return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 
-def _width_reason(width: Width, maker: str, before: int, after: int) -> Reason:
-    """A reason such as ``16 -> 8 outputs (hidden[0])`` or ``32 -> 16 outputs (heads 4 -> 2)``."""
-    size = width.makers[maker]
+def _width_reason(width: Width, producer: str, before: int, after: int) -> Reason:
+    """Build a reason, such as "16 -> 8 outputs (hidden[0])" or "32 -> 16 outputs (heads 4 -> 2)".
+
+    ``before`` and ``after`` are the width's numbers of units.
+    """
+    size = width.producers[producer]
     if size == 1:
         return Reason("fewer_channels", before=before, after=after, width=width.description())
     return Reason(
@@ -428,6 +443,6 @@ def _width_reason(width: Width, maker: str, before: int, after: int) -> Reason:
 
 
 def _take(decision: Decision, *reasons: Reason) -> Decision:
-    """Decide to prune or train a layer; earlier reasons are kept if they say that it is pruned."""
+    """Decide to prune or train a layer; earlier reasons stay if they say that it is pruned."""
     is_pruned = decision.selected and decision.reasons[0].code in CUTS
     return Decision("taken", (*decision.reasons, *reasons) if is_pruned else reasons)

@@ -2,7 +2,8 @@
 
 A *stack* is a set of layers that one argument of the model class counts (``cross_layers=3``) or
 lists (``hidden=[64, 32]``). A *member* is one position of a stack: all modules that disappear if
-the number is one less. A cross layer of two factors, for example, is one member of two modules.
+the number is one less or the list one entry shorter. A cross layer of two factors, for example, is
+one member of two modules.
 
 With importance ``quality`` the search is greedy: it removes the member without which the network
 scores best on the validation rows, then repeats with the remaining members. With ``random`` it
@@ -10,8 +11,8 @@ removes randomly selected members.
 
 Source: Men et al. 2024, https://arxiv.org/abs/2403.03853 (layers are redundant; removing layers is
 better than narrowing them). Differs: the paper ranks layers once by how much each changes the
-direction of its input. Here the network is measured without each layer, which is affordable because
-CTR models are small.
+direction of its input. Here the quality of the network is measured without each layer, which takes
+little time because CTR models are small.
 """
 
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ class DropLayers(StepSettings):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Validation rows, if the measured quality selects or limits the removed layers."""
+        """Validation rows, if measured quality selects or limits the removed layers."""
         return ("validation",) if self._needs_quality else ()
 
     @property
@@ -151,7 +152,7 @@ class DropLayers(StepSettings):
         return model
 
     def _quality(self, model: Model, bench: Bench) -> float:
-        """The metric on the validation rows; 0 if quality need not be measured."""
+        """Return the metric on the validation rows; 0 if quality need not be measured."""
         if not self._needs_quality or bench.validation is None:
             return 0.0
         return quality(model.module, bench.signature, bench.validation)
@@ -205,7 +206,7 @@ def _reason_not_removable(
     choices: Mapping[str, Decision],
     dense: list[str],
 ) -> Reason | None:
-    """The reason why no member of a stack can be removed; None if one can.
+    """Return why no member of a stack can be removed; None if one can.
 
     Args:
         model: the network; it is not changed.
@@ -218,7 +219,8 @@ def _reason_not_removable(
         if not choices[name].selected:
             why = choices[name].reasons
             return Reason("shares_count", argument=stack.description(), layer=name, why=why)
-    # Later members move up by one, so earlier steps must have changed all members in the same way.
+    # The removal of a member gives later members the names of earlier ones, so earlier steps must
+    # have changed all members in the same way.
     steps: dict[str, set[tuple[str, ...]]] = {}
     for name in dense:
         line = model.plan.of(name) if model.plan else None
@@ -234,17 +236,17 @@ def _reason_not_removable(
 
 
 def _name_in_first_member(stack: Stack, name: str) -> str:
-    """The name of the matching layer in the first member, the same for all members."""
-    moved: str | None = name
-    while moved is not None and stack.member_of(moved):
-        moved = stack.name_after_removal(moved, 0)
-    return moved or name
+    """Return the name that a layer of a stack would have if its member were the first."""
+    new_name: str | None = name
+    while new_name is not None and stack.member_of(new_name):
+        new_name = stack.name_after_removal(new_name, 0)
+    return new_name or name
 
 
 def _candidates(
     model: Model, signature: Signature, stack: Stack, faults: list[Reason] | None = None
 ) -> dict[int, tuple[Model, Stack]]:
-    """The network and the stack without each removable member, by the number of that member.
+    """Build the network and the stack without each removable member, by the member's number.
 
     The only member of a stack is never removed. ``faults`` receives the reasons why members cannot
     be removed.
@@ -262,7 +264,7 @@ def _candidates(
 def _outcomes(
     names: list[str], stack: Stack, remaining: list[int], changes: list[Reason]
 ) -> dict[str, Decision]:
-    """The outcome for every unit of a stack, by its name before the step.
+    """Return the outcome for every unit of a stack, by its name before the step.
 
     Args:
         names: all units of the network before the step.

@@ -9,8 +9,8 @@ consume it, as for dependency groups (Fang et al. 2023, https://arxiv.org/abs/23
 to their outputs, as a share of the contributions of all their inputs, because the outputs of
 different consumers differ in scale.
 
-A *unit* is one channel or one group of channels, a *maker* a layer that outputs it, a *reader* a
-layer or norm that consumes it (``prune/structure/config_widths.py``).
+Here a *unit* is one channel or one group of channels, a *producer* a layer that outputs it, and a
+*consumer* a layer or norm that takes it as input (``prune/structure/config_widths.py``).
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from compressors.core.batches import batches
 from compressors.core.model import Model
 from compressors.core.units import Unit, own_weight, private_copy
 from compressors.errors.steps import RowsMissing, StepRefused
-from compressors.prune.structure.channel_consumers import Readers
+from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.task_kinds.loss import hard_loss, shuffled_batches
 
 Importance = Literal["l1", "l2", "gradient", "activation", "random"]
-BATCH = 1024
-TINY = 1e-300  # divisor for a layer whose inputs are all zero, so that the result is 0
+BATCH = 1024  # rows of one batch
+TINY = 1e-300  # smallest divisor: for a layer whose inputs are all zero the result is 0
 
 
 def weight_importance(
@@ -42,11 +42,11 @@ def weight_importance(
     Args:
         model: the network; its tensors are not changed.
         bench: provides training rows for ``gradient``, calibration rows for ``activation``.
-        importance: the criterion.
+        importance: the criterion, a setting of the step ``channels``.
         rows: largest number of rows to read.
 
     Returns:
-        By parameter name, float in the shape of the parameter. ``activation`` gives only the
+        By parameter name, float in the shape of the parameter. With ``activation``, only for the
         weights of float32 dense layers.
 
     Raises:
@@ -81,51 +81,53 @@ def weight_importance(
 
 
 def unit_importance(
-    readers: Readers, scores: Mapping[str, Tensor], importance: Importance
+    consumers: WidthConsumers, scores: Mapping[str, Tensor], importance: Importance
 ) -> dict[str, Tensor]:
     """Sum the importances of the weights that produce and that consume each unit of a width.
 
     Args:
-        readers: the consumers of the width.
+        consumers: the consumers of the width.
         scores: by parameter name, the importance of every weight, in the parameter's shape.
         importance: the criterion; with ``activation`` only the consuming weights count.
 
     Returns:
-        By maker, float ``(units,)``.
+        By producer, float ``(units,)``.
     """
     totals = {}
-    for maker, units in readers.units.items():
-        total = torch.zeros(readers.width.value)
+    for producer, units in consumers.units.items():
+        total = torch.zeros(consumers.width.value)
         if importance != "activation":
-            channels = scores[f"{maker}.weight"].sum(dim=1)  # (channels,)
-            if f"{maker}.bias" in scores:
-                channels = channels + scores[f"{maker}.bias"]
+            channels = scores[f"{producer}.weight"].sum(dim=1)  # (channels,)
+            if f"{producer}.bias" in scores:
+                channels = channels + scores[f"{producer}.bias"]
             total = total.index_add(0, units, channels)
-        for (name, reader), columns in readers.reads.items():
-            if name == maker:
-                inputs = scores.get(f"{reader}.weight")  # (out, in), or (in,) of a norm
+        for (name, consumer), columns in consumers.connections.items():
+            if name == producer:
+                inputs = scores.get(f"{consumer}.weight")  # (out, in), or (in,) of a norm
                 if inputs is None:  # a norm without weights
                     continue
                 inputs = inputs.sum(dim=0) if inputs.dim() == 2 else inputs  # (in,)
                 total = total + columns.to(inputs.dtype) @ inputs
-        totals[maker] = total
+        totals[producer] = total
     return totals
 
 
-def kept_units(readers: Readers, importance: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Select the most important units: by maker, bool ``(units,)`` with ``count`` True.
+def kept_units(
+    consumers: WidthConsumers, importance: Mapping[str, Tensor], count: int
+) -> dict[str, Tensor]:
+    """Select the most important units: by producer, bool ``(units,)`` with ``count`` True.
 
     Makers whose channels are combined element by element keep the same units, ranked by the sum of
     their importances. Of equally important units the first ones are kept.
 
     Args:
-        readers: the consumers of the width.
-        importance: by maker, float ``(units,)``.
+        consumers: the consumers of the width.
+        importance: by producer, float ``(units,)``.
         count: number of units to keep.
     """
     kept = {}
-    for group in readers.tied:
-        total = torch.stack([importance[maker] for maker in group]).sum(dim=0)
+    for group in consumers.tied_producers:
+        total = torch.stack([importance[producer] for producer in group]).sum(dim=0)
         best = total.sort(descending=True, stable=True).indices[:count]
         mask = torch.zeros(len(total), dtype=torch.bool)
         mask[best] = True
@@ -136,7 +138,7 @@ def kept_units(readers: Readers, importance: Mapping[str, Tensor], count: int) -
 def _taylor(
     module: nn.Module, bench: Bench, weights: Mapping[str, Tensor], rows: int
 ) -> dict[str, Tensor]:
-    """Square of gradient times weight, summed over batches of training rows.
+    """Compute (gradient of the loss times weight) squared, summed over batches of training rows.
 
     Raises:
         RowsMissing: there are no training rows.
@@ -160,10 +162,10 @@ def _taylor(
 
 @torch.no_grad()
 def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tensor]:
-    """Mean square of weight times input in every float32 dense layer, scaled to sum 1 per layer.
+    """Compute the mean square of weight times input, scaled to sum 1 over each dense layer.
 
-    Summed over a layer's outputs, this is the share of their energy that one input contributes:
-    for an input ``x`` with weight column ``w`` it is proportional to ``E[x^2] * |w|^2``.
+    Summed over a layer's outputs, this is the share that one input contributes to the total: for an
+    input ``x`` with weight column ``w`` it is proportional to ``E[x^2] * |w|^2``.
 
     Raises:
         RowsMissing: there are no calibration rows.

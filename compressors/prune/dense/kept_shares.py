@@ -1,9 +1,11 @@
 """Select how many units each width keeps: an equal share, or the units above one threshold.
 
-A *unit* is one channel or one group of channels (such as a head) that a number of the configuration
-counts (``prune/structure/config_widths.py``). Widths depend on each other: a layer between two
-pruned widths has fewer outputs and fewer inputs, so its multiply-adds decrease with the product. A
-target of multiply-adds is therefore reached by a search over the rounded widths.
+A *width* is a number of the configuration that counts the channels of one or more layers, or groups
+of channels such as heads (``prune/structure/config_widths.py``). A *unit* is one such channel or
+group, and a *producer* is a dense layer that outputs the channels. Widths depend on each other: a
+layer between two pruned widths has fewer outputs and fewer inputs, so its multiply-adds decrease
+with the product. A target of multiply-adds is therefore reached by a search over the rounded
+widths.
 
 Sources: Liu et al. 2017, https://arxiv.org/abs/1708.06519 (one threshold over all layers).
 Differs: importance is first divided by its mean over the width, because a layer's norm depends more
@@ -22,7 +24,7 @@ from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import table_rows
 from compressors.errors.steps import StepRefused
-from compressors.prune.structure.channel_consumers import Readers
+from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.prune.structure.config_widths import Path, Width
 
 Counts = dict[Path, int]
@@ -32,18 +34,21 @@ ROWS = 4  # synthetic rows, to count how often each layer is called
 
 
 def kept_width(value: int, keep: float, multiple: int) -> int:
-    """The new width: ``keep`` times the old one, rounded to a multiple, at least one multiple."""
+    """Return ``keep`` times a width, rounded to a multiple of ``multiple`` and at least that."""
     return max(multiple, round(value * keep / multiple) * multiple)
 
 
 def multiple_of(width: Width, multiple: int) -> int:
-    """Units must be a multiple of this so that channels are a multiple of ``multiple``."""
-    size = gcd(*width.makers.values())
+    """Return the number of which units must be a multiple so that channels are one of ``multiple``.
+
+    If the producers have different channels per unit, their common divisor counts.
+    """
+    size = gcd(*width.producers.values())
     return multiple // gcd(multiple, size)
 
 
 def multiply_adds(module: nn.Module, signature: Signature) -> dict[str, float]:
-    """Multiply-adds of each dense layer for one row: number of weights times number of calls.
+    """Return the multiply-adds of each dense layer for one row: weights times calls, by name.
 
     A layer over a sequence is called once per position; padding counts, because it is computed too.
     """
@@ -63,7 +68,7 @@ def multiply_adds(module: nn.Module, signature: Signature) -> dict[str, float]:
 
 @contextmanager
 def _count_calls(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """Count the input vectors of each layer while the context is active, by layer name."""
+    """Count the vectors that each layer maps while the context is active, by layer name."""
     calls = dict.fromkeys(layers, 0)
 
     def count_hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -84,7 +89,7 @@ def remaining_multiply_adds(
     widths: Sequence[Width],
     counts: Mapping[Path, int],
 ) -> float:
-    """Multiply-adds of all layers after the widths are reduced to the given numbers of units.
+    """Return the multiply-adds of all layers after the widths are reduced, for one row.
 
     Args:
         work: present multiply-adds for one row, by layer.
@@ -101,8 +106,8 @@ def remaining_multiply_adds(
         if not isinstance(layer, nn.Linear | PackedLinear):
             raise TypeError(f"Expected a dense layer, got {name!r}.")
         outputs, inputs = layer.out_features, layer.in_features
-        removed_outputs = sum(w.makers.get(name, 0) * (w.value - counts[w.path]) for w in widths)
-        removed_inputs = sum(w.readers.get(name, 0) * (w.value - counts[w.path]) for w in widths)
+        removed_outputs = sum(w.producers.get(name, 0) * (w.value - counts[w.path]) for w in widths)
+        removed_inputs = sum(w.consumers.get(name, 0) * (w.value - counts[w.path]) for w in widths)
         total += before * (1 - removed_outputs / outputs) * (1 - removed_inputs / inputs)
     return total
 
@@ -110,11 +115,11 @@ def remaining_multiply_adds(
 def equal_shares(
     widths: Sequence[Width], first: Mapping[Path, int], keep: float, multiple: int
 ) -> Counts:
-    """The same share of every width, rounded to the nearest multiple, at most its present size.
+    """Return the same share of every width, rounded to the nearest multiple, at most its size now.
 
     Args:
         widths: the present widths.
-        first: the number of units before the first round, which the share refers to.
+        first: by width, the number of units before the first round, of which the share is taken.
         keep: the share of units that is kept.
         multiple: the number of channels stays a multiple of this.
     """
@@ -133,12 +138,12 @@ def kept_above_threshold(
     threshold: float,
     multiple: int,
 ) -> Counts:
-    """Number of units above a threshold, rounded to the nearest multiple, at least the floor.
+    """Return the number of units above a threshold, rounded to a multiple, at least the floor.
 
     Args:
         importance: by width, the importance of its units, float ``(units,)``.
         widths: the present widths.
-        floors: smallest number of units that each width keeps; rounded up to a multiple.
+        floors: by width, the smallest number of units that it keeps; rounded up to a multiple.
         threshold: units of a higher importance are kept.
         multiple: the number of channels stays a multiple of this.
     """
@@ -152,25 +157,25 @@ def kept_above_threshold(
 
 
 def normalized_importance(
-    readers: Sequence[Readers], importance: Mapping[str, Tensor]
+    consumers: Sequence[WidthConsumers], importance: Mapping[str, Tensor]
 ) -> dict[Path, Tensor]:
     """Sort and normalize the importance of the units, so that widths can be compared.
 
-    For each group of makers that keep the same units, importance is sorted and divided by its
+    For each group of producers that keep the same units, importance is sorted and divided by its
     mean. A width with several groups gets the mean of their sorted importances, rank by rank.
 
     Args:
-        readers: the consumers of each width.
-        importance: by maker, float ``(units,)``.
+        consumers: the consumers of each width.
+        importance: by producer, float ``(units,)``.
 
     Returns:
         By width, float ``(units,)`` in descending order.
     """
     normalized = {}
-    for item in readers:
+    for item in consumers:
         ranked = []
-        for group in item.tied:
-            total = torch.stack([importance[maker] for maker in group]).sum(dim=0)
+        for group in item.tied_producers:
+            total = torch.stack([importance[producer] for producer in group]).sum(dim=0)
             mean = total.mean()
             relative = total / mean if bool(mean > 0) else torch.ones_like(total)
             ranked.append(relative.sort(descending=True).values)
@@ -187,14 +192,14 @@ def counts_by_threshold(
     limit: float,
     cost_unit: str,
 ) -> Counts:
-    """Number of units above the lowest threshold whose cost is within a limit.
+    """Return the number of units above the lowest threshold at which the cost is within a limit.
 
     For the arguments see ``kept_above_threshold`` and ``largest_counts_within``.
 
     Raises:
         StepRefused: even with every width at its floor the cost is above the limit.
     """
-    values = {value for curve in importance.values() for value in curve.tolist()}
+    values = {value for units in importance.values() for value in units.tolist()}
     thresholds = [inf, *sorted(values, reverse=True), -1.0]
     return largest_counts_within(
         lambda k: kept_above_threshold(importance, widths, floors, thresholds[k], multiple),
@@ -215,9 +220,10 @@ def largest_counts_within(
     """Find the last of a series of counts whose cost is within a limit, by binary search.
 
     Args:
-        candidate: maps 0 to ``number - 1`` to counts whose cost does not decrease.
+        candidate: maps an index, 0 to ``number - 1``, to counts; their cost does not decrease with
+            the index.
         number: how many candidates there are.
-        cost: the cost of some counts.
+        cost: returns the cost of some counts, such as multiply-adds.
         limit: the largest allowed cost.
         cost_unit: unit of the cost, for the error message.
 

@@ -10,8 +10,9 @@ removes channels).
 Differs: after Adam the threshold is proportional to the learning rate alone. It is decoupled from
 the scale of the gradient, as AdamW's decay is, so that one strength means the same in every
 network: a weight stays at zero while the ratio of its mean gradient to its root mean square
-gradient is below the strength. A group contains all parameters of one channel, of all layers whose
-channels are combined: the weights, the bias, and the scale and shift of the norm after it.
+gradient is below the strength. A group contains all parameters of one channel: the weights, the
+bias, and the scale and shift of the norm after it. If the outputs of several layers are combined
+channel by channel (a residual sum), it contains those of all these layers.
 
 Zeros are stored like any other weight, so this step alone lowers neither bytes nor multiply-adds
 nor latency on any target. ``fine_tune`` and ``distill`` keep the zeros; ``channels`` with
@@ -35,18 +36,18 @@ from compressors.core.units import Unit
 from compressors.distill.soft_labels import mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
-from compressors.prune.structure.channel_consumers import Readers
+from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.prune.structure.prunable_widths import prunable_widths
 
 
 @dataclass(frozen=True)
-class WeightGroup:
-    """Parameters of one layer, or of combined layers, split into sets that are penalized by norm.
+class WeightGroups:
+    """The groups of one layer, or of layers whose outputs are combined channel by channel.
 
     Attributes:
-        count: number of sets, usually one for each channel.
+        count: number of groups, usually one for each channel.
         parts: by parameter name, the penalized indices along its first dimension, and the number of
-            the set of each index; both int64 ``(indices,)``.
+            the group of each index; both int64 ``(indices,)``.
     """
 
     count: int
@@ -61,27 +62,27 @@ def soft_threshold(weight: Tensor, threshold: float) -> Tensor:
 def group_threshold(
     parts: Sequence[tuple[Tensor, Tensor]], count: int, threshold: float
 ) -> list[Tensor]:
-    """Reduce the norm of each set of weights by the threshold times the root of its size.
+    """Reduce the norm of each group of weights by the threshold times the root of its size.
 
     Args:
-        parts: tensors ``(indices, *)``, each with the set of every index, int64 ``(indices,)``.
-        count: number of sets.
+        parts: tensors ``(indices, *)``, each with the group of every index, int64 ``(indices,)``.
+        count: number of groups.
         threshold: threshold of a single weight.
 
     Returns:
-        The new tensors; a set whose norm is smaller than the reduction becomes zero.
+        The new tensors; a group whose norm is smaller than the reduction becomes zero.
     """
     square, size = parts[0][0].new_zeros(count), parts[0][0].new_zeros(count)
-    for tensor, owner in parts:
+    for tensor, group in parts:
         flat = tensor.reshape(len(tensor), -1)
-        square.index_add_(0, owner, flat.square().sum(dim=1))
-        size.index_add_(0, owner, flat.new_full((len(flat),), flat.shape[1]))
+        square.index_add_(0, group, flat.square().sum(dim=1))
+        size.index_add_(0, group, flat.new_full((len(flat),), flat.shape[1]))
     norm = square.sqrt()
-    # A set of zeros stays zero for any factor, so the clamp only avoids a division by zero.
+    # A group of zeros stays zero for any factor, so the clamp only avoids a division by zero.
     factor = (1 - threshold * size.sqrt() / norm.clamp(min=1e-30)).clamp(min=0)  # (count,)
     return [
-        tensor * factor[owner].reshape(-1, *[1] * (tensor.dim() - 1)) + 0.0
-        for tensor, owner in parts
+        tensor * factor[group].reshape(-1, *[1] * (tensor.dim() - 1)) + 0.0
+        for tensor, group in parts
     ]
 
 
@@ -131,7 +132,7 @@ class L1Training(StepSettings):
 
     @property
     def trains(self) -> bool:
-        """A run is slow: the network is trained."""
+        """Whether the step trains: always."""
         return True
 
     @property
@@ -140,7 +141,7 @@ class L1Training(StepSettings):
         return ("train", "validation", *(("soft_labels",) if self.soft_share else ()))
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Penalized]:
-        """Select the penalized layers and the other trained units; give a reason for the rest."""
+        """Select the penalized layers and the other trained units; give reasons for all others."""
         penalized = self._penalized_layers(model)
         decisions = choose_trainable(model, bench, self.kind, tables=self.training.tables)
         if not any(decision.selected for decision in penalized.values()):
@@ -192,11 +193,12 @@ class L1Training(StepSettings):
 
 
 def _threshold_after_step(
-    module: nn.Module, layers: Sequence[str], groups: Sequence[WeightGroup], strength: float
+    module: nn.Module, layers: Sequence[str], groups: Sequence[WeightGroups], strength: float
 ) -> Callable[[float], None]:
     """Build the function that thresholds the weights after an optimizer step.
 
-    It thresholds the groups if there are any, else the single weights of the layers.
+    The function takes the learning rate of the step. It thresholds the groups if there are any,
+    else the single weights of the layers.
     """
 
     def threshold_weights(learning_rate: float) -> None:
@@ -220,48 +222,57 @@ def _threshold_after_step(
 
 def _groups(
     model: Model, signature: Signature, penalized: Mapping[str, Decision]
-) -> list[WeightGroup]:
-    """Group the parameters of each channel, or of each output of a layer of fixed width."""
+) -> list[WeightGroups]:
+    """Group the parameters of each prunable channel, and of each output of the other layers."""
     prunable = prunable_widths(model, signature, penalized, share=0.5, multiple=1, searched=True)
     groups = [
-        _group_of_makers(model.module, readers, makers)
-        for readers in prunable.readers
-        for makers in readers.tied
+        _group_of_producers(model.module, consumers, producers)
+        for consumers in prunable.consumers
+        for producers in consumers.tied_producers
     ]
-    grouped = {maker for readers in prunable.readers for maker in readers.width.makers}
+    grouped = {
+        producer for consumers in prunable.consumers for producer in consumers.width.producers
+    }
     for name, decision in penalized.items():
         if decision.selected and name not in grouped:
             outputs = torch.arange(model.module.get_parameter(f"{name}.weight").shape[0])
             parts = dict.fromkeys(_parameter_names(model.module, name), (outputs, outputs))
-            groups.append(WeightGroup(len(outputs), parts))
+            groups.append(WeightGroups(len(outputs), parts))
     return groups
 
 
-def _group_of_makers(module: nn.Module, readers: Readers, makers: tuple[str, ...]) -> WeightGroup:
-    """Group the parameters of each unit of some makers and of the batch norms that read them."""
+def _group_of_producers(
+    module: nn.Module, consumers: WidthConsumers, producers: tuple[str, ...]
+) -> WeightGroups:
+    """Group the parameters of each unit of some producers and of the batch norms after them.
+
+    A unit is one channel, or one group of channels such as a head, that the width counts.
+    """
     parts: dict[str, tuple[Tensor, Tensor]] = {}
-    for maker in makers:
-        units = readers.units[maker]
-        for name in _parameter_names(module, maker):
+    for producer in producers:
+        units = consumers.units[producer]
+        for name in _parameter_names(module, producer):
             parts[name] = (torch.arange(len(units)), units)
-        for (read_maker, reader), columns in readers.reads.items():
-            if read_maker == maker and isinstance(module.get_submodule(reader), nn.BatchNorm1d):
+        for (other_producer, consumer), columns in consumers.connections.items():
+            if other_producer == producer and isinstance(
+                module.get_submodule(consumer), nn.BatchNorm1d
+            ):
                 indices = columns.any(dim=0).nonzero().flatten()
                 unit_of_index = columns.int().argmax(dim=0)[indices]
-                for name in _parameter_names(module, reader):
+                for name in _parameter_names(module, consumer):
                     parts[name] = (indices, unit_of_index)
-    return WeightGroup(readers.width.value, parts)
+    return WeightGroups(consumers.width.value, parts)
 
 
 def _parameter_names(module: nn.Module, owner: str) -> list[str]:
-    """Full names of the parameters of a submodule."""
+    """Return the full names of the parameters of a submodule."""
     return [f"{owner}.{name}" for name, _ in module.get_submodule(owner).named_parameters()]
 
 
 def _zero_reasons(
-    module: nn.Module, name: str, groups: Sequence[WeightGroup]
+    module: nn.Module, name: str, groups: Sequence[WeightGroups]
 ) -> tuple[Reason, ...]:
-    """The share of zero weights of a layer, and with groups also the number of zero outputs."""
+    """Report the share of zero weights of a layer, and with groups the number of zero outputs."""
     weight = module.get_parameter(f"{name}.weight").detach()
     zeros = Reason("zeros", share=float((weight == 0).float().mean()))
     if not groups:

@@ -1,8 +1,8 @@
 """Magnitude pruning: set the smallest weights of dense layers to zero.
 
 Source: Han et al. 2015, https://arxiv.org/abs/1506.02626 (magnitude pruning).
-Differs: weights are pruned once and this step does not retrain; ``fine_tune`` or ``distill`` after
-it keeps the zeros and recovers quality.
+Differs: weights are pruned once, without training. A later step ``fine_tune`` or ``distill`` keeps
+the zeros and recovers quality.
 
 Zeros are stored like any other weight, so this step alone saves neither bytes nor time on the
 supported targets. Use it before a training step, and as a baseline for ``channels``.
@@ -63,13 +63,14 @@ class Magnitude(StepSettings):
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
-        chosen = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         reason = (
             Reason("zeros_of_layer", step=self.kind, share=self.share)
             if self.scope == "layer"
             else Reason("zeros_of_all_layers", step=self.kind, share=self.share)
         )
-        return StepPlan({name: decision.because(reason) for name, decision in chosen.items()}, None)
+        decisions = {name: decision.because(reason) for name, decision in decisions.items()}
+        return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Set the smallest weights of every selected layer to zero."""

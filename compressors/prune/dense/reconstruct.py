@@ -22,14 +22,14 @@ from compressors.core.batches import Batch, batches
 from compressors.core.units import own_weight
 from compressors.errors.steps import RowsMissing
 
-BATCH = 1024
+BATCH = 1024  # calibration rows of one batch
 RIDGE = 1e-3
-"""Weight of the distance to the original weights, relative to the mean square of an input."""
+"""Weight of the ridge penalty, as a share of the mean sum of squares of an input."""
 TINY = 1e-30  # smallest damping: if all inputs are zero, the weights do not change
 
 
 def ridge_weights(gram: Tensor, product: Tensor, prior: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Ridge regression with a prior: the weights whose outputs are nearest to the target.
+    """Solve a ridge regression whose penalty is the distance to prior weights.
 
     Args:
         gram: ``x.T @ x`` of the inputs, float64 ``(inputs, inputs)``.
@@ -64,7 +64,7 @@ def reconstruct(
         before: the network before pruning.
         bench: with calibration rows.
         layers: names of float32 dense layers; other layers are skipped.
-        outputs: by layer, for layers that lost outputs, which ones remain: bool
+        outputs: by name of a layer that lost outputs, which ones remain: bool
             ``(outputs before,)``.
         rows: largest number of rows to read.
 
@@ -107,14 +107,14 @@ def reconstruct(
 
 
 def _contiguous_copy(part: Tensor) -> Tensor:
-    """A contiguous copy; ``Tensor.contiguous`` keeps the strides of a tensor with one element."""
+    """Copy a tensor contiguously; ``Tensor.contiguous`` keeps the strides of one element."""
     return part.clone(memory_format=torch.contiguous_format)
 
 
 def _call_order(
     module: nn.Module, read_batches: Callable[[], Iterator[Batch]], layers: Sequence[str]
 ) -> list[str]:
-    """The names of the called layers in the order of their first calls."""
+    """Return the names of the layers that the network calls, in the order of their first calls."""
     called: dict[str, None] = {}
 
     def record(name: str) -> Callable[[nn.Module, object], None]:

@@ -1,7 +1,7 @@
 """2:4 sparsity: set two of every four weights of a dense layer to zero and refit the others.
 
-GPUs from compute capability 8.0 on multiply such weights with sparse kernels, which compute half
-of the products. TensorRT's builder measures these kernels and uses them where they are faster,
+GPUs with compute capability 8.0 or higher multiply such weights with sparse kernels, which compute
+half of the products. TensorRT's builder measures these kernels and uses them where they are faster,
 which is often not the case for the layers of a recommender. The audit of the engine reports which
 kernels it uses. ONNX Runtime stores and multiplies zeros like other weights, so it gains neither
 bytes nor time.
@@ -9,7 +9,7 @@ bytes nor time.
 Of every four weights the two least important become zero: the smallest weights, or the smallest
 products of weight and input norm on the calibration rows (Wanda; not better on Frappe, see
 ``benchmarks/dense_formats.py``). Then the kept weights are refitted so that the layer's outputs on
-those rows change least: least squares over the kept weights of each output channel.
+those rows change least: a least-squares problem in the kept weights of each output channel.
 
 Papers: Mishra et al. 2021, https://arxiv.org/abs/2104.08378 (2:4); Sun et al. 2023,
 https://arxiv.org/abs/2306.11695 (weight times norm of its input); Frantar and Alistarh 2023,
@@ -38,7 +38,7 @@ KIND = "sparse_2_4"
 STORES_ZEROS = frozenset({"static_int8", "float16", "bfloat16"})
 """Formats of dense layers that store a zero weight as zero, so that sparse kernels can skip it."""
 DAMPING = 0.01
-"""Penalty on changing a weight, as a share of the mean energy of the inputs, as in SparseGPT."""
+"""Penalty on changing a weight, as a share of the inputs' mean sum of squares, as in SparseGPT."""
 MAX_ITERATIONS = 100
 """Largest number of conjugate gradient iterations."""
 TOLERANCE = 1e-6
@@ -72,7 +72,7 @@ def refit_kept_weights(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
 
     Returns:
         ``(out, in)`` in the dtype of ``weight``. No output's squared error on the rows of the gram
-        matrix is larger than with the kept weights unchanged. Each iteration of conjugate gradients
+        matrix is larger than with the kept weights unchanged: each iteration of conjugate gradients
         decreases that error plus the damping term, and the damping term is smallest at the start.
     """
     energy = gram.diagonal()
@@ -112,7 +112,7 @@ def is_2_4(weight: Tensor) -> bool:
 
 
 def sparse_layers(module: nn.Module, plan: Plan | None) -> tuple[str, ...]:
-    """Names of the layers that this step made sparse and that are still sparse as stored now.
+    """Return the layers that this step made sparse and that are still sparse as stored now.
 
     Args:
         module: the network.
@@ -166,14 +166,15 @@ class Sparse24(StepSettings):
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
         units = {unit.name: unit for unit in Unit.of(model.module)}
-        chosen = choose_dense(tuple(units.values()), self.layers, self.kind)
-        for name, decision in chosen.items():
+        decisions = choose_dense(tuple(units.values()), self.layers, self.kind)
+        for name, decision in decisions.items():
             inputs = units[name].weight.shape[1] if decision.selected else 4
             if inputs % 4:
-                chosen[name] = Decision("skipped", (Reason("inputs_not_multiple", inputs=inputs),))
+                why = Reason("inputs_not_multiple", inputs=inputs)
+                decisions[name] = Decision("skipped", (why,))
             elif decision.selected:
-                chosen[name] = Decision("taken", (Reason("two_of_four", step=self.kind),))
-        return StepPlan(chosen, None)
+                decisions[name] = Decision("taken", (Reason("two_of_four", step=self.kind),))
+        return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Set two of every four weights of the selected layers to zero and refit the others.
@@ -204,7 +205,11 @@ class Sparse24(StepSettings):
         return AppliedStep(model, outcomes)
 
     def _input_grams(self, model: Model, units: list[Unit], bench: Bench) -> dict[str, Tensor]:
-        """The gram matrix of each layer's inputs on calibration rows, float64 ``(in, in)``."""
+        """Compute the gram matrix of each layer's inputs on calibration rows: float64 ``(in, in)``.
+
+        Raises:
+            RowsMissing: there are no calibration rows.
+        """
         if bench.calibration is None:
             raise RowsMissing("activations_need_rows", step=self.kind)
         rows, signature = bench.calibration, bench.signature

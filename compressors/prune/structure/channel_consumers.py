@@ -3,14 +3,15 @@
 Each row of a batch gets a NaN in one channel of a layer's output. NaN is removed from the output of
 every other dense layer, so it arrives exactly at the inputs that consume the channel directly:
 through activations, norms of single channels, concatenations, residual sums. Any other operation
-that mixes channels (a layer norm, a softmax, a sum) spreads the NaN, and the width is rejected with
-that reason. Dependency graphs built from autograd (Fang et al. 2023,
+that mixes channels (a layer norm, a softmax, a sum) spreads the NaN to other channels. The width is
+then rejected with that reason. Dependency graphs built from autograd (Fang et al. 2023,
 https://arxiv.org/abs/2301.12900) find consumers from the operators' names; this method runs the
 network, so it also follows channels through concatenations.
 
-A *maker* is a dense layer that outputs the channels, a *reader* is a layer or norm that consumes
-them, and a *unit* is one channel or one group of channels that the width counts
-(``config_widths.py``).
+A *width* is a number in the network's configuration that sets the number of channels of one or more
+layers (``config_widths.py``). A *producer* is a dense layer that outputs these channels, a
+*consumer* is a layer or norm that takes them as inputs, and a *unit* is one channel or one group of
+channels that the width counts.
 
 If a width counts groups of channels, such as heads, channels of one group may mix: the NaN of a
 query reaches the whole output of its head. The network does not record which channels form a group,
@@ -34,26 +35,27 @@ from compressors.prune.structure.config_widths import Width
 
 CHANNELS_PER_BATCH = 128  # each channel is one row of the network's input
 Traces = dict[tuple[str, str], Tensor]
-"""By maker and reader, bool ``(channels, inputs of the reader)``."""
+"""By producer and consumer, bool ``(channels, inputs of the consumer)``: which inputs each channel
+of the producer reaches."""
 
 
 @dataclass(frozen=True)
-class Readers:
-    """The consumers (readers) of the units of one width.
+class WidthConsumers:
+    """The consumers of the units of one width.
 
     Attributes:
         width: the width.
-        reads: by maker and reader, which inputs of the reader consume which unit, bool
-            ``(units, inputs of the reader)``.
-        units: by maker, the unit of each of its channels, int64 ``(channels,)``.
-        tied: groups of makers whose channels are combined (a residual sum, a gate, query and key of
-            a head), so they must keep the same units.
+        connections: by producer and consumer, which inputs of the consumer take which unit of the
+            producer: bool ``(units, inputs of the consumer)``.
+        units: by producer, the unit of each of its channels, int64 ``(channels,)``.
+        tied_producers: groups of producers whose channels are combined (a residual sum, a gate,
+            query and key of a head), so that they must keep the same units.
     """
 
     width: Width
-    reads: dict[tuple[str, str], Tensor]
+    connections: dict[tuple[str, str], Tensor]
     units: dict[str, Tensor]
-    tied: tuple[tuple[str, ...], ...]
+    tied_producers: tuple[tuple[str, ...], ...]
 
 
 def trace(
@@ -65,92 +67,115 @@ def trace(
         module: the network in evaluation mode.
         signature: the inputs of the network.
         rows_of_table: number of rows of each table.
-        width: the width.
+        width: the width whose channels are followed.
 
     Raises:
         NotAWidth: an operation other than a dense layer mixes the channels, or a layer of fixed
             width reads them.
     """
-    reads: Traces = {}
-    for maker, size in width.makers.items():
+    connections: Traces = {}
+    for producer, size in width.producers.items():
         channels = width.value * size
         parts: dict[str, dict[int, Tensor]] = {}
         for begin in range(0, channels, CHANNELS_PER_BATCH):
             rows = min(CHANNELS_PER_BATCH, channels - begin)  # one row per channel
             inputs = generate_inputs(signature, rows_of_table, rows)
-            with torch.no_grad(), _nan_trace(module, maker, channels, begin, rows) as reached:
+            with torch.no_grad(), _nan_trace(module, producer, channels, begin, rows) as reached:
                 score = module(**inputs)
             if bool(score.isnan().any()):
-                raise NotAWidth(Reason("channels_reach_score", maker=maker))
-            for reader, columns in reached.items():
-                parts.setdefault(reader, {})[begin] = columns
-        for reader, batches in parts.items():
+                raise NotAWidth(Reason("channels_reach_score", maker=producer))
+            for consumer, columns in reached.items():
+                parts.setdefault(consumer, {})[begin] = columns
+        for consumer, batches in parts.items():
             columns = torch.cat(list(batches.values()))
             if len(columns) < channels:  # called for some rows and not for others
-                raise NotAWidth(Reason("not_always_called", reader=reader))
+                raise NotAWidth(Reason("not_always_called", reader=consumer))
             if not bool(columns.any()):
                 continue
-            if reader not in width.readers:
-                raise NotAWidth(Reason("channels_mixed", reader=reader, maker=maker))
-            reads[maker, reader] = columns
-    return reads
+            if consumer not in width.consumers:
+                raise NotAWidth(Reason("channels_mixed", reader=consumer, maker=producer))
+            connections[producer, consumer] = columns
+    return connections
 
 
 def channel_layouts(width: Width) -> Iterator[dict[str, Tensor]]:
-    """Yield the possible assignments of channels to units, by maker int64 ``(channels,)``.
+    """Yield the possible assignments of channels to units, by producer int64 ``(channels,)``.
 
     Either the channels of a unit are contiguous; or the layer has two or three parts, each with
     contiguous units, as a layer that computes queries, keys and values; or units alternate channel
     by channel.
     """
-    largest = max(width.makers.values())
+    largest = max(width.producers.values())
     for parts in dict.fromkeys((1, 2, 3, largest)):
-        if any(size % parts == 0 for size in width.makers.values()):
+        if any(size % parts == 0 for size in width.producers.values()):
             yield {
-                maker: _units(width.value, size, parts if size % parts == 0 else 1)
-                for maker, size in width.makers.items()
+                producer: _units(width.value, size, parts if size % parts == 0 else 1)
+                for producer, size in width.producers.items()
             }
 
 
 def _units(value: int, size: int, parts: int) -> Tensor:
-    """The unit of each of ``value * size`` channels, int64."""
+    """Return the unit of each channel, int64 ``(value * size,)``.
+
+    Args:
+        value: number of units.
+        size: channels per unit.
+        parts: number of equal parts of the layer; in each part the channels of a unit are
+            contiguous.
+    """
     part = torch.arange(value).repeat_interleave(size // parts)  # (value * size / parts,)
     return part.repeat(parts)
 
 
-def readers_of(width: Width, traces: Traces, units: dict[str, Tensor]) -> Readers:
+def find_consumers(width: Width, traces: Traces, units: dict[str, Tensor]) -> WidthConsumers:
     """Find the consumers of the units of a width for one assignment of channels to units.
 
     Raises:
-        NotAWidth: an input depends on two units, or some inputs of a reader on none of them.
+        NotAWidth: an input depends on two units, or some inputs of a consumer on none of them.
     """
-    reads: dict[tuple[str, str], Tensor] = {}
-    for (maker, reader), columns in traces.items():
+    connections: dict[tuple[str, str], Tensor] = {}
+    for (producer, consumer), columns in traces.items():
         counts = torch.zeros(width.value, columns.shape[1]).index_add_(
-            0, units[maker], columns.float()
+            0, units[producer], columns.float()
         )
         reached = counts > 0  # (units, inputs)
         inputs_per_unit = reached.sum(dim=1)  # (units,)
         if bool((inputs_per_unit != inputs_per_unit[0]).any()) or bool(
             (reached.sum(dim=0) > 1).any()
         ):
-            raise NotAWidth(Reason("mixed_before_reader", maker=maker, reader=reader))
-        reads[maker, reader] = reached
-    for reader, per_unit in width.readers.items():
-        columns_of_makers = [columns for (_, name), columns in reads.items() if name == reader]
+            raise NotAWidth(Reason("mixed_before_reader", maker=producer, reader=consumer))
+        connections[producer, consumer] = reached
+    for consumer, per_unit in width.consumers.items():
+        columns_of_producers = [
+            columns for (_, name), columns in connections.items() if name == consumer
+        ]
         reached = (
-            torch.stack(columns_of_makers).any(dim=0) if columns_of_makers else torch.zeros(1, 1)
+            torch.stack(columns_of_producers).any(dim=0)
+            if columns_of_producers
+            else torch.zeros(1, 1)
         )
-        if int(reached.sum()) != per_unit * width.value or not columns_of_makers:
-            raise NotAWidth(Reason("inputs_of_several", reader=reader))
-    return Readers(width, reads, units, _tied(width, reads))
+        if int(reached.sum()) != per_unit * width.value or not columns_of_producers:
+            raise NotAWidth(Reason("inputs_of_several", reader=consumer))
+    return WidthConsumers(width, connections, units, _tied_producers(width, connections))
 
 
 @contextmanager
 def _nan_trace(
-    module: nn.Module, maker: str, channels: int, begin: int, rows: int
+    module: nn.Module, producer: str, channels: int, begin: int, rows: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Put a NaN into channel ``begin + r`` of ``maker`` in row r; yield the inputs it reaches."""
+    """While active, put a NaN into one channel of ``producer`` in each row of the batch.
+
+    Args:
+        module: the network.
+        producer: name of the dense layer.
+        channels: number of its channels.
+        begin: the channel that becomes NaN in the first row; the next row has the next channel.
+        rows: number of rows of the batch.
+
+    Yields:
+        By consumer, the inputs that the NaN of each row reaches: bool ``(rows, inputs)``, filled
+        while the network runs.
+    """
     reached: dict[str, Tensor] = {}
 
     def read_hook(name: str) -> Any:
@@ -167,7 +192,7 @@ def _nan_trace(
 
     def mark_hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         if len(output) != rows or output.shape[-1] != channels:
-            raise NotAWidth(Reason("returns_other_rows", maker=maker))
+            raise NotAWidth(Reason("returns_other_rows", maker=producer))
         marked = output.clone()
         row = torch.arange(rows)
         marked[row, ..., begin + row] = torch.nan
@@ -182,7 +207,7 @@ def _nan_trace(
                 hooks.callback(
                     part.register_forward_pre_hook(read_hook(name), with_kwargs=True).remove
                 )
-                output_hook = mark_hook if name == maker else clean_hook
+                output_hook = mark_hook if name == producer else clean_hook
                 hooks.callback(part.register_forward_hook(output_hook).remove)
             elif isinstance(part, nn.BatchNorm1d) or (
                 isinstance(part, nn.PReLU) and part.num_parameters > 1
@@ -193,20 +218,24 @@ def _nan_trace(
         yield reached
 
 
-def _tied(width: Width, reads: Mapping[tuple[str, str], Tensor]) -> tuple[tuple[str, ...], ...]:
-    """Groups of makers whose channels arrive at the same inputs.
+def _tied_producers(
+    width: Width, connections: Mapping[tuple[str, str], Tensor]
+) -> tuple[tuple[str, ...], ...]:
+    """Return groups of producers whose channels arrive at the same inputs.
 
     Raises:
-        NotAWidth: channels of two makers are combined, but not channel by channel.
+        NotAWidth: channels of two producers are combined, but not channel by channel.
     """
-    groups = [{maker} for maker in width.makers]
-    for (first, reader), columns in reads.items():
-        for (second, other), others in reads.items():
-            if first == second or reader != other or not bool((columns & others).any()):
+    groups = [{producer} for producer in width.producers]
+    for (first, consumer), first_inputs in connections.items():
+        for (second, other_consumer), second_inputs in connections.items():
+            if first == second or consumer != other_consumer:
                 continue
-            if not torch.equal(columns, others):
+            if not bool((first_inputs & second_inputs).any()):
+                continue
+            if not torch.equal(first_inputs, second_inputs):
                 raise NotAWidth(
-                    Reason("channels_differ", first=first, second=second, reader=reader)
+                    Reason("channels_differ", first=first, second=second, reader=consumer)
                 )
             first_group = next(group for group in groups if first in group)
             second_group = next(group for group in groups if second in group)

@@ -3,12 +3,13 @@
 The configuration of a bundle holds the arguments of the model class. To find out whether a number
 such as ``cross_layers``, or a list such as ``hidden``, counts layers, the network is built with one
 layer less. The containers (``nn.ModuleList``, ``nn.Sequential``) that become shorter hold the
-counted layers. They form a *stack*; what one count adds to the containers is a *member* of it.
+counted layers, which form a *stack*. A *member* of the stack is the set of modules that disappear
+with one layer less, such as a Linear and its norm.
 
-A member may be removed if the remaining ones fit the shapes that the class then builds; later
-members move up by one. A check shows that nothing else depends on the member: the shorter network
-must give the same scores as the old one with that member skipped. A skipped member either returns
-its input (a block, a hidden layer) or zeros (a residual part, a cross layer).
+A member may be removed if the remaining ones fit the shapes that the class then builds; the index
+of each later member decreases by one. A check shows that nothing else depends on the member: the
+shorter network must give the same scores as the old one with that member skipped. A skipped member
+either returns its input (a block, a hidden layer) or zeros (a residual part, a cross layer).
 """
 
 from collections.abc import Callable, Iterator
@@ -58,11 +59,11 @@ class Stack:
     containers: dict[str, int]
 
     def description(self) -> str:
-        """The number or list as it is written in code, such as ``hidden``."""
+        """Return the place of the number or list as it is written in code, such as ``hidden``."""
         return describe_path(self.path)
 
     def member_of(self, name: str) -> int | None:
-        """The number of the member that a module or tensor belongs to, or None."""
+        """Return the number of the member that a module or tensor belongs to, or None."""
         for container, size in self.containers.items():
             index, _, _ = name.removeprefix(f"{container}.").partition(".")
             if name.startswith(f"{container}.") and index.isdecimal():
@@ -71,16 +72,16 @@ class Stack:
         return None
 
     def name_after_removal(self, name: str, removed: int) -> str | None:
-        """The name of a module or tensor after a member is removed; None if it is in the member."""
+        """Return the name of a module or tensor after a member is removed; None if it is in it."""
         for container, size in self.containers.items():
-            index, dot, rest = name.removeprefix(f"{container}.").partition(".")
+            index, dot, inner_name = name.removeprefix(f"{container}.").partition(".")
             if not name.startswith(f"{container}.") or not index.isdecimal():
                 continue
             member = int(index) // size
             if member == removed:
                 return None
             new_index = int(index) - (size if member > removed else 0)
-            return f"{container}.{new_index}{dot}{rest}"
+            return f"{container}.{new_index}{dot}{inner_name}"
         return name
 
 
@@ -133,7 +134,7 @@ def _possible_counts(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, 
 
 
 def _lengths(module: nn.Module) -> dict[str, int]:
-    """The number of modules in each container, by name."""
+    """Return the number of modules in each container, by name."""
     return {
         name: len(part)
         for name, part in module.named_modules()
@@ -142,7 +143,7 @@ def _lengths(module: nn.Module) -> dict[str, int]:
 
 
 def _config_without(model: Model, stack: Stack, member: int) -> dict[str, Any]:
-    """The configuration after one member is removed."""
+    """Return the configuration after one member is removed."""
     config = model.network.architecture.config
     if not stack.is_list:
         return with_value(model.architecture, config, stack.path, stack.members - 1)
@@ -172,7 +173,7 @@ def without_member(
     config = _config_without(model, stack, member)
     try:
         module = rebuild(model, config, lambda name: stack.name_after_removal(name, member))
-    except Exception as fault:  # any exception of the class means: the member is needed
+    except Exception as fault:  # the class or torch may raise any exception
         if is_out_of_memory(fault):
             raise
         message = str(fault).strip().splitlines()[-1].strip()

@@ -6,9 +6,9 @@ that number, this module changes each number, builds the network without its wei
 the shapes of the tensors.
 
 A number counts channels or groups of channels: with ``heads`` and ``head_dim`` in the
-configuration, each head is ``head_dim`` channels of three layers. A *unit* is one channel or one
-group that the number counts. A *maker* is a dense layer that outputs the channels, a *reader* is a
-module that consumes them.
+configuration, each head is ``head_dim`` channels of three layers. In this file a *unit* is one
+channel or one group that the number counts. A *producer* is a dense layer that outputs the
+channels, a *consumer* is a layer or norm that takes them as inputs.
 """
 
 import copy
@@ -29,7 +29,9 @@ from compressors.core.state.construction import construct
 from compressors.errors.widths import NotAWidth, NotProportional
 
 Path = tuple[str | int, ...]
+"""Argument name, keys and indices of a value in a configuration, such as ``("hidden", 0)``."""
 Shapes = dict[str, torch.Size]
+"""The shapes of a network's tensors, by name."""
 INCREASES = (8, 1)  # 8 first: a width that is split among heads needs a multiple of their number
 
 
@@ -40,18 +42,19 @@ class Width:
     Attributes:
         path: where the number is in the configuration.
         value: the number: how many units the layers have.
-        makers: the dense layers whose outputs it counts, each with its channels per unit: 1 if the
-            number is the layer's width, the size of a head if it counts heads.
-        readers: the modules that consume these channels, each with its inputs per unit.
+        producers: by name, the dense layers whose outputs it counts, each with its channels per
+            unit: 1 if the number is the layer's width, the size of a head if it counts heads.
+        consumers: by name, the layers and norms that take these channels as inputs, each with its
+            inputs per unit.
     """
 
     path: Path
     value: int
-    makers: dict[str, int]
-    readers: dict[str, int]
+    producers: dict[str, int]
+    consumers: dict[str, int]
 
     def description(self) -> str:
-        """The number as it is written in code, such as ``hidden[0]``."""
+        """Return the number's place as it is written in code, such as ``hidden[0]``."""
         return describe_path(self.path)
 
 
@@ -62,7 +65,7 @@ def describe_path(path: Path) -> str:
 
 
 def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
-    """The defaults of the constructor arguments that a configuration may set, by name."""
+    """Return the defaults of the constructor arguments that a configuration may set, by name."""
     return {
         name: _as_lists(parameter.default)
         for name, parameter in inspect.signature(architecture).parameters.items()
@@ -98,7 +101,8 @@ def with_value(
 def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason, ...]]]:
     """Find the numbers that set layers' output widths; give reasons for the layers without one.
 
-    The cost is two or three builds without weights for each number that divides a layer's width.
+    For each number that divides a layer's width, the network is built once or twice without values
+    of its weights.
 
     Returns:
         The widths by their description (such as ``hidden[0]``), and the reasons by layer name.
@@ -120,7 +124,8 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
         try:
             width = _width(model, before, path, value)
         except NotAWidth as fault:
-            # The reason for the layers of that width, unless another number is their width.
+            # The reason applies to the layers of that width, unless another number sets their
+            # width.
             refused = {
                 name: (fault.reason,) for name, outputs in output_widths.items() if outputs == value
             }
@@ -135,8 +140,8 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
         for argument, value in not_proportional.items():
             if outputs > value and outputs % value == 0:
                 reasons[name] = (*reasons[name], Reason("split_width", argument=argument))
-    makers = {maker for width in widths.values() for maker in width.makers}
-    return widths, {name: why for name, why in reasons.items() if name not in makers}
+    producers = {producer for width in widths.values() for producer in width.producers}
+    return widths, {name: why for name, why in reasons.items() if name not in producers}
 
 
 def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
@@ -166,8 +171,8 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
     else:
         why = Reason("width_not_built")
         raise NotAWidth(why) if was_built else NotProportional(why)
-    makers: dict[str, int] = {}
-    readers: dict[str, int] = {}
+    producers: dict[str, int] = {}
+    consumers: dict[str, int] = {}
     for name, shape in before.items():
         if after[name] == shape:
             continue
@@ -190,15 +195,15 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
                 reason = Reason("grows_differently", module=owner, argument=describe_path(path))
                 raise NotProportional(reason)
             if grown[0]:
-                makers[owner] = grown[0] // increase
+                producers[owner] = grown[0] // increase
             if grown[1]:
-                readers[owner] = grown[1] // increase
+                consumers[owner] = grown[1] // increase
         elif not isinstance(module, nn.Linear):
-            readers[owner] = grown[0] // increase
-    if not makers or not readers:
+            consumers[owner] = grown[0] // increase
+    if not producers or not consumers:
         why = Reason("not_between_layers", argument=describe_path(path))
-        raise NotAWidth(why) if makers or readers else NotProportional(why)
-    return Width(path, value, makers, readers)
+        raise NotAWidth(why) if producers or consumers else NotProportional(why)
+    return Width(path, value, producers, consumers)
 
 
 def integers_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
@@ -214,7 +219,7 @@ def integers_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
 
 
 def shapes_of(architecture: type[nn.Module], config: Mapping[str, Any]) -> Shapes | None:
-    """The shapes of a network's tensors, or None if it cannot be built with the configuration."""
+    """Return the shapes of a network's tensors; None if the configuration does not build it."""
     try:
         module = construct(architecture, config).module
     except Exception as fault:  # any exception of the class means: the number is fixed

@@ -2,9 +2,12 @@
 
 The narrower network is built from its configuration, as a server builds it, so code that depends on
 a width (a view, a scale of ``width ** -0.5``, another layer of ``width // 16``) uses the new width.
-Then both networks score the same synthetic rows; in the old network the removed channels are set to
-zero. A *unit* is one channel or one group of channels that the width counts, and a *maker* is a
-layer that outputs the channels (``config_widths.py``).
+Then both networks score the same synthetic rows; in the old network the weights that are applied to
+the removed channels are zero. The scores of both must agree.
+
+A *width* is a number in the configuration that sets the number of channels of one or more layers
+(``config_widths.py``). A *unit* is one channel or one group of channels that the width counts, a
+*producer* is a layer that outputs the channels, a *consumer* takes them as inputs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,20 +28,22 @@ from compressors.core.modules.output_calibration import attach, recalibration_of
 from compressors.core.state.construction import assign, construct
 from compressors.core.units import own_weight, private_copy, swap, table_rows
 from compressors.errors.widths import NotAWidth
-from compressors.prune.structure.channel_consumers import Readers, readers_of, trace
+from compressors.prune.structure.channel_consumers import WidthConsumers, find_consumers, trace
 from compressors.prune.structure.config_widths import Width, with_value
 
-CHECK_ROWS = 128
+CHECK_ROWS = 128  # synthetic rows of each scale
 SCALES = (1.0, 30.0)
-"""Factors for dense inputs: some nonlinearities, such as Relu6, change only far from zero."""
+"""Factors for dense inputs: some nonlinearities, such as Relu6, act only far from zero."""
 
 TOLERANCE = 1e-3
-"""Largest allowed difference as a share of the scores' spread. Float32 sums in another order
-usually differ far less; a wrong or misplaced channel changes some score by more."""
+"""Largest allowed difference as a share of the scores' spread, about their standard deviation over
+the rows. Float32 sums in another order usually differ far less; a wrong or misplaced channel
+changes some score by more."""
 
 ROUNDING_DRAWS = 4
+"""Number of random changes of the network's numbers by which the effect of rounding is measured."""
 ROUNDING_FACTOR = 32.0
-"""Largest allowed difference as a multiple of the change that rounding causes. A sum of some
+"""Largest allowed difference as a multiple of the change that rounding causes. The sum of some
 hundred terms in another order differs by a few times the change from rounding each weight."""
 
 
@@ -47,12 +52,12 @@ class WidthCut:
     """A width that is reduced to ``count`` units, with the consumers of its channels."""
 
     width: Width
-    readers: Readers
+    consumers: WidthConsumers
     count: int
 
 
 def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> None:
-    """Check with randomly selected channels that one width can be reduced.
+    """Require that one width can be reduced; the check removes randomly selected units.
 
     Raises:
         NotAWidth: the network cannot be built or run with the smaller width, or its scores differ
@@ -60,7 +65,7 @@ def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> Non
     """
     generator = torch.Generator().manual_seed(0)
     kept = {}
-    for group in cut.readers.tied:
+    for group in cut.consumers.tied_producers:
         mask = torch.zeros(cut.width.value, dtype=torch.bool)
         mask[torch.randperm(cut.width.value, generator=generator)[: cut.count]] = True
         kept.update(dict.fromkeys(group, mask))
@@ -86,22 +91,22 @@ def without_channels(
         model: a private copy; its layers are narrowed in place.
         signature: the inputs of the network.
         cuts: the widths to reduce.
-        kept: the kept units, by maker, bool ``(units,)``.
+        kept: the kept units, by producer, bool ``(units,)``.
 
     Returns:
-        The new network over the remaining tensors, and a description of the score difference; None
-        if the scores agree.
+        The new network, which has the remaining channels of the tensors; and a description of the
+        score difference, None if the scores agree.
     """
-    inputs: dict[str, Tensor] = {}  # kept inputs of each reader
-    outputs: dict[str, Tensor] = {}  # kept outputs of each maker
+    inputs: dict[str, Tensor] = {}  # kept inputs of each consumer
+    outputs: dict[str, Tensor] = {}  # kept outputs of each producer
     architecture = model.network.architecture
     config = architecture.config
     for cut in cuts:
-        for (maker, reader), columns in cut.readers.reads.items():
-            removed = columns[~kept[maker]].any(dim=0)  # (inputs of the reader,)
-            inputs[reader] = inputs.get(reader, torch.ones_like(removed)) & ~removed
-        for maker, units in cut.readers.units.items():
-            outputs[maker] = kept[maker][units]  # (channels,)
+        for (producer, consumer), columns in cut.consumers.connections.items():
+            removed = columns[~kept[producer]].any(dim=0)  # (inputs of the consumer,)
+            inputs[consumer] = inputs.get(consumer, torch.ones_like(removed)) & ~removed
+        for producer, units in cut.consumers.units.items():
+            outputs[producer] = kept[producer][units]  # (channels,)
         config = with_value(model.architecture, config, cut.width.path, cut.count)
     tables = table_rows(model.module)
     expected = synthetic_scores(_with_zero_weights(model.module, inputs), signature, tables)
@@ -119,7 +124,7 @@ def without_channels(
 
 
 def score_difference(module: nn.Module, expected: nn.Module, signature: Signature) -> str | None:
-    """Describe how two networks' scores differ on synthetic rows; None if only by rounding."""
+    """Describe how two networks' scores of synthetic rows differ; None if only by rounding."""
     tables = table_rows(expected)
     return describe_score_difference(
         synthetic_scores(module, signature, tables),
@@ -129,27 +134,29 @@ def score_difference(module: nn.Module, expected: nn.Module, signature: Signatur
     )
 
 
-def remaining_readers(
-    readers: Readers, model: Model, signature: Signature, kept: Mapping[str, Tensor]
-) -> Readers:
+def remaining_consumers(
+    consumers: WidthConsumers, model: Model, signature: Signature, kept: Mapping[str, Tensor]
+) -> WidthConsumers:
     """Find the consumers of the remaining units of a width, for the next round.
 
     Args:
-        readers: the consumers before the width was reduced.
+        consumers: the consumers before the width was reduced.
         model: the narrower network.
         signature: the inputs of the network.
-        kept: the kept units, by maker, bool ``(units,)``.
+        kept: the kept units, by producer, bool ``(units,)``.
 
     Raises:
         NotAWidth: the remaining units are not consumed as they were before.
     """
     units, count = {}, 0
-    for maker, old_units in readers.units.items():
-        mask = kept[maker]
+    for producer, old_units in consumers.units.items():
+        mask = kept[producer]
         new_index, count = mask.cumsum(0) - 1, int(mask.sum())  # of each kept unit
-        units[maker] = new_index[old_units[mask[old_units]]]
-    width = replace(readers.width, value=count)
-    return readers_of(width, trace(model.module, signature, table_rows(model.module), width), units)
+        units[producer] = new_index[old_units[mask[old_units]]]
+    width = replace(consumers.width, value=count)
+    return find_consumers(
+        width, trace(model.module, signature, table_rows(model.module), width), units
+    )
 
 
 def rebuild(
@@ -157,10 +164,10 @@ def rebuild(
     config: Mapping[str, Any],
     new_name: Callable[[str], str | None] = lambda name: name,
 ) -> nn.Module:
-    """Build the network of a configuration with the tensors and packed modules of another one.
+    """Build the network of a configuration with the tensors and compressed modules of another one.
 
     Args:
-        model: the other network, narrowed or without some modules.
+        model: the other network, whose tensors already have the shapes of the new one.
         config: the new configuration.
         new_name: maps the name of a module or tensor to its new name; None if it is removed.
 
@@ -185,16 +192,25 @@ def rebuild(
 
 @torch.no_grad()
 def synthetic_scores(module: nn.Module, signature: Signature, tables: dict[str, int]) -> Tensor:
-    """Scores of a network for synthetic rows, float ``(scales, rows)``."""
+    """Return a network's scores of synthetic rows with dense inputs of every scale in ``SCALES``.
+
+    Args:
+        module: the network; it is not changed.
+        signature: describes its inputs.
+        tables: number of rows of each table.
+
+    Returns:
+        Float ``(scales, rows)``.
+    """
     return _scores(module, signature, tables, None)
 
 
 @torch.no_grad()
 def rounded_scores(module: nn.Module, signature: Signature, tables: dict[str, int]) -> Tensor:
-    """Scores of the same rows with every float32 number rounded differently.
+    """Return scores of the same rows as ``synthetic_scores`` with float32 numbers rounded randomly.
 
     Each dense weight, looked-up number and dense input changes by at most one step of float32. The
-    change of the scores is the rounding error of this network on these rows. It is large if
+    change of the scores estimates the rounding error of this network on these rows. It is large if
     intermediate numbers are far larger than their differences, as after a batch norm whose running
     mean is far from the inputs.
 
@@ -207,22 +223,22 @@ def rounded_scores(module: nn.Module, signature: Signature, tables: dict[str, in
         Float ``(draws, scales, rows)``.
     """
     return torch.stack(
-        [_perturbed(module, signature, tables, draw) for draw in range(ROUNDING_DRAWS)]
+        [_scores_of_rounded(module, signature, tables, draw) for draw in range(ROUNDING_DRAWS)]
     )
 
 
-def _perturbed(
+def _scores_of_rounded(
     module: nn.Module, signature: Signature, tables: dict[str, int], seed: int
 ) -> Tensor:
-    """Scores after a random relative change of at most one float32 step of each number."""
+    """Return scores after a random relative change of each number by at most one float32 step."""
     generator = torch.Generator().manual_seed(seed)
 
-    def rounded(x: Tensor) -> Tensor:
+    def round_randomly(x: Tensor) -> Tensor:
         step = torch.finfo(torch.float32).eps
         return x * (1 + step * torch.randint(-1, 2, x.shape, generator=generator))
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return rounded(output)
+        return round_randomly(output)
 
     copied = private_copy(module).eval()
     lookups = nn.Embedding | nn.EmbeddingBag | Bag | PackedTable | ComposedTable
@@ -232,26 +248,26 @@ def _perturbed(
             continue
         for name, tensor in list(part.named_parameters(recurse=False)):
             if tensor.is_floating_point():
-                own_weight(part, name, rounded(tensor.detach()))
+                own_weight(part, name, round_randomly(tensor.detach()))
         if isinstance(part, nn.BatchNorm1d) and part.running_mean is not None:
-            part.running_mean = rounded(part.running_mean)
-    return _scores(copied, signature, tables, rounded)
+            part.running_mean = round_randomly(part.running_mean)
+    return _scores(copied, signature, tables, round_randomly)
 
 
 def _scores(
     module: nn.Module,
     signature: Signature,
     tables: dict[str, int],
-    rounded: Callable[[Tensor], Tensor] | None,
+    change: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Scores for synthetic rows, float ``(scales, rows)``; ``rounded`` changes dense inputs."""
+    """Return scores of synthetic rows, float ``(scales, rows)``; ``change`` maps dense inputs."""
     scores = []
     for scale in SCALES:
         rows = generate_inputs(signature, tables, CHECK_ROWS)
         for item in signature.inputs:
             if isinstance(item, DenseInput):
                 scaled = rows[item.name] * scale
-                rows[item.name] = scaled if rounded is None else rounded(scaled)
+                rows[item.name] = scaled if change is None else change(scaled)
         scores.append(module(**rows).reshape(-1))
     return torch.stack(scores)
 
@@ -268,9 +284,10 @@ def describe_score_difference(
         scores: scores of one network, float ``(scales, rows)``.
         expected: scores of the other network, in the same shape.
         signature: says whether scores are probabilities.
-        rounded: returns scores of one network with different rounding, float
-            ``(draws, scales, rows)``; differences of that size are ignored. Called only if the
-            difference is a large share of the spread.
+        rounded: a function that returns ``rounded_scores`` of one of the networks, float
+            ``(draws, scales, rows)``. Differences up to ``ROUNDING_FACTOR`` times the differences
+            between the draws are ignored. It is called only if the difference exceeds ``TOLERANCE``
+            times the spread.
 
     Returns:
         The difference as text; None if the scores agree.
@@ -285,7 +302,7 @@ def describe_score_difference(
     if rounded is not None:
         draws = _in_logits(rounded(), signature)  # (draws, scales, rows)
         noise = (draws - draws[:1]).abs().amax(dim=(0, 2))
-        noise = torch.maximum(noise, _largest_step(expected, signature))
+        noise = torch.maximum(noise, _largest_float32_step(expected, signature))
         allowed = torch.maximum(allowed, ROUNDING_FACTOR * noise)
     too_large = ~(largest <= allowed)  # also True for NaN
     if not bool(too_large.any()):
@@ -302,16 +319,16 @@ def _in_logits(scores: Tensor, signature: Signature) -> Tensor:
     return torch.logit(exact, eps=1e-7) if signature.single_output.form == "probability" else exact
 
 
-def _largest_step(scores: Tensor, signature: Signature) -> Tensor:
-    """The largest change of a score by one step of float32, for each scale: ``(scales,)``."""
+def _largest_float32_step(scores: Tensor, signature: Signature) -> Tensor:
+    """Return the largest change of a score by one step of float32 for each scale: ``(scales,)``."""
     up = torch.nextafter(scores.float(), torch.full_like(scores, torch.inf, dtype=torch.float32))
     return (_in_logits(up, signature) - _in_logits(scores, signature)).abs().amax(dim=1)
 
 
 def _with_zero_weights(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the network with zero weights for the inputs that will be removed.
+    """Copy the network with zero weights for the inputs that will be removed.
 
-    ``inputs`` has, by layer, the kept inputs: bool ``(inputs,)``.
+    ``inputs`` has, by layer name, which inputs are kept: bool ``(inputs,)``.
     """
     copied = private_copy(module).eval()
     for name, kept in inputs.items():
@@ -322,7 +339,13 @@ def _with_zero_weights(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Mo
 
 
 def _narrow(module: nn.Module, outputs: Tensor | None, inputs: Tensor | None) -> None:
-    """Keep only the given outputs and inputs of a layer, or channels of a norm."""
+    """Keep only some outputs and inputs of a layer, or channels of a norm, in place.
+
+    Args:
+        module: a layer or norm of a private copy.
+        outputs: which outputs are kept, bool ``(outputs,)``; None for all.
+        inputs: which inputs (channels of a norm) are kept, bool ``(inputs,)``; None for all.
+    """
     if isinstance(module, nn.Linear):
         weight = module.weight.detach()
         weight = weight if outputs is None else weight[outputs]

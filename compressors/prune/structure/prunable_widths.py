@@ -1,6 +1,8 @@
 """Find the widths of a network that can be pruned, and check each of them.
 
-Layers whose width cannot be pruned get a reason.
+A *width* is a number in the network's configuration that sets the number of channels of one or more
+layers, its *producers* (``config_widths.py``). A *unit* is one channel or one group of channels
+that the width counts. Layers whose width cannot be pruned get a reason.
 """
 
 from collections.abc import Mapping
@@ -14,9 +16,9 @@ from compressors.core.units import table_rows
 from compressors.errors.widths import NotAWidth
 from compressors.prune.dense.kept_shares import kept_width, multiple_of
 from compressors.prune.structure.channel_consumers import (
-    Readers,
+    WidthConsumers,
     channel_layouts,
-    readers_of,
+    find_consumers,
     trace,
 )
 from compressors.prune.structure.config_widths import Width, find_widths
@@ -25,15 +27,20 @@ from compressors.prune.structure.narrowing import WidthCut, require_narrowable
 
 @dataclass(frozen=True)
 class PrunableWidths:
-    """The prunable widths with their consumers, and the decision for every dense layer."""
+    """The prunable widths with their consumers, and the decision for every dense layer.
 
-    readers: tuple[Readers, ...]
+    Attributes:
+        consumers: the consumers of each prunable width.
+        decisions: by name of a dense layer.
+    """
+
+    consumers: tuple[WidthConsumers, ...]
     decisions: dict[str, Decision]
 
     @property
     def widths(self) -> tuple[Width, ...]:
         """The widths without their consumers."""
-        return tuple(item.width for item in self.readers)
+        return tuple(item.width for item in self.consumers)
 
 
 def prunable_widths(
@@ -53,24 +60,29 @@ def prunable_widths(
         decisions: the dense layers that the step selects.
         share: the approximate share of its units that each width keeps.
         multiple: the number of channels stays a multiple of this.
-        searched: whether a width may keep fewer units than that share.
+        searched: whether the step searches how many units each width keeps, so that a width may
+            keep fewer than that share.
+
+    Returns:
+        The prunable widths, and for every dense layer the decision: unchanged, or ``skipped`` with
+        the reason if the width of a selected layer cannot be pruned.
     """
     result = dict(decisions)
     widths, reasons = find_widths(model)
-    prunable: list[Readers] = []
+    prunable: list[WidthConsumers] = []
     pruned: set[str] = set()  # layers of the prunable widths
     for width in widths.values():
-        if pruned & width.makers.keys():  # another number is already the width of these layers
+        if pruned & width.producers.keys():  # another number is already the width of these layers
             continue
         try:
             _require_all_selected(width, decisions)
             count = _count_to_check(width, share, multiple, searched=searched)
-            prunable.append(_checked_readers(model, signature, width, count))
+            prunable.append(_checked_consumers(model, signature, width, count))
         except NotAWidth as fault:
-            for name in width.makers:  # of two numbers the first is more likely the width
+            for name in width.producers:  # of two numbers the first is more likely the width
                 reasons.setdefault(name, (fault.reason,))
         else:
-            pruned |= width.makers.keys()
+            pruned |= width.producers.keys()
     for name, decision in decisions.items():
         if decision.selected and name not in pruned:
             result[name] = Decision("skipped", reasons[name])
@@ -83,14 +95,14 @@ def _require_all_selected(width: Width, decisions: Mapping[str, Decision]) -> No
     Raises:
         NotAWidth: names the first layer that is not selected.
     """
-    for name in width.makers:
+    for name in width.producers:
         if not decisions[name].selected:
             why = decisions[name].reasons
             raise NotAWidth(Reason("shares_width", width=width.description(), layer=name, why=why))
 
 
 def _count_to_check(width: Width, share: float, multiple: int, *, searched: bool) -> int:
-    """The number of units that a width is reduced to in its check.
+    """Return the number of units to which the check reduces a width.
 
     Raises:
         NotAWidth: with this share no unit would be removed.
@@ -100,7 +112,7 @@ def _count_to_check(width: Width, share: float, multiple: int, *, searched: bool
     if count >= width.value and searched:
         count = step
     if count >= width.value:
-        if max(width.makers.values()) > 1:
+        if max(width.producers.values()) > 1:
             no_fewer = Reason(
                 "no_fewer_groups",
                 groups=width.value,
@@ -114,8 +126,10 @@ def _count_to_check(width: Width, share: float, multiple: int, *, searched: bool
     return count
 
 
-def _checked_readers(model: Model, signature: Signature, width: Width, count: int) -> Readers:
-    """The consumers of a width, for the first layout of its channels that passes the check.
+def _checked_consumers(
+    model: Model, signature: Signature, width: Width, count: int
+) -> WidthConsumers:
+    """Return the consumers of a width, for the first layout of its channels that passes the check.
 
     Raises:
         NotAWidth: no layout passes; the reason is that of the first layout.
@@ -124,10 +138,10 @@ def _checked_readers(model: Model, signature: Signature, width: Width, count: in
     faults: list[NotAWidth] = []
     for units in channel_layouts(width):
         try:
-            readers = readers_of(width, traces, units)
-            require_narrowable(model, signature, WidthCut(width, readers, count))
+            consumers = find_consumers(width, traces, units)
+            require_narrowable(model, signature, WidthCut(width, consumers, count))
         except NotAWidth as fault:
             faults.append(fault)
         else:
-            return readers
+            return consumers
     raise faults[0]

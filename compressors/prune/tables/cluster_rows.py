@@ -114,12 +114,12 @@ class ClusterRows(ComposingStep):
         return recompose(model, designs, fit)
 
     def design(self, rows: int, dim: int) -> Design:
-        """The composition of a table of ``rows x dim``."""
+        """Design the composition of a table of ``rows x dim``."""
         hot, clusters = self._sizes(rows)
         reason = Reason("clustered_rows", hot=hot, rows=rows, clusters=clusters)
         return Design(COMPOSITION, {"places": hot + clusters}, reason)
 
     def _sizes(self, rows: int) -> tuple[int, int]:
-        """The number of hot rows and the number of clusters."""
+        """Return the number of hot rows and the number of clusters."""
         hot = min(rows - 1, round(self.hot * rows))
         return hot, share_or_number(self.clusters, rows - hot)

@@ -1,10 +1,10 @@
 """Remove the least important dimensions of embedding tables.
 
-A removed dimension has the same value in every row: its mean. The result is a narrower table, a
-selection matrix and a mean row, the same composition that ``low_rank`` writes. The product with a
-matrix of zeros and ones is exact. In ONNX Runtime it is eight times faster than a Pad and a Gather
-along the last dimension (26,624 lookups of 8 out of 16 numbers: 179 against 1,494 us). The matrix
-takes ``4 * kept * dim`` bytes per table.
+After the step, a removed dimension has the same value in every row: its mean. The result is a
+narrower table, a selection matrix and a mean row, the same composition that ``low_rank`` writes.
+The product with a matrix of zeros and ones is exact. In ONNX Runtime it is eight times faster than
+a Pad and a Gather along the last dimension (26,624 lookups of 8 out of 16 numbers: 179 against
+1,494 us). The matrix takes ``4 * kept * dim`` bytes per table.
 
 Source: Molchanov et al. 2019, https://arxiv.org/abs/1906.10771 (gradient times weight, squared).
 Differs: the score estimates the effect of setting a whole dimension to its mean, not a weight to
@@ -44,12 +44,12 @@ Importance = Literal["variance", "traffic", "gradient"]
 
 
 def mean_row(table: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean of rows ``(rows, dim)`` with weights ``(rows,)``: float64 ``(dim,)``."""
+    """Return the mean of rows ``(rows, dim)`` with weights ``(rows,)``: float64 ``(dim,)``."""
     return (weight / weight.sum()).double() @ table.double()
 
 
 def variance(table: Tensor, weight: Tensor) -> Tensor:
-    """Weighted variance of each dimension over the rows: float64 ``(dim,)``."""
+    """Return the weighted variance of each dimension over the rows: float64 ``(dim,)``."""
     deviation = table.double() - mean_row(table, weight)
     return (weight / weight.sum()).double() @ deviation.square()
 
@@ -63,12 +63,13 @@ def without_dimensions(table: Tensor, kept: Tensor, mean: Tensor) -> tuple[Tenso
         mean: ``(dim,)``, the values of the removed dimensions.
 
     Returns:
-        ``narrow`` ``(rows, count)``, ``selection`` of zeros and ones ``(count, dim)`` and ``rest``
-        ``(dim,)``, zero for kept dimensions: the new rows are ``narrow @ selection + rest``.
+        ``narrow`` ``(rows, count)``, ``selection`` of zeros and ones ``(count, dim)`` and
+        ``removed_mean`` ``(dim,)``, zero for kept dimensions. The new rows are
+        ``narrow @ selection + removed_mean``.
     """
     selection = torch.eye(table.shape[1])[kept]
-    rest = mean.float() * (1 - selection.sum(dim=0))
-    return table[:, kept].float().contiguous(), selection, rest
+    removed_mean = mean.float() * (1 - selection.sum(dim=0))
+    return table[:, kept].float().contiguous(), selection, removed_mean
 
 
 class Dimensions(ComposingStep):
@@ -131,8 +132,9 @@ class Dimensions(ComposingStep):
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             order = importance[name].argsort(descending=True, stable=True)
             kept = order[: design.settings["rank"]].sort().values
-            narrow, selection, rest = without_dimensions(table, kept, means[name])
-            return FittedParts({"projection": selection, "mean": rest}, {"narrow": narrow})
+            narrow, selection, removed_mean = without_dimensions(table, kept, means[name])
+            stored = {"projection": selection, "mean": removed_mean}
+            return FittedParts(stored, {"narrow": narrow})
 
         return recompose(model, designs, fit)
 
@@ -140,7 +142,7 @@ class Dimensions(ComposingStep):
 def taylor(
     module: nn.Module, bench: Bench, means: Mapping[str, Tensor], rows: int
 ) -> dict[str, Tensor]:
-    """Squared first-order change of the loss when a dimension is replaced by its mean.
+    """Estimate, to first order, how much the loss changes if a dimension is replaced by its mean.
 
     Args:
         module: the network; it is not changed.
@@ -172,6 +174,6 @@ def taylor(
             if grad is not None:
                 change = means[name] - leaf.detach().double()
                 total[name] += (grad.double() * change).sum(dim=0).square()
-    if not any(bool(each.any()) for each in total.values()):
+    if not any(bool(estimate.any()) for estimate in total.values()):
         raise StepRefused("dimension_gradients_zero")
     return total

@@ -72,14 +72,14 @@ COMPOSITION: Composition = ConstantComposition()
 def permutation_loss(model: Model, bench: Bench, name: str, baseline: float, repeats: int) -> float:
     """Measure how much the validation metric falls when a table's outputs are permuted.
 
+    Outputs are permuted within each batch of ``metrics.validation_score.SCORING_ROWS`` rows.
+
     Args:
         model: the network.
         bench: with validation rows.
         name: name of the table.
         baseline: the metric without permutation.
         repeats: number of permutations; the result is the mean over them.
-
-    Outputs are permuted within each batch of ``metrics.validation_score.SCORING_ROWS`` rows.
 
     Raises:
         RowsMissing: there are no validation rows.
@@ -139,10 +139,10 @@ class DropTables(StepSettings):
             most_loss=self.most_loss,
         )
 
-        def one_row(unit: Unit) -> int:
+        def bytes_of_one_row(unit: Unit) -> int:
             return unit.weight.shape[1] * 4
 
-        return StepPlan(defer(units, decisions, condition, one_row), None)
+        return StepPlan(defer(units, decisions, condition, bytes_of_one_row), None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Drop tables in ascending order of importance if the loss is within ``most_loss``.
@@ -177,7 +177,7 @@ class DropTables(StepSettings):
 
 
 def _mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:
-    """A table that returns the mean of the unit's rows, weighted by lookup counts."""
+    """Build a table that returns the mean of the unit's rows, weighted by lookup counts."""
     weight = unit.weight
     rows, dim = weight.shape
     share = (counts + UNSEEN) / (counts + UNSEEN).sum()

@@ -2,8 +2,8 @@
 
 A table is split into kept rows and other rows, each in their original order. The new index
 (*place*) of a kept row is therefore the number of kept rows before its block of 128 rows, plus its
-rank within the block. The same holds for the other rows. The map is int8 because of TensorRT, as in
-``row_map.py``.
+rank within the block. The same holds for the other rows. Ranks are stored as int8, because
+TensorRT stores one-byte constants in one byte only as int8 (``row_map.py``).
 """
 
 import torch
@@ -21,7 +21,7 @@ def select_highest(score: Tensor, count: int) -> Tensor:
 
 
 def lookup_share(counts: Tensor, chosen: Tensor) -> float:
-    """Share of all lookups that read the chosen rows; 0 if there are no lookups.
+    """Return the share of all lookups that read the chosen rows; 0 if there are no lookups.
 
     ``counts`` has the lookups of each row, ``chosen`` is bool; both ``(rows,)``.
     """

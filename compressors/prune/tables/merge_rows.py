@@ -30,7 +30,8 @@ from compressors.prune.tables.row_map import COMPOSITION, byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 DIRECTIONS = 4
-"""Dimensions of the grid. More of them make fewer comparisons, but miss more pairs at borders."""
+"""Dimensions of the grid. With more of them fewer rows are compared, but more similar pairs are in
+different cells."""
 
 CELL_WIDTH = 4
 """Width of a cell as a multiple of the tolerance. Wider cells miss fewer pairs of similar rows."""
@@ -79,14 +80,14 @@ def _leaders(table: Tensor, weight: Tensor, within: float) -> Tensor:
         while len(remaining) > 1:
             # In float64: rounding must not merge rows just outside the tolerance.
             difference = table[remaining].double() - table[remaining[0]].double()
-            follows = difference.square().sum(dim=1).sqrt() <= tolerance
-            leader[remaining[follows]] = remaining[0]
-            remaining = remaining[~follows]
+            is_close = difference.square().sum(dim=1).sqrt() <= tolerance
+            leader[remaining[is_close]] = remaining[0]
+            remaining = remaining[~is_close]
     return leader
 
 
 def _cells(table: Tensor, width: float) -> list[Tensor]:
-    """The row numbers in each cell of a grid, for cells with more than one row."""
+    """Return the row numbers in each cell of a grid, for cells with more than one row."""
     centered = table.double() - table.double().mean(dim=0)
     _, vectors = torch.linalg.eigh(centered.T @ centered)
     principal = vectors[:, -DIRECTIONS:]  # (dim, directions)
@@ -128,10 +129,10 @@ class MergeRows(StepSettings):
             else Reason("merged_equal", step=self.kind)
         )
 
-        def one_row(unit: Unit) -> int:
+        def bytes_with_one_row(unit: Unit) -> int:
             return Design(COMPOSITION, {"places": 1}, reason).bytes(*unit.weight.shape)
 
-        return StepPlan(defer(units, decisions, reason, one_row), None)
+        return StepPlan(defer(units, decisions, reason, bytes_with_one_row), None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Merge rows in every table in which this saves more bytes than the map takes.

@@ -50,7 +50,7 @@ from compressors.quantize.kernels.lloyd import nearest
 
 @dataclass(frozen=True)
 class KeptRowsComposition:
-    """Part ``kept``, whose last row replaces all pruned rows, and the map of kept rows.
+    """A table of the kept rows (part ``kept``), whose last row replaces all pruned rows, and a map.
 
     The map is ``within`` and ``before`` of ``kept_rows.kept_order``.
     """
@@ -142,10 +142,10 @@ class PruneRows(ComposingStep):
         units = Unit.of(model.module)
         decisions = choose_tables(units, self.tables, min_rows, self.kind)
 
-        def one_row(unit: Unit) -> int:
+        def bytes_with_one_row(unit: Unit) -> int:
             return self._design(1, reason).bytes(*unit.weight.shape)
 
-        return StepPlan(defer(units, decisions, reason, one_row), {})
+        return StepPlan(defer(units, decisions, reason, bytes_with_one_row), {})
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
         """Replace every selected table by its kept rows and a map.
@@ -181,12 +181,12 @@ class PruneRows(ComposingStep):
         return AppliedStep(pruned.model, {**skipped, **pruned.outcomes})
 
     def _parts(self, weight: Tensor, kept: Tensor, count: Tensor) -> FittedParts:
-        """The map and the kept rows.
+        """Build the map and the table of the kept rows.
 
         Args:
             weight: the table, float ``(rows, dim)``.
             kept: bool ``(rows,)``.
-            count: lookups of each row, ``(rows,)``.
+            count: lookups of each row, ``(rows,)``; weights of the mean of the pruned rows.
         """
         if self.pruned == "nearest":
             place = torch.empty(len(kept), dtype=torch.int64)
@@ -202,7 +202,7 @@ class PruneRows(ComposingStep):
         return FittedParts({"within": within, "before": before}, {"kept": rows})
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Designs]) -> Model:
-        """As ``dry_run``; with ``min_lookups``, as if no row reached that number of lookups."""
+        """Predict as ``dry_run``; with ``min_lookups``, as if no row reached that many lookups."""
         if not self.min_lookups:
             return self.dry_run(model, plan)
         no_lookups = {
@@ -229,12 +229,13 @@ class PruneRows(ComposingStep):
                 "kept_rows_by_lookups", kept=kept, rows=rows, min_lookups=self.min_lookups
             )
             design = self._design(kept, reason)
-            packed = min(2 * dim, -(-dim // 2) + 2)  # bytes of a row as float16 or int4
-            parts = sum(
+            packed_row_bytes = min(2 * dim, -(-dim // 2) + 2)  # as float16, or as int4 with a scale
+            part_rows = sum(
                 p.rows for p in design.composition.parts(rows, dim, design.settings).values()
             )
-            map_bytes = design.bytes(rows, dim) - 4 * parts * dim
-            if kept < rows and map_bytes + parts * packed < rows * packed:
+            map_bytes = design.bytes(rows, dim) - 4 * part_rows * dim
+            packed_bytes = map_bytes + part_rows * packed_row_bytes
+            if kept < rows and packed_bytes < rows * packed_row_bytes:
                 designs[unit.name] = design
             else:
                 why = design.reason, Reason("row_map_too_large")
@@ -242,7 +243,7 @@ class PruneRows(ComposingStep):
         return designs, skipped
 
     def design(self, rows: int, dim: int) -> Design:
-        """The composition of a table of ``rows x dim``."""
+        """Design the composition of a table of ``rows x dim``."""
         kept = min(rows - 1, max(1, round(self.keep * rows)))
         reason = Reason("kept_rows", kept=kept, rows=rows, importance=self.importance)
         return self._design(kept, reason)
@@ -258,14 +259,14 @@ _COUNT_SETTING = {COMPOSITION.name: "kept", row_map.COMPOSITION.name: "places"}
 
 
 def _mean_row(weight: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
-    """The mean of the chosen rows, weighted by their lookups: float32 ``(dim,)``.
+    """Compute the mean of the chosen rows, weighted by their lookups: float32 ``(dim,)``.
 
-    It is computed in blocks, because most rows of a large table may be chosen.
+    The rows are summed in blocks, because most rows of a large table may be chosen.
     """
     total, total_lookups = torch.zeros(weight.shape[1], dtype=torch.float64), 0.0
     for begin in range(0, len(weight), _BLOCK_ROWS):
         block = slice(begin, begin + _BLOCK_ROWS)
-        each = count[block][chosen[block]].double() + UNSEEN
-        total += each @ weight[block][chosen[block]].double()
-        total_lookups += float(each.sum())
+        lookups = count[block][chosen[block]].double() + UNSEEN
+        total += lookups @ weight[block][chosen[block]].double()
+        total_lookups += float(lookups.sum())
     return (total / total_lookups).float()

@@ -1,7 +1,8 @@
-"""Tables in which several ids share a row: the format of merged, clustered and pruned tables.
+"""Tables in which several ids share a row: the composition of merged, clustered and pruned tables.
 
 A map gives for each id the number (*place*) of the stored row. It takes one byte per id for up to
-256 stored rows, two for up to 65,536, and so on. The bytes of one significance are a *plane*.
+256 stored rows, two for up to 65,536, and so on. A *plane* contains the bytes of one significance
+of all ids.
 TensorRT stores one-byte constants in one byte only as int8 inputs of a DequantizeLinear (it
 silently widens uint8 and int16 to four bytes in its engine), so the bytes are int8 for all targets.
 """
@@ -18,7 +19,7 @@ from compressors.core.modules.formats import TensorSpec
 
 
 def bytes_needed(places: int) -> int:
-    """Number of bytes per id of ``byte_planes`` for a number of places."""
+    """Return the number of bytes per id of ``byte_planes`` for a number of stored rows."""
     return max(1, -(-(places - 1).bit_length() // 8))
 
 
@@ -33,7 +34,7 @@ def byte_planes(place: Tensor, places: int) -> Tensor:
 
 @torch.library.custom_op("recpress::planned_place", mutates_args=())
 def planned_place(planes: Tensor, ids: Tensor) -> Tensor:
-    """Decode places of ``byte_planes``: int8 ``(rows, k)``, ids ``(*,)`` -> int64 ``(*ids,)``."""
+    """Decode the places of ids ``(*,)`` from ``byte_planes`` ``(rows, k)``: int64 ``(*,)``."""
     digits = planes[ids].to(torch.int64) + 128  # (*ids, k)
     weight = 256 ** torch.arange(planes.shape[1], device=planes.device)  # (k,)
     return (digits * weight).sum(dim=-1)

@@ -126,6 +126,6 @@ class Tiers(ComposingStep):
         return recompose(model, designs, fit)
 
     def design(self, rows: int, dim: int) -> Design:
-        """The composition of a table of ``rows x dim``."""
+        """Design the composition of a table of ``rows x dim``."""
         hot = min(rows - 1, max(1, round(self.hot * rows)))
         return Design(COMPOSITION, {"hot": hot}, Reason("hot_rows", hot=hot, rows=rows))

@@ -25,6 +25,7 @@ from compressors.prune.dense.kept_shares import multiply_adds
 
 
 def prune_reference(reference: Reference, folder, **settings):
+    """Run ``Channels`` with these settings on a reference model and return the result."""
     bench = reference.bench(folder / "data")
     return run(Channels(**settings), reference.model(), bench, folder / "out")
 
@@ -32,7 +33,7 @@ def prune_reference(reference: Reference, folder, **settings):
 @pytest.mark.parametrize("importance", ["l2", "gradient", "activation"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_pruning_heads_removes_whole_heads_of_zero_weights(fused, importance, tmp_path):
-    """``apply`` itself compares scores; this checks which heads are kept."""
+    """``apply`` itself compares the scores, so this test checks only which heads are kept."""
     reference = Reference(Transformer, HISTORY, {"fused": fused})
     source = reference.model()
     with torch.no_grad():  # zero two heads of the first block and two others of the second
@@ -66,7 +67,7 @@ def test_pruning_heads_removes_whole_heads_of_zero_weights(fused, importance, tm
     assert (fewer.fields["units_before"], fewer.fields["units_after"]) == (4, 2)
 
 
-def test_the_number_of_heads_makes_channels_a_multiple(tmp_path):
+def test_the_number_of_heads_is_pruned_so_that_channels_are_a_multiple_of_the_setting(tmp_path):
     """A head has 4 channels, so a multiple of 16 channels is 4 heads and one of 8 is 2 heads."""
     reference = Reference(Transformer, HISTORY, {"heads": 8})
     for multiple, heads in ((8, 2), (16, 4), (4, 2)):
@@ -105,7 +106,8 @@ def test_a_flops_target_of_a_half_keeps_at_most_half_of_the_multiply_adds(scope,
     before = sum(multiply_adds(reference.model().module, HISTORY).values())
     result = prune_reference(reference, tmp_path, flops=0.5, scope=scope, multiple=4)
     after = sum(multiply_adds(result.module, HISTORY).values())
-    # Removing one head of both blocks saves 2 * 4 * 4 * 12 * 6 of 41,489 multiply-adds, 5.6 %.
+    # Widths change in steps: one head less in both blocks saves 2 * 4 * 4 * 12 * 6 of 41,489
+    # multiply-adds, 5.6 %.
     assert 0.4 < after / before <= 0.5
     reasons = result.plan.of("blocks.0.up").reasons
     require_reason(reasons, "multiply_adds_left", share=pytest.approx(after / before))
@@ -125,7 +127,7 @@ def test_keys_without_their_queries_are_not_pruned(tmp_path):
 
 
 class HalfWidthLayerNet(HiddenLayerNet):
-    """Has a second layer of ``width // 2``: one channel less of the first is half of one less."""
+    """Has a second layer of width ``width // 2``, which does not grow by one with ``width``."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__(width)

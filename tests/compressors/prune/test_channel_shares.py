@@ -26,7 +26,7 @@ from compressors.prune.dense.kept_shares import (
     remaining_multiply_adds,
 )
 from compressors.prune.structure import prunable_widths
-from compressors.prune.structure.channel_consumers import channel_layouts, readers_of, trace
+from compressors.prune.structure.channel_consumers import channel_layouts, find_consumers, trace
 from compressors.prune.structure.config_widths import Width, find_widths
 
 WIDE = Reference(ResidualConcatNet, SCHEMA, {"left": 32, "right": 48, "deep": 64})
@@ -45,7 +45,7 @@ def test_the_remaining_multiply_adds_are_at_most_the_target_and_close_to_it(
     step = Channels(flops=target, multiple=4, scope=scope)
     result = run(step, source, bench, tmp_path / "out")
     share = total_multiply_adds(result.module) / total_multiply_adds(source.module)
-    # Four channels of one width are at most 7 % of these layers.
+    # Widths change in steps of four channels, at most 7 % of these layers' multiply-adds.
     assert target - 0.07 < share <= target
     require_reason(result.plan.of("deep").reasons, "multiply_adds_left", share=pytest.approx(share))
     assert all(value % 4 == 0 for value in result.network.architecture.config.values())
@@ -59,7 +59,7 @@ def test_a_target_below_the_smallest_widths_raises_share_unreachable(tmp_path):
 def test_remaining_multiply_adds_equal_those_of_the_pruned_network(tmp_path):
     source = WIDE.model()
     widths = tuple(find_widths(source)[0].values())
-    counts = {("left",): 8, ("right",): 20, ("deep",): 40}
+    counts = {("left",): 8, ("right",): 20, ("deep",): 40}  # by path in the configuration
     macs_of_layers = multiply_adds(source.module, SCHEMA)
     assert macs_of_layers["deep"] == 80 * 64
     built = ResidualConcatNet(left=8, right=20, deep=40).eval()
@@ -87,24 +87,24 @@ def test_global_scope_removes_most_channels_from_the_layer_with_small_weights(tm
 
 
 def test_normalized_importance_is_decreasing_with_mean_one_and_independent_of_scale():
-    """Otherwise a layer with large weights would keep all of its channels."""
+    """Without normalization, a layer with large weights would keep all of its channels."""
     source = WIDE.model()
     width = find_widths(source)[0]["left"]
     traces = trace(source.module, SCHEMA, {"user": 30}, width)
-    readers = readers_of(width, traces, next(channel_layouts(width)))
+    consumers = find_consumers(width, traces, next(channel_layouts(width)))
     random_values = torch.rand(32, generator=torch.Generator().manual_seed(0))
     importance = {"left": random_values, "again": random_values.flip(0)}
-    curve = normalized_importance([readers], importance)[width.path]
-    assert float(curve.mean()) == pytest.approx(1.0)
-    assert bool((curve.diff() <= 0).all())
+    normalized = normalized_importance([consumers], importance)[width.path]
+    assert float(normalized.mean()) == pytest.approx(1.0)
+    assert bool((normalized.diff() <= 0).all())
     larger = {name: 100 * value for name, value in importance.items()}
-    torch.testing.assert_close(normalized_importance([readers], larger)[width.path], curve)
+    torch.testing.assert_close(normalized_importance([consumers], larger)[width.path], normalized)
 
 
 def test_global_widths_do_not_depend_on_the_scale_of_a_layer(tmp_path):
-    """Weights of a layer times a factor, and of its consumer divided by it: an equal network."""
+    """The network stays equal: one layer is multiplied and its consumer divided by a factor."""
     configs = []
-    for factor in (1.0, 16.0):  # a power of two rounds nothing
+    for factor in (1.0, 16.0):  # a power of two, so that no product is rounded
         source = WIDE.model()
         with torch.no_grad():
             source.module.deep.weight.mul_(factor)
@@ -131,16 +131,19 @@ def test_activation_importance_is_the_share_of_energy_that_a_channel_adds_to_its
     torch.testing.assert_close(contribution, energy / energy.sum())
 
 
+# Two widths of consecutive layers: 40 outputs of ``a`` into ``b``, 24 outputs of ``b`` into ``c``.
 WIDTHS = (Width(("a",), 40, {"a": 1}, {"b": 1}), Width(("b",), 24, {"b": 1}, {"c": 1}))
 
 
 @given(st.integers(0, 99), st.sampled_from([1, 4, 8]), st.floats(0, 3), st.floats(0, 3))
 def test_a_lower_threshold_keeps_at_least_as_many_channels(seed, multiple, first, second):
     random_values = torch.Generator().manual_seed(seed)
-    curves = {w.path: torch.rand(w.value, generator=random_values) * 2 for w in WIDTHS}
+    importance = {w.path: torch.rand(w.value, generator=random_values) * 2 for w in WIDTHS}
     floors = {w.path: 0.1 * w.value for w in WIDTHS}
     low, high = sorted((first, second))
-    more, fewer = (kept_above_threshold(curves, WIDTHS, floors, t, multiple) for t in (low, high))
+    more, fewer = (
+        kept_above_threshold(importance, WIDTHS, floors, t, multiple) for t in (low, high)
+    )
     for width in WIDTHS:
         assert 0.1 * width.value <= fewer[width.path] <= more[width.path] <= width.value
         assert fewer[width.path] % multiple == 0
@@ -153,7 +156,7 @@ def test_largest_counts_within_finds_the_largest_cost_within_the_limit(costs, li
 
     def search() -> int:
         counts = largest_counts_within(
-            lambda k: {("n",): costs[k]}, len(costs), lambda c: c["n",], limit, "things"
+            lambda k: {("n",): costs[k]}, len(costs), lambda c: c["n",], limit, "units of cost"
         )
         return counts["n",]
 

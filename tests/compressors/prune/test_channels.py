@@ -40,9 +40,9 @@ from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.importance import kept_units, unit_importance
 from compressors.prune.dense.kept_shares import kept_width
 from compressors.prune.structure.channel_consumers import (
-    Readers,
+    WidthConsumers,
     channel_layouts,
-    readers_of,
+    find_consumers,
     trace,
 )
 from compressors.prune.structure.config_widths import find_widths
@@ -52,16 +52,17 @@ RESIDUAL_CONCAT = Reference(ResidualConcatNet, SCHEMA)
 
 
 def prune_reference(reference: Reference, folder, **settings) -> tuple[Model, Model]:
+    """Run ``Channels`` with these settings on a reference model; return source and result."""
     source = reference.model()
     bench = reference.bench(folder / "data")
     return source, run(Channels(**settings), source, bench, folder / "out")
 
 
-def consumers_of_width(argument: str, source: Model) -> Readers:
-    """Consumers of the channels whose count is ``argument``, for the first possible layout."""
+def consumers_of_width(argument: str, source: Model) -> WidthConsumers:
+    """Return the consumers of the width ``argument`` for the first possible layout of channels."""
     widths, _ = find_widths(source)
     traces = trace(source.module, SCHEMA, {"user": 30}, widths[argument])
-    return readers_of(widths[argument], traces, next(channel_layouts(widths[argument])))
+    return find_consumers(widths[argument], traces, next(channel_layouts(widths[argument])))
 
 
 def predictions(model: Model, reference: Reference) -> Tensor:
@@ -83,7 +84,7 @@ def test_kept_width_is_the_nearest_multiple_and_at_least_one_multiple(value, kee
     "reference", [RESIDUAL_CONCAT, RANKER, NORMED], ids=lambda item: item.network.__name__
 )
 def test_a_pruned_network_has_the_remaining_weights_of_its_source(reference, importance, tmp_path):
-    """``apply`` itself compares scores; this checks widths and weights."""
+    """``apply`` itself compares the scores, so this test checks only widths and weights."""
     source, result = prune_reference(reference, tmp_path, importance=importance)
     before, after = dict(source.module.named_parameters()), dict(result.module.named_parameters())
     assert before.keys() == after.keys()
@@ -100,7 +101,7 @@ def test_a_pruned_network_has_the_remaining_weights_of_its_source(reference, imp
 
 
 def test_pruning_removes_zero_channels_first_and_predictions_do_not_change(tmp_path):
-    """Half of the channels are zero, and every importance by size has to remove exactly these."""
+    """Half of the channels are zero; the importances l1, l2 and gradient remove exactly these."""
     for importance in ("l1", "l2", "gradient"):
         source = RESIDUAL_CONCAT.model()
         zeroed = {"left": slice(0, 8), "again": slice(0, 8), "right": slice(12, 24)}
@@ -130,29 +131,30 @@ def test_pruning_removes_zero_channels_first_and_predictions_do_not_change(tmp_p
 
 def test_layers_whose_outputs_are_added_keep_the_same_channels():
     source = RESIDUAL_CONCAT.model()
-    readers = consumers_of_width("left", source)
-    assert readers.tied == (("again", "left"),)
+    consumers = consumers_of_width("left", source)
+    assert consumers.tied_producers == (("again", "left"),)
     importance = {"left": torch.zeros(16), "again": torch.zeros(16)}
     importance["left"][[3, 5]] = 1.0
     importance["again"][[5, 9]] = 2.0
-    kept_channels = kept_units(readers, importance, 3)
+    kept_channels = kept_units(consumers, importance, 3)
     assert kept_channels["left"].nonzero().flatten().tolist() == [3, 5, 9]
     assert torch.equal(kept_channels["left"], kept_channels["again"])
 
 
 def test_importance_is_the_norm_of_the_channels_weights_and_those_of_its_consumers():
     source = Reference(HiddenLayerNet, SCHEMA).model()
-    readers = consumers_of_width("width", source)
-    sizes = {
+    consumers = consumers_of_width("width", source)
+    squared_weights = {
         name: weight.detach().square()
         for name, weight in source.module.named_parameters()
         if not name.startswith("user")
     }
-    importance_of_hidden = unit_importance(readers, sizes, "l2")["hidden"]
+    importance_of_hidden = unit_importance(consumers, squared_weights, "l2")["hidden"]
     hidden, out = source.module.hidden, source.module.out
-    own_weights = [(hidden.weight[c] ** 2).sum() + hidden.bias[c] ** 2 for c in range(16)]
-    read = [(out.weight[:, c] ** 2).sum() for c in range(16)]
-    torch.testing.assert_close(importance_of_hidden, torch.stack(own_weights) + torch.stack(read))
+    producing = [(hidden.weight[c] ** 2).sum() + hidden.bias[c] ** 2 for c in range(16)]
+    consuming = [(out.weight[:, c] ** 2).sum() for c in range(16)]
+    expected = torch.stack(producing) + torch.stack(consuming)
+    torch.testing.assert_close(importance_of_hidden, expected)
 
 
 def test_a_consumer_that_reads_each_channel_twice_loses_both_inputs(tmp_path):
@@ -289,11 +291,14 @@ def test_the_hidden_layer_of_a_tower_is_pruned_and_its_output_vector_is_not(tmp_
 
 
 def test_tracing_channels_in_batches_gives_the_same_network(tmp_path, monkeypatch):
-    at_once = prune_reference(RESIDUAL_CONCAT, tmp_path / "whole")[1]
+    in_one_batch = prune_reference(RESIDUAL_CONCAT, tmp_path / "whole")[1]
     monkeypatch.setattr("compressors.prune.structure.channel_consumers.CHANNELS_PER_BATCH", 5)
-    sliced = prune_reference(RESIDUAL_CONCAT, tmp_path / "sliced")[1]
+    in_batches = prune_reference(RESIDUAL_CONCAT, tmp_path / "batches")[1]
     torch.testing.assert_close(
-        dict(sliced.module.state_dict()), dict(at_once.module.state_dict()), rtol=0, atol=0
+        dict(in_batches.module.state_dict()),
+        dict(in_one_batch.module.state_dict()),
+        rtol=0,
+        atol=0,
     )
 
 
@@ -332,7 +337,7 @@ def test_the_plan_has_a_reason_for_every_layer(tmp_path):
 def test_networks_of_random_widths_and_weights_are_pruned_to_the_expected_widths(
     left, right, deep, seed
 ):
-    """``apply`` compares scores with those of zeroed channels and raises if they differ."""
+    """``apply`` raises if the scores differ from those of the source without these channels."""
     config = {"left": left * 4, "right": right * 4, "deep": deep * 4}
     model = Reference(ResidualConcatNet, SCHEMA, config).model(seed).private()
     bench = models.Bench(signature=SCHEMA)

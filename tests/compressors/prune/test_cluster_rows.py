@@ -1,4 +1,4 @@
-"""``cluster_rows``: often looked-up ("hot") rows are kept, the others share centroids."""
+"""``cluster_rows``: the most looked-up ("hot") rows are kept, the others share centroids."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_hot_rows_are_kept_and_other_rows_get_the_nearest_centroid(seed, rows, h
     smallest_error = (
         torch.cdist(table[~is_hot].double(), unique[hot:].double()).amin(dim=1).square()
     )
-    # float64 sums of four squares of float32 numbers, in two orders
+    # Both are float64 sums of four squares, but in different orders.
     torch.testing.assert_close(squared_error, smallest_error, rtol=1e-9, atol=1e-9)
 
 
@@ -51,7 +51,7 @@ def test_as_many_clusters_as_rows_keep_all_rows_exactly():
 def test_centroids_are_means_weighted_by_lookups():
     table = torch.tensor([[9.0], [0.0], [1.0]])
     _, unique = cluster_rare_rows(table, torch.tensor([1000.0, 99.5, 0.0]), 1, 1)
-    # weights 100 and 0.5 of rows 0 and 1
+    # The weight of a row is its lookup count plus 0.5: 100 and 0.5 for the rows 1 and 2.
     torch.testing.assert_close(unique[1], torch.tensor([0.5 / 100.5]))
 
 
@@ -60,11 +60,11 @@ def test_the_plan_has_the_share_of_lookups_of_clustered_rows(tmp_path):
     step = ClusterRows(tables=("item",), hot=0.2, clusters=12)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     counts = lookup_counts(RANKER.model(), bench, ["item"])["item"]
-    affected_share = 1 - float(counts.sort(descending=True).values[:60].sum() / counts.sum())
+    clustered_share = 1 - float(counts.sort(descending=True).values[:60].sum() / counts.sum())
     reasons = result.plan.of("item").reasons
     assert codes_of(reasons) == ["composed", "shared_lookups"]
     require_reason(reasons, "clustered_rows", hot=60, rows=300, clusters=12)
-    require_reason(reasons, "shared_lookups", share=pytest.approx(affected_share))
+    require_reason(reasons, "shared_lookups", share=pytest.approx(clustered_share))
     assert result.plan.of("item").bytes_after == 300  # an index below 72 has one byte
     assert result.plan.of("item.unique").bytes_after == 72 * 7 * 4
 

@@ -41,8 +41,8 @@ def test_kept_dimensions_are_exact_and_dropped_ones_are_their_mean(seed, rows, k
     )
     kept_columns = torch.tensor(sorted(kept))
     mean = mean_row(table, weight)
-    narrow, selection, rest = without_dimensions(table, kept_columns, mean)
-    decoded = narrow @ selection + rest
+    narrow, selection, removed_mean = without_dimensions(table, kept_columns, mean)
+    decoded = narrow @ selection + removed_mean
     expected = mean.float().expand(rows, -1).clone()
     expected[:, kept_columns] = table[:, kept_columns]
     assert torch.equal(decoded, expected)  # products with zeros and ones round nothing
@@ -56,10 +56,11 @@ def test_variance_importance_is_the_error_of_dropping_a_dimension(seed, rows, ke
     )
     importance = variance(table, weight)
     kept_columns = importance.argsort(descending=True)[:kept].sort().values
-    narrow, selection, rest = without_dimensions(table, kept_columns, mean_row(table, weight))
-    error_of_rows = (narrow @ selection + rest - table).double()
+    mean = mean_row(table, weight)
+    narrow, selection, removed_mean = without_dimensions(table, kept_columns, mean)
+    error_of_rows = (narrow @ selection + removed_mean - table).double()
     error = float((weight * error_of_rows.square().sum(dim=1)).sum() / weight.sum())
-    # float32 means of thirty numbers of size one
+    # The rows are float32, and up to thirty numbers of size one are averaged.
     assert error == pytest.approx(
         float(importance.sort().values[: 7 - kept].sum()), rel=1e-4, abs=1e-6
     )
@@ -97,35 +98,35 @@ def test_gradient_importance_is_the_squared_derivative_of_the_loss_towards_the_m
             return float(F.binary_cross_entropy_with_logits(score, batch.label.double()))
 
     for dimension in range(6):
-        kept = table.detach().clone()
+        original = table.detach().clone()
         losses = []
-        for part in (1e-4, -1e-4):
+        for step in (1e-4, -1e-4):
             with torch.no_grad():
-                table[:, dimension] += part * (mean[dimension].float() - kept[:, dimension])
+                table[:, dimension] += step * (mean[dimension].float() - original[:, dimension])
             losses.append(loss())
             with torch.no_grad():
-                table.copy_(kept)
+                table.copy_(original)
         derivative = (losses[0] - losses[1]) / 2e-4
-        # the gradient is taken in float32
+        # ``taylor`` computes gradients in float32.
         assert importance[dimension] == pytest.approx(derivative**2, rel=1e-3, abs=1e-12)
     assert float(importance.max()) > 1e-7
 
 
 def test_gradient_importance_drops_a_dimension_that_does_not_affect_the_loss(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
-    with torch.no_grad():  # column 0 of every consumer reads the user table's dimension 0
+    with torch.no_grad():  # input 0 of every layer after the tables is the user's dimension 0
         source.module.cross.weight[:, 0] = 0
         source.module.cross.weight[0, :] = 0
         source.module.cross.bias[0] = 0
         source.module.hidden.weight[:, 0] = 0
         source.module.out.weight[:, 0] = 0
         source.module.user.weight[:, 0] *= 100
-    kept = {}
+    keeps_dimension_0 = {}
     for importance in ("variance", "gradient"):
         step = Dimensions(tables=("user",), keep=5, importance=importance)
         table = run(step, source, bench, tmp_path / importance).module.user
-        kept[importance] = bool(table.projection[:, 0].any())
-    assert kept == {"variance": True, "gradient": False}
+        keeps_dimension_0[importance] = bool(table.projection[:, 0].any())
+    assert keeps_dimension_0 == {"variance": True, "gradient": False}
 
 
 def test_the_plan_line_has_the_low_rank_format_and_the_dimensions_step(tmp_path):

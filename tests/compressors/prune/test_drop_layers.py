@@ -1,4 +1,4 @@
-"""``drop_layers``: which repeated layers are removed, and how later layers take their index."""
+"""``drop_layers``: which layers of a stack are removed, and the new indices of later layers."""
 
 import models
 import pytest
@@ -37,7 +37,8 @@ DEEP = Reference(LowRankCrossNet, SCHEMA, {"cross_layers": 3, "hidden": [20, 12,
 BLOCKS = Reference(Transformer, HISTORY, {"layers": 4})
 
 
-def dropped(reference: Reference, folder, source: Model | None = None, **settings) -> Model:
+def drop_layers(reference: Reference, folder, source: Model | None = None, **settings) -> Model:
+    """Run ``DropLayers`` on the source, by default the reference's model; return the result."""
     bench = reference.bench(folder / "data")
     return run(DropLayers(**settings), source or reference.model(), bench, folder / "out")
 
@@ -49,7 +50,7 @@ def predictions(module: nn.Module, reference: Reference) -> Tensor:
 
 
 class AveragedCrossNet(LowRankCrossNet):
-    """Divides each cross layer by their number, so that removing one changes the others."""
+    """Divides each cross layer by the number of layers, so that removing one changes the others."""
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
         first = torch.cat([self.user(user), price], dim=1)
@@ -92,8 +93,8 @@ def test_a_layer_of_zeros_is_dropped_and_predictions_do_not_change(zero_layer, t
         assert torch.equal(result.module.down[new].weight, source.module.down[old].weight)
     assert torch.equal(predictions(result.module, DEEP), predictions(source.module, DEEP))
     reasons = result.plan.of("up.2").reasons
-    dropped = require_reason(reasons, "layers_dropped", count=1, members=3, importance="quality")
-    assert dropped.fields["argument"] == "cross_layers"
+    planned = require_reason(reasons, "layers_dropped", count=1, members=3, importance="quality")
+    assert planned.fields["argument"] == "cross_layers"
     require_reason(reasons, "layer_removed_measured", layer=zero_layer, metric="auc", change=0.0)
     assert result.plan.of("up.2").format == result.plan.of("down.2").format == DROPPED
     require_reason(reasons, "place_removed")
@@ -104,7 +105,7 @@ def test_a_layer_of_zeros_is_dropped_and_predictions_do_not_change(zero_layer, t
         assert (moved in line.reasons) == (index >= zero_layer)
 
 
-def test_only_layers_whose_neighbours_fit_each_other_are_dropped(tmp_path):
+def test_only_layers_whose_previous_and_next_layers_fit_each_other_are_dropped(tmp_path):
     """Of widths 20-12-12-12 only the last two layers have equal inputs and outputs."""
     source, bench = DEEP.model(), DEEP.bench(tmp_path / "data")
     step = DropLayers(layers=("deep.*",), count=5)
@@ -112,18 +113,18 @@ def test_only_layers_whose_neighbours_fit_each_other_are_dropped(tmp_path):
     assert result.network.architecture.config["hidden"] == [20, 12]
     assert torch.equal(result.module.deep[0].weight, source.module.deep[0].weight)
     assert torch.equal(result.module.deep[4].running_var, source.module.deep[4].running_var)
-    skipped = source.private().module
+    skipping = source.private().module
     for index in range(6, 12):
-        skipped.deep[index] = nn.Identity()
-    torch.testing.assert_close(predictions(result.module, DEEP), predictions(skipped, DEEP))
+        skipping.deep[index] = nn.Identity()
+    torch.testing.assert_close(predictions(result.module, DEEP), predictions(skipping, DEEP))
 
 
-def test_all_modules_of_later_layers_move_up():
-    """A hidden layer is three modules (linear, norm, relu), and all three move."""
+def test_removing_a_layer_decreases_the_index_of_all_modules_of_later_layers():
+    """A hidden layer is three modules (linear, norm, relu), and all three get a new index."""
     source = DEEP.model()
     (stack,) = (item for item in find_stacks(source) if item.description() == "hidden")
-    shorter, left = without_member(source.private(), SCHEMA, stack, 2)
-    assert left.members == 3
+    shorter, shorter_stack = without_member(source.private(), SCHEMA, stack, 2)
+    assert shorter_stack.members == 3
     before, after = source.module.deep, shorter.module.deep
     assert torch.equal(after[6].weight, before[9].weight)
     assert torch.equal(after[7].running_mean, before[10].running_mean)
@@ -134,7 +135,7 @@ def test_all_modules_of_later_layers_move_up():
 
 
 def test_bytes_of_the_plan_are_those_of_the_stored_tensors_after_dropped_layers(tmp_path):
-    result = dropped(BLOCKS, tmp_path, count=2)
+    result = drop_layers(BLOCKS, tmp_path, count=2)
     assert result.network.architecture.config == {"layers": 2}
     stored = sum(t.numel() * t.element_size() for t in map_tensors(tmp_path / "out").values())
     assert sum(line.bytes_after for line in result.plan.lines) == stored
@@ -190,11 +191,11 @@ def test_a_layer_whose_removal_loses_more_than_most_loss_is_kept(tmp_path):
             "rest_does_not_fit",
         ),
     ],
-    ids=["weighted", "uncounted", "unequal"],
+    ids=["divided by the number", "no layer count", "unequal widths"],
 )
 def test_layers_that_cannot_be_dropped_are_kept_with_a_reason(reference, code, tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
-        dropped(reference, tmp_path)
+        drop_layers(reference, tmp_path)
     assert HasReason(code) in caught.value.fields["reasons"].values()
 
 
@@ -215,7 +216,7 @@ def test_layers_that_earlier_steps_changed_differently_are_kept(tmp_path):
 
 def test_a_network_with_dropped_layers_can_be_distilled_and_quantized(tmp_path):
     bench = DEEP.bench(tmp_path / "data")
-    model = dropped(DEEP, tmp_path, layers=("down.*", "up.*"))
+    model = drop_layers(DEEP, tmp_path, layers=("down.*", "up.*"))
     for step in (Distill(training=QUICKLY), StaticInt8()):
         model = run(step, model, bench, tmp_path / step.kind)
     assert model.plan.of("up.0").steps[-2:] == ("distill", "static_int8")
@@ -227,5 +228,5 @@ def test_retrieval_models_support_only_random_importance():
     source = Reference(TableAndTowerNet, RETRIEVAL).model()
     with raises_code(NothingToCompress, "row_metric_for_layers_missing"):
         DropLayers().plan(source, Bench(signature=RETRIEVAL))
-    chosen = DropLayers(importance="random").plan(source, Bench(signature=RETRIEVAL)).decisions
-    assert not any(choice.selected for choice in chosen.values())
+    decisions = DropLayers(importance="random").plan(source, Bench(signature=RETRIEVAL)).decisions
+    assert not any(decision.selected for decision in decisions.values())

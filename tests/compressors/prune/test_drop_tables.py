@@ -18,8 +18,8 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 from infra.onnxruntime.sessions import Session
 
 
-def bench_with_own_labels(tmp_path, reference: Reference = RANKER) -> Bench:
-    """A bench whose labels follow the network's predictions, so that tables improve the metric."""
+def bench_with_predicted_labels(tmp_path, reference: Reference = RANKER) -> Bench:
+    """Return a bench whose labels follow the network's predictions, so that tables matter."""
     module, signature = reference.model().module, reference.signature
 
     def predict(inputs):
@@ -34,7 +34,7 @@ def bench_with_own_labels(tmp_path, reference: Reference = RANKER) -> Bench:
 
 
 def ranker_with_constant_table(name: str):
-    """The ranker with a table of equal rows, so that no prediction depends on its ids."""
+    """Return the ranker with a table of equal rows, so that no prediction depends on its ids."""
     source = RANKER.model()
     with torch.no_grad():
         source.module.get_submodule(name).weight.copy_(torch.ones(6).mul(0.25))
@@ -42,7 +42,7 @@ def ranker_with_constant_table(name: str):
 
 
 def test_a_table_of_equal_rows_is_dropped_without_loss(tmp_path):
-    source, bench = ranker_with_constant_table("user"), bench_with_own_labels(tmp_path)
+    source, bench = ranker_with_constant_table("user"), bench_with_predicted_labels(tmp_path)
     before = quality(source.module, bench.signature, bench.validation)
     result = run(DropTables(tables=("user",)), source, bench, tmp_path / "out")
     line = result.plan.of("user")
@@ -52,7 +52,7 @@ def test_a_table_of_equal_rows_is_dropped_without_loss(tmp_path):
 
 
 def test_tables_that_improve_the_metric_are_kept_and_the_plan_has_their_change(tmp_path):
-    source, bench = RANKER.model(), bench_with_own_labels(tmp_path)
+    source, bench = RANKER.model(), bench_with_predicted_labels(tmp_path)
     before = quality(source.module, bench.signature, bench.validation)
     result = run(DropTables(), source, bench, tmp_path / "out")
     kept_lines = [line for line in result.plan.lines if line.role == "table" and not line.steps]
@@ -64,7 +64,7 @@ def test_tables_that_improve_the_metric_are_kept_and_the_plan_has_their_change(t
 
 
 def test_the_total_loss_is_at_most_most_loss(tmp_path):
-    source, bench = RANKER.model(), bench_with_own_labels(tmp_path)
+    source, bench = RANKER.model(), bench_with_predicted_labels(tmp_path)
     before = quality(source.module, bench.signature, bench.validation)
     dropped = []
     for most_loss in (0.0, 0.02, 0.2):
@@ -77,7 +77,7 @@ def test_the_total_loss_is_at_most_most_loss(tmp_path):
 
 
 def test_dropped_table_returns_its_mean_row_weighted_by_lookup_counts(tmp_path):
-    source, bench = ranker_with_constant_table("city"), bench_with_own_labels(tmp_path)
+    source, bench = ranker_with_constant_table("city"), bench_with_predicted_labels(tmp_path)
     with torch.no_grad():
         source.module.city.weight.add_(1e-9 * torch.arange(9).unsqueeze(1))
     result = run(DropTables(tables=("city",), most_loss=1), source, bench, tmp_path / "out")
@@ -90,7 +90,7 @@ def test_dropped_table_returns_its_mean_row_weighted_by_lookup_counts(tmp_path):
 
 
 def test_permutation_loss_is_zero_for_a_table_of_equal_rows(tmp_path):
-    source, bench = ranker_with_constant_table("user"), bench_with_own_labels(tmp_path)
+    source, bench = ranker_with_constant_table("user"), bench_with_predicted_labels(tmp_path)
     before = quality(source.module, bench.signature, bench.validation)
     assert permutation_loss(source, bench, "user", before, repeats=2) == 0
     assert permutation_loss(source, bench, "item", before, repeats=2) > 0
@@ -109,18 +109,18 @@ def test_permutation_loss_is_zero_for_a_table_of_equal_rows(tmp_path):
 def test_the_graph_of_a_model_with_dropped_tables_has_its_scores(
     reference, tables, target, tmp_path
 ):
-    source, bench = reference.model(), bench_with_own_labels(tmp_path, reference)
+    source, bench = reference.model(), bench_with_predicted_labels(tmp_path, reference)
     signature, rows_of_tables = reference.signature, reference.rows_of_tables()
     step = DropTables(tables=tables, most_loss=1)
     result = run(step, source, bench, tmp_path / "out")
-    (form,) = served_graphs(signature)
-    lowered = lower(result.module, form, target, tmp_path / "model.onnx")
+    (graph,) = served_graphs(signature)
+    lowered = lower(result.module, graph, target, tmp_path / "model.onnx")
     assert {table.module for table in lowered.tables} == set(rows_of_tables) - set(tables)
     inputs = generate_inputs(signature, rows_of_tables, 50)
     with torch.no_grad():
         expected = lowered.served(*(inputs[name] for name in input_names(signature)))
     scores = Session(tmp_path / "model.onnx", 1).scores({k: v.numpy() for k, v in inputs.items()})
-    # float32 sums in another order
+    # The graph adds float32 numbers in another order.
     torch.testing.assert_close(torch.from_numpy(scores), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""``merge_rows``: rows within a distance of each other are stored once, as their mean."""
+"""``merge_rows``: rows within a distance of their group's leader are stored once, as their mean."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_merged_rows_are_numbered_by_first_occurrence():
 
 
 def ranker_with_equal_rows() -> Model:
-    """The ranker with an item table of 40 different rows."""
+    """Return the ranker with an item table of 300 rows, of which 40 are different."""
     source = RANKER.model()
     with torch.no_grad():
         source.module.item.weight.copy_(source.module.item.weight[torch.arange(300) % 40])

@@ -20,6 +20,7 @@ ROWS = 300  # of table item
 
 
 def prune_item_table(tmp_path, **settings):
+    """Prune the ranker's table ``item``; return the result and the table's rows ``(rows, dim)``."""
     step = PruneRows(tables=("item",), **settings)
     result = run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
     with torch.no_grad():
@@ -27,6 +28,7 @@ def prune_item_table(tmp_path, **settings):
 
 
 def importance_of_rows(tmp_path, importance: str) -> torch.Tensor:
+    """Return the importance of each row of the table ``item``, ``(rows,)``."""
     model, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
     weight = model.module.item.weight.detach()
     match importance:
@@ -84,7 +86,7 @@ def test_pruned_rows_are_replaced_by_the_nearest_kept_row(tmp_path):
     weight = RANKER.model().module.item.weight.detach()
     is_kept = (rows == weight).all(dim=1)
     nearest_distance = torch.cdist(weight.double(), weight[is_kept].double()).amin(dim=1)
-    # float32 sums of seven squares
+    # The default tolerances allow for float32 rounding.
     torch.testing.assert_close(
         (rows - weight).double().square().sum(dim=1).sqrt(), nearest_distance
     )
@@ -92,7 +94,7 @@ def test_pruned_rows_are_replaced_by_the_nearest_kept_row(tmp_path):
 
 def test_bytes_are_those_of_a_row_map_and_the_kept_rows(tmp_path):
     plan = prune_item_table(tmp_path, keep=0.2, pruned="shared")[0].plan
-    # one byte per row and four bytes per block of 128 rows
+    # One byte per row, and four bytes per block of 128 rows.
     assert plan.of("item").bytes_after == 300 + 4 * 3
     assert plan.of("item.kept").bytes_after == 61 * 7 * 4
     plan = prune_item_table(tmp_path, keep=0.2, pruned="nearest")[0].plan

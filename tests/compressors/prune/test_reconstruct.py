@@ -1,4 +1,4 @@
-"""Reconstruction: layers refitted after channel pruning keep their outputs closely."""
+"""Reconstruction: refitting layers after channel pruning keeps their outputs close to the old."""
 
 import hypothesis.strategies as st
 import pytest
@@ -13,7 +13,7 @@ from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.reconstruct import reconstruct, ridge_weights
-from compressors.prune.structure.channel_consumers import channel_layouts, readers_of, trace
+from compressors.prune.structure.channel_consumers import channel_layouts, find_consumers, trace
 from compressors.prune.structure.config_widths import find_widths
 from compressors.prune.structure.narrowing import WidthCut, without_channels
 
@@ -61,7 +61,7 @@ def test_reconstruction_reduces_the_change_of_scores_by_30_percent(reference, im
 
 
 def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
-    """Each hidden channel has a removed duplicate, whose weight in the consumer is added to it."""
+    """Each kept hidden channel has a removed duplicate; ``out`` adds the weights of both."""
     reference = Reference(HiddenLayerNet, SCHEMA)
     source, bench = reference.model(), reference.bench(tmp_path / "data")
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
         source.module.hidden.bias[8:] = source.module.hidden.bias[:8]
     width = find_widths(source)[0]["width"]
     traces = trace(source.module, SCHEMA, {"user": 30}, width)
-    cut = WidthCut(width, readers_of(width, traces, next(channel_layouts(width))), 8)
+    cut = WidthCut(width, find_consumers(width, traces, next(channel_layouts(width))), 8)
     kept_channels = {"hidden": torch.arange(16) < 8}
     narrow, _ = without_channels(source.private(), SCHEMA, [cut], kept_channels)
     reconstruct(narrow.module, source.module, bench, ["out"], {}, 1000)

@@ -85,7 +85,7 @@ def test_refit_kept_weights_keeps_zeros_and_never_increases_the_error_of_an_outp
     assert refitted.dtype == weight.dtype
     assert not refitted[~is_kept].any()
     removed = squared_error(torch.where(is_kept, weight, 0.0) - weight, gram)
-    # the weights are rounded to float32
+    # The refitted weights are rounded to float32.
     assert (squared_error(refitted - weight, gram) <= removed * (1 + 1e-4) + 1e-9).all()
 
 
@@ -102,7 +102,7 @@ def test_refit_kept_weights_equals_the_damped_least_squares_solution(size, seed)
         exact = weight[channel][kept].double() + torch.linalg.solve(
             damped_gram[kept][:, kept], removed
         )
-        # stored in float32; conjugate gradients stop at a millionth of the initial residual
+        # Weights are float32, and conjugate gradients stop at a millionth of the initial residual.
         torch.testing.assert_close(refitted[channel][kept].double(), exact, rtol=1e-3, atol=1e-4)
 
 

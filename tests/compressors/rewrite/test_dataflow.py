@@ -1,6 +1,6 @@
-"""Dataflow between layers: consumers, operators on the way, and layers that must not change.
+"""Dataflow: the consumers of each layer's output, and layers whose weights must not change.
 
-A layer is "fixed" if its numbers must not change, for example because other code reads its weight.
+A layer is *fixed* if its weights must not change, for example because other code reads them.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from compressors.contracts import Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.skipping import run_or_skip
 from compressors.errors.steps import StepRefused
-from compressors.rewrite.dataflow import Dataflow, Reader, dataflow
+from compressors.rewrite.dataflow import Consumer, Dataflow, dataflow
 from compressors.rewrite.fold import Fold
 
 
@@ -29,19 +29,23 @@ def dataflow_of(reference: Reference) -> Dataflow:
 
 def test_consumers_are_found_through_relus_prelus_and_views():
     flow = dataflow_of(CHAIN)
-    assert flow.readers["a"] == (Reader("b", ("leaky_relu",)),)
-    assert flow.readers["b"] == (Reader("c", ("prelu", "clamp")), Reader("d", ("prelu", "clamp")))
+    assert flow.consumers["a"] == (Consumer("b", ("leaky_relu",)),)
+    assert flow.consumers["b"] == (
+        Consumer("c", ("prelu", "clamp")),
+        Consumer("d", ("prelu", "clamp")),
+    )
     assert flow.direct_consumers("b") == ()
 
 
+# By name, a function and whether a consumer after it is found.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "relu": (torch.relu, True),
-    "leaky": (lambda x: F.leaky_relu(x, 0.2), True),
-    "at zero": (lambda x: x.clamp(min=0), True),
+    "leaky relu": (lambda x: F.leaky_relu(x, 0.2), True),
+    "clamp from zero": (lambda x: x.clamp(min=0), True),
     "dropout": (lambda x: F.dropout(x, 0.5, training=False), True),
-    "sizes": (lambda x: x.abs(), True),
-    "from one": (lambda x: x.clamp(min=1), False),
-    "to six": (lambda x: x.clamp(0, 6), False),
+    "abs": (lambda x: x.abs(), True),
+    "clamp from one": (lambda x: x.clamp(min=1), False),
+    "clamp to six": (lambda x: x.clamp(0, 6), False),
     "gelu": (F.gelu, False),
     "sum": (lambda x: x + x.flip(1), False),
     "softmax": (lambda x: x.softmax(dim=1), False),
@@ -49,6 +53,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 
 class ActivationNet(HiddenLayerNet):
+    """Applies one of ``ACTIVATIONS`` between the layers ``hidden`` and ``out``."""
+
     def __init__(self, activation: str) -> None:
         super().__init__()
         self.activation = activation
@@ -59,13 +65,13 @@ class ActivationNet(HiddenLayerNet):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_consumers_are_found_through_an_activation_only_if_it_is_positively_homogeneous(activation):
-    function, is_followed = ACTIVATIONS[activation]
+    function, is_passed = ACTIVATIONS[activation]
     x = 6 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     scale = torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5
     is_homogeneous = torch.allclose(function(x * scale), function(x) * scale)
-    assert is_homogeneous == is_followed  # f(scale * x) = scale * f(x)
+    assert is_homogeneous == is_passed  # f(scale * x) = scale * f(x)
     flow = dataflow_of(Reference(ActivationNet, SCHEMA, {"activation": activation}))
-    assert ("hidden" in flow.readers) == is_followed
+    assert ("hidden" in flow.consumers) == is_passed
 
 
 def test_a_layer_without_consumers_has_a_reason_that_names_the_operator():
@@ -95,12 +101,14 @@ def test_dataflow_of_norms_before_and_after_a_layer():
 def test_dataflow_of_a_norm_whose_output_three_layers_of_a_transformer_read():
     flow = dataflow_of(BLOCK)
     assert flow.direct_consumers("first") == ("query", "key", "value")
-    assert flow.readers["up"] == (Reader("down", ("relu",)),)
+    assert flow.consumers["up"] == (Consumer("down", ("relu",)),)
     assert flow.direct_consumers("last") == ("out",)
     assert flow.dims["query"] == 3
 
 
 class TiedWeightsNet(nn.Module):
+    """``a`` and ``b`` share a weight, that of ``c`` is computed, and ``spare`` is never called."""
+
     def __init__(self, width: int = 9) -> None:
         super().__init__()
         self.user = nn.Embedding(30, 4)
@@ -122,7 +130,7 @@ def test_layers_with_shared_computed_or_unused_weights_are_fixed():
     flow = dataflow_of(Reference(TiedWeightsNet, SCHEMA))
     assert flow.fixed["a"] == Reason("shares_tensor", other="b")
     assert flow.fixed["b"] == Reason("shares_tensor", other="a")
-    assert "c" not in flow.readers  # its weight is computed at every call
+    assert "c" not in flow.consumers  # its weight is computed at every call
     assert flow.fixed["c"] == flow.fixed["spare"] == Reason("not_called")
 
 
@@ -168,7 +176,7 @@ def test_a_step_traces_the_network_once(monkeypatch, tmp_path):
 
 def test_packed_layers_have_no_consumers():
     model = compressed_reference("Ranker", ("static_int8",))
-    assert not dataflow(model.module, RANKER.signature).readers
+    assert not dataflow(model.module, RANKER.signature).consumers
 
 
 def test_a_network_that_cannot_be_exported_raises_step_refused():

@@ -1,4 +1,4 @@
-"""``fold``: norms folded into dense layers, dead channels, and features that no layer reads."""
+"""``fold``: folded norms, removed dead channels, and reported columns with only zero weights."""
 
 import copy
 from pathlib import Path
@@ -53,7 +53,7 @@ DCN = Reference(
 def fold_reference(
     reference: Reference, folder: Path, source: Model | None = None
 ) -> tuple[Model, Model]:
-    """The source, by default the reference's model, and the result of ``Fold`` on it."""
+    """Return the source, by default the reference's model, and the result of ``Fold`` on it."""
     source = source or reference.model()
     return source, run(Fold(), source, reference.bench(folder / "data"), folder / "out")
 
@@ -159,7 +159,11 @@ def test_norms_of_layers_that_do_not_match_the_pattern_are_kept(tmp_path):
 
 
 def with_dead_channels(reference: Reference = NORMED) -> Model:
-    """Channel 3 has zero weights, 7 a zero factor in the norm, and no layer reads channel 5."""
+    """Return a model in which three channels of ``hidden`` are dead.
+
+    Channel 3 has zero weights, channel 7 a zero factor in the norm, and ``out`` has zero weights
+    for channel 5.
+    """
     source = reference.model()
     # A generator with a fixed seed, because for some constants the scores hardly change.
     generator = torch.Generator().manual_seed(0)
@@ -196,12 +200,12 @@ def test_the_dry_run_of_fold_has_the_plan_of_its_result(tmp_path):
 
 def test_zeros_of_placeholders_are_not_dead_channels(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
-    student = models.default_step(models.Fold)
+    step = models.default_step(models.Fold)
     predicted = dry_run(Channels(keep=0.7), NORMED.model(), bench)
     for part in predicted.module.modules():
         if isinstance(part, nn.Linear):
             part.weight = nn.Parameter(torch.zeros(()).expand(part.weight.shape))
-    folded = dry_run(student, predicted, bench)
+    folded = dry_run(step, predicted, bench)
     assert folded.network.architecture.config == {"width": 8}
     assert folded.plan.of("hidden").reasons[-1] == Reason("norm_folded", step="fold", norm="norm")
 
@@ -209,7 +213,7 @@ def test_zeros_of_placeholders_are_not_dead_channels(tmp_path):
 def test_a_channel_whose_relu_is_always_zero_is_removed_only_if_rows_are_evaluated(tmp_path):
     source = NORMED.model()
     with torch.no_grad():
-        source.module.norm.bias[2] = -60.0  # always zero on data, which weights cannot prove
+        source.module.norm.bias[2] = -60.0  # zero on all rows, which the weights do not prove
     bench = NORMED.bench(tmp_path / "data")
     assert run(Fold(), source, bench, tmp_path / "a").network.architecture.config == {}
     result = run(Fold(rows=96), source, bench, tmp_path / "b")
@@ -219,7 +223,7 @@ def test_a_channel_whose_relu_is_always_zero_is_removed_only_if_rows_are_evaluat
 
 
 def test_a_dead_channel_before_a_layer_without_bias_is_kept(tmp_path):
-    """``plain`` has no bias that could receive the constant of a dead channel of ``capped``."""
+    """``plain`` has no bias to which the constant of a dead channel of ``capped`` can be added."""
     source = COMPACT.model()
     with torch.no_grad():
         source.module.capped.weight[4] = 0
@@ -277,7 +281,7 @@ def test_a_fold_that_changes_scores_raises_step_refused(tmp_path, monkeypatch):
         fold_reference(NORMED, tmp_path)
 
 
-# --- input columns that no layer reads -------------------------------------------------------
+# --- columns with only zero weights ----------------------------------------------------------
 
 
 def test_input_columns_that_no_weight_reads_are_reported(tmp_path):
@@ -343,7 +347,8 @@ def test_later_steps_run_on_a_folded_network(tmp_path):
     assert isinstance(model.module.norm, FoldedNorm)
 
 
-def operators(model: Model, reference: Reference, folder: Path) -> onnx.GraphProto:
+def optimized_graph_of(model: Model, reference: Reference, folder: Path) -> onnx.GraphProto:
+    """Lower a model and return the graph that ONNX Runtime executes."""
     path = folder / "model.onnx"
     lower(model.module, only_graph(reference.signature), "onnxruntime", path)
     return optimized_graph(path)
@@ -352,12 +357,12 @@ def operators(model: Model, reference: Reference, folder: Path) -> onnx.GraphPro
 def test_int8_layers_are_adjacent_in_the_graph_after_their_norm_is_folded(tmp_path):
     bench = DCN.bench(tmp_path / "data")
     quantized = run(StaticInt8(), DCN.model(), bench, tmp_path / "plain")
-    unfolded_graph = operators(quantized, DCN, tmp_path)
+    unfolded_graph = optimized_graph_of(quantized, DCN, tmp_path)
     assert sum(node.op_type == "BatchNormalization" for node in unfolded_graph.node) == 2
     model = run(
         StaticInt8(), run(Fold(), DCN.model(), bench, tmp_path / "0"), bench, tmp_path / "1"
     )
-    graph = operators(model, DCN, tmp_path)
+    graph = optimized_graph_of(model, DCN, tmp_path)
     kinds = [node.op_type for node in graph.node]
     assert "BatchNormalization" not in kinds
     assert kinds.count("QGemm") == 6
@@ -371,7 +376,7 @@ def test_int8_layers_are_adjacent_in_the_graph_after_their_norm_is_folded(tmp_pa
     while node.op_type != "QGemm":
         operators_between.append(node.op_type)
         node = producer[node.input[0]]
-    # the relu, on the integers that the previous product outputs
+    # The Clip is the Relu, computed on the integers that the previous product outputs.
     assert operators_between == ["Clip"]
 
 
@@ -381,11 +386,11 @@ class ConstantSoftmaxNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.user = nn.Embedding(30, 4)
-        self.rank, self.tilt = nn.Parameter(torch.randn(9)), nn.Parameter(torch.randn(9))
+        self.first, self.second = nn.Parameter(torch.randn(9)), nn.Parameter(torch.randn(9))
         self.out = nn.Linear(9, 1)
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
-        share = torch.softmax(self.rank * 2 + self.tilt.exp(), dim=0)
+        share = torch.softmax(self.first * 2 + self.second.exp(), dim=0)
         score: Tensor = self.out(torch.cat([self.user(user), price], dim=1) * share)
         return score
 
@@ -400,7 +405,7 @@ def test_values_that_depend_on_no_input_are_one_initializer_of_the_graph(tmp_pat
     (product,) = (node for node in graph.node if node.op_type == "Mul")
     initializers = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     (share,) = (initializers[name] for name in product.input if name in initializers)
-    expected = torch.softmax(module.rank * 2 + module.tilt.exp(), dim=0)
+    expected = torch.softmax(module.first * 2 + module.second.exp(), dim=0)
     torch.testing.assert_close(torch.from_numpy(share.copy()), expected.detach())
-    # the softmax, and the weight of ``out``
+    # Two arrays of 9 numbers: the softmax, and the weight of ``out``.
     assert sum(array.size == 9 for array in initializers.values()) == 2

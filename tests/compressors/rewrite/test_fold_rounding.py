@@ -1,7 +1,12 @@
 """The check of ``fold``: scores may change by float32 rounding, and not by more.
 
-Random example rows are near 0, but the networks here were trained on values near 1e5. On the
-example rows their scores hardly differ, so float32 rounding is a large share of their spread.
+The check compares the scores of synthetic rows before and after folding. A difference is accepted
+if it is a small share of the scores' spread (their standard deviation over the rows), or if
+rounding every float32 number of the network differently changes the scores by as much.
+
+Dense inputs of synthetic rows are near 0, but the batch norms of the networks here have the
+statistics of inputs near 1e5. The scores of the synthetic rows hardly differ from each other, so
+float32 rounding is a large share of their spread.
 """
 
 from pathlib import Path
@@ -32,29 +37,31 @@ from compressors.rewrite.fold import Fold
 
 USERS, ITEMS, DIM, DENSE = 60, 40, 8, 3
 MEAN, DEVIATION = 1e5, 100.0
-"""Mean and deviation of the dense inputs in training, as of raw times or prices."""
+"""Mean and standard deviation of the dense inputs, as of raw times or prices."""
 
 
 class NormedTower(nn.Module):
+    """Maps ids and dense inputs to vectors of length 1, with two batch norms."""
+
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.table = nn.Embedding(rows, DIM)
-        self.first, self.norm = nn.Linear(DIM + DENSE, 32), nn.BatchNorm1d(32)
-        self.second, self.again = nn.Linear(32, 32), nn.BatchNorm1d(32)
+        self.first, self.first_norm = nn.Linear(DIM + DENSE, 32), nn.BatchNorm1d(32)
+        self.second, self.second_norm = nn.Linear(32, 32), nn.BatchNorm1d(32)
         self.last = nn.Linear(32, DIM)
 
     def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.first(torch.cat([self.table(ids), dense], dim=1))))
-        return F.normalize(self.last(torch.relu(self.again(self.second(x)))), dim=1)
+        x = torch.relu(self.first_norm(self.first(torch.cat([self.table(ids), dense], dim=1))))
+        return F.normalize(self.last(torch.relu(self.second_norm(self.second(x)))), dim=1)
 
 
 class NormedTowers(nn.Module):
-    """Cosine similarity of two towers over a temperature; batch norms rescale the raw inputs."""
+    """Divides the cosine similarity of two towers by a temperature of 0.05."""
 
     def __init__(self, output: str = "logit") -> None:
         super().__init__()
         self.query, self.item = NormedTower(USERS), NormedTower(ITEMS)
-        self.output = output
+        self.output = output  # "logit" or "probability"
 
     def forward(self, user: Tensor, item: Tensor, seen: Tensor, price: Tensor) -> Tensor:
         score = (self.query(user, seen) * self.item(item, price)).sum(dim=1) / 0.05
@@ -83,8 +90,8 @@ def random_rows(count: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def trained_towers(output: str) -> Model:
-    """A network whose batch norms have the statistics of ``random_rows``."""
+def towers_with_norm_statistics(output: str) -> Model:
+    """Random weights, and batch norms that have collected the statistics of ``random_rows``."""
     torch.manual_seed(0)
     module = NormedTowers(output).train()
     with torch.no_grad():
@@ -98,7 +105,7 @@ def trained_towers(output: str) -> Model:
 @pytest.mark.parametrize(
     ("output", "format_step"),
     [
-        # In the default tier each output and each format occurs once.
+        # Three of the six combinations run in every test run: each format once.
         pytest.param(
             output,
             format_step,
@@ -112,16 +119,16 @@ def trained_towers(output: str) -> Model:
 def test_fold_is_accepted_if_float32_rounding_exceeds_the_tolerance_of_a_small_spread(
     output: str, format_step: RowwiseInt8 | RowwiseInt4 | None, tmp_path: Path
 ) -> None:
-    bench, source = Bench(signature=signature(output)), trained_towers(output)
-    if format_step is not None:  # a preset compresses tables first
+    bench, source = Bench(signature=signature(output)), towers_with_norm_statistics(output)
+    if format_step is not None:  # as in a preset that compresses tables before it folds norms
         source = run(format_step, source, bench, tmp_path / "packed")
     folded = run(Fold(), source, bench, tmp_path / "folded")
     norms = [m for m in folded.module.modules() if isinstance(m, nn.BatchNorm1d | FoldedNorm)]
     assert [type(norm) for norm in norms] == [FoldedNorm] * 4
-    inputs = random_rows(500, seed=1000)  # distributed as in training
+    inputs = random_rows(500, seed=1000)  # near 1e5, as the statistics of the norms
     with torch.no_grad():
         difference = folded.module(**inputs) - source.private().module(**inputs)
-    # Sums of numbers near 1e5 that cancel to about 1e2 keep 4 of float32's 7 digits. The cosine is
+    # Terms near 1e5 cancel to sums of about 1e2, which keep 4 of float32's 7 digits. The cosine is
     # then divided by the temperature of 0.05.
     assert float(difference.abs().max()) < 0.02
 
@@ -143,31 +150,42 @@ def test_a_fold_with_wrong_factors_is_refused_if_float32_rounding_exceeds_the_to
 
     monkeypatch.setattr(fold, "scaled_outputs", wrong_scaled_outputs)
     with raises_code(StepRefused, "folded_scores_differ"):
-        run(Fold(), trained_towers("logit"), Bench(signature=signature("logit")), tmp_path / "out")
+        run(
+            Fold(),
+            towers_with_norm_statistics("logit"),
+            Bench(signature=signature("logit")),
+            tmp_path / "out",
+        )
 
 
 def test_a_probability_near_one_may_change_by_one_float32_step() -> None:
-    """In logits, one step of float32 at 0.99999 is 0.6 % of 1: more than the tolerance."""
+    """One float32 step at 0.99999 changes the logit by 0.006, more than the tolerance.
+
+    It is accepted only if scores with different rounding are given, here equal to ``expected``.
+    """
     output_signature = signature("probability")
     expected = torch.tensor([[0.99998, 0.99999, 0.999985, 0.999992]])
     scores = torch.nextafter(expected, torch.ones(1))
-    rounded = expected.unsqueeze(0)
+    rounded = expected.unsqueeze(0)  # (draws, scales, rows)
+
+    def difference(changed_scores: Tensor) -> str | None:
+        return describe_score_difference(
+            changed_scores, expected, output_signature, rounded=lambda: rounded
+        )
+
     assert describe_score_difference(scores, expected, output_signature) is not None
-    assert describe_score_difference(scores, expected, output_signature, lambda: rounded) is None
-    changed_scores = expected - 1e-5
-    assert (
-        describe_score_difference(changed_scores, expected, output_signature, lambda: rounded)
-        is not None
-    )
+    assert difference(scores) is None
+    assert difference(expected - 1e-5) is not None
 
 
 @pytest.mark.parametrize(("share", "is_accepted"), [(0.5e-3, True), (2e-3, False)])
 def test_scores_may_change_by_a_thousandth_of_their_spread(share: float, is_accepted: bool) -> None:
+    """The scores with different rounding equal ``expected``, so rounding allows no more."""
     expected = torch.linspace(-1, 1, 64).reshape(4, 16)
     scores = expected.clone()
     scores[2, 5] += share * expected[2].std()
     difference = describe_score_difference(
-        scores, expected, signature("logit"), lambda: expected.unsqueeze(0)
+        scores, expected, signature("logit"), rounded=lambda: expected.unsqueeze(0)
     )
     assert (difference is None) == is_accepted
 
@@ -177,7 +195,7 @@ def test_nan_scores_are_never_within_the_tolerance() -> None:
     expected = torch.randn(2, 16)
     scores = expected.clone()
     scores[0, 3] = torch.nan
-    assert (
-        describe_score_difference(scores, expected, output_signature, lambda: expected.unsqueeze(0))
-        is not None
+    difference = describe_score_difference(
+        scores, expected, output_signature, rounded=lambda: expected.unsqueeze(0)
     )
+    assert difference is not None

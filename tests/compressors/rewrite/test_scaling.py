@@ -50,7 +50,7 @@ def test_smoothing_factors_equal_equation_4_of_the_paper(first, second, alpha):
     assert bool((scale > 0).all())
     expected = inputs[is_scaled].pow(alpha) / weights[is_scaled].pow(1 - alpha)
     torch.testing.assert_close(scale[is_scaled], expected)
-    if alpha == 0.5:  # both sides are equally hard to round
+    if alpha == 0.5:  # inputs and weights then have equal ranges
         torch.testing.assert_close((inputs / scale)[is_scaled], (weights * scale)[is_scaled])
 
 
@@ -60,10 +60,10 @@ def test_best_smoothing_has_no_larger_int8_error_than_no_smoothing(seed, factor)
     x = torch.randn((64, 8), generator=generator)
     x[:, 3] *= factor
     weight = torch.randn((5, 8), generator=generator)
-    consumers = [(x, weight)]
-    scale = best_smoothing(x.abs().amax(dim=0), weight.abs().amax(dim=0), consumers)
+    layers = [(x, weight)]
+    scale = best_smoothing(x.abs().amax(dim=0), weight.abs().amax(dim=0), layers)
     unscaled = torch.ones(8, dtype=torch.float64)
-    assert int8_error(consumers, scale) <= int8_error(consumers, unscaled)
+    assert int8_error(layers, scale) <= int8_error(layers, unscaled)
 
 
 STEPS_AND_REFERENCES = [
@@ -104,9 +104,9 @@ def test_equalize_and_smooth_quant_change_weights_and_keep_scores(step, referenc
 
 def weight_ranges(model: Model, producer: str, consumers: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """Largest weight of each output channel of a layer, and of each input of its consumers."""
-    layers = model.module
-    output_ranges = layers.get_submodule(producer).weight.abs().amax(dim=1)
-    input_ranges = [layers.get_submodule(name).weight.abs().amax(dim=0) for name in consumers]
+    module = model.module
+    output_ranges = module.get_submodule(producer).weight.abs().amax(dim=1)
+    input_ranges = [module.get_submodule(name).weight.abs().amax(dim=0) for name in consumers]
     return output_ranges.detach(), torch.stack(input_ranges).amax(dim=0).detach()
 
 
@@ -162,7 +162,7 @@ def test_equalize_keeps_zero_weights(tmp_path):
 
 
 def int8_loss(reference: Reference, steps: tuple[Step, ...], folder: Path) -> float:
-    """Root mean squared change of int8 scores after some steps, as a share of their spread."""
+    """Apply steps and int8; return the scores' root mean squared change / standard deviation."""
     bench, model = reference.bench(folder / "data"), reference.model()
     before = scores_of(model.private(), reference)
     for number, step in enumerate((*steps, StaticInt8())):
