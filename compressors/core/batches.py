@@ -1,8 +1,9 @@
 """Read prepared data as batches of model inputs, and generate random inputs.
 
 A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
-name, ``@label``, and ``@group`` and ``@time`` if the signature names them. A jagged bag is its
-values plus ``@bounds/<name>``, int64 ``(rows + 1,)``.
+name, ``@label``, and ``@group`` and ``@time`` if the signature names them. A jagged bag (a list of
+ids of another length in each row) is stored as the concatenated ids and ``@bounds/<name>``, int64
+``(rows + 1,)``: row ``r`` has the ids from ``bounds[r]`` to ``bounds[r + 1] - 1``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,11 +112,11 @@ class Rows:
 
 
 class JoinedRows:
-    """Labelled rows followed by rows of logged traffic, as one set of rows.
+    """Labelled rows followed by rows of logged traffic (requests without labels), as one set.
 
     A row of traffic has the label NaN. Groups are renumbered so that traffic and labelled rows
     share no group; if only one of them has groups, ``group`` is None. Only labels and groups are
-    copied.
+    copied in memory; inputs are read from the memory-mapped files.
     """
 
     def __init__(self, labelled: Rows | None, traffic: Rows) -> None:
@@ -180,7 +181,7 @@ def concatenate_inputs(
 
 
 def row_of(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict[str, Tensor]:
-    """Return the inputs of one row of a batch, as a batch of one row."""
+    """Return the inputs of row number ``row`` of a batch, as a batch of one row."""
     row_inputs: dict[str, Tensor] = {}
     for item in signature.inputs:
         if not isinstance(item, JaggedBag):
@@ -211,9 +212,10 @@ def _format(values: Tensor, item: AnyInput) -> str:
 
 
 def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
-    """Build a jagged bag's two forward arguments from values and bounds ``(rows + 1,)``.
+    """Build a jagged bag's two forward arguments from its ids and bounds ``(rows + 1,)``.
 
-    The second argument has ``rows`` entries: offsets or lengths, as ``item.layout`` says.
+    The first argument is ``values``, the ids of all rows. The second has ``rows`` entries: the
+    offset of each row's first id or the number of its ids, as ``item.layout`` says.
     """
     second = bounds[:-1] if item.layout == "offsets" else bounds.diff()
     return dict(zip(tensor_names(item), (values, second), strict=True))
@@ -248,7 +250,7 @@ def _generate_input(
     generator: torch.Generator,
     share: int | None = None,
 ) -> dict[str, Tensor]:
-    """Generate one input. ``share`` is the length of every list: 0 none, 1 the longest."""
+    """Generate one input; ``share`` sets the lengths of lists: 0 empty, 1 longest, None random."""
     if isinstance(item, DenseInput):
         return {item.name: torch.randn((rows, *item.shape), generator=generator)}
     high, dtype = rows_of_table[item.table], getattr(torch, item.dtype)
@@ -270,6 +272,7 @@ def _lengths(
     generator: torch.Generator,
     share: int | None,
 ) -> Tensor:
+    """Return the length of each list, int64: random, or ``share`` (0 or 1) times the longest."""
     if share is not None:
         return torch.full(shape, share * item.shape[0])
     return torch.randint(item.shape[0] + 1, shape, generator=generator)
@@ -280,10 +283,11 @@ def generate_edge_inputs(
 ) -> dict[str, Tensor]:
     """Generate inputs with ids below and above their table's range, to compare two graphs.
 
-    Each row has out-of-range ids in at most one input: if one input's policy refuses the row, the
-    effect of other inputs' policies in that row cannot be observed. Two rows per input with ids are
-    needed. If there are at least two more, all lists of the second-last row are empty, and all
-    lists of the last row have the longest length.
+    A graph handles such ids by a policy, for example by refusing the row. Each row has out-of-range
+    ids in at most one input: if the row is refused because of one input, the effect of another
+    input cannot be observed. Two rows per input with ids are needed. If there are at least two
+    more, all lists of the second-last row are empty, and all lists of the last row have the longest
+    length.
 
     Raises:
         ValueError: ``rows`` is less than twice the number of inputs with ids.
@@ -293,8 +297,8 @@ def generate_edge_inputs(
     inputs = generate_inputs(signature, rows_of_table, rows - len(shares), seed)
     if rows < 2 * len(with_ids):
         raise ValueError(f"{len(with_ids)} inputs need {2 * len(with_ids)} rows; found {rows}")
-    for place, item in enumerate(with_ids):
-        for row, bad_id in ((2 * place, -1), (2 * place + 1, rows_of_table[item.table])):
+    for index, item in enumerate(with_ids):
+        for row, bad_id in ((2 * index, -1), (2 * index + 1, rows_of_table[item.table])):
             _write_bad_id(item, inputs, row, bad_id)
     last_rows = [_row_with_lists(signature, rows_of_table, seed, share) for share in shares]
     return concatenate_inputs([inputs, *last_rows], signature)

@@ -10,7 +10,9 @@ from compressors.core.units import Unit, folded_norms, stored_bytes
 
 
 def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = False) -> Model:
-    """Predict the result of ``run``: a model of placeholders, with its plan.
+    """Predict the result of ``run``: a model of placeholder tensors, with its plan.
+
+    A placeholder has the shape and dtype of a tensor and almost no memory (``placeholders.py``).
 
     The plan is exact except where it depends on tensor values. It assumes that training improves
     the network, and that every selected layer can be stored in its format.
@@ -37,6 +39,6 @@ def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = Fal
     sizes = stored_bytes(source.module), stored_bytes(model.module)
     line = output_line(step.kind, source, model.module, plan.decisions.get(OUTPUT))
     folded = folded_norms(model.module)
-    lines = build_plan(step.kind, source, plan.decisions, before, after, sizes, line, folded)
-    lines = with_remarks(lines, step.kind, skipped, plan.decisions, {})
-    return Model(model.module, source.architecture, model.network, lines)
+    new_plan = build_plan(step.kind, source, plan.decisions, before, after, sizes, line, folded)
+    new_plan = with_remarks(new_plan, step.kind, skipped, plan.decisions, {})
+    return Model(model.module, source.architecture, model.network, new_plan)

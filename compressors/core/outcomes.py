@@ -1,4 +1,10 @@
-"""Compare the decisions of a step's plan with its result, and resolve them."""
+"""Compare the decisions of a step's plan with its result, and resolve them.
+
+A plan decides for each unit that the step changes it (``taken``), does not (``skipped``) or decides
+while it runs (``deferred``). An *outcome* is a decision that the step returns after it ran; most
+units have none. The final decision of a unit, ``taken`` or ``skipped``, follows from both and from
+what has changed.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -29,9 +35,13 @@ def resolve_decisions(
 
     Args:
         kind: the step's tag.
-        effect: how the step changes a selected unit.
-        planned: the plan's decision for every unit.
-        outcomes: by unit name, the decisions that the step returned after it ran.
+        effect: how the step changes a selected unit. ``format``: it is stored in another format.
+            ``values``: its format stays; its weights change, or it becomes narrower or is removed.
+            ``parts``: smaller units replace it. ``output``: no unit changes; the step adds or
+            replaces a calibration map after the network's output.
+        planned: the plan's decision for every unit, and under the name ``OUTPUT`` for the
+            calibration map if the step changes it.
+        outcomes: by unit name (or ``OUTPUT``), the decisions that the step returned after it ran.
         before: the units before the step.
         after: the units after the step.
 
@@ -41,23 +51,23 @@ def resolve_decisions(
     units_after = {unit.name: unit for unit in after}
     final = dict(planned)
     for unit in before:
-        plan, outcome, new = planned[unit.name], outcomes.get(unit.name), units_after.get(unit.name)
-        if new is None and not (effect == "values" and plan.selected):
+        decision, outcome = planned[unit.name], outcomes.get(unit.name)
+        new = units_after.get(unit.name)
+        if new is None and not (effect == "values" and decision.selected):
             raise ContractBroken("unit_lost", step=kind, unit=unit.name)
         if new is not None and effect == "values" and new.format != unit.format:
             raise ContractBroken("format_changed", step=kind, unit=unit.name)
-        changed = new is None or _is_changed(effect, unit, new)
-        if changed and (not plan.selected or _has_status(outcome, "skipped")):
+        is_changed = new is None or _is_changed(effect, unit, new)
+        if is_changed and (not decision.selected or _has_status(outcome, "skipped")):
             raise ContractBroken("unit_changed", step=kind, unit=unit.name)
-        must_change = effect == "format" and plan.status == "taken" and outcome is None
-        if not changed and (must_change or _has_status(outcome, "taken")):
+        must_change = effect == "format" and decision.status == "taken" and outcome is None
+        if not is_changed and (must_change or _has_status(outcome, "taken")):
             raise ContractBroken("unit_kept", step=kind, unit=unit.name)
-        if plan.bytes is not None:
-            _require_bounds(kind, unit.name, plan.bytes, after)
-        final[unit.name] = _final_decision(effect, plan, outcome, unit, changed=changed)
-    if OUTPUT in planned:
-        plan, outcome = planned[OUTPUT], outcomes.get(OUTPUT)
-        final[OUTPUT] = plan if outcome is None else outcome
+        if decision.bytes is not None:
+            _require_bounds(kind, unit.name, decision.bytes, after)
+        final[unit.name] = _final_decision(effect, decision, outcome, unit, is_changed=is_changed)
+    if OUTPUT in planned:  # the map is no unit, so there are no tensors to compare
+        final[OUTPUT] = outcomes.get(OUTPUT, planned[OUTPUT])
     _require_no_other_units(kind, effect, planned, before, after)
     return final
 
@@ -67,6 +77,7 @@ def _has_status(outcome: Decision | None, status: str) -> bool:
 
 
 def _is_changed(effect: Effect, old: Unit, new: Unit) -> bool:
+    """Whether a unit has another format, or with effect ``values`` or ``parts`` other tensors."""
     if effect in ("format", "output") or old.format != new.format:
         return old.format != new.format
     return not _tensors_equal(old.module, new.module)
@@ -74,25 +85,26 @@ def _is_changed(effect: Effect, old: Unit, new: Unit) -> bool:
 
 def _final_decision(
     effect: Effect,
-    plan: Decision,
+    planned: Decision,
     outcome: Decision | None,
     unit: Unit,
     *,
-    changed: bool,
+    is_changed: bool,
 ) -> Decision:
+    """Return ``taken`` if the unit changed, else ``skipped``, with reasons of plan and outcome."""
     outcome_reasons = () if outcome is None else outcome.reasons
-    if not plan.selected:
-        return replace(plan, reasons=(*plan.reasons, *outcome_reasons))
-    if changed:
-        return Decision("taken", (*plan.reasons, *outcome_reasons))
+    if not planned.selected:
+        return replace(planned, reasons=(*planned.reasons, *outcome_reasons))
+    if is_changed:
+        return Decision("taken", (*planned.reasons, *outcome_reasons))
     if effect == "format":
         unchanged = Reason("kept_format", format=unit.format)
         return Decision("skipped", (unchanged, *outcome_reasons))
-    return Decision("skipped", (*plan.reasons, Reason("nothing_better"), *outcome_reasons))
+    return Decision("skipped", (*planned.reasons, Reason("nothing_better"), *outcome_reasons))
 
 
 def _require_bounds(kind: str, name: str, bounds: tuple[int, int], after: tuple[Unit, ...]) -> None:
-    """Raise ``ContractBroken`` if a unit with its parts has fewer or more bytes than planned."""
+    """Raise ``ContractBroken`` if a unit with its parts has bytes outside ``[least, most]``."""
     size = sum(
         unit.bytes for unit in after if unit.name == name or unit.name.startswith(f"{name}.")
     )
@@ -124,6 +136,7 @@ def _require_no_other_units(
 
 
 def _is_part_of_any(name: str, owners: Collection[str]) -> bool:
+    """Whether a unit's name is inside one of the modules ``owners``."""
     return any(name.startswith(f"{owner}.") for owner in owners)
 
 

@@ -28,7 +28,7 @@ def placeholder(spec: TensorSpec) -> Tensor:
 
 
 def is_placeholder(tensor: Tensor) -> bool:
-    """Whether a tensor of at least two entries is one number expanded to its shape."""
+    """Whether a tensor has at least two entries that are one number expanded to its shape."""
     return tensor.numel() > 1 and not any(tensor.stride())
 
 

@@ -14,6 +14,9 @@ from compressors.core.units import Unit, innermost, stored_bytes
 OUTPUT = "(output)"
 """Name of the plan line for the calibration map that follows a network's output."""
 
+OTHER = "(other)"
+"""Name of the plan line for all tensors outside of units, such as those of norms."""
+
 MAX_LISTED_NORMS = 3
 """Largest number of folded norms that a plan lists by name."""
 
@@ -29,12 +32,12 @@ def build_plan(
     folded: Collection[str] = (),
     warnings: Mapping[str, Reason] | None = None,
 ) -> Plan:
-    """Build the plan after a step: the lines of earlier steps, updated by this step's decisions.
+    """Build the plan after a step: the lines of the plan so far, updated by the step's decisions.
 
     Args:
         kind: the step's tag.
         source: the model before the step, for its plan so far.
-        decisions: by unit name, whether the step changes the unit, and why.
+        decisions: by name of every unit, whether the step changes the unit, and why.
         before: the units before the step.
         after: the units after the step; missing ones were dropped.
         sizes: bytes of all tensors before and after the step.
@@ -80,11 +83,11 @@ def build_plan(
     lines += [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
     lines += [] if output is None else [output]
     output_bytes = 0 if output is None else output.bytes_after
-    other = source.plan.of("(other)") if source.plan else None
+    other = source.plan.of(OTHER) if source.plan else None
     other_before = sizes[0] - sum(unit.bytes for unit in before)
     lines.append(
         PlanLine(
-            module="(other)",
+            module=OTHER,
             role="other",
             format="as trained",
             bytes_before=other.bytes_before if other else max(other_before, 0),
@@ -98,13 +101,13 @@ def build_plan(
 def output_line(
     kind: str, source: Model, module: nn.Module, decision: Decision | None
 ) -> PlanLine | None:
-    """Return the plan line of the map after a network's output; None if no step has changed it.
+    """Return the plan line of the calibration map; None if no step so far has changed the map.
 
     Args:
         kind: the step's tag.
         source: the model before the step, for its plan so far.
         module: the network after the step.
-        decision: the step's decision about the map; None if the step does not change it.
+        decision: the step's decision about the map; None if the step is not about the map.
     """
     if decision is None:
         return source.plan.of(OUTPUT) if source.plan else None
@@ -127,7 +130,7 @@ def with_remarks(
     decisions: Mapping[str, Decision],
     outcome_reasons: Mapping[str, tuple[Reason, ...]],
 ) -> Plan:
-    """Return the plan with remarks: the skipped units, and whether the step changed nothing.
+    """Add remarks to a plan's reasons: skipped units, and whether the step changed nothing.
 
     Args:
         plan: the plan after the step.
@@ -144,12 +147,12 @@ def with_remarks(
         if kind not in output.steps:
             remarks.append(Reason("step_changed_nothing", step=kind, why=output.reasons))
     elif decisions and not any(decision.selected for decision in decisions.values()):
-        whys = _without_repetition(
+        why_nothing = _without_repetition(
             outcome_reasons[name] for name in decisions if name in outcome_reasons
         )
         remarks.append(
-            Reason("step_changed_nothing", step=kind, why=whys)
-            if whys
+            Reason("step_changed_nothing", step=kind, why=why_nothing)
+            if why_nothing
             else Reason("step_found_nothing", step=kind)
         )
     else:
@@ -169,6 +172,14 @@ def _without_repetition(lists: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ..
 def _warnings(
     earlier: PlanLine | None, new: Unit | None, name: str, warnings: Mapping[str, Reason]
 ) -> tuple[Reason, ...]:
+    """Return a unit's new warning, or the earlier ones if its format has not changed.
+
+    Args:
+        earlier: the unit's line in the plan so far.
+        new: the unit after the step; None if it was removed.
+        name: the unit's name.
+        warnings: by unit name, the new warnings.
+    """
     if name in warnings:
         return (warnings[name],)
     same_format = earlier is not None and new is not None and earlier.format == new.format

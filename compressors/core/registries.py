@@ -183,6 +183,7 @@ def register(method: type[StepSettings], storage: TableFormat | None = None) -> 
 
 @functools.lru_cache(maxsize=1)
 def _union(methods: tuple[type[StepSettings], ...]) -> TypeAdapter[StepSettings]:
+    """Return the validator of a union of methods, of which ``kind`` selects one."""
     union: Any = Union[methods]  # noqa: UP007 - its members are known at run time
     return TypeAdapter(Annotated[union, Field(discriminator="kind")])
 

@@ -5,8 +5,8 @@ compression algorithm, a line of a recipe. It is one of two kinds: a *step* (``S
 changes the whole network; a *table step* (``TableStep``) only encodes rows of a table, and
 ``as_step`` converts it to a step.
 
-``run`` applies every step. ``plan_step`` first decides which units the step changes. ``run`` raises
-``ContractBroken`` if the step does not follow this plan.
+``plan_step`` decides which units a step changes. ``run`` plans and applies the step, and raises
+``ContractBroken`` if the step does not follow its plan.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -52,7 +52,7 @@ NETWORK_ERRORS = (
     TypeError,
     ValueError,
 )
-"""Exceptions that a network's code typically raises if it does not support what a step does."""
+"""Exceptions that a network's code typically raises if it does not support a step's changes."""
 
 
 class PlannedStep(NamedTuple):
@@ -137,8 +137,9 @@ def run(
         source: the model to compress; not modified.
         bench: the data that the step may use.
         folder: where the tensors are written; the returned module memory-maps these files.
-        skipped: by unit name, why the step must not change the unit. Unused with ``planned``.
-        planned: the plan from ``plan_step`` for this model and bench; without it, ``run`` plans.
+        skipped: by unit name, why the step must not change the unit. Ignored if ``planned``, which
+            contains these reasons too, is given.
+        planned: the result of ``plan_step`` for this model and bench; if None, ``run`` plans.
 
     Raises:
         NothingToCompress: the step can compress no unit of this model, the bench lacks a part that
@@ -180,10 +181,12 @@ def run(
     line = output_line(step.kind, source, module, decisions.get(OUTPUT))
     warnings = input_range_warnings(source.module, loaded, bench)
     folded = folded_norms(loaded)
-    lines = build_plan(step.kind, source, decisions, before, after, sizes, line, folded, warnings)
+    new_plan = build_plan(
+        step.kind, source, decisions, before, after, sizes, line, folded, warnings
+    )
     outcome_reasons = {name: outcome.reasons for name, outcome in outcomes.items()}
-    lines = with_remarks(lines, step.kind, skipped, decisions, outcome_reasons)
-    return Model(loaded, source.architecture, network, lines)
+    new_plan = with_remarks(new_plan, step.kind, skipped, decisions, outcome_reasons)
+    return Model(loaded, source.architecture, network, new_plan)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Smoke test: check before packing that a network runs on the inputs its signature allows."""
+"""Smoke test: check, before a bundle is written, that its network runs as the signature says."""
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ ROWS = 8
 """Generated rows that are scored."""
 
 TOWER_TOLERANCE = 1e-4
-"""Relative to 1 + the largest score: towers and network add float32 numbers in another order."""
+"""Largest difference between the network's scores and the dot products of its towers' vectors,
+relative to 1 + the largest score. They add float32 numbers in another order."""
 
 REPEAT_TOLERANCE = 1e-5
-"""Relative to 1 + the largest score: memory alignment changes the order of float32 sums."""
+"""Largest difference between two calls or two loads, relative to 1 + the largest score. Memory
+alignment changes the order of float32 sums."""
 
 
 def smoke_test(
@@ -28,7 +30,7 @@ def smoke_test(
     Args:
         model: the loaded network.
         signature: its inputs and output.
-        path: its class, for the message.
+        path: the import path of its class, for the message.
         second_load: the same bundle, loaded a second time; both must give the same scores.
 
     Raises:
@@ -97,20 +99,20 @@ def _check_towers(
 ) -> None:
     """Raise ``ModelRefused`` if a tower fails or the towers' dot product is not the score."""
     vectors: dict[str, Tensor] = {}
-    for form in served_graphs(signature):
+    for graph in served_graphs(signature):  # one for each tower
         try:
-            tower = form.part(model)
+            tower = graph.part(model)
             with torch.no_grad():
-                vector = tower(**{name: inputs[name] for name in input_names(form.signature)})
+                vector = tower(**{name: inputs[name] for name in input_names(graph.signature)})
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
             raise ModelRefused(
                 "tower_fails",
                 architecture=path,
-                tower=form.name,
-                module=form.module,
-                inputs=tuple(input_names(form.signature)),
+                tower=graph.name,
+                module=graph.module,
+                inputs=tuple(input_names(graph.signature)),
                 problem=repr(fault),
             ) from fault
         shape = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
@@ -118,12 +120,12 @@ def _check_towers(
             raise ModelRefused(
                 "tower_vector_shape",
                 architecture=path,
-                tower=form.name,
-                module=form.module,
+                tower=graph.name,
+                module=graph.module,
                 rows=ROWS,
                 got=str(shape),
             )
-        vectors[form.name] = vector
+        vectors[graph.name] = vector
     if vectors["query"].shape != vectors["item"].shape:
         raise ModelRefused(
             "tower_lengths_differ",

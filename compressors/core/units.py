@@ -25,8 +25,8 @@ Role = Literal["table", "dense"]
 class Unit:
     """One table or dense layer of a network, as it is now.
 
-    A composed table or factored layer is a unit without the tensors of its parts; each part is
-    another unit.
+    A composed table (built from smaller tables) or factored layer (a product of two smaller layers)
+    is a unit without the tensors of its parts; each part is another unit.
 
     Attributes:
         name: the module's name in the network.
@@ -144,7 +144,8 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 
 def _walk(model: nn.Module) -> Iterator[Unit]:
-    users: dict[int, list[nn.Module]] = {}
+    """Yield every unit of a module, in the order of its submodules."""
+    users: dict[int, list[nn.Module]] = {}  # by id of a parameter, the modules that have it
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         names[module] = name
@@ -152,11 +153,13 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             users.setdefault(id(parameter), []).append(module)
     bag_tables: set[nn.Module] = set()  # a bag and its table are one unit
     owners: dict[nn.Module, str] = {}  # of each part, the name of its outermost unit
-    counted: set[int] = set()  # a tied weight's bytes count for the first unit that has it
+    # Ids of tensors whose bytes were counted: those of a tied weight count for its first unit.
+    counted: set[int] = set()
     for name, module in model.named_modules():
-        described = None if module in bag_tables else _describe(name, module)
-        if described is None:
+        description = None if module in bag_tables else _describe(name, module)
+        if description is None:
             continue
+        role, form, rows = description
         table = module
         if isinstance(module, Bag):
             table = module.table
@@ -165,13 +168,11 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             whole = owners.get(module, name)
             owners.update((table.get_submodule(part), whole) for part in table.part_names)
             size = sum(tensor.nbytes for tensor in table.buffers(recurse=False))
-            role, form, rows = described
             yield Unit(name, role, module, form, size, rows, None, owners.get(module))
             continue
         if isinstance(module, FactoredLinear):
             whole = owners.get(module, name)
             owners.update((module.get_submodule(part), whole) for part in PARTS)
-            role, form, rows = described
             yield Unit(name, role, module, form, 0, rows, None, owners.get(module))
             continue
         same_unit = {module, *bag_tables}
@@ -181,7 +182,6 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             for user in users[id(parameter)]
             if user not in same_unit
         ]
-        role, form, rows = described
         size = stored_bytes(module, counted)
         counted |= {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
         yield Unit(

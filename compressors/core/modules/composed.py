@@ -1,9 +1,10 @@
 """Composed tables: an embedding table built from smaller tables.
 
 The smaller tables are called parts: they have fewer rows or narrower rows, or several of them
-contribute to one row. A composition has stored tensors (a row map, a projection) and parts, which
-are plain float32 tables at first. Parts are ordinary units: a later step of the recipe can compress
-each one, with a separate line in the plan, so "rank 4, then 3 bits" needs no combined method.
+contribute to one row. A composition is a method of building a table from parts. It has stored
+tensors (a row map, a projection) and parts, which are plain float32 tables at first. Parts are
+ordinary units: a later step of the recipe can compress each one, with a separate line in the plan.
+So a low-rank table with int4 parts needs no combined method.
 """
 
 from collections.abc import Mapping
@@ -142,9 +143,10 @@ class ComposedTable(nn.Module):
 
 
 def sum_counts(counts: Tensor, place: Tensor, places: int) -> Tensor:
-    """Sum lookup counts by target row, ``(places,)``.
+    """Sum lookup counts by row of a part, ``(places,)``.
 
-    ``place``, int64 in the shape of ``counts``, is the target row of each count.
+    ``place``, int64 in the shape of ``counts``, is the row of the part to which each count is
+    added; ``places`` is the number of its rows.
     """
     return counts.new_zeros(places).index_add_(0, place, counts)
 

@@ -2,8 +2,8 @@
 
 ``reduce`` maps the inputs to ``rank`` features and has no bias; ``expand`` maps these to the
 outputs. Both are plain Linear layers at first, and ordinary units: a later step of the recipe can
-compress or train each one, with a separate line in the plan, so "rank 32, then int8" needs no
-combined method.
+compress or train each one, with a separate line in the plan. So a low-rank layer with int8 parts
+needs no combined method.
 """
 
 import torch
@@ -13,7 +13,9 @@ from compressors.contracts import ModuleRecord
 from compressors.core.modules.formats import TensorSpec
 
 FACTORED = "factored"
+"""Name of the format in plans and bundles."""
 PARTS = ("reduce", "expand")
+"""Names of the two submodules."""
 
 
 class FactoredLinear(nn.Module):

@@ -1,8 +1,9 @@
 """Storage formats: the protocols a format implements, and the modules that use its tensors.
 
 A format is one encoding of a table's rows or a dense layer's weights. Its file (in
-``compressors/quantize``) registers one custom op, so that the same module runs in torch, its scales
-can be trained, and each serving target needs one translation of the op.
+``compressors/quantize``) registers one torch custom op that decodes it. So the same module runs in
+torch, its scales can be trained through the op's gradient, and each serving target needs one
+translation of the op.
 """
 
 import math
@@ -22,9 +23,8 @@ class TensorSpec(NamedTuple):
     Attributes:
         shape: the shape.
         dtype: the dtype.
-        every: number of table rows that share one entry of the first dimension: 1 for codes, more
-            for the scales of a group of rows, 0 for a tensor of the whole table, such as a
-            codebook.
+        every: number of table rows per entry of the first dimension: 1 for codes, more for the
+            scales of groups of rows, 0 for a tensor of the whole table, such as a codebook.
         first: the value of every entry of the tensor's placeholder. If the network uses the entries
             as row numbers, it must be a valid row.
     """
@@ -75,20 +75,22 @@ class LinearFormat(Protocol):
         """Return the layer's output as float32, ``(*x.shape[:-1], outputs)``."""
 
 
-def row_blocks(layout: Mapping[str, TensorSpec], rows: int, most: int) -> Iterator[tuple[int, int]]:
+def row_blocks(
+    layout: Mapping[str, TensorSpec], rows: int, max_rows: int
+) -> Iterator[tuple[int, int]]:
     """Yield ``begin`` and ``end`` of the row blocks in which a table is encoded.
 
     No entry of a stored tensor covers rows of two blocks, so the stored bytes do not depend on
-    ``most``.
+    ``max_rows``.
 
     Args:
         layout: the stored tensors.
         rows: rows of the table.
-        most: largest number of rows of a block. It is exceeded if one entry covers more rows.
+        max_rows: largest number of rows of a block. It is exceeded if one entry covers more rows.
     """
     rows_per_entry = math.lcm(*(spec.every for spec in layout.values() if spec.every))
-    step = max(most // rows_per_entry, 1) * rows_per_entry
-    yield from ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
+    block_rows = max(max_rows // rows_per_entry, 1) * rows_per_entry
+    yield from ((begin, min(begin + block_rows, rows)) for begin in range(0, rows, block_rows))
 
 
 def layout_bytes(layout: Mapping[str, TensorSpec]) -> int:
@@ -102,7 +104,10 @@ def stored_entries(spec: TensorSpec, begin: int, end: int) -> slice:
 
 
 class PackedTable(nn.Module):
-    """Compressed replacement of an ``nn.Embedding``: ids ``(*,)`` to float32 ``(*, dim)``."""
+    """Compressed replacement of an ``nn.Embedding``: ids ``(*,)`` to float32 ``(*, dim)``.
+
+    Its buffers are the stored tensors of its format, ``storage``.
+    """
 
     def __init__(
         self,
@@ -132,7 +137,10 @@ class PackedTable(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """Compressed replacement of an ``nn.Linear``: float32 ``(*, in)`` to ``(*, out)``."""
+    """Compressed replacement of an ``nn.Linear``: float32 ``(*, in)`` to ``(*, out)``.
+
+    Its buffers are the stored tensors of its format, ``storage``.
+    """
 
     def __init__(
         self,
@@ -184,7 +192,7 @@ class Bag(nn.Module):
     Equal to torch's module for ``sum``, ``mean`` and ``max``, padded or jagged input,
     ``padding_idx``, per-sample weights and empty bags (zeros), but implemented as a lookup and
     a masked reduction, since no exporter lowers the torch module to an efficient graph
-    (NVIDIA/TensorRT#4210, pytorch/pytorch#138485). ``table`` is any module from ids to rows.
+    (NVIDIA/TensorRT#4210, pytorch/pytorch#138485). ``table`` is any module that maps ids to rows.
 
     ``longest`` is needed only to export jagged input: the graph pads each bag to this length.
     """
@@ -224,8 +232,8 @@ class Bag(nn.Module):
         rows: Tensor = self.table(ids)  # (bags, longest, dim)
         if self.mode == "max":
             lowest = torch.finfo(rows.dtype).min
-            top = rows.masked_fill(~inside.unsqueeze(-1), lowest).amax(dim=1)  # (bags, dim)
-            return top.masked_fill(~inside.any(dim=1, keepdim=True), 0.0)
+            largest = rows.masked_fill(~inside.unsqueeze(-1), lowest).amax(dim=1)  # (bags, dim)
+            return largest.masked_fill(~inside.any(dim=1, keepdim=True), 0.0)
         factors = inside.to(rows.dtype)  # (bags, longest), zero for padding
         if weights is not None:
             factors = factors * weights

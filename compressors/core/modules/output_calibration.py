@@ -18,12 +18,12 @@ from compressors.errors.steps import StepRefused
 NAME = "recalibration"
 """Name of the calibration map among the network's submodules."""
 
-# The smallest and largest float32 probabilities used: 0 and 1 would have infinite logits.
+# Probabilities are clamped to this range before they become logits, which are infinite for 0 and 1.
 LEAST, GREATEST = torch.finfo(torch.float32).tiny, 1 - 2.0**-24
 
 
 def logit_of(output: Tensor, form: str) -> Tensor:
-    """Convert an output to a logit; an output whose ``form`` is not ``probability`` is one."""
+    """Convert an output to a logit; unless its ``form`` is ``probability``, it already is one."""
     if form != "probability":
         return output
     inside = output.clamp(min=LEAST, max=GREATEST)
@@ -38,10 +38,10 @@ class Recalibration(nn.Module):
     Attributes:
         method: the calibration method, for plans and bundles.
         output: the form of the output, ``logit`` or ``probability``.
-        knots: number of linear pieces after the line; 0 for a single line.
-        line: float32 ``(2,)``, slope and offset of the line. With knots, it ends at the first one.
-        bends: float32 ``(2, knots)``, the logit at which each piece begins, and its slope; None
-            without knots.
+        knots: number of linear pieces after the first one; 0 for a single line.
+        line: float32 ``(2,)``, slope and offset of the first piece, which ends at the first knot.
+        bends: float32 ``(2, knots)``, the logit at which each further piece begins (its knot), and
+            its slope; None without knots.
     """
 
     line: Tensor
@@ -58,11 +58,11 @@ class Recalibration(nn.Module):
     ) -> None:
         super().__init__()
         self.method, self.output, self.knots = method, output, knots
-        empty = torch.empty(2, device="meta") if line is None else line
-        self.register_buffer("line", empty.to(torch.float32))
+        line = torch.empty(2, device="meta") if line is None else line
+        self.register_buffer("line", line.to(torch.float32))
         if knots:
-            wide = torch.empty(2, knots, device="meta") if bends is None else bends
-            self.register_buffer("bends", wide.to(torch.float32))
+            bends = torch.empty(2, knots, device="meta") if bends is None else bends
+            self.register_buffer("bends", bends.to(torch.float32))
         else:
             self.bends = None
 
@@ -71,12 +71,12 @@ class Recalibration(nn.Module):
         below = logit if self.bends is None else torch.minimum(logit, self.bends[0, 0])
         calibrated = self.line[0] * below + self.line[1]
         if self.bends is not None:
-            # Length of each piece below the logit. The summed terms only grow with the logit, so
-            # that rounding cannot reverse the order of two rows.
+            # How much of each piece is below the logit. The summed terms only grow with the logit,
+            # so that rounding cannot reverse the order of two rows.
             begins, slopes = self.bends
             widths = torch.cat([begins.diff(), begins.new_full((1,), torch.inf)])
-            along = (logit.unsqueeze(-1) - begins).clamp(min=0).minimum(widths)  # (*, knots)
-            calibrated = calibrated + torch.matmul(along, slopes)
+            lengths = (logit.unsqueeze(-1) - begins).clamp(min=0).minimum(widths)  # (*, knots)
+            calibrated = calibrated + torch.matmul(lengths, slopes)
         return torch.sigmoid(calibrated) if self.output == "probability" else calibrated
 
     def record(self) -> ModuleRecord:
@@ -92,7 +92,7 @@ def recalibration_of(module: nn.Module) -> Recalibration | None:
 
 
 def attach(module: nn.Module, recalibration: Recalibration) -> None:
-    """Attach a calibration map to a network's output, or replace the existing one.
+    """Attach a calibration map to a network's output, or replace the present one, in place.
 
     Raises:
         StepRefused: the network has another attribute with the name ``NAME``.
@@ -100,10 +100,11 @@ def attach(module: nn.Module, recalibration: Recalibration) -> None:
     if recalibration_of(module) is None:
         if hasattr(module, NAME):
             raise StepRefused("attribute_taken", architecture=type(module).__name__, name=NAME)
-        module.register_forward_hook(_recalibrated)
+        module.register_forward_hook(_recalibrate)
     module.add_module(NAME, recalibration)
 
 
-def _recalibrated(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _recalibrate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Forward hook: apply the calibration map to the output of the network ``module``."""
     calibrated: Tensor = getattr(module, NAME)(output)
     return calibrated

@@ -30,7 +30,7 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 UNSEEN = 0.5
 """Added to every lookup count: a row that training never looks up may be requested in serving."""
 
-Shaped = Callable[[int, int], Design | Reason]
+DesignFunction = Callable[[int, int], Design | Reason]
 """Returns a table's design from its rows and width, or the reason why it is not composed."""
 
 
@@ -67,7 +67,7 @@ def choose_composed(
     tables: tuple[str, ...],
     min_rows: int,
     kind: str,
-    shaped: Shaped,
+    design: DesignFunction,
     *,
     smaller: bool = True,
 ) -> StepPlan[Designs]:
@@ -78,7 +78,7 @@ def choose_composed(
         tables: patterns of table names.
         min_rows: tables with fewer rows are skipped.
         kind: the step's tag.
-        shaped: returns a table's design, or the reason why it is not composed.
+        design: returns a table's design, or the reason why it is not composed.
         smaller: skip a table if composing saves no bytes. False: compose it anyway, because later
             steps reduce its bytes.
 
@@ -90,16 +90,16 @@ def choose_composed(
     designs: dict[str, Design] = {}
     for unit in selected_units(units, decisions):
         rows, dim = unit.weight.shape
-        result = shaped(rows, dim)
+        result = design(rows, dim)
         if isinstance(result, Design):
-            after = result.bytes(rows, dim)
-            if after < unit.bytes or not smaller:
+            bytes_after = result.bytes(rows, dim)
+            if bytes_after < unit.bytes or not smaller:
                 designs[unit.name] = result
                 composed = Reason("composed", step=kind, what=result.reason)
                 decisions[unit.name] = Decision("taken", (composed,))
                 continue
             result = Reason(
-                "not_smaller_composed", rows=rows, dim=dim, before=unit.bytes, after=after
+                "not_smaller_composed", rows=rows, dim=dim, before=unit.bytes, after=bytes_after
             )
         decisions[unit.name] = Decision("skipped", (result,))
     return StepPlan(decisions, designs)
@@ -137,7 +137,8 @@ def recompose(
             continue
         rows, dim = unit.weight.shape
         fitted = fit(unit.name, unit.weight, designs[unit.name])
-        # Files store no strides, and a product with a transposed matrix rounds differently.
+        # Files store no strides: a transposed tensor would be contiguous after loading, and
+        # products with it would be rounded differently.
         stored = {name: tensor.contiguous() for name, tensor in fitted.stored.items()}
         parts = {name: tensor.contiguous() for name, tensor in fitted.parts.items()}
         composed = designs[unit.name].table(rows, dim, stored, parts)
@@ -147,7 +148,7 @@ def recompose(
 
 
 def dry_run_composed(model: Model, designs: Designs) -> Model:
-    """Replace tables by compositions of placeholders, which have the same shapes and bytes."""
+    """Replace tables by compositions of placeholder tensors, with the same shapes and bytes."""
     for unit in Unit.of(model.module):
         if unit.name not in designs:
             continue
@@ -166,5 +167,5 @@ def dry_run_composed(model: Model, designs: Designs) -> Model:
 
 
 def share_or_number(value: float, whole: int) -> int:
-    """Convert a share of ``whole`` (below 1) or a count to a count in [1, ``whole``]."""
+    """Convert a share of ``whole`` (``value`` below 1) or a count to a count in [1, ``whole``]."""
     return min(whole, max(1, round(value * whole if value < 1 else value)))

@@ -80,7 +80,7 @@ class AppliedStep(NamedTuple):
         outcomes: by unit name, a decision made while the step ran. Its reasons follow those of the
             plan. ``taken`` and ``skipped`` resolve a deferred decision; ``skipped`` also withdraws
             a planned change. If the outcome is ``deferred`` or missing, the runner compares the
-            unit before and after the step.
+            unit before and after the step to decide whether it is ``taken``.
     """
 
     model: Model
@@ -180,7 +180,8 @@ def defer(
         units: the units of the model.
         decisions: by unit; those of units that are not selected are returned unchanged.
         reason: why the units are selected.
-        fewest_bytes: of a unit after the step; if that is more than its bytes now, these count.
+        fewest_bytes: returns the smallest number of bytes of a unit after the step. The lower bound
+            is at most the unit's present bytes.
     """
     result = dict(decisions)
     for unit in selected_units(units, decisions):
@@ -223,7 +224,7 @@ def _custom_behaviour(module: nn.Module) -> Reason | None:
 def is_among(unit: Unit, patterns: Collection[str]) -> bool:
     """Whether a unit matches a pattern and no excluding pattern (``!``).
 
-    Without any pattern that includes units, all units are included.
+    If all patterns are excluding ones, every unit that matches none of them is included.
     """
     included = [pattern for pattern in patterns if not pattern.startswith(EXCEPT)]
     if any(is_named(unit, p.removeprefix(EXCEPT)) for p in patterns if p.startswith(EXCEPT)):

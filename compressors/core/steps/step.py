@@ -55,12 +55,12 @@ class StepSettings(Frozen):
 
     @property
     def trains(self) -> bool:
-        """Whether it trains. A step that trains is not repeated on fewer units after a failure."""
+        """Whether the method trains; if it fails, it is then not repeated on fewer units."""
         return False
 
     @property
     def reads_original(self) -> bool:
-        """Whether it reads the network as it was before the recipe (``Model.original``)."""
+        """Whether the method reads the network before the recipe (``Model.original``)."""
         return False
 
     @property
@@ -70,7 +70,7 @@ class StepSettings(Frozen):
 
     @property
     def wants(self) -> tuple[Part, ...]:
-        """The parts of the bench that it uses if they are present; by default none."""
+        """The parts of the bench that the method uses if they are present; by default none."""
         return ()
 
     def dry_run(self, model: Model, plan: StepPlan[Any]) -> Model:

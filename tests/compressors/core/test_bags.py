@@ -15,7 +15,7 @@ from compressors.quantize.dense import float16
 
 ROWS, DIM = 9, 3
 MODES = ("sum", "mean", "max")
-# torch adds the ids of a bag in another order than a masked product does: 24 numbers near 1.
+# torch adds the rows of a bag in another order than ``Bag`` does, so float32 sums differ.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 bags = st.lists(st.lists(st.integers(0, ROWS - 1), max_size=6), max_size=5)
@@ -24,6 +24,7 @@ bags = st.lists(st.lists(st.integers(0, ROWS - 1), max_size=6), max_size=5)
 def torch_bag(
     mode: str, padding_idx: int | None, include_last_offset: bool = False
 ) -> nn.EmbeddingBag:
+    """Build torch's module with the same random weight in each call."""
     torch.manual_seed(0)
     return nn.EmbeddingBag(
         ROWS, DIM, mode=mode, padding_idx=padding_idx, include_last_offset=include_last_offset
@@ -31,7 +32,7 @@ def torch_bag(
 
 
 def converted_bag(old: nn.EmbeddingBag) -> Bag:
-    """A ``Bag`` that shares the weight of torch's module."""
+    """Build a ``Bag`` that shares the weight of torch's module."""
     table = nn.Embedding(ROWS, DIM)
     table.weight = old.weight
     bag = pack_table(old, table)
@@ -40,7 +41,7 @@ def converted_bag(old: nn.EmbeddingBag) -> Bag:
 
 
 def jagged(lists: list[list[int]], *, include_last_offset: bool) -> tuple[Tensor, Tensor]:
-    """The ids of all lists, concatenated, and the offset at which each list begins."""
+    """Return the ids of all lists, concatenated, and the offset at which each list begins."""
     values = torch.tensor([i for ids in lists for i in ids], dtype=torch.int64)
     bounds = torch.tensor([0, *(len(ids) for ids in lists)]).cumsum(0)
     return values, bounds if include_last_offset else bounds[:-1]
@@ -78,7 +79,7 @@ def test_padded_bags_equal_torchs_embedding_bag(mode, rows, length, padding_idx,
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(ROWS, (rows, length), generator=generator)
     if rows and padding_idx is not None:
-        ids[0] = padding_idx  # nothing but padding
+        ids[0] = padding_idx  # the first bag contains only padding
     with torch.no_grad():
         assert_close(converted_bag(old)(ids), old(ids))
 
@@ -112,7 +113,8 @@ def test_gradients_of_the_table_equal_those_of_torchs_embedding_bag(mode):
     torch.testing.assert_close(old.weight.grad, expected, **CLOSE)
 
 
-def table_of(name: str, weight: Tensor) -> PackedTable:
+def encoded_table(name: str, weight: Tensor) -> PackedTable:
+    """Encode a table, float ``(rows, dim)``, in the format ``name``."""
     if name == "float16":
         stored = {"weight": float16.narrow(weight)}
         return PackedTable(float16.TABLE_FORMAT, ROWS, DIM, {}, stored)
@@ -126,7 +128,7 @@ def table_of(name: str, weight: Tensor) -> PackedTable:
 @pytest.mark.parametrize("mode", MODES)
 def test_bag_of_a_compressed_table_equals_torchs_bag_of_the_decoded_table(name, mode):
     old = torch_bag(mode, 4)
-    table = table_of(name, old.weight.detach())
+    table = encoded_table(name, old.weight.detach())
     with torch.no_grad():
         old.weight.copy_(table(torch.arange(ROWS)))
         for lists in ([[1, 4, 8], [], [4]], [[], []]):

@@ -1,4 +1,4 @@
-"""Batches of prepared data, random example rows, and edge rows with out-of-range ids."""
+"""Batches of prepared data, random inputs, and edge inputs with out-of-range ids."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def split(tmp_path_factory):
 
 
 def bags(item: JaggedBag, batch: Batch) -> list[list[int]]:
-    """The ids of each row of a jagged input."""
+    """Return the ids of each row of a jagged input."""
     values, bounds = (batch.inputs[name] for name in tensor_names(item))
     lengths = (
         bounds
@@ -80,7 +80,7 @@ def test_jagged_writes_bounds_as_offsets_or_lengths():
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
 @pytest.mark.parametrize("rows", [1, 57])
-def test_example_rows_have_the_shapes_dtypes_and_id_ranges_of_the_signature(reference, rows):
+def test_generated_inputs_have_the_shapes_dtypes_and_id_ranges_of_the_signature(reference, rows):
     tables = reference.rows_of_tables()
     inputs = generate_inputs(reference.signature, tables, rows)
     assert set(inputs) == set(input_names(reference.signature))
@@ -93,7 +93,7 @@ def test_example_rows_have_the_shapes_dtypes_and_id_ranges_of_the_signature(refe
             assert tensor.numel() == 0 or 0 <= tensor.min() <= tensor.max() < tables[item.table]
 
 
-def test_example_bags_have_every_length_from_zero_to_the_maximum():
+def test_generated_bags_have_every_length_from_zero_to_the_maximum():
     inputs = generate_inputs(RANKER.signature, ROWS, 200)
     batch = Batch(inputs, torch.zeros(200), None)
     for item in JAGGED.values():
@@ -104,25 +104,25 @@ def test_example_bags_have_every_length_from_zero_to_the_maximum():
     assert genres.max() == 4
 
 
-def test_example_rows_depend_on_the_seed_only():
+def test_generated_inputs_depend_on_the_seed_only():
     first, second = (generate_inputs(RANKER.signature, ROWS, 20, seed=4) for _ in range(2))
     other = generate_inputs(RANKER.signature, ROWS, 20, seed=5)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["user"], other["user"])
 
 
-def test_each_id_input_has_out_of_range_ids_in_two_edge_rows_of_its_own():
+def test_each_input_with_ids_has_out_of_range_ids_in_two_separate_edge_rows():
     edges = generate_edge_inputs(RANKER.signature, ROWS, 30, 4)
     valid = generate_inputs(RANKER.signature, ROWS, 28, 4)
     id_inputs = [item for item in RANKER.signature.inputs if not isinstance(item, DenseInput)]
-    for place, item in enumerate(id_inputs):
+    for index, item in enumerate(id_inputs):
         if isinstance(item, JaggedBag):
             rows = [[*map(str, ids)] for ids in bags(item, Batch(edges, torch.zeros(30), None))]
             before = [[*map(str, ids)] for ids in bags(item, Batch(valid, torch.zeros(28), None))]
         else:
             rows, before = edges[item.name].tolist(), valid[item.name].tolist()
         changed = {row for row in range(28) if rows[row] != before[row]}
-        expected = {2 * place, 2 * place + 1}
+        expected = {2 * index, 2 * index + 1}
         if isinstance(item, JaggedBag):  # an empty list has no id to replace
             expected = {row for row in expected if before[row]}
         assert changed == expected, item.name

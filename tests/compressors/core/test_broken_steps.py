@@ -35,17 +35,17 @@ class StepAttributes:
 
 @dataclass(frozen=True)
 class ChangingStep(StepAttributes):
-    """Runs ``change`` on the model's module, after a plan for all units, some or one."""
+    """Runs ``change`` on the model's module; ``planned`` sets which units its plan selects."""
 
     change: Any
-    planned: Literal["as float16", "nothing but user", "everything"] = "as float16"
+    planned: Literal["as float16", "only user", "all units"] = "as float16"
     kind: str = "changed"
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         taken = Decision("taken", (Reason("selected", step=self.kind),))
-        if self.planned == "nothing but user":
+        if self.planned == "only user":
             return StepPlan({"user": taken}, None)
-        if self.planned == "everything":
+        if self.planned == "all units":
             return StepPlan({unit.name: taken for unit in Unit.of(model.module)}, None)
         return Float16().plan(model, bench)
 
@@ -116,8 +116,8 @@ def exclude_bias_from_state(module: nn.Module) -> None:
     [
         (write_weight_in_place, "as float16", "source_changed", {}),
         (set_bias_to_nan, "as float16", "scores_not_finite", {}),
-        (apply_to_all_units, "nothing but user", "unit_changed", {"unit": "item"}),
-        (apply_to_one_layer, "everything", "unit_kept", {"unit": "cross"}),
+        (apply_to_all_units, "only user", "unit_changed", {"unit": "item"}),
+        (apply_to_one_layer, "all units", "unit_kept", {"unit": "cross"}),
         (remove_table, "as float16", "unit_lost", {"unit": "user"}),
         (replace_format, "as float16", "stored_scores_differ", {}),
     ],
@@ -143,7 +143,7 @@ def test_a_step_whose_result_has_a_non_persistent_bias_raises_tensors_differ(tmp
 
 
 def test_a_table_step_that_encodes_another_dtype_than_its_layout_raises_contract_broken(tmp_path):
-    class Wide(RowwiseInt8):
+    class Int32CodesStep(RowwiseInt8):
         kind: Literal["wide"] = "wide"  # type: ignore[assignment]
 
         def encode(self, block: Tensor, params: Any) -> dict[str, Tensor]:
@@ -153,10 +153,10 @@ def test_a_table_step_that_encodes_another_dtype_than_its_layout_raises_contract
     with raises_code(
         ContractBroken, "encoded_dtype_differs", step="wide", name="codes", got="torch.int32"
     ):
-        run(Wide(), RANKER.model(), bench, tmp_path / "out")
+        run(Int32CodesStep(), RANKER.model(), bench, tmp_path / "out")
 
 
-class ReadsWeights(nn.Module):
+class WeightReadingNet(nn.Module):
     """Uses a layer's weight without calling the layer, as torch's attention does."""
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ class ReadsWeights(nn.Module):
         return nn.functional.linear(x, self.out.weight, self.out.bias)
 
 
-class Offset(nn.Module):
+class OffsetIdsNet(nn.Module):
     """Adds 10 to its ids, so that some ids that the signature allows lie outside the table."""
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class Offset(nn.Module):
 
 
 def test_a_layer_whose_weight_the_network_reads_directly_raises_step_refused(tmp_path):
-    reference = Reference(ReadsWeights, NORMED.signature)
+    reference = Reference(WeightReadingNet, NORMED.signature)
     bench = reference.bench(tmp_path / "data")
     with raises_code(StepRefused, "network_fails", step="float16"):
         run(Float16(), reference.model(), bench, tmp_path / "out")
@@ -190,8 +190,8 @@ def test_a_layer_whose_weight_the_network_reads_directly_raises_step_refused(tmp
 
 
 def test_a_network_that_fails_on_ids_of_its_signature_raises_model_refused(tmp_path):
-    reference = Reference(Offset, NORMED.signature)
-    with raises_code(ModelRefused, "network_fails", architecture="models:Offset") as caught:
+    reference = Reference(OffsetIdsNet, NORMED.signature)
+    with raises_code(ModelRefused, "network_fails", architecture="models:OffsetIdsNet") as caught:
         run(RowwiseInt8(), reference.model(), Bench(signature=NORMED.signature), tmp_path / "out")
     assert "IndexError" in caught.value.fields["problem"]
 
@@ -242,7 +242,7 @@ def test_a_step_whose_final_decision_differs_from_its_result_raises_contract_bro
 
 @dataclass(frozen=True)
 class DeferringStep(StepAttributes):
-    """Defers the decision for ``out``, with these bounds of bytes, then stores it in float16."""
+    """Defers the decision for ``out``, with these bounds of bytes; may then store it in float16."""
 
     bytes: tuple[int, int]
     applies_float16: bool = True

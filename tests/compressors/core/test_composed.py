@@ -41,11 +41,11 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 KINDS = [method().kind for method in PARTS]
 each_composing_method = pytest.mark.parametrize("method", PARTS, ids=lambda m: m.__name__)
 _SCRATCH = tempfile.TemporaryDirectory(prefix="composed-")
-PACKING_STEPS = (RowwiseInt4, Float16)  # one with a scale per row, and one without scales
+PACKING_STEPS = (RowwiseInt4, Float16)  # a format with a scale per row, and one without scales
 
 
 def composed_units(model: models.Model) -> tuple[Unit, ...]:
-    """The tables that consist of parts."""
+    """Return the tables that consist of parts."""
     owners = {unit.part_of for unit in Unit.of(model.module)}
     return tuple(unit for unit in Unit.of(model.module) if unit.name in owners)
 
@@ -146,13 +146,14 @@ def test_a_module_used_under_two_names_is_composed_once(method):
     require_reason(result.plan.of("item").reasons, "shares_weight", unit="similar")
 
 
-# Each method composes another table, so that one graph has several methods.
+# Two groups of methods. In each group every method composes another table of one model, so that one
+# graph has several compositions.
 METHODS_OF_ONE_MODEL = (PARTS[::2], PARTS[1::2])
 TABLES = ("user", "item", "history", "tags")  # ids and both kinds of jagged bags
 
 
 class FourTables(nn.Module):
-    """Four of the ranker's tables and one dense layer, which takes less time to export."""
+    """Four of the ranker's tables and one dense layer: it takes less time to export."""
 
     def __init__(self, dim: int = 6) -> None:
         super().__init__()
@@ -186,6 +187,7 @@ FOUR_TABLES = Reference(
 
 @functools.cache
 def model_with_methods(index: int) -> Model:
+    """Apply the methods of one group to ``FOUR_TABLES``, one per table, then int8 to all parts."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     model, bench = FOUR_TABLES.model(), FOUR_TABLES.bench(folder / "data")
     for number, (method, table) in enumerate(zip(METHODS_OF_ONE_MODEL[index], TABLES, strict=True)):
@@ -200,9 +202,9 @@ def model_with_methods(index: int) -> Model:
 @pytest.mark.parametrize(
     ("index", "target"),
     [
-        pytest.param(index, target, marks=() if index == turn else pytest.mark.nightly)
+        pytest.param(index, target, marks=() if index == target_index else pytest.mark.nightly)
         for index in range(len(METHODS_OF_ONE_MODEL))
-        for turn, target in enumerate(("onnxruntime", "tensorrt-rtx"))
+        for target_index, target in enumerate(("onnxruntime", "tensorrt-rtx"))
     ],
 )
 def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index, target, tmp_path):

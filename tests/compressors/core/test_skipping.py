@@ -43,7 +43,7 @@ STEPS = (
 
 
 class BaseNet(nn.Module):
-    """Two tables, three dense layers and a batch norm; subclasses use one unit in another way."""
+    """Two tables, three dense layers and a norm; subclasses use one unit in an unusual way."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -52,61 +52,75 @@ class BaseNet(nn.Module):
         self.second = nn.Linear(width, width)
         self.last = nn.Linear(width, 1)
 
-    def looked_up(self, item: Tensor) -> Tensor:
+    def look_up_item(self, item: Tensor) -> Tensor:
         rows: Tensor = self.item(item)
         return rows
 
-    def dense(self, x: Tensor) -> Tensor:
+    def hidden_layers(self, x: Tensor) -> Tensor:
         return torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
 
     def forward(self, user: Tensor, item: Tensor, price: Tensor) -> Tensor:
-        x = torch.cat([self.user(user), self.looked_up(item), price], dim=1)
-        score: Tensor = self.last(self.dense(x)).squeeze(1)
+        x = torch.cat([self.user(user), self.look_up_item(item), price], dim=1)
+        score: Tensor = self.last(self.hidden_layers(x)).squeeze(1)
         return score
 
 
 class SlicedTable(BaseNet):
-    def looked_up(self, item: Tensor) -> Tensor:
+    """Reads a slice of the weight of ``item`` in addition to calling the table."""
+
+    def look_up_item(self, item: Tensor) -> Tensor:
         return self.item(item) + self.item.weight[:10].mean(dim=0)
 
 
 class TableAsArgument(BaseNet):
-    def looked_up(self, item: Tensor) -> Tensor:
+    """Passes the weight of ``item`` to a function instead of calling the table."""
+
+    def look_up_item(self, item: Tensor) -> Tensor:
         return F.embedding(item, self.item.weight)
 
 
 class TableAsMatrix(BaseNet):
-    def looked_up(self, item: Tensor) -> Tensor:
+    """Calls ``item`` and also multiplies by its weight, as an attention over all rows does."""
+
+    def look_up_item(self, item: Tensor) -> Tensor:
         rows = self.item(item)
         near = torch.softmax((self.item.weight @ rows.T).T, dim=1)
         return rows + near @ self.item.weight
 
 
 class LayerAsArgument(BaseNet):
-    def dense(self, x: Tensor) -> Tensor:
+    """Passes the weight of ``second`` to a function instead of calling the layer."""
+
+    def hidden_layers(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.first(x)))
         return torch.relu(F.linear(x, self.second.weight, self.second.bias))
 
 
-class LooksAtAttribute(BaseNet):
+class ChecksForAttribute(BaseNet):
     """Doubles the output if ``second`` has no attribute ``weight``, without an error."""
 
-    def dense(self, x: Tensor) -> Tensor:
-        y = super().dense(x)
+    def hidden_layers(self, x: Tensor) -> Tensor:
+        y = super().hidden_layers(x)
         return y if hasattr(self.second, "weight") else 2 * y
 
 
 class CastsToWeight(BaseNet):
-    def dense(self, x: Tensor) -> Tensor:
-        return super().dense(x.to(self.second.weight.dtype))
+    """Reads the dtype of the weight of ``second``."""
+
+    def hidden_layers(self, x: Tensor) -> Tensor:
+        return super().hidden_layers(x.to(self.second.weight.dtype))
 
 
 class CalledTwice(BaseNet):
-    def dense(self, x: Tensor) -> Tensor:
-        return torch.relu(self.second(super().dense(x)))
+    """Calls the layer ``second`` twice."""
+
+    def hidden_layers(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(super().hidden_layers(x)))
 
 
 class NeverCalled(BaseNet):
+    """Has a layer and a table that its forward method does not call."""
+
     def __init__(self) -> None:
         super().__init__()
         self.training_head = nn.Linear(18, 3)
@@ -114,31 +128,39 @@ class NeverCalled(BaseNet):
 
 
 class TiedLayers(BaseNet):
+    """Has two layers with one weight."""
+
     def __init__(self) -> None:
         super().__init__()
         self.third = nn.Linear(16, 16)
         self.third.weight = self.second.weight
 
-    def dense(self, x: Tensor) -> Tensor:
-        return torch.relu(self.third(super().dense(x)))
+    def hidden_layers(self, x: Tensor) -> Tensor:
+        return torch.relu(self.third(super().hidden_layers(x)))
 
 
 class SameLayerTwice(BaseNet):
+    """Has the layer ``second`` under two names, and calls it under both."""
+
     def __init__(self) -> None:
         super().__init__()
         self.alias = self.second
 
-    def dense(self, x: Tensor) -> Tensor:
-        return torch.relu(self.alias(super().dense(x)))
+    def hidden_layers(self, x: Tensor) -> Tensor:
+        return torch.relu(self.alias(super().hidden_layers(x)))
 
 
 class WeightNormed(BaseNet):
+    """Computes the weight of ``second`` by weight normalization."""
+
     def __init__(self) -> None:
         super().__init__()
         self.second = parametrizations.weight_norm(nn.Linear(16, 16))
 
 
 class SpectralNormed(BaseNet):
+    """Computes the weight of ``first`` by spectral normalization."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first = parametrizations.spectral_norm(nn.Linear(18, 16))
@@ -151,23 +173,29 @@ class MultiheadAttended(BaseNet):
         super().__init__()
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
 
-    def dense(self, x: Tensor) -> Tensor:
+    def hidden_layers(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.first(x))).unsqueeze(1)
         return torch.relu(self.second(self.attention(x, x, x)[0].squeeze(1)))
 
 
-class OwnLinear(nn.Linear):
+class DoublingLinear(nn.Linear):
+    """Has a custom forward method."""
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         return 2 * super().forward(input)
 
 
 class Subclassed(BaseNet):
+    """Has a subclass of ``nn.Linear`` with a custom forward method."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.second = OwnLinear(16, 16)
+        self.second = DoublingLinear(16, 16)
 
 
 class Hooked(BaseNet):
+    """Has a table and a layer with hooks that change their output or input."""
+
     def __init__(self) -> None:
         super().__init__()
         self.second.register_forward_pre_hook(lambda module, args: (2 * args[0],))
@@ -175,8 +203,10 @@ class Hooked(BaseNet):
 
 
 class NormStatisticRead(BaseNet):
-    def dense(self, x: Tensor) -> Tensor:
-        return super().dense(x) + self.norm.running_var.mean()
+    """Reads the running variance of its norm."""
+
+    def hidden_layers(self, x: Tensor) -> Tensor:
+        return super().hidden_layers(x) + self.norm.running_var.mean()
 
 
 class ValueDependent(BaseNet):
@@ -186,10 +216,10 @@ class ValueDependent(BaseNet):
         super().__init__()
         self.register_buffer("first_row", self.item.weight[0].detach().clone())
 
-    def looked_up(self, item: Tensor) -> Tensor:
+    def look_up_item(self, item: Tensor) -> Tensor:
         if not torch.equal(self.item(torch.zeros(1, dtype=torch.int64))[0], self.first_row):
             raise ValueError("row 0 of the table was changed")
-        return super().looked_up(item)
+        return super().look_up_item(item)
 
 
 SCHEMA = Signature(
@@ -205,7 +235,7 @@ NETWORKS: tuple[type[BaseNet], ...] = (
     TableAsArgument,
     TableAsMatrix,
     LayerAsArgument,
-    LooksAtAttribute,
+    ChecksForAttribute,
     CastsToWeight,
     CalledTwice,
     NeverCalled,
@@ -218,13 +248,14 @@ NETWORKS: tuple[type[BaseNet], ...] = (
     Hooked,
     NormStatisticRead,
 )
-# The unit that every format has to skip, because the network reads its weight or attributes.
+# By network, the unit that every format has to skip, because the network reads its weight or
+# attributes.
 SKIPPED_UNIT: dict[type[BaseNet], str] = {
     SlicedTable: "item",
     TableAsArgument: "item",
     TableAsMatrix: "item",
     LayerAsArgument: "second",
-    LooksAtAttribute: "second",
+    ChecksForAttribute: "second",
     CastsToWeight: "second",
     MultiheadAttended: "attention.out_proj",
 }
@@ -235,7 +266,7 @@ def reference_and_model(network: type[BaseNet]) -> tuple[Reference, Model]:
 
 
 def run_step(step: AnyStep, source: Model, bench: Bench, folder: Path) -> Model:
-    """The result of a step, or ``source`` if the step has nothing to compress."""
+    """Run a step and return its result, or ``source`` if the step has nothing to compress."""
     try:
         return run_or_skip(step, source, bench, folder)
     except NothingToCompress:
@@ -247,7 +278,7 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="skipping-")
 
 @functools.cache
 def packed_and_folded(network: type[BaseNet]) -> tuple[Model, Bench]:
-    """A network with its tables in int8 and its norms folded, which several tests continue with."""
+    """Return a network with its tables in int8 and its norms folded, and its bench; cached."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     reference, model = reference_and_model(network)
     bench = reference.bench(folder / "data")
@@ -259,7 +290,7 @@ def packed_and_folded(network: type[BaseNet]) -> tuple[Model, Bench]:
 @pytest.mark.parametrize(
     ("network", "step"),
     [
-        # In the default tier each network has one step, in turn.
+        # In the default tier one step runs on each network: the steps take turns.
         pytest.param(
             network,
             step,
@@ -346,7 +377,7 @@ def test_a_step_that_names_an_unusual_unit_raises_step_refused(
 
 
 @pytest.mark.parametrize("tables", [("*",), ("*", "!us*r"), ("it*",)], ids=str)
-def test_a_pattern_that_matches_an_unusual_unit_skips_it(
+def test_a_unit_that_a_pattern_matches_is_skipped_without_an_error(
     tables: tuple[str, ...], tmp_path: Path
 ) -> None:
     reference, source = reference_and_model(SlicedTable)
@@ -383,9 +414,9 @@ def test_a_unit_that_makes_the_compressed_network_fail_is_skipped(
     require_reason([skipped], "unit_skipped", step=step.kind, unit="item")
     fault = require_reason([skipped], "step_failed").fields["fault"]
     assert fault.startswith(f"After '{step.kind}' the network no")
-    unit = step.model_copy(update={"tables": ("item", "user")})
+    naming_step = step.model_copy(update={"tables": ("item", "user")})
     with raises_code(StepRefused, "unit_not_changeable", unit="item"):
-        run_or_skip(unit, source, bench, tmp_path / "unit")
+        run_or_skip(naming_step, source, bench, tmp_path / "named")
 
 
 def test_a_fold_that_changes_scores_at_one_layer_skips_that_layer(
@@ -396,16 +427,16 @@ def test_a_fold_that_changes_scores_at_one_layer_skips_that_layer(
     class TwoNorms(BaseNet):
         def __init__(self) -> None:
             super().__init__()
-            self.again = nn.BatchNorm1d(16)
+            self.second_norm = nn.BatchNorm1d(16)
 
-        def dense(self, x: Tensor) -> Tensor:
+        def hidden_layers(self, x: Tensor) -> Tensor:
             x = torch.relu(self.norm(self.first(x)))
-            return torch.relu(self.again(self.second(x)))
+            return torch.relu(self.second_norm(self.second(x)))
 
-    real: Callable[..., tuple[Tensor, Tensor]] = fold.scaled_outputs
+    original: Callable[..., tuple[Tensor, Tensor]] = fold.scaled_outputs
 
     def doubled_for_second_layer(weight: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        scaled, bias = real(weight, *others)
+        scaled, bias = original(weight, *others)
         return (2 * scaled, bias) if weight.shape[1] == 16 else (scaled, bias)
 
     monkeypatch.setattr(fold, "scaled_outputs", doubled_for_second_layer)
