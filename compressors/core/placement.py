@@ -1,7 +1,7 @@
 """Move a network and its batches to another device temporarily.
 
-``nn.Module.to`` writes into parameters that a private tree shares with the caller's model, so
-tensors are replaced one by one here, and restored afterwards.
+``nn.Module.to`` writes into parameters. A private copy of a network shares them with the caller's
+model, so this file replaces the copy's tensors one by one, and restores them afterwards.
 """
 
 from collections.abc import Iterator
@@ -36,9 +36,10 @@ class _MovedTensor:
 def moved_to(module: nn.Module, device: str) -> Iterator[None]:
     """Move a private copy of a module to a device inside the context, and back afterwards.
 
-    A tensor that the code inside the context did not replace becomes the original object again,
-    without changes made to its copy. A tensor that was replaced is copied back. Shared tensors
-    remain shared. Tensors that are plain attributes of a module are not moved.
+    If the code inside the context assigns a new tensor to a name, that tensor is copied back.
+    Otherwise the name has the original tensor again; values written into the copy on the device are
+    discarded. Shared tensors remain shared. Tensors in attributes that are neither parameters nor
+    buffers are not moved.
 
     Raises:
         StepRefused: the device is not available on this machine.

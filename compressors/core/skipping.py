@@ -5,10 +5,11 @@ it, or reads its attributes and gives other scores. Such a unit is excluded from
 plan line gives the reason. If the recipe names the unit exactly (without a wildcard), the reason is
 raised as an error instead.
 
-Such units are detected in two ways. Before the step, the units to be replaced are replaced by
-modules that expose no weight, and the network runs (``find_unreplaceable_units``). If the step
-fails and the unit is not known, a bisection runs the step on halves of its units (``_bisect``).
-Steps that train are not bisected, because each attempt would train again.
+Such units are detected in two ways. Before the step runs, each unit that it would replace is
+replaced by a module that exposes no weight, and the network runs on generated inputs
+(``find_unreplaceable_units``). If the step still fails, a bisection finds the units that cause it:
+the step runs on each half of its units, down to single units (``_bisect``). Steps that train are
+not bisected, because each attempt would train again.
 """
 
 import tempfile

@@ -1,12 +1,13 @@
 """Build a network from its class and configuration, and assign stored tensors.
 
-``construct`` builds a network without values of its weights (``meta_device.py``), so loading takes
-no more memory than the stored file. If the constructor reads weight values, the network is built
-again with its initial weights, and a note to the user says so. ``assign`` gives stored values to a
-network so that every reference to a parameter, also in a list or dictionary, has them.
+``construct`` builds a network with parameters on torch's meta device, where tensors have a shape
+and no values (``meta_device.py``), so loading takes no more memory than the stored file. If the
+constructor reads weight values, the network is built again with its initial weights, and a note to
+the user says so. ``assign`` gives stored values to a network so that every reference to a
+parameter, also in a list or dictionary, has them.
 
 "Plain tensors" are tensors in attributes that are neither parameters nor buffers, or in lists and
-objects there (``plain_values.py``).
+objects there (``plain_values.py``). A state dict does not contain them.
 """
 
 import copy
@@ -70,7 +71,7 @@ def construct(
     Raises:
         ConstructionFailed: the arguments do not fit, the constructor raises, or an attribute has
             a name that could run as code.
-        ModelRefused: a tensor that no file stores depends on random initial weights.
+        ModelRefused: a plain tensor, which no file stores, depends on random initial weights.
     """
     construction = _construct_unchecked(architecture, config, limits)
     _require_safe_names(architecture, construction.module)
@@ -94,7 +95,9 @@ def _construct_unchecked(
         return _construct_with_note(architecture, config, reason, limits)
     _link_views(module, placement)
     recomputed = {name for name, *_ in _computed_weights(module)}
-    if names_without_values := [name for name in _without_values(module) if name not in recomputed]:
+    if names_without_values := [
+        name for name in _plain_tensors_without_values(module) if name not in recomputed
+    ]:
         reason = f"its constructor computes {_list_names(names_without_values)} from weight values"
         construction = _construct_with_note(architecture, config, reason, limits)
         _require_equal(
@@ -198,7 +201,7 @@ def outside_cpu(module: nn.Module) -> list[str]:
 
 
 def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:
-    """Return names of plain tensors and unsaved buffers that differ between two networks."""
+    """Return names of plain tensors and non-persistent buffers that differ in two networks."""
     other = dict(plain_tensors(second))
     return [
         name
@@ -257,7 +260,7 @@ def _require_arguments(architecture: type[nn.Module], config: Mapping[str, Any])
 
 
 def _construction_error(architecture: type[nn.Module], error: Exception) -> ConstructionFailed:
-    """Build the error for a constructor that raised."""
+    """Build the error for a constructor that raised ``error``."""
     error_class, source_line = type(error).__name__, _source_line(error)
     problem, name = (str(error).strip() or "no message").rstrip("."), architecture.__name__
     if any(word in problem for word in ("CUDA", "cuda", "NVIDIA", "accelerator")):
@@ -327,10 +330,10 @@ def _link_views(module: nn.Module, placement: Placement) -> None:
             exchange(tensor, parameter.detach().as_strided(shape, stride, begin))
 
 
-def _without_values(module: nn.Module) -> list[str]:
-    """Return names of plain tensors on meta that are no views of a parameter or buffer.
+def _plain_tensors_without_values(module: nn.Module) -> list[str]:
+    """Return names of plain tensors on meta that no loaded tensor will give values.
 
-    Loading gives them no values.
+    They are views neither of a parameter nor of a buffer.
     """
     stored = module.state_dict(keep_vars=True).values()
     filled = {tensor.untyped_storage()._cdata for tensor in stored if _has_storage(tensor)}
@@ -432,7 +435,7 @@ def _has_storage(tensor: Tensor) -> bool:
 
 
 def _is_in(tensor: Tensor, storages: Container[int]) -> bool:
-    """Return whether a tensor's memory is one of these storages, given by address."""
+    """Return whether a tensor's memory is one of these storages, given by their addresses."""
     return _has_storage(tensor) and tensor.untyped_storage()._cdata in storages
 
 

@@ -198,7 +198,7 @@ def _defaults_restored() -> Iterator[None]:
 
 
 def exchange(first: Tensor, second: Tensor) -> bool:
-    """Exchange the values of two tensors, for all references to them.
+    """Exchange the values of two tensor objects in place; references to the objects remain valid.
 
     The tensors keep their classes and Python attributes. Returns False, and changes nothing, if
     torch cannot exchange them: a tensor has weak references or is part of an autograd graph.

@@ -2,7 +2,8 @@
 
 A record (``ModuleRecord``) describes a compressed module. Loading builds the architecture with
 parameters on the meta device and buffers with values, inserts compressed modules according to the
-records, assigns memory-mapped tensors, restores ties, and raises if any tensor is still on meta.
+records, assigns memory-mapped tensors, restores ties (one tensor under several names), and raises
+if any tensor is still on meta.
 """
 
 import logging
@@ -45,7 +46,8 @@ torch.backends.mha.set_fastpath_enabled(False)
 MIN_TENSOR_BYTES = 256 * 2**20
 """A constructor may always create tensors of this many bytes, for masks and position ids."""
 MIN_TENSORS, TENSORS_PER_STORED = 10_000, 50
-"""A constructor may create this many tensors, and so many more for each stored one."""
+"""A constructor may create ``MIN_TENSORS`` tensors, and ``TENSORS_PER_STORED`` more for each stored
+tensor."""
 
 
 def build(architecture: type[nn.Module], network: Network) -> nn.Module:

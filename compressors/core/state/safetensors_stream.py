@@ -2,8 +2,8 @@
 
 A format's ``layout`` gives the size of every tensor before any value exists. So the header is built
 first, and each piece has a known position in the file. The file is byte-identical to that of the
-safetensors library's ``save_file``, which sorts tensors by descending dtype, then by name, and pads
-the header to a multiple of eight bytes.
+safetensors library's ``save_file``, which sorts tensors by dtype (in the reverse order of
+``DTYPES``), then by name, and pads the header to a multiple of eight bytes.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -24,7 +24,7 @@ from compressors.errors.compression import ContractBroken
 PIECE_BYTES = 2**23
 """Size of the pieces in which ``write`` writes a tensor."""
 
-# The library's names of dtypes, in the order in which it sorts them.
+# The library's names of dtypes, in its ascending order; tensors are stored in descending order.
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,

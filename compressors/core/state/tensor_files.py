@@ -35,7 +35,7 @@ SINGLE = "model.safetensors"
 
 
 class TensorFile(NamedTuple):
-    """A file with one tensor, and the identity of the tensor that a module maps from it.
+    """A file that contains only one tensor, and the identity of the tensor loaded from it.
 
     Attributes:
         path: path of the file.

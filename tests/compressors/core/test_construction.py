@@ -114,14 +114,14 @@ def test_device_attributes_of_a_network_are_set_to_the_cpu():
     class DeviceAttributesNet(Base):
         def finish(self, device):
             self.device = device
-            self.own_device = torch.device(device)
+            self.device_object = torch.device(device)
             self.from_weights = self.emb.weight.device
             self.settings = {"device": device, "name": "cuda"}
             self.to(device)
 
     module = construct(DeviceAttributesNet, {"device": "cuda:1"}).module
     assert module.device == "cpu"
-    assert module.own_device == torch.device("cpu")
+    assert module.device_object == torch.device("cpu")
     assert module.from_weights == torch.device("cpu")
     assert module.settings == {"device": "cpu", "name": "cuda"}  # "name" is not a device
 
@@ -141,11 +141,11 @@ def test_plain_tensor_that_shares_memory_with_a_parameter_has_the_loaded_values(
             rows = torch.zeros(7, DIM)
             self.emb.weight = nn.Parameter(rows)
             self.rows = rows
-            self.held = [self.out.weight]
+            self.listed = [self.out.weight]
 
     _, loaded = trained_and_loaded(SharesMemory, tmp_path)
     assert torch.equal(loaded.rows, loaded.emb.weight)
-    assert loaded.held[0] is loaded.out.weight
+    assert loaded.listed[0] is loaded.out.weight
 
 
 def test_model_with_a_replaced_parameter_in_a_list_is_loaded(tmp_path):
@@ -256,12 +256,12 @@ def test_assign_does_not_modify_the_network_with_the_tensors():
 class SizedNet(nn.Module):
     """A network whose configuration sets the size of every tensor."""
 
-    def __init__(self, *, rows=10, hidden=4, layers=1, mask=4, drawn=4):
+    def __init__(self, *, rows=10, hidden=4, layers=1, mask=4, plain=4):
         super().__init__()
         self.table = nn.Embedding(rows, 4)
         self.layers = nn.ModuleList(nn.Linear(4, hidden) for _ in range(layers))
         self.register_buffer("mask", torch.ones(mask, mask), persistent=False)
-        self.drawn = torch.zeros(drawn)
+        self.plain = torch.zeros(plain)
 
     def forward(self, x):
         return self.table(x)
@@ -275,7 +275,7 @@ def stored_network(tmp_path, **config):
 
 @pytest.mark.parametrize(
     "config",
-    [{"rows": 10**9}, {"hidden": 10**12}, {"mask": 10**6}, {"drawn": 10**10}],
+    [{"rows": 10**9}, {"hidden": 10**12}, {"mask": 10**6}, {"plain": 10**10}],
     ids=["table", "layer", "buffer", "plain tensor"],
 )
 def test_constructor_of_a_far_larger_tensor_than_stored_is_refused_without_memory(tmp_path, config):

@@ -27,22 +27,25 @@ RECIPES: tuple[tuple[Step, ...], ...] = (
 
 
 def with_missing_files(bench: Bench) -> Bench:
-    """A bench of as many rows, whose files do not exist: a dry run must not read them."""
+    """Return a bench of as many rows whose files do not exist: a dry run must not read them."""
     parts = ("train", "validation", "calibration", "soft_labels")
-    nowhere = {
+    missing_splits = {
         part: Split(path="/nowhere", sha256="0" * 64, rows=getattr(bench, part).rows)
         for part in parts
     }
-    return bench.model_copy(update=nowhere)
+    return bench.model_copy(update=missing_splits)
 
 
 def without_measured_reasons(result: Plan, predicted: Plan) -> Plan:
-    """``result`` with the reasons that ``predicted`` has, if it only adds reasons to them."""
+    """Return ``result`` without the reasons that follow the predicted ones in its lines.
+
+    A line that does not begin with the predicted reasons is not changed.
+    """
 
     def with_predicted_reasons(line: PlanLine) -> PlanLine:
-        before = predicted.of(line.module)
-        if before is not None and line.reasons[: len(before.reasons)] == before.reasons:
-            return line.model_copy(update={"reasons": before.reasons})
+        expected = predicted.of(line.module)
+        if expected is not None and line.reasons[: len(expected.reasons)] == expected.reasons:
+            return line.model_copy(update={"reasons": expected.reasons})
         return line
 
     return Plan(lines=tuple(map(with_predicted_reasons, result.lines)))
@@ -74,7 +77,7 @@ def test_dry_runs_of_a_recipe_have_the_plans_of_its_results(recipe, tmp_path):
 
 
 def without_training_reasons(plan):
-    """The plan without the reasons that training adds, which a dry run cannot know."""
+    """Return the plan without the reasons that training adds, which a dry run cannot predict."""
     training_codes = {"trained_to_epoch", "still_rising"}
     lines = (
         line.model_copy(
@@ -90,13 +93,13 @@ def without_training_reasons(plan):
 
 
 def test_the_dry_run_of_a_table_of_ten_billion_rows_allocates_no_weights():
-    """Its tensors are placeholders that share one element of storage."""
-    reference = NORMED.model()
+    """Its tensors are placeholders: each has the memory of one element."""
+    source = NORMED.model()
     with torch.device("meta"):
         table = torch.nn.Embedding(10**10, 64)
-    reference.module.user = table
+    source.module.user = table
     bench = Bench(signature=NORMED.signature)
-    predicted = dry_run(RowwiseInt4(), reference, bench)
+    predicted = dry_run(RowwiseInt4(), source, bench)
     assert predicted.plan.of("user").bytes_after == 10**10 * (32 + 2)
     sizes = [t.untyped_storage().nbytes() for t in predicted.module.user.buffers()]
     assert max(sizes) <= 4

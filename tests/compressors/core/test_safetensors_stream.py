@@ -1,4 +1,4 @@
-"""The streaming writer has the results of the safetensors library for all types and shapes."""
+"""The streaming writer writes the same bytes as the safetensors library, piece by piece."""
 
 import json
 import math

@@ -24,7 +24,7 @@ from compressors.core.state.module_state import (
 )
 from compressors.errors.compression import ModelRefused
 
-EVERYTHING = ("rowwise_int8", "static_int8")
+ALL_UNITS_INT8 = ("rowwise_int8", "static_int8")  # the steps that compress all tables and layers
 
 
 def network_of(reference, **changes) -> Network:
@@ -104,7 +104,7 @@ def test_plain_tensor_computed_from_a_parameter_is_refused(tmp_path):
 
 
 def test_model_in_shards_has_an_index_and_is_loaded_unchanged(tmp_path):
-    model = compressed_reference("Ranker", EVERYTHING)
+    model = compressed_reference("Ranker", ALL_UNITS_INT8)
     ties = save(model.module, tmp_path, shard_bytes=1000)
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 3
@@ -128,7 +128,7 @@ def test_tensor_in_two_files_is_refused(tmp_path):
 
 
 def test_records_are_unchanged_by_a_json_round_trip():
-    network = compressed_reference("Ranker", EVERYTHING).network
+    network = compressed_reference("Ranker", ALL_UNITS_INT8).network
     assert Network.model_validate_json(network.model_dump_json()) == network
     assert network.modules["history"].kind == "bag"
     assert network.modules["tags"].settings["include_last_offset"] is True
@@ -183,7 +183,7 @@ def test_build_refuses_an_unknown_argument_of_the_class():
 
 
 def test_build_refuses_a_record_of_an_unknown_module():
-    record = compressed_reference("Normed", EVERYTHING).network.modules["user"]
+    record = compressed_reference("Normed", ALL_UNITS_INT8).network.modules["user"]
     with raises_code(
         ModelRefused, "compressed_module_missing", name="users", architecture="models:Normed"
     ):

@@ -1,4 +1,4 @@
-"""What holds for every step in ``compressors.core.registries``, checked on reference networks.
+"""The contract of every step in ``compressors.core.registries``, checked on reference networks.
 
 Each method runs once per reference network (``cached_run``) and many tests check the result. The
 end of the file has tests of single methods that need the runner.
@@ -74,7 +74,7 @@ RECIPES = TypeAdapter(AnyStep)
 
 
 def unit_settings(method: type[Step]) -> set[str]:
-    """The settings of a method that select units: ``tables``, ``layers`` or both."""
+    """Return the settings of a method that select units: ``tables``, ``layers`` or both."""
     return {"tables", "layers"} & set(method.model_fields)
 
 
@@ -91,12 +91,12 @@ CLOSE_FORMATS = tuple(
 WITH_WIDTHS = (RANKER, NORMED)
 
 
-# The format written by steps whose kind is not the name of their format.
+# By kind of step, the format that it writes, if the kind is not the name of the format.
 STORED_FORMAT = {"qat": "static_int8", "bfloat16_dense": "bfloat16"}
 
 
 def format_of(step: Step) -> str:
-    """The format that a step writes; additive codes are stored as residual codes."""
+    """Return the format that a step writes; additive codes are stored as residual codes."""
     return (
         step.storage.name if hasattr(step, "storage") else STORED_FORMAT.get(step.kind, step.kind)
     )
@@ -172,7 +172,7 @@ def bench(reference, tmp_path) -> Bench:
 
 
 def tensor_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Address and version counter of each tensor, which torch increases at each write."""
+    """Return address and version counter of each tensor; torch increases the counter at a write."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     return {name: (tensor.data_ptr(), tensor._version) for name, tensor in tensors}
 
@@ -190,7 +190,8 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="steps-")
 class CachedRun:
     """The result of a method on a reference with default settings.
 
-    ``before`` is ``state_of`` the source model before the step, ``tensors`` a copy of its tensors.
+    ``before`` is the ``state_of`` the source model before the step, and ``tensors`` a copy of the
+    source's tensors at that time.
     """
 
     source: Model
@@ -203,7 +204,7 @@ class CachedRun:
 
 @functools.cache
 def cached_run(method: type[Step], name: str) -> CachedRun:
-    """The result of a method, cached: many tests check it, and training it for each takes long."""
+    """Run a method on a reference once and return the result, which many tests check."""
     reference = BY_NAME[name]
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     source = reference.model()
@@ -215,7 +216,7 @@ def cached_run(method: type[Step], name: str) -> CachedRun:
 
 
 def state_of(model: Model) -> tuple[object, ...]:
-    """What a step must not change in its source: tensor versions, modules, training modes."""
+    """Return what a step must not change: tensor versions, modules and their training modes."""
     modules = model.module.named_modules()
     return tensor_versions(model.module), [
         (name, id(module), module.training) for name, module in modules
@@ -231,11 +232,11 @@ def test_every_method_and_every_reference_is_in_the_default_tier():
     default = [case.values for case in each_method_on_references.args[1] if not case.marks]
     assert {method for method, _ in default} == set(ALONE) == set(METHODS) - set(NOT_ALONE)
     assert {reference.network for _, reference in default} == {r.network for r in BY_NAME.values()}
-    orders = [case.values[:2] for case in COMPOSED if not case.marks]
-    assert {method for pair in orders for method in pair} == set(FORMATS)
+    pairs = [case.values[:2] for case in PAIRS_OF_FORMATS if not case.marks]
+    assert {method for pair in pairs for method in pair} == set(FORMATS)
 
 
-# --- what holds for every step ---------------------------------------------------------------
+# --- the contract of every step --------------------------------------------------------------
 
 
 @each_method_on_references
@@ -336,8 +337,9 @@ WITH_TRAINING = [method for method in CHANGING_VALUES if "training" in method.mo
 @pytest.mark.parametrize(
     ("method", "format_class", "reference"),
     [
-        # In the default tier each format has one method without training, in turn. Each method with
-        # training has one format that leaves layers to train (tables), and one that does not.
+        # In the default tier each format runs with one method without training; the methods take
+        # turns. Each method with training runs with two formats: RowwiseInt8 compresses only tables
+        # and leaves layers to train, BFloat16Dense leaves none.
         case(
             method,
             format_class,
@@ -365,7 +367,7 @@ def test_methods_that_change_values_run_before_and_after_formats(
     assert line.steps[0] == method().kind
     assert line.reasons[0].fields["step"] == method().kind
     if method is Channels and "layers" in unit_settings(format_class):
-        return  # refused, see test_channels.py
+        return  # ``Channels`` refuses compressed layers; see test_channels.py
     packed_first = cached_run(format_class, reference.network.__name__).result
     if method in (Equalize, SmoothQuant) and "layers" in unit_settings(format_class):
         with raises_code(NothingToCompress, "units_missing") as caught:
@@ -522,12 +524,12 @@ def is_in_default_tier(first: type[Step], second: type[Step]) -> bool:
 
 
 # Each format before and after each other format on one network; two of them on all networks.
-COMPOSED = [
+PAIRS_OF_FORMATS = [
     case(a, b, RANKER, default=is_in_default_tier(a, b))
     for a, b in itertools.permutations(FORMATS, 2)
     if not unit_settings(b) <= unit_settings(a)
 ]
-COMPOSED += [
+PAIRS_OF_FORMATS += [
     case(a, b, reference, default=True)
     for a, b in itertools.permutations(ON_EVERY_REFERENCE, 2)
     for reference in REFERENCES
@@ -535,7 +537,7 @@ COMPOSED += [
 ]
 
 
-@pytest.mark.parametrize(("first", "second", "reference"), COMPOSED)
+@pytest.mark.parametrize(("first", "second", "reference"), PAIRS_OF_FORMATS)
 def test_two_formats_for_different_units_run_in_both_orders(first, second, reference, tmp_path):
     method_run = cached_run(first, reference.network.__name__)
     once, twice = (
@@ -574,7 +576,7 @@ def test_a_second_format_for_the_same_units_raises_nothing_to_compress(first, se
 @each_of(method for method in METHODS if isinstance(method(), TableStep))
 def test_tables_encoded_in_row_blocks_equal_tables_encoded_at_once(method, tmp_path, monkeypatch):
     method_run = cached_run(method, "Ranker")
-    # 40 and 300 rows: a short last block
+    # The tables have 40 and 300 rows, so the last block has fewer than 7.
     monkeypatch.setattr("compressors.core.steps.table_encoder.BLOCK_ROWS", 7)
     run(models.default_step(method), RANKER.model(), method_run.bench, tmp_path / "blocks")
     at_once, blocks = map_tensors(method_run.folder), map_tensors(tmp_path / "blocks")

@@ -155,10 +155,10 @@ def test_second_save_into_a_folder_leaves_no_file_of_the_first(tmp_path):
 def test_tensor_is_written_where_links_are_impossible(tmp_path, monkeypatch):
     source = save_and_load(tmp_path / "source")
 
-    def fails(*_: object) -> None:
+    def raise_cross_device_error(*_: object) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    monkeypatch.setattr(os, "link", fails)
+    monkeypatch.setattr(os, "link", raise_cross_device_error)
     save(source, tmp_path / "result", files=tensor_files(source, tmp_path / "source"))
     assert (tmp_path / "result" / USER).stat().st_nlink == 1
     assert (tmp_path / "result" / USER).read_bytes() == (tmp_path / "source" / USER).read_bytes()
@@ -201,7 +201,7 @@ def test_encoding_a_mapped_table_gives_equal_codes_and_leaves_its_pages_unmapped
     table.table = nn.Embedding.from_pretrained(load_file(path)["table.weight"])
     (file,) = tensor_files(table, tmp_path).values()
     encoded = encode_table(step, table.table.weight, file)
-    # Half of it is far more than the pages around a read of the header.
+    # The tolerance of half the table is far more than the pages that a read of the header maps.
     assert resident_bytes(path) < weight.nbytes / 2
     expected = encode_table(step, weight)
     for (name, tensor), (_, other) in zip(
