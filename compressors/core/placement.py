@@ -83,6 +83,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def _move(module: nn.Module, device: torch.device) -> list[_MovedTensor]:
+    """Replace all parameters and buffers by copies on a device; return what was replaced."""
     copies: dict[int, Tensor] = {}  # by id of the original, so that shared tensors remain shared
     moved = []
     for owner in module.modules():
@@ -101,6 +102,7 @@ def _move(module: nn.Module, device: torch.device) -> list[_MovedTensor]:
 
 
 def _restore(moved: list[_MovedTensor]) -> None:
+    """Put back the original tensors, and copy back tensors that were replaced meanwhile."""
     copies: dict[int, Tensor] = {}  # by id of the replacement
     for item in moved:
         parameters = item.owner._parameters if item.name in item.owner._parameters else None

@@ -176,6 +176,7 @@ def _why_not_replaceable(
 
 @torch.no_grad()
 def _scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the scores of a network with NaN replaced by 0, so that equal scores compare equal."""
     scores: Tensor = module(**{name: tensor.clone() for name, tensor in inputs.items()})
     return torch.nan_to_num(scores)
 

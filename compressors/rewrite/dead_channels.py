@@ -53,13 +53,13 @@ class DeadChannels:
 
     Attributes:
         cut: the width to reduce.
-        kept: by producer, which channels are not removed: bool ``(channels,)``.
+        kept_channels: by producer, which channels are not removed: bool ``(channels,)``.
         offsets: by dense consumer, the constant that the removed channels add to each of its
             outputs, float64 ``(outputs,)``.
     """
 
     cut: WidthCut
-    kept: Mapping[str, Tensor]
+    kept_channels: Mapping[str, Tensor]
     offsets: Mapping[str, Tensor]
 
     def reasons(self, step: str) -> dict[str, Reason]:
@@ -126,18 +126,18 @@ def remove_dead_channels(
     """
     if not dead_channels:
         return model
-    kept: dict[str, Tensor] = {}
+    kept_channels: dict[str, Tensor] = {}
     for dead in dead_channels:
-        kept |= dead.kept
+        kept_channels |= dead.kept_channels
         for name, offset in dead.offsets.items():
             layer = model.module.get_submodule(name)
             if isinstance(layer, nn.Linear) and layer.bias is not None:
                 bias = layer.bias.detach().double() + offset
                 own_weight(layer, "bias", bias.to(layer.bias.dtype))
     cuts = [dead.cut for dead in dead_channels]
-    narrower, gap = without_channels(model, signature, cuts, kept)
+    narrower, gap = without_channels(model, signature, cuts, kept_channels)
     if gap is not None:
-        raise StepRefused("channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept)))
+        raise StepRefused("channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept_channels)))
     return narrower
 
 
@@ -185,21 +185,21 @@ def _dead_channels(
     fewest = min(fewest, width.value - 1)  # at least one channel must stay, even if it is dead
     if fewest == 0:
         return None
-    kept = {}
+    kept_channels = {}
     for group, dead in removable.items():
         mask = torch.ones(width.value, dtype=torch.bool)
         mask[dead.nonzero().flatten()[:fewest]] = False
-        kept.update(dict.fromkeys(group, mask))
+        kept_channels.update(dict.fromkeys(group, mask))
     offsets = {}
     for name in dense_consumers:
         removed_inputs = [
-            columns[~kept[producer]].any(dim=0)
+            columns[~kept_channels[producer]].any(dim=0)
             for (producer, consumer), columns in consumers.connections.items()
             if consumer == name
         ]
         removed = torch.stack(removed_inputs).any(dim=0)  # (inputs,)
         offsets[name] = _weight(module, name)[:, removed].double() @ value[name][removed].double()
-    return DeadChannels(WidthCut(width, consumers, width.value - fewest), kept, offsets)
+    return DeadChannels(WidthCut(width, consumers, width.value - fewest), kept_channels, offsets)
 
 
 def _ranges(

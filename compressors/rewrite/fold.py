@@ -49,7 +49,7 @@ AffineNorm = nn.LayerNorm | nn.RMSNorm
 def scaled_outputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in float64, of a Linear that is followed by ``y * scale + shift``.
+    """Return the weight and bias that include ``y * scale + shift`` after a Linear, in float64.
 
     ``weight`` is ``(out, in)``; ``bias``, ``scale`` and ``shift`` are ``(out,)``.
     """
@@ -60,7 +60,7 @@ def scaled_outputs(
 def scaled_inputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in float64, of a Linear that is applied to ``x * scale + shift``.
+    """Return the weight and bias that include ``x * scale + shift`` before a Linear, in float64.
 
     ``weight`` is ``(out, in)``, ``bias`` ``(out,)``; ``scale`` and ``shift`` are ``(in,)``.
     """
@@ -69,7 +69,7 @@ def scaled_inputs(
 
 
 def batch_norm_factors(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Factor and offset of a batch norm in evaluation mode: float64 ``(channels,)`` each.
+    """Return factor and offset of a batch norm in evaluation mode: float64 ``(channels,)`` each.
 
     Raises:
         StepRefused: the norm has no running statistics.
@@ -86,7 +86,7 @@ def batch_norm_factors(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
 
 
 def affine_factors(norm: AffineNorm) -> tuple[Tensor, Tensor]:
-    """Factor and offset of a LayerNorm's or RMSNorm's affine part: float64 ``(channels,)`` each."""
+    """Return factor and offset of a LayerNorm or RMSNorm: float64 ``(channels,)`` each."""
     scale = norm.weight.detach().double()
     bias = getattr(norm, "bias", None)
     return scale, torch.zeros_like(scale) if bias is None else bias.detach().double()
@@ -151,14 +151,14 @@ class Fold(StepSettings):
             NothingToCompress: a pattern matches no layer.
             StepRefused: the network cannot be exported.
         """
-        moves, decisions, kept_norms = self._moves(model, bench)
+        moves, decisions, kept_norms = self._find_moves(model, bench)
         reasons: dict[str, list[Reason]] = {}
         for move in moves:
             for layer in move.layers:
                 folded_norm = Reason("norm_folded", step=self.kind, norm=move.norm)
                 reasons.setdefault(layer, []).append(folded_norm)
         free = frozenset(name for name, decision in decisions.items() if decision.selected)
-        folded = _folded(replace(model, module=private_copy(model.module)), moves)
+        folded = _fold_norms(replace(model, module=private_copy(model.module)), moves)
         proven: tuple[DeadChannels, ...] = ()
         if not _has_placeholders(model):
             proven = find_dead_channels(folded, bench.signature, free, None)
@@ -197,7 +197,7 @@ class Fold(StepSettings):
         return AppliedStep(after, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[Folding]) -> Model:
-        """As ``apply``, but channels that are constant only on calibration rows stay."""
+        """Predict as ``apply``, but keep channels that are constant only on calibration rows."""
         return self._without_dead_channels(model, plan.payload)
 
     def _without_dead_channels(self, model: Model, folding: Folding) -> Model:
@@ -208,14 +208,14 @@ class Fold(StepSettings):
         """
         signature, moves, dead, _ = folding
         before = replace(model, module=private_copy(model.module))
-        after = _folded(model, moves)
+        after = _fold_norms(model, moves)
         after = remove_dead_channels(after, signature, dead)
         gap = score_difference(after.module, before.module, signature)
         if gap is not None:
             raise StepRefused("folded_scores_differ", gap=gap)
         return after
 
-    def _moves(
+    def _find_moves(
         self, model: Model, bench: Bench
     ) -> tuple[list[Move], dict[str, Decision], dict[str, Reason]]:
         """Find the norms to fold.
@@ -259,8 +259,8 @@ def _plan_batch_norm(
     if not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
         return Reason("norm_without_statistics", norm=name)
     if flow.dims.get(name) != 2:
-        # Its input is (rows, channels, positions): channels are not the last dimension, as in the
-        # output of a Linear.
+        # Its input is (rows, channels, positions), but the channels of a Linear are the last
+        # dimension.
         return Reason("norm_of_places", norm=name)
     _, shift = batch_norm_factors(norm)
     before = flow.only_producer(name)
@@ -329,7 +329,7 @@ def _reason_not_foldable(
     return None
 
 
-def _folded(model: Model, moves: Sequence[Move]) -> Model:
+def _fold_norms(model: Model, moves: Sequence[Move]) -> Model:
     """Fold norms into layers in place; the model is a private copy.
 
     ``own_weight`` gives a layer a new parameter: the old one is shared with the caller's model.
@@ -374,7 +374,7 @@ def _report_unread(model: Model, signature: Signature) -> dict[str, Decision]:
 
 
 def _factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factor and offset of a norm: float64 ``(channels,)`` each.
+    """Return factor and offset of a norm of any kind: float64 ``(channels,)`` each.
 
     Raises:
         StepRefused: the module is no norm that can be folded.

@@ -109,7 +109,7 @@ FAULTS = (
     Fault(
         id="sparse-reconstruction-ignores-removed-weights",
         file="compressors/prune/dense/sparse_2_4.py",
-        old="    change = torch.where(kept, 0.0, -exact)",
+        old="    change = torch.where(is_kept, 0.0, -exact)",
         new="    change = torch.zeros_like(exact)",
         effect="The remaining weights are not refitted after pruning.",
         tests=(f"{SPARSE}::test_refit_kept_weights_equals_the_damped_least_squares_solution",),
@@ -135,8 +135,8 @@ FAULTS = (
     Fault(
         id="prune-rows-min-lookups-off-by-one",
         file="compressors/prune/tables/prune_rows.py",
-        old="kept = max(1, int((counts[unit.name] >= self.min_lookups).sum()))",
-        new="kept = max(1, int((counts[unit.name] > self.min_lookups).sum()))",
+        old="kept_count = max(1, int((counts[unit.name] >= self.min_lookups).sum()))",
+        new="kept_count = max(1, int((counts[unit.name] > self.min_lookups).sum()))",
         effect="Rows that training looks up exactly 'min_lookups' times are pruned.",
         tests=(f"{PRUNE}::test_min_lookups_keeps_rows_with_at_least_as_many_lookups_in_training",),
     ),

@@ -105,6 +105,6 @@ def attach(module: nn.Module, recalibration: Recalibration) -> None:
 
 
 def _recalibrate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Forward hook: apply the calibration map to the output of the network ``module``."""
+    """Apply the calibration map to the output of the network ``module``, as a forward hook."""
     calibrated: Tensor = getattr(module, NAME)(output)
     return calibrated

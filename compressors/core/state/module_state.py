@@ -113,6 +113,7 @@ def _full_bytes(record: ModuleRecord) -> int:
 def _construct(
     architecture: type[nn.Module], network: Network, limits: ConstructionLimits | None = None
 ) -> Construction:
+    """Build the uncompressed network; raise ``ModelRefused`` if that fails."""
     try:
         return construct(architecture, network.architecture.config, limits)
     except ConstructionFailed as error:

@@ -157,6 +157,7 @@ def choose_dense(
 
 
 def _why_not_smaller(unit: Unit, kind: str, layout: Mapping[str, TensorSpec]) -> Reason | None:
+    """Return the reason if a unit would not have fewer bytes in a layout, else None."""
     size = layout_bytes(layout)
     if size < unit.bytes:
         return None
@@ -197,6 +198,7 @@ def _decision(why_skipped: Reason | None, kind: str) -> Decision:
 
 
 def _why_skipped(unit: Unit, patterns: tuple[str, ...]) -> Reason | None:
+    """Return the reason if no step can change a unit, or the patterns exclude it; else None."""
     if unit.format != "float32":
         return Reason("already_stored", format=unit.format)
     if unit.shared_with is not None:

@@ -165,10 +165,12 @@ class Channels(StepSettings):
         checked = CheckedWidths(bench.signature, prunable)
         if not prunable.consumers:
             return StepPlan(decisions, checked)
-        counts, work_share = self._estimate(model, bench.signature, prunable.widths)
+        counts, multiply_adds_share = self._estimate(model, bench.signature, prunable.widths)
         for item in prunable.consumers:
             for producer in item.width.producers:
-                reasons = self._reasons(item.width, producer, counts[item.width.path], work_share)
+                reasons = self._reasons(
+                    item.width, producer, counts[item.width.path], multiply_adds_share
+                )
                 decisions[producer] = _take(decisions[producer], *reasons)
             for consumer in item.width.consumers:
                 if consumer in decisions:
@@ -212,12 +214,12 @@ class Channels(StepSettings):
                 model, signature, consumers, importance, initial, initial_work, progress
             )
             before = private_copy(model.module).eval()
-            kept = _kept_units(consumers, importance, counts)
-            model = self._narrow(model, signature, consumers, kept, counts)
+            kept_by_producer = _kept_units(consumers, importance, counts)
+            model = self._narrow(model, signature, consumers, kept_by_producer, counts)
             if self.reconstruct:
                 layers = sorted({name for width in prunable.widths for name in width.consumers})
                 outputs = {
-                    producer: kept[producer][units]
+                    producer: kept_by_producer[producer][units]
                     for item in consumers
                     for producer, units in item.units.items()
                 }
@@ -230,7 +232,8 @@ class Channels(StepSettings):
                 }
             if number < self.rounds:
                 consumers = tuple(
-                    remaining_consumers(item, model, signature, kept) for item in consumers
+                    remaining_consumers(item, model, signature, kept_by_producer)
+                    for item in consumers
                 )
         if self.scope == "layer":
             return AppliedStep(model, _deferred(training_reasons))
@@ -260,14 +263,13 @@ class Channels(StepSettings):
             for item in prunable.consumers
             for producer in item.width.producers
         }
-        kept = _kept_units(prunable.consumers, equal_importance, counts)
-        return self._narrow(model, signature, prunable.consumers, kept, counts)
+        kept_by_producer = _kept_units(prunable.consumers, equal_importance, counts)
+        return self._narrow(model, signature, prunable.consumers, kept_by_producer, counts)
 
-    def _reasons(self, width: Width, producer: str, count: int, work_share: float) -> list[Reason]:
-        """Return the reasons in the plan for a producer that keeps ``count`` units.
-
-        ``work_share`` is the share of all multiply-adds that remains.
-        """
+    def _reasons(
+        self, width: Width, producer: str, count: int, multiply_adds_share: float
+    ) -> list[Reason]:
+        """Return reasons for a producer that keeps ``count`` units and for the remaining work."""
         step, importance = self.kind, self.importance
         if self.scope == "global":
             argument = width.description()
@@ -276,7 +278,7 @@ class Channels(StepSettings):
             fewer = _width_reason(width, producer, width.value, count)
             reasons = [Reason("channels_cut", step=step, what=fewer, importance=importance)]
             if self.flops is not None:
-                reasons.append(Reason("multiply_adds_left", share=work_share))
+                reasons.append(Reason("multiply_adds_left", share=multiply_adds_share))
         if self.rounds > 1:
             reasons.append(Reason("in_rounds", rounds=self.rounds))
         return reasons
@@ -371,7 +373,7 @@ class Channels(StepSettings):
         model: Model,
         signature: Signature,
         consumers: tuple[WidthConsumers, ...],
-        kept: Mapping[str, Tensor],
+        kept_by_producer: Mapping[str, Tensor],
         counts: Counts,
     ) -> Model:
         """Build the network with the kept units and check it.
@@ -381,7 +383,7 @@ class Channels(StepSettings):
         """
         cuts = [WidthCut(item.width, item, counts[item.width.path]) for item in consumers]
         try:
-            narrower, gap = without_channels(model, signature, cuts, kept)
+            narrower, gap = without_channels(model, signature, cuts, kept_by_producer)
         except Exception as fault:  # the class or torch may raise any exception
             if is_out_of_memory(fault):
                 raise
@@ -389,10 +391,12 @@ class Channels(StepSettings):
                 "widths_fail",
                 widths={c.width.description(): c.count for c in cuts},
                 problem=str(fault),
-                layers=tuple(sorted(kept)),
+                layers=tuple(sorted(kept_by_producer)),
             ) from fault
         if gap is not None:
-            raise StepRefused("channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept)))
+            raise StepRefused(
+                "channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept_by_producer))
+            )
         return narrower
 
     def _prunable_widths(self, model: Model, signature: Signature) -> PrunableWidths:
@@ -413,10 +417,10 @@ def _kept_units(
     consumers: tuple[WidthConsumers, ...], importance: Mapping[str, Tensor], counts: Counts
 ) -> dict[str, Tensor]:
     """Select the units that are kept, by producer: bool ``(units,)`` each."""
-    kept: dict[str, Tensor] = {}
+    kept_by_producer: dict[str, Tensor] = {}
     for item in consumers:
-        kept |= kept_units(item, importance, counts[item.width.path])
-    return kept
+        kept_by_producer |= kept_units(item, importance, counts[item.width.path])
+    return kept_by_producer
 
 
 def _deferred(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[str, Decision]:
@@ -427,7 +431,7 @@ def _deferred(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[str, Decision]:
 def _width_reason(width: Width, producer: str, before: int, after: int) -> Reason:
     """Build a reason, such as "16 -> 8 outputs (hidden[0])" or "32 -> 16 outputs (heads 4 -> 2)".
 
-    ``before`` and ``after`` are the width's numbers of units.
+    ``before`` and ``after`` are numbers of units.
     """
     size = width.producers[producer]
     if size == 1:

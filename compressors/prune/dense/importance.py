@@ -125,14 +125,14 @@ def kept_units(
         importance: by producer, float ``(units,)``.
         count: number of units to keep.
     """
-    kept = {}
+    kept_by_producer = {}
     for group in consumers.tied_producers:
         total = torch.stack([importance[producer] for producer in group]).sum(dim=0)
         best = total.sort(descending=True, stable=True).indices[:count]
         mask = torch.zeros(len(total), dtype=torch.bool)
         mask[best] = True
-        kept.update(dict.fromkeys(group, mask))
-    return kept
+        kept_by_producer.update(dict.fromkeys(group, mask))
+    return kept_by_producer
 
 
 def _taylor(

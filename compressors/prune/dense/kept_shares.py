@@ -34,14 +34,15 @@ ROWS = 4  # synthetic rows, to count how often each layer is called
 
 
 def kept_width(value: int, keep: float, multiple: int) -> int:
-    """Return ``keep`` times a width, rounded to a multiple of ``multiple`` and at least that."""
+    """Return ``keep`` times ``value``, rounded to a multiple and at least ``multiple``."""
     return max(multiple, round(value * keep / multiple) * multiple)
 
 
 def multiple_of(width: Width, multiple: int) -> int:
-    """Return the number of which units must be a multiple so that channels are one of ``multiple``.
+    """Return the smallest step of units that makes the channels a multiple of ``multiple``.
 
-    If the producers have different channels per unit, their common divisor counts.
+    A unit of 4 channels and the multiple 8, for example, give 2. If producers have different
+    numbers of channels per unit, the greatest common divisor counts.
     """
     size = gcd(*width.producers.values())
     return multiple // gcd(multiple, size)

@@ -58,16 +58,16 @@ def kept_2_4(weight: Tensor, norms: Tensor | None = None) -> Tensor:
     importance = weight.abs() if norms is None else weight.abs() * norms
     blocks = importance.reshape(-1, 4)
     order = blocks.argsort(dim=1, descending=True, stable=True)
-    kept = torch.zeros(blocks.shape, dtype=torch.bool).scatter_(1, order[:, :2], True)
-    return kept.reshape(weight.shape)
+    is_kept = torch.zeros(blocks.shape, dtype=torch.bool).scatter_(1, order[:, :2], True)
+    return is_kept.reshape(weight.shape)
 
 
-def refit_kept_weights(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
+def refit_kept_weights(weight: Tensor, is_kept: Tensor, gram: Tensor) -> Tensor:
     """Refit the kept weights so that the layer's outputs change least; the others are zero.
 
     Args:
         weight: float, ``(out, in)``.
-        kept: bool, ``(out, in)``.
+        is_kept: bool, ``(out, in)``.
         gram: ``x.T @ x`` of the layer's inputs, float64 ``(in, in)``.
 
     Returns:
@@ -79,8 +79,8 @@ def refit_kept_weights(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
     damped = gram + torch.diag(torch.full_like(energy, DAMPING * float(energy.mean())))
     preconditioner = 1 / damped.diagonal()  # Jacobi
     exact = weight.double()
-    change = torch.where(kept, 0.0, -exact)  # of each weight; a removed weight changes by -w
-    gradient = torch.where(kept, change @ damped, 0.0)  # half the gradient, (out, in)
+    change = torch.where(is_kept, 0.0, -exact)  # of each weight; a removed weight changes by -w
+    gradient = torch.where(is_kept, change @ damped, 0.0)  # half the gradient, (out, in)
     initial = (gradient * gradient * preconditioner).sum(dim=1, keepdim=True)
     direction = -gradient * preconditioner
     squared_norm = initial
@@ -88,7 +88,7 @@ def refit_kept_weights(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
         active = squared_norm > TOLERANCE**2 * initial  # (out, 1): outputs not yet converged
         if not bool(active.any()):
             break
-        image = torch.where(kept, direction @ damped, 0.0)
+        image = torch.where(is_kept, direction @ damped, 0.0)
         curvature = (direction * image).sum(dim=1, keepdim=True)
         step = torch.where(active, squared_norm / curvature, 0.0)
         change = change + step * direction
@@ -97,7 +97,7 @@ def refit_kept_weights(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
         ratio = torch.where(active, new_norm / squared_norm, 0.0)
         direction = -gradient * preconditioner + ratio * direction
         squared_norm = torch.where(active, new_norm, squared_norm)
-    return torch.where(kept, exact + change, 0.0).to(weight.dtype)
+    return torch.where(is_kept, exact + change, 0.0).to(weight.dtype)
 
 
 def is_2_4(weight: Tensor) -> bool:
@@ -191,11 +191,11 @@ class Sparse24(StepSettings):
             norms = None
             if gram is not None and self.importance == "activation":
                 norms = gram.diagonal().sqrt().float()
-            kept = kept_2_4(weight, norms)
-            new_weight = torch.where(kept, weight, 0.0)
+            is_kept = kept_2_4(weight, norms)
+            new_weight = torch.where(is_kept, weight, 0.0)
             if gram is not None and self.reconstruct:
                 error_before = float(squared_error(new_weight - weight, gram).sum())
-                new_weight = refit_kept_weights(weight, kept, gram)
+                new_weight = refit_kept_weights(weight, is_kept, gram)
                 error_after = float(squared_error(new_weight - weight, gram).sum())
                 if error_before > 0:
                     error = Reason("reconstruction_error", share=error_after / error_before)

@@ -155,6 +155,7 @@ def _config_without(model: Model, stack: Stack, member: int) -> dict[str, Any]:
 
 
 def _build(model: Model, config: dict[str, Any]) -> nn.Module:
+    """Build the network of a configuration, without values of its weights if possible."""
     return construct(model.architecture, config).module
 
 
@@ -219,6 +220,7 @@ def _require_same_as_skipped(
 
 
 def _input_of_layer(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return a layer's input, which replaces its output if the layer is skipped."""
     if args[0].shape != output.shape:
         raise ValueError(
             f"Expected an input of shape {tuple(output.shape)}, got {tuple(args[0].shape)}."
@@ -227,6 +229,7 @@ def _input_of_layer(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
 
 
 def _zeros(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return zeros, which replace a layer's output if the layer is skipped."""
     return torch.zeros_like(output)
 
 

@@ -33,7 +33,7 @@ from compressors.prune.structure.config_widths import Width, with_value
 
 CHECK_ROWS = 128  # synthetic rows of each scale
 SCALES = (1.0, 30.0)
-"""Factors for dense inputs: some nonlinearities, such as Relu6, act only far from zero."""
+"""Factors for dense inputs: some nonlinearities, such as Relu6, have a bend far from zero."""
 
 TOLERANCE = 1e-3
 """Largest allowed difference as a share of the scores' spread, about their standard deviation over
@@ -64,14 +64,14 @@ def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> Non
             from those of the old network with the removed channels at zero.
     """
     generator = torch.Generator().manual_seed(0)
-    kept = {}
+    kept_by_producer = {}
     for group in cut.consumers.tied_producers:
         mask = torch.zeros(cut.width.value, dtype=torch.bool)
         mask[torch.randperm(cut.width.value, generator=generator)[: cut.count]] = True
-        kept.update(dict.fromkeys(group, mask))
+        kept_by_producer.update(dict.fromkeys(group, mask))
     private = replace(model, module=private_copy(model.module))
     try:
-        _, gap = without_channels(private, signature, [cut], kept)
+        _, gap = without_channels(private, signature, [cut], kept_by_producer)
     except Exception as fault:  # any exception of the class means: the width is fixed
         if is_out_of_memory(fault):
             raise
@@ -83,7 +83,10 @@ def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> Non
 
 
 def without_channels(
-    model: Model, signature: Signature, cuts: Sequence[WidthCut], kept: Mapping[str, Tensor]
+    model: Model,
+    signature: Signature,
+    cuts: Sequence[WidthCut],
+    kept_by_producer: Mapping[str, Tensor],
 ) -> tuple[Model, str | None]:
     """Build the network with fewer channels; compare it with the old one without these channels.
 
@@ -91,11 +94,10 @@ def without_channels(
         model: a private copy; its layers are narrowed in place.
         signature: the inputs of the network.
         cuts: the widths to reduce.
-        kept: the kept units, by producer, bool ``(units,)``.
+        kept_by_producer: the kept units, by producer, bool ``(units,)``.
 
     Returns:
-        The new network, which has the remaining channels of the tensors; and a description of the
-        score difference, None if the scores agree.
+        The new network, and a description of the score difference; None if the scores agree.
     """
     inputs: dict[str, Tensor] = {}  # kept inputs of each consumer
     outputs: dict[str, Tensor] = {}  # kept outputs of each producer
@@ -103,10 +105,10 @@ def without_channels(
     config = architecture.config
     for cut in cuts:
         for (producer, consumer), columns in cut.consumers.connections.items():
-            removed = columns[~kept[producer]].any(dim=0)  # (inputs of the consumer,)
+            removed = columns[~kept_by_producer[producer]].any(dim=0)  # (inputs of the consumer,)
             inputs[consumer] = inputs.get(consumer, torch.ones_like(removed)) & ~removed
         for producer, units in cut.consumers.units.items():
-            outputs[producer] = kept[producer][units]  # (channels,)
+            outputs[producer] = kept_by_producer[producer][units]  # (channels,)
         config = with_value(model.architecture, config, cut.width.path, cut.count)
     tables = table_rows(model.module)
     expected = synthetic_scores(_with_zero_weights(model.module, inputs), signature, tables)
@@ -135,7 +137,10 @@ def score_difference(module: nn.Module, expected: nn.Module, signature: Signatur
 
 
 def remaining_consumers(
-    consumers: WidthConsumers, model: Model, signature: Signature, kept: Mapping[str, Tensor]
+    consumers: WidthConsumers,
+    model: Model,
+    signature: Signature,
+    kept_by_producer: Mapping[str, Tensor],
 ) -> WidthConsumers:
     """Find the consumers of the remaining units of a width, for the next round.
 
@@ -143,14 +148,14 @@ def remaining_consumers(
         consumers: the consumers before the width was reduced.
         model: the narrower network.
         signature: the inputs of the network.
-        kept: the kept units, by producer, bool ``(units,)``.
+        kept_by_producer: the kept units, by producer, bool ``(units,)``.
 
     Raises:
         NotAWidth: the remaining units are not consumed as they were before.
     """
     units, count = {}, 0
     for producer, old_units in consumers.units.items():
-        mask = kept[producer]
+        mask = kept_by_producer[producer]
         new_index, count = mask.cumsum(0) - 1, int(mask.sum())  # of each kept unit
         units[producer] = new_index[old_units[mask[old_units]]]
     width = replace(consumers.width, value=count)
@@ -167,7 +172,7 @@ def rebuild(
     """Build the network of a configuration with the tensors and compressed modules of another one.
 
     Args:
-        model: the other network, whose tensors already have the shapes of the new one.
+        model: the other network; its remaining tensors must have the shapes of the new one.
         config: the new configuration.
         new_name: maps the name of a module or tensor to its new name; None if it is removed.
 
@@ -331,10 +336,10 @@ def _with_zero_weights(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Mo
     ``inputs`` has, by layer name, which inputs are kept: bool ``(inputs,)``.
     """
     copied = private_copy(module).eval()
-    for name, kept in inputs.items():
+    for name, is_kept in inputs.items():
         layer = copied.get_submodule(name)
         if isinstance(layer, nn.Linear):
-            own_weight(layer, "weight", layer.weight.detach() * kept)
+            own_weight(layer, "weight", layer.weight.detach() * is_kept)
     return copied
 
 

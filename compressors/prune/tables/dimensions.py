@@ -54,12 +54,14 @@ def variance(table: Tensor, weight: Tensor) -> Tensor:
     return (weight / weight.sum()).double() @ deviation.square()
 
 
-def without_dimensions(table: Tensor, kept: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def without_dimensions(
+    table: Tensor, kept_dimensions: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the narrow table, and the matrix and the row that restore rows of full width.
 
     Args:
         table: float, ``(rows, dim)``.
-        kept: int64 ``(count,)``, the kept dimensions.
+        kept_dimensions: int64 ``(count,)``.
         mean: ``(dim,)``, the values of the removed dimensions.
 
     Returns:
@@ -67,9 +69,9 @@ def without_dimensions(table: Tensor, kept: Tensor, mean: Tensor) -> tuple[Tenso
         ``removed_mean`` ``(dim,)``, zero for kept dimensions. The new rows are
         ``narrow @ selection + removed_mean``.
     """
-    selection = torch.eye(table.shape[1])[kept]
+    selection = torch.eye(table.shape[1])[kept_dimensions]
     removed_mean = mean.float() * (1 - selection.sum(dim=0))
-    return table[:, kept].float().contiguous(), selection, removed_mean
+    return table[:, kept_dimensions].float().contiguous(), selection, removed_mean
 
 
 class Dimensions(ComposingStep):
@@ -131,8 +133,10 @@ class Dimensions(ComposingStep):
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             order = importance[name].argsort(descending=True, stable=True)
-            kept = order[: design.settings["rank"]].sort().values
-            narrow, selection, removed_mean = without_dimensions(table, kept, means[name])
+            kept_dimensions = order[: design.settings["rank"]].sort().values
+            narrow, selection, removed_mean = without_dimensions(
+                table, kept_dimensions, means[name]
+            )
             stored = {"projection": selection, "mean": removed_mean}
             return FittedParts(stored, {"narrow": narrow})
 

@@ -171,8 +171,8 @@ class DropTables(StepSettings):
                 dropped = Reason("table_dropped", metric=metric, change=change)
                 outcomes[name] = Decision("taken", (dropped,))
             else:
-                kept = Reason("table_kept", metric=metric, change=change)
-                outcomes[name] = Decision("skipped", (kept,))
+                why_kept = Reason("table_kept", metric=metric, change=change)
+                outcomes[name] = Decision("skipped", (why_kept,))
         return AppliedStep(model, outcomes)
 
 

@@ -28,27 +28,27 @@ def lookup_share(counts: Tensor, chosen: Tensor) -> float:
     return float(counts[chosen].sum() / counts.sum().clamp(min=1))
 
 
-def kept_order(kept: Tensor) -> tuple[Tensor, Tensor]:
+def kept_order(is_kept: Tensor) -> tuple[Tensor, Tensor]:
     """Build the map from each row to its place among the kept rows or among the others.
 
     Args:
-        kept: bool ``(rows,)``.
+        is_kept: bool ``(rows,)``.
 
     Returns:
         ``within`` int8 ``(rows,)``: a kept row's rank among the kept rows of its block of 128, or
         -1 minus another row's rank among the others. ``before`` int32 ``(blocks,)``: the number of
         kept rows before each block.
     """
-    rows = len(kept)
-    kept_rank = kept.cumsum(0) - 1  # among all kept rows; valid only for kept rows
-    other_rank = (~kept).cumsum(0) - 1
+    rows = len(is_kept)
+    kept_rank = is_kept.cumsum(0) - 1  # among all kept rows; valid only for kept rows
+    other_rank = (~is_kept).cumsum(0) - 1
     first_rows = torch.arange(0, rows, BLOCK)
-    kept_before_row = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
+    kept_before_row = torch.cat([torch.zeros(1, dtype=torch.int64), is_kept.cumsum(0)])
     before = kept_before_row[first_rows]  # (blocks,)
     block = torch.arange(rows) // BLOCK
     kept_before = before[block]
     other_before = block * BLOCK - kept_before
-    within = torch.where(kept, kept_rank - kept_before, -1 - (other_rank - other_before))
+    within = torch.where(is_kept, kept_rank - kept_before, -1 - (other_rank - other_before))
     return within.to(torch.int8), before.to(torch.int32)
 
 

@@ -70,9 +70,11 @@ class KeptRowsComposition:
     def lookup_counts(
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        ids, kept = torch.arange(len(counts)), settings["kept"]
+        ids, kept_count = torch.arange(len(counts)), settings["kept"]
         place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
-        return {"kept": sum_counts(counts, torch.where(place < 0, kept, place), kept + 1)}
+        return {
+            "kept": sum_counts(counts, torch.where(place < 0, kept_count, place), kept_count + 1)
+        }
 
     def lookup(
         self,
@@ -172,33 +174,35 @@ class PruneRows(ComposingStep):
                     score = table.double().square().sum(dim=1)
                 case "gradient":
                     score = (gradients[name] * table.square()).double().sum(dim=1)
-            kept = select_highest(score, design.settings[_COUNT_SETTING[design.composition.name]])
-            affected = Reason("pruned_lookups", share=lookup_share(counts[name], ~kept))
+            is_kept = select_highest(
+                score, design.settings[_COUNT_SETTING[design.composition.name]]
+            )
+            affected = Reason("pruned_lookups", share=lookup_share(counts[name], ~is_kept))
             reasons = (design.reason, affected) if self.min_lookups else (affected,)
-            return self._parts(table, kept, counts[name])._replace(reasons=reasons)
+            return self._parts(table, is_kept, counts[name])._replace(reasons=reasons)
 
         pruned = recompose(model, designs, fit)
         return AppliedStep(pruned.model, {**skipped, **pruned.outcomes})
 
-    def _parts(self, weight: Tensor, kept: Tensor, count: Tensor) -> FittedParts:
+    def _parts(self, weight: Tensor, is_kept: Tensor, count: Tensor) -> FittedParts:
         """Build the map and the table of the kept rows.
 
         Args:
             weight: the table, float ``(rows, dim)``.
-            kept: bool ``(rows,)``.
+            is_kept: bool ``(rows,)``.
             count: lookups of each row, ``(rows,)``; weights of the mean of the pruned rows.
         """
         if self.pruned == "nearest":
-            place = torch.empty(len(kept), dtype=torch.int64)
-            place[kept] = torch.arange(int(kept.sum()))
-            place[~kept] = nearest(weight[~kept], weight[kept])
-            planes = byte_planes(place, int(kept.sum()))
-            return FittedParts({"planes": planes}, {"unique": weight[kept]})
-        within, before = kept_order(kept)
+            place = torch.empty(len(is_kept), dtype=torch.int64)
+            place[is_kept] = torch.arange(int(is_kept.sum()))
+            place[~is_kept] = nearest(weight[~is_kept], weight[is_kept])
+            planes = byte_planes(place, int(is_kept.sum()))
+            return FittedParts({"planes": planes}, {"unique": weight[is_kept]})
+        within, before = kept_order(is_kept)
         shared = torch.zeros(weight.shape[1])
         if self.pruned != "zero":
-            shared = _mean_row(weight, ~kept, count)
-        rows = torch.cat([weight[kept], shared.unsqueeze(0)])
+            shared = _mean_row(weight, ~is_kept, count)
+        rows = torch.cat([weight[is_kept], shared.unsqueeze(0)])
         return FittedParts({"within": within, "before": before}, {"kept": rows})
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Designs]) -> Model:
@@ -224,18 +228,18 @@ class PruneRows(ComposingStep):
             if unit.name not in counts:
                 continue
             rows, dim = unit.weight.shape
-            kept = max(1, int((counts[unit.name] >= self.min_lookups).sum()))
+            kept_count = max(1, int((counts[unit.name] >= self.min_lookups).sum()))
             reason = Reason(
-                "kept_rows_by_lookups", kept=kept, rows=rows, min_lookups=self.min_lookups
+                "kept_rows_by_lookups", kept=kept_count, rows=rows, min_lookups=self.min_lookups
             )
-            design = self._design(kept, reason)
+            design = self._design(kept_count, reason)
             packed_row_bytes = min(2 * dim, -(-dim // 2) + 2)  # as float16, or as int4 with a scale
             part_rows = sum(
                 p.rows for p in design.composition.parts(rows, dim, design.settings).values()
             )
             map_bytes = design.bytes(rows, dim) - 4 * part_rows * dim
             packed_bytes = map_bytes + part_rows * packed_row_bytes
-            if kept < rows and packed_bytes < rows * packed_row_bytes:
+            if kept_count < rows and packed_bytes < rows * packed_row_bytes:
                 designs[unit.name] = design
             else:
                 why = design.reason, Reason("row_map_too_large")
@@ -244,13 +248,13 @@ class PruneRows(ComposingStep):
 
     def design(self, rows: int, dim: int) -> Design:
         """Design the composition of a table of ``rows x dim``."""
-        kept = min(rows - 1, max(1, round(self.keep * rows)))
-        reason = Reason("kept_rows", kept=kept, rows=rows, importance=self.importance)
-        return self._design(kept, reason)
+        kept_count = min(rows - 1, max(1, round(self.keep * rows)))
+        reason = Reason("kept_rows", kept=kept_count, rows=rows, importance=self.importance)
+        return self._design(kept_count, reason)
 
-    def _design(self, kept: int, reason: Reason) -> Design:
+    def _design(self, kept_count: int, reason: Reason) -> Design:
         composition = row_map.COMPOSITION if self.pruned == "nearest" else COMPOSITION
-        return Design(composition, {_COUNT_SETTING[composition.name]: kept}, reason)
+        return Design(composition, {_COUNT_SETTING[composition.name]: kept_count}, reason)
 
 
 _BLOCK_ROWS = 65_536

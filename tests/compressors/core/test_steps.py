@@ -124,30 +124,32 @@ WITH_EVERY_FORMAT = (RowwiseInt8, StaticInt8, Float16)
 
 
 def references(method: type[Step]) -> tuple[Reference, ...]:
+    """Return the references on which a method has something to compress."""
     return REFERENCES_OF.get(method, REFERENCES)
 
 
 def default_reference(method: type[Step]) -> Reference:
+    """Return the one reference on which a method runs in the default tier."""
     return references(method)[0]
 
 
 def case(*values: object, default: bool) -> typing.Any:
-    """One parametrized case of a test, in the default or in the nightly tier."""
+    """Build one parametrized case of a test, in the default or in the nightly tier."""
     names = (getattr(value, "__name__", None) or value.network.__name__ for value in values)
     return pytest.param(*values, id="-".join(names), marks=() if default else pytest.mark.nightly)
 
 
 def method_on_references(methods: tuple[type[Step], ...]) -> pytest.MarkDecorator:
-    """Parametrize a test with each method on each reference that it has something to compress on.
+    """Parametrize a test with each method on each reference on which it can compress something.
 
     In the default tier each method runs on one reference, and ``ON_EVERY_REFERENCE`` on all.
     """
-    every = [
+    cases = [
         case(m, r, default=r is default_reference(m) or m in ON_EVERY_REFERENCE)
         for m in methods
         for r in references(m)
     ]
-    return pytest.mark.parametrize(("method", "reference"), every)
+    return pytest.mark.parametrize(("method", "reference"), cases)
 
 
 def each_of(methods: typing.Iterable[type[Step]]) -> pytest.MarkDecorator:

@@ -39,7 +39,7 @@ def random_normal(outputs: int, inputs: int, seed: int) -> Tensor:
 
 
 def gram_of(rows: int, inputs: int, seed: int) -> Tensor:
-    """Gram matrix float64 ``(inputs, inputs)`` of correlated random inputs."""
+    """Compute the gram matrix, float64 ``(inputs, inputs)``, of correlated random inputs."""
     x = (
         (random_normal(rows, inputs, seed) @ random_normal(inputs, inputs, seed + 1))
         .relu()

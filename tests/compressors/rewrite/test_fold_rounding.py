@@ -63,8 +63,10 @@ class NormedTowers(nn.Module):
         self.query, self.item = NormedTower(USERS), NormedTower(ITEMS)
         self.output = output  # "logit" or "probability"
 
-    def forward(self, user: Tensor, item: Tensor, seen: Tensor, price: Tensor) -> Tensor:
-        score = (self.query(user, seen) * self.item(item, price)).sum(dim=1) / 0.05
+    def forward(
+        self, user: Tensor, item: Tensor, user_features: Tensor, item_features: Tensor
+    ) -> Tensor:
+        score = (self.query(user, user_features) * self.item(item, item_features)).sum(dim=1) / 0.05
         return torch.sigmoid(score) if self.output == "probability" else score
 
 
@@ -73,8 +75,8 @@ def signature(output: str) -> Signature:
         inputs=(
             IdInput(name="user", table="query.table"),
             IdInput(name="item", table="item.table"),
-            DenseInput(name="seen", shape=(DENSE,)),
-            DenseInput(name="price", shape=(DENSE,)),
+            DenseInput(name="user_features", shape=(DENSE,)),
+            DenseInput(name="item_features", shape=(DENSE,)),
         ),
         outputs=(Output(name="label", kind="ctr", form=output, label="label", metric="auc"),),
     )
@@ -85,13 +87,13 @@ def random_rows(count: int, seed: int) -> dict[str, Tensor]:
     return {
         "user": torch.randint(USERS, (count,), generator=generator),
         "item": torch.randint(ITEMS, (count,), generator=generator),
-        "seen": MEAN + DEVIATION * torch.randn(count, DENSE, generator=generator),
-        "price": MEAN + DEVIATION * torch.randn(count, DENSE, generator=generator),
+        "user_features": MEAN + DEVIATION * torch.randn(count, DENSE, generator=generator),
+        "item_features": MEAN + DEVIATION * torch.randn(count, DENSE, generator=generator),
     }
 
 
 def towers_with_norm_statistics(output: str) -> Model:
-    """Random weights, and batch norms that have collected the statistics of ``random_rows``."""
+    """Build a network of random weights whose norms have the statistics of ``random_rows``."""
     torch.manual_seed(0)
     module = NormedTowers(output).train()
     with torch.no_grad():

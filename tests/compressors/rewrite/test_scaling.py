@@ -103,7 +103,7 @@ def test_equalize_and_smooth_quant_change_weights_and_keep_scores(step, referenc
 
 
 def weight_ranges(model: Model, producer: str, consumers: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Largest weight of each output channel of a layer, and of each input of its consumers."""
+    """Return the largest weight of each output of a layer, and of each input of its consumers."""
     module = model.module
     output_ranges = module.get_submodule(producer).weight.abs().amax(dim=1)
     input_ranges = [module.get_submodule(name).weight.abs().amax(dim=0) for name in consumers]
