@@ -165,12 +165,10 @@ class Channels(StepSettings):
         checked = CheckedWidths(bench.signature, prunable)
         if not prunable.consumers:
             return StepPlan(decisions, checked)
-        counts, multiply_adds_share = self._estimate(model, bench.signature, prunable.widths)
+        counts, work_share = self._estimate(model, bench.signature, prunable.widths)
         for item in prunable.consumers:
             for producer in item.width.producers:
-                reasons = self._reasons(
-                    item.width, producer, counts[item.width.path], multiply_adds_share
-                )
+                reasons = self._reasons(item.width, producer, counts[item.width.path], work_share)
                 decisions[producer] = _take(decisions[producer], *reasons)
             for consumer in item.width.consumers:
                 if consumer in decisions:
@@ -266,10 +264,8 @@ class Channels(StepSettings):
         kept_by_producer = _kept_units(prunable.consumers, equal_importance, counts)
         return self._narrow(model, signature, prunable.consumers, kept_by_producer, counts)
 
-    def _reasons(
-        self, width: Width, producer: str, count: int, multiply_adds_share: float
-    ) -> list[Reason]:
-        """Return reasons for a producer that keeps ``count`` units and for the remaining work."""
+    def _reasons(self, width: Width, producer: str, count: int, work_share: float) -> list[Reason]:
+        """Return the plan's reasons for a producer; ``work_share`` of all multiply-adds remains."""
         step, importance = self.kind, self.importance
         if self.scope == "global":
             argument = width.description()
@@ -278,7 +274,7 @@ class Channels(StepSettings):
             fewer = _width_reason(width, producer, width.value, count)
             reasons = [Reason("channels_cut", step=step, what=fewer, importance=importance)]
             if self.flops is not None:
-                reasons.append(Reason("multiply_adds_left", share=multiply_adds_share))
+                reasons.append(Reason("multiply_adds_left", share=work_share))
         if self.rounds > 1:
             reasons.append(Reason("in_rounds", rounds=self.rounds))
         return reasons
