@@ -2,8 +2,8 @@
 
 A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
 name, ``@label``, and ``@group`` and ``@time`` if the signature names them. A jagged bag (a list of
-ids of another length in each row) is stored as the concatenated ids and ``@bounds/<name>``, int64
-``(rows + 1,)``: row ``r`` has the ids from ``bounds[r]`` to ``bounds[r + 1] - 1``.
+ids whose length differs between rows) is stored as the concatenated ids and ``@bounds/<name>``,
+int64 ``(rows + 1,)``: row ``r`` has the ids from ``bounds[r]`` to ``bounds[r + 1] - 1``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -227,7 +227,7 @@ def generate_inputs(
     """Generate random inputs with valid ids, on which a network or a step can be checked.
 
     Args:
-        signature: the inputs to generate.
+        signature: describes the inputs to generate.
         rows_of_table: number of rows of each table, by name; ids are below it.
         rows: number of rows to generate.
         seed: seed of the random numbers.

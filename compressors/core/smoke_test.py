@@ -29,7 +29,7 @@ def smoke_test(
 
     Args:
         model: the loaded network.
-        signature: its inputs and output.
+        signature: describes its inputs and output.
         path: the import path of its class, for the message.
         second_load: the same bundle, loaded a second time; both must give the same scores.
 

@@ -334,7 +334,7 @@ class Channels(StepSettings):
 
         Args:
             model: the present network.
-            signature: its inputs.
+            signature: describes its inputs.
             consumers: the consumers of the present widths.
             importance: by producer, float ``(units,)``.
             initial: number of units of each width before the first round.

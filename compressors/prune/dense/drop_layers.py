@@ -210,7 +210,7 @@ def _reason_not_removable(
 
     Args:
         model: the network; it is not changed.
-        signature: the inputs of the network.
+        signature: describes the inputs of the network.
         stack: the stack.
         choices: whether the setting ``layers`` selects each dense layer.
         dense: names of the dense layers in the stack.

@@ -65,7 +65,7 @@ def trace(
 
     Args:
         module: the network in evaluation mode.
-        signature: the inputs of the network.
+        signature: describes the inputs of the network.
         rows_of_table: number of rows of each table.
         width: the width whose channels are followed.
 

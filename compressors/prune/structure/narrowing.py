@@ -92,7 +92,7 @@ def without_channels(
 
     Args:
         model: a private copy; its layers are narrowed in place.
-        signature: the inputs of the network.
+        signature: describes the inputs of the network.
         cuts: the widths to reduce.
         kept_by_producer: the kept units, by producer, bool ``(units,)``.
 
@@ -147,7 +147,7 @@ def remaining_consumers(
     Args:
         consumers: the consumers before the width was reduced.
         model: the narrower network.
-        signature: the inputs of the network.
+        signature: describes the inputs of the network.
         kept_by_producer: the kept units, by producer, bool ``(units,)``.
 
     Raises:
@@ -221,7 +221,7 @@ def rounded_scores(module: nn.Module, signature: Signature, tables: dict[str, in
 
     Args:
         module: the network; it is not changed.
-        signature: the inputs of the network.
+        signature: describes the inputs of the network.
         tables: number of rows of each table.
 
     Returns:

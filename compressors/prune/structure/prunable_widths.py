@@ -56,7 +56,7 @@ def prunable_widths(
 
     Args:
         model: the network; it is not changed.
-        signature: the inputs of the network.
+        signature: describes the inputs of the network.
         decisions: the dense layers that the step selects.
         share: the approximate share of its units that each width keeps.
         multiple: the number of channels stays a multiple of this.
