@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressors.quantize.kernels.clipping import fit
-from compressors.quantize.kernels.levels import FittedRange, Grid, decode_steps, nearest
+from compressors.quantize.kernels.levels import FittedRange, Grid, decode_multiples, nearest
 
 # Relative rounding error of a quotient, its rounding and a product in float32, each at most 2^-24;
 # with an offset also of a difference and a sum.
@@ -63,4 +63,4 @@ def round_trip(table: Tensor, grid: Grid) -> tuple[Tensor, FittedRange]:
     entries = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
     scale, offset = (None if part is None else part[entries] for part in fitted)
     assert scale is not None
-    return decode_steps(nearest(table, fitted, grid), scale, offset), FittedRange(scale, offset)
+    return decode_multiples(nearest(table, fitted, grid), scale, offset), FittedRange(scale, offset)

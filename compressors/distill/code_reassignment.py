@@ -16,8 +16,14 @@ from torch import Tensor
 
 from compressors.core.modules.formats import PackedTable
 from compressors.quantize.kernels.bitpacking import pack, unpack
-from compressors.quantize.kernels.levels import FittedRange, Grid, by_row, decode_steps, nearest
-from compressors.quantize.kernels.lloyd import nearest_under
+from compressors.quantize.kernels.levels import (
+    FittedRange,
+    Grid,
+    decode_multiples,
+    expand_to_rows,
+    nearest,
+)
+from compressors.quantize.kernels.lloyd import nearest_with_weights
 from compressors.quantize.tables import kmeans, product_codes, residual_codes, scales
 from compressors.quantize.tables.kmeans import KMeansFormat
 from compressors.quantize.tables.product_codes import ProductCodesFormat
@@ -113,15 +119,17 @@ def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, T
     grid = Grid(2**bits - odd, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())
     fitted = FittedRange(stored["scale"], stored.get("offset"))
-    steps = nearest(target, fitted, grid)
+    multiples = nearest(target, fitted, grid)
     offset = fitted.offset
     if offset is not None:
-        offset = by_row(offset, table.rows, grid.rows_per_scale)
-    values = decode_steps(steps, by_row(fitted.scale, table.rows, grid.rows_per_scale), offset)
+        offset = expand_to_rows(offset, table.rows, grid.rows_per_scale)
+    values = decode_multiples(
+        multiples, expand_to_rows(fitted.scale, table.rows, grid.rows_per_scale), offset
+    )
     zero = 0.0  # the code of level 0 in symmetric formats; int8 codes are signed
     if shared.symmetric and bits < 8:
         zero = grid.half if bits == 2 else grid.half + 1
-    return (steps + zero).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
+    return (multiples + zero).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
 
 
 def _width(table: PackedTable) -> int:
@@ -169,12 +177,12 @@ def nearest_codebook_codes(
         for index, width in enumerate(product_codes.part_widths(target.shape[1], codes.shape[1])):
             part = slice(begin, begin + width)
             entries = books[index, :, :width]
-            new[:, index] = nearest_under(target[:, part], metric[:, part], entries)
+            new[:, index] = nearest_with_weights(target[:, part], metric[:, part], entries)
             begin += width
         return new
     for index, entries in enumerate(books):
         others = residual_codes.decode(new, codebook) - entries[new[:, index].long()]
-        new[:, index] = nearest_under(target - others, metric, entries)
+        new[:, index] = nearest_with_weights(target - others, metric, entries)
     return new
 
 

@@ -1,13 +1,13 @@
 """Replace a row-wise table format by a more precise one that takes no more bytes.
 
-In narrow rows, scales and offsets take more bytes than codes: a row of one number takes 3 bytes as
-``rowwise_int4`` and 2 as ``float16``. Such a table is stored in the more precise format, and its
-plan line gives the reason. Formats are compared by their exact bytes, and by their precision for
-arbitrary rows: float16 before 8 bits, 8 bits before 4, 4 before 2.
+In rows of few numbers, scales and offsets take more bytes than codes: a row of one number takes 3
+bytes as ``rowwise_int4`` and 2 as ``float16``. Such a table is stored in the more precise format,
+and its plan line gives the reason. Formats are compared by their exact bytes, and by their
+precision for arbitrary rows: float16 before 8 bits, 8 bits before 4, 4 before 2.
 
-Methods with codebooks are not replaced, because their quality depends on the fit to the table. If a
-table is so short that its codebooks take more bytes than its codes, the plan line names the smaller
-format.
+Methods with codebooks are not replaced, because their quality depends on the fit to the table. But
+if a row-wise format with at least their precision takes no more bytes, as for a short table with
+large codebooks, the plan line names that format.
 """
 
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ RANK = {
 """Precision of each row-wise format for arbitrary rows; higher is more precise."""
 
 CODEBOOK_RANK = 2
-"""Rank of methods with codebooks, whose error is about that of 4 bits."""
+"""Precision of methods with codebooks, on the scale of ``RANK``: about that of 4 bits."""
 
 
 class Float16Rows(StepSettings):
-    """Table step that stores as float16 those tables of other methods for which it is better.
+    """Table step that replaces the step of a recipe for tables that float16 stores better.
 
-    It is not a method of recipes, whose ``float16`` (``dense/float16.py``) also converts layers.
+    Recipes cannot name it: their ``float16`` (``dense/float16.py``) also converts layers.
     """
 
     kind: Literal["float16"] = "float16"
@@ -56,11 +56,11 @@ class Float16Rows(StepSettings):
         return {}
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return no parameters: nothing is fitted."""
+        """Return no parameters: each weight is rounded independently."""
         return {}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Round the rows, float ``(rows, dim)``, to float16."""
+        """Round a block of rows, float ``(rows, dim)``, to float16."""
         return {"weight": block.to(torch.float16)}
 
 
@@ -77,7 +77,8 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reaso
         weight: the table, float ``(rows, dim)``.
 
     Returns:
-        The selected step, and the reasons for the plan.
+        The selected step, and the reasons for the plan. If ``step`` is a method with a codebook, it
+        is returned, and the reasons name a smaller format if there is one.
     """
     rows, dim = weight.shape
     size = table_bytes(step, rows, dim)

@@ -1,8 +1,8 @@
 """Encode tables of any size block by block, from a source of rows to a sink of bytes.
 
 Only a few row blocks are in memory at a time. The stored bytes do not depend on the number of rows
-per block or of threads: the format's layout determines a row's position in the file, and no stored
-entry covers rows of two blocks.
+per block or on the number of threads: the format's layout determines a row's position in the file,
+and rows of different blocks never share a stored entry, such as a scale.
 """
 
 import math
@@ -24,7 +24,7 @@ from compressors.core.steps.table_encoder import TableEncoder
 from compressors.errors.compression import CompressionError, ModelRefused
 
 BLOCK_BYTES = 2**22
-"""Bytes of a block if ``Job.block_rows`` is None: block and codes fit in a core's cache."""
+"""Bytes of a block if ``Job.block_rows`` is None: the block and its codes fit in a core's cache."""
 
 HEADER, WHOLE = "header", "whole"
 """Names of blocks without rows: the file's header, and the tensors of a whole table."""
@@ -48,7 +48,7 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """A destination of encoded blocks."""
+    """A destination of encoded blocks, such as a file."""
 
     def has_block(self, block: str) -> bool:
         """Whether an interrupted run has already written the block of this name."""
@@ -58,7 +58,7 @@ class Sink(Protocol):
 
 
 class Block(NamedTuple):
-    """One item of work: the rows ``begin`` to ``end - 1`` of the tensor named ``source``."""
+    """The rows ``begin`` to ``end - 1`` of the tensor named ``source``."""
 
     source: str
     begin: int
@@ -66,18 +66,18 @@ class Block(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of the block in a sink."""
+        """The name by which a sink knows the block."""
         return f"{self.source}@{self.begin}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """The plan for every tensor of a file: tables to encode, other tensors to copy.
+    """What happens to every tensor of a file: tables are encoded, other tensors are copied.
 
     Attributes:
-        step: encodes the tables.
-        tables: for each tensor to encode, the name of the module that its stored tensors belong
-            to: they are named ``MODULE.NAME``. Other tensors are copied under the same name.
+        step: the step that encodes the tables.
+        tables: the tensors to encode: by the tensor's name, the name of the module that has its
+            encoded tensors. These are named ``MODULE.NAME``. Other tensors keep their names.
         sources: every tensor of the original files, by name.
         block_rows: rows per block; None for blocks of about ``BLOCK_BYTES``.
     """
@@ -88,12 +88,12 @@ class Job:
     block_rows: int | None = None
 
     @property
-    def rest(self) -> list[str]:
+    def copied_tensors(self) -> list[str]:
         """Names of the tensors that are copied unchanged."""
         return [name for name in self.sources if name not in self.tables]
 
     def stored(self, name: str) -> dict[str, TensorSpec]:
-        """Return shape and dtype of one table's stored tensors, by their names in the format."""
+        """Return shape and dtype of one table's encoded tensors, by their names in the format."""
         rows, dim = self.sources[name].spec.shape
         return self.step.storage.layout(rows, dim, self.step.settings())
 
@@ -103,7 +103,7 @@ class Job:
         Raises:
             ModelRefused: two tensors would have the same name.
         """
-        specs = {name: self.sources[name].spec for name in self.rest}
+        specs = {name: self.sources[name].spec for name in self.copied_tensors}
         for name, module in self.tables.items():
             for part, spec in self.stored(name).items():
                 full_name = tensor_name(module, part)
@@ -113,7 +113,7 @@ class Job:
         return specs
 
     def records(self) -> dict[str, ModuleRecord]:
-        """Return the record from which a bundle rebuilds each table, by the module's name."""
+        """Return, by module name, the records from which a loaded bundle rebuilds the tables."""
         settings = self.step.settings()
         return {
             module: ModuleRecord(
@@ -154,13 +154,13 @@ def carry_out(
 ) -> None:
     """Encode or copy every tensor of a job into a file.
 
-    Tables are fitted one after another, so that the memory of only one fit is needed at a time;
-    their blocks are encoded by several threads at once.
+    The step is fitted to one table after another, so that the memory of only one fit is needed at a
+    time. Several threads encode the blocks of a table.
 
     Args:
-        job: the plan for every tensor.
+        job: the tensors, and what to do with each.
         file: the positions of the tensors of ``job.layout`` in the file.
-        sink: receives the bytes; blocks that it already holds are not encoded again.
+        sink: receives the bytes; blocks that it already contains are not encoded again.
         workers: number of threads; by default one per core.
         progress: called with the number of bytes read for each block after it is written.
 
@@ -173,7 +173,8 @@ def carry_out(
         sink.write(HEADER, [Piece(0, memoryview(file.header))])
     count = workers or len(os.sched_getaffinity(0))
     before = torch.get_num_threads()
-    # Each thread encodes one block at a time: threads of torch within it would compete for cores.
+    # Each thread encodes one block at a time. If torch started more threads, they would compete for
+    # the cores.
     pool = ThreadPoolExecutor(count, "encode", initializer=torch.set_num_threads, initargs=(1,))
     submitted: deque[Future[None]] = deque()
     try:
@@ -195,7 +196,10 @@ def carry_out(
 def _tasks(
     job: Job, file: StreamedFile, sink: Sink, progress: Callable[[int], None] | None
 ) -> Iterator[Callable[[], None]]:
-    """Yield a function for each block that encodes or copies it; fit each table before its own."""
+    """Yield, for each block, a function that encodes or copies it.
+
+    The step is fitted to a table before the functions of its blocks are yielded.
+    """
 
     def task(block: Block, encode: Callable[[Block], list[Piece]]) -> Callable[[], None]:
         def run() -> None:
@@ -208,23 +212,25 @@ def _tasks(
 
         return run
 
-    copying = _Copying(job, file)
-    for name in job.rest:
-        yield from (task(block, copying) for block in job.blocks(name))
+    copier = _BlockCopier(job, file)
+    for name in job.copied_tensors:
+        yield from (task(block, copier) for block in job.blocks(name))
     for name in job.tables:
         whole = f"{name}@{WHOLE}"
         if sink.has_block(whole) and all(sink.has_block(block.name) for block in job.blocks(name)):
-            # Nothing is copied, because the sink holds every block: this only reports progress.
-            yield from (task(block, copying) for block in job.blocks(name))
+            # The sink contains every block, so these functions only report progress.
+            yield from (task(block, copier) for block in job.blocks(name))
             continue
-        encoding = _Encoding(job, file, name)
+        table_encoder = _BlockEncoder(job, file, name)
         if not sink.has_block(whole):
-            sink.write(whole, encoding.whole())
-        yield from (task(block, encoding) for block in job.blocks(name))
+            sink.write(whole, table_encoder.whole())
+        yield from (task(block, table_encoder) for block in job.blocks(name))
 
 
 @dataclass(frozen=True)
-class _Copying:
+class _BlockCopier:
+    """Copies the blocks of tensors that are not encoded."""
+
     job: Job
     file: StreamedFile
 
@@ -233,7 +239,7 @@ class _Copying:
         return [self.file.piece(block.source, values, block.begin)]
 
 
-class _Encoding:
+class _BlockEncoder:
     """Encodes the blocks of one table; the constructor fits the step to the table."""
 
     def __init__(self, job: Job, file: StreamedFile, name: str) -> None:
@@ -242,13 +248,13 @@ class _Encoding:
         try:
             self._encoder = TableEncoder(job.step, job.sources[name].mapped())
         except CompressionError:
-            # If a NaN or infinite weight is the cause, reading the blocks raises that error.
+            # If a NaN or infinite weight is the cause, reading the blocks raises the error for it.
             for block in job.blocks(name):
                 self._rows(block)
             raise
 
     def whole(self) -> list[Piece]:
-        """Return the stored tensors of the whole table, such as a codebook."""
+        """Return the encoded tensors of the whole table, such as a codebook."""
         return [self._piece(part, values, 0) for part, values in self._encoder.whole().items()]
 
     def __call__(self, block: Block) -> list[Piece]:
@@ -265,7 +271,7 @@ class _Encoding:
 
 
 def _check_finite(name: str, rows: Tensor, begin: int) -> None:
-    # The sum is fast, but may overflow although every weight is finite: then check each row.
+    # The sum is fast, but it may overflow although every weight is finite. Then check each row.
     if math.isfinite(float(rows.sum())):
         return
     not_finite = (~torch.isfinite(rows)).any(dim=1)

@@ -12,8 +12,8 @@ FAULTS = (
     Fault(
         id="grid-ties-go-up",
         file="compressors/quantize/kernels/levels.py",
-        old="steps = steps.round() if grid.levels % 2 else steps.floor() + 0.5",
-        new="steps = (steps + 0.5).floor() if grid.levels % 2 else steps.floor() + 0.5",
+        old="multiples = multiples.round() if grid.levels % 2 else multiples.floor() + 0.5",
+        new="multiples = (multiples + 0.5).floor() if grid.levels % 2 else multiples.floor() + 0.5",
         effect="Weights halfway between two levels are rounded up instead of to the even level.",
         tests=(
             "tests/compressors/quantize/test_kernels.py"
@@ -23,8 +23,8 @@ FAULTS = (
     Fault(
         id="grid-int2-levels-shifted",
         file="compressors/quantize/kernels/levels.py",
-        old="else steps.floor() + 0.5",
-        new="else steps.round() - 0.5",
+        old="else multiples.floor() + 0.5",
+        new="else multiples.round() - 0.5",
         effect="Symmetric int2 rounds to the level below or above the nearest one.",
         tests=(STORED,),
     ),

@@ -13,8 +13,8 @@ FAULTS = (
     Fault(
         id="planar-neighbours-instead-of-planes",
         file="compressors/quantize/kernels/bitpacking.py",
-        old="        packed |= whole[:, plane * width : (plane + 1) * width] << (bits * plane)",
-        new="        packed |= whole[:, plane * width : (plane + 1) * width] "
+        old="        packed |= padded[:, plane * width : (plane + 1) * width] << (bits * plane)",
+        new="        packed |= padded[:, plane * width : (plane + 1) * width] "
         "<< (bits * (planes - plane))",
         effect="All planes except the first are written to the wrong bits.",
         tests=(PACKING,),
@@ -22,11 +22,11 @@ FAULTS = (
     Fault(
         id="planar-order-of-planes-reversed",
         file="compressors/quantize/kernels/bitpacking.py",
-        old="    packed = whole[:, :width].clone()\n    for plane in range(1, planes):\n"
-        "        packed |= whole[:, plane * width : (plane + 1) * width] << (bits * plane)\n"
+        old="    packed = padded[:, :width].clone()\n    for plane in range(1, planes):\n"
+        "        packed |= padded[:, plane * width : (plane + 1) * width] << (bits * plane)\n"
         "    return packed",
-        new="    packed = torch.zeros_like(whole[:, :width])\n    for plane in range(planes):\n"
-        "        packed |= whole[:, plane * width : (plane + 1) * width] "
+        new="    packed = torch.zeros_like(padded[:, :width])\n    for plane in range(planes):\n"
+        "        packed |= padded[:, plane * width : (plane + 1) * width] "
         "<< (bits * (planes - 1 - plane))\n    return packed",
         effect="The first weights of a row are in the highest bits: graphs read other weights.",
         tests=(PACKING,),
@@ -42,14 +42,14 @@ FAULTS = (
     Fault(
         id="kernel-int4-zero-shifted",
         file="compressors/quantize/kernels/numba_kernels.py",
-        old="    count, dim = rows.shape\n    small = scale_16.size > 0\n"
+        old="    count, dim = rows.shape\n    is_float16 = scale_16.size > 0\n"
         "    low = -top if symmetric else ZERO\n"
         "    shift = np.uint64(8) if symmetric else np.uint64(0)\n"
-        "    bytes_ = np.zeros((1, dim + 1), np.uint8)\n    least",
-        new="    count, dim = rows.shape\n    small = scale_16.size > 0\n"
+        "    row_codes = np.zeros((1, dim + 1), np.uint8)\n    least",
+        new="    count, dim = rows.shape\n    is_float16 = scale_16.size > 0\n"
         "    low = -top if symmetric else ZERO\n"
         "    shift = np.uint64(7) if symmetric else np.uint64(0)\n"
-        "    bytes_ = np.zeros((1, dim + 1), np.uint8)\n    least",
+        "    row_codes = np.zeros((1, dim + 1), np.uint8)\n    least",
         effect="Compiled int4 codes are one level too low.",
         tests=(
             "tests/compressors/quantize/test_rowwise.py"
@@ -59,8 +59,8 @@ FAULTS = (
     Fault(
         id="kernel-ties-go-up",
         file="compressors/quantize/kernels/numba_kernels.py",
-        old="        codes[into, place] = np.uint8(_bits(step + ROUNDER))\n",
-        new="        codes[into, place] = np.uint8(_bits(np.floor(step + HALF) + ROUNDER))\n",
+        old="        codes[target_row, place] = np.uint8(_bits(step + ROUNDER))\n",
+        new="        codes[target_row, place] = np.uint8(_bits(np.floor(step + HALF) + ROUNDER))\n",
         effect="Compiled loops round weights halfway between two levels up.",
         tests=(
             "tests/compressors/quantize/test_rowwise.py"
@@ -86,9 +86,8 @@ FAULTS = (
     Fault(
         id="kernel-threads-share-first-scales",
         file="compressors/quantize/kernels/row_encoding.py",
-        old="used = slice(begin // together, -(-end // together)) "
-        "if grid.rows_per_scale else slice(1)",
-        new="used = slice(0, -(-end // together)) if grid.rows_per_scale else slice(1)",
+        old="entries = slice(begin // group_rows, -(-end // group_rows))",
+        new="entries = slice(0, -(-end // group_rows))",
         effect="With several threads rows are rounded by the scales of the first rows.",
         tests=(f"{KERNELS}::test_results_and_errors_do_not_depend_on_the_number_of_threads",),
     ),

@@ -47,8 +47,8 @@ FAULTS = (
     Fault(
         id="calibration-percentile-without-zeros",
         file="compressors/quantize/calibration/calibrators.py",
-        old="    below = seen.zeros + seen.counts.cumsum(0)\n",
-        new="    below = seen.counts.cumsum(0)\n",
+        old="    below = histogram.zeros + histogram.counts.cumsum(0)\n",
+        new="    below = histogram.counts.cumsum(0)\n",
         effect="The percentile of inputs ignores zeros, so the clipping threshold is wrong.",
         tests=(
             f"{CALIBRATION}::test_percentile_is_the_smallest_bin_edge_with_its_share_of_values_inside",
@@ -57,7 +57,7 @@ FAULTS = (
     Fault(
         id="calibration-histogram-forgets-when-it-grows",
         file="compressors/quantize/calibration/calibrators.py",
-        old="        self.counts[: len(folded)] = folded\n",
+        old="        self.counts[: len(merged_counts)] = merged_counts\n",
         new="",
         effect="Counts from before a larger value are lost.",
         tests=(
@@ -67,7 +67,7 @@ FAULTS = (
     Fault(
         id="int8-products-exceed-sixteen-bits",
         file="compressors/quantize/dense/static_int8.py",
-        old="    step = torch.maximum(scale, paired_scale(inside.detach()))\n",
+        old="    step = torch.maximum(scale, paired_scale(clipped.detach()))\n",
         new="    step = scale\n",
         effect="Int8 products clip on processors without VNNI.",
         tests=(
@@ -143,8 +143,8 @@ FAULTS = (
     Fault(
         id="lookups-count-padding",
         file="compressors/quantize/calibration/lookup_counts.py",
-        old="        read = ids if padding is None else ids[ids != padding]\n",
-        new="        read = ids\n",
+        old="        counted_ids = ids if padding is None else ids[ids != padding]\n",
+        new="        counted_ids = ids\n",
         effect="Padding of bags counts as lookups of row 0.",
         tests=("tests/compressors/quantize/test_lookup_counts.py",),
     ),

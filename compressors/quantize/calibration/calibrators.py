@@ -1,20 +1,19 @@
 """Calibrators: choose the range of a layer's int8 inputs from a histogram.
 
 One pass over the calibration rows builds a histogram of the absolute inputs of a layer, in constant
-memory. Each calibrator computes from it the largest value that int8 represents; larger inputs are
-clipped.
+memory. From it, each calibrator computes the end of the range, in the unit of the inputs: larger
+inputs are clipped to it.
 
-- ``largest`` (min-max): nothing is clipped. One outlier reduces the resolution of all others.
-- ``percentile``: all inputs except a share are inside the range.
-- ``least_divergence``: Migacz, "8-bit Inference with TensorRT", GTC 2017. The range with the least
-  Kullback-Leibler divergence between the distribution of the inputs and its rounding.
-  Differs: exact zeros are ignored, since they are zeros for any scale and would dominate the
-  distribution after a Relu.
-- ``least_squares``: the range of least expected squared error. Inside the range the error is the
-  square of a step over 12, if inputs are uniform within a step; outside it is the squared distance
-  to the end of the range.
-
-Each returns the end of the range, a number in the unit of the inputs.
+- min-max (``Histogram.largest``): the largest input. Nothing is clipped, but one outlier makes the
+  levels coarser for all other inputs.
+- ``percentile``: the range contains a given share of the inputs.
+- ``least_divergence``: the range for which rounding changes the distribution of the inputs least,
+  measured by the Kullback-Leibler divergence. Source: Migacz, "8-bit Inference with TensorRT", GTC
+  2017. Differs: exact zeros are ignored, because every scale represents them exactly and they would
+  dominate the distribution after a Relu.
+- ``least_squares``: the range of least expected squared error. If inputs are uniform between two
+  levels, the expected error of an input inside the range is the squared distance of the levels
+  divided by 12. The error of a clipped input is its squared distance from the end of the range.
 """
 
 import math
@@ -29,22 +28,21 @@ LEVELS = 127
 """Positive levels of int8."""
 
 LEVELS_COMPARED = 128
-"""Levels to which ``least_divergence`` rounds, as in Migacz: int8 levels of one sign, with zero."""
+"""Levels to which ``least_divergence`` rounds: the non-negative int8 levels, as in Migacz."""
 
-BINS_APART = 8
-"""Distance, in bins, between the range ends that ``least_divergence`` compares."""
+BIN_STRIDE = 8
+"""``least_divergence`` compares range ends that are this number of bins apart."""
 
 LOWEST_EXPONENT = -100
-"""A histogram covers at least 2^-100; narrower bins would be too small for float32."""
+"""A histogram ends at 2^-100 or above: with a smaller end, float32 could not represent a bin."""
 
 
 class Histogram:
-    """Histogram of absolute values, with equal bins from 0 to a power of two.
+    """Histogram of absolute values: ``BINS`` bins of equal width from 0 to a power of two.
 
-    The power of two is the smallest above the largest value.
-
-    The bin of a value does not depend on earlier values, so the counts do not depend on how the
-    rows are split into batches. At least half the bins are in use.
+    The power of two is the smallest one above the largest value, so values reach at least half of
+    the bins. If a larger value is added, neighbouring bins are merged. The result is that of one
+    batch with all values, so the counts do not depend on how rows are split into batches.
     """
 
     def __init__(self) -> None:
@@ -57,19 +55,19 @@ class Histogram:
         self._exponent = LOWEST_EXPONENT
 
     def add(self, x: Tensor) -> None:
-        """Count the values of a float tensor; NaN and infinity only change ``largest``."""
+        """Count the values of a float tensor; with NaN or infinity, only ``largest`` changes."""
         if not x.numel():
             return
-        size = x.detach().abs()
-        self.largest = torch.maximum(self.largest, size.amax())
+        magnitude = x.detach().abs()
+        self.largest = torch.maximum(self.largest, magnitude.amax())
         if not bool(torch.isfinite(self.largest)):
             return
         if self.largest > 0:
             self._grow(math.frexp(float(self.largest))[1])
-        nonzero = size[size > 0]
-        self.zeros += size.numel() - nonzero.numel()
-        place = (nonzero.float() / self.width).long()
-        self.counts += torch.bincount(place, minlength=BINS)
+        nonzero = magnitude[magnitude > 0]
+        self.zeros += magnitude.numel() - nonzero.numel()
+        bin_index = (nonzero.float() / self.width).long()
+        self.counts += torch.bincount(bin_index, minlength=BINS)
 
     @property
     def width(self) -> float:
@@ -80,57 +78,61 @@ class Histogram:
         """Return the upper edges of the bins, float64 ``(BINS,)``."""
         return torch.arange(1, BINS + 1, dtype=torch.float64) * self.width
 
-    def used(self) -> int:
+    def count_used_bins(self) -> int:
         """Return the number of bins up to the last one that is not empty."""
         filled = self.counts.nonzero()
         return int(filled[-1]) + 1 if len(filled) else 0
 
     def _grow(self, exponent: int) -> None:
         """Double the width of the bins until the last one ends at 2^exponent."""
-        doubled = exponent - self._exponent
-        if doubled <= 0:
+        doublings = exponent - self._exponent
+        if doublings <= 0:
             return
-        merged = 2 ** min(doubled, BINS.bit_length() - 1)
-        folded = self.counts.view(-1, merged).sum(dim=1)
+        bins_per_new_bin = 2 ** min(doublings, BINS.bit_length() - 1)
+        merged_counts = self.counts.view(-1, bins_per_new_bin).sum(dim=1)
         self.counts = torch.zeros_like(self.counts)
-        self.counts[: len(folded)] = folded
+        self.counts[: len(merged_counts)] = merged_counts
         self._exponent = exponent
 
 
-def percentile(seen: Histogram, share: float) -> float:
-    """Return the smallest bin edge with at least ``share`` of all values, with zeros, below it."""
-    total = seen.zeros + int(seen.counts.sum())
-    below = seen.zeros + seen.counts.cumsum(0)
-    # The first bin that reaches the share; float64 counts rows exactly.
-    place = int((below.double() < share * total).sum())
-    return _end(seen, place)
+def percentile(histogram: Histogram, share: float) -> float:
+    """Return the smallest bin edge that ``share`` of all values, zeros included, do not exceed."""
+    total = histogram.zeros + int(histogram.counts.sum())
+    below = histogram.zeros + histogram.counts.cumsum(0)
+    # The first bin that reaches the share. float32 could not count more than 2^24 values exactly.
+    bin_index = int((below.double() < share * total).sum())
+    return _range_end(histogram, bin_index)
 
 
-def least_divergence(seen: Histogram) -> float:
-    """Return the range of least Kullback-Leibler divergence from the observed distribution."""
-    counts, used = seen.counts.double(), seen.used()
-    ends = [*range(LEVELS_COMPARED, used, BINS_APART), used]
+def least_divergence(histogram: Histogram) -> float:
+    """Return the end of the range whose rounding has the least Kullback-Leibler divergence."""
+    counts, used = histogram.counts.double(), histogram.count_used_bins()
+    ends = [*range(LEVELS_COMPARED, used, BIN_STRIDE), used]
     divergences = [_divergence(counts[:end], counts[end:].sum()) for end in ends]
-    return _end(seen, ends[min(range(len(ends)), key=divergences.__getitem__)] - 1)
+    return _range_end(histogram, ends[min(range(len(ends)), key=divergences.__getitem__)] - 1)
 
 
-def least_squares(seen: Histogram) -> float:
-    """Return the range of least expected squared error, for values uniform within each bin."""
-    counts, edges = seen.counts.double(), seen.edges()
-    middle = edges - seen.width / 2
+def least_squares(histogram: Histogram) -> float:
+    """Return the end of the range of least squared error, for values uniform within each bin."""
+    counts, edges = histogram.counts.double(), histogram.edges()
+    middle = edges - histogram.width / 2
     inside = counts.cumsum(0)
-    # Sums over the bins outside of each range; ranges end at bin edges.
+    # For a range that ends at each bin edge: sums of count, value and squared value beyond it.
     number, first, second = (
         moment.sum() - moment.cumsum(0)
-        for moment in (counts, counts * middle, counts * (middle.square() + seen.width**2 / 12))
+        for moment in (
+            counts,
+            counts * middle,
+            counts * (middle.square() + histogram.width**2 / 12),
+        )
     )
     rounded = inside * (edges / LEVELS).square() / 12
     clipped = second - 2 * edges * first + edges.square() * number
-    return _end(seen, int((rounded + clipped)[: seen.used()].argmin()))
+    return _range_end(histogram, int((rounded + clipped)[: histogram.count_used_bins()].argmin()))
 
 
 def _divergence(inside: Tensor, outside: Tensor) -> float:
-    """Return the Kullback-Leibler divergence of the values in a range from their rounding.
+    """Compute the Kullback-Leibler divergence between the distribution of inputs and its rounding.
 
     Args:
         inside: counts of the bins in the range, float64 ``(bins,)``.
@@ -142,15 +144,15 @@ def _divergence(inside: Tensor, outside: Tensor) -> float:
     filled = (inside > 0).double()
     levels = inside.new_zeros(LEVELS_COMPARED)
     total, bins = levels.index_add(0, level, inside), levels.index_add(0, level, filled)
-    rounded = (total / bins.clamp(min=1))[level] * filled  # spread each level over its filled bins
+    rounded = (total / bins.clamp(min=1))[level] * filled  # share a level's count among its bins
     if not bool(inside.any()):
         return math.inf
     is_filled = clipped > 0
     p, q = clipped[is_filled] / clipped.sum(), rounded[is_filled] / rounded.sum()
-    return float((p * (p / q).log()).sum())  # infinite if values were clipped into an empty bin
+    return float((p * (p / q).log()).sum())  # infinite if values are clipped into an empty bin
 
 
-def _end(seen: Histogram, place: int) -> float:
-    """Return the upper edge of a bin, or the largest value if it is smaller."""
-    largest = float(seen.largest)
-    return min(float(seen.edges()[min(place, BINS - 1)]), largest)
+def _range_end(histogram: Histogram, bin_index: int) -> float:
+    """Return the upper edge of a bin, but at most the largest value."""
+    largest = float(histogram.largest)
+    return min(float(histogram.edges()[min(bin_index, BINS - 1)]), largest)

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of dense layers, and the output error that they imply."""
+"""Gram matrices of the inputs of dense layers, and the output errors computed from them."""
 
 from collections.abc import Collection
 
@@ -17,7 +17,7 @@ def gram_matrices(
     rows: Split,
     signature: Signature,
     batch: int,
-    most: int,
+    max_rows: int,
 ) -> dict[str, Tensor]:
     """Compute ``x.T @ x`` over the inputs of every layer: float64 ``(in, in)``, by layer name.
 
@@ -27,10 +27,10 @@ def gram_matrices(
     Args:
         module: the network in evaluation mode; it is not changed.
         layers: dense layers of the module.
-        rows: data of which the first ``most`` rows are read.
+        rows: the data; its first ``max_rows`` rows are read.
         signature: inputs of the network.
         batch: rows per batch.
-        most: largest number of rows that are read.
+        max_rows: largest number of rows that are read.
 
     Raises:
         StepRefused: a layer never ran, or all its inputs are zero.
@@ -42,7 +42,7 @@ def gram_matrices(
         gram = result.get(unit.name, torch.zeros((), dtype=torch.float64))
         result[unit.name] = gram + vectors.T @ vectors
 
-    read_layer_inputs(module, layers, rows, signature, batch=batch, limit=most, receive=add)
+    read_layer_inputs(module, layers, rows, signature, batch=batch, limit=max_rows, receive=add)
     for unit in layers:
         if unit.name not in result or not bool(result[unit.name].any()):
             raise StepRefused("layer_inputs_zero", layer=unit.name)
@@ -50,11 +50,11 @@ def gram_matrices(
 
 
 def squared_error(change: Tensor, gram: Tensor) -> Tensor:
-    """Return the squared error of each output if the weights change, summed over rows.
+    """Return the squared error of each output after a change of the weights, summed over rows.
 
     Args:
         change: change of the weights, ``(out, in)``.
-        gram: Gram matrix of the layer's inputs on these rows, ``(in, in)``.
+        gram: Gram matrix of the layer's inputs, ``x.T @ x`` over the rows, ``(in, in)``.
 
     Returns:
         float64 ``(out,)``.

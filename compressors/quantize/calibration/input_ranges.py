@@ -1,14 +1,15 @@
-"""Warn about dense layers in which some input channels get too few levels from a shared scale.
+"""Warn about dense layers that round some of their input channels to too few levels.
 
-If a layer rounds its inputs with one scale, the largest inputs determine the scale. With raw counts
-next to embeddings, the embeddings are rounded to only a few levels: single scores change much
-although the average metric hardly changes. The plan has a warning for such layers.
+If a layer rounds its inputs with one scale, the largest inputs determine the scale. If the inputs
+are, for example, embeddings and raw counts, the embeddings are rounded to only a few levels. Single
+scores then change much, although the metric hardly changes. The plan has a warning for such layers.
 
-Criterion, on calibration rows: an input channel is coarse if the rounding error (root mean square,
-times sqrt(12), which is the step of a uniform quantizer) leaves its range fewer than
-``LEAST_LEVELS`` levels, and its range is less than half of the layer's. A layer is reported if the
-rounding of its coarse channels alone changes its output by more than ``LARGEST_ERROR`` of the
-output's standard deviation; channels are weighted by their weights, as if they were uncorrelated.
+The criterion is evaluated on calibration rows. The range of an input channel is its largest
+absolute input. A channel is *coarse* if its range has fewer than ``LEAST_LEVELS`` levels and is
+less than half of the largest range in the layer. The distance of levels is estimated as sqrt(12)
+times the root mean square of the rounding errors, as for a uniform quantizer. A layer is reported
+if the rounding of its coarse channels alone changes its output by more than ``LARGEST_ERROR``
+standard deviations. This change is computed from the weights as if channels were uncorrelated.
 """
 
 from collections.abc import Collection, Mapping
@@ -36,8 +37,8 @@ For comparison: if all channels of a layer have one range, int8 changes the outp
 ROWS, BATCH = 4096, 256
 """Largest number of calibration rows, and rows per batch."""
 
-SHOWN = 3
-"""Number of channels with the largest ranges that a warning names."""
+NAMED_CHANNELS = 3
+"""A warning names this number of channels: those with the largest ranges."""
 
 WEIGHT_ROWS = 256
 """Output channels whose weights are converted to float64 at once."""
@@ -45,21 +46,21 @@ WEIGHT_ROWS = 256
 
 @runtime_checkable
 class RoundsInputs(Protocol):
-    """A linear format that rounds its inputs, with scales that several channels share."""
+    """A format of dense layers that rounds inputs, with scales that several channels share."""
 
     def rounded_inputs(
         self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]
     ) -> Tensor:
-        """Return the rounded inputs that are multiplied, float32 ``(*, in)`` like ``x``."""
+        """Return the rounded inputs that the weights multiply, float32 ``(*, in)`` like ``x``."""
 
 
 @dataclass
 class _InputSums:
-    """Sums over the inputs of a layer, by channel.
+    """Sums over the inputs of a layer, each float64 ``(in,)`` with one entry per channel.
 
     Attributes:
         rows: number of inputs.
-        first: sum of the inputs, float64 ``(in,)``.
+        first: sum of the inputs.
         second: sum of their squares.
         error: sum of the squared rounding errors.
         largest: largest absolute input.
@@ -78,7 +79,7 @@ def input_range_warnings(source: nn.Module, result: nn.Module, bench: Bench) -> 
     Args:
         source: the network before the step; channels are weighted by its float weights.
         result: the network after the step, in evaluation mode.
-        bench: with calibration rows; without them the result is empty.
+        bench: its calibration rows are read; without such rows there are no warnings.
     """
     if bench.calibration is None:
         return {}
@@ -135,28 +136,30 @@ def _warning(sums: _InputSums, weight: Tensor) -> Reason | None:
     """Return the warning about a layer with this float weight ``(out, in)``, or None."""
     variance = (sums.second - sums.first.square() / sums.rows).clamp(min=0) / sums.rows
     noise = sums.error / sums.rows
-    # In parts, because a float64 copy of a wide layer would be the largest tensor of the step.
+    # In parts, because a float64 copy of the weight of a wide layer takes much memory.
     parts = torch.split(weight, WEIGHT_ROWS)
-    power = torch.stack([part.double().square().sum(dim=0) for part in parts]).sum(dim=0)
-    overall = float(sums.largest.max())
+    weight_energy = torch.stack([part.double().square().sum(dim=0) for part in parts]).sum(dim=0)
+    layer_range = float(sums.largest.max())
     step = (12 * noise).sqrt()
     levels = sums.largest / step.clamp(min=torch.finfo(torch.float64).tiny)
-    coarse = (levels < LEAST_LEVELS) & (sums.largest < overall / 2) & (noise > 0) & (variance > 0)
-    total = float(power @ variance)
+    coarse = (
+        (levels < LEAST_LEVELS) & (sums.largest < layer_range / 2) & (noise > 0) & (variance > 0)
+    )
+    total = float(weight_energy @ variance)
     if not bool(coarse.any()) or total == 0:
         return None
-    error = (float(power[coarse] @ noise[coarse]) / total) ** 0.5
+    error = (float(weight_energy[coarse] @ noise[coarse]) / total) ** 0.5
     if error <= LARGEST_ERROR:
         return None
     ranges, coarse_levels = sums.largest[coarse], levels[coarse]
-    widest = sums.largest.argsort(descending=True)[:SHOWN].tolist()
+    widest = sums.largest.argsort(descending=True)[:NAMED_CHANNELS].tolist()
     channels = tuple(
-        Reason("channel_range", channel=place, largest=float(sums.largest[place]))
-        for place in widest
+        Reason("channel_range", channel=channel, largest=float(sums.largest[channel]))
+        for channel in widest
     )
     return Reason(
         "mixed_input_ranges",
-        range=overall,
+        range=layer_range,
         least_range=float(ranges.min()),
         largest_range=float(ranges.max()),
         coarse=int(coarse.sum()),

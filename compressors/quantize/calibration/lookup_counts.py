@@ -1,7 +1,10 @@
 """Count lookups of table rows, and measure the sensitivity of loss and output to tables.
 
-A hook on each table's module counts the ids with which it is called, so the counts include the
-effect of all operations before a lookup (a row map, a default for unknown ids, padding).
+A hook on each table's module counts the ids with which it is called. So the counts include the
+effect of all operations before a lookup, such as a default for unknown ids, or padding.
+
+A *composed table* computes its rows from other tables, its *parts*. For example, the row of an id
+may be the sum of a row of each part. Parts are units too, so their lookups are counted.
 """
 
 from collections.abc import Collection, Mapping
@@ -28,33 +31,33 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
 
     Args:
         model: the network; its tables may already be compressed.
-        bench: with ``train`` rows.
+        bench: provides the ``train`` rows.
         tables: names of units.
 
     Returns:
-        Float64 ``(rows,)`` by table name. Padding of bags is not counted.
+        For each table name, float64 ``(rows,)``. Padding of bags is not counted.
 
     Raises:
         RowsMissing: the bench has no training rows.
     """
     if bench.train is None:
         raise RowsMissing("lookup_counts_need_rows")
-    private = model.private().module
-    units = {unit.name: unit for unit in Unit.of(private)}
+    copied_module = model.private().module
+    units = {unit.name: unit for unit in Unit.of(copied_module)}
     outermost = {units[name].part_of or name for name in tables}
     counts = {name: torch.zeros(units[name].rows, dtype=torch.float64) for name in outermost}
     for name, count in counts.items():
         _count_lookups(units[name].module, count)
     with torch.no_grad():
         for batch in batches(bench.train, bench.signature, BATCH):
-            private(**batch.inputs)
-        # Counts of parts are derived from those of the composed table, because it also calls its
-        # parts for rows whose values it discards, such as padding within a bag.
+            copied_module(**batch.inputs)
+        # Counts of parts are derived from those of the composed table. A hook on a part would also
+        # count lookups whose rows the composed table discards, such as padding within a bag.
         names = {unit.module: unit.name for unit in units.values()}
         for name in outermost:
             table = units[name].module
-            inner = table.table if isinstance(table, Bag) else table
-            counts |= _counts_of_parts(inner, counts[name], names)
+            inner_table = table.table if isinstance(table, Bag) else table
+            counts |= _counts_of_parts(inner_table, counts[name], names)
     return {name: counts[name] for name in tables}
 
 
@@ -78,8 +81,8 @@ def _count_lookups(module: nn.Module, counts: Tensor) -> None:
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         ids = (args[0] if args else kwargs["input"]).reshape(-1).long()
-        read = ids if padding is None else ids[ids != padding]
-        counts.add_(torch.bincount(read, minlength=len(counts)))
+        counted_ids = ids if padding is None else ids[ids != padding]
+        counts.add_(torch.bincount(counted_ids, minlength=len(counts)))
 
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -92,13 +95,13 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
 
     Args:
         model: the network; its tables may already be compressed.
-        bench: with ``train`` rows.
+        bench: provides the ``train`` rows.
         tables: names of units.
 
     Returns:
-        Float32 ``(rows, dim)`` by table name, as in ``loss_gradients``: the mean, over training
-        rows or lists, of the squared gradient of the loss of that row or list. If a data row looks
-        a table up several times (a bag), each lookup counts separately.
+        For each table name, float32 ``(rows, dim)``, as in ``loss_gradients``: the mean, over
+        training rows or lists, of the squared gradient of the loss of that row or list. If a data
+        row looks up several rows of a table (a bag), each lookup counts separately.
 
     Raises:
         RowsMissing: the bench has no training rows.
@@ -108,13 +111,13 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
         raise RowsMissing("gradients_need_rows")
     if not bench.signature.scores_rows:
         raise StepRefused("gradients_need_loss")
-    private = model.private().module
-    modules = _tables(private, tables)
+    copied_module = model.private().module
+    modules = _tables(copied_module, tables)
 
     def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
         return hard_loss(bench.signature, output, batch)
 
-    gradients = loss_gradients(private, bench.signature, bench.train, loss, modules)
+    gradients = loss_gradients(copied_module, bench.signature, bench.train, loss, modules)
     return {name: curvature for name, (_, curvature) in gradients.items()}
 
 
@@ -123,7 +126,7 @@ def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
 
     Args:
         model: the network; its tables may already be compressed.
-        bench: with ``train`` rows.
+        bench: provides the ``train`` rows.
         tables: names of units.
 
     Returns:
@@ -134,12 +137,12 @@ def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
     """
     if bench.train is None:
         raise RowsMissing("gradients_need_rows")
-    private = model.private().module
-    return sensitivity(private, bench.signature, bench.train, _tables(private, tables))
+    copied_module = model.private().module
+    return sensitivity(copied_module, bench.signature, bench.train, _tables(copied_module, tables))
 
 
 def _tables(module: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
-    """Return the modules of a private copy that map ids to rows, by table name.
+    """Return the modules of a copied network that map ids to rows, by table name.
 
     An ``nn.EmbeddingBag`` is replaced by a lookup and a reduction, so that a hook receives each
     lookup separately.

@@ -1,7 +1,7 @@
 """Gradient and curvature of the loss, and sensitivity of the output, for the weights of tables.
 
-The derivatives are taken with respect to looked-up rows, so for a compressed table they are those
-of its decoded weights.
+Derivatives are taken with respect to the looked-up rows. So for a compressed table they are those
+of the decoded weights, not those of codes or scales.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,28 +42,29 @@ def loss_gradients(
         tables: submodules of ``module`` that map ids to rows, by any name.
 
     Returns:
-        By these names, two float32 ``(rows, dim)``: the gradient of the mean loss, and the diagonal
-        of the empirical Fisher matrix, which is the mean of the squared gradients of the loss of
-        each row or list against its label. The second uses labels for any ``loss``, because
-        gradients against a teacher's predictions vanish where the network reproduces them.
+        For each name in ``tables``, two float32 ``(rows, dim)``. The first is the gradient of the
+        mean loss. The second is the diagonal of the empirical Fisher matrix: the mean, over data
+        rows or lists, of the squared gradient of the loss on labels. It is computed on labels even
+        if ``loss`` compares with a teacher, because the gradient of such a loss vanishes where the
+        network reproduces the teacher's predictions.
     """
     shapes = {name: _shape(table) for name, table in tables.items()}
     result = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
     rows, terms = Rows(split, signature), 0
     with record_lookups(tables) as lookups:
-        for numbers in shuffled_rows(rows, signature, BATCH, seed=0):
+        for row_numbers in shuffled_rows(rows, signature, BATCH, seed=0):
             lookups.clear()
-            batch = rows.take(numbers)
+            batch = rows.take(row_numbers)
             output = module(**batch.inputs)
             leaves = [leaf for _, _, leaf in lookups]
             batch_terms = _terms(signature, batch)
             terms += batch_terms
-            summed = loss(output, batch, numbers) * batch_terms
+            summed = loss(output, batch, row_numbers) * batch_terms
             summed_hard = hard_loss(signature, output, batch) * batch_terms
             gradients = torch.autograd.grad(summed, leaves, retain_graph=True, allow_unused=True)
             hard_gradients = torch.autograd.grad(summed_hard, leaves, allow_unused=True)
             for (name, ids, _), grad, hard in zip(lookups, gradients, hard_gradients, strict=True):
-                if grad is None or hard is None:  # looked up, but the loss does not depend on it
+                if grad is None or hard is None:  # the loss does not depend on this lookup
                     continue
                 dim = grad.shape[-1]
                 result[name][0].index_add_(0, ids, grad.reshape(-1, dim))
@@ -77,8 +78,9 @@ class Sensitivity(NamedTuple):
     Attributes:
         columns: float64 ``(dim, dim)``, sum of the outer products of the output's gradients.
         rows: float64 ``(rows,)``, sum of the squared norms of the gradients, by looked-up row.
-        lookups: number of lookups that affect the output. The padding of a bag does not, nor does
-            the row of the other tier in a table with tiers.
+        lookups: number of lookups that affect the output. The padding of a bag does not. A table
+            whose rows are split into tiers looks up every id in each tier; only the row of the
+            id's tier affects the output.
     """
 
     columns: Tensor
@@ -91,7 +93,7 @@ def sensitivity(
     signature: Signature,
     split: Split,
     tables: Mapping[str, nn.Module],
-    most: int = SENSITIVITY_ROWS,
+    max_rows: int = SENSITIVITY_ROWS,
 ) -> dict[str, Sensitivity]:
     """Compute the sensitivity of the output to the rows and the pairs of columns of some tables.
 
@@ -103,7 +105,7 @@ def sensitivity(
         signature: inputs and task of the network.
         split: the data.
         tables: submodules of ``module`` that map ids to rows, by any name.
-        most: number of rows after which no further batch is read.
+        max_rows: number of rows after which no further batch is read.
 
     Returns:
         The sensitivity, by the names of ``tables``.
@@ -113,22 +115,22 @@ def sensitivity(
         rows, dim = _shape(table)
         columns[name] = torch.zeros(dim, dim, dtype=torch.float64)
         by_row[name] = torch.zeros(rows, dtype=torch.float64)
-    data, remaining = Rows(split, signature), most
-    with record_lookups(tables) as watched_lookups:
-        for numbers in shuffled_rows(data, signature, BATCH, seed=0):
-            watched_lookups.clear()
-            output = module(**data.take(numbers).inputs)
-            leaves = [leaf for _, _, leaf in watched_lookups]
+    data, remaining = Rows(split, signature), max_rows
+    with record_lookups(tables) as recorded_lookups:
+        for row_numbers in shuffled_rows(data, signature, BATCH, seed=0):
+            recorded_lookups.clear()
+            output = module(**data.take(row_numbers).inputs)
+            leaves = [leaf for _, _, leaf in recorded_lookups]
             grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
-            for (name, ids, _), grad in zip(watched_lookups, grads, strict=True):
+            for (name, ids, _), grad in zip(recorded_lookups, grads, strict=True):
                 if grad is not None:
                     flat = grad.reshape(-1, grad.shape[-1]).double()
                     squared_norms = flat.square().sum(dim=1)
                     columns[name] += flat.T @ flat
                     by_row[name].index_add_(0, ids.long(), squared_norms)
-                    # Padding of bags and rows of the other tier are looked up but not used.
+                    # Lookups of padding and of other tiers have no gradient.
                     lookups[name] += int((squared_norms > 0).sum())
-            remaining -= len(numbers)
+            remaining -= len(row_numbers)
             if remaining <= 0:
                 break
     return {name: Sensitivity(columns[name], by_row[name], lookups[name]) for name in tables}
@@ -136,7 +138,7 @@ def sensitivity(
 
 @contextmanager
 def record_lookups(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Record the lookups of some tables while the network runs.
+    """Record the lookups of some tables while the returned context is active.
 
     Yields:
         A list to which each lookup is appended: the table's name, the ids ``(lookups,)``, and the
@@ -145,7 +147,7 @@ def record_lookups(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, 
     """
     lookups: list[tuple[str, Tensor, Tensor]] = []
 
-    def watch(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    def add_hook(name: str, table: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(
             module: nn.Module,
             args: tuple[Tensor, ...],
@@ -158,7 +160,7 @@ def record_lookups(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, 
 
         return table.register_forward_hook(hook, with_kwargs=True)
 
-    handles = [watch(name, table) for name, table in tables.items()]
+    handles = [add_hook(name, table) for name, table in tables.items()]
     try:
         yield lookups
     finally:
@@ -179,10 +181,10 @@ def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss)
     """Return the mean loss over a split, with equal weight for each row or, for ranking, list."""
     rows, total, terms = Rows(split, signature), 0.0, 0
     with torch.no_grad():
-        for numbers in shuffled_rows(rows, signature, BATCH, seed=0):
-            batch = rows.take(numbers)
+        for row_numbers in shuffled_rows(rows, signature, BATCH, seed=0):
+            batch = rows.take(row_numbers)
             batch_terms = _terms(signature, batch)
-            total += float(loss(module(**batch.inputs), batch, numbers)) * batch_terms
+            total += float(loss(module(**batch.inputs), batch, row_numbers)) * batch_terms
             terms += batch_terms
     return total / terms
 

@@ -1,10 +1,10 @@
 """Dense layers as bfloat16: half the bytes, float32's range, three decimal digits.
 
 A weight has 8 significant bits; in float16 it has 11. Use bfloat16 if float16 overflows, which the
-plan of ``float16`` reports. TensorRT multiplies in bfloat16; ONNX Runtime on CPU has no such Gemm,
-so there only the stored bytes halve and the arithmetic is in float32. Tables have the separate step
-``bfloat16``, because tables may be larger than memory and are encoded in blocks of rows, which a
-step that needs the whole network cannot do.
+plan of ``float16`` reports. TensorRT multiplies in bfloat16; ONNX Runtime on CPU has no bfloat16
+Gemm, so there only the stored bytes halve and the arithmetic is in float32. This step converts no
+tables: tables may be larger than memory, so the separate step ``bfloat16`` encodes them in blocks
+of rows.
 """
 
 from typing import Literal
@@ -29,7 +29,7 @@ FORMAT = short_float_linear_format("bfloat16", torch.bfloat16)
 
 
 class BFloat16Dense(StepSettings):
-    """Store dense layers as bfloat16."""
+    """Store the weights and biases of dense layers as bfloat16."""
 
     kind: Literal["bfloat16_dense"] = "bfloat16_dense"
     layers: LayerPatterns = ("*",)
@@ -40,7 +40,7 @@ class BFloat16Dense(StepSettings):
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
-        """Replace every selected layer whose weights do not round to infinity."""
+        """Replace every selected layer, except those with a number that rounds to infinity."""
         outcomes: dict[str, Decision] = {}
         for unit in plan.units(model.module):
             weight, bias = unit.weight, unit.bias

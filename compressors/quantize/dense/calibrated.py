@@ -17,8 +17,11 @@ from compressors.quantize.calibration import calibrators as calibration
 from compressors.quantize.calibration.calibrators import Histogram
 from compressors.quantize.calibration.layer_inputs import Receive, read_layer_inputs
 
-EVERY = "*"
-"""Pattern that matches every layer. With it, layers whose inputs give no scale are skipped."""
+ALL_LAYERS = "*"
+"""Pattern that matches every layer. With it, a layer whose inputs are all zero is skipped.
+
+If a layer is named by another pattern, this is an error.
+"""
 
 ZERO_INPUTS = Decision("skipped", (Reason("zero_inputs"),))
 """The outcome of a layer whose inputs are all zero on the calibration rows."""
@@ -30,10 +33,13 @@ Pack = Callable[[nn.Linear, Tensor], PackedLinear]
 
 
 class CalibratedLayer(NamedTuple):
-    """A calibrated layer, the calibrator of its input range, and its output error.
+    """A quantized layer with a calibrated input range.
 
-    ``error`` is the root mean square of the output's error on the calibration rows, as a share of
-    the root mean square of the output; None if it was not measured.
+    Attributes:
+        packed: the quantized layer.
+        calibrator: the calibrator that selected the range.
+        error: root mean square of the output's error on the calibration rows, as a share of the
+            root mean square of the output; None if it was not measured.
     """
 
     packed: PackedLinear
@@ -41,7 +47,7 @@ class CalibratedLayer(NamedTuple):
     error: float | None
 
     def reasons(self) -> tuple[Reason, ...]:
-        """Return the calibrator, unless it is ``min_max``, and the measured error as reasons."""
+        """Return reasons for the plan: the calibrator unless it is ``min_max``, and the error."""
         reasons: list[Reason] = []
         if self.calibrator != "min_max":
             reasons.append(Reason("calibrated_range", calibrator=self.calibrator))
@@ -50,16 +56,22 @@ class CalibratedLayer(NamedTuple):
         return tuple(reasons)
 
 
-def range_end(seen: Histogram, calibrator: str, share: float) -> Tensor:
-    """Return the largest input that is not clipped, float32 scalar, by the given calibrator."""
+def range_end(histogram: Histogram, calibrator: str, share: float) -> Tensor:
+    """Compute the largest input that a calibrator does not clip, float32 scalar.
+
+    Args:
+        histogram: the absolute inputs of a layer.
+        calibrator: name of the calibrator.
+        share: for ``percentile``, the share of the inputs inside the range.
+    """
     match calibrator:
         case "percentile":
-            return torch.tensor(calibration.percentile(seen, share))
+            return torch.tensor(calibration.percentile(histogram, share))
         case "entropy":
-            return torch.tensor(calibration.least_divergence(seen))
+            return torch.tensor(calibration.least_divergence(histogram))
         case "mse":
-            return torch.tensor(calibration.least_squares(seen))
-    return seen.largest
+            return torch.tensor(calibration.least_squares(histogram))
+    return histogram.largest
 
 
 def calibrate_layers(
@@ -72,27 +84,29 @@ def calibrate_layers(
     share: float,
     rows: int,
     batch: int,
-    measured: bool,
-    lenient: bool,
+    measure_error: bool,
+    skip_zero_inputs: bool,
 ) -> dict[str, CalibratedLayer]:
     """Calibrate the selected layers and return their replacements by layer name.
 
     Args:
         module: the network in evaluation mode; it is not changed.
         layers: the layers to replace, each an ``nn.Linear``.
-        bench: with calibration rows.
+        bench: provides the calibration rows.
         pack: builds a layer in the format.
-        calibrator: selects the range of the inputs; ``best`` compares the output error of all
-            others on a second pass.
+        calibrator: selects the range of the inputs; ``best`` measures the output error of all
+            other calibrators on a second pass and takes the smallest.
         share: for ``percentile``, the share of the inputs inside the range.
         rows: largest number of rows that are read.
         batch: rows per batch.
-        measured: measure the output error, on a second pass.
-        lenient: leave out layers whose inputs are all zero, such as heads used only in training.
+        measure_error: measure the output error, on a second pass.
+        skip_zero_inputs: return no replacement for layers whose inputs are all zero, such as heads
+            that are used only in training; otherwise such a layer is an error.
 
     Raises:
         RowsMissing: there are no calibration rows.
-        StepRefused: some inputs of a layer are not finite, or, unless ``lenient``, all are zero.
+        StepRefused: some inputs of a layer are not finite; or all of them are zero, and
+            ``skip_zero_inputs`` is False.
     """
     split = bench.calibration
     if split is None:
@@ -105,14 +119,14 @@ def calibrate_layers(
 
     histograms = {unit.name: Histogram() for unit in layers}
     read(layers, lambda unit, x: histograms[unit.name].add(x))
-    units = [unit for unit in layers if not lenient or histograms[unit.name].largest != 0]
+    units = [unit for unit in layers if not skip_zero_inputs or histograms[unit.name].largest != 0]
     linears = {unit.name: _require_scale(unit, histograms[unit.name]) for unit in units}
     calibrators = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
     candidates = {
         name: [pack(linear, range_end(histograms[name], rule, share)) for rule in calibrators]
         for name, linear in linears.items()
     }
-    if not measured and len(calibrators) == 1:
+    if not measure_error and len(calibrators) == 1:
         return {
             name: CalibratedLayer(packed, calibrators[0], None)
             for name, (packed,) in candidates.items()
@@ -121,31 +135,35 @@ def calibrate_layers(
     outputs = dict.fromkeys(linears, 0.0)
 
     def compare(unit: Unit, x: Tensor) -> None:
-        for place, candidate in enumerate(candidates[unit.name]):
+        for index, candidate in enumerate(candidates[unit.name]):
             error, output = squared_error(linears[unit.name], candidate, x)
-            errors[unit.name][place] += error
+            errors[unit.name][index] += error
         outputs[unit.name] += output
 
     read(units, compare)
     return {
-        name: _best(candidates[name], calibrators, errors[name], outputs[name]) for name in linears
+        name: _select_best(candidates[name], calibrators, errors[name], outputs[name])
+        for name in linears
     }
 
 
 def squared_error(layer: nn.Linear, packed: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Return the sums of squares of the output's error and of the output, for ``(*, in)``."""
+    """Return two sums of squares over the inputs ``(*, in)``: output error and output."""
     expected = F.linear(x, layer.weight, layer.bias).double()
     error = packed(x).double() - expected
     return float(error.square().sum()), float(expected.square().sum())
 
 
-def _best(
+def _select_best(
     candidates: list[PackedLinear], calibrators: tuple[str, ...], errors: list[float], output: float
 ) -> CalibratedLayer:
-    """Return the candidate with the smallest error, a sum of squares, like ``output``."""
-    place = min(range(len(candidates)), key=errors.__getitem__)
-    error = (errors[place] / output) ** 0.5 if output else 0.0
-    return CalibratedLayer(candidates[place], calibrators[place], error)
+    """Return the candidate with the smallest error.
+
+    ``errors`` and ``output`` are the sums of squares that ``squared_error`` returns.
+    """
+    index = min(range(len(candidates)), key=errors.__getitem__)
+    error = (errors[index] / output) ** 0.5 if output else 0.0
+    return CalibratedLayer(candidates[index], calibrators[index], error)
 
 
 def _require_scale(unit: Unit, histogram: Histogram) -> nn.Linear:

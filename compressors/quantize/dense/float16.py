@@ -4,8 +4,9 @@ Rows of tables are looked up in float16 and then converted to float32. Dense lay
 float16 on targets that support it (TensorRT); ONNX Runtime on CPU has no float16 Gemm, so there
 only the stored bytes halve and the arithmetic is in float32.
 
-Units that float16 cannot represent stay in float32, and the plan gives the reason: weights above
-65,504, and dense layers whose inputs or sums are near that limit on the calibration rows.
+Units that float16 cannot represent stay in float32, and the plan gives the reason. These are units
+with weights above 65,504, and dense layers whose inputs or partial sums are near or above that
+number on the calibration rows.
 """
 
 import math
@@ -45,7 +46,7 @@ LARGEST = 65_504.0
 """The largest float16 number."""
 
 
-def narrow(weight: Tensor) -> Tensor:
+def to_float16(weight: Tensor) -> Tensor:
     """Convert a tensor to float16; numbers that round to more than 65,504 become infinite."""
     return weight.detach().to(torch.float16)
 
@@ -53,16 +54,17 @@ def narrow(weight: Tensor) -> Tensor:
 def overflow_reason(*weights: Tensor | None) -> Reason | None:
     """Return the reason why float16 cannot represent some tensors, or None if it can."""
     for weight in weights:
-        if weight is not None and not bool(torch.isfinite(narrow(weight)).all()):
+        if weight is not None and not bool(torch.isfinite(to_float16(weight)).all()):
             largest = float(weight.abs().max())
             return Reason("beyond_largest", largest=largest, format="float16", limit=LARGEST)
     return None
 
 
 def largest_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-    """Return a bound of the absolute partial sums of a layer's outputs, in any order of summation.
+    """Return the largest absolute partial sum of a layer's outputs, over all orders of summation.
 
-    The sum of all terms of one sign is the largest partial sum; a GPU may accumulate it in float16.
+    It occurs if all terms of one sign are added first. A GPU may accumulate partial sums in
+    float16.
 
     Args:
         x: inputs, float ``(*, in)``, at least one row.
@@ -126,7 +128,7 @@ class Float16(StepSettings):
             if reason is not None:
                 outcomes[unit.name] = Decision("skipped", (reason,))
             else:
-                swap(module, unit.name, _packed(unit))
+                swap(module, unit.name, _build_packed(unit))
         return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
@@ -173,15 +175,15 @@ class Float16(StepSettings):
         }
 
 
-def _packed(unit: Unit) -> nn.Module:
+def _build_packed(unit: Unit) -> nn.Module:
     """Build the float16 replacement of a table or layer."""
-    weight, bias = narrow(unit.weight), unit.bias
+    weight, bias = to_float16(unit.weight), unit.bias
     if unit.role == "table":
         rows, dim = weight.shape
         return pack_table(unit.module, PackedTable(TABLE_FORMAT, rows, dim, {}, {"weight": weight}))
     outputs, inputs = weight.shape
     stored = {
         "weight": weight,
-        "bias": weight.new_zeros(outputs) if bias is None else narrow(bias),
+        "bias": weight.new_zeros(outputs) if bias is None else to_float16(bias),
     }
     return PackedLinear(LINEAR_FORMAT, inputs, outputs, bias=bias is not None, stored=stored)

@@ -2,12 +2,12 @@
 
 Weights have one scale per output channel or per layer, inputs one per layer. The scales map the
 largest weight, and the largest input on the calibration rows, to 448, the largest E4M3 number.
-Numbers have 4 significant bits down to 1/28,672 of the largest, so inputs with a few large values
-lose less precision than in int8.
+Numbers have 4 significant bits down to 1/28,672 of the largest, so if a few inputs are much larger
+than the rest, less precision is lost than in int8.
 
-Use it for GPU targets: TensorRT multiplies 8-bit floats from compute capability 8.9 on. CPUs do
-not: ONNX Runtime computes the same numbers there in float32, with weights converted once when a
-session starts. The file then takes a quarter of the bytes, but nothing is faster.
+Use it for GPU targets: TensorRT multiplies 8-bit floats from compute capability 8.9 on. CPUs
+cannot multiply them: there ONNX Runtime converts the weights to float32 when a session starts, and
+computes the same outputs in float32. On CPU the file is a quarter of the size, but not faster.
 
 Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
 Differs: static scales from the largest value; larger inputs in serving are clipped, because
@@ -33,7 +33,7 @@ from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
-from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS
+from compressors.quantize.dense.calibrated import ALL_LAYERS, ZERO_INPUTS
 from compressors.quantize.tables.float8_e4m3 import LARGEST, decode_float8
 
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -44,22 +44,22 @@ def encode(weight: Tensor, *, by_channel: bool) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: float, ``(out, in)``.
-        by_channel: one scale per output channel instead of one for the layer.
+        by_channel: compute one scale per output channel, instead of one for the layer.
 
     Returns:
         ``codes`` uint8 ``(out, in)``, the bits of E4M3, and ``scale`` float32, ``(out,)`` or
         ``()``, always positive.
     """
-    wide = weight.float().abs()
-    largest = wide.amax(dim=1) if by_channel else wide.amax()
+    magnitude = weight.float().abs()
+    largest = magnitude.amax(dim=1) if by_channel else magnitude.amax()
     scale = largest / LARGEST
     scale = torch.where(scale >= SMALLEST, scale, torch.ones_like(scale))
-    near = round_to_float8(weight.float() / scale.reshape(-1, 1))
-    return near.to(torch.float8_e4m3fn).view(torch.uint8), scale
+    rounded = round_to_float8(weight.float() / scale.reshape(-1, 1))
+    return rounded.to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
 def round_to_float8(x: Tensor) -> Tensor:
-    """Round to the nearest E4M3 numbers, as float32; larger numbers are clipped to 448."""
+    """Round to the nearest E4M3 numbers, as float32; numbers beyond 448 are clipped."""
     return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
 
 
@@ -87,7 +87,7 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, bias = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(*tensors)
@@ -98,18 +98,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, weight_scale, input_scale = ctx.saved_tensors
     ratio = x / input_scale
     inside = ratio.abs() <= LARGEST
-    near, steps = round_to_float8(ratio), decode_float8(codes)
-    to_input = grad @ (steps * weight_scale.reshape(-1, 1))  # (*, in)
+    rounded, weights = round_to_float8(ratio), decode_float8(codes)
+    to_input = grad @ (weights * weight_scale.reshape(-1, 1))  # (*, in)
     flat = grad.reshape(-1, grad.shape[-1])
-    by_weight = flat.T @ (near * input_scale).reshape(-1, near.shape[-1]) * steps  # (out, in)
+    inputs = (rounded * input_scale).reshape(-1, rounded.shape[-1])  # (rows, in)
+    by_weight = flat.T @ inputs * weights  # (out, in)
     to_weight_scale = by_weight.sum(dim=1) if weight_scale.dim() else by_weight.sum()
-    to_input_scale = (to_input * torch.where(inside, near - ratio, near)).sum()
+    to_input_scale = (to_input * torch.where(inside, rounded - ratio, rounded)).sum()
     to_x = torch.where(inside, to_input, torch.zeros_like(to_input))
     to_bias = flat.sum(dim=0) if ctx.has_bias else None
     return to_x, None, to_weight_scale, to_input_scale.reshape(input_scale.shape), to_bias
 
 
-float8_linear.register_autograd(_backward, setup_context=_keep)
+float8_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Float8DenseFormat:
         x: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """Return the rounded inputs that are multiplied, float32 ``(*, in)``."""
+        """Return the rounded inputs that the weights multiply, float32 ``(*, in)``."""
         scale = stored["input_scale"]
         return round_to_float8(x / scale) * scale
 
@@ -210,7 +211,7 @@ class Float8Dense(StepSettings):
         )
         for unit in selected:
             input_scale = largest[unit.name] / LARGEST
-            if EVERY in self.layers and not largest[unit.name]:
+            if ALL_LAYERS in self.layers and not largest[unit.name]:
                 outcomes[unit.name] = ZERO_INPUTS
                 continue
             if not input_scale >= SMALLEST:

@@ -44,13 +44,18 @@ from compressors.distill.training.training_steps import (
 )
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.calibrators import LEVELS
-from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS, Calibrator, calibrate_layers
+from compressors.quantize.dense.calibrated import (
+    ALL_LAYERS,
+    ZERO_INPUTS,
+    Calibrator,
+    calibrate_layers,
+)
 from compressors.quantize.dense.static_int8 import FORMAT, clip_to_scale, encode, packed_int8
 from compressors.task_kinds.loss import hard_loss
 
 
 def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Round numbers to integer multiples of a scale, with gradients for both.
+    """Round numbers to integer multiples of a scale, with gradients for numbers and scale.
 
     Args:
         x: float, any shape.
@@ -63,8 +68,8 @@ def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         ``scale`` is ``round(x / scale) - x / scale`` there, and ``low`` or ``high`` elsewhere.
     """
     ratio = (x / scale).clamp(low, high)
-    whole: Tensor = ratio + (ratio.round() - ratio).detach()
-    return whole * scale
+    rounded: Tensor = ratio + (ratio.round() - ratio).detach()
+    return rounded * scale
 
 
 class LearnedInt8(nn.Module):
@@ -95,7 +100,7 @@ class LearnedInt8(nn.Module):
             setattr(self, f"{name}_growth", nn.Parameter(torch.zeros_like(scale)))
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """Return the present scales of weights ``(out,)`` and inputs ``()``."""
+        """Return the current scales of weights ``(out,)`` and inputs ``()``."""
         weight_scale = self.weight_scale * self.weight_growth.exp()
         return weight_scale, self.input_scale * self.input_growth.exp()
 
@@ -105,8 +110,8 @@ class LearnedInt8(nn.Module):
         weight_scale, input_scale = self.scales()
         x = fake_quantize(input, input_scale, -LEVELS - 1, LEVELS)
         bias = None if self.bias is None else self.bias.detach()
-        inside, step = clip_to_scale(self.weight, weight_scale, bias, input_scale.detach())
-        weight = fake_quantize(inside, step[:, None], -LEVELS, LEVELS)
+        clipped, step = clip_to_scale(self.weight, weight_scale, bias, input_scale.detach())
+        weight = fake_quantize(clipped, step[:, None], -LEVELS, LEVELS)
         return F.linear(x, weight, self.bias)
 
     @torch.no_grad()
@@ -130,7 +135,7 @@ class LearnedInt8(nn.Module):
 
 
 class QAT(StepSettings):
-    """Train dense layers for int8, with learned scales."""
+    """Train dense layers with rounded weights and inputs, and store them in int8."""
 
     kind: Literal["qat"] = "qat"
     layers: LayerPatterns = ("*",)
@@ -162,7 +167,7 @@ class QAT(StepSettings):
     )
 
     @model_validator(mode="after")
-    def _no_tables(self) -> Self:
+    def _require_no_tables(self) -> Self:
         if self.training.tables:
             raise value_error("qat_trains_tables")
         return self
@@ -189,13 +194,14 @@ class QAT(StepSettings):
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
-        """Train the selected layers and modules that are not units, such as norms.
+        """Train the selected layers, and modules that are not units, such as norms.
 
-        The layers of the best epoch are stored.
+        The result has the weights of the best epoch in validation.
 
         Raises:
             RowsMissing: the bench lacks calibration, training or validation rows, or soft labels.
-            StepRefused: the inputs of a layer give no scale.
+            StepRefused: the inputs of a layer are not finite; or they are all zero, and ``layers``
+                does not contain the pattern ``*``.
             TrainingFailed: training diverged.
         """
         if bench.train is None or bench.validation is None:
@@ -211,11 +217,11 @@ class QAT(StepSettings):
             share=self.share,
             rows=self.rows,
             batch=self.batch,
-            measured=False,
-            lenient=EVERY in self.layers,
+            measure_error=False,
+            skip_zero_inputs=ALL_LAYERS in self.layers,
         )
         learned = {
-            unit.name: _learned(unit.module, initial[unit.name].packed)
+            unit.name: _build_learned(unit.module, initial[unit.name].packed)
             for unit in selected
             if unit.name in initial
         }
@@ -252,13 +258,13 @@ class QAT(StepSettings):
         if self.soft_share:
             return soft_label_loss(bench, self.soft_share, self.temperature, self.kind)
 
-        def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
+        def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
             return hard_loss(bench.signature, output, batch)
 
         return loss
 
 
-def _learned(layer: nn.Module, initial: PackedLinear) -> LearnedInt8:
+def _build_learned(layer: nn.Module, initial: PackedLinear) -> LearnedInt8:
     if not isinstance(layer, nn.Linear):  # choose_dense selects only these
         raise StepRefused("layer_not_linear", got=type(layer).__name__)
     return LearnedInt8(layer, initial)

@@ -1,14 +1,16 @@
 """Dense layers with int8 weights and int8 inputs, with static scales.
 
 Weights have one scale per output channel, inputs one per layer. A calibrator selects the range of
-the inputs on the calibration rows (``calibrators.py``). Both grids are symmetric, because TensorRT
-supports no zero point.
+the inputs on the calibration rows (``calibrators.py``). The levels of weights and inputs are
+symmetric around zero, because TensorRT supports no zero point.
 
 Paper: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (integer-arithmetic-only inference).
-Differs: symmetric activations; the output is float32 unless the runtime fuses it; and the codes of
-two neighbouring inputs never add up to more than 128. x86 processors without VNNI add two products
-of unsigned and signed bytes in 16 bits, which overflow at 255 * 129: the predictions there would
-differ from those of the machine that evaluated the model.
+Differs: inputs are symmetric; the output is float32, unless the runtime fuses it with the
+quantization of the next input; and the codes of two neighbouring weights of an output channel never
+add up to more than 128 in absolute value. x86 processors without VNNI add two products of an input
+(an unsigned byte) and a weight (a signed byte) in 16 bits. Two codes that add up to 129 could
+overflow (255 * 129 > 32,767), and the predictions would differ from those of the machine that
+evaluated the model.
 """
 
 from collections.abc import Mapping
@@ -30,38 +32,43 @@ from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
 from compressors.quantize.calibration.calibrators import LEVELS
-from compressors.quantize.dense.calibrated import EVERY, ZERO_INPUTS, Calibrator, calibrate_layers
+from compressors.quantize.dense.calibrated import (
+    ALL_LAYERS,
+    ZERO_INPUTS,
+    Calibrator,
+    calibrate_layers,
+)
 
-SHARES = tuple(1 - place / 64 for place in range(33))
-"""Shares of a channel's largest weight that ``clipped_scale`` compares: 1 down to a half."""
+SHARES = tuple(1 - index / 64 for index in range(33))
+"""``clipped_scale`` compares ranges of these shares of a channel's largest weight: 1 to 0.5."""
 
 EXACT_INPUTS = 2**24 // (128 * 128)
 """Sums of this many products of int8 numbers are exact in float32, which has 24 bits."""
 
 EXACT_CODES = 2**20
-"""Number of weights, and of inputs, that are converted to floats at once."""
+"""Largest number of weights, and of inputs, that ``static_int8_linear`` converts at once."""
 
 
 def encode(
     weight: Tensor, bias: Tensor | None, input_scale: Tensor, weight_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Round each output channel to 255 evenly spaced levels.
+    """Round the weights of each output channel to 255 evenly spaced levels.
 
     Args:
         weight: float, ``(out, in)``.
         bias: float ``(out,)`` or None; runtimes store it as an int32 multiple of
             ``weight_scale * input_scale``, so a channel's scale is kept large enough for it.
         input_scale: float, scalar.
-        weight_scale: requested scales, float ``(out,)``; by default each channel's largest weight
-            is the highest level.
+        weight_scale: requested scales, float ``(out,)``; by default, each channel's largest weight
+            becomes the highest level.
 
     Returns:
         ``codes`` int8 ``(out, in)``, whose columns 0 and 1, 2 and 3, ... add up to at most 128 in
         absolute value, and ``weight_scale`` float32 ``(out,)``, always positive.
     """
     scale = weight.float().abs().amax(dim=1) / LEVELS if weight_scale is None else weight_scale
-    inside, scale = clip_to_scale(weight.float(), scale, bias, input_scale)
-    codes = (inside / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    clipped, scale = clip_to_scale(weight.float(), scale, bias, input_scale)
+    codes = (clipped / scale[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
     return codes, scale
 
 
@@ -77,17 +84,17 @@ def clip_to_scale(
         ``scale``.
     """
     end = LEVELS * scale[:, None]
-    inside = torch.minimum(torch.maximum(weight, -end), end)
-    step = torch.maximum(scale, paired_scale(inside.detach()))
-    return inside, storable_scales(step, bias, input_scale)
+    clipped = torch.minimum(torch.maximum(weight, -end), end)
+    step = torch.maximum(scale, paired_scale(clipped.detach()))
+    return clipped, storable_scales(step, bias, input_scale)
 
 
 def paired_scale(weight: Tensor) -> Tensor:
     """Return the smallest scales at which two neighbouring codes add up to at most 128.
 
-    Rounding adds at most half a step to each weight, so the sum of two weights may be 127 steps.
-    The sum of two weights of different sign is smaller than the larger of them, which the range
-    limits.
+    Rounding changes each code by at most a half, so the sum of two weights may be 127 times the
+    scale. The sum of two weights of different sign is smaller than the larger of them, and so
+    within the range.
 
     Args:
         weight: float, ``(out, in)``.
@@ -119,12 +126,12 @@ def clipped_scale(weight: Tensor) -> Tensor:
         float32 ``(out,)``: a channel's largest absolute weight divided by 127, or a share of that
         down to a half.
     """
-    whole = weight.float().abs().amax(dim=1) / LEVELS
-    best, least = whole, torch.full_like(whole, torch.inf)
+    unclipped = weight.float().abs().amax(dim=1) / LEVELS
+    best, least = unclipped, torch.full_like(unclipped, torch.inf)
     for share in SHARES:
-        codes, scale = encode(weight, None, torch.tensor(1.0), share * whole)
+        codes, scale = encode(weight, None, torch.tensor(1.0), share * unclipped)
         error = (codes.float() * scale[:, None] - weight.float()).square().sum(dim=1)
-        best = torch.where(error < least, share * whole, best)
+        best = torch.where(error < least, share * unclipped, best)
         least = torch.minimum(error, least)
     return best
 
@@ -153,8 +160,8 @@ def static_int8_linear(
     rows = max(1, EXACT_CODES // max(codes.shape))
     inputs = torch.split(x.reshape(-1, x.shape[-1]), rows)
     for block, target in zip(inputs, torch.split(output.view(-1, len(codes)), rows), strict=True):
-        whole = quantize(block, input_scale).to(exact)
-        total = torch.cat([whole @ part.to(exact).T for part in parts], dim=-1)
+        rounded = quantize(block, input_scale).to(exact)
+        total = torch.cat([rounded @ part.to(exact).T for part in parts], dim=-1)
         target.copy_((total + shift) * step)
     return output
 
@@ -170,7 +177,7 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -179,18 +186,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Ten
     x, codes, weight_scale, input_scale, _ = ctx.saved_tensors
     ratio = x / input_scale
     inside = (ratio >= -128) & (ratio <= 127)
-    whole = quantize(x, input_scale)
+    rounded = quantize(x, input_scale)
     weight = codes.float() * weight_scale[:, None]
     to_input = grad @ weight  # (*, in)
     flat = grad.reshape(-1, grad.shape[-1])
-    dot = whole.reshape(-1, whole.shape[-1]) @ codes.float().T  # (rows, out)
+    dot = rounded.reshape(-1, rounded.shape[-1]) @ codes.float().T  # (rows, out)
     to_weight_scale = (flat * dot * input_scale).sum(dim=0)
-    to_input_scale = (to_input * torch.where(inside, whole - ratio, whole)).sum()
+    to_input_scale = (to_input * torch.where(inside, rounded - ratio, rounded)).sum()
     to_x = torch.where(inside, to_input, torch.zeros_like(to_input))
     return to_x, None, to_weight_scale, to_input_scale.reshape(input_scale.shape), flat.sum(dim=0)
 
 
-static_int8_linear.register_autograd(_backward, setup_context=_keep)
+static_int8_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
@@ -232,7 +239,7 @@ class StaticInt8Format:
         x: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """Return the rounded inputs that are multiplied, float32 ``(*, in)``."""
+        """Return the rounded inputs that the weights multiply, float32 ``(*, in)``."""
         scale = stored["input_scale"]
         return quantize(x, scale) * scale
 
@@ -243,16 +250,18 @@ FORMAT: LinearFormat = StaticInt8Format()
 WeightClipping = Literal["min_max", "mse"]
 
 
-def packed_int8(layer: nn.Linear, end: Tensor, weight_scale: Tensor | None = None) -> PackedLinear:
+def packed_int8(
+    layer: nn.Linear, range_end: Tensor, weight_scale: Tensor | None = None
+) -> PackedLinear:
     """Build the int8 layer that replaces a float32 layer.
 
     Args:
         layer: the float32 layer.
-        end: largest input that is not clipped, float32 scalar.
+        range_end: largest input that is not clipped, float32 scalar.
         weight_scale: requested scales, float32 ``(out,)``; by default no weight is clipped.
     """
     bias = None if layer.bias is None else layer.bias.detach().float()
-    input_scale = end / LEVELS
+    input_scale = range_end / LEVELS
     codes, weight_scale = encode(layer.weight.detach(), bias, input_scale, weight_scale)
     stored = {
         "codes": codes,
@@ -322,8 +331,8 @@ class StaticInt8(StepSettings):
             share=self.share,
             rows=self.rows,
             batch=self.batch,
-            measured=self.most_error is not None,
-            lenient=EVERY in self.layers,
+            measure_error=self.most_error is not None,
+            skip_zero_inputs=ALL_LAYERS in self.layers,
         )
         outcomes = {
             name: Decision("taken", layer.reasons()) for name, layer in replacements.items()
@@ -337,9 +346,9 @@ class StaticInt8(StepSettings):
                 swap(model.module, name, layer.packed)
         return AppliedStep(model, outcomes)
 
-    def _pack(self, layer: nn.Linear, end: Tensor) -> PackedLinear:
+    def _pack(self, layer: nn.Linear, range_end: Tensor) -> PackedLinear:
         weight_scale = clipped_scale(layer.weight.detach()) if self.weights == "mse" else None
-        return packed_int8(layer, end, weight_scale)
+        return packed_int8(layer, range_end, weight_scale)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by placeholders in the format, without calibration."""

@@ -4,11 +4,13 @@ A layer of ``out x in`` float32 shrinks from ``4 * out * in`` to ``out * in * (1
 bytes with float16 scales, with ``in`` padded to a multiple of ``block``: to 14 % with blocks of 32.
 
 ``rounding="gptq"`` uses statistics of the layer's inputs on calibration rows; see ``gptq.py``.
-ONNX Runtime keeps the weights packed. With float inputs it takes about as long as a Gemm; with
-inputs rounded to int8 it is faster for single rows and wide layers (``benchmarks/weight_only.py``).
+ONNX Runtime keeps the weights packed in memory. A layer with float inputs takes about as long as
+a float32 Gemm. With inputs rounded to int8, it is faster for single rows and wide layers
+(``benchmarks/weight_only.py``).
 
 Paper: Frantar et al. 2022, https://arxiv.org/abs/2210.17323 (4 bits in groups, GPTQ).
-Differs: symmetric with 15 levels, because TensorRT supports no zero point; ranges may be clipped.
+Differs: 15 levels, symmetric around zero, because TensorRT supports no zero point; the range of the
+weights of a block may be clipped.
 """
 
 from typing import Any, Literal
@@ -37,7 +39,7 @@ FORMAT = WeightOnlyFormat("weight_int4", BITS)
 
 
 class WeightInt4(StepSettings):
-    """Store the weights of dense layers as half a byte each."""
+    """Store the weights of dense layers as half a byte each, with one scale per block."""
 
     kind: Literal["weight_int4"] = "weight_int4"
     layers: LayerPatterns = ("*",)
@@ -94,17 +96,18 @@ class WeightInt4(StepSettings):
         """
         selected = plan.units(model.module)
         by_layer = self._grams(model, selected, bench) if self.rounding == "gptq" else {}
-        levels = weight_only.grid(BITS, self.clipping, self.scale)
+        grid = weight_only.grid(BITS, self.clipping, self.scale)
         outcomes: dict[str, Decision] = {}
         for unit in selected:
             weight, bias = unit.weight, unit.bias
-            scale = weight_only.fitted_scale(weight, self.block, levels)
-            steps = weight_only.nearest_steps(weight, scale, self.block, levels)
+            scale = weight_only.fit_scales(weight, self.block, grid)
+            multiples = weight_only.round_to_multiples(weight, scale, self.block, grid)
             if unit.name in by_layer:
-                gram, nearest = by_layer[unit.name], steps
-                scales = weight_only.of_inputs(scale, weight.shape[1], self.block)
-                steps = gptq(weight, nearest, gram, scales, levels.half)
-                share = _error(steps, scales, weight, gram) / _error(nearest, scales, weight, gram)
+                gram, nearest = by_layer[unit.name], multiples
+                scales = weight_only.expand_scales(scale, weight.shape[1], self.block)
+                multiples = gptq(weight, nearest, gram, scales, grid.half)
+                error = _error(multiples, scales, weight, gram)
+                share = error / _error(nearest, scales, weight, gram)
                 outcomes[unit.name] = Decision("taken", (Reason("gptq_error", share=share),))
             outputs, inputs = weight.shape
             packed = PackedLinear(
@@ -113,7 +116,7 @@ class WeightInt4(StepSettings):
                 outputs,
                 bias=bias is not None,
                 settings=self.settings(),
-                stored=weight_only.pack_tensors(steps, scale, bias, self.block, BITS),
+                stored=weight_only.pack_tensors(multiples, scale, bias, self.block, BITS),
             )
             swap(model.module, unit.name, packed)
         return AppliedStep(model, outcomes)
@@ -130,6 +133,6 @@ class WeightInt4(StepSettings):
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())
 
 
-def _error(steps: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
-    """Return the squared error of a layer's outputs; never zero, because it is a divisor."""
-    return float(squared_error(steps * scale - weight, gram).sum()) + 1e-300
+def _error(multiples: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """Return the squared error of a layer's outputs, as a positive number to divide by."""
+    return float(squared_error(multiples * scale - weight, gram).sum()) + 1e-300

@@ -3,14 +3,15 @@
 A layer of ``out x in`` float32 shrinks from ``4 * out * in`` to ``out * (in + 2)`` bytes with one
 float16 scale per output channel, with ``in`` padded to a multiple of 16.
 
-With ``activations="int8"`` ONNX Runtime rounds inputs at run time, with a scale from the largest
-number of each row and block. This needs no calibration and loses almost no precision; the weights
-stay packed in memory. With ``float32`` only the file is smaller: ONNX Runtime's 8-bit product on
-float inputs is four to twelve times slower than a Gemm for one row
-(``benchmarks/weight_only.py``), so weights are converted to float32 once when a session starts.
+With ``activations="int8"``, ONNX Runtime rounds the inputs at run time, with a scale from the
+largest input of each data row and block. This needs no calibration and loses almost no precision,
+and the weights stay packed in memory. With ``activations="float32"``, only the file is smaller: the
+weights are converted to float32 when a session starts, because for one data row, ONNX Runtime's
+product of float inputs and 8-bit weights is four to twelve times slower than a float32 Gemm
+(``benchmarks/weight_only.py``).
 
 Source: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339 (LLM.int8(), vector-wise scales).
-Differs: no outlier columns kept in float.
+Differs: no columns are kept in float for outliers.
 """
 
 from typing import Any, Literal
@@ -34,7 +35,7 @@ FORMAT = WeightOnlyFormat("weight_int8", BITS)
 
 
 class WeightInt8(StepSettings):
-    """Store the weights of dense layers as one byte each; no calibration."""
+    """Store the weights of dense layers as one byte each, without calibration."""
 
     kind: Literal["weight_int8"] = "weight_int8"
     layers: LayerPatterns = ("*",)
@@ -74,11 +75,11 @@ class WeightInt8(StepSettings):
         Raises:
             ValueNotStorable: a scale is too large for the dtype in which it is stored.
         """
-        levels = weight_only.grid(BITS, self.clipping, self.scale)
+        grid = weight_only.grid(BITS, self.clipping, self.scale)
         for unit in plan.units(model.module):
             weight, bias = unit.weight, unit.bias
-            scale = weight_only.fitted_scale(weight, self.block, levels)
-            steps = weight_only.nearest_steps(weight, scale, self.block, levels)
+            scale = weight_only.fit_scales(weight, self.block, grid)
+            multiples = weight_only.round_to_multiples(weight, scale, self.block, grid)
             outputs, inputs = weight.shape
             packed = PackedLinear(
                 FORMAT,
@@ -86,7 +87,7 @@ class WeightInt8(StepSettings):
                 outputs,
                 bias=bias is not None,
                 settings=self.settings(),
-                stored=weight_only.pack_tensors(steps, scale, bias, self.block, BITS),
+                stored=weight_only.pack_tensors(multiples, scale, bias, self.block, BITS),
             )
             swap(model.module, unit.name, packed)
         return AppliedStep(model)

@@ -1,13 +1,15 @@
 """Weight-only quantization of dense layers: blocks, codes and the custom op.
 
-``weight_int8`` and ``weight_int4`` differ only in the width of a code. Consecutive inputs share a
-scale: ``block`` inputs or all inputs of a row. Grids and clipping are those of tables
-(``kernels/levels.py``, ``kernels/clipping.py``). All are symmetric, because TensorRT supports no
-zero point.
+``weight_int8`` and ``weight_int4`` differ only in the width of a code. A *row* is the weights of
+one output. In a row, ``block`` consecutive weights share a scale, or all of them. Levels and
+clipping are those of tables (``kernels/levels.py``, ``kernels/clipping.py``). Levels are symmetric
+around zero, because TensorRT supports no zero point. A *multiple* is a rounded weight divided by
+its scale, an integer.
 
 Codes have the layout of ONNX Runtime's MatMulNBits and of ONNX's int4: two neighbouring codes per
-byte, the first in the low half. They are not planar as in tables, so no target repacks them. A row
-is padded to full blocks with codes of zero, and the plan counts those bytes.
+byte, the first in the low half. Tables have another layout (``kernels/bitpacking.py``). No target
+has to repack the codes of layers. A row is padded to full blocks with the code of zero, and the
+plan counts these bytes.
 """
 
 from collections.abc import Mapping
@@ -27,14 +29,17 @@ Block = Literal[0, 16, 32, 64, 128, 256]
 
 Activations = Literal["float32", "int8"]
 
-SHORTEST = 16
-"""A row without blocks is padded to a multiple of this, so that targets can split it."""
+ROW_MULTIPLE = 16
+"""A row without blocks is padded to a multiple of this, so that targets can divide it."""
 
 LEVELS = 127
 """Positive levels of rounded inputs."""
 
 SMALLEST = 1e-36
-"""Blocks of inputs up to this are rounded to zero: 127 divided by less may overflow float32."""
+"""Inputs are rounded to zero if the largest of their block is at most this number.
+
+127 divided by a smaller number may overflow float32.
+"""
 
 
 def grid(bits: int, clipping: Clipping, scale: ScaleType) -> Grid:
@@ -49,19 +54,22 @@ def zero_code(bits: int) -> int:
 
 def padded_length(inputs: int, block: int) -> int:
     """Return the number of codes of a row: a multiple of the block, or of 16 without blocks."""
-    multiple = block or SHORTEST
+    multiple = block or ROW_MULTIPLE
     return -(-inputs // multiple) * multiple
 
 
 def block_length(inputs: int, block: int) -> int:
-    """Return the number of inputs that targets compute, and round if int8, as one block."""
+    """Return the number of inputs per block in a target's kernel.
+
+    A row without blocks is divided into the largest blocks that the kernel supports.
+    """
     if block:
         return block
     length = padded_length(inputs, block)
-    return next(size for size in (128, 64, 32, SHORTEST) if length % size == 0)
+    return next(size for size in (128, 64, 32, ROW_MULTIPLE) if length % size == 0)
 
 
-def in_blocks(weight: Tensor, block: int) -> Tensor:
+def split_into_blocks(weight: Tensor, block: int) -> Tensor:
     """Reshape weights ``(out, in)`` to blocks ``(out * blocks, block)``, padded with zeros."""
     if not block:
         return weight
@@ -69,44 +77,47 @@ def in_blocks(weight: Tensor, block: int) -> Tensor:
     return full.reshape(-1, block)
 
 
-def fitted_scale(weight: Tensor, block: int, levels: Grid) -> Tensor:
-    """Fit the scale of every block, ``(out, blocks)``, as stored.
+def fit_scales(weight: Tensor, block: int, grid: Grid) -> Tensor:
+    """Fit the scale of every block: ``(out, blocks)`` in the stored dtype.
 
     Args:
         weight: float, ``(out, in)``.
         block: number of inputs that share a scale; 0 for all inputs of a row.
-        levels: the grid.
+        grid: the levels.
 
     Raises:
         ValueNotStorable: a scale or offset is too large for the type in which it is stored.
     """
-    return fit(in_blocks(weight.float(), block), levels).scale.reshape(len(weight), -1)
+    return fit(split_into_blocks(weight.float(), block), grid).scale.reshape(len(weight), -1)
 
 
-def nearest_steps(weight: Tensor, scale: Tensor, block: int, levels: Grid) -> Tensor:
+def round_to_multiples(weight: Tensor, scale: Tensor, block: int, grid: Grid) -> Tensor:
     """Return the nearest multiple of the scale for every weight: float32 ``(out, in)``."""
-    blocks = in_blocks(weight.float(), block)
-    steps = nearest(blocks, FittedRange(scale.reshape(-1, 1), None), levels)
-    return steps.reshape(len(weight), -1)[:, : weight.shape[1]]
+    blocks = split_into_blocks(weight.float(), block)
+    multiples = nearest(blocks, FittedRange(scale.reshape(-1, 1), None), grid)
+    return multiples.reshape(len(weight), -1)[:, : weight.shape[1]]
 
 
-def of_inputs(scale: Tensor, inputs: int, block: int) -> Tensor:
-    """Expand scales ``(out, blocks)`` to inputs: float32 ``(out, in)``, or ``(out, 1)``."""
+def expand_scales(scale: Tensor, inputs: int, block: int) -> Tensor:
+    """Repeat scales ``(out, blocks)`` for each weight: float32 ``(out, in)``.
+
+    Without blocks, the result is ``(out, 1)``.
+    """
     if not block:
         return scale.float()
     return scale.float().repeat_interleave(block, dim=1)[:, :inputs]
 
 
-def pack(steps: Tensor, block: int, bits: int) -> Tensor:
+def pack(multiples: Tensor, block: int, bits: int) -> Tensor:
     """Encode multiples of the scale, ``(out, in)``, as stored codes.
 
     Returns:
         uint8 ``(out, padded inputs)`` with 8 bits, ``(out, padded inputs / 2)`` with 4.
     """
-    outputs, inputs = steps.shape
+    outputs, inputs = multiples.shape
     zero = zero_code(bits)
-    codes = steps.new_full((outputs, padded_length(inputs, block)), zero, dtype=torch.uint8)
-    codes[:, :inputs] = (steps + zero).to(torch.uint8)
+    codes = multiples.new_full((outputs, padded_length(inputs, block)), zero, dtype=torch.uint8)
+    codes[:, :inputs] = (multiples + zero).to(torch.uint8)
     return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
@@ -125,9 +136,9 @@ def round_inputs(x: Tensor, width: int) -> Tensor:
     inputs = x.shape[-1]
     blocks = F.pad(x, (0, -inputs % width)).reshape(*x.shape[:-1], -1, width)
     largest = blocks.abs().amax(dim=-1, keepdim=True)
-    steps = (blocks * torch.where(largest > SMALLEST, LEVELS / largest, 0.0)).round()
-    near: Tensor = (steps * (largest / LEVELS)).flatten(-2)[..., :inputs]
-    return near
+    multiples = (blocks * torch.where(largest > SMALLEST, LEVELS / largest, 0.0)).round()
+    rounded: Tensor = (multiples * (largest / LEVELS)).flatten(-2)[..., :inputs]
+    return rounded
 
 
 @torch.library.custom_op("recpress::weight_only_linear", mutates_args=())
@@ -145,16 +156,16 @@ def weight_only_linear(
     ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, padded * bits / 8)``, ``scale``
     ``(out, blocks)``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
     """
-    weight, multiplied = _operands(x, codes, scale, bits, block, activations)
-    return F.linear(multiplied, weight, bias)
+    weight, layer_inputs = _operands(x, codes, scale, bits, block, activations)
+    return F.linear(layer_inputs, weight, bias)
 
 
 def _operands(
     x: Tensor, codes: Tensor, scale: Tensor, bits: int, block: int, activations: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights, float32 ``(out, in)``, and the inputs, rounded if int8."""
+    """Return the decoded weights, float32 ``(out, in)``, and the inputs, rounded if int8."""
     inputs = x.shape[-1]
-    weight = unpack(codes, inputs, bits) * of_inputs(scale, inputs, block)
+    weight = unpack(codes, inputs, bits) * expand_scales(scale, inputs, block)
     return weight, round_inputs(x, block_length(inputs, block)) if activations == "int8" else x
 
 
@@ -171,32 +182,32 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scale, bias, ctx.bits, ctx.block, ctx.activations = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, codes, scale)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Straight-through gradients for the rounding of inputs; no input is clipped."""
+    """Compute straight-through gradients for the rounding of inputs; no input is clipped."""
     x, codes, scale = ctx.saved_tensors
-    weight, multiplied = _operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
-    flat, rows = grad.reshape(-1, grad.shape[-1]), multiplied.reshape(-1, multiplied.shape[-1])
+    weight, layer_inputs = _operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
+    flat, rows = grad.reshape(-1, grad.shape[-1]), layer_inputs.reshape(-1, layer_inputs.shape[-1])
     inputs = x.shape[-1]
     by_weight = (flat.T @ rows) * unpack(codes, inputs, ctx.bits)  # (out, in)
     if ctx.block:
-        to_scale = in_blocks(by_weight, ctx.block).sum(dim=1).reshape(scale.shape)
+        to_scale = split_into_blocks(by_weight, ctx.block).sum(dim=1).reshape(scale.shape)
     else:
         to_scale = by_weight.sum(dim=1, keepdim=True)
     to_bias = flat.sum(dim=0) if ctx.has_bias else None
     return grad @ weight, None, to_scale.to(scale.dtype), to_bias, None, None, None
 
 
-weight_only_linear.register_autograd(_backward, setup_context=_keep)
+weight_only_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 class LayoutSettings(NamedTuple):
-    """The settings of a step or a layer's record that determine layout and computation."""
+    """The settings of a step or of a stored layer that determine layout and computation."""
 
     block: int
     scale: torch.dtype
@@ -204,7 +215,7 @@ class LayoutSettings(NamedTuple):
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> "LayoutSettings":
-        """Read them from the ``settings`` of a step or a record."""
+        """Read them from the ``settings`` of a step or of a stored layer."""
         dtype = getattr(torch, settings["scale"])
         return LayoutSettings(settings["block"], dtype, settings["activations"])
 
@@ -241,14 +252,14 @@ class WeightOnlyFormat:
         x: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """Return the inputs that are multiplied, rounded if int8: float32 ``(*, in)``."""
+        """Return the inputs that the weights multiply, rounded if int8: float32 ``(*, in)``."""
         block, _, activations = LayoutSettings.of(settings)
         return round_inputs(x, block_length(x.shape[-1], block)) if activations == "int8" else x
 
 
 def pack_tensors(
-    steps: Tensor, scale: Tensor, bias: Tensor | None, block: int, bits: int
+    multiples: Tensor, scale: Tensor, bias: Tensor | None, block: int, bits: int
 ) -> dict[str, Tensor]:
     """Return a layer's stored tensors from multiples ``(out, in)`` and scales ``(out, blocks)``."""
-    tensors = {"codes": pack(steps, block, bits), "scale": scale}
+    tensors = {"codes": pack(multiples, block, bits), "scale": scale}
     return tensors if bias is None else {**tensors, "bias": bias.float().clone()}

@@ -1,9 +1,9 @@
 """Pack codes of 4 or 2 bits into bytes in *planar* layout.
 
-The codes of a row are split into two or four *planes* of consecutive codes. Byte ``j`` contains
-code ``j`` of every plane, the first plane in the lowest bits. Unpacking is then a few element-wise
-ops and one concatenation. For batches, ONNX Runtime runs these several times faster than its 4-bit
-lookup, GatherBlockQuantized; for single rows both take about the same time
+The codes of a row are split into *planes*: 8 / ``bits`` parts of equally many consecutive codes.
+Byte ``j`` contains code ``j`` of every plane, the first plane in the lowest bits. Unpacking is then
+a few element-wise ops and one concatenation. For batches, ONNX Runtime runs these several times
+faster than its 4-bit lookup, GatherBlockQuantized; for single rows both take about the same time
 (``benchmarks/int4_lookup.py``). For TensorRT, codes are repacked when the graph is written.
 """
 
@@ -18,11 +18,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     planes = 8 // bits
     width = -(-codes.shape[1] // planes)
-    whole = torch.full((codes.shape[0], planes * width), 2 ** (bits - 1), dtype=torch.uint8)
-    whole[:, : codes.shape[1]] = codes
-    packed = whole[:, :width].clone()
+    padded = torch.full((codes.shape[0], planes * width), 2 ** (bits - 1), dtype=torch.uint8)
+    padded[:, : codes.shape[1]] = codes
+    packed = padded[:, :width].clone()
     for plane in range(1, planes):
-        packed |= whole[:, plane * width : (plane + 1) * width] << (bits * plane)
+        packed |= padded[:, plane * width : (plane + 1) * width] << (bits * plane)
     return packed
 
 

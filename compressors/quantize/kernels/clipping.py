@@ -1,24 +1,29 @@
 """Clipping rules: choose the quantization range of a row or of rows that share a scale.
 
-All rules compare squared errors with the *stored* scale and offset, so the comparison includes
+A *range* is a group of weights that share a scale, and also the interval that its levels cover. A
+symmetric range reaches from ``-end`` to ``end``; an asymmetric range has two independent ends. All
+rules compare the squared errors with the *stored* scale and offset. So the comparison includes
 their rounding to float16, and no rule has a larger error than ``min_max``.
 
-- ``min_max``: nothing is clipped.
+- ``min_max``: the range contains all weights, and none is clipped.
 - ``greedy``: Guan et al. 2019, https://arxiv.org/abs/1911.02079, Algorithm 1 with its 200 bins and
-  ratio 0.16. In each step one end of the range moves inwards by a bin: the end whose move leaves
-  the smaller error, until 16 % of the range are removed. The result is the best range of all steps.
-  Differs: a symmetric range has one end, so every step moves it; all ranges are candidates
-  (PyTorch's ``choose_qparams_optimized`` keeps only local minima); offsets are rounded down, not to
-  the nearest, so that rounding clips nothing.
+  ratio 0.16. A bin is a 200th of the range. In each iteration one end moves inwards by a bin: the
+  end for which the error is then smaller. The search ends when 16 % of the range are removed, and
+  the best range of all iterations is used. Differs: a symmetric range is only shortened; every
+  iteration is a candidate, while PyTorch's ``choose_qparams_optimized`` stops at local minima;
+  offsets are rounded down, not to the nearest number, so that rounding clips nothing.
 - ``least_squares``: compare a few ranges and refit the best of them to its codes
   (``least_squares.py``).
-- ``mse``: search for the range of least squared error in steps of a 50th of the range. Of a
-  symmetric range, it compares each share from 1 down to 0.5. Of an asymmetric range, it moves both
-  ends together, then each end in turn while the error falls, then again around the best range in
-  steps of a 200th of the range or a quarter level. With few levels or a shared scale, the best
-  range may be less than half: a symmetric range that was halved is searched again, and an
-  asymmetric range of several rows is also searched around the best symmetric range. This rule is
-  not in the paper.
+- ``mse``: search for the range of least squared error.
+
+  - Symmetric: compare the shares 1, 0.98, ..., 0.5 of the range. If the best share is 0.5, and the
+    range has few levels or several rows, search again from there.
+  - Asymmetric: move both ends inwards together by 50ths of the range, then each end in turn until
+    the error no longer decreases. Repeat around the best range with smaller moves, by a 200th of
+    the range or a quarter of a level. If several rows share a scale, search a second time, starting
+    near the best symmetric range.
+
+  This rule is not in the paper.
 """
 
 from dataclasses import replace
@@ -30,7 +35,7 @@ from compressors.quantize.kernels.least_squares import least_squares
 from compressors.quantize.kernels.levels import (
     FittedRange,
     Grid,
-    asymmetric_ends,
+    asymmetric_range,
     range_bounds,
     split_into_ranges,
     squared_error,
@@ -41,16 +46,19 @@ SHARES = tuple(1 - place / 50 for place in range(1, 26))
 """Shares of a symmetric range that ``mse`` compares: 0.98 down to 0.5."""
 
 STEPS = 50
-"""Steps into which ``mse`` divides an asymmetric range; each end moves by less than half of it."""
+"""``mse`` moves the ends of an asymmetric range by this fraction of it, each by less than half."""
 
 FINE, FINE_STEPS = 200, 3
-"""Fine steps per range in ``mse`` (or a quarter level if that is less), and steps to each side."""
+"""Small moves in ``mse``: the fraction of the range of each, and their number to each side.
+
+If a quarter of a level is less, the moves have that size.
+"""
 
 ROUNDS = 4
-"""Largest number of rounds over both ends of an asymmetric range in ``mse``, per step size."""
+"""Largest number of rounds in which ``mse`` moves each end of an asymmetric range in turn."""
 
 MAX_HALVINGS = 8
-"""Largest number of repeated searches of a symmetric range that was halved."""
+"""Largest number of times that ``mse`` searches again because a symmetric range was halved."""
 
 BINS, BINS_REMOVED = 200, 32
 """Bins of a range in ``greedy``, and how many are removed: 16 %."""
@@ -63,10 +71,10 @@ def fit(rows: Tensor, grid: Grid) -> FittedRange:
     """Fit the scale and the offset of each group of ``rows_per_scale`` rows.
 
     Args:
-        rows: float, ``(rows, dim)``; the first row begins a range. If all rows are one range, they
-            are not copied as a whole.
-        grid: the levels. The last range has fewer rows if ``rows_per_scale`` does not divide the
-            number of rows.
+        rows: float, ``(rows, dim)``; the first row begins a range. If all rows are one range, no
+            copy of the table is made.
+        grid: the grid of levels. The last range has fewer rows if ``rows_per_scale`` does not
+            divide the number of rows.
 
     Returns:
         ``scale`` in the grid's dtype, always positive, and ``offset`` in the same dtype, None if
@@ -96,21 +104,21 @@ def _fit(values: Tensor, grid: Grid) -> FittedRange:
         if grid.clipping == "min_max":
             return FittedRange(widest, None)
         if grid.clipping == "greedy":
-            return FittedRange(_best_share(values, widest, GREEDY_SHARES, grid)[0], None)
-        return FittedRange(_least_symmetric(values, widest, grid), None)
-    whole = asymmetric_ends(low, high, grid)
+            return FittedRange(_select_share(values, widest, GREEDY_SHARES, grid)[0], None)
+        return FittedRange(_search_symmetric(values, widest, grid), None)
+    whole = asymmetric_range(low, high, grid)
     if grid.clipping == "min_max":
         return whole
     if grid.clipping == "greedy":
-        return _greedy(values, whole, low, high, grid)
-    return _least_asymmetric(values, whole, low, high, grid)
+        return _fit_greedy(values, whole, low, high, grid)
+    return _search_asymmetric(values, whole, low, high, grid)
 
 
 def _searches_below_half(grid: Grid) -> bool:
-    """Whether ``mse`` also searches below half a symmetric range.
+    """Whether ``mse`` also searches below half of a symmetric range.
 
-    A range of one row with 15 levels or more would need over a hundred values before clipping half
-    of it could lower the error.
+    With 15 levels or more, clipping half of the range can lower the error only if the range has
+    over a hundred values, more than most rows have.
     """
     return grid.levels < 15 or grid.rows_per_scale != 1
 
@@ -118,10 +126,13 @@ def _searches_below_half(grid: Grid) -> bool:
 # --- symmetric ranges ------------------------------------------------------------------------
 
 
-def _best_share(
+def _select_share(
     values: Tensor, widest: Tensor, shares: tuple[float, ...], grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """Return the best scale among shares of the widest one, and where it is the last share."""
+    """Return the best scale among shares of the widest one, and whether it is the last share.
+
+    Both are ``(ranges, 1)``.
+    """
     best, least = widest, squared_error(values, FittedRange(widest, None), grid)
     better = torch.zeros_like(least, dtype=torch.bool)
     for share in shares:
@@ -132,76 +143,83 @@ def _best_share(
     return best, better
 
 
-def _least_symmetric(values: Tensor, widest: Tensor, grid: Grid) -> Tensor:
-    best, last = _best_share(values, widest, SHARES, grid)
+def _search_symmetric(values: Tensor, widest: Tensor, grid: Grid) -> Tensor:
+    best, last = _select_share(values, widest, SHARES, grid)
     for _ in range(MAX_HALVINGS if _searches_below_half(grid) else 0):
         halved = last.squeeze(1)
         if not bool(halved.any()):
             break
-        smaller, still = _best_share(_only(values, halved), best[halved], SHARES, grid)
-        best, last = _put(best, halved, smaller), _put(torch.zeros_like(last), halved, still)
+        smaller, still = _select_share(_select_ranges(values, halved), best[halved], SHARES, grid)
+        best, last = (
+            _replace_ranges(best, halved, smaller),
+            _replace_ranges(torch.zeros_like(last), halved, still),
+        )
     return best
 
 
 # --- asymmetric ranges -----------------------------------------------------------------------
 
 
-def _greedy(
+def _fit_greedy(
     values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> FittedRange:
-    """Algorithm 1 of Guan et al."""
+    """Fit asymmetric ranges by Algorithm 1 of Guan et al."""
     step = (high - low) / BINS
-    low_bins = high_bins = torch.zeros_like(low)  # removed at each end
+    low_bins = high_bins = torch.zeros_like(low)  # number of bins removed at each end
     best, least = whole, squared_error(values, whole, grid)
     for _ in range(BINS_REMOVED):
-        from_low = asymmetric_ends(low + (low_bins + 1) * step, high - high_bins * step, grid)
-        from_high = asymmetric_ends(low + low_bins * step, high - (high_bins + 1) * step, grid)
+        from_low = asymmetric_range(low + (low_bins + 1) * step, high - high_bins * step, grid)
+        from_high = asymmetric_range(low + low_bins * step, high - (high_bins + 1) * step, grid)
         first, second = (squared_error(values, moved, grid) for moved in (from_low, from_high))
         lower = first < second
         error = torch.where(lower, first, second)
-        best = _where(error < least, _where(lower, from_low, from_high), best)
+        best = _choose(error < least, _choose(lower, from_low, from_high), best)
         least = torch.minimum(error, least)
         low_bins, high_bins = low_bins + lower.float(), high_bins + (~lower).float()
     return best
 
 
-def _least_asymmetric(
+def _search_asymmetric(
     values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> FittedRange:
-    best, least = _least_ends(values, whole, low, high, grid)
+    best, least = _search_ends(values, whole, low, high, grid)
     if grid.rows_per_scale == 1:
         return best
-    # A few outliers among many values make the first minimum a poor one: small steps inwards do
-    # not lower the error, only a large one does. So search again from 1.25 times the best
-    # symmetric range.
+    # With a few outliers among many values, the first search may stop at a poor minimum: only a
+    # large move inwards lowers the error, small ones do not. So search again, starting from 1.25
+    # times the best symmetric range.
     around_zero = replace(grid, symmetric=True)
     widest = symmetric_scale(torch.maximum(-low, high), around_zero)
-    reach = 1.25 * grid.half * _least_symmetric(values, widest, around_zero).float()
+    reach = 1.25 * grid.half * _search_symmetric(values, widest, around_zero).float()
     low, high = torch.maximum(low, -reach), torch.minimum(high, reach)
-    candidate, error = _least_ends(values, asymmetric_ends(low, high, grid), low, high, grid)
-    return _where(error < least, candidate, best)
+    candidate, error = _search_ends(values, asymmetric_range(low, high, grid), low, high, grid)
+    return _choose(error < least, candidate, best)
 
 
-def _least_ends(
+def _search_ends(
     values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> tuple[FittedRange, Tensor]:
     """Return the best range, with scale and offset as stored, and its squared error."""
     width, most = high - low, STEPS // 2 - 1
     best, least = whole, squared_error(values, whole, grid)
-    low_cut = high_cut = torch.zeros_like(low)  # removed at each end, as shares of the width
+    low_cut = high_cut = torch.zeros_like(low)  # share of the width removed at each end
 
     def compare(new_low: Tensor, new_high: Tensor) -> None:
-        """Evaluate a range with these cuts; it becomes the best one where the error is smaller."""
+        """Evaluate ranges with these shares removed; update the best ones where the error falls."""
         nonlocal best, least, low_cut, high_cut
-        candidate = asymmetric_ends(low + new_low * width, high - new_high * width, grid)
+        candidate = asymmetric_range(low + new_low * width, high - new_high * width, grid)
         error = squared_error(values, candidate, grid)
         better = error < least
-        best, least = _where(better, candidate, best), torch.where(better, error, least)
+        best, least = _choose(better, candidate, best), torch.where(better, error, least)
         low_cut = torch.where(better, new_low, low_cut)
         high_cut = torch.where(better, new_high, high_cut)
 
     def move_in_turn(from_best: bool, step: float, places: range) -> None:
-        """Move one end, then the other, from the best cut or from zero, until none improves."""
+        """Move the low end, then the high end, until neither lowers the error.
+
+        Moves are ``step`` times each of ``places``, relative to the best range, or to the range
+        without clipping of this end.
+        """
         for _ in range(ROUNDS):
             before = low_cut, high_cut
             start, fixed = low_cut if from_best else torch.zeros_like(low), high_cut
@@ -225,19 +243,19 @@ def _least_ends(
 # --- selection by range ----------------------------------------------------------------------
 
 
-def _only(values: Tensor, which: Tensor) -> Tensor:
-    """Return the ranges where ``which`` is true, without a copy if it is true for all."""
+def _select_ranges(values: Tensor, which: Tensor) -> Tensor:
+    """Return the values of the ranges where ``which`` is true; no copy if it is true for all."""
     return values if bool(which.all()) else values[which]
 
 
-def _put(into: Tensor, which: Tensor, values: Tensor) -> Tensor:
+def _replace_ranges(into: Tensor, which: Tensor, values: Tensor) -> Tensor:
     """Return a copy of ``into`` with these values where ``which`` is true."""
     changed = into.clone()
     changed[which] = values
     return changed
 
 
-def _where(first: Tensor, yes: FittedRange, no: FittedRange) -> FittedRange:
+def _choose(first: Tensor, yes: FittedRange, no: FittedRange) -> FittedRange:
     offset = torch.where(first, _offset(yes), _offset(no))
     return FittedRange(torch.where(first, yes.scale, no.scale), offset)
 

@@ -1,18 +1,19 @@
 """Evenly spaced levels for table rows: grids, nearest levels, and stored scales and offsets.
 
-Together with ``clipping``, which selects the range, this is the specification of every faster
-kernel. A weight is approximated by ``code * scale + offset`` in one of two kinds of grid:
+The plain torch code here and in ``clipping.py``, which selects the range, specifies the results of
+every faster kernel. A weight is approximated by ``multiple * scale + offset``. A *multiple* is a
+level in units of the scale, and a *grid* is the set of all multiples. There are two kinds:
 
-- *asymmetric*: all codes ``0 .. levels - 1``; ``offset`` is the lowest level.
-- *symmetric*: no offset. An odd number of levels has one at zero (255 for int8, 15 for int4,
-  codes ``-half .. half``). An even number (4, for 2 bits) is placed around zero, ``-1.5, -0.5,
-  0.5, 1.5``: with two bits, a level at zero would leave only three levels. On normal rows of 16
-  numbers, clipped by squared error, four levels around zero lose 9.7 % of the sum of squares,
-  three with a zero 16.5 %, and ``-2 .. 1`` 13.2 %; the order is the same for Laplace, uniform and
-  Student rows.
+- *asymmetric*: the multiples are ``0 .. levels - 1``; ``offset`` is the lowest level.
+- *symmetric*: no offset. If the number of levels is odd, one of them is zero: 255 levels for int8,
+  15 for int4, multiples ``-half .. half``. If it is even (4, for 2 bits), the multiples are
+  ``-1.5, -0.5, 0.5, 1.5``, because with a level at zero only three symmetric levels would fit in
+  two bits. For normal rows of 16 numbers, clipped by squared error, the error is 9.7 % of the sum
+  of squares with these four levels, 16.5 % with three levels including zero, and 13.2 % with
+  ``-2 .. 1``. The order is the same for Laplace, uniform and Student distributions.
 
-A *range* is the group of all weights that share a scale, and the interval that its levels cover;
-tensors of ranges are ``(ranges, values)``. *Steps* are levels as multiples of the scale.
+A *range* is a group of weights that share a scale, and also the interval that its levels cover.
+Tensors with one range per row have the shape ``(ranges, values)``.
 """
 
 from collections.abc import Iterator
@@ -32,10 +33,13 @@ RowsPerScale = Literal[
 """Number of neighbouring rows that share a scale; 0: all rows of the table."""
 
 CHUNK = 2**22
-"""Values of one range that are processed at once: a whole table may be one range."""
+"""Values of a range that are processed at once, because a whole table may be one range."""
 
 PIECE = 4096
-"""Longer ranges are summed in pieces of this length, so that sums do not depend on threads."""
+"""Ranges with more values are summed in pieces of this length.
+
+Then the sums do not depend on the number of threads.
+"""
 
 SMALLEST = {torch.float16: 2.0**-24, torch.float32: torch.finfo(torch.float32).tiny}
 
@@ -77,36 +81,38 @@ class FittedRange(NamedTuple):
 
 
 def nearest(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
-    """Return the nearest level of every weight as a multiple of the scale: float32 ``(rows, dim)``.
+    """Return the multiple of the nearest level for every weight: float32 ``(rows, dim)``.
 
     The results are integers in ``0 .. levels - 1``, or in ``-half .. half`` if the grid is
-    symmetric; for an even number of symmetric levels they are halves of odd integers. A tie between
-    integers is rounded to the even one; a tie between halves is rounded up.
+    symmetric. For an even number of symmetric levels they are odd multiples of 0.5. A weight
+    halfway between two integers is rounded to the even one, otherwise up.
 
     Args:
         rows: float, ``(rows, dim)``; the first row begins a range.
-        fitted: scales and offsets of these rows, or those of the table if it has one range.
-        grid: the levels.
+        fitted: scales and offsets of these rows, or those of the table if it has only one range.
+        grid: the grid of levels.
     """
-    scale = by_row(fitted.scale, len(rows), grid.rows_per_scale)
+    scale = expand_to_rows(fitted.scale, len(rows), grid.rows_per_scale)
     offset = fitted.offset
     if offset is not None:
-        offset = by_row(offset, len(rows), grid.rows_per_scale)
+        offset = expand_to_rows(offset, len(rows), grid.rows_per_scale)
     return _nearest(rows, scale, offset, grid)
 
 
-def decode_steps(steps: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+def decode_multiples(multiples: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Decode multiples of the scale, ``(*, dim)``, to float32 weights.
 
     Scales and offsets are ``(*, 1)``. The product is rounded before the sum, as on every serving
     target.
     """
-    scaled = steps * scale.float()
+    scaled = multiples * scale.float()
     return scaled if offset is None else scaled + offset.float()
 
 
 def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
-    """Return the stored scale of ranges from ``-largest`` to ``largest``, float32 ``(ranges, 1)``.
+    """Compute the stored scale of ranges from ``-largest`` to ``largest``.
+
+    ``largest`` is float32 ``(ranges, 1)``.
 
     Raises:
         ValueNotStorable: a scale or offset is too large for the type in which it is stored.
@@ -116,11 +122,12 @@ def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
     return stored_scale(scale, grid.half, grid)
 
 
-def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
-    """Return stored scale and offset of ranges from ``low`` to ``high``, float32 ``(ranges, 1)``.
+def asymmetric_range(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
+    """Compute the stored scale and offset of ranges from ``low`` to ``high``.
 
-    The offset is rounded down, and the scale covers the range from there to ``high``, so that
-    rounding clips nothing. A row of equal values changes only by rounding.
+    Both ends are float32 ``(ranges, 1)``. The offset is rounded down, and the levels reach from
+    the rounded offset to ``high``, so that rounding clips nothing. A row of equal values changes
+    only by rounding.
 
     Raises:
         ValueNotStorable: a scale or offset is too large for the type in which it is stored.
@@ -137,16 +144,20 @@ def asymmetric_ends(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
 
 
 def stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
-    """Convert scales, float32 ``(ranges, 1)``, to the stored dtype: positive and large enough.
+    """Convert scales, float32 ``(ranges, 1)``, to the stored dtype, positive and without clipping.
 
-    ``levels + 0.5`` times the stored scale is at least ``levels`` times the given scale.
+    Args:
+        scale: exact scales, at least 0.
+        levels: the highest multiple. The end of the range, ``levels`` times the exact scale, is at
+            most ``levels + 0.5`` times the stored scale, so it still rounds to the highest level.
+        grid: the grid with the stored dtype.
     """
-    # TensorRT requires positive scales: tiny scales become the smallest stored step, and a row of
-    # zeros has zero codes for any scale.
+    # TensorRT requires positive scales, so tiny scales become the smallest number of the dtype. A
+    # row of zeros has zero codes for any scale.
     smallest = SMALLEST[grid.dtype]
     stored = scale.clamp(min=smallest).to(grid.dtype)
-    # Float16 is evenly spaced by 2^-24 below 2^-14. If rounding a scale down there shortens the
-    # range by more than half a level, the largest weights would be clipped, so it is rounded up.
+    # Below 2^-14, float16 numbers are evenly spaced by 2^-24. If rounding such a scale down
+    # shortens the range by more than half a level, it would clip the largest weights: round up.
     clipped = scale * levels > stored.float() * (levels + 0.5)
     return torch.where(clipped, stored + smallest, stored)
 
@@ -203,7 +214,7 @@ def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     scale, offset = fitted
     total = []
     for part in torch.split(values, CHUNK, dim=1):
-        error = decode_steps(_nearest(part, scale, offset, grid), scale, offset) - part.float()
+        error = decode_multiples(_nearest(part, scale, offset, grid), scale, offset) - part.float()
         squares = error.square()
         while squares.shape[1] > PIECE:
             whole = squares.shape[1] // PIECE * PIECE
@@ -213,10 +224,10 @@ def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     return torch.stack(total).sum(dim=0)
 
 
-def by_row(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
-    """Repeat scales or offsets ``(ranges, 1)`` for each row: ``(rows, 1)``.
+def expand_to_rows(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
+    """Repeat scales or offsets ``(ranges, 1)`` for each row of their range: ``(rows, 1)``.
 
-    If all rows share one, it stays ``(1, 1)``.
+    If all rows of the table are one range, the result is ``(1, 1)``.
     """
     if rows_per_scale < 2:
         return stored
@@ -225,8 +236,8 @@ def by_row(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
 
 def _nearest(values: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
     if offset is not None:
-        steps = (values.float() - offset.float()) / scale.float()
-        return steps.round().clamp(0, grid.levels - 1)
-    steps = values.float() / scale.float()
-    steps = steps.round() if grid.levels % 2 else steps.floor() + 0.5
-    return steps.clamp(-grid.half, grid.half)
+        multiples = (values.float() - offset.float()) / scale.float()
+        return multiples.round().clamp(0, grid.levels - 1)
+    multiples = values.float() / scale.float()
+    multiples = multiples.round() if grid.levels % 2 else multiples.floor() + 0.5
+    return multiples.clamp(-grid.half, grid.half)

@@ -1,12 +1,12 @@
-"""k-means: fit the codebooks of table codes, and find the nearest entry of each row.
+"""k-means: fit codebooks of embedding tables, and find the nearest codebook entry of each row.
 
 Sources: Lloyd 1982 (alternating means and nearest entries); Arthur and Vassilvitskii 2007
 (k-means++ seeding). Differs: deterministic (a fixed seed), fitted on a sample of large tables, rows
 may have weights, and an entry without rows is moved to the row with the largest error.
 
-The nearest entry does not depend on how rows are split into blocks: the rounding of matrix products
-depends on their shapes, so if two entries are about equally near, their distances are computed
-again by sums in a fixed order.
+The nearest entry of a row does not depend on how rows are split into blocks. The rounding of matrix
+products depends on their shapes, so if two entries are about equally near, their distances are
+computed again by sums in a fixed order.
 """
 
 import math
@@ -25,7 +25,7 @@ ROUNDS = 30
 """Largest number of rounds of k-means."""
 
 MIN_IMPROVEMENT = 1e-4
-"""Rounds end when one lowers the error by no more than this share of it."""
+"""Rounds end when a round lowers the error by at most this share of it."""
 
 
 class KMeansFit(NamedTuple):
@@ -35,23 +35,23 @@ class KMeansFit(NamedTuple):
     errors: tuple[float, ...]
 
 
-def sample_rows(rows: Tensor, most: int = SAMPLE) -> Tensor:
+def sample_rows(rows: Tensor, max_rows: int = SAMPLE) -> Tensor:
     """Draw a stratified sample of rows: one from each of equal sections of a table.
 
     Args:
-        rows: ``(rows, dim)``, memory-mapped if large: only the drawn rows are read.
-        most: largest number of rows in the sample.
+        rows: ``(rows, dim)``; it may be memory-mapped, because only the drawn rows are read.
+        max_rows: largest number of rows in the sample.
 
     Returns:
-        float32 ``(rows or most, dim)``, the same for the same table.
+        float32 ``(min(rows, max_rows), dim)``, the same for the same table.
     """
     count = len(rows)
-    if count <= most:
+    if count <= max_rows:
         return rows.float()
-    bounds = torch.arange(most + 1, dtype=torch.int64) * count // most  # (most + 1,)
+    bounds = torch.arange(max_rows + 1, dtype=torch.int64) * count // max_rows  # (most + 1,)
     generator = torch.Generator().manual_seed(0)
-    place = torch.rand(most, generator=generator, dtype=torch.float64) * bounds.diff()
-    return rows[bounds[:-1] + place.long()].float()
+    position = torch.rand(max_rows, generator=generator, dtype=torch.float64) * bounds.diff()
+    return rows[bounds[:-1] + position.long()].float()
 
 
 def kmeans(
@@ -67,22 +67,22 @@ def kmeans(
         seed: seed for drawing the first entries.
 
     Returns:
-        Float32 entries, of which some are equal if there are fewer different points than levels,
-        and the weighted sums of squared errors, which never increase from round to round.
+        The codebook in float32, and the weighted sums of squared errors, which never increase from
+        round to round. If there are fewer different points than levels, some entries are equal.
     """
     counts = torch.ones(len(points), dtype=torch.float64) if weight is None else weight.double()
-    codebook = _seeded(points, levels, counts, seed)
+    codebook = _draw_entries(points, levels, counts, seed)
     codes = nearest(points, codebook)
     point_errors = squared_distance(points, codebook[codes]) * counts
     errors = [float(point_errors.sum())]
     for _ in range(rounds):
-        moved = _means(points, codes, counts, codebook, point_errors)
-        codes = nearest(points, moved)
-        point_errors = squared_distance(points, moved[codes]) * counts
+        new_codebook = _update_entries(points, codes, counts, codebook, point_errors)
+        codes = nearest(points, new_codebook)
+        point_errors = squared_distance(points, new_codebook[codes]) * counts
         error = float(point_errors.sum())
         if error >= errors[-1]:  # converged up to rounding
             break
-        codebook = moved
+        codebook = new_codebook
         errors.append(error)
         if errors[-2] - error <= MIN_IMPROVEMENT * errors[-2]:
             break
@@ -90,7 +90,7 @@ def kmeans(
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    """Find the entry nearest to each point, int64 ``(points,)``; in a tie, the first one.
+    """Find the entry nearest to each point: int64 ``(points,)``; in a tie, the first one.
 
     Args:
         points: float32 ``(points, dim)``.
@@ -98,7 +98,7 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
     """
     entries = codebook.float()
     squares = entries.square().sum(dim=1)  # (levels,)
-    # Bound of the relative rounding error of a distance, which is a sum of dim products.
+    # A bound of the relative rounding error of a distance, which is a sum of dim products.
     tolerance = 8 * (entries.shape[1] + 2) * 2.0**-24
     largest = float(squares.max())
     codes = torch.empty(len(points), dtype=torch.int64)
@@ -115,12 +115,12 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
     return codes
 
 
-def nearest_under(points: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
-    """Find the entry nearest to each point, with column weights for each point.
+def nearest_with_weights(points: Tensor, column_weights: Tensor, codebook: Tensor) -> Tensor:
+    """Find the entry nearest to each point, by squared differences with a weight for each column.
 
     Args:
         points: float32 ``(points, dim)``.
-        metric: weight of each squared difference, ``(points, dim)``, not negative.
+        column_weights: weight of each squared difference, ``(points, dim)``, not negative.
         codebook: float ``(levels, dim)``.
 
     Returns:
@@ -130,8 +130,8 @@ def nearest_under(points: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
     codes = torch.empty(len(points), dtype=torch.int64)
     for begin in range(0, len(points), BLOCK):
         part = slice(begin, begin + BLOCK)
-        squares = metric[part] @ entries.square().t()  # (block, levels)
-        score = torch.addmm(squares, metric[part] * points[part], entries.t(), alpha=-2)
+        squares = column_weights[part] @ entries.square().t()  # (block, levels)
+        score = torch.addmm(squares, column_weights[part] * points[part], entries.t(), alpha=-2)
         codes[part] = score.argmin(dim=1)
     return codes
 
@@ -150,33 +150,40 @@ def _exact_distances(points: Tensor, entries: Tensor) -> Tensor:
     return total
 
 
-def _seeded(points: Tensor, levels: int, counts: Tensor, seed: int) -> Tensor:
-    """Draw entries by k-means++: points by weight times squared distance to the drawn points."""
+def _draw_entries(points: Tensor, levels: int, counts: Tensor, seed: int) -> Tensor:
+    """Draw the first entries from the points by k-means++.
+
+    The probability of a point is proportional to its weight times its squared distance to the
+    nearest point already drawn.
+    """
     generator = torch.Generator().manual_seed(seed)
-    chosen = [_draw(counts, generator)]
-    wide = points.double()
-    errors = (wide - wide[chosen[0]]).square().sum(dim=1) * counts  # (points,)
+    chosen = [_draw_index(counts, generator)]
+    exact_points = points.double()
+    errors = (exact_points - exact_points[chosen[0]]).square().sum(dim=1) * counts  # (points,)
     while len(chosen) < levels and bool((errors > 0).any()):
-        chosen.append(_draw(errors, generator))
-        new_errors = (wide - wide[chosen[-1]]).square().sum(dim=1) * counts
+        chosen.append(_draw_index(errors, generator))
+        new_errors = (exact_points - exact_points[chosen[-1]]).square().sum(dim=1) * counts
         errors = torch.minimum(errors, new_errors)
-    chosen += chosen[:1] * (levels - len(chosen))  # if fewer points differ than levels exist
+    chosen += chosen[:1] * (levels - len(chosen))  # fewer different points than levels
     return points[torch.tensor(chosen)].clone()
 
 
-def _draw(weights: Tensor, generator: torch.Generator) -> int:
+def _draw_index(weights: Tensor, generator: torch.Generator) -> int:
     """Draw one index with probability proportional to ``weights`` ``(n,)``; 0 if all are zero."""
     total = weights.cumsum(0)
-    place = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
-    index = int(torch.searchsorted(total, place, right=True))
-    # Rounding may lead past the last weight that is not zero.
+    position = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
+    index = int(torch.searchsorted(total, position, right=True))
+    # Because of rounding, the index may be after the last positive weight.
     return index if index < len(weights) and weights[index] > 0 else int(weights.argmax())
 
 
-def _means(
+def _update_entries(
     points: Tensor, codes: Tensor, counts: Tensor, codebook: Tensor, point_errors: Tensor
 ) -> Tensor:
-    """Return the mean of each entry's points; an entry without points moves to a large error."""
+    """Replace each entry by the weighted mean of its points.
+
+    Entries without points are moved to the points with the largest errors.
+    """
     total = torch.zeros(len(codebook), points.shape[1], dtype=torch.float64)
     total.index_add_(0, codes, points.double() * counts.unsqueeze(1))
     mass = torch.zeros(len(codebook), dtype=torch.float64).index_add_(0, codes, counts)
@@ -195,9 +202,9 @@ def scalar_kmeans(
 ) -> KMeansFit:
     """Fit a codebook of numbers by k-means in one dimension.
 
-    It starts once from quantiles and once from evenly spaced levels, and returns the better result.
-    The values are sorted once, and a round needs only sums between boundaries, so rounds are fast
-    enough to run until the error no longer decreases.
+    The search starts once from quantiles and once from evenly spaced levels, and the better result
+    is returned. The values are sorted once. A round then needs only differences of cumulative sums,
+    so rounds are fast enough to run until the error no longer decreases.
 
     Args:
         values: float ``(values,)``.
@@ -209,26 +216,26 @@ def scalar_kmeans(
         Entries ``(levels, 1)`` in ascending order.
     """
     ordered, order = values.double().sort()
-    different = torch.unique(ordered)  # ascending
-    if len(different) <= levels:
-        exact = torch.cat([different, different[-1:].expand(levels - len(different))])
+    distinct = torch.unique(ordered)  # ascending
+    if len(distinct) <= levels:
+        exact = torch.cat([distinct, distinct[-1:].expand(levels - len(distinct))])
         return KMeansFit(exact.float().unsqueeze(1), (0.0,))
     counts = torch.ones_like(ordered) if weight is None else weight.double()[order]
     zero = ordered.new_zeros(1)
     mass = torch.cat([zero, counts.cumsum(0)])  # (values + 1,)
     first = torch.cat([zero, (counts * ordered).cumsum(0)])
     second = torch.cat([zero, (counts * ordered.square()).cumsum(0)])
-    whole = float(mass[-1])
+    total = float(mass[-1])
     shares = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels  # (levels,)
-    quantiles = ordered[torch.searchsorted(mass[1:], shares * whole).clamp(max=len(ordered) - 1)]
-    spaced = ordered[0] + (ordered[-1] - ordered[0]) * shares
+    quantiles = ordered[torch.searchsorted(mass[1:], shares * total).clamp(max=len(ordered) - 1)]
+    evenly_spaced = ordered[0] + (ordered[-1] - ordered[0]) * shares
     fits = []
-    for start in (quantiles, spaced):
+    for start in (quantiles, evenly_spaced):
         entries, errors = start.clone(), [math.inf]
         for _ in range(rounds):
             middle = (entries[1:] + entries[:-1]) / 2
-            cut = torch.searchsorted(ordered, middle, right=True)
-            border = torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(ordered))])
+            inner = torch.searchsorted(ordered, middle, right=True)
+            border = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), len(ordered))])
             entry_mass = mass[border].diff()  # (levels,)
             moment = first[border].diff()
             mean = torch.where(entry_mass > 0, moment / entry_mass.clamp(min=1e-300), entries)

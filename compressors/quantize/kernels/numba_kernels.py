@@ -1,22 +1,29 @@
 """Compiled loops over table rows: ``min_max``, ``least_squares`` and ``nearest``.
 
-``row_encoding.py`` calls them. numba compiles them at the first call, which takes some seconds. It
-caches the machine code as pickles in ``__pycache__`` next to this file, where Python caches
-bytecode: a process that can write there can change the code. If that folder is not writable, each
-process compiles again: numba's alternative cache folders, one per user, are not used. All loops are
-in one file, because numba detects changes in the file of a function but not in the files of the
-functions that it calls.
+``row_encoding.py`` calls them. Their results equal those of ``levels.py``, ``clipping.py`` and
+``least_squares.py`` bit for bit. numba compiles the loops at the first call, which takes some
+seconds. All loops are in one file, because numba detects changes in the file of a function, but not
+in the files of the functions that it calls.
 
-Arguments of several loops: ``top`` is the highest level as a multiple of the scale, ``low`` the
-lowest; ``small`` means that scales are float16; ``planar`` means codes of 4 bits, packed; ``words``
-are the bits of stored scales.
+numba caches the machine code as pickles in ``__pycache__`` next to this file, where Python caches
+bytecode. A process that can write to that folder can change the code anyway, so the pickles add no
+risk. If the folder is not writable, each process compiles again. numba's alternative cache folders,
+one per user, are not used, because a process that can write to them could run code here.
+
+Arguments and variables of several loops:
+
+- ``top`` is the highest level in units of the scale, ``low`` the lowest.
+- ``is_float16``: scales and offsets are stored as float16, otherwise as float32.
+- ``planar``: codes have 4 bits and are packed (``bitpacking.py``).
+- ``scale_bits`` and ``offset_bits`` are the bits of stored numbers, as int32.
+- A *lane* is one of ``LANES`` ranges that are processed together.
 
 Three techniques make the loops fast with bit-identical results:
 
-- The bits of positive floats have the same order as the floats, and integer comparisons have no
-  NaN rule that prevents the compiler from comparing sixteen at once.
-- A float below 2^22 is rounded to the nearest integer, ties to even, by adding 1.5 * 2^23: the
-  sum has no bits for the fraction, and its lowest bits are the integer.
+- Floats are compared by their bits as integers, which have the same order for positive floats. The
+  comparison of floats has a rule for NaN that prevents the compiler from comparing sixteen at once.
+- A float below 2^22 is rounded to the nearest integer, ties to even, by adding 1.5 * 2^23: the sum
+  has no bits for the fraction, and its lowest bits are the integer.
 - float16 is computed from the bits of a float32, because compilers for old processors have no
   float16 type.
 """
@@ -50,8 +57,8 @@ LANES = 64
 """Number of ranges that are fitted together: a loop over them is a few vector instructions."""
 
 
-def _compiled(function: Function) -> Function:
-    """Compile a function at its first call; the compiled code releases the GIL."""
+def _compile(function: Function) -> Function:
+    """Return a function that numba compiles at its first call, and that releases the GIL."""
     bytecode = Path(inspect.getfile(function)).parent / "__pycache__"
     try:
         cached = numba.njit(function, nogil=True, cache=True, error_model="numpy")
@@ -80,7 +87,7 @@ _float: Callable[[Any], np.float32] = _bitcast(types.int32, types.float32, ir.Fl
 """Returns the float32 with these bits."""
 
 
-@_compiled
+@_compile
 def _to_16(number: np.float32) -> np.int32:
     """Round a float32 below 65520 in absolute value to float16 bits, ties to even."""
     bits = _bits(number)
@@ -88,32 +95,32 @@ def _to_16(number: np.float32) -> np.int32:
     normal = (size + np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))) >> np.int32(13)
     normal -= np.int32(112 << 10)
     # Below 2^-14 float16 is evenly spaced by 2^-24, as float32 is at 0.5: adding 0.5 rounds to it.
-    small = _bits(_float(size) + HALF) - _bits(HALF)
+    subnormal = _bits(_float(size) + HALF) - _bits(HALF)
     sign = (bits >> np.int32(16)) & np.int32(0x8000)
-    return (small if size < np.int32(113 << 23) else normal) | sign
+    return (subnormal if size < np.int32(113 << 23) else normal) | sign
 
 
-@_compiled
+@_compile
 def _from_16(bits: np.int32) -> np.float32:
     """Convert finite float16 bits to float32."""
     size = bits & np.int32(0x7FFF)
-    small = np.float32(size) * SMALLEST_16
+    subnormal = np.float32(size) * SMALLEST_16
     normal = _float((size << np.int32(13)) + np.int32(112 << 23))
-    number = small if size < np.int32(0x400) else normal
+    number = subnormal if size < np.int32(0x400) else normal
     return -number if bits & np.int32(0x8000) else number
 
 
-@_compiled
+@_compile
 def _scale_16(scale: np.float32, top: np.float32) -> np.int32:
-    """Compute ``levels.stored_scale`` in float16, as bits."""
+    """Compute ``levels.stored_scale`` for float16, and return its bits."""
     bits = _to_16(max(scale, SMALLEST_16))
     clipped = scale * top > _from_16(bits) * (top + HALF)
     return bits + np.int32(1) if clipped else bits
 
 
-@_compiled
-def _below_16(low: np.float32) -> np.int32:
-    """Round down to float16, as bits."""
+@_compile
+def _round_down_16(low: np.float32) -> np.int32:
+    """Round a float32 down to float16, and return its bits."""
     bits = _to_16(low)
     if _from_16(bits) <= low:
         return bits
@@ -122,9 +129,9 @@ def _below_16(low: np.float32) -> np.int32:
     return bits + np.int32(1) if bits & np.int32(0x8000) else bits - np.int32(1)
 
 
-@_compiled
+@_compile
 def _largest(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
-    """Return the largest absolute value in rows, as bits; larger than infinity's for a NaN."""
+    """Return the bits of the largest absolute value in rows; for NaN, more than infinity's."""
     most = np.int32(0)
     for row in range(begin, end):
         for place in range(rows.shape[1]):
@@ -132,15 +139,15 @@ def _largest(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
     return most
 
 
-@_compiled
+@_compile
 def _ordered(bits: np.int32) -> np.int32:
-    """Map float bits to an integer in the same order as the floats; the map is its own inverse."""
+    """Map float bits to an integer with the order of the floats; the map is its own inverse."""
     return bits ^ ((bits >> np.int32(31)) & ALL_BUT_SIGN)
 
 
-@_compiled
-def _ends(rows: NDArray[np.float32], begin: int, end: int) -> tuple[np.int32, np.int32]:
-    """Return the smallest and the largest number in rows, as integers of ``_ordered``."""
+@_compile
+def _bounds(rows: NDArray[np.float32], begin: int, end: int) -> tuple[np.int32, np.int32]:
+    """Return the smallest and the largest number in rows, mapped to integers by ``_ordered``."""
     least, most = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for row in range(begin, end):
         for place in range(rows.shape[1]):
@@ -149,7 +156,7 @@ def _ends(rows: NDArray[np.float32], begin: int, end: int) -> tuple[np.int32, np
     return least, most
 
 
-@_compiled
+@_compile
 def _write(
     rows: NDArray[np.float32],
     row: int,
@@ -158,92 +165,92 @@ def _write(
     low: np.float32,
     top: np.float32,
     codes: NDArray[np.uint8],
-    into: int,
+    target_row: int,
 ) -> None:
-    """Write the nearest levels of a row, from ``low`` to ``top``, as bytes."""
+    """Write the nearest levels of a row, one byte each, to ``codes[target_row]``."""
     for place in range(rows.shape[1]):
         step = min(max((rows[row, place] - offset) / scale, low), top)
-        codes[into, place] = np.uint8(_bits(step + ROUNDER))
+        codes[target_row, place] = np.uint8(_bits(step + ROUNDER))
 
 
-@_compiled
+@_compile
 def _pack(
-    row: int, dim: int, shift: np.uint64, bytes_: NDArray[np.uint8], codes: NDArray[np.uint8]
+    row: int, dim: int, shift: np.uint64, row_codes: NDArray[np.uint8], codes: NDArray[np.uint8]
 ) -> None:
-    """Pack the codes of a row, one per byte, into planar half bytes; add ``shift`` to each."""
+    """Add ``shift`` to the codes of a row, one per byte, and pack them into planar half bytes."""
     half = codes.shape[1]
     for place in range(half):
-        first = np.uint64(bytes_[0, place]) + shift
-        second = np.uint64(bytes_[0, half + place]) + shift
+        first = np.uint64(row_codes[0, place]) + shift
+        second = np.uint64(row_codes[0, half + place]) + shift
         codes[row, place] = np.uint8((first & np.uint64(15)) | (second << np.uint64(4)))
     if dim % 2:
         codes[row, half - 1] = np.uint8(codes[row, half - 1] & np.uint8(15)) | np.uint8(0x80)
 
 
-@_compiled
+@_compile
 def _fit_symmetric(
     most: NDArray[np.int32],
     count: int,
     top: np.float32,
-    small: bool,
+    is_float16: bool,
     scales: NDArray[np.float32],
-    words: NDArray[np.int32],
+    scale_bits: NDArray[np.int32],
 ) -> bool:
-    """Compute ``levels.symmetric_scale`` of ranges, as floats and bits; True if all succeed."""
-    bad = np.int32(0)
+    """Compute ``levels.symmetric_scale`` as floats and bits; return whether all can be stored."""
+    failed = np.int32(0)
     for entry in range(count):
         scale = _float(most[entry]) / top
-        bad |= np.int32(most[entry] >= INFINITE)
-        if small:
-            bad |= np.int32(scale > LARGEST_16)
-            words[entry] = _scale_16(scale, top)
-            scales[entry] = _from_16(words[entry])
+        failed |= np.int32(most[entry] >= INFINITE)
+        if is_float16:
+            failed |= np.int32(scale > LARGEST_16)
+            scale_bits[entry] = _scale_16(scale, top)
+            scales[entry] = _from_16(scale_bits[entry])
         else:
             scales[entry] = max(scale, SMALLEST_32)
-            words[entry] = _bits(scales[entry])
-    return bool(bad == np.int32(0))
+            scale_bits[entry] = _bits(scales[entry])
+    return bool(failed == np.int32(0))
 
 
-@_compiled
+@_compile
 def _fit_asymmetric(
     least: NDArray[np.int32],
     most: NDArray[np.int32],
     count: int,
     top: np.float32,
-    small: bool,
+    is_float16: bool,
     scales: NDArray[np.float32],
     offsets: NDArray[np.float32],
-    words: NDArray[np.int32],
-    offset_words: NDArray[np.int32],
+    scale_bits: NDArray[np.int32],
+    offset_bits: NDArray[np.int32],
 ) -> bool:
-    """Compute ``levels.asymmetric_ends`` of ranges, as floats and bits; True if all succeed."""
-    bad = np.int32(0)
+    """Compute ``levels.asymmetric_range`` as floats and bits; return whether all can be stored."""
+    failed = np.int32(0)
     for entry in range(count):
         low = _float(_ordered(least[entry])) + ZERO  # no -0
-        bad |= np.int32(most[entry] >= INFINITE) | np.int32(_bits(abs(low)) >= INFINITE)
-        if small:
-            bad |= np.int32(abs(low) > LARGEST_16)
-            offset_words[entry] = _below_16(low)
-            offsets[entry] = _from_16(offset_words[entry])
+        failed |= np.int32(most[entry] >= INFINITE) | np.int32(_bits(abs(low)) >= INFINITE)
+        if is_float16:
+            failed |= np.int32(abs(low) > LARGEST_16)
+            offset_bits[entry] = _round_down_16(low)
+            offsets[entry] = _from_16(offset_bits[entry])
         else:
             offsets[entry] = low
-            offset_words[entry] = _bits(low)
+            offset_bits[entry] = _bits(low)
         scale = max(_float(_ordered(most[entry])) - offsets[entry], ZERO) / top
-        if small:
-            bad |= np.int32(scale > LARGEST_16)
-            words[entry] = _scale_16(scale, top)
-            scales[entry] = _from_16(words[entry])
+        if is_float16:
+            failed |= np.int32(scale > LARGEST_16)
+            scale_bits[entry] = _scale_16(scale, top)
+            scales[entry] = _from_16(scale_bits[entry])
         else:
-            bad |= np.int32(_bits(scale) >= INFINITE)
+            failed |= np.int32(_bits(scale) >= INFINITE)
             scales[entry] = max(scale, SMALLEST_32)
-            words[entry] = _bits(scales[entry])
-    return bool(bad == np.int32(0))
+            scale_bits[entry] = _bits(scales[entry])
+    return bool(failed == np.int32(0))
 
 
-@_compiled
+@_compile
 def min_max(
     rows: NDArray[np.float32],
-    together: int,
+    rows_per_scale: int,
     top: np.float32,
     symmetric: bool,
     planar: bool,
@@ -253,108 +260,111 @@ def min_max(
     offset_16: NDArray[np.uint16],
     offset_32: NDArray[np.uint32],
 ) -> int:
-    """Fit ranges of ``together`` rows without clipping, and encode the rows.
+    """Fit ranges of ``rows_per_scale`` rows without clipping, and encode the rows.
 
     Returns:
         -1, or, if a range cannot be stored, the first row of its group of ``LANES`` ranges.
     """
     count, dim = rows.shape
-    small = scale_16.size > 0
+    is_float16 = scale_16.size > 0
     low = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
-    bytes_ = np.zeros((1, dim + 1), np.uint8)
+    row_codes = np.zeros((1, dim + 1), np.uint8)
     least, most = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
-    words, offset_words = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+    scale_bits, offset_bits = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     scales, offsets = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    for first in range(0, count, LANES * together):
-        entry = first // together
-        ranges = min(LANES, -(-(count - first) // together))
+    for first in range(0, count, LANES * rows_per_scale):
+        entry = first // rows_per_scale
+        ranges = min(LANES, -(-(count - first) // rows_per_scale))
         for place in range(ranges):
-            begin = first + place * together
-            end = min(begin + together, count)
+            begin = first + place * rows_per_scale
+            end = min(begin + rows_per_scale, count)
             if symmetric:
                 most[place] = _largest(rows, begin, end)
             else:
-                least[place], most[place] = _ends(rows, begin, end)
+                least[place], most[place] = _bounds(rows, begin, end)
         if symmetric:
-            good = _fit_symmetric(most, ranges, top, small, scales, words)
+            good = _fit_symmetric(most, ranges, top, is_float16, scales, scale_bits)
         else:
             good = _fit_asymmetric(
-                least, most, ranges, top, small, scales, offsets, words, offset_words
+                least, most, ranges, top, is_float16, scales, offsets, scale_bits, offset_bits
             )
         if not good:
             return first
         for place in range(ranges):
-            if small:
-                scale_16[entry + place] = np.uint16(words[place])
+            if is_float16:
+                scale_16[entry + place] = np.uint16(scale_bits[place])
                 if not symmetric:
-                    offset_16[entry + place] = np.uint16(offset_words[place])
+                    offset_16[entry + place] = np.uint16(offset_bits[place])
             else:
-                scale_32[entry + place] = np.uint32(words[place])
+                scale_32[entry + place] = np.uint32(scale_bits[place])
                 if not symmetric:
-                    offset_32[entry + place] = np.uint32(offset_words[place])
+                    offset_32[entry + place] = np.uint32(offset_bits[place])
         for place in range(ranges):
-            begin = first + place * together
-            for row in range(begin, min(begin + together, count)):
+            begin = first + place * rows_per_scale
+            for row in range(begin, min(begin + rows_per_scale, count)):
                 if planar:
-                    _write(rows, row, offsets[place], scales[place], low, top, bytes_, 0)
-                    _pack(row, dim, shift, bytes_, codes)
+                    _write(rows, row, offsets[place], scales[place], low, top, row_codes, 0)
+                    _pack(row, dim, shift, row_codes, codes)
                 else:
                     _write(rows, row, offsets[place], scales[place], low, top, codes, row)
     return -1
 
 
-@_compiled
+@_compile
 def nearest(
     rows: NDArray[np.float32],
     scales: NDArray[np.float32],
     offsets: NDArray[np.float32],
-    together: int,
+    rows_per_scale: int,
     top: np.float32,
     symmetric: bool,
     planar: bool,
     codes: NDArray[np.uint8],
 ) -> None:
-    """Encode rows with given scales and offsets; ``together`` rows share one."""
+    """Encode rows with given scales and offsets; ``rows_per_scale`` rows share an entry."""
     count, dim = rows.shape
     low = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
-    bytes_ = np.zeros((1, dim + 1), np.uint8)
-    for begin in range(0, count, together):
-        scale, offset = scales[begin // together], offsets[begin // together]
-        for row in range(begin, min(begin + together, count)):
+    row_codes = np.zeros((1, dim + 1), np.uint8)
+    for begin in range(0, count, rows_per_scale):
+        scale, offset = scales[begin // rows_per_scale], offsets[begin // rows_per_scale]
+        for row in range(begin, min(begin + rows_per_scale, count)):
             if planar:
-                _write(rows, row, offset, scale, low, top, bytes_, 0)
-                _pack(row, dim, shift, bytes_, codes)
+                _write(rows, row, offset, scale, low, top, row_codes, 0)
+                _pack(row, dim, shift, row_codes, codes)
             else:
                 _write(rows, row, offset, scale, low, top, codes, row)
 
 
 # --- the rule of least_squares.py ------------------------------------------------------------
 
-# One array, ``lanes``, holds the data of LANES ranges, each item LANES numbers long: the compiler
-# can prove that items do not overlap; for separate arrays it would need checks at run time.
+# One array, ``lanes``, contains all data of the lanes. An item, such as the lowest weight, is LANES
+# consecutive numbers, and the constants are the positions of items. With one array the compiler can
+# prove that items do not overlap; with separate arrays it would have to check this at run time.
 LOW, HIGH, INVERSE = 0 * LANES, 1 * LANES, 2 * LANES
-BEST, TRIED = 3 * LANES, 5 * LANES  # scale and offset
-SUMS, FOUND = 7 * LANES, 12 * LANES  # rr, q, qq, r and qr
+BEST, NEW = 3 * LANES, 5 * LANES  # scale and offset
+BEST_SUMS, NEW_SUMS = 7 * LANES, 12 * LANES  # rr, q, qq, r and qr
 ITEMS = 17 * LANES
 CUTS = np.array([0.0, *SHARES], np.float32)
-KEPT = np.array([1.0, *(1 - share for share in SHARES)], np.float32)
+"""Shares of a range that are clipped at each end, for comparison."""
+REMAINING = np.array([1.0, *(1 - share for share in SHARES)], np.float32)
+"""1 minus each of these shares, the share of a symmetric range that remains."""
 
 
-@_compiled
-def _stored(scale: np.float32, top: np.float32, small: bool) -> np.float32:
+@_compile
+def _stored(scale: np.float32, top: np.float32, is_float16: bool) -> np.float32:
     """Compute ``levels.stored_scale``, as a float32."""
-    return _from_16(_scale_16(scale, top)) if small else max(scale, SMALLEST_32)
+    return _from_16(_scale_16(scale, top)) if is_float16 else max(scale, SMALLEST_32)
 
 
-@_compiled
+@_compile
 def _usable(change: np.float32) -> np.float32:
     return change if abs(change) <= LARGEST_32 else ZERO
 
 
-@_compiled
-def _miss(
+@_compile
+def _round_weight(
     value: np.float32,
     scale: np.float32,
     offset: np.float32,
@@ -362,14 +372,17 @@ def _miss(
     low: np.float32,
     top: np.float32,
 ) -> tuple[np.float32, np.float32]:
-    """Return the nearest code of a weight, and the residual."""
+    """Return the nearest level of a weight in units of the scale, and the rounding residual."""
     q = (min(max((value - offset) * inverse, low), top) + ROUNDER) - ROUNDER
     return q, value - (q * scale + offset)
 
 
-@_compiled
-def _turn(rows: NDArray[np.float32], first: int, used: int, tile: NDArray[np.float32]) -> None:
-    """Transpose rows into lanes. Lanes without a row keep old values, whose results are unused."""
+@_compile
+def _transpose(rows: NDArray[np.float32], first: int, used: int, tile: NDArray[np.float32]) -> None:
+    """Transpose rows, one to each lane, into ``tile`` ``(dim, LANES)``.
+
+    Lanes without a row keep old values; their results are not used.
+    """
     if used == LANES:  # a compile-time constant gives faster loops
         for place in range(tile.shape[0]):
             for lane in range(LANES):
@@ -380,7 +393,7 @@ def _turn(rows: NDArray[np.float32], first: int, used: int, tile: NDArray[np.flo
                 tile[place, lane] = rows[first + lane, place]
 
 
-@_compiled
+@_compile
 def _errors(
     tile: NDArray[np.float32],
     lanes: NDArray[np.float32],
@@ -389,7 +402,11 @@ def _errors(
     low: np.float32,
     top: np.float32,
 ) -> None:
-    """Compute the squared error of every lane, one number after another, four per iteration."""
+    """Compute the squared error of every lane, adding one number after another.
+
+    An iteration adds four numbers. ``fit`` and ``sums`` are positions in ``lanes``: of scale and
+    offset, and of the result.
+    """
     for lane in range(LANES):
         lanes[INVERSE + lane] = np.float32(1) / lanes[fit + lane]
         lanes[sums + lane] = ZERO
@@ -398,23 +415,23 @@ def _errors(
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
             inverse, rr = lanes[INVERSE + lane], lanes[sums + lane]
-            _, r = _miss(tile[place, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[place, lane], scale, offset, inverse, low, top)
             rr += r * r
-            _, r = _miss(tile[place + 1, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[place + 1, lane], scale, offset, inverse, low, top)
             rr += r * r
-            _, r = _miss(tile[place + 2, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[place + 2, lane], scale, offset, inverse, low, top)
             rr += r * r
-            _, r = _miss(tile[place + 3, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[place + 3, lane], scale, offset, inverse, low, top)
             rr += r * r
             lanes[sums + lane] = rr
     for place in range(dim // 4 * 4, dim):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
-            _, r = _miss(tile[place, lane], scale, offset, lanes[INVERSE + lane], low, top)
+            _, r = _round_weight(tile[place, lane], scale, offset, lanes[INVERSE + lane], low, top)
             lanes[sums + lane] += r * r
 
 
-@_compiled
+@_compile
 def _residuals(
     tile: NDArray[np.float32],
     lanes: NDArray[np.float32],
@@ -433,10 +450,10 @@ def _residuals(
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
             inverse = lanes[INVERSE + lane]
-            q0, r0 = _miss(tile[place, lane], scale, offset, inverse, low, top)
-            q1, r1 = _miss(tile[place + 1, lane], scale, offset, inverse, low, top)
-            q2, r2 = _miss(tile[place + 2, lane], scale, offset, inverse, low, top)
-            q3, r3 = _miss(tile[place + 3, lane], scale, offset, inverse, low, top)
+            q0, r0 = _round_weight(tile[place, lane], scale, offset, inverse, low, top)
+            q1, r1 = _round_weight(tile[place + 1, lane], scale, offset, inverse, low, top)
+            q2, r2 = _round_weight(tile[place + 2, lane], scale, offset, inverse, low, top)
+            q3, r3 = _round_weight(tile[place + 3, lane], scale, offset, inverse, low, top)
             at = sums + lane
             lanes[at] = (((lanes[at] + r0 * r0) + r1 * r1) + r2 * r2) + r3 * r3
             at += LANES
@@ -450,7 +467,7 @@ def _residuals(
     for place in range(dim // 4 * 4, dim):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
-            q, r = _miss(tile[place, lane], scale, offset, lanes[INVERSE + lane], low, top)
+            q, r = _round_weight(tile[place, lane], scale, offset, lanes[INVERSE + lane], low, top)
             lanes[sums + lane] += r * r
             lanes[sums + LANES + lane] += q
             lanes[sums + 2 * LANES + lane] += q * q
@@ -458,58 +475,63 @@ def _residuals(
             lanes[sums + 4 * LANES + lane] += q * r
 
 
-@_compiled
+@_compile
 def _keep_better(lanes: NDArray[np.float32], sums: int) -> None:
-    """Replace the best scale, offset and sums in the lanes whose error decreased."""
+    """In lanes whose error decreased, replace the best scale, offset and first ``sums`` sums."""
     for lane in range(LANES):
-        less = lanes[FOUND + lane] < lanes[SUMS + lane]
+        less = lanes[NEW_SUMS + lane] < lanes[BEST_SUMS + lane]
         for item in range(2):
             old = lanes[BEST + item * LANES + lane]
-            lanes[BEST + item * LANES + lane] = lanes[TRIED + item * LANES + lane] if less else old
+            lanes[BEST + item * LANES + lane] = lanes[NEW + item * LANES + lane] if less else old
         for item in range(sums):
-            old = lanes[SUMS + item * LANES + lane]
-            lanes[SUMS + item * LANES + lane] = lanes[FOUND + item * LANES + lane] if less else old
+            old = lanes[BEST_SUMS + item * LANES + lane]
+            new = lanes[NEW_SUMS + item * LANES + lane]
+            lanes[BEST_SUMS + item * LANES + lane] = new if less else old
 
 
-@_compiled
+@_compile
 def _clip(
     lanes: NDArray[np.float32],
     fit: int,
     cut: np.float32,
-    kept: np.float32,
+    remaining: np.float32,
     top: np.float32,
     symmetric: bool,
-    small: bool,
+    is_float16: bool,
 ) -> bool:
-    """Compute ``least_squares._clipped`` of every lane; True if all can be stored."""
-    bad = np.int32(0)
-    limit = LARGEST_16 if small else LARGEST_32
+    """Compute ``least_squares._clipped`` of every lane; return whether all can be stored."""
+    failed = np.int32(0)
+    limit = LARGEST_16 if is_float16 else LARGEST_32
     for lane in range(LANES):
         least, most = lanes[LOW + lane], lanes[HIGH + lane]
         if symmetric:
-            scale = max(-least, most) * kept / top
+            scale = max(-least, most) * remaining / top
             offset = ZERO
         else:
             removed = (most - least) * cut
             low, high = (least + removed) + ZERO, most - removed
-            bad |= np.int32(abs(low) > limit)
-            offset = _from_16(_below_16(low)) if small else low
+            failed |= np.int32(abs(low) > limit)
+            offset = _from_16(_round_down_16(low)) if is_float16 else low
             scale = max(high - offset, ZERO) / top
-        bad |= np.int32(scale > limit)
-        lanes[fit + lane] = _stored(scale, top, small)
+        failed |= np.int32(scale > limit)
+        lanes[fit + lane] = _stored(scale, top, is_float16)
         lanes[fit + LANES + lane] = offset
-    return bool(bad == np.int32(0))
+    return bool(failed == np.int32(0))
 
 
-@_compiled
+@_compile
 def _refit(
-    lanes: NDArray[np.float32], count: np.float32, top: np.float32, symmetric: bool, small: bool
+    lanes: NDArray[np.float32],
+    count: np.float32,
+    top: np.float32,
+    symmetric: bool,
+    is_float16: bool,
 ) -> None:
     """Compute ``least_squares._refitted`` of every lane."""
-    limit = LARGEST_16 if small else LARGEST_32
+    limit = LARGEST_16 if is_float16 else LARGEST_32
     for lane in range(LANES):
-        q, qq = lanes[SUMS + LANES + lane], lanes[SUMS + 2 * LANES + lane]
-        r, qr = lanes[SUMS + 3 * LANES + lane], lanes[SUMS + 4 * LANES + lane]
+        q, qq = lanes[BEST_SUMS + LANES + lane], lanes[BEST_SUMS + 2 * LANES + lane]
+        r, qr = lanes[BEST_SUMS + 3 * LANES + lane], lanes[BEST_SUMS + 4 * LANES + lane]
         if symmetric:
             more = _usable(qr / qq)
             offset = ZERO
@@ -517,13 +539,13 @@ def _refit(
             more = _usable((qr * count - q * r) / (qq * count - q * q))
             shift = _usable((r - more * q) / count)
             offset = min(max(lanes[BEST + LANES + lane] + shift, -limit), limit) + ZERO
-            offset = _from_16(_to_16(offset)) if small else offset
+            offset = _from_16(_to_16(offset)) if is_float16 else offset
         scale = min(max(lanes[BEST + lane] + more, ZERO), limit)
-        lanes[TRIED + lane] = _stored(scale, top, small)
-        lanes[TRIED + LANES + lane] = offset
+        lanes[NEW + lane] = _stored(scale, top, is_float16)
+        lanes[NEW + LANES + lane] = offset
 
 
-@_compiled
+@_compile
 def least_squares(
     rows: NDArray[np.float32],
     rounds: int,
@@ -542,37 +564,37 @@ def least_squares(
         -1, or, if a range cannot be stored, the first row of its group of ``LANES`` rows.
     """
     count, dim = rows.shape
-    small = scale_16.size > 0
+    is_float16 = scale_16.size > 0
     low = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
-    bytes_ = np.zeros((1, dim + 1), np.uint8)
+    row_codes = np.zeros((1, dim + 1), np.uint8)
     tile = np.zeros((dim, LANES), np.float32)
     lanes = np.zeros(ITEMS, np.float32)
     for first in range(0, count, LANES):
         used = min(LANES, count - first)
         for lane in range(used):  # row by row: fastest memory order
-            least, most = _ends(rows, first + lane, first + lane + 1)
+            least, most = _bounds(rows, first + lane, first + lane + 1)
             if most >= INFINITE or _ordered(least) & ALL_BUT_SIGN >= INFINITE:
                 return first
             lanes[LOW + lane], lanes[HIGH + lane] = _float(_ordered(least)), _float(_ordered(most))
-        _turn(rows, first, used, tile)
-        if not _clip(lanes, BEST, CUTS[0], KEPT[0], top, symmetric, small):
+        _transpose(rows, first, used, tile)
+        if not _clip(lanes, BEST, CUTS[0], REMAINING[0], top, symmetric, is_float16):
             return first
-        _errors(tile, lanes, BEST, SUMS, low, top)
+        _errors(tile, lanes, BEST, BEST_SUMS, low, top)
         for cut in range(1, CUTS.size):
-            if not _clip(lanes, TRIED, CUTS[cut], KEPT[cut], top, symmetric, small):
+            if not _clip(lanes, NEW, CUTS[cut], REMAINING[cut], top, symmetric, is_float16):
                 return first
-            _errors(tile, lanes, TRIED, FOUND, low, top)
+            _errors(tile, lanes, NEW, NEW_SUMS, low, top)
             _keep_better(lanes, 1)
-        _residuals(tile, lanes, BEST, SUMS, low, top)
+        _residuals(tile, lanes, BEST, BEST_SUMS, low, top)
         for _ in range(rounds):
-            _refit(lanes, np.float32(dim), top, symmetric, small)
-            _residuals(tile, lanes, TRIED, FOUND, low, top)
+            _refit(lanes, np.float32(dim), top, symmetric, is_float16)
+            _residuals(tile, lanes, NEW, NEW_SUMS, low, top)
             _keep_better(lanes, 5)
         for lane in range(used):
             row = first + lane
             scale, offset = lanes[BEST + lane], lanes[BEST + LANES + lane]
-            if small:
+            if is_float16:
                 scale_16[row] = np.uint16(_to_16(scale))
                 if not symmetric:
                     offset_16[row] = np.uint16(_to_16(offset))
@@ -581,8 +603,8 @@ def least_squares(
                 if not symmetric:
                     offset_32[row] = np.uint32(_bits(offset))
             if planar:
-                _write(rows, row, offset, scale, low, top, bytes_, 0)
-                _pack(row, dim, shift, bytes_, codes)
+                _write(rows, row, offset, scale, low, top, row_codes, 0)
+                _pack(row, dim, shift, row_codes, codes)
             else:
                 _write(rows, row, offset, scale, low, top, codes, row)
     return -1

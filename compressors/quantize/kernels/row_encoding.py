@@ -1,7 +1,9 @@
-"""Encode row blocks with compiled loops; results equal ``levels`` and ``clipping`` bit for bit.
+"""Encode row blocks with compiled loops.
 
-The loops read a row once for all operations, while plain torch reads and writes a block for each
-operation. The loops are in ``numba_kernels.py``; this file allocates memory and runs threads.
+The results equal those of the plain torch code in ``levels.py`` and ``clipping.py`` bit for bit.
+The loops are faster, because they read a row once for all operations, while torch reads and writes
+the whole block for each operation. The loops are in ``numba_kernels.py``; this file allocates
+memory and runs threads.
 """
 
 import functools
@@ -21,7 +23,7 @@ from compressors.quantize.kernels.least_squares import ROUNDS
 from compressors.quantize.kernels.levels import FittedRange, Grid, scale_error
 
 THREAD_VALUES = 2**18
-"""Smallest number of values per thread: with fewer, starting the thread takes too long."""
+"""Smallest number of values per thread: with fewer, starting threads would take too long."""
 
 
 def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
@@ -29,14 +31,14 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
 
     Args:
         rows: float, ``(rows, dim)``; the first row begins a group of rows with one scale.
-        grid: levels, type of the scales, and the number of rows that share one: 1 with
-            ``least_squares``, else not 0.
+        grid: the grid of levels. ``rows_per_scale`` is 1 with ``least_squares``, and not 0 with
+            ``min_max``.
         bits: 8 for one byte per code, or 4 for the planar layout of ``bitpacking``.
 
     Returns:
-        The codes, uint8 ``(rows, dim)`` or ``(rows, ceil(dim / 2))``, and the result of
-        ``clipping.fit`` for the rows. In a symmetric grid, codes of 8 bits are in two's complement,
-        and 8 is added to codes of 4 bits.
+        The codes, uint8 ``(rows, dim)`` or ``(rows, ceil(dim / 2))``, and the stored scales and
+        offsets, as ``clipping.fit`` returns them. In a symmetric grid, codes of 8 bits are in two's
+        complement, and codes of 4 bits have 8 added, so that they are not negative.
 
     Raises:
         ValueNotStorable: a weight is not finite, or a scale or offset is too large for its type.
@@ -47,7 +49,7 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
     scale = torch.empty(-(-count // rows_per_scale), 1, dtype=grid.dtype)
     offset = None if grid.symmetric else torch.empty_like(scale)
     top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
-    stored_scale, stored_offset = _words(scale), _words(scale if offset is None else offset)
+    stored_scale, stored_offset = _as_words(scale), _as_words(scale if offset is None else offset)
 
     def encode_rows(begin: int, end: int) -> int:
         entries = slice(begin // rows_per_scale, -(-end // rows_per_scale))
@@ -79,7 +81,7 @@ def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tenso
     Args:
         rows: finite, float, ``(rows, dim)``; the first row begins a group of rows with one scale.
         fitted: scales and offsets of these rows, or those of the table if it has one scale.
-        grid: levels, and the number of rows that share a scale.
+        grid: the grid of levels, with any ``rows_per_scale``.
         bits: as in ``encode``.
 
     Returns:
@@ -90,14 +92,17 @@ def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tenso
     top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
     scales = _floats(fitted.scale)[:, 0]
     offsets = np.zeros_like(scales) if fitted.offset is None else _floats(fitted.offset)[:, 0]
-    together = grid.rows_per_scale or max(count, 1)
+    group_rows = grid.rows_per_scale or max(count, 1)
 
     def encode_rows(begin: int, end: int) -> int:
-        used = slice(begin // together, -(-end // together)) if grid.rows_per_scale else slice(1)
+        entries = slice(begin // group_rows, -(-end // group_rows))
+        if not grid.rows_per_scale:  # the table has one scale
+            entries = slice(1)
         part_codes = codes.numpy()[begin:end]
+        is_planar = bits == 4
         numba_kernels.nearest(
-            values[begin:end], scales[used], offsets[used], together, top, grid.symmetric,
-            bits == 4, part_codes,
+            values[begin:end], scales[entries], offsets[entries], group_rows, top, grid.symmetric,
+            is_planar, part_codes,
         )  # fmt: skip
         return -1
 
@@ -110,13 +115,13 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 
 
 def _empty_codes(rows: Tensor, bits: int) -> Tensor:
-    """Allocate memory for the codes of some rows."""
+    """Allocate memory for the codes of these rows."""
     count, dim = rows.shape
     # numpy puts large arrays in huge pages, which are allocated several times faster.
     return torch.from_numpy(np.empty((count, dim if bits == 8 else -(-dim // 2)), np.uint8))
 
 
-def _words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+def _as_words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     """Return the bits of float16 or float32 numbers as 16-bit or 32-bit words.
 
     The array of the other size is empty.
@@ -148,12 +153,18 @@ def _in_threads(
 
 @functools.cache
 def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Return the process's pool of threads; a forked process needs a separate one."""
+    """Return this process's pool of threads; ``process`` is its id.
+
+    The id is part of the cache key, because a forked process cannot use the threads of its parent.
+    """
     return ThreadPoolExecutor(threads, thread_name_prefix="encode-rows")
 
 
 def _not_storable(rows: Tensor, begin: int, grid: Grid) -> ValueNotStorable:
-    """Build the error for rows of which one cannot be stored; the first has number ``begin``."""
+    """Build the error for rows of which at least one cannot be stored.
+
+    ``begin`` is the number of the first of these rows in the block.
+    """
     not_finite = (~torch.isfinite(rows)).any(dim=1)
     if bool(not_finite.any()):
         row = begin + int(not_finite.to(torch.uint8).argmax())

@@ -18,7 +18,7 @@ class ShortFloatTableFormat:
     Attributes:
         name: name of the format, that of the dtype.
         dtype: dtype of the stored tensor.
-        learned: no tensor can be trained, because Adam's small steps would be lost in rounding.
+        learned: empty: no tensor can be trained, because rounding would undo Adam's small updates.
     """
 
     name: str
@@ -49,7 +49,7 @@ class ShortFloatLinearFormat:
     Attributes:
         name: name of the format, that of the dtype.
         dtype: dtype of the stored tensors.
-        learned: no tensor can be trained, as for tables.
+        learned: empty: no tensor can be trained, as for tables.
     """
 
     name: str
@@ -94,7 +94,7 @@ def short_float_table_format(name: str, dtype: torch.dtype) -> ShortFloatTableFo
     def fake(weight: Tensor, ids: Tensor) -> Tensor:
         return weight.new_empty((*ids.shape, weight.shape[1]), dtype=torch.float32)
 
-    def keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -104,7 +104,7 @@ def short_float_table_format(name: str, dtype: torch.dtype) -> ShortFloatTableFo
         return total.to(weight.dtype), None
 
     table.register_fake(fake)
-    table.register_autograd(backward, setup_context=keep)
+    table.register_autograd(backward, setup_context=save_inputs)
     return ShortFloatTableFormat(name, dtype)
 
 
@@ -122,7 +122,7 @@ def short_float_linear_format(name: str, dtype: torch.dtype) -> ShortFloatLinear
     def fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
-    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,5 +131,5 @@ def short_float_linear_format(name: str, dtype: torch.dtype) -> ShortFloatLinear
         return grad @ weight.float(), (flat.T @ rows).to(weight.dtype), flat.sum(0).to(bias.dtype)
 
     linear.register_fake(fake)
-    linear.register_autograd(backward, setup_context=keep)
+    linear.register_autograd(backward, setup_context=save_inputs)
     return ShortFloatLinearFormat(name, dtype)

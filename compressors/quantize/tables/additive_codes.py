@@ -1,23 +1,24 @@
 """Additive codes, fitted to the rows that are looked up and to the network's sensitivity.
 
 The storage format is that of ``residual_codes``: a row is the sum of one entry of each codebook.
-The fit of codes and codebooks differs, which at least halves the error with a few codes per row:
+Codes and codebooks are fitted in another way, which with a few codes per row at least halves the
+error:
 
-- rows are weighted by a power of their lookup counts in training; with ``sensitive`` each lookup is
-  weighted by the squared gradient of the network's output;
-- with ``sensitive``, columns and pairs of columns are weighted by the same gradients: squared error
-  is computed after a linear transform of the table;
-- codes are found by *beam search*: from codebook to codebook, the ``beam`` best partial sums are
-  kept instead of only the best one;
-- all codebooks are fitted to the codes together by least squares. Between rounds, noise is added to
-  them, less in each round, so that they leave the poor local optimum of residual fitting.
+- Rows are weighted by a power of their lookup counts in training. With ``sensitive``, each lookup
+  is weighted by the squared gradient of the network's output.
+- With ``sensitive``, columns and pairs of columns are also weighted by these gradients: the squared
+  error is computed after a linear transform of the table.
+- Codes are found by *beam search*: after each codebook, the ``beam`` best partial sums are kept
+  instead of only the best one.
+- All codebooks are fitted together to the codes by least squares. Between rounds, noise is added to
+  the codebooks, less in each round, so that the fit does not stay in a poor local optimum.
 
-With one codebook this is k-means of rows, weighted by lookup counts.
+With one codebook, this is k-means of rows, weighted by lookup counts.
 
 Sources: Babenko and Lempitsky 2014, https://doi.org/10.1109/CVPR.2014.124 (additive codes, beam
 search); Martinez et al. 2018, LSQ++, https://doi.org/10.1007/978-3-030-01270-0_30 (codebook
 perturbations that decrease to zero).
-Differs: rows have weights, and the best round is kept, not the last.
+Differs: rows have weights, and the result is that of the best round, not of the last.
 """
 
 from typing import Any, Literal
@@ -39,14 +40,19 @@ from compressors.metrics.validation_score import quality
 from compressors.quantize.calibration.lookup_counts import lookup_counts, sensitivities
 from compressors.quantize.kernels.bitpacking import pack
 from compressors.quantize.kernels.lloyd import kmeans, nearest, squared_distance
-from compressors.quantize.tables.codebooks import CodeBits, CodebookShare, CodebookType, as_stored
+from compressors.quantize.tables.codebooks import (
+    CodeBits,
+    CodebookShare,
+    CodebookType,
+    convert_codebook,
+)
 from compressors.quantize.tables.residual_codes import FORMAT, decode, least_squares
 
 BLOCK = 4_096
-"""Rows that are encoded at once: a beam of 16 over 256 entries takes 64 MB."""
+"""Rows that are encoded at once; with a beam of 16 and 256 entries, this takes 64 MB."""
 
 SAMPLE = 65_536
-"""Largest number of rows that codebooks are fitted on: those with the largest weights."""
+"""Largest number of rows to which codebooks are fitted: those with the largest weights."""
 
 ROUNDS_WITHOUT_NOISE = 4
 """Number of last rounds in which no noise is added to the codebooks."""
@@ -56,7 +62,7 @@ def lookup_weight(importance: Tensor, lookups: float, power: float) -> Tensor:
     """Return the weight of each row's squared error, float64 ``(rows,)``, all positive.
 
     Args:
-        importance: sum of the weights of each row's lookups, ``(rows,)``.
+        importance: for each row, the sum of the weights of its lookups, ``(rows,)``.
         lookups: number of lookups of all rows.
         power: exponent of the result.
     """
@@ -69,10 +75,11 @@ def lookup_weight(importance: Tensor, lookups: float, power: float) -> Tensor:
 
 
 def weighting_matrix(sensitivity: Tensor) -> Tensor:
-    """Return a matrix, float32 ``(dim, dim)``: after it, plain squared error is the weighted one.
+    """Return the matrix, float32 ``(dim, dim)``, that transforms rows for the weighted error.
 
-    Half of each column's weight is the same for all columns, because the gradients only measure the
-    cost of small errors.
+    The squared error of rows times this matrix is the squared error of the rows, weighted by the
+    sensitivity. On average, half of a column's weight comes from the sensitivity, and the other
+    half is equal for all columns, because the gradients only measure the cost of small errors.
 
     Args:
         sensitivity: sum of outer products of the output's gradients, ``(dim, dim)``.
@@ -100,17 +107,17 @@ def encode(table: Tensor, codebook: Tensor, books: int, beam: int) -> Tensor:
     best_codes = []
     for begin in range(0, len(table), BLOCK):
         rows = table[begin : begin + BLOCK].float()
-        residuals = rows.unsqueeze(1)  # (rows, kept, dim)
-        error = rows.square().sum(dim=1, keepdim=True)  # (rows, kept)
-        codes = torch.empty(len(rows), 1, 0, dtype=torch.int64)  # (rows, kept, codes so far)
+        residuals = rows.unsqueeze(1)  # (rows, sums, dim)
+        error = rows.square().sum(dim=1, keepdim=True)  # (rows, sums)
+        codes = torch.empty(len(rows), 1, 0, dtype=torch.int64)  # (rows, sums, codes so far)
         for book, square in zip(codebooks, squares, strict=True):
             levels = len(book)
-            errors = error.unsqueeze(2) + square - 2 * (residuals @ book.T)  # (rows, kept, levels)
+            errors = error.unsqueeze(2) + square - 2 * (residuals @ book.T)  # (rows, sums, levels)
             kept = min(beam, errors.shape[1] * levels)
-            error, place = errors.flatten(1).topk(kept, dim=1, largest=False)
-            parent, code = place // levels, place % levels  # (rows, kept)
-            before = codes.gather(1, parent.unsqueeze(2).expand(-1, -1, codes.shape[2]))
-            codes = torch.cat([before, code.unsqueeze(2)], dim=2)
+            error, index = errors.flatten(1).topk(kept, dim=1, largest=False)
+            parent, code = index // levels, index % levels  # (rows, kept)
+            previous_codes = codes.gather(1, parent.unsqueeze(2).expand(-1, -1, codes.shape[2]))
+            codes = torch.cat([previous_codes, code.unsqueeze(2)], dim=2)
             parents = parent.unsqueeze(2).expand(-1, -1, residuals.shape[2])
             residuals = residuals.gather(1, parents) - book[code]
         best_codes.append(codes[:, 0].to(torch.uint8))
@@ -146,7 +153,7 @@ def fit(
         The codebooks of the best round, float32 ``(books * levels, dim)``, and the weighted squared
         error of residual fitting and after each round.
     """
-    # Scaling does not change codes, but rows far from unit size would lose precision.
+    # Scaling does not change the codes, but rows of very large or small numbers lose precision.
     size = float(table.float().square().mean().sqrt()) or 1.0
     rows, counts = table.float() / size, weight.double()
     residuals, fitted = rows, []
@@ -305,7 +312,7 @@ class AdditiveCodes(StepSettings):
             shake=self.shake,
             seed=seed,
         )
-        stored = as_stored(codebook @ torch.linalg.inv(matrix), self.codebook_type)
+        stored = convert_codebook(codebook @ torch.linalg.inv(matrix), self.codebook_type)
         transformed = stored.float() @ matrix
         codes = [
             encode(

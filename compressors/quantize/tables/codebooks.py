@@ -1,9 +1,9 @@
 """Sizes of codebooks, and the stored layout of codes and codebooks.
 
-A codebook is a list of vectors, its *entries*; a *code* is the number of an entry. The bytes of a
-codebook do not depend on the number of rows. In a small table it could take more bytes than the
-codes save, so the number of entries is limited twice: by the bits of a code in the recipe, and by a
-share of the bytes of the original table.
+A codebook is a list of vectors, its *entries*; a *code* is the index of an entry. The bytes of a
+codebook do not depend on the number of rows, so for a small table it could take more bytes than the
+codes save. Therefore the number of entries is limited by two settings: the bits of a code, and the
+share of the original table's bytes that codebooks may take.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from compressors.core.modules.formats import TensorSpec
 from compressors.errors.steps import ValueNotStorable
 
 WIDTHS = (2, 4, 8)
-"""Bits that a stored code can have."""
+"""The numbers of bits that a stored code can have."""
 
 CodebookType = Literal["float32", "float16"]
 
@@ -61,28 +61,28 @@ class Shape(NamedTuple):
     width: int
 
 
-def shape_of(rows: int, dim: int, books: int, entry: int, settings: Mapping[str, Any]) -> Shape:
+def shape_of(rows: int, dim: int, books: int, entry_dim: int, settings: Mapping[str, Any]) -> Shape:
     """Compute the sizes of the codebooks of a table of ``rows x dim``.
 
     Args:
         rows: number of rows of the table.
         dim: number of dimensions of the table.
         books: number of codebooks, and of codes per row.
-        entry: numbers per codebook entry.
+        entry_dim: numbers per codebook entry.
         settings: ``bits`` of a code, ``codebook_type``, and ``codebook_share``.
 
     Returns:
-        The sizes; ``levels`` is the smaller of ``2 ** bits`` and the number that the share allows,
-        but at least 2.
+        The sizes. ``levels`` is the smaller of ``2 ** bits`` and the number of entries that
+        ``codebook_share`` allows, but at least 2.
     """
     size = getattr(torch, settings["codebook_type"]).itemsize
-    allowed = int(settings["codebook_share"] * 4 * rows * dim // (books * entry * size))
+    allowed = int(settings["codebook_share"] * 4 * rows * dim // (books * entry_dim * size))
     levels = max(min(1 << settings["bits"], allowed), 2)
-    return Shape(books, levels, entry, width_of(levels))
+    return Shape(books, levels, entry_dim, width_of(levels))
 
 
 def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """Return shape and dtype of the packed codes and of all codebooks, concatenated."""
+    """Return shape and dtype of the packed codes and of the concatenated codebooks."""
     codebook = (shape.books * shape.levels, shape.dim)
     return {
         "codes": TensorSpec((rows, row_bytes(shape.books, shape.width)), torch.uint8),
@@ -90,13 +90,13 @@ def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, Te
     }
 
 
-def entry_of(codes: Tensor, entries: int) -> Tensor:
+def entry_indices(codes: Tensor, entries: int) -> Tensor:
     """Convert codes ``(*, books)`` to row indices of the concatenated codebooks."""
     books = codes.shape[-1]
     return codes.long() + torch.arange(books, device=codes.device) * (entries // books)
 
 
-def as_stored(codebook: Tensor, dtype: CodebookType) -> Tensor:
+def convert_codebook(codebook: Tensor, dtype: CodebookType) -> Tensor:
     """Convert a codebook to the dtype in which it is stored.
 
     Raises:

@@ -1,11 +1,12 @@
 """Embedding tables as 8-bit floats (E4M3), with one scale for each row or group of rows.
 
-E4M3 has 4 significant bits from 2^-6 to 448 and even steps of 2^-9 below, so without a scale a
-table whose weights are around 0.01 would have only a dozen values. The scale maps the largest
-weight of a row to 448. A weight then has 4 significant bits down to 1/28,672 of its row's largest
-weight; int8 has more near the largest weight, and fewer below an eighth of it. The floats are
-stored as bytes, because neither torch nor ONNX gathers or compares 8-bit floats. A table of
-``rows x dim`` takes ``rows * (dim + 2)`` bytes with a float16 scale per row.
+E4M3 numbers have 4 significant bits from 2^-6 to 448. Below 2^-6 they are evenly spaced by 2^-9, so
+without a scale, a table whose weights are around 0.01 would have only a dozen values. The scale
+maps the largest weight of a row to 448. A weight then has 4 significant bits down to 1/28,672 of
+its row's largest weight. In int8, weights near the largest one have more significant bits, and
+weights below an eighth of it have fewer. The floats are stored as bytes, because neither torch nor
+ONNX gathers or compares 8-bit floats. A table of ``rows x dim`` takes ``rows * (dim + 2)`` bytes
+with a float16 scale per row.
 
 Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
 Differs: a scale per row instead of one per tensor. No weight is clipped: a narrower range would
@@ -23,14 +24,14 @@ from torch import Tensor
 from compressors.core.modules.formats import TableFormat, TensorSpec
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
-from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, decode_steps
+from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, decode_multiples
 from compressors.quantize.tables import scales
 
 LARGEST = 448
 """The largest E4M3 number."""
 
 LEVELS = 2 * LARGEST + 1
-"""Levels of the grid that fits the scales: its highest level is 448 times the scale."""
+"""Number of levels of the grid that fits the scales, so that its highest multiple is 448."""
 
 
 def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
@@ -38,13 +39,13 @@ def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
 
     Args:
         table: float, ``(rows, dim)``; the first row begins a group of rows with one scale.
-        scale: as stored, ``(entries, 1)``.
-        rows_per_scale: number of rows that share an entry; 0: all.
+        scale: the stored scales, ``(entries, 1)``.
+        rows_per_scale: number of rows that share a scale; 0: all rows of the table.
     """
     rows = torch.arange(len(table), device=table.device)
-    by_row = scale[scales.entries_of(rows, rows_per_scale)].float()
-    near = (table.float() / by_row).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return near.view(torch.uint8)
+    scale_of_row = scale[scales.entries_of(rows, rows_per_scale)].float()
+    rounded = (table.float() / scale_of_row).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8)
 
 
 def decode_float8(codes: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def decode_float8(codes: Tensor) -> Tensor:
 @torch.library.custom_op("recpress::float8_e4m3_table", mutates_args=())
 def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
     """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
-    return decode_steps(
+    return decode_multiples(
         decode_float8(codes[ids]), scale[scales.entries_of(ids, rows_per_scale)], None
     )
 
@@ -65,7 +66,7 @@ def _(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
     return scale.new_empty((*ids.shape, codes.shape[1]), dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
     *tensors, ctx.rows_per_scale = inputs
     ctx.save_for_backward(*tensors)
 
@@ -76,7 +77,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
     return None, by_scale, None, None
 
 
-float8_e4m3_table.register_autograd(_backward, setup_context=_keep)
+float8_e4m3_table.register_autograd(_backward, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Embedding tables as a small codebook of numbers and a few bits per weight.
 
-The codebook's numbers, the *levels*, follow the distribution of the weights instead of being evenly
-spaced: for example 16 numbers for the table and 4 bits per weight. A table of ``rows x dim``
-float32 shrinks from ``4 * rows * dim`` to
-``rows * (ceil(dim * bits / 8) + 2) + 4 * 2 ** bits`` bytes with a float16 scale per row.
+The numbers of the codebook, the *levels*, follow the distribution of the weights instead of being
+evenly spaced. A weight is a level, selected by its code, times the scale of its row: for example,
+16 levels for the table and 4 bits per weight. A table of ``rows x dim`` float32 shrinks from
+``4 * rows * dim`` to ``rows * (ceil(dim * bits / 8) + 2) + 4 * 2 ** bits`` bytes with a float16
+scale per row.
 
 Sources: Han et al. 2016, https://arxiv.org/abs/1510.00149 (weights shared by k-means);
 Guan et al. 2019, https://arxiv.org/abs/1911.02079 (codebooks for embedding tables).
@@ -29,10 +30,10 @@ from compressors.quantize.tables.codebooks import row_bytes
 
 RowScale = Literal["none", "float16", "float32"]
 FITTED_VALUES = 2**21
-"""Largest number of weights that a codebook is fitted on; more do not give better levels."""
+"""Largest number of weights to which a codebook is fitted; more do not give better levels."""
 
-TURNS = 3
-"""Rounds that fit codebook, codes and scales in turn."""
+ALTERNATIONS = 3
+"""Number of rounds in which codes and scales, or codebook and scales, are fitted in turn."""
 
 
 def fit(
@@ -44,7 +45,8 @@ def fit(
         table: float ``(rows, dim)``; large tables are sampled.
         bits: bits of a code.
         scale_type: dtype of the scale by which each row is divided; ``none``: no scale.
-        weight: weight of each row, ``(rows,)``; None: equal. Only for tables that are not sampled.
+        weight: weight of each row, ``(rows,)``; None: equal weights. Allowed only if the table is
+            not sampled.
 
     Returns:
         float32 ``(2 ** bits,)``, ascending.
@@ -53,16 +55,18 @@ def fit(
         ValueNotStorable: a weight is too large for a float16 scale.
         ValueError: rows are weighted, and the table is so large that it would be sampled.
     """
-    most = max(FITTED_VALUES // table.shape[1], 1)
-    rows = sample_rows(table, most)
-    if weight is not None and len(table) > most:
-        raise ValueError(f"rows are weighted in tables of at most {most} rows; got {len(table)}")
+    max_rows = max(FITTED_VALUES // table.shape[1], 1)
+    rows = sample_rows(table, max_rows)
+    if weight is not None and len(table) > max_rows:
+        raise ValueError(
+            f"rows are weighted in tables of at most {max_rows} rows; got {len(table)}"
+        )
     counts = torch.ones(len(rows)) if weight is None else weight
     scale = torch.ones(len(rows), 1)
     if scale_type != "none":
         scale = largest_weights(rows, scale_type).float()
     best, least = torch.empty(0), float("inf")
-    for _ in range(TURNS if scale_type != "none" else 1):
+    for _ in range(ALTERNATIONS if scale_type != "none" else 1):
         # An error of a scaled value is multiplied by the scale, and squared.
         value_weights = (counts.double().unsqueeze(1) * scale.double().square()).expand_as(rows)
         # Rows of zeros have no scale and are ignored.
@@ -96,7 +100,7 @@ def largest_weights(rows: Tensor, scale_type: RowScale) -> Tensor:
 def encode(
     table: Tensor, codebook: Tensor, scale_type: RowScale = "float16"
 ) -> tuple[Tensor, Tensor | None]:
-    """Find the nearest level of every weight and the scale of each row, in turn.
+    """Fit codes and row scales in turn: the nearest level of every weight, and the best scale.
 
     Args:
         table: float ``(rows, dim)``.
@@ -114,7 +118,7 @@ def encode(
         return _codes(rows, codebook), None
     scale = largest_weights(rows, scale_type)
     codes = _codes(rows / scale.float(), codebook)
-    for _ in range(TURNS):
+    for _ in range(ALTERNATIONS):
         levels = codebook[codes.long()]
         square = levels.square().sum(dim=1, keepdim=True)
         fitted = ((levels * rows).sum(dim=1, keepdim=True) / square).to(scale.dtype)
@@ -169,7 +173,7 @@ def _(
     return codebook.new_empty((*ids.shape, dim))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     codes, codebook, scale, ids, ctx.dim, ctx.width = inputs
     ctx.scaled = scale is not None
     ctx.save_for_backward(codes, codebook, *([scale] if ctx.scaled else []), ids)
@@ -189,7 +193,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, to_codebook, to_scale, None, None, None
 
 
-kmeans_table.register_autograd(_backward, setup_context=_keep)
+kmeans_table.register_autograd(_backward, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)

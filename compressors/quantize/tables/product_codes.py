@@ -5,8 +5,8 @@ The columns are split into ``parts``, and each part of a row is stored as the ne
 ``rows * ceil(parts * bits / 8)`` bytes and a codebook of about ``4 * dim * 2 ** bits``.
 
 Source: Jegou et al. 2011, https://doi.org/10.1109/TPAMI.2010.57 (product quantization).
-Differs: parts have two widths if the columns do not divide evenly; codebooks are smaller for small
-tables; codes of 2 and 4 bits are packed.
+Differs: if the number of columns is not a multiple of ``parts``, some parts have one column more
+than others; codebooks are smaller for small tables; codes of 2 and 4 bits are packed.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ from compressors.quantize.tables.codebooks import (
     CodebookShare,
     CodebookType,
     Shape,
-    as_stored,
-    entry_of,
+    convert_codebook,
+    entry_indices,
     layout,
     shape_of,
     width_of,
@@ -38,18 +38,18 @@ from compressors.quantize.tables.codebooks import (
 def part_widths(dim: int, parts: int) -> tuple[int, ...]:
     """Return the number of columns of each part, wider parts first; no part is empty."""
     parts = min(parts, dim)
-    return tuple(dim // parts + (place < dim % parts) for place in range(parts))
+    return tuple(dim // parts + (index < dim % parts) for index in range(parts))
 
 
 def padded_columns(dim: int, parts: int) -> list[int] | None:
-    """Return the indices of a row's columns among parts padded to the widest part.
+    """Return the index of each column of a row after all parts are padded to the widest width.
 
-    None if all parts have one width, so that nothing is padded.
+    The result is None if all parts have the same width, so that nothing is padded.
     """
-    each = part_widths(dim, parts)
-    if len(set(each)) == 1:
+    widths = part_widths(dim, parts)
+    if len(set(widths)) == 1:
         return None
-    return [part * each[0] + place for part, width in enumerate(each) for place in range(width)]
+    return [part * widths[0] + index for part, width in enumerate(widths) for index in range(width)]
 
 
 def fit(table: Tensor, parts: int, levels: int, weight: Tensor | None = None) -> Tensor:
@@ -62,43 +62,43 @@ def fit(table: Tensor, parts: int, levels: int, weight: Tensor | None = None) ->
         weight: weight of each row, ``(rows,)``, only for tables that are not sampled.
 
     Returns:
-        float32 ``(parts * levels, widest part)``, the codebooks concatenated; columns that a
-        narrower part does not have are zero.
+        The concatenated codebooks, float32 ``(parts * levels, widest part)``. The entries of
+        narrower parts are padded with zeros.
 
     Raises:
         ValueError: rows are weighted, and the table is so large that it is sampled.
     """
     rows = sample_rows(table)
     if weight is not None and len(weight) != len(rows):
-        raise ValueError(f"rows are weighted in tables of at most {len(rows)} rows")
-    each = part_widths(table.shape[1], parts)
-    codebook = torch.zeros(len(each), levels, each[0])
-    for place, part in enumerate(torch.split(rows, list(each), dim=1)):
-        codebook[place, :, : each[place]] = kmeans(part.contiguous(), levels, weight).codebook
-    return codebook.reshape(-1, each[0])
+        raise ValueError(f"Expected row weights for at most {len(rows)} rows, got {len(table)}.")
+    widths = part_widths(table.shape[1], parts)
+    codebook = torch.zeros(len(widths), levels, widths[0])
+    for index, part in enumerate(torch.split(rows, list(widths), dim=1)):
+        codebook[index, :, : widths[index]] = kmeans(part.contiguous(), levels, weight).codebook
+    return codebook.reshape(-1, widths[0])
 
 
 def encode(table: Tensor, codebook: Tensor, parts: int) -> Tensor:
     """Find the nearest entry for each part of each row: uint8 ``(rows, parts)``, not packed."""
-    each = part_widths(table.shape[1], parts)
-    books = codebook.reshape(len(each), -1, each[0])
+    widths = part_widths(table.shape[1], parts)
+    books = codebook.reshape(len(widths), -1, widths[0])
     codes = [
-        nearest(part.float().contiguous(), books[place, :, : each[place]])
-        for place, part in enumerate(torch.split(table, list(each), dim=1))
+        nearest(part.float().contiguous(), books[index, :, : widths[index]])
+        for index, part in enumerate(torch.split(table, list(widths), dim=1))
     ]
     return torch.stack(codes, dim=1).to(torch.uint8)
 
 
 def decode(codes: Tensor, codebook: Tensor, dim: int) -> Tensor:
     """Decode codes ``(*, parts)`` to float32 weights ``(*, dim)``."""
-    return _joined(codebook[entry_of(codes, len(codebook))].float(), dim)
+    return _concatenate_parts(codebook[entry_indices(codes, len(codebook))].float(), dim)
 
 
-def _joined(entries: Tensor, dim: int) -> Tensor:
+def _concatenate_parts(entries: Tensor, dim: int) -> Tensor:
     """Concatenate entries ``(*, parts, widest)`` and remove padding columns."""
-    places = padded_columns(dim, entries.shape[-2])
+    column_indices = padded_columns(dim, entries.shape[-2])
     padded = entries.flatten(-2)
-    return padded if places is None else padded[..., places]
+    return padded if column_indices is None else padded[..., column_indices]
 
 
 @torch.library.custom_op("recpress::product_codes", mutates_args=())
@@ -125,25 +125,25 @@ def _(
     return codebook.new_empty((*ids.shape, dim), dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.dim, ctx.parts, ctx.width = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, ids = ctx.saved_tensors
-    entry = entry_of(unpack(codes[ids], ctx.parts, ctx.width), len(codebook))  # (*ids, parts)
-    places = padded_columns(ctx.dim, ctx.parts)
-    if places is not None:
+    entry = entry_indices(unpack(codes[ids], ctx.parts, ctx.width), len(codebook))  # (*ids, parts)
+    column_indices = padded_columns(ctx.dim, ctx.parts)
+    if column_indices is not None:
         wide = grad.new_zeros((*grad.shape[:-1], ctx.parts * codebook.shape[1]))
-        wide[..., places] = grad
+        wide[..., column_indices] = grad
         grad = wide
     total = torch.zeros(codebook.shape, device=grad.device)
     total.index_add_(0, entry.reshape(-1), grad.reshape(-1, codebook.shape[1]))
     return None, total.to(codebook.dtype), None, None, None, None
 
 
-product_codes.register_autograd(_backward, setup_context=_keep)
+product_codes.register_autograd(_backward, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class ProductCodesFormat:
 
     def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
         """Return the sizes of the codes and codebooks of a ``rows x dim`` table."""
-        each = part_widths(dim, settings["parts"])
-        return shape_of(rows, dim, len(each), each[0], settings)
+        widths = part_widths(dim, settings["parts"])
+        return shape_of(rows, dim, len(widths), widths[0], settings)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return layout(rows, self.shape(rows, dim, settings), settings)
@@ -210,7 +210,9 @@ class ProductCodes(StepSettings):
         """Fit the codebooks of a table, float ``(rows, dim)``."""
         count, dim = rows.shape
         shape = FORMAT.shape(count, dim, self.settings())
-        return {"codebook": as_stored(fit(rows, self.parts, shape.levels), self.codebook_type)}
+        return {
+            "codebook": convert_codebook(fit(rows, self.parts, shape.levels), self.codebook_type)
+        }
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""

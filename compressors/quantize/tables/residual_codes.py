@@ -4,12 +4,14 @@ Each of the ``codebooks`` has ``2 ** bits`` entries as wide as the table; a row 
 code per codebook. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * ceil(codebooks * bits / 8)`` bytes and codebooks of ``4 * codebooks * dim * 2 ** bits``.
 
-*Residual*: each codebook is fitted to the residuals of those before it (Chen et al. 2010,
-https://doi.org/10.3390/s101211259). *Additive* (``refine``): all codebooks are fitted again to the
-codes by least squares, and the codes to the codebooks, in turn (Babenko and Lempitsky 2014,
-https://doi.org/10.1109/CVPR.2014.124). Both have the same storage format.
-Differs: codes are found greedily and then one at a time with the others fixed (iterated conditional
-modes) instead of by beam search, so a row's codes depend only on the row.
+There are two ways to fit the codebooks, with the same storage format:
+
+- *residual*: each codebook is fitted to the residuals that the previous ones leave (Chen et al.
+  2010, https://doi.org/10.3390/s101211259);
+- *additive*, with ``refine`` above 0: afterwards, rounds fit all codebooks to the codes by least
+  squares, and then select new codes (Babenko and Lempitsky 2014,
+  https://doi.org/10.1109/CVPR.2014.124). Differs: codes are not found by beam search. They are
+  selected greedily and then one at a time while the others are fixed (iterated conditional modes).
 """
 
 from collections.abc import Mapping
@@ -36,20 +38,23 @@ from compressors.quantize.tables.codebooks import (
     CodebookShare,
     CodebookType,
     Shape,
-    as_stored,
-    entry_of,
+    convert_codebook,
+    entry_indices,
     layout,
     shape_of,
     width_of,
 )
 
 MAX_PASSES = 8
-"""Largest number of passes over the codes of a row; they end when no code changes."""
+"""Largest number of passes in which each code of a row is selected again.
+
+The passes end when no code changes.
+"""
 
 DAMPING = 1e-6
-"""Weight of each entry's present value in least squares, as a share of a mean row's weight.
+"""Weight of each entry's previous value in least squares, as a share of the mean row weight.
 
-It determines entries that the rows leave undetermined.
+Entries that the rows do not determine keep their previous values.
 """
 
 
@@ -74,7 +79,7 @@ def fit(
     """
     rows = sample_rows(table)
     if weight is not None and len(weight) != len(rows):
-        raise ValueError(f"rows are weighted in tables of at most {len(rows)} rows")
+        raise ValueError(f"Expected row weights for at most {len(rows)} rows, got {len(table)}.")
     counts = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()
     residuals, fitted = rows, []
     for number in range(books):
@@ -101,20 +106,20 @@ def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor)
     Args:
         rows: float ``(rows, dim)``.
         codes: uint8 ``(rows, books)``.
-        codebook: the present codebooks, ``(books * levels, dim)``: entries that the rows do not
-            determine are not changed.
+        codebook: the previous codebooks, ``(books * levels, dim)``. Entries that the rows do not
+            determine keep their values.
         weight: weight of each row, float64 ``(rows,)``.
 
     Returns:
         The new codebooks, ``(books * levels, dim)`` in the dtype of ``codebook``.
     """
     entries = len(codebook)
-    places = entry_of(codes, entries)  # (rows, books)
+    indices = entry_indices(codes, entries)  # (rows, books)
     pairs = torch.zeros(entries * entries, dtype=torch.float64)
     right = torch.zeros(codebook.shape, dtype=torch.float64)
-    for first in places.unbind(1):
+    for first in indices.unbind(1):
         right.index_add_(0, first, rows.double() * weight.unsqueeze(1))
-        for second in places.unbind(1):
+        for second in indices.unbind(1):
             pairs.index_add_(0, first * entries + second, weight)
     damping = DAMPING * float(weight.mean())
     matrix = pairs.reshape(entries, entries) + damping * torch.eye(entries, dtype=torch.float64)
@@ -125,9 +130,9 @@ def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor)
 def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
     """Compute the codes of each row: uint8 ``(rows, books)``, not packed.
 
-    Each code first selects the entry nearest to the residual of the codes before it. Then each code
-    in turn is selected again with the others fixed, until no code changes. No pass increases a
-    row's error.
+    The first codes are greedy: each selects the entry nearest to the residual of the previous ones.
+    Then each code in turn is selected again while the others are fixed, until no code changes. No
+    pass increases a row's error.
 
     Args:
         table: float ``(rows, dim)``.
@@ -157,7 +162,7 @@ def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
 
 def decode(codes: Tensor, codebook: Tensor) -> Tensor:
     """Decode codes ``(*, books)`` to float32 weights ``(*, dim)``."""
-    return codebook[entry_of(codes, len(codebook))].float().sum(dim=-2)
+    return codebook[entry_indices(codes, len(codebook))].float().sum(dim=-2)
 
 
 def _error(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> float:
@@ -178,22 +183,22 @@ def _(codes: Tensor, codebook: Tensor, ids: Tensor, books: int, width: int) -> T
     return codebook.new_empty((*ids.shape, codebook.shape[1]), dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.books, ctx.width = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, ids = ctx.saved_tensors
-    entry = entry_of(unpack(codes[ids], ctx.books, ctx.width), len(codebook))  # (*ids, books)
+    entry = entry_indices(unpack(codes[ids], ctx.books, ctx.width), len(codebook))  # (*ids, books)
     flat = grad.reshape(-1, codebook.shape[1])
     total = torch.zeros(codebook.shape, device=grad.device)
-    for places in entry.reshape(-1, ctx.books).unbind(1):
-        total.index_add_(0, places, flat)
+    for indices in entry.reshape(-1, ctx.books).unbind(1):
+        total.index_add_(0, indices, flat)
     return None, total.to(codebook.dtype), None, None, None
 
 
-residual_codes.register_autograd(_backward, setup_context=_keep)
+residual_codes.register_autograd(_backward, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
@@ -261,7 +266,7 @@ class ResidualCodes(StepSettings):
         count, dim = rows.shape
         shape = FORMAT.shape(count, dim, self.settings())
         fitted = fit(rows, shape.books, shape.levels, self.refine)
-        return {"codebook": as_stored(fitted.codebook, self.codebook_type)}
+        return {"codebook": convert_codebook(fitted.codebook, self.codebook_type)}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""

@@ -17,10 +17,10 @@ from compressors.quantize.tables import scales
 
 
 class RowwiseSettings(StepSettings):
-    """Settings of a row-wise integer format; each format sets its defaults and its levels."""
+    """Settings of the row-wise integer formats; subclasses set ``levels`` and some defaults."""
 
     levels: ClassVar[tuple[int, int]]
-    """Number of levels of a symmetric and of an asymmetric grid."""
+    """Number of levels if they are symmetric, and if they are asymmetric (with an offset)."""
 
     kind: str
     tables: TablePatterns = ("*",)
@@ -44,7 +44,7 @@ class RowwiseSettings(StepSettings):
 
     @property
     def grid(self) -> Grid:
-        """The grid of levels, with the rule that fits ranges to it."""
+        """The grid of levels, and the rule that fits ranges."""
         levels = self.levels[0] if self.symmetric else self.levels[1]
         return Grid(levels, self.symmetric, self.clipping, self.scale, self.rows_per_scale)
 
@@ -62,12 +62,12 @@ class PackedRowsFormat:
     """Row-wise format with packed codes of 2 or 4 bits.
 
     It stores ``codes``, uint8 ``(rows, ceil(dim * bits / 8))`` in the planar layout of
-    ``bitpacking.py``, ``scale``, and ``offset`` if the grid is asymmetric.
+    ``bitpacking.py``, ``scale``, and ``offset`` if the levels are asymmetric.
 
     Attributes:
         name: name of the format and of its custom op.
         bits: bits of a code, 2 or 4.
-        zero: the code that represents zero in a symmetric grid; 1.5 if zero is between two codes.
+        zero: the code of zero with symmetric levels; 1.5 if zero is between the codes 1 and 2.
         learned: names of the tensors that training may change.
     """
 
@@ -92,13 +92,13 @@ class PackedRowsFormat:
 
     def decode_codes(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
         """Decode planar codes ``(*, bytes)`` to multiples of the scale, float32 ``(*, dim)``."""
-        steps = bitpacking.unpack(packed, dim, self.bits).float()
-        return steps - self.zero if symmetric else steps
+        multiples = bitpacking.unpack(packed, dim, self.bits).float()
+        return multiples - self.zero if symmetric else multiples
 
 
 def packed_rows_format(name: str, bits: int, zero: float) -> PackedRowsFormat:
     """Create a format and register its custom op ``recpress::<name>``."""
-    form = PackedRowsFormat(name, bits, zero)
+    table_format = PackedRowsFormat(name, bits, zero)
 
     @torch.library.custom_op(f"recpress::{name}", mutates_args=())
     def lookup(
@@ -109,7 +109,8 @@ def packed_rows_format(name: str, bits: int, zero: float) -> PackedRowsFormat:
         dim: int,
         rows_per_scale: int,
     ) -> Tensor:
-        return scales.planar_rows(codes, scale, offset, ids, dim, rows_per_scale, form.decode_codes)
+        decode = table_format.decode_codes
+        return scales.look_up_planar_rows(codes, scale, offset, ids, dim, rows_per_scale, decode)
 
-    scales.make_planar(lookup, form.decode_codes)
-    return form
+    scales.register_planar_op(lookup, table_format.decode_codes)
+    return table_format

@@ -1,13 +1,13 @@
 """Embedding tables as a quarter byte per weight, with one scale for each row or group of rows.
 
 A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
-``rows * (ceil(dim / 4) + 4)`` bytes with a float16 scale and offset per row; symmetric, without
-offset, to ``rows * (ceil(dim / 4) + 2)``. At dim 16 half of the asymmetric bytes are scales and
-offsets: share them between rows.
+``rows * (ceil(dim / 4) + 4)`` bytes with a float16 scale and offset per row. With symmetric levels,
+which have no offset, it takes ``rows * (ceil(dim / 4) + 2)`` bytes. For 16 columns, half of the
+asymmetric bytes are scales and offsets, so set ``rows_per_scale`` to share them between rows.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise, asymmetric).
-Differs: 2 bits instead of 4; by default asymmetric and clipped to the range of least squared error:
-with four levels, clipping and offsets gain much more than with sixteen
+Differs: 2 bits instead of 4. By default levels are asymmetric and clipped to the range of least
+squared error: with four levels, clipping and offsets lower the error much more than with sixteen
 (docs/results/movielens.md).
 """
 
@@ -27,9 +27,9 @@ from compressors.quantize.tables.rowwise import RowwiseSettings, packed_rows_for
 FORMAT = packed_rows_format("rowwise_int2", bits=2, zero=1.5)
 
 
-def store(steps: Tensor, *, symmetric: bool) -> Tensor:
+def pack_multiples(multiples: Tensor, *, symmetric: bool) -> Tensor:
     """Pack multiples of the scale ``(rows, dim)`` into planar uint8 ``(rows, ceil(dim / 4))``."""
-    codes = steps + FORMAT.zero if symmetric else steps
+    codes = multiples + FORMAT.zero if symmetric else multiples
     return bitpacking.pack(codes.to(torch.uint8), FORMAT.bits)
 
 
@@ -53,5 +53,5 @@ class RowwiseInt2(RowwiseSettings):
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
-        steps, stored = scales.encode_block(block, params, self.grid)
-        return {"codes": store(steps, symmetric=self.symmetric), **stored}
+        multiples, stored = scales.encode_block(block, params, self.grid)
+        return {"codes": pack_multiples(multiples, symmetric=self.symmetric), **stored}

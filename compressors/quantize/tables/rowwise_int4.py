@@ -1,8 +1,8 @@
 """Embedding tables as half a byte per weight, with one scale for each row or group of rows.
 
 A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
-``rows * (ceil(dim / 2) + 2)`` bytes with a float16 scale per row; asymmetric, with an offset, to
-``rows * (ceil(dim / 2) + 4)``.
+``rows * (ceil(dim / 2) + 2)`` bytes with a float16 scale per row. Asymmetric levels have an offset
+per row, so the table takes ``rows * (ceil(dim / 2) + 4)`` bytes.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise 4-bit).
 Differs: symmetric by default (TensorRT has no zero point, so a symmetric lookup is cheaper there),

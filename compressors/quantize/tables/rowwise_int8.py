@@ -2,8 +2,8 @@
 
 By default each row has a scale, so large weights of a popular item do not round the small weights
 of a rare item to zero. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
-``rows * (dim + 2)`` bytes with a float16 scale per row; asymmetric, with an offset, to
-``rows * (dim + 4)``.
+``rows * (dim + 2)`` bytes with a float16 scale per row. Asymmetric levels have an offset per row,
+so the table takes ``rows * (dim + 4)`` bytes.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise uniform quantization).
 Differs: symmetric by default (TensorRT has no zero point, so a symmetric lookup is cheaper there),
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compressors.core.modules.formats import TableFormat, TensorSpec
-from compressors.quantize.kernels.levels import decode_steps
+from compressors.quantize.kernels.levels import decode_multiples
 from compressors.quantize.tables import scales
 from compressors.quantize.tables.rowwise import RowwiseSettings
 
@@ -34,7 +34,7 @@ def rowwise_int8(
 ) -> Tensor:
     """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
     entries = scales.entries_of(ids, rows_per_scale)
-    return decode_steps(
+    return decode_multiples(
         codes[ids].float(), scale[entries], None if offset is None else offset[entries]
     )
 
@@ -50,7 +50,7 @@ def _(
     return scale.new_empty((*ids.shape, codes.shape[1]), dtype=torch.float32)
 
 
-def _keep(
+def _setup_context(
     ctx: Any,
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, int],
     output: Tensor,
@@ -68,12 +68,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None
     return None, by_scale, by_offset, None, None
 
 
-rowwise_int8.register_autograd(_backward, setup_context=_keep)
+rowwise_int8.register_autograd(_backward, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
 class RowwiseInt8Format:
-    """Stores ``codes`` ``(rows, dim)``, ``scale``, and ``offset`` if the grid is asymmetric."""
+    """Stores ``codes`` ``(rows, dim)``, ``scale``, and ``offset`` if the levels are asymmetric."""
 
     name: str = "rowwise_int8"
     bits: int = 8

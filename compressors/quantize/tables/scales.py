@@ -1,7 +1,7 @@
 """Scales and offsets of row-wise formats: layout, encoding, lookup and gradients.
 
-A group of ``rows_per_scale`` rows shares one entry: a scale and, if asymmetric, an offset. A code
-multiplied by its scale, plus the offset, is the weight; *steps* are multiples of the scale.
+A group of ``rows_per_scale`` rows shares one entry: a scale and, if the levels are asymmetric, an
+offset. A weight is ``multiple * scale + offset``: a *multiple* is a level in units of the scale.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from compressors.core.modules.formats import TensorSpec
 from compressors.quantize.kernels.clipping import fit
-from compressors.quantize.kernels.levels import FittedRange, Grid, decode_steps, nearest
+from compressors.quantize.kernels.levels import FittedRange, Grid, decode_multiples, nearest
 
 
 class SharedScales(NamedTuple):
-    """The settings that determine the layout of scales; records of older bundles lack some."""
+    """The settings that determine the layout of scales; bundles of older versions lack some."""
 
     dtype: torch.dtype
     symmetric: bool
@@ -24,7 +24,7 @@ class SharedScales(NamedTuple):
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> "SharedScales":
-        """Read them from the ``settings`` of a step or a record."""
+        """Read them from the ``settings`` of a step or of a stored table."""
         dtype = getattr(torch, settings["scale"])
         return SharedScales(
             dtype, settings.get("symmetric", True), settings.get("rows_per_scale", 1)
@@ -32,7 +32,7 @@ class SharedScales(NamedTuple):
 
 
 def settings_of(grid: Grid) -> dict[str, Any]:
-    """Return the settings of a grid that determine layout and lookup."""
+    """Return the settings of a grid that determine a table's layout and lookup."""
     return {
         "scale": grid.scale,
         "symmetric": grid.symmetric,
@@ -49,19 +49,19 @@ def layout(rows: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
 
 
 def fit_table(rows: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """Fit scale and offset of a table with one scale for all rows; otherwise return none."""
+    """Fit scale and offset of a table with one scale for all rows; otherwise return no tensors."""
     return {} if grid.rows_per_scale else _by_name(fit(rows, grid))
 
 
 def fit_block(block: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """Fit scales and offsets of a block of rows; none if the table has one scale for all rows."""
+    """Fit scales and offsets of a block of rows; no tensors if the table has only one scale."""
     return _by_name(fit(block, grid)) if grid.rows_per_scale else {}
 
 
 def encode_block(
     block: Tensor, params: Mapping[str, Tensor], grid: Grid
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Round a block of rows to the nearest levels: multiples of the scale, scales and offsets.
+    """Round a block of rows to the nearest levels.
 
     Args:
         block: float, ``(rows, dim)``; its first row begins a group of rows with one scale.
@@ -69,8 +69,8 @@ def encode_block(
         grid: the levels.
 
     Returns:
-        The levels as multiples of the scale, float32 ``(rows, dim)``, and the stored scales and
-        offsets of the block, by name.
+        The multiples, float32 ``(rows, dim)``, and the stored scales and offsets of the block, by
+        name.
 
     Raises:
         ValueNotStorable: a scale or offset is too large for the type in which it is stored.
@@ -88,7 +88,7 @@ def encode_codes(
     Args:
         block: float, ``(rows, dim)``; its first row begins a group of rows with one scale.
         params: result of ``fit_table``.
-        grid: asymmetric, or with an odd number of levels.
+        grid: an asymmetric grid, or a symmetric one with an odd number of levels.
         bits: bits of a code, 8 or 4.
 
     Returns:
@@ -119,7 +119,7 @@ def _by_name(fitted: FittedRange) -> dict[str, Tensor]:
 
 
 def entries_of(ids: Tensor, rows_per_scale: int) -> Tensor:
-    """Return the index of the scale of each row: ids of any shape -> int of the same shape."""
+    """Return the index of the scale of each row, for ids of any shape: int, the same shape."""
     if rows_per_scale == 1:
         return ids
     return ids // rows_per_scale if rows_per_scale else torch.zeros_like(ids)
@@ -127,16 +127,16 @@ def entries_of(ids: Tensor, rows_per_scale: int) -> Tensor:
 
 def gradients(
     grad: Tensor,
-    steps: Tensor | None,
+    multiples: Tensor | None,
     stored: Tensor,
     ids: Tensor,
     rows_per_scale: int,
 ) -> Tensor:
-    """Return the gradient of scales, or of offsets if ``steps`` is None.
+    """Compute the gradient of scales, or of offsets if ``multiples`` is None.
 
     Args:
         grad: gradient of the looked-up weights, ``(*ids, dim)``.
-        steps: codes of these weights as multiples of the scale, ``(*ids, dim)``.
+        multiples: the weights' levels in units of the scale, ``(*ids, dim)``.
         stored: the scales or offsets, ``(entries, 1)``.
         ids: the looked-up rows.
         rows_per_scale: number of rows that share an entry; 0: all.
@@ -144,20 +144,20 @@ def gradients(
     Returns:
         ``(entries, 1)`` in the dtype of ``stored``.
     """
-    each = (grad if steps is None else grad * steps).sum(dim=-1).reshape(-1)  # (lookups,)
+    each = (grad if multiples is None else grad * multiples).sum(dim=-1).reshape(-1)  # (lookups,)
     total = torch.zeros(stored.shape[0], device=stored.device)
     total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), each)
     return total.unsqueeze(1).to(stored.dtype)
 
 
 class DecodeCodes(Protocol):
-    """Decoder of a format with planar codes."""
+    """A function that decodes the planar codes of a format (see ``bitpacking.py``)."""
 
     def __call__(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
         """Decode planar codes ``(*, bytes)`` to multiples of the scale, float32 ``(*, dim)``."""
 
 
-def planar_rows(
+def look_up_planar_rows(
     codes: Tensor,
     scale: Tensor,
     offset: Tensor | None,
@@ -168,12 +168,12 @@ def planar_rows(
 ) -> Tensor:
     """Look up rows of a table of planar codes ``(rows, bytes)``: ids -> float32 ``(*ids, dim)``."""
     entries = entries_of(ids, rows_per_scale)
-    steps = decode_codes(codes[ids], dim, symmetric=offset is None)
-    return decode_steps(steps, scale[entries], None if offset is None else offset[entries])
+    multiples = decode_codes(codes[ids], dim, symmetric=offset is None)
+    return decode_multiples(multiples, scale[entries], None if offset is None else offset[entries])
 
 
-def make_planar(op: Any, decode_codes: DecodeCodes) -> None:
-    """Register the shape function and the gradient of a ``custom_op`` on planar codes."""
+def register_planar_op(op: Any, decode_codes: DecodeCodes) -> None:
+    """Register the fake kernel and the gradient of a ``custom_op`` that looks up planar codes."""
 
     def fake(
         codes: Tensor,
@@ -185,7 +185,7 @@ def make_planar(op: Any, decode_codes: DecodeCodes) -> None:
     ) -> Tensor:
         return scale.new_empty((*ids.shape, dim), dtype=torch.float32)
 
-    def keep(
+    def save_inputs(
         ctx: Any,
         inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, int, int],
         output: Tensor,
@@ -195,12 +195,12 @@ def make_planar(op: Any, decode_codes: DecodeCodes) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None, None]:
         codes, scale, offset, ids = ctx.saved_tensors
-        steps = decode_codes(codes[ids], ctx.dim, symmetric=offset is None)
-        by_scale = gradients(grad, steps, scale, ids, ctx.rows_per_scale)
+        multiples = decode_codes(codes[ids], ctx.dim, symmetric=offset is None)
+        by_scale = gradients(grad, multiples, scale, ids, ctx.rows_per_scale)
         by_offset = None
         if offset is not None:
             by_offset = gradients(grad, None, offset, ids, ctx.rows_per_scale)
         return None, by_scale, by_offset, None, None, None
 
     op.register_fake(fake)
-    op.register_autograd(backward, setup_context=keep)
+    op.register_autograd(backward, setup_context=save_inputs)

@@ -61,7 +61,7 @@ def test_histogram_counts_every_value_in_its_bin(x):
     assert np.array_equal(histogram.counts.numpy(), np.bincount(bin_index, minlength=BINS))
     assert float(histogram.largest) == size.max()
     # At least half of the bins are used, except for very small numbers.
-    assert size.max() < 2.0**-100 or BINS // 2 < histogram.used() <= BINS
+    assert size.max() < 2.0**-100 or BINS // 2 < histogram.count_used_bins() <= BINS
 
 
 def test_histogram_accepts_empty_tensors_and_reports_a_nonfinite_largest_value():
@@ -140,8 +140,8 @@ def test_entropy_range_has_the_least_divergence_of_a_naive_reference(seed, power
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3000, generator=generator).abs() ** power
     histogram = histogram_of(torch.cat([x, torch.zeros(zeros)]))
-    counts, used = histogram.counts.numpy(), histogram.used()
-    ends = [*range(128, used, calibrators.BINS_APART), used]
+    counts, used = histogram.counts.numpy(), histogram.count_used_bins()
+    ends = [*range(128, used, calibrators.BIN_STRIDE), used]
     tried_ends = ends[:: max(1, len(ends) // 12)]  # about 12, as the reference is slow
     end = calibrators.least_divergence(histogram)
     # The range ends at the largest value, which may be on the lower edge of the last bin.

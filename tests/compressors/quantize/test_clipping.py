@@ -20,7 +20,7 @@ from compressors.quantize.kernels import clipping
 from compressors.quantize.kernels.clipping import fit
 from compressors.quantize.kernels.levels import (
     Grid,
-    asymmetric_ends,
+    asymmetric_range,
     range_bounds,
     split_into_ranges,
     squared_error,
@@ -81,7 +81,7 @@ def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
     step = (high - low) / clipping.STEPS
     steps = range(clipping.STEPS // 2)
     errors_of_shares = [
-        squared_error(table, asymmetric_ends(low + first * step, high - second * step, grid), grid)
+        squared_error(table, asymmetric_range(low + first * step, high - second * step, grid), grid)
         for first in steps
         for second in steps
     ]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from compressors.contracts import Bench, DenseInput, Output, Signature, Split
 from compressors.core.runner import run
-from compressors.quantize.dense.float16 import Float16, largest_sum, narrow, overflow_reason
+from compressors.quantize.dense.float16 import Float16, largest_sum, overflow_reason, to_float16
 
 OPS = torch.ops.recpress
 
@@ -24,7 +24,7 @@ OPS = torch.ops.recpress
 @given(st.floats(-65504, 65504, width=32))
 def test_rounding_error_is_at_most_half_a_float16_step(value):
     weight = torch.tensor([value])
-    error = (narrow(weight).float() - weight).abs().item()
+    error = (to_float16(weight).float() - weight).abs().item()
     assert error <= max(abs(value) * 2.0**-11, 2.0**-25)
 
 

@@ -14,17 +14,17 @@ from compressors.quantize.kernels import lloyd
 from compressors.quantize.kernels.lloyd import (
     kmeans,
     nearest,
-    nearest_under,
+    nearest_with_weights,
     sample_rows,
     scalar_kmeans,
     squared_distance,
 )
 
 
-def points(most: int = 40) -> st.SearchStrategy[Tensor]:
+def points(max_count: int = 40) -> st.SearchStrategy[Tensor]:
     """Float32 points of any spread; few values, so that some points are equal."""
     unit = st.floats(-1, 1, width=32, allow_subnormal=False).map(lambda x: round(x, 1))
-    shapes = st.tuples(st.integers(1, most), st.integers(1, 4))
+    shapes = st.tuples(st.integers(1, max_count), st.integers(1, 4))
     values = arrays.arrays(np.float32, shapes, elements=st.builds(np.float32, unit))
     scales = st.sampled_from([1e-4, 1.0, 1e4])
     return st.tuples(values, scales).map(lambda sampled: torch.from_numpy(sampled[0]) * sampled[1])
@@ -155,7 +155,7 @@ def test_points_of_weight_zero_do_not_affect_the_codebook():
 def test_entries_without_points_are_moved_to_points(monkeypatch):
     rows, _ = clustered(400, 2, 8)
     equal = rows[:1].expand(8, 2).clone()  # seven of eight equal entries have no points
-    monkeypatch.setattr(lloyd, "_seeded", lambda *_: equal)
+    monkeypatch.setattr(lloyd, "_draw_entries", lambda *_: equal)
     fit = kmeans(rows, 8)
     assert len(torch.unique(nearest(rows, fit.codebook))) == 8
     # Two clusters may share one entry.
@@ -182,7 +182,7 @@ def test_nearest_equals_a_float64_search_of_all_entries(rows, levels, seed):
     distances = (rows.double()[:, None] - codebook.double()[None]).square().sum(dim=2)
     assert torch.equal(nearest(rows, codebook), distances.argmin(dim=1))
     ones = torch.ones_like(rows)
-    nearest_entries = nearest_under(rows, ones, codebook)
+    nearest_entries = nearest_with_weights(rows, ones, codebook)
     result = distances.gather(1, nearest_entries[:, None]).flatten()
     size = float(rows.double().square().sum(dim=1).amax())
     assert torch.all(result <= distances.amin(dim=1) + 1e-5 * size)  # products of float32
@@ -190,8 +190,8 @@ def test_nearest_equals_a_float64_search_of_all_entries(rows, levels, seed):
 
 def test_columns_of_weight_zero_do_not_affect_the_nearest_entry():
     rows, codebook = torch.tensor([[0.0, 9.0]]), torch.tensor([[1.0, 9.0], [0.0, -9.0]])
-    assert nearest_under(rows, torch.tensor([[1.0, 0.0]]), codebook).tolist() == [1]
-    assert nearest_under(rows, torch.tensor([[1.0, 1.0]]), codebook).tolist() == [0]
+    assert nearest_with_weights(rows, torch.tensor([[1.0, 0.0]]), codebook).tolist() == [1]
+    assert nearest_with_weights(rows, torch.tensor([[1.0, 1.0]]), codebook).tolist() == [0]
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
@@ -218,14 +218,14 @@ def test_squared_distance_is_within_float32_rounding_of_float64():
 # --- samples -----------------------------------------------------------------------------------
 
 
-@given(count=st.integers(1, 500), most=st.integers(1, 50))
-def test_a_sample_has_one_row_of_each_section_of_the_table(count, most):
+@given(count=st.integers(1, 500), max_count=st.integers(1, 50))
+def test_a_sample_has_one_row_of_each_section_of_the_table(count, max_count):
     rows = torch.arange(count, dtype=torch.float32).unsqueeze(1)
-    sampled = sample_rows(rows, most).flatten()
-    assert len(sampled) == min(count, most)
-    if count <= most:
+    sampled = sample_rows(rows, max_count).flatten()
+    assert len(sampled) == min(count, max_count)
+    if count <= max_count:
         assert torch.equal(sampled, rows.flatten())
     else:
-        stretch = (torch.arange(most + 1) * count // most).float()
+        stretch = (torch.arange(max_count + 1) * count // max_count).float()
         assert torch.all(sampled >= stretch[:-1])
         assert torch.all(sampled < stretch[1:])

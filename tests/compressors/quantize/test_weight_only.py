@@ -27,14 +27,14 @@ from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from compressors.quantize.dense.weight_only import (
     block_length,
-    fitted_scale,
+    expand_scales,
+    fit_scales,
     grid,
-    in_blocks,
-    nearest_steps,
-    of_inputs,
     pack,
     padded_length,
     round_inputs,
+    round_to_multiples,
+    split_into_blocks,
     unpack,
 )
 from infra.onnxruntime.sessions import Session
@@ -59,10 +59,10 @@ def layer(
     inputs: int, outputs: int, bits: int, block: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and bias of one layer, scales in float32 to be trained."""
-    weight, levels = random_normal(outputs, inputs, seed), grid(bits, "min_max", "float32")
-    scale = fitted_scale(weight, block, levels)
-    steps = nearest_steps(weight, scale, block, levels)
-    return pack(steps, block, bits), scale, random_normal(1, outputs, seed + 1)[0]
+    weight, level_grid = random_normal(outputs, inputs, seed), grid(bits, "min_max", "float32")
+    scale = fit_scales(weight, block, level_grid)
+    multiples = round_to_multiples(weight, scale, block, level_grid)
+    return pack(multiples, block, bits), scale, random_normal(1, outputs, seed + 1)[0]
 
 
 # --- codes -----------------------------------------------------------------------------------
@@ -73,12 +73,12 @@ def test_unpack_restores_packed_codes_and_padding_is_zero(size, block, bits, see
     inputs, outputs = size
     largest_code = 2 ** (bits - 1) - 1
     random = np.random.default_rng(seed)
-    steps = torch.tensor(
+    multiples = torch.tensor(
         random.integers(-largest_code, largest_code + 1, (outputs, inputs))
     ).float()
-    codes = pack(steps, block, bits)
+    codes = pack(multiples, block, bits)
     assert codes.shape == (outputs, padded_length(inputs, block) * bits // 8)
-    assert torch.equal(unpack(codes, inputs, bits), steps)
+    assert torch.equal(unpack(codes, inputs, bits), multiples)
     assert not unpack(codes, padded_length(inputs, block), bits)[:, inputs:].any()
 
 
@@ -90,16 +90,18 @@ def test_rounding_error_is_at_most_half_a_step_and_clipping_never_increases_it(
     weight = random_normal(outputs, inputs, seed)
     result = {}
     for rule in ("min_max", clipping):
-        levels = grid(bits, rule, scale)
-        scales = fitted_scale(weight, block, levels)
-        assert scales.dtype == levels.dtype
+        level_grid = grid(bits, rule, scale)
+        scales = fit_scales(weight, block, level_grid)
+        assert scales.dtype == level_grid.dtype
         assert (scales > 0).all()
-        scale_of_weight = of_inputs(scales, inputs, block)
-        rounding_error = nearest_steps(weight, scales, block, levels) * scale_of_weight - weight
-        result[rule] = in_blocks(rounding_error.square(), block).sum(dim=1)
+        scale_of_weight = expand_scales(scales, inputs, block)
+        rounding_error = (
+            round_to_multiples(weight, scales, block, level_grid) * scale_of_weight - weight
+        )
+        result[rule] = split_into_blocks(rounding_error.square(), block).sum(dim=1)
         if rule == "min_max":  # half a step, plus the rounding of a float16 scale
-            short = 1 / 32 if scale == "float16" else 1e-4
-            assert (rounding_error.abs() <= (0.5 + short) * scale_of_weight).all()
+            scale_rounding = 1 / 32 if scale == "float16" else 1e-4
+            assert (rounding_error.abs() <= (0.5 + scale_rounding) * scale_of_weight).all()
     # float32 sums of squares, in two orders
     assert (result[clipping] <= result["min_max"] * (1 + 1e-4) + 1e-9).all()
 
@@ -141,18 +143,18 @@ def test_rounded_inputs_are_within_half_a_level_of_their_block(size, width, seed
     x = random_normal(rows, inputs, seed) * torch.logspace(-3, 3, inputs)
     x[0] = 0
     x[0, 0] = 1e-42  # 127 divided by it is infinite
-    near = round_inputs(x, width)
-    assert near.shape == x.shape
-    assert torch.isfinite(near).all()
-    assert not near[0].any()
+    rounded = round_inputs(x, width)
+    assert rounded.shape == x.shape
+    assert torch.isfinite(rounded).all()
+    assert not rounded[0].any()
     for begin in range(0, inputs, width):
         part = slice(begin, begin + width)
         largest = x[:, part].abs().amax(dim=1, keepdim=True)
-        assert ((near - x)[:, part].abs() <= largest / 254 * (1 + 1e-5) + 1e-36).all()
+        assert ((rounded - x)[:, part].abs() <= largest / 254 * (1 + 1e-5) + 1e-36).all()
 
 
 def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes, scale) -> Session:
-    """One MatMulNBits as ONNX Runtime has it, random_normal by hand."""
+    """A session of a graph with one MatMulNBits node, built without the exporter."""
     initializers = [
         numpy_helper.from_array(codes, "codes"),
         numpy_helper.from_array(scale, "scale"),
@@ -171,7 +173,7 @@ def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes
     info = helper.make_tensor_value_info
     graph = helper.make_graph(
         [node],
-        "random_normal",
+        "one_layer",
         [info("x", TensorProto.FLOAT, ["rows", inputs])],
         [info("y", TensorProto.FLOAT, ["rows", len(codes)])],
         initializers,
@@ -191,11 +193,11 @@ def test_op_equals_onnxruntimes_kernel(bits, block, inputs, activations, tmp_pat
     scales = scale.expand(24, shaped.shape[1]).numpy()
     level = {"float32": 1, "int8": 4}[activations]
     kernel = onnx_layer(tmp_path / "g.onnx", inputs, bits, width, level, shaped, scales)
-    for rows in (1, 37):  # it has kernels for single rows and for many
+    for rows in (1, 37):  # ONNX Runtime has different kernels for one row and for many
         x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))
         expected = OP(x, codes, scale, None, bits, block, activations).numpy()
         result = kernel.scores({"x": x.numpy()})
-        # float32 sums in another order; an input rounded the other way would move it by 4e-3.
+        # float32 sums in another order; an input rounded to another level changes them by 4e-3.
         np.testing.assert_allclose(result, expected, atol=3e-6 * float(expected.std()) + 1e-6)
 
 
@@ -209,10 +211,10 @@ def test_gradients_reach_inputs_scales_and_bias(bits, block, activations):
 
     def plain(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         scale_of_weight = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
-        read = x
+        layer_inputs = x
         if activations == "int8":  # straight through
-            read = x + (round_inputs(x, block_length(40, block)) - x).detach()
-        return read @ (unpack(codes, 40, bits) * scale_of_weight).T + bias
+            layer_inputs = x + (round_inputs(x, block_length(40, block)) - x).detach()
+        return layer_inputs @ (unpack(codes, 40, bits) * scale_of_weight).T + bias
 
     def ours(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return OP(x, codes, scale, bias, bits, block, activations)
@@ -246,50 +248,52 @@ def correlated(rows: int, inputs: int, seed: int) -> Tensor:
 
 
 def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Levels by GPTQ and the nearest ones, the scale of every weight, and the gram matrix."""
-    levels = grid(4, "mse", "float16")
-    scale = fitted_scale(weight, block, levels)
-    nearest = nearest_steps(weight, scale, block, levels)
-    scale_of_weight = of_inputs(scale, weight.shape[1], block)
+    """Multiples by GPTQ, the nearest multiples, the scale of each weight, and the Gram matrix."""
+    level_grid = grid(4, "mse", "float16")
+    scale = fit_scales(weight, block, level_grid)
+    nearest = round_to_multiples(weight, scale, block, level_grid)
+    scale_of_weight = expand_scales(scale, weight.shape[1], block)
     gram = x.double().T @ x.double()
-    return gptq(weight, nearest, gram, scale_of_weight, levels.half), nearest, scale_of_weight, gram
+    by_gptq = gptq(weight, nearest, gram, scale_of_weight, level_grid.half)
+    return by_gptq, nearest, scale_of_weight, gram
 
 
 @given(size=sizes, block=blocks, rows=st.integers(1, 60), seed=seeds)
 def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
     inputs, outputs = size
     weight, x = random_normal(outputs, inputs, seed), correlated(rows, inputs, seed)
-    steps, nearest, scale_of_weight, gram = quantized(weight, x, block)
-    assert torch.equal(steps, steps.round())
-    assert steps.abs().max() <= 7
-    ours = squared_error(steps * scale_of_weight - weight, gram)
+    multiples, nearest, scale_of_weight, gram = quantized(weight, x, block)
+    assert torch.equal(multiples, multiples.round())
+    assert multiples.abs().max() <= 7
+    ours = squared_error(multiples * scale_of_weight - weight, gram)
     assert (
         ours <= squared_error(nearest * scale_of_weight - weight, gram) * (1 + 1e-6) + 1e-12
     ).all()
 
 
 def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
-    weight, x = random_normal(64, 200), correlated(2000, 200, 3)  # more than are rounded together
-    steps, nearest, scale_of_weight, gram = quantized(weight, x, 32)
-    result = squared_error(steps * scale_of_weight - weight, gram).sum()
-    # 0.50 to 0.60 over ten seeds; rounding columns without correcting the rest gives 1.
+    weight = random_normal(64, 200)  # more columns than GPTQ's block of 128
+    x = correlated(2000, 200, 3)
+    multiples, nearest, scale_of_weight, gram = quantized(weight, x, 32)
+    result = squared_error(multiples * scale_of_weight - weight, gram).sum()
+    # The ratio was 0.50 to 0.60 for ten seeds. Without compensation it would be 1.
     assert result < 0.7 * squared_error(nearest * scale_of_weight - weight, gram).sum()
-    # The error from the gram matrix is the error of the outputs.
-    rounding_error = x.double() @ (steps * scale_of_weight - weight).double().T
+    # The error computed from the Gram matrix is the error of the outputs.
+    rounding_error = x.double() @ (multiples * scale_of_weight - weight).double().T
     torch.testing.assert_close(rounding_error.square().sum(), result, rtol=1e-6, atol=0)
 
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_the_nearest_levels():
     weight = random_normal(8, 40)
     x = torch.diag(torch.linspace(0.1, 3, 40))
-    x[:, 7] = 0  # and one that is always zero
-    steps, nearest, _, _ = quantized(weight, x, 32)
-    assert torch.equal(steps, nearest)
+    x[:, 7] = 0  # one input is always zero
+    multiples, nearest, _, _ = quantized(weight, x, 32)
+    assert torch.equal(multiples, nearest)
 
 
 def test_gptq_with_zero_inputs_rounds_to_the_nearest_levels():
-    steps, nearest, _, _ = quantized(random_normal(3, 20), torch.zeros(5, 20), 16)
-    assert torch.equal(steps, nearest)
+    multiples, nearest, _, _ = quantized(random_normal(3, 20), torch.zeros(5, 20), 16)
+    assert torch.equal(multiples, nearest)
 
 
 def test_gptq_in_a_model_lowers_the_error_as_its_plan_reports(tmp_path):
@@ -305,7 +309,7 @@ def test_gptq_in_a_model_lowers_the_error_as_its_plan_reports(tmp_path):
     errors = {}
     for rounding, model in rounded_to.items():
         packed = model.module.hidden
-        scale_of_weight = of_inputs(packed.scale, packed.in_features, 32)
+        scale_of_weight = expand_scales(packed.scale, packed.in_features, 32)
         weight = unpack(packed.codes, packed.in_features, 4) * scale_of_weight
         errors[rounding] = float(squared_error(weight - units[0].weight, gram).sum())
     error_ratio = errors["gptq"] / errors["nearest"]
