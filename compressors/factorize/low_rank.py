@@ -1,14 +1,14 @@
-"""Low-rank embedding tables: a narrower table times one small matrix.
+"""Low-rank embedding tables: a table of fewer columns times one small matrix.
 
-A table of ``rows x dim`` float32 becomes ``rows x rank`` and ``(rank, dim)``: every row is a linear
-combination of ``rank`` directions. The narrower table is an ordinary table, so a later step may
-quantize it.
+A table of ``rows x dim`` float32 becomes a table of ``rows x rank``, named ``narrow``, and a matrix
+``projection`` ``(rank, dim)``: every row is a linear combination of ``rank`` directions. ``narrow``
+is an ordinary table, so a later step may quantize it.
 
 Source: Eckart and Young 1936 (the truncated singular value decomposition is the closest matrix
 of a given rank); for embedding tables, for example, https://arxiv.org/abs/1809.10853.
 Differs: rows may be weighted by their lookup counts, so that often looked-up rows have smaller
 errors (Srebro and Jaakkola 2003; with one weight per row there is a closed form). The weighted mean
-of the rows is stored separately.
+of the rows is subtracted first and stored separately, as ``mean``.
 """
 
 from collections.abc import Mapping
@@ -46,14 +46,14 @@ def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, T
         weight: weight of each row's squared error, ``(rows,)``, not all zero.
 
     Returns:
-        ``narrow`` ``(rows, rank)``, ``projection`` ``(rank, dim)`` with orthonormal rows, and
-        ``mean`` ``(dim,)``: the table is about ``narrow @ projection + mean``. Only the
-        ``dim x dim`` weighted covariance is decomposed, so the rows are read only once.
+        ``reduced`` ``(rows, rank)``, ``projection`` ``(rank, dim)`` with orthonormal rows, and
+        ``mean`` ``(dim,)``, all float32: the table is about ``reduced @ projection + mean``. Only
+        the weighted covariance ``(dim, dim)`` is decomposed.
     """
     share = (weight / weight.sum()).to(torch.float64).unsqueeze(1)  # (rows, 1)
-    exact = table.to(torch.float64)
-    mean = (share * exact).sum(dim=0)  # (dim,)
-    centered = exact - mean
+    rows = table.to(torch.float64)
+    mean = (share * rows).sum(dim=0)  # (dim,)
+    centered = rows - mean
     covariance = centered.T @ (share * centered)  # (dim, dim)
     _, vectors = torch.linalg.eigh(covariance)  # in ascending order of eigenvalues
     projection = vectors.T.flip(0)[:rank]  # (rank, dim)
@@ -65,7 +65,10 @@ def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, T
 
 @dataclass(frozen=True)
 class LowRankComposition:
-    """``projection`` float32 ``(rank, dim)``, ``mean`` ``(dim,)`` and part ``narrow``."""
+    """A table composed of the table ``narrow`` ``(rows, rank)`` and two tensors.
+
+    These are ``projection`` ``(rank, dim)`` and ``mean`` ``(dim,)``, float32.
+    """
 
     name: str = "low_rank"
     learned: tuple[str, ...] = ("projection", "mean")
@@ -94,15 +97,15 @@ class LowRankComposition:
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        narrow: Tensor = parts["narrow"](ids)  # (*ids, rank)
-        return torch.matmul(narrow, stored["projection"]) + stored["mean"]
+        reduced: Tensor = parts["narrow"](ids)  # (*ids, rank)
+        return torch.matmul(reduced, stored["projection"]) + stored["mean"]
 
 
 COMPOSITION: Composition = LowRankComposition()
 
 
 class LowRank(ComposingStep):
-    """Replace embedding tables by narrower tables and one small matrix each."""
+    """Replace each embedding table by a table of fewer columns and one small matrix."""
 
     kind: Literal["low_rank"] = "low_rank"
     tables: TablePatterns = ("*",)
@@ -125,7 +128,7 @@ class LowRank(ComposingStep):
         return ("train",) if self.weighted else ()
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
-        """Select the tables to narrow; give a reason for each other table."""
+        """Select the tables to factorize; give a reason for each other table."""
         return choose_composed(model, self.tables, self.min_rows, self.kind, self.design)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
@@ -138,12 +141,12 @@ class LowRank(ComposingStep):
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            narrow, projection, mean = factors(table, design.settings["rank"], weights[name])
-            return FittedParts({"projection": projection, "mean": mean}, {"narrow": narrow})
+            reduced, projection, mean = factors(table, design.settings["rank"], weights[name])
+            return FittedParts({"projection": projection, "mean": mean}, {"narrow": reduced})
 
         return recompose(model, designs, fit)
 
     def design(self, rows: int, dim: int) -> Design:
-        """The composition of a table of ``rows x dim``."""
+        """Return how a table of ``rows x dim`` is composed."""
         rank = share_or_number(self.rank, dim)
         return Design(COMPOSITION, {"rank": rank}, Reason("narrower_rows", dim=dim, rank=rank))

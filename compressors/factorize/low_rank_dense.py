@@ -4,12 +4,13 @@ A Linear from ``in`` to ``out`` features becomes one from ``in`` to ``rank`` and
 to ``out``. With calibration rows, the low-rank matrix is the one whose outputs are closest to the
 original outputs on those rows.
 
-Source: Chen et al. 2021 (DRONE), https://proceedings.neurips.cc/paper/2021/hash/f56de5ef149cf0aedcc8f4797031e229-Abstract.html,
+Sources: Chen et al. 2021 (DRONE), https://proceedings.neurips.cc/paper/2021/hash/f56de5ef149cf0aedcc8f4797031e229-Abstract.html,
 and Wang et al. 2024 (SVD-LLM), https://arxiv.org/abs/2403.07378 (truncation after whitening by the
 Cholesky factor of the inputs' second moment).
-Differs: the same optimum is computed without the factor and its inverse, as the projection on the
-principal directions of the outputs, so the second moment may be singular. If the layer has a bias,
-moments are taken around the mean input, and the bias corrects the output of the mean input.
+Differs: the same optimum is computed as the projection on the principal directions of the outputs.
+This needs no Cholesky factor and no inverse, so the second moment may be singular. If the layer has
+a bias, the mean input is subtracted before moments are computed, and the bias is changed so that
+the output for the mean input is exact.
 """
 
 import math
@@ -44,19 +45,21 @@ from compressors.quantize.calibration.layer_inputs import (
 )
 
 REGULARIZATION = 1e-4
-"""Variance added to every direction of the inputs, as a share of their mean variance."""
+"""Added to the variance of every input, as a share of the mean variance of the inputs."""
 
 
 def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the principal directions of a layer's outputs, in descending order of energy.
+
+    The energy of a direction is the mean square of the outputs projected on it.
 
     Args:
         weight: float, ``(out, in)``.
         moment: second moment or covariance of its inputs, ``(in, in)``.
 
     Returns:
-        ``energy`` float64 ``(out,)``, the energy of the outputs in each direction, descending, and
-        ``directions`` float64 ``(out, out)``, orthonormal, one per column.
+        ``energy`` float64 ``(out,)``, descending, and ``directions`` float64 ``(out, out)``,
+        orthonormal, one per column.
     """
     exact = weight.double()
     energy, directions = torch.linalg.eigh(exact @ moment.double() @ exact.T)  # ascending
@@ -67,21 +70,21 @@ def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factors(weight: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Compute the factors of a weight.
+    """Compute two factors whose product approximates a weight.
 
-    ``expand @ reduce`` is the weight projected on the first ``rank`` directions of the outputs. It
-    has the smallest squared error of the outputs among all matrices of that rank.
+    The product ``expand @ reduce`` is the weight projected on the first ``rank`` directions of the
+    outputs. Of all matrices of that rank, it has the smallest squared error of the outputs.
 
     Args:
         weight: float, ``(out, in)``.
-        directions: as ``principal_outputs`` returns them.
+        directions: the directions that ``principal_outputs`` returns.
         rank: number of directions to keep.
 
     Returns:
         ``reduce`` float32 ``(rank, in)`` and ``expand`` float32 ``(out, rank)``.
     """
-    kept = directions[:, :rank]
-    return (kept.T @ weight.double()).float(), kept.float()
+    selected = directions[:, :rank]
+    return (selected.T @ weight.double()).float(), selected.float()
 
 
 def rank_within(energy: Tensor, most_error: float) -> int:
@@ -94,8 +97,8 @@ def rank_within(energy: Tensor, most_error: float) -> int:
     total = float(energy.sum())
     if total == 0:
         return 1
-    lost = 1 - energy.cumsum(0) / total  # (out,): with 1, 2, ... directions
-    sufficient = (lost <= most_error + 1e-12).nonzero()
+    lost_share = 1 - energy.cumsum(0) / total  # (out,): share lost with 1, 2, ... directions
+    sufficient = (lost_share <= most_error + 1e-12).nonzero()
     return int(sufficient[0]) + 1
 
 
@@ -114,7 +117,7 @@ class _Moments:
         self.products += exact.T @ exact
 
     def moment(self, *, centered: bool) -> tuple[Tensor, Tensor]:
-        """The second moment ``(in, in)``, and the subtracted mean ``(in,)`` or zeros."""
+        """Return the second moment ``(in, in)``, and the subtracted mean ``(in,)`` or zeros."""
         mean = self.total / self.count if centered else torch.zeros_like(self.total)
         moment = self.products / self.count - torch.outer(mean, mean)
         variance = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -123,7 +126,7 @@ class _Moments:
 
 
 class LowRankDense(StepSettings):
-    """Replace dense layers by two thinner ones each."""
+    """Replace each dense layer by two smaller ones."""
 
     effect: ClassVar[Effect] = "parts"
 
@@ -169,24 +172,24 @@ class LowRankDense(StepSettings):
             rank = share_or_number(self.rank, min(inputs, outputs))
             before, after = inputs * outputs, rank * (inputs + outputs)
             if rank > largest:
-                why = Reason("rank_not_smaller", rank=rank, before=before, after=after)
-                decisions[unit.name] = Decision("skipped", (why,))
+                reason = Reason("rank_not_smaller", rank=rank, before=before, after=after)
+                decisions[unit.name] = Decision("skipped", (reason,))
             else:
-                why = Reason(
+                reason = Reason(
                     "factorized", step=self.kind, inputs=inputs, rank=rank, outputs=outputs
                 )
-                decisions[unit.name] = Decision("taken", (why,))
+                decisions[unit.name] = Decision("taken", (reason,))
         return StepPlan(decisions, None)
 
     def _search_decision(self, unit: Unit, largest: int, most_error: float) -> Decision:
-        """The decision for a layer whose rank is searched up to ``largest``."""
+        """Return the decision for a layer whose rank is searched up to ``largest``."""
         outputs, inputs = unit.weight.shape
         if largest == 0:
-            why = Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
-            return Decision("skipped", (why,))
-        why = Reason("rank_searched", step=self.kind, most_error=most_error, rank=largest)
+            reason = Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
+            return Decision("skipped", (reason,))
+        reason = Reason("rank_searched", step=self.kind, most_error=most_error, rank=largest)
         least = layout_bytes(factored_layout(inputs, outputs, 1, bias=unit.bias is not None))
-        return Decision("deferred", (why,), (least, unit.bytes))
+        return Decision("deferred", (reason,), (least, unit.bytes))
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected layer by its factors.
@@ -224,7 +227,7 @@ class LowRankDense(StepSettings):
         return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace selected layers by placeholder factors; assume the largest rank if searched."""
+        """Replace selected layers by placeholder factors; a searched rank is the largest one."""
         for unit in plan.units(model.module):
             outputs, inputs = unit.weight.shape
             rank = share_or_number(self.rank, min(inputs, outputs))
@@ -238,7 +241,7 @@ class LowRankDense(StepSettings):
         return model
 
     def _moments(self, model: Model, bench: Bench, units: list[Unit]) -> Mapping[str, _Moments]:
-        """Moments of the selected layers' inputs on calibration rows; empty if not ``weighted``."""
+        """Return the moments of the selected layers' inputs; nothing if not ``weighted``."""
         if not self.weighted:
             return {}
         if bench.calibration is None:
@@ -260,5 +263,5 @@ class LowRankDense(StepSettings):
 
 
 def _largest_rank(inputs: int, outputs: int) -> int:
-    """The largest rank with fewer weights than the original layer; 0 if there is none."""
+    """Return the largest rank with fewer weights than the original layer; 0 if there is none."""
     return math.ceil(inputs * outputs / (inputs + outputs)) - 1

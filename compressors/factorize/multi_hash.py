@@ -39,15 +39,21 @@ from compressors.core.steps.composition_steps import (
 from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
-# The largest prime below 2^31: with ids and coefficients below it, a * id + b fits an int64.
 PRIME = 2**31 - 1
-BLOCK = 65_536  # rows per block, to limit memory
-# Conjugate gradients: the largest number of iterations, and the relative residual to stop at.
+"""The largest prime below 2^31: with ids and coefficients below it, a * id + b fits an int64."""
+
+BLOCK = 65_536
+"""Rows that are decoded at once, to limit memory."""
+
 MAX_ITERATIONS, TOLERANCE = 1000, 1e-6
+"""Limits of conjugate gradients: number of iterations, and relative residual at which to stop."""
 
 
 def coefficients(hashes: int, seed: int, *, signed: bool) -> Tensor:
-    """Draw random hash functions: int64 ``(hashes, 2)``, or ``(hashes, 4)`` with sign hashes."""
+    """Draw the coefficients of random hash functions: int64 ``(hashes, 2)``.
+
+    If ``signed`` is set, the result is ``(hashes, 4)``: also the coefficients of sign hashes.
+    """
     generator = torch.Generator().manual_seed(seed)
     functions = torch.randint(0, PRIME, (hashes, 4), generator=generator)
     # A multiplier of zero would map all ids to one bucket.
@@ -56,32 +62,38 @@ def coefficients(hashes: int, seed: int, *, signed: bool) -> Tensor:
 
 
 def hash_ids(ids: Tensor, coefficients: Tensor, buckets: int) -> Tensor:
-    """Hash ids to bucket numbers: int64 ids ``(*)`` in [0, 2^31 - 1) -> int64 ``(*, hashes)``."""
+    """Hash int64 ids ``(*)`` in [0, 2^31 - 1) to bucket numbers: int64 ``(*, hashes)``."""
     mixed = ids.unsqueeze(-1) * coefficients[:, 0] + coefficients[:, 1]
     return mixed % PRIME % buckets
 
 
 def hash_signs(ids: Tensor, coefficients: Tensor) -> Tensor:
-    """Hash ids to the signs of their buckets: int64 ids ``(*)`` -> float32 ``(*, hashes)``, ±1."""
+    """Hash int64 ids ``(*)`` to the signs of their buckets, 1 or -1: float32 ``(*, hashes)``."""
     mixed = ids.unsqueeze(-1) * coefficients[:, 2] + coefficients[:, 3]
     return 1.0 - 2.0 * (mixed % PRIME % 2).float()
 
 
 class HashFit(NamedTuple):
-    """The least-squares fit for one draw of hash functions."""
+    """The least-squares fit for one draw of hash functions.
 
-    buckets: Tensor  # float32 (buckets, dim)
-    mean: Tensor  # float32 (dim,)
-    error: float  # weighted mean over rows of the squared error
+    Attributes:
+        buckets: the shared rows, float32 ``(buckets, dim)``.
+        mean: the row that is added to every sum, float32 ``(dim,)``.
+        error: weighted mean of the squared errors of the table's rows.
+    """
+
+    buckets: Tensor
+    mean: Tensor
+    error: float
 
 
 def fit(table: Tensor, weight: Tensor, functions: Tensor, buckets: int) -> HashFit:
     """Fit the buckets and the mean row to a table by least squares.
 
     The solver is conjugate gradients on the normal equations, for all dimensions at once, with a
-    Jacobi preconditioner (the weight of the rows that use each bucket). It starts at zero, so of
-    several optimal solutions it finds a small one. It is deterministic, and needs memory for one
-    block of rows only.
+    Jacobi preconditioner: the diagonal is the weight of the rows that use each bucket. The solver
+    starts at zero, so of several optimal solutions it finds one with a small norm. It is
+    deterministic, and decodes one block of rows at a time.
 
     Args:
         table: float, ``(rows, dim)``.
@@ -91,10 +103,11 @@ def fit(table: Tensor, weight: Tensor, functions: Tensor, buckets: int) -> HashF
     """
     share = (weight / weight.sum()).double()
     system = _System(share, functions, buckets)
-    right = system.transposed(table)  # (buckets + 1, dim)
-    diagonal = system.diagonal().clamp(min=1e-300).unsqueeze(1)  # an empty bucket stays at zero
-    solution = torch.zeros_like(right)
-    residual = right.clone()
+    right_side = system.transposed(table)  # (buckets + 1, dim)
+    # A bucket without rows stays at zero.
+    diagonal = system.diagonal().clamp(min=1e-300).unsqueeze(1)
+    solution = torch.zeros_like(right_side)
+    residual = right_side.clone()
     preconditioned = residual / diagonal
     direction = preconditioned.clone()
     norm = (residual * preconditioned).sum(dim=0)  # (dim,)
@@ -102,18 +115,18 @@ def fit(table: Tensor, weight: Tensor, functions: Tensor, buckets: int) -> HashF
     for _ in range(MAX_ITERATIONS):
         if bool((norm <= target).all()):
             break
-        image = system.normal(direction)
-        curvature = (direction * image).sum(dim=0)
+        normal_direction = system.normal(direction)
+        curvature = (direction * normal_direction).sum(dim=0)
         step = torch.where(curvature > 0, norm / curvature.clamp(min=1e-300), 0.0)
         solution += step * direction
-        residual -= step * image
+        residual -= step * normal_direction
         preconditioned = residual / diagonal
         new_norm = (residual * preconditioned).sum(dim=0)
         ratio = torch.where(norm > 0, new_norm / norm.clamp(min=1e-300), 0.0)
         direction = preconditioned + ratio * direction
         norm = new_norm
     # With the residual r = b - Ax, the squared error x'Ax - 2b'x + c is c - x'(b + r).
-    error = system.squares(table) - float((solution * (right + residual)).sum())
+    error = system.squares(table) - float((solution * (right_side + residual)).sum())
     return HashFit(solution[:-1].float(), solution[-1].float(), error)
 
 
@@ -130,7 +143,10 @@ def best_fit(
 
 
 class _System:
-    """The linear map from buckets and mean to rows; its matrix is never built."""
+    """The linear system from buckets and mean to rows, without building its matrix.
+
+    A solution is ``(buckets + 1, dim)``: the buckets, and the mean as the last row.
+    """
 
     def __init__(self, share: Tensor, functions: Tensor, buckets: int) -> None:
         ids = torch.arange(len(share))
@@ -139,14 +155,20 @@ class _System:
         self.sign = hash_signs(ids, functions).double() if functions.shape[1] == 4 else None
 
     def transposed(self, rows: Tensor) -> Tensor:
-        """Weighted sums of rows ``(rows, dim)`` by bucket, and of all: ``(buckets + 1, dim)``."""
+        """Multiply weighted rows ``(rows, dim)`` by the transposed matrix: ``(buckets + 1, dim)``.
+
+        The result is the weighted sum of the rows of each bucket, and of all rows.
+        """
         total = torch.zeros(self.buckets + 1, rows.shape[1], dtype=torch.float64)
         for begin in range(0, len(rows), BLOCK):
             self._add(total, rows[begin : begin + BLOCK].double(), begin)
         return total
 
     def normal(self, solution: Tensor) -> Tensor:
-        """``transposed`` of the rows that buckets and mean ``(buckets + 1, dim)`` represent."""
+        """Multiply a solution ``(buckets + 1, dim)`` by the matrix of the normal equations.
+
+        The result is ``transposed`` of the rows that the solution represents.
+        """
         total = torch.zeros_like(solution)
         for begin in range(0, len(self.index), BLOCK):
             decoded = solution[-1].expand(len(self.index[begin : begin + BLOCK]), -1).clone()
@@ -156,7 +178,7 @@ class _System:
         return total
 
     def squares(self, rows: Tensor) -> float:
-        """Weighted sum of the squared norms of rows ``(rows, dim)``."""
+        """Return the weighted sum of the squared norms of rows ``(rows, dim)``."""
         total = 0.0
         for begin in range(0, len(rows), BLOCK):
             each = rows[begin : begin + BLOCK].double().square().sum(dim=1)
@@ -164,7 +186,10 @@ class _System:
         return total
 
     def diagonal(self) -> Tensor:
-        """Total weight of the rows that use each bucket, and of all rows."""
+        """Return the diagonal of the normal equations, ``(buckets + 1,)``.
+
+        It is the total weight of the rows that use each bucket, and of all rows.
+        """
         total = torch.zeros(self.buckets + 1, dtype=torch.float64)
         for j in range(self.index.shape[1]):
             total.index_add_(0, self.index[:, j], self.share)
@@ -180,7 +205,7 @@ class _System:
         total[-1] += weighted.sum(dim=0)
 
     def _signed(self, rows: Tensor, begin: int, j: int) -> Tensor:
-        """The rows of a block times the signs of hash function ``j``, if it has signs."""
+        """Multiply the rows of a block by the signs of hash function ``j``, if there are signs."""
         if self.sign is None:
             return rows
         return rows * self.sign[begin : begin + len(rows), j].unsqueeze(1)
@@ -188,7 +213,11 @@ class _System:
 
 @dataclass(frozen=True)
 class MultiHashComposition:
-    """``functions`` int64 ``(hashes, 2 or 4)``, ``mean`` ``(dim,)`` and part ``buckets``."""
+    """A table composed of the table ``buckets`` ``(buckets, dim)`` and two tensors.
+
+    These are ``functions``, the coefficients of the hash functions, int64 ``(hashes, 2 or 4)``, and
+    ``mean`` ``(dim,)``.
+    """
 
     name: str = "multi_hash"
     learned: tuple[str, ...] = ("mean",)
@@ -207,17 +236,19 @@ class MultiHashComposition:
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         buckets = settings["buckets"]
-        each = hash_ids(torch.arange(len(counts)), stored["functions"], buckets)  # (rows, hashes)
-        every = counts.unsqueeze(1).expand_as(each)
-        return {"buckets": sum_counts(every.reshape(-1), each.reshape(-1), buckets)}
+        ids = torch.arange(len(counts))
+        bucket_of_hash = hash_ids(ids, stored["functions"], buckets)  # (rows, hashes)
+        count_of_hash = counts.unsqueeze(1).expand_as(bucket_of_hash)
+        summed = sum_counts(count_of_hash.reshape(-1), bucket_of_hash.reshape(-1), buckets)
+        return {"buckets": summed}
 
     def lookup(
         self, stored: Mapping[str, Tensor], parts: Parts, ids: Tensor, settings: Mapping[str, Any]
     ) -> Tensor:
-        whole, functions = ids.long(), stored["functions"]
-        rows: Tensor = parts["buckets"](hash_ids(whole, functions, settings["buckets"]))
+        int64_ids, functions = ids.long(), stored["functions"]
+        rows: Tensor = parts["buckets"](hash_ids(int64_ids, functions, settings["buckets"]))
         if settings["signed"]:
-            rows = rows * hash_signs(whole, functions).unsqueeze(-1)
+            rows = rows * hash_signs(int64_ids, functions).unsqueeze(-1)
         return rows.sum(dim=-2) + stored["mean"]  # (*ids, hashes, dim) -> (*ids, dim)
 
 
@@ -257,7 +288,7 @@ class MultiHash(ComposingStep):
         return ("train",) if self.weighted else ()
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
-        """Select the tables to shorten; give a reason for each other table."""
+        """Select the tables to compress; give a reason for each other table."""
 
         def design(rows: int, dim: int) -> Design | Reason:
             if rows >= PRIME:

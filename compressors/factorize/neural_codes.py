@@ -1,7 +1,9 @@
 """Neural codes: store each row of a table as a short code that a small network decodes.
 
 Row ``id`` is ``codes[id] @ projection + relu(codes[id] @ inner + bias) @ outer + mean``: a low-rank
-approximation plus a nonlinear correction, for rows that are close to a curved surface.
+approximation plus a nonlinear correction, for rows that are close to a curved surface. ``inner``
+and ``bias`` are the hidden layer of the decoder, ``outer`` is its output layer, and ``projection``
+is a linear connection that skips the hidden layer.
 
 Source: Kang et al. 2021, https://arxiv.org/abs/2010.10784 (deep hash embeddings: a decoder makes
 rows from dense codes); Hinton and Salakhutdinov 2006 (autoencoders compared with principal
@@ -39,21 +41,38 @@ from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.factorize.low_rank import factors
 
-BATCH = 4096  # rows of one training step
-BLOCK = 65_536  # rows per block without training, to limit memory
-CODE_RATE, DECODER_RATE = 0.01, 0.003  # Adam's learning rates, for codes and rows of unit size
-MAX_SHARE = 0.25  # largest number of weights of the hidden layer, as a share of the codes' numbers
-DAMPING = 1e-9  # of the last layer's normal equations, relative to their mean diagonal
+BATCH = 4096
+"""Rows of one training step."""
+
+BLOCK = 65_536
+"""Rows that are decoded at once outside of training, to limit memory."""
+
+CODE_RATE, DECODER_RATE = 0.01, 0.003
+"""Adam's learning rates of codes and decoder, for codes whose root mean square is 1."""
+
+MAX_SHARE = 0.25
+"""Largest size of the hidden and output layer, as a share of the size of the codes, in numbers."""
+
+DAMPING = 1e-9
+"""Added to the diagonal of the last layer's normal equations, as a share of its mean."""
 
 
 class Decoder(NamedTuple):
-    """Decoder from a code to a row: two layers and a linear skip connection."""
+    """Decoder from a code to a row: two layers and a linear skip connection.
 
-    projection: Tensor  # (code, dim)
-    inner: Tensor  # (code, hidden)
-    bias: Tensor  # (hidden,)
-    outer: Tensor  # (hidden, dim)
-    mean: Tensor  # (dim,)
+    Attributes:
+        projection: weight of the skip connection, ``(code, dim)``.
+        inner: weight of the hidden layer, ``(code, hidden)``.
+        bias: bias of the hidden layer, ``(hidden,)``.
+        outer: weight of the output layer, ``(hidden, dim)``.
+        mean: bias of the output, ``(dim,)``; initially the mean row.
+    """
+
+    projection: Tensor
+    inner: Tensor
+    bias: Tensor
+    outer: Tensor
+    mean: Tensor
 
 
 def decode(codes: Tensor, decoder: Decoder) -> Tensor:
@@ -64,7 +83,7 @@ def decode(codes: Tensor, decoder: Decoder) -> Tensor:
 
 
 def squared_error(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> float:
-    """The weighted squared error of all rows, summed in float64.
+    """Return the weighted squared error of all rows, summed in float64.
 
     Args:
         table: float32 ``(rows, dim)``.
@@ -81,65 +100,74 @@ def squared_error(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder
 
 
 def fit(
-    table: Tensor, weight: Tensor, size: int, hidden: int, steps: int, seed: int
+    table: Tensor, weight: Tensor, size: int, hidden: int, adam_steps: int, seed: int
 ) -> tuple[Tensor, Decoder]:
     """Fit codes and a decoder to the rows of a table by squared error.
 
-    There are three candidates, and the one with the smallest error is returned: the low-rank
-    approximation of rank ``size``; the same with a random hidden layer and a last layer from least
-    squares; and the result of training codes and decoder with Adam, with the last layer solved
-    again. Training uses batches of rows, or the full table if it is short.
+    Three candidates are computed, and the one with the smallest error is returned:
+
+    1. the low-rank approximation of rank ``size``, without a correction;
+    2. the codes of the first, a random hidden layer, and the output (``projection``, ``outer`` and
+       ``mean``) that least squares gives for them;
+    3. codes and decoder of the second after training with Adam, with the output solved again.
+
+    Training uses batches of rows, or all rows if the table is short.
 
     Args:
         table: float, ``(rows, dim)``.
         weight: weight of each row's squared error, ``(rows,)``, all positive.
         size: numbers per code, at most ``dim``.
         hidden: width of the hidden layer.
-        steps: number of Adam steps, which bounds the time; with 0 the hidden layer stays random.
+        adam_steps: number of training steps, which limits the time; with 0, codes and hidden layer
+            are not trained.
         seed: seed of the hidden layer and of the order of rows.
 
     Returns:
         ``codes`` float32 ``(rows, size)`` and the decoder, float32.
     """
-    exact, share = table.float(), weight.double() / weight.double().mean()
-    narrow, projection, mean = factors(exact, size, share)
-    unit = float(narrow.square().mean().sqrt()) or 1.0  # codes and rows train at unit size
+    rows, share = table.float(), weight.double() / weight.double().mean()
+    initial_codes, projection, mean = factors(rows, size, share)
+    # Training is on codes and rows divided by this number.
+    scale = float(initial_codes.square().mean().sqrt()) or 1.0
     generator = torch.Generator().manual_seed(seed)
     inner = torch.randn(size, hidden, generator=generator) / size**0.5
     bias = torch.randn(hidden, generator=generator)
     no_correction = torch.zeros(hidden, table.shape[1])
-    best = narrow, Decoder(projection, inner / unit, bias, no_correction, mean)
-    least_error = squared_error(exact, share, *best)
-    scaled = exact / unit
-    codes = narrow / unit
-    decoder = Decoder(projection, inner, bias, no_correction, mean / unit)
+    best = initial_codes, Decoder(projection, inner / scale, bias, no_correction, mean)
+    least_error = squared_error(rows, share, *best)
+    scaled = rows / scale
+    codes = initial_codes / scale
+    decoder = Decoder(projection, inner, bias, no_correction, mean / scale)
     for trains in (False, True):
         if trains:
-            codes, decoder = _trained(scaled, share, codes, decoder, steps, generator)
+            codes, decoder = _train(scaled, share, codes, decoder, adam_steps, generator)
         decoder = _solve_last_layer(scaled, share, codes, decoder)
-        candidate = codes * unit, _rescaled(decoder, unit)
-        error = squared_error(exact, share, *candidate)
+        candidate = codes * scale, _rescale(decoder, scale)
+        error = squared_error(rows, share, *candidate)
         if error < least_error:
             best, least_error = candidate, error
     return best
 
 
-def _rescaled(decoder: Decoder, unit: float) -> Decoder:
-    """Rescale a decoder of codes and rows of unit size to the size of the table's rows."""
+def _rescale(decoder: Decoder, scale: float) -> Decoder:
+    """Convert a decoder for codes and rows divided by ``scale`` to one for the original size."""
     return Decoder(
         decoder.projection,
-        decoder.inner / unit,
+        decoder.inner / scale,
         decoder.bias,
-        decoder.outer * unit,
-        decoder.mean * unit,
+        decoder.outer * scale,
+        decoder.mean * scale,
     )
 
 
 def _solve_last_layer(table: Tensor, weight: Tensor, codes: Tensor, decoder: Decoder) -> Decoder:
-    """Set the last layer to the least-squares optimum for given codes and hidden layer."""
+    """Replace ``projection``, ``outer`` and ``mean`` by their least-squares optimum.
+
+    The codes and the hidden layer are fixed.
+    """
     size, hidden = decoder.inner.shape
     width = size + hidden + 1
-    left = torch.zeros(width, width, dtype=torch.float64)
+    matrix = torch.zeros(width, width, dtype=torch.float64)
     right = torch.zeros(width, table.shape[1], dtype=torch.float64)
     for begin in range(0, len(table), BLOCK):
         block = slice(begin, begin + BLOCK)
@@ -147,27 +175,27 @@ def _solve_last_layer(table: Tensor, weight: Tensor, codes: Tensor, decoder: Dec
         ones = torch.ones(len(activations), 1)
         inputs = torch.cat([codes[block], activations, ones], dim=1).double()  # (block, width)
         weighted = inputs * weight[block].unsqueeze(1)
-        left += weighted.T @ inputs
+        matrix += weighted.T @ inputs
         right += weighted.T @ table[block].double()
-    # A hidden unit that no row activates has a row of zeros: damping keeps the system solvable.
-    damping = DAMPING * left.diagonal().mean()
-    left.diagonal().add_(damping)
-    last = torch.linalg.solve(left, right).float()
+    # A hidden unit that is zero for all rows would make the matrix singular.
+    damping = DAMPING * matrix.diagonal().mean()
+    matrix.diagonal().add_(damping)
+    last = torch.linalg.solve(matrix, right).float()
     return decoder._replace(projection=last[:size], outer=last[size:-1], mean=last[-1])
 
 
-def _trained(
+def _train(
     table: Tensor,
     weight: Tensor,
     codes: Tensor,
     decoder: Decoder,
-    steps: int,
+    adam_steps: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Decoder]:
-    """Train codes and decoder with Adam and a learning rate that decreases to zero as a cosine.
+    """Train codes and decoder with Adam and a cosine learning rate schedule.
 
-    A batch changes only the codes of its rows, so the cost of a step does not depend on the number
-    of rows.
+    A batch changes only the codes of its rows, so the time of a training step does not depend on
+    the number of rows.
     """
     rows = len(table)
     code_table = torch.nn.Embedding(
@@ -180,11 +208,11 @@ def _trained(
         torch.optim.Adam(parameters, lr=DECODER_RATE),
     ]
     schedules = [
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(steps, 1))
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(adam_steps, 1))
         for optimizer in optimizers
     ]
     order, begin = torch.empty(0, dtype=torch.int64), 0
-    for _ in range(steps):
+    for _ in range(adam_steps):
         if begin + min(rows, BATCH) > len(order):
             order, begin = torch.randperm(rows, generator=generator), 0
         ids = order[begin : begin + BATCH]
@@ -202,7 +230,7 @@ def _trained(
 
 @dataclass(frozen=True)
 class NeuralCodesComposition:
-    """The decoder's five tensors in float32, and part ``codes`` ``(rows, code)``."""
+    """A table composed of the table ``codes`` ``(rows, code)`` and the tensors of ``Decoder``."""
 
     name: str = "neural_codes"
     learned: tuple[str, ...] = Decoder._fields

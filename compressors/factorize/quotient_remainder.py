@@ -1,16 +1,16 @@
 """Quotient-remainder embedding tables: one short table for quotients and one for remainders.
 
 Row ``id`` is ``quotient[id // m]`` plus or times ``remainder[id % m]``, where ``m`` is the setting
-``buckets``. So ``rows`` rows become ``ceil(rows / m) + m``, fewest if ``m`` is about
-``sqrt(rows)``.
+``buckets``. A table of ``rows`` rows becomes two tables with ``ceil(rows / m) + m`` rows in total.
+The total is smallest if ``m`` is about ``sqrt(rows)``.
 
 Paper: Shi et al. 2019, https://arxiv.org/abs/1909.02107 (compositional embeddings, section 2).
 Differs: in the paper both tables are trained from scratch, so training adapts the rows to the
 sharing. Here they are fitted to the rows of a trained table by least squares, with rows weighted by
 their lookup counts if ``weighted`` is set. The ids of a trained table are in arbitrary order, so
-rows that share a quotient or a remainder are not similar, and the error is large if few rows
-remain. Sorting similar rows together would need a map of 4 bytes per id, as many as a row of 8
-numbers takes at 4 bits.
+rows that share a quotient or a remainder are not similar, and the error is large if the two tables
+are much shorter than the original. Rows could be sorted by similarity, but the map from ids to
+sorted rows would take 4 bytes per id, as many as a row of 8 numbers with 4 bits each.
 """
 
 from collections.abc import Mapping
@@ -39,16 +39,17 @@ from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 Operation = Literal["add", "multiply"]
-# Alternating least squares: the largest number of rounds, and the relative gain to stop at.
+
 MAX_ROUNDS, MIN_GAIN = 100, 1e-6
+"""Limits of alternating least squares: number of rounds, and relative gain at which to stop."""
 
 
 @torch.library.custom_op("recpress::divided_by", mutates_args=())
 def divided_by(ids: Tensor, divisor: int) -> Tensor:
     """Divide non-negative int64 ids ``(*)`` by a number and round down.
 
-    This is a custom operator because torch exports floor division as eight ONNX nodes, and
-    truncating division through float32, which cannot represent all integers beyond 2^24.
+    This is a custom operator, because torch exports floor division as eight ONNX nodes. Truncating
+    division is exported with float32 numbers, which cannot represent all integers beyond 2^24.
     """
     return torch.div(ids, divisor, rounding_mode="floor")
 
@@ -61,15 +62,15 @@ def _(ids: Tensor, divisor: int) -> Tensor:
 def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
     """Fit two tables whose rows are added, by least squares.
 
-    Given the shorter table, the normal equations of the longer one are diagonal. So only a system
-    of the shorter table's size is solved (the Schur complement): about ``sqrt(rows)`` rows or
-    fewer. A constant row added to one table and subtracted from the other does not change the sums:
-    each table gets half of the mean.
+    If the shorter table is fixed, the normal equations of the longer one are diagonal. So only a
+    system of the shorter table's size is solved, at most about ``sqrt(rows)`` rows (the Schur
+    complement). A row that is added to all rows of one table and subtracted from those of the other
+    does not change the sums. It is chosen so that each table gets half of the mean row.
 
     Args:
         table: float, ``(rows, dim)``.
         weight: weight of each row's squared error, ``(rows,)``, all positive.
-        buckets: m, at most ``rows``.
+        buckets: the divisor m, at most ``rows``.
 
     Returns:
         ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
@@ -79,9 +80,9 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
     short, long = (1, 0) if buckets <= grid.shape[0] else (0, 1)
     across = grid if short else grid.T  # (long, short)
     scaled = across / weights[long].unsqueeze(1)
-    left = torch.diag(weights[short]) - across.T @ scaled  # (short, short), of rank one less
+    left = torch.diag(weights[short]) - across.T @ scaled  # (short, short), singular
     right = totals[short] - scaled.T @ totals[long]  # (short, dim)
-    # Every row of ``left`` sums to zero, so the solution is unique only if its sum is fixed.
+    # Every row of ``left`` sums to zero. The added constant makes the solution unique.
     constraint = weights[short].mean()
     first = torch.linalg.solve(left + constraint / len(left), right)  # (short, dim)
     second = (totals[long] - across @ first) / weights[long].unsqueeze(1)
@@ -103,7 +104,7 @@ def fit_product(
     Args:
         table: float, ``(rows, dim)``.
         weight: weight of each row's squared error, ``(rows,)``, all positive.
-        buckets: m, at most ``rows``.
+        buckets: the divisor m, at most ``rows``.
         rounds: largest number of rounds; the fit stops early if a round gains almost nothing.
 
     Returns:
@@ -118,7 +119,7 @@ def fit_product(
     weighted[:, :rows] = (table.double() * weight.double().unsqueeze(1)).T
     weighted = weighted.reshape(dim, quotients, buckets)
     noise = torch.randn(buckets, dim, generator=torch.Generator().manual_seed(0))
-    # Noise breaks the symmetry: a dimension whose rows sum to zero would stay at zero otherwise.
+    # Without noise, a dimension whose rows sum to zero would stay at zero.
     remainder = 1 + 0.1 * noise.double()
     explained = 0.0
     for _ in range(rounds):
@@ -127,14 +128,14 @@ def fit_product(
         if new_explained - explained <= MIN_GAIN * new_explained:
             break
         explained = new_explained
-    # The scale of a dimension can move between the tables: both get the same root mean square.
+    # Only the product of the two tables' scales is determined: give both the same root mean square.
     size = [side.square().mean(dim=0).sqrt() for side in (quotient, remainder)]
     factor = torch.where(size[0] * size[1] > 0, size[1] / size[0], 1.0).sqrt()
     return (quotient * factor).float(), (remainder / factor).float()
 
 
 def _optimal_rows(weighted: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor, float]:
-    """The optimal rows of one table for given rows of the other.
+    """Return the optimal rows of one table for given rows of the other.
 
     Args:
         weighted: weight times value of every row, ``(dim, side, other side)``.
@@ -153,11 +154,12 @@ def _optimal_rows(weighted: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor
 def _normal_equations(
     table: Tensor, weight: Tensor, buckets: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The sums in the normal equations.
+    """Compute the sums in the normal equations.
 
     Returns:
-        The weights as a grid ``(quotients, m)``, the weighted sum of all rows ``(dim,)``, and for
-        each side its weighted sums of rows ``(side, dim)`` and of weights ``(side,)``.
+        The weights as a matrix ``(quotients, m)``, the weighted sum of all rows ``(dim,)``, and two
+        pairs with one tensor for each table, whose length is ``side``: weighted sums of rows
+        ``(side, dim)``, and sums of weights ``(side,)``.
     """
     rows, dim = table.shape
     quotients = -(-rows // buckets)
@@ -176,7 +178,7 @@ def _normal_equations(
 
 @dataclass(frozen=True)
 class QuotientRemainderComposition:
-    """Parts ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, nothing else."""
+    """A table composed of ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``."""
 
     name: str = "quotient_remainder"
     learned: tuple[str, ...] = ()
@@ -211,9 +213,9 @@ class QuotientRemainderComposition:
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        whole, buckets = ids.long(), settings["buckets"]
-        first: Tensor = parts["quotient"](torch.ops.recpress.divided_by(whole, buckets))
-        second: Tensor = parts["remainder"](whole % buckets)
+        int64_ids, buckets = ids.long(), settings["buckets"]
+        first: Tensor = parts["quotient"](torch.ops.recpress.divided_by(int64_ids, buckets))
+        second: Tensor = parts["remainder"](int64_ids % buckets)
         return first + second if settings["operation"] == "add" else first * second
 
 
@@ -247,7 +249,7 @@ class QuotientRemainder(ComposingStep):
         return ("train",) if self.weighted else ()
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
-        """Select the tables to split; give a reason for each other table."""
+        """Select the tables to replace; give a reason for each other table."""
 
         def design(rows: int, dim: int) -> Design | Reason:
             buckets = share_or_number(self.buckets or max(1.0, round(rows**0.5)), rows)

@@ -1,4 +1,4 @@
-"""``low_rank`` for tables: the factors have the smallest error, weighted by lookups on request."""
+"""``low_rank``: the factors of a table have the smallest error, optionally weighted by lookups."""
 
 import pytest
 import torch
@@ -20,28 +20,28 @@ def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
 
 
 def error(table: torch.Tensor, rank: int, weight: torch.Tensor) -> float:
-    narrow, projection, mean = factors(table, rank, weight)
-    difference = narrow @ projection + mean - table
+    reduced, projection, mean = factors(table, rank, weight)
+    difference = reduced @ projection + mean - table
     return float((weight * difference.square().sum(dim=1)).sum())
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 30), dim=st.integers(1, 9))
 def test_factors_of_full_rank_reproduce_the_table(seed, rows, dim):
     table = random_normal(seed, rows, dim)
-    narrow, projection, mean = factors(table, dim, torch.ones(rows))
-    # float32 sums of up to nine products of numbers of size one
-    torch.testing.assert_close(narrow @ projection + mean, table, atol=1e-5, rtol=1e-5)
+    reduced, projection, mean = factors(table, dim, torch.ones(rows))
+    # float32 sums of up to nine products of numbers near 1
+    torch.testing.assert_close(reduced @ projection + mean, table, atol=1e-5, rtol=1e-5)
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(5, 30), rank=st.integers(1, 5))
 def test_error_of_factors_equals_the_energy_of_the_discarded_singular_values(seed, rows, rank):
-    """Compared with torch's singular values of the rows minus their mean."""
+    """The reference is torch's singular values of the rows minus their mean."""
     table = random_normal(seed, rows, 6)
-    remaining_energy = (
+    discarded_energy = (
         torch.linalg.svdvals((table - table.mean(dim=0)).double())[rank:].square().sum()
     )
     assert error(table, rank, torch.ones(rows)) == pytest.approx(
-        float(remaining_energy), rel=1e-4, abs=1e-5
+        float(discarded_energy), rel=1e-4, abs=1e-5
     )
 
 
@@ -52,8 +52,8 @@ def test_weighted_factors_have_no_larger_weighted_error_than_unweighted_ones(see
         random_normal(seed + 1, 25, 1).abs().squeeze(1) + 0.01,
     )
     weighted_error = error(table, rank, weight)
-    narrow, projection, mean = factors(table, rank, torch.ones(25))
-    unweighted_error = (weight * (narrow @ projection + mean - table).square().sum(dim=1)).sum()
+    reduced, projection, mean = factors(table, rank, torch.ones(25))
+    unweighted_error = (weight * (reduced @ projection + mean - table).square().sum(dim=1)).sum()
     assert weighted_error <= float(unweighted_error) * (1 + 1e-5)
 
 

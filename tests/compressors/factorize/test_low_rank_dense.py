@@ -1,4 +1,4 @@
-"""``low_rank_dense``: a dense layer becomes two layers, ``reduce`` and ``expand``; later steps."""
+"""``low_rank_dense``: a layer becomes two, ``reduce`` and ``expand``, also for later steps."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def output_error(weight: Tensor, other: Tensor, x: Tensor) -> float:
 
 
 def low_rank_product(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
-    """The product of the two factors, of the shape of ``weight``."""
+    """The product of the two factors, a matrix of the shape of ``weight``."""
     _, directions = principal_outputs(weight, moment)
     reduce, expand = factors(weight, directions, rank)
     return expand.double() @ reduce.double()
@@ -68,14 +68,14 @@ def test_factors_have_the_smallest_output_error_of_all_matrices_of_their_rank(
     rank = data.draw(st.integers(1, min(inputs, outputs)))
     energy, directions = principal_outputs(weight, x.T @ x)
     error = output_error(weight, low_rank_product(weight, x.T @ x, rank), x)
-    whole_energy = float(energy.sum())
-    # the factors are float32
-    assert error == pytest.approx(float(energy[rank:].sum()), abs=1e-10 * whole_energy)
+    total_energy = float(energy.sum())
+    # The factors are float32.
+    assert error == pytest.approx(float(energy[rank:].sum()), abs=1e-10 * total_energy)
     # By Eckart and Young, this is the best approximation of the outputs with that rank.
     left, values, right = torch.linalg.svd(x @ weight.T, full_matrices=False)
     best_outputs = (left[:, :rank] * values[:rank]) @ right[:rank]
     smallest_error = float((x @ weight.T - best_outputs).square().sum())
-    assert error <= smallest_error + 1e-10 * whole_energy
+    assert error <= smallest_error + 1e-10 * total_energy
     torch.testing.assert_close(directions.T @ directions, torch.eye(outputs).double())
 
 
@@ -113,7 +113,7 @@ def test_rank_within_is_the_smallest_rank_within_the_error(values, most_error):
 
 
 class LowRankInputsNet(nn.Module):
-    """The inputs of ``wide`` have rank 3 plus a small part from the table, and a large mean."""
+    """The inputs of ``wide`` have a large mean and nearly rank 3; the table adds a small part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def test_a_rank_equal_to_that_of_the_inputs_hardly_changes_scores_if_weighted(tm
     _, without_data = factorize_reference(
         LOW_RANK_INPUTS, tmp_path / "b", layers=("wide",), rank=3, weighted=False
     )
-    # the remaining error is the part of the table, a hundredth of a percent of the inputs
+    # The remaining error is the part from the table, which is about 1e-4 of the inputs.
     assert relative_change_of_scores(source, result, LOW_RANK_INPUTS) < 0.01
     assert relative_change_of_scores(source, without_data, LOW_RANK_INPUTS) > 0.5
 
@@ -178,11 +178,11 @@ def test_a_layer_whose_rank_saves_no_bytes_is_kept_with_a_reason(tmp_path):
     for line in plan.lines:  # the dry run predicts the bytes of the largest allowed rank
         if predicted.of(line.module) is None:
             continue
-        whole_line = sum(x.bytes_after for x in plan.lines if x.module.startswith(line.module))
+        bytes_of_parts = sum(x.bytes_after for x in plan.lines if x.module.startswith(line.module))
         largest_bytes = sum(
             x.bytes_before for x in predicted.lines if x.module.startswith(line.module)
         )
-        assert whole_line <= largest_bytes
+        assert bytes_of_parts <= largest_bytes
 
 
 def test_plan_lines_of_both_parts_have_the_stored_bytes(tmp_path):
@@ -255,7 +255,7 @@ def test_equalize_scales_between_parts_of_factored_layers(tmp_path):
     _, factored = factorize_reference(CHAIN, tmp_path, layers=("a", "b"))
     result = run(Equalize(), factored, CHAIN.bench(tmp_path / "data"), tmp_path / "equal")
     require_reason(result.plan.of("b.reduce").reasons[:1], "inputs_scaled", maker="a.expand")
-    # float32 products in another order
+    # float32 sums in another order
     assert relative_change_of_scores(factored, result, CHAIN) < 1e-4
 
 
@@ -268,8 +268,7 @@ def test_channels_skips_a_factored_layer_with_a_reason(tmp_path):
 
 
 def test_pruning_another_width_keeps_factored_layers(tmp_path):
-    """The factored layer reads and writes other channels than the pruned ones."""
-
+    """The input and output channels of the factored layer are not the pruned ones."""
     reference = Reference(ResidualConcatNet, SCHEMA, {"left": 16, "right": 24, "deep": 32})
     bench = reference.bench(tmp_path / "data")
     factored = run(LowRankDense(layers=("again",)), reference.model(), bench, tmp_path / "0")
@@ -281,7 +280,7 @@ def test_pruning_another_width_keeps_factored_layers(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-def test_a_graph_computes_what_the_module_computes(target: TargetName, tmp_path):
+def test_the_graph_of_factored_layers_has_the_scores_of_its_module(target: TargetName, tmp_path):
     bench = COMPACT.bench(tmp_path / "data")
     model = run(LowRankDense(), COMPACT.model(), bench, tmp_path / "0")
     model = run(StaticInt8(), model, bench, tmp_path / "1")
@@ -292,7 +291,7 @@ def test_a_graph_computes_what_the_module_computes(target: TargetName, tmp_path)
     check_parity(graph.in_torch(inputs), graph.in_onnx(inputs), model.plan, target)
     if target == "onnxruntime":
         report = audit(optimized_graph(path), model.plan, lowered.tables)
-        assert report.int8_products == 9  # four layers of two parts each, and ``out``
+        assert report.int8_products == 9  # four factored layers with two products each, and ``out``
         assert np.isfinite(graph.in_onnx(inputs)).all()
 
 

@@ -48,18 +48,18 @@ def test_hashes_and_signs_equal_those_of_python_integers(ids, seed, buckets, has
 
 
 def test_two_ids_collide_with_probability_one_over_buckets():
-    """The family is universal: over random functions, two ids collide in 1 / ``buckets``."""
-    buckets, functions = 50, 20_000
-    functions_drawn = coefficients(functions, 3, signed=True)
+    """The hash functions are a universal family: two ids collide in 1 / ``buckets`` of them."""
+    buckets, count = 50, 20_000
+    functions = coefficients(count, 3, signed=True)
     for pair in ((0, 1), (7, 57), (0, PRIME - 1)):
-        buckets_of_ids = hash_ids(torch.tensor(pair), functions_drawn, buckets)
+        buckets_of_ids = hash_ids(torch.tensor(pair), functions, buckets)
         collision_rate = float((buckets_of_ids[0] == buckets_of_ids[1]).float().mean())
-        # four standard deviations of a share of 1/50 in 20,000
-        assert abs(collision_rate - 1 / buckets) < 4 * (0.02 * 0.98 / functions) ** 0.5
+        # four standard deviations of a share of 1/50 in 20,000 functions
+        assert abs(collision_rate - 1 / buckets) < 4 * (0.02 * 0.98 / count) ** 0.5
         equal_sign_rate = float(
-            (hash_signs(torch.tensor(pair), functions_drawn).prod(dim=0) > 0).float().mean()
+            (hash_signs(torch.tensor(pair), functions).prod(dim=0) > 0).float().mean()
         )
-        assert abs(equal_sign_rate - 0.5) < 4 * (0.25 / functions) ** 0.5
+        assert abs(equal_sign_rate - 0.5) < 4 * (0.25 / count) ** 0.5
 
 
 @given(
@@ -73,7 +73,7 @@ def test_two_ids_collide_with_probability_one_over_buckets():
 def test_fit_has_the_error_of_the_least_squares_solution(
     seed, rows, buckets, hashes, signed, has_equal_weights
 ):
-    """Compared with torch's least squares for the whole system, including the mean."""
+    """The reference is torch's least squares for the whole system, including the mean."""
     table = random_normal(seed, rows) + 1
     weight = (
         torch.ones(rows).double()
@@ -96,9 +96,9 @@ def test_fit_has_the_error_of_the_least_squares_solution(
     fitted = fit(table, weight, functions, buckets)
     solution_of_fit = torch.cat([fitted.buckets, fitted.mean.unsqueeze(0)]).double()
     error = float((root * (system @ solution_of_fit - table)).square().sum())
-    # the solver stops at a millionth of the residual, and results are float32
+    # The solver stops at a relative residual of 1e-6, and results are float32.
     assert error == pytest.approx(smallest_error, rel=1e-6, abs=1e-10 * float(weight.sum()))
-    # ``error`` is a difference of sums of squares as large as those of the rows
+    # ``error`` is a difference of large sums of squares, so it has rounding errors.
     assert fitted.error * float(weight.sum()) == pytest.approx(
         smallest_error, rel=1e-6, abs=1e-10 * float(weight.sum())
     )
@@ -112,7 +112,7 @@ def test_fit_in_blocks_of_rows_equals_fit_at_once(seed, rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressors.factorize.multi_hash.BLOCK", 3)
         in_blocks = fit(table, weight, functions, 7)
-    # the same sums in another order, in float64
+    # float64 sums in another order
     torch.testing.assert_close(in_blocks.buckets, at_once.buckets, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(in_blocks.mean, at_once.mean, rtol=1e-4, atol=1e-5)
     assert in_blocks.error == pytest.approx(at_once.error, rel=1e-6, abs=1e-10)
@@ -156,7 +156,7 @@ def test_multi_hash_skips_a_table_that_would_grow(tmp_path):
     step = MultiHash(buckets=30)
     result = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
     require_reason(result.plan.of("user").reasons, "hashed_rows", buckets=30, hashes=2)
-    # as many rows as before, plus functions and a mean
+    # The buckets have as many rows as the table; the functions and the mean are added.
     require_reason(result.plan.of("tags").reasons, "not_smaller_composed", before=720, after=776)
 
 

@@ -18,7 +18,7 @@ from compressors.factorize.quotient_remainder import (
 )
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
-tables = given(
+given_tables = given(
     seed=st.integers(0, 10**6),
     rows=st.integers(2, 40),
     share=st.floats(0, 1),
@@ -31,7 +31,7 @@ def random_normal(seed: int, rows: int, dim: int = 3) -> Tensor:
 
 
 def random_weights(seed: int, rows: int, *, has_equal_weights: bool) -> Tensor:
-    """Float64 ``(rows,)``: ones, or weights over four powers of ten, as lookups have."""
+    """Weights of rows, float64: ones, or numbers as different as lookup counts."""
     if has_equal_weights:
         return torch.ones(rows, dtype=torch.float64)
     return 10 ** (2 * random_normal(seed + 1, rows, 1).squeeze(1).double())
@@ -41,20 +41,21 @@ def buckets_of(rows: int, share: float) -> int:
     return 1 + round(share * (rows - 1))
 
 
-def combined_rows(sides: tuple[Tensor, Tensor], rows: int, operation: str) -> Tensor:
-    ids, buckets = torch.arange(rows), len(sides[1])
-    first, second = sides[0][ids // buckets].double(), sides[1][ids % buckets].double()
+def combined_rows(tables: tuple[Tensor, Tensor], rows: int, operation: str) -> Tensor:
+    """The rows that a quotient table and a remainder table represent, float64."""
+    ids, buckets = torch.arange(rows), len(tables[1])
+    first, second = tables[0][ids // buckets].double(), tables[1][ids % buckets].double()
     return first + second if operation == "add" else first * second
 
 
-def error(table: Tensor, weight: Tensor, sides: tuple[Tensor, Tensor], operation: str) -> float:
-    difference = combined_rows(sides, len(table), operation) - table
+def error(table: Tensor, weight: Tensor, fitted: tuple[Tensor, Tensor], operation: str) -> float:
+    difference = combined_rows(fitted, len(table), operation) - table
     return float((weight * difference.square().sum(dim=1)).sum())
 
 
-@tables
+@given_tables
 def test_fit_sum_has_the_error_of_the_least_squares_solution(seed, rows, share, has_equal_weights):
-    """Compared with torch's least squares for the whole system of equations."""
+    """The reference is torch's least squares for the whole system of equations."""
     table, weight = (
         random_normal(seed, rows),
         random_weights(seed, rows, has_equal_weights=has_equal_weights),
@@ -68,7 +69,7 @@ def test_fit_sum_has_the_error_of_the_least_squares_solution(seed, rows, share, 
     solution = torch.linalg.lstsq(root * system, root * table.double(), driver="gelsd").solution
     smallest_error = float((root * (system @ solution - table)).square().sum())
     fitted_error = error(table, weight, fit_sum(table, weight, buckets), "add")
-    # results are float32: 2^-24 of rows of size one, squared, times the weights
+    # Results are float32: rows near 1 have errors of 2^-24, which are squared and weighted.
     assert fitted_error == pytest.approx(smallest_error, rel=1e-6, abs=1e-11 * float(weight.sum()))
 
 
@@ -86,9 +87,9 @@ def test_fit_sum_reproduces_a_table_of_sums(seed, rows):
 
 @given(seed=st.integers(0, 10**6), quotients=st.integers(1, 12), buckets=st.integers(1, 12))
 def test_fit_product_reproduces_a_table_of_products(seed, quotients, buckets):
-    """Every pair of quotient and remainder occurs and weights are equal.
+    """Each pair of quotient and remainder has a row, and weights are equal.
 
-    Otherwise alternating least squares may stop before it finds the product.
+    Otherwise alternating least squares may stop at another result.
     """
     rows = quotients * buckets
     table = combined_rows(
@@ -99,7 +100,7 @@ def test_fit_product_reproduces_a_table_of_products(seed, quotients, buckets):
     assert error_of_fit < 1e-10 * float(table.double().square().sum())  # float32, squared
 
 
-@tables
+@given_tables
 def test_rounds_of_fit_product_never_increase_the_error(seed, rows, share, has_equal_weights):
     table, weight = (
         random_normal(seed, rows),
@@ -117,7 +118,7 @@ def test_rounds_of_fit_product_never_increase_the_error(seed, rows, share, has_e
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(6, 40))
 def test_fit_product_converges_to_the_best_rank_one_approximation(seed, rows):
-    """Each dimension is a matrix of quotients by remainders, compared by its singular values."""
+    """Each dimension is a matrix of quotients and remainders; singular values are compared."""
     buckets = 3
     table = random_normal(seed, rows // buckets * buckets)
     grid = table.reshape(-1, buckets, 3).permute(2, 0, 1).double()
@@ -125,8 +126,8 @@ def test_fit_product_converges_to_the_best_rank_one_approximation(seed, rows):
     smallest_error = float(spectrum[:, 1:].square().sum())
     weight = torch.ones(len(table), dtype=torch.float64)
     fitted_error = error(table, weight, fit_product(table, weight, buckets, 2000), "multiply")
-    # Rounds stop when one lowers the error by less than a millionth. If the first two singular
-    # values are close, a small error remains.
+    # The fit stops when a round lowers the error by less than a millionth. If the first two
+    # singular values are close, a small difference to the optimum remains.
     assert (
         smallest_error * (1 - 1e-6)
         <= fitted_error
@@ -136,8 +137,8 @@ def test_fit_product_converges_to_the_best_rank_one_approximation(seed, rows):
 
 @given(ids=st.lists(st.integers(0, 2**62), min_size=1), divisor=st.integers(1, 2**31))
 def test_divided_by_is_exact_for_ids_above_the_exact_range_of_floats(ids, divisor):
-    fitted_error = divided_by(torch.tensor(ids), divisor)
-    assert fitted_error.tolist() == [number // divisor for number in ids]
+    result = divided_by(torch.tensor(ids), divisor)
+    assert result.tolist() == [number // divisor for number in ids]
 
 
 @pytest.mark.parametrize(
@@ -158,10 +159,10 @@ def test_buckets_is_the_square_root_a_share_or_a_number(buckets_setting, part_ro
         -(-300 // part_rows[1]),
         part_rows[1],
     )
-    combined_rows = require_reason(
+    reason = require_reason(
         result.plan.of("item").reasons, "quotient_and_remainder", operation="add"
     )
-    assert (combined_rows.fields["quotients"], combined_rows.fields["buckets"]) == (
+    assert (reason.fields["quotients"], reason.fields["buckets"]) == (
         -(-300 // part_rows[1]),
         part_rows[1],
     )
