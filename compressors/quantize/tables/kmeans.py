@@ -58,9 +58,7 @@ def fit(
     max_rows = max(FITTED_VALUES // table.shape[1], 1)
     rows = sample_rows(table, max_rows)
     if weight is not None and len(table) > max_rows:
-        raise ValueError(
-            f"rows are weighted in tables of at most {max_rows} rows; got {len(table)}"
-        )
+        raise ValueError(f"Expected row weights for at most {max_rows} rows, got {len(table)}.")
     counts = torch.ones(len(rows)) if weight is None else weight
     scale = torch.ones(len(rows), 1)
     if scale_type != "none":

@@ -43,11 +43,11 @@ def error(table: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
 @given(seed=st.integers(0, 10**6), books=st.integers(1, 3), rows=st.integers(1, 20))
 def test_encode_with_a_beam_of_all_sums_finds_the_smallest_error(seed, books, rows):
     table, codebook = random_normal(seed, rows, 5), random_normal(seed + 1, books * 3, 5)
-    every = torch.tensor(list(itertools.product(range(3), repeat=books)), dtype=torch.uint8)
-    sums = decode(every, codebook)  # (3 ** books, dim)
+    all_codes = torch.tensor(list(itertools.product(range(3), repeat=books)), dtype=torch.uint8)
+    sums = decode(all_codes, codebook)  # (3 ** books, dim)
     best = torch.cdist(table.double(), sums.double()).square().amin(dim=1)
     result = error(table, encode(table, codebook, books, beam=3**books), codebook)
-    # float32 sums of squares of numbers of size one; two codes may have almost equal errors
+    # float32 sums of squares of numbers near 1; two codes may have almost equal errors
     torch.testing.assert_close(result.double(), best, atol=1e-4, rtol=1e-4)
 
 
@@ -78,7 +78,8 @@ def test_fit_has_a_smaller_error_than_residual_and_plain_additive_codes(seed):
     table, weight = clustered_rows(400, 10, seed), torch.ones(400)
     _, errors = fit(table, weight, 4, 8)
     error_of_residual_codes = residual_codes.fit(table, 4, 8, refine=8).errors[-1]
-    # In five tables, the error was 0.72 to 0.79 of the first and 0.78 to 0.84 of the second.
+    # For five tables, the error was 0.72 to 0.79 of that of residual fitting, and 0.78 to 0.84 of
+    # that of additive codes without noise and beam search.
     assert min(errors) < 0.85 * errors[0]
     assert min(errors) < 0.9 * error_of_residual_codes
 
@@ -87,44 +88,45 @@ def test_fit_returns_the_codebook_of_the_best_round_not_of_the_last():
     table, weight = clustered_rows(200, 8), torch.rand(200) + 0.1
     codebook, errors = fit(table, weight, 3, 4, rounds=1, shake=3.0)
     assert errors[1] > 2 * errors[0]  # noise three times as large as the entries
-    lost = (error(table, encode(table, codebook, 3, 16), codebook) * weight).sum()
-    assert float(lost) == pytest.approx(errors[0], rel=1e-4)
+    weighted_error = (error(table, encode(table, codebook, 3, 16), codebook) * weight).sum()
+    assert float(weighted_error) == pytest.approx(errors[0], rel=1e-4)
 
 
 def test_rounds_lower_the_weighted_error():
-    """With rounds that ignored weights it would not fall: residual fitting is already weighted."""
+    """Rounds that ignore weights would not lower it, because residual fitting has weights too."""
     table, weight = random_normal(3, 300, 8), torch.ones(300)
     weight[:30] = 50
     _, errors = fit(table, weight, 2, 8)
-    assert min(errors) < 0.9 * errors[0]  # 0.84
+    assert min(errors) < 0.9 * errors[0]  # 0.84 was measured
 
 
 @given(seed=st.integers(0, 10**6), size=st.sampled_from([1e-4, 1.0, 1e3]))
 def test_fit_has_the_same_relative_error_for_a_table_multiplied_by_a_constant(seed, size):
-    """Trained tables have weights of any size; neither damping nor noise may depend on it."""
+    """Trained tables have weights of any size; damping and noise must be relative to it."""
     table, weight = clustered_rows(60, 5, seed), torch.ones(60)
     first, _ = fit(table, weight, 2, 4, rounds=5)
     second, _ = fit(table * size, weight, 2, 4, rounds=5)
-    first_error = error(table, encode(table, first, 2, 8), first).sum()
+    single_row = error(table, encode(table, first, 2, 8), first).sum()
     second_error = error(table * size, encode(table * size, second, 2, 8), second).sum() / size**2
     # rounding may change codes
-    assert float(second_error) == pytest.approx(float(first_error), rel=0.05, abs=1e-6)
+    assert float(second_error) == pytest.approx(float(single_row), rel=0.05, abs=1e-6)
 
 
 def test_rows_of_larger_weight_have_a_smaller_error_than_with_equal_weights():
     table = random_normal(3, 300, 8)
     weight = torch.ones(300)
     weight[:30] = 50
-    for_all, _ = fit(table, torch.ones(300), 2, 8)
-    for_some, _ = fit(table, weight, 2, 8)
-    lost = [
-        error(table, encode(table, book, 2, 16), book)[:30].sum() for book in (for_all, for_some)
+    unweighted, _ = fit(table, torch.ones(300), 2, 8)
+    weighted, _ = fit(table, weight, 2, 8)
+    errors = [
+        error(table, encode(table, codebook, 2, 16), codebook)[:30].sum()
+        for codebook in (unweighted, weighted)
     ]
-    assert lost[1] < 0.6 * lost[0]
+    assert errors[1] < 0.6 * errors[0]
 
 
 @given(seed=st.integers(0, 10**6))
-def test_squared_error_after_stretch_is_the_error_weighted_by_the_sensitivity(seed):
+def test_squared_error_after_the_weighting_matrix_is_the_error_weighted_by_sensitivity(seed):
     gradients, difference = random_normal(seed, 40, 5).double(), random_normal(seed + 1, 3, 5)
     matrix = gradients.T @ gradients
     identity = torch.eye(5, dtype=torch.float64) * matrix.diagonal().mean()
@@ -146,7 +148,7 @@ def test_lookup_weight_is_a_power_of_the_lookups_and_positive_without_lookups():
 
 
 def test_sensitivity_equals_sums_of_torchs_squared_output_gradients(tmp_path):
-    """The expected sums are those of torch's gradients, one row of the data at a time."""
+    """The expected sums are computed with autograd, one data row at a time."""
     model, bench = NORMED.model(), NORMED.bench(tmp_path)
     assert bench.train is not None
     table = model.module.user
@@ -155,11 +157,11 @@ def test_sensitivity_equals_sums_of_torchs_squared_output_gradients(tmp_path):
     rows = batch.inputs
     columns, by_row = torch.zeros(6, 6), torch.zeros(15)
     for index in range(len(rows["user"])):
-        first_error = {name: tensor[index : index + 1] for name, tensor in rows.items()}
-        (gradient,) = torch.autograd.grad(model.module(**first_error).sum(), table.weight)
-        row = gradient[first_error["user"]].squeeze(0)
+        single_row = {name: tensor[index : index + 1] for name, tensor in rows.items()}
+        (gradient,) = torch.autograd.grad(model.module(**single_row).sum(), table.weight)
+        row = gradient[single_row["user"]].squeeze(0)
         columns += torch.outer(row, row)
-        by_row[first_error["user"]] += row.square().sum()
+        by_row[single_row["user"]] += row.square().sum()
     torch.testing.assert_close(result.columns.float(), columns, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(result.rows.float(), by_row, rtol=1e-4, atol=1e-7)
     assert result.lookups == len(rows["user"])
@@ -171,22 +173,25 @@ def test_additive_codes_are_stored_as_residual_codes_with_the_expected_bytes(tmp
     packed = run(step, model, bench, tmp_path / "out")
     unit = next(unit for unit in Unit.of(packed.module) if unit.name == "item")
     assert unit.format == "residual_codes"
-    assert unit.bytes == 300 * 2 + 3 * 16 * 7 * 2  # three nibbles a row, padded; float16 entries
+    assert unit.bytes == 300 * 2 + 3 * 16 * 7 * 2  # 3 codes of 4 bits, padded; float16 entries
 
 
 def test_training_rows_are_required_only_for_lookup_counts_or_gradients(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
-    bare = Bench(signature=bench.signature)
-    for needing in (AdditiveCodes(), AdditiveCodes(traffic=0), AdditiveCodes(sensitive=False)):
+    bench_without_rows = Bench(signature=bench.signature)
+    for step in (AdditiveCodes(), AdditiveCodes(traffic=0), AdditiveCodes(sensitive=False)):
         with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
-            run(needing, model, bare, tmp_path / "refused")
-    error_of_residual_codes = AdditiveCodes(traffic=0, sensitive=False, rounds=1)
-    packed = run(error_of_residual_codes, model, bare, tmp_path / "out")
+            run(step, model, bench_without_rows, tmp_path / "refused")
+    unweighted_step = AdditiveCodes(traffic=0, sensitive=False, rounds=1)
+    packed = run(unweighted_step, model, bench_without_rows, tmp_path / "out")
     assert not any(isinstance(part, nn.Embedding) for part in packed.module.modules())
 
 
 def test_plan_skips_a_table_whose_codes_would_take_more_bytes(tmp_path):
-    """Nine rows of six numbers, 216 bytes; 16 codebooks of two entries are 384, codes 36."""
+    """``city`` has nine rows of six numbers: 216 bytes.
+
+    The 16 codebooks of two float16 entries would take 384 bytes, the codes 36.
+    """
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     choices = AdditiveCodes(codebooks=16).plan(model, bench).decisions
     assert not choices["city"].selected
@@ -214,6 +219,6 @@ def test_of_several_draws_the_fit_with_the_best_validation_metric_is_used(tmp_pa
 
     qualities = [quality_with_draws(draws) for draws in (1, 2, 6)]
     assert qualities == sorted(qualities)
-    assert qualities[-1] > qualities[0]  # fits with so much noise differ
+    assert qualities[-1] > qualities[0]  # with this much noise, fits differ
     assert step.needs == ("train",)
     assert AdditiveCodes(draws=2).needs == ("train", "validation")

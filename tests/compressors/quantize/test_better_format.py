@@ -84,13 +84,14 @@ def test_best_format_selects_the_most_precise_format_that_is_no_larger(step: Tab
                 )
 
 
-# Methods that keep formats have two sizes only, as some of them export the network, which is slow.
+# Methods with the effect "values" keep all formats. Some of them export the network, which is slow,
+# so they are tested with only two sizes.
 SIZES = tuple(itertools.product((1, 2, 5, 16), (1, 2, 17, 100)))
 SIZES_OF_VALUES = ((1, 1), (16, 100))
 
 
 def size_cases() -> list[Any]:
-    """Each method with every size of table; methods that keep formats with only two sizes."""
+    """Each method with its table sizes ``(dim, rows)``, as parameters of a test."""
     cases = []
     for method in METHODS:
         if method in (Tiers, Recalibrate):
@@ -107,7 +108,7 @@ def size_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("method", "sizes"), size_cases())
 def test_no_step_increases_the_bytes_of_a_network_or_of_a_unit(method, sizes) -> None:
-    """Except ``tiers`` and ``recalibrate``, which add a row map and an output map."""
+    """``tiers`` and ``recalibrate`` are excluded, because they add a row map and an output map."""
     step = default_step(method)
     for dim, rows in sizes:
         source = network(rows, dim).model()
@@ -146,4 +147,4 @@ def test_a_table_beyond_float16_is_stored_in_an_integer_format(tmp_path: Path) -
     assert result.plan is not None
     line = result.plan.of("table")
     assert line is not None
-    assert line.format == "rowwise_int8"  # as many bytes as int4, and better
+    assert line.format == "rowwise_int8"  # as many bytes as int4, and more precise

@@ -14,7 +14,7 @@ from compressors.quantize.tables.bfloat16 import BFloat16
 @given(table=tables(largest=3e38))
 def test_rounding_error_is_at_most_half_the_last_of_eight_bits(table):
     decoded = encode_table(BFloat16(), table)(torch.arange(len(table)))
-    # Half of the last of 8 significant bits; below float32's normal numbers the steps are even.
+    # Half of the last of 8 significant bits. Subnormal numbers are evenly spaced by 2^-133.
     assert torch.all((decoded - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
 
 
@@ -35,13 +35,14 @@ def test_lookup_accepts_ids_of_any_shape(shape):
 
 
 def test_op_passes_opcheck_and_its_gradient_equals_plain_torch():
-    ids, by = torch.tensor([[0, 5, 5], [2, 1, 0]]), random_normal(6, 4).reshape(2, 3, 4)
+    ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
+    output_gradient = random_normal(6, 4).reshape(2, 3, 4)
     of_op, of_torch = (random_normal(6, 4).to(torch.bfloat16).requires_grad_() for _ in range(2))
     op = torch.ops.recpress.bfloat16_table
     torch.library.opcheck(op.default, (of_op, ids))
-    (op(of_op, ids) * by).sum().backward()
-    (of_torch.float()[ids] * by).sum().backward()
-    # one bfloat16 rounding
+    (op(of_op, ids) * output_gradient).sum().backward()
+    (of_torch.float()[ids] * output_gradient).sum().backward()
+    # The gradients are rounded to bfloat16 once.
     torch.testing.assert_close(of_op.grad, of_torch.grad, rtol=1e-2, atol=0)
     assert not of_op.grad[3].any()
     assert of_op.grad.abs().sum() > 0

@@ -40,10 +40,10 @@ def test_op_computes_a_linear_layer_in_float32(shape):
 def test_op_passes_opcheck_and_its_gradients_equal_plain_torch():
     leaves = (torch.randn(2, 3, 6), torch.randn(4, 6).bfloat16(), torch.randn(4).bfloat16())
     torch.library.opcheck(OP.default, tuple(leaf.clone().requires_grad_() for leaf in leaves))
-    up = torch.randn(2, 3, 4)
+    output_gradient = torch.randn(2, 3, 4)
     of_op, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
-    (OP(*of_op) * up).sum().backward()
-    (F.linear(plain[0], plain[1].float(), plain[2].float()) * up).sum().backward()
+    (OP(*of_op) * output_gradient).sum().backward()
+    (F.linear(plain[0], plain[1].float(), plain[2].float()) * output_gradient).sum().backward()
     for result, expected in zip(of_op, plain, strict=True):
         # gradients of bfloat16 leaves are rounded to 8 bits
         torch.testing.assert_close(result.grad, expected.grad, rtol=1e-2, atol=1e-2)
@@ -59,7 +59,7 @@ def test_rounding_error_is_at_most_half_the_last_of_eight_bits(table):
     step = BFloat16Dense(layers=("hidden",))
     applied = planned_and_applied(step, model, Bench(signature=RANKER.signature))
     result = applied.model.module.hidden.weight.float()
-    # Half of the last of 8 significant bits; below float32's normal numbers the steps are even.
+    # Half of the last of 8 significant bits. Subnormal numbers are evenly spaced by 2^-133.
     assert torch.all((result - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
 
 
@@ -87,7 +87,7 @@ def test_every_dense_layer_is_stored_in_two_bytes_per_number(tmp_path):
     assert {line.format for line in lines} == {"bfloat16"}
     assert has_bfloat16_products(result.plan)
     assert not has_bfloat16_products(RANKER.model().plan)
-    for line in lines:  # two bytes per number, also for layers without bias, which get one
+    for line in lines:  # a layer without bias gets a bias of zeros
         layer = RANKER.model().module.get_submodule(line.module)
         assert line.bytes_after == 2 * (layer.weight.numel() + layer.out_features)
 
@@ -134,7 +134,7 @@ def test_onnxruntime_graph_stores_bfloat16_weights_and_no_float32_copy():
 
 
 def test_onnxruntime_cannot_run_the_bfloat16_graph_of_tensorrt(tmp_path):
-    """Therefore the graph for ONNX Runtime has another form."""
+    """ONNX Runtime has no bfloat16 Gemm on CPU, so its graph multiplies in float32."""
     with raises_code(
         BuildRefused,
         "onnxruntime_graph_refused",
@@ -144,14 +144,15 @@ def test_onnxruntime_cannot_run_the_bfloat16_graph_of_tensorrt(tmp_path):
 
 
 def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_path):
+    """``write_checkable`` rewrites a TensorRT graph so that ONNX Runtime can compute its scores."""
     random = np.random.default_rng(0)
     weight = torch.from_numpy(random.standard_normal((3, 8)).astype(np.float32)).bfloat16()
     bias = torch.from_numpy(random.standard_normal(3).astype(np.float32)).bfloat16()
-    bfloat16_weights = [
+    initializers = [
         onnx.helper.make_tensor(name, TensorProto.BFLOAT16, list(t.shape), t.float().flatten())
         for name, t in (("w", weight), ("b", bias))
     ]
-    plain = onnx.numpy_helper.from_array(np.eye(8, dtype=np.float32), "eye")
+    identity = onnx.numpy_helper.from_array(np.eye(8, dtype=np.float32), "eye")
     nodes = [
         onnx.helper.make_node("Gemm", ["x", "eye"], ["same"]),
         onnx.helper.make_node("Cast", ["same"], ["short"], to=TensorProto.BFLOAT16),
@@ -162,7 +163,7 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
         onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
         for name, width in (("x", 8), ("y", 3))
     ]
-    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [*bfloat16_weights, plain])
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [*initializers, identity])
     opset = [onnx.helper.make_opsetid("", 21)]
     onnx.save(
         onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "g.onnx"
@@ -170,11 +171,11 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
     write_checkable(tmp_path / "g.onnx", tmp_path / "c.onnx")
     x = random.standard_normal((50, 8)).astype(np.float32)
     result = Session(tmp_path / "c.onnx", 1).scores({"x": x})
-    float32_weights = F.linear(torch.from_numpy(x).bfloat16().float(), weight.float(), bias.float())
-    # Sums in another order may round to the neighbouring number, one of 8 bits.
-    np.testing.assert_allclose(result, float32_weights.bfloat16().float().numpy(), rtol=2.0**-7)
+    product = F.linear(torch.from_numpy(x).bfloat16().float(), weight.float(), bias.float())
+    # Sums in another order may round to the neighbouring bfloat16 number.
+    np.testing.assert_allclose(result, product.bfloat16().float().numpy(), rtol=2.0**-7)
     assert np.array_equal(result, torch.from_numpy(result).bfloat16().float().numpy())
-    assert not np.array_equal(result, float32_weights.numpy())
+    assert not np.array_equal(result, product.numpy())
 
 
 @pytest.mark.parametrize("reference", ["Compact", "Attention", "Normed"])

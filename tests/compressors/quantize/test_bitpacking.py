@@ -38,7 +38,7 @@ def test_width_of_is_the_smallest_stored_width_for_the_levels(levels, width):
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
 def test_packed_planes_are_consecutive_codes_with_the_first_plane_in_the_lowest_bits(count, width):
-    """The order that graphs unpack in, written out."""
+    """Exported graphs unpack codes in this order."""
     codes = torch.arange(count, dtype=torch.uint8).reshape(1, count) % 4
     packed = pack(codes, width)[0]
     planes = [(packed >> shift) & ((1 << width) - 1) for shift in range(0, 8, width)]

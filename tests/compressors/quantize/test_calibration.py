@@ -55,13 +55,13 @@ def test_histogram_does_not_depend_on_how_rows_are_split_into_batches(x, cut):
 
 @given(x=values)
 def test_histogram_counts_every_value_in_its_bin(x):
-    histogram, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
-    assert histogram.zeros == int((size == 0).sum())
-    bin_index = np.floor(size[size > 0] / histogram.width).astype(np.int64)
+    histogram, magnitude = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+    assert histogram.zeros == int((magnitude == 0).sum())
+    bin_index = np.floor(magnitude[magnitude > 0] / histogram.width).astype(np.int64)
     assert np.array_equal(histogram.counts.numpy(), np.bincount(bin_index, minlength=BINS))
-    assert float(histogram.largest) == size.max()
-    # At least half of the bins are used, except for very small numbers.
-    assert size.max() < 2.0**-100 or BINS // 2 < histogram.count_used_bins() <= BINS
+    assert float(histogram.largest) == magnitude.max()
+    # The values reach at least half of the bins, except if all are very small.
+    assert magnitude.max() < 2.0**-100 or BINS // 2 < histogram.count_used_bins() <= BINS
 
 
 def test_histogram_accepts_empty_tensors_and_reports_a_nonfinite_largest_value():
@@ -76,18 +76,18 @@ def test_histogram_accepts_empty_tensors_and_reports_a_nonfinite_largest_value()
 
 @given(x=values, share=st.sampled_from([0.6, 0.9, 0.999, 1.0]))
 def test_percentile_is_the_smallest_bin_edge_with_its_share_of_values_inside(x, share):
-    histogram, size = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
+    histogram, magnitude = histogram_of(torch.from_numpy(x)), np.abs(x.astype(np.float64))
     end = calibrators.percentile(histogram, share)
-    assert (size <= end).mean() >= share or size.max() == 0
-    fewer = (size < end - histogram.width).mean()
-    assert fewer < share or end <= histogram.width
-    assert end <= size.max() or size.max() == 0
+    assert (magnitude <= end).mean() >= share or magnitude.max() == 0
+    share_below_previous_edge = (magnitude < end - histogram.width).mean()
+    assert share_below_previous_edge < share or end <= histogram.width
+    assert end <= magnitude.max() or magnitude.max() == 0
     if share == 1:
-        assert end == size.max()
+        assert end == magnitude.max()
 
 
-def rounded(x: Tensor, end: float) -> float:
-    """Squared error of int8 inputs whose range has this end."""
+def rounding_error(x: Tensor, end: float) -> float:
+    """Squared error of int8 inputs whose range ends at ``end``."""
     scale = torch.tensor(end / LEVELS)
     return float((quantize(x, scale) * scale - x).double().square().sum())
 
@@ -97,7 +97,7 @@ SHAPES: dict[str, Callable[[torch.Generator], Tensor]] = {
     "relu": lambda g: torch.randn(20_000, generator=g).relu(),
     "laplace": lambda g: torch.empty(20_000).exponential_(generator=g) * 3,
     "cubed": lambda g: torch.randn(20_000, generator=g) ** 3,
-    "one far": lambda g: torch.cat([torch.randn(200_000, generator=g), torch.tensor([25.0])]),
+    "one outlier": lambda g: torch.cat([torch.randn(200_000, generator=g), torch.tensor([25.0])]),
 }
 
 
@@ -108,13 +108,13 @@ def test_least_squares_range_has_at_most_2_percent_more_error_than_the_best(shap
     histogram = histogram_of(x)
     end = calibrators.least_squares(histogram)
     largest = float(histogram.largest)
-    best = min(rounded(x, share * largest) for share in np.linspace(0.05, 1, 96))
-    # The calibrator estimates errors, assuming that inputs are uniform within a step.
-    assert rounded(x, end) <= 1.02 * best
+    best = min(rounding_error(x, share * largest) for share in np.linspace(0.05, 1, 96))
+    # The calibrator estimates errors, assuming that inputs are uniform between two levels.
+    assert rounding_error(x, end) <= 1.02 * best
 
 
 def naive_divergence(counts: np.ndarray, end: int) -> float:
-    """Migacz's pseudocode written out with loops, for bin counts without the zeros."""
+    """The divergence of a range by Migacz's pseudocode, from bin counts without zeros."""
     p = counts[:end].astype(np.float64)
     p[-1] += counts[end:].sum()
     groups: dict[int, list[int]] = {}
@@ -156,12 +156,12 @@ def test_entropy_range_has_the_least_divergence_of_a_naive_reference(seed, power
 @pytest.mark.parametrize("value", [1e-44, 2.0**-101, 1.0, 4.0, 3e38])
 def test_inputs_of_one_absolute_value_are_inside_the_range(rule, value):
     ends = {
-        "percentile": lambda found: calibrators.percentile(found, 0.999),
+        "percentile": lambda histogram: calibrators.percentile(histogram, 0.999),
         "least_divergence": calibrators.least_divergence,
         "least_squares": calibrators.least_squares,
     }
     x = torch.tensor([value, -value, value])
-    # Least squares assumes uniform values within a bin, so it may clip up to a bin.
+    # Least squares assumes uniform values within a bin, so it may clip by up to one bin.
     tolerance = value / BINS * 2 if rule == "least_squares" else 0
     assert float(x[0]) - tolerance <= ends[rule](histogram_of(x)) <= float(x[0])
 
@@ -171,16 +171,16 @@ def test_inputs_of_one_absolute_value_are_inside_the_range(rule, value):
 
 def test_clipped_scale_never_has_a_larger_error_than_no_clipping():
     weight = torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))
-    weight[3, 7] = 30.0  # worth clipping among so many
+    weight[3, 7] = 30.0  # one outlier among 4000 weights, so clipping lowers the error
     input_scale = torch.tensor(1.0)
 
-    def output_loss(scale: Tensor | None) -> Tensor:
-        codes, result = encode(weight, None, input_scale, scale)
-        return (codes.float() * result[:, None] - weight).square().sum(dim=1)
+    def weight_error(requested_scale: Tensor | None) -> Tensor:
+        codes, scale = encode(weight, None, input_scale, requested_scale)
+        return (codes.float() * scale[:, None] - weight).square().sum(dim=1)
 
-    clipped, at_once = output_loss(clipped_scale(weight)), output_loss(None)
-    assert torch.all(clipped <= at_once * (1 + 1e-5))
-    assert clipped[3] < 0.99 * at_once[3]
+    with_clipping, without_clipping = weight_error(clipped_scale(weight)), weight_error(None)
+    assert torch.all(with_clipping <= without_clipping * (1 + 1e-5))
+    assert with_clipping[3] < 0.99 * without_clipping[3]
 
 
 # --- the step --------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def calibration_bench(folder: Path, x: Tensor) -> Bench:
     return Bench(signature=SCHEMA, calibration=split)
 
 
-def outliers() -> Tensor:
+def rows_with_outlier() -> Tensor:
     """Normal rows with one outlier of 40 among 250,000 numbers."""
     x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
     x[17, 3] = 40.0
@@ -233,7 +233,7 @@ def output_loss(source: Model, result: Model, x: Tensor, layer: str = "first") -
 @pytest.fixture(scope="module")
 def by_calibrator(tmp_path_factory):
     """The source, the calibration rows, and the result of static_int8 for every calibrator."""
-    folder, x, source = tmp_path_factory.mktemp("calibrators"), outliers(), SMALL.model()
+    folder, x, source = tmp_path_factory.mktemp("calibrators"), rows_with_outlier(), SMALL.model()
     bench = calibration_bench(folder / "data", x)
     results = {
         calibrator: run(
@@ -262,13 +262,13 @@ def test_best_selects_the_calibrator_with_the_least_error_for_each_layer(by_cali
     others = [calibrator for calibrator in results if calibrator != "best"]
     hidden = torch.relu(source.module.first(x)).detach()
     chosen = []
-    for layer, read in (("first", x), ("out", hidden)):
+    for layer, layer_input in (("first", x), ("out", hidden)):
         errors = {
-            calibrator: output_loss(source, results[calibrator], read, layer)
+            calibrator: output_loss(source, results[calibrator], layer_input, layer)
             for calibrator in others
         }
         smallest = min(errors, key=errors.__getitem__)
-        assert output_loss(source, results["best"], read, layer) == errors[smallest]
+        assert output_loss(source, results["best"], layer_input, layer) == errors[smallest]
         reasons = results["best"].plan.of(layer).reasons
         chosen_range = [r.fields["calibrator"] for r in reasons if r.code == "calibrated_range"]
         assert chosen_range == ([] if smallest == "min_max" else [smallest])
@@ -287,7 +287,7 @@ def test_reported_error_is_the_relative_output_error_on_the_calibration_rows(by_
 
 
 def test_layers_above_most_error_stay_float32_and_the_plan_gives_their_error(tmp_path):
-    source, x = SMALL.model(), outliers()
+    source, x = SMALL.model(), rows_with_outlier()
     bench = calibration_bench(tmp_path / "data", x)
     # ``first`` reads the outlier and ``out`` does not, so only the error of ``first`` is above 4 %.
     result = run(StaticInt8(most_error=0.04), source, bench, tmp_path / "out")
@@ -307,7 +307,7 @@ def test_layers_above_most_error_stay_float32_and_the_plan_gives_their_error(tmp
 
 
 def test_default_scale_covers_every_input_and_the_plan_reports_no_error(tmp_path):
-    source, x = SMALL.model(), outliers()
+    source, x = SMALL.model(), rows_with_outlier()
     result = run(StaticInt8(), source, calibration_bench(tmp_path / "data", x), tmp_path / "out")
     assert torch.equal(result.module.first.input_scale, x.abs().max() / LEVELS)
     codes, scale = encode(
@@ -319,23 +319,23 @@ def test_default_scale_covers_every_input_and_the_plan_reports_no_error(tmp_path
 
 
 def test_percentile_leaves_its_share_of_the_inputs_unclipped(tmp_path):
-    x, ends = outliers(), []
+    x, ends = rows_with_outlier(), []
     bench = calibration_bench(tmp_path / "data", x)
     for share in (0.9, 0.99, 0.9999):
         step = StaticInt8(calibrator="percentile", share=share)
         result = run(step, SMALL.model(), bench, tmp_path / str(share))
         ends.append(float(result.module.first.input_scale) * LEVELS)
         inside = float((x.abs() <= ends[-1]).float().mean())
-        assert share <= inside <= share + 5e-3  # up to the values of one bin
+        assert share <= inside <= share + 5e-3  # the values of one bin more
     assert all(low < high for low, high in itertools.pairwise(ends))
 
 
 def test_weights_mse_lowers_the_weight_error_and_keeps_the_input_scale(tmp_path):
     source = SMALL.model()
     with torch.no_grad():
-        source.module.first.weight[0, :] = 0.5  # 63.5 steps without clipping
+        source.module.first.weight[0, :] = 0.5  # 63.5 times the scale without clipping
         source.module.first.weight[0, 0] = 1.0
-    x = outliers()
+    x = rows_with_outlier()
     bench = calibration_bench(tmp_path / "data", x)
     without_clipping, clipped = (
         run(StaticInt8(weights=calibrator), source, bench, tmp_path / calibrator)
@@ -348,15 +348,15 @@ def test_weights_mse_lowers_the_weight_error_and_keeps_the_input_scale(tmp_path)
 
     def error(result: Model) -> float:
         layer = result.module.first
-        back = layer.codes.float() * layer.weight_scale[:, None]
-        return float((back - source.module.first.weight.detach()).square().sum())
+        decoded = layer.codes.float() * layer.weight_scale[:, None]
+        return float((decoded - source.module.first.weight.detach()).square().sum())
 
     assert error(clipped) < error(without_clipping)
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_nonfinite_inputs_raise_an_error_that_names_the_layer(value, tmp_path):
-    x = outliers()
+    x = rows_with_outlier()
     x[5, 5] = value
     bench = calibration_bench(tmp_path / "data", x)
     with raises_code(StepRefused, "layer_inputs_not_finite", layer="first"):

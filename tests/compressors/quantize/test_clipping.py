@@ -53,7 +53,7 @@ def error(table: Tensor, grid: Grid) -> Tensor:
 @given(table=tables(), scale=scale_types, rows_per_scale=sharing)
 def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, rows_per_scale):
     unclipped = changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale)
-    # Errors are compared in float32; sums of a few dozen squares round by parts in 10^6.
+    # Errors are compared in float32: sums of a few dozen squares have relative errors of 1e-6.
     smallest_error = error(table, unclipped) * (1 + 1e-5) + 1e-45
     assert torch.all(error(table, changed_grid(unclipped, clipping=rule)) <= smallest_error)
 
@@ -79,15 +79,15 @@ def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
     table = random_normal(100, 16)
     low, high = range_bounds(table)
     step = (high - low) / clipping.STEPS
-    steps = range(clipping.STEPS // 2)
-    errors_of_shares = [
+    moves = range(clipping.STEPS // 2)
+    errors_of_pairs = [
         squared_error(table, asymmetric_range(low + first * step, high - second * step, grid), grid)
-        for first in steps
-        for second in steps
+        for first in moves
+        for second in moves
     ]
-    smallest_error = torch.stack(errors_of_shares).amin(dim=0).sum()
-    # The search moves one end at a time, so it may miss the best pair of coarse steps. It then
-    # refines its steps, which the reference does not.
+    smallest_error = torch.stack(errors_of_pairs).amin(dim=0).sum()
+    # The search moves one end at a time, so it may miss the best pair. It then tries smaller moves,
+    # which the reference does not.
     assert error(table, changed_grid(grid, clipping="mse")).sum() <= 1.01 * smallest_error
 
 
@@ -104,7 +104,7 @@ def test_greedy_error_is_within_2_percent_of_torchs_implementation(grid):
     low = low.half().float()
     codes = ((table - low) / scale).round().clamp(0, grid.levels - 1)
     error_of_torch = (codes * scale + low - table).square().sum()
-    # With 256 levels, the difference is the rounding of offsets, at most an eighth of a level.
+    # With 256 levels, offsets are rounded by at most an eighth of a level.
     assert error(table, changed_grid(grid, clipping="greedy")).sum() <= 1.02 * error_of_torch
 
 
@@ -115,7 +115,7 @@ def test_greedy_removes_at_most_16_percent_of_a_range(grid):
         fit(table, changed_grid(grid, clipping=rule)).scale for rule in ("min_max", "greedy")
     )
     assert torch.all(result.float() >= 0.84 * without_clipping.float() * (1 - 2.0**-9))
-    if grid.levels < 20:  # with more levels a bin is more than a level
+    if grid.levels < 20:  # with more levels, a bin is larger than the distance of two levels
         assert (result < without_clipping).float().mean() > 0.7
 
 
@@ -134,12 +134,13 @@ def test_mse_clips_one_large_weight_among_many_small_ones():
 def test_mse_with_two_bits_and_one_scale_finds_the_optimal_step_despite_an_outlier(
     symmetric, largest
 ):
-    """The step does not depend on the size of a single outlier."""
+    """The size of a single outlier does not affect the scale, the distance of two levels."""
     table = random_normal(4000, 16)
     table[7, 3] = largest
     grid = Grid(4, symmetric=symmetric, rows_per_scale=0)
     scale = float(fit(table, changed_grid(grid, clipping="mse")).scale)
-    # 0.9957 is the step of the best four even levels for a normal distribution (Max 1960).
+    # 0.9957 is the distance of the best four evenly spaced levels for a normal distribution (Max
+    # 1960).
     assert scale == pytest.approx(0.9957, rel=0.05)
     assert scale < float(fit(table, grid).scale) / 2
 
@@ -149,16 +150,15 @@ def test_mse_with_two_bits_and_one_scale_finds_the_optimal_step_despite_an_outli
 def test_a_range_fitted_in_chunks_is_close_to_the_range_fitted_at_once(grid, rule, monkeypatch):
     table = random_normal(64, 10)
     chosen = changed_grid(grid, rows_per_scale=0, clipping=rule)
-    without_clipping = fit(table, chosen)
-    monkeypatch.setattr(
-        "compressors.quantize.kernels.levels.CHUNK", 100
-    )  # 640 values: a short last piece
-    pieces = fit(table, chosen)
-    # Sums of squares in another order may choose the neighbouring step at most.
+    at_once = fit(table, chosen)
+    # 640 values in chunks of 100: the last chunk is shorter.
+    monkeypatch.setattr("compressors.quantize.kernels.levels.CHUNK", 100)
+    in_chunks = fit(table, chosen)
+    # Sums of squares in another order may lead to a range that differs by one move of the search.
     for name in ("scale", "offset"):
-        if getattr(without_clipping, name) is not None:
+        if getattr(at_once, name) is not None:
             torch.testing.assert_close(
-                getattr(pieces, name), getattr(without_clipping, name), rtol=0.03, atol=1e-3
+                getattr(in_chunks, name), getattr(at_once, name), rtol=0.03, atol=1e-3
             )
 
 

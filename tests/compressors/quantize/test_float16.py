@@ -31,7 +31,7 @@ def test_rounding_error_is_at_most_half_a_float16_step(value):
 @pytest.mark.parametrize("value", [65520.0, -7e4, 1e30])
 def test_weight_beyond_the_float16_range_is_reported(value):
     weight = torch.tensor([[0.0, value]])
-    largest = float(weight.abs().max())  # in float32
+    largest = float(weight.abs().max())  # the value as float32
     require_reason(
         [overflow_reason(weight, None)], "beyond_largest", largest=largest, limit=65504.0
     )
@@ -61,7 +61,11 @@ WIDTH, ROWS = 4, 50
 
 
 class LargeInputsNet(nn.Module):
-    """``raised`` reads the input; the terms of ``sums`` are a tenth of it and cancel."""
+    """Two layers that overflow in float16 for large inputs.
+
+    ``raised`` receives the input itself. ``sums`` receives a tenth of it, and its terms cancel, so
+    that only its partial sums are large.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +108,7 @@ def bench_with_largest_input(folder: Path, size: float) -> Bench:
         (33_000, 2.0, {"raised"}),
         (33_000, 1.0, set()),
         (66_000, 1.0, {"raised"}),
-        # ``sums`` adds a tenth twice with each sign: the output is 0, partial sums are a fifth
+        # ``sums`` adds a tenth of the input twice with each sign, so partial sums reach a fifth.
         (170_000, 2.0, {"raised", "sums"}),
         (170_000, 1.0, {"raised"}),
     ],
@@ -122,7 +126,7 @@ def test_layers_that_may_overflow_stay_float32_with_a_reason(size, headroom, kep
     if "raised" in kept_layers:
         require_reason(lines["raised"].reasons, "near_largest", what="an input", size=float(size))
     if "sums" in kept_layers:
-        # 20 products in float32.
+        # A fifth of 170,000, computed in float32.
         sums = pytest.approx(34_000, rel=1e-5)
         require_reason(lines["sums"].reasons, "near_largest", what="a sum", size=sums)
     x = torch.full((2, WIDTH), float(size))
@@ -183,10 +187,10 @@ HALF = {"rtol": 2e-3, "atol": 2e-3}
 
 def test_table_gradient_equals_plain_torch():
     weight, ids = torch.randn(5, 3).half(), torch.tensor([[0, 4, 4], [1, 0, 0]])
-    up = torch.randn(2, 3, 3)
+    output_gradient = torch.randn(2, 3, 3)
     of_op, of_torch = (weight.clone().requires_grad_() for _ in range(2))
-    (OPS.float16_table(of_op, ids) * up).sum().backward()
-    (of_torch.float()[ids] * up).sum().backward()
+    (OPS.float16_table(of_op, ids) * output_gradient).sum().backward()
+    (of_torch.float()[ids] * output_gradient).sum().backward()
     torch.testing.assert_close(of_op.grad, of_torch.grad, **HALF)
     assert not of_op.grad[[2, 3]].any()
     assert of_op.grad[4].any()
@@ -195,10 +199,12 @@ def test_table_gradient_equals_plain_torch():
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
 def test_layer_gradients_equal_plain_torch(shape):
     leaves = (torch.randn(shape), torch.randn(4, 6).half(), torch.randn(4).half())
-    up = torch.randn(*shape[:-1], 4)
+    output_gradient = torch.randn(*shape[:-1], 4)
     of_op, of_torch = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
-    (OPS.float16_linear(*of_op) * up).sum().backward()
-    (F.linear(of_torch[0], of_torch[1].float(), of_torch[2].float()) * up).sum().backward()
+    (OPS.float16_linear(*of_op) * output_gradient).sum().backward()
+    (
+        F.linear(of_torch[0], of_torch[1].float(), of_torch[2].float()) * output_gradient
+    ).sum().backward()
     for result, expected in zip(of_op, of_torch, strict=True):
         torch.testing.assert_close(result.grad, expected.grad, **HALF)
         assert result.grad.any()

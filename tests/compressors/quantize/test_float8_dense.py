@@ -47,11 +47,11 @@ def test_scale_maps_the_largest_weight_to_448(by_channel):
     weight = torch.randn(6, 40) * torch.logspace(-3, 3, 6)[:, None]
     codes, scale = encode(weight, by_channel=by_channel)
     assert scale.shape == ((6,) if by_channel else ())
-    tops = decode_float8(codes).abs().amax(dim=1)
-    assert tops.max() == LARGEST
-    assert bool((tops == LARGEST).all()) == by_channel
+    largest_codes = decode_float8(codes).abs().amax(dim=1)
+    assert largest_codes.max() == LARGEST
+    assert bool((largest_codes == LARGEST).all()) == by_channel
     rounding_error = (decode_float8(codes) * scale.reshape(-1, 1) - weight).abs()
-    if by_channel:  # half of the last of 4 bits; below 2^-6 scales even steps of 2^-9
+    if by_channel:  # half of the last of 4 bits; below 2^-6 times the scale, half of 2^-9
         allowed = torch.maximum(weight.abs() * 2.0**-4, scale[:, None] * 2.0**-10)
         assert (rounding_error <= allowed * (1 + 1e-6)).all()
 
@@ -70,38 +70,41 @@ def test_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
     codes, scale, input_scale, bias = layer(40, 6, by_channel=by_channel)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     x.view(-1)[0] = 100.0  # beyond 4.48: clipped, as QuantizeLinear saturates
-    near = round_to_float8((x / input_scale).clamp(-448, 448)).double() * 0.01
+    rounded = round_to_float8((x / input_scale).clamp(-448, 448)).double() * 0.01
     weight = decode_float8(codes).double() * scale.double().reshape(-1, 1)
     result = OP(x, codes, scale, input_scale, bias)
-    torch.testing.assert_close(result.double(), near @ weight.T + bias, rtol=1e-5, atol=1e-5)
-    without = OP(x, codes, scale, input_scale, None)
-    torch.testing.assert_close(without, result - bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.double(), rounded @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    without_bias = OP(x, codes, scale, input_scale, None)
+    torch.testing.assert_close(without_bias, result - bias, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_channel", [True, False])
 def test_gradients_equal_the_straight_through_estimate(by_channel):
     codes, scale, input_scale, bias = layer(40, 6, by_channel=by_channel)
     generator = torch.Generator().manual_seed(3)
-    x, up = torch.randn(2, 3, 40, generator=generator), torch.randn(2, 3, 6, generator=generator)
+    x, output_gradient = (
+        torch.randn(2, 3, 40, generator=generator),
+        torch.randn(2, 3, 6, generator=generator),
+    )
     x.view(-1)[:2] = torch.tensor([100.0, -100.0])  # clipped: 0.01 * 448 is 4.48
 
-    def plain(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
+    def with_torch(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
         ratio = (x / input_scale).clamp(-448, 448)
-        near = ratio + (round_to_float8(ratio) - ratio).detach()
-        return near * input_scale @ (decode_float8(codes) * scale.reshape(-1, 1)).T + bias
+        rounded = ratio + (round_to_float8(ratio) - ratio).detach()
+        return rounded * input_scale @ (decode_float8(codes) * scale.reshape(-1, 1)).T + bias
 
-    def ours(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
+    def with_op(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
         return OP(x, codes, scale, input_scale, bias)
 
     def gradients(function) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (x, scale, input_scale, bias)]
-        (function(*leaves) * up).sum().backward()
+        (function(*leaves) * output_gradient).sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    result = gradients(ours)
-    for ours_, expected in zip(result, gradients(plain), strict=True):
-        torch.testing.assert_close(ours_, expected, rtol=1e-4, atol=1e-4)
-        assert ours_.abs().sum() > 0
+    result = gradients(with_op)
+    for gradient, expected in zip(result, gradients(with_torch), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+        assert gradient.abs().sum() > 0
     assert result[0].view(-1)[:2].tolist() == [0, 0]
 
 
@@ -123,12 +126,12 @@ def test_input_scale_is_the_largest_calibration_input_over_448(tmp_path):
     hook.remove()
     result = run(Float8Dense(rows=50, batch=7), source, bench, tmp_path / "out")
     largest = torch.cat(inputs).abs().max()
-    # batches of another size sum in another order
+    # The step has another batch size, so float32 sums have another order.
     torch.testing.assert_close(result.module.capped.input_scale, largest / 448, rtol=1e-6, atol=0)
     assert not source.module.capped._forward_pre_hooks
 
 
-def test_what_has_no_scale_is_refused(tmp_path):
+def test_a_layer_with_zero_inputs_or_a_bench_without_rows_raises_an_error(tmp_path):
     source = RANKER.model()
     nn.init.zeros_(source.module.hidden.weight)
     nn.init.zeros_(source.module.hidden.bias)

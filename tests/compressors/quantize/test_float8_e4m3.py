@@ -28,19 +28,20 @@ def test_rounding_error_is_at_most_half_the_last_of_four_bits_or_half_the_smalle
     decoded, scales = decoded_and_scales(
         Float8E4M3(scale=scale, rows_per_scale=rows_per_scale), table
     )
-    # Half of the last of 4 significant bits; below 2^-6 scales the steps are 2^-9, all even.
+    # Half of the last of 4 significant bits. Below 2^-6 times the scale, numbers are evenly spaced
+    # by 2^-9 times the scale.
     allowed = torch.maximum(table.abs() * 2.0**-4, scales * 2.0**-10)
-    # A stored scale may round down and leave the largest weight at 448.5 instead of 448.
+    # A stored scale may be rounded down, so that the largest weight is 448.5 times the scale.
     clipped = scales * 0.5
-    top = table.abs() > 447.9 * scales
+    is_largest = table.abs() > 447.9 * scales
     slack = SLACK * table.abs()
     assert torch.all(
-        (decoded - table).abs() <= torch.where(top, allowed + clipped, allowed) + slack
+        (decoded - table).abs() <= torch.where(is_largest, allowed + clipped, allowed) + slack
     )
 
 
 def test_every_byte_decodes_as_the_e4m3_definition():
-    """Against the formula of the paper's table 1: sign, 4 bits of exponent, 3 of mantissa."""
+    """The formula is that of the paper's table 1: a sign bit, 4 exponent bits, 3 mantissa bits."""
     for code in range(256):
         exponent, mantissa = (code >> 3) & 15, code & 7
         size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
@@ -68,15 +69,16 @@ def test_no_weight_is_encoded_as_nan():
     table = random_normal(2000, 7) * torch.logspace(-9, 3, 2000).unsqueeze(1)
     sizes = encode_table(Float8E4M3(), table).codes & 127
     assert not bool((sizes == 127).any())
-    # 448, where the scale puts each row's largest weight, unless float16 has no scale so small.
+    # 126 is the code of 448, to which the scale maps each row's largest weight. In the first rows
+    # the weights are too small for a float16 scale.
     assert bool((sizes.amax(dim=1) == 126)[1200:].all())
 
 
 def test_scales_reduce_the_error_of_small_weights_20_times():
     table = random_normal(200, 16) * 0.001
     decoded, _ = decoded_and_scales(Float8E4M3(), table)
-    bare = table.to(torch.float8_e4m3fn).float()
-    assert (decoded - table).square().sum() < 0.05 * (bare - table).square().sum()
+    without_scales = table.to(torch.float8_e4m3fn).float()
+    assert (decoded - table).square().sum() < 0.05 * (without_scales - table).square().sum()
 
 
 @pytest.mark.parametrize("rows_per_scale", [0, 1, 4])

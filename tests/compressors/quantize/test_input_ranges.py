@@ -33,7 +33,7 @@ DIM = 16
 
 
 class CountsAndVectors(nn.Module):
-    """A layer that reads an embedding and dense features, then an output layer."""
+    """A layer over an embedding and dense features, followed by an output layer."""
 
     def __init__(self, features: int = 3) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Compiled loops against the specification in torch operators, bit for bit."""
+"""Compiled loops equal their specification in torch operators bit for bit."""
 
 import itertools
 import os
@@ -37,7 +37,7 @@ GRIDS = [
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compiled() -> None:
+def compile_loops() -> None:
     """Compile the loops before any example, because compilation takes seconds."""
     row_encoding.encode(torch.zeros(1, 1), Grid(15), 4)
     row_encoding.encode(torch.zeros(1, 1), Grid(15, clipping="least_squares"), 4)
@@ -49,11 +49,11 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
-def expected_codes(steps: Tensor, bits: int, *, symmetric: bool) -> Tensor:
+def expected_codes(multiples: Tensor, bits: int, *, symmetric: bool) -> Tensor:
     """Convert levels (multiples of the scale) to codes as the compiled loops write them."""
     if bits == 8:
-        return steps.to(torch.int8 if symmetric else torch.uint8).view(torch.uint8)
-    return bitpacking.pack((steps + 8 if symmetric else steps).to(torch.uint8), 4)
+        return multiples.to(torch.int8 if symmetric else torch.uint8).view(torch.uint8)
+    return bitpacking.pack((multiples + 8 if symmetric else multiples).to(torch.uint8), 4)
 
 
 def require_equal_encoding(rows: Tensor, grid: Grid, bits: int) -> None:
@@ -69,34 +69,41 @@ def require_equal_encoding(rows: Tensor, grid: Grid, bits: int) -> None:
     assert (fitted.offset is None) == (expected.offset is None)
     if fitted.offset is not None and expected.offset is not None:
         assert torch.equal(bits_of(fitted.offset), bits_of(expected.offset))
-    steps = expected_codes(nearest(rows, expected, grid), bits, symmetric=grid.symmetric)
-    assert torch.equal(codes, steps)
-    assert torch.equal(row_encoding.encode_as(rows, expected, grid, bits), steps)
+    codes_of_levels = expected_codes(nearest(rows, expected, grid), bits, symmetric=grid.symmetric)
+    assert torch.equal(codes, codes_of_levels)
+    assert torch.equal(row_encoding.encode_as(rows, expected, grid, bits), codes_of_levels)
 
 
-def finite(words_: list[int], dim: int) -> Tensor:
+def rows_from_bits(words: list[int], dim: int) -> Tensor:
     """Rows of arbitrary float32 bit patterns except NaN and infinity."""
-    numbers = np.array(words_, np.uint32).view(np.float32)
+    numbers = np.array(words, np.uint32).view(np.float32)
     numbers = np.where(np.isfinite(numbers), numbers, np.float32(0))
     return torch.from_numpy(numbers[: len(numbers) // dim * dim].reshape(-1, dim).copy())
 
 
-# Any bits, and floats of one exponent, so that no large number dominates a row.
-ANY = st.integers(0, 2**32 - 1)
-NEAR = st.builds(
+# The bits of any float32, and of floats of moderate size, so that no number dominates a row.
+ANY_BITS = st.integers(0, 2**32 - 1)
+MODERATE_FLOATS = st.builds(
     lambda sign, exponent, rest: sign << 31 | exponent << 23 | rest,
     st.integers(0, 1),
     st.integers(96, 143),
     st.integers(0, 2**23 - 1),
 )
-SPECIAL = st.sampled_from([0, 1 << 31, 1, 0x7FFFFF, 0x800000, 0x477FE000, 0x33800000, 0x38800000])
+SPECIAL_BITS = st.sampled_from(
+    [0, 1 << 31, 1, 0x7FFFFF, 0x800000, 0x477FE000, 0x33800000, 0x38800000]
+)
 
 
 @pytest.mark.parametrize(("bits", "grid"), GRIDS)
-@given(st.lists(ANY | NEAR | SPECIAL, min_size=1, max_size=60), st.integers(1, 20))
+@given(
+    st.lists(ANY_BITS | MODERATE_FLOATS | SPECIAL_BITS, min_size=1, max_size=60),
+    st.integers(1, 20),
+)
 @example([0x477FE000, 0x477FE006], 2)  # 65504 and more: only a clipped range is beyond float16
-def test_every_bit_is_the_specifications(bits: int, grid: Grid, numbers: list[int], dim: int):
-    require_equal_encoding(finite(numbers, min(dim, len(numbers))), grid, bits)
+def test_encoding_any_finite_rows_equals_the_specification_bit_for_bit(
+    bits: int, grid: Grid, numbers: list[int], dim: int
+):
+    require_equal_encoding(rows_from_bits(numbers, min(dim, len(numbers))), grid, bits)
 
 
 @pytest.mark.parametrize(("bits", "grid"), GRIDS)
@@ -129,8 +136,8 @@ def test_a_steps_encoded_block_equals_the_specification(step, rule, symmetric, r
     result = method.encode(rows, method.fit(rows))
     fitted = clipping.fit(rows, method.grid)
     bits = 8 if step is RowwiseInt8 else 4
-    steps = expected_codes(nearest(rows, fitted, method.grid), bits, symmetric=symmetric)
-    assert torch.equal(result["codes"].view(torch.uint8), steps)
+    codes = expected_codes(nearest(rows, fitted, method.grid), bits, symmetric=symmetric)
+    assert torch.equal(result["codes"].view(torch.uint8), codes)
     assert result.keys() == {"codes"} | (
         ({"scale"} | (set() if symmetric else {"offset"})) if rows_per_scale else set()
     )
@@ -138,14 +145,14 @@ def test_a_steps_encoded_block_equals_the_specification(step, rule, symmetric, r
         assert torch.equal(result["scale"], fitted.scale)
 
 
-def prepacked(rows: Tensor) -> Tensor:
+def quantized_by_torch(rows: Tensor) -> Tensor:
     """A table after torch's 4-bit prepack and unpack: asymmetric, float16 scale and offset."""
     packed = torch.ops.quantized.embedding_bag_4bit_prepack(rows)
     result: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(packed)
     return result[:, : rows.shape[1]]
 
 
-def tables(dim: int) -> dict[str, Tensor]:
+def sample_tables(dim: int) -> dict[str, Tensor]:
     torch.manual_seed(dim)
     shape = (2000, dim)
     return {
@@ -159,24 +166,24 @@ def tables(dim: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dim", [8, 10, 16, 64, 128])
 def test_least_squares_has_less_error_than_torchs_4_bit_prepack(dim: int):
-    for name, rows in tables(dim).items():
+    for name, rows in sample_tables(dim).items():
         step = RowwiseInt4(symmetric=False, clipping="least_squares")
         result = step.encode(rows, {})
         ids = torch.arange(len(rows))
         weights = step.storage.lookup(result, ids, dim, step.settings())
-        ratio = (weights - rows).square().sum() / (prepacked(rows) - rows).square().sum()
+        ratio = (weights - rows).square().sum() / (quantized_by_torch(rows) - rows).square().sum()
         # 0.71 to 0.89 were measured; the tables are random, so slightly more is allowed.
         assert float(ratio) < 0.92, (name, float(ratio))
 
 
 @given(st.integers(0, 2**16), st.sampled_from([1, 2, 3, 8, 16, 33]), st.sampled_from(list(LEVELS)))
 def test_least_squares_never_has_a_larger_error_than_min_max(
-    seed: int, dim: int, form: tuple[int, bool]
+    seed: int, dim: int, code_kind: tuple[int, bool]
 ):
     rows = torch.randn(70, dim, generator=torch.Generator().manual_seed(seed))
     errors = []
     for rule in ("min_max", "least_squares"):
-        grid = Grid(LEVELS[form], form[1], rule)
+        grid = Grid(LEVELS[code_kind], code_kind[1], rule)
         fitted = clipping.fit(rows, grid)
         errors.append(squared_error(rows, fitted, grid))
     # Errors are float32 sums, and codes computed with a reciprocal may differ at ties.
@@ -192,16 +199,18 @@ def test_results_and_errors_do_not_depend_on_the_number_of_threads(
     rows = torch.randn(1001, 12, generator=torch.Generator().manual_seed(2))
     grid = Grid(15, True, "min_max", "float16", rows_per_scale)
     at_once = row_encoding.encode(rows, grid, 4)
-    fitted = clipping.fit(rows, Grid(15, True, "min_max", "float16", 0))
-    table = Grid(15, True, "min_max", "float16", 0)
-    alone = row_encoding.encode_as(rows, fitted, table, 4)
+    one_scale_grid = Grid(15, True, "min_max", "float16", 0)
+    fitted = clipping.fit(rows, one_scale_grid)
+    codes_with_one_scale = row_encoding.encode_as(rows, fitted, one_scale_grid, 4)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         codes, result = row_encoding.encode(rows, grid, 4)
         assert torch.equal(codes, at_once[0])
         assert torch.equal(result.scale, at_once[1].scale)
-        assert torch.equal(row_encoding.encode_as(rows, fitted, table, 4), alone)
+        assert torch.equal(
+            row_encoding.encode_as(rows, fitted, one_scale_grid, 4), codes_with_one_scale
+        )
         assert torch.equal(row_encoding.encode_as(rows, at_once[1], grid, 4), at_once[0])
         rows[777, 3] = float("nan")
         with raises_code(ValueNotStorable, "row_not_finite", row=777):

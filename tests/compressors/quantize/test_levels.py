@@ -25,7 +25,7 @@ from compressors.quantize.kernels.clipping import fit
 from compressors.quantize.kernels.levels import Grid, nearest
 
 
-def within_half_a_level(table: Tensor, grid: Grid) -> None:
+def require_errors_within_half_a_level(table: Tensor, grid: Grid) -> None:
     decoded, (scale, offset) = round_trip(table, grid)
     largest = table.abs().amax(dim=1, keepdim=True)
     if offset is not None:
@@ -36,14 +36,16 @@ def within_half_a_level(table: Tensor, grid: Grid) -> None:
 @each_grid
 @given(table=tables(), scale=scale_types, rows_per_scale=sharing)
 def test_round_trip_error_is_at_most_half_the_stored_scale(grid, table, scale, rows_per_scale):
-    within_half_a_level(table, changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale))
+    require_errors_within_half_a_level(
+        table, changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale)
+    )
 
 
 @each_grid
 @pytest.mark.parametrize("largest", [1.4e-7, 1e-5, 1.1e-4, 6e-8 * 127.4, 6e-8 * 7.4, 6e-8 * 1.6])
 def test_scales_of_the_smallest_float16_numbers_clip_nothing(grid, largest):
     # Such scales are small multiples of 2^-24; rounding them down would clip the largest weights.
-    within_half_a_level(torch.linspace(-1, 1, 33).reshape(3, 11) * largest, grid)
+    require_errors_within_half_a_level(torch.linspace(-1, 1, 33).reshape(3, 11) * largest, grid)
 
 
 @each_grid
@@ -58,7 +60,7 @@ def test_the_scale_is_no_larger_than_the_range_needs(grid, table, rows_per_scale
     if offset is None:
         needed = torch.maximum(-low, high) / grid.half
     else:
-        # Rounding an offset down by one part in 2^10 widens the range by as much.
+        # Rounding an offset down changes it by at most 2^-10 of it, which widens the range.
         needed = (high - low + low.abs() * 2.0**-10 + 2.0**-24) / (grid.levels - 1)
     # float16 rounds a scale by at most one part in 2^11, or by one of its smallest steps
     assert torch.all(scale.float() <= needed.unsqueeze(1) * (1 + 2.0**-11) + 2.0**-24)
@@ -69,8 +71,8 @@ def test_the_scale_is_no_larger_than_the_range_needs(grid, table, rows_per_scale
 @given(table=tables(), rows_per_scale=sharing, clipping=rules)
 def test_codes_are_integers_within_the_grid(grid, table, rows_per_scale, clipping):
     chosen = changed_grid(grid, rows_per_scale=rows_per_scale, clipping=clipping)
-    steps = nearest(table, fit(table, chosen), chosen)
-    codes = steps + (grid.half if grid.symmetric else 0)
+    multiples = nearest(table, fit(table, chosen), chosen)
+    codes = multiples + (grid.half if grid.symmetric else 0)
     assert torch.equal(codes, codes.round())
     assert torch.all((codes >= 0) & (codes <= grid.levels - 1))
 
@@ -95,7 +97,8 @@ def test_rows_of_zeros_have_a_positive_scale_and_are_exact(grid, scale, clipping
 @pytest.mark.parametrize("value", [0.013, -0.013, 1 / 3, -7.7, 1e-6, 60000.3])
 def test_a_row_of_equal_values_changes_only_by_rounding(grid, scale, value):
     decoded, stored = round_trip(torch.full((3, 6), value), changed_grid(grid, scale=scale))
-    # The offset is rounded down by less than a float16 step, and the codes divide the rest.
+    # The offset is rounded down to the previous float16 number, and the levels divide the
+    # difference.
     step = 2.0**-10 * abs(value) / (grid.levels - 1) + 2.0**-24
     assert (decoded - value).abs().max() <= step / 2 + SLACK * abs(value)
     assert torch.all(stored.offset.float() <= value + SLACK * abs(value))
@@ -133,7 +136,7 @@ def test_a_scale_above_float16_raises_and_can_be_stored_as_float32(grid):
     table = torch.full((2, 3), 65504.0 * grid.half * 1.01)
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         fit(table, grid)
-    within_half_a_level(table, changed_grid(grid, scale="float32"))
+    require_errors_within_half_a_level(table, changed_grid(grid, scale="float32"))
 
 
 @each_asymmetric
@@ -145,7 +148,7 @@ def test_an_offset_or_scale_above_float16_raises_and_can_be_stored_as_float32(gr
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         fit(high, grid)
     for table in (low, high):
-        within_half_a_level(table, changed_grid(grid, scale="float32"))
+        require_errors_within_half_a_level(table, changed_grid(grid, scale="float32"))
 
 
 @each_asymmetric
@@ -165,7 +168,7 @@ def test_both_ends_of_a_row_are_exact_if_float16_represents_the_scale(grid):
 @each_grid
 @given(table=tables(), clipping=rules, data=st.data())
 def test_the_fit_of_a_range_does_not_depend_on_other_ranges(grid, table, clipping, data):
-    """So it does not matter which blocks a table is encoded in."""
+    """So the blocks in which a table is encoded do not affect the result."""
     rows_per_scale = data.draw(st.sampled_from([1, 2]))
     chosen = changed_grid(grid, clipping=clipping, rows_per_scale=rows_per_scale)
     all_rows = fit(table, chosen)

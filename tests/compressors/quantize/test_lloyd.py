@@ -31,7 +31,7 @@ def points(max_count: int = 40) -> st.SearchStrategy[Tensor]:
 
 
 def error(rows: Tensor, codebook: Tensor, weight: Tensor | None = None) -> float:
-    """Squared error with every point at its nearest entry, the plain way, in float64."""
+    """Squared error of the nearest entries, from the distances of all pairs in float64."""
     distances = rows.double()[:, None] - codebook.double()[None]
     smallest_distances = distances.square().sum(dim=2).amin(dim=1)
     return float(
@@ -49,7 +49,7 @@ def test_kmeans_errors_never_increase_and_the_last_is_that_of_the_codebook(rows,
     fit = kmeans(rows, levels)
     assert fit.codebook.shape == (levels, rows.shape[1])
     assert list(fit.errors) == sorted(fit.errors, reverse=True)
-    # Gaps are float32, so each is off by a part in 2^24 of the largest number.
+    # Differences are float32, so each has an error of 2^-24 of the largest number.
     largest = float(rows.abs().max())
     assert fit.errors[-1] == pytest.approx(
         error(rows, fit.codebook), rel=1e-4, abs=1e-9 * largest**2
@@ -60,7 +60,7 @@ def test_kmeans_errors_never_increase_and_the_last_is_that_of_the_codebook(rows,
 def test_a_codebook_never_has_a_larger_error_than_the_mean_of_all_points(rows, levels):
     for fit in (kmeans(rows, levels), scalar_kmeans(rows.flatten(), levels)):
         flat = rows if fit.codebook.shape[1] == rows.shape[1] else rows.reshape(-1, 1)
-        # One entry is the mean but for float32's last bit.
+        # With one entry, the entry is the mean, rounded to float32.
         slack = 1e-6 * float(flat.double().square().sum())
         assert error(flat, fit.codebook) <= error_of_the_mean(flat) + slack
 
@@ -100,26 +100,26 @@ def test_the_error_decreases_with_the_number_of_entries(dim):
 
 
 def test_scalar_kmeans_of_a_normal_sample_is_within_2_percent_of_the_optimum():
-    """Max 1960 gives the least mean squared error of a unit normal under 4 and 16 levels."""
+    """Max 1960 gives the least mean squared errors of a normal distribution for 4 and 16 levels."""
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(2))
     for levels, least in ((4, 0.1175), (16, 0.009497)):
         result = scalar_kmeans(values, levels).errors[-1] / len(values)
-        assert result == pytest.approx(least, rel=0.02)  # a sample of 2e5 is off by a hundredth
+        assert result == pytest.approx(least, rel=0.02)  # sampling error of 200,000 values
 
 
 @given(rows=points(), levels=st.integers(1, 9), seed=st.integers(0, 5))
 def test_scalar_kmeans_treats_an_integer_weight_as_that_many_copies(rows, levels, seed):
     times = torch.randint(1, 4, (len(rows),), generator=torch.Generator().manual_seed(seed))
     copies = rows.repeat_interleave(times, dim=0)
-    values, smallest_distances = rows[:, 0], times.double()
-    weighted = scalar_kmeans(values, levels, smallest_distances)
+    values, weight = rows[:, 0], times.double()
+    weighted = scalar_kmeans(values, levels, weight)
     repeated = scalar_kmeans(copies[:, 0], levels)
     torch.testing.assert_close(weighted.codebook, repeated.codebook, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("levels", [2, 8, 30])
 def test_one_more_update_of_the_means_lowers_the_error_by_almost_nothing(levels):
-    """So the entries are the weighted means of their points, up to the tolerance."""
+    """So each entry is close to the weighted mean of its points."""
     generator = torch.Generator().manual_seed(6)
     rows = torch.randn(600, 3, generator=generator)
     weight = torch.rand(600, generator=generator, dtype=torch.float64) ** 4
@@ -185,7 +185,7 @@ def test_nearest_equals_a_float64_search_of_all_entries(rows, levels, seed):
     nearest_entries = nearest_with_weights(rows, ones, codebook)
     result = distances.gather(1, nearest_entries[:, None]).flatten()
     size = float(rows.double().square().sum(dim=1).amax())
-    assert torch.all(result <= distances.amin(dim=1) + 1e-5 * size)  # products of float32
+    assert torch.all(result <= distances.amin(dim=1) + 1e-5 * size)  # float32 products
 
 
 def test_columns_of_weight_zero_do_not_affect_the_nearest_entry():

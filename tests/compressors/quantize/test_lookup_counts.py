@@ -25,7 +25,7 @@ NAMES = ("user", "item", "city", "genres", "history", "tags")
 
 
 def expected(bench: Bench, name: str, table_size: int) -> torch.Tensor:
-    """Counted from the data itself."""
+    """The lookup counts of a table's input, computed from the ids in the training data."""
     (rows,) = batches(bench.train, bench.signature, BENCH_ROWS)
     ids = rows.inputs[name].reshape(-1).long()
     if name == "genres":
@@ -44,7 +44,7 @@ def test_lookup_counts_equal_the_ids_in_the_data_for_each_table_format(first, tm
         assert torch.equal(counts[name], expected(bench, name, table_rows(model.module)[name]))
 
 
-def test_a_narrow_part_has_the_lookup_counts_of_its_table(tmp_path):
+def test_the_part_of_a_low_rank_table_has_the_lookup_counts_of_the_table(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     model = run(LowRank(), RANKER.model(), bench, tmp_path / "out")
     counts = lookup_counts(model, bench, ["item", "item.narrow"])
@@ -61,7 +61,7 @@ NESTED: tuple[Step, ...] = (
 
 
 def test_a_part_counts_only_lookups_whose_values_depend_on_its_row(tmp_path):
-    """The expected count of a part's row is that of all table rows that change with it."""
+    """The test changes each row of each part, and adds the counts of the table rows that change."""
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     before = lookup_counts(model, bench, NAMES)
     for number, step in enumerate(NESTED):
@@ -147,10 +147,10 @@ def test_rows_that_a_bag_does_not_read_have_no_squared_gradient(tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     result = squared_gradients(model, bench, NAMES)
     for name in ("genres", "history", "tags"):
-        read = lookup_counts(model, bench, [name])[name] > 0
+        is_looked_up = lookup_counts(model, bench, [name])[name] > 0
         has_gradient = result[name].sum(dim=1) > 0
         assert has_gradient.any()
-        assert not (has_gradient & ~read).any(), name
+        assert not (has_gradient & ~is_looked_up).any(), name
     assert not result["genres"][0].any()
 
 
@@ -161,20 +161,20 @@ def test_squared_gradients_of_lists_equal_the_mean_over_single_lists(tmp_path):
     data = Rows(bench.train, bench.signature)
     total = torch.zeros(25, 8, dtype=torch.float64)
     for group in data.group.unique():
-        numbers = (data.group == group).nonzero().squeeze(1)
-        batch = data.take(numbers)
+        row_numbers = (data.group == group).nonzero().squeeze(1)
+        batch = data.take(row_numbers)
         looked_up = module.user(batch.inputs["user"]).detach().requires_grad_(True)
         with torch.no_grad():
             rows = module.item(batch.inputs["history"])
         keys, values = torch.relu(module.key(rows)), module.value(rows)
-        fit = (keys * looked_up.unsqueeze(1)).sum(dim=2)
-        answer = module.out(torch.matmul(fit.softmax(dim=1).unsqueeze(1), values).squeeze(1))
-        (grad,) = torch.autograd.grad(hard_loss(bench.signature, answer, batch), [looked_up])
+        attention = (keys * looked_up.unsqueeze(1)).sum(dim=2).softmax(dim=1)
+        scores = module.out(torch.matmul(attention.unsqueeze(1), values).squeeze(1))
+        (grad,) = torch.autograd.grad(hard_loss(bench.signature, scores, batch), [looked_up])
         total.index_add_(0, batch.inputs["user"], grad.double().square())
     expected_squares = (total / len(data.group.unique())).float()
     torch.testing.assert_close(result, expected_squares, rtol=1e-3, atol=1e-10)
 
 
-def test_gradients_need_a_loss(tmp_path):
+def test_squared_gradients_without_training_rows_raises_rows_missing():
     with raises_code(RowsMissing, "gradients_need_rows"):
         squared_gradients(RANKER.model(), Bench(signature=RANKER.signature), ["user"])

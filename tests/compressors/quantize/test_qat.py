@@ -46,10 +46,10 @@ def test_fake_quantize_gradients_are_those_of_learned_step_size_quantization():
 def test_the_gradient_of_a_scale_has_the_sign_that_lowers_the_error():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5000, generator=generator)
-    for first in (0.5, 0.002):  # one scale is too large, the other clips nearly all values
-        scale = torch.tensor(first, requires_grad=True)
+    for initial_scale in (0.5, 0.002):  # one scale is too large, the other clips nearly all values
+        scale = torch.tensor(initial_scale, requires_grad=True)
         (fake_quantize(x, scale, -128, 127) - x).square().sum().backward()
-        assert (scale.grad > 0) == (first == 0.5)
+        assert (scale.grad > 0) == (initial_scale == 0.5)
 
 
 # --- the layer in training, and the stored layer ---------------------------------------------
@@ -74,12 +74,12 @@ def test_packed_layer_has_the_outputs_of_the_trained_layer(bias):
     packed = layer_in_training.packed()
     assert torch.equal(packed(x), layer_in_training(x))
     assert packed.has_bias == bias
-    # In training, sums are float and the bias is not rounded.
+    # In training, products are summed in float and the bias is not rounded.
     trained = layer_in_training.train()(x)
     assert trained.requires_grad
     tolerance = float((packed.weight_scale * packed.input_scale).max()) / 2 + 1e-5
     assert (trained - packed(x)).abs().max() <= tolerance
-    # ... which the clipped and rounded weights decide: float outputs are further off
+    # The outputs of the unrounded weights differ much more.
     float_output = F.linear(x, layer_in_training.weight, layer_in_training.bias)
     assert (float_output - trained).abs().max() > 10 * tolerance
 
@@ -147,7 +147,7 @@ def test_norms_are_trained_and_update_their_running_statistics(tmp_path):
 
 
 class Killed(BaseException):
-    """A process that ends."""
+    """Raised in place of the end of the process."""
 
 
 def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypatch):
@@ -163,12 +163,12 @@ def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypat
     uninterrupted = train_with_checkpoints("whole")
     shuffled = compressors.distill.training.trainer.shuffled_rows
 
-    def dying(folder: str, progress: TrainingProgress) -> None:
+    def store_then_raise(folder: str, progress: TrainingProgress) -> None:
         store_progress(folder, progress)
         if len(progress.facts["epochs"]) == 3:
             raise Killed
 
-    monkeypatch.setattr(compressors.distill.training.trainer, "store_progress", dying)
+    monkeypatch.setattr(compressors.distill.training.trainer, "store_progress", store_then_raise)
     with pytest.raises(Killed):
         train_with_checkpoints("killed")
     monkeypatch.undo()
@@ -224,7 +224,7 @@ SMALL_AND_LARGE = Reference(SmallAndLargeInputsNet, SCHEMA)
 
 
 def split_with_outlier(folder: Path, seed: int) -> Split:
-    """Eight numbers near 0.3 and one of 60 or -60, labelled by the network's predictions."""
+    """Rows of eight numbers near 0 and one of 60 or -60, labelled by the network's predictions."""
     generator = torch.Generator().manual_seed(seed)
     x = 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
     x[:, -1] = 60 * (2 * torch.randint(2, (ROWS,), generator=generator) - 1)
@@ -237,7 +237,7 @@ def split_with_outlier(folder: Path, seed: int) -> Split:
 
 @pytest.mark.parametrize("soft_share", [0.0, 0.5])
 def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_share, tmp_path):
-    """A large input determines the range, and the small inputs are rounded to three levels.
+    """In ``static_int8``, the large input determines the range: small inputs get three levels.
 
     Training learns to clip the large input, of which only the sign matters, and to give it a larger
     weight.
@@ -264,7 +264,7 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     result = run(step, source, bench, tmp_path / "qat")
     actual = quality(result.module, SCHEMA, test)
     assert quality(source.module, SCHEMA, test) == 1.0
-    # The loss of ranking, 1 - AUC, is cut at least to a third.
+    # The AUC that is lost, 1 - AUC, is less than a third of that of the best calibrator.
     assert 1 - actual < (1 - max(rounded.values())) / 3
     assert float(result.module.out.input_scale) * 127 < 30
     (rows,) = batches(test, SCHEMA, ROWS)

@@ -25,7 +25,7 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 Rowwise = RowwiseInt8 | RowwiseInt4 | RowwiseInt2
 BITS = {"rowwise_int8": 8, "rowwise_int4": 4, "rowwise_int2": 2}
 
-EVERY = {
+STEPS = {
     f"{method.__name__}-{'symmetric' if symmetric else 'offset'}-{rows_per_scale}": method(
         symmetric=symmetric, clipping="min_max", rows_per_scale=rows_per_scale
     )
@@ -43,7 +43,7 @@ def packed(step: Rowwise, table: Tensor) -> PackedTable:
 
 
 def reference(step: Rowwise, table: Tensor) -> StoredRows:
-    """The table as plain numpy stores it, from the documented formulas."""
+    """The stored table, computed with numpy from the documented formulas."""
     return encode_rows(
         table.numpy(),
         BITS[step.kind],
@@ -70,7 +70,7 @@ def varied_rows(rows: int, dim: int) -> Tensor:
     return table
 
 
-@parametrize_pairwise(step=EVERY, dim=[1, 2, 5, 8], scale=["float16", "float32"])
+@parametrize_pairwise(step=STEPS, dim=[1, 2, 5, 8], scale=["float16", "float32"])
 def test_stored_codes_scales_and_offsets_equal_the_numpy_reference(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = varied_rows(11, dim)
@@ -83,7 +83,7 @@ def test_stored_codes_scales_and_offsets_equal_the_numpy_reference(step, dim, sc
         assert np.array_equal(stored.offset.numpy(), expected_rows.offset)
 
 
-@parametrize_pairwise(step=EVERY)
+@parametrize_pairwise(step=STEPS)
 def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
     """The range gives a scale of 1 or 2, so half of the weights are halfway between levels."""
     top = (127 if step.symmetric else 255) if step.kind == "rowwise_int8" else 3
@@ -95,7 +95,7 @@ def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
 
 
 @parametrize_pairwise(
-    step=EVERY,
+    step=STEPS,
     dim=[1, 2, 5, 8],
     shape=[(), (7,), (3, 4), (0,), (2, 0)],
     dtype=[torch.int64, torch.int32],
@@ -109,7 +109,7 @@ def test_lookup_returns_the_reference_weights_for_ids_of_any_shape(step, dim, sh
     assert torch.equal(rows, expected(step, table)[ids.long()])
 
 
-@parametrize_pairwise(step=EVERY, rows=[1, 8, 11], scale=["float16", "float32"])
+@parametrize_pairwise(step=STEPS, rows=[1, 8, 11], scale=["float16", "float32"])
 def test_bytes_are_those_of_codes_scales_and_offsets(step, rows, scale):
     step = step.model_copy(update={"scale": scale})
     dim, bits = 10, BITS[step.kind]
@@ -138,16 +138,16 @@ def gradients(
             if bits == 8 and step.symmetric:
                 levels = levels.view(np.int8)
             zero = {8: 0, 4: 8, 2: 1.5}[bits] * step.symmetric
-            steps = torch.from_numpy(levels).float()[ids] - zero
+            multiples = torch.from_numpy(levels).float()[ids] - zero
         scale_indices = ids // (step.rows_per_scale or table.rows)
-        rows = steps * stored["scale"].float()[scale_indices]
+        rows = multiples * stored["scale"].float()[scale_indices]
         if "offset" in stored:
             rows = rows + stored["offset"].float()[scale_indices]
     (rows * weights).sum().backward()
     return {name: stored[name].grad for name in learned_tensors}
 
 
-@parametrize_pairwise(step=EVERY, dim=[2, 5], scale=["float16", "float32"])
+@parametrize_pairwise(step=STEPS, dim=[2, 5], scale=["float16", "float32"])
 def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = packed(step, random_normal(11, dim))
@@ -176,7 +176,7 @@ def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
             id=name,
             marks=() if index in (0, 5, 7, 10, 14, 15) else pytest.mark.nightly,
         )
-        for index, (name, step) in enumerate(EVERY.items())
+        for index, (name, step) in enumerate(STEPS.items())
     ],
 )
 def test_op_passes_opcheck(step, scale):

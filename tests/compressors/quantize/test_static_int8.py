@@ -62,7 +62,7 @@ def test_op_equals_exact_integer_arithmetic(inputs, has_largest_products):
     result = OP(x, codes, weight_scale, input_scale, bias)
     expected = integer_gemm(x, codes, weight_scale, input_scale, bias)
     # Adding the bias, scaling, and rounding to float32 each have a relative error of 2^-24. An
-    # inexact sum of products would differ by at least one level.
+    # inexact sum of products would differ by at least one.
     tolerance = 3 * 2.0**-24 * (np.abs(expected) + bias.abs().numpy())
     assert np.all(np.abs(result.numpy() - expected) <= tolerance)
 
@@ -93,7 +93,7 @@ def test_a_sum_of_more_inputs_than_float32_adds_exactly_is_exact():
     x[0, -1] = 1.0
     one, zero = torch.ones(1), torch.zeros(1)
     expected = 127 * 127 * (inputs - 1) + 1
-    # As float32 the result itself rounds to a multiple of 8 up there, so it is offset to be small.
+    # float32 would round such a large result to a multiple of 8, so the bias makes it small.
     result = OP(x, codes, one, torch.tensor(1.0), zero - expected + 5)
     assert abs(result.item() - 5) <= 4
 
@@ -113,7 +113,7 @@ def test_round_trip_error_is_at_most_half_the_channels_scale(weight, bias, input
     codes, scale = encode(table, offset, torch.tensor(input_scale))
     assert torch.all(scale > 0)
     error = (codes.float() * scale[:, None] - table).abs()
-    # the quotient, its rounding and the product back: one part in 2^24 each
+    # Quotient, rounding and product each have a relative error of 2^-24.
     slack = 4 * 2.0**-24 * table.abs().amax(dim=1, keepdim=True)
     assert torch.all(error <= scale[:, None] / 2 + slack)
     # The bias is an int32 that must leave range for the sum of products.
@@ -123,7 +123,8 @@ def test_round_trip_error_is_at_most_half_the_channels_scale(weight, bias, input
 def test_each_channel_has_a_separate_scale_and_zeros_remain_zeros():
     weight = torch.tensor([[1.0, -2.0], [0.001, 0.002], [0.0, 0.0]])
     codes, scale = encode(weight, None, torch.tensor(0.1))
-    # Two adjacent weights of equal sign share 127 steps; those of opposite signs have 127 each.
+    # The codes of two neighbouring weights of equal sign add up to 127; with different signs, each
+    # has up to 127.
     torch.testing.assert_close(scale, torch.tensor([2 / 127, 0.003 / 127, 1.0]))
     assert codes.tolist() == [[64, -127], [42, 85], [0, 0]]
 
@@ -150,7 +151,7 @@ def test_the_sum_of_two_neighbouring_products_fits_in_16_bits(weight, weight_sca
 @pytest.mark.parametrize("inputs", [7, 64, 257, 1664])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_onnxruntime_multiplies_the_largest_inputs_and_weights_exactly(inputs, rows, tmp_path):
-    """Without VNNI, sums of two products have 16 bits and would clip if weights used all levels."""
+    """Without VNNI, sums of two products have 16 bits, and would clip without ``paired_scale``."""
     layer = torch.nn.Linear(inputs, 16)
     torch.nn.init.uniform_(layer.weight, 0.99, 1.0)
     signature = Signature(
@@ -162,7 +163,7 @@ def test_onnxruntime_multiplies_the_largest_inputs_and_weights_exactly(inputs, r
     )
     network = torch.nn.Sequential(packed_int8(layer, torch.tensor(1.0)), torch.nn.Linear(16, 1))
     torch.nn.init.ones_(network[1].weight)
-    network = Named(network).eval()
+    network = WithInputX(network).eval()
     lower(network, only_graph(signature), "onnxruntime", tmp_path / "model.onnx")
     x = torch.ones(rows, inputs)
     with torch.no_grad():
@@ -171,8 +172,8 @@ def test_onnxruntime_multiplies_the_largest_inputs_and_weights_exactly(inputs, r
     np.testing.assert_allclose(result, expected, rtol=1e-6)  # float32 sums of 16 numbers
 
 
-class Named(torch.nn.Module):
-    """A network with an input called ``x``."""
+class WithInputX(torch.nn.Module):
+    """A network whose input is named ``x``."""
 
     def __init__(self, inside: torch.nn.Module) -> None:
         super().__init__()
@@ -228,11 +229,11 @@ def test_gradients_equal_the_straight_through_estimate(shape):
     generator = torch.Generator().manual_seed(3)
     x = 1.5 * torch.randn(shape, generator=generator)
     x.view(-1)[:2] = torch.tensor([40.0, -40.0])  # clipped: 0.02 * 127 is 2.54
-    up = torch.randn(*shape[:-1], 4, generator=generator)
+    output_gradient = torch.randn(*shape[:-1], 4, generator=generator)
 
     def gradients(function):
         leaves = [t.clone().requires_grad_() for t in (x, weight_scale, input_scale, bias)]
-        (function(leaves[0], codes, *leaves[1:]) * up).sum().backward()
+        (function(leaves[0], codes, *leaves[1:]) * output_gradient).sum().backward()
         return [leaf.grad for leaf in leaves]
 
     of_op, of_torch = gradients(static_int8_linear), gradients(straight_through)
@@ -245,7 +246,7 @@ def test_gradients_equal_the_straight_through_estimate(shape):
 
 
 def test_the_gradient_of_weight_scales_equals_the_finite_difference():
-    # The scale of the weights enters without rounding but for the bias, which is zero here.
+    # The output is linear in the weight scales if the bias, which is rounded, is zero.
     codes, weight_scale, input_scale, _ = layer(6, 4)
     zero, x = torch.zeros(4), torch.randn(5, 6, generator=torch.Generator().manual_seed(4))
     leaf = weight_scale.clone().requires_grad_()
@@ -253,10 +254,10 @@ def test_the_gradient_of_weight_scales_equals_the_finite_difference():
     for channel in range(4):
         changed_scale = weight_scale.clone()
         changed_scale[channel] *= 1.5
-        rise = OP(x, codes, changed_scale, input_scale, zero) - OP(
+        difference = OP(x, codes, changed_scale, input_scale, zero) - OP(
             x, codes, weight_scale, input_scale, zero
         )
-        slope = rise.sum() / (0.5 * weight_scale[channel])
+        slope = difference.sum() / (0.5 * weight_scale[channel])
         torch.testing.assert_close(leaf.grad[channel], slope, rtol=1e-3, atol=1e-3)
 
 
@@ -270,6 +271,6 @@ def test_input_scale_is_the_largest_calibration_input_over_127(tmp_path):
     largest = torch.cat(inputs).abs().max()
     source.module.capped._forward_pre_hooks.clear()
     result = run(StaticInt8(rows=50, batch=7), source, bench, tmp_path / "out")
-    # batches of another size sum in another order
+    # The step has another batch size, so float32 sums have another order.
     torch.testing.assert_close(result.module.capped.input_scale, largest / 127, rtol=1e-6, atol=0)
     assert not source.module.capped._forward_pre_hooks

@@ -49,7 +49,7 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
         (KMeans(bits=2, scale="none"), (1000, 10), 1000 * 3 + 4 * 4),
         (KMeans(bits=8, scale="float32"), (1000, 10), 1000 * (10 + 4) + 256 * 4),
         (ProductCodes(), (10_000, 16), 10_000 * 4 + 256 * 16 * 4),
-        # Ten columns in four parts: three wide, each codebook of three columns.
+        # Ten columns in four parts; the widest part has three, so each codebook has three columns.
         (ProductCodes(codebook_type="float16"), (10_000, 10), 10_000 * 4 + 256 * 4 * 3 * 2),
         (ProductCodes(parts=5, bits=4), (10_000, 10), 10_000 * 3 + 16 * 10 * 4),
         (ResidualCodes(), (10_000, 16), 10_000 * 2 + 2 * 256 * 16 * 4),
@@ -86,16 +86,16 @@ def test_codebooks_take_no_more_than_their_share_unless_they_have_two_entries(
 
 @given(dim=st.integers(1, 60), parts=st.integers(1, 70))
 def test_parts_differ_by_at_most_one_column_and_cover_every_column_once(dim, parts):
-    each = product_codes.part_widths(dim, parts)
-    assert sum(each) == dim
-    assert len(each) == min(parts, dim)
-    assert max(each) - min(each) <= 1
-    assert list(each) == sorted(each, reverse=True)
+    widths = product_codes.part_widths(dim, parts)
+    assert sum(widths) == dim
+    assert len(widths) == min(parts, dim)
+    assert max(widths) - min(widths) <= 1
+    assert list(widths) == sorted(widths, reverse=True)
     columns = product_codes.padded_columns(dim, parts)
-    assert (columns is None) == (max(each) == min(each))
+    assert (columns is None) == (max(widths) == min(widths))
     if columns is not None:
         assert len(set(columns)) == dim
-        assert max(columns) < len(each) * each[0]
+        assert max(columns) < len(widths) * widths[0]
 
 
 @each_step
@@ -119,7 +119,7 @@ def test_encoded_tensors_do_not_depend_on_the_global_random_state(step):
     torch.testing.assert_close(encode(step, table), first, rtol=0, atol=0)
 
 
-# --- tables that would grow --------------------------------------------------------------------
+# --- tables whose codes would take more bytes --------------------------------------------------
 
 
 def test_a_table_that_would_not_shrink_is_skipped_and_the_plan_gives_both_sizes(tmp_path):
@@ -194,8 +194,10 @@ def test_op_passes_opcheck(step):
     torch.library.opcheck(op.default, arguments)
 
 
-def plain(step: TableStep, tensors: Mapping[str, Tensor], ids: Tensor, dim: int) -> Tensor:
-    """The lookup as torch would differentiate it: every code's entry, in float32."""
+def lookup_in_torch(
+    step: TableStep, tensors: Mapping[str, Tensor], ids: Tensor, dim: int
+) -> Tensor:
+    """The lookup in torch operators, so that autograd computes the expected gradients."""
     rows = len(tensors["codes"])
     width = step.storage.width(rows, dim, step.settings())
     codebook = tensors["codebook"].float()
@@ -205,11 +207,13 @@ def plain(step: TableStep, tensors: Mapping[str, Tensor], ids: Tensor, dim: int)
     shape = step.storage.shape(rows, dim, step.settings())
     codes = unpack(tensors["codes"], shape.books, width)[ids].long()
     books = codebook.reshape(shape.books, shape.levels, shape.dim)
-    each = [books[index][codes[..., index]] for index in range(shape.books)]
+    entries = [books[index][codes[..., index]] for index in range(shape.books)]
     if step.kind == "residual_codes":
-        return torch.stack(each).sum(dim=0)
+        return torch.stack(entries).sum(dim=0)
     widths = product_codes.part_widths(dim, step.parts)
-    return torch.cat([one[..., :n] for one, n in zip(each, widths, strict=True)], dim=-1)
+    return torch.cat(
+        [part[..., :width] for part, width in zip(entries, widths, strict=True)], dim=-1
+    )
 
 
 @each_step
@@ -227,14 +231,16 @@ def test_gradients_equal_plain_torch(step, dim):
             for name, t in tensors.items()
         }
 
-    ours, theirs = leaves(), leaves()
-    rows = step.storage.lookup(ours, ids, dim, step.settings())
-    assert torch.equal(rows, plain(step, theirs, ids, dim))
+    with_op, with_torch = leaves(), leaves()
+    rows = step.storage.lookup(with_op, ids, dim, step.settings())
+    assert torch.equal(rows, lookup_in_torch(step, with_torch, ids, dim))
     (rows * factor).sum().backward()
-    (plain(step, theirs, ids, dim) * factor).sum().backward()
+    (lookup_in_torch(step, with_torch, ids, dim) * factor).sum().backward()
     for name in step.storage.learned:
-        if name in ours:
+        if name in with_op:
             # The same sums in another order; in float16 rounded once at the end.
-            close = 1e-5 if ours[name].dtype == torch.float32 else 2e-3
-            torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=close, atol=close)
-            assert ours[name].grad.abs().sum() > 0
+            tolerance = 1e-5 if with_op[name].dtype == torch.float32 else 2e-3
+            torch.testing.assert_close(
+                with_op[name].grad, with_torch[name].grad, rtol=tolerance, atol=tolerance
+            )
+            assert with_op[name].grad.abs().sum() > 0

@@ -18,7 +18,7 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 
 
 def squared_error(step: TableStep, table: Tensor) -> float:
-    """Squared error, as a share of what the table's mean row leaves."""
+    """Squared error of the decoded rows, as a share of that of the mean row."""
     spread = (table - table.mean(dim=0)).double().square().sum()
     return float((decoded_rows(step, table) - table).double().square().sum() / spread)
 
@@ -36,7 +36,7 @@ def test_the_error_is_at_most_that_of_the_mean_row(step, table):
     if step.kind == "kmeans" and step.scale != "none":
         # Rows of equal values are exact; the error of others is at most that of zeros.
         worst = table.double().square().sum()
-    # A codebook or a scale of float16 is off by one part in 2^11, or half of 2^-24.
+    # Codebooks and scales in float16 have a relative error of 2^-11, or an absolute one of 2^-25.
     assert (
         difference <= worst + table.numel() * (float(table.abs().max()) * 2.0**-11 + 2.0**-24) ** 2
     )
@@ -44,7 +44,7 @@ def test_the_error_is_at_most_that_of_the_mean_row(step, table):
 
 @each_step
 def test_rows_of_twelve_clusters_have_a_small_error(step):
-    """Twelve clusters of rows. With the codes of other rows the error would be about 2."""
+    """With the codes of other rows, the error would be about 2."""
     assert squared_error(step, clustered_rows(2000, 8)) < {2: 0.35, 4: 0.25, 8: 0.1}[step.bits]
 
 
@@ -119,11 +119,11 @@ def test_refined_codes_have_no_larger_error_than_greedy_codes(monkeypatch):
         codes = residual_codes.encode(table, codebook, 3)
         return (residual_codes.decode(codes, codebook) - table).double().square().sum(dim=1)
 
-    settled = each_error()
+    refined = each_error()
     monkeypatch.setattr(residual_codes, "MAX_PASSES", 0)
     greedy = each_error()
-    assert torch.all(settled <= greedy * (1 + 1e-5))
-    assert settled.sum() < 0.9 * greedy.sum()
+    assert torch.all(refined <= greedy * (1 + 1e-5))
+    assert refined.sum() < 0.9 * greedy.sum()
 
 
 @pytest.mark.parametrize("scale", ["float16", "float32"])
@@ -132,9 +132,9 @@ def test_with_a_row_scale_small_rows_have_a_small_relative_error(scale):
     table = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
     table[::2] *= 1e-3
     small = table[::2]
-    near = decoded_rows(KMeans(scale=scale), table)[::2]
+    with_scale = decoded_rows(KMeans(scale=scale), table)[::2]
     without_scale = decoded_rows(KMeans(scale="none"), table)[::2]
-    assert (near - small).square().sum() < 0.01 * small.square().sum()
+    assert (with_scale - small).square().sum() < 0.01 * small.square().sum()
     assert (without_scale - small).square().sum() > 0.5 * small.square().sum()
 
 
@@ -161,30 +161,36 @@ def test_rows_of_larger_weight_have_a_smaller_error():
     weight = torch.ones(600)
     weight[:30] = 1000
 
-    def first(codebook: Tensor, decoded_rows: Callable[[Tensor], Tensor]) -> float:
-        return float((decoded_rows(codebook) - table)[:30].square().sum())
+    def error_of_weighted_rows(
+        codebook: Tensor, encode_and_decode: Callable[[Tensor], Tensor]
+    ) -> float:
+        return float((encode_and_decode(codebook) - table)[:30].square().sum())
 
-    def by_product(codebook: Tensor) -> Tensor:
+    def with_product_codes(codebook: Tensor) -> Tensor:
         return product_codes.decode(product_codes.encode(table, codebook, 3), codebook, 6)
 
-    def by_residual(codebook: Tensor) -> Tensor:
+    def with_residual_codes(codebook: Tensor) -> Tensor:
         return residual_codes.decode(residual_codes.encode(table, codebook, 2), codebook)
 
-    def by_levels(codebook: Tensor) -> Tensor:
+    def with_kmeans(codebook: Tensor) -> Tensor:
         codes, scale = kmeans.encode(table, codebook, "none")
         return kmeans.decode(codes, codebook, scale)
 
-    for fit, reading in (
-        (lambda w: product_codes.fit(table, 3, 8, w), by_product),
-        (lambda w: residual_codes.fit(table, 2, 8, 4, w).codebook, by_residual),
-        (lambda w: kmeans.fit(table, 2, "none", w), by_levels),
+    for fit, encode_and_decode in (
+        (lambda w: product_codes.fit(table, 3, 8, w), with_product_codes),
+        (lambda w: residual_codes.fit(table, 2, 8, 4, w).codebook, with_residual_codes),
+        (lambda w: kmeans.fit(table, 2, "none", w), with_kmeans),
     ):
-        assert first(fit(weight), reading) < 0.97 * first(fit(None), reading)
+        weighted, unweighted = (
+            error_of_weighted_rows(fit(row_weights), encode_and_decode)
+            for row_weights in (weight, None)
+        )
+        assert weighted < 0.97 * unweighted
 
 
 def test_row_weights_for_a_sampled_table_raise_a_value_error(monkeypatch):
     monkeypatch.setattr(kmeans, "FITTED_VALUES", 60)
-    with pytest.raises(ValueError, match="at most 10 rows; got 20"):
+    with pytest.raises(ValueError, match="at most 10 rows, got 20"):
         kmeans.fit(torch.randn(20, 6), 2, "none", torch.ones(20))
 
 

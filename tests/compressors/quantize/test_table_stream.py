@@ -26,7 +26,7 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compiled() -> None:
+def compile_loops() -> None:
     """Compile the loops first, so that the time limit of an example does not include it."""
     RowwiseInt8().encode(torch.ones(1, 1), {})
     RowwiseInt4(clipping="mse").encode(torch.ones(1, 1), {})
@@ -51,7 +51,7 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class ComputedSource:
-    """A table of any size whose row r is filled with (r mod 97) + 1, so every row is known."""
+    """A table of any size, computed on demand: all weights of row r are (r mod 97) + 1."""
 
     rows: int
     dim: int
@@ -68,7 +68,7 @@ class ComputedSource:
 
 
 class MemorySink:
-    """A sink that is a file in memory."""
+    """A sink that writes to memory and counts how often each byte was written."""
 
     def __init__(self, size: int, existing: Sequence[str] = ()) -> None:
         self.file, self.blocks, self.existing = bytearray(size), [], set(existing)
@@ -79,10 +79,10 @@ class MemorySink:
 
     def write(self, block: str, pieces: Sequence[Piece]) -> None:
         self.blocks.append(block)
-        for at, data in pieces:
-            self.file[at : at + len(data)] = data
-            self.written[at : at + len(data)] = bytes(
-                count + 1 for count in self.written[at : at + len(data)]
+        for offset, data in pieces:
+            self.file[offset : offset + len(data)] = data
+            self.written[offset : offset + len(data)] = bytes(
+                count + 1 for count in self.written[offset : offset + len(data)]
             )
 
 
@@ -104,9 +104,9 @@ def encoding_job(
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 70), st.integers(1, 3), st.booleans())
 def test_streamed_tensors_equal_those_of_the_table_encoded_at_once(
-    rows: int, dim: int, block_rows: int, workers: int, small: bool
+    rows: int, dim: int, block_rows: int, workers: int, has_small_codes: bool
 ):
-    step = RowwiseInt4(clipping="mse") if small else RowwiseInt8(scale="float32")
+    step = RowwiseInt4(clipping="mse") if has_small_codes else RowwiseInt8(scale="float32")
     weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(rows + dim))
     result = load(
         encode_to_memory(encoding_job(step, {"user.weight": weight}, block_rows), workers)
@@ -118,7 +118,7 @@ def test_streamed_tensors_equal_those_of_the_table_encoded_at_once(
 
 @dataclass(frozen=True)
 class PairedFormat:
-    """A sum for every three rows, the rows themselves as float16, and the mean of the table."""
+    """Stores float16 rows, the sum of every three rows, and the mean row of the table."""
 
     name: str = "paired"
 
@@ -132,7 +132,7 @@ class PairedFormat:
 
 @dataclass(frozen=True)
 class PairedStep:
-    """A step whose scales are shared by neighbours and which learns something from the table."""
+    """A step with tensors per row, per three rows, and for the whole table."""
 
     kind: str = "paired"
     tables: tuple[str, ...] = ("*",)
@@ -198,10 +198,10 @@ def test_blocks_in_the_sink_are_neither_encoded_nor_fitted_again():
     finished_sink = MemorySink(
         file.bytes, existing=["header", "t@whole", "t@0", "t@3", "t@6", "t@9"]
     )
-    read: list[int] = []
-    carry_out(job, file, finished_sink, 1, read.append)
+    progress: list[int] = []
+    carry_out(job, file, finished_sink, 1, progress.append)
     assert finished_sink.blocks == step.fitted == []
-    assert sum(read) == weight.nbytes  # skipped blocks count as progress
+    assert sum(progress) == weight.nbytes  # skipped blocks count as progress
 
 
 def test_streaming_restores_the_number_of_torch_threads():
@@ -214,11 +214,11 @@ def test_streaming_restores_the_number_of_torch_threads():
         torch.set_num_threads(before)
 
 
-# 2^31 elements, 2^32 bytes of input, and 2^31 and 2^32 bytes of codes.
+# A table so large that element numbers and byte offsets exceed 2^31 and 2^32.
 ROWS, DIM = 2**32 // 64 + 1000, 64
 ELEMENTS = (2**31, 2**32)
 BYTES = (2**31, 2**32, 2**33, 2**34)
-BORDERS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in BYTES)})
+BORDER_ROWS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in BYTES)})
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ BORDERS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in BYTES
         pytest.param(
             row,
             block_rows,
-            marks=() if block_rows == 4096 or row == BORDERS[-1] else pytest.mark.nightly,
+            marks=() if block_rows == 4096 or row == BORDER_ROWS[-1] else pytest.mark.nightly,
         )
-        for row in BORDERS
+        for row in BORDER_ROWS
         for block_rows in (1000, 4096)
     ],
 )
