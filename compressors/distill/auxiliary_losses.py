@@ -1,18 +1,18 @@
 """Auxiliary distillation losses: hint projections and an auxiliary head, discarded after training.
 
-Hints: outputs of hidden layers of the original are targets for the student's layers of the same
-name. A linear projection per layer maps the student's output, which may be narrower, to the
-teacher's width.
+Hints: the outputs of hidden layers of the original are targets for the student's layers of the same
+name. A linear projection per layer maps the student's output, which may have fewer channels, to the
+teacher's number of channels.
 
-Auxiliary head: a linear layer on top of one hidden layer learns the teacher's predictions, and the
-network's output learns only the labels. The layers below the head learn from both, and a biased or
-badly calibrated teacher does not distort the output.
+Auxiliary head: a linear layer that receives the output of one hidden layer learns the teacher's
+predictions, while the network's output learns only the labels. The layers before the head learn
+from both. A biased or badly calibrated teacher does not distort the output.
 
-Sources: Romero et al. 2015, https://arxiv.org/abs/1412.6550 (FitNets; differs: hints and
-predictions are learned at the same time, for all hinted layers, and the squared error is relative
-to the size of the teacher's output, so that its weight means the same for every layer); Khani et
-al. 2024, https://arxiv.org/abs/2408.14678 (teacher labels as a separate task; differs: a linear
-head on a named layer).
+Sources: Romero et al. 2015, https://arxiv.org/abs/1412.6550 (FitNets). Differs: hints and
+predictions are learned at the same time, for all layers with hints; the squared error is divided by
+the mean square of the teacher's output, so that one weight fits every layer. Khani et al. 2024,
+https://arxiv.org/abs/2408.14678 (teacher labels as a separate task). Differs: the head is linear,
+and its layer is named in the settings.
 """
 
 from collections.abc import Iterator
@@ -27,20 +27,23 @@ from compressors.core.batches import Batch
 from compressors.distill.training.trainer import Loss
 from compressors.errors.steps import DistillationRefused
 
-TINY = 1e-12  # divisor for a layer whose output is all zeros
+MIN_DIVISOR = 1e-12
+"""Smallest divisor of a hint loss, for a teacher layer whose output is all zeros."""
 
 
 class AuxiliaryLosses(nn.Module):
     """Hint projections and an auxiliary head, with the layer outputs of the last forward pass.
 
     Args:
-        hints: names of layers that both networks have.
-        auxiliary: the layer below the head, or None.
+        hints: names of the hinted layers, which both networks have.
+        auxiliary: the layer whose output the head receives, or None.
         student_widths: by layer, the size of the last dimension of the student's output.
         teacher_widths: the same for the teacher.
         seed: seed of the initial weights.
 
     Attributes:
+        maps: the hint projections, in the order of ``hints``.
+        head: the auxiliary head, or None.
         outputs: by layer, the student's outputs in the last forward pass.
     """
 
@@ -63,7 +66,7 @@ class AuxiliaryLosses(nn.Module):
         self.outputs: dict[str, Tensor] = {}
 
     def predictions(self) -> Tensor:
-        """The head's predictions for the rows of the student's last forward pass, ``(rows,)``.
+        """Return the head's predictions, ``(rows,)``, for the student's last forward pass.
 
         Raises:
             DistillationRefused: there is no head.
@@ -74,10 +77,10 @@ class AuxiliaryLosses(nn.Module):
         return predictions
 
     def hint_loss(self, targets: dict[str, Tensor]) -> Tensor:
-        """Hint loss: distance of the student's hinted layers from the teacher's, a scalar.
+        """Return the distance of the student's hinted layers from the teacher's, a scalar.
 
-        The mean over layers of the squared difference after the projection, relative to the mean
-        square of the teacher layer's output for the batch.
+        It is the mean over layers of the mean squared difference after the projection, divided by
+        the mean square of the teacher layer's output for the batch.
 
         Args:
             targets: by layer, the teacher's outputs for the same rows.
@@ -97,13 +100,18 @@ class AuxiliaryLosses(nn.Module):
                     student=tuple(projected.shape),
                     original=tuple(target.shape),
                 )
-            losses.append(F.mse_loss(projected, target) / target.square().mean().clamp(min=TINY))
+            losses.append(
+                F.mse_loss(projected, target) / target.square().mean().clamp(min=MIN_DIVISOR)
+            )
         return torch.stack(losses).mean()
 
 
 @contextmanager
 def record_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Record the outputs of the named layers in the latest forward pass, by name.
+    """Record the outputs of the named layers while the returned context is active.
+
+    Yields:
+        The outputs in the latest forward pass, by layer name.
 
     Raises:
         DistillationRefused: a layer does not exist.
@@ -126,10 +134,10 @@ def record_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[s
 
 
 def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "network") -> None:
-    """Raise if a name is not the name of a layer; ``where`` names the network in the error.
+    """Raise if the network lacks a layer; ``where`` is the network's name in the error.
 
     Raises:
-        DistillationRefused: names the missing layer and the existing ones.
+        DistillationRefused: a layer is missing; the error also names the existing layers.
     """
     known = [name for name, _ in module.named_modules() if name]
     for name in names:
@@ -140,7 +148,7 @@ def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "netw
 
 
 @torch.no_grad()
-def widths_of(
+def measure_widths(
     module: nn.Module, names: tuple[str, ...], batch: Batch, head: str | None = None
 ) -> dict[str, int]:
     """Measure the size of the last dimension of each named layer's output.
@@ -149,11 +157,12 @@ def widths_of(
         module: the network; it is set to evaluation mode.
         names: names of the layers.
         batch: rows for the forward pass.
-        head: the layer below the auxiliary head, whose output must be two-dimensional, or None.
+        head: the layer whose output the auxiliary head receives, or None. This output must be
+            two-dimensional.
 
     Raises:
-        DistillationRefused: an output is not a float tensor of at least two dimensions, or that of
-            ``head`` has more.
+        DistillationRefused: an output is not a float tensor of at least two dimensions, or the
+            output of ``head`` has more than two.
     """
     with record_outputs(module.eval(), names) as outputs:
         module(**batch.inputs)
@@ -179,15 +188,15 @@ def with_hint_loss(
     hints: tuple[str, ...],
     share: float,
 ) -> Loss:
-    """Add the hint loss, weighted by ``share``, to a loss.
+    """Return a loss that adds the hint loss, multiplied by ``share``, to another loss.
 
-    The original is evaluated again for every batch, because its layers' outputs take more space
-    than the rows. Its tensors are not changed.
+    The original is evaluated for every batch, instead of once, because the stored outputs of its
+    layers would take more space than the rows. Its tensors are not changed.
     """
 
-    def total_loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
+    def total_loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
         with torch.no_grad(), record_outputs(original, hints) as targets:
             original(**batch.inputs)
-        return loss(output, batch, numbers) + share * auxiliary.hint_loss(targets)
+        return loss(output, batch, row_numbers) + share * auxiliary.hint_loss(targets)
 
     return total_loss

@@ -1,12 +1,15 @@
 """Select new codes of a packed table that decrease the task's loss.
 
-Around a row's current values, the loss is modelled by its gradient and a diagonal curvature. The
-curvature is an upper bound: the columns of a row act together, and the square of a sum of ``dim``
-terms is at most ``dim`` times the sum of their squares. For each row the model has its minimum at a
-target row. The modelled loss of a row is its squared distance from the target, with each column
-weighted by the curvature, and new codes decrease this distance. Without the factor ``dim`` each
-column would take the full step by itself; on the demo's tables this increased the loss even if only
-three rows changed.
+Near a row's current values, the loss is approximated by a quadratic function of the row, with the
+gradient of the loss and a diagonal curvature. The curvature is ``dim`` times the mean squared
+gradient of each column. The factor ``dim`` makes it an upper bound although the columns of a row
+change together: the square of a sum of ``dim`` terms is at most ``dim`` times the sum of their
+squares. Without the factor, the loss of the demo's tables increased even if only three rows
+changed.
+
+The minimum of the quadratic function is the *target* of the row. Up to constants, the function is
+the squared distance of the row from its target, with each column weighted by its curvature. New
+codes are those that decrease this distance most.
 """
 
 from typing import NamedTuple
@@ -46,77 +49,83 @@ class Proposal(NamedTuple):
 
     Attributes:
         codes: uint8 or int8 ``(rows, codes)``, not packed.
-        gain: decrease of the loss per row, ``(rows,)``; 0 for rows that should keep their codes.
+        gain: estimated decrease of the loss by each row, ``(rows,)``; 0 if the row keeps its codes.
     """
 
     codes: Tensor
     gain: Tensor
 
 
-def propose(table: PackedTable, slope: Tensor, curvature: Tensor) -> Proposal:
-    """Propose, for every row, the codes that minimize the model of the loss.
+def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal:
+    """Propose, for every row, the codes that minimize the approximated loss.
 
     Args:
         table: a packed table whose codes index a codebook or uniform levels.
-        slope: gradient of the loss at the table's current weights, ``(rows, dim)``.
-        curvature: mean squared gradients, ``(rows, dim)``; rows where all are 0 keep their codes.
+        gradient: gradient of the loss at the table's current weights, ``(rows, dim)``.
+        curvature: mean squared gradients, ``(rows, dim)``; rows without any keep their codes.
     """
-    form, stored = _form(table), dict(table.named_buffers())
+    storage, stored = _require_codes_format(table), dict(table.named_buffers())
     with torch.no_grad():
         current = table(torch.arange(table.rows))  # (rows, dim)
-    seen = curvature.sum(dim=1) > 0
-    damping = DAMPING * curvature[seen].mean() if bool(seen.any()) else curvature.new_zeros(())
-    metric = table.dim * (curvature + damping)
-    target = current - slope / metric.clamp(min=SMALLEST)
+    has_lookups = curvature.sum(dim=1) > 0
+    damping = (
+        DAMPING * curvature[has_lookups].mean()
+        if bool(has_lookups.any())
+        else curvature.new_zeros(())
+    )
+    column_weights = table.dim * (curvature + damping)
+    target = current - gradient / column_weights.clamp(min=SMALLEST)
     codes = read_codes(table)
-    if isinstance(form, Rowwise):
-        new, new_values = nearest_uniform_codes(table, target)
+    if isinstance(storage, Rowwise):
+        new_codes, new_values = nearest_uniform_codes(table, target)
     else:
-        new = nearest_codebook_codes(form, codes, stored, target, metric)
-        new_values = decode_rows(form, new, stored, table.dim)
-    gain = (metric * ((current - target).square() - (new_values - target).square())).sum(dim=1) / 2
-    better = seen & (gain > 0) & (new != codes).any(dim=1)
-    return Proposal(new, torch.where(better, gain, torch.zeros_like(gain)))
+        new_codes = nearest_codebook_codes(storage, codes, stored, target, column_weights)
+        new_values = decode_rows(storage, new_codes, stored, table.dim)
+    gain = (column_weights * ((current - target).square() - (new_values - target).square())).sum(
+        dim=1
+    ) / 2
+    better = has_lookups & (gain > 0) & (new_codes != codes).any(dim=1)
+    return Proposal(new_codes, torch.where(better, gain, torch.zeros_like(gain)))
 
 
-def reassigned_codes(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor, int]:
-    """Apply the proposed codes to the rows that gain most.
+def reassign_codes(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor, int]:
+    """Return a table's codes, with proposed codes for the rows with the largest gains.
 
     Args:
         table: not modified.
-        proposal: its proposed codes.
-        share: share of the rows with a positive gain that get their proposed codes.
+        proposal: the result of ``propose`` for this table.
+        share: the share of the rows with a positive gain that get their proposed codes.
 
     Returns:
         The table's codes as stored (packed), and the number of rows that changed.
     """
     count = round(share * int((proposal.gain > 0).sum()))
-    chosen = proposal.gain.topk(count).indices
+    selected_rows = proposal.gain.topk(count).indices
     codes = read_codes(table)
-    codes[chosen] = proposal.codes[chosen]
-    width = _width(table)
+    codes[selected_rows] = proposal.codes[selected_rows]
+    width = _code_bits(table)
     return codes if width == 8 else pack(codes, width), count
 
 
 def read_codes(table: PackedTable) -> Tensor:
-    """A copy of a table's codes, unpacked: int8 or uint8 ``(rows, codes)``."""
-    form, count, width = _form(table), table.dim, _width(table)
+    """Return a copy of a table's codes, unpacked: int8 or uint8 ``(rows, codes)``."""
+    storage, count, width = _require_codes_format(table), table.dim, _code_bits(table)
     codes = table.get_buffer("codes")
     if width == 8:
         return codes.clone()
-    if isinstance(form, ProductCodesFormat | ResidualCodesFormat):
-        count = form.shape(table.rows, table.dim, table.settings).books
+    if isinstance(storage, ProductCodesFormat | ResidualCodesFormat):
+        count = storage.shape(table.rows, table.dim, table.settings).books
     return unpack(codes, count, width)
 
 
 def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes of a row-wise table nearest to a target, and their values, both ``(rows, dim)``.
+    """Return a row-wise table's codes nearest to a target, and their values: ``(rows, dim)`` each.
 
-    With uniform levels, the level nearest to each weight is the best for any weighting of columns.
+    Each column has its own code, so weights of columns do not matter.
     """
-    bits, shared = _width(table), scales.SharedScales.of(table.settings)
-    odd = shared.symmetric and bits > 2  # a level at zero, and one code unused
-    grid = Grid(2**bits - odd, shared.symmetric, rows_per_scale=shared.rows_per_scale)
+    bits, shared = _code_bits(table), scales.SharedScales.of(table.settings)
+    has_zero_level = shared.symmetric and bits > 2  # so one code is not used
+    grid = Grid(2**bits - has_zero_level, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())
     fitted = FittedRange(stored["scale"], stored.get("offset"))
     multiples = nearest(target, fitted, grid)
@@ -126,43 +135,47 @@ def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, T
     values = decode_multiples(
         multiples, expand_to_rows(fitted.scale, table.rows, grid.rows_per_scale), offset
     )
-    zero = 0.0  # the code of level 0 in symmetric formats; int8 codes are signed
+    zero = 0.0  # the code of the multiple 0 in symmetric formats; int8 codes are signed
     if shared.symmetric and bits < 8:
         zero = grid.half if bits == 2 else grid.half + 1
     return (multiples + zero).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
 
 
-def _width(table: PackedTable) -> int:
-    """Bits of a stored code."""
-    form = _form(table)
-    if isinstance(form, Rowwise):
-        return form.bits
-    return form.width(table.rows, table.dim, table.settings)
+def _code_bits(table: PackedTable) -> int:
+    """Return the bits of a stored code."""
+    storage = _require_codes_format(table)
+    if isinstance(storage, Rowwise):
+        return storage.bits
+    return storage.width(table.rows, table.dim, table.settings)
 
 
-def _form(table: PackedTable) -> Codes:
+def _require_codes_format(table: PackedTable) -> Codes:
     if not isinstance(table.storage, Codes):
         raise TypeError(f"Expected a format with codes, got {table.storage.name!r}.")
     return table.storage
 
 
 def nearest_codebook_codes(
-    form: Codebook, codes: Tensor, stored: dict[str, Tensor], target: Tensor, metric: Tensor
+    storage: Codebook,
+    codes: Tensor,
+    stored: dict[str, Tensor],
+    target: Tensor,
+    column_weights: Tensor,
 ) -> Tensor:
-    """Codes uint8 ``(rows, codes)`` whose values are nearest to a target under a metric.
+    """Select codes, uint8 ``(rows, codes)``, whose values are nearest to a target.
 
-    The result is exact except for residual codes, which are selected one after the other while the
-    others are fixed.
+    Distances have a weight for each number. Residual codes are selected one after the other while
+    the others are fixed, so their distance may not be the smallest; it is for other formats.
 
     Args:
-        form: the format of the table.
-        codes: the present codes, uint8 ``(rows, codes)``.
+        storage: the format of the table.
+        codes: the current codes, uint8 ``(rows, codes)``.
         stored: the tensors of the table.
         target: ``(rows, dim)``.
-        metric: weight of each squared difference, ``(rows, dim)``.
+        column_weights: weight of each squared difference, ``(rows, dim)``.
     """
     codebook = stored["codebook"].float()
-    if isinstance(form, KMeansFormat):
+    if isinstance(storage, KMeansFormat):
         scale = stored.get("scale")
         scaled = target
         if scale is not None:
@@ -170,27 +183,29 @@ def nearest_codebook_codes(
         ordered, order = codebook.sort()  # training may have changed the order of levels
         middle = (ordered[1:] + ordered[:-1]) / 2
         return order[torch.bucketize(scaled, middle)].to(torch.uint8)
-    new = codes.clone()
+    new_codes = codes.clone()
     books = codebook.reshape(codes.shape[1], -1, codebook.shape[1])
-    if isinstance(form, ProductCodesFormat):
+    if isinstance(storage, ProductCodesFormat):
         begin = 0
         for index, width in enumerate(product_codes.part_widths(target.shape[1], codes.shape[1])):
             part = slice(begin, begin + width)
             entries = books[index, :, :width]
-            new[:, index] = nearest_with_weights(target[:, part], metric[:, part], entries)
+            new_codes[:, index] = nearest_with_weights(
+                target[:, part], column_weights[:, part], entries
+            )
             begin += width
-        return new
+        return new_codes
     for index, entries in enumerate(books):
-        others = residual_codes.decode(new, codebook) - entries[new[:, index].long()]
-        new[:, index] = nearest_with_weights(target - others, metric, entries)
-    return new
+        others = residual_codes.decode(new_codes, codebook) - entries[new_codes[:, index].long()]
+        new_codes[:, index] = nearest_with_weights(target - others, column_weights, entries)
+    return new_codes
 
 
-def decode_rows(form: Codebook, codes: Tensor, stored: dict[str, Tensor], dim: int) -> Tensor:
-    """The values of codes ``(rows, codes)``: float32 ``(rows, dim)``."""
+def decode_rows(storage: Codebook, codes: Tensor, stored: dict[str, Tensor], dim: int) -> Tensor:
+    """Return the values of codes ``(rows, codes)``: float32 ``(rows, dim)``."""
     codebook = stored["codebook"]
-    if isinstance(form, KMeansFormat):
+    if isinstance(storage, KMeansFormat):
         return kmeans.decode(codes, codebook, stored.get("scale"))
-    if isinstance(form, ProductCodesFormat):
+    if isinstance(storage, ProductCodesFormat):
         return product_codes.decode(codes, codebook, dim)
     return residual_codes.decode(codes, codebook)

@@ -1,12 +1,14 @@
 """Distillation: train a pruned or smaller network to reproduce the original's predictions.
 
 Soft labels are the predictions of the teacher for every training row. The teacher is the bundle
-that the recipe starts from; with several teachers, soft labels are the mean of all predictions.
-They are computed once, stored, and mixed with the labels.
+that the recipe starts from; with several teachers, soft labels are the mean of their predictions.
+They are computed once and stored. The training loss is a weighted sum of the loss on soft labels
+and the loss on labels.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
-Differs: for CTR models the loss is binary, the soft form of their training loss; for ranking models
-the softmax is over each list instead of over classes. Other losses: ``losses.py``.
+Differs: for CTR models, the loss on soft labels is binary cross entropy with probabilities as
+labels; for ranking models, the softmax is over each list instead of over classes. Other losses are
+in ``losses.py``.
 """
 
 from typing import Any, ClassVar, Literal, Self
@@ -25,14 +27,14 @@ from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import private_copy
 from compressors.distill.auxiliary_losses import (
     AuxiliaryLosses,
+    measure_widths,
     record_outputs,
     require_layers,
-    widths_of,
     with_hint_loss,
 )
-from compressors.distill.losses import OF_LISTS, SoftLoss
+from compressors.distill.losses import LIST_LOSSES, SoftLoss
 from compressors.distill.soft_labels import SoftLabelSettings, soft_label_loss, soft_label_rows
-from compressors.distill.student import student_decisions, student_dry_run, student_of
+from compressors.distill.student import build_student, student_decisions, student_dry_run
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
@@ -40,11 +42,11 @@ from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import DistillationRefused
 
 PROBE_ROWS = 8
-"""Rows of the forward pass that measures the widths of hinted layers."""
+"""Rows of the forward pass that measures the output widths of layers with hints or a head."""
 
 
 class Distill(StepSettings):
-    """Train on the teacher's predictions and on the labels."""
+    """Train a network on the teacher's predictions and on the labels."""
 
     effect: ClassVar[Effect] = "values"
     recovers_quality: ClassVar[bool] = True
@@ -101,7 +103,7 @@ class Distill(StepSettings):
     training: Training = Field(default_factory=Training, description="Settings of the training.")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _require_consistent_settings(self) -> Self:
         if self.rows == "traffic" and self.soft_share < 1:
             raise value_error("traffic_without_labels")
         if self.auxiliary is not None and (self.soft_share == 1 or self.rows == "traffic"):
@@ -116,7 +118,7 @@ class Distill(StepSettings):
 
     @property
     def trains(self) -> bool:
-        """A run is slow: the network is trained."""
+        """True: the step trains the network."""
         return True
 
     @property
@@ -135,15 +137,16 @@ class Distill(StepSettings):
         return parts[self.rows]
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """Select the trained units; with a student, also the units that it lacks or that shrink.
+        """Select the units to train; with a student, also the units that it lacks or that shrink.
 
         Raises:
-            NothingToCompress: the task has no training loss, or no probabilities for this loss.
+            NothingToCompress: the task has no training loss, or ``calibrated_listwise`` is set and
+                the model predicts no probabilities.
             DistillationRefused: a named layer does not exist, or the student cannot be built.
         """
         if self.loss == "calibrated_listwise" and bench.signature.single_output.form == "score":
             raise NothingToCompress("loss_without_probability", step=self.kind)
-        require_layers(model.module, self._watched())
+        require_layers(model.module, self._recorded_layers())
         tables, reasons = self.training.tables, self._reasons(bench)
         decisions = choose_trainable(
             model,
@@ -171,16 +174,20 @@ class Distill(StepSettings):
         original = None if model.original is None else private_copy(model.original).eval()
         pruned = pruned_layers(model) if self.student is None else ()
         if self.student is not None:
-            model = student_of(model, self.student, bench.seed)
-        watched = self._watched()
+            model = build_student(model, self.student, bench.seed)
+        recorded_layers = self._recorded_layers()
         probe = rows.take(torch.arange(min(PROBE_ROWS, len(rows))))
-        student_widths = widths_of(model.module, watched, probe, self.auxiliary) if watched else {}
+        student_widths = (
+            measure_widths(model.module, recorded_layers, probe, self.auxiliary)
+            if recorded_layers
+            else {}
+        )
         teacher_widths: dict[str, int] = {}
         if self.hints:
             if original is None:
                 raise DistillationRefused("hints_need_original", step=self.kind)
             require_layers(original, self.hints, "original")
-            teacher_widths = widths_of(original, self.hints, probe)
+            teacher_widths = measure_widths(original, self.hints, probe)
         auxiliary = AuxiliaryLosses(
             self.hints, self.auxiliary, student_widths, teacher_widths, bench.seed
         )
@@ -196,7 +203,7 @@ class Distill(StepSettings):
         )
         teacher = original if self.hints and original is not None else nn.Identity()
         with (
-            record_outputs(model.module, watched) as auxiliary.outputs,
+            record_outputs(model.module, recorded_layers) as auxiliary.outputs,
             moved_to(teacher, bench.device),
         ):
             if self.hints:
@@ -211,20 +218,20 @@ class Distill(StepSettings):
                 if self.dense
                 else trainable_tensors(model.module, tables=True, dense=False),
                 rows=rows,
-                whole_lists=self.loss in OF_LISTS,
-                auxiliary=auxiliary if watched else None,
+                whole_lists=self.loss in LIST_LOSSES,
+                auxiliary=auxiliary if recorded_layers else None,
             )
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Build the smaller student, if there is one; training changes no shapes."""
         return model if self.student is None else student_dry_run(model, self.student)
 
-    def _watched(self) -> tuple[str, ...]:
-        """The layers whose outputs are recorded."""
+    def _recorded_layers(self) -> tuple[str, ...]:
+        """Return the layers whose outputs are recorded: those with hints or an auxiliary head."""
         return tuple(dict.fromkeys((*self.hints, *filter(None, (self.auxiliary,)))))
 
     def _reasons(self, bench: Bench) -> tuple[Reason, ...]:
-        """The rows and teachers that the step trains on, as reasons for the plan."""
+        """Return reasons for the plan: the rows and teachers that the step trains on."""
         rows = bench.train.rows if bench.train and self.rows != "traffic" else 0
         traffic = bench.traffic.rows if bench.traffic and self.rows != "train" else 0
         if rows and traffic:

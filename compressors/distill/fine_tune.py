@@ -1,8 +1,8 @@
 """Fine-tuning: train a pruned or quantized network on the labels.
 
 Weights that pruning set to zero stay zero, so this step may follow ``magnitude``. In quantized
-layers the scales and biases are trained through the quantizer (Esser et al. 2020,
-https://arxiv.org/abs/1902.08153; differs: the codes do not change).
+layers, the scales and biases are trained with gradients of the quantized output (Esser et al. 2020,
+https://arxiv.org/abs/1902.08153). Differs: the codes do not change.
 """
 
 from typing import ClassVar, Literal
@@ -31,7 +31,7 @@ class FineTune(StepSettings):
 
     @property
     def trains(self) -> bool:
-        """A run is slow: the network is trained."""
+        """True: the step trains the network."""
         return True
 
     @property
@@ -40,7 +40,7 @@ class FineTune(StepSettings):
         return ("train", "validation")
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """Select the trained units; give a reason for each other unit.
+        """Select the units to train; give a reason for each other unit.
 
         Raises:
             NothingToCompress: the task has no training loss.
@@ -56,7 +56,7 @@ class FineTune(StepSettings):
             TrainingFailed: training diverged, or nothing can be trained.
         """
 
-        def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
+        def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
             return hard_loss(bench.signature, output, batch)
 
         return train_model(model, bench, loss, self.training, pruned_layers(model))

@@ -1,15 +1,17 @@
 """Recalibrate the probabilities of a compressed model; use it as the last step of a recipe.
 
-Pruning, quantization and soft labels shift scores, which increases log loss. A monotone map of the
-logit, fitted on validation rows, corrects this and keeps the order of rows:
+Pruning, quantization and soft labels shift scores, which increases log loss. An increasing map of
+the logit, fitted on validation rows, corrects this and keeps the order of rows. The methods are:
 
 - ``temperature``: one factor (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 - ``platt``: a factor and an offset (Platt 1999).
-- ``isotonic``: a piecewise linear map through the means of groups of equally many rows, made
-  monotone by pooling (Zadrozny and Elkan 2002). Differs: no piece has slope zero, so the map
-  creates no ties; scores beyond the outer means follow the outer pieces.
-- ``best``: the method with the smallest cross-validated log loss (five folds); no map is one of the
-  candidates.
+- ``isotonic``: a piecewise linear map (Zadrozny and Elkan 2002). Rows are sorted by score and
+  divided into groups of about equal size. The map passes through a point for each group: its mean
+  logit and the logit of its share of clicks, made increasing by pooling neighbouring groups.
+  Differs: no piece has slope zero, so the map creates no ties; the first and last piece continue
+  beyond the outer points.
+- ``best``: the method with the smallest cross-validated log loss (five folds), or no map if that
+  has a smaller loss.
 """
 
 from typing import ClassVar, Literal
@@ -40,18 +42,25 @@ from compressors.metrics.point_estimates import logloss
 Floats = NDArray[np.float64]
 Method = Literal["temperature", "platt", "isotonic"]
 METHODS: tuple[Method, ...] = ("temperature", "platt", "isotonic")
-FOLDS = 5  # of the cross-validation
+FOLDS = 5
+"""Folds of the cross-validation."""
+
 LEAST_SLOPE = 1e-2
 """Smallest slope of a piece of the isotonic map, so that different scores stay different."""
+
 SCORING_ROWS = 8192
+"""Rows per batch."""
+
 NEWTON_STEPS = 50
+"""Largest number of iterations of Newton's method."""
 
 
 def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, float]:
-    """Fit slope and offset of the logit by maximum likelihood, with Newton's method.
+    """Fit a factor (slope) and an offset of the logit by maximum likelihood.
 
-    Labels are smoothed as if there were one more click and one more row without a click (Platt
-    1999), so that the slope is finite if a threshold separates the classes.
+    The solver is Newton's method. Labels are smoothed as if there were one more click and one more
+    row without a click (Platt 1999), so that the slope is finite if a threshold separates the
+    classes.
 
     Args:
         logit: float64 ``(rows,)``.
@@ -59,7 +68,7 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
         offset: if False, the offset is 0.
 
     Returns:
-        Slope and offset. The slope is positive: a map must not reverse the order.
+        Slope and offset. The slope is positive, because a map must not reverse the order.
 
     Raises:
         StepRefused: the best slope is not positive.
@@ -97,7 +106,7 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     Args:
         logit: float64 ``(rows,)``.
         label: 0 or 1, ``(rows,)``.
-        knots: the largest number of means that the map passes through.
+        knots: largest number of groups of rows, and so of points that the map passes through.
 
     Returns:
         Logits ``(n,)`` and their mapped values ``(n,)``, both strictly increasing, ``n >= 2``.
@@ -118,23 +127,23 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     means = np.array([logit[part].mean() for part in parts])
     clicks = np.array([label[part].sum() for part in parts])
     rows = np.array([len(part) for part in parts], dtype=np.float64)
-    # Half a click and half a row without one are added: no part has probability 0 or 1.
+    # Half a click and half a row without a click are added, so no group has probability 0 or 1.
     share = isotonic_regression((clicks + 0.5) / (rows + 1), weights=rows).x
     targets = np.log(share / (1 - share))
     rising = np.concatenate([[True], np.diff(means) > 1e-9])
     means, targets = means[rising], targets[rising]
     if len(means) < 2:
         raise StepRefused("scores_equal")
-    for place in range(1, len(means)):
-        least = targets[place - 1] + LEAST_SLOPE * (means[place] - means[place - 1])
-        targets[place] = max(targets[place], least)
+    for index in range(1, len(means)):
+        least = targets[index - 1] + LEAST_SLOPE * (means[index] - means[index - 1])
+        targets[index] = max(targets[index], least)
     return means, targets
 
 
 def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: int) -> Recalibration:
     """Fit the map of one method.
 
-    ``output`` is the form of the model's output; the other arguments are as in ``fit_pieces``.
+    ``output`` is the form of the model's output; the other arguments are those of ``fit_pieces``.
 
     Raises:
         StepRefused: no increasing map fits the rows.
@@ -144,7 +153,7 @@ def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: in
         return Recalibration(method, output, line=torch.tensor([slope, offset]))
     means, targets = fit_pieces(logit, label, knots)
     slopes = np.diff(targets) / np.diff(means)
-    # There is no data beyond the outer means: the slope there is at most 1.
+    # Beyond the outer points there are no data, so the slope there is at most 1.
     first, last = min(slopes[0], 1.0), min(slopes[-1], 1.0)
     line = torch.tensor([first, targets[0] - first * means[0]])
     bends = torch.tensor(np.stack([means, np.append(slopes, last)]))
@@ -152,7 +161,7 @@ def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: in
 
 
 def cross_validated_loss(method: Method, logit: Floats, label: Floats, knots: int) -> float:
-    """Cross-validated log loss of a method; infinite if a fit fails."""
+    """Return the cross-validated log loss of a method; infinite if a fit fails."""
     fold = np.arange(len(logit)) % FOLDS
     mapped = np.empty(len(logit))
     for number in range(FOLDS):
@@ -197,9 +206,9 @@ class Recalibrate(StepSettings):
             raise NothingToCompress(
                 "probability_missing", step=self.kind, task=bench.signature.single_output.kind
             )
-        earlier = recalibration_of(model.module)
-        if earlier is not None:  # a map of a map would be hard to interpret
-            raise StepRefused("recalibrated_already", step=self.kind, method=earlier.method)
+        existing_map = recalibration_of(model.module)
+        if existing_map is not None:  # a second map would be hard to interpret
+            raise StepRefused("recalibrated_already", step=self.kind, method=existing_map.method)
         taken = Decision("taken", (Reason("selected", step=self.kind),))
         return StepPlan({OUTPUT: taken}, bench.signature.single_output.form)
 
@@ -208,8 +217,8 @@ class Recalibrate(StepSettings):
 
         Raises:
             RowsMissing: there are no validation rows.
-            StepRefused: no increasing map fits them, or the model class has an attribute of the
-                map's name.
+            StepRefused: no increasing map fits the rows, or the model class has an attribute with
+                the name under which the map is attached.
         """
         if bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
@@ -242,7 +251,7 @@ class Recalibrate(StepSettings):
         return AppliedStep(model, {OUTPUT: Decision("taken", (mapped,))})
 
     def dry_run(self, model: Model, plan: StepPlan[OutputForm]) -> Model:
-        """Attach an identity map with the largest possible number of values."""
+        """Attach an identity map that has as many knots as the fitted map can have."""
         knots = self.knots if self.method in ("isotonic", "best") else 0
         line, bends = torch.tensor([1.0, 0.0]), torch.zeros(2, knots)
         identity = Recalibration(self.method, plan.payload, knots=knots, line=line, bends=bends)
@@ -255,5 +264,5 @@ def _sigmoid(logit: Floats) -> Floats:
 
 
 def _cost(logit: Floats, label: Floats) -> float:
-    """Binary cross entropy, a mean over rows."""
+    """Return the binary cross entropy, a mean over rows."""
     return float((np.logaddexp(0, logit) - label * logit).mean())

@@ -1,19 +1,19 @@
-"""Refit packed tables by training through the quantizer, with the original as teacher.
+"""Refit packed tables: train their codebooks or scales on the task, and select new codes.
 
-A codebook or scale that is fitted to a table's weights gives all weights equal importance, but some
-weights are more important for the task. Each round has two parts. First, codebooks, scales and
-offsets are trained through the lookup, on the original's predictions and the labels. Then codes are
-selected again (``code_reassignment.py``), so that each row is near the minimum of a quadratic model
-of the loss. The model uses the gradient, and squared gradients (the diagonal of the empirical
-Fisher matrix) as curvature.
+If a codebook or scale is fitted to a table's weights, all weights have equal importance, but some
+weights are more important for the task. So each round has two parts. First, codebooks, scales and
+offsets are trained by gradients of the loss on the original's predictions and on the labels. Then
+new codes are selected, so that each row is near the minimum of a quadratic approximation of the
+loss (``code_reassignment.py``). Its curvature is computed from squared gradients, the diagonal of
+the empirical Fisher matrix.
 
 Sources: Stock et al. 2020, https://arxiv.org/abs/1907.05686 (codebooks trained with the original
 as teacher); Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852 (alternating codes and
 codebooks, few codes at a time).
-Differs: the model of the loss is of second order and needs no row of the original table; of the
-rows whose new codes would decrease the loss, the ``share`` with the largest decrease gets them, if
-the measured loss decreases too. The state with the best validation metric is kept; the initial
-state is one of the candidates.
+Differs: codes are selected by a second-order approximation of the loss, which needs no rows of the
+original table. Of the rows whose new codes would decrease the approximated loss, the ``share`` with
+the largest decrease gets them, provided that the measured loss decreases too. The result is the
+state with the best validation metric, which may be the initial state.
 """
 
 import logging
@@ -36,7 +36,7 @@ from compressors.core.steps.decisions import (
 )
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
-from compressors.distill.code_reassignment import Codes, propose, reassigned_codes
+from compressors.distill.code_reassignment import Codes, propose, reassign_codes
 from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
@@ -53,7 +53,7 @@ from compressors.quantize.kernels.levels import SMALLEST
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 5
-"""Number of shares of rows that are tried; each is a quarter of the previous one."""
+"""Number of shares of rows that are tried until the loss decreases, each a quarter of the last."""
 
 
 class RefitCodes(StepSettings):
@@ -97,7 +97,7 @@ class RefitCodes(StepSettings):
 
     @property
     def trains(self) -> bool:
-        """A run is slow: the network is trained."""
+        """True: the step trains the network."""
         return True
 
     @property
@@ -106,7 +106,7 @@ class RefitCodes(StepSettings):
         return ("train", "validation", "soft_labels")
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """Select the tables with codes, and with ``dense`` the dense layers.
+        """Select the tables with codes and, if ``dense`` is set, the dense layers.
 
         Raises:
             NothingToCompress: the task has no training loss, or a pattern matches no table.
@@ -120,17 +120,17 @@ class RefitCodes(StepSettings):
             if unit.role == "dense":
                 is_trained = any(name.startswith(f"{unit.name}.") for name in dense)
                 if not self.dense:
-                    why = Reason("dense_not_trained", step=self.kind)
+                    reason = Reason("dense_not_trained", step=self.kind)
                 elif is_trained:
-                    why = Reason("trained_with_codes", step=self.kind)
+                    reason = Reason("trained_with_codes", step=self.kind)
                 else:
-                    why = nothing_to_train(unit, self.kind)
-                decisions[unit.name] = Decision("taken" if is_trained else "skipped", (why,))
+                    reason = nothing_to_train(unit, self.kind)
+                decisions[unit.name] = Decision("taken" if is_trained else "skipped", (reason,))
             elif not is_among(unit, self.tables):
                 decisions[unit.name] = Decision(
                     "skipped", (Reason("not_matched", patterns=self.tables),)
                 )
-            elif _codes(unit) is None:
+            elif _table_with_codes(unit) is None:
                 decisions[unit.name] = Decision(
                     "skipped", (Reason("no_codes", format=unit.format),)
                 )
@@ -149,9 +149,11 @@ class RefitCodes(StepSettings):
         if bench.train is None or bench.validation is None:
             raise RowsMissing("training_needs_rows")
         loss = soft_label_loss(bench, self.soft_share, self.temperature, self.kind)
-        named = ((unit.name, _codes(unit)) for unit in plan.units(model.module))
-        tables = {name: table for name, table in named if table is not None}
-        stored = {name: _types(table) for name, table in tables.items()}
+        units_with_codes = (
+            (unit.name, _table_with_codes(unit)) for unit in plan.units(model.module)
+        )
+        tables = {name: table for name, table in units_with_codes if table is not None}
+        stored_types = {name: _types(table) for name, table in tables.items()}
         names = _learned_names(model, tables)
         if self.dense:
             names += trainable_tensors(model.module, tables=False)
@@ -171,7 +173,7 @@ class RefitCodes(StepSettings):
                 if step == "codes" and self.share:
                     rows = self._reassign_codes(model, bench, tables)
                 for name, table in tables.items():
-                    _cast(table, stored[name])
+                    _cast(table, stored_types[name])
                 metric = quality(model.module, bench.signature, bench.validation)
                 log.info("round %d, %s: validation %.5f", number + 1, step, metric)
                 if metric > best:
@@ -182,10 +184,10 @@ class RefitCodes(StepSettings):
         return AppliedStep(model)
 
     def _reassign_codes(self, model: Model, bench: Bench, tables: dict[str, PackedTable]) -> int:
-        """Select new codes for the rows that gain most; return how many rows changed.
+        """Assign new codes to the rows with the largest gains; return how many rows changed.
 
-        Each row's gain is estimated as if only this row changed. If the loss does not decrease with
-        all of these rows, fewer rows are tried.
+        A row's gain, the estimated decrease of the loss, assumes that only this row changes. If the
+        loss does not decrease when all of these rows change, fewer rows are tried.
 
         Raises:
             RowsMissing: there are no training rows or soft labels.
@@ -193,19 +195,19 @@ class RefitCodes(StepSettings):
         if bench.train is None:
             raise RowsMissing("train_rows_missing", step=self.kind)
         module, signature = model.module, bench.signature
-        # Soft labels only: their gradient is zero at the original's rows, while labels and
-        # penalties would continue to change rows after the point where that training ended.
+        # Only soft labels are used. Their gradient is zero if the rows equal those of the original,
+        # while labels and penalties would move the rows away from the original.
         loss = soft_label_loss(bench, 1.0, self.temperature, self.kind)
         loss_before = mean_loss(module, signature, bench.train, loss)
         gradients = loss_gradients(module, signature, bench.train, loss, tables)
         proposals = {name: propose(table, *gradients[name]) for name, table in tables.items()}
-        before = {name: table.get_buffer("codes") for name, table in tables.items()}
+        old_codes = {name: table.get_buffer("codes") for name, table in tables.items()}
         share = self.share
         for _ in range(ATTEMPTS):
             rows = 0
             for name, table in tables.items():
-                table.codes = before[name]
-                table.codes, count = reassigned_codes(table, proposals[name], share)
+                table.codes = old_codes[name]
+                table.codes, count = reassign_codes(table, proposals[name], share)
                 rows += count
             loss_after = mean_loss(module, signature, bench.train, loss)
             log.info("%d rows with new codes: loss %.6f -> %.6f", rows, loss_before, loss_after)
@@ -215,18 +217,18 @@ class RefitCodes(StepSettings):
                 break
             share /= 4
         for name, table in tables.items():
-            table.codes = before[name]
+            table.codes = old_codes[name]
         return 0
 
 
-def _codes(unit: Unit) -> PackedTable | None:
-    """The packed table of a unit if its codes can be selected again; otherwise None."""
+def _table_with_codes(unit: Unit) -> PackedTable | None:
+    """Return the packed table of a unit if its codes can be selected again; otherwise None."""
     table = unit.module.table if isinstance(unit.module, Bag) else unit.module
     return table if isinstance(table, PackedTable) and isinstance(table.storage, Codes) else None
 
 
 def _learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
-    """Full names in the model of the learned tensors of the given tables."""
+    """Return the full names in the model of the learned tensors of the given tables."""
     selected = set(tables.values())
     return tuple(
         f"{path}.{name}"
@@ -237,7 +239,7 @@ def _learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, .
 
 
 def _types(table: PackedTable) -> dict[str, torch.dtype]:
-    """The dtypes of a table's learned tensors, by name."""
+    """Return the dtypes of a table's learned tensors, by name."""
     buffers = dict(table.named_buffers())
     return {name: buffers[name].dtype for name in table.storage.learned if name in buffers}
 
@@ -256,7 +258,7 @@ def _cast(table: PackedTable, types: dict[str, torch.dtype]) -> None:
 
 
 def _checkpoint_folder(bench: Bench, number: int) -> dict[str, str]:
-    """The folder where a round stores its progress, as a field of the bench."""
+    """Return the folder where a round stores its progress, as a field of the bench."""
     return {"checkpoints": f"{bench.checkpoints}/round-{number}"} if bench.checkpoints else {}
 
 
@@ -275,7 +277,7 @@ def _tensors_of(model: Model) -> State:
 
 
 def _restore(model: Model, state: State) -> None:
-    """Put all tensors back into their modules."""
+    """Assign the tensors of a state to their modules, and set evaluation mode."""
     for module, name, tensor in state:
         setattr(module, name, tensor)
     model.module.eval()

@@ -20,7 +20,7 @@ from compressors.task_kinds.loss import hard_loss
 from compressors.task_kinds.outputs import EDGE
 
 SoftLabelSettings = Literal["train", "traffic", "both"]
-"""The training rows: rows with labels, rows of logged traffic, or both."""
+"""Which rows to train on: rows with labels, rows of logged traffic without labels, or both."""
 
 
 def soft_label_loss(
@@ -36,22 +36,23 @@ def soft_label_loss(
 ) -> Loss:
     """Build the loss on soft labels and labels.
 
-    Traffic rows have no label. The loss on labels is a mean over the labelled rows or lists of a
-    batch, with weight ``1 - soft_share``; unlabelled rows in the batch do not change it.
+    It is the loss on soft labels times ``soft_share``, plus the loss on labels times
+    ``1 - soft_share``. Traffic rows have no label. The loss on labels is a mean over the labelled
+    rows or lists of a batch, so other rows do not change it.
 
     Args:
         bench: provides the rows and the teacher's predictions for them.
         soft_share: weight of the teacher's predictions; labels get the rest.
         temperature: both predictions are divided by it before they are compared.
         kind: the kind of the calling step, for error messages.
-        name: the loss between student and teacher.
+        name: name of the loss between student and teacher.
         top: number of top rows, for the loss ``rankdistil``.
         rows: which rows are used.
-        predictions: returns the predictions to compare with the teacher; if None, those are the
-            network's output.
+        predictions: function that returns the predictions to compare with the teacher; if None,
+            the network's output is compared.
 
     Raises:
-        RowsMissing: there are no soft labels, or not one for every row.
+        RowsMissing: there are no soft labels, or their number differs from that of the rows.
     """
     teacher = torch.cat(
         [
@@ -64,12 +65,12 @@ def soft_label_loss(
         ]
     )
 
-    def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
+    def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
         soft = loss_of_teacher(
             name,
             bench.signature,
             output if predictions is None else predictions(),
-            teacher[numbers].to(output.device),
+            teacher[row_numbers].to(output.device),
             batch,
             temperature=temperature,
             top=top,
@@ -89,7 +90,7 @@ def soft_label_loss(
 
 
 def soft_label_rows(bench: Bench, rows: SoftLabelSettings, kind: str) -> Rows | JoinedRows:
-    """The training rows, in the order that ``soft_label_loss`` expects.
+    """Return the training rows, in the order that ``soft_label_loss`` expects.
 
     Raises:
         RowsMissing: the bench lacks them.
@@ -130,7 +131,7 @@ def _rows(bench: Bench, split: Split | None, kind: str) -> Rows:
 
 
 def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
-    """The stored predictions of the teacher for a split, float32 ``(rows,)``."""
+    """Read the stored predictions of the teacher for a split, float32 ``(rows,)``."""
     if split is None or soft is None:
         raise RowsMissing("soft_labels_missing", step=kind)
     with safe_open(Path(soft.path) / "data.safetensors", framework="pt") as file:
@@ -141,7 +142,7 @@ def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
 
 
 def mixed_loss(bench: Bench, soft_share: float, temperature: float, kind: str) -> Loss:
-    """As ``soft_label_loss``, or only the loss on the labels if ``soft_share`` is 0.
+    """Build the loss of ``soft_label_loss``, or only the loss on the labels if ``soft_share`` is 0.
 
     Raises:
         RowsMissing: as for ``soft_label_loss``.
@@ -149,7 +150,7 @@ def mixed_loss(bench: Bench, soft_share: float, temperature: float, kind: str) -
     if soft_share:
         return soft_label_loss(bench, soft_share, temperature, kind)
 
-    def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
+    def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
         return hard_loss(bench.signature, output, batch)
 
     return loss

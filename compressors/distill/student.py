@@ -30,12 +30,13 @@ Config = dict[str, Any]
 def student_decisions(
     model: Model, config: Config, *, tables: bool, reasons: tuple[Reason, ...]
 ) -> dict[str, Decision]:
-    """The decisions for all units that are missing or smaller in the student.
+    """Return the decisions for all units that are missing or smaller in the student.
 
     Args:
         model: the original.
         config: arguments of the model class that differ.
-        tables: whether tables are trained; otherwise a narrower table would keep random values.
+        tables: whether tables are trained; otherwise a table with fewer columns is refused, because
+            it would keep random values.
         reasons: the rows and teachers that the student is trained on.
 
     Raises:
@@ -46,10 +47,10 @@ def student_decisions(
     _require_float_layers(model)
     _require_arguments(model, config)
     units = Unit.of(model.module)
-    shapes = {unit.name: _shape(unit) for unit in units if unit.part_of is None}
+    original_shapes = {unit.name: _shape(unit) for unit in units if unit.part_of is None}
     student = Unit.of(_build(model, config, _construct_empty))
-    smaller = {unit.name: _shape(unit) for unit in student}
-    if added := sorted(smaller.keys() - shapes.keys()):
+    student_shapes = {unit.name: _shape(unit) for unit in student}
+    if added := sorted(student_shapes.keys() - original_shapes.keys()):
         raise DistillationRefused("layer_added", unit=added[0])
     original_rows = table_rows(model.module)
     for unit in student:
@@ -57,23 +58,27 @@ def student_decisions(
             raise DistillationRefused(
                 "table_shortened", table=unit.name, got=unit.rows, expected=original_rows[unit.name]
             )
-    _require_packed_fit(units, smaller)
-    resized = [u.name for u in student if u.role == "table" and smaller[u.name] != shapes[u.name]]
+    _require_packed_fit(units, student_shapes)
+    resized = [
+        u.name
+        for u in student
+        if u.role == "table" and student_shapes[u.name] != original_shapes[u.name]
+    ]
     if resized and not tables:
         raise DistillationRefused("table_untrained", table=resized[0])
     decisions = {}
-    for name, shape in shapes.items():
-        if name not in smaller:
+    for name, shape in original_shapes.items():
+        if name not in student_shapes:
             decisions[name] = Decision("taken", (*reasons, Reason("not_in_student")))
-        elif smaller[name] != shape:
-            before, after = ("x".join(map(str, size)) for size in (shape, smaller[name]))
+        elif student_shapes[name] != shape:
+            before, after = ("x".join(map(str, size)) for size in (shape, student_shapes[name]))
             changed = Reason("smaller_in_student", before=before, after=after)
             decisions[name] = Decision("taken", (*reasons, changed))
     return decisions
 
 
-def student_of(model: Model, config: Config, seed: int) -> Model:
-    """Build the smaller network: newly initialized layers, and the original's tensors that fit.
+def build_student(model: Model, config: Config, seed: int) -> Model:
+    """Build the smaller network, with new layers and those tensors of the original that fit.
 
     Raises:
         DistillationRefused: the student cannot be built.
@@ -85,7 +90,7 @@ def student_of(model: Model, config: Config, seed: int) -> Model:
 
 
 def student_dry_run(model: Model, config: Config) -> Model:
-    """As ``student_of``, with placeholders instead of initialized weights."""
+    """Build the network of ``build_student`` with placeholders instead of initialized weights."""
     student = _build(model, config, _construct_empty)
     return _with_original_tensors(model, with_placeholders(student), config)
 
@@ -134,7 +139,7 @@ def _with_original_tensors(model: Model, student: nn.Module, config: Config) -> 
 
 
 def _shape(unit: Unit) -> tuple[int, ...]:
-    """The shape of a table or weight: ``(rows, dim)`` or ``(out, in)``."""
+    """Return the shape of a table or weight: ``(rows, dim)`` or ``(out, in)``."""
     module = _without_bag(unit)
     if isinstance(module, PackedTable | ComposedTable):
         return (module.rows, module.dim)
@@ -143,7 +148,7 @@ def _shape(unit: Unit) -> tuple[int, ...]:
 
 
 def _without_bag(unit: Unit) -> nn.Module:
-    """The module of a unit; of a bag, the table inside."""
+    """Return the module of a unit or, if it is a bag, the table inside."""
     return unit.module.table if isinstance(unit.module, Bag) else unit.module
 
 
@@ -151,14 +156,16 @@ def _is_packed_table(unit: Unit) -> bool:
     return unit.role == "table" and isinstance(_without_bag(unit), PackedTable | ComposedTable)
 
 
-def _require_packed_fit(units: tuple[Unit, ...], smaller: dict[str, tuple[int, ...]]) -> None:
+def _require_packed_fit(
+    units: tuple[Unit, ...], student_shapes: dict[str, tuple[int, ...]]
+) -> None:
     """Raise if the student has a packed table in another shape.
 
     Raises:
-        DistillationRefused: names the table.
+        DistillationRefused: there is such a table; the error names it.
     """
     for unit in units:
-        if _is_packed_table(unit) and smaller.get(unit.name, _shape(unit)) != _shape(unit):
+        if _is_packed_table(unit) and student_shapes.get(unit.name, _shape(unit)) != _shape(unit):
             raise DistillationRefused("table_packed", table=unit.name, format=unit.format)
 
 
@@ -166,7 +173,7 @@ def _require_float_layers(model: Model) -> None:
     """Raise if a dense layer is packed, or a table has a float dtype other than float32.
 
     Raises:
-        DistillationRefused: names one of them.
+        DistillationRefused: there is such a unit; the error names it.
     """
     for unit in Unit.of(model.module):
         if unit.format != "float32" and not (_is_packed_table(unit) or unit.part_of is not None):
@@ -184,13 +191,13 @@ def _require_no_map(model: Model) -> None:
 
 
 def _require_arguments(model: Model, config: Config) -> None:
-    """Raise if an argument is unknown; a class that accepts any keyword would ignore it.
+    """Raise if an argument is unknown, because a class that accepts any keyword would ignore it.
 
     Raises:
-        DistillationRefused: names the unknown argument and the known ones.
+        DistillationRefused: an argument is unknown; the error names it and the known arguments.
     """
-    named = inspect.signature(model.architecture).parameters
-    known = {*named, *model.network.architecture.config}
+    parameters = inspect.signature(model.architecture).parameters
+    known = {*parameters, *model.network.architecture.config}
     if unknown := sorted(config.keys() - known):
         raise DistillationRefused(
             "argument_unknown",

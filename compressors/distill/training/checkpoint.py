@@ -1,11 +1,11 @@
 """Checkpoints of a long training step, from which it resumes after a crash.
 
-A folder holds one checkpoint: ``progress.json`` with a few facts, and the safetensors file that it
-names. The safetensors file is written first and ``progress.json`` last, each by a rename, so a
-crash at any moment leaves the previous checkpoint or the new one. File names are unique and each
-process removes only files that it wrote, so if two processes do the same work at once, the
-checkpoint of one of them remains. An unreadable checkpoint counts as none. A failed write is only
-logged, and training continues.
+A folder contains one checkpoint: ``progress.json`` with facts such as the losses of epochs, and the
+safetensors file that it names. The safetensors file is written first and ``progress.json`` last,
+each under a temporary name and then renamed, so a crash at any moment leaves the previous
+checkpoint or the new one. File names are unique, and each process removes only files that it wrote.
+So if two processes run the same training at once, the checkpoint of one of them remains. An
+unreadable checkpoint is ignored. A failed write is only logged, and training continues.
 """
 
 import json
@@ -22,12 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-NAME = "progress.json"
+PROGRESS_FILE = "progress.json"
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """The state of a training: tensors by name, and facts that JSON can store, including NaN."""
+    """The state of a training.
+
+    Attributes:
+        tensors: tensors by name, with the prefixes ``now/``, ``best/`` (epoch) and ``moments/``.
+        facts: values that JSON can store, including NaN.
+    """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -47,7 +52,7 @@ def write_progress(folder: str, progress: TrainingProgress) -> None:
     """Replace the folder's checkpoint.
 
     Raises:
-        OSError, SafetensorError: it cannot be written; the previous checkpoint remains.
+        OSError, SafetensorError: the checkpoint cannot be written; the previous one remains.
     """
     directory = Path(folder)
     directory.mkdir(parents=True, exist_ok=True)
@@ -57,9 +62,9 @@ def write_progress(folder: str, progress: TrainingProgress) -> None:
     try:
         save_file({key: tensor.contiguous() for key, tensor in progress.tensors.items()}, part)
         os.replace(part, directory / name)  # noqa: PTH105
-        part = directory / f"{NAME}-{suffix}.part"
+        part = directory / f"{PROGRESS_FILE}-{suffix}.part"
         part.write_text(json.dumps({"tensors": name, **progress.facts}))
-        os.replace(part, directory / NAME)  # noqa: PTH105
+        os.replace(part, directory / PROGRESS_FILE)  # noqa: PTH105
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -77,10 +82,10 @@ def read_progress(folder: str, expected: Mapping[str, Tensor]) -> TrainingProgre
             shapes.
     """
     directory = Path(folder)
-    if not (directory / NAME).is_file():
+    if not (directory / PROGRESS_FILE).is_file():
         return None
     try:
-        facts = json.loads((directory / NAME).read_text())
+        facts = json.loads((directory / PROGRESS_FILE).read_text())
         tensors = load_file(directory / facts.pop("tensors"))
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
         log.warning(

@@ -20,47 +20,48 @@ MIN_ROWS = 2
 
 
 def rank() -> int:
-    """The rank of this process, from 0."""
-    return distributed.get_rank() if _several() else 0
+    """Return the rank of this process, from 0."""
+    return distributed.get_rank() if _has_several_ranks() else 0
 
 
-def rank_share(numbers: Tensor, group: Tensor | None) -> tuple[Tensor, float]:
-    """The rows of a batch that this rank computes on, and their weight among all ranks.
+def rank_share(row_numbers: Tensor, group: Tensor | None) -> tuple[Tensor, float]:
+    """Return the rows of a batch that this rank computes on, and their weight among all ranks.
 
     Args:
-        numbers: row numbers of the batch, int64 ``(batch,)``.
+        row_numbers: row numbers of the batch, int64 ``(batch,)``.
         group: group of each row, int64 ``(batch,)``, if lists must not be split; otherwise None.
 
     Returns:
-        Row numbers in their original order, possibly none, and a weight; the weights of all ranks
-        sum to 1. All rows have equal weight, or all lists if lists are not split.
+        The row numbers in their original order, possibly none, and the rank's weight. Weights of
+        all ranks add up to 1, and are such that all rows have equal weight, or all lists if lists
+        are not split.
     """
-    if not _several():
-        return numbers, 1.0
+    if not _has_several_ranks():
+        return row_numbers, 1.0
     ranks, this_rank = distributed.get_world_size(), distributed.get_rank()
     if group is None:
-        if len(numbers) < MIN_ROWS * ranks:  # the last batch of an epoch
-            return (numbers, 1.0) if this_rank == 0 else (numbers[:0], 0.0)
-        rank_rows = numbers[this_rank::ranks]
-        return rank_rows, len(rank_rows) / len(numbers)
+        if len(row_numbers) < MIN_ROWS * ranks:  # the last batch of an epoch
+            return (row_numbers, 1.0) if this_rank == 0 else (row_numbers[:0], 0.0)
+        rank_rows = row_numbers[this_rank::ranks]
+        return rank_rows, len(rank_rows) / len(row_numbers)
     lists, list_of_row = torch.unique(group, return_inverse=True)
     if int(torch.bincount(list_of_row % ranks, minlength=ranks).min()) < MIN_ROWS:
-        return (numbers, 1.0) if this_rank == 0 else (numbers[:0], 0.0)
+        return (row_numbers, 1.0) if this_rank == 0 else (row_numbers[:0], 0.0)
     rank_lists = len(range(this_rank, len(lists), ranks))
-    return numbers[list_of_row % ranks == this_rank], rank_lists / len(lists)
+    return row_numbers[list_of_row % ranks == this_rank], rank_lists / len(lists)
 
 
 def sum_gradients(leaves: Collection[Tensor], weight: float, loss: Tensor) -> Tensor:
-    """Replace each gradient by the weighted sum over all ranks; returns the same sum of losses.
+    """Replace each gradient by the weighted sum over all ranks; return the weighted sum of losses.
 
-    A tensor without a gradient on all ranks keeps none.
+    A tensor that has no gradient on any rank is not changed.
 
     Args:
         leaves: the trained tensors, in the same order on every rank.
         weight: weight of this rank.
         loss: loss of this rank, a scalar; zero if it has no rows.
     """
-    if not _several():
+    if not _has_several_ranks():
         return loss
     has_gradient = torch.tensor(
         [leaf.grad is not None for leaf in leaves], device=loss.device
@@ -78,7 +79,7 @@ def sum_gradients(leaves: Collection[Tensor], weight: float, loss: Tensor) -> Te
 
 def average_buffers(buffers: Iterable[Tensor]) -> None:
     """Average float buffers over all ranks, and copy integer buffers from the first rank."""
-    if not _several():
+    if not _has_several_ranks():
         return
     for buffer in buffers:
         if buffer.is_floating_point():
@@ -89,13 +90,16 @@ def average_buffers(buffers: Iterable[Tensor]) -> None:
 
 
 def from_first_rank(value: float, device: torch.device) -> float:
-    """The first rank's value: devices differ in the last bits, and all ranks must stop together."""
-    if not _several():
+    """Return the first rank's value on all ranks, so that they make the same decisions.
+
+    Values computed on different devices may differ in the last bits.
+    """
+    if not _has_several_ranks():
         return value
     shared = torch.tensor([value], dtype=torch.float64, device=device)
     distributed.broadcast(shared, src=0)
     return float(shared)
 
 
-def _several() -> bool:
+def _has_several_ranks() -> bool:
     return distributed.is_available() and distributed.is_initialized()

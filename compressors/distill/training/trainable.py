@@ -1,4 +1,4 @@
-"""The tensors that training may change, and private copies of them."""
+"""Select the tensors that training may change, and replace them by copies."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from compressors.core.units import own_weight
 
 
 def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[str, ...]:
-    """Names of the tensors that training may change.
+    """Return the names of the tensors that training may change.
 
     These are float32 parameters, and in compressed layers the float32 tensors that the format
     declares as learned. Those of tables are included if ``tables``, all others if ``dense``.
@@ -34,7 +34,7 @@ def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) ->
 
 
 def _learned(part: nn.Module) -> tuple[str, ...]:
-    """Names of the buffers of a compressed module that its format declares as learned."""
+    """Return the names of the buffers that a compressed module's format declares as learned."""
     match part:
         case PackedLinear() | PackedTable():
             return part.storage.learned
@@ -43,8 +43,14 @@ def _learned(part: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def trained_copies(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Replace the named tensors by trainable copies, returned by name; tied tensors stay tied."""
+def replace_trained_tensors(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Replace the named tensors of a module by trainable copies; tied tensors stay tied.
+
+    All other parameters are frozen.
+
+    Returns:
+        The copies, by name; of tied tensors, only the first name.
+    """
     copies: dict[int, Tensor] = {}
     leaves: dict[str, Tensor] = {}
     for name in names:
@@ -60,7 +66,7 @@ def trained_copies(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tenso
             new = old.detach().clone().requires_grad_(True)
             setattr(part, attribute, new)
         copies[id(old)] = leaves[name] = new
-    # All other parameters are frozen, in tensors that are not shared with another module.
+    # Frozen parameters are new objects, because the old ones may be shared with another network.
     frozen: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
@@ -70,8 +76,8 @@ def trained_copies(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tenso
     return leaves
 
 
-def buffer_copies(module: nn.Module) -> tuple[str, ...]:
-    """Replace buffers that training may change (as norms do) by copies; returns their names."""
+def replace_buffers(module: nn.Module) -> tuple[str, ...]:
+    """Replace buffers that training may change, such as those of norms; return their names."""
     names = []
     packed: set[nn.Module] = set()
     for part in module.modules():
@@ -92,6 +98,6 @@ def is_table(module: nn.Module, name: str) -> bool:
 
 
 def packed_owner(module: nn.Module, name: str) -> PackedTable | None:
-    """The packed table that a tensor belongs to, or None."""
+    """Return the packed table that a tensor belongs to, or None."""
     owner = module.get_submodule(name.rpartition(".")[0])
     return owner if isinstance(owner, PackedTable) else None

@@ -1,12 +1,12 @@
 """The training loop: train a compressed network for a few epochs, with checkpoints.
 
-Tables are not trained by default: they hold most of the weights and overfit first, and training
-them without the regularization of the original training loses more quality than it gains.
+By default tables are not trained: they have most of the weights and overfit first, and without the
+regularization of the original training, quality decreases more than it increases.
 
 The state before training is one of the candidates for the best epoch, so training that only
 decreases quality returns that state. A checkpoint is stored after every epoch (``checkpoint.py``).
-A run that was killed and resumed ends with the same bits as an uninterrupted one: each epoch has
-its own seed, and the checkpoint holds all other state.
+A training that was killed and resumed ends with the same bits as an uninterrupted one: the seed of
+an epoch depends only on its number, and the checkpoint contains all other state.
 """
 
 import logging
@@ -27,19 +27,19 @@ from compressors.distill.training import data_parallel
 from compressors.distill.training.checkpoint import TrainingProgress, read_progress, store_progress
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import (
-    buffer_copies,
     is_table,
     packed_owner,
+    replace_buffers,
+    replace_trained_tensors,
     trainable_tensors,
-    trained_copies,
 )
 from compressors.errors.steps import TrainingFailed
 from compressors.metrics.validation_score import quality
 from compressors.task_kinds.loss import shuffled_rows
 
 log = logging.getLogger(__name__)
-# Largest change of a scale: with a larger one the codes would not fit, because they do not change.
 MAX_SCALE_FACTOR = 16.0
+"""Largest factor by which training may change a scale, because the codes do not change with it."""
 
 Loss = Callable[[Tensor, Batch, Tensor], Tensor]
 """Maps the network's output, the batch, and its row numbers int64 ``(batch,)`` to a scalar."""
@@ -72,27 +72,29 @@ def train(
     after_step: Callable[[float], None] | None = None,
     last: bool = False,
 ) -> tuple[Epoch, ...]:
-    """Train a private copy of a module in place; it ends in the state of its best epoch.
+    """Train a module in place; afterwards it has the tensors of its best epoch.
 
     Args:
-        module: its tensors may be shared with others; those that change are replaced first.
+        module: the network. Its tensors may be shared with other networks: those that training
+            changes are replaced by copies first.
         signature: inputs and the metric by which epochs are compared (higher is better).
         rows: the training rows.
         validation: rows for early stopping.
         loss: the loss to minimize.
         settings: epochs, learning rate and so on.
         seed: seed of the order of rows and of dropout.
-        checkpoints: folder for checkpoints, from which training resumes after a crash; None: none.
+        checkpoints: folder for checkpoints, from which training resumes after a crash; None: no
+            checkpoints.
         pruned: layers whose zeros stay zero. In other layers a zero is an ordinary weight, such as
             a gate that starts closed or a last layer that is initialized to zero.
         only: names of the tensors to train, instead of those that ``settings`` selects.
-        whole_lists: whether a batch holds whole groups for every task, not only for ranking.
+        whole_lists: never split a group between two batches, even if the task is not ranking.
         auxiliary: a module of the loss that is trained too; it is not part of the result.
         device: where to train; the module is moved back afterwards.
-        after_step: called without gradients after every step with the learning rate; it may write
-            into the module's parameters.
-        last: return the last epoch even if it is not the best one. Needed if ``after_step`` costs
-            quality, because otherwise the state before training would be selected.
+        after_step: called after every optimizer step with the learning rate, with gradients
+            disabled; it may change the module's parameters.
+        last: return the last epoch even if it is not the best one. This is needed if ``after_step``
+            lowers quality, because otherwise the state before training would be selected.
 
     Returns:
         All epochs, starting with the state before training.
@@ -111,7 +113,7 @@ def train(
 
 
 def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
-    """Run a training, from its checkpoint if there is one."""
+    """Run a training, starting from its checkpoint if there is one; return all epochs."""
     progress = read_progress(checkpoints, run.state()) if checkpoints else None
     if progress is None:
         run.begin()
@@ -146,11 +148,11 @@ class _Run:
         if not names:
             raise TrainingFailed("nothing_trainable")
         _require_float_layers(module, settings)
-        self.leaves = trained_copies(module, names)
+        self.leaves = replace_trained_tensors(module, names)
         self.auxiliary: dict[str, Tensor] = {}
         self.device = device_of(module)
         self.whole_lists = False
-        self.statistics = buffer_copies(module)
+        self.statistics = replace_buffers(module)
         self.tables = [leaf for name, leaf in self.leaves.items() if is_table(module, name)]
         owners = (packed_owner(module, name) for name in self.leaves)
         self.packed = list(dict.fromkeys(owner for owner in owners if owner is not None))
@@ -190,17 +192,17 @@ class _Run:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that training changes, by name."""
+        """Return every tensor that training changes, by name."""
         statistics = {name: self.module.get_buffer(name) for name in self.statistics}
         return {**self.leaves, **self.auxiliary, **statistics}
 
     def begin(self) -> None:
         """Evaluate the state before training, the first candidate for the best epoch."""
         self.epochs = [Epoch(0, math.nan, self._quality())]
-        self.best = _copied(self.state())
+        self.best = _copy_tensors(self.state())
 
     def is_over(self) -> bool:
-        """Whether the epochs or the patience are used up."""
+        """Whether all epochs are done, or too many in a row brought no improvement."""
         done = len(self.epochs) > self.settings.epochs
         return done or (self.stale >= self.settings.patience and not self.last)
 
@@ -212,15 +214,15 @@ class _Run:
         total = counted = 0.0
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed + data_parallel.rank())  # dropout
-            for numbers in self._batches(seed):
-                total += self._step(self.rows.in_order(numbers)) * len(numbers)
-                counted += len(numbers)
+            for row_numbers in self._batches(seed):
+                total += self._step(self.rows.in_order(row_numbers)) * len(row_numbers)
+                counted += len(row_numbers)
         self.module.eval()
         data_parallel.average_buffers(self.module.get_buffer(name) for name in self.statistics)
         result = Epoch(number, total / counted, self._quality())
         log.info("epoch %d: loss %.5f, validation %.5f", number, result.loss, result.quality)
         if result.quality > max(epoch.quality for epoch in self.epochs):
-            self.best, self.stale = _copied(self.state()), 0
+            self.best, self.stale = _copy_tensors(self.state()), 0
         else:
             self.stale += 1
             if self.settings.schedule == "plateau":
@@ -239,7 +241,7 @@ class _Run:
         self.module.eval()
 
     def progress(self) -> TrainingProgress:
-        """The state that is needed to resume after this epoch."""
+        """Return the state that is needed to resume after this epoch."""
         moments = {
             f"{name}/{moment}": value
             for name, leaf in (*self.leaves.items(), *self.auxiliary.items())
@@ -283,26 +285,26 @@ class _Run:
             store_progress(folder, self.progress())
 
     def _quality(self) -> float:
-        """The validation metric, the same on all ranks."""
+        """Return the validation metric, the same on all ranks."""
         return data_parallel.from_first_rank(
             quality(self.module, self.signature, self.validation), self.device
         )
 
-    def _backward(self, numbers: Tensor) -> Tensor:
+    def _backward(self, row_numbers: Tensor) -> Tensor:
         """Compute gradients on some rows; return the loss without the table penalty."""
-        if not len(numbers):
+        if not len(row_numbers):
             return torch.zeros((), device=self.device)
-        batch = to_device(self.rows.take(numbers), self.device)
+        batch = to_device(self.rows.take(row_numbers), self.device)
         with self._precision():
             output = self.module(**batch.inputs)
-        loss = self.loss(output.float(), batch, numbers)
+        loss = self.loss(output.float(), batch, row_numbers)
         total = loss
         for table in self._penalized():
             total = total + self.settings.table_l2 / 2 * table.square().sum()
         torch.autograd.backward(total)
         return loss.detach()
 
-    def _step(self, numbers: Tensor) -> float:
+    def _step(self, row_numbers: Tensor) -> float:
         """Take one optimizer step on a batch; return its loss.
 
         Raises:
@@ -310,7 +312,7 @@ class _Run:
         """
         lists = self.rows.group if self.whole_lists or self.signature.has_lists else None
         rank_rows, weight = data_parallel.rank_share(
-            numbers, None if lists is None else lists[numbers]
+            row_numbers, None if lists is None else lists[row_numbers]
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss = data_parallel.sum_gradients(self._optimized(), weight, self._backward(rank_rows))
@@ -332,30 +334,30 @@ class _Run:
         return float(loss)
 
     def _optimized(self) -> list[Tensor]:
-        """Every tensor that the optimizer changes."""
+        """Return every tensor that the optimizer changes."""
         return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
 
     def _batches(self, seed: int) -> Iterator[Tensor]:
-        """The batches of an epoch, as row numbers."""
+        """Yield the row numbers of each batch of an epoch."""
         return shuffled_rows(
             self.rows, self.signature, self.settings.batch, seed, whole_lists=self.whole_lists
         )
 
     def _precision(self) -> AbstractContextManager[None]:
-        """The context that sets the precision of the forward pass."""
+        """Return the context that sets the precision of the forward pass."""
         if self.settings.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _penalized(self) -> list[Tensor]:
-        """The weights of whole trained tables; packed tables are dequantized."""
+        """Return the weights of trained tables for the penalty; packed tables are dequantized."""
         if not self.settings.table_l2:
             return []
         every = (torch.arange(table.rows, device=self.device) for table in self.packed)
         return [*self.tables, *(table(ids) for table, ids in zip(self.packed, every, strict=True))]
 
     def _rate(self) -> float:
-        """Adam's learning rate of the next step."""
+        """Return Adam's learning rate for the next optimizer step."""
         settings = self.settings
         warmup = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
         if settings.schedule == "plateau":
@@ -382,5 +384,5 @@ def _require_float_layers(module: nn.Module, settings: Training) -> None:
             )
 
 
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Code that training steps such as ``fine_tune`` and ``distill`` share: all but the loss."""
+"""Code that training steps such as ``fine_tune`` and ``distill`` share: everything but the loss."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -27,7 +27,7 @@ def choose_trainable(
     dense: bool = True,
     reasons: tuple[Reason, ...] = (),
 ) -> dict[str, Decision]:
-    """Choose the units that training may change, with reasons for all others.
+    """Select the units that training may change; give a reason for each other unit.
 
     Args:
         model: the network.
@@ -35,7 +35,7 @@ def choose_trainable(
         kind: the kind of the calling step.
         tables: whether tables are trained.
         dense: whether all other units are trained.
-        reasons: for trained units; if empty, the number of training rows.
+        reasons: reasons for trained units; if empty, the reason is the number of training rows.
 
     Raises:
         NothingToCompress: the signature's task has no loss yet.
@@ -74,7 +74,7 @@ def require_loss(bench: Bench, kind: str) -> None:
 
 
 def nothing_to_train(unit: Unit, kind: str) -> Reason:
-    """The reason why training cannot change a unit that the settings allow it to change."""
+    """Return the reason why a unit has nothing to train, although the settings select it."""
     module = unit.module.table if isinstance(unit.module, Bag) else unit.module
     learned = module.storage.learned if isinstance(module, PackedTable) else ()
     if names := [name for name, tensor in module.named_buffers() if name in learned]:
@@ -86,8 +86,8 @@ def nothing_to_train(unit: Unit, kind: str) -> Reason:
 
 
 def pruned_layers(model: Model) -> tuple[str, ...]:
-    """Names of layers in which an earlier step set weights to zero, which must stay zero."""
-    # Imported here, because the registry imports every method, and so this file.
+    """Return the names of layers in which an earlier step set weights to zero for good."""
+    # Imported here, because the registry imports every method, and some methods import this file.
     from compressors.core.registries import METHODS
 
     lines = model.plan.lines if model.plan is not None else ()
@@ -110,11 +110,10 @@ def train_model(
     after_step: Callable[[float], None] | None = None,
     last: bool = False,
 ) -> AppliedStep:
-    """Train the model on the rows of a bench and return it in the state of its best epoch.
+    """Train the model on the rows of a bench and return it with the tensors of its best epoch.
 
-    The outcome of every unit that training may have changed is the result of the training. ``rows``
-    replaces the bench's training rows; the other arguments are those of
-    ``compressors.distill.training.trainer.train``.
+    The decision for every unit that training may change describes the result of the training.
+    ``rows`` replaces the bench's training rows; the other arguments are those of ``trainer.train``.
 
     Raises:
         RowsMissing: the bench lacks rows.
@@ -143,21 +142,21 @@ def train_model(
         after_step=after_step,
         last=last,
     )
-    outcome = outcome_of(epochs, bench.signature.single_output.metric, settings, last=last)
-    # "deferred": the runner compares the tensors, because training may change none of a unit.
+    outcome = describe_outcome(epochs, bench.signature.single_output.metric, settings, last=last)
+    # "deferred": training may change no tensor of a unit, so the runner compares them afterwards.
     decision = Decision("deferred", outcome)
     return AppliedStep(model, {name: decision for name in trained if name is not None})
 
 
-def outcome_of(
+def describe_outcome(
     epochs: Sequence[Epoch], metric: str, settings: Training, *, last: bool = False
 ) -> tuple[Reason, ...]:
     """Summarize the result of training for the plan.
 
     Args:
         epochs: all epochs, starting with the state before training.
-        metric: by which epochs are compared.
-        settings: with the largest number of epochs.
+        metric: name of the metric by which epochs are compared.
+        settings: the settings, with the largest number of epochs.
         last: whether the result is the last epoch instead of the best one.
     """
     first, *_ = epochs

@@ -38,7 +38,7 @@ from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.trainer import Loss, train
 from compressors.distill.training.training_steps import (
-    outcome_of,
+    describe_outcome,
     pruned_layers,
     require_loss,
 )
@@ -242,7 +242,7 @@ class QAT(StepSettings):
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
-        outcome = outcome_of(epochs, bench.signature.single_output.metric, self.training)
+        outcome = describe_outcome(epochs, bench.signature.single_output.metric, self.training)
         outcomes = {unit.name: ZERO_INPUTS for unit in selected if unit.name not in initial}
         for name in learned:
             start = initial[name].reasons()

@@ -1,4 +1,4 @@
-"""``distill`` with hints, auxiliary heads, packed tables, and trainings of tables only.
+"""``distill`` with hints, auxiliary heads and packed tables, and training of tables only.
 
 Hints train a student's layer to predict the output of the original's layer; an auxiliary head
 predicts the teacher's scores from a layer. Both are discarded after training.
@@ -19,7 +19,7 @@ from compressors.core.dry_run import dry_run
 from compressors.core.modules.output_calibration import Recalibration, attach
 from compressors.core.runner import run
 from compressors.core.state.module_state import map_tensors
-from compressors.distill.auxiliary_losses import AuxiliaryLosses, record_outputs, widths_of
+from compressors.distill.auxiliary_losses import AuxiliaryLosses, measure_widths, record_outputs
 from compressors.distill.distill import Distill
 from compressors.distill.training import trainer
 from compressors.distill.training.settings import Training
@@ -42,15 +42,15 @@ def activations(module: nn.Module, name: str, bench) -> Tensor:
 
 
 def unexplained_share(module: nn.Module, original: nn.Module, name: str, bench) -> float:
-    """Share of the original layer's output that no linear map of the student's layer predicts."""
+    """Share of the original layer's output that a linear map of the student's cannot predict."""
     inputs, targets = activations(module, name, bench), activations(original, name, bench)
     with_constant = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
     predicted = with_constant @ torch.linalg.lstsq(with_constant, targets).solution
     return float((predicted - targets).square().mean() / targets.square().mean())
 
 
-def test_with_hints_a_narrower_layer_predicts_the_original_layer_better(tmp_path):
-    """The baseline has no hints; linear maps from 8 to 16 outputs are fitted after training."""
+def test_with_hints_a_smaller_layer_predicts_the_original_layer_better(tmp_path):
+    """The reference has no hints. Linear maps from 8 to 16 outputs are fitted after training."""
     bench = RANKER.bench(tmp_path / "data")
     original = RANKER.model().module
     source = replace(RANKER.model(), original=original)
@@ -107,7 +107,7 @@ def test_hints_for_layers_without_vector_outputs_raise_distillation_refused(tmp_
         layer="total",
         got="torch.float32 of shape (96,)",
     ):
-        widths_of(FlatOutputNet(), ("total",), batch)
+        measure_widths(FlatOutputNet(), ("total",), batch)
 
 
 def test_hint_loss_is_zero_for_matching_outputs_and_independent_of_scale():
@@ -116,7 +116,7 @@ def test_hint_loss_is_zero_for_matching_outputs_and_independent_of_scale():
     with torch.no_grad():
         matching = auxiliary.maps[0](auxiliary.outputs["a"])
     assert auxiliary.hint_loss({"a": matching}).item() < 1e-12
-    # The loss is divided by the size of the target, so it is large for a target of zeros.
+    # The loss is divided by the mean square of the target, so it is large for a target of zeros.
     assert auxiliary.hint_loss({"a": torch.zeros(5, 3)}).item() > 1e6
     doubled = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
     doubled.load_state_dict({key: 2 * value for key, value in auxiliary.state_dict().items()})
@@ -139,7 +139,7 @@ def test_hints_for_layers_over_sequences_train_the_network(tmp_path):
 
 
 def test_with_an_auxiliary_head_the_output_follows_the_labels(tmp_path):
-    """Labels contradict the teacher; without a head the output follows the teacher."""
+    """Labels contradict the teacher. Without a head, the output follows the teacher."""
     bench = RANKER.bench(tmp_path / "data")
     (batch,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
     soft = tmp_path / "soft"
@@ -160,8 +160,8 @@ def test_with_an_auxiliary_head_the_output_follows_the_labels(tmp_path):
         with torch.no_grad():
             score = result.module(**batch.inputs).reshape(-1)
         results[auxiliary] = float(torch.corrcoef(torch.stack([score, batch.label]))[0, 1])
-    # Validation labels agree with the training labels, so without a head no epoch was better than
-    # the start, whose correlation is -0.8.
+    # Validation labels agree with the training labels. So without a head, no epoch is better than
+    # the network before training, whose correlation is -0.8.
     assert results[None] < 0 < 0.5 < results["hidden"]
 
 
@@ -198,7 +198,7 @@ def test_a_killed_training_with_hints_and_a_head_resumes_and_ends_with_the_same_
     run(step, source, uninterrupted, tmp_path / "a")
 
     class Killed(Exception):
-        pass
+        """Raised in place of the end of the process."""
 
     def kill(folder, progress, write=trainer.store_progress):
         write(folder, progress)
@@ -270,7 +270,7 @@ def test_a_student_keeps_packed_and_composed_tables_unchanged(method, tmp_path):
     require_reason(reasons, "smaller_in_student", before="16x40", after="8x40")
 
 
-def test_a_student_with_a_narrower_packed_table_raises_distillation_refused(tmp_path):
+def test_a_student_with_fewer_columns_in_a_packed_table_raises_distillation_refused(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     packed = run(RowwiseInt8(), RANKER.model(), bench, tmp_path / "packed")
     with raises_code(DistillationRefused, "table_packed", format="rowwise_int8"):

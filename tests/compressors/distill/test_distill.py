@@ -41,14 +41,14 @@ def test_a_distilled_student_correlates_with_its_teacher(tmp_path):
 def test_soft_share_is_the_weight_of_the_teacher_against_labels(tmp_path):
     """Labels contradict the teacher, so the student's scores show which of them it learned from."""
     bench = RANKER.bench(tmp_path / "data")
-    train_like_validation = models.write_split(
+    split_with_opposite_labels = models.write_split(
         RANKER.signature,
         RANKER.rows_of_tables(),
         tmp_path / "l",
         8,
         lambda x: -RANKER.negated_scores(x),
     )
-    bench = bench.model_copy(update={"train": train_like_validation})
+    bench = bench.model_copy(update={"train": split_with_opposite_labels})
     (batch,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
     aucs = {}
     for share in (0.05, 1.0):
@@ -89,7 +89,7 @@ def test_a_student_with_unknown_arguments_or_packed_layers_raises_distillation_r
 
 
 class VariableDepthNet(nn.Module):
-    """A perceptron with a list of widths as argument, which also accepts unknown arguments."""
+    """A perceptron whose layer widths are an argument; it also accepts unknown arguments."""
 
     def __init__(
         self, dim: int = 4, hidden: tuple[int, ...] = (8, 8), users: int = 15, **_: int
@@ -143,7 +143,7 @@ def test_layers_that_a_student_lacks_are_dropped_in_the_plan(tmp_path):
     )
 
 
-def test_a_student_with_narrower_tables_trains_them(tmp_path):
+def test_a_student_with_fewer_columns_in_a_table_trains_the_table(tmp_path):
     reference = Reference(VariableDepthNet, NORMED.signature)
     bench = reference.bench(tmp_path / "data")
     training = QUICKLY.model_copy(update={"tables": True})
@@ -155,7 +155,7 @@ def test_a_student_with_narrower_tables_trains_them(tmp_path):
     require_reason(reasons, "smaller_in_student", before="15x4", after="15x2")
 
 
-def test_soft_labels_of_another_row_count_raise_rows_missing(tmp_path):
+def test_missing_soft_labels_or_another_number_of_them_raise_an_error(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     other = NORMED.bench(tmp_path / "other")
     folder = tmp_path / "cut"
@@ -173,7 +173,6 @@ def test_soft_labels_of_another_row_count_raise_rows_missing(tmp_path):
 
 def test_training_of_retrieval_models_raises_training_unavailable(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-
     signature = with_output(RANKER.signature, kind="retrieval")
     with raises_code(NothingToCompress, "training_unavailable"):
         FineTune().plan(RANKER.model(), bench.model_copy(update={"signature": signature}))

@@ -1,4 +1,4 @@
-"""Distillation losses: where each is minimal, and which changes of the scores it ignores."""
+"""Distillation losses: the scores that minimize each, and the changes of scores that it ignores."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compressors.core.batches import Batch
 from compressors.distill import losses
-from compressors.distill.losses import OF_LISTS, loss_of_teacher
+from compressors.distill.losses import LIST_LOSSES, loss_of_teacher
 
 numbers = st.floats(-6, 6, width=32)
 rows_of_lists = st.lists(st.tuples(numbers, numbers, st.integers(0, 2)), min_size=1, max_size=12)
@@ -48,14 +48,15 @@ def gradient_of(name: str, score: Tensor, *rest: object) -> Tensor:
     return gradient
 
 
-@pytest.mark.parametrize("name", ["pointwise", *OF_LISTS])
+@pytest.mark.parametrize("name", ["pointwise", *LIST_LOSSES])
 @given(scores_and_lists=rows_of_lists)
 def test_loss_is_minimal_at_the_teachers_scores(name, scores_and_lists):
     score, teacher, list_index, num_lists = tensors_of(scores_and_lists)
     # The tolerance is float64 rounding of sums of twelve terms.
     assert float(gradient_of(name, teacher, teacher, list_index, num_lists).abs().max()) < 1e-12
-    here = loss_named(name, score, teacher, list_index, num_lists)
-    assert float(here) >= float(loss_named(name, teacher, teacher, list_index, num_lists)) - 1e-12
+    loss = loss_named(name, score, teacher, list_index, num_lists)
+    loss_of_teacher_scores = loss_named(name, teacher, teacher, list_index, num_lists)
+    assert float(loss) >= float(loss_of_teacher_scores) - 1e-12
 
 
 @pytest.mark.parametrize("name", SHIFT_INVARIANT)
@@ -124,7 +125,7 @@ def test_calibrated_listwise_loss_is_the_cross_entropy_of_normalized_probabiliti
 
 
 def test_only_the_calibrated_listwise_loss_is_minimal_at_the_mean_of_different_teachers():
-    """A student that cannot distinguish the inputs of two teachers learns their mean."""
+    """Two teachers score the same rows differently; the student has their mean probabilities."""
     probabilities = torch.tensor([[0.9, 0.2, 0.4], [0.1, 0.6, 0.4]], dtype=torch.float64)
     teachers, list_index = torch.logit(probabilities), torch.zeros(3, dtype=torch.int64)
     student = torch.logit(probabilities.mean(dim=0))
@@ -145,13 +146,13 @@ def test_rankdistil_gradient_orders_the_top_and_keeps_other_rows_below():
             "rankdistil", torch.tensor(score, dtype=torch.float64), teacher, list_index, 1, 2
         )
 
-    # Other rows may have any order if they are as far below the top as in the teacher's scores.
+    # Other rows have no gradient in any order, if none is closer to the top than for the teacher.
     assert float(gradient([3.0, 2.0, -1.0, 0.0, -3.0]).abs().max()) < 1e-12
     of_wrong_order = gradient([2.0, 3.0, 1.0, 0.0, 2.9])
     assert of_wrong_order[0] < 0  # the teacher's first row must rise
     assert of_wrong_order[4] > 0  # a row near the top must fall
     assert of_wrong_order[3] == 0  # a row far enough below gets no gradient
-    # below, but less far than in the teacher's scores
+    # A row below the top, but closer to it than for the teacher, gets a gradient.
     assert gradient([3.0, 2.0, 1.9, 0.0, -1.0])[2] > 0
 
 
@@ -181,7 +182,7 @@ def test_click_rows_without_groups_are_one_list():
     assert loss_with([4, 4, 4, 9, 9, 9]) == losses.listwise(score, teacher, two_lists, 2)
 
 
-@pytest.mark.parametrize("name", ["pointwise", *OF_LISTS])
+@pytest.mark.parametrize("name", ["pointwise", *LIST_LOSSES])
 def test_probabilities_are_compared_as_logits(name):
     generator = torch.Generator().manual_seed(0)
     score, teacher = torch.randn(6, generator=generator), torch.randn(6, generator=generator)
@@ -191,7 +192,7 @@ def test_probabilities_are_compared_as_logits(name):
     of_probabilities = loss_of_teacher(
         name, NORMED.signature, *as_probabilities, batch(None), **options
     )
-    # sigmoids are float32
+    # The probabilities are float32.
     torch.testing.assert_close(of_probabilities, of_logits, rtol=1e-4, atol=1e-6)
 
 

@@ -93,7 +93,7 @@ def test_isotonic_value_of_equal_scores_is_the_mean_of_their_labels():
     knot_positions, knot_values = fit_pieces(logit, label, 32)
     probability = label[:3_000].mean()  # all rows of this score
     mapped = 1 / (1 + np.exp(-np.interp(-1.0, knot_positions, knot_values)))
-    # Its piece also contains the few rows between this score and the next knot.
+    # The group of this score also contains the few rows between it and the next group.
     assert mapped == pytest.approx(probability, abs=0.01)
 
 
@@ -102,7 +102,7 @@ def test_isotonic_map_beyond_its_outer_knots_has_slope_at_most_one():
     label = (random.random(logit.size) < 1 / (1 + np.exp(-6 * logit))).astype(np.float64)
     output_map = fit_map("isotonic", "logit", logit, label, 8)
     inner = output_map(torch.tensor([-0.4, -0.2, 0.2, 0.4]))
-    # The labels have slope 6 in every piece; means of 2,500 rows have a logit error of 0.05.
+    # The true slope is 6 everywhere; a group of 2,500 rows has a standard error of 0.05 in logits.
     assert bool((inner.diff() > 3 * torch.tensor([0.2, 0.4, 0.2])).all())
     mapped_logits = output_map(torch.tensor([-100.0, -90.0, 90.0, 100.0]))
     assert float(mapped_logits[1] - mapped_logits[0]) <= 10 * (1 + 1e-5)
@@ -111,7 +111,7 @@ def test_isotonic_map_beyond_its_outer_knots_has_slope_at_most_one():
 
 def test_cross_validated_loss_of_a_method_that_cannot_be_fitted_is_infinite():
     logit, label = random_labels(1, -1.5)
-    logit = logit + 5  # without an offset, the best factor would be negative
+    logit = logit + 5  # so the best factor without an offset is negative
     with raises_code(StepRefused, "slope_not_positive_without_offset"):
         fit_map("temperature", "logit", logit, label, 8)
     assert cross_validated_loss("temperature", logit, label, 8) == np.inf
@@ -121,7 +121,8 @@ def test_cross_validated_loss_of_a_method_that_cannot_be_fitted_is_infinite():
 def test_fit_line_of_separable_labels_has_a_finite_slope():
     logit = np.linspace(-3, 3, 400)
     slope, _ = fit_line(logit, (logit > 0).astype(np.float64), offset=True)
-    # Smoothed labels are 1/202 and 201/202. The nearest rows alone, at 0.0075, would give 700.
+    # Smoothed labels are 1/202 and 201/202. A line through only the two rows next to the threshold,
+    # at logits of -0.0075 and 0.0075, would have a slope of 700.
     assert 1 < slope < 100
 
 
@@ -159,7 +160,7 @@ def test_isotonic_map_has_a_smaller_loss_than_a_line_for_curved_logits():
     knot_positions, knot_values = fit_pieces(logit, label, 32)
     inner = (knot_positions > -2) & (knot_positions < 1)
     expected_values = np.where(knot_positions < 0, 0.3 * knot_positions, 3 * knot_positions)
-    # four standard deviations for 625 rows per piece
+    # four standard deviations of a group of 625 rows
     assert np.abs(knot_values - expected_values)[inner].max() < 0.5
 
 
@@ -175,7 +176,7 @@ def test_recalibrate_lowers_the_log_loss_and_keeps_the_auc(reference, method, tm
     label = batch.label.numpy()
     assert point_estimates.auc(label, after.numpy()) == pytest.approx(
         point_estimates.auc(label, before.numpy()),
-        abs=1e-4,  # float32 may make scores equal
+        abs=1e-4,  # rounding to float32 may make scores equal
     )
     probability = [
         (x if reference.signature.single_output.form == "probability" else torch.sigmoid(x)).numpy()
@@ -222,7 +223,7 @@ def test_later_steps_keep_the_output_map(tmp_path):
         run(Recalibrate(), first, bench, tmp_path / "d")
 
 
-def test_method_best_may_keep_the_output_as_trained(tmp_path):
+def test_method_best_of_calibrated_scores_selects_no_map_or_a_line(tmp_path):
     bench = bench_with_drawn_labels(NORMED, tmp_path / "data", 1.0, 0.0)
     result = run(Recalibrate(method="best"), NORMED.model(), bench, tmp_path / "out")
     line = result.plan.of(OUTPUT)

@@ -28,7 +28,7 @@ from compressors.core.steps.step import TableStep
 from compressors.core.steps.table_encoder import encode_table
 from compressors.core.units import Unit
 from compressors.distill import code_reassignment
-from compressors.distill.code_reassignment import Proposal, propose, reassigned_codes
+from compressors.distill.code_reassignment import Proposal, propose, reassign_codes
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.refit_codes import RefitCodes, _cast
 from compressors.distill.training.settings import Training
@@ -60,7 +60,7 @@ ROWWISE_FORMATS = (
     RowwiseInt4(),
     RowwiseInt4(symmetric=False, scale="float32", rows_per_scale=0),
     RowwiseInt2(symmetric=True, clipping="min_max"),
-    # with one offset per row instead of four, narrow rows would be larger than in int4
+    # With a scale and an offset per row, rows of few columns would take more bytes than in int4.
     RowwiseInt2(rows_per_scale=4),
 )
 each_format = pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_refitting_never_lowers_the_validation_quality(bench, tmp_path):
         COMPACT.rows_of_tables(),
         tmp_path / "v",
         8,
-        lambda x: -COMPACT.negated_scores(x),
+        lambda inputs: -COMPACT.negated_scores(inputs),
     )
     bench = bench.model_copy(update={"validation": like_predictions})
     before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
@@ -188,13 +188,13 @@ def test_a_pattern_that_matches_a_table_selects_its_parts(ranker_bench, tmp_path
 
 @pytest.mark.parametrize("first", [Tiers(), LowRank(), QuotientRemainder()], ids=lambda s: s.kind)
 def test_codes_of_parts_are_refitted_and_their_composed_table_is_unchanged(first, bench, tmp_path):
-    composed = run(first, COMPACT.model(), bench, tmp_path / "made")
+    composed = run(first, COMPACT.model(), bench, tmp_path / "composed")
     before = run(RowwiseInt2(rows_per_scale=4), composed, bench, tmp_path / "packed")
     after = run(RefitCodes(training=QUICKLY, rounds=1), before, bench, tmp_path / "refitted")
     parts = {unit.name for unit in Unit.of(after.module) if unit.part_of}
     changed = {line.module for line in after.plan.lines if "refit_codes" in line.steps}
     assert changed & parts
-    # The narrowest parts are stored as int4, which takes no more bytes than int2.
+    # Parts with the fewest columns are stored as int4, which takes no more bytes than int2 there.
     packed = ("rowwise_int2", "rowwise_int4")
     assert changed <= {unit.name for unit in Unit.of(after.module) if unit.format in packed}
 
@@ -242,12 +242,12 @@ def test_a_share_above_one_raises_a_validation_error():
 
 
 def test_loss_gradients_equal_torchs_gradients_of_the_decoded_table(ranker_bench, tmp_path):
-    """The expected gradients are torch's for the decoded table, one row of data at a time."""
+    """The reference is autograd on the decoded table, one data row at a time."""
     bench = ranker_bench
     model = packed(ProductCodes(tables=("item", "history")), bench, tmp_path, RANKER)
     tables = {"item": model.module.item, "history": model.module.history.table}
 
-    def loss(output: Tensor, batch, numbers: Tensor) -> Tensor:
+    def loss(output: Tensor, batch, row_numbers: Tensor) -> Tensor:
         return hard_loss(bench.signature, output, batch)
 
     gradients = loss_gradients(model.module, bench.signature, bench.train, loss, tables)
@@ -281,7 +281,7 @@ def random_table(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
 def predicted_change(
     table: PackedTable, gradient: Tensor, curvature: Tensor, initial_rows: Tensor
 ) -> Tensor:
-    """Change of the quadratic model of the loss since ``initial_rows``, float32 ``(rows,)``."""
+    """Change of the quadratic approximation of the loss from ``initial_rows``: ``(rows,)``."""
     with torch.no_grad():
         step = table(torch.arange(table.rows)) - initial_rows
     return (gradient * step + table.dim * curvature * step.square() / 2).sum(dim=1)
@@ -295,7 +295,7 @@ def random_gradients(seed: int) -> tuple[Tensor, Tensor]:
 
 @each_format
 @pytest.mark.parametrize("share", [0.2, 1.0])
-def test_reassigned_rows_lower_the_quadratic_model_of_the_loss(codes, share, monkeypatch):
+def test_reassigned_rows_lower_the_quadratic_approximation_of_the_loss(codes, share, monkeypatch):
     monkeypatch.setattr(code_reassignment, "DAMPING", 0.0)
     table = random_table(codes)
     gradient, curvature = random_gradients(1)
@@ -304,7 +304,7 @@ def test_reassigned_rows_lower_the_quadratic_model_of_the_loss(codes, share, mon
         initial_rows = table(torch.arange(200))
     before = table.codes.clone()
     proposal = propose(table, gradient, curvature)
-    new, rows = reassigned_codes(table, proposal, share)
+    new, rows = reassign_codes(table, proposal, share)
     assert torch.equal(table.codes, before)  # the table is not modified
     table.codes = new
     change = predicted_change(table, gradient, curvature, initial_rows)
@@ -335,7 +335,7 @@ def test_reassigned_codes_equal_a_search_of_all_entries(codes, monkeypatch):
         step = entries[None] - initial_rows[:, None, columns]
         squares = 6 * curvature[:, None, columns] * step.square() / 2
         best += (gradient[:, None, columns] * step + squares).sum(dim=2).amin(dim=1)
-    table.codes, _ = reassigned_codes(table, propose(table, gradient, curvature), 1.0)
+    table.codes, _ = reassign_codes(table, propose(table, gradient, curvature), 1.0)
     change = predicted_change(table, gradient, curvature, initial_rows)
     torch.testing.assert_close(change, best, rtol=1e-4, atol=1e-4)
 
@@ -343,7 +343,7 @@ def test_reassigned_codes_equal_a_search_of_all_entries(codes, monkeypatch):
 def test_zero_gradients_reassign_no_codes():
     table = random_table(ProductCodes())
     zero_gradient = torch.zeros(200, 6)
-    codes, rows = reassigned_codes(table, propose(table, zero_gradient, zero_gradient), 1.0)
+    codes, rows = reassign_codes(table, propose(table, zero_gradient, zero_gradient), 1.0)
     assert rows == 0
     assert torch.equal(codes, table.codes)
 
@@ -361,13 +361,13 @@ def test_reassignments_that_raise_the_loss_are_undone(bench, tmp_path, monkeypat
         update={"soft_labels": bench.soft_labels.model_copy(update={"path": str(folder)})}
     )
 
-    def propose_uphill(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal:
-        return propose(table, -100 * gradient, curvature)  # uphill
+    def propose_worse_codes(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal:
+        return propose(table, -100 * gradient, curvature)  # codes that increase the loss
 
     step = RefitCodes(training=QUICKLY, rounds=1)
     model = before.private()
     tables = {"item": model.module.item, "genres": model.module.genres}
-    monkeypatch.setattr("compressors.distill.refit_codes.propose", propose_uphill)
+    monkeypatch.setattr("compressors.distill.refit_codes.propose", propose_worse_codes)
     assert step._reassign_codes(model, bench, tables) == 0
     assert torch.equal(model.module.item.codes, before.module.item.codes)
     monkeypatch.undo()
@@ -394,7 +394,7 @@ def test_fine_tuning_trains_codebooks_only_with_tables_true(codes, bench, tmp_pa
             )
     assert torch.equal(after.module.item.codes, before.module.item.codes)
     assert "fine_tune" in after.plan.of("item").steps
-    trained_dense_only = run(FineTune(training=QUICKLY), before, bench, tmp_path / "still")
+    trained_dense_only = run(FineTune(training=QUICKLY), before, bench, tmp_path / "dense")
     assert torch.equal(trained_dense_only.module.item.codebook, before.module.item.codebook)
 
 
@@ -427,9 +427,9 @@ def test_weight_decay_does_not_change_unread_codebook_entries(bench, tmp_path):
     training = TRAIN_TABLES.model_copy(update={"weight_decay": 0.5, "epochs": 1})
     after = run(FineTune(training=training), before, bench, tmp_path / "out")
     rows = Rows(bench.train, bench.signature)
-    read = before.module.item.codes[rows.take(torch.arange(len(rows))).inputs["item"]]
+    codes_read = before.module.item.codes[rows.take(torch.arange(len(rows))).inputs["item"]]
     entries = len(before.module.item.codebook) // 7
-    entries_read = (read.long() + torch.arange(7) * entries).unique()
+    entries_read = (codes_read.long() + torch.arange(7) * entries).unique()
     is_unread = torch.ones(len(before.module.item.codebook), dtype=torch.bool)
     is_unread[entries_read] = False
     assert bool(is_unread.any())
@@ -444,7 +444,7 @@ def test_nearest_uniform_codes_equal_a_search_of_all_levels(codes):
     generator = torch.Generator().manual_seed(5)
     table = encode_table(codes, torch.randn(12, 6, generator=generator))
     target = 1.5 * torch.randn(12, 6, generator=generator)
-    new, read = code_reassignment.nearest_uniform_codes(table, target)
+    new, values = code_reassignment.nearest_uniform_codes(table, target)
     bits = codes.storage.bits
     signed = new.dtype == torch.int8
     all_codes = torch.arange(-127, 128) if signed else torch.arange(2**bits)
@@ -459,8 +459,8 @@ def test_nearest_uniform_codes_equal_a_search_of_all_levels(codes):
     table.codes = new if bits == 8 else pack(new, bits)
     with torch.no_grad():
         decoded = table(torch.arange(12))
-    assert torch.equal(decoded, read)
-    # For ties between two levels, rounding decides, so distances are compared.
+    assert torch.equal(decoded, values)
+    # Distances are compared, because for ties between two levels the codes depend on rounding.
     torch.testing.assert_close((decoded - target).abs(), best, rtol=1e-5, atol=1e-6)
 
 

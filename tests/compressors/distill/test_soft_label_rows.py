@@ -28,9 +28,9 @@ from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
 
 def bench_with_traffic(reference: Reference, folder: Path, label: float = 1.0) -> Bench:
-    """A bench with traffic (rows without labels) and the teacher's scores of it.
+    """A bench with traffic rows, which have no labels, and the teacher's scores for them.
 
-    The file of the traffic has ``label`` in every row, which training must ignore.
+    In the file, the label of every traffic row is ``label``, which training must ignore.
     """
     bench = reference.bench(folder)
     folder_of_traffic = folder / f"traffic-{label}"
@@ -122,7 +122,7 @@ def test_student_learns_from_traffic_alone_and_ignores_its_labels(tmp_path):
 
 @pytest.mark.parametrize("reference", [RANKER, ATTENTION], ids=["clicks", "lists"])
 def test_the_label_loss_is_that_of_the_labelled_rows_only(reference, tmp_path):
-    """In a batch of both kinds of rows, the mean over labels is taken over the labelled rows."""
+    """The batch also has traffic rows; the loss on labels is a mean over the labelled rows."""
     bench = bench_with_traffic(reference, tmp_path)
     rows = soft_label_rows(bench, "both", "distill")
     loss = soft_label_loss(bench, 0.25, 1.0, "distill", rows="both")
@@ -207,7 +207,7 @@ def test_mean_predictions_average_logits_independent_of_order(logits_of_teachers
     torch.testing.assert_close(mean_predictions(tensors[::-1], "logit"), predictions)
     probabilities = [torch.sigmoid(scores) for scores in tensors]
     mean_of_probabilities = mean_predictions(probabilities, "probability")
-    # For a logit of 10, float32 rounds 1 - p by 1e-3 of its value.
+    # For a logit of 10, the rounding of p to float32 changes 1 - p by 1e-3 of its value.
     torch.testing.assert_close(
         torch.logit(mean_of_probabilities), predictions, rtol=2e-2, atol=2e-2
     )
@@ -268,7 +268,7 @@ def test_training_with_each_loss_gives_a_different_student_close_to_the_teacher(
         step = Distill(loss=loss, soft_share=1, training=QUICKLY)
         result = run(step, RANKER.model(), bench, tmp_path / loss)
         weights[loss] = result.module.hidden.weight
-        # -1 before training; rankdistil trains only the order of the top rows.
+        # The correlation before training is -1. rankdistil trains only the order of the top rows.
         assert correlation_with_teacher(result.module, bench, RANKER) > (
             0 if loss == "rankdistil" else 0.3
         ), loss

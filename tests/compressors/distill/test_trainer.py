@@ -83,7 +83,7 @@ def validation_with_opposite_labels(reference: Reference, folder: Path) -> Split
     return models.write_split(
         reference.signature,
         reference.rows_of_tables(),
-        folder / "turned",
+        folder / "opposite",
         9,
         lambda inputs: -reference.negated_scores(inputs),
     )
@@ -230,7 +230,7 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
 
 
 class Killed(Exception):
-    pass
+    """Raised in place of the end of the process."""
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "cosine"])
@@ -309,7 +309,7 @@ def test_only_the_newest_progress_is_kept(tmp_path_factory, epochs):
 def test_damaged_progress_is_logged_and_ignored(tmp_path, caplog):
     state = {"a": torch.ones(3)}
     complete = {"now/a": torch.ones(3), "best/a": torch.ones(3)}
-    for number, damage in enumerate(("truncated", "empty", "gone", "without best")):
+    for number, damage in enumerate(("truncated", "empty", "missing", "without best")):
         folder = tmp_path / str(number)
         tensors = {k: v for k, v in complete.items() if k != "best/a" or damage != "without best"}
         write_progress(str(folder), TrainingProgress(tensors, {"epochs": [[0, 0.1, 0.5]]}))
@@ -318,7 +318,7 @@ def test_damaged_progress_is_logged_and_ignored(tmp_path, caplog):
             file.write_bytes(file.read_bytes()[:-4])
         elif damage == "empty":
             (folder / "progress.json").write_text("")
-        elif damage == "gone":
+        elif damage == "missing":
             file.unlink()
         assert read_progress(str(folder), state) is None, damage
     assert caplog.text.count("cannot be read, so") == 3
@@ -336,7 +336,7 @@ def test_progress_written_by_two_processes_can_be_read(tmp_path, monkeypatch):
         result = read_progress(str(tmp_path), state)
         assert result is not None
         assert len(result.facts["epochs"]) == epochs
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # one of each
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # one per process
 
 
 def test_unwritable_progress_is_logged_and_training_completes(tmp_path, caplog):
@@ -352,9 +352,12 @@ def test_unwritable_progress_is_logged_and_training_completes(tmp_path, caplog):
 
 
 class StatisticsNet(nn.Module):
-    """Has a gate with zero weights, a shared weight, and a buffer that training updates."""
+    """A network with a buffer that training updates, a shared weight, and a gate of zeros.
 
-    seen: Tensor
+    ``running_price`` is the buffer; the layer ``again`` has the weight of the table ``user``.
+    """
+
+    running_price: Tensor
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -365,15 +368,15 @@ class StatisticsNet(nn.Module):
         self.hidden = nn.Linear(19, width)
         self.norm = nn.BatchNorm1d(width)
         self.out = nn.Linear(width, 1)
-        self.register_buffer("seen", torch.zeros(2))
+        self.register_buffer("running_price", torch.zeros(2))
         nn.init.zeros_(self.gate.weight)
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
         if self.training:
-            self.seen = 0.9 * self.seen + 0.1 * price.detach().mean(dim=0)
+            self.running_price = 0.9 * self.running_price + 0.1 * price.detach().mean(dim=0)
         rows = self.user(user)
         x = self.hidden(torch.cat([rows, self.again(rows)], dim=1))
-        x = torch.relu(self.norm(x)) * torch.sigmoid(self.gate(price - self.seen))
+        x = torch.relu(self.norm(x)) * torch.sigmoid(self.gate(price - self.running_price))
         score: Tensor = torch.sigmoid(self.out(x))
         return score
 
@@ -405,8 +408,8 @@ def test_buffers_that_training_updates_are_restored_with_the_weights(tmp_path):
     assert equal_tensors(module, source.module)
     trained_module, epochs = train_copy(source, bench)
     assert max(epochs, key=lambda epoch: epoch.quality).number > 0
-    assert not torch.equal(trained_module.seen, source.module.seen)
-    assert not bool(source.module.seen.any())
+    assert not torch.equal(trained_module.running_price, source.module.running_price)
+    assert not bool(source.module.running_price.any())
 
 
 def test_a_killed_training_with_updated_buffers_resumes_and_ends_with_the_same_bits(

@@ -1,4 +1,4 @@
-"""Steps that changed nothing, such as a training without improvement, report it in the plan."""
+"""Steps that change nothing, such as training without improvement, report it in the plan."""
 
 from pathlib import Path
 
@@ -22,14 +22,14 @@ HARMFUL = Training(batch=16, learning_rate=30.0, warmup=0, epochs=1, patience=1)
 """A learning rate at which any epoch is worse than the start."""
 
 
-def bench_with_own_labels(folder: Path) -> Bench:
+def bench_with_predictions_as_labels(folder: Path) -> Bench:
     """A bench whose labels are the network's predictions, so that training cannot improve it."""
     bench = RANKER.bench(folder)
     for split in (bench.train, bench.validation):
         assert split is not None
         path = Path(split.path) / "data.safetensors"
         tensors = load_file(path)
-        # the labels of the bench are the opposite of the predictions
+        # The labels of the reference bench are the opposite of the predictions.
         tensors["@label"] = 1 - tensors["@label"]
         save_file(tensors, path)
     return bench
@@ -43,7 +43,7 @@ def bench_with_own_labels(folder: Path) -> Bench:
 def test_a_training_without_improvement_adds_a_reason_to_the_plan(
     step: AnyStep, tmp_path: Path
 ) -> None:
-    bench, source = bench_with_own_labels(tmp_path / "data"), RANKER.model()
+    bench, source = bench_with_predictions_as_labels(tmp_path / "data"), RANKER.model()
     if step.kind == "refit_codes":
         source = run(RowwiseInt4(), source, bench, tmp_path / "codes")
     plan = run(step, source, bench, tmp_path / "out").plan
