@@ -299,7 +299,7 @@ def test_a_value_with_braces_is_unchanged_in_the_sentence():
 def test_surrogates_in_fields_are_written_as_escapes():
     """Python decodes bytes of arguments and file names that are not UTF-8 to surrogates."""
     error = value_error("path_not_unicode", path="a\udc80")
-    assert str(error) == "'a\\udc80' is not valid Unicode"
+    assert str(error) == "expected a path that UTF-8 can encode, got 'a\\udc80'"
     assert error.context == {"path": "a\\udc80", "sentence": str(error)}
     inner = value_error("path_in_subfolder", path="a\udc80")
     assert (

@@ -1,13 +1,15 @@
-"""Errors about values in documents, orders and settings: each has a code, fields and a sentence.
+"""Errors in values of documents, orders and settings: each has a code, fields and a sentence.
+
+Each file except ``coded.py`` maps codes to sentences with fields in braces.
 
 coded.py      the function ``value_error``, which creates an error that pydantic reports
-signature.py  sentences about the inputs and the signature of a model
-limits.py     sentences about limits and measured numbers
-steps.py      sentences about settings of steps
-orders.py     sentences about orders and their data rules
-bundles.py    sentences about paths and JSON of bundles
-storage.py    sentences about stored artifacts and ``RECPRESS_HOME``
-serving.py    sentences about engine profiles and Triton models
+signature.py  errors in the inputs and the signature of a model
+limits.py     errors in limits and measured numbers
+steps.py      errors in settings of steps
+orders.py     errors in orders and their data rules
+bundles.py    errors in paths and JSON of bundles
+storage.py    errors in manifests of stored artifacts and in ``RECPRESS_HOME``
+serving.py    errors in engine profiles and Triton models
 """
 
 from compressors.contracts.value_errors.coded import SENTENCES as SENTENCES

@@ -1,4 +1,12 @@
-"""Sentences about paths in ``model.json`` and about JSON from outside."""
+"""Messages of errors in paths of ``model.json``, and in JSON text that recpress did not write.
+
+``SENTENCES`` maps the code of an error to its message, in the syntax of ``str.format``.
+``value_error`` in ``coded.py`` creates the error and fills in the fields in braces.
+
+A reader puts the location before a message about JSON, such as ``model.json: it is too large``.
+A draft is a bundle's ``model.json`` before the bundle is packed; it may name files elsewhere. A
+field ``reason`` is a clause of ``reasons/bundles.py``, such as "is absolute".
+"""
 
 SENTENCES = {
     "path_not_inside": "{path} {reason}; use a path inside the folder",
@@ -7,7 +15,9 @@ SENTENCES = {
     ),
     "draft_path_unusable": "{path} {reason}; give a path below the draft's folder or an absolute "
     "one",
-    "manifest_hashes_itself": "{manifest} cannot contain its own hash, which is in its seal line",
+    "manifest_hashes_itself": (
+        "{manifest} cannot contain its own hash, which is in its last line, 'seal'"
+    ),
     "json_too_large": "it is too large: it has {bytes} bytes, at most {most_bytes} are allowed",
     "json_file_too_large": "it is too large: it has more than {most_bytes} bytes",
     "json_too_deep": "it is nested too deeply: more than {most_levels} levels",

@@ -1,9 +1,9 @@
 """The function ``value_error``, which creates an error with a code and fields.
 
-A validator raises the error, and pydantic reports it. A program reads ``type`` (the code) and
-``ctx`` (the fields) of an entry of ``ValidationError.errors()``; a person reads ``msg``, the
-sentence. Each subject has one table of sentences, in a separate file next to this one;
-``docs/errors.md`` is generated from them.
+A validator of a pydantic model raises the error, and pydantic reports it. A program reads ``type``
+(the code) and ``ctx`` (the fields) of an entry of ``ValidationError.errors()``; a person reads
+``msg``, the sentence. Each other file of this folder has the table of sentences of one subject;
+``docs/errors.md`` is generated from these tables.
 """
 
 from collections.abc import Mapping
@@ -34,11 +34,12 @@ SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Engine profiles and Triton models": serving.SENTENCES,
     }
 )
-"""The tables of sentences, by subject. A table maps a code to a clause with fields in braces."""
+"""The tables of sentences, by subject. A table maps a code to a sentence with fields in braces."""
 
 SENTENCES: Mapping[str, str] = MappingProxyType(
     {code: text for table in SUBJECTS.values() for code, text in table.items()}
 )
+"""The sentence of each code, of all subjects."""
 
 
 def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
@@ -47,12 +48,15 @@ def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
     ``ctx`` has the fields and the formatted ``sentence``. Pydantic replaces the names in braces of
     a message one after the other, in the order of ``ctx``, also inside values that it has just
     inserted. The message is therefore only ``{sentence}``, and ``sentence`` is last in ``ctx``, so
-    that user text in braces is not replaced. Pydantic stores text as UTF-8, so surrogates in an
-    argument or file name are replaced by escapes.
+    that user text in braces is not replaced. Pydantic stores text as UTF-8, which cannot encode
+    surrogates (undecodable bytes of an argument or file name); these are replaced by escapes.
 
     Args:
         code: a key of ``SENTENCES``.
         fields: a value for each name in the sentence, and for no other.
+
+    Returns:
+        The error, for the caller to raise.
 
     Raises:
         TypeError: there is no such code, or it has other fields.

@@ -1,11 +1,15 @@
-"""Sentences about orders and about the rules that their data must satisfy."""
+"""Messages of errors in orders and in the rules that the order's data must satisfy.
+
+``SENTENCES`` maps the code of an error to its message, in the syntax of ``str.format``.
+``value_error`` in ``coded.py`` creates the error and fills in the fields in braces.
+"""
 
 SENTENCES = {
     "steps_missing": "preset 'custom' needs steps",
     "steps_with_preset": "steps need preset 'custom', got preset {preset!r}",
     "recalibrate_not_last": (
-        "step 'recalibrate' fits a map to the network at that point of the recipe, but "
-        "{step!r} follows it: put one 'recalibrate' at the end"
+        "step 'recalibrate' fits a map of scores for the network at that point of the recipe, "
+        "but {step!r} follows it: put one 'recalibrate' at the end"
     ),
     "batch_sizes_shrink": "expected smallest <= best <= largest batch size",
     "target_unknown": "unknown target {target!r}; use one of {known}",

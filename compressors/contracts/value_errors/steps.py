@@ -1,4 +1,8 @@
-"""Sentences about settings of steps that do not fit each other."""
+"""Messages of errors in settings of a step that contradict each other.
+
+``SENTENCES`` maps the code of an error to its message, in the syntax of ``str.format``.
+``value_error`` in ``coded.py`` creates the error and fills in the fields in braces.
+"""
 
 SENTENCES = {
     "min_lookups_without_traffic": "min_lookups counts lookups, so it needs importance 'traffic', "
@@ -7,11 +11,17 @@ SENTENCES = {
         "qat does not train tables; train them in an earlier step, with fine_tune or distill"
     ),
     "soft_share_without_training": "soft_share needs training, but training is not set",
-    "traffic_without_labels": "rows 'traffic' have no labels: set soft_share to 1",
-    "auxiliary_without_labels": "with 'auxiliary' the output must learn from labels: lower "
-    "soft_share",
+    "traffic_without_labels": (
+        "rows 'traffic' are logged requests without labels: set soft_share to 1"
+    ),
+    "auxiliary_without_labels": (
+        "with 'auxiliary', the output must learn from labels: set soft_share below 1, and do not "
+        "set rows to 'traffic'"
+    ),
     "temperature_of_margin": "temperature has no effect on loss 'margin': leave it out",
-    "nothing_to_train": "if dense layers are not trained, tables must be: set training.tables",
+    "nothing_to_train": (
+        "dense layers are not trained, so tables must be trained: set training.tables"
+    ),
     "student_without_dense": (
         "a student's dense layers are initialized again and must be trained: leave 'dense' true"
     ),
