@@ -1,8 +1,10 @@
 """Reasons of decisions: each is a code and fields, from which its sentence is formatted.
 
+Each file except ``reason.py`` maps the codes of one subject to sentences with fields in braces.
+
 reason.py     the class ``Reason``: format several reasons, and read them from JSON
-selection.py  sentences about which units a step takes, and about whole steps
-recipe.py     sentences about steps of a recipe that are left out, and about its quality budget
+selection.py  sentences about units that a step selects or skips, and about whole steps
+recipe.py     sentences about steps that a flow leaves out, and about the quality budget
 tables.py     sentences about embedding tables
 dense.py      sentences about formats of dense layers
 pruning.py    sentences about channels, weights and layers that are removed

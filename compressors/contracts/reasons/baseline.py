@@ -1,8 +1,12 @@
-"""Sentences about the labels of a bundle and the scores of its uncompressed model."""
+"""Problems with the labels of a bundle, and with the scores of its uncompressed model.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+"""
 
 SENTENCES = {
     "interactions_missing": "Expected interactions with a label above 0 in split {split!r}, got "
-    "none in {rows:,} rows, so there is nothing to find. Check column {column!r}",
+    "none in {rows:,} rows, so retrieval cannot be evaluated. Check column {column!r}",
     "labels_equal": "Expected rows with different labels in split {split!r}, got {rows:,} rows "
     "that all have label {label:g}: no metric can distinguish models. Check column {column!r}, or "
     "how the split was drawn",

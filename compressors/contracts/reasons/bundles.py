@@ -1,4 +1,12 @@
-"""Sentences about the files of a bundle or draft, and about the paths in its ``model.json``."""
+"""Problems with the files of a bundle or draft, and with the paths in its ``model.json``.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+
+A draft is a bundle's ``model.json`` and weights before they are packed. Weights may be in several
+files, called shards; the index is the JSON file that maps each tensor to its shard. A field
+``near`` lists the existing names that are most similar.
+"""
 
 _HOW_TO_SAVE = (
     'Save the weights with safetensors.torch.save_file(model.state_dict(), "model.safetensors")'
@@ -14,20 +22,22 @@ SENTENCES = {
     "file_is_pickle": f"{{file}} is a pickle despite its name, and runs when loaded. "
     f"{_HOW_TO_SAVE}",
     "file_is_link": "{file} is a symbolic link; put the file itself into the bundle",
-    "file_is_folder": "{file} is a folder; a bundle is flat. Remove it",
+    "file_is_folder": "{file} is a folder; a bundle has no subfolders. Remove it",
     "file_is_special": "{file} is not a regular file; remove it",
-    "file_of_other_kind": "{file} is extra: a bundle holds {manifest}, *.safetensors and {index}. "
-    "Remove it; data and vocabularies are stored next to the bundle",
+    "file_of_other_kind": (
+        "{file} does not belong to a bundle, which has {manifest}, *.safetensors and {index}. "
+        "Remove it; data and vocabularies are stored next to the bundle"
+    ),
     "file_missing": "{file} is missing; fetch or pack the bundle again",
-    "file_unlisted": "{file} is extra: {manifest} does not list it. Remove it or pack again",
+    "file_unlisted": "{file} is not listed in {manifest}. Remove it or pack again",
     "file_size_differs": "{file} has {got} bytes, not {expected}; fetch or pack it again",
     "file_hash_differs": "{file} was changed, its hash is wrong: sha256 {got:.12}..., not "
     "{expected:.12}...; fetch or pack it again",
     "weights_are_folder": f"{{file}} is a folder; {_PLACE}",
-    "weights_are_broken_link": f"{{file}} is a link that leads nowhere; {_PLACE}",
+    "weights_are_broken_link": f"{{file}} is a link to a file that does not exist; {_PLACE}",
     "weights_are_special": f"{{file}} is neither a file nor a folder; {_PLACE}",
     # --- tensors
-    "tensor_in_two_shards": "tensor {tensor} lies in two shards, {first} and {second}; keep one",
+    "tensor_in_two_shards": "tensor {tensor} is in two shards, {first} and {second}; keep one",
     "weights_not_finite": "tensor {tensor} has {count} NaN or infinite value(s), the first at "
     "{place:[]}. Find where training diverged; such a model cannot be served",
     "tie_not_stored": "network.ties: {alias} shares {target}, which is not stored; there is {near}",
@@ -41,13 +51,15 @@ SENTENCES = {
     "index_file_outside": "{index} names {file}, which leaves the bundle; shards are in its folder",
     "index_file_missing": "{index} names {file}, which is missing or empty; add that shard",
     "index_tensor_missing": "{index} names tensor {tensor}, which is in no shard",
-    "index_tensor_elsewhere": "{index} says tensor {tensor} lies in {file}, but it lies in {shard}",
+    "index_tensor_elsewhere": "{index} maps tensor {tensor} to {file}, but it is in {shard}",
     "index_without_tensor": "{index} does not name tensor {tensor} of {shard}; add it",
     # --- paths of a draft
     "draft_path_unreadable": "{entry}: {path} cannot be read ({problem})",
-    "draft_path_missing": "{entry}: {path} is not there (paths are relative to {folder})",
-    "draft_path_holds_draft": "{entry}: {path} is a folder that holds the draft itself; name one "
-    "file, or a folder of part files and nothing else",
+    "draft_path_missing": "{entry}: {path} does not exist (paths are relative to {folder})",
+    "draft_path_holds_draft": (
+        "{entry}: {path} is a folder that contains the draft itself; name one file, or a folder of"
+        " part files and nothing else"
+    ),
     "draft_path_outside": "{entry}: {path} leaves the folder by a symbolic link; name its real "
     "path",
     # --- why a path may not be followed

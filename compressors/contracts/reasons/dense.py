@@ -1,4 +1,11 @@
-"""Sentences about formats of dense layers."""
+"""Reasons about steps that change the format of dense layers: int8, floats, low rank.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+
+A low-rank layer has two factors, of shapes (inputs, rank) and (rank, outputs). GPTQ rounds weights
+one after the other and corrects the remaining ones. A level is one value of a quantized number.
+"""
 
 SENTENCES = {
     "beyond_largest": "has a value of {largest:g}, beyond the largest number of "

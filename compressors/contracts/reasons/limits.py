@@ -1,4 +1,10 @@
-"""Sentences about limits that are likely mistakes, and metrics not measured for a task."""
+"""Reasons why a limit is likely a mistake, or why a signature cannot name a metric.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+
+A field ``why`` is one of the clauses below "why a limit is likely a mistake".
+"""
 
 SENTENCES = {
     "limits_contradict": "limits '{first}' and '{second}' contradict each other. Keep one of them",

@@ -1,4 +1,11 @@
-"""Sentences about channels, weights and layers that are removed."""
+"""Reasons about channels, weights and layers that a step removes, or cannot remove.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+
+A field ``width`` or ``argument`` names the argument of the model class that sets the size of the
+layers. A field ``why``, ``what`` or ``fault`` contains other reasons or the message of an error.
+"""
 
 SENTENCES = {
     # weights

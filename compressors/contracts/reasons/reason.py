@@ -1,8 +1,8 @@
 """The class ``Reason``: why a decision was made, as a code and fields.
 
-A program reads ``code`` and ``fields``; a person reads the sentence, ``str(reason)``. Each subject
-has one table of sentences, in a separate file next to this one; ``docs/reasons.md`` is generated
-from them.
+A program reads ``code`` and ``fields``; a person reads the sentence, ``str(reason)``. Each other
+file of this folder has the table of sentences of one subject; ``docs/reasons.md`` is generated from
+these tables.
 """
 
 import math
@@ -45,14 +45,15 @@ SUBJECTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Verdicts": verdicts.SENTENCES,
     }
 )
-"""The tables of sentences, by subject. A table maps a code to a clause with fields in braces."""
+"""The tables of sentences, by subject. A table maps a code to a sentence with fields in braces."""
 
 SENTENCES: Mapping[str, str] = MappingProxyType(
     {code: text for table in SUBJECTS.values() for code, text in table.items()}
 )
+"""The sentence of each code, of all subjects."""
 
 Value: TypeAlias = Union[str, int, float, bool, "Reason", tuple["Value", ...]]
-"""Type of a field. A field can contain the reasons of another decision."""
+"""Type of a field. A field can contain the reasons of another decision, such as why it was made."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -60,16 +61,15 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 
 class _ReasonFormatter(SentenceFormatter):
-    """Formats also non-finite numbers, and several reasons in one field.
+    """Formats fields as its base class does, and also non-finite numbers and tuples of reasons.
 
-    The reasons are formatted by ``join_reasons``, or separated by commas if the format
-    specification is ``,``.
+    Reasons are joined by ``join_reasons``, or by commas if the format specification is ``,``.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, tuple) and value and all(isinstance(v, Reason) for v in value):
             return ", ".join(map(str, value)) if format_spec == "," else join_reasons(value)
-        if value in _NOT_FINITE:
+        if value in _NOT_FINITE:  # a text, which does not accept the format of a number
             return str(value)
         return super().format_field(value, format_spec)
 
@@ -110,7 +110,7 @@ class Reason:
         try:
             str(self)
         except ValueError as fault:  # the format specification does not fit the value's type
-            raise TypeError(f"{code!r} cannot be rendered: {fault}") from fault
+            raise TypeError(f"code {code!r} cannot be formatted: {fault}") from fault
 
     def __str__(self) -> str:
         return _ReasonFormatter().vformat(SENTENCES[self.code], (), self.fields)
@@ -130,7 +130,7 @@ class Reason:
                     yield from item.walk()
 
     def as_json(self) -> dict[str, Any]:
-        """Return the code and fields as JSON values."""
+        """Return an object ``{"code": ..., "fields": {...}}`` of JSON values."""
         return {"code": self.code, "fields": {n: _as_json(v) for n, v in self.fields.items()}}
 
     @classmethod
@@ -147,7 +147,9 @@ class Reason:
             case {"code": str(code), "fields": Mapping() as fields} if len(value) == 2:
                 pass
             case _:
-                raise ValueError("a reason is an object of code, a string, and fields, an object")
+                raise ValueError(
+                    "expected an object with the keys 'code' (a string) and 'fields' (an object)"
+                )
         try:
             return cls(code, **{str(name): _of_json(item) for name, item in fields.items()})
         except TypeError as fault:
@@ -171,7 +173,7 @@ class Reason:
 
 
 def join_reasons(reasons: Iterable[Reason]) -> str:
-    """Join the sentences of several reasons to one."""
+    """Join the sentences of several reasons with semicolons."""
     return "; ".join(map(str, reasons))
 
 
@@ -180,16 +182,19 @@ def read_reasons(
 ) -> Model:
     """Validate a stored object that has reasons, their sentence, or both.
 
-    A document of an earlier version has only the sentence. One of a later version may have codes
-    that this version does not know. In both cases, the sentence is read as one reason with code
-    ``as_written``. If a document has no reasons, they are not in ``model_fields_set`` of the
-    result, so that writing the document again does not change it.
+    An object that an earlier version of recpress stored has only the sentence. One that a later
+    version stored may have codes that this version does not know. In both cases, the sentence is
+    read as one reason with code ``as_written``. If an object has no reasons, they are not in
+    ``model_fields_set`` of the result, so that storing the object again does not change it.
 
     Args:
-        value: the object to validate.
+        value: the object to validate, usually a mapping; other values are validated unchanged.
         validate: function that validates the object after reasons have replaced their sentence.
-        sentence: key of the sentence, or of a list or mapping of sentences.
-        reasons: key of the reasons.
+        sentence: key of the sentence in the object, or of a list or mapping of sentences.
+        reasons: key of the reasons in the object.
+
+    Returns:
+        The validated object.
 
     Raises:
         ValidationError: raised by ``validate``.
@@ -201,7 +206,10 @@ def read_reasons(
 
 
 def _with_reasons(value: Any, sentence: str, reasons: str) -> Any:
-    """Replace the sentence of a mapping by its reasons; return other values unchanged."""
+    """Replace the sentence of a mapping by reasons, as ``read_reasons`` describes.
+
+    Values that have another form are returned unchanged; validating them reports the error.
+    """
     if not isinstance(value, Mapping) or sentence not in value:
         return value
     others = {name: item for name, item in value.items() if name != sentence}
@@ -238,16 +246,21 @@ def _plain_value(name: str, value: Any) -> Value:
         return float(value) if math.isfinite(value) else f"{value:g}"
     if isinstance(value, tuple):
         return tuple(_plain_value(name, item) for item in value)
-    raise TypeError(f"field {name!r} of a reason cannot be a {type(value).__name__}")
+    raise TypeError(
+        f"expected text, a number, a Reason or a tuple of them as field {name!r}, got "
+        f"{type(value).__name__}"
+    )
 
 
 def _as_json(value: Value) -> Any:
+    """Convert a field's value to a JSON value; a tuple to a list, a reason to an object."""
     if isinstance(value, Reason):
         return value.as_json()
     return [_as_json(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _of_json(value: Any) -> Any:
+    """Convert a JSON value to a field's value: the inverse of ``_as_json``."""
     if isinstance(value, Mapping):
         return Reason.of_json(value)
     return tuple(_of_json(item) for item in value) if isinstance(value, list | tuple) else value

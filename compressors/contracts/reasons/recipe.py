@@ -1,4 +1,12 @@
-"""Sentences about the steps of a recipe that are left out, and about its quality budget."""
+"""Reasons why a flow leaves a step out of a recipe, and results of the quality budget.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+
+A preset may list several options, each a group of steps, such as 4 bits and then 8 bits. The flow
+keeps the first option that can be applied and is within the budget. A field ``fault`` is the
+message of an error.
+"""
 
 SENTENCES = {
     "option_not_needed": "an earlier option is within the budget",

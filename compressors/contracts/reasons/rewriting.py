@@ -1,4 +1,12 @@
-"""Sentences about norms and factors that move between layers, and about dataflow."""
+"""Reasons about steps that rewrite weights: folding norms, and scaling inputs and outputs.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+
+Folding multiplies the factors and adds the offsets of a norm into a dense layer next to it. Scaling
+multiplies the inputs of a layer by factors and divides the outputs of the layer before by them.
+The affine part of a norm is its learned factors and offsets.
+"""
 
 SENTENCES = {
     "norm_folded": "{step}: its weights and bias include the factors and offsets of {norm}",

@@ -1,7 +1,14 @@
-"""Sentences about which units a step takes, and about whole steps."""
+"""Reasons why a step selects or skips a unit, or changes nothing.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+
+Most sentences follow the name of a unit, as in "user: has 5 rows, fewer than min_rows 100". A field
+``fault`` is the message of an error; a field ``why`` contains other reasons.
+"""
 
 SENTENCES = {
-    "as_written": "{text}",
+    "as_written": "{text}",  # a sentence stored by an earlier version, without a code
     "selected": "{step} as ordered",
     "already_stored": "already {format}",
     "shares_weight": "shares its weight with {unit}",
@@ -20,7 +27,7 @@ SENTENCES = {
     "kept_format": "kept {format}",
     "nothing_better": "unchanged, because the step found nothing better",
     "part_of": "a part of {unit}",
-    "outside_units": "norms, biases outside dense layers, buffers",
+    "outside_units": "norms, biases outside dense layers, buffers",  # the line of other tensors
     "folded_norms": "{count} of the norms became part of a layer: {norms}",
     "many_folded_norms": "{count} of the norms became part of a layer: {norms} and more",
     "unit_skipped": "{step} skipped {unit!r}: {why}",

@@ -1,4 +1,11 @@
-"""Sentences about embedding tables."""
+"""Reasons about steps on embedding tables: their formats, sizes and removed rows.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+
+Hot rows are those with the most lookups. A hashed table has fewer rows ("buckets") than ids;
+several hash functions ("hashes") select rows for an id, and these are combined.
+"""
 
 SENTENCES = {
     "better_format": (

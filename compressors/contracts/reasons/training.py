@@ -1,4 +1,10 @@
-"""Sentences about training."""
+"""Reasons about steps that train, refit or recalibrate a network.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+
+Traffic is the logged requests, which have no labels.
+"""
 
 SENTENCES = {
     "trained_on_rows": "{step} on {rows:,} rows",

@@ -1,4 +1,8 @@
-"""Sentences about limits and targets."""
+"""Reasons of the outcome of a limit (accepted, rejected, undecided) and of a target's verdict.
+
+``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
+``Reason`` in ``reason.py`` fills in the fields in braces.
+"""
 
 SENTENCES = {
     # limits
