@@ -1,4 +1,4 @@
-"""Data types that every layer uses: no math, no I/O, no torch.
+"""Data types that all packages of the project use: no math, no I/O, no torch.
 
 ``infra`` may import this package but nothing else of ``compressors``. Reading an order therefore
 loads no tensor library.
@@ -10,14 +10,14 @@ reasoned.py           base class of decisions that have reasons
 artifact.py           a stored object, named by its content hash
 memory_errors.py      recognize errors caused by too little memory
 inputs.py             the kinds of inputs of a model
-named_object.py       import an object by the text ``module:name``
+named_object.py       import an object that a text ``module:name`` names
 task_kind.py          properties of each task kind, and the registry of task kinds
 metrics/              properties of each metric, and the registry of metrics
 limits.py             the limits of an order
 signature.py          inputs and outputs of a model
 network.py            the description that, with the tensors, defines a module
 plan.py               the decisions of a recipe for each table and layer
-bench.py              the data, teachers and settings that a step may use
+bench.py              the data, teachers and settings that a step may use, without test data
 targets/              properties of each serving target, and the registry of targets
 verdicts.py           estimates, judged limits and the verdict of a target
 """

@@ -17,16 +17,19 @@ def digest(value: Any) -> str:
 
     Keys are sorted, there are no spaces, and a pydantic model is an object of its fields.
 
+    Returns:
+        The hash as 64 lower-case hexadecimal digits.
+
     Raises:
         TypeError: the value contains an object without a JSON form.
     """
 
-    def plain(item: Any) -> Any:
+    def to_json_value(item: Any) -> Any:
         if isinstance(item, BaseModel):
             return item.model_dump(mode="json")
         raise TypeError(f"{type(item).__name__} has no canonical JSON form")
 
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=to_json_value)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -52,8 +55,9 @@ class Artifact(Frozen):
         uri: ``artifacts/<sha256>``, relative to the root of the store, so that a store can be moved
             or mounted elsewhere. Earlier versions of recpress wrote the root into the URI; it is
             removed when such a URI is read.
-        sha256: hash over the chunk hashes in the artifact's manifest.
-        bytes: size of all files.
+        sha256: hash over the manifest, which lists the artifact's files and the hash of each part
+            ("chunk") of a file.
+        bytes: total size of all files.
     """
 
     uri: Annotated[str, AfterValidator(_without_root)]

@@ -32,10 +32,20 @@ Part = Literal[
 class Bench(Frozen):
     """The data, teachers and settings that a step may use. It never contains test data.
 
-    ``soft_labels`` contains the teacher's prediction for every row of ``train``, in the same order:
-    ``score`` float32 ``(rows,)`` in the form of the signature's output. ``traffic_soft_labels``
-    contains the same for ``traffic``, the logged requests, which have no labels. If there are
-    ``teachers`` in addition to ``teacher``, the mean prediction of all of them is stored.
+    Attributes:
+        signature: signature of the model.
+        train: rows to train on.
+        calibration: rows on which a step measures the inputs of dense layers.
+        validation: rows on which a step measures the quality of its result.
+        teacher: bundle of the original model.
+        teachers: bundles of further teachers.
+        soft_labels: the teacher's prediction for every row of ``train``, in the same order:
+            ``score`` float32 ``(rows,)`` in the form of the signature's output. If there are
+            ``teachers``, it is the mean prediction of all teachers.
+        traffic: logged requests, which have no labels.
+        traffic_soft_labels: the same as ``soft_labels``, for the rows of ``traffic``.
+        seed: seed of a step's random numbers.
+        device: torch device on which a step trains.
     """
 
     signature: Signature

@@ -1,8 +1,8 @@
 """The base class of errors with a code and fields, from which their sentence is formatted.
 
-A program reads ``code`` and ``fields``; a person reads the sentence. The classes list their codes
-and sentences in the files of ``compressors/errors`` and ``infra/errors``, from which
-``docs/errors.md`` is generated.
+A program reads ``code`` and ``fields``; a person reads the sentence, ``str(error)``. Subclasses in
+``compressors/errors`` and ``infra/errors`` list their codes and sentences; ``docs/errors.md`` is
+generated from them.
 """
 
 import string
@@ -16,9 +16,11 @@ class SentenceFormatter(string.Formatter):
     """Formats the fields of a sentence, also sequences and mappings.
 
     A sequence is formatted as ``a, b, c``, a mapping as ``a: 1, b: 2``, and an empty one as
-    ``none``. Items of a sequence in a mapping are separated by ``; ``. The format specification of
-    a sequence is its separator, except for ``list`` (one line per item), ``lines`` (one line per
-    item if there is more than one), and ``[]`` (brackets, also around an empty sequence).
+    ``none``. Items of a sequence in a mapping are separated by ``; ``.
+
+    The format specification of a sequence, the text after the colon in ``{names:; }``, is its
+    separator, with three exceptions: ``list`` writes one line per item, ``lines`` one line per item
+    if there is more than one, and ``[]`` brackets, also around an empty sequence.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -35,6 +37,7 @@ class SentenceFormatter(string.Formatter):
         return (format_spec or ", ").join(map(str, value)) or "none"
 
     def _item(self, value: Any) -> str:
+        """Format a value of a mapping."""
         return self.format_field(value, "; ") if isinstance(value, list | tuple) else str(value)
 
 
@@ -43,8 +46,8 @@ class CodedError(Exception):
 
     Attributes:
         sentences: the sentence of each code of the class, with the fields in braces.
-        code: the key of this error's sentence.
-        fields: the values of the sentence's fields.
+        code: a key of ``sentences``; it selects this error's sentence.
+        fields: a value for each field of the sentence, by name.
     """
 
     sentences: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -71,12 +74,12 @@ class CodedError(Exception):
         return SentenceFormatter().vformat(type(self).sentences[self.code], (), self.fields)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        """Copy and pickle the code, the fields and all other attributes."""
+        """Let ``copy`` and ``pickle`` keep the code, the fields and all other attributes."""
         return partial(type(self), **self.fields), (self.code,), vars(self)
 
 
 def field_names(sentence: str) -> set[str]:
-    """Return the names in braces of a sentence."""
+    """Return the names of the fields in braces of a sentence."""
     return {name for _, name, _, _ in string.Formatter().parse(sentence) if name is not None}
 
 

@@ -1,4 +1,9 @@
-"""Kinds of model inputs: ids, dense vectors, padded and jagged bags (lists of ids)."""
+"""Kinds of model inputs: ids, dense vectors, padded and jagged bags (lists of ids).
+
+``columns`` names the columns of the data that an input reads; by default, the one column with the
+input's name. ``shape`` is the shape of one row. ``table`` is the attribute path of the embedding
+table in which ids are looked up.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -7,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compressors.contracts.value_errors import value_error
 
 MAX_ROW_VALUES = 65_536
-"""Largest number of values of one input in one row; limits the memory of a batch."""
+"""Largest number of values that one input may have in one row, so that a batch fits in memory."""
 
 OutOfRange = Literal["error", "clamp", "default_row"]
 """What a graph does with an id that is not a row of the table.
@@ -151,7 +156,7 @@ class JaggedBag(Frozen):
 
 
 def _with_columns(data: Any) -> Any:
-    """Set ``columns`` of an unvalidated input to its name if it has none."""
+    """Return the data of an input with its name as ``columns`` if it has none."""
     if isinstance(data, dict) and not data.get("columns") and isinstance(data.get("name"), str):
         return {**data, "columns": (data["name"],)}
     return data

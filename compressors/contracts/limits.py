@@ -1,7 +1,8 @@
 """Limits of an order, and checks for limits that are likely mistakes.
 
 ``limit_problems`` and ``limit_warnings`` check the limits of a new order; stored limits are read
-without them. The checks use the properties of a metric (``metrics/metric.py``), never its name.
+without these checks. The checks use the properties of a metric (``metrics/metric.py``), never its
+name.
 """
 
 import math
@@ -20,7 +21,7 @@ from compressors.contracts.value_errors import value_error
 Against = Literal["absolute", "baseline", "champion"]
 
 LARGEST_GAIN = 0.2
-"""Smallest improvement of a quality metric that is implausible as the effect of compression."""
+"""An improvement of a quality metric by this much or more is implausible after compression."""
 
 
 class Limit(Frozen):
@@ -130,13 +131,13 @@ class Limit(Frozen):
 
 
 def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
-    """Return limits that are likely mistakes: why, and what was probably intended.
+    """Find limits that are likely mistakes: return why, and what was probably intended.
 
     Args:
         limits: the limits of one order.
 
     Returns:
-        One reason per such limit; empty if all of them are plausible.
+        One reason per such limit, and per contradiction of two limits; empty if there is none.
     """
     problems = [*_contradictions(limits)]
     for limit in limits:
@@ -158,8 +159,9 @@ def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
 def limit_warnings(limits: Sequence[Limit]) -> tuple[Reason, ...]:
     """Return a warning for each limit that demands an improvement over the baseline.
 
-    Such a limit is rarely intended, but allowed, because several teachers or a recalibration can
-    improve a model. Limits against the champion are not checked: an improvement is common there.
+    Such a limit is rarely intended, but allowed, because distillation from several teachers or a
+    recalibration can improve a model. Limits against the champion are not checked: a new version
+    often has to be better than the champion.
     """
     return tuple(
         Reason(
@@ -215,7 +217,8 @@ def _mistake(limit: Limit) -> Reason | None:
 def _absolute_mistake(limit: Limit) -> Reason | None:
     """Return why a limit with ``against`` ``absolute`` is likely a mistake, or None."""
     spec, bound, name = limit.declared, limit.bound, limit.metric
-    is_score_change = spec.compared == "never"  # its best value can be reached
+    # Equal scores are possible, so a score change can reach its best value; quality cannot.
+    is_score_change = spec.compared == "never"
     if spec.higher_is_better:
         if bound > spec.high or (bound == spec.high and not is_score_change):
             return Reason("above_highest", metric=name, highest=spec.high)
@@ -239,7 +242,11 @@ def _absolute_mistake(limit: Limit) -> Reason | None:
 
 
 def _likely_intents(limit: Limit) -> Iterator[Limit]:
-    """Yield the limits that were probably intended instead, the most likely one first."""
+    """Yield the limits that were probably intended instead, the most likely one first.
+
+    Common mistakes are a bound on the best side, percent, seconds, and a comparison in place of the
+    metric itself or the reverse.
+    """
     spec, bound = limit.declared, limit.bound
     reference: Against = "baseline" if limit.against == "absolute" else limit.against
     loss = -abs(bound) if spec.higher_is_better else abs(bound)
@@ -248,9 +255,9 @@ def _likely_intents(limit: Limit) -> Iterator[Limit]:
         intended = _with_bound(limit, loss if is_difference else abs(bound), limit.against)
         yield from [intended] if _mistake(intended) is None else _likely_intents(intended)
     elif spec.compared == "never":
-        yield _with_bound(limit, bound / 100, "absolute")  # the bound is in percent
+        yield _with_bound(limit, bound / 100, "absolute")  # if the bound is in percent
     elif spec.compared == "difference" and limit.against == "absolute":
-        if bound > 1:  # the bound is in percent
+        if bound > 1:  # probably in percent
             yield _with_bound(limit, bound / 100, "absolute")
         if bound <= 100 * LARGEST_GAIN:
             yield _with_bound(limit, loss / 100 if bound >= 1 else loss, reference)
@@ -260,10 +267,10 @@ def _likely_intents(limit: Limit) -> Iterator[Limit]:
         yield _with_bound(limit, loss / 100, reference)
     elif limit.against == "absolute":
         yield _with_bound(limit, bound, reference)
-        if bound > 1:  # the bound is in percent; as a ratio it was yielded before
+        if bound > 1:  # probably in percent; the line above yields it as a ratio
             yield _with_bound(limit, bound / 100, reference)
         if spec.batch is not None:
-            yield _with_bound(limit, bound * 1000, "absolute")  # the bound is in seconds
+            yield _with_bound(limit, bound * 1000, "absolute")  # if the bound is in seconds
     else:
         if -1 < bound < 0:
             yield _with_bound(limit, 1 + bound, reference)
@@ -282,7 +289,7 @@ def _example(limit: Limit) -> Limit:
 
 
 def _with_bound(limit: Limit, bound: float, against: Against) -> Limit:
-    """Return a limit on the same metric that bounds how bad the metric may be."""
+    """Return a limit on the same metric with another bound, on the side of worse values."""
     side = "at_least" if limit.declared.higher_is_better else "at_most"
     changes = {
         "at_least": None,

@@ -11,8 +11,8 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 
+# Classes of Python, and modules of other classes, of errors that native libraries raise.
 _NATIVE = (RuntimeError, OSError, ImportError, SystemError)
-
 _NATIVE_MODULES = ("onnxruntime", "torch", "safetensors", "safetensors_rust", "pyarrow", "numba")
 
 

@@ -1,11 +1,16 @@
-"""Import an object by the text ``module:name``, when it is first used."""
+"""Import an object that a text ``module:name`` names, when it is first used."""
 
 from importlib import import_module
 from typing import Any
 
 
 def named_object(reference: Any) -> Any:
-    """Import the object that a text ``module:name`` names; return other values unchanged."""
+    """Import the object that a text ``module:name`` names; return other values unchanged.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: the module has no such name.
+    """
     if not isinstance(reference, str):
         return reference
     module, _, name = reference.partition(":")

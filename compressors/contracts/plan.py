@@ -17,12 +17,13 @@ class PlanLine(Reasoned):
 
     Attributes:
         module: attribute path of the table or layer.
-        role: ``table`` or ``dense``; ``other`` for the map after the output, and for the line of
-            all other tensors.
+        role: ``table`` or ``dense``; ``other`` for a recalibration of the output, and for the line
+            of all other tensors, such as norms and biases.
         format: name of the storage format after the recipe.
         bytes_before: size before the recipe.
         bytes_after: size after the recipe.
-        warnings: possible problems of the result; in JSON, ``warning`` is their sentence.
+        warnings: possible problems of the result; in JSON, ``warning`` is the text of their
+            sentences.
     """
 
     module: str
@@ -36,7 +37,7 @@ class PlanLine(Reasoned):
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @property
     def warning(self) -> str | None:
-        """Possible problems of the result, as a sentence."""
+        """The sentences of the warnings, joined with semicolons; None if there is no warning."""
         return join_reasons(self.warnings) or None
 
     @model_validator(mode="wrap")

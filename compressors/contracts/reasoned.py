@@ -11,9 +11,9 @@ from compressors.contracts.reasons import Reason, join_reasons, read_reasons
 class Reasoned(Frozen):
     """A decision with its reasons.
 
-    In JSON, ``reasons`` are codes and fields, and ``reason`` is the sentence of all reasons.
-    Documents of earlier versions have only the sentence, which is read as one reason with code
-    ``as_written``.
+    In JSON, ``reasons`` is a list of codes and fields, and ``reason`` is the text of all their
+    sentences. Documents of earlier versions have only ``reason``, which is read as one reason with
+    code ``as_written``.
     """
 
     reasons: tuple[Reason, ...] = Field(min_length=1)
@@ -21,7 +21,7 @@ class Reasoned(Frozen):
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @property
     def reason(self) -> str:
-        """The reasons as a sentence."""
+        """The sentences of the reasons, joined with semicolons."""
         return join_reasons(self.reasons)
 
     @model_validator(mode="wrap")

@@ -1,4 +1,4 @@
-"""The signature of a model: its inputs and its outputs."""
+"""The signature of a model: its inputs, its outputs, and the meaning of the data's columns."""
 
 from collections.abc import Iterable
 from typing import Self
@@ -20,6 +20,8 @@ TRAFFIC = "traffic"
 class Tower(Frozen):
     """One of the two towers of a retrieval model: a submodule, and the names of its inputs.
 
+    The query tower encodes the user or query, the item tower an item of the catalogue.
+
     The submodule is called with its inputs by name and returns vectors ``(rows, dim)``. Both towers
     have the same ``dim``.
     """
@@ -29,13 +31,16 @@ class Tower(Frozen):
 
 
 class Towers(Frozen):
-    """Both towers of a retrieval model; the score of a pair is the dot product of its vectors."""
+    """Both towers of a retrieval model.
+
+    The score of a query and an item is the dot product of their vectors.
+    """
 
     query: Tower
     item: Tower
 
     def named(self) -> dict[str, Tower]:
-        """Return both towers by the names of their served graphs."""
+        """Return both towers by name. Each tower is served as a graph of this name."""
         return {"query": self.query, "item": self.item}
 
 
@@ -108,7 +113,10 @@ class Signature(Frozen):
 
     @model_validator(mode="after")
     def _require_measured_metrics(self, info: ValidationInfo) -> Self:
-        """Raise if a metric is not measured for the task kind, except in stored bundles."""
+        """Raise if a metric is not measured for the task kind.
+
+        Stored bundles of earlier versions, which did not have this rule, are not checked.
+        """
         if isinstance(info.context, dict) and info.context.get("stored"):
             return self
         for output in self.outputs:
@@ -158,11 +166,11 @@ class Signature(Frozen):
 
     @property
     def has_lists(self) -> bool:
-        """Whether the loss of an output is computed by list, so batches contain whole groups."""
+        """Whether a loss compares the rows of a group ("list"), so batches contain whole groups."""
         return any(output.task_kind.has_lists for output in self.outputs)
 
     def without_labels(self) -> Self:
-        """Return the signature of rows that have no labels."""
+        """Return the signature without label columns, for rows that have no labels."""
         outputs = tuple(output.model_copy(update={"label": None}) for output in self.outputs)
         return self.model_copy(update={"outputs": outputs})
 

@@ -1,7 +1,7 @@
 """The class ``TaskKind``, the properties of a kind of model output, and the registry of task kinds.
 
 Losses and score checks of a task kind are in ``compressors/task_kinds``. To add a task kind, write
-its declaration and the class of its functions, and call ``register``.
+a ``TaskKind`` and the class of its functions, and call ``register``.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from compressors.contracts.named_object import named_object
 from compressors.contracts.value_errors import value_error
 
 OutputForm = Literal["logit", "probability", "score"]
+"""Form of a model's output: logit or probability of label 1, or a score (higher is better)."""
+
 Labels = Literal["clicks", "grades"]
 """Values of labels: ``clicks`` are 0 or 1; ``grades`` are relevance, at least 0."""
 
@@ -21,7 +23,10 @@ Evaluation = Literal["rows", "queries"]
 """How a model is evaluated: by one score per row, or by one ranking of the catalogue per query."""
 
 ScoreUnit = Literal["probability", "spread"]
-"""Unit of a change of scores; ``spread`` is the standard deviation of the baseline's scores."""
+"""Unit of a change of scores; ``spread`` is the standard deviation of the baseline's scores.
+
+The baseline is the uncompressed model.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +40,10 @@ class TaskKind:
         needs_label: whether the data needs a label column.
         evaluation: how a model is evaluated. A model evaluated by ``queries`` has two towers and a
             catalogue, and cannot be trained after compression yet.
-        has_lists: whether the loss is computed by list, so that a batch contains whole groups.
-        usual: metrics with a number in their names that every order measures. Metrics without a
-            number are measured for every model that has the data for them.
+        has_lists: whether the loss compares the rows of a group ("list"), so that a batch contains
+            whole groups.
+        usual: metrics with a number in their names, such as ``ndcg@10``, that every order measures.
+            Metrics without a number are measured for every model that has the data for them.
         functions: the class with losses and score checks, or its ``module:class``, which is
             imported at first use. Its protocol is in ``compressors/task_kinds/protocol.py``. None
             if models of this kind cannot be trained and their scores are not checked.
@@ -137,7 +143,7 @@ def _require_known(name: str) -> str:
 
 
 class _NameSchema:
-    """The JSON schema of a task kind's name."""
+    """Adds the names of all task kinds to the JSON schema of a task kind's name."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler

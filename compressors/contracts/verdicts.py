@@ -13,7 +13,10 @@ Outcome = Literal["accepted", "rejected", "undecided", "built-unmeasured"]
 
 
 class Estimate(Frozen):
-    """A measured number with its 95 % interval; exact numbers have ``low == point == high``."""
+    """A measured number with its 95 % confidence interval ``[low, high]``.
+
+    Exact numbers, such as bytes, have ``low == point == high``.
+    """
 
     point: float
     low: float
@@ -30,8 +33,8 @@ class Estimate(Frozen):
 class Judgement(Reasoned):
     """The outcome of one limit, with the measured number.
 
-    ``rows_to_decide`` and ``groups_to_decide`` estimate, for an undecided limit, how many test rows
-    and groups would decide it.
+    For an undecided limit, ``rows_to_decide`` and ``groups_to_decide`` estimate how many test rows
+    and groups are needed to decide it.
     """
 
     limit: Limit
@@ -42,7 +45,7 @@ class Judgement(Reasoned):
 
 
 class Verdict(Reasoned):
-    """The outcome of one target, with the judgements of its limits."""
+    """The outcome of one target, with the outcome of each of its limits."""
 
     target: str
     outcome: Outcome
@@ -52,9 +55,10 @@ class Verdict(Reasoned):
 def overall(verdicts: Iterable[Verdict]) -> Outcome:
     """Return the outcome of an order: the worst outcome of its measured targets.
 
-    Targets that are ``built-unmeasured`` are ignored. If no target is measured, the order is
+    From worst to best, the outcomes are ``rejected``, ``undecided`` and ``accepted``. Targets that
+    are ``built-unmeasured`` are ignored. If no target is measured, the order is
     ``built-unmeasured``.
     """
     outcomes = {verdict.outcome for verdict in verdicts}
-    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
-    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")
+    worst_first: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
+    return next((outcome for outcome in worst_first if outcome in outcomes), "built-unmeasured")

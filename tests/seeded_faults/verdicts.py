@@ -68,10 +68,8 @@ FAULTS = (
     Fault(
         id="overall-outcome-takes-the-best-target",
         file="compressors/contracts/verdicts.py",
-        old='    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")\n'
-        '    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")',
-        new='    order: tuple[Outcome, ...] = ("accepted", "undecided", "rejected")\n'
-        '    return next((outcome for outcome in order if outcome in outcomes), "built-unmeasured")',
+        old='    worst_first: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")\n',
+        new='    worst_first: tuple[Outcome, ...] = ("accepted", "undecided", "rejected")\n',
         effect="One accepted target makes an order accepted although another is rejected.",
         tests=(
             "tests/compressors/contracts/test_contracts.py::test_overall_outcome_is_the_worst_of_measured_targets",

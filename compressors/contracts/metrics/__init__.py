@@ -5,7 +5,7 @@ This folder declares metrics; the estimators are in ``compressors/metrics``.
 metric.py         the classes ``Metric`` and ``MetricFamily``
 families.py       the registry: a metric by its name, and the metrics measured for a task kind
 quality.py        quality of a model on labeled rows
-score_changes.py  changes of scores from the baseline's
+score_changes.py  differences between the scores of the candidate and of the baseline
 serving.py        bytes and latency of the served artifact
 """
 

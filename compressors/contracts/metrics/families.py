@@ -1,7 +1,9 @@
 """The registry of metrics: a metric by its name, and the metrics measured for a task kind.
 
-A family contains metrics that differ in the number in their names, such as ``ndcg@10``; a metric
-without a number is a family of one. The parameter ``task`` is the name of a task kind.
+A family contains metrics that differ in the number in their names, such as ``ndcg@10`` and
+``ndcg@20``; a metric without a number is a family of one. "Usual" metrics are those that every
+order of a task kind measures. The parameter ``task`` is the name of a task kind, and ``grouped`` is
+whether the signature names a group column.
 
 To add a metric, write its declaration and its estimator, and add it to a list of ``FAMILIES`` in
 this folder, or call ``register``.
@@ -71,7 +73,7 @@ for _family in (*quality.FAMILIES, *score_changes.FAMILIES, *serving.FAMILIES):
 
 
 def _usual_metrics(task: str, *, grouped: bool) -> tuple[Metric, ...]:
-    """Return the metrics that are measured for every model of a task kind."""
+    """Return the metrics that every order of a task kind measures, as far as its data allows."""
     return tuple(
         member
         for family in FAMILIES.values()
@@ -145,7 +147,7 @@ def usual_batches(task: str) -> tuple[int, ...]:
 
 
 def selecting_metrics(task: str, *, grouped: bool) -> tuple[str, ...]:
-    """Return the names, as messages show them, of the metrics that a signature may name."""
+    """Return the names, as messages show them, of metrics that a signature of a task may name."""
     members = {family.spelling: family.any_member() for family in FAMILIES.values()}
     return tuple(
         spelling

@@ -18,7 +18,7 @@ class Metric:
         name: name in limits, signatures and reports, such as ``ndcg@10``.
         kind: what is measured: quality of a model, a change of its scores, bytes or latency.
         label: name in sentences.
-        heading: name in tables, if shorter than ``label``.
+        heading: name in tables of reports, if it differs from ``label``; else empty.
         evaluations: the ways of evaluating a model (``TaskKind.evaluation``) that can measure it.
         labels: the kinds of labels with which it can be measured.
         higher_is_better: whether higher values are better.
@@ -28,14 +28,15 @@ class Metric:
         largest: largest loss or ratio that a limit on a comparison can plausibly allow; a larger
             one would accept a useless model.
         low: smallest plausible limit on the metric itself. For a quality metric in [0, 1] it is the
-            value of random scores.
+            value of random scores, or 0 if that depends on the data.
         high: largest possible value.
         unit: unit of the value in sentences, with a space before it.
         decimals: digits after the decimal point of the value in sentences.
         is_share: whether reports show the value in percent.
-        in_score_units: whether the value is in the unit of the model's scores.
+        in_score_units: whether the value is in the unit of the model's scores
+            (``TaskKind.score_unit``).
         has_interval: whether the value has a confidence interval.
-        selects: whether a signature may name it as the metric that judges a model.
+        selects: whether a signature may name it as the metric by which the model is judged.
         needs_group: whether the data needs a group column.
         depth: number of top ranks that are evaluated; None if there is no such number.
         batch: number of rows of a timed request; None if it is not a latency.
@@ -85,7 +86,8 @@ class MetricFamily:
     Attributes:
         name: the name, up to and including the ``@`` if there is one.
         number: the meaning of the number, such as ``k`` or ``batch``; empty if there is none.
-        member: function from a number to its metric; takes no argument if there is no number.
+        member: function that returns the metric with a number; it has no argument if there is no
+            number.
         usual: the numbers that are measured for every model, in addition to those in
             ``TaskKind.usual``.
         most: the largest allowed number.
@@ -115,7 +117,7 @@ class MetricFamily:
         return tuple(self.member(number) for number in (*self.usual, *numbers_of_kind))
 
     def any_member(self) -> Metric:
-        """Return one metric of the family, to read the properties that all of them share."""
+        """Return one metric of the family, for the properties that all of its metrics share."""
         return self.member(1) if self.number else self.member()
 
 

@@ -4,6 +4,7 @@ from compressors.contracts.metrics.metric import Metric, MetricFamily, single_me
 from compressors.contracts.task_kind import Evaluation, Labels
 
 ESTIMATORS = "compressors.metrics.estimators"
+"""Package of the estimators, which are named as text so that contracts need no numpy."""
 
 
 def _bounded_quality(
@@ -17,7 +18,7 @@ def _bounded_quality(
     needs_group: bool = True,
     depth: int | None = None,
 ) -> Metric:
-    """Declare a quality metric in [0, 1] for which higher is better."""
+    """Create a quality metric in [0, 1] for which higher is better."""
     return Metric(
         name=name,
         kind="quality",
@@ -37,7 +38,7 @@ def _bounded_quality(
 
 
 def _loss(name: str, label: str, *, largest: float, high: float, estimator: str) -> Metric:
-    """Declare a loss of predicted probabilities; its best value is 0."""
+    """Create a metric that is a loss of predicted probabilities; its best value is 0."""
     return Metric(
         name=name,
         kind="quality",
@@ -54,7 +55,7 @@ def _loss(name: str, label: str, *, largest: float, high: float, estimator: str)
 
 
 def ndcg(k: int) -> Metric:
-    """Declare NDCG at rank ``k``, of each group of rows or of the catalogue for each query."""
+    """Create NDCG at rank ``k``, of groups of rows or of each query's ranking of the catalogue."""
     return _bounded_quality(
         f"ndcg@{k}",
         f"NDCG@{k}",
@@ -69,7 +70,7 @@ def ndcg(k: int) -> Metric:
 
 
 def recall(k: int) -> Metric:
-    """Declare the share of a query's relevant items in the top ``k`` of the catalogue."""
+    """Create recall: the share of a query's relevant items in the top ``k`` of the catalogue."""
     return _bounded_quality(
         f"recall@{k}",
         f"Recall@{k}",
@@ -92,7 +93,7 @@ FAMILIES = (
             estimators={"rows": f"{ESTIMATORS}.auc:Auc"},
         )
     ),
-    # The probability floor of ``point_estimates.py`` bounds the loss of a row by 15.95 nats.
+    # ``point_estimates.py`` clips probabilities, so the loss of a row is at most 15.95 nats.
     single_metric(_loss("logloss", "log loss", largest=0.2, high=15.95, estimator="LogLoss")),
     single_metric(
         _loss(

@@ -1,4 +1,7 @@
-"""Metrics of score changes: they compare the candidate's scores with the baseline's."""
+"""Metrics of score changes, which compare the scores of the candidate and of the baseline.
+
+The candidate is the compressed model, the baseline the uncompressed one.
+"""
 
 from compressors.contracts.metrics.metric import Metric, single_metric
 from compressors.contracts.task_kind import Evaluation
@@ -16,7 +19,7 @@ def _change(
     has_interval: bool = True,
     evaluations: tuple[Evaluation, ...] = ("rows", "queries"),
 ) -> Metric:
-    """Declare a metric in [0, ``high``] that compares two models' scores of the same rows."""
+    """Create a metric in [0, ``high``] that compares two models' scores of the same rows."""
     return Metric(
         name=name,
         kind="score_change",
@@ -29,7 +32,8 @@ def _change(
         low=0.0,
         high=high,
         is_share=is_share,
-        # A change of a probability is at most 1; other changes are in standard deviations.
+        # Changes of scores are in the unit of the scores, up to 1 or to 100 standard deviations;
+        # the other metrics are correlations or shares, up to 1.
         in_score_units=high > 1,
         has_interval=has_interval,
         needs_group=needs_group,
@@ -38,7 +42,7 @@ def _change(
 
 CORRELATION = _change("score_correlation", "score correlation", higher_is_better=True)
 MEAN = _change("mean_score_change", "mean score change", high=100.0)
-# It has no interval, because rows that were not measured can change more.
+# The maximum has no interval, because rows that were not measured can change more.
 LARGEST = _change("max_score_change", "largest score change", high=100.0, has_interval=False)
 TOP1 = _change(
     "changed_top1",

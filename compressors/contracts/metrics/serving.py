@@ -5,6 +5,8 @@ from functools import partial
 from compressors.contracts.metrics.metric import Metric, MetricFamily, single_metric
 
 BATCHES = (1, 64, 1024)
+"""Batch sizes at which every order measures latency."""
+
 LARGEST_BATCH = 65_536
 MEDIAN = 0.5
 QUANTILES = {"p50": MEDIAN, "p99": 0.99}
@@ -16,7 +18,7 @@ BYTES = Metric(
     higher_is_better=False,
     compared="ratio",
     largest=2.0,
-    low=1024.0,  # even an empty graph takes more
+    low=1024.0,  # even an empty graph is larger
     high=1e18,
     unit=" bytes",
     decimals=0,
@@ -25,7 +27,7 @@ BYTES = Metric(
 
 
 def latency(quantile: str, batch: int) -> Metric:
-    """Declare a quantile of the latency of a request of ``batch`` rows, in milliseconds."""
+    """Create the metric for a quantile of the latency of requests of ``batch`` rows, in ms."""
     return Metric(
         name=f"{quantile}_ms@{batch}",
         kind="latency",

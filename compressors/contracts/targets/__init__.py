@@ -6,7 +6,7 @@ in ``infra``.
 target.py    the class ``Target``
 registry.py  the registry: a target by its name, and the built-in targets
 builder.py   the protocol of a builder, and its requests
-runtime.py   the protocol of a runtime, and the description of a measuring machine
+runtime.py   the protocol of a runtime, and the description of the machine of a measurement
 """
 
 from compressors.contracts.targets.registry import TARGETS as TARGETS

@@ -1,4 +1,8 @@
-"""The protocol of a builder, which builds engines from graphs, and the types of its requests."""
+"""The protocol of a builder, which builds engines from ONNX graphs, and types of its requests.
+
+An engine is a file with a graph compiled by TensorRT. "Refused" and "InfraError" are exceptions of
+``infra/errors``.
+"""
 
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -10,7 +14,10 @@ from compressors.contracts.value_errors import value_error
 
 
 class Profile(Frozen):
-    """The smallest and largest shape of a graph input, and the shape ``best`` to optimize for."""
+    """The shapes of a graph input that an engine accepts: ``low`` to ``high``.
+
+    The engine is optimized for the shape ``best``.
+    """
 
     input: str
     low: tuple[int, ...]
@@ -18,7 +25,7 @@ class Profile(Frozen):
     high: tuple[int, ...]
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def _require_ascending_shapes(self) -> Self:
         if not len(self.low) == len(self.best) == len(self.high):
             raise value_error("profile_ranks_differ", input=self.input)
         sizes = zip(self.low, self.best, self.high, strict=True)
@@ -34,8 +41,9 @@ class TableWeights(Frozen):
         module: attribute path of the table.
         rows: number of rows of the table.
         initializers: names of the table's initializers in the graph.
-        every: how many rows share one entry of an initializer's first dimension, by name; 0 if the
-            initializer belongs to the whole table. Others have one entry per row.
+        every: how many rows share one entry of an initializer's first dimension, by the name of the
+            initializer; 0 if the initializer belongs to the whole table. Initializers that are not
+            listed have one entry per row.
     """
 
     module: str
@@ -44,7 +52,10 @@ class TableWeights(Frozen):
     every: dict[str, int] = Field(default_factory=dict)
 
     def entries(self, name: str, rows: int) -> int | None:
-        """Return an initializer's first dimension for ``rows`` rows; None if rows do not matter."""
+        """Return the first dimension of an initializer if the table has ``rows`` rows.
+
+        Returns None if the initializer belongs to the whole table.
+        """
         every = self.every.get(name, 1)
         return -(-rows // every) if every else None
 
@@ -73,7 +84,9 @@ class BuildRequest(Frozen):
 
 
 class EngineRecord(Frozen):
-    """The fields that every builder's record of an engine has; a record may have more.
+    """The fields that the record of every engine has; builders may add fields.
+
+    A record describes an engine and is stored next to it as JSON.
 
     Attributes:
         audit: the results of the engine's audit, by name, as reports show them.
@@ -110,7 +123,7 @@ class BuiltEngine(Protocol):
 
 
 class Builder(Protocol):
-    """Builds and audits engines. The class is called with the target's name."""
+    """Builds and audits engines. A builder is created with the target's name as its argument."""
 
     def version(self) -> str:
         """Return the version of the library that builds engines.

@@ -1,7 +1,7 @@
 """The registry of targets: a target by its name, and the built-in targets.
 
-To add a target, write its lowering, and its builder and runtime if it has them, and add its
-declaration here or call ``register``.
+To add a target, write its lowering, and its builder and runtime if it has them. Then add a
+``Target`` here or call ``register``.
 """
 
 from typing import Annotated, Any
@@ -13,14 +13,14 @@ from compressors.contracts.targets.target import Engines, Target, TritonBackend
 from compressors.contracts.value_errors import value_error
 
 TARGETS: dict[str, Target] = {}
-"""Every target by its name, in the order in which forms and reports list them."""
+"""Every target by its name, in the order of reports and of Prefect's form for orders."""
 
 
 def register(target: Target) -> None:
     """Add a target.
 
     Raises:
-        ValueError: a target has this name already, or both are the default target.
+        ValueError: a target with this name exists, or both this and another one are the default.
     """
     if target.name in TARGETS:
         raise ValueError(f"target {target.name!r} is already registered")
@@ -82,7 +82,7 @@ def target(name: str) -> Target:
 
 
 def default_target() -> Target:
-    """Return the target that an order requires if it does not say otherwise."""
+    """Return the target that orders require by default."""
     return next(target for target in TARGETS.values() if target.is_default)
 
 
@@ -99,7 +99,7 @@ def _require_known(name: str) -> str:
 
 
 class _NameSchema:
-    """The JSON schema of a target's name."""
+    """Adds the names of all targets to the JSON schema of a target's name."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler

@@ -1,4 +1,7 @@
-"""The protocol of a runtime, which scores and times what is served, and the type ``Machine``."""
+"""The protocol of a runtime, which scores and times graphs or engines, and the type ``Machine``.
+
+"Refused" and "InfraError" are exceptions of ``infra/errors``.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,9 +27,9 @@ class Session(Protocol):
         """Names of the graph's inputs."""
 
     def scores(self, inputs: "Mapping[str, NDArray[Any]]") -> "FloatArray":
-        """Return scores, float32 ``(rows,)``, or vectors, float32 ``(rows, dim)``.
+        """Return scores, float32 ``(rows,)``, or vectors of a tower, float32 ``(rows, dim)``.
 
-        A row that the graph refuses because of an id out of range is NaN.
+        The graph returns NaN for a row that it refuses, such as one with an id out of range.
 
         Raises:
             InfraError: the runtime failed on these inputs.
@@ -88,9 +91,11 @@ class Machine(Frozen):
     cores: int
     system: str
     runtime: str = Field(description="The target's name in sentences, such as ONNX Runtime.")
-    version: str = Field(description="Of the runtime's library.")
+    version: str = Field(description="Version of the runtime's library.")
     threads: int
-    int8_dot: bool = Field(description="VNNI or its like: int8 products are exact and fast.")
+    int8_dot: bool = Field(
+        description="Has VNNI or a similar instruction: int8 products are exact and fast."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ class Engines:
 
     Attributes:
         builder: the class of the builder, or its ``module:class``, which is imported at first use.
-            Its protocol is in ``builder.py``; it is called with the target's name.
+            Its protocol is in ``builder.py``; it is created with the target's name.
         suffix: file suffix of an engine.
         is_bound_to_gpu: whether an engine runs only on GPUs of the compute capability on which it
             was built.
@@ -32,7 +32,7 @@ class TritonBackend:
     Attributes:
         platform: Triton's name of the backend, in a model's configuration.
         instance_kind: Triton's name of the device on which an instance runs.
-        suffix: end of the Triton model's name; empty for none. Each target needs another suffix.
+        suffix: end of the Triton model's name; empty for none. No two targets may have the same.
         has_threads: whether the configuration sets the number of threads of one call.
     """
 
@@ -51,20 +51,21 @@ class Target:
         label: name in sentences.
         lowering: the class with translations, stored types, passes, tolerances and audit, or its
             ``module:class``, which is imported at first use. Its protocol is ``LoweringTarget`` in
-            ``compressors/lower/targets/target.py``; it is called without arguments.
-        engines: the engines that are built from the graphs; None if the graphs are served.
+            ``compressors/lower/targets/target.py``; it is created without arguments.
+        engines: the engines that are built from the graphs; None if the graphs themselves are
+            served.
         runtime: the class of the runtime that scores and times what is served, or its
-            ``module:class``. Its protocol is in ``runtime.py``; it is called without arguments. A
+            ``module:class``. Its protocol is in ``runtime.py``; it is created without arguments. A
             target with a runtime is measured and its limits are judged; one without is only built
             and audited.
         triton: how Triton serves the target's files; None if Triton cannot.
         libraries: Python distributions whose version can change results.
-        title: title in the form for orders; empty for the label.
-        description: description in the form for orders.
-        is_default: whether an order requires the target if it does not say otherwise. Exactly one
-            target is the default.
+        title: title in Prefect's form for orders; empty if it is the label.
+        description: description in Prefect's form for orders.
+        is_default: whether orders require the target by default. True for exactly one target.
         is_always_stored: whether a stored order contains the target even if it is off. True only
-            for the targets of the first version, whose orders have digests with all of them.
+            for the targets of the first version of recpress: digests of its orders include all of
+            these targets, and must not change.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Target:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the target has a runtime that scores and times results."""
+        """Whether the target has a runtime that scores and times graphs or engines."""
         return self.runtime is not None
 
     def served_file(self, graph: str) -> str:
@@ -99,7 +100,7 @@ class Target:
         return f"{graph}{'.onnx' if self.engines is None else self.engines.suffix}"
 
     def load_lowering(self) -> Any:
-        """Create the lowering; see ``lowering``."""
+        """Create the object that the attribute ``lowering`` describes."""
         return named_object(self.lowering)()
 
     def load_builder(self) -> Builder | None:
