@@ -1,8 +1,8 @@
-"""PyTorch, numpy and pydantic: no Prefect, no network, no registry.
+"""Compress, evaluate and lower models in memory: no Prefect, no network access, no registry.
 
 contracts/  types that every layer uses: signature, plan, bench, limits, verdicts
 errors/     errors with codes and fields, raised while a model is compressed
-core/       model, units, formats, the step protocol, the runner, the list of methods
+core/       model, units, formats, the step protocol, the runner, the list of all steps
 task_kinds/ losses and score checks of each kind of model output
 metrics/    compute metrics and intervals, and judge limits
 quantize/   store tables and dense layers in fewer bits

@@ -1,4 +1,4 @@
-"""The base class of errors of compression, and errors of several packages.
+"""The base class of compression errors, and errors that several packages raise.
 
 CompressionError       the order cannot be carried out as written; a retry would fail again
 ├─ NothingToCompress   a step, or a name pattern in it, matches no unit of this model
@@ -7,9 +7,13 @@ CompressionError       the order cannot be carried out as written; a retry would
 ├─ NotLowerable        a module cannot be exported for this target
 ├─ ParityLost          the lowered graph does not compute what the module computes
 ├─ AuditFailed         the optimized graph does not have the formats of the plan
-├─ StepRefused         and others of ``steps.py``: a step cannot change this network
-├─ MetricRefused       and LimitRefused, of ``metrics.py``: a metric or a limit
-└─ OrderRefused        of ``orders.py``: the parts of an order do not fit together
+├─ StepRefused         a step cannot change this network (``steps.py``, which has four more)
+├─ MetricRefused       a metric cannot be computed from this data (``metrics.py``)
+├─ LimitRefused        limits cannot be judged (``metrics.py``)
+└─ OrderRefused        the parts of an order do not fit together (``orders.py``)
+
+``sentences`` of each class map a code to its message, in the syntax of ``str.format``.
+``SentenceFormatter`` describes the formats of sequences, such as ``{reasons:; }``.
 
 Errors of ``construction.py`` and ``widths.py`` are always caught inside ``compressors``.
 """
@@ -24,7 +28,7 @@ _LEAVE_OUT = "Leave this step out."
 
 
 class CompressionError(CodedError):
-    """The order cannot be carried out as written; a retry would fail again.
+    """The base class: the order cannot be carried out as written; a retry would fail again.
 
     Attributes:
         units: the tables and layers that caused the error, if they are known.
@@ -82,13 +86,18 @@ class NothingToCompress(CompressionError):
 
 
 class ContractBroken(CompressionError):
-    """A step has a bug: it did not do what its plan or its layout says."""
+    """A step has a bug: it did not do what its plan or its layout says.
+
+    The layout is the name, shape and dtype of each tensor that the step stores for a unit. An entry
+    is a slice of a tensor along its first dimension. Users cannot correct such an error, only
+    report it or leave the step out.
+    """
 
     sentences: ClassVar = {
         "source_changed": "{step!r} modified tensors of the model that it received.",
         "scores_not_finite": "After {step!r} the model's scores are not finite numbers.",
-        "stored_scores_differ": "After {step!r} the stored model scores differently from the one "
-        "in memory (by up to {gap:g}): some of its state is not among its tensors.",
+        "stored_scores_differ": "After {step!r} the scores of the stored model differ from those "
+        "of the one in memory (by up to {gap:g}): some of its state is not stored as tensors.",
         "unit_lost": "After {step!r} the network no longer has {unit!r}.",
         "unit_added": "After {step!r} the network has {unit!r}, which it did not have before.",
         "unit_kept": "{step!r} did not change {unit!r}, which its plan selects.",
@@ -97,8 +106,8 @@ class ContractBroken(CompressionError):
         "to {most}.",
         "format_changed": "{step!r} stores {unit!r} in another format.",
         "fit_incomplete": (
-            "{step!r} lays out {name!r} as a tensor of the whole table, but its fit does "
-            "not return it."
+            "The layout of {step!r} has {name!r} as a tensor of the whole table, but its fit "
+            "does not return the tensor."
         ),
         "encoded_dtype_differs": "{step!r} encodes {name!r} as {got}, but its layout says "
         "{expected}.",
@@ -106,21 +115,23 @@ class ContractBroken(CompressionError):
         "encoded_rows_differ": "Expected {expected} entries of {name!r} from {step!r} for rows "
         "{begin} to {end}, got {got}.",
         "dtype_not_storable": (
-            "{name!r} is laid out as {dtype}, which safetensors cannot store. Expected one "
-            "of {dtypes}."
+            "Expected {name!r} with one of the dtypes {dtypes}, which safetensors can store; the "
+            "layout has {dtype}."
         ),
-        "tensor_not_storable": "{name!r} of shape {shape!r} cannot be stored.",
+        "tensor_not_storable": (
+            "The layout has {name!r} of shape {shape!r}, which safetensors cannot store."
+        ),
         "tensor_not_laid_out": "Expected a tensor of the layout, which has {names}; got {name!r}.",
         "entry_outside": "Expected an entry of {name!r} up to {entries}, got {entry}.",
-        "dtype_differs": "{name!r} is {got} and laid out as {expected}.",
-        "shape_differs": "{name!r} is laid out as {expected!r}; {got!r} does not fit from entry "
-        "{entry} on.",
-        "values_missing": "A tensor on the meta device has no values to write.",
+        "dtype_differs": "Expected {name!r} as {expected}, as its layout says, got {got}.",
+        "shape_differs": "Expected values that fit into {name!r} of shape {expected!r} from entry "
+        "{entry} on, got shape {got!r}.",
+        "values_missing": "Expected a tensor with values to write, got one on the meta device.",
     }
 
 
 class ModelRefused(CompressionError):
-    """The stored weights do not fit the architecture, or are not finite."""
+    """The stored weights do not fit the architecture, or the network's scores are unusable."""
 
     sentences: ClassVar = {
         "construction_failed": "{architecture} cannot be built: {problem}",
@@ -138,10 +149,15 @@ class ModelRefused(CompressionError):
             "{name!r} is stored as {format!r}, but this version of recpress reads only "
             "{formats}. Upgrade recpress."
         ),
-        "record_incomplete": "The record of {name!r} in model.json is incomplete: {problem}.",
-        "tie_not_stored": "{name!r} is tied to {stored!r}, which is in no file.",
+        "record_incomplete": (
+            "The record of {name!r} in model.json is incomplete: {problem}. Fetch or pack it again."
+        ),
+        "tie_not_stored": (
+            "{name!r} is tied to {stored!r}, which is in no file. Store it, or correct 'ties' in "
+            "model.json."
+        ),
         "tie_unknown": "A tie names {name!r} and {stored!r}; both must be weights of "
-        "{architecture}.",
+        "{architecture}. Correct 'ties' in model.json.",
         "values_missing": "After loading, {names} still has no values. Store it with the weights, "
         "or compute it from the configuration in the class's __init__.",
         "tensors_on_accelerator": "Expected every tensor of {architecture} on the CPU, got {names} "
@@ -158,8 +174,10 @@ class ModelRefused(CompressionError):
         ),
         "shape_differs": "{name!r} is {stored!r} in the file and {expected!r} in {architecture}. "
         "The widths of every layer must come from 'config'.",
-        "dtype_differs": "{name!r} is {stored} in the file and {expected} in the model.",
-        "tensor_stored_twice": "{name!r} is in two files of {folder}.",
+        "dtype_differs": (
+            "{name!r} is {stored} in the file and {expected} in the model. Store it as {expected}."
+        ),
+        "tensor_stored_twice": "{name!r} is in two files of {folder}. Keep one of them.",
         "tensor_name_taken": (
             "{table!r} would be stored as {name!r}, but another tensor has that name. "
             "Rename it, or leave {table!r} out."
@@ -217,7 +235,10 @@ class NotLowerable(CompressionError):
         ),
         "export_failed": "The network cannot be exported for {target}: {problem}. Its forward must "
         "be free of Python control flow that depends on tensor values.",
-        "tensor_missing": "The exported graph has no tensor {name!r}.",
+        "tensor_missing": (
+            "Expected a tensor {name!r} in the exported graph, got none. Leave its unit out of the"
+            " step, or report the network."
+        ),
     }
 
 
@@ -240,11 +261,11 @@ class AuditFailed(CompressionError):
 
     sentences: ClassVar = {
         "graph_not_as_ordered": (
-            "ONNX Runtime would serve a graph that does not fit the plan: {faults:; }. "
+            "The graph that ONNX Runtime would serve does not fit the plan: {faults:; }. "
             "Leave the layer or table out of the step, or report the network."
         ),
         "weight_replaced": (
-            "The {target} graph does not contain {unit!r} as {expected} bytes of {format}. "
+            "Expected {expected} bytes of {format} for {unit!r} in the {target} graph, got none. "
             "Leave the unit out of the step."
         ),
         "weight_expanded": (

@@ -1,6 +1,7 @@
 """Errors of building a network from its class.
 
-Callers catch them and raise ``ModelRefused`` or another error of ``compression.py``.
+Code that builds a network catches them and raises ``ModelRefused`` or another error of
+``compression.py``. ``sentences`` map a code to its message, in the syntax of ``str.format``.
 """
 
 from typing import ClassVar
@@ -32,7 +33,7 @@ class TooLarge(CodedError):
     """A constructor creates more or larger tensors than the stored files explain."""
 
     sentences: ClassVar = {
-        "tensors_many": "its constructor creates far more tensors than the files hold.",
+        "tensors_many": "its constructor creates far more tensors than the files contain.",
         "tensor_large": (
             "its constructor creates a tensor of {bytes} bytes, but the stored files allow "
             "at most {most_bytes}."

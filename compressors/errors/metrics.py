@@ -1,4 +1,7 @@
-"""Errors of computing metrics and judging limits, with their codes and sentences."""
+"""Errors of computing metrics and judging limits.
+
+``sentences`` map a code to its message, in the syntax of ``str.format``.
+"""
 
 from typing import ClassVar
 
@@ -42,9 +45,9 @@ class MetricRefused(CompressionError):
         "column_not_finite": "A metric needs finite numbers; {count} of {rows} values of {column} "
         "are NaN or infinite. The model or its data is broken; no gate can accept it.",
         "lengths_differ": "A metric needs columns of the same rows; got lengths {lengths}.",
-        "group_shape": "A group column has shape (rows,); got {shape!r}.",
+        "group_shape": "Expected a group column of shape (rows,), got {shape!r}.",
         "group_not_finite": "A group column must not have NaN or infinity; fill or drop them.",
-        "values_unpaired": "Means are compared on the same queries; got values of shapes "
+        "values_unpaired": "Expected one value of both models for each query, got shapes "
         "{baseline!r} and {candidate!r}.",
         "values_not_finite": "Expected finite values for all queries, got NaN or infinity.",
         "scores_unpaired": "Expected a score of both models for each row, got shapes {baseline!r} "
@@ -56,7 +59,7 @@ class MetricRefused(CompressionError):
         "{got}.",
         "quantile_outside": "Expected a latency quantile inside (0, 1), got {quantile!r}.",
         "durations_unusable": "{times} needs one positive, finite duration in ms per round, shape "
-        "(rounds,); got shape {shape!r} with {count} others.",
+        "(rounds,); got shape {shape!r} with {count} other values.",
         "rounds_few": "{times} at quantile {quantile:g} needs at least {least} rounds for a 95 % "
         "interval; got {got}. Measure more rounds, or limit the median.",
         "items_not_in_catalogue": "Some test items are not in the catalogue, so no ranking can "
@@ -73,8 +76,10 @@ class MetricRefused(CompressionError):
             "{first}. Either an id or a list is outside of what its input declares, or a "
             "value overflowed."
         ),
-        "retrieval_needs_groups": "A retrieval model's rows need a group column, which says whose "
-        "interaction each row is.",
+        "retrieval_needs_groups": (
+            "A retrieval model's rows need a group column with the user or query of each "
+            "interaction."
+        ),
         "graphs_differ": (
             "A model of task {task!r} is served as {expected}, but a model to compare it "
             f"with is served as {{got}}. {_WITHOUT_CHAMPION}"
@@ -84,12 +89,12 @@ class MetricRefused(CompressionError):
             f"cannot be compared on the same rows. {_WITHOUT_CHAMPION}"
         ),
         "graph_scores_not_finite": (
-            "The {model} graph gives no finite score for {count} test rows, the first is "
+            "The {model} graph returns no finite score for {count} test rows, the first is "
             "row {row}. Either an id or a list is outside of what its input declares, or a "
             "value overflowed."
         ),
         "bundle_scores_not_finite": (
-            "{name} {version} gives no finite score for {count} rows. Either an id is "
+            "{name} {version} has no finite score for {count} rows. Either an id is "
             "outside of its table, or a value overflowed."
         ),
     }
@@ -103,7 +108,7 @@ class LimitRefused(CompressionError):
             "Expected at least one limit, got none: without limits every model would be "
             "accepted. Add one, for example auc vs baseline >= -0.001."
         ),
-        "bound_missing": "Limit on {metric!r} needs at_least or at_most.",
+        "bound_missing": "A limit on {metric!r} needs at_least or at_most.",
         "number_missing": (
             "Limit '{limit}' needs a metric that was not measured; measured: {measured}. "
             "Remove the limit, or add the data that the metric needs (gauc, ndcg and "
@@ -114,7 +119,7 @@ class LimitRefused(CompressionError):
             "Expected finite numbers for {number}, with low <= high, got {point} [{low}, "
             "{high}]. Check the scores from which they were computed."
         ),
-        "sizes_below_one": "Sizes must be at least 1 byte; got candidate {candidate}, baseline "
+        "sizes_below_one": "Expected sizes of at least 1 byte, got candidate {candidate}, baseline "
         "{baseline}, champion {champion}.",
         "measured_but_not_built": "{target} was measured but is marked as not built; one of the "
         "two is wrong.",

@@ -1,4 +1,7 @@
-"""Errors about orders whose parts do not fit together, with their codes and sentences."""
+"""Errors about orders whose parts do not fit together.
+
+``sentences`` map a code to its message, in the syntax of ``str.format``.
+"""
 
 from typing import ClassVar
 
@@ -15,7 +18,7 @@ class OrderRefused(CompressionError):
         ),
         "budget_needs_validation": "A budget is measured on validation data; this model has "
         "{splits}. Add it to model.json and pack again, or leave the budget out.",
-        "step_not_applicable": "{reason}",
+        "step_not_applicable": "{reason}",  # a ``Reason`` of ``contracts/reasons``
         "no_step_fits": "No step of preset {preset!r} fits this model: {reasons:; }",
         "no_target_built": "None of the optional targets could be built: {reasons:; }",
         "teachers_unused": (
@@ -23,8 +26,8 @@ class OrderRefused(CompressionError):
             "{steps}. Add a step such as 'distill', or leave 'teachers' out."
         ),
         "teacher_repeated": (
-            "Teacher {reference!r} is {name}, which is a teacher already. Name each other "
-            "model once; the model that is compressed is always a teacher."
+            "Teacher {reference!r} is {name}, which is a teacher already. Name each teacher once, "
+            "and do not name the model that is compressed: it is always a teacher."
         ),
         "teacher_reference_malformed": "Teacher {reference!r} is not of the form "
         "'registry:name@version', such as 'registry:clicks@3' or 'registry:clicks@@champion'.",

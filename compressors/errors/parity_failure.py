@@ -17,8 +17,8 @@ class TensorDifference:
         place: index at which the difference is largest.
         expected: the module's value at that index.
         found: the graph's value at that index.
-        is_clear: whether the difference is larger than the graph's formats explain; if no tensor
-            has such a difference, this is the tensor that differs most.
+        is_clear: True if the difference is larger than the graph's formats explain. False if no
+            tensor has such a difference; then this is the tensor that differs most.
     """
 
     name: str
@@ -31,12 +31,12 @@ class TensorDifference:
     is_clear: bool = True
 
     def __str__(self) -> str:
-        order = "First tensor that differs" if self.is_clear else "Tensor that differs most"
+        label = "First tensor that differs" if self.is_clear else "Tensor that differs most"
         module = f" of {self.module!r}" if self.module else ""
         source = f", {self.source}" if self.source else ""
         place = f"[{', '.join(map(str, self.place))}]"
         return (
-            f"{order}: {self.name!r} ({self.operator}{module}{source}), at {place} "
+            f"{label}: {self.name!r} ({self.operator}{module}{source}), at {place} "
             f"{self.expected:.6g} in the module and {self.found:.6g} in the graph."
         )
 
@@ -65,12 +65,13 @@ class ParityFailure:
         limits: the largest allowed differences by name.
         spread: standard deviation of the module's scores.
         shapes: shapes of the module's and the graph's output.
-        side: ``network`` or ``graph``: whose score depends on the batch, for ``parity_batch``.
+        side: ``network`` or ``graph``: which of them has scores that depend on the batch, for
+            ``parity_batch``.
         reason: the runtime's error message, for ``parity_run``.
         rows: number of compared rows.
         tensor: the first tensor that differs.
-        is_exported_wrong: whether already the program that torch.export traced differs from the
-            module, so that no operator of the graph is the cause.
+        is_exported_wrong: whether the program that torch.export traced already differs from the
+            module, so that the tracing is the cause, not an operator of the graph.
     """
 
     code: ParityCode

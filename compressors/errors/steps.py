@@ -1,4 +1,8 @@
-"""Errors of applying a step to a network and its data, with their codes and sentences."""
+"""Errors of applying a step to a network and its data.
+
+``sentences`` map a code to its message, in the syntax of ``str.format``. ``{{step!r}}`` in an
+f-string is the field ``{step!r}`` of the message.
+"""
 
 from typing import ClassVar
 
@@ -29,7 +33,8 @@ class RowsMissing(CompressionError):
         "training_needs_rows": f"Training needs train and validation rows. {_ADD_OR_LEAVE_OUT}",
         "gradients_need_rows": f"Gradients need train rows. {_ADD_OR_LEAVE_OUT}",
         "lookup_counts_need_rows": f"Counting lookups needs train rows. {_ADD_OR_LEAVE_OUT}",
-        "soft_labels_missing": "{step!r} needs train rows and soft labels.",
+        "soft_labels_missing": "{step!r} needs train rows and soft labels, which are a teacher's "
+        "predictions for them. Add train data to model.json and pack again, or leave the step out.",
         "soft_labels_differ": "{step!r} needs one soft label per training row; got {got} for "
         "{expected} rows.",
     }
@@ -50,7 +55,10 @@ class StepRefused(CompressionError):
         "unit_not_changeable": "Expected a unit that {step!r} can change, got {unit!r}, which the "
         "recipe names: {reason}. Remove the name, or use a pattern with '*', which skips such "
         "units.",
-        "already_compressed": "{unit!r} is already stored as {format}.",
+        "already_compressed": (
+            "{unit!r} is already stored as {format}. Leave it out of this step, or move this step "
+            "before the one that compressed it."
+        ),
         "table_renormalizes": (
             "Table {table!r} renormalizes its rows during lookups (max_norm). Renormalize "
             "its weights once, and build the table without max_norm."
@@ -59,7 +67,7 @@ class StepRefused(CompressionError):
         "format_missing": "Expected a format for {role} {unit!r}, got none.",
         "device_missing": "Device {device!r} does not exist: torch {torch} finds no CUDA GPU. Use "
         "device 'cpu'.",
-        "device_processes_failed": "{problem}",
+        "device_processes_failed": "{problem}",  # the message of the process that failed
         "result_missing": "A step ended without a result.",
         "network_not_traceable": "The consumers of each layer could not be determined from the "
         "network: {problem}. Its forward must be free of Python control flow that depends on "
@@ -82,15 +90,19 @@ class StepRefused(CompressionError):
             "After 'fold' the network's scores differ from those before (by up to {gap}): "
             "some code reads its layers without calling them. Leave them out of 'layers'."
         ),
-        "norm_without_statistics": "A batch norm without running statistics cannot be folded.",
-        "norm_not_foldable": "A {kind} cannot be folded.",
+        "norm_without_statistics": (
+            "Expected a batch norm with running statistics, got one without; it cannot be folded. "
+            "Leave its layer out of 'layers'."
+        ),
+        "norm_not_foldable": "Expected a norm that can be folded into a dense layer, got a {kind}.",
         "channel_gradients_zero": "Importance 'gradient' of 'channels' is zero for every weight: "
         "the loss has no gradient on the training rows. Choose another importance.",
         "channel_inputs_zero": "Importance {importance!r} of 'channels' is zero for every weight: "
         "the consuming layers receive only zeros. Choose another importance.",
         "dimension_gradients_zero": "Importance 'gradient' of 'dimensions' is zero for every "
         "dimension: the loss has no gradient on the training rows. Choose another importance.",
-        "gradients_need_loss": "Gradients need a loss, and task 'retrieval' has none yet.",
+        "gradients_need_loss": "Gradients need a loss, and task 'retrieval' has none yet. Choose "
+        "another importance.",
         "share_unreachable": (
             "'channels' cannot leave only {limit:,.0f} {units}: with every width at its "
             "minimum there are {least:,.0f}. Set a larger share, name more layers, or "
@@ -101,7 +113,7 @@ class StepRefused(CompressionError):
         "slope_not_positive": (
             "'recalibrate' finds no increasing map: the best slope of the logit on the "
             "validation rows is {slope:.3g}. The model orders these rows no better than "
-            "chance."
+            "chance; check their labels."
         ),
         "slope_not_positive_without_offset": (
             "'recalibrate' finds no increasing map without an offset: the best slope of "
@@ -140,8 +152,8 @@ class TrainingFailed(CompressionError):
     """A network cannot be trained with these settings, or training diverged."""
 
     sentences: ClassVar = {
-        "nothing_trainable": "Nothing in this network can be trained: all of its weights "
-        "are compressed.",
+        "nothing_trainable": "Expected a network with float32 weights to train, got one whose "
+        "weights are all compressed. Move the training before the compression.",
         "diverged": "Training diverged: the loss is {loss} in epoch {epoch}. Lower learning_rate, "
         "or raise warmup.",
         "float_layers_needed": "Training in {precision} needs dense layers in float32; {layer!r} "
@@ -157,7 +169,7 @@ class DistillationRefused(CompressionError):
             "Hints of {step!r} come from layers of the network at the start of the recipe, "
             "which is not available. Set 'original' of the model, or leave out 'hints'."
         ),
-        "auxiliary_head_missing": "There is no auxiliary head to evaluate.",
+        "auxiliary_head_missing": "Expected an auxiliary head to evaluate, got none.",
         "layer_missing": "The {network} has no layer {layer!r} for a hint or a head; it "
         "has {layers}.",
         "layer_output_unusable": "Layer {layer!r} outputs {got}; hints and heads need floats "

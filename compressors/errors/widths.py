@@ -1,13 +1,16 @@
-"""Exceptions with the reason why a layer, or channels of it, cannot be removed."""
+"""Exceptions with the reason why a layer, or some of its channels, cannot be removed.
+
+They are always caught inside ``compressors``; the reason becomes part of a step's plan.
+"""
 
 from compressors.contracts.reasons import Reason
 
 
 class NotRemovable(Exception):
-    """A unit cannot be removed or made narrower.
+    """The base class: a layer cannot be removed or made narrower (with fewer channels).
 
     Attributes:
-        reason: why it cannot; the reason appears in the step's plan.
+        reason: why the layer cannot be removed or made narrower.
     """
 
     def __init__(self, reason: Reason) -> None:
@@ -17,19 +20,20 @@ class NotRemovable(Exception):
 
 
 class NotAWidth(NotRemovable):
-    """A layer cannot become narrower."""
+    """A layer cannot be made narrower."""
 
 
 class NotProportional(NotAWidth):
-    """A width argument of the class cannot change: layers do not grow with it in proportion.
+    """A width argument of the model class cannot change.
 
-    Also raised if the network cannot be built with another value of the argument.
+    Raised if the sizes of layers do not grow in proportion to the argument, or if the network
+    cannot be built with another value of it.
     """
 
 
 class NotAMember(NotRemovable):
-    """A layer in a stack of repeated layers cannot be removed."""
+    """A layer cannot be removed from its stack (layers that the class builds in a loop)."""
 
 
 class OtherConsumer(NotRemovable):
-    """An operator that is neither a layer nor a norm consumes a layer's output."""
+    """An operator that is neither a dense layer nor a norm reads the output of a layer."""
