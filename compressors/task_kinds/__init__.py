@@ -4,7 +4,7 @@ A task kind (``ctr``, ``ranking``) is declared in ``compressors/contracts/task_k
 declaration names the class in this folder that has the kind's functions.
 
 protocol.py   the functions that a task kind has
-outputs.py    convert outputs to logits, and to softmax shares of lists
+outputs.py    convert outputs to logits, and scores of a list to a softmax over the list
 loss.py       the training loss of a signature, and batches in random order
 ctr.py        click prediction
 ranking.py    scores that order the rows of each list

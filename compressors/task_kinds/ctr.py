@@ -64,14 +64,14 @@ class Ctr:
             loss = as_probability if is_probability else as_logit
             other_loss = as_logit if is_probability else as_probability
             if clearly_above(loss - other_loss):
-                wrong, right = (
+                declared_form, fitting_form = (
                     ("probability", "logit") if is_probability else ("logit", "probability")
                 )
                 yield BaselineProblem(
                     Reason(
                         "output_misdeclared",
-                        declared=wrong,
-                        fitting=right,
+                        declared=declared_form,
+                        fitting=fitting_form,
                         rows=score.size,
                         declared_loss=float(loss.mean()),
                         fitting_loss=float(other_loss.mean()),

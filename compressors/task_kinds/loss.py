@@ -19,7 +19,7 @@ def functions_of(output: Output) -> TaskFunctions:
     """Return the losses and score checks of an output's task kind.
 
     Raises:
-        ValueError: the task kind has none. Steps that need a loss refuse such a model earlier.
+        ValueError: the task kind has no loss. Steps that need one refuse such a model earlier.
     """
     kind = output.task_kind.load()
     if kind is None:
@@ -65,7 +65,11 @@ def soft_loss(
 def shuffled_batches(
     split: Split, signature: Signature, size: int, seed: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Yield batches of about ``size`` rows in random order, until ``limit`` rows are yielded."""
+    """Yield batches of about ``size`` rows in random order, until at least ``limit`` rows.
+
+    The arguments are those of ``shuffled_rows``, with the split of the rows; without ``limit``, all
+    rows are yielded.
+    """
     rows = Rows(split, signature)
     rows_yielded = 0
     for numbers in shuffled_rows(rows, signature, size, seed):

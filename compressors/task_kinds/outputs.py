@@ -1,7 +1,8 @@
-"""Convert model outputs to logits, and scores of lists to softmax shares.
+"""Convert model outputs to logits, and scores of a list to a softmax over the list.
 
-A list is the group of rows that are ranked together, such as the results of one query. ``segment``
-is the list's index of each row, int64 ``(rows,)``.
+A list is a group of rows that are ranked together, such as the results of one query. ``segment`` is
+the index of each row's list, int64 ``(rows,)``; ``groups`` is the number of lists. The share of a
+row is its softmax probability within its list.
 """
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from compressors.contracts import Output
 from compressors.core.batches import Batch
 
-EDGE = 1e-6  # probabilities are clamped to [EDGE, 1 - EDGE], which makes their logits finite
+EDGE = 1e-6
+"""Probabilities are clamped to [EDGE, 1 - EDGE], so that their logits are finite."""
 
 
 def logits(output: Output, values: Tensor) -> Tensor:
@@ -49,7 +51,10 @@ def listwise(score: Tensor, target: Tensor, segment: Tensor, counts: Tensor) -> 
         score: float ``(rows,)``.
         target: each row's target share of its list, float ``(rows,)``.
         segment: index of each row's list, int64 ``(rows,)``.
-        counts: bool ``(groups,)``.
+        counts: bool ``(groups,)``: the lists to average over.
+
+    Returns:
+        A scalar; 0 if no list is averaged.
     """
     losses = sum_by_list(-target * log_shares(score, segment, len(counts)), segment, len(counts))
     return (losses * counts).sum() / counts.sum().clamp(min=1)

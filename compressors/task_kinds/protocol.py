@@ -1,4 +1,4 @@
-"""The functions that the class of a task kind must have, and their arguments."""
+"""The functions that the class of a task kind must have, and types of their arguments."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -29,7 +29,7 @@ class ScoredSample(NamedTuple):
 class TaskFunctions(Protocol):
     """Losses and score checks of a task kind with one score per row.
 
-    The class is called with the signature's output.
+    An object is created with the signature's output as its only argument.
     """
 
     def hard_loss(self, score: Tensor, batch: Batch) -> Tensor:

@@ -20,8 +20,10 @@ from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 class Ranking:
     """Losses and score checks of ranking.
 
-    The loss is the listwise softmax cross entropy. Source: ListNet, Cao et al. 2007, top-one
-    probabilities, with gains ``2^label - 1``. Lists without a positive label are ignored.
+    The loss is the listwise softmax cross entropy; the target of a row is its share of the gains
+    ``2^label - 1`` of its list. Lists without a positive label are ignored.
+
+    Source: ListNet, Cao et al. 2007 (top-one probabilities).
     """
 
     output: Output
