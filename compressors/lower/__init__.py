@@ -1,17 +1,17 @@
 """Lower a compressed module to an ONNX graph for one serving target.
 
-findings.py            result types: stored tensors, audit, parity
-serving_wrapper.py     the exported module: id policy and output
+findings.py            result types of export, audit and parity check
+serving_wrapper.py     the exported module: policy for ids out of range, and output
 merged_codebooks.py    merge several tables with codebooks into one
 merged_tables.py       merge the lookups of several tables
 float8_tensors.py      convert stored 8-bit floats to a graph's type
 attention.py           translate scaled dot-product attention
-custom_operators.py    register the custom ops of all formats
+custom_operators.py    register the custom PyTorch ops of all formats
 graph_builders.py      build subgraphs that several targets use
 bfloat16_products.py   rewrite bfloat16 products to run on a CPU
 passes/                graph passes that every target uses
 targets/               translations of each format, by target
-external_weights.py    link weights of a large graph to the bundle's files
+external_weights.py    hard links to the bundle's files for weights of a large graph
 export.py              torch.onnx.export with a target's translations
 parity.py              compare the scores of graph and module
 first_difference.py    find the first tensor that differs

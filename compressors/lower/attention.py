@@ -1,8 +1,8 @@
 """Translate scaled dot-product attention to ONNX, with torch's result for fully masked queries.
 
-This translation replaces the one of torch's exporter on every target. The exporter's accepts only
-four-dimensional tensors. For a query whose keys are all masked (an empty history) it returns the
-mean of all values, or NaN; torch returns zeros.
+This translation replaces that of torch's exporter on every target. The translation of the exporter
+accepts only four-dimensional tensors. For a query whose keys are all masked (an empty history), it
+returns the mean of all values, or NaN; torch returns zeros.
 """
 
 import math

@@ -1,10 +1,11 @@
-"""Check that the graph that ONNX Runtime has optimized still has the plan's formats.
+"""Check that weights still have the plan's formats in the graph that ONNX Runtime optimized.
 
 A runtime may silently rewrite a graph into a slower or larger one: an int8 Gemm that it does not
 fuse computes in float32 after a DequantizeLinear, and a table that it folds into a constant is
 float32 again. The audit therefore reads the optimized graph, not the exported one.
 
-"Packed" weights are stored in fewer bits than float32; "widening" converts them to float32.
+"Packed" weights are stored in fewer bits than float32; "widening" converts them to float32. A
+"product" is an operator that multiplies matrices.
 """
 
 import math
@@ -19,6 +20,7 @@ from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitia
 FLOAT_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
 INT8_PRODUCTS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 WIDENING = {"DequantizeLinear", "Cast", "Mul", "Sub"}
+"""Operators that convert packed weights to float32."""
 
 
 def audit(
@@ -27,7 +29,7 @@ def audit(
     tables: tuple[TableInitializers, ...],
     layers: tuple[LayerInitializer, ...] = (),
 ) -> GraphAudit:
-    """Raise if the optimized graph does not store and multiply weights as the plan says.
+    """Check that the optimized graph stores and multiplies weights as the plan says.
 
     Args:
         graph: the graph that ONNX Runtime optimized. Only the data of initializers may be in an
@@ -60,7 +62,7 @@ def audit(
         )
     for table in tables:
         for name in table.names:
-            entries = table.entries(name)  # None: for the whole table; may be folded
+            entries = table.entries(name)  # None: a tensor of the whole table, which may be folded
             if name not in initializers and entries is not None:
                 faults.append(f"table {table.module!r}: {name!r} was replaced by the runtime")
             elif entries is not None and entries != initializers[name].dims[0]:
@@ -86,7 +88,7 @@ def _layers_without_product(
     initializers: dict[str, onnx.TensorProto],
     layers: tuple[LayerInitializer, ...],
 ) -> list[str]:
-    """Describe the layers whose stored codes no MatMulNBits reads."""
+    """Describe packed dense layers whose stored codes no MatMulNBits reads."""
     faults = []
     for layer in layers:
         if not layer.packed:
@@ -122,7 +124,10 @@ def _products_of_signed_inputs(
     producers: dict[str, onnx.NodeProto],
     initializers: dict[str, onnx.TensorProto],
 ) -> list[str]:
-    """Describe int8 products with signed inputs: weights are prepacked only for unsigned inputs."""
+    """Describe int8 products with signed inputs.
+
+    ONNX Runtime reorders ("packs") weights once, at session start, only for unsigned inputs.
+    """
     faults = []
     for node in graph.node:
         source = producers.get(node.input[0]) if node.op_type == "QGemm" else None
@@ -130,7 +135,9 @@ def _products_of_signed_inputs(
             continue
         zero_point = initializers.get(source.input[2])
         if zero_point is not None and zero_point.data_type == onnx.TensorProto.INT8:
-            faults.append(f"QGemm {node.name!r} reads signed inputs and repacks at every call")
+            faults.append(
+                f"QGemm {node.name!r} reads signed inputs and repacks its weights at every call"
+            )
     return faults
 
 
@@ -154,8 +161,9 @@ def _widened_tables(
 
 
 def _size_in_bytes(item: onnx.TensorProto) -> int:
-    packed = {int(onnx.TensorProto.INT4): 4, int(onnx.TensorProto.UINT4): 4}
-    bits = packed.get(item.data_type)
+    """Return the bytes of an initializer, whose data may be in an external file."""
+    bits_of_short_types = {int(onnx.TensorProto.INT4): 4, int(onnx.TensorProto.UINT4): 4}
+    bits = bits_of_short_types.get(item.data_type)
     if bits is None:
         bits = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(item.data_type).itemsize)
     count: int = math.prod(item.dims)

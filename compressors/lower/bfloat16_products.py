@@ -20,7 +20,7 @@ def has_bfloat16_products(plan: Plan | None) -> bool:
 
 
 def write_checkable(path: Path, out: Path) -> None:
-    """Copy a graph and compute each Gemm with bfloat16 weights in float32.
+    """Write a copy of a graph that computes each Gemm with bfloat16 weights in float32.
 
     Args:
         path: the ONNX file to read.

@@ -1,7 +1,7 @@
-"""The custom ops of recpress, with the ops of every storage format registered.
+"""The custom PyTorch ops of recpress; importing this file registers those of every format.
 
 The import of a format's module registers its op. The targets' translations refer to the ops of all
-formats, so they use ``OPS`` of this module, which imports each format for this effect alone.
+formats. So they use ``OPS`` of this file, which imports every format only to register its op.
 """
 
 import torch
@@ -28,4 +28,4 @@ from compressors.quantize.tables import (  # noqa: F401
 )
 
 OPS = torch.ops.recpress
-"""Namespace of the custom ops."""
+"""Namespace of the custom ops, such as ``OPS.rowwise_int8``."""

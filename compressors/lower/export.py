@@ -43,7 +43,7 @@ from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
 MERGED_ELEMENTS = 1024  # the optimizer merges equal initializers up to this many elements
-EXTERNAL_BYTES = 2**29  # more than this is stored outside the graph; protobuf allows 2 GiB
+EXTERNAL_BYTES = 2**29  # more weights are stored outside the graph; protobuf allows 2 GiB
 TRACE_ROWS = 3  # batch size of the example inputs
 SHORT_TYPES = {
     ir.DataType.FLOAT16,
@@ -59,8 +59,8 @@ class Lowered:
 
     Attributes:
         served: the PyTorch module with which the graph's scores are compared.
-        tables: the names of the stored tensors of each table, without the tables in which the
-            looked-up rows are the same for every request.
+        tables: the names of the stored tensors of each table, except tables whose looked-up rows
+            are the same for every request.
         layers: the names of the stored weights of each packed dense layer.
     """
 
@@ -81,7 +81,7 @@ def lower(
 
     Args:
         model: a plain or compressed module.
-        served_graph: the graph to write.
+        served_graph: the graph to write: the whole model, or one tower.
         target: name of the serving target, whose translation of each storage format is used.
         path: the ``.onnx`` file to write; large weights are stored in files next to it.
         most_rows: the largest batch size that the graph must accept.
@@ -90,7 +90,7 @@ def lower(
 
     Raises:
         NotLowerable: torch.export cannot trace the module, or an operator has no ONNX form.
-        AuditFailed: a packed weight is missing in the graph, or takes more bytes than stored.
+        AuditFailed: a packed weight is missing in the graph, or is larger there than in the model.
     """
     wrapper, program = export_program(model, served_graph, target, most_rows)
     tables = _table_initializers(wrapper, program.model.graph)
@@ -149,7 +149,7 @@ def export_program(
     """Export one graph of a model with torch, before it is simplified.
 
     The parameters are those of ``lower``; equal arguments result in equal programs. Returns the
-    exported module and the program.
+    PyTorch module that was exported, and the ONNX program.
 
     Raises:
         NotLowerable: torch.export cannot trace the module, or an operator has no ONNX form.
@@ -185,7 +185,7 @@ def export_program(
 
 
 def _original_error(error: BaseException) -> BaseException:
-    """Return the error at the root: torch's exporter wraps it in advice to torch developers."""
+    """Return the first error in a chain of causes; torch's exporter wraps it in other errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -279,7 +279,7 @@ def _packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_PackedTe
 def _layer_initializers(
     wrapper: ServingWrapper, packed: tuple[_PackedTensor, ...], target: str
 ) -> tuple[LayerInitializer, ...]:
-    """Return the initializers of packed dense layers, and whether the runtime keeps them packed."""
+    """Return the initializer of each packed dense layer, and whether a runtime keeps it packed."""
     modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
     result = []
     for weight in packed:
@@ -298,10 +298,10 @@ def _layer_initializers(
 
 
 def _require_packed(packed: tuple[_PackedTensor, ...], graph: ir.Graph, target: str) -> None:
-    """Raise if a tensor of a packed module is missing in the graph or larger than in the module.
+    """Check that the graph has all tensors of packed modules, none larger than in the module.
 
     Raises:
-        AuditFailed: names the unit and both sizes in bytes.
+        AuditFailed: a tensor is missing or larger; names the unit and both sizes in bytes.
     """
     for weight in packed:
         value = graph.initializers.get(weight.name)
@@ -417,7 +417,7 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 
 def _retype(model: ir.Model, wrapper: ServingWrapper, target: str) -> None:
-    """Convert packed tables and layers to the types and shapes that a target's operators read."""
+    """Convert tensors of packed tables and layers to types and shapes that a target accepts."""
     names, converted_names, lowering = _names_of_tensors(wrapper), set(), lowering_target(target)
     for module in wrapper.modules():
         if not isinstance(module, PackedTable | PackedLinear):

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def link_weights(model: ir.Model, path: Path, files: Mapping[str, TensorFile]) -> tuple[Path, ...]:
-    """Make large initializers refer to hard links to the bundle's files that contain them.
+    """Replace large initializers by references to hard links of the bundle's files.
 
     A link is in the graph's folder and has the name of the graph's file as a prefix. An initializer
     is left unchanged if no file contains it or the file system cannot create the link.

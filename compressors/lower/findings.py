@@ -1,4 +1,4 @@
-"""Result types of lowering: a graph's stored tensors, its audit and its parity check.
+"""Result types of lowering: the names of a graph's stored tensors, its audit and parity check.
 
 This file imports no ONNX library, so that reports can use its types without one.
 """
@@ -19,8 +19,8 @@ class TableInitializers(Frozen):
         format: name of the table's storage format.
         names: names of the table's stored tensors in the graph.
         every: how many rows share one entry of a tensor's first dimension, by tensor name; 0 if
-            the tensor belongs to the whole table. Tensors that are not listed have one entry per
-            row.
+            the tensor belongs to the whole table, such as a codebook. Tensors that are not listed
+            have one entry per row.
     """
 
     module: str
@@ -42,8 +42,8 @@ class LayerInitializer(Frozen):
         module: the layer's attribute path in the model.
         format: name of the layer's storage format.
         name: name of the stored weights in the graph.
-        packed: whether the runtime multiplies by the stored codes. If not, it converts them once
-            when a session starts: to float32, or to its layout of int8.
+        packed: whether the runtime multiplies by the stored codes. If not, it converts them once,
+            when a session starts: to float32, or to an int8 layout that the runtime chooses.
     """
 
     module: str

@@ -1,7 +1,7 @@
 """Find the first tensor of a graph that differs from the module's; used when parity fails.
 
-Two programs run on the row that failed: the one that torch.export traced, node by node, and the
-ONNX graph, with every intermediate value as an output. A value of the graph has the name of the
+Two programs compute the row that failed: the program that torch.export traced, node by node, and
+the ONNX graph, with every intermediate value as an output. A value of the graph has the name of the
 traced node from which it was translated. Values are therefore compared by name, in the graph's
 order.
 """
@@ -30,6 +30,7 @@ SUMS = {
     "add", "sub", "rsub", "sum", "mean", "mm", "bmm", "addmm", "matmul", "linear", "cumsum", "var",
     "var_mean", "std", "native_layer_norm", "layer_norm",
 }  # fmt: skip
+"""Names of torch operators that sum, so that large operands can cancel to a small result."""
 
 
 class GraphValue(NamedTuple):
@@ -131,14 +132,14 @@ def first_difference(
 
 
 def _largest_difference(
-    node: fx.Node, expected: Tensor, found: NDArray[Any], values: Mapping[fx.Node, Tensor]
+    node: fx.Node, expected: Tensor, actual: NDArray[Any], values: Mapping[fx.Node, Tensor]
 ) -> tuple[float, tuple[int, ...]]:
     """Return the largest difference, relative to the largest absolute value, and its position."""
-    first, second = expected.double().numpy(), found.astype(np.float64)
+    first, second = expected.double().numpy(), actual.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         differences = np.abs(first - second)
     differences[(first == second) | (np.isnan(first) & np.isnan(second))] = 0.0
-    differences[np.isnan(differences)] = np.inf  # NaN or another infinity on one side
+    differences[np.isnan(differences)] = np.inf  # one value is NaN, or infinities differ in sign
     if str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in SUMS:
         operands = [values[item] for item in node.all_input_nodes if item in values]
         rounding = max((_largest_finite(item.double().numpy()) for item in operands), default=0.0)

@@ -1,8 +1,9 @@
 """Build ONNX subgraphs that the translations of several targets use.
 
-Arguments and results of type ``Any`` are values of the graph (``onnx_ir.Value``). "Bytes with
-planes" hold several codes per byte: plane ``p`` of byte ``b`` is the code ``p * bytes + b`` of a
-row. "Short floats" are float16 and bfloat16.
+Arguments and results of type ``Any`` are values of the graph (``onnx_ir.Value``). "Build" means to
+add operators to the graph that compute a value. ``ids`` are the requested rows of a table, and
+``(*ids, dim)`` is the shape of ``ids`` with one more dimension. A codebook is a small table of
+entries, to which a row's codes refer by index. "Short floats" are float16 and bfloat16.
 """
 
 from collections.abc import Callable
@@ -29,9 +30,9 @@ def constant(dtype: int, values: list[int] | float) -> Any:
 
 
 def flatten_to_matrix(x: Any, inputs: int, outputs: int) -> tuple[Any, Callable[[Any], Any]]:
-    """Reshape ``(*, inputs)`` to ``(rows, inputs)`` for a Gemm, and return the inverse.
+    """Reshape ``(*, inputs)`` to ``(rows, inputs)`` for a Gemm; also return the inverse function.
 
-    The inverse maps the Gemm's output ``(rows, outputs)`` to ``(*, outputs)``.
+    The inverse function maps the Gemm's output ``(rows, outputs)`` to ``(*, outputs)``.
     """
     if len(x.shape) == 2:
         return x, lambda y: y
@@ -75,7 +76,7 @@ def gather_short_floats(weight: Any, ids: Any) -> Any:
 
 
 def drop_padding(codes: Any, count: int, width: int) -> Any:
-    """Remove the codes beyond ``count`` that pad the last byte of a row."""
+    """Remove the codes after the first ``count``, which pad the last byte of a row."""
     return codes if count * width % 8 == 0 else op.Slice(codes, [0], [count], [-1])
 
 
@@ -118,12 +119,12 @@ def integers_from_bytes(byte_values: Any, count: int) -> Any:
 
 
 def position_from_rank(rank: Any, before: Any, ids: Any) -> Any:
-    """Build the position of rows among the kept or among the other rows of a pruned table.
+    """Build the position of rows in one of the two parts of a pruned table: kept and other rows.
 
     Args:
         rank: int64 ``(*ids,)``. For a kept row, its index among the kept rows of its block; for
             another row, -1 minus its index among the other rows of its block.
-        before: number of kept rows before each block.
+        before: number of kept rows before each block of ``BLOCK`` rows.
         ids: row numbers, ``(*ids,)``.
 
     Returns:
@@ -137,7 +138,7 @@ def position_from_rank(rank: Any, before: Any, ids: Any) -> Any:
 
 
 def divided_by(ids: Any, divisor: int) -> Any:
-    """Build the integer division of ids; they are not negative, so Div rounds down."""
+    """Build the integer quotient of ids; Div rounds it down, because ids are not negative."""
     return op.Div(ids, constant(onnx.TensorProto.INT64, divisor))
 
 

@@ -1,5 +1,7 @@
 """Merge several tables with codebooks into one by concatenating their codes and their codebooks.
 
+A codebook is a small table of entries (numbers or vectors), which codes of rows refer to by index.
+
 The merged table looks up one id per input and row. An id of input ``i`` selects a row of codes, and
 these index the codebooks of table ``i``. The merged format exists only in graphs for ONNX Runtime;
 it is never stored in a bundle.
@@ -21,7 +23,7 @@ FORMATS = (kmeans.FORMAT, product_codes.FORMAT, residual_codes.FORMAT)
 
 
 def codes_of(table: PackedTable) -> tuple[int, int] | None:
-    """Return the number of codes per row and the bits per code; None without a codebook."""
+    """Return a table's number of codes per row and bits per code; None if it has no codebook."""
     for storage_format in FORMATS:
         if table.storage == storage_format:  # equal, not identical, in a copied network
             code_bits = storage_format.width(table.rows, table.dim, table.settings)
@@ -41,7 +43,7 @@ class MergedCodebookFormat:
         codes_per_row: number of codes per row.
         code_bits: bits per stored code.
         merged_layout: shape and dtype of each concatenated tensor, by name.
-        learned: names of trainable tensors: none.
+        learned: names of trainable tensors; empty, because merged tables are not trained.
     """
 
     table_format: TableFormat
@@ -57,6 +59,7 @@ class MergedCodebookFormat:
         return self.table_format.name
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        """Return shape and dtype of each stored tensor; the arguments are not needed."""
         return dict(self.merged_layout)
 
     def lookup(

@@ -31,11 +31,15 @@ The tables of a group are copied, and the latency of lookups in larger tables de
 access rather than on the number of operators.
 """
 TEST_ROWS = 64
+"""Number of generated rows of the test run."""
 
 
 @dataclass(frozen=True)
 class TableGroup:
-    """Inputs with one id per row whose tables can be merged, in the order of the signature."""
+    """Inputs with one id per row, and their tables, which can be merged.
+
+    Both are in the order of the signature.
+    """
 
     inputs: tuple[IdInput, ...]
     tables: tuple[PackedTable, ...]
@@ -49,7 +53,9 @@ class MergedTable(nn.Module):
         last: the largest id of each input, ``(inputs,)``.
         instead: the id that replaces one out of range if the policy is ``default_row``,
             ``(inputs,)``.
-        label: the names of the tables.
+        label: the names of the tables, separated by commas.
+        names: the names of the inputs.
+        policy: what to do with an id out of range, as in ``IdInput.out_of_range``.
     """
 
     first: Tensor
@@ -74,7 +80,9 @@ class MergedTable(nn.Module):
         self.dim = group.tables[0].dim
 
     def forward(self, ids_by_input: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-        """Look up the rows of every input, and mark the rows of a request to refuse.
+        """Look up the rows of every input, and mark the rows of the batch to refuse.
+
+        A refused row has an id out of range; its score will be NaN.
 
         Args:
             ids_by_input: the ids of each input, int ``(rows,)``.
@@ -125,13 +133,13 @@ def table_groups(
     """Group the inputs whose tables can be looked up together.
 
     Args:
-        model: the model in evaluation mode, with its EmbeddingBags replaced as for export.
-        part: the submodule that the graph runs.
+        model: the model in evaluation mode, with each EmbeddingBag replaced by a ``Bag``.
+        part: the submodule that the graph runs: the model itself, or one of its towers.
         signature: a signature with the inputs of this graph only.
         rows_of_table: number of rows by table name.
 
     Returns:
-        Groups of at least two inputs.
+        Groups of at least two inputs each.
     """
     paths = {name: module for name, module in model.named_modules() if module is part}
     path = next(iter(paths))

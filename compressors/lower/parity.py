@@ -1,7 +1,7 @@
 """Parity check: compare the scores of a lowered graph with those of the module.
 
 Both score the same rows. Differences are compared with limits that are relative to the spread
-(standard deviation) of the module's scores. The size of the limits has these reasons:
+(standard deviation) of the module's scores. The targets define the limits, for these reasons:
 
 * A graph without int8 arithmetic differs only by float rounding.
 * With int8 inputs, a value close to the boundary between two levels may be rounded to either, so a
@@ -30,12 +30,14 @@ from compressors.lower.targets.registry import lowering_target
 FloatArray = NDArray[np.float32]
 
 
-def check_parity(expected: FloatArray, found: FloatArray, plan: Plan | None, target: str) -> Parity:
+def check_parity(
+    expected: FloatArray, actual: FloatArray, plan: Plan | None, target: str
+) -> Parity:
     """Compare scores ``(rows,)`` or vectors ``(rows, dim)`` of the module and of the graph.
 
     Args:
         expected: the module's scores or vectors.
-        found: the graph's scores or vectors for the same rows.
+        actual: the graph's scores or vectors for the same rows.
         plan: the compression plan, whose formats decide the limits; None if uncompressed.
         target: name of the serving target.
 
@@ -46,20 +48,20 @@ def check_parity(expected: FloatArray, found: FloatArray, plan: Plan | None, tar
         ParityLost: the shapes differ, NaN (a refused row) is in different places, or a difference
             exceeds its limit.
     """
-    if expected.shape != found.shape:
-        shapes = expected.shape, found.shape
+    if expected.shape != actual.shape:
+        shapes = expected.shape, actual.shape
         raise ParityLost(ParityFailure(code="parity_shape", target=target, shapes=shapes))
     refused = np.isnan(expected)
-    if not np.array_equal(refused, np.isnan(found)):
+    if not np.array_equal(refused, np.isnan(actual)):
         raise ParityLost(
             _with_worst_row(
                 ParityFailure(code="parity_nan", target=target),
-                refused != np.isnan(found),
+                refused != np.isnan(actual),
                 expected,
-                found,
+                actual,
             )
         )
-    differences = absolute_differences(expected, found)
+    differences = absolute_differences(expected, actual)
     gap = differences[~refused]
     finite = expected[np.isfinite(expected)]  # one infinite score would make every limit infinite
     spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
@@ -94,26 +96,26 @@ def check_parity(expected: FloatArray, found: FloatArray, plan: Plan | None, tar
             },
             spread=spread,
         )
-        raise ParityLost(_with_worst_row(failure, differences, expected, found))
+        raise ParityLost(_with_worst_row(failure, differences, expected, actual))
     return parity
 
 
 def allowed_share(plan: Plan | None, target: str) -> float:
-    """Return how far a tensor in a graph may differ, relative to its largest absolute value."""
+    """Return how much a tensor in a graph may differ, relative to its largest absolute value."""
     return max(lowering_target(target).tolerance(plan))
 
 
-def absolute_differences(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
+def absolute_differences(expected: FloatArray, actual: FloatArray) -> NDArray[np.float64]:
     """Return absolute differences: 0 if both are NaN or the same infinity, inf if one is NaN."""
     with np.errstate(invalid="ignore"):
-        gap = np.abs(expected.astype(np.float64) - found)
-    gap[(expected == found) | (np.isnan(expected) & np.isnan(found))] = 0.0
+        gap = np.abs(expected.astype(np.float64) - actual)
+    gap[(expected == actual) | (np.isnan(expected) & np.isnan(actual))] = 0.0
     gap[np.isnan(gap)] = np.inf
     return gap
 
 
 def _with_worst_row(
-    failure: ParityFailure, gap: NDArray[Any], expected: FloatArray, found: FloatArray
+    failure: ParityFailure, gap: NDArray[Any], expected: FloatArray, actual: FloatArray
 ) -> ParityFailure:
     """Return a failure with the row and the two scores for which ``gap`` is largest."""
     position = np.unravel_index(int(np.argmax(gap)), gap.shape)
@@ -122,6 +124,6 @@ def _with_worst_row(
         row=int(position[0]),
         component=int(position[1]) if len(position) > 1 else None,
         expected=float(expected[position]),
-        found=float(found[position]),
+        found=float(actual[position]),
         rows=int(expected.shape[0]),
     )

@@ -1,4 +1,4 @@
-"""Wrap a model in the module that is exported: it adds the policy for ids out of range.
+"""Wrap a model in the module that is exported; it adds the policy for ids out of range.
 
 A model is served as one graph, ``model``, or for ``retrieval`` as two: ``query`` and ``item``, one
 per tower. A graph has named inputs and one output: ``score`` float32 ``(rows,)``, a probability
@@ -6,7 +6,7 @@ for ``ctr``; or a tower's ``vector``, float32 ``(rows, dim)``.
 
 A graph cannot raise an error for an id out of range: for -1, ONNX Runtime returns the last row, and
 TensorRT does not check. So with the policy ``error`` the graph refuses the row: its score or vector
-is NaN, which no valid row has.
+is NaN, which valid rows never have.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,10 @@ class ServedGraph:
 
 
 def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
-    """Return the graphs of a model; a request runs the first one, item vectors are precomputed."""
+    """Return the graphs of a model.
+
+    A request runs the first one. The vectors of the second one, ``item``, are computed in advance.
+    """
     if signature.towers is None:
         return (ServedGraph("model", signature, "", SCORE),)
     return tuple(
@@ -65,7 +68,7 @@ class ServingWrapper(nn.Module):
         model: the model, prepared by ``wrap_for_serving``.
         served_graph: the graph that this module computes.
         rows_of_table: number of rows by table name.
-        merged_tables: merged lookups, which run before the model.
+        together: the merged lookups, which run before the model.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class ServingWrapper(nn.Module):
             ids = inputs[item.name]
             rows = self.rows_of_table[item.table]
             inside = ids.clamp(0, rows - 1)
-            outside = inside != ids  # clamp and compare: one operator less than two comparisons
+            outside = inside != ids  # one operator less than comparing with both bounds
             if item.out_of_range == "default_row":
                 inside = torch.where(outside, item.default_row, ids)
             inputs[item.name] = inside

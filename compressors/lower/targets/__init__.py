@@ -1,4 +1,4 @@
-"""Serving targets: translate storage formats to ONNX operators, one folder for each target.
+"""Lowering for each serving target: translate storage formats to ONNX operators.
 
 target.py     the protocol of a target: translations, passes, tolerance, audit
 onnxruntime/  ONNX Runtime on CPU and edge

@@ -1,7 +1,7 @@
 """Get the lowering of a serving target by the target's name.
 
-The digest of a task's sources follows import statements. This file imports the built-in lowerings
-so that the digests of tasks that lower a model contain them.
+The key of a cached task contains a digest of the source files that it imports. This file imports
+the built-in lowerings so that a change of them changes the keys of tasks that lower a model.
 """
 
 from compressors.contracts import target

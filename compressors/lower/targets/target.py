@@ -1,4 +1,4 @@
-"""The protocol of a serving target in lowering, and the tolerances of its parity check."""
+"""The protocol of a serving target's lowering, and the tolerances of its parity check."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +13,7 @@ from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitia
 
 
 class Tolerance(NamedTuple):
-    """Largest allowed differences from the module's scores, relative to the scores' spread.
+    """Largest allowed differences from the module's scores, relative to their standard deviation.
 
     Attributes:
         root_mean_square: limit of the root mean square of the differences.
@@ -38,7 +38,7 @@ class LoweringTarget(Protocol):
         """Whether tables of the same format are merged and looked up together."""
 
     def translations(self) -> Mapping[Any, Callable[..., Any]]:
-        """Return the function that builds the subgraph of each custom op."""
+        """Return, for each custom op, the function that builds its ONNX subgraph."""
 
     def retyped_table(
         self, table: PackedTable, name: str, values: np.ndarray
@@ -72,7 +72,7 @@ class LoweringTarget(Protocol):
         tables: tuple[TableInitializers, ...],
         layers: tuple[LayerInitializer, ...],
     ) -> GraphAudit | None:
-        """Raise if the graph that the runtime optimized does not have the plan's formats.
+        """Check that the graph that the runtime optimized has the plan's formats.
 
         Args:
             graph: the optimized graph. Only the data of initializers may be in an external file.

@@ -1,14 +1,14 @@
-"""A graph pass that removes a Split whose parts a Concat joins again.
+"""A graph pass that removes a Split whose parts are concatenated again.
 
 The merged lookup of several tables (``merged_tables.py``) ends with a Split, and networks often
-concatenate these rows.
+concatenate the looked-up rows.
 """
 
 import onnx_ir as ir
 
 
 class JoinSplitRows(ir.passes.InPlacePass):
-    """Replace all parts of a Split, in order, in a Concat's inputs by the input of the Split."""
+    """Replace the parts of a Split by its input in a Concat that has all parts, in their order."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite a model in place."""

@@ -50,7 +50,7 @@ def short_float_linear(x: Any, weight: Any, bias: Any) -> Any:
 
 
 def join_ids(ids: Any) -> Any:
-    """Build ids ``(rows, inputs)`` by Concat and Transpose, not one Unsqueeze per input."""
+    """Build ids ``(rows, inputs)`` with Concat and Transpose, without an Unsqueeze per input."""
     rows = op.Reshape(op.Concat(*ids, axis=0), op.Constant(value_ints=[len(ids), -1]))
     return op.Transpose(rows, perm=[1, 0])
 

@@ -33,7 +33,7 @@ class SpellOutClipping(ir.passes.InPlacePass):
 
 
 def _clip_codes(model: ir.Model, relu: ir.Node) -> bool:
-    """Replace a Relu by a Clip of the codes, if a QuantizeLinear is the only consumer of the Relu.
+    """Replace a Relu by a Clip of the codes, if a QuantizeLinear is its only consumer.
 
     Returns whether the graph was changed.
     """

@@ -48,7 +48,10 @@ def rowwise_int4(
 def rowwise_int2(
     codes: Any, scale: Any, offset: Any, ids: Any, dim: int, rows_per_scale: int
 ) -> Any:
-    """As ``rowwise_int4`` with four codes per byte; without an offset, levels are -1.5 to 1.5."""
+    """Do the same as ``rowwise_int4`` with four codes per byte.
+
+    Without an offset, the levels are -1.5, -0.5, 0.5 and 1.5.
+    """
     rows = unpack_to_float(codes, ids, dim, bits=2)
     if offset is None:
         rows = op.Sub(rows, op.Constant(value_float=1.5))
@@ -58,7 +61,8 @@ def rowwise_int2(
 def unpack_to_float(codes: Any, ids: Any, dim: int, bits: int) -> Any:
     """Gather rows of packed codes and unpack them: float32 ``(*ids, dim)``.
 
-    Plane ``p`` of byte ``b`` is code ``p * bytes + b`` of a row; ``bits`` is 2 or 4.
+    ``bits``, 2 or 4, is the size of a code. A byte has one code in each of its groups of bits, the
+    planes: plane ``p`` of byte ``b`` is code ``p * bytes + b`` of a row of that many bytes.
     """
     packed = op.Gather(codes, ids, axis=0)
     planes = []

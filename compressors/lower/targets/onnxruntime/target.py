@@ -29,7 +29,7 @@ class OnnxRuntime:
         return operators.translations()
 
     def retyped_table(self, *_: object) -> None:
-        """Return None: tables keep their stored types."""
+        """Return None, because tables keep their stored types."""
 
     def retyped_layer(
         self, layer: PackedLinear, name: str, values: np.ndarray
@@ -68,5 +68,5 @@ class OnnxRuntime:
         return audit(graph, plan, tables, layers)
 
     def has_unsupported_products(self, plan: Plan | None) -> bool:
-        """Return False: this target's graphs run in ONNX Runtime."""
+        """Return False, because ONNX Runtime runs all graphs of this target."""
         return False

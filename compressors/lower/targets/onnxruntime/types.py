@@ -21,23 +21,22 @@ def convert_type(layer: PackedLinear, name: str, values: np.ndarray) -> ir.Tenso
         name: the tensor's name in the layer's format.
         values: the tensor as the module stores it.
     """
-    form = layer.storage
-    if isinstance(form, Float8DenseFormat):
+    storage = layer.storage
+    if isinstance(storage, Float8DenseFormat):
         return float8_codes(name, values)
-    if not isinstance(form, WeightOnlyFormat) or name != "codes" or not stays_packed(layer):
+    if not isinstance(storage, WeightOnlyFormat) or name != "codes" or not stays_packed(layer):
         return None
-    width = (
-        block_length(layer.in_features, LayoutSettings.of(layer.settings).block) * form.bits // 8
-    )
-    return ir.Tensor(values.reshape(len(values), -1, width))
+    block = block_length(layer.in_features, LayoutSettings.of(layer.settings).block)
+    bytes_per_block = block * storage.bits // 8
+    return ir.Tensor(values.reshape(len(values), -1, bytes_per_block))
 
 
 def stays_packed(layer: PackedLinear) -> bool:
     """Return whether ONNX Runtime multiplies by a layer's codes as they are stored."""
-    form = layer.storage
-    if not isinstance(form, WeightOnlyFormat):
+    storage = layer.storage
+    if not isinstance(storage, WeightOnlyFormat):
         return False
-    return multiplies_codes(form.bits, LayoutSettings.of(layer.settings).activations)
+    return multiplies_codes(storage.bits, LayoutSettings.of(layer.settings).activations)
 
 
 def multiplies_codes(bits: int, activations: str) -> bool:

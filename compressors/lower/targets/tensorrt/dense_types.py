@@ -1,7 +1,8 @@
 """Convert stored tensors of dense layers to the types and shapes that TensorRT accepts.
 
-Codes are unsigned in a bundle, and DequantizeLinear reads signed ones, so their sign bit is
-inverted. 8-bit floats are bytes in a bundle and floats in a graph.
+Codes are unsigned in a bundle, and TensorRT's DequantizeLinear reads signed ones. Inverting the
+highest bit of a code subtracts half of its range. 8-bit floats are bytes in a bundle and floats in
+a graph.
 """
 
 import numpy as np
@@ -34,7 +35,7 @@ def convert_type(layer: PackedLinear, name: str, values: np.ndarray) -> ir.Tenso
     codes = values[:, : signed_length(layer.in_features, block, form.bits) * form.bits // 8]
     if form.bits == 8:
         return ir.Tensor((codes ^ 128).view(np.int8))
-    signed = np.ascontiguousarray(codes ^ 0x88)  # in two's complement the sign is bit 3
+    signed = np.ascontiguousarray(codes ^ 0x88)  # inverts the highest bit of both codes of a byte
     shape = ir.Shape((len(codes), 2 * codes.shape[1]))
     return ir.PackedTensor(signed.reshape(-1), ir.DataType.INT4, shape=shape)
 

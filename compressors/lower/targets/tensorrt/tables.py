@@ -1,8 +1,9 @@
 """Translate tables for TensorRT and TensorRT-RTX.
 
 Only a DequantizeLinear may read a quantized constant, so tables are dequantized before their
-Gather. The builder fuses the two and keeps the table packed; the audit of the engine's scratch
-memory proves it. All codes are signed and have zero point 0, because TensorRT refuses others.
+Gather. The builder fuses the two and keeps the table packed, which the engine's audit checks by the
+size of its scratch memory. All codes are signed and have zero point 0, because TensorRT refuses
+other codes.
 
 If each row, or the whole table, has one scale, the scale is an input of the DequantizeLinear and
 keeps its stored type. With float16 scales a looked-up weight is rounded to float16 once; the parity
@@ -127,7 +128,7 @@ def _dequantize_and_gather(codes: Any, scale: Any, ids: Any, block: int = 0) -> 
 
 
 def _drop_row_padding(rows: Any, dim: int, planes: int) -> Any:
-    """Remove the codes beyond ``dim`` that pad the last of ``planes`` codes per byte."""
+    """Remove the codes after the first ``dim``, which pad rows to ``planes`` codes per byte."""
     return op.Slice(rows, [0], [dim], [-1]) if dim % planes else rows
 
 

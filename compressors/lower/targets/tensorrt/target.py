@@ -40,7 +40,7 @@ class TensorRT:
         return dense_types.convert_type(layer, name, values)
 
     def stays_packed(self, layer: PackedLinear) -> bool:
-        """Return True: an engine stores codes; its audit compares its bytes with the plan's."""
+        """Return True: an engine stores codes, and its audit compares its size with the plan."""
         return True
 
     def passes(self) -> tuple[ir.passes.InPlacePass, ...]:

@@ -66,10 +66,11 @@ def _reshape_scale(
 def codes_tensor(values: np.ndarray, width: int) -> ir.TensorProtocol:
     """Convert packed unsigned codes to signed numbers: int8 (code - 128) or int4 (code - 8).
 
-    An int4 holds one code of 4 bits, or two codes of 2 bits whose places are half a row apart.
+    An int4 has one code of 4 bits, or two codes of 2 bits whose positions are half a row apart.
 
     Args:
-        values: uint8 ``(rows, bytes)``; plane ``p`` of byte ``b`` is code ``p * bytes + b``.
+        values: uint8 ``(rows, bytes)`` with ``8 // width`` codes per byte: the code in group ``p``
+            of the bits of byte ``b`` is code ``p * bytes + b`` of the row.
         width: bits of a code: 2, 4 or 8.
     """
     if width == 8:
