@@ -1,4 +1,4 @@
-"""Implausible limits are reported with the likely intents; which metrics a task kind has."""
+"""Limits that are likely mistakes are reported, and each task kind measures its metrics."""
 
 import re
 
@@ -24,7 +24,9 @@ from flows.terms import Terms
 from infra.bundle.json_reader import parse
 
 METRICS = usual_metrics()
-SHARES = [name for name, spec in METRICS.items() if spec.selects]
+SELECTABLE_METRICS = [name for name, spec in METRICS.items() if spec.selects]
+"""Names of the metrics by which a signature may judge its model."""
+
 REFERENCES = {
     name: ("absolute",) if spec.compared == "never" else ("absolute", "baseline", "champion")
     for name, spec in METRICS.items()
@@ -33,6 +35,7 @@ REFERENCES = {
 
 
 def problems(*texts: str) -> tuple[Reason, ...]:
+    """Return the problems of limits in text form."""
     return limit_problems([Limit.parse(text) for text in texts])
 
 
@@ -43,7 +46,7 @@ def suggested_limits(reason: Reason) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("text", "intents"),
     [
         # a bound on the best side, such as a largest AUC
         ("auc vs baseline <= 0.002", ["auc vs baseline >= -0.002"]),
@@ -84,14 +87,14 @@ def suggested_limits(reason: Reason) -> tuple[str, ...]:
         ("auc >= 1", ["auc vs baseline >= -0.01"]),
     ],
 )
-def test_implausible_limit_is_reported_with_the_likely_intents(typed, meant):
-    (problem,) = problems(typed)
-    assert problem.fields["limit"] == typed
-    assert set(meant) <= set(suggested_limits(problem))
+def test_implausible_limit_is_reported_with_the_likely_intents(text, intents):
+    (problem,) = problems(text)
+    assert problem.fields["limit"] == text
+    assert set(intents) <= set(suggested_limits(problem))
 
 
 @pytest.mark.parametrize(
-    "typed",
+    "text",
     [
         "auc vs baseline >= -0.002",
         "auc vs baseline >= 0",
@@ -120,8 +123,8 @@ def test_implausible_limit_is_reported_with_the_likely_intents(typed, meant):
         "changed_top1 <= 0.02",
     ],
 )
-def test_plausible_limit_is_not_reported(typed):
-    assert problems(typed) == ()
+def test_plausible_limit_is_not_reported(text):
+    assert problems(text) == ()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ def test_bound_that_is_not_finite_is_refused(metric, value):
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("text", "intent"),
     [
         ("max_score_change >= 0.05", "max_score_change <= 0.05"),
         ("score_correlation <= 0.999", "score_correlation >= 0.999"),
@@ -169,12 +172,12 @@ def test_bound_that_is_not_finite_is_refused(metric, value):
         ("score_correlation >= 99.9", "score_correlation >= 0.999"),
     ],
 )
-def test_implausible_limit_on_a_score_change_is_reported_with_the_likely_intent(typed, meant):
-    (problem,) = problems(typed)
-    assert meant in suggested_limits(problem)
+def test_implausible_limit_on_a_score_change_is_reported_with_the_likely_intent(text, intent):
+    (problem,) = problems(text)
+    assert intent in suggested_limits(problem)
 
 
-@pytest.mark.parametrize("metric", SHARES)
+@pytest.mark.parametrize("metric", SELECTABLE_METRICS)
 def test_negative_absolute_bound_is_refused(metric):
     with raises_value_error("absolute_bound_negative", metric=metric):
         Limit.parse(f"{metric} >= -0.002")
@@ -187,7 +190,7 @@ def test_contradicting_limits_are_reported_with_both():
 
 
 @pytest.mark.parametrize(
-    ("typed", "why"),
+    ("text", "why"),
     [
         ("auc <= 0.8", Reason("bounds_best", better="higher", metric="auc")),
         ("bytes vs baseline <= 0", Reason("ratio_not_positive")),
@@ -208,8 +211,8 @@ def test_contradicting_limits_are_reported_with_both():
         ("logloss <= 45", Reason("beyond_highest", metric="logloss", highest=15.95, unit="")),
     ],
 )
-def test_reported_limit_has_the_reason_why_it_is_implausible(typed, why):
-    (problem,) = problems(typed)
+def test_reported_limit_has_the_reason_why_it_is_implausible(text, why):
+    (problem,) = problems(text)
     assert problem.fields["why"] == why
 
 
@@ -302,7 +305,7 @@ def test_measured_metrics_depend_on_task_kind_and_group(task, grouped, expected)
 
 
 @pytest.mark.parametrize("task", ["ctr", "ranking", "retrieval"])
-@pytest.mark.parametrize("name", [*SHARES, "ndcg@7", "recall@1000"])
+@pytest.mark.parametrize("name", [*SELECTABLE_METRICS, "ndcg@7", "recall@1000"])
 @pytest.mark.parametrize("group", [None, "user"])
 def test_signature_with_a_metric_that_its_task_kind_does_not_measure_is_refused(task, name, group):
     document = {

@@ -1,4 +1,4 @@
-"""The registry of targets, and stored documents of the machine of a measurement."""
+"""The registry of targets, and the stored form of ``Machine``, the machine of a measurement."""
 
 import json
 

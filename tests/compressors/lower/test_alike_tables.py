@@ -1,4 +1,4 @@
-"""Two small tables with equal codes: one initializer in a graph, but two reported tables."""
+"""Two small tables with equal codes share an initializer of the graph but stay two tables."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Attention in lowered graphs: every way to call it, also with fully masked rows."""
+"""Attention in lowered graphs: every way to call torch's attention, also with empty histories."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from compressors.lower.serving_wrapper import input_names, served_graphs
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.onnxruntime.sessions import Session
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(IdInput(name="user", table="user"), PaddedBag(name="seen", table="item", shape=(5,))),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
@@ -96,10 +96,10 @@ def rows() -> dict[str, Tensor]:
 def test_attention_in_graphs_has_the_scores_of_torch_also_for_empty_histories(
     target: TargetName, tmp_path
 ):
-    (served_graph,) = served_graphs(SCHEMA)
+    (served_graph,) = served_graphs(SIGNATURE)
     lowered = lower(model().module, served_graph, target, tmp_path / "model.onnx")
     with torch.no_grad():
-        expected = lowered.served(*(rows()[name] for name in input_names(SCHEMA))).numpy()
+        expected = lowered.served(*(rows()[name] for name in input_names(SIGNATURE))).numpy()
     scores = Session(tmp_path / "model.onnx", 1).scores({k: x.numpy() for k, x in rows().items()})
     assert np.isfinite(expected).all()
     # The float32 sums have another order.
@@ -116,6 +116,6 @@ def test_attention_layers_have_equal_scores_with_and_without_gradients():
 
 def test_compressed_network_with_attention_has_finite_scores_for_empty_histories(tmp_path):
     source = model()
-    result = run(RowwiseInt8(), source, Bench(signature=SCHEMA), tmp_path)
+    result = run(RowwiseInt8(), source, Bench(signature=SIGNATURE), tmp_path)
     with torch.no_grad():
         assert torch.isfinite(result.module(**rows())).all()

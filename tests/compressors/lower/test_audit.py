@@ -19,62 +19,64 @@ from compressors.lower.audit import audit
 from compressors.lower.findings import LayerInitializer, TableInitializers
 from infra.onnxruntime.sessions import optimized_graph
 
-TABLES = {
+TABLE_FORMATS = {
     method.model_fields["kind"].default for method in FORMATS if "tables" in method.model_fields
 }
 WIDTH = 32
 
 
 class GraphBuilder:
-    """Builds a graph of constants and nodes with generated names."""
+    """Builds a graph of initializers and nodes with generated names."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.random = np.random.default_rng(0)
 
-    def constant(self, value: Any, name: str = "") -> str:
+    def add_constant(self, value: Any, name: str = "") -> str:
+        """Add an initializer and return its name."""
         name = name or f"c{len(self.initializers)}"
         self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def node(self, op_type: str, *inputs: str, **attributes: Any) -> str:
+    def add_node(self, op_type: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node and return the name of its output."""
         name = f"t{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, inputs, [name], **attributes))
         return name
 
-    def quantize_dequantize(self, x: str, zero_point: np.generic) -> str:
-        """Quantize and dequantize."""
-        scale, zero_points = self.constant(np.float32(0.03)), self.constant(zero_point)
-        return self.node(
+    def add_quantize_dequantize(self, x: str, zero_point: np.generic) -> str:
+        """Add a QuantizeLinear and a DequantizeLinear with this zero point."""
+        scale, zero_points = self.add_constant(np.float32(0.03)), self.add_constant(zero_point)
+        return self.add_node(
             "DequantizeLinear",
-            self.node("QuantizeLinear", x, scale, zero_points),
+            self.add_node("QuantizeLinear", x, scale, zero_points),
             scale,
             zero_points,
         )
 
-    def gemm(self, x: str, *, int32_bias: bool = True) -> str:
+    def add_gemm(self, x: str, *, int32_bias: bool = True) -> str:
         """Add a Gemm with int8 weights and an int32 or a float bias."""
         weight = self.random.standard_normal((WIDTH, WIDTH)).astype(np.float32)
         scale = np.abs(weight).max(axis=1) / 127
-        codes = self.constant(np.rint(weight / scale[:, None]).astype(np.int8))
-        zeros = self.constant(np.zeros(WIDTH, np.int8))
-        w = self.node("DequantizeLinear", codes, self.constant(scale), zeros, axis=0)
+        codes = self.add_constant(np.rint(weight / scale[:, None]).astype(np.int8))
+        zeros = self.add_constant(np.zeros(WIDTH, np.int8))
+        w = self.add_node("DequantizeLinear", codes, self.add_constant(scale), zeros, axis=0)
         bias = self.random.standard_normal(WIDTH).astype(np.float32)
         if int32_bias:
             step = scale * np.float32(0.03)
-            b = self.node(
+            b = self.add_node(
                 "DequantizeLinear",
-                self.constant(np.rint(bias / step).astype(np.int32)),
-                self.constant(step),
-                self.constant(np.zeros(WIDTH, np.int32)),
+                self.add_constant(np.rint(bias / step).astype(np.int32)),
+                self.add_constant(step),
+                self.add_constant(np.zeros(WIDTH, np.int32)),
                 axis=0,
             )
         else:
-            b = self.constant(bias)
-        return self.node("Gemm", x, w, b, transB=1)
+            b = self.add_constant(bias)
+        return self.add_node("Gemm", x, w, b, transB=1)
 
-    def optimized(self, output: str, path: Path) -> onnx.GraphProto:
+    def optimize(self, output: str, path: Path) -> onnx.GraphProto:
         """Return the graph as ONNX Runtime optimizes it."""
         built_graph = helper.make_graph(
             self.nodes,
@@ -92,9 +94,10 @@ class GraphBuilder:
 
 
 UNSIGNED, SIGNED = np.uint8(128), np.int8(0)
+"""Zero points of unsigned and signed inputs."""
 
 
-def plan(int8_layers: int) -> Plan:
+def create_plan(int8_layers: int) -> Plan:
     """Return a plan with this number of int8 layers."""
     line = PlanLine(
         module="layer",
@@ -107,35 +110,47 @@ def plan(int8_layers: int) -> Plan:
     return Plan(lines=(line,) * int8_layers)
 
 
-def fused_layers(builder: GraphBuilder) -> str:
+def add_fused_layers(builder: GraphBuilder) -> str:
     """Add two int8 layers in the form that ONNX Runtime fuses."""
-    x = builder.quantize_dequantize("x", UNSIGNED)
-    floor = builder.constant(np.float32(0))
-    return builder.node("Add", builder.node("Max", builder.gemm(x), floor), builder.gemm(x))
+    x = builder.add_quantize_dequantize("x", UNSIGNED)
+    floor = builder.add_constant(np.float32(0))
+    return builder.add_node(
+        "Add", builder.add_node("Max", builder.add_gemm(x), floor), builder.add_gemm(x)
+    )
 
 
-def relu_after_product(builder: GraphBuilder) -> str:
-    x = builder.quantize_dequantize("x", UNSIGNED)
-    return builder.node("Add", builder.node("Relu", builder.gemm(x)), builder.gemm(x))
+def add_relu_after_product(builder: GraphBuilder) -> str:
+    """Add two int8 layers, one of them followed by a Relu, which prevents fusion."""
+    x = builder.add_quantize_dequantize("x", UNSIGNED)
+    return builder.add_node(
+        "Add", builder.add_node("Relu", builder.add_gemm(x)), builder.add_gemm(x)
+    )
 
 
-def float_bias(builder: GraphBuilder) -> str:
-    x = builder.quantize_dequantize("x", UNSIGNED)
-    return builder.node("Add", builder.gemm(x, int32_bias=False), builder.gemm(x))
+def add_layer_with_float_bias(builder: GraphBuilder) -> str:
+    """Add two int8 layers, one of them with a float bias, which prevents fusion."""
+    x = builder.add_quantize_dequantize("x", UNSIGNED)
+    return builder.add_node("Add", builder.add_gemm(x, int32_bias=False), builder.add_gemm(x))
 
 
-def signed_inputs(builder: GraphBuilder) -> str:
-    x = builder.quantize_dequantize("x", SIGNED)
-    return builder.node("Add", builder.gemm(x), builder.gemm(x))
+def add_layers_with_signed_inputs(builder: GraphBuilder) -> str:
+    """Add two int8 layers with signed inputs, whose weights are repacked at every call."""
+    x = builder.add_quantize_dequantize("x", SIGNED)
+    return builder.add_node("Add", builder.add_gemm(x), builder.add_gemm(x))
 
 
-def one_float_layer(builder: GraphBuilder) -> str:
-    return builder.node("Add", builder.gemm(builder.quantize_dequantize("x", UNSIGNED)), "x")
+def add_one_int8_layer(builder: GraphBuilder) -> str:
+    """Add one int8 layer, where the plan of the test has two."""
+    return builder.add_node(
+        "Add", builder.add_gemm(builder.add_quantize_dequantize("x", UNSIGNED)), "x"
+    )
 
 
 def test_audit_accepts_int8_layers_in_the_fused_form(tmp_path):
     builder = GraphBuilder()
-    result = audit(builder.optimized(fused_layers(builder), tmp_path / "g.onnx"), plan(2), ())
+    result = audit(
+        builder.optimize(add_fused_layers(builder), tmp_path / "g.onnx"), create_plan(2), ()
+    )
     assert result.int8_products == 2
     assert result.nodes["QGemm"] == 2
 
@@ -143,51 +158,55 @@ def test_audit_accepts_int8_layers_in_the_fused_form(tmp_path):
 @pytest.mark.parametrize(
     ("form", "fault"),
     [
-        (relu_after_product, "computes in float32 after a DequantizeLinear"),
-        (float_bias, "computes in float32 after a DequantizeLinear"),
-        (signed_inputs, "reads signed inputs and repacks"),
-        (one_float_layer, "the plan has 2 int8 layers, the graph 1 int8 products"),
+        (add_relu_after_product, "computes in float32 after a DequantizeLinear"),
+        (add_layer_with_float_bias, "computes in float32 after a DequantizeLinear"),
+        (add_layers_with_signed_inputs, "reads signed inputs and repacks"),
+        (add_one_int8_layer, "the plan has 2 int8 layers, the graph 1 int8 products"),
     ],
 )
 def test_audit_rejects_int8_layers_that_are_not_fused_or_are_repacked(
     form: Callable[[GraphBuilder], str], fault, tmp_path
 ):
     builder = GraphBuilder()
-    optimized = builder.optimized(form(builder), tmp_path / "g.onnx")
+    optimized = builder.optimize(form(builder), tmp_path / "g.onnx")
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
-        audit(optimized, plan(2), ())
+        audit(optimized, create_plan(2), ())
     assert any(fault in result for result in caught.value.fields["faults"])
 
 
 ROWS = 1000
 
 
-def table(builder: GraphBuilder, form: str) -> tuple[str, TableInitializers]:
+def add_table(builder: GraphBuilder, form: str) -> tuple[str, TableInitializers]:
     """Add a table whose rows are the graph's output; ``form`` says how they are looked up."""
-    codes = builder.constant(builder.random.integers(-127, 128, (ROWS, 8), np.int8), "codes")
+    codes = builder.add_constant(builder.random.integers(-127, 128, (ROWS, 8), np.int8), "codes")
     scale = builder.random.random(ROWS).astype(np.float32)
     names = ("codes", "scale")
     if form == "gather first":
-        builder.constant(scale[:, None], "scale")
-        rows = builder.node("Cast", builder.node("Gather", codes, "ids"), to=TensorProto.FLOAT)
-        out = builder.node("Mul", rows, builder.node("Gather", "scale", "ids"))
+        builder.add_constant(scale[:, None], "scale")
+        rows = builder.add_node(
+            "Cast", builder.add_node("Gather", codes, "ids"), to=TensorProto.FLOAT
+        )
+        out = builder.add_node("Mul", rows, builder.add_node("Gather", "scale", "ids"))
     elif form == "dequantize first":
-        builder.constant(scale, "scale")
-        out = builder.node(
-            "Gather", builder.node("DequantizeLinear", codes, "scale", axis=0), "ids"
+        builder.add_constant(scale, "scale")
+        out = builder.add_node(
+            "Gather", builder.add_node("DequantizeLinear", codes, "scale", axis=0), "ids"
         )
     else:
-        builder.constant(scale[:, None], "scale")
-        widened = builder.node("Mul", builder.node("Cast", codes, to=TensorProto.FLOAT), "scale")
-        out = builder.node("Gather", widened, "ids")
+        builder.add_constant(scale[:, None], "scale")
+        widened = builder.add_node(
+            "Mul", builder.add_node("Cast", codes, to=TensorProto.FLOAT), "scale"
+        )
+        out = builder.add_node("Gather", widened, "ids")
     initializers = TableInitializers(module="user", rows=ROWS, format="rowwise_int8", names=names)
     return out, initializers
 
 
 def test_audit_accepts_table_that_is_gathered_before_it_is_dequantized(tmp_path):
     builder = GraphBuilder()
-    out, initializers = table(builder, "gather first")
-    result = audit(builder.optimized(out, tmp_path / "g.onnx"), None, (initializers,))
+    out, initializers = add_table(builder, "gather first")
+    result = audit(builder.optimize(out, tmp_path / "g.onnx"), None, (initializers,))
     assert result.packed_tables == 1
     assert result.weight_bytes == ROWS * (8 + 4)
 
@@ -201,28 +220,28 @@ def test_audit_accepts_table_that_is_gathered_before_it_is_dequantized(tmp_path)
 )
 def test_audit_rejects_table_that_is_dequantized_as_a_whole(form, fault, tmp_path):
     builder = GraphBuilder()
-    out, initializers = table(builder, form)
+    out, initializers = add_table(builder, form)
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
-        audit(builder.optimized(out, tmp_path / "g.onnx"), None, (initializers,))
+        audit(builder.optimize(out, tmp_path / "g.onnx"), None, (initializers,))
     assert fault in caught.value.fields["faults"]
 
 
 def test_audit_rejects_table_with_fewer_rows_than_the_module(tmp_path):
     builder = GraphBuilder()
-    out, initializers = table(builder, "gather first")
+    out, initializers = add_table(builder, "gather first")
     table_with_more_rows = initializers.model_copy(update={"rows": ROWS + 1})
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
-        audit(builder.optimized(out, tmp_path / "g.onnx"), None, (table_with_more_rows,))
+        audit(builder.optimize(out, tmp_path / "g.onnx"), None, (table_with_more_rows,))
     assert "table 'user': 'codes' lost rows" in caught.value.fields["faults"]
 
 
 def test_audit_expects_one_scale_for_each_group_of_rows(tmp_path):
     builder = GraphBuilder()
-    out, initializers = table(builder, "gather first")
+    out, initializers = add_table(builder, "gather first")
     shared_scales = initializers.model_copy(
         update={"rows": 4 * ROWS - 1, "names": ("scale",), "every": {"scale": 4}}
     )
-    optimized = builder.optimized(out, tmp_path / "g.onnx")
+    optimized = builder.optimize(out, tmp_path / "g.onnx")
     audit(optimized, None, (shared_scales,))
     # A tensor of the whole table does not depend on the rows and may be folded.
     audit(
@@ -250,15 +269,14 @@ def test_audit_rejects_weight_only_layer_without_a_product_of_its_codes(tmp_path
     assert caught.value.units == (folded.module,)
     # The codes are read by a Cast instead of a MatMulNBits.
     builder = GraphBuilder()
-    codes = builder.constant(np.zeros((WIDTH, WIDTH), np.uint8))
-    widened = builder.node("MatMul", "x", builder.node("Cast", codes, to=TensorProto.FLOAT))
+    codes = builder.add_constant(np.zeros((WIDTH, WIDTH), np.uint8))
+    builder.add_node("MatMul", "x", builder.add_node("Cast", codes, to=TensorProto.FLOAT))
     built_graph = helper.make_graph(builder.nodes, "g", [], [], builder.initializers)
     layer = LayerInitializer(module="cross", format="weight_int4", name=codes, packed=True)
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
         audit(built_graph, None, (), (layer,))
     fault = "dense layer 'cross': its codes are read by Cast instead of MatMulNBits"
     assert fault in caught.value.fields["faults"]
-    assert widened
 
 
 @pytest.mark.parametrize("kind", ["float16", "float8_dense"])
@@ -277,7 +295,8 @@ def test_audit_rejects_graph_that_was_exported_for_tensorrt():
     assert fault in caught.value.fields["faults"]
 
 
-TABLES_OF = {"Ranker": 6, "Compact": 2}
+TABLE_COUNTS = {"Ranker": 6, "Compact": 2}
+"""Number of tables of each network."""
 
 
 @networks_and_recipes("Ranker", "Compact")
@@ -285,8 +304,8 @@ def test_audit_accepts_every_recipe_exported_for_onnxruntime(network, kinds):
     lowered = lowered_reference(network, kinds, "onnxruntime")
     result = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
     assert result.int8_products == (5 if {"static_int8", "qat"} & set(kinds) else 0)
-    packs_tables = set(kinds) & TABLES
-    assert result.packed_tables == (TABLES_OF[network] if packs_tables else 0)
+    table_formats = set(kinds) & TABLE_FORMATS
+    assert result.packed_tables == (TABLE_COUNTS[network] if table_formats else 0)
 
 
 @pytest.mark.parametrize(

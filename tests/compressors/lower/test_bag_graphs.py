@@ -23,7 +23,10 @@ LENGTH = 4
 
 
 class BagNet(nn.Module):
-    """A padded and a jagged bag; in mode ``sum``, each id has a weight from a table of width 1."""
+    """A padded and a jagged bag; in mode ``sum``, each id has a weight from a table of width 1.
+
+    With ``padding``, id 0 is padding. With ``last``, the offsets include the end of the last list.
+    """
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class BagNet(nn.Module):
         return score + 0.1 * self.id_weights(user)
 
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(
         IdInput(name="user", table="id_weights"),
         PaddedBag(name="padded", table="padded", shape=(LENGTH,)),
@@ -76,13 +79,14 @@ STEPS = {
 
 
 def bench(reference: Reference, folder) -> Bench:
-    train = write_split(SCHEMA, reference.rows_of_tables(), folder)
-    return Bench(signature=SCHEMA, train=train)
+    """Write generated training rows and return a bench with them."""
+    train = write_split(SIGNATURE, reference.rows_of_tables(), folder)
+    return Bench(signature=SIGNATURE, train=train)
 
 
 def edge_batch(reference: Reference) -> dict[str, Tensor]:
     """Return a batch with empty first and last bags, and one bag with only padding."""
-    inputs = generate_inputs(SCHEMA, reference.rows_of_tables(), 40, seed=11)
+    inputs = generate_inputs(SIGNATURE, reference.rows_of_tables(), 40, seed=11)
     lengths = torch.cat([inputs["jagged_offsets"], torch.tensor([len(inputs["jagged"])])]).diff()
     lengths[0] = lengths[-1] = 0
     lengths[3], lengths[4] = LENGTH, 2
@@ -123,15 +127,15 @@ SAMPLE = {(index, TARGETS[index % 2]) for index in (1, 4, 5, 6)}
 )
 def test_bags_in_graphs_have_the_scores_of_torch(modes, padding, last, tables, target, tmp_path):
     config = {"modes": modes, "padding": padding, "last": last}
-    reference = Reference(BagNet, SCHEMA, config)
+    reference = Reference(BagNet, SIGNATURE, config)
     source, step = reference.model(), STEPS[tables]
     model = (
         source if step is None else run(step, source, bench(reference, tmp_path), tmp_path / "o")
     )
     inputs = edge_batch(reference)
-    (served_graph,) = served_graphs(SCHEMA)
+    (served_graph,) = served_graphs(SIGNATURE)
     lower(model.module, served_graph, target, tmp_path / "model.onnx")
-    arrays = {name: inputs[name].numpy() for name in input_names(SCHEMA)}
+    arrays = {name: inputs[name].numpy() for name in input_names(SIGNATURE)}
     scores = Session(tmp_path / "model.onnx", 1).scores(arrays)
     if tables == "plain":  # the expected scores are those of torch's bags
         assert isinstance(source.module.padded, nn.EmbeddingBag)

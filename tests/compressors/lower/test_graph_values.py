@@ -1,4 +1,4 @@
-"""Scores of graphs equal those of torch where exporters or runtimes could differ."""
+"""Scores of graphs equal those of torch in cases that exporters or runtimes can get wrong."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from compressors.lower.export import lower
 from compressors.quantize.dense.static_int8 import packed_int8
 from infra.onnxruntime.sessions import Session
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(4,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-PROBABILITY = with_output(SCHEMA, form="probability")
+PROBABILITY = with_output(SIGNATURE, form="probability")
 
 
 class Linear(nn.Module):
@@ -42,7 +42,7 @@ class SqueezedLinear(Linear):
         return super().forward(x).squeeze()
 
 
-class RareProbability(nn.Module):
+class SigmoidOfSum(nn.Module):
     """A probability whose logit is the sum of the inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class RareProbability(nn.Module):
 
 
 def session(module: nn.Module, signature: Signature, target: TargetName, folder: Path) -> Session:
-    """Export the target's graph and load it in ONNX Runtime."""
+    """Export the target's graph and load it in ONNX Runtime (also graphs for TensorRT)."""
     path = folder / f"{target}.onnx"
     lower(module, only_graph(signature), target, path)
     return Session(path, 1)
@@ -64,7 +64,7 @@ def graph_scores(
 
 
 def test_recalibrated_probabilities_near_zero_equal_those_of_torch(tmp_path: Path) -> None:
-    module = Reference(RareProbability, PROBABILITY).model().private().module
+    module = Reference(SigmoidOfSum, PROBABILITY).model().private().module
     # Logits of -28 to -16 are mapped to -3 to 0; ONNX Runtime's sigmoid is 0 below -18.
     line = torch.tensor([0.25, 4.0])
     attach(module, Recalibration("platt", "probability", line=line))
@@ -81,8 +81,8 @@ def test_recalibrated_probabilities_near_zero_equal_those_of_torch(tmp_path: Pat
 def test_squeezed_score_has_one_number_per_row_for_one_and_several_rows(
     target: TargetName, tmp_path: Path
 ) -> None:
-    module = Reference(SqueezedLinear, SCHEMA).model().private().module
-    layer, graph = module.layer, session(module, SCHEMA, target, tmp_path)
+    module = Reference(SqueezedLinear, SIGNATURE).model().private().module
+    layer, graph = module.layer, session(module, SIGNATURE, target, tmp_path)
     for rows in (1, 3):
         x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0))
         scores = graph.scores({"x": x.numpy()})
@@ -108,13 +108,13 @@ def test_bias_of_int8_layer_is_rounded_to_multiples_of_the_step(
     target: TargetName, bias_in_steps: float, tmp_path: Path
 ) -> None:
     """The range of inputs is so wide that the step of the products is larger than the bias."""
-    module = Reference(Linear, SCHEMA).model().private().module
+    module = Reference(Linear, SIGNATURE).model().private().module
     largest = torch.tensor(127.0 * 8)  # inputs are rounded to multiples of 8
     with torch.no_grad():
         module.layer.weight.copy_(torch.tensor([[1.0, 0.0, -0.5, 0.0]]))
         step = 8 * packed_int8(module.layer, largest).weight_scale[0]
         module.layer.bias.copy_(bias_in_steps * step)
     module.layer = packed_int8(module.layer, largest)
-    scores = graph_scores(module, SCHEMA, target, torch.zeros(1, 4), tmp_path)
+    scores = graph_scores(module, SIGNATURE, target, torch.zeros(1, 4), tmp_path)
     expected = 1 / (1 + np.exp(-round(bias_in_steps) * float(step)))
     np.testing.assert_allclose(scores, [expected], rtol=0, atol=1e-6)

@@ -31,6 +31,7 @@ CLICKS = Signature(
 
 
 def dcnv2(structure: str) -> Reference:
+    """Return a small DCN-V2 with parallel or stacked cross and deep layers."""
     config = {
         "fields": [{"name": name, "rows": rows} for name, rows in FIELDS.items()],
         "bags": [{"name": "genres", "rows": 12}],
@@ -77,9 +78,8 @@ def test_every_dense_layer_of_every_reference_model_runs_in_int8(
     reference = MODELS[name]
     model, bench = reference.model(), reference.bench(tmp_path / "data")
     for part in model.module.modules():
-        if (
-            isinstance(part, nn.Linear) and not part.weight.any()
-        ):  # an untrained layer with zero weights
+        # Layers that are initialized with zeros have no int8 scale.
+        if isinstance(part, nn.Linear) and not part.weight.any():
             nn.init.normal_(part.weight)
     layers = {name for name, part in model.module.named_modules() if type(part) is nn.Linear}
     if folded:
@@ -104,7 +104,7 @@ def test_every_dense_layer_of_every_reference_model_runs_in_int8(
 
 
 def test_float_layer_is_found_among_the_products(tmp_path: Path) -> None:
-    """This shows that the test above can fail."""
+    """Show that the test above would find a layer that does not run in int8."""
     reference = MODELS["Normed"]
     step = StaticInt8(layers=("out",))
     model = run(step, reference.model(), reference.bench(tmp_path / "data"), tmp_path / "int8")

@@ -35,14 +35,14 @@ from infra.onnxruntime.sessions import Session, optimized_graph
 ORT: TargetName = "onnxruntime"
 RTX: TargetName = "tensorrt-rtx"
 KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
-EVERYTHING = ("rowwise_int8", "static_int8")
+INT8_RECIPE = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])
 
 
 @each_target
 def test_graph_has_inputs_and_output_of_the_signature(target):
-    written = onnx.load(lowered_reference("Ranker", EVERYTHING, target).path).graph
+    written = onnx.load(lowered_reference("Ranker", INT8_RECIPE, target).path).graph
     assert [item.name for item in written.input] == list(input_names(RANKER.signature))
     types = {item.name: item.type.tensor_type.elem_type for item in written.input}
     assert types["user"] == TensorProto.INT64
@@ -57,11 +57,11 @@ def test_graph_has_inputs_and_output_of_the_signature(target):
 def test_graph_returns_ranking_scores_unchanged():
     lowered = lowered_reference("Attention", (), ORT)
     inputs = lowered.rows(50)
-    found = lowered.in_onnx(inputs)
+    scores = lowered.in_onnx(inputs)
     with torch.no_grad():
         # The float32 sums have another order.
-        np.testing.assert_allclose(found, lowered.model.module(**inputs).numpy(), atol=1e-6)
-    assert found.min() < 0
+        np.testing.assert_allclose(scores, lowered.model.module(**inputs).numpy(), atol=1e-6)
+    assert scores.min() < 0
 
 
 def test_graph_applies_no_sigmoid_to_a_probability():
@@ -86,26 +86,27 @@ def on_networks(kinds: list[str]) -> list[object]:
         pytest.param(name, kind, recipe_with(kind), id=f"{name}-{kind}", marks=marks)
         for name, marks in (("Compact", ()), ("Ranker", pytest.mark.nightly))
         for kind in kinds
-    ] + [pytest.param("Ranker", "rowwise_int8", EVERYTHING, id=f"Ranker-{'+'.join(EVERYTHING)}")]
+    ] + [pytest.param("Ranker", "rowwise_int8", INT8_RECIPE, id=f"Ranker-{'+'.join(INT8_RECIPE)}")]
 
 
 def each_network_with(kinds: list[str]) -> pytest.MarkDecorator:
+    """Parametrize a test with the recipes of ``on_networks``."""
     return pytest.mark.parametrize(("network", "kind", "recipe"), on_networks(kinds))
 
 
-TABLES_OF = {"Ranker": 6, "Compact": 2}
+TABLE_COUNTS = {"Ranker": 6, "Compact": 2}
 
 
 @each_network_with([kind for kind in KINDS if kind != "static_int8"])
 def test_tables_in_onnxruntime_are_read_by_gather_only(network, kind, recipe):
     lowered = lowered_reference(network, recipe, ORT)
-    found = optimized_graph(lowered.path)
-    initializers = {item.name for item in found.initializer}
-    assert len(lowered.lowered.tables) == TABLES_OF[network]
+    graph = optimized_graph(lowered.path)
+    initializers = {item.name for item in graph.initializer}
+    assert len(lowered.lowered.tables) == TABLE_COUNTS[network]
     for table in lowered.lowered.tables:
         for name in table.names:
             assert name in initializers
-            assert [node.op_type for node in consumers_of(found, name)] == ["Gather"], name
+            assert [node.op_type for node in consumers_of(graph, name)] == ["Gather"], name
 
 
 STORED_TYPES = {
@@ -139,7 +140,7 @@ def test_packed_tables_for_tensorrt_are_read_by_dequantize_only(network, kind, r
 
 
 def test_int8_layers_for_tensorrt_are_symmetric_with_a_float_bias():
-    written = onnx.load(lowered_reference("Ranker", EVERYTHING, RTX).path).graph
+    written = onnx.load(lowered_reference("Ranker", INT8_RECIPE, RTX).path).graph
     initializers = {item.name: item for item in written.initializer}
     for item in initializers.values():
         if item.data_type == TensorProto.INT8:
@@ -162,7 +163,7 @@ def test_int8_layers_for_tensorrt_are_symmetric_with_a_float_bias():
 @each_target
 @pytest.mark.parametrize(
     ("network", "kinds"),
-    [("Ranker", ()), ("Ranker", EVERYTHING), ("Compact", recipe_with("rowwise_int4"))],
+    [("Ranker", ()), ("Ranker", INT8_RECIPE), ("Compact", recipe_with("rowwise_int4"))],
 )
 def test_graph_contains_no_metadata_of_the_exporter(network, kinds, target):
     model = onnx.load(lowered_reference(network, kinds, target).path)
@@ -197,9 +198,9 @@ def as_int4(tensor: ir.TensorProtocol) -> np.ndarray:
 @pytest.mark.parametrize("dim", [1, 2, 5, 8])
 def test_int4_tensor_for_tensorrt_has_the_stored_codes_minus_8(dim):
     codes = torch.randint(1, 16, (6, dim), dtype=torch.uint8)
-    found = as_int4(codes_tensor(bitpacking.pack(codes, 4).numpy(), 4))
-    assert np.array_equal(found[:, :dim], codes.numpy().astype(np.int8) - 8)
-    assert not found[:, dim:].any()  # the padding of an odd width decodes to zero
+    decoded = as_int4(codes_tensor(bitpacking.pack(codes, 4).numpy(), 4))
+    assert np.array_equal(decoded[:, :dim], codes.numpy().astype(np.int8) - 8)
+    assert not decoded[:, dim:].any()  # the padding of an odd width decodes to zero
 
 
 @pytest.mark.parametrize("dim", [1, 3, 5, 8])
@@ -207,26 +208,26 @@ def test_int4_tensor_for_tensorrt_has_two_2_bit_codes_per_number(dim):
     codes = torch.randint(0, 4, (6, dim), dtype=torch.uint8)
     pairs = as_int4(codes_tensor(bitpacking.pack(codes, 2).numpy(), 2)) + 8
     assert pairs.shape == (6, 2 * -(-dim // 4))
-    found = np.concatenate([pairs % 4, pairs // 4], axis=1)
-    assert np.array_equal(found[:, :dim], codes.numpy())
+    decoded = np.concatenate([pairs % 4, pairs // 4], axis=1)
+    assert np.array_equal(decoded[:, :dim], codes.numpy())
 
 
 def test_unsigned_int8_codes_for_tensorrt_are_128_lower():
     settings = {"scale": "float16", "symmetric": False}
     table = PackedTable(TABLE_FORMATS["rowwise_int8"], 1, 4, settings)
-    found = convert_type(table, "codes", np.array([[0, 127, 128, 255]], np.uint8))
-    assert found.numpy().tolist() == [[-128, -1, 0, 127]]
-    half = np.ones((1, 1), np.float16)
+    converted = convert_type(table, "codes", np.array([[0, 127, 128, 255]], np.uint8))
+    assert converted.numpy().tolist() == [[-128, -1, 0, 127]]
+    ones = np.ones((1, 1), np.float16)
     for name in ("scale", "offset"):  # they are gathered without conversion
-        assert convert_type(table, name, half) is None
+        assert convert_type(table, name, ones) is None
 
 
-# --- shared, unread and constant tables ------------------------------------------------------
+# --- shared, unused and constant tables ------------------------------------------------------
 
 
 @each_target
 def test_graph_stores_tied_and_shared_tables_once(target):
-    lowered = lowered_reference("Tied", EVERYTHING, target)
+    lowered = lowered_reference("Tied", INT8_RECIPE, target)
     by_module = {table.module: table.names for table in lowered.lowered.tables}
     assert by_module["item"] == by_module["similar"]
     written = onnx.load(lowered.path).graph
@@ -246,7 +247,7 @@ def test_graph_stores_tied_and_shared_tables_once(target):
             id=f"{'+'.join(kinds) or '-'}-{target}",
             marks=() if (index + target_index) % 2 else pytest.mark.nightly,
         )
-        for index, kinds in enumerate([(), EVERYTHING, ("rowwise_int4", "float16")])
+        for index, kinds in enumerate([(), INT8_RECIPE, ("rowwise_int4", "float16")])
         for target_index, target in enumerate((ORT, RTX))
     ],
 )
@@ -282,10 +283,10 @@ def test_table_whose_attribute_is_named_table_keeps_its_name(tmp_path):
 @each_target
 def test_network_that_branches_on_tensor_values_is_not_lowerable(target, tmp_path):
     path = tmp_path / "model.onnx"
-    with raises_code(NotLowerable, "export_failed", target=target) as refusal:
+    with raises_code(NotLowerable, "export_failed", target=target) as caught:
         lower(DataDependentBranchNet(), only_graph(NORMED.signature), target, path)
-    assert "data-dependent" in refusal.value.fields["problem"]
-    assert refusal.value.__cause__ is not None
+    assert "data-dependent" in caught.value.fields["problem"]
+    assert caught.value.__cause__ is not None
     assert not path.exists()
 
 
@@ -349,12 +350,12 @@ def test_wrap_for_serving_does_not_modify_the_module():
 
 @each_target
 def test_lower_does_not_modify_the_module(target, tmp_path):
-    model = compressed_reference("Normed", EVERYTHING).module
+    model = compressed_reference("Normed", INT8_RECIPE).module
     before = {name: (id(module), module.training) for name, module in model.named_modules()}
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lower(model, only_graph(NORMED.signature), target, tmp_path / "model.onnx")
-    next_operators = {name: (id(module), module.training) for name, module in model.named_modules()}
-    assert next_operators == before
+    after = {name: (id(module), module.training) for name, module in model.named_modules()}
+    assert after == before
     torch.testing.assert_close(dict(model.state_dict()), tensors, rtol=0, atol=0)
 
 
@@ -385,5 +386,5 @@ def test_split_and_concat_along_different_axes_are_not_removed(tmp_path):
     items = torch.randint(20, (9, 3), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = lowered.served(items).numpy()
-    found = Session(tmp_path / "model.onnx", threads=1).scores({"items": items.numpy()})
-    np.testing.assert_allclose(found, expected, atol=1e-6)  # sums have another order
+    actual = Session(tmp_path / "model.onnx", threads=1).scores({"items": items.numpy()})
+    np.testing.assert_allclose(actual, expected, atol=1e-6)  # sums have another order

@@ -1,4 +1,4 @@
-"""Graphs of every step for every target have the scores of torch, and the id policies hold."""
+"""Graphs of every step for every target have the scores of torch, also for ids out of range."""
 
 import itertools
 
@@ -24,7 +24,7 @@ from compressors.lower.parity import check_parity
 ORT: TargetName = "onnxruntime"
 RTX: TargetName = "tensorrt-rtx"
 KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
-EVERYTHING = ("rowwise_int8", "static_int8")
+INT8_RECIPE = ("rowwise_int8", "static_int8")
 
 each_target = pytest.mark.parametrize("target", [ORT, RTX])
 # In the nightly tier every method is also the only step of a recipe.
@@ -34,10 +34,10 @@ SINGLE_STEPS = [(kind,) for kind in KINDS if (kind,) not in RECIPES]
 def networks_and_recipes(*networks: str) -> pytest.MarkDecorator:
     """Parametrize a test with every recipe on each of these networks.
 
-    The default tier has the ranker without a step and with ``EVERYTHING``, and the compact network
+    The default tier has the ranker without a step and with ``INT8_RECIPE``, and the compact network
     with every recipe.
     """
-    on_ranker = [(), EVERYTHING]
+    on_ranker = [(), INT8_RECIPE]
     on_compact = [(), *RECIPES]
     cases = [
         pytest.param(
@@ -49,7 +49,7 @@ def networks_and_recipes(*networks: str) -> pytest.MarkDecorator:
             else pytest.mark.nightly,
         )
         for name in networks
-        for kinds in ((), *RECIPES, EVERYTHING, *SINGLE_STEPS)
+        for kinds in ((), *RECIPES, INT8_RECIPE, *SINGLE_STEPS)
     ]
     return pytest.mark.parametrize(("network", "kinds"), cases)
 
@@ -64,9 +64,9 @@ def assert_equal_scores(
     lowered: Graph, target: TargetName, inputs: dict[str, Tensor], spread: float
 ) -> None:
     """Assert that scores are equal within a tolerance relative to the spread of a large batch."""
-    expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
-    assert found.dtype == np.float32
-    assert np.array_equal(np.isnan(expected), np.isnan(found))
+    expected, actual = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+    assert actual.dtype == np.float32
+    assert np.array_equal(np.isnan(expected), np.isnan(actual))
     formats = {line.format for line in lowered.model.plan.lines} if lowered.model.plan else set()
     share = 1e-3
     if target != ORT and formats - {"float32", "as trained", "dropped"}:
@@ -75,10 +75,10 @@ def assert_equal_scores(
         share = 0.05 if target == ORT else 0.3  # int8 or float8 rounding of inputs
     if "static_int8" in formats:
         share = 0.5  # an input may be rounded to either of two levels
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 + share * spread)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 + share * spread)
 
 
-# --- the same numbers everywhere -------------------------------------------------------------
+# --- equal scores of graph and torch ---------------------------------------------------------
 
 
 @each_target
@@ -110,7 +110,7 @@ def test_batch_with_only_empty_bags_has_the_scores_of_the_module(network, kinds,
 
 
 OTHERS = [reference.network.__name__ for reference in REFERENCES[1:]]
-OTHER_RECIPES = (EVERYTHING, ("rowwise_int4", "float16"))
+OTHER_RECIPES = (INT8_RECIPE, ("rowwise_int4", "float16"))
 OTHER_GRAPHS = pairwise(OTHERS, OTHER_RECIPES, (ORT, RTX))
 
 
@@ -143,7 +143,7 @@ def test_weight_only_layer_over_lists_has_the_scores_of_torch(target):
 
 @each_target
 def test_serving_wrapper_has_the_scores_of_the_module(target):
-    lowered = lowered_reference("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(20)
     with torch.no_grad():
         logits = lowered.model.module(**inputs).squeeze(1)
@@ -156,27 +156,27 @@ def test_serving_wrapper_has_the_scores_of_the_module(target):
 
 def refused_rows(lowered: Graph, inputs: dict[str, Tensor]) -> list[int]:
     """Return the rows with NaN scores, which must be the same in the graph and in torch."""
-    expected, found = lowered.in_torch(inputs), lowered.in_onnx(inputs)
-    assert np.array_equal(np.isnan(expected), np.isnan(found))
-    return np.flatnonzero(np.isnan(found)).tolist()
+    expected, actual = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+    assert np.array_equal(np.isnan(expected), np.isnan(actual))
+    return np.flatnonzero(np.isnan(actual)).tolist()
 
 
 @each_target
 @pytest.mark.parametrize("bad_id", [-1, 40, 2**40])
 def test_policy_error_refuses_only_the_row_with_an_id_out_of_range(target, bad_id):
-    lowered = lowered_reference("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(9)
     before = lowered.in_onnx(inputs)
     inputs["user"][[2, 7]] = bad_id
     assert refused_rows(lowered, inputs) == [2, 7]
-    kept = [0, 1, 3, 4, 5, 6, 8]
-    np.testing.assert_array_equal(lowered.in_onnx(inputs)[kept], before[kept])
+    valid_rows = [0, 1, 3, 4, 5, 6, 8]
+    np.testing.assert_array_equal(lowered.in_onnx(inputs)[valid_rows], before[valid_rows])
 
 
 @each_target
 @pytest.mark.parametrize("bad_id", [-1, 20])
 def test_policy_error_refuses_only_the_row_with_a_padded_id_out_of_range(target, bad_id):
-    lowered = lowered_reference("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(6)
     inputs["genres"][4, 3] = bad_id
     assert refused_rows(lowered, inputs) == [4]
@@ -188,7 +188,7 @@ def test_policy_error_refuses_only_the_row_with_a_padded_id_out_of_range(target,
 def test_policy_error_refuses_only_the_row_with_a_jagged_id_out_of_range(
     target, bad_id, position, row
 ):
-    lowered = lowered_reference("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(6)
     inputs["history"] = torch.arange(6) + 1
     inputs["history_offsets"] = torch.tensor([0, 0, 2, 2, 5, 6])  # lists of 0, 2, 0, 3, 1, 0 ids
@@ -198,33 +198,33 @@ def test_policy_error_refuses_only_the_row_with_a_jagged_id_out_of_range(
 
 @each_target
 def test_policy_clamp_replaces_an_id_out_of_range_by_the_nearest(target):
-    lowered = lowered_reference("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(4)
     inputs["item"] = torch.tensor([-5, 300, 10**9, 7])
-    found = lowered.in_onnx(inputs)
+    actual = lowered.in_onnx(inputs)
     inputs["item"] = torch.tensor([0, 299, 299, 7])
-    np.testing.assert_array_equal(found, lowered.in_onnx(inputs))
-    assert not np.isnan(found).any()
+    np.testing.assert_array_equal(actual, lowered.in_onnx(inputs))
+    assert not np.isnan(actual).any()
 
 
 @each_target
 def test_policy_default_row_replaces_an_id_out_of_range_by_the_default(target):
-    lowered = lowered_reference("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(3)
     inputs["tags_lengths"] = torch.tensor([2, 0, 3])
     inputs["tags"] = torch.tensor([-1, 5, 30, 4, 10**6], dtype=torch.int32)
     inputs["city"] = torch.tensor([-1, 9, 0], dtype=torch.int32)
-    found = lowered.in_onnx(inputs)
+    actual = lowered.in_onnx(inputs)
     inputs["tags"] = torch.tensor([2, 5, 2, 4, 2], dtype=torch.int32)
     inputs["city"] = torch.tensor([3, 3, 0], dtype=torch.int32)
-    np.testing.assert_array_equal(found, lowered.in_onnx(inputs))
-    assert not np.isnan(found).any()
+    np.testing.assert_array_equal(actual, lowered.in_onnx(inputs))
+    assert not np.isnan(actual).any()
 
 
 @each_target
 @pytest.mark.parametrize("name", ["history", "tags"])
 def test_row_with_a_list_longer_than_declared_is_refused(target, name):
-    lowered = lowered_reference("Ranker", EVERYTHING, target)
+    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(3)
     lengths = torch.tensor([LONGEST, LONGEST + 1, 1])
     inputs[name] = torch.ones(int(lengths.sum()), dtype=inputs[name].dtype)
@@ -234,7 +234,7 @@ def test_row_with_a_list_longer_than_declared_is_refused(target, name):
 
 
 def test_reference_signature_has_every_policy_layout_and_input_kind():
-    """The tests above need all of them."""
+    """The tests above cover a policy, layout or input kind only if the signature has it."""
     id_inputs = [item for item in RANKER.signature.inputs if not isinstance(item, DenseInput)]
     assert {item.out_of_range for item in id_inputs} == {"error", "clamp", "default_row"}
     layouts = {item.layout for item in id_inputs if isinstance(item, JaggedBag)}

@@ -34,7 +34,7 @@ FIELDS = {"user": 40, "item": 300, "city": 9}
 
 
 class ThreeTables(nn.Module):
-    """Concatenates the rows of three tables, and of one of another width.
+    """Concatenates the rows of three tables of equal width, and of one of another width.
 
     With ``masks_by_id``, the id 0 of input ``user`` is also used to mask its row. With
     ``replaces_id``, id 7 of input ``item`` is replaced by 0 before the lookup.
@@ -58,6 +58,7 @@ class ThreeTables(nn.Module):
 
 
 def reference_of_fields(policy: str = "clamp", **options: bool) -> Reference:
+    """Return ``ThreeTables`` with these options, and this policy for ids out of range."""
     inputs = [
         IdInput(name=name, table=f"tables.{name}", out_of_range=policy, default_row=index + 1)
         for index, name in enumerate(FIELDS)
@@ -178,11 +179,11 @@ def test_tables_with_codebooks_of_different_sizes_are_not_merged(tmp_path):
 
 def test_float32_tables_and_tables_for_tensorrt_are_not_merged(tmp_path):
     reference = reference_of_fields()
-    _, plain = lower_model(reference, reference.model(), tmp_path)
-    assert count_operators(plain)["Gather"] == 4
+    _, uncompressed = lower_model(reference, reference.model(), tmp_path)
+    assert count_operators(uncompressed)["Gather"] == 4
     model, _, _ = compressed_and_lowered(RowwiseInt8(), "clamp")
-    _, engine = lower_model(reference, model, tmp_path, "tensorrt")
-    assert count_operators(engine)["Gather"] == 4
+    _, for_tensorrt = lower_model(reference, model, tmp_path, "tensorrt")
+    assert count_operators(for_tensorrt)["Gather"] == 4
 
 
 class ConcatenatingTowers(nn.Module):

@@ -20,7 +20,7 @@ from infra.onnxruntime.sessions import Session
 SPREAD = 0.1
 
 
-def plan(*formats: str) -> Plan:
+def create_plan(*formats: str) -> Plan:
     return Plan(
         lines=tuple(
             PlanLine(
@@ -36,12 +36,12 @@ def plan(*formats: str) -> Plan:
     )
 
 
-def scores(rows: int = 500) -> np.ndarray:
+def generate_scores(rows: int = 500) -> np.ndarray:
     return (0.5 + SPREAD * np.random.default_rng(0).standard_normal(rows)).astype(np.float32)
 
 
 def test_equal_scores_pass_with_differences_of_zero():
-    parity = check_parity(scores(), scores(), None, "onnxruntime")
+    parity = check_parity(generate_scores(), generate_scores(), None, "onnxruntime")
     assert (parity.rows, parity.largest, parity.root_mean_square) == (500, 0, 0)
     assert parity.spread == pytest.approx(SPREAD, rel=0.1)
 
@@ -52,94 +52,98 @@ def exceeded_limits(failure: ParityFailure) -> set[str]:
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-@pytest.mark.parametrize("float_plan", [None, plan("float32", "float32")])
+@pytest.mark.parametrize("float_plan", [None, create_plan("float32", "float32")])
 def test_float_graph_passes_with_rounding_errors_and_fails_with_larger_ones(float_plan, target):
-    rounding = 1e-6 * np.sign(scores() - 0.5).astype(np.float32)
-    check_parity(scores(), scores() + rounding, float_plan, target)
+    rounding = 1e-6 * np.sign(generate_scores() - 0.5).astype(np.float32)
+    check_parity(generate_scores(), generate_scores() + rounding, float_plan, target)
     with raises_code(ParityLost, "parity_limit") as caught:
-        check_parity(scores(), scores() + 40 * rounding, float_plan, target)
+        check_parity(generate_scores(), generate_scores() + 40 * rounding, float_plan, target)
     assert "root mean square" in exceeded_limits(caught.value.fields["failure"])
 
 
 @pytest.mark.parametrize("table_format", ["rowwise_int8", "rowwise_int4", "float16"])
 def test_packed_tables_may_differ_by_float16_rounding_in_tensorrt_only(table_format):
     # TensorRT's graph rounds looked-up weights to float16 once, an error of up to 1 / 2048.
-    shifted = scores() + np.float32(1e-3 * SPREAD)
-    check_parity(scores(), shifted, plan(table_format), "tensorrt-rtx")
+    shifted = generate_scores() + np.float32(1e-3 * SPREAD)
+    check_parity(generate_scores(), shifted, create_plan(table_format), "tensorrt-rtx")
     with pytest.raises(ParityLost):
-        check_parity(scores(), shifted, plan(table_format), "onnxruntime")
+        check_parity(generate_scores(), shifted, create_plan(table_format), "onnxruntime")
 
 
 def test_int8_layers_may_differ_by_one_level_in_single_rows_but_not_in_all():
     # In ONNX Runtime's graph only rows with an input at the boundary of two levels differ.
     # TensorRT's graph rounds looked-up weights to float16, so every row differs a little.
-    with_one_difference = scores(5000)
+    with_one_difference = generate_scores(5000)
     with_one_difference[7] += 0.15 * SPREAD
-    check_parity(scores(5000), with_one_difference, plan("static_int8"), "onnxruntime")
-    slightly_shifted, shifted = (scores() + np.float32(share * SPREAD) for share in (0.003, 0.03))
-    check_parity(scores(), slightly_shifted, plan("static_int8"), "tensorrt-rtx")
+    check_parity(
+        generate_scores(5000), with_one_difference, create_plan("static_int8"), "onnxruntime"
+    )
+    slightly_shifted, shifted = (
+        generate_scores() + np.float32(share * SPREAD) for share in (0.003, 0.03)
+    )
+    check_parity(generate_scores(), slightly_shifted, create_plan("static_int8"), "tensorrt-rtx")
     with raises_code(ParityLost, "parity_limit") as caught:
-        check_parity(scores(), slightly_shifted, plan("static_int8"), "onnxruntime")
+        check_parity(generate_scores(), slightly_shifted, create_plan("static_int8"), "onnxruntime")
     assert exceeded_limits(caught.value.fields["failure"]) == {"in nine of ten rows"}
     with pytest.raises(ParityLost):
-        check_parity(scores(), shifted, plan("static_int8"), "tensorrt-rtx")
+        check_parity(generate_scores(), shifted, create_plan("static_int8"), "tensorrt-rtx")
 
 
 def test_one_row_with_a_large_difference_fails():
-    changed = scores(5000)
+    changed = generate_scores(5000)
     changed[7] += 0.25 * SPREAD
     with raises_code(ParityLost, "parity_limit") as caught:
-        check_parity(scores(5000), changed, plan("static_int8"), "onnxruntime")
+        check_parity(generate_scores(5000), changed, create_plan("static_int8"), "onnxruntime")
     assert exceeded_limits(caught.value.fields["failure"]) == {"at most"}
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_nan_in_different_rows_fails(swapped):
-    expected, found = scores(), scores()
+    expected, actual = generate_scores(), generate_scores()
     expected[[3, 9]] = np.nan
-    found[[3, 9]] = np.nan
-    check_parity(expected, found, None, "onnxruntime")
-    found[9] = 0.5
-    pair = (found, expected) if swapped else (expected, found)
-    with pytest.raises(ParityLost) as raised:
+    actual[[3, 9]] = np.nan
+    check_parity(expected, actual, None, "onnxruntime")
+    actual[9] = 0.5
+    pair = (actual, expected) if swapped else (expected, actual)
+    with pytest.raises(ParityLost) as caught:
         check_parity(*pair, None, "onnxruntime")
-    assert (raised.value.code, raised.value.failure.row) == ("parity_nan", 9)
+    assert (caught.value.code, caught.value.failure.row) == ("parity_nan", 9)
 
 
 def test_infinity_in_one_output_only_fails():
-    changed = scores()
+    changed = generate_scores()
     changed[0] = np.inf
     with pytest.raises(ParityLost):
-        check_parity(scores(), changed, None, "onnxruntime")
+        check_parity(generate_scores(), changed, None, "onnxruntime")
 
 
 def test_equal_infinite_scores_do_not_hide_other_differences():
-    expected, found = scores(), scores() + np.float32(1)
-    expected[0] = found[0] = np.inf
-    with pytest.raises(ParityLost) as raised:
-        check_parity(expected, found, None, "onnxruntime")
-    assert raised.value.code == "parity_limit"
-    infinite = scores()
+    expected, actual = generate_scores(), generate_scores() + np.float32(1)
+    expected[0] = actual[0] = np.inf
+    with pytest.raises(ParityLost) as caught:
+        check_parity(expected, actual, None, "onnxruntime")
+    assert caught.value.code == "parity_limit"
+    infinite = generate_scores()
     infinite[0] = np.inf
     assert check_parity(infinite, infinite.copy(), None, "onnxruntime").largest == 0
 
 
 def test_failure_of_vectors_has_the_row_and_component_of_the_largest_difference():
-    expected = scores().reshape(100, 5)
-    found = expected.copy()
-    found[40, 3] += 1
-    with pytest.raises(ParityLost) as raised:
-        check_parity(expected, found, None, "onnxruntime")
-    failure = raised.value.failure
+    expected = generate_scores().reshape(100, 5)
+    actual = expected.copy()
+    actual[40, 3] += 1
+    with pytest.raises(ParityLost) as caught:
+        check_parity(expected, actual, None, "onnxruntime")
+    failure = caught.value.failure
     assert (failure.row, failure.component) == (40, 3)
     assert failure.found == pytest.approx(failure.expected + 1)
 
 
 def test_different_numbers_of_scores_fail_with_both_shapes():
-    with pytest.raises(ParityLost) as raised:
-        check_parity(scores(), scores()[1:], None, "onnxruntime")
-    assert raised.value.code == "parity_shape"
-    assert raised.value.failure.shapes == ((500,), (499,))
+    with pytest.raises(ParityLost) as caught:
+        check_parity(generate_scores(), generate_scores()[1:], None, "onnxruntime")
+    assert caught.value.code == "parity_shape"
+    assert caught.value.failure.shapes == ((500,), (499,))
 
 
 def test_batch_with_only_refused_rows_passes():
@@ -152,15 +156,15 @@ def test_batch_with_only_refused_rows_passes():
 Change = Callable[[onnx.TensorProto], np.ndarray]
 
 
-def transposed(tensor: onnx.TensorProto) -> np.ndarray:
+def transpose(tensor: onnx.TensorProto) -> np.ndarray:
     return np.ascontiguousarray(numpy_helper.to_array(tensor).T)
 
 
-def multiplied(tensor: onnx.TensorProto) -> np.ndarray:
+def multiply(tensor: onnx.TensorProto) -> np.ndarray:
     return numpy_helper.to_array(tensor) * np.float32(1.5)
 
 
-def rolled(tensor: onnx.TensorProto) -> np.ndarray:
+def roll(tensor: onnx.TensorProto) -> np.ndarray:
     return np.roll(numpy_helper.to_array(tensor), 1, axis=0)
 
 
@@ -194,13 +198,13 @@ def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
     expected = lowered.in_torch(inputs)
     check_parity(expected, lowered.in_onnx(inputs), lowered.model.plan, target)
     name = largest_weight_of(lowered, dtype)
-    path = save_with_changed_tensor(lowered, name, transposed, tmp_path / "broken.onnx")
-    found = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
+    path = save_with_changed_tensor(lowered, name, transpose, tmp_path / "broken.onnx")
+    actual = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
     with pytest.raises(ParityLost):
-        check_parity(expected, found, lowered.model.plan, target)
+        check_parity(expected, actual, lowered.model.plan, target)
 
 
-@pytest.mark.parametrize("change", [multiplied, rolled])
+@pytest.mark.parametrize("change", [multiply, roll])
 def test_graph_with_wrong_scales_of_one_table_fails(change, tmp_path):
     lowered = lowered_reference("Compact", recipe_with("rowwise_int8"), "onnxruntime")
     inputs = lowered.rows(1500)
@@ -210,6 +214,6 @@ def test_graph_with_wrong_scales_of_one_table_fails(change, tmp_path):
         return change(tensor).astype(np.float16)
 
     path = save_with_changed_tensor(lowered, name, as_float16, tmp_path / "broken.onnx")
-    found = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
+    actual = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
     with pytest.raises(ParityLost):
-        check_parity(lowered.in_torch(inputs), found, lowered.model.plan, "onnxruntime")
+        check_parity(lowered.in_torch(inputs), actual, lowered.model.plan, "onnxruntime")

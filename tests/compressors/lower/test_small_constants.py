@@ -65,7 +65,7 @@ class MaskedMeans(nn.Module):
         return score
 
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(
         IdInput(name="user", table="user"),
         PaddedBag(name="items", table="items", shape=(LENGTH,)),
@@ -77,15 +77,16 @@ STEPS = {"float32": None, "rowwise_int8": RowwiseInt8(), "rowwise_int4": Rowwise
 
 @functools.cache
 def lowered(eps: float, table_format: str, target: TargetName) -> tuple[Lowered, Path]:
+    """Export the network with this epsilon and table format; return the result and the file."""
     folder = Path(tempfile.mkdtemp())
-    reference = Reference(MaskedMeans, SCHEMA, {"eps": eps})
+    reference = Reference(MaskedMeans, SIGNATURE, {"eps": eps})
     model = reference.model()
     step = STEPS[table_format]
     if step is not None:
-        rows = write_split(SCHEMA, reference.rows_of_tables(), folder / "data", rows=BENCH_ROWS)
-        model = run(step, model, Bench(signature=SCHEMA, train=rows), folder / "model")
+        rows = write_split(SIGNATURE, reference.rows_of_tables(), folder / "data", rows=BENCH_ROWS)
+        model = run(step, model, Bench(signature=SIGNATURE, train=rows), folder / "model")
     path = folder / "model.onnx"
-    return lower(model.module, only_graph(SCHEMA), target, path), path
+    return lower(model.module, only_graph(SIGNATURE), target, path), path
 
 
 def scores(
@@ -94,7 +95,7 @@ def scores(
     """Return the scores of the module and of its graph in ONNX Runtime."""
     graph, path = lowered(eps, table_format, target)
     with torch.no_grad():
-        expected = graph.served(*(inputs[name] for name in input_names(SCHEMA)))
+        expected = graph.served(*(inputs[name] for name in input_names(SIGNATURE)))
     scores_of_graph = Session(path, 1).scores(
         {name: tensor.numpy() for name, tensor in inputs.items()}
     )
@@ -133,7 +134,7 @@ def test_masked_means_with_other_epsilons_equal_those_of_torch(eps, table_format
 
 
 def assert_masked_means_equal(eps: float, table_format: str, target: TargetName) -> None:
-    inputs = generate_inputs(SCHEMA, {"user": 12, "items": 40}, 16)
+    inputs = generate_inputs(SIGNATURE, {"user": 12, "items": 40}, 16)
     inputs["items"][:5] = 0  # empty lists
     inputs["items"][5:9, 1:] = 0  # lists of one item
     expected, scores_of_graph = scores(eps, table_format, target, inputs)
@@ -152,7 +153,7 @@ class LogSigmoid(MaskedMeans):
 
 
 def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
-    signature = with_output(SCHEMA, form="score")
+    signature = with_output(SIGNATURE, form="score")
     model = Reference(LogSigmoid, signature, {"eps": 1e-6}).model()
     path = tmp_path / "model.onnx"
     lowered_graph = lower(model.module, only_graph(signature), "onnxruntime", path)
@@ -186,6 +187,7 @@ def build_simplified(
 
 
 def operators_of(model: onnx.ModelProto) -> list[str]:
+    """Return the operators of a graph, without Identity."""
     return [node.op_type for node in model.graph.node if node.op_type != "Identity"]
 
 

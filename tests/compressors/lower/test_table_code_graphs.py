@@ -66,20 +66,21 @@ REFERENCE = Reference(
 )
 
 # Indices in ``STEPS``: with the other tests, these have every format with every width of codes.
-TESTED = (0, 2, 4, 5, 8)
+TESTED_STEPS = (0, 2, 4, 5, 8)
 # Graphs for TensorRT depend on the width of codes. Those for ONNX Runtime do not, so the default
 # tier has one of them.
 FOR_ONNXRUNTIME = (2,)
 
 
 def cases(target: TargetName) -> list[Any]:
+    """Return the tested steps for a target as parameters of a test."""
     return [
         pytest.param(
             step_index,
             id=step_id(STEPS[step_index]),
             marks=() if target == RTX or step_index in FOR_ONNXRUNTIME else pytest.mark.nightly,
         )
-        for step_index in TESTED
+        for step_index in TESTED_STEPS
     ]
 
 
@@ -111,10 +112,10 @@ def test_graph_of_codebook_tables_has_the_scores_of_torch(step_index, target):
     lowered = lowered_step(step_index, target)
     for count in (1, 400):
         inputs = lowered.rows(count)
-        expected, optimized = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+        expected, actual = lowered.in_torch(inputs), lowered.in_onnx(inputs)
         # Looked-up entries are exact on every target; only sums after the tables are rounded.
-        np.testing.assert_allclose(optimized, expected, rtol=0, atol=2e-6)
-    check_parity(expected, optimized, lowered.model.plan, target)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
+    check_parity(expected, actual, lowered.model.plan, target)
 
 
 @each_graph

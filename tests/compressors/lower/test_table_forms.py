@@ -34,23 +34,22 @@ from infra.onnxruntime.sessions import optimized_graph
 
 ROWS = 30  # not a multiple of 4: the last scale belongs to 2 rows
 BITS = {8: RowwiseInt8, 4: RowwiseInt4, 2: RowwiseInt2}
-
-
 KINDS = ("offset", "symmetric")
 ROWS_PER_SCALE = (4, 1, 0)
-Grids = Iterable[tuple[int, str, int]]
+IntegerForms = Iterable[tuple[int, str, int]]
+"""Bits, kind of levels and rows per scale of integer formats."""
 
 
-def steps(grids: Grids) -> dict[str, TableStep]:
+def steps(integer_forms: IntegerForms) -> dict[str, TableStep]:
     """Return a step for each form, by the name of its table.
 
-    ``grids`` are bits, kind of levels and rows per scale of the integer formats.
+    The forms are ``integer_forms``, bfloat16, and float8 with each number of rows per scale.
     """
     forms: dict[str, TableStep] = {"bf16": BFloat16(tables=("bf16",))}
     for rows_per_scale in ROWS_PER_SCALE:
         name = f"float8_{rows_per_scale}"
         forms[name] = Float8E4M3(tables=(name,), rows_per_scale=rows_per_scale)
-    for bits, kind, rows_per_scale in grids:
+    for bits, kind, rows_per_scale in integer_forms:
         name = f"int{bits}_{kind}_{rows_per_scale}"
         forms[name] = BITS[bits](
             tables=(name,), symmetric=kind == "symmetric", rows_per_scale=rows_per_scale
@@ -91,6 +90,7 @@ class EveryForm(nn.Module):
 
 
 def reference(names: list[str]) -> Reference:
+    """Return the network with one table of each name, and its signature."""
     inputs = []
     for index, name in enumerate(names):
         dtype = "int32" if index % 2 else "int64"
@@ -163,10 +163,8 @@ def test_audit_counts_every_form_as_packed_in_onnxruntime(forms, graph):
     lowered, target = graph
     if target != "onnxruntime":
         pytest.skip("graphs for TensorRT are audited in tests/infra")
-    scores_of_graph = audit(
-        optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables
-    )
-    assert scores_of_graph.packed_tables == len(forms)
+    result = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
+    assert result.packed_tables == len(forms)
 
 
 def test_tables_of_every_form_take_the_bytes_of_the_plan(forms, graph):

@@ -1,4 +1,4 @@
-"""The two graphs of a retrieval model: vectors, refused rows, and a table in both towers."""
+"""The two graphs of a retrieval model: vectors, refused rows, and a table that towers share."""
 
 import functools
 import tempfile
@@ -59,7 +59,7 @@ class SharedTable(nn.Module):
         return score
 
 
-SCHEMA = Signature.model_validate(
+SIGNATURE = Signature.model_validate(
     {
         "inputs": [
             PaddedBag(name="recent", table="item.table", shape=(3,)).model_dump(),
@@ -74,7 +74,7 @@ SCHEMA = Signature.model_validate(
         },
     }
 )
-SHARED = Reference(SharedTable, SCHEMA)
+SHARED = Reference(SharedTable, SIGNATURE)
 TARGETS: tuple[TargetName, ...] = ("onnxruntime", "tensorrt-rtx")
 TABLES = {"item.table": 50}
 _SCRATCH = tempfile.TemporaryDirectory(prefix="towers-")
@@ -84,7 +84,7 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="towers-")
 def graphs_as_trained() -> dict[str, Path]:
     """Return the graph of each tower of the uncompressed model, for ONNX Runtime."""
     model, paths = SHARED.model().module, {}
-    for served_graph in served_graphs(SCHEMA):
+    for served_graph in served_graphs(SIGNATURE):
         paths[served_graph.name] = Path(_SCRATCH.name) / f"{served_graph.name}.onnx"
         lower(model, served_graph, "onnxruntime", paths[served_graph.name])
     return paths
@@ -102,7 +102,7 @@ def graphs_as_trained() -> dict[str, Path]:
 def test_graphs_of_both_towers_return_the_vectors_of_torch(kind, target, tmp_path):
     (method,) = (item for item in METHODS if item.model_fields["kind"].default == kind)
     model = run(method(), SHARED.model(), SHARED.bench(tmp_path / "data"), tmp_path / "out").module
-    for served_graph in served_graphs(SCHEMA):
+    for served_graph in served_graphs(SIGNATURE):
         path = tmp_path / f"{served_graph.name}.onnx"
         lowered = lower(model, served_graph, target, path)
         inputs = generate_inputs(served_graph.signature, TABLES, 40)
@@ -116,10 +116,9 @@ def test_graphs_of_both_towers_return_the_vectors_of_torch(kind, target, tmp_pat
 
 
 def test_graph_returns_nan_vectors_for_refused_rows_only():
-    for served_graph in served_graphs(SCHEMA):
-        inputs = generate_edge_inputs(
-            served_graph.signature, TABLES, 8
-        )  # the first two rows have an id out of range
+    for served_graph in served_graphs(SIGNATURE):
+        # The first two rows have an id out of range.
+        inputs = generate_edge_inputs(served_graph.signature, TABLES, 8)
         vectors = Session(graphs_as_trained()[served_graph.name], threads=1).scores(
             {k: v.numpy() for k, v in inputs.items()}
         )
@@ -133,9 +132,8 @@ def test_graph_of_a_tower_contains_only_weights_of_that_tower():
         graph = onnx.load(path).graph
         weights[name] = {item.name.removeprefix("model.") for item in graph.initializer}
         assert [item.name for item in graph.output] == ["vector"]
-    assert (
-        "query.table.weight" in weights["query"] & weights["item"]
-    )  # one of the two names of the table
+    # The shared table has two names in the model; graphs use this one.
+    assert "query.table.weight" in weights["query"] & weights["item"]
     assert not any(name.startswith("item.out") for name in weights["query"])
     assert not any(name.startswith("query.hidden") for name in weights["item"])
 

@@ -1,4 +1,7 @@
-"""Tables of translations are complete after the import of their module alone."""
+"""Each module with translations works if it is imported alone, in a new process.
+
+Translations refer to custom ops, which exist only after the modules of their formats were imported.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Training losses of clicks and lists, and batches in random order."""
+"""Training losses of click and ranking models, and batches of rows in random order."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -17,6 +17,7 @@ PROBABILITIES = NORMED.signature
 
 
 def batch(label: list[float], group: list[int] | None = None) -> Batch:
+    """Return a batch of rows without inputs."""
     group_tensor = None if group is None else torch.tensor(group)
     return Batch(inputs={}, label=torch.tensor(label), group=group_tensor)
 
@@ -58,12 +59,12 @@ def test_losses_of_a_probability_and_of_its_logit_are_equal(values):
     )
 
 
-listed = st.lists(
+rows_of_lists = st.lists(
     st.tuples(numbers, numbers, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=14
 )
 
 
-@given(listed)
+@given(rows_of_lists)
 def test_losses_of_lists_are_mean_cross_entropies_of_softmax_shares(values):
     score, teacher, label, group = (np.array(c) for c in zip(*values, strict=True))
     labeled = batch(label.astype(np.float32).tolist(), group.tolist())
@@ -71,22 +72,24 @@ def test_losses_of_lists_are_mean_cross_entropies_of_softmax_shares(values):
     def softmax(x):
         return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
 
-    hard, soft = [], []
+    hard_losses, soft_losses = [], []
     for list_id in np.unique(group):
         in_list = group == list_id
         log_shares = np.log(softmax(score[in_list].astype(np.float64)))
-        soft.append(-(softmax(teacher[in_list].astype(np.float64)) * log_shares).sum())
+        soft_losses.append(-(softmax(teacher[in_list].astype(np.float64)) * log_shares).sum())
         gains = 2.0 ** label[in_list] - 1
         if gains.sum():
-            hard.append(-(gains / gains.sum() * log_shares).sum())
+            hard_losses.append(-(gains / gains.sum() * log_shares).sum())
     student_scores = torch.tensor(score.astype(np.float64))
     teacher_scores = torch.tensor(teacher.astype(np.float64))
     losses = (
         hard_loss(LISTS, student_scores, labeled),
         soft_loss(LISTS, student_scores, teacher_scores, labeled, 1),
     )
-    assert float(losses[0]) == pytest.approx(np.mean(hard) if hard else 0.0, rel=1e-5, abs=1e-6)
-    assert float(losses[1]) == pytest.approx(np.mean(soft), rel=1e-5, abs=1e-6)
+    assert float(losses[0]) == pytest.approx(
+        np.mean(hard_losses) if hard_losses else 0.0, rel=1e-5, abs=1e-6
+    )
+    assert float(losses[1]) == pytest.approx(np.mean(soft_losses), rel=1e-5, abs=1e-6)
 
 
 def test_soft_loss_is_minimal_at_the_teachers_scores():
