@@ -265,7 +265,7 @@ class AuditFailed(CompressionError):
             "Leave the layer or table out of the step, or report the network."
         ),
         "weight_replaced": (
-            "Expected {expected} bytes of {format} for {unit!r} in the {target} graph, got none. "
+            "The {target} graph does not contain {unit!r} as {expected} bytes of {format}. "
             "Leave the unit out of the step."
         ),
         "weight_expanded": (
