@@ -217,7 +217,7 @@ def _mistake(limit: Limit) -> Reason | None:
 def _absolute_mistake(limit: Limit) -> Reason | None:
     """Return why a limit with ``against`` ``absolute`` is likely a mistake, or None."""
     spec, bound, name = limit.declared, limit.bound, limit.metric
-    # Equal scores are possible, so a score change can reach its best value; quality cannot.
+    # A score change can reach its best value (equal scores); for quality that is implausible.
     is_score_change = spec.compared == "never"
     if spec.higher_is_better:
         if bound > spec.high or (bound == spec.high and not is_score_change):

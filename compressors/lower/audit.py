@@ -126,7 +126,8 @@ def _products_of_signed_inputs(
 ) -> list[str]:
     """Describe int8 products with signed inputs.
 
-    ONNX Runtime reorders ("packs") weights once, at session start, only for unsigned inputs.
+    ONNX Runtime reorders weights once, at session start, if inputs are unsigned. For signed inputs,
+    it reorders them at every call.
     """
     faults = []
     for node in graph.node:

@@ -49,7 +49,8 @@ class ServedGraph:
 def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
     """Return the graphs of a model.
 
-    A request runs the first one. The vectors of the second one, ``item``, are computed in advance.
+    A request runs the first one. If there is a second one, ``item``, its vectors are computed in
+    advance.
     """
     if signature.towers is None:
         return (ServedGraph("model", signature, "", SCORE),)
