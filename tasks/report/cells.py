@@ -11,6 +11,29 @@ from compressors.lower.findings import GraphAudit
 from infra.pages.html import many
 from infra.printable import one_line
 
+_AUDIT_LABELS = {
+    "scratch": "scratch memory",
+    "scratch_reason": "scratch memory, details",
+    "scratch_bytes": "scratch memory, bytes",
+    "twin_scratch_bytes": "scratch memory with half the rows, bytes",
+    "tables_checked": "tables proven not to be dequantized as a whole",
+    "weights_bytes": "weights in the engine, bytes",
+    "packed_bytes": "weights as compressed, bytes",
+    "layer_types": "layer outputs by type",
+    "constant_bytes": "bytes of constants by type",
+    "sparsity": "sparse kernels",
+    "sparsity_reason": "sparse kernels, details",
+}
+"""Headings of the fields of ``EngineAudit`` (``infra/tensorrt/engines.py``)."""
+_AUDIT_OUTCOMES = {
+    "flat": "does not depend on the number of rows",
+    "grows": "grows with the number of rows",
+    "picked": "used",
+    "did not pay": "not used",
+    "not told": "unknown",
+}
+"""Texts for the outcomes in ``scratch`` and ``sparsity``; others are shown as they are."""
+
 
 def metric_label(name: str) -> str:
     """Return the heading of a metric in a table; for a metric that is not declared its name."""
@@ -93,27 +116,44 @@ def cell(text: str) -> str:
     return plain.replace("|", "\\|").replace("`", "&#96;").replace("](", "]&#40;")
 
 
+def describe_products(audit: GraphAudit) -> str:
+    """Describe how many matrix products of an optimized graph are computed in int8."""
+    return many(audit.int8_products, "int8 matrix product")
+
+
 def describe_packed_tables(audit: GraphAudit) -> str:
-    """Describe how many tables an optimized graph stores packed (quantized).
+    """Describe how many tables of an optimized graph are smaller than float32.
 
     Lowering can merge tables of the same format into one (``compressors/lower/merged_tables.py``),
     which then counts once.
     """
-    tables = many(audit.packed_tables, "packed table")
-    return f"{tables} (merged tables count once)" if audit.packed_tables else tables
+    tables = many(audit.packed_tables, "compressed table")
+    return f"{tables} (tables merged into one count once)" if audit.packed_tables else tables
 
 
 def describe_dense_layers(audit: GraphAudit) -> str:
-    """Describe the dense layers with packed (quantized) weights of an optimized graph.
+    """Describe how an optimized graph computes dense layers whose stored weights are quantized.
 
-    The kernel multiplies with the stored codes, or the runtime converts the weights to float32 when
-    a session starts, which takes more memory.
+    The kernel reads the quantized weights in every product, or the runtime converts them to float32
+    when a session starts, which takes more memory.
     """
     packed, converted = audit.packed_layers, audit.widened_layers
-    parts = [f"{many(packed, 'dense layer')} multiplied by codes as stored"] if packed else []
+    parts = [f"{many(packed, 'dense layer')} computed with quantized weights"] if packed else []
     layers = f"{many(converted, 'dense layer')} converted to float32 when a session starts"
     parts.append(layers if converted else "no layer converted to float32")
     return "; ".join(parts)
+
+
+def audit_heading(field: str) -> str:
+    """Return the heading of a field of an engine's audit."""
+    return _AUDIT_LABELS.get(field, field.replace("_", " "))
+
+
+def format_audit_value(field: str, value: object) -> str:
+    """Format the value of a field of an engine's audit as readable text."""
+    if field in ("scratch", "sparsity") and isinstance(value, str):
+        return _AUDIT_OUTCOMES.get(value, value)
+    return format_value(value)
 
 
 def mebibytes(size: int) -> str:

@@ -31,7 +31,7 @@ TONES: dict[Outcome, Tone] = {
 }
 """Colour of each outcome in charts and banners, as a CSS class."""
 WORDS = {"held": "good", "broken": "bad", "unsure": "open", "plain": "soft"}
-"""CSS class of words in the colour of each tone."""
+"""CSS class of text in the colour of each tone."""
 
 
 @dataclass(frozen=True)
@@ -202,11 +202,15 @@ def latency_section(report: Report) -> LatencySection:
         "Whiskers are 95 % intervals.",
         *latency_remarks(report),
     ]
-    several = len(report.measured) > 1
+    has_several_targets = len(report.measured) > 1
     return LatencySection(
         note=" ".join([_describe_machines(report), *notes]),
         charts=tuple(
-            _latency_chart(measurement, quantile, f"{target} {quantile}" if several else quantile)
+            _latency_chart(
+                measurement,
+                quantile,
+                f"{target} {quantile}" if has_several_targets else quantile,
+            )
             for target, measurement in report.measured.items()
             for quantile in QUANTILES
         ),

@@ -25,6 +25,8 @@ from tasks.report.tables import describe_resolution, number_rows
 from tasks.report.target_facts import targets_section
 
 TEMPLATE = "tasks/report/templates/page.html.jinja"
+MAX_NUMBER_CARDS = 3
+"""Number of cards with measured numbers; one more card has the result of the data checks."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _cards(report: Report, validation: Validation) -> tuple[Card, ...]:
         )
     measurement = report.measurement
     for metric in (report.metric, latency("p99", 64).name, latency("p50", 1).name):
-        if measurement is None or len(cards) == 3:
+        if measurement is None or len(cards) == MAX_NUMBER_CARDS:
             break
         change = measurement.numbers.of(metric, "baseline")
         if change is None:

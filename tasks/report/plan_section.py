@@ -7,13 +7,14 @@ from markupsafe import Markup
 
 from compressors.contracts import PlanLine
 from infra.pages import pictures
-from infra.pages.html import many
 from infra.pages.pictures import BarSegment, Role
 from tasks.orchestration.documents import Report
 from tasks.report.cells import format_reason, format_value, largest_first
 
 SHOWN_LINES = 20
 """Number of plan lines that are always shown, the largest first; a click shows the others."""
+MIN_FOLDED_LINES = 4
+"""Fewer lines are not folded: they take about as much space as the text to click on."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def plan_section(report: Report) -> PlanSection:
     """Return the steps of the recipe and the plan lines, the largest first."""
     lines = largest_first(report.plan.lines)
     shown, folded = lines[:SHOWN_LINES], lines[SHOWN_LINES:]
-    if len(folded) < 4:  # not worth a click
+    if len(folded) < MIN_FOLDED_LINES:
         shown, folded = lines, []
     max_bytes = max((max(line.bytes_before, line.bytes_after) for line in lines), default=0)
     fold = None
@@ -85,7 +86,7 @@ def plan_section(report: Report) -> PlanSection:
         before = sum(line.bytes_before for line in folded)
         after = sum(line.bytes_after for line in folded)
         fold = FoldedRows(
-            title=many(len(folded), "smaller one"),
+            title=f"{len(folded):,} smaller tables and layers",
             note=f"{before:,} to {after:,} bytes",
             lines=tuple(_plan_row(line, max_bytes) for line in folded),
         )

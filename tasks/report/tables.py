@@ -18,9 +18,12 @@ from tasks.orchestration.documents import (
     TargetReport,
 )
 from tasks.report.cells import (
+    audit_heading,
     cell,
     describe_dense_layers,
     describe_packed_tables,
+    describe_products,
+    format_audit_value,
     format_change,
     format_reason,
     format_score_change,
@@ -155,7 +158,7 @@ def list_remarks(report: Report) -> list[str]:
             "on processors with one."
         )
     texts += [
-        f"{_engines_hold(target)} {target.lowering.served_packed_bytes:,} bytes of weights; the "
+        f"{_engines_contain(target)} {target.lowering.served_packed_bytes:,} bytes of weights; the "
         f"other bytes of the {target.bytes:,} are code, which does not grow with a table's rows."
         for target in report.targets
         if target.audits
@@ -181,10 +184,11 @@ def _slower_batches(measurement: Measurement) -> list[str]:
     ]
 
 
-def _engines_hold(target: TargetReport) -> str:
+def _engines_contain(target: TargetReport) -> str:
+    """Return the beginning of a sentence on the contents of a target's engine or engines."""
     if len(target.lowering.graphs) == 1:
-        return f"The {target.target} engine holds"
-    return f"The {len(target.lowering.graphs)} {target.target} engines hold"
+        return f"The {target.target} engine contains"
+    return f"The {len(target.lowering.graphs)} {target.target} engines contain"
 
 
 def shared_weight_remarks(report: Report) -> list[str]:
@@ -278,18 +282,17 @@ def _checks_of_graph(
     ]
     if graph.audit is not None:
         lines.append(
-            f"- {where}: optimized graph holds {graph.audit.int8_products} int8 "
-            f"products and {describe_packed_tables(graph.audit)}; "
-            f"{describe_dense_layers(graph.audit)}"
+            f"- {where}: optimized graph has {describe_products(graph.audit)} and "
+            f"{describe_packed_tables(graph.audit)}; {describe_dense_layers(graph.audit)}"
         )
         if graph.sparse_layers:
             lines.append(
-                f"- {where}: {many(len(graph.sparse_layers), 'layer')} with 2:4 zeros: did not "
-                f"pay, since {runtime} stores and multiplies zeros like other weights"
+                f"- {where}: {many(len(graph.sparse_layers), 'layer')} with 2:4 zeros: no "
+                f"effect, since {runtime} stores and multiplies zeros like other weights"
             )
     lines += [
-        f"- {where}: {name.replace('_', ' ')}: {audit[name]}"
-        for name in (
+        f"- {where}: {audit_heading(field)}: {format_audit_value(field, audit[field])}"
+        for field in (
             "scratch",
             "scratch_reason",
             "weights_bytes",
@@ -297,7 +300,7 @@ def _checks_of_graph(
             "sparsity",
             "sparsity_reason",
         )
-        if audit.get(name) is not None
+        if audit.get(field) is not None
     ]
     return lines
 

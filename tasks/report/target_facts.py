@@ -6,9 +6,11 @@ from compressors.lower.findings import Parity
 from infra.pages.html import many
 from tasks.orchestration.documents import LoweredGraph, Report, TargetReport
 from tasks.report.cells import (
+    audit_heading,
     describe_dense_layers,
     describe_packed_tables,
-    format_value,
+    describe_products,
+    format_audit_value,
     target_label,
 )
 from tasks.report.measured import TONES, WORDS
@@ -92,21 +94,21 @@ def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) ->
     }
     if graph.audit is not None:
         facts["Optimized graph"] = Fact(
-            f"{many(graph.audit.int8_products, 'int8 product')}, "
+            f"{describe_products(graph.audit)}, "
             f"{describe_packed_tables(graph.audit)}, "
             f"{graph.audit.weight_bytes:,} bytes of weights; {describe_dense_layers(graph.audit)}",
             note=", ".join(f"{count} {name}" for name, count in graph.audit.nodes.items()),
         )
         if graph.sparse_layers:
-            facts["Sparsity"] = Fact(
-                "did not pay",
+            facts["2:4 zeros"] = Fact(
+                "no effect",
                 note=f"{many(len(graph.sparse_layers), 'layer')} with 2:4 zeros, which {runtime} "
                 "stores and multiplies like other weights",
             )
     facts |= {
-        name.replace("_", " ").capitalize(): Fact(format_value(value))
-        for name, value in audit.items()
-        if value is not None or not name.startswith("sparsity")
+        audit_heading(field).capitalize(): Fact(format_audit_value(field, value))
+        for field, value in audit.items()
+        if value is not None or not field.startswith("sparsity")
     }
     inputs = (
         f"{item.name} {item.dtype} [{', '.join(['rows', *map(str, item.shape)])}]"

@@ -36,7 +36,7 @@ def test_report_describes_how_targets_run_int4_and_sparse_layers(
     assert built.lowering.graphs[0].sparse_layers == ("first", "second")
     assert built.audits["model"]["sparsity"] == "not told"
     text = markdown(report)
-    assert "did not pay, since ONNX Runtime stores and multiplies zeros" in text
-    assert "1 dense layer multiplied by codes as stored" in text
+    assert "no effect, since ONNX Runtime stores and multiplies zeros" in text
+    assert "1 dense layer computed with quantized weights" in text
     assert "gptq reduces the output error to" in text
     assert str(Reason("two_of_four", step="sparse_2_4")) in text

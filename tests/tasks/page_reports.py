@@ -1,4 +1,7 @@
-"""Reports for tests of the HTML page: all values are invented, and no artifact is stored."""
+"""Reports for tests of the HTML page: their numbers are invented, their artifacts not stored.
+
+Many names and reasons contain HTML, to check that the page escapes them.
+"""
 
 from typing import Any
 
@@ -21,14 +24,14 @@ from tasks.orchestration.documents import (
 )
 
 HOSTILE = "<script>alert('|table|')</script>"
-"""A name with HTML and with the separator of Markdown tables."""
+"""A name that contains HTML and the separator of Markdown tables."""
 
 PASSED = Validation(
     success=True,
     evaluated=2,
     intended=2,
     findings=tuple(
-        Finding(split=split, column="user", rule="no null", success=True, observed="all held")
+        Finding(split=split, column="user", rule="no null", success=True, observed="all 9 value(s)")
         for split in ("train", "test")
     ),
     seconds=0.5,
@@ -41,11 +44,12 @@ def artifact(letter: str, size: int = 1000) -> Artifact:
 
 
 def estimate(point: float, half_width: float = 0.0, rows: int | None = None) -> Estimate:
+    """An estimate with a symmetric interval."""
     return Estimate(point=point, low=point - half_width, high=point + half_width, rows=rows)
 
 
 def plan(tables: int) -> Plan:
-    """A plan with tables of increasing size, one dense layer, and a module with a hostile name."""
+    """A plan with tables of increasing size, one dense layer, and a module named ``HOSTILE``."""
     lines = [
         PlanLine(
             module=f"tables.t{number:04}",
@@ -53,7 +57,7 @@ def plan(tables: int) -> Plan:
             format="rowwise_int4",
             bytes_before=640 * (number + 1),
             bytes_after=100 * (number + 1),
-            reasons=(Reason("as_written", text=f"because of {number:04}"),),
+            reasons=(Reason("as_written", text=f"reason {number:04}"),),
         )
         for number in range(tables)
     ]
@@ -173,6 +177,7 @@ JUDGEMENTS = (
 
 
 def lowering(target: Any) -> Lowering:
+    """A lowering with one quantized graph."""
     parity = Parity(
         rows=2048,
         largest=1.2e-7,
@@ -202,7 +207,7 @@ def lowering(target: Any) -> Lowering:
 
 
 def stages() -> tuple[Stage, ...]:
-    """Three stages, the last one with a hostile name."""
+    """Three stages; the step of the last one is named ``HOSTILE``."""
     changes = (
         ("as trained", 1_000_000, None),
         ("channels", 700_000, -0.002),
@@ -221,7 +226,7 @@ def stages() -> tuple[Stage, ...]:
 
 
 def report(tables: int = 12, **changes: Any) -> Report:
-    """A report of a rejected order with every kind of judgement, and skipped target and step.
+    """A report of a rejected order with every kind of judgement, a skipped target and step.
 
     Args:
         tables: number of tables in the plan.
