@@ -55,7 +55,7 @@ def lower_model(
     Args:
         bundle: the model.
         target: name of the target.
-        probe: the prepared split of the data rows.
+        probe: the prepared split whose first rows are compared.
         probe_rows: number of rows of that split.
         most_rows: the largest batch a graph must accept.
 
@@ -112,7 +112,7 @@ def _check_graph(
         lowered: the exported graph.
         target: name of the target.
         path: the graph's file.
-        probe: the rows of data.
+        probe: the prepared split whose first rows are compared.
         most_rows: the largest batch the graph must accept.
 
     Raises:
@@ -130,6 +130,7 @@ def _check_graph(
             inputs = _first_batch(probe, signature, size)
             check.require_same_in_small_batch(expected[:size], inputs, rows_parity)
         tables = rows_of_tables(loaded.model.module, signature)
+        # Two rows per input with ids out of range, one with empty lists, one with full lists.
         edge = generate_edge_inputs(
             signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2)
         )

@@ -51,9 +51,9 @@ log = logging.getLogger(__name__)
 Array = NDArray[Any]
 
 TIMING_BUDGET_MS = 15_000.0
-"""Time for the latency of one batch size, of all models together."""
+"""Milliseconds for measuring the latency of one batch size, of all models together."""
 MAX_ROUNDS = 1000
-"""Most calls of each model at one batch size."""
+"""Most calls of each model at one batch size, unless a quantile's interval needs more."""
 
 
 @task(task_run_name="measure {target}", **TASK_OPTIONS)
@@ -71,8 +71,8 @@ def measure(
 ) -> Artifact:
     """Score the test rows in a target's runtime, time the models in turn, and store all numbers.
 
-    Of a retrieval model only the query tower is timed, since a request waits for it alone: the
-    items' vectors are computed in advance.
+    Of a retrieval model only the query tower is timed: a request waits only for this tower, since
+    the items' vectors are computed in advance.
 
     Args:
         target: a target with a runtime.
@@ -139,12 +139,12 @@ def measure(
         )
     )
     request_graph = served_graphs(signature)[0]
-    timed = {name: of_model[request_graph.name] for name, of_model in sessions.items()}
+    timed_sessions = {name: opened[request_graph.name] for name, opened in sessions.items()}
     limited_sizes = {size for name in metrics if (size := metric(name).batch) is not None}
     for size in sorted({*usual_batches(output.kind), *limited_sizes}):
         _add_latency(
             size,
-            timed,
+            timed_sessions,
             request_graph.signature,
             test,
             test_rows,
@@ -192,12 +192,12 @@ def _require_same_inputs(sessions: dict[str, Sessions]) -> None:
     """Raise if a graph of one model has other inputs than the candidate's graph."""
     for graph, candidate in sessions["candidate"].items():
         expected = set(candidate.inputs)
-        for name, of_model in sessions.items():
-            if set(of_model[graph].inputs) != expected:
+        for name, opened in sessions.items():
+            if set(opened[graph].inputs) != expected:
                 raise MetricRefused(
                     "inputs_differ",
                     model=name,
-                    got=tuple(of_model[graph].inputs),
+                    got=tuple(opened[graph].inputs),
                     expected=tuple(sorted(expected)),
                 )
 
@@ -213,15 +213,15 @@ def _evaluate(
     """Evaluate every model on the test rows: one score per row, or one ranking per query."""
     if ranking is not None:
         vectors = {
-            name: ranked_vectors(_tower_functions(of_model), signature, test, ranking)
-            for name, of_model in sessions.items()
+            name: ranked_vectors(_tower_functions(opened), signature, test, ranking)
+            for name, opened in sessions.items()
         }
-        values = {name: ranking_metrics(of_model, names) for name, of_model in vectors.items()}
+        values = {name: ranking_metrics(ranked, names) for name, ranked in vectors.items()}
         return ByQuery(values, test.rows, seed, vectors)
     rows = list(batches(test, signature, SCORING_ROWS))
     (graph,) = served_graphs(signature)
     scores = {
-        name: _score_rows(name, of_model[graph.name], rows) for name, of_model in sessions.items()
+        name: _score_rows(name, opened[graph.name], rows) for name, opened in sessions.items()
     }
     return row_quality(rows, scores, seed)
 
@@ -272,10 +272,10 @@ def _add_latency(
         return
     inputs = _arrays(next(batches(split_of(test, test_rows), signature, size)))
     models = list(sessions.values())
-    trial = interleaved_ms(models, inputs, rounds=5, warmup=5)
-    round_ms = sum(float(np.median(times)) for times in trial)
-    needed = max(intervals.rounds_needed(quantile) for quantile in QUANTILES.values())
-    rounds = max(needed, min(MAX_ROUNDS, math.ceil(TIMING_BUDGET_MS / round_ms)))
+    few_times = interleaved_ms(models, inputs, rounds=5, warmup=5)
+    round_ms = sum(float(np.median(times)) for times in few_times)
+    min_rounds = max(intervals.rounds_needed(quantile) for quantile in QUANTILES.values())
+    rounds = max(min_rounds, min(MAX_ROUNDS, math.ceil(TIMING_BUDGET_MS / round_ms)))
     times = dict(zip(sessions, interleaved_ms(models, inputs, rounds), strict=True))
     for name, quantile in QUANTILES.items():
         metric_name = latency(name, size).name

@@ -31,7 +31,7 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
         The artifact of ``data.safetensors`` with each metric of the task, float64 ``(queries,)``.
 
     Raises:
-        CompressionError: a vector is not finite, or no query has an item that it had not before.
+        CompressionError: a vector is not finite, or all relevant items are earlier interactions.
     """
     loaded = load_bundle(bundle)
     signature, output = loaded.manifest.signature, loaded.manifest.signature.single_output

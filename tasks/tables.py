@@ -1,4 +1,4 @@
-"""Compress the tables of a stored artifact from file to file, so that they may be of any size."""
+"""Compress the tables in a stored artifact's files, in row blocks, so that any size is possible."""
 
 from prefect import task
 

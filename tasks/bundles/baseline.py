@@ -28,7 +28,7 @@ class LabelledSplits:
 
     Attributes:
         problems: the problems of the labels.
-        test: the prepared test rows, valid as long as their folder exists.
+        test: the prepared test rows, in the folder ``into`` of ``check_labels``.
     """
 
     problems: tuple[BaselineProblem, ...]
@@ -59,8 +59,9 @@ def check_labels(
                 prepared = prepare(paths, split, signature, folder)
             except DataRefused as fault:
                 raise DataRefused("split_unusable", split=split, problem=str(fault)) from fault
-            if split in (ITEMS, TRAFFIC) or not prepared.rows:
+            if split in (ITEMS, TRAFFIC) or not prepared.rows:  # these two have no labels
                 continue
+            # The rows are not an artifact, so they have no hash; nothing reads it here.
             prepared_split = Split(path=str(folder), sha256="0" * 64, rows=prepared.rows)
             rows = Rows(prepared_split, signature)
             group = None if rows.group is None else rows.group.numpy()
@@ -73,7 +74,7 @@ def check_labels(
 def check_scores(
     module: nn.Module, signature: Signature, labelled: LabelledSplits
 ) -> tuple[BaselineProblem, ...]:
-    """Score a sample of the test rows, and return the problems of the labels and the scores."""
+    """Score a sample of the test rows; returns the problems of the labels and of the scores."""
     return (*labelled.problems, *score_problems(module, signature, labelled.test))
 
 
@@ -95,7 +96,7 @@ def check_baseline(
 
 
 def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tuple[Reason, ...]:
-    """Raise for problems that make results meaningless; return the others as warnings.
+    """Raise for problems that make measurements meaningless; return the others as warnings.
 
     Args:
         problems: all problems of one bundle.

@@ -43,7 +43,7 @@ class BundleRef(Frozen):
         task: kind of the task, such as ``ctr``.
         grouped: whether the signature has groups.
         weight_bytes: bytes of the weight files.
-        data_bytes: bytes of the largest split's parquet files.
+        data_bytes: bytes of the parquet files of the largest split.
     """
 
     artifact: Artifact
@@ -150,15 +150,15 @@ def resolve(reference: str) -> Artifact:
         ArtifactMissing: there is no such bundle; lists the existing ones.
         RecordRefused: the record of the bundle is damaged.
     """
-    bundles = store()
+    bundle_store = store()
     if artifact_name(reference) is not None:
-        return bundles.artifact(reference)
+        return bundle_store.artifact(reference)
     with translate_input_errors(Path(reference)):
         is_folder = Path(reference).is_dir()
     if is_folder:
         raise ArtifactMissing("bundle_not_packed", folder=reference)
     if "/" in reference or ":" in reference:
-        return bundles.artifact(reference)
+        return bundle_store.artifact(reference)
     name, _, version = reference.partition("@")
     packed = _packed_versions()
     versions = (version,) if version else tuple(v for n, v in packed if n == name)
@@ -167,7 +167,7 @@ def resolve(reference: str) -> Artifact:
         raise ArtifactMissing(
             "bundle_missing",
             reference=reference,
-            store=bundles.root,
+            store=bundle_store.root,
             known=tuple(f"{name}@{version}" for name, version in packed) or ("none yet",),
         )
     newest = max(records, key=lambda record: record.packed_at)
@@ -263,13 +263,13 @@ def bundle_manifest(record: BundleRecord) -> Manifest:
         ArtifactMissing: the artifact is not in the store.
         RecordRefused: the artifact is another bundle, or not a bundle.
     """
-    name, version, bundles = record.name, record.version, store()
-    uri = bundles.uri_of(record.artifact)
-    artifact = bundles.find(record.artifact.sha256)
+    name, version, bundle_store = record.name, record.version, store()
+    uri = bundle_store.uri_of(record.artifact)
+    artifact = bundle_store.find(record.artifact.sha256)
     if artifact is None:
         raise ArtifactMissing("bundle_artifact_missing", name=name, version=version, uri=uri)
     try:
-        body = bundles.file(artifact, MANIFEST)
+        body = bundle_store.file(artifact, MANIFEST)
     except ArtifactMissing as fault:
         raise _damaged_record(name, version, f"{uri} is no bundle") from fault
     try:

@@ -27,7 +27,14 @@ order's memory. ``tasks/orchestration/memory_estimate.py`` does not count activa
 
 @dataclass(frozen=True)
 class LoadedBundle:
-    """A bundle that was loaded on this machine."""
+    """A bundle that was loaded on this machine.
+
+    Attributes:
+        artifact: the bundle's artifact.
+        manifest: its ``model.json``.
+        folder: local folder with its files.
+        model: the module with its weights, and its plan if it is compressed.
+    """
 
     artifact: Artifact
     manifest: Manifest

@@ -277,8 +277,9 @@ def _by_split_name(statistics: Mapping[SplitName, SplitStatistics]) -> dict[str,
 def _check_model(folder: Path, manifest: Manifest) -> tuple[dict[str, TensorFact], nn.Module]:
     """Check that the weights are finite, and that the model loads and runs on valid inputs."""
     facts = check_weights(folder, manifest)
-    module, again = (model_of(folder, manifest).module for _ in range(2))
-    smoke_test(module, manifest.signature, manifest.network.architecture.path, again)
+    # The smoke test compares two loads, since a constructor may create random attributes.
+    module, second_load = (model_of(folder, manifest).module for _ in range(2))
+    smoke_test(module, manifest.signature, manifest.network.architecture.path, second_load)
     return facts, module
 
 

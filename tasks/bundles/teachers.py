@@ -16,6 +16,7 @@ from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import version_report
 
 REGISTERED = "registry:"
+"""Prefix of a reference to a registered version instead of a packed bundle."""
 
 
 class Teacher(Frozen):
@@ -33,7 +34,8 @@ def find_teachers(references: tuple[str, ...], bundle: BundleRef) -> tuple[Teach
     Args:
         references: one for each teacher: a packed bundle as in
             ``tasks.bundles.bundle_ref.resolve``, or ``registry:name@version`` for the compressed
-            model of a registered version (``registry:name@@champion`` for an alias).
+            model of a registered version. An alias begins with ``@``, so the reference to a
+            champion is ``registry:name@@champion``.
         bundle: the student's bundle.
 
     Raises:

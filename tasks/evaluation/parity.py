@@ -172,12 +172,14 @@ class GraphCheck:
             values = [GraphValue(*value) for value in graph_values(self.path, _arrays(rows))]
             allowed = allowed_share(self.plan, self.target)
             expected, output = self._module_scores(rows), traced.output.numpy()
+            # A failure because of NaN has no limits; then only rounding differences are allowed.
             limit = failure.limits.get("at most", failure.limits.get("largest", 1e-5))
             is_wrong = (
                 expected.shape != output.shape
                 or absolute_differences(expected, output).max() > limit
             )
             tensor = first_difference(traced, values, served.output, allowed)
+            # A clear difference is larger than rounding explains.
             is_clear = tensor is not None and tensor.is_clear
             if is_wrong or is_clear:
                 cause = tensor if is_clear else None

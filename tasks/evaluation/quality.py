@@ -145,7 +145,7 @@ def query_quality(
         Each metric, float64 ``(queries,)``.
 
     Raises:
-        CompressionError: a vector is not finite, or no query has an item that it had not before.
+        CompressionError: a vector is not finite, or all relevant items are earlier interactions.
     """
     return ranking_metrics(ranked_vectors(towers, signature, test, ranking), names)
 
@@ -155,11 +155,11 @@ def ranked_vectors(
 ) -> RankedVectors:
     """Compute the vectors of every test query and item; arguments as for ``query_quality``."""
     catalogue = split_of(ranking.items.artifact, ranking.items.rows)
-    query, item = (form.signature for form in served_graphs(signature))
+    query, item = (graph.signature for graph in served_graphs(signature))
     item_batches = list(batches(catalogue, item, SCORING_ROWS))
     ids = np.concatenate([batch.inputs[str(signature.item)].numpy() for batch in item_batches])
     earlier = [
-        _interactions(split_of(rows.artifact, rows.rows), signature) for rows in ranking.seen
+        _interactions(split_of(split.artifact, split.rows), signature) for split in ranking.seen
     ]
     queries = ranking_queries(_interactions(test, signature), earlier, ids)
     return RankedVectors(

@@ -136,8 +136,8 @@ def find_finished_order(order: str, *, registered: bool = True) -> Finished | No
             )
         for target in report.targets:
             artifacts.manifest(target.artifact)
-        is_version_verified = is_sealed or not registered
-        version = record.version if is_version_verified else _registered_version(report)
+        needs_registry = registered and not is_sealed
+        version = _registered_version(report) if needs_registry else record.version
     except ArtifactMissing:
         return None
     except RecordRefused as fault:

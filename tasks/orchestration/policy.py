@@ -111,7 +111,7 @@ def local_result(state: State[Any]) -> Any:
     return data
 
 
-def infra_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
+def should_retry(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
     """Return whether Prefect retries a failed task run: only faults that may be temporary.
 
     If a service is down, retries continue until a deadline (``outages.py``). Errors in an order or
@@ -130,7 +130,7 @@ TASK_OPTIONS: dict[str, Any] = {
     "cache_policy": NO_CACHE,
     "retries": len(DELAYS),
     "retry_delay_seconds": list(DELAYS),
-    "retry_condition_fn": infra_fault,
+    "retry_condition_fn": should_retry,
 }
 """Options of every task."""
 

@@ -71,7 +71,7 @@ def read_result(store: Store, task: str, key: str, function: Callable[..., Any])
     if (record.task, record.key) != (task, key):
         raise _damaged_record(store, place, "it is the record of another task or other arguments")
     try:
-        return _validated(record.value, function)
+        return _validate_value(record.value, function)
     except ValueError as fault:
         reason = _first_problem(fault) if isinstance(fault, ValidationError) else str(fault)
         raise _damaged_record(store, place, reason) from None
@@ -97,7 +97,7 @@ def write_result(
     place = record_key(task, key)
     try:
         plain = json.loads(_return_type(function).dump_json(value))
-        _validated(plain, function)
+        _validate_value(plain, function)
         record = ResultRecord(schema_version=SCHEMA_VERSION, task=task, key=key, value=plain)
         store.write(place, seal_record(record.model_dump(mode="json")))
     except StoreOutage:
@@ -139,7 +139,7 @@ def _return_type(function: Callable[..., Any]) -> TypeAdapter[Any]:
     return TypeAdapter(hints["return"])
 
 
-def _validated(plain: Any, function: Callable[..., Any]) -> Any:
+def _validate_value(plain: Any, function: Callable[..., Any]) -> Any:
     """Validate plain JSON as the declared return type of a function, and return the value.
 
     Raises:

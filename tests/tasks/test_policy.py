@@ -50,7 +50,7 @@ def with_subclasses(of: type[Exception]) -> list[type[Exception]]:
 def is_retried(fault: BaseException, run_count: int = 1) -> bool:
     state: State[Any] = Failed(data=fault, message=str(fault))
     run = TaskRun.model_construct(id=uuid4(), run_count=run_count)
-    return policy.infra_fault(cast("Any", None), run, state)
+    return policy.should_retry(cast("Any", None), run, state)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_refused_order_or_bug_is_not_retried(kind: type[Exception]) -> None:
 
 def test_successful_run_is_not_retried() -> None:
     state: State[Any] = Completed(data=1)
-    assert not policy.infra_fault(cast("Any", None), cast("TaskRun", None), state)
+    assert not policy.should_retry(cast("Any", None), cast("TaskRun", None), state)
 
 
 def test_tasks_of_every_declaring_module_are_checked() -> None:
@@ -126,7 +126,7 @@ def test_prefect_stores_no_result_of_a_task_or_flow(ours: Any) -> None:
 def test_every_task_has_our_retry_condition_and_no_prefect_cache(ours: Any) -> None:
     assert ours.cache_policy is NO_CACHE
     assert ours.cache_key_fn is None
-    assert ours.retry_condition_fn is policy.infra_fault
+    assert ours.retry_condition_fn is policy.should_retry
     assert ours.retries >= 1
     assert "return" in get_type_hints(ours.fn)  # records are validated by it
 
