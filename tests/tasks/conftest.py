@@ -54,7 +54,7 @@ def prepared_home(
             for digit in orders:
                 publish_version(folder, digit)
             for digit in promoted:
-                promote("m", str(orders.index(digit) + 1), "")
+                promote("m", str(orders.index(digit) + 1), reason="")
         return folder
 
     return prepare

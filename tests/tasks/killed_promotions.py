@@ -44,11 +44,11 @@ EMPTY = HOME / "empty" / "registry.db"
 def run_command(command: str) -> str:
     """Run a promotion or rollback; return the champion's version and whether it is new."""
     if command == "rollback":
-        change = apply_rollback("m", "", began=datetime.now(UTC))
+        change = apply_rollback("m", reason="", began=datetime.now(UTC))
     elif command == "from":
-        change = apply_rollback("m", "", leaving="3")
+        change = apply_rollback("m", reason="", leaving="3")
     else:
-        change = apply_promotion("m", "2", "")
+        change = apply_promotion("m", "2", reason="")
     return f"{change.entry.version} {change.is_new}"
 
 
@@ -86,7 +86,7 @@ def prepare() -> None:
 
     def publish_and_promote() -> None:
         for digit in "abc":
-            promote("m", publish_version(HOME, digit).version, "")
+            promote("m", publish_version(HOME, digit).version, reason="")
 
     status, result = run_in_child(publish_and_promote)
     assert (status, result) == (0, "None"), result

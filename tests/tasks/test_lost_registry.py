@@ -65,7 +65,7 @@ def test_champion_is_found_by_its_order_under_another_version_number(
     home: Path, triton: Path, lose_registry: Callable[[], None]
 ) -> None:
     graph = publish_version(home, "a").report.targets[0].artifact
-    promote("m", "1", "good")
+    promote("m", "1", reason="good")
     lose_registry()
     publish_version(home, "b", outcomes={"onnxruntime": "rejected"})
     assert publish_version(home, "a").version == "2"
@@ -81,7 +81,7 @@ def test_champion_is_found_by_its_order_under_another_version_number(
     assert loaded_version(triton) == ("2", graph_bytes("a"))
     assert {item.served for item in export("m", None)} == {"2"}
     assert all(item.sound for item in triton_contents("m", None))
-    assert promote("m", "2", "again").order == A
+    assert promote("m", "2", reason="again").order == A
     assert len(Ledger(store(), "m").entries()) == 1
 
 
@@ -92,7 +92,7 @@ def test_rollback_restores_the_previous_order_under_its_new_version_number(
     lose_registry()
     for digit in "cba":
         publish_version(home, digit)
-    entry = rollback("m", "clicks fell")
+    entry = rollback("m", reason="clicks fell")
     assert (entry.order, entry.version, champion_alias()) == (A, "3", "3")
     assert Ledger(store(), "m").champion() == entry
 
@@ -109,7 +109,7 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
         "page": lambda: version_page("m", "@champion"),
         "fetch": lambda: fetch("m", "@champion", "onnxruntime", home / "out"),
         "repair": lambda: repair("m"),
-        "rollback": lambda: rollback("m", ""),
+        "rollback": lambda: rollback("m", reason=""),
         "export": lambda: export("m", None),
         "show": lambda: triton_contents("m", None),
         "compare": lambda: champion_graph("m", "onnxruntime"),
@@ -132,8 +132,8 @@ def test_restore_registers_every_result_under_its_former_number(
     for digit in "cab":
         publish_version(home, digit)
     publish_version(home, "d", outcomes={"onnxruntime": "rejected"})
-    promote("m", "1", "")
-    promote("m", "2", "")
+    promote("m", "1", reason="")
+    promote("m", "2", reason="")
     before = registry().versions("m")
     lose_registry()
     assert [item.version for item in restore("m")] == ["1", "2", "3", "4"]
@@ -145,7 +145,7 @@ def test_restore_registers_every_result_under_its_former_number(
     with raises_code(PromotionRefused, "champions_unusable") as caught:
         champion_versions()
     assert "promote m --version 2" in caught.value.fields["problems"]
-    assert rollback("m", "").order == C
+    assert rollback("m", reason="").order == C
 
 
 def test_promotion_does_not_overwrite_the_served_files_of_another_order(
@@ -155,10 +155,10 @@ def test_promotion_does_not_overwrite_the_served_files_of_another_order(
     lose_registry()
     other = publish_version(home, "b").version
     with raises_code(TritonRefused, "version_of_other_order", version=1, model="m"):
-        promote("m", other, "")
+        promote("m", other, reason="")
     assert loaded_version(triton) == ("1", graph_bytes("a"))
     restore("m")
-    promote("m", other, "")
+    promote("m", other, reason="")
     assert loaded_version(triton) == ("1", graph_bytes("b"))
     assert (triton / "m" / "2" / "model.onnx").read_bytes() == graph_bytes("a")
 
@@ -170,9 +170,9 @@ def test_promote_order_promotes_the_version_with_the_digest(
     lose_registry()
     publish_version(home, "b")
     with raises_code(PromotionRefused, "order_not_registered", order=A, model="m"):
-        promote_order("m", A, "")
+        promote_order("m", A, reason="")
     publish_version(home, "a")
-    assert promote_order("m", A, "").version == "2"
+    assert promote_order("m", A, reason="").version == "2"
 
 
 # --- changed entries -------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_ledger_entry_with_a_changed_value_is_refused(
 ) -> None:
     fill("ab", "ab")
     change_entry(2, old, new)
-    for use in (lambda: version_report("m", "@champion"), lambda: rollback("m", "")):
+    for use in (lambda: version_report("m", "@champion"), lambda: rollback("m", reason="")):
         with pytest.raises(ArtifactDamaged) as caught:
             use()
         assert "00000002.json" in str(caught.value)
@@ -217,9 +217,9 @@ def without_digests(entries: tuple[Entry, ...]) -> None:
 
 def test_ledger_without_digests_is_read_and_continued(home: Path, fill: Fill) -> None:
     fill("ab", "ab")
-    rollback("m", "")
+    rollback("m", reason="")
     without_digests(Ledger(store(), "m").entries())
-    promote("m", publish_version(home, "c").version, "")
+    promote("m", publish_version(home, "c").version, reason="")
     entries = Ledger(store(), "m").entries()
     assert [entry.digest is None for entry in entries] == [True, True, True, False]
     change_entry(3, '"by": "tester"', '"by": "tesser"')
@@ -306,7 +306,7 @@ def test_report_that_contradicts_itself_is_not_promoted(
     is_measured = "judgements" in verdict or "target" in verdict
     code = "verdict_contradicts_judgements" if is_measured else "outcome_contradicts_verdicts"
     with raises_code(PromotionRefused, code) as caught:
-        promote("m", version, "")
+        promote("m", version, reason="")
     assert problem in str(caught.value)
     assert Ledger(store(), "m").entries() == ()
 
@@ -324,20 +324,24 @@ def test_report_without_targets_or_limits_is_not_promoted(
     done = publish_version(home, "a")
     report = done.report.model_copy(update={"order": C, **part})
     release = store_files(home / "release", report_json=report.model_dump_json())
-    version = registry().publish("m", C, release.uri, {"recpress.outcome": "accepted"}, "").version
+    version = (
+        registry()
+        .publish("m", C, release.uri, {"recpress.outcome": "accepted"}, description="")
+        .version
+    )
     with pytest.raises(refusal, match=message):
-        promote("m", version, "")
+        promote("m", version, reason="")
 
 
 def test_report_consistent_with_its_judgements_is_promoted(home: Path) -> None:
     judgements = (judgement(LIMIT, -0.001, "accepted"),)
     targets = change_verdict(publish_version(home, "a"), judgements=judgements)
-    assert promote("m", publish_version(home, "b", targets=targets).version, "").order == B
+    assert promote("m", publish_version(home, "b", targets=targets).version, reason="").order == B
 
 
 def test_version_whose_tag_names_another_order_is_not_promoted(home: Path) -> None:
     done = publish_version(home, "a")
     tags = {"recpress.outcome": "accepted"}
-    registered = registry().publish("m", C, done.release.uri, tags, "")
+    registered = registry().publish("m", C, done.release.uri, tags, description="")
     with raises_code(PromotionRefused, "other_release", expected=C, got=done.report.order):
-        promote("m", registered.version, "")
+        promote("m", registered.version, reason="")

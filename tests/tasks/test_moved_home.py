@@ -1,6 +1,7 @@
-"""A home (store and registry) works after its folder is moved, since references are relative.
+"""A home (the folder with store and registry) can be moved, since stored references are relative.
 
-recpress 0.1.0 stored absolute URIs; moved homes that it wrote work as well.
+recpress 0.1.0 stored absolute URIs. Homes that it wrote can be moved too, so most tests also run
+with such a home.
 """
 
 import json
@@ -28,6 +29,7 @@ from tasks.promotion.promotions import champion_graph, fetch, promote, rollback,
 from tasks.promotion.registry_listing import list_versions
 
 GOOD: dict[TargetName, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
+# Names of the folder to which a home is moved. The second has characters with a meaning in URIs.
 NEW_NAMES = (
     pytest.param("moved", marks=pytest.mark.nightly),
     "a?b#c%41 d&e=f;g:h'i~@ü",
@@ -35,20 +37,24 @@ NEW_NAMES = (
 
 
 def publish_version(home: Path, digit: str) -> Finished:
+    """Publish an order whose digest is one repeated hexadecimal digit, with relative references."""
     return publishing.publish.fn(report(home, digit * 64, GOOD))
 
 
 def publish_as_0_1_0(home: Path, digit: str) -> Finished:
-    """Publish an order like recpress 0.1.0, with absolute URIs in report, version and record."""
+    """Publish an order like recpress 0.1.0, with absolute URIs in report, version and record.
+
+    Arguments as in ``publish_version``.
+    """
     order_report = report(home, digit * 64, GOOD)
     root = store().root
 
-    def absolute(text: str) -> str:
+    def make_uris_absolute(text: str) -> str:
         return text.replace('"artifacts/', f'"{root}/artifacts/')
 
     folder = home / f"release {digit}"
     folder.mkdir()
-    (folder / "report.json").write_text(absolute(order_report.model_dump_json(indent=1)))
+    (folder / "report.json").write_text(make_uris_absolute(order_report.model_dump_json(indent=1)))
     (folder / "report.html").write_text("<p>")
     release = store().put(folder)
     tags = publishing._version_tags(order_report, release)
@@ -57,16 +63,28 @@ def publish_as_0_1_0(home: Path, digit: str) -> Finished:
             tags[name] = f"{root}/{value}"
     registry = Registry(load_settings().registry_uri)
     source = f"{root}/{release.uri}"
-    version = registry.publish("m", order_report.order, source, tags, "").version
+    version = registry.publish("m", order_report.order, source, tags, description="").version
     done = Finished(
         report=order_report, release=release, version=version, registry=load_settings().registry_uri
     )
-    store().write(finished_key(order_report.order), absolute(done.model_dump_json()).encode())
+    record = make_uris_absolute(done.model_dump_json())
+    store().write(finished_key(order_report.order), record.encode())
     return done
 
 
-def move(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copy the home to a new folder, use it, and damage all files of the old one."""
+def move_home(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy the home to a new folder, and set RECPRESS_HOME to it.
+
+    All files of the old folder are damaged, so that a test fails if one of them is still read.
+
+    Args:
+        home: the fixture ``home``, which is the parent of the home.
+        name: name of the new folder.
+        monkeypatch: the fixture.
+
+    Returns:
+        The new folder.
+    """
     old, new = home / "recpress", home / name
     shutil.copytree(old, new)
     for path in old.rglob("*"):
@@ -83,8 +101,8 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
     publish_order: Any, name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = publish_order(home, "a"), publish_order(home, "b")
-    promote("m", first.version, "")
-    new = move(home, name, monkeypatch)
+    promote("m", first.version, reason="")
+    new = move_home(home, name, monkeypatch)
     assert [item.version for item in list_versions(None)] == [second.version, first.version]
     for item in list_versions("m"):
         assert item.note == ""
@@ -95,23 +113,24 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
     fetch("m", "@champion", "onnxruntime", home / "out")
     assert (home / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
     assert champion_graph("m", "onnxruntime") == first.report.targets[0].artifact
-    assert promote("m", second.version, "").version == second.version
-    assert rollback("m", "").version == first.version
-    again = find_finished_order("a" * 64)
-    assert again is not None
-    assert (again.report, again.release, again.version) == (
+    assert promote("m", second.version, reason="").version == second.version
+    assert rollback("m", reason="").version == first.version
+    result = find_finished_order("a" * 64)
+    assert result is not None
+    assert (result.report, result.release, result.version) == (
         first.report,
         first.release,
         first.version,
     )
-    assert again.registry == public_uri(load_settings().registry_uri)
-    assert again.page_uri().startswith(f"{store().root}/artifacts/")
+    # Results name the registry as printed for users, without credentials.
+    assert result.registry == public_uri(load_settings().registry_uri)
+    assert result.page_uri().startswith(f"{store().root}/artifacts/")
     assert {path.name for path in new.iterdir()} <= {"registry.db", "registry.db.lock", "store"}
 
 
 def test_files_of_a_home_do_not_contain_its_path(home: Path) -> None:
     done = publish_version(home, "a")
-    promote("m", done.version, "")
+    promote("m", done.version, reason="")
     for path in (home / "recpress").rglob("*"):
         if path.is_file():
             assert str(home).encode() not in path.read_bytes(), path
@@ -120,13 +139,13 @@ def test_files_of_a_home_do_not_contain_its_path(home: Path) -> None:
 def test_order_published_again_after_the_move_is_the_same_version(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = publish_as_0_1_0(home, "a")
-    move(home, "moved", monkeypatch)
-    again = publish_version(home, "a")
-    assert (again.version, again.release, again.report) == (
-        done.version,
-        done.release,
-        done.report,
+    original = publish_as_0_1_0(home, "a")
+    move_home(home, "moved", monkeypatch)
+    repeated = publish_version(home, "a")
+    assert (repeated.version, repeated.release, repeated.report) == (
+        original.version,
+        original.release,
+        original.report,
     )
 
 
@@ -134,7 +153,9 @@ def test_order_published_again_after_the_move_is_the_same_version(
     "source", ["file:///etc", "file:///etc/artifacts", "artifacts/../../etc", "s3://a/b", "/etc"]
 )
 def test_version_whose_source_is_outside_the_store_is_refused(source: str, home: Path) -> None:
-    registered = Registry(load_settings().registry_uri).publish("m", "c" * 64, source, {}, "")
+    registered = Registry(load_settings().registry_uri).publish(
+        "m", "c" * 64, source, {}, description=""
+    )
     with raises_code(StoreRefused, "artifact_uri_form"):
         version_report("m", registered.version)
 
@@ -146,47 +167,60 @@ def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_
     outside = home / "outside" / "artifacts" / ("0" * 64)
     outside.mkdir(parents=True)
     uri = f"file://{outside}"
-    registered = Registry(load_settings().registry_uri).publish("m", "c" * 64, uri, {}, "")
+    registered = Registry(load_settings().registry_uri).publish(
+        "m", "c" * 64, uri, {}, description=""
+    )
     with raises_code(ArtifactMissing, "artifact_in_other_store"):
         version_report("m", registered.version)
     assert Report.model_validate(done.report.model_dump()) == done.report
 
 
-def packed_by_0_1_0(home: Path) -> Artifact:
-    """Pack a bundle like recpress 0.1.0, with absolute URIs in its manifest and record."""
+def pack_as_0_1_0(home: Path) -> Artifact:
+    """Pack a bundle like recpress 0.1.0, with absolute URIs in its manifest and record.
+
+    The bundle is packed by this version first. Then its manifest and record are replaced, and the
+    artifact of this version is removed.
+
+    Args:
+        home: the fixture ``home``; the draft is written to its folder ``draft``.
+    """
     packed = pack(write_draft(home / "draft"))
     root = store().root
-    folder = home / "earlier"
+    folder = home / "bundle of 0.1.0"
     store().get(packed.artifact, folder)
-    body, seal, _ = (folder / "model.json").read_bytes().partition(b'  "seal"')
-    assert seal
+    # The last line of a manifest is its checksum (its "seal") over all lines before.
+    body, seal_key, _ = (folder / "model.json").read_bytes().partition(b'  "seal"')
+    assert seal_key
     body = body.replace(b'"artifacts/', f'"{root}/artifacts/'.encode())
     (folder / "model.json").unlink()
     (folder / "model.json").write_bytes(body + bundle_folder._seal_line(body))
-    earlier = store().put(folder)
-    record = {"artifact": earlier.model_dump() | {"uri": f"{root}/{earlier.uri}"}, "packed_at": 1.0}
+    artifact = store().put(folder)
+    absolute = artifact.model_dump() | {"uri": f"{root}/{artifact.uri}"}
+    record = {"artifact": absolute, "packed_at": 1.0}  # records of 0.1.0 have no checksum
     store().write(bundle_key("clicks", "1"), json.dumps(record).encode())
     shutil.rmtree(home / "recpress" / "store" / "artifacts" / packed.artifact.sha256)
-    return earlier
+    return artifact
 
 
 def test_bundle_of_a_moved_home_is_found_checked_and_not_packed_twice(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
-    earlier = packed_by_0_1_0(home)
-    old_uri = store().uri_of(earlier)
-    assert resolve("clicks") == earlier
-    move(home, "moved", monkeypatch)
-    assert {resolve(text) for text in ("clicks", "clicks@1", old_uri, earlier.uri)} == {earlier}
-    assert find_bundle("clicks").artifact == earlier
+    artifact = pack_as_0_1_0(home)
+    old_uri = store().uri_of(artifact)
+    assert resolve("clicks") == artifact
+    move_home(home, "moved", monkeypatch)
+    for reference in ("clicks", "clicks@1", old_uri, artifact.uri):
+        assert resolve(reference) == artifact
+    assert find_bundle("clicks").artifact == artifact
     manifest, _ = check("clicks@1")
     assert show(old_uri) == manifest
-    assert pack(home / "draft").artifact == earlier
+    assert pack(home / "draft").artifact == artifact
+    # Without the record, the draft is packed as a new artifact with an equal manifest.
     (home / "moved" / "store" / bundle_key("clicks", "1")).unlink()
-    again = pack(home / "draft").artifact
+    new_artifact = pack(home / "draft").artifact
     assert show("clicks@1") == manifest
-    assert resolve("clicks@1") == again
+    assert resolve("clicks@1") == new_artifact
 
 
 def test_relative_artifact_uri_is_not_read_from_the_working_folder(

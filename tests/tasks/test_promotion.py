@@ -79,7 +79,7 @@ def test_only_an_accepted_version_becomes_candidate_or_champion(
     version = publish_version(home, "a", outcomes={"onnxruntime": outcome}).version
     assert aliases() == {}
     with raises_code(PromotionRefused, "not_accepted", version=version, outcome=outcome):
-        promote("m", version, "")
+        promote("m", version, reason="")
     assert Ledger(store(), "m").entries() == ()
     assert aliases() == {}
 
@@ -88,7 +88,7 @@ def test_promotion_writes_user_and_reason_to_the_ledger_and_moves_the_alias(
     home: Path, fill: Fill
 ) -> None:
     (version,) = fill("a", "")
-    entry = promote("m", "@candidate", "smaller and as good")
+    entry = promote("m", "@candidate", reason="smaller and as good")
     assert (entry.version, entry.by, entry.reason) == (version, "tester", "smaller and as good")
     assert entry.order == "a" * 64
     assert aliases() == {"candidate": version, "champion": version}
@@ -96,8 +96,8 @@ def test_promotion_writes_user_and_reason_to_the_ledger_and_moves_the_alias(
 
 def test_promoting_the_champion_again_changes_nothing(home: Path, fill: Fill) -> None:
     (version,) = fill("a", "")
-    first = promote("m", version, "once")
-    assert promote("m", version, "twice") == first
+    first = promote("m", version, reason="once")
+    assert promote("m", version, reason="twice") == first
     assert len(Ledger(store(), "m").entries()) == 1
 
 
@@ -105,21 +105,21 @@ def test_rollback_promotes_the_previous_version_and_is_refused_without_one(
     home: Path, fill: Fill
 ) -> None:
     one, two = fill("ab", "")
-    promote("m", one, "")
+    promote("m", one, reason="")
     with raises_code(PromotionRefused, "earlier_champion_missing", model="m", entries=1):
-        rollback("m", "")
-    promote("m", two, "")
-    entry = rollback("m", "clicks fell")
+        rollback("m", reason="")
+    promote("m", two, reason="")
+    entry = rollback("m", reason="clicks fell")
     assert (entry.action, entry.version, entry.previous) == ("rollback", one, two)
     assert aliases()["champion"] == one
     with raises_code(PromotionRefused, "earlier_champion_missing", model="m", entries=3):
-        rollback("m", "")
+        rollback("m", reason="")
 
 
 def test_moved_alias_is_repaired_from_the_ledger(home: Path) -> None:
     one = publish_version(home, "a").version
     two = publish_version(home, "b", outcomes={"onnxruntime": "rejected"}).version
-    promote("m", one, "")
+    promote("m", one, reason="")
     registry().set_alias("m", "champion", two)
     version, report = version_report("m", "@champion")
     assert (version.version, report.outcome) == (one, "accepted")
@@ -146,12 +146,12 @@ def test_the_second_of_two_concurrent_promotions_is_refused(
     def read_then_promote_other(ledger: Ledger) -> object:
         entries = read_entries(ledger)
         monkeypatch.setattr(Ledger, "entries", read_entries)
-        promote("m", one, "concurrent")
+        promote("m", one, reason="concurrent")
         return entries
 
     monkeypatch.setattr(Ledger, "entries", read_then_promote_other)
     with raises_code(AlreadyThere, "ledger_moved_on", reason="concurrent"):
-        promote("m", two, "refused")
+        promote("m", two, reason="refused")
     assert aliases()["champion"] == one
 
 
@@ -159,7 +159,7 @@ def test_champion_graph_is_the_artifact_of_the_promoted_version(home: Path) -> N
     done = publish_version(home, "a")
     assert champion_graph("unknown", "onnxruntime") is None
     assert champion_graph("m", "onnxruntime") is None
-    promote("m", done.version, "")
+    promote("m", done.version, reason="")
     assert champion_graph("m", "onnxruntime") == done.report.targets[0].artifact
 
 

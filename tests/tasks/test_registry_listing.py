@@ -151,7 +151,7 @@ def test_release_without_a_valid_report_is_refused(
     for use in (
         lambda: version_report("m", unexpected),
         lambda: fetch("m", unexpected, "onnxruntime", tmp_path / "out"),
-        lambda: promote("m", unexpected, ""),
+        lambda: promote("m", unexpected, reason=""),
     ):
         with raises_code(RecordRefused, "report_unusable", file="report.json"):
             use()

@@ -47,13 +47,13 @@ def interrupt_rollback_at(method: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Registry, method, interrupt)
         with pytest.raises(Interrupted):
-            rollback("m", "clicks fell")
+            rollback("m", reason="clicks fell")
 
 
 @pytest.mark.parametrize("method", ["repair", "set_alias", "confirm"])
 def test_repeated_rollback_completes_an_interrupted_one(three_champions: None, method: str) -> None:
     interrupt_rollback_at(method)
-    change = apply_rollback("m", "clicks fell")
+    change = apply_rollback("m", reason="clicks fell")
     assert (change.entry.version, change.is_new) == ("2", False)
     assert ledger_versions() == ["1", "2", "3", "2"]
     assert registry().version("m", "@champion").version == "2"
@@ -65,7 +65,7 @@ def test_repair_by_a_reader_does_not_complete_an_interrupted_rollback(
     interrupt_rollback_at("repair")
     assert version_report("m", "@champion")[0].version == "2"
     assert registry().version("m", "@champion").version == "2"
-    assert rollback("m", "").version == "2"
+    assert rollback("m", reason="").version == "2"
     assert ledger_versions() == ["1", "2", "3", "2"]
 
 
@@ -74,24 +74,24 @@ def test_repeated_rollback_updates_the_triton_repository(
 ) -> None:
     interrupt_rollback_at("repair")
     assert loaded_version(triton) == ("3", graph_bytes("c"))
-    rollback("m", "")
+    rollback("m", reason="")
     assert loaded_version(triton) == ("2", graph_bytes("b"))
 
 
 def test_second_rollback_after_a_complete_one_goes_back_further(three_champions: None) -> None:
-    assert rollback("m", "").version == "2"
-    assert apply_rollback("m", "").is_new
+    assert rollback("m", reason="").version == "2"
+    assert apply_rollback("m", reason="").is_new
     assert ledger_versions() == ["1", "2", "3", "2", "1"]
     with raises_code(PromotionRefused, "earlier_champion_missing", model="m"):
-        rollback("m", "")
+        rollback("m", reason="")
 
 
 def test_rollback_from_a_named_version_is_idempotent(
     three_champions: None,
 ) -> None:
-    assert [rollback("m", "", leaving="3").version for _ in range(3)] == ["2", "2", "2"]
-    assert apply_rollback("m", "", leaving="2").is_new
-    assert rollback("m", "", leaving="3").version == "1"
+    assert [rollback("m", reason="", leaving="3").version for _ in range(3)] == ["2", "2", "2"]
+    assert apply_rollback("m", reason="", leaving="2").is_new
+    assert rollback("m", reason="", leaving="3").version == "1"
     assert ledger_versions() == ["1", "2", "3", "2", "1"]
 
 
@@ -99,48 +99,48 @@ def test_rollback_from_a_named_version_works_after_an_interrupted_rollback(
     three_champions: None,
 ) -> None:
     interrupt_rollback_at("repair")
-    assert rollback("m", "", leaving="2").version == "1"
+    assert rollback("m", reason="", leaving="2").version == "1"
 
 
 def test_rollback_from_a_version_that_is_not_champion_is_refused(
     home: Path, three_champions: None
 ) -> None:
     with raises_code(PromotionRefused, "other_champion", expected="2", got="version 3"):
-        rollback("m", "", leaving="2")
-    rollback("m", "", leaving="3")
-    promote("m", "1", "")
+        rollback("m", reason="", leaving="2")
+    rollback("m", reason="", leaving="3")
+    promote("m", "1", reason="")
     with raises_code(PromotionRefused, "other_champion", expected="3", got="version 1"):
-        rollback("m", "", leaving="3")
+        rollback("m", reason="", leaving="3")
     with raises_code(RegistryRefused, "version_missing", version="9"):
-        rollback("m", "", leaving="9")
+        rollback("m", reason="", leaving="9")
 
 
 def test_rollback_by_another_command_after_the_start_is_not_repeated(three_champions: None) -> None:
     began = datetime.now(UTC)
-    rollback("m", "by another command")
-    change = apply_rollback("m", "", began=began)
+    rollback("m", reason="by another command")
+    change = apply_rollback("m", reason="", began=began)
     assert (change.entry.version, change.is_new) == ("2", False)
 
 
 def test_rollback_entry_without_digest_is_completed_if_the_alias_differs(
     three_champions: None,
 ) -> None:
-    entry = rollback("m", "")
+    entry = rollback("m", reason="")
     text = entry.model_dump_json(exclude={"digest"})
     for earlier in Ledger(store(), "m").entries()[:-1]:
         body = earlier.model_dump_json(exclude={"digest"})
         store().write(f"ledger/m/{earlier.sequence:08d}.json", body.encode())
     store().write("ledger/m/00000004.json", text.encode())
     registry().set_alias("m", "champion", "3")
-    assert rollback("m", "").version == "2"
-    assert rollback("m", "").version == "1"
+    assert rollback("m", reason="").version == "2"
+    assert rollback("m", reason="").version == "1"
 
 
 def test_promotion_of_the_champion_completes_an_interrupted_promotion(
     home: Path, three_champions: None
 ) -> None:
     registry().set_alias("m", "champion", "1")
-    change = apply_promotion("m", "3", "")
+    change = apply_promotion("m", "3", reason="")
     assert (change.entry.version, change.is_new) == ("3", False)
     assert registry().version("m", "@champion").version == "3"
 

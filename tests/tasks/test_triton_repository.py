@@ -37,11 +37,11 @@ def test_promotion_and_rollback_update_the_triton_repository(
 ) -> None:
     one, two = fill("ab", "")
     assert not triton.exists()
-    promote("m", one, "")
+    promote("m", one, reason="")
     assert loaded_version(triton) == (one, graph_bytes("a"))
-    promote("m", two, "")
+    promote("m", two, reason="")
     assert loaded_version(triton) == (two, graph_bytes("b"))
-    rollback("m", "clicks fell")
+    rollback("m", reason="clicks fell")
     assert loaded_version(triton) == (one, graph_bytes("a"))
     assert (triton / "m" / two / "model.onnx").read_bytes() == graph_bytes("b")
     assert sorted(path.name for path in triton.iterdir()) == ["m"]
@@ -49,7 +49,7 @@ def test_promotion_and_rollback_update_the_triton_repository(
 
 def test_promotion_without_the_setting_writes_no_configuration(home: Path, fill: Fill) -> None:
     (one,) = fill("a", "")
-    promote("m", one, "")
+    promote("m", one, reason="")
     assert list(home.rglob("config.pbtxt")) == []
 
 
@@ -57,7 +57,7 @@ def test_repair_fills_a_repository_that_was_set_up_later(
     home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (one,) = fill("a", "")
-    promote("m", one, "")
+    promote("m", one, reason="")
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "late"))
     repair("m")
     assert loaded_version(home / "late") == (one, graph_bytes("a"))
@@ -76,7 +76,7 @@ def test_changed_or_removed_file_is_replaced(home: Path, fill: Fill, triton: Pat
     version_report("m", "@champion")
     assert config.read_bytes() == good
     (triton / "m" / two / "model.onnx").unlink()
-    promote("m", two, "again")
+    promote("m", two, reason="again")
     assert loaded_version(triton) == (two, graph_bytes("b"))
 
 
@@ -87,7 +87,7 @@ def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
     existing = triton / "m" / one / "model.onnx"
     existing.parent.mkdir(parents=True)
     existing.write_bytes(graph_bytes("f"))  # the same size
-    promote("m", one, "")
+    promote("m", one, reason="")
     assert loaded_version(triton) == (one, graph_bytes("a"))
 
 
@@ -106,7 +106,7 @@ def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
 
     one = publish_version(home, "a", targets=(target,)).version
     monkeypatch.setattr(Folder, "upload", log_and_upload)
-    promote("m", one, "")
+    promote("m", one, reason="")
     assert uploaded_keys == [f"{one}/model.onnx.data", f"{one}/model.onnx"]
 
 
@@ -119,12 +119,12 @@ def test_refused_concurrent_promotion_does_not_change_the_served_version(
     def read_then_promote_other(ledger: Ledger) -> object:
         entries = read_entries(ledger)
         monkeypatch.setattr(Ledger, "entries", read_entries)
-        promote("m", one, "concurrent")
+        promote("m", one, reason="concurrent")
         return entries
 
     monkeypatch.setattr(Ledger, "entries", read_then_promote_other)
     with raises_code(AlreadyThere, "ledger_moved_on", reason="concurrent"):
-        promote("m", two, "refused")
+        promote("m", two, reason="refused")
     assert loaded_version(triton) == (one, graph_bytes("a"))
 
 
@@ -137,11 +137,11 @@ def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
     def promote_other_then_write(folder: Folder, key: str, body: bytes) -> None:
         if key == "config.pbtxt":
             monkeypatch.setattr(Folder, "write", write)
-            promote("m", two, "in between")
+            promote("m", two, reason="in between")
         write(folder, key, body)
 
     monkeypatch.setattr(Folder, "write", promote_other_then_write)
-    promote("m", one, "")
+    promote("m", one, reason="")
     assert champion_number() == two
     assert loaded_version(triton) == (two, graph_bytes("b"))
 
@@ -205,7 +205,7 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
     with pytest.MonkeyPatch.context() as patch:
         kill_at_write(patch, at, after=after)
         with pytest.raises(ProcessKilled):
-            promote("m", two, "")
+            promote("m", two, reason="")
     served = loaded_version(triton)
     assert served in complete
     if served == (two, graph_bytes("b")):  # only after the ledger entry
@@ -214,7 +214,7 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
     if champion_number() == two:
         assert (triton / "m" / two / "model.onnx").read_bytes() == graph_bytes("b")
     if completed_by == "again":
-        promote("m", two, "")
+        promote("m", two, reason="")
     else:
         repair("m")
     assert (
@@ -248,12 +248,12 @@ def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
     with pytest.MonkeyPatch.context() as patch:
         kill_at_write(patch, at, after=after)
         with pytest.raises(ProcessKilled):
-            rollback("m", "")
+            rollback("m", reason="")
     served = loaded_version(triton)
     assert served in {(one, graph_bytes("a")), (two, graph_bytes("b"))}
     if champion_number() == two:
         assert served == (two, graph_bytes("b"))
-        rollback("m", "once more")
+        rollback("m", reason="once more")
     else:
         repair("m")
     assert champion_number() == one
@@ -264,7 +264,7 @@ def test_promotion_has_four_writes(home: Path, fill: Fill, triton: Path) -> None
     (one,) = fill("a", "")
     with pytest.MonkeyPatch.context() as patch:
         writes = kill_at_write(patch, 99, after=False)
-        promote("m", one, "")
+        promote("m", one, reason="")
     assert writes() == WRITES
 
 
@@ -276,7 +276,7 @@ def test_killed_first_promotion_serves_nothing_before_the_ledger_entry(
         with pytest.MonkeyPatch.context() as patch:
             kill_at_write(patch, at, after=False)
             with pytest.raises(ProcessKilled):
-                promote("m", one, "")
+                promote("m", one, reason="")
         assert loaded_version(triton) is None
         assert Ledger(store(), "m").champion() is None
 
@@ -290,7 +290,7 @@ def test_promotion_to_an_unreachable_repository_fails_before_the_ledger_entry(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     monkeypatch.setenv("RECPRESS_TRITON", "s3://models/triton")
     with pytest.raises(StoreUnavailable):
-        promote("m", one, "")
+        promote("m", one, reason="")
     assert Ledger(store(), "m").entries() == ()
 
 
@@ -317,8 +317,8 @@ def test_repository_in_a_bucket_is_updated_like_a_folder(
     root = f"s3://models/triton-{time.time_ns()}"
     monkeypatch.setenv("RECPRESS_TRITON", root)
     one, two = fill("ab", "")
-    promote("m", one, "")
-    promote("m", two, "")
+    promote("m", one, reason="")
+    promote("m", two, reason="")
     bucket = Store(root)
     assert bucket.keys("") == ("m/1/model.onnx", "m/2/model.onnx", "m/config.pbtxt")
     assert bucket.read(f"m/{two}/model.onnx") == graph_bytes("b")
@@ -329,5 +329,5 @@ def test_repository_in_a_bucket_is_updated_like_a_folder(
     assert (model.state, model.files) == ("champion", {f"{two}/model.onnx": "changed"})
     (model,) = export("m", None)
     assert model.sound
-    rollback("m", "")
+    rollback("m", reason="")
     assert f"versions: [{one}]" in bucket.read("m/config.pbtxt").decode()

@@ -47,15 +47,19 @@ def configuration(root: Path, model: str = "m") -> dict[str, Any]:
 
 def test_configuration_has_the_measured_batches_and_threads(home: Path, triton: Path) -> None:
     measured = with_latency(b1=0.1, b64=0.2, b1024=10.0)  # 10, 320 and 102 rows a millisecond
-    promote("m", publish_version(home, "a", measurement=measured).version, "")
+    promote("m", publish_version(home, "a", measurement=measured).version, reason="")
     config = configuration(triton)
     assert config["max_batch_size"] == [1024]
     assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [64], [1024]]
-    promote("m", publish_version(home, "b", measurement=with_latency(b1=0.1, b64=9.0)).version, "")
+    promote(
+        "m",
+        publish_version(home, "b", measurement=with_latency(b1=0.1, b64=9.0)).version,
+        reason="",
+    )
     config = configuration(triton)
     assert config["max_batch_size"] == [64]
     assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [64]]
-    promote("m", publish_version(home, "c").version, "")
+    promote("m", publish_version(home, "c").version, reason="")
     assert configuration(triton)["max_batch_size"] == [1]  # no median latency was measured
     parameters = {item["key"][0]: item["value"][0] for item in configuration(triton)["parameters"]}
     assert parameters["intra_op_thread_count"] == {"string_value": ["1"]}
@@ -71,7 +75,7 @@ def test_graph_with_jagged_inputs_has_no_dynamic_batching(home: Path, triton: Pa
     graph = original.graphs[0].model_copy(update={"inputs": inputs})
     lowering = original.model_copy(update={"graphs": (graph,)})
     target = accepted.targets[0].model_copy(update={"lowering": lowering})
-    promote("m", publish_version(home, "a", targets=(target,)).version, "")
+    promote("m", publish_version(home, "a", targets=(target,)).version, reason="")
     config = configuration(triton)
     assert config["max_batch_size"] == [0]
     assert [item["dims"] for item in config["input"]] == [[-1], [-1]]
@@ -91,7 +95,7 @@ def test_each_tower_of_a_retrieval_model_is_a_triton_model(home: Path, triton: P
             "artifact": store_files(home / "towers", query_onnx="q", item_onnx="i"),
         }
     )
-    promote("m", publish_version(home, "a", targets=(target,)).version, "")
+    promote("m", publish_version(home, "a", targets=(target,)).version, reason="")
     assert (triton / "m_query" / "1" / "query.onnx").read_text() == "q"
     assert (triton / "m_item" / "1" / "item.onnx").read_text() == "i"
     config = (triton / "m_item" / "config.pbtxt").read_text()
@@ -146,7 +150,7 @@ def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
     home: Path, triton: Path
 ) -> None:
     one = published_with_engine(home, "a", "accepted").version
-    promote("m", one, "")
+    promote("m", one, reason="")
     config = configuration(triton, "m_tensorrt")
     assert config["cc_model_filenames"] == [{"key": ["9.0"], "value": ["model-9.0.plan"]}]
     assert config["max_batch_size"] == [32]
@@ -159,13 +163,13 @@ def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
     home: Path, triton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = published_with_engine(home, "a", "built-unmeasured").version
-    promote("m", one, "")
+    promote("m", one, reason="")
     assert [path.name for path in triton.iterdir()] == ["m"]
     assert {item.name for item in export("m", None, unmeasured=True)} == {"m", "m_tensorrt"}
     assert loaded_version(triton) == (one, graph_bytes("a"))
     # A promotion of a version without a servable engine does not remove the earlier one, but warns.
     two = publish_version(home, "b").version
-    promote("m", two, "")
+    promote("m", two, reason="")
     assert "m_tensorrt: the champion of m has no graph of this name" in caplog.text
     stale = {item.name: item for item in triton_contents("m", None)}["m_tensorrt"]
     assert (stale.state, stale.served, stale.sound) == ("stale", one, False)
@@ -176,28 +180,28 @@ def test_engine_of_unknown_batch_sizes_is_refused_before_the_ledger_entry(
 ) -> None:
     one = published_with_engine(home, "a", "accepted", ordered={}).version
     with raises_code(TritonRefused, "batch_sizes_missing", model="m"):
-        promote("m", one, "")
+        promote("m", one, reason="")
     assert Ledger(store(), "m").entries() == ()
 
 
 def test_engine_of_tensorrt_rtx_is_not_copied_to_triton(home: Path, triton: Path) -> None:
     outcomes = {"onnxruntime": "accepted", "tensorrt-rtx": "accepted"}
-    promote("m", publish_version(home, "a", outcomes=outcomes).version, "")
+    promote("m", publish_version(home, "a", outcomes=outcomes).version, reason="")
     assert [path.name for path in triton.iterdir()] == ["m"]
     only = {"tensorrt-rtx": "accepted"}
-    promote("m", publish_version(home, "b", outcomes=only).version, "")
+    promote("m", publish_version(home, "b", outcomes=only).version, reason="")
     with raises_code(PromotionRefused, "not_servable_by_triton", model="m"):
         export("m", None, unmeasured=True)
 
 
 def test_two_models_cannot_share_a_folder(home: Path, triton: Path) -> None:
     other = publish_version(home, "c", name="m_tensorrt").version
-    promote("m_tensorrt", other, "")
+    promote("m_tensorrt", other, reason="")
     with raises_code(TritonRefused, "folder_of_other_model", model="m_tensorrt", got="m"):
-        promote("m", published_with_engine(home, "a", "accepted").version, "")
+        promote("m", published_with_engine(home, "a", "accepted").version, reason="")
     assert Ledger(store(), "m").entries() == ()
     # Without an engine, the folder m_tensorrt is not needed.
-    promote("m", publish_version(home, "b").version, "")
+    promote("m", publish_version(home, "b").version, reason="")
     assert [item.name for item in triton_contents("m", None)] == ["m"]
 
 
@@ -207,7 +211,7 @@ def test_repository_inside_the_object_store_is_refused(
     one = publish_version(home, "a").version
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "recpress"))
     with raises_code(SettingRefused, "triton_repository_holds_store"):
-        promote("m", one, "")
+        promote("m", one, reason="")
     assert Ledger(store(), "m").entries() == ()
 
 
@@ -253,9 +257,9 @@ def test_show_reports_and_export_repairs_outdated_or_damaged_files(
 ) -> None:
     one, two = fill("ab", "")
     to = ("--to", str(home / "by hand"))
-    promote("m", one, "")
+    promote("m", one, reason="")
     call("export", "m", *to)
-    promote("m", two, "")
+    promote("m", two, reason="")
     code, out, _ = call("show", "m", *to)
     assert (code, "serves version 1 or an older configuration; the champion is 2" in out) == (
         1,
@@ -288,7 +292,7 @@ def test_bad_input_prints_one_sentence_and_exits_with_code_2(
     assert_refused("m has no champion in the ledger", "m", "--to", str(home / "t"))
     assert_refused("without '/' and ':'", "a/b", "--to", str(home / "t"))
     assert_refused("--to 'gs://b' cannot be used", "m", "--to", "gs://b")
-    promote("m", publish_version(home, "a").version, "")
+    promote("m", publish_version(home, "a").version, reason="")
     assert_refused("holds the object store", "m", "--to", str(home))
     other_config = home / "t" / "m" / "config.pbtxt"
     other_config.parent.mkdir(parents=True)
@@ -304,7 +308,7 @@ def test_doctor_reports_the_triton_repository(home: Path, monkeypatch: pytest.Mo
 
     assert reported() == ("absent", "RECPRESS_TRITON is not set")
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "triton"))
-    promote("m", publish_version(home, "a").version, "")
+    promote("m", publish_version(home, "a").version, reason="")
     assert reported() == ("ok", f"file://{home}/triton: 1 model(s)")
     monkeypatch.setenv("RECPRESS_TRITON", "gs://b")
     assert reported()[0] == "fault"
