@@ -33,7 +33,8 @@ from tasks.tables import quantize_tables
 ROOT = Path(__file__).parents[2]
 
 
-def tensors() -> dict[str, Tensor]:
+def create_tensors() -> dict[str, Tensor]:
+    """Create two float tables, a dense layer and an integer, the same in every call."""
     torch.manual_seed(0)
     return {
         "user.weight": torch.randn(3000, 16),
@@ -46,7 +47,8 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    save_file(tensors(), tmp_path / "model.safetensors")
+    """A safetensors file with the tensors of ``create_tensors``."""
+    save_file(create_tensors(), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -58,7 +60,7 @@ def test_quantize_encodes_matched_tables_copies_others_and_plans_the_bytes(
 ):
     done = quantize(source, tmp_path / "out", STEP)
     artifact, tables = check(tmp_path / "out")
-    result, original = load_file(tmp_path / "out" / "files" / "model.safetensors"), tensors()
+    result, original = load_file(tmp_path / "out" / "files" / "model.safetensors"), create_tensors()
     for name in ("tower.weight", "tower.bias", "steps"):
         assert torch.equal(result[name], original[name])
     for name, record in tables.modules.items():
@@ -75,7 +77,7 @@ def test_quantize_encodes_matched_tables_copies_others_and_plans_the_bytes(
     assert sum(line.bytes_after for line in lines.values()) == sum(
         tensor.nbytes for tensor in result.values()
     )
-    assert lines["user"].bytes_after == 3000 * (16 + 2)
+    assert lines["user"].bytes_after == 3000 * (16 + 2)  # a row has 16 codes and a float16 scale
     require_reason(lines["tower.weight"].reasons, "not_matched", patterns=("user", "item*"))
     require_reason(lines["steps"].reasons, "not_a_table", shape=(), dtype="int64")
     assert artifact.sha256 == done.sha256
@@ -89,7 +91,8 @@ def test_table_that_would_not_get_smaller_is_copied(tmp_path: Path):
     step = KMeans()
     plan = quantize(tmp_path / "model.safetensors", tmp_path / "out", step).plan
     lines = {line.module: line for line in plan.lines}
-    # With kmeans, a table of one row has 2 bytes of codes, 2 of scale and 64 of codebook.
+    # kmeans stores 4 bits per weight, 2 bytes of scale per row, and a codebook of 64 bytes. So
+    # "one" would have 2 + 2 + 64 bytes, and "half" 40 * (1 + 2) + 64.
     require_reason(lines["one.weight"].reasons, "not_smaller", step="kmeans", bytes=68, present=12)
     require_reason(
         lines["half.weight"].reasons, "not_smaller", step="kmeans", bytes=184, present=160
@@ -101,11 +104,12 @@ def test_table_that_would_not_get_smaller_is_copied(tmp_path: Path):
 
 
 def test_result_does_not_depend_on_blocks_workers_shards_or_storage(source: Path, tmp_path: Path):
+    """The same tensors are read from one file, from two shards, and from an artifact."""
     expected = quantize(source, tmp_path / "whole", STEP)
     for number, (rows, workers) in enumerate([(1, 1), (7, 3), (10**9, 2)]):
         done = quantize(source, tmp_path / f"{number}", STEP, block_rows=rows, workers=workers)
         assert done.sha256 == expected.sha256
-    shards, original = tmp_path / "shards", tensors()
+    shards, original = tmp_path / "shards", create_tensors()
     shards.mkdir()
     save_file({"user.weight": original.pop("user.weight")}, shards / "a.safetensors")
     save_file(original, shards / "b.safetensors")
@@ -134,22 +138,27 @@ def test_quantize_tables_returns_an_artifact_and_refuses_steps_that_need_a_model
 def test_killed_run_is_resumed_without_encoding_finished_blocks_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    save_file({"t.weight": torch.randn(200_000, 32)}, tmp_path / "large.safetensors")
+    rows, dim, block_rows = 200_000, 32, 2000
+    save_file({"t.weight": torch.randn(rows, dim)}, tmp_path / "large.safetensors")
     step = RowwiseInt4(clipping="mse")
-    expected = quantize(tmp_path / "large.safetensors", tmp_path / "whole", step, block_rows=2000)
+    expected = quantize(
+        tmp_path / "large.safetensors", tmp_path / "whole", step, block_rows=block_rows
+    )
     code = (
         "import sys; from pathlib import Path; from tasks.bundles.table_files import quantize;"
         "from compressors.quantize.tables.rowwise_int4 import RowwiseInt4;"
         "quantize(Path(sys.argv[1]), Path(sys.argv[2]), RowwiseInt4(clipping='mse'),"
-        "block_rows=2000)"
+        f"block_rows={block_rows})"
     )
+    # A run writes one line to its journal for each block that is written to the result's file.
     out, journal = tmp_path / "out", tmp_path / ".out.journal"
     command = [sys.executable, "-c", code, str(tmp_path / "large.safetensors"), str(out)]
     with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ)) as process:
-        until = time.monotonic() + 120
+        deadline = time.monotonic() + 120
+        # With more than 12 lines, at least ten of the hundred blocks of rows are written.
         while not (journal.exists() and journal.read_bytes().count(b"\n") > 12):
             assert process.poll() is None, "the process ended before it could be killed"
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
@@ -169,14 +178,17 @@ def test_killed_run_is_resumed_without_encoding_finished_blocks_again(
         tmp_path / "large.safetensors",
         out,
         step,
-        block_rows=2000,
+        block_rows=block_rows,
         progress=lambda read, total: reported_bytes.append(read),
     )
     assert done.sha256 == expected.sha256
-    assert sum(reported_bytes) == 200_000 * 32 * 4
-    # Three lines of the journal are not blocks of rows: its head, the file's header, and tensors of
-    # the whole table.
-    assert sum(encoded_rows) == 200_000 - 2000 * (journal_lines - 3)
+    assert sum(reported_bytes) == rows * dim * 4  # progress includes the blocks written before
+    # Three lines of the journal are not for blocks of rows: its first line identifies the run, one
+    # is for the header of the safetensors file, and one for tensors that do not have a row for
+    # each row of the table, such as a codebook.
+    finished_blocks = journal_lines - 3
+    assert sum(encoded_rows) == rows - block_rows * finished_blocks
+    # No temporary file is left.
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -227,16 +239,16 @@ def test_weight_that_is_not_finite_is_refused_without_a_result(tmp_path: Path):
 
 
 def test_changed_source_is_not_resumed_from_the_journal(source: Path, tmp_path: Path):
-    original = tensors()
+    original = create_tensors()
     original["user.weight"][2999, 3] = float("inf")
     original["user.weight"][0] += 1  # in the first block, which is written before the error
     save_file(original, source)
     with pytest.raises(ModelRefused):
         quantize(source, tmp_path / "out", STEP, block_rows=100, workers=1)
     assert (tmp_path / ".out.journal").exists()
-    save_file(tensors(), source)
-    again = quantize(source, tmp_path / "out", STEP, block_rows=100)
-    assert again.sha256 == quantize(source, tmp_path / "fresh", STEP).sha256
+    save_file(create_tensors(), source)
+    result = quantize(source, tmp_path / "out", STEP, block_rows=100)
+    assert result.sha256 == quantize(source, tmp_path / "fresh", STEP).sha256
 
 
 @pytest.mark.parametrize(
