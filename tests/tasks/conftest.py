@@ -1,6 +1,7 @@
-"""Fixtures for tests that publish: a home (store and registry) for each test.
+"""Fixtures for tests that publish: a home (the folder with store and registry) for each test.
 
-``fill`` copies a home with published orders, which is made once per session.
+``fill`` publishes orders. It copies a home in which they are published, which is created once per
+session.
 """
 
 import shutil
@@ -36,9 +37,9 @@ def triton(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def prepared_home(
     empty_registry: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """A function that returns a home with published orders of the model "m"; results are cached.
+    """A function that creates a home with published orders of the model "m", once per arguments.
 
-    Its arguments are those of ``fill``.
+    Its arguments are those of ``fill``. It returns the parent folder of the home.
     """
     from triton_versions import publish_version
 

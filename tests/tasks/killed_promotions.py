@@ -1,7 +1,7 @@
-"""Kill promotions and rollbacks at every operation, or run several at once. A script.
+"""Script that kills promotions and rollbacks at many operations, or runs several at once.
 
-``python killed_promotions.py HOME`` publishes three orders as versions 1 to 3 and promotes them.
-Then it reads commands from standard input, one per line:
+``python killed_promotions.py HOME`` publishes three orders as versions 1 to 3 of the model "m" and
+promotes them. Then it reads commands from standard input, one per line:
 
 - ``kill COMMAND STEP``: for every STEP-th operation on files or the registry, run COMMAND in a
   process that is killed at this operation, then run it again to its end. COMMAND is ``rollback``,
@@ -38,11 +38,15 @@ from tasks.promotion.promotions import (
 
 HOME = Path(sys.argv[1])
 COPY = HOME / "copy"  # the home before any command
-EMPTY = HOME / "empty" / "registry.db"
+EMPTY_REGISTRY = HOME / "empty" / "registry.db"
 
 
 def run_command(command: str) -> str:
-    """Run a promotion or rollback; return the champion's version and whether it is new."""
+    """Run a command; returns the champion's version, and whether the command added a ledger entry.
+
+    Args:
+        command: ``rollback``, ``from`` or ``promote``, as in the module's docstring.
+    """
     if command == "rollback":
         change = apply_rollback("m", reason="", began=datetime.now(UTC))
     elif command == "from":
@@ -79,10 +83,10 @@ def prepare() -> None:
     """Publish and promote three orders, and copy the home."""
     # Only a fork opens the registry of HOME, since an open database must not be shared with forks.
     # Opening the empty one imports MLflow's modules once for all forks.
-    EMPTY.parent.mkdir()
-    assert Registry(f"sqlite:///{EMPTY}").models() == ()
+    EMPTY_REGISTRY.parent.mkdir()
+    assert Registry(f"sqlite:///{EMPTY_REGISTRY}").models() == ()
     (HOME / "recpress").mkdir()
-    shutil.copy(EMPTY, HOME / "recpress" / "registry.db")
+    shutil.copy(EMPTY_REGISTRY, HOME / "recpress" / "registry.db")
 
     def publish_and_promote() -> None:
         for digit in "abc":
@@ -95,10 +99,18 @@ def prepare() -> None:
 
 
 def kill_at_operations(name: str, step: int) -> None:
-    """Kill a command at every STEP-th operation and at the last ones, and repeat it."""
+    """Kill a command at every STEP-th operation and at the last ones, and repeat it.
+
+    Writes one line per kill: the operation (``at``) of all operations (``of``), whether the process
+    was killed, the result of the repeated command (``again``), and the final state.
+
+    Args:
+        name: the command, with ``+reader`` if another process reads the champion after the kill.
+        step: distance of the operations at which the command is killed.
+    """
     command, _, reader = name.partition("+")
 
-    def count_all() -> int:
+    def count_all_operations() -> int:
         restore_home()
         last_number = [0]
         count_operations(lambda number: last_number.__setitem__(0, number))
@@ -109,9 +121,12 @@ def kill_at_operations(name: str, step: int) -> None:
         result = run_command(command)
         return json.dumps({"again": result} | final_state())
 
-    total = int(run_in_child(count_all)[1])
-    at_end = (3 if name == "rollback" else 1) if step > 100 else 6
-    for number in sorted({*range(1, total + 1, step), *range(total + 1 - at_end, total + 1)}):
+    total = int(run_in_child(count_all_operations)[1])
+    # The last operations update the alias and the Triton repository. A large step is for the
+    # default tier of tests, which has to be fast.
+    last_operations = (3 if name == "rollback" else 1) if step > 100 else 6
+    first_of_last = total + 1 - last_operations
+    for number in sorted({*range(1, total + 1, step), *range(first_of_last, total + 1)}):
         restore_home()
 
         def run_and_kill(number: int = number) -> None:
@@ -130,14 +145,15 @@ def race(command: str, count: int) -> None:
     restore_home()
     if command == "publish":  # these processes also create the registry
         shutil.rmtree(HOME / "recpress")
-    start, begin = os.pipe()
+    # All children wait for this pipe, so that they begin together.
+    start_reader, start_writer = os.pipe()
     children = []
     for number in range(count):
-        reading, writing = os.pipe()
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.close(begin)
-            os.read(start, 1)  # returns when the parent closes its end
+            os.close(start_writer)
+            os.read(start_reader, 1)  # returns when the parent closes its end
             try:
                 if command == "publish":
                     # With other numbers, each process has another release of the same order.
@@ -147,13 +163,13 @@ def race(command: str, count: int) -> None:
                     text = run_command(command)
             except BaseException as fault:
                 text = f"{type(fault).__name__}: {fault}"
-            os.write(writing, text.encode())
+            os.write(writer, text.encode())
             os._exit(0)
-        os.close(writing)
-        children.append((child, reading))
-    os.close(begin)
-    for child, reading in children:
-        with os.fdopen(reading) as pipe:
+        os.close(writer)
+        children.append((child, reader))
+    os.close(start_writer)
+    for child, reader in children:
+        with os.fdopen(reader) as pipe:
             write_line({"result": pipe.read()})
         os.waitpid(child, 0)
 

@@ -1,4 +1,8 @@
-"""Promotion with a lost, restored or changed registry: orders are identified by their digest."""
+"""Promotion with a lost, restored or changed registry: orders are identified by their digest.
+
+The ledger is in the object store, so it remains if the registry is lost. ``triton_versions.py``
+explains how orders are published.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -41,11 +45,11 @@ def lose_registry(
 ) -> Callable[[], None]:
     """A function that replaces the registry by an empty one."""
 
-    def replace() -> None:
+    def use_empty_registry() -> None:
         shutil.copy(empty_registry, home / "other.db")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
 
-    return replace
+    return use_empty_registry
 
 
 def champion_alias() -> str | None:
@@ -102,7 +106,7 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
 ) -> None:
     fill("ab", "ab")
     lose_registry()
-    other = publish_version(home, "c").version  # version 1, as order a was
+    other = publish_version(home, "c").version  # gets number 1, which order "aaa..." had before
     registry().set_alias("m", "champion", other)
     functions: dict[str, Callable[[], Any]] = {
         "report": lambda: version_report("m", "@champion"),
@@ -179,7 +183,7 @@ def test_promote_order_promotes_the_version_with_the_digest(
 
 
 def change_entry(sequence: int, old: str, new: str) -> None:
-    """Replace a text in a ledger entry."""
+    """Replace a text that occurs once in the ledger entry with this number."""
     key = f"ledger/m/{sequence:08d}.json"
     text = store().read(key).decode()
     assert text.count(old) == 1
@@ -208,8 +212,11 @@ def test_ledger_entry_with_a_changed_value_is_refused(
     assert champion_alias() == "2"
 
 
-def without_digests(entries: tuple[Entry, ...]) -> None:
-    """Write ledger entries like an earlier version of recpress, without digests."""
+def write_without_digests(entries: tuple[Entry, ...]) -> None:
+    """Overwrite ledger entries like an earlier version of recpress, without digests.
+
+    The digest of an entry covers its fields and the digest of the entry before it.
+    """
     for entry in entries:
         text = entry.model_dump_json(indent=1, exclude={"digest"})
         store().write(f"ledger/m/{entry.sequence:08d}.json", text.encode())
@@ -218,7 +225,7 @@ def without_digests(entries: tuple[Entry, ...]) -> None:
 def test_ledger_without_digests_is_read_and_continued(home: Path, fill: Fill) -> None:
     fill("ab", "ab")
     rollback("m", reason="")
-    without_digests(Ledger(store(), "m").entries())
+    write_without_digests(Ledger(store(), "m").entries())
     promote("m", publish_version(home, "c").version, reason="")
     entries = Ledger(store(), "m").entries()
     assert [entry.digest is None for entry in entries] == [True, True, True, False]
@@ -232,7 +239,7 @@ def test_ledger_entry_without_its_digest_after_one_with_digest_is_refused(
     home: Path, fill: Fill
 ) -> None:
     fill("ab", "ab")
-    without_digests(Ledger(store(), "m").entries()[1:])
+    write_without_digests(Ledger(store(), "m").entries()[1:])
     with raises_code(ArtifactDamaged, "ledger_digest_missing"):
         Ledger(store(), "m").entries()
 
@@ -244,7 +251,7 @@ def test_ledger_entry_without_digest_of_another_order_is_refused(
     fill("a", "a")
     publish_version(home, "c", outcomes={"onnxruntime": "rejected"})
     (entry,) = Ledger(store(), "m").entries()
-    without_digests((entry.model_copy(update={"order": order}),))
+    write_without_digests((entry.model_copy(update={"order": order}),))
     for use in (lambda: repair("m"), lambda: version_report("m", "@champion")):
         with pytest.raises(Refused) as caught:
             use()
@@ -256,6 +263,14 @@ def test_ledger_entry_without_digest_of_another_order_is_refused(
 
 
 def judgement(limit: str, low: float, outcome: str, *, measured: bool = True) -> Judgement:
+    """Return a judgement whose outcome may contradict its measurement.
+
+    Args:
+        limit: the limit as text.
+        low: lower bound of the measured interval, which is 0.001 wide.
+        outcome: the outcome.
+        measured: whether the judgement has a measurement.
+    """
     estimate = Estimate(point=low + 0.0005, low=low, high=low + 0.001, rows=100)
     return Judgement.model_validate(
         {

@@ -15,7 +15,7 @@ from compressors.errors.metrics import MetricRefused
 from compressors.metrics import judge
 from tasks import measure as measuring
 from tasks.bundles.packing import pack
-from tasks.lower import lower_model
+from tasks.lower import PROBE_ROWS, lower_model
 from tasks.orchestration.documents import Measurement, lowering_of, measurement_of, served_bytes
 from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
@@ -26,7 +26,16 @@ SCORES = {"score_correlation", "mean_score_change", "max_score_change"}
 
 @dataclass(frozen=True)
 class Graphs:
-    """A bundle, its graph and test rows; ``with_itself`` compares the graph with itself."""
+    """A bundle and what is derived from it.
+
+    Attributes:
+        home: folder of the store.
+        bundle: the packed bundle.
+        graph: its graph for ONNX Runtime.
+        test: its prepared test rows.
+        draft: folder with the draft of the bundle.
+        with_itself: measurement of the graph as candidate, with the same graph as baseline.
+    """
 
     home: Path
     bundle: Artifact
@@ -44,7 +53,13 @@ def set_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
 def measure_graph(
     graphs: Graphs, champion: Artifact | None = None, **changes: object
 ) -> Measurement:
-    """Measure a graph as candidate and as baseline; ``changes`` replace arguments of the task."""
+    """Measure the graph as candidate and as baseline.
+
+    Args:
+        graphs: the graph and the data.
+        champion: the champion's graph; None for no champion.
+        changes: arguments of the task ``measure`` to replace.
+    """
     arguments = {
         "target": "onnxruntime",
         "bundle": graphs.bundle,
@@ -75,7 +90,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
 
 
 @pytest.fixture(autouse=True)
-def _here(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def _use_home(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     set_environment(monkeypatch, graphs.home)
 
 
@@ -94,12 +109,13 @@ def test_lowering_describes_the_inputs_and_the_parity_of_its_graph(
     }
     # Nothing is quantized, so only the order of float32 sums differs.
     assert graph.rows_parity.largest < 1e-5
-    assert graph.rows_parity.rows == 2048
+    assert graph.rows_parity.rows == PROBE_ROWS
 
 
 def test_auc_of_the_served_graph_is_the_auc_of_the_module(graphs: Graphs) -> None:
     auc = graphs.with_itself.numbers.of("auc", "absolute")
     assert auc is not None
+    # planted_auc computes the AUC of the draft's network with torch and scikit-learn alone.
     assert auc.point == pytest.approx(planted_auc(graphs.draft), abs=1e-6)
     assert auc.low < auc.point < auc.high
     assert auc.rows == graphs.with_itself.rows == ROWS["test"]
@@ -114,7 +130,8 @@ def test_model_compared_with_itself_differs_only_in_latency(graphs: Graphs) -> N
     for size in usual_batches("ctr"):
         ratio = graphs.with_itself.numbers.of(f"p50_ms@{size}", "baseline")
         assert ratio is not None
-        # Medians of a thousand calls in turn are close together even on a busy machine.
+        # Both are medians of a thousand calls of the same graph, in turn, so they are close
+        # together even on a busy machine.
         assert 0.7 < ratio.point < 1.4, size
 
 
@@ -199,7 +216,7 @@ def test_scores_that_are_not_finite_are_refused_with_their_count_and_first_row(
 
     tensors = load_file(local(graphs.test) / "data.safetensors")
     tensors["user"] = tensors["user"].copy()
-    tensors["user"][[5, 9]] = 3_000
+    tensors["user"][[5, 9]] = 3_000  # the table has 3,000 rows
     folder = tmp_path / "with_wrong_ids"
     folder.mkdir()
     save_file(tensors, folder / "data.safetensors")

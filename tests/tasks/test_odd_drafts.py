@@ -59,21 +59,21 @@ def add_files(folder: Path, section: str, entries: dict[str, str]) -> None:
     (folder / "model.json").write_text(json.dumps(document))
 
 
-# The functions with_..., replace_by... and apply_all return a function that changes a draft.
+# The next functions return a function that changes the draft in a folder.
 
 
 def with_test_data_at(path: str) -> Callable[[Path], None]:
-    """The path of the test split in ``model.json`` is changed."""
+    """Return a change that replaces the path of the test split in ``model.json``."""
     return lambda draft: add_files(draft, "data", {"test": path})
 
 
 def with_vocabulary_at(path: str) -> Callable[[Path], None]:
-    """A vocabulary with this path is added to ``model.json``."""
+    """Return a change that adds a vocabulary with this path to ``model.json``."""
     return lambda draft: add_files(draft, "vocabularies", {"v": path})
 
 
 def replace_by(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
-    """A file is deleted, and ``make`` creates something else in its place."""
+    """Return a change that deletes a file and calls ``make`` with its path."""
 
     def change(draft: Path) -> None:
         (draft / name).unlink(missing_ok=True)
@@ -83,7 +83,11 @@ def replace_by(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]
 
 
 def replace_by_parts(make: Callable[[Path], Any]) -> Callable[[Path], None]:
-    """The test split becomes a folder with a valid part; ``make`` adds something to the folder."""
+    """Return a change that makes the test split a folder with one valid part file.
+
+    Args:
+        make: adds something to the folder; receives its path.
+    """
 
     def change(draft: Path) -> None:
         (draft / "parts").mkdir()
@@ -103,7 +107,7 @@ def link_to_nothing(path: Path) -> None:
 
 
 def apply_all(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
-    """Several changes are made in order."""
+    """Return a change that makes several changes in order."""
 
     def change(draft: Path) -> None:
         for each_change in changes:
@@ -112,9 +116,10 @@ def apply_all(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
     return change
 
 
+# Changes after which a draft cannot be packed.
 UNUSABLE: dict[str, Callable[[Path], Any]] = {
     "a folder named like weights": lambda d: (d / "x.safetensors").mkdir(),
-    "a folder named a bit like weights": lambda d: (d / "x.safetensors.d").mkdir(),
+    "a folder whose name contains that of weights": lambda d: (d / "x.safetensors.d").mkdir(),
     "a folder for the weights": replace_by("model.safetensors", Path.mkdir),
     "a broken link for weights": lambda d: link_to_nothing(d / "x.safetensors"),
     "a link to itself for weights": replace_by("model.safetensors", link_to_itself),
@@ -163,12 +168,12 @@ def test_unusable_file_in_a_draft_is_refused_and_nothing_is_packed(kind: str, dr
     with pytest.raises((BundleRefused, DataRefused, FileRefused, Refused)) as refused:
         pack(draft)
     assert not isinstance(refused.value, SettingRefused)
-    assert "Errno" not in str(refused.value)
+    assert "Errno" not in str(refused.value)  # the message is not that of Python
     assert store().keys("bundles/") == ()
 
 
 def test_folder_of_part_files_is_packed_unchanged(draft: Path) -> None:
-    replace_by_parts(lambda folder: (folder / "notes.txt").write_text("kept too"))(draft)
+    replace_by_parts(lambda folder: (folder / "notes.txt").write_text("not a part"))(draft)
     packed = pack(draft)
     manifest = show("clicks@1")
     reference = manifest.data["test"]
@@ -198,6 +203,7 @@ def unprivileged() -> Iterator[None]:
 def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
     name: str, session_draft: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any
 ) -> None:
+    # pytest's folders are only accessible to their owner, so the unprivileged user needs access.
     top = Path(tmp_path_factory.getbasetemp())
     shared = top / f"unreadable-{name}-{os.getpid()}"
     shared.mkdir()
@@ -218,19 +224,19 @@ def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
     finally:
         (folder / name).chmod(0o755)
     assert Path(name).name in str(refused.value)
-    assert "ermission" in str(refused.value)
+    assert "permission" in str(refused.value).lower()
     assert store().keys("bundles/") == ()
 
 
 # --- limits of the machine --------------------------------------------------------------------
 
 
-# tests/faults/test_full_disk.py has a lower limit in the default tier.
+# Limits in bytes. tests/faults/test_full_disk.py has a lower one in the default tier.
 @pytest.mark.parametrize("limit", [330_000, pytest.param(20_000, marks=pytest.mark.nightly)])
 def test_packing_beyond_the_file_size_limit_fails_without_losing_bundles(
     limit: int, draft: Path, tmp_path: Path
 ) -> None:
-    """With the limits, writes fail in the scratch folder, in the store, or for the record."""
+    """Depending on the limit, a write to the scratch folder, the store or a record fails."""
     before = pack(write_draft(tmp_path / "before", version="0", rows=ROWS, seed=1))
     env = environment(tmp_path)
     packing = subprocess.run(
@@ -301,8 +307,8 @@ def test_os_error_is_translated_with_path_and_remedy(
     assert "/srv/some/file" in str(error)
     assert str(error).rstrip().endswith(".")
     assert isinstance(translate(fault, Path("/srv"), "write"), Refused | InfraError)
-    code = 1 if issubclass(expected, InfraError) else 2
-    assert cli_errors.report(fault) == code
+    exit_code = 1 if issubclass(expected, InfraError) else 2
+    assert cli_errors.report(fault) == exit_code
     assert "Errno" not in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """Damaged records of orders and bundles: they count as absent or are refused, never used.
 
-An order with a damaged record runs again. A bundle with a damaged record is refused.
+An order with a damaged record runs again. A bundle with a damaged record is refused. A record with
+a checksum is "sealed"; those of recpress 0.1.0 are not.
 """
 
 import json
@@ -63,6 +64,7 @@ INVALID_RECORDS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def replace_by_folder(key: str, home: Path) -> Path:
+    """Replace the file of a record by an empty folder, and return its path."""
     path = home / "recpress" / "store" / key
     path.unlink()
     path.mkdir()
@@ -222,7 +224,8 @@ BUNDLE_KEY = bundle_key("clicks", "1")
 def bundle_record_of_0_1_0(packed: Packed) -> bytes:
     """Return a bundle record like recpress 0.1.0 wrote it: absolute URI, no checksum."""
     artifact = packed.artifact.model_dump() | {"uri": store().uri_of(packed.artifact)}
-    return json.dumps({"artifact": artifact, "packed_at": 1764000000.25}).encode()
+    packed_at = 1764000000.25  # seconds since 1970: November 2025
+    return json.dumps({"artifact": artifact, "packed_at": packed_at}).encode()
 
 
 def resolve_or_none() -> Artifact | None:
@@ -278,7 +281,7 @@ def test_packing_again_replaces_a_damaged_bundle_record(
     with raises_code(RecordRefused, "bundle_record_damaged", name="clicks", version="1"):
         resolve("clicks")
     if kind not in {"empty", "deep"}:
-        return  # packing takes a second or two
+        return  # packing takes a second or two, and replaces every damaged record in the same way
     assert pack(tmp_path / "draft") == packed
     assert resolve("clicks@1") == packed.artifact
 
@@ -327,6 +330,7 @@ def test_other_bundle_cannot_replace_a_damaged_record_of_its_version(
     packed: Packed, tmp_path: Path
 ) -> None:
     body = store().read(BUNDLE_KEY)
+    # With a changed field name, the record still contains the hash of its bundle.
     store().write(BUNDLE_KEY, body.replace(b"packed_at", b"packed_ct"))
     other = write_draft(tmp_path / "other", seed=1)
     with raises_code(AlreadyThere, "version_packed", name="clicks", version="1"):

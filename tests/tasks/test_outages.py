@@ -17,6 +17,7 @@ REQUEST = httpx.Request("GET", "http://127.0.0.1/api")
 
 
 def api_fault(status: int) -> httpx.HTTPStatusError:
+    """The exception of Prefect's client for a response with this HTTP status."""
     return httpx.HTTPStatusError(
         "no", request=REQUEST, response=httpx.Response(status, request=REQUEST)
     )
@@ -41,20 +42,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def failing_until(
-    clock: Clock, end: float, fault: Exception, takes: float = 0.0
+def fail_until(
+    clock: Clock, end: float, fault: Exception, seconds_per_call: float = 0.0
 ) -> Callable[[], str]:
-    """Return a function that raises ``fault`` until the time ``end``; each call takes a while.
+    """Return a function that raises ``fault`` until the time ``end``, and then returns "done".
 
     Args:
         clock: the replaced time.
         end: end of the outage, in seconds from the start.
         fault: the exception.
-        takes: duration of each call in seconds.
+        seconds_per_call: duration of each call.
     """
 
     def call() -> str:
-        clock.advance(takes)
+        clock.advance(seconds_per_call)
         if clock.now < end:
             raise fault
         return "done"
@@ -90,30 +91,28 @@ def test_service_of_returns_a_name_only_for_faults_of_unavailable_services(
 def test_wait_out_returns_after_an_outage_shorter_than_the_deadline(
     clock: Clock, seconds: float
 ) -> None:
-    assert (
-        wait_out(
-            failing_until(clock, seconds, errors.RegistryOutage("registry_no_answer", problem="x"))
-        )
-        == "done"
-    )
+    fault = errors.RegistryOutage("registry_no_answer", problem="x")
+    assert wait_out(fail_until(clock, seconds, fault)) == "done"
     assert clock.now <= seconds + max(DELAYS)
 
 
-@pytest.mark.parametrize("takes", [0.0, 20.0, 61.0])
+@pytest.mark.parametrize("seconds_per_call", [0.0, 20.0, 61.0])
 def test_wait_out_raises_the_exception_of_the_call_at_the_deadline(
-    clock: Clock, takes: float
+    clock: Clock, seconds_per_call: float
 ) -> None:
     fault = errors.StoreOutage("store_failed", place="p", problem="x")
     with pytest.raises(errors.StoreOutage) as raised:
-        wait_out(failing_until(clock, float("inf"), fault, takes))
+        wait_out(fail_until(clock, float("inf"), fault, seconds_per_call))
     assert raised.value is fault
     # The last try begins before the deadline and may end after it.
-    assert DEADLINE_SECONDS - max(DELAYS) - takes <= clock.now - takes <= DEADLINE_SECONDS + takes
+    last_try = clock.now - seconds_per_call
+    assert last_try >= DEADLINE_SECONDS - max(DELAYS) - seconds_per_call
+    assert last_try <= DEADLINE_SECONDS + seconds_per_call
 
 
 def test_wait_out_raises_other_faults_at_once(clock: Clock) -> None:
     with pytest.raises(errors.SettingRefused):
-        wait_out(failing_until(clock, 1, errors.SettingRefused("registry_address_malformed")))
+        wait_out(fail_until(clock, 1, errors.SettingRefused("registry_address_malformed")))
     assert clock.now == 0
 
 
@@ -122,7 +121,7 @@ def test_log_names_the_unavailable_service_and_the_deadline(
 ) -> None:
     until = datetime.fromtimestamp(outages.time.time() + DEADLINE_SECONDS).strftime("%H:%M")
     fault = errors.RegistryOutage("registry_no_answer", problem="connection refused")
-    wait_out(failing_until(clock, 30, fault))
+    wait_out(fail_until(clock, 30, fault))
     lines = [record.getMessage() for record in caplog.records]
     retries = [line for line in lines if line != str(fault)]
     assert retries[3] == f"The registry did not respond; trying again in 20 s, until {until}"
@@ -132,28 +131,28 @@ def test_log_names_the_unavailable_service_and_the_deadline(
 def test_deadline_of_a_task_run_begins_at_its_first_fault(
     clock: Clock,
 ) -> None:
-    outages_of_tasks, run = TaskOutages(), uuid4()
+    task_outages, run = TaskOutages(), uuid4()
     fault = errors.RegistryOutage("registry_no_answer", problem="x")
     clock.advance(7_200)  # the duration of a task before its first fault does not matter
-    assert outages_of_tasks.may_try_again(run, fault)
+    assert task_outages.may_try_again(run, fault)
     clock.advance(DEADLINE_SECONDS - 20)
-    assert outages_of_tasks.may_try_again(run, fault)
+    assert task_outages.may_try_again(run, fault)  # the next delay is 5 s
     clock.advance(15)
-    assert not outages_of_tasks.may_try_again(run, fault)
-    assert outages_of_tasks.may_try_again(uuid4(), fault)
-    assert not outages_of_tasks.may_try_again(run, ValueError("x"))
+    assert not task_outages.may_try_again(run, fault)  # the next delay is 10 s
+    assert task_outages.may_try_again(uuid4(), fault)  # another task run has another deadline
+    assert not task_outages.may_try_again(run, ValueError("x"))
 
 
 def test_delays_add_up_to_the_deadline_and_are_within_prefects_limit() -> None:
     assert sum(DELAYS) >= DEADLINE_SECONDS
-    assert policy.TASK_OPTIONS["retries"] == len(DELAYS) <= 50  # Prefect takes no more delays
+    assert policy.TASK_OPTIONS["retries"] == len(DELAYS) <= 50  # Prefect refuses more delays
 
 
 def test_fault_of_a_registry_file_is_no_outage(tmp_path: object) -> None:
-    server_registry = Registry("http://127.0.0.1:9")
+    server_registry = Registry("http://127.0.0.1:9")  # no server uses this port
     with pytest.raises(errors.RegistryOutage):
         server_registry.check()
-    file_registry = Registry(f"sqlite:////proc/recpress/{uuid4()}.db")
+    file_registry = Registry(f"sqlite:////proc/recpress/{uuid4()}.db")  # cannot be created
     with pytest.raises((errors.InfraError, errors.Refused)) as raised:
         file_registry.check()
     assert not isinstance(raised.value, errors.RegistryOutage)

@@ -6,6 +6,7 @@ from tasks.report.cells import largest_first
 
 
 def line(module: str, before: int) -> PlanLine:
+    """A plan line of a table with these original bytes; 0 if a step created the table."""
     return PlanLine(
         module=module,
         role="table",

@@ -1,4 +1,9 @@
-"""Publish versions of a model "m" without running orders, for tests of promotion."""
+"""Publish versions of a model "m" without running orders, for tests of promotion.
+
+Digests of orders are one repeated hexadecimal digit. Tests publish most orders with the fixture
+``fill`` of ``conftest.py``: ``fill("ab", "a")`` publishes the orders "aaa..." and "bbb..." as
+versions 1 and 2, promotes the first, and returns ``("1", "2")``.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
