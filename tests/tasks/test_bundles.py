@@ -40,6 +40,7 @@ def change_draft(draft: Path, **fields: object) -> None:
 
 
 def bundle_keys() -> tuple[str, ...]:
+    """Return the keys of all bundle records in the store."""
     return store().keys("bundles")
 
 
@@ -104,7 +105,7 @@ def test_editing_the_draft_in_place_does_not_change_the_packed_bundle(
     """Packing uses hard links as temporary files; the store must not have them."""
     pack(draft)
     with (draft / "model.safetensors").open("r+b") as file:
-        file.seek(-4, 2)
+        file.seek(-4, 2)  # the last four bytes of the weights
         file.write(b"\1\2\3\4")
     check("clicks@1")
 
@@ -157,7 +158,7 @@ def test_architecture_outside_the_allow_list_is_refused(
 def test_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path) -> None:
     table = pq.read_table(draft / "test.parquet")
     users = table["user"].to_pylist()
-    users[17] = 3_000
+    users[17] = 3_000  # ids are 0 to 2,999
     at = table.column_names.index("user")
     pq.write_table(table.set_column(at, "user", pa.array(users)), draft / "test.parquet")
     with raises_code(
@@ -256,6 +257,7 @@ def test_find_bundle_returns_facts_and_a_digest_that_changes_with_the_architectu
 
 @pytest.fixture
 def towers(draft: Path, tmp_path: Path) -> Path:
+    """The draft of a retrieval model with a query tower and an item tower."""
     return write_retrieval_draft(tmp_path / "towers")
 
 
@@ -267,12 +269,14 @@ def test_retrieval_model_is_packed_with_its_catalogue(towers: Path) -> None:
 
 
 def change_config(draft: Path, **config: object) -> None:
+    """Replace arguments of the model's class."""
     network = json.loads((draft / "model.json").read_text())["network"]
     network["architecture"]["config"] |= config
     change_draft(draft, network=network)
 
 
 def change_signature(draft: Path, **changes: object) -> None:
+    """Replace fields of the signature."""
     change_draft(draft, signature=SIGNATURE | changes)
 
 
@@ -295,8 +299,8 @@ def test_tower_that_cannot_be_called_is_refused(query: str, towers: Path) -> Non
 
 
 def test_tower_that_needs_other_inputs_is_refused(towers: Path) -> None:
-    linear = {"module": "of_item.out"}  # a layer, which does not accept the tower's inputs
-    changed = SIGNATURE["towers"] | {"item": SIGNATURE["towers"]["item"] | linear}
+    layer = {"module": "of_item.out"}  # a dense layer, which does not accept the tower's inputs
+    changed = SIGNATURE["towers"] | {"item": SIGNATURE["towers"]["item"] | layer}
     change_signature(towers, towers=changed)
     with raises_code(ModelRefused, "tower_fails", tower="item", module="of_item.out"):
         pack(towers)

@@ -1,4 +1,7 @@
-"""The code digest of a task covers the sources that the task imports, and no others."""
+"""The code digest of a task covers the sources that the task imports, and no others.
+
+The digest is part of the key under which the result of a task is cached.
+"""
 
 import inspect
 import json
@@ -10,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from compressors.contracts import TARGETS
-from tasks import build, compress, gate, lower, measure, publish, rank, stages, tables, validate
+from tasks import build, compress, gate, lower, measure, publish, rank, stages, validate
 from tasks.orchestration import code_digest as digest_module
 from tasks.orchestration.code_digest import ROOT, code_digest, imported_sources
 
+# Prints, for each module in the arguments, the files of the project that importing it loads.
 PRINT_LOADED_FILES = """
 import json, os, sys
 import onnx, onnxscript, pandas, prefect, scipy.optimize, torch  # slow, so before the forks
@@ -41,8 +45,8 @@ def source_names(function: object) -> set[str]:
 
 def test_imported_sources_contain_every_module_that_importing_a_task_loads():
     """The reference is the list of modules that Python loads, in one process per task."""
-    modules = [compress, publish]
-    names = [module.__name__ for module in modules]
+    tasks = [compress.compress, publish.publish]
+    names = [task.fn.__module__ for task in tasks]
     process = subprocess.run(
         [sys.executable, "-c", PRINT_LOADED_FILES, *names],
         cwd=ROOT,
@@ -51,19 +55,10 @@ def test_imported_sources_contain_every_module_that_importing_a_task_loads():
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     lines = process.stdout.decode().splitlines()
-    for module, line in zip(modules, lines, strict=True):
+    for task, line in zip(tasks, lines, strict=True):
         loaded = {Path(file).relative_to(ROOT).as_posix() for file in json.loads(line) if file}
-        assert len(loaded) > 20
-        assert loaded <= source_names(inspect.unwrap(_task(module).fn))
-
-
-def _task(module):
-    return {
-        compress: compress.compress,
-        gate: gate.gate,
-        publish: publish.publish,
-        tables: tables.quantize_tables,
-    }[module]
+        assert len(loaded) > 20  # otherwise the child process did not list them
+        assert loaded <= source_names(inspect.unwrap(task.fn))
 
 
 def test_imported_sources_exclude_flows_and_modules_that_are_not_imported():
@@ -115,7 +110,7 @@ def test_imported_sources_contain_templates_only_of_rendered_pages():
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """The root of a small project whose task imports directly, indirectly, and in a function."""
+    """The root of a small project whose task has direct, indirect and function-level imports."""
     texts = {
         "tasks/__init__.py": "",
         "tasks/work.py": "from compressors import direct\nimport infra.inside.leaf\n"

@@ -1,7 +1,7 @@
 """Compression of a table of 17 GB with little memory, and with offsets beyond 32 bits.
 
-The source is a sparse file: only rows near such borders are written, the others read as zeros and
-take no space on disk.
+The source is a sparse file: only the rows next to borders (``BORDERS``) are written. The others
+read as zeros and take no space on disk.
 """
 
 import json
@@ -21,17 +21,17 @@ ROOT = Path(__file__).parents[2]
 DIM = 64
 ROWS = 2**32 // DIM + 70_000  # 17.2 GB of float32, 4.3 GB of codes
 BLOCK_ROWS = 50_000
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 8 * 2**20  # the result is hashed in chunks of this size
 
-# Rows at which a number exceeds 31 or 32 bits (elements, which are also bytes of codes), 31 to 34
-# bits (bytes that are read), or at which the first or last block ends.
+# Rows at which an offset exceeds 31 or 32 bits (in elements of the table, which are also bytes of
+# int8 codes), or 31 to 34 bits (in bytes of float32), or at which the first or last block ends.
 BORDERS = (
     *(2**power // DIM for power in (31, 32)),
     *(2**power // (4 * DIM) for power in (31, 32, 33, 34)),
     *(BLOCK_ROWS * block for block in (1, ROWS // BLOCK_ROWS)),
 )
-MAX_GROWTH = 256 * 2**20
-MAX_DATA_BYTES = 3 * 2**29  # 1.5 GB, the limit of the process
+MAX_GROWTH_BYTES = 256 * 2**20  # of resident memory during quantization
+MAX_DATA_BYTES = 3 * 2**29  # 1.5 GB of private memory that the process may allocate
 
 # Prints the resident memory before quantization, and its maximum.
 CODE = """
@@ -54,7 +54,7 @@ print(json.dumps([before, status_bytes("VmHWM")]))
 
 
 def rows_at_borders(header: int) -> list[int]:
-    """Return the rows next to every border, and next to the ends of chunks of the result there.
+    """Return the rows next to every border, and next to the end of the result's chunk there.
 
     Args:
         header: bytes before the codes in the result's file.
@@ -107,7 +107,7 @@ def test_quantize_of_a_17_gb_table_is_correct_at_32_bit_borders_in_flat_memory(t
         assert process.returncode == 0, process.stderr
         before, highest = json.loads(process.stdout)
         print(f"{before / 2**20:.0f} MiB before, {highest / 2**20:.0f} MiB at most")  # noqa: T201
-        assert highest - before <= MAX_GROWTH
+        assert highest - before <= MAX_GROWTH_BYTES
         with safe_open(into / "files" / "model.safetensors", framework="pt") as opened:
             scale = opened.get_tensor("t.scale")
             assert scale.shape == (ROWS, 1)

@@ -29,7 +29,7 @@ from tasks.orchestration.workspace import local, store
 from tasks.validate import validate
 
 # ClickNet of draft_network.py with code at the end of its constructor and another returned score.
-NETWORK = """
+CHANGED_NETWORK = """
 import copy
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def changed_draft(
+def write_changed_draft(
     home: Path, monkeypatch: pytest.MonkeyPatch, *, init: str = "pass", score: str = "score"
 ) -> Path:
     """Write a draft whose class is ``ClickNet`` with changes.
@@ -66,7 +66,7 @@ def changed_draft(
     """
     name = f"changed_{home.name}_{abs(hash((init, score)))}".replace("-", "_")
     lines = "\n".join(f"        {line}" for line in init.splitlines())
-    (home / f"{name}.py").write_text(NETWORK.format(init=lines, score=score))
+    (home / f"{name}.py").write_text(CHANGED_NETWORK.format(init=lines, score=score))
     monkeypatch.syspath_prepend(str(home))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", name)
     return write_draft(home / "draft", network=f"{name}:ChangedClickNet")
@@ -80,7 +80,8 @@ def change_output(draft: Path, **fields: object) -> None:
     path.write_text(json.dumps(document))
 
 
-def relabel(draft: Path, split: str, labels: list[int]) -> None:
+def replace_labels(draft: Path, split: str, labels: list[int]) -> None:
+    """Replace the labels of all rows of a split."""
     path = draft / f"{split}.parquet"
     table = pq.read_table(path)
     at = table.column_names.index("label")
@@ -93,7 +94,11 @@ def labels_of(draft: Path, split: str) -> list[int]:
 
 
 def pack_without_checks(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Pack a draft like an earlier version of recpress, which had none of these checks."""
+    """Pack a draft like an earlier version of recpress, which had none of these checks.
+
+    Returns:
+        The URI of the bundle's artifact.
+    """
     with monkeypatch.context() as patch:
         patch.setattr("tasks.bundles.packing.require_sound", lambda *_, **__: ())
         patch.setattr(
@@ -119,7 +124,7 @@ def pack_without_checks(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_class_that_moves_or_copies_its_weights_is_packed_without_a_note(
     home: Path, monkeypatch: pytest.MonkeyPatch, init: str
 ) -> None:
-    packed = pack(changed_draft(home, monkeypatch, init=init))
+    packed = pack(write_changed_draft(home, monkeypatch, init=init))
     assert packed.notes == packed.warnings == ()
     assert "notes" not in json.loads((local(packed.artifact) / MANIFEST).read_text())
 
@@ -135,7 +140,7 @@ def test_class_that_moves_or_copies_its_weights_is_packed_without_a_note(
 def test_class_that_needs_a_gpu_or_all_weights_in_memory_is_packed_with_a_note(
     home: Path, monkeypatch: pytest.MonkeyPatch, init: str, words: list[str]
 ) -> None:
-    packed = pack(changed_draft(home, monkeypatch, init=init))
+    packed = pack(write_changed_draft(home, monkeypatch, init=init))
     assert show("clicks").notes == packed.notes == examine("clicks").manifest.notes
     (note,) = packed.notes
     assert all(word in note for word in words)
@@ -146,22 +151,23 @@ def test_class_that_needs_a_gpu_or_all_weights_in_memory_is_packed_with_a_note(
 def test_random_attribute_that_changes_scores_is_refused_by_name(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Two loads of the bundle have different scores.
     init, score = "self.noise = torch.randn(1)", "score + self.noise"
     with raises_code(ModelRefused, "loads_differ", names=("noise",)):
-        pack(changed_draft(home, monkeypatch, init=init, score=score))
+        pack(write_changed_draft(home, monkeypatch, init=init, score=score))
 
 
 def test_random_attribute_that_changes_no_score_is_accepted(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init = "import time\nself.noise = torch.randn(1)\nself.begun = time.time()"
-    pack(changed_draft(home, monkeypatch, init=init))
+    pack(write_changed_draft(home, monkeypatch, init=init))
 
 
 def test_dropout_in_evaluation_mode_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score = "nn.functional.dropout(score, 0.5)"
     with raises_code(ModelRefused, "calls_differ"):
-        pack(changed_draft(home, monkeypatch, score=score))
+        pack(write_changed_draft(home, monkeypatch, score=score))
 
 
 def test_class_that_raises_in_its_constructor_is_refused_with_its_message(
@@ -169,7 +175,7 @@ def test_class_that_raises_in_its_constructor_is_refused_with_its_message(
 ) -> None:
     init = 'raise ValueError("an odd number of fields")'
     with raises_code(ModelRefused, "construction_failed") as refused:
-        pack(changed_draft(home, monkeypatch, init=init))
+        pack(write_changed_draft(home, monkeypatch, init=init))
     assert "an odd number of fields" in refused.value.fields["problem"]
     assert "keyword arguments" not in refused.value.fields["problem"]
 
@@ -246,7 +252,7 @@ def test_limit_is_accepted_if_and_only_if_its_metric_is_measured(
 @pytest.mark.parametrize("value", [0, 1])
 def test_split_with_equal_labels_is_refused(home: Path, split: str, value: int) -> None:
     draft = write_draft(home / "draft")
-    relabel(draft, split, [value] * len(labels_of(draft, split)))
+    replace_labels(draft, split, [value] * len(labels_of(draft, split)))
     with raises_code(
         DataRefused, "not_measurable", problems=HasReason("labels_equal", split=split, label=value)
     ):
@@ -257,7 +263,7 @@ def test_split_with_equal_labels_is_refused(home: Path, split: str, value: int) 
 def test_groups_with_equal_labels_are_refused(home: Path) -> None:
     draft = write_draft(home / "draft", task="ranking")
     queries = pq.read_table(draft / "test.parquet")["query"].to_pylist()
-    relabel(draft, "test", [query % 2 for query in queries])
+    replace_labels(draft, "test", [query % 2 for query in queries])
     with raises_code(
         DataRefused,
         "not_measurable",
@@ -269,7 +275,7 @@ def test_groups_with_equal_labels_are_refused(home: Path) -> None:
 def test_probability_declared_as_logit_is_refused_with_the_right_form(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft = changed_draft(home, monkeypatch, score="torch.sigmoid(score)")
+    draft = write_changed_draft(home, monkeypatch, score="torch.sigmoid(score)")
     with raises_code(
         DataRefused,
         "not_measurable",
@@ -305,7 +311,7 @@ def test_model_worse_than_the_base_rate_is_packed_with_warnings(
 def test_validation_warns_about_a_stored_bundle_with_a_wrong_output_form(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    draft = changed_draft(home, monkeypatch, score="torch.sigmoid(score)")
+    draft = write_changed_draft(home, monkeypatch, score="torch.sigmoid(score)")
     pack_without_checks(draft, monkeypatch)
     packed = find_bundle("clicks").artifact
     from infra.data.checks import Rules

@@ -1,4 +1,7 @@
-"""Parity failures between a module and its graph: the row, both scores, the differing tensor."""
+"""Parity failures: a graph whose scores differ from those of the module it was exported from.
+
+The error contains the row, both scores, and the first tensor of the graph that differs.
+"""
 
 import copy
 from collections.abc import Callable
@@ -51,10 +54,10 @@ MEAN_SIGNATURE = Signature(
 
 @pytest.fixture(scope="module")
 def mean_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName], Graph]:
-    """The graph of ``MaskedMeanNet`` for a target, exported once."""
+    """A function that exports ``MaskedMeanNet`` for a target, once per target."""
 
     @cache
-    def exported(target: TargetName) -> Graph:
+    def export(target: TargetName) -> Graph:
         model = Reference(MaskedMeanNet, MEAN_SIGNATURE).model()
         path = tmp_path_factory.mktemp("mean") / "model.onnx"
         return Graph(
@@ -65,7 +68,7 @@ def mean_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName
             target,
         )
 
-    return exported
+    return export
 
 
 class CrossNet(nn.Module):
@@ -91,8 +94,14 @@ CROSS_SIGNATURE = MEAN_SIGNATURE.model_copy(
 )
 
 
-def quantized_graph(kinds: tuple[str, ...], target: TargetName, folder: Path) -> Graph:
-    """``CrossNet`` after steps of these kinds."""
+def export_quantized(kinds: tuple[str, ...], target: TargetName, folder: Path) -> Graph:
+    """Apply steps of these kinds to ``CrossNet``, and export the result.
+
+    Args:
+        kinds: kinds of steps, which have their default settings.
+        target: the target of the graph.
+        folder: folder for the graph and the models.
+    """
     reference = Reference(CrossNet, CROSS_SIGNATURE)
     model, bench = reference.model(), reference.bench(folder / "data")
     methods = {method.model_fields["kind"].default: method for method in METHODS}
@@ -108,7 +117,7 @@ def quantized_graph(kinds: tuple[str, ...], target: TargetName, folder: Path) ->
     )
 
 
-def with_changed_tensors(lowered: Graph, folder: Path, **values: NDArray[np.generic]) -> Path:
+def write_changed_graph(lowered: Graph, folder: Path, **values: NDArray[np.generic]) -> Path:
     """Write a copy of a graph with other values of some stored tensors, and return its path."""
     model = onnx.load(lowered.path)
     initializers = {item.name: item for item in model.graph.initializer}
@@ -119,7 +128,9 @@ def with_changed_tensors(lowered: Graph, folder: Path, **values: NDArray[np.gene
 
 
 def stored_tensors(lowered: Graph) -> dict[str, NDArray[np.generic]]:
-    return {i.name: numpy_helper.to_array(i) for i in onnx.load(lowered.path).graph.initializer}
+    """Return the stored tensors of a graph by name."""
+    initializers = onnx.load(lowered.path).graph.initializer
+    return {item.name: numpy_helper.to_array(item) for item in initializers}
 
 
 def parity_failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> ParityFailure:
@@ -137,7 +148,7 @@ def parity_failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> Par
             lowered.lowered,
             plan,
             target,
-            65_536,
+            65_536,  # the largest batch
             runnable,
             Session(runnable, 1),
         )
@@ -153,9 +164,9 @@ def test_missing_epsilon_is_reported_at_its_addition_with_the_failing_row(
     lowered = mean_graph(target)
     tensors = stored_tensors(lowered)
     (epsilon,) = [n for n, v in tensors.items() if v.shape == () and 0 < abs(float(v)) < 1e-8]
-    path = with_changed_tensors(lowered, tmp_path, **{epsilon: np.array(0, np.float32)})
+    path = write_changed_graph(lowered, tmp_path, **{epsilon: np.array(0, np.float32)})
     inputs = {"items": torch.randint(1, 30, (20, 5))}
-    inputs["items"][13] = 0
+    inputs["items"][13] = 0  # a list of padding only, so the graph divides 0 by 0
     failure = parity_failure(lowered, path, inputs)
     assert (failure.code, failure.row, failure.inputs) == (
         "parity_nan",
@@ -189,7 +200,7 @@ def test_missing_epsilon_is_reported_at_its_addition_with_the_failing_row(
 def test_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_path):
     lowered = mean_graph(target)
     name = f"model.{layer}.bias"
-    path = with_changed_tensors(
+    path = write_changed_graph(
         lowered, tmp_path, **{name: stored_tensors(lowered)[name] + np.float32(3)}
     )
     failure = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
@@ -216,12 +227,12 @@ def test_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_path
     ],
 )
 def test_wrong_quantized_tensor_is_reported_at_its_module(kinds, module, target, tmp_path):
-    lowered = quantized_graph(kinds, target, tmp_path)
+    lowered = export_quantized(kinds, target, tmp_path)
     tensors = stored_tensors(lowered)
-    of_module = [name for name in tensors if f"model.{module}." in name]
-    name = next(n for n in of_module if n.endswith(("scale", "weight")))
+    names_of_module = [name for name in tensors if f"model.{module}." in name]
+    name = next(name for name in names_of_module if name.endswith(("scale", "weight")))
     wrong = (tensors[name] * 4).astype(tensors[name].dtype)
-    path = with_changed_tensors(lowered, tmp_path, **{name: wrong})
+    path = write_changed_graph(lowered, tmp_path, **{name: wrong})
     failure = parity_failure(lowered, path, lowered.rows(40))
     assert failure.tensor is not None
     assert failure.tensor.is_clear
@@ -251,8 +262,8 @@ def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path)
 
     model = Reference(BatchCentredNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    done = lower(model.module, only_graph(MEAN_SIGNATURE), "onnxruntime", path)
-    check = GraphCheck(model.module, done, None, "onnxruntime", 64, path, Session(path, 1))
+    lowered = lower(model.module, only_graph(MEAN_SIGNATURE), "onnxruntime", path)
+    check = GraphCheck(model.module, lowered, None, "onnxruntime", 64, path, Session(path, 1))
     inputs = {"items": torch.randint(1, 30, (20, 5))}
     parity, expected = check.parity(inputs, "the data")
     with pytest.raises(ParityLost) as raised:
@@ -269,9 +280,9 @@ def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
 
     model = Reference(ExportDependentNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    done = lower(model.module, only_graph(MEAN_SIGNATURE), "onnxruntime", path)
-    lowered = Graph(model, done, MEAN_SIGNATURE, path)
-    failure = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
+    lowered = lower(model.module, only_graph(MEAN_SIGNATURE), "onnxruntime", path)
+    graph = Graph(model, lowered, MEAN_SIGNATURE, path)
+    failure = parity_failure(graph, path, {"items": torch.randint(1, 30, (20, 5))})
     assert failure.is_exported_wrong
     assert failure.tensor is None
     assert "torch.export traced" in str(failure)
@@ -280,7 +291,8 @@ def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
 def test_row_that_the_runtime_refuses_is_reported(mean_graph, tmp_path):
     lowered = mean_graph("onnxruntime")
     table = stored_tensors(lowered)["model.items.weight"]
-    path = with_changed_tensors(lowered, tmp_path, **{"model.items.weight": table[:20]})
+    # The graph's table has 20 of the 30 rows, and id 25 is in one row of the batch.
+    path = write_changed_graph(lowered, tmp_path, **{"model.items.weight": table[:20]})
     inputs = {"items": torch.randint(1, 20, (9, 5))}
     inputs["items"][6, 2] = 25
     failure = parity_failure(lowered, path, inputs)

@@ -26,7 +26,7 @@ from infra import errors
 from tasks import compress, tables
 from tasks.orchestration import policy
 
-ARTIFACT = Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1)
+ARTIFACT = Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1)  # is not read
 
 
 def all_tasks() -> list[Task[..., Any]]:
@@ -43,11 +43,14 @@ def all_tasks() -> list[Task[..., Any]]:
 ALL_TASKS = all_tasks()
 
 
-def with_subclasses(of: type[Exception]) -> list[type[Exception]]:
-    return [of, *(kind for sub in of.__subclasses__() for kind in with_subclasses(sub))]
+def with_subclasses(kind: type[Exception]) -> list[type[Exception]]:
+    """Return a class and all its direct and indirect subclasses."""
+    subclasses = [item for sub in kind.__subclasses__() for item in with_subclasses(sub)]
+    return [kind, *subclasses]
 
 
 def is_retried(fault: BaseException, run_count: int = 1) -> bool:
+    """Return whether Prefect retries a task run after its ``run_count``-th failure."""
     state: State[Any] = Failed(data=fault, message=str(fault))
     run = TaskRun.model_construct(id=uuid4(), run_count=run_count)
     return policy.should_retry(cast("Any", None), run, state)
@@ -111,24 +114,26 @@ def test_tasks_of_every_declaring_module_are_checked() -> None:
         for path in folder.rglob("*.py")
         if re.search(r"^@task\b", path.read_text(), re.MULTILINE)
     }
-    assert {ours.fn.__module__ for ours in ALL_TASKS} == declaring
+    assert {prefect_task.fn.__module__ for prefect_task in ALL_TASKS} == declaring
     assert tables.quantize_tables in ALL_TASKS
 
 
-@pytest.mark.parametrize("ours", [*ALL_TASKS, compress_flow], ids=lambda ours: ours.name)
-def test_prefect_stores_no_result_of_a_task_or_flow(ours: Any) -> None:
-    assert ours.persist_result is False
-    assert isinstance(ours.result_storage, policy.NoResultStorage)
-    assert ours.result_serializer == "json"
+@pytest.mark.parametrize(
+    "prefect_task", [*ALL_TASKS, compress_flow], ids=lambda prefect_task: prefect_task.name
+)
+def test_prefect_stores_no_result_of_a_task_or_flow(prefect_task: Any) -> None:
+    assert prefect_task.persist_result is False
+    assert isinstance(prefect_task.result_storage, policy.NoResultStorage)
+    assert prefect_task.result_serializer == "json"
 
 
-@pytest.mark.parametrize("ours", ALL_TASKS, ids=lambda ours: ours.name)
-def test_every_task_has_our_retry_condition_and_no_prefect_cache(ours: Any) -> None:
-    assert ours.cache_policy is NO_CACHE
-    assert ours.cache_key_fn is None
-    assert ours.retry_condition_fn is policy.should_retry
-    assert ours.retries >= 1
-    assert "return" in get_type_hints(ours.fn)  # records are validated by it
+@pytest.mark.parametrize("prefect_task", ALL_TASKS, ids=lambda prefect_task: prefect_task.name)
+def test_every_task_has_our_retry_condition_and_no_prefect_cache(prefect_task: Any) -> None:
+    assert prefect_task.cache_policy is NO_CACHE
+    assert prefect_task.cache_key_fn is None
+    assert prefect_task.retry_condition_fn is policy.should_retry
+    assert prefect_task.retries >= 1
+    assert "return" in get_type_hints(prefect_task.fn)  # records are validated by it
 
 
 def test_no_result_storage_stores_nothing() -> None:
@@ -170,8 +175,11 @@ def test_local_result_never_reads_the_location_named_by_a_state_of_the_api(
 # --- keys ------------------------------------------------------------------------------------
 
 
-def content_key(of: Any = tables.quantize_tables, code: str = "c", /, **arguments: Any) -> str:
-    return policy.content_key(of, code, arguments)
+def content_key(
+    prefect_task: Any = tables.quantize_tables, code: str = "c", /, **arguments: Any
+) -> str:
+    """Return the cache key of a task's result for these arguments."""
+    return policy.content_key(prefect_task, code, arguments)
 
 
 def test_content_key_depends_on_code_and_every_argument_but_not_their_order() -> None:

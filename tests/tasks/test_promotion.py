@@ -1,4 +1,7 @@
-"""Promotion, rollback and fetch: the ledger, the registry's alias, and refused versions."""
+"""Promotion, rollback and fetch: the ledger, the registry's alias, and refused versions.
+
+``triton_versions.py`` explains how orders are published, also with the fixture ``fill``.
+"""
 
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from tasks.promotion.promotions import (
 
 
 def aliases(model: str = "m") -> dict[str, str]:
+    """Return the version number of each alias of a model."""
     return {alias: item.version for item in registry().versions(model) for alias in item.aliases}
 
 
@@ -57,7 +61,7 @@ def test_finished_order_is_found_until_its_files_are_missing(home: Path) -> None
     assert find_finished_order("a" * 64) is None
 
 
-def test_still_published_raises_if_registry_or_store_lost_the_result(
+def test_require_published_raises_if_registry_or_store_lost_the_result(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = publish_version(home, "a")
@@ -187,9 +191,9 @@ def test_target_without_acceptance_is_fetched_only_with_its_option(
 ) -> None:
     version = publish_version(home, "a", outcomes={"onnxruntime": outcome}).version
     into = home / "out"
-    other = {"unmeasured": "unaccepted", "unaccepted": "unmeasured"}[option]
+    other_option = {"unmeasured": "unaccepted", "unaccepted": "unmeasured"}[option]
     code = "target_unmeasured" if option == "unmeasured" else "target_not_accepted"
-    for options in ({}, {other: True}):
+    for options in ({}, {other_option: True}):
         with raises_code(PromotionRefused, code, version=version) as caught:
             fetch("m", version, "onnxruntime", into, **options)
         assert f"--{option}" in str(caught.value)

@@ -1,4 +1,7 @@
-"""Registry versions with unexpected tags, sources or reports: listed with a note, never used."""
+"""Registry versions with unexpected tags, sources or reports: listed with a note, never used.
+
+Every user with write access to the registry can create such versions.
+"""
 
 import json
 from pathlib import Path
@@ -24,11 +27,13 @@ from tasks.promotion.promotions import fetch, promote, version_report
 from tasks.promotion.registry_listing import list_versions
 
 ORDER = "b" * 64
+# Control sequences of terminals, a reversed reading direction, a line end and markup of rich.
 ESCAPES = "\x1b[31mPWN\x1b]0;t\x07\x9b1m\u202egpj\r\n[red]x[/y]"
 
 
 @pytest.fixture
 def accepted(fill: Fill) -> Finished:
+    """The result of an accepted order that recpress has published."""
     fill("a", "")
     result = find_finished_order("a" * 64)
     assert result is not None
@@ -51,7 +56,8 @@ TAGS = {
     "recpress.outcome": "accepted",
     "recpress.bundle": "m@1",
 }
-# Source (None for a valid one), changed tags (None for removed) and a part of the expected note.
+# For each version: its source (None for a valid one), changes of TAGS (None removes a tag), and a
+# part of the expected note.
 UNEXPECTED: dict[str, tuple[str | None, dict[str, str | None], str]] = {
     "no recipe": (None, {"recpress.recipe": None}, "recpress.recipe is not a list of steps"),
     "recipe not JSON": (None, {"recpress.recipe": "{"}, "not a list of steps"),
@@ -80,8 +86,8 @@ UNEXPECTED: dict[str, tuple[str | None, dict[str, str | None], str]] = {
 
 
 # The same code reads all invalid recipes, so the default tier has two of them.
-RECIPES = [kind for kind in UNEXPECTED if kind.startswith("recipe ")]
-NIGHTLY = set(RECIPES) - {"recipe no kind", "recipe deep"}
+NIGHTLY = {kind for kind in UNEXPECTED if kind.startswith("recipe ")}
+NIGHTLY -= {"recipe no kind", "recipe deep"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Interrupted, repeated and concurrent promotions and rollbacks: each has its effect once."""
+"""Interrupted, repeated and concurrent promotions and rollbacks: each has its effect once.
+
+``triton_versions.py`` explains how orders are published with the fixture ``fill``.
+"""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -25,7 +28,7 @@ from tasks.promotion.promotions import (
 
 
 class Interrupted(Exception):
-    """Stands for the end of the process."""
+    """Raised where the process is assumed to end."""
 
 
 @pytest.fixture
@@ -35,11 +38,12 @@ def three_champions(fill: Fill) -> None:
 
 
 def ledger_versions() -> list[str]:
+    """Return the version number of every ledger entry, in order."""
     return [entry.version for entry in Ledger(store(), "m").entries()]
 
 
 def interrupt_rollback_at(method: str) -> None:
-    """Roll back, and end before the first call of this method of the registry."""
+    """Roll back, and raise ``Interrupted`` at the first call of this method of the registry."""
 
     def interrupt(*_: object) -> None:
         raise Interrupted
@@ -158,8 +162,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SendCommand]:
         yield send
 
 
-# A kill takes half a second to a second. The default tier kills two commands at every 150th
-# operation and at the last ones, which update the alias and the Triton repository.
+# Commands of killed_promotions.py. A kill takes half a second to a second. The default tier kills
+# two commands at every 150th operation and at the last ones, which update the alias and the Triton
+# repository.
 COMMANDS = ("rollback", "rollback+reader", "from", "promote")
 KILL_RUNS = [
     pytest.param("1", COMMANDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),

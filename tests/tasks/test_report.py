@@ -1,4 +1,7 @@
-"""The report as a table and as Markdown."""
+"""The report of an order as a table and as Markdown.
+
+The reports are those of ``reports.py``, whose numbers are invented.
+"""
 
 from pathlib import Path
 
@@ -21,25 +24,27 @@ OUTCOMES: dict[TargetName, Outcome] = {
 
 @pytest.fixture
 def order_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+    """A report with one measured and one unmeasured target."""
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     return report(tmp_path, "a" * 64, OUTCOMES)
 
 
-def row(order_report: Report, what: str) -> dict[str, str]:
+def find_row(order_report: Report, what: str) -> dict[str, str]:
+    """Return the row of ``number_rows`` with this text in its first column."""
     return next(line for line in number_rows(order_report) if line["what"] == what)
 
 
 def test_number_rows_have_measurements_and_a_dash_for_unmeasured_targets(
     order_report: Report,
 ) -> None:
-    assert row(order_report, "AUC") == {
+    assert find_row(order_report, "AUC") == {
         "what": "AUC",
         "before": "0.75050",
         "onnxruntime": "0.75000",
         "tensorrt-rtx": "-",
         "change": "-0.00050 [-0.00170, +0.00070]",
     }
-    assert row(order_report, "p99 ms, batch 64") == {
+    assert find_row(order_report, "p99 ms, batch 64") == {
         "what": "p99 ms, batch 64",
         "before": "0.625",
         "onnxruntime": "0.500",
@@ -49,9 +54,9 @@ def test_number_rows_have_measurements_and_a_dash_for_unmeasured_targets(
 
 
 def test_number_rows_have_served_bytes_and_bytes_of_weights(order_report: Report) -> None:
-    served = row(order_report, "bytes served")
+    served = find_row(order_report, "bytes served")
     assert (served["before"], served["onnxruntime"], served["change"]) == ("1,000", "400", "0.40x")
-    assert row(order_report, "bytes of weights")["change"] == "0.30x"
+    assert find_row(order_report, "bytes of weights")["change"] == "0.30x"
 
 
 def test_number_rows_have_the_same_columns(order_report: Report) -> None:
@@ -65,10 +70,11 @@ def test_resolution_states_the_smallest_detectable_change(order_report: Report) 
 
 
 def test_report_without_a_measurement_has_no_quality_numbers(order_report: Report) -> None:
-    without = order_report.model_copy(update={"measurement": None})
-    assert describe_resolution(without) == "Nothing was measured on this machine."
-    assert {line["what"] for line in number_rows(without)} == {"bytes served", "bytes of weights"}
-    assert "AUC" not in markdown(without)
+    unmeasured = order_report.model_copy(update={"measurement": None})
+    assert describe_resolution(unmeasured) == "Nothing was measured on this machine."
+    headings = {line["what"] for line in number_rows(unmeasured)}
+    assert headings == {"bytes served", "bytes of weights"}
+    assert "AUC" not in markdown(unmeasured)
 
 
 def test_markdown_has_verdicts_limits_plan_and_artifacts(order_report: Report) -> None:
@@ -93,8 +99,9 @@ def test_reason_with_pipes_and_line_ends_stays_in_one_markdown_cell(order_report
     """Messages of engine builders can contain pipes and line ends."""
     page = markdown(order_report.model_copy(update={"skipped": {"tensorrt": "a | b\nc"}}))
     line = next(line for line in page.splitlines() if line.startswith("| tensorrt |"))
-    cells = line.replace("\\|", "").split("|")
-    assert len(cells) == 5, line
+    # Without the escaped pipe, three cells have four separators, which give five parts.
+    parts = line.replace("\\|", "").split("|")
+    assert len(parts) == 5, line
     assert "c" in line
 
 
@@ -180,7 +187,9 @@ def test_plan_warning_is_a_remark_and_in_the_plan_table(order_report: Report) ->
     assert "as ordered. Warning: inputs \\| of &lt;different&gt; range |" in markdown(warned)
 
 
-def test_resolution_counts_groups_or_gives_the_reason_without_one(order_report: Report) -> None:
+def test_resolution_names_the_groups_or_the_reason_why_no_change_is_detected(
+    order_report: Report,
+) -> None:
     assert order_report.measurement is not None
 
     def resolution_with(**fields: object) -> str:

@@ -29,24 +29,27 @@ FLAGS = (
     "--v=0",
     "--virtual-time-budget=5000",
 )
-# A page that shows the report in a frame of a given width, measures its contents, and writes
-# the result as JSON into its title, which is read from the dumped document.
+# A page that shows the report in a frame of a given width, measures its contents, and writes the
+# result as JSON into its title, which is read from the document that Chromium prints. ``left`` and
+# ``right`` are the distances in pixels of an element from the left and right side of its chart.
 FRAME = """<!doctype html><iframe id="f" style="border:0;width:{width}px;height:9000px"></iframe>
 <script>
 const frame = document.getElementById("f");
 frame.onload = () => {{
   const inside = frame.contentDocument;
-  const boxes = selector => [...inside.querySelectorAll(selector)].map(item => {{
-    const box = item.getBoundingClientRect(), held = item.ownerSVGElement || item;
-    const around = held.getBoundingClientRect(), style = frame.contentWindow.getComputedStyle(item);
+  const measure = selector => [...inside.querySelectorAll(selector)].map(item => {{
+    const box = item.getBoundingClientRect();
+    const chart = (item.ownerSVGElement || item).getBoundingClientRect();
+    const style = frame.contentWindow.getComputedStyle(item);
     return {{tag: item.tagName, name: item.getAttribute("class"), width: box.width,
-      height: box.height, left: box.left - around.left, right: around.right - box.right,
+      height: box.height, left: box.left - chart.left, right: chart.right - box.right,
       fill: style.fill, stroke: style.stroke, text: item.textContent}};
   }});
   document.title = JSON.stringify({{
-    across: inside.documentElement.scrollWidth, pictures: boxes("svg"),
-    shapes: boxes("svg rect, svg circle, svg line.interval, svg line.curve, svg line.limit"),
-    words: boxes("svg text"), ink: frame.contentWindow.getComputedStyle(inside.body).color,
+    page_width: inside.documentElement.scrollWidth, charts: measure("svg"),
+    shapes: measure("svg rect, svg circle, svg line.interval, svg line.curve, svg line.limit"),
+    texts: measure("svg text"),
+    text_colour: frame.contentWindow.getComputedStyle(inside.body).color,
   }});
 }};
 frame.srcdoc = {page};
@@ -66,9 +69,14 @@ def problems(log: str) -> list[str]:
 
 
 def measure_page(folder: Path, width: int, *flags: str) -> dict:
-    """Return sizes and colours of the shapes and texts of a page that is ``width`` pixels wide.
+    """Return sizes and colours of the charts, their shapes and texts, as measured by ``FRAME``.
 
     The page's security policy forbids scripts, so it is removed from the copy that is measured.
+
+    Args:
+        folder: folder for the copy and Chromium's profile.
+        width: width of the page in pixels.
+        flags: further options of Chromium.
     """
     html = re.sub(r"<meta http-equiv[^>]*>", "", page(report(40), PASSED))
     path = folder / "frame.html"
@@ -99,20 +107,20 @@ def test_browser_reports_no_problem_with_the_page(tmp_path):
     assert problems(log) == []
     assert "<title>clicks 1: rejected</title>" in dumped
     assert dumped.count("<section") == page(report(), PASSED).count("<section")
-    (tmp_path / "bad.html").write_text(
-        page(report(), PASSED).replace("</main>", "<script>1</script></main>")
-    )
-    _, log = run_chromium(tmp_path / "bad.html", tmp_path / "profile", "--dump-dom")
-    assert len(problems(log)) >= 1, "Chromium reports a script"
+    # Check that problems are detected: the page's security policy forbids this script.
+    with_script = tmp_path / "with_script.html"
+    with_script.write_text(page(report(), PASSED).replace("</main>", "<script>1</script></main>"))
+    _, log = run_chromium(with_script, tmp_path / "profile", "--dump-dom")
+    assert problems(log)
 
 
 @pytest.mark.parametrize("size", ["wide", "narrow"])
 def test_charts_and_their_shapes_are_visible(size, request):
     measured = request.getfixturevalue(size)
-    assert len(measured["pictures"]) > 10
-    for picture in measured["pictures"]:
-        assert picture["width"] > 100, picture
-        assert picture["height"] > 15, picture
+    assert len(measured["charts"]) > 10
+    for chart in measured["charts"]:
+        assert chart["width"] > 100, chart
+        assert chart["height"] > 15, chart
     assert len(measured["shapes"]) > 100
     for shape in measured["shapes"]:
         # The box of a horizontal or vertical line has a width or a height of 0.
@@ -124,22 +132,23 @@ def test_charts_and_their_shapes_are_visible(size, request):
 
 @pytest.mark.parametrize("size", ["wide", "narrow"])
 def test_text_in_charts_is_inside_and_of_readable_size(size, request):
-    words = request.getfixturevalue(size)["words"]
-    assert len(words) > 20
-    for word in words:
-        assert word["left"] > -6, word  # cells around charts have a padding of at least 11 px
-        assert word["right"] > -6, word
-        assert 12 < word["height"] < 24, word
+    texts = request.getfixturevalue(size)["texts"]
+    assert len(texts) > 20
+    for text in texts:
+        # A text may extend a little beyond its chart: the cell around it has a padding of 11 px.
+        assert text["left"] > -6, text
+        assert text["right"] > -6, text
+        assert 12 < text["height"] < 24, text
 
 
 def test_page_is_not_wider_than_the_window(narrow, wide):
-    assert narrow["across"] <= 360
-    assert wide["across"] <= 1200
+    assert narrow["page_width"] <= 360
+    assert wide["page_width"] <= 1200
 
 
 def test_charts_have_other_colours_in_dark_mode(wide, tmp_path):
     dark = measure_page(tmp_path, 1200, "--blink-settings=preferredColorScheme=0")
-    assert dark["ink"] != wide["ink"]
+    assert dark["text_colour"] != wide["text_colour"]
     colours = [{shape["fill"] for shape in measured["shapes"]} for measured in (dark, wide)]
     assert len(colours[0]) >= 5
     assert not (colours[0] & colours[1]) - {"rgb(0, 0, 0)", "none"}

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from tasks.orchestration.result_records import find_result, read_result, record_
 KEY = "a" * 64
 SHA = "b" * 64
 ARTIFACT = Artifact(uri=f"artifacts/{SHA}", sha256=SHA, bytes=7)
-PLAIN = {"uri": f"artifacts/{SHA}", "sha256": SHA, "bytes": 7}
+ARTIFACT_JSON = {"uri": f"artifacts/{SHA}", "sha256": SHA, "bytes": 7}
 
 
-# Functions of tasks; only their return annotations are used.
+# Functions of tasks. Only their return annotations are used: the types of the recorded values.
 def step() -> Artifact | NotApplicable: ...  # type: ignore[empty-body]
 
 
@@ -39,7 +40,7 @@ def gate() -> Verdict: ...  # type: ignore[empty-body]
 def verdicts() -> tuple[Verdict, ...]: ...  # type: ignore[empty-body]
 
 
-def undeclared():  # type: ignore[no-untyped-def]
+def without_annotation():  # type: ignore[no-untyped-def]
     ...
 
 
@@ -48,14 +49,16 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-FIELDS = {"schema_version": 1, "task": "step", "key": KEY, "value": PLAIN}
+FIELDS = {"schema_version": 1, "task": "step", "key": KEY, "value": ARTIFACT_JSON}
 
 
-def sealed(**changes: Any) -> bytes:
+def sealed_record(**changes: Any) -> bytes:
+    """Return a record with ``FIELDS``, of which some are changed, and a valid checksum."""
     return seal_record(FIELDS | changes)
 
 
 def record_path(store: Store, task: str = "step") -> Path:
+    """Return the path of a task's record, and create its folder."""
     folder = store.folder
     assert folder is not None
     path = folder / record_key(task, KEY)
@@ -105,7 +108,7 @@ INTERVAL = {"point": 0.5, "low": 0.25, "high": 1.0}
 
 
 def test_optional_field_missing_in_a_record_has_its_default(store: Store) -> None:
-    record_path(store, "estimate").write_bytes(sealed(task="estimate", value=INTERVAL))
+    record_path(store, "estimate").write_bytes(sealed_record(task="estimate", value=INTERVAL))
     assert read_result(store, "estimate", KEY, estimate) == Estimate(**INTERVAL)
 
 
@@ -115,7 +118,7 @@ def test_optional_field_missing_in_a_record_has_its_default(store: Store) -> Non
 def test_unknown_or_missing_field_of_a_result_is_refused(
     store: Store, value: dict[str, Any]
 ) -> None:
-    record_path(store, "estimate").write_bytes(sealed(task="estimate", value=value))
+    record_path(store, "estimate").write_bytes(sealed_record(task="estimate", value=value))
     with pytest.raises(RecordRefused):
         read_result(store, "estimate", KEY, estimate)
 
@@ -127,55 +130,60 @@ def test_find_result_without_a_record_raises_artifact_missing(store: Store) -> N
 
 def test_function_without_a_return_annotation_is_an_error(store: Store) -> None:
     with pytest.raises(TypeError, match="declares no return type"):
-        write_result(store, "step", KEY, undeclared, 1)
+        write_result(store, "step", KEY, without_annotation, 1)
 
 
-HOSTILE_BODIES = {
+# Contents of a record's file that must not be used as a result.
+INVALID_RECORDS = {
     "empty": b"",
     "not JSON": b"\x80\x04K\x01.",
     "not an object": b"[]",
     "no seal": json.dumps(
-        {"schema_version": 1, "task": "step", "key": KEY, "value": PLAIN}
+        {"schema_version": 1, "task": "step", "key": KEY, "value": ARTIFACT_JSON}
     ).encode(),
-    "wrong seal": sealed().replace(b'"bytes": 7', b'"bytes": 8'),
-    "cut": sealed()[:-20],
-    "record of another task": sealed(task="gate"),
-    "record of another key": sealed(key="c" * 64),
-    "key that is no digest": sealed(key="../../x"),
-    "later schema version": sealed(schema_version=2),
-    "schema version as text": sealed(schema_version="1"),
-    "schema version as true": sealed(schema_version=True),
-    "extra field": sealed(serializer={"type": "pickle"}),
+    "wrong seal": sealed_record().replace(b'"bytes": 7', b'"bytes": 8'),
+    "cut": sealed_record()[:-20],
+    "record of another task": sealed_record(task="gate"),
+    "record of another key": sealed_record(key="c" * 64),
+    "key that is no digest": sealed_record(key="../../x"),
+    "later schema version": sealed_record(schema_version=2),
+    "schema version as text": sealed_record(schema_version="1"),
+    "schema version as true": sealed_record(schema_version=True),
+    "extra field": sealed_record(serializer={"type": "pickle"}),
     "missing value": seal_record({"schema_version": 1, "task": "step", "key": KEY}),
-    "no value": sealed(value=None),
-    "value of another type": sealed(value={"target": "onnxruntime"}),
-    "list": sealed(value=[PLAIN]),
-    "class to import": sealed(value={"__class__": "os.system", "data": "id"}),
-    "class next to a valid value": sealed(value=PLAIN | {"__class__": "os.system"}),
-    "exception to import": sealed(value={"__exc_type__": "os.system", "message": "id"}),
-    "bytes as text": sealed(value=PLAIN | {"bytes": "7"}),
-    "bytes below zero": sealed(value=PLAIN | {"bytes": -1}),
-    "artifact elsewhere": sealed(value=PLAIN | {"uri": f"file:///etc/artifacts/{SHA}"}),
-    "artifact on a server": sealed(value=PLAIN | {"uri": f"https://example.org/artifacts/{SHA}"}),
-    "artifact outside": sealed(value=PLAIN | {"uri": "../../../etc/passwd"}),
-    "artifact of two names": sealed(value=PLAIN | {"uri": f"artifacts/{'c' * 64}"}),
-    "artifact without a hash": sealed(value=PLAIN | {"sha256": "../" * 20}),
+    "no value": sealed_record(value=None),
+    "value of another type": sealed_record(value={"target": "onnxruntime"}),
+    "list": sealed_record(value=[ARTIFACT_JSON]),
+    "class to import": sealed_record(value={"__class__": "os.system", "data": "id"}),
+    "class next to a valid value": sealed_record(value=ARTIFACT_JSON | {"__class__": "os.system"}),
+    "exception to import": sealed_record(value={"__exc_type__": "os.system", "message": "id"}),
+    "bytes as text": sealed_record(value=ARTIFACT_JSON | {"bytes": "7"}),
+    "bytes below zero": sealed_record(value=ARTIFACT_JSON | {"bytes": -1}),
+    "artifact elsewhere": sealed_record(
+        value=ARTIFACT_JSON | {"uri": f"file:///etc/artifacts/{SHA}"}
+    ),
+    "artifact on a server": sealed_record(
+        value=ARTIFACT_JSON | {"uri": f"https://example.org/artifacts/{SHA}"}
+    ),
+    "artifact outside": sealed_record(value=ARTIFACT_JSON | {"uri": "../../../etc/passwd"}),
+    "artifact of two names": sealed_record(value=ARTIFACT_JSON | {"uri": f"artifacts/{'c' * 64}"}),
+    "artifact without a hash": sealed_record(value=ARTIFACT_JSON | {"sha256": "../" * 20}),
     "very deep": b'{"schema_version": 1, "value": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
-    "64 MB": sealed(value="x" * (64 << 20)),
+    "64 MB": sealed_record(value="x" * (64 << 20)),
 }
 
 
-@pytest.mark.parametrize("kind", list(HOSTILE_BODIES))
+@pytest.mark.parametrize("kind", list(INVALID_RECORDS))
 def test_invalid_record_is_refused_and_replaced(
     store: Store, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    record_path(store).write_bytes(HOSTILE_BODIES[kind])
+    record_path(store).write_bytes(INVALID_RECORDS[kind])
     with pytest.raises(RecordRefused):
         read_result(store, "step", KEY, step)
     with pytest.raises(ArtifactMissing), caplog.at_level(logging.WARNING):
         find_result(store, "step", KEY, step)
     assert "The task step runs again." in caplog.text
-    assert len(caplog.text) < 2_000
+    assert len(caplog.text) < 2_000  # the log does not contain the record
     write_result(store, "step", KEY, step, ARTIFACT)
     assert read_result(store, "step", KEY, step) == ARTIFACT
 
@@ -187,19 +195,19 @@ def test_record_that_is_not_a_plain_file_is_refused_and_replaced(
     path = record_path(store)
     elsewhere = tmp_path / "elsewhere.json"
     if kind == "symlink":
-        elsewhere.write_bytes(sealed())
+        elsewhere.write_bytes(sealed_record())
         path.symlink_to(elsewhere)
     elif kind == "broken symlink":
         path.symlink_to(tmp_path / "nothing")
     elif kind == "fifo":
         os.mkfifo(path)
     else:
-        os.mknod(path, 0o140600)
+        os.mknod(path, stat.S_IFSOCK | 0o600)
     with pytest.raises(ArtifactMissing):
         find_result(store, "step", KEY, step)
     write_result(store, "step", KEY, step, ARTIFACT)
     assert read_result(store, "step", KEY, step) == ARTIFACT
-    assert not elsewhere.exists() or elsewhere.read_bytes() == sealed()
+    assert not elsewhere.exists() or elsewhere.read_bytes() == sealed_record()
 
 
 @pytest.mark.parametrize("where", ["record", "task", "all"])
@@ -242,7 +250,7 @@ def test_artifact_with_an_unexpected_uri_is_not_recorded(
     assert store.keys("results/") == ()
 
 
-JSON = st.recursive(
+JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=10,
@@ -250,7 +258,7 @@ JSON = st.recursive(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=st.binary(max_size=200) | JSON.map(lambda value: sealed(value=value)))
+@given(body=st.binary(max_size=200) | JSON_VALUES.map(lambda value: sealed_record(value=value)))
 def test_arbitrary_bytes_are_a_valid_result_or_refused(store: Store, body: bytes) -> None:
     record_path(store).parent.mkdir(parents=True, exist_ok=True)
     store.write(record_key("step", KEY), body)

@@ -1,4 +1,7 @@
-"""Data-parallel training in several processes: results, errors, and the shares of each batch."""
+"""Data-parallel training in several processes: results, errors, and the shares of each batch.
+
+Each process is a rank. Here two ranks train on the CPU.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ TRAINING = Training(epochs=2, batch=256, learning_rate=1e-3, warmup=0, tables=Tr
 
 @pytest.fixture
 def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> StepInputs:
+    """A training step with a packed bundle and the prepared splits that it needs."""
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
     bundle = pack(write_draft(home / "draft")).artifact
     manifest = read(local(bundle))
@@ -50,6 +54,7 @@ def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> StepInputs:
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """Load the tensors of all safetensors files in a folder."""
     tensors: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
@@ -61,14 +66,15 @@ def test_training_on_two_processes_gives_the_weights_of_training_on_one(
 ) -> None:
     before = tensors_in(local(work.source))
     one_folder, two_folder = tmp_path / "one" / "result", tmp_path / "two" / "result"
-    of_one = run_step(work, one_folder)
-    of_two = run_step_on_devices(work, TWO_DEVICES, two_folder)
-    assert isinstance(of_two, StepResult)
-    assert of_two.network == of_one.network
+    result_of_one = run_step(work, one_folder)
+    result_of_two = run_step_on_devices(work, TWO_DEVICES, two_folder)
+    assert isinstance(result_of_two, StepResult)
+    assert result_of_two.network == result_of_one.network
     one, two = tensors_in(one_folder), tensors_in(two_folder)
     assert one.keys() == two.keys()
     # Gradients are summed in another order, so they differ in their last bits. Where a gradient is
-    # nearly zero, Adam, which divides by its size, turns that into a difference of up to 1e-3.
+    # nearly zero, Adam, which divides by its size, turns that into a difference of up to the
+    # learning rate, 1e-3. So the bounds are relative to how much training changed the weights.
     largest_change = max(float((one[name] - before[name]).abs().max()) for name in one)
     assert largest_change > 5e-3
     for name, tensor in one.items():

@@ -1,4 +1,7 @@
-"""Bytes that a step stores: its changed tensors and at most a megabyte, in a folder or a bucket."""
+"""Bytes that a step stores: the tensors that it changed and at most a megabyte more.
+
+Unchanged tensors are in files of the source bundle, to which the result refers.
+"""
 
 import time
 from collections.abc import Iterator
@@ -30,7 +33,7 @@ from tasks.orchestration.workspace import local, store
 MEGABYTE = 10**6
 TABLE_ROWS = 320_000  # of 16 float32: 20.5 MB
 SIZES = {"users": TABLE_ROWS, "items": TABLE_ROWS}
-FEW = {"train": 300, "calibration": 100, "validation": 100, "test": 300}
+SPLIT_ROWS = {"train": 300, "calibration": 100, "validation": 100, "test": 300}
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(params=["folder", "s3"])
-def place(home: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def store_kind(home: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "s3":
         request.getfixturevalue("s3")
         monkeypatch.setenv("RECPRESS_STORE", f"s3://models/steps-{time.time_ns()}")
@@ -50,10 +53,11 @@ def place(home: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def draft(tmp_path: Path) -> Path:
-    return write_draft(tmp_path / "draft", rows=FEW, sizes=SIZES)
+    return write_draft(tmp_path / "draft", rows=SPLIT_ROWS, sizes=SIZES)
 
 
-def quantized(source: Artifact, original: Artifact, table: str) -> Artifact:
+def quantize_table(source: Artifact, original: Artifact, table: str) -> Artifact:
+    """Apply ``rowwise_int8`` to one table of a bundle, and return the resulting bundle."""
     step = RowwiseInt8(tables=(table,))
     result = compress.fn(
         source, step, {}, original=original, teachers=(), seed=0, device="cpu", code="c"
@@ -82,7 +86,8 @@ def changed_bytes(source: Artifact, result: Artifact) -> int:
 def count_bytes(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[dict[str, int]]:
     """Count the bytes ``uploaded`` to a bucket, and those of files ``created`` in the home.
 
-    Files in temporary folders are counted after the step has written them, before they are moved.
+    A step writes files to a temporary folder and seals it (writes ``model.json``) before the files
+    are moved to the store or deleted. They are counted when the folder is sealed.
     """
     written = {"uploaded": 0, "created": 0}
     call = Bucket._call
@@ -108,20 +113,22 @@ def count_bytes(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[dict[st
 
 
 def test_step_stores_its_changed_tensors_and_at_most_a_megabyte_more(
-    place, home, draft, monkeypatch
+    store_kind, home, draft, monkeypatch
 ):
     original = pack(draft).artifact
     source = original
     for table in ("user", "item"):
-        local(source)  # download it before, so that its files are not counted
+        local(source)  # downloads the source now, so that its files are not counted
         with count_bytes(monkeypatch, home) as written:
             before = sum(store().sizes("").values())
-            result = quantized(source, original, table)
+            result = quantize_table(source, original, table)
             growth = sum(store().sizes("").values()) - before
-        if place == "folder":  # each link is listed with the size of its file
+        if store_kind == "folder":
+            # sizes() lists a hard link with the size of its file, which is stored once.
             growth = written["created"]
         changed = changed_bytes(source, result)
-        assert 5 * MEGABYTE < changed < 7 * MEGABYTE, "codes and scales of one table"
+        # One table has 320,000 rows of 16 codes and a float16 scale: 5.8 MB.
+        assert 5 * MEGABYTE < changed < 7 * MEGABYTE
         assert written["created"] <= changed + MEGABYTE
         assert written["uploaded"] <= changed + MEGABYTE
         assert growth <= changed + MEGABYTE
@@ -132,7 +139,7 @@ def test_step_stores_its_changed_tensors_and_at_most_a_megabyte_more(
 
 def test_result_shares_the_file_of_an_unchanged_table_with_its_source(home, draft):
     source = pack(draft).artifact
-    result = quantized(source, source, "user")
+    result = quantize_table(source, source, "user")
     blobs = [
         {
             blob
@@ -161,7 +168,7 @@ def test_unchanged_table_is_loaded_from_the_file_of_the_source_to_check_the_resu
         return result
 
     monkeypatch.setattr(compress_task, "run_step", run_and_compare)
-    quantized(source, source, "user")
+    quantize_table(source, source, "user")
     assert len(files_of_result) == 1
 
 
@@ -189,7 +196,7 @@ def test_unchanged_file_is_not_hashed_again(home, draft, monkeypatch):
     monkeypatch.setattr(bundle_folder, "hash_file", log_and_record)
     monkeypatch.setattr(object_store, "hash_files", log_and_hash)
     monkeypatch.setattr(compress_task, "seal", clear_and_seal)
-    result = quantized(source, source, "user")
+    result = quantize_table(source, source, "user")
     assert name not in hashed_files
     assert hashed_files.count("model.safetensors") == 2, "a changed file is hashed"
     assert read(local(result)).files[name] == records[name]
@@ -215,6 +222,6 @@ def test_version_packed_with_the_files_of_its_draft_is_returned_unchanged(home, 
         packed = pack(draft)
     assert "model.safetensors.index.json" not in read(local(packed.artifact)).files
     assert pack(draft).artifact == packed.artifact
-    write_draft(draft, rows=FEW, sizes=SIZES, seed=1)
+    write_draft(draft, rows=SPLIT_ROWS, sizes=SIZES, seed=1)
     with raises_code(AlreadyThere, "version_packed", name="clicks"):
         pack(draft)

@@ -26,7 +26,7 @@ from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 from tasks.report.tables import markdown, number_rows
 
-TABLE_BYTES = CONFIG["tags"] * CONFIG["dim"] * 4
+TABLE_BYTES = CONFIG["tags"] * CONFIG["dim"] * 4  # of the table that both towers read
 TEST_ROWS = USERS * INTERACTIONS_PER_USER["test"]
 
 
@@ -36,7 +36,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
 
 
-def tied_draft(folder: Path, share: str) -> Path:
+def write_tied_draft(folder: Path, share: str) -> Path:
     """Write a retrieval draft whose towers share a table.
 
     Args:
@@ -45,13 +45,15 @@ def tied_draft(folder: Path, share: str) -> Path:
             the same weight.
     """
     inputs = [dict(item) for item in SIGNATURE["inputs"]]
-    if share == "module":  # a shared module is known by its first name only
+    if share == "module":  # PyTorch lists a shared module only under its first name
         inputs[3]["table"] = "of_user.lately"
     return write_retrieval_draft(folder, share=share, inputs=inputs)
 
 
 def lower_bundle(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
-    folder = local(lower_model.fn(bundle, "onnxruntime", rows, TEST_ROWS, 65_536))
+    """Lower a bundle for ONNX Runtime; returns the description and the folder of its graphs."""
+    graphs = lower_model.fn(bundle, "onnxruntime", rows, probe_rows=TEST_ROWS, most_rows=65_536)
+    folder = local(graphs)
     return lowering_of(folder), folder
 
 
@@ -67,7 +69,7 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
     share, lowers_both, tmp_path
 ):
     """``lowers_both`` is False if only the compressed model is lowered, to save time."""
-    bundle = pack(tied_draft(tmp_path / "draft", share)).artifact
+    bundle = pack(write_tied_draft(tmp_path / "draft", share)).artifact
     rows = prepare.fn(bundle, "test")
     assert isinstance(rows, Artifact)
     quantized = compress.fn(
@@ -130,7 +132,7 @@ def test_report_counts_weights_once_and_mentions_the_bytes_that_graphs_share(hom
 
 
 def test_two_equal_stored_copies_of_a_tied_weight_are_loaded_as_one(tmp_path):
-    draft = tied_draft(tmp_path / "draft", "weight")
+    draft = write_tied_draft(tmp_path / "draft", "weight")
     store_undeclared_tie(draft, equal=True)
     module = load_bundle(pack(draft).artifact).model.module
     assert module.of_item.tags.weight is module.of_user.lately.weight
@@ -138,7 +140,7 @@ def test_two_equal_stored_copies_of_a_tied_weight_are_loaded_as_one(tmp_path):
 
 
 def test_two_different_stored_copies_of_a_tied_weight_are_refused(tmp_path):
-    draft = tied_draft(tmp_path / "draft", "weight")
+    draft = write_tied_draft(tmp_path / "draft", "weight")
     store_undeclared_tie(draft, equal=False)
     with raises_code(ModelRefused, "shared_tensor_differs"):
         pack(draft)

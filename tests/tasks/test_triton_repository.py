@@ -1,4 +1,8 @@
-"""Updates of a Triton repository: promotion, repair, killed processes, and S3."""
+"""Updates of a Triton repository: promotion, repair, killed processes, and S3.
+
+``triton_versions.py`` explains how orders are published, also with the fixture ``fill``.
+``loaded_version`` returns the version that a server would load and the bytes of its graph.
+"""
 
 import time
 from collections.abc import Callable
@@ -86,7 +90,7 @@ def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
     (one,) = fill("a", "")
     existing = triton / "m" / one / "model.onnx"
     existing.parent.mkdir(parents=True)
-    existing.write_bytes(graph_bytes("f"))  # the same size
+    existing.write_bytes(graph_bytes("f"))  # as many bytes as the graph of order "aaa..."
     promote("m", one, reason="")
     assert loaded_version(triton) == (one, graph_bytes("a"))
 
@@ -150,7 +154,7 @@ def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
 
 
 class ProcessKilled(Exception):
-    """Stands for the end of the process."""
+    """Raised where the process is assumed to be killed."""
 
 
 def kill_at_write(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Callable[[], int]:
@@ -166,7 +170,7 @@ def kill_at_write(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> C
     """
     writes = 0
 
-    def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    def with_kill(method: Callable[..., Any]) -> Callable[..., Any]:
         def write(*arguments: Any) -> Any:
             nonlocal writes
             writes += 1
@@ -185,11 +189,11 @@ def kill_at_write(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> C
         (Folder, "upload"),
         (Registry, "set_alias"),
     ):
-        monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
+        monkeypatch.setattr(owner, name, with_kill(getattr(owner, name)))
     return lambda: writes
 
 
-WRITES = 4  # the file, the ledger, the alias, the configuration
+WRITES = 4  # of a promotion, in order: graph file, ledger entry, alias, Triton's configuration
 
 
 @parametrize_pairwise(
@@ -208,7 +212,7 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
             promote("m", two, reason="")
     served = loaded_version(triton)
     assert served in complete
-    if served == (two, graph_bytes("b")):  # only after the ledger entry
+    if served == (two, graph_bytes("b")):  # the configuration is written after the ledger entry
         assert champion_number() == two
     assert (triton / "m" / one / "model.onnx").read_bytes() == graph_bytes("a")
     if champion_number() == two:
@@ -217,11 +221,10 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
         promote("m", two, reason="")
     else:
         repair("m")
-    assert (
-        loaded_version(triton)
-        == {one: (one, graph_bytes("a")), two: (two, graph_bytes("b"))}[champion_number()]
-    )
-    assert (champion_number() == two) or completed_by == "repair"
+    graph_of = {one: graph_bytes("a"), two: graph_bytes("b")}
+    assert loaded_version(triton) == (champion_number(), graph_of[champion_number()])
+    # A repair only completes a promotion that is in the ledger.
+    assert champion_number() == two or completed_by == "repair"
     (aliased,) = (item for item in registry().versions("m") if "champion" in item.aliases)
     assert aliased.version == champion_number()
 
@@ -263,9 +266,9 @@ def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
 def test_promotion_has_four_writes(home: Path, fill: Fill, triton: Path) -> None:
     (one,) = fill("a", "")
     with pytest.MonkeyPatch.context() as patch:
-        writes = kill_at_write(patch, 99, after=False)
+        count_writes = kill_at_write(patch, 99, after=False)  # counts writes, without a kill
         promote("m", one, reason="")
-    assert writes() == WRITES
+    assert count_writes() == WRITES
 
 
 def test_killed_first_promotion_serves_nothing_before_the_ledger_entry(
@@ -285,7 +288,7 @@ def test_promotion_to_an_unreachable_repository_fails_before_the_ledger_entry(
     home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (one,) = fill("a", "")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # no server uses this port
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     monkeypatch.setenv("RECPRESS_TRITON", "s3://models/triton")

@@ -1,4 +1,7 @@
-"""Which graphs of a version Triton serves, their configuration, and the commands of the CLI."""
+"""Graphs of a version that Triton serves: selection, configuration, and ``recpress triton``.
+
+``triton_versions.py`` explains how orders are published, also with the fixture ``fill``.
+"""
 
 import json
 import sys
@@ -27,7 +30,7 @@ from tasks.promotion.promotions import export, promote, triton_contents
 
 
 def with_latency(**milliseconds: float) -> Any:
-    """Return a measurement with these median latencies: ``b64=0.2`` is 0.2 ms for 64 rows."""
+    """Return a measurement with median latencies; ``b64=0.2`` is 0.2 ms at batch size 64."""
     without_latency = measurement()
     numbers = tuple(
         judge.Number(
@@ -41,14 +44,16 @@ def with_latency(**milliseconds: float) -> Any:
     return without_latency.model_copy(update={"numbers": measured})
 
 
-def configuration(root: Path, model: str = "m") -> dict[str, Any]:
+def read_configuration(root: Path, model: str = "m") -> dict[str, Any]:
+    """Read ``config.pbtxt`` of a Triton model; every field is a list of its values."""
     return parse_message((root / model / "config.pbtxt").read_text())
 
 
 def test_configuration_has_the_measured_batches_and_threads(home: Path, triton: Path) -> None:
-    measured = with_latency(b1=0.1, b64=0.2, b1024=10.0)  # 10, 320 and 102 rows a millisecond
+    # 10, 320 and 102 rows per millisecond, so 64 is the preferred batch size.
+    measured = with_latency(b1=0.1, b64=0.2, b1024=10.0)
     promote("m", publish_version(home, "a", measurement=measured).version, reason="")
-    config = configuration(triton)
+    config = read_configuration(triton)
     assert config["max_batch_size"] == [1024]
     assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [64], [1024]]
     promote(
@@ -56,12 +61,14 @@ def test_configuration_has_the_measured_batches_and_threads(home: Path, triton: 
         publish_version(home, "b", measurement=with_latency(b1=0.1, b64=9.0)).version,
         reason="",
     )
-    config = configuration(triton)
+    config = read_configuration(triton)
     assert config["max_batch_size"] == [64]
     assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [64]]
     promote("m", publish_version(home, "c").version, reason="")
-    assert configuration(triton)["max_batch_size"] == [1]  # no median latency was measured
-    parameters = {item["key"][0]: item["value"][0] for item in configuration(triton)["parameters"]}
+    assert read_configuration(triton)["max_batch_size"] == [1]  # no median latency was measured
+    parameters = {
+        item["key"][0]: item["value"][0] for item in read_configuration(triton)["parameters"]
+    }
     assert parameters["intra_op_thread_count"] == {"string_value": ["1"]}
 
 
@@ -76,7 +83,7 @@ def test_graph_with_jagged_inputs_has_no_dynamic_batching(home: Path, triton: Pa
     lowering = original.model_copy(update={"graphs": (graph,)})
     target = accepted.targets[0].model_copy(update={"lowering": lowering})
     promote("m", publish_version(home, "a", targets=(target,)).version, reason="")
-    config = configuration(triton)
+    config = read_configuration(triton)
     assert config["max_batch_size"] == [0]
     assert [item["dims"] for item in config["input"]] == [[-1], [-1]]
 
@@ -123,16 +130,15 @@ ENGINE = Engine(
 )
 
 
-def published_with_engine(
-    home: Path, digit: str, outcome: Outcome, ordered: Any = None
-) -> Finished:
+def publish_with_engine(home: Path, digit: str, outcome: Outcome, ordered: Any = None) -> Finished:
     """Publish a version with an accepted ONNX graph and a TensorRT engine for one GPU type.
 
     Args:
         home: the fixture ``home``.
         digit: as in ``publish_version``.
         outcome: the outcome of the engine.
-        ordered: batch sizes in the order; None for usual ones.
+        ordered: the order's settings of targets, which contain the batch sizes; None for the
+            batch sizes 1 (smallest), 8 (best) and 32 (largest).
     """
     without_engine = report(home, digit * 64, {"onnxruntime": "accepted", "tensorrt": outcome})
     onnx, tensorrt = without_engine.targets
@@ -149,9 +155,9 @@ def published_with_engine(
 def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
     home: Path, triton: Path
 ) -> None:
-    one = published_with_engine(home, "a", "accepted").version
+    one = publish_with_engine(home, "a", "accepted").version
     promote("m", one, reason="")
-    config = configuration(triton, "m_tensorrt")
+    config = read_configuration(triton, "m_tensorrt")
     assert config["cc_model_filenames"] == [{"key": ["9.0"], "value": ["model-9.0.plan"]}]
     assert config["max_batch_size"] == [32]
     assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [8], [32]]
@@ -162,12 +168,12 @@ def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
 def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
     home: Path, triton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = published_with_engine(home, "a", "built-unmeasured").version
+    one = publish_with_engine(home, "a", "built-unmeasured").version
     promote("m", one, reason="")
     assert [path.name for path in triton.iterdir()] == ["m"]
     assert {item.name for item in export("m", None, unmeasured=True)} == {"m", "m_tensorrt"}
     assert loaded_version(triton) == (one, graph_bytes("a"))
-    # A promotion of a version without a servable engine does not remove the earlier one, but warns.
+    # The new champion has no engine. Its promotion does not remove the earlier engine, but warns.
     two = publish_version(home, "b").version
     promote("m", two, reason="")
     assert "m_tensorrt: the champion of m has no graph of this name" in caplog.text
@@ -175,10 +181,10 @@ def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
     assert (stale.state, stale.served, stale.sound) == ("stale", one, False)
 
 
-def test_engine_of_unknown_batch_sizes_is_refused_before_the_ledger_entry(
+def test_engine_without_batch_sizes_in_the_order_is_refused_before_the_ledger_entry(
     home: Path, triton: Path
 ) -> None:
-    one = published_with_engine(home, "a", "accepted", ordered={}).version
+    one = publish_with_engine(home, "a", "accepted", ordered={}).version
     with raises_code(TritonRefused, "batch_sizes_missing", model="m"):
         promote("m", one, reason="")
     assert Ledger(store(), "m").entries() == ()
@@ -188,17 +194,18 @@ def test_engine_of_tensorrt_rtx_is_not_copied_to_triton(home: Path, triton: Path
     outcomes = {"onnxruntime": "accepted", "tensorrt-rtx": "accepted"}
     promote("m", publish_version(home, "a", outcomes=outcomes).version, reason="")
     assert [path.name for path in triton.iterdir()] == ["m"]
-    only = {"tensorrt-rtx": "accepted"}
-    promote("m", publish_version(home, "b", outcomes=only).version, reason="")
+    without_graph = {"tensorrt-rtx": "accepted"}
+    promote("m", publish_version(home, "b", outcomes=without_graph).version, reason="")
     with raises_code(PromotionRefused, "not_servable_by_triton", model="m"):
         export("m", None, unmeasured=True)
 
 
-def test_two_models_cannot_share_a_folder(home: Path, triton: Path) -> None:
+def test_engine_is_refused_if_its_folder_belongs_to_another_model(home: Path, triton: Path) -> None:
+    # The engine of "m" and the graph of a model named "m_tensorrt" need the same folder.
     other = publish_version(home, "c", name="m_tensorrt").version
     promote("m_tensorrt", other, reason="")
     with raises_code(TritonRefused, "folder_of_other_model", model="m_tensorrt", got="m"):
-        promote("m", published_with_engine(home, "a", "accepted").version, reason="")
+        promote("m", publish_with_engine(home, "a", "accepted").version, reason="")
     assert Ledger(store(), "m").entries() == ()
     # Without an engine, the folder m_tensorrt is not needed.
     promote("m", publish_version(home, "b").version, reason="")
@@ -302,13 +309,13 @@ def test_bad_input_prints_one_sentence_and_exits_with_code_2(
 
 
 def test_doctor_reports_the_triton_repository(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def reported() -> tuple[str, str]:
+    def reported_state() -> tuple[str, str]:
         (line,) = (item for item in check_installation() if item.what == "Triton repository")
         return line.state, line.found
 
-    assert reported() == ("absent", "RECPRESS_TRITON is not set")
+    assert reported_state() == ("absent", "RECPRESS_TRITON is not set")
     monkeypatch.setenv("RECPRESS_TRITON", str(home / "triton"))
     promote("m", publish_version(home, "a").version, reason="")
-    assert reported() == ("ok", f"file://{home}/triton: 1 model(s)")
+    assert reported_state() == ("ok", f"file://{home}/triton: 1 model(s)")
     monkeypatch.setenv("RECPRESS_TRITON", "gs://b")
-    assert reported()[0] == "fault"
+    assert reported_state()[0] == "fault"
