@@ -135,7 +135,7 @@ def _check_graph(
             signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2)
         )
         edge_parity, _ = check.parity(edge, "the edge cases")
-        del session, check  # the audit opens a second session of the same graph
+        del session, check  # frees their memory: the audit opens a second session of this graph
     optimized = None
     # ONNX Runtime copies each tensor to write the optimized graph. An untouched model has nothing
     # to audit, so its tables are not copied.

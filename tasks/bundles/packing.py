@@ -88,6 +88,7 @@ class Packed(Frozen):
 
     @field_serializer("warnings")
     def _sentences(self, warnings: tuple[Reason, ...]) -> tuple[str, ...]:
+        """Serialize warnings as sentences."""
         return tuple(map(str, warnings))
 
 

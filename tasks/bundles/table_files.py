@@ -43,7 +43,7 @@ TENSORS, TABLES = "model.safetensors", "tables.json"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 Progress = Callable[[int, int], None]
-"""Called after each block with the bytes of this block and of all blocks."""
+"""Called after each block of rows with the bytes that were read for it and for all blocks."""
 
 
 class Tables(Frozen):
@@ -185,9 +185,10 @@ def _write_draft(
     workers: int | None,
     progress: Progress | None,
 ) -> Iterator[ArtifactDraft]:
-    """Write all files of a result and yield them as a draft, which the caller completes.
+    """Write all files of a result and yield them as an unfinished artifact, which the caller seals.
 
-    An unfinished draft in ``into`` is continued if it has the same ``identity``, settings and code.
+    An unfinished artifact in ``into`` is continued if its source, settings and code are the same.
+    ``identity`` identifies the source.
     """
     file = StreamedFile(job.layout())
     total = sum(size_of(rows.spec) for rows in job.sources.values())
@@ -203,7 +204,7 @@ def _write_draft(
 
 @contextmanager
 def _open_job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tuple[Job, Plan]]:
-    """Open the files of a source, and yield the work to do and the plan for every tensor."""
+    """Open the files of a source; yields the work to do, and the plan with a line per tensor."""
     with ExitStack() as files:
         descriptors: dict[Path, int] = {}
         sources: dict[str, StoredRows] = {}
@@ -211,8 +212,8 @@ def _open_job(source: Path, step: TableStep, block_rows: int | None) -> Iterator
             if stored.shard not in descriptors:
                 descriptors[stored.shard] = files.enter_context(stored.shard.open("rb")).fileno()
             spec = spec_of(stored.fact.dtype, stored.fact.shape, name)
-            file = descriptors[stored.shard]
-            sources[name] = StoredRows(stored.shard, file, name, stored.start, spec)
+            descriptor = descriptors[stored.shard]
+            sources[name] = StoredRows(stored.shard, descriptor, name, stored.start, spec)
         reasons = {name: _skip_reason(step, name, rows.spec) for name, rows in sources.items()}
         _require_all_patterns_match(step, sources)
         tables = {name: module_name(name) for name, reason in reasons.items() if reason is None}
@@ -238,6 +239,7 @@ def _skip_reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
 
 
 def _matches(pattern: str, name: str) -> bool:
+    """Return whether a pattern matches the name of a tensor or of its module."""
     return any(fnmatch.fnmatchcase(text, pattern) for text in (name, module_name(name)))
 
 
@@ -265,6 +267,7 @@ def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows])
 
 
 def _plan_line(job: Job, name: str, reason: Reason | None) -> PlanLine:
+    """Return the plan line of a tensor; ``reason`` is that of a tensor that is only copied."""
     spec = job.sources[name].spec
     before = size_of(spec)
     if reason is not None:

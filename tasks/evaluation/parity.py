@@ -159,8 +159,8 @@ class GraphCheck:
     ) -> ParityFailure:
         """Add the first tensor that differs between the exported program and the graph.
 
-        The batch of the failing row is tried first, then all rows, since a difference may depend
-        on the batch.
+        The failing row alone is compared first. If nothing differs, the whole batch is compared,
+        since a difference may depend on the other rows.
         """
         served = self.lowered.served.served_graph
         names = input_names(served.signature)
@@ -174,16 +174,16 @@ class GraphCheck:
             expected, output = self._module_scores(rows), traced.output.numpy()
             # A failure because of NaN has no limits; then only rounding differences are allowed.
             limit = failure.limits.get("at most", failure.limits.get("largest", 1e-5))
-            is_wrong = (
+            is_export_wrong = (
                 expected.shape != output.shape
                 or absolute_differences(expected, output).max() > limit
             )
             tensor = first_difference(traced, values, served.output, allowed)
             # A clear difference is larger than rounding explains.
             is_clear = tensor is not None and tensor.is_clear
-            if is_wrong or is_clear:
+            if is_export_wrong or is_clear:
                 cause = tensor if is_clear else None
-                return replace(failure, tensor=cause, is_exported_wrong=bool(is_wrong))
+                return replace(failure, tensor=cause, is_exported_wrong=bool(is_export_wrong))
         return replace(failure, tensor=tensor)
 
     def _module_scores(self, inputs: Mapping[str, Tensor]) -> FloatArray:

@@ -116,7 +116,7 @@ def run_step_on_devices(
     """
     for device in devices:
         require_device(torch.device(device))
-    parent = folder.parent
+    parent = folder.parent  # also contains files of the child process and of its ranks
     shared = SharedWork(work=work, devices=tuple(devices), folder=str(folder))
     log.info("%s: training data parallel on %s", work.step.kind, ", ".join(devices))
     try:

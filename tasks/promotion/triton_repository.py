@@ -223,6 +223,7 @@ def compare_models(
 
 
 def _compare_one(folder: Store, graph: ServedVersion) -> TritonModel:
+    """Compare the folder of one Triton model with a graph of the champion."""
     triton.owning_model(folder)  # raises if the folder belongs to another program
     body = triton.read_config(folder)
     problems = triton.find_wrong_files(folder, store(), graph)

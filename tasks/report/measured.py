@@ -96,11 +96,11 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
             for limit in report.limits
         ]
     for target_name, number, unit in _numbers_without_limit(report, limited):
-        higher = metric(number.metric).higher_is_better
+        is_higher_better = metric(number.metric).higher_is_better
         if is_kind(number.metric, "score_change"):
             title = metric_label(number.metric)
             text = format_score_change(number.metric, number.estimate, unit)
-            no_change = Mark(at=1.0 if higher else 0.0, label="no change")
+            no_change = Mark(at=1.0 if is_higher_better else 0.0, label="no change")
         else:
             title = f"{metric_label(number.metric)} vs {number.against}"
             text = format_change(number.estimate, ratio=False)
@@ -108,7 +108,7 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
         picture = Markup(
             pictures.strip(number.estimate, "plain", f"{title} is {text}; no limit", no_change)
         )
-        note = f"{'higher' if higher else 'lower'} is better"
+        note = f"{'higher' if is_higher_better else 'lower'} is better"
         if len(report.measured) > 1:
             note = f"{target_name}, {note}"
         rows.append(_row(title, note, picture, text, "no limit", "soft", ""))
@@ -165,6 +165,7 @@ def _no_change_mark(limit: Limit) -> Mark | None:
 
 
 def _format_measured(limit: Limit, measured: Estimate, score_unit: ScoreUnit | None) -> str:
+    """Format the number that a limit was compared with, followed by its interval in brackets."""
     declared = limit.declared
     if limit.against != "absolute":
         return format_change(measured, ratio=declared.compared == "ratio")
@@ -228,6 +229,7 @@ def _describe_machines(report: Report) -> str:
 
 
 def _latency_chart(measurement: Measurement, quantile: str, title: str) -> Chart:
+    """Draw one quantile of the latency by batch size, before and after compression."""
     before = _by_batch_size(measurement.baseline.numbers, quantile)
     after = _by_batch_size(measurement.numbers.numbers, quantile)
     if not before or not after:
@@ -251,6 +253,7 @@ def _latency_chart(measurement: Measurement, quantile: str, title: str) -> Chart
 
 
 def _format_ratio(measurement: Measurement, quantile: str, size: int) -> str:
+    """Format the ratio of latencies, after to before, at one batch size; empty if not measured."""
     ratio = measurement.numbers.of(latency(quantile, size).name, "baseline")
     return "" if ratio is None else f"{ratio.point:.2f}x"
 

@@ -102,6 +102,7 @@ def plan_section(report: Report) -> PlanSection:
 
 
 def _recipe_lines(report: Report) -> Iterator[RecipeLine]:
+    """Yield a line per step of the recipe, per skipped step, and per remark."""
     for step in report.recipe:
         yield RecipeLine(str(step["kind"]), _format_settings(step))
     for kind, reason in report.idle.items():

@@ -240,6 +240,7 @@ def describe_resolution(report: Report) -> str:
 
 
 def _resolution(report: Report, measurement: Measurement) -> str:
+    """Return the sentence of ``describe_resolution`` for one measured target."""
     metric = report.metric
     rows = f"{measurement.rows:,} test rows"
     change = measurement.numbers.of(metric, "baseline")
@@ -378,6 +379,7 @@ def _weights_row(report: Report) -> dict[str, str]:
 
 
 def _ratio(plan: Plan) -> float:
+    """Return the bytes of the weights after the recipe as a share of those before."""
     before = sum(line.bytes_before for line in plan.lines)
     return _bytes_after(plan) / before if before else 1.0
 

@@ -58,6 +58,7 @@ def targets_section(report: Report) -> TargetsSection:
 
 
 def _target_with_facts(target: TargetReport) -> TargetFacts:
+    """Return the facts about a target, then those about each of its graphs."""
     lowering, verdict = target.lowering, target.verdict
     packed_bytes = f"{lowering.served_packed_bytes:,}"
     facts = {

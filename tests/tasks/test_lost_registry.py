@@ -285,13 +285,13 @@ def judgement(limit: str, low: float, outcome: str, *, measured: bool = True) ->
 LIMIT = "auc vs baseline >= -0.002"
 
 
-def change_verdict(done: Finished, **fields: Any) -> tuple[TargetReport, ...]:
+def change_verdict(finished: Finished, **fields: Any) -> tuple[TargetReport, ...]:
     """Return a report's targets with changed fields in the verdict of the first one."""
-    first = done.report.targets[0]
+    first = finished.report.targets[0]
     verdict = first.verdict.model_copy(update=fields).model_dump()
     return (
         first.model_copy(update={"verdict": type(first.verdict).model_validate(verdict)}),
-        *done.report.targets[1:],
+        *finished.report.targets[1:],
     )
 
 
@@ -315,8 +315,8 @@ def change_verdict(done: Finished, **fields: Any) -> tuple[TargetReport, ...]:
 def test_report_that_contradicts_itself_is_not_promoted(
     home: Path, verdict: dict[str, Any], problem: str
 ) -> None:
-    done = publish_version(home, "a")
-    targets = change_verdict(done, **verdict)
+    finished = publish_version(home, "a")
+    targets = change_verdict(finished, **verdict)
     version = publish_version(home, "b", targets=targets, outcome="accepted").version
     is_measured = "judgements" in verdict or "target" in verdict
     code = "verdict_contradicts_judgements" if is_measured else "outcome_contradicts_verdicts"
@@ -336,8 +336,8 @@ def test_report_that_contradicts_itself_is_not_promoted(
 def test_report_without_targets_or_limits_is_not_promoted(
     home: Path, part: dict[str, Any], refusal: type[Refused], message: str
 ) -> None:
-    done = publish_version(home, "a")
-    report = done.report.model_copy(update={"order": C, **part})
+    finished = publish_version(home, "a")
+    report = finished.report.model_copy(update={"order": C, **part})
     release = store_files(home / "release", report_json=report.model_dump_json())
     version = (
         registry()
@@ -355,8 +355,8 @@ def test_report_consistent_with_its_judgements_is_promoted(home: Path) -> None:
 
 
 def test_version_whose_tag_names_another_order_is_not_promoted(home: Path) -> None:
-    done = publish_version(home, "a")
+    finished = publish_version(home, "a")
     tags = {"recpress.outcome": "accepted"}
-    registered = registry().publish("m", C, done.release.uri, tags, description="")
-    with raises_code(PromotionRefused, "other_release", expected=C, got=done.report.order):
+    registered = registry().publish("m", C, finished.release.uri, tags, description="")
+    with raises_code(PromotionRefused, "other_release", expected=C, got=finished.report.order):
         promote("m", registered.version, reason="")

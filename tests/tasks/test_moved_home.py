@@ -64,12 +64,12 @@ def publish_as_0_1_0(home: Path, digit: str) -> Finished:
     registry = Registry(load_settings().registry_uri)
     source = f"{root}/{release.uri}"
     version = registry.publish("m", order_report.order, source, tags, description="").version
-    done = Finished(
+    finished = Finished(
         report=order_report, release=release, version=version, registry=load_settings().registry_uri
     )
-    record = make_uris_absolute(done.model_dump_json())
+    record = make_uris_absolute(finished.model_dump_json())
     store().write(finished_key(order_report.order), record.encode())
-    return done
+    return finished
 
 
 def move_home(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -129,8 +129,8 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
 
 
 def test_files_of_a_home_do_not_contain_its_path(home: Path) -> None:
-    done = publish_version(home, "a")
-    promote("m", done.version, reason="")
+    finished = publish_version(home, "a")
+    promote("m", finished.version, reason="")
     for path in (home / "recpress").rglob("*"):
         if path.is_file():
             assert str(home).encode() not in path.read_bytes(), path
@@ -163,7 +163,7 @@ def test_version_whose_source_is_outside_the_store_is_refused(source: str, home:
 def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_it(
     home: Path,
 ) -> None:
-    done = publish_version(home, "a")
+    finished = publish_version(home, "a")
     outside = home / "outside" / "artifacts" / ("0" * 64)
     outside.mkdir(parents=True)
     uri = f"file://{outside}"
@@ -172,7 +172,7 @@ def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_
     )
     with raises_code(ArtifactMissing, "artifact_in_other_store"):
         version_report("m", registered.version)
-    assert Report.model_validate(done.report.model_dump()) == done.report
+    assert Report.model_validate(finished.report.model_dump()) == finished.report
 
 
 def pack_as_0_1_0(home: Path) -> Artifact:

@@ -75,7 +75,7 @@ def replace_by_folder(key: str, home: Path) -> Path:
 
 
 @pytest.fixture
-def done(fill: Fill) -> Finished:
+def finished(fill: Fill) -> Finished:
     """An order that was published."""
     fill("a", "")
     result = find_finished_order(ORDER)
@@ -83,9 +83,9 @@ def done(fill: Fill) -> Finished:
     return result
 
 
-def order_record_of_0_1_0(done: Finished, home: Path) -> bytes:
+def order_record_of_0_1_0(finished: Finished, home: Path) -> bytes:
     """Return an order record like recpress 0.1.0 wrote it: the whole report, with absolute URIs."""
-    text = done.model_dump_json().replace('"artifacts/', f'"{store().root}/artifacts/')
+    text = finished.model_dump_json().replace('"artifacts/', f'"{store().root}/artifacts/')
     assert f"file://{home}" in text
     return text.encode()
 
@@ -93,7 +93,7 @@ def order_record_of_0_1_0(done: Finished, home: Path) -> bytes:
 def test_order_record_has_references_only_and_no_local_path(
     home: Path,
 ) -> None:
-    done = publish_version(home, "a")
+    finished = publish_version(home, "a")
     body = store().read(finished_key(ORDER))
     assert is_sealed(body)
     assert str(home).encode() not in body
@@ -105,12 +105,12 @@ def test_order_record_has_references_only_and_no_local_path(
         "registry",
         "seal",
     }
-    assert find_finished_order(ORDER) == done
+    assert find_finished_order(ORDER) == finished
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(None, marks=pytest.mark.slow)])
 def test_order_record_with_a_flipped_bit_counts_as_absent(
-    count: int | None, done: Finished, home: Path, caplog: pytest.LogCaptureFixture
+    count: int | None, finished: Finished, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = finished_key(ORDER)
     body = store().read(key)
@@ -121,40 +121,40 @@ def test_order_record_with_a_flipped_bit_counts_as_absent(
         assert find_finished_order(ORDER) is None
     assert "damaged" in caplog.text
     path.write_bytes(body)
-    assert find_finished_order(ORDER) == done
+    assert find_finished_order(ORDER) == finished
 
 
 @pytest.mark.parametrize("count", [75, pytest.param(None, marks=pytest.mark.slow)])
 def test_unsealed_order_record_with_a_flipped_bit_gives_the_same_result_or_none(
-    done: Finished, home: Path, count: int | None
+    finished: Finished, home: Path, count: int | None
 ) -> None:
-    body = order_record_of_0_1_0(done, home)
+    body = order_record_of_0_1_0(finished, home)
     store().write(finished_key(ORDER), body)
-    assert find_finished_order(ORDER) == done
+    assert find_finished_order(ORDER) == finished
     path = home / "recpress" / "store" / finished_key(ORDER)
     path.chmod(0o644)
     for changed in flipped_bits(body, count):
         path.write_bytes(changed)
-        assert find_finished_order(ORDER) in (None, done)
+        assert find_finished_order(ORDER) in (None, finished)
 
 
 @pytest.mark.parametrize("kind", [*INVALID_RECORDS, "a folder"])
 def test_invalid_order_record_counts_as_absent_and_is_replaced(
-    kind: str, done: Finished, home: Path
+    kind: str, finished: Finished, home: Path
 ) -> None:
     key = finished_key(ORDER)
     if kind == "a folder":
         path = replace_by_folder(key, home)
         assert find_finished_order(ORDER) is None
-        write_finished(done)  # fails, which is only logged
+        write_finished(finished)  # fails, which is only logged
         path.rmdir()
     else:
         path = home / "recpress" / "store" / key
         path.chmod(0o644)
         path.write_bytes(INVALID_RECORDS[kind](path.read_bytes()))
         assert find_finished_order(ORDER) is None
-    write_finished(done)
-    assert find_finished_order(ORDER) == done
+    write_finished(finished)
+    assert find_finished_order(ORDER) == finished
 
 
 def test_order_record_with_the_release_of_another_order_counts_as_absent(home: Path) -> None:

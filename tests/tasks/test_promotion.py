@@ -52,10 +52,10 @@ def test_order_is_registered_once_with_its_tags(home: Path) -> None:
 
 
 def test_finished_order_is_found_until_its_files_are_missing(home: Path) -> None:
-    done = publish_version(home, "a")
-    assert find_finished_order("a" * 64) == done
+    finished = publish_version(home, "a")
+    assert find_finished_order("a" * 64) == finished
     assert find_finished_order("b" * 64) is None
-    served = done.report.targets[1].artifact
+    served = finished.report.targets[1].artifact
     folder = home / "recpress" / "store" / "artifacts" / served.sha256
     (folder / "manifest.json").unlink()
     assert find_finished_order("a" * 64) is None
@@ -64,16 +64,16 @@ def test_finished_order_is_found_until_its_files_are_missing(home: Path) -> None
 def test_require_published_raises_if_registry_or_store_lost_the_result(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = publish_version(home, "a")
-    publishing.require_published(done)
+    finished = publish_version(home, "a")
+    publishing.require_published(finished)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
     with raises_code(ArtifactMissing, "order_no_longer_in_registry", order="a" * 64):
-        publishing.require_published(done)
+        publishing.require_published(finished)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    stored_release = home / "recpress" / "store" / "artifacts" / done.release.sha256
+    stored_release = home / "recpress" / "store" / "artifacts" / finished.release.sha256
     (stored_release / "manifest.json").unlink()
     with raises_code(ArtifactMissing, "artifact_missing"):
-        publishing.require_published(done)
+        publishing.require_published(finished)
 
 
 @pytest.mark.parametrize("outcome", ["rejected", "undecided", "built-unmeasured"])
@@ -148,6 +148,7 @@ def test_the_second_of_two_concurrent_promotions_is_refused(
     read_entries = Ledger.entries
 
     def read_then_promote_other(ledger: Ledger) -> object:
+        """Promote another version after a promotion has read the ledger, and before it appends."""
         entries = read_entries(ledger)
         monkeypatch.setattr(Ledger, "entries", read_entries)
         promote("m", one, reason="concurrent")
@@ -160,21 +161,21 @@ def test_the_second_of_two_concurrent_promotions_is_refused(
 
 
 def test_champion_graph_is_the_artifact_of_the_promoted_version(home: Path) -> None:
-    done = publish_version(home, "a")
+    finished = publish_version(home, "a")
     assert champion_graph("unknown", "onnxruntime") is None
     assert champion_graph("m", "onnxruntime") is None
-    promote("m", done.version, reason="")
-    assert champion_graph("m", "onnxruntime") == done.report.targets[0].artifact
+    promote("m", finished.version, reason="")
+    assert champion_graph("m", "onnxruntime") == finished.report.targets[0].artifact
 
 
 # --- fetch ----------------------------------------------------------------------------------
 
 
 def test_fetch_copies_the_requested_target(home: Path) -> None:
-    done = publish_version(home, "a")
-    registered, target = fetch("m", done.version, "onnxruntime", home / "out")
-    assert registered.version == done.version
-    assert target == done.report.targets[0]
+    finished = publish_version(home, "a")
+    registered, target = fetch("m", finished.version, "onnxruntime", home / "out")
+    assert registered.version == finished.version
+    assert target == finished.report.targets[0]
     assert (home / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
 
 
@@ -212,13 +213,13 @@ def test_fetch_of_a_missing_target_is_refused_with_the_existing_targets(
 
 
 def test_fetch_of_damaged_files_is_refused_before_writing(home: Path) -> None:
-    done = publish_version(home, "a")
-    sha256 = done.report.targets[0].artifact.sha256
+    finished = publish_version(home, "a")
+    sha256 = finished.report.targets[0].artifact.sha256
     path = home / "recpress" / "store" / "artifacts" / sha256 / "files" / "model.onnx"
     path.chmod(0o644)
     path.write_text(path.read_text().replace("a", "b", 1))
     with raises_code(ArtifactDamaged, "chunk_differs", file="model.onnx", chunk=0):
-        fetch("m", done.version, "onnxruntime", home / "new" / "out")
+        fetch("m", finished.version, "onnxruntime", home / "new" / "out")
     assert not (home / "new").exists()
 
 

@@ -173,10 +173,10 @@ def test_escape_sequences_in_a_report_or_name_are_not_printed(
     target = unpublished.targets[0]
     verdict = target.verdict.model_copy(update={"reasons": (Reason("as_written", text=ESCAPES),)})
     targets = (target.model_copy(update={"verdict": verdict}), *unpublished.targets[1:])
-    done = publishing.publish.fn(unpublished.model_copy(update={"targets": targets}))
+    finished = publishing.publish.fn(unpublished.model_copy(update={"targets": targets}))
     for options in ((), ("--json",)):
         code, text = run_main(
-            monkeypatch, capsys, "registry", "show", "m", "--version", done.version, *options
+            monkeypatch, capsys, "registry", "show", "m", "--version", finished.version, *options
         )
         assert code == 0
         assert "PWN" in text

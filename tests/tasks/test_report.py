@@ -132,9 +132,11 @@ def test_report_of_a_stored_release_equals_the_report(order_report: Report, tmp_
     (folder / "report.json").write_text(order_report.model_dump_json())
     release = store().put(folder)
     assert report_of(release) == order_report
-    done = Finished(report=order_report, release=release, version="3", registry="sqlite:///r.db")
+    finished = Finished(
+        report=order_report, release=release, version="3", registry="sqlite:///r.db"
+    )
     assert finished_key(order_report.order) == f"orders/{'a' * 64}.json"
-    assert done.fetch_command() == (
+    assert finished.fetch_command() == (
         "recpress registry fetch m --version 3 --target onnxruntime --into ./m"
     )
 

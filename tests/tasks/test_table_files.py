@@ -58,30 +58,31 @@ STEP = RowwiseInt8(tables=("user", "item*"))
 def test_quantize_encodes_matched_tables_copies_others_and_plans_the_bytes(
     source: Path, tmp_path: Path
 ):
-    done = quantize(source, tmp_path / "out", STEP)
+    result = quantize(source, tmp_path / "out", STEP)
     artifact, tables = check(tmp_path / "out")
-    result, original = load_file(tmp_path / "out" / "files" / "model.safetensors"), create_tensors()
+    stored = load_file(tmp_path / "out" / "files" / "model.safetensors")
+    original = create_tensors()
     for name in ("tower.weight", "tower.bias", "steps"):
-        assert torch.equal(result[name], original[name])
+        assert torch.equal(stored[name], original[name])
     for name, record in tables.modules.items():
         table = module_of(name, record)
-        stored = {part: result[f"{name}.{part}"] for part in ("codes", "scale")}
-        table.load_state_dict(stored, assign=True)
+        state = {part: stored[f"{name}.{part}"] for part in ("codes", "scale")}
+        table.load_state_dict(state, assign=True)
         weight = original[f"{name}.weight"].float()
         error = (table(torch.arange(len(weight))) - weight).abs()
         # Half the scale for rounding codes, and 2^-11 for rounding the scale to float16.
-        assert bool((error <= stored["scale"].float() * (0.5 + 127 * 2**-11)).all())
-    assert done.plan == tables.plan
-    lines = {line.module: line for line in done.plan.lines}
+        assert bool((error <= state["scale"].float() * (0.5 + 127 * 2**-11)).all())
+    assert result.plan == tables.plan
+    lines = {line.module: line for line in result.plan.lines}
     assert lines.keys() == {"user", "item", "tower.weight", "tower.bias", "steps"}
     assert sum(line.bytes_after for line in lines.values()) == sum(
-        tensor.nbytes for tensor in result.values()
+        tensor.nbytes for tensor in stored.values()
     )
     assert lines["user"].bytes_after == 3000 * (16 + 2)  # a row has 16 codes and a float16 scale
     require_reason(lines["tower.weight"].reasons, "not_matched", patterns=("user", "item*"))
     require_reason(lines["steps"].reasons, "not_a_table", shape=(), dtype="int64")
-    assert artifact.sha256 == done.sha256
-    assert artifact.bytes == done.bytes
+    assert artifact.sha256 == result.sha256
+    assert artifact.bytes == result.bytes
 
 
 def test_table_that_would_not_get_smaller_is_copied(tmp_path: Path):
@@ -107,8 +108,8 @@ def test_result_does_not_depend_on_blocks_workers_shards_or_storage(source: Path
     """The same tensors are read from one file, from two shards, and from an artifact."""
     expected = quantize(source, tmp_path / "whole", STEP)
     for number, (rows, workers) in enumerate([(1, 1), (7, 3), (10**9, 2)]):
-        done = quantize(source, tmp_path / f"{number}", STEP, block_rows=rows, workers=workers)
-        assert done.sha256 == expected.sha256
+        result = quantize(source, tmp_path / f"{number}", STEP, block_rows=rows, workers=workers)
+        assert result.sha256 == expected.sha256
     shards, original = tmp_path / "shards", create_tensors()
     shards.mkdir()
     save_file({"user.weight": original.pop("user.weight")}, shards / "a.safetensors")
@@ -129,8 +130,8 @@ def test_quantize_tables_returns_an_artifact_and_refuses_steps_that_need_a_model
     folder.mkdir()
     source.rename(folder / "model.safetensors")
     stored = store().put(folder)
-    done = quantize_tables.fn(stored, STEP)
-    assert done == quantize_artifact(stored, STEP)
+    result = quantize_tables.fn(stored, STEP)
+    assert result == quantize_artifact(stored, STEP)
     with raises_code(CommandRefused, "method_needs_model", method="float16"):
         quantize_tables.fn(stored, Float16())
 
@@ -174,14 +175,14 @@ def test_killed_run_is_resumed_without_encoding_finished_blocks_again(
         return encode(self, block, params)
 
     monkeypatch.setattr(RowwiseInt4, "encode", count_and_encode)
-    done = quantize(
+    result = quantize(
         tmp_path / "large.safetensors",
         out,
         step,
         block_rows=block_rows,
         progress=lambda read, total: reported_bytes.append(read),
     )
-    assert done.sha256 == expected.sha256
+    assert result.sha256 == expected.sha256
     assert sum(reported_bytes) == rows * dim * 4  # progress includes the blocks written before
     # Three lines of the journal are not for blocks of rows: its first line identifies the run, one
     # is for the header of the safetensors file, and one for tensors that do not have a row for

@@ -121,6 +121,7 @@ def test_refused_concurrent_promotion_does_not_change_the_served_version(
     read_entries = Ledger.entries
 
     def read_then_promote_other(ledger: Ledger) -> object:
+        """Promote another version after a promotion has read the ledger, and before it appends."""
         entries = read_entries(ledger)
         monkeypatch.setattr(Ledger, "entries", read_entries)
         promote("m", one, reason="concurrent")
@@ -139,6 +140,7 @@ def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
     write = Folder.write
 
     def promote_other_then_write(folder: Folder, key: str, body: bytes) -> None:
+        """Promote another version just before a promotion writes Triton's configuration."""
         if key == "config.pbtxt":
             monkeypatch.setattr(Folder, "write", write)
             promote("m", two, reason="in between")
