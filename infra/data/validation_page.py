@@ -112,7 +112,7 @@ def summary(validation: Validation) -> Summary:
         why = "Every planned check was evaluated and passed."
         return Summary("Data passed", why, "held")
     if validation.intended == 0:
-        why = "No split was given, so no check was made."
+        why = "No split was given, so no check was run."
         return Summary("Nothing was checked", why, "broken")
     if failed == 0:
         why = f"{many(not_evaluated, 'check')} could not be evaluated, and so did not pass."

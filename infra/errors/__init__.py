@@ -1,11 +1,11 @@
-"""The errors of ``infra``, grouped by whether a retry may help.
+"""The error classes of ``infra``, by whether a retry may help.
 
 InfraError               something outside this process failed; a retry may help
 ├─ StoreUnavailable      the object store, or a disk, failed
 │  └─ StoreOutage        a remote store does not respond: orders wait until it does
 ├─ RegistryUnavailable   the model registry failed
 │  └─ RegistryOutage     a remote registry does not respond: orders wait until it does
-├─ ConcurrentChange      another process changed data that was being read or written
+├─ ConcurrentChange      another process changed data while it was read or written
 ├─ OutOfMemory           there was not enough memory
 ├─ ChildFailed           a child process failed, was killed or reached its time limit
 ├─ ServiceFailed         a service ended, is not ready, or reported a failure
@@ -27,8 +27,11 @@ Refused                  the input cannot be used; a retry will not help
 ├─ PromotionRefused      a version cannot become champion, or cannot be fetched or served
 └─ TritonRefused         a Triton folder belongs to another program, or a graph cannot be served
 
-Import them from here. Each file contains the classes of one subject, with the code and the sentence
-of every error; ``docs/errors.md`` is generated from them.
+Import the classes from here. Each file contains the classes of one subject. An error is raised with
+a code and fields, and its sentence is formatted from them: ``sentences`` of the class maps each
+code to a template with the fields in braces (``compressors/contracts/coded_error.py``). The format
+specifications ``list`` and ``lines`` put each item of a sequence on a separate line.
+``docs/errors.md`` is generated from these templates.
 
 base.py       the two base classes
 settings.py   settings

@@ -1,4 +1,7 @@
-"""The two base classes of all errors of ``infra``: a retry may help, or will not. Types only."""
+"""The two base classes of all errors of ``infra``.
+
+The base class of an error says whether a retry may help. Types only.
+"""
 
 from compressors.contracts import CodedError
 

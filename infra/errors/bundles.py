@@ -1,9 +1,14 @@
-"""Errors of bundles, of their data, and of files that a user named. Types only."""
+"""Errors of bundles, of their data, and of files that a user named.
+
+``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
+``infra/errors/__init__.py``). Types only.
+"""
 
 from typing import ClassVar
 
 from infra.errors.base import Refused
 
+# Remedies and clauses that several sentences contain.
 _SAVE = (
     'Save the weights with safetensors.torch.save_file(model.state_dict(), "model.safetensors").'
 )
@@ -23,7 +28,8 @@ class BundleRefused(Refused):
         "fields_unusable": "{path}:{problems:lines}",
         "json_missing": "{path} is missing; write it, or fetch the bundle again.",
         "json_no_plain_file": "{path} is not a plain file; put the file itself there.",
-        "json_too_large": "{path} has {size} bytes, too large: at most {most_bytes}.",
+        "json_too_large": "{path} is too large: it has {size} bytes, at most {most_bytes} are "
+        "allowed.",
         "json_too_deep": "{path} is nested too deep to be read.",
         "json_unusable": "{path} is not usable JSON: {problem}.",
         "json_no_object": "{path} must be one JSON object, not a {kind}.",
@@ -36,24 +42,25 @@ class BundleRefused(Refused):
         "already_sealed": "{folder} is already a sealed bundle, not a draft. Check it with "
         "'recpress bundle check {folder}'; to pack it again, start from its draft.",
         "is_draft": "{folder} is a draft. Pack it first: 'recpress bundle pack {folder}'.",
-        "seal_differs": "{path} was changed after it was sealed (its last line does not fit the "
-        "rest). Fetch it again, or change the draft and pack that.",
+        "seal_differs": "{path} was changed after it was sealed (its last line, a hash, does not "
+        "match). Fetch it again, or change the draft and pack it.",
         "settings_not_json": "{folder}: {problem}. Use numbers, texts, lists and dicts with text "
         "keys in the architecture's config and in module settings.",
         "folder_unreadable": "{folder} is not a folder that can be read ({problem}); a bundle is a "
         "folder with model.json and *.safetensors.",
         "tensors_missing": f"{{folder}} holds no tensor in any *.safetensors file. {_SAVE}",
-        "index_missing": "{folder} has {shards} shards but no {index}; add one, or save all "
-        "weights in one file.",
+        "index_missing": "{folder} has {shards} *.safetensors files but no {index}; add one, or "
+        "save all weights in one file.",
         "dtype_unknown": "{file}: dtype {dtype} is unknown; convert the weights.",
-        "shard_ended_early": "{file} ended early while it was read; fetch again.",
+        "shard_ended_early": "{file} became shorter while it was read; fetch it again.",
         "header_too_large": "{file} is not a usable safetensors file: its header of {size} bytes "
-        f"is too large, at most {{most_bytes}}. {_SAVE} Use shards for very many tensors.",
+        f"is too large; at most {{most_bytes}} are allowed. {_SAVE} Use several files for very "
+        "many tensors.",
         "header_ambiguous": "{file}: its header can be read in two ways; save it again.",
         "not_safetensors": "{file} is not a safetensors file ({problem}). If it was copied, copy "
         f"it again. {_SAVE}",
         "architecture_form": "architecture {path!r} must be written 'package.module:Class'; it is "
-        "imported as that and never evaluated.",
+        "imported by that name and never evaluated.",
         "architecture_not_allowed": f"architecture {{path!r}} is not allowed: {_ALLOW}",
         "architecture_defined_elsewhere": "architecture {path!r} is defined in {module}, which is "
         f"not allowed: {_ALLOW}",
@@ -63,25 +70,25 @@ class BundleRefused(Refused):
         "{missing}, which is not installed. Install it where recpress runs.",
         "architecture_import_failed": "architecture {path!r}: importing {module} failed with "
         "{kind}: {problem}. Repair it; 'python -c \"import {module}\"' shows the same.",
-        "architecture_class_missing": "architecture {path!r}: {module} has no class {name}; there "
-        "is {classes}.",
-        "architecture_without_classes": "architecture {path!r}: {module} has no class {name}; "
-        "there is no network class in it.",
+        "architecture_class_missing": "architecture {path!r}: {module} has no class {name}; it "
+        "has {classes}.",
+        "architecture_without_classes": "architecture {path!r}: {module} has no class {name}, "
+        "and no other torch.nn.Module class.",
         "architecture_no_class": "architecture {path!r} is a {kind}, not a torch.nn.Module class. "
         "Name the class that builds the network.",
-        "architecture_no_module_class": "architecture {path!r} is another class, not a "
+        "architecture_no_module_class": "architecture {path!r} is a class, but not a "
         "torch.nn.Module class. Name the class that builds the network.",
         "architecture_source_missing": "architecture {path!r}: {module} has no source file, so a "
-        "change in it could not be noticed. Use a module that is stored on disk.",
+        "change of it could not be detected. Use a module that is stored on disk.",
         "layer_too_large": "Expected layers of at most {most_bytes} bytes in {name}, got a "
         "compressed module that declares {got} bytes. Pack the model again.",
-        "split_missing": "{name} {version} refers to no {split} data; it has {splits}. Add it to "
-        "model.json and pack again.",
-        "test_data_missing": "{folder} refers to no test data; without it no result can be judged. "
+        "split_missing": "{name} {version} has no {split} data; it has {splits}. Add the data to "
+        "the draft's model.json and pack it again.",
+        "test_data_missing": "{folder} has no test data; without it no result can be judged. "
         "Add 'test' to 'data' in model.json.",
-        "training_data_missing": "{folder} refers to neither train nor calibration data; one of "
-        "them is needed to compress the model and to compare it with the original. Add one of "
-        "them.",
+        "training_data_missing": "{folder} has neither train nor calibration data; one of them is "
+        "needed to compress the model and to compare it with the original. Add one of them to "
+        "'data' in model.json.",
         "metric_unfit": "{name}@{version}: {problem} in the draft's model.json, raise its version "
         "and run 'recpress bundle pack' again.",
         "file_outside_draft": "{entry} names {path!r}, outside {folder}. Copy the file into the "
@@ -95,9 +102,10 @@ class DataRefused(Refused):
     sentences: ClassVar = {
         "parquet_missing": f"{{path}} does not exist. {_SHAPE}",
         "parquet_of_other_kind": f"{{path}} is neither a file nor a folder. {_SHAPE}",
-        "parquet_absent": "{path} has no *.parquet file. Give a file or a folder of them.",
-        "parquet_in_subfolders": "{path} has parquet files in subfolders ({file}), whose names may "
-        "carry columns. Write the part files into one folder.",
+        "parquet_absent": f"{{path}} has no *.parquet file. {_SHAPE}",
+        "parquet_in_subfolders": "{path} has parquet files in subfolders ({file}). The names of "
+        "such folders may be values of a column, which is not supported. Write the part files into "
+        "one folder.",
         "part_no_plain_file": "{path} is not a plain file. Put the part file itself there.",
         "not_parquet": "{file} is not a readable parquet file.",
         "unreadable": "{file} is not a readable parquet file: {problem}",
@@ -106,8 +114,8 @@ class DataRefused(Refused):
         "reader_timed_out": "{file} could not be read within {seconds:.0f} s, the limit for its "
         "size. Write it again, or as several files.",
         "reader_memory": "{file} needs more than {most_mib} MiB of memory to be read, in batches "
-        "of few rows: a page or a value in it is too large. Write it with smaller pages and "
-        "values.",
+        "of few rows, because a page or a value in it is too large. Write it with smaller pages "
+        "and values.",
         "too_many_columns": "{file} has {columns} columns with names of {characters} characters, "
         "more than the {most_columns} columns or {most_characters} characters allowed. Write the "
         "columns that the model reads.",
@@ -121,17 +129,17 @@ class DataRefused(Refused):
         "schema_unfit": "{path} does not fit the signature:{problems:list}",
         "shapes_unfit": "The data does not fit the declared shapes:{problems:list}",
         "ids_unfit": "The data does not fit the model's tables:{problems:list}",
-        "table_unknown": "input {input!r} reads table {table!r}; there is {tables}. Name a table "
-        "the model has.",
+        "table_unknown": "input {input!r} reads table {table!r}, which the model does not have; it "
+        "has {tables}. Name one of them.",
         "column_too_long": "column {column!r} holds more than 2**31 list elements or characters in "
         "one split. Write it as large_list or large_string, or split the data.",
-        "checks_missing": "No split was given, so no check was made. Give at least one split.",
+        "checks_missing": "No split was given, so no check was run. Give at least one split.",
         "checks_failed": "The data failed its checks:{problems:list}",
-        "catalogue_missing": "{place} refers to no {split!r} data. Task 'retrieval' ranks a whole "
-        "catalogue: write the inputs of the item tower as parquet, one row per item, and add the "
-        "file to 'data'.",
-        "catalogue_unexpected": "{place} refers to {split!r} data, which only task 'retrieval' "
-        "reads. Leave it out.",
+        "catalogue_missing": "{place} has no {split!r} data. Task 'retrieval' ranks the whole "
+        "catalogue of items: write the inputs of the item tower as parquet, one row per item, and "
+        "add the file to 'data'.",
+        "catalogue_unexpected": "{place} has {split!r} data, which only task 'retrieval' reads. "
+        "Remove it.",
         "not_measurable": "The model cannot be measured:{problems:list}",
         "split_unusable": "split {split!r}: {problem}",
     }
@@ -145,6 +153,6 @@ class FileRefused(Refused):
         "file_forbidden": "{path} may not be used: {problem}. Change its permissions.",
         "path_unusable": "{path} cannot be opened: {problem}. Use a shorter path without links "
         "that form a loop.",
-        "file_of_wrong_kind": "{path} is not of the kind that is needed: {problem}. Put a plain "
-        "file (or a folder where one is needed) in its place.",
+        "file_of_wrong_kind": "{path} is a folder or special file where a file is needed, or the "
+        "other way round: {problem}. Replace it by a file or a folder, as needed.",
     }

@@ -1,4 +1,8 @@
-"""Errors of commands: options, orders and files that cannot be used. Types only."""
+"""Errors of commands: options, orders and files that cannot be used.
+
+``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
+``infra/errors/__init__.py``). Types only.
+"""
 
 from typing import ClassVar
 
@@ -25,8 +29,8 @@ class CommandRefused(Refused):
         "setting_unknown": "{method} has no setting {setting!r}; it has {settings}.",
         "table_format_unknown": "There is no table format {format!r}; there are {formats}.",
         "tables_missing": "{path} does not exist. Name a safetensors file, or a folder of shards.",
-        "method_needs_model": "{method} needs a whole model; of the methods, {methods} compress "
-        "tables without one.",
+        "method_needs_model": "{method} needs a whole model. Methods that compress tables without "
+        "a model are {methods}.",
         "examples_missing": "The demo trains the model in examples/, which is in the repository "
         "and not in the installed package. Clone the repository and run 'make demo' there.",
     }

@@ -1,9 +1,15 @@
-"""Errors of memory, child processes, and services that fail or do not respond. Types only."""
+"""Errors of memory, child processes, and services that fail or do not respond.
+
+``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
+``infra/errors/__init__.py``). Types only.
+"""
 
 from typing import ClassVar
 
 from infra.errors.base import InfraError
 
+# Remedies that several sentences contain. Without PREFECT_API_URL a command starts an embedded
+# Prefect server.
 _EMBEDDED = (
     "To use a server that runs already, and to avoid this wait, start one with 'prefect server "
     "start' and set PREFECT_API_URL=http://127.0.0.1:4200/api. {output}"
@@ -35,8 +41,8 @@ class OutOfMemory(InfraError):
         "End other processes or use a larger machine, then run again. {output}",
         "reader_killed": "The process that reads {file} was killed, most likely because the "
         "machine ran out of memory. End other processes, then run again.",
-        "reader_memory": "{file} could not be read with the {available_mib:.0f} MiB that this "
-        "process may still use. Raise its limit (ulimit -v), then run again.",
+        "reader_memory": "{file} could not be read with the {available_mib:.0f} MiB of memory that "
+        "this process may still use. Raise its limit (ulimit -v), then run again.",
     }
 
 
@@ -47,9 +53,10 @@ class ChildFailed(InfraError):
         "child_timed_out": "{module} was killed at its limit of {seconds:g} s. Allow more seconds, "
         "or make the model smaller. {output}",
         "child_failed": "{module} failed with exit code {exit_code}. {output}",
-        "child_signalled": "{module} was ended by {signal}. {output}",
-        "child_answer_unreadable": "{module} ended without a readable answer. {output}",
-        "child_answer_no_object": "{module} responded with a {kind}, not an object.",
+        "child_signalled": "{module} was ended by the signal {signal}. {output}",
+        "child_answer_unreadable": "{module} ended without a readable response. {output}",
+        "child_answer_no_object": "Expected a JSON object as the response of {module}, got a "
+        "{kind}.",
         "reader_not_started": "The process that inspects parquet files could not be started; it "
         "may lack memory. Raise the limits of this process (ulimit -v), or end other processes, "
         "then run again.",
@@ -66,9 +73,9 @@ class ServiceFailed(InfraError):
         "services_not_ready": "Not ready after {seconds:g} s: {services}. {output}",
         "automations_not_listed": "Expected the list of automations from PREFECT_API_URL, got HTTP "
         "{status}. Check PREFECT_API_URL and PREFECT_API_AUTH_STRING.",
-        "prefect_no_answer": "Expected an answer of the Prefect server at {address}, got "
+        "prefect_no_answer": "Expected a response of the Prefect server at {address}, got "
         "{problem}. Start it, correct PREFECT_API_URL, or unset it for the embedded server.",
-        "prefect_failed": "Expected an answer of the Prefect server at {address}, got a server "
+        "prefect_failed": "Expected a response of the Prefect server at {address}, got a server "
         "error (HTTP {status}). Read the server's log.",
         "run_ended_by_prefect": "Prefect's server ended the run as {state}: {problem}",
         "embedded_server_not_started": "The embedded Prefect server ended with exit code "

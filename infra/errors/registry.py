@@ -1,4 +1,8 @@
-"""Errors of the model registry, of promotion, and of a Triton repository. Types only."""
+"""Errors of the model registry, of promotion, and of a Triton repository.
+
+``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
+``infra/errors/__init__.py``). Types only.
+"""
 
 from typing import ClassVar
 
@@ -29,10 +33,10 @@ class RegistryRefused(Refused):
 
     sentences: ClassVar = {
         "model_missing": "There is no model {model!r} in the registry; there are: {models}.",
-        "version_missing": "{model!r} has no version {version!r}; the newest are {newest}. Give a "
-        "number or @alias.",
-        "alias_missing": "{model!r} has no alias {alias!r}; it has {aliases}. Only an accepted "
-        "result becomes @candidate. Give the number of a version instead; the newest are {newest}.",
+        "version_missing": "{model!r} has no version {version!r}; the newest are {newest}. Give "
+        "a version number or @alias.",
+        "alias_missing": "{model!r} has no alias {alias!r}; it has {aliases}. (Only an accepted "
+        "result becomes @candidate.) Give a version number instead; the newest are {newest}.",
         "model_name_invalid": "Expected a model name of 1 to {most} characters without / : and "
         "quotes, got {name!r}.",
         "order_invalid": "Expected an order's digest of 64 hex digits, got {got!r}.",
@@ -49,7 +53,7 @@ class RegistryRefused(Refused):
 
 
 class TritonRefused(Refused):
-    """A folder of a Triton repository is not ours, or a graph cannot be configured for Triton."""
+    """A Triton folder belongs to another program, or a graph cannot be configured for Triton."""
 
     sentences: ClassVar = {
         "configuration_foreign": "{path} was not written by recpress, so it is not changed. Move "
@@ -59,7 +63,7 @@ class TritonRefused(Refused):
         "batch_sizes_missing": "The report of {model}, order {order:.12}, does not contain the "
         "batch sizes that its TensorRT plan was built for. Run the order again with --force.",
         "folder_of_other_model": "{folder} already serves model {model!r}, so {got!r} cannot be "
-        "served from it. Rename one of the two.",
+        "served from it. Rename one of the two models.",
         "version_of_other_order": "{folder} serves a version {version} of another order than the "
         "registry's version {version} (order {order:.12}); writing would replace files while a "
         "server reads them. Run 'recpress registry restore {model}' and 'recpress triton "
@@ -71,10 +75,10 @@ class PromotionRefused(Refused):
     """A version cannot become champion, or cannot be fetched or served."""
 
     sentences: ClassVar = {
-        "champion_missing": "{model} has no champion in the ledger, so there is no @champion. Make "
-        "one: 'recpress registry promote {model}', or name a version.",
-        "champion_to_serve_missing": "{model} has no champion in the ledger. Make one: 'recpress "
-        "registry promote {model}'.",
+        "champion_missing": "{model} has no champion in the ledger, so there is no @champion. "
+        "Promote a version ('recpress registry promote {model}'), or name one.",
+        "champion_to_serve_missing": "{model} has no champion in the ledger. Promote a version: "
+        "'recpress registry promote {model}'.",
         "earlier_champion_missing": "{model} has no champion before the current one to go back to; "
         "its ledger has {entries} line(s).",
         "other_champion": "Expected version {expected} to be the champion of {model}, got {got}. "
@@ -84,8 +88,8 @@ class PromotionRefused(Refused):
         "serve it; to use it unmeasured, add --unmeasured.",
         "target_not_accepted": "{target} of {model} version {version} is {outcome}: {reason}. To "
         "use it anyway, add --unaccepted.",
-        "not_servable_by_triton": "Triton can serve nothing of {model} version {version}; it has "
-        "{targets}. Triton loads accepted ONNX Runtime graphs and TensorRT plans (built but "
+        "not_servable_by_triton": "{model} version {version} has nothing that Triton can serve; it "
+        "has {targets}. Triton loads accepted ONNX Runtime graphs and TensorRT plans (built but "
         "unmeasured ones with --unmeasured), and never engines of TensorRT-RTX.",
         "other_release": "Expected {model} version {version} to be order {expected:.12} of "
         "{model}, got a release of {got_model}, order {got:.12}: the version was changed, or not "
@@ -98,7 +102,7 @@ class PromotionRefused(Refused):
         "MLFLOW_TRACKING_URI to the registry it was published in, or register the results of the "
         "store again: 'recpress registry restore {model}'.",
         "champions_unusable": "{problems}",
-        "alias_elsewhere": "its champion is version {version}, and the alias @{alias} does not "
+        "alias_elsewhere": "its champion is version {version}, but the alias @{alias} does not "
         "point to it. Run 'recpress registry promote {model} --version {version}'.",
         "limits_missing": "The report of {model} version {version} has no limits, so its quality "
         "was not judged. Compress the model again with at least one limit.",

@@ -1,4 +1,8 @@
-"""Errors of runtimes: graphs that they refuse, engines that fail their audit. Types only."""
+"""Errors of runtimes: graphs that they refuse, engines that fail their audit.
+
+``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
+``infra/errors/__init__.py``). Types only.
+"""
 
 from typing import ClassVar
 
@@ -26,27 +30,27 @@ class BuildRefused(Refused):
         "graph_missing": "there is no ONNX file {path}.",
         "tensorrt_graph_refused": "TensorRT {version} refuses the graph: {problem}",
         "layer_type_unknown": "layer {layer} has outputs of type {type}, which the audit does not "
-        "know.",
+        "support.",
         "profiles_missing": "input(s) {inputs} have dynamic dimensions and need a profile each.",
         "profile_input_unknown": "there is a profile for {input!r}, which is not an input of the "
         "graph; it has {inputs}.",
         "profile_shape_differs": "the profile of {input!r} covers shapes ({low}) to ({high}), but "
-        "the input's shape is ({shape}), where -1 is dynamic.",
+        "the input's shape is ({shape}), where -1 is any size.",
         "profiles_refused": "TensorRT {version} refuses the profiles: {problem}",
         "engine_not_built": "TensorRT {version} built no engine: {problem}",
         "log_line_missing": "the log of TensorRT {version} has no line {line!r}, so the engine "
         "cannot be audited. Use a version named in docs/tensorrt.md.",
-        "weights_widened": "the engine has {weights_bytes:,} bytes of weights; the plan stores "
-        "{packed_bytes:,} and at most {most_bytes:,} are allowed, so a table or layer was "
+        "weights_widened": "the engine has {weights_bytes:,} bytes of weights. The plan stores "
+        "{packed_bytes:,}, and at most {most_bytes:,} are allowed, so a table or layer was "
         "converted to a wider type. Bytes of the graph's constants by type: {constants}.",
-        "scratch_grows": "a whole table is converted to a wider type before its Gather: scratch "
-        "memory is {scratch_bytes:,} bytes, and {twin_bytes:,} with half the rows. Gather the rows "
-        "first, then convert them.",
+        "scratch_grows": "a whole table is converted to a wider type before its Gather: the engine "
+        "needs {scratch_bytes:,} bytes of scratch memory, and {twin_bytes:,} with half the rows. "
+        "Gather the rows first, then convert them.",
         "initializer_missing": "Expected table {table!r} in initializer {initializer!r}, which the "
         "graph does not have; the audit cannot find the table.",
         "initializer_rows_differ": "Expected {expected} rows in initializer {initializer!r} of "
         "table {table!r}, got shape ({shape}).",
-        "initializer_length_missing": "external initializer {initializer!r} does not state its "
-        "length.",
+        "initializer_length_missing": "the data of initializer {initializer!r} is in an external "
+        "file, but the graph does not state its length.",
         "request_refused": "{problem}",
     }

@@ -1,4 +1,8 @@
-"""Errors of settings: variables, addresses, credentials, permissions. Types only."""
+"""Errors of settings: variables, addresses, credentials, permissions.
+
+``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
+``infra/errors/__init__.py``). Types only.
+"""
 
 from typing import ClassVar
 
@@ -49,11 +53,11 @@ class SettingRefused(Refused):
         "AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the bucket's name.",
         "triton_repository_missing": "There is no Triton repository to work on. Set "
         "RECPRESS_TRITON, or add --to, to a folder or s3://bucket/prefix.",
-        "triton_repository_holds_store": "{setting} {repository} holds the object store {store}, "
-        "and Triton would load every folder as a model. Give a folder or prefix that holds nothing "
-        "else.",
+        "triton_repository_holds_store": "{setting} {repository} holds the object store "
+        "{store}, and Triton would load every folder as a model. Give a folder or prefix that "
+        "contains nothing else.",
         # --- the registry
-        "registry_scheme_unknown": "MLFLOW_TRACKING_URI {scheme!r}... is no registry. Give "
+        "registry_scheme_unknown": "MLFLOW_TRACKING_URI {scheme!r}... is not a registry. Give "
         "sqlite:///folder/registry.db, http(s)://server or a database URI.",
         "registry_address_malformed": "MLFLOW_TRACKING_URI is not a valid address. Percent-encode "
         "its password.",
@@ -75,8 +79,9 @@ class SettingRefused(Refused):
         "registry_schema_unknown": "Expected a registry of the installed MLflow or an earlier one, "
         "got {file} with schema {schema!r}. Install the MLflow version that wrote it, or a later "
         "one.",
-        "registry_incomplete": "The registry {file} is incomplete ({problem}) and holds {versions} "
-        "registered version(s), so it is not changed. Restore it from a backup; or move it away "
+        "registry_incomplete": "The registry {file} is incomplete ({problem}). It contains "
+        "{versions} registered version(s), so it is not changed. Restore it from a backup; or move "
+        "it away "
         "and run 'recpress registry restore', which registers every result in the store again.",
         # --- Prefect
         "prefect_not_configured": "Expected a Prefect server, got none: PREFECT_API_URL is not set "
@@ -87,12 +92,12 @@ class SettingRefused(Refused):
         f"HTTP {{status}} with the value of {{variable}}. {PREFECT_CREDENTIALS}",
         "prefect_not_listing": "Expected the Prefect server at {address} to list its work pools, "
         "got HTTP {status}. Set PREFECT_API_URL to the address of Prefect's API, which ends with "
-        "/api, or unset it for the embedded one.",
+        "/api, or unset it for the embedded server.",
         "prefect_answer_foreign": "Expected Prefect's API at {address}, got a response of another "
-        "service ({problem}). Correct PREFECT_API_URL, or unset it for the embedded one.",
+        "service ({problem}). Correct PREFECT_API_URL, or unset it for the embedded server.",
         # --- services that run as plain processes
-        "services_running": "The services of {folder} run already. Stop them, or set another "
-        "RECPRESS_HOME.",
+        "services_running": "The services of {folder} are already running. Stop them, or set "
+        "another RECPRESS_HOME.",
         "services_form": "Expected services that can run as local processes in {path}, got {kind}: "
         "{problem}. Compare it with the file in the repository.",
         "health_check_form": "The health check of {service!r} must be a list that begins with CMD.",

@@ -1,4 +1,8 @@
-"""Errors of the object store, of its records, and of local disks. Types only."""
+"""Errors of the object store, of its records, and of local disks.
+
+``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
+``infra/errors/__init__.py``). Types only.
+"""
 
 from typing import ClassVar
 
@@ -51,7 +55,7 @@ class ConcurrentChange(InfraError):
         "file_unreadable": "{path} could not be read while it was being stored: {problem}.",
         "cache_changing": "{path} keeps changing. End other programs that write to the cache, then "
         "run again.",
-        "ledger_contention": "Other processes appended first to the ledger of {model!r}, "
+        "ledger_contention": "Other processes appended to the ledger of {model!r} first, "
         "{attempts} times in a row. Try again.",
         "ledger_emptied": "The ledger of {model!r} is empty; it may have been deleted in the "
         "meantime. Run again.",
@@ -68,7 +72,7 @@ class StoreRefused(Refused):
         "key_reserved": "{key!r} is reserved for the store itself. Write records under another "
         "key.",
         "record_too_large": "{key!r} has {size} bytes; a record has at most {most_bytes}.",
-        "model_name_no_path": "A model's name is part of a path: {problem}.",
+        "model_name_no_path": "A model's name must be usable in a path: {problem}.",
         "model_name_characters": "Expected a model's name without '/' and ':', got {got}.",
         "folder_unreadable": "{folder} cannot be read as a folder of files: {problem} ({file}).",
         "folder_empty": "{folder} contains no file, so there is nothing to store.",
@@ -89,13 +93,13 @@ class RecordRefused(Refused):
     sentences: ClassVar = {
         "record_damaged": "{place} is damaged: {problem}.",
         "record_of_other_order": "{place} is the record of another order.",
-        "record_too_large": "{place} is larger than {most_bytes} bytes, so it is no record. Move "
-        "it away.",
+        "record_too_large": "{place} is larger than {most_bytes} bytes, so it is not a record. "
+        "Move it away.",
         "record_no_plain_file": "{place} is not a plain file. Move it away.",
         "bundle_record_damaged": "The record of bundle {name}@{version}, {place}, is damaged: "
         "{problem}. Pack the draft of this version again: 'recpress bundle pack FOLDER' restores "
         "the record.",
-        "report_unusable": "{release} has no usable {file} ({problem}), so it is no release of "
+        "report_unusable": "{release} has no usable {file} ({problem}), so it is not a release of "
         "recpress.",
         "document_unusable": "{path} cannot be used: {problem}.",
     }
@@ -113,7 +117,8 @@ class ArtifactMissing(Refused):
         "artifact_file_large": "File {path!r} of {uri} is too large to read at once.",
         "file_missing": "{path} does not exist. Run the step that writes it again.",
         "release_missing": "{uri} does not exist.",
-        "result_incomplete": "{folder} has no {file}, so it is no complete result. Make it again.",
+        "result_incomplete": "{folder} has no {file}, so it is not a complete result. Create it "
+        "again.",
         "result_unusable": "{place} cannot be used.",
         "order_not_in_registry": "Order {order:.12} is not in the registry.",
         "order_no_longer_in_registry": "Order {order:.12} is no longer in the registry.",
@@ -160,11 +165,12 @@ class ArtifactDamaged(Refused):
         "it from a backup of the store.",
         "ledger_digest_differs": "{changed} was changed: the digest does not match. Restore it "
         "from a backup of the store.",
+        # An unfinished result of ``recpress tables quantize``, which is written in blocks.
         "draft_outside_file": "Bytes {start} to {stop} are outside a file of {size} bytes.",
         "draft_incomplete": "The file is not complete: nothing was written at byte {start}.",
         "draft_written_twice": "Byte {start} was written twice.",
         "result_manifest_unreadable": "{path} cannot be read as a manifest.",
-        "result_damaged": "{folder} is damaged: {file} is not what was written. Make it again.",
+        "result_damaged": "{folder} is damaged: {file} is not what was written. Create it again.",
     }
 
 
@@ -178,5 +184,6 @@ class AlreadyThere(Refused):
         "ledger_shorter": "The ledger of {model!r} has no entry {expected}; it may have been "
         "deleted in the meantime.",
         "ledger_moved_on": "The champion of {model!r} was changed in the meantime: {by} made "
-        "version {version} champion at {at} ({action}: {reason}). Check it, then decide again.",
+        "version {version} champion at {at} ({action}: {reason}). Check this version, then decide "
+        "again.",
     }

@@ -437,7 +437,7 @@ def test_too_large_model_json_is_refused_before_it_is_read(sealed, read, monkeyp
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     with (sealed / "model.json").open("r+b") as file:
         file.truncate(MAX_JSON_BYTES + 1)  # sparse: takes no disk
-    assert "too large: at most 25165824" in refusal_message(read, sealed)
+    assert "at most 25165824 are allowed" in refusal_message(read, sealed)
 
 
 @pytest.mark.parametrize(
@@ -799,7 +799,7 @@ def test_index_that_differs_from_its_shards_is_refused(sharded, change, code, fi
 def test_several_shards_without_an_index_are_refused(sharded):
     (sharded / bundle_folder.INDEX).unlink()
     list_files_again(sharded)
-    assert f"2 shards but no {bundle_folder.INDEX}" in refusal_message(bundle_folder.read, sharded)
+    assert f"files but no {bundle_folder.INDEX}" in refusal_message(bundle_folder.read, sharded)
 
 
 def test_tensor_in_two_shards_is_refused(sharded):
@@ -883,7 +883,7 @@ def test_shard_that_shrinks_during_the_check_is_refused(sealed):
     with (sealed / "model.safetensors").open("r+b") as file:
         file.truncate(stored.start + 4)
     message = refusal_message(shards.nonfinite_problem, "dense.bias", stored, bytearray(64))
-    assert "ended early" in message
+    assert "became shorter while it was read" in message
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class Tree(HTMLParser):
             "1 check failed; 1 more could not be evaluated.",
         ),
         ([PASSED, NOT_EVALUATED], "Data was not fully checked", "1 check could not be evaluated"),
-        ([], "Nothing was checked", "No split was given, so no check was made."),
+        ([], "Nothing was checked", "No split was given, so no check was run."),
     ],
 )
 def test_page_shows_the_verdict_with_its_reason(findings, verdict, sentence):
