@@ -6,11 +6,11 @@ telemetry.py       disables the usage reports of libraries
 arrow_memory.py    selects the memory pool of Arrow
 credentials.py     removes passwords, tokens and keys from messages and logs
 printable.py       escapes untrusted text for a terminal, a log or a page
-log_records.py     changes every log record of the process
+log_records.py     applies a function to every log record of the process
 memory.py          estimates the available memory
-memory_reserve.py  reserves memory to be able to report an out-of-memory error
+memory_reserve.py  reserves memory, so that an out-of-memory error can be reported
 child.py           runs work in a child process that can be killed
-timing.py          times sessions in turn, and describes the machine
+timing.py          measures the latency of model sessions, and describes the machine
 store/             the object store
 bundle/            reads, validates and writes bundles: model.json and safetensors
 data/              checks parquet files, and converts them to tensors

@@ -1,4 +1,4 @@
-"""Select Arrow's memory pool, in every process.
+"""Select the memory pool of Arrow (pyarrow) for this process and its child processes.
 
 Arrow reads an environment variable when it is imported. ``infra/__init__.py`` therefore calls
 ``select_system_pool`` first. Child processes inherit the variable. ``pyarrow.set_memory_pool`` is
@@ -8,7 +8,7 @@ not enough, because Arrow's file readers use the default pool.
 import os
 
 # The default pool, mimalloc, reserves 1 GiB of address space at once if the limit ``ulimit -v``
-# allows it. Too little may remain for Arrow or torch, which then fail; Arrow may end the process.
+# allows it. If too little remains, torch fails, and Arrow fails or even aborts the process.
 ARROW_POOL = {"ARROW_DEFAULT_MEMORY_POOL": "system"}
 
 

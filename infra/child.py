@@ -1,10 +1,9 @@
 """Run work in a child process that can be killed at a time limit.
 
-Native code, such as an engine builder, cannot be interrupted from Python. It therefore runs as
-``python -m <module>`` in a session of its own, and parent and child exchange two JSON files. At the
-time limit the parent kills the whole process group.
-
-The parent calls ``run_child``, and the main function of the module calls ``serve``. POSIX only.
+Native code, such as an engine builder, cannot be interrupted from Python. The parent process calls
+``run_child``, which starts ``python -m <module>`` in a new session and kills its process group at
+the time limit. The module calls ``serve`` with its work. Parent and child exchange a request and a
+response as JSON files. POSIX only.
 """
 
 import contextlib
@@ -26,9 +25,9 @@ from infra.errors import BuildRefused, ChildFailed, OutOfMemory, Refused
 from infra.memory import as_out_of_memory
 
 REFUSED, NO_MEMORY = 2, 3
-"""Exit codes of a child whose request cannot be carried out, and of one that ran out of memory.
+"""Exit codes of a child that refused its request, and of a child that ran out of memory.
 
-The response of such a child contains the code and the fields of the error in ``error``.
+The response of such a child is ``{"error": {"code": ..., "fields": {...}}}``.
 """
 
 _ERROR_CLASSES: dict[int, type[BuildRefused | OutOfMemory]] = {
@@ -37,7 +36,7 @@ _ERROR_CLASSES: dict[int, type[BuildRefused | OutOfMemory]] = {
 }
 
 GRACE_SECONDS = 5.0
-"""A child whose parent no longer exists ends at most this long after the time limit."""
+"""A child whose parent was killed ends at most this long after the time limit."""
 
 _TAIL_LINES = 12
 _TAIL_COLUMNS = 300
@@ -51,14 +50,17 @@ def run_child(
     When the call returns or raises, all processes of the child's process group have ended.
 
     Args:
-        module: a module on ``sys.path`` whose main function calls ``serve``.
-        request: the request; it can be encoded as JSON.
+        module: name of a module on ``sys.path`` that calls ``serve`` when it is run.
+        request: the argument of the child's ``work``; it can be encoded as JSON.
         folder: receives ``request.json``, ``answer.json`` (the response) and ``child.log`` (the
             child's output); created if missing.
         seconds: wall-clock limit.
 
+    Returns:
+        The result of the child's ``work``.
+
     Raises:
-        BuildRefused: the request cannot be carried out; contains the child's code and fields.
+        BuildRefused: the child refused the request; has the code and the fields of its error.
         OutOfMemory: the child ran out of memory, or was killed by SIGKILL.
         ChildFailed: the time limit passed, another signal ended the child, or it failed or wrote no
             valid response.
@@ -90,31 +92,31 @@ def run_child(
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired as fault:
             raise ChildFailed(
-                "child_timed_out", module=module, seconds=seconds, output=_tail(log)
+                "child_timed_out", module=module, seconds=seconds, output=_read_log_tail(log)
             ) from fault
         finally:
             _kill_group(process)
     if code in _ERROR_CLASSES:
         raise _decode_error(_ERROR_CLASSES[code], response_file, module, log)
     if code == -signal.SIGKILL:
-        raise OutOfMemory("child_killed", module=module, output=_tail(log))
+        raise OutOfMemory("child_killed", module=module, output=_read_log_tail(log))
     if code < 0:
         name = signal.Signals(-code).name
-        raise ChildFailed("child_signalled", module=module, signal=name, output=_tail(log))
+        raise ChildFailed("child_signalled", module=module, signal=name, output=_read_log_tail(log))
     if code > 0:
-        raise ChildFailed("child_failed", module=module, exit_code=code, output=_tail(log))
+        raise ChildFailed("child_failed", module=module, exit_code=code, output=_read_log_tail(log))
     return _read_response(response_file, module, log)
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     """Process the request of ``run_child``, write the response, and exit.
 
-    A module that ``run_child`` starts calls it in its main function. The process also ends if its
-    parent ends. The exit code is:
+    Called by a module that ``run_child`` starts. The process also ends if its parent ends. The exit
+    code is:
 
     - 0 if ``work`` returns;
-    - 2 if it raises ``Refused``; the response contains the code and the fields of a
-      ``BuildRefused``, and the sentence of any other class;
+    - 2 if it raises ``Refused``; the response contains the error as a ``BuildRefused``, and an
+      error of another class as one with the code ``request_refused`` and the sentence;
     - 3 if memory is exhausted;
     - 1 after any other exception, whose traceback is in the log.
 
@@ -162,18 +164,20 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _read_response(response_file: Path, module: str, log: Path) -> dict[str, Any]:
-    """Read the response that a child wrote; raise ``ChildFailed`` if it is no JSON object."""
+    """Read the response that a child wrote; raise ``ChildFailed`` if it is not a JSON object."""
     try:
         value = json.loads(response_file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as fault:
-        raise ChildFailed("child_answer_unreadable", module=module, output=_tail(log)) from fault
+        raise ChildFailed(
+            "child_answer_unreadable", module=module, output=_read_log_tail(log)
+        ) from fault
     if not isinstance(value, dict):
         raise ChildFailed("child_answer_no_object", module=module, kind=type(value).__name__)
     return value
 
 
 def _encode_error(fault: Refused | OutOfMemory) -> dict[str, Any]:
-    """Encode an error for the child's response."""
+    """Encode an error for the child's response, as ``code`` and ``fields``."""
     if not isinstance(fault, BuildRefused | OutOfMemory):
         fault = BuildRefused("request_refused", problem=str(fault))
     return {"code": fault.code, "fields": fault.fields}
@@ -195,10 +199,10 @@ def _decode_error(
         }
         return kind(error["code"], **fields)  # type: ignore[index]
     except (TypeError, KeyError, AttributeError):
-        return ChildFailed("child_answer_unreadable", module=module, output=_tail(log))
+        return ChildFailed("child_answer_unreadable", module=module, output=_read_log_tail(log))
 
 
-def _tail(log: Path) -> str:
+def _read_log_tail(log: Path) -> str:
     """Return the last lines of the child's output for an error message, without credentials."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
     if not lines:

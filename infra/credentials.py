@@ -3,7 +3,8 @@
 Error messages of libraries quote the address or the request that the library received. Three rules
 keep credentials out of them:
 
-- A library receives an address without its password (``bare_login``, ``bare_database``).
+- A library receives an address without its password (``bare_login``, ``bare_database``), and the
+  password separately (``move_login``, ``pass_to_driver``).
 - Credentials in the message of a library are masked before it becomes part of another message
   (``mask_credentials``).
 - The exception of a library is not the cause of another exception (``raise ... from None``),
@@ -29,25 +30,31 @@ from infra.log_records import change_records
 
 HIDDEN = "***"
 MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
-SHORTEST = 6
-"""Shorter values of variables are not removed from texts, because they may be ordinary words.
+MIN_SECRET_CHARACTERS = 6
+"""Least characters of a variable's value that is masked; shorter ones may be ordinary words.
 
-Logins in addresses of any length are removed.
+Logins in addresses are masked at any length.
 """
 
+# Names of variables whose value is a secret, unless the name ends as in ``_FILE``: then the value
+# is only the place or the kind of a secret.
 _NAMED = re.compile(
     r"SECRET|PASSWORD|PASSWD|PASSPHRASE|TOKEN(?![A-Z])|API_?KEY|AUTH_STRING|ACCESS_KEY(?!_ID)|"
     r"CREDENTIAL|PRIVATE_KEY"
 )
 _FILE = re.compile(r"(FILE|PATH|FOLDER|DIR|URL|URI|SCOPE|MODE|CLIENT)$")
+# The login in a complete address within a text, up to its @.
 _LOGIN = re.compile(r"(?<=://)(?:[^\s/?#'\"<>]*|[^\s/?#'\"<>:]*:[^\s?#'\"<>]*)@")
+# A text that begins with a login: [scheme:][//]user[:password]@...
 _ADDRESS = re.compile(
     r"(?:[A-Za-z][\w+.\-]*:/{0,2})?(?P<user>[^\s/:@]*)(?::(?P<password>\S*))?@(?=[^@]*$)"
 )
+# A secret parameter in the query of an address, such as ?token=...
 _QUERY = re.compile(
     r"(?i)([?&;][\w.\-]*(?:token|secret|password|passwd|pwd|key|signature|sig|credential|auth)"
     r"[\w.\-]*=)[^&;\s'\"<>]+"
 )
+# Options of a database URI that are secret.
 _SECRET_OPTION = re.compile(r"(?i)^(password|passwd|pwd|sslpassword|token|authtoken|secret)$")
 
 
@@ -61,25 +68,30 @@ def mask_credentials(message: object, *addresses: str) -> str:
         message: an exception or a text.
         addresses: addresses whose credentials are removed too.
     """
-    text, known = str(message), secrets()
+    text, known_secrets = str(message), secrets()
     if addresses:  # skipped for log records, which are many
-        more = {form for uri in addresses for secret in _in_address(uri) for form in _forms(secret)}
-        known = tuple(sorted({*known, *more}, key=len, reverse=True))
-    for secret in known:
+        further = {
+            form
+            for uri in addresses
+            for secret in _address_secrets(uri)
+            for form in _message_forms(secret)
+        }
+        known_secrets = tuple(sorted({*known_secrets, *further}, key=len, reverse=True))
+    for secret in known_secrets:
         text = text.replace(secret, HIDDEN)
     return _QUERY.sub(rf"\g<1>{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))
 
 
 def first_line(message: object, *addresses: str, most: int = 400) -> str:
-    """Return the first line of a library's message, cleaned, with at most ``most`` characters."""
+    """Return the first line of a message without credentials, at most ``most`` characters."""
     return mask_credentials(message, *addresses).strip().partition("\n")[0][:most]
 
 
 def secrets() -> tuple[str, ...]:
     """Return the credentials in environment variables, in all forms that messages may contain.
 
-    A credential is the value of a variable whose name indicates a secret, or the password or a
-    secret option in a variable that contains an address. Its forms are: unchanged,
+    A credential is the value of a variable whose name indicates a secret; or, in a variable that
+    contains an address, the password or a secret parameter of its query. Its forms are: unchanged,
     percent-encoded, escaped as by ``repr`` and, for a login, base64 as in HTTP basic
     authentication. Longer texts are first, so that replacing one leaves no part of another.
     """
@@ -103,40 +115,42 @@ def _secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     all_forms: set[str] = set()
     for name, value in variables:
         if _is_secret(name):
-            all_forms.update(_forms(value))
+            all_forms.update(_message_forms(value))
             user, colon, password = value.partition(":")
             if colon and name.endswith("AUTH_STRING"):
-                all_forms.update(_forms(password))
-                all_forms.update(_forms(_basic(user, password)))
+                all_forms.update(_message_forms(password))
+                all_forms.update(_message_forms(_encode_basic_login(user, password)))
         if "://" in value or "@" in value:
-            for secret in _in_address(value):
-                all_forms.update(_forms(secret))
+            for secret in _address_secrets(value):
+                all_forms.update(_message_forms(secret))
     by_name = dict(variables)
     if login := by_name.get(MLFLOW_USER):
-        all_forms.update(_forms(_basic(login, by_name.get(MLFLOW_PASSWORD, ""))))
+        all_forms.update(
+            _message_forms(_encode_basic_login(login, by_name.get(MLFLOW_PASSWORD, "")))
+        )
     return tuple(sorted(all_forms, key=len, reverse=True))
 
 
-def _forms(secret: str) -> Iterator[str]:
+def _message_forms(secret: str) -> Iterator[str]:
     """Yield a secret in all forms that messages may contain, except very short ones."""
     for text in (secret, unquote(secret)):
         for form in (text, quote(text, safe=""), quote(text), quote_plus(text), repr(text)[1:-1]):
-            if len(form) >= SHORTEST:
+            if len(form) >= MIN_SECRET_CHARACTERS:
                 yield form
 
 
-def _basic(user: str, password: str) -> str:
+def _encode_basic_login(user: str, password: str) -> str:
     """Encode a login as in HTTP basic authentication."""
     return base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-def _in_address(uri: str) -> Iterator[str]:
-    """Yield the password and the secret options of an address; nothing for any other text."""
+def _address_secrets(uri: str) -> Iterator[str]:
+    """Yield the password and the secret query parameters of an address; nothing for other text."""
     if match := _ADDRESS.match(uri.partition("?")[0]):
         user, password = match["user"], match["password"]
         yield user if password is None else password  # a token may be written as the user
         if password is not None:
-            yield _basic(unquote(user), unquote(password))
+            yield _encode_basic_login(unquote(user), unquote(password))
     for name, value in parse_qsl(uri.partition("?")[2]):
         if _QUERY.search(f"?{name}=x"):
             yield value
@@ -174,7 +188,7 @@ def bare_database(uri: str) -> tuple[str, dict[str, str]]:
     try:
         url = make_url(uri)
     except (ArgumentError, ValueError) as fault:
-        raise ValueError(f"it is no database URI ({type(fault).__name__})") from None
+        raise ValueError(f"it is not a database URI ({type(fault).__name__})") from None
     options = {} if url.password is None else {"password": str(url.password)}
     options |= {
         name: value
@@ -187,21 +201,21 @@ def bare_database(uri: str) -> tuple[str, dict[str, str]]:
 
 
 def pass_to_driver(uri: str, options: Mapping[str, str]) -> None:
-    """Give the values that ``bare_database`` removed from a URI to the driver at every connect.
+    """Pass secrets to the database driver at every connect, instead of in the URI.
 
-    The engine of SQLAlchemy, its messages and its ``repr`` contain only the URI without them.
+    So the engine of SQLAlchemy, its messages and its ``repr`` contain only the URI without them.
 
     Args:
         uri: the URI without secrets, with which the engine is created.
-        options: the removed values by the name of the driver's argument.
+        options: the values that ``bare_database`` removed, by the name of the driver's argument.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine, make_url
 
     key = (uri, tuple(sorted(options.items())))
-    if not options or key in _passed:
+    if not options or key in _registered_uris:
         return
-    _passed.add(key)
+    _registered_uris.add(key)
     url = make_url(uri)
 
     @event.listens_for(Engine, "do_connect")
@@ -213,7 +227,8 @@ def pass_to_driver(uri: str, options: Mapping[str, str]) -> None:
             parameters.update(options)
 
 
-_passed: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
+_registered_uris: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
+"""URI and options of each call of ``pass_to_driver``, so that it adds one listener for each."""
 
 
 def move_login(uri: str) -> str:
@@ -245,7 +260,7 @@ def move_registry_login() -> None:
 
 @contextmanager
 def clean_exceptions() -> Iterator[None]:
-    """Remove credentials from an exception of the block or decorated function, and its causes.
+    """Remove credentials from an exception that the block or function raises, and its causes.
 
     The class of the exception is unchanged, so that callers can catch it as before.
     """
@@ -273,9 +288,8 @@ def _clean_exception(fault: BaseException) -> None:
         for name, value in vars(fault).items():
             if isinstance(value, str):
                 setattr(fault, name, mask_credentials(value))
-        if (text := mask_credentials(fault)) != str(
-            fault
-        ):  # the text does not depend on the arguments
+        # In some classes the text does not depend on the arguments or attributes.
+        if (text := mask_credentials(fault)) != str(fault):
             raise RuntimeError(f"{type(fault).__name__}: {text}") from None
     earlier = fault.__cause__ or fault.__context__
     if earlier is not None:
@@ -301,6 +315,7 @@ def clean_log_records() -> None:
 
 
 def _clean_record(record: logging.LogRecord) -> None:
+    """Remove credentials from one log record, in place."""
     if record.exc_info and record.exc_info[0] is not None:
         record.exc_text = mask_credentials(
             "".join(traceback.format_exception(*record.exc_info))

@@ -43,10 +43,10 @@ def available_memory() -> Available | None:
     known = [
         Available(free, limit)
         for limit, free in (
-            ("the memory of this machine", _field(_PROC / "meminfo", "MemAvailable")),
+            ("the memory of this machine", _read_field(_PROC / "meminfo", "MemAvailable")),
             ("the memory limit of the container (control group)", _left_in_control_groups()),
-            ("the address-space limit (ulimit -v)", _left(resource.RLIMIT_AS, "VmSize")),
-            ("the data-segment limit (ulimit -d)", _left(resource.RLIMIT_DATA, "VmData")),
+            ("the address-space limit (ulimit -v)", _left_of_limit(resource.RLIMIT_AS, "VmSize")),
+            ("the data-segment limit (ulimit -d)", _left_of_limit(resource.RLIMIT_DATA, "VmData")),
         )
         if free is not None
     ]
@@ -58,7 +58,7 @@ def require_memory(needed: int, doing: str) -> None:
 
     Args:
         needed: bytes in addition to the memory that this process uses now.
-        doing: the work that needs them, as a noun phrase that begins a sentence.
+        doing: the work that needs them, to begin a sentence: ``Building the network``.
 
     Raises:
         OutOfMemory: contains the needed and the available memory, and the limit.
@@ -80,10 +80,10 @@ def as_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemo
 
     Args:
         fault: the exception.
-        doing: the work that failed, as a noun phrase that begins a sentence.
+        doing: the work that failed, to begin a sentence: ``Building the network``.
 
     Returns:
-        The error to raise; None if ``fault`` is no out-of-memory error.
+        The error to raise; None if ``fault`` is not an out-of-memory error.
     """
     if isinstance(fault, OutOfMemory):
         return fault
@@ -101,7 +101,7 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
     """Replace every out-of-memory error of the block by ``OutOfMemory``.
 
     Args:
-        doing: returns the work in the block, as a noun phrase that begins a sentence.
+        doing: returns the work of the block, to begin a sentence: ``Building the network``.
     """
     try:
         yield
@@ -121,7 +121,7 @@ def resident_bytes() -> int:
     return status_bytes("VmRSS")
 
 
-def _left(limit: int, field: str) -> int | None:
+def _left_of_limit(limit: int, field: str) -> int | None:
     """Return the bytes that a limit of this process leaves; None if there is no limit.
 
     Args:
@@ -133,11 +133,11 @@ def _left(limit: int, field: str) -> int | None:
 
 
 def status_bytes(field: str) -> int:
-    """Return a field of ``/proc/self/status`` in bytes."""
-    return _field(_PROC / "self" / "status", field) or 0
+    """Return a field of ``/proc/self/status``, such as ``VmRSS``, in bytes; 0 if unknown."""
+    return _read_field(_PROC / "self" / "status", field) or 0
 
 
-def _field(file: Path, name: str) -> int | None:
+def _read_field(file: Path, name: str) -> int | None:
     """Read a field in kB from a file of ``/proc``, and return it in bytes."""
     try:
         lines = file.read_text().splitlines()
@@ -150,13 +150,14 @@ def _field(file: Path, name: str) -> int | None:
 def _left_in_control_groups() -> int | None:
     """Return the bytes that the limits of the control group and all its parents leave.
 
-    None if no limit is known.
+    Returns:
+        None if no limit is known.
     """
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
         return None
-    left: list[int] = []
+    free_bytes: list[int] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -168,27 +169,30 @@ def _left_in_control_groups() -> int | None:
             continue
         group = root / path.strip("/")
         while True:  # including the root, which is the container's group inside a container
-            if (free := _left_in(group, limit, used)) is not None:
-                left.append(free)
+            if (free := _left_in_group(group, limit, used)) is not None:
+                free_bytes.append(free)
             if group in (root, root.parent):
                 break
             group = group.parent
-    return min(left, default=None)
+    return min(free_bytes, default=None)
 
 
-def _left_in(group: Path, limit: str, used: str) -> int | None:
+def _left_in_group(group: Path, limit: str, used: str) -> int | None:
     """Return the bytes that the limit of one control group leaves; None if it has none.
 
     ``limit`` and ``used`` are the names of the files with the limit and the used memory.
     """
     try:
-        most, now = (group / limit).read_text().strip(), int((group / used).read_text())
-        cached = (group / "memory.stat").read_text().split()
+        limit_text, used_bytes = (
+            (group / limit).read_text().strip(),
+            int((group / used).read_text()),
+        )
+        words = (group / "memory.stat").read_text().split()
     except (OSError, ValueError):
         return None
-    if not most.isdigit() or int(most) >= 2**62:
+    if not limit_text.isdigit() or int(limit_text) >= 2**62:  # "max" or almost 2**63: unlimited
         return None
     # Pages of files do not count, because the kernel frees them before it kills a process.
-    statistics = dict(zip(cached[::2], cached[1::2], strict=False))
+    statistics = dict(zip(words[::2], words[1::2], strict=False))
     file_pages = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
-    return int(most) - max(now - file_pages, 0)
+    return int(limit_text) - max(used_bytes - file_pages, 0)

@@ -1,7 +1,9 @@
 """Reserve memory, and release it when memory is exhausted, so that a command can report the error.
 
-Reporting the error needs memory too. In particular, a thread of Prefect that starts when no memory
-is left never signals its start, and CPython waits for it forever (``threading.Thread.start``).
+A command calls ``hold_reserve`` at its start. Code that catches an out-of-memory error calls
+``release_reserve`` first, because reporting the error needs memory too. In particular, a thread of
+Prefect that starts when no memory is left never signals its start, and CPython waits for it forever
+(``threading.Thread.start``).
 """
 
 import mmap
@@ -12,7 +14,8 @@ RESERVE_BYTES = 96 * 2**20
 
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
-_held: list[mmap.mmap] = []
+_reserve: list[mmap.mmap] = []
+"""The reserved mapping; empty without a reserve."""
 
 
 def is_limited() -> bool:
@@ -25,12 +28,12 @@ def hold_reserve() -> None:
 
     The memory is mapped but never written, so it only counts towards the limit.
     """
-    if is_limited() and not _held:
+    if is_limited() and not _reserve:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        _held.append(mmap.mmap(-1, RESERVE_BYTES, flags=private))
+        _reserve.append(mmap.mmap(-1, RESERVE_BYTES, flags=private))
 
 
 def release_reserve() -> None:
     """Release the reserve, so that this process can allocate its memory."""
-    while _held:
-        _held.pop().close()
+    while _reserve:
+        _reserve.pop().close()

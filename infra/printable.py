@@ -8,7 +8,7 @@ them to everything that a command prints.
 import re
 
 LONGEST_SENTENCE = 900
-"""Most characters of one sentence in an error message, which may contain 20 of them."""
+"""Most characters of one sentence; an error message may contain 20 sentences."""
 
 _CONTROL = re.compile(
     "["
@@ -43,5 +43,5 @@ def truncate_sentence(sentence: str) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     r"""Return the JSON escape of a character: ``\uXXXX`` for each of its UTF-16 units."""
-    units = match[0].encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))
+    encoded = match[0].encode("utf-16-be", "surrogatepass")  # two bytes per unit
+    return "".join(f"\\u{encoded[at]:02x}{encoded[at + 1]:02x}" for at in range(0, len(encoded), 2))

@@ -25,24 +25,25 @@ class RecpressSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="RECPRESS_", frozen=True, extra="ignore")
 
     home: Path = Field(
-        default=Path("~/.recpress"), description="Embedded store, registry and caches live here."
+        default=Path("~/.recpress"),
+        description="Folder of the embedded store, the registry and the caches.",
     )
     store: str = Field(
         default="", description="Object store: a folder or s3://bucket/prefix. Default HOME/store."
     )
     triton: str = Field(
         default="",
-        description="Triton model repository that follows the champion: a folder or "
+        description="Triton model repository to which each new champion is written: a folder or "
         "s3://bucket/prefix. Empty: none.",
     )
     allowed_modules: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("examples",),
-        description="Modules (and what lies below them) an architecture may be imported from.",
+        description="Modules, with their submodules, that a network's class may be imported from.",
     )
     device: str = Field(
         default="cpu",
         pattern=r"^(cpu|cuda|cuda:\d+(,cuda:\d+)*|cpu(,cpu)+)$",
-        description="Where steps that train do so: cpu, cuda or cuda:1; several, such as "
+        description="Device of steps that train: cpu, cuda or cuda:1; several devices, such as "
         "cuda:0,cuda:1, share every batch.",
     )
     threads: int = Field(
@@ -53,8 +54,8 @@ class RecpressSettings(BaseSettings):
         default=None,
         gt=0,
         lt=2**40,
-        description="MiB of memory that a process may use in all. Default: what the machine, its "
-        "control group and the limits of the process leave.",
+        description="MiB of memory that one process may use in total. Default: what the machine, "
+        "its control group and the limits of the process leave.",
     )
 
     @field_validator("allowed_modules", mode="before")

@@ -1,6 +1,6 @@
-"""Time the sessions of any runtime in turn, and describe the machine.
+"""Measure the latency of models on any runtime, and describe the machine.
 
-A session is one model loaded in a runtime.
+A session is one model loaded in a runtime, such as ONNX Runtime.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def interleaved_ms(
     session before the measurement.
 
     Args:
-        sessions: the sessions to compare.
+        sessions: the sessions to compare; ``bind`` returns a function that runs one call.
         inputs: one array per input name.
         rounds: number of measured calls of each session.
         warmup: number of calls of each session before the measurement.
@@ -55,13 +55,13 @@ def machine(runtime: str, version: str, threads: int) -> Machine:
     """Describe this machine and the runtime of a measurement.
 
     Args:
-        runtime: name of the runtime, as written in sentences.
+        runtime: name of the runtime for people, such as ``ONNX Runtime``.
         version: version of the runtime's library.
         threads: number of threads that one call uses.
     """
-    features = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    features = set((_read_cpuinfo("flags") or _read_cpuinfo("Features")).split())
     return Machine(
-        processor=_cpuinfo("model name") or platform.processor() or platform.machine(),
+        processor=_read_cpuinfo("model name") or platform.processor() or platform.machine(),
         cores=os.cpu_count() or 1,
         system=f"{platform.system()} {platform.machine()}",
         runtime=runtime,
@@ -71,8 +71,8 @@ def machine(runtime: str, version: str, threads: int) -> Machine:
     )
 
 
-def _cpuinfo(key: str) -> str:
-    """Read one field of the first processor on Linux; empty on other systems."""
+def _read_cpuinfo(key: str) -> str:
+    """Read a field of ``/proc/cpuinfo`` for the first processor; empty on other systems."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         for line in lines:
             name, _, value = line.partition(":")

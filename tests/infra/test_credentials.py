@@ -156,7 +156,7 @@ def test_bare_database_separates_passwords_from_the_uri(
 
 
 def test_error_for_an_invalid_database_uri_does_not_quote_it() -> None:
-    with pytest.raises(ValueError, match="no database URI") as raised:
+    with pytest.raises(ValueError, match="not a database URI") as raised:
         bare_database(f"postgresql://me:{ENCODED}@db:port/m")
     assert_clean(formatted_exception(raised.value))
 
