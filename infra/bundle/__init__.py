@@ -1,5 +1,8 @@
 """Read, validate and write bundles: folders with ``model.json`` and ``*.safetensors``.
 
+A user writes a draft; packing it writes a sealed bundle, whose ``model.json`` lists all files with
+their hashes.
+
 json_limits.py      size limits of JSON text, checked before parsing
 json_reader.py      strict reader for untrusted JSON
 paths.py            validated path types for ``model.json``

@@ -1,8 +1,8 @@
 """Import a network's class by its path, from allow-listed modules only.
 
-Importing a module runs its code. So the operator decides which modules may be imported
-(``RECPRESS_ALLOWED_MODULES``), and a bundle that names any other module is rejected. Code of an
-allowed module is trusted: it does not run in a sandbox.
+Importing a module runs its code. So the person who runs recpress decides which modules may be
+imported (``RECPRESS_ALLOWED_MODULES``), and a bundle that names any other module is rejected. Code
+of an allowed module is trusted: it does not run in a sandbox.
 """
 
 import difflib
@@ -21,6 +21,7 @@ from infra.errors import BundleRefused
 if TYPE_CHECKING:
     import torch
 
+# module:Class
 _PATH = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
@@ -94,11 +95,11 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
 
 
 def source_digest(path: str, allowed: Sequence[str]) -> str:
-    """Hash the source code of a network's class, so that an edit invalidates caches.
+    """Hash the source code of a network's class; cache keys contain the hash.
 
     The hash covers every ``.py`` file of the module's innermost package and its sub-packages,
-    because a network is rarely one file. For a module outside any package it covers only its file.
-    Code imported from other packages is not covered. Nothing is imported.
+    because the code of a network is usually in several files. For a module outside any
+    package it covers only its file. Code of other packages is not covered. Nothing is imported.
 
     Args:
         path: the class in the form ``module:Class``.
@@ -122,11 +123,11 @@ def source_digest(path: str, allowed: Sequence[str]) -> str:
             files[f"{number}/{file.relative_to(root).as_posix()}"] = file
     if not any(file.is_file() for file in files.values()):
         raise BundleRefused("architecture_source_missing", path=path, module=module_name)
-    combined = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(files):
         content = hashlib.sha256(files[name].read_bytes()).hexdigest()
-        combined.update(f"{name}\0{content}\n".encode())
-    return combined.hexdigest()
+        digest.update(f"{name}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 def _split_and_check(path: str, allowed: Sequence[str]) -> tuple[str, str]:
@@ -162,6 +163,7 @@ def _extended_setting(module_name: str, allowed: Sequence[str]) -> str:
 
 
 def _module_missing_error(path: str, module_name: str) -> BundleRefused:
+    """Return the error for a module that does not exist; it names the top-level package too."""
     return BundleRefused(
         "architecture_module_missing",
         path=path,

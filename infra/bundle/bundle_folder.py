@@ -1,9 +1,12 @@
 """Read, validate and write bundles: folders with only ``model.json`` and ``*.safetensors``.
 
+The ``*.safetensors`` files are called shards. If there are several, an index
+(``model.safetensors.index.json``) lists the shard of every tensor.
+
 Reading a bundle executes no code: JSON and safetensors are data, and any other file is refused.
 ``model.json`` lists every other file with its size and SHA-256. Its last field, the seal, is the
 SHA-256 of all bytes before its line, so any changed byte is detected. The seal is not a signature:
-anyone can change a bundle and write a new seal. The identity of a bundle is the hash of its
+anyone can change a bundle and write a new seal. To identify a bundle, use the hash of its
 artifact in the object store.
 """
 
@@ -24,15 +27,15 @@ from infra.bundle.json_reader import (
     decode,
     escape_message,
     parse,
+    raise_if_any,
     read_json,
-    refuse_if,
     short,
     to_json_value,
 )
 from infra.bundle.model_json import MANIFEST, DataReference, Draft, FileRecord, Manifest, SplitName
 from infra.bundle.schema_versions import (
     SCHEMA_VERSION,
-    VERSION_1_PLACES,
+    VERSION_1_LOCATIONS,
     migrate,
     require_known_version,
 )
@@ -80,7 +83,7 @@ def read_draft(folder: Path) -> Draft:
     Raises:
         BundleRefused: a field or path of the draft, or a header of its weights, cannot be used.
     """
-    refuse_if(folder, (p for path in list_folder(folder) if (p := draft_file_problem(path))))
+    raise_if_any(folder, (p for path in list_folder(folder) if (p := draft_file_problem(path))))
     _, document = read_json(folder / MANIFEST)
     require_known_version(document, folder / MANIFEST)
     if "seal" in document or "files" in document:
@@ -93,7 +96,7 @@ def read_draft(folder: Path) -> Draft:
         ("transforms", draft.transforms),
     )
     entries = ((f"{name}.{key}", text) for name, part in path_fields for key, text in part.items())
-    refuse_if(
+    raise_if_any(
         folder, (p for where, text in entries if (p := _draft_path_problem(folder, where, text)))
     )
     return draft
@@ -119,11 +122,12 @@ def seal(
     The weights must already be in the folder: the shards and, if there are several, their index.
     An existing ``model.json`` is replaced.
 
-    ``linked`` contains the records of files that are hard links to files of a verified bundle, by
-    file name; they are not read. The other keyword arguments are fields of ``Manifest``.
+    ``linked`` contains size and hash of files, by file name, that are hard links to files of a
+    verified bundle; these files are not read. The other keyword arguments are fields of
+    ``Manifest``.
 
     Returns:
-        The manifest, equal to what ``read`` returns.
+        The manifest, equal to the result of ``read``.
 
     Raises:
         BundleRefused: the folder contains a file that a bundle may not have, or a field is invalid.
@@ -150,10 +154,11 @@ def seal(
         "plan": plan,
         "notes": tuple(notes),
     }
-    checked = parse(Manifest, fields, folder / MANIFEST)
+    unsealed = parse(Manifest, fields, folder / MANIFEST)
     try:
-        # Without notes the JSON has no such field, so the hashes of older bundles do not change.
-        document = checked.model_dump(exclude=set() if checked.notes else {"notes"})
+        # Without notes the field is omitted, as in bundles of versions that did not have it; so
+        # their hashes do not change.
+        document = unsealed.model_dump(exclude=set() if unsealed.notes else {"notes"})
         text = json.dumps(to_json_value(document), indent=2)
     except (ValueError, RecursionError) as fault:
         raise BundleRefused(
@@ -171,11 +176,11 @@ def seal(
 
 
 def seal_again(folder: Path, manifest: Manifest) -> Manifest:
-    """Write ``model.json`` for changed files with the fields of an existing manifest.
+    """Write ``model.json`` again after files were changed, with the other fields unchanged.
 
     Args:
         folder: the folder with the changed files.
-        manifest: all fields but ``files`` are copied from it.
+        manifest: the earlier manifest; all its fields except ``files`` are copied.
     """
     names = type(manifest).model_fields.keys() - {"schema_version", "files"}
     return seal(folder, **{name: getattr(manifest, name) for name in names})
@@ -192,7 +197,7 @@ def read(folder: Path) -> Manifest:
     raw, _ = read_json(folder / MANIFEST)
     manifest = manifest_of(raw, folder)  # first, so that a draft is reported as a draft
     names = _file_names(folder)
-    refuse_if(folder, _differences(folder, names - {MANIFEST}, manifest.files))
+    raise_if_any(folder, _differences(folder, names - {MANIFEST}, manifest.files))
     stored_tensors(folder)
     return manifest
 
@@ -234,19 +239,22 @@ def check_weights(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
     tensors = stored_tensors(folder)
     buffer = bytearray(BLOCK_BYTES)
     problems = (nonfinite_problem(name, stored, buffer) for name, stored in tensors.items())
-    refuse_if(folder, (problem for problem in problems if problem))
-    refuse_if(folder, _tie_problems(manifest.network.ties, tensors))
+    raise_if_any(folder, (problem for problem in problems if problem))
+    raise_if_any(folder, _tie_problems(manifest.network.ties, tensors))
     return {name: stored.fact for name, stored in tensors.items()}
 
 
 def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str, int]:
     """Return the number of rows of every table that an input of the signature refers to.
 
-    The table's weight may be stored, be tied to a stored weight, or be compressed.
+    The weight of a table may be stored, tied to a stored weight, or stored in a compressed format.
 
     Args:
         facts: shape, dtype and size of the stored tensors by name, from ``check_weights``.
         manifest: the manifest of the bundle.
+
+    Returns:
+        Number of rows by the attribute path of the table's module.
 
     Raises:
         BundleRefused: an input refers to a table that the weights do not contain.
@@ -298,12 +306,17 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
             )
         else:
             rows[item.table] = fact.shape[0]
-    refuse_if("Inputs and weights do not fit", problems)
+    raise_if_any("Inputs and weights do not fit", problems)
     return rows
 
 
 def _tie_problems(ties: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> Iterator[Reason]:
-    """Yield a reason for each tied weight whose target is not stored, or that is stored too."""
+    """Yield a reason for each tied weight whose target is not stored, or that is itself stored.
+
+    Args:
+        ties: name of the tied weight -> name of the weight that it shares.
+        tensors: the stored tensors by name.
+    """
     for alias, target in ties.items():
         if target not in tensors:
             yield Reason(
@@ -327,7 +340,7 @@ def _similar_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _file_names(folder: Path, ignored: str = "") -> set[str]:
-    """Return the file names in a bundle's folder, except ``ignored``.
+    """Return the names of all files in a bundle's folder except the file ``ignored``.
 
     Raises:
         BundleRefused: the folder contains an entry that a bundle may not have.
@@ -350,7 +363,7 @@ def _file_names(folder: Path, ignored: str = "") -> set[str]:
             problems.append(problem)
         elif path.name not in (MANIFEST, INDEX) and path.suffix != ".safetensors":
             problems.append(Reason("file_of_other_kind", file=file, manifest=MANIFEST, index=INDEX))
-    refuse_if(folder, problems)
+    raise_if_any(folder, problems)
     return names
 
 
@@ -403,10 +416,10 @@ def _migrate_and_parse(
 ) -> AnyModel:
     """Migrate and validate a ``model.json`` of any known schema version.
 
-    Errors refer to locations in ``document``, not in the migrated document.
+    Errors name locations in ``document``, not in the migrated document.
     """
-    places = VERSION_1_PLACES if document["schema_version"] == 1 else {}
-    return parse(kind, migrate(document), path, stored=stored, places=places)
+    locations = VERSION_1_LOCATIONS if document["schema_version"] == 1 else {}
+    return parse(kind, migrate(document), path, stored=stored, source_locations=locations)
 
 
 def _without_seal(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A JSON value of two bytes becomes a Python object of 50 to 200 bytes, so a small file can exhaust
 the memory when it is parsed. ``check_limits`` therefore counts values, nesting depth and the
 length of numbers first, in one pass over the bytes that creates no values. Code that parses stored
-JSON, or JSON of a file that a user named, calls ``check_limits`` or ``validate_json`` first.
+JSON, or JSON of a file that a user named, first calls ``check_limits``, or uses ``validate_json``,
+which calls it.
 """
 
 from pathlib import Path
@@ -28,6 +29,7 @@ MAX_NUMBER_CHARACTERS = 400
 
 _BLOCK = MIB
 _OPEN, _CLOSE, _SEPARATOR, _NUMBER = 1, 2, 3, 4
+# The kind of each byte value; 0 for all other bytes.
 _KINDS = np.zeros(256, np.uint8)
 _KINDS[list(b"[{")] = _OPEN
 _KINDS[list(b"]}")] = _CLOSE
@@ -79,7 +81,7 @@ def measure(raw: bytes) -> JsonSize:
     if b"\\" in raw:  # replaced left to right, so every remaining quote begins or ends a string
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     values, depth, deepest, number_length, longest = 1, 0, 0, 0, 0
-    is_in_string = 0
+    is_in_string = 0  # 1 if the block begins inside a string
     for start in range(0, len(raw), _BLOCK):
         block = np.frombuffer(raw, np.uint8, min(_BLOCK, len(raw) - start), start)
         quotes = np.cumsum(block == _QUOTE, dtype=np.uint32)
@@ -115,7 +117,7 @@ def validate_json(kind: type[AnyModel], raw: bytes, most_bytes: int = MAX_JSON_B
 def read_bounded(path: Path, most_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Read a file of at most ``most_bytes``.
 
-    The file's stated size is not used, so the limit also holds for devices and pipes.
+    The limit also holds for devices and pipes, because the size in the file's status is not used.
 
     Raises:
         ValueError: the file has more than ``most_bytes``.

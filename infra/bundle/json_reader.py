@@ -1,6 +1,6 @@
 """Read and validate untrusted JSON strictly, within the limits of ``json_limits``.
 
-Files that cannot be used raise ``BundleRefused`` or ``RecordRefused``, whose message contains the
+A file that cannot be used raises ``BundleRefused`` or ``RecordRefused``, whose message lists the
 problems for the user.
 """
 
@@ -28,9 +28,10 @@ from infra.errors import BundleRefused, RecordRefused
 from infra.printable import truncate_sentence
 
 PROBLEMS_SHOWN = 20
+"""Most problems that one error lists."""
 
 INPUT_KINDS = ("id", "dense", "padded_bag", "jagged_bag")
-"""Kinds of a signature's inputs, which pydantic adds to the location of an error."""
+"""Kinds of a signature's inputs; pydantic adds an input's kind to the location of its errors."""
 
 _END = object()
 _SHORT_REPR = reprlib.Repr()
@@ -43,24 +44,24 @@ def short(value: object) -> str:
 
 
 def escape_message(message: object) -> str:
-    """Format a message of a library for an error: printable and at most 300 characters."""
+    """Return the first 300 characters of a library's message, with unprintable ones escaped."""
     return repr(str(message)[:300])[1:-1]
 
 
 def _first_sentences(problems: Iterable[str]) -> tuple[str, ...]:
-    """Return the first ``PROBLEMS_SHOWN`` sentences, truncated, without consuming many more."""
+    """Return the first ``PROBLEMS_SHOWN`` sentences, each truncated, and "and more." if needed."""
     messages = [truncate_sentence(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
     if len(messages) > PROBLEMS_SHOWN:
         messages[-1] = "and more."
     return tuple(messages)
 
 
-def refuse_if(place: Path | str, problems: Iterable[Reason]) -> None:
+def raise_if_any(place: Path | str, problems: Iterable[Reason]) -> None:
     """Raise ``BundleRefused`` if there is any problem; the error contains the first 20.
 
     Args:
         place: the file or field that the problems refer to.
-        problems: reasons whose fields have bounded length.
+        problems: the reasons. Their fields have bounded length; ``short`` truncates a value.
     """
     messages = list(islice(problems, PROBLEMS_SHOWN + 1))
     if len(messages) > PROBLEMS_SHOWN:
@@ -125,7 +126,7 @@ def parse(
     path: Path,
     *,
     stored: bool = False,
-    places: Mapping[str, str] | None = None,
+    source_locations: Mapping[str, str] | None = None,
 ) -> AnyModel:
     """Validate a decoded JSON object.
 
@@ -135,7 +136,8 @@ def parse(
         path: path of its file, for the error message.
         stored: whether recpress wrote the document. Rules that later versions added for documents
             of users do not apply to it.
-        places: for a migrated document, maps a location in it to the location in the file.
+        source_locations: for a migrated document, maps a location in it, such as
+            ``signature.outputs[0].kind``, to the location in the file.
 
     Raises:
         BundleRefused: fields are missing, unknown or invalid; the error has a sentence for each.
@@ -144,7 +146,8 @@ def parse(
         return kind.model_validate(document, context={"stored": stored})
     except ValidationError as fault:
         sentences = (
-            _format_error(error, places or {}) for error in fault.errors(include_url=False)
+            _format_error(error, source_locations or {})
+            for error in fault.errors(include_url=False)
         )
         raise BundleRefused(
             "fields_unusable", path=str(path), problems=_first_sentences(sentences)
@@ -200,6 +203,7 @@ def to_json_value(value: object) -> Any:
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build the dict of a JSON object; raise ``ValueError`` if a name occurs twice."""
     document: dict[str, Any] = {}
     for name, value in pairs:
         if name in document:
@@ -209,10 +213,12 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _reject_constant(text: str) -> NoReturn:
+    """Raise ``ValueError`` for ``NaN`` and ``Infinity``, which Python's parser accepts."""
     raise ValueError(f"{text} is not a JSON number")
 
 
 def _parse_finite(text: str) -> float:
+    """Parse a number; raise ``ValueError`` if it is too large for a float."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{short(text)} is too large for a number")
     return number
@@ -235,12 +241,12 @@ def _check_strings(document: object) -> None:
             raise value_error("json_too_deep", most_levels=MAX_JSON_DEPTH)
 
 
-def _format_error(error: Mapping[str, Any], location_names: Mapping[str, str]) -> str:
+def _format_error(error: Mapping[str, Any], source_locations: Mapping[str, str]) -> str:
     """Format one error of pydantic as a sentence.
 
     Args:
         error: an item of ``ValidationError.errors()``.
-        location_names: for a migrated document, maps a location in it to the one in the file.
+        source_locations: as in ``parse``.
     """
     location = ""
     is_after_index = False  # after the index of an input, pydantic adds the input's kind
@@ -251,7 +257,7 @@ def _format_error(error: Mapping[str, Any], location_names: Mapping[str, str]) -
             location += f".{part if part.isprintable() and len(part) < 80 else short(part)}"
         is_after_index = isinstance(part, int)
     location = location.removeprefix(".") or "the document"
-    location = location_names.get(location, location)
+    location = source_locations.get(location, location)
     if error["type"] == "missing":
         return f"{location} is missing; add it."
     if error["type"] == "extra_forbidden":

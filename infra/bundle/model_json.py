@@ -11,6 +11,8 @@ from infra.bundle.paths import DraftPath, FileName, InsidePath
 MANIFEST = "model.json"
 
 SplitName = Literal["train", "calibration", "validation", "test", "items", "traffic"]
+"""``items`` is the catalogue of a retrieval model; ``traffic``, logged requests without labels."""
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -23,7 +25,10 @@ class FileRecord(Frozen):
 
 
 class DataReference(Frozen):
-    """One split of the data: a parquet file, or a folder of parquet files, in an artifact."""
+    """One split of the data: a parquet file, or a folder of parquet files, in an artifact.
+
+    ``file`` is the path of the file or folder in the artifact.
+    """
 
     artifact: Artifact
     file: InsidePath
@@ -33,8 +38,8 @@ class DataReference(Frozen):
 class Manifest(Frozen):
     """The ``model.json`` of a complete (sealed) bundle.
 
-    ``parents`` are the artifacts of the bundles that this one was computed from, and ``plan`` is
-    the plan by which it was compressed.
+    ``files`` lists the other files of the bundle by name. ``parents`` are the artifacts of the
+    bundles that this one was computed from, and ``plan`` is the plan by which it was compressed.
     """
 
     schema_version: Literal[2]
@@ -48,11 +53,13 @@ class Manifest(Frozen):
     files: dict[FileName, FileRecord]
     parents: tuple[Artifact, ...] = ()
     plan: Plan | None = None
-    notes: tuple[str, ...] = Field((), description="What to know about how the class is built.")
+    notes: tuple[str, ...] = Field(
+        (), description="Remarks for people who build the network from its class."
+    )
 
     @field_validator("files")
     @classmethod
-    def _other_files(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    def _refuse_itself(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
         if MANIFEST in files:
             raise value_error("manifest_hashes_itself", manifest=MANIFEST)
         return files

@@ -1,6 +1,6 @@
 """Pydantic types of the paths in ``model.json``, which reject paths that are unsafe to open.
 
-An unsafe path is a validation error with the reason.
+For an unsafe path pydantic reports an error with the reason.
 """
 
 import re
@@ -30,6 +30,7 @@ def _path_problem(text: str) -> Reason | None:
 
 
 def _require_inside(text: str) -> str:
+    """Validate an ``InsidePath``."""
     problem = _path_problem(text)
     if problem is None and text.startswith("/"):
         problem = Reason("path_absolute")
@@ -39,19 +40,21 @@ def _require_inside(text: str) -> str:
 
 
 def _require_file_name(text: str) -> str:
+    """Validate a ``FileName``."""
     if "/" in _require_inside(text):
         raise value_error("path_in_subfolder", path=short(text))
     return text
 
 
 def _require_usable_draft_path(text: str) -> str:
+    """Validate a ``DraftPath``; ``read_draft`` checks whether it is inside the draft's folder."""
     if problem := _path_problem(text):
         raise value_error("draft_path_unusable", path=short(text), reason=problem)
     return text
 
 
 InsidePath = Annotated[str, AfterValidator(_require_inside)]
-"""A relative path that stays in its folder, subfolders included."""
+"""A relative path of a file in a folder or its subfolders."""
 
 FileName = Annotated[str, AfterValidator(_require_file_name)]
 """The name of a file directly in its folder."""

@@ -17,9 +17,9 @@ SCHEMA_VERSION: Final = 2
 KNOWN_VERSIONS: Final = (1, 2)
 
 _OUTPUT_FIELDS = {"kind": "task", "form": "output", "label": "label", "metric": "metric"}
-"""Maps each field of an output (version 2) to the field of the signature it was in version 1."""
+"""Maps each field of an output (version 2) to the signature's field with its value in version 1."""
 
-VERSION_1_PLACES: Final = {
+VERSION_1_LOCATIONS: Final = {
     "signature.outputs[0]": "signature",
     **{f"signature.outputs[0].{new}": f"signature.{old}" for new, old in _OUTPUT_FIELDS.items()},
 }

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from compressors.contracts import Frozen
 from compressors.contracts.reasons import Reason
 from infra.bundle.json_limits import MAX_JSON_BYTES, check_limits
-from infra.bundle.json_reader import decode, escape_message, read_json, refuse_if, short
+from infra.bundle.json_reader import decode, escape_message, raise_if_any, read_json, short
 from infra.errors import BundleRefused
 
 INDEX = "model.safetensors.index.json"
@@ -27,10 +27,10 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
 # or global; and of a zip file, which torch.save writes.
 _PICKLE = re.compile(rb"\x80[\x02-\x05]|\((?:d|l|i)|c[A-Za-z_][\w.]*\n[\w.]+\n|PK[\x03\x05]")
 
-# For each dtype (integer, mask, value): read as this integer type, a weight is NaN or infinite if
-# ``weight & mask == value``. In IEEE-like formats these weights have all bits of the exponent set;
-# the other formats have one bit pattern. None: the dtype has no NaN and no infinity. Bit patterns
-# are used because numpy has no bfloat16 and no float8.
+# For each dtype of safetensors: an integer type of numpy, a mask and a value. A weight, read as
+# this integer type, is NaN or infinite if ``weight & mask == value``. In IEEE-like formats these
+# weights have all bits of the exponent set; other formats have one bit pattern for them. None: the
+# dtype has no NaN and no infinity. Bit patterns are used because numpy has no bfloat16 and float8.
 _NONFINITE: dict[str, tuple[str, int, int] | None] = {
     "F64": ("<u8", 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000),
     "F32": ("<u4", 0x7F80_0000, 0x7F80_0000),
@@ -117,9 +117,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             tensors[name] = stored
     if not tensors:
         raise BundleRefused("tensors_missing", folder=str(folder))
-    refuse_if(folder, problems)
+    raise_if_any(folder, problems)
     if (folder / INDEX).exists():
-        refuse_if(folder, _index_problems(folder, tensors))
+        raise_if_any(folder, _index_problems(folder, tensors))
     elif len(shards) > 1:
         raise BundleRefused("index_missing", folder=str(folder), shards=len(shards), index=INDEX)
     return tensors
@@ -134,7 +134,7 @@ def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> Rea
         buffer: memory to read blocks into; its length is a multiple of 8 bytes.
 
     Returns:
-        The number of such weights and the index of the first; None if all are finite.
+        A reason with the number of such weights and the index of the first; None if all are finite.
 
     Raises:
         BundleRefused: the dtype is unknown, or the file shrank during the check.
@@ -184,6 +184,7 @@ def pickle_problem(path: Path) -> Reason | None:
     with path.open("rb") as file:
         head = file.read(256)
         size = file.seek(0, 2)
+    # A safetensors file begins with the length of its header (8 bytes), a JSON object.
     header_fits = int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{"
     if header_fits or not _PICKLE.match(head):
         return None
