@@ -31,18 +31,18 @@ def prepare(paths: Mapping[str, Path], split: str, signature: Signature, into: P
         into: the folder to write to; created if missing.
 
     Raises:
-        DataRefused: as ``splits.prepare``; or an item is twice in the catalogue, or is missing from
-            it; or two test rows of one query differ in the inputs of the query tower.
+        DataRefused: as ``splits.prepare``; or an item occurs twice in the catalogue, or is missing
+            from it; or two test rows of one query differ in the inputs of the query tower.
     """
     prepared = data.prepare(paths[split], signature.of_split(split), into)
     if signature.item is None:
         return prepared
     tensors = load_file(into / data.FILE)
     if split == ITEMS:
-        _require_unique(paths[split], tensors, signature)
+        _require_unique_items(paths[split], tensors, signature)
         return prepared
     if split == "test":
-        _require_one_request(paths[split], tensors, signature)
+        _require_equal_queries(paths[split], tensors, signature)
     with scratch_folder("items") as scratch:
         data.prepare(paths[ITEMS], signature.of_split(ITEMS), scratch)
         items = load_file(scratch / data.FILE)
@@ -51,17 +51,20 @@ def prepare(paths: Mapping[str, Path], split: str, signature: Signature, into: P
     return Prepared(rows=prepared.rows, bytes=size, tensors=tuple(tensors))
 
 
-def _require_unique(parquet: Path, items: dict[str, Array], signature: Signature) -> None:
-    """Raise if an item is twice in the catalogue."""
-    violations, (column,) = Violations(), _item_columns(signature)
+def _require_unique_items(parquet: Path, items: dict[str, Array], signature: Signature) -> None:
+    """Raise if an item occurs twice in the catalogue."""
+    violations, (column,) = Violations(), _item_id_columns(signature)
     _, first_rows = np.unique(items[str(signature.item)], return_index=True)
     repeated = np.setdiff1d(np.arange(len(items[str(signature.item)])), first_rows)
-    violations.add(column, "an item that stands in an earlier row too", repeated)
+    violations.add(column, "an item that is in an earlier row too", repeated)
     violations.refuse(parquet)
 
 
-def _require_one_request(parquet: Path, tensors: dict[str, Array], signature: Signature) -> None:
-    """Raise if rows of one query differ in a query input: the model evaluates each query once."""
+def _require_equal_queries(parquet: Path, tensors: dict[str, Array], signature: Signature) -> None:
+    """Raise if rows of one query differ in a query input, since the model evaluates a query once.
+
+    Rows belong to one query if their values of ``@group`` are equal.
+    """
     assert signature.towers is not None  # noqa: S101 - a retrieval signature always has towers
     violations = Violations()
     _, first, query = np.unique(tensors["@group"], return_index=True, return_inverse=True)
@@ -87,7 +90,13 @@ def _require_one_request(parquet: Path, tensors: dict[str, Array], signature: Si
 def _join(
     parquet: Path, tensors: dict[str, Array], items: dict[str, Array], signature: Signature
 ) -> None:
-    """Add the other inputs of each row's item from the catalogue ``items`` to ``tensors``.
+    """Add the other inputs of each row's item from the catalogue to ``tensors``.
+
+    Args:
+        parquet: file or folder of the rows, for the error message.
+        tensors: the tensors of the rows, by name; inputs of the item tower are added.
+        items: the tensors of the catalogue, by name.
+        signature: signature of the bundle.
 
     Raises:
         DataRefused: an item is not in the catalogue.
@@ -97,7 +106,7 @@ def _join(
     order = np.argsort(item_ids)
     insertion_points = np.searchsorted(item_ids, row_ids, sorter=order)
     position = order[insertion_points.clip(max=len(item_ids) - 1)]  # (rows,): row of the catalogue
-    violations, (column,) = Violations(), _item_columns(signature)
+    violations, (column,) = Violations(), _item_id_columns(signature)
     is_missing = item_ids[position] != row_ids
     violations.add(column, "an item that is not in 'items'", np.flatnonzero(is_missing))
     violations.refuse(parquet)
@@ -128,8 +137,8 @@ def _list_positions(starts: Array, lengths: Array) -> Array:
     return positions
 
 
-def _item_columns(signature: Signature) -> tuple[str, ...]:
-    """Return the columns of the input that identifies the item."""
+def _item_id_columns(signature: Signature) -> tuple[str, ...]:
+    """Return the columns of the input with the item's id."""
     return next(item.columns for item in signature.inputs if item.name == signature.item)
 
 

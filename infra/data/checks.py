@@ -28,7 +28,7 @@ LATER = {
     "traffic": ("test",),
 }
 
-# Views: what a check is evaluated on.
+# The view of a check: the values that the check is evaluated on.
 COUNT = "count"  # the number of rows
 TYPES = "types"  # the type of each column
 ROWS = "rows"  # the values of a column without lists
@@ -46,10 +46,11 @@ class Rules(Frozen):
 
     min_rows: int | dict[str, int] = Field(
         default_factory=lambda: {"test": 100},
-        description="Fewest rows: one number, or by split (default: test 100, others 1).",
+        description="Least number of rows: one number, or by split (default: test 100, others 1).",
     )
     label_rate: tuple[float, float] | None = Field(
-        None, description="Bounds of a ctr label's mean, both ends allowed (default: open 0 to 1)."
+        None,
+        description="Bounds of a ctr label's mean, inclusive (default: strictly between 0 and 1).",
     )
 
     @model_validator(mode="after")
@@ -76,10 +77,10 @@ class Check:
         split: the split that is checked.
         column: the column that is checked; None for the number of rows.
         rule: the requirement, as text for people.
-        view: what the check is evaluated on, such as ``ROWS``.
+        view: the values that the check is evaluated on, such as ``ROWS``.
         expects: name of a class in ``great_expectations.expectations``.
         settings: arguments of that class, without the column.
-        against: the later split, in the view ``BEFORE``.
+        against: in the view ``BEFORE``, the later split whose first time is the bound.
         remedy: what to do if the check fails.
     """
 
@@ -94,14 +95,17 @@ class Check:
 
     @property
     def frame(self) -> tuple[str, str | None]:
-        """Key of the pandas frame that the check reads; checks of one key run as one suite."""
+        """Key of the pandas frame that the check reads: the view, and the column of list values.
+
+        Checks with the same key run as one suite.
+        """
         if self.view in (TYPES, VALUES):
             return (self.view, self.column if self.view == VALUES else None)
         return (ROWS, None)
 
     @property
     def entry(self) -> str | None:
-        """Name of the column in that frame; None for the number of rows."""
+        """Name of the frame's column that the check reads; None for the number of rows."""
         return f"@before/{self.against}" if self.view == BEFORE else self.column
 
 
@@ -138,7 +142,7 @@ def plan(
         )
     ]
     for use in column_uses(signature):
-        allowed, rule = use.kinds, f"type is {_type_text(use.kinds)}"
+        allowed, rule = use.kinds, f"type is {_format_types(use.kinds)}"
         reference = kinds.get("test", {}).get(use.column)
         if use.purpose == "the time" and split != "test" and reference in use.kinds:
             allowed, rule = (reference,), f"type is {reference}, as in test"
@@ -157,21 +161,21 @@ def plan(
     for item in signature.inputs:
         for column in item.columns:
             kind = kinds[split].get(column, "")
-            checks += _input_checks(split, item, column, kind, rows_of_table)
+            checks += _plan_input_checks(split, item, column, kind, rows_of_table)
             if split == ITEMS and item.name == signature.item:
                 rule, expects = "each item once", "ExpectColumnValuesToBeUnique"
                 checks.append(Check(split, column, rule, ROWS, expects))
     for output in signature.outputs:
-        checks += _label_checks(split, output, rules)
+        checks += _plan_label_checks(split, output, rules)
     if signature.group is not None:
-        checks.append(_not_null(split, signature.group, ROWS))
+        checks.append(_plan_not_null(split, signature.group, ROWS))
     if signature.time is not None:
-        checks += _time_checks(split, signature.time, kinds)
+        checks += _plan_time_checks(split, signature.time, kinds)
     unique = {(check.entry, check.rule, check.view): check for check in checks}
     return list(unique.values())
 
 
-def _input_checks(
+def _plan_input_checks(
     split: str, item: AnyInput, column: str, kind: str, rows_of_table: dict[str, int]
 ) -> list[Check]:
     """Plan the checks of one column of an input; ``kind`` is the column's type."""
@@ -191,26 +195,29 @@ def _input_checks(
         else:
             low, high = int(INT32.min), int(INT32.max)
             rule = f"id fits int32 (outside the table: {item.out_of_range})"
-    checks = [_not_null(split, column, view), _between(split, column, rule, view, low, high)]
+    checks = [
+        _plan_not_null(split, column, view),
+        _plan_between(split, column, rule, view, low, high),
+    ]
     if not has_lists:
         return checks
     limit = item.shape[0]
     if isinstance(item, DenseInput):
-        length = _between(split, column, f"lists of {limit} value(s)", LENGTHS, limit, limit)
+        length = _plan_between(split, column, f"lists of {limit} value(s)", LENGTHS, limit, limit)
     else:
-        length = _between(split, column, f"lists of at most {limit} id(s)", LENGTHS, 0, limit)
-    return [_not_null(split, column, LENGTHS), length, *checks]
+        length = _plan_between(split, column, f"lists of at most {limit} id(s)", LENGTHS, 0, limit)
+    return [_plan_not_null(split, column, LENGTHS), length, *checks]
 
 
-def _label_checks(split: str, output: Output, rules: Rules) -> list[Check]:
+def _plan_label_checks(split: str, output: Output, rules: Rules) -> list[Check]:
     """Plan the checks of an output's label; none if the output has no label."""
     label = output.label
     if label is None:
         return []
     if output.task_kind.labels == "grades":
         return [
-            _not_null(split, label, ROWS),
-            _between(split, label, "at least 0, finite in float32", ROWS, 0, FLOAT32_MAX),
+            _plan_not_null(split, label, ROWS),
+            _plan_between(split, label, "at least 0, finite in float32", ROWS, 0, FLOAT32_MAX),
             Check(
                 split,
                 label,
@@ -222,14 +229,14 @@ def _label_checks(split: str, output: Output, rules: Rules) -> list[Check]:
         ]
     low, high = rules.label_rate or (0.0, 1.0)
     strict = rules.label_rate is None
-    words = "strictly between 0 and 1" if strict else f"from {low:g} to {high:g}"
+    range_text = "strictly between 0 and 1" if strict else f"from {low:g} to {high:g}"
     return [
-        _not_null(split, label, ROWS),
+        _plan_not_null(split, label, ROWS),
         Check(split, label, "0 or 1", ROWS, "ExpectColumnValuesToBeInSet", {"value_set": [0, 1]}),
         Check(
             split,
             label,
-            f"label rate {words}",
+            f"label rate {range_text}",
             ROWS,
             "ExpectColumnMeanToBeBetween",
             {"min_value": low, "max_value": high, "strict_min": strict, "strict_max": strict},
@@ -237,11 +244,11 @@ def _label_checks(split: str, output: Output, rules: Rules) -> list[Check]:
     ]
 
 
-def _time_checks(split: str, time: str, kinds: dict[str, dict[str, str]]) -> list[Check]:
+def _plan_time_checks(split: str, time: str, kinds: dict[str, dict[str, str]]) -> list[Check]:
     """Plan the checks of the column ``time``."""
     checks = [
-        _not_null(split, time, ROWS),
-        _between(split, time, "finite", ROWS, -FLOAT64_MAX, FLOAT64_MAX),
+        _plan_not_null(split, time, ROWS),
+        _plan_between(split, time, "finite", ROWS, -FLOAT64_MAX, FLOAT64_MAX),
     ]
     # A difference of times is compared with 0, because Great Expectations converts a bound to
     # float64, which is too coarse for nanoseconds since 1970.
@@ -261,16 +268,16 @@ def _time_checks(split: str, time: str, kinds: dict[str, dict[str, str]]) -> lis
     return checks
 
 
-def _not_null(split: str, column: str, view: str) -> Check:
+def _plan_not_null(split: str, column: str, view: str) -> Check:
     rule = {ROWS: "no null or NaN", LENGTHS: "no null list", VALUES: "no null or NaN in a list"}
     return Check(split, column, rule[view], view, "ExpectColumnValuesToNotBeNull")
 
 
-def _between(split: str, column: str, rule: str, view: str, low: float, high: float) -> Check:
+def _plan_between(split: str, column: str, rule: str, view: str, low: float, high: float) -> Check:
     bounds = {"min_value": low, "max_value": high}
     return Check(split, column, rule, view, "ExpectColumnValuesToBeBetween", bounds)
 
 
-def _type_text(kinds: tuple[str, ...]) -> str:
+def _format_types(kinds: tuple[str, ...]) -> str:
     """Format the allowed column types as text."""
     return "one plain value a row" if kinds == SCALARS else " or ".join(kinds)

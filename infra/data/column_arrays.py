@@ -1,9 +1,9 @@
 """Convert a parquet column to an array, and collect its invalid values.
 
-Every function returns an array (values,), whose entries for invalid values are arbitrary. ``name``
-is the column's name, and ``violations`` collects invalid values with their rows. ``rows`` is int64
-(values,), the row number of each value in the split; ``first`` is the row number of the column's
-first value.
+Every function converts the values of one column in one record batch. It returns an array (values,),
+whose entries for invalid values are arbitrary. ``name`` is the column's name, and ``violations``
+collects invalid values with their rows. ``rows`` is int64 (values,), the row number of each value
+in the split; ``first`` is the row number of the first value.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ def convert_floats(column: pa.Array, name: str, rows: Array, violations: Violati
 def convert_labels(
     column: pa.Array, name: str, kind: TaskKind, first: int, violations: Violations
 ) -> Array:
-    """Convert a label column to float64; values that are no label of the task are violations."""
+    """Convert a label column to float64; values that are not labels of ``kind`` are violations."""
     rows = first + np.arange(len(column))
     labels = convert_floats(column, name, rows, violations)
     if kind.labels == "clicks":
@@ -56,7 +56,7 @@ def convert_groups(
 ) -> Array:
     """Convert a group column to int64: integers are unchanged, other values are numbered.
 
-    ``codes`` contains the number of each value seen so far; new values are added to it.
+    ``codes`` contains the number of each value of earlier batches; new values are added to it.
     """
     rows = first + np.arange(len(column))
     violations.add(name, "null", rows[null_positions(column)])

@@ -39,18 +39,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Rules", "Validation", "refuse_failures", "validate"]
 
-# Failing values requested per check. More than the rows shown, because a row may have several.
-ENTRIES_REQUESTED = 10 * ROWS_SHOWN
+# Failing values requested per check: more than the rows shown, because a row may have several.
+REQUESTED_VALUES = 10 * ROWS_SHOWN
 
-FRAMES = "frames"
+# Great Expectations needs a name for its data source, asset, batch definition and suite.
+GX_NAME = "frames"
 
 # Great Expectations has one global context, so only one thread may validate at a time.
 _LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
-class _Facts:
-    """The inspected files of a split, the type of each column, and columns of a usable type."""
+class _InspectedSplit:
+    """The inspection files of a split and its columns.
+
+    Attributes:
+        contents: the inspection files.
+        kinds: type of each column, as ``kind_of`` names it.
+        usable: names of the columns whose type fits all their uses.
+    """
 
     contents: SplitContents
     kinds: dict[str, str]
@@ -65,13 +72,17 @@ def validate(
 ) -> Validation:
     """Check every split against the signature, and the time order of the splits.
 
-    Columns of plain values are read into memory together, list columns one after another.
+    All columns without lists are in memory at the same time; list columns are read one after
+    another.
 
     Args:
-        splits: parquet file or folder by split name (train, calibration, validation, test; items).
+        splits: parquet file or folder by split name, such as ``train``.
         signature: signature of the bundle.
         rows_of_table: number of rows of every table that an input refers to, by table name.
         rules: requirements beyond the signature; ``Rules()`` by default.
+
+    Returns:
+        One finding per planned check, and whether all passed.
 
     Raises:
         DataRefused: a file cannot be read, or an input's table is unknown. A failing check does not
@@ -79,19 +90,22 @@ def validate(
     """
     start = time.perf_counter()
     signatures = {split: signature.of_split(split) for split in splits}
-    splits_facts = {split: _facts(path, signatures[split]) for split, path in splits.items()}
-    kinds = {split: facts.kinds for split, facts in splits_facts.items()}
+    inspections = {
+        split: _inspect_columns(path, signatures[split]) for split, path in splits.items()
+    }
+    kinds = {split: inspection.kinds for split, inspection in inspections.items()}
     checks = {
         split: plan(split, signatures[split], kinds, rows_of_table, rules or Rules())
         for split in splits
     }
     starts = {
-        split: _first_time(facts, signatures[split].time) for split, facts in splits_facts.items()
+        split: _first_time(inspection, signatures[split].time)
+        for split, inspection in inspections.items()
     }
     findings: list[Finding] = []
-    with _LOCK, _quiet_frames() as frames:
-        for split, facts in splits_facts.items():
-            findings += _check_split(frames, facts, checks[split], starts)
+    with _LOCK, _open_batch_definition() as batch_definition:
+        for split, inspection in inspections.items():
+            findings += _check_split(batch_definition, inspection, checks[split], starts)
     intended = sum(map(len, checks.values()))
     evaluated = sum(finding.evaluated for finding in findings)
     all_passed = all(finding.success for finding in findings)
@@ -104,40 +118,40 @@ def validate(
     )
 
 
-def _facts(parquet: Path, signature: Signature) -> _Facts:
+def _inspect_columns(parquet: Path, signature: Signature) -> _InspectedSplit:
     """Inspect the files of a split and find the columns whose type fits all their uses."""
     contents = inspect_split(parquet, signature)
     kinds = {
-        name: "there more than once" if name in contents.repeated else kind
+        name: "there more than once" if name in contents.repeated else kind  # fits no use
         for name, kind in contents.kinds.items()
     }
     usable = {use.column for use in column_uses(signature)}
     for use in column_uses(signature):
         if kinds.get(use.column) not in use.kinds:
             usable.discard(use.column)
-    return _Facts(contents, kinds, frozenset(usable))
+    return _InspectedSplit(contents, kinds, frozenset(usable))
 
 
-def _first_time(facts: _Facts, column: str | None) -> Any:
+def _first_time(inspection: _InspectedSplit, column: str | None) -> Any:
     """Return the smallest finite value of the time column of a split; None if there is none."""
-    if column is None or column not in facts.usable:
+    if column is None or column not in inspection.usable:
         return None
     minima = [
         pc.min(pc.if_else(pc.is_finite(times), times, pa.scalar(None, times.type))).as_py()
-        for _, batch in batches(facts.contents, (column,))
+        for _, batch in batches(inspection.contents, (column,))
         for times in [to_plain_times(batch.column(column))]
     ]
     return min((minimum for minimum in minima if minimum is not None), default=None)
 
 
 def _check_split(
-    frames: Any, facts: _Facts, checks: list[Check], starts: dict[str, Any]
+    batch_definition: Any, inspection: _InspectedSplit, checks: list[Check], starts: dict[str, Any]
 ) -> list[Finding]:
     """Run all checks of one split, as one suite per frame.
 
     Args:
-        frames: the batch definition of ``_quiet_frames``.
-        facts: the inspected files of the split.
+        batch_definition: the result of ``_open_batch_definition``.
+        inspection: the inspection files of the split.
         checks: the planned checks of the split.
         starts: first time of each split by name.
 
@@ -147,57 +161,63 @@ def _check_split(
     findings: dict[int, Finding] = {}
     suites: dict[tuple[str, str | None], list[int]] = {}
     for index, check in enumerate(checks):
-        obstacle = _obstacle(check, facts, starts)
-        if obstacle:
-            findings[index] = _not_evaluated(check, obstacle)
+        reason = _reason_not_to_evaluate(check, inspection, starts)
+        if reason:
+            findings[index] = _unevaluated_finding(check, reason)
         else:
             suites.setdefault(check.frame, []).append(index)
     for frame_key, indices in suites.items():
         suite = [checks[index] for index in indices]
-        frame = _build_frame(frame_key, suite, facts, starts)
-        findings |= zip(indices, _run_suite(frames, frame, suite, facts, starts), strict=True)
+        frame = _build_frame(frame_key, suite, inspection, starts)
+        results = _run_suite(batch_definition, frame, suite, inspection, starts)
+        findings |= zip(indices, results, strict=True)
     return [findings[index] for index in range(len(checks))]
 
 
-def _obstacle(check: Check, facts: _Facts, starts: dict[str, Any]) -> str:
+def _reason_not_to_evaluate(
+    check: Check, inspection: _InspectedSplit, starts: dict[str, Any]
+) -> str:
     """Return why a check cannot be evaluated; an empty string if it can."""
     if check.view == COUNT or check.expects == "ExpectColumnToExist":
         return ""
-    if check.column not in facts.kinds:
+    if check.column not in inspection.kinds:
         return "the column is missing"
     if check.view == TYPES:
         return ""
-    if check.column not in facts.usable:
+    if check.column not in inspection.usable:
         return "the column has the wrong type"
-    if facts.contents.rows == 0:
+    if inspection.contents.rows == 0:
         return "the split has no rows"
     if check.view == BEFORE and starts[str(check.against)] is None:
-        return f"split {check.against!r} has no moment to compare with"
+        return f"split {check.against!r} has no time to compare with"
     return ""
 
 
 def _build_frame(
-    key: tuple[str, str | None], suite: list[Check], facts: _Facts, starts: dict[str, Any]
+    key: tuple[str, str | None],
+    suite: list[Check],
+    inspection: _InspectedSplit,
+    starts: dict[str, Any],
 ) -> "pd.DataFrame":
-    """Build the frame that a suite reads, with row numbers of the split as the index.
+    """Build the pandas frame that a suite reads, with row numbers of the split as its index.
 
     Args:
         key: ``Check.frame`` of the checks.
         suite: the checks.
-        facts: the inspected files of the split.
+        inspection: the inspection files of the split.
         starts: first time of each split by name.
     """
     import pandas as pd
 
     view, list_column = key
     if view == TYPES:
-        return pd.DataFrame({name: [kind] for name, kind in facts.kinds.items()})
+        return pd.DataFrame({name: [kind] for name, kind in inspection.kinds.items()})
     if list_column is not None:
-        values, rows, _ = flatten(_read_columns(facts.contents, (list_column,))[list_column])
-        return pd.DataFrame({list_column: _series(values).set_axis(rows)})
+        values, rows, _ = flatten(_read_columns(inspection.contents, (list_column,))[list_column])
+        return pd.DataFrame({list_column: _to_series(values).set_axis(rows)})
     by_entry = {check.entry: check for check in suite if check.column is not None}
     names = {str(check.column) for check in by_entry.values()}
-    arrays = _read_columns(facts.contents, names)
+    arrays = _read_columns(inspection.contents, names)
     columns = {}
     for entry, check in by_entry.items():
         column = arrays[str(check.column)]
@@ -205,8 +225,8 @@ def _build_frame(
             column = pc.list_value_length(column)
         elif check.view == BEFORE:
             column = pc.subtract(to_plain_times(column), starts[str(check.against)])
-        columns[entry] = _series(column)
-    return pd.DataFrame(columns, index=pd.RangeIndex(facts.contents.rows))
+        columns[entry] = _to_series(column)
+    return pd.DataFrame(columns, index=pd.RangeIndex(inspection.contents.rows))
 
 
 def _read_columns(contents: SplitContents, columns: Iterable[str]) -> dict[str, pa.Array]:
@@ -229,7 +249,7 @@ def _read_columns(contents: SplitContents, columns: Iterable[str]) -> dict[str, 
     return arrays
 
 
-def _series(column: pa.Array) -> "pd.Series[Any]":
+def _to_series(column: pa.Array) -> "pd.Series[Any]":
     """Convert a column to pandas: nullable integers remain integers, times become microseconds."""
     import pandas as pd
 
@@ -247,7 +267,7 @@ def _series(column: pa.Array) -> "pd.Series[Any]":
 
 
 @contextmanager
-def _quiet_frames() -> Iterator[Any]:
+def _open_batch_definition() -> Iterator[Any]:
     """Yield a batch definition of Great Expectations that validates a whole pandas frame.
 
     Its context is in memory. Inside the block, Great Expectations writes no files, telemetry,
@@ -264,68 +284,75 @@ def _quiet_frames() -> Iterator[Any]:
     try:
         context = gx.get_context(mode="ephemeral")
         context.variables.progress_bars = {"globally": False, "metric_calculations": False}
-        asset = context.data_sources.add_pandas(FRAMES).add_dataframe_asset(FRAMES)
-        yield asset.add_batch_definition_whole_dataframe(FRAMES)
+        asset = context.data_sources.add_pandas(GX_NAME).add_dataframe_asset(GX_NAME)
+        yield asset.add_batch_definition_whole_dataframe(GX_NAME)
     finally:
         log.removeHandler(null_handler)
         log.propagate = earlier_propagate
 
 
 def _run_suite(
-    frames: Any,
+    batch_definition: Any,
     frame: "pd.DataFrame",
     suite: list[Check],
-    facts: _Facts,
+    inspection: _InspectedSplit,
     starts: dict[str, Any],
 ) -> list[Finding]:
-    """Evaluate the checks of one suite on one frame; returns one finding per check."""
+    """Evaluate the checks of one suite on one frame; return one finding per check, in order."""
     import great_expectations as gx
     from great_expectations.exceptions import GreatExpectationsError
 
-    expectations = [_expectation(check, index) for index, check in enumerate(suite)]
+    expectations = [_build_expectation(check, index) for index, check in enumerate(suite)]
     try:
-        validation = frames.get_batch({"dataframe": frame}).validate(
-            gx.ExpectationSuite(FRAMES, expectations=expectations),
+        validation = batch_definition.get_batch({"dataframe": frame}).validate(
+            gx.ExpectationSuite(GX_NAME, expectations=expectations),
             result_format={
                 "result_format": "SUMMARY",
-                "partial_unexpected_count": ENTRIES_REQUESTED,
+                "partial_unexpected_count": REQUESTED_VALUES,
             },
         )
     except GreatExpectationsError as fault:
-        return [_not_evaluated(check, f"Great Expectations failed: {fault}") for check in suite]
+        return [
+            _unevaluated_finding(check, f"Great Expectations failed: {fault}") for check in suite
+        ]
     results = {item.expectation_config.meta["index"]: item for item in validation.results}
-    return [_finding(check, results.get(index), facts, starts) for index, check in enumerate(suite)]
+    return [
+        _to_finding(check, results.get(index), inspection, starts)
+        for index, check in enumerate(suite)
+    ]
 
 
-def _expectation(check: Check, index: int) -> Any:
-    """Build the expectation of a check; ``index`` identifies its result."""
+def _build_expectation(check: Check, index: int) -> Any:
+    """Build the Great Expectations expectation of a check; ``index`` identifies its result."""
     import great_expectations.expectations as gxe
 
     column = {} if check.entry is None else {"column": check.entry}
     return getattr(gxe, check.expects)(**column, **check.settings, meta={"index": index})
 
 
-def _finding(check: Check, gx_result: Any, facts: _Facts, starts: dict[str, Any]) -> Finding:
-    """Convert the result of Great Expectations for one check; None is a missing result."""
+def _to_finding(
+    check: Check, gx_result: Any, inspection: _InspectedSplit, starts: dict[str, Any]
+) -> Finding:
+    """Convert the result of Great Expectations for one check; ``gx_result`` is None if missing."""
     if gx_result is None:
-        return _not_evaluated(check, "Great Expectations gave no result for it")
+        return _unevaluated_finding(check, "Great Expectations returned no result for it")
     message = _exception_message(gx_result.exception_info)
     if message:
-        return _not_evaluated(check, f"it raised inside Great Expectations: {message}")
+        return _unevaluated_finding(check, f"it raised inside Great Expectations: {message}")
     result = gx_result.result
-    observed = _observed(check, result, facts)
+    observed = _format_observed(check, result, inspection)
     rows: dict[int, str] = {}
     count = 0
     if check.view not in (COUNT, TYPES):
         count = int(result.get("unexpected_count") or 0)
-        kind = facts.kinds.get(str(check.column), "")
+        kind = inspection.kinds.get(str(check.column), "")
         pairs = zip(
             result.get("partial_unexpected_index_list") or (),
             result.get("partial_unexpected_list") or (),
             strict=True,
         )
         for row, value in pairs:
-            rows.setdefault(int(row), _value_text(check, value, kind, starts))
+            rows.setdefault(int(row), _format_value(check, value, kind, starts))
     shown_rows = sorted(rows)[:ROWS_SHOWN]
     return Finding(
         split=check.split,
@@ -352,10 +379,10 @@ def _exception_message(info: dict[str, Any]) -> str:
     return "; ".join(dict.fromkeys(messages))
 
 
-def _observed(check: Check, result: dict[str, Any], facts: _Facts) -> str:
-    """Format what a check observed."""
+def _format_observed(check: Check, result: dict[str, Any], inspection: _InspectedSplit) -> str:
+    """Format what a check observed, such as ``3 of 120 value(s) failing``."""
     if check.view == TYPES:
-        kind = facts.kinds.get(str(check.column))
+        kind = inspection.kinds.get(str(check.column))
         if kind is None:
             return "no such column"
         fits = check.expects == "ExpectColumnToExist" or kind in check.settings["value_set"]
@@ -367,7 +394,7 @@ def _observed(check: Check, result: dict[str, Any], facts: _Facts) -> str:
     return f"{failing} of {total} value(s) failing" if failing else f"all {total} value(s)"
 
 
-def _value_text(check: Check, value: Any, kind: str, starts: dict[str, Any]) -> str:
+def _format_value(check: Check, value: Any, kind: str, starts: dict[str, Any]) -> str:
     """Format one failing value; in the view ``BEFORE``, the time instead of the difference."""
     import pandas as pd
 
@@ -381,7 +408,7 @@ def _value_text(check: Check, value: Any, kind: str, starts: dict[str, Any]) -> 
     return str(value.item() if isinstance(value, np.generic) else value)
 
 
-def _not_evaluated(check: Check, why: str) -> Finding:
+def _unevaluated_finding(check: Check, why: str) -> Finding:
     """Return the finding of a check that could not be evaluated."""
     return Finding(
         split=check.split,

@@ -4,7 +4,7 @@ from compressors.contracts import Frozen
 from infra.errors import DataRefused
 
 ROWS_REPORTED = 10
-"""Most failing rows in one line of an error; the page lists 20."""
+"""Most failing rows in one line of an error; the HTML page lists 20."""
 
 
 class Finding(Frozen):
@@ -16,8 +16,9 @@ class Finding(Frozen):
         rule: the requirement, as text.
         success: whether the check was evaluated and passed.
         observed: the observed value, or why the check was not evaluated, as text.
-        failing_rows: row numbers, counted through all parts, of the first failing rows (at most
-            20). Empty for a check of a whole split: its rows, types or label rate.
+        failing_rows: numbers of the first failing rows, at most 20. They start at 0 and continue
+            through all part files. Empty for a check of a whole split: its number of rows, column
+            types or label rate.
         failing_count: number of all failing values.
         failing_values: one failing value of each row in ``failing_rows``.
         evaluated: whether Great Expectations evaluated the check.
@@ -43,8 +44,8 @@ class Validation(Frozen):
         intended: number of planned checks.
         findings: one result per planned check.
         seconds: wall time of reading and checking.
-        warnings: sentences about the uncompressed model on its test rows. They never make a
-            validation fail.
+        warnings: sentences about the scores of the uncompressed model on its test rows. They do
+            not affect ``success``.
     """
 
     success: bool
@@ -59,8 +60,8 @@ def refuse_failures(validation: Validation) -> None:
     """Raise if a check failed or was not evaluated.
 
     Raises:
-        DataRefused: a check failed or was not evaluated, with one line for each that contains
-            split, column, rule and rows; or no check was planned.
+        DataRefused: a check failed or was not evaluated; the error has one line for each, with
+            split, column, rule and rows. Or no check was planned.
     """
     if validation.intended == 0:
         raise DataRefused("checks_missing")

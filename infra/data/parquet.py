@@ -29,6 +29,7 @@ from infra.errors import DataRefused
 ROWS_SHOWN = 20
 """Most row numbers that an error lists for one violated rule."""
 
+# Column types, as ``kind_of`` names them.
 NUMBERS = ("integer", "float", "boolean")
 MOMENTS = ("timestamp", "timestamp with time zone", "date")
 SCALARS = (*NUMBERS, *MOMENTS, "string", "binary", "decimal", "time of day")
@@ -37,10 +38,13 @@ Array = NDArray[Any]
 
 
 class ColumnUse(NamedTuple):
-    """One use of a column by a signature: a column may be an input and the group, for instance.
+    """One use of a column by a signature. A column may have several, such as input and group.
 
-    ``kinds`` are the accepted column types, as ``kind_of`` names them; ``remedy`` is what to do
-    about any other type.
+    Attributes:
+        column: name of the column.
+        purpose: the use, for messages, such as ``the label``.
+        kinds: the accepted column types, as ``kind_of`` names them.
+        remedy: what to do if the column has another type.
     """
 
     column: str
@@ -59,7 +63,7 @@ class SplitContents:
         kinds: type of each column, as ``kind_of`` names it.
         values: number of values of each column that the signature uses; a list has several.
         longest: length of the longest list of each such column; 0 for a column without lists.
-        repeated: names that several columns have.
+        repeated: names that occur several times among the columns of a file.
         batch_rows: rows per record batch to read the files with.
     """
 
@@ -137,7 +141,7 @@ def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
         if output.label is not None
     )
     if signature.group is not None and not signature.scores_rows:
-        # Values that are not integers would be numbered separately in each split, but this task
+        # Other values than integers would be numbered separately in each split, but this task
         # compares the groups of different splits.
         remedy = "Number the groups the same way in every split."
         uses.append(ColumnUse(signature.group, "the group", ("integer",), remedy))
@@ -163,15 +167,15 @@ def inspect_split(parquet: Path, signature: Signature) -> SplitContents:
             ``parquet_inspection``; or parts differ in the type of a column.
     """
     files = _part_files(parquet)
-    columns = [need.column for need in column_uses(signature)]
+    columns = [use.column for use in column_uses(signature)]
     rows, kinds, batch_rows = 0, dict[str, str](), BATCH_ROWS
     values, longest = dict[str, int](), dict[str, int]()
     repeated: set[str] = set()
     for file in files:
-        inspected = inspect_parquet(file, columns)
-        names = Counter(name for name, _ in inspected.kinds)
+        counts = inspect_parquet(file, columns)
+        names = Counter(name for name, _ in counts.kinds)
         repeated.update(name for name, count in names.items() if count > 1)
-        file_kinds = dict(inspected.kinds)
+        file_kinds = dict(counts.kinds)
         if file == files[0]:
             kinds = file_kinds
         differences = [
@@ -181,11 +185,11 @@ def inspect_split(parquet: Path, signature: Signature) -> SplitContents:
             if file_kinds.get(name) != kinds.get(name)
         ]
         refuse_if_any(parquet, differences)
-        rows += inspected.rows
-        batch_rows = min(batch_rows, inspected.batch_rows)
-        for name, count in inspected.values.items():
+        rows += counts.rows
+        batch_rows = min(batch_rows, counts.batch_rows)
+        for name, count in counts.values.items():
             values[name] = values.get(name, 0) + count
-            longest[name] = max(longest.get(name, 0), inspected.longest[name])
+            longest[name] = max(longest.get(name, 0), counts.longest[name])
     return SplitContents(files, rows, kinds, values, longest, frozenset(repeated), batch_rows)
 
 
@@ -220,7 +224,8 @@ def check_columns(contents: SplitContents, parquet: Path, signature: Signature) 
         signature: the columns and their uses.
 
     Raises:
-        DataRefused: a line with the remedy for each such column; also if there are no rows.
+        DataRefused: there is such a column, for which the error has a line with the remedy; or the
+            files have no rows; or the list of a dense input is far shorter than the input.
     """
     lines = [] if contents.rows else ["it has no rows."]
     for column, purpose, kinds, remedy in dict.fromkeys(column_uses(signature)):
@@ -249,9 +254,9 @@ def check_columns(contents: SplitContents, parquet: Path, signature: Signature) 
 
 
 def _why_not_integers(contents: SplitContents, column: str) -> str:
-    """Return why a float column cannot be read as ids, and the remedy.
+    """Return why a float column cannot be read as ids (nulls, fractions), and the remedy.
 
-    The reason is nulls, fractions, or only the type of the column.
+    The remedy alone is returned if all values are whole numbers.
     """
     violations = Violations()
     for first, batch in batches(contents, (column,)):
@@ -276,7 +281,7 @@ def batches(
 
     Args:
         contents: the inspected files.
-        columns: names of the columns; repeated names are read once.
+        columns: names of the columns; a name that occurs twice is read once.
 
     Raises:
         DataRefused: a file cannot be read to its end, or has changed since the inspection.
@@ -316,7 +321,7 @@ def flatten(
         violations: if given, collects rows whose list is null.
 
     Returns:
-        The values; int64 (values,) with the batch row of each value; int64 (rows,) with the number
+        The values; int64 (values,), the row of each value in the batch; int64 (rows,), the number
         of values of each row.
     """
     if not is_list(column):

@@ -1,10 +1,10 @@
-"""Read a parquet file once, completely, in a child process that may be killed.
+"""The child process that reads an untrusted parquet file once, completely, within limits.
 
-An untrusted parquet file can end the process that reads it (a damaged footer aborts the C++
+Such a file can end the process that reads it (a damaged footer aborts the C++
 reader), declare rows that it does not have, or expand to any size. So a child process first reads
 every column that is needed, within limits of memory and time, and reports the counts of rows and
 values. Afterwards the parent process can read the file safely with the same library and batches.
-``parquet_inspector.py`` starts the child process and sends it requests.
+``parquet_inspector.py`` starts the child process and sends it requests, one JSON line each.
 
 This module imports only pyarrow and numpy, so that the process starts quickly.
 """
@@ -24,16 +24,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 BATCH_ROWS = 65_536
-LEAST_BATCH_ROWS = 256
+MIN_BATCH_ROWS = 256
 BATCH_VALUES = 2**24
-"""Most values of one batch (128 MiB of doubles), if the footer states the values per row."""
+"""Most values of one batch (128 MiB of float64), if the footer states the values per row."""
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes of memory that the child process may use in addition to its memory at the start."""
 
 EXPANDED_BYTES = 2**30
 EXPANSION = 1000
-"""A file may decode to 1 GiB, or to 1000 times its size if that is more."""
+"""A file may decode to ``EXPANDED_BYTES`` (1 GiB), or to ``EXPANSION`` times its size if larger."""
 
 MAX_COLUMNS = 20_000
 MAX_NAME_BYTES = 4 * 2**20
@@ -43,7 +43,12 @@ BUFFER_BYTES = 2**20
 
 
 class NotUsable(Exception):
-    """A file cannot be used; contains a code of ``DataRefused`` and its fields but the file."""
+    """A file cannot be used.
+
+    Attributes:
+        code: a code of ``DataRefused``.
+        fields: the fields of that code except ``file``.
+    """
 
     def __init__(self, code: str, **fields: Any) -> None:
         super().__init__(code)
@@ -52,7 +57,10 @@ class NotUsable(Exception):
 
 
 def kind_of(dtype: pa.DataType) -> str:
-    """Return the name of a column type for people, without width and encoding (``integer``)."""
+    """Return the general name of a column type, such as ``integer`` or ``list of float``.
+
+    Bit width, unit and encoding are omitted, except that a timestamp may have a time zone.
+    """
     types = pa.types
     if types.is_dictionary(dtype):
         return kind_of(dtype.value_type)
@@ -76,7 +84,10 @@ def kind_of(dtype: pa.DataType) -> str:
 
 
 def open_parquet(file: str | Path) -> pq.ParquetFile:
-    """Open a parquet file with a buffer of 1 MiB per column, for row groups of any size."""
+    """Open a parquet file that is read through a buffer of 1 MiB per column.
+
+    So the memory does not depend on the size of row groups.
+    """
     return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
@@ -103,12 +114,12 @@ def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
 
     Returns:
         The fields of ``parquet_inspector.Inspected``: ``rows``; ``kinds``, a list of [name, type]
-        of all columns; ``values``, number of values by column; ``longest``, length of the longest
-        list by column; ``batch_rows``, rows per batch to read the file with.
+        of all columns; ``values``, number of values by column read; ``longest``, length of the
+        longest list by column read; ``batch_rows``, rows per batch to read the file with.
 
     Raises:
         NotUsable: the file has too many columns, states a wrong number of rows, or expands too far.
-        Exception: the reader raises exceptions of any class on a damaged file.
+        Exception: pyarrow may raise exceptions of any class on a damaged file.
     """
     with open_parquet(file) as source:
         schema, footer = source.schema_arrow, source.metadata
@@ -124,15 +135,17 @@ def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
             )
         # Repeated names are not read; the parent reports them.
         names = [name for name in dict.fromkeys(columns) if schema.names.count(name) == 1]
-        batch_rows = _batch_rows(footer, names)
-        counts = _count(source, names, batch_rows, _most_bytes(file)) if names else None
+        batch_rows = _choose_batch_rows(footer, names)
+        counts = (
+            _count_values(source, names, batch_rows, _max_decoded_bytes(file)) if names else None
+        )
         if counts is not None and counts["rows"] != footer.num_rows:
             raise NotUsable("footer_rows_differ", expected=footer.num_rows, got=counts["rows"])
     counts = counts or {"rows": footer.num_rows, "values": {}, "longest": {}}
     return {**counts, "kinds": kinds, "batch_rows": batch_rows}
 
 
-def _count(
+def _count_values(
     source: pq.ParquetFile, columns: list[str], batch_rows: int, most_bytes: int
 ) -> dict[str, Any]:
     """Read columns to the end of the file and count rows and values by column.
@@ -161,17 +174,17 @@ def _count(
     return {"rows": rows, "values": values, "longest": longest}
 
 
-def _most_bytes(file: str) -> int:
+def _max_decoded_bytes(file: str) -> int:
     """Return the number of bytes that a file may decode to."""
     return max(EXPANDED_BYTES, EXPANSION * Path(file).stat().st_size)
 
 
-def _batch_rows(footer: pq.FileMetaData, columns: list[str]) -> int:
+def _choose_batch_rows(footer: pq.FileMetaData, columns: list[str]) -> int:
     """Choose the number of rows per batch from the values per row that the footer states.
 
     The footer may be wrong, so this is only an estimate.
     """
-    row_values = 1
+    values_per_row = 1
     for index in range(footer.num_row_groups):
         row_group = footer.row_group(index)
         values = 0
@@ -179,34 +192,39 @@ def _batch_rows(footer: pq.FileMetaData, columns: list[str]) -> int:
             chunk = row_group.column(leaf)
             if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
                 values += max(chunk.num_values, 0)
-        row_values = max(row_values, values // max(row_group.num_rows, 1))
-    return int(np.clip(BATCH_VALUES // row_values, LEAST_BATCH_ROWS, BATCH_ROWS))
+        values_per_row = max(values_per_row, values // max(row_group.num_rows, 1))
+    return int(np.clip(BATCH_VALUES // values_per_row, MIN_BATCH_ROWS, BATCH_ROWS))
 
 
 # --- the child process -----------------------------------------------------------------------
 
 
 def respond(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the child's response for one file: its counts, or why the file cannot be used."""
+    """Inspect one file and return the response for the parent.
+
+    The response has the fields of ``inspect``; or ``refused``, the code and fields of a
+    ``NotUsable``; or ``memory`` if the limit was exceeded; or ``errno`` of an ``OSError``.
+    """
     try:
         return inspect(request["file"], request["columns"])
     except NotUsable as fault:
-        return _refused(fault)
+        return _encode_refusal(fault)
     except MemoryError:
         return {"memory": True}
     except OSError as fault:
         if fault.errno is not None:
             return {"errno": fault.errno}
-        return _refused(_unreadable(fault))
+        return _encode_refusal(_unreadable_error(fault))
     except Exception as fault:  # the reader raises errors of many classes on damaged files
-        return _refused(_unreadable(fault))
+        return _encode_refusal(_unreadable_error(fault))
 
 
-def _refused(fault: NotUsable) -> dict[str, Any]:
+def _encode_refusal(fault: NotUsable) -> dict[str, Any]:
     return {"refused": {"code": fault.code, "fields": fault.fields}}
 
 
-def _unreadable(fault: Exception) -> NotUsable:
+def _unreadable_error(fault: Exception) -> NotUsable:
+    """Return the error for an exception of pyarrow, with its message on one line."""
     reason = " ".join(str(fault).split())[:500].encode(errors="replace").decode()
     return NotUsable("unreadable", problem=reason)
 
@@ -228,7 +246,10 @@ def limit_memory(most: int) -> int:
 
 
 def main() -> None:
-    """Answer requests, one line of JSON each, until the parent closes the pipe."""
+    """Process requests, one line of JSON each, until the parent closes the pipe.
+
+    The first line of the output is the number of bytes that this process may allocate.
+    """
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # so that output of libraries does not mix with the responses
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -1,7 +1,7 @@
 """Inspect parquet files in a child process that runs ``parquet_inspection.py``.
 
 The child is started for the first file and used for further files, because a start takes a third
-of a second. A file that ends the child or exceeds its limits cannot be used, and the next file is
+of a second. A file that crashes the child or exceeds its limits is refused, and the next file is
 inspected by a new child.
 """
 
@@ -31,10 +31,13 @@ from infra.store.disk import translate_input_error
 START_SECONDS = 120.0
 SECONDS = 60.0
 BYTES_PER_SECOND = 4 * 2**20
-"""Time limit of a file: a minute, and a second for each 4 MiB. Usually 100 MiB take a second."""
+"""The time limit of a file is ``SECONDS`` plus its size divided by ``BYTES_PER_SECOND``.
+
+Reading 100 MiB usually takes one second.
+"""
 
 MAX_REPLY_BYTES = 16 * 2**20
-CACHED = 1024
+MAX_CACHED_FILES = 1024
 """Number of files whose counts are kept in memory."""
 
 
@@ -49,7 +52,7 @@ class Inspected(Frozen):
 
 
 class _Identity(NamedTuple):
-    """Identifies the unchanged content of a file, and the columns that were read."""
+    """Identifies a file, its status and the columns to read; it changes if the file is written."""
 
     path: str
     device: int
@@ -60,18 +63,18 @@ class _Identity(NamedTuple):
     columns: tuple[str, ...]
 
 
-class _Ended(Exception):
-    """The child process ended before it replied."""
+class _ChildEnded(Exception):
+    """The child process ended before it responded."""
 
 
 class _Child:
     """One running child process."""
 
     def __init__(self) -> None:
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in forget
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close_pipes
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path),
-            "ARROW_DEFAULT_MEMORY_POOL": "system",  # other pools reserve more than they use
+            "ARROW_DEFAULT_MEMORY_POOL": "system",  # other pools reserve unused memory
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
@@ -86,31 +89,31 @@ class _Child:
         )
         self._received = b""
         try:
-            self.memory: int = self.reply(START_SECONDS)["memory"]
+            self.memory: int = self.read_response(START_SECONDS)["memory"]
         except BaseException:
             self.end()
             raise
 
     def request(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Send a request and wait for the reply.
+        """Send a request, wait for the response and return it.
 
         Args:
             request: path of the file and names of the columns.
             seconds: time limit.
 
         Raises:
-            _Ended: the child ended before it replied.
-            TimeoutError: the child did not reply in time.
+            _ChildEnded: the child ended before it responded.
+            TimeoutError: the child did not respond in time.
         """
         line = json.dumps(request | {"seconds": seconds}).encode() + b"\n"
         try:
             self._pipe(self._process.stdin).write(line)
         except BrokenPipeError as fault:
-            raise _Ended from fault
-        return self.reply(seconds)
+            raise _ChildEnded from fault
+        return self.read_response(seconds)
 
-    def reply(self, seconds: float) -> dict[str, Any]:
-        """Read one line from the child and decode it; raises as ``request``."""
+    def read_response(self, seconds: float) -> dict[str, Any]:
+        """Read one line from the child and decode it; raise as ``request``."""
         out = self._pipe(self._process.stdout)
         end = time.monotonic() + seconds
         while b"\n" not in self._received:
@@ -119,7 +122,7 @@ class _Child:
                 raise TimeoutError
             data = os.read(out.fileno(), 2**16)
             if not data or len(self._received) > MAX_REPLY_BYTES:
-                raise _Ended
+                raise _ChildEnded
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
         value: dict[str, Any] = json.loads(line)
@@ -132,11 +135,11 @@ class _Child:
                 code = self._process.wait(timeout=0.2)  # a child that is ending has its exit code
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self.forget()
+        self.close_pipes()
         return self._process.wait() if code is None else code
 
-    def forget(self) -> None:
-        """Close this process's ends of the pipes; the child ends when its input ends."""
+    def close_pipes(self) -> None:
+        """Close this process's ends of the pipes; the child then ends, because its input ends."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -150,12 +153,12 @@ class _Child:
 
     @staticmethod
     def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-        if pipe is None:  # never: both are pipes
-            raise _Ended
+        if pipe is None:  # impossible, because both are pipes; for the type checker
+            raise _ChildEnded
         return pipe
 
 
-def _refused(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
+def _refusal_error(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
     """Build the error for a file that the child refused, from the code and fields it sent."""
     if code == "too_many_columns":
         return DataRefused(
@@ -183,7 +186,7 @@ class Inspector:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: _Child | None = None
-        self._known: dict[_Identity, Inspected] = {}
+        self._counts_by_identity: dict[_Identity, Inspected] = {}
 
     def inspect(self, file: Path, columns: Iterable[str]) -> Inspected:
         """Read columns of a file to its end in the child process, and return the counts.
@@ -215,42 +218,42 @@ class Inspector:
             names,
         )
         with self._lock:
-            if identity not in self._known:
+            if identity not in self._counts_by_identity:
                 counts = self._inspect(file, names, SECONDS + status.st_size / BYTES_PER_SECOND)
-                if len(self._known) >= CACHED:
-                    self._known.clear()
-                self._known[identity] = counts
-            return self._known[identity]
+                if len(self._counts_by_identity) >= MAX_CACHED_FILES:
+                    self._counts_by_identity.clear()
+                self._counts_by_identity[identity] = counts
+            return self._counts_by_identity[identity]
 
     def _inspect(self, file: Path, columns: tuple[str, ...], seconds: float) -> Inspected:
-        """Send a file to the child process, and raise the error that its reply stands for."""
+        """Inspect a file in the child process; raise the error that the response describes."""
         child = self._running_child()
         try:
-            reply = child.request({"file": str(file.absolute()), "columns": columns}, seconds)
+            response = child.request({"file": str(file.absolute()), "columns": columns}, seconds)
         except TimeoutError as fault:
             self._end_child()
             raise DataRefused("reader_timed_out", file=str(file), seconds=seconds) from fault
-        except _Ended as fault:
+        except _ChildEnded as fault:
             message = child.last_output()
             raise self._ended_error(file, self._end_child(), message) from fault
-        if "refused" in reply:
-            raise _refused(str(file), **reply["refused"])
-        if "memory" in reply:
+        if "refused" in response:
+            raise _refusal_error(str(file), **response["refused"])
+        if "memory" in response:
             if child.memory < MEMORY_LIMIT:
                 raise OutOfMemory(
                     "reader_memory", file=str(file), available_mib=child.memory / 2**20
                 )
             raise DataRefused("reader_memory", file=str(file), most_mib=MEMORY_LIMIT // 2**20)
-        if "errno" in reply:
-            error = OSError(reply["errno"], os.strerror(reply["errno"]), str(file))
+        if "errno" in response:
+            error = OSError(response["errno"], os.strerror(response["errno"]), str(file))
             raise translate_input_error(error)
         try:
-            return Inspected.model_validate(reply)
+            return Inspected.model_validate(response)
         except ValidationError as fault:
             raise DataRefused("not_parquet", file=str(file)) from fault
 
     def _ended_error(self, file: Path, code: int, message: str) -> DataRefused | OutOfMemory:
-        """Return the error for a file at which the child ended.
+        """Return the error for a file whose inspection ended the child.
 
         Args:
             file: the file.
@@ -274,7 +277,7 @@ class Inspector:
         if self._child is None:
             try:
                 self._child = _Child()
-            except (_Ended, TimeoutError, OSError) as fault:
+            except (_ChildEnded, TimeoutError, OSError) as fault:
                 raise ChildFailed("reader_not_started") from fault
         return self._child
 
@@ -288,10 +291,10 @@ class Inspector:
         self._end_child()
 
     def after_fork(self) -> None:
-        """In a forked process, forget the child process: it belongs to the parent."""
+        """Discard the child process in a forked process, because it belongs to the parent."""
         self._lock = threading.Lock()
         if self._child is not None:
-            self._child.forget()
+            self._child.close_pipes()
             self._child = None
 
 
@@ -301,5 +304,5 @@ os.register_at_fork(after_in_child=_inspector.after_fork)
 
 
 def inspect_parquet(file: Path, columns: Iterable[str]) -> Inspected:
-    """Call ``Inspector.inspect`` with the child process that all callers of this process share."""
+    """Call ``Inspector.inspect`` of the inspector that all callers of this process share."""
     return _inspector.inspect(file, columns)

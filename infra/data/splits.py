@@ -1,7 +1,7 @@
 """Convert parquet files to tensors as a bundle's signature declares, and check ids and lists.
 
 A split is one parquet file, or a folder of part files that are read in the order of their names.
-Files are read by record batches, so the memory needed is the tensors and one batch. Data that does
+Files are read in record batches, so only the tensors and one batch are in memory. Data that does
 not match the signature exactly is an error with column, rule and rows. No value is cast, filled in
 or truncated to match.
 
@@ -61,12 +61,12 @@ from infra.memory import require_memory
 from infra.store.disk import translate_os_errors
 
 FILE = "data.safetensors"
-UNSEEN_LENGTH, UNSEEN_FACTOR = 4096, 8
-"""The declared length of a list is at most 4096, or eight times the longest list in the data."""
+MAX_UNUSED_LENGTH, MAX_LENGTH_FACTOR = 4096, 8
+"""A bag's declared length is at most 4096, or 8 times the longest list in the data if larger."""
 
 
 class Prepared(Frozen):
-    """A split written as tensors: its rows, size of the file in bytes, and names of the tensors."""
+    """A split written as tensors: number of rows, bytes of the file, and names of the tensors."""
 
     rows: int
     bytes: int
@@ -90,7 +90,10 @@ class IdStatistics(Frozen):
 
 
 class SplitStatistics(Frozen):
-    """Statistics of one split; times have the unit of the tensor ``@time``."""
+    """Statistics of one split; times have the unit of the tensor ``@time``.
+
+    ``inputs`` contains the statistics of each id and bag input by name.
+    """
 
     rows: int
     label_mean: float | None
@@ -117,15 +120,15 @@ def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
     check_columns(contents, parquet, signature)
     reserved = [item.name for item in signature.inputs if item.name.startswith("@")]
     refuse_if_any(
-        parquet, [f"input {name!r}: names starting with '@' are ours." for name in reserved]
+        parquet, [f"input {name!r}: names that begin with '@' are reserved." for name in reserved]
     )
-    require_memory(_bytes_needed(contents, signature), f"{parquet} as tensors")
+    require_memory(_bytes_needed(contents, signature), f"Converting {parquet} to tensors")
     out, output = _allocate(contents, signature), signature.single_output
     violations, codes = Violations(), dict[Any, int]()
     for first, batch in batches(contents, (use.column for use in column_uses(signature))):
         batch_rows = slice(first, first + batch.num_rows)
         for item in signature.inputs:
-            _fill(item, batch, first, out, violations)
+            _write_batch(item, batch, first, out, violations)
         if output.label is not None:
             column = batch.column(output.label)
             out["@label"][batch_rows] = convert_labels(
@@ -168,7 +171,7 @@ def save(tensors: dict[str, Array], into: Path) -> int:
 
 
 def _bytes_needed(contents: SplitContents, signature: Signature) -> int:
-    """Return the size of a split's tensors in bytes."""
+    """Return the total size of a split's tensors in bytes."""
     row_bytes = sum(
         math.prod(item.shape) * np.dtype(item.dtype).itemsize
         for item in signature.inputs
@@ -200,7 +203,7 @@ def _allocate(contents: SplitContents, signature: Signature) -> dict[str, Array]
     return out
 
 
-def _fill(
+def _write_batch(
     item: IdInput | DenseInput | PaddedBag | JaggedBag,
     batch: pa.RecordBatch,
     first: int,
@@ -281,7 +284,7 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
             label_sum += pc.sum(label.cast(pa.float64(), safe=False)).as_py() or 0.0
         if signature.time is not None:
             limits = pc.min_max(to_plain_times(batch.column(signature.time))).as_py()
-            low, high = _min_known(low, limits["min"]), _max_known(high, limits["max"])
+            low, high = _smaller(low, limits["min"]), _larger(high, limits["max"])
     mean = label_sum / label_count if label_count else None
     return SplitStatistics(
         rows=contents.rows, label_mean=mean, time_min=low, time_max=high, inputs=inputs
@@ -295,19 +298,19 @@ def _update_statistics(known: IdStatistics, column: pa.Array) -> IdStatistics:
     nulls_in_lists = values.null_count if is_list(column) else 0
     longest = int(lengths.max(initial=0)) if is_list(column) else 0
     return IdStatistics(
-        min_id=_min_known(known.min_id, limits["min"]),
-        max_id=_max_known(known.max_id, limits["max"]),
+        min_id=_smaller(known.min_id, limits["min"]),
+        max_id=_larger(known.max_id, limits["max"]),
         longest=max(known.longest, longest),
         nulls=known.nulls + column.null_count + nulls_in_lists,
     )
 
 
-def _min_known(known: Any, new: Any) -> Any:
+def _smaller(known: Any, new: Any) -> Any:
     """Return the smaller value; a value that is None is ignored."""
     return min((value for value in (known, new) if value is not None), default=None)
 
 
-def _max_known(known: Any, new: Any) -> Any:
+def _larger(known: Any, new: Any) -> Any:
     """Return the larger value; a value that is None is ignored."""
     return max((value for value in (known, new) if value is not None), default=None)
 
@@ -334,7 +337,7 @@ def check_shapes(statistics: dict[str, SplitStatistics], signature: Signature) -
             ),
             default=0,
         )
-        most = max(UNSEEN_LENGTH, UNSEEN_FACTOR * longest)
+        most = max(MAX_UNUSED_LENGTH, MAX_LENGTH_FACTOR * longest)
         if isinstance(item, PaddedBag | JaggedBag) and item.shape[0] > most:
             lines.append(
                 f"input {item.name!r}: its shape allows lists of {item.shape[0]} ids, and the "
@@ -356,9 +359,10 @@ def requires_known_ids(split: str, item: IdInput | PaddedBag | JaggedBag) -> boo
 def check_ids(
     statistics: dict[str, SplitStatistics], signature: Signature, rows_of_table: dict[str, int]
 ) -> None:
-    """Raise for ids outside their table, for lists that are too long, and for special ids outside.
+    """Raise if ids are outside their table, or lists are longer than their input allows.
 
-    The special ids are an input's ``default_row`` and ``padding_id``.
+    The ids are those of the data, where ``requires_known_ids``, and each input's ``default_row``
+    and ``padding_id``.
 
     Args:
         statistics: statistics of each split by name.
@@ -388,7 +392,7 @@ def check_ids(
         ]
         for split, of_split in statistics.items():
             ids = of_split.inputs.get(item.name)
-            if ids is None:  # in a retrieval model, an input is in the catalogue or in the others
+            if ids is None:  # the catalogue of a retrieval model has other inputs than its splits
                 continue
             limits = (ids.min_id, ids.max_id) if requires_known_ids(split, item) else ()
             outside = {id_ for id_ in limits if id_ is not None and not 0 <= id_ < rows}

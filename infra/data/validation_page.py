@@ -19,7 +19,7 @@ class Summary:
     Attributes:
         word: the verdict, such as "Data passed".
         reason: one sentence.
-        tone: CSS class of the colour, ``held`` (passed) or ``broken``.
+        tone: CSS class of the colour: ``held`` if the data passed, else ``broken``.
     """
 
     word: str
@@ -74,7 +74,7 @@ class CheckLists:
     """The lists that the template ``checks.html.jinja`` shows.
 
     Attributes:
-        warnings: sentences about the uncompressed model.
+        warnings: ``Validation.warnings``.
         failing: the failed checks, followed by those that were not evaluated.
         splits: all checks by split.
     """
@@ -146,6 +146,7 @@ def _counts(validation: Validation) -> tuple[tuple[str, str], ...]:
 
 
 def _split_checks(validation: Validation, split: str) -> SplitChecks:
+    """Return the checks of one split as text."""
     findings = [finding for finding in validation.findings if finding.split == split]
     passed = sum(finding.success for finding in findings)
     return SplitChecks(
@@ -157,14 +158,15 @@ def _split_checks(validation: Validation, split: str) -> SplitChecks:
 
 
 def _check_line(finding: Finding) -> CheckLine:
-    failed = "failed" if finding.evaluated else "not evaluated"
+    """Return one check as text."""
+    not_passed = "failed" if finding.evaluated else "not evaluated"
     rows = tuple(zip(finding.failing_rows, finding.failing_values, strict=True))
     more = finding.failing_count - len(rows)
     return CheckLine(
         split=finding.split,
         column=finding.column,
         rule=finding.rule,
-        result="passed" if finding.success else failed,
+        result="passed" if finding.success else not_passed,
         tone="good" if finding.success else "bad",
         observed=finding.observed,
         rows=rows,

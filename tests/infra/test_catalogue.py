@@ -81,7 +81,7 @@ def test_prepare_of_the_catalogue_writes_only_inputs_of_the_item_tower(paths, tm
         (
             "items",
             {"catalogue": items(item=pa.array([8, 8, 2]))},
-            r"'item': an item that stands in an earlier row too; 1 value.*row\(s\) 1",
+            r"'item': an item that is in an earlier row too; 1 value.*row\(s\) 1",
         ),
         (
             "test",

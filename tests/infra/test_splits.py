@@ -446,7 +446,7 @@ def test_repeated_column_is_refused(tmp_path):
 
 def test_input_name_that_begins_with_an_at_sign_is_refused(refusal_message):
     reserved = IdInput(name="@label", columns=("user",), table="users")
-    assert "names starting with '@' are ours" in refusal_message(signature_of(reserved))
+    assert "names that begin with '@' are reserved" in refusal_message(signature_of(reserved))
 
 
 def test_column_name_may_contain_a_dot(split, tensors):
