@@ -1,9 +1,9 @@
 """Store each file of an artifact once by content, and verify every chunk when it is read.
 
 A blob is a file whose key is a hash of its content. It is created with all its bytes or not at
-all, and never changes, so several writers of the same content do not disturb each other. A local
-folder also contains a hard link to each blob under the path of the file, so that readers can open
-and memory-map the files of an artifact directly.
+all, and never changes, so concurrent writers of the same content do not affect each other. If the
+store is a local folder, it also contains a hard link to each blob under the path of the file, so
+that readers can open and memory-map the files of an artifact directly.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,22 +13,28 @@ from typing import TypeVar
 
 from infra.errors import AlreadyThere, ArtifactDamaged
 from infra.store.backend import Backend
-from infra.store.chunks import in_order, sha256, verified_chunks
+from infra.store.chunks import map_in_order, sha256, verified_chunks
 from infra.store.disk import translate
 from infra.store.manifest import CHUNK_BYTES, FileEntry, StoreManifest, blob_of
 
 BLOBS = "blobs"
 SMALL_BYTES = 2**16
-"""Up to this size a file is uploaded to a bucket without checking whether the bucket has it.
+"""Files up to this size are uploaded to a bucket without a check whether it has them already.
 
-The check, a listing, takes as long as the upload.
+The check is a listing, which takes as long as such an upload.
 """
 
 Content = TypeVar("Content")
 
 
 def files_below(root: str) -> str:
-    """Return the key prefix of an artifact's files: links to blobs, or the files of version 1."""
+    """Return the key prefix of an artifact's files by path.
+
+    For a manifest of version 2 they are hard links to blobs; for version 1, the files themselves.
+
+    Args:
+        root: the root hash, which names the artifact.
+    """
     return f"artifacts/{root}/files/"
 
 
@@ -53,13 +59,13 @@ def read_with_retry(backend: Backend, read: Callable[[], Content]) -> Content:
 def has_content(backend: Backend, key: str, entry: FileEntry, chunk_bytes: int) -> bool:
     """Return whether the value of a key is exactly this file; reads and hashes all its bytes."""
     return backend.size(key) == entry.bytes and all(
-        sha256(backend.read(key, at * chunk_bytes, (at + 1) * chunk_bytes)) == expected
-        for at, expected in enumerate(entry.chunks)
+        sha256(backend.read(key, index * chunk_bytes, (index + 1) * chunk_bytes)) == expected
+        for index, expected in enumerate(entry.chunks)
     )
 
 
 def add_files(backend: Backend, folder: Path, manifest: StoreManifest, *, move: bool) -> None:
-    """Store those files of a version 2 manifest that the backend does not have.
+    """Store the files of a version 2 manifest that the backend does not have yet.
 
     Args:
         backend: where to store the files.
@@ -78,6 +84,7 @@ def add_files(backend: Backend, folder: Path, manifest: StoreManifest, *, move: 
 
 
 def _add_blob(backend: Backend, folder: Path, entry: FileEntry, key: str, *, move: bool) -> None:
+    """Store one file as the blob ``key``, unless the backend has an intact one."""
     is_small = backend.local_path("") is None and entry.bytes <= SMALL_BYTES
     if not is_small and _is_stored(backend, folder, entry, key):
         return
@@ -140,7 +147,7 @@ class ArtifactFiles:
         Raises:
             ArtifactDamaged: a file is missing, is changed, or does not belong to the artifact.
         """
-        read_with_retry(self._backend, lambda: self._check_sizes(extra_refused=True))
+        read_with_retry(self._backend, lambda: self._check_sizes(refuse_extra=True))
         for _ in self.chunks(self._manifest.files):
             pass
 
@@ -165,11 +172,11 @@ class ArtifactFiles:
 
     def chunks(self, entries: tuple[FileEntry, ...]) -> Iterator[bytes]:
         """Yield all chunks of these files in order, each verified."""
-        step = self._manifest.chunk_bytes
+        chunk_bytes = self._manifest.chunk_bytes
 
         def read(chunk: tuple[FileEntry, int]) -> bytes:
             entry, index = chunk
-            start, stop = index * step, min((index + 1) * step, entry.bytes)
+            start, stop = index * chunk_bytes, min((index + 1) * chunk_bytes, entry.bytes)
             data = self._backend.read(self.key(entry), start, stop)
             if sha256(data) != entry.chunks[index]:
                 raise ArtifactDamaged(
@@ -186,18 +193,19 @@ class ArtifactFiles:
         def read_chunk(chunk: tuple[FileEntry, int]) -> bytes:
             return read_with_retry(self._backend, lambda: read(chunk))
 
-        return in_order(
-            read_chunk, ((entry, at) for entry in entries for at in range(len(entry.chunks)))
+        return map_in_order(
+            read_chunk, ((entry, index) for entry in entries for index in range(len(entry.chunks)))
         )
 
-    def _check_sizes(self, *, extra_refused: bool = False) -> None:
-        """Raise ``ArtifactDamaged`` if a file is missing or has the wrong size, before reading any.
+    def _check_sizes(self, *, refuse_extra: bool = False) -> None:
+        """Raise ``ArtifactDamaged`` if a file is missing or has the wrong size; read no content.
 
-        ``extra_refused`` makes a file that is not in the manifest an error too.
+        Args:
+            refuse_extra: whether a file that is not in the manifest is an error too.
         """
         files = self._manifest.files
         if self._blobs:
-            sizes = dict(zip(map(self.key, files), in_order(self._size, files), strict=True))
+            sizes = dict(zip(map(self.key, files), map_in_order(self._size, files), strict=True))
         else:
             sizes = dict(self._backend.sizes(self._below))
         for entry in files:
@@ -215,7 +223,7 @@ class ArtifactFiles:
                     expected=entry.bytes,
                 )
         extra = sizes.keys() - set(map(self.key, files))
-        if extra_refused and extra:
+        if refuse_extra and extra:
             raise ArtifactDamaged(
                 "file_unexpected", uri=self._uri, file=min(extra).removeprefix(self._below)
             )

@@ -1,6 +1,6 @@
 """Read, hash and verify files in chunks with a few threads.
 
-Results are in order. For files of any size, only a few chunks are in memory.
+For files of any size, only a few chunks are in memory.
 """
 
 import hashlib
@@ -19,26 +19,26 @@ WORKERS = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Known = TypeVar("Known")
+Value = TypeVar("Value")
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def map_in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Apply ``work`` to each item with ``WORKERS`` threads and yield the results in order.
 
     At most ``WORKERS + 1`` results are in memory. ``Executor.map`` would submit all calls at once,
     and each result that is not yet consumed can be a chunk of 8 MiB.
     """
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="chunks") as pool:
-        waiting: deque[Future[Result]] = deque()
+        futures: deque[Future[Result]] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > WORKERS:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                futures.append(pool.submit(work, item))
+                if len(futures) > WORKERS:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
         finally:
-            for future in waiting:
+            for future in futures:
                 future.cancel()
 
 
@@ -112,32 +112,32 @@ def hash_files(
         return sha256(_read_range(folder / path, start, min(start + chunk_bytes, sizes[path])))
 
     chunks: dict[str, list[str]] = {path: [] for path, _ in files}
-    for (path, _), value in zip(chunk_starts, in_order(hash_chunk, chunk_starts), strict=True):
+    for (path, _), value in zip(chunk_starts, map_in_order(hash_chunk, chunk_starts), strict=True):
         chunks[path].append(value)
     return tuple(
         FileEntry(path=path, bytes=size, chunks=tuple(chunks[path])) for path, size in files
     )
 
 
-def hard_links(folder: Path, other: Path, known: Mapping[str, Known]) -> dict[str, Known]:
+def hard_links(folder: Path, other: Path, values: Mapping[str, Value]) -> dict[str, Value]:
     """Find the files of ``folder`` that are hard links to files of another folder.
 
     Args:
         folder: the folder that may contain links; its subfolders are not searched.
         other: the other folder, whose files must not change.
-        known: a value for each path in ``other``.
+        values: a value of the caller for each file of ``other``, by relative path.
 
     Returns:
         For the name of each hard link in ``folder``, the value of the file that it links to.
     """
     if not other.is_dir():
         return {}
-    by_inode: dict[tuple[int, int], Known] = {}
-    for path, value in known.items():
+    by_inode: dict[tuple[int, int], Value] = {}
+    for path, value in values.items():
         with suppress(FileNotFoundError):
             status = (other / path).lstat()
             by_inode[status.st_dev, status.st_ino] = value
-    links: dict[str, Known] = {}
+    links: dict[str, Value] = {}
     for file in folder.iterdir():
         status = file.lstat()
         if (status.st_dev, status.st_ino) in by_inode:
@@ -160,7 +160,7 @@ def verified_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
             raise _change_error(path)
         return data
 
-    yield from in_order(read_verified, range(len(entry.chunks)))
+    yield from map_in_order(read_verified, range(len(entry.chunks)))
     try:
         has_other_size = path.lstat().st_size != entry.bytes
     except OSError as fault:
@@ -195,4 +195,5 @@ def _read_range(path: Path, start: int, stop: int) -> bytes:
 
 
 def _change_error(path: Path) -> InfraError:
+    """Return the error for a file that changed while it was stored."""
     return ConcurrentChange("file_changed", path=str(path))

@@ -17,21 +17,20 @@ from infra.errors import (
     StoreUnavailable,
 )
 
+# Error numbers by cause: no space, too many open files, no permission, an unusable path, a file of
+# the wrong kind (such as a folder instead of a file).
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BUSY = {errno.EMFILE, errno.ENFILE}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP}
 _NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
-_RUST = {"safetensors", "safetensors_rust"}
+_KIND = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENODEV, errno.ESPIPE}
 OF_THE_MACHINE = _FULL | _BUSY | {errno.EFBIG, errno.EIO, errno.ENOMEM}
 """Error numbers that the machine causes, not the input: space, limits, a failing disk."""
-_KIND = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENODEV, errno.ESPIPE}
+_RUST_MODULES = {"safetensors", "safetensors_rust"}
 
 
 def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
     """Return the project's error to raise for an ``OSError``.
-
-    For a disk that is full or failing, the class allows a retry. For a path that is missing,
-    forbidden or of the wrong kind, the class requires another input.
 
     Args:
         fault: the error that the operating system raised.
@@ -39,7 +38,8 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
         doing: the operation, a verb for the message: ``read``, ``write``, ``list`` or ``use``.
 
     Returns:
-        ``Refused`` if the user must change something, ``InfraError`` if a retry may help.
+        An ``InfraError`` (a retry may help) if the disk is full or failing, or a limit is reached;
+        a ``Refused`` if the path is missing, forbidden or of the wrong kind.
     """
     cause = fault.strerror or str(fault)
     if fault.errno == errno.ENOENT and doing == "read":
@@ -65,7 +65,7 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
 
 @contextmanager
 def translate_os_errors(path: Path, doing: str) -> Iterator[None]:
-    """Replace every ``OSError`` that the block raises with the error of ``translate``."""
+    """Replace every ``OSError`` that the block raises by the result of ``translate``."""
     try:
         yield
     except Exception as fault:
@@ -76,11 +76,11 @@ def translate_os_errors(path: Path, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def translate_input_errors(around: Path) -> Iterator[None]:
+def translate_input_errors(named: Path) -> Iterator[None]:
     """Replace every ``OSError`` of a block that reads files that the user named.
 
     Args:
-        around: the file or folder that the user named, for an ``OSError`` without a path.
+        named: the file or folder that the user named; reported if the ``OSError`` has no path.
 
     Raises:
         FileRefused: a file is missing, cannot be read, or has the wrong kind.
@@ -92,37 +92,37 @@ def translate_input_errors(around: Path) -> Iterator[None]:
         error = find_os_error(fault)
         if error is None:
             raise
-        raise translate_input_error(error, around) from fault
+        raise translate_input_error(error, named) from fault
 
 
 def find_os_error(fault: Exception) -> OSError | None:
-    """Return an exception as an ``OSError``; None if it is no error of the operating system.
+    """Return an exception as an ``OSError``; None if it is not an error of the operating system.
 
-    safetensors, written in Rust, raises another class with "(os error 27)" in the message. For it
-    an ``OSError`` with that number is returned.
+    safetensors, which is written in Rust, raises another class with "(os error 27)" in the message.
+    For such an exception an ``OSError`` with this number is returned.
     """
     if isinstance(fault, OSError):
         return fault
     match = re.search(r"\(os error (\d+)\)", str(fault))
-    if match is None or type(fault).__module__.partition(".")[0] not in _RUST:
+    if match is None or type(fault).__module__.partition(".")[0] not in _RUST_MODULES:
         return None
     number = int(match[1])
     return OSError(number, os.strerror(number))
 
 
-def translate_input_error(fault: OSError, around: Path | None = None) -> Refused | InfraError:
+def translate_input_error(fault: OSError, named: Path | None = None) -> Refused | InfraError:
     """Return the project's error to raise for an ``OSError`` of a file that the user named.
 
     Args:
         fault: the error that the operating system raised.
-        around: the file or folder that the user named, if ``fault`` contains no path.
+        named: the file or folder that the user named; reported if ``fault`` has no path.
 
     Returns:
         ``FileRefused`` if the file is missing, forbidden or of the wrong kind; else as
         ``translate``.
     """
     file_name = fault.filename2 or fault.filename
-    path = Path(os.fsdecode(file_name)) if isinstance(file_name, str | bytes) else around
+    path = Path(os.fsdecode(file_name)) if isinstance(file_name, str | bytes) else named
     if path is None:
         path = Path()
     cause = fault.strerror or str(fault)

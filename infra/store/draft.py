@@ -1,6 +1,7 @@
 """Write an artifact block by block, in any order, from several threads, and resume after a kill.
 
-A block is a named set of byte ranges (pieces) of one large file. The files of a result ``name``::
+The artifact has one large file and a few small ones. A block is a named set of byte ranges (pieces)
+of the large file. The files of a result ``name``::
 
     <parent>/.<name>.part/files/...   the unfinished files
     <parent>/.<name>.journal          one line per written block; locked by the writing process
@@ -30,7 +31,7 @@ from infra.bundle.json_limits import read_bounded, validate_json
 from infra.errors import ArtifactDamaged, ArtifactMissing, StoreRefused
 from infra.store.chunks import hash_files, read_range, regular_files, sha256
 from infra.store.disk import translate, translate_os_errors
-from infra.store.folder import must_be_free
+from infra.store.folder import require_free
 from infra.store.manifest import CHUNK_BYTES, MAX_MANIFEST_BYTES, FileEntry, StoreManifest, root_of
 from infra.store.temporary import is_old
 
@@ -82,10 +83,10 @@ class ChunkHashes:
         """Add bytes of the chunk ``index``: hash them now, or keep a copy for later."""
         with self._lock:
             if index in self._chunk_hashes:
-                raise _written_twice(start)
+                raise _written_twice_error(start)
             chunk = self._open_chunks.setdefault(index, _Chunk(index * self._chunk_bytes))
             if start < chunk.at or start in chunk.early_pieces:
-                raise _written_twice(start)
+                raise _written_twice_error(start)
             if chunk.is_hashing or start != chunk.at:
                 chunk.early_pieces[start] = bytes(data)
                 return
@@ -118,7 +119,14 @@ class ChunkHashes:
 
 
 class _Chunk:
-    """An incomplete chunk: the file offset hashed so far (``at``), and later pieces."""
+    """An incomplete chunk.
+
+    Attributes:
+        hasher: has hashed the bytes from the start of the chunk to ``at``.
+        at: offset in the file of the first byte that is not hashed.
+        early_pieces: copies of pieces that begin after ``at``, by offset.
+        is_hashing: whether a thread is hashing a piece now.
+    """
 
     def __init__(self, start: int) -> None:
         self.hasher = hashlib.sha256()
@@ -237,7 +245,7 @@ class ArtifactDraft:
             try:
                 self.folder.rename(self.into)
             except OSError as fault:
-                must_be_free(self.into)
+                require_free(self.into)
                 raise translate(fault, self.into, "write") from fault
 
     def drop(self) -> None:
@@ -245,7 +253,7 @@ class ArtifactDraft:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Close the large file without removing it, so that a later run can resume."""
+        """Close the large file; the unfinished files remain, so that a later run can resume."""
         os.close(self._file)
 
 
@@ -300,7 +308,7 @@ def open_draft(into: Path, job: object, path: str, size: int) -> Iterator[Artifa
     _collect_abandoned(into)
     with _journal(into, journal_path) as journal:
         try:
-            must_be_free(into)
+            require_free(into)
             with translate_os_errors(journal_path, "write"):
                 result = _start_or_resume(into, journal, header, path, size)
             try:
@@ -381,6 +389,7 @@ def _start_or_resume(
 
 
 def _unfinished_folder(into: Path) -> Path:
+    """Return the folder of a result's unfinished files."""
     return into.parent / f".{into.name}.part"
 
 
@@ -391,5 +400,6 @@ def _pwrite(file: int, start: int, data: memoryview) -> None:
         start, data = start + written, data[written:]
 
 
-def _written_twice(start: int) -> ArtifactDamaged:
+def _written_twice_error(start: int) -> ArtifactDamaged:
+    """Return the error for a byte that was already written."""
     return ArtifactDamaged("draft_written_twice", start=start)

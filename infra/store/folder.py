@@ -1,8 +1,8 @@
 """The storage backend for a local folder, with the guarantees of S3.
 
 Values are written to a temporary file, which is then renamed or hard-linked to its key. fsspec's
-local file system is not used: it exposes partly written files, and it cannot create a file with
-its content only if the name is free.
+local file system is not used: it exposes partly written files, and it cannot create a file together
+with its content on the condition that the name is unused.
 """
 
 import errno
@@ -21,11 +21,13 @@ from infra.store.disk import translate_os_errors
 from infra.store.temporary import EARLIER_KEYS, owned_name, remove_leftovers
 
 TEMPORARY = ".tmp"
+"""Folder below the root that contains temporary files."""
 
 COLLECT_SECONDS = 60.0
-"""Shortest time between two removals of killed runs' temporary files from one folder."""
+"""Least time between two removals of killed runs' temporary files from one folder."""
 
 _last_collections: dict[Path, float] = {}
+"""Time of the last removal from each folder, by the monotonic clock."""
 
 
 class Folder:
@@ -178,6 +180,7 @@ class Folder:
         return temporary
 
     def _not_a_file_error(self, key: str) -> RecordRefused:
+        """Return the error for a key whose path is not a plain file."""
         return RecordRefused("record_no_plain_file", place=str(self._root / key))
 
     def _add_sizes(self, top: str, sizes: dict[str, int]) -> None:
@@ -185,7 +188,7 @@ class Folder:
         try:
             entries = list(os.scandir(self._root / top))
         except (FileNotFoundError, NotADirectoryError):
-            return  # as in S3, listing an unused prefix is no error
+            return  # as in S3, it is not an error to list an unused prefix
         for entry in entries:
             key = f"{top}/{entry.name}" if top else entry.name
             if key == TEMPORARY:
@@ -198,14 +201,14 @@ class Folder:
 
 
 def _collect_if_due(folder: Path) -> None:
-    """Remove temporary files of killed runs if the last removal is ``COLLECT_SECONDS`` ago."""
+    """Remove temporary files of killed runs unless this was done within ``COLLECT_SECONDS``."""
     now = time.monotonic()
     if now - _last_collections.get(folder, -COLLECT_SECONDS) >= COLLECT_SECONDS:
         _last_collections[folder] = now
         remove_leftovers(folder, EARLIER_KEYS)
 
 
-def must_be_free(into: Path) -> None:
+def require_free(into: Path) -> None:
     """Raise unless ``into`` is an empty folder or does not exist.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Locks between processes of one machine. The system releases those of a killed process."""
+"""Locks between processes of one machine. The system releases the locks of a killed process."""
 
 import fcntl
 import hashlib
@@ -30,10 +30,10 @@ def hold_lock(path: Path, waiting: Callable[[], object] = lambda: None) -> Itera
 
 @contextmanager
 def locked_name(path: Path, name: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Lock ``name`` exclusively for the duration of the block; one file contains many locks.
+    """Lock ``name`` exclusively for the duration of the block; one file serves for many names.
 
-    The lock is on the byte at the offset that ``name`` is hashed to. It excludes other processes,
-    but not other threads of this process.
+    The lock is on one byte of the file, whose offset is a hash of ``name``. It excludes other
+    processes, but not other threads of this process.
 
     Args:
         path: the lock file, created with its folder if missing.

@@ -1,8 +1,8 @@
 """The manifest of an artifact: paths, sizes and chunk hashes of its files, and its root hash.
 
-The root is a SHA-256 over all of these; it is the name of the artifact. One hash per chunk,
-instead of one per file, lets several threads hash, send and verify a large file at once. It also
-locates damage to one chunk instead of a file of many gigabytes.
+The root hash is a SHA-256 over paths, sizes and chunk hashes; it is the name of the artifact. With
+one hash per chunk instead of one per file, several threads can hash, send and verify a large file
+at once, and damage is located in a chunk of 8 MiB instead of a file of many gigabytes.
 
 In version 2 each file is stored as a blob, named by a hash of its content and shared by all
 artifacts that contain the file. In version 1 the files are stored next to the manifest, as
@@ -18,7 +18,7 @@ from compressors.contracts.value_errors import value_error
 
 CHUNK_BYTES = 8 * 2**20
 MAX_CHUNK_BYTES = 2**30
-MAX_MANIFEST_BYTES = 64 * 2**20  # enough for 8 TB: 67 bytes of JSON per chunk of 8 MiB
+MAX_MANIFEST_BYTES = 64 * 2**20  # enough for files of 8 TB: 67 bytes of JSON per chunk of 8 MiB
 
 
 def plain_path(path: str) -> str:

@@ -1,4 +1,4 @@
-"""The object store: a local folder or ``s3://bucket/prefix``, content-addressed, verified.
+"""The object store: content-addressed, verified artifacts in a folder or ``s3://bucket/prefix``.
 
 ::
 
@@ -8,8 +8,7 @@
     <root>/<key>                              small records, such as promotions and reports
 
 The hard links let readers memory-map the files of an artifact by path. An artifact whose manifest
-has version 1 has no blobs: in a folder and in a bucket, its only copy of each file is below
-``files``.
+has version 1 has no blobs: its files are stored below ``files``, in a folder and in a bucket.
 
 ``manifest.py`` defines the manifest, ``chunks.py`` reads and hashes files, ``backend.py`` is the
 protocol of a key-value storage backend, ``folder.py`` and ``s3.py`` are its two implementations,
@@ -49,7 +48,7 @@ from infra.store.artifact_files import (
 from infra.store.backend import backend_for
 from infra.store.chunks import hard_links, hash_files, regular_files
 from infra.store.disk import translate
-from infra.store.folder import TEMPORARY, must_be_free
+from infra.store.folder import TEMPORARY, require_free
 from infra.store.manifest import (
     CHUNK_BYTES,
     MAX_MANIFEST_BYTES,
@@ -118,9 +117,9 @@ class Store:
         return self._store(folder, manifest, move=True)
 
     def take_derived(self, folder: Path, parent: Artifact, parent_folder: Path) -> Artifact:
-        """Store files as ``take``, without hashing those that are hard links into ``parent``.
+        """Store files as ``take``, but do not hash hard links to files of ``parent``.
 
-        The hashes of the linked files are in the manifest of ``parent``.
+        The hashes of linked files are copied from the manifest of ``parent``.
 
         Args:
             folder: the folder that contains the files.
@@ -143,6 +142,7 @@ class Store:
         return self._store(folder, manifest, move=True)
 
     def _store(self, folder: Path, manifest: StoreManifest, *, move: bool) -> Artifact:
+        """Store the files of a version 1 manifest and then the manifest, as version 2."""
         if stored := self.find(manifest.root):
             return stored
         manifest = manifest.with_blobs()
@@ -206,7 +206,7 @@ class Store:
     def scratch(self, cache: Path) -> Path:
         """Return a folder for temporary files, on the same disk as the folders of ``local``.
 
-        So a file in it can be a hard link to a file of an artifact.
+        So files in it can be hard links to files of an artifact.
         """
         return cache if self.folder is None else self.folder / TEMPORARY
 
@@ -220,7 +220,7 @@ class Store:
 
         Raises:
             ArtifactMissing: the artifact has no manifest, so it does not exist.
-            ArtifactDamaged: the manifest matches neither the hash nor the size of the artifact.
+            ArtifactDamaged: the manifest does not match the hash or the size of the artifact.
         """
         if _name_from_uri(artifact.uri) != artifact.sha256:
             raise ArtifactDamaged("artifact_names_differ", uri=artifact.uri, sha256=artifact.sha256)
@@ -235,7 +235,7 @@ class Store:
         return manifest
 
     def get(self, artifact: Artifact, into: Path) -> Path:
-        """Copy an artifact's files to a folder and verify every chunk; all files or none.
+        """Copy an artifact's files to a folder and verify every chunk; on failure, leave no files.
 
         Args:
             artifact: the artifact to copy.
@@ -248,23 +248,23 @@ class Store:
             ArtifactMissing, ArtifactDamaged: as ``manifest``, or a file is missing or damaged.
             StoreRefused: ``into`` is not empty.
         """
-        must_be_free(into)
+        require_free(into)
         manifest = self.manifest(artifact)
         with folder_next_to(into) as partial:
             ArtifactFiles(self._backend, manifest).copy(partial)
             try:
                 partial.rename(into)  # replaces an empty folder, fails on any other
             except OSError as fault:
-                must_be_free(into)
+                require_free(into)
                 raise translate(fault, into, "write") from fault
         return into
 
     def local(self, artifact: Artifact, cache: Path) -> Path:
         """Return a local folder with the verified files of an artifact; callers must not write it.
 
-        If the store is a folder, it is the artifact's folder of hard links. If that does not exist
-        (a bucket, or a folder that was copied from a bucket), it is a copy at ``cache/<sha256>``:
-        every call verifies the copy and fetches it again if it is damaged.
+        If the store is a folder, the result is the artifact's folder of hard links. If there is no
+        such folder (the store is a bucket, or was copied from one), the result is a copy at
+        ``cache/<sha256>``: every call verifies the copy and fetches it again if it is damaged.
 
         Raises:
             ArtifactMissing, ArtifactDamaged: as ``get``.
@@ -288,7 +288,7 @@ class Store:
         raise ConcurrentChange("cache_changing", path=str(cached_copy))
 
     def file(self, artifact: Artifact, path: str) -> bytes:
-        """Read and verify one file of an artifact of at most ``MAX_MANIFEST_BYTES``.
+        """Read and verify one file of an artifact; it has at most ``MAX_MANIFEST_BYTES``.
 
         Raises:
             ArtifactMissing, ArtifactDamaged: as ``manifest``; or the artifact has no such file, or
@@ -379,6 +379,7 @@ class Store:
         return self.read_with_retry(lambda: self._read_manifest(name))
 
     def _read_manifest(self, name: str) -> StoreManifest:
+        """Read and verify the manifest of an artifact by its hash, without a retry."""
         uri = f"{self.root}/artifacts/{name}"
         try:
             body = self._read_bounded(f"artifacts/{name}/manifest.json", MAX_MANIFEST_BYTES)

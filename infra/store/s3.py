@@ -23,7 +23,7 @@ from infra.errors import (
     StoreOutage,
     StoreUnavailable,
 )
-from infra.store.chunks import in_order
+from infra.store.chunks import map_in_order
 from infra.store.manifest import CHUNK_BYTES
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ Result = TypeVar("Result")
 MAX_PARTS = 9_000
 """Most parts of one multipart upload; S3 allows 10,000."""
 
-# Small, because an outage must be reported within seconds. Tasks retry in addition.
+# Limits of one request. They are small, because an outage must be reported within seconds; tasks
+# retry in addition.
 CONNECT_SECONDS = 3
 READ_SECONDS = 20
 ATTEMPTS = 3
@@ -52,6 +53,8 @@ _TEMPORARY = {
     "XAmzContentSHA256Mismatch",
 }
 """Error codes of S3 after which the same request may succeed."""
+# Modules that parse responses; error codes of missing objects; HTTP statuses that ``_translate``
+# handles without a code; error codes of wrong credentials.
 _PARSERS = {"botocore.parsers", "aiobotocore.parsers"}
 _MISSING = {"NoSuchBucket", "NoSuchKey"}
 _KNOWN_STATUS = {401, 403, 412, 416}
@@ -151,7 +154,7 @@ class Bucket:
     def _upload_parts(
         self, key: str, size: int, chunks: Iterable[bytes], condition: dict[str, str]
     ) -> None:
-        """Write a key in a multipart upload.
+        """Write a key in a multipart upload; if that fails, abort the upload and raise.
 
         Args:
             key: the key.
@@ -165,11 +168,11 @@ class Bucket:
 
         def send(part: tuple[int, bytes]) -> dict[str, Any]:
             number, body = part
-            sent = self._call("upload_part", key, PartNumber=number, Body=body, **upload)
-            return {"PartNumber": number, "ETag": sent["ETag"]}
+            response = self._call("upload_part", key, PartNumber=number, Body=body, **upload)
+            return {"PartNumber": number, "ETag": response["ETag"]}
 
         try:
-            parts = list(in_order(send, enumerate(_group(chunks, chunks_per_part), start=1)))
+            parts = list(map_in_order(send, enumerate(_group(chunks, chunks_per_part), start=1)))
             whole = {"MultipartUpload": {"Parts": parts}, **upload, **condition}
             self._call("complete_multipart_upload", key, **whole)
         except BaseException:
@@ -182,6 +185,7 @@ class Bucket:
 
     @cached_property
     def _files(self) -> Any:
+        """The s3fs client."""
         environment = tuple(sorted(os.environ.items()))
         return _client(environment, os.getpid(), time.monotonic() // CLIENT_SECONDS)
 
@@ -213,6 +217,7 @@ class Bucket:
                     raise self._translate(fault, name) from None
 
     async def _read_range(self, key: str, start: int, stop: int) -> Any:
+        """Request bytes [start, stop) of a key and return them."""
         response = await self._files._call_s3(
             "get_object",
             Bucket=self._bucket,
@@ -267,7 +272,7 @@ def _client(environment: tuple[tuple[str, str], ...], process: int, period: floa
     Args:
         environment: all environment variables, because some contain the credentials.
         process: the PID, because a client cannot be used after a fork.
-        period: number of the current period of ``CLIENT_SECONDS``.
+        period: number of the current period of ``CLIENT_SECONDS`` seconds.
     """
     import s3fs
 
@@ -286,7 +291,7 @@ def _client(environment: tuple[tuple[str, str], ...], process: int, period: floa
 
 
 def _group(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
-    """Join every ``count`` chunks into one."""
+    """Join each ``count`` consecutive chunks into one; the last one may have fewer."""
     group: list[bytes] = []
     for chunk in chunks:
         group.append(chunk)
@@ -298,7 +303,7 @@ def _group(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
-    """Return the exception classes by which s3fs and its libraries report a failed request.
+    """Return the exception classes with which s3fs and its libraries report a failed request.
 
     An exception of any other class is a programming error and is not caught.
     """
@@ -360,7 +365,7 @@ def _is_from_s3(fault: BaseException) -> bool:
 def _is_unknown_code(fault: BaseException) -> bool:
     """Return whether an error response has an unknown code, perhaps damaged in transit.
 
-    botocore does not retry such a request. If the server is not S3, the retry gets the same code.
+    botocore does not retry such a request. A server other than S3 sends the same code again.
     """
     code, status = _code_and_status(fault)
     known = code in _TEMPORARY | _MISSING | _CREDENTIALS or status in _KNOWN_STATUS

@@ -57,7 +57,7 @@ def owned_name(stem: str, ending: str) -> str:
 def remove_leftovers(folder: Path, earlier: re.Pattern[str]) -> int:
     """Remove the temporary files and folders of killed runs from ``folder``.
 
-    Only names as ``owned_name`` returns them and names that match ``earlier`` are considered. A
+    Only files with a name that ``owned_name`` creates, or that matches ``earlier``, are removed. A
     file that cannot be removed is skipped, since the caller does not depend on the removal.
 
     Args:
@@ -141,10 +141,10 @@ def folder_next_to(into: Path) -> Iterator[Path]:
 
 
 def drop_folder(folder: Path) -> None:
-    """Remove a folder, if it exists. It is renamed first, so no reader opens half of it.
+    """Remove a folder if it exists; rename it first, so that no reader finds it incomplete.
 
     Raises:
-        SettingRefused, StoreUnavailable: it cannot be renamed.
+        SettingRefused, StoreUnavailable: the folder cannot be renamed.
     """
     renamed = folder.with_name(owned_name(f".{folder.name}", "damaged"))
     try:
@@ -157,10 +157,10 @@ def drop_folder(folder: Path) -> None:
 
 
 def last_change(path: Path) -> float:
-    """Return when a file, or the newest file in a folder, was last modified.
+    """Return the last modification time of a file, or of the newest file below a folder.
 
     Returns:
-        Seconds since the epoch.
+        Seconds since 1970.
 
     Raises:
         OSError: the path cannot be read.
@@ -208,8 +208,9 @@ def _is_running(pid: int, start: int) -> bool:
 def _start_time(pid: int) -> int:
     """Return a process's start in clock ticks since boot.
 
-    -1 stands for a process that has ended (a zombie), 0 for unknown: ``/proc`` is missing or does
-    not show the process.
+    Returns:
+        -1 for a process that has ended (a zombie); 0 if unknown, because ``/proc`` is missing or
+        does not show the process.
     """
     try:
         # Split after the last bracket: the process name, in brackets, may contain spaces.

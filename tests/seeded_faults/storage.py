@@ -29,8 +29,8 @@ FAULTS = (
     Fault(
         id="store-extra-files-handed-out",
         file="infra/store/artifact_files.py",
-        old="        if extra_refused and extra:\n",
-        new="        if extra_refused and not extra:\n",
+        old="        if refuse_extra and extra:\n",
+        new="        if refuse_extra and not extra:\n",
         effect="A file that does not belong to an artifact is loaded with it.",
         tests=(f"{STORE}::test_local_refuses_a_folder_with_a_file_that_is_not_in_the_manifest",),
     ),
