@@ -3,7 +3,7 @@
 A registry's alias has no compare-and-swap, so two concurrent promotions would overwrite each other
 without an error. Every ledger entry is a key, ``ledger/<model>/<sequence>.json``, written by a
 conditional create: if two processes write the same number, exactly one succeeds. The registry's
-alias is updated from the ledger (``Registry.repair``).
+alias is updated from the ledger (``Registry.repair`` in ``mlflow_registry.py``).
 
 An entry identifies the champion by the digest of its order. The version number is only a label:
 another registry, or a restored one, may number its versions differently.
@@ -31,8 +31,8 @@ from infra.store.object_store import Store
 
 Action = Literal["promote", "rollback"]
 
-ATTEMPTS = 100  # lost races in a row before the ledger is reported as too busy
-
+ATTEMPTS = 100
+"""An append fails after this many attempts in which another process appended first."""
 
 DIGEST_FIELDS = (
     "sequence",
@@ -49,7 +49,7 @@ DIGEST_FIELDS = (
 
 
 class Entry(Frozen):
-    """One change of champion. ``previous`` is the version number that it replaced."""
+    """One change of champion. ``previous`` is the version number of the champion before."""
 
     sequence: int = Field(ge=1)
     model: str
@@ -69,7 +69,7 @@ class Entry(Frozen):
     def with_digest(self, previous: "Entry | None") -> "Entry":
         """Return a copy whose digest covers this entry and the digest of ``previous``."""
         fields = self.model_dump(mode="json", include=set(DIGEST_FIELDS))
-        # A previous entry without a digest gets the one that it would have as a first entry.
+        # For a previous entry without a digest, the digest that it would have as a first entry.
         after = None if previous is None else previous.digest or previous.with_digest(None).digest
         return self.model_copy(update={"digest": digest({**fields, "after": after})})
 
@@ -101,7 +101,7 @@ class Ledger:
 
         Raises:
             ArtifactDamaged: an entry is missing in the sequence, cannot be read, or does not
-                continue its predecessor.
+                continue the entry before it.
         """
         last = 0
         for key in self._store.keys(self._folder):
@@ -118,7 +118,7 @@ class Ledger:
         return tuple(entries)
 
     def champion(self) -> Entry | None:
-        """Return the entry of the current champion, or None if there has never been one."""
+        """Return the last entry, which names the current champion; None if there is none."""
         entries = self.entries()
         return entries[-1] if entries else None
 
@@ -135,13 +135,13 @@ class Ledger:
 
         Args:
             version: the version number in the registry.
-            order: the digest of the order; for a rollback, of the entry that ``rollback_target``
-                returns.
+            order: the digest of the order; for a rollback, the ``order`` of the entry that
+                ``rollback_target`` returns.
             action: promotion or rollback.
             by: the person or program that decided.
             reason: why.
-            expected: the last sequence number the caller read, 0 for none. If the ledger has a
-                later entry, nothing is written. None: append after any entry.
+            expected: the last sequence number that the caller has read, 0 for an empty ledger.
+                If the ledger has a later entry, nothing is written. None: append after any entry.
 
         Raises:
             AlreadyThere: the ledger has an entry after ``expected``; the error contains that entry.
@@ -182,19 +182,19 @@ class Ledger:
     def _read_next(self, entries: tuple[Entry, ...], sequence: int) -> Entry:
         """Read the entry after ``entries`` and check that it continues them."""
         key = self._key(sequence)
-        at = f"{self._store.root}/{key}"
+        place = f"{self._store.root}/{key}"
         try:
             entry = validate_json(Entry, self._store.read(key))
         except ArtifactMissing as fault:
-            raise ArtifactDamaged("ledger_gap", model=self._model, place=at) from fault
+            raise ArtifactDamaged("ledger_gap", model=self._model, place=place) from fault
         except ValueError as fault:
-            raise ArtifactDamaged("ledger_entry_unreadable", place=at) from fault
+            raise ArtifactDamaged("ledger_entry_unreadable", place=place) from fault
         last = entries[-1] if entries else None
         previous = None if last is None else last.version
         if (entry.sequence, entry.model, entry.previous) != (sequence, self._model, previous):
             raise ArtifactDamaged(
                 "ledger_entry_out_of_order",
-                place=at,
+                place=place,
                 sequence=sequence,
                 model=self._model,
                 previous=previous,
@@ -202,27 +202,29 @@ class Ledger:
                 got_model=short(entry.model),
                 got_previous=short(entry.previous),
             )
-        self._check_digest(entry, last, at)
+        self._check_digest(entry, last, place)
         if entry.action == "rollback":
             target = rollback_target(entries)
-            if target is None or not _same_champion(target, entry):
+            if target is None or not _have_same_champion(target, entry):
                 raise ArtifactDamaged(
                     "ledger_rollback_unfounded",
-                    place=at,
+                    place=place,
                     version=short(entry.version),
                     order=short(entry.order),
                 )
         return entry
 
-    def _check_digest(self, entry: Entry, previous: Entry | None, at: str) -> None:
+    def _check_digest(self, entry: Entry, previous: Entry | None, place: str) -> None:
+        """Raise ``ArtifactDamaged`` if the digest of an entry is missing or does not match."""
         if entry.digest is None:
             if previous is not None and previous.digest is not None:
-                raise ArtifactDamaged("ledger_digest_missing", place=at)
+                raise ArtifactDamaged("ledger_digest_missing", place=place)
         elif entry.digest != entry.with_digest(previous).digest:
-            changed = at if previous is None else f"{at} or the entry before it"
+            changed = place if previous is None else f"{place} or the entry before it"
             raise ArtifactDamaged("ledger_digest_differs", changed=changed)
 
     def _check_rollback(self, entries: tuple[Entry, ...], version: str, order: str) -> None:
+        """Raise ``PromotionRefused`` unless a rollback of these entries restores this order."""
         target = rollback_target(entries)
         if target is None:
             raise PromotionRefused("nothing_to_roll_back", model=self._model)
@@ -232,6 +234,7 @@ class Ledger:
             )
 
     def _outdated_error(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:
+        """Return the error for a ledger whose last sequence number is not ``expected``."""
         if len(entries) < expected:
             return AlreadyThere("ledger_shorter", model=self._model, expected=expected)
         newer = entries[expected]
@@ -249,14 +252,15 @@ class Ledger:
         return f"{self._folder}{sequence:08d}.json"
 
     def _key_of(self, number: str) -> str | None:
+        """Return the key of a sequence number as text; None if it is not a number."""
         return self._key(int(number)) if number.isascii() and number.isdigit() else None
 
 
 def rollback_target(entries: tuple[Entry, ...]) -> Entry | None:
-    """Return the entry that a rollback restores, or None if there is no earlier champion.
+    """Return the promotion that a rollback restores, or None if there is no earlier champion.
 
-    A promotion pushes an order on a stack, a rollback pops it, and the entry returned is the one
-    below the top. So two rollbacks undo two promotions, and a rollback never restores an order
+    A promotion pushes its entry on a stack, a rollback pops one, and the entry below the top is
+    returned. So two rollbacks undo two promotions, and a rollback never restores an order
     that was itself rolled back. Promoting the current champion again does not change the stack.
     """
     stack = _champion_stack(entries)
@@ -274,18 +278,18 @@ def rolled_back_orders(entries: tuple[Entry, ...]) -> tuple[str, ...]:
 
 
 def _champion_stack(entries: tuple[Entry, ...]) -> list[Entry]:
-    """Return the promotions in effect: the champion is last, its predecessor before it."""
+    """Return the promotions that were not rolled back, oldest first; the champion is last."""
     stack: list[Entry] = []
     for entry in entries:
         if entry.action == "rollback":
             stack.pop()
-        elif not stack or not _same_champion(stack[-1], entry):
+        elif not stack or not _have_same_champion(stack[-1], entry):
             stack.append(entry)
     return stack
 
 
-def _same_champion(earlier: Entry, entry: Entry) -> bool:
-    """Return whether two entries have the same champion.
+def _have_same_champion(earlier: Entry, entry: Entry) -> bool:
+    """Return whether two entries name the same champion.
 
     Entries without a digest, of early versions of recpress, identify the champion by its version
     number, later entries by their order.

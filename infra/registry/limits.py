@@ -8,7 +8,8 @@ import re
 
 from infra.errors import RegistryRefused
 
-# In characters: the smaller of MLflow's own limit and the width of the column in its SQL stores.
+# In characters. Each is the smaller of the limit that MLflow checks and the width of the column in
+# its SQL stores.
 MAX_NAME = 256
 MAX_TAG_KEY = 250
 MAX_TAG_VALUE = 100_000
@@ -20,7 +21,14 @@ _TAG_KEY = re.compile(r"[\w\-./: ]+")
 
 
 def require_fit(model: str, order: str, source: str, tags: dict[str, str]) -> None:
-    """Raise ``RegistryRefused`` if the registry cannot store a field of one version."""
+    """Raise ``RegistryRefused`` if the registry cannot store a field of one version.
+
+    Args:
+        model: the registered model's name.
+        order: digest of the order.
+        source: URI of the release.
+        tags: tags of the version.
+    """
     require_name(model)
     require_order(order)
     if len(source) > MAX_SOURCE:

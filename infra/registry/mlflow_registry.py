@@ -28,13 +28,14 @@ CONFIRMED_TAG = "recpress.confirmed"
 
 _SCHEME = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://")
 
-# Few and short retries, so that a registry that is down is reported within seconds; the tasks that
-# call it wait and retry themselves.
+# Variables that MLflow reads. Its retries are few and short, so that a registry that is down is
+# reported within seconds; the tasks that call it wait and retry themselves.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+# Error codes of MLflow: wrong credentials, and requests that fail again if they are repeated.
 _FORBIDDEN = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
 _REFUSED = {
     "BAD_REQUEST",
@@ -94,6 +95,7 @@ class Registry:
         Raises:
             RegistryRefused: a name, tag or URI is longer than the registry can store, or has
                 characters that it does not accept.
+            RegistryUnavailable: another program deleted the new version.
         """
         tags = {**tags, ORDER_TAG: order}
         require_fit(model, order, source, tags)
@@ -109,8 +111,9 @@ class Registry:
                     description=shorten_description(description),
                     await_creation_for=None,
                 )
-            # A server does not enforce unique tags. Another process that created a version of this
-            # order concurrently also finds both versions, and both processes keep the lower number.
+            # A server does not enforce unique tags, so another process may have created a version
+            # of this order at the same time. Both processes then find both versions here, and each
+            # deletes the version that it created unless that has the lowest number.
             winner = self.by_order(order, model)
             if winner is None:
                 raise RegistryUnavailable(
@@ -143,7 +146,7 @@ class Registry:
         return tuple(sorted(model.name for model in models))
 
     def version(self, model: str, ref: str) -> Registered:
-        """Return one version by number (``"3"``) or alias (``"@champion"``).
+        """Return one version by its number (``"3"``) or alias (``"@champion"``).
 
         Raises:
             RegistryRefused: there is no such model, version or alias; lists the existing ones.
@@ -165,8 +168,8 @@ class Registry:
     def by_order(self, order: str, model: str) -> Registered | None:
         """Return the version that this order produced, or None.
 
-        A crash during concurrent publishing may leave several versions of one order. The one with
-        the lowest number is returned, which ``publish`` also keeps.
+        A crash during concurrent publishing may leave several versions of one order. Of these, the
+        version with the lowest number is returned, which ``publish`` also keeps.
         """
         require_order(order)
         aliases = self._aliases_if_any(model)
@@ -205,10 +208,10 @@ class Registry:
         return True
 
     def find_order(self, order: str, model: str) -> Registered | None:
-        """Return the version of an order like ``by_order``, but read a file without MLflow.
+        """Return the version of an order like ``by_order``, but without MLflow if possible.
 
-        Importing MLflow takes about two seconds. If the registry is a file, ``aliases`` of the
-        result is empty, and the result is None if the file cannot be read.
+        Importing MLflow takes about two seconds, so a registry that is a file is read directly.
+        Then ``aliases`` of the result is empty, and the result is None if the file cannot be read.
         """
         file = sqlite_file(self._uri)
         if file is None:
@@ -239,6 +242,7 @@ class Registry:
 
     @cached_property
     def _client(self) -> Any:
+        """The client of MLflow; creates or migrates a registry that is a file."""
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):
@@ -277,7 +281,7 @@ class Registry:
             yield file
 
     def _delete(self, model: str, version: str) -> None:
-        """Delete a version; a version that is already deleted is no error."""
+        """Delete a version, unless it is already deleted."""
         from mlflow.exceptions import MlflowException
 
         with self._translate_errors():
@@ -288,7 +292,7 @@ class Registry:
                     raise
 
     def _create_model(self, model: str) -> None:
-        """Create a model; a model that exists already is no error."""
+        """Create a model, unless it exists already."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -353,7 +357,7 @@ class Registry:
         try:
             yield
         except MlflowException as fault:
-            message = self._message(fault.message)
+            message = self._clean_message(fault.message)
             if fault.error_code in _FORBIDDEN:
                 raise SettingRefused("registry_credentials_refused", problem=message) from None
             if "local path as a model version source" in message:
@@ -364,25 +368,28 @@ class Registry:
                 raise SettingRefused("registry_version_differs", problem=message) from None
             raise self._unavailable_or_outage(message) from None
         except (NoSuchModuleError, ImportError) as fault:
-            raise SettingRefused("registry_driver_missing", problem=self._message(fault)) from None
+            raise SettingRefused(
+                "registry_driver_missing", problem=self._clean_message(fault)
+            ) from None
         except (OperationalError, OSError) as fault:
-            raise self._unavailable_or_outage(self._message(fault)) from None
+            raise self._unavailable_or_outage(self._clean_message(fault)) from None
         except (SQLAlchemyError, ValueError) as fault:
             raise SettingRefused(
-                "registry_database_unusable", problem=self._message(fault)
+                "registry_database_unusable", problem=self._clean_message(fault)
             ) from None
 
     def _unavailable_or_outage(self, problem: str) -> RegistryUnavailable:
-        """Return an outage, for which tasks wait, only if the registry is a server.
+        """Return the error for a registry that does not respond.
 
-        Waiting does not restore a file.
+        It is a ``RegistryOutage``, after which tasks wait and retry, only if the registry is a
+        server: waiting does not repair a file.
         """
         if sqlite_file(self._uri) is None:
             return RegistryOutage("registry_no_answer", problem=problem)
         return RegistryUnavailable("registry_no_answer", problem=problem)
 
-    def _message(self, message: object) -> str:
-        """Return the first line of a message, without credentials and the URI's options."""
+    def _clean_message(self, message: object) -> str:
+        """Return the first line of a message without credentials and the options in the URI."""
         return first_line(str(message).replace(self._uri, public_uri(self._uri)), self._uri)
 
 

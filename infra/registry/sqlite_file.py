@@ -34,8 +34,9 @@ BUSY_SECONDS = 20.0
 """How long SQLite waits for a lock of another program."""
 
 MIGRATION_TABLES = {"alembic_version", "workspaces"}
-"""Tables in which MLflow's migrations write rows, so their rows are not those of users."""
+"""Tables that contain rows of MLflow's migrations, not of users."""
 
+# The version that has a tag with this value, and its tags.
 _BY_ORDER = """
 SELECT v.version, v.source FROM model_versions v
 JOIN model_version_tags t ON t.name = v.name AND t.version = v.version
@@ -85,7 +86,7 @@ def prepare(file: Path) -> None:
 
     Raises:
         SettingRefused: ``file`` is not a database, was written by a later MLflow, or is incomplete
-            and has rows of users. The file is unchanged.
+            and has rows of users. The file is not changed.
         RegistryUnavailable: another program keeps the file locked.
     """
     file = file.resolve()
@@ -101,6 +102,12 @@ def read_order(
     file: Path, model: str, tag: str, order: str
 ) -> tuple[str, str, dict[str, str]] | None:
     """Read the version of a model that has this order from the file, without MLflow.
+
+    Args:
+        file: the registry's file.
+        model: the registered model's name.
+        tag: name of the tag that contains the order's digest.
+        order: digest of the order.
 
     Returns:
         Number, source and tags of the version; if there are several, of the one with the lowest
@@ -119,6 +126,7 @@ def read_order(
 
 
 def _is_complete(file: Path) -> bool:
+    """Return whether the file exists and has the complete schema of the installed MLflow."""
     if not file.exists():
         return False
     with closing(_connect(file)) as database:
@@ -149,7 +157,7 @@ def _replace(file: Path) -> None:
     """Rebuild an empty or incomplete file, or migrate a complete one of an earlier MLflow."""
     with closing(_connect(file)) as database, _temporary_file(file) as temporary:
         # In this locking mode SQLite keeps the lock until the connection is closed.
-        with _lock_errors_translated(file):
+        with _translate_lock_errors(file):
             database.execute("PRAGMA locking_mode = EXCLUSIVE")
             database.execute("BEGIN EXCLUSIVE")
         schema = _read_schema(file, database)
@@ -167,16 +175,18 @@ def _replace(file: Path) -> None:
             with closing(_connect(temporary, "rwc")) as copy:
                 database.backup(copy)
             _migrate(file, temporary, schema)
-        with closing(_connect(temporary)) as finished, _lock_errors_translated(file):
-            finished.backup(database)
+        with closing(_connect(temporary)) as rebuilt, _translate_lock_errors(file):
+            rebuilt.backup(database)
 
 
 def _require_known(file: Path, schema: DatabaseSchema) -> None:
+    """Raise ``SettingRefused`` if the schema is of a later MLflow."""
     if schema.revision is not None and schema.revision not in _revisions()[1]:
         raise SettingRefused("registry_schema_unknown", file=str(file), schema=schema.revision)
 
 
 def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
+    """Migrate ``temporary``, a copy of the registry ``file`` with this schema."""
     from mlflow.store.db import utils
 
     upgrade: Callable[[Any], None] = utils._upgrade_db  # what "mlflow db upgrade" calls
@@ -195,12 +205,14 @@ def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
 
 
 def _incomplete_error(file: Path, schema: DatabaseSchema, why: str) -> SettingRefused:
+    """Return the error for an incomplete file with rows of users."""
     return SettingRefused(
         "registry_incomplete", file=str(file), problem=why, versions=schema.versions
     )
 
 
 def _read_schema(file: Path, database: sqlite3.Connection) -> DatabaseSchema:
+    """Read tables, revision and row counts; raise if the file is not a database or is locked."""
     try:
         names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         tables = frozenset(name for (name,) in names if not name.startswith("sqlite_"))
@@ -223,6 +235,7 @@ def _read_schema(file: Path, database: sqlite3.Connection) -> DatabaseSchema:
 
 
 def _count_rows(database: sqlite3.Connection, table: str) -> int:
+    """Return the number of a table's rows that MLflow does not write by itself."""
     # Every MLflow process that opens a file creates the experiment 0, "Default".
     other = " WHERE experiment_id != 0" if table == "experiments" else ""
     name = table.replace('"', '""')
@@ -242,6 +255,7 @@ def _revisions() -> tuple[str, frozenset[str]]:
 
 
 def _required_tables() -> frozenset[str]:
+    """Return the names of all tables of the installed MLflow."""
     import mlflow.store.db.utils  # noqa: F401 (registers every table)
     from mlflow.store.db.base_sql_model import Base
 
@@ -249,6 +263,7 @@ def _required_tables() -> frozenset[str]:
 
 
 def _initialize(temporary: Path) -> None:
+    """Create the tables of the installed MLflow in a new file."""
     from mlflow.store.db import utils
 
     initialize: Callable[[Any], None] = utils._initialize_tables
@@ -262,13 +277,13 @@ def _engine(temporary: Path) -> Iterator[Any]:
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
-    def connected() -> sqlite3.Connection:
+    def connect() -> sqlite3.Connection:
         database = sqlite3.connect(temporary)
         database.execute("PRAGMA journal_mode = MEMORY")
         database.execute("PRAGMA synchronous = OFF")
         return database
 
-    engine = create_engine("sqlite://", creator=connected, poolclass=NullPool)
+    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
     try:
         yield engine
     finally:
@@ -276,6 +291,7 @@ def _engine(temporary: Path) -> Iterator[Any]:
 
 
 def _connect(file: Path, mode: str = "rw") -> sqlite3.Connection:
+    """Open a file; mode ``rwc`` creates it. Raise ``SettingRefused`` if it cannot be opened."""
     # The mode in the URI prevents SQLite from creating a file that was just removed.
     uri = f"file:{quote(str(file))}?mode={mode}"
     try:
@@ -287,7 +303,8 @@ def _connect(file: Path, mode: str = "rw") -> sqlite3.Connection:
 
 
 @contextmanager
-def _lock_errors_translated(file: Path) -> Iterator[None]:
+def _translate_lock_errors(file: Path) -> Iterator[None]:
+    """Raise ``RegistryUnavailable`` if the block fails, since another program locks the file."""
     try:
         yield
     except sqlite3.OperationalError as fault:
@@ -298,6 +315,7 @@ def _lock_errors_translated(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary_file(file: Path) -> Iterator[Path]:
+    """Yield an unused path next to ``file``, and remove the file there after the block."""
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary
@@ -315,8 +333,8 @@ def _remove_leftovers(file: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Wait until a file or folder is on disk."""
-    opened = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)

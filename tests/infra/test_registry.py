@@ -243,6 +243,6 @@ def test_registry_file_with_an_unknown_schema_is_refused(registry, tmp_path):
 
 def test_messages_contain_no_password_of_the_uri():
     registry = Registry("postgresql://ann:hunter2@host/x")
-    message = registry._message("cannot reach postgresql://ann:hunter2@host/x")
+    message = registry._clean_message("cannot reach postgresql://ann:hunter2@host/x")
     assert message == "cannot reach postgresql://host/x"
-    assert registry._message("user ann, password hunter2: no") == "user ann, password ***: no"
+    assert registry._clean_message("user ann, password hunter2: no") == "user ann, password ***: no"
