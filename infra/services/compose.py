@@ -1,8 +1,8 @@
 """Convert docker-compose.yml to descriptions of local processes, for ``make up-local``.
 
-The file defines the services, their start order and their health checks. This module returns the
-same for processes that listen on 127.0.0.1. Only addresses and paths differ between a container and
-a process, so these are replaced in every command, variable and health check:
+The compose file defines the services, their start order and their health checks. This module
+returns the same for processes that listen on 127.0.0.1. Only addresses and paths differ between a
+container and a process, so these are replaced in every command, variable and health check:
 
 - ``service:port`` becomes ``127.0.0.1`` and that service's local port;
 - a service's ports in its settings become its local ports; ``0.0.0.0`` becomes ``127.0.0.1``;
@@ -26,7 +26,7 @@ from infra.telemetry import TELEMETRY_OFF
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 GRPC_OFFSET = 10_000
-"""SeaweedFS derives a gRPC port from the HTTP port by adding this; local ports keep the offset."""
+"""SeaweedFS adds this to an HTTP port to get its gRPC port, so local ports keep the offset."""
 
 Condition = Literal["service_started", "service_healthy", "service_completed_successfully"]
 
@@ -45,7 +45,8 @@ class Service(Frozen):
         environment: variables of the process, in addition to those of the machine.
         health: command that exits with 0 if the service is healthy; empty if there is no check.
         health_seconds: time limit of one health check.
-        after: services that must have reached a condition before this one is started.
+        after: name of another service -> the condition that it must reach before this service is
+            started.
         ports: port in the container -> local port.
         stop_signal: name of the signal that stops the process.
         stop_seconds: time until a process that does not stop is killed.
@@ -69,7 +70,7 @@ class Services(Frozen):
 
     Args:
         services: the processes.
-        client: environment variables of a client of the services.
+        client: environment variables for programs that use the services.
         files: path -> content of files that services read.
         folders: folders that services write.
     """
@@ -81,7 +82,7 @@ class Services(Frozen):
 
 
 MALFORMED_DOCUMENT = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""Exceptions of reading a YAML document in which a field is missing or has another type."""
+"""Exceptions while a document is read in which a field is missing or has another type."""
 
 
 def needed_secrets(text: str) -> tuple[str, ...]:
@@ -101,7 +102,7 @@ def port_variables(text: str) -> tuple[str, ...]:
 
 
 def read_variables(path: Path) -> dict[str, str]:
-    """Read the ``NAME=value`` lines of a file such as ``.env``; empty without that file.
+    """Read the ``NAME=value`` lines of a file such as ``.env``; return none if it is missing.
 
     Raises:
         SettingRefused: a line has another form, or the file is not UTF-8 text.
@@ -136,7 +137,8 @@ def read_services(
         variables: the values of ``${NAME}`` in the file.
         state: the local folder for volumes and configs.
         compose: the compose file.
-        ports: returns a free local port for each unpublished port; ``free_ports`` if None.
+        ports: returns a free local port for each port that the file does not publish; by default
+            ``free_ports``.
 
     Raises:
         SettingRefused: a required variable is missing, or a part of the file cannot be run as a
@@ -159,10 +161,11 @@ def _read_services(
     compose: Path,
     choose_ports: "Callable[[Iterable[int]], dict[int, int]]",
 ) -> Services:
+    """Convert the decoded compose file, in which variables are already replaced."""
     entries = {
         name: entry for name, entry in document["services"].items() if not entry.get("profiles")
     }
-    local_ports = {name: _ports(entry, choose_ports) for name, entry in entries.items()}
+    local_ports = {name: _map_ports(entry, choose_ports) for name, entry in entries.items()}
     hosts = {
         f"{name}:{container_port}": f"127.0.0.1:{local_port}"
         for name, ports in local_ports.items()
@@ -181,7 +184,9 @@ def _read_services(
         for item in entry.get("configs", ()):
             paths[item["target"]] = str(configs[item["source"]])
         services.append(
-            _service(name, entry, local_ports[name], _Replacements(hosts, local_ports[name], paths))
+            _build_service(
+                name, entry, local_ports[name], _Replacements(hosts, local_ports[name], paths)
+            )
         )
     return Services(
         services=tuple(services),
@@ -191,9 +196,10 @@ def _read_services(
     )
 
 
-def _service(
+def _build_service(
     name: str, entry: dict[str, Any], local_ports: dict[int, int], replacements: "_Replacements"
 ) -> Service:
+    """Convert the entry of one service in the compose file."""
     health = entry.get("healthcheck", {})
     test = health.get("test", ["CMD"])
     if test[0] != "CMD":
@@ -203,17 +209,17 @@ def _service(
         command=tuple(map(replacements.apply, [*entry.get("entrypoint", ()), *entry["command"]])),
         environment=replacements.apply_to_all(entry.get("environment", {})),
         health=tuple(map(replacements.apply, test[1:])),
-        health_seconds=_seconds(health.get("timeout", "5s")),
+        health_seconds=_parse_seconds(health.get("timeout", "5s")),
         after={other: item["condition"] for other, item in entry.get("depends_on", {}).items()},
         ports=local_ports,
         stop_signal=entry.get("stop_signal", "SIGTERM"),
-        stop_seconds=_seconds(entry.get("stop_grace_period", "10s")),
+        stop_seconds=_parse_seconds(entry.get("stop_grace_period", "10s")),
         one_shot=entry.get("restart") == "no",
     )
 
 
 class _Replacements:
-    """Replaces addresses and paths of a container with local ones.
+    """Replaces addresses, ports and paths in a container by local ones.
 
     Args:
         hosts: ``service:port`` -> local address, of all services.
@@ -231,19 +237,21 @@ class _Replacements:
         self._pattern = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, words))})(?![\w.])")
 
     def apply(self, text: str) -> str:
+        """Replace all of them in one text."""
         return self._pattern.sub(lambda match: self._local[match[0]], str(text))
 
     def apply_to_all(self, values: Mapping[str, str]) -> dict[str, str]:
+        """Replace all of them in each value of a mapping."""
         return {name: self.apply(value) for name, value in values.items()}
 
 
-def _ports(
+def _map_ports(
     entry: dict[str, Any], choose_ports: "Callable[[Iterable[int]], dict[int, int]]"
 ) -> dict[int, int]:
     """Return port in the container -> local port, for all ports of a service.
 
-    A published port has the local port of the file. Other ports get a free one, except the gRPC
-    port of a published port, which keeps its offset.
+    The file states the local port of a published port. The gRPC port of a published port keeps its
+    offset. Every other port gets a free local port.
     """
     published: dict[int, int] = {}
     for line in entry.get("ports", ()):
@@ -289,7 +297,7 @@ def is_free(port: int) -> bool:
 
 
 def _substitute(value: Any, variables: Mapping[str, str]) -> Any:
-    """Replace ``${NAME}`` in all texts of a document, as compose does."""
+    """Replace ``${NAME}`` in all texts of a document, as Docker Compose does."""
     match value:
         case str():
             return _VARIABLE.sub(lambda match: _variable_value(match, variables), value)
@@ -301,7 +309,10 @@ def _substitute(value: Any, variables: Mapping[str, str]) -> Any:
 
 
 def _variable_value(match: "re.Match[str]", variables: Mapping[str, str]) -> str:
-    """Return the value of a match of ``_VARIABLE``; a colon makes empty values count as missing."""
+    """Return the value of a match of ``_VARIABLE``.
+
+    If the operator contains a colon, an empty value counts as missing.
+    """
     name, operator, default_or_message = match.groups()
     if name is None:
         return "$"
@@ -313,7 +324,8 @@ def _variable_value(match: "re.Match[str]", variables: Mapping[str, str]) -> str
     return default_or_message or ""
 
 
-def _seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
+    """Parse a duration such as ``5s``."""
     match = _SECONDS.fullmatch(text)
     if not match:
         raise SettingRefused("duration_form", got=short(text))

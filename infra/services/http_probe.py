@@ -1,8 +1,8 @@
 """Send one HTTP request to a service with a total deadline.
 
-This module checks whether a service responds; it sends one request, without retries, and follows no
-redirect. The request runs in a thread, so that the caller stops waiting at the deadline. Timeouts
-of a socket and of httpx restart with every byte, and a host name lookup has no timeout.
+Use this module to check whether a service responds. It does not retry and follows no redirect. The
+request runs in a thread, so that the caller can stop waiting at the deadline: timeouts of sockets
+and of httpx restart with every byte, and a host name lookup has no timeout.
 """
 
 import functools
@@ -23,7 +23,7 @@ from infra.settings import public_uri
 SECONDS = 5.0
 """Default deadline of a request."""
 MAX_BYTES = 1_000_000
-"""Bytes of a body after which it is no longer read."""
+"""At most so many bytes of a response's body are read."""
 
 T = TypeVar("T")
 
@@ -102,17 +102,17 @@ def get(
         NoAnswer: the service did not respond before the deadline, or the connection failed. The
             message gives the reason, without credentials.
     """
-    request = HttpRequest(lambda: _exchange(uri, headers or {}, posted, login, seconds))
+    request = HttpRequest(lambda: _send_and_read(uri, headers or {}, posted, login, seconds))
     try:
         return request.answer(seconds)
     except NoAnswer:
         problem = TimeoutError.__name__
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as fault:
-        problem = _problem(fault)
+        problem = _describe_failure(fault)
     raise NoAnswer("no_answer", address=public_uri(uri), problem=problem)
 
 
-def _exchange(
+def _send_and_read(
     uri: str,
     headers: Mapping[str, str],
     posted: Mapping[str, Any] | None,
@@ -127,17 +127,19 @@ def _exchange(
     address = httpx.URL(uri)
     if address.userinfo:
         login = address.username, address.password
-    # httpx logs the address, so remove user and password from it.
+    # Without user and password, because httpx logs the address.
     address = address.copy_with(userinfo=b"")
     # No decompression: a compressed body could expand beyond the limit.
-    sent = {"Accept": "application/json", "Accept-Encoding": "identity", **headers}
+    request_headers = {"Accept": "application/json", "Accept-Encoding": "identity", **headers}
     method = "GET" if posted is None else "POST"
     body = bytearray()
     with httpx.Client(
         verify=_certificates(), proxy=_proxy(address), trust_env=False, timeout=seconds
     ) as client:
         start = time.monotonic()
-        with client.stream(method, address, headers=sent, json=posted, auth=login) as response:
+        with client.stream(
+            method, address, headers=request_headers, json=posted, auth=login
+        ) as response:
             for chunk in response.iter_raw():
                 body += chunk
                 if len(body) >= MAX_BYTES:
@@ -150,7 +152,7 @@ def _exchange(
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Load the certificates that the system trusts; httpx would use those of certifi."""
+    """Load the certificates that the system trusts; by default httpx uses those of certifi."""
     return ssl.create_default_context()
 
 
@@ -166,7 +168,7 @@ def _proxy(address: httpx.URL) -> str | None:
     return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
-def _problem(fault: BaseException) -> str:
+def _describe_failure(fault: BaseException) -> str:
     """Return the operating system's description of a failure, or the name of its class."""
     cause: BaseException | None = fault
     while cause is not None and not isinstance(cause, OSError):

@@ -2,8 +2,8 @@
 
 The services listen on 127.0.0.1 and store their state in ``RECPRESS_HOME/services``. Secrets that
 are not set are generated and stored in a file there that only you may read. When all services are
-ready, the command prints how to use them. A service that ends is started again, as compose does
-with ``restart: unless-stopped``. When the command ends, it stops all services.
+ready, the command prints how to use them. A service that ends is started again, as Docker Compose
+does with ``restart: unless-stopped``. When the command ends, it stops all services.
 """
 
 import argparse
@@ -45,10 +45,12 @@ TAIL_CHARACTERS = 3_000
 RESTART_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """Delays before the first, second, ... restart of a service that ends soon after each start."""
 STEADY_SECONDS = 60.0
-"""A service that ran for this long starts again with the first delay."""
+"""If a service ran for this long before it ended, the first delay applies again."""
 
+# Names of variables that are not printed.
 _SECRET = re.compile("AUTH|KEY|PASSWORD|SECRET|TOKEN")
 
+# How to install each program.
 INSTALL = {
     "postgres": "Install PostgreSQL 14 or later (Debian: apt-get install postgresql).",
     "initdb": "Install PostgreSQL 14 or later (Debian: apt-get install postgresql).",
@@ -64,7 +66,7 @@ class LocalProcesses:
 
     Args:
         services: the services to run.
-        state: the folder for their logs, in ``logs``.
+        state: the folder of their state; its subfolder ``logs`` contains their logs.
     """
 
     def __init__(self, services: Services, state: Path) -> None:
@@ -85,7 +87,7 @@ class LocalProcesses:
         end = time.monotonic() + seconds
         while len(self._ready) < len(self._services):
             for service in self._services.values():
-                if service.name not in self._processes and self._may_start(service):
+                if service.name not in self._processes and self._can_start(service):
                     self._run(service)
                 elif service.name in self._processes and service.name not in self._ready:
                     self._check_ready(service)
@@ -96,7 +98,7 @@ class LocalProcesses:
                     "services_not_ready",
                     seconds=seconds,
                     services=tuple(unready),
-                    output=self._log_end(unready[0]),
+                    output=self._read_log_end(unready[0]),
                 )
             time.sleep(POLL_SECONDS)
 
@@ -106,7 +108,7 @@ class LocalProcesses:
             code = process.poll()
             if code is not None and not (self._services[name].one_shot and code == 0):
                 raise ServiceFailed(
-                    "service_ended", service=name, exit_code=code, output=self._log_end(name)
+                    "service_ended", service=name, exit_code=code, output=self._read_log_end(name)
                 )
 
     def restart_ended(self) -> None:
@@ -133,6 +135,7 @@ class LocalProcesses:
                 self._run(service)
 
     def _run(self, service: Service) -> None:
+        """Start the process of a service."""
         self._processes[service.name] = _start(service, self._logs)
         self._start_times[service.name] = time.monotonic()
 
@@ -149,23 +152,26 @@ class LocalProcesses:
             process.wait()
         self._processes.clear()  # their ids may soon belong to other processes
 
-    def _may_start(self, service: Service) -> bool:
+    def _can_start(self, service: Service) -> bool:
+        """Return whether all services that this one depends on have reached their condition."""
         return all(
             other in (self._processes if condition == "service_started" else self._ready)
             for other, condition in service.after.items()
         )
 
     def _check_ready(self, service: Service) -> None:
+        """Mark a service as ready if it is healthy or, for a one-shot service, has succeeded."""
         process = self._processes[service.name]
         if service.one_shot:
-            ready = process.poll() == 0
+            is_ready = process.poll() == 0
         else:
-            ready = not service.health or _is_healthy(service)
-        if ready:
+            is_ready = not service.health or _is_healthy(service)
+        if is_ready:
             self._ready.add(service.name)
             _print(f"{service.name} is ready")
 
-    def _log_end(self, name: str) -> str:
+    def _read_log_end(self, name: str) -> str:
+        """Return the end of a service's log for an error message."""
         log = self._logs / f"{name}.log"
         if not log.exists():
             return "It was not started."
@@ -177,7 +183,8 @@ def prepare_services(state: Path, *, any_ports: bool) -> Services:
 
     Args:
         state: the folder in which they are created.
-        any_ports: publish on free ports instead of those of the variables.
+        any_ports: whether to publish the services on any free ports, instead of the ports that the
+            variables set.
 
     Raises:
         SettingRefused: a program is missing, or a port is in use.
@@ -187,6 +194,7 @@ def prepare_services(state: Path, *, any_ports: bool) -> Services:
     if any_ports:
         names = port_variables(text)
         variables |= dict(zip(names, map(str, free_ports(range(len(names))).values()), strict=True))
+    # A secret that the variables do not set has the value of an earlier run, or a random one.
     secrets_file = state / "secrets.env"
     stored_secrets = read_variables(secrets_file)
     stored_secrets |= {
@@ -208,16 +216,18 @@ def prepare_services(state: Path, *, any_ports: bool) -> Services:
 
 
 def _require_programs(services: Services) -> None:
+    """Raise ``SettingRefused`` if a program of a service or of its health check is missing."""
     programs = {service.command[0] for service in services.services}
     programs |= {service.health[0] for service in services.services if service.health}
     programs |= {"initdb"} if "postgres" in programs else set()
-    missing = sorted(name for name in programs if shutil.which(name, path=_path()) is None)
+    missing = sorted(name for name in programs if shutil.which(name, path=_search_path()) is None)
     if missing:
         advice = dict.fromkeys(INSTALL.get(name, f"Install {name}.") for name in missing)
         raise SettingRefused("programs_missing", programs=tuple(missing), remedy=" ".join(advice))
 
 
 def _require_ports(services: Services) -> None:
+    """Raise ``SettingRefused`` if a local port is in use."""
     for service in services.services:
         for container_port, port in service.ports.items():
             if not is_free(port):
@@ -226,20 +236,24 @@ def _require_ports(services: Services) -> None:
                 )
 
 
-def _path() -> str:
-    """Return PATH: this Python environment first, then PATH, then the folders of Postgres."""
+def _search_path() -> str:
+    """Return the PATH of services: this Python environment, then PATH, then Postgres's folders."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    return os.pathsep.join([*folders, *map(str, postgres.programs())])
+    return os.pathsep.join([*folders, *map(str, postgres.program_folders())])
 
 
 def _environment(service: Service) -> dict[str, str]:
-    """Return a service's variables; like a container it does not inherit settings of this shell."""
+    """Return the environment of a service.
+
+    Like a container, the service does not inherit the settings of recpress and other services.
+    """
     removed = ("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_", "POSTGRES_", "PG", "S3_", "WEED_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
-    return {**inherited, **service.environment, "PATH": _path()}
+    return {**inherited, **service.environment, "PATH": _search_path()}
 
 
 def _start(service: Service, logs: Path) -> "subprocess.Popen[bytes]":
+    """Start the process of a service; create the cluster first if it is a Postgres server."""
     environment, command = _environment(service), list(service.command)
     folder, run_as = ROOT, dict[str, Any]()
     if "POSTGRES_DB" in environment:  # the image's entrypoint also creates a missing cluster
@@ -260,6 +274,7 @@ def _start(service: Service, logs: Path) -> "subprocess.Popen[bytes]":
 
 
 def _is_healthy(service: Service) -> bool:
+    """Run the health check of a service; return whether it exits with 0 in time."""
     try:
         process = subprocess.run(
             service.health,
@@ -275,6 +290,7 @@ def _is_healthy(service: Service) -> bool:
 
 
 def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals, *, group: bool) -> None:
+    """Send a signal to a process, or to all processes of its group."""
     with contextlib.suppress(ProcessLookupError):  # the process has already ended
         if group:
             os.killpg(process.pid, number)
@@ -284,7 +300,11 @@ def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals, *, group
 
 @contextlib.contextmanager
 def _state_lock(state: Path) -> Iterator[None]:
-    """Hold the lock of a state folder: one run at a time."""
+    """Hold the lock of a state folder, so that only one command runs services in it.
+
+    Raises:
+        SettingRefused: another process holds the lock.
+    """
     state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("ab") as lock:
         try:
@@ -295,6 +315,7 @@ def _state_lock(state: Path) -> Iterator[None]:
 
 
 def _write_private(path: Path, text: str) -> None:
+    """Write a file that only the current user may read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(0o600)
     path.chmod(0o600)
@@ -306,6 +327,7 @@ def _print(text: str) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    """Handle a signal like Ctrl-C."""
     raise KeyboardInterrupt
 
 
@@ -319,15 +341,15 @@ def up(*, any_ports: bool) -> None:
     state = load_settings().home / "services"
     with _state_lock(state):
         services = prepare_services(state, any_ports=any_ports)
-        running = LocalProcesses(services, state)
+        processes = LocalProcesses(services, state)
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
         try:
-            running.start()
+            processes.start()
             for line in instructions(services.client, state / "client.env"):
                 _print(line)
             while True:
-                running.restart_ended()
+                processes.restart_ended()
                 time.sleep(1)
         except KeyboardInterrupt:
             _print("stopping")
@@ -335,14 +357,14 @@ def up(*, any_ports: bool) -> None:
             # A second signal must not interrupt the stop.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            running.stop()
+            processes.stop()
 
 
 def instructions(client: Mapping[str, str], file: Path) -> list[str]:
     """Return the lines that explain how to use the services; they contain no secret.
 
     Args:
-        client: environment variables of a client.
+        client: environment variables for programs that use the services.
         file: the shell script that exports these variables.
     """
     read_file = f". {shlex.quote(str(file))}"

@@ -18,8 +18,8 @@ UNPRIVILEGED = ("postgres", "nobody")
 INSTALL_FOLDERS = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/opt")
 
 
-def programs() -> list[Path]:
-    """List folders of Postgres's programs that are usually not in PATH, latest version first."""
+def program_folders() -> list[Path]:
+    """Return the folders of Postgres's programs that are usually not in PATH, latest first."""
     folders = [
         folder
         for parent in INSTALL_FOLDERS
@@ -47,11 +47,11 @@ def user_arguments() -> dict[str, Any]:
 
 
 def prepare(environment: dict[str, str]) -> None:
-    """Create the cluster if it is missing.
+    """Create the cluster (Postgres's data folder) if it is missing.
 
     Args:
-        environment: the image's variables (``PGDATA``, ``POSTGRES_USER``, ``POSTGRES_PASSWORD``
-            and ``POSTGRES_DB``) and ``PATH``.
+        environment: ``PATH``, and the variables of the official image: ``PGDATA`` (the cluster),
+            ``POSTGRES_USER``, ``POSTGRES_PASSWORD`` and ``POSTGRES_DB``.
 
     Raises:
         ChildFailed: a program of Postgres failed; the message contains its output.

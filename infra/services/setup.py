@@ -55,19 +55,19 @@ def create_buckets(names: tuple[str, ...] = BUCKETS) -> None:
             ) from None
 
 
-def make_pools(names: tuple[str, ...] = POOLS) -> None:
+def create_pools(names: tuple[str, ...] = POOLS) -> None:
     """Create the work pools that are missing, each with a limit of one run at a time.
 
-    The pool's limit also counts a run whose worker was killed but whose process still runs, so a
-    new worker does not start another run in parallel. Existing pools are not changed.
+    The limit of a pool also counts a run whose worker was killed while the run's process continues,
+    so a new worker does not start another run in parallel. Existing pools are not changed.
 
     Raises:
         ChildFailed: Prefect refused, or did not respond.
     """
     for name in names:
-        if _prefect("work-pool", "inspect", name, must_succeed=False).returncode:
-            _prefect("work-pool", "create", name, "--type", "process")
-            _prefect("work-pool", "set-concurrency-limit", name, "1")
+        if _run_prefect("work-pool", "inspect", name, must_succeed=False).returncode:
+            _run_prefect("work-pool", "create", name, "--type", "process")
+            _run_prefect("work-pool", "set-concurrency-limit", name, "1")
 
 
 def deploy() -> None:
@@ -76,10 +76,10 @@ def deploy() -> None:
     Raises:
         ChildFailed: Prefect refused, or did not respond.
     """
-    _prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS))
+    _run_prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS))
 
 
-def make_automations() -> None:
+def create_automations() -> None:
     """Create or update the automations of ``infra/services/automations.yaml``.
 
     An unchanged automation is not updated, because an update discards the state of its trigger. To
@@ -90,7 +90,7 @@ def make_automations() -> None:
     """
     import yaml
 
-    current = _automations()
+    current = _list_automations()
     for entry in yaml.safe_load(AUTOMATIONS.read_text(encoding="utf-8"))["automations"]:
         description = (
             f"{entry['description']} (infra/services/automations.yaml, {digest(entry)[:12]})"
@@ -98,14 +98,14 @@ def make_automations() -> None:
         text = json.dumps({**entry, "description": description})
         same_name = [item for item in current if item["name"] == entry["name"]]
         if not same_name:
-            _prefect("automation", "create", "--from-json", text)
+            _run_prefect("automation", "create", "--from-json", text)
         for duplicate in same_name[1:]:  # two setups ran concurrently
-            _prefect("automation", "delete", "--id", duplicate["id"])
+            _run_prefect("automation", "delete", "--id", duplicate["id"])
         if same_name and same_name[0]["description"] != description:
-            _prefect("automation", "update", "--id", same_name[0]["id"], "--from-json", text)
+            _run_prefect("automation", "update", "--id", same_name[0]["id"], "--from-json", text)
 
 
-def _automations() -> list[dict[str, Any]]:
+def _list_automations() -> list[dict[str, Any]]:
     """List the server's automations through its API.
 
     The CLI is not used, because its JSON contains line breaks inside strings.
@@ -123,7 +123,7 @@ def _automations() -> list[dict[str, Any]]:
     return automations
 
 
-def _prefect(*arguments: str, must_succeed: bool = True) -> "subprocess.CompletedProcess[str]":
+def _run_prefect(*arguments: str, must_succeed: bool = True) -> "subprocess.CompletedProcess[str]":
     """Run a command of Prefect's command line, since this package must not import Prefect."""
     process = subprocess.run(
         [sys.executable, "-m", "prefect", *arguments],
@@ -143,9 +143,9 @@ def _prefect(*arguments: str, must_succeed: bool = True) -> "subprocess.Complete
 def main() -> None:
     """Create or update all objects and print their names."""
     create_buckets()
-    make_pools()
+    create_pools()
     deploy()
-    make_automations()
+    create_automations()
     print(  # noqa: T201
         f"buckets {', '.join(BUCKETS)}; pools {', '.join(POOLS)}; deployments; automations"
     )

@@ -12,7 +12,7 @@ from error_codes import raises_code
 from infra.errors import ChildFailed, SettingRefused
 from infra.services import postgres
 
-PATH = os.pathsep.join([os.environ.get("PATH", ""), *map(str, postgres.programs())])
+PATH = os.pathsep.join([os.environ.get("PATH", ""), *map(str, postgres.program_folders())])
 needs_initdb = pytest.mark.skipif(
     shutil.which("initdb", path=PATH) is None, reason="needs PostgreSQL's programs"
 )

@@ -577,7 +577,7 @@ def test_service_that_ignores_the_stop_signal_is_killed_with_its_children(
 def test_missing_programs_are_refused_with_how_to_install_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_services, "_path", lambda: str(tmp_path))
+    monkeypatch.setattr(local_services, "_search_path", lambda: str(tmp_path))
     with raises_code(SettingRefused, "programs_missing") as raised:
         local_services.prepare_services(tmp_path / "state", any_ports=True)
     assert {"initdb", "weed"} <= set(raised.value.fields["programs"])
