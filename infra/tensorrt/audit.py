@@ -1,15 +1,16 @@
 """Audit a TensorRT engine before it is accepted; needs neither a GPU nor TensorRT.
 
 A builder may *widen* a table or layer: convert its packed weights (int8, int4, ...) to a wider
-type, so that the compression is lost. The audit detects this from the builder's log.
+type, so that the compression is lost. The audit detects this from the builder's log. *Packed bytes*
+are the bytes of all tensors as the plan stores them.
 
-*Weights.* The log contains the bytes of the engine's weights. If they exceed the packed bytes of
-the plan, a table, a scale or a dense layer was widened.
+*Weights.* The log contains the bytes of the engine's weights. If they exceed the packed bytes by
+more than a tolerance, a table, a scale or a dense layer was widened.
 
 *Scratch.* A table that is widened before its lookup (the operator Gather) is written completely
 into scratch memory, the temporary memory of a call. So scratch memory smaller than one fp16 copy
-of the table proves that the table is not widened. The audit also builds a twin, the same graph with
-half the rows in every large table: its scratch memory must be the same ("flat").
+of the table proves that the table is not widened. ``build.py`` also builds a twin: an engine of the
+same graph with half the rows in every large table. Its scratch memory must be the same ("flat").
 
 *Sparsity.* The builder decides by measured time whether layers with 2:4 zeros run on sparse
 kernels. The audit reads the decision from the log; it rejects no engine for it.
@@ -33,21 +34,22 @@ The scratch memory that a smaller table adds cannot be distinguished from that o
 """
 
 GROWTH = 0.1
-"""How much the scratch sizes of engine and twin may differ.
+"""Largest allowed difference between the scratch memory of engine and twin.
 
-The unit is the bytes that were removed from the table with the smallest removal. Measured: the
-sizes of graphs that widen no table are equal; a widened table adds 1.3 to 1.9 times the removed
-bytes.
+It is a share of the bytes that were removed for the twin from the table that lost the fewest.
+Measured: for graphs that widen no table the difference is 0; a widened table adds 1.3 to 1.9 times
+the removed bytes.
 """
 
-WIDENED = 1.1
-WIDENED_BYTES = 64 * 1024
-"""Weights of an engine may take at most ``packed_bytes * WIDENED + WIDENED_BYTES``.
+MAX_WEIGHTS_FACTOR = 1.1
+MAX_EXTRA_BYTES = 64 * 1024
+"""Weights of an engine may take at most ``packed_bytes * MAX_WEIGHTS_FACTOR + MAX_EXTRA_BYTES``.
 
 Measured with TensorRT-RTX 1.7: packed bytes + 2.5 KB for int8, int4 and fp16 tables and for int8
-and fp16 dense layers from 0.3 KB to 13 MB. The constant allows padding of many small tensors, the
-10 % other builders, which were not measured. The smallest widening of a whole model, fp16 scales
-stored as fp32, adds 11 % to int8 tables with 16 columns, and more to narrower tables and codes.
+and fp16 dense layers from 0.3 KB to 13 MB. The constant is for the padding of many small tensors,
+the 10 % for other builders, which were not measured. The smallest possible widening of a whole
+model (fp16 scales stored as fp32) adds 11 % to int8 tables with 16 columns, and more to narrower
+tables and codes.
 """
 
 _WIDE_BYTES = 2  # the narrowest type a table can be widened to
@@ -65,15 +67,20 @@ _PICKED = (
 )
 
 Sparsity = tuple[Literal["picked", "did not pay", "not told"] | None, str | None]
+"""The result of ``judge_sparsity``: outcome and reason."""
 Scratch = tuple[Literal["flat", "grows", "not checkable"], str, tuple[str, ...]]
+"""The result of ``judge_scratch``: outcome, reason, and tables proven not to be widened."""
 
 
 def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
-    """Read bytes of scratch memory and of weights of the engine from the builder's log.
+    """Read the bytes of scratch memory and of weights of an engine from the builder's log.
 
     Args:
         messages: the builder's log; if a number occurs several times, the largest counts.
         version: the version of TensorRT, for the error.
+
+    Returns:
+        Bytes of scratch memory, bytes of weights.
 
     Raises:
         BuildRefused: this version does not log them, so no audit is possible.
@@ -98,7 +105,7 @@ def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[st
     Raises:
         BuildRefused: a weight was widened.
     """
-    limit = int(packed_bytes * WIDENED) + WIDENED_BYTES
+    limit = int(packed_bytes * MAX_WEIGHTS_FACTOR) + MAX_EXTRA_BYTES
     if weights_bytes > limit:
         parts = tuple(f"{kind} {size:,}" for kind, size in sorted(constant_bytes.items()))
         raise BuildRefused(
@@ -113,7 +120,14 @@ def check_weights(weights_bytes: int, packed_bytes: int, constant_bytes: dict[st
 def find_tables(
     model: "onnx.ModelProto", tables: Sequence[TableWeights]
 ) -> dict[str, list["onnx.TensorProto"]]:
-    """Return the initializers of every table in the ONNX graph, by the name of its module.
+    """Find the initializers of every table in an ONNX graph.
+
+    Args:
+        model: the graph.
+        tables: name, number of rows and names of the initializers of each table.
+
+    Returns:
+        The initializers by the name of the table's module.
 
     Raises:
         BuildRefused: the graph lacks an initializer, or its first dimension does not match the
@@ -140,13 +154,14 @@ def find_tables(
 
 def widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
     """Return the bytes of an fp16 copy of a table: its largest initializer, 2 bytes per element."""
-    return max(_elements(tensor) for tensor in tensors) * _WIDE_BYTES
+    return max(_count_elements(tensor) for tensor in tensors) * _WIDE_BYTES
 
 
 def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | None:
     """Cut every table with ``TWIN_ROWS`` rows or more to half its rows, in place.
 
-    External data stays where it is: rows are contiguous, so only the length in the graph changes.
+    Files of external data are not changed: rows are contiguous, so it is enough to change the
+    length in the graph.
 
     Returns:
         Bytes that were removed from the table that lost the fewest; None if no table is large
@@ -158,14 +173,15 @@ def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | Non
     cut: dict[str, int] = {}
     removed = []
     for table in large:
-        # Keep whole groups of rows that share a scale, and an even number of them: 4-bit rows of
-        # odd width then end on a byte.
+        # ``every`` is the number of rows that share one entry of an initializer, such as a scale.
+        # Keep whole groups of such rows, and an even number of groups, so that 4-bit rows of odd
+        # width end on a byte.
         group_rows = math.lcm(*(every for every in table.every.values() if every))
         kept_rows = table.rows // (4 * group_rows) * 2 * group_rows
         for tensor in initializers[table.module]:
             entries = table.entries(tensor.name, kept_rows)
             if tensor.name not in cut:
-                cut[tensor.name] = 0 if entries is None else _cut(tensor, entries)
+                cut[tensor.name] = 0 if entries is None else _cut_rows(tensor, entries)
         removed.append(sum(cut[tensor.name] for tensor in initializers[table.module]))
     del model.graph.value_info[:]  # shapes of the uncut graph
     return min(removed, default=None)
@@ -175,7 +191,7 @@ def judge_scratch(
     scratch_bytes: int,
     twin_bytes: int | None,
     removed_bytes: int | None,
-    widened: dict[str, int],
+    copy_bytes: dict[str, int],
 ) -> Scratch:
     """Judge whether scratch memory depends on the number of rows of a table.
 
@@ -183,24 +199,24 @@ def judge_scratch(
         scratch_bytes: scratch bytes of the engine.
         twin_bytes: scratch bytes of the twin with half the rows; None if there is no twin.
         removed_bytes: the result of ``halve``.
-        widened: bytes of a complete fp16 copy per table.
+        copy_bytes: bytes of a complete fp16 copy of each table, by the name of its module.
 
     Returns:
         ``flat``, ``grows`` or ``not checkable`` (activations take enough scratch memory to hide a
         widened table); the reason; the tables that are proven not to be widened.
     """
-    proven = tuple(sorted(name for name, size in widened.items() if size > scratch_bytes))
+    proven = tuple(sorted(name for name, size in copy_bytes.items() if size > scratch_bytes))
     if twin_bytes is not None and removed_bytes is not None:
         growth = abs(scratch_bytes - twin_bytes)
         if growth > GROWTH * removed_bytes:
             return "grows", f"{scratch_bytes:,} bytes; {twin_bytes:,} with half the rows", ()
-    if not widened:
+    if not copy_bytes:
         return "not checkable", "the model has no table", ()
-    largest = max(widened, key=lambda name: widened[name])
+    largest = max(copy_bytes, key=lambda name: copy_bytes[name])
     if largest not in proven:
         return (
             "not checkable",
-            f"the largest table {largest!r} takes {widened[largest]:,} bytes as fp16, which the "
+            f"the largest table {largest!r} takes {copy_bytes[largest]:,} bytes as fp16, which the "
             f"{scratch_bytes:,} bytes of scratch memory for activations could hide",
             proven,
         )
@@ -210,12 +226,12 @@ def judge_scratch(
     return "flat", reason, proven
 
 
-def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Sparsity:
+def judge_sparsity(messages: Sequence[str], sparse_layers: int, version: str) -> Sparsity:
     """Read from the builder's log whether layers with 2:4 zeros run on sparse kernels.
 
     Args:
         messages: the builder's log.
-        ordered: number of layers with 2:4 zeros, for which sparse kernels are allowed.
+        sparse_layers: number of layers with 2:4 zeros, for which sparse kernels are allowed.
         version: the version of TensorRT, for the reason.
 
     Returns:
@@ -223,21 +239,21 @@ def judge_sparsity(messages: Sequence[str], ordered: int, version: str) -> Spars
         ``not told`` (the log does not report it); and the reason. None for both without such
         layers.
     """
-    if not ordered:
+    if not sparse_layers:
         return None, None
     eligible, picked = _count_layers(messages, _ELIGIBLE), _count_layers(messages, _PICKED)
     if eligible is None or picked is None:
         return "not told", (
-            f"{ordered} layers have 2:4 zeros; the log of TensorRT {version} does not report which "
-            "run on sparse kernels. A builder without a GPU leaves the choice to the GPU that runs "
-            "the engine: compare the latency with the dense model there"
+            f"{sparse_layers} layers have 2:4 zeros; the log of TensorRT {version} does not report "
+            "which run on sparse kernels. A builder without a GPU leaves the choice to the GPU "
+            "that runs the engine: compare the latency with the dense model there"
         )
     if picked:
-        return "picked", f"{picked} of {ordered} layers with 2:4 zeros run on sparse kernels"
+        return "picked", f"{picked} of {sparse_layers} layers with 2:4 zeros run on sparse kernels"
     why = "dense kernels were faster for all" if eligible else "none was eligible"
     return "did not pay", (
-        f"of {ordered} layers with 2:4 zeros {eligible} were eligible for sparse kernels and none "
-        f"runs on one: {why}"
+        f"of {sparse_layers} layers with 2:4 zeros {eligible} were eligible for sparse kernels and "
+        f"none runs on one: {why}"
     )
 
 
@@ -258,14 +274,15 @@ def _count_layers(messages: Sequence[str], patterns: Sequence[re.Pattern[str]]) 
     return count
 
 
-def _elements(tensor: "onnx.TensorProto") -> int:
+def _count_elements(tensor: "onnx.TensorProto") -> int:
+    """Return the number of elements of an initializer."""
     count = 1
     for size in tensor.dims:
         count *= size
     return count
 
 
-def _cut(tensor: "onnx.TensorProto", rows: int) -> int:
+def _cut_rows(tensor: "onnx.TensorProto", rows: int) -> int:
     """Keep the first ``rows`` rows of an initializer, in place; return the bytes removed."""
     import onnx
     from onnx import numpy_helper
@@ -277,9 +294,9 @@ def _cut(tensor: "onnx.TensorProto", rows: int) -> int:
     if is_external and "length" not in external:
         raise BuildRefused("initializer_length_missing", initializer=tensor.name)
     before = int(external["length"].value) if is_external else len(tensor.raw_data)
-    bits = round(8 * before / _elements(tensor))  # per element
+    bits = round(8 * before / _count_elements(tensor))  # per element
     tensor.dims[0] = rows
-    after = _elements(tensor) * bits // 8
+    after = _count_elements(tensor) * bits // 8
     if is_external:
         external["length"].value = str(after)
     else:

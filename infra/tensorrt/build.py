@@ -1,9 +1,10 @@
 """The child process that builds an engine: the only file that calls TensorRT.
 
-``infra.tensorrt.engines.build_engine`` starts it. Networks are strongly typed: the casts and
-quantize/dequantize operators of the graph set the precision, not builder flags. The only builder
-flag that is set allows sparse kernels. TensorRT 10 must be given the flag STRONGLY_TYPED when the
-network is created; 11 and RTX accept it.
+``infra.tensorrt.engines.build_engine`` starts it. ``audit.py`` explains the terms of the audit.
+
+Networks are strongly typed: the casts and quantize/dequantize operators of the graph set the
+precision, not builder flags. The only builder flag that is set allows sparse kernels. TensorRT 10
+requires the flag STRONGLY_TYPED when the network is created; 11 and RTX accept it.
 
 A test parses this file and compares every attribute of a TensorRT object with
 ``infra.tensorrt.engines.NAMES``. For this, variables of such objects are always called builder,
@@ -52,11 +53,15 @@ _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
 @dataclass(frozen=True)
-class Built:
-    """A serialized engine (``plan``, in TensorRT's sense) with the log of its builder.
+class SerializedEngine:
+    """A serialized engine and the log of its builder.
 
-    ``layer_types`` counts layer outputs per type, ``constant_bytes`` is bytes of constants per
-    type, both of the parsed network. ``seconds`` is the duration of the build.
+    Attributes:
+        plan: the serialized engine, which TensorRT calls a plan.
+        messages: the builder's log.
+        layer_types: number of layer outputs per type in the parsed network.
+        constant_bytes: bytes of constants per type in the parsed network.
+        seconds: duration of the build.
     """
 
     plan: memoryview
@@ -67,7 +72,12 @@ class Built:
 
 
 class BuildLog:
-    """Collects TensorRT's messages and prints them, except verbose ones, to the child's log."""
+    """Collects TensorRT's messages, and prints them except verbose ones.
+
+    Attributes:
+        messages: all messages.
+        errors: the error messages.
+    """
 
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -83,11 +93,13 @@ class BuildLog:
 
     @property
     def reason(self) -> str:
-        """Return TensorRT's first three error messages, which name the cause of a failure."""
+        """TensorRT's first three error messages, which state the cause of a failure."""
         return " ".join(self.errors[:3]) or "it gave no reason."
 
 
-def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None) -> Built:
+def engine_from_onnx(
+    trt: Any, request: BuildRequest, model: bytes | None = None
+) -> SerializedEngine:
     """Build an engine from an ONNX graph.
 
     Args:
@@ -100,7 +112,7 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
         BuildRefused: there is no builder, or it does not accept the graph or the profiles.
     """
     build_log = BuildLog()
-    logger = _logger(trt, build_log)
+    logger = _create_logger(trt, build_log)
     version = trt.__version__
     try:
         builder = trt.Builder(logger)
@@ -122,7 +134,7 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     if request.profiles or _dynamic_inputs(network):
         profile = builder.create_optimization_profile()
-        for shapes in _checked_profiles(network, request.profiles):
+        for shapes in _check_profiles(network, request.profiles):
             profile.set_shape(shapes.input, shapes.low, shapes.best, shapes.high)
         if config.add_optimization_profile(profile) < 0:
             raise BuildRefused("profiles_refused", version=version, problem=build_log.reason)
@@ -131,7 +143,9 @@ def engine_from_onnx(trt: Any, request: BuildRequest, model: bytes | None = None
     seconds = time.monotonic() - start
     if plan is None:
         raise BuildRefused("engine_not_built", version=version, problem=build_log.reason)
-    return Built(memoryview(plan), build_log.messages, layer_types, constant_bytes, seconds)
+    return SerializedEngine(
+        memoryview(plan), build_log.messages, layer_types, constant_bytes, seconds
+    )
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +174,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     check_weights(weights_bytes, request.packed_bytes, built.constant_bytes)
 
     model = onnx.load(request.onnx, load_external_data=False)
-    widened = {
+    copy_bytes = {
         name: widened_bytes(tensors) for name, tensors in find_tables(model, request.tables).items()
     }
     removed_bytes = halve(model, request.tables)
@@ -169,7 +183,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         print("--- the twin with half the rows ---")  # noqa: T201
         twin = engine_from_onnx(trt, request, model.SerializeToString())
         twin_bytes, _ = log_bytes(twin.messages, trt.__version__)
-    scratch, reason, checked = judge_scratch(scratch_bytes, twin_bytes, removed_bytes, widened)
+    scratch, reason, proven = judge_scratch(scratch_bytes, twin_bytes, removed_bytes, copy_bytes)
     if scratch == "grows":
         raise BuildRefused("scratch_grows", scratch_bytes=scratch_bytes, twin_bytes=twin_bytes)
 
@@ -191,7 +205,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
             scratch_reason=reason,
             scratch_bytes=scratch_bytes,
             twin_scratch_bytes=twin_bytes,
-            tables_checked=checked,
+            tables_checked=proven,
             weights_bytes=weights_bytes,
             packed_bytes=request.packed_bytes,
             layer_types=built.layer_types,
@@ -222,7 +236,9 @@ def compute_capability() -> str | None:
     return f"{major.value}.{minor.value}"
 
 
-def _logger(trt: Any, build_log: BuildLog) -> Any:
+def _create_logger(trt: Any, build_log: BuildLog) -> Any:
+    """Return a TensorRT logger that adds its messages to ``build_log``."""
+
     class Logger(trt.ILogger):  # type: ignore[misc]  # a native class without type information
         def __init__(self) -> None:
             # Not super(): pybind11 checks that the native constructor itself was called.
@@ -235,7 +251,7 @@ def _logger(trt: Any, build_log: BuildLog) -> Any:
 
 
 def _parse_errors(parser: Any) -> str:
-    """Format the first three nodes that the parser refused, and the number of the others."""
+    """Format the first three nodes that the parser refused, and the number of further ones."""
     lines = []
     for index in range(parser.num_errors):
         fault = parser.get_error(index)
@@ -263,7 +279,7 @@ def _count_types(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]
     return dict(outputs), dict(constants)
 
 
-def _inputs(network: Any) -> dict[str, tuple[int, ...]]:
+def _input_shapes(network: Any) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all inputs; a dynamic dimension is -1."""
     shapes = {}
     for index in range(network.num_inputs):
@@ -274,18 +290,19 @@ def _inputs(network: Any) -> dict[str, tuple[int, ...]]:
 
 def _dynamic_inputs(network: Any) -> list[str]:
     """Return the names of inputs with a dynamic dimension, which need a profile."""
-    return [name for name, shape in _inputs(network).items() if -1 in shape]
+    return [name for name, shape in _input_shapes(network).items() if -1 in shape]
 
 
-def _checked_profiles(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
-    """Return the profiles after checking that they fit the inputs of the network.
+def _check_profiles(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
+    """Check that profiles match the inputs of the network, and return the profiles.
 
     Raises:
-        BuildRefused: a dynamic input has no profile, or a profile has another shape.
+        BuildRefused: an input with a dynamic dimension has no profile; or a profile is for an
+            unknown input or does not match the input's shape.
     """
-    inputs = _inputs(network)
-    profiled = {shapes.input for shapes in profiles}
-    if missing := sorted(set(_dynamic_inputs(network)) - profiled):
+    inputs = _input_shapes(network)
+    names = {shapes.input for shapes in profiles}
+    if missing := sorted(set(_dynamic_inputs(network)) - names):
         raise BuildRefused("profiles_missing", inputs=tuple(missing))
     for shapes in profiles:
         if shapes.input not in inputs:

@@ -2,7 +2,7 @@
 
 TensorRT (for data-center GPUs) and TensorRT-RTX share one API, so ``infra/tensorrt/build.py``
 builds engines of both; it is the only file that calls the API. ``infra/tensorrt/audit.py`` has the
-audit. ``docs/tensorrt.md`` lists the code that has never been executed on real hardware.
+audit. ``docs/tensorrt.md`` lists the code that has never run on real hardware.
 """
 
 import importlib
@@ -75,14 +75,25 @@ Tests check that the code uses exactly these names, and that TensorRT 10, 11 and
 
 
 class EngineAudit(Frozen):
-    """What the audit measured; ``infra/tensorrt/audit.py`` explains the checks.
+    """The results of an audit; ``infra/tensorrt/audit.py`` explains the checks.
 
-    ``scratch`` is whether scratch memory depends on the number of rows, and the twin is the engine
-    with half the rows. ``tables_checked`` are the tables that are proven not to be widened, since
-    an fp16 copy does not fit into the scratch memory. ``packed_bytes`` is what the plan stores.
-    ``layer_types`` counts layer outputs per type; ``constant_bytes`` is bytes of constants per type
-    in the parsed network, before the builder folds any. ``sparsity`` is the outcome for layers
-    with 2:4 zeros; None if there are none.
+    Attributes:
+        scratch: whether scratch memory (the temporary memory of a call) depends on the number of
+            rows of a table.
+        scratch_reason: the reason, with numbers.
+        scratch_bytes: scratch memory of the engine.
+        twin_scratch_bytes: scratch memory of an engine with half the rows; None if not built.
+        tables_checked: tables that are proven not to be converted to a wider type, since an fp16
+            copy of them does not fit into the scratch memory.
+        weights_bytes: bytes of the engine's weights.
+        packed_bytes: bytes of all tensors as the plan stores them.
+        layer_types: number of layer outputs per type in the parsed network.
+        constant_bytes: bytes of constants per type in the parsed network, before the builder folds
+            any.
+        sparsity: whether layers with 2:4 zeros run on sparse kernels (``picked``), run on none
+            (``did not pay``), or the log does not report it (``not told``); None without such
+            layers.
+        sparsity_reason: the reason.
     """
 
     scratch: Literal["flat", "grows", "not checkable"]
@@ -114,7 +125,7 @@ class Engine(Frozen):
     capability: str | None = None
 
     def record(self, name: str) -> str:
-        """Return the engine as JSON with ``name`` as its path, since the folder is temporary."""
+        """Return the engine as JSON with the path ``name``, since its folder is temporary."""
         return self.model_copy(update={"path": name}).model_dump_json(indent=1)
 
 

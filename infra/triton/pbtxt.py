@@ -16,16 +16,16 @@ _INTEGERS = range(-(2**63), 2**64)
 
 
 class Enum(str):
-    """An enumeration value, which is written without quotes.
+    """The name of an enumeration value, which is written without quotes.
 
     Raises:
-        ValueError: the value is not an identifier.
+        ValueError: the name is not an identifier.
     """
 
     __slots__ = ()
 
     def __new__(cls, name: str) -> "Enum":
-        return super().__new__(cls, _identifier(name))
+        return super().__new__(cls, _require_identifier(name))
 
 
 def entries(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -45,37 +45,40 @@ def format_message(message: Mapping[str, Any]) -> str:
             text is not valid Unicode.
         TypeError: a value has none of these types.
     """
-    return "".join(f"{line}\n" for line in _lines(message))
+    return "".join(f"{line}\n" for line in _format_lines(message))
 
 
-def _lines(message: Mapping[str, Any]) -> Iterable[str]:
+def _format_lines(message: Mapping[str, Any]) -> Iterable[str]:
+    """Yield the lines of a message, without line ends."""
     for field, value in message.items():
-        name = _identifier(field)
+        name = _require_identifier(field)
         if isinstance(value, Mapping):
-            yield from _nested(name, value)
+            yield from _format_nested(name, value)
         elif isinstance(value, list | tuple):
             if any(isinstance(item, Mapping) for item in value):
                 for item in value:
                     if not isinstance(item, Mapping):
                         raise TypeError(f"field {name!r} mixes messages with {item!r}")
-                    yield from _nested(name, item)
+                    yield from _format_nested(name, item)
             else:
-                yield f"{name}: [{', '.join(_scalar(name, item) for item in value)}]"
+                yield f"{name}: [{', '.join(_format_scalar(name, item) for item in value)}]"
         else:
-            yield f"{name}: {_scalar(name, value)}"
+            yield f"{name}: {_format_scalar(name, value)}"
 
 
-def _nested(name: str, message: Mapping[str, Any]) -> Iterable[str]:
+def _format_nested(name: str, message: Mapping[str, Any]) -> Iterable[str]:
+    """Yield the lines of a field whose value is a message."""
     yield f"{name} {{"
-    yield from (f"  {line}" for line in _lines(message))
+    yield from (f"  {line}" for line in _format_lines(message))
     yield "}"
 
 
-def _scalar(name: str, value: object) -> str:
+def _format_scalar(name: str, value: object) -> str:
+    """Format a value that is not a message; ``name`` is its field, for the error."""
     if isinstance(value, Enum):
         return str(value)
     if isinstance(value, str):
-        return _quoted(name, value)
+        return _quote(name, value)
     if isinstance(value, bool):  # before int, of which it is a subclass
         return "true" if value else "false"
     if isinstance(value, int):
@@ -89,7 +92,8 @@ def _scalar(name: str, value: object) -> str:
     raise TypeError(f"field {name!r}: cannot write a value of this type: {value!r}")
 
 
-def _quoted(name: str, text: str) -> str:
+def _quote(name: str, text: str) -> str:
+    """Quote and escape a text; ``name`` is its field, for the error."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -104,7 +108,8 @@ def _is_control(char: str) -> bool:
     return ord(char) < 32 or ord(char) == 127
 
 
-def _identifier(name: str) -> str:
+def _require_identifier(name: str) -> str:
+    """Return ``name`` if it is an identifier; raise ``ValueError`` otherwise."""
     if not _IDENTIFIER.fullmatch(name):
         raise ValueError(f"expected an identifier (letters, digits, underscores), got {name!r}")
     return name

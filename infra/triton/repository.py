@@ -1,14 +1,17 @@
 """Write a Triton model repository: the folder from which a Triton server loads its models.
 
+A Triton model is one graph of a registered model. Its folder contains its versions.
+
 ::
 
     <root>/<model>/<version>/...    the files that the server loads; never changed once complete
     <root>/<model>/config.pbtxt     selects the served version; written last
 
 A server in poll mode reads the folder at any time, so the configuration never names a version whose
-files are incomplete. Each Triton model has a separate ``Store``, rooted at ``<root>/<model>``. Its
-temporary files are then next to the version folders, where the server ignores names that are not
-numbers. Temporary files in ``<root>`` would be loaded as models.
+files are incomplete. Each Triton model has a separate ``Store``, rooted at ``<root>/<model>``; the
+parameter ``folder`` of the functions is this store. Its temporary files are therefore next to the
+version folders, where the server ignores names that are not numbers. Temporary files in ``<root>``
+would be loaded as models.
 
 A target declares the Triton backend that serves its files (``TritonBackend``). No backend loads
 engines of TensorRT-RTX, whose format differs from that of TensorRT engines ("plans").
@@ -21,7 +24,7 @@ from urllib.parse import quote
 from pydantic import Field, model_validator
 
 from compressors.contracts import TARGETS, Artifact, Frozen, Sha256
-from compressors.contracts import target as declared
+from compressors.contracts import target as target_named
 from compressors.contracts.targets import TritonBackend
 from compressors.contracts.value_errors import value_error
 from infra.errors import ArtifactMissing, SettingRefused, TritonRefused
@@ -37,6 +40,7 @@ With 0, requests that arrive while the model is busy are still batched. A delay 
 throughput and latency; its effect was not measured.
 """
 
+# Start of the first line of a configuration that recpress wrote; the model's name follows.
 _MARK = "# Written by recpress for model "
 _VERSIONS = re.compile(r"versions: \[([0-9]+)\]")
 
@@ -88,7 +92,7 @@ class ServedVersion(Frozen):
     capability: str | None = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _check_fields(self) -> Self:
         if self.target not in servable_targets():
             raise value_error(
                 "target_not_in_triton", target=self.target, targets=list(servable_targets())
@@ -128,7 +132,7 @@ def backend(target: str) -> TritonBackend:
     Raises:
         ValueError: Triton cannot serve the target.
     """
-    triton = declared(target).triton
+    triton = target_named(target).triton
     if triton is None:
         raise ValueError(f"Triton cannot serve target {target!r}")
     return triton
@@ -157,8 +161,8 @@ def config(served: ServedVersion) -> bytes:
         "platform": backend(served.target).platform,
         "max_batch_size": high if served.batched else 0,
         "version_policy": {"specific": {"versions": [served.version]}},
-        "input": [_tensor(item, served.batched) for item in served.inputs],
-        "output": [_tensor(item, served.batched) for item in served.outputs],
+        "input": [_describe_tensor(item, served.batched) for item in served.inputs],
+        "output": [_describe_tensor(item, served.batched) for item in served.outputs],
     }
     kind = Enum(backend(served.target).instance_kind)
     message["instance_group"] = [{"count": 1, "kind": kind}]
@@ -168,15 +172,15 @@ def config(served: ServedVersion) -> bytes:
         message["cc_model_filenames"] = entries({served.capability: served.graph})
     else:
         message["default_model_filename"] = served.graph
-    message["model_warmup"] = [_warmup(served, rows) for rows in sorted({low, best, high})]
+    message["model_warmup"] = [_build_warmup(served, rows) for rows in sorted({low, best, high})]
     message["parameters"] = entries(
         {key: {"string_value": value} for key, value in _parameters(served).items()}
     )
-    lines = (
+    header = (
         f"{_MARK}{served.model}.\n"
         "# It follows the registry's champion and is written again with each promotion.\n"
     )
-    return (lines + format_message(message)).encode()
+    return (header + format_message(message)).encode()
 
 
 def _parameters(served: ServedVersion) -> dict[str, str]:
@@ -194,7 +198,8 @@ def _parameters(served: ServedVersion) -> dict[str, str]:
     return parameters
 
 
-def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
+def _describe_tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
+    """Return the configuration's entry of one input or output."""
     fields: dict[str, Any] = {"name": tensor.name, "data_type": Enum(TYPES[tensor.dtype])}
     if not batched:
         return fields | {"dims": [-1, *tensor.shape]}
@@ -204,8 +209,8 @@ def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
     return fields | {"dims": [1], "reshape": {"shape": []}}
 
 
-def _warmup(served: ServedVersion, rows: int) -> dict[str, Any]:
-    """Build a warm-up request of zeros, which are valid as ids and as starts of jagged rows."""
+def _build_warmup(served: ServedVersion, rows: int) -> dict[str, Any]:
+    """Build a warm-up request of zeros, which are valid ids and valid starts of jagged rows."""
     inputs = {
         name: {
             "data_type": Enum(TYPES[dtype]),
@@ -271,40 +276,40 @@ def refuse_overlap(root: str, store: Store, setting: str = "RECPRESS_TRITON") ->
         )
 
 
-def owning_model(home: Store) -> str | None:
-    """Return the registered model of a Triton model; None if there is no configuration.
+def owning_model(folder: Store) -> str | None:
+    """Return the registered model that a Triton model belongs to; None without a configuration.
 
     Raises:
         TritonRefused: another program or person wrote the configuration.
     """
-    body = read_config(home)
+    body = read_config(folder)
     if body is None:
         return None
     first = body.decode(errors="replace").partition("\n")[0]
     if not first.startswith(_MARK):
-        raise TritonRefused("configuration_foreign", path=f"{home.root}/{CONFIG}")
+        raise TritonRefused("configuration_foreign", path=f"{folder.root}/{CONFIG}")
     return first.removeprefix(_MARK).removesuffix(".")
 
 
-def read_config(home: Store) -> bytes | None:
+def read_config(folder: Store) -> bytes | None:
     """Read the current ``config.pbtxt``; None if there is none."""
     try:
-        return home.read(CONFIG)
+        return folder.read(CONFIG)
     except ArtifactMissing:
         return None
 
 
 def version_in(body: bytes) -> str | None:
-    """Return the version number that a configuration selects; None if it selects none."""
+    """Return the version number that a ``config.pbtxt`` selects; None if it selects none."""
     match = _VERSIONS.search(body.decode(errors="replace"))
     return match[1] if match else None
 
 
-def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
+def stage(folder: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
     """Copy a version's files and verify each; correct files are not written again.
 
     Args:
-        home: the store of the Triton model's folder.
+        folder: the store of the Triton model's folder.
         source: the object store that contains the artifact.
         served: the version.
 
@@ -316,62 +321,68 @@ def stage(home: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
             the same number of another order.
         ArtifactMissing, ArtifactDamaged: as ``Store.chunks``.
     """
-    if (owner_model := owning_model(home)) not in (None, served.model):
+    if (owner_model := owning_model(folder)) not in (None, served.model):
         raise TritonRefused(
-            "folder_of_other_model", folder=home.root, model=owner_model, got=served.model
+            "folder_of_other_model", folder=folder.root, model=owner_model, got=served.model
         )
-    body = (read_config(home) or b"").decode(errors="replace")
+    body = (read_config(folder) or b"").decode(errors="replace")
     if version_in(body.encode()) == str(served.version) and _names_other_order(body, served):
         raise TritonRefused(
             "version_of_other_order",
-            folder=home.root,
+            folder=folder.root,
             version=served.version,
             order=served.order,
             model=served.model,
         )
-    problems = find_wrong_files(home, source, served)
+    problems = find_wrong_files(folder, source, served)
     for key in problems:
         entry = _entries(source, served)[key]
-        home.upload(key, entry.bytes, source.chunks(served.artifact, entry.path))
+        folder.upload(key, entry.bytes, source.chunks(served.artifact, entry.path))
     return tuple(problems)
 
 
 def _names_other_order(body: str, served: ServedVersion) -> bool:
+    """Return whether a configuration is of another order than a version."""
     return '"recpress.order"' in body and served.order not in body
 
 
-def find_wrong_files(home: Store, source: Store, served: ServedVersion) -> dict[str, str]:
-    """Compare a version's files with the published ones by reading all their bytes.
+def find_wrong_files(folder: Store, source: Store, served: ServedVersion) -> dict[str, str]:
+    """Compare a version's files with those of its artifact; read all bytes.
+
+    Args:
+        folder: the store of the Triton model's folder.
+        source: the object store that contains the artifact.
+        served: the version.
 
     Returns:
         The key of each wrong file -> ``missing`` or ``changed``.
     """
     chunk_bytes = source.manifest(served.artifact).chunk_bytes
-    existing = set(home.keys(f"{served.version}/"))
+    existing = set(folder.keys(f"{served.version}/"))
     problems = {}
     for key, entry in _entries(source, served).items():
         if key not in existing:
             problems[key] = "missing"
-        elif not home.has_content(key, entry, chunk_bytes):
+        elif not folder.has_content(key, entry, chunk_bytes):
             problems[key] = "changed"
     return problems
 
 
-def is_current(home: Store, source: Store, served: ServedVersion) -> bool:
+def is_current(folder: Store, source: Store, served: ServedVersion) -> bool:
     """Return whether the configuration and the file sizes are those of this version.
 
-    Contents of files are not compared: the configuration contains the artifact's digest and is
-    written only after the files were verified.
+    Contents of files are not compared, because the configuration contains the artifact's digest and
+    is written only after the files were verified.
     """
-    sizes = home.sizes(f"{served.version}/")
-    return read_config(home) == config(served) and all(
+    sizes = folder.sizes(f"{served.version}/")
+    return read_config(folder) == config(served) and all(
         sizes.get(key) == entry.bytes for key, entry in _entries(source, served).items()
     )
 
 
-def write_config(home: Store, served: ServedVersion) -> None:
+def write_config(folder: Store, served: ServedVersion) -> None:
     """Write the configuration, which makes the server load this version."""
-    home.write(CONFIG, config(served))
+    folder.write(CONFIG, config(served))
 
 
 def version_keys(source: Store, served: ServedVersion) -> tuple[str, ...]:
