@@ -27,7 +27,7 @@ NUMPY_TYPES = {
 
 
 class Session:
-    """Session of one served graph: inputs are arrays by name; the first output is returned."""
+    """Session of one served graph. It takes arrays by input name and returns the first output."""
 
     def __init__(self, path: Path, threads: int) -> None:
         """Load the graph at ``path`` with full graph optimization.
@@ -39,13 +39,13 @@ class Session:
         Raises:
             BuildRefused: ONNX Runtime does not accept the graph.
         """
-        self._session = _open(path, threads, None)
+        self._session = _open_session(path, threads, None)
         self.inputs = tuple(item.name for item in self._session.get_inputs())
 
     def scores(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
-        """Return scores, float32 ``(rows,)``, or vectors, float32 ``(rows, dim)``.
+        """Compute the first output: scores, float32 ``(rows,)``, or vectors, ``(rows, dim)``.
 
-        Rows with ids out of range are NaN if the graph was exported to refuse such ids.
+        Rows with ids outside their table are NaN if the graph was exported to refuse such ids.
 
         Raises:
             ScoringFailed: the runtime failed on these inputs.
@@ -64,7 +64,7 @@ class Session:
 
         The inputs are bound once (IO binding), as in a server that already has them in the
         runtime's format. ``scores`` passes them from Python, which takes one to two microseconds
-        per input: for one row of a model with many inputs, as long as all of its layers.
+        per input. For one row of a model with many inputs, that is as long as all layers take.
 
         Raises:
             ScoringFailed: the runtime does not accept these inputs, or failed on them.
@@ -122,7 +122,7 @@ class OnnxRuntime:
 
 
 def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
-    """Return the graph as the runtime optimized it; large weights are not loaded.
+    """Return the graph as the runtime optimized it; weights of 1 MiB or more are not loaded.
 
     Raises:
         BuildRefused: ONNX Runtime does not accept the graph.
@@ -131,7 +131,7 @@ def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
 
     with scratch_folder("graph") as folder:
         out = Path(folder) / "optimized.onnx"
-        _open(path, threads, out)
+        _open_session(path, threads, out)
         graph: onnx.GraphProto = onnx.load(out, load_external_data=False).graph
         return graph
 
@@ -164,7 +164,7 @@ def graph_values(
     temporary = path.with_name(f"values-{path.name}")
     try:
         onnx.save(model, temporary)
-        session = _open(temporary, threads, None)
+        session = _open_session(temporary, threads, None)
     finally:
         temporary.unlink(missing_ok=True)
     selected = [item.name for item in session.get_outputs() if item.type in NUMPY_TYPES]
@@ -179,8 +179,8 @@ def graph_values(
     return [(name, kind, by_name[name]) for name, kind in operators.items() if name in by_name]
 
 
-def _open(path: Path, threads: int, optimized: Path | None) -> Any:
-    """Open a session; if ``optimized`` is a path, the optimized graph is written there."""
+def _open_session(path: Path, threads: int, optimized: Path | None) -> Any:
+    """Open a session on CPU; if ``optimized`` is a path, write the optimized graph there."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -189,7 +189,7 @@ def _open(path: Path, threads: int, optimized: Path | None) -> Any:
     options.log_severity_level = 3
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-        # Weights of the optimized graph are stored next to it: a protobuf holds at most 2 GiB.
+        # Weights are stored next to the optimized graph, because a protobuf file is at most 2 GiB.
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "weights.bin"
         )

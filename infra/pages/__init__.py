@@ -1,5 +1,5 @@
 """HTML pages that need no network and no script.
 
-html.py      renders templates; ``templates/`` has the shared ones and the validation page
+html.py      renders the templates of ``templates/`` and of ``tasks/report/templates/``
 pictures.py  charts as inline SVG
 """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 ROOT = Path(__file__).parents[2]
-"""The folder that contains our packages."""
+"""The root folder of the repository, which contains the packages ``infra`` and ``tasks``."""
 
 
 def render(template: str, **values: object) -> str:
@@ -33,7 +33,7 @@ def render(template: str, **values: object) -> str:
 
 
 def many(count: int, thing: str) -> str:
-    """Format a count with its noun in the singular or plural: ``1 check``, ``2 checks``."""
+    """Format a count with a noun in the singular or plural: ``1 check``, ``2 checks``."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 

@@ -52,13 +52,13 @@ svg line.plain { stroke: var(--ink); } svg circle.plain { fill: var(--ink); }
 
 Role = Literal["table", "dense", "other"]
 Tone = Literal["held", "broken", "unsure", "plain"]
-"""Colour of a verdict: the limit is met, missed, undecided, or there is no limit."""
+"""CSS class of an estimate's colour: the limit is met, missed, undecided, or there is no limit."""
 MAX_SEGMENTS = 40  # per bar; more segments would be too thin to distinguish
-THINNEST_CUT = 0.8  # percent of the bar; the gap around a thinner segment would hide it
+MIN_PERCENT_WITH_GAP = 0.8  # width of a segment; a gap around a thinner one would hide it
 
 
 class BarSegment(Frozen):
-    """One table or layer of a model, and its size."""
+    """One table or layer of a model, and its size in bytes."""
 
     name: str
     role: Role
@@ -66,14 +66,14 @@ class BarSegment(Frozen):
 
 
 class Mark(Frozen):
-    """A value that is marked on a scale, and its label."""
+    """A value ``at`` that is marked on a scale, and its label."""
 
     at: float
     label: str
 
 
 class Curve(Frozen):
-    """A curve of positive estimates: (size, estimate) in ascending order of size."""
+    """A curve of positive estimates: points (size, estimate) in ascending order of size."""
 
     kind: Literal["before", "after"]
     points: tuple[tuple[int, Estimate], ...]
@@ -83,11 +83,11 @@ def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) ->
     """Draw stacked bars on one scale, one below the other, with a segment for each model part.
 
     Args:
-        bars: label and parts of each bar.
+        bars: label and model parts of each bar.
         title: text description of the chart.
 
     Returns:
-        The SVG text, as of the other functions.
+        The SVG as text. The other functions return it too.
     """
     most = max((sum(part.size for part in parts) for _, parts in bars), default=0)
     shapes = []
@@ -97,7 +97,7 @@ def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) ->
         x = 0.0
         for part in _merge_smallest(parts):
             width = 100 * part.size / most if most else 0.0
-            cut = " cut" if width >= THINNEST_CUT else ""
+            cut = " cut" if width >= MIN_PERCENT_WITH_GAP else ""
             shapes.append(
                 f'<rect class="{part.role}{cut}" x="{_percent(x)}" y="{top + 24}" '
                 f'width="{_percent(width)}" height="24">'
@@ -108,7 +108,7 @@ def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) ->
 
 
 def pair(before: int, after: int, most: int, role: Role) -> str:
-    """Draw two thin bars for a table row, next to the numbers they show.
+    """Draw two thin bars, one below the other, for a row of an HTML table with the same numbers.
 
     Args:
         before: the upper bar's length.
@@ -117,7 +117,7 @@ def pair(before: int, after: int, most: int, role: Role) -> str:
         role: the kind of unit, which determines the colour.
     """
     shapes = [
-        f'<rect class="{role}{faded}" y="{y}" width="{_percent(_visible(size, most))}" '
+        f'<rect class="{role}{faded}" y="{y}" width="{_percent(_visible_percent(size, most))}" '
         'height="7" rx="2"/>'
         for y, size, faded in ((2, before, " faded"), (11, after, ""))
     ]
@@ -140,7 +140,7 @@ def strip(
         title: text description of the chart.
         reference: the value that means no change; its label is above the line.
         limit: the limit; its label is below the line.
-        refused: the side of the limit that is refused.
+        refused: the side of the limit whose values are rejected.
     """
     marks = [mark.at for mark in (reference, limit) if mark is not None]
     low = min(estimate.low, *marks, estimate.point)
@@ -161,9 +161,9 @@ def strip(
         )
     shapes.append('<line class="axis" x1="0%" x2="100%" y1="29" y2="29"/>')
     if reference is not None:
-        shapes += _mark(place(reference.at), reference.label, "reference", text_y=12)
+        shapes += _draw_mark(place(reference.at), reference.label, "reference", text_y=12)
     if limit is not None:
-        shapes += _mark(place(limit.at), limit.label, "limit", text_y=55)
+        shapes += _draw_mark(place(limit.at), limit.label, "limit", text_y=55)
     if estimate.low < estimate.high:
         shapes.append(
             f'<line class="interval {tone}" x1="{_percent(place(estimate.low))}" '
@@ -183,7 +183,7 @@ def curves(
     Args:
         all_curves: the curves, all over the same sizes; every point is labelled with its value.
         unit: unit of the values.
-        below: lines of text below each size.
+        below: lines of text below the horizontal axis, by size.
         title: text description of the chart.
     """
     estimates = [estimate for curve in all_curves for _, estimate in curve.points]
@@ -210,27 +210,30 @@ def curves(
                 f'<text x="{_percent(x_of(size))}" y="{232 + 18 * place}" '
                 f'text-anchor="middle">{escape(line)}</text>'
             )
-    layers = [_curve(curve, all_curves, x_of, y_of) for curve in all_curves]
-    # In this order, lines do not cover points, and neither covers labels.
-    shapes += [item for layer in zip(*layers, strict=True) for item in layer]
+    drawn_curves = [_draw_curve(curve, all_curves, x_of, y_of) for curve in all_curves]
+    # All lines first, then all points, then all labels: so lines cover no points or labels.
+    shapes += [item for layer in zip(*drawn_curves, strict=True) for item in layer]
     return _svg(214 + 18 * max(map(len, below.values())), title, shapes)
 
 
-def _curve(
+def _draw_curve(
     curve: Curve,
     all_curves: Sequence[Curve],
     x_of: Callable[[int], float],
     y_of: Callable[[float], float],
 ) -> tuple[str, str, str]:
-    """Draw one curve: its lines, its points with their whiskers, and its labels."""
+    """Draw one curve; return the SVG of its lines, of its points with whiskers, of its labels.
+
+    ``x_of`` and ``y_of`` return the position of a size (percent) and of a value (pixels).
+    """
     # Curves are moved apart horizontally, so that no whisker hides another.
     offset = 0.9 * (all_curves.index(curve) - (len(all_curves) - 1) / 2)
     lines, points, labels = [], [], []
-    for (size, one), (following, other) in pairwise(curve.points):
+    for (size, estimate), (next_size, next_estimate) in pairwise(curve.points):
         lines.append(
             f'<line class="curve {curve.kind}" x1="{_percent(x_of(size) + offset)}" '
-            f'x2="{_percent(x_of(following) + offset)}" y1="{y_of(one.point):.1f}" '
-            f'y2="{y_of(other.point):.1f}"/>'
+            f'x2="{_percent(x_of(next_size) + offset)}" y1="{y_of(estimate.point):.1f}" '
+            f'y2="{y_of(next_estimate.point):.1f}"/>'
         )
     for size, estimate in curve.points:
         x, above, below = _percent(x_of(size) + offset), y_of(estimate.high), y_of(estimate.low)
@@ -253,14 +256,14 @@ def _curve(
 
 
 def _svg(height: int, title: str, shapes: Sequence[str]) -> str:
-    """Wrap shapes as one SVG; screen readers and tooltips use its title."""
+    """Wrap shapes in an SVG element; screen readers and tooltips use its title."""
     return (
         f'<svg height="{height}" role="img"><title>{escape(title)}</title>{"".join(shapes)}</svg>'
     )
 
 
-def _mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
-    """Draw a vertical line on the scale with a label, which is aligned to stay in the chart."""
+def _draw_mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
+    """Draw a vertical line at ``at`` percent, with a label that is aligned to stay in the chart."""
     anchor = "start" if at < 30 else "end" if at > 70 else "middle"
     x = _percent(at)
     return [
@@ -292,10 +295,11 @@ def _round_numbers(low: float, high: float) -> list[float]:
     return [value for value in values if low <= value <= high]
 
 
-def _visible(size: int, most: int) -> float:
+def _visible_percent(size: int, most: int) -> float:
     """Return ``size`` in percent of ``most``, at least 0.6 for any positive size."""
     return max(100 * size / most, 0.6) if size and most else 0.0
 
 
 def _percent(value: float) -> str:
+    """Format a length in percent for SVG."""
     return f"{value:.2f}%"
