@@ -1,7 +1,8 @@
 """The Prefect flow ``compress``: runs all stages of one order (``stages.py``).
 
 The result of every task is cached by a hash of its inputs. A flow that was killed therefore
-resumes where it stopped, and a repeated order only reads cached results.
+resumes where it stopped, and a repeated order only reads cached results. ``wait_out`` repeats a
+call for up to ten minutes while a service does not respond.
 """
 
 import logging
@@ -15,9 +16,9 @@ from compressors.contracts import limit_warnings
 from flows.memory import describe_running_stage, require_order_memory
 from flows.order import Order
 from flows.resolve import (
-    already_completed_message,
     find_champions,
     find_result_of_other_version,
+    format_already_completed,
     promote_if_ordered,
     require_registry,
     resolve_teachers,
@@ -45,7 +46,10 @@ from tasks.orchestration.policy import NO_RESULTS
 from tasks.orchestration.progress import Progress, show_log_lines
 
 log = logging.getLogger(__name__)
-log_lines.install()
+log_lines.install()  # escapes names from bundles in log messages
+
+STAGES_OF_EVERY_ORDER = 8
+"""Stages that do not depend on the recipe or the targets: pull, validate, ..., publish."""
 
 # Prefect starts a server if Python code calls the flow and no server is configured.
 protect_ephemeral_server()
@@ -57,7 +61,8 @@ def compress(order: Order) -> Finished | State[Any]:
     """Compress a model, compare the result with the limits for each target, and register it.
 
     A rejected or undecided result is not a failure: the run completes, and its state in Prefect is
-    named Rejected or Undecided.
+    named Rejected or Undecided. If another version of recpress has completed the same order, its
+    result is returned.
     """
     show_log_lines()
     bundle = wait_out(lambda: find_bundle(order.model))
@@ -71,10 +76,11 @@ def compress(order: Order) -> Finished | State[Any]:
     champions = wait_out(lambda: find_champions(order, bundle))
     completed = wait_out(lambda: find_result_of_other_version(order, bundle, champions, teachers))
     if completed is not None:
-        log.info("%s", already_completed_message(completed))
+        log.info("%s", format_already_completed(completed))
         wait_out(lambda: promote_if_ordered(order, completed))
         return _final_state(completed)
-    progress = Progress(stages=8 + len(order.recipe()) + 2 * len(order.targets.requirements()))
+    target_stages = 2 * len(order.targets.requirements())  # lower and build
+    progress = Progress(stages=STAGES_OF_EVERY_ORDER + len(order.recipe()) + target_stages)
     run = Run(order, bundle, teachers, champions, progress)
     with memory_errors(describe_running_stage(lambda: progress.current, estimate, bundle)):
         return _run_stages(run)

@@ -1,8 +1,8 @@
 """Dry run of a recipe: predict its steps and bytes from the shapes of a bundle, without data.
 
-A dry run cannot know which pruning steps the quality budget will accept, nor how many rows will be
-pruned, which depends on the training data. ``weight_byte_bounds`` therefore returns the fewest and
-most bytes.
+A dry run cannot know which pruning steps will be within the quality budget, nor how many rows will
+be pruned, which depends on the training data. ``weight_byte_bounds`` therefore returns the fewest
+and the most bytes.
 """
 
 from typing import Literal, NamedTuple
@@ -15,17 +15,17 @@ from compressors.core.registries import AnyStep
 from compressors.core.units import stored_bytes
 from compressors.errors.compression import CompressionError, NothingToCompress
 from flows.order import Order
-from flows.step_selection import can_be_judged, parts_of_step, select_steps, split_name
+from flows.step_selection import has_measurable_budget, parts_of_step, select_steps, split_name
 from tasks.bundles.bundle_ref import BundleRef
 from tasks.bundles.loading import load_bundle
 from tasks.orchestration.documents import NotApplicable, not_applicable
 
-Cuts = Literal["all", "most", "none"]
-"""An assumption about the pruning steps of a recipe that an order compares with its budget.
+PruningAssumption = Literal["all", "most", "none"]
+"""Which pruning steps a dry run assumes to be within the quality budget.
 
-- ``all``: all are within the budget.
-- ``most``: all are within the budget, and each prunes as much as it may.
-- ``none``: none is within the budget.
+- ``all``: every step.
+- ``most``: every step, and each prunes as much as its settings allow.
+- ``none``: no step.
 """
 
 
@@ -34,11 +34,11 @@ class RecipeDryRun(NamedTuple):
 
     Attributes:
         stages: name and model of each stage: the untouched model, then each applied step.
-        left_out: reasons of skipped steps, by the step's index in the recipe.
+        skip_reasons: why steps were skipped, by the step's index in the recipe.
     """
 
     stages: tuple[tuple[str, Model], ...]
-    left_out: dict[int, Reason]
+    skip_reasons: dict[int, Reason]
 
 
 def dry_run_recipe(
@@ -47,7 +47,7 @@ def dry_run_recipe(
     signature: Signature,
     model: Model,
     teachers: tuple[Artifact, ...],
-    cuts: Cuts = "all",
+    pruning: PruningAssumption = "all",
 ) -> RecipeDryRun:
     """Dry-run a recipe without data and without training.
 
@@ -57,17 +57,17 @@ def dry_run_recipe(
         signature: the bundle's signature.
         model: the bundle's model.
         teachers: the teachers of the distillation steps.
-        cuts: the assumption about pruning steps.
+        pruning: which pruning steps are assumed to be within the budget.
 
     Raises:
         CompressionError: no step fits, or a step of preset ``custom`` cannot be applied.
     """
 
     def dry_run_step(step: AnyStep, source: Model) -> Model | NotApplicable:
-        splits = _row_counts(parts_of_step(step, bundle), bundle)
+        splits = _splits_without_data(parts_of_step(step, bundle), bundle)
         bench = Bench(signature=signature, teachers=teachers, **splits)
         try:
-            return dry_run(step, source, bench, smallest=cuts == "most")
+            return dry_run(step, source, bench, smallest=pruning == "most")
         except NothingToCompress as fault:
             return not_applicable(fault)
         except CompressionError as fault:
@@ -76,9 +76,9 @@ def dry_run_recipe(
             return not_applicable(fault)
 
     def budget_violation(_: Model) -> Reason | None:
-        return Reason("not_within_budget") if cuts == "none" else None
+        return Reason("not_within_budget") if pruning == "none" else None
 
-    check = budget_violation if can_be_judged(order, bundle) else None
+    check = budget_violation if has_measurable_budget(order, bundle) else None
     return RecipeDryRun(*select_steps(order, bundle, model, dry_run_step, check))
 
 
@@ -90,17 +90,17 @@ def weight_byte_bounds(
     teachers: tuple[Artifact, ...],
 ) -> tuple[int, int]:
     """Return the fewest and the most bytes of weights that a recipe can result in."""
-    # If nothing is uncertain, two dry runs would return the same bytes.
-    is_uncertain = can_be_judged(order, bundle) or any(
+    # One dry run is enough if the bytes depend neither on the budget nor on the data.
+    is_uncertain = has_measurable_budget(order, bundle) or any(
         step.requires_budget for step in order.recipe()
     )
-    extremes: tuple[Cuts, ...] = ("most", "none") if is_uncertain else ("all",)
+    assumptions: tuple[PruningAssumption, ...] = ("most", "none") if is_uncertain else ("all",)
     sizes = []
-    for cuts in extremes:
+    for pruning in assumptions:
         try:
-            stages, _ = dry_run_recipe(order, bundle, signature, model, teachers, cuts)
+            stages, _ = dry_run_recipe(order, bundle, signature, model, teachers, pruning)
             sizes.append(stored_bytes(stages[-1][1].module))
-        except CompressionError:  # no step is within the budget: the model is unchanged
+        except CompressionError:  # every step was skipped: the model is unchanged
             sizes.append(stored_bytes(model.module))
     return min(sizes), max(sizes)
 
@@ -111,7 +111,7 @@ def min_weight_bytes(order: Order, bundle: BundleRef) -> int:
     return weight_byte_bounds(order, bundle, loaded.manifest.signature, loaded.model, ())[0]
 
 
-def _row_counts(parts: tuple[Part, ...], bundle: BundleRef) -> dict[str, Split]:
+def _splits_without_data(parts: tuple[Part, ...], bundle: BundleRef) -> dict[str, Split]:
     """Return splits with the row counts that a step would read, but with no data."""
     return {
         part: Split(path="", sha256="0" * 64, rows=bundle.rows[split_name(part, bundle)])

@@ -1,8 +1,8 @@
 """Explain an order without running it: its steps, targets, bytes and memory.
 
-Formats, widths and bytes come from a dry run of the steps (``compressors.core.dry_run``). Bytes are
-exact unless a quality budget or the data decides; then ``bytes_between`` has their bounds. Peak
-memory is an estimate from sizes (``tasks.orchestration.memory_estimate``).
+Formats, widths and bytes are predicted by a dry run of the steps (``compressors.core.dry_run``).
+Bytes are exact unless they depend on the quality budget or the data; then ``bytes_between`` has
+their bounds. Peak memory is an estimate from sizes (``tasks.orchestration.memory_estimate``).
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from flows.dry_run import dry_run_recipe, weight_byte_bounds
 from flows.order import Order
 from flows.resolve import find_completed_result, resolve_teachers
 from flows.step_selection import (
-    can_be_judged,
+    has_measurable_budget,
     is_reported,
     require_budget_rows,
     require_teachers_are_used,
@@ -54,10 +54,11 @@ class Explanation(Frozen):
         task: its kind of task.
         rows: rows of each split of its data.
         limits: the limits of the order, as text.
-        budget: largest loss of the metric on validation rows; None if it cannot be measured.
+        budget: largest loss of the metric on validation rows; None if the order has no budget or
+            the loss cannot be measured.
         bytes_between: fewest and most bytes of weights that the order can result in.
         teachers: names of the additional teachers.
-        earlier: the registered version if the same order has run before; else None.
+        earlier: the registered version that the same order produced before; None if it never ran.
         steps: the untouched model and each step, with the bytes after it.
         plan: formats and bytes of all tables and layers.
         targets: the ordered targets.
@@ -107,7 +108,7 @@ def explain(terms: Terms) -> Explanation:
         task=bundle.task,
         rows=bundle.rows,
         limits=tuple(map(str, order.limits)),
-        budget=order.quality_budget() if can_be_judged(order, bundle) else None,
+        budget=order.quality_budget() if has_measurable_budget(order, bundle) else None,
         bytes_between=weight_byte_bounds(order, bundle, signature, loaded.model, teacher_artifacts),
         teachers=tuple(teacher.name for teacher in teachers),
         earlier=None if earlier is None else earlier.version,
@@ -128,7 +129,7 @@ def explain(terms: Terms) -> Explanation:
 
 
 def _with_warnings(plan: Plan, finished: Plan) -> Plan:
-    """Copy the warnings of a finished run of the order: a dry run has no rows to find them."""
+    """Copy the warnings of a finished run of the order; a dry run has no data to detect them."""
     warnings = {line.module: line.warnings for line in finished.lines if line.warnings}
     return Plan(
         lines=tuple(
@@ -152,28 +153,28 @@ def _explain_steps(
         bytes that one step trains.
     """
     require_budget_rows(order, bundle)
-    stages, left_out = dry_run_recipe(order, bundle, signature, model, teachers)
+    stages, skip_reasons = dry_run_recipe(order, bundle, signature, model, teachers)
     results = iter(stages[1:])
     steps = []
     for index, step in enumerate(order.recipe()):
-        if index not in left_out:
+        if index not in skip_reasons:
             _, model = next(results)
-        reason = left_out.get(index)
+        reason = skip_reasons.get(index)
         if is_reported(reason):
             size = stored_bytes(model.module)
             steps.append(ExplainedStep(step=step.kind, bytes=size, left_out=reason))
-    return model, steps, _most_trained_bytes(order, stages, left_out)
+    return model, steps, _most_trained_bytes(order, stages, skip_reasons)
 
 
 def _most_trained_bytes(
-    order: Order, stages: tuple[tuple[str, Model], ...], left_out: Mapping[int, Reason]
+    order: Order, stages: tuple[tuple[str, Model], ...], skip_reasons: Mapping[int, Reason]
 ) -> int:
     """Return the largest number of bytes of tensors that one step of the order trains."""
     most = 0
     (_, model), *results = stages
     next_stages = iter(results)
     for index, step in enumerate(order.recipe()):
-        if index in left_out:
+        if index in skip_reasons:
             continue
         training = getattr(step, "training", None)
         if training is not None:

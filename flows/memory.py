@@ -16,12 +16,12 @@ def trains_tables(order: Order) -> bool:
         training = getattr(step, "training", None)
         if training is not None and training.tables:
             return True
-        if hasattr(step, "tables"):  # it compresses tables, so later steps train smaller ones
+        if hasattr(step, "tables"):  # the step compresses tables; later steps train the result
             return False
     return False
 
 
-def estimated_memory(order: Order, bundle: BundleRef) -> Memory:
+def estimate_memory(order: Order, bundle: BundleRef) -> Memory:
     """Estimate the peak memory of an order from the sizes in its bundle's manifest."""
     return peak_memory(
         bytes_before=bundle.weight_bytes,
@@ -45,7 +45,7 @@ def require_order_memory(order: Order, bundle: BundleRef) -> Memory:
         OutOfMemory: the order needs more than is available.
     """
     estimate, available, used = (
-        estimated_memory(order, bundle),
+        estimate_memory(order, bundle),
         available_memory(),
         resident_bytes(),
     )

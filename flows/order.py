@@ -75,8 +75,8 @@ class Order(Terms):
     def reproduction(self, model: str, teachers: tuple[str, ...] = ()) -> Reproduction:
         """Return how to reproduce the result: a command, and the contents of an order file.
 
-        Both have the defaults of ``promote`` and ``attempt``, which do not change the result, so
-        that orders that differ only in them have the same report.
+        In both, ``promote`` and ``attempt`` have their defaults, since they do not affect the
+        result. Orders that differ only in these fields therefore have the same report.
 
         Args:
             model: the order's bundle as name@version.

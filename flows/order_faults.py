@@ -15,12 +15,12 @@ Location = tuple[int | str, ...]
 MAX_SENTENCES = 20
 
 
-def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) -> list[str]:
+def format_errors(fault: "ValidationError", model: "type[BaseModel] | None" = None) -> list[str]:
     """Format each error as a sentence with its location in the order.
 
     Args:
-        fault: pydantic's exception.
-        model: the validated class; used to suggest names of its fields.
+        fault: the exception that pydantic raised.
+        model: the validated class, to suggest names of its fields.
 
     Returns:
         At most ``MAX_SENTENCES`` sentences of bounded length, then the number of further errors.
@@ -36,19 +36,21 @@ def sentences(fault: "ValidationError", model: "type[BaseModel] | None" = None) 
     ]
     lines = [
         truncate_sentence(
-            f"{'.'.join(map(str, error['loc'])) or fault.title}: {_sentence(error, model)}"
+            f"{'.'.join(map(str, error['loc'])) or fault.title}: {_describe(error, model)}"
         )
         for error in errors[:MAX_SENTENCES]
     ]
     more = len(errors) - len(lines)
-    return lines if not more else [*lines, f"and {more} more faults"]
+    return lines if not more else [*lines, f"and {more} more errors"]
 
 
 def _is_inside(location: Location, outer: Location) -> bool:
+    """Return whether a location is part of the value at another location."""
     return len(location) > len(outer) and location[: len(outer)] == outer
 
 
-def _sentence(error: Any, model: "type[BaseModel] | None") -> str:
+def _describe(error: Any, model: "type[BaseModel] | None") -> str:
+    """Return the sentence of one pydantic error, without its location."""
     location, context = error["loc"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
@@ -61,7 +63,7 @@ def _sentence(error: Any, model: "type[BaseModel] | None") -> str:
             return f"there is no {field} {kind!r}{_suggestion(str(kind), kinds)}"
         case "too_short":
             length = context["actual_length"]
-            return f"needs at least {context['min_length']}; found {length or 'none'}"
+            return f"expected at least {context['min_length']}, got {length or 'none'}"
         case "target_unknown":
             similar = _most_similar(context["target"], context["known"])
             return f"{error['msg']}{f' (did you mean {similar!r}?)' if similar else ''}"

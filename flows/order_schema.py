@@ -34,7 +34,10 @@ BATCH_THRESHOLDS = tuple(
         | {step * 10**power for power in (2, 3, 4) for step in (1, 2, 5)}
     )
 )
+"""Sizes in rows with which the schema compares each pair of batch sizes."""
+
 RATE_THRESHOLDS = tuple(number / 20 for number in range(1, 21))
+"""Shares of positive labels with which the schema compares both ends of ``label_rate``."""
 
 
 def add_rules(schema: Schema) -> None:
@@ -87,7 +90,8 @@ def _require_bound(metric: Metric, numbers: Schema) -> Schema:
 
 def _absolute_range(metric: Metric) -> Schema:
     """Return the range of an absolute bound, as ``compressors/contracts/limits.py`` checks it."""
-    # A metric that is never compared measures how much scores change; no change may be a bound.
+    # Metrics that are never compared with a reference measure how much scores change. For them the
+    # best possible value (no change at all) is a valid bound; for other metrics it is not.
     is_change = metric.compared == "never"
     if metric.higher_is_better:
         most = "maximum" if is_change else "exclusiveMaximum"
@@ -182,28 +186,28 @@ def _step_rules() -> Iterator[Schema]:
 
 
 def _teacher_rules() -> Iterator[Schema]:
-    """Yield a rule: an order with teachers has a step that learns from them."""
+    """Yield a rule: an order with teachers has a step that learns from their predictions."""
 
-    def can_be_taught(step: Any) -> bool:
+    def has_teacher_loss(step: Any) -> bool:
         return "soft_share" in step.model_fields
 
-    kinds = [kind for kind, method in METHODS.items() if can_be_taught(method)]
+    kinds = [kind for kind, method in METHODS.items() if has_teacher_loss(method)]
     presets = [
         name
         for name, choices in PRESETS.items()
         if any(
-            can_be_taught(type(step))
+            has_teacher_loss(type(step))
             for choice in choices
             for group in choice.options
             for step in group
         )
     ]
-    has_taught_step = {"contains": _satisfies("kind", {"enum": kinds})}
+    has_distilling_step = {"contains": _satisfies("kind", {"enum": kinds})}
     yield _implies(
         _satisfies("teachers", {"minItems": 1}),
         {
             "if": _satisfies("preset", {"const": "custom"}),
-            "then": _satisfies("steps", has_taught_step),
+            "then": _satisfies("steps", has_distilling_step),
             "else": _satisfies("preset", {"enum": presets}),
         },
     )
@@ -226,4 +230,5 @@ def _satisfies(name: str, rule: Schema, *, by_default: bool = False) -> Schema:
 
 
 def _implies(condition: Schema, then: Schema) -> Schema:
+    """Return a rule that applies only to values that satisfy a condition."""
     return {"if": condition, "then": then}

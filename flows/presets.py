@@ -33,7 +33,8 @@ class Choice:
     Attributes:
         options: groups of steps, in order of preference.
         last_option_is_exempt: whether the last option ignores the default budget of the preset, for
-            example because the previous preset applies it too. A budget in the order still counts.
+            example because the previous preset applies it too. It does not ignore a budget that
+            the order sets.
         only_remaining_units: whether the steps apply only to units that earlier steps have not
             changed. If there are none, reports do not mention the steps.
     """
@@ -79,7 +80,7 @@ PRESETS: dict[Preset, tuple[Choice, ...]] = {
         _single_step(StaticInt8()),
         _REMAINING_LAYERS_TO_FLOAT16,
     ),
-    # As small, with up to three more rounds that remove 35 % of the channels and distill.
+    # Like small, with up to three more rounds that remove 35 % of the channels and distill.
     "smallest": (
         SHARE_RARE_ROWS,
         Choice((_KEEP_25_PERCENT, _KEEP_65_PERCENT)),

@@ -14,7 +14,7 @@ from flows.presets import PREVIOUS_PRESET
 from flows.run import Run
 from flows.step_selection import (
     SOFT_LABELS,
-    can_be_judged,
+    has_measurable_budget,
     is_reported,
     learns_from_teachers,
     parts_of_step,
@@ -39,7 +39,7 @@ class Compressed:
     """The result of a recipe.
 
     Attributes:
-        order: the applied order. Its preset is an earlier one if that results in fewer bytes.
+        order: the applied order. Its preset is the previous one if that results in fewer bytes.
         stages: name and bundle of each stage: the untouched model, then each applied step.
         skip_reasons: reasons of skipped steps, by the step's index in the recipe.
         remarks: remarks for the report, such as the budget and how much of it was used.
@@ -56,7 +56,7 @@ class Compressed:
         return self.stages[-1][1]
 
     def recipe(self) -> tuple[AnyStep, ...]:
-        """Return the steps that a report lists: all but those whose skipping needs no mention."""
+        """Return the steps that a report lists: all except those in ``UNREPORTED``."""
         return tuple(step for _, step in self._reported_steps())
 
     def skip_reasons_by_step(self) -> dict[str, Reason]:
@@ -100,13 +100,13 @@ def apply_recipe(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -
     if previous_preset is None:
         return result
     previous_run = replace(run, order=order.model_copy(update={"preset": previous_preset}))
-    size = weight_bytes(result.bundle)
+    size = count_weight_bytes(result.bundle)
     lower_bound = partial(min_weight_bytes, previous_run.order, run.model)
-    # The bound of "small" assumes that as many rows as possible are pruned; it is rarely reached.
+    # The lower bound of "small" assumes that as many rows as possible are pruned, which is rare.
     if previous_preset != "small" and wait_out(lower_bound) >= size:
         return result
     previous_result = apply_recipe(previous_run, excluded)
-    previous_size = weight_bytes(previous_result.bundle)
+    previous_size = count_weight_bytes(previous_result.bundle)
     if previous_size >= size:
         return result
     remark = Reason(
@@ -121,28 +121,28 @@ def apply_recipe(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -
 
 def _apply_steps(run: Run, excluded: Mapping[str, str]) -> Compressed:
     """Apply the steps of an order, without a comparison with the previous preset."""
-    taught_stages: set[str] = set()  # hashes of bundles that depend on the teachers
+    from_teachers: set[str] = set()  # hashes of bundles that depend on the teachers
 
     def apply_step(step: AnyStep, source: Artifact) -> Artifact | NotApplicable:
         run.progress.stage(step.kind)
-        depends_on_teachers = learns_from_teachers(step) or source.sha256 in taught_stages
+        depends_on_teachers = learns_from_teachers(step) or source.sha256 in from_teachers
         teachers = run.teachers if depends_on_teachers else ()
         result = _apply_step(replace(run, teachers=teachers), step, source, excluded)
         if depends_on_teachers and not isinstance(result, NotApplicable):
-            taught_stages.add(result.sha256)
+            from_teachers.add(result.sha256)
         return result
 
-    is_judged = can_be_judged(run.order, run.model)
-    check = partial(over_budget, run) if is_judged else None
+    has_budget = has_measurable_budget(run.order, run.model)
+    check = partial(find_budget_violation, run) if has_budget else None
     stages, reasons = select_steps(run.order, run.model, run.model.artifact, apply_step, check)
     budget = run.order.quality_budget()
-    if not is_judged or budget is None:
+    if not has_budget or budget is None:
         return Compressed(run.order, stages, reasons)
-    remark = budget_remark(run, budget, stages[-1][1])
+    remark = build_budget_remark(run, budget, stages[-1][1])
     return Compressed(run.order, stages, reasons, (remark,))
 
 
-def weight_bytes(bundle: Artifact) -> int:
+def count_weight_bytes(bundle: Artifact) -> int:
     """Return the bytes of all weights of a compressed bundle, according to its plan."""
     plan = wait_out(lambda: read(local(bundle))).plan
     return sum(line.bytes_after for line in plan.lines) if plan is not None else 0
@@ -156,13 +156,13 @@ def measure_recipe_stages(
     The numbers are only reported; they do not affect which steps are applied.
     """
 
-    def predictions(bundle: Artifact) -> Artifact:
+    def predict(bundle: Artifact) -> Artifact:
         if ranking is None:
             return run.call(score, bundle=bundle, split=test.artifact, rows=test.rows)
         return run.call(rank, bundle=bundle, test=test, ranking=ranking)
 
     scored = tuple(
-        Scored(step=step, bundle=bundle, score=predictions(bundle))
+        Scored(step=step, bundle=bundle, score=predict(bundle))
         for step, bundle in compressed.stages
     )
     return run.call(
@@ -175,9 +175,12 @@ def measure_recipe_stages(
     )
 
 
-def budget_loss(run: Run, stage: Artifact) -> Estimate:
-    """Measure a stage's loss of the metric against the untouched model, on validation rows."""
-    validation = run.prepared("validation")
+def measure_budget_loss(run: Run, stage: Artifact) -> Estimate:
+    """Measure how much of the metric a stage loses against the untouched model.
+
+    The loss is measured on validation rows.
+    """
+    validation = run.prepare_split("validation")
 
     def score_stage(name: str, bundle: Artifact) -> Scored:
         predictions = run.call(
@@ -196,19 +199,19 @@ def budget_loss(run: Run, stage: Artifact) -> Estimate:
     )
 
 
-def over_budget(run: Run, stage: Artifact) -> Reason | None:
+def find_budget_violation(run: Run, stage: Artifact) -> Reason | None:
     """Return why a stage is over the order's budget; None if it is within."""
     budget = run.order.quality_budget()
-    loss = budget_loss(run, stage).point
+    loss = measure_budget_loss(run, stage).point
     if budget is None or loss <= budget:
         return None
     return Reason("over_budget", loss=loss, metric=run.model.metric, budget=budget)
 
 
-def budget_remark(run: Run, budget: float, result: Artifact) -> Reason:
+def build_budget_remark(run: Run, budget: float, result: Artifact) -> Reason:
     """Return the remark that states the budget and the loss or gain of the result."""
     metric = run.model.metric
-    loss = budget_loss(run, result).point
+    loss = measure_budget_loss(run, result).point
     origin = Reason("budget_ordered")
     if run.order.budget is None:
         origin = Reason("budget_of_preset", preset=run.order.preset)
@@ -222,6 +225,7 @@ def budget_remark(run: Run, budget: float, result: Artifact) -> Reason:
 def _apply_step(
     run: Run, step: AnyStep, source: Artifact, excluded: Mapping[str, str]
 ) -> Artifact | NotApplicable:
+    """Run the task that applies one step to a stored bundle."""
     return run.call(
         compress_step,
         source=source,
@@ -239,10 +243,10 @@ def _apply_step(
 
 
 def _splits(run: Run, step: AnyStep) -> dict[Part, Artifact]:
-    """Return the splits a step may read. Other splits must not become part of its cache key."""
+    """Return the splits that a step may read; others must not become part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in parts_of_step(step, run.model):
-        rows = run.prepared(split_name(part, run.model))
+        rows = run.prepare_split(split_name(part, run.model))
         splits[part] = _soft_labels(run, rows) if part in SOFT_LABELS else rows.artifact
     return splits
 

@@ -19,7 +19,7 @@ from tasks.promotion.promotions import champion, champion_graph, promote_order, 
 
 
 def find_champions(order: Terms, bundle: BundleRef) -> dict[str, Artifact]:
-    """Return graph or engine of the current champion for each compared target.
+    """Return the graph or engine of the current champion for each compared target.
 
     The result is empty if no limit of the order compares with the champion.
     """
@@ -53,7 +53,7 @@ def order_digest(
 ) -> str:
     """Return the digest that identifies an order: ``request_digest`` and recpress's version.
 
-    Source files are not in this digest; they are in the cache keys of the tasks.
+    It does not depend on recpress's source files; the cache keys of the tasks do.
     """
     return digest([request_digest(order, bundle, champions, teachers), recpress_version()])
 
@@ -107,12 +107,12 @@ def _resolve(
     return order, bundle, find_champions(order, bundle), resolve_teachers(order, bundle)
 
 
-def already_completed_message(finished: Finished) -> str:
-    """Return the sentence that an order was completed, and by which version of recpress."""
+def format_already_completed(finished: Finished) -> str:
+    """Format the message that an order was completed before, and by which version of recpress."""
     version = finished.report.recpress_version
     by = f" by recpress {version}" if version not in {"", recpress_version()} else ""
-    again = " Use --force, or a new 'attempt', to carry it out again." if by else ""
-    return f"Order {finished.report.order[:12]} was carried out before{by}.{again}"
+    hint = " Use --force, or a new 'attempt', to run it again." if by else ""
+    return f"Order {finished.report.order[:12]} was completed before{by}.{hint}"
 
 
 def promote_if_ordered(order: Terms, finished: Finished) -> None:
@@ -127,14 +127,14 @@ def current_champion(order: Terms) -> Entry | None:
     return champion(find_bundle(order.model).name)
 
 
-def promotion_sentence(entry: Entry) -> str:
-    """Return a sentence with the new champion of a ledger entry and the champion before it."""
+def format_promotion(entry: Entry) -> str:
+    """Format a sentence with the champion of a ledger entry and the champion before it."""
     before = "there was none" if entry.previous is None else f"was version {entry.previous}"
     return f"version {entry.version} is champion ({before})."
 
 
-def promotion_message(order: Terms, finished: Finished, before: Entry | None) -> str:
-    """Return a sentence that says whether an order with ``promote`` changed the champion.
+def format_promotion_result(order: Terms, finished: Finished, before: Entry | None) -> str:
+    """Format a sentence that says whether an order with ``promote`` changed the champion.
 
     Args:
         order: an order with ``promote``.
@@ -158,11 +158,11 @@ def promotion_message(order: Terms, finished: Finished, before: Entry | None) ->
         return f"Not champion: version {finished.version} was promoted, and {event}."
     if before is not None and before.order == champion.order:
         return f"Version {finished.version} is champion already."
-    return f"Promoted: {promotion_sentence(champion)}"
+    return f"Promoted: {format_promotion(champion)}"
 
 
 def reuse_completed_result(order: Terms) -> Finished | None:
-    """Find the result of the same order, if it ran before, and promote it if the order says so."""
+    """Find the result of an order that ran before, and promote it if the order has ``promote``."""
     result = find_completed_result(order)
     if result is not None:
         promote_if_ordered(order, result)
@@ -173,7 +173,8 @@ def find_completed_result(order: Terms) -> Finished | None:
     """Find the result of the same order in the registry; None if it is not registered.
 
     This includes results of other versions of recpress: after an upgrade, an order does not run
-    again unless its ``attempt`` changes. The returned version is the current one in this registry.
+    again unless its ``attempt`` changes. The result's ``version`` is the current one in this
+    registry.
 
     Raises:
         CompressionError: the order has a metric that is not measured for this bundle.
@@ -189,7 +190,7 @@ def find_result_of_other_version(
     champions: Mapping[str, Artifact],
     teachers: tuple[Teacher, ...] = (),
 ) -> Finished | None:
-    """Find the latest result of the same request by another version of recpress, if any."""
+    """Find the latest result of the same order by another version of recpress; None if none."""
     digest_of_order = order_of_request(request_digest(order, bundle, champions, teachers))
     if digest_of_order in {None, order_digest(order, bundle, champions, teachers)}:
         return None
@@ -204,5 +205,5 @@ def _find_registered_result(digest_of_order: str) -> Finished | None:
     uri = load_settings().registry_uri
     registered = registry().find_order(result.report.order, result.report.name)
     if registered is None or registered.tags.get("recpress.release") != result.release.sha256:
-        return None  # the flow will publish it again
+        return None  # the flow publishes it again
     return result.model_copy(update={"version": registered.version, "registry": public_uri(uri)})

@@ -69,18 +69,20 @@ class Run:
         code = digest([self.code, teacher.architecture])
         return policy.call(task, code, **arguments)
 
-    def prepared(self, split: SplitName) -> PreparedRows:
+    def prepare_split(self, split: SplitName) -> PreparedRows:
         """Convert one split of the model's data to tensors, and return their artifact."""
         artifact = self.call(prepare, bundle=self.model.artifact, split=split)
         return PreparedRows(artifact=artifact, rows=self.model.rows[split])
 
-    def ranking(self) -> Ranking | None:
-        """Return what a retrieval evaluation needs; None if the task has a score per row.
+    def prepare_ranking(self) -> Ranking | None:
+        """Return the catalogue of items, and the splits whose items users have seen before.
 
-        That is the catalogue of items, and the splits with items that users have seen before.
+        A retrieval evaluation needs both. None for tasks that have a score per row.
         """
         if task_kind(self.model.task).scores_rows:
             return None
         earlier_splits: tuple[SplitName, ...] = ("train", "calibration", "validation")
-        seen = tuple(self.prepared(split) for split in earlier_splits if split in self.model.rows)
-        return Ranking(items=self.prepared("items"), seen=seen)
+        seen = tuple(
+            self.prepare_split(split) for split in earlier_splits if split in self.model.rows
+        )
+        return Ranking(items=self.prepare_split("items"), seen=seen)

@@ -43,7 +43,7 @@ class PreparedData:
     Attributes:
         validation: the results of the data checks.
         test: the rows on which the result is measured.
-        probe: the rows on which a lowered graph is compared with the PyTorch module.
+        probe: the rows for which a lowered graph must return the scores of the PyTorch module.
         ranking: the catalogue and seen items of a retrieval model; None for other tasks.
     """
 
@@ -93,9 +93,9 @@ def prepare_data(run: Run) -> PreparedData:
     run.progress.stage("validate the data")
     validation = run.call(validate, bundle=run.model.artifact, rules=run.order.rules)
     run.progress.stage("prepare tensors")
-    test = run.prepared("test")
-    ranking = run.ranking()
-    probe = run.prepared(run.model.calibration())
+    test = run.prepare_split("test")
+    ranking = run.prepare_ranking()
+    probe = run.prepare_split(run.model.calibration())
     return PreparedData(validation, test, probe, ranking)
 
 
@@ -119,8 +119,8 @@ def compress_model(run: Run, data: PreparedData) -> Compressed:
 def build_baselines(run: Run, data: PreparedData) -> BuiltTargets:
     """Lower and build the untouched model for each compared target, as the baseline of the result.
 
-    An optional target is skipped if that fails, unless no earlier target succeeded: the report
-    needs the bytes of at least one baseline.
+    An optional target that fails is skipped, unless no earlier target succeeded: the report needs
+    the bytes of at least one baseline.
     """
     run.progress.stage("lower the untouched model")
     baselines = BuiltTargets({}, {})
@@ -278,6 +278,12 @@ def _skip_if_optional(
     run: Run, target: str, result: BuiltTargets, *, is_needed: bool = False
 ) -> Iterator[None]:
     """Catch an error of an optional target, and record it in ``result.skipped``.
+
+    Args:
+        run: the run context of the order.
+        target: the target.
+        result: receives the message of the error.
+        is_needed: whether to raise the error also for an optional target.
 
     Raises:
         CompressionError, Refused, InfraError: the target is required, or ``is_needed`` is set.

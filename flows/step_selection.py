@@ -43,8 +43,8 @@ def require_budget_rows(order: Order, bundle: BundleRef) -> None:
         raise OrderRefused("budget_needs_validation", splits=tuple(bundle.rows))
 
 
-def can_be_judged(order: Order, bundle: BundleRef) -> bool:
-    """Return whether there is a budget, and the bundle has rows to measure the loss."""
+def has_measurable_budget(order: Order, bundle: BundleRef) -> bool:
+    """Return whether the order has a budget, and the bundle has rows to measure the loss."""
     can_measure = "validation" in bundle.rows and task_kind(bundle.task).scores_rows
     return order.quality_budget() is not None and can_measure
 
@@ -61,8 +61,8 @@ def select_steps(
     Each choice of the recipe keeps the first of its options that fits. A preset must work for any
     model, so an option that cannot be applied to this model is skipped; in a custom recipe that is
     an error. An option whose result is over the budget is skipped, too. If no option of a choice is
-    kept, later choices that begin with the same method on the same units are skipped without a
-    try, since they would remove more.
+    kept, later choices that begin with the same method on the same units are not applied either,
+    since they would remove even more.
 
     Args:
         order: the order with the steps.
@@ -147,7 +147,7 @@ def missing_data_reason(
         step.requires_budget
         and order is not None
         and order.preset != "custom"
-        and not can_be_judged(order, bundle)
+        and not has_measurable_budget(order, bundle)
     ):
         if not task_kind(bundle.task).scores_rows:
             return Reason("pruning_without_budget", task=bundle.task)

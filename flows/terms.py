@@ -52,7 +52,7 @@ class Targets(Frozen):
     """Where the result will be served. An optional target that cannot be built is left out."""
 
     # Each registered target has a field with the value 'required', 'optional' or 'off'. These are
-    # extra fields of this class, so that a target that is registered later also has one.
+    # extra fields of this class, so that targets registered after its definition have one, too.
     model_config = ConfigDict(extra="allow", json_schema_extra=_add_target_fields)
     __pydantic_extra__: dict[str, Requirement]
 
@@ -64,7 +64,7 @@ class Targets(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _complete_target_fields(cls, data: Any) -> Any:
-        """Add the default of each target that the order omits; drop 'off' where it is implied.
+        """Add the default of each target that the order omits; drop 'off' where it is the default.
 
         Raises:
             ValidationError: a field belongs to no registered target.
@@ -113,10 +113,10 @@ class Targets(Frozen):
         return self.__pydantic_extra__.get(target.field, "off")
 
     def compared_targets(self) -> tuple[str, ...]:
-        """Return the targets for which the untouched model and the champion are also built.
+        """Return the ordered targets for which the result is compared with the untouched model.
 
-        These are the targets that this project measures. If the order has none of them, it is the
-        default target, whose bytes the report compares.
+        These are the targets that recpress can measure. If the order has none of them, the only
+        compared target is the default target, whose bytes the report compares.
         """
         measured = tuple(name for name in self.requirements() if TARGETS[name].is_measured)
         return measured or (default_target().name,)
@@ -140,7 +140,7 @@ class Terms(Frozen):
         title="Preset",
         description="safe: int8 tables, float16 layers. fast: int8 tables and layers. small: int4 "
         "tables, int8 layers; rarely used rows share one vector; a quarter of the dense channels "
-        "is kept, then trained by distillation. smallest: as small, with fewer channels. custom: "
+        "is kept, then trained by distillation. smallest: like small, with fewer channels. custom: "
         "the steps below. Pruning in small and smallest loses at most the quality budget. Each "
         "preset results in at most the bytes of the preset before it.",
         json_schema_extra={"position": 1},
@@ -169,7 +169,7 @@ class Terms(Frozen):
         0,
         ge=0,
         title="Attempt",
-        description="Raise it to run the same order again, as a new version.",
+        description="Increase it to run the same order again, as a new version.",
         json_schema_extra={"position": 8},
     )
 

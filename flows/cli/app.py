@@ -20,7 +20,7 @@ import typer
 
 from flows.cli import orders
 from flows.cli.console import write, write_line, write_table
-from flows.cli.errors import report, require_limits
+from flows.cli.errors import report, require_memory_limits
 from flows.cli.options import Json, RegisteredModel, Version
 from flows.cli.promotion import promotion_app
 from flows.cli.tables import tables_app
@@ -49,7 +49,7 @@ EXIT = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}
 
 def main() -> None:
     """Run a command, and exit with its code; print an error as one sentence."""
-    require_limits(sys.argv[1:])
+    require_memory_limits(sys.argv[1:])
     try:
         # standalone_mode=False: typer would print usage errors with unescaped arguments.
         code = app(obj=datetime.now(UTC), standalone_mode=False)
@@ -83,7 +83,7 @@ def explain(
     from flows.explain import explain
 
     explanation = explain(terms)
-    orders.warn(terms)
+    orders.print_limit_warnings(terms)
     if as_json:
         write(explanation.model_dump_json(indent=1))
     else:
@@ -107,9 +107,9 @@ def _run_order(order: "Terms", *, force: bool, as_json: bool) -> int:
     """Run an order unless it ran before, print its result, and return the exit code."""
     from flows.cli import console
     from flows.resolve import (
-        already_completed_message,
         current_champion,
-        promotion_message,
+        format_already_completed,
+        format_promotion_result,
         require_registry,
         reuse_completed_result,
     )
@@ -118,7 +118,7 @@ def _run_order(order: "Terms", *, force: bool, as_json: bool) -> int:
         order = order.model_copy(update={"attempt": time.time_ns()})
     champion = current_champion(order) if order.promote else None
     finished = reuse_completed_result(order)
-    orders.warn(order)
+    orders.print_limit_warnings(order)
     if finished is None:
         with _order_lock(order, quiet=as_json):
             finished = reuse_completed_result(order)
@@ -126,19 +126,19 @@ def _run_order(order: "Terms", *, force: bool, as_json: bool) -> int:
                 require_registry()  # fails immediately; the flow would wait for the registry
                 finished = console.run(order, quiet=as_json)
     else:
-        console.print_progress(already_completed_message(finished), quiet=as_json)
+        console.print_progress(format_already_completed(finished), quiet=as_json)
     if as_json:
         write(finished.model_dump_json(indent=1))
     else:
         console.show_result(finished)
     if order.promote:
-        console.print_progress(promotion_message(order, finished, champion), quiet=as_json)
+        console.print_progress(format_promotion_result(order, finished, champion), quiet=as_json)
     return EXIT[finished.report.outcome]
 
 
 @contextmanager
 def _order_lock(order: "Terms", *, quiet: bool) -> Iterator[None]:
-    """Hold the lock of an order, so that only one process with this home folder runs it.
+    """Hold the lock of an order, so that only one process with this home folder runs the order.
 
     Raises:
         SettingRefused: the lock file cannot be written.
@@ -150,7 +150,7 @@ def _order_lock(order: "Terms", *, quiet: bool) -> Iterator[None]:
     from infra.store.lock import locked_name
 
     digest, path = current_order_digest(order), load_settings().home / "orders.lock"
-    text = f"Order {digest[:12]} is being carried out by another process. Waiting for its result."
+    text = f"Order {digest[:12]} is running in another process. Waiting for its result."
     with ExitStack() as stack:
         try:
             notify_waiting = functools.partial(console.print_progress, text, quiet=quiet)
@@ -344,7 +344,7 @@ def registry_fetch(
     from compressors.contracts import default_target
     from tasks.promotion.promotions import fetch
 
-    name = default_target().name if target is None else orders.target_named(target)
+    name = default_target().name if target is None else orders.require_target(target)
     registered, fetched = fetch(
         model,
         version,

@@ -35,7 +35,7 @@ STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold ye
 
 
 def console(*, error: bool = False) -> "Console":
-    """Return a rich console that prints text literally.
+    """Create a rich console that prints text literally.
 
     It does not interpret markup, emoji codes or control sequences in lines, tables and titles.
     Styles must be passed as ``style=``; they have an effect only on a terminal.
@@ -70,7 +70,7 @@ def console(*, error: bool = False) -> "Console":
 
 def write(text: str) -> None:
     """Print a document, such as JSON or a report, to standard output."""
-    print(printable(text))  # noqa: T201 - this is what a command line is for
+    print(printable(text))  # noqa: T201 (the output of a command)
 
 
 def write_line(text: str) -> None:
@@ -118,7 +118,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
             result = local_result(compress(order, return_state=True))
         except Exception:
             if server is not None:
-                server.require_running()  # if it ended, that is the error to report
+                server.require_running()  # reports the end of the server instead, if it ended
             raise
         return Finished.model_validate(result)
 
@@ -243,7 +243,7 @@ def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
     for index, column in enumerate(rows[0]):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        # Intervals are written in brackets; the report contains them in any case.
+        # Cells contain intervals in brackets. The report has them even if the terminal does not.
         cells = (
             cell.partition(" [")[0] if width < INTERVALS_MIN_WIDTH else cell
             for cell in row.values()

@@ -23,7 +23,7 @@ from tasks.promotion.champion import champion_versions, registry
 from tasks.promotion.triton_repository import count_models
 
 PROBE_KEY = "doctor/written.json"
-"""Key in the object store that the check of write access writes and reads."""
+"""Key of the object that is written to the object store and read again, to check write access."""
 
 _NO_RESPONSE_REMEDY = (
     "Start it, or correct the address. A firewall in between may drop packets without an error."
@@ -57,7 +57,7 @@ class DoctorFinding(Frozen):
 
     Attributes:
         what: the service or library.
-        state: ``ok``; ``absent``: not available, and optional; or ``fault``.
+        state: ``ok``; ``absent``: optional and not available; or ``fault``: does not work.
         found: the version, address and contents that were found, or the error.
         remedy: what to do about a fault.
     """
@@ -99,7 +99,7 @@ def check_installation() -> tuple[DoctorFinding, ...]:
 
 
 def _check_target(target: Target) -> DoctorFinding:
-    """Check the library of a target's runtime or builder, which only the default target needs."""
+    """Check the library of a target's runtime or builder; only the default target requires it."""
     library = target.load_runtime() or target.load_builder()
     remedy = "Install it again: make .venv" if target.is_default else ""
     version = (lambda: "graphs only") if library is None else library.version
@@ -157,7 +157,10 @@ def _run_check(
         return DoctorFinding(what=what, state="ok", found=check())
     except CheckFailed as fault:
         return DoctorFinding(
-            what=what, state="fault", found=mask_credentials(fault), remedy=_remedy(fault, remedy)
+            what=what,
+            state="fault",
+            found=mask_credentials(fault),
+            remedy=_select_remedy(fault, remedy),
         )
     except NoAnswer as fault:
         remedy = f"{_NO_RESPONSE_REMEDY} {remedy}"
@@ -167,7 +170,7 @@ def _run_check(
         return DoctorFinding(what=what, state=state, found=mask_credentials(fault), remedy=remedy)
 
 
-def _remedy(fault: CheckFailed, default: str) -> str:
+def _select_remedy(fault: CheckFailed, default: str) -> str:
     """Return the remedy for an error, or a default if there is no specific one."""
     match fault.code:
         case "store_read_only":

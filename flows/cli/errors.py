@@ -1,8 +1,10 @@
 """Messages and exit codes of failed commands.
 
 A command that fails prints one sentence. Its exit code is 2 for invalid input, and 1 for errors
-that may not occur in a retry or on another machine. Even if memory is exhausted, no traceback is
-printed: functions import modules when they need them, and print a fixed sentence if that fails.
+that may not occur in a retry or on another machine.
+
+This code also runs when memory is exhausted. It therefore imports modules only when it needs them,
+and prints a fixed sentence instead of a traceback if an import fails.
 """
 
 import io
@@ -39,8 +41,8 @@ INCOMPLETE = (
 )
 
 
-def require_limits(arguments: list[str]) -> None:
-    """Exit with code 1 if the limits of this process are too low to load the libraries.
+def require_memory_limits(arguments: list[str]) -> None:
+    """Exit with code 1 if the memory limits of this process are too low to load the libraries.
 
     Otherwise reserve memory for ``report``, which may run when memory is exhausted.
 
@@ -53,8 +55,9 @@ def require_limits(arguments: list[str]) -> None:
         soft, _ = resource.getrlimit(limit)
         if soft != resource.RLIM_INFINITY and soft < least:
             print(  # noqa: T201
-                f"recpress: {command(arguments)} needs at least {least // MIB} MiB of memory, and "
-                f"{setting} allows {soft // MIB} MiB. Raise that limit, then run again.",
+                f"recpress: {quote_command(arguments)} needs at least {least // MIB} MiB of "
+                f"memory, and {setting} allows {soft // MIB} MiB. Raise that limit, then run "
+                f"again.",
                 file=sys.stderr,
             )
             sys.exit(1)
@@ -64,7 +67,7 @@ def require_limits(arguments: list[str]) -> None:
 def report(fault: Exception) -> int:
     """Print the message of an error, and return the exit code."""
     release_reserve()
-    traceback.clear_frames(fault.__traceback__)  # frees what its local variables refer to
+    traceback.clear_frames(fault.__traceback__)  # frees the objects in local variables
     try:
         return _report(fault)
     except MemoryError:
@@ -72,12 +75,12 @@ def report(fault: Exception) -> int:
     except ImportError as missing:
         # With a memory limit, libraries that run out of memory while loading also raise this.
         message = NO_MEMORY if is_limited() else INCOMPLETE.replace("{missing}", f"{missing}")
-    print(message.replace("{command}", command(sys.argv[1:])), file=sys.stderr)  # noqa: T201
+    print(message.replace("{command}", quote_command(sys.argv[1:])), file=sys.stderr)  # noqa: T201
     return 1
 
 
-def command(arguments: list[str]) -> str:
-    """Return the words of a command line without its options, in quotes, for a message."""
+def quote_command(arguments: list[str]) -> str:
+    """Return the name of the command in a command line, in quotes: ``'recpress registry list'``."""
     words = itertools.takewhile(lambda word: word.isascii() and word.isalpha(), arguments[:2])
     return f"'{' '.join(('recpress', *words))}'"
 
@@ -91,7 +94,7 @@ def _report_usage_error(fault: ClickException) -> int:
 
 
 def _report(fault: Exception) -> int:
-    """Print the message of an error, and return the exit code; may run out of memory."""
+    """Do the same as ``report``, but raise MemoryError if memory is exhausted."""
     if isinstance(fault, ClickException):
         return _report_usage_error(fault)
     if isinstance(fault, typer.Abort):
@@ -100,31 +103,31 @@ def _report(fault: Exception) -> int:
     from pydantic import ValidationError
 
     from compressors.errors.compression import CompressionError
-    from flows.order_faults import sentences
+    from flows.order_faults import format_errors
     from infra.errors import InfraError, Refused
     from infra.memory import as_out_of_memory
     from infra.store.disk import OF_THE_MACHINE, find_os_error, translate_input_error
 
-    shown: Exception = as_out_of_memory(fault, command(sys.argv[1:])) or fault
+    shown: Exception = as_out_of_memory(fault, quote_command(sys.argv[1:])) or fault
     error = find_os_error(shown)
     if error is not None and (error.filename is not None or error.errno in OF_THE_MACHINE):
         shown = translate_input_error(error, Path(tempfile.gettempdir()))
     if os.environ.get("RECPRESS_DEBUG"):
         _print("".join(traceback.format_exception(fault)))
     if isinstance(shown, ValidationError):
-        _print("recpress: " + "\n  ".join(sentences(shown)))
+        _print("recpress: " + "\n  ".join(format_errors(shown)))
         return 2
     if isinstance(shown, Refused | CompressionError):
         _print(f"recpress: {shown}")
         return 2
     kind = "" if isinstance(shown, InfraError) else f"{type(shown).__name__}: "
-    hint = "" if os.environ.get("RECPRESS_DEBUG") else " (RECPRESS_DEBUG=1 shows where.)"
+    hint = "" if os.environ.get("RECPRESS_DEBUG") else " (RECPRESS_DEBUG=1 prints the traceback.)"
     _print(f"recpress: {kind}{shown}{hint}")
     return 1
 
 
 def _print(text: str) -> None:
-    """Print to standard error, without credentials and control characters of terminals."""
+    """Print to standard error; mask credentials and escape control characters of terminals."""
     from infra.credentials import mask_credentials
     from infra.printable import printable
 

@@ -110,7 +110,7 @@ def build_terms(
     budget: float | None = None,
     teacher: list[str] | None = None,
 ) -> "Terms":
-    """Build an order from options.
+    """Build an order from the values of the options of ``order_from_options``.
 
     Raises:
         CommandRefused: a limit or a target is invalid, or there is no limit.
@@ -135,10 +135,10 @@ def build_terms(
         raise CommandRefused("limit_invalid", problem=reasons) from fault
     except ValueError as fault:
         raise CommandRefused("limit_unreadable", problem=str(fault)) from fault
-    # The bytes of a result are compared for the default target, so it is always among the targets.
+    # Reports compare the bytes of the default target's files, so it is always ordered.
     names = [default_target().name, *(targets or []), *optional]
-    wanted = {
-        TARGETS[target_named(name)].field: "optional" if name in optional else "required"
+    requirements = {
+        TARGETS[require_target(name)].field: "optional" if name in optional else "required"
         for name in names
     }
     return Terms.model_validate(
@@ -146,7 +146,7 @@ def build_terms(
             "model": model,
             "preset": preset,
             "limits": parsed,
-            "targets": wanted,
+            "targets": requirements,
             "promote": promote,
             "seed": seed,
             "budget": budget,
@@ -155,8 +155,8 @@ def build_terms(
     )
 
 
-def warn(terms: "Terms") -> None:
-    """Warn on standard error about limits that are valid but rarely intended."""
+def print_limit_warnings(terms: "Terms") -> None:
+    """Print warnings about limits that are valid but rarely intended to standard error."""
     from compressors.contracts import limit_warnings
     from flows.cli.console import print_progress
 
@@ -164,8 +164,8 @@ def warn(terms: "Terms") -> None:
         print_progress(f"warning: {warning}")
 
 
-def target_named(name: str) -> str:
-    """Return the name of a target.
+def require_target(name: str) -> str:
+    """Return the name of a target, unchanged, if the target exists.
 
     Raises:
         CommandRefused: there is no such target; lists those that exist.
@@ -187,7 +187,7 @@ def read_order(path: Path) -> "Terms":
     from pydantic import ValidationError
 
     from flows.order import Order
-    from flows.order_faults import sentences
+    from flows.order_faults import format_errors
     from infra.bundle.json_limits import check_limits, read_bounded
     from infra.errors import CommandRefused
 
@@ -204,5 +204,5 @@ def read_order(path: Path) -> "Terms":
     try:
         return Order.model_validate_json(text)
     except ValidationError as fault:
-        problems = tuple(sentences(fault, Order))
+        problems = tuple(format_errors(fault, Order))
         raise CommandRefused("order_invalid", path=str(path), problems=problems) from fault

@@ -28,7 +28,7 @@ def registry_promote(
     as_json: Json = False,
 ) -> None:
     """Make an accepted version the champion."""
-    from flows.resolve import promotion_sentence
+    from flows.resolve import format_promotion
     from tasks.promotion.promotions import apply_promotion
 
     change = apply_promotion(model, version, reason)
@@ -36,7 +36,7 @@ def registry_promote(
     if as_json:
         write(entry.model_dump_json(indent=1))
     elif change.is_new:
-        write_line(f"{model}: {promotion_sentence(entry)}")
+        write_line(f"{model}: {format_promotion(entry)}")
     else:
         write_line(f"{model}: version {entry.version} is champion already ({_describe(entry)}).")
 
@@ -54,7 +54,8 @@ def registry_rollback(
 ) -> None:
     """Make the previous champion the champion again.
 
-    If the command is interrupted, repeat it: it is completed, and does not go back twice.
+    If the command is interrupted, repeat it. It completes the rollback, and does not roll back a
+    second time.
     """
     from tasks.promotion.promotions import apply_rollback
 

@@ -152,8 +152,8 @@ def _progress_bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]
     """Show a progress bar if standard error is a terminal.
 
     Yields:
-        A function that adds bytes that were read, and sets the total number of bytes; None if
-        there is no progress bar.
+        A function of the number of bytes that were read since its last call, and the total number
+        of bytes; None if there is no progress bar.
     """
     from flows.cli.console import console
 

@@ -69,9 +69,10 @@ def _print_model(item: "TritonModel") -> None:
         "champion": f"serves version {item.served}, the champion",
         "behind": f"serves version {item.served} or an older configuration; the champion is "
         f"{item.champion}. Run 'recpress triton export'",
-        "absent": f"is not laid out; the champion is {item.champion}. Run 'recpress triton export'",
-        "stale": f"serves version {item.served}; the champion, {item.champion}, has nothing to "
-        "serve here",
+        "absent": f"is not in the repository; the champion is {item.champion}. "
+        "Run 'recpress triton export'",
+        "stale": f"serves version {item.served}; the champion, {item.champion}, has no file for "
+        "this target",
     }[item.state]
     write_line(f"{item.name} {state}.")
     for key, problem in item.files.items():

@@ -124,7 +124,9 @@ def run_recipe(order: Order) -> RecipeRun:
     with without_prefect_engine() as tasks:
         run = Run(order, find_bundle(order.model), (), {}, progress.Progress(stages=1))
         result = recipe.apply_recipe(run)
-        stages = recipe.measure_recipe_stages(run, result, run.prepared("test"), run.ranking())
+        stages = recipe.measure_recipe_stages(
+            run, result, run.prepare_split("test"), run.prepare_ranking()
+        )
     plan = read(local(result.bundle)).plan
     assert plan is not None
     return RecipeRun(

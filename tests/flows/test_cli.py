@@ -126,7 +126,7 @@ def test_accepted_order_exits_with_code_0_and_prints_table_and_fetch_command(
 ) -> None:
     result = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
     assert result.code == 0, result.err
-    assert "was carried out before" in result.err
+    assert "was completed before" in result.err
     for text in ("bytes served", "AUC", "p99 ms, batch 64", "onnxruntime: accepted"):
         assert text in result.out
     assert accepted_order.result.finished.fetch_command() in result.out

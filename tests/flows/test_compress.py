@@ -302,7 +302,7 @@ def test_killed_flow_resumes_after_its_last_completed_task(
 
     code, output = run_main(monkeypatch, capsys, *command[3:], "--limit", limit)
     assert code == 0, output
-    assert "was carried out before" in output
+    assert "was completed before" in output
 
 
 # --- targets ---------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_doctor_command_ends_soon_if_services_never_respond(
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "refuses the credentials (401)"), (403, "(403)"), (500, "its own failure (500)")],
+    [(401, "refuses the credentials (401)"), (403, "(403)"), (500, "an internal error (500)")],
 )
 def test_http_error_status_is_reported_with_its_remedy(
     status: int, words: str, monkeypatch: pytest.MonkeyPatch
@@ -181,8 +181,8 @@ def test_server_that_is_neither_mlflow_nor_prefect_is_a_fault(
         set_services(monkeypatch, uri)
         monkeypatch.delenv("RECPRESS_STORE")  # its check would wait until the time limit
         _, registry, prefect = examine_services()
-    assert "not as MLflow does" in registry.found
-    assert "not as Prefect does" in prefect.found
+    assert "its response is not that of MLflow" in registry.found
+    assert "its response is not that of Prefect" in prefect.found
 
 
 def test_get_sends_credentials_and_does_not_follow_a_redirect(
@@ -230,7 +230,7 @@ def test_store_folder_that_cannot_be_written_is_a_fault(
     monkeypatch.setenv("RECPRESS_STORE", str(tmp_path / "store"))
     store, _, _ = examine_services()
     assert store.state == "fault"
-    assert "read (0 bundle(s)) but not written" in store.found
+    assert "can be read (0 bundle(s)), but not written" in store.found
     assert "pack and compress" in store.remedy
 
 

@@ -7,17 +7,17 @@ import pytest
 from pydantic import ValidationError
 
 from flows.order import Order
-from flows.order_faults import sentences
+from flows.order_faults import format_errors
 
 LIMIT = {"metric": "auc", "at_least": -0.01}
 GOOD = {"model": "clicks", "limits": [LIMIT], "preset": "custom", "steps": [{"kind": "fold"}]}
 
 
 def sentences_for(**fields: Any) -> list[str]:
-    """Return the sentences about a valid order with some invalid fields."""
+    """Return the format_errors about a valid order with some invalid fields."""
     with pytest.raises(ValidationError) as fault:
         Order.model_validate_json(json.dumps({**GOOD, **fields}))
-    return sentences(fault.value, Order)
+    return format_errors(fault.value, Order)
 
 
 def test_misspelled_setting_is_reported_with_the_settings_of_its_step() -> None:
@@ -60,11 +60,11 @@ def test_misspelled_step_is_reported_with_the_nearest_name_and_all_names() -> No
 
 
 def test_missing_empty_and_contradictory_fields_have_short_sentences() -> None:
-    assert sentences_for(limits=[]) == ["limits: needs at least 1; found none"]
+    assert sentences_for(limits=[]) == ["limits: expected at least 1, got none"]
     assert sentences_for(steps=[]) == ["Order: preset 'custom' needs steps"]
     with pytest.raises(ValidationError) as fault:
         Order.model_validate({"model": "clicks"})
-    assert sentences(fault.value, Order) == ["limits: is missing"]
+    assert format_errors(fault.value, Order) == ["limits: is missing"]
 
 
 def test_invalid_limit_is_not_also_reported_as_missing() -> None:
@@ -75,14 +75,14 @@ def test_invalid_limit_is_not_also_reported_as_missing() -> None:
 def test_sentence_without_a_model_class_suggests_no_names() -> None:
     with pytest.raises(ValidationError) as fault:
         Order.model_validate({**GOOD, "limit": []})
-    assert sentences(fault.value) == ["limit: there is no such setting"]
+    assert format_errors(fault.value) == ["limit: there is no such setting"]
 
 
 def test_1000_errors_are_reported_as_20_sentences_and_the_number_of_others() -> None:
     lines = sentences_for(teachers=list(range(1000)))
     assert len(lines) == 21
     assert lines[0].startswith("teachers.0:")
-    assert lines[-1] == "and 980 more faults"
+    assert lines[-1] == "and 980 more errors"
 
 
 def test_sentence_about_a_long_value_has_a_bounded_length() -> None:

@@ -11,7 +11,7 @@ from error_codes import Text, raises_code
 from compressors.contracts import Limit
 from flows.cli import errors as cli_errors
 from flows.compress import compress
-from flows.memory import describe_running_stage, estimated_memory, require_order_memory
+from flows.memory import describe_running_stage, estimate_memory, require_order_memory
 from flows.order import Order
 from infra.errors import InfraError, OutOfMemory
 from infra.memory import memory_errors
@@ -48,7 +48,7 @@ def test_flow_raises_out_of_memory_before_any_work_if_an_order_does_not_fit(home
         compress.fn(safe_order())
     sentence = str(caught.value)
     bundle = find_bundle("clicks")
-    needed = estimated_memory(safe_order(), bundle).peak - bundle.weight_bytes
+    needed = estimate_memory(safe_order(), bundle).peak - bundle.weight_bytes
     for part in (f"use {needed // 2**20:,} MiB", "300 MiB are available", "RECPRESS_MEMORY_MB"):
         assert part in sentence, sentence
     assert sorted((home / "recpress").rglob("*")) == before
@@ -62,7 +62,7 @@ def test_order_that_fits_in_memory_is_not_refused(monkeypatch):
 
 def test_out_of_memory_error_names_stage_model_and_estimate():
     bundle = find_bundle("clicks")
-    memory = estimated_memory(safe_order(), bundle)
+    memory = estimate_memory(safe_order(), bundle)
     description = describe_running_stage(lambda: "measure", memory, bundle)
     with (
         raises_code(

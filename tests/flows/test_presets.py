@@ -175,7 +175,7 @@ def test_preset_whose_pruning_is_over_the_budget_has_at_most_the_bytes_of_fast(
     """All pruning counts as over the budget, so the result is at most as large as that of fast."""
     _, reports, _ = table_heavy
     over_budget = Reason("over_budget", loss=1.0, metric="auc", budget=DEFAULT_BUDGET)
-    monkeypatch.setattr("flows.recipe.over_budget", lambda *_: over_budget)
+    monkeypatch.setattr("flows.recipe.find_budget_violation", lambda *_: over_budget)
     order = Order(model="tableheavy", preset=preset, limits=(LOOSE_LIMIT,))
     report = run_recipe(order)
     assert weight_bytes(report) <= weight_bytes(reports["fast"])

@@ -22,7 +22,7 @@ FAULTS = (
     Fault(
         id="lack-of-memory-exits-with-2",
         file="flows/cli/errors.py",
-        old="    shown: Exception = as_out_of_memory(fault, command(sys.argv[1:])) or fault\n",
+        old="    shown: Exception = as_out_of_memory(fault, quote_command(sys.argv[1:])) or fault\n",
         new="    shown: Exception = fault\n",
         effect="Out of memory is reported as another error, with a traceback.",
         tests=(

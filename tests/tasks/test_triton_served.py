@@ -247,7 +247,7 @@ def test_export_and_show_print_the_state_of_the_champion(home: Path, fill: Fill,
     (one,) = fill("a", "a")
     to = ("--to", str(home / "by hand"))
     code, out, _ = call("show", "m", *to)
-    assert (code, "m is not laid out; the champion is 1" in out) == (1, True)
+    assert (code, "m is not in the repository; the champion is 1" in out) == (1, True)
     assert f"{one}/model.onnx: missing" in out
     code, out, _ = call("export", "m", *to)
     assert (code, out.startswith("m: version 1 of m is served from file://")) == (0, True)
