@@ -3,17 +3,20 @@
 The model is DCN-v2 (``examples/dcnv2.py``) with embeddings of width 10 and three cross layers
 parallel to a perceptron of widths 400-400-400. The data sets are
 
-- ``frappe``: app usage, 10 fields, 5,382 table rows (215 kB). The public split has 202,027 /
-  57,722 / 28,860 rows. The public training file is not available here, so the apps of its negative
-  rows are sampled again. Published for the public file: AUC 0.9845 (BARS, DCNv2).
+- ``frappe``: app usage, 10 fields, 5,382 table rows (215 kB). The public split has 202,027
+  training, 57,722 validation and 28,860 test rows. The public training file is not available here,
+  so the apps of its negative rows are sampled again. The BARS benchmark reports an AUC of 0.9845 of
+  DCNv2 for the public file.
 - ``movielens-tag``: a user tags a film, 3 fields, 75,217 table rows (3.0 MB). The 200,686
-  available rows are split 7:1:2 in the order that ``numpy.random.default_rng(0)`` draws. Published
-  numbers refer to a data set ten times as large.
+  available rows are shuffled by ``numpy.random.default_rng(0)`` and split 7:1:2. Published results
+  refer to a data set ten times as large.
 
 Two settings determine the quality of these baselines: the L2 penalty on *whole* tables in every
-step (half the coefficient times the squared norm), and early stopping on validation rows. Without
-them the same networks reach AUCs of only 0.978 and 0.893, and any compression of their tables looks
-like a gain. Test rows are used only for printed results, not for any choice.
+training step (half the coefficient times the squared norm), and early stopping on validation rows.
+Without them the same networks reach AUCs of only 0.978 and 0.893, and any compression of their
+tables seems to improve the AUC. Test rows are used only for printed results, not for any choice.
+
+Printed results are the mean over seeds ± half the width of its 95 % interval (Student's t).
 
     python -m benchmarks.ctr --seeds 5        # trains missing networks, prints both AUCs
 """
@@ -34,7 +37,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from scipy.stats import t as student
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -48,7 +51,9 @@ Name = Literal["frappe", "movielens-tag"]
 Part = Literal["train", "validation", "test"]
 Ints = NDArray[np.int64]
 
-VARIABLE = "RECPRESS_DATA"
+DATA_VARIABLE = "RECPRESS_DATA"
+"""Environment variable with the folder of the data sets."""
+
 PARTS: tuple[Part, ...] = get_args(Part)
 FRAPPE_FILES = {
     "train": "derived/train.rebuilt.seed2025.csv.gz",
@@ -68,16 +73,25 @@ FRAPPE_FIELDS = {  # rows of each table, in the order of the public file's ids
     "city": 233,
 }
 SCORING_ROWS = 8192
+"""Rows per batch of ``predict``."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a baseline is trained: with Adam, and a learning rate that is reduced on a plateau.
+    """How a baseline is trained with Adam.
 
-    The rate is divided by 10 after each epoch without a better validation AUC, except in the first
-    ``grace`` epochs: MovieLens networks stagnate for an epoch or two early in training, and with a
-    reduced rate some of them end 0.005 below the others. ``patience`` is the number of such epochs
-    after which training ends.
+    Attributes:
+        table_l2: coefficient of the L2 penalty on the tables.
+        dropout: probability of dropout in the perceptron.
+        batch_norm: whether the perceptron has batch norms.
+        learning_rate: of the first epochs; divided by 10 after each epoch that does not improve the
+            validation AUC.
+        batch: rows per batch.
+        epochs: largest number of epochs.
+        patience: number of epochs without improvement after which training ends.
+        grace: number of first epochs that do not count as epochs without improvement. MovieLens
+            networks stagnate for an epoch or two early in training; with a lower learning rate from
+            then on, some of them end with an AUC that is 0.005 lower.
     """
 
     table_l2: float
@@ -99,7 +113,7 @@ TRAINING_SETTINGS: dict[Name, TrainingSettings] = {  # selected by validation AU
 
 
 class DataMissing(Exception):
-    """The data folder is missing."""
+    """The folder of the data sets does not exist or is not configured."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +133,14 @@ def data_folder(option: Path | None) -> Path:
     Raises:
         DataMissing: the folder does not exist, or neither is set.
     """
-    root = os.environ.get(VARIABLE)
+    root = os.environ.get(DATA_VARIABLE)
     folder = option or (Path(root) if root else None)
     if folder is None or not folder.is_dir():
         raise DataMissing(
             f"Expected a folder with the click data, got "
-            f"{folder or f'neither --data nor {VARIABLE}'}. Put NFM's public Frappe files into "
-            f"'frappe' and MovieLens tags into 'movielenslatest-x1-test' in one folder, and pass "
-            f"that folder with --data."
+            f"{folder or f'neither --data nor {DATA_VARIABLE}'}. Put NFM's public Frappe files "
+            f"into 'frappe' and MovieLens tags into 'movielenslatest-x1-test' in one folder, and "
+            f"pass that folder with --data."
         )
     return folder
 
@@ -190,7 +204,10 @@ def signature(rows: dict[str, int]) -> Signature:
 def prepare_splits(
     name: Name, folder: Path, cache: Path
 ) -> tuple[dict[Part, Split], dict[str, int]]:
-    """Return the prepared splits, and the table rows of each field; the first call writes them."""
+    """Return the splits as tensor files, and the number of table rows of each field.
+
+    The first call reads the data set and writes the files to ``cache``.
+    """
     description = cache / name / "data.json"
     if not description.is_file():
         parts, rows = read(name, folder)
@@ -207,7 +224,7 @@ def prepare_splits(
 
 
 def save_split(tensors: dict[str, Tensor], folder: Path) -> Split:
-    """Write tensors to a folder as a prepared split."""
+    """Write inputs and labels to the file of a split, as ``Bench`` expects it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "data.safetensors")
     digest = hashlib.sha256((folder / "data.safetensors").read_bytes()).hexdigest()
@@ -215,7 +232,7 @@ def save_split(tensors: dict[str, Tensor], folder: Path) -> Split:
 
 
 def load_split(split: Split) -> tuple[dict[str, Tensor], Tensor]:
-    """Load the inputs, by name, and the labels of a prepared split."""
+    """Load the inputs, by name, and the labels of a split."""
     inputs = load_file(Path(split.path) / "data.safetensors")
     label = inputs.pop("@label")
     return inputs, label
@@ -333,7 +350,7 @@ def default_cache() -> Path:
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks on these models share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data", type=Path, help=f"folder of the data sets (or {VARIABLE})")
+    parser.add_argument("--data", type=Path, help=f"folder of the data sets (or {DATA_VARIABLE})")
     parser.add_argument("--cache", type=Path, help="folder of the trained networks")
     parser.add_argument("--seeds", type=int, default=5, help="number of networks per data set")
     parser.add_argument("--only", choices=get_args(Name), help="run this data set only")
@@ -341,10 +358,10 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def interval(values: list[float]) -> float:
-    """Return half the width of the 95 % interval of the mean (Student's t)."""
+def interval_half_width(values: list[float]) -> float:
+    """Return half the width of the 95 % interval of the mean (Student's t); 0 for one value."""
     count = len(values)
-    return float(student.ppf(0.975, count - 1)) * stdev(values) / count**0.5 if count > 1 else 0.0
+    return float(student_t.ppf(0.975, count - 1)) * stdev(values) / count**0.5 if count > 1 else 0.0
 
 
 def main() -> None:
@@ -366,7 +383,7 @@ def main() -> None:
             for part in ("validation", "test"):
                 aucs[part].append(auc(model.module, splits[part]))
             print(name, seed, *(f"{v[-1]:.5f}" for v in aucs.values()), file=sys.stderr, flush=True)
-        cells = [f"{mean(v):.5f} ± {interval(v):.5f}" for v in aucs.values()]
+        cells = [f"{mean(v):.5f} ± {interval_half_width(v):.5f}" for v in aucs.values()]
         print(f"| {name} | {args.seeds} | {' | '.join(cells)} |", flush=True)
 
 

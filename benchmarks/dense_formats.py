@@ -1,9 +1,9 @@
-"""How much AUC do few bits, 8-bit floats and 2:4 sparsity in dense layers cost a click model?
+"""How much AUC does a click model lose if its dense layers have few bits or 2:4 sparsity?
 
 Each step runs on the tuned networks of ``benchmarks/ctr.py`` with several seeds, without any
-training. The loss is the network's AUC minus the AUC of the compressed network, as mean and
-Student's t 95 % interval over seeds. Bytes are the stored bytes of all dense layers, including
-scales, biases and padding, as a share of float32. Tables stay in float32.
+training. The loss is the network's AUC minus the AUC of the compressed network, as mean over seeds
+± half the width of its 95 % interval (Student's t). Bytes are the stored bytes of all dense layers,
+including scales, biases and padding, as a share of float32. Tables stay in float32.
 
     python -m benchmarks.dense_formats --only frappe --seeds 5
 """
@@ -25,7 +25,7 @@ from benchmarks.ctr import (
     auc,
     data_folder,
     default_cache,
-    interval,
+    interval_half_width,
     load_baseline,
     prepare_splits,
 )
@@ -37,7 +37,7 @@ from compressors.core.units import Unit
 
 STEP = TypeAdapter(AnyStep)
 GPTQ = {"kind": "weight_int4", "rounding": "gptq"}
-LINES: list[tuple[str, dict[str, Any]]] = [
+LABELED_STEPS: list[tuple[str, dict[str, Any]]] = [
     ("float16", {"kind": "float16", "tables": ()}),
     ("static_int8", {"kind": "static_int8"}),
     ("weight_int8", {"kind": "weight_int8"}),
@@ -46,10 +46,10 @@ LINES: list[tuple[str, dict[str, Any]]] = [
     ("weight_int4, blocks of 32, min_max", {"kind": "weight_int4", "clipping": "min_max"}),
     ("weight_int4, blocks of 32, GPTQ", GPTQ),
     ("weight_int4, blocks of 32, GPTQ, int8 inputs", {**GPTQ, "activations": "int8"}),
-    ("weight_int4, rows", {"kind": "weight_int4", "block": 0}),
-    ("weight_int4, rows, GPTQ", {**GPTQ, "block": 0}),
+    ("weight_int4, one block per row", {"kind": "weight_int4", "block": 0}),
+    ("weight_int4, one block per row, GPTQ", {**GPTQ, "block": 0}),
     ("float8_dense", {"kind": "float8_dense"}),
-    ("float8_dense, a scale a layer", {"kind": "float8_dense", "scales": "layer"}),
+    ("float8_dense, one scale per layer", {"kind": "float8_dense", "scales": "layer"}),
     (
         "2:4 by magnitude",
         {"kind": "sparse_2_4", "reconstruct": False},
@@ -69,11 +69,16 @@ def dense_bytes(model: Model) -> int:
 
 
 def measure(model: Model, bench: Bench, splits: Sequence[Split]) -> dict[str, list[float]]:
-    """Return by line the share of bytes after compression, and the loss of AUC on each split."""
+    """Run every step on one network.
+
+    Returns:
+        By label of the step, the bytes of dense layers as a share of the original's, then the loss
+        of AUC on each split.
+    """
     bench = bench.model_copy(update={"calibration": bench.train})
     before = [auc(model.module, split) for split in splits]
     results = {}
-    for label, step in LINES:
+    for label, step in LABELED_STEPS:
         with tempfile.TemporaryDirectory() as scratch:
             compressed = run(STEP.validate_python(step), model, bench, Path(scratch))
             after = [auc(compressed.module, split) for split in splits]
@@ -103,12 +108,12 @@ def main() -> None:
             )
             for seed in range(args.seeds)
         ]
-        for label, _ in LINES:
+        for label, _ in LABELED_STEPS:
             values = [result[label] for result in results]
             cells = [f"{mean(value[0] for value in values):.1%}"]
             for column in (1, 2):
                 losses = [value[column] for value in values]
-                cells.append(f"{mean(losses):.5f} ± {interval(losses):.5f}")
+                cells.append(f"{mean(losses):.5f} ± {interval_half_width(losses):.5f}")
             print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
 

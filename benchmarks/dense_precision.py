@@ -2,7 +2,8 @@
 
 Each step runs on the tuned click models of ``benchmarks/ctr.py``, with float32 tables. The change
 of AUC is printed for validation rows, with which the settings were selected, and for test rows, as
-mean over seeds with Student's t 95 % interval. Calibration uses the first 4,096 training rows.
+mean over seeds ± half the width of its 95 % interval (Student's t). Calibration uses the first
+4,096 training rows.
 
     python -m benchmarks.dense_precision --data FOLDER --only frappe
 """
@@ -24,7 +25,7 @@ from benchmarks.ctr import (
     auc,
     data_folder,
     default_cache,
-    interval,
+    interval_half_width,
     load_baseline,
     prepare_splits,
 )
@@ -91,7 +92,8 @@ def main() -> None:
                             print(f"  {line.module}: {line.reason}", file=sys.stderr)
         for step in selected:
             cells = [
-                f"{mean(results[step, p]):+.6f} ± {interval(results[step, p]):.6f}" for p in parts
+                f"{mean(results[step, p]):+.6f} ± {interval_half_width(results[step, p]):.6f}"
+                for p in parts
             ]
             cells.append(f"{mean(results[step, 'seconds']):.0f}")
             print(f"| {name} | {step} | {' | '.join(cells)} |", flush=True)

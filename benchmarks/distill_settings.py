@@ -1,8 +1,8 @@
 """How much of the quality lost to pruning does distillation recover, by its settings?
 
-Prunes the channels of the demo's model and distills it. Prints the validation AUC of the best epoch
-as mean over four seeds of the row order. The same rows select the epoch and report its AUC, so
-compare the lines only with each other.
+Prunes the channels of the demo's model, then trains it with ``distill``. Prints the validation AUC
+of the best epoch as mean over four seeds of the row order. The best epoch is selected by the same
+validation rows, so its AUC is too high: compare the lines only with each other.
 
     recpress demo && python -m benchmarks.distill_settings
 """
@@ -30,12 +30,14 @@ from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
 
-KEEP, SHARES, RATES = (0.5, 0.25), (0.5, 1.0), (1e-3, 3e-3)
+KEPT_SHARES = (0.5, 0.25)  # of the channels
+SOFT_SHARES = (0.5, 1.0)  # weight of the soft labels in the loss; labels get the rest
+LEARNING_RATES = (1e-3, 3e-3)
 SEEDS = 4
 PATIENCE = 3
 
 
-def auc_of(module: nn.Module, bench: Bench) -> float:
+def evaluate_auc(module: nn.Module, bench: Bench) -> float:
     """Return the AUC of a network on the validation rows."""
     assert bench.validation is not None
     rows = list(batches(bench.validation, bench.signature, 8192))
@@ -56,21 +58,23 @@ def main() -> None:
     splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
     splits["soft_labels"] = split_of(soft, rows["train"])
     bench = bench_of(loaded.manifest, splits, bundle, 0)
-    print(f"as trained: {auc_of(loaded.model.module, bench):.5f}")
-    print("| keep | soft share | rate | schedule | before training | after |")
+    print(f"as trained: {evaluate_auc(loaded.model.module, bench):.5f}")
+    print("| keep | soft share | learning rate | schedule | before training | after |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        for keep in KEEP:
+        for keep in KEPT_SHARES:
             pruned = run(Channels(keep=keep), loaded.model, bench, Path(scratch) / f"{keep}")
-            before = auc_of(pruned.module, bench)
-            for share, rate, schedule in product(SHARES, RATES, ("plateau", "cosine")):
+            before = evaluate_auc(pruned.module, bench)
+            for share, rate, schedule in product(
+                SOFT_SHARES, LEARNING_RATES, ("plateau", "cosine")
+            ):
                 training = Training(learning_rate=rate, schedule=schedule, patience=PATIENCE)
                 step = Distill(soft_share=share, training=training)
                 aucs = []
                 for seed in range(SEEDS):
                     seeded = bench.model_copy(update={"seed": seed})
                     folder = Path(scratch) / f"{keep}-{share}-{rate}-{schedule}-{seed}"
-                    aucs.append(auc_of(run(step, pruned, seeded, folder).module, bench))
+                    aucs.append(evaluate_auc(run(step, pruned, seeded, folder).module, bench))
                 print(
                     f"| {keep} | {share} | {rate:g} | {schedule} | {before:.5f} | "
                     f"{mean(aucs):.5f} |",

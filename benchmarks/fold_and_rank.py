@@ -1,9 +1,13 @@
 """How do folding, equalization and low rank change AUC, bytes and operators of dense layers?
 
-Each recipe runs on trained click models, without further training. Prints the change of AUC on test
-rows, as mean over seeds with its 95 % interval; the bytes of dense layers and norms as a share of
-float32; and the operators of the graph that ONNX Runtime runs. After ``low_rank_dense``, a number
-is the rank as a share of the full rank, and "within" limits the relative squared error instead.
+Each recipe runs on trained click models, without further training. Prints
+
+- the change of AUC on test rows, as mean over seeds ± half the width of its 95 % interval;
+- the bytes of dense layers and norms, as a share of float32;
+- the operators of the graph that ONNX Runtime runs.
+
+In a label, the number after ``low_rank_dense`` is the rank as a share of the full rank; "within"
+means that the number is a bound on the relative squared error instead.
 
     python -m benchmarks.ctr --only frappe --data DATA
     python -m benchmarks.fold_and_rank --only frappe --data DATA
@@ -25,7 +29,7 @@ from benchmarks.ctr import (
     auc,
     data_folder,
     default_cache,
-    interval,
+    interval_half_width,
     load_baseline,
     prepare_splits,
 )
@@ -71,14 +75,14 @@ RECIPES: dict[str, tuple[Step, ...]] = {
 }
 
 
-def dense_share(model: Model) -> float:
+def dense_bytes_share(model: Model) -> float:
     """Return the bytes of dense layers and norms, as a share of the bytes before compression."""
     lines = [line for line in (model.plan or Plan()).lines if line.role != "table"]
     return sum(line.bytes_after for line in lines) / sum(line.bytes_before for line in lines)
 
 
-def operators(model: Model, bench: Bench, folder: Path) -> str:
-    """Count the matrix products and norms in the graph that ONNX Runtime optimized."""
+def count_operators(model: Model, bench: Bench, folder: Path) -> str:
+    """Return the number of matrix products and norms in ONNX Runtime's optimized graph, as text."""
     (graph,) = served_graphs(bench.signature)
     path = folder / "model.onnx"
     lower(model.module, graph, "onnxruntime", path)
@@ -88,32 +92,38 @@ def operators(model: Model, bench: Bench, folder: Path) -> str:
 
 
 @dataclass
-class Line:
-    """Results of one recipe, one number per seed."""
+class RecipeResults:
+    """Results of one recipe.
+
+    Attributes:
+        changes: changes of AUC, one per seed.
+        shares: bytes of dense layers and norms as shares of float32, one per seed.
+        operators: numbers of operators in the optimized graph, as text.
+    """
 
     changes: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     operators: str = ""
 
 
-def measure(model: Model, bench: Bench, test: Split, lines: dict[str, Line]) -> None:
-    """Run every recipe on one network and append its results to ``lines``.
+def measure(model: Model, bench: Bench, test: Split, results: dict[str, RecipeResults]) -> None:
+    """Run every recipe on one network and append its results to ``results``, by label.
 
-    Results of steps with which several recipes start are reused.
+    Steps with which several recipes start are run only once.
     """
     before = auc(model.module, test)
-    results: dict[tuple[Step, ...], Model] = {(): model}
+    models: dict[tuple[Step, ...], Model] = {(): model}  # by the steps that have been applied
     with tempfile.TemporaryDirectory() as scratch:
         for label, steps in RECIPES.items():
             for count in range(1, len(steps) + 1):
                 previous, step = steps[: count - 1], steps[count - 1]
-                if steps[:count] not in results:
-                    folder = Path(scratch) / str(len(results))
-                    results[steps[:count]] = run(step, results[previous], bench, folder)
-            result, line = results[steps], lines.setdefault(label, Line())
+                if steps[:count] not in models:
+                    folder = Path(scratch) / str(len(models))
+                    models[steps[:count]] = run(step, models[previous], bench, folder)
+            result, line = models[steps], results.setdefault(label, RecipeResults())
             line.changes.append(auc(result.module, test) - before)
-            line.shares.append(dense_share(result))
-            line.operators = line.operators or operators(result, bench, Path(scratch))
+            line.shares.append(dense_bytes_share(result))
+            line.operators = line.operators or count_operators(result, bench, Path(scratch))
 
 
 def main() -> None:
@@ -127,17 +137,17 @@ def main() -> None:
         sys.exit(str(error))
     for name in [args.only] if args.only else get_args(Name):
         splits, _ = prepare_splits(name, folder, cache)
-        lines: dict[str, Line] = {}
+        results: dict[str, RecipeResults] = {}
         for seed in range(args.seeds):
             model, bench = load_baseline(name, seed, folder, cache)
             bench = bench.model_copy(update={"calibration": bench.train})
-            measure(model, bench, splits["test"], lines)
+            measure(model, bench, splits["test"], results)
         print(f"{name}, {args.seeds} seeds")
         print("| steps | change of AUC | bytes of dense layers and norms | operators |")
         print("|---|---|---|---|")
-        for label, line in lines.items():
+        for label, line in results.items():
             mean, share = (sum(values) / args.seeds for values in (line.changes, line.shares))
-            change = f"{mean:+.5f} ± {interval(line.changes):.5f}"
+            change = f"{mean:+.5f} ± {interval_half_width(line.changes):.5f}"
             print(f"| {label} | {change} | {share:.1%} | {line.operators} |")
 
 

@@ -1,11 +1,17 @@
 """Which graph of a 4-bit table lookup is fastest in ONNX Runtime?
 
-Compared are an fp32 Gather; int8 rows with Gather, Cast and Mul (ours); 4-bit rows with ONNX
-Runtime's operator GatherBlockQuantized; and 4-bit rows in our planar layout. In this layout, the
-low halves of a row's bytes are the codes of the first columns and the high halves those of the last
-columns, so that two bitwise operators and one concatenation unpack a row. Each graph is first
-checked against the decoded weights; then all four are timed interleaved in one process on one
-thread.
+Four graphs are compared:
+
+- a Gather of float32 rows;
+- int8 rows with Gather, Cast and Mul, as recpress exports them;
+- 4-bit rows with ONNX Runtime's operator GatherBlockQuantized;
+- 4-bit rows in the planar layout of recpress: the low halves of a row's bytes are the codes of the
+  first columns, and the high halves those of the last columns. Two bitwise operators and one
+  concatenation therefore unpack a row.
+
+Each graph is first checked against the decoded weights. Then all four are timed in turn in one
+process on one thread, so that other load affects all of them. Labels with "ours" are exported by
+recpress.
 
     python benchmarks/int4_lookup.py
 """
@@ -32,12 +38,12 @@ from infra.onnxruntime.sessions import OnnxRuntime, Session
 from infra.timing import interleaved_ms, machine
 
 FIELDS = 10  # lookups per row of a batch
-SMALLEST_BLOCK = 16  # smallest block size of GatherBlockQuantized
+SMALLEST_BLOCK = 16  # smallest block size that GatherBlockQuantized accepts
 OPSET = 21
 
 
 def export(module: nn.Module, path: Path) -> Path:
-    """Export a lookup with our translations: ids ``(batch, fields)`` to table rows."""
+    """Export a table for ONNX Runtime, as recpress does: ids ``(batch, fields)`` to table rows."""
     program = torch.onnx.export(
         module.eval(),
         (torch.zeros(3, FIELDS, dtype=torch.int64),),
@@ -96,7 +102,7 @@ def write_graphs(rows: int, dim: int, folder: Path) -> dict[str, tuple[Path, Ten
     codes4 = (bitpacking.unpack(int4.codes, dim, 4).to(torch.int8) - 8, int4.scale)
     writers: dict[str, tuple[Callable[[Path], Path], Tensor]] = {
         "fp32 Gather": (lambda path: export(plain, path), weight),
-        "int8 Gather-Cast-Mul": (lambda path: export(int8, path), decoded8),
+        "int8 Gather-Cast-Mul (ours)": (lambda path: export(int8, path), decoded8),
         "int4 GatherBlockQuantized": (lambda p: write_block_quantized(*codes4, p), decoded4),
         "int4 planar (ours)": (lambda path: export(int4, path), decoded4),
     }
@@ -107,7 +113,11 @@ def write_graphs(rows: int, dim: int, folder: Path) -> dict[str, tuple[Path, Ten
 
 
 def measure(rows: int, dim: int, batches: list[int], rounds: int) -> None:
-    """Print microseconds per call, and the ratio to GatherBlockQuantized, for one width."""
+    """Print microseconds per call, and the ratio to GatherBlockQuantized, for tables of one width.
+
+    Raises:
+        AssertionError: the output of a graph differs from the decoded weights.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         graphs = write_graphs(rows, dim, Path(scratch))
         sessions = {name: Session(path, threads=1) for name, (path, _) in graphs.items()}

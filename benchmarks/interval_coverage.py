@@ -1,11 +1,13 @@
 """How often does a 95 % interval contain the true value when rows belong to users?
 
 Simulates test sets whose users have 1 to 200 rows (log-uniform: most users have few rows, a few
-users have most of the rows). Users differ in their click rate, in how well the baseline fits them
-and in how much the candidate changes their scores. For each number of users, prints the share of
-test sets in which the interval of `intervals.estimate_pair` contains the true value, for the
-baseline's metric and for the difference between candidate and baseline. The row bootstrap, which
-ignores users, is printed for comparison.
+users have most of the rows). Users differ in their click rate, in how well the baseline model fits
+them, and in how much the compressed model changes their scores.
+
+For each number of users, prints the share of test sets in which the interval of
+``intervals.estimate_pair`` contains the true value, for the metric of the baseline ("value") and
+for the difference between both models. For comparison, also prints it for the row bootstrap, which
+ignores users.
 
     python -m benchmarks.interval_coverage --runs 4000
 """
@@ -23,14 +25,21 @@ from compressors.metrics.intervals import estimate_pair
 
 METRICS = ("auc", "logloss", "normalized_entropy")
 USERS = (30, 100, 500)
-MAX_ROWS = 200
-TRUTH_BATCHES, TRUTH_ROWS = 4, 1_000_000
+MAX_ROWS = 200  # of a user
+POPULATION_BATCHES, POPULATION_BATCH_ROWS = 4, 1_000_000  # for the true values
 
 Floats = NDArray[np.float64]
 
 
 class TestSet(NamedTuple):
-    """One simulated test set: a label, two probabilities and a user per row."""
+    """One simulated test set, with one entry per row.
+
+    Attributes:
+        label: whether the row is a click.
+        baseline: the click probability that the baseline predicts.
+        candidate: the click probability that the compressed model predicts.
+        user: index of the user.
+    """
 
     label: NDArray[np.bool_]
     baseline: Floats
@@ -39,23 +48,28 @@ class TestSet(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """Share of runs, in [0, 1], whose interval contains the true value."""
+    """Share of test sets, in [0, 1], whose interval contains the true value."""
 
     baseline: float
     difference: float
 
 
 def simulate(random: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
-    """Draw a test set with ``sizes[u]`` rows for user ``u``."""
+    """Draw a test set with ``sizes[u]`` rows for user ``u``.
+
+    Clicks depend on an effect of the user and on a feature of the row. The baseline's logit
+    contains both, with an error for each user and each row. The compressed model adds a shift for
+    each user and a rounding error for each row.
+    """
     users = sizes.size
     user = np.repeat(np.arange(users), sizes)
-    taste, misfit, shift = random.normal(size=(3, users))
-    feature, noise, rounding = random.normal(size=(3, user.size))
-    chance = _sigmoid(-1 + 0.8 * taste[user] + feature)
-    label = random.random(user.size) < chance
-    logit = -1 + 0.8 * feature + (0.4 * taste + 0.4 * misfit)[user] + 0.3 * noise
-    changed = logit + 0.25 * shift[user] + 0.25 * rounding
-    return TestSet(label, _sigmoid(logit), _sigmoid(changed), user)
+    user_effect, user_error, user_shift = random.normal(size=(3, users))
+    feature, row_error, rounding = random.normal(size=(3, user.size))
+    probability = _sigmoid(-1 + 0.8 * user_effect[user] + feature)
+    label = random.random(user.size) < probability
+    baseline = -1 + 0.8 * feature + (0.4 * user_effect + 0.4 * user_error)[user] + 0.3 * row_error
+    candidate = baseline + 0.25 * user_shift[user] + 0.25 * rounding
+    return TestSet(label, _sigmoid(baseline), _sigmoid(candidate), user)
 
 
 def heavy_tailed_sizes(random: np.random.Generator, users: int) -> NDArray[np.intp]:
@@ -65,23 +79,25 @@ def heavy_tailed_sizes(random: np.random.Generator, users: int) -> NDArray[np.in
 
 
 @cache
-def truth() -> dict[str, tuple[float, float]]:
-    """Estimate the true baseline metric and difference from 4 million users with one row each.
+def true_values() -> dict[str, tuple[float, float]]:
+    """Estimate the true values from 4 million users with one row each.
 
-    With one row per user there are no pairs of rows of one user, which in a large population are a
-    vanishing share of all pairs. The standard errors (below 0.0003) are much smaller than every
-    interval.
+    The AUC of a large population hardly depends on pairs of rows of the same user, so one row per
+    user is enough. The standard errors (below 0.0003) are much smaller than every interval.
+
+    Returns:
+        By metric, its value for the baseline, and the difference between both models.
     """
     random = np.random.default_rng(0)
-    single = np.ones(TRUTH_ROWS, dtype=np.intp)
+    one_row_per_user = np.ones(POPULATION_BATCH_ROWS, dtype=np.intp)
     measure = {
         "auc": point_estimates.auc,
         "logloss": point_estimates.logloss,
         "normalized_entropy": point_estimates.normalized_entropy,
     }
     values: dict[str, list[tuple[float, float]]] = {metric: [] for metric in METRICS}
-    for _ in range(TRUTH_BATCHES):
-        rows = simulate(random, single)
+    for _ in range(POPULATION_BATCHES):
+        rows = simulate(random, one_row_per_user)
         for metric in METRICS:
             before = measure[metric](rows.label, rows.baseline)
             after = measure[metric](rows.label, rows.candidate)
@@ -112,7 +128,7 @@ def coverage(
                 metric, rows.label, rows.baseline, rows.candidate, group, samples=300
             )
             for column, (estimate, value) in enumerate(
-                zip((intervals.baseline, intervals.difference), truth()[metric], strict=True)
+                zip((intervals.baseline, intervals.difference), true_values()[metric], strict=True)
             ):
                 hits[metric][column] += estimate.low <= value <= estimate.high
     return {metric: Coverage(*(count / runs).tolist()) for metric, count in hits.items()}

@@ -1,9 +1,10 @@
 """How well does ``recpress explain`` estimate the peak memory of a run?
 
 Packs and compresses click and retrieval models of several sizes, each in a separate process. A
-thread samples the resident set of that process. Prints its peak, the peak of its anonymous part
-(memory that is not mapped from files) and the stage of the peak, next to the estimate that was made
-before the run. ``tasks/orchestration/memory_estimate.py`` takes its factors from these results.
+thread of that process samples the size of its resident set. Prints the peak, the peak of the
+anonymous part (memory that is not mapped from files) and the stage of the peak, next to the
+estimate that was made before the run. The factors in ``tasks/orchestration/memory_estimate.py``
+were chosen by these results.
 
     python -m benchmarks.peak_memory [--case NAME ...]
 """
@@ -32,7 +33,7 @@ KIB, MIB = 1024, 2**20
 
 
 class Case(NamedTuple):
-    """A model and how it is compressed."""
+    """The sizes of a model and of its data, and how it is compressed."""
 
     rows: int
     """Rows of the table, each of 64 float32 numbers; a retrieval model has two such tables."""
@@ -210,14 +211,14 @@ def _write_retrieval_data(folder: Path, case: Case) -> dict[str, object]:
 
 
 class Sampler(logging.Handler):
-    """Records the peak of this process's resident set, and the stage in which it occurs.
+    """Measures the peak of this process's resident set, and the stage in which it occurs.
 
-    As a logging handler, it reads the current stage from the messages of the order's progress.
+    It is a logging handler because the order's progress logs the name of each stage that starts.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.peak = self.anonymous = self.most_anonymous = 0
+        self.peak = self.anonymous = self.most_anonymous = 0  # bytes; anonymous at the peak
         self.moment = self._stage = "before the first stage"
         self.stages: dict[str, int] = {}
         self._ended = threading.Event()
@@ -308,7 +309,7 @@ def measure(case: Case) -> dict[str, object]:
 def main() -> None:
     """Print a Markdown table with one line per case."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)  # run one case here
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--json", type=Path, help="Also write every measurement to this file.")
     args = parser.parse_args()

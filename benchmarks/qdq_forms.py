@@ -1,11 +1,13 @@
 """Which Q/DQ graphs does ONNX Runtime compute in int8, and how fast?
 
 Q/DQ graphs express int8 layers by pairs of QuantizeLinear and DequantizeLinear, which a runtime may
-fuse with the product between them. There are two networks: a chain of two layers with a Relu
-between them, and two layers with the same input. Each is written in float32 and in several
-equivalent Q/DQ forms. The column "int8" counts the products that ONNX Runtime's optimized graph
-computes in int8; the next column is whether the audit of ``compressors/lower/audit.py`` accepts it.
-All forms of a network are timed interleaved in one process on one thread.
+fuse with the product between them. There are two networks: "chain" has two layers with a Relu
+between them, "shared" has two layers with the same input. Each is written in float32 and in several
+equivalent Q/DQ forms.
+
+The column "int8" is the number of products that ONNX Runtime's optimized graph computes in int8.
+The column "audit" is whether ``compressors/lower/audit.py`` accepts that graph. All forms of a
+network are timed in turn in one process on one thread. "ours" is the form that recpress exports.
 
     python benchmarks/qdq_forms.py
 """
@@ -35,7 +37,7 @@ OPSET = 21
 class Form:
     """How the layers of a network are written as ONNX operators.
 
-    Args:
+    Attributes:
         name: label of the printed line.
         zero: zero point of the quantized inputs; None writes the layers in float32.
         relu: the operator of a ReLU: ``Relu``; ``Max`` with 0; or ``Clip`` of the quantized codes
@@ -153,7 +155,7 @@ def shared(builder: GraphBuilder) -> str:
 
 
 def audit_verdict(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
-    """Return the number of products that run in int8, and whether the audit passed."""
+    """Return the number of products that run in int8, and whether the audit accepts the graph."""
     fused = sum(node.op_type in INT8_PRODUCTS for node in graph.node)
     if form.zero is None:
         return fused, "-"
@@ -169,7 +171,7 @@ def audit_verdict(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
         audit(graph, Plan(lines=(line, line)), ())
     except AuditFailed:
         return fused, "refused"
-    return fused, "passed"
+    return fused, "accepted"
 
 
 def measure(
@@ -215,7 +217,7 @@ def main() -> None:
     print(f"layers of {args.width} x {args.width}, median of {args.rounds} interleaved calls")
     print(
         f"{'network':7s} {'batch':>6s}  {'form':34s} {'int8':>4s}  {'audit':8s}{'median':>12s} "
-        f"{'to fp32':>8s}"
+        f"{'/ fp32':>8s}"
     )
     measure("chain", chain, CHAIN, args)
     measure("shared", shared, SHARED, args)

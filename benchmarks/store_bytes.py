@@ -1,8 +1,9 @@
 """How many bytes does an order add to the store?
 
-Packs a click model with one large table, runs an order, and sums the files that the order added:
-each file once, however many links it has. Prints the sum next to the size of the compressed bundle
-and of the served files, and with ``--files`` every added file of 1 MB or more.
+Packs a click model with one large table, runs an order, and adds up the sizes of the files that the
+order added to the store ("growth"). A file with several hard links counts once. Prints the sum next
+to the size of the compressed bundle and of the served files, and with ``--files`` every added file
+of 1 MB or more.
 
     python -m benchmarks.store_bytes [--rows N ...] [--preset NAME] [--files]
 """
@@ -21,17 +22,17 @@ MEGABYTE = 10**6
 LIMIT = "auc vs baseline >= -0.4"
 
 
-def files_of(store: Path) -> dict[int, tuple[int, str]]:
-    """Return size and path of every file, by inode."""
+def list_files(store: Path) -> dict[int, tuple[int, str]]:
+    """Return the size and one path of every file, by inode."""
     files: dict[int, tuple[int, str]] = {}
-    # In reverse order, the path of a file that has several links is the one in an artifact.
+    # In reverse order, a file with several links is listed with its path in an artifact.
     for path in sorted(store.rglob("*"), reverse=True):
         if path.is_file():
             files.setdefault(path.stat().st_ino, (path.stat().st_size, str(path)))
     return files
 
 
-def recpress(environment: dict[str, str], *arguments: str) -> str:
+def run_recpress(environment: dict[str, str], *arguments: str) -> str:
     """Run a command of recpress and return its output."""
     command = [sys.executable, "-m", "flows.cli.app", *arguments]
     return subprocess.run(
@@ -40,7 +41,11 @@ def recpress(environment: dict[str, str], *arguments: str) -> str:
 
 
 def measure(rows: int, preset: str, *, shows_files: bool) -> str:
-    """Pack and compress a model whose table has ``rows`` rows; return the cells of its line."""
+    """Pack and compress a model whose table has ``rows`` rows.
+
+    Returns:
+        The cells of a line of the printed table, joined by ``|``.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "recpress"
         write(Path(scratch) / "draft", Case(rows, 32, 20_000, preset))
@@ -50,14 +55,14 @@ def measure(rows: int, preset: str, *, shows_files: bool) -> str:
             "PREFECT_HOME": f"{scratch}/prefect",
             "RECPRESS_ALLOWED_MODULES": "benchmarks",
         }
-        recpress(environment, "bundle", "pack", f"{scratch}/draft")
-        before = files_of(home / "store")
-        output = recpress(
+        run_recpress(environment, "bundle", "pack", f"{scratch}/draft")
+        before = list_files(home / "store")
+        output = run_recpress(
             environment, "compress", "large@1", "--preset", preset, "--limit", LIMIT, "--json"
         )
         report = json.loads(output)["report"]
         added = {
-            inode: file for inode, file in files_of(home / "store").items() if inode not in before
+            inode: file for inode, file in list_files(home / "store").items() if inode not in before
         }
     if shows_files:
         for size, path in sorted(added.values(), reverse=True):

@@ -1,17 +1,20 @@
-"""Compare ``channels`` with Torch-Pruning at half of the dense multiply-adds.
+"""How much AUC do ``channels`` and Torch-Pruning lose with half of the dense multiply-adds?
 
-Model: the Frappe DCN-v2 of ``benchmarks/ctr.py``, 5 seeds. Every candidate keeps at most half of
-the multiply-adds of all dense layers, with widths that are multiples of 8. It is then trained for
-the same epochs on the same rows at the same rate with frozen tables; the epoch with the best
+The model is the Frappe DCN-v2 of ``benchmarks/ctr.py``, with 5 seeds. A candidate is a pruning
+method with its settings. Every candidate keeps at most half of the multiply-adds of all dense
+layers, with widths that are multiples of 8. The pruned network is then trained for the same number
+of epochs on the same rows, with the same learning rate and frozen tables; the epoch with the best
 validation AUC is kept.
 
-Torch-Pruning gets settings that work for this model: it ignores the head, the cross layers (their
+Torch-Pruning has settings that work for this model: it ignores the head, the cross layers (their
 width is fixed by their input) and the tables. Its candidates are two importances (group L2,
 Taylor), each global and per layer. ``channels`` also has four candidates, each of which refits the
-consuming layers by least squares. For each of the two libraries, validation AUC after training
-selects one candidate on the first seed; the other seeds use the same candidates. Test rows are read
-once, for the printed table. ``channels`` is printed with and without soft labels of the original
-model in the training after pruning; the number of epochs is the same.
+consuming layers by least squares. For each of the two libraries, the validation AUC after training
+selects one candidate on the first seed; the other seeds use the same candidates.
+
+The second printed table has the loss of AUC on test rows, as mean over seeds ± half the width of
+its 95 % interval. ``channels`` is in this table twice: trained on the labels only, and on labels
+and soft labels of the original model.
 
     uv pip install 'recpress[bench]'
     python -m benchmarks.structured_pruning --seeds 5
@@ -36,7 +39,7 @@ from benchmarks.ctr import (
     auc,
     data_folder,
     default_cache,
-    interval,
+    interval_half_width,
     load_baseline,
     load_split,
     prepare_splits,
@@ -53,8 +56,8 @@ from compressors.prune.dense.kept_shares import multiply_adds
 from compressors.task_kinds.loss import hard_loss, shuffled_batches
 from examples.dcnv2 import DCNv2
 
-SHARE = 0.5
-MULTIPLE = 8
+SHARE = 0.5  # of the original's multiply-adds
+MULTIPLE = 8  # of all widths
 ROWS = 16_384
 """Training rows for loss gradients, activation statistics and least-squares refits."""
 
@@ -71,7 +74,7 @@ class Candidate:
 def channels_candidate(
     importance: Importance, scope: str, *, reconstruct: bool = True
 ) -> Candidate:
-    """Return a candidate that prunes with ``channels`` to the target for multiply-adds."""
+    """Return a candidate that prunes with ``channels`` to a share ``SHARE`` of multiply-adds."""
     step = Channels.model_validate(
         {
             "importance": importance,
@@ -93,9 +96,9 @@ def channels_candidate(
 
 
 def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str) -> Candidate:
-    """Return a candidate that prunes with Torch-Pruning to the target for multiply-adds.
+    """Return a candidate that prunes with Torch-Pruning to a share ``SHARE`` of multiply-adds.
 
-    Bisection finds the smallest pruning ratio that meets the target.
+    Bisection finds the smallest pruning ratio with which the network has at most that share.
     """
 
     def prune_at(model: Model, bench: Bench, gradients: dict[str, Tensor], ratio: float) -> DCNv2:
@@ -111,10 +114,11 @@ def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str
             round_to=MULTIPLE,
             ignored_layers=[module.head, *module.cross, *module.tables.values()],
         )
-        for parameter, gradient in gradients.items():
+        for parameter, gradient in gradients.items():  # which the Taylor importance reads
             module.get_parameter(parameter).grad = gradient.clone()
         pruner.step()
         module.zero_grad(set_to_none=True)
+        # The head's first inputs are the cross layers' outputs, which must not be pruned.
         cross_weight = model.module.head.weight[:, : module.cross[0].in_features]
         assert torch.equal(module.head.weight[:, : cross_weight.shape[1]], cross_weight)
         return module
@@ -129,7 +133,10 @@ def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str
     def prune(model: Model, bench: Bench) -> Model:
         original = total_multiply_adds(model.module, bench)
         gradients = loss_gradients(model, bench) if name == "taylor" else {}
-        low, high = 0.0, 1.0  # pruning ratios: too small, large enough
+        low, high = (
+            0.0,
+            1.0,
+        )  # pruning ratios: the largest that is too small, the smallest that is not
         pruned = model.module
         for _ in range(9):
             ratio = (low + high) / 2
@@ -177,7 +184,7 @@ def total_multiply_adds(module: nn.Module, bench: Bench) -> float:
 
 
 def train_candidate(model: Model, bench: Bench, training: Training, soft_share: float) -> Model:
-    """Train a copy of the pruned network; the training is the same for all candidates."""
+    """Train a copy of a pruned network, with the same settings for all candidates."""
     loss = mixed_loss(bench, soft_share, 1.0, "benchmark")
     return train_model(replace(model, module=_copy_module(model)), bench, loss, training, ())
 
@@ -201,9 +208,9 @@ def select(
         aucs = {}
         for candidate in candidates:
             pruned = candidate.prune(model, bench)
-            tuned = train_candidate(pruned, bench, training, candidate.soft_share)
-            cached[candidate.name] = pruned, tuned
-            aucs[candidate.name] = auc(tuned.module, bench.validation)
+            trained = train_candidate(pruned, bench, training, candidate.soft_share)
+            cached[candidate.name] = pruned, trained
+            aucs[candidate.name] = auc(trained.module, bench.validation)
             share = total_multiply_adds(pruned.module, bench) / original
             print(
                 f"| {candidate.name} | {auc(pruned.module, bench.validation):.5f} | "
@@ -248,38 +255,38 @@ def main() -> None:
         best = {"ours": by_name[args.ours], "theirs": by_name[args.theirs]}
     else:
         best = select(model, bench, training, cached)
-    lines = {
+    methods = {
         "Torch-Pruning": best["theirs"],
         "random channels": RANDOM,
         "random channels, refitted": RANDOM_RECONSTRUCTED,
         "channels": best["ours"],
         "channels, half of the loss from soft labels": replace(best["ours"], soft_share=0.5),
     }
-    losses: dict[str, list[float]] = {name: [] for name in lines}
-    untrained_losses: dict[str, list[float]] = {name: [] for name in lines}
+    losses: dict[str, list[float]] = {name: [] for name in methods}
+    untrained_losses: dict[str, list[float]] = {name: [] for name in methods}
     for seed in range(args.seeds):
         model, bench = _load_baseline(seed, folder, cache)
         baseline_auc = auc(model.module, test)
         pruned_models: dict[str, Model] = {}
-        for name, candidate in lines.items():
+        for name, candidate in methods.items():
             if seed == 0 and candidate.soft_share == 0 and candidate.name in cached:
-                pruned, tuned = cached[candidate.name]
+                pruned, trained = cached[candidate.name]
             else:
                 pruned = pruned_models.get(candidate.name) or candidate.prune(model, bench)
-                tuned = train_candidate(pruned, bench, training, candidate.soft_share)
+                trained = train_candidate(pruned, bench, training, candidate.soft_share)
             pruned_models[candidate.name] = pruned
             assert total_multiply_adds(pruned.module, bench) <= SHARE * original
             untrained_losses[name].append(baseline_auc - auc(pruned.module, test))
-            losses[name].append(baseline_auc - auc(tuned.module, test))
+            losses[name].append(baseline_auc - auc(trained.module, test))
             print(seed, name, f"{losses[name][-1]:+.5f}", file=sys.stderr, flush=True)
     print()
     print(f"| loss of AUC on test rows, {args.seeds} seeds | candidate | pruned | trained |")
     print("|---|---|---|---|")
-    for name, candidate in lines.items():
-        spread = f" ± {interval(losses[name]):.5f}" if args.seeds > 1 else ""
+    for name, candidate in methods.items():
+        interval = f" ± {interval_half_width(losses[name]):.5f}" if args.seeds > 1 else ""
         print(
             f"| {name} | {candidate.name} | {mean(untrained_losses[name]):+.5f} | "
-            f"{mean(losses[name]):+.5f}{spread} |",
+            f"{mean(losses[name]):+.5f}{interval} |",
             flush=True,
         )
 

@@ -2,19 +2,25 @@
 
 The original is the DCN-v2 of ``benchmarks/ctr.py`` on Frappe, with a 400-400-400 perceptron
 parallel to its cross layers. The student has a perceptron of 256-256-256, which is 48 % of the
-multiplications ("products"). All variants train this student with the training settings of the
+multiplications of dense layers. All variants train this student with the training settings of the
 original, except dropout:
 
-- scratch: from random weights, on the labels only, like the original.
-- distilled: with ``distill`` and the loss of that name, on labels and soft labels. Tables start
-  with the weights of the original and are trained further.
-- distilled with traffic: the same, with additional unlabelled rows. Each is the request of a
-  training row with a randomly drawn app. A server scores many apps per request, and users see few
-  of them. With several teachers, these are the original and the originals of the next seeds.
+- ``scratch``: from random weights, on the labels only, like the original.
+- ``pointwise``, ``listwise`` or ``calibrated_listwise``: with the step ``distill`` and the
+  distillation loss of this name, on labels and soft labels. The student's tables start with the
+  weights of the original's tables and are trained further.
 
-List losses use one list per request: rows that differ only in the app. Validation rows of the first
-network select dropout and the weight of the soft labels (``--tune``), and the best epochs. Test
-rows are read only for the table. The seed determines the original, the student and the row order.
+The soft labels are the mean predictions of one or more teachers: the original and the originals of
+the next seeds. A variant may also train on unlabelled rows, the bench's split ``traffic``. Each of
+them is the request of a training row (all inputs except the app) with a randomly drawn app, since a
+server scores many apps per request, of which users see few. List losses use one list per request.
+
+Validation rows of the first seed select dropout and the weight of the soft labels (``--tune``).
+Validation rows also select the best epoch of every training. Test rows are used only for printed
+results. The seed determines the original, the student's initial weights and the row order.
+
+Printed are the mean over seeds ± half the width of its 95 % interval (Student's t), and the mean
+difference to the student trained from scratch with the same seed.
 
     python -m benchmarks.students --tune
     python -m benchmarks.students --seeds 5
@@ -45,7 +51,7 @@ from benchmarks.ctr import (
     auc,
     data_folder,
     default_cache,
-    interval,
+    interval_half_width,
     load_baseline,
     load_split,
     predict,
@@ -63,15 +69,15 @@ from compressors.distill.training.settings import Training
 from compressors.metrics import point_estimates
 
 NAME: Name = "frappe"
-ORIGINALS = 5
-HIDDEN = [256, 256, 256]
-SCRATCH = "scratch"
+ORIGINALS = 5  # trained networks, of seeds 0 to 4
+STUDENT_HIDDEN = [256, 256, 256]
+FROM_SCRATCH = "scratch"
 SETTINGS = TRAINING_SETTINGS[NAME]
-TRAFFIC_SEED = 7
+APP_SEED = 7  # of the random apps of unlabelled rows
 EVALUATED: tuple[Part, ...] = ("validation", "test")
 
 
-def dense_products(module: nn.Module) -> int:
+def count_multiplications(module: nn.Module) -> int:
     """Return the number of multiplications of all dense layers for one row."""
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
@@ -80,42 +86,42 @@ def dense_products(module: nn.Module) -> int:
 class Variant:
     """How a student is trained.
 
-    Args:
+    Attributes:
         name: the distillation loss, or ``scratch`` for training without soft labels.
-        dropout: dropout of the student.
-        share: weight of the soft labels in the loss.
+        dropout: dropout probability of the student.
+        soft_share: weight of the soft labels in the loss, in [0, 1]; the labels have the rest.
         teachers: number of originals whose mean predictions are the soft labels.
         traffic: number of unlabelled rows per labelled row.
     """
 
     name: str
     dropout: float
-    share: float = 0.0
+    soft_share: float = 0.0
     teachers: int = 1
     traffic: int = 0
 
     def cells(self) -> str:
-        """Format the settings as cells of a Markdown line."""
-        if self.name == SCRATCH:
+        """Format the settings as the cells of a line under ``SETTINGS_HEADER``."""
+        if self.name == FROM_SCRATCH:
             return f"{self.name} | | | {self.dropout} | "
-        rows = f"{self.traffic} a row" if self.traffic else ""
-        return f"{self.name} | {self.teachers} | {rows} | {self.dropout} | {self.share}"
+        rows = str(self.traffic) if self.traffic else ""
+        return f"{self.name} | {self.teachers} | {rows} | {self.dropout} | {self.soft_share}"
 
 
-HEAD = "student | teachers | traffic | dropout | soft share"
+SETTINGS_HEADER = "student | teachers | unlabelled rows per row | dropout | weight of soft labels"
 TUNED = (
-    *(Variant(SCRATCH, dropout) for dropout in (0.2, 0.3, 0.5)),
+    *(Variant(FROM_SCRATCH, dropout) for dropout in (0.2, 0.3, 0.5)),
     *(Variant("pointwise", dropout, 0.5) for dropout in (0.3, 0.5)),
     Variant("pointwise", 0.3, 0.7),
     Variant("pointwise", 0.3, 0.7, teachers=3),
     *(Variant("pointwise", 0.3, 0.7, count, 1) for count in (1, 3)),
     Variant("pointwise", 0.3, 0.7, teachers=3, traffic=3),
-    *(Variant("listwise", 0.3, share, teachers=3, traffic=1) for share in (0.1, 0.5)),
+    *(Variant("listwise", 0.3, weight, teachers=3, traffic=1) for weight in (0.1, 0.5)),
     Variant("calibrated_listwise", 0.3, 0.7, teachers=3, traffic=1),
 )
-# The best of each kind on validation rows.
+# The variants with the best validation AUC, by loss and number of teachers; scratch is first.
 VARIANTS = (
-    Variant(SCRATCH, 0.3),
+    Variant(FROM_SCRATCH, 0.3),
     Variant("pointwise", 0.5, 0.5),
     Variant("pointwise", 0.3, 0.7, teachers=3, traffic=3),
     Variant("listwise", 0.3, 0.1, teachers=3, traffic=1),
@@ -125,15 +131,21 @@ VARIANTS = (
 # --- training data ----------------------------------------------------------------------------
 
 
-def with_requests(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add ``@group``, the index of each row's request: all inputs except the app."""
+def add_request_groups(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add ``@group``, the index of each row's request, int64 ``(rows,)``.
+
+    Rows that differ only in the app belong to the same request.
+    """
     request = np.stack([ids.numpy() for name, ids in inputs.items() if name != "item"], axis=1)
     _, group = np.unique(request, axis=0, return_inverse=True)
     return {**inputs, "@group": torch.from_numpy(group.reshape(-1).copy())}
 
 
-def traffic_of(times: int, folder: Path, cache: Path) -> Split:
-    """Write unlabelled rows: every request of the training rows ``times`` times, random apps."""
+def write_traffic(times: int, folder: Path, cache: Path) -> Split:
+    """Write the split of unlabelled rows, unless it is in ``cache``, and return it.
+
+    It has the request of every training row ``times`` times, with randomly drawn apps.
+    """
     traffic_folder = cache / NAME / f"traffic-{times}"
     description = traffic_folder / "split.json"
     if description.is_file():
@@ -142,50 +154,54 @@ def traffic_of(times: int, folder: Path, cache: Path) -> Split:
     inputs, label = load_split(splits["train"])
     requests = {name: ids.repeat(times) for name, ids in inputs.items()}
     count = len(label) * times
-    apps = torch.Generator().manual_seed(TRAFFIC_SEED)
-    requests["item"] = torch.randint(rows["item"], (count,), generator=apps)
+    generator = torch.Generator().manual_seed(APP_SEED)
+    requests["item"] = torch.randint(rows["item"], (count,), generator=generator)
     labels = torch.full((count,), torch.nan)
-    split = save_split({**with_requests(requests), "@label": labels}, traffic_folder)
+    split = save_split({**add_request_groups(requests), "@label": labels}, traffic_folder)
     description.write_text(split.model_dump_json())
     return split
 
 
 def traffic_logits(seed: int, times: int, folder: Path, cache: Path) -> Tensor:
-    """Return the logits of one original on the traffic, float32 ``(rows,)``; cached."""
+    """Return one original's logits of the unlabelled rows, float32 ``(rows,)``; cached."""
     logits_folder = cache / NAME / f"seed{seed}" / f"traffic-{times}"
     if not logits_folder.is_dir():
-        inputs, _ = load_split(traffic_of(times, folder, cache))
+        inputs, _ = load_split(write_traffic(times, folder, cache))
         del inputs["@group"]
         model, _ = load_baseline(NAME, seed, folder, cache)
         save_split({"score": predict(model.module, inputs)}, logits_folder)
     return load_file(logits_folder / "data.safetensors")["score"]
 
 
-def bench_of(
-    variant: Variant, seed: int, folder: Path, cache: Path, scratch: Path
+def build_bench(
+    variant: Variant, seed: int, folder: Path, cache: Path, output_folder: Path
 ) -> tuple[Model, Bench]:
     """Return an original and the bench of its student.
 
-    Files that are not cached are written to ``scratch``.
+    Splits that are not in ``cache`` are written to ``output_folder``.
     """
     model, bench = load_baseline(NAME, seed, folder, cache)
     teachers = [(seed + step) % ORIGINALS for step in range(variant.teachers)]
     inputs, label = load_split(prepare_splits(NAME, folder, cache)[0]["train"])
-    splits = {"train": save_split({**with_requests(inputs), "@label": label}, scratch / "train")}
+    splits = {
+        "train": save_split(
+            {**add_request_groups(inputs), "@label": label}, output_folder / "train"
+        )
+    }
     soft = [load_baseline(NAME, teacher, folder, cache)[1].soft_labels for teacher in teachers]
     soft_scores = [
         load_file(Path(split.path) / "data.safetensors")["score"] for split in soft if split
     ]
     splits["soft_labels"] = save_split(
-        {"score": mean_predictions(soft_scores, "logit")}, scratch / "soft_labels"
+        {"score": mean_predictions(soft_scores, "logit")}, output_folder / "soft_labels"
     )
     if variant.traffic:
         soft_scores = [
             traffic_logits(teacher, variant.traffic, folder, cache) for teacher in teachers
         ]
-        splits["traffic"] = traffic_of(variant.traffic, folder, cache)
+        splits["traffic"] = write_traffic(variant.traffic, folder, cache)
         soft_traffic = save_split(
-            {"score": mean_predictions(soft_scores, "logit")}, scratch / "traffic_soft_labels"
+            {"score": mean_predictions(soft_scores, "logit")}, output_folder / "traffic_soft_labels"
         )
         splits["traffic_soft_labels"] = soft_traffic
     return model, bench.model_copy(update=splits)
@@ -197,9 +213,9 @@ def bench_of(
 def distill_step(variant: Variant, epochs: int) -> Distill:
     """Return the ``distill`` step that trains the student."""
     return Distill(
-        student={"hidden": HIDDEN, "dropout": variant.dropout},
+        student={"hidden": STUDENT_HIDDEN, "dropout": variant.dropout},
         loss=cast("SoftLoss", variant.name),
-        soft_share=variant.share,
+        soft_share=variant.soft_share,
         rows="both" if variant.traffic else "train",
         training=Training(
             epochs=epochs,
@@ -219,7 +235,7 @@ def train_from_scratch(
     """Train the student's network like the original, without a teacher."""
     splits, rows = prepare_splits(NAME, folder, cache)
     arch = architecture(rows, SETTINGS)
-    config = {**arch.config, "hidden": HIDDEN, "dropout": variant.dropout}
+    config = {**arch.config, "hidden": STUDENT_HIDDEN, "dropout": variant.dropout}
     arch = arch.model_copy(update={"config": config})
     settings = replace(SETTINGS, epochs=epochs)
     return train(arch, settings, splits["train"], splits["validation"], seed)[0]
@@ -231,19 +247,19 @@ def measure(variant: Variant, seed: int, folder: Path, cache: Path, epochs: int)
     if result_file.is_file():
         return json.loads(result_file.read_text())
     start = time.perf_counter()
-    if variant.name == SCRATCH:
+    if variant.name == FROM_SCRATCH:
         module = train_from_scratch(variant, seed, folder, cache, epochs)
     else:
-        with tempfile.TemporaryDirectory() as scratch:
-            model, bench = bench_of(variant, seed, folder, cache, Path(scratch))
+        with tempfile.TemporaryDirectory() as temporary:
+            model, bench = build_bench(variant, seed, folder, cache, Path(temporary))
             module = run(
-                distill_step(variant, epochs), model, bench, Path(scratch) / "student"
+                distill_step(variant, epochs), model, bench, Path(temporary) / "student"
             ).module
     splits, _ = prepare_splits(NAME, folder, cache)
     result: dict[str, Any] = {}
     for part in EVALUATED:
         result[part], result[f"{part} gauc"] = evaluate(module, splits[part])
-    result["products"] = dense_products(module)
+    result["products"] = count_multiplications(module)
     result["seconds"] = time.perf_counter() - start
     result_file.parent.mkdir(parents=True, exist_ok=True)
     result_file.write_text(json.dumps(result))
@@ -252,7 +268,7 @@ def measure(variant: Variant, seed: int, folder: Path, cache: Path, epochs: int)
 
 
 def evaluate(module: nn.Module, split: Split) -> tuple[float, float]:
-    """Return the AUC over all rows, and the AUC averaged over users (GAUC)."""
+    """Return the AUC of all rows, and the mean AUC of the rows of each user (GAUC)."""
     inputs, label = load_split(split)
     score = predict(module, inputs).numpy()
     users = inputs["user"].numpy()
@@ -263,7 +279,7 @@ def evaluate(module: nn.Module, split: Split) -> tuple[float, float]:
 
 def tune(folder: Path, cache: Path, epochs: int) -> None:
     """Print the validation AUC of all tuning variants on the first network."""
-    print(f"| {HEAD} | validation AUC |")
+    print(f"| {SETTINGS_HEADER} | validation AUC |")
     print("|---|---|---|---|---|---|")
     for variant in TUNED:
         value = measure(variant, 0, folder, cache, epochs)["validation"]
@@ -276,28 +292,31 @@ def compare(seeds: int, folder: Path, cache: Path, epochs: int) -> None:
     originals = [load_baseline(NAME, seed, folder, cache)[0].module for seed in range(seeds)]
     baseline = [evaluate(module, splits["test"]) for module in originals]
     print(
-        f"| {HEAD} | products | validation AUC | test AUC | to scratch | test GAUC | to scratch |"
+        f"| {SETTINGS_HEADER} | multiplications | validation AUC | test AUC | minus scratch | "
+        f"test GAUC | minus scratch |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     cells = [
-        f"{mean(values):.5f} ± {interval(list(values)):.5f}"
+        f"{mean(values):.5f} ± {interval_half_width(list(values)):.5f}"
         for values in zip(*baseline, strict=True)
     ]
     validation = mean(auc(module, splits["validation"]) for module in originals)
+    multiplications = count_multiplications(originals[0])
     print(
-        f"| none: the originals | | | {SETTINGS.dropout} | | {dense_products(originals[0]):,} | "
+        f"| none: the originals | | | {SETTINGS.dropout} | | {multiplications:,} | "
         f"{validation:.5f} | {cells[0]} | | {cells[1]} | |"
     )
-    scratch: dict[str, list[float]] = {}
+    from_scratch: dict[str, list[float]] = {}  # AUC and GAUC of the first variant, by seed
     for variant in VARIANTS:
         results = [measure(variant, seed, folder, cache, epochs) for seed in range(seeds)]
         cells = [f"{results[0]['products']:,}", f"{mean(r['validation'] for r in results):.5f}"]
         for part in ("test", "test gauc"):
             values = [result[part] for result in results]
-            reference = scratch.setdefault(part, values)
-            gaps = [value - other for value, other in zip(values, reference, strict=True)]
-            cells += [f"{mean(values):.5f} ± {interval(values):.5f}"]
-            cells += ["" if variant is VARIANTS[0] else f"{mean(gaps):+.5f} ± {interval(gaps):.5f}"]
+            reference = from_scratch.setdefault(part, values)
+            differences = [value - other for value, other in zip(values, reference, strict=True)]
+            cells += [f"{mean(values):.5f} ± {interval_half_width(values):.5f}"]
+            difference = f"{mean(differences):+.5f} ± {interval_half_width(differences):.5f}"
+            cells += ["" if variant is VARIANTS[0] else difference]
         print(f"| {variant.cells()} | {' | '.join(cells)} |", flush=True)
 
 

@@ -1,11 +1,13 @@
-"""How much AUC do tables of codes lose, before and after ``refit_codes``, next to row-wise tables?
+"""How much AUC do tables of codebook codes lose, before and after the step ``refit_codes``?
 
-Compresses the demo's tables. The first printed table has the bytes (including codebooks and scales)
-and the squared error, both as shares of the float32 tables, and the change of AUC on the demo's
-test rows. The second printed table has the change of AUC after ``refit_codes``, as mean over five
-seeds of the row order with its 95 % interval. ``refit_codes`` selects its best epoch by validation
-rows; only this benchmark reads the test rows. The first line of the second table applies the same
-training to the original model.
+Compresses the embedding tables of the demo's model, with row-wise formats for comparison. The first
+printed table has the bytes (including codebooks and scales) and the squared error, both as shares
+of the float32 tables, and the change of AUC on the demo's test rows.
+
+The second printed table has the change of AUC after ``refit_codes``, as mean over five seeds of the
+row order ± half the width of its 95 % interval. ``refit_codes`` selects its best epoch by
+validation rows; test rows are used only for printed results. The first line of the second table is
+the original model after the same training.
 
     recpress demo && python -m benchmarks.table_codes
 """
@@ -40,22 +42,22 @@ from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
 
-SHARE = 0.05
+CODEBOOK_SHARE = 0.05  # largest bytes of a table's codebooks, as a share of its float32 bytes
 STEPS: tuple[TableStep, ...] = (
     RowwiseInt8(),
     RowwiseInt4(),
     KMeans(),
     KMeans(bits=2),
     KMeans(bits=2, scale="none"),
-    ProductCodes(parts=8, bits=4, codebook_share=SHARE),
-    ProductCodes(parts=4, bits=4, codebook_share=SHARE),
-    ResidualCodes(codebooks=8, bits=4, codebook_share=SHARE),
-    ResidualCodes(codebooks=4, bits=4, codebook_share=SHARE, refine=0),
-    ResidualCodes(codebooks=4, bits=4, codebook_share=SHARE),
-    ResidualCodes(codebooks=2, bits=4, codebook_share=SHARE),
+    ProductCodes(parts=8, bits=4, codebook_share=CODEBOOK_SHARE),
+    ProductCodes(parts=4, bits=4, codebook_share=CODEBOOK_SHARE),
+    ResidualCodes(codebooks=8, bits=4, codebook_share=CODEBOOK_SHARE),
+    ResidualCodes(codebooks=4, bits=4, codebook_share=CODEBOOK_SHARE, refine=0),
+    ResidualCodes(codebooks=4, bits=4, codebook_share=CODEBOOK_SHARE),
+    ResidualCodes(codebooks=2, bits=4, codebook_share=CODEBOOK_SHARE),
     RowwiseInt2(rows_per_scale=64),
 )
-REFITTED = (STEPS[4], STEPS[6], STEPS[10], STEPS[11])
+REFITTED_STEPS = (STEPS[4], STEPS[6], STEPS[10], STEPS[11])
 SEEDS = 5
 STUDENT_T = 2.776  # two-sided 95 % of Student's t with 4 degrees of freedom
 # The penalty on tables is that of the demo's training; all rates are defaults.
@@ -68,7 +70,7 @@ def step_label(step: TableStep) -> str:
     return " ".join([f"`{step.kind}`", *(f"{key} {value}" for key, value in settings.items())])
 
 
-def bytes_and_error(before: Model, after: Model) -> tuple[float, float]:
+def measure_tables(before: Model, after: Model) -> tuple[float, float]:
     """Return bytes and squared error of all tables, as shares of the float32 tables."""
     originals = {unit.name: unit for unit in Unit.of(before.module) if unit.role == "table"}
     error = squares = 0.0
@@ -102,7 +104,7 @@ def main() -> None:
     original = loaded.model
     before = quality(original.module, bench.signature, test)
 
-    def change(model: Model) -> float:
+    def auc_change(model: Model) -> float:
         return quality(model.module, bench.signature, test) - before
 
     print(f"AUC on test rows as trained: {before:.5f}")
@@ -112,41 +114,46 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for index, step in enumerate(STEPS):
             compressed[step.kind, index] = run(step, original, bench, Path(scratch) / str(index))
-            size, error = bytes_and_error(original, compressed[step.kind, index])
-            auc_change = change(compressed[step.kind, index])
-            print(
-                f"| {step_label(step)} | {size:.1%} | {error:.2%} | {auc_change:+.5f} |", flush=True
-            )
+            size, error = measure_tables(original, compressed[step.kind, index])
+            change = auc_change(compressed[step.kind, index])
+            print(f"| {step_label(step)} | {size:.1%} | {error:.2%} | {change:+.5f} |", flush=True)
         print("| step | bytes | not refitted | codebooks refitted | codes refitted as well |")
         print("|---|---|---|---|---|")
         distill = Distill(training=TRAINING.model_copy(update={"tables": True}))
-        line = _over_seeds(lambda seed: _run_with_seed(distill, original, bench, seed), change)
-        print(f"| original, `distill` with tables | 100% | 0 | {line} | |", flush=True)
-        for step in REFITTED:
+        cell = _format_changes(
+            lambda seed: _run_with_seed(distill, original, bench, seed), auc_change
+        )
+        print(f"| original, `distill` with tables | 100% | 0 | {cell} | |", flush=True)
+        for step in REFITTED_STEPS:
             model = compressed[step.kind, STEPS.index(step)]
-            size, _ = bytes_and_error(original, model)
+            size, _ = measure_tables(original, model)
             refits = RefitCodes(training=TRAINING, share=0, rounds=1), RefitCodes(training=TRAINING)
-            lines = [_over_seeds(_refitter(refit, model, bench), change) for refit in refits]
-            auc_change = change(model)
+            cells = [
+                _format_changes(_refit_with_seed(refit, model, bench), auc_change)
+                for refit in refits
+            ]
+            change = auc_change(model)
             print(
-                f"| {step_label(step)} | {size:.1%} | {auc_change:+.5f} | {' | '.join(lines)} |",
+                f"| {step_label(step)} | {size:.1%} | {change:+.5f} | {' | '.join(cells)} |",
                 flush=True,
             )
 
 
-def _refitter(step: Step, model: Model, bench: Bench) -> Callable[[int], Model]:
+def _refit_with_seed(step: Step, model: Model, bench: Bench) -> Callable[[int], Model]:
+    """Return a function of a seed that applies a step to a model."""
     return lambda seed: _run_with_seed(step, model, bench, seed)
 
 
 def _run_with_seed(step: Step, model: Model, bench: Bench, seed: int) -> Model:
+    """Apply a step to a model, with a seed for the order of the training rows."""
     # Memory-mapped files stay readable after they are deleted.
     with tempfile.TemporaryDirectory() as scratch:
         return run(step, model, bench.model_copy(update={"seed": 100 * seed}), Path(scratch))
 
 
-def _over_seeds(build: Callable[[int], Model], change: Callable[[Model], float]) -> str:
-    """Format the mean change of AUC over seeds with its 95 % interval."""
-    changes = [change(build(seed)) for seed in range(SEEDS)]
+def _format_changes(build: Callable[[int], Model], auc_change: Callable[[Model], float]) -> str:
+    """Build a model with each seed, and format the mean change of AUC with its 95 % interval."""
+    changes = [auc_change(build(seed)) for seed in range(SEEDS)]
     return f"{mean(changes):+.5f} ± {STUDENT_T * stdev(changes) / SEEDS**0.5:.5f}"
 
 

@@ -1,10 +1,13 @@
 """How fast are tables encoded in memory, and how large is the error?
 
-The first printed table has the speed of encoding float32 rows in 8 and 4 bits, next to torch's
-prepack operators (asymmetric, min-max) and a plain copy of the same bytes into allocated memory.
-Encoders run in turn in every round, so that other load affects all of them. The fastest round
-counts, by wall time and by processor time, which other load disturbs less. The second printed table
-has the squared error of 4-bit tables drawn from five distributions.
+The first printed table has the speed of encoding float32 rows in 8 and 4 bits. For comparison, it
+has torch's prepack operators, which are asymmetric with min-max ranges, and a plain copy of the
+same bytes into allocated memory. Encoders run in turn in every round, so that other load affects
+all of them. Speeds are those of the fastest round, by wall time and by processor time; other load
+affects processor time less.
+
+The second printed table has the squared error of 4-bit tables whose weights are drawn from five
+distributions, as a share of the error of torch's 4-bit prepack.
 
     python -m benchmarks.table_encode [--rows 1000000] [--dim 64] [--threads 2]
 """
@@ -22,15 +25,15 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 ROUNDS = 15
 INT8 = RowwiseInt8()
-FAST4 = RowwiseInt4(symmetric=False)
-CLIPPED4 = RowwiseInt4(symmetric=False, clipping="least_squares")
-SYMMETRIC4 = RowwiseInt4(clipping="least_squares")
-SLOW4 = {clip: RowwiseInt4(symmetric=False, clipping=clip) for clip in ("greedy", "mse")}
+MIN_MAX_INT4 = RowwiseInt4(symmetric=False)
+LEAST_SQUARES_INT4 = RowwiseInt4(symmetric=False, clipping="least_squares")
+SYMMETRIC_INT4 = RowwiseInt4(clipping="least_squares")
+SEARCHED_INT4 = tuple(RowwiseInt4(symmetric=False, clipping=rule) for rule in ("greedy", "mse"))
 ERROR_ROWS, ERROR_DIMS = 2000, (8, 16, 64, 128)
 
 
 def encode(step: RowwiseInt8 | RowwiseInt4, rows: Tensor) -> None:
-    """Encode a table block by block into newly allocated memory, as a step of a recipe does."""
+    """Encode a table block by block into newly allocated memory, as recipes do."""
     layout = step.storage.layout(len(rows), rows.shape[1], step.settings())
     stored = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
     for start in range(0, len(rows), BLOCK_ROWS):
@@ -52,7 +55,7 @@ def step_round_trip(step: RowwiseInt4, rows: Tensor) -> Tensor:
 
 
 def print_speeds(rows: Tensor) -> None:
-    """Print GB of float32 rows per second, and ratios to prepack and to a copy in the same run."""
+    """Print GB of encoded float32 rows per second, and ratios to prepack and to a plain copy."""
     target = torch.empty_like(rows)
     encoders: dict[str, Callable[[], object]] = {
         "plain copy": lambda: target.copy_(rows),
@@ -60,10 +63,10 @@ def print_speeds(rows: Tensor) -> None:
         "int8": lambda: INT8.encode(rows, {}),
         "int8, block by block": lambda: encode(INT8, rows),
         "torch 4-bit prepack": lambda: torch.ops.quantized.embedding_bag_4bit_prepack(rows),
-        "int4 asymmetric, min_max": lambda: FAST4.encode(rows, {}),
-        "int4 asymmetric, least_squares": lambda: CLIPPED4.encode(rows, {}),
-        "int4 asymmetric, least_squares, block by block": lambda: encode(CLIPPED4, rows),
-        "int4 symmetric, least_squares": lambda: SYMMETRIC4.encode(rows, {}),
+        "int4 asymmetric, min_max": lambda: MIN_MAX_INT4.encode(rows, {}),
+        "int4 asymmetric, least_squares": lambda: LEAST_SQUARES_INT4.encode(rows, {}),
+        "int4 asymmetric, least_squares, block by block": lambda: encode(LEAST_SQUARES_INT4, rows),
+        "int4 symmetric, least_squares": lambda: SYMMETRIC_INT4.encode(rows, {}),
     }
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
     for _ in range(ROUNDS + 1):  # the first round compiles kernels and touches all memory pages
@@ -111,7 +114,7 @@ def print_errors() -> None:
             peer_error = float((prepack_round_trip(rows) - rows).square().sum())
             shares = [
                 float((step_round_trip(step, rows) - rows).square().sum()) / peer_error
-                for step in (FAST4, CLIPPED4, *SLOW4.values())
+                for step in (MIN_MAX_INT4, LEAST_SQUARES_INT4, *SEARCHED_INT4)
             ]
             print(f"| {name} | {dim} | {' | '.join(f'{share:.3f}' for share in shares)} |")
 

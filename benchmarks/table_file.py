@@ -1,11 +1,14 @@
 """How fast is a table quantized from file to file, and how much memory does it need?
 
-Quantizing reads the input and writes the result. It is compared with ``cp`` of both files, which
-reads and writes each of them, and with ``cp`` of half as many bytes, which reads and writes as many
-bytes in total as quantizing does. All files are in the page cache. Runs are interleaved, each in a
-separate process, and start-up time is excluded. Prints wall time and processor time: quantizing
-uses all cores, ``cp`` one. Memory is the peak resident set minus the resident set before the first
-block.
+Quantizing reads the input and writes the result. Its time is compared with two copies:
+
+- ``cp`` of the input and the result, which reads and writes both files;
+- ``cp`` of a file with half as many bytes, which reads and writes as many bytes in total as
+  quantizing does.
+
+All files are in the page cache. Each run is a separate process; runs of different kinds alternate,
+and the start-up time is excluded. Prints wall time and processor time, since quantizing uses all
+cores and ``cp`` one. Memory is the peak resident set minus the resident set before the first block.
 
     python -m benchmarks.table_file [--rows 4000000] [--dim 64] [--folder DIR]
 """
@@ -32,7 +35,7 @@ STEPS = {
         '{"symmetric": false, "clipping": "least_squares"}',
     ),
 }
-CODE = """
+QUANTIZE_SCRIPT = """
 import json, sys, time
 from pathlib import Path
 import torch
@@ -58,7 +61,7 @@ def measure_quantize(
     """Return wall seconds, processor seconds, and peak bytes of memory without the libraries."""
     shutil.rmtree(target, ignore_errors=True)
     completed = subprocess.run(
-        [sys.executable, "-c", CODE, str(source), str(target), kind, settings],
+        [sys.executable, "-c", QUANTIZE_SCRIPT, str(source), str(target), kind, settings],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
@@ -87,7 +90,7 @@ def measure_copy(files: list[Path], folder: Path) -> tuple[float, float]:
 
 
 def write_half(source: Path, result: Path, folder: Path) -> Path:
-    """Write a file with half as many bytes as both files together."""
+    """Write a file with half as many bytes as ``source`` and ``result`` have together."""
     path = folder / "half"
     size = (source.stat().st_size + result.stat().st_size) // 2
     with source.open("rb") as reader, path.open("wb") as writer:

@@ -1,11 +1,16 @@
 """Which composition of smaller tables loses least AUC at equal bytes?
 
-Composes the demo's tables, or those of any bundle, of smaller tables ("parts"). Prints bytes of all
-tables as a share of float32, the squared error relative to the variance of the rows (unweighted,
-and weighted by lookups in training), and the change of AUC on validation rows. Each composition is
-measured with parts in float32, 8 and 4 bits, and after distillation with parts in float32 and 4
-bits; the same validation rows select the best epoch of the distillation. Compositions in a group
-have about equal bytes per row.
+A composition replaces a table by smaller tables ("parts"), such as the two factors of a low-rank
+table. The benchmark composes the demo's tables, or those of another bundle. It prints
+
+- the bytes of all tables as a share of float32;
+- the squared error relative to the variance of the rows, unweighted and weighted by the lookup
+  counts of the training data;
+- the change of AUC on validation rows.
+
+Each composition is measured with parts in float32, 8 and 4 bits, and after distillation with parts
+in float32 and 4 bits. The same validation rows select the best epoch of the distillation.
+Compositions in a group, such as 1/4, keep about this share of the bytes per row.
 
     recpress demo && python -m benchmarks.table_forms [BUNDLE]
 """
@@ -17,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.distill_settings import auc_of
+from benchmarks.distill_settings import evaluate_auc
 from compressors.contracts import Bench
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -39,14 +44,14 @@ from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
 
-# How the parts are stored; None is float32.
-PACKERS: tuple[TableStep | None, ...] = (None, RowwiseInt8(), RowwiseInt4())
-PARTS = ("train", "validation")
+# How the parts are quantized; None leaves them in float32.
+PART_STEPS: tuple[TableStep | None, ...] = (None, RowwiseInt8(), RowwiseInt4())
+SPLITS = ("train", "validation")
 TABLE_L2 = 0.05  # as in the demo's training
 
 
-def groups(dim: int) -> dict[str, tuple[Step, ...]]:
-    """Return by share of bytes the steps that keep this share of a table of width ``dim``."""
+def steps_by_share(dim: int) -> dict[str, tuple[Step, ...]]:
+    """Return the compared steps for tables of width ``dim``, by the share of bytes they keep."""
     steps: dict[str, tuple[Step, ...]] = {}
     for share in (0.5, 0.25, 0.125):
         numbers = max(1, round(share * dim))
@@ -75,8 +80,8 @@ def step_label(step: Step) -> str:
     return " ".join([f"`{step.kind}`", *words])
 
 
-def rows_of(model: Model) -> dict[str, Tensor]:
-    """Return by table the rows that a lookup returns, float64 ``(rows, dim)``."""
+def decode_tables(model: Model) -> dict[str, Tensor]:
+    """Return by table all rows as a lookup returns them, float64 ``(rows, dim)``."""
     tables = {}
     for unit in Unit.of(model.module):
         if unit.role != "table" or unit.part_of is not None:
@@ -95,7 +100,9 @@ def table_bytes(model: Model) -> int:
     return sum(unit.bytes for unit in Unit.of(model.module) if unit.role == "table")
 
 
-def error(before: dict[str, Tensor], after: dict[str, Tensor], weight: dict[str, Tensor]) -> float:
+def relative_error(
+    before: dict[str, Tensor], after: dict[str, Tensor], weight: dict[str, Tensor]
+) -> float:
     """Return the weighted squared error of all rows, divided by their weighted variance.
 
     Args:
@@ -115,13 +122,13 @@ def result_cells(
     model: Model, source: Model, bench: Bench, counts: dict[str, Tensor], auc: float
 ) -> str:
     """Format bytes, errors and change of AUC of one model as the last cells of its line."""
-    before, after = rows_of(source), rows_of(model)
+    before, after = decode_tables(source), decode_tables(model)
     uniform = {name: torch.ones(len(rows), dtype=torch.float64) for name, rows in before.items()}
     cells = (
         f"{table_bytes(model) / table_bytes(source):.1%}",
-        f"{error(before, after, uniform):.2%}",
-        f"{error(before, after, counts):.2%}",
-        f"{auc_of(model.module, bench) - auc:+.5f}",
+        f"{relative_error(before, after, uniform):.2%}",
+        f"{relative_error(before, after, counts):.2%}",
+        f"{evaluate_auc(model.module, bench) - auc:+.5f}",
     )
     return " | ".join(cells)
 
@@ -132,7 +139,7 @@ def main() -> None:
     bundle_ref = find_bundle(sys.argv[1] if len(sys.argv) > 1 else BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     rows = bundle_ref.rows
-    parts = {part: prepare.fn(bundle_ref.artifact, part) for part in PARTS}
+    parts = {part: prepare.fn(bundle_ref.artifact, part) for part in SPLITS}
     splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
     soft = score.fn(bundle_ref.artifact, parts["train"], rows["train"])
     splits["soft_labels"] = split_of(soft, rows["train"])
@@ -141,37 +148,39 @@ def main() -> None:
     units = [unit for unit in Unit.of(source.module) if unit.role == "table"]
     dim = units[0].weight.shape[1]
     counts = {k: v + 1e-9 for k, v in lookup_counts(source, bench, [u.name for u in units]).items()}
-    auc = auc_of(source.module, bench)
+    auc = evaluate_auc(source.module, bench)
     distill = Distill(training=Training(tables=True, table_l2=TABLE_L2))
     print(f"AUC on validation rows as trained: {auc:.5f}; {table_bytes(source)} bytes of tables")
-    print("| composition | parts | bytes | error | error by lookups | change of AUC |")
+    print("| composition | parts | bytes | error | error weighted by lookups | change of AUC |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        for number, packer in enumerate(PACKERS[1:]):
-            assert packer is not None
-            packed = run(packer, source, bench, Path(scratch) / f"plain-{number}")
-            print(
-                f"| none | `{packer.kind}` | {result_cells(packed, source, bench, counts, auc)} |"
-            )
-        distilled = run(distill, source, bench, Path(scratch) / "taught")
+        for number, part_step in enumerate(PART_STEPS[1:]):
+            assert part_step is not None
+            quantized = run(part_step, source, bench, Path(scratch) / f"plain-{number}")
+            cells = result_cells(quantized, source, bench, counts, auc)
+            print(f"| none | `{part_step.kind}` | {cells} |")
+        distilled = run(distill, source, bench, Path(scratch) / "distilled")
         print(
             f"| none | float32, distilled | {result_cells(distilled, source, bench, counts, auc)} |"
         )
-        for group, steps in groups(dim).items():
+        for group, steps in steps_by_share(dim).items():
             for number, step in enumerate(steps):
                 folder = Path(scratch) / f"{group.replace('/', '-')}-{number}"
                 composed = run(step, source, bench, folder)
-                distilled = run(distill, composed, bench, folder / "taught")
-                for unpacked, packers in ((composed, PACKERS), (distilled, PACKERS[::2])):
-                    for packer in packers:
-                        kind = f"`{packer.kind}`" if packer else "float32"
-                        if unpacked is distilled:
+                distilled = run(distill, composed, bench, folder / "distilled")
+                for unquantized, part_steps in (
+                    (composed, PART_STEPS),
+                    (distilled, PART_STEPS[::2]),
+                ):
+                    for part_step in part_steps:
+                        kind = f"`{part_step.kind}`" if part_step else "float32"
+                        if unquantized is distilled:
                             kind += ", distilled"
-                        model = unpacked
-                        if packer is not None:
-                            model = run(packer, unpacked, bench, folder / kind.strip("`"))
-                        result = result_cells(model, source, bench, counts, auc)
-                        print(f"| {step_label(step)} {group} | {kind} | {result} |", flush=True)
+                        model = unquantized
+                        if part_step is not None:
+                            model = run(part_step, unquantized, bench, folder / kind.strip("`"))
+                        cells = result_cells(model, source, bench, counts, auc)
+                        print(f"| {step_label(step)} {group} | {kind} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

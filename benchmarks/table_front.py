@@ -1,10 +1,10 @@
 """Which table methods lose the least AUC at each size of a click model's tables (Pareto front)?
 
 Each recipe runs on the tuned networks of ``benchmarks/ctr.py`` with several seeds. The loss is the
-network's AUC on test rows minus the AUC of the compressed network, as mean and Student's t 95 %
-interval over seeds. Bytes are the stored bytes of all tables, including codes, scales, codebooks,
-maps and projections, as a share of float32. Validation rows of seed 0 selected the recipes. Dense
-layers stay in float32.
+network's AUC minus the AUC of the compressed network, as mean over seeds ± half the width of its
+95 % interval (Student's t). Bytes are the stored bytes of all tables, including codes, scales,
+codebooks, row maps and projections, as a share of float32. Dense layers stay in float32. The
+recipes were selected by the validation rows of seed 0.
 
     python -m benchmarks.table_front --seeds 5 --picture docs/pictures/table_front.png
 """
@@ -26,7 +26,7 @@ from benchmarks.ctr import (
     auc,
     data_folder,
     default_cache,
-    interval,
+    interval_half_width,
     load_baseline,
     prepare_splits,
 )
@@ -36,10 +36,11 @@ from compressors.core.registries import AnyStep
 from compressors.core.runner import run
 from compressors.core.units import Unit
 
-RECIPES = TypeAdapter(tuple[AnyStep, ...])
-Lines = list[tuple[str, str, list[dict[str, Any]]]]  # family, description of settings, steps
+RECIPE_ADAPTER = TypeAdapter(tuple[AnyStep, ...])
+Recipes = list[tuple[str, str, list[dict[str, Any]]]]
+"""Family of the method, description of its settings, and steps."""
 
-PEERS: Lines = [
+PEERS: Recipes = [
     ("row-wise", "int8", [{"kind": "rowwise_int8"}]),
     ("row-wise", "int4, clipped", [{"kind": "rowwise_int4", "clipping": "mse"}]),
     (
@@ -51,10 +52,10 @@ PEERS: Lines = [
     *(
         (
             "quotient, remainder",
-            f"remainders: {words}",
+            f"table of remainders with {words} of the rows",
             [{"kind": "quotient_remainder", "buckets": buckets, "weighted": True}],
         )
-        for buckets, words in ((0.5, "half"), (0.1, "a tenth"))
+        for buckets, words in ((0.5, "1/2"), (0.1, "1/10"))
     ),
     *(
         (
@@ -76,7 +77,7 @@ def _additive_codes(
 
 SMALL = ("tables.daytime", "tables.weekday", "tables.isweekend", "tables.homework")
 """Frappe's smallest tables, of 2 to 7 rows."""
-TINY_TABLES = {
+KMEANS_FOR_TINY_TABLES = {
     "kind": "kmeans",
     "bits": 2,
     "scale": "none",
@@ -93,7 +94,7 @@ def _frappe_steps(item: int, user: dict[str, Any], location: int) -> list[dict[s
         location: number of codes of a row of the tables ``country`` and ``city``.
     """
     return [
-        TINY_TABLES,
+        KMEANS_FOR_TINY_TABLES,
         _additive_codes(item, ("tables.item",)),
         user,
         _additive_codes(location, ("tables.country", "tables.city")),
@@ -101,11 +102,12 @@ def _frappe_steps(item: int, user: dict[str, Any], location: int) -> list[dict[s
 
 
 def _user_codes(codebooks: int, bits: int) -> dict[str, Any]:
+    """Return the step for the table ``user``, with ``codebooks`` codes of ``bits`` bits per row."""
     return _additive_codes(codebooks, ("tables.user",), bits=bits)
 
 
 MORE_ROUNDS = [
-    TINY_TABLES,
+    KMEANS_FOR_TINY_TABLES,
     _additive_codes(6, ("tables.item",), rounds=80, beam=16),
     _additive_codes(16, ("tables.user",), bits=2, rounds=40),
     _additive_codes(2, ("tables.country", "tables.city"), rounds=10),
@@ -116,29 +118,33 @@ BEST_OF_DRAWS = [
 ]
 
 
-OURS: dict[Name, Lines] = {
+ADDITIVE_CODES: dict[Name, Recipes] = {
     "frappe": [
-        ("additive codes", "32 bits an item, 24 a user", _frappe_steps(8, _user_codes(6, 4), 2)),
-        ("additive codes", "24 bits an item, 32 a user", _frappe_steps(6, _user_codes(16, 2), 2)),
+        ("additive codes", "32 bits per item, 24 per user", _frappe_steps(8, _user_codes(6, 4), 2)),
+        (
+            "additive codes",
+            "24 bits per item, 32 per user",
+            _frappe_steps(6, _user_codes(16, 2), 2),
+        ),
         ("additive codes", "the same, fitted in 80 rounds", MORE_ROUNDS),
         ("additive codes", "the same, best of 4 fits on validation rows", BEST_OF_DRAWS),
-        ("additive codes", "16 bits an item, 16 a user", _frappe_steps(4, _user_codes(4, 4), 2)),
-        ("additive codes", "8 bits an item, 8 a user", _frappe_steps(2, _user_codes(2, 4), 1)),
+        ("additive codes", "16 bits per item, 16 per user", _frappe_steps(4, _user_codes(4, 4), 2)),
+        ("additive codes", "8 bits per item, 8 per user", _frappe_steps(2, _user_codes(2, 4), 1)),
     ],
     "movielens-tag": [
         (
             "additive codes",
-            "1 code of 8 bits a row",
+            "1 code of 8 bits per row",
             [_additive_codes(1, bits=8, traffic=1, sensitive=False)],
         ),
         (
             "additive codes",
-            "2 codes of 4 bits a row",
+            "2 codes of 4 bits per row",
             [_additive_codes(2, traffic=1, sensitive=False)],
         ),
     ],
 }
-# Our method is black; the others use the default colour cycle.
+# Additive codes are black; the other families have colours of matplotlib's default cycle.
 COLOURS = {"additive codes": "black"}
 MARKERS = {"additive codes": "o", "row-wise": "s", "SVD": "^", "product codes": "D"}
 
@@ -153,7 +159,7 @@ def measure(steps: list[dict[str, Any]], model: Model, bench: Bench, test: Split
     assert bench.validation is not None
     compressed = model
     with tempfile.TemporaryDirectory() as scratch:
-        for number, step in enumerate(RECIPES.validate_python(steps)):
+        for number, step in enumerate(RECIPE_ADAPTER.validate_python(steps)):
             compressed = run(step, compressed, bench, Path(scratch) / str(number))
         losses = [
             auc(model.module, split) - auc(compressed.module, split)
@@ -182,7 +188,7 @@ def draw(results: dict[Name, list[tuple[str, list[list[float]]]]], path: Path) -
             panel.errorbar(
                 [100 * share for share, _ in points],
                 [mean(losses) for _, losses in points],
-                yerr=[interval(losses) for _, losses in points],
+                yerr=[interval_half_width(losses) for _, losses in points],
                 label=family,
                 marker=MARKERS.get(family, "v"),
                 color=COLOURS.get(family),
@@ -220,7 +226,7 @@ def main() -> None:
         print("| method | stored as | bytes of tables | loss of AUC, test rows | validation rows |")
         print("|---|---|---|---|---|")
         results[name] = []
-        for family, description, steps in (*PEERS, *OURS[name]):
+        for family, description, steps in (*PEERS, *ADDITIVE_CODES[name]):
             values = []
             for seed in range(args.seeds):
                 # Results are stored per seed, so that an interrupted run can be continued.
@@ -233,7 +239,7 @@ def main() -> None:
             cells = [f"{share:.1%} ({1 / share:.0f}x)"]
             for column in (2, 1):
                 losses = [value[column] for value in values]
-                cells.append(f"{mean(losses):.5f} ± {interval(losses):.5f}")
+                cells.append(f"{mean(losses):.5f} ± {interval_half_width(losses):.5f}")
             print(f"| {family} | {description} | {' | '.join(cells)} |", flush=True)
             results[name].append((family, values))
     if args.picture is not None:

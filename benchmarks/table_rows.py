@@ -1,10 +1,11 @@
 """How much AUC do fewer table rows, and rows in two formats, lose at equal bytes?
 
-In the demo's tables with at least 64 rows, rows are pruned, clustered, merged, or split into a
-frequent and a rare part with different formats (``tiers``); ``drop_tables`` removes whole tables.
-Prints bytes of all tables as a share of float32, the share of training lookups whose row changes,
-and the change of AUC on validation rows, each before and after the remaining rows are stored in 8
-bits. ``drop_tables`` uses the same validation rows for its decision.
+In the demo's tables with at least 64 rows, rows are pruned, clustered, merged, or split into
+frequent ("hot") and rare ("cold") rows with different formats (``tiers``). ``drop_tables`` removes
+whole tables. Prints the bytes of all tables as a share of float32, the change of AUC on validation
+rows, and the share of training lookups whose row changes. Bytes and change of AUC are printed
+before and after the remaining rows are quantized. ``drop_tables`` selects tables by the same
+validation rows, which favors it.
 
     recpress demo && python -m benchmarks.table_rows
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.distill_settings import auc_of
+from benchmarks.distill_settings import evaluate_auc
 from benchmarks.table_forms import table_bytes
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -33,13 +34,13 @@ from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 
 MIN_ROWS = 64  # smaller tables keep all rows
-LOOKUPS = ("pruned_lookups", "shared_lookups")
+LOOKUP_REASONS = ("pruned_lookups", "shared_lookups")
 """Codes of reasons whose field ``share`` is a share of lookups."""
 Steps = tuple[Step | TableStep, ...]
 
 
-def recipes() -> dict[str, Steps]:
-    """Return recipes by the label of their line."""
+def build_recipes() -> dict[str, Steps]:
+    """Return the compared recipes, by the label of their line."""
     steps_by_label: dict[str, Steps] = {"none": (RowwiseInt8(),)}
     for keep in (0.5, 0.25):
         for importance in ("traffic", "gradient", "norm"):
@@ -67,14 +68,14 @@ def recipes() -> dict[str, Steps]:
     return steps_by_label
 
 
-def affected_lookups(model: Model) -> str:
-    """Format the range over tables of the share of affected lookups, as the plan reports it."""
+def format_affected_lookups(model: Model) -> str:
+    """Format the smallest and largest share of affected lookups of a table, from the plan."""
     lines = model.plan.lines if model.plan else ()
     shares = [
         100 * float(reason.fields["share"])
         for line in lines
         for reason in line.reasons
-        if reason.code in LOOKUPS
+        if reason.code in LOOKUP_REASONS
     ]
     return f"{min(shares):.1f} to {max(shares):.1f} %" if shares else ""
 
@@ -90,22 +91,22 @@ def main() -> None:
     }
     bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
     source = loaded.model
-    auc = auc_of(source.module, bench)
+    auc = evaluate_auc(source.module, bench)
     print(f"AUC on validation rows as trained: {auc:.5f}; {table_bytes(source)} bytes of tables")
     print("| recipe | bytes, float32 | change of AUC | affected lookups | ", end="")
-    print("bytes, packed | change of AUC |")
+    print("bytes, quantized | change of AUC |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (label, steps) in enumerate(recipes().items()):
+        for number, (label, steps) in enumerate(build_recipes().items()):
             model, cells = source, ["", "", ""]
             for index, step in enumerate(steps):
                 model = run(step, model, bench, Path(scratch) / f"{number}-{index}")
                 if index == 0 and len(steps) == 2:
                     size = f"{table_bytes(model) / table_bytes(source):.1%}"
-                    change = f"{auc_of(model.module, bench) - auc:+.5f}"
-                    cells = [size, change, affected_lookups(model)]
+                    change = f"{evaluate_auc(model.module, bench) - auc:+.5f}"
+                    cells = [size, change, format_affected_lookups(model)]
             bytes_share = f"{table_bytes(model) / table_bytes(source):.1%}"
-            cells += [bytes_share, f"{auc_of(model.module, bench) - auc:+.5f}"]
+            cells += [bytes_share, f"{evaluate_auc(model.module, bench) - auc:+.5f}"]
             print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""How do bits, offsets, clipping and scales of table formats change bytes, error and AUC?
+"""How do bits, offsets, clipping and scales of table formats affect bytes, error and AUC?
 
-Compresses the demo's tables with every format and its settings. Prints bytes of all tables as a
-share of float32, squared error as a share of the squared weights, the change of AUC on validation
-rows without further training, and the time to encode a large table relative to symmetric int8 in
-the same run. Further lines have scales that several rows share, and the formats float8 and
-bfloat16.
+Quantizes the demo's tables uniformly to 8, 4 and 2 bits with several combinations of settings,
+including scales that several rows share, and to float8 and bfloat16. Prints the bytes of all tables
+as a share of float32, the squared error as a share of the squared weights, the change of AUC on
+validation rows without further training, and the time to encode a large table divided by that of
+symmetric int8.
 
     recpress demo && python -m benchmarks.uniform_tables
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.distill_settings import auc_of
+from benchmarks.distill_settings import evaluate_auc
 from compressors.contracts import Bench
 from compressors.core.model import Model
 from compressors.core.modules.formats import Bag
@@ -39,8 +39,8 @@ from tasks.prepare import prepare
 
 METHODS = (RowwiseInt8, RowwiseInt4, RowwiseInt2)
 CLIPPING_RULES = ("min_max", "greedy", "mse")
-SHARED = (1, 8, 64, 0)
-LARGE = (20_000, 64)
+ROWS_PER_SCALE = (1, 8, 64, 0)  # 0: one scale for the whole table
+TIMED_SHAPE = (20_000, 64)
 ROUNDS = 3
 
 
@@ -58,10 +58,10 @@ def steps() -> Iterator[tuple[str, str, str, TableStep]]:
             settings = {"symmetric": symmetric, "clipping": "mse"}
             levels = f"{'symmetric' if symmetric else 'offset'}, mse"
             yield method().kind, levels, "float32 per row", method(scale="float32", **settings)
-            for rows in SHARED[1:]:
+            for rows in ROWS_PER_SCALE[1:]:
                 scales = f"float16 for {rows} rows" if rows else "one for the table"
                 yield method().kind, levels, scales, method(rows_per_scale=rows, **settings)
-    for rows in SHARED:
+    for rows in ROWS_PER_SCALE:
         scales = {0: "one for the table", 1: "float16 per row"}.get(
             rows, f"float16 for {rows} rows"
         )
@@ -69,7 +69,7 @@ def steps() -> Iterator[tuple[str, str, str, TableStep]]:
     yield "bfloat16", "", "", BFloat16()
 
 
-def table_of(module: nn.Module) -> nn.Module:
+def unwrap_bag(module: nn.Module) -> nn.Module:
     """Return the table of a bag, or the module itself if it is a table."""
     return module.table if isinstance(module, Bag) else module
 
@@ -84,11 +84,11 @@ def measure(step: TableStep, model: Model, bench: Bench, folder: Path) -> tuple[
     error = squares = 0.0
     for name, unit in before.items():
         weight = unit.weight
-        decoded: Tensor = table_of(after[name].module)(torch.arange(unit.rows))
+        decoded: Tensor = unwrap_bag(after[name].module)(torch.arange(unit.rows))
         error += float((decoded - weight).double().square().sum())
         squares += float(weight.double().square().sum())
     share = sum(unit.bytes for unit in after.values()) / sum(unit.bytes for unit in before.values())
-    return share, error / squares, auc_of(compressed.module, bench)
+    return share, error / squares, evaluate_auc(compressed.module, bench)
 
 
 def main() -> None:
@@ -99,11 +99,11 @@ def main() -> None:
     prepared = prepare.fn(bundle_ref.artifact, "validation")
     splits = {"validation": split_of(prepared, bundle_ref.rows["validation"])}
     bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
-    large = torch.randn(LARGE, generator=torch.Generator().manual_seed(0))
-    print(f"AUC on validation rows as trained: {auc_of(loaded.model.module, bench):.5f}")
+    large = torch.randn(TIMED_SHAPE, generator=torch.Generator().manual_seed(0))
+    print(f"AUC on validation rows as trained: {evaluate_auc(loaded.model.module, bench):.5f}")
     print("| format | levels | scales | bytes | error | change of AUC | time / int8 |")
     print("|---|---|---|---|---|---|---|")
-    before = auc_of(loaded.model.module, bench)
+    before = evaluate_auc(loaded.model.module, bench)
     with tempfile.TemporaryDirectory() as scratch:
         for number, (storage, levels, scales, step) in enumerate(steps()):
             share, error, auc = measure(step, loaded.model, bench, Path(scratch) / str(number))
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def relative_encode_time(step: TableStep, large: Tensor) -> float:
-    """Return the time to encode a large table, divided by the interleaved time of int8."""
+    """Return the time to encode a large table divided by that of int8, as median over rounds."""
     ratios = []
     for _ in range(ROUNDS):
         times = []

@@ -1,11 +1,16 @@
 """How fast are dense layers with 8- and 4-bit weights in ONNX Runtime, by operator?
 
-Compared are the fp32 Gemm; our ``static_int8`` (calibrated, QGemm); our ``weight_int8`` and
-``weight_int4`` with float inputs and with inputs quantized to int8 at run time; and ONNX Runtime's
-8-bit product on float inputs (MatMulNBits), which recpress does not use. Each layer is first
-checked against the torch module; then all are timed interleaved in one process on one thread. The
-printed time is the 10 % quantile, because other load only adds time. Ratios are relative to the
-fp32 Gemm.
+Five kinds of layers are compared:
+
+- the fp32 Gemm;
+- ``static_int8``: weights and inputs in int8, with calibrated input ranges (QGemm);
+- ``weight_int8`` and ``weight_int4`` with float inputs;
+- the same with inputs that are quantized to int8 at run time;
+- ONNX Runtime's 8-bit product on float inputs (MatMulNBits), which recpress does not use.
+
+Each layer is first checked against the torch module. Then all are timed in turn in one process on
+one thread. The printed time is the 10 % quantile of all calls, because other load only adds time.
+Ratios are relative to the fp32 Gemm.
 
     python benchmarks/weight_only.py
 """
@@ -46,7 +51,7 @@ STEPS: dict[str, Step] = {
     "weight_int4/32, int8 inputs": WeightInt4(activations="int8"),
     "weight_int4/128, int8 inputs": WeightInt4(block=128, activations="int8"),
 }
-MATMUL_NBITS = "8 bits, float, MatMulNBits"
+MATMUL_NBITS = "MatMulNBits, 8 bits, float inputs"
 
 
 class Layer(nn.Module):
@@ -126,7 +131,7 @@ def build_matmul_nbits(module: nn.Module, x: Tensor, folder: Path) -> Session:
         [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scale, "scale")],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    path = folder / "by_hand.onnx"
+    path = folder / "matmul_nbits.onnx"
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     session = Session(path, threads=1)
     decoded = ((codes.astype(np.float32) - 128) * scale[:, :, None]).reshape(width, width)
@@ -158,9 +163,9 @@ def main() -> None:
     print(
         f"us per call, the 10 % quantile of {args.rounds} interleaved calls, and the ratio to the"
     )
-    print("fp32 Gemm")
+    print("fp32 Gemm; a column has the width and the batch size B")
     print(
-        f"{'layer':30s}" + "".join(f"{w:>8d} B={b:<5d}" for w in args.widths for b in args.batches)
+        f"{'layer':34s}" + "".join(f"{w:>8d} B={b:<5d}" for w in args.widths for b in args.batches)
     )
     columns: list[dict[str, str]] = []
     for width in args.widths:
@@ -177,7 +182,7 @@ def main() -> None:
                 }
             )
     for name in columns[0]:
-        print(f"{name:30s}" + "".join(f" {column[name]:>15s}" for column in columns))
+        print(f"{name:34s}" + "".join(f" {column[name]:>15s}" for column in columns))
 
 
 if __name__ == "__main__":

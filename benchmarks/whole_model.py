@@ -6,11 +6,11 @@ same trained network: ONNX Runtime's ``quantize_dynamic`` and ``quantize_static`
 tables), and NVIDIA ModelOpt if it is installed (``nvidia-modelopt onnx-graphsurgeon polygraphy
 cppimport lief onnxslim onnxconverter-common``; its extra ``onnx`` conflicts with our pins).
 
-Every result is evaluated as a graph in ONNX Runtime. Loss is the network's AUC on test rows minus
-the AUC of the compressed network, as mean and Student's t 95 % interval over seeds. "smaller" is
-the ratio of the bytes of all stored tensors, "file smaller" of the bytes of the graph files. The
-recipes were selected by validation rows. Latency is measured with inputs already bound (IO
-binding). "the same" in a label is the recipe of the line above, with the named change.
+Every result is evaluated as a graph in ONNX Runtime. The loss is the AUC of the network minus the
+AUC of the compressed network, as mean over seeds ± half the width of its 95 % interval (Student's
+t). "smaller" is the ratio of the bytes of all stored tensors, "file smaller" that of the graph
+files. Validation rows selected the recipes. Latency is measured with inputs that are already bound
+(IO binding). "the same" in a label is the recipe of the line above, with the named change.
 
     python -m benchmarks.whole_model --seeds 5 --picture docs/pictures/whole_model.png
     python -m benchmarks.whole_model --speed     # latency of the first network's graphs
@@ -37,7 +37,7 @@ from benchmarks.ctr import (
     argument_parser,
     data_folder,
     default_cache,
-    interval,
+    interval_half_width,
     load_baseline,
     load_split,
     prepare_splits,
@@ -62,8 +62,9 @@ Peer = Callable[[Path, Path, Arrays], None]
 
 NAME = "frappe"
 CALIBRATION_ROWS = 4096
-# Blocks are long enough that their median is the latency of back-to-back calls, as under load.
-ROUNDS, CALLS = 10, {1: 400, 256: 40}
+ROUNDS = 10
+# Consecutive calls in a round by batch size: their median is the latency under load.
+CALLS = {1: 400, 256: 40}
 THREADS = 2
 HOST = machine("ONNX Runtime", OnnxRuntime().version(), THREADS)
 
@@ -88,7 +89,7 @@ def student_step(hidden: list[int], cross: int, dropout: float) -> dict[str, Any
 
 INT8_LAYERS: Steps = [{"kind": "fold"}, {"kind": "static_int8"}]
 SMALL = ("tables.daytime", "tables.weekday", "tables.isweekend", "tables.homework")
-TINY_TABLES = {
+KMEANS_FOR_TINY_TABLES = {
     "kind": "kmeans",
     "bits": 2,
     "scale": "none",
@@ -105,7 +106,7 @@ def code_steps(item: int, user: int, location: int = 2) -> Steps:
         location: number of codes of a row of the tables ``country`` and ``city``.
     """
     return [
-        TINY_TABLES,
+        KMEANS_FOR_TINY_TABLES,
         *(
             {"kind": "additive_codes", "codebooks": count, "rounds": 60, "tables": names}
             for count, names in (
@@ -125,7 +126,7 @@ def low_rank_step(most_error: float) -> dict[str, Any]:
 INT4_TABLES: Steps = [{"kind": "rowwise_int4", "clipping": "least_squares"}]
 INT4_LAYERS: Steps = [{"kind": "fold"}, {"kind": "weight_int4", "block": 0}]
 STUDENT = student_step([200, 200], 3, 0.3)
-OURS: list[tuple[str, Steps]] = [
+RECIPES: list[tuple[str, Steps]] = [
     ("int8 tables and layers", [{"kind": "rowwise_int8"}, *INT8_LAYERS]),
     ("student 200-200, int4 tables, int8 layers", [STUDENT, *INT4_TABLES, *INT8_LAYERS]),
     (
@@ -172,7 +173,7 @@ def quantize_dynamically(source: Path, target: Path, rows: Arrays) -> None:  # n
     )
 
 
-def static_quantizer(*operators: str) -> Peer:
+def build_static_quantizer(*operators: str) -> Peer:
     """Return ONNX Runtime's static quantizer for these operator types; for all if none is given."""
 
     def quantize(source: Path, target: Path, rows: Arrays) -> None:
@@ -213,8 +214,8 @@ def quantize_with_modelopt(source: Path, target: Path, rows: Arrays) -> None:
 
 PEERS: list[tuple[str, Peer]] = [
     ("quantize_dynamic", quantize_dynamically),
-    ("quantize_static, all of it", static_quantizer()),
-    ("quantize_static, Gemm only", static_quantizer("Gemm", "MatMul")),
+    ("quantize_static, all of it", build_static_quantizer()),
+    ("quantize_static, Gemm only", build_static_quantizer("Gemm", "MatMul")),
     ("ModelOpt int8", quantize_with_modelopt),
 ]
 
@@ -240,7 +241,7 @@ def run_recipe(steps: Steps, model: Model, bench: Bench, cache: Path) -> Model:
     return result
 
 
-def arrays(split: Split, rows: int | None = None) -> tuple[Arrays, NDArray[Any]]:
+def load_arrays(split: Split, rows: int | None = None) -> tuple[Arrays, NDArray[Any]]:
     """Load inputs and labels of a split, or of its first ``rows`` rows."""
     inputs, label = load_split(split)
     return {name: ids[:rows].numpy() for name, ids in inputs.items()}, label[:rows].numpy()
@@ -254,9 +255,9 @@ def write_graph(model: Model, bench: Bench, path: Path) -> Path:
     return path
 
 
-def auc_of(path: Path, split: Split) -> float:
+def evaluate_auc(path: Path, split: Split) -> float:
     """Return the AUC of a graph on the rows of a split."""
-    inputs, label = arrays(split)
+    inputs, label = load_arrays(split)
     return point_estimates.auc(label, Session(path, THREADS).scores(inputs))
 
 
@@ -266,8 +267,8 @@ def initializer_bytes(path: Path) -> int:
     return sum(onnx.numpy_helper.to_array(item).nbytes for item in graph.initializer)
 
 
-def graphs_of(seed: int, folder: Path, cache: Path) -> Iterator[tuple[str, Path, int]]:
-    """Yield name, graph and stored bytes of every line of the table; the original is first."""
+def build_graphs(seed: int, folder: Path, cache: Path) -> Iterator[tuple[str, Path, int]]:
+    """Yield the original network and every compressed one: name, graph and bytes of all tensors."""
     model, bench = load_baseline(NAME, seed, folder, cache)
     splits, _ = prepare_splits(NAME, folder, cache)
     # Steps that calibrate use training rows, since Frappe has no calibration split.
@@ -275,7 +276,7 @@ def graphs_of(seed: int, folder: Path, cache: Path) -> Iterator[tuple[str, Path,
     run_folder = cache / NAME / f"seed{seed}" / "whole"
     source = write_graph(model, bench, run_folder / "fp32.onnx")
     yield "as trained", source, stored_bytes(model.module)
-    rows, _ = arrays(splits["train"], CALIBRATION_ROWS)
+    rows, _ = load_arrays(splits["train"], CALIBRATION_ROWS)
     for name, quantize in PEERS:
         path = run_folder / f"{name}.onnx"
         if not path.is_file():
@@ -285,41 +286,47 @@ def graphs_of(seed: int, folder: Path, cache: Path) -> Iterator[tuple[str, Path,
                 print(f"skipped {name}: not installed", file=sys.stderr)
                 continue
         yield name, path, initializer_bytes(path)
-    for name, steps in OURS:
+    for name, steps in RECIPES:
         result = run_recipe(steps, model, bench, run_folder)
         path = write_graph(result, bench, run_folder / f"{digest(steps)[:16]}.onnx")
         yield name, path, stored_bytes(result.module)
 
 
-def losses_of(seed: int, folder: Path, cache: Path) -> dict[str, tuple[float, float, float, float]]:
-    """Return by line the size ratios (tensors, file) and losses on validation and test rows.
+def measure_network(
+    seed: int, folder: Path, cache: Path
+) -> dict[str, tuple[float, float, float, float]]:
+    """Build and evaluate all graphs of one network.
 
     AUCs are stored next to the graphs, so that an interrupted run can be continued.
+
+    Returns:
+        By name of the graph: how many times smaller its tensors and its file are than the
+        original's, and the losses of AUC on validation and test rows.
     """
     splits, _ = prepare_splits(NAME, folder, cache)
-    losses: dict[str, tuple[float, float, float, float]] = {}
+    results: dict[str, tuple[float, float, float, float]] = {}
     original: tuple[int, int, float, float] | None = None
-    for name, path, size in graphs_of(seed, folder, cache):
+    for name, path, size in build_graphs(seed, folder, cache):
         auc_file = path.with_suffix(".json")
         if not auc_file.is_file():
-            aucs = [auc_of(path, splits[part]) for part in ("validation", "test")]
+            aucs = [evaluate_auc(path, splits[part]) for part in ("validation", "test")]
             auc_file.write_text(json.dumps(aucs))
         validation, test = json.loads(auc_file.read_text())
         current = (size, path.stat().st_size, validation, test)
         original = original or current
-        losses[name] = (
+        results[name] = (
             original[0] / current[0],
             original[1] / current[1],
             original[2] - current[2],
             original[3] - current[3],
         )
-        print(seed, name, *(f"{value:.5f}" for value in losses[name]), file=sys.stderr, flush=True)
-    return losses
+        print(seed, name, *(f"{value:.5f}" for value in results[name]), file=sys.stderr, flush=True)
+    return results
 
 
 def print_sizes(seeds: int, folder: Path, cache: Path) -> dict[str, list[tuple[float, ...]]]:
     """Print the table of sizes and losses; return by line the results of all networks."""
-    by_seed = [losses_of(seed, folder, cache) for seed in range(seeds)]
+    by_seed = [measure_network(seed, folder, cache) for seed in range(seeds)]
     print(f"\n{NAME}, {seeds} networks\n")
     print("| | smaller | file smaller | loss of AUC, test rows | validation rows |")
     print("|---|---|---|---|---|")
@@ -329,7 +336,7 @@ def print_sizes(seeds: int, folder: Path, cache: Path) -> dict[str, list[tuple[f
         cells = [f"{mean(value[column] for value in values):.1f}x" for column in (0, 1)]
         for column in (3, 2):
             losses = [value[column] for value in values]
-            cells.append(f"{mean(losses):.5f} ± {interval(losses):.5f}")
+            cells.append(f"{mean(losses):.5f} ± {interval_half_width(losses):.5f}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         results[name] = values
     return results
@@ -338,18 +345,20 @@ def print_sizes(seeds: int, folder: Path, cache: Path) -> dict[str, list[tuple[f
 def print_speeds(folder: Path, cache: Path) -> None:
     """Print the latency of the first network's graphs and the speed-up over float32."""
     splits, _ = prepare_splits(NAME, folder, cache)
-    graphs = [(name, path) for name, path, _ in graphs_of(0, folder, cache)]
+    graphs = [(name, path) for name, path, _ in build_graphs(0, folder, cache)]
     print_latencies(
-        [name for name, _ in graphs], [path for _, path in graphs], arrays(splits["test"], 256)[0]
+        [name for name, _ in graphs],
+        [path for _, path in graphs],
+        load_arrays(splits["test"], 256)[0],
     )
 
 
 def medians_ms(sessions: list[Session], inputs: Arrays, calls: int) -> list[float]:
-    """Median latency of each session in milliseconds, from interleaved blocks of calls.
+    """Return the median latency of each session in milliseconds.
 
-    Blocks of different sessions are interleaved so that all run under the same load. Single calls
-    are not: the threads of a session keep spinning after a call, and on two cores they would slow
-    the next session.
+    In each round, every session runs a block of ``calls`` calls, so that other load affects all
+    sessions. Sessions do not alternate after every call: the threads of a session keep spinning
+    after a call, and on two cores they would slow down the next session.
     """
     times: list[list[float]] = [[] for _ in sessions]
     for _ in range(ROUNDS):
@@ -396,7 +405,7 @@ def draw(results: dict[str, list[tuple[float, ...]]], path: Path) -> None:
         panel.errorbar(
             [ratio for ratio, _ in points],
             [mean(losses) for _, losses in points],
-            yerr=[interval(losses) for _, losses in points],
+            yerr=[interval_half_width(losses) for _, losses in points],
             label=label,
             marker=marker,
             color=colour,

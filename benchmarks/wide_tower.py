@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.ctr import signature
-from benchmarks.whole_model import PEERS, STEPS, arrays, print_latencies
+from benchmarks.whole_model import PEERS, STEPS, load_arrays, print_latencies
 from compressors.contracts import Architecture, Bench, Network, Split
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -27,15 +27,18 @@ ROWS = 4096
 TABLES = {"kind": "rowwise_int8"}
 RECIPES = {
     "ours: int8 tables and layers": [TABLES, {"kind": "static_int8"}],
-    "ours: int8 tables, int8 weights alone": [TABLES, {"kind": "weight_int8"}],
-    "ours: int8 tables, int4 weights alone": [
+    "ours: int8 tables, int8 weights, inputs quantized at run time": [
+        TABLES,
+        {"kind": "weight_int8"},
+    ],
+    "ours: int8 tables, int4 weights, inputs quantized at run time": [
         TABLES,
         {"kind": "weight_int4", "block": 128, "activations": "int8"},
     ],
 }
 
 
-def network() -> Model:
+def build_network() -> Model:
     """Return the network with random weights from a fixed seed."""
     config = {
         "fields": [{"name": name, "rows": rows} for name, rows in FIELDS.items()],
@@ -66,11 +69,11 @@ def main() -> None:
         folder = Path(scratch)
         split = write_rows(folder / "rows")
         bench = Bench(signature=signature(FIELDS), calibration=split)
-        model = network()
+        model = build_network()
         graph = served_graphs(bench.signature)[0]
         names, paths = ["float32"], [folder / "fp32.onnx"]
         lower(model.module, graph, "onnxruntime", paths[0])
-        rows, _ = arrays(split)
+        rows, _ = load_arrays(split)
         for name, quantize in PEERS:
             path = folder / f"{name}.onnx"
             try:
