@@ -31,7 +31,8 @@ class DCNv2(nn.Module):
         hidden: widths of the perceptron; empty means the perceptron is the identity.
         dropout: dropout probability of hidden units in training.
         batch_norm: whether every hidden layer has batch norm.
-        structure: "parallel" feeds the perceptron the input, "stacked" the last cross layer.
+        structure: what the input of the perceptron is: "parallel" the concatenated vectors, as for
+            the cross layers; "stacked" the output of the last cross layer.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class DCNv2(nn.Module):
     ) -> None:
         super().__init__()
         if structure not in ("parallel", "stacked"):
-            raise ValueError(f"structure is 'parallel' or 'stacked'; got {structure!r}.")
+            raise ValueError(f"Expected structure 'parallel' or 'stacked', got {structure!r}.")
         self.dense = dense
         self.structure = structure
         self.tables = nn.ModuleDict(
@@ -62,7 +63,7 @@ class DCNv2(nn.Module):
             }
         )
         for weight in (*self.tables.parameters(), *self.bags.parameters()):
-            # Small enough that the first scores are near the click rate, for any ids.
+            # Small enough that the ids hardly affect the first logits.
             nn.init.normal_(weight, std=0.01)
 
         width = (len(self.tables) + len(self.bags)) * dim + dense

@@ -34,17 +34,18 @@ from compressors.metrics.full_ranking import (
     ranking_metrics,
     ranking_queries,
 )
-from examples.two_tower import Ints, Training, TwoTower, train, vectors
+from examples.two_tower import Ints, Training, TwoTower, compute_vectors, train
 
 USERS, ITEMS = 29_858, 40_981
-PAIRS = {  # SHA-256 of the sorted pairs as int64; the published results refer to this data
+PAIR_HASHES = {  # SHA-256 of the sorted pairs as int64; the published results refer to this data
     "train": "d453bfc18e5613d6310ab05f7ebc1c6c724ee913dc31c769d1c8743c678d27f7",
     "test": "dac9527045e35230c82e4a5c54715b5e60f8a7bbe935ffdb4ee2ebe21c32ddb7",
 }
-VALIDATION = 0.1  # share of the public training rows
+VALIDATION_SHARE = 0.1  # of the public training rows
 CALIBRATION_ROWS = 4096
-VALIDATED_USERS = 5000
-VARIABLE = "RECPRESS_DATA"
+VALIDATION_USERS = 5000  # users for whom recall is measured after every epoch
+DATA_VARIABLE = "RECPRESS_DATA"
+"""Environment variable with the folder of the public data sets."""
 
 
 class DataMissing(Exception):
@@ -64,18 +65,18 @@ class Splits:
 
 
 def data_folder(option: Path | None) -> Path:
-    """Return the folder of ``--data``, else ``gowalla`` in the folder of ``RECPRESS_DATA``.
+    """Return the folder of ``--data``, else the folder ``gowalla`` in ``RECPRESS_DATA``.
 
     Raises:
         DataMissing: the folder does not exist, or neither is set.
     """
-    root = os.environ.get(VARIABLE)
+    root = os.environ.get(DATA_VARIABLE)
     folder = option or (Path(root) / "gowalla" if root else None)
     if folder is None or not folder.is_dir():
         raise DataMissing(
             f"Expected a folder with the Gowalla check-ins, got "
-            f"{folder or f'neither --data nor {VARIABLE}'}. Put train.txt and test.txt of "
-            f"LightGCN's published split into a folder and name it with --data."
+            f"{folder or f'neither --data nor {DATA_VARIABLE}'}. Put train.txt and test.txt of "
+            f"LightGCN's published split into a folder, and pass it with --data."
         )
     return folder
 
@@ -89,13 +90,17 @@ def read_pairs(folder: Path, part: str) -> Ints:
     names = ["train", "valid"] if part == "train" else [part]
     lines = [pairs for name in names for pairs in _read_lines(folder, name)]
     if not lines:
-        raise DataMissing(f"{folder} has neither {part}.txt nor {part}.txt.gz.")
+        raise DataMissing(
+            f"Expected {part}.txt or {part}.txt.gz in {folder}, got neither. Copy the file of "
+            f"LightGCN's published split there."
+        )
     pairs = np.unique(np.concatenate(lines), axis=0)
     digest = hashlib.sha256(pairs.astype("<i8").tobytes()).hexdigest()
-    if digest != PAIRS[part]:
+    if digest != PAIR_HASHES[part]:
         raise DataMissing(
             f"Expected the {part} pairs of the public split in {folder}, with SHA-256 "
-            f"{PAIRS[part]}; got {len(pairs):,} pairs with SHA-256 {digest}. Download them again."
+            f"{PAIR_HASHES[part]}, got {len(pairs):,} pairs with SHA-256 {digest}. Download them "
+            f"again."
         )
     return pairs
 
@@ -126,7 +131,7 @@ def split(folder: Path, seed: int) -> Splits:
     candidates = np.setdiff1d(np.arange(len(public)), first)
     is_validation = np.zeros(len(public), bool)
     is_validation[
-        order[random.choice(candidates, int(VALIDATION * len(public)), replace=False)]
+        order[random.choice(candidates, int(VALIDATION_SHARE * len(public)), replace=False)]
     ] = True
     return Splits(public[~is_validation], public[is_validation], test)
 
@@ -134,22 +139,22 @@ def split(folder: Path, seed: int) -> Splits:
 # --- training --------------------------------------------------------------------------------
 
 
-def interactions(pairs: Ints) -> Interactions:
+def to_interactions(pairs: Ints) -> Interactions:
     """Convert pairs to interactions with relevance 1."""
     return Interactions(pairs[:, 0], pairs[:, 1], np.ones(len(pairs)))
 
 
-def recall_measure(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float, float]]:
+def build_recall_measure(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float, float]]:
     """Return a function that computes Recall@20 and NDCG@20 of a network.
 
     Args:
-        test: pairs to be found, which count as relevant.
+        test: pairs that count as relevant.
         seen: earlier pairs; a user's items in them are excluded from the user's ranking.
     """
-    queries = ranking_queries(interactions(test), map(interactions, seen), np.arange(ITEMS))
+    queries = ranking_queries(to_interactions(test), map(to_interactions, seen), np.arange(ITEMS))
 
     def measure(network: TwoTower) -> tuple[float, float]:
-        query, item = vectors(network, {"user": torch.from_numpy(queries.query)})
+        query, item = compute_vectors(network, {"user": torch.from_numpy(queries.query)})
         ranked = RankedVectors(query.numpy(), item.numpy(), queries)
         values = ranking_metrics(ranked, ("recall@20", "ndcg@20"))
         return float(values["recall@20"].mean()), float(values["ndcg@20"].mean())
@@ -158,7 +163,7 @@ def recall_measure(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float,
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Set the number of torch threads within the ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -168,7 +173,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def network_of(settings: Training) -> TwoTower:
+def build_network(settings: Training) -> TwoTower:
     """Return an untrained network whose weights are drawn with the seed of the settings."""
     torch.manual_seed(settings.seed)
     return TwoTower(**architecture(settings).config)
@@ -184,14 +189,14 @@ def fit(
     public training rows.
     """
     # A subset of users, because recall is measured after every epoch.
-    users = np.random.default_rng(settings.seed).permutation(USERS)[:VALIDATED_USERS]
-    measure = recall_measure(
+    users = np.random.default_rng(settings.seed).permutation(USERS)[:VALIDATION_USERS]
+    measure = build_recall_measure(
         splits.validation[np.isin(splits.validation[:, 0], users)], splits.train
     )
-    network = network_of(settings)
+    network = build_network(settings)
     epoch, recall = train(network, splits.train, settings, lambda net: measure(net)[0], log)
     if train_on_validation:
-        network = network_of(settings)
+        network = build_network(settings)
         both = np.concatenate([splits.train, splits.validation])
         train(network, both, replace(settings, stop_after=epoch), None, log)
     return network, epoch, recall
@@ -278,15 +283,15 @@ def write_draft(
     pq.write_table(pa.table({"item": pa.array(np.arange(ITEMS))}), folder / "items.parquet")
 
     training_start = time.monotonic()
-    with threads(settings.threads):
-        network, epoch, validated = fit(
+    with torch_threads(settings.threads):
+        network, epoch, validation_recall = fit(
             splits, settings, train_on_validation=train_on_validation, log=log
         )
         seconds = time.monotonic() - training_start
-        recall, ndcg = recall_measure(splits.test, splits.train, splits.validation)(network)
+        recall, ndcg = build_recall_measure(splits.test, splits.train, splits.validation)(network)
     log(
-        f"epoch {epoch}: validation Recall@20 {validated:.4f}; test Recall@20 {recall:.4f}, "
-        f"NDCG@20 {ndcg:.4f}; {seconds:.0f} s of training"
+        f"epoch {epoch}: validation Recall@20 {validation_recall:.4f}; test Recall@20 "
+        f"{recall:.4f}, NDCG@20 {ndcg:.4f}; {seconds:.0f} s of training"
     )
     save_file(
         {name: value.contiguous() for name, value in network.state_dict().items()},
@@ -303,10 +308,10 @@ def write_draft(
     record: dict[str, object] = {
         "recipe": asdict(settings),
         "everything": train_on_validation,
-        "data": {"sha256": PAIRS},
+        "data": {"sha256": PAIR_HASHES},
         "torch": torch.__version__,
         "epoch": epoch,
-        "validation_recall@20": validated,
+        "validation_recall@20": validation_recall,
         "test_recall@20": recall,
         "test_ndcg@20": ndcg,
         "training_seconds": round(seconds, 1),
@@ -324,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.gowalla", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="folder of the draft of the bundle")
     parser.add_argument(
-        "--data", type=Path, help=f"folder of the public files; default {VARIABLE}/gowalla"
+        "--data", type=Path, help=f"folder of the public files; default {DATA_VARIABLE}/gowalla"
     )
     parser.add_argument(
         "--epochs", type=int, default=defaults.epochs, help="largest number of epochs"

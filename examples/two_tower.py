@@ -35,7 +35,7 @@ class IdTower(nn.Module):
         self.name = name
         self.scale = scale
         self.table = nn.Embedding(rows, dim)
-        # Small norms before normalization, so that the first steps change directions strongly.
+        # Vectors are normalized; with small norms, the first updates change directions strongly.
         nn.init.normal_(self.table.weight, std=0.02)
         self.layers: nn.Sequential | None = None
         if hidden:
@@ -176,7 +176,7 @@ def train(
 
 
 @torch.no_grad()
-def vectors(network: TwoTower, users: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def compute_vectors(network: TwoTower, users: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return vectors of users, float ``(users, dim)``, and of all items, ``(items, dim)``.
 
     ``users`` are the arguments of the user tower by name.

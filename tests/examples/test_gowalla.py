@@ -11,8 +11,8 @@ import torch
 
 from compressors.metrics.full_ranking import RankedVectors, ranking_metrics, ranking_queries
 from examples import gowalla
-from examples.gowalla import DataMissing, interactions, main, read_pairs
-from examples.two_tower import Training, TwoTower, train, vectors
+from examples.gowalla import DataMissing, main, read_pairs, to_interactions
+from examples.two_tower import Training, TwoTower, compute_vectors, train
 from tasks.bundles.packing import pack
 
 QUICK = Training(dim=8, hidden=8, batch=64, epochs=12, learning_rate=0.02)
@@ -38,31 +38,33 @@ def recall_at(k, query, item, queries):
     return float(ranking_metrics(RankedVectors(query, item, queries), (name,))[name].mean())
 
 
-def recall_measure(seen, unseen):
-    queries = ranking_queries(interactions(unseen), [interactions(seen)], np.arange(80))
+def build_recall_measure(seen, unseen):
+    """Return a function that computes the recall of a network's rankings of unseen pairs at 6."""
+    queries = ranking_queries(to_interactions(unseen), [to_interactions(seen)], np.arange(80))
 
     def recall(network):
-        query, item = vectors(network, {"user": torch.from_numpy(queries.query)})
+        query, item = compute_vectors(network, {"user": torch.from_numpy(queries.query)})
         return recall_at(6, query.numpy(), item.numpy(), queries)
 
     return recall
 
 
-def train_synthetic(settings=QUICK, measure=None):
+def train_synthetic(settings=QUICK, has_metric=False):
+    """Train on synthetic pairs; return the network, the result of ``train`` and its messages."""
     torch.manual_seed(settings.seed)
     network = TwoTower(users=60, items=80, dim=settings.dim, hidden=settings.hidden)
     seen, unseen = synthetic_pairs()
     messages = []
-    selected = train(
-        network, seen, settings, measure and recall_measure(seen, unseen), messages.append
-    )
+    measure = build_recall_measure(seen, unseen) if has_metric else None
+    selected = train(network, seen, settings, measure, messages.append)
     return network, selected, messages
 
 
 def test_train_returns_the_best_epoch_and_restores_its_weights():
-    network, (epoch, best), messages = train_synthetic(measure=True)
+    network, (epoch, best), messages = train_synthetic(has_metric=True)
     assert best > 0.9  # chance: 6 of 66 unseen items
-    assert recall_measure(*synthetic_pairs())(network) == best  # weights of the selected epoch
+    # The network has the weights of the selected epoch.
+    assert build_recall_measure(*synthetic_pairs())(network) == best
     assert 1 <= epoch <= len(messages) <= QUICK.epochs
     assert not network.query.table.sparse  # restored, so that Adam can train the table
 
@@ -77,24 +79,25 @@ def test_score_is_the_dot_product_of_the_towers():
 
 
 def test_training_without_a_metric_runs_all_epochs_and_is_reproducible():
-    first, second = (train_synthetic(Training(dim=8, epochs=4, stop_after=2)) for _ in range(2))
-    assert first[1][0] == 2
-    assert len(first[2]) == 2
-    for name, value in first[0].state_dict().items():
-        assert torch.equal(value, second[0].state_dict()[name]), name
+    settings = Training(dim=8, epochs=4, stop_after=2)
+    network, (epoch, _), messages = train_synthetic(settings)
+    same_network, _, _ = train_synthetic(settings)
+    assert epoch == len(messages) == 2
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, same_network.state_dict()[name]), name
 
 
 def test_missing_data_exits_with_code_2_and_mentions_the_option(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv(gowalla.VARIABLE, raising=False)
+    monkeypatch.delenv(gowalla.DATA_VARIABLE, raising=False)
     assert main([str(tmp_path / "draft")]) == 2
-    assert "name it with --data" in capsys.readouterr().err
+    assert "pass it with --data" in capsys.readouterr().err
     assert main([str(tmp_path / "draft"), "--data", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "draft").exists()
 
 
 def test_other_data_than_the_public_split_is_refused(tmp_path):
-    with pytest.raises(DataMissing, match=r"neither train\.txt nor"):
+    with pytest.raises(DataMissing, match=r"Expected train\.txt or"):
         read_pairs(tmp_path, "train")
     (tmp_path / "train.txt").write_text("0 1 2\n1 5\n")
     with pytest.raises(DataMissing, match="got 3 pairs with SHA-256"):
@@ -107,15 +110,15 @@ def test_pairs_of_valid_txt_are_added_to_the_training_pairs(tmp_path, monkeypatc
     with pytest.raises(DataMissing) as caught:
         read_pairs(tmp_path, "train")
     digest = str(caught.value).rpartition("SHA-256 ")[2].partition(".")[0]
-    monkeypatch.setitem(gowalla.PAIRS, "train", digest)
+    monkeypatch.setitem(gowalla.PAIR_HASHES, "train", digest)
     assert read_pairs(tmp_path, "train").tolist() == [[0, 1], [0, 2], [0, 7], [1, 3], [1, 5]]
 
 
 @pytest.fixture
 def data():
-    root = os.environ.get(gowalla.VARIABLE)
+    root = os.environ.get(gowalla.DATA_VARIABLE)
     if root is None or not (Path(root) / "gowalla").is_dir():
-        pytest.skip(f"no gowalla folder below {gowalla.VARIABLE}")
+        pytest.skip(f"no gowalla folder below {gowalla.DATA_VARIABLE}")
     return Path(root) / "gowalla"
 
 
@@ -126,8 +129,8 @@ def test_split_takes_a_tenth_of_the_public_training_pairs_for_validation(data):
     assert len(splits.validation) == 81_012
     assert len(splits.test) == 217_242
     assert len(np.unique(splits.train[:, 0])) == gowalla.USERS
-    together = np.concatenate([splits.train, splits.validation, splits.test])
-    assert len(np.unique(together, axis=0)) == len(together)
+    all_pairs = np.concatenate([splits.train, splits.validation, splits.test])
+    assert len(np.unique(all_pairs, axis=0)) == len(all_pairs)
 
 
 @pytest.mark.data
@@ -141,12 +144,12 @@ def test_two_epochs_beat_the_popularity_ranking_and_the_draft_can_be_packed(
     assert main([str(draft), "--data", str(data), "--epochs", "2"]) == 0
     record = json.loads((tmp_path / "draft.training.json").read_text())
     splits = gowalla.split(data, seed=1)
-    popular = np.bincount(splits.train[:, 1], minlength=gowalla.ITEMS).astype(np.float32)
+    popularity = np.bincount(splits.train[:, 1], minlength=gowalla.ITEMS).astype(np.float32)
     queries = ranking_queries(
-        interactions(splits.test),
-        [interactions(splits.train), interactions(splits.validation)],
+        to_interactions(splits.test),
+        [to_interactions(splits.train), to_interactions(splits.validation)],
         np.arange(gowalla.ITEMS),
     )
     ones = np.ones((queries.query.size, 1), np.float32)
-    assert record["test_recall@20"] > 1.5 * recall_at(20, ones, popular[:, None], queries)
+    assert record["test_recall@20"] > 1.5 * recall_at(20, ones, popularity[:, None], queries)
     assert pack(draft).rows["items"] == gowalla.ITEMS

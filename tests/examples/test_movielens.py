@@ -36,7 +36,7 @@ def draft(tmp_path_factory):
     return folder
 
 
-def ratings(seconds):
+def ratings_at(seconds):
     return pd.DataFrame({"timestamp": seconds})
 
 
@@ -100,7 +100,7 @@ def test_logit_of_a_row_does_not_depend_on_other_rows():
 
 
 def test_unknown_structure_is_refused():
-    with pytest.raises(ValueError, match="'parallel' or 'stacked'; got 'serial'"):
+    with pytest.raises(ValueError, match="'parallel' or 'stacked', got 'serial'"):
         small_network(structure="serial")
 
 
@@ -152,7 +152,7 @@ def test_splits_are_in_strict_order_of_time(splits, frame):
 
 
 def test_split_boundary_within_a_second_moves_to_its_end():
-    splits = movielens.split_by_time(ratings([1, 2, 3, 4, 5, 6, 7, 7, 8, 9]))
+    splits = movielens.split_by_time(ratings_at([1, 2, 3, 4, 5, 6, 7, 7, 8, 9]))
     assert [list(part["timestamp"]) for part in splits.values()] == [
         [1, 2, 3, 4, 5, 6, 7, 7],
         [],
@@ -161,7 +161,7 @@ def test_split_boundary_within_a_second_moves_to_its_end():
 
 
 def test_vocabularies_contain_only_training_tokens_with_ids_from_1(splits):
-    vocabularies = movielens.vocabularies_of(splits["train"])
+    vocabularies = movielens.build_vocabularies(splits["train"])
     assert vocabularies["user"].keys() == set(splits["train"]["user"])
     assert set(splits["test"]["user"]) - vocabularies["user"].keys()
     for ids in vocabularies.values():
@@ -171,7 +171,7 @@ def test_vocabularies_contain_only_training_tokens_with_ids_from_1(splits):
 
 
 def test_tokens_that_are_not_in_training_data_are_encoded_as_0(splits):
-    vocabularies = movielens.vocabularies_of(splits["train"])
+    vocabularies = movielens.build_vocabularies(splits["train"])
     ids = movielens.encode(splits["test"], vocabularies)["user"].to_numpy()
     unseen = ~splits["test"]["user"].isin(vocabularies["user"].keys())
     np.testing.assert_array_equal(ids == 0, unseen)
@@ -182,7 +182,7 @@ def test_inputs_of_selected_rows_contain_their_genres():
     tokens = {name: ["a", "a", "a", "a"] for name in FIELDS}
     lists = [["y", "x"], [], ["x"], ["z"]]
     frame = pd.DataFrame({**tokens, "genres": lists, "click": [1, 0, 0, 1], "timestamp": 0})
-    rows = movielens.rows_of(movielens.encode(frame, vocabularies))
+    rows = movielens.convert_to_rows(movielens.encode(frame, vocabularies))
     inputs = rows.inputs(torch.tensor([3, 1, 0]))
     assert inputs["genres"].tolist() == [0, 2, 1]
     assert inputs["genres_offsets"].tolist() == [0, 1, 1]
@@ -224,7 +224,7 @@ def test_data_files_with_another_digest_are_refused(tmp_path, monkeypatch):
     for name in movielens.FILES:
         (folder / name).write_text("user_id:token\n")
     monkeypatch.setattr(movielens.metadata, "distribution", lambda name: Wheel())
-    with pytest.raises(movielens.DataMissing, match="should have SHA-256"):
+    with pytest.raises(movielens.DataMissing, match="with SHA-256"):
         movielens.data_folder()
 
 
@@ -246,7 +246,7 @@ def test_network_of_the_draft_is_built_from_its_files_and_scores_rows(draft):
     network = DCNv2(**Network.model_validate(manifest["network"]).architecture.config)
     network.load_state_dict(load_file(draft / "model.safetensors"))
     table = pq.read_table(draft / manifest["data"]["test"])
-    rows = movielens.rows_of(table)
+    rows = movielens.convert_to_rows(table)
     inputs = rows.inputs(torch.arange(100))
     assert set(inputs) == {name for item in signature.inputs for name in tensor_names(item)}
     assert network.eval()(**inputs).isfinite().all()
