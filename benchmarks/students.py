@@ -11,13 +11,15 @@ original, except dropout:
   weights of the original's tables and are trained further.
 
 The soft labels are the mean predictions of one or more teachers: the original and the originals of
-the next seeds. A variant may also train on unlabelled rows, the bench's split ``traffic``. Each of
-them is the request of a training row (all inputs except the app) with a randomly drawn app, since a
-server scores many apps per request, of which users see few. List losses use one list per request.
+the next seeds. Their weight in the loss is the soft share. A variant may also train on unlabelled
+rows, the bench's split ``traffic``. Each of them is the request of a training row (all inputs
+except the app) with a randomly drawn app: a server scores many apps per request, and users see few
+of them. List losses use one list per request.
 
-Validation rows of the first seed select dropout and the weight of the soft labels (``--tune``).
-Validation rows also select the best epoch of every training. Test rows are used only for printed
-results. The seed determines the original, the student's initial weights and the row order.
+Validation rows of the first seed select dropout, soft share and amount of traffic (``--tune``).
+Validation rows also select the best epoch of every training. Every trained student is evaluated on
+test rows too, also with ``--tune``, but they select nothing. The seed determines the original, the
+student's initial weights and the row order.
 
 Printed are the mean over seeds ± half the width of its 95 % interval (Student's t), and the mean
 difference to the student trained from scratch with the same seed.
@@ -91,7 +93,7 @@ class Variant:
         dropout: dropout probability of the student.
         soft_share: weight of the soft labels in the loss, in [0, 1]; the labels have the rest.
         teachers: number of originals whose mean predictions are the soft labels.
-        traffic: number of unlabelled rows per labelled row.
+        traffic: number of unlabelled rows per labelled row; 0 trains on labelled rows only.
     """
 
     name: str
@@ -108,7 +110,7 @@ class Variant:
         return f"{self.name} | {self.teachers} | {rows} | {self.dropout} | {self.soft_share}"
 
 
-SETTINGS_HEADER = "student | teachers | unlabelled rows per row | dropout | weight of soft labels"
+SETTINGS_HEADER = "student | teachers | traffic, rows per labelled row | dropout | soft share"
 TUNED = (
     *(Variant(FROM_SCRATCH, dropout) for dropout in (0.2, 0.3, 0.5)),
     *(Variant("pointwise", dropout, 0.5) for dropout in (0.3, 0.5)),
@@ -292,8 +294,8 @@ def compare(seeds: int, folder: Path, cache: Path, epochs: int) -> None:
     originals = [load_baseline(NAME, seed, folder, cache)[0].module for seed in range(seeds)]
     baseline = [evaluate(module, splits["test"]) for module in originals]
     print(
-        f"| {SETTINGS_HEADER} | multiplications | validation AUC | test AUC | minus scratch | "
-        f"test GAUC | minus scratch |"
+        f"| {SETTINGS_HEADER} | multiplications | validation AUC | test AUC | "
+        f"difference to scratch | test GAUC | difference to scratch |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     cells = [
