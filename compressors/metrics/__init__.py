@@ -2,7 +2,7 @@
 
 point_estimates.py    AUC, log loss, NDCG and others, as functions of arrays
 full_ranking.py       recall and NDCG of a retrieval model over the whole catalogue
-cluster_intervals.py  95 % intervals of metrics of grouped rows
+cluster_intervals.py  95 % intervals of metrics whose rows belong to groups
 intervals.py          95 % intervals of metrics, their differences, and latency
 estimators/           one estimator class for each quality metric
 score_change.py       how much a candidate's scores differ from the baseline's

@@ -1,8 +1,8 @@
 """Check labels and scores of the uncompressed model before it serves as the baseline.
 
-Problems that make every later number meaningless are refused at pack; the rest are warnings. Scores
-are computed for a sample of ``SAMPLE_ROWS`` rows, spread evenly over the split (whole groups for
-lists).
+``recpress bundle pack`` refuses a bundle whose problems make every later number meaningless; other
+problems are warnings. Scores are computed for a sample of about ``SAMPLE_ROWS`` rows, evenly spaced
+in the split; the sample of a ranking model consists of whole groups.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from compressors.task_kinds import builtin as builtin
 from compressors.task_kinds.protocol import ScoredSample
 
 SAMPLE_ROWS = 4096
-"""About how many test rows are scored."""
+"""Approximate number of test rows that are scored."""
 
 Array = NDArray[Any]
 
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 def label_problems(
     signature: Signature, split: str, label: Array, group: Array | None
 ) -> Iterator[BaselineProblem]:
-    """Yield problems of the labels of one split; all of its rows are checked.
+    """Yield the problems of the labels of one split, of which all rows are checked.
 
     Args:
         signature: signature of the model.
@@ -41,7 +41,7 @@ def label_problems(
     is_evaluated = is_test or split == "validation"
     if output.label is None:
         return
-    if not output.task_kind.needs_label:  # every row is an interaction; labels select some
+    if not output.task_kind.needs_label:  # rows are interactions, labels above 0 are positive
         if not (label > 0).any():
             yield BaselineProblem(
                 Reason("interactions_missing", split=split, rows=label.size, column=output.label),
@@ -81,7 +81,7 @@ def label_problems(
 def score_problems(
     module: nn.Module, signature: Signature, test: Split
 ) -> Iterator[BaselineProblem]:
-    """Yield problems of the scores of a sample of test rows.
+    """Yield the problems of the scores of a sample of test rows.
 
     Args:
         module: the loaded model, in evaluation mode.
@@ -111,18 +111,18 @@ def score_problems(
 
 
 def _has_mixed_group(label: Array, group: Array) -> bool:
-    """Whether some group has rows of different labels."""
+    """Whether at least one group has rows with different labels."""
     order = np.lexsort((label, group))
     labels, groups = label[order], group[order]
     return bool(((groups[1:] == groups[:-1]) & (labels[1:] != labels[:-1])).any())
 
 
 def _sample(rows: Rows, signature: Signature) -> torch.Tensor:
-    """Return row numbers spread evenly over a split; whole groups for ranking."""
+    """Return evenly spaced row numbers of a split, or those of whole groups for ranking."""
     if len(rows) <= SAMPLE_ROWS:
         return torch.arange(len(rows))
     if not signature.has_lists or rows.group is None:
         return torch.arange(SAMPLE_ROWS) * len(rows) // SAMPLE_ROWS
-    number = torch.unique(rows.group, return_inverse=True)[1]
-    every = -(-len(rows) // SAMPLE_ROWS)
-    return torch.nonzero(number % every == 0).reshape(-1)
+    group_index = torch.unique(rows.group, return_inverse=True)[1]
+    stride = -(-len(rows) // SAMPLE_ROWS)
+    return torch.nonzero(group_index % stride == 0).reshape(-1)

@@ -1,4 +1,4 @@
-"""A problem of the uncompressed model, and the test whether a difference is more than noise."""
+"""A problem of the uncompressed model, and a test whether a mean is clearly above zero."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 from compressors.contracts.reasons import Reason
 
 CLEAR = 4.0
-"""Standard errors of a clear difference: by chance about 1 in 30,000 means is above."""
+"""A mean is clearly above 0 if it exceeds this number of standard errors.
 
-FEWEST = 100
-"""Smallest number of rows or groups for which a mean is tested."""
+By chance, this happens for about 1 in 30,000 means.
+"""
+
+MIN_VALUES = 100
+"""Smallest number of values, one per row or group, for which a mean is tested."""
 
 Array = NDArray[Any]
 
@@ -22,9 +25,10 @@ class BaselineProblem:
     """A problem of a model or its labels.
 
     Attributes:
-        reason: the expected and the actual value, and what to do.
-        refused: whether pack refuses a bundle with this problem; else it is a warning.
-        fatal: whether every run fails because of it, when the model is measured.
+        reason: the problem: the expected and the actual value, and what to do.
+        refused: whether ``recpress bundle pack`` refuses a bundle with this problem; otherwise it
+            only warns.
+        fatal: whether every flow run with this bundle fails when it measures the model.
     """
 
     reason: Reason
@@ -35,9 +39,9 @@ class BaselineProblem:
 def clearly_above(values: Array) -> bool:
     """Whether the mean of values ``(n,)`` is above 0 by more than ``CLEAR`` standard errors.
 
-    False if there are fewer than ``FEWEST`` values.
+    The result is False if there are fewer than ``MIN_VALUES`` values.
     """
-    if values.size < FEWEST:
+    if values.size < MIN_VALUES:
         return False
     error = values.std(ddof=1) / np.sqrt(values.size)
     return bool(values.mean() > CLEAR * error and values.mean() > 0)

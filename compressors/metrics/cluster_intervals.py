@@ -1,22 +1,24 @@
-"""95 % intervals of metrics whose rows belong to groups (users, queries): leave-one-group-out.
+"""95 % intervals of metrics whose rows belong to groups (users, queries), by the jackknife.
 
 Rows of one user are not independent, so the precision of a metric depends on the number of users,
-not of rows. Every metric is computed exactly without each group (one pass after one sort, no
-resampling). The interval is computed from these values:
+not on that of rows. The metric is computed exactly for all rows without each group in turn, in one
+pass after one sort and without resampling. The interval is computed from these leave-one-out
+values:
 
-- center: the metric minus its jackknife bias. Pairs of rows within a user make the AUC of few users
-  differ on average from that of many.
+- center: the metric minus its jackknife bias. For example, the AUC of few users differs on average
+  from that of many, because it contains more pairs of rows of the same user.
 - variance: the sum over groups of the squared change when the group is left out, times one minus
   the group's share of the rows.
-- quantile: Student's t with Satterthwaite degrees of freedom. A few large groups among many small
-  ones carry as much information as a few groups, which lowers the degrees of freedom.
+- quantile: Student's t with Satterthwaite degrees of freedom. A few large groups determine the
+  metric even if there are many small ones, which lowers the degrees of freedom.
 
 Sources: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 11 (jackknife);
 Obuchowski 1997, https://doi.org/10.2307/2533958 (AUC of clustered data); Bell and McCaffrey 2002,
 "Bias reduction in standard errors for linear regression with multi-stage samples", and Imbens and
 Kolesar 2016, https://doi.org/10.1162/REST_a_00552 (variance CR2 and degrees of freedom).
-Differs: leave-one-out values instead of linearized ones; the working model for the degrees of
-freedom (equal correlation within a group) is estimated from the influence of each row.
+Differs: values are leave-one-out values instead of linearized ones; degrees of freedom are computed
+for a working model (all rows of a group have the same correlation), whose variances are estimated
+from the influence of each row.
 
 Coverage on simulated users of 1 to 200 rows: ``benchmarks/interval_coverage.py``.
 """
@@ -35,17 +37,22 @@ from compressors.metrics.point_estimates import (
 )
 
 MIN_GROUPS = 10
-"""Smallest number of groups for an interval; with fewer, the working model would determine it."""
+"""Smallest number of groups for an interval: with fewer, it would depend on the working model."""
 
 TAIL = 0.025
-"""Probability outside a 95 % interval on each side."""
+"""Probability that the true value is outside a 95 % interval on one side."""
 
 LARGEST_LOSS = float(-np.log(PROBABILITY_FLOOR))
 """The largest log loss of a row, in nats."""
 
 
 class Groups(NamedTuple):
-    """Group of each row, ``ids`` int ``(rows,)``, and group sizes, ``rows`` ``(groups,)``."""
+    """The groups of rows.
+
+    Attributes:
+        ids: group number of each row, int ``(rows,)``.
+        rows: number of rows of each group, int ``(groups,)``.
+    """
 
     ids: Ints
     rows: Ints
@@ -63,8 +70,9 @@ class GroupedValue:
         point: the metric of all rows.
         left_out: for each group, the metric without its rows, float64 ``(groups,)``.
         weight: weight of each group, usually its number of rows, ``(groups,)``.
-        influence: influence of each row on the metric, times the number of rows, ``(rows,)``; None
-            if the metric has one value per group.
+        influence: influence function of the metric at each row, ``(rows,)``: the change of the
+            metric if the row's weight increases, times the number of rows. None if the metric has
+            one value per group.
         groups: the groups of the rows; None if the metric has one value per group.
     """
 
@@ -94,9 +102,9 @@ class GroupedPair(NamedTuple):
     Attributes:
         before: value of the baseline.
         after: value of the candidate.
-        largest: the metric's largest possible value; the smallest is 0.
+        largest: the largest possible value of the metric; the smallest is 0.
         groups: the number of groups that have a value.
-        unresolved: the reason why there is no interval, or None.
+        unresolved: why there is no interval, as text, or None if there is one.
     """
 
     before: GroupedValue
@@ -110,22 +118,22 @@ def interval(value: GroupedValue) -> tuple[float, float]:
     """Compute the 95 % interval of a metric whose groups are independent.
 
     Returns:
-        Its low and high end. Both equal the point if no group changes the metric.
+        The low and the high end. Both equal the metric if leaving out a group never changes it.
     """
     share = value.weight / value.weight.sum()
     change = value.point - value.left_out
     variance = float((change**2) @ (1 - share))
     if variance == 0:
         return value.point, value.point
-    number = share.size
-    center = number * value.point - (number - 1) * float(value.left_out.mean())
+    count = share.size
+    center = count * value.point - (count - 1) * float(value.left_out.mean())
     freedom = _degrees_of_freedom(value, share)
-    reach = float(stdtrit(freedom, 1 - TAIL)) * variance**0.5
-    return min(center - reach, value.point), max(center + reach, value.point)
+    half_width = float(stdtrit(freedom, 1 - TAIL)) * variance**0.5
+    return min(center - half_width, value.point), max(center + half_width, value.point)
 
 
 def mean_of_rows(values: Floats, groups: Groups) -> GroupedValue:
-    """Compute the mean of ``values`` ``(rows,)`` over all rows, and without each group."""
+    """Compute the mean of ``values`` ``(rows,)``, with and without each group."""
     total, rows = float(values.sum()), values.size
     point = total / rows
     left_out = ratio(total - groups.sums(values), rows - groups.rows)
@@ -133,7 +141,10 @@ def mean_of_rows(values: Floats, groups: Groups) -> GroupedValue:
 
 
 def weighted_mean(values: Floats, weight: Floats) -> GroupedValue:
-    """Compute the weighted mean of one value per group, and without each; both ``(groups,)``."""
+    """Compute the weighted mean of one value per group, with and without each group.
+
+    ``values`` and ``weight`` are ``(groups,)``.
+    """
     total = float(weight.sum())
     point = float(values @ weight) / total
     left_out = ratio(float(values @ weight) - values * weight, total - weight)
@@ -154,9 +165,9 @@ def grouped_pair(
         before: value of the baseline.
         after: value of the candidate on the same rows.
         largest: the metric's largest possible value.
-        counted: number of groups on which the interval depends.
+        counted: number of groups that determine the precision of the interval.
         which: describes these groups in the reason, such as "with a positive row".
-        groups: number of all groups that have a value; None: ``counted``.
+        groups: number of all groups that have a value; None: the same as ``counted``.
     """
     unresolved = None
     if counted < MIN_GROUPS:
@@ -169,9 +180,10 @@ def grouped_pair(
 
 
 def ratio(numerator: Floats, denominator: Floats | NDArray[np.intp]) -> Floats:
-    """Divide without a warning if the denominator is 0, because one group has all rows.
+    """Divide without a warning if a denominator is 0.
 
-    Such data have too few groups for an interval, so the NaN or infinity is not used.
+    This happens if one group has all rows. Then there are too few groups for an interval, so the
+    NaN or infinity is not used.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         quotient: Floats = np.asarray(numerator, dtype=np.float64) / denominator
@@ -181,13 +193,13 @@ def ratio(numerator: Floats, denominator: Floats | NDArray[np.intp]) -> Floats:
 def _degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
     """Compute Satterthwaite's degrees of freedom of the variance, at least 1.
 
-    Under the working model a group's mean has the variance ``between + within / rows``. The
-    variance estimate is a quadratic form of the group means. The degrees of freedom, twice its
-    squared expectation over its variance, are computed in O(groups) from the sums below.
+    In the working model, the mean of a group has the variance ``between + within / rows``. The
+    variance estimate is a quadratic form of the group means. Its degrees of freedom are twice its
+    squared expectation divided by its variance. Both are computed in O(groups) from sums.
     """
     spread = _variance_of_means(value)
     covered = spread * share
-    base = float(covered @ share)  # of the weighted mean
+    base = float(covered @ share)  # variance of the weighted mean
     factor = share**2 / (1 - share)
     diagonal = spread - 2 * covered + base
     expected = float(factor @ diagonal)

@@ -1,8 +1,9 @@
 """Rank the whole catalogue for every query of a retrieval model, and find the relevant items.
 
-From their places, ``estimators/`` computes recall and NDCG. Negatives are not sampled: a query is
-scored with every item, except items that it interacted with before, which are hidden. Scores are
-computed for a block of queries at a time, so memory does not grow with the number of queries.
+``estimators/`` computes recall and NDCG from the positions of the relevant items. Negatives are not
+sampled: every item of the catalogue is ranked, except the *hidden* items of a query, with which it
+interacted before. Scores are computed for a block of queries at a time, so memory does not grow
+with the number of queries.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ Ints = NDArray[np.int64]
 Float32s = NDArray[np.float32]
 
 DEPTH = 20
-"""Default number of first ranks that count."""
+"""By default, metrics count this number of first ranks."""
 
 SCORES_AT_ONCE = 2**24
 """Largest number of scores in memory at once: 64 MiB."""
@@ -29,7 +30,10 @@ SCORES_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Interactions:
-    """Interactions of queries with items: arrays ``(rows,)``. A ``label`` above 0 is positive."""
+    """Interactions of queries with items: ids and labels, arrays ``(rows,)`` each.
+
+    An interaction is positive if its label is above 0.
+    """
 
     query: ArrayLike
     item: ArrayLike
@@ -64,21 +68,21 @@ class RankingQueries:
 
 
 def ranking_queries(
-    test: Interactions, seen: Iterable[Interactions], catalogue: ArrayLike
+    test: Interactions, earlier: Iterable[Interactions], catalogue: ArrayLike
 ) -> RankingQueries:
     """Build the queries of the test rows, with their relevant and hidden items.
 
     Args:
         test: the test interactions.
-        seen: earlier interactions; their items are hidden from the same query. A relevant test item
-            that the query has seen before is hidden too, and does not count as relevant.
+        earlier: earlier interactions; their items are hidden for the same query. A positive test
+            item that the query interacted with before is hidden too, and is not relevant.
         catalogue: the id of every item, ``(items,)``, each once.
 
     Returns:
         The queries with at least one relevant item that is not hidden.
 
     Raises:
-        MetricRefused: a test item is not in the catalogue, or there is no such query.
+        MetricRefused: a test item is not in the catalogue, or no query has a relevant item.
     """
     ids = np.asarray(catalogue)
     test_queries, test_items = test.positive()
@@ -88,7 +92,7 @@ def ranking_queries(
         raise MetricRefused("items_not_in_catalogue")
     hidden = np.unique(
         np.concatenate(
-            [np.empty(0, np.int64)] + [_pairs(*part.positive(), queries, ids) for part in seen]
+            [np.empty(0, np.int64)] + [_pairs(*part.positive(), queries, ids) for part in earlier]
         )
     )
     relevant = np.setdiff1d(relevant, hidden, assume_unique=True)
@@ -120,22 +124,22 @@ class RankedVectors(NamedTuple):
 
 @dataclass(frozen=True)
 class RelevantPlaces:
-    """The places of all relevant items in the rankings of their queries.
+    """The positions of all relevant items in the rankings of their queries.
 
     Attributes:
         query: index of the query of each relevant item, int64 ``(pairs,)``.
         above: number of items with a higher score, int64 ``(pairs,)``.
-        equal: number of items with the same score, with the item itself, int64 ``(pairs,)``.
+        equal: number of items with the same score, including the item, int64 ``(pairs,)``.
         relevant: number of relevant items of each query, int64 ``(queries,)``.
-        deepest: the counts are exact for the first ``deepest`` ranks; an item beyond them has
-            ``deepest`` above it and is the only one of its score.
+        depth: number of ranks for which the counts are exact. For an item after these ranks,
+            ``above`` is ``depth`` and ``equal`` is 1.
     """
 
     query: Ints
     above: Ints
     equal: Ints
     relevant: Ints
-    deepest: int
+    depth: int
 
     def sums(self, values: Floats) -> Floats:
         """Sum values of relevant items ``(pairs,)`` by query: float64 ``(queries,)``."""
@@ -144,29 +148,28 @@ class RelevantPlaces:
 
 
 def relevant_places(
-    query: Float32s, item: Float32s, queries: RankingQueries, deepest: int = DEPTH
+    query: Float32s, item: Float32s, queries: RankingQueries, depth: int = DEPTH
 ) -> RelevantPlaces:
-    """Rank the catalogue for every query, and find the places of its relevant items.
+    """Rank the catalogue for every query, and find the positions of its relevant items.
 
     Args:
         query: query vectors, float32 ``(queries, dim)``, in the order of ``queries``.
         item: item vectors, float32 ``(items, dim)``, in the order of the catalogue.
         queries: the queries with relevant and hidden pairs.
-        deepest: number of ranks that count.
+        depth: number of ranks that count.
 
     Raises:
-        MetricRefused: ``deepest`` below 1, shapes that do not fit, or a number that is not
-            finite.
+        MetricRefused: ``depth`` is below 1, shapes do not match, or a number is not finite.
 
     Memory: 64 MiB of scores, or the scores of one query if that is more.
     """
-    _check(query, item, queries, deepest)
+    _require_valid_vectors(query, item, queries, depth)
     pairs = queries.relevant.size
     above, equal = np.empty(pairs, dtype=np.int64), np.empty(pairs, dtype=np.int64)
     item_columns = torch.from_numpy(np.ascontiguousarray(item.T))  # (dim, items)
-    step = max(1, SCORES_AT_ONCE // queries.items)
-    for begin in range(0, queries.query.size, step):
-        end = min(begin + step, queries.query.size)
+    block_size = max(1, SCORES_AT_ONCE // queries.items)
+    for begin in range(0, queries.query.size, block_size):
+        end = min(begin + block_size, queries.query.size)
         scores = torch.from_numpy(query[begin:end]) @ item_columns  # (block, items)
         flat = scores.view(-1)
         edges = np.array([begin, end]) * queries.items
@@ -174,11 +177,11 @@ def relevant_places(
         flat[torch.from_numpy(hidden)] = -torch.inf
         block = slice(*np.searchsorted(queries.relevant, edges))
         above[block], equal[block] = _count_above_and_equal(
-            scores, queries.relevant[block] - edges[0], deepest
+            scores, queries.relevant[block] - edges[0], depth
         )
     owner = queries.relevant // queries.items
     relevant = np.bincount(owner, minlength=queries.query.size)
-    return RelevantPlaces(owner, above, equal, relevant, deepest)
+    return RelevantPlaces(owner, above, equal, relevant, depth)
 
 
 def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, Floats]:
@@ -195,8 +198,8 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
         MetricRefused: as ``relevant_places``, or a metric has no such estimator.
     """
     declared = [metric(name) for name in names]
-    deepest = max((item.depth for item in declared if item.depth is not None), default=DEPTH)
-    places = relevant_places(*vectors, deepest)
+    depth = max((item.depth for item in declared if item.depth is not None), default=DEPTH)
+    places = relevant_places(*vectors, depth)
     values = {}
     for item in declared:
         estimator = item.estimator("queries")
@@ -207,9 +210,9 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
 
 
 def _count_above_and_equal(scores: torch.Tensor, relevant: Ints, k: int) -> tuple[Ints, Ints]:
-    """Count the items above each relevant item, and those of equal score, with the item itself.
+    """Count, for each relevant item, the items above it and those of equal score.
 
-    For an item beyond rank ``k`` the counts are not exact: ``k`` above, one equal.
+    The item itself is one of the latter. For an item after rank ``k``, the counts are ``k`` and 1.
     """
     items = scores.shape[1]
     top = scores.topk(min(k, items), dim=1).values  # (queries, k), best first
@@ -229,7 +232,10 @@ def _count_above_and_equal(scores: torch.Tensor, relevant: Ints, k: int) -> tupl
 def _pairs(
     interaction_queries: Ints, interaction_items: Ints, queries: Ints, catalogue: Ints
 ) -> Ints:
-    """Encode pairs of query and catalogue index as single numbers, unique and sorted."""
+    """Encode pairs of a query and an item as single numbers, unique and sorted.
+
+    Pairs whose query or item is unknown are omitted.
+    """
     order = np.argsort(catalogue)
     place = order[
         np.searchsorted(catalogue, interaction_items, sorter=order).clip(max=catalogue.size - 1)
@@ -240,7 +246,9 @@ def _pairs(
     return pairs
 
 
-def _check(query: Float32s, item: Float32s, queries: RankingQueries, k: int) -> None:
+def _require_valid_vectors(
+    query: Float32s, item: Float32s, queries: RankingQueries, k: int
+) -> None:
     """Raise ``MetricRefused`` if the arguments of ``relevant_places`` are not valid."""
     if k < 1:
         raise MetricRefused("depth_below_one", depth=k)

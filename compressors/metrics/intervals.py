@@ -1,13 +1,14 @@
 """95 % intervals of metrics, of paired differences of two models, and of latency.
 
-Baseline and candidate are scored on the same rows, and their difference is paired by row, so
-variation that both share (easy rows, hard rows) cancels. The interval of the difference is
-therefore many times narrower than that of either model.
+Baseline and candidate are evaluated on the same rows, and their difference is paired by row. So
+variation that affects both models, such as easy and hard rows, cancels, and the interval of the
+difference is many times narrower than that of either model.
 
-Rows without a group are independent units: percentile bootstrap, where every replicate draws the
-same rows for both models. Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap",
-chapter 13. Rows with a group (users, queries) are not independent: their intervals treat whole
-groups as the units (``cluster_intervals.py``). For latency, rounds are resampled.
+Rows without a group are independent units. Their intervals are those of the percentile bootstrap,
+in which every replicate draws the same rows for both models. Source: Efron and Tibshirani 1993, "An
+Introduction to the Bootstrap", chapter 13. Rows with a group (users, queries) are not independent:
+their intervals treat whole groups as the units (``cluster_intervals.py``). Intervals of latencies
+resample the rounds of the measurement.
 """
 
 import math
@@ -27,16 +28,16 @@ from compressors.metrics.point_estimates import (
 )
 
 TAIL = 0.025
-"""Probability outside a 95 % interval on each side."""
+"""Probability that the true value is outside a 95 % interval on one side."""
 
 MIN_SAMPLES = 100
-"""Smallest number of replicates: with fewer, at most two are outside each end of the interval."""
+"""Smallest number of replicates: with fewer, only one or two are beyond each end of an interval."""
 
 MIN_UNITS = 10
 """Smallest number of units, or of rows of each class, for an interval.
 
-Fewer hardly vary between replicates, so the interval would be too narrow: a single unit would give
-an interval of width 0, like an exact number.
+With fewer units, replicates hardly differ and the interval would be too narrow. With a single unit,
+its width would be 0, as if the number were exact.
 """
 
 LATENCY_BLOCK_BYTES = 32 * 2**20
@@ -44,7 +45,7 @@ LATENCY_BLOCK_BYTES = 32 * 2**20
 
 Counts = NDArray[np.intp]
 Statistic = Callable[[Counts], float]
-"""A metric of a resample: from the count of each unit to the value, NaN if undefined."""
+"""Maps how often a resample contains each unit to the metric; NaN if it is undefined."""
 
 
 class PairedRows(NamedTuple):
@@ -62,7 +63,7 @@ class PairedRows(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """Both models' metrics of resampled rows, and the number of rows."""
+    """The metric of both models as functions of a resample, and the number of rows."""
 
     rows: int
     before: Statistic
@@ -101,7 +102,7 @@ def estimate_pair(
         group: user or query of each row, ``(rows,)``; needed by ``gauc`` and ``ndcg``. With it the
             intervals treat groups as the units.
         samples: replicates of the bootstrap of rows without a group; at least 100. With 1000, the
-            ends are exact to about 5 % of the width.
+            ends vary by about 5 % of the width between seeds.
         seed: seed of this bootstrap; the same seed gives the same intervals. Intervals of rows with
             a group are not random.
 
@@ -111,8 +112,9 @@ def estimate_pair(
         the metric, and ``unresolved`` gives the reason.
 
     Raises:
-        MetricRefused: a metric without such an estimator, a missing group column, fewer than
-            10 rows of a class (without groups), too few samples, and any error of the metric.
+        MetricRefused: the metric has no such estimator or is undefined for the rows, the group
+            column is missing, ``samples`` is too small, or, without groups, there are fewer than 10
+            rows of a class.
 
     Memory: about ten arrays of ``rows`` entries, independent of ``samples``. Time: a few sorts;
     rows without a group add a term linear in ``rows * samples``.
@@ -210,9 +212,10 @@ def latency(ms: ArrayLike, quantile: float, samples: int = 1000, seed: int = 0) 
         seed: the same seed gives the same interval.
 
     Returns:
-        The quantile (linear between rounds) in milliseconds; ``rows`` is None, rounds are not
-        rows of data. Rounds are assumed independent: if the machine drifts during measurement,
-        the interval is too narrow, so interleave the models to compare.
+        The quantile (linear between rounds) in milliseconds; ``rows`` is None, because rounds are
+        not rows of data. Rounds are assumed independent: if the machine becomes slower or faster
+        during the measurement, the interval is too narrow. So measure the models to compare in
+        turn.
 
     Raises:
         MetricRefused: fewer rounds than ``rounds_needed(quantile)``, or a time that is not
@@ -234,9 +237,10 @@ def latency_ratio(
 
     Args:
         baseline_ms: one duration per round, in milliseconds, ``(rounds,)``, > 0.
-        candidate_ms: likewise. With as many rounds as the baseline, rounds are assumed interleaved
-            (round i of both adjacent in time) and resampled together, so that a slowdown of both
-            cancels; otherwise each model is resampled separately.
+        candidate_ms: the same for the candidate. If both have equally many rounds, round i of both
+            models is assumed to be measured one directly after the other. Then the same rounds are
+            resampled for both, so that a slowdown of both cancels. Otherwise each model is
+            resampled separately.
         quantile: in (0, 1).
         samples: bootstrap replicates, at least 100.
         seed: the same seed gives the same interval.
@@ -284,8 +288,8 @@ def _replicates(
     """Compute both metrics of ``samples`` resamples, each ``(samples,)``.
 
     One resample is drawn at a time, so memory does not grow with ``samples``; both models use the
-    same counts. A resample of one class has no AUC and is drawn again: with at least ``MIN_UNITS``
-    of each class that is fewer than one in ten thousand.
+    same resample. A resample with rows of only one class has no AUC and is drawn again. With at
+    least ``MIN_UNITS`` rows of each class, this happens for fewer than one in ten thousand.
     """
     random = np.random.default_rng(seed)
     values = np.empty((2, samples))
@@ -302,7 +306,10 @@ def _replicates(
 def _quantiles(
     times: Floats, quantile: float, samples: int, seed: int | np.random.SeedSequence
 ) -> Floats:
-    """Compute quantiles of ``samples`` resamples of ``(models, rounds)``, drawn together."""
+    """Compute quantiles of ``samples`` resamples of times ``(models, rounds)``.
+
+    A resample has the same rounds for all models.
+    """
     random = np.random.default_rng(seed)
     models, rounds = times.shape
     block = max(1, LATENCY_BLOCK_BYTES // (8 * models * rounds))
@@ -323,17 +330,17 @@ def require_units(what: str, count: int) -> None:
     """Raise if there are fewer units than an interval needs; ``what`` names them.
 
     Raises:
-        MetricRefused: fewer than ``MIN_UNITS``.
+        MetricRefused: ``count`` is below ``MIN_UNITS``.
     """
     if count < MIN_UNITS:
         raise MetricRefused("units_few", least=MIN_UNITS, units=what, got=count)
 
 
-def require_both(positive: Bools) -> None:
+def require_rows_of_both_classes(positive: Bools) -> None:
     """Raise if there are fewer positive or negative rows than an interval needs.
 
     Raises:
-        MetricRefused: fewer than ``MIN_UNITS`` of either class.
+        MetricRefused: a class has fewer than ``MIN_UNITS`` rows.
     """
     require_units("positive rows", int(positive.sum()))
     require_units("negative rows", int((~positive).sum()))

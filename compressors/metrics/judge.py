@@ -1,8 +1,8 @@
 """Judge limits on measured numbers: accepted, rejected or undecided, with reasons.
 
-The 95 % interval decides, not the point: a limit is accepted if the whole interval is inside it,
-rejected if the whole interval is outside, undecided otherwise. Exact numbers (bytes) have an
-interval of width 0 and are never undecided. A number exactly at the limit is inside.
+The 95 % interval decides, not the point estimate. A limit is accepted if all values of the interval
+satisfy it, rejected if none does, and undecided otherwise. Exact numbers (bytes) have an interval
+of width 0 and are never undecided. A number equal to the limit satisfies it.
 """
 
 import math
@@ -28,9 +28,9 @@ from compressors.metrics.intervals import PairedEstimate
 Against = Literal["absolute", "baseline", "champion"]
 
 MAX_SHRINKING = 1000.0
-"""Largest factor, a million times the rows, by which an interval may have to shrink to decide.
+"""Largest factor by which an interval may have to shrink so that a limit is decided.
 
-For a larger one, no number of rows is given.
+It takes a million times the rows. If a larger factor is needed, no number of rows is reported.
 """
 
 SCORE_UNITS: dict[ScoreUnit, str] = {
@@ -51,8 +51,8 @@ class Number(Frozen):
 
     Attributes:
         metric: name of the metric.
-        against: ``absolute`` for the candidate's number. ``baseline`` and ``champion`` for the
-            difference from that model (quality) or the ratio to it (bytes and latency).
+        against: ``absolute`` if it is the candidate's number. ``baseline`` or ``champion`` if it is
+            the difference from that model (quality) or the ratio to it (bytes and latency).
         estimate: the number with its interval.
     """
 
@@ -69,8 +69,8 @@ class Measured(Frozen):
 
     Attributes:
         numbers: the numbers; each metric and reference occurs once.
-        has_champion: whether there is a champion to compare with. Without one, a limit against it
-            holds; with one, a missing number is an error.
+        has_champion: whether a champion exists. If not, a limit against it is accepted; if it does,
+            a missing number is an error.
         score_unit: unit of the mean and the largest score change; None in stored measurements that
             have no score changes.
     """
@@ -80,7 +80,7 @@ class Measured(Frozen):
     score_unit: ScoreUnit | None = None
 
     @model_validator(mode="after")
-    def _each_once(self) -> Self:
+    def _require_distinct_numbers(self) -> Self:
         names = [str(number) for number in self.numbers]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -158,16 +158,16 @@ def judge(limits: tuple[Limit, ...], measured: Measured) -> tuple[Judgement, ...
         measured: the numbers of one target.
 
     Returns:
-        One judgement per limit. ``rows_to_decide`` is set if a limit on quality is undecided: the
-        number of test rows at which the interval would no longer contain the limit, if it shrinks
-        with the square root of the rows around the same point. If rows belong to groups,
-        ``groups_to_decide`` is set too: the interval shrinks with the square root of the groups, so
-        the rows must belong to new groups. Both are orders of magnitude, because a larger test set
-        also moves the point.
+        One judgement per limit. If a limit on quality is undecided, ``rows_to_decide`` is the
+        number of test rows with which the interval would no longer contain the limit. This assumes
+        that the point stays the same and the width is proportional to one over the square root of
+        the rows. If rows belong to groups, the width depends on the number of groups instead, so
+        more rows must belong to new groups, and ``groups_to_decide`` is set too. Both numbers are
+        only orders of magnitude, because a larger test set also changes the point.
 
     Raises:
-        LimitRefused: no limits; a limit on a number that was not measured (a champion that
-            does not exist yet excepted: that limit holds); NaN or infinity in any number or limit.
+        LimitRefused: there are no limits; a number or limit is NaN or infinite; or the number of a
+            limit was not measured, except if the limit is against a champion that does not exist.
     """
     _require_limits(limits)
     for number in measured.numbers:
@@ -183,13 +183,12 @@ def verdict(
     Args:
         target: where the result is served.
         limits: the limits of the order; the same for every target.
-        measured: its numbers, or None if it could not run on this machine.
-        built: whether it was built and passed its audit. Otherwise the target is rejected; a flow
-            that does not require the target leaves it out instead.
+        measured: the target's numbers, or None if it cannot run on this machine.
+        built: whether the target was built and passed its audit. If not, it is rejected.
 
     Returns:
-        ``rejected`` if any limit is, else ``undecided`` if any is, else ``accepted``;
-        ``built-unmeasured`` for a built target without numbers.
+        The verdict: ``rejected`` if any limit is rejected, else ``undecided`` if any is undecided,
+        else ``accepted``; ``built-unmeasured`` for a built target without numbers.
 
     Raises:
         LimitRefused: as ``judge``, and for numbers of a target that was not built.
@@ -266,7 +265,7 @@ def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[Reason]
 
 
 def _floored(correlation: float) -> float:
-    """Round a correlation down to six digits: it is printed as 1 only if it is 1."""
+    """Round a correlation down to six digits, so that it is printed as 1 only if it is 1."""
     return math.floor(correlation * 1e6) / 1e6
 
 
@@ -280,10 +279,11 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         raise LimitRefused(
             "number_missing", limit=str(limit), measured=tuple(map(str, measured.numbers))
         )
-    # With this sign both kinds of limit are "at least": at_most 3 is -number at least -3.
-    up = 1 if limit.at_least is not None else -1
-    goal, point = up * bound, up * estimate.point
-    worst, best = sorted((up * estimate.low, up * estimate.high))
+    # Numbers are multiplied by this sign, so that every limit is "at least": a number is at most 3
+    # if minus the number is at least -3.
+    sign = 1 if limit.at_least is not None else -1
+    goal, point = sign * bound, sign * estimate.point
+    worst, best = sorted((sign * estimate.low, sign * estimate.high))
     outcome = _outcome(goal, worst, best) if estimate.unresolved is None else "undecided"
     rows = groups = None
     may_decide = outcome == "undecided" and estimate.unresolved is None
@@ -317,8 +317,8 @@ def _outcome(
 def recompute_outcome(verdict: Verdict) -> Outcome:
     """Recompute a stored verdict's outcome from its judgements.
 
-    Each judgement is decided again from its limit and its interval; the stored outcome of a
-    judgement counts too, so the worst of both applies. A verdict without judgements keeps its
+    Each judgement is decided again from its limit and interval. The result is the worst of these
+    outcomes and the stored outcomes of the judgements. A verdict without judgements keeps its
     outcome.
     """
     outcomes: set[Outcome] = {item.outcome for item in verdict.judgements}
@@ -329,18 +329,19 @@ def recompute_outcome(verdict: Verdict) -> Outcome:
         elif item.measured.unresolved is not None:
             outcomes.add("undecided")
         else:
-            up = 1 if item.limit.at_least is not None else -1
-            worst, best = sorted((up * item.measured.low, up * item.measured.high))
-            outcomes.add(_outcome(up * _bound(item.limit), worst, best))
+            sign = 1 if item.limit.at_least is not None else -1
+            worst, best = sorted((sign * item.measured.low, sign * item.measured.high))
+            outcomes.add(_outcome(sign * _bound(item.limit), worst, best))
     order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
     return next((outcome for outcome in order if outcome in outcomes), verdict.outcome)
 
 
 def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:
-    """Return the rows at which an interval's half-width ``reach`` shrinks to ``distance``.
+    """Return the number of rows with which the half-width ``reach`` shrinks to ``distance``.
 
-    None if the point is on the limit, or so close that a million times the rows would be needed:
-    then the values of further rows, not their number, decide on which side the point is.
+    ``distance`` is that of the point from the limit. The result is None if a million times the rows
+    or more would be needed: then it depends on the values of further rows, not on their number, on
+    which side of the limit the point is.
     """
     if distance * MAX_SHRINKING <= reach:
         return None
@@ -417,7 +418,7 @@ def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit 
 
 
 def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int | None) -> Reason:
-    """Return the reason of an outcome; if undecided, what would decide it."""
+    """Return the reason for an outcome; for an undecided one, it says what would decide it."""
     if outcome != "undecided":
         return Reason("limit_met") if outcome == "accepted" else Reason("limit_missed")
     if estimate.unresolved is not None:
@@ -438,6 +439,6 @@ def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int 
 
 
 def _rounded(count: int) -> int:
-    """Round up to two significant digits: the estimate is no more precise."""
+    """Round up to two significant digits, because the estimate is not more precise."""
     step: int = 10 ** max(0, len(str(count)) - 2)
     return math.ceil(count / step) * step

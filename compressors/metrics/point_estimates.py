@@ -1,10 +1,10 @@
 """Quality metrics (AUC, log loss, NDCG and others) as plain functions of 1-D arrays.
 
-All are exact (equal scores are ties, sums are float64 or integer) and sort at most a few times, so
-millions of rows take seconds. ``intervals.py`` estimates their uncertainty.
+All are exact: equal scores are ties, and sums are float64 or integer. They sort at most a few
+times, so millions of rows take seconds. ``intervals.py`` computes their confidence intervals.
 
-Rows are impressions: ``label``, ``score`` and ``group`` have one entry each per impression. A score
-that is not a finite number raises an error, because a model that outputs NaN is broken.
+A row is an impression, with one entry in ``label``, ``score`` and ``group`` each. A score that is
+not a finite number raises an error, because a model that outputs NaN is broken.
 """
 
 from typing import Any
@@ -27,17 +27,20 @@ row would make the whole loss infinite. One row can cost at most 15.94 nats.
 
 
 def auc(label: ArrayLike, score: ArrayLike) -> float:
-    """Compute the area under the ROC curve: the share of correctly ordered pairs of both classes.
+    """Compute the area under the ROC curve.
+
+    It is the share of correctly ordered pairs of a positive and a negative row.
 
     Args:
         label: 0 or 1, ``(rows,)``.
         score: any finite score, ``(rows,)``, higher means more likely positive.
 
     Returns:
-        A float in [0, 1], unitless. A positive and a negative of equal score count half.
+        A float in [0, 1], unitless. A pair with equal scores counts half.
 
     Raises:
-        MetricRefused: one class only, a label other than 0 and 1, NaN, or unequal lengths.
+        MetricRefused: all labels are equal, a label is neither 0 nor 1, a score is not finite, or
+            lengths differ.
 
     Source: Hanley and McNeil 1982, https://doi.org/10.1148/radiology.143.1.7063747 (the
     Mann-Whitney form).
@@ -46,7 +49,7 @@ def auc(label: ArrayLike, score: ArrayLike) -> float:
         >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.4, 0.8])
         0.875
     """
-    positive, scores = clicks_and_scores(label, score)
+    positive, scores = check_labels_and_scores(label, score)
     require_both_classes("auc", positive)
     negatives = np.sort(scores[~positive])
     # Sorted queries read the sorted negatives sequentially instead of at random.
@@ -72,7 +75,7 @@ def row_logloss(label: ArrayLike, probability: ArrayLike) -> Floats:
         MetricRefused: a probability outside [0, 1] (a logit, most likely), a label other
             than 0 and 1, NaN, or unequal lengths.
     """
-    positive, chance = clicks_and_scores(label, probability)
+    positive, chance = check_labels_and_scores(label, probability)
     outside = (chance < 0) | (chance > 1)
     if outside.any():
         first = chance[outside][0]
@@ -101,7 +104,7 @@ def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
         probability: probability of label 1, in [0, 1], ``(rows,)``, clipped as for ``logloss``.
 
     Returns:
-        A float >= 0, unitless. 1 is no better than knowing the base rate, 0 is perfect.
+        A float >= 0, unitless. A perfect model has 0, a model that predicts the base rate 1.
 
     Raises:
         MetricRefused: as ``logloss``, and for one class only, whose entropy is 0.
@@ -129,23 +132,23 @@ def group_auc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> tuple[Flo
         group: user or query of each row, ``(rows,)``, in any order.
 
     Returns:
-        AUC float64 ``(groups,)`` and rows per group ``(groups,)``, groups in sorted order, those
-        of one class left out. Both may be empty.
+        AUC, float64 ``(groups,)``, and number of rows, ``(groups,)``, of the groups with both
+        classes, in sorted order. Both may be empty.
 
     Raises:
         MetricRefused: a label other than 0 and 1, NaN, or unequal lengths.
     """
-    positive, scores = clicks_and_scores(label, score)
+    positive, scores = check_labels_and_scores(label, score)
     ids, rows = number_groups(group, positive.size)
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
-    mixed = (positives > 0) & (positives < rows)
-    won = wins_within_groups(positive, scores, ids, rows)[mixed]
-    positives, size = positives[mixed], rows[mixed]
+    has_both_classes = (positives > 0) & (positives < rows)
+    won = wins_within_groups(positive, scores, ids, rows)[has_both_classes]
+    positives, size = positives[has_both_classes], rows[has_both_classes]
     return won / (positives * (size - positives)), size
 
 
 def wins_within_groups(positive: Bools, scores: Floats, ids: Ints, rows: Ints) -> Floats:
-    """Count correctly ordered pairs by group, ties as half: float64 ``(groups,)``.
+    """Count the correctly ordered pairs in each group, ties as half: float64 ``(groups,)``.
 
     Args:
         positive: whether each row is positive, ``(rows,)``.
@@ -180,7 +183,7 @@ def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
         A float in [0, 1], unitless.
 
     Raises:
-        MetricRefused: no group has both classes, and as ``group_auc``.
+        MetricRefused: no group has both classes, or as ``group_auc``.
 
     Source: Zhu et al. 2017, https://arxiv.org/abs/1703.02091.
 
@@ -199,8 +202,8 @@ def gauc_left_out(label: ArrayLike, group: ArrayLike) -> float:
     positive = binary(label)
     ids, rows = number_groups(group, positive.size)
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
-    mixed = (positives > 0) & (positives < rows)
-    return 1 - float(rows[mixed].sum()) / positive.size
+    has_both_classes = (positives > 0) & (positives < rows)
+    return 1 - float(rows[has_both_classes].sum()) / positive.size
 
 
 def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> Floats:
@@ -209,14 +212,14 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
     Args:
         label: relevance >= 0, ``(rows,)``; 0 means irrelevant. A gain is ``2**label - 1``.
         score: any finite score, ``(rows,)``, higher ranks first. Items of equal score share
-            the gains of their ranks, which is the mean over all their orders: the order of rows
-            in a file never matters.
-        group: which list the row belongs to, ``(rows,)``, in any order.
-        k: number of ranks that count; if a group has fewer rows, all count.
+            the gains of their ranks, which is the mean over all their orders. So the order of rows
+            in a file does not affect the result.
+        group: the list that each row belongs to, ``(rows,)``, in any order.
+        k: number of ranks that count; if a group has fewer rows, all of them count.
 
     Returns:
-        float64 ``(groups,)`` in [0, 1], groups in sorted order, those without a relevant item
-        left out: their NDCG is undefined.
+        float64 ``(groups,)`` in [0, 1], for groups in sorted order. Groups without a relevant item
+        are left out, because their NDCG is undefined.
 
     Raises:
         MetricRefused: ``k`` below 1, a label that is negative or above 30, NaN, or unequal
@@ -225,7 +228,7 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
     if k < 1:
         raise MetricRefused("depth_below_one", depth=k)
     relevance, scores = _column("label", label), _column("score", score)
-    _same_length(relevance.size, scores.size)
+    _require_same_length(relevance.size, scores.size)
     if relevance.min() < 0 or relevance.max() > 30:
         raise MetricRefused(
             "grades_outside", lowest=float(relevance.min()), highest=float(relevance.max())
@@ -235,18 +238,18 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
     group_start = np.cumsum(rows) - rows
 
     def discounted(order: Ints, gains: Floats) -> NDArray[Any]:
-        place = np.arange(order.size) - group_start[ids[order]]
-        discount = np.where(place < k, 1 / np.log2(place + 2), 0.0)
+        rank_from_zero = np.arange(order.size) - group_start[ids[order]]
+        discount = np.where(rank_from_zero < k, 1 / np.log2(rank_from_zero + 2), 0.0)
         return np.bincount(ids[order], weights=gains * discount, minlength=rows.size)
 
     best = np.lexsort((-gain, ids))
-    ideal = discounted(best, gain[best])
+    ideal_gain = discounted(best, gain[best])
     ranked = np.lexsort((-scores, ids))
     run = _runs(ids[ranked], scores[ranked])
-    shared = (np.bincount(run, weights=gain[ranked]) / np.bincount(run))[run]
-    reached = discounted(ranked, shared)
-    relevant = ideal > 0
-    value: Floats = reached[relevant] / ideal[relevant]
+    shared_gains = (np.bincount(run, weights=gain[ranked]) / np.bincount(run))[run]
+    reached_gain = discounted(ranked, shared_gains)
+    relevant = ideal_gain > 0
+    value: Floats = reached_gain[relevant] / ideal_gain[relevant]
     return value
 
 
@@ -259,7 +262,7 @@ def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> f
         A float in [0, 1], unitless.
 
     Raises:
-        MetricRefused: no group has a relevant item, and as ``group_ndcg``.
+        MetricRefused: no group has a relevant item, or as ``group_ndcg``.
 
     Source: Burges et al. 2005, https://doi.org/10.1145/1102351.1102363 (gains ``2**rel - 1``,
     discount ``1 / log2(rank + 1)`` with ranks from 1); ties as in McSherry and Najork 2008,
@@ -295,7 +298,7 @@ def binary(label: ArrayLike) -> Bools:
 
 
 def require_both_classes(metric: str, positive: Bools) -> None:
-    """Raise if all labels are of one class, for which ``metric`` is undefined.
+    """Raise if all labels are of one class, because ``metric`` is then undefined.
 
     Raises:
         MetricRefused: all labels are equal.
@@ -319,20 +322,20 @@ def _column(name: str, values: ArrayLike) -> Floats:
     return column
 
 
-def _same_length(*sizes: int) -> None:
+def _require_same_length(*sizes: int) -> None:
     """Raise ``MetricRefused`` if the sizes differ."""
     if len(set(sizes)) > 1:
         raise MetricRefused("lengths_differ", lengths=sizes)
 
 
-def clicks_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, Floats]:
+def check_labels_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, Floats]:
     """Check labels and scores; return booleans and float64, both ``(rows,)``.
 
     Raises:
         MetricRefused: a label other than 0 and 1, NaN, no row, or unequal lengths.
     """
     positive, scores = binary(label), _column("score", score)
-    _same_length(positive.size, scores.size)
+    _require_same_length(positive.size, scores.size)
     return positive, scores
 
 
@@ -348,7 +351,7 @@ def number_groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
     names = np.asarray(group)
     if names.ndim != 1:
         raise MetricRefused("group_shape", shape=names.shape)
-    _same_length(size, names.size)
+    _require_same_length(size, names.size)
     if names.dtype.kind == "f" and not np.isfinite(names).all():
         raise MetricRefused("group_not_finite")
     _, ids, rows = np.unique(names, return_inverse=True, return_counts=True)
@@ -356,7 +359,7 @@ def number_groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
 
 
 def _runs(ids: Ints, scores: Floats) -> Ints:
-    """Number the runs of equal (group, score) in rows sorted by both, from 0."""
+    """Number the runs of rows with equal group and score, from 0; rows are sorted by both."""
     new = np.ones(ids.size, dtype=np.intp)
     new[1:] = (ids[1:] != ids[:-1]) | (scores[1:] != scores[:-1])
     return np.cumsum(new) - 1

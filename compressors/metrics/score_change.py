@@ -1,18 +1,20 @@
 """Score changes: how much a candidate's scores differ from the baseline's on the same rows.
 
-A metric such as AUC can be unchanged or even rise although single scores change much. The metrics
-here compare the scores themselves and need no label.
+A metric such as AUC can stay the same, or even rise, although single scores change much. The
+metrics here compare the scores themselves and need no labels.
 
 - ``score_correlation``: Pearson correlation of both models' scores.
-- ``mean_score_change``, ``max_score_change``: mean and largest absolute change, of the probability
-  or, for scores without a scale, in standard deviations of the baseline's scores.
-- ``changed_top1``: share of groups (users, queries) whose best row or item changes.
-- ``top20_overlap``: retrieval only, share of the first 20 items that remain among the first 20.
+- ``mean_score_change``, ``max_score_change``: mean and largest absolute change. The unit is
+  probability or, for models without probabilities, the standard deviation of the baseline's scores.
+- ``changed_top1``: share of groups (users, queries) whose row or item with the highest score is
+  another one.
+- ``top20_overlap``: only for retrieval, the share of the first 20 items that are also among the
+  baseline's first 20.
 
 Intervals treat groups as the independent units, or rows if there are no groups
-(``cluster_intervals.py``). ``changed_top1`` has Wilson's interval (1927), which has a width even if
-no group changes. The largest change has no interval: it describes only the measured rows, and other
-rows can change more.
+(``cluster_intervals.py``). ``changed_top1`` has Wilson's interval (1927), whose width is not 0 even
+if no group changes. The largest change has no interval, because it describes only the measured
+rows: other rows may change more.
 """
 
 import math
@@ -42,7 +44,8 @@ from compressors.metrics.point_estimates import Floats, Ints, number_groups
 class _Sums:
     """Sums by group for a correlation: of ``x``, ``d = y - x``, and their products.
 
-    With ``d`` instead of ``y`` a correlation close to 1 loses no precision.
+    ``x`` and ``y`` are the scores of the two models. The sums contain ``d`` instead of ``y``, so
+    that a correlation close to 1 is precise.
     """
 
     rows: Floats
@@ -53,7 +56,7 @@ class _Sums:
     xd: Floats
 
     def correlation(self) -> GroupedValue:
-        """Compute Pearson correlation with and without each group; 0 if one side is constant."""
+        """Compute the correlation with and without each group; 0 if ``x`` or ``y`` is constant."""
         parts = (self.rows, self.x, self.d, self.xx, self.dd, self.xd)
         totals = [float(part.sum()) for part in parts]
         point = float(_correlation(*(np.array([total]) for total in totals))[0])
@@ -73,7 +76,8 @@ def change_of_rows(
         unit: ``probability``, or ``spread`` for changes in standard deviations of ``baseline``.
 
     Returns:
-        The estimate of every metric; ``changed_top1`` only if a group has two rows or more.
+        The estimate of every metric, by name; ``changed_top1`` only if a group has two rows or
+        more.
 
     Raises:
         MetricRefused: unequal lengths, no rows, or a score that is not finite.
@@ -89,12 +93,12 @@ def change_of_rows(
         groups = Groups(*number_groups(group, rows))
     spread = float(before.std()) if unit == "spread" else 1.0
     change = np.abs(after - before) / (spread or 1.0)
-    # Subtracting a rounded mean would give equal scores a variance.
+    # If all scores are equal, subtracting the rounded mean would leave a variance above 0.
     x = before - (before.mean() if np.ptp(before) else before[0])
     d = after - before
     sums = _Sums(groups.rows.astype(float), *(groups.sums(v) for v in (x, d, x * x, d * d, x * d)))
     size = rows, groups.rows.size if group is not None else None
-    estimates = _changes(
+    estimates = _estimate_changes(
         sums.correlation(),
         mean_of_rows(change, groups),
         float(change.max()),
@@ -103,7 +107,7 @@ def change_of_rows(
         unchanged=not d.any(),
     )
     if group is not None and int(groups.rows.max()) > 1:
-        estimates["changed_top1"] = _share(_changed_best(before, after, groups), rows)
+        estimates["changed_top1"] = _estimate_share(_changed_best(before, after, groups), rows)
     return estimates
 
 
@@ -112,9 +116,9 @@ def change_of_rankings(
 ) -> dict[str, Estimate]:
     """Compare two retrieval models' scores of all items for every query.
 
-    Items hidden from a query are left out. All items of the highest score count as best; which
-    items of equal score are among the first ``depth`` is arbitrary in the candidate's ranking, as
-    in serving.
+    Items that are hidden for a query are ignored. All items with the highest score count as best.
+    If items with equal scores compete for the first ``depth`` ranks of the candidate, the selection
+    is arbitrary, as in serving.
 
     Args:
         baseline: vectors of the baseline.
@@ -125,17 +129,17 @@ def change_of_rankings(
     Returns:
         The estimate of every metric. Changes are in standard deviations of the baseline's scores.
 
-    Memory: as ``full_ranking.relevant_places``.
+    Memory: the same as ``full_ranking.relevant_places``.
     """
     ranking = baseline.queries
     item_columns = [torch.from_numpy(np.ascontiguousarray(m.item.T)) for m in (baseline, candidate)]
     queries = ranking.query.size
     sums = np.zeros((5, queries))
-    absolute, largest, counted, changed, overlap = (np.zeros(queries) for _ in range(5))
+    absolute, largest, ranked_items, changed, overlap = (np.zeros(queries) for _ in range(5))
     shift: float | None = None
-    step = max(1, SCORES_AT_ONCE // 4 // ranking.items)
-    for begin in range(0, queries, step):
-        end = min(begin + step, queries)
+    block_size = max(1, SCORES_AT_ONCE // 4 // ranking.items)
+    for begin in range(0, queries, block_size):
+        end = min(begin + block_size, queries)
         before, after = (
             torch.from_numpy(model.query[begin:end]) @ items
             for model, items in zip((baseline, candidate), item_columns, strict=True)
@@ -144,39 +148,39 @@ def change_of_rankings(
         hidden = torch.from_numpy(
             ranking.hidden[slice(*np.searchsorted(ranking.hidden, edges))] - edges[0]
         )
-        shown = torch.ones_like(before, dtype=torch.bool)
-        shown.view(-1)[hidden] = False
+        is_ranked = torch.ones_like(before, dtype=torch.bool)
+        is_ranked.view(-1)[hidden] = False
         block = slice(begin, end)
-        counted[block] = shown.sum(dim=1).numpy()
-        changed[block], overlap[block] = _ranked(before, after, shown, depth)
+        ranked_items[block] = is_ranked.sum(dim=1).numpy()
+        changed[block], overlap[block] = _compare_rankings(before, after, is_ranked, depth)
         x, y = before.double(), after.double()
         if shift is None:
-            shift = float(x[shown].mean())
-        d = (y - x) * shown
-        x = (x - shift) * shown
-        for place, product in enumerate((x, d, x * x, d * d, x * d)):
-            sums[place, block] = product.sum(dim=1).numpy()
+            shift = float(x[is_ranked].mean())
+        d = (y - x) * is_ranked
+        x = (x - shift) * is_ranked
+        for index, product in enumerate((x, d, x * x, d * d, x * d)):
+            sums[index, block] = product.sum(dim=1).numpy()
         absolute[block] = d.abs().sum(dim=1).numpy()
         largest[block] = d.abs().amax(dim=1).numpy()
-    pairs = float(counted.sum())
+    pairs = float(ranked_items.sum())
     spread = math.sqrt(max(float(sums[2].sum()) / pairs - (float(sums[0].sum()) / pairs) ** 2, 0))
     spread = spread or 1.0
-    estimates = _changes(
-        _Sums(counted, *sums).correlation(),
-        weighted_mean(absolute / counted.clip(min=1) / spread, counted),
+    estimates = _estimate_changes(
+        _Sums(ranked_items, *sums).correlation(),
+        weighted_mean(absolute / ranked_items.clip(min=1) / spread, ranked_items),
         float(largest.max()) / spread,
         "spread",
         (rows, queries),
         unchanged=not largest.any(),
     )
-    estimates["changed_top1"] = _share(changed, rows)
-    estimates["top20_overlap"] = _bounded(
+    estimates["changed_top1"] = _estimate_share(changed, rows)
+    estimates["top20_overlap"] = _clip_to_range(
         weighted_mean(overlap, np.ones(queries)), (rows, queries), 1
     )
     return estimates
 
 
-def _changes(
+def _estimate_changes(
     correlation: GroupedValue,
     mean: GroupedValue,
     largest: float,
@@ -185,28 +189,38 @@ def _changes(
     *,
     unchanged: bool,
 ) -> dict[str, Estimate]:
-    """Estimate the three metrics that need no ranking.
+    """Build the estimates of the three metrics that need no ranking.
 
-    ``size`` is the number of rows and that of groups, None without groups.
+    Args:
+        correlation: the correlation of scores, with and without each group.
+        mean: the mean absolute change, with and without each group.
+        largest: the largest absolute change.
+        unit: unit of the changes.
+        size: number of rows, and number of groups or None.
+        unchanged: whether all scores are equal in both models.
     """
     rows, groups = size
     if unchanged:
-        same = Estimate(point=1.0, low=1.0, high=1.0, rows=rows, groups=groups)
+        correlation_estimate = Estimate(point=1.0, low=1.0, high=1.0, rows=rows, groups=groups)
     else:
-        same = _bounded(correlation, size, 1, smallest=-1)
+        correlation_estimate = _clip_to_range(correlation, size, 1, smallest=-1)
     return {
-        "score_correlation": same,
-        "mean_score_change": _bounded(mean, size, 1 if unit == "probability" else largest),
+        "score_correlation": correlation_estimate,
+        "mean_score_change": _clip_to_range(mean, size, 1 if unit == "probability" else largest),
         "max_score_change": Estimate(
             point=largest, low=largest, high=largest, rows=rows, groups=groups
         ),
     }
 
 
-def _bounded(
+def _clip_to_range(
     value: GroupedValue, size: tuple[int, int | None], largest: float, smallest: float = 0
 ) -> Estimate:
-    """Build an estimate whose interval is clipped to the range of the metric."""
+    """Build an estimate whose interval is clipped to the metric's range.
+
+    The range is from ``smallest`` to ``largest``; ``size`` is the number of rows, and that of
+    groups or None.
+    """
     rows, groups = size
     units = value.weight.size
     unresolved = None
@@ -227,46 +241,53 @@ def _bounded(
     )
 
 
-def _share(values: Floats, rows: int) -> Estimate:
+def _estimate_share(values: Floats, rows: int) -> Estimate:
     """Estimate the mean of values in [0, 1], one per group, with Wilson's interval."""
     number, share = values.size, float(values.mean())
-    squared = float(ndtri(1 - TAIL)) ** 2
-    center = (share + squared / (2 * number)) / (1 + squared / number)
-    reach = math.sqrt(squared * share * (1 - share) / number + (squared / (2 * number)) ** 2)
-    reach /= 1 + squared / number
-    low, high = max(0.0, center - reach), min(1.0, center + reach)
+    squared_quantile = float(ndtri(1 - TAIL)) ** 2
+    center = (share + squared_quantile / (2 * number)) / (1 + squared_quantile / number)
+    half_width = math.sqrt(
+        squared_quantile * share * (1 - share) / number + (squared_quantile / (2 * number)) ** 2
+    )
+    half_width /= 1 + squared_quantile / number
+    low, high = max(0.0, center - half_width), min(1.0, center + half_width)
     return Estimate(
         point=share, low=min(low, share), high=max(high, share), rows=rows, groups=number
     )
 
 
 def _changed_best(before: Floats, after: Floats, groups: Groups) -> Floats:
-    """Probability that the candidate's best row is not among the baseline's best, by group.
+    """Return, for each group of two rows or more, the probability that the best row changes.
 
-    Only groups of at least two rows count. All rows of the highest score are best, and one of the
-    candidate's best rows is drawn.
+    All rows with the highest score are best rows. The probability is that a random best row of the
+    candidate is not a best row of the baseline.
     """
-    best = [score == _largest(score, groups)[groups.ids] for score in (before, after)]
+    best = [score == _largest_scores(score, groups)[groups.ids] for score in (before, after)]
     shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])
     changed: Floats = (1 - shared)[groups.rows > 1]
     return changed
 
 
-def _largest(score: Floats, groups: Groups) -> Floats:
+def _largest_scores(score: Floats, groups: Groups) -> Floats:
     """Return the largest score of each group, ``(groups,)``."""
     order: Ints = np.lexsort((score, groups.ids))
     largest: Floats = score[order[np.cumsum(groups.rows) - 1]]
     return largest
 
 
-def _ranked(
-    before: torch.Tensor, after: torch.Tensor, shown: torch.Tensor, depth: int
+def _compare_rankings(
+    before: torch.Tensor, after: torch.Tensor, is_ranked: torch.Tensor, depth: int
 ) -> tuple[Floats, Floats]:
-    """Probability of another best item, and share of the first ``depth`` items kept, by query."""
-    before, after = (scores.masked_fill(~shown, -torch.inf) for scores in (before, after))
-    places = min(depth, before.shape[1])
-    first = after.topk(places, dim=1).indices
-    least = before.topk(places, dim=1).values[:, -1:]
+    """Compare two rankings of items, from scores ``(queries, items)`` of a block of queries.
+
+    Returns:
+        For each query, the probability that a random best item of the candidate is not a best item
+        of the baseline, and the share of the first ``depth`` items that are the same.
+    """
+    before, after = (scores.masked_fill(~is_ranked, -torch.inf) for scores in (before, after))
+    count = min(depth, before.shape[1])
+    first = after.topk(count, dim=1).indices
+    least = before.topk(count, dim=1).values[:, -1:]
     overlap = (before.gather(1, first) >= least).double().mean(dim=1)
     best = [scores == scores.amax(dim=1, keepdim=True) for scores in (before, after)]
     changed = 1 - (best[0] & best[1]).sum(dim=1).double() / best[1].sum(dim=1)
@@ -274,7 +295,7 @@ def _ranked(
 
 
 def _correlation(rows: Floats, x: Floats, d: Floats, xx: Floats, dd: Floats, xd: Floats) -> Floats:
-    """Compute Pearson correlation of ``x`` and ``x + d`` from sums; 0 if one is constant."""
+    """Compute Pearson's correlation of ``x`` and ``x + d`` from sums; 0 if one is constant."""
     with np.errstate(divide="ignore", invalid="ignore"):
         variance, other, joint = xx - x * x / rows, dd - d * d / rows, xd - x * d / rows
         candidate = variance + 2 * joint + other

@@ -1,4 +1,4 @@
-"""Evaluate a network on validation data, for steps that select by its quality."""
+"""Evaluate a network on validation data, for steps that compare candidates by the metric."""
 
 import numpy as np
 import torch

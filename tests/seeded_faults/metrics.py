@@ -124,7 +124,7 @@ FAULTS = (
         id="ranking-ties-count-as-found",
         file="compressors/metrics/estimators/recall.py",
         old="hits = np.maximum(last - places.above, 0) / places.equal",
-        new="hits = (places.above < places.deepest).astype(float)",
+        new="hits = (places.above < places.depth).astype(float)",
         effect="A model with equal scores for all items has recall 1.",
         tests=(f"{RANKING}::test_recall_of_equal_scores_is_that_of_a_random_ranking",),
     ),
@@ -150,7 +150,7 @@ FAULTS = (
     Fault(
         id="no-changed-top1-is-certain",
         file="compressors/metrics/score_change.py",
-        old="    low, high = max(0.0, center - reach), min(1.0, center + reach)\n",
+        old="    low, high = max(0.0, center - half_width), min(1.0, center + half_width)\n",
         new="    low, high = share, share\n",
         effect="Zero changed top-1 rows in few groups count as proof that none changes.",
         tests=(f"{CHANGE}::test_changed_top1_of_zero_among_50_groups_has_a_positive_upper_bound",),

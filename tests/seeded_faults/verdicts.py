@@ -25,8 +25,8 @@ FAULTS = (
     Fault(
         id="judge-at-most-reversed",
         file="compressors/metrics/judge.py",
-        old="    up = 1 if limit.at_least is not None else -1\n    goal, point",
-        new="    up = 1\n    goal, point",
+        old="    sign = 1 if limit.at_least is not None else -1\n    goal, point",
+        new="    sign = 1\n    goal, point",
         effect="An upper limit is judged as a lower one.",
         tests=(f"{JUDGE}::test_at_most_limit_compares_the_bounds_of_the_interval",),
     ),

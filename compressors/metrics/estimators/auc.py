@@ -18,12 +18,18 @@ from compressors.metrics.cluster_intervals import (
     weighted_mean,
 )
 from compressors.metrics.estimators.protocols import ScoredRows, require_groups
-from compressors.metrics.intervals import Counts, PairedRows, RowStatistics, Statistic, require_both
+from compressors.metrics.intervals import (
+    Counts,
+    PairedRows,
+    RowStatistics,
+    Statistic,
+    require_rows_of_both_classes,
+)
 from compressors.metrics.point_estimates import (
     Bools,
     auc,
     binary,
-    clicks_and_scores,
+    check_labels_and_scores,
     gauc,
     group_auc,
     number_groups,
@@ -43,12 +49,12 @@ class Auc:
         return auc(rows.label, rows.score)
 
     def of_rows(self, pair: PairedRows) -> RowStatistics:
-        """Return both AUCs as functions of how often each row is drawn."""
-        positive, before = clicks_and_scores(pair.label, pair.baseline)
-        _, after = clicks_and_scores(pair.label, pair.candidate)
-        require_both(positive)
-        # The order of rows does not affect a bootstrap. In score order the counts are read almost
-        # sequentially, also for the candidate, whose order is nearly the same.
+        """Return both AUCs as functions of how often a resample contains each row."""
+        positive, before = check_labels_and_scores(pair.label, pair.baseline)
+        _, after = check_labels_and_scores(pair.label, pair.candidate)
+        require_rows_of_both_classes(positive)
+        # The order of rows does not affect the bootstrap. In the order of scores, the counts are
+        # read almost sequentially, also for the candidate, whose order is nearly the same.
         order = np.lexsort((before, positive))
         positive, before, after = positive[order], before[order], after[order]
         return RowStatistics(
@@ -68,12 +74,12 @@ class Auc:
 
 @dataclass(frozen=True)
 class GroupAuc:
-    """Mean AUC within groups, weighted by their rows; see ``point_estimates.gauc``."""
+    """Mean AUC of groups, weighted by their number of rows; see ``point_estimates.gauc``."""
 
     metric: Metric
 
     def point(self, rows: ScoredRows) -> float:
-        """Compute the weighted mean over groups of both classes."""
+        """Compute the weighted mean over groups that have rows of both classes."""
         return gauc(rows.label, rows.score, require_groups(self.metric, rows.group))
 
     def of_groups(self, pair: PairedRows) -> GroupedPair:
@@ -88,13 +94,13 @@ class GroupAuc:
 
 
 class BothClasses(NamedTuple):
-    """Grouped rows of both classes.
+    """Rows of both classes that belong to groups.
 
     Attributes:
         positive: whether each row is positive, bool ``(rows,)``.
         groups: the groups of the rows.
-        scarce: number of groups with a positive row or number of groups with a negative row,
-            the smaller one. The interval depends on it.
+        scarce: the number of groups with a positive row, or of groups with a negative row if that
+            is smaller. It determines the precision of the interval.
         which: describes these groups, such as "with a positive row".
     """
 
@@ -105,7 +111,7 @@ class BothClasses(NamedTuple):
 
 
 def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
-    """Number the groups of rows, and count those of each class.
+    """Number the groups of rows, and count the groups with rows of each class.
 
     Raises:
         MetricRefused: all labels are of one class.
@@ -121,47 +127,48 @@ def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
 
 
 def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
-    """Return the AUC as a function of resample counts: one sort, then O(rows) a call.
+    """Return the AUC as a function of how often a resample contains each row.
 
-    A positive is ordered correctly with the resampled negatives of lower score; the mean of two
-    cumulative counts (below, and not above) counts ties as half. All sums are integers, so a call
-    equals ``point_estimates.auc`` of the rows repeated by their counts.
+    Rows are sorted once, and a call takes O(rows). A positive is ordered correctly with the
+    resampled negatives of lower score. The mean of two cumulative counts, of negatives below and of
+    negatives not above, counts ties as half. All sums are integers, so the result equals
+    ``point_estimates.auc`` of the resample.
     """
-    positive, scores = clicks_and_scores(label, score)
+    positive, scores = check_labels_and_scores(label, score)
     require_both_classes("auc", positive)
     positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
     positives = positives[np.argsort(scores[positives], kind="stable")]
     negatives = negatives[np.argsort(scores[negatives], kind="stable")]
     below = np.searchsorted(scores[negatives], scores[positives], side="left")
     not_above = np.searchsorted(scores[negatives], scores[positives], side="right")
-    preceding = np.zeros(negatives.size + 1, dtype=np.intp)  # drawn negatives before each
+    preceding = np.zeros(negatives.size + 1, dtype=np.intp)  # resampled negatives before each one
 
     def statistic(counts: Counts) -> float:
         np.cumsum(counts[negatives], out=preceding[1:])
-        drawn = counts[positives]
-        pairs = 2.0 * float(drawn.sum()) * float(preceding[-1])
+        positive_counts = counts[positives]
+        pairs = 2.0 * float(positive_counts.sum()) * float(preceding[-1])
         if pairs == 0:
             return math.nan
-        return float(drawn @ (preceding[below] + preceding[not_above])) / pairs
+        return float(positive_counts @ (preceding[below] + preceding[not_above])) / pairs
 
     return statistic
 
 
 def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
-    """Compute the AUC with and without each group, which removes the pairs with its rows."""
-    positive, scores = clicks_and_scores(label, score)
+    """Compute the AUC with and without each group, that is, without the pairs of its rows."""
+    positive, scores = check_labels_and_scores(label, score)
     # For each row, the number of rows of the other class with which it is ordered correctly.
     wins = np.empty(scores.size)
     ordered = [np.sort(scores[~positive]), np.sort(scores[positive])]
     for chosen, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
         class_scores = scores[chosen]
         # Sorted queries read the other class sequentially instead of at random.
-        place = np.argsort(class_scores, kind="stable")
-        below = np.searchsorted(others, class_scores[place], side="left")
-        not_above = np.searchsorted(others, class_scores[place], side="right")
+        order = np.argsort(class_scores, kind="stable")
+        below = np.searchsorted(others, class_scores[order], side="left")
+        not_above = np.searchsorted(others, class_scores[order], side="right")
         lower = (below + not_above) / 2
         class_wins = np.empty(class_scores.size)
-        class_wins[place] = lower if sign > 0 else others.size - lower
+        class_wins[order] = lower if sign > 0 else others.size - lower
         wins[chosen] = class_wins
     positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
     negatives = rows - positives

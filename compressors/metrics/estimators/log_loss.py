@@ -23,7 +23,7 @@ from compressors.metrics.intervals import (
     RowStatistics,
     Statistic,
     mean_statistic,
-    require_both,
+    require_rows_of_both_classes,
     require_units,
 )
 from compressors.metrics.point_estimates import (
@@ -49,7 +49,7 @@ class LogLoss:
         return logloss(rows.label, rows.score)
 
     def of_rows(self, pair: PairedRows) -> RowStatistics:
-        """Return both means as functions of how often each row is drawn."""
+        """Return both means as functions of how often a resample contains each row."""
         before, after = (row_logloss(pair.label, score) for score in pair.scores)
         require_units("rows", before.size)
         return RowStatistics(before.size, mean_statistic(before), mean_statistic(after))
@@ -66,7 +66,7 @@ class LogLoss:
 
 @dataclass(frozen=True)
 class NormalizedEntropy:
-    """Log loss over that of the base rate; see ``point_estimates.normalized_entropy``."""
+    """Log loss divided by that of the base rate; see ``point_estimates.normalized_entropy``."""
 
     metric: Metric
 
@@ -75,22 +75,24 @@ class NormalizedEntropy:
         return normalized_entropy(rows.label, rows.score)
 
     def of_rows(self, pair: PairedRows) -> RowStatistics:
-        """Return both quotients as functions of how often each row is drawn."""
+        """Return both quotients as functions of how often a resample contains each row."""
         before, after = (row_logloss(pair.label, score) for score in pair.scores)
         require_units("rows", before.size)
         positive = binary(pair.label)
-        require_both(positive)
+        require_rows_of_both_classes(positive)
         return RowStatistics(
             before.size,
-            _relative_to_entropy(before, positive),
-            _relative_to_entropy(after, positive),
+            _relative_loss_statistic(before, positive),
+            _relative_loss_statistic(after, positive),
         )
 
     def of_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both quotients with and without each group."""
         classes = groups_of_both_classes(self.metric, pair)
         before, after = (
-            _entropy(row_logloss(pair.label, score), classes.positive, classes.groups)
+            _relative_loss_of_groups(
+                row_logloss(pair.label, score), classes.positive, classes.groups
+            )
             for score in pair.scores
         )
         largest = LARGEST_LOSS / base_entropy(float(classes.positive.mean()))
@@ -99,7 +101,9 @@ class NormalizedEntropy:
         )
 
 
-def _relative_to_entropy(losses: Floats, positive: Bools) -> Statistic:
+def _relative_loss_statistic(losses: Floats, positive: Bools) -> Statistic:
+    """Return mean loss divided by the entropy of the base rate, as a function of a resample."""
+
     def statistic(counts: Counts) -> float:
         rows = float(counts.sum())
         rate = float(counts[positive].sum()) / rows
@@ -108,8 +112,8 @@ def _relative_to_entropy(losses: Floats, positive: Bools) -> Statistic:
     return statistic
 
 
-def _entropy(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
-    """Compute mean loss over the entropy of the base rate, with and without each group."""
+def _relative_loss_of_groups(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
+    """Compute mean loss divided by the entropy of the base rate, with and without each group."""
     rate, mean = float(positive.mean()), float(losses.mean())
     entropy = float(base_entropy(rate))
     rows = losses.size - groups.rows

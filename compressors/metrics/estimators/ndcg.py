@@ -38,7 +38,7 @@ class NdcgOfRows:
 class NdcgOfQueries:
     """NDCG of a ranking of the catalogue, with gains of 1.
 
-    Source: as ``point_estimates.ndcg``; items of equal score share the gains of their ranks.
+    Source: see ``point_estimates.ndcg``. Items of equal score share the gains of their ranks.
     """
 
     metric: Metric

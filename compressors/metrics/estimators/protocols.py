@@ -13,7 +13,7 @@ from compressors.metrics.point_estimates import Floats
 
 
 class ScoredRows(NamedTuple):
-    """Rows with one model's scores, arrays ``(rows,)``; for a log loss, probabilities."""
+    """Rows with the scores of one model, arrays ``(rows,)``; for log loss, probabilities."""
 
     label: ArrayLike
     score: ArrayLike
@@ -21,7 +21,10 @@ class ScoredRows(NamedTuple):
 
 
 class RowEstimator(Protocol):
-    """A metric of models with one score for each row; built with its declaration, a ``Metric``."""
+    """Computes a metric of models with one score for each row.
+
+    The constructor's argument is the declaration of the metric, a ``Metric``.
+    """
 
     def point(self, rows: ScoredRows) -> float:
         """Compute the metric of one model.
@@ -39,10 +42,10 @@ class RowEstimator(Protocol):
 
 
 class UngroupedEstimator(RowEstimator, Protocol):
-    """A metric that needs no groups, so that rows without one are the units of its interval."""
+    """Computes a metric that needs no groups; then rows are the units of its interval."""
 
     def of_rows(self, pair: PairedRows) -> RowStatistics:
-        """Return both models' metrics as functions of how often each row is drawn.
+        """Return both models' metrics as functions of how often a resample contains each row.
 
         Raises:
             MetricRefused: as ``point``.
@@ -50,17 +53,17 @@ class UngroupedEstimator(RowEstimator, Protocol):
 
 
 class QueryEstimator(Protocol):
-    """A metric of retrieval models that rank the whole catalogue for each query."""
+    """Computes a metric of retrieval models, which rank the whole catalogue for each query."""
 
     def of_queries(self, places: RelevantPlaces) -> Floats:
         """Compute the metric of each query, float64 ``(queries,)``, from its relevant items."""
 
 
 def require_groups(metric: Metric, group: ArrayLike | None) -> ArrayLike:
-    """Return the groups of the rows.
+    """Return the groups of the rows, or raise if there are none.
 
     Raises:
-        MetricRefused: there are none, and the metric needs them.
+        MetricRefused: there are no groups, but the metric needs them.
     """
     if group is None:
         raise MetricRefused("metric_needs_groups", metric=metric.name)

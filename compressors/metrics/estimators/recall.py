@@ -11,16 +11,16 @@ from compressors.metrics.point_estimates import Floats
 
 @dataclass(frozen=True)
 class Recall:
-    """The share of a query's relevant items among the first ``depth`` ranks.
+    """The share of a query's relevant items that are among the first ``depth`` ranks.
 
-    Items of equal score share their ranks, which is the mean over all their orders.
+    For items of equal score, the result is the mean over all their orders.
     """
 
     metric: Metric
 
     def of_queries(self, places: RelevantPlaces) -> Floats:
         """Compute the recall of each query, float64 ``(queries,)`` in [0, 1]."""
-        last = np.minimum(places.above + places.equal, self.metric.depth or places.deepest)
+        last = np.minimum(places.above + places.equal, self.metric.depth or places.depth)
         hits = np.maximum(last - places.above, 0) / places.equal
         value: Floats = places.sums(hits) / places.relevant
         return value

@@ -1,4 +1,4 @@
-"""Checks of the uncompressed model's scores and labels: refused ("problems") or warned about."""
+"""Checks of the uncompressed model's scores and labels: problems that are refused, and warnings."""
 
 import numpy as np
 import pytest
@@ -118,7 +118,7 @@ def test_a_well_ordered_but_uncalibrated_model_gets_one_warning(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_scores_are_not_called_worse_than_chance(tmp_path, seed):
+def test_random_scores_give_no_warning_of_being_worse_than_chance(tmp_path, seed):
     _, label = calibrated_clicks(seed)
     score = np.random.default_rng(seed + 100).normal(np.log(0.35 / 0.65), 1e-3, ROWS)
     problems = problems_of(CLICKS, tmp_path, score, label)

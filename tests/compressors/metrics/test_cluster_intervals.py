@@ -1,4 +1,4 @@
-"""Intervals of metrics when rows belong to groups: coverage, exactness, speed, too few groups."""
+"""Intervals of metrics whose rows belong to groups: coverage, exactness, speed, too few groups."""
 
 import math
 import time
@@ -20,20 +20,21 @@ ALL_METRICS = (*METRICS, "gauc", "ndcg@10")
 
 
 def assert_coverage(users, runs, slack):
-    """Assert coverage of 95 % within 1 point plus ``slack`` standard errors of ``runs`` runs."""
+    """Assert coverage of 95 %, within 1 percentage point and ``slack`` standard errors."""
     noise = slack * math.sqrt(0.95 * 0.05 / runs)
     for metric, interval in coverage(users, runs).items():
         for name, share in interval._asdict().items():
             assert share == pytest.approx(0.95, abs=0.01 + noise), (users, metric, name, share)
 
 
-# 300 runs have a standard error of 1.3 points; 3 of them are enough for 12 comparisons.
+# The coverage of 300 runs has a standard error of 1.3 percentage points. The test makes 12
+# comparisons, so 3 standard errors are allowed.
 @pytest.mark.parametrize("users", [30, 100])
 def test_intervals_cover_95_percent_when_users_have_1_to_200_rows(users):
     assert_coverage(users, runs=300, slack=3)
 
 
-# 4,000 runs have a standard error of 0.34 points.
+# The coverage of 4,000 runs has a standard error of 0.34 percentage points.
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("users", [30, 100, 500])
@@ -47,7 +48,7 @@ def simulated_rows(users, seed=0):
 
 
 def metric_of_rows(metric, label, score, group):
-    """The point estimate of a metric."""
+    """The point estimate of a metric, by its name."""
     return {
         "auc": lambda: point_estimates.auc(label, score),
         "logloss": lambda: point_estimates.logloss(label, score),
@@ -110,7 +111,7 @@ def test_intervals_do_not_depend_on_the_order_of_rows_or_names_of_groups(metric)
 def test_groups_of_one_row_give_the_interval_of_independent_rows(metric):
     rows = simulate(np.random.default_rng(0), np.ones(4000, dtype=np.intp))
     by_group, by_row = estimate_pair(metric, *rows), estimate_pair(metric, *rows[:3], samples=2000)
-    # The width of 2,000 replicates has an error of 3 %; three times that.
+    # The width from 2,000 replicates has a standard error of 3 %; about three of them are allowed.
     assert by_group.resolves == pytest.approx(by_row.resolves, rel=0.1)
 
 
@@ -122,7 +123,7 @@ def test_copies_of_rows_do_not_narrow_the_interval():
             estimate_pair(metric, *rows),
             estimate_pair(metric, *copies),
         )
-        # A copy carries no information; the difference is the bias of pairs within a user.
+        # Copies add no information. The small difference is the bias from pairs within a user.
         assert interval_of_copies.resolves == pytest.approx(first_interval.resolves, rel=0.05)
 
 
@@ -187,5 +188,5 @@ def test_intervals_of_a_million_grouped_rows_take_less_than_12_seconds():
     start = time.process_time()
     for metric in METRICS:
         estimate_pair(metric, *rows)
-    # 2.3 s on an idle core, times five for a busy machine.
+    # It takes 2.3 s on an idle core; five times that is allowed on a busy machine.
     assert time.process_time() - start < 12

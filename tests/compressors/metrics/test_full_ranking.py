@@ -24,7 +24,7 @@ from compressors.metrics.intervals import paired_means
 
 
 def recall_and_ndcg(query, item, queries, k=20):
-    """Both metrics of every query."""
+    """Recall and NDCG of every query."""
     values = ranking_metrics(RankedVectors(query, item, queries), (f"recall@{k}", f"ndcg@{k}"))
     return tuple(values.values())
 
@@ -39,9 +39,10 @@ def interactions(*pairs, label=None):
 
 
 def naive_recall_and_ndcg(scores, relevant, hidden, k):
-    """Recall and NDCG of one query: the mean over every order of items of equal score.
+    """Recall and NDCG of one query: the mean over all orders of items of equal score.
 
-    ``scores`` by item id. Written out with permutations, so for small catalogues only.
+    ``scores`` has the score of each item id. The function tries all permutations, so it is only for
+    small catalogues.
     """
     relevant = relevant - hidden
     ranked = sorted((score, item) for item, score in scores.items() if item not in hidden)[::-1]
@@ -64,7 +65,7 @@ def naive_recall_and_ndcg(scores, relevant, hidden, k):
 
 @st.composite
 def rankings(draw):
-    """Catalogues of few items with small integer vectors, so scores are exact and often tied."""
+    """Small catalogues with vectors of small integers, so scores are exact and often equal."""
     items = draw(st.integers(2, 6))
     users = draw(st.integers(1, 4))
     ids = draw(st.permutations(range(10, 10 + items)))
@@ -101,7 +102,7 @@ def test_full_ranking_equals_a_naive_ranking_for_every_block_size(case, scores_a
 
 
 def test_items_that_the_user_has_seen_are_neither_ranked_nor_relevant():
-    """The seen item has the best score and is also in the test rows, so a leak would be visible."""
+    """The seen item has the best score and is in the test rows, so ranking it would show."""
     item = np.float32([[9], [2], [1]])
     queries = ranking_queries(
         interactions((7, 100), (7, 102)), [interactions((7, 100))], [100, 101, 102]
@@ -164,7 +165,7 @@ def test_paired_means_resamples_the_same_queries_for_both_models():
     assert means.difference.point == pytest.approx(-0.01)
     assert means.resolves < 1e-9  # every query lost the same
     assert means.baseline.rows == 1234
-    # The normal interval of a mean: 1.96 standard errors to either side.
+    # The interval of a mean of normal values has a half-width of 1.96 standard errors.
     half_width = 1.96 * before.std() / math.sqrt(400)
     assert means.baseline.high - means.baseline.low == pytest.approx(2 * half_width, rel=0.15)
     with_other_candidate = paired_means(before, random.random(400), rows=1234)

@@ -21,7 +21,7 @@ from compressors.metrics.intervals import (
 
 ROW_METRICS = ("auc", "logloss", "normalized_entropy")
 METRICS = (*ROW_METRICS, "gauc", "ndcg@10")
-# Sums in another order than the metric's own: a few float64 roundings.
+# The expected values are float64 sums in another order.
 EXACT = 1e-12
 
 
@@ -47,14 +47,14 @@ def test_weighted_auc_equals_the_auc_of_repeated_rows(data):
     repeated = np.repeat(np.arange(rows), counts)
     value = auc_statistic(label, score)(counts)
     if repeated.size and 0 < label[repeated].sum() < repeated.size:
-        # Both are one integer count over twice the pairs: equal to the last bit.
+        # Both divide the same integer by twice the number of pairs, so all bits are equal.
         assert value == point_estimates.auc(label[repeated], score[repeated])
     else:
         assert np.isnan(value)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_points_of_paired_are_the_point_estimates_and_their_difference(metric):
+def test_points_of_estimate_pair_are_the_point_estimates_and_their_difference(metric):
     label, before, after, group = impressions(600)
     point_estimate = {
         "auc": lambda s: point_estimates.auc(label, s),
@@ -112,7 +112,8 @@ def test_the_interval_of_a_mean_loss_is_the_normal_95_percent_interval():
         (interval.difference, losses[1] - losses[0]),
     ):
         half_width = 1.96 * values.std(ddof=1) / values.size**0.5
-        # A 2.5 % quantile of 2000 replicates varies by 3 % of the half-width; three times that.
+        # The 2.5 % quantile of 2000 replicates has a standard error of 3 % of the half-width; three
+        # of them are allowed.
         assert (estimate.high - estimate.low) / 2 == pytest.approx(half_width, rel=0.09)
 
 
@@ -124,12 +125,13 @@ def test_the_paired_difference_has_a_fifth_of_the_width_of_one_model():
 def test_four_times_the_rows_halve_the_interval():
     small = estimate_pair("auc", *impressions(4_000, seed=1)[:3], samples=600).resolves
     large = estimate_pair("auc", *impressions(16_000, seed=2)[:3], samples=600).resolves
-    # The half-width of 600 replicates itself varies by about 5 %, so the ratio by 7 %; 3 sigma.
+    # The half-width from 600 replicates has a standard error of about 5 %, and the ratio of 7 %;
+    # three of them are allowed.
     assert small / large == pytest.approx(2, rel=0.21)
 
 
 def covering_intervals(metric, truth, draw, runs=100, samples=300):
-    """In how many of ``runs`` random test sets the interval of the difference covers ``truth``."""
+    """Count the random test sets whose interval of the difference contains ``truth``."""
     hits = 0
     for seed in range(runs):
         label, before, after, group = draw(np.random.default_rng(1000 + seed))
@@ -138,15 +140,17 @@ def covering_intervals(metric, truth, draw, runs=100, samples=300):
     return hits
 
 
-# 100 runs of a 95 % interval cover the truth 95 +- 2.2 times. 88 to 99 is three sigma down (the
-# percentile interval of a small sample is slightly too narrow) and two up. Seeds are fixed.
+# Of 100 intervals, 95 contain the true value on average, with a standard deviation of 2.2. The
+# tests allow 88 to 99: three standard deviations below, because the percentile interval of a small
+# sample is slightly too narrow, and two above. Seeds are fixed.
 def test_the_auc_interval_covers_the_true_difference_in_95_percent_of_runs():
     def draw(random):
         label = np.repeat([1, 0], [150, 250])
-        shared, own, other = random.normal(size=(3, 400))
-        return label, shared + own + 1.0 * label, shared + other + 0.8 * label, None
+        shared, of_baseline, of_candidate = random.normal(size=(3, 400))
+        baseline = shared + of_baseline + 1.0 * label
+        return label, baseline, shared + of_candidate + 0.8 * label, None
 
-    # Two normals of variance 2 whose means lie d apart: AUC = Phi(d / 2).
+    # For two normal distributions of variance 2 with a distance d of means, the AUC is Phi(d / 2).
     truth = norm.cdf(0.8 / 2) - norm.cdf(1.0 / 2)
     assert 88 <= covering_intervals("auc", truth, draw) <= 99
 
@@ -174,14 +178,13 @@ def rows_of_60_users(random):
     """60 users of 12 rows: the candidate is better for half of them, and random for the others."""
     group = np.repeat(np.arange(60), 12)
     label = np.tile(np.repeat([1, 0], 6), 60)
-    # For half of the users the candidate has good scores, for the others random scores.
     has_good_candidate = (random.random(60) < 0.5)[group]
     noise = random.normal(size=(2, group.size))
     return label, noise[0] + 1.0 * label, noise[1] + 2.0 * has_good_candidate * label, group
 
 
 def test_the_gauc_interval_covers_the_true_difference_if_users_differ():
-    # Normals of variance 1 whose means lie d apart: AUC = Phi(d / sqrt 2).
+    # For normal distributions of variance 1 with a distance d of means, the AUC is Phi(d / sqrt 2).
     candidate = (norm.cdf(2 / np.sqrt(2)) + 0.5) / 2  # half good, half random scores
     truth = candidate - norm.cdf(1 / np.sqrt(2))
     assert 88 <= covering_intervals("gauc", truth, rows_of_60_users) <= 99
@@ -194,7 +197,7 @@ def test_the_gauc_interval_is_the_t_interval_of_a_mean_over_users():
         point_estimates.group_auc(label, after, group)[0]
         - point_estimates.group_auc(label, before, group)[0]
     )
-    # Equal users: the t interval of a mean over users, whose 97.5 % quantile is 2.001.
+    # All users have equally many rows. For 60 users, the 97.5 % quantile of Student's t is 2.001.
     assert interval.resolves == pytest.approx(2.001 * per_user.std(ddof=1) / np.sqrt(60), rel=1e-3)
 
 
@@ -202,7 +205,7 @@ def test_1000_samples_of_20000_rows_take_less_than_two_seconds():
     label, before, after, _ = impressions(20_000)
     start = time.process_time()
     estimate_pair("auc", label, before, after, samples=1000)
-    # 0.2 s on an idle core, times ten for a busy machine.
+    # It takes 0.2 s on an idle core; ten times that is allowed on a busy machine.
     assert time.process_time() - start < 2
 
 
@@ -214,7 +217,7 @@ def test_the_latency_interval_covers_the_true_quantile_in_95_percent_of_runs(qua
         times = np.random.default_rng(seed).lognormal(size=1000)
         interval = latency(times, quantile, samples=200, seed=seed)
         hits += interval.low <= truth <= interval.high
-    # As above; a bootstrap of the 99th percentile of 1000 rounds has ten rounds beyond it.
+    # As above, but only ten of 1000 rounds are beyond the 99th percentile, so more is allowed.
     assert 87 <= hits <= 100
 
 

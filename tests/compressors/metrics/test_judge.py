@@ -41,9 +41,9 @@ def judge_one(limit, measured):
     ("low", "high", "outcome"),
     [
         (-0.0009, 0.0002, "accepted"),
-        (-0.001, 0.0002, "accepted"),  # a bound exactly at the limit is inside
+        (-0.001, 0.0002, "accepted"),  # a low bound at the limit satisfies it
         (-0.0010001, 0.0002, "undecided"),
-        (-0.003, -0.001, "undecided"),  # the other bound exactly at the limit is inside as well
+        (-0.003, -0.001, "undecided"),  # the high bound at the limit satisfies it too
         (-0.003, -0.0010001, "rejected"),
         (-0.001, -0.001, "accepted"),
     ],
@@ -75,10 +75,10 @@ floats = st.floats(-1, 1, allow_nan=False)
 
 
 @given(st.lists(floats, min_size=3, max_size=3), st.tuples(floats, floats), st.booleans())
-def test_tightening_a_limit_never_makes_the_outcome_milder(values, bounds, upwards):
+def test_tightening_a_limit_never_makes_the_outcome_milder(values, bounds, is_at_least):
     low, point, high = sorted(values)
-    loose, tight = sorted(bounds) if upwards else sorted(bounds, reverse=True)
-    bound_name = "at_least" if upwards else "at_most"
+    loose, tight = sorted(bounds) if is_at_least else sorted(bounds, reverse=True)
+    bound_name = "at_least" if is_at_least else "at_most"
     outcomes = [
         judge_one(Limit(metric="auc", **{bound_name: bound}), auc_change(point, low, high)).outcome
         for bound in (loose, tight)
@@ -87,9 +87,9 @@ def test_tightening_a_limit_never_makes_the_outcome_milder(values, bounds, upwar
 
 
 @given(st.lists(floats, min_size=3, max_size=3), floats, st.booleans())
-def test_negated_numbers_and_limit_have_the_same_outcome(values, bound, upwards):
+def test_negated_numbers_and_limit_have_the_same_outcome(values, bound, is_at_least):
     low, point, high = sorted(values)
-    bound_names = ("at_least", "at_most") if upwards else ("at_most", "at_least")
+    bound_names = ("at_least", "at_most") if is_at_least else ("at_most", "at_least")
     original = judge_one(
         Limit(metric="auc", **{bound_names[0]: bound}), auc_change(point, low, high)
     )
@@ -103,7 +103,7 @@ def test_negated_numbers_and_limit_have_the_same_outcome(values, bound, upwards)
 
 
 @given(st.lists(floats, min_size=3, max_size=3), floats)
-def test_an_interval_of_rows_to_decide_decides_for_the_side_of_its_point(values, bound):
+def test_with_rows_to_decide_the_interval_no_longer_contains_the_limit(values, bound):
     low, point, high = sorted(values)
     limit = Limit(metric="auc", at_least=bound)
     judgement = judge_one(limit, auc_change(point, low, high))
@@ -112,10 +112,10 @@ def test_an_interval_of_rows_to_decide_decides_for_the_side_of_its_point(values,
         return
     assert judgement.outcome == "undecided"
     assert rows > 20_000
-    # Exactly enough rows bring the bound onto the limit; a billionth more clears it.
+    # With exactly this number of rows, an end of the interval is at the limit, so add a billionth.
     factor = math.sqrt(20_000 / (rows * (1 + 1e-9)))
     scaled_interval = point - (point - low) * factor, point + (high - point) * factor
-    # 1e-9 is above float64 rounding of numbers below 1, and has the effect of less than one row.
+    # The tolerance is above float64 rounding, and smaller than the effect of one row.
     is_decided = (
         scaled_interval[0] >= bound - 1e-9 if point >= bound else scaled_interval[1] < bound + 1e-9
     )
@@ -124,7 +124,8 @@ def test_an_interval_of_rows_to_decide_decides_for_the_side_of_its_point(values,
 
 def test_an_undecided_limit_has_the_number_of_rows_to_decide():
     judgement = judge_one(AUC_LIMIT, auc_change(-0.0004, -0.0011, 0.0003))
-    # The lower half-width 0.0007 must shrink to the distance 0.0006: (7/6)^2 of 20,000 rows.
+    # The distance of the low end from the point, 0.0007, must shrink to 0.0006, the distance of the
+    # limit. This takes (7/6)^2 times 20,000 rows.
     assert judgement.rows_to_decide == pytest.approx(20_000 * (7 / 6) ** 2, abs=1)
     assert judgement.reasons == (
         Reason(
@@ -269,18 +270,18 @@ def test_a_baseline_of_zero_bytes_raises_limit_refused():
         byte_numbers(candidate=10, baseline=0)
 
 
-GOOD = Limit(metric="bytes", against="absolute", at_most=100.0)
-BAD = Limit(metric="bytes", against="absolute", at_most=1.0)
-OPEN = Limit(metric="auc", against="baseline", at_least=-0.001)
+MET_LIMIT = Limit(metric="bytes", against="absolute", at_most=100.0)
+MISSED_LIMIT = Limit(metric="bytes", against="absolute", at_most=1.0)
+UNDECIDED_LIMIT = Limit(metric="auc", against="baseline", at_least=-0.001)
 
 
 @pytest.mark.parametrize(
     ("limits", "outcome", "expected"),
     [
-        ((GOOD,), "accepted", ["one_limit_holds"]),
-        ((GOOD, GOOD), "accepted", ["all_limits_hold"]),
-        ((GOOD, OPEN), "undecided", ["number_in_interval", "more_rows_decide"]),
-        ((GOOD, OPEN, BAD), "rejected", ["exact_number", "limit_missed"]),
+        ((MET_LIMIT,), "accepted", ["one_limit_holds"]),
+        ((MET_LIMIT, MET_LIMIT), "accepted", ["all_limits_hold"]),
+        ((MET_LIMIT, UNDECIDED_LIMIT), "undecided", ["number_in_interval", "more_rows_decide"]),
+        ((MET_LIMIT, UNDECIDED_LIMIT, MISSED_LIMIT), "rejected", ["exact_number", "limit_missed"]),
     ],
 )
 def test_the_outcome_of_a_target_is_that_of_its_worst_limit(limits, outcome, expected):
@@ -292,20 +293,20 @@ def test_the_outcome_of_a_target_is_that_of_its_worst_limit(limits, outcome, exp
 
 
 def test_a_target_that_was_built_but_not_measured_is_built_unmeasured():
-    result = verdict("tensorrt-rtx", (GOOD,), None, built=True)
+    result = verdict("tensorrt-rtx", (MET_LIMIT,), None, built=True)
     assert result.outcome == "built-unmeasured"
     assert result.judgements == ()
     assert codes_of(result.reasons) == ["cannot_run"]
 
 
 def test_a_target_that_was_not_built_is_rejected():
-    result = verdict("tensorrt-rtx", (GOOD,), None, built=False)
+    result = verdict("tensorrt-rtx", (MET_LIMIT,), None, built=False)
     assert (result.outcome, result.judgements) == ("rejected", ())
 
 
 def test_numbers_of_a_target_that_was_not_built_raise_limit_refused():
     with raises_code(LimitRefused, "measured_but_not_built"):
-        verdict("tensorrt-rtx", (GOOD,), Measured(numbers=byte_numbers(10, 40)), built=False)
+        verdict("tensorrt-rtx", (MET_LIMIT,), Measured(numbers=byte_numbers(10, 40)), built=False)
 
 
 def test_measured_numbers_have_a_json_round_trip():

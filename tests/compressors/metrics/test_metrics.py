@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics import point_estimates
 
-# Both sides sum at most a few hundred float64 terms of size one; 1e-12 is 4,000 roundings.
+# Sums of at most a few hundred float64 terms near 1 differ by less than this.
 EXACT = 1e-12
 
 
@@ -21,20 +21,20 @@ def clicks(draw, largest=60, graded=False):
     """Labels, scores with many ties, and groups, of equal length."""
     rows = draw(st.integers(2, largest))
     labels = st.integers(0, 4 if graded else 1)
-    # Few distinct scores, as of a heavily quantized model, so most rows are tied.
+    # Few distinct scores, as a heavily quantized model has, so most rows have ties.
     scores = st.sampled_from([-3.0, -0.5, 0.0, 0.1, 0.1000001, 2.0])
     draw_column = lambda values: np.array(draw(st.lists(values, min_size=rows, max_size=rows)))  # noqa: E731
     return draw_column(labels), draw_column(scores), draw_column(st.integers(0, 5))
 
 
-def has_both(label):
+def has_both_classes(label):
     return 0 < label.sum() < label.size
 
 
 @given(clicks())
 def test_auc_equals_scikit_learn_with_ties(data):
     label, score, _ = data
-    assume(has_both(label))
+    assume(has_both_classes(label))
     assert point_estimates.auc(label, score) == pytest.approx(
         roc_auc_score(label, score), abs=EXACT
     )
@@ -43,7 +43,7 @@ def test_auc_equals_scikit_learn_with_ties(data):
 @given(clicks())
 def test_auc_is_invariant_to_increasing_maps_and_one_minus_auc_for_negated_scores(data):
     label, score, _ = data
-    assume(has_both(label))
+    assume(has_both_classes(label))
     assert point_estimates.auc(label, np.arctan(score)) == point_estimates.auc(label, score)
     assert point_estimates.auc(label, -score) == pytest.approx(
         1 - point_estimates.auc(label, score), abs=EXACT
@@ -65,7 +65,7 @@ def test_gauc_is_the_impression_weighted_mean_of_scikit_learns_auc(data):
     total = weight = 0.0
     for name in np.unique(group):
         rows = group == name
-        if has_both(label[rows]):
+        if has_both_classes(label[rows]):
             total += rows.sum() * roc_auc_score(label[rows], score[rows])
             weight += rows.sum()
     assume(weight > 0)
@@ -90,7 +90,7 @@ def test_ndcg_equals_scikit_learn_with_exponential_gains_and_averaged_ties(data,
     expected = []
     for name in np.unique(group):
         rows = group == name
-        # scikit-learn refuses a list of one item; its NDCG is 1 if the item is relevant.
+        # scikit-learn raises for a list of one item, whose NDCG is 1 if the item is relevant.
         if label[rows].max() > 0:
             gain = np.exp2(label[rows]) - 1.0
             is_single_row = rows.sum() == 1
@@ -111,7 +111,7 @@ def test_no_metric_depends_on_the_order_of_rows(data, random):
     if clicked.any():
         value = point_estimates.ndcg(label, score, group, 3)
         assert point_estimates.ndcg(*shuffled, 3) == pytest.approx(value, abs=EXACT)
-    if has_both(clicked):
+    if has_both_classes(clicked):
         assert point_estimates.auc(clicked[order], score[order]) == point_estimates.auc(
             clicked, score
         )
@@ -122,7 +122,8 @@ def test_logloss_equals_scikit_learns_with_float32_clipping(probability, data):
     size = len(probability)
     label = np.array(data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size)))
     float32_probability = np.array(probability, dtype=np.float32)
-    # scikit-learn clips by the eps of what it is given and computes in float32: 1e-6 of 16 nats.
+    # scikit-learn clips by the eps of the array's dtype and computes in float32, with a relative
+    # error of 1e-6 of at most 16 nats.
     expected = log_loss(label, float32_probability, labels=[0, 1])
     assert point_estimates.logloss(label, float32_probability) == pytest.approx(expected, abs=2e-5)
 
@@ -136,7 +137,7 @@ def test_logloss_of_a_wrong_probability_of_one_is_the_float32_clip():
 def test_normalized_entropy_of_the_base_rate_is_one(positives, negatives):
     label = np.repeat([1, 0], [positives, negatives])
     base_rate = np.full(label.size, positives / label.size)
-    # The clip at 1.19e-7 is far below 1/51, so the difference is only rounding.
+    # Probabilities are at least 1/51, so they are not clipped, and the difference is only rounding.
     assert point_estimates.normalized_entropy(label, base_rate) == pytest.approx(1, abs=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Score changes (metrics of how much a candidate's scores differ): values, intervals, limits."""
+"""Score changes (how much a candidate's scores differ): values, intervals and limits."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ SCORE_CHANGES = [name for name, item in usual_metrics().items() if item.kind == 
 
 
 def rows_of_users(users, seed=0, change=0.05):
-    """Probabilities of two models for users of 5 rows; users differ in how much they change."""
+    """Probabilities of two models, and users of 5 rows each; changes differ between users."""
     random = np.random.default_rng(seed)
     user = np.repeat(np.arange(users), 5)
     before = random.random(user.size)
@@ -65,7 +65,7 @@ def test_a_correlation_close_to_one_is_exact_to_its_distance_from_one():
     before = random.normal(size=10_000)
     noise = 1e-4 * random.normal(size=10_000)
     estimate = change_of_rows(before, before + noise, None, "spread")["score_correlation"]
-    # 1 - r is half the variance of the noise over that of the scores, with an error of 1.4 %.
+    # 1 - r is half the ratio of the variances of noise and scores; its standard error is 1.4 %.
     assert 1 - estimate.point == pytest.approx(0.5e-8, rel=0.05)
     assert estimate.low < estimate.point <= estimate.high <= 1
 
@@ -77,7 +77,7 @@ def test_equal_changes_within_users_widen_the_interval():
     after = before + 0.1 * random.normal(size=50)[user]
     by_user = change_of_rows(before, after, user, "probability")["mean_score_change"]
     by_row = change_of_rows(before, after, None, "probability")["mean_score_change"]
-    # 40 equal changes per user: sqrt(40) = 6.3 times as wide.
+    # Each user has 40 rows with equal changes, so the interval is sqrt(40) = 6.3 times as wide.
     assert (by_user.high - by_user.low) / (by_row.high - by_row.low) == pytest.approx(6.3, rel=0.1)
 
 
@@ -89,7 +89,7 @@ def test_intervals_of_grouped_rows_cover_95_percent(metric):
     for seed in range(300):
         estimate = change_of_rows(*rows_of_users(60, seed=seed), "probability")[metric]
         hits += estimate.low <= truth <= estimate.high
-    # 300 runs have a standard error of 1.3 points; 3 of them.
+    # The share of 300 runs has a standard error of 1.3 percentage points; three are allowed.
     assert hits / 300 == pytest.approx(0.95, abs=0.039)
 
 
@@ -98,7 +98,8 @@ def test_changed_top1_is_the_share_of_groups_with_another_best_row():
     before = np.array([0.9, 0.1, 0.2, 0.8, 0.5, 0.4, 0.3])
     after = np.array([0.6, 0.5, 0.7, 0.3, 0.5, 0.5, 0.9])
     estimate = change_of_rows(before, after, user, "probability")["changed_top1"]
-    # a: same row; b: another; c: two best rows, one of which is the baseline's; 'single' has one.
+    # User a has the same best row, and b another one. User c has two best rows, one of which is the
+    # baseline's. The user with a single row does not count.
     assert estimate.point == pytest.approx((0 + 1 + 0.5) / 3)
     assert estimate.groups == 3
 
@@ -106,7 +107,7 @@ def test_changed_top1_is_the_share_of_groups_with_another_best_row():
 def test_changed_top1_of_zero_among_50_groups_has_a_positive_upper_bound():
     before, _, user = rows_of_users(50)
     estimate = change_of_rows(before, before, user, "probability")["changed_top1"]
-    # Wilson's upper end at 0 of n: z^2 / (n + z^2).
+    # For 0 of n groups, the upper end of Wilson's interval is z^2 / (n + z^2).
     assert (estimate.low, estimate.point) == (0, 0)
     assert estimate.high == pytest.approx(1.96**2 / (50 + 1.96**2), rel=1e-3)
     limit = Limit.parse("changed_top1 <= 0.02")
@@ -167,7 +168,7 @@ def test_score_changes_of_retrieval_are_those_of_all_ranked_pairs(scores_at_once
     is_ranked = np.ones(scores[0].shape, bool)
     is_ranked.reshape(-1)[before.queries.hidden] = False
     x, y = (s[is_ranked].astype(float) for s in scores)
-    # float32 products in another order.
+    # float32 sums in another order
     tolerance = {"rel": 1e-5}
     assert estimates["score_correlation"].point == pytest.approx(
         np.corrcoef(x, y)[0, 1], **tolerance
