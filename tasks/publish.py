@@ -105,9 +105,11 @@ def is_registered(result: Finished) -> bool:
     False for a result from another registry, even if the version numbers are equal.
     """
     registered = registry().by_order(result.report.order, result.report.name)
-    here = public_uri(load_settings().registry_uri)
+    this_registry = public_uri(load_settings().registry_uri)
     return (
-        registered is not None and result.registry == here and registered.version == result.version
+        registered is not None
+        and result.registry == this_registry
+        and registered.version == result.version
     )
 
 
