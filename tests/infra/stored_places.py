@@ -1,4 +1,4 @@
-"""Object stores in a folder and on a real S3 server, whose stored bytes a test can change."""
+"""Object stores in a folder and in a bucket, whose stored bytes a test can read and change."""
 
 import os
 from collections.abc import Callable
@@ -10,16 +10,17 @@ from compressors.contracts import Artifact
 from infra.store.object_store import CHUNK_BYTES, Store
 
 BIG = 2 * CHUNK_BYTES + 17
+"""Bytes of a file with three chunks."""
 
 
 @dataclass
 class Stored:
-    """A store, and functions that read, write and remove its keys without the store.
+    """A store, and functions that access its keys directly, without the store's code.
 
     Attributes:
         store: the store under test.
-        raw: returns the bytes of a key.
-        overwrite: writes the bytes of a key.
+        raw: returns the stored bytes of a key.
+        overwrite: writes the bytes of a key, also if it exists.
         remove: deletes a key.
     """
 
@@ -29,7 +30,7 @@ class Stored:
     remove: Callable[[str], None]
 
 
-def in_folder(root: Path) -> Stored:
+def folder_store(root: Path) -> Stored:
     """Return a store in a local folder."""
 
     def overwrite(key: str, body: bytes) -> None:
@@ -37,7 +38,7 @@ def in_folder(root: Path) -> Stored:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             path.chmod(0o644)
-        path.write_bytes(body)  # in place, because damage of a disk affects every hard link
+        path.write_bytes(body)  # in place: like damage of a disk, the change affects all hard links
 
     return Stored(
         store=Store(str(root)),
@@ -47,7 +48,7 @@ def in_folder(root: Path) -> Stored:
     )
 
 
-def in_bucket(prefix: str) -> Stored:
+def bucket_store(prefix: str) -> Stored:
     """Return a store below a prefix of the bucket ``models`` on the S3 server of the tests."""
     client = s3_client()
     return Stored(
@@ -61,6 +62,7 @@ def in_bucket(prefix: str) -> Stored:
 
 
 def s3_client() -> Any:
+    """Return a client of the S3 server that the environment variables name."""
     import boto3
 
     return boto3.client("s3")
@@ -87,7 +89,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def artifact_key(artifact: Artifact) -> str:
-    """Return the key prefix of an artifact's manifest and links."""
+    """Return the key prefix of an artifact's manifest and of the links to its files."""
     return f"artifacts/{artifact.sha256}"
 
 

@@ -1,4 +1,7 @@
-"""Import of network classes from allow-listed modules, and the digest of their source code."""
+"""Import of network classes from allow-listed modules, and the digest of their source code.
+
+The tests write a package ``shopnets`` to a temporary folder.
+"""
 
 import sys
 import textwrap
@@ -43,6 +46,7 @@ def package(tmp_path, monkeypatch):
 
 
 def write(path, source):
+    """Write Python source without its common indentation; return the path."""
     path.write_text(textwrap.dedent(source))
     return path
 
@@ -61,16 +65,16 @@ def test_class_that_an_allowed_module_imports_from_an_allowed_module_is_accepted
 
 
 def test_module_that_is_not_allowed_is_refused_without_an_import(tmp_path, monkeypatch):
-    trap = write(tmp_path / "shopnets2.py", "raise SystemExit('imported')\n")
+    raising_module = write(tmp_path / "shopnets2.py", "raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("shopnets2:Ranker", "shopnets2.below:Ranker"):
-        for look in (network_class, source_digest):
+        for function in (network_class, source_digest):
             module = name.partition(":")[0]
             setting = f"shopnets,{module}"
             with raises_code(BundleRefused, "architecture_not_allowed", setting=setting) as refusal:
-                look(name, ALLOWED)
+                function(name, ALLOWED)
             assert f"RECPRESS_ALLOWED_MODULES={setting}" in str(refusal.value)
-    assert trap.stem not in sys.modules
+    assert raising_module.stem not in sys.modules
 
 
 def test_empty_allow_list_refuses_every_module():
@@ -95,10 +99,10 @@ def test_empty_allow_list_refuses_every_module():
         "",
     ],
 )
-@pytest.mark.parametrize("look", [network_class, source_digest])
-def test_path_of_another_form_than_module_and_class_is_refused(path, look):
+@pytest.mark.parametrize("function", [network_class, source_digest])
+def test_path_of_another_form_than_module_and_class_is_refused(path, function):
     with raises_code(BundleRefused, "architecture_form", path=path):
-        look(path, ALLOWED)
+        function(path, ALLOWED)
 
 
 @pytest.mark.usefixtures("package")
@@ -114,7 +118,7 @@ def test_path_of_another_form_than_module_and_class_is_refused(path, look):
         ("shopnets.ranker:Linear", "defined_elsewhere", {"module": "torch.nn.modules.linear"}),
     ],
 )
-def test_value_that_is_no_network_class_of_an_allowed_module_is_refused(path, code, fields):
+def test_value_that_is_not_a_network_class_of_an_allowed_module_is_refused(path, code, fields):
     with raises_code(BundleRefused, f"architecture_{code}", path=path, **fields):
         network_class(path, ALLOWED)
 
@@ -160,7 +164,7 @@ def test_source_digest_changes_with_every_source_file_of_the_package(package, ed
 def test_source_digest_changes_when_a_file_is_renamed(package):
     write(package / "one.py", "width = 1\n")
     before = source_digest("shopnets:Ranker", ALLOWED)
-    (package / "one.py").rename(package / "onf.py")  # keeps its place in the order
+    (package / "one.py").rename(package / "onf.py")  # the order of the files does not change
     assert source_digest("shopnets:Ranker", ALLOWED) != before
 
 

@@ -23,7 +23,7 @@ MIB = 2**20
 TOO_MUCH = 2**46  # bytes: more than any address space that these processes may use
 
 
-def error_of(cause) -> BaseException:
+def raised_exception(cause) -> BaseException:
     """Return the exception that a call raises."""
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - each library has its own class
         cause()
@@ -53,7 +53,7 @@ def onnxruntime_error() -> None:
     ids=["python", "numpy", "torch", "pyarrow", "onnxruntime"],
 )
 def test_allocation_error_of_each_library_is_out_of_memory(cause):
-    fault = error_of(cause)
+    fault = raised_exception(cause)
     assert is_out_of_memory(fault), repr(fault)
     error = as_out_of_memory(fault, "This test")
     assert error is not None
@@ -110,43 +110,48 @@ def test_enomem_of_a_file_is_out_of_memory(tmp_path):
     assert isinstance(translate(fault, tmp_path, "read"), OutOfMemory)
 
 
-AVAILABLE = """
+# Prints the available memory of a process with a limit: the limit's name, its value in bytes.
+PRINT_AVAILABLE = """
 import resource, sys
 from infra.memory import available_memory
 limit = getattr(resource, sys.argv[1])
 resource.setrlimit(limit, (int(sys.argv[2]),) * 2)
-found = available_memory()
-print(found.bytes, found.limit)
+available = available_memory()
+print(available.bytes, available.limit)
 """
 
 
-@pytest.mark.parametrize(("limit", "words"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")])
-def test_available_memory_is_bounded_by_limits_of_the_process(limit, words):
-    command = [sys.executable, "-c", AVAILABLE, limit, str(512 * MIB)]
+@pytest.mark.parametrize(("limit", "option"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")])
+def test_available_memory_is_bounded_by_limits_of_the_process(limit, option):
+    command = [sys.executable, "-c", PRINT_AVAILABLE, limit, str(512 * MIB)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert 100 * MIB < int(output.split()[0]) < 512 * MIB
-    assert words in output
+    assert option in output
 
 
 @pytest.fixture
 def simulated_machine(tmp_path, monkeypatch):
-    """Files of ``/proc`` with fixed numbers, and a function that writes those of control groups."""
+    """Replace ``/proc`` by files with fixed numbers, and return a function for control groups.
+
+    The function writes the files of one control group, and the line of ``/proc/self/cgroup``.
+    """
     monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
     (tmp_path / "proc/self/status").write_text("VmRSS: 100 kB\nVmSize: 100 kB\n")
 
-    def group(path: str, files: dict[str, str], line: str) -> None:
+    def write_control_group(path: str, files: dict[str, str], line: str) -> None:
         folder = tmp_path / "cgroup" / path
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_text(text)
         (tmp_path / "proc/self/cgroup").write_text(line)
 
-    return group
+    return write_control_group
 
 
+# memory.stat of a control group with 2 MiB of cached files.
 STAT = "anon 1\nfile 3\ninactive_file 1048576\nactive_file 1048576\n"
 
 
@@ -159,9 +164,9 @@ def test_available_memory_is_bounded_by_all_parents_of_a_version_2_control_group
     limited = {"memory.max": str(7 * MIB), "memory.current": str(4 * MIB), "memory.stat": STAT}
     simulated_machine("a/b", unlimited, "0::/a/b\n")
     simulated_machine("a", limited, "0::/a/b\n")
-    error = available_memory()
-    assert error.bytes == 5 * MIB, "cached files do not count as used"
-    assert "control group" in error.limit
+    available = available_memory()
+    assert available.bytes == 5 * MIB, "cached files do not count as used"
+    assert "control group" in available.limit
 
 
 def test_available_memory_is_bounded_by_a_version_1_control_group(simulated_machine):
@@ -180,7 +185,7 @@ def test_memory_setting_replaces_all_other_limits(simulated_machine, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", "1e300"])
-def test_memory_setting_that_is_no_positive_number_is_refused(monkeypatch, text):
+def test_memory_setting_that_is_not_a_positive_number_is_refused(monkeypatch, text):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", text)
     with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_MEMORY_MB"):
         available_memory()

@@ -106,6 +106,7 @@ def draft(tmp_path):
 
 
 def draft_document():
+    """Return the ``model.json`` of the draft."""
     return {
         "schema_version": 2,
         "name": "tiny",
@@ -117,23 +118,25 @@ def draft_document():
 
 
 def write_draft(folder, **changes):
+    """Write the ``model.json`` of the draft, with some fields changed."""
     (folder / "model.json").write_text(json.dumps(draft_document() | changes))
 
 
 def document_of(folder):
+    """Read the ``model.json`` in a folder."""
     return json.loads((folder / "model.json").read_text())
 
 
 def reseal(folder, document):
-    """Write any content as ``model.json`` with a correct seal, as a hostile tool can."""
+    """Write any fields as ``model.json`` with a correct seal, as a hostile program can."""
     fields = {name: value for name, value in document.items() if name != "seal"}
     body = json.dumps(fields, indent=2).removesuffix("\n}").encode() + b",\n"
     digest = hashlib.sha256(body).hexdigest()
     (folder / "model.json").write_bytes(body + f'  "seal": "{digest}"\n}}\n'.encode())
 
 
-def list_files_again(folder):
-    """Write a ``model.json`` that lists and hashes the present files, as a hostile tool can."""
+def rewrite_file_list(folder):
+    """Write a ``model.json`` with the hashes of the current files, as a hostile program can."""
     document = document_of(folder)
     document["files"] = {
         path.name: {
@@ -166,14 +169,14 @@ def problems(function, *arguments, **keywords):
     return fault.fields["problems"]
 
 
-def wrong_fields(function, *arguments, **keywords):
-    """Return code and fields of each pydantic error that caused the ``BundleRefused`` of a call."""
+def field_errors(function, *arguments, **keywords):
+    """Return code and fields of each pydantic error that is a cause of a call's refusal."""
     fault = refusal_of(function, *arguments, **keywords)
     assert fault.code == "fields_unusable", fault
     return value_errors(fault.__cause__)
 
 
-def shard_bytes_of(header, body=b""):
+def safetensors_bytes(header, body=b""):
     """Return the bytes of a safetensors file with this header, valid or not."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + body
@@ -229,7 +232,7 @@ def test_safetensors_header_that_begins_like_a_pickle_is_accepted(tmp_path):
     for length in (0x280, 0x380, 0x480, 0x580):
         raw = json.dumps(entry).encode()
         (tmp_path / "model.safetensors").write_bytes(
-            shard_bytes_of(raw + b" " * (length - len(raw)), b"\0" * 4)
+            safetensors_bytes(raw + b" " * (length - len(raw)), b"\0" * 4)
         )
         bundle_folder.seal(tmp_path, **FIELDS)
         assert list(bundle_folder.check_weights(tmp_path, bundle_folder.read(tmp_path))) == ["a"]
@@ -285,7 +288,8 @@ def pickles():
 def test_pickle_renamed_to_safetensors_is_refused_although_sealed(sealed, draft, raw):
     for folder, read in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / "model.safetensors").write_bytes(raw)
-        list_files_again(folder) if folder is sealed else None
+        if folder is sealed:
+            rewrite_file_list(folder)
         expected = HasReason("file_is_pickle", file="'model.safetensors'")
         assert problems(read, folder) == expected
     assert problems(bundle_folder.seal, sealed, **FIELDS) == expected
@@ -293,9 +297,9 @@ def test_pickle_renamed_to_safetensors_is_refused_although_sealed(sealed, draft,
 
 
 def test_file_of_torch_save_is_refused_under_any_name(sealed):
-    for old in (False, True):
-        torch.save(WEIGHTS, sealed / "model.safetensors", _use_new_zipfile_serialization=not old)
-        assert zipfile.is_zipfile(sealed / "model.safetensors") != old
+    for is_zip in (True, False):  # False: the format before torch 1.6
+        torch.save(WEIGHTS, sealed / "model.safetensors", _use_new_zipfile_serialization=is_zip)
+        assert zipfile.is_zipfile(sealed / "model.safetensors") == is_zip
         assert problems(bundle_folder.read, sealed) == HasReason("file_is_pickle")
 
 
@@ -345,7 +349,7 @@ def test_file_instead_of_a_bundle_folder_is_refused(sealed):
 
 
 def test_refusal_lists_all_problems_of_a_folder(sharded):
-    (sharded / FIRST).unlink()
+    (sharded / FIRST_SHARD).unlink()
     append_byte(sharded / "model-00002-of-00002.safetensors")
     (sharded / "extra.safetensors").write_bytes(b"")
     reasons = problems(bundle_folder.read, sharded)
@@ -397,7 +401,7 @@ def test_edited_manifest_is_reported_as_another_seal(sealed):
 
 
 @pytest.mark.parametrize(
-    ("raw", "words"),
+    ("raw", "message_part"),
     [
         (b"", "not usable JSON"),
         (b"{", "not usable JSON"),
@@ -427,9 +431,9 @@ def test_edited_manifest_is_reported_as_another_seal(sealed):
     ids=range(24),
 )
 @pytest.mark.parametrize("read", [bundle_folder.read, bundle_folder.read_draft])
-def test_ambiguous_or_invalid_model_json_is_refused(sealed, read, raw, words):
+def test_ambiguous_or_invalid_model_json_is_refused(sealed, read, raw, message_part):
     (sealed / "model.json").write_bytes(raw)
-    assert words in refusal_message(read, sealed)
+    assert message_part in refusal_message(read, sealed)
 
 
 @pytest.mark.parametrize("read", [bundle_folder.read, bundle_folder.read_draft])
@@ -441,7 +445,7 @@ def test_too_large_model_json_is_refused_before_it_is_read(sealed, read, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "words"),
+    ("path", "value", "message_part"),
     [
         (("name",), "Upper", "name: String should match pattern"),
         (("name",), "../x", "name: String should match pattern"),
@@ -464,7 +468,7 @@ def test_too_large_model_json_is_refused_before_it_is_read(sealed, read, monkeyp
         (("\x1b[2J",), 1, r"'\x1b[2J' is not a field"),
     ],
 )
-def test_refusal_of_a_wrong_field_contains_its_location(sealed, path, value, words):
+def test_refusal_of_a_wrong_field_contains_its_location(sealed, path, value, message_part):
     document = document_of(sealed)
     parent = document
     for part in path[:-1]:
@@ -476,8 +480,8 @@ def test_refusal_of_a_wrong_field_contains_its_location(sealed, path, value, wor
     reseal(sealed, document)
     if path == ("signature", "inputs", 1, "name"):
         document["signature"]["inputs"][1]["columns"] = ["user"]
-        words = "the name(s) user are used by several inputs"
-    assert words in refusal_message(bundle_folder.read, sealed)
+        message_part = "the name(s) user are used by several inputs"
+    assert message_part in refusal_message(bundle_folder.read, sealed)
 
 
 def test_refusal_of_a_wrong_field_contains_its_value_once(sealed):
@@ -528,7 +532,7 @@ UNSAFE_PATHS = [
 
 
 def unsafe_path_error(code, why):
-    """Return the expected result of ``wrong_fields`` for one unsafe path."""
+    """Return the expected result of ``field_errors`` for one unsafe path."""
     return [(code, {"path": ANY, "reason": HasReason(why), "sentence": ANY})]
 
 
@@ -537,14 +541,14 @@ def test_manifest_with_a_file_outside_the_bundle_is_refused(sealed, name, why):
     document = document_of(sealed)
     document["files"][name] = document["files"]["model.safetensors"]
     reseal(sealed, document)
-    assert wrong_fields(bundle_folder.read, sealed) == unsafe_path_error("path_not_inside", why)
+    assert field_errors(bundle_folder.read, sealed) == unsafe_path_error("path_not_inside", why)
 
 
 def test_manifest_with_a_file_in_a_subfolder_is_refused(sealed):
     document = document_of(sealed)
     document["files"]["sub/model.safetensors"] = document["files"]["model.safetensors"]
     reseal(sealed, document)
-    (error,) = wrong_fields(bundle_folder.read, sealed)
+    (error,) = field_errors(bundle_folder.read, sealed)
     assert error == ("path_in_subfolder", {"path": "'sub/model.safetensors'", "sentence": ANY})
 
 
@@ -557,14 +561,14 @@ def test_manifest_with_data_outside_its_artifact_is_refused(sealed, section, nam
     else:
         document[section][name] = ARTIFACT.model_dump()
     reseal(sealed, document)
-    assert wrong_fields(bundle_folder.read, sealed) == unsafe_path_error("path_not_inside", why)
+    assert field_errors(bundle_folder.read, sealed) == unsafe_path_error("path_not_inside", why)
 
 
 @pytest.mark.parametrize(("path", "why"), [*UNSAFE_PATHS, ("/a/../b", "path_with_parent")])
 @pytest.mark.parametrize("section", ["data", "vocabularies", "transforms"])
 def test_unsafe_draft_path_is_refused(draft, section, path, why):
     write_draft(draft, **{section: {"train": path}})
-    assert wrong_fields(bundle_folder.read_draft, draft) == unsafe_path_error(
+    assert field_errors(bundle_folder.read_draft, draft) == unsafe_path_error(
         "draft_path_unusable", why
     )
 
@@ -639,7 +643,7 @@ def test_seal_refuses_settings_without_a_json_form(sealed):
         network = Network(architecture=Architecture(path="a:B", config={"x": value}))
         message = refusal_message(bundle_folder.seal, sealed, **{**FIELDS, "network": network})
         assert "has no JSON form" in message
-    assert bundle_folder.read(sealed).network == NETWORK, "the old manifest still stands"
+    assert bundle_folder.read(sealed).network == NETWORK, "the earlier manifest is unchanged"
 
 
 JSON_VALUES = st.recursive(
@@ -710,30 +714,34 @@ FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
 @pytest.mark.parametrize(
-    ("raw", "words"),
+    ("raw", "message_part"),
     [
         (b"", "header too small"),
         (b"abc", "header too small"),
         (struct.pack("<Q", 10**6) + b"{}", "is not a safetensors file"),
         (struct.pack("<Q", 2**63) + b"{}", "is not a safetensors file"),
-        (shard_bytes_of({"a": FLOAT, "b": FLOAT}, b"0" * 4), "is not a safetensors file"),
-        (shard_bytes_of({"a": FLOAT}, b"0" * 5), "is not a safetensors file"),
-        (shard_bytes_of({"a": FLOAT}, b"0" * 3), "is not a safetensors file"),
-        (shard_bytes_of({"a": {**FLOAT, "dtype": "X"}}, b"0" * 4), "unknown variant"),
-        (shard_bytes_of({"a": {**FLOAT, "shape": [2**40] * 2}}, b"0" * 4), "overflow"),
-        (shard_bytes_of(b"[1]"), "is not a safetensors file"),
-        (shard_bytes_of(b"\xff\xff"), "is not a safetensors file"),
-        (shard_bytes_of(b'{"a":%b,"a":%b}' % ((json.dumps(FLOAT).encode(),) * 2), b"0" * 4), "dup"),
-        (shard_bytes_of({}), "holds no tensor"),
+        (safetensors_bytes({"a": FLOAT, "b": FLOAT}, b"0" * 4), "is not a safetensors file"),
+        (safetensors_bytes({"a": FLOAT}, b"0" * 5), "is not a safetensors file"),
+        (safetensors_bytes({"a": FLOAT}, b"0" * 3), "is not a safetensors file"),
+        (safetensors_bytes({"a": {**FLOAT, "dtype": "X"}}, b"0" * 4), "unknown variant"),
+        (safetensors_bytes({"a": {**FLOAT, "shape": [2**40] * 2}}, b"0" * 4), "overflow"),
+        (safetensors_bytes(b"[1]"), "is not a safetensors file"),
+        (safetensors_bytes(b"\xff\xff"), "is not a safetensors file"),
+        (
+            safetensors_bytes(b'{"a":%b,"a":%b}' % ((json.dumps(FLOAT).encode(),) * 2), b"0" * 4),
+            "dup",
+        ),
+        (safetensors_bytes({}), "holds no tensor"),
     ],
     ids=range(13),
 )
-def test_malformed_shard_is_refused_although_sealed(sealed, draft, raw, words):
+def test_malformed_shard_is_refused_although_sealed(sealed, draft, raw, message_part):
     for folder, read in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / "model.safetensors").write_bytes(raw)
-        list_files_again(folder) if folder is sealed else None
-        assert words in refusal_message(read, folder)
-    assert words in refusal_message(bundle_folder.seal, sealed, **FIELDS)
+        if folder is sealed:
+            rewrite_file_list(folder)
+        assert message_part in refusal_message(read, folder)
+    assert message_part in refusal_message(bundle_folder.seal, sealed, **FIELDS)
 
 
 @given(
@@ -742,7 +750,7 @@ def test_malformed_shard_is_refused_although_sealed(sealed, draft, raw, words):
 def test_shard_with_any_invalid_header_is_refused(tmp_path_factory, header, size):
     folder = tmp_path_factory.getbasetemp() / "shards"
     folder.mkdir(exist_ok=True)
-    (folder / "model.safetensors").write_bytes(shard_bytes_of(header, b"0" * size))
+    (folder / "model.safetensors").write_bytes(safetensors_bytes(header, b"0" * size))
     refusal_message(shards.stored_tensors, folder)
 
 
@@ -752,10 +760,10 @@ def change_index(folder, change):
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
-    list_files_again(folder)
+    rewrite_file_list(folder)
 
 
-FIRST = "model-00001-of-00002.safetensors"
+FIRST_SHARD = "model-00001-of-00002.safetensors"
 BIAS = "dense.bias"
 
 
@@ -775,12 +783,12 @@ BIAS = "dense.bias"
             {"file": "x.safetensors"},
         ),
         (
-            lambda i: i["weight_map"].update({BIAS: FIRST}),
+            lambda i: i["weight_map"].update({BIAS: FIRST_SHARD}),
             "index_tensor_elsewhere",
-            {"tensor": BIAS, "file": FIRST},
+            {"tensor": BIAS, "file": FIRST_SHARD},
         ),
         (
-            lambda i: i["weight_map"].update({"ghost": FIRST}),
+            lambda i: i["weight_map"].update({"ghost": FIRST_SHARD}),
             "index_tensor_missing",
             {"tensor": "ghost"},
         ),
@@ -798,17 +806,17 @@ def test_index_that_differs_from_its_shards_is_refused(sharded, change, code, fi
 
 def test_several_shards_without_an_index_are_refused(sharded):
     (sharded / bundle_folder.INDEX).unlink()
-    list_files_again(sharded)
+    rewrite_file_list(sharded)
     assert f"files but no {bundle_folder.INDEX}" in refusal_message(bundle_folder.read, sharded)
 
 
 def test_tensor_in_two_shards_is_refused(sharded):
-    shutil.copy(sharded / FIRST, sharded / "more.safetensors")
-    list_files_again(sharded)
+    shutil.copy(sharded / FIRST_SHARD, sharded / "more.safetensors")
+    rewrite_file_list(sharded)
     assert problems(bundle_folder.read, sharded) == HasReason(
         "tensor_in_two_shards",
         tensor="'embed.user.weight'",
-        first=FIRST,
+        first=FIRST_SHARD,
         second="more.safetensors",
     )
 

@@ -1,4 +1,4 @@
-"""Splits of a retrieval model: rows joined with the features of their items, and refusals."""
+"""Splits of a retrieval model: rows are joined with the features of their items, or refused."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,7 +41,7 @@ def items(**changes):
 
 @pytest.fixture
 def paths(tmp_path):
-    """A function that writes a split and the catalogue, and returns their paths by split name."""
+    """A function that writes one split and the catalogue, and returns their paths by split name."""
 
     def write(split="test", catalogue=None, **changes):
         splits = {split: tmp_path / f"{split}.parquet", "items": tmp_path / "items.parquet"}
@@ -75,7 +75,7 @@ def test_prepare_of_the_catalogue_writes_only_inputs_of_the_item_tower(paths, tm
 
 
 @pytest.mark.parametrize(
-    ("split", "changes", "words"),
+    ("split", "changes", "message_pattern"),
     [
         ("test", {"item": pa.array([8, 1, 2, 9])}, r"'item': an item that is not in 'items'.*1, 3"),
         (
@@ -97,9 +97,9 @@ def test_prepare_of_the_catalogue_writes_only_inputs_of_the_item_tower(paths, tm
     ],
 )
 def test_unknown_or_repeated_items_and_inconsistent_queries_are_refused_with_their_rows(
-    split, changes, words, paths, tmp_path
+    split, changes, message_pattern, paths, tmp_path
 ):
-    with raises_code(DataRefused, "schema_unfit", problems=Text(words)):
+    with raises_code(DataRefused, "schema_unfit", problems=Text(message_pattern)):
         prepare(paths(**changes), split, SCHEMA, tmp_path / "out")
 
 

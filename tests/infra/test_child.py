@@ -1,4 +1,4 @@
-"""Child processes: responses, errors, time limits, and the end of all processes."""
+"""Work in child processes: responses, errors, time limits, and the end of all processes."""
 
 import os
 import signal
@@ -13,11 +13,13 @@ from error_codes import Text, raises_code
 from infra.child import run_child
 from infra.errors import BuildRefused, ChildFailed, InfraError, OutOfMemory, Refused
 
+# Start of each module that a test writes and runs as a child process.
 MODULE_START = """
 import os, subprocess, sys, time
 from infra.child import serve
 from infra.errors import BuildRefused
 """
+# Writes the PIDs of the child and of a process that it starts, and waits.
 HANGING_WORK = """
 def work(request):
     grandchild = subprocess.Popen(["sleep", "600"])
@@ -108,15 +110,15 @@ def test_child_ended_by_sigkill_is_out_of_memory(child, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "raised",
+    "statement",
     [
         "bytearray(2**60)",
         "raise RuntimeError('std::bad_alloc')",
         "raise OSError(12, 'Cannot allocate memory')",
     ],
 )
-def test_child_that_exhausts_its_memory_is_out_of_memory(child, tmp_path, raised):
-    module = child("exhausted", f"def work(request):\n    {raised}")
+def test_child_that_exhausts_its_memory_is_out_of_memory(child, tmp_path, statement):
+    module = child("exhausted", f"def work(request):\n    {statement}")
     with raises_code(OutOfMemory, None, doing="A child process"):
         run_child(module, {}, tmp_path / "job", 30)
 
@@ -155,7 +157,7 @@ def test_time_limit_kills_the_child_and_its_children(child, tmp_path):
 
 def test_processes_that_a_finished_child_started_are_killed(child, tmp_path):
     work = "def work(request):\n    return {'pid': subprocess.Popen(['sleep', '600']).pid}"
-    response = run_child(child("litters", work), {}, tmp_path / "job", 30)
+    response = run_child(child("starts_process", work), {}, tmp_path / "job", 30)
     assert wait_until_ended([response["pid"]], seconds=2)
 
 

@@ -32,7 +32,7 @@ from infra.store.object_store import Store
 
 SECRETS = canaries()
 SECRET = SECRETS.of("MLFLOW_TRACKING_URI")
-ENCODED = SECRETS.in_address("MLFLOW_TRACKING_URI")
+ENCODED = SECRETS.in_address("MLFLOW_TRACKING_URI")  # percent-encoded
 
 
 def formatted_exception(fault: BaseException) -> str:
@@ -40,7 +40,8 @@ def formatted_exception(fault: BaseException) -> str:
     return "".join(traceback.format_exception(fault)) + repr(fault) + repr(fault.args)
 
 
-def assert_clean(*texts: str, planted: Canaries = SECRETS) -> None:
+def assert_no_secret(*texts: str, planted: Canaries = SECRETS) -> None:
+    """Check that the texts contain none of the planted secrets."""
     assert find_secrets(planted, [], {str(number): text for number, text in enumerate(texts)}) == []
 
 
@@ -63,7 +64,7 @@ def assert_clean(*texts: str, planted: Canaries = SECRETS) -> None:
         ("write to a@b.example", "write to a@b.example"),
     ],
 )
-def test_cleaned_hides_logins_and_tokens_in_addresses_and_no_other_text(
+def test_mask_credentials_hides_logins_and_tokens_in_addresses_and_no_other_text(
     text: str, safe: str | None
 ) -> None:
     text_without_secrets = mask_credentials(text)
@@ -72,7 +73,7 @@ def test_cleaned_hides_logins_and_tokens_in_addresses_and_no_other_text(
     )
 
 
-def test_cleaned_hides_values_of_secret_variables(
+def test_mask_credentials_hides_values_of_secret_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, secret in SECRETS.values.items():
@@ -80,10 +81,10 @@ def test_cleaned_hides_values_of_secret_variables(
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:" + SECRETS.of("PREFECT_API_AUTH_STRING"))
     for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI", "PREFECT_API_AUTH_STRING"):
         secret = SECRETS.of(name)
-        assert_clean(
+        assert_no_secret(
             mask_credentials(f"password {secret} refused"), mask_credentials(f"{[secret]}")
         )
-        assert_clean(mask_credentials(f"http://me:{SECRETS.in_address(name)}@host"))
+        assert_no_secret(mask_credentials(f"http://me:{SECRETS.in_address(name)}@host"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_cleaned_hides_values_of_secret_variables(
     [lambda text: quote(text, safe=""), quote, quote_plus, lambda text: repr(text)[1:-1]],
     ids=["percent", "percent except /", "form", "repr"],
 )
-def test_cleaned_hides_encoded_values_of_secret_variables(
+def test_mask_credentials_hides_encoded_values_of_secret_variables(
     encoded: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = "pä ss/wo\\rd&1"
@@ -99,7 +100,7 @@ def test_cleaned_hides_encoded_values_of_secret_variables(
     assert mask_credentials(f"signed with {encoded(secret)} by x") == "signed with *** by x"
 
 
-def test_cleaned_keeps_short_values_and_values_of_other_variables(
+def test_mask_credentials_keeps_short_values_and_values_of_other_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "admin")
@@ -110,7 +111,7 @@ def test_cleaned_keeps_short_values_and_values_of_other_variables(
 
 
 @pytest.mark.parametrize("uri", ["https:/me:secret@h/x", "me:secret@h:5000", "s3:me:secret@b"])
-def test_shown_omits_the_password_of_an_address_with_a_missing_slash(uri: str) -> None:
+def test_public_uri_omits_the_password_of_an_address_with_a_missing_slash(uri: str) -> None:
     assert "secret" not in public_uri(uri)
 
 
@@ -158,7 +159,7 @@ def test_bare_database_separates_passwords_from_the_uri(
 def test_error_for_an_invalid_database_uri_does_not_quote_it() -> None:
     with pytest.raises(ValueError, match="not a database URI") as raised:
         bare_database(f"postgresql://me:{ENCODED}@db:port/m")
-    assert_clean(formatted_exception(raised.value))
+    assert_no_secret(formatted_exception(raised.value))
 
 
 def test_pass_to_driver_adds_the_password_only_for_its_uri(tmp_path) -> None:
@@ -216,7 +217,7 @@ def test_errors_of_the_registry_do_not_contain_the_credential_of_its_uri(
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)  # 100 s otherwise
     with pytest.raises((InfraError, Refused)) as raised:
         Registry(load_settings().registry_uri).models()
-    assert_clean(formatted_exception(raised.value), caplog.text)
+    assert_no_secret(formatted_exception(raised.value), caplog.text)
     assert raised.value.__cause__ is None
 
 
@@ -230,7 +231,7 @@ def test_errors_of_an_s3_store_do_not_contain_a_credential(monkeypatch: pytest.M
     for work in (lambda: Store("s3://models/x").keys(""), lambda: create_buckets(("models",))):
         with pytest.raises((InfraError, Refused)) as raised:
             work()
-        assert_clean(formatted_exception(raised.value))
+        assert_no_secret(formatted_exception(raised.value))
 
 
 @pytest.mark.parametrize("name", ["RECPRESS_STORE", "RECPRESS_TRITON"])
@@ -243,7 +244,7 @@ def test_error_for_an_invalid_root_does_not_contain_its_credential(name: str, fo
         try:
             uri = Store(root, name).root
         except SettingRefused as fault:
-            assert_clean(formatted_exception(fault))
+            assert_no_secret(formatted_exception(fault))
         else:
             assert uri.startswith("file://")  # the root is a valid name of a folder
 
@@ -254,7 +255,7 @@ def test_error_for_an_invalid_setting_does_not_contain_its_credential(
     monkeypatch.setenv("RECPRESS_DEVICE", f"http://me:{ENCODED}@host")
     with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_DEVICE") as raised:
         load_settings()
-    assert_clean(formatted_exception(raised.value))
+    assert_no_secret(formatted_exception(raised.value))
 
 
 class LibraryError(Exception):
@@ -277,7 +278,7 @@ def registry_refused(text: str) -> RegistryRefused:
 
 
 @pytest.mark.parametrize(
-    ("make", "kind"),
+    ("create", "kind"),
     [
         (ValueError, ValueError),
         (OSError, OSError),
@@ -287,7 +288,7 @@ def registry_refused(text: str) -> RegistryRefused:
     ],
 )
 def test_clean_exceptions_removes_secrets_and_keeps_the_class(
-    make: Callable[[str], Exception], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+    create: Callable[[str], Exception], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS.of("AWS_SECRET_ACCESS_KEY"))
     text = f"http://me:{ENCODED}@host and {SECRETS.of('AWS_SECRET_ACCESS_KEY')}"
@@ -297,11 +298,11 @@ def test_clean_exceptions_removes_secrets_and_keeps_the_class(
         try:
             raise ConnectionError(text)
         except ConnectionError as fault:
-            raise make(text) from fault
+            raise create(text) from fault
 
     with pytest.raises(kind) as raised:
         work()
-    assert_clean(formatted_exception(raised.value))
+    assert_no_secret(formatted_exception(raised.value))
     assert "host" in str(raised.value)
 
 
@@ -328,5 +329,5 @@ def test_clean_log_records_removes_credentials_from_messages_and_tracebacks(
     log.warning("%d%% of %s", 5, {"token": SECRETS.of("MLFLOW_TRACKING_TOKEN")})
     assert "ConnectionError" in caplog.text
     assert "5% of" in caplog.text
-    assert_clean(caplog.text)
+    assert_no_secret(caplog.text)
     assert "could not reach http://***@host" in caplog.text

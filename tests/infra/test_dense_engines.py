@@ -30,7 +30,7 @@ needs_rtx = pytest.mark.skipif(
     installed_version("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
-INPUTS, WIDTH = 500, 512  # 500 is no multiple of a block of weights that share a scale
+INPUTS, WIDTH = 500, 512  # 500 is not a multiple of the blocks of weights that share a scale
 SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(INPUTS,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
@@ -53,6 +53,7 @@ class Tower(nn.Module):
 
 
 def compress(step: Step, tmp_path) -> Model:
+    """Apply a step to a random ``Tower`` with 64 random calibration rows."""
     torch.manual_seed(0)
     description = Network(architecture=Architecture(path="test:Tower", config={}))
     source = Model(Tower().eval(), Tower, description)
@@ -67,6 +68,7 @@ def compress(step: Step, tmp_path) -> Model:
 
 
 def build(model: Model, tmp_path, layers: tuple[str, ...] = ()) -> Engine:
+    """Lower a model and build its engine; ``layers`` are the layers with 2:4 zeros."""
     path = tmp_path / "model.onnx"
     (form,) = served_graphs(SIGNATURE)
     lower(model.module, form, "tensorrt-rtx", path)
@@ -99,7 +101,7 @@ def test_engine_stores_dense_weights_packed(step, kind, tmp_path):
     model = compress(step, tmp_path)
     audit = build(model, tmp_path).audit
     assert audit.layer_types[kind] >= 3
-    # Measured: from 5 KB less than stored (TensorRT drops our padding) to 2.4 KB more. As float16
+    # Measured: from 5 KB less than stored (TensorRT removes the padding) to 2.4 KB more. As float16
     # the 518,000 weights would take over 500 KB more.
     assert audit.weights_bytes < stored_bytes(model.module) + 8_192
     assert audit.sparsity is None
@@ -117,12 +119,13 @@ def test_engine_of_sparse_layers_reports_that_the_log_has_no_kernel_choice(tmp_p
     assert request["sparse_layers"] == ["first", "second", "out"]
 
 
-# Lines of the logs of TensorRT 10; lines_of_version_8 has those of TensorRT 8.
+# Lines in the logs of TensorRT 10; ``lines_of_version_8`` returns those of TensorRT 8.
 FOUND_LINE = "(Sparsity) Found {} layer(s) eligible to use sparse tactics"
 CHOSE_LINE = "(Sparsity) Chose {} layer(s) using sparse tactics"
 
 
 def lines_of_version_8(eligible: str, picked: str) -> list[str]:
+    """Return the log lines with the names of eligible layers and of layers on sparse kernels."""
     return [
         f"(Sparsity) Layers eligible for sparse math: {eligible}",
         f"(Sparsity) TRT inference plan picked sparse implementation for layers: {picked}",

@@ -70,8 +70,12 @@ def columns(split, rows=ROWS_PER_SPLIT):
 
 @pytest.fixture
 def write(tmp_path):
+    """A function that writes valid splits and returns their paths by split name.
+
+    Its argument ``test={"user": column}`` replaces a column of one split; None omits the column.
+    """
+
     def to_files(**changes):
-        """Write valid splits; ``test={"user": column}`` replaces a column of one split."""
         paths = {}
         for split in FIRST_TIME:
             split_columns = {**columns(split), **changes.get(split, {})}
@@ -400,8 +404,8 @@ def test_finding_counts_all_failing_rows_and_lists_twenty(write):
     assert failed.failing_count == 50
     assert failed.failing_rows == tuple(range(10, 30))
     assert failed.failing_values == ("77",) * 20
-    shown_value = r"50 of 120 value\(s\) failing, row\(s\) 10 \(77\), .* 19 \(77\) and more\.$"
-    with raises_code(DataRefused, "checks_failed", problems=Text(shown_value)):
+    message = r"50 of 120 value\(s\) failing, row\(s\) 10 \(77\), .* 19 \(77\) and more\.$"
+    with raises_code(DataRefused, "checks_failed", problems=Text(message)):
         refuse_failures(validation)
 
 

@@ -1,4 +1,4 @@
-"""Size limits of untrusted JSON: what exceeds them is refused with little memory."""
+"""Size limits of untrusted JSON: text that exceeds them is refused with little memory."""
 
 import json
 import struct
@@ -18,7 +18,8 @@ from infra.errors import BundleRefused
 
 MAX_MEMORY = 300 * 2**20  # in addition to the memory before reading
 
-SHAPES = {
+# Items of a long list in a JSON text, with the comma after each.
+ITEMS = {
     "empty lists": b"[],",
     "empty objects": b"{},",
     "empty texts": b'"",',
@@ -32,6 +33,7 @@ SHAPES = {
     "numbers of 4000 digits": b"9" * 4000 + b",",
 }
 
+# Reads each file in a fork with limited memory, and prints a line that begins with the result.
 READ_WITH_LIMIT = """
 import os, resource, sys
 from pathlib import Path
@@ -40,8 +42,8 @@ from infra.bundle.shards import stored_tensors
 from infra.errors import BundleRefused
 for path in map(Path, sys.argv[2:]):
     if os.fork() == 0:
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[1]),) * 2)
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + int(sys.argv[1]),) * 2)
         try:
             read_json(path) if path.suffix == ".json" else stored_tensors(path)
         except BundleRefused as fault:
@@ -65,37 +67,38 @@ def read_in_children(paths: list[Path]) -> list[str]:
 
 def test_json_beyond_a_limit_is_refused_within_300_mib(tmp_path):
     paths = []
-    for index, item in enumerate(SHAPES.values()):
+    for index, item in enumerate(ITEMS.values()):
         for size in (MAX_JSON_BYTES, 64 << 20) if index == 0 else (MAX_JSON_BYTES,):
             paths.append(tmp_path / f"{index}-{size}.json")
             paths[-1].write_bytes(b'{"a":[' + item * ((size - 10) // len(item)) + b"1]}")
     assert read_in_children(paths) == ["refused"] * len(paths)
 
 
-# By default the two that take the most memory, and the longest text.
-LARGEST = [(1, 3, 6), pytest.param(range(7), marks=pytest.mark.nightly)]
+# Indices of ``texts`` in the test below. By default: the two texts that take the most memory, and
+# the longest one.
+SELECTIONS = [(1, 3, 6), pytest.param(range(7), marks=pytest.mark.nightly)]
 
 
-@pytest.mark.parametrize("places", LARGEST, ids=["some", "all"])
-def test_largest_allowed_json_is_read_within_300_mib(tmp_path, places):
-    most = MAX_JSON_VALUES
-    names = ",".join(f'"k{index}":{{}}' for index in range(most // 3 - 10))
+@pytest.mark.parametrize("selected", SELECTIONS, ids=["some", "all"])
+def test_largest_allowed_json_is_read_within_300_mib(tmp_path, selected):
+    names = ",".join(f'"k{index}":{{}}' for index in range(MAX_JSON_VALUES // 3 - 10))
     texts = [
-        '{"a":[' + "[]," * (most // 2 - 10) + "1]}",
-        '{"a":[' + '{"a":{}},' * (most // 4 - 10) + "1]}",
-        '{"a":[' + '"",' * (most - 10) + "1]}",
+        '{"a":[' + "[]," * (MAX_JSON_VALUES // 2 - 10) + "1]}",
+        '{"a":[' + '{"a":{}},' * (MAX_JSON_VALUES // 4 - 10) + "1]}",
+        '{"a":[' + '"",' * (MAX_JSON_VALUES - 10) + "1]}",
         "{" + names + "}",
         '{"a":[' + ("9" * 390 + ",") * ((MAX_JSON_BYTES - 10) // 391) + "1]}",
         '{"a":"' + "x" * (MAX_JSON_BYTES - 10) + '"}',
         '{"a":"\U0001f600' + "x" * (MAX_JSON_BYTES - 20) + '"}',
     ]
-    paths = [tmp_path / f"{index}.json" for index in places]
-    for index, path in zip(places, paths, strict=True):
+    paths = [tmp_path / f"{index}.json" for index in selected]
+    for index, path in zip(selected, paths, strict=True):
         path.write_text(texts[index], encoding="utf-8")
     assert read_in_children(paths) == ["read"] * len(paths)
 
 
-def header_file(path: Path, header: bytes, body: bytes = b"") -> Path:
+def write_safetensors(path: Path, header: bytes, body: bytes = b"") -> Path:
+    """Write a safetensors file with any header; return the path."""
     path.write_bytes(struct.pack("<Q", len(header)) + header + body)
     return path
 
@@ -103,7 +106,7 @@ def header_file(path: Path, header: bytes, body: bytes = b"") -> Path:
 def test_safetensors_header_of_100000_tensors_is_read(tmp_path):
     entry = {"dtype": "F32", "shape": [0, 16], "data_offsets": [0, 0]}
     header = {f"model.features.tables.{n:06d}.weight": entry for n in range(100_000)}
-    path = header_file(tmp_path / "model.safetensors", json.dumps(header).encode())
+    path = write_safetensors(tmp_path / "model.safetensors", json.dumps(header).encode())
     assert len(stored_tensors(path)) == 100_000
 
 
@@ -117,7 +120,7 @@ def test_safetensors_header_beyond_a_limit_is_refused_within_300_mib(tmp_path):
         "depth": b'{"__metadata__":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
     }
     paths = [
-        header_file(tmp_path / f"{name}.safetensors", header, b"\0")
+        write_safetensors(tmp_path / f"{name}.safetensors", header, b"\0")
         for name, header in headers.items()
     ]
     assert read_in_children(paths) == ["refused"] * len(paths)

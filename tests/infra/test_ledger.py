@@ -20,10 +20,12 @@ def ledger(tmp_path) -> Ledger:
 
 
 def promote(ledger: Ledger, version: str, expected: int | None = None) -> Entry:
+    """Append a promotion of a version."""
     return ledger.append(version, f"order-{version}", "promote", "ann", "better", expected)
 
 
 def roll_back(ledger: Ledger) -> str:
+    """Append a rollback; return the version that it restores."""
     target = rollback_target(ledger.entries())
     assert target is not None
     return ledger.append(target.version, target.order, "rollback", "bob", "worse").version
@@ -139,6 +141,7 @@ def test_rollback_to_another_version_than_the_previous_champion_is_refused(ledge
 
 
 def entry(sequence: int, version: str, action: str, previous: str | None) -> Entry:
+    """Return an entry whose order has the name of the version."""
     return Entry(
         sequence=sequence,
         model="m",

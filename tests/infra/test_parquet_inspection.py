@@ -1,4 +1,4 @@
-"""Inspection of untrusted parquet files: damaged, too large or slow files harm no process.
+"""Inspection of untrusted parquet files: a damaged, too large or slow file is only refused.
 
 Some tests edit the Thrift encoding of the footer, because no writer produces such a footer.
 """
@@ -30,6 +30,7 @@ COLUMNS = ("user", "genres", "price", "label")
 
 
 def signature(longest: int = 3) -> Signature:
+    """Return a signature whose lists have at most ``longest`` ids."""
     return Signature(
         inputs=(
             IdInput(name="user", table="user"),
@@ -69,6 +70,7 @@ def inspector():
 
 
 def refusal_message(path: Path, into: Path, longest: int = 3) -> str:
+    """Return the message of the ``DataRefused`` that ``prepare`` raises for a file."""
     with pytest.raises(DataRefused) as caught:
         prepare(path, signature(longest), into)
     return str(caught.value)
@@ -120,6 +122,7 @@ def try_prepare(path: Path, into: Path) -> bool:
 
 
 def flip_random_bits(raw: bytes, seed: int, *, footer: bool) -> bytes:
+    """Flip some bits of a file, or only of its footer; also truncate one of ten files."""
     rng, damaged = random.Random(seed), bytearray(raw)
     start = footer_of(raw)[0] if footer else 0
     for _ in range(rng.choice([1, 1, 2, 3, 8, 20])):
@@ -130,6 +133,7 @@ def flip_random_bits(raw: bytes, seed: int, *, footer: bool) -> bytes:
 
 
 def check_damaged_files(valid_bytes: bytes, into: Path, count: int) -> None:
+    """Prepare ``count`` damaged files; fail if one raises another error or if none is refused."""
     path, prepared = into / "x.parquet", 0
     for seed in range(count):
         path.write_bytes(flip_random_bits(valid_bytes, seed, footer=seed % 2 == 0))
@@ -197,8 +201,8 @@ def test_file_with_a_value_of_gigabytes_is_refused(tmp_path, inspector):
     large_value = pa.array(["x" * 2**30], pa.large_string())
     with pq.ParquetWriter(
         path, pa.schema([("a", pa.large_string())]), compression="zstd"
-    ) as encoded:
-        encoded.write_table(pa.table({"a": pa.chunked_array([large_value])}))
+    ) as writer:
+        writer.write_table(pa.table({"a": pa.chunked_array([large_value])}))
     del large_value
     assert path.stat().st_size < 10**6
     with pytest.raises(DataRefused) as caught:
@@ -218,10 +222,11 @@ def test_dictionary_value_repeated_to_gigabytes_is_refused(tmp_path, inspector):
 
 
 def write_repeated(path: Path, count: int) -> None:
+    """Write a file with ``count`` equal rows."""
     part = pa.table({"a": pa.array(np.zeros(10**6, np.int64))})
-    with pq.ParquetWriter(path, part.schema, compression="zstd") as encoded:
+    with pq.ParquetWriter(path, part.schema, compression="zstd") as writer:
         for _ in range(count // 10**6):
-            encoded.write_table(part)
+            writer.write_table(part)
 
 
 def test_5_million_equal_rows_are_read_and_200_million_are_refused(tmp_path, inspector):
@@ -272,7 +277,8 @@ def test_forked_process_starts_another_child(tmp_path, valid_bytes):
     assert inspect_parquet(path, COLUMNS).rows == 600
 
 
-ENDS_WITH_PARENT = """
+# Starts the inspecting child process, prints its PID, and waits.
+PRINT_CHILD = """
 import os, sys, time
 from pathlib import Path
 from infra.data import parquet_inspector
@@ -284,7 +290,7 @@ time.sleep(60)
 
 def test_child_ends_when_its_parent_is_killed(tmp_path, valid_bytes):
     path = write_valid_file(tmp_path, valid_bytes)
-    command = [sys.executable, "-c", ENDS_WITH_PARENT, str(path)]
+    command = [sys.executable, "-c", PRINT_CHILD, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         child = int(parent.stdout.readline())
         parent.kill()
@@ -294,7 +300,8 @@ def test_child_ends_when_its_parent_is_killed(tmp_path, valid_bytes):
     assert not Path(f"/proc/{child}").exists()
 
 
-LOW_LIMIT = """
+# Inspects a file with a limit on memory in MiB; prints the number of rows or the error class.
+INSPECT_WITH_LIMIT = """
 import resource, sys
 from pathlib import Path
 from infra.errors import InfraError
@@ -312,10 +319,10 @@ def test_memory_limit_of_the_process_is_out_of_memory_and_not_a_refused_file(
     tmp_path, valid_bytes, limit
 ):
     path = write_valid_file(tmp_path, valid_bytes)
-    command = [sys.executable, "-c", LOW_LIMIT, str(path), str(limit)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", INSPECT_WITH_LIMIT, str(path), str(limit)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     expected = ("600", "OutOfMemory True", "ChildFailed True")
-    assert ended.stdout.strip() in expected, ended.stderr[-1000:]
+    assert process.stdout.strip() in expected, process.stderr[-1000:]
 
 
 def test_dense_list_of_another_width_is_refused_before_tensors_are_allocated(tmp_path):
@@ -339,14 +346,14 @@ def test_check_shapes_refuses_a_bag_far_longer_than_any_list(tmp_path, kind):
         item = kind(name="v", table="t", shape=(longest,))
         return signature().model_copy(update={"inputs": (item,)})
 
-    facts = {"test": split_statistics(path, bag(3))}
-    check_shapes(facts, bag(4096))
+    statistics = {"test": split_statistics(path, bag(3))}
+    check_shapes(statistics, bag(4096))
     with raises_code(
         DataRefused,
         "shapes_unfit",
         problems=Text("lists of 4097 ids, and the longest in the data has 2"),
     ):
-        check_shapes(facts, bag(4097))
+        check_shapes(statistics, bag(4097))
 
 
 @pytest.mark.parametrize("shape", [65_537, 10**6, 10**12, 2**63, 10**300])

@@ -1,4 +1,7 @@
-"""Protocol buffers in text format: written values can be read back, others are refused."""
+"""Protocol buffers in text format: formatted values can be read back, others are refused.
+
+A ``Word`` is a value without quotes, as ``pbtxt_reader`` parses it.
+"""
 
 import math
 from typing import Any
@@ -34,6 +37,7 @@ def parsed_field(value: Any) -> list[Any]:
 
 
 def parsed_value(value: Any) -> Any:
+    """Return one value as such a reader parses it."""
     if isinstance(value, dict):
         return {name: parsed_field(item) for name, item in value.items()}
     if isinstance(value, bool):
@@ -44,14 +48,14 @@ def parsed_value(value: Any) -> Any:
 
 
 @given(MESSAGES)
-def test_written_message_is_read_back_unchanged(message: dict[str, Any]) -> None:
+def test_formatted_message_is_read_back_unchanged(message: dict[str, Any]) -> None:
     text = format_message(message)
     assert parse_message(text) == parsed_value(message)
     for char in text:  # each field is on one line, so text contains no other control character
         assert char == "\n" or ord(char) >= 32
 
 
-def test_written_formats_one_field_per_line() -> None:
+def test_format_message_writes_one_field_per_line() -> None:
     message = {
         "name": 'a "quoted"\tname\\',
         "kind": Enum("KIND_CPU"),

@@ -25,6 +25,7 @@ ROUNDING = 0.02  # percent; positions have two decimals, and some are sums of tw
 
 
 def estimate(*numbers):
+    """Return an estimate whose low end, value and high end are three numbers, sorted."""
     low, point, high = sorted(numbers)
     return Estimate(point=point, low=low, high=high)
 
@@ -115,9 +116,9 @@ def test_curve_stays_in_the_chart_and_larger_values_are_higher(rows):
     heights = [float(y) for y in re.findall(r'<circle[^>]*before"[^>]*cy="([\d.]+)"', svg)]
     assert len(heights) == len(points)
     assert all(0 < height < 214 for height in heights)
-    for (y, (_, one)), (other_y, (_, other)) in pairwise(zip(heights, points, strict=True)):
-        # Heights have one decimal.
-        assert y < other_y + 0.1 if one.point > other.point else other_y < y + 0.1
+    for (y, (_, value)), (next_y, (_, next_value)) in pairwise(zip(heights, points, strict=True)):
+        # Heights are measured from the top and have one decimal.
+        assert y < next_y + 0.1 if value.point > next_value.point else next_y < y + 0.1
     assert all(0 < float(place) <= 100 for place in positions(svg, "point"))
 
 

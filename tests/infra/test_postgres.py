@@ -1,4 +1,4 @@
-"""Create a Postgres cluster with the real programs of Postgres."""
+"""Creation of a Postgres cluster, with the real programs of Postgres."""
 
 import os
 import shutil
@@ -19,8 +19,9 @@ needs_initdb = pytest.mark.skipif(
 
 
 def variables(folder: Path, **changes: str) -> dict[str, str]:
-    names = {"POSTGRES_USER": "someone", "POSTGRES_DB": "things", "POSTGRES_PASSWORD": "secret-pw"}
-    return {"PATH": PATH, "PGDATA": str(folder / "db" / "cluster"), **names, **changes}
+    """Return the environment for a cluster in ``folder``, with some variables changed."""
+    values = {"POSTGRES_USER": "someone", "POSTGRES_DB": "things", "POSTGRES_PASSWORD": "secret-pw"}
+    return {"PATH": PATH, "PGDATA": str(folder / "db" / "cluster"), **values, **changes}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Publish, find and alias versions in an MLflow registry that is a real SQLite file."""
+"""Publishing, finding and aliasing versions in an MLflow registry that is a SQLite file."""
 
 import shutil
 import subprocess
@@ -15,9 +15,10 @@ from infra.registry.limits import MAX_TAG_VALUE
 from infra.registry.mlflow_registry import ORDER_TAG, Registered, Registry
 
 ORDER = "a" * 64
-OTHER = "b" * 64
+OTHER_ORDER = "b" * 64
 
-# Importing MLflow takes two seconds, so the processes are forked after the import.
+# Publishes one order in several processes at once. Importing MLflow takes two seconds, so the
+# processes are forked after the import.
 PUBLISH = """
 import os, sys
 from infra.registry.mlflow_registry import Registry
@@ -38,6 +39,7 @@ def registry(empty_registry, tmp_path) -> Registry:
 
 
 def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> Registered:
+    """Publish an order with fixed tags."""
     return registry.publish(model, order, f"s3://models/{order[:4]}", {"recipe": "[]"}, "text")
 
 
@@ -53,7 +55,7 @@ def test_publishing_an_order_twice_creates_one_version(registry):
     )
     assert registry.versions("ranker") == (first,)
     assert registry.by_order(ORDER, "ranker") == first
-    assert registry.by_order(OTHER, "ranker") is None
+    assert registry.by_order(OTHER_ORDER, "ranker") is None
     assert registry.by_order(ORDER, "other") is None
 
 
@@ -61,7 +63,7 @@ def test_find_order_returns_the_same_version_as_by_order(registry, tmp_path):
     assert registry.find_order(ORDER, "ranker") is None
     publish(registry)
     assert registry.find_order(ORDER, "ranker") == registry.by_order(ORDER, "ranker")
-    assert registry.find_order(OTHER, "ranker") is None
+    assert registry.find_order(OTHER_ORDER, "ranker") is None
     assert registry.find_order(ORDER, "other") is None
     registry._client.delete_model_version("ranker", "1")
     assert registry.find_order(ORDER, "ranker") is None
@@ -91,6 +93,7 @@ def test_two_processes_publishing_one_order_to_a_missing_registry_create_one_ver
 
 
 def publish_in_processes(uri: str, count: int) -> list[str]:
+    """Publish one order in ``count`` processes; return version and first tag of each result."""
     process = subprocess.run(
         [sys.executable, "-c", PUBLISH, uri, str(count)],
         cwd=Path(__file__).parents[2],
@@ -107,7 +110,7 @@ def publish_in_processes(uri: str, count: int) -> list[str]:
 
 def test_concurrent_publishers_keep_the_lowest_version_and_delete_the_others(registry, monkeypatch):
     """Simulate a race: the first query of each publisher does not find a version of the order."""
-    publish(registry, OTHER)
+    publish(registry, OTHER_ORDER)
     queries = []
     by_order = Registry.by_order
 
@@ -146,7 +149,7 @@ def test_unknown_model_is_refused_with_the_names_of_existing_models(registry):
 
 def test_version_is_returned_by_number_and_by_alias(registry):
     publish(registry)
-    second = publish(registry, OTHER)
+    second = publish(registry, OTHER_ORDER)
     registry.set_alias("ranker", "candidate", "2")
     assert registry.version("ranker", "2").source == second.source
     assert registry.version("ranker", "@candidate").version == "2"
@@ -165,7 +168,7 @@ def test_version_is_returned_by_number_and_by_alias(registry):
 
 def test_repair_sets_or_removes_the_champion_alias(registry):
     publish(registry)
-    publish(registry, OTHER)
+    publish(registry, OTHER_ORDER)
     assert registry.repair("ranker", "2") is True
     assert registry.repair("ranker", "2") is False
     registry.set_alias("ranker", "champion", "1")
@@ -186,12 +189,12 @@ def test_tags_and_sources_beyond_the_limits_are_refused(registry):
         registry.publish("ranker", ORDER, "s3://x", tags, "d" * 9999).tags["plan"] == tags["plan"]
     )
     with raises_code(RegistryRefused, "tag_value_too_long", tag="plan", got=100_001):
-        registry.publish("ranker", OTHER, "s3://x", {"plan": "x" * (MAX_TAG_VALUE + 1)}, "")
+        registry.publish("ranker", OTHER_ORDER, "s3://x", {"plan": "x" * (MAX_TAG_VALUE + 1)}, "")
     for name in ("k" * 251, "a'b", ""):
         with raises_code(RegistryRefused, "tag_name_invalid", tag=name[:60]):
-            registry.publish("ranker", OTHER, "s3://x", {name: "x"}, "")
+            registry.publish("ranker", OTHER_ORDER, "s3://x", {name: "x"}, "")
     with raises_code(RegistryRefused, "source_too_long", got=501):
-        registry.publish("ranker", OTHER, "s" * 501, {}, "")
+        registry.publish("ranker", OTHER_ORDER, "s" * 501, {}, "")
     with raises_code(RegistryRefused, "order_invalid", got="x"):
         registry.publish("ranker", "x", "s3://x", {}, "")
     assert len(registry.versions("ranker")) == 1

@@ -43,8 +43,8 @@ VERSION_2: dict[str, Any] = {
 }
 
 
-def edited(draft: Path, change: Any, *, version: int = 1) -> Path:
-    """Change the ``model.json`` of a draft in one of the schema versions."""
+def edit_draft(draft: Path, change: Any, *, version: int = 1) -> Path:
+    """Convert the ``model.json`` of a draft to a schema version and change it; return the draft."""
     path = draft / "model.json"
     document = json.loads(path.read_text())
     document = as_version_1(document) if version == 1 else document
@@ -94,14 +94,14 @@ def test_migration_without_a_signature_changes_only_the_version(
 
 
 def test_draft_of_version_1_equals_that_of_version_2(draft: Path) -> None:
-    edited(draft, lambda document: None, version=2)
-    present = read_draft(draft)
-    earlier = read_draft(edited(draft, lambda document: None))
-    (output,) = present.signature.outputs
-    renamed = present.signature.model_copy(
+    edit_draft(draft, lambda document: None, version=2)
+    current = read_draft(draft)
+    migrated = read_draft(edit_draft(draft, lambda document: None))
+    (output,) = current.signature.outputs
+    renamed = current.signature.model_copy(
         update={"outputs": (output.model_copy(update={"name": "score"}),)}
     )
-    assert earlier == present.model_copy(update={"signature": renamed})
+    assert migrated == current.model_copy(update={"signature": renamed})
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_draft_of_version_1_equals_that_of_version_2(draft: Path) -> None:
 def test_refusal_of_a_wrong_field_contains_its_location_in_version_1(
     draft: Path, change: Any, sentence: str
 ) -> None:
-    edited(draft, lambda document: change(document["signature"]))
+    edit_draft(draft, lambda document: change(document["signature"]))
     with raises_code(BundleRefused, "fields_unusable") as refused:
         read_draft(draft)
     (problem,) = refused.value.fields["problems"]
@@ -126,7 +126,7 @@ def test_refusal_of_a_wrong_field_contains_its_location_in_version_1(
 
 
 def test_field_of_version_2_in_version_1_is_refused(draft: Path) -> None:
-    edited(draft, lambda document: document["signature"].update(outputs=[]))
+    edit_draft(draft, lambda document: document["signature"].update(outputs=[]))
     with raises_code(
         BundleRefused, "schema_version_too_old", field="signature.outputs", got="1", known=2
     ):
@@ -134,7 +134,7 @@ def test_field_of_version_2_in_version_1_is_refused(draft: Path) -> None:
 
 
 def test_field_of_version_1_in_version_2_is_refused(draft: Path) -> None:
-    edited(draft, lambda document: document["signature"].update(task="ctr"), version=2)
+    edit_draft(draft, lambda document: document["signature"].update(task="ctr"), version=2)
     with raises_code(BundleRefused, "fields_unusable") as refused:
         read_draft(draft)
     (problem,) = refused.value.fields["problems"]

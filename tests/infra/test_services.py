@@ -40,7 +40,7 @@ TEXT = COMPOSE.read_text(encoding="utf-8")
 DOCUMENT: dict[str, Any] = yaml.safe_load(TEXT)
 ENTRIES: dict[str, dict[str, Any]] = DOCUMENT["services"]
 SECRETS = {name: f"{name.lower()}-of-this-test" for name in needed_secrets(TEXT)}
-PERMANENT = [name for name in ENTRIES if name != "setup"]
+PERMANENT_SERVICES = [name for name in ENTRIES if name != "setup"]
 
 
 def compose_text(**entries: dict[str, Any]) -> str:
@@ -55,13 +55,14 @@ def services(tmp_path: Path) -> Services:
 
 
 def service_named(services: Services, name: str) -> Service:
+    """Return the service with this name."""
     return next(service for service in services.services if service.name == name)
 
 
 # --- rules of the file ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PERMANENT)
+@pytest.mark.parametrize("name", PERMANENT_SERVICES)
 def test_every_permanent_service_has_a_health_check_and_is_restarted(name: str) -> None:
     entry = ENTRIES[name]
     assert entry["healthcheck"]["test"][0] == "CMD"
@@ -104,15 +105,15 @@ def test_no_secret_has_a_default_and_the_example_file_lists_all() -> None:
 
 
 def test_prefect_requires_authentication_and_allows_only_origins_of_its_ui(tmp_path: Path) -> None:
-    moved = read_services(SECRETS | {"PREFECT_PORT": "14200"}, tmp_path)
-    prefect = service_named(moved, "prefect").environment
+    services = read_services(SECRETS | {"PREFECT_PORT": "14200"}, tmp_path)
+    prefect = service_named(services, "prefect").environment
     secret = f"recpress:{SECRETS['PREFECT_API_PASSWORD']}"
     assert prefect["PREFECT_SERVER_API_AUTH_STRING"] == secret
     origins = prefect["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
     assert origins == ["http://127.0.0.1:14200", "http://localhost:14200"]
     for name in ("setup", "worker"):
-        assert service_named(moved, name).environment["PREFECT_API_AUTH_STRING"] == secret
-    assert moved.client["PREFECT_API_AUTH_STRING"] == secret
+        assert service_named(services, name).environment["PREFECT_API_AUTH_STRING"] == secret
+    assert services.client["PREFECT_API_AUTH_STRING"] == secret
 
 
 def test_usage_reporting_is_disabled_in_all_services_and_clients(
@@ -173,12 +174,12 @@ def test_image_contains_the_four_packages_and_not_the_file_of_secrets() -> None:
 def test_setup_creates_the_pools_and_buckets_that_services_use() -> None:
     deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
     assert {item["work_pool"]["name"] for item in deployments} == set(POOLS)
-    started = {
+    worker_pools = {
         entry["command"][entry["command"].index("--pool") + 1]
         for entry in ENTRIES.values()
         if "--pool" in entry.get("command", ())
     }
-    assert started == set(POOLS)
+    assert worker_pools == set(POOLS)
     assert DOCUMENT["x-client"]["RECPRESS_STORE"].removeprefix("s3://").split("/")[0] in BUCKETS
     assert ENTRIES["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"][5:] in BUCKETS
 
@@ -234,25 +235,25 @@ def test_lost_run_crashes_within_3_minutes_and_starts_at_most_3_times() -> None:
     automations = {
         item["name"]: item for item in yaml.safe_load(AUTOMATIONS.read_text())["automations"]
     }
-    notice = automations["recpress-notice-lost-runs"]
-    again = automations["recpress-restart-lost-runs"]
-    killed = automations["recpress-restart-killed-runs"]
-    (crash,) = notice["actions"]
+    crash_lost = automations["recpress-notice-lost-runs"]
+    restart_lost = automations["recpress-restart-lost-runs"]
+    restart_killed = automations["recpress-restart-killed-runs"]
+    (crash,) = crash_lost["actions"]
     deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
     for item in deployments:
         variables = item["work_pool"]["job_variables"]["env"]
         heartbeat = int(variables["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
         # Two heartbeats may be late or lost, and the server checks only every few seconds.
-        assert 3 * heartbeat < notice["trigger"]["within"] <= 180 - heartbeat
+        assert 3 * heartbeat < crash_lost["trigger"]["within"] <= 180 - heartbeat
         assert {"prefect.resource.id": f"prefect.tag.{item['tags'][0]}"} == (
-            notice["trigger"]["match_related"]
+            crash_lost["trigger"]["match_related"]
         )
     assert crash["state"] == "CRASHED"  # this state releases the slot of the pool
     assert "3 times" in crash["message"]
-    for item in (again, killed):
+    for item in (restart_lost, restart_killed):
         assert item["trigger"]["match"]["prefect.run-count"] == ["1", "2"]
         assert {action["state"] for action in item["actions"]} == {"SCHEDULED"}
-    message = again["trigger"]["match"]["prefect.state-message"]
+    message = restart_lost["trigger"]["match"]["prefect.state-message"]
     assert fnmatch(crash["message"], message)
 
 
@@ -334,8 +335,8 @@ def test_published_ports_follow_their_variables_and_grpc_ports_keep_their_offset
     tmp_path: Path,
 ) -> None:
     assert set(port_variables(TEXT)) > {"PREFECT_PORT", "MLFLOW_PORT", "S3_PORT"}
-    moved = SECRETS | {"PREFECT_PORT": "14200", "S3_PORT": "18888"}
-    services = read_services(moved, tmp_path)
+    variables = SECRETS | {"PREFECT_PORT": "14200", "S3_PORT": "18888"}
+    services = read_services(variables, tmp_path)
     assert services.client["PREFECT_API_URL"] == "http://127.0.0.1:14200/api"
     prefect, s3 = service_named(services, "prefect"), service_named(services, "s3")
     assert prefect.environment["PREFECT_UI_API_URL"] == "http://127.0.0.1:14200/api"
@@ -420,6 +421,7 @@ CHECK_SERVER = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:
 
 
 def make_service(name: str, command: list[str], **changes: Any) -> Service:
+    """Return a service without variables, health check and dependencies, with some changes."""
     return Service(
         **{
             "name": name,
@@ -438,6 +440,7 @@ def make_service(name: str, command: list[str], **changes: Any) -> Service:
 
 
 def python(code: str) -> list[str]:
+    """Return the command that runs Python code."""
     return [sys.executable, "-c", textwrap.dedent(code)]
 
 

@@ -1,4 +1,4 @@
-"""Settings: the home folder and the registry's SQLite file, for any path."""
+"""Settings: the folder ``RECPRESS_HOME`` and the registry's SQLite file, for any path."""
 
 import os
 import sqlite3
@@ -115,13 +115,15 @@ def test_home_is_normalized_to_one_path(
 
 
 @pytest.mark.parametrize("home", ["~no-such-user-here/x", os.fsdecode(b"/srv/\xff")])
-def test_home_that_is_no_valid_path_is_refused(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_that_is_not_a_valid_path_is_refused(
+    home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RECPRESS_HOME", home)
     with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_HOME"):
         load_settings()
 
 
-def test_shown_keeps_the_path_of_a_sqlite_uri() -> None:
+def test_public_uri_keeps_the_path_of_a_sqlite_uri() -> None:
     file = Path("/srv/me@work/a?b/registry.db")
     assert public_uri(sqlite_uri(file)) == f"sqlite:///{file}"
     assert public_uri("sqlite:////srv/me@work/registry.db") == "sqlite:////srv/me@work/registry.db"

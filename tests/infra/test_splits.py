@@ -27,6 +27,7 @@ JAGGED = JaggedBag(name="history", shape=(4,), table="items", dtype="int32")
 
 
 def signature_of(*inputs, task="ctr", group="session", time="at"):
+    """Return a signature with these inputs and the label ``click``."""
     output = "logit" if task == "ctr" else "score"
     return Signature(
         inputs=inputs,
@@ -85,24 +86,24 @@ def split(tmp_path):
 def tensors(tmp_path):
     """A function that prepares a parquet file and returns the tensors."""
 
-    def make(path, signature=ALL):
+    def prepare_and_load(path, signature=ALL):
         prepare(path, signature, tmp_path / "out")
         return load_file(tmp_path / "out" / "data.safetensors")
 
-    return make
+    return prepare_and_load
 
 
 @pytest.fixture
 def refusal_message(tmp_path, split):
-    """A function that prepares invalid data and returns the message of the error."""
+    """A function that prepares ``columns(**changes)`` and returns the message of the error."""
 
-    def of(signature=ALL, **changes):
+    def prepare_and_fail(signature=ALL, **changes):
         with pytest.raises(DataRefused) as caught:
             prepare(split(**changes), signature, tmp_path / "refused")
         assert not (tmp_path / "refused" / "data.safetensors").exists()
         return str(caught.value)
 
-    return of
+    return prepare_and_fail
 
 
 def test_prepare_writes_every_kind_of_input_in_its_layout(split, tensors):
@@ -325,6 +326,7 @@ def test_file_with_damaged_pages_is_refused(split, tmp_path):
         prepare(path, ALL, tmp_path)
 
 
+# Name of the case, changes of the columns, pattern of the message.
 INVALID_DATA = [
     ("missing", {"b": None}, r"column 'b' is missing; input 'pair' reads it"),
     (
@@ -426,9 +428,8 @@ def test_refusal_contains_all_violated_rules(refusal_message):
 
 def test_refusal_contains_the_first_twenty_rows_and_the_number_of_all(split, tmp_path):
     rows = 1000
-    pq.write_table(pa.table({"user": [None] * rows, "click": [0] * rows}), tmp_path / "n.parquet")
-    frame = pa.table({"user": pa.array([None] * rows, pa.int64()), "click": [0] * rows})
-    pq.write_table(frame, tmp_path / "n.parquet")
+    table = pa.table({"user": pa.array([None] * rows, pa.int64()), "click": [0] * rows})
+    pq.write_table(table, tmp_path / "n.parquet")
     with raises_code(
         DataRefused, "schema_unfit", problems=Text(r"null; 1000 value\(s\), .* 18, 19\.$")
     ):

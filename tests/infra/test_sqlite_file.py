@@ -17,7 +17,7 @@ from infra.registry import sqlite_file
 from infra.registry.mlflow_registry import Registry
 
 ORDER = "a" * 64
-EARLIER = "acf3f17fdcc7"  # an alembic revision older than the one of the installed MLflow
+EARLIER_REVISION = "acf3f17fdcc7"  # an alembic revision older than the one of the installed MLflow
 
 
 @pytest.fixture
@@ -26,14 +26,17 @@ def file(empty_registry: Path, tmp_path: Path) -> Path:
 
 
 def open_registry(file: Path) -> Registry:
+    """Return the registry in a file."""
     return Registry(f"sqlite:///{file}")
 
 
 def publish(file: Path, order: str = ORDER) -> str:
+    """Publish an order in a registry file; return its version."""
     return open_registry(file).publish("ranker", order, "s3://models/x", {}, "").version
 
 
 def execute(file: Path, *statements: str) -> None:
+    """Execute SQL statements on a registry file."""
     with closing(sqlite3.connect(file)) as database, database:
         for statement in statements:
             database.execute(statement)
@@ -48,11 +51,19 @@ def send() -> Iterator[SendCommand]:
 def kill_writer_at(
     send: SendCommand, folder: Path, writer: str, points: list[float]
 ) -> list[dict[str, Any]]:
+    """Kill a process that creates a registry, at each of some points; return the results.
+
+    Args:
+        send: sends a command to the process of ``tests/killed_registry.py``.
+        folder: folder for the registries.
+        writer: ``now``, or ``earlier`` for a registry that MLflow creates directly in the file.
+        points: shares of the writer's file operations after which it is killed.
+    """
     return send(" ".join([str(folder), writer, *map(str, points)]))
 
 
-# Shares of the writer's file operations after which it is killed. The last operations create the
-# link and remove the temporary file.
+# Points for ``kill_writer_at``. The last file operations create the link and remove the temporary
+# file.
 FEW_POINTS = [0.5, 1.0]
 MANY_POINTS = [number / 40 for number in range(1, 36)] + [
     0.9 + number / 500 for number in range(51)
@@ -166,7 +177,7 @@ def earlier(tmp_path: Path) -> Path:
         config = _get_alembic_config("sqlite://")
         with engine.begin() as connection:
             config.attributes["connection"] = connection
-            command.upgrade(config, EARLIER)
+            command.upgrade(config, EARLIER_REVISION)
     execute(
         file,
         "INSERT INTO registered_models (name, creation_time, last_updated_time) "

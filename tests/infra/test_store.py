@@ -23,9 +23,9 @@ from stored_places import (
     Stored,
     artifact_key,
     blob_key,
+    bucket_store,
     contents,
-    in_bucket,
-    in_folder,
+    folder_store,
     make_folder,
     s3_client,
 )
@@ -51,18 +51,20 @@ from infra.store.object_store import CHUNK_BYTES, FileEntry, Store, StoreManifes
 def stored(request, tmp_path) -> Stored:
     """An empty store, in a folder and in a bucket."""
     if request.param == "folder":
-        return in_folder(tmp_path / "store")
+        return folder_store(tmp_path / "store")
     request.getfixturevalue("s3")
-    return in_bucket(f"{tmp_path.name}-{time.time_ns()}/deep")
+    return bucket_store(f"{tmp_path.name}-{time.time_ns()}/deep")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
+    """A folder of small files to store."""
     return make_folder(tmp_path / "model", largest=1000)
 
 
 @pytest.fixture
 def big_folder(tmp_path) -> Path:
+    """A folder to store with a file of three chunks."""
     return make_folder(tmp_path / "model", largest=BIG)
 
 
@@ -89,7 +91,7 @@ def test_file_reads_one_file_although_another_is_damaged(stored, big_folder):
         stored.store.file(artifact, "model.json")
 
 
-def test_holds_compares_every_byte_of_a_key_with_a_file_of_an_artifact(stored, big_folder):
+def test_has_content_compares_every_byte_of_a_key_with_a_file_of_an_artifact(stored, big_folder):
     artifact = stored.store.put(big_folder)
     path = "shards/tables/big.safetensors"
     entry = next(e for e in stored.store.manifest(artifact).files if e.path == path)
@@ -99,8 +101,8 @@ def test_holds_compares_every_byte_of_a_key_with_a_file_of_an_artifact(stored, b
     assert stored.raw("copies/1/big") == body
     assert stored.store.sizes("copies/") == {"copies/1/big": len(body)}
     assert stored.store.has_content("copies/1/big", entry)
-    changed_last = body[:-1] + bytes([body[-1] ^ 1])
-    for changed in (changed_last, body[:-1], body + b"x"):
+    with_last_bit_flipped = body[:-1] + bytes([body[-1] ^ 1])
+    for changed in (with_last_bit_flipped, body[:-1], body + b"x"):
         stored.overwrite("copies/1/big", changed)
         assert not stored.store.has_content("copies/1/big", entry)
 
@@ -128,6 +130,7 @@ def test_put_of_the_same_content_returns_the_same_artifact_without_an_upload(
 
 
 def copy_folder(folder: Path, into: Path) -> Path:
+    """Copy all files of a folder; return the copy."""
     for path, body in contents(folder).items():
         (into / path).parent.mkdir(parents=True, exist_ok=True)
         (into / path).write_bytes(body)
@@ -149,13 +152,13 @@ def test_local_copies_an_artifact_only_from_a_bucket(stored, folder, tmp_path):
     artifact = stored.store.put(folder)
     path = stored.store.local(artifact, tmp_path / "cache")
     assert contents(path) == contents(folder)
-    in_cache = path == tmp_path / "cache" / artifact.sha256
-    assert in_cache == stored.store.root.startswith("s3://")
+    is_in_cache = path == tmp_path / "cache" / artifact.sha256
+    assert is_in_cache == stored.store.root.startswith("s3://")
     assert stored.store.local(artifact, tmp_path / "cache") == path
 
 
 def test_local_fetches_a_damaged_cached_copy_again(s3, folder, tmp_path):
-    store = in_bucket(f"cache-{time.time_ns()}").store
+    store = bucket_store(f"cache-{time.time_ns()}").store
     artifact = store.put(folder)
     path = store.local(artifact, tmp_path / "cache")
     inode = (path / "model.json").stat().st_ino
@@ -236,7 +239,7 @@ def test_missing_blob_is_damage_and_missing_manifest_means_no_artifact(stored, f
 
 
 def test_local_refuses_a_folder_with_a_file_that_is_not_in_the_manifest(tmp_path, folder):
-    stored = in_folder(tmp_path / "store")
+    stored = folder_store(tmp_path / "store")
     artifact = stored.store.put(folder)
     stored.overwrite(f"{artifact_key(artifact)}/files/evil.pkl", b"")
     with raises_code(ArtifactDamaged, "file_unexpected", file="evil.pkl"):
@@ -248,14 +251,14 @@ def test_manifest_with_a_changed_hash_is_damage(stored, folder):
     artifact = stored.store.put(folder)
     key = f"{artifact_key(artifact)}/manifest.json"
     manifest = json.loads(stored.raw(key))
-    victim = next(entry for entry in manifest["files"] if entry["path"] == "model.json")
-    victim["chunks"] = ["0" * 64]
+    changed = next(entry for entry in manifest["files"] if entry["path"] == "model.json")
+    changed["chunks"] = ["0" * 64]
     entries = tuple(FileEntry(**entry) for entry in manifest["files"])
     manifest["blobs"] = list(StoreManifest.of(entries).with_blobs().blobs)
     stored.overwrite(key, json.dumps(manifest).encode())
     with raises_code(ArtifactDamaged, "manifest_changed"):
         stored.store.manifest(artifact)
-    # The same if the root in the manifest matches the files, because it is not the artifact's name.
+    # A root that matches the changed files is refused too, because it is not the artifact's name.
     forged = StoreManifest.of(tuple(FileEntry(**entry) for entry in manifest["files"]))
     forged = forged.with_blobs()
     stored.overwrite(key, forged.model_dump_json().encode())
@@ -370,6 +373,7 @@ def test_interrupted_put_leaves_no_artifact_and_a_second_put_completes_it(
 
 
 def artifact_name_of(folder: Path) -> str:
+    """Return the name of the artifact with the files of a folder."""
     return StoreManifest.of(
         store_chunks.hash_files(folder, store_chunks.regular_files(folder))
     ).root
@@ -379,18 +383,16 @@ def artifact_name_of(folder: Path) -> str:
 def test_put_of_a_file_that_changes_meanwhile_stores_no_artifact(
     stored, big_folder, monkeypatch, change
 ):
-    victim = big_folder / "shards" / "tables" / "big.safetensors"
+    file = big_folder / "shards" / "tables" / "big.safetensors"
 
     def hash_and_change(*args):
         entries = store_chunks.hash_files(*args)
         if change == "gone":
-            victim.unlink()
+            file.unlink()
         else:
-            body = bytearray(victim.read_bytes())
+            body = bytearray(file.read_bytes())
             body[0] ^= change == "rewritten"
-            victim.write_bytes(
-                body + b"!" if change == "grown" else body[: BIG - (change == "cut")]
-            )
+            file.write_bytes(body + b"!" if change == "grown" else body[: BIG - (change == "cut")])
         return entries
 
     monkeypatch.setattr("infra.store.object_store.hash_files", hash_and_change)
@@ -398,7 +400,7 @@ def test_put_of_a_file_that_changes_meanwhile_stores_no_artifact(
         stored.store.put(big_folder)
     assert stored.store.keys("artifacts/") == ()
     stored_bytes = sum(stored.store.sizes("blobs/").values())
-    assert stored_bytes < BIG, "the file that changed is not there"
+    assert stored_bytes < BIG, "the file that changed is not stored"
 
 
 def test_concurrent_puts_of_the_same_content_all_succeed(stored, big_folder, tmp_path):
@@ -548,7 +550,7 @@ def test_artifacts_of_a_moved_folder_can_be_read(tmp_path, folder):
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe", "socket"])
-def test_record_key_that_is_no_plain_file_is_refused_without_blocking(kind, tmp_path):
+def test_record_key_that_is_not_a_plain_file_is_refused_without_blocking(kind, tmp_path):
     store = Store(str(tmp_path / "s"))
     store.write("orders/1.json", b"{}")
     path = tmp_path / "s" / "orders" / "1.json"
@@ -637,6 +639,7 @@ def serving_responses(
 
 
 def error_document(code: str) -> str:
+    """Return the body of an S3 error response."""
     return f"<Error><Code>{code}</Code><Message>m</Message></Error>"
 
 

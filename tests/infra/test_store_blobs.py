@@ -1,4 +1,7 @@
-"""Blobs shared by artifacts, both versions of manifests, and hard links in a folder store."""
+"""Blobs that artifacts share, both versions of manifests, and hard links in a folder store.
+
+A blob is a stored file whose key is a hash of its content.
+"""
 
 import errno
 import os
@@ -16,9 +19,9 @@ from stored_places import (
     Stored,
     artifact_key,
     blob_key,
+    bucket_store,
     contents,
-    in_bucket,
-    in_folder,
+    folder_store,
     make_folder,
 )
 
@@ -33,30 +36,33 @@ LARGE = "shards/tables/big.safetensors"
 
 @pytest.fixture(params=["folder", "s3"])
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Stored:
+    """An empty store, in a folder and in a bucket."""
     if request.param == "folder":
-        return in_folder(tmp_path / "store")
+        return folder_store(tmp_path / "store")
     request.getfixturevalue("s3")
-    return in_bucket(f"{tmp_path.name}-{time.time_ns()}")
+    return bucket_store(f"{tmp_path.name}-{time.time_ns()}")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """A folder to store with a file of three chunks."""
     return make_folder(tmp_path / "model", largest=BIG)
 
 
 def with_another_json(folder: Path, into: Path, text: str = "[1]") -> Path:
-    """Copy a folder with another content of ``model.json``."""
+    """Copy a folder to ``into`` and change the content of ``model.json``; return the copy."""
     shutil.copytree(folder, into)
     (into / "model.json").write_text(text)
     return into
 
 
 def take_with_manifest(stored: Stored, folder: Path) -> Artifact:
+    """Move the files of a folder to a store."""
     return stored.store.take(folder, StoreManifest.of(hash_files(folder, regular_files(folder))))
 
 
 def count_written(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list to which the size of each file that is written from now on is added.
+    """Return a list that receives the size of each file that is written to the store from now on.
 
     Manifests are not counted.
     """
@@ -101,7 +107,7 @@ def test_second_artifact_with_the_same_large_file_stores_only_its_other_files(
 
 
 def test_file_that_a_bucket_has_is_not_sent_again(s3, tmp_path, monkeypatch):
-    stored = in_bucket(f"medium-{time.time_ns()}")
+    stored = bucket_store(f"medium-{time.time_ns()}")
     source = make_folder(tmp_path / "model", largest=SMALL_BYTES + 1)
     stored.store.put(source)
     sizes = count_written(stored, monkeypatch)
@@ -110,7 +116,7 @@ def test_file_that_a_bucket_has_is_not_sent_again(s3, tmp_path, monkeypatch):
 
 
 def test_folder_store_uses_the_disk_space_of_a_shared_file_once(folder, tmp_path):
-    stored = in_folder(tmp_path / "store")
+    stored = folder_store(tmp_path / "store")
     artifacts = [
         stored.store.put(with_another_json(folder, tmp_path / str(number), f"[{number}]"))
         for number in range(3)
@@ -118,7 +124,7 @@ def test_folder_store_uses_the_disk_space_of_a_shared_file_once(folder, tmp_path
     files = [path.stat() for path in (tmp_path / "store").rglob("*") if path.is_file()]
     used_bytes = sum({status.st_ino: status.st_size for status in files}.values())
     assert used_bytes < BIG + 20_000
-    paths = [stored.store.local(one, tmp_path / "cache") / LARGE for one in artifacts]
+    paths = [stored.store.local(item, tmp_path / "cache") / LARGE for item in artifacts]
     assert paths[0].samefile(paths[1])
     assert paths[0].stat().st_mode & 0o222 == 0, "readers memory-map the file"
 
@@ -151,7 +157,7 @@ def test_artifact_has_the_same_name_in_both_versions(stored, folder, tmp_path):
     artifact = stored.store.put(folder)
     assert stored.store.manifest(artifact).schema_version == 2
     (tmp_path / "old").mkdir()
-    assert store_as_version_1(in_folder(tmp_path / "old"), folder) == artifact
+    assert store_as_version_1(folder_store(tmp_path / "old"), folder) == artifact
 
 
 def test_manifest_that_references_a_blob_of_another_file_is_damage(stored, folder):
@@ -196,7 +202,7 @@ def test_large_file_is_created_only_if_its_key_is_new(stored):
     assert backend.size("larg") is None
 
 
-def test_artifacts_stored_at_once_share_their_large_file(stored, folder, tmp_path):
+def test_artifacts_stored_concurrently_share_their_large_file(stored, folder, tmp_path):
     folders = [
         with_another_json(folder, tmp_path / str(number), f"[{number}]") for number in range(3)
     ]
@@ -227,7 +233,7 @@ def test_cut_blob_is_replaced_when_another_artifact_with_its_file_is_stored(
 
 @pytest.mark.parametrize("move", [False, True])
 def test_changed_blob_in_a_folder_is_replaced_when_its_file_is_stored_again(folder, tmp_path, move):
-    stored = in_folder(tmp_path / "store")
+    stored = folder_store(tmp_path / "store")
     key = blob_key(stored, stored.store.put(folder), LARGE)
     body = (folder / LARGE).read_bytes()
     stored.overwrite(key, bytes([body[0] ^ 1]) + body[1:])
@@ -238,7 +244,7 @@ def test_changed_blob_in_a_folder_is_replaced_when_its_file_is_stored_again(fold
 
 
 def test_take_moves_new_files_and_leaves_existing_blobs(folder, tmp_path):
-    stored = in_folder(tmp_path / "store")
+    stored = folder_store(tmp_path / "store")
     first = stored.store.put(folder)
     path = tmp_path / "store" / blob_key(stored, first, LARGE)
     source = with_another_json(folder, tmp_path / "second")
@@ -253,7 +259,7 @@ def test_take_moves_new_files_and_leaves_existing_blobs(folder, tmp_path):
 
 
 def test_file_that_is_a_link_to_its_blob_is_not_read_again(folder, tmp_path, monkeypatch):
-    stored = in_folder(tmp_path / "store")
+    stored = folder_store(tmp_path / "store")
     first = stored.store.put(folder)
     source = tmp_path / "second"
     source.mkdir()
@@ -266,9 +272,9 @@ def test_file_that_is_a_link_to_its_blob_is_not_read_again(folder, tmp_path, mon
 
 
 def test_folder_store_without_links_is_read_through_the_cache(s3, folder, tmp_path):
-    stored = in_bucket(f"copied-{time.time_ns()}")
+    stored = bucket_store(f"copied-{time.time_ns()}")
     artifact = stored.store.put(folder)
-    copied_store = in_folder(tmp_path / "copied")
+    copied_store = folder_store(tmp_path / "copied")
     for key in stored.store.keys(""):
         copied_store.overwrite(key, stored.raw(key))
     assert contents(copied_store.store.local(artifact, tmp_path / "cache")) == contents(folder)
@@ -280,7 +286,7 @@ def test_folder_store_without_links_is_read_through_the_cache(s3, folder, tmp_pa
 
 
 def test_blob_with_as_many_links_as_possible_is_copied(folder, tmp_path, monkeypatch):
-    stored = in_folder(tmp_path / "store")
+    stored = folder_store(tmp_path / "store")
     link = os.link
 
     def limited_link(source: Path, target: Path) -> None:

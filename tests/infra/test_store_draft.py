@@ -1,4 +1,4 @@
-"""Drafts of artifacts: chunk hashes of pieces in any order, resuming, publishing."""
+"""Artifacts written block by block: chunk hashes of pieces in any order, resuming, publishing."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from infra.store.draft import ArtifactDraft, ChunkHashes, open_draft, verify_res
 from infra.store.manifest import StoreManifest
 from infra.store.object_store import CHUNK_BYTES, Store
 
-Act = Callable[[ArtifactDraft], object]
+DraftAction = Callable[[ArtifactDraft], object]
 BODY = random.Random(0).randbytes(2 * CHUNK_BYTES + 1000)
 
 
@@ -125,17 +125,17 @@ def test_published_draft_has_the_manifest_that_the_store_computes(tmp_path: Path
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates that the process is killed."""
 
 
-def interrupt(into: Path, rounds: int, job: str = "job", then: Act | None = None) -> None:
-    """Write some blocks of a draft, call ``then``, and end as a killed process would."""
+def interrupt(into: Path, rounds: int, job: str = "job", action: DraftAction | None = None) -> None:
+    """Write some blocks of a draft, call ``action``, and leave the files of a killed process."""
 
     def run() -> None:
         with open_draft(into, job, "data", len(BODY)) as artifact_draft:
             write_missing_blocks(artifact_draft, rounds)
-            if then is not None:
-                then(artifact_draft)
+            if action is not None:
+                action(artifact_draft)
             raise Killed
 
     with pytest.raises(Killed):
@@ -202,7 +202,7 @@ def test_run_killed_after_seal_resumes_and_gives_the_same_result(tmp_path: Path)
         artifact_draft.add("notes", b"small")
         artifact_draft.seal()
 
-    interrupt(tmp_path / "out", 99, then=seal)
+    interrupt(tmp_path / "out", 99, action=seal)
     assert write_and_publish(tmp_path / "out") == write_and_publish(tmp_path / "whole")
 
 
@@ -267,7 +267,7 @@ def test_bucket_takes_a_sealed_draft(tmp_path: Path, s3):
 
 
 @pytest.mark.parametrize("damage", ["changed", "longer", "missing", "extra", "manifest"])
-def test_finished_refuses_a_damaged_result(damage: str, tmp_path: Path):
+def test_verify_result_refuses_a_damaged_result(damage: str, tmp_path: Path):
     write_and_publish(tmp_path / "out")
     files = tmp_path / "out" / "files"
     (files / "data").chmod(0o644)
@@ -287,7 +287,7 @@ def test_finished_refuses_a_damaged_result(damage: str, tmp_path: Path):
         verify_result(tmp_path / "out")
 
 
-def test_finished_without_a_manifest_is_a_missing_artifact(tmp_path: Path):
+def test_verify_result_without_a_manifest_is_a_missing_artifact(tmp_path: Path):
     write_and_publish(tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
     with raises_code(ArtifactMissing, "result_incomplete"):

@@ -21,7 +21,7 @@ def output_of(code: str, home: Path) -> str:
 
 
 def identifier_files(home: Path) -> list[str]:
-    """Return the files in which ONNX Runtime stores an identifier of the machine and events."""
+    """Return the names of files in which ONNX Runtime stores a machine identifier and events."""
     return sorted(path.name for path in home.rglob("*") if ".onnxruntime" in path.parts)
 
 

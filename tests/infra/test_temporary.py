@@ -1,4 +1,4 @@
-"""Removal of temporary files: those of killed runs are removed, those of running ones are kept."""
+"""Removal of temporary files: files of killed processes are removed, others are kept."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from infra.store.draft import open_draft
 from infra.store.object_store import Store
 from infra.store.temporary import MAX_AGE_SECONDS, owned_name, remove_leftovers, scratch_folder
 
-NO_EARLIER_NAMES = re.compile(r"(?!)")
+NO_EARLIER_NAMES = re.compile(r"(?!)")  # matches nothing
 ROOT = Path(__file__).parents[2]
 
 # Code of processes that start to write below ``top`` and call ``wait()`` with an unfinished file.
@@ -75,15 +75,16 @@ def chunks():
     wait()
 {WRITER_CODE[kind]}"""
     environment = {**os.environ, "TMPDIR": str(top / "tmp")}
-    with subprocess.Popen([sys.executable, "-c", code, str(top)], cwd=ROOT, env=environment) as run:
+    command = [sys.executable, "-c", code, str(top)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         deadline = time.monotonic() + 60
         while not (top / "ready").exists():
-            assert run.poll() is None, "the process ended before it wrote anything"
+            assert process.poll() is None, "the process ended before it wrote anything"
             assert time.monotonic() < deadline
             time.sleep(0.01)
         (top / "ready").unlink()
-        yield run
-        run.kill()
+        yield process
+        process.kill()
 
 
 def temporary_names(top: Path) -> list[str]:
@@ -109,8 +110,8 @@ def test_next_run_removes_files_of_a_killed_process_and_keeps_those_of_a_running
             killed.send_signal(signal.SIGKILL)
             killed.wait()
         run_same_command_again(kind, top)
-        (left,) = temporary_names(top)
-        assert f"-{running.pid}-" in left
+        (remaining,) = temporary_names(top)
+        assert f"-{running.pid}-" in remaining
         running.kill()
         running.wait()
     run_same_command_again(kind, top)
@@ -118,13 +119,13 @@ def test_next_run_removes_files_of_a_killed_process_and_keeps_those_of_a_running
 
 
 def test_zombie_process_does_not_count_as_running(tmp_path: Path) -> None:
-    run = subprocess.Popen([sys.executable, "-c", "pass"])
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
     try:
-        os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT)  # WNOWAIT keeps the zombie
-        assert temporary._start_time(run.pid) == -1
-        assert not temporary._is_running(run.pid, 1)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # WNOWAIT keeps the zombie
+        assert temporary._start_time(process.pid) == -1
+        assert not temporary._is_running(process.pid, 1)
     finally:
-        run.wait()
+        process.wait()
 
 
 def test_file_of_an_earlier_process_with_the_same_pid_is_removed(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_folder_of_another_machine_is_removed_after_the_age_limit_of_all_its_fil
     assert list(tmp_path.iterdir()) == []
 
 
-def test_old_files_with_names_of_no_temporary_file_are_kept(tmp_path: Path) -> None:
+def test_old_files_without_the_name_of_a_temporary_file_are_kept(tmp_path: Path) -> None:
     names = [
         ".out.part",
         "a" * 32,
@@ -190,7 +191,7 @@ def test_temporary_folders_of_version_0_1_0_are_removed_after_the_age_limit(tmp_
     assert list(tmp_path.iterdir()) == [recent]
 
 
-def test_collect_removes_a_symlink_and_keeps_its_target(
+def test_remove_leftovers_removes_a_symlink_and_keeps_its_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kept").mkdir()

@@ -70,13 +70,20 @@ class Graph:
         return out
 
     def model(self, inputs, outputs):
+        """Return the ONNX model with these inputs and outputs."""
         graph = helper.make_graph(self.nodes, "g", inputs, outputs, self.initializers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.nowhere", 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def lookup(table, rows, dim=DIM):
-    """Build a model of a table, its Gather and one dense layer; return it and its packed bytes."""
+def build_lookup_model(table, rows, dim=DIM):
+    """Build a model of a table, its Gather and one dense layer; return it and its packed bytes.
+
+    Args:
+        table: type of the stored table, or ``int8 minus its column maximum``.
+        rows: rows of the table.
+        dim: columns of the table.
+    """
     g, half = Graph(), np.float16
     rng = np.random.default_rng(0)
     if table == "int4":
@@ -106,6 +113,7 @@ def lookup(table, rows, dim=DIM):
 
 
 def build_request(path, rows, packed, names=("codes", "scale"), **changes):
+    """Return a request for a graph with the table ``items``, with some settings changed."""
     settings = {
         "target": "tensorrt-rtx",
         "onnx": str(path),
@@ -118,7 +126,8 @@ def build_request(path, rows, packed, names=("codes", "scale"), **changes):
 
 
 def build(tmp_path, table, rows, dim=DIM, **changes):
-    model, packed = lookup(table, rows, dim)
+    """Build the engine of a lookup model, with some settings of the request changed."""
+    model, packed = build_lookup_model(table, rows, dim)
     onnx.save(model, tmp_path / "model.onnx")
     names = ("codes",) if table.startswith("fp") else ("codes", "scale")
     changes = {"packed_bytes": packed} | changes
@@ -187,7 +196,7 @@ def test_refused_build_removes_the_engine_of_an_earlier_build(tmp_path):
 
 @needs_rtx
 def test_twin_of_a_graph_with_external_weights_has_the_same_scratch_memory(tmp_path):
-    model, packed = lookup("int4", ROWS)
+    model, packed = build_lookup_model("int4", ROWS)
     path = tmp_path / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="model.onnx.data")
     before = (tmp_path / "model.onnx.data").read_bytes()
@@ -236,7 +245,7 @@ def test_dense_int8_layers_stay_int8_in_the_engine(tmp_path):
 
 @needs_rtx
 def test_unknown_operator_is_refused_with_the_name_of_its_node(tmp_path):
-    model, packed = lookup("int8", 100)
+    model, packed = build_lookup_model("int8", 100)
     model.graph.node[-1].op_type, model.graph.node[-1].domain = "Astrology", "com.nowhere"
     onnx.save(model, tmp_path / "model.onnx")
     with raises_code(
@@ -337,14 +346,14 @@ MB = 1_000_000
 
 
 def test_scratch_smaller_than_a_widened_copy_is_judged_flat():
-    state, reason, proven = judge_scratch(10 * MB, 10 * MB, 6 * MB, {"items": 13 * MB, "age": 1})
-    assert (state, proven) == ("flat", ("items",))
+    outcome, reason, proven = judge_scratch(10 * MB, 10 * MB, 6 * MB, {"items": 13 * MB, "age": 1})
+    assert (outcome, proven) == ("flat", ("items",))
     assert "10,000,000 bytes, less than an fp16 copy of 'items'" in reason
 
 
 def test_scratch_larger_than_a_widened_copy_is_judged_not_checkable():
-    state, reason, proven = judge_scratch(14 * MB, 14 * MB, 6 * MB, {"items": 13 * MB})
-    assert (state, proven) == ("not checkable", ())
+    outcome, reason, proven = judge_scratch(14 * MB, 14 * MB, 6 * MB, {"items": 13 * MB})
+    assert (outcome, proven) == ("not checkable", ())
     assert "14,000,000 bytes of scratch memory for activations could hide" in reason
 
 
@@ -353,8 +362,8 @@ def test_scratch_grows_if_and_only_if_it_differs_by_more_than_the_allowed_share(
     removed, share, base
 ):
     growth = round(removed * share)
-    state, _, _ = judge_scratch(base + growth, base, removed, {"items": 10**13})
-    assert (state == "grows") == (growth > GROWTH * removed)
+    outcome, _, _ = judge_scratch(base + growth, base, removed, {"items": 10**13})
+    assert (outcome == "grows") == (growth > GROWTH * removed)
 
 
 @given(packed=st.integers(0, 10**12))
@@ -381,7 +390,7 @@ def test_log_without_a_required_line_is_refused(line):
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp16"])
 def test_halve_keeps_the_first_half_of_large_tables_and_all_of_small_ones(kind):
     rows, dim = TWIN_ROWS + 3, 3  # odd rows of odd width: 4-bit rows do not end on bytes
-    model, _ = lookup(kind, rows, dim)
+    model, _ = build_lookup_model(kind, rows, dim)
     before = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     names = ("codes",) if kind == "fp16" else ("codes", "scale")
     large = TableWeights(module="items", rows=rows, initializers=names)
@@ -398,17 +407,18 @@ def test_halve_keeps_the_first_half_of_large_tables_and_all_of_small_ones(kind):
 
 def test_halve_cuts_shared_scales_to_those_of_the_kept_rows():
     rows = TWIN_ROWS + 32
-    model, _ = lookup("int8", rows)
+    model, _ = build_lookup_model("int8", rows)
     (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")
     shared = numpy_helper.to_array(scale)[: rows // 64 + 1]  # the last scale is for 32 rows
     scale.CopyFrom(numpy_helper.from_array(shared, "scale"))
-    book = np.ones((4, DIM), np.float16)
-    model.graph.initializer.append(numpy_helper.from_array(book, "codebook"))
+    codebook = np.ones((4, DIM), np.float16)
+    model.graph.initializer.append(numpy_helper.from_array(codebook, "codebook"))
     table = TableWeights(
         module="items",
         rows=rows,
         initializers=("codes", "scale", "codebook"),
-        every={"scale": 64, "codebook": 0},  # 0: shared by all rows, not cut
+        # Rows that share one entry of the initializer; 0: all rows share it, so it is not cut.
+        every={"scale": 64, "codebook": 0},
     )
     # Half the rows, rounded down to an even number of groups of 64.
     kept_rows = rows // 128 // 2 * 128
@@ -423,7 +433,7 @@ def test_halve_cuts_shared_scales_to_those_of_the_kept_rows():
 
 def test_halve_cuts_a_table_shared_by_two_modules_once():
     rows = TWIN_ROWS
-    model, _ = lookup("int8", rows)
+    model, _ = build_lookup_model("int8", rows)
     tables = [
         TableWeights(module=name, rows=rows, initializers=("codes", "scale")) for name in "ab"
     ]
@@ -433,6 +443,6 @@ def test_halve_cuts_a_table_shared_by_two_modules_once():
 
 
 def test_halve_returns_none_without_a_large_table():
-    model, _ = lookup("int8", 100)
+    model, _ = build_lookup_model("int8", 100)
     table = TableWeights(module="items", rows=100, initializers=("codes",))
     assert halve(model, [table]) is None

@@ -54,7 +54,7 @@ class Fields(nn.Module):
 
 
 def random_table(step: TableStep) -> PackedTable:
-    """Return a table of random codes; the builder depends only on types and shapes."""
+    """Return a table with random content, because the builder depends only on types and shapes."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, spec in step.storage.layout(ROWS, DIM, step.settings()).items():
@@ -66,9 +66,10 @@ def random_table(step: TableStep) -> PackedTable:
 
 
 def build(step: TableStep, tmp_path, modify=None) -> tuple[Engine, int]:
-    """Build the engine of a network with one such table; return it and the packed bytes.
+    """Build the engine of a network with a random table; return it and the packed bytes.
 
-    ``modify`` changes the ONNX model before the build.
+    Packed bytes are the bytes of all tensors as the plan stores them. ``modify`` changes the ONNX
+    model before the build.
     """
     module = Fields(random_table(step)).eval()
     path = tmp_path / "model.onnx"

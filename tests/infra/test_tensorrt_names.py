@@ -33,7 +33,7 @@ HANDLES = {
     "layer": "ILayer",
     "tensor": "ITensor",
 }
-# Symbols of the native libraries without which the bindings cannot be imported.
+# Functions of the native libraries without which the bindings cannot be imported.
 STUBS = [
     "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
@@ -57,15 +57,15 @@ def used_names(source):
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Attribute):
             continue
-        parts, base, plain = [node.attr], node.value, True
+        parts, base, is_plain = [node.attr], node.value, True
         while isinstance(base, ast.Attribute | ast.Call | ast.Subscript):
-            plain = plain and isinstance(base, ast.Attribute)
+            is_plain = is_plain and isinstance(base, ast.Attribute)
             if isinstance(base, ast.Attribute):
                 parts.append(base.attr)
             base = base.func if isinstance(base, ast.Call) else base.value
         if not (isinstance(base, ast.Name) and base.id in HANDLES):
             continue
-        if plain:
+        if is_plain:
             prefix = [HANDLES[base.id]] if HANDLES[base.id] else []
             names.add(".".join(prefix + parts[::-1]))
         else:
@@ -74,6 +74,7 @@ def used_names(source):
 
 
 def source():
+    """Return the source code of build.py."""
     return Path(infra.tensorrt.build.__file__).read_text()
 
 
@@ -112,10 +113,11 @@ def test_tensorrt_rtx_has_every_listed_name():
     trt = pytest.importorskip(
         "tensorrt_rtx_bindings", reason="install with: pip install 'recpress[tensorrt-rtx]'"
     )
-    assert [name for name in NAMES if not has(trt, name)] == []
+    assert [name for name in NAMES if not has_name(trt, name)] == []
 
 
-def has(trt, name):
+def has_name(trt, name):
+    """Return whether a module has a dotted name."""
     try:
         reduce(getattr, name.split("."), trt)
     except AttributeError:
@@ -139,8 +141,8 @@ def bindings(request, tmp_path_factory):
 def test_datacenter_bindings_contain_every_listed_name_as_a_string(bindings):
     native = (bindings / "tensorrt.so").read_bytes()
     python = (bindings / "__init__.py").read_bytes()
-    leaves = {name.rsplit(".", 1)[-1].encode() for name in NAMES}
-    missing = [leaf for leaf in leaves if leaf + b"\0" not in native and leaf not in python]
+    last_parts = {name.rsplit(".", 1)[-1].encode() for name in NAMES}
+    missing = [part for part in last_parts if part + b"\0" not in native and part not in python]
     assert missing == []
     assert b"set_no_such_thing\0" not in native
 

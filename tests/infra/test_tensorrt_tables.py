@@ -34,8 +34,8 @@ pytestmark = [
         reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
     ),
 ]
-# Enough rows for a twin, and for a fp16 copy of the fewest packed codes (two of int2 in one) to be
-# larger than the 9.9 MB of scratch memory that any of these engines takes.
+# Enough rows for a twin, and for an fp16 copy of the smallest packed codes (two int2 values in one
+# int4) to be larger than the 9.9 MB of scratch memory that these engines take.
 ROWS, DIM, FIELDS = 330_000, 32, 2
 
 

@@ -38,6 +38,7 @@ ALL = (USER, PRICE, *TAGS)
 
 
 def parsed_config(*inputs: Tensor, **changes: Any) -> dict[str, Any]:
+    """Return the parsed configuration of a version; every field is a list of values."""
     return parse_message(config(served_version(*inputs, **changes)).decode())
 
 
@@ -169,13 +170,13 @@ def test_graph_returns_finite_scores_for_every_warm_up_request(reference: Any) -
     text = config(served_version(*inputs, batches=(1, 7, 130))).decode()
     batch_sizes = []
     for rows, arrays in warmup_requests(text):
-        scores = _run(lowered.path, arrays)
+        scores = _run_graph(lowered.path, arrays)
         assert (scores.shape, scores.dtype) == ((rows,), np.float32)
         assert np.isfinite(scores).all()
         batch_sizes.append(rows)
     assert batch_sizes == [1, 7, 130]
-    batched = not any(item.longest for item in inputs)
-    assert (parse_message(text)["max_batch_size"] == [130]) is batched
+    is_batched = not any(item.longest for item in inputs)
+    assert (parse_message(text)["max_batch_size"] == [130]) is is_batched
 
 
 def test_config_has_the_inputs_and_outputs_of_the_onnx_graph() -> None:
@@ -198,7 +199,8 @@ def test_config_has_the_inputs_and_outputs_of_the_onnx_graph() -> None:
             assert kind.elem_type == element_type
 
 
-def _run(path: Path, arrays: dict[str, Any]) -> Any:
+def _run_graph(path: Path, arrays: dict[str, Any]) -> Any:
+    """Return the first output of an ONNX graph."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -209,13 +211,13 @@ def _run(path: Path, arrays: dict[str, Any]) -> Any:
 
 
 def test_configuration_of_another_program_is_refused(tmp_path: Path) -> None:
-    home = model_store(str(tmp_path), "m")
-    assert owning_model(home) is None
-    home.write("config.pbtxt", config(served_version(USER)))
-    assert owning_model(home) == "m"
-    home.write("config.pbtxt", b'name: "m"\n')
+    folder = model_store(str(tmp_path), "m")
+    assert owning_model(folder) is None
+    folder.write("config.pbtxt", config(served_version(USER)))
+    assert owning_model(folder) == "m"
+    folder.write("config.pbtxt", b'name: "m"\n')
     with raises_code(TritonRefused, "configuration_foreign"):
-        owning_model(home)
+        owning_model(folder)
 
 
 def test_repository_root_contains_only_model_folders(tmp_path: Path) -> None:

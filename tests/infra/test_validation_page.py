@@ -33,6 +33,7 @@ VOID_TAGS = {"meta", "br", "link", "img", "input"}
 
 
 def page_of(*findings, intended=None):
+    """Render the page of a validation; by default ``intended`` is the number of findings."""
     evaluated = sum(finding.evaluated for finding in findings)
     planned = len(findings) if intended is None else intended
     all_passed = all(finding.success for finding in findings) and evaluated == planned > 0
@@ -107,9 +108,9 @@ def test_page_shows_failing_checks_first_with_rows_and_values():
 
 def test_page_lists_every_check_under_its_split():
     html = page_of(PASSED, FAILED, NOT_EVALUATED)
-    rest = html[html.index("All checks by split") :]
-    assert rest.count("<details>") == 2
-    train, test = rest.split("<details>")[1:]
+    section = html[html.index("All checks by split") :]
+    assert section.count("<details>") == 2
+    train, test = section.split("<details>")[1:]
     assert "1 of 1 check passed" in train
     assert "0 of 2 checks passed" in test
     assert [word in test for word in ("failed", "not evaluated", "finite")] == [True] * 3

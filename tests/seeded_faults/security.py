@@ -115,7 +115,7 @@ FAULTS = (
         "repr(text)[1:-1]):\n",
         new="        for form in (text,):\n",
         effect="A percent-encoded password is printed.",
-        tests=(f"{CREDENTIALS}::test_cleaned_hides_encoded_values_of_secret_variables",),
+        tests=(f"{CREDENTIALS}::test_mask_credentials_hides_encoded_values_of_secret_variables",),
     ),
     Fault(
         id="credentials-login-in-address-shown",
@@ -124,7 +124,7 @@ FAULTS = (
         new='    return _QUERY.sub(rf"\\g<1>{HIDDEN}", text)\n',
         effect="Credentials in a URL of a library's error message are printed.",
         tests=(
-            f"{CREDENTIALS}::test_cleaned_hides_logins_and_tokens_in_addresses_and_no_other_text",
+            f"{CREDENTIALS}::test_mask_credentials_hides_logins_and_tokens_in_addresses_and_no_other_text",
         ),
     ),
     Fault(
