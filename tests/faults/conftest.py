@@ -18,18 +18,18 @@ from typing import Any
 
 import pytest
 from drafts import write_draft
-from forked import Forks, running_forks
+from forked import ForkServer, running_fork_server
 from homes import ROWS, Home, environment, write_order
-from outcomes import OUTCOME, table
+from outcomes import OUTCOME, format_table
 
 START_SECONDS = 120
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """The fork server: runs commands in forks of one process that has imported the libraries."""
-    scratch = tmp_path_factory.mktemp("forks")
-    with running_forks(environment(scratch), scratch / "children") as server:
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """The fork server, which runs commands in forks of a process with all libraries imported."""
+    scratch = tmp_path_factory.mktemp("fork_server")
+    with running_fork_server(environment(scratch), scratch / "children") as server:
         yield server
 
 
@@ -81,64 +81,72 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def empty(forks: Forks, root: Path) -> Path:
+def empty_snapshot(fork_server: ForkServer, root: Path) -> Path:
     """A snapshot of a home with an empty registry."""
     home = Home(root / "home")
-    completed = forks.run(["registry", "list"], variables=home.variables)
+    completed = fork_server.run(["registry", "list"], variables=home.variables)
     assert completed.code == 0, completed.text
     return home.save_snapshot(root / "empty")
 
 
 @pytest.fixture(scope="session")
-def promoted(forks: Forks, root: Path, empty: Path) -> Path:
+def promoted_snapshot(fork_server: ForkServer, root: Path, empty_snapshot: Path) -> Path:
     """A snapshot with three published orders of model ``m``; two were promoted in sequence."""
     home = Home(root / "home")
-    home.restore(empty)
+    home.restore(empty_snapshot)
     arguments = {"folder": str(root / "reports"), "orders": list("abc"), "promoted": 2}
-    completed = forks.call("homes:publish_orders", arguments, variables=home.variables)
+    completed = fork_server.call("homes:publish_orders", arguments, variables=home.variables)
     assert completed.value == ["1", "2", "3"], completed.text
     return home.save_snapshot(root / "promoted")
 
 
 @pytest.fixture(scope="session")
-def packed(forks: Forks, root: Path, empty: Path, draft: Path) -> Path:
+def packed_snapshot(fork_server: ForkServer, root: Path, empty_snapshot: Path, draft: Path) -> Path:
     """A snapshot with the packed draft and an empty registry."""
     home = Home(root / "home")
-    home.restore(empty)
-    completed = forks.run(["bundle", "pack", str(draft)], variables=home.variables)
+    home.restore(empty_snapshot)
+    completed = fork_server.run(["bundle", "pack", str(draft)], variables=home.variables)
     assert completed.code == 0, completed.text
     return home.save_snapshot(root / "packed")
 
 
 @pytest.fixture(scope="session")
 def order_variables(prefect_url: str) -> dict[str, str]:
-    """Additional environment variables of a command that runs an order."""
+    """Additional environment variables of commands that run an order."""
     return {"PREFECT_API_URL": prefect_url}
 
 
 @pytest.fixture(scope="session")
-def warm_forks(
-    forks: Forks, root: Path, packed: Path, order: Path, order_variables: dict[str, str]
-) -> Forks:
-    """The fork server after it imported all modules that an order imports."""
+def warm_fork_server(
+    fork_server: ForkServer,
+    root: Path,
+    packed_snapshot: Path,
+    order: Path,
+    order_variables: dict[str, str],
+) -> ForkServer:
+    """The fork server after it has imported all modules that an order imports."""
     home = Home(root / "home")
     for _ in range(2):
-        home.restore(packed)
-        completed = forks.run_and_preload(
+        home.restore(packed_snapshot)
+        completed = fork_server.run_and_preload(
             ["compress", "--order", str(order)], variables=home.variables | order_variables
         )
         assert completed.code == 0, completed.text
-    return forks
+    return fork_server
 
 
 @pytest.fixture(scope="session")
-def finished(
-    warm_forks: Forks, root: Path, packed: Path, order: Path, order_variables: dict[str, str]
+def finished_snapshot(
+    warm_fork_server: ForkServer,
+    root: Path,
+    packed_snapshot: Path,
+    order: Path,
+    order_variables: dict[str, str],
 ) -> Path:
-    """A snapshot in which one complete order was run and promoted."""
+    """A snapshot after one complete order, which promoted its result."""
     home = Home(root / "home")
-    home.restore(packed)
-    completed = warm_forks.run(
+    home.restore(packed_snapshot)
+    completed = warm_fork_server.run(
         ["compress", "--order", str(order)], variables=home.variables | order_variables
     )
     assert completed.code == 0, completed.text
@@ -147,7 +155,7 @@ def finished(
 
 @pytest.fixture
 def outcomes(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """Count the outcomes of faults: ``outcomes(suite, case, outcome, count=1)``."""
+    """A function that counts outcomes of faults: ``outcomes(suite, case, outcome, number=1)``."""
     counts: Counter[tuple[str, str, str]] = Counter()
 
     def count(suite: str, case: str, outcome: str, number: int = 1) -> None:
@@ -170,7 +178,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not rows:
         return
     terminalreporter.section("faults")
-    for line in table(rows):
+    for line in format_table(rows):
         terminalreporter.write_line(line)
     if file := os.environ.get("RECPRESS_FAULTS_JSON"):
         lines = [

@@ -1,8 +1,8 @@
 """Run recpress commands in forks of a process that has imported all libraries.
 
-The imports are not repeated, so a run takes a second. As a script, this file is the fork server: it
-reads one JSON request per line and writes one JSON line per response. It has no threads, so forking
-is safe. Tests use its client, ``Forks``.
+The imports are not repeated, so a run takes a second. Run as a script, this file is the fork
+server: it reads one JSON request per line and writes one JSON response per line. It has no threads,
+so forking is safe. Tests use its client, ``ForkServer``.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RUN_SECONDS = 240.0
 CRASHED = 77  # exit code after a Python exception that recpress did not convert to a message
-# Modules of every command; `run_and_preload` adds the modules that one command imports.
+# Modules that the fork server imports at its start; `run_and_preload` adds those of a command.
 IMPORTED = (
     "alembic",
     "mlflow.store.model_registry.sqlalchemy_store",
@@ -41,9 +41,9 @@ IMPORTED = (
     "tasks.promotion.promotions",
     "tasks.report.tables",
 )
-OPSETS = (18, 20, 21)  # opsets whose operators an export reads
+OPSETS = (18, 20, 21)  # ONNX opsets whose operators torch's export reads
 UNKNOWN = re.compile(r"^recpress: [\w.]*(Error|Exception|Warning|Interrupt): ", re.MULTILINE)
-"""Start of the message of an exception that is none of this project's error classes."""
+"""Start of the message for an exception that is not of one of this project's error classes."""
 MEASURED_ROUNDS = 20  # latency rounds instead of 1,000: the tests do not compare latencies
 
 
@@ -82,8 +82,18 @@ class Job:
 class Completed:
     """The result of one child process.
 
-    ``codes``, ``outputs`` (stdout) and ``messages`` (stderr) have one entry per finished command.
-    If a command was killed, ``signal`` is set and ``unfinished`` is its output until then.
+    Attributes:
+        codes: exit code of each finished command.
+        outputs: standard output of each finished command.
+        messages: standard error of each finished command.
+        signal: the signal that ended the process; 0 if none.
+        seconds: wall time.
+        cpu_seconds: CPU time.
+        peak_mib: largest resident memory in MiB.
+        value: result of the function of ``Job.call``.
+        points: names of the points that ``kill_points`` counted.
+        unfinished: output of the command that did not finish.
+        timed_out: whether the process was killed at its time limit.
     """
 
     codes: tuple[int, ...]
@@ -118,18 +128,23 @@ class Completed:
         return self.signal != 0 or CRASHED in self.codes or not is_known
 
 
-class Forks:
-    """Client of a running fork server."""
+class ForkServer:
+    """Client of a running fork server.
+
+    Args:
+        process: the server.
+        scratch: folder for the files of its child processes.
+    """
 
     def __init__(self, process: "subprocess.Popen[bytes]", scratch: Path) -> None:
         self._process, self._scratch = process, scratch
 
     def run(self, *commands: Sequence[str], **job: Any) -> Completed:
-        """Run commands one after another in one child process."""
+        """Run commands one after another in one child process; ``job`` are fields of ``Job``."""
         return self.run_jobs([Job(tuple(tuple(item) for item in commands), **job)])[0]
 
     def call(self, path: str, arguments: dict[str, Any], **job: Any) -> Completed:
-        """Call a function in one child process."""
+        """Call a function in one child process; ``job`` are fields of ``Job``."""
         return self.run_jobs([Job(call=Call(path, arguments), **job)])[0]
 
     def run_and_preload(self, *commands: Sequence[str], **job: Any) -> Completed:
@@ -162,7 +177,7 @@ class Forks:
 
 
 @contextmanager
-def running_forks(variables: Mapping[str, str], scratch: Path) -> Iterator[Forks]:
+def running_fork_server(variables: Mapping[str, str], scratch: Path) -> Iterator[ForkServer]:
     """Start the fork server, and stop it at the end."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve())],
@@ -171,7 +186,7 @@ def running_forks(variables: Mapping[str, str], scratch: Path) -> Iterator[Forks
         stdout=subprocess.PIPE,
     )
     try:
-        yield Forks(process, scratch)
+        yield ForkServer(process, scratch)
     finally:
         assert process.stdin is not None
         process.stdin.close()
@@ -185,7 +200,7 @@ def running_forks(variables: Mapping[str, str], scratch: Path) -> Iterator[Forks
 def serve() -> None:
     """Process requests until standard input ends."""
     responses = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # output of libraries on import must not go to the responses
+    os.dup2(2, 1)  # so that output of libraries does not mix with the responses
     import torch
 
     torch.set_num_threads(1)
@@ -209,9 +224,8 @@ def serve() -> None:
             for result in results:
                 modules = result.pop("modules", ())
                 for name in modules if request["preload"] else ():
-                    with contextlib.suppress(
-                        Exception
-                    ):  # some modules can only be imported by others
+                    # Some modules can only be imported by other modules.
+                    with contextlib.suppress(Exception):
                         import_module(name)
             if request["preload"]:
                 gc.collect()

@@ -23,15 +23,23 @@ UNUSUAL_VALUES: tuple[Any, ...] = (
     "cuda:0", "*", "**", "[", "[!", "(", "a*" * 3000, [], {}, [[]], [None], {"a": {}}, {"": 1},
     {"\0": 1}, [1] * 1000,
 )  # fmt: skip
+"""Values that replace values of JSON documents."""
 PIECES = (
     b'"', b"{", b"[", b"\xff", b"\0", b"NaN", b"1e999", b"-", b"\\u", b"9" * 5000, b"]}", b"\n",
     b"[" * 3000, b"\xef\xbb\xbf",
 )  # fmt: skip
+"""Bytes that are inserted into inputs."""
 NAMES = ("zzz", "kind", "__class__", "tables", "\0", "x" * 2000, "name")
+"""Names that are added to JSON objects."""
 
 
 def run(parser: str, count: int, seed: int) -> dict[str, Any]:
     """Parse ``count`` mutated inputs.
+
+    Args:
+        parser: a key of ``parsers.PARSERS``.
+        count: number of inputs.
+        seed: seed of the mutations.
 
     Returns:
         ``outcomes``: the number of inputs per outcome; ``failures``: one text with its input per
@@ -54,15 +62,15 @@ def run(parser: str, count: int, seed: int) -> dict[str, Any]:
             outcome, detail = _attempt(under_test.parse, seed_input)
             if outcome != "parsed":
                 raise AssertionError(f"a valid input of {parser!r} is {outcome}: {detail}")
-        from_hypothesis = count // 3
-        draw = random.Random(f"{parser} {seed}")
-        for number in range(count - from_hypothesis):
-            base = draw.choice(under_test.seeds)
+        hypothesis_count = count // 3
+        rng = random.Random(f"{parser} {seed}")
+        for number in range(count - hypothesis_count):
+            base = rng.choice(under_test.seeds)
             if under_test.is_json and number % 3:
-                attempt(_mutate_document(draw, base))
+                attempt(_mutate_document(rng, base))
             else:
-                attempt(_mutate_bytes(draw, base, draw.randint(1, 4)))
-        _run_hypothesis(under_test.seeds, under_test.is_json, from_hypothesis, seed, attempt)
+                attempt(_mutate_bytes(rng, base, rng.randint(1, 4)))
+        _run_hypothesis(under_test.seeds, under_test.is_json, hypothesis_count, seed, attempt)
     return {"outcomes": dict(outcomes), "failures": list(failures.values())}
 
 
@@ -124,59 +132,59 @@ def _get(value: Any, path: tuple[Any, ...]) -> Any:
     return value
 
 
-def _mutate_document(draw: random.Random, base: bytes) -> bytes:
+def _mutate_document(rng: random.Random, base: bytes) -> bytes:
     """Change, remove, add or copy one to three values of a JSON document."""
     document = json.loads(base)
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(rng.randint(1, 3)):
         paths = _paths(document)
         if not paths:
             break
-        path = draw.choice(paths)
+        path = rng.choice(paths)
         parent, key = _get(document, path[:-1]), path[-1]
-        action = draw.randrange(6)
+        action = rng.randrange(6)
         if action < 2:
-            parent[key] = copy.deepcopy(draw.choice(UNUSUAL_VALUES))
+            parent[key] = copy.deepcopy(rng.choice(UNUSUAL_VALUES))
         elif action == 2:
             del parent[key]
         elif action == 3 and isinstance(parent, dict):
-            parent[draw.choice(NAMES)] = copy.deepcopy(draw.choice(UNUSUAL_VALUES))
+            parent[rng.choice(NAMES)] = copy.deepcopy(rng.choice(UNUSUAL_VALUES))
         elif action == 4:
-            parent[key] = copy.deepcopy(_get(document, draw.choice(paths)))
+            parent[key] = copy.deepcopy(_get(document, rng.choice(paths)))
         else:
-            parent[key] = _mutate_value(draw, parent[key])
+            parent[key] = _mutate_value(rng, parent[key])
     return json.dumps(document).encode("utf-8", "surrogatepass")
 
 
-def _mutate_value(draw: random.Random, value: Any) -> Any:
+def _mutate_value(rng: random.Random, value: Any) -> Any:
     """Change a number or a text slightly; put any other value in a list."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        factor = draw.choice([-1, 0, 10**6, 0.5, 10**15])
+        factor = rng.choice([-1, 0, 10**6, 0.5, 10**15])
         is_huge = isinstance(value, int) and abs(value) > 10**300  # larger than any float
         return value // 2 if is_huge and factor == 0.5 else value * factor
     if isinstance(value, str) and value:
-        at = draw.randrange(len(value))
-        return value[:at] + draw.choice(["\0", "\ud800", "*", "[", "é", ""]) + value[at + 1 :]
+        at = rng.randrange(len(value))
+        return value[:at] + rng.choice(["\0", "\ud800", "*", "[", "é", ""]) + value[at + 1 :]
     return [value]
 
 
-def _mutate_bytes(draw: random.Random, base: bytes, count: int) -> bytes:
+def _mutate_bytes(rng: random.Random, base: bytes, count: int) -> bytes:
     """Change, remove, insert or copy bytes at ``count`` random positions."""
     body = bytearray(base)
     for _ in range(count):
         if not body:
             break
-        at = draw.randrange(len(body))
-        action = draw.randrange(5)
+        at = rng.randrange(len(body))
+        action = rng.randrange(5)
         if action == 0:
-            body[at] ^= 1 << draw.randrange(8)
+            body[at] ^= 1 << rng.randrange(8)
         elif action == 1:
-            del body[at : at + draw.randint(1, 20)]
+            del body[at : at + rng.randint(1, 20)]
         elif action == 2:
-            body[at:at] = draw.choice(PIECES)
+            body[at:at] = rng.choice(PIECES)
         elif action == 3:
             del body[at:]
         else:
-            other = draw.randrange(len(body))
+            other = rng.randrange(len(body))
             body[at:at] = body[other : other + 50]
     return bytes(body)
 
@@ -206,7 +214,7 @@ def _run_hypothesis(
     @hypothesis.seed(seed)
     @settings
     @hypothesis.given(st.sampled_from(seeds), places, values, st.binary(max_size=40))
-    def draw(base: bytes, place: int, value: Any, piece: bytes) -> None:
+    def attempt_changed(base: bytes, place: int, value: Any, piece: bytes) -> None:
         if not is_json or place % 5 == 0:
             at = place % (len(base) + 1)
             attempt(base[:at] + piece + base[at + len(piece) * (place % 2) :])
@@ -216,4 +224,4 @@ def _run_hypothesis(
         _get(document, path[:-1])[path[-1]] = value
         attempt(json.dumps(document).encode("utf-8", "surrogatepass"))
 
-    draw()
+    attempt_changed()

@@ -1,8 +1,8 @@
 """Prepare, compare and check the recpress homes of fault tests.
 
 A ``Home`` is a folder with all files of one installation: the store, the registry, a Triton
-repository with the champion, and temporary files. ``Forks.call`` runs ``publish_orders`` in a
-child process; the functions after it only read files.
+repository with the champion, and temporary files. Tests call ``publish_orders`` in a child process
+(``ForkServer.call``); the functions after it only read files.
 """
 
 import json
@@ -30,6 +30,7 @@ ORDER = {
     "promote": True,
 }
 MEASURED = re.compile(r"_ms@")
+"""Metrics that differ between runs: latencies."""
 TEMPORARY = re.compile(r"\.[0-9a-f]{12}-\d+-\d+-[0-9a-f]{8}\.\w+$|\.(part|damaged|new)$")
 """Names of files and folders that remain only after an unfinished command."""
 
@@ -106,8 +107,8 @@ def publish_orders(folder: str, orders: list[str], promoted: int) -> list[str]:
     return versions
 
 
-def state(home: Home, store: Store | None = None) -> dict[str, Any]:
-    """Return the state of an installation without times and latencies, which differ between runs.
+def read_state(home: Home, store: Store | None = None) -> dict[str, Any]:
+    """Read the state of an installation except times and latencies, which differ between runs.
 
     Args:
         home: the installation.
@@ -119,9 +120,9 @@ def state(home: Home, store: Store | None = None) -> dict[str, Any]:
             key: json.loads(used_store.read(key))["artifact"]["sha256"]
             for key in used_store.keys("bundles/")
         },
-        "orders": {key: _order(used_store, key) for key in used_store.keys("orders/")},
-        "versions": _versions(home),
-        "aliases": _aliases(home),
+        "orders": {key: _read_order(used_store, key) for key in used_store.keys("orders/")},
+        "versions": _read_versions(home),
+        "aliases": _read_aliases(home),
         "ledger": {
             model: [
                 (entry.sequence, entry.action, entry.version, entry.order, entry.previous)
@@ -136,7 +137,7 @@ def state(home: Home, store: Store | None = None) -> dict[str, Any]:
     }
 
 
-def damage(home: Home, store: Store | None = None) -> list[str]:
+def find_damage(home: Home, store: Store | None = None) -> list[str]:
     """Describe stored content that is damaged or inconsistent; empty if there is none."""
     used_store, problems = store or Store(str(home.store)), []
     keys = used_store.keys("")
@@ -154,12 +155,12 @@ def damage(home: Home, store: Store | None = None) -> list[str]:
             continue
         if "seal" in document and not is_sealed(body):
             problems.append(f"record {key}: its seal does not match")
-    versions = {(model, number): tags for model, number, tags in _tagged(home)}
+    versions = {(model, number): tags for model, number, tags in _read_version_tags(home)}
     for (model, number), tags in versions.items():
         release = tags.get("recpress.release", "")
         if used_store.find(release) is None:
             problems.append(f"version {number} of {model} names a release that is not stored")
-    for (model, alias), number in _aliases(home).items():
+    for (model, alias), number in _read_aliases(home).items():
         if (model, number) not in versions:
             problems.append(f"alias {alias} of {model} names version {number}, which is missing")
         elif alias == "champion" and not used_store.keys(f"ledger/{model}/"):
@@ -167,7 +168,7 @@ def damage(home: Home, store: Store | None = None) -> list[str]:
     return problems
 
 
-def temporaries(home: Home) -> list[str]:
+def find_temporary_files(home: Home) -> list[str]:
     """Return the temporary files and folders that unfinished commands left."""
     return sorted(
         str(path.relative_to(home.root))
@@ -176,8 +177,8 @@ def temporaries(home: Home) -> list[str]:
     )
 
 
-def _order(store: Store, key: str) -> dict[str, Any]:
-    """Return the content of an order's record and report that is equal in every run."""
+def _read_order(store: Store, key: str) -> dict[str, Any]:
+    """Read the content of an order's record and report that is equal in every run."""
     record = json.loads(store.read(key))
     release = store.artifact(f"artifacts/{record['release']['sha256']}")
     report = json.loads(store.file(release, "report.json"))
@@ -195,8 +196,8 @@ def _order(store: Store, key: str) -> dict[str, Any]:
     }
 
 
-def _registry(home: Home, query: str) -> list[Any]:
-    """Return the rows of an SQL query on the registry; none if it does not exist."""
+def _query_registry(home: Home, query: str) -> list[Any]:
+    """Return the rows of an SQL query on the registry; no rows if the file does not exist."""
     file = home.recpress / "registry.db"
     if not file.exists():
         return []
@@ -207,14 +208,14 @@ def _registry(home: Home, query: str) -> list[Any]:
         database.close()
 
 
-def _tagged(home: Home) -> list[tuple[str, str, dict[str, str]]]:
+def _read_version_tags(home: Home) -> list[tuple[str, str, dict[str, str]]]:
     """Return model, version and tags of every registered version."""
     tags: dict[tuple[str, str], dict[str, str]] = {}
-    for model, number in _registry(
+    for model, number in _query_registry(
         home, "SELECT name, version FROM model_versions WHERE current_stage != 'Deleted_Internal'"
     ):
         tags[model, str(number)] = {}
-    for model, number, key, value in _registry(
+    for model, number, key, value in _query_registry(
         home, "SELECT name, version, key, value FROM model_version_tags"
     ):
         if (model, str(number)) in tags:
@@ -222,17 +223,17 @@ def _tagged(home: Home) -> list[tuple[str, str, dict[str, str]]]:
     return [(model, number, version_tags) for (model, number), version_tags in sorted(tags.items())]
 
 
-def _versions(home: Home) -> list[tuple[str, str, str, str]]:
+def _read_versions(home: Home) -> list[tuple[str, str, str, str]]:
     """Return model, version, order and outcome of every registered version."""
     return [
         (model, number, tags.get("recpress.order", ""), tags.get("recpress.outcome", ""))
-        for model, number, tags in _tagged(home)
+        for model, number, tags in _read_version_tags(home)
     ]
 
 
-def _aliases(home: Home) -> dict[tuple[str, str], str]:
+def _read_aliases(home: Home) -> dict[tuple[str, str], str]:
     """Return the version that each alias of each model refers to."""
-    rows = _registry(home, "SELECT name, alias, version FROM registered_model_aliases")
+    rows = _query_registry(home, "SELECT name, alias, version FROM registered_model_aliases")
     return {(model, alias): str(number) for model, alias, number in rows}
 
 

@@ -1,6 +1,7 @@
 """Hostile drafts for ``recpress bundle pack``: each case changes a valid draft in one way.
 
-A ``Change`` is a function that changes the draft in a folder. The functions below build changes.
+A ``Change`` is a function that changes the draft in a folder. The functions below return changes;
+the docstring of each says what the returned function does. ``CASES`` lists all cases.
 """
 
 import io
@@ -22,7 +23,7 @@ Change = Callable[[Path], None]
 SECRET = "a-secret-outside-of-the-draft"
 SECRET_FILE = "secret.txt"
 RAN = "code-ran"
-"""A file next to the draft that a payload creates if it is executed."""
+"""Name of a file next to the draft that a payload creates if it is executed."""
 
 
 class _Payload:
@@ -166,7 +167,7 @@ def _outside(draft: Path) -> Path:
     return draft.parent / SECRET_FILE
 
 
-def _moved(name: str) -> Change:
+def _replace_by_link(name: str) -> Change:
     """Move a file out of the draft, and replace it by a symlink to it."""
 
     def apply(draft: Path) -> None:
@@ -218,7 +219,9 @@ def cut(size: int) -> Change:
     return apply
 
 
-ROWS_600 = b"\xb0\x09"  # the number of test rows as a zigzag varint
+ROWS_600 = b"\xb0\x09"  # the number of test rows in a parquet footer, as a zigzag varint
+
+# Texts and values that the cases write to the fields of model.json.
 JSON_BODIES: dict[str, Callable[[], bytes]] = {
     "depth 100,000": lambda: b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
     "depth 900": lambda: b'{"schema_version":1,"x":' + b"[" * 900 + b"]" * 900 + b"}",
@@ -261,6 +264,7 @@ ARCHITECTURES = (
     "tests.draft_network:ClickNet", "draft_network.sub:X", "\uff44raft_network:ClickNet",
 )  # fmt: skip
 
+# The entry of one float in a safetensors header.
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 CASES: dict[str, Change] = {
     **{
@@ -345,8 +349,8 @@ CASES: dict[str, Change] = {
         link("v/s", _outside),
         vocabulary("v"),
     ),
-    "weights are a link": _moved("model.safetensors"),
-    "model.json is a link": _moved("model.json"),
+    "weights are a link": _replace_by_link("model.safetensors"),
+    "model.json is a link": _replace_by_link("model.json"),
     "pipe as weights": pipe("model.safetensors"),
     "pipe as data": pipe("test.parquet"),
     "pipe as model.json": pipe("model.json"),
@@ -419,7 +423,7 @@ CASES: dict[str, Change] = {
 """All cases by name. The draft that they change has 3,000 users and 600 test rows."""
 
 HARMLESS = {
-    # Files that model.json does not name are not read and not stored.
+    # Pack neither reads nor stores files that model.json does not name.
     "pickle 0 as x.npy",
     "pickle 4 as x.npy",
     "pipe as another json",
@@ -432,4 +436,4 @@ HARMLESS = {
     "weights are a link",
     "model.json is a link",
 }
-"""Cases that pack may accept: no code of them runs, and no file outside the draft is stored."""
+"""Cases that pack may accept, because they execute no code and store no file outside the draft."""

@@ -24,7 +24,7 @@ ONLY_A_TAG = {
     "tags with control characters",
     "report with control characters",
 }
-"""Cases with a valid release, which commands may use, and a wrong tag or control characters.
+"""Cases whose release is valid, so commands may use it; a tag is wrong or has control characters.
 
 Before a release is served, it is compared with the tags.
 """
@@ -44,6 +44,7 @@ def cases() -> tuple[str, ...]:
     return (*SOURCES, *TAGS, *BODIES, *REPORTS)
 
 
+# Source of a version, from the root of the store and a valid report.
 SOURCES: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "source outside the store": lambda _root, _report: "file:///etc",
     "source that climbs out": lambda root, _report: f"{root}/artifacts/../../../../etc",
@@ -53,6 +54,7 @@ SOURCES: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "source in another bucket": lambda _root, _report: "s3://a/b",
     "source that is empty": lambda _root, _report: "",
 }
+# Changes of a version's tags; None removes a tag.
 TAGS: dict[str, dict[str, str | None]] = {
     "recipe tag is missing": {"recpress.recipe": None},
     "recipe tag of numbers": {"recpress.recipe": "[1]"},
@@ -63,6 +65,7 @@ TAGS: dict[str, dict[str, str | None]] = {
         "recpress.bundle": "[red]x[/y]",
     },
 }
+# Content of report.json in a release.
 BODIES: dict[str, bytes] = {
     "report is no JSON": b"{",
     "report is a list": b"[]",
@@ -85,16 +88,19 @@ def _each(part: str, change: Callable[[dict[str, Any]], object]) -> Callable[[An
 
 
 def _move_outside(target: dict[str, Any]) -> None:
+    """Change the address of a target's artifact to a path outside the store."""
     target["artifact"]["uri"] = "file:///etc/" + target["artifact"]["sha256"]
 
 
 def _rename_graphs_outside(target: dict[str, Any]) -> None:
+    """Change the names of a target's graphs to a path outside their folder."""
     for graph in target["lowering"]["graphs"]:
         graph["name"] = "../../../outside"
 
 
 CONTROL = {"code": "as_written", "fields": {"text": "\x1b[31mred\x1b]0;t\x07\x9b"}}
 
+# Changes of a valid report.
 REPORTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "target outside the store": _each("targets", _move_outside),
     "graph whose name climbs out": _each("targets", _rename_graphs_outside),
@@ -123,8 +129,8 @@ def register(folder: str) -> dict[str, str]:
     from tasks.orchestration.workspace import store
 
     # Publish a valid order first, to copy its report and tags.
-    good = import_module("triton_versions").publish_version(Path(folder), "d")
-    report = json.loads(good.report.model_dump_json())
+    valid = import_module("triton_versions").publish_version(Path(folder), "d")
+    report = json.loads(valid.report.model_dump_json())
     uri = load_settings().registry_uri
     client = MlflowClient(uri, uri)
     (version,) = client.search_model_versions(f"name = '{MODEL}'")

@@ -11,8 +11,8 @@ order. At the point with a given number, the process group is killed (SIGKILL) b
 * every SQL statement that changes the registry, and every commit;
 * the start and the end of every Prefect task.
 
-The hooks detect changes by Python code. Kills after a random time (``after``) cover the work of
-SQLite within one statement.
+The hooks only detect changes that Python code makes. Kills after a random time (``after``) also
+interrupt SQLite within a statement.
 """
 
 import json
@@ -22,6 +22,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+# Audit events of Python for changes of files.
 CHANGES = {
     "os.chmod",
     "os.link",
@@ -49,15 +50,15 @@ class _Counter:
     def __init__(self, root: str, at: int | None, file: Path) -> None:
         self.root, self.at, self.file = root, at, file
         self.points: list[str] = []
-        self.inside = threading.local()
+        self.inside = threading.local()  # has ``hook`` while this thread is in ``on_event``
         self.lock = threading.Lock()
 
     def pass_point(self, name: str, before_kill: Any = None) -> None:
         """Count a point; at the chosen one, call ``before_kill`` and kill the process."""
         with self.lock:
             self.points.append(name)
-            reached = len(self.points) == self.at
-        if reached:
+            is_chosen = len(self.points) == self.at
+        if is_chosen:
             if before_kill is not None:
                 before_kill()
             kill()
@@ -73,6 +74,7 @@ class _Counter:
             self.inside.hook = False
 
     def _count_change(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Count a change below the root; before a rename or link, also a half-written file."""
         name = arguments[0]
         if not isinstance(name, str | bytes | os.PathLike):
             return
@@ -108,7 +110,7 @@ def arm(fault: dict[str, Any], file: Path) -> None:
     counter = _Counter(fault["root"], fault.get("at"), file)
     _counters.append(counter)
 
-    changed: set[int] = set()
+    changed: set[int] = set()  # ids of connections with changes that are not committed
 
     def on_statement(connection: Any, _: Any, statement: str, *_rest: Any) -> None:
         words = statement.split(maxsplit=3)

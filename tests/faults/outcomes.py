@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Mapping
 
 OUTCOME = "fault outcome"
+"""Name of the pytest property with suite, case, outcome and number."""
 
 
-def table(rows: Mapping[tuple[str, str, str], int]) -> list[str]:
+def format_table(rows: Mapping[tuple[str, str, str], int]) -> list[str]:
     """Format the outcomes as the lines of a Markdown table.
 
     Args:

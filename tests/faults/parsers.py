@@ -1,8 +1,7 @@
 """All parsers of untrusted bytes, with valid inputs for fuzzing.
 
 Each function takes an empty folder and returns a ``Parser``: valid inputs, and a function that
-parses bytes as a command does. The name of the function says what is parsed. ``fuzzing.py`` mutates
-the inputs and calls the parser.
+parses bytes as a command does. ``fuzzing.py`` mutates the inputs and calls the parser.
 """
 
 import json
@@ -55,7 +54,7 @@ class Parser:
 
 
 def draft_document(folder: Path) -> Parser:
-    """``model.json`` of a draft."""
+    """Return the parser of a draft's ``model.json``."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     file = draft / "model.json"
     document = json.loads(file.read_bytes())
@@ -70,14 +69,14 @@ def draft_document(folder: Path) -> Parser:
 
 
 def sealed_document(folder: Path) -> Parser:
-    """``model.json`` of a packed bundle."""
+    """Return the parser of a packed bundle's ``model.json``."""
     packed = pack(drafts.write_draft(folder / "draft", rows=ROWS))
     bundle = local(packed.artifact)
     return Parser(((bundle / "model.json").read_bytes(),), lambda body: manifest_of(body, bundle))
 
 
 def safetensors_header(folder: Path) -> Parser:
-    """The header of a weights file."""
+    """Return the parser of the header of a weights file."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     file = draft / "model.safetensors"
     content = file.read_bytes()
@@ -91,7 +90,7 @@ def safetensors_header(folder: Path) -> Parser:
 
 
 def safetensors_file(folder: Path) -> Parser:
-    """A complete weights file, including its length field."""
+    """Return the parser of a complete weights file, including its length field."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     file = draft / "model.safetensors"
     tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.int8)}
@@ -106,7 +105,7 @@ def safetensors_file(folder: Path) -> Parser:
 
 
 def parquet_file(folder: Path) -> Parser:
-    """A data file of a draft."""
+    """Return the parser of a draft's data file."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     signature = read_draft(draft).signature
     file = folder / "split.parquet"
@@ -120,7 +119,7 @@ def parquet_file(folder: Path) -> Parser:
 
 
 def order_file(folder: Path) -> Parser:
-    """An order file."""
+    """Return the parser of order files."""
     file = folder / "order.json"
     order = {
         "model": "clicks",
@@ -145,7 +144,7 @@ def order_file(folder: Path) -> Parser:
 
 
 def limit(_: Path) -> Parser:
-    """A limit as text."""
+    """Return the parser of the option ``--limit``."""
     texts = (
         "auc vs baseline >= -0.002",
         "bytes vs baseline <= 0.5",
@@ -162,7 +161,7 @@ def limit(_: Path) -> Parser:
 
 
 def record(folder: Path) -> Parser:
-    """A sealed record of the store."""
+    """Return the parser of sealed records in the store."""
     object_store = Store(str(folder / "store"))
     bundle = {"artifact": {"uri": f"artifacts/{ORDER_DIGEST}", "sha256": ORDER_DIGEST, "bytes": 1}}
 
@@ -174,7 +173,7 @@ def record(folder: Path) -> Parser:
 
 
 def order_record(folder: Path) -> Parser:
-    """The record of a finished order."""
+    """Return the parser of the record of a finished order."""
     _publish_version(folder)
     key = finished_key(ORDER_DIGEST)
     body = store().read(key)
@@ -187,7 +186,7 @@ def order_record(folder: Path) -> Parser:
 
 
 def report(folder: Path) -> Parser:
-    """The report in a release."""
+    """Return the parser of the report in a release."""
     published = _publish_version(folder)
     body = store().file(published.release, "report.json")
     scratch = folder / "release"
@@ -207,7 +206,7 @@ def report(folder: Path) -> Parser:
 
 
 def artifact_manifest(folder: Path) -> Parser:
-    """The manifest of an artifact."""
+    """Return the parser of an artifact's manifest."""
     (folder / "files").mkdir()
     (folder / "files" / "a").write_bytes(b"12345")
     object_store = Store(str(folder / "store"))
@@ -224,7 +223,7 @@ def artifact_manifest(folder: Path) -> Parser:
 
 
 def ledger_entry(folder: Path) -> Parser:
-    """An entry of a ledger: the second of two."""
+    """Return the parser of ledger entries; the input is the second of two."""
     object_store = Store(str(folder / "store"))
     ledger = Ledger(object_store, "m")
     ledger.append("1", ORDER_DIGEST, "promote", "me", "first")
@@ -240,7 +239,7 @@ def ledger_entry(folder: Path) -> Parser:
 
 
 def registry_tags(folder: Path) -> Parser:
-    """The tags of a registered version."""
+    """Return the parser of a registered version's tags."""
     object_store = Store(str(folder / "store"))
     tags = {
         "recpress.order": ORDER_DIGEST,
@@ -258,16 +257,16 @@ def registry_tags(folder: Path) -> Parser:
             item = Registered(model="m", version="1", source=texts.pop("source", ""), tags=texts,
                               aliases=())  # fmt: skip
         except (ValueError, AttributeError, RecursionError):
-            return None  # a registry cannot hold it
+            return None  # a registry cannot store such tags
         if "recpress.order" not in texts:
-            return None  # not listed
+            return None  # such versions are not listed
         return registry_listing._listed(item, object_store)
 
     return Parser((json.dumps({**tags, "source": f"artifacts/{ORDER_DIGEST}"}).encode(),), parse)
 
 
 def triton_configuration(folder: Path) -> Parser:
-    """``config.pbtxt``: reading its version, and writing arbitrary text to it."""
+    """Return a parser that reads the version in ``config.pbtxt`` and writes any text to one."""
     message = {"name": "m", "version_policy": {"specific": {"versions": [3]}}, "note": 'a "b"\n'}
 
     def parse(body: bytes) -> object:
@@ -281,7 +280,7 @@ def triton_configuration(folder: Path) -> Parser:
 
 
 def compose_file(folder: Path) -> Parser:
-    """``docker-compose.yml``, as ``make up-local`` reads it."""
+    """Return the parser of ``docker-compose.yml`` for ``make up-local``."""
     text = COMPOSE.read_text(encoding="utf-8")
     file = folder / "docker-compose.yml"
     variables = dict.fromkeys(needed_secrets(text), "x")
@@ -301,7 +300,7 @@ def compose_file(folder: Path) -> Parser:
 
 
 def env_file(folder: Path) -> Parser:
-    """``.env``."""
+    """Return the parser of ``.env``."""
     file = folder / ".env"
 
     def parse(body: bytes) -> object:
@@ -312,7 +311,7 @@ def env_file(folder: Path) -> Parser:
 
 
 def table_files_manifest(folder: Path) -> Parser:
-    """The manifest of the output of ``recpress tables quantize``."""
+    """Return the parser of the manifest that ``recpress tables quantize`` writes."""
     result, body = _quantized(folder)
 
     def parse(changed: bytes) -> object:
@@ -323,7 +322,7 @@ def table_files_manifest(folder: Path) -> Parser:
 
 
 def table_files_plan(folder: Path) -> Parser:
-    """The description of quantized tables, ``tables.json``."""
+    """Return the parser of ``tables.json``, the description of quantized tables."""
     result, _ = _quantized(folder)
     file = next(path for path in (result / "files").iterdir() if path.suffix == ".json")
     body = file.read_bytes()

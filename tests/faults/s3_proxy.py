@@ -28,7 +28,9 @@ response arrives. ``flipped``: one bit of the response's body is changed.
 """
 
 SLOW_SECONDS = 0.7
+# HTTP status and S3 error code of a fault.
 CODES = {"500": (500, "InternalError"), "503": (503, "SlowDown")}
+# Headers that are not forwarded, because they are about one connection.
 DROPPED = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
@@ -42,21 +44,21 @@ class Request:
 
 
 Plan = Callable[[Request], Fault | None]
-"""Returns the fault of a request, or None."""
+"""A function that returns the fault of a request, or None."""
 
 
 def no_fault(_: Request) -> Fault | None:
-    """Plan: no request has a fault."""
+    """Return None: a plan in which no request has a fault."""
     return None
 
 
 def fail_at(number: int, fault: Fault, repeated: int = 1) -> Plan:
-    """Plan: request ``number`` and the following ``repeated - 1`` requests have a fault."""
+    """Return a plan: request ``number`` and the next ``repeated - 1`` requests have a fault."""
     return lambda request: fault if 0 <= request.number - number < repeated else None
 
 
 def fail_randomly(rate: float, faults: tuple[Fault, ...], seed: int) -> Plan:
-    """Plan: a share ``rate`` of the requests have a random fault, drawn with a fixed seed."""
+    """Return a plan: a share ``rate`` of the requests have a random fault, from a fixed seed."""
     draw, lock = random.Random(seed), threading.Lock()
 
     def plan(_: Request) -> Fault | None:
@@ -67,26 +69,33 @@ def fail_randomly(rate: float, faults: tuple[Fault, ...], seed: int) -> Plan:
 
 
 class Proxy:
-    """A running proxy; ``follow`` sets its plan, ``seen`` lists the requests since then."""
+    """A running proxy.
+
+    Attributes:
+        upstream: host and port of the real server.
+        requests: the requests since the plan was set.
+        faults: number of faults since the plan was set.
+        url: address of the proxy.
+    """
 
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream).netloc
-        self.seen: list[Request] = []
+        self.requests: list[Request] = []
         self._plan: Plan = no_fault
         self._lock = threading.Lock()
         self.url = ""
         self.faults = 0
 
-    def follow(self, plan: Plan = no_fault) -> None:
+    def set_plan(self, plan: Plan = no_fault) -> None:
         """Set a plan and restart the numbers of requests at 1."""
         with self._lock:
-            self.seen, self._plan, self.faults = [], plan, 0
+            self.requests, self._plan, self.faults = [], plan, 0
 
-    def decide(self, operation: str, path: str) -> Fault | None:
-        """Record the next request, and return its fault or None."""
+    def add_request(self, operation: str, path: str) -> Fault | None:
+        """Add a request to ``requests``, and return its fault or None."""
         with self._lock:
-            request = Request(operation, path, len(self.seen) + 1)
-            self.seen.append(request)
+            request = Request(operation, path, len(self.requests) + 1)
+            self.requests.append(request)
             plan = self._plan
         fault = plan(request)
         self.faults += fault is not None
@@ -125,9 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _forward(self) -> None:
-        body = self._body()
+        """Process one request with its fault: forward it and send the response to the client."""
+        body = self._read_body()
         operation = operation_of(self.command, self.path, dict(self.headers.items()))
-        fault = self.proxy.decide(operation, urlsplit(self.path).path)
+        fault = self.proxy.add_request(operation, urlsplit(self.path).path)
         if fault == "reset":
             # Closing with SO_LINGER set to 0 seconds sends a reset.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -139,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(SLOW_SECONDS)
-        response, content = self._upstream(body)
+        response, content = self._send_upstream(body)
         if fault == "lost":
             self._close()
             return
@@ -151,7 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815
 
-    def _upstream(self, body: bytes) -> tuple[HTTPResponse, bytes]:
+    def _send_upstream(self, body: bytes) -> tuple[HTTPResponse, bytes]:
+        """Send the request to the real server; return the response and its body."""
         upstream = HTTPConnection(self.proxy.upstream, timeout=60)
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
@@ -165,6 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         return response, content
 
     def _respond(self, response: HTTPResponse, content: bytes, *, truncate: bool) -> None:
+        """Send a response to the client; if ``truncate``, only half of its body."""
         self.send_response_only(response.status, response.reason)
         for name, value in response.getheaders():
             if name.lower() not in DROPPED:
@@ -178,6 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._close()
 
     def _fail(self, status: int, code: str) -> None:
+        """Send an S3 error response to the client."""
         text = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>x</Message></Error>'
         self.send_response_only(status, code)
         self.send_header("Content-Type", "application/xml")
@@ -187,10 +200,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(text.encode())
 
     def _close(self) -> None:
+        """Close the connection after the current request."""
         self.close_connection = True
         self.wfile.flush()
 
-    def _body(self) -> bytes:
+    def _read_body(self) -> bytes:
+        """Read the body of the request."""
         if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
             parts = []
             while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -203,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def operation_of(method: str, path: str, headers: dict[str, str]) -> str:
-    """Return the name of a request's operation, as in the documentation."""
+    """Return the name of a request's operation, such as ``conditional create``."""
     query = parse_qs(urlsplit(path).query, keep_blank_values=True)
     names = {name.lower() for name in headers}
     if method == "GET":

@@ -1,14 +1,15 @@
-"""Flip one bit in every stored file and run all commands that read.
+"""Flip single bits of stored files, and run all commands that read the files.
 
-Claim: every reading command prints exactly the same output as before, or fails (exit code 1 or 2)
-with an error message. It never prints a traceback or other numbers, and it changes no other stored
-file. Running the same order again has the same result or fails with an error message.
+Claim: after one flip, every reading command prints exactly the same output as before, or fails
+(exit code 1 or 2) with an error message. It never prints a traceback or other numbers, and it
+changes no other stored file. Running the same order again has the same result or fails with an
+error message.
 
 Enumeration: all files of a home after a complete order: blobs, the files of artifacts (which are
 copies of the blobs here, not links, so that each is flipped alone), manifests, records, the ledger,
-cached results, the registry, the Triton repository. In each file: the first and the last byte, one
-of the first 16, and bytes drawn with a fixed seed. More bytes are drawn in records, which are small
-and control much, and in the registry.
+cached results, the registry, the Triton repository. In each file, one bit is flipped in the first
+byte, the last byte, one of the first 16 bytes, and bytes drawn with a fixed seed. More bytes are
+drawn in records, which are small and determine which artifacts are used, and in the registry.
 
 Exception: SQLite has no checksums. ``registry list`` prints names and tags from the registry
 without verification; every other command compares them with the release, which is verified.
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Completed, Forks
+from forked import Completed, ForkServer
 from homes import Home
 
 SUITE = "bit flips"
@@ -39,11 +40,11 @@ CHANGES_ON_READ = {"registry.db", "registry.db-journal"}
 Outcomes = Callable[..., None]
 
 
-class Readers:
+class FlipTest:
     """Runs the reading commands of one home, and compares their output with that without faults.
 
     Args:
-        forks: fork server that runs the commands.
+        fork_server: fork server that runs the commands.
         home: home in which they run.
         snapshot: content of the home before each run.
         commands: arguments of the commands; ``{into}`` stands for an output folder.
@@ -52,13 +53,13 @@ class Readers:
 
     def __init__(
         self,
-        forks: Forks,
+        fork_server: ForkServer,
         home: Home,
         snapshot: Path,
         commands: list[list[str]],
         variables: dict[str, str],
     ) -> None:
-        self._forks, self.home, self._snapshot = forks, home, snapshot
+        self._fork_server, self.home, self._snapshot = fork_server, home, snapshot
         self._commands, self._variables = commands, variables
         home.restore(snapshot)
         self.files = home.files()
@@ -68,11 +69,12 @@ class Readers:
         assert set(self._expected.codes) == {0}, self._expected.text
 
     def _read(self) -> Completed:
+        """Run the reading commands in the current home."""
         self._into = self.home.root / "fetched"
         commands = [
             [part.format(into=self._into) for part in command] for command in self._commands
         ]
-        return self._forks.run(*commands, variables=self.home.variables | self._variables)
+        return self._fork_server.run(*commands, variables=self.home.variables | self._variables)
 
     def flip(self, name: str, position: int, bit: int) -> tuple[str, str]:
         """Flip one bit and run the commands; return the outcome, and the problem if it is wrong."""
@@ -121,12 +123,12 @@ class Readers:
         ):
             if code not in {0, 1, 2} or (code and "recpress: " not in message):
                 problems.append(f"{command} ended with {code}: {message[-300:]}")
-        reruns = any(command[0] == "compress" for command in self._commands)
+        runs_order = any(command[0] == "compress" for command in self._commands)
         for name, path in self.home.files().items():
             if name not in self._before or name == flipped or Path(name).name in CHANGES_ON_READ:
                 continue
             # An order that runs again may replace its record, results and aliases.
-            may_change = reruns and not is_content(name)
+            may_change = runs_order and not is_content(name)
             changed = hashlib.sha256(path.read_bytes()).hexdigest() != self._before[name]
             if changed and not may_change:
                 problems.append(f"{name} was changed")
@@ -159,21 +161,21 @@ def is_content(name: str) -> bool:
 
 def positions(name: str, size: int, draw: random.Random) -> list[tuple[int, int]]:
     """Draw the bits to flip in one file, as position of the byte and number of the bit."""
-    drawn = DRAWN_IN_FILES
+    count = DRAWN_IN_FILES
     if Path(name).name == "registry.db":
-        drawn = DRAWN_IN_REGISTRY
+        count = DRAWN_IN_REGISTRY
     elif not is_content(name):
-        drawn = DRAWN_IN_RECORDS
+        count = DRAWN_IN_RECORDS
     indices = {0, size - 1, draw.randrange(min(size, HEADER_BYTES))}
-    indices |= {draw.randrange(size) for _ in range(drawn)}
+    indices |= {draw.randrange(size) for _ in range(count)}
     return [(index, draw.randrange(8)) for index in sorted(indices)]
 
 
-def every_flip(readers: Readers) -> list[tuple[str, int, int]]:
+def list_flips(flip_test: FlipTest) -> list[tuple[str, int, int]]:
     """Return all flips in a home as (file, position, bit), the same in every run."""
     draw = random.Random(SEED)
     flips = []
-    for name, path in sorted(readers.files.items()):
+    for name, path in sorted(flip_test.files.items()):
         size = path.stat().st_size
         if size:
             flips += [(name, position, bit) for position, bit in positions(name, size, draw)]
@@ -190,11 +192,11 @@ def category(name: str) -> str:
     return "registry" if parts[-1] == "registry.db" else " ".join(parts[1:-1][:2]) or parts[0]
 
 
-def check(readers: Readers, flips: list[tuple[str, int, int]], outcomes: Outcomes) -> None:
+def check(flip_test: FlipTest, flips: list[tuple[str, int, int]], outcomes: Outcomes) -> None:
     """Run all flips, count their outcomes, and fail if any of them violates the claim."""
     failed = []
     for name, position, bit in flips:
-        outcome, problem = readers.flip(name, position, bit)
+        outcome, problem = flip_test.flip(name, position, bit)
         outcomes(SUITE, category(name), outcome)
         if problem:
             failed.append(problem)
@@ -213,11 +215,13 @@ def reading_commands(model: str) -> list[list[str]]:
 
 
 def test_bit_flipped_in_a_stored_file_is_refused_or_does_not_matter(
-    forks: Forks, root: Path, promoted: Path, outcomes: Outcomes
+    fork_server: ForkServer, root: Path, promoted_snapshot: Path, outcomes: Outcomes
 ) -> None:
-    readers = Readers(forks, Home(root / "home"), promoted, reading_commands("m"), {})
-    flips = random.Random(SEED).sample(every_flip(readers), SAMPLE)
-    check(readers, flips, outcomes)
+    flip_test = FlipTest(
+        fork_server, Home(root / "home"), promoted_snapshot, reading_commands("m"), {}
+    )
+    flips = random.Random(SEED).sample(list_flips(flip_test), SAMPLE)
+    check(flip_test, flips, outcomes)
 
 
 @pytest.mark.nightly
@@ -225,9 +229,9 @@ def test_bit_flipped_in_a_stored_file_is_refused_or_does_not_matter(
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_bit_flipped_in_any_stored_file_is_refused_or_does_not_matter(
     shard: int,
-    warm_forks: Forks,
+    warm_fork_server: ForkServer,
     root: Path,
-    finished: Path,
+    finished_snapshot: Path,
     order: Path,
     order_variables: dict[str, str],
     outcomes: Outcomes,
@@ -238,6 +242,8 @@ def test_bit_flipped_in_any_stored_file_is_refused_or_does_not_matter(
         ["bundle", "check", "clicks", "--json"],
         ["compress", "--order", str(order), "--json"],
     ]
-    readers = Readers(warm_forks, Home(root / "home"), finished, commands, order_variables)
-    check(readers, every_flip(readers)[shard::SHARDS], outcomes)
+    flip_test = FlipTest(
+        warm_fork_server, Home(root / "home"), finished_snapshot, commands, order_variables
+    )
+    check(flip_test, list_flips(flip_test)[shard::SHARDS], outcomes)
     shutil.rmtree(root / "home", ignore_errors=True)

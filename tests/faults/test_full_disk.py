@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from forked import Completed, Forks
-from homes import Home, damage, state
+from forked import Completed, ForkServer
+from homes import Home, find_damage, read_state
 
 SUITE = "full disk"
+# Sizes of the file systems, sizes of the largest file, and the size after space is freed.
 KILOBYTES = (40, 100, 250, 400, 700, 1000, 1300, 1600, 1900, 2200, 2600)
 FILE_KILOBYTES = (4, 20, 64, 150, 300)
 LARGE = "64m"
@@ -40,13 +41,13 @@ class Disk:
 
 
 @contextmanager
-def disk(mount_point: Path, kilobytes: int) -> Iterator[Disk]:
+def mounted_disk(mount_point: Path, kilobytes: int) -> Iterator[Disk]:
     """Mount a file system of this size; skip the test without the right to mount."""
     mount_point.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(mount_point)]
-    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no right to mount a file system: {mounted.stderr.strip()}")
+    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    if process.returncode:
+        pytest.skip(f"no right to mount a file system: {process.stderr.strip()}")
     try:
         yield Disk(mount_point)
     finally:
@@ -60,38 +61,48 @@ def check_failed(completed: Completed, home: Home, case: str, outcomes: Outcomes
     assert completed.code in {0, 1}, completed.text
     if completed.code:
         assert "recpress: " in completed.text, completed.text
-    assert damage(home) == []
+    assert find_damage(home) == []
     outcomes(SUITE, case, "finished" if completed.code == 0 else "exit 1 with a sentence")
 
 
 def test_pack_that_writes_too_large_files_exits_with_code_1_and_works_afterwards(
-    forks: Forks, root: Path, empty: Path, draft: Path, outcomes: Outcomes
+    fork_server: ForkServer, root: Path, empty_snapshot: Path, draft: Path, outcomes: Outcomes
 ) -> None:
-    check_limited(SAMPLE_KILOBYTES, forks, root, empty, draft, outcomes)
+    check_limited(SAMPLE_KILOBYTES, fork_server, root, empty_snapshot, draft, outcomes)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kilobytes", FILE_KILOBYTES)
 def test_pack_with_any_limit_on_files_exits_with_code_1_and_works_afterwards(
-    kilobytes: int, forks: Forks, root: Path, empty: Path, draft: Path, outcomes: Outcomes
+    kilobytes: int,
+    fork_server: ForkServer,
+    root: Path,
+    empty_snapshot: Path,
+    draft: Path,
+    outcomes: Outcomes,
 ) -> None:
-    check_limited(kilobytes, forks, root, empty, draft, outcomes)
+    check_limited(kilobytes, fork_server, root, empty_snapshot, draft, outcomes)
 
 
 def check_limited(
-    kilobytes: int, forks: Forks, root: Path, empty: Path, draft: Path, outcomes: Outcomes
+    kilobytes: int,
+    fork_server: ForkServer,
+    root: Path,
+    empty_snapshot: Path,
+    draft: Path,
+    outcomes: Outcomes,
 ) -> None:
     """Pack a draft with a limit on the size of files, check the failure, and pack again without."""
     home = Home(root / "home")
-    home.restore(empty)
+    home.restore(empty_snapshot)
     command = ["bundle", "pack", str(draft)]
-    limited = forks.run(command, variables=home.variables, file_bytes=kilobytes << 10)
+    limited = fork_server.run(command, variables=home.variables, file_bytes=kilobytes << 10)
     assert limited.code == 1 or kilobytes << 10 >= (draft / "model.safetensors").stat().st_size
     check_failed(limited, home, "pack, files too large", outcomes)
-    again = forks.run(command, variables=home.variables)
+    again = fork_server.run(command, variables=home.variables)
     assert again.code == 0, again.text
-    assert damage(home) == []
+    assert find_damage(home) == []
 
 
 @pytest.mark.nightly
@@ -99,18 +110,18 @@ def check_limited(
 @pytest.mark.parametrize("kilobytes", KILOBYTES)
 def test_order_on_a_disk_that_fills_up_exits_with_code_1_and_finishes_when_there_is_space(
     kilobytes: int,
-    warm_forks: Forks,
+    warm_fork_server: ForkServer,
     root: Path,
     draft: Path,
     order: Path,
-    finished: Path,
+    finished_snapshot: Path,
     order_variables: dict[str, str],
     tmp_path: Path,
     outcomes: Outcomes,
 ) -> None:
     commands = (["bundle", "pack", str(draft)], ["compress", "--order", str(order)])
-    with disk(tmp_path / "disk", kilobytes) as small:
-        home = Home(small.mount_point / "home")
+    with mounted_disk(tmp_path / "disk", kilobytes) as disk:
+        home = Home(disk.mount_point / "home")
         temporary = tmp_path / "tmp"
         temporary.mkdir()
         variables = {
@@ -121,11 +132,11 @@ def test_order_on_a_disk_that_fills_up_exits_with_code_1_and_finishes_when_there
             **order_variables,
         }
         for command in commands:
-            completed = warm_forks.run(command, variables=variables)
+            completed = warm_fork_server.run(command, variables=variables)
             check_failed(completed, home, " ".join(command[:1]) + ", tmpfs", outcomes)
             if completed.code:
-                small.resize(LARGE)
-                again = warm_forks.run(command, variables=variables)
+                disk.resize(LARGE)
+                again = warm_fork_server.run(command, variables=variables)
                 assert again.code == 0, again.text
-                assert damage(home) == []
-        assert state(home) == state(Home(finished))
+                assert find_damage(home) == []
+        assert read_state(home) == read_state(Home(finished_snapshot))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forks
+from forked import ForkServer
 from homes import Home
 from parsers import PARSERS
 
@@ -24,9 +24,9 @@ MEMORY = 2 * 2**30
 NIGHTLY_SECONDS = 3000.0
 
 
-def fuzz(forks: Forks, home: Home, path: str, **arguments: object) -> dict[str, Any]:
-    """Run a function of ``fuzzing`` in a child process with limited memory."""
-    completed = forks.call(
+def fuzz(fork_server: ForkServer, home: Home, path: str, **arguments: object) -> dict[str, Any]:
+    """Call a function of ``fuzzing`` in a child process with limited memory; return its result."""
+    completed = fork_server.call(
         path, arguments, variables=home.variables, memory=MEMORY, seconds=NIGHTLY_SECONDS
     )
     assert completed.value is not None, f"{arguments}: signal {completed.signal}: {completed.text}"
@@ -41,9 +41,9 @@ def check(parser: str, result: dict[str, Any], outcomes: Callable[..., None]) ->
 
 
 def test_parsers_refuse_or_parse_a_few_changed_inputs(
-    forks: Forks, tmp_path: Path, outcomes: Callable[..., None]
+    fork_server: ForkServer, tmp_path: Path, outcomes: Callable[..., None]
 ) -> None:
-    results = fuzz(forks, Home(tmp_path), "fuzzing:run_all", count=SAMPLE, seed=0)
+    results = fuzz(fork_server, Home(tmp_path), "fuzzing:run_all", count=SAMPLE, seed=0)
     assert set(results) == set(PARSERS)
     failures = [line for parser in PARSERS for line in check(parser, results[parser], outcomes)]
     assert failures == [], "\n\n".join(failures)
@@ -54,8 +54,10 @@ def test_parsers_refuse_or_parse_a_few_changed_inputs(
 @pytest.mark.parametrize("shard", range(1, SHARDS + 1))
 @pytest.mark.parametrize("parser", PARSERS)
 def test_parser_refuses_or_parses_any_changed_input(
-    parser: str, shard: int, forks: Forks, tmp_path: Path, outcomes: Callable[..., None]
+    parser: str, shard: int, fork_server: ForkServer, tmp_path: Path, outcomes: Callable[..., None]
 ) -> None:
     count = INPUTS // SHARDS
-    result = fuzz(forks, Home(tmp_path), "fuzzing:run", parser=parser, count=count, seed=shard)
+    result = fuzz(
+        fork_server, Home(tmp_path), "fuzzing:run", parser=parser, count=count, seed=shard
+    )
     assert check(parser, result, outcomes) == [], "\n\n".join(result["failures"])

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Completed, Forks
+from forked import Completed, ForkServer
 from homes import Home
 from hostile_drafts import CASES, HARMLESS, RAN, SECRET, SECRET_FILE
 from hostile_registry import MAY_WORK, MODEL, ONLY_A_TAG, cases
@@ -46,8 +46,10 @@ def problems(completed: Completed, allowed: set[int]) -> list[str]:
     return failures
 
 
-def pack(name: str, forks: Forks, empty: Path, draft: Path, folder: Path) -> list[str]:
-    """Pack the draft of a case; return the problems."""
+def pack(
+    name: str, fork_server: ForkServer, empty_snapshot: Path, draft: Path, folder: Path
+) -> list[str]:
+    """Pack the hostile draft of a case; return the violations of the claim."""
     outside = folder / "outside"
     outside.mkdir(parents=True)
     (outside / SECRET_FILE).write_text(SECRET)
@@ -56,8 +58,8 @@ def pack(name: str, forks: Forks, empty: Path, draft: Path, folder: Path) -> lis
     CASES[name](copy)
     before = {path.name for path in outside.iterdir()}
     home = Home(folder / "home")
-    home.restore(empty)
-    completed = forks.run(
+    home.restore(empty_snapshot)
+    completed = fork_server.run(
         ["bundle", "pack", str(copy)], variables=home.variables, memory=MEMORY, seconds=120.0
     )
     failures = problems(completed, {0, 2} if name in HARMLESS else {2})
@@ -77,35 +79,47 @@ def pack(name: str, forks: Forks, empty: Path, draft: Path, folder: Path) -> lis
 
 
 def check(
-    names: list[str], forks: Forks, empty: Path, draft: Path, folder: Path, outcomes: Outcomes
+    names: list[str],
+    fork_server: ForkServer,
+    empty_snapshot: Path,
+    draft: Path,
+    folder: Path,
+    outcomes: Outcomes,
 ) -> None:
     """Pack the drafts of some cases, count the outcomes, and fail if there is a problem."""
     failed = []
     for number, name in enumerate(names):
-        failures = pack(name, forks, empty, draft, folder / str(number))
+        failures = pack(name, fork_server, empty_snapshot, draft, folder / str(number))
         outcomes(SUITE, "drafts", "wrong" if failures else "as claimed")
         failed += failures
     assert not failed, f"{len(failed)} problems:\n" + "\n".join(failed[:12])
 
 
 def test_hostile_drafts_are_refused_with_a_sentence(
-    forks: Forks, empty: Path, draft: Path, tmp_path: Path, outcomes: Outcomes
+    fork_server: ForkServer, empty_snapshot: Path, draft: Path, tmp_path: Path, outcomes: Outcomes
 ) -> None:
     names = random.Random(SEED).sample(sorted(CASES), SAMPLE)
-    check(names, forks, empty, draft, tmp_path, outcomes)
+    check(names, fork_server, empty_snapshot, draft, tmp_path, outcomes)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_every_hostile_draft_is_refused_with_a_sentence(
-    shard: int, forks: Forks, empty: Path, draft: Path, tmp_path: Path, outcomes: Outcomes
+    shard: int,
+    fork_server: ForkServer,
+    empty_snapshot: Path,
+    draft: Path,
+    tmp_path: Path,
+    outcomes: Outcomes,
 ) -> None:
-    check(list(CASES)[shard::SHARDS], forks, empty, draft, tmp_path, outcomes)
+    check(list(CASES)[shard::SHARDS], fork_server, empty_snapshot, draft, tmp_path, outcomes)
 
 
-def attack(name: str, version: str, forks: Forks, home: Home, outcomes: Outcomes) -> list[str]:
-    """Show, fetch and promote a hostile version; return the problems."""
+def attack(
+    name: str, version: str, fork_server: ForkServer, home: Home, outcomes: Outcomes
+) -> list[str]:
+    """Show, fetch and promote a hostile version; return the violations of the claim."""
     into = home.root.parent / "fetched" / version
     version_option = ("--version", version)
     commands = (
@@ -115,7 +129,7 @@ def attack(name: str, version: str, forks: Forks, home: Home, outcomes: Outcomes
     )
     failures: list[str] = []
     for command in commands:
-        completed = forks.run(command, variables=home.variables, memory=MEMORY, seconds=120.0)
+        completed = fork_server.run(command, variables=home.variables, memory=MEMORY, seconds=120.0)
         may_work = name in ONLY_A_TAG or command[1] in MAY_WORK.get(name, ())
         allowed = {0, 2} if may_work else {2}
         failures += [
@@ -130,20 +144,20 @@ def attack(name: str, version: str, forks: Forks, home: Home, outcomes: Outcomes
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_hostile_registry_entries_are_refused_with_a_sentence(
-    forks: Forks, root: Path, empty: Path, tmp_path: Path, outcomes: Outcomes
+    fork_server: ForkServer, root: Path, empty_snapshot: Path, tmp_path: Path, outcomes: Outcomes
 ) -> None:
     home = Home(root / "home")
-    home.restore(empty)
-    completed = forks.call(
+    home.restore(empty_snapshot)
+    completed = fork_server.call(
         "hostile_registry:register", {"folder": str(tmp_path)}, variables=home.variables
     )
     assert completed.value is not None, completed.text
     assert set(completed.value) == set(cases())
     failed: list[str] = []
     for name, version in completed.value.items():
-        failed += attack(name, version, forks, home, outcomes)
+        failed += attack(name, version, fork_server, home, outcomes)
     for command in (["registry", "list"], ["registry", "list", "--json"]):
-        listed = forks.run(command, variables=home.variables)
+        listed = fork_server.run(command, variables=home.variables)
         failed += [f"list: {problem}" for problem in problems(listed, {0})]
     assert not list(root.rglob("*outside*")), "something was written outside"
     assert not failed, f"{len(failed)} problems:\n" + "\n".join(failed[:12])

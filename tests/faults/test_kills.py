@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forks
-from homes import Home, damage, state, temporaries
+from forked import ForkServer
+from homes import Home, find_damage, find_temporary_files, read_state
 
 SUITE = "kills"
 SEED = 11
 SHARDS = 8
 SAMPLE = 1  # points per command in the default tier
 RANDOM_TIMES = 24
-TWICE = 24
+TWICE = 24  # pairs of kills
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,26 @@ class Scenario:
         return self.command[0] == "compress"
 
 
+# Commands without an order, which take seconds.
 QUICK = (
-    Scenario("bundle pack", ("bundle", "pack", "{draft}"), "empty"),
-    Scenario("registry promote", ("registry", "promote", "m", "--version", "3"), "promoted"),
-    Scenario("registry rollback", ("registry", "rollback", "m", "--from", "2"), "promoted"),
-    Scenario("registry restore", ("registry", "restore"), "lost_registry"),
+    Scenario("bundle pack", ("bundle", "pack", "{draft}"), "empty_snapshot"),
+    Scenario(
+        "registry promote", ("registry", "promote", "m", "--version", "3"), "promoted_snapshot"
+    ),
+    Scenario(
+        "registry rollback", ("registry", "rollback", "m", "--from", "2"), "promoted_snapshot"
+    ),
+    Scenario("registry restore", ("registry", "restore"), "lost_registry_snapshot"),
 )
-FIRST_USE = Scenario("first use of the registry", ("registry", "list"), "unused_home", 8)
-ORDER = Scenario("compress", ("compress", "--order", "{order}"), "packed")
+FIRST_USE = Scenario("first use of the registry", ("registry", "list"), "unused_snapshot", 8)
+ORDER = Scenario("compress", ("compress", "--order", "{order}"), "packed_snapshot")
 
 
 class KillTest:
     """Kills and repeats the command of one scenario in one home.
 
     Args:
-        forks: fork server that runs the commands.
+        fork_server: fork server that runs the commands.
         home: home in which they run.
         snapshot: content of the home before each run.
         scenario: the command.
@@ -66,7 +71,7 @@ class KillTest:
 
     def __init__(
         self,
-        forks: Forks,
+        fork_server: ForkServer,
         home: Home,
         snapshot: Path,
         scenario: Scenario,
@@ -74,25 +79,26 @@ class KillTest:
         variables: dict[str, str],
         preload: bool,
     ) -> None:
-        self._forks, self.home, self._snapshot = forks, home, snapshot
+        self._fork_server, self.home, self._snapshot = fork_server, home, snapshot
         self._command = [part.format(**files) for part in scenario.command]
         self._draft = files["draft"]
         self._variables = home.variables | variables
         home.restore(snapshot)
         if preload:
-            forks.run_and_preload(self._command, variables=self._variables)
+            fork_server.run_and_preload(self._command, variables=self._variables)
             home.restore(snapshot)
         completed = self._run({})
         assert completed.code == 0, completed.text
-        assert (damage(home), temporaries(home)) == ([], [])
+        assert (find_damage(home), find_temporary_files(home)) == ([], [])
         self.points, self.seconds = completed.points, completed.seconds
-        self.expected = state(home)
+        self.expected = read_state(home)
 
     def _run(self, fault: dict[str, Any] | None) -> Any:
+        """Run the command; with a fault, count the points and kill as the fault says."""
         if fault is not None:
             fault = {"root": f"{self.home.root}/", **fault}
         self.home.variables  # noqa: B018 - creates the folder of temporary files
-        return self._forks.run(self._command, variables=self._variables, fault=fault)
+        return self._fork_server.run(self._command, variables=self._variables, fault=fault)
 
     def problems(self, *faults: dict[str, Any]) -> list[str]:
         """Run with each kill in turn, then once without; describe what is wrong afterwards."""
@@ -102,19 +108,19 @@ class KillTest:
             killed = self._run(fault)
             if "at" in fault and len(faults) == 1 and killed.signal != 9:
                 return [f"was not killed but ended with {killed.code}: {killed.text}"]
-            problems += [f"after the kill: {problem}" for problem in damage(self.home)]
+            problems += [f"after the kill: {problem}" for problem in find_damage(self.home)]
         again = self._run(None)
         if again.code != 0 or again.crashed:
             return [*problems, f"the next run ended with {again.code}: {again.text}"]
-        problems += [f"after the next run: {problem}" for problem in damage(self.home)]
-        if (result := state(self.home)) != self.expected:
+        problems += [f"after the next run: {problem}" for problem in find_damage(self.home)]
+        if (result := read_state(self.home)) != self.expected:
             problems.append(f"another result: {describe_differences(self.expected, result)}")
-        if temporaries(self.home):
+        if find_temporary_files(self.home):
             # A command whose work is already finished writes nothing and removes nothing. Later
             # commands remove temporary files: pack in TMPDIR, doctor in the store.
             removing = (["bundle", "pack", str(self._draft)], ["doctor"])
-            self._forks.run(*removing, variables=self._variables)
-            problems += [f"not collected: {name}" for name in temporaries(self.home)]
+            self._fork_server.run(*removing, variables=self._variables)
+            problems += [f"not collected: {name}" for name in find_temporary_files(self.home)]
         return problems
 
 
@@ -134,7 +140,15 @@ def check(
     outcomes: Callable[..., None],
     case: str = "",
 ) -> None:
-    """Run every sequence of kills in ``faults`` and count the outcomes."""
+    """Run every sequence of kills in ``faults``, count the outcomes, and fail if any is wrong.
+
+    Args:
+        killing: the prepared scenario.
+        scenario: its description.
+        faults: sequences of kills; a kill is an argument of ``kill_points.arm``.
+        outcomes: counts outcomes.
+        case: added to the scenario's name in the table of outcomes.
+    """
     failed: list[str] = []
     for kills in faults:
         problems = killing.problems(*kills)
@@ -147,25 +161,27 @@ def check(
 
 
 @pytest.fixture(scope="session")
-def lost_registry(root: Path, promoted: Path, empty: Path) -> Path:
+def lost_registry_snapshot(root: Path, promoted_snapshot: Path, empty_snapshot: Path) -> Path:
     """A snapshot with an empty registry and a complete store."""
     home = Home(root / "home")
-    home.restore(promoted)
+    home.restore(promoted_snapshot)
     (home.recpress / "registry.db").unlink()
-    (home.recpress / "registry.db").write_bytes((empty / "recpress" / "registry.db").read_bytes())
-    return home.save_snapshot(root / "lost_registry")
+    (home.recpress / "registry.db").write_bytes(
+        (empty_snapshot / "recpress" / "registry.db").read_bytes()
+    )
+    return home.save_snapshot(root / "lost_registry_snapshot")
 
 
 @pytest.fixture(scope="session")
-def unused_home(root: Path) -> Path:
-    """A snapshot of an empty home."""
+def unused_snapshot(root: Path) -> Path:
+    """A snapshot of a home that no command has used: an empty folder."""
     (root / "unused").mkdir()
     return root / "unused"
 
 
 @pytest.fixture
 def killing(
-    forks: Forks, root: Path, draft: Path, order: Path, request: pytest.FixtureRequest
+    fork_server: ForkServer, root: Path, draft: Path, order: Path, request: pytest.FixtureRequest
 ) -> Callable[[Scenario], KillTest]:
     """A function that prepares the ``KillTest`` of a scenario."""
     preload = request.node.get_closest_marker("nightly") is not None
@@ -173,12 +189,12 @@ def killing(
     def prepare(scenario: Scenario) -> KillTest:
         variables: dict[str, str] = {}
         if scenario.is_order:
-            request.getfixturevalue("warm_forks")
+            request.getfixturevalue("warm_fork_server")
             variables = request.getfixturevalue("order_variables")
         snapshot = request.getfixturevalue(scenario.start)
         files = {"draft": draft, "order": order}
         home = Home(root / "home")
-        return KillTest(forks, home, snapshot, scenario, files, variables, preload)
+        return KillTest(fork_server, home, snapshot, scenario, files, variables, preload)
 
     return prepare
 

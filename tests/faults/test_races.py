@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Completed, Forks, Job
-from homes import Home, damage, state, temporaries, write_order
+from forked import Completed, ForkServer, Job
+from homes import Home, find_damage, find_temporary_files, read_state, write_order
 from s3_server import S3Server
 
 from infra.registry.ledger import Ledger
@@ -23,7 +23,7 @@ from infra.store.object_store import Store
 
 SUITE = "races"
 PROCESSES = 6
-ORDERING = 4  # processes that run complete orders
+ORDER_PROCESSES = 4  # processes that run complete orders
 ROUNDS = 6
 SECONDS = 600.0
 
@@ -42,11 +42,11 @@ def promotions(round_: int) -> list[tuple[str, ...]]:
 
 
 def race(
-    forks: Forks, commands: list[tuple[str, ...]], variables: dict[str, str]
+    fork_server: ForkServer, commands: list[tuple[str, ...]], variables: dict[str, str]
 ) -> list[Completed]:
-    """Start all commands at the same time, each in a separate process."""
+    """Run all commands at the same time, each in a separate process."""
     jobs = [Job((command,), variables=variables, seconds=SECONDS) for command in commands]
-    return forks.run_jobs(jobs)
+    return fork_server.run_jobs(jobs)
 
 
 def check_promotions(
@@ -62,34 +62,34 @@ def check_promotions(
     confirmed = sum(item.code == 0 for item in completed)
     # Promoting the champion again, or a rollback that another one completed, adds no entry.
     assert len(entries) - before <= confirmed
-    aliases = state(home, store)["aliases"]
+    aliases = read_state(home, store)["aliases"]
     assert aliases["m", "champion"] == entries[-1].version
-    assert damage(home, store) == []
+    assert find_damage(home, store) == []
     for item in completed:
         outcomes(SUITE, case, "confirmed" if item.code == 0 else "refused with a sentence")
 
 
 def test_promotions_at_once_leave_one_linear_ledger_and_its_last_entry_as_champion(
-    forks: Forks, root: Path, promoted: Path, outcomes: Outcomes
+    fork_server: ForkServer, root: Path, promoted_snapshot: Path, outcomes: Outcomes
 ) -> None:
     home = Home(root / "home")
-    home.restore(promoted)
+    home.restore(promoted_snapshot)
     store = Store(str(home.store))
-    completed = race(forks, promotions(0)[:3], home.variables)
+    completed = race(fork_server, promotions(0)[:3], home.variables)
     check_promotions(home, store, 2, completed, "promotions, one home", outcomes)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_promotions_and_rollbacks_at_once_leave_one_linear_ledger(
-    forks: Forks, root: Path, promoted: Path, outcomes: Outcomes
+    fork_server: ForkServer, root: Path, promoted_snapshot: Path, outcomes: Outcomes
 ) -> None:
     home = Home(root / "home")
-    home.restore(promoted)
+    home.restore(promoted_snapshot)
     store = Store(str(home.store))
     for number in range(ROUNDS):
         before = len(Ledger(store, "m").entries())
-        completed = race(forks, promotions(number), home.variables)
+        completed = race(fork_server, promotions(number), home.variables)
         check_promotions(
             home, store, before, completed, "promotions and rollbacks, one home", outcomes
         )
@@ -98,21 +98,25 @@ def test_promotions_and_rollbacks_at_once_leave_one_linear_ledger(
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_promotions_and_rollbacks_at_once_on_s3_leave_one_linear_ledger(
-    forks: Forks, root: Path, empty: Path, s3_server: S3Server, outcomes: Outcomes,
+    fork_server: ForkServer,
+    root: Path,
+    empty_snapshot: Path,
+    s3_server: S3Server,
+    outcomes: Outcomes,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     home = Home(root / "home")
-    home.restore(empty)
+    home.restore(empty_snapshot)
     address = "s3://models/races"
     variables = home.variables | s3_server.environment | {"RECPRESS_STORE": address}
     arguments = {"folder": str(root / "reports"), "orders": list("abc"), "promoted": 2}
-    completed = forks.call("homes:publish_orders", arguments, variables=variables)
+    completed = fork_server.call("homes:publish_orders", arguments, variables=variables)
     assert completed.value == ["1", "2", "3"], completed.text
     for number in range(ROUNDS):
         before = len(Ledger(Store(address), "m").entries())
-        results = race(forks, promotions(number), variables)
+        results = race(fork_server, promotions(number), variables)
         case = "promotions and rollbacks, S3"
         check_promotions(home, Store(address), before, results, case, outcomes)
 
@@ -120,30 +124,38 @@ def test_promotions_and_rollbacks_at_once_on_s3_leave_one_linear_ledger(
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_the_same_draft_packed_by_several_processes_is_one_bundle(
-    forks: Forks, root: Path, empty: Path, draft: Path, outcomes: Outcomes
+    fork_server: ForkServer, root: Path, empty_snapshot: Path, draft: Path, outcomes: Outcomes
 ) -> None:
     home = Home(root / "home")
-    home.restore(empty)
-    completed = race(forks, [("bundle", "pack", str(draft), "--json")] * PROCESSES, home.variables)
+    home.restore(empty_snapshot)
+    completed = race(
+        fork_server, [("bundle", "pack", str(draft), "--json")] * PROCESSES, home.variables
+    )
     assert [item.code for item in completed] == [0] * PROCESSES, [item.text for item in completed]
     assert len({item.outputs for item in completed}) == 1
-    assert (damage(home), temporaries(home)) == ([], [])
+    assert (find_damage(home), find_temporary_files(home)) == ([], [])
     outcomes(SUITE, "pack of one draft", "same bundle", PROCESSES)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_once(
-    forks: Forks, root: Path, promoted: Path, empty: Path, outcomes: Outcomes
+    fork_server: ForkServer,
+    root: Path,
+    promoted_snapshot: Path,
+    empty_snapshot: Path,
+    outcomes: Outcomes,
 ) -> None:
     home = Home(root / "home")
-    home.restore(promoted)
-    expected = [order for _, _, order, _ in state(home)["versions"]]
-    (home.recpress / "registry.db").write_bytes((empty / "recpress" / "registry.db").read_bytes())
-    completed = race(forks, [("registry", "restore")] * PROCESSES, home.variables)
+    home.restore(promoted_snapshot)
+    expected = [order for _, _, order, _ in read_state(home)["versions"]]
+    (home.recpress / "registry.db").write_bytes(
+        (empty_snapshot / "recpress" / "registry.db").read_bytes()
+    )
+    completed = race(fork_server, [("registry", "restore")] * PROCESSES, home.variables)
     assert [item.code for item in completed] == [0] * PROCESSES, [item.text for item in completed]
-    assert sorted(order for _, _, order, _ in state(home)["versions"]) == sorted(expected)
-    assert damage(home) == []
+    assert sorted(order for _, _, order, _ in read_state(home)["versions"]) == sorted(expected)
+    assert find_damage(home) == []
     outcomes(SUITE, "restore", "each order once", PROCESSES)
 
 
@@ -152,27 +164,31 @@ def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_on
 @pytest.mark.parametrize("location", ["one home", "S3"])
 def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
     location: str,
-    warm_forks: Forks,
+    warm_fork_server: ForkServer,
     root: Path,
-    empty: Path,
+    empty_snapshot: Path,
     draft: Path,
     order: Path,
-    finished: Path,
+    finished_snapshot: Path,
     order_variables: dict[str, str],
     s3_server: S3Server,
     outcomes: Outcomes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    home, store, variables = _prepare(location, "same-order", root, empty, s3_server, monkeypatch)
-    assert warm_forks.run(["bundle", "pack", str(draft)], variables=variables).code == 0
+    home, store, variables = _prepare_store(
+        location, "same-order", root, empty_snapshot, s3_server, monkeypatch
+    )
+    assert warm_fork_server.run(["bundle", "pack", str(draft)], variables=variables).code == 0
     command = ("compress", "--order", str(order), "--json")
-    completed = race(warm_forks, [command] * ORDERING, variables | order_variables)
-    assert [item.code for item in completed] == [0] * ORDERING, [item.text for item in completed]
+    completed = race(warm_fork_server, [command] * ORDER_PROCESSES, variables | order_variables)
+    assert [item.code for item in completed] == [0] * ORDER_PROCESSES, [
+        item.text for item in completed
+    ]
     results = [json.loads(item.outputs[0]) for item in completed]
-    assert Counter(result["version"] for result in results) == {"1": ORDERING}
-    assert state(home, store) == state(Home(finished))
-    assert damage(home, store) == []
-    outcomes(SUITE, f"one order, {location}", "one version, same bytes", ORDERING)
+    assert Counter(result["version"] for result in results) == {"1": ORDER_PROCESSES}
+    assert read_state(home, store) == read_state(Home(finished_snapshot))
+    assert find_damage(home, store) == []
+    outcomes(SUITE, f"one order, {location}", "one version, same bytes", ORDER_PROCESSES)
 
 
 @pytest.mark.nightly
@@ -180,20 +196,24 @@ def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
 @pytest.mark.parametrize("location", ["one home", "S3"])
 def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_one_entry_each(
     location: str,
-    warm_forks: Forks,
+    warm_fork_server: ForkServer,
     root: Path,
-    empty: Path,
+    empty_snapshot: Path,
     draft: Path,
     order_variables: dict[str, str],
     s3_server: S3Server,
     outcomes: Outcomes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    home, store, variables = _prepare(location, "orders", root, empty, s3_server, monkeypatch)
-    assert warm_forks.run(["bundle", "pack", str(draft)], variables=variables).code == 0
-    files = [write_order(root / f"order{number}.json", seed=number) for number in range(ORDERING)]
+    home, store, variables = _prepare_store(
+        location, "orders", root, empty_snapshot, s3_server, monkeypatch
+    )
+    assert warm_fork_server.run(["bundle", "pack", str(draft)], variables=variables).code == 0
+    files = [
+        write_order(root / f"order{number}.json", seed=number) for number in range(ORDER_PROCESSES)
+    ]
     commands = [("compress", "--order", str(file), "--json") for file in files]
-    completed = race(warm_forks, commands, variables | order_variables)
+    completed = race(warm_fork_server, commands, variables | order_variables)
     assert not any(item.crashed for item in completed), [
         item.text for item in completed if item.crashed
     ]
@@ -202,31 +222,32 @@ def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_on
             # Registered, but another version became champion at the same time.
             assert item.code == 2, item.text
             assert "was changed in the meantime" in item.messages[0], item.text
-            again = warm_forks.run(command, variables=variables | order_variables)
+            again = warm_fork_server.run(command, variables=variables | order_variables)
             assert again.code == 0, again.text
-    result = state(home, store)
+    result = read_state(home, store)
     orders = {order for _, _, order, _ in result["versions"]}
-    assert len(result["versions"]) == len(orders) == ORDERING
+    assert len(result["versions"]) == len(orders) == ORDER_PROCESSES
     entries = Ledger(store, "clicks").entries()
     assert {entry.order for entry in entries} == orders
-    assert len(entries) == ORDERING
+    assert len(entries) == ORDER_PROCESSES
     assert result["aliases"]["clicks", "champion"] == entries[-1].version
-    assert damage(home, store) == []
+    assert find_damage(home, store) == []
     for item in completed:
         outcome = "one version and one entry" if item.code == 0 else "refused, then promoted"
         outcomes(SUITE, f"different orders, {location}", outcome)
 
 
-def _prepare(
+def _prepare_store(
     location: str,
     prefix: str,
     root: Path,
-    empty: Path,
+    empty_snapshot: Path,
     s3_server: S3Server,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Home, Store, dict[str, str]]:
+    """Return an empty home, its store in the home or on S3, and the environment variables."""
     home = Home(root / "home")
-    home.restore(empty)
+    home.restore(empty_snapshot)
     if location == "one home":
         return home, Store(str(home.store)), home.variables
     for name, value in s3_server.environment.items():

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forks
-from homes import Home, state
+from forked import ForkServer
+from homes import Home, read_state
 from s3_proxy import FAULTS, Proxy, fail_at, fail_randomly, running_proxy
 from s3_server import S3Server
 
@@ -34,13 +34,13 @@ from infra.store.records import read_record, seal_record
 
 SUITE = "S3"
 ORDER_DIGEST = "0" * 64
-IN_A_ROW = 3  # number of tries of the client
+IN_A_ROW = 3  # attempts of the client for one request
 RATES = (0.05, 0.15, 0.3)
 APPENDS = 40
 ARTIFACTS = 25
 WRITERS = 6
 ORDER_SEEDS = (1, 2, 3, 4)
-ATTEMPTS = 12
+ATTEMPTS = 12  # runs of a command of an order; the last one has no faults
 
 Outcomes = Callable[..., None]
 
@@ -78,7 +78,7 @@ class Operation:
         large = self.name == "put a large artifact"
         size = CHUNK_BYTES + 1_000_000 if large else 20_000
         (self._source / "weights").write_bytes(self._draw.randbytes(size))
-        (self._source / "facts").write_bytes(self.body)
+        (self._source / "notes").write_bytes(self.body)
         if self.name == "get an artifact":
             self._artifact = self.store.put(self._source)
         if self.name == "read a record":
@@ -102,9 +102,8 @@ class Operation:
         if self.name == "read a record":
             fields, is_verified = read_record(self.store, f"{self.key}/record")
             if not is_verified:
-                raise ArtifactDamaged(
-                    "manifest_changed", uri=self.key
-                )  # like the callers of read_record
+                # As callers of read_record do.
+                raise ArtifactDamaged("manifest_changed", uri=self.key)
             return fields
         if self.name == "create a record":
             return self.store.create(self.key, self.body)
@@ -164,14 +163,14 @@ def outcome_of(operation: Operation, fault: str, proxy: Proxy) -> str:
         return "refused as damaged"
     except InfraError:
         return "retryable error"
-    proxy.follow()  # compute the expected result without faults
+    proxy.set_plan()  # compute the expected result without faults
     assert result == operation.expected()
     return "right result"
 
 
-def finish(proxy: Proxy, operation: Operation, outcome: str) -> None:
+def repeat_and_check(proxy: Proxy, operation: Operation, outcome: str) -> None:
     """Repeat a failed operation without faults, and check the stored content."""
-    proxy.follow()
+    proxy.set_plan()
     if outcome in {"retryable error", "refused as damaged"}:
         try:
             assert operation.run() == operation.expected()
@@ -185,19 +184,19 @@ def check_every_request(
 ) -> None:
     """Test each fault in each request of one operation, or only in request ``first``."""
     operation.prepare()
-    proxy.follow()
+    proxy.set_plan()
     operation.run()
-    count = len(proxy.seen)
+    count = len(proxy.requests)
     assert count > 0
     failed = []
     for number in range(1, count + 1) if first is None else [first]:
         for fault in FAULTS:
-            proxy.follow()
+            proxy.set_plan()
             operation.prepare()
-            proxy.follow(fail_at(number, fault, repeated))
+            proxy.set_plan(fail_at(number, fault, repeated))
             try:
                 outcome = outcome_of(operation, f"{fault} once" if repeated == 1 else fault, proxy)
-                finish(proxy, operation, outcome)
+                repeat_and_check(proxy, operation, outcome)
             except Exception as error:
                 outcome = "wrong"
                 failed.append(f"{fault} at request {number}: {type(error).__name__}: {error}")
@@ -233,12 +232,12 @@ def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
     operation = Operation(name, tmp_path / "work")
     failed = []
     for seed in range(ARTIFACTS):
-        proxy.follow()
+        proxy.set_plan()
         operation.prepare()
-        proxy.follow(fail_randomly(rate, FAULTS, seed))
+        proxy.set_plan(fail_randomly(rate, FAULTS, seed))
         try:
             outcome = outcome_of(operation, "flipped", proxy)
-            finish(proxy, operation, outcome)
+            repeat_and_check(proxy, operation, outcome)
         except Exception as error:
             outcome = "wrong"
             failed.append(f"seed {seed}: {type(error).__name__}: {error}")
@@ -255,7 +254,7 @@ def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_ea
     model = f"race-{secrets.token_hex(8)}"
     confirmed: list[str] = []
     failed: list[str] = []
-    proxy.follow()
+    proxy.set_plan()
 
     def write(writer: int) -> None:
         ledger = Ledger(Store("s3://models/faults"), model)
@@ -267,13 +266,13 @@ def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_ea
             except InfraError:
                 failed.append(name)
 
-    proxy.follow(fail_randomly(rate, ("lost", "reset", "503"), seed=7))
+    proxy.set_plan(fail_randomly(rate, ("lost", "reset", "503"), seed=7))
     threads = [threading.Thread(target=write, args=(number,)) for number in range(WRITERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    proxy.follow()
+    proxy.set_plan()
     written = Counter(
         entry.reason for entry in Ledger(Store("s3://models/faults"), model).entries()
     )
@@ -289,7 +288,7 @@ class OrderOnS3:
     """Runs the commands of an order whose store is accessed through the proxy.
 
     Args:
-        forks: fork server that runs the commands.
+        fork_server: fork server that runs the commands.
         home: home with the registry and temporary files.
         proxy: the proxy that injects faults.
         root: address of the store.
@@ -297,23 +296,28 @@ class OrderOnS3:
     """
 
     def __init__(
-        self, forks: Forks, home: Home, proxy: Proxy, root: str, variables: dict[str, str]
+        self,
+        fork_server: ForkServer,
+        home: Home,
+        proxy: Proxy,
+        root: str,
+        variables: dict[str, str],
     ) -> None:
-        self._forks, self._home, self._proxy = forks, home, proxy
+        self._fork_server, self._home, self._proxy = fork_server, home, proxy
         self._variables = variables | {"RECPRESS_STORE": root}
         self.codes: Counter[int] = Counter()
 
     def finish(self, *command: str, rate: float, seed: int) -> None:
         """Run a command until it exits with 0: with faults, in the last attempt without."""
         for attempt in range(ATTEMPTS):
-            last = attempt == ATTEMPTS - 1
-            self._proxy.follow(
+            is_last = attempt == ATTEMPTS - 1
+            self._proxy.set_plan(
                 fail_randomly(
-                    0 if last else rate / (1 + attempt // 3), FAULTS, seed * 100 + attempt
+                    0 if is_last else rate / (1 + attempt // 3), FAULTS, seed * 100 + attempt
                 )
             )
             variables = self._home.variables | self._variables
-            completed = self._forks.run(command, variables=variables)
+            completed = self._fork_server.run(command, variables=variables)
             assert not completed.crashed, f"{command}: {completed.text}"
             allowed = {0, 1} if self._proxy.faults else {0}
             if "damaged" in completed.text:
@@ -329,31 +333,31 @@ class OrderOnS3:
 @pytest.mark.parametrize("seed", ORDER_SEEDS)
 def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     seed: int,
-    warm_forks: Forks,
+    warm_fork_server: ForkServer,
     root: Path,
-    empty: Path,
+    empty_snapshot: Path,
     draft: Path,
     order: Path,
-    finished: Path,
+    finished_snapshot: Path,
     order_variables: dict[str, str],
     proxy: Proxy,
     s3_server: S3Server,
     outcomes: Outcomes,
 ) -> None:
     home = Home(root / "home")
-    home.restore(finished)
-    expected = state(home)
-    home.restore(empty)
+    home.restore(finished_snapshot)
+    expected = read_state(home)
+    home.restore(empty_snapshot)
     variables = order_variables | s3_server.environment | {"AWS_ENDPOINT_URL": proxy.url}
     address = f"s3://models/order{seed}"
-    order_on_s3 = OrderOnS3(warm_forks, home, proxy, address, variables)
+    order_on_s3 = OrderOnS3(warm_fork_server, home, proxy, address, variables)
     rate = (0.02, 0.05, 0.1, 0.15)[ORDER_SEEDS.index(seed)]
     order_on_s3.finish("bundle", "pack", str(draft), rate=rate, seed=seed)
     order_on_s3.finish("compress", "--order", str(order), rate=rate, seed=seed)
     into = root / f"fetched{seed}"
     order_on_s3.finish("registry", "fetch", "clicks", "--into", str(into), rate=rate, seed=seed)
-    proxy.follow()
-    result = state(home, Store(address))
+    proxy.set_plan()
+    result = read_state(home, Store(address))
     assert result == expected
     for code, number in order_on_s3.codes.items():
         names = {0: "finished", 1: "retryable error", 2: "refused as damaged"}
@@ -365,32 +369,32 @@ def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
 @pytest.mark.parametrize("fault", FAULTS)
 def test_pack_with_a_fault_in_any_request_is_right_or_exits_with_code_1(
     fault: Any,
-    forks: Forks,
+    fork_server: ForkServer,
     root: Path,
-    empty: Path,
+    empty_snapshot: Path,
     draft: Path,
     proxy: Proxy,
     s3_server: S3Server,
     outcomes: Outcomes,
 ) -> None:
     home = Home(root / "home")
-    home.restore(empty)
+    home.restore(empty_snapshot)
     variables = home.variables | s3_server.environment | {"AWS_ENDPOINT_URL": proxy.url}
     command = ["bundle", "pack", str(draft), "--json"]
 
-    def packed(number: int) -> Any:
+    def pack(number: int) -> Any:
         store_variable = {"RECPRESS_STORE": f"s3://models/pack-{fault}/{number}"}
-        return forks.run(command, variables=variables | store_variable)
+        return fork_server.run(command, variables=variables | store_variable)
 
-    proxy.follow()
-    reference = packed(0)
+    proxy.set_plan()
+    reference = pack(0)
     assert reference.code == 0, reference.text
     failed = []
-    for number in range(1, len(proxy.seen) + 1):
-        proxy.follow(fail_at(number, fault, IN_A_ROW))
-        completed = packed(number)
-        proxy.follow()
-        again = packed(number)
+    for number in range(1, len(proxy.requests) + 1):
+        proxy.set_plan(fail_at(number, fault, IN_A_ROW))
+        completed = pack(number)
+        proxy.set_plan()
+        again = pack(number)
         is_right = again.code == 0 and again.outputs == reference.outputs and not completed.crashed
         allowed = {0, 1, 2} if fault == "flipped" and "damaged" in completed.text else {0, 1}
         outcome = {0: "right result", 1: "retryable error"}.get(
