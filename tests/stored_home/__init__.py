@@ -1,7 +1,7 @@
 """Backward compatibility: recpress homes of earlier versions, and the results to expect from them.
 
-A home is a folder with all files of an installation. A fixture is a stored home with its expected
-results, in a folder below ``fixtures``.
+A home is a folder with all files of one recpress installation. A fixture is a stored home with its
+expected results, in a folder below ``fixtures``.
 
 ``networks.py`` defines the models of a stored home and ``drafts.py`` writes their drafts.
 ``steps.py`` lists the recipes and ``orders.py`` the orders. ``settings.py`` lists all settings that

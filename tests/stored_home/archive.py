@@ -1,7 +1,7 @@
 """Pack the home of a fixture in a reproducible archive, and extract it safely.
 
 References in a home are relative to the store's root, so a home can be unpacked to any folder
-without changes. The archive is split into parts because the repository accepts no file over 1 MB.
+without changes. The archive is split into parts, because the repository accepts no file over 1 MB.
 """
 
 import io
@@ -21,7 +21,7 @@ def fixtures() -> tuple[Path, ...]:
 
 
 def pack(home: Path, into: Path) -> int:
-    """Write ``home`` to ``home.tar.xz.1`` and further parts; return their total bytes.
+    """Write ``home`` to the files ``into/home.tar.xz.1``, ``.2``, ...; return their total bytes.
 
     Names are sorted, and times and owners are omitted, so equal files give equal archives.
 

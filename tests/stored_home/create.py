@@ -31,6 +31,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 HOME = "{HOME}"
 """Placeholder for the folder of the home in stored output."""
 CODE = "stored home"
+"""Replaces the digest of the source code in the arguments of the task ``compress``."""
 TEMPORARY = ("cache", "progress", "orders.lock", "registry.db.lock")
 
 
@@ -48,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="stored-home-") as scratch:
         root = Path(scratch) / "root"
         _set_environment(root, Path(scratch) / "prefect")
-        expected, tensors = _fill(root, options.recipe)
-        _write(fixture, root, expected, tensors)
+        expected, tensors = _fill_home(root, options.recipe)
+        _write_fixture(fixture, root, expected, tensors)
 
 
 def _set_environment(root: Path, prefect: Path) -> None:
-    """Set the environment of a user's machine; Prefect reads it on import."""
+    """Set the environment variables of a command; Prefect reads them when it is imported."""
     for name in list(os.environ):
         if name.startswith(("RECPRESS_", "MLFLOW_", "PREFECT_", "AWS_")):
             del os.environ[name]
@@ -67,11 +68,11 @@ def _set_environment(root: Path, prefect: Path) -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
     }
-    # MLflow writes the working directory into an experiment that recpress does not use.
+    # MLflow stores the working directory in an experiment that recpress does not use.
     os.chdir("/")
 
 
-def _fill(root: Path, recipes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _fill_home(root: Path, recipes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fill the home; return the expected results for the tests, as JSON and as tensors."""
     from tests.stored_home import settings
     from tests.stored_home.drafts import write_click_draft, write_retrieval_draft
@@ -84,7 +85,7 @@ def _fill(root: Path, recipes: Sequence[str] | None) -> tuple[dict[str, Any], di
         write_retrieval_draft(root / "drafts" / "finder"),
     )
     for draft in drafts:
-        _run("bundle", "pack", str(draft))
+        _run_command("bundle", "pack", str(draft))
     expected: dict[str, Any] = {
         "recpress": metadata.version("recpress"),
         "environment": environment(),
@@ -94,18 +95,18 @@ def _fill(root: Path, recipes: Sequence[str] | None) -> tuple[dict[str, Any], di
     }
     if recipes is None:
         expected["finished"] = _run_orders(root)
-    expected["recipes"] = {name: _apply(name) for name in recipes or RECIPES}
+    expected["recipes"] = {name: _apply_recipe(name) for name in recipes or RECIPES}
     expected["tables"] = _quantize_tables(root)
     if recipes is None:
-        expected["registry"] = _registry(root)
-    expected["bundles"], expected["graphs"], tensors = _scores(root)
+        expected["registry"] = _run_registry_commands(root)
+    expected["bundles"], expected["graphs"], tensors = _compute_scores(root)
     for name in TEMPORARY:
         path = root / "recpress" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return expected, tensors
 
 
-def _run(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
+def _run_command(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
     """Run the command line in this process; return its standard output.
 
     Raises:
@@ -134,7 +135,7 @@ def _run_orders(root: Path) -> dict[str, Any]:
         file = folder / f"{name}.json"
         file.write_text(json.dumps(order, indent=1))
         code = EXIT[OUTCOMES[name]]
-        output = _run("compress", "--order", str(file), "--json", codes=(code,))
+        output = _run_command("compress", "--order", str(file), "--json", codes=(code,))
         result = json.loads(output)
         finished[name] = {
             "model": result["report"]["name"],
@@ -145,13 +146,12 @@ def _run_orders(root: Path) -> dict[str, Any]:
             "compressed": result["report"]["compressed"]["sha256"],
         }
         for command in COMMANDS.get(name, ()):
-            _run(*command)
+            _run_command(*command)
     return finished
 
 
-def _apply(name: str) -> dict[str, Any]:
-    """Apply one recipe of ``steps.py`` like a flow; return its steps, bundle and graph."""
-
+def _apply_recipe(name: str) -> dict[str, Any]:
+    """Apply a recipe of ``steps.py`` as a flow does; return its steps, bundle and graph."""
     from tasks.bundles.bundle_ref import find_bundle
     from tasks.compress import compress
     from tasks.lower import lower_model
@@ -208,24 +208,26 @@ def _quantize_tables(root: Path) -> dict[str, str]:
     for kind in table_steps():
         into = root / "tables" / kind
         arguments = ["--format", short_name(kind), "--tensor", "user.weight", "--json"]
-        output = _run("tables", "quantize", str(source), str(into), *arguments)
+        output = _run_command("tables", "quantize", str(source), str(into), *arguments)
         tables[kind] = json.loads(output)["sha256"]
     return tables
 
 
-def _registry(root: Path) -> dict[str, Any]:
-    """Output of the registry's commands for the home."""
-    listed = json.loads(_run("registry", "list", "--json").replace(str(root / "recpress"), HOME))
+def _run_registry_commands(root: Path) -> dict[str, Any]:
+    """Return the output of ``registry list``, ``show`` and ``fetch`` for all versions."""
+    listed = json.loads(
+        _run_command("registry", "list", "--json").replace(str(root / "recpress"), HOME)
+    )
     shown = {}
     for item in listed:
         version = ("--version", item["version"], "--json")
-        output = _run("registry", "show", item["model"], *version)
+        output = _run_command("registry", "show", item["model"], *version)
         shown[f"{item['model']}@{item['version']}"] = json.loads(output)
     fetched = {}
     for model in sorted({item["model"] for item in listed}):
         with tempfile.TemporaryDirectory() as folder:
             into = Path(folder) / "into"
-            _run("registry", "fetch", model, "--into", str(into))
+            _run_command("registry", "fetch", model, "--into", str(into))
             fetched[model] = {
                 path.relative_to(into).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in sorted(into.rglob("*"))
@@ -234,8 +236,12 @@ def _registry(root: Path) -> dict[str, Any]:
     return {"list": listed, "show": shown, "fetch": fetched}
 
 
-def _scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Scores of all bundles and of all graphs for ONNX Runtime in the store."""
+def _compute_scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Compute the scores of all bundles and of all graphs for ONNX Runtime in the store.
+
+    Returns:
+        Descriptions of the bundles and of the graphs, by hash; inputs and scores as tensors by key.
+    """
     from tasks.bundles.loading import load_bundle
     from tasks.orchestration.documents import lowering_of
     from tasks.orchestration.workspace import store
@@ -243,7 +249,11 @@ def _scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
     from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest
 
     inputs = {name: scored_inputs(name) for name in ("clicks", "ranker", "finder")}
-    tensors = {f"input/{m}/{name}": t for m, named in inputs.items() for name, t in named.items()}
+    tensors = {
+        f"input/{model}/{name}": tensor
+        for model, model_inputs in inputs.items()
+        for name, tensor in model_inputs.items()
+    }
     bundles: dict[str, Any] = {}
     graphs: dict[str, Any] = {}
     artifacts = root / "recpress" / "store" / "artifacts"
@@ -253,7 +263,8 @@ def _scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
             loaded = load_bundle(store().artifact(f"artifacts/{sha256}"))
             name, module = loaded.manifest.name, loaded.model.module
             tensors[f"torch/{sha256}"] = _tensor(module_scores(module, inputs[name]))
-            formats = {r.kind + ":" + r.format for r in loaded.manifest.network.modules.values()}
+            records = loaded.manifest.network.modules.values()
+            formats = {f"{record.kind}:{record.format}" for record in records}
             bundles[sha256] = {
                 "model": name,
                 "tensors": tensors_digest(module),
@@ -274,12 +285,15 @@ def _scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 def _tensor(scores: Any) -> Any:
+    """Copy an array to a tensor."""
     import torch
 
     return torch.from_numpy(scores.copy())
 
 
-def _write(fixture: Path, root: Path, expected: dict[str, Any], tensors: dict[str, Any]) -> None:
+def _write_fixture(
+    fixture: Path, root: Path, expected: dict[str, Any], tensors: dict[str, Any]
+) -> None:
     """Write the fixture to a temporary folder and rename it, so no partial fixture can remain."""
     from safetensors.torch import save_file
 
@@ -287,7 +301,7 @@ def _write(fixture: Path, root: Path, expected: dict[str, Any], tensors: dict[st
 
     home_path = str(root.parent).encode()
     for path in root.rglob("*"):
-        # The record of a publication names the registry's path; a moved home ignores it.
+        # The record of a publication contains the registry's path, which is ignored after a move.
         is_publication = path.parent.name == "publish"
         if path.is_file() and not is_publication and home_path in path.read_bytes():
             raise RuntimeError(f"{path} contains the path of the scratch folder")

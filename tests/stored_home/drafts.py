@@ -20,7 +20,7 @@ from tests.stored_home.networks import ClickNet, TwoTowerNet
 
 MODULE = "tests.stored_home.networks"
 MAX_BAG = 4
-DENSE = 3
+DENSE = 3  # width of the dense input
 CLICK_CONFIG = {
     "users": 320,
     "items": 120,
@@ -32,11 +32,11 @@ CLICK_CONFIG = {
     "blocks": 2,
 }
 EQUAL_USERS = 20
-"""The last users have the same table rows as the first ones, so that rows can be merged."""
+"""The table rows of the last 20 users equal those of the first 20, so that rows can be merged."""
 TOWER_CONFIG = {"users": 60, "items": 80, "tags": 24, "dense": DENSE, "dim": 16, "hidden": 24}
 ROWS = {"train": 480, "calibration": 160, "validation": 240, "test": 480}
-PER_QUERY = 12
-LIKED = {"train": 4, "validation": 2, "test": 3}
+PER_QUERY = 12  # rows of each query of the ranking model
+INTERACTIONS = {"train": 4, "validation": 2, "test": 3}
 """Interactions per user of the retrieval model, by split."""
 SPREAD = 1.2
 """Standard deviation of the logits."""
@@ -47,9 +47,9 @@ def write_click_draft(folder: Path, *, name: str = "clicks", ranking: bool = Fal
     seed = int(ranking)
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     model = ClickNet(**CLICK_CONFIG).eval()
-    columns = {split: _rows(count, draw) for split, count in ROWS.items()}
+    columns = {split: _rows(count, rng) for split, count in ROWS.items()}
     with torch.no_grad():
         model.user.weight[-EQUAL_USERS:] = model.user.weight[:EQUAL_USERS]
         nn.init.uniform_(model.norm.running_mean, -0.5, 0.5)
@@ -60,15 +60,16 @@ def write_click_draft(folder: Path, *, name: str = "clicks", ranking: bool = Fal
     for split, table in columns.items():
         with torch.no_grad():
             logits = _logits(model, table).numpy()
-        chance = 1 / (1 + np.exp(-logits))
+        probability = 1 / (1 + np.exp(-logits))
+        rows = np.arange(probability.size)
         if ranking:  # grades 0 to 3
-            grade = np.clip(np.round(2 * chance + draw.normal(0, 0.5, chance.size)), 0, 3)
+            grade = np.clip(np.round(2 * probability + rng.normal(0, 0.5, rows.size)), 0, 3)
             table["label"] = pa.array(grade.astype(np.int64))
-            table["query"] = pa.array(start // PER_QUERY + np.arange(chance.size) // PER_QUERY)
+            table["query"] = pa.array(start // PER_QUERY + rows // PER_QUERY)
         else:
-            table["label"] = pa.array((draw.random(chance.size) < chance).astype(np.int64))
-        table["at"] = pa.array(start + np.arange(chance.size))
-        start += chance.size
+            table["label"] = pa.array((rng.random(rows.size) < probability).astype(np.int64))
+        table["at"] = pa.array(start + rows)
+        start += rows.size
         _write(table, folder / f"{split}.parquet")
     save_file(model.state_dict(), folder / "model.safetensors")
     (folder / "items.json").write_text(json.dumps([f"i{n}" for n in range(CLICK_CONFIG["items"])]))
@@ -89,30 +90,30 @@ def write_retrieval_draft(folder: Path, *, name: str = "finder") -> Path:
     """Write the draft of a two-tower model whose towers share a bag of tags; return the folder."""
     folder.mkdir(parents=True)
     torch.manual_seed(2)
-    draw = np.random.default_rng(2)
+    rng = np.random.default_rng(2)
     model = TwoTowerNet(**TOWER_CONFIG).eval()
     users, items = TOWER_CONFIG["users"], TOWER_CONFIG["items"]
-    recent = _bags(users, TOWER_CONFIG["tags"], draw)
-    ids = draw.permutation(items)
-    catalogue = {"item": pa.array(ids), "tags": _bags(items, TOWER_CONFIG["tags"], draw)}
-    catalogue |= _dense(items, draw)
+    recent = _bags(users, TOWER_CONFIG["tags"], rng)
+    ids = rng.permutation(items)
+    catalogue = {"item": pa.array(ids), "tags": _bags(items, TOWER_CONFIG["tags"], rng)}
+    catalogue |= _dense(items, rng)
     _write(catalogue, folder / "items.parquet")
     with torch.no_grad():
         query = model.query(torch.arange(users), *_flat(recent))
         vectors = model.catalogue(torch.tensor(ids), *_flat(catalogue["tags"]), _matrix(catalogue))
         scores = (query @ vectors.T).numpy()
     # The largest scores plus Gumbel noise are a sample without replacement.
-    noise = draw.gumbel(size=scores.shape)
-    liked = np.argsort(-(scores * SPREAD / scores.std() + noise), axis=1)
+    noise = rng.gumbel(size=scores.shape)
+    ranked_items = np.argsort(-(scores * SPREAD / scores.std() + noise), axis=1)  # (users, items)
     start = 0
-    for split, count in LIKED.items():
-        chosen = liked[:, start : start + count].reshape(-1)
+    for split, count in INTERACTIONS.items():
+        selected = ranked_items[:, start : start + count].reshape(-1)
         start += count
         user = np.repeat(np.arange(users), count)
         columns = {
             "user": pa.array(user),
             "recent": recent.take(pa.array(user)),
-            "item": pa.array(ids[chosen]),
+            "item": pa.array(ids[selected]),
         }
         _write(columns, folder / f"{split}.parquet")
     ties = {"query.recent.weight": "catalogue.tags.weight"}
@@ -125,7 +126,7 @@ def write_retrieval_draft(folder: Path, *, name: str = "finder") -> Path:
         "version": "1",
         "signature": _retrieval_signature(),
         "network": {"architecture": architecture, "ties": ties},
-        "data": {split: f"{split}.parquet" for split in (*LIKED, "items")},
+        "data": {split: f"{split}.parquet" for split in (*INTERACTIONS, "items")},
     }
     (folder / "model.json").write_text(json.dumps(document, indent=1))
     return folder
@@ -137,26 +138,27 @@ def scored_inputs(name: str) -> dict[str, Tensor]:
     Args:
         name: ``clicks``, ``ranker`` or ``finder``.
     """
-    draw = np.random.default_rng(9)
+    rng = np.random.default_rng(9)
     rows = 24
     if name != "finder":
-        columns = _rows(rows, draw)
+        columns = _rows(rows, rng)
         return _arguments(columns)
     users, items, tags = (TOWER_CONFIG[key] for key in ("users", "items", "tags"))
-    recent, recent_offsets = _flat(_bags(rows, tags, draw))
-    item_tags, offsets = _flat(_bags(rows, tags, draw))
+    recent, recent_offsets = _flat(_bags(rows, tags, rng))
+    item_tags, offsets = _flat(_bags(rows, tags, rng))
     return {
-        "user": torch.tensor(draw.integers(0, users, rows)),
+        "user": torch.tensor(rng.integers(0, users, rows)),
         "recent": recent,
         "recent_offsets": recent_offsets,
-        "item": torch.tensor(draw.integers(0, items, rows)),
+        "item": torch.tensor(rng.integers(0, items, rows)),
         "tags": item_tags,
         "tags_offsets": offsets,
-        "dense": _matrix(_dense(rows, draw)),
+        "dense": _matrix(_dense(rows, rng)),
     }
 
 
 def _click_signature(*, ranking: bool) -> dict[str, Any]:
+    """Return the signature of the click model or of the ranking model."""
     return {
         "inputs": [
             {"kind": "id", "name": "user", "table": "user"},
@@ -185,6 +187,7 @@ def _click_signature(*, ranking: bool) -> dict[str, Any]:
 
 
 def _retrieval_signature() -> dict[str, Any]:
+    """Return the signature of the two-tower model."""
     return {
         "inputs": [
             {"kind": "id", "name": "user", "table": "query.user"},
@@ -209,33 +212,34 @@ def _retrieval_signature() -> dict[str, Any]:
 
 
 def _dense_input() -> dict[str, Any]:
+    """Return the dense input of a signature."""
     columns = [f"d{index}" for index in range(DENSE)]
     return {"kind": "dense", "name": "dense", "columns": columns, "shape": [DENSE]}
 
 
-def _rows(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
-    """Draw the input columns of the click and the ranking model."""
-    # Skewed lookups as in real logs: few ids have most of the lookups.
+def _rows(count: int, rng: np.random.Generator) -> dict[str, pa.Array]:
+    """Draw the input columns of ``count`` rows of the click and the ranking model."""
+    # Skewed lookups as in real logs: a few ids have most of the lookups.
     users, items = CLICK_CONFIG["users"], CLICK_CONFIG["items"]
     return {
-        "user": pa.array((users * draw.random(count) ** 2).astype(np.int64)),
-        "item": pa.array((items * draw.random(count) ** 2).astype(np.int64)),
-        "tags": _bags(count, CLICK_CONFIG["tags"], draw),
-        **_dense(count, draw),
+        "user": pa.array((users * rng.random(count) ** 2).astype(np.int64)),
+        "item": pa.array((items * rng.random(count) ** 2).astype(np.int64)),
+        "tags": _bags(count, CLICK_CONFIG["tags"], rng),
+        **_dense(count, rng),
     }
 
 
-def _bags(count: int, tags: int, draw: np.random.Generator) -> pa.Array:
+def _bags(count: int, tags: int, rng: np.random.Generator) -> pa.Array:
     """Draw ``count`` lists of at most ``MAX_BAG`` tags."""
-    lengths = draw.integers(0, MAX_BAG + 1, count)
-    bags = [draw.integers(0, tags, length).tolist() for length in lengths]
+    lengths = rng.integers(0, MAX_BAG + 1, count)
+    bags = [rng.integers(0, tags, length).tolist() for length in lengths]
     return pa.array(bags, pa.list_(pa.int64()))
 
 
-def _dense(count: int, draw: np.random.Generator) -> dict[str, pa.Array]:
-    """Draw the columns of the dense input."""
+def _dense(count: int, rng: np.random.Generator) -> dict[str, pa.Array]:
+    """Draw the columns of the dense input for ``count`` rows."""
     # Multiples of 0.5 are exact in float32 and keep the files small.
-    numbers: NDArray[np.float32] = np.round(2 * draw.normal(size=(DENSE, count))).astype(np.float32)
+    numbers: NDArray[np.float32] = np.round(2 * rng.normal(size=(DENSE, count))).astype(np.float32)
     return {f"d{index}": pa.array(row / 2) for index, row in enumerate(numbers)}
 
 
@@ -246,7 +250,7 @@ def _matrix(columns: dict[str, pa.Array]) -> Tensor:
 
 
 def _flat(bags: pa.Array) -> tuple[Tensor, Tensor]:
-    """Return the values and the offsets of a list column."""
+    """Return the values of a list column, int64 ``(values,)``, and offsets, int64 ``(rows,)``."""
     lists = bags.to_pylist()
     lengths = torch.tensor([len(ids) for ids in lists])
     values = torch.tensor([number for ids in lists for number in ids], dtype=torch.int64)
@@ -266,10 +270,12 @@ def _arguments(columns: dict[str, pa.Array]) -> dict[str, Tensor]:
 
 
 def _logits(model: ClickNet, columns: dict[str, pa.Array]) -> Tensor:
+    """Compute the logits of a model, float32 ``(rows,)``."""
     logits: Tensor = model(**_arguments(columns))
     return logits
 
 
 def _write(columns: dict[str, pa.Array], path: Path) -> None:
+    """Write columns as a parquet file."""
     # Uncompressed, because the whole fixture is compressed.
     pq.write_table(pa.table(columns), path, compression="none")

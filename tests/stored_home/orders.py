@@ -5,7 +5,7 @@ from typing import Any
 from tests.stored_home.steps import QUICK
 
 ORDERS: dict[str, dict[str, Any]] = {
-    # Accepted; the order promotes it.
+    # Accepted; the order promotes the result.
     "pruned": {
         "model": "clicks@1",
         "preset": "custom",
@@ -23,7 +23,8 @@ ORDERS: dict[str, dict[str, Any]] = {
         ],
         "promote": True,
     },
-    # Accepted; a command promotes it, another one rolls it back. The engine is built, not measured.
+    # Accepted; one command promotes the result, and another one rolls it back. The engine of the
+    # optional target is built and not measured.
     "safe": {
         "model": "clicks@1",
         "preset": "safe",
@@ -74,7 +75,7 @@ ORDERS: dict[str, dict[str, Any]] = {
         "promote": True,
     },
 }
-"""Orders by the name of their file, in the sequence in which they run."""
+"""Orders by name, in the sequence in which they run."""
 
 OUTCOMES = {
     "pruned": "accepted",

@@ -1,9 +1,10 @@
 """Compute the scores of stored bundles and graphs on fixed inputs, and describe the environment.
 
-The instruction set determines the order of float sums: torch, MKL and ONNX Runtime choose kernels
-when they start. ``environment`` returns the processor and the library versions. If both are equal
-to the stored ones, scores must be equal bit by bit. Measured on one processor: torch's kernels for
-AVX2 and AVX-512 give equal bits in all 93 bundles; those for SSE give different last bits in 73.
+The last bits of a score depend on the order of float sums, and so on the kernels that torch, MKL
+and ONNX Runtime choose for the processor. ``environment`` returns the processor and the library
+versions. If both are equal to the stored ones, scores must be equal bit by bit. Measured on one
+processor: torch's kernels for AVX2 and AVX-512 give equal bits in all 93 bundles; its kernels for
+SSE give different last bits in 73.
 
 In other environments a rounding tolerance applies (``stored.py``). If a layer quantizes its inputs
 to int8 or float8, the tolerance is the one between a module and its graph
@@ -65,7 +66,7 @@ def graph_scores(path: Path, names: tuple[str, ...], inputs: Mapping[str, Tensor
 
 
 def edge_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inputs with some ids out of range, to cover the graph's policy for them."""
+    """Return the inputs with some ids outside their tables, to cover the policy for such ids."""
     changed = {name: tensor.clone() for name, tensor in inputs.items()}
     changed["user"][0] = CLICK_CONFIG["users"]
     changed["item"][1] = -1

@@ -1,8 +1,8 @@
 """List all settings that a current order file may contain, as JSON: steps, limits and orders.
 
 The steps are every registered step with all fields, once with defaults and once for each other
-value of a field with named choices. The limits are every metric with every reference. The orders
-are every preset as a complete order.
+value of a field with named choices. The limits are on every metric, compared with every reference
+(baseline, champion or none). The orders are one complete order for each preset.
 """
 
 import types
@@ -74,7 +74,7 @@ def order_documents() -> list[Document]:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """Return the named choices of a field, including those within a union."""
+    """Return the values of a field's ``Literal`` type, including those within a union."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if get_origin(annotation) in (typing.Union, types.UnionType):

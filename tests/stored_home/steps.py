@@ -10,14 +10,17 @@ from typing import Any
 
 Recipe = tuple[dict[str, Any], ...]
 
+# Settings of a short training.
 QUICK = {"epochs": 2, "batch": 64, "warmup": 0, "learning_rate": 0.01}
 
 
 def _table(kind: str, **settings: Any) -> Recipe:
+    """Return a recipe of one step for tables."""
     return ({"kind": kind, **settings},)
 
 
 def _dense(kind: str, **settings: Any) -> Recipe:
+    """Return a recipe of one step for all dense layers."""
     return ({"kind": kind, "layers": ["*"], **settings},)
 
 
@@ -196,4 +199,4 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         ),
     ),
 }
-"""By name of the recipe: the model, and the steps in order."""
+"""Maps the name of a recipe to its model and its steps in order."""

@@ -21,21 +21,28 @@ from tasks.orchestration.workspace import local, store
 from tests.stored_home.archive import fixtures, unpack
 from tests.stored_home.scores import environment
 
-ROUNDS_INPUTS = {"static_int8", "weight_int8", "weight_int4", "float8_dense"}
+INPUT_QUANTIZING_FORMATS = {"static_int8", "weight_int8", "weight_int4", "float8_dense"}
 """Formats whose layers quantize inputs; a value midway between levels may round either way."""
 ROUNDING = 1e-5
-"""Largest difference from another order of float sums, as a share of the scores' deviation.
+"""Largest difference due to another order of float sums, relative to the scores' deviation.
 
-Four layers of at most 51 products, each rounded to 2 ** -24: 4 * 51 * 6e-8 = 1.2e-5. The largest
-measured difference of 93 bundles is 5e-7 with torch's kernels for SSE and 9e-7 with MKL's common
-path.
+The worst case is about 1.2e-5: four layers of at most 51 products, each rounded to 2 ** -24, give
+4 * 51 * 6e-8. The largest measured difference of 93 bundles is 5e-7 with torch's kernels for SSE
+and 9e-7 with MKL's common path.
 """
 _SCRATCH = tempfile.TemporaryDirectory(prefix="stored-home-")
 
 
 @dataclass(frozen=True)
 class Fixture:
-    """An unpacked stored home and its expected results."""
+    """An unpacked stored home and its expected results.
+
+    Attributes:
+        folder: folder of the stored fixture.
+        expected: content of ``expected.json``.
+        tensors: content of ``expected.safetensors``.
+        root: folder of the unpacked home.
+    """
 
     folder: Path
     expected: dict[str, Any]
@@ -49,7 +56,7 @@ class Fixture:
         return {name.removeprefix(prefix): t for name, t in tensors if name.startswith(prefix)}
 
     def scores(self, key: str) -> NDArray[np.float32]:
-        """Return stored scores or vectors."""
+        """Return the stored scores or vectors of a key, such as ``torch/<sha256 of a bundle>``."""
         return self.tensors[key].numpy()
 
 
@@ -106,7 +113,7 @@ def require_equal(
     formats = {line.format for line in plan.lines} if plan is not None else set()
     if environment() == fixture.expected["environment"]:
         np.testing.assert_array_equal(actual, expected)
-    elif formats & ROUNDS_INPUTS:
+    elif formats & INPUT_QUANTIZING_FORMATS:
         check_parity(expected, actual, plan, "onnxruntime")
     else:
         spread = float(np.nanstd(expected))
