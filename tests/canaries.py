@@ -37,11 +37,11 @@ class Canaries:
     values: Mapping[str, str]
 
     def of(self, name: str) -> str:
-        """The secret of a variable."""
+        """Return the secret of a variable."""
         return self.values[name]
 
     def in_address(self, name: str) -> str:
-        """The percent-encoded secret of a variable, for use in a URL."""
+        """Return the percent-encoded secret of a variable, for use in a URL."""
         return quote(self.values[name], safe="")
 
 
@@ -50,8 +50,8 @@ def canaries(names: Iterable[str] = SECRETS) -> Canaries:
     return Canaries({name: f"cnry/{name.lower().replace('_', '-')}%+é=9" for name in names})
 
 
-def forms(secret: str) -> set[bytes]:
-    """Every byte sequence in which a program may write a secret."""
+def encoded_forms(secret: str) -> set[bytes]:
+    """Return every byte sequence in which a program may write a secret."""
     texts = {
         secret,
         quote(secret, safe=""),
@@ -63,7 +63,7 @@ def forms(secret: str) -> set[bytes]:
         quote(quote(secret, safe=""), safe=""),
     }
     raw = secret.encode()
-    # The middle alone also counts, as the start and end may be cut or encoded in another way.
+    # The middle alone also counts, since the start and the end may be cut or encoded differently.
     middle = secret[secret.index("/") + 1 : secret.index("%")]
     result = {text.encode() for text in texts} | {middle.encode()}
     for body in (raw, raw.replace("é".encode(), b"")):
@@ -78,8 +78,8 @@ def find_secrets(planted: Canaries, folders: Iterable[Path], texts: Mapping[str,
     """Search folders and texts for secrets: one line per occurrence with variable and context."""
     result = []
     bodies = [(name, text.encode("utf-8", "surrogatepass")) for name, text in texts.items()]
-    expected = {name: forms(secret) for name, secret in planted.values.items()}
-    for source, body in (*bodies, *_bodies(folders)):
+    expected = {name: encoded_forms(secret) for name, secret in planted.values.items()}
+    for source, body in (*bodies, *_read_files(folders)):
         for name, variants in expected.items():
             for variant in variants:
                 position = body.find(variant)
@@ -90,8 +90,8 @@ def find_secrets(planted: Canaries, folders: Iterable[Path], texts: Mapping[str,
     return result
 
 
-def _bodies(folders: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file, of unpacked archives, and of the rows of databases."""
+def _read_files(folders: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and content of every file, unpacked archive and table of a database."""
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.is_symlink() or not path.is_file():
@@ -99,7 +99,7 @@ def _bodies(folders: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
             body = path.read_bytes()
             yield str(path), body
             if body.startswith(b"SQLite format 3\0"):
-                yield from _rows(path)
+                yield from _read_database(path)
             elif body.startswith(b"\x1f\x8b"):
                 yield f"{path} (unpacked)", gzip.decompress(body)
             elif body.startswith(b"PK\x03\x04"):
@@ -108,7 +108,8 @@ def _bodies(folders: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
                         yield f"{path}!{name}", archive.read(name)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, bytes]]:
+def _read_database(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the name of each table of a SQLite database, and its values."""
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
         names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         for (name,) in names:

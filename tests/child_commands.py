@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-FOREIGN = ("AWS_", "MLFLOW_TRACKING_", "RECPRESS_")
+SETTING_PREFIXES = ("AWS_", "MLFLOW_TRACKING_", "RECPRESS_")
 SendCommand = Callable[[str], list[dict[str, Any]]]
 
 
@@ -28,7 +28,9 @@ def running_child(
         variables: added to the environment, from which all settings of a store or registry are
             removed.
     """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(SETTING_PREFIXES)
+    }
     paths = (ROOT, ROOT / "tests", ROOT / "tests" / "tasks")
     environment = {**inherited, "PYTHONPATH": os.pathsep.join(map(str, paths)), **variables}
     with subprocess.Popen(

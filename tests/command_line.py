@@ -10,7 +10,7 @@ from flows.cli import app
 def run_main(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[int, str]:
-    """Run ``main`` with these arguments; returns exit code, and both outputs as one text."""
+    """Run ``main`` with these arguments; return the exit code, and both outputs as one text."""
     code, out, err = run_main_apart(monkeypatch, capsys, *arguments)
     return code, out + err
 
@@ -18,7 +18,7 @@ def run_main(
 def run_main_apart(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[int, str, str]:
-    """Run ``main`` with these arguments; returns exit code, standard output and error."""
+    """Run ``main`` with these arguments; return the exit code, standard output and error."""
     monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""Networks of the test drafts, in a module that is not part of recpress, as a user's model is."""
+"""Networks of the test drafts, in a module outside of recpress, like the module of a user."""
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class ClickNet(nn.Module):
     def forward(
         self, user: Tensor, item: Tensor, tags: Tensor, tags_offsets: Tensor, dense: Tensor
     ) -> Tensor:
-        """Logits ``(rows,)`` of ids ``(rows,)``, a jagged bag and dense ``(rows, width)``."""
+        """Return logits ``(rows,)``; ids are ``(rows,)``, ``dense`` is ``(rows, width)``."""
         bag = self.tags(tags, tags_offsets)  # (rows, dim)
         wide = torch.cat([self.user(user), self.item(item), bag, dense], dim=1)  # (rows, width)
         crossed = wide * self.cross(wide) + wide  # (rows, width)
@@ -52,7 +52,7 @@ class UserTower(nn.Module):
         self.second = nn.Linear(hidden, dim)
 
     def forward(self, user: Tensor, lately: Tensor, lately_offsets: Tensor) -> Tensor:
-        """Vectors ``(rows, dim)`` of ids ``(rows,)`` and a jagged bag."""
+        """Return vectors ``(rows, dim)`` of ids ``(rows,)`` and a jagged bag."""
         features = torch.cat([self.user(user), self.lately(lately, lately_offsets)], dim=1)
         vectors: Tensor = self.second(torch.relu(self.first(features)))
         return vectors
@@ -68,7 +68,7 @@ class ItemTower(nn.Module):
         self.out = nn.Linear(2 * dim + dense, dim)
 
     def forward(self, item: Tensor, tags: Tensor, tags_offsets: Tensor, dense: Tensor) -> Tensor:
-        """Vectors ``(rows, dim)`` of ids ``(rows,)``, a jagged bag and dense ``(rows, width)``."""
+        """Return vectors ``(rows, dim)``; ids are ``(rows,)``, ``dense`` is ``(rows, width)``."""
         features = torch.cat([self.item(item), self.tags(tags, tags_offsets), dense], dim=1)
         vectors: Tensor = self.out(features)
         return vectors
@@ -119,7 +119,7 @@ class TowerNet(nn.Module):
         tags_offsets: Tensor,
         dense: Tensor,
     ) -> Tensor:
-        """Scores ``(rows,)`` of one user and one item per row."""
+        """Return scores ``(rows,)`` of one user and one item per row."""
         query = self.of_user(user, lately, lately_offsets)
         item_vectors = self.of_item(item, tags, tags_offsets, dense)
         score: Tensor = (query * item_vectors).sum(dim=1) + self.bias

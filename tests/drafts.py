@@ -1,7 +1,7 @@
 """Write small drafts of bundles, and run recpress on them in a child process.
 
-The weights are random, and labels are drawn with the network's probabilities. So no other network
-is better for the data, and compression can only lower the quality.
+The weights are random, and labels are drawn with the network's probabilities. Therefore no other
+network fits the data better, and compression can only lower the quality.
 """
 
 import json
@@ -59,15 +59,15 @@ def write_draft(
     }
     model = ClickNet(**config).eval()
     random = np.random.default_rng(seed)
-    columns = {split: _columns(count, random) for split, count in rows.items()}
+    columns = {split: _draw_columns(count, random) for split, count in rows.items()}
     with torch.no_grad():
-        logits = _logits(model, columns["train"])
+        logits = _compute_logits(model, columns["train"])
         model.out.weight *= SPREAD / logits.std()
         model.out.bias.copy_(-(logits * SPREAD / logits.std()).mean() - 0.5)
     start = 0
     for split, columns_of_split in columns.items():
         with torch.no_grad():
-            logits = _logits(model, columns_of_split).numpy()
+            logits = _compute_logits(model, columns_of_split).numpy()
         count = len(logits)
         probability = 1 / (1 + np.exp(-logits))
         if task == "ctr":
@@ -97,7 +97,7 @@ def write_draft(
 
 
 def signature(task: Task) -> dict[str, Any]:
-    """The signature of ``ClickNet`` for a task, as a document."""
+    """Return the signature of ``ClickNet`` for a task, as a document."""
     ranking = task == "ranking"
     return {
         "inputs": [
@@ -132,19 +132,24 @@ def signature(task: Task) -> dict[str, Any]:
 
 
 def planted_auc(folder: Path) -> float:
-    """AUC of the draft's network on its test rows, computed without code of recpress."""
+    """Return the AUC of the draft's network on its test rows, computed without code of recpress."""
     document = json.loads((folder / "model.json").read_text())
     model = ClickNet(**document["network"]["architecture"]["config"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     table = pq.read_table(folder / "test.parquet")
     columns = {name: table[name].combine_chunks() for name in table.column_names}
     with torch.no_grad():
-        scores = _logits(model.eval(), columns).numpy()
+        scores = _compute_logits(model.eval(), columns).numpy()
     return float(roc_auc_score(table["label"].to_numpy(), scores))
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """Environment of a child process, without the user's settings and with homes in ``home``."""
+    """Return the variables of a child process: homes in ``home`` and none of the user's settings.
+
+    Args:
+        home: folder of the home folders of recpress and Prefect.
+        more: further variables.
+    """
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -178,7 +183,8 @@ def recpress(
     )
 
 
-def _columns(count: int, random: np.random.Generator) -> dict[str, pa.Array]:
+def _draw_columns(count: int, random: np.random.Generator) -> dict[str, pa.Array]:
+    """Draw the inputs of ``count`` rows."""
     lengths = random.integers(0, LONGEST + 1, count)
     bags = [random.integers(0, TAGS, length).tolist() for length in lengths]
     columns = {
@@ -191,7 +197,8 @@ def _columns(count: int, random: np.random.Generator) -> dict[str, pa.Array]:
     return columns
 
 
-def _logits(model: ClickNet, columns: Mapping[str, pa.Array]) -> torch.Tensor:
+def _compute_logits(model: ClickNet, columns: Mapping[str, pa.Array]) -> torch.Tensor:
+    """Return the logits of the rows, float32 ``(rows,)``."""
     bags = columns["tags"].to_pylist()
     lengths = torch.tensor([len(ids) for ids in bags])
     dense = np.stack([columns[f"d{index}"].to_numpy() for index in range(DENSE)], axis=1)

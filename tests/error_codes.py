@@ -100,7 +100,7 @@ def raises_code(
 def value_errors(
     fault: ValidationError | PydanticCustomError,
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Code and fields of each error in pydantic's exception, or of the one error of a validator."""
+    """Return code and fields of each error in an exception of pydantic or of a validator."""
     if isinstance(fault, PydanticCustomError):
         return [(fault.type, fault.context or {})]
     return [(error["type"], error.get("ctx", {})) for error in fault.errors()]
@@ -123,7 +123,7 @@ def raises_value_error(
 
 
 def coded_classes() -> tuple[type[CodedError], ...]:
-    """All error classes that define codes, sorted by name."""
+    """Return all error classes that define codes, sorted by name."""
     module_members = [vars(importlib.import_module(name)).values() for name in MODULES]
     classes = {
         error_class
@@ -145,7 +145,7 @@ def coded_classes() -> tuple[type[CodedError], ...]:
 
 
 def example_of(error_class: type[CodedError], code: str | None = None) -> CodedError:
-    """An error of a class with a value in each field, by default with the first code."""
+    """Return an error of a class with a value in each field, by default with the first code."""
     chosen_code = code or next(iter(error_class.sentences))
     values = {
         name: "x" if not spec else 1 if spec == "," or spec[-1] in "fg" else ("x",)
@@ -156,7 +156,7 @@ def example_of(error_class: type[CodedError], code: str | None = None) -> CodedE
 
 
 def page() -> str:
-    """The text of ``docs/errors.md``: one table per class."""
+    """Return the text of ``docs/errors.md``: one table per class."""
     lines = [
         "# Error codes",
         "",

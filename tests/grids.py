@@ -1,4 +1,8 @@
-"""Grids (evenly spaced levels) and random tables for tests of uniform quantization formats."""
+"""Grids (evenly spaced levels) and random tables for tests of uniform quantization formats.
+
+``each_grid`` and similar names parametrize a test; ``scale_types``, ``sharing`` and ``rules`` are
+Hypothesis strategies for settings.
+"""
 
 from typing import Any
 
@@ -31,13 +35,13 @@ rules = st.sampled_from(["min_max", "greedy", "mse"])
 
 
 def changed_grid(grid: Grid, **changes: Any) -> Grid:
-    """A copy of a grid with other values in some fields."""
+    """Return a copy of a grid with other values in some fields."""
     fields = {name: getattr(grid, name) for name in Grid.__dataclass_fields__}
     return Grid(**{**fields, **changes})
 
 
 def tables(largest: float = 6e4) -> st.SearchStrategy[Tensor]:
-    """Float32 tables whose rows have very different scales and offsets."""
+    """Return a strategy for float32 tables whose rows have very different scales and offsets."""
 
     def scaled(values_power_shift: tuple[np.ndarray, float, float]) -> Tensor:
         table, power, shift = values_power_shift
@@ -53,7 +57,7 @@ def tables(largest: float = 6e4) -> st.SearchStrategy[Tensor]:
 
 
 def random_normal(rows: int, dim: int, seed: int = 3) -> Tensor:
-    """Normal weights float32 ``(rows, dim)`` from a seed."""
+    """Return normal weights float32 ``(rows, dim)`` from a seed."""
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 

@@ -43,7 +43,7 @@ GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
 def group_of(nodeid: str) -> str:
-    """The name of the group of a test."""
+    """Return the name of the group of a test."""
     path = Path(nodeid.partition("::")[0])
     if path.parent.name == "faults":  # these tests share one process that forks others
         return "faults"

@@ -78,7 +78,7 @@ def count_use_operations(writer: str, file: Path) -> int:
 
 
 def kill_at(writer: str, file: Path, number: int) -> bool:
-    """Kill a first use before an operation; False if it ended earlier."""
+    """Kill a first use before an operation; return False if it ended earlier."""
 
     def work() -> None:
         count_operations(
@@ -102,6 +102,7 @@ def publish_after_kill(file: Path) -> str:
 
 
 def main(folder: Path, writer: str, points: list[float]) -> None:
+    """Kill one first use at each point, publish a version, and print what happened."""
     total = count_use_operations(writer, folder / "uninterrupted" / "registry.db")
     for point in points:
         number = max(1, min(total, round(point * total)))
@@ -118,5 +119,5 @@ def main(folder: Path, writer: str, points: list[float]) -> None:
 
 if __name__ == "__main__":
     for command in sys.stdin:
-        place, kind, *shares = command.split()
-        main(Path(place), kind, [float(share) for share in shares])
+        test_folder, writer_name, *shares = command.split()
+        main(Path(test_folder), writer_name, [float(share) for share in shares])

@@ -69,9 +69,9 @@ def running_services() -> Iterator[LocalServices]:
             stderr=subprocess.STDOUT,
         )
     try:
-        end = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while READY_LINE not in log_file.read_text():
-            if process.poll() is not None or time.monotonic() > end:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(
                     f"expected services that are ready, got:\n{log_file.read_text()[-4000:]}"
                 )
@@ -87,7 +87,7 @@ def running_services() -> Iterator[LocalServices]:
 
 
 def _read_exports(path: Path) -> dict[str, str]:
-    """The variables that a shell script exports."""
+    """Return the variables that a shell script exports."""
     result = {}
     for line in path.read_text().splitlines():
         name, _, value = line.removeprefix("export ").partition("=")

@@ -9,16 +9,17 @@ from compressors.core.model import Model
 
 
 def scores_of(model: Model, reference: Reference, rows: int = 300) -> Tensor:
-    """Scores float32 ``(rows,)`` of a model on example rows of its reference."""
+    """Return the scores float32 ``(rows,)`` of a model on example rows of its reference."""
     inputs = models.generate_inputs(reference.signature, reference.rows_of_tables(), rows, seed=11)
     with torch.no_grad():
         return model.module(**inputs).reshape(-1)
 
 
 def float32_rounding(scores: Tensor) -> float:
-    """Tolerance for scores that are sums of about 100 float32 products in another order."""
+    """Return the tolerance for sums of about 100 float32 products in another order."""
     return 64 * torch.finfo(torch.float32).eps * max(1.0, float(scores.abs().max()))
 
 
 def stored_bytes(tensors: dict[str, Tensor]) -> int:
+    """Return the bytes of all tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -105,7 +105,7 @@ RECIPES: tuple[tuple[str, ...], ...] = (
 
 
 def recipe_with(kind: str) -> tuple[str, ...]:
-    """The recipe in ``RECIPES`` that contains a kind of step."""
+    """Return the recipe in ``RECIPES`` that contains a kind of step."""
     (recipe,) = (recipe for recipe in RECIPES if kind in recipe)
     return recipe
 
@@ -281,7 +281,7 @@ def planned_and_applied(step: Any, model: Model, bench: Bench) -> AppliedStep:
 
 
 def default_step(method: type[Step]) -> Step:
-    """A step with default settings, except a short training and symmetric int2."""
+    """Return a step with default settings, except a short training and symmetric int2."""
     fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
     quickly = {"training": QUICKLY, "steps": 20}
     settings: dict[str, Any] = {
@@ -303,7 +303,7 @@ class Reference:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self, seed: int = 0) -> Model:
-        """The network as a bundle would be loaded, with random weights from ``seed``."""
+        """Return the network as a bundle would be loaded, with random weights from ``seed``."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             module = self.network(**self.config)
@@ -316,7 +316,7 @@ class Reference:
         return Model(module.eval(), self.network, description)
 
     def rows_of_tables(self) -> dict[str, int]:
-        """Number of rows of every table that an input names."""
+        """Return the number of rows of every table that an input names."""
         return rows_of_tables(self.model().module, self.signature)
 
     def bench(self, folder: Path) -> Bench:
@@ -338,13 +338,14 @@ class Reference:
         return Bench(signature=self.signature, soft_labels=soft, **parts)
 
     def negated_scores(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The negated score of each row, or 1 minus its probability, float32 ``(rows,)``."""
+        """Return the negated score of each row, or 1 minus its probability, float32 ``(rows,)``."""
         with torch.no_grad():
             scores = self.model().module(**inputs).reshape(-1)
         return 1 - scores if self.signature.single_output.form == "probability" else -scores
 
 
 def signature_of(*inputs: Any, group: str | None = None, **changes: Any) -> Signature:
+    """Return a signature with one output; ``changes`` replace fields of that output."""
     fields = {"name": "label", "kind": "ctr", "label": "label", "metric": "auc", **changes}
     return Signature(inputs=inputs, outputs=(Output(**fields),), group=group)
 
@@ -456,7 +457,7 @@ def write_split(
 
 
 def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every tensor of a module's state."""
+    """Return a copy of every tensor of a module's state."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -466,7 +467,7 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="lowered-")
 
 
 def only_graph(signature: Signature) -> ServedGraph:
-    """The only graph of a model that is not split into towers."""
+    """Return the only graph of a model that is not split into towers."""
     (served_graph,) = served_graphs(signature)
     return served_graph
 
@@ -482,17 +483,17 @@ class Graph:
     target: TargetName = "onnxruntime"
 
     def rows(self, count: int, seed: int = 5) -> dict[str, Tensor]:
-        """Random inputs with ids within the tables."""
+        """Return random inputs with ids within the tables."""
         return generate_inputs(self.signature, self.lowered.served.rows_of_table, count, seed)
 
     def in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
-        """Scores of the serving wrapper in torch, which applies the policy for ids."""
+        """Return the scores of the serving wrapper in torch, which applies the policy for ids."""
         with torch.no_grad():
             scores: Tensor = self.lowered.served(*(inputs[n] for n in input_names(self.signature)))
         return scores.numpy()
 
     def in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
-        """Scores of the graph in ONNX Runtime, which can also run the graphs for TensorRT."""
+        """Return the graph's scores in ONNX Runtime, which also runs graphs for TensorRT."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         path = self.path
         if self.target != "onnxruntime" and has_bfloat16_products(self.model.plan):
@@ -503,7 +504,7 @@ class Graph:
 
 @functools.cache
 def compressed_reference(reference_name: str, kinds: tuple[str, ...]) -> Model:
-    """The model of a reference after steps of these kinds with default settings."""
+    """Return the model of a reference after steps of these kinds with default settings."""
     reference = BY_NAME[reference_name]
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     methods = {method.model_fields["kind"].default: method for method in METHODS}  # type: ignore[attr-defined]
@@ -515,7 +516,7 @@ def compressed_reference(reference_name: str, kinds: tuple[str, ...]) -> Model:
 
 @functools.cache
 def lowered_reference(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Graph:
-    """The graph of a compressed reference; of the uncompressed one if ``kinds`` is empty."""
+    """Return the graph of a compressed reference; of the uncompressed one if ``kinds`` is empty."""
     reference = BY_NAME[reference_name]
     model = compressed_reference(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"

@@ -14,7 +14,7 @@ class Named(nn.Module):
         self.names = names
 
     def forward(self, *, a: Tensor, b: Tensor, dense: Tensor) -> Tensor:
-        """Logits ``(rows,)``."""
+        """Return logits ``(rows,)``."""
         first, second = (self.tables[name] for name in self.names)
         x = torch.cat([first(a), second(b), dense], dim=1)
         logit: Tensor = self.layers[self.names[0]](x).squeeze(1)

@@ -46,11 +46,12 @@ Pair = tuple[int, int, int, int]
 
 
 def _pairs_of(row: Sequence[int]) -> list[Pair]:
+    """Return all pairs of values in a combination: axis and value, axis and value."""
     return [(i, row[i], k, row[k]) for i, k in itertools.combinations(range(len(row)), 2)]
 
 
 def _newly_covered(uncovered: dict[Pair, None], row: dict[int, int], axis: int, value: int) -> int:
-    """How many uncovered pairs a value has with the values chosen so far."""
+    """Return how many uncovered pairs a value has with the values chosen so far."""
     pairs = (
         (axis, value, other, chosen) if axis < other else (other, chosen, axis, value)
         for other, chosen in row.items()

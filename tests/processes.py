@@ -7,7 +7,7 @@ LISTENING = "0A"
 
 
 def process_tree(pid: int) -> list[int]:
-    """The process ids of a process and all its descendants."""
+    """Return the process ids of a process and all its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -23,18 +23,18 @@ def process_tree(pid: int) -> list[int]:
 
 
 def arguments(pid: int) -> list[str]:
-    """The arguments of a process, which every user of the machine can read."""
+    """Return the arguments of a process, which every user of the machine can read."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """The environment variables with which a process was started."""
+    """Return the environment variables with which a process was started."""
     lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return {name: value for name, _, value in (line.partition("=") for line in lines if line)}
 
 
 def listening_sockets(pid: int) -> set[tuple[str, int]]:
-    """Address (as in /proc/net) and port of every socket on which a process listens."""
+    """Return the address (as in /proc/net) and port of every socket on which a process listens."""
     inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:

@@ -13,7 +13,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "reasons.md"
 
 
 def codes_of(reasons: Iterable[Reason]) -> list[str]:
-    """The code of each reason, in order."""
+    """Return the code of each reason, in order."""
     return [reason.code for reason in reasons]
 
 
@@ -31,7 +31,7 @@ def require_reason(reasons: Iterable[Reason], code: str, **fields: Any) -> Reaso
 
 
 def page() -> str:
-    """The text of ``docs/reasons.md``: one table per subject."""
+    """Return the text of ``docs/reasons.md``: one table per subject."""
     lines = [
         "# Reason codes",
         "",

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def repository_files() -> list[Path]:
-    """Tracked files, and new ones that git does not ignore."""
+    """Return tracked files, and new ones that git does not ignore."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout, so there is no list of tracked files")
     listed = subprocess.run(

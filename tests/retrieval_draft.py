@@ -1,6 +1,6 @@
 """Write a small draft of a retrieval model, with interactions drawn from the network's scores.
 
-So no other network is better for the data, and compression can only lower the quality.
+Therefore no other network fits the data better, and compression can only lower the quality.
 """
 
 import json
@@ -112,7 +112,7 @@ def write_retrieval_draft(
 
 
 def planted_recall(folder: Path, *, mask: bool = True) -> float:
-    """Recall@20 of the draft's network, computed without code of recpress.
+    """Return Recall@20 of the draft's network, computed without code of recpress.
 
     ``mask`` removes the items of other splits from the ranking of a user.
     """
@@ -128,11 +128,11 @@ def planted_recall(folder: Path, *, mask: bool = True) -> float:
     ids = items["item"].to_numpy()
     bags: dict[int, list[int]] = {}
     test_items: dict[int, set[int]] = {}
-    hidden: dict[int, set[int]] = {user: set() for user in range(USERS)}
+    earlier_items: dict[int, set[int]] = {user: set() for user in range(USERS)}
     for split in INTERACTIONS_PER_USER:
         for row in columns[split].to_pylist():
             bags[row["user"]] = row["lately"]
-            (test_items if split == "test" else hidden).setdefault(row["user"], set()).add(
+            (test_items if split == "test" else earlier_items).setdefault(row["user"], set()).add(
                 row["item"]
             )
     lately = pa.array([bags[user] for user in range(USERS)], pa.list_(pa.int64()))
@@ -141,7 +141,7 @@ def planted_recall(folder: Path, *, mask: bool = True) -> float:
     shares = []
     for user, item_ids in test_items.items():
         ranked = [int(ids[index]) for index in np.argsort(-scores[user], kind="stable")]
-        top_items = [item for item in ranked if not mask or item not in hidden[user]][:20]
+        top_items = [item for item in ranked if not mask or item not in earlier_items[user]][:20]
         shares.append(len(item_ids & set(top_items)) / len(item_ids))
     return float(np.mean(shares))
 
@@ -149,7 +149,7 @@ def planted_recall(folder: Path, *, mask: bool = True) -> float:
 def all_scores(
     model: TowerNet, lately: pa.Array, items: Mapping[str, pa.Array]
 ) -> NDArray[np.float32]:
-    """Scores of every user and item, float32 ``(users, items)``."""
+    """Return scores of every user and item, float32 ``(users, items)``."""
     dense = np.stack([items[f"d{index}"].to_numpy() for index in range(DENSE)], axis=1)
     query = model.of_user(torch.arange(USERS), *_bag(lately))
     item_vectors = model.of_item(

@@ -74,7 +74,7 @@ def encode_rows(
 
 
 def decode_rows(stored: StoredRows, bits: int, dim: int, rows_per_scale: int) -> Floats:
-    """The float32 weights ``(rows, dim)`` of a stored table: ``level * scale + offset``."""
+    """Return the float32 weights ``(rows, dim)`` of a stored table: ``level * scale + offset``."""
     codes = unpack_planes(stored.codes, dim, bits)
     weights = np.empty(codes.shape, np.float32)
     for row, codes_of_row in enumerate(codes):
@@ -92,7 +92,7 @@ def decode_rows(stored: StoredRows, bits: int, dim: int, rows_per_scale: int) ->
 
 
 def pack_planes(codes: Bytes, bits: int) -> Bytes:
-    """Codes ``(rows, dim)`` as bytes: byte ``j`` of a row holds code ``j`` of every plane.
+    """Return codes ``(rows, dim)`` as bytes: byte ``j`` of a row holds code ``j`` of every plane.
 
     The first plane, the first ``ceil(dim * bits / 8)`` codes of a row, is in the lowest bits.
     Positions after ``dim`` have the middle code, ``2**(bits - 1)``.
@@ -109,7 +109,7 @@ def pack_planes(codes: Bytes, bits: int) -> Bytes:
 
 
 def unpack_planes(packed: Bytes, dim: int, bits: int) -> Bytes:
-    """The codes ``(rows, dim)`` of packed bytes."""
+    """Return the codes ``(rows, dim)`` of packed bytes."""
     width = packed.shape[1]
     codes = np.empty((len(packed), dim), np.uint8)
     for index in range(dim):
@@ -119,7 +119,7 @@ def unpack_planes(packed: Bytes, dim: int, bits: int) -> Bytes:
 
 
 def float8_numbers() -> Floats:
-    """The E4M3 numbers of the bytes 0 to 126: from 0 to 448, ascending."""
+    """Return the E4M3 numbers of the bytes 0 to 126: from 0 to 448, ascending."""
     exponent, mantissa = np.divmod(np.arange(127), 8)
     return np.where(
         exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9
@@ -154,6 +154,6 @@ def _stored_scale(scale: np.float32, top: float, stored_type: type) -> np.floati
 
 
 def _rounded_down(low: np.float32, stored_type: type) -> np.floating:
-    """The largest number of the stored type that is not above ``low``."""
+    """Return the largest number of the stored type that is not above ``low``."""
     stored = stored_type(low)
     return np.nextafter(stored, stored_type(-np.inf)) if np.float32(stored) > low else stored

@@ -124,7 +124,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", server: S3Server) -> N
 
 
 def _free_ports(*names: str) -> dict[str, int]:
-    """A free port for each name whose gRPC port is free as well."""
+    """Return a free port for each name whose gRPC port is free as well."""
     ports: dict[str, int] = {}
     while len(ports) < len(names):
         port = 12_000 + secrets.randbelow(20_000)

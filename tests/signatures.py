@@ -6,7 +6,7 @@ from compressors.contracts import Signature
 
 
 def with_output(signature: Signature, **changes: Any) -> Signature:
-    """A copy of a signature with other values in fields of its only output, without validation."""
+    """Return a copy of a signature with other fields of its only output, without validation."""
     output = signature.single_output.model_copy(update=changes)
     return signature.model_copy(update={"outputs": (output,)})
 

@@ -17,7 +17,7 @@ PACKAGES = ("flows", "tasks", "compressors", "infra")
 
 @functools.cache
 def _calls() -> tuple[tuple[str, ast.Call], ...]:
-    """All calls of a plain name, each with its position, ``file:line:column``."""
+    """Return all calls of a plain name, each with its position, ``file:line:column``."""
     paths = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
     return tuple(
         (f"{path.relative_to(ROOT)}:{node.lineno}:{node.col_offset}", node)
@@ -28,7 +28,7 @@ def _calls() -> tuple[tuple[str, ast.Call], ...]:
 
 
 def calls_of(names: Collection[str]) -> list[tuple[str, ast.Call]]:
-    """All calls of one of these names, each with its position, ``file:line:column``."""
+    """Return all calls of one of these names, each with its position, ``file:line:column``."""
     return [
         (position, call)
         for position, call in _calls()
@@ -37,7 +37,7 @@ def calls_of(names: Collection[str]) -> list[tuple[str, ast.Call]]:
 
 
 def has_code_and_fields(call: ast.Call, sentences: Mapping[str, str]) -> bool:
-    """Whether the only positional argument is a known code, with the fields of its sentence.
+    """Return whether the only positional argument is a known code, with the fields of its sentence.
 
     The keyword arguments must be exactly these fields.
     """

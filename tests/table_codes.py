@@ -30,7 +30,7 @@ STEPS = (
 
 
 def step_id(step: Any) -> str:
-    """An id for a step: its kind and the settings that are not defaults."""
+    """Return an id for a step: its kind and the settings that are not defaults."""
     settings = step.model_dump(exclude_defaults=True, exclude={"kind", "tables", "min_rows"})
     return "-".join([step.kind, *(f"{key}={value}" for key, value in settings.items())])
 
@@ -39,7 +39,7 @@ each_step = pytest.mark.parametrize("step", STEPS, ids=step_id)
 
 
 def clustered_rows(rows: int, dim: int, seed: int = 0) -> Tensor:
-    """Rows float32 ``(rows, dim)`` near multiples of 12 centres, similar to trained tables."""
+    """Return rows float32 ``(rows, dim)`` near multiples of 12 centres, as in trained tables."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(12, dim, generator=generator)
     cluster = torch.randint(12, (rows,), generator=generator)
@@ -48,24 +48,27 @@ def clustered_rows(rows: int, dim: int, seed: int = 0) -> Tensor:
 
 
 def encode(step: TableStep, table: Tensor) -> dict[str, Tensor]:
-    """The tensors that a step stores for a table."""
+    """Return the tensors that a step stores for a table."""
     params = step.fit(table)
     layout = step.storage.layout(*table.shape, step.settings())
-    of_the_table = {name: params[name] for name, spec in layout.items() if not spec.every}
-    return {**of_the_table, **step.encode(table, params)}
+    table_tensors = {name: params[name] for name, spec in layout.items() if not spec.every}
+    return {**table_tensors, **step.encode(table, params)}
 
 
 def pack_table(step: TableStep, table: Tensor) -> PackedTable:
+    """Return a table in the format of a step."""
     rows, dim = table.shape
     return PackedTable(step.storage, rows, dim, step.settings(), encode(step, table))
 
 
 def decoded_rows(step: TableStep, table: Tensor) -> Tensor:
+    """Return all rows of a table after encoding and decoding, float32 ``(rows, dim)``."""
     with torch.no_grad():
         return pack_table(step, table)(torch.arange(len(table)))
 
 
 def tables(largest: int = 60) -> st.SearchStrategy[Tensor]:
+    """Return a strategy for float32 tables of 2 to ``largest`` rows, of three scales."""
     unit = st.floats(-1, 1, width=32, allow_subnormal=False).map(lambda x: np.float32(round(x, 2)))
     shapes = st.tuples(st.integers(2, largest), st.integers(1, 9))
     values = arrays.arrays(np.float32, shapes, elements=unit)
@@ -76,6 +79,6 @@ def tables(largest: int = 60) -> st.SearchStrategy[Tensor]:
 
 
 def size_of(step: TableStep, rows: int, dim: int) -> int:
-    """Bytes of a table in the layout of a step."""
+    """Return the bytes of a table in the layout of a step."""
     layout = step.storage.layout(rows, dim, step.settings())
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())

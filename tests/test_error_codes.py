@@ -26,16 +26,16 @@ from compressors.errors.parity_failure import ParityFailure
 from infra.credentials import clean_exceptions
 from infra.errors import InfraError, PromotionRefused, Refused
 
-BY_FIELDS = [error_class for error_class in coded_classes() if error_class is not ParityLost]
+FIELD_CLASSES = [error_class for error_class in coded_classes() if error_class is not ParityLost]
 """Classes whose constructor takes a code and fields; ``ParityLost`` takes a ``ParityFailure``."""
 CLASSES = {error_class.__name__: error_class for error_class in coded_classes()}
 CODE_OF_FAILURE = {"ParityFailure": "ParityLost"}
 """Error class by the class of its constructor's argument, which has the code."""
 
 
-RAISED = calls_of(CLASSES.keys() - set(CODE_OF_FAILURE.values()))
-FAILURES = calls_of(CODE_OF_FAILURE.keys())
-VALUE_ERRORS = calls_of({"value_error"})
+ERROR_CALLS = calls_of(CLASSES.keys() - set(CODE_OF_FAILURE.values()))
+FAILURE_CALLS = calls_of(CODE_OF_FAILURE.keys())
+VALUE_ERROR_CALLS = calls_of({"value_error"})
 
 
 def test_base_classes_without_codes_are_never_raised():
@@ -47,15 +47,15 @@ def test_base_classes_without_codes_are_never_raised():
 def test_each_raised_error_has_a_code_of_its_class_and_exactly_its_fields():
     wrong = [
         position
-        for position, call in RAISED
+        for position, call in ERROR_CALLS
         if not has_code_and_fields(call, CLASSES[call.func.id].sentences)
     ]
     assert wrong == []
 
 
 def test_every_code_is_raised_somewhere():
-    used = {(call.func.id, call.args[0].value) for _, call in RAISED}
-    for _, call in FAILURES:
+    used = {(call.func.id, call.args[0].value) for _, call in ERROR_CALLS}
+    for _, call in FAILURE_CALLS:
         (code,) = (keyword.value.value for keyword in call.keywords if keyword.arg == "code")
         used.add((CODE_OF_FAILURE[call.func.id], code))
     defined = {
@@ -119,6 +119,7 @@ class Example(CodedError):
 
 
 def example() -> Example:
+    """Return an error with all kinds of fields."""
     return Example("wrong_count", expected=1000, names=("a", "b"), got="x")
 
 
@@ -169,7 +170,7 @@ def test_sequences_are_written_in_a_line_or_one_line_each(sentence, values, text
     assert str(error_class("some", names=values)) == text
 
 
-@pytest.mark.parametrize("error_class", BY_FIELDS, ids=lambda error_class: error_class.__name__)
+@pytest.mark.parametrize("error_class", FIELD_CLASSES, ids=lambda error_class: error_class.__name__)
 def test_every_error_has_a_sentence_and_can_be_copied(error_class):
     for code in error_class.sentences:
         error = example_of(error_class, code)
@@ -232,12 +233,12 @@ def test_credentials_are_removed_from_fields_that_the_sentence_cuts_off(monkeypa
 
 def test_value_errors_are_created_with_a_literal_code_and_exactly_its_fields():
     assert [
-        position for position, call in VALUE_ERRORS if not has_code_and_fields(call, SENTENCES)
+        position for position, call in VALUE_ERROR_CALLS if not has_code_and_fields(call, SENTENCES)
     ] == []
 
 
 def test_every_code_of_a_value_error_is_created_somewhere():
-    assert {call.args[0].value for _, call in VALUE_ERRORS} == set(SENTENCES)
+    assert {call.args[0].value for _, call in VALUE_ERROR_CALLS} == set(SENTENCES)
 
 
 def test_codes_of_value_errors_differ_from_each_other_and_from_those_of_pydantic():

@@ -22,13 +22,13 @@ def relative_path(path: Path) -> str:
 
 
 def listed_files(folder: Path) -> list[str]:
-    """Files and subfolders that the folder's docstring lists, in its order."""
+    """Return the files and subfolders that the folder's docstring lists, in its order."""
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     return re.findall(r"^(\w+(?:\.py|/)) +\S", text, re.MULTILINE)
 
 
 def python_files(folder: Path) -> set[str]:
-    """The Python files of a folder, and its subfolders that contain Python files."""
+    """Return the Python files of a folder, and its subfolders that contain Python files."""
     files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
     return files | {f"{path.parent.name}/" for path in folder.glob("*/*.py")}
 

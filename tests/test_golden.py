@@ -1,4 +1,4 @@
-"""The golden lock: results of every method and lowering equal ``tests/golden/record.json``.
+"""Golden test: results of every method and lowering equal ``tests/golden/record.json``.
 
 The default tier checks mixed recipes, which together contain every method, on one target each. The
 nightly tier checks each method alone on all networks and targets.
@@ -21,6 +21,7 @@ SAMPLE = [case for case in MIXED if case.sample]
 
 
 def name_of(case: Case) -> str:
+    """Return the test id of a case."""
     return f"{case.name}, {case.network}".replace(" ", "_")
 
 
@@ -29,7 +30,7 @@ def require_recorded_entries(case: Case, targets: tuple[str, ...], folder) -> No
     torch.set_num_threads(1)
     result = entries_of(case, folder, targets)
     skipped = package.targets().keys() - set(targets)
-    expected = compare.of_case(RECORD, case, skipped)
+    expected = compare.entries_of_case(RECORD, case, skipped)
     this_machine = numerics.machine()
     lines = compare.differences(
         expected,
@@ -61,7 +62,7 @@ def test_every_method_on_every_target_has_the_recorded_tensors_graphs_and_scores
 
 
 def recorded_cases() -> set[tuple[str, str]]:
-    """Case and network of every entry."""
+    """Return the case and network of every entry."""
     return {tuple(key.split(" | ")[:2]) for key in RECORD}
 
 
@@ -75,7 +76,7 @@ def test_record_has_exactly_the_cases_of_all_methods_and_networks():
 def test_record_has_every_target_or_a_refusal_for_every_case():
     targets = package.targets().keys()
     for case in all_cases():
-        keys = [key.split(" | ") for key in compare.of_case(RECORD, case)]
+        keys = [key.split(" | ") for key in compare.entries_of_case(RECORD, case)]
         parts = {part.split(" ")[0] for _, _, part, _ in keys}
         refused = any(p.startswith("step") and item == "refused" for _, _, p, item in keys)
         assert refused or targets <= parts, f"{name_of(case)}: no entry for {targets - parts}"
@@ -85,7 +86,9 @@ def test_every_method_changes_a_network_and_is_in_a_mixed_recipe():
     mixed = {kind for case in SAMPLE for kind, _ in case.steps}
     assert mixed == package.methods().keys()
     for case in SAMPLE:
-        assert not [key for key in compare.of_case(RECORD, case) if key.endswith("| refused")]
+        assert not [
+            key for key in compare.entries_of_case(RECORD, case) if key.endswith("| refused")
+        ]
     for kind in package.methods():
         cases = [Case(kind, network, ()) for network in SINGLE]
         assert any(f"{kind} | {case.network} | torch | scores" in RECORD for case in cases), kind
@@ -106,9 +109,9 @@ def test_record_file_is_sorted_with_one_line_per_entry_and_below_a_megabyte():
 
 
 def differences_after_change(key: str, line: str | None) -> list[str]:
-    """The differences of a case with one changed entry, or without it if ``line`` is None."""
+    """Return the differences after one entry of a case was changed, or removed (``line`` None)."""
     case = SAMPLE[0]
-    expected = compare.of_case(RECORD, case)
+    expected = compare.entries_of_case(RECORD, case)
     result = {**expected, key: line}
     if line is None:
         del result[key]
@@ -149,7 +152,7 @@ def test_difference_in_the_last_bits_is_reported_with_equal_statistics():
 
 def test_first_step_after_which_tensors_differ_is_named_first():
     case = SAMPLE[0]
-    expected = compare.of_case(RECORD, case)
+    expected = compare.entries_of_case(RECORD, case)
     steps = sorted(key for key in expected if key.endswith("| all tensors"))
     assert len(steps) == len(case.steps)
     result = {**expected, **dict.fromkeys(steps[6:], "0" * 16)}

@@ -66,7 +66,7 @@ NOT_PROSE = {
 
 
 def files() -> list[Path]:
-    """All text files of the repository, without stored fixtures."""
+    """Return all text files of the repository, without stored fixtures."""
     return [
         path
         for path in repository_files()
@@ -77,12 +77,12 @@ def files() -> list[Path]:
 
 
 def plain_words(line: str) -> str:
-    """The words of a line in lower case, with names split at underscores and capitals."""
+    """Return the words of a line in lower case, with names split at underscores and capitals."""
     return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", line)).lower()
 
 
-def faults_of(line: str) -> list[str]:
-    """The words of a line that are not allowed."""
+def forbidden_words(line: str) -> list[str]:
+    """Return the words of a line that are not allowed."""
     words = f" {plain_words(line)} "
     return [
         word
@@ -96,7 +96,7 @@ def test_no_line_uses_a_word_of_the_former_dialect() -> None:
         f"{path.relative_to(ROOT)}:{number}: {word!r}: write {REPLACEMENTS[word]}"
         for path in files()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        for word in faults_of(line)
+        for word in forbidden_words(line)
     ]
     assert result == [], "\n" + "\n".join(result)
 
@@ -115,7 +115,7 @@ def test_no_line_uses_a_word_of_the_former_dialect() -> None:
 def test_words_are_found_in_names_and_prose_but_not_inside_others(
     line: str, expected: list[str]
 ) -> None:
-    assert faults_of(line) == expected
+    assert forbidden_words(line) == expected
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,12 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def is_within(name: str, roots: tuple[str, ...]) -> bool:
+    """Return whether a full name is one of the roots or inside of one."""
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
 def layer_faults(folder: str, tree: ast.Module) -> list[str]:
-    """The forbidden imports of a file in ``folder``."""
+    """Return the forbidden imports of a file in ``folder``."""
     faults = []
     for line, name in imports(tree):
         if name.startswith("."):
@@ -58,7 +59,10 @@ def layer_faults(folder: str, tree: ast.Module) -> list[str]:
 
 
 def pickle_faults(tree: ast.Module, *, loading_only: bool) -> list[str]:
-    """Where a file unpickles or imports a pickling library; only the former if ``loading_only``."""
+    """Return the lines of a file that unpickle or import a pickling library.
+
+    With ``loading_only``, imports are allowed.
+    """
     full_names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -92,10 +96,12 @@ def pickle_faults(tree: ast.Module, *, loading_only: bool) -> list[str]:
 
 
 def sources() -> list[Path]:
+    """Return all Python files of the scanned folders."""
     return sorted(path for folder in SCANNED for path in (ROOT / folder).rglob("*.py"))
 
 
 def scan(path: Path) -> list[str]:
+    """Return the forbidden imports and calls of a file, each with its line."""
     folder = path.relative_to(ROOT).parts[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     faults = layer_faults(folder, tree) + pickle_faults(tree, loading_only=folder == "tests")

@@ -27,8 +27,8 @@ ENGINES = (14, 25, 39, 53, 66)
 LOWERED_PAIRS: Counter[str] = Counter()
 
 
-def lines(findings: Findings) -> str:
-    """One line for each fault."""
+def format_faults(findings: Findings) -> str:
+    """Return one line for each fault."""
     return "\n".join(fault.line() for fault in findings.faults)
 
 
@@ -43,7 +43,7 @@ def test_a_random_network_has_parity_in_mixed_formats(seed, target):
     result = run_check(
         generate(seed), lambda checker: check_mixed_formats(checker, seed % 7, target) and None
     )
-    assert not result.faults, lines(result)
+    assert not result.faults, format_faults(result)
     assert result.counts["parities"] >= 4
 
 
@@ -54,7 +54,7 @@ def test_the_same_seed_gives_the_same_network_and_weights():
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_shrunk_keeps_the_failing_part_and_removes_others():
+def test_shrink_case_keeps_the_failing_part_and_removes_others():
     case = generate(3)
     kinds = {spec["kind"] for spec in case.config["parts"]}
     expected = sorted(kinds - {"Lookup"})[0]
@@ -74,7 +74,7 @@ def test_a_random_network_has_parity_in_every_format_on_every_target(seed):
     result = run_check(generate(seed), check_network)
     LOWERED_PAIRS.update(result.pairs)
     LOWERED_PAIRS["networks"] += 1
-    assert not result.faults, lines(result)
+    assert not result.faults, format_faults(result)
 
 
 @pytest.mark.nightly
@@ -127,13 +127,13 @@ def test_a_random_network_is_built_as_a_tensorrt_rtx_engine(seed, tmp_path):
 
 
 def network_in_mixed_formats(seed: int, folder: Path):
-    """A random network in mixed formats."""
+    """Return a random network in mixed formats."""
     checker = Checker(generate(seed), folder)
     return check_mixed_formats(checker, random.Random(seed).randrange(7), None)
 
 
 def profile_of(item) -> Profile:
-    """The optimization profile of an input for 1, 32 and 64 rows."""
+    """Return the optimization profile of an input for 1, 32 and 64 rows."""
     assert item.kind != "jagged_bag"
     shapes = [(rows, *item.shape) for rows in (1, 32, 64)]
     return Profile(input=item.name, low=shapes[0], best=shapes[1], high=shapes[2])

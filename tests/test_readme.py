@@ -13,7 +13,7 @@ from drafts import ROWS, write_draft
 ROOT = Path(__file__).parents[1]
 
 
-def commands(containing: str) -> str:
+def readme_commands(containing: str) -> str:
     """Return the block of shell commands in the README that contains a text."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     matching = [block for block in blocks if containing in block]
@@ -22,7 +22,7 @@ def commands(containing: str) -> str:
 
 
 def write_own_model(folder: Path) -> None:
-    """Write what a user of the README has: a class in mymodels.py, and the draft of mymodel."""
+    """Write the files that the README's commands need: mymodels.py and the draft of mymodel."""
     shutil.copy(ROOT / "tests" / "draft_network.py", folder / "mymodels.py")
     # The README's limit allows a loss of 0.002; with fewer test rows the verdict is undecided.
     rows = {**ROWS, "test": 30_000}
@@ -36,7 +36,7 @@ def test_readme_commands_for_own_model_write_an_accepted_graph(tmp_path: Path) -
     assert bash is not None
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        [bash, "-euo", "pipefail", "-c", commands("recpress bundle pack ./draft")],
+        [bash, "-euo", "pipefail", "-c", readme_commands("recpress bundle pack ./draft")],
         cwd=tmp_path,
         env={**os.environ, "PATH": path},
         capture_output=True,
@@ -49,7 +49,7 @@ def test_readme_commands_for_own_model_write_an_accepted_graph(tmp_path: Path) -
 
 
 def test_make_targets_of_the_readme_exist_in_the_makefile() -> None:
-    block = commands("make demo")
+    block = readme_commands("make demo")
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", block, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -12,17 +12,17 @@ from compressors.contracts import Judgement, Limit, Plan, PlanLine, Verdict
 from compressors.contracts.coded_error import field_names
 from compressors.contracts.reasons import SENTENCES, SUBJECTS, Reason, join_reasons
 
-CREATED = calls_of({"Reason"})
+REASON_CALLS = calls_of({"Reason"})
 
 
 def test_reasons_are_created_with_a_literal_code_and_exactly_its_fields():
     assert [
-        position for position, call in CREATED if not has_code_and_fields(call, SENTENCES)
+        position for position, call in REASON_CALLS if not has_code_and_fields(call, SENTENCES)
     ] == []
 
 
 def test_every_code_is_created_somewhere():
-    assert {call.args[0].value for _, call in CREATED} == set(SENTENCES)
+    assert {call.args[0].value for _, call in REASON_CALLS} == set(SENTENCES)
 
 
 def test_codes_of_all_subjects_differ():
@@ -46,6 +46,7 @@ NESTED = Reason("shares_width", width="hidden[0]", layer="out", why=(INNER, Reas
 
 
 def line(**changes: object) -> PlanLine:
+    """Return a plan line with default values in all other fields."""
     default_fields = {
         "module": "user",
         "role": "table",
@@ -127,7 +128,10 @@ def test_number_that_is_not_finite_is_rendered_as_python_formats_it():
 
 
 def stored_values() -> list[tuple[PlanLine | Plan | Judgement | Verdict, str, str, object]]:
-    """Objects with reasons; the fields of their reasons and sentence, and the sentence."""
+    """Return objects with reasons, each with two names of fields and a sentence.
+
+    The first field has the reasons, the second the derived sentence.
+    """
     limit = Limit(metric="auc", against="baseline", at_least=0.0)
     judgement = Judgement(
         limit=limit, measured=None, outcome="accepted", reasons=(Reason("limit_met"),)

@@ -28,14 +28,14 @@ REGISTRY_HOST = re.compile(
 )
 # Imported modules of packages that only our dependencies require, and why we may rely on it.
 USED_THROUGH_OTHERS = {
-    "aiohttp": "s3fs lets its errors through, so they have to be named",
-    "botocore": "s3fs lets its errors through, so they have to be named",
+    "aiohttp": "s3fs raises its errors, which we catch by their class",
+    "botocore": "s3fs raises its errors, which we catch by their class",
     "onnx_ir": "the values that onnxscript's translation functions build",
     "llvmlite": "numba requires exactly one version of it",
-    "markupsafe": "jinja2 requires it; its Markup marks what is escaped already",
+    "markupsafe": "jinja2 requires it; its Markup marks text that is already escaped",
     "packaging": "pytest requires it; used in tests only",
     "pydantic_core": "pydantic requires exactly one version of it",
-    "uvicorn": "prefect's server is run by it",
+    "uvicorn": "runs prefect's server",
     "websockets": "prefect's client requires it; used in tests only",
 }
 OPTIONAL = {
@@ -49,11 +49,12 @@ OPTIONAL = {
 
 
 def project() -> dict:
+    """Return the contents of pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def declared(*extras: str) -> list[Requirement]:
-    """The requirements in pyproject.toml with the named extras, by default with all."""
+def declared_requirements(*extras: str) -> list[Requirement]:
+    """Return the requirements in pyproject.toml with the named extras, by default with all."""
     table = project()["project"]
     optional = table["optional-dependencies"]
     lines = table["dependencies"] + [
@@ -66,14 +67,14 @@ def pinned_versions() -> dict[str, Version]:
     """Read constraints.txt: version by name; raises for lines other than ``name==version``."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    lines_found = {canonicalize_name(name): Version(version) for name, version in pairs}
-    assert len(lines_found) == len(pairs), "a package is pinned twice"
-    return lines_found
+    versions = {canonicalize_name(name): Version(version) for name, version in pairs}
+    assert len(versions) == len(pairs), "a package is pinned twice"
+    return versions
 
 
 def required_versions(remaining: list[Requirement]) -> dict[str, Version]:
-    """Installed version by name of all packages that the requirements need, also indirectly."""
-    lines_found: dict[str, Version] = {}
+    """Return the installed versions, by name, of the required packages and their requirements."""
+    versions: dict[str, Version] = {}
     visited: set[tuple[str, frozenset[str]]] = set()
     while remaining:
         requirement = remaining.pop()
@@ -82,17 +83,18 @@ def required_versions(remaining: list[Requirement]) -> dict[str, Version]:
             continue
         visited.add((name, extras))
         installed = metadata.distribution(name)  # raises if the environment is incomplete
-        lines_found[name] = Version(installed.version)
+        versions[name] = Version(installed.version)
         for line in installed.requires or ():
             needed = Requirement(line)
             if needed.marker is None or any(
                 needed.marker.evaluate({"extra": extra}) for extra in {*extras, ""}
             ):
                 remaining.append(needed)
-    return lines_found
+    return versions
 
 
 def texts() -> list[tuple[Path, str]]:
+    """Return path and text of every file of the repository."""
     return [
         (path.relative_to(ROOT), path.read_bytes().decode("utf-8", "replace"))
         for path in repository_files()
@@ -100,6 +102,7 @@ def texts() -> list[tuple[Path, str]]:
 
 
 def targets() -> set[str]:
+    """Return the targets of the Makefile."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     return set(re.findall(r"^([.a-z-]+):(?!=)", makefile, re.MULTILINE)) - {".PHONY"}
 
@@ -107,7 +110,9 @@ def targets() -> set[str]:
 def test_every_package_that_make_installs_is_pinned_to_the_installed_version():
     pinned = pinned_versions()
     recbole = metadata.version("recbole")  # installed without its requirements
-    needed = required_versions(declared(*INSTALLED_EXTRAS)) | {"recbole": Version(recbole)}
+    needed = required_versions(declared_requirements(*INSTALLED_EXTRAS)) | {
+        "recbole": Version(recbole)
+    }
     # A local version such as 2.13.0+cpu counts as the pinned version.
     differing = {
         name: f"installed {version}, pinned {pinned.get(name)}"
@@ -122,7 +127,7 @@ def test_every_pin_is_a_version_that_pyproject_accepts():
     pinned = pinned_versions()
     refused = [
         str(requirement)
-        for requirement in declared()
+        for requirement in declared_requirements()
         if requirement.name != "tensorrt"  # installed from the vendor, so not pinned
         and not requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
     ]
@@ -130,7 +135,7 @@ def test_every_pin_is_a_version_that_pyproject_accepts():
 
 
 def test_every_third_party_import_is_a_declared_dependency():
-    names = {canonicalize_name(requirement.name) for requirement in declared()}
+    names = {canonicalize_name(requirement.name) for requirement in declared_requirements()}
     owners = metadata.packages_distributions()
     own_folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
     undeclared = set()
@@ -165,14 +170,14 @@ def test_no_file_is_over_1_mb():
 
 @pytest.mark.parametrize("pattern", [MACHINE_PATH, REGISTRY_HOST], ids=["paths", "hosts"])
 def test_no_file_has_a_path_of_a_machine_or_a_host_of_a_package_registry(pattern):
-    lines_found = [
+    matching_lines = [
         f"{path}:{number}: {line.strip()[:100]}"
         for path, text in texts()
         if path.name != "LICENSE"
         for number, line in enumerate(text.splitlines(), start=1)
         if pattern.search(line)
     ]
-    assert lines_found == []
+    assert matching_lines == []
 
 
 @pytest.mark.parametrize(

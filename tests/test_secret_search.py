@@ -29,7 +29,7 @@ SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
     ],
 )
 @pytest.mark.parametrize("place", ["text", "file", "gzip", "database"])
-def test_traces_finds_a_secret_in_every_form_and_place(
+def test_find_secrets_finds_a_secret_in_every_form_and_place(
     tmp_path: Path, write: Callable[[str], str], place: str
 ) -> None:
     text = "before " + write(SECRET) + " after"
@@ -51,6 +51,6 @@ def test_traces_finds_a_secret_in_every_form_and_place(
     assert all(line.startswith("MLFLOW_TRACKING_URI in ") for line in lines)
 
 
-def test_traces_finds_nothing_in_files_without_secrets(tmp_path: Path) -> None:
+def test_find_secrets_finds_nothing_in_files_without_secrets(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("http://***@host canary" * 100)
     assert find_secrets(PLANTED, [tmp_path], {"stdout": "***"}) == []

@@ -62,8 +62,8 @@ every_fixture = pytest.mark.parametrize("name", NAMES)
 every_home = pytest.mark.parametrize("name", WITH_ORDERS)
 
 
-def present_tasks() -> dict[str, Task[..., Any]]:
-    """Every Prefect task in ``tasks/`` by its name."""
+def current_tasks() -> dict[str, Task[..., Any]]:
+    """Return every Prefect task in ``tasks/`` by its name."""
     modules = pkgutil.walk_packages(tasks.__path__, "tasks.")
     members = [vars(importlib.import_module(module.name)).values() for module in modules]
     return {task.name: task for result in members for task in result if isinstance(task, Task)}
@@ -161,8 +161,8 @@ def require_within(expected: Any, actual: Any, path: str = "") -> None:
         assert actual == expected, path
 
 
-def listed(name: str, home: Path) -> list[dict[str, Any]]:
-    """The stored output of ``registry list`` with the current path of the home."""
+def stored_versions(name: str, home: Path) -> list[dict[str, Any]]:
+    """Return the stored output of ``registry list`` with the current path of the home."""
     text = json.dumps(EXPECTED[name]["registry"]["list"])
     result: list[dict[str, Any]] = json.loads(text.replace(HOME, str(home / "recpress")))
     return result
@@ -170,7 +170,7 @@ def listed(name: str, home: Path) -> list[dict[str, Any]]:
 
 @every_home
 def test_registry_list_and_show_print_the_stored_output(name: str, home: Path, recpress: Command):
-    versions = listed(name, home)
+    versions = stored_versions(name, home)
     assert len(versions) == len(EXPECTED[name]["finished"])
     require_within(versions, recpress.json("registry", "list"))
     for version, report in EXPECTED[name]["registry"]["show"].items():
@@ -247,7 +247,7 @@ def test_registry_restore_recreates_a_deleted_registry_with_its_tags(
 ):
     (home / "recpress" / "registry.db").unlink()
     recpress("registry", "restore")
-    require_within(listed(name, home), recpress.json("registry", "list"))
+    require_within(stored_versions(name, home), recpress.json("registry", "list"))
 
 
 @every_home
@@ -288,12 +288,12 @@ def test_stored_table_files_are_complete(name: str, fixture: Fixture, recpress: 
 @every_home
 def test_every_stored_task_result_is_read(fixture: Fixture):
     """Keys hold a digest of the code: other code runs its tasks again, and must not break here."""
-    present = present_tasks()
+    current = current_tasks()
     keys = store().keys("results/")
     assert len({key.split("/")[1] for key in keys}) > 10
     for key in keys:
         _, task, file = key.split("/")
-        function = present[RENAMED.get(task, task)].fn
+        function = current[RENAMED.get(task, task)].fn
         read_result(store(), task, file.removesuffix(".json"), function)
 
 

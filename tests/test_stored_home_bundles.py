@@ -83,7 +83,7 @@ GRAPHS = [(name, sha) for name in NAMES for sha in EXPECTED[name]["graphs"]]
 
 
 def _id(value: str) -> str:
-    """The test id of a bundle or graph: the name of its recipe, or the start of its hash."""
+    """Return the test id of a bundle or graph: the name of its recipe, or the start of its hash."""
     for expected in EXPECTED.values():
         for recipe, result in expected["recipes"].items():
             if value in (result["bundle"], result["graph"]):

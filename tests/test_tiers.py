@@ -42,12 +42,12 @@ def test_make_test_all_runs_every_tier_except_gpu_with_the_nightly_profile():
     assert command == "-m 'not gpu' --hypothesis-profile nightly"
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     tiers = {marker.partition(":")[0] for marker in options["markers"]}
-    (left_out,) = re.findall(r"-m '(.*)'", options["addopts"])
-    assert set(left_out.replace("not ", "").split(" and ")) == tiers
+    (excluded,) = re.findall(r"-m '(.*)'", options["addopts"])
+    assert set(excluded.replace("not ", "").split(" and ")) == tiers
 
 
 def fixtures_of(path: Path) -> set[str]:
-    """The names of all function arguments in a file, which include the fixtures."""
+    """Return the names of all function arguments in a file, which include the fixtures."""
     tree = ast.parse(path.read_text())
     return {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
 

@@ -25,8 +25,11 @@ FOREIGN = (
     "https://127.0.0.1",
     "http://127.0.0.1.evil.example",
 )
+"""Origins of web pages that may not read responses."""
+
+CONTENT_TYPES = ("application/json", "text/plain", "application/x-www-form-urlencoded", "")
 SECONDS = 60
-SOCKETS = (
+WEB_SOCKETS = (
     "/events/in",
     "/events/out",
     "/logs/out",
@@ -66,12 +69,12 @@ def send(
 
 
 def basic_auth_header(auth_string: str) -> dict[str, str]:
-    """The header of a client that knows the authentication string."""
+    """Return the header of a client that knows the authentication string."""
     return {"Authorization": f"Basic {base64.b64encode(auth_string.encode()).decode()}"}
 
 
 def write_requests() -> Iterator[tuple[str, str, object]]:
-    """Requests that create or change something: name, path, body."""
+    """Yield requests that create or change something: name, path, body."""
     flow, deployment = str(uuid4()), str(uuid4())
     yield "work pool", "/work_pools/", POOL
     yield "flow", "/flows/", {"name": "from-another-origin"}
@@ -90,7 +93,7 @@ def write_requests() -> Iterator[tuple[str, str, object]]:
 
 
 def stored_names(api: str, auth_string: str) -> dict[str, list[str]]:
-    """The names of all objects of the server, read with the secret."""
+    """Return the names of all objects of the server, read with the secret."""
     result = {}
     for kind in ("work_pools", "flows", "deployments", "flow_runs", "variables"):
         reply = send(
@@ -114,18 +117,20 @@ def require_rejection_without_the_secret(api: str, auth_string: str) -> None:
     for origin in FOREIGN:
         for name, path, document in write_requests():
             text = json.dumps(document).encode()
-            for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded", ""):
-                headers = {"Origin": origin, **({"Content-Type": kind} if kind else {})}
+            for content_type in CONTENT_TYPES:
+                headers = {"Origin": origin}
+                if content_type:
+                    headers["Content-Type"] = content_type
                 reply = send(api, "POST", path, body=text, headers=headers)
-                assert reply.status == 401, (origin, name, kind, reply)
+                assert reply.status == 401, (origin, name, content_type, reply)
                 assert "access-control-allow-origin" not in reply.headers, (origin, name, reply)
-            expected = {
+            preflight_headers = {
                 "Origin": origin,
                 "Access-Control-Request-Method": "POST",
                 "Access-Control-Request-Headers": "authorization,content-type",
                 "Access-Control-Request-Private-Network": "true",
             }
-            preflight = send(api, "OPTIONS", path, headers=expected)
+            preflight = send(api, "OPTIONS", path, headers=preflight_headers)
             assert "access-control-allow-origin" not in preflight.headers, (origin, preflight)
             assert "access-control-allow-private-network" not in preflight.headers
     for credentials in wrong_credentials(auth_string):
@@ -147,13 +152,13 @@ def require_rejection_without_the_secret(api: str, auth_string: str) -> None:
         for host in ("evil.example", "evil.example:80/api/health?"):
             reply = send(api, method, path, headers={"Host": host})
             assert reply.status in {401, 404}, (method, path, host, reply)
-    for path in SOCKETS:
+    for path in WEB_SOCKETS:
         require_closed_socket(api, path)
     assert stored_names(api, auth_string) == before
 
 
 def wrong_credentials(auth_string: str) -> Iterator[str]:
-    """Wrong values of the header Authorization."""
+    """Yield wrong values of the header Authorization."""
     user, _, password = auth_string.partition(":")
     for guess in ("recpress:recpress", f"{user}:", f":{password}", password, auth_string[:-1], ""):
         yield f"Basic {base64.b64encode(guess.encode()).decode()}"

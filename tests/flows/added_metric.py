@@ -1,4 +1,4 @@
-"""A metric that only tests define and register: the Brier score."""
+"""The Brier score, a metric that only tests define and register."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

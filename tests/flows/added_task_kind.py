@@ -22,7 +22,7 @@ LOSSES: list[float] = []
 
 @dataclass(frozen=True)
 class Upvotes:
-    """The loss functions of the task kind: squared errors of probabilities."""
+    """The functions of the task kind. Its losses are squared errors of probabilities."""
 
     output: Output
 

@@ -1,4 +1,4 @@
-"""Helpers that run orders in tests, with or without Prefect, and return what happened."""
+"""Helpers that run orders in tests, with or without Prefect, and return their results."""
 
 import functools
 import shutil
@@ -35,6 +35,8 @@ from tasks.orchestration.documents import STAGES, Finished, Stage, Stages
 from tasks.orchestration.workspace import local
 
 ACCEPTED = Limit(metric="auc", against="baseline", at_least=-0.02)
+"""A limit within which every preset stays for the test drafts."""
+
 EVENT_SECONDS = 30.0
 """How long to wait for the events that report task runs as completed."""
 BOTH_TARGETS = Targets(onnxruntime="required", tensorrt_rtx="required")
@@ -65,7 +67,7 @@ class FlowResult:
 def without_prefect_engine() -> Iterator[list[tuple[str, str]]]:
     """Patch the project so that a task is a plain function call, without a Prefect server.
 
-    Only what Prefect adds is missing: task runs with retries, and the artifacts on a run's page.
+    Retries of tasks, and artifacts on the page of a run, do not exist then.
 
     Yields:
         A list to which the name and the state of each task are added when it ends.
@@ -174,6 +176,7 @@ def run_in_prefect(order: Order) -> FlowResult:
 
 
 def is_final(task: TaskRun) -> bool:
+    """Return whether a task run has ended, according to the server."""
     return task.state is not None and task.state.is_final()
 
 

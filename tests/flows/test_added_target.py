@@ -1,4 +1,4 @@
-"""One declaration with a lowering and a runtime adds a target that orders can use.
+"""Adding a target: one declaration, with a lowering and a runtime, makes it usable in orders.
 
 The added target runs plain ONNX graphs in ONNX Runtime without graph optimizations.
 """
@@ -58,7 +58,7 @@ def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: 
 
 
 class PlainLowering:
-    """Lowers to graphs that contain only standard ONNX operators."""
+    """Lowers models to graphs that contain only standard ONNX operators."""
 
     merges_lookups = False
 
@@ -160,6 +160,8 @@ class NoisySession(UnoptimizedSession):
 
 
 class NoisyRuntime(UnoptimizedRuntime):
+    """Opens every graph in a ``NoisySession``."""
+
     def open(self, path: Path, threads: int) -> UnoptimizedSession:
         return NoisySession(path, threads)
 
@@ -241,7 +243,7 @@ def finished_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(finished_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a copy of ``finished_home``, where tasks without the added target are cached."""
+    """Use a copy of ``finished_home``; it has cached results of all tasks for ONNX Runtime."""
     use_copied_home(monkeypatch, finished_home, tmp_path / "recpress")
 
 
@@ -287,14 +289,14 @@ def test_registered_target_is_lowered_measured_judged_and_published(
         assert measurement.numbers.of("auc", "champion") is not None
 
 
-def check_report(report: Report) -> None:
-    """Assert that tables and page of a report show the added target."""
+def assert_report_shows_target(report: Report) -> None:
+    """Assert that the tables and the page of a report show the added target."""
     rows = number_rows(report)
     assert {"change", "before, not-optimized", "change, not-optimized"} <= set(rows[0])
     assert all(row.keys() == rows[0].keys() for row in rows)
     assert "ONNX Runtime as written" in markdown(report)
-    shown = page(report, validation_of(report.validation))
-    assert "not-optimized p50 latency" in shown
+    html = page(report, validation_of(report.validation))
+    assert "not-optimized p50 latency" in html
     assert Report.model_validate_json(report.model_dump_json()) == report
 
 
@@ -307,7 +309,7 @@ def test_each_target_is_judged_by_the_scores_of_its_runtime(
     verdicts = {item.target: item.verdict.outcome for item in report.targets}
     assert verdicts == {"onnxruntime": "accepted", "not-optimized": "rejected"}
     assert report.outcome == "rejected"
-    check_report(report)
+    assert_report_shows_target(report)
 
 
 def test_order_can_have_only_an_added_target(

@@ -1,4 +1,4 @@
-"""Recipes with a quality budget: which steps are skipped, and what a second run repeats."""
+"""Recipes with a quality budget: which steps are skipped, and what a second run has cached."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +41,7 @@ STEPS = (
 
 
 def order_with_budget(budget: float, steps: tuple = STEPS) -> Order:
+    """Return a custom order with a quality budget."""
     return Order(
         model="clicks@1", preset="custom", steps=steps, limits=(LOOSE_LIMIT,), budget=budget
     )
@@ -55,14 +56,14 @@ def test_step_over_the_budget_is_skipped_with_the_training_that_follows_it(
     assert [stage.step for stage in report.stages[1:]] == [
         "magnitude",
         "fine_tune",
-        "magnitude",  # of other layers, so the failed steps do not exclude it
+        "magnitude",  # of other layers than the skipped steps
         "rowwise_int8",
         "static_int8",
         "recalibrate",
     ]
-    left_out = (("magnitude", 3), ("magnitude", 4), ("fine_tune", 5))
+    skipped = (("magnitude", 3), ("magnitude", 4), ("fine_tune", 5))
     reasons = report.idle_reasons
-    assert set(reasons) == {f"{kind} (step {number} of the recipe)" for kind, number in left_out}
+    assert set(reasons) == {f"{kind} (step {number} of the recipe)" for kind, number in skipped}
     (reason,) = set(reasons.values())
     loss = require_reason([reason], "over_budget", metric="auc", budget=0.02).fields["loss"]
     assert isinstance(loss, float)
@@ -75,7 +76,7 @@ def test_step_over_the_budget_is_skipped_with_the_training_that_follows_it(
     assert set(states) == {"Cached"}
 
 
-def test_step_on_parts_that_a_skipped_step_would_have_made_is_skipped_too() -> None:
+def test_step_on_tables_that_a_skipped_step_would_have_created_is_skipped_too() -> None:
     order = order_with_budget(0.01, (Tiers(), RowwiseInt8(tables=("item.hot",)), StaticInt8()))
     bundle = SimpleNamespace(task="ctr", rows={"train": 9}, calibration=lambda: "train")
     missing = Reason("not_applicable", fault="needs a table named like 'item.hot'")
@@ -89,9 +90,9 @@ def test_step_on_parts_that_a_skipped_step_would_have_made_is_skipped_too() -> N
     def budget_violation(result: str) -> Reason | None:
         return over_budget if result.endswith("tiers") else None
 
-    stages, left_out = select_steps(order, bundle, "model", apply_step, budget_violation)
+    stages, skip_reasons = select_steps(order, bundle, "model", apply_step, budget_violation)
     assert [stage for _, stage in stages] == ["model", "model static_int8"]
-    assert left_out == {0: over_budget, 1: missing}
+    assert skip_reasons == {0: over_budget, 1: missing}
     with raises_code(OrderRefused, "step_not_applicable", reason=missing):
         select_steps(order, bundle, "model", lambda step, source: apply_step(step, ""), None)
 

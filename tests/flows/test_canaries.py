@@ -121,6 +121,7 @@ def test_secrets_in_an_exception_are_not_stored_or_logged_by_prefect(
 
 
 def captured_texts(capfd: pytest.CaptureFixture) -> Iterator[tuple[str, str]]:
+    """Yield name and content of both outputs of this process."""
     captured = capfd.readouterr()
     yield "stdout", captured.out
     yield "stderr", captured.err
@@ -162,6 +163,7 @@ def test_commands_that_succeed_or_fail_do_not_store_or_print_a_secret(
     texts: dict[str, str] = {}
 
     def run(name: str, *arguments: str, codes: tuple[int, ...], **more: str) -> str:
+        """Run a command, store its output under a name, and assert its exit code."""
         process = recpress(*arguments, env=base | more, seconds=400)
         texts[f"{name}: stdout"], texts[f"{name}: stderr"] = process.stdout, process.stderr
         assert process.returncode in codes, (name, process.returncode, process.stderr)
@@ -170,7 +172,7 @@ def test_commands_that_succeed_or_fail_do_not_store_or_print_a_secret(
     order = ("compress", "clicks", "--preset", "safe")
     down = address_with_secret("MLFLOW_TRACKING_URI", "127.0.0.1:9")
     endpoint = address_with_secret("AWS_ENDPOINT_URL", s3_server.endpoint.partition("://")[2])
-    silent = address_with_secret("AWS_ENDPOINT_URL", "127.0.0.1:9")
+    closed_endpoint = address_with_secret("AWS_ENDPOINT_URL", "127.0.0.1:9")
     postgres = "postgresql://somebody:{}@127.0.0.1:9/m"
     database = postgres.format(SECRETS.in_address("MLFLOW_TRACKING_URI"))
 
@@ -187,11 +189,15 @@ def test_commands_that_succeed_or_fail_do_not_store_or_print_a_secret(
         run(
             "registry down", *order, "--limit", other, codes=(1,), MLFLOW_TRACKING_URI=down, **debug
         )
-        wrong = {"RECPRESS_STORE": "s3://models/canaries", "AWS_ENDPOINT_URL": endpoint, **debug}
-        run("wrong S3 key", *order, "--limit", LIMIT, codes=(1, 2), **wrong)
-        wrong["AWS_ENDPOINT_URL"] = silent
-        run("S3 down", *order, "--limit", LIMIT, codes=(1, 2), **wrong)
-        run("S3 down, doctor", "doctor", codes=(1,), MLFLOW_TRACKING_URI=down, **wrong)
+        variables = {
+            "RECPRESS_STORE": "s3://models/canaries",
+            "AWS_ENDPOINT_URL": endpoint,
+            **debug,
+        }
+        run("wrong S3 key", *order, "--limit", LIMIT, codes=(1, 2), **variables)
+        variables["AWS_ENDPOINT_URL"] = closed_endpoint
+        run("S3 down", *order, "--limit", LIMIT, codes=(1, 2), **variables)
+        run("S3 down, doctor", "doctor", codes=(1,), MLFLOW_TRACKING_URI=down, **variables)
         for name in ("RECPRESS_STORE", "RECPRESS_TRITON"):
             for form in ("s3://me:{}@bucket/x", "http://me:{}@h/x?token={}", "s3:/me:{}@b"):
                 root = {name: form.format(*[SECRETS.in_address(name)] * 2), **debug}

@@ -74,7 +74,7 @@ def assert_refused(result: CommandResult, *words: str) -> None:
 # --- start ----------------------------------------------------------------------------------
 
 
-def imported_by(code: str, env: Mapping[str, str]) -> set[str]:
+def modules_imported_by(code: str, env: Mapping[str, str]) -> set[str]:
     """Return the top-level modules that a new process has loaded after it ran some code."""
     show = "import sys; print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
     process = subprocess.run(
@@ -90,7 +90,7 @@ def imported_by(code: str, env: Mapping[str, str]) -> set[str]:
 
 
 def test_help_imports_no_heavy_package(tmp_path: Path) -> None:
-    loaded = imported_by("import flows.cli.app", environment(tmp_path))
+    loaded = modules_imported_by("import flows.cli.app", environment(tmp_path))
     assert "typer" in loaded
     assert not loaded & {"torch", "prefect", "mlflow", "numpy", "pyarrow", "onnx", "pydantic"}
 
@@ -113,7 +113,7 @@ def test_completed_order_prints_its_report_without_importing_prefect_or_mlflow(
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
     )
     env = environment(accepted_order.home.parent) | {"RECPRESS_HOME": str(accepted_order.home)}
-    loaded = imported_by(code, env)
+    loaded = modules_imported_by(code, env)
     assert "flows" in loaded
     assert not loaded & {"prefect", "mlflow", "great_expectations", "onnxscript", "torch"}
 
@@ -169,12 +169,12 @@ def test_order_whose_graph_is_missing_in_the_store_does_not_count_as_completed(
     """A finished report is useless if the graph that it refers to cannot be fetched."""
     served = accepted_order.result.finished.report.targets[0].artifact
     folder = accepted_order.home / "store" / "artifacts" / served.sha256
-    aside = folder.with_name("aside")
-    folder.rename(aside)
+    moved_folder = folder.with_name("moved")
+    folder.rename(moved_folder)
     try:
         assert find_finished_order(accepted_order.result.finished.report.order) is None
     finally:
-        aside.rename(folder)
+        moved_folder.rename(folder)
 
 
 @pytest.mark.parametrize(
@@ -319,40 +319,40 @@ def test_bundle_schema_accepts_a_valid_draft_and_rejects_invalid_ones(
             validate(other, schema, raise_on_error=True)
 
 
-def pickled_weights(draft: Path) -> None:
+def pickle_weights(draft: Path) -> None:
     (draft / "model.safetensors").write_bytes(pickle.dumps({"weights": [1.0]}))
 
 
-def extra_pickle_file(draft: Path) -> None:
+def add_pickle_file(draft: Path) -> None:
     (draft / "weights.bin").write_bytes(pickle.dumps([1]))
 
 
-def path_outside_the_draft(draft: Path) -> None:
+def name_path_outside_the_draft(draft: Path) -> None:
     edit_model_json(draft, lambda text: text.replace("test.parquet", "../../etc/passwd"))
 
 
-def module_that_is_not_allowed(draft: Path) -> None:
+def name_forbidden_module(draft: Path) -> None:
     edit_model_json(draft, lambda text: text.replace("draft_network:ClickNet", "os:system"))
 
 
-def unknown_schema_version(draft: Path) -> None:
+def set_unknown_schema_version(draft: Path) -> None:
     edit_model_json(draft, lambda text: text.replace('"schema_version": 2', '"schema_version": 99'))
 
 
-def nan_weight(draft: Path) -> None:
+def set_weight_to_nan(draft: Path) -> None:
     weights = load_file(draft / "model.safetensors")
     weights["user.weight"][7, 3] = float("nan")
     save_file(weights, draft / "model.safetensors")
 
 
-def table_with_too_few_rows(draft: Path) -> None:
+def remove_table_rows(draft: Path) -> None:
     weights = load_file(draft / "model.safetensors")
     weights["user.weight"] = weights["user.weight"][:50].contiguous()
     save_file(weights, draft / "model.safetensors")
     edit_model_json(draft, lambda text: text.replace('"users": 3000', '"users": 50'))
 
 
-def config_with_other_width(draft: Path) -> None:
+def change_width_in_config(draft: Path) -> None:
     edit_model_json(draft, lambda text: text.replace('"hidden": 64', '"hidden": 65'))
 
 
@@ -367,14 +367,14 @@ def edit_model_json(draft: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     ("make_unsafe", "words"),
     [
-        (pickled_weights, ["model.safetensors"]),
-        (extra_pickle_file, ["weights.bin"]),
-        (path_outside_the_draft, [".."]),
-        (module_that_is_not_allowed, ["os", "RECPRESS_ALLOWED_MODULES"]),
-        (unknown_schema_version, ["schema_version", "99"]),
-        (nan_weight, ["user.weight"]),
-        (table_with_too_few_rows, ["'user'", "50 rows"]),
-        (config_with_other_width, ["first.", "[65]", "'config'"]),
+        (pickle_weights, ["model.safetensors"]),
+        (add_pickle_file, ["weights.bin"]),
+        (name_path_outside_the_draft, [".."]),
+        (name_forbidden_module, ["os", "RECPRESS_ALLOWED_MODULES"]),
+        (set_unknown_schema_version, ["schema_version", "99"]),
+        (set_weight_to_nan, ["user.weight"]),
+        (remove_table_rows, ["'user'", "50 rows"]),
+        (change_width_in_config, ["first.", "[65]", "'config'"]),
     ],
 )
 def test_pack_of_an_unsafe_draft_exits_with_code_2_and_stores_no_bundle(
@@ -388,7 +388,7 @@ def test_pack_of_an_unsafe_draft_exits_with_code_2_and_stores_no_bundle(
 
 def test_pack_of_an_unsafe_draft_in_a_process_prints_no_traceback(tmp_path: Path) -> None:
     draft = write_draft(tmp_path / "draft")
-    pickled_weights(draft)
+    pickle_weights(draft)
     process = recpress("bundle", "pack", str(draft), env=environment(tmp_path))
     assert process.returncode == 2
     assert process.stdout == ""
@@ -403,10 +403,10 @@ def test_registry_list_and_show_print_the_versions_and_the_report(
     accepted_order: AcceptedOrder, call: Any
 ) -> None:
     listed = json.loads(call("registry", "list", "--json").out)
-    mine = next(
+    entry = next(
         item for item in listed if item["version"] == accepted_order.result.finished.version
     )
-    assert mine["tags"]["recpress.outcome"] == "accepted"
+    assert entry["tags"]["recpress.outcome"] == "accepted"
     assert "clicks" in call("registry", "list", "clicks").out
     version = accepted_order.result.finished.version
     shown = call("registry", "show", "clicks", "--version", version, "--json")
@@ -437,17 +437,19 @@ def test_registry_command_line_and_prefect_name_the_uri_of_the_reports_page(
     accepted_order: AcceptedOrder, call: Any
 ) -> None:
     listed = json.loads(call("registry", "list", "clicks", "--json").out)
-    mine = next(
+    entry = next(
         item for item in listed if item["version"] == accepted_order.result.finished.version
     )
-    where = mine["tags"]["recpress.report"]
-    assert where == accepted_order.result.finished.page_uri()
-    assert Path(where.removeprefix("file://")).read_text().startswith("<!doctype html>")
+    page_uri = entry["tags"]["recpress.report"]
+    assert page_uri == accepted_order.result.finished.page_uri()
+    assert Path(page_uri.removeprefix("file://")).read_text().startswith("<!doctype html>")
     result = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS)
-    assert where in result.out
+    assert page_uri in result.out
     with get_client(sync_client=True) as client:
         shown = [str(item.data) for item in client.read_artifacts() if item.type == "markdown"]
-    assert any(where in text and f"--version {mine['version']} --html" in text for text in shown)
+    assert any(
+        page_uri in text and f"--version {entry['version']} --html" in text for text in shown
+    )
 
 
 def test_publishing_the_same_report_again_returns_the_same_artifact(
@@ -607,11 +609,11 @@ def test_doctor_reports_each_service_and_exits_with_code_1_if_the_store_fails(
     accepted_order: AcceptedOrder, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = call("doctor", "--json")
-    found = {item["what"]: item for item in json.loads(result.out)}
+    findings = {item["what"]: item for item in json.loads(result.out)}
     assert result.code == 0, result.out
-    assert found["object store"]["state"] == "ok"
-    assert found["ONNX Runtime"]["state"] == "ok"
-    assert ALLOWED in found["architectures from"]["found"]
+    assert findings["object store"]["state"] == "ok"
+    assert findings["ONNX Runtime"]["state"] == "ok"
+    assert ALLOWED in findings["architectures from"]["found"]
     monkeypatch.setenv("RECPRESS_STORE", "ftp://nowhere")
     broken = call("doctor", "--json")
     assert broken.code == 1

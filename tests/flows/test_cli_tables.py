@@ -23,6 +23,8 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command of ``recpress tables`` in this process; return exit code and both outputs."""
+
     def run_command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["recpress", "tables", *map(str, arguments)])
         with pytest.raises(SystemExit) as process:
@@ -35,6 +37,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
+    """A safetensors file with two matrices, of 500 and of 4 rows."""
     torch.manual_seed(0)
     save_file(
         {"user.weight": torch.randn(500, 8), "mlp.weight": torch.randn(4, 8)},

@@ -1,4 +1,4 @@
-"""The services of `make up-local` refuse other web pages and other users of the machine."""
+"""The services of `make up-local` refuse requests of web pages and of other local users."""
 
 import asyncio
 import http.client
@@ -65,7 +65,7 @@ def test_prefect_allows_its_own_ui_as_127_0_0_1_and_as_localhost(
 def test_websockets_for_events_and_logs_open_with_the_secret(local_services: LocalServices) -> None:
     client, name = local_services.client, f"recpress.test.{uuid4()}"
 
-    async def pass_through() -> None:
+    async def open_websockets() -> None:
         async with get_events_subscriber(
             filter=EventFilter(event=EventNameFilter(name=[name]))
         ) as events:
@@ -80,14 +80,14 @@ def test_websockets_for_events_and_logs_open_with_the_secret(local_services: Loc
         PREFECT_API_AUTH_STRING: client["PREFECT_API_AUTH_STRING"],
     }
     with temporary_settings(settings):
-        asyncio.run(pass_through())
+        asyncio.run(open_websockets())
 
 
 def test_every_process_listens_only_on_loopback(local_services: LocalServices) -> None:
     ports = {
-        (pid, " ".join(words)[:60], *place)
-        for pid, words in command_lines_by_pid(local_services).items()
-        for place in listening_sockets(pid)
+        (pid, " ".join(command_line)[:60], *address)
+        for pid, command_line in command_lines_by_pid(local_services).items()
+        for address in listening_sockets(pid)
     }
     assert len(ports) >= 13  # 2 Postgres, 8 of the store, Prefect, MLflow, the worker
     assert [port for port in ports if port[2] not in LOOPBACK] == []
@@ -98,15 +98,16 @@ def test_secrets_are_only_in_files_that_only_their_owner_can_read(
 ) -> None:
     secrets = set(secrets_of(local_services).values())
     assert len(secrets) == 6
-    for words in command_lines_by_pid(local_services).values():
-        assert not [word for word in words for secret in secrets if secret in word], words[0]
+    for command_line in command_lines_by_pid(local_services).values():
+        with_secret = [word for word in command_line for secret in secrets if secret in word]
+        assert not with_secret, command_line[0]
     state = local_services.home / "services"
-    private = {state / "secrets.env", state / "client.env", state / "configs" / "identities"}
-    assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+    private_files = {state / "secrets.env", state / "client.env", state / "configs" / "identities"}
+    assert {path.stat().st_mode & 0o777 for path in private_files} == {0o600}
     other_files = [
         str(path)
         for path in local_services.home.rglob("*")
-        if path.is_file() and path not in private
+        if path.is_file() and path not in private_files
         for content in [path.read_bytes()]
         for secret in secrets
         if secret.encode() in content
@@ -116,20 +117,21 @@ def test_secrets_are_only_in_files_that_only_their_owner_can_read(
 
 def test_telemetry_is_off_in_every_process(local_services: LocalServices) -> None:
     checked = set()
-    for pid, words in command_lines_by_pid(local_services).items():
-        kinds = {name for name in ("prefect", "mlflow") if f"/{name}" in " ".join(words)}
-        if kinds and pid != local_services.pid:
+    for pid, command_line in command_lines_by_pid(local_services).items():
+        services = {name for name in ("prefect", "mlflow") if f"/{name}" in " ".join(command_line)}
+        if services and pid != local_services.pid:
             values = environment_of(pid)
-            assert {name: values.get(name, "") for name in TELEMETRY_OFF} == TELEMETRY_OFF, words
-            checked |= kinds
-        assert "weed" not in words[:1] or "-master.telemetry=false" in words
+            telemetry = {name: values.get(name, "") for name in TELEMETRY_OFF}
+            assert telemetry == TELEMETRY_OFF, command_line
+            checked |= services
+        assert "weed" not in command_line[:1] or "-master.telemetry=false" in command_line
     assert checked == {"prefect", "mlflow"}
 
 
 def test_printed_command_prints_the_secret_that_logs_in(local_services: LocalServices) -> None:
     printed = (local_services.home / "output").read_text()
-    (step,) = (line.strip() for line in printed.splitlines() if "echo" in line)
-    shell = subprocess.run(["/bin/sh", "-c", step], capture_output=True, text=True, check=True)
+    (command,) = (line.strip() for line in printed.splitlines() if "echo" in line)
+    shell = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=True)
     secret = shell.stdout.strip()
     assert secret not in printed
     reply = send(
@@ -183,15 +185,15 @@ def test_mlflow_refuses_requests_of_other_origins_and_for_other_hosts(
     uri = local_services.client["MLFLOW_TRACKING_URI"]
     create = "/api/2.0/mlflow/registered-models/create"
     # MLflow accepts pages of this machine on any port (docs/services.md).
-    pages = [origin for origin in FOREIGN if urlsplit(origin).hostname not in LOCAL]
-    assert len(pages) == 4
-    for origin in pages:
-        for place in (create, create.replace("/api", "/ajax-api")):
-            for kind in ("application/json", "text/plain"):
+    origins = [origin for origin in FOREIGN if urlsplit(origin).hostname not in LOCAL]
+    assert len(origins) == 4
+    for origin in origins:
+        for path in (create, create.replace("/api", "/ajax-api")):
+            for content_type in ("application/json", "text/plain"):
                 body = json.dumps({"name": "from-another-origin"}).encode()
-                headers = {"Origin": origin, "Content-Type": kind}
-                reply = send(uri, "POST", place, body=body, headers=headers)
-                assert reply.status == 403, (origin, kind, reply)
+                headers = {"Origin": origin, "Content-Type": content_type}
+                reply = send(uri, "POST", path, body=body, headers=headers)
+                assert reply.status == 403, (origin, content_type, reply)
         preflight = send(
             uri,
             "OPTIONS",
@@ -199,9 +201,9 @@ def test_mlflow_refuses_requests_of_other_origins_and_for_other_hosts(
             headers={"Origin": origin, "Access-Control-Request-Method": "POST"},
         )
         assert "access-control-allow-origin" not in preflight.headers
-    for method, place in (("GET", "/"), ("POST", create), ("POST", "/graphql")):
-        reply = send(uri, method, place, body=b"{}", headers=JSON | {"Host": "evil.example"})
-        assert reply.status == 403, place
+    for method, path in (("GET", "/"), ("POST", create), ("POST", "/graphql")):
+        reply = send(uri, method, path, body=b"{}", headers=JSON | {"Host": "evil.example"})
+        assert reply.status == 403, path
     listed = send(uri, "GET", "/api/2.0/mlflow/registered-models/search?max_results=100")
     assert b"from-another-origin" not in listed.body
     assert send(uri, "GET", "/").headers["x-frame-options"] == "SAMEORIGIN"
@@ -211,9 +213,11 @@ def test_store_refuses_http_requests_without_a_key_on_every_port(
     local_services: LocalServices,
 ) -> None:
     (pid,) = (
-        pid for pid, words in command_lines_by_pid(local_services).items() if words[:1] == ["weed"]
+        pid
+        for pid, command_line in command_lines_by_pid(local_services).items()
+        if command_line[:1] == ["weed"]
     )
-    paths = (
+    requests = (
         ("GET", "/dir/assign"),
         ("GET", "/col/delete?collection=recpress"),
         ("GET", "/vol/grow?count=1"),
@@ -228,7 +232,7 @@ def test_store_refuses_http_requests_without_a_key_on_every_port(
     )
     accepted = {}
     for _, port in listening_sockets(pid):
-        for method, path in paths:
+        for method, path in requests:
             try:
                 reply = send(f"http://127.0.0.1:{port}", method, path, body=b"content")
             except (OSError, http.client.HTTPException):

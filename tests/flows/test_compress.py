@@ -41,15 +41,15 @@ from tasks.prepare import prepare
 from tasks.promotion.promotions import champion_graph, fetch, promote
 from tasks.report.tables import markdown
 
-ANY = Limit.parse("auc vs baseline >= -0.02")
+LOOSE_LIMIT = Limit.parse("auc vs baseline >= -0.02")
 
 
-def with_limits(accepted_order: AcceptedOrder, *limits: str) -> Order:
+def order_with_limits(accepted_order: AcceptedOrder, *limits: str) -> Order:
     """Return the accepted order with other limits; all tasks before the gate are cached."""
     return accepted_order.order.model_copy(update={"limits": tuple(map(Limit.parse, limits))})
 
 
-def registered(model: str) -> list[str]:
+def registered_versions(model: str) -> list[str]:
     """Return the registered versions of a model."""
     return [item.version for item in Registry(load_settings().registry_uri).versions(model)]
 
@@ -131,7 +131,7 @@ def test_fetched_graph_has_the_reported_auc_in_a_plain_onnxruntime_session(
 def test_order_over_a_limit_completes_with_state_rejected_and_the_numbers(
     accepted_order: AcceptedOrder,
 ) -> None:
-    result = run_in_prefect(with_limits(accepted_order, "bytes vs baseline <= 0.01"))
+    result = run_in_prefect(order_with_limits(accepted_order, "bytes vs baseline <= 0.01"))
     assert result.state == "Rejected"
     assert "the limit is <= 0.010 times; rejected" in result.message
     assert result.finished.report.outcome == "rejected"
@@ -144,7 +144,7 @@ def test_order_over_a_score_change_limit_is_rejected_with_the_change(
     accepted_order: AcceptedOrder,
 ) -> None:
     result = run_without_prefect(
-        with_limits(accepted_order, "max_score_change <= 0.0001", "score_correlation >= 0.5")
+        order_with_limits(accepted_order, "max_score_change <= 0.0001", "score_correlation >= 0.5")
     )
     assert result.state == "Rejected"
     assert "largest score change is" in result.message
@@ -171,7 +171,9 @@ def test_limit_inside_the_interval_is_undecided_and_reports_rows_to_decide(
     assert change is not None
     assert change.low < change.point
     between = (change.point + change.low) / 2
-    result = run_without_prefect(with_limits(accepted_order, f"auc vs baseline >= {between!r}"))
+    result = run_without_prefect(
+        order_with_limits(accepted_order, f"auc vs baseline >= {between!r}")
+    )
     assert result.state == "Undecided"
     (judgement,) = result.finished.report.targets[0].verdict.judgements
     assert judgement.outcome == "undecided"
@@ -194,12 +196,12 @@ def test_data_that_violates_a_rule_stops_the_flow(
 def test_repeated_order_reads_every_task_from_the_cache_and_registers_nothing(
     accepted_order: AcceptedOrder,
 ) -> None:
-    versions = registered("clicks")
+    versions = registered_versions("clicks")
     result = run_in_prefect(accepted_order.order)
     assert {state for _, state in result.tasks} == {"Cached"}, result.tasks
     assert len(result.tasks) == len(accepted_order.result.tasks)
     assert result.finished == accepted_order.result.finished
-    assert registered("clicks") == versions
+    assert registered_versions("clicks") == versions
     # Without the engine, as in most tests, the same tasks run under the same names.
     assert sorted(run_without_prefect(accepted_order.order).tasks) == sorted(result.tasks)
 
@@ -207,7 +209,7 @@ def test_repeated_order_reads_every_task_from_the_cache_and_registers_nothing(
 def test_order_with_other_limits_runs_only_gate_and_publish_again(
     accepted_order: AcceptedOrder,
 ) -> None:
-    result = run_without_prefect(with_limits(accepted_order, "auc vs baseline >= -0.03"))
+    result = run_without_prefect(order_with_limits(accepted_order, "auc vs baseline >= -0.03"))
     executed = [name for name, state in result.tasks if state != "Cached"]
     assert {name.split()[0] for name in executed} == {"gate", "publish"}, executed
 
@@ -231,13 +233,13 @@ def test_order_missing_in_another_registry_is_registered_there(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     result = run_without_prefect(accepted_order.order)
     assert result.states_of("publish") == ["Completed"]
-    assert registered("clicks") == ["1"]
+    assert registered_versions("clicks") == ["1"]
     assert "other.db" in result.finished.registry
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    versions = registered("clicks")
+    versions = registered_versions("clicks")
     # The version in the other registry does not replace the version in this one.
     assert run_without_prefect(accepted_order.order).finished == accepted_order.result.finished
-    assert registered("clicks") == versions
+    assert registered_versions("clicks") == versions
 
 
 def prefect_variables() -> dict[str, str]:
@@ -268,7 +270,7 @@ def test_killed_flow_resumes_after_its_last_completed_task(
 ) -> None:
     """Kill the process, and its server if that is embedded, in the step static_int8."""
     pack(write_draft(empty_home / "draft", name="killed"))
-    limit = str(ANY)
+    limit = str(LOOSE_LIMIT)
     environ = environment(empty_home, **(prefect_variables() if server == "shared" else {}))
     command = [sys.executable, "-m", "flows.cli.app", "compress", "killed", "--preset", preset]
     process = subprocess.Popen(
@@ -292,13 +294,13 @@ def test_killed_flow_resumes_after_its_last_completed_task(
     assert process.wait() == -signal.SIGKILL, lines
     assert Registry(load_settings().registry_uri).models() == ()
 
-    order = Order(model="killed", preset=preset, limits=(ANY,))
+    order = Order(model="killed", preset=preset, limits=(LOOSE_LIMIT,))
     result = run_without_prefect(order)
     assert result.state == "Completed"
     for task in ("pull", "validate", "prepare", first_step):
         assert set(result.states_of(task)) == {"Cached"}, (task, result.tasks)
     assert result.states_of("measure onnxruntime") == ["Completed"]
-    assert registered("killed") == ["1"]
+    assert registered_versions("killed") == ["1"]
 
     code, output = run_main(monkeypatch, capsys, *command[3:], "--limit", limit)
     assert code == 0, output
@@ -341,7 +343,9 @@ def test_required_target_that_cannot_be_built_is_refused(
 def test_champion_limit_holds_without_a_champion_and_is_measured_with_one(
     accepted_order: AcceptedOrder, without_champion: None
 ) -> None:
-    order = with_limits(accepted_order, "bytes vs champion <= 1.01", "auc vs champion >= -0.0001")
+    order = order_with_limits(
+        accepted_order, "bytes vs champion <= 1.01", "auc vs champion >= -0.0001"
+    )
     assert champion_graph("clicks", "onnxruntime") is None
 
     result = run_without_prefect(order)
@@ -421,9 +425,9 @@ def test_unreachable_store_exits_with_code_1_and_one_sentence_within_a_minute(
             AWS_SECRET_ACCESS_KEY="canary-of-a-secret",
             AWS_DEFAULT_REGION="us-east-1",
         )
-        began = time.monotonic()
-        process = recpress("compress", "clicks", "--limit", str(ANY), env=environ)
-    assert time.monotonic() - began < 60
+        start = time.monotonic()
+        process = recpress("compress", "clicks", "--limit", str(LOOSE_LIMIT), env=environ)
+    assert time.monotonic() - start < 60
     assert process.returncode == 1
     assert "s3://models" in process.stderr
     assert "Traceback" not in process.stderr

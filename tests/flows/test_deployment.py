@@ -86,9 +86,9 @@ def test_run_of_the_worker_completes_with_a_report_artifact_in_prefect(flow_run:
         artifacts = prefect.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run.id]))
         )
-    written = [item for item in artifacts if item.type == "markdown"]
-    assert [item.key for item in written] == ["recpress-clicks"]
-    text = str(written[0].data)
+    reports = [item for item in artifacts if item.type == "markdown"]
+    assert [item.key for item in reports] == ["recpress-clicks"]
+    text = str(reports[0].data)
     assert text.startswith("# clicks 1: accepted")
     assert "recpress registry fetch clicks" in text
 
@@ -141,18 +141,18 @@ def test_invalid_order_is_refused_on_submission(
 def test_queued_orders_run_one_at_a_time_in_the_sequence_of_submission(
     client: dict[str, str], flow_run: FlowRun
 ) -> None:
-    """The orders name models that do not exist, so that each ends soon after its start."""
+    """The orders name models that do not exist, so that each fails soon after its start."""
     submitted = [
         run_deployment(
             "compress/compress", parameters={"order": {**ORDER, "model": f"none{n}@1"}}, timeout=0
         ).id
         for n in range(3)
     ]
-    end = time.monotonic() + RUN_SECONDS
+    deadline = time.monotonic() + RUN_SECONDS
     with get_client(sync_client=True) as prefect:
         runs = [prefect.read_flow_run(run) for run in submitted]
         while not all(run.state and run.state.is_final() for run in runs):
-            assert time.monotonic() < end
+            assert time.monotonic() < deadline
             time.sleep(1)
             runs = [prefect.read_flow_run(run) for run in submitted]
     assert {run.state_name for run in runs} == {"Failed"}
@@ -223,10 +223,10 @@ def test_key_of_clients_and_worker_cannot_create_buckets(
 def test_doctor_reports_that_all_services_work(client: dict[str, str], tmp_path: Path) -> None:
     process = recpress("doctor", "--json", env=environment(tmp_path, **client))
     assert process.returncode == 0, process.stdout
-    found = {item["what"]: item["found"] for item in json.loads(process.stdout)}
-    assert "writable" in found["object store"]
-    assert found["registry"].startswith("MLflow 3.")
-    assert "workers of recpress-cpu" in found["Prefect"]
+    descriptions = {item["what"]: item["found"] for item in json.loads(process.stdout)}
+    assert "writable" in descriptions["object store"]
+    assert descriptions["registry"].startswith("MLflow 3.")
+    assert "workers of recpress-cpu" in descriptions["Prefect"]
     assert client["AWS_SECRET_ACCESS_KEY"] not in process.stdout + process.stderr
 
 

@@ -1,6 +1,7 @@
-"""``recpress doctor`` and its HTTP requests, against local servers.
+"""``recpress doctor`` and its HTTP requests, against local servers that do not work.
 
-The servers are down, never respond, send slowly, refuse, fail, or are another service.
+The servers are down, never respond, send slowly, refuse requests, report errors, or belong to
+another service.
 """
 
 import json
@@ -28,9 +29,9 @@ from infra.services.http_probe import MAX_BYTES, HttpRequest, get
 
 SECRET = "canary-of-a-password"
 LIMIT_SECONDS = 2.5
-"""The time limit of a service in these tests; outside of them it is twice as long."""
+"""The time limit of a check in these tests; the default is twice as long."""
 MAX_SECONDS = LIMIT_SECONDS + 2
-"""Allows two more seconds for a busy machine."""
+"""The time limit, and two more seconds for a busy machine."""
 
 Reply = tuple[int, dict[str, str], bytes]
 
@@ -72,10 +73,10 @@ def http_server(reply: Callable[[BaseHTTPRequestHandler], Reply]) -> Iterator[st
 @pytest.fixture
 def silent_port() -> Iterator[int]:
     """The port of a server that accepts connections and never responds."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(64)
-        yield listening.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -140,14 +141,14 @@ def test_doctor_command_ends_soon_if_services_never_respond(
     silent_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_services(monkeypatch, f"http://127.0.0.1:{silent_port}")
-    hanging = {
+    service_variables = {
         name: value
         for name, value in os.environ.items()
         if name.startswith("AWS_")
         or name in {"RECPRESS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"}
     }
     start = time.monotonic()
-    process = recpress("doctor", env=environment(tmp_path, **hanging), seconds=60)
+    process = recpress("doctor", env=environment(tmp_path, **service_variables), seconds=60)
     assert process.returncode == 1
     # Most of the time is imports. Without the limit, retries of the clients would take minutes.
     assert time.monotonic() - start < 40
@@ -248,7 +249,7 @@ def slow_server(head: bytes) -> Iterator[tuple[str, threading.Event]]:
     Yields:
         Its URI, and an event that is set when the client closes the connection.
     """
-    hung_up, stopped = threading.Event(), threading.Event()
+    is_closed, is_stopped = threading.Event(), threading.Event()
 
     class Handler(BaseRequestHandler):
         def handle(self) -> None:
@@ -257,18 +258,18 @@ def slow_server(head: bytes) -> Iterator[tuple[str, threading.Event]]:
                 self.request.sendall(head)
                 for _ in range(100):  # 5 s, ten times the deadline of the tests
                     self.request.sendall(b"x")
-                    if stopped.wait(0.05):
+                    if is_stopped.wait(0.05):
                         return
             except OSError:
-                hung_up.set()
+                is_closed.set()
 
     with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", hung_up
+            yield f"http://127.0.0.1:{server.server_address[1]}", is_closed
         finally:
-            stopped.set()
+            is_stopped.set()
             server.shutdown()
             thread.join()
 
@@ -286,10 +287,10 @@ def test_request_to_a_server_that_sends_slowly_ends_at_its_total_deadline(head: 
 
 
 def test_connection_to_a_server_that_sends_slowly_is_closed_after_the_deadline() -> None:
-    with slow_server(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n") as (uri, hung_up):
+    with slow_server(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n") as (uri, is_closed):
         with raises_code(NoAnswer, "no_answer", address=uri, problem="TimeoutError"):
             get(uri, seconds=0.5)
-        assert hung_up.wait(2)
+        assert is_closed.wait(2)
 
 
 def test_body_is_read_to_its_first_megabyte_and_not_decompressed() -> None:
@@ -317,13 +318,13 @@ def test_log_records_do_not_contain_the_password_of_the_uri(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("DEBUG")
-    cleaning = logging.getLogRecordFactory()
-    logging.setLogRecordFactory(logging.LogRecord)  # that of the commands removes secrets
+    masking_factory = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(logging.LogRecord)  # without the masking of secrets
     try:
         with http_server(lambda _: (200, {}, b"")) as uri:
             get(uri.replace("://", f"://somebody:{SECRET}@"))
     finally:
-        logging.setLogRecordFactory(cleaning)
+        logging.setLogRecordFactory(masking_factory)
     assert "HTTP Request" in caplog.text
     assert SECRET not in caplog.text
 

@@ -50,13 +50,14 @@ LIMIT = "auc vs baseline >= -0.02"
 COMPRESS = ("compress", "clicks", "--preset", "fast", "--limit", LIMIT, "--force", "--json")
 START_SECONDS = 120  # for a busy machine; an idle one needs about 12 s
 END_SECONDS = 200
-SHORT_LIMIT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
+SHORT_PREFECT_LIMIT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
 """Prefect's own time limit for a start, which must have no effect."""
 SUSPENDED_SECONDS = 3
+SERVER_MODULES = ("flows.server.embedded_server", "prefect.server.api.server")
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a packed bundle."""
     home = tmp_path_factory.mktemp("embedded")
     with pytest.MonkeyPatch.context() as patch:
@@ -85,47 +86,47 @@ def running_command(env: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
 
 def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str]") -> object:
     """Call ``condition`` until its result is true, and return that; the process must still run."""
-    end = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     while not (result := condition()):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "timeout"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.05)
     return result
 
 
 def server_processes(pid: int) -> list[int]:
-    """Return the descendants of a process that serve Prefect's API or are about to."""
+    """Return the descendants of a process that serve Prefect's API, or start to."""
     servers = []
     for child in process_tree(pid)[1:]:
         try:
-            words = " ".join(arguments(child))
+            command_line = " ".join(arguments(child))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if "flows.server.embedded_server" in words or "prefect.server.api.server" in words:
+        if any(module in command_line for module in SERVER_MODULES):
             servers.append(child)
     return servers
 
 
 def test_embedded_server_refuses_other_clients_starts_slowly_and_ends_with_its_command(
-    packed: Path, tmp_path: Path
+    packed_home: Path, tmp_path: Path
 ) -> None:
-    env = environment(packed, RECPRESS_HOME=str(tmp_path / "recpress"), **SHORT_LIMIT)
-    shutil.copytree(packed / "recpress", tmp_path / "recpress")
+    env = environment(packed_home, RECPRESS_HOME=str(tmp_path / "recpress"), **SHORT_PREFECT_LIMIT)
+    shutil.copytree(packed_home / "recpress", tmp_path / "recpress")
     with running_command(env) as process:
         server, secret = attack(process)
         process.kill()
-        end = time.monotonic() + START_SECONDS
-        while Path(f"/proc/{server}").exists() and time.monotonic() < end:
+        deadline = time.monotonic() + START_SECONDS
+        while Path(f"/proc/{server}").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not Path(f"/proc/{server}").exists(), "the server outlived its command"
-    assert files_with(secret, packed, tmp_path) == []
+    assert files_with(secret, packed_home, tmp_path) == []
 
 
 @pytest.mark.slow
 def test_run_whose_server_is_attacked_completes_and_no_file_has_the_secret(
-    packed: Path,
+    packed_home: Path,
 ) -> None:
-    with running_command(environment(packed, **SHORT_LIMIT)) as process:
+    with running_command(environment(packed_home, **SHORT_PREFECT_LIMIT)) as process:
         server, secret = attack(process)
         out, err = process.communicate(timeout=END_SECONDS)
         assert process.returncode == 0, err
@@ -133,13 +134,13 @@ def test_run_whose_server_is_attacked_completes_and_no_file_has_the_secret(
         assert secret.partition(":")[2] not in out + err
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
-    assert files_with(secret, packed) == []
+    assert files_with(secret, packed_home) == []
 
 
 def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
     """Send requests without the secret to the embedded server of a command; all must fail.
 
-    The start of the server is suspended for longer than Prefect's own limit (``SHORT_LIMIT``). The
+    The start of the server is suspended for longer than Prefect's own time limit. The
     command is suspended during the requests, so that its run does not end.
 
     Returns:
@@ -154,8 +155,8 @@ def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
     os.kill(process.pid, signal.SIGSTOP)
     ((address, port),) = listening_sockets(server)
     api = f"http://127.0.0.1:{port}/api"
-    environ = environment_of(server)
-    secret = environ.get("PREFECT_SERVER_API_AUTH_STRING", "")
+    variables = environment_of(server)
+    secret = variables.get("PREFECT_SERVER_API_AUTH_STRING", "")
     assert re.fullmatch("recpress:[0-9a-f]{48}", secret)
     assert address in LOOPBACK
     assert send(api, "GET", "/health").status == 200
@@ -166,7 +167,7 @@ def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
         assert "access-control-allow-origin" not in reply.headers
     for pid in process_tree(process.pid):
         assert secret.partition(":")[2] not in " ".join(arguments(pid))
-    assert {name: environ[name].lower() for name in TELEMETRY_OFF} == TELEMETRY_OFF
+    assert {name: variables[name].lower() for name in TELEMETRY_OFF} == TELEMETRY_OFF
     os.kill(process.pid, signal.SIGCONT)
     return server, secret
 
@@ -262,12 +263,12 @@ def test_server_that_ends_at_start_raises_an_error_with_its_last_output(
 
 @pytest.mark.nightly
 def test_command_whose_server_ends_at_start_exits_with_code_1_and_its_last_output(
-    packed: Path,
+    packed_home: Path,
 ) -> None:
-    prefect = packed / "damaged"
+    prefect = packed_home / "damaged"
     prefect.mkdir()
     (prefect / "prefect.db").write_bytes(b"this is no database" * 1000)
-    output = recpress(*COMPRESS, env=environment(packed, PREFECT_HOME=str(prefect)))
+    output = recpress(*COMPRESS, env=environment(packed_home, PREFECT_HOME=str(prefect)))
     assert output.returncode == 1
     assert "The embedded Prefect server ended with exit code 3 before it was ready" in output.stderr
     assert "file is not a database" in output.stderr
@@ -276,8 +277,8 @@ def test_command_whose_server_ends_at_start_exits_with_code_1_and_its_last_outpu
 
 
 @pytest.mark.slow
-def test_command_whose_server_is_killed_exits_with_code_1(packed: Path) -> None:
-    env = environment(packed, PREFECT_HOME=str(packed / "killed"))
+def test_command_whose_server_is_killed_exits_with_code_1(packed_home: Path) -> None:
+    env = environment(packed_home, PREFECT_HOME=str(packed_home / "killed"))
     with running_command(env) as process:
         (server,) = wait_until(lambda: server_processes(process.pid), process)
         os.kill(server, signal.SIGKILL)
@@ -291,13 +292,13 @@ def test_command_whose_server_is_killed_exits_with_code_1(packed: Path) -> None:
 
 
 def test_command_with_missing_credentials_exits_with_code_2_before_any_work(
-    packed: Path,
+    packed_home: Path,
     prefect_server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     url = get_current_settings().api.url
-    use_home(monkeypatch, packed / "recpress")
+    use_home(monkeypatch, packed_home / "recpress")
     for name, value in EMBEDDED.items():  # the command sets them; monkeypatch restores them
         monkeypatch.setenv(name, value)
     with temporary_settings(restore_defaults={PREFECT_API_AUTH_STRING}):
@@ -307,7 +308,7 @@ def test_command_with_missing_credentials_exits_with_code_2_before_any_work(
     assert err.startswith(expected)
     assert "Set PREFECT_API_AUTH_STRING" in err
     assert len(err.splitlines()) == 1
-    assert not (packed / "recpress" / "results").exists()
+    assert not (packed_home / "recpress" / "results").exists()
 
 
 def test_wrong_credentials_raise_an_error_that_does_not_contain_them(prefect_server: None) -> None:

@@ -7,7 +7,7 @@ import pytest
 from drafts import write_draft
 from error_codes import raises_code
 from orders import AcceptedOrder, RecipeRun, run_recipe, use_home
-from test_recipe import LOOSE_LIMIT, STEPS, recipe  # noqa: F401 - a fixture
+from test_recipe import LOOSE_LIMIT, STEPS, recipe_run  # noqa: F401 - a fixture
 
 from compressors.contracts.reasons import Reason
 from compressors.errors.orders import OrderRefused
@@ -20,19 +20,19 @@ from tasks.bundles.packing import pack
 
 
 @pytest.fixture(scope="module")
-def explained(session_order: AcceptedOrder) -> Explanation:
+def session_explanation(session_order: AcceptedOrder) -> Explanation:
     """The explanation of the accepted order, after the order has run."""
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, session_order.home)
         return explain(session_order.order)
 
 
-def stored(home: Path) -> set[Path]:
+def stored_files(home: Path) -> set[Path]:
     """Return all files of a home, except local copies of files in the store."""
     return {path for path in home.rglob("*") if path.is_file() and "cache" not in path.parts}
 
 
-def left_out(explanation: Explanation) -> dict[str, Reason]:
+def skip_reasons(explanation: Explanation) -> dict[str, Reason]:
     """Return the reasons why steps would be skipped."""
     return {item.step: item.left_out for item in explanation.steps if item.left_out is not None}
 
@@ -45,35 +45,35 @@ def test_explain_predicts_stages_plan_and_skipped_steps_of_a_preset(
     assert explanation.plan == report.plan
     applied = [(item.step, item.bytes) for item in explanation.steps if item.left_out is None]
     assert applied == [(stage.step, stage.bytes) for stage in report.stages]
-    assert left_out(explanation) == report.idle_reasons
+    assert skip_reasons(explanation) == report.idle_reasons
     assert explanation.bytes_between == (report.stages[-1].bytes, report.stages[-1].bytes)
 
 
 def test_explain_bounds_the_bytes_of_an_order_with_a_budget(
-    accepted_order: AcceptedOrder, explained: Explanation
+    accepted_order: AcceptedOrder, session_explanation: Explanation
 ) -> None:
-    report, explanation = accepted_order.result.finished.report, explained
+    report, explanation = accepted_order.result.finished.report, session_explanation
     assert explanation.bytes_between is not None
     least, most = explanation.bytes_between
     assert least < report.stages[-1].bytes <= most
     assert {"channels", "distill", "fold"} <= set(report.idle_reasons)
     expected = {name: report.idle_reasons[name] for name in ("channels", "distill", "fold")}
-    assert left_out(explanation) == expected
+    assert skip_reasons(explanation) == expected
     assert [target.target for target in explanation.targets] == ["onnxruntime", "tensorrt-rtx"]
 
 
 def test_explain_names_the_version_of_a_completed_order(
-    accepted_order: AcceptedOrder, explained: Explanation
+    accepted_order: AcceptedOrder, session_explanation: Explanation
 ) -> None:
-    assert explained.earlier == accepted_order.result.finished.version
+    assert session_explanation.earlier == accepted_order.result.finished.version
 
 
 def test_explain_predicts_a_recipe_that_trains(
-    recipe: tuple[AcceptedOrder, RecipeRun],  # noqa: F811
+    recipe_run: tuple[AcceptedOrder, RecipeRun],  # noqa: F811
     accepted_order: AcceptedOrder,
 ) -> None:
     order = Order(model="clicks@1", preset="custom", steps=STEPS, limits=(LOOSE_LIMIT,))
-    _, report = recipe
+    _, report = recipe_run
     explanation = explain(order)
     assert [(item.step, item.bytes) for item in explanation.steps] == [
         (stage.step, stage.bytes) for stage in report.stages
@@ -83,10 +83,10 @@ def test_explain_predicts_a_recipe_that_trains(
 
 
 def test_explain_stores_no_file_and_runs_no_order(accepted_order: AcceptedOrder) -> None:
-    before = stored(load_settings().home)
+    before = stored_files(load_settings().home)
     order = Order(model="clicks@1", preset="fast", limits=(LOOSE_LIMIT,))
     assert explain(order).earlier is None
-    assert stored(load_settings().home) == before
+    assert stored_files(load_settings().home) == before
 
 
 def test_explain_raises_the_error_that_the_order_would_raise(accepted_order: AcceptedOrder) -> None:
@@ -101,7 +101,7 @@ def test_explain_raises_the_error_that_the_order_would_raise(accepted_order: Acc
 def test_explain_names_the_missing_splits_of_each_skipped_step(empty_home: Path) -> None:
     pack(write_draft(empty_home / "draft", name="few", rows={"train": 500, "test": 500}))
     explanation = explain(Order(model="few", preset="small", limits=(LOOSE_LIMIT,)))
-    reasons = left_out(explanation)
+    reasons = skip_reasons(explanation)
     assert set(reasons) == {"prune_rows", "channels", "distill", "fold"}
     splits = ("train", "test")
     assert reasons["distill"] == Reason(
@@ -110,9 +110,9 @@ def test_explain_names_the_missing_splits_of_each_skipped_step(empty_home: Path)
 
 
 def test_explained_peak_memory_is_the_sum_of_libraries_weights_and_rows(
-    explained: Explanation,
+    session_explanation: Explanation,
 ) -> None:
-    memory = explained.memory
+    memory = session_explanation.memory
     assert memory.peak == memory.process + memory.weights + memory.rows
     assert memory.process > memory.weights  # the draft has 300 kB of weights
 

@@ -15,7 +15,7 @@ from tasks.orchestration.order_records import request_key
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import promote, registry
 
-NEWER = "99.1.0"
+NEWER_VERSION = "99.1.0"
 
 
 @pytest.fixture
@@ -27,11 +27,11 @@ def upgraded_order(
     use_copied_home(monkeypatch, accepted_order.home, home)
     promote("clicks", accepted_order.result.finished.version, "before the upgrade")
     for module in (resolve, new_report):
-        monkeypatch.setattr(module, "recpress_version", lambda: NEWER)
+        monkeypatch.setattr(module, "recpress_version", lambda: NEWER_VERSION)
     return accepted_order
 
 
-def registered() -> list[tuple[str, str]]:
+def registered_versions() -> list[tuple[str, str]]:
     """Return number and source of each registered version."""
     return [(version.version, version.source) for version in registry().versions("clicks")]
 
@@ -41,14 +41,14 @@ def test_order_of_an_earlier_version_is_found_and_nothing_is_registered_or_promo
 ) -> None:
     order = upgraded_order.order.model_copy(update={"promote": True})
     first = upgraded_order.result.finished
-    before = registered(), Ledger(store(), "clicks").entries()
+    before = registered_versions(), Ledger(store(), "clicks").entries()
     completed = find_completed_result(order)
     assert completed is not None
     assert (completed.report, completed.version) == (first.report, first.version)
     result = run_without_prefect(order)
     assert result.finished.release == first.release
     assert result.tasks == ()
-    assert (registered(), Ledger(store(), "clicks").entries()) == before
+    assert (registered_versions(), Ledger(store(), "clicks").entries()) == before
 
 
 def test_new_attempt_after_an_upgrade_is_not_found(upgraded_order: AcceptedOrder) -> None:

@@ -14,7 +14,7 @@ GOOD = {"model": "clicks", "limits": [LIMIT], "preset": "custom", "steps": [{"ki
 
 
 def sentences_for(**fields: Any) -> list[str]:
-    """Return the format_errors about a valid order with some invalid fields."""
+    """Return the sentences about a valid order with some invalid fields."""
     with pytest.raises(ValidationError) as fault:
         Order.model_validate_json(json.dumps({**GOOD, **fields}))
     return format_errors(fault.value, Order)

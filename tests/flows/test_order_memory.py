@@ -1,4 +1,4 @@
-"""Orders and commands that run out of memory: early refusals, exit codes and sentences."""
+"""Orders and commands without enough memory: early errors, exit codes and messages."""
 
 import json
 import subprocess
@@ -38,6 +38,7 @@ def _use_home(home, monkeypatch):
 
 
 def safe_order() -> Order:
+    """Return an order with preset ``safe``."""
     return Order(model="clicks", preset="safe", limits=(Limit.parse("auc vs baseline >= -0.1"),))
 
 

@@ -73,8 +73,8 @@ def order_with_limits(*limits: dict[str, Any]) -> dict[str, Any]:
 
 
 VALID: dict[str, dict[str, Any]] = {
-    "least": ORDER,
-    "every preset": {**ORDER, "preset": "smallest", "budget": 0.001},
+    "required fields only": ORDER,
+    "last preset": {**ORDER, "preset": "smallest", "budget": 0.001},
     "explicit defaults": Order.model_validate(ORDER).model_dump(mode="json"),
     "nulls of the form": {**ORDER, "budget": None, "rules": {"label_rate": None}},
     "steps": custom_order({"kind": "fold"}, {"kind": "rowwise_int8", "tables": ["user", "item*"]}),
@@ -89,8 +89,12 @@ VALID: dict[str, dict[str, Any]] = {
     "rows by split": {**ORDER, "rules": {"min_rows": {"test": 5}, "label_rate": [0.2, 0.2]}},
     "several limits": order_with_limits(LIMIT, LIMIT, {"metric": "bytes", "at_most": 0.5}),
     "score change": order_with_limits({"metric": "score_correlation", "at_least": 1.0}),
-    "tables only": custom_order({"kind": "distill", "dense": False, "training": {"tables": True}}),
-    "traffic": custom_order({"kind": "distill", "rows": "traffic", "soft_share": 1}),
+    "distill tables only": custom_order(
+        {"kind": "distill", "dense": False, "training": {"tables": True}}
+    ),
+    "traffic with soft labels only": custom_order(
+        {"kind": "distill", "rows": "traffic", "soft_share": 1}
+    ),
 }
 INVALID: dict[str, dict[str, Any]] = {
     "no model": {"limits": [LIMIT]},
@@ -134,13 +138,15 @@ INVALID: dict[str, dict[str, Any]] = {
     "two bounds": order_with_limits({"metric": "auc", "at_least": -0.1, "at_most": 0.1}),
     "wrong side": order_with_limits({"metric": "auc", "at_most": -0.1}),
     "wrong side of a size": order_with_limits({"metric": "bytes", "at_least": 0.5}),
-    "useless": order_with_limits({"metric": "auc", "at_least": -0.5}),
+    "bound that allows chance level": order_with_limits({"metric": "auc", "at_least": -0.5}),
     "impossible gain": order_with_limits({"metric": "auc", "at_least": 0.2}),
-    "percent": order_with_limits({"metric": "auc", "against": "absolute", "at_least": 75}),
-    "at random": order_with_limits({"metric": "auc", "against": "absolute", "at_least": 0.4}),
+    "auc in percent": order_with_limits({"metric": "auc", "against": "absolute", "at_least": 75}),
+    "auc below chance level": order_with_limits(
+        {"metric": "auc", "against": "absolute", "at_least": 0.4}
+    ),
     "ratio of zero": order_with_limits({"metric": "bytes", "at_most": 0}),
     "ratio as percent": order_with_limits({"metric": "bytes", "at_most": 50}),
-    "score change against": order_with_limits(
+    "score change against the baseline": order_with_limits(
         {"metric": "changed_top1", "against": "baseline", "at_most": 0}
     ),
     "second limit": order_with_limits(LIMIT, {"metric": "auc", "at_least": -3}),
@@ -149,12 +155,12 @@ INVALID: dict[str, dict[str, Any]] = {
         {"kind": "channels", "soft_share": 0.5}
     ),
     "lookups by norm": custom_order({"kind": "prune_rows", "min_lookups": 2, "importance": "norm"}),
-    "traffic has no labels": custom_order({"kind": "distill", "rows": "traffic"}),
+    "traffic with a loss on labels": custom_order({"kind": "distill", "rows": "traffic"}),
     "auxiliary without labels": custom_order(
         {"kind": "distill", "auxiliary": "a", "soft_share": 1}
     ),
     "temperature of margin": custom_order({"kind": "distill", "loss": "margin", "temperature": 2}),
-    "nothing learns": custom_order({"kind": "distill", "dense": False}),
+    "distill without trained tensors": custom_order({"kind": "distill", "dense": False}),
     "student without dense": custom_order(
         {"kind": "distill", "dense": False, "training": {"tables": True}, "student": {"hidden": 4}}
     ),
@@ -201,6 +207,7 @@ REFERENCES: list[dict[str, Any]] = [
 ]
 
 
+# All usual metrics, and some with another depth, cut-off or batch size.
 METRICS = sorted({*usual_metrics(), "ndcg@5", "recall@100", "p99_ms@256"})
 
 
@@ -208,8 +215,8 @@ def bounds_near_limits(metric: str) -> list[float]:
     """Return numbers at, below and above those that a limit on a metric is checked against."""
     declared = metric_named(metric)
     numbers = (0.0, LARGEST_GAIN, declared.low, declared.high, declared.largest)
-    near = {value + more for value in numbers for more in (-1e-3, 0.0, 1e-3)}
-    return sorted({sign * value for value in near for sign in (-1.0, 1.0)})
+    bounds = {value + more for value in numbers for more in (-1e-3, 0.0, 1e-3)}
+    return sorted({sign * bound for bound in bounds for sign in (-1.0, 1.0)})
 
 
 @given(st.data())

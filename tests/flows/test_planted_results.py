@@ -1,4 +1,4 @@
-"""Attacks with planted files in place of task results: none is executed, imported or unpickled."""
+"""Malicious files in place of stored task results: none is executed, imported or unpickled."""
 
 import base64
 import json
@@ -107,10 +107,10 @@ def prefect_record(kind: str, trap: Path) -> bytes:
     return json.dumps({"metadata": metadata, "result": results[kind]}).encode()
 
 
-def records(keys: dict[str, str], trap: Path) -> dict[str, dict[str, bytes]]:
-    """Return planted contents for the records of this project, by kind of attack and task.
+def planted_records(keys: dict[str, str], trap: Path) -> dict[str, dict[str, bytes]]:
+    """Return malicious contents for the result records of recpress, by kind of attack and task.
 
-    Those that are sealed have the right task, key and checksum.
+    Sealed records have the right task, key and checksum.
     """
     pickled = base64.encodebytes(pickle.dumps(CreatesFolder(trap))).decode()
 
@@ -161,6 +161,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
 def bundle(
     packed: tuple[Path, Artifact], prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> Artifact:
+    """The packed bundle; sets the environment of this test to its home."""
     use_home(monkeypatch, packed[0])
     return packed[1]
 
@@ -201,7 +202,7 @@ def test_planted_results_in_prefects_folders_are_not_read(
     expected = two_tasks(bundle, code)
     for task, key in cache_keys(bundle, code).items():
         record = store().root.removeprefix("file://") + "/" + record_key(task, key)
-        Path(record).unlink()  # so that the result could only be read from elsewhere
+        Path(record).unlink()  # a result could now only be read from a planted file
     folders = [
         load_settings().home / "results",
         get_current_settings().results.local_storage_path,
@@ -228,19 +229,21 @@ def test_planted_results_in_prefects_folders_are_not_read(
 
 
 def settings_by_name(updates: dict[str, Any]) -> dict[Any, Any]:
+    """Replace the names of Prefect's settings by their objects."""
     import prefect.settings
 
     return {getattr(prefect.settings, name): value for name, value in updates.items()}
 
 
 def files_in(folders: list[Path]) -> dict[Path, bytes]:
+    """Return the content of every file in the folders."""
     return {
         path: path.read_bytes() for path in folders for path in path.rglob("*") if path.is_file()
     }
 
 
 class Killed(BaseException):
-    """Simulates a kill: a BaseException, which the code under test does not catch."""
+    """Simulates the end of the process; the code under test does not catch a BaseException."""
 
 
 @flow(name="failing-flow", **NO_RESULTS)
@@ -261,7 +264,7 @@ def test_prefect_does_not_store_the_exception_of_a_failed_flow(
 # --- records of this project -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(records({"prepare": "0" * 64}, Path("x"))))
+@pytest.mark.parametrize("kind", list(planted_records({"prepare": "0" * 64}, Path("x"))))
 def test_planted_record_in_the_store_is_replaced_and_not_executed(
     bundle: Artifact, code: str, trap: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,7 +273,7 @@ def test_planted_record_in_the_store_is_replaced_and_not_executed(
     folder = store().folder
     assert folder is not None
     valid = {task: (folder / record_key(task, key)).read_bytes() for task, key in keys.items()}
-    for task, body in records(keys, trap)[kind].items():
+    for task, body in planted_records(keys, trap)[kind].items():
         store().write(record_key(task, keys[task]), body)
     with temporary_settings(updates=settings_by_name(HOSTILE_SETTINGS)):
         assert two_tasks(bundle, code) == expected

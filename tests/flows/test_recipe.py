@@ -35,7 +35,7 @@ STEPS = (
 
 
 @pytest.fixture(scope="module")
-def recipe(session_order: AcceptedOrder) -> tuple[AcceptedOrder, RecipeRun]:
+def recipe_run(session_order: AcceptedOrder) -> tuple[AcceptedOrder, RecipeRun]:
     """Run ``STEPS`` on the bundle of the accepted order, in its home."""
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, session_order.home)
@@ -62,9 +62,9 @@ def auc_of(bundle: Artifact) -> float:
 
 
 def test_each_stage_reports_the_bytes_and_the_auc_of_its_bundle(
-    recipe: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
+    recipe_run: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
 ) -> None:
-    _, report = recipe
+    _, report = recipe_run
     assert [stage.step for stage in report.stages] == [
         "as trained",
         *(step.kind for step in STEPS),
@@ -87,9 +87,9 @@ def test_each_stage_reports_the_bytes_and_the_auc_of_its_bundle(
 
 
 def test_student_is_stored_with_its_configuration_and_reasons(
-    recipe: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
+    recipe_run: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
 ) -> None:
-    _, report = recipe
+    _, report = recipe_run
     loaded = load_bundle(report.compressed)
     assert loaded.manifest.network.architecture.config["hidden"] == 32
     assert loaded.model.module.first.out_features == 32
@@ -109,7 +109,7 @@ def test_student_is_stored_with_its_configuration_and_reasons(
 
 
 def test_completed_recipe_leaves_no_progress_files(
-    recipe: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
+    recipe_run: tuple[AcceptedOrder, RecipeRun], accepted_order: AcceptedOrder
 ) -> None:
     folder = load_settings().home / "progress"
     assert not list(folder.iterdir())

@@ -96,13 +96,14 @@ def test_fetched_graphs_have_the_reported_recall_in_plain_onnxruntime_sessions(
     test = pq.read_table(home / "draft" / "test.parquet").to_pylist()
     bags = {row["user"]: row["lately"] for row in test}
 
-    def jagged(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def flatten(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return all ids in one array, and the index of the first id of each list."""
         lengths = np.array([len(ids) for ids in lists])
-        flat = np.concatenate([np.array(ids, np.int64) for ids in lists])
-        return flat, np.cumsum(lengths) - lengths
+        all_ids = np.concatenate([np.array(ids, np.int64) for ids in lists])
+        return all_ids, np.cumsum(lengths) - lengths
 
-    lately = jagged([bags[user] for user in range(USERS)])
-    tags = jagged(items["tags"].to_pylist())
+    lately = flatten([bags[user] for user in range(USERS)])
+    tags = flatten(items["tags"].to_pylist())
     inputs_by_graph = {
         "query": {"user": np.arange(USERS), "lately": lately[0], "lately_offsets": lately[1]},
         "item": {

@@ -1,4 +1,4 @@
-"""Commands and orders with a real S3 server as store, whose secret key is not stored or printed."""
+"""Commands and orders with an S3 server as store; its secret key is not stored or printed."""
 
 import shlex
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from drafts import environment, recpress, write_draft
 from orders import run_in_prefect, use_home
 from prefect.client.orchestration import get_client
 from s3_server import S3Server
-from test_readme import commands, write_own_model
+from test_readme import readme_commands, write_own_model
 
 from compressors.contracts import Limit
 from flows.order import Order
@@ -21,7 +21,7 @@ from tasks.bundles.packing import Packed, pack
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.workspace import store
 
-ROOT = "s3://models/way/of/one"
+STORE_URI = "s3://models/way/of/one"
 LIMIT = Limit.parse("auc vs baseline >= -0.02")
 
 
@@ -75,11 +75,11 @@ def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_sec
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Runs the README's commands for a user's model in this process."""
-    monkeypatch.setenv("RECPRESS_STORE", ROOT)
+    monkeypatch.setenv("RECPRESS_STORE", STORE_URI)
     monkeypatch.chdir(empty_home)
     write_own_model(empty_home)
     output, order = {}, []
-    for line in commands("recpress bundle pack ./draft").replace("\\\n", " ").splitlines():
+    for line in readme_commands("recpress bundle pack ./draft").replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["export"]:
             for setting in words[1:]:
@@ -95,7 +95,7 @@ def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_sec
             assert code == 0, output
     assert list(output) == ["bundle", "compress", "registry"]
     assert "onnxruntime: accepted" in output["compress"]
-    assert store().uri_of(find_bundle("mymodel").artifact).startswith(f"{ROOT}/artifacts/")
+    assert store().uri_of(find_bundle("mymodel").artifact).startswith(f"{STORE_URI}/artifacts/")
 
     code, output_json, errors = run_main_apart(monkeypatch, capsys, *order, "--json")
     assert code == 0, errors
@@ -108,10 +108,10 @@ def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_sec
 def test_processes_with_an_s3_store_do_not_store_or_print_its_secret(
     s3: S3Server, empty_home: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RECPRESS_STORE", ROOT)
+    monkeypatch.setenv("RECPRESS_STORE", STORE_URI)
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        env = environment(empty_home, RECPRESS_STORE=ROOT, **s3.environment)
+        env = environment(empty_home, RECPRESS_STORE=STORE_URI, **s3.environment)
         process = recpress(*arguments, env=env)
         return process.returncode, process.stdout, process.stderr
 
@@ -119,7 +119,7 @@ def test_processes_with_an_s3_store_do_not_store_or_print_its_secret(
     code, output, packing = command("bundle", "pack", str(draft), "--json")
     assert code == 0, packing
     packed = Packed.model_validate_json(output)
-    assert store().uri_of(packed.artifact).startswith(f"{ROOT}/artifacts/")
+    assert store().uri_of(packed.artifact).startswith(f"{STORE_URI}/artifacts/")
 
     result = run_in_prefect(Order(model="clicks", preset="small", limits=(LIMIT,)))
     assert (result.state, result.finished.report.outcome) == ("Completed", "accepted")

@@ -1,4 +1,4 @@
-"""Settings of an embedded Prefect server: which requests it accepts, without starting a server."""
+"""Which requests an embedded Prefect server accepts; its application runs in this process."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ from flows.server.embedded_server import new_auth_string
 VERSION = "http://127.0.0.1/api/version"
 
 
-def replies(
+def send_to_embedded_server(
     monkeypatch: pytest.MonkeyPatch, auth: str, *requests: dict[str, str]
 ) -> list[httpx.Response]:
     """Send requests to Prefect's application, with the environment of an embedded server.
@@ -42,16 +42,16 @@ def test_embedded_server_accepts_only_requests_with_its_secret(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     auth = new_auth_string()
-    without, wrong, right = replies(
+    missing, wrong, right = send_to_embedded_server(
         monkeypatch, auth, {}, basic_auth_header("recpress:recpress"), basic_auth_header(auth)
     )
-    assert (without.status_code, wrong.status_code, right.status_code) == (401, 401, 200)
+    assert (missing.status_code, wrong.status_code, right.status_code) == (401, 401, 200)
 
 
 def test_embedded_server_allows_no_other_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     auth = new_auth_string()
     headers = [basic_auth_header(auth) | {"Origin": origin} for origin in FOREIGN]
-    for reply in replies(monkeypatch, auth, *headers):
+    for reply in send_to_embedded_server(monkeypatch, auth, *headers):
         assert reply.status_code == 200
         assert "access-control-allow-origin" not in reply.headers
 

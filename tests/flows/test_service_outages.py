@@ -118,7 +118,7 @@ def packed(client: dict[str, str], tmp_path: Path) -> None:
     assert packing.returncode == 0, packing.stderr
 
 
-def child_of(parent: int, words: str) -> int:
+def find_child(parent: int, words: str) -> int:
     """Return the child process whose command line contains words."""
     lists = Path(f"/proc/{parent}/task").glob("*/children")
     children = [int(pid) for file in lists for pid in file.read_text().split()]
@@ -127,17 +127,17 @@ def child_of(parent: int, words: str) -> int:
     return pid
 
 
-def service_process(services: LocalServices, words: str) -> int:
+def find_service_process(services: LocalServices, words: str) -> int:
     """Return the process of a service, by words of its command line."""
-    return child_of(services.pid, words)
+    return find_child(services.pid, words)
 
 
-def run_process(services: LocalServices) -> int:
+def find_run_process(services: LocalServices) -> int:
     """Return the process of a flow run, which is a child of the worker."""
-    return child_of(service_process(services, "worker start"), "prefect.engine")
+    return find_child(find_service_process(services, "worker start"), "prefect.engine")
 
 
-def messages(run: UUID) -> list[str]:
+def read_messages(run: UUID) -> list[str]:
     """Return the log messages of a flow run."""
     with get_client(sync_client=True) as prefect:
         of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]))
@@ -145,9 +145,10 @@ def messages(run: UUID) -> list[str]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + MAX_SECONDS
+    """Wait until ``condition`` returns true; fail after ``MAX_SECONDS``."""
+    deadline = time.monotonic() + MAX_SECONDS
     while not condition():
-        assert time.monotonic() < end
+        assert time.monotonic() < deadline
         time.sleep(1)
 
 
@@ -156,14 +157,14 @@ def start_order(seed: int, stage: str) -> UUID:
     run: UUID = run_deployment(
         "compress/compress", parameters={"order": {**ORDER, "seed": seed}}, timeout=0
     ).id
-    wait_until(lambda: any(line.endswith(f"] {stage}") for line in messages(run)))
+    wait_until(lambda: any(line.endswith(f"] {stage}") for line in read_messages(run)))
     return run
 
 
 def wait_for_end(run: UUID) -> FlowRun:
     """Wait for the end of a flow run, although the Prefect server may be unavailable."""
 
-    def state() -> FlowRun | None:
+    def read_run() -> FlowRun | None:
         try:
             with get_client(sync_client=True) as prefect:
                 return prefect.read_flow_run(run)
@@ -173,13 +174,13 @@ def wait_for_end(run: UUID) -> FlowRun:
             return None
 
     def has_ended() -> bool:
-        flow_run = state()
+        flow_run = read_run()
         is_final = flow_run is not None and flow_run.state is not None and flow_run.state.is_final()
         # An automation may schedule a crashed run again.
         return is_final and flow_run is not None and flow_run.state_name != "Crashed"
 
     wait_until(has_ended)
-    flow_run = state()
+    flow_run = read_run()
     assert flow_run is not None
     return flow_run
 
@@ -197,13 +198,13 @@ def test_order_completes_although_a_service_is_unavailable_for_a_time(
 ) -> None:
     """``make up-local`` restarts a killed service; a suspended one continues after 60 s."""
     run = start_order(seed=100 * kill_signal + seed, stage="static_int8")
-    pid = service_process(local_services, words)
+    pid = find_service_process(local_services, words)
     os.kill(pid, kill_signal)
     if kill_signal == signal.SIGSTOP:
         time.sleep(OUTAGE_SECONDS)
         os.kill(pid, signal.SIGCONT)
     flow_run = wait_for_end(run)
-    assert (flow_run.state_name, flow_run.run_count) == ("Completed", 1), messages(run)
+    assert (flow_run.state_name, flow_run.run_count) == ("Completed", 1), read_messages(run)
 
 
 @pytest.mark.parametrize("killed_processes", ["worker", "run", "both"])
@@ -213,8 +214,11 @@ def test_order_continues_after_its_worker_or_process_was_killed(
     packed: None, local_services: LocalServices, killed_processes: str
 ) -> None:
     run = start_order(seed=20_000 + len(killed_processes), stage="static_int8")
-    worker, process = service_process(local_services, "worker start"), run_process(local_services)
-    killed = time.monotonic()
+    worker, process = (
+        find_service_process(local_services, "worker start"),
+        find_run_process(local_services),
+    )
+    kill_time = time.monotonic()
     for pid in {"worker": [worker], "run": [process], "both": [worker, process]}[killed_processes]:
         os.kill(pid, signal.SIGKILL)
 
@@ -223,9 +227,9 @@ def test_order_continues_after_its_worker_or_process_was_killed(
             return prefect.read_flow_run(run).state_name not in {"Running", "Crashed"}
 
     wait_until(is_rescheduled)
-    assert time.monotonic() - killed < 180
+    assert time.monotonic() - kill_time < 180
     flow_run = wait_for_end(run)
-    assert (flow_run.state_name, flow_run.run_count) == ("Completed", 2), messages(run)
+    assert (flow_run.state_name, flow_run.run_count) == ("Completed", 2), read_messages(run)
 
 
 @pytest.mark.parametrize("kill_signal", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
@@ -234,17 +238,17 @@ def test_order_continues_after_its_worker_or_process_was_killed(
 def test_queued_orders_keep_their_sequence_after_the_worker_restarts(
     packed: None, local_services: LocalServices, kill_signal: signal.Signals
 ) -> None:
-    """The queued orders name models that do not exist, so that each ends soon after its start."""
+    """The queued orders name models that do not exist, so that each fails soon after its start."""
     running = start_order(seed=40_000 + kill_signal, stage="static_int8")
-    retried = [
+    queued = [
         run_deployment(
             "compress/compress", parameters={"order": {**ORDER, "model": f"none{n}@1"}}, timeout=0
         ).id
         for n in range(3)
     ]
-    os.kill(service_process(local_services, "worker start"), kill_signal)
-    assert wait_for_end(running).state_name == "Completed", messages(running)
-    runs = [wait_for_end(run) for run in retried]
+    os.kill(find_service_process(local_services, "worker start"), kill_signal)
+    assert wait_for_end(running).state_name == "Completed", read_messages(running)
+    runs = [wait_for_end(run) for run in queued]
     assert {run.state_name for run in runs} == {"Failed"}
     for earlier, later in pairwise(runs):
         assert earlier.end_time is not None
@@ -266,7 +270,7 @@ def test_run_whose_process_is_killed_3_times_stays_crashed(
 
     for start in (1, 2, 3):
         wait_until(lambda start=start: run_count() == start)  # type: ignore[misc]
-        os.kill(run_process(local_services), signal.SIGKILL)
+        os.kill(find_run_process(local_services), signal.SIGKILL)
     time.sleep(60)
     with get_client(sync_client=True) as prefect:
         flow_run = prefect.read_flow_run(run)
@@ -294,6 +298,7 @@ def registry_server(port: int, folder: Path) -> Iterator[None]:
 
 
 def is_healthy(port: int) -> bool:
+    """Return whether the MLflow server on a port responds."""
     try:
         return get(f"http://127.0.0.1:{port}/health").status == 200
     except NoAnswer:

@@ -1,4 +1,7 @@
-"""Orders that distill from several teachers, on training rows and unlabeled traffic."""
+"""Orders that distill from several teachers, on training rows and on rows without labels.
+
+The split ``traffic`` of a bundle has rows without labels, such as logged requests.
+"""
 
 import json
 from pathlib import Path
@@ -36,7 +39,7 @@ STEPS = (
 )
 
 
-def write_unlabelled(folder: Path, name: str, seed: int) -> Path:
+def write_draft_with_traffic(folder: Path, name: str, seed: int) -> Path:
     """Write a draft whose split ``traffic`` has no label column."""
     draft = write_draft(folder, name=name, seed=seed, rows=ROWS)
     traffic = pq.read_table(draft / "traffic.parquet").drop_columns(["label"])
@@ -54,26 +57,26 @@ ORDER = Order(
 
 
 @pytest.fixture(scope="module")
-def taught_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
+def distilled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResult]:
     """Pack the model, two teachers and a ranking model; run ``ORDER``; return folder and result."""
     home = tmp_path_factory.mktemp("teachers")
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, home / "recpress")
         for seed, name in enumerate(("clicks", "second", "third")):
-            pack(write_unlabelled(home / name, name, seed))
+            pack(write_draft_with_traffic(home / name, name, seed))
         pack(write_draft(home / "lists", name="lists", task="ranking", rows=ROWS))
         return home, run_without_prefect(ORDER)
 
 
 @pytest.fixture(autouse=True)
-def _use_home(taught_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch) -> None:
-    use_home(monkeypatch, taught_run[0] / "recpress")
+def _use_home(distilled_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_home(monkeypatch, distilled_run[0] / "recpress")
 
 
 def test_plan_states_the_teachers_and_training_rows_that_explain_predicted(
-    taught_run: tuple[Path, FlowResult],
+    distilled_run: tuple[Path, FlowResult],
 ) -> None:
-    plan = taught_run[1].finished.report.plan
+    plan = distilled_run[1].finished.report.plan
     line = plan.of("cross")
     assert line is not None
     assert codes_of(line.reasons)[:2] == ["trained_on_both", "several_teachers"]
@@ -87,28 +90,30 @@ def test_plan_states_the_teachers_and_training_rows_that_explain_predicted(
 
 
 def test_each_teacher_scores_each_split_once_and_predictions_are_averaged_once(
-    taught_run: tuple[Path, FlowResult],
+    distilled_run: tuple[Path, FlowResult],
 ) -> None:
     # Three models on two splits, and three stages on the test rows.
-    assert taught_run[1].states_of("score") == ["Completed"] * (3 * 2 + 3)
-    assert taught_run[1].states_of("average") == ["Completed"] * 2
+    assert distilled_run[1].states_of("score") == ["Completed"] * (3 * 2 + 3)
+    assert distilled_run[1].states_of("average") == ["Completed"] * 2
     again = run_without_prefect(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.1"),)}))
     assert set(again.states_of("score") + again.states_of("average")) == {"Cached"}
 
 
-def test_bundles_have_the_teachers_among_their_parents(taught_run: tuple[Path, FlowResult]) -> None:
-    report = taught_run[1].finished.report
+def test_bundles_have_the_teachers_among_their_parents(
+    distilled_run: tuple[Path, FlowResult],
+) -> None:
+    report = distilled_run[1].finished.report
     stages = [stage.bundle for stage in report.stages]
-    others = [resolve(name) for name in ORDER.teachers]
+    teachers = [resolve(name) for name in ORDER.teachers]
     last = read(local(report.compressed))
-    assert last.parents == (stages[0], stages[1], *others)
-    assert read(local(stages[1])).parents == (stages[0], *others)
+    assert last.parents == (stages[0], stages[1], *teachers)
+    assert read(local(stages[1])).parents == (stages[0], *teachers)
     order = report.reproduction.order
-    assert order["teachers"] == [other.uri for other in others]
+    assert order["teachers"] == [teacher.uri for teacher in teachers]
 
 
 def test_soft_labels_are_the_mean_logits_of_the_teachers(
-    taught_run: tuple[Path, FlowResult],
+    distilled_run: tuple[Path, FlowResult],
 ) -> None:
     from tasks.prepare import prepare
     from tasks.score import average, score
@@ -123,13 +128,13 @@ def test_soft_labels_are_the_mean_logits_of_the_teachers(
 
 
 def test_order_with_other_teachers_is_not_the_completed_order(
-    taught_run: tuple[Path, FlowResult],
+    distilled_run: tuple[Path, FlowResult],
 ) -> None:
     from flows.resolve import find_completed_result
 
     result = find_completed_result(ORDER)
     assert result is not None
-    assert result.version == taught_run[1].finished.version
+    assert result.version == distilled_run[1].finished.version
     assert find_completed_result(ORDER.model_copy(update={"teachers": ("second@1",)})) is None
 
 
@@ -165,7 +170,7 @@ def test_unusable_teachers_are_refused(
 
 
 def test_training_on_a_missing_gpu_raises_device_missing(
-    taught_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch
+    distilled_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cached result of the step on the CPU must not be used instead."""
     monkeypatch.setenv("RECPRESS_DEVICE", "cuda")
@@ -174,8 +179,8 @@ def test_training_on_a_missing_gpu_raises_device_missing(
         run_without_prefect(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.2"),)}))
 
 
-def test_registered_version_can_be_a_teacher(taught_run: tuple[Path, FlowResult]) -> None:
-    version = taught_run[1].finished.version
+def test_registered_version_can_be_a_teacher(distilled_run: tuple[Path, FlowResult]) -> None:
+    version = distilled_run[1].finished.version
     order = ORDER.model_copy(update={"teachers": (f"registry:clicks@{version}",)})
     line = explain(order).plan.of("cross")
     assert line is not None

@@ -1,4 +1,4 @@
-"""Untrusted names and values are printed complete, without markup and control characters."""
+"""Untrusted names and values are printed completely, but cannot control a terminal, log or page."""
 
 import ast
 import functools
@@ -84,7 +84,7 @@ def write_draft(folder: Path, name: str) -> None:
     draw = np.random.default_rng(0)
     for split in ("train", "test"):
         columns = {column: draw.integers(0, 50, 300) for column in ("a", "b")}
-        columns |= {f"d{at}": draw.normal(size=300).astype("f4") for at in range(2)}
+        columns |= {f"d{index}": draw.normal(size=300).astype("f4") for index in range(2)}
         columns["y"] = draw.integers(0, 2, 300)
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
     signature = {
@@ -178,7 +178,7 @@ def test_compress_registry_and_triton_output_has_no_control_character_of_a_hosti
 
 
 def texts_in(value: object) -> list[str]:
-    """All strings in a JSON value, keys included."""
+    """Return all strings in a JSON value, keys included."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
@@ -225,7 +225,7 @@ def test_commands_with_a_hostile_environment_variable_fail_and_print_no_control_
         assert not CONTROL_CHARACTER.search(text), (variable, text)
 
 
-def on_terminal(monkeypatch) -> io.StringIO:
+def replace_outputs_by_terminal(monkeypatch) -> io.StringIO:
     """Replace standard output and error by one terminal of 200 columns without colors."""
     out = io.StringIO()
     out.isatty = lambda: True  # type: ignore[method-assign]
@@ -237,8 +237,8 @@ def on_terminal(monkeypatch) -> io.StringIO:
     return out
 
 
-def without_styles(text: str) -> str:
-    """The text without the control sequences for styles and the cursor that rich writes."""
+def strip_styles(text: str) -> str:
+    """Remove the control sequences for styles and the cursor that rich writes."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-ln-z]|\x1b\[(?:[0-9];?)*m|\r", "", text)
 
 
@@ -246,7 +246,7 @@ def without_styles(text: str) -> str:
 def test_console_lines_tables_and_stages_print_hostile_text_escaped_on_a_terminal(
     kind, monkeypatch
 ):
-    name, out = HOSTILE[kind], on_terminal(monkeypatch)
+    name, out = HOSTILE[kind], replace_outputs_by_terminal(monkeypatch)
     table = Table(title=f"title {name}")
     table.add_column(f"column {name}")
     table.add_row(f"cell {name}")
@@ -258,7 +258,7 @@ def test_console_lines_tables_and_stages_print_hostile_text_escaped_on_a_termina
         _ProgressHandler(terminal, status).emit(
             logging.makeLogRecord({"msg": f"stage {name}", "levelno": logging.INFO})
         )
-    text = without_styles(out.getvalue())
+    text = strip_styles(out.getvalue())
     for place in ("title", "column", "cell", "line", "written", "stage"):
         assert f"{place} {printable(name)}" in text, (place, text)
     assert not CONTROL_CHARACTER.search(text.replace("\x1b", "")), repr(text)
@@ -268,14 +268,14 @@ def test_console_lines_tables_and_stages_print_hostile_text_escaped_on_a_termina
 def test_console_sends_no_escape_bell_or_carriage_return_of_a_text_to_the_terminal(
     kind, monkeypatch
 ):
-    name, out = HOSTILE[kind], on_terminal(monkeypatch)
+    name, out = HOSTILE[kind], replace_outputs_by_terminal(monkeypatch)
     terminal = console()
     terminal.print(name)
     write_table([name], [[name]])
     assert "\x1b[31m" not in out.getvalue()
     assert "\x07" not in out.getvalue()
     assert "a\rb" not in out.getvalue()
-    assert printable(name) in without_styles(out.getvalue())
+    assert printable(name) in strip_styles(out.getvalue())
 
 
 def test_console_print_with_markup_raises_value_error():

@@ -1,12 +1,12 @@
-"""Golden lock: a committed record of the results of every compression method and lowering.
+"""Golden test: a committed record of the results of every compression method and lowering.
 
-Moving or renaming code must not change a number. The lock compresses reference networks with every
+Moving or renaming code must not change a number. The test compresses reference networks with every
 registered method and lowers them for every target. It compares stored tensors, scores, graph
 initializers, operators and connections with ``record.json``.
 
 Reading order:
 
-package.py   the recpress API that the lock uses, and the mapping of current names to record names
+package.py   the recpress API that the test uses, and the mapping of current names to record names
 cases.py     reference networks, recipes and settings
 entries.py   converts one case to entries: key, value
 numerics.py  describes a tensor in one line: shape, digest, statistics; tolerances for other CPUs

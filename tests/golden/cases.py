@@ -1,4 +1,4 @@
-"""Cases of the golden lock: reference networks, and the recipes that are applied to them.
+"""Cases of the golden test: reference networks, and the recipes that are applied to them.
 
 A single case is one method with one choice of settings on one network. A mixed case applies a
 different method to each unit of a network, so that a few exported graphs cover all methods. The
@@ -225,7 +225,7 @@ MIXED: tuple[Case, ...] = (
 
 
 def single_cases() -> list[Case]:
-    """Every registered method on all networks of ``SINGLE``, and every variant on the first."""
+    """Return every method on each network of ``SINGLE``, and every variant on the first."""
     kinds = {kind: (kind, SETTINGS.get(kind, {})) for kind in package.methods()} | VARIANTS
     return [
         Case(name, network, (*BEFORE.get(last[0], ()), last))
@@ -235,7 +235,7 @@ def single_cases() -> list[Case]:
 
 
 def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
-    """The bench of a network; for recalibration its labels correlate with the network's scores."""
+    """Return the bench of a network; for recalibration, labels correlate with its scores."""
     reference = NETWORKS[network]
     bench = reference.bench(folder)
     if "recalibrate" not in kinds:
@@ -255,5 +255,5 @@ def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
 
 
 def all_cases() -> list[Case]:
-    """All cases of the record."""
+    """Return all cases of the record."""
     return [*MIXED, *single_cases()]

@@ -52,12 +52,12 @@ def write(machine: dict[str, str], entries: Entries, path: Path = RECORD) -> Non
 
 
 def _owner(group: str) -> str:
-    """The case and the network of a group."""
+    """Return the case and the network of a group."""
     return group.rpartition(" | ")[0]
 
 
-def of_case(entries: Entries, case: Case, skipped_targets: Iterable[str] = ()) -> Entries:
-    """The record's entries of one case, without the entries of ``skipped_targets``."""
+def entries_of_case(entries: Entries, case: Case, skipped_targets: Iterable[str] = ()) -> Entries:
+    """Return the record's entries of one case, without the entries of ``skipped_targets``."""
     skipped = set(skipped_targets)
     start = f"{case.name} | {case.network} | "
     return {
@@ -68,7 +68,7 @@ def of_case(entries: Entries, case: Case, skipped_targets: Iterable[str] = ()) -
 
 
 def differences(expected: Entries, actual: Entries, *, exact: bool, trains: bool) -> list[str]:
-    """One line for each entry that differs; empty if none does.
+    """Return one line for each entry that differs; empty if none does.
 
     If stored tensors differ after a step, the first line names the first such step.
 

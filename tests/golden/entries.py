@@ -14,7 +14,7 @@ from tests.golden.cases import NETWORKS, Case, bench_of
 from tests.golden.numerics import digest, line_of, line_of_array, line_of_tensor
 
 Entries = dict[str, str]
-SMALL = 4
+MAX_SMALL_SIZE = 4
 SMALL_TYPES = (onnx.TensorProto.BOOL, onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
@@ -70,7 +70,7 @@ def _digest_of_all(folder: Path) -> str:
 
 
 def _graph_entries(path: Path) -> Entries:
-    """Entries of a graph: initializers, operator counts and connections."""
+    """Return the entries of a graph: initializers, operator counts and connections."""
     model = onnx.load(path)
     entries = Entries()
     small = []
@@ -88,12 +88,12 @@ def _graph_entries(path: Path) -> Entries:
 
 
 def _is_small_constant(item: onnx.TensorProto) -> bool:
-    """Whether an initializer is an axis, a shape or a bound: up to four integers or booleans."""
-    return item.data_type in SMALL_TYPES and math.prod(item.dims) <= SMALL
+    """Return whether an initializer has at most four integers or booleans, such as a shape."""
+    return item.data_type in SMALL_TYPES and math.prod(item.dims) <= MAX_SMALL_SIZE
 
 
 def line_of_initializer(item: onnx.TensorProto) -> str:
-    """One line that describes an initializer of a graph."""
+    """Return one line that describes an initializer of a graph."""
     kind = onnx.TensorProto.DataType.Name(item.data_type).lower()
     array = onnx.numpy_helper.to_array(item)
     return line_of(kind, array.tobytes(), tuple(item.dims), array.astype(np.float64))
@@ -104,7 +104,7 @@ def _operator(node: onnx.NodeProto) -> str:
 
 
 def _connections(graph: onnx.GraphProto) -> str:
-    """A digest of all operators, attributes and inputs, independent of intermediate names."""
+    """Return a digest of all operators, attributes and inputs, without intermediate names."""
     names = {item.name: f"input {item.name}" for item in graph.input}
     names |= {item.name: package.recorded_tensor(item.name) for item in graph.initializer}
     graph_digest = hashlib.sha256()

@@ -26,7 +26,7 @@ LINE = re.compile(r"(?P<type>\S+) (?P<digest>[0-9a-f]{16}) mean (?P<mean>\S+) rm
 
 
 def machine() -> dict[str, str]:
-    """Properties that may change last bits: CPU vendor, CPU features and library versions."""
+    """Return properties that may change last bits: CPU vendor and features, library versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     entries = [line.partition(":") for line in lines]
     values = {key.strip(): value.strip() for key, _, value in reversed(entries)}
@@ -38,12 +38,12 @@ def machine() -> dict[str, str]:
 
 
 def digest(content: bytes) -> str:
-    """The first 16 digits of a sha256."""
+    """Return the first 16 digits of a sha256."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def line_of(kind: str, content: bytes, shape: tuple[int, ...], values: NDArray[np.float64]) -> str:
-    """One line that describes a tensor.
+    """Return one line that describes a tensor.
 
     Args:
         kind: its dtype.
@@ -61,13 +61,13 @@ def line_of(kind: str, content: bytes, shape: tuple[int, ...], values: NDArray[n
 
 
 def line_of_array(array: NDArray[np.generic]) -> str:
-    """One line that describes scores; all NaNs are treated as equal."""
+    """Return one line that describes scores; all NaNs are treated as equal."""
     array = np.where(np.isnan(array), np.float32("nan"), array).astype(np.float32)
     return line_of("float32", array.tobytes(), array.shape, array.astype(np.float64))
 
 
 def line_of_tensor(tensor: torch.Tensor) -> str:
-    """One line that describes a stored tensor."""
+    """Return one line that describes a stored tensor."""
     contiguous = tensor.detach().contiguous()
     content = (
         contiguous.reshape(-1).view(torch.uint8).numpy().tobytes() if contiguous.numel() else b""
@@ -77,7 +77,10 @@ def line_of_tensor(tensor: torch.Tensor) -> str:
 
 
 def is_near(expected: str, actual: str, tolerance: float) -> bool:
-    """Whether dtypes and shapes are equal and statistics are within ``tolerance`` of the RMS."""
+    """Return whether dtypes and shapes are equal and statistics differ by at most a tolerance.
+
+    ``tolerance`` is a share of the root mean square of the expected tensor.
+    """
     first, second = LINE.fullmatch(expected), LINE.fullmatch(actual)
     if first is None or second is None:
         return _scalars_near(expected, actual, tolerance)
@@ -88,12 +91,12 @@ def is_near(expected: str, actual: str, tolerance: float) -> bool:
 
 
 def kind_of(line: str) -> str:
-    """Dtype and shape of a line."""
+    """Return the dtype and shape in a line."""
     return line.partition(" ")[0]
 
 
 def is_scalar(line: str) -> bool:
-    """Whether a line describes a tensor of one float, and so contains its value."""
+    """Return whether a line describes a tensor of one float, and so contains its value."""
     return line.startswith(("float", "bfloat")) and " = " in line
 
 

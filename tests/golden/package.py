@@ -1,6 +1,6 @@
-"""The recpress API that the golden lock uses. Edit this file when code moves.
+"""The recpress API that the golden test uses. Edit this file when code moves.
 
-No other file of the golden lock imports recpress. ``KINDS``, ``TARGETS`` and ``REFUSALS`` map a
+No other file of the golden test imports recpress. ``KINDS``, ``TARGETS`` and ``REFUSALS`` map a
 current name to its name in the record. Add a line there when a step kind, a target or an error
 class is renamed; the record then stays unchanged. ``TENSORS`` maps names of stored tensors and
 initializers by regular expression. Rename a step's setting in ``cases.py`` as well; the record has
@@ -59,19 +59,19 @@ ROWS, EDGE_ROWS = 64, 32
 
 
 def name_in_record(name: str, names: dict[str, str]) -> str:
-    """The record's name for a name of the package."""
+    """Return the record's name for a name of the package."""
     return names.get(name, name)
 
 
 def recorded_tensor(name: str) -> str:
-    """The record's name for a stored tensor or an initializer."""
+    """Return the record's name for a stored tensor or an initializer."""
     for pattern, replacement in TENSORS.items():
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def methods() -> dict[str, type[Step]]:
-    """All registered methods by their kinds in the record."""
+    """Return all registered methods by their kinds in the record."""
     registered = tuple(METHODS.values())
     return {
         name_in_record(method.model_fields["kind"].default, KINDS): method for method in registered
@@ -79,12 +79,12 @@ def methods() -> dict[str, type[Step]]:
 
 
 def targets() -> dict[str, str]:
-    """All registered targets by their names in the record."""
+    """Return all registered targets by their names in the record."""
     return {name_in_record(target, TARGETS): target for target in DECLARED_TARGETS}
 
 
 def step(kind: str, **settings: Any) -> Step:
-    """A step with these settings and short training; ``kind`` is the kind in the record."""
+    """Return a step with these settings and short training; ``kind`` is the kind in the record."""
     method = methods()[kind]
     return method(**{**default_step(method).model_dump(), **settings})
 
@@ -109,12 +109,12 @@ def compress(step_to_apply: Step, model: Model, bench: Bench, folder: Path) -> M
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """All stored tensors by their names in the record."""
+    """Return all stored tensors by their names in the record."""
     return {recorded_tensor(name): tensor for name, tensor in map_tensors(folder).items()}
 
 
 def module_scores(model: Model, reference: Reference) -> NDArray[Any]:
-    """The module's output on fixed valid inputs, float32."""
+    """Return the module's output on fixed valid inputs, float32."""
     inputs = generate_inputs(reference.signature, reference.rows_of_tables(), ROWS, seed=5)
     with torch.no_grad():
         scores: Tensor = model.module(**inputs)

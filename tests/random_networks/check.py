@@ -1,7 +1,8 @@
 """Compress a random network step by step, lower it, and compare every result with torch.
 
-A correct result is parity, or a refusal by one of our error classes. Anything else is a ``Fault``:
-a graph or module with other outputs, a broken contract, or an unexpected exception.
+A correct result is parity, or a refusal by one of recpress's error classes. Anything else is a
+``Fault``: a graph or module with other outputs, a step that violates the requirements of all steps
+(``ContractBroken``), or an unexpected exception.
 
 A difference over the limit is excused only if rounding explains it. For this test torch evaluates
 the network again while the output of every layer is perturbed by the rounding error of the target's
@@ -65,7 +66,7 @@ class Fault:
     sentence: str
 
     def line(self) -> str:
-        """The fault as one line of text."""
+        """Return the fault as one line of text."""
         return f"seed {self.seed} | {self.where} | {self.kind} | {self.sentence}"
 
 
@@ -204,7 +205,15 @@ class Checker:
     def is_rounding(
         self, gap: Tensor, module: nn.Module, rows: Rows, precision: str, *, squash: bool
     ) -> bool:
-        """Whether rounding errors of this precision change the scores about as much as ``gap``."""
+        """Return whether rounding errors of a precision explain the difference of scores ``gap``.
+
+        Args:
+            gap: the difference, float32 ``(rows,)``.
+            module: the network in torch.
+            rows: its inputs.
+            precision: a key of ``ROUNDING_ERRORS``.
+            squash: whether the scores are sigmoids of the network's outputs.
+        """
         with torch.no_grad():
             scores = [module(**rows)]
             scores += [
@@ -265,7 +274,10 @@ class Checker:
             self.findings.counts["audits"] += 1
 
     def reference_scores(self, module: nn.Module, graph: ServedGraph, rows: Rows) -> FloatArray:
-        """Scores by torch, with the request policy of ``inputs.allowed``."""
+        """Return torch's scores of a graph's part of the network, NaN for refused rows.
+
+        Invalid ids are replaced as ``inputs.replace_invalid_ids`` does.
+        """
         within, refused = replace_invalid_ids(graph.signature, self.tables, rows)
         with torch.no_grad():
             score = graph.part(module)(**within)
@@ -342,7 +354,7 @@ def _spread(scores: FloatArray) -> float:
 
 
 def _beyond_float16(module: nn.Module, rows: Rows) -> bool:
-    """Whether a layer that TensorRT multiplies in float16 has values outside float16's range."""
+    """Return whether values of a layer that TensorRT runs in float16 are beyond its range."""
     beyond: list[bool] = []
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -358,7 +370,7 @@ def _beyond_float16(module: nn.Module, rows: Rows) -> bool:
 
 
 def _with_rounding_errors(module: nn.Module, size: float, seed: int) -> nn.Module:
-    """A copy of a module that perturbs the output of every layer by the relative error ``size``."""
+    """Return a copy of a module that perturbs every layer's output by a relative error."""
     generator = torch.Generator().manual_seed(seed)
 
     def perturb(layer: nn.Module, inputs: Any, output: Any) -> Any:
@@ -377,7 +389,7 @@ def _with_rounding_errors(module: nn.Module, size: float, seed: int) -> nn.Modul
 
 
 def _offset_products(layer: PackedLinear, x: Tensor) -> Tensor:
-    """Size of the sums that ONNX Runtime adds and subtracts for unsigned weights and int8 inputs.
+    """Return the size of the sums that cancel for unsigned weights and int8 inputs.
 
     The codes have an offset of half their range. ONNX Runtime sums the products of the inputs with
     that offset in float32 and subtracts the sum, even for weights of 0.
@@ -388,7 +400,7 @@ def _offset_products(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 def _pattern(sentence: str) -> str:
-    """The first words of a sentence without names and numbers, as a key to count refusals."""
+    """Return the first words of a sentence without names and numbers, to count refusals by it."""
     words = [
         "#" if any(c.isdigit() or c in "'\"_[]" for c in word) else word
         for word in sentence.split()
@@ -405,7 +417,7 @@ def _session(path: Path, target: TargetName, plan: Plan | None) -> Session:
 
 
 def plan_of_graph(model: Model, graph: ServedGraph) -> Plan | None:
-    """The plan's lines for the units in a graph."""
+    """Return the plan's lines for the units in a graph."""
     if model.plan is None or not graph.module:
         return model.plan
     modules = set(graph.part(model.module).modules())
@@ -422,7 +434,7 @@ def run_check(case: Case, check: Callable[[Checker], None]) -> Findings:
 
 
 def units_of(model: Model) -> tuple[Sequence[str], Sequence[str]]:
-    """Names of the float32 tables and of the float32 layers of a model."""
+    """Return the names of the float32 tables and of the float32 layers of a model."""
     units = Unit.of(model.module)
     tables = [u.name for u in units if u.role == "table" and u.format == "float32"]
     layers = [u.name for u in units if u.role == "dense" and u.format == "float32"]

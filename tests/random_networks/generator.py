@@ -55,7 +55,7 @@ class Case:
         return TwoTowers if self.signature.single_output.kind == "retrieval" else RandomNetwork
 
     def model(self) -> Model:
-        """The network with its weights, like a model loaded from a bundle."""
+        """Return the network with its weights, like a model loaded from a bundle."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             module = self.network(**copy.deepcopy(self.config)).eval()
@@ -68,7 +68,15 @@ class Case:
 
 
 class Composer:
-    """Draws inputs and parts of one graph, and stores them."""
+    """Draws inputs and parts of one graph, and stores them.
+
+    Attributes:
+        parts: the specs of all parts, in order.
+        inputs: the inputs for the signature.
+        sizes: width of each part's output as a vector.
+        leaves: names of the parts whose output no other part reads.
+        scales: standard deviation of each dense input.
+    """
 
     def __init__(self, rng: random.Random, prefix: str = "", module: str = "graph") -> None:
         self.rng, self.prefix, self.module = rng, prefix, module
@@ -189,7 +197,7 @@ class Composer:
 
 
 def generate(seed: int) -> Case:
-    """The network of a seed; every eighth network has two towers."""
+    """Return the network of a seed; every eighth network has two towers."""
     rng = random.Random(f"recpress {seed}")
     return _two_tower_model(seed, rng) if seed % 8 == 7 else _click_model(seed, rng)
 
@@ -353,7 +361,7 @@ def spread_scores(module: nn.Module, case: Case) -> None:
 
 
 def rows_of(module: nn.Module, signature: Signature) -> dict[str, int]:
-    """Number of rows of each table that an input names."""
+    """Return the number of rows of each table that an input names."""
     return {
         item.table: module.get_submodule(item.table).num_embeddings
         for item in signature.inputs
@@ -362,5 +370,5 @@ def rows_of(module: nn.Module, signature: Signature) -> dict[str, int]:
 
 
 def with_config(case: Case, config: dict[str, Any], signature: Signature) -> Case:
-    """The same case with another config and signature."""
+    """Return the same case with another config and signature."""
     return replace(case, config=config, signature=signature)

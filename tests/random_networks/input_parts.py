@@ -27,7 +27,7 @@ class Source(Part):
 
     @staticmethod
     def input_specs(settings: dict[str, Any]) -> Inputs:
-        """The inputs of a part with these settings; the first one selects rows of its table."""
+        """Return the inputs of a part; the first one has the ids of its table, if it has one."""
         raise NotImplementedError
 
 

@@ -1,6 +1,7 @@
 """Rows for random networks, including edge cases, and a reference for the request policy.
 
-``allowed`` implements the request policy row by row in plain torch. It shares no code with the
+The request policy defines what a served graph does with ids outside of a table and with lists that
+are too long. ``replace_invalid_ids`` implements it row by row in Python. It shares no code with the
 policy in a served graph, so a comparison of both can find errors.
 """
 
@@ -31,7 +32,7 @@ def typical_rows(
     scales: Mapping[str, float],
     seed: int,
 ) -> Rows:
-    """Rows without out-of-range values: lists from empty to full, dense inputs of usual scale."""
+    """Return rows with valid ids, lists from empty to full, and dense inputs of usual scale."""
     rng = random.Random(f"rows {seed}")
     generator = torch.Generator().manual_seed(seed + 1)
     rows: Rows = {}
@@ -48,7 +49,7 @@ def typical_rows(
 def edge_rows(
     signature: Signature, tables: Mapping[str, int], scales: Mapping[str, float], seed: int
 ) -> Rows:
-    """Rows with edge cases: ids at and beyond the bounds; empty, full and too long lists.
+    """Return rows with edge cases: ids at and beyond the bounds; empty, full and too long lists.
 
     In each row one input is an edge case and the others are typical. In the last rows all inputs
     are edge cases within their range.
@@ -77,7 +78,7 @@ def edge_rows(
 def extreme_rows(
     signature: Signature, tables: Mapping[str, int], scales: Mapping[str, float], seed: int
 ) -> Rows:
-    """Rows whose dense inputs are zero, tiny, or far larger than usual."""
+    """Return rows whose dense inputs are zero, tiny, or far larger than usual."""
     count = 2 * len(EXTREMES)
     rows = typical_rows(signature, tables, count, scales, seed + 31)
     for item in signature.inputs:
@@ -90,7 +91,7 @@ def extreme_rows(
 
 
 def empty_rows(signature: Signature, tables: Mapping[str, int], count: int) -> Rows:
-    """Rows in which every list is empty, and every id and every dense value is zero."""
+    """Return rows in which every list is empty, and every id and every dense value is zero."""
     rows: Rows = {}
     for item in signature.inputs:
         if isinstance(item, DenseInput):
@@ -112,7 +113,7 @@ def _usual_ids(item: AnyInput, high: int, rng: random.Random) -> list[int]:
 
 
 def _edges(item: AnyInput, high: int) -> list[list[int]]:
-    """Edge-case lists of ids; their number does not depend on ``high``."""
+    """Return edge-case lists of ids; their number does not depend on ``high``."""
     bad = [-1, high, high + 7, 2**31 - 1, -(2**31)]
     if item.dtype == "int64":
         bad.append(2**40)
@@ -142,7 +143,7 @@ def _packed(item: AnyInput, lists: list[list[int]]) -> Rows:
 
 
 def ids_of_rows(item: AnyInput, rows: Rows) -> list[list[int]]:
-    """The ids of each row."""
+    """Return the ids of each row."""
     if not isinstance(item, JaggedBag):
         ids = rows[item.name]
         return ids.reshape(len(ids), -1).tolist()
@@ -158,7 +159,12 @@ def ids_of_rows(item: AnyInput, rows: Rows) -> list[list[int]]:
 def replace_invalid_ids(
     signature: Signature, tables: Mapping[str, int], rows: Rows
 ) -> tuple[Rows, Tensor]:
-    """Rows with every id moved into its table, and a mask of the rows that must get no score."""
+    """Apply the request policy to rows.
+
+    Returns:
+        The rows with every id replaced by one within its table, and a bool mask ``(rows,)`` of the
+        rows that must get no score.
+    """
     within, refused = dict(rows), None
     for item in signature.inputs:
         if isinstance(item, DenseInput):
@@ -183,7 +189,7 @@ def replace_invalid_ids(
 
 
 def some_rows(signature: Signature, rows: Rows, indices: list[int]) -> Rows:
-    """The rows of a batch with these indices."""
+    """Return the rows of a batch with these indices."""
     selected: Rows = {}
     for item in signature.inputs:
         if isinstance(item, DenseInput):

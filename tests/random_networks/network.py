@@ -20,7 +20,7 @@ SQUEEZES = ("one", "last", "view", "flatten", "index", "keep", "reshape", "sum",
 
 
 def convert_size(size: Size, have: str, need: str) -> Size:
-    """The size of a value after ``convert``."""
+    """Return the size of a value after ``convert``."""
     if have == need:
         return size
     match have, need:
@@ -83,7 +83,7 @@ class Graph(nn.Module):
                 built.table.weight = table.weight
 
     def values(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The output of every part, converted to a vector."""
+        """Return the output of every part, converted to a vector."""
         outputs: dict[str, Value] = {}
         for spec in self.specs:
             part = self.parts[spec["name"]]

@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
 
 
 def activation(name: str, width: int) -> nn.Module:
-    """An activation for inputs with ``width`` channels in the last dimension."""
+    """Return an activation for inputs with ``width`` channels in the last dimension."""
     if name == "prelu":
         return nn.PReLU()
     if name == "prelu_each":
@@ -100,7 +100,7 @@ def activation(name: str, width: int) -> nn.Module:
 
 
 def norm(name: str, width: int) -> nn.Module:
-    """A norm for vectors of this width."""
+    """Return a norm for vectors of this width."""
     kinds = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "rms": RMSNorm}
     if name == "rms_torch":
         return nn.RMSNorm(width)

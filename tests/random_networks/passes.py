@@ -65,7 +65,7 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
 
 
 def _kinds(draws: dict[str, Any], retrieval: bool) -> list[str]:
-    """Formats for the task; formats that train need labels, which retrieval data lacks."""
+    """Return the formats for a task; formats that train need labels, which retrieval data lacks."""
     excluded = {"qat", "additive_codes", "drop_tables"} if retrieval else set()
     return sorted(draws.keys() - excluded)
 
@@ -85,7 +85,7 @@ def assign_formats(
 
 @torch.no_grad()
 def called_units(checker: Checker) -> tuple[str, ...]:
-    """Units that the network calls and whose weights it uses nowhere else."""
+    """Return the units that the network calls and whose weights it uses nowhere else."""
     rows = replace_invalid_ids(checker.case.signature, checker.tables, checker.rows["typical"])[0]
     names = []
     for unit in Unit.of(checker.source.module):
@@ -113,7 +113,7 @@ class _WithoutWeights(nn.Module):
         return self.__dict__["inner"](*args, **more)
 
 
-def single_formats(checker: Checker, every: int) -> None:
+def check_single_formats(checker: Checker, every: int) -> None:
     """Check single formats on all units that the network calls, and one format on all units.
 
     Args:
@@ -138,7 +138,7 @@ def single_formats(checker: Checker, every: int) -> None:
                 checker.check_module(model, checker.source, f"{kind} alone")
 
 
-def value_steps(checker: Checker, count: int) -> None:
+def check_value_steps(checker: Checker, count: int) -> None:
     """Check ``count`` value-changing steps, each alone on the original network."""
     rng = random.Random(f"values {checker.case.seed}")
     retrieval = checker.case.signature.single_output.kind == "retrieval"
@@ -151,20 +151,20 @@ def value_steps(checker: Checker, count: int) -> None:
 
 
 def check_network(checker: Checker) -> None:
-    """All checks of one network in the nightly run."""
+    """Run the checks of the nightly tier on one network."""
     seed = checker.case.seed
     if seed % PLAIN_EVERY == 0:
         checker.check_lowering(checker.source, TARGETS[seed // PLAIN_EVERY % 3], "plain")
     check_mixed_formats(checker, 0, "onnxruntime")
     check_mixed_formats(checker, 1, TARGETS[1 + seed % 2])
-    single_formats(checker, 2)
-    value_steps(checker, VALUE_STEPS)
+    check_single_formats(checker, 2)
+    check_value_steps(checker, VALUE_STEPS)
 
 
 PASSES: dict[str, Callable[[Checker], Any]] = {
     "whole": check_network,
-    "formats": lambda checker: single_formats(checker, 1),
-    "values": lambda checker: value_steps(checker, len(VALUES)),
+    "formats": lambda checker: check_single_formats(checker, 1),
+    "values": lambda checker: check_value_steps(checker, len(VALUES)),
     "onnxruntime": lambda checker: check_mixed_formats(checker, 0, "onnxruntime"),
     "tensorrt": lambda checker: check_mixed_formats(checker, 1, TARGETS[1 + checker.case.seed % 2]),
 }

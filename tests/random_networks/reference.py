@@ -77,14 +77,18 @@ def _quantize_blocks(x: Tensor, width: int) -> Tensor:
 
 @torch.no_grad()
 def decoded_table(table: nn.Module, rows: int) -> Tensor:
-    """All rows of a packed or composed table, float32 ``(rows, dim)``."""
+    """Return all rows of a packed or composed table, float32 ``(rows, dim)``."""
     weight: Tensor = table(torch.arange(rows))
     return weight
 
 
 @torch.no_grad()
 def decoded_layer(layer: nn.Module) -> Tensor:
-    """The weight ``(out, in)`` of a packed layer; read from its tensors if it quantizes inputs."""
+    """Return the weight ``(out, in)`` of a packed layer.
+
+    If the layer quantizes its inputs, the weight is decoded from the stored tensors; otherwise it
+    is the layer's output for unit vectors.
+    """
     if isinstance(layer, PackedLinear) and layer.storage.name in ("static_int8", "float8_dense"):
         codes = layer.get_buffer("codes")
         if layer.storage.name == "float8_dense":
@@ -97,7 +101,7 @@ def decoded_layer(layer: nn.Module) -> Tensor:
 
 
 def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, list[str]]:
-    """A copy of ``plain`` with the decoded weights of ``packed``.
+    """Return a copy of ``plain`` with the decoded weights of ``packed``.
 
     Args:
         packed: the compressed network.

@@ -27,21 +27,21 @@ SIMPLER: dict[str, Any] = {
 
 
 def shrink_case(case: Case, fails: Callable[[Case], bool], seconds: float = 600) -> Case:
-    """The smallest network for which ``fails`` is true that the search finds in ``seconds``."""
-    end, smaller = time.monotonic() + seconds, True
-    while smaller and time.monotonic() < end:
-        smaller = False
+    """Search in ``seconds`` for the smallest network for which ``fails`` is true; return it."""
+    deadline, is_smaller = time.monotonic() + seconds, True
+    while is_smaller and time.monotonic() < deadline:
+        is_smaller = False
         for candidate in candidates(case):
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 break
             if _can_be_built(candidate) and fails(candidate):
-                case, smaller = candidate, True
+                case, is_smaller = candidate, True
                 break
     return case
 
 
 def _can_be_built(candidate: Case) -> bool:
-    """Whether the network can be built and its weights can be set."""
+    """Return whether the network can be built and its weights can be set."""
     try:
         candidate.model()
     except Exception:  # any error of a part whose inputs no longer fit
@@ -50,7 +50,7 @@ def _can_be_built(candidate: Case) -> bool:
 
 
 def candidates(case: Case) -> Iterator[Case]:
-    """Reduced networks; those without a whole part come first."""
+    """Yield reduced networks; those without a whole part come first."""
     for path, side in _sides(case.config):
         for number in reversed(range(len(side["parts"]))):
             yield from _changed(case, path, _without_part(side, number))
@@ -95,7 +95,11 @@ def _sides(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _without_part(side: dict[str, Any], number: int) -> dict[str, Any] | None:
-    """Remove a part; its consumers read its first input replacement, or another earlier part."""
+    """Remove a part; its consumers read the first part that it read, or else the first part.
+
+    Returns:
+        The remaining parts and the head; None if the part cannot be removed.
+    """
     parts = copy.deepcopy(side["parts"])
     removed = parts.pop(number)
     name = removed["name"]

@@ -1,8 +1,8 @@
 """Mutation tests: known faults that the default test tier must detect, applied one at a time.
 
 ``python -m tests.seeded_faults`` applies each fault to a copy of the repository and runs the tests
-that the fault names. Add a fault here with every bug that is fixed; ``tests/test_seeded_faults.py``
-checks that the faults apply to the current code.
+that the fault names. When you fix a bug, add the fault that restores it.
+``tests/test_seeded_faults.py`` checks that all faults apply to the current code.
 
 fault.py       a fault: file, text, replacement, effect and tests
 runner.py      one fault in a copy of the repository

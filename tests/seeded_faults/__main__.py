@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def selected_faults(
     only: Sequence[str] | None, parser: argparse.ArgumentParser
 ) -> tuple[Fault, ...]:
-    """Faults with these ids, or all; unknown ids end the program with exit code 2."""
+    """Return the faults with these ids, or all; exit with code 2 if an id is unknown."""
     if only is None:
         return FAULTS
     by_id = {fault.id: fault for fault in FAULTS}

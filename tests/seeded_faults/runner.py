@@ -180,7 +180,10 @@ def _run_pytest(tree: Path, arguments: list[str], log: Path) -> None:
 
 
 def failed_tests(report: Path) -> tuple[str, ...]:
-    """Names of tests whose body failed; errors of collection, import or fixtures do not count."""
+    """Return the names of the tests whose body failed.
+
+    Errors of collection, imports and fixtures do not count.
+    """
     cases = ElementTree.parse(report).iter("testcase")  # noqa: S314 - pytest wrote it
     return tuple(
         f"{case.get('file')}::{case.get('name')}"
