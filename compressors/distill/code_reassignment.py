@@ -38,10 +38,12 @@ DAMPING = 0.1
 """Added to the curvature, as a share of its mean, so that rows with little data change little."""
 
 SMALLEST = 1e-30
+"""Smallest divisor of a gradient, for columns without curvature."""
 
 Rowwise = RowwiseInt8Format | PackedRowsFormat
 Codebook = KMeansFormat | ProductCodesFormat | ResidualCodesFormat
 Codes = Rowwise | Codebook
+"""Formats whose codes can be selected again."""
 
 
 class Proposal(NamedTuple):
@@ -66,24 +68,21 @@ def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal
     """
     storage, stored = _require_codes_format(table), dict(table.named_buffers())
     with torch.no_grad():
-        current = table(torch.arange(table.rows))  # (rows, dim)
+        current_rows = table(torch.arange(table.rows))  # (rows, dim)
     has_lookups = curvature.sum(dim=1) > 0
-    damping = (
-        DAMPING * curvature[has_lookups].mean()
-        if bool(has_lookups.any())
-        else curvature.new_zeros(())
-    )
+    damping = curvature.new_zeros(())
+    if bool(has_lookups.any()):
+        damping = DAMPING * curvature[has_lookups].mean()
     column_weights = table.dim * (curvature + damping)
-    target = current - gradient / column_weights.clamp(min=SMALLEST)
+    target = current_rows - gradient / column_weights.clamp(min=SMALLEST)
     codes = read_codes(table)
     if isinstance(storage, Rowwise):
         new_codes, new_values = nearest_uniform_codes(table, target)
     else:
         new_codes = nearest_codebook_codes(storage, codes, stored, target, column_weights)
         new_values = decode_rows(storage, new_codes, stored, table.dim)
-    gain = (column_weights * ((current - target).square() - (new_values - target).square())).sum(
-        dim=1
-    ) / 2
+    decrease = (current_rows - target).square() - (new_values - target).square()
+    gain = (column_weights * decrease).sum(dim=1) / 2
     better = has_lookups & (gain > 0) & (new_codes != codes).any(dim=1)
     return Proposal(new_codes, torch.where(better, gain, torch.zeros_like(gain)))
 
@@ -103,19 +102,19 @@ def reassign_codes(table: PackedTable, proposal: Proposal, share: float) -> tupl
     selected_rows = proposal.gain.topk(count).indices
     codes = read_codes(table)
     codes[selected_rows] = proposal.codes[selected_rows]
-    width = _code_bits(table)
-    return codes if width == 8 else pack(codes, width), count
+    bits = _code_bits(table)
+    return codes if bits == 8 else pack(codes, bits), count
 
 
 def read_codes(table: PackedTable) -> Tensor:
     """Return a copy of a table's codes, unpacked: int8 or uint8 ``(rows, codes)``."""
-    storage, count, width = _require_codes_format(table), table.dim, _code_bits(table)
+    storage, count, bits = _require_codes_format(table), table.dim, _code_bits(table)
     codes = table.get_buffer("codes")
-    if width == 8:
+    if bits == 8:
         return codes.clone()
     if isinstance(storage, ProductCodesFormat | ResidualCodesFormat):
         count = storage.shape(table.rows, table.dim, table.settings).books
-    return unpack(codes, count, width)
+    return unpack(codes, count, bits)
 
 
 def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +123,7 @@ def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, T
     Each column has its own code, so weights of columns do not matter.
     """
     bits, shared = _code_bits(table), scales.SharedScales.of(table.settings)
-    has_zero_level = shared.symmetric and bits > 2  # so one code is not used
+    has_zero_level = shared.symmetric and bits > 2  # then one code is not used
     grid = Grid(2**bits - has_zero_level, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())
     fitted = FittedRange(stored["scale"], stored.get("offset"))

@@ -6,7 +6,7 @@ pass after one sort and without resampling. The interval is computed from these 
 values:
 
 - center: the metric minus its jackknife bias. For example, the AUC of few users differs on average
-  from that of many, because it contains more pairs of rows of the same user.
+  from that of many, because more of its pairs of rows belong to the same user.
 - variance: the sum over groups of the squared change when the group is left out, times one minus
   the group's share of the rows.
 - quantile: Student's t with Satterthwaite degrees of freedom. A few large groups determine the

@@ -6,7 +6,7 @@ regularization of the original training, quality decreases more than it increase
 The state before training is one of the candidates for the best epoch, so training that only
 decreases quality returns that state. A checkpoint is stored after every epoch (``checkpoint.py``).
 A training that was killed and resumed ends with the same bits as an uninterrupted one: the seed of
-an epoch depends only on its number, and the checkpoint contains all other state.
+an epoch is computed from its number, and the checkpoint contains all other state.
 """
 
 import logging

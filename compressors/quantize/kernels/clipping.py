@@ -42,16 +42,16 @@ from compressors.quantize.kernels.levels import (
     symmetric_scale,
 )
 
-SHARES = tuple(1 - place / 50 for place in range(1, 26))
+SHARES = tuple(1 - index / 50 for index in range(1, 26))
 """Shares of a symmetric range that ``mse`` compares: 0.98 down to 0.5."""
 
 STEPS = 50
-"""``mse`` moves the ends of an asymmetric range by this fraction of it, each by less than half."""
+"""``mse`` moves the ends of an asymmetric range by multiples of 1/50 of it, less than half each."""
 
 FINE, FINE_STEPS = 200, 3
-"""Small moves in ``mse``: the fraction of the range of each, and their number to each side.
+"""Afterwards ``mse`` makes up to 3 small moves to each side, of 1/200 of the range each.
 
-If a quarter of a level is less, the moves have that size.
+If a quarter of a level is smaller, the moves have that size.
 """
 
 ROUNDS = 4
@@ -63,7 +63,7 @@ MAX_HALVINGS = 8
 BINS, BINS_REMOVED = 200, 32
 """Bins of a range in ``greedy``, and how many are removed: 16 %."""
 
-GREEDY_SHARES = tuple(1 - place / BINS for place in range(1, BINS_REMOVED + 1))
+GREEDY_SHARES = tuple(1 - index / BINS for index in range(1, BINS_REMOVED + 1))
 """Shares of a symmetric range that ``greedy`` compares."""
 
 
@@ -106,12 +106,12 @@ def _fit(values: Tensor, grid: Grid) -> FittedRange:
         if grid.clipping == "greedy":
             return FittedRange(_select_share(values, widest, GREEDY_SHARES, grid)[0], None)
         return FittedRange(_search_symmetric(values, widest, grid), None)
-    whole = asymmetric_range(low, high, grid)
+    unclipped = asymmetric_range(low, high, grid)
     if grid.clipping == "min_max":
-        return whole
+        return unclipped
     if grid.clipping == "greedy":
-        return _fit_greedy(values, whole, low, high, grid)
-    return _search_asymmetric(values, whole, low, high, grid)
+        return _fit_greedy(values, unclipped, low, high, grid)
+    return _search_asymmetric(values, unclipped, low, high, grid)
 
 
 def _searches_below_half(grid: Grid) -> bool:
@@ -144,16 +144,15 @@ def _select_share(
 
 
 def _search_symmetric(values: Tensor, widest: Tensor, grid: Grid) -> Tensor:
-    best, last = _select_share(values, widest, SHARES, grid)
+    best, is_last = _select_share(values, widest, SHARES, grid)
     for _ in range(MAX_HALVINGS if _searches_below_half(grid) else 0):
-        halved = last.squeeze(1)
+        halved = is_last.squeeze(1)
         if not bool(halved.any()):
             break
-        smaller, still = _select_share(_select_ranges(values, halved), best[halved], SHARES, grid)
-        best, last = (
-            _replace_ranges(best, halved, smaller),
-            _replace_ranges(torch.zeros_like(last), halved, still),
-        )
+        halved_values = _select_ranges(values, halved)
+        smaller, is_still_last = _select_share(halved_values, best[halved], SHARES, grid)
+        best = _replace_ranges(best, halved, smaller)
+        is_last = _replace_ranges(torch.zeros_like(is_last), halved, is_still_last)
     return best
 
 
@@ -161,12 +160,12 @@ def _search_symmetric(values: Tensor, widest: Tensor, grid: Grid) -> Tensor:
 
 
 def _fit_greedy(
-    values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
+    values: Tensor, unclipped: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> FittedRange:
     """Fit asymmetric ranges by Algorithm 1 of Guan et al."""
     step = (high - low) / BINS
     low_bins = high_bins = torch.zeros_like(low)  # number of bins removed at each end
-    best, least = whole, squared_error(values, whole, grid)
+    best, least = unclipped, squared_error(values, unclipped, grid)
     for _ in range(BINS_REMOVED):
         from_low = asymmetric_range(low + (low_bins + 1) * step, high - high_bins * step, grid)
         from_high = asymmetric_range(low + low_bins * step, high - (high_bins + 1) * step, grid)
@@ -180,9 +179,9 @@ def _fit_greedy(
 
 
 def _search_asymmetric(
-    values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
+    values: Tensor, unclipped: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> FittedRange:
-    best, least = _search_ends(values, whole, low, high, grid)
+    best, least = _search_ends(values, unclipped, low, high, grid)
     if grid.rows_per_scale == 1:
         return best
     # With a few outliers among many values, the first search may stop at a poor minimum: only a
@@ -197,11 +196,11 @@ def _search_asymmetric(
 
 
 def _search_ends(
-    values: Tensor, whole: FittedRange, low: Tensor, high: Tensor, grid: Grid
+    values: Tensor, unclipped: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> tuple[FittedRange, Tensor]:
     """Return the best range, with scale and offset as stored, and its squared error."""
     width, most = high - low, STEPS // 2 - 1
-    best, least = whole, squared_error(values, whole, grid)
+    best, least = unclipped, squared_error(values, unclipped, grid)
     low_cut = high_cut = torch.zeros_like(low)  # share of the width removed at each end
 
     def compare(new_low: Tensor, new_high: Tensor) -> None:
@@ -214,29 +213,29 @@ def _search_ends(
         low_cut = torch.where(better, new_low, low_cut)
         high_cut = torch.where(better, new_high, high_cut)
 
-    def move_in_turn(from_best: bool, step: float, places: range) -> None:
+    def move_in_turn(from_best: bool, step: float, numbers: range) -> None:
         """Move the low end, then the high end, until neither lowers the error.
 
-        Moves are ``step`` times each of ``places``, relative to the best range, or to the range
-        without clipping of this end.
+        A move is ``step`` times one of ``numbers``. It starts from the best range, or from the
+        unclipped end if ``from_best`` is False.
         """
         for _ in range(ROUNDS):
             before = low_cut, high_cut
             start, fixed = low_cut if from_best else torch.zeros_like(low), high_cut
-            for place in places:
-                compare((start + place * step).clamp(min=0), fixed)
+            for number in numbers:
+                compare((start + number * step).clamp(min=0), fixed)
             fixed, start = low_cut, high_cut if from_best else torch.zeros_like(low)
-            for place in places:
-                compare(fixed, (start + place * step).clamp(min=0))
+            for number in numbers:
+                compare(fixed, (start + number * step).clamp(min=0))
             if torch.equal(before[0], low_cut) and torch.equal(before[1], high_cut):
                 break
 
-    for place in range(1, most + 1):
-        both = torch.full_like(low, place / STEPS)
+    for index in range(1, most + 1):
+        both = torch.full_like(low, index / STEPS)
         compare(both, both)
-    move_in_turn(from_best=False, step=1 / STEPS, places=range(most + 1))
+    move_in_turn(from_best=False, step=1 / STEPS, numbers=range(most + 1))
     fine = 1 / max(FINE, 4 * (grid.levels - 1))
-    move_in_turn(from_best=True, step=fine, places=range(-FINE_STEPS, FINE_STEPS + 1))
+    move_in_turn(from_best=True, step=fine, numbers=range(-FINE_STEPS, FINE_STEPS + 1))
     return best, least
 
 

@@ -28,6 +28,12 @@ def random_normal(seed: int, rows: int, dim: int) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
+def rows_on_a_curved_surface() -> Tensor:
+    """500 rows of 10 numbers that are a nonlinear function of two random numbers per row."""
+    hidden = torch.sin(random_normal(0, 500, 2) @ random_normal(1, 2, 32) * 1.5)
+    return hidden @ random_normal(2, 32, 10) / 6
+
+
 def low_rank_error(table: Tensor, weight: Tensor, size: int) -> float:
     """Weighted squared error of the low-rank approximation with ``size`` numbers per row."""
     low_rank_codes, projection, mean = factors(table, size, weight)
@@ -90,11 +96,7 @@ def test_fit_returns_the_untrained_decoder_if_training_increases_the_error(monke
 
 def test_training_minimizes_the_weighted_error(monkeypatch):
     """The reference trains with equal weights; its initial codes and last layer are weighted."""
-    table = (
-        torch.sin(random_normal(0, 500, 2) @ random_normal(1, 2, 32) * 1.5)
-        @ random_normal(2, 32, 10)
-        / 6
-    )
+    table = rows_on_a_curved_surface()
     weight = torch.ones(500).double()
     weight[:50] = 100
     weighted_error = squared_error(table, weight, *fit(table, weight, 2, 32, 300, 0))
@@ -109,12 +111,8 @@ def test_training_minimizes_the_weighted_error(monkeypatch):
 
 
 def test_codes_of_a_curved_surface_have_less_than_half_the_error_of_low_rank():
-    """The rows are a curved function of two numbers, so rank 2 cannot represent them."""
-    table = (
-        torch.sin(random_normal(0, 500, 2) @ random_normal(1, 2, 32) * 1.5)
-        @ random_normal(2, 32, 10)
-        / 6
-    )
+    """The surface has two dimensions, but rank 2 represents only a plane."""
+    table = rows_on_a_curved_surface()
     weight = torch.ones(500).double()
     error_of_low_rank = low_rank_error(table, weight, 2)
     errors = [
@@ -128,11 +126,7 @@ def test_codes_of_a_curved_surface_have_less_than_half_the_error_of_low_rank():
 
 def test_training_in_batches_lowers_the_error_and_is_deterministic(monkeypatch):
     monkeypatch.setattr("compressors.factorize.neural_codes.BATCH", 64)
-    table = (
-        torch.sin(random_normal(0, 500, 2) @ random_normal(1, 2, 32) * 1.5)
-        @ random_normal(2, 32, 10)
-        / 6
-    )
+    table = rows_on_a_curved_surface()
     weight = torch.ones(500).double()
     errors = [
         squared_error(table, weight, *fit(table, weight, 2, 32, adam_steps, 0))
