@@ -216,15 +216,15 @@ def _count_above_and_equal(scores: torch.Tensor, relevant: Ints, k: int) -> tupl
     """
     items = scores.shape[1]
     top = scores.topk(min(k, items), dim=1).values  # (queries, k), best first
-    least = top[:, -1:]  # (queries, 1)
-    ties = (scores == least).sum(dim=1)  # (queries,)
+    lowest_score = top[:, -1:]  # (queries, 1)
+    ties = (scores == lowest_score).sum(dim=1)  # (queries,)
     pair = torch.from_numpy(relevant)
     owner, score = pair // items, scores.view(-1)[pair].unsqueeze(1)  # (pairs, 1)
     best = top[owner]  # (pairs, k)
     above, equal = (best > score).sum(dim=1), (best == score).sum(dim=1)
-    at_least = (score == least[owner]).squeeze(1)
+    at_least = (score == lowest_score[owner]).squeeze(1)
     equal = torch.where(at_least, ties[owner], equal)
-    beyond = (score < least[owner]).squeeze(1)
+    beyond = (score < lowest_score[owner]).squeeze(1)
     above, equal = above.masked_fill(beyond, k), equal.masked_fill(beyond, 1)
     return above.numpy(), equal.numpy()
 
@@ -237,12 +237,12 @@ def _pairs(
     Pairs whose query or item is unknown are omitted.
     """
     order = np.argsort(catalogue)
-    place = order[
+    item_index = order[
         np.searchsorted(catalogue, interaction_items, sorter=order).clip(max=catalogue.size - 1)
     ]
     number = np.searchsorted(queries, interaction_queries).clip(max=queries.size - 1)
-    known = (catalogue[place] == interaction_items) & (queries[number] == interaction_queries)
-    pairs: Ints = np.unique(number[known].astype(np.int64) * catalogue.size + place[known])
+    known = (catalogue[item_index] == interaction_items) & (queries[number] == interaction_queries)
+    pairs: Ints = np.unique(number[known].astype(np.int64) * catalogue.size + item_index[known])
     return pairs
 
 

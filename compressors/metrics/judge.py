@@ -216,7 +216,7 @@ def verdict(
 
 def score_summary(measured: Measured) -> list[Reason]:
     """Return the score changes as one reason; an empty list if they were not measured."""
-    correlation, mean, most, top, overlap = (
+    correlation, mean, largest_change, top, overlap = (
         measured.of(change.name, "absolute")
         for change in (
             score_changes.CORRELATION,
@@ -226,10 +226,10 @@ def score_summary(measured: Measured) -> list[Reason]:
             score_changes.TOP20,
         )
     )
-    if correlation is None or mean is None or most is None:
+    if correlation is None or mean is None or largest_change is None:
         return []
     unit = None if measured.score_unit is None else SCORE_UNITS[measured.score_unit]
-    largest = most.point
+    largest = largest_change.point
     changes = [
         Reason("correlation", correlation=_floored(correlation.point)),
         Reason("mean_change", change=mean.point),
@@ -249,13 +249,18 @@ def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[Reason]
     if any(limit.declared.kind == "score_change" for limit in limits):
         return []
     correlation = measured.of(score_changes.CORRELATION.name, "absolute")
-    most, unit = measured.of(score_changes.LARGEST.name, "absolute"), measured.score_unit
+    largest_change = measured.of(score_changes.LARGEST.name, "absolute")
+    unit = measured.score_unit
     changes = []
     if correlation is not None and correlation.point < LEAST_CORRELATION:
         low, least = _floored(correlation.point), LEAST_CORRELATION
         changes.append(Reason("low_correlation", correlation=low, least=least))
-    if most is not None and unit is not None and most.point > LARGEST_CHANGE[unit]:
-        change, limit = most.point, LARGEST_CHANGE[unit]
+    if (
+        largest_change is not None
+        and unit is not None
+        and largest_change.point > LARGEST_CHANGE[unit]
+    ):
+        change, limit = largest_change.point, LARGEST_CHANGE[unit]
         changes.append(
             Reason("probability_change", change=change, most=limit)
             if unit == "probability"

@@ -132,11 +132,11 @@ class Job:
         """Yield the blocks of one tensor, in order."""
         spec = self.sources[name].spec
         rows = spec.shape[0] if spec.shape else 1
-        most = max(BLOCK_BYTES * rows // max(size_of(spec), 1), 1)
+        max_rows = max(BLOCK_BYTES * rows // max(size_of(spec), 1), 1)
         layout = {name: spec}
         if name in self.tables:
-            most, layout = self.block_rows or most, self.stored(name)
-        for begin, end in row_blocks(layout, rows, most):
+            max_rows, layout = self.block_rows or max_rows, self.stored(name)
+        for begin, end in row_blocks(layout, rows, max_rows):
             yield Block(name, begin, end)
 
 
@@ -216,14 +216,16 @@ def _tasks(
     for name in job.copied_tensors:
         yield from (task(block, copier) for block in job.blocks(name))
     for name in job.tables:
-        whole = f"{name}@{WHOLE}"
-        if sink.has_block(whole) and all(sink.has_block(block.name) for block in job.blocks(name)):
+        whole_table = f"{name}@{WHOLE}"
+        if sink.has_block(whole_table) and all(
+            sink.has_block(block.name) for block in job.blocks(name)
+        ):
             # The sink contains every block, so these functions only report progress.
             yield from (task(block, copier) for block in job.blocks(name))
             continue
         table_encoder = _BlockEncoder(job, file, name)
-        if not sink.has_block(whole):
-            sink.write(whole, table_encoder.whole())
+        if not sink.has_block(whole_table):
+            sink.write(whole_table, table_encoder.whole())
         yield from (task(block, table_encoder) for block in job.blocks(name))
 
 

@@ -45,11 +45,11 @@ FAULTS = (
         old="    count, dim = rows.shape\n    is_float16 = scale_16.size > 0\n"
         "    low = -top if symmetric else ZERO\n"
         "    shift = np.uint64(8) if symmetric else np.uint64(0)\n"
-        "    row_codes = np.zeros((1, dim + 1), np.uint8)\n    least",
+        "    row_codes = np.zeros((1, dim + 1), np.uint8)\n    smallest",
         new="    count, dim = rows.shape\n    is_float16 = scale_16.size > 0\n"
         "    low = -top if symmetric else ZERO\n"
         "    shift = np.uint64(7) if symmetric else np.uint64(0)\n"
-        "    row_codes = np.zeros((1, dim + 1), np.uint8)\n    least",
+        "    row_codes = np.zeros((1, dim + 1), np.uint8)\n    smallest",
         effect="Compiled int4 codes are one level too low.",
         tests=(
             "tests/compressors/quantize/test_rowwise.py"
@@ -59,8 +59,8 @@ FAULTS = (
     Fault(
         id="kernel-ties-go-up",
         file="compressors/quantize/kernels/numba_kernels.py",
-        old="        codes[target_row, place] = np.uint8(_bits(step + ROUNDER))\n",
-        new="        codes[target_row, place] = np.uint8(_bits(np.floor(step + HALF) + ROUNDER))\n",
+        old="        codes[target_row, index] = np.uint8(_bits(multiple + ROUNDER))\n",
+        new="        codes[target_row, index] = np.uint8(_bits(np.floor(multiple + HALF) + ROUNDER))\n",
         effect="Compiled loops round weights halfway between two levels up.",
         tests=(
             "tests/compressors/quantize/test_rowwise.py"

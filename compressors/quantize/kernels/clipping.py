@@ -133,13 +133,14 @@ def _select_share(
 
     Both are ``(ranges, 1)``.
     """
-    best, least = widest, squared_error(values, FittedRange(widest, None), grid)
-    better = torch.zeros_like(least, dtype=torch.bool)
+    best, least_error = widest, squared_error(values, FittedRange(widest, None), grid)
+    better = torch.zeros_like(least_error, dtype=torch.bool)
     for share in shares:
         scale = (widest.float() * share).to(widest.dtype)
         error = squared_error(values, FittedRange(scale, None), grid)
-        better = (error < least) & (scale > 0)
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        better = (error < least_error) & (scale > 0)
+        best = torch.where(better, scale, best)
+        least_error = torch.where(better, error, least_error)
     return best, better
 
 
@@ -165,15 +166,15 @@ def _fit_greedy(
     """Fit asymmetric ranges by Algorithm 1 of Guan et al."""
     step = (high - low) / BINS
     low_bins = high_bins = torch.zeros_like(low)  # number of bins removed at each end
-    best, least = unclipped, squared_error(values, unclipped, grid)
+    best, least_error = unclipped, squared_error(values, unclipped, grid)
     for _ in range(BINS_REMOVED):
         from_low = asymmetric_range(low + (low_bins + 1) * step, high - high_bins * step, grid)
         from_high = asymmetric_range(low + low_bins * step, high - (high_bins + 1) * step, grid)
         first, second = (squared_error(values, moved, grid) for moved in (from_low, from_high))
         lower = first < second
         error = torch.where(lower, first, second)
-        best = _choose(error < least, _choose(lower, from_low, from_high), best)
-        least = torch.minimum(error, least)
+        best = _choose(error < least_error, _choose(lower, from_low, from_high), best)
+        least_error = torch.minimum(error, least_error)
         low_bins, high_bins = low_bins + lower.float(), high_bins + (~lower).float()
     return best
 
@@ -181,7 +182,7 @@ def _fit_greedy(
 def _search_asymmetric(
     values: Tensor, unclipped: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> FittedRange:
-    best, least = _search_ends(values, unclipped, low, high, grid)
+    best, least_error = _search_ends(values, unclipped, low, high, grid)
     if grid.rows_per_scale == 1:
         return best
     # With a few outliers among many values, the first search may stop at a poor minimum: only a
@@ -192,24 +193,25 @@ def _search_asymmetric(
     reach = 1.25 * grid.half * _search_symmetric(values, widest, around_zero).float()
     low, high = torch.maximum(low, -reach), torch.minimum(high, reach)
     candidate, error = _search_ends(values, asymmetric_range(low, high, grid), low, high, grid)
-    return _choose(error < least, candidate, best)
+    return _choose(error < least_error, candidate, best)
 
 
 def _search_ends(
     values: Tensor, unclipped: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> tuple[FittedRange, Tensor]:
     """Return the best range, with scale and offset as stored, and its squared error."""
-    width, most = high - low, STEPS // 2 - 1
-    best, least = unclipped, squared_error(values, unclipped, grid)
+    width, max_number = high - low, STEPS // 2 - 1
+    best, least_error = unclipped, squared_error(values, unclipped, grid)
     low_cut = high_cut = torch.zeros_like(low)  # share of the width removed at each end
 
     def compare(new_low: Tensor, new_high: Tensor) -> None:
         """Evaluate ranges with these shares removed; update the best ones where the error falls."""
-        nonlocal best, least, low_cut, high_cut
+        nonlocal best, least_error, low_cut, high_cut
         candidate = asymmetric_range(low + new_low * width, high - new_high * width, grid)
         error = squared_error(values, candidate, grid)
-        better = error < least
-        best, least = _choose(better, candidate, best), torch.where(better, error, least)
+        better = error < least_error
+        best = _choose(better, candidate, best)
+        least_error = torch.where(better, error, least_error)
         low_cut = torch.where(better, new_low, low_cut)
         high_cut = torch.where(better, new_high, high_cut)
 
@@ -230,27 +232,27 @@ def _search_ends(
             if torch.equal(before[0], low_cut) and torch.equal(before[1], high_cut):
                 break
 
-    for index in range(1, most + 1):
+    for index in range(1, max_number + 1):
         both = torch.full_like(low, index / STEPS)
         compare(both, both)
-    move_in_turn(from_best=False, step=1 / STEPS, numbers=range(most + 1))
+    move_in_turn(from_best=False, step=1 / STEPS, numbers=range(max_number + 1))
     fine = 1 / max(FINE, 4 * (grid.levels - 1))
     move_in_turn(from_best=True, step=fine, numbers=range(-FINE_STEPS, FINE_STEPS + 1))
-    return best, least
+    return best, least_error
 
 
 # --- selection by range ----------------------------------------------------------------------
 
 
-def _select_ranges(values: Tensor, which: Tensor) -> Tensor:
-    """Return the values of the ranges where ``which`` is true; no copy if it is true for all."""
-    return values if bool(which.all()) else values[which]
+def _select_ranges(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the values of the ranges where ``mask`` is true; no copy if it is true for all."""
+    return values if bool(mask.all()) else values[mask]
 
 
-def _replace_ranges(into: Tensor, which: Tensor, values: Tensor) -> Tensor:
-    """Return a copy of ``into`` with these values where ``which`` is true."""
+def _replace_ranges(into: Tensor, mask: Tensor, values: Tensor) -> Tensor:
+    """Return a copy of ``into`` with these values where ``mask`` is true."""
     changed = into.clone()
-    changed[which] = values
+    changed[mask] = values
     return changed
 
 

@@ -134,9 +134,9 @@ def asymmetric_range(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
     """
     _require_in_range("offset", low.abs(), low.abs(), grid)
     low = low + 0.0  # the minimum may be -0.0 or 0.0; the sum is 0.0
-    near = low.to(grid.dtype)
-    below = torch.nextafter(near, torch.full_like(near, -torch.inf))
-    offset = torch.where(near.float() > low, below, near)
+    rounded = low.to(grid.dtype)
+    below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+    offset = torch.where(rounded.float() > low, below, rounded)
     top = grid.levels - 1
     scale = (high - offset.float()).clamp(min=0) / top
     _require_in_range("scale", scale, high, grid)

@@ -132,11 +132,11 @@ def _round_down_16(low: np.float32) -> np.int32:
 @_compile
 def _largest(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
     """Return the bits of the largest absolute value in rows; for NaN, more than infinity's."""
-    most = np.int32(0)
+    largest = np.int32(0)
     for row in range(begin, end):
-        for place in range(rows.shape[1]):
-            most = max(most, _bits(rows[row, place]) & ALL_BUT_SIGN)
-    return most
+        for index in range(rows.shape[1]):
+            largest = max(largest, _bits(rows[row, index]) & ALL_BUT_SIGN)
+    return largest
 
 
 @_compile
@@ -148,12 +148,12 @@ def _ordered(bits: np.int32) -> np.int32:
 @_compile
 def _bounds(rows: NDArray[np.float32], begin: int, end: int) -> tuple[np.int32, np.int32]:
     """Return the smallest and the largest number in rows, mapped to integers by ``_ordered``."""
-    least, most = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    smallest, largest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for row in range(begin, end):
-        for place in range(rows.shape[1]):
-            key = _ordered(_bits(rows[row, place]))
-            least, most = min(least, key), max(most, key)
-    return least, most
+        for index in range(rows.shape[1]):
+            key = _ordered(_bits(rows[row, index]))
+            smallest, largest = min(smallest, key), max(largest, key)
+    return smallest, largest
 
 
 @_compile
@@ -168,9 +168,9 @@ def _write(
     target_row: int,
 ) -> None:
     """Write the nearest levels of a row, one byte each, to ``codes[target_row]``."""
-    for place in range(rows.shape[1]):
-        step = min(max((rows[row, place] - offset) / scale, low), top)
-        codes[target_row, place] = np.uint8(_bits(step + ROUNDER))
+    for index in range(rows.shape[1]):
+        multiple = min(max((rows[row, index] - offset) / scale, low), top)
+        codes[target_row, index] = np.uint8(_bits(multiple + ROUNDER))
 
 
 @_compile
@@ -179,17 +179,17 @@ def _pack(
 ) -> None:
     """Add ``shift`` to the codes of a row, one per byte, and pack them into planar half bytes."""
     half = codes.shape[1]
-    for place in range(half):
-        first = np.uint64(row_codes[0, place]) + shift
-        second = np.uint64(row_codes[0, half + place]) + shift
-        codes[row, place] = np.uint8((first & np.uint64(15)) | (second << np.uint64(4)))
+    for index in range(half):
+        first = np.uint64(row_codes[0, index]) + shift
+        second = np.uint64(row_codes[0, half + index]) + shift
+        codes[row, index] = np.uint8((first & np.uint64(15)) | (second << np.uint64(4)))
     if dim % 2:
         codes[row, half - 1] = np.uint8(codes[row, half - 1] & np.uint8(15)) | np.uint8(0x80)
 
 
 @_compile
 def _fit_symmetric(
-    most: NDArray[np.int32],
+    largest: NDArray[np.int32],
     count: int,
     top: np.float32,
     is_float16: bool,
@@ -199,8 +199,8 @@ def _fit_symmetric(
     """Compute ``levels.symmetric_scale`` as floats and bits; return whether all can be stored."""
     failed = np.int32(0)
     for entry in range(count):
-        scale = _float(most[entry]) / top
-        failed |= np.int32(most[entry] >= INFINITE)
+        scale = _float(largest[entry]) / top
+        failed |= np.int32(largest[entry] >= INFINITE)
         if is_float16:
             failed |= np.int32(scale > LARGEST_16)
             scale_bits[entry] = _scale_16(scale, top)
@@ -213,8 +213,8 @@ def _fit_symmetric(
 
 @_compile
 def _fit_asymmetric(
-    least: NDArray[np.int32],
-    most: NDArray[np.int32],
+    smallest: NDArray[np.int32],
+    largest: NDArray[np.int32],
     count: int,
     top: np.float32,
     is_float16: bool,
@@ -226,8 +226,8 @@ def _fit_asymmetric(
     """Compute ``levels.asymmetric_range`` as floats and bits; return whether all can be stored."""
     failed = np.int32(0)
     for entry in range(count):
-        low = _float(_ordered(least[entry])) + ZERO  # no -0
-        failed |= np.int32(most[entry] >= INFINITE) | np.int32(_bits(abs(low)) >= INFINITE)
+        low = _float(_ordered(smallest[entry])) + ZERO  # no -0
+        failed |= np.int32(largest[entry] >= INFINITE) | np.int32(_bits(abs(low)) >= INFINITE)
         if is_float16:
             failed |= np.int32(abs(low) > LARGEST_16)
             offset_bits[entry] = _round_down_16(low)
@@ -235,7 +235,7 @@ def _fit_asymmetric(
         else:
             offsets[entry] = low
             offset_bits[entry] = _bits(low)
-        scale = max(_float(_ordered(most[entry])) - offsets[entry], ZERO) / top
+        scale = max(_float(_ordered(largest[entry])) - offsets[entry], ZERO) / top
         if is_float16:
             failed |= np.int32(scale > LARGEST_16)
             scale_bits[entry] = _scale_16(scale, top)
@@ -270,44 +270,44 @@ def min_max(
     low = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
     row_codes = np.zeros((1, dim + 1), np.uint8)
-    least, most = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+    smallest, largest = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     scale_bits, offset_bits = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     scales, offsets = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     for first in range(0, count, LANES * rows_per_scale):
         entry = first // rows_per_scale
         ranges = min(LANES, -(-(count - first) // rows_per_scale))
-        for place in range(ranges):
-            begin = first + place * rows_per_scale
+        for index in range(ranges):
+            begin = first + index * rows_per_scale
             end = min(begin + rows_per_scale, count)
             if symmetric:
-                most[place] = _largest(rows, begin, end)
+                largest[index] = _largest(rows, begin, end)
             else:
-                least[place], most[place] = _bounds(rows, begin, end)
+                smallest[index], largest[index] = _bounds(rows, begin, end)
         if symmetric:
-            good = _fit_symmetric(most, ranges, top, is_float16, scales, scale_bits)
+            good = _fit_symmetric(largest, ranges, top, is_float16, scales, scale_bits)
         else:
             good = _fit_asymmetric(
-                least, most, ranges, top, is_float16, scales, offsets, scale_bits, offset_bits
+                smallest, largest, ranges, top, is_float16, scales, offsets, scale_bits, offset_bits
             )
         if not good:
             return first
-        for place in range(ranges):
+        for index in range(ranges):
             if is_float16:
-                scale_16[entry + place] = np.uint16(scale_bits[place])
+                scale_16[entry + index] = np.uint16(scale_bits[index])
                 if not symmetric:
-                    offset_16[entry + place] = np.uint16(offset_bits[place])
+                    offset_16[entry + index] = np.uint16(offset_bits[index])
             else:
-                scale_32[entry + place] = np.uint32(scale_bits[place])
+                scale_32[entry + index] = np.uint32(scale_bits[index])
                 if not symmetric:
-                    offset_32[entry + place] = np.uint32(offset_bits[place])
-        for place in range(ranges):
-            begin = first + place * rows_per_scale
+                    offset_32[entry + index] = np.uint32(offset_bits[index])
+        for index in range(ranges):
+            begin = first + index * rows_per_scale
             for row in range(begin, min(begin + rows_per_scale, count)):
                 if planar:
-                    _write(rows, row, offsets[place], scales[place], low, top, row_codes, 0)
+                    _write(rows, row, offsets[index], scales[index], low, top, row_codes, 0)
                     _pack(row, dim, shift, row_codes, codes)
                 else:
-                    _write(rows, row, offsets[place], scales[place], low, top, codes, row)
+                    _write(rows, row, offsets[index], scales[index], low, top, codes, row)
     return -1
 
 
@@ -384,13 +384,13 @@ def _transpose(rows: NDArray[np.float32], first: int, used: int, tile: NDArray[n
     Lanes without a row keep old values; their results are not used.
     """
     if used == LANES:  # a compile-time constant gives faster loops
-        for place in range(tile.shape[0]):
+        for index in range(tile.shape[0]):
             for lane in range(LANES):
-                tile[place, lane] = rows[first + lane, place]
+                tile[index, lane] = rows[first + lane, index]
     else:
-        for place in range(tile.shape[0]):
+        for index in range(tile.shape[0]):
             for lane in range(used):
-                tile[place, lane] = rows[first + lane, place]
+                tile[index, lane] = rows[first + lane, index]
 
 
 @_compile
@@ -411,23 +411,23 @@ def _errors(
         lanes[INVERSE + lane] = np.float32(1) / lanes[fit + lane]
         lanes[sums + lane] = ZERO
     dim = tile.shape[0]
-    for place in range(0, dim - 3, 4):
+    for index in range(0, dim - 3, 4):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
             inverse, rr = lanes[INVERSE + lane], lanes[sums + lane]
-            _, r = _round_weight(tile[place, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[index, lane], scale, offset, inverse, low, top)
             rr += r * r
-            _, r = _round_weight(tile[place + 1, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[index + 1, lane], scale, offset, inverse, low, top)
             rr += r * r
-            _, r = _round_weight(tile[place + 2, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[index + 2, lane], scale, offset, inverse, low, top)
             rr += r * r
-            _, r = _round_weight(tile[place + 3, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[index + 3, lane], scale, offset, inverse, low, top)
             rr += r * r
             lanes[sums + lane] = rr
-    for place in range(dim // 4 * 4, dim):
+    for index in range(dim // 4 * 4, dim):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
-            _, r = _round_weight(tile[place, lane], scale, offset, lanes[INVERSE + lane], low, top)
+            _, r = _round_weight(tile[index, lane], scale, offset, lanes[INVERSE + lane], low, top)
             lanes[sums + lane] += r * r
 
 
@@ -446,14 +446,14 @@ def _residuals(
         lanes[sums + lane] = lanes[sums + LANES + lane] = lanes[sums + 2 * LANES + lane] = ZERO
         lanes[sums + 3 * LANES + lane] = lanes[sums + 4 * LANES + lane] = ZERO
     dim = tile.shape[0]
-    for place in range(0, dim - 3, 4):
+    for index in range(0, dim - 3, 4):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
             inverse = lanes[INVERSE + lane]
-            q0, r0 = _round_weight(tile[place, lane], scale, offset, inverse, low, top)
-            q1, r1 = _round_weight(tile[place + 1, lane], scale, offset, inverse, low, top)
-            q2, r2 = _round_weight(tile[place + 2, lane], scale, offset, inverse, low, top)
-            q3, r3 = _round_weight(tile[place + 3, lane], scale, offset, inverse, low, top)
+            q0, r0 = _round_weight(tile[index, lane], scale, offset, inverse, low, top)
+            q1, r1 = _round_weight(tile[index + 1, lane], scale, offset, inverse, low, top)
+            q2, r2 = _round_weight(tile[index + 2, lane], scale, offset, inverse, low, top)
+            q3, r3 = _round_weight(tile[index + 3, lane], scale, offset, inverse, low, top)
             at = sums + lane
             lanes[at] = (((lanes[at] + r0 * r0) + r1 * r1) + r2 * r2) + r3 * r3
             at += LANES
@@ -464,10 +464,10 @@ def _residuals(
             lanes[at] = (((lanes[at] + r0) + r1) + r2) + r3
             at += LANES
             lanes[at] = (((lanes[at] + q0 * r0) + q1 * r1) + q2 * r2) + q3 * r3
-    for place in range(dim // 4 * 4, dim):
+    for index in range(dim // 4 * 4, dim):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
-            q, r = _round_weight(tile[place, lane], scale, offset, lanes[INVERSE + lane], low, top)
+            q, r = _round_weight(tile[index, lane], scale, offset, lanes[INVERSE + lane], low, top)
             lanes[sums + lane] += r * r
             lanes[sums + LANES + lane] += q
             lanes[sums + 2 * LANES + lane] += q * q
@@ -503,13 +503,13 @@ def _clip(
     failed = np.int32(0)
     limit = LARGEST_16 if is_float16 else LARGEST_32
     for lane in range(LANES):
-        least, most = lanes[LOW + lane], lanes[HIGH + lane]
+        smallest, largest = lanes[LOW + lane], lanes[HIGH + lane]
         if symmetric:
-            scale = max(-least, most) * remaining / top
+            scale = max(-smallest, largest) * remaining / top
             offset = ZERO
         else:
-            removed = (most - least) * cut
-            low, high = (least + removed) + ZERO, most - removed
+            removed = (largest - smallest) * cut
+            low, high = (smallest + removed) + ZERO, largest - removed
             failed |= np.int32(abs(low) > limit)
             offset = _from_16(_round_down_16(low)) if is_float16 else low
             scale = max(high - offset, ZERO) / top
@@ -573,10 +573,13 @@ def least_squares(
     for first in range(0, count, LANES):
         used = min(LANES, count - first)
         for lane in range(used):  # row by row: fastest memory order
-            least, most = _bounds(rows, first + lane, first + lane + 1)
-            if most >= INFINITE or _ordered(least) & ALL_BUT_SIGN >= INFINITE:
+            smallest, largest = _bounds(rows, first + lane, first + lane + 1)
+            if largest >= INFINITE or _ordered(smallest) & ALL_BUT_SIGN >= INFINITE:
                 return first
-            lanes[LOW + lane], lanes[HIGH + lane] = _float(_ordered(least)), _float(_ordered(most))
+            lanes[LOW + lane], lanes[HIGH + lane] = (
+                _float(_ordered(smallest)),
+                _float(_ordered(largest)),
+            )
         _transpose(rows, first, used, tile)
         if not _clip(lanes, BEST, CUTS[0], REMAINING[0], top, symmetric, is_float16):
             return first

@@ -144,9 +144,11 @@ def gradients(
     Returns:
         ``(entries, 1)`` in the dtype of ``stored``.
     """
-    each = (grad if multiples is None else grad * multiples).sum(dim=-1).reshape(-1)  # (lookups,)
+    by_lookup = (
+        (grad if multiples is None else grad * multiples).sum(dim=-1).reshape(-1)
+    )  # (lookups,)
     total = torch.zeros(stored.shape[0], device=stored.device)
-    total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), each)
+    total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), by_lookup)
     return total.unsqueeze(1).to(stored.dtype)
 
 

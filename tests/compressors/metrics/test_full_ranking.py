@@ -74,25 +74,25 @@ def rankings(draw):
     item = draw(st.lists(st.tuples(number, number), min_size=items, max_size=items))
     pair = st.tuples(st.integers(0, users - 1), st.sampled_from(ids))
     test = draw(st.lists(pair, min_size=1, max_size=8))
-    seen = draw(st.lists(pair, max_size=6))
-    return ids, np.float32(query), np.float32(item), test, seen, draw(st.integers(1, 7))
+    earlier = draw(st.lists(pair, max_size=6))
+    return ids, np.float32(query), np.float32(item), test, earlier, draw(st.integers(1, 7))
 
 
 @given(rankings(), st.sampled_from([1, 5, 2**24]))
 def test_full_ranking_equals_a_naive_ranking_for_every_block_size(case, scores_at_once):
-    ids, query, item, test, seen, k = case
+    ids, query, item, test, earlier, k = case
     expected = []
     for user in range(len(query)):
         relevant = {item_id for user_of_pair, item_id in test if user_of_pair == user}
-        hidden = {item_id for user_of_pair, item_id in seen if user_of_pair == user}
+        hidden = {item_id for user_of_pair, item_id in earlier if user_of_pair == user}
         if relevant - hidden:
             scores = {name: float(query[user] @ item[index]) for index, name in enumerate(ids)}
             expected.append((user, *naive_recall_and_ndcg(scores, relevant, hidden, k)))
     if not expected:
         with raises_code(MetricRefused, "new_items_missing"):
-            ranking_queries(interactions(*test), [interactions(*seen)], ids)
+            ranking_queries(interactions(*test), [interactions(*earlier)], ids)
         return
-    queries = ranking_queries(interactions(*test), [interactions(*seen)], ids)
+    queries = ranking_queries(interactions(*test), [interactions(*earlier)], ids)
     assert queries.query.tolist() == [user for user, _, _ in expected]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(full_ranking, "SCORES_AT_ONCE", scores_at_once)
@@ -123,9 +123,9 @@ def test_items_that_only_other_users_have_seen_are_ranked():
 
 
 def test_rows_with_label_0_are_neither_relevant_nor_seen():
-    seen = interactions((1, 101), label=np.array([0.0]))
+    earlier = interactions((1, 101), label=np.array([0.0]))
     queries = ranking_queries(
-        interactions((1, 100), (1, 101), label=np.array([0.0, 1.0])), [seen], [100, 101]
+        interactions((1, 100), (1, 101), label=np.array([0.0, 1.0])), [earlier], [100, 101]
     )
     assert queries.relevant.tolist() == [1]
     assert queries.hidden.size == 0

@@ -37,12 +37,14 @@ def test_lookup_accepts_ids_of_any_shape(shape):
 def test_op_passes_opcheck_and_its_gradient_equals_plain_torch():
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
     output_gradient = random_normal(6, 4).reshape(2, 3, 4)
-    of_op, of_torch = (random_normal(6, 4).to(torch.bfloat16).requires_grad_() for _ in range(2))
+    with_op, with_torch = (
+        random_normal(6, 4).to(torch.bfloat16).requires_grad_() for _ in range(2)
+    )
     op = torch.ops.recpress.bfloat16_table
-    torch.library.opcheck(op.default, (of_op, ids))
-    (op(of_op, ids) * output_gradient).sum().backward()
-    (of_torch.float()[ids] * output_gradient).sum().backward()
+    torch.library.opcheck(op.default, (with_op, ids))
+    (op(with_op, ids) * output_gradient).sum().backward()
+    (with_torch.float()[ids] * output_gradient).sum().backward()
     # The gradients are rounded to bfloat16 once.
-    torch.testing.assert_close(of_op.grad, of_torch.grad, rtol=1e-2, atol=0)
-    assert not of_op.grad[3].any()
-    assert of_op.grad.abs().sum() > 0
+    torch.testing.assert_close(with_op.grad, with_torch.grad, rtol=1e-2, atol=0)
+    assert not with_op.grad[3].any()
+    assert with_op.grad.abs().sum() > 0

@@ -41,10 +41,12 @@ def test_op_passes_opcheck_and_its_gradients_equal_plain_torch():
     leaves = (torch.randn(2, 3, 6), torch.randn(4, 6).bfloat16(), torch.randn(4).bfloat16())
     torch.library.opcheck(OP.default, tuple(leaf.clone().requires_grad_() for leaf in leaves))
     output_gradient = torch.randn(2, 3, 4)
-    of_op, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
-    (OP(*of_op) * output_gradient).sum().backward()
-    (F.linear(plain[0], plain[1].float(), plain[2].float()) * output_gradient).sum().backward()
-    for result, expected in zip(of_op, plain, strict=True):
+    with_op, with_torch = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
+    (OP(*with_op) * output_gradient).sum().backward()
+    (
+        F.linear(with_torch[0], with_torch[1].float(), with_torch[2].float()) * output_gradient
+    ).sum().backward()
+    for result, expected in zip(with_op, with_torch, strict=True):
         # gradients of bfloat16 leaves are rounded to 8 bits
         torch.testing.assert_close(result.grad, expected.grad, rtol=1e-2, atol=1e-2)
         assert result.grad.any()

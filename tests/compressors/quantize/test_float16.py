@@ -188,23 +188,23 @@ HALF = {"rtol": 2e-3, "atol": 2e-3}
 def test_table_gradient_equals_plain_torch():
     weight, ids = torch.randn(5, 3).half(), torch.tensor([[0, 4, 4], [1, 0, 0]])
     output_gradient = torch.randn(2, 3, 3)
-    of_op, of_torch = (weight.clone().requires_grad_() for _ in range(2))
-    (OPS.float16_table(of_op, ids) * output_gradient).sum().backward()
-    (of_torch.float()[ids] * output_gradient).sum().backward()
-    torch.testing.assert_close(of_op.grad, of_torch.grad, **HALF)
-    assert not of_op.grad[[2, 3]].any()
-    assert of_op.grad[4].any()
+    with_op, with_torch = (weight.clone().requires_grad_() for _ in range(2))
+    (OPS.float16_table(with_op, ids) * output_gradient).sum().backward()
+    (with_torch.float()[ids] * output_gradient).sum().backward()
+    torch.testing.assert_close(with_op.grad, with_torch.grad, **HALF)
+    assert not with_op.grad[[2, 3]].any()
+    assert with_op.grad[4].any()
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
 def test_layer_gradients_equal_plain_torch(shape):
     leaves = (torch.randn(shape), torch.randn(4, 6).half(), torch.randn(4).half())
     output_gradient = torch.randn(*shape[:-1], 4)
-    of_op, of_torch = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
-    (OPS.float16_linear(*of_op) * output_gradient).sum().backward()
+    with_op, with_torch = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
+    (OPS.float16_linear(*with_op) * output_gradient).sum().backward()
     (
-        F.linear(of_torch[0], of_torch[1].float(), of_torch[2].float()) * output_gradient
+        F.linear(with_torch[0], with_torch[1].float(), with_torch[2].float()) * output_gradient
     ).sum().backward()
-    for result, expected in zip(of_op, of_torch, strict=True):
+    for result, expected in zip(with_op, with_torch, strict=True):
         torch.testing.assert_close(result.grad, expected.grad, **HALF)
         assert result.grad.any()

@@ -105,16 +105,18 @@ def test_op_passes_opcheck_and_its_gradient_equals_plain_torch(rows_per_scale, s
         Float8E4M3(scale=scale, rows_per_scale=rows_per_scale), random_normal(11, 5)
     )
     ids, weights = torch.tensor([[0, 5, 5], [2, 1, 0]]), random_normal(6, 5).reshape(2, 3, 5)
-    of_op, of_torch = (module.scale.clone().requires_grad_() for _ in range(2))
+    with_op, with_torch = (module.scale.clone().requires_grad_() for _ in range(2))
     op = torch.ops.recpress.float8_e4m3_table
-    torch.library.opcheck(op.default, (module.codes, of_op, ids, rows_per_scale))
-    (op(module.codes, of_op, ids, rows_per_scale) * weights).sum().backward()
+    torch.library.opcheck(op.default, (module.codes, with_op, ids, rows_per_scale))
+    (op(module.codes, with_op, ids, rows_per_scale) * weights).sum().backward()
     scale_indices = ids // (rows_per_scale or 11)
-    (decode_float8(module.codes[ids]) * of_torch.float()[scale_indices] * weights).sum().backward()
+    (
+        decode_float8(module.codes[ids]) * with_torch.float()[scale_indices] * weights
+    ).sum().backward()
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
     tolerance = 1e-5 if scale == "float32" else 5e-3
-    torch.testing.assert_close(of_op.grad, of_torch.grad, rtol=tolerance, atol=tolerance)
-    assert of_op.grad.abs().sum() > 0
+    torch.testing.assert_close(with_op.grad, with_torch.grad, rtol=tolerance, atol=tolerance)
+    assert with_op.grad.abs().sum() > 0
 
 
 def test_a_scale_above_float16_raises_and_can_be_stored_as_float32():

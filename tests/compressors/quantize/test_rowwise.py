@@ -154,11 +154,11 @@ def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, rows 8 to 10 are never read
     weights = random_normal(6, dim).reshape(2, 3, dim)
     with_op = gradients(step, table, ids, weights, with_op=True)
-    of_torch = gradients(step, table, ids, weights, with_op=False)
+    with_torch = gradients(step, table, ids, weights, with_op=False)
     assert set(with_op) == ({"scale"} if step.symmetric else {"scale", "offset"})
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
     tolerance = 1e-5 if scale == "float32" else 5e-3
-    torch.testing.assert_close(with_op, of_torch, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(with_op, with_torch, rtol=tolerance, atol=tolerance)
     for gradient in with_op.values():
         assert gradient.abs().sum() > 0
         if step.rows_per_scale:

@@ -236,13 +236,13 @@ def test_gradients_equal_the_straight_through_estimate(shape):
         (function(leaves[0], codes, *leaves[1:]) * output_gradient).sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    of_op, of_torch = gradients(static_int8_linear), gradients(straight_through)
-    for result, expected in zip(of_op, of_torch, strict=True):
+    with_op, with_torch = gradients(static_int8_linear), gradients(straight_through)
+    for result, expected in zip(with_op, with_torch, strict=True):
         # float32 sums in another order
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
         assert result.abs().sum() > 0
-    assert of_op[0].view(-1)[:2].tolist() == [0, 0]
-    assert of_op[0][x.abs() < 2.5].abs().min() > 0
+    assert with_op[0].view(-1)[:2].tolist() == [0, 0]
+    assert with_op[0][x.abs() < 2.5].abs().min() > 0
 
 
 def test_the_gradient_of_weight_scales_equals_the_finite_difference():

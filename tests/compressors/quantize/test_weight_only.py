@@ -207,24 +207,27 @@ def test_op_equals_onnxruntimes_kernel(bits, block, inputs, activations, tmp_pat
 def test_gradients_reach_inputs_scales_and_bias(bits, block, activations):
     codes, scale, bias = layer(40, 6, bits, block)
     generator = torch.Generator().manual_seed(5)
-    x, up = torch.randn(2, 3, 40, generator=generator), torch.randn(2, 3, 6, generator=generator)
+    x, output_gradient = (
+        torch.randn(2, 3, 40, generator=generator),
+        torch.randn(2, 3, 6, generator=generator),
+    )
 
-    def plain(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def with_torch(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         scale_of_weight = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
         layer_inputs = x
         if activations == "int8":  # straight through
             layer_inputs = x + (round_inputs(x, block_length(40, block)) - x).detach()
         return layer_inputs @ (unpack(codes, 40, bits) * scale_of_weight).T + bias
 
-    def ours(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def with_op(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return OP(x, codes, scale, bias, bits, block, activations)
 
     def gradients(function) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (x, scale, bias)]
-        (function(*leaves) * up).sum().backward()
+        (function(*leaves) * output_gradient).sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    for result, expected in zip(gradients(ours), gradients(plain), strict=True):
+    for result, expected in zip(gradients(with_op), gradients(with_torch), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
         assert result.abs().sum() > 0
 
@@ -265,9 +268,9 @@ def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
     multiples, nearest, scale_of_weight, gram = quantized(weight, x, block)
     assert torch.equal(multiples, multiples.round())
     assert multiples.abs().max() <= 7
-    ours = squared_error(multiples * scale_of_weight - weight, gram)
+    with_op = squared_error(multiples * scale_of_weight - weight, gram)
     assert (
-        ours <= squared_error(nearest * scale_of_weight - weight, gram) * (1 + 1e-6) + 1e-12
+        with_op <= squared_error(nearest * scale_of_weight - weight, gram) * (1 + 1e-6) + 1e-12
     ).all()
 
 
