@@ -96,7 +96,10 @@ class Histogram:
 
 
 def percentile(histogram: Histogram, share: float) -> float:
-    """Return the smallest bin edge that ``share`` of all values, zeros included, do not exceed."""
+    """Return the smallest bin edge with at least ``share`` of all values below it.
+
+    Exact zeros count as values.
+    """
     total = histogram.zeros + int(histogram.counts.sum())
     below = histogram.zeros + histogram.counts.cumsum(0)
     # The first bin that reaches the share. float32 could not count more than 2^24 values exactly.
@@ -126,9 +129,10 @@ def least_squares(histogram: Histogram) -> float:
             counts * (middle.square() + histogram.width**2 / 12),
         )
     )
-    rounded = inside * (edges / LEVELS).square() / 12
-    clipped = second - 2 * edges * first + edges.square() * number
-    return _range_end(histogram, int((rounded + clipped)[: histogram.count_used_bins()].argmin()))
+    rounding_error = inside * (edges / LEVELS).square() / 12
+    clipping_error = second - 2 * edges * first + edges.square() * number
+    errors = (rounding_error + clipping_error)[: histogram.count_used_bins()]
+    return _range_end(histogram, int(errors.argmin()))
 
 
 def _divergence(inside: Tensor, outside: Tensor) -> float:

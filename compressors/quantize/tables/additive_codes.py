@@ -113,9 +113,9 @@ def encode(table: Tensor, codebook: Tensor, books: int, beam: int) -> Tensor:
         for book, square in zip(codebooks, squares, strict=True):
             levels = len(book)
             errors = error.unsqueeze(2) + square - 2 * (residuals @ book.T)  # (rows, sums, levels)
-            kept = min(beam, errors.shape[1] * levels)
-            error, index = errors.flatten(1).topk(kept, dim=1, largest=False)
-            parent, code = index // levels, index % levels  # (rows, kept)
+            sums = min(beam, errors.shape[1] * levels)
+            error, index = errors.flatten(1).topk(sums, dim=1, largest=False)
+            parent, code = index // levels, index % levels  # (rows, sums)
             previous_codes = codes.gather(1, parent.unsqueeze(2).expand(-1, -1, codes.shape[2]))
             codes = torch.cat([previous_codes, code.unsqueeze(2)], dim=2)
             parents = parent.unsqueeze(2).expand(-1, -1, residuals.shape[2])

@@ -25,6 +25,7 @@ NUMBERS = decode_float8(
 
 
 def layer(inputs: int, outputs: int, *, by_channel: bool = True) -> tuple[Tensor, ...]:
+    """Codes, weight scales, input scale (0.01) and bias of a random layer."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
     bias = torch.randn(outputs, generator=generator)
@@ -47,11 +48,12 @@ def test_scale_maps_the_largest_weight_to_448(by_channel):
     weight = torch.randn(6, 40) * torch.logspace(-3, 3, 6)[:, None]
     codes, scale = encode(weight, by_channel=by_channel)
     assert scale.shape == ((6,) if by_channel else ())
-    largest_codes = decode_float8(codes).abs().amax(dim=1)
-    assert largest_codes.max() == LARGEST
-    assert bool((largest_codes == LARGEST).all()) == by_channel
+    largest_values = decode_float8(codes).abs().amax(dim=1)
+    assert largest_values.max() == LARGEST
+    assert bool((largest_values == LARGEST).all()) == by_channel
     rounding_error = (decode_float8(codes) * scale.reshape(-1, 1) - weight).abs()
-    if by_channel:  # half of the last of 4 bits; below 2^-6 times the scale, half of 2^-9
+    if by_channel:
+        # Half of the last of 4 bits; below 2^-6 times the scale, half of 2^-9 times the scale.
         allowed = torch.maximum(weight.abs() * 2.0**-4, scale[:, None] * 2.0**-10)
         assert (rounding_error <= allowed * (1 + 1e-6)).all()
 
@@ -69,7 +71,7 @@ def test_channels_of_zeros_or_denormals_have_a_positive_scale_and_finite_weights
 def test_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
     codes, scale, input_scale, bias = layer(40, 6, by_channel=by_channel)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    x.view(-1)[0] = 100.0  # beyond 4.48: clipped, as QuantizeLinear saturates
+    x.view(-1)[0] = 100.0  # above 448 * 0.01: clipped, as QuantizeLinear does
     rounded = round_to_float8((x / input_scale).clamp(-448, 448)).double() * 0.01
     weight = decode_float8(codes).double() * scale.double().reshape(-1, 1)
     result = OP(x, codes, scale, input_scale, bias)
