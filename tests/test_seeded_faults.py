@@ -1,6 +1,8 @@
 """Every seeded fault applies to the current code; the runner classifies outcomes of test runs."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,15 @@ def test_every_fault_applies_to_the_present_product_code_and_compiles() -> None:
         assert patched != (ROOT / fault.file).read_text(), fault.id
         compile(patched, fault.file, "exec")
         assert fault.effect.endswith("."), fault.id
+
+
+def test_no_fault_uses_an_undefined_name(tmp_path: Path) -> None:
+    """A fault that raises ``NameError`` would be caught by any test that runs its line."""
+    for fault in FAULTS:
+        (tmp_path / f"{fault.id}.py").write_text(fault.patched(ROOT))
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F822"]
+    checked = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_every_selection_of_a_fault_names_an_existing_test() -> None:

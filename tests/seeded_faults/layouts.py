@@ -114,7 +114,7 @@ FAULTS = (
         id="codes-tensor-sign-bit",
         file="compressors/lower/targets/tensorrt/types.py",
         old="    signed = unpacked ^ 8  # in two's complement the sign is bit 3\n",
-        new="    signed = each  # in two's complement the sign is bit 3\n",
+        new="    signed = unpacked  # in two's complement the sign is bit 3\n",
         effect="TensorRT reads int4 codes with an error of 8 levels.",
         tests=(
             "tests/compressors/quantize/test_bitpacking.py::test_tensorrt_codes_decode_to_the_packed_codes",

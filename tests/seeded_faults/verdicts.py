@@ -104,7 +104,7 @@ FAULTS = (
         id="limits-contradictions-accepted",
         file="compressors/contracts/limits.py",
         old="            if lower_bound > upper_bound:\n",
-        new="            if least > most + 1:\n",
+        new="            if lower_bound > upper_bound + 1:\n",
         effect="Two limits that no value satisfies are accepted.",
         tests=(f"{LIMITS}::test_contradicting_limits_are_reported_with_both",),
     ),
