@@ -140,7 +140,7 @@ def test_rank_shares_partition_the_rows_and_their_weights_add_up_to_one(
     shares: tuple[list[int], list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data_parallel, "_several", lambda: True)
+    monkeypatch.setattr(data_parallel, "_has_several_ranks", lambda: True)
     monkeypatch.setattr(data_parallel.distributed, "get_world_size", lambda: 2)
     groups = None if group is None else torch.tensor(group)
     total_weight = 0.0

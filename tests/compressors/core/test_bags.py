@@ -116,7 +116,7 @@ def test_gradients_of_the_table_equal_those_of_torchs_embedding_bag(mode):
 def encoded_table(name: str, weight: Tensor) -> PackedTable:
     """Encode a table, float ``(rows, dim)``, in the format ``name``."""
     if name == "float16":
-        stored = {"weight": float16.narrow(weight)}
+        stored = {"weight": float16.to_float16(weight)}
         return PackedTable(float16.TABLE_FORMAT, ROWS, DIM, {}, stored)
     (method,) = (
         candidate for candidate in METHODS if candidate.model_fields["kind"].default == name

@@ -292,7 +292,7 @@ def test_constructor_of_far_more_tensors_than_stored_is_refused(tmp_path):
     network = stored_network(tmp_path, layers=10**9)
     with raises_code(ModelRefused, "construction_failed") as caught:
         load(SizedNet, network, tmp_path)
-    assert "far more tensors than the files hold" in caught.value.fields["problem"]
+    assert "far more tensors than the files contain" in caught.value.fields["problem"]
 
 
 def test_unsaved_mask_of_60_mib_is_allowed(tmp_path):
