@@ -46,11 +46,10 @@ def measure_stages(
     Returns:
         The artifact of ``stages.json``.
     """
-    manifests = [read(local(stage.bundle)) for stage in scored]
+    folders = [local(stage.bundle) for stage in scored]
+    manifests = [read(folder) for folder in folders]
     signature = manifests[0].signature
-    sizes = bytes_of_stages(
-        [manifest.plan for manifest in manifests], [local(stage.bundle) for stage in scored]
-    )
+    sizes = bytes_of_stages([manifest.plan for manifest in manifests], folders)
     quality = compare_stages(signature, scored, split_of(test, test_rows), seed)
     stages = []
     for index, stage in enumerate(scored):
