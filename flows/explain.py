@@ -120,7 +120,7 @@ def explain(terms: Terms) -> Explanation:
         ),
         memory=peak_memory(
             bytes_before=original_bytes,
-            bytes_after=sum(line.bytes_after for line in plan.lines),
+            bytes_after=plan.bytes_after,
             data_bytes=max(split.artifact.bytes for split in loaded.manifest.data.values()),
             builds=any(TARGETS[kind].is_built for kind in order.targets.requirements()),
             trained_bytes=trained_bytes,

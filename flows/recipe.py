@@ -145,7 +145,7 @@ def _apply_steps(run: Run, excluded: Mapping[str, str]) -> Compressed:
 def count_weight_bytes(bundle: Artifact) -> int:
     """Return the bytes of all weights of a compressed bundle, according to its plan."""
     plan = wait_out(lambda: read(local(bundle))).plan
-    return sum(line.bytes_after for line in plan.lines) if plan is not None else 0
+    return plan.bytes_after if plan is not None else 0
 
 
 def measure_recipe_stages(

@@ -208,5 +208,5 @@ def _weight_bytes(loaded: LoadedBundle) -> int:
     """Return the bytes of a model's weights, counting each shared tensor once, as plans do."""
     plan = loaded.model.plan
     if plan is not None:
-        return sum(line.bytes_after for line in plan.lines)
+        return plan.bytes_after
     return stored_bytes(loaded.model.module)

@@ -81,9 +81,9 @@ def bytes_of_stages(plans: Sequence[Plan | None], folders: Sequence[Path]) -> li
     sizes = []
     for plan, next_plan, folder in zip(plans, (*plans[1:], None), folders, strict=True):
         if plan is not None:
-            sizes.append(sum(line.bytes_after for line in plan.lines))
+            sizes.append(plan.bytes_after)
         elif next_plan is not None:
-            sizes.append(sum(line.bytes_before for line in next_plan.lines))
+            sizes.append(next_plan.bytes_before)
         else:
             sizes.append(sum(tensor.fact.bytes for tensor in stored_tensors(folder).values()))
     return sizes

@@ -67,6 +67,16 @@ class Plan(Frozen):
     def _read_remarks(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         return read_reasons(data, validate, "remarks", "reasons")
 
+    @property
+    def bytes_before(self) -> int:
+        """The bytes of all weights before the recipe."""
+        return sum(line.bytes_before for line in self.lines)
+
+    @property
+    def bytes_after(self) -> int:
+        """The bytes of all weights after the recipe."""
+        return sum(line.bytes_after for line in self.lines)
+
     def of(self, module: str) -> PlanLine | None:
         """Return the line of one module, or None."""
         return next((line for line in self.lines if line.module == module), None)

@@ -369,9 +369,9 @@ def _bytes_row(report: Report) -> dict[str, str]:
 
 def _weights_row(report: Report) -> dict[str, str]:
     """Return the row of the bytes of the plan, which are the same for all targets, by column."""
-    before, change = sum(line.bytes_before for line in report.plan.lines), _ratio(report.plan)
+    before, change = report.plan.bytes_before, _ratio(report.plan)
     row = {"what": "bytes of weights", "before": f"{before:,}"}
-    row |= {t.target: f"{_bytes_after(report.plan):,}" for t in report.targets}
+    row |= {t.target: f"{report.plan.bytes_after:,}" for t in report.targets}
     row["change"] = f"{change:.2f}x"
     for target in report.other_measurements:
         row |= {f"before, {target}": f"{before:,}", f"change, {target}": f"{change:.2f}x"}
@@ -380,12 +380,7 @@ def _weights_row(report: Report) -> dict[str, str]:
 
 def _ratio(plan: Plan) -> float:
     """Return the bytes of the weights after the recipe as a share of those before."""
-    before = sum(line.bytes_before for line in plan.lines)
-    return _bytes_after(plan) / before if before else 1.0
-
-
-def _bytes_after(plan: Plan) -> int:
-    return sum(line.bytes_after for line in plan.lines)
+    return plan.bytes_after / plan.bytes_before if plan.bytes_before else 1.0
 
 
 def _format_value(estimate: Estimate, is_latency: bool) -> str:
