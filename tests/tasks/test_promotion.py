@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from error_codes import raises_code
-from triton_versions import Fill, publish_version
+from triton_versions import Fill, promote_during_next_promotion, publish_version
 
 from compressors.contracts import Outcome
 from infra.errors import AlreadyThere, ArtifactDamaged, ArtifactMissing, PromotionRefused
@@ -145,16 +145,7 @@ def test_the_second_of_two_concurrent_promotions_is_refused(
     home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
-    read_entries = Ledger.entries
-
-    def read_then_promote_other(ledger: Ledger) -> object:
-        """Promote another version after a promotion has read the ledger, and before it appends."""
-        entries = read_entries(ledger)
-        monkeypatch.setattr(Ledger, "entries", read_entries)
-        promote("m", one, reason="concurrent")
-        return entries
-
-    monkeypatch.setattr(Ledger, "entries", read_then_promote_other)
+    promote_during_next_promotion(one, monkeypatch)
     with raises_code(AlreadyThere, "ledger_moved_on", reason="concurrent"):
         promote("m", two, reason="refused")
     assert aliases()["champion"] == one

@@ -15,7 +15,13 @@ from pairwise import parametrize_pairwise
 from pbtxt_reader import parse_message
 from reports import report, store_files
 from triton_configs import loaded_version
-from triton_versions import Fill, champion_number, graph_bytes, publish_version
+from triton_versions import (
+    Fill,
+    champion_number,
+    graph_bytes,
+    promote_during_next_promotion,
+    publish_version,
+)
 
 from infra.errors import AlreadyThere, StoreUnavailable, TritonRefused
 from infra.registry.ledger import Ledger
@@ -118,16 +124,7 @@ def test_refused_concurrent_promotion_does_not_change_the_served_version(
     home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
-    read_entries = Ledger.entries
-
-    def read_then_promote_other(ledger: Ledger) -> object:
-        """Promote another version after a promotion has read the ledger, and before it appends."""
-        entries = read_entries(ledger)
-        monkeypatch.setattr(Ledger, "entries", read_entries)
-        promote("m", one, reason="concurrent")
-        return entries
-
-    monkeypatch.setattr(Ledger, "entries", read_then_promote_other)
+    promote_during_next_promotion(one, monkeypatch)
     with raises_code(AlreadyThere, "ledger_moved_on", reason="concurrent"):
         promote("m", two, reason="refused")
     assert loaded_version(triton) == (one, graph_bytes("a"))

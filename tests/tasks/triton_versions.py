@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from reports import report
 
 from compressors.contracts import Outcome, TargetName
@@ -16,6 +17,7 @@ from infra.registry.ledger import Ledger
 from tasks import publish as publishing
 from tasks.orchestration.documents import Finished, Report
 from tasks.orchestration.workspace import store
+from tasks.promotion.promotions import promote
 
 GOOD: dict[TargetName, Outcome] = {"onnxruntime": "accepted", "tensorrt-rtx": "built-unmeasured"}
 
@@ -46,3 +48,16 @@ def champion_number() -> str:
     entry = Ledger(store(), "m").champion()
     assert entry is not None
     return entry.version
+
+
+def promote_during_next_promotion(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promote a version after the next promotion has read the ledger, and before it appends."""
+    read_entries = Ledger.entries
+
+    def read_then_promote(ledger: Ledger) -> object:
+        entries = read_entries(ledger)
+        monkeypatch.setattr(Ledger, "entries", read_entries)
+        promote("m", version, reason="concurrent")
+        return entries
+
+    monkeypatch.setattr(Ledger, "entries", read_then_promote)
