@@ -181,6 +181,8 @@ class AlreadyThere(Refused):
         "key_exists": "{place} exists already; it is never overwritten.",
         "version_packed": "{name}@{version} was packed before with other contents ({sha256:.12}). "
         "A version never changes: raise 'version' in model.json.",
+        "version_files_missing": "{name}@{version} was packed before, but its files ({sha256:.12}) "
+        "are missing, so they cannot be compared. Restore them, or raise 'version' in model.json.",
         "ledger_shorter": "The ledger of {model!r} has no entry {expected}; it may have been "
         "deleted in the meantime.",
         "ledger_moved_on": "The champion of {model!r} was changed in the meantime: {by} made "

@@ -31,7 +31,7 @@ from infra.bundle.bundle_folder import (
     SplitName,
     TensorFact,
     check_weights,
-    manifest_of,
+    parse_manifest,
     read,
     read_draft,
     seal,
@@ -386,8 +386,16 @@ def _store_once(
         write_bundle_record(record, replace=is_damaged)
     except AlreadyThere:  # another process has packed this version
         other_record = bundle_record(name, version)
-        if other_record is None or (stored := _recorded_artifact(other_record, manifest)) is None:
-            raise _packed_before(manifest, "whose files are missing") from None
+        if other_record is None:  # and its record was deleted since
+            raise
+        stored = _recorded_artifact(other_record, manifest)
+        if stored is None:
+            raise AlreadyThere(
+                "version_files_missing",
+                name=name,
+                version=version,
+                sha256=other_record.artifact.sha256,
+            ) from None
         return stored
     return artifact
 
@@ -423,7 +431,7 @@ def _other_bundle(bundle_store: Store, manifest: Manifest) -> str | None:
             if artifact is None:
                 continue
             path = Path(bundle_store.uri_of(artifact))
-            other = manifest_of(bundle_store.file(artifact, MANIFEST), path)
+            other = parse_manifest(bundle_store.file(artifact, MANIFEST), path)
         except Refused:
             continue
         if (other.name, other.version) == (manifest.name, manifest.version) and other != manifest:

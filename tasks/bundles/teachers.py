@@ -1,6 +1,7 @@
 """Find the bundles of an order's additional teachers. No Prefect, no torch.
 
-The untouched model always teaches; an order can name further models.
+The student is the model that the order compresses. Its uncompressed version is always a teacher; an
+order can name further models.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 from compressors.contracts import Artifact, Frozen, Signature
 from compressors.errors.orders import OrderRefused
 from infra.bundle.architecture import source_digest
-from infra.bundle.bundle_folder import MANIFEST, Manifest, manifest_of
+from infra.bundle.bundle_folder import MANIFEST, Manifest, parse_manifest
 from infra.settings import load_settings
 from tasks.bundles.bundle_ref import BundleRef, resolve
 from tasks.orchestration.workspace import store
@@ -32,10 +33,10 @@ def find_teachers(references: tuple[str, ...], bundle: BundleRef) -> tuple[Teach
     """Find the bundles of teachers, and check that they have the student's inputs and outputs.
 
     Args:
-        references: one for each teacher: a packed bundle as in
-            ``tasks.bundles.bundle_ref.resolve``, or ``registry:name@version`` for the compressed
-            model of a registered version. An alias begins with ``@``, so the reference to a
-            champion is ``registry:name@@champion``.
+        references: one for each teacher: ``name@version`` or ``name`` of a packed bundle, or its
+            URI (``tasks.bundles.bundle_ref.resolve``); or ``registry:name@version`` for the
+            compressed model of a registered version. An alias begins with ``@``, so the reference
+            to a champion is ``registry:name@@champion``.
         bundle: the student's bundle.
 
     Raises:
@@ -84,7 +85,7 @@ def _read_signature(artifact: Artifact) -> Signature:
 
 
 def _read_manifest(artifact: Artifact) -> Manifest:
-    return manifest_of(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
+    return parse_manifest(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
 
 
 def _require_same_signature(reference: str, teacher: Signature, student: Signature) -> None:
@@ -96,6 +97,8 @@ def _require_same_signature(reference: str, teacher: Signature, student: Signatu
 
 def first_difference(teacher: Signature, student: Signature) -> str | None:
     """Describe the first difference of a teacher's inputs and outputs from the student's."""
+    if len(teacher.outputs) != len(student.outputs):
+        return f"it has {len(teacher.outputs)} outputs, not {len(student.outputs)}"
     for output, expected in zip(teacher.outputs, student.outputs, strict=True):
         if output.kind != expected.kind:
             return f"its task is {output.kind!r}, not {expected.kind!r}"

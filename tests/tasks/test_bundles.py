@@ -1,6 +1,7 @@
 """Packing, finding and checking bundles."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,6 +88,18 @@ def test_draft_of_schema_version_1_and_its_version_2_are_the_same_bundle(draft: 
     document["signature"]["outputs"][0]["name"] = "click"
     path.write_text(json.dumps(document))
     with raises_code(AlreadyThere, "version_packed"):
+        pack(draft)
+
+
+def test_changed_draft_is_refused_if_the_files_of_its_version_are_missing(
+    draft: Path,
+) -> None:
+    packed = pack(draft)
+    shutil.rmtree(draft.parent / "recpress" / "store" / "artifacts" / packed.artifact.sha256)
+    document = json.loads((draft / "model.json").read_text())
+    document["signature"]["outputs"][0]["name"] = "click"
+    (draft / "model.json").write_text(json.dumps(document))
+    with raises_code(AlreadyThere, "version_files_missing", sha256=packed.artifact.sha256):
         pack(draft)
 
 

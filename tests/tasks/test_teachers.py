@@ -40,3 +40,8 @@ def test_first_difference_describes_the_first_differing_field(changed, expected)
     output = {name: value for name, value in changed.items() if name != "inputs"}
     teacher = with_output(STUDENT, **output).model_copy(update={"inputs": inputs})
     assert first_difference(teacher, STUDENT) == expected
+
+
+def test_teacher_with_another_number_of_outputs_is_described():
+    teacher = STUDENT.model_construct(outputs=STUDENT.outputs * 2, inputs=STUDENT.inputs)
+    assert first_difference(teacher, STUDENT) == "it has 2 outputs, not 1"
