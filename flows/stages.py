@@ -25,7 +25,7 @@ from tasks.orchestration.documents import Finished, PreparedRows, Ranking
 from tasks.orchestration.new_report import build_report
 from tasks.orchestration.order_records import write_request
 from tasks.orchestration.outages import wait_out
-from tasks.orchestration.progress import publish_links
+from tasks.orchestration.progress import create_report_artifacts
 from tasks.publish import publish, require_published
 from tasks.pull import pull
 from tasks.validate import validate
@@ -242,7 +242,7 @@ def publish_result(
     wait_out(lambda: write_request(request, report.order))
     finished = run.call(publish, require_published, report=report)
     wait_out(lambda: promote_if_ordered(order, finished))
-    wait_out(lambda: publish_links(finished))
+    wait_out(lambda: create_report_artifacts(finished))
     run.progress.finish()
     return finished
 

@@ -111,7 +111,7 @@ def recipe_with(kind: str) -> tuple[str, ...]:
 
 
 # A short training that changes weights noticeably with 96 rows.
-QUICKLY = Training(batch=16, learning_rate=0.02, warmup=0)
+SHORT_TRAINING = Training(batch=16, learning_rate=0.02, warmup=0)
 BENCH_ROWS = 96
 LONGEST = 5
 
@@ -283,7 +283,7 @@ def planned_and_applied(step: Any, model: Model, bench: Bench) -> AppliedStep:
 def default_step(method: type[Step]) -> Step:
     """Return a step with default settings, except a short training and symmetric int2."""
     fields: Mapping[str, Any] = method.model_fields  # type: ignore[attr-defined]
-    quickly = {"training": QUICKLY, "steps": 20}
+    quickly = {"training": SHORT_TRAINING, "steps": 20}
     settings: dict[str, Any] = {
         name: value
         for name, value in quickly.items()

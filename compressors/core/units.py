@@ -219,7 +219,7 @@ def _dtype_name(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
-def own_weight(module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
     """Replace a parameter of a private copy by a new one, and return it.
 
     The previous parameter, which the copy shares with the original model, is not modified.

@@ -81,6 +81,7 @@ class ServingWrapper(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        # Initializers of stored graphs have the name of this attribute.
         self.together = nn.ModuleList(merged_tables)
         self.served_graph = served_graph
         self.signature = served_graph.signature

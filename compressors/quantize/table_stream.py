@@ -24,7 +24,7 @@ from compressors.core.steps.table_encoder import TableEncoder
 from compressors.errors.compression import CompressionError, ModelRefused
 
 BLOCK_BYTES = 2**22
-"""Bytes of a block if ``Job.block_rows`` is None: the block and its codes fit in a core's cache."""
+"""Bytes of a block without ``EncodingJob.block_rows``: it fits in a core's cache with its codes."""
 
 HEADER, WHOLE = "header", "whole"
 """Names of blocks without rows: the file's header, and the tensors of a whole table."""
@@ -71,7 +71,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodingJob:
     """What happens to every tensor of a file: tables are encoded, other tensors are copied.
 
     Attributes:
@@ -145,8 +145,8 @@ def tensor_name(module: str, part: str) -> str:
     return f"{module}.{part}" if module else part
 
 
-def carry_out(
-    job: Job,
+def encode_file(
+    job: EncodingJob,
     file: StreamedFile,
     sink: Sink,
     workers: int | None = None,
@@ -194,7 +194,7 @@ def carry_out(
 
 
 def _tasks(
-    job: Job, file: StreamedFile, sink: Sink, progress: Callable[[int], None] | None
+    job: EncodingJob, file: StreamedFile, sink: Sink, progress: Callable[[int], None] | None
 ) -> Iterator[Callable[[], None]]:
     """Yield, for each block, a function that encodes or copies it.
 
@@ -233,7 +233,7 @@ def _tasks(
 class _BlockCopier:
     """Copies the blocks of tensors that are not encoded."""
 
-    job: Job
+    job: EncodingJob
     file: StreamedFile
 
     def __call__(self, block: Block) -> list[Piece]:
@@ -244,7 +244,7 @@ class _BlockCopier:
 class _BlockEncoder:
     """Encodes the blocks of one table; the constructor fits the step to the table."""
 
-    def __init__(self, job: Job, file: StreamedFile, name: str) -> None:
+    def __init__(self, job: EncodingJob, file: StreamedFile, name: str) -> None:
         self._job, self._file, self._name = job, file, name
         self._module = job.tables[name]
         try:

@@ -23,7 +23,7 @@ from compressors.contracts import DenseInput, Signature, Split
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches, generate_inputs
 from compressors.core.model import Model
-from compressors.core.units import own_weight, table_rows
+from compressors.core.units import replace_parameter, table_rows
 from compressors.errors.steps import StepRefused
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.channel_consumers import (
@@ -133,7 +133,7 @@ def remove_dead_channels(
             layer = model.module.get_submodule(name)
             if isinstance(layer, nn.Linear) and layer.bias is not None:
                 bias = layer.bias.detach().double() + offset
-                own_weight(layer, "bias", bias.to(layer.bias.dtype))
+                replace_parameter(layer, "bias", bias.to(layer.bias.dtype))
     cuts = [dead.cut for dead in dead_channels]
     narrower, gap = without_channels(model, signature, cuts, kept_channels)
     if gap is not None:

@@ -36,7 +36,7 @@ from compressors.core.modules.formats import FoldedNorm
 from compressors.core.placeholders import is_placeholder
 from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
-from compressors.core.units import Unit, own_weight, private_copy, swap
+from compressors.core.units import Unit, private_copy, replace_parameter, swap
 from compressors.errors.steps import StepRefused
 from compressors.prune.structure.narrowing import score_difference
 from compressors.rewrite.dataflow import Consumer, Dataflow, dataflow
@@ -332,7 +332,7 @@ def _reason_not_foldable(
 def _fold_norms(model: Model, moves: Sequence[Move]) -> Model:
     """Fold norms into layers in place; the model is a private copy.
 
-    ``own_weight`` gives a layer a new parameter: the old one is shared with the caller's model.
+    ``replace_parameter`` gives a layer a new parameter: the caller's model shares the old one.
     """
     for move in moves:
         norm = model.module.get_submodule(move.norm)
@@ -342,16 +342,16 @@ def _fold_norms(model: Model, moves: Sequence[Move]) -> Model:
             if isinstance(layer, nn.Linear):
                 scaled = scaled_inputs if move.norm_is_first else scaled_outputs
                 weight, bias = scaled(layer.weight.detach(), _bias(layer), scale, shift)
-                own_weight(layer, "weight", weight.to(layer.weight.dtype))
+                replace_parameter(layer, "weight", weight.to(layer.weight.dtype))
                 if layer.bias is not None:
-                    own_weight(layer, "bias", bias.to(layer.bias.dtype))
+                    replace_parameter(layer, "bias", bias.to(layer.bias.dtype))
         if isinstance(norm, nn.BatchNorm1d):
             swap(model.module, move.norm, FoldedNorm())
             continue
         # A LayerNorm or RMSNorm stays; its affine part becomes the identity.
         for name, tensor in list(norm.named_parameters(recurse=False)):
             identity = torch.ones_like(tensor) if name == "weight" else torch.zeros_like(tensor)
-            own_weight(norm, name, identity)
+            replace_parameter(norm, name, identity)
     return model
 
 

@@ -15,7 +15,7 @@ from compressors.contracts import Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.steps.decisions import Decision, StepPlan, choose_dense
-from compressors.core.units import Unit, own_weight
+from compressors.core.units import Unit, replace_parameter
 from compressors.rewrite.dataflow import dataflow
 
 Norm = nn.LayerNorm | nn.RMSNorm | nn.BatchNorm1d
@@ -122,11 +122,13 @@ def rescale(module: nn.Module, link: Link, scale: Tensor) -> None:
         if name not in ("weight", "bias"):
             continue
         divisor = scale if tensor.dim() == 1 else scale[:, None]
-        own_weight(producing_module, name, (tensor.detach().double() / divisor).to(tensor.dtype))
+        replace_parameter(
+            producing_module, name, (tensor.detach().double() / divisor).to(tensor.dtype)
+        )
     for name in link.consumers:
         layer = module.get_submodule(name)
         weight = linear_weight(layer)
-        own_weight(layer, "weight", (weight.double() * scale).to(weight.dtype))
+        replace_parameter(layer, "weight", (weight.double() * scale).to(weight.dtype))
 
 
 def linear_weight(layer: nn.Module) -> Tensor:

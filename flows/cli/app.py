@@ -20,7 +20,7 @@ import typer
 
 from flows.cli import orders
 from flows.cli.console import write, write_line, write_table
-from flows.cli.errors import report, require_memory_limits
+from flows.cli.errors import report_error, require_memory_limits
 from flows.cli.options import Json, RegisteredModel, Version
 from flows.cli.promotion import promotion_app
 from flows.cli.tables import tables_app
@@ -54,7 +54,7 @@ def main() -> None:
         # standalone_mode=False: typer would print usage errors with unescaped arguments.
         code = app(obj=datetime.now(UTC), standalone_mode=False)
     except (Exception, typer.Abort) as fault:
-        code = report(fault)
+        code = report_error(fault)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -64,7 +64,7 @@ def require_memory_limits(arguments: list[str]) -> None:
     hold_reserve()
 
 
-def report(fault: Exception) -> int:
+def report_error(fault: Exception) -> int:
     """Print the message of an error, and return the exit code."""
     release_reserve()
     traceback.clear_frames(fault.__traceback__)  # frees the objects in local variables
@@ -94,7 +94,7 @@ def _report_usage_error(fault: ClickException) -> int:
 
 
 def _report(fault: Exception) -> int:
-    """Do the same as ``report``, but raise MemoryError if memory is exhausted."""
+    """Do the same as ``report_error``, but raise MemoryError if memory is exhausted."""
     if isinstance(fault, ClickException):
         return _report_usage_error(fault)
     if isinstance(fault, typer.Abort):
@@ -106,11 +106,11 @@ def _report(fault: Exception) -> int:
     from flows.order_faults import format_errors
     from infra.errors import InfraError, Refused
     from infra.memory import as_out_of_memory
-    from infra.store.disk import OF_THE_MACHINE, find_os_error, translate_input_error
+    from infra.store.disk import MACHINE_ERRORS, find_os_error, translate_input_error
 
     shown: Exception = as_out_of_memory(fault, quote_command(sys.argv[1:])) or fault
     error = find_os_error(shown)
-    if error is not None and (error.filename is not None or error.errno in OF_THE_MACHINE):
+    if error is not None and (error.filename is not None or error.errno in MACHINE_ERRORS):
         shown = translate_input_error(error, Path(tempfile.gettempdir()))
     if os.environ.get("RECPRESS_DEBUG"):
         _print("".join(traceback.format_exception(fault)))

@@ -166,7 +166,7 @@ def seal(
         ) from fault
     body = text.removesuffix("\n}").encode() + b",\n"
     raw = body + _seal_line(body)
-    manifest = manifest_of(raw, folder)
+    manifest = parse_manifest(raw, folder)
     with partial_file.open("wb") as file:
         file.write(raw)
         file.flush()
@@ -195,14 +195,14 @@ def read(folder: Path) -> Manifest:
     if not folder.is_dir() or folder.is_symlink():
         _file_names(folder)  # raises with the reason if the folder cannot be read
     raw, _ = read_json(folder / MANIFEST)
-    manifest = manifest_of(raw, folder)  # first, so that a draft is reported as a draft
+    manifest = parse_manifest(raw, folder)  # first, so that a draft is reported as a draft
     names = _file_names(folder)
     raise_if_any(folder, _differences(folder, names - {MANIFEST}, manifest.files))
     stored_tensors(folder)
     return manifest
 
 
-def manifest_of(raw: bytes, folder: Path) -> Manifest:
+def parse_manifest(raw: bytes, folder: Path) -> Manifest:
     """Parse the ``model.json`` of a sealed bundle without reading the files that it lists.
 
     Args:

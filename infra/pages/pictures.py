@@ -79,7 +79,7 @@ class Curve(Frozen):
     points: tuple[tuple[int, Estimate], ...]
 
 
-def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) -> str:
+def draw_composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) -> str:
     """Draw stacked bars on one scale, one below the other, with a segment for each model part.
 
     Args:
@@ -107,7 +107,7 @@ def composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: str) ->
     return _svg(58 * len(bars) - 6, title, shapes)
 
 
-def pair(before: int, after: int, most: int, role: Role) -> str:
+def draw_pair(before: int, after: int, most: int, role: Role) -> str:
     """Draw two thin bars, one below the other, for a row of an HTML table with the same numbers.
 
     Args:
@@ -124,7 +124,7 @@ def pair(before: int, after: int, most: int, role: Role) -> str:
     return f'<svg height="20" aria-hidden="true">{"".join(shapes)}</svg>'
 
 
-def strip(
+def draw_strip(
     estimate: Estimate,
     tone: Tone,
     title: str,
@@ -175,7 +175,7 @@ def strip(
     return _svg(60, title, shapes)
 
 
-def curves(
+def draw_curves(
     all_curves: Sequence[Curve], unit: str, below: Mapping[int, tuple[str, ...]], title: str
 ) -> str:
     """Draw curves over size on logarithmic scales, with intervals as whiskers.

@@ -24,7 +24,7 @@ _BUSY = {errno.EMFILE, errno.ENFILE}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP}
 _NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
 _KIND = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENODEV, errno.ESPIPE}
-OF_THE_MACHINE = _FULL | _BUSY | {errno.EFBIG, errno.EIO, errno.ENOMEM}
+MACHINE_ERRORS = _FULL | _BUSY | {errno.EFBIG, errno.EIO, errno.ENOMEM}
 """Error numbers that the machine causes, not the input: space, limits, a failing disk."""
 _RUST_MODULES = {"safetensors", "safetensors_rust"}
 

@@ -21,7 +21,7 @@ from compressors.contracts import (
 from compressors.contracts.metrics.families import can_be_measured
 from compressors.errors.metrics import LimitRefused
 from infra.bundle.architecture import source_digest
-from infra.bundle.bundle_folder import MANIFEST, Manifest, SplitName, manifest_of
+from infra.bundle.bundle_folder import MANIFEST, Manifest, SplitName, parse_manifest
 from infra.errors import ArtifactMissing, BundleRefused, RecordRefused
 from infra.settings import load_settings
 from infra.store.disk import translate_input_errors
@@ -118,7 +118,7 @@ def find_bundle(reference: str) -> BundleRef:
         reference: as in ``resolve``.
     """
     artifact = resolve(reference)
-    manifest = manifest_of(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
+    manifest = parse_manifest(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
     path, output = manifest.network.architecture.path, manifest.signature.single_output
     return BundleRef(
         artifact=artifact,
@@ -273,7 +273,7 @@ def bundle_manifest(record: BundleRecord) -> Manifest:
     except ArtifactMissing as fault:
         raise _damaged_record(name, version, f"{uri} is no bundle") from fault
     try:
-        manifest = manifest_of(body, Path(uri))
+        manifest = parse_manifest(body, Path(uri))
     except BundleRefused as fault:
         raise _damaged_record(name, version, f"{uri} is no bundle ({fault})") from fault
     if (manifest.name, manifest.version) != (name, version):

@@ -29,7 +29,7 @@ from compressors.core.state.safetensors_rows import StoredRows, spec_of
 from compressors.core.state.safetensors_stream import StreamedFile, size_of
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import NothingToCompress
-from compressors.quantize.table_stream import Job, carry_out
+from compressors.quantize.table_stream import EncodingJob, encode_file
 from infra.bundle.json_reader import read_document
 from infra.bundle.shards import stored_tensors
 from infra.errors import CommandRefused
@@ -178,7 +178,7 @@ def check(folder: Path) -> tuple[Artifact, Tables]:
 
 @contextmanager
 def _write_draft(
-    job: Job,
+    job: EncodingJob,
     plan: Plan,
     into: Path,
     identity: object,
@@ -195,7 +195,7 @@ def _write_draft(
     resume_key = [identity, job.step, job.block_rows, code_digest(quantize)]
     with open_draft(into, resume_key, TENSORS, file.bytes) as result:
         report_bytes = None if progress is None else (lambda read: progress(read, total))
-        carry_out(job, file, result, workers, report_bytes)
+        encode_file(job, file, result, workers, report_bytes)
         records = job.records()
         tables = Tables.model_validate({"step": job.step, "modules": records, "plan": plan})
         result.add(TABLES, tables.model_dump_json(indent=1).encode())
@@ -203,7 +203,9 @@ def _write_draft(
 
 
 @contextmanager
-def _open_job(source: Path, step: TableStep, block_rows: int | None) -> Iterator[tuple[Job, Plan]]:
+def _open_job(
+    source: Path, step: TableStep, block_rows: int | None
+) -> Iterator[tuple[EncodingJob, Plan]]:
     """Open the files of a source; yields the work to do, and the plan with a line per tensor."""
     with ExitStack() as files:
         descriptors: dict[Path, int] = {}
@@ -219,7 +221,7 @@ def _open_job(source: Path, step: TableStep, block_rows: int | None) -> Iterator
         tables = {name: module_name(name) for name, reason in reasons.items() if reason is None}
         if not tables:
             raise NothingToCompress("float_table_missing", step=step.kind, reasons=reasons)
-        job = Job(step, tables, sources, block_rows)
+        job = EncodingJob(step, tables, sources, block_rows)
         yield job, Plan(lines=tuple(_plan_line(job, name, reasons[name]) for name in sources))
 
 
@@ -266,7 +268,7 @@ def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows])
             )
 
 
-def _plan_line(job: Job, name: str, reason: Reason | None) -> PlanLine:
+def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
     """Return the plan line of a tensor; ``reason`` is that of a tensor that is only copied."""
     spec = job.sources[name].spec
     before = size_of(spec)

@@ -34,7 +34,7 @@ def show_log_lines() -> None:
             logger.setLevel(logging.INFO)
 
 
-def publish_links(finished: Finished) -> None:
+def create_report_artifacts(finished: Finished) -> None:
     """Create the report's Markdown and table artifacts of this flow run."""
     report = finished.report
     key = "recpress-" + "".join(c if c.isalnum() else "-" for c in report.name.lower())

@@ -106,7 +106,7 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
             text = format_change(number.estimate, ratio=False)
             no_change = Mark(at=0, label="no change")
         picture = Markup(
-            pictures.strip(number.estimate, "plain", f"{title} is {text}; no limit", no_change)
+            pictures.draw_strip(number.estimate, "plain", f"{title} is {text}; no limit", no_change)
         )
         note = f"{'higher' if is_higher_better else 'lower'} is better"
         if len(report.measured) > 1:
@@ -125,7 +125,7 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
         if bound is None:  # impossible: Limit validates that it has one of the two
             raise ValueError(f"limit {limit} has no bound")
         picture = Markup(
-            pictures.strip(
+            pictures.draw_strip(
                 measured,
                 tone,
                 judgement.reason,
@@ -242,7 +242,7 @@ def _latency_chart(measurement: Measurement, quantile: str, title: str) -> Chart
         size: (f"batch {size:,}", _format_ratio(measurement, quantile, size)) for size, _ in after
     }
     picture = Markup(
-        pictures.curves(
+        pictures.draw_curves(
             [Curve(kind="before", points=before), Curve(kind="after", points=after)],
             "ms",
             labels,

@@ -131,7 +131,7 @@ def _bytes_chart(lines: tuple[PlanLine, ...]) -> tuple[tuple[tuple[Role, str], .
         if bytes_before or bytes_after:
             keys.append((role, f"{name}: {bytes_before:,} to {bytes_after:,} bytes"))
     picture = Markup(
-        pictures.composition(
+        pictures.draw_composition(
             [
                 (f"before: {totals[0]:,} bytes of weights", before),
                 (f"after: {totals[1]:,} bytes", after),
@@ -148,7 +148,9 @@ def _plan_row(line: PlanLine, max_bytes: int) -> PlanRow:
         module=line.module,
         role=line.role,
         format=line.format,
-        picture=Markup(pictures.pair(line.bytes_before, line.bytes_after, max_bytes, line.role)),
+        picture=Markup(
+            pictures.draw_pair(line.bytes_before, line.bytes_after, max_bytes, line.role)
+        ),
         bytes_before=f"{line.bytes_before:,}",
         bytes_after=f"{line.bytes_after:,}",
         reason=format_reason(line),

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import save_file
 
 from flows.cli import orders
-from infra.bundle.bundle_folder import manifest_of, read_draft
+from infra.bundle.bundle_folder import parse_manifest, read_draft
 from infra.bundle.shards import stored_tensors
 from infra.data.splits import split_statistics
 from infra.registry.ledger import Entry, Ledger
@@ -72,7 +72,9 @@ def sealed_document(folder: Path) -> Parser:
     """Return the parser of a packed bundle's ``model.json``."""
     packed = pack(drafts.write_draft(folder / "draft", rows=ROWS))
     bundle = local(packed.artifact)
-    return Parser(((bundle / "model.json").read_bytes(),), lambda body: manifest_of(body, bundle))
+    return Parser(
+        ((bundle / "model.json").read_bytes(),), lambda body: parse_manifest(body, bundle)
+    )
 
 
 def safetensors_header(folder: Path) -> Parser:

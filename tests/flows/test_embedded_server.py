@@ -253,7 +253,7 @@ def test_server_that_ends_at_start_raises_an_error_with_its_last_output(
 ) -> None:
     with raises_code(ServiceFailed, "embedded_server_not_started", exit_code=3) as raised:
         starting_server.wait_until_ready(lambda _: None)
-    assert cli_errors.report(raised.value) == 1
+    assert cli_errors.report_error(raised.value) == 1
     output = capsys.readouterr().err
     assert "The embedded Prefect server ended with exit code 3 before it was ready" in output
     assert "file is not a database" in output

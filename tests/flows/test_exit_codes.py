@@ -47,7 +47,7 @@ def test_memory_error_exits_with_code_1_and_one_sentence(
     if is_wrapped:
         fault = StepRefused("norm_without_statistics")
         fault.__cause__ = MemoryError()
-    assert cli_errors.report(fault) == 1
+    assert cli_errors.report_error(fault) == 1
     output = capsys.readouterr().err
     assert "ran out of memory" in output
     assert len(output.splitlines()) == 1

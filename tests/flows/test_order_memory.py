@@ -76,7 +76,7 @@ def test_out_of_memory_error_names_stage_model_and_estimate():
 
 def test_missing_module_is_not_reported_as_out_of_memory(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "flows.order_faults", None)
-    assert cli_errors.report(ValueError("x")) == 1
+    assert cli_errors.report_error(ValueError("x")) == 1
     output = capsys.readouterr().err
     assert "a module that cannot be imported: " in output
     assert "flows.order_faults" in output

@@ -13,10 +13,10 @@ from infra.pages.pictures import (
     BarSegment,
     Curve,
     Mark,
-    composition,
-    curves,
-    pair,
-    strip,
+    draw_composition,
+    draw_curves,
+    draw_pair,
+    draw_strip,
 )
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
@@ -42,7 +42,7 @@ def test_strip_places_value_interval_and_limit_in_order_within_the_chart(
 ):
     value = estimate(low, point, high)
     marks = Mark(at=reference, label="no change"), Mark(at=limit, label="limit")
-    svg = strip(value, "held", "title", *marks, refused=side)
+    svg = draw_strip(value, "held", "title", *marks, refused=side)
     assert all(0 <= float(place) <= 100 for place in POSITIONS.findall(svg))
     interval, (at,) = positions(svg, "interval"), positions(svg, "point")
     if interval:
@@ -61,10 +61,10 @@ def test_bar_lengths_are_proportional_to_bytes():
         BarSegment(name=name, role="table", size=size) for name, size in (("a", 100), ("b", 50))
     ]
     bars = [("before", parts), ("after", [part for part in parts if part.name == "b"])]
-    svg = composition(bars, "title")
+    svg = draw_composition(bars, "title")
     assert positions(svg, "table") == pytest.approx([0, 66.67, 66.67, 33.33, 0, 33.33])
     (upper, lower) = [
-        float(w) for w in re.findall(r'width="([\d.]+)%"', pair(80, 20, 100, "dense"))
+        float(w) for w in re.findall(r'width="([\d.]+)%"', draw_pair(80, 20, 100, "dense"))
     ]
     assert (upper, lower) == (80, 20)
 
@@ -78,7 +78,7 @@ def test_composition_segments_are_adjacent_and_sum_to_all_bytes(sizes):
         BarSegment(name=str(place), role=("table", "dense", "other")[place % 3], size=size)
         for place, size in enumerate(sizes)
     ]
-    svg = composition([("all", parts)], "title")
+    svg = draw_composition([("all", parts)], "title")
     rectangles = re.findall(r'<rect class="(\w+)[^>]* x="([\d.]+)%"[^>]* width="([\d.]+)%"', svg)
     assert len(rectangles) <= MAX_SEGMENTS + 3
     total_bytes = sum(int(text.replace(",", "")) for text in re.findall(r": ([\d,]+) bytes", svg))
@@ -90,10 +90,10 @@ def test_composition_segments_are_adjacent_and_sum_to_all_bytes(sizes):
 
 
 def test_pair_draws_a_minimum_length_for_positive_sizes_only():
-    widths = re.findall(r'width="([\d.]+)%"', pair(1, 0, 10**9, "table"))
+    widths = re.findall(r'width="([\d.]+)%"', draw_pair(1, 0, 10**9, "table"))
     assert float(widths[0]) > 0.5
     assert float(widths[1]) == 0
-    assert re.findall(r'width="([\d.]+)%"', pair(0, 0, 0, "table")) == ["0.00", "0.00"]
+    assert re.findall(r'width="([\d.]+)%"', draw_pair(0, 0, 0, "table")) == ["0.00", "0.00"]
 
 
 @given(
@@ -112,7 +112,7 @@ def test_curve_stays_in_the_chart_and_larger_values_are_higher(rows):
         Curve(kind="before", points=points),
         Curve(kind="after", points=points[::-1][::-1]),
     ]
-    svg = curves(both_curves, "ms", {size: (str(size),) for size, _ in points}, "title")
+    svg = draw_curves(both_curves, "ms", {size: (str(size),) for size, _ in points}, "title")
     heights = [float(y) for y in re.findall(r'<circle[^>]*before"[^>]*cy="([\d.]+)"', svg)]
     assert len(heights) == len(points)
     assert all(0 < height < 214 for height in heights)
@@ -126,9 +126,9 @@ def test_charts_escape_text_and_have_a_title():
     value = estimate(1, 2, 3)
     one_curve = [Curve(kind="after", points=((1, value),))]
     for svg in (
-        strip(value, "plain", "<b>", Mark(at=0, label="<i>"), Mark(at=1, label="<i>")),
-        composition([("<i>", [BarSegment(name="<i>", role="table", size=1)])], "<b>"),
-        curves(one_curve, "<i>", {1: ("<i>",)}, "<b>"),
+        draw_strip(value, "plain", "<b>", Mark(at=0, label="<i>"), Mark(at=1, label="<i>")),
+        draw_composition([("<i>", [BarSegment(name="<i>", role="table", size=1)])], "<b>"),
+        draw_curves(one_curve, "<i>", {1: ("<i>",)}, "<b>"),
     ):
         assert "<i>" not in svg
         assert "<title>&lt;b&gt;</title>" in svg

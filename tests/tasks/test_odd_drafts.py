@@ -308,7 +308,7 @@ def test_os_error_is_translated_with_path_and_remedy(
     assert str(error).rstrip().endswith(".")
     assert isinstance(translate(fault, Path("/srv"), "write"), Refused | InfraError)
     exit_code = 1 if issubclass(expected, InfraError) else 2
-    assert cli_errors.report(fault) == exit_code
+    assert cli_errors.report_error(fault) == exit_code
     assert "Errno" not in capsys.readouterr().err
 
 

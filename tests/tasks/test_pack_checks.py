@@ -18,7 +18,7 @@ from compressors.contracts.metrics.families import can_be_measured
 from compressors.errors.compression import ModelRefused
 from compressors.errors.metrics import LimitRefused
 from infra.bundle import bundle_folder as bundle_format
-from infra.bundle.bundle_folder import MANIFEST, manifest_of
+from infra.bundle.bundle_folder import MANIFEST, parse_manifest
 from infra.bundle.json_reader import parse
 from infra.data.expectations import Validation
 from infra.errors import BundleRefused, DataRefused
@@ -347,5 +347,5 @@ def test_manifest_without_notes_of_an_earlier_version_is_read(home: Path) -> Non
     packed = pack(write_draft(home / "draft"))
     raw = (local(packed.artifact) / MANIFEST).read_bytes()
     assert b"notes" not in raw
-    assert manifest_of(raw, home).notes == ()
+    assert parse_manifest(raw, home).notes == ()
     assert bundle_format.Manifest.model_fields["notes"].default == ()

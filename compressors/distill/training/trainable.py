@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
-from compressors.core.units import own_weight
+from compressors.core.units import replace_parameter
 
 
 def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ def replace_trained_tensors(module: nn.Module, names: tuple[str, ...]) -> dict[s
             setattr(part, attribute, copies[id(old)])
             continue
         if isinstance(old, nn.Parameter):
-            new: Tensor = own_weight(part, attribute, old.detach().clone())
+            new: Tensor = replace_parameter(part, attribute, old.detach().clone())
         else:
             new = old.detach().clone().requires_grad_(True)
             setattr(part, attribute, new)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compressors.contracts import Bench
 from compressors.core.batches import batches
 from compressors.core.model import Model
-from compressors.core.units import Unit, own_weight, private_copy
+from compressors.core.units import Unit, private_copy, replace_parameter
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.task_kinds.loss import hard_loss, shuffled_batches
@@ -149,7 +149,7 @@ def _taylor(
     leaves: dict[str, nn.Parameter] = {}
     for name, weight in weights.items():
         owner, _, attribute = name.rpartition(".")
-        leaves[name] = own_weight(copied.get_submodule(owner), attribute, weight)
+        leaves[name] = replace_parameter(copied.get_submodule(owner), attribute, weight)
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for batch in shuffled_batches(bench.train, bench.signature, BATCH, bench.seed, limit=rows):
         loss = hard_loss(bench.signature, copied(**batch.inputs), batch)

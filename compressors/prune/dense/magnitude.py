@@ -19,7 +19,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.steps.decisions import AppliedStep, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
-from compressors.core.units import Unit, own_weight
+from compressors.core.units import Unit, replace_parameter
 
 
 def zero_smallest(weights: list[Tensor], share: float) -> list[Tensor]:
@@ -81,5 +81,5 @@ class Magnitude(StepSettings):
             for unit, weight in zip(group, weights, strict=True):
                 layer = unit.module
                 if isinstance(layer, nn.Linear):
-                    own_weight(layer, "weight", weight)
+                    replace_parameter(layer, "weight", weight)
         return AppliedStep(model)

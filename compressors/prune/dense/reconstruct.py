@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Bench
 from compressors.core.batches import Batch, batches
-from compressors.core.units import own_weight
+from compressors.core.units import replace_parameter
 from compressors.errors.steps import RowsMissing
 
 BATCH = 1024  # calibration rows of one batch
@@ -101,9 +101,9 @@ def reconstruct(
         if layer.bias is not None:
             weight = torch.cat([weight, layer.bias.detach().double().unsqueeze(1)], dim=1)
         solved = ridge_weights(gram, product, weight).float()
-        own_weight(layer, "weight", _contiguous_copy(solved[:, : layer.in_features]))
+        replace_parameter(layer, "weight", _contiguous_copy(solved[:, : layer.in_features]))
         if layer.bias is not None:
-            own_weight(layer, "bias", _contiguous_copy(solved[:, -1]))
+            replace_parameter(layer, "bias", _contiguous_copy(solved[:, -1]))
 
 
 def _contiguous_copy(part: Tensor) -> Tensor:

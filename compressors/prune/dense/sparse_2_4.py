@@ -30,7 +30,7 @@ from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
-from compressors.core.units import Unit, own_weight
+from compressors.core.units import Unit, replace_parameter
 from compressors.errors.steps import RowsMissing
 from compressors.quantize.calibration.input_moments import gram_matrices, squared_error
 
@@ -201,7 +201,7 @@ class Sparse24(StepSettings):
                     error = Reason("reconstruction_error", share=error_after / error_before)
                     outcomes[unit.name] = Decision("taken", (error,))
             if isinstance(layer, nn.Linear):
-                own_weight(layer, "weight", new_weight)
+                replace_parameter(layer, "weight", new_weight)
         return AppliedStep(model, outcomes)
 
     def _input_grams(self, model: Model, units: list[Unit], bench: Bench) -> dict[str, Tensor]:

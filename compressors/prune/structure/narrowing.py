@@ -26,7 +26,7 @@ from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import attach, recalibration_of
 from compressors.core.state.construction import assign, construct
-from compressors.core.units import own_weight, private_copy, swap, table_rows
+from compressors.core.units import private_copy, replace_parameter, swap, table_rows
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.channel_consumers import WidthConsumers, find_consumers, trace
 from compressors.prune.structure.config_widths import Width, with_value
@@ -253,7 +253,7 @@ def _scores_of_rounded(
             continue
         for name, tensor in list(part.named_parameters(recurse=False)):
             if tensor.is_floating_point():
-                own_weight(part, name, round_randomly(tensor.detach()))
+                replace_parameter(part, name, round_randomly(tensor.detach()))
         if isinstance(part, nn.BatchNorm1d) and part.running_mean is not None:
             part.running_mean = round_randomly(part.running_mean)
     return _scores(copied, signature, tables, round_randomly)
@@ -339,7 +339,7 @@ def _with_zero_weights(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Mo
     for name, is_kept in inputs.items():
         layer = copied.get_submodule(name)
         if isinstance(layer, nn.Linear):
-            own_weight(layer, "weight", layer.weight.detach() * is_kept)
+            replace_parameter(layer, "weight", layer.weight.detach() * is_kept)
     return copied
 
 
@@ -355,9 +355,9 @@ def _narrow(module: nn.Module, outputs: Tensor | None, inputs: Tensor | None) ->
         weight = module.weight.detach()
         weight = weight if outputs is None else weight[outputs]
         weight = weight if inputs is None else weight[:, inputs]
-        own_weight(module, "weight", weight.contiguous())
+        replace_parameter(module, "weight", weight.contiguous())
         if outputs is not None and module.bias is not None:
-            own_weight(module, "bias", module.bias.detach()[outputs])
+            replace_parameter(module, "bias", module.bias.detach()[outputs])
         module.out_features, module.in_features = weight.shape
         return
     if inputs is None:
@@ -366,7 +366,7 @@ def _narrow(module: nn.Module, outputs: Tensor | None, inputs: Tensor | None) ->
         if tensor.dim() != 1:
             continue
         if isinstance(tensor, nn.Parameter):
-            own_weight(module, name, tensor.detach()[inputs])
+            replace_parameter(module, name, tensor.detach()[inputs])
         else:
             setattr(module, name, tensor[inputs])
     size = "num_features" if isinstance(module, nn.BatchNorm1d) else "num_parameters"

@@ -34,7 +34,7 @@ from compressors.core.steps.composition_steps import (
 )
 from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
-from compressors.core.units import Unit, own_weight, private_copy
+from compressors.core.units import Unit, private_copy, replace_parameter
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.factorize.low_rank import COMPOSITION
@@ -169,7 +169,7 @@ def taylor(
     for name in means:
         unit = next(unit for unit in Unit.of(copied) if unit.name == name)
         table = unit.module.table if isinstance(unit.module, Bag) else unit.module
-        leaves[name] = own_weight(table, "weight", unit.weight)
+        leaves[name] = replace_parameter(table, "weight", unit.weight)
     total = {name: torch.zeros_like(mean) for name, mean in means.items()}
     for batch in shuffled_batches(bench.train, bench.signature, 1024, bench.seed, limit=rows):
         loss = hard_loss(bench.signature, copied(**batch.inputs), batch)

@@ -20,9 +20,9 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 RECIPES: tuple[tuple[Step, ...], ...] = (
-    (Channels(), Distill(training=models.QUICKLY), RowwiseInt4(), StaticInt8()),
+    (Channels(), Distill(training=models.SHORT_TRAINING), RowwiseInt4(), StaticInt8()),
     (RowwiseInt8(), Channels(), StaticInt8()),
-    (Distill(student={"width": 8}, training=models.QUICKLY), RowwiseInt4()),
+    (Distill(student={"width": 8}, training=models.SHORT_TRAINING), RowwiseInt4()),
 )
 
 

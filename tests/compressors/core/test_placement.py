@@ -3,7 +3,7 @@
 import pytest
 import torch
 from error_codes import raises_code
-from models import NORMED, QUICKLY, RANKER, TIED
+from models import NORMED, RANKER, SHORT_TRAINING, TIED
 from torch import nn
 
 from compressors.core.placement import device_of, moved_to
@@ -13,7 +13,7 @@ from compressors.distill.fine_tune import FineTune
 from compressors.errors.steps import StepRefused, TrainingFailed
 from compressors.quantize.dense.static_int8 import StaticInt8
 
-MIXED = QUICKLY.model_copy(update={"precision": "bfloat16"})
+MIXED = SHORT_TRAINING.model_copy(update={"precision": "bfloat16"})
 
 
 def test_training_in_bfloat16_changes_weights_like_float32_and_stores_float32(tmp_path):
@@ -21,7 +21,7 @@ def test_training_in_bfloat16_changes_weights_like_float32_and_stores_float32(tm
     results = [
         run(Distill(training=training), RANKER.model(), bench, tmp_path / training.precision).module
         for training in (
-            QUICKLY.model_copy(update={"epochs": 1}),
+            SHORT_TRAINING.model_copy(update={"epochs": 1}),
             MIXED.model_copy(update={"epochs": 1}),
         )
     ]
@@ -46,7 +46,7 @@ def test_a_missing_device_raises_step_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench = RANKER.bench(tmp_path / "data").model_copy(update={"device": "cuda"})
     with raises_code(StepRefused, "device_missing", device="cuda"):
-        run(FineTune(training=QUICKLY), RANKER.model(), bench, tmp_path / "out")
+        run(FineTune(training=SHORT_TRAINING), RANKER.model(), bench, tmp_path / "out")
 
 
 def test_moved_to_restores_moved_tensors_and_keeps_replaced_ones():
@@ -78,7 +78,7 @@ def test_moved_to_restores_all_tensors_after_an_exception():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("step", [FineTune(training=QUICKLY), Distill(training=MIXED)])
+@pytest.mark.parametrize("step", [FineTune(training=SHORT_TRAINING), Distill(training=MIXED)])
 def test_training_on_a_gpu_gives_nearly_the_weights_of_training_on_a_cpu(step, tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     source = RANKER.model()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from error_codes import raises_code
-from models import ATTENTION, BENCH_ROWS, NORMED, QUICKLY, RANKER
+from models import ATTENTION, BENCH_ROWS, NORMED, RANKER, SHORT_TRAINING
 from reason_codes import codes_of, require_reason
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 TABLE_NAMES = ("user", "item", "city", "genres", "history", "tags")
-TRAIN_TABLES = QUICKLY.model_copy(update={"tables": True})
+TRAIN_TABLES = SHORT_TRAINING.model_copy(update={"tables": True})
 
 
 def activations(module: nn.Module, name: str, bench) -> Tensor:
@@ -72,7 +72,7 @@ def test_training_with_hints_does_not_change_the_original(tmp_path):
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     source = replace(NORMED.model(), original=original)
     bench = NORMED.bench(tmp_path / "normed")
-    run(Distill(hints=("hidden", "norm"), training=QUICKLY), source, bench, tmp_path / "out")
+    run(Distill(hints=("hidden", "norm"), training=SHORT_TRAINING), source, bench, tmp_path / "out")
     assert original.training
     torch.testing.assert_close(dict(original.state_dict()), before, rtol=0, atol=0)
     assert not original.hidden._forward_hooks
@@ -81,12 +81,17 @@ def test_training_with_hints_does_not_change_the_original(tmp_path):
 def test_hints_without_an_original_or_for_unknown_layers_raise_distillation_refused(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(DistillationRefused, "hints_need_original"):
-        run(Distill(hints=("hidden",), training=QUICKLY), RANKER.model(), bench, tmp_path / "a")
+        run(
+            Distill(hints=("hidden",), training=SHORT_TRAINING),
+            RANKER.model(),
+            bench,
+            tmp_path / "a",
+        )
     with raises_code(DistillationRefused, "layer_missing", layer="hiden", network="network"):
         dry_run(Distill(hints=("hiden",)), RANKER.model(), bench)
     source = replace(RANKER.model(), original=NORMED.model().module)
     with raises_code(DistillationRefused, "layer_missing", layer="plain", network="original"):
-        run(Distill(hints=("plain",), training=QUICKLY), source, bench, tmp_path / "b")
+        run(Distill(hints=("plain",), training=SHORT_TRAINING), source, bench, tmp_path / "b")
 
 
 def test_hints_for_layers_without_vector_outputs_raise_distillation_refused(tmp_path):
@@ -130,7 +135,7 @@ def test_hint_loss_is_zero_for_matching_outputs_and_independent_of_scale():
 def test_hints_for_layers_over_sequences_train_the_network(tmp_path):
     bench = ATTENTION.bench(tmp_path / "data")
     source = replace(ATTENTION.model(), original=ATTENTION.model(seed=1).module)
-    step = Distill(hints=("key", "value"), training=QUICKLY)
+    step = Distill(hints=("key", "value"), training=SHORT_TRAINING)
     result = run(step, source, bench, tmp_path / "out")
     assert "distill" in result.plan.of("key").steps
 
@@ -149,7 +154,7 @@ def test_with_an_auxiliary_head_the_output_follows_the_labels(tmp_path):
     bench = bench.model_copy(
         update={"soft_labels": bench.soft_labels.model_copy(update={"path": str(soft)})}
     )
-    training = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    training = SHORT_TRAINING.model_copy(update={"epochs": 4, "patience": 4})
     results = {}
     for auxiliary in (None, "hidden"):
         step = Distill(soft_share=0.8, auxiliary=auxiliary, training=training)
@@ -168,7 +173,7 @@ def test_with_an_auxiliary_head_the_output_follows_the_labels(tmp_path):
 def test_layers_before_an_auxiliary_head_learn_from_the_teacher(tmp_path):
     """The teacher has 99 % of the weight, so the layer predicts its scores better than before."""
     bench = RANKER.bench(tmp_path / "data")
-    training = QUICKLY.model_copy(update={"epochs": 6, "patience": 6})
+    training = SHORT_TRAINING.model_copy(update={"epochs": 6, "patience": 6})
     step = Distill(soft_share=0.99, auxiliary="plain", training=training)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     (batch,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
@@ -192,7 +197,7 @@ def test_a_killed_training_with_hints_and_a_head_resumes_and_ends_with_the_same_
 ):
     bench = RANKER.bench(tmp_path / "data")
     source = replace(RANKER.model(), original=RANKER.model(seed=1).module)
-    training = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    training = SHORT_TRAINING.model_copy(update={"epochs": 4, "patience": 4})
     step = Distill(hints=("hidden",), auxiliary="plain", training=training)
     uninterrupted = bench.model_copy(update={"checkpoints": str(tmp_path / "whole")})
     run(step, source, uninterrupted, tmp_path / "a")
@@ -249,7 +254,7 @@ def test_distill_with_dense_false_trains_the_scales_of_packed_tables(tmp_path):
 def test_a_student_keeps_packed_and_composed_tables_unchanged(method, tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     packed = run(method, RANKER.model(), bench, tmp_path / "packed")
-    step = Distill(student={"width": 8}, training=QUICKLY)
+    step = Distill(student={"width": 8}, training=SHORT_TRAINING)
     predicted = dry_run(step, packed, bench).plan
     result = run(step, packed, bench, tmp_path / "out")
     assert [(line.module, line.bytes_after) for line in result.plan.lines] == [

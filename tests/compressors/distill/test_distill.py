@@ -4,7 +4,7 @@ import models
 import pytest
 import torch
 from error_codes import raises_code
-from models import BENCH_ROWS, NORMED, QUICKLY, RANKER, Reference
+from models import BENCH_ROWS, NORMED, RANKER, SHORT_TRAINING, Reference
 from reason_codes import codes_of, require_reason
 from signatures import with_output
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def test_a_distilled_student_correlates_with_its_teacher(tmp_path):
     """The teacher's scores are the negated scores of the network before training."""
     bench = RANKER.bench(tmp_path / "data")
     source = RANKER.model()
-    step = Distill(soft_share=1.0, training=QUICKLY)
+    step = Distill(soft_share=1.0, training=SHORT_TRAINING)
     result = run(step, source, bench, tmp_path / "out")
     (batch,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_soft_share_is_the_weight_of_the_teacher_against_labels(tmp_path):
     (batch,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)
     aucs = {}
     for share in (0.05, 1.0):
-        step = Distill(soft_share=share, training=QUICKLY)
+        step = Distill(soft_share=share, training=SHORT_TRAINING)
         result = run(step, RANKER.model(), bench, tmp_path / str(share))
         with torch.no_grad():
             scores = result.module(**batch.inputs).reshape(-1)
@@ -64,7 +64,7 @@ def test_soft_share_is_the_weight_of_the_teacher_against_labels(tmp_path):
 
 def test_student_config_builds_a_smaller_network(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    step = Distill(student={"width": 8}, training=QUICKLY)
+    step = Distill(student={"width": 8}, training=SHORT_TRAINING)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     assert result.network.architecture.config == {"width": 8}
     assert result.module.hidden.out_features == 8
@@ -74,7 +74,7 @@ def test_student_config_builds_a_smaller_network(tmp_path):
     require_reason(reasons, "trained_on_rows", step="distill", rows=96)
     require_reason(reasons, "smaller_in_student", before="16x40", after="8x40")
     trained = require_reason(reasons, "trained_to_epoch", metric="auc")
-    assert 1 <= trained.fields["epoch"] <= QUICKLY.epochs
+    assert 1 <= trained.fields["epoch"] <= SHORT_TRAINING.epochs
     assert 0 < trained.fields["before"] < trained.fields["after"] < 1
     assert result.plan.of("item").reasons == (Reason("tables_not_trained", step="distill"),)
 
@@ -133,7 +133,7 @@ def test_students_with_untrained_tables_or_added_layers_raise_distillation_refus
 def test_layers_that_a_student_lacks_are_dropped_in_the_plan(tmp_path):
     reference = Reference(VariableDepthNet, NORMED.signature)
     bench = reference.bench(tmp_path / "data")
-    step = Distill(student={"hidden": [8]}, training=QUICKLY)
+    step = Distill(student={"hidden": [8]}, training=SHORT_TRAINING)
     result = run(step, reference.model(), bench, tmp_path / "out")
     line = result.plan.of("layers.1")
     assert (line.format, line.bytes_after) == ("dropped", 0)
@@ -146,7 +146,7 @@ def test_layers_that_a_student_lacks_are_dropped_in_the_plan(tmp_path):
 def test_a_student_with_fewer_columns_in_a_table_trains_the_table(tmp_path):
     reference = Reference(VariableDepthNet, NORMED.signature)
     bench = reference.bench(tmp_path / "data")
-    training = QUICKLY.model_copy(update={"tables": True})
+    training = SHORT_TRAINING.model_copy(update={"tables": True})
     step = Distill(student={"dim": 2}, training=training)
     result = run(step, reference.model(), bench, tmp_path / "out")
     assert result.module.user.weight.shape == (15, 2)
@@ -181,6 +181,6 @@ def test_training_of_retrieval_models_raises_training_unavailable(tmp_path):
 def test_a_pruned_network_can_be_distilled(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     pruned = run(Channels(), RANKER.model(), bench, tmp_path / "cut")
-    result = run(Distill(training=QUICKLY), pruned, bench, tmp_path / "out")
+    result = run(Distill(training=SHORT_TRAINING), pruned, bench, tmp_path / "out")
     assert result.network.architecture == pruned.network.architecture
     assert result.plan.of("hidden").steps == ("channels", "distill")

@@ -6,7 +6,16 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
-from models import ATTENTION, COMPACT, NORMED, QUICKLY, RANKER, Reference, only_graph, write_split
+from models import (
+    ATTENTION,
+    COMPACT,
+    NORMED,
+    RANKER,
+    SHORT_TRAINING,
+    Reference,
+    only_graph,
+    write_split,
+)
 from reason_codes import require_reason
 from safetensors.torch import load_file, save_file
 
@@ -217,7 +226,7 @@ def test_later_steps_keep_the_output_map(tmp_path):
     quantized = run(StaticInt8(), first, bench, tmp_path / "b")
     assert quantized.plan.of(OUTPUT) == first.plan.of(OUTPUT)
     assert torch.equal(quantized.module.recalibration.line, first.module.recalibration.line)
-    tuned = run(FineTune(training=QUICKLY), first, bench, tmp_path / "c")
+    tuned = run(FineTune(training=SHORT_TRAINING), first, bench, tmp_path / "c")
     assert torch.equal(tuned.module.recalibration.line, first.module.recalibration.line)
     with raises_code(StepRefused, "recalibrated_already"):
         run(Recalibrate(), first, bench, tmp_path / "d")

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from error_codes import raises_code
-from models import ATTENTION, COMPACT, NORMED, QUICKLY, RANKER, Reference
+from models import ATTENTION, COMPACT, NORMED, RANKER, SHORT_TRAINING, Reference
 from pydantic import ValidationError
 from reason_codes import require_reason
 from safetensors.torch import save_file
@@ -92,7 +92,7 @@ def validation_quality(model: Model, bench: Bench) -> float:
 def test_refitting_improves_quality_and_keeps_formats_and_dtypes(codes, bench, tmp_path):
     """The labels are the opposite of the network's predictions, so quality can increase a lot."""
     before = packed(codes, bench, tmp_path)
-    after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
+    after = run(RefitCodes(training=SHORT_TRAINING), before, bench, tmp_path / "out")
     assert validation_quality(after, bench) > validation_quality(before, bench) + 0.2
     assert after.network.modules == before.network.modules
     old, new = before.module.state_dict(), after.module.state_dict()
@@ -114,14 +114,14 @@ def test_refitting_improves_quality_and_keeps_formats_and_dtypes(codes, bench, t
 def test_refitting_improves_probability_and_ranking_models(reference, tmp_path):
     bench = reference.bench(tmp_path / "data")
     before = packed(ProductCodes(), bench, tmp_path, reference)
-    after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
+    after = run(RefitCodes(training=SHORT_TRAINING), before, bench, tmp_path / "out")
     assert validation_quality(after, bench) > validation_quality(before, bench) + 0.1
 
 
 def test_dense_layers_are_trained_only_with_dense_true(bench, tmp_path):
     before = packed(ProductCodes(), bench, tmp_path)
     for dense in (False, True):
-        step = RefitCodes(training=QUICKLY, rounds=1, dense=dense)
+        step = RefitCodes(training=SHORT_TRAINING, rounds=1, dense=dense)
         after = run(step, before, bench, tmp_path / str(dense))
         is_unchanged = torch.equal(after.module.cross.weight, before.module.cross.weight)
         assert is_unchanged != dense
@@ -132,7 +132,7 @@ def test_dense_layers_are_trained_only_with_dense_true(bench, tmp_path):
 
 def test_refitting_with_share_zero_keeps_codes_and_trains_codebooks(bench, tmp_path):
     before = packed(ProductCodes(), bench, tmp_path)
-    after = run(RefitCodes(training=QUICKLY, share=0), before, bench, tmp_path / "out")
+    after = run(RefitCodes(training=SHORT_TRAINING, share=0), before, bench, tmp_path / "out")
     assert torch.equal(after.module.item.codes, before.module.item.codes)
     assert not torch.equal(after.module.item.codebook, before.module.item.codebook)
 
@@ -148,7 +148,7 @@ def test_refitting_never_lowers_the_validation_quality(bench, tmp_path):
     )
     bench = bench.model_copy(update={"validation": like_predictions})
     before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
-    after = run(RefitCodes(training=QUICKLY), before, bench, tmp_path / "out")
+    after = run(RefitCodes(training=SHORT_TRAINING), before, bench, tmp_path / "out")
     assert validation_quality(before, bench) > 0.9
     assert validation_quality(after, bench) == validation_quality(before, bench)
     assert after.plan.of("item").steps == ("product_codes",)  # no epoch was better
@@ -162,7 +162,7 @@ def test_only_matching_tables_with_codes_are_refitted_and_others_have_a_reason(
     before = run(BFloat16(tables=("user",)), RANKER.model(), bench, tmp_path / "user")
     before = run(ProductCodes(tables=("item", "tags")), before, bench, tmp_path / "item")
     after = run(
-        RefitCodes(tables=("item", "user"), training=QUICKLY, rounds=1),
+        RefitCodes(tables=("item", "user"), training=SHORT_TRAINING, rounds=1),
         before,
         bench,
         tmp_path / "x",
@@ -190,7 +190,7 @@ def test_a_pattern_that_matches_a_table_selects_its_parts(ranker_bench, tmp_path
 def test_codes_of_parts_are_refitted_and_their_composed_table_is_unchanged(first, bench, tmp_path):
     composed = run(first, COMPACT.model(), bench, tmp_path / "composed")
     before = run(RowwiseInt2(rows_per_scale=4), composed, bench, tmp_path / "packed")
-    after = run(RefitCodes(training=QUICKLY, rounds=1), before, bench, tmp_path / "refitted")
+    after = run(RefitCodes(training=SHORT_TRAINING, rounds=1), before, bench, tmp_path / "refitted")
     parts = {unit.name for unit in Unit.of(after.module) if unit.part_of}
     changed = {line.module for line in after.plan.lines if "refit_codes" in line.steps}
     assert changed & parts
@@ -207,13 +207,13 @@ def test_refitting_without_codes_raises_nothing_to_compress(bench, tmp_path):
 
 def test_the_dry_run_of_refitting_has_the_plan_of_its_result(bench, tmp_path):
     before = packed(ProductCodes(), bench, tmp_path)
-    step = RefitCodes(training=QUICKLY, rounds=1)
+    step = RefitCodes(training=SHORT_TRAINING, rounds=1)
     assert dry_run(step, before, bench).plan == run(step, before, bench, tmp_path / "x").plan
 
 
 def test_an_interrupted_refit_resumes_and_ends_with_the_same_bits(bench, tmp_path, monkeypatch):
     before = packed(ProductCodes(), bench, tmp_path)
-    step = RefitCodes(training=QUICKLY, rounds=2)
+    step = RefitCodes(training=SHORT_TRAINING, rounds=2)
     uninterrupted = run(step, before, bench, tmp_path / "whole")
     resumable_bench = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
     calls: list[int] = []
@@ -364,7 +364,7 @@ def test_reassignments_that_raise_the_loss_are_undone(bench, tmp_path, monkeypat
     def propose_worse_codes(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal:
         return propose(table, -100 * gradient, curvature)  # codes that increase the loss
 
-    step = RefitCodes(training=QUICKLY, rounds=1)
+    step = RefitCodes(training=SHORT_TRAINING, rounds=1)
     model = before.private()
     tables = {"item": model.module.item, "genres": model.module.genres}
     monkeypatch.setattr("compressors.distill.refit_codes.propose", propose_worse_codes)
@@ -377,7 +377,7 @@ def test_reassignments_that_raise_the_loss_are_undone(bench, tmp_path, monkeypat
 
 # --- fine-tuning of packed tables --------------------------------------------------------------
 
-TRAIN_TABLES = QUICKLY.model_copy(update={"tables": True})
+TRAIN_TABLES = SHORT_TRAINING.model_copy(update={"tables": True})
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_fine_tuning_trains_codebooks_only_with_tables_true(codes, bench, tmp_pa
             )
     assert torch.equal(after.module.item.codes, before.module.item.codes)
     assert "fine_tune" in after.plan.of("item").steps
-    trained_dense_only = run(FineTune(training=QUICKLY), before, bench, tmp_path / "dense")
+    trained_dense_only = run(FineTune(training=SHORT_TRAINING), before, bench, tmp_path / "dense")
     assert torch.equal(trained_dense_only.module.item.codebook, before.module.item.codebook)
 
 

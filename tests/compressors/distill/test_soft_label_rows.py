@@ -9,7 +9,7 @@ import pytest
 import torch
 from error_codes import raises_code, raises_value_error
 from hypothesis import given
-from models import ATTENTION, BENCH_ROWS, QUICKLY, RANKER, Reference
+from models import ATTENTION, BENCH_ROWS, RANKER, SHORT_TRAINING, Reference
 from reason_codes import codes_of, require_reason
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -106,7 +106,7 @@ def correlation_with_teacher(model: torch.nn.Module, bench: Bench, reference: Re
 
 
 def test_student_learns_from_traffic_alone_and_ignores_its_labels(tmp_path):
-    step = Distill(rows="traffic", soft_share=1, training=QUICKLY)
+    step = Distill(rows="traffic", soft_share=1, training=SHORT_TRAINING)
     results = []
     for label in (1.0, 0.0):
         bench = bench_with_traffic(RANKER, tmp_path / str(label), label)
@@ -144,7 +144,7 @@ def test_the_label_loss_is_that_of_the_labelled_rows_only(reference, tmp_path):
 
 def test_distill_with_rows_both_trains_on_labelled_rows_and_traffic(tmp_path):
     bench = bench_with_traffic(RANKER, tmp_path)
-    step = Distill(rows="both", training=QUICKLY)
+    step = Distill(rows="both", training=SHORT_TRAINING)
     predicted = dry_run(step, RANKER.model(), bench).plan
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     assert [line.format for line in result.plan.lines] == [line.format for line in predicted.lines]
@@ -157,7 +157,7 @@ def test_distill_with_rows_both_trains_on_labelled_rows_and_traffic(tmp_path):
 
 
 def test_distill_without_traffic_rows_raises_nothing_to_compress(tmp_path):
-    step = Distill(rows="traffic", soft_share=1, training=QUICKLY)
+    step = Distill(rows="traffic", soft_share=1, training=SHORT_TRAINING)
     missing = ("traffic", "traffic_soft_labels")
     with raises_code(NothingToCompress, "rows_missing", missing=missing):
         run(step, RANKER.model(), RANKER.bench(tmp_path), tmp_path / "out")
@@ -181,7 +181,7 @@ def test_batches_have_whole_groups_only_for_listwise_losses(tmp_path, monkeypatc
             return take(self, rows)
 
         monkeypatch.setattr(Rows, "take", recording_take)
-        training = QUICKLY.model_copy(update={"epochs": 1})
+        training = SHORT_TRAINING.model_copy(update={"epochs": 1})
         run(Distill(loss=loss, training=training), RANKER.model(), bench, tmp_path / loss)
         monkeypatch.undo()
         counts = [
@@ -265,7 +265,7 @@ def test_training_with_each_loss_gives_a_different_student_close_to_the_teacher(
     bench = RANKER.bench(tmp_path / "data")
     weights: dict[str, Tensor] = {}
     for loss in ("pointwise", "margin", "listwise", "rankdistil", "calibrated_listwise"):
-        step = Distill(loss=loss, soft_share=1, training=QUICKLY)
+        step = Distill(loss=loss, soft_share=1, training=SHORT_TRAINING)
         result = run(step, RANKER.model(), bench, tmp_path / loss)
         weights[loss] = result.module.hidden.weight
         # The correlation before training is -1. rankdistil trains only the order of the top rows.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from hypothesis import given
-from models import ATTENTION, BENCH_ROWS, NORMED, QUICKLY, RANKER, Reference
+from models import ATTENTION, BENCH_ROWS, NORMED, RANKER, SHORT_TRAINING, Reference
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Split
@@ -37,7 +37,7 @@ from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
 
 def train_copy(
-    model: Model, bench: Bench, training: Training = QUICKLY, folder: Path | None = None
+    model: Model, bench: Bench, training: Training = SHORT_TRAINING, folder: Path | None = None
 ) -> tuple[nn.Module, tuple[trainer.Epoch, ...]]:
     module = model.private().module
 
@@ -99,7 +99,7 @@ def test_training_without_improvement_stops_after_patience_and_returns_the_start
     bench = RANKER.bench(tmp_path / "data")
     opposite = validation_with_opposite_labels(RANKER, tmp_path)
     source = RANKER.model()
-    training = QUICKLY.model_copy(update={"patience": 3})
+    training = SHORT_TRAINING.model_copy(update={"patience": 3})
     module, epochs = train_copy(source, bench.model_copy(update={"validation": opposite}), training)
     assert len(epochs) == 1 + 3
     assert equal_tensors(module, source.module)
@@ -130,7 +130,7 @@ def test_tables_are_trained_only_with_tables_true(tmp_path):
     source = RANKER.model()
     before = source.module.item.weight.detach().clone()
     for tables in (False, True):
-        training = QUICKLY.model_copy(update={"tables": tables})
+        training = SHORT_TRAINING.model_copy(update={"tables": tables})
         module, _ = train_copy(source, bench, training)
         assert torch.equal(module.item.weight, before) != tables
     assert torch.equal(source.module.item.weight, before)
@@ -140,7 +140,7 @@ def test_table_l2_lowers_the_norm_of_tables(tmp_path):
     bench = RANKER.bench(tmp_path)
     norms = []
     for penalty in (0.0, 0.1):
-        training = QUICKLY.model_copy(update={"tables": True, "table_l2": penalty})
+        training = SHORT_TRAINING.model_copy(update={"tables": True, "table_l2": penalty})
         module, _ = train_copy(RANKER.model(), bench, training)
         norms.append(float(module.item.weight.detach().norm()))
     assert norms[1] < norms[0]
@@ -150,7 +150,7 @@ def test_table_l2_lowers_the_norm_of_tables(tmp_path):
 def test_training_keeps_pruned_weights_at_zero(method, tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     pruned = run(Magnitude(share=0.7), RANKER.model(), bench, tmp_path / "pruned")
-    result = run(method(training=QUICKLY), pruned, bench, tmp_path / "out")
+    result = run(method(training=SHORT_TRAINING), pruned, bench, tmp_path / "out")
     for name in ("cross", "hidden", "out"):
         before = pruned.module.get_submodule(name).weight
         after = result.module.get_submodule(name).weight
@@ -162,7 +162,7 @@ def test_training_keeps_pruned_weights_at_zero(method, tmp_path):
 def test_training_of_quantized_layers_changes_scales_and_keeps_codes(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     packed = run(StaticInt8(), RANKER.model(), bench, tmp_path / "packed")
-    result = run(FineTune(training=QUICKLY), packed, bench, tmp_path / "out")
+    result = run(FineTune(training=SHORT_TRAINING), packed, bench, tmp_path / "out")
     before, after = packed.module.state_dict(), result.module.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
@@ -192,7 +192,7 @@ class OnlyTableNet(nn.Module):
 
 def test_a_diverging_training_raises_training_failed(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    training = QUICKLY.model_copy(update={"learning_rate": 1e30})
+    training = SHORT_TRAINING.model_copy(update={"learning_rate": 1e30})
     with raises_code(TrainingFailed, "diverged"):
         train_copy(RANKER.model(), bench, training)
 
@@ -239,7 +239,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_bits(
     reference, schedule, tmp_path, monkeypatch
 ):
     bench = reference.bench(tmp_path / "data")
-    training = QUICKLY.model_copy(update={"schedule": schedule, "epochs": 6, "patience": 6})
+    training = SHORT_TRAINING.model_copy(update={"schedule": schedule, "epochs": 6, "patience": 6})
     uninterrupted, epochs = train_copy(reference.model(), bench, training, tmp_path / "whole")
     assert len(epochs) == 7
 
@@ -342,10 +342,10 @@ def test_progress_written_by_two_processes_can_be_read(tmp_path, monkeypatch):
 def test_unwritable_progress_is_logged_and_training_completes(tmp_path, caplog):
     bench = RANKER.bench(tmp_path / "data")
     (tmp_path / "file").write_text("not a folder")
-    module, epochs = train_copy(RANKER.model(), bench, QUICKLY, tmp_path / "file")
+    module, epochs = train_copy(RANKER.model(), bench, SHORT_TRAINING, tmp_path / "file")
     assert len(epochs) > 1
     assert "progress could not be written" in caplog.text
-    assert equal_tensors(module, train_copy(RANKER.model(), bench, QUICKLY)[0])
+    assert equal_tensors(module, train_copy(RANKER.model(), bench, SHORT_TRAINING)[0])
 
 
 # --- buffers, shared weights and single rows -------------------------------------------------
@@ -386,7 +386,7 @@ STATISTICS = Reference(StatisticsNet, NORMED.signature)
 
 def test_layers_initialized_with_zeros_are_trained(tmp_path):
     bench = STATISTICS.bench(tmp_path / "data")
-    result = run(FineTune(training=QUICKLY), STATISTICS.model(), bench, tmp_path / "out")
+    result = run(FineTune(training=SHORT_TRAINING), STATISTICS.model(), bench, tmp_path / "out")
     assert bool((result.module.gate.weight != 0).all())
 
 
@@ -396,7 +396,7 @@ def test_a_last_batch_of_one_row_is_added_to_the_previous_batch(tmp_path):
         Rows(bench.train, STATISTICS.signature), STATISTICS.signature, 19, seed=1
     )
     assert [len(row_numbers) for row_numbers in batches_drawn] == [19, 19, 19, 19, 20]
-    train_copy(STATISTICS.model(), bench, QUICKLY.model_copy(update={"batch": 19}))
+    train_copy(STATISTICS.model(), bench, SHORT_TRAINING.model_copy(update={"batch": 19}))
 
 
 def test_buffers_that_training_updates_are_restored_with_the_weights(tmp_path):
@@ -416,7 +416,7 @@ def test_a_killed_training_with_updated_buffers_resumes_and_ends_with_the_same_b
     tmp_path, monkeypatch
 ):
     bench = STATISTICS.bench(tmp_path / "data")
-    training = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    training = SHORT_TRAINING.model_copy(update={"epochs": 4, "patience": 4})
     uninterrupted, _ = train_copy(STATISTICS.model(), bench, training)
 
     def store_then_raise(folder: str, progress: TrainingProgress) -> None:
@@ -435,7 +435,7 @@ def test_a_killed_training_with_updated_buffers_resumes_and_ends_with_the_same_b
 def test_a_weight_shared_by_a_table_and_a_layer_is_not_trained_by_default(tmp_path):
     bench = STATISTICS.bench(tmp_path / "data")
     source = STATISTICS.model()
-    result = run(FineTune(training=QUICKLY), source, bench, tmp_path / "out")
+    result = run(FineTune(training=SHORT_TRAINING), source, bench, tmp_path / "out")
     assert result.module.again.weight is result.module.user.weight
     assert torch.equal(result.module.user.weight, source.module.user.weight)
     assert sum(line.bytes_after for line in result.plan.lines) == sum(
@@ -445,7 +445,7 @@ def test_a_weight_shared_by_a_table_and_a_layer_is_not_trained_by_default(tmp_pa
 
 def test_weight_decay_does_not_change_unread_rows_of_tables(tmp_path):
     bench = RANKER.bench(tmp_path)
-    training = QUICKLY.model_copy(update={"tables": True, "weight_decay": 0.5, "epochs": 1})
+    training = SHORT_TRAINING.model_copy(update={"tables": True, "weight_decay": 0.5, "epochs": 1})
     source = RANKER.model()
     module, _ = train_copy(source, bench, training)
     (rows,) = batches(bench.train, RANKER.signature, BENCH_ROWS)

@@ -228,7 +228,7 @@ def test_later_steps_run_on_the_parts(tmp_path):
     steps = (
         Fold(),
         LowRankDense(rank=2),
-        FineTune(training=models.QUICKLY),
+        FineTune(training=models.SHORT_TRAINING),
         StaticInt8(layers=("hidden",)),
     )
     for number, step in enumerate(steps):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import QUICKLY, RANKER
+from models import RANKER, SHORT_TRAINING
 from reason_codes import require_reason
 from torch import Tensor
 from torch.nn import functional as F
@@ -165,13 +165,13 @@ def test_the_hidden_width_grows_with_the_rows_and_short_tables_are_skipped(tmp_p
 def test_distillation_trains_codes_and_decoder_only_with_tables_true(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     with_codes = run(NeuralCodes(steps=5), RANKER.model(), bench, tmp_path / "with codes")
-    step = Distill(training=QUICKLY.model_copy(update={"tables": True}))
+    step = Distill(training=SHORT_TRAINING.model_copy(update={"tables": True}))
     trained_tables = run(step, with_codes, bench, tmp_path / "tables")
     before, after = with_codes.module.item, trained_tables.module.item
     assert trained_tables.plan.of("item").steps == ("neural_codes", "distill")
     for name in ("codes.weight", "projection", "inner", "bias", "outer", "mean"):
         assert not torch.equal(after.state_dict()[name], before.state_dict()[name]), name
-    trained_dense = run(Distill(training=QUICKLY), with_codes, bench, tmp_path / "dense")
+    trained_dense = run(Distill(training=SHORT_TRAINING), with_codes, bench, tmp_path / "dense")
     torch.testing.assert_close(
         trained_dense.module.item.state_dict(), before.state_dict(), rtol=0, atol=0
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from error_codes import raises_code, raises_value_error
 from hypothesis import given
-from models import NORMED, QUICKLY, RANKER, Reference
+from models import NORMED, RANKER, SHORT_TRAINING, Reference
 from narrow_networks import SCHEMA, HiddenLayerNet, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 from torch import nn
@@ -194,7 +194,7 @@ def test_three_rounds_and_one_round_keep_nearly_the_same_multiply_adds(scope, tm
 def test_each_round_prunes_the_network_that_the_previous_round_trained(tmp_path, monkeypatch):
     """Two rounds prune, train, prune and train."""
     bench = RANKER.bench(tmp_path / "data")
-    training = QUICKLY.model_copy(update={"epochs": 2})
+    training = SHORT_TRAINING.model_copy(update={"epochs": 2})
     step = Channels(multiple=4, rounds=2, importance="gradient", training=training, soft_share=0.5)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     widths: list[int] = []
@@ -220,7 +220,7 @@ def test_each_round_prunes_the_network_that_the_previous_round_trained(tmp_path,
 
 def test_a_killed_run_resumes_in_its_round_and_ends_with_the_same_bits(tmp_path, monkeypatch):
     bench = NORMED.bench(tmp_path / "data")
-    training = QUICKLY.model_copy(update={"epochs": 2, "patience": 5})
+    training = SHORT_TRAINING.model_copy(update={"epochs": 2, "patience": 5})
     step = Channels(multiple=2, rounds=2, training=training)
     uninterrupted = run(step, NORMED.model(), bench, tmp_path / "whole")
     resumable_bench = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})

@@ -4,7 +4,7 @@ import models
 import pytest
 import torch
 from error_codes import HasReason, raises_code
-from models import QUICKLY, RANKER, Reference, write_split
+from models import RANKER, SHORT_TRAINING, Reference, write_split
 from narrow_networks import (
     HISTORY,
     RETRIEVAL,
@@ -217,7 +217,7 @@ def test_layers_that_earlier_steps_changed_differently_are_kept(tmp_path):
 def test_a_network_with_dropped_layers_can_be_distilled_and_quantized(tmp_path):
     bench = DEEP.bench(tmp_path / "data")
     model = drop_layers(DEEP, tmp_path, layers=("down.*", "up.*"))
-    for step in (Distill(training=QUICKLY), StaticInt8()):
+    for step in (Distill(training=SHORT_TRAINING), StaticInt8()):
         model = run(step, model, bench, tmp_path / step.kind)
     assert model.plan.of("up.0").steps[-2:] == ("distill", "static_int8")
     assert model.plan.of("up.2").steps == ("drop_layers",)

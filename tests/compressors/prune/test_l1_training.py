@@ -5,7 +5,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from hypothesis import given
-from models import NORMED, QUICKLY, RANKER, Reference, generate_inputs, write_split
+from models import NORMED, RANKER, SHORT_TRAINING, Reference, generate_inputs, write_split
 from narrow_networks import SCHEMA, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 
@@ -18,7 +18,7 @@ from compressors.prune.dense.l1_training import L1Training, group_threshold, sof
 from compressors.quantize.dense.static_int8 import StaticInt8
 
 RESIDUAL_CONCAT = Reference(ResidualConcatNet, SCHEMA)
-TWENTY_EPOCHS = QUICKLY.model_copy(update={"epochs": 20, "schedule": "cosine"})
+TWENTY_EPOCHS = SHORT_TRAINING.model_copy(update={"epochs": 20, "schedule": "cosine"})
 
 
 def predictions(model, reference):
@@ -105,7 +105,7 @@ def test_training_returns_the_last_epoch_even_if_the_metric_fell(tmp_path, caplo
         lambda inputs: source.module(**inputs).reshape(-1),
     )
     bench = NORMED.bench(tmp_path / "data").model_copy(update={"validation": rows})
-    training = QUICKLY.model_copy(update={"epochs": 4, "patience": 1})
+    training = SHORT_TRAINING.model_copy(update={"epochs": 4, "patience": 1})
     result = run(
         L1Training(penalty_strength=1.0, training=training), source, bench, tmp_path / "out"
     )
@@ -115,9 +115,11 @@ def test_training_returns_the_last_epoch_even_if_the_metric_fell(tmp_path, caplo
 
 def test_fine_tuning_keeps_zero_weights(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    step = L1Training(penalty_strength=0.5, training=QUICKLY.model_copy(update={"epochs": 3}))
+    step = L1Training(
+        penalty_strength=0.5, training=SHORT_TRAINING.model_copy(update={"epochs": 3})
+    )
     sparse = run(step, RANKER.model(), bench, tmp_path / "sparse")
-    tuned = run(FineTune(training=QUICKLY), sparse, bench, tmp_path / "tuned")
+    tuned = run(FineTune(training=SHORT_TRAINING), sparse, bench, tmp_path / "tuned")
     for name in ("hidden", "cross", "out"):
         before = sparse.module.get_submodule(name).weight
         after = tuned.module.get_submodule(name).weight
@@ -159,7 +161,7 @@ def test_l1_training_of_packed_layers_raises_nothing_to_compress(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     packed = run(StaticInt8(), NORMED.model(), bench, tmp_path / "packed")
     with raises_code(NothingToCompress, "units_missing") as caught:
-        run(L1Training(training=QUICKLY), packed, bench, tmp_path / "out")
+        run(L1Training(training=SHORT_TRAINING), packed, bench, tmp_path / "out")
     assert caught.value.fields["reasons"]["hidden"] == (
         Reason("already_stored", format="static_int8"),
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from hypothesis import given
-from models import QUICKLY, RANKER, Ranker, Reference
+from models import RANKER, SHORT_TRAINING, Ranker, Reference
 from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
 
@@ -140,7 +140,7 @@ def test_a_layer_whose_inputs_are_not_a_multiple_of_four_is_skipped_with_a_reaso
 def test_training_and_formats_with_sparse_kernels_keep_the_2_4_pattern(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     sparse = run(Sparse24(), RANKER.model(), bench, tmp_path / "sparse")
-    tuned = run(FineTune(training=QUICKLY), sparse, bench, tmp_path / "tuned")
+    tuned = run(FineTune(training=SHORT_TRAINING), sparse, bench, tmp_path / "tuned")
     assert tuned.plan.of("hidden").steps == ("sparse_2_4", "fine_tune")
     assert not torch.equal(tuned.module.hidden.weight, sparse.module.hidden.weight)
     assert sparse_layers(tuned.module, tuned.plan) == LAYERS

@@ -9,7 +9,7 @@ from compressors.contracts import Bench
 from compressors.core.batches import Rows, batches
 from compressors.core.modules.formats import Bag
 from compressors.core.runner import run
-from compressors.core.units import Unit, own_weight, private_copy, table_rows
+from compressors.core.units import Unit, private_copy, replace_parameter, table_rows
 from compressors.errors.steps import RowsMissing
 from compressors.factorize.low_rank import LowRank
 from compressors.factorize.multi_hash import MultiHash, hash_ids
@@ -79,7 +79,7 @@ def test_a_part_counts_only_lookups_whose_values_depend_on_its_row(tmp_path):
         for row in range(part.num_embeddings):
             changed_weight = weight.detach().clone()
             changed_weight[row] += 1 + changed_weight[row].abs()
-            own_weight(part, "weight", changed_weight)
+            replace_parameter(part, "weight", changed_weight)
             is_affected = (table(ids) != rows_before).any(dim=1)
             assert float(count[row]) == float(before[owners[name]][is_affected].sum()), (name, row)
         part.weight = weight

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from error_codes import raises_value_error
-from models import NORMED, QUICKLY, RANKER, Reference
+from models import NORMED, RANKER, SHORT_TRAINING, Reference
 from reason_codes import require_reason
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def test_qat_without_improvement_stores_the_tensors_of_static_int8(tmp_path):
 
 def test_the_metric_in_the_plan_is_that_of_the_stored_network(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    result = run(QAT(training=QUICKLY), RANKER.model(), bench, tmp_path / "out")
+    result = run(QAT(training=SHORT_TRAINING), RANKER.model(), bench, tmp_path / "out")
     actual = quality(result.module, RANKER.signature, bench.validation)
     assert result.plan.of("hidden").format == "static_int8"
     require_reason(
@@ -140,7 +140,7 @@ def test_the_metric_in_the_plan_is_that_of_the_stored_network(tmp_path):
 def test_norms_are_trained_and_update_their_running_statistics(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     source = NORMED.model()
-    result = run(QAT(training=QUICKLY), source, bench, tmp_path / "out")
+    result = run(QAT(training=SHORT_TRAINING), source, bench, tmp_path / "out")
     for name in ("weight", "bias", "running_mean", "running_var"):
         before, after = (m.module.norm.state_dict()[name] for m in (source, result))
         assert not torch.equal(before, after), name
@@ -151,7 +151,7 @@ class Killed(BaseException):
 
 
 def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypatch):
-    training = QUICKLY.model_copy(update={"epochs": 4, "patience": 4})
+    training = SHORT_TRAINING.model_copy(update={"epochs": 4, "patience": 4})
     bench = NORMED.bench(tmp_path / "data")
 
     def train_with_checkpoints(name: str) -> Model:

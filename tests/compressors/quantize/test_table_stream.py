@@ -20,7 +20,7 @@ from compressors.core.state.module_state import module_of
 from compressors.core.state.safetensors_rows import StoredRows, spec_of
 from compressors.core.state.safetensors_stream import Piece, StreamedFile
 from compressors.errors.compression import ContractBroken, ModelRefused
-from compressors.quantize.table_stream import Block, Job, carry_out
+from compressors.quantize.table_stream import Block, EncodingJob, encode_file
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
@@ -86,20 +86,20 @@ class MemorySink:
             )
 
 
-def encode_to_memory(job: Job, workers: int = 1) -> bytes:
+def encode_to_memory(job: EncodingJob, workers: int = 1) -> bytes:
     """The complete file; asserts that every byte was written exactly once."""
     file = StreamedFile(job.layout())
     sink = MemorySink(file.bytes)
-    carry_out(job, file, sink, workers)
+    encode_file(job, file, sink, workers)
     assert set(sink.written) == {1}
     return bytes(sink.file)
 
 
 def encoding_job(
     step: Any, tables: Mapping[str, Tensor], rows: int | None = None, **other_tensors: Tensor
-) -> Job:
+) -> EncodingJob:
     sources = {name: TensorSource(values) for name, values in {**tables, **other_tensors}.items()}
-    return Job(step, {name: name.removesuffix(".weight") for name in tables}, sources, rows)
+    return EncodingJob(step, {name: name.removesuffix(".weight") for name in tables}, sources, rows)
 
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 70), st.integers(1, 3), st.booleans())
@@ -192,14 +192,14 @@ def test_blocks_in_the_sink_are_neither_encoded_nor_fitted_again():
     job = encoding_job(step, {"t": weight}, 3)
     file = StreamedFile(job.layout())
     sink = MemorySink(file.bytes, existing=["header", "t@0", "t@6"])
-    carry_out(job, file, sink, 1)
+    encode_file(job, file, sink, 1)
     assert sink.blocks == ["t@whole", "t@3", "t@9"]
     step.fitted.clear()
     finished_sink = MemorySink(
         file.bytes, existing=["header", "t@whole", "t@0", "t@3", "t@6", "t@9"]
     )
     progress: list[int] = []
-    carry_out(job, file, finished_sink, 1, progress.append)
+    encode_file(job, file, finished_sink, 1, progress.append)
     assert finished_sink.blocks == step.fitted == []
     assert sum(progress) == weight.nbytes  # skipped blocks count as progress
 
@@ -236,7 +236,7 @@ BORDER_ROWS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in B
     ],
 )
 def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, block_rows: int):
-    job = Job(RowwiseInt8(), {"t": "t"}, {"t": ComputedSource(ROWS, DIM)}, block_rows)
+    job = EncodingJob(RowwiseInt8(), {"t": "t"}, {"t": ComputedSource(ROWS, DIM)}, block_rows)
     file = StreamedFile(job.layout())
     starts = {part: file.place(f"t.{part}") for part in ("codes", "scale")}
     checked_blocks = [
@@ -252,7 +252,7 @@ def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, blo
         def write(self, block: str, written: Sequence[Piece]) -> None:
             pieces.update((piece.at, piece.data) for piece in written)
 
-    carry_out(job, file, CollectingSink(), 2)
+    encode_file(job, file, CollectingSink(), 2)
     for block in checked_blocks:
         codes = pieces[starts["codes"] + block.begin * DIM]
         assert len(codes) == (block.end - block.begin) * DIM

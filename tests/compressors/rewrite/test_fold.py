@@ -340,7 +340,7 @@ def test_columns_that_only_a_comparison_reads_are_not_reported_as_unread():
 def test_later_steps_run_on_a_folded_network(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
     model = run(Fold(), NORMED.model(), bench, tmp_path / "0")
-    steps = (Channels(keep=0.7), FineTune(training=models.QUICKLY), StaticInt8())
+    steps = (Channels(keep=0.7), FineTune(training=models.SHORT_TRAINING), StaticInt8())
     for number, step in enumerate(steps, 1):
         model = run(step, model, bench, tmp_path / str(number))
     assert model.plan.of("hidden").steps == ("fold", "channels", "fine_tune", "static_int8")
