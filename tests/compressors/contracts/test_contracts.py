@@ -311,6 +311,7 @@ RETRIEVAL = {
 
 
 def test_of_split_returns_the_inputs_and_columns_of_each_split():
+    """Split ``items`` has one row per item; ``traffic`` has logged requests without labels."""
     retrieval = signature(
         USER,
         ITEM,

@@ -208,6 +208,7 @@ def test_contradicting_limits_are_reported_with_both():
         ("ndcg@10 >= 0", Reason("below_zero", metric="ndcg@10")),
         ("bytes <= 50", Reason("below_lowest", metric="bytes", lowest=1024.0, unit=" bytes")),
         ("logloss <= 0", Reason("not_above_zero", metric="logloss")),
+        # Probabilities are clipped, so the log loss of a row is at most 15.95.
         ("logloss <= 45", Reason("beyond_highest", metric="logloss", highest=15.95, unit="")),
     ],
 )
@@ -251,6 +252,7 @@ def test_every_usual_metric_is_registered_and_measured_for_a_task_kind():
 
 @given(st.sampled_from([f for f in FAMILIES.values() if f.number]), st.integers(1, 70_000))
 def test_family_has_a_metric_for_every_number_up_to_most(family, number):
+    """``most`` is the largest number of a family, such as 10,000 in ``ndcg@10000``."""
     member = find_metric(f"{family.name}{number}")
     if number > family.most:
         assert member is None
@@ -297,6 +299,7 @@ def test_measured_metrics_depend_on_task_kind_and_group(task, grouped, expected)
         *families, *changes, "bytes", "p50_ms@batch", "p99_ms@batch",
     }  # fmt: skip
     batches = [name for name, item in METRICS.items() if item.batch is not None]
+    # The usual batches have 1, 64 and 1024 rows; 63 test rows fill only the first.
     assert [
         name
         for name in batches

@@ -68,6 +68,7 @@ def test_a_batch_has_the_keyword_arguments_of_the_model(split):
 def test_batches_have_groups_if_the_signature_names_a_group_column(tmp_path):
     split = write_split(ATTENTION.signature, ATTENTION.rows_of_tables(), tmp_path)
     groups = [part.group for part in batches(split, ATTENTION.signature, 20)]
+    # ``write_split`` writes groups of eight rows.
     assert torch.equal(torch.cat(groups), torch.arange(BENCH_ROWS) // 8)
 
 

@@ -198,7 +198,10 @@ def test_a_network_that_fails_on_ids_of_its_signature_raises_model_refused(tmp_p
 
 @dataclass(frozen=True)
 class PartialFloat16Step(StepAttributes):
-    """Plans Float16 for all units, changes all but ``out``, and returns ``outcomes``."""
+    """Plans Float16 for all units, changes all but ``out``, and returns ``outcomes``.
+
+    ``outcomes`` are the final decisions by unit.
+    """
 
     outcomes: dict[str, Decision]
     kind: str = "partial_float16"
@@ -242,7 +245,10 @@ def test_a_step_whose_final_decision_differs_from_its_result_raises_contract_bro
 
 @dataclass(frozen=True)
 class DeferringStep(StepAttributes):
-    """Defers the decision for ``out``, with these bounds of bytes; may then store it in float16."""
+    """Defers the decision for ``out``; may then store it in float16.
+
+    ``bytes`` are the smallest and the largest size of ``out`` that the plan states.
+    """
 
     bytes: tuple[int, int]
     applies_float16: bool = True

@@ -59,7 +59,9 @@ def test_the_dry_run_of_a_step_has_the_plan_and_bytes_of_its_result(method, refe
     )
     result = run_of_method.result
     assert predicted.network.architecture == result.network.architecture
-    if method in SEARCHES:  # their dry run is an upper bound of the bytes
+    # The choice of ``SEARCHES`` depends on values and data, so their dry run is an upper bound of
+    # the bytes.
+    if method in SEARCHES:
         assert stored_bytes(predicted.module) >= stored_bytes(result.module)
         return
     assert predicted.plan == without_measured_reasons(result.plan, predicted.plan)
@@ -100,6 +102,7 @@ def test_the_dry_run_of_a_table_of_ten_billion_rows_allocates_no_weights():
     source.module.user = table
     bench = Bench(signature=NORMED.signature)
     predicted = dry_run(RowwiseInt4(), source, bench)
+    # 64 codes of 4 bits and a float16 scale per row
     assert predicted.plan.of("user").bytes_after == 10**10 * (32 + 2)
     sizes = [t.untyped_storage().nbytes() for t in predicted.module.user.buffers()]
     assert max(sizes) <= 4

@@ -2,6 +2,10 @@
 
 Each method runs once per reference network (``cached_run``) and many tests check the result. The
 end of the file has tests of single methods that need the runner.
+
+``models`` lists the methods. ``ALONE`` are those that change an uncompressed network; ``NOT_ALONE``
+are the others. By what they change, ``FORMATS`` store units in another format, and ``VALUES``
+change values and keep the format. The choice of ``SEARCHES`` depends on values and data.
 """
 
 import functools
@@ -622,7 +626,8 @@ def test_a_layer_with_only_zero_inputs_is_skipped_and_an_error_if_named(tmp_path
 def test_weights_beyond_the_range_of_a_format_raise_value_not_storable(
     step, weight, code, fields, tmp_path
 ):
-    wide = replace(RANKER, config={"dim": 16})  # narrow rows are stored in a better format
+    # With the default width of 7, int2 would store the table in int4, which takes no more bytes.
+    wide = replace(RANKER, config={"dim": 16})
     source = wide.model()
     with torch.no_grad():
         source.module.item.weight[7, 2] = -weight

@@ -173,9 +173,10 @@ def test_tensor_whose_file_is_gone_is_written(tmp_path):
     assert (tmp_path / "result" / USER).read_bytes() == before
 
 
-@pytest.mark.parametrize("large", [0, 2**62])
-def test_single_file_has_the_usual_name(large, tmp_path):
-    (path,) = write_tensors({"weight": torch.ones(4)}, tmp_path, large_bytes=large)
+@pytest.mark.parametrize("large_bytes", [0, 2**62], ids=["large tensor", "small tensor"])
+def test_single_file_has_the_usual_name(large_bytes, tmp_path):
+    """``large_bytes`` is the size from which a tensor has a separate file."""
+    (path,) = write_tensors({"weight": torch.ones(4)}, tmp_path, large_bytes=large_bytes)
     assert path.name == "model.safetensors"
     assert not (tmp_path / INDEX).exists()
 

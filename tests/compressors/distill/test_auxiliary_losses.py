@@ -67,7 +67,6 @@ def test_with_hints_a_smaller_layer_predicts_the_original_layer_better(tmp_path)
 
 
 def test_training_with_hints_does_not_change_the_original(tmp_path):
-    bench = RANKER.bench(tmp_path / "data")
     original = NORMED.model().module.train()
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     source = replace(NORMED.model(), original=original)
@@ -285,7 +284,8 @@ def test_a_student_with_fewer_columns_in_a_packed_table_raises_distillation_refu
 def test_a_student_of_a_recalibrated_network_raises_distillation_refused(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     source = RANKER.model()
-    attach(source.module, Recalibration("platt", "logit", line=torch.tensor([2.0, 0.0])))
+    slope_and_offset = torch.tensor([2.0, 0.0])
+    attach(source.module, Recalibration("platt", "logit", line=slope_and_offset))
     with raises_code(DistillationRefused, "already_recalibrated"):
         dry_run(Distill(student={"width": 8}), source, bench)
 

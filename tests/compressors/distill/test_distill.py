@@ -45,8 +45,8 @@ def test_soft_share_is_the_weight_of_the_teacher_against_labels(tmp_path):
         RANKER.signature,
         RANKER.rows_of_tables(),
         tmp_path / "l",
-        8,
-        lambda x: -RANKER.negated_scores(x),
+        seed=8,
+        score_function=lambda x: -RANKER.negated_scores(x),
     )
     bench = bench.model_copy(update={"train": split_with_opposite_labels})
     (batch,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)

@@ -34,7 +34,7 @@ def tensors_of(
 def loss_named(
     name: str, score: Tensor, teacher: Tensor, list_index: Tensor, num_lists: int, top: int = 2
 ) -> Tensor:
-    """One of the losses by its name."""
+    """One of the losses by its name; ``top`` is the number of top rows of ``rankdistil``."""
     if name == "pointwise":
         return losses.pointwise(score, teacher)
     more = (top,) if name == "rankdistil" else ()
@@ -42,9 +42,13 @@ def loss_named(
     return value
 
 
-def gradient_of(name: str, score: Tensor, *rest: object) -> Tensor:
-    leaf = score.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(loss_named(name, leaf, *rest), leaf)  # type: ignore[arg-type]
+def gradient_of(
+    name: str, score: Tensor, teacher: Tensor, list_index: Tensor, num_lists: int, top: int = 2
+) -> Tensor:
+    """The gradient of one of the losses with respect to the student's scores."""
+    student = score.clone().requires_grad_(True)
+    loss = loss_named(name, student, teacher, list_index, num_lists, top)
+    (gradient,) = torch.autograd.grad(loss, student)
     return gradient
 
 
@@ -131,8 +135,8 @@ def test_only_the_calibrated_listwise_loss_is_minimal_at_the_mean_of_different_t
     student = torch.logit(probabilities.mean(dim=0))
     gradients = {}
     for name in ("calibrated_listwise", "listwise"):
-        slopes = [gradient_of(name, student, teacher, list_index, 1) for teacher in teachers]
-        gradients[name] = float(torch.stack(slopes).mean(dim=0).abs().max())
+        by_teacher = [gradient_of(name, student, teacher, list_index, 1) for teacher in teachers]
+        gradients[name] = float(torch.stack(by_teacher).mean(dim=0).abs().max())
     assert gradients["calibrated_listwise"] < 1e-12
     assert gradients["listwise"] > 0.01
 
@@ -143,7 +147,12 @@ def test_rankdistil_gradient_orders_the_top_and_keeps_other_rows_below():
 
     def gradient(score: list[float]) -> Tensor:
         return gradient_of(
-            "rankdistil", torch.tensor(score, dtype=torch.float64), teacher, list_index, 1, 2
+            "rankdistil",
+            torch.tensor(score, dtype=torch.float64),
+            teacher,
+            list_index,
+            num_lists=1,
+            top=2,
         )
 
     # Other rows have no gradient in any order, if none is closer to the top than for the teacher.
@@ -186,6 +195,7 @@ def test_click_rows_without_groups_are_one_list():
 def test_probabilities_are_compared_as_logits(name):
     generator = torch.Generator().manual_seed(0)
     score, teacher = torch.randn(6, generator=generator), torch.randn(6, generator=generator)
+    # Steps refuse a temperature for the margin loss.
     options = {"temperature": 2.0 if name != "margin" else 1.0, "top": 3}
     of_logits = loss_of_teacher(name, RANKER.signature, score, teacher, batch(None), **options)
     as_probabilities = torch.sigmoid(score), torch.sigmoid(teacher)

@@ -58,7 +58,7 @@ def bench_with_drawn_labels(reference: Reference, folder, slope: float, offset: 
     """A bench with random validation labels of probability sigmoid(slope * logit + offset)."""
     bench = reference.bench(folder)
     split = write_split(
-        reference.signature, reference.rows_of_tables(), folder / "many", 3, rows=ROWS
+        reference.signature, reference.rows_of_tables(), folder / "many", seed=3, rows=ROWS
     )
     (batch,) = batches(split, reference.signature, ROWS)
     with torch.no_grad():
@@ -148,6 +148,7 @@ def test_fit_line_minimizes_the_log_loss():
     def log_loss(a: float, b: float) -> float:
         return float((np.logaddexp(0, a * logit + b) - label * (a * logit + b)).mean())
 
+    # ``fit_line`` smooths the labels, as if there were one more row with and one without a click.
     clicks = label.sum()
     label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), 1 / (len(label) - clicks + 2))
     smallest_loss = log_loss(slope, offset)

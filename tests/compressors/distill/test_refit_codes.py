@@ -1,6 +1,8 @@
 """``refit_codes``: training of codebooks and scales, reassignment of codes by loss gradients.
 
-Also how ``fine_tune`` trains tables that are stored as codes.
+A round trains the codebooks and scales, then gives new codes to the share ``share`` of the rows
+whose loss they would lower. The file also tests how ``fine_tune`` trains tables that are stored as
+codes.
 """
 
 from pathlib import Path
@@ -143,8 +145,8 @@ def test_refitting_never_lowers_the_validation_quality(bench, tmp_path):
         COMPACT.signature,
         COMPACT.rows_of_tables(),
         tmp_path / "v",
-        8,
-        lambda inputs: -COMPACT.negated_scores(inputs),
+        seed=8,
+        score_function=lambda inputs: -COMPACT.negated_scores(inputs),
     )
     bench = bench.model_copy(update={"validation": like_predictions})
     before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
@@ -273,6 +275,7 @@ def random_table(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
     table = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
     params = step.fit(table)
     layout = step.storage.layout(rows, dim, step.settings())
+    # ``spec.every`` is 0 for tensors of the whole table, which ``fit`` computes.
     stored = {name: params[name] for name, spec in layout.items() if not spec.every}
     stored |= step.encode(table, params)
     return PackedTable(step.storage, rows, dim, step.settings(), stored)
@@ -281,7 +284,11 @@ def random_table(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
 def predicted_change(
     table: PackedTable, gradient: Tensor, curvature: Tensor, initial_rows: Tensor
 ) -> Tensor:
-    """Change of the quadratic approximation of the loss from ``initial_rows``: ``(rows,)``."""
+    """Change of the quadratic approximation of the loss from ``initial_rows``: ``(rows,)``.
+
+    ``gradient`` and ``curvature`` (mean squared gradients) are ``(rows, dim)``. The factor ``dim``
+    makes the approximation an upper bound; see ``code_reassignment.py``.
+    """
     with torch.no_grad():
         step = table(torch.arange(table.rows)) - initial_rows
     return (gradient * step + table.dim * curvature * step.square() / 2).sum(dim=1)
@@ -326,6 +333,7 @@ def test_reassigned_codes_equal_a_search_of_all_entries(codes, monkeypatch):
     with torch.no_grad():
         initial_rows = table(torch.arange(200))
     best = torch.zeros(200)
+    # Columns per code: KMeans has a code per column, ProductCodes three codes for six columns.
     width = 1 if codes.kind == "kmeans" else 2
     for part in range(6 // width):
         columns = slice(part * width, (part + 1) * width)
@@ -333,7 +341,7 @@ def test_reassigned_codes_equal_a_search_of_all_entries(codes, monkeypatch):
         if codes.kind != "kmeans":
             entries = table.codebook.reshape(3, -1, 2)[part]
         step = entries[None] - initial_rows[:, None, columns]
-        squares = 6 * curvature[:, None, columns] * step.square() / 2
+        squares = table.dim * curvature[:, None, columns] * step.square() / 2
         best += (gradient[:, None, columns] * step + squares).sum(dim=2).amin(dim=1)
     table.codes, _ = reassign_codes(table, propose(table, gradient, curvature), 1.0)
     change = predicted_change(table, gradient, curvature, initial_rows)

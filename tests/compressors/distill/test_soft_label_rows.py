@@ -20,7 +20,7 @@ from compressors.core.batches import JoinedRows, Rows, batches
 from compressors.core.dry_run import dry_run
 from compressors.core.runner import run
 from compressors.core.state.module_state import map_tensors
-from compressors.distill.distill import Distill
+from compressors.distill.distill import PROBE_ROWS, Distill
 from compressors.distill.soft_labels import mean_predictions, soft_label_loss, soft_label_rows
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing
@@ -35,7 +35,7 @@ def bench_with_traffic(reference: Reference, folder: Path, label: float = 1.0) -
     bench = reference.bench(folder)
     folder_of_traffic = folder / f"traffic-{label}"
     split = models.write_split(
-        reference.signature, reference.rows_of_tables(), folder_of_traffic, 21
+        reference.signature, reference.rows_of_tables(), folder_of_traffic, seed=21
     )
     tensors = load_file(folder_of_traffic / "data.safetensors")
     tensors["@label"] = torch.full((BENCH_ROWS,), label)
@@ -125,8 +125,10 @@ def test_the_label_loss_is_that_of_the_labelled_rows_only(reference, tmp_path):
     """The batch also has traffic rows; the loss on labels is a mean over the labelled rows."""
     bench = bench_with_traffic(reference, tmp_path)
     rows = soft_label_rows(bench, "both", "distill")
-    loss = soft_label_loss(bench, 0.25, 1.0, "distill", rows="both")
-    teacher_loss_only = soft_label_loss(bench, 1.0, 1.0, "distill", rows="both")
+    loss, teacher_loss_only = (
+        soft_label_loss(bench, soft_share, temperature=1.0, kind="distill", rows="both")
+        for soft_share in (0.25, 1.0)
+    )
     row_numbers = torch.arange(BENCH_ROWS - 16, BENCH_ROWS + 24)
     batch = rows.take(row_numbers)
     with torch.no_grad():
@@ -187,7 +189,7 @@ def test_batches_have_whole_groups_only_for_listwise_losses(tmp_path, monkeypatc
         counts = [
             torch.unique(rows % 32, return_counts=True)[1]
             for rows in batches_taken
-            if len(rows) > 8
+            if len(rows) > PROBE_ROWS  # without the forward pass before the training
         ]
         assert bool((torch.cat(counts) == 3).all()) == has_whole_lists
 
@@ -228,6 +230,7 @@ def test_mean_of_probabilities_zero_and_one_is_finite():
 def test_the_plan_has_the_number_of_teachers(tmp_path):
     bench = RANKER.bench(tmp_path)
     other = {"uri": "file:///a", "sha256": "4" * 64, "bytes": 1}
+    # ``teachers`` are those in addition to the first one.
     bench = Bench.model_validate({**dict(bench), "teachers": [other, other]})
     plan = dry_run(Distill(), RANKER.model(), bench).plan
     assert codes_of(plan.of("hidden").reasons) == ["trained_on_rows", "several_teachers"]

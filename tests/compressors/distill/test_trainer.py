@@ -84,8 +84,8 @@ def validation_with_opposite_labels(reference: Reference, folder: Path) -> Split
         reference.signature,
         reference.rows_of_tables(),
         folder / "opposite",
-        9,
-        lambda inputs: -reference.negated_scores(inputs),
+        seed=9,
+        score_function=lambda inputs: -reference.negated_scores(inputs),
     )
 
 
@@ -121,8 +121,7 @@ def test_trainable_tensors_are_dense_layers_and_scales_and_tables_only_on_reques
         n for n in trainable_tensors(packed.module, tables=False) if n.startswith("hidden")
     }
     assert trained_in_hidden
-    assert all(packed.module.get_submodule("hidden").get_buffer(n[7:]).dtype == torch.float32
-               for n in trained_in_hidden)  # fmt: skip
+    assert all(packed.module.get_buffer(name).dtype == torch.float32 for name in trained_in_hidden)
 
 
 def test_tables_are_trained_only_with_tables_true(tmp_path):
@@ -227,6 +226,9 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
 
 
 # --- resuming after a crash ------------------------------------------------------------------
+#
+# Stored progress has tensors of the current weights (``now/``) and of the best epoch (``best/``).
+# Its fact ``epochs`` has a number, a training loss and a validation quality per epoch.
 
 
 class Killed(Exception):
@@ -321,6 +323,7 @@ def test_damaged_progress_is_logged_and_ignored(tmp_path, caplog):
         elif damage == "missing":
             file.unlink()
         assert read_progress(str(folder), state) is None, damage
+    # Progress without tensors of the best epoch can be read, so it is ignored without a message.
     assert caplog.text.count("cannot be read, so") == 3
 
 

@@ -50,6 +50,7 @@ def test_a_training_without_improvement_adds_a_reason_to_the_plan(
     assert plan is not None
     (reason,) = plan.reasons
     assert reason.fields["step"] == step.kind
+    # A step that returns no reason for its units "found nothing".
     if reason.code != "step_found_nothing":
         assert reason.code == "step_changed_nothing"
         require_reason([reason], "training_unchanged")

@@ -53,7 +53,10 @@ def output_error(weight: Tensor, other: Tensor, x: Tensor) -> float:
 
 
 def low_rank_product(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
-    """The product of the two factors, a matrix of the shape of ``weight``."""
+    """The product of the two factors, a matrix of the shape of ``weight``.
+
+    ``moment`` is the second moment of the inputs, ``x.T @ x``.
+    """
     _, directions = principal_outputs(weight, moment)
     reduce, expand = factors(weight, directions, rank)
     return expand.double() @ reduce.double()
@@ -164,6 +167,7 @@ def test_most_error_finds_a_rank_for_each_layer(tmp_path):
     assert result.module.wide.rank <= 3
     line = result.plan.of("wide")
     assert codes_of(line.reasons) == ["rank_searched", "rank_loss"]
+    # The largest rank that saves weights of a 24x24 layer is 11: 11 * (24 + 24) < 24 * 24.
     require_reason(line.reasons, "rank_searched", most_error=0.01, rank=11)
     assert result.plan.of("spread").format == "float32" or result.module.spread.rank <= 2
 
@@ -198,6 +202,7 @@ def test_plan_lines_of_both_parts_have_the_stored_bytes(tmp_path):
     assert codes_of(hidden.reasons) == ["factorized", "rank_loss"]
     require_reason(hidden.reasons, "factorized", inputs=40, rank=4, outputs=16)
     require_reason(hidden.reasons, "rank_loss", rank=4)
+    # float32 weights of rank 4, and the bias in ``expand``
     assert plan.of("hidden.reduce").bytes_after == 4 * 40 * 4
     assert plan.of("hidden.expand").bytes_after == 4 * (4 * 16 + 16)
     for name in ("reduce", "expand"):

@@ -142,6 +142,7 @@ def test_bytes_are_those_of_hash_functions_mean_and_buckets(signed, tmp_path):
     step = MultiHash(hashes=3, buckets=0.25, signed=signed)
     result = run(step, RANKER.model(), Bench(signature=RANKER.signature, seed=5), tmp_path)
     line = result.plan.of("item")
+    # int64 coefficients of three functions (two each, four with signs), and a float32 mean
     assert line.bytes_after == 3 * (4 if signed else 2) * 8 + 7 * 4
     assert result.plan.of("item.buckets").bytes_after == 75 * 7 * 4
     code = "signed_hashed_rows" if signed else "hashed_rows"

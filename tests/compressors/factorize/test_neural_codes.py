@@ -57,7 +57,7 @@ def test_neural_codes_never_have_a_larger_error_than_low_rank_of_equal_size(
         random_normal(seed + 1, rows, 1).abs()[:, 0] + 0.01,
     )
     weight = weight.double()
-    codes, decoder = fit(table, weight, size, hidden, adam_steps, seed)
+    codes, decoder = fit(table, weight, size=size, hidden=hidden, adam_steps=adam_steps, seed=seed)
     error = squared_error(table, weight / weight.mean(), codes, decoder)
     # Codes and decoder are float32, so sums of six products have relative errors of about 1e-7.
     assert (
@@ -72,7 +72,7 @@ def test_the_last_layer_of_the_decoder_is_the_least_squares_solution(seed, rows,
         random_normal(seed, rows, 6) * 10**power,
         10 ** random_normal(seed + 1, rows, 1)[:, 0].double(),
     )
-    codes, decoder = fit(table, weight, 2, 5, 0, seed)
+    codes, decoder = fit(table, weight, size=2, hidden=5, adam_steps=0, seed=seed)
     hidden_units = F.relu(codes @ decoder.inner + decoder.bias)
     decoder_inputs = torch.cat([codes, hidden_units, torch.ones(rows, 1)], dim=1).double()
     root = weight.sqrt().unsqueeze(1)
@@ -88,10 +88,15 @@ def test_the_last_layer_of_the_decoder_is_the_least_squares_solution(seed, rows,
 
 def test_fit_returns_the_untrained_decoder_if_training_increases_the_error(monkeypatch):
     table, weight = random_normal(0, 50, 6), torch.ones(50).double()
-    untrained_error = squared_error(table, weight, *fit(table, weight, 2, 8, 0, 0))
+    untrained_error = squared_error(
+        table, weight, *fit(table, weight, size=2, hidden=8, adam_steps=0, seed=0)
+    )
     monkeypatch.setattr("compressors.factorize.neural_codes.CODE_RATE", 1e4)
     monkeypatch.setattr("compressors.factorize.neural_codes.DECODER_RATE", 1e4)
-    assert squared_error(table, weight, *fit(table, weight, 2, 8, 5, 0)) == untrained_error
+    assert (
+        squared_error(table, weight, *fit(table, weight, size=2, hidden=8, adam_steps=5, seed=0))
+        == untrained_error
+    )
 
 
 def test_training_minimizes_the_weighted_error(monkeypatch):
@@ -99,14 +104,18 @@ def test_training_minimizes_the_weighted_error(monkeypatch):
     table = rows_on_a_curved_surface()
     weight = torch.ones(500).double()
     weight[:50] = 100
-    weighted_error = squared_error(table, weight, *fit(table, weight, 2, 32, 300, 0))
+    weighted_error = squared_error(
+        table, weight, *fit(table, weight, size=2, hidden=32, adam_steps=300, seed=0)
+    )
     train = neural_codes._train
 
     def train_without_weights(rows: Tensor, weight: Tensor, *rest: Any) -> Any:
         return train(rows, torch.ones_like(weight), *rest)
 
     monkeypatch.setattr(neural_codes, "_train", train_without_weights)
-    unweighted_error = squared_error(table, weight, *fit(table, weight, 2, 32, 300, 0))
+    unweighted_error = squared_error(
+        table, weight, *fit(table, weight, size=2, hidden=32, adam_steps=300, seed=0)
+    )
     assert weighted_error < 0.93 * unweighted_error  # 0.86 was measured
 
 
@@ -116,7 +125,9 @@ def test_codes_of_a_curved_surface_have_less_than_half_the_error_of_low_rank():
     weight = torch.ones(500).double()
     error_of_low_rank = low_rank_error(table, weight, 2)
     errors = [
-        squared_error(table, weight, *fit(table, weight, 2, 32, adam_steps, 0))
+        squared_error(
+            table, weight, *fit(table, weight, size=2, hidden=32, adam_steps=adam_steps, seed=0)
+        )
         for adam_steps in (0, 300)
     ]
     # The measured ratios to the error of low rank are 0.62 without training and 0.29 with training.
@@ -129,21 +140,28 @@ def test_training_in_batches_lowers_the_error_and_is_deterministic(monkeypatch):
     table = rows_on_a_curved_surface()
     weight = torch.ones(500).double()
     errors = [
-        squared_error(table, weight, *fit(table, weight, 2, 32, adam_steps, 0))
+        squared_error(
+            table, weight, *fit(table, weight, size=2, hidden=32, adam_steps=adam_steps, seed=0)
+        )
         for adam_steps in (0, 600)
     ]
     assert errors[1] < 0.8 * errors[0]
-    codes_and_decoder = fit(table, weight, 2, 32, 20, 0)
-    torch.testing.assert_close(codes_and_decoder, fit(table, weight, 2, 32, 20, 0), rtol=0, atol=0)
+    codes_and_decoder = fit(table, weight, size=2, hidden=32, adam_steps=20, seed=0)
+    torch.testing.assert_close(
+        codes_and_decoder,
+        fit(table, weight, size=2, hidden=32, adam_steps=20, seed=0),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_fit_in_blocks_of_rows_has_the_error_of_one_block(monkeypatch):
     table, weight = random_normal(0, 50, 6), torch.ones(50).double()
-    at_once = fit(table, weight, 3, 8, 0, 0)
+    at_once = fit(table, weight, size=3, hidden=8, adam_steps=0, seed=0)
     monkeypatch.setattr("compressors.factorize.neural_codes.BLOCK", 7)
     error, error_in_blocks = (
         squared_error(table, weight, *fitted)
-        for fitted in (at_once, fit(table, weight, 3, 8, 0, 0))
+        for fitted in (at_once, fit(table, weight, size=3, hidden=8, adam_steps=0, seed=0))
     )
     assert error_in_blocks == pytest.approx(error, rel=1e-4)  # the same sums in another order
 
@@ -192,7 +210,7 @@ def test_weighted_neural_codes_have_a_smaller_error_on_looked_up_rows(tmp_path):
 
 def test_decode_equals_the_formula_written_out():
     table, weight = random_normal(0, 20, 5), torch.ones(20).double()
-    codes, d = fit(table, weight, 2, 4, 3, 0)
+    codes, d = fit(table, weight, size=2, hidden=4, adam_steps=3, seed=0)
     expected = torch.stack(
         [
             sum((c[i] * d.projection[i] for i in range(2)), d.mean)

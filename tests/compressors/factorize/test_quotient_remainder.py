@@ -1,5 +1,7 @@
 """``quotient_remainder``: rows as sums or products of a quotient row and a remainder row."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -38,6 +40,7 @@ def random_weights(seed: int, rows: int, *, has_equal_weights: bool) -> Tensor:
 
 
 def buckets_of(rows: int, share: float) -> int:
+    """A number of remainder rows from 1 to ``rows``."""
     return 1 + round(share * (rows - 1))
 
 
@@ -142,30 +145,28 @@ def test_divided_by_is_exact_for_ids_above_the_exact_range_of_floats(ids, diviso
 
 
 @pytest.mark.parametrize(
-    ("buckets_setting", "part_rows"), [(0, (17, 17)), (0.1, (10, 30)), (2, (150, 2)), (1000, None)]
+    ("setting", "buckets"), [(0, 17), (0.1, 30), (2, 2)], ids=["square root", "share", "number"]
 )
-def test_buckets_is_the_square_root_a_share_or_a_number(buckets_setting, part_rows, tmp_path):
-    step = QuotientRemainder(buckets=buckets_setting)
-    if part_rows is None:
-        step = step.model_copy(update={"tables": ("item", "user"), "buckets": 50})
+def test_buckets_is_the_square_root_a_share_or_a_number(setting, buckets, tmp_path):
+    """The table has 300 rows; the setting 0 means the square root of the number of rows."""
+    step = QuotientRemainder(buckets=setting)
     result = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
-    if part_rows is None:
-        require_reason(
-            result.plan.of("user").reasons, "not_smaller_composed", before=960, after=984
-        )
-        return
-    item = result.module.item
-    assert (item.quotient.num_embeddings, item.remainder.num_embeddings) == (
-        -(-300 // part_rows[1]),
-        part_rows[1],
+    item, quotients = result.module.item, math.ceil(300 / buckets)
+    assert (item.quotient.num_embeddings, item.remainder.num_embeddings) == (quotients, buckets)
+    require_reason(
+        result.plan.of("item").reasons,
+        "quotient_and_remainder",
+        operation="add",
+        quotients=quotients,
+        buckets=buckets,
     )
-    reason = require_reason(
-        result.plan.of("item").reasons, "quotient_and_remainder", operation="add"
-    )
-    assert (reason.fields["quotients"], reason.fields["buckets"]) == (
-        -(-300 // part_rows[1]),
-        part_rows[1],
-    )
+
+
+def test_quotient_remainder_skips_a_table_that_would_grow(tmp_path):
+    step = QuotientRemainder(tables=("item", "user"), buckets=50)
+    result = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
+    # 40 rows of 24 bytes would become one quotient row and 40 remainder rows.
+    require_reason(result.plan.of("user").reasons, "not_smaller_composed", before=960, after=984)
 
 
 def test_weighted_quotient_remainder_has_a_smaller_error_on_looked_up_rows(tmp_path):
