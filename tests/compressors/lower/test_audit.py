@@ -236,6 +236,7 @@ def test_audit_rejects_table_with_fewer_rows_than_the_module(tmp_path):
 
 
 def test_audit_expects_one_scale_for_each_group_of_rows(tmp_path):
+    """``every`` is the number of table rows that share an entry of a tensor; 0: all rows."""
     builder = GraphBuilder()
     out, initializers = add_table(builder, "gather first")
     shared_scales = initializers.model_copy(
@@ -255,6 +256,7 @@ def test_audit_expects_one_scale_for_each_group_of_rows(tmp_path):
 
 
 def test_audit_rejects_weight_only_layer_without_a_product_of_its_codes(tmp_path):
+    """``packed_layers`` multiply codes; ``widened_layers`` are decoded when a session starts."""
     lowered = lowered_reference("Compact", recipe_with("weight_int4"), "onnxruntime")
     optimized = optimized_graph(lowered.path)
     layers = lowered.lowered.layers
@@ -303,6 +305,7 @@ TABLE_COUNTS = {"Ranker": 6, "Compact": 2}
 def test_audit_accepts_every_recipe_exported_for_onnxruntime(network, kinds):
     lowered = lowered_reference(network, kinds, "onnxruntime")
     result = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
+    # Both networks have five dense layers.
     assert result.int8_products == (5 if {"static_int8", "qat"} & set(kinds) else 0)
     table_formats = set(kinds) & TABLE_FORMATS
     assert result.packed_tables == (TABLE_COUNTS[network] if table_formats else 0)

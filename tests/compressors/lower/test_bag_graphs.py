@@ -99,6 +99,7 @@ def edge_batch(reference: Reference) -> dict[str, Tensor]:
 
 
 SUMS = ("sum", "sum")
+# Arguments of ``BagNet`` (modes, padding, last) and the kind of table.
 CASES = (
     *((SUMS, True, False, tables) for tables in STEPS),
     (SUMS, False, True, "int4"),
@@ -108,7 +109,8 @@ CASES = (
 
 
 TARGETS = ("onnxruntime", "tensorrt-rtx")
-# The default tier has every mode, and every kind of table, each for one target.
+# The default tier has every mode with int4 tables, and one case with int8 tables, each for one
+# target.
 SAMPLE = {(index, TARGETS[index % 2]) for index in (1, 4, 5, 6)}
 
 

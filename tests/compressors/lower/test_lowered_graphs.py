@@ -34,6 +34,7 @@ from infra.onnxruntime.sessions import Session, optimized_graph
 
 ORT: TargetName = "onnxruntime"
 RTX: TargetName = "tensorrt-rtx"
+# ``UNDIVIDED`` are the methods that change graphs and keep each table as one table.
 KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 INT8_RECIPE = ("rowwise_int8", "static_int8")
 
@@ -118,6 +119,7 @@ STORED_TYPES = {
     "float16": TensorProto.FLOAT16,
 }
 SHORT_FLOATS = {"float16", "bfloat16"}
+"""Formats whose rows are gathered without a DequantizeLinear."""
 
 
 @each_network_with(sorted(STORED_TYPES))

@@ -23,6 +23,8 @@ from compressors.lower.parity import check_parity
 
 ORT: TargetName = "onnxruntime"
 RTX: TargetName = "tensorrt-rtx"
+# ``UNDIVIDED`` are the methods that change graphs and keep each table as one table. ``RECIPES`` has
+# each of them once, most with another method, so that they share a graph.
 KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]
 INT8_RECIPE = ("rowwise_int8", "static_int8")
 
@@ -105,6 +107,7 @@ def test_batch_with_only_empty_bags_has_the_scores_of_the_module(network, kinds,
         inputs["history_offsets"] = torch.zeros(count, dtype=torch.int64)
         inputs["tags_lengths"] = torch.zeros(count, dtype=torch.int64)
         inputs["genres"] = torch.zeros(count, 4, dtype=torch.int64)
+        # These few rows have almost equal scores, so the spread is that of other batches.
         assert_equal_scores(lowered, target, inputs, spread=0.02)
         assert not np.isnan(lowered.in_onnx(inputs)).any()
 
@@ -152,6 +155,9 @@ def test_serving_wrapper_has_the_scores_of_the_module(target):
 
 
 # --- the policy for ids out of range ---------------------------------------------------------
+#
+# Rows of the ranker's tables: ``user`` 40, ``item`` 300, ``city`` 9, ``genres`` 20, ``history`` 50,
+# ``tags`` 30. The default row is 3 for ``city`` and 2 for ``tags``.
 
 
 def refused_rows(lowered: Graph, inputs: dict[str, Tensor]) -> list[int]:

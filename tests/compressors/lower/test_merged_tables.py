@@ -139,7 +139,7 @@ def test_tables_with_the_same_layout_share_one_lookup_with_unchanged_scores(step
 def test_audit_accepts_merged_tables_which_store_every_row_once():
     model, lowered, path = compressed_and_lowered(RowwiseInt8(), "clamp")
     result = audit(optimized_graph(path), model.plan, lowered.tables)
-    assert result.packed_tables == 2
+    assert result.packed_tables == 2  # one of 40 + 300 + 9 rows, and ``wide``
     rows = {table.module: table.rows for table in lowered.tables}
     assert rows == {"tables.user, tables.item, tables.city": 349, "wide": 12}
     dims = {item.name: item.dims for item in onnx.load(path).graph.initializer}
@@ -157,7 +157,7 @@ def test_lookups_are_not_merged_if_the_network_also_uses_an_id_elsewhere(option,
     reference = reference_of_fields(**{option: True})
     model = compress(reference, RowwiseInt8(), tmp_path)
     lowered, path = lower_model(reference, model, tmp_path)
-    assert count_operators(path)["Gather"] == 8
+    assert count_operators(path)["Gather"] == 8  # codes and scales of four tables
     inputs = generate_inputs(reference.signature, reference.rows_of_tables(), 50)
     inputs["item"][:10] = 7
     expected = lowered.served(*(inputs[name] for name in input_names(reference.signature)))

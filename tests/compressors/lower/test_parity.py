@@ -1,4 +1,9 @@
-"""Parity accepts rounding errors and rejects a wrong graph."""
+"""Parity accepts rounding errors and rejects a wrong graph.
+
+A parity check compares the scores of a graph with those of its module. Its limits are shares of
+the scores' standard deviation (``SPREAD``), and depend on the target and on the plan's formats. The
+tests change scores by shares that are below or above a limit.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -233,9 +233,10 @@ def test_successive_clips_with_disjoint_bounds_return_the_second_bound(tmp_path)
     model = build_simplified(nodes, **{n: np.array(v, np.float32) for n, v in numbers.items()})
     x = np.array([[-1, 0.5, 9]], np.float32)
     assert run_graph(model, x, tmp_path).tolist() == [[2, 2, 2]]
+    # A Relu is a Clip with the lower bound 0.
     clip_and_relu = [
-        helper.make_node("Clip", ["x", "", "least"], ["low"]),
+        helper.make_node("Clip", ["x", "", "upper"], ["low"]),
         helper.make_node("Relu", ["low"], ["y"]),
     ]
-    model = build_simplified(clip_and_relu, least=np.array(-1, np.float32))
+    model = build_simplified(clip_and_relu, upper=np.array(-1, np.float32))
     assert run_graph(model, x, tmp_path).tolist() == [[0, 0, 0]]

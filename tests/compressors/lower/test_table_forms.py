@@ -178,6 +178,7 @@ def test_tables_of_every_form_take_the_bytes_of_the_plan(forms, graph):
 
 
 def test_lowered_tables_list_how_many_rows_share_each_entry(graph):
+    """Codes have one entry per row; scales and offsets may be shared (0: by all rows)."""
     lowered, _ = graph
     rows_per_entry = {
         table.module: [table.every.get(name, 1) for name in table.names]
