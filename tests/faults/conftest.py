@@ -1,6 +1,8 @@
 """Fixtures of the fault tests: servers, snapshots of homes, and the table of outcomes.
 
-A home is a folder with all files of one recpress installation. A snapshot is a copy of a home.
+A home is a folder with all files of one recpress installation. A snapshot is a copy of a home. A
+draft is the folder that a user writes and ``recpress bundle pack`` reads: ``model.json``, weights
+and data.
 """
 
 import json

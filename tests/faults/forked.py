@@ -365,6 +365,7 @@ def _run_job(job: dict[str, Any], folder: Path) -> None:
     result["modules"] = sorted(set(sys.modules) - before)
     if points.exists():
         result["points"] = json.loads(points.read_text())
+    # Remove the job's limit, which could be too small for the result.
     _limit_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     partial = folder / "ended.part"
     partial.write_text(json.dumps(result))

@@ -29,8 +29,8 @@ ORDER = {
     "targets": {"onnxruntime": "required"},
     "promote": True,
 }
-MEASURED = re.compile(r"_ms@")
-"""Metrics that differ between runs: latencies."""
+LATENCY_METRIC = re.compile(r"_ms@")
+"""Part of the names of latency metrics, whose values differ between runs."""
 TEMPORARY = re.compile(r"\.[0-9a-f]{12}-\d+-\d+-[0-9a-f]{8}\.\w+$|\.(part|damaged|new)$")
 """Names of files and folders that remain only after an unfinished command."""
 
@@ -138,7 +138,10 @@ def read_state(home: Home, store: Store | None = None) -> dict[str, Any]:
 
 
 def find_damage(home: Home, store: Store | None = None) -> list[str]:
-    """Describe stored content that is damaged or inconsistent; empty if there is none."""
+    """Describe stored content that is damaged or inconsistent; empty if there is none.
+
+    A record's seal is its last field, the SHA-256 of the bytes before it.
+    """
     used_store, problems = store or Store(str(home.store)), []
     keys = used_store.keys("")
     for name in sorted({key.split("/")[1] for key in keys if key.endswith("/manifest.json")}):
@@ -192,7 +195,7 @@ def _read_order(store: Store, key: str) -> dict[str, Any]:
         "targets": {item["target"]: item["artifact"]["sha256"] for item in report["targets"]},
         "plan": report["plan"],
         "stages": [stage["bundle"]["sha256"] for stage in report["stages"]],
-        "quality": [item for item in numbers if not MEASURED.search(item["metric"])],
+        "quality": [item for item in numbers if not LATENCY_METRIC.search(item["metric"])],
     }
 
 

@@ -1,5 +1,6 @@
 """Hostile drafts for ``recpress bundle pack``: each case changes a valid draft in one way.
 
+A draft is the folder that a user writes: ``model.json``, weights and parquet files.
 A ``Change`` is a function that changes the draft in a folder. The functions below return changes;
 the docstring of each says what the returned function does. ``CASES`` lists all cases.
 """
@@ -124,7 +125,7 @@ def vocabulary(path: str) -> Change:
 
 
 def inputs(change: Callable[[list[dict[str, Any]]], object]) -> Change:
-    """Change the inputs of the signature."""
+    """Change the inputs of the signature: ids ``user``, ``item``, bag ``tags``, and ``dense``."""
     return edit(lambda content: change(content["signature"]["inputs"]))
 
 
@@ -221,7 +222,7 @@ def cut(size: int) -> Change:
 
 ROWS_600 = b"\xb0\x09"  # the number of test rows in a parquet footer, as a zigzag varint
 
-# Texts and values that the cases write to the fields of model.json.
+# Contents of a whole model.json.
 JSON_BODIES: dict[str, Callable[[], bytes]] = {
     "depth 100,000": lambda: b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
     "depth 900": lambda: b'{"schema_version":1,"x":' + b"[" * 900 + b"]" * 900 + b"}",
@@ -244,6 +245,7 @@ JSON_BODIES: dict[str, Callable[[], bytes]] = {
     "a text": lambda: b'"x"',
     "a null character": lambda: b'{"schema_version":1,"name":"a\\u0000b"}',
 }
+# Texts that the cases write to fields of model.json.
 PATHS = (
     "/etc/passwd", "../secret.txt", "../../../../etc/passwd", "file:///etc/passwd",
     "http://127.0.0.1/x", "C:\\x", "a\\b", "/dev/zero", "/proc/self/environ", "", "a\0b", ".", " ",
@@ -264,7 +266,7 @@ ARCHITECTURES = (
     "tests.draft_network:ClickNet", "draft_network.sub:X", "\uff44raft_network:ClickNet",
 )  # fmt: skip
 
-# The entry of one float in a safetensors header.
+# The header entry of a safetensors tensor with one float.
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 CASES: dict[str, Change] = {
     **{

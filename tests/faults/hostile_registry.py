@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "m"
-ORDER = "d" * 64
-OTHER = "1" * 64
+OTHER_ORDER = "1" * 64  # digest of an order that is not that of the release
 
 ONLY_A_TAG = {
     "recipe tag is missing",
@@ -112,7 +111,7 @@ REPORTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "accepted report of a rejected target": _each(
         "targets", lambda item: item["verdict"].update(outcome="rejected")
     ),
-    "report of another order": lambda report: report.update(order=OTHER),
+    "report of another order": lambda report: report.update(order=OTHER_ORDER),
     "report of another model": lambda report: report.update(name="other"),
 }
 
@@ -128,7 +127,7 @@ def register(folder: str) -> dict[str, str]:
     from infra.settings import load_settings
     from tasks.orchestration.workspace import store
 
-    # Publish a valid order first, to copy its report and tags.
+    # Publish a valid order first, to copy its report and tags. Its digest is 64 times "d".
     valid = import_module("triton_versions").publish_version(Path(folder), "d")
     report = json.loads(valid.report.model_dump_json())
     uri = load_settings().registry_uri

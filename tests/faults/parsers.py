@@ -163,7 +163,7 @@ def limit(_: Path) -> Parser:
 
 
 def record(folder: Path) -> Parser:
-    """Return the parser of sealed records in the store."""
+    """Return the parser of sealed records: JSON whose last field is a hash of the bytes before."""
     object_store = Store(str(folder / "store"))
     bundle = {"artifact": {"uri": f"artifacts/{ORDER_DIGEST}", "sha256": ORDER_DIGEST, "bytes": 1}}
 

@@ -29,12 +29,13 @@ from homes import Home
 
 SUITE = "bit flips"
 SEED = 5
-SHARDS = 6
+SHARDS = 6  # tests that share the flips of the nightly tier
+# Bytes that are drawn in each file, in addition to the first, the last and one of the header.
 DRAWN_IN_FILES = 2
 DRAWN_IN_RECORDS = 16
 DRAWN_IN_REGISTRY = 60
 HEADER_BYTES = 16
-SAMPLE = 4
+SAMPLE = 4  # flips in the default tier
 CHANGES_ON_READ = {"registry.db", "registry.db-journal"}
 
 Outcomes = Callable[..., None]

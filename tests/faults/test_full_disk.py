@@ -23,7 +23,7 @@ SUITE = "full disk"
 KILOBYTES = (40, 100, 250, 400, 700, 1000, 1300, 1600, 1900, 2200, 2600)
 FILE_KILOBYTES = (4, 20, 64, 150, 300)
 LARGE = "64m"
-SAMPLE_KILOBYTES = 64
+SAMPLE_KILOBYTES = 64  # limit on the size of a file in the default tier
 
 Outcomes = Callable[..., None]
 

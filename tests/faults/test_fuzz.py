@@ -19,7 +19,7 @@ from parsers import PARSERS
 SUITE = "fuzz"
 INPUTS = 10_000
 SAMPLE = 25
-SHARDS = 2
+SHARDS = 2  # tests that share the inputs of one parser in the nightly tier
 MEMORY = 2 * 2**30
 NIGHTLY_SECONDS = 3000.0
 

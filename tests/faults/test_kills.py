@@ -21,7 +21,7 @@ from homes import Home, find_damage, find_temporary_files, read_state
 
 SUITE = "kills"
 SEED = 11
-SHARDS = 8
+SHARDS = 8  # tests that share the points of the order
 SAMPLE = 1  # points per command in the default tier
 RANDOM_TIMES = 24
 TWICE = 24  # pairs of kills
@@ -253,6 +253,7 @@ def test_order_that_is_killed_twice_in_a_row_gives_the_same_bytes_and_one_versio
     prepared = killing(ORDER)
     draw, count = random.Random(SEED), len(prepared.points)
     pairs = [sorted((draw.randint(1, count), draw.randint(1, count))) for _ in range(TWICE)]
-    # The second run passes fewer points, because the first run finished some work.
-    faults = [({"at": second}, {"at": max(1, second - first)}) for first, second in pairs]
+    # The second run passes fewer points, because the first run finished some work. So the first is
+    # killed at the larger number of a pair, and the second at the difference.
+    faults = [({"at": larger}, {"at": max(1, larger - smaller)}) for smaller, larger in pairs]
     check(prepared, ORDER, faults, outcomes, case=", twice in a row")

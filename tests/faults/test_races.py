@@ -22,10 +22,10 @@ from infra.registry.ledger import Ledger
 from infra.store.object_store import Store
 
 SUITE = "races"
-PROCESSES = 6
+PROCESSES = 6  # processes that run commands without an order
 ORDER_PROCESSES = 4  # processes that run complete orders
 ROUNDS = 6
-SECONDS = 600.0
+SECONDS = 600.0  # time limit of a process
 
 Outcomes = Callable[..., None]
 
@@ -50,9 +50,17 @@ def race(
 
 
 def check_promotions(
-    home: Home, store: Store, before: int, completed: list[Completed], case: str, outcomes: Outcomes
+    home: Home,
+    store: Store,
+    entries_before: int,
+    completed: list[Completed],
+    case: str,
+    outcomes: Outcomes,
 ) -> None:
-    """Check that the ledger is linear, and that the alias ``champion`` is its last entry."""
+    """Check that the ledger is linear, and that the alias ``champion`` is its last entry.
+
+    ``entries_before`` is the number of ledger entries before the commands ran.
+    """
     assert not any(item.crashed for item in completed), [
         item.text for item in completed if item.crashed
     ]
@@ -61,7 +69,7 @@ def check_promotions(
     assert [entry.sequence for entry in entries] == list(range(1, len(entries) + 1))
     confirmed = sum(item.code == 0 for item in completed)
     # Promoting the champion again, or a rollback that another one completed, adds no entry.
-    assert len(entries) - before <= confirmed
+    assert len(entries) - entries_before <= confirmed
     aliases = read_state(home, store)["aliases"]
     assert aliases["m", "champion"] == entries[-1].version
     assert find_damage(home, store) == []
@@ -76,6 +84,7 @@ def test_promotions_at_once_leave_one_linear_ledger_and_its_last_entry_as_champi
     home.restore(promoted_snapshot)
     store = Store(str(home.store))
     completed = race(fork_server, promotions(0)[:3], home.variables)
+    # The snapshot has two promotions.
     check_promotions(home, store, 2, completed, "promotions, one home", outcomes)
 
 

@@ -7,8 +7,8 @@ A conditional create is executed exactly once, even if its response is lost.
 
 Enumeration: a run without faults counts the requests of an operation. Then there is one run per
 request and kind of fault, with the fault once and three times in a row (the number of tries of the
-client). Then faults occur in 5 to 30 % of all requests, with fixed seeds, for operations and for
-complete orders.
+client). Then faults occur, with fixed seeds, in 5 to 30 % of all requests of operations and in 2
+to 15 % of all requests of complete orders.
 """
 
 import random
@@ -35,11 +35,12 @@ from infra.store.records import read_record, seal_record
 SUITE = "S3"
 ORDER_DIGEST = "0" * 64
 IN_A_ROW = 3  # attempts of the client for one request
-RATES = (0.05, 0.15, 0.3)
-APPENDS = 40
-ARTIFACTS = 25
+RATES = (0.05, 0.15, 0.3)  # shares of the requests with a fault
+SEEDS_PER_RATE = 25
 WRITERS = 6
+APPENDS = 40 // WRITERS  # per writer
 ORDER_SEEDS = (1, 2, 3, 4)
+ORDER_RATES = (0.02, 0.05, 0.1, 0.15)  # one for each seed
 ATTEMPTS = 12  # runs of a command of an order; the last one has no faults
 
 Outcomes = Callable[..., None]
@@ -102,7 +103,7 @@ class Operation:
         if self.name == "read a record":
             fields, is_verified = read_record(self.store, f"{self.key}/record")
             if not is_verified:
-                # As callers of read_record do.
+                # Callers of ``read_record`` raise an error for such a record.
                 raise ArtifactDamaged("manifest_changed", uri=self.key)
             return fields
         if self.name == "create a record":
@@ -180,16 +181,23 @@ def repeat_and_check(proxy: Proxy, operation: Operation, outcome: str) -> None:
 
 
 def check_every_request(
-    proxy: Proxy, operation: Operation, repeated: int, outcomes: Outcomes, first: int | None = None
+    proxy: Proxy,
+    operation: Operation,
+    repeated: int,
+    outcomes: Outcomes,
+    only_request: int | None = None,
 ) -> None:
-    """Test each fault in each request of one operation, or only in request ``first``."""
+    """Test each fault in each request of one operation, or only in request ``only_request``.
+
+    The same fault also occurs in the next ``repeated - 1`` requests.
+    """
     operation.prepare()
     proxy.set_plan()
     operation.run()
     count = len(proxy.requests)
     assert count > 0
     failed = []
-    for number in range(1, count + 1) if first is None else [first]:
+    for number in range(1, count + 1) if only_request is None else [only_request]:
         for fault in FAULTS:
             proxy.set_plan()
             operation.prepare()
@@ -209,7 +217,7 @@ def check_every_request(
 def test_operation_with_a_fault_in_its_first_request_is_right_or_retryable(
     name: str, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
 ) -> None:
-    check_every_request(proxy, Operation(name, tmp_path / "work"), 1, outcomes, first=1)
+    check_every_request(proxy, Operation(name, tmp_path / "work"), 1, outcomes, only_request=1)
 
 
 @pytest.mark.nightly
@@ -231,7 +239,7 @@ def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
 ) -> None:
     operation = Operation(name, tmp_path / "work")
     failed = []
-    for seed in range(ARTIFACTS):
+    for seed in range(SEEDS_PER_RATE):
         proxy.set_plan()
         operation.prepare()
         proxy.set_plan(fail_randomly(rate, FAULTS, seed))
@@ -258,7 +266,7 @@ def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_ea
 
     def write(writer: int) -> None:
         ledger = Ledger(Store("s3://models/faults"), model)
-        for number in range(APPENDS // WRITERS):
+        for number in range(APPENDS):
             name = f"{writer}-{number}"
             try:
                 ledger.append("1", ORDER_DIGEST, "promote", "me", name)
@@ -278,7 +286,7 @@ def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_ea
     )
     assert max(written.values()) == 1, "an entry was written twice"
     assert set(confirmed) <= set(written), "a confirmed entry was lost"
-    assert len(confirmed) + len(failed) == WRITERS * (APPENDS // WRITERS)
+    assert len(confirmed) + len(failed) == WRITERS * APPENDS
     case = f"{WRITERS} writers of one ledger, {rate:.0%} lost responses"
     outcomes(SUITE, case, "confirmed, written once", len(confirmed))
     outcomes(SUITE, case, "retryable error, written at most once", len(failed))
@@ -351,7 +359,7 @@ def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     variables = order_variables | s3_server.environment | {"AWS_ENDPOINT_URL": proxy.url}
     address = f"s3://models/order{seed}"
     order_on_s3 = OrderOnS3(warm_fork_server, home, proxy, address, variables)
-    rate = (0.02, 0.05, 0.1, 0.15)[ORDER_SEEDS.index(seed)]
+    rate = ORDER_RATES[ORDER_SEEDS.index(seed)]
     order_on_s3.finish("bundle", "pack", str(draft), rate=rate, seed=seed)
     order_on_s3.finish("compress", "--order", str(order), rate=rate, seed=seed)
     into = root / f"fetched{seed}"
