@@ -23,7 +23,10 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 
 class StepAttributes:
-    """Class attributes that every step declares, and a dry run that changes nothing."""
+    """Class attributes that every step declares, and a dry run that changes nothing.
+
+    ``effect`` is what a step changes, here the format in which units are stored.
+    """
 
     effect, trains, needs, wants = "format", False, (), ()
 

@@ -41,7 +41,8 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 KINDS = [method().kind for method in PARTS]
 each_composing_method = pytest.mark.parametrize("method", PARTS, ids=lambda m: m.__name__)
 _SCRATCH = tempfile.TemporaryDirectory(prefix="composed-")
-PACKING_STEPS = (RowwiseInt4, Float16)  # a format with a scale per row, and one without scales
+# Steps that pack parts (store them in a smaller format), with a scale per row and without scales.
+PACKING_STEPS = (RowwiseInt4, Float16)
 
 
 def composed_units(model: models.Model) -> tuple[Unit, ...]:

@@ -323,6 +323,7 @@ def test_two_steps_skip_only_the_unusual_unit(network: type[BaseNet], tmp_path: 
     formats = {line.module: line.format for line in model.plan.lines} if model.plan else {}
     skipped = SKIPPED_UNIT.get(network)
     for name in ("user", "item", "last"):
+        # A table with a hook is kept, too, with the reason ``has_hooks``.
         if name != skipped and not (name == "item" and network is Hooked):
             assert formats[name] != "float32", f"{name} of {network.__name__} was left out"
     if skipped is not None:

@@ -47,7 +47,7 @@ from compressors.core.modules.formats import PackedLinear
 from compressors.core.registries import AnyStep
 from compressors.core.runner import run
 from compressors.core.state.module_state import load, map_tensors, records_of, save, tensors_of
-from compressors.core.steps.step import Step as WholeStep
+from compressors.core.steps.step import Step as StepProtocol
 from compressors.core.steps.step import TableStep
 from compressors.core.units import Unit
 from compressors.errors.compression import NothingToCompress
@@ -74,7 +74,8 @@ from compressors.rewrite.equalize import Equalize
 from compressors.rewrite.fold import Fold
 from compressors.rewrite.smooth_quant import SmoothQuant
 
-RECIPES = TypeAdapter(AnyStep)
+ANY_STEP = TypeAdapter(AnyStep)
+"""Reads a step of any kind from JSON."""
 
 
 def unit_settings(method: type[Step]) -> set[str]:
@@ -269,6 +270,10 @@ def test_scores_of_formats_are_finite_and_close_to_those_of_the_source(method_ru
 
 @each_method_on_references
 def test_every_table_and_dense_layer_has_one_plan_line(method_run, step):
+    """The line ``(other)`` has the tensors of no table or dense layer.
+
+    Only steps with the effect ``parts`` replace a table by several smaller ones.
+    """
     source = method_run.source
     result = method_run.result
     assert isinstance(result.plan, Plan)
@@ -326,6 +331,7 @@ def test_a_method_that_changes_values_keeps_all_formats(method_run, step, refere
     for line in result.plan.lines[:-1]:
         inside = {k: v for k, v in stored.items() if k.startswith(f"{line.module}.")}
         assert line.format == "float32"
+        # ``similar`` and ``friend`` share the tensors of other modules, which are stored once.
         assert line.bytes_after == stored_bytes(inside) or line.module in {"similar", "friend"}
         if step.kind not in line.steps:
             for name, tensor in inside.items():
@@ -433,11 +439,11 @@ def test_only_units_that_match_the_patterns_change(method, tmp_path):
 
 @each_method
 def test_step_survives_a_json_round_trip_and_kind_selects_its_class(step):
-    text = RECIPES.dump_json(step)
-    assert RECIPES.validate_json(text) == step
-    assert type(RECIPES.validate_json(text)) is type(step)
-    assert RECIPES.validate_python({"kind": step.kind}) == type(step)()
-    choices = RECIPES.json_schema()["discriminator"]
+    text = ANY_STEP.dump_json(step)
+    assert ANY_STEP.validate_json(text) == step
+    assert type(ANY_STEP.validate_json(text)) is type(step)
+    assert ANY_STEP.validate_python({"kind": step.kind}) == type(step)()
+    choices = ANY_STEP.json_schema()["discriminator"]
     assert choices["propertyName"] == "kind"
     assert step.kind in choices["mapping"]
 
@@ -446,7 +452,7 @@ def test_kinds_are_unique_and_every_method_implements_a_step_protocol():
     kinds = [method().kind for method in METHODS]
     assert len(set(kinds)) == len(kinds) >= 4
     for method in METHODS:
-        assert isinstance(method(), TableStep | WholeStep)
+        assert isinstance(method(), TableStep | StepProtocol)
 
 
 @each_method
@@ -456,7 +462,7 @@ def test_a_step_is_frozen_hashable_and_rejects_unknown_settings(method):
     with pytest.raises(ValidationError, match="Extra inputs"):
         method(strength=1)
     with pytest.raises(ValidationError):
-        RECIPES.validate_python({"kind": "no_such_method"})
+        ANY_STEP.validate_python({"kind": "no_such_method"})
     assert method() == method()
     assert hash(method()) == hash(method())
 
