@@ -7,7 +7,8 @@ Each recipe runs on trained click models, without further training. Prints
 - the operators of the graph that ONNX Runtime runs.
 
 In a label, the number after ``low_rank_dense`` is the rank as a share of the full rank; "within"
-means that the number is a bound on the relative squared error instead.
+means that the number is a bound on the relative squared error instead. The factors minimize the
+error of the outputs on calibration rows, or the error of the weights ("by weights alone").
 
     python -m benchmarks.ctr --only frappe --data DATA
     python -m benchmarks.fold_and_rank --only frappe --data DATA
@@ -63,8 +64,8 @@ RECIPES: dict[str, tuple[Step, ...]] = {
         for weighted in (True, False)
     },
     **{
-        f"`fold`, `low_rank_dense` within {most:g}": (Fold(), LowRankDense(most_error=most))
-        for most in (0.01, 0.03)
+        f"`fold`, `low_rank_dense` within {error:g}": (Fold(), LowRankDense(most_error=error))
+        for error in (0.01, 0.03)
     },
     "`fold`, `low_rank_dense` 0.25, `static_int8`": (Fold(), LowRankDense(rank=0.25), INT8),
     "`fold`, `low_rank_dense` within 0.01, `static_int8`": (
@@ -88,7 +89,7 @@ def count_operators(model: Model, bench: Bench, folder: Path) -> str:
     lower(model.module, graph, "onnxruntime", path)
     counts = Counter(node.op_type for node in optimized_graph(path).node)
     shown = ("Gemm", "FusedGemm", "MatMul", "QGemm", "BatchNormalization")
-    return ", ".join(f"{counts[kind]} {kind}" for kind in shown if counts[kind])
+    return ", ".join(f"{counts[op_type]} {op_type}" for op_type in shown if counts[op_type])
 
 
 @dataclass

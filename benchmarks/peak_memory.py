@@ -38,7 +38,7 @@ class Case(NamedTuple):
     rows: int
     """Rows of the table, each of 64 float32 numbers; a retrieval model has two such tables."""
     hidden: int
-    """Width of the three dense layers."""
+    """Width of a click model's three dense layers, or of a retrieval model's vectors."""
     train: int
     """Training rows."""
     preset: str
@@ -49,6 +49,8 @@ class Case(NamedTuple):
     """Whether the model is a two-tower retrieval model; else it is a click model."""
 
 
+# The number in a name is the size of what makes the model large: MB of the table ("table"), of the
+# dense layers ("dense") or of both tables ("towers"), or millions of training rows ("rows").
 CASES = {
     "tiny": Case(10_000, 32, 20_000, "fast"),
     "table-100": Case(400_000, 32, 20_000, "fast"),
@@ -309,11 +311,11 @@ def measure(case: Case) -> dict[str, object]:
 def main() -> None:
     """Print a Markdown table with one line per case."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)  # run one case here
+    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)  # preset, engine, retrieval
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--json", type=Path, help="Also write every measurement to this file.")
     args = parser.parse_args()
-    if args.inside:
+    if args.inside:  # this is the child process that ``measure`` started for one case
         preset, engine, retrieval = args.inside
         run_order(preset, engine=engine == "True", retrieval=retrieval == "True")
         return

@@ -133,10 +133,8 @@ def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str
     def prune(model: Model, bench: Bench) -> Model:
         original = total_multiply_adds(model.module, bench)
         gradients = loss_gradients(model, bench) if name == "taylor" else {}
-        low, high = (
-            0.0,
-            1.0,
-        )  # pruning ratios: the largest that is too small, the smallest that is not
+        # Pruning ratios: the largest known to be too small, the smallest known to be enough.
+        low, high = 0.0, 1.0
         pruned = model.module
         for _ in range(9):
             ratio = (low + high) / 2
@@ -204,7 +202,7 @@ def select(
     best: dict[str, Candidate] = {}
     print("| first seed, validation AUC | pruned | trained | multiply-adds | hidden |")
     print("|---|---|---|---|---|", flush=True)
-    for side, candidates in {"ours": CHANNELS, "theirs": TORCH_PRUNING}.items():
+    for library, candidates in {"ours": CHANNELS, "theirs": TORCH_PRUNING}.items():
         aucs = {}
         for candidate in candidates:
             pruned = candidate.prune(model, bench)
@@ -218,7 +216,7 @@ def select(
                 f"{pruned.network.architecture.config['hidden']} |",
                 flush=True,
             )
-        best[side] = max(candidates, key=lambda item: aucs[item.name])
+        best[library] = max(candidates, key=lambda item: aucs[item.name])
     return best
 
 

@@ -111,12 +111,12 @@ class Variant:
 
 
 SETTINGS_HEADER = "student | teachers | traffic, rows per labelled row | dropout | soft share"
-TUNED = (
+TUNING_VARIANTS = (  # name, dropout, soft share
     *(Variant(FROM_SCRATCH, dropout) for dropout in (0.2, 0.3, 0.5)),
     *(Variant("pointwise", dropout, 0.5) for dropout in (0.3, 0.5)),
     Variant("pointwise", 0.3, 0.7),
     Variant("pointwise", 0.3, 0.7, teachers=3),
-    *(Variant("pointwise", 0.3, 0.7, count, 1) for count in (1, 3)),
+    *(Variant("pointwise", 0.3, 0.7, teachers=count, traffic=1) for count in (1, 3)),
     Variant("pointwise", 0.3, 0.7, teachers=3, traffic=3),
     *(Variant("listwise", 0.3, weight, teachers=3, traffic=1) for weight in (0.1, 0.5)),
     Variant("calibrated_listwise", 0.3, 0.7, teachers=3, traffic=1),
@@ -270,7 +270,7 @@ def measure(variant: Variant, seed: int, folder: Path, cache: Path, epochs: int)
 
 
 def evaluate(module: nn.Module, split: Split) -> tuple[float, float]:
-    """Return the AUC of all rows, and the mean AUC of the rows of each user (GAUC)."""
+    """Return the AUC of all rows, and the mean AUC within users, weighted by their rows (GAUC)."""
     inputs, label = load_split(split)
     score = predict(module, inputs).numpy()
     users = inputs["user"].numpy()
@@ -283,7 +283,7 @@ def tune(folder: Path, cache: Path, epochs: int) -> None:
     """Print the validation AUC of all tuning variants on the first network."""
     print(f"| {SETTINGS_HEADER} | validation AUC |")
     print("|---|---|---|---|---|---|")
-    for variant in TUNED:
+    for variant in TUNING_VARIANTS:
         value = measure(variant, 0, folder, cache, epochs)["validation"]
         print(f"| {variant.cells()} | {value:.5f} |", flush=True)
 

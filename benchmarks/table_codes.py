@@ -57,10 +57,12 @@ STEPS: tuple[TableStep, ...] = (
     ResidualCodes(codebooks=2, bits=4, codebook_share=CODEBOOK_SHARE),
     RowwiseInt2(rows_per_scale=64),
 )
+# kmeans with 2 bits and no scales; the product codes and the residual codes with the fewest bytes;
+# 2 bits with one scale for 64 rows.
 REFITTED_STEPS = (STEPS[4], STEPS[6], STEPS[10], STEPS[11])
 SEEDS = 5
 STUDENT_T = 2.776  # two-sided 95 % of Student's t with 4 degrees of freedom
-# The penalty on tables is that of the demo's training; all rates are defaults.
+# The default of ``refit_codes``, and the penalty on tables of the demo's training.
 TRAINING = Training(epochs=3, learning_rate=3e-4, patience=1, table_l2=0.05)
 
 
@@ -127,6 +129,7 @@ def main() -> None:
         for step in REFITTED_STEPS:
             model = compressed[step.kind, STEPS.index(step)]
             size, _ = measure_tables(original, model)
+            # A share of 0 selects no new codes: only codebooks or scales are trained.
             refits = RefitCodes(training=TRAINING, share=0, rounds=1), RefitCodes(training=TRAINING)
             cells = [
                 _format_changes(_refit_with_seed(refit, model, bench), auc_change)

@@ -2,9 +2,9 @@
 
 The first printed table has the speed of encoding float32 rows in 8 and 4 bits. For comparison, it
 has torch's prepack operators, which are asymmetric with min-max ranges, and a plain copy of the
-same bytes into allocated memory. Encoders run in turn in every round, so that other load affects
-all of them. Speeds are those of the fastest round, by wall time and by processor time; other load
-affects processor time less.
+float32 rows into memory that is already allocated. Encoders run in turn in every round, so that
+other load affects all of them. Speeds are those of the fastest round, by wall time and by processor
+time; other load affects processor time less.
 
 The second printed table has the squared error of 4-bit tables whose weights are drawn from five
 distributions, as a share of the error of torch's 4-bit prepack.

@@ -48,9 +48,10 @@ def memory_bytes(name):
 step = step_named(sys.argv[3], json.loads(sys.argv[4]))
 step.encode(torch.ones(8, 8), {})  # compile the kernels before the measurement
 Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM)
-before, start, busy = memory_bytes("VmRSS"), time.perf_counter(), time.process_time()
+before = memory_bytes("VmRSS")
+wall_start, processor_start = time.perf_counter(), time.process_time()
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), step)
-seconds = time.perf_counter() - start, time.process_time() - busy
+seconds = time.perf_counter() - wall_start, time.process_time() - processor_start
 print(json.dumps([*seconds, memory_bytes("VmHWM") - before]))
 """
 

@@ -54,15 +54,15 @@ def steps_by_share(dim: int) -> dict[str, tuple[Step, ...]]:
     """Return the compared steps for tables of width ``dim``, by the share of bytes they keep."""
     steps: dict[str, tuple[Step, ...]] = {}
     for share in (0.5, 0.25, 0.125):
-        numbers = max(1, round(share * dim))
+        width = max(1, round(share * dim))  # numbers that are stored per row
         steps[f"1/{round(1 / share)}"] = (
-            LowRank(rank=numbers),
-            LowRank(rank=numbers, weighted=True),
-            Dimensions(keep=numbers),
-            Dimensions(keep=numbers, importance="traffic"),
-            Dimensions(keep=numbers, importance="gradient"),
-            NeuralCodes(codes=numbers),
-            NeuralCodes(codes=numbers, weighted=True),
+            LowRank(rank=width),
+            LowRank(rank=width, weighted=True),
+            Dimensions(keep=width),
+            Dimensions(keep=width, importance="traffic"),
+            Dimensions(keep=width, importance="gradient"),
+            NeuralCodes(codes=width),
+            NeuralCodes(codes=width, weighted=True),
             QuotientRemainder(buckets=share),
             QuotientRemainder(buckets=share, weighted=True),
             QuotientRemainder(buckets=share, operation="multiply", weighted=True),
@@ -147,6 +147,7 @@ def main() -> None:
     source = loaded.model
     units = [unit for unit in Unit.of(source.module) if unit.role == "table"]
     dim = units[0].weight.shape[1]
+    # Not 0: the counts are divided by their sum, which is 0 for a table without lookups.
     counts = {k: v + 1e-9 for k, v in lookup_counts(source, bench, [u.name for u in units]).items()}
     auc = evaluate_auc(source.module, bench)
     distill = Distill(training=Training(tables=True, table_l2=TABLE_L2))
@@ -154,7 +155,7 @@ def main() -> None:
     print("| composition | parts | bytes | error | error weighted by lookups | change of AUC |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        for number, part_step in enumerate(PART_STEPS[1:]):
+        for number, part_step in enumerate(PART_STEPS[1:]):  # 8 and 4 bits
             assert part_step is not None
             quantized = run(part_step, source, bench, Path(scratch) / f"plain-{number}")
             cells = result_cells(quantized, source, bench, counts, auc)
@@ -170,7 +171,7 @@ def main() -> None:
                 distilled = run(distill, composed, bench, folder / "distilled")
                 for unquantized, part_steps in (
                     (composed, PART_STEPS),
-                    (distilled, PART_STEPS[::2]),
+                    (distilled, PART_STEPS[::2]),  # float32 and 4 bits
                 ):
                     for part_step in part_steps:
                         kind = f"`{part_step.kind}`" if part_step else "float32"

@@ -52,10 +52,10 @@ PEERS: Recipes = [
     *(
         (
             "quotient, remainder",
-            f"table of remainders with {words} of the rows",
-            [{"kind": "quotient_remainder", "buckets": buckets, "weighted": True}],
+            f"table of remainders with {fraction} of the rows",
+            [{"kind": "quotient_remainder", "buckets": share, "weighted": True}],
         )
-        for buckets, words in ((0.5, "1/2"), (0.1, "1/10"))
+        for share, fraction in ((0.5, "1/2"), (0.1, "1/10"))
     ),
     *(
         (
@@ -75,13 +75,13 @@ def _additive_codes(
     return {"kind": "additive_codes", "codebooks": codebooks, "tables": tables, **settings}
 
 
-SMALL = ("tables.daytime", "tables.weekday", "tables.isweekend", "tables.homework")
-"""Frappe's smallest tables, of 2 to 7 rows."""
+TINY_FIELDS = ("daytime", "weekday", "isweekend", "homework", "cost", "weather")
+"""Frappe's fields whose tables have 2 to 9 rows."""
 KMEANS_FOR_TINY_TABLES = {
     "kind": "kmeans",
     "bits": 2,
     "scale": "none",
-    "tables": (*SMALL, "tables.cost", "tables.weather"),
+    "tables": tuple(f"tables.{name}" for name in TINY_FIELDS),
 }
 
 
@@ -106,6 +106,8 @@ def _user_codes(codebooks: int, bits: int) -> dict[str, Any]:
     return _additive_codes(codebooks, ("tables.user",), bits=bits)
 
 
+# Both are the recipe "24 bits per item, 32 per user" with other settings of the fit: more rounds
+# for the largest tables, and the best of several fits.
 MORE_ROUNDS = [
     KMEANS_FOR_TINY_TABLES,
     _additive_codes(6, ("tables.item",), rounds=80, beam=16),
@@ -169,7 +171,12 @@ def measure(steps: list[dict[str, Any]], model: Model, bench: Bench, test: Split
 
 
 def draw(results: dict[Name, list[tuple[str, list[list[float]]]]], path: Path) -> None:
-    """Plot loss against bytes: one panel per data set, one line per family."""
+    """Plot loss against bytes: one panel per data set, one line per family.
+
+    Args:
+        results: by data set, the family of each recipe and the results of ``measure`` by seed.
+        path: file of the picture.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -4,8 +4,13 @@ In the demo's tables with at least 64 rows, rows are pruned, clustered, merged, 
 frequent ("hot") and rare ("cold") rows with different formats (``tiers``). ``drop_tables`` removes
 whole tables. Prints the bytes of all tables as a share of float32, the change of AUC on validation
 rows, and the share of training lookups whose row changes. Bytes and change of AUC are printed
-before and after the remaining rows are quantized. ``drop_tables`` selects tables by the same
-validation rows, which favors it.
+before and after the remaining rows are quantized; for recipes that only quantize, and for
+``tiers``, only after. ``drop_tables`` selects tables by the same validation rows, which favors it.
+
+Labels: the number after ``prune_rows`` is the share of kept rows; a pruned row is replaced by the
+nearest kept row ("nearest"), the mean of the pruned rows ("shared") or zeros. "clusters" is the
+number of clusters as a share of the rows that are not hot. "within" is the largest distance of
+merged rows as a share of the root mean square length of the table's rows.
 
     recpress demo && python -m benchmarks.table_rows
 """
@@ -101,7 +106,7 @@ def main() -> None:
             model, cells = source, ["", "", ""]
             for index, step in enumerate(steps):
                 model = run(step, model, bench, Path(scratch) / f"{number}-{index}")
-                if index == 0 and len(steps) == 2:
+                if index == 0 and len(steps) == 2:  # the second step quantizes the remaining rows
                     size = f"{table_bytes(model) / table_bytes(source):.1%}"
                     change = f"{evaluate_auc(model.module, bench) - auc:+.5f}"
                     cells = [size, change, format_affected_lookups(model)]

@@ -40,7 +40,7 @@ from tasks.prepare import prepare
 METHODS = (RowwiseInt8, RowwiseInt4, RowwiseInt2)
 CLIPPING_RULES = ("min_max", "greedy", "mse")
 ROWS_PER_SCALE = (1, 8, 64, 0)  # 0: one scale for the whole table
-TIMED_SHAPE = (20_000, 64)
+TIMED_SHAPE = (20_000, 64)  # rows and width of the table that is encoded to measure the time
 ROUNDS = 3
 
 

@@ -8,6 +8,8 @@ Five kinds of layers are compared:
 - the same with inputs that are quantized to int8 at run time;
 - ONNX Runtime's 8-bit product on float inputs (MatMulNBits), which recpress does not use.
 
+The number in a label such as ``weight_int4/32`` is the block size: the weights that share a scale.
+
 Each layer is first checked against the torch module. Then all are timed in turn in one process on
 one thread. The printed time is the 10 % quantile of all calls, because other load only adds time.
 Ratios are relative to the fp32 Gemm.
