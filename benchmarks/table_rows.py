@@ -49,7 +49,7 @@ def build_recipes() -> dict[str, Steps]:
     steps_by_label: dict[str, Steps] = {"none": (RowwiseInt8(),)}
     for keep in (0.5, 0.25):
         for importance in ("traffic", "gradient", "norm"):
-            step = PruneRows(min_rows=MIN_ROWS, keep=keep, importance=importance)
+            step = PruneRows(min_rows=MIN_ROWS, keep=keep, importance=importance, pruned="shared")
             steps_by_label[f"`prune_rows` {keep:g} by {importance}, shared"] = (step, RowwiseInt8())
         for pruned in ("zero", "nearest"):
             step = PruneRows(min_rows=MIN_ROWS, keep=keep, pruned=pruned)
