@@ -127,6 +127,7 @@ def split(folder: Path, seed: int) -> Splits:
     public, test = read_pairs(folder, "train"), read_pairs(folder, "test")
     random = np.random.default_rng(seed)
     order = random.permutation(len(public))
+    # Positions in the shuffled order; the first row of each user always stays in training.
     _, first = np.unique(public[order, 0], return_index=True)
     candidates = np.setdiff1d(np.arange(len(public)), first)
     is_validation = np.zeros(len(public), bool)

@@ -43,7 +43,7 @@ FILES = {  # SHA-256; the published results refer to these files
 }
 FIELDS = ("user", "item", "age", "gender", "occupation", "zip", "year", "hour")
 BAG = "genres"
-LONGEST_BAG = 8  # largest number of genres of a film; in this data set it is 6
+LONGEST_BAG = 8  # padded length of a film's list of genres; the longest list has 6
 CLICK_FROM = 4  # stars
 TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.1  # of all rows; the remaining rows are the test set
 CALIBRATION_ROWS = 4096

@@ -1,8 +1,9 @@
 """Select the memory pool of Arrow (pyarrow) for this process and its child processes.
 
 Arrow reads an environment variable when it is imported. ``infra/__init__.py`` therefore calls
-``select_system_pool`` first. Child processes inherit the variable. ``pyarrow.set_memory_pool`` is
-not enough, because Arrow's file readers use the default pool.
+``select_system_pool``, before a module of ``infra`` imports Arrow. Child processes inherit the
+variable. ``pyarrow.set_memory_pool`` is not enough, because Arrow's file readers use the default
+pool.
 """
 
 import os

@@ -114,11 +114,12 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     Called by a module that ``run_child`` starts. The process also ends if its parent ends. The exit
     code is:
 
-    - 0 if ``work`` returns;
-    - 2 if it raises ``Refused``; the response contains the error as a ``BuildRefused``, and an
-      error of another class as one with the code ``request_refused`` and the sentence;
-    - 3 if memory is exhausted;
-    - 1 after any other exception, whose traceback is in the log.
+    - 0 if ``work`` returns; the response is its result;
+    - 2 if it raises ``Refused``; the response contains code and fields of a ``BuildRefused``. An
+      error of another class is converted to one with the code ``request_refused``, whose field
+      ``problem`` is the sentence of the error;
+    - 3 if memory is exhausted; the response contains code and fields of an ``OutOfMemory``;
+    - 1 after any other exception; its traceback is in the log, and there is no response.
 
     Args:
         work: computes the response from the request.

@@ -36,13 +36,13 @@ MIN_SECRET_CHARACTERS = 6
 Logins in addresses are masked at any length.
 """
 
-# Names of variables whose value is a secret, unless the name ends as in ``_FILE``: then the value
-# is only the place or the kind of a secret.
-_NAMED = re.compile(
+# Names of variables whose value is a secret, unless ``_NO_SECRET_NAME`` matches too: then the value
+# is only the place or the kind of a secret (``AWS_WEB_IDENTITY_TOKEN_FILE``).
+_SECRET_NAME = re.compile(
     r"SECRET|PASSWORD|PASSWD|PASSPHRASE|TOKEN(?![A-Z])|API_?KEY|AUTH_STRING|ACCESS_KEY(?!_ID)|"
     r"CREDENTIAL|PRIVATE_KEY"
 )
-_FILE = re.compile(r"(FILE|PATH|FOLDER|DIR|URL|URI|SCOPE|MODE|CLIENT)$")
+_NO_SECRET_NAME = re.compile(r"(FILE|PATH|FOLDER|DIR|URL|URI|SCOPE|MODE|CLIENT)$")
 # The login in a complete address within a text, up to its @.
 _LOGIN = re.compile(r"(?<=://)(?:[^\s/?#'\"<>]*|[^\s/?#'\"<>:]*:[^\s?#'\"<>]*)@")
 # A text that begins with a login: [scheme:][//]user[:password]@...
@@ -82,9 +82,9 @@ def mask_credentials(message: object, *addresses: str) -> str:
     return _QUERY.sub(rf"\g<1>{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))
 
 
-def first_line(message: object, *addresses: str, most: int = 400) -> str:
-    """Return the first line of a message without credentials, at most ``most`` characters."""
-    return mask_credentials(message, *addresses).strip().partition("\n")[0][:most]
+def first_line(message: object, *addresses: str, max_characters: int = 400) -> str:
+    """Return the first line of a message without credentials, truncated to ``max_characters``."""
+    return mask_credentials(message, *addresses).strip().partition("\n")[0][:max_characters]
 
 
 def secrets() -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def secrets() -> tuple[str, ...]:
 
 def _is_secret(name: str) -> bool:
     """Return whether the name of a variable indicates that its value is a secret."""
-    return _NAMED.search(name) is not None and _FILE.search(name) is None
+    return _SECRET_NAME.search(name) is not None and _NO_SECRET_NAME.search(name) is None
 
 
 @lru_cache(maxsize=8)

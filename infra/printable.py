@@ -44,4 +44,4 @@ def truncate_sentence(sentence: str) -> str:
 def _escape(match: re.Match[str]) -> str:
     r"""Return the JSON escape of a character: ``\uXXXX`` for each of its UTF-16 units."""
     encoded = match[0].encode("utf-16-be", "surrogatepass")  # two bytes per unit
-    return "".join(f"\\u{encoded[at]:02x}{encoded[at + 1]:02x}" for at in range(0, len(encoded), 2))
+    return "".join(f"\\u{encoded[k]:02x}{encoded[k + 1]:02x}" for k in range(0, len(encoded), 2))

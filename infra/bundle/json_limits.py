@@ -25,7 +25,7 @@ MAX_JSON_VALUES = 1_500_000
 
 MAX_JSON_DEPTH = 64
 MAX_NUMBER_CHARACTERS = 400
-"""The longest finite float, written without an exponent, has 325 characters."""
+"""The longest finite float, written without an exponent and with a sign, has 327 characters."""
 
 _BLOCK = MIB
 _OPEN, _CLOSE, _SEPARATOR, _NUMBER = 1, 2, 3, 4
@@ -91,6 +91,8 @@ def measure(raw: bytes) -> JsonSize:
         level_changes = (kinds == _OPEN).astype(np.int32) - (kinds == _CLOSE)
         levels = depth + np.cumsum(level_changes)
         depth, deepest = int(levels[-1]), max(deepest, int(levels.max()))
+        # A number is what is between two bytes of another kind. The first number of a block may
+        # have begun in the previous block, where it has ``number_length`` bytes.
         other_positions = np.flatnonzero(kinds != _NUMBER)
         ends = np.concatenate(([-1 - number_length], other_positions, [len(block)]))
         longest = max(longest, int(np.diff(ends).max()) - 1)

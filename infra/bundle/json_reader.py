@@ -60,7 +60,7 @@ def raise_if_any(place: Path | str, problems: Iterable[Reason]) -> None:
     """Raise ``BundleRefused`` if there is any problem; the error contains the first 20.
 
     Args:
-        place: the file or field that the problems refer to.
+        place: what the problems refer to, such as a folder; it begins the message.
         problems: the reasons. Their fields have bounded length; ``short`` truncates a value.
     """
     messages = list(islice(problems, PROBLEMS_SHOWN + 1))
@@ -232,7 +232,7 @@ def _check_strings(document: object) -> None:
         if value is _END:
             iterators.pop()
         elif isinstance(value, str):
-            value.encode()
+            value.encode()  # half of a surrogate pair raises UnicodeEncodeError, a ValueError
         elif isinstance(value, dict):
             iterators.append(item for pair in value.items() for item in pair)
         elif isinstance(value, list):

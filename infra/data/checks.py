@@ -95,9 +95,11 @@ class Check:
 
     @property
     def frame(self) -> tuple[str, str | None]:
-        """Key of the pandas frame that the check reads: the view, and the column of list values.
+        """Key of the pandas frame that the check reads; checks with the same key run as one suite.
 
-        Checks with the same key run as one suite.
+        - ``(VALUES, column)`` in the view ``VALUES``: one frame per list column.
+        - ``(TYPES, None)`` in the view ``TYPES``: one frame with the types of all columns.
+        - ``(ROWS, None)`` in all other views: one frame with one entry per row.
         """
         if self.view in (TYPES, VALUES):
             return (self.view, self.column if self.view == VALUES else None)

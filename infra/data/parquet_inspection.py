@@ -1,9 +1,9 @@
 """The child process that reads an untrusted parquet file once, completely, within limits.
 
-Such a file can end the process that reads it (a damaged footer aborts the C++
-reader), declare rows that it does not have, or expand to any size. So a child process first reads
-every column that is needed, within limits of memory and time, and reports the counts of rows and
-values. Afterwards the parent process can read the file safely with the same library and batches.
+Such a file can end the process that reads it (a damaged footer aborts the C++ reader), declare rows
+that it does not have, or expand to any size. So a child process first reads every column that is
+needed, within limits of memory and time, and reports the counts of rows and values. Afterwards the
+parent process can read the file safely with the same library and batches.
 ``parquet_inspector.py`` starts the child process and sends it requests, one JSON line each.
 
 This module imports only pyarrow and numpy, so that the process starts quickly.
@@ -36,7 +36,7 @@ EXPANSION = 1000
 """A file may decode to ``EXPANDED_BYTES`` (1 GiB), or to ``EXPANSION`` times its size if larger."""
 
 MAX_COLUMNS = 20_000
-MAX_NAME_BYTES = 4 * 2**20
+MAX_NAME_CHARACTERS = 4 * 2**20
 """Most characters of all column names together."""
 
 BUFFER_BYTES = 2**20
@@ -123,15 +123,15 @@ def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
     """
     with open_parquet(file) as source:
         schema, footer = source.schema_arrow, source.metadata
-        kinds = [[name, kind_of(schema.field(at).type)] for at, name in enumerate(schema.names)]
+        kinds = [[name, kind_of(schema.field(k).type)] for k, name in enumerate(schema.names)]
         name_characters = sum(len(name) for name in schema.names)
-        if len(kinds) > MAX_COLUMNS or name_characters > MAX_NAME_BYTES:
+        if len(kinds) > MAX_COLUMNS or name_characters > MAX_NAME_CHARACTERS:
             raise NotUsable(
                 "too_many_columns",
                 columns=len(kinds),
                 characters=name_characters,
                 most_columns=MAX_COLUMNS,
-                most_characters=MAX_NAME_BYTES,
+                most_characters=MAX_NAME_CHARACTERS,
             )
         # Repeated names are not read; the parent reports them.
         names = [name for name in dict.fromkeys(columns) if schema.names.count(name) == 1]
@@ -188,8 +188,8 @@ def _choose_batch_rows(footer: pq.FileMetaData, columns: list[str]) -> int:
     for index in range(footer.num_row_groups):
         row_group = footer.row_group(index)
         values = 0
-        for leaf in range(row_group.num_columns):
-            chunk = row_group.column(leaf)
+        for column in range(row_group.num_columns):  # a list column has paths such as name.list
+            chunk = row_group.column(column)
             if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
                 values += max(chunk.num_values, 0)
         values_per_row = max(values_per_row, values // max(row_group.num_rows, 1))
@@ -229,8 +229,8 @@ def _unreadable_error(fault: Exception) -> NotUsable:
     return NotUsable("unreadable", problem=reason)
 
 
-def limit_memory(most: int) -> int:
-    """Limit the address space of this process to ``most`` bytes more than it has now.
+def limit_memory(additional_bytes: int) -> int:
+    """Limit the address space of this process to ``additional_bytes`` more than it has now.
 
     A lower limit that was inherited from the parent stays in force.
 
@@ -240,7 +240,8 @@ def limit_memory(most: int) -> int:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [used + most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    inherited = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    limits = [used + additional_bytes, *inherited]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     return min(limits) - used
 

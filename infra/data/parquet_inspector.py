@@ -68,7 +68,7 @@ class _ChildEnded(Exception):
 
 
 class _Child:
-    """One running child process."""
+    """One running child process; ``memory`` is the number of bytes that it may allocate."""
 
     def __init__(self) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close_pipes

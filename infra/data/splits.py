@@ -361,8 +361,8 @@ def check_ids(
 ) -> None:
     """Raise if ids are outside their table, or lists are longer than their input allows.
 
-    The ids are those of the data, where ``requires_known_ids``, and each input's ``default_row``
-    and ``padding_id``.
+    Each input's ``default_row`` and ``padding_id`` are checked too. Ids of the data are checked in
+    the splits for which ``requires_known_ids`` returns True.
 
     Args:
         statistics: statistics of each split by name.

@@ -21,7 +21,7 @@ Refused                  the input cannot be used; a retry will not help
 ├─ RecordRefused         a stored record is damaged, or does not belong to its key
 ├─ ArtifactMissing       something expected in the store or the registry does not exist
 ├─ ArtifactDamaged       stored bytes differ from the bytes that were written
-├─ AlreadyThere          the key of a conditional create exists already
+├─ AlreadyThere          a key that may only be created, and never replaced, exists already
 ├─ BuildRefused          an engine could not be built from a graph, or failed its audit
 ├─ RegistryRefused       the registry has no such entry, or cannot store an entry
 ├─ PromotionRefused      a version cannot become champion, or cannot be fetched or served

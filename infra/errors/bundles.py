@@ -16,7 +16,7 @@ _ALLOW = (
     "importing a module runs its code, and only {allowed} may be imported. If you trust {module}, "
     "set RECPRESS_ALLOWED_MODULES={setting}"
 )
-_SHAPE = "Give a parquet file or a folder of them."
+_GIVE_PARQUET = "Give a parquet file or a folder of them."
 _ENDED = "{file} is not a readable parquet file: the process that read it ended with {cause}"
 
 
@@ -100,9 +100,9 @@ class DataRefused(Refused):
     """Data failed its checks or does not fit the signature."""
 
     sentences: ClassVar = {
-        "parquet_missing": f"{{path}} does not exist. {_SHAPE}",
-        "parquet_of_other_kind": f"{{path}} is neither a file nor a folder. {_SHAPE}",
-        "parquet_absent": f"{{path}} has no *.parquet file. {_SHAPE}",
+        "parquet_missing": f"{{path}} does not exist. {_GIVE_PARQUET}",
+        "parquet_of_other_kind": f"{{path}} is neither a file nor a folder. {_GIVE_PARQUET}",
+        "parquet_absent": f"{{path}} has no *.parquet file. {_GIVE_PARQUET}",
         "parquet_in_subfolders": "{path} has parquet files in subfolders ({file}). The names of "
         "such folders may be values of a column, which is not supported. Write the part files into "
         "one folder.",

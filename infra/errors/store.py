@@ -175,7 +175,7 @@ class ArtifactDamaged(Refused):
 
 
 class AlreadyThere(Refused):
-    """The key of a conditional create exists already."""
+    """A key that may only be created, and never replaced, exists already."""
 
     sentences: ClassVar = {
         "key_exists": "{place} exists already; it is never overwritten.",

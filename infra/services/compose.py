@@ -86,7 +86,7 @@ MALFORMED_DOCUMENT = (AttributeError, LookupError, RecursionError, TypeError, Va
 
 
 def needed_secrets(text: str) -> tuple[str, ...]:
-    """Return the required variables of a compose file, ``${NAME:?message}``."""
+    """Return the required variables of a compose file, ``${NAME:?message}``; all are secrets."""
     return tuple(
         dict.fromkeys(
             name for name, operator, _ in _VARIABLE.findall(text) if operator.endswith("?")
@@ -237,11 +237,11 @@ class _Replacements:
         self._pattern = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, words))})(?![\w.])")
 
     def apply(self, text: str) -> str:
-        """Replace all of them in one text."""
+        """Replace all addresses, ports and paths of the container in one text."""
         return self._pattern.sub(lambda match: self._local[match[0]], str(text))
 
     def apply_to_all(self, values: Mapping[str, str]) -> dict[str, str]:
-        """Replace all of them in each value of a mapping."""
+        """Apply the replacements to each value of a mapping."""
         return {name: self.apply(value) for name, value in values.items()}
 
 

@@ -172,5 +172,6 @@ def _describe_failure(fault: BaseException) -> str:
     """Return the operating system's description of a failure, or the name of its class."""
     cause: BaseException | None = fault
     while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__  # httpcore raises its own "from None"
+        # httpcore raises its exceptions "from None", so their cause is only in __context__.
+        cause = cause.__cause__ or cause.__context__
     return getattr(cause, "strerror", None) or type(cause or fault).__name__

@@ -4,7 +4,8 @@ The artifact has one large file and a few small ones. A block is a named set of 
 of the large file. The files of a result ``name``::
 
     <parent>/.<name>.part/files/...   the unfinished files
-    <parent>/.<name>.journal          one line per written block; locked by the writing process
+    <parent>/.<name>.journal          a header line, and one line per written block: its name, and
+                                      offset, length and CRC-32 of each piece; locked by the writer
     <parent>/<name>/files/...         the same files, renamed when complete
     <parent>/<name>/manifest.json     sizes and chunk hashes of the files, as in the store
 

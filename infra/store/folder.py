@@ -1,8 +1,10 @@
-"""The storage backend for a local folder, with the guarantees of S3.
+"""The storage backend for a local folder.
 
-Values are written to a temporary file, which is then renamed or hard-linked to its key. fsspec's
-local file system is not used: it exposes partly written files, and it cannot create a file together
-with its content on the condition that the name is unused.
+It gives the guarantees of S3: a reader receives the old or the new value of a key, never a part,
+and of several processes that create the same key exactly one succeeds. For this, a value is written
+to a temporary file, which is then renamed or hard-linked to its key. fsspec's local file system is
+not used: it exposes partly written files, and it cannot create a file together with its content on
+the condition that the name is unused.
 """
 
 import errno

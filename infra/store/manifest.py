@@ -82,8 +82,8 @@ class StoreManifest(Frozen):
         if paths != sorted(set(paths)):
             raise value_error("files_not_sorted")
         folders = {path[:cut] for path in paths for cut in _slashes(path)}
-        if both := sorted(folders.intersection(paths)):
-            raise value_error("file_and_folder", path=both[0])
+        if conflicts := sorted(folders.intersection(paths)):
+            raise value_error("file_and_folder", path=conflicts[0])
         for entry in self.files:
             expected = -(-entry.bytes // self.chunk_bytes)
             if len(entry.chunks) != expected:
@@ -112,4 +112,4 @@ def blob_of(entry: FileEntry, chunk_bytes: int) -> str:
 
 def _slashes(path: str) -> list[int]:
     """Return the index of each slash in a path."""
-    return [at for at, letter in enumerate(path) if letter == "/"]
+    return [index for index, letter in enumerate(path) if letter == "/"]

@@ -1,8 +1,8 @@
 """Small JSON records with a checksum, so that a reader detects damage.
 
-A record is one JSON object. Its last field, the seal, is the SHA-256 of all bytes before the last
-line. The seal detects damage but is not a signature: anyone can compute it. So a record contains
-only references to artifacts, and the reader checks that each artifact belongs to the record's key.
+A record is one JSON object. Its last field, the seal, is the SHA-256 of all bytes before its line.
+The seal detects damage but is not a signature: anyone can compute it. So a record contains only
+references to artifacts, and the reader checks that each artifact belongs to the record's key.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def seal_record(fields: Mapping[str, Any]) -> bytes:
 
 
 def is_sealed(body: bytes) -> bool:
-    """Return whether the last field of a record is the SHA-256 of all bytes before it."""
+    """Return whether the last field of a record is the SHA-256 of all bytes before its line."""
     size = len(_seal_line(b""))
     return body[-size:] == _seal_line(body[:-size])
 

@@ -237,29 +237,30 @@ class Bucket:
         contains an access key. For the same reason ``fault`` must not become the ``__cause__``.
         """
         code, status = _code_and_status(fault)
-        at = f"{self.uri}/{name}"
+        place = f"{self.uri}/{name}"
         if status == 412 or isinstance(fault, FileExistsError):
-            return AlreadyThere("key_exists", place=at)
+            return AlreadyThere("key_exists", place=place)
         if code == "NoSuchBucket":
             return SettingRefused("bucket_missing", bucket=self._bucket)
         if code == "NoSuchKey":  # a 404 without a code is from a server that is not S3
-            return ArtifactMissing("file_missing", path=at)
+            return ArtifactMissing("file_missing", path=place)
         if code == "ConditionalRequestConflict":
-            return StoreOutage("create_conflict", place=at)
+            return StoreOutage("create_conflict", place=place)
         if code in _TEMPORARY or status >= 500:
-            return StoreOutage("store_failed", place=at, problem=code or str(status))
+            return StoreOutage("store_failed", place=place, problem=code or str(status))
         if code in _CREDENTIALS or status in {401, 403} or _lacks_credentials(fault):
             return SettingRefused(
                 "store_credentials_refused",
-                place=at,
+                place=place,
                 problem=code or "none found",
                 bucket=self._bucket,
             )
         if _is_unreadable(fault) or (status == 404 and _is_from_s3(fault)):
-            return StoreUnavailable("store_answer_unreadable", place=at)
+            return StoreUnavailable("store_answer_unreadable", place=place)
         if 300 <= status < 500 or not _is_connection_error(fault):
-            return SettingRefused("store_unusable", place=at, problem=code or type(fault).__name__)
-        return StoreOutage("store_no_answer", place=at, problem=type(fault).__name__)
+            problem = code or type(fault).__name__
+            return SettingRefused("store_unusable", place=place, problem=problem)
+        return StoreOutage("store_no_answer", place=place, problem=type(fault).__name__)
 
 
 @lru_cache(maxsize=1)

@@ -255,8 +255,8 @@ def _parse_errors(parser: Any) -> str:
     lines = []
     for index in range(parser.num_errors):
         fault = parser.get_error(index)
-        name, operator, at = fault.node_name(), fault.node_operator(), fault.node()
-        lines.append(f"node {name or f'number {at}'!r} ({operator}): {fault.desc()}")
+        name, operator, number = fault.node_name(), fault.node_operator(), fault.node()
+        lines.append(f"node {name or f'number {number}'!r} ({operator}): {fault.desc()}")
     more = f" And {len(lines) - 3} more." if len(lines) > 3 else ""
     return (" ".join(lines[:3]) or "it gave no reason.") + more
 
