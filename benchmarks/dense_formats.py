@@ -35,7 +35,7 @@ from compressors.core.registries import AnyStep
 from compressors.core.runner import run
 from compressors.core.units import Unit
 
-STEP = TypeAdapter(AnyStep)
+STEP_ADAPTER = TypeAdapter(AnyStep)
 GPTQ = {"kind": "weight_int4", "rounding": "gptq"}
 LABELED_STEPS: list[tuple[str, dict[str, Any]]] = [
     ("float16", {"kind": "float16", "tables": ()}),
@@ -80,7 +80,7 @@ def measure(model: Model, bench: Bench, splits: Sequence[Split]) -> dict[str, li
     results = {}
     for label, step in LABELED_STEPS:
         with tempfile.TemporaryDirectory() as scratch:
-            compressed = run(STEP.validate_python(step), model, bench, Path(scratch))
+            compressed = run(STEP_ADAPTER.validate_python(step), model, bench, Path(scratch))
             after = [auc(compressed.module, split) for split in splits]
         losses = [old - new for old, new in zip(before, after, strict=True)]
         results[label] = [dense_bytes(compressed) / dense_bytes(model), *losses]

@@ -52,7 +52,7 @@ class Form:
 
 
 FP32 = Form("fp32", relu="Relu")
-CHAIN = (
+CHAIN_FORMS = (
     FP32,
     Form("int8 around 0, Relu", np.int8(0), relu="Relu"),
     Form("int8 around 0, Max", np.int8(0)),
@@ -61,7 +61,7 @@ CHAIN = (
     Form("uint8 around 128, Clip of the codes (ours)", np.uint8(128), relu="Clip"),
     Form("uint8 around 128, Max, float bias", np.uint8(128), int32_bias=False),
 )
-SHARED = (
+SHARED_FORMS = (
     FP32,
     Form("int8 around 0", np.int8(0)),
     Form("uint8 around 128 (ours)", np.uint8(128)),
@@ -140,7 +140,7 @@ class GraphBuilder:
         return path
 
 
-def chain(builder: GraphBuilder) -> str:
+def add_chain(builder: GraphBuilder) -> str:
     """Add two layers with a ReLU between them; return the name of the output."""
     first = builder.layer(builder.fake_quantize("x"))
     if builder.form.relu == "Clip":
@@ -148,7 +148,7 @@ def chain(builder: GraphBuilder) -> str:
     return builder.layer(builder.fake_quantize(builder.relu(first)))
 
 
-def shared(builder: GraphBuilder) -> str:
+def add_layers_of_one_input(builder: GraphBuilder) -> str:
     """Add two layers with the same input and their sum, like a cross layer parallel to a tower."""
     x = builder.fake_quantize("x")
     return builder.node("Add", builder.layer(x), builder.layer(x))
@@ -219,8 +219,8 @@ def main() -> None:
         f"{'network':7s} {'batch':>6s}  {'form':34s} {'int8':>4s}  {'audit':8s}{'median':>12s} "
         f"{'/ fp32':>8s}"
     )
-    measure("chain", chain, CHAIN, args)
-    measure("shared", shared, SHARED, args)
+    measure("chain", add_chain, CHAIN_FORMS, args)
+    measure("shared", add_layers_of_one_input, SHARED_FORMS, args)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ original, except dropout:
 The soft labels are the mean predictions of one or more teachers: the original and the originals of
 the next seeds. Their weight in the loss is the soft share. A variant may also train on unlabelled
 rows, the bench's split ``traffic``. Each of them is the request of a training row (all inputs
-except the app) with a randomly drawn app: a server scores many apps per request, and users see few
-of them. List losses use one list per request.
+except the app, which is the field ``item``) with a randomly drawn app: a server scores many apps
+per request, and users see few of them. List losses use one list per request.
 
 Validation rows of the first seed select dropout, soft share and amount of traffic (``--tune``).
 Validation rows also select the best epoch of every training. Every trained student is evaluated on

@@ -44,7 +44,7 @@ TIMED_SHAPE = (20_000, 64)  # rows and width of the table that is encoded to mea
 ROUNDS = 3
 
 
-def steps() -> Iterator[tuple[str, str, str, TableStep]]:
+def labeled_steps() -> Iterator[tuple[str, str, str, TableStep]]:
     """Yield every step with its labels: format, levels (offset and clipping), scales."""
     settings: dict[str, Any]
     for method in METHODS:
@@ -105,7 +105,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     before = evaluate_auc(loaded.model.module, bench)
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (storage, levels, scales, step) in enumerate(steps()):
+        for number, (storage, levels, scales, step) in enumerate(labeled_steps()):
             share, error, auc = measure(step, loaded.model, bench, Path(scratch) / str(number))
             print(
                 f"| `{storage}` | {levels} | {scales} | {share:.1%} | {error:.3%} "

@@ -55,10 +55,10 @@ from examples.dcnv2 import DCNv2
 from infra.onnxruntime.sessions import OnnxRuntime, Session
 from infra.timing import interleaved_ms, machine
 
-STEPS = TypeAdapter(tuple[AnyStep, ...])
+RECIPE_ADAPTER = TypeAdapter(tuple[AnyStep, ...])
 Steps = list[dict[str, Any]]
 Arrays = dict[str, NDArray[Any]]
-Peer = Callable[[Path, Path, Arrays], None]
+Peer = Callable[[Path, Path, Arrays], None]  # of source graph, target graph, calibration rows
 
 NAME = "frappe"
 CALIBRATION_ROWS = 4096
@@ -226,7 +226,7 @@ PEERS: list[tuple[str, Peer]] = [
 def run_recipe(steps: Steps, model: Model, bench: Bench, cache: Path) -> Model:
     """Run a recipe; the result after each step is stored in ``cache`` and reused."""
     result = model
-    for number, step in enumerate(STEPS.validate_python(steps), 1):
+    for number, step in enumerate(RECIPE_ADAPTER.validate_python(steps), 1):
         folder = cache / f"recipe-{digest(steps[:number])[:16]}"
         if not (folder / "network.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)

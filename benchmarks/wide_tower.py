@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.ctr import signature
-from benchmarks.whole_model import PEERS, STEPS, load_arrays, print_latencies
+from benchmarks.whole_model import PEERS, RECIPE_ADAPTER, load_arrays, print_latencies
 from compressors.contracts import Architecture, Bench, Network, Split
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -22,17 +22,17 @@ from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
 from examples.dcnv2 import DCNv2
 
-FIELDS = {f"c{number}": 10_000 for number in range(26)}
-ROWS = 4096
-TABLES = {"kind": "rowwise_int8"}
+FIELDS = {f"c{number}": 10_000 for number in range(26)}  # rows of each field's table
+ROWS = 4096  # calibration rows
+INT8_TABLES = {"kind": "rowwise_int8"}
 RECIPES = {
-    "ours: int8 tables and layers": [TABLES, {"kind": "static_int8"}],
+    "ours: int8 tables and layers": [INT8_TABLES, {"kind": "static_int8"}],
     "ours: int8 tables, int8 weights, inputs quantized at run time": [
-        TABLES,
+        INT8_TABLES,
         {"kind": "weight_int8"},
     ],
     "ours: int8 tables, int4 weights, inputs quantized at run time": [
-        TABLES,
+        INT8_TABLES,
         {"kind": "weight_int4", "block": 128, "activations": "int8"},
     ],
 }
@@ -85,7 +85,7 @@ def main() -> None:
             paths.append(path)
         for name, recipe in RECIPES.items():
             compressed = model
-            for number, step in enumerate(STEPS.validate_python(recipe)):
+            for number, step in enumerate(RECIPE_ADAPTER.validate_python(recipe)):
                 compressed = run(step, compressed, bench, folder / name / str(number))
             names.append(name)
             paths.append(folder / f"{name}.onnx")

@@ -190,6 +190,7 @@ def _read_services(
         )
     return Services(
         services=tuple(services),
+        # "x-client" is an extension of the compose file: the variables that all clients need.
         client=_Replacements(hosts, {}, {}).apply_to_all({**document["x-client"], **TELEMETRY_OFF}),
         files={configs[name]: item["content"] for name, item in document["configs"].items()},
         folders=tuple(sorted(folders)),

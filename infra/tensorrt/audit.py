@@ -72,7 +72,7 @@ Scratch = tuple[Literal["flat", "grows", "not checkable"], str, tuple[str, ...]]
 """The result of ``judge_scratch``: outcome, reason, and tables proven not to be widened."""
 
 
-def log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
+def read_log_bytes(messages: Sequence[str], version: str) -> tuple[int, int]:
     """Read the bytes of scratch memory and of weights of an engine from the builder's log.
 
     Args:

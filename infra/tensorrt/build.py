@@ -30,7 +30,7 @@ from infra.tensorrt.audit import (
     halve,
     judge_scratch,
     judge_sparsity,
-    log_bytes,
+    read_log_bytes,
     widened_bytes,
 )
 from infra.tensorrt.engines import Engine, EngineAudit, load
@@ -170,7 +170,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         raise BuildRefused("graph_missing", path=request.onnx)
 
     built = engine_from_onnx(trt, request)
-    scratch_bytes, weights_bytes = log_bytes(built.messages, trt.__version__)
+    scratch_bytes, weights_bytes = read_log_bytes(built.messages, trt.__version__)
     check_weights(weights_bytes, request.packed_bytes, built.constant_bytes)
 
     model = onnx.load(request.onnx, load_external_data=False)
@@ -182,7 +182,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     if removed_bytes is not None:
         print("--- the twin with half the rows ---")  # noqa: T201
         twin = engine_from_onnx(trt, request, model.SerializeToString())
-        twin_bytes, _ = log_bytes(twin.messages, trt.__version__)
+        twin_bytes, _ = read_log_bytes(twin.messages, trt.__version__)
     scratch, reason, proven = judge_scratch(scratch_bytes, twin_bytes, removed_bytes, copy_bytes)
     if scratch == "grows":
         raise BuildRefused("scratch_grows", scratch_bytes=scratch_bytes, twin_bytes=twin_bytes)

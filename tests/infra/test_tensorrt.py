@@ -25,7 +25,7 @@ from infra.tensorrt.audit import (
     find_tables,
     halve,
     judge_scratch,
-    log_bytes,
+    read_log_bytes,
 )
 from infra.tensorrt.engines import build_engine, installed_version
 
@@ -377,14 +377,14 @@ def test_weights_may_exceed_the_plan_by_ten_percent_and_64_kib(packed):
 def test_log_bytes_reads_both_wordings_and_returns_the_largest_values():
     log = ["Layer: a Scratch Memory: 99 bytes", "Max Scratch Memory: 7 bytes"]
     log += ["Total Scratch Memory: 5", "Total Weights Memory: 11 bytes"]
-    assert log_bytes(log, "11.4") == (7, 11)
+    assert read_log_bytes(log, "11.4") == (7, 11)
 
 
 @pytest.mark.parametrize("line", ["Max Scratch Memory", "Total Weights Memory"])
 def test_log_without_a_required_line_is_refused(line):
     log = ["Max Scratch Memory: 7 bytes", "Total Weights Memory: 11 bytes"]
     with raises_code(BuildRefused, "log_line_missing", version="12.0", line=line):
-        log_bytes([text for text in log if line not in text], "12.0")
+        read_log_bytes([text for text in log if line not in text], "12.0")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp16"])
