@@ -1,8 +1,8 @@
 """Auxiliary distillation losses: hint projections and an auxiliary head, discarded after training.
 
-Hints: the outputs of hidden layers of the original are targets for the student's layers of the same
-name. A linear projection per layer maps the student's output, which may have fewer channels, to the
-teacher's number of channels.
+Hints: the outputs of hidden layers of the original (the network before compression, here the
+teacher) are targets for the student's layers of the same name. A linear projection per layer maps
+the student's output, which may have fewer channels, to the teacher's number of channels.
 
 Auxiliary head: a linear layer that receives the output of one hidden layer learns the teacher's
 predictions, while the network's output learns only the labels. The layers before the head learn

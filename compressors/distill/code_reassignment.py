@@ -1,15 +1,15 @@
-"""Select new codes of a packed table that decrease the task's loss.
+"""Select new codes of a packed table (one stored as codes) that decrease the task's loss.
 
 Near a row's current values, the loss is approximated by a quadratic function of the row, with the
-gradient of the loss and a diagonal curvature. The curvature is ``dim`` times the mean squared
-gradient of each column. The factor ``dim`` makes it an upper bound although the columns of a row
-change together: the square of a sum of ``dim`` terms is at most ``dim`` times the sum of their
-squares. Without the factor, the loss of the demo's tables increased even if only three rows
-changed.
+gradient of the loss and a diagonal second-order term. This term has one weight per column, the
+*column weight*: ``dim`` times the column's mean squared gradient (its *curvature*). The factor
+``dim`` makes it an upper bound although the columns of a row change together: the square of a sum
+of ``dim`` terms is at most ``dim`` times the sum of their squares. Without the factor, the loss of
+the demo's tables increased even if only three rows changed.
 
 The minimum of the quadratic function is the *target* of the row. Up to constants, the function is
-the squared distance of the row from its target, with each column weighted by its curvature. New
-codes are those that decrease this distance most.
+the squared distance of the row from its target, with each column multiplied by its column weight.
+New codes are those that decrease this distance most.
 """
 
 from typing import NamedTuple
@@ -123,7 +123,9 @@ def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, T
     Each column has its own code, so weights of columns do not matter.
     """
     bits, shared = _code_bits(table), scales.SharedScales.of(table.settings)
-    has_zero_level = shared.symmetric and bits > 2  # then one code is not used
+    # A symmetric grid with a level at zero has an odd number of levels, so code 0 is not used.
+    # Symmetric int2 has no level at zero and uses all four codes (see ``levels.py``).
+    has_zero_level = shared.symmetric and bits > 2
     grid = Grid(2**bits - has_zero_level, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())
     fitted = FittedRange(stored["scale"], stored.get("offset"))
@@ -134,10 +136,12 @@ def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, T
     values = decode_multiples(
         multiples, expand_to_rows(fitted.scale, table.rows, grid.rows_per_scale), offset
     )
-    zero = 0.0  # the code of the multiple 0 in symmetric formats; int8 codes are signed
+    # A code is the multiple plus a constant. The constant is zero for asymmetric levels and for
+    # symmetric int8, whose codes are signed. Otherwise it avoids negative codes.
+    constant = 0.0
     if shared.symmetric and bits < 8:
-        zero = grid.half if bits == 2 else grid.half + 1
-    return (multiples + zero).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
+        constant = grid.half if bits == 2 else grid.half + 1
+    return (multiples + constant).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
 
 
 def _code_bits(table: PackedTable) -> int:
@@ -163,8 +167,8 @@ def nearest_codebook_codes(
 ) -> Tensor:
     """Select codes, uint8 ``(rows, codes)``, whose values are nearest to a target.
 
-    Distances have a weight for each number. Residual codes are selected one after the other while
-    the others are fixed, so their distance may not be the smallest; it is for other formats.
+    Each squared difference has a weight. Residual codes are selected one after the other while the
+    others are fixed, so their distance may not be the smallest. For the other formats it is.
 
     Args:
         storage: the format of the table.

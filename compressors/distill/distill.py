@@ -1,7 +1,8 @@
 """Distillation: train a pruned or smaller network to reproduce the original's predictions.
 
 Soft labels are the predictions of the teacher for every training row. The teacher is the bundle
-that the recipe starts from; with several teachers, soft labels are the mean of their predictions.
+that the recipe starts from (the original). With several teachers, soft labels are the mean of their
+predictions.
 They are computed once and stored. The training loss is a weighted sum of the loss on soft labels
 and the loss on labels.
 
@@ -33,7 +34,7 @@ from compressors.distill.auxiliary_losses import (
     with_hint_loss,
 )
 from compressors.distill.losses import LIST_LOSSES, SoftLoss
-from compressors.distill.soft_labels import SoftLabelSettings, soft_label_loss, soft_label_rows
+from compressors.distill.soft_labels import TrainingRows, soft_label_loss, soft_label_rows
 from compressors.distill.student import build_student, student_decisions, student_dry_run
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
@@ -48,7 +49,7 @@ PROBE_ROWS = 8
 class Distill(StepSettings):
     """Train a network on the teacher's predictions and on the labels."""
 
-    effect: ClassVar[Effect] = "values"
+    effect: ClassVar[Effect] = "values"  # units keep their format; weights and widths change
     recovers_quality: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
@@ -68,12 +69,12 @@ class Distill(StepSettings):
         "task",
         description="Loss on the teacher's predictions. task: pointwise for CTR, listwise for "
         "ranking. pointwise: each row. margin: differences of two rows of a list. listwise: "
-        "softmax shares of a list. rankdistil: the top rows of the teacher's list. "
-        "calibrated_listwise: shares of probabilities. A list is a group, or the batch without "
-        "a group column.",
+        "softmax over a list. rankdistil: the top rows of the teacher's list. "
+        "calibrated_listwise: probabilities as shares of their sum over a list. A list is a group, "
+        "or the batch without a group column.",
     )
     top: int = Field(10, ge=1, description="Number of top rows of a list for rankdistil.")
-    rows: SoftLabelSettings = Field(
+    rows: TrainingRows = Field(
         "train",
         description="Rows to train on. train: rows with labels. traffic: logged requests without "
         "labels (requires soft_share 1). both: all of them.",
@@ -129,7 +130,7 @@ class Distill(StepSettings):
     @property
     def needs(self) -> tuple[Part, ...]:
         """Training rows, soft labels for them, and validation rows for early stopping."""
-        parts: dict[SoftLabelSettings, tuple[Part, ...]] = {
+        parts: dict[TrainingRows, tuple[Part, ...]] = {
             "train": ("train", "validation", "soft_labels"),
             "traffic": ("traffic", "validation", "traffic_soft_labels"),
             "both": ("train", "traffic", "validation", "soft_labels", "traffic_soft_labels"),
@@ -213,7 +214,7 @@ class Distill(StepSettings):
                 bench,
                 loss,
                 self.training,
-                pruned,
+                pruned=pruned,
                 only=None
                 if self.dense
                 else trainable_tensors(model.module, tables=True, dense=False),

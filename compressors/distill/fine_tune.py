@@ -23,7 +23,7 @@ from compressors.task_kinds.loss import hard_loss
 class FineTune(StepSettings):
     """Train dense layers on the labels, with early stopping on validation rows."""
 
-    effect: ClassVar[Effect] = "values"
+    effect: ClassVar[Effect] = "values"  # units keep their format; their weights change
     recovers_quality: ClassVar[bool] = True
 
     kind: Literal["fine_tune"] = "fine_tune"
@@ -59,4 +59,4 @@ class FineTune(StepSettings):
         def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
             return hard_loss(bench.signature, output, batch)
 
-        return train_model(model, bench, loss, self.training, pruned_layers(model))
+        return train_model(model, bench, loss, self.training, pruned=pruned_layers(model))

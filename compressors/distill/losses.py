@@ -5,8 +5,8 @@ All take the student's and the teacher's scores, float ``(rows,)``. List losses 
 lists. Each loss has its minimum where the student's predictions equal the teacher's.
 
 ``margin``, ``listwise`` and ``rankdistil`` do not change if a constant is added to all scores of a
-list. They transfer the ranking but not the calibration, so keep some weight on the labels if
-probabilities are used.
+list. So they transfer the ranking but not the calibration (that predicted probabilities equal
+observed rates). Keep some weight on the labels if probabilities are used.
 """
 
 from typing import Literal
@@ -22,6 +22,7 @@ from compressors.task_kinds.outputs import list_indices, log_shares, logits, sum
 
 SoftLoss = Literal["task", "pointwise", "margin", "listwise", "rankdistil", "calibrated_listwise"]
 LIST_LOSSES = ("margin", "listwise", "rankdistil", "calibrated_listwise")
+"""Losses that compare the rows of a list with each other, so a batch must not split lists."""
 
 
 def loss_of_teacher(
@@ -36,8 +37,15 @@ def loss_of_teacher(
 ) -> Tensor:
     """Compute one of the losses between the outputs of two models.
 
-    Lists are the groups of the batch; without a group column, the whole batch is one list. The
-    predictions of CTR models are compared as logits, scores of ranking models without conversion.
+    Lists are the groups of the batch; without a group column, the whole batch is one list.
+
+    Whether outputs are converted to logits before they are compared depends on the form that the
+    signature declares and on the task. (``task`` follows its own rule, in ``soft_loss``.)
+
+    - The form is ``score``: no conversion. ``pointwise`` is then the mean squared error.
+    - The form is ``logit`` or ``probability``, and the task predicts probabilities (CTR): logits.
+    - The form is ``logit`` or ``probability`` in another task, such as ranking: logits for
+      ``pointwise`` and ``calibrated_listwise``, no conversion for the other losses.
 
     Args:
         name: which loss; ``task`` is ``pointwise`` for CTR models and ``listwise`` for ranking
@@ -87,11 +95,11 @@ def pointwise(score: Tensor, teacher: Tensor) -> Tensor:
 
 
 def margin(score: Tensor, teacher: Tensor, list_index: Tensor, num_lists: int) -> Tensor:
-    """Compute the mean squared difference of margins over all pairs of a list: a scalar.
+    """Compute the mean squared difference of margins, over pairs and then over lists: a scalar.
 
     A margin is the difference of two scores of a list. The mean over the ``n (n - 1)`` pairs of a
     list is twice the sample variance of ``score - teacher``, so its cost is linear in ``n``. Lists
-    of one row have no pairs and are ignored.
+    of one row have no pairs and are ignored. The result is the mean over the other lists.
 
     Source: Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666 (Margin-MSE). Differs: all
     pairs of a list, instead of pairs of a relevant and a non-relevant passage.
@@ -100,15 +108,16 @@ def margin(score: Tensor, teacher: Tensor, list_index: Tensor, num_lists: int) -
     difference = score - teacher
     mean = sum_by_list(difference, list_index, num_lists) / count.clamp(min=1)
     spread = sum_by_list((difference - mean[list_index]).square(), list_index, num_lists)
-    paired = count > 1
-    loss_of_list = 2 * spread / (count - 1).clamp(min=1)
-    return (loss_of_list * paired).sum() / paired.sum().clamp(min=1)
+    has_pairs = count > 1
+    loss_of_list = 2 * spread / (count - 1).clamp(min=1)  # spread / (count - 1) is the variance
+    return (loss_of_list * has_pairs).sum() / has_pairs.sum().clamp(min=1)
 
 
 def listwise(score: Tensor, teacher: Tensor, list_index: Tensor, num_lists: int) -> Tensor:
-    """Compute the cross entropy between the softmax shares, a mean over lists: a scalar.
+    """Compute the cross entropy between two softmax distributions, a mean over lists: a scalar.
 
-    A softmax share is the softmax of a row's score within its list.
+    A row's *softmax share* is the softmax of its score over the rows of its list. The shares of the
+    teacher's scores are the targets of those of the student's.
 
     Source: Cao et al. 2007 (ListNet, top-one probabilities), with the teacher's scores as targets.
     """
@@ -121,10 +130,13 @@ def rankdistil(
 ) -> Tensor:
     """Compute RankDistil: match the teacher's order of top rows, keep others below: a scalar.
 
-    The loss of a list has two terms. For its ``top`` rows by the teacher's scores, the term is the
-    cross entropy of softmax shares, as in ``listwise``. Each other row is compared with the last of
-    the top rows: if the student's score difference to it exceeds the teacher's, the excess is
-    squared. The term is the mean over these rows. The teacher's order of them has no effect.
+    The top rows of a list are the ``top`` rows with the teacher's highest scores. The loss of a
+    list is the sum of two terms; the result is the mean over lists.
+
+    - Top rows: the cross entropy of softmax shares, as in ``listwise``, over the top rows only.
+    - Other rows: with ``d``, a row's score minus that of the last top row, the mean over these rows
+      of ``max(0, d_student - d_teacher) ** 2``. The student need not match the teacher's order of
+      these rows.
 
     Source: Reddi et al. 2021, RankDistil, AISTATS (match the order at the top, penalize large
     scores of rows that the teacher ranks low). Differs: the order is matched by ListNet, and
@@ -152,17 +164,20 @@ def rankdistil(
 def calibrated_listwise(
     score: Tensor, teacher: Tensor, list_index: Tensor, num_lists: int
 ) -> Tensor:
-    """Compute the cross entropy of shares of probabilities, a mean over lists: a scalar.
+    """Compute the listwise loss of sigmoid probabilities, a mean over lists: a scalar.
 
     Scores are logits. With the student's probabilities ``p`` and the teacher's ``q`` of a list of
     ``n`` rows,
 
         loss = -1/n * sum_i q_i log(p_i / sum_j p_j)
 
-    The loss is linear in ``q``. So if several teachers differ, or if a teacher uses more
-    information than the student has, the minimum is at the shares of the mean of ``q``, as it is
-    for ``pointwise`` and the loss on labels. ``listwise`` is not linear in ``q``, so its minimum
-    may be elsewhere.
+    A row's *share* is its probability divided by the sum of the list: ``p_i / sum_j p_j``.
+
+    The loss is linear in ``q``. So if ``q`` varies for the same student inputs (several teachers
+    differ, or a teacher uses more information than the student has), the mean loss has its minimum
+    where the student's shares are those of the mean of ``q``. The minima of ``pointwise`` and of
+    the loss on labels agree with this, so the losses do not conflict ("calibration-compatible").
+    ``listwise`` is not linear in ``q``, so its minimum may be elsewhere.
 
     Source: Gui et al. 2023, https://arxiv.org/abs/2312.08727 (calibration-compatible listwise
     distillation), based on the listwise loss over sigmoids of Bai et al. 2022,

@@ -46,7 +46,7 @@ FOLDS = 5
 """Folds of the cross-validation."""
 
 LEAST_SLOPE = 1e-2
-"""Smallest slope of a piece of the isotonic map, so that different scores stay different."""
+"""Smallest slope of an isotonic piece (logit per logit), so that unequal scores stay unequal."""
 
 SCORING_ROWS = 8192
 """Rows per batch."""
@@ -118,10 +118,10 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
 
     order = np.argsort(logit, kind="stable")
     ends = np.arange(1, knots) * len(order) // knots
-    # Rows with equal scores stay in one group, and every group has enough rows for a mean.
-    starts, least = [0], max(len(order) // knots // 2, 1)
+    # Rows with equal scores stay in one group. Every group has at least half of the average size.
+    starts, min_rows = [0], max(len(order) // knots // 2, 1)
     for end in np.searchsorted(logit[order], logit[order][ends], side="left"):
-        if least <= end - starts[-1] and least <= len(order) - end:
+        if min_rows <= end - starts[-1] and min_rows <= len(order) - end:
             starts.append(int(end))
     parts = np.split(order, starts[1:])
     means = np.array([logit[part].mean() for part in parts])
@@ -135,8 +135,8 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     if len(means) < 2:
         raise StepRefused("scores_equal")
     for index in range(1, len(means)):
-        least = targets[index - 1] + LEAST_SLOPE * (means[index] - means[index - 1])
-        targets[index] = max(targets[index], least)
+        min_target = targets[index - 1] + LEAST_SLOPE * (means[index] - means[index - 1])
+        targets[index] = max(targets[index], min_target)
     return means, targets
 
 
@@ -155,8 +155,8 @@ def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: in
     slopes = np.diff(targets) / np.diff(means)
     # Beyond the outer points there are no data, so the slope there is at most 1.
     first, last = min(slopes[0], 1.0), min(slopes[-1], 1.0)
-    line = torch.tensor([first, targets[0] - first * means[0]])
-    bends = torch.tensor(np.stack([means, np.append(slopes, last)]))
+    line = torch.tensor([first, targets[0] - first * means[0]])  # slope and offset of first piece
+    bends = torch.tensor(np.stack([means, np.append(slopes, last)]))  # where pieces begin, slopes
     return Recalibration(method, output, knots=len(means), line=line, bends=bends)
 
 
@@ -177,7 +177,7 @@ def cross_validated_loss(method: Method, logit: Floats, label: Floats, knots: in
 class Recalibrate(StepSettings):
     """Map the output of a CTR model so that its probabilities fit the validation rows."""
 
-    effect: ClassVar[Effect] = "output"
+    effect: ClassVar[Effect] = "output"  # no unit changes; a map follows the network's output
 
     kind: Literal["recalibrate"] = "recalibrate"
     method: Literal["temperature", "platt", "isotonic", "best"] = Field(

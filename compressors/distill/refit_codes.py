@@ -1,4 +1,4 @@
-"""Refit packed tables: train their codebooks or scales on the task, and select new codes.
+"""Refit packed tables (stored as codes): train their codebooks or scales, and select new codes.
 
 If a codebook or scale is fitted to a table's weights, all weights have equal importance, but some
 weights are more important for the task. So each round has two parts. First, codebooks, scales and
@@ -59,7 +59,7 @@ ATTEMPTS = 5
 class RefitCodes(StepSettings):
     """Train codebooks or scales of packed tables on the task and select codes again, in turn."""
 
-    effect: ClassVar[Effect] = "values"
+    effect: ClassVar[Effect] = "values"  # units keep their format; codes and weights change
     recovers_quality: ClassVar[bool] = True
 
     kind: Literal["refit_codes"] = "refit_codes"
@@ -167,15 +167,17 @@ class RefitCodes(StepSettings):
             round_bench = bench.model_copy(
                 update={"seed": bench.seed + number, **_checkpoint_folder(bench, number)}
             )
-            train_model(model, round_bench, loss, self.training, pruned_layers(model), names)
+            train_model(
+                model, round_bench, loss, self.training, pruned=pruned_layers(model), only=names
+            )
             rows = 0
-            for step in ("codebooks", "codes"):
-                if step == "codes" and self.share:
+            for phase in ("codebooks", "codes"):
+                if phase == "codes" and self.share:
                     rows = self._reassign_codes(model, bench, tables)
                 for name, table in tables.items():
                     _cast(table, stored_types[name])
                 metric = quality(model.module, bench.signature, bench.validation)
-                log.info("round %d, %s: validation %.5f", number + 1, step, metric)
+                log.info("round %d, %s: validation %.5f", number + 1, phase, metric)
                 if metric > best:
                     best, best_state = metric, _tensors_of(model)
             if not rows:
@@ -228,7 +230,10 @@ def _table_with_codes(unit: Unit) -> PackedTable | None:
 
 
 def _learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
-    """Return the full names in the model of the learned tensors of the given tables."""
+    """Return the full names in the model of the tables' learned tensors.
+
+    Learned tensors are those that training may change: codebooks, scales and offsets, not codes.
+    """
     selected = set(tables.values())
     return tuple(
         f"{path}.{name}"
@@ -263,10 +268,11 @@ def _checkpoint_folder(bench: Bench, number: int) -> dict[str, str]:
 
 
 State = list[tuple[nn.Module, str, Tensor]]
+"""The tensors of a model: each with the module that has it, and its name in that module."""
 
 
 def _tensors_of(model: Model) -> State:
-    """All tensors of a model with their module and name; training replaces them by new ones."""
+    """Return all tensors of a model, not copied: training replaces tensors by new ones."""
     return [
         (module, name, tensor)
         for module in model.module.modules()

@@ -19,7 +19,7 @@ from compressors.errors.steps import RowsMissing
 from compressors.task_kinds.loss import hard_loss
 from compressors.task_kinds.outputs import EDGE
 
-SoftLabelSettings = Literal["train", "traffic", "both"]
+TrainingRows = Literal["train", "traffic", "both"]
 """Which rows to train on: rows with labels, rows of logged traffic without labels, or both."""
 
 
@@ -31,14 +31,14 @@ def soft_label_loss(
     *,
     name: SoftLoss = "task",
     top: int = 10,
-    rows: SoftLabelSettings = "train",
+    rows: TrainingRows = "train",
     predictions: Callable[[], Tensor] | None = None,
 ) -> Loss:
     """Build the loss on soft labels and labels.
 
     It is the loss on soft labels times ``soft_share``, plus the loss on labels times
-    ``1 - soft_share``. Traffic rows have no label. The loss on labels is a mean over the labelled
-    rows or lists of a batch, so other rows do not change it.
+    ``1 - soft_share``. Traffic rows (logged requests) have no label. The loss on labels is a mean
+    over the labelled rows or lists of a batch, so other rows do not change it.
 
     Args:
         bench: provides the rows and the teacher's predictions for them.
@@ -89,7 +89,7 @@ def soft_label_loss(
     return loss
 
 
-def soft_label_rows(bench: Bench, rows: SoftLabelSettings, kind: str) -> Rows | JoinedRows:
+def soft_label_rows(bench: Bench, rows: TrainingRows, kind: str) -> Rows | JoinedRows:
     """Return the training rows, in the order that ``soft_label_loss`` expects.
 
     Raises:

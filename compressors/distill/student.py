@@ -1,7 +1,8 @@
 """Build the student: a smaller network of the same class, with the original's tensors that fit.
 
-A table is reused, packed or not, if the student has a table with the same number of rows and the
-same width. Dense layers must be float32, because the student's are initialized and trained.
+A table is reused, packed (stored in a compressed format) or not, if the student has a table with
+the same number of rows and the same width (columns). Dense layers must be float32, because the
+student's are initialized and trained.
 """
 
 import inspect
@@ -47,6 +48,8 @@ def student_decisions(
     _require_float_layers(model)
     _require_arguments(model, config)
     units = Unit.of(model.module)
+    # ``part_of`` is set for the parts of a composed table (built from smaller tables) or of a
+    # factored layer (a product of two). The model class constructs only the whole.
     original_shapes = {unit.name: _shape(unit) for unit in units if unit.part_of is None}
     student = Unit.of(_build(model, config, _construct_empty))
     student_shapes = {unit.name: _shape(unit) for unit in student}
@@ -139,7 +142,7 @@ def _with_original_tensors(model: Model, student: nn.Module, config: Config) -> 
 
 
 def _shape(unit: Unit) -> tuple[int, ...]:
-    """Return the shape of a table or weight: ``(rows, dim)`` or ``(out, in)``."""
+    """Return a table's ``(rows, dim)``, a layer's ``(out, in)``, or ``(rows,)`` without weight."""
     module = _without_bag(unit)
     if isinstance(module, PackedTable | ComposedTable):
         return (module.rows, module.dim)

@@ -1,8 +1,8 @@
 """Checkpoints of a long training step, from which it resumes after a crash.
 
-A folder contains one checkpoint: ``progress.json`` with facts such as the losses of epochs, and the
-safetensors file that it names. The safetensors file is written first and ``progress.json`` last,
-each under a temporary name and then renamed, so a crash at any moment leaves the previous
+A folder contains one checkpoint: ``progress.json`` with values such as the losses of epochs, and
+the safetensors file that it names. The safetensors file is written first and ``progress.json``
+last, each under a temporary name and then renamed, so a crash at any moment leaves the previous
 checkpoint or the new one. File names are unique, and each process removes only files that it wrote.
 So if two processes run the same training at once, the checkpoint of one of them remains. An
 unreadable checkpoint is ignored. A failed write is only logged, and training continues.
@@ -30,8 +30,10 @@ class TrainingProgress:
     """The state of a training.
 
     Attributes:
-        tensors: tensors by name, with the prefixes ``now/``, ``best/`` (epoch) and ``moments/``.
-        facts: values that JSON can store, including NaN.
+        tensors: tensors by name, with a prefix: ``now/`` for the network's current tensors,
+            ``best/`` for those after the best epoch, ``moments/`` for Adam's moments.
+        facts: all other state as values that JSON can store, including NaN: the ``epochs`` (number,
+            loss and validation metric of each), and the counters that ``trainer.py`` restores.
     """
 
     tensors: dict[str, Tensor]

@@ -1,4 +1,7 @@
-"""Settings of the training loop: epochs, learning rate, schedule, and which tensors to train."""
+"""Settings of the training loop: epochs, learning rate, schedule, and which tensors to train.
+
+The ``position`` of a setting is its place in Prefect's form for a flow run; it has no other effect.
+"""
 
 from typing import Literal
 

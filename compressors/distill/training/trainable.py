@@ -12,7 +12,8 @@ def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) ->
     """Return the names of the tensors that training may change.
 
     These are float32 parameters, and in compressed layers the float32 tensors that the format
-    declares as learned. Those of tables are included if ``tables``, all others if ``dense``.
+    declares as learned, such as scales and codebooks. Those of tables are included if ``tables``,
+    all others if ``dense``.
     """
     names = []
     in_tables: set[nn.Module] = set()

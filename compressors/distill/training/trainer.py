@@ -1,7 +1,7 @@
 """The training loop: train a compressed network for a few epochs, with checkpoints.
 
-By default tables are not trained: they have most of the weights and overfit first, and without the
-regularization of the original training, quality decreases more than it increases.
+By default tables are not trained: they have most of the weights and overfit first. Without the
+regularization of the original training, training them loses more quality than it gains.
 
 The state before training is one of the candidates for the best epoch, so training that only
 decreases quality returns that state. A checkpoint is stored after every epoch (``checkpoint.py``).
@@ -109,10 +109,10 @@ def train(
         run.whole_lists, run.after_step, run.last = whole_lists, after_step, last
         if auxiliary is not None:
             run.add_auxiliary(auxiliary)
-        return _trained(run, checkpoints)
+        return _run_to_the_end(run, checkpoints)
 
 
-def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
+def _run_to_the_end(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
     """Run a training, starting from its checkpoint if there is one; return all epochs."""
     progress = read_progress(checkpoints, run.state()) if checkpoints else None
     if progress is None:
@@ -128,7 +128,23 @@ def _trained(run: "_Run", checkpoints: str | None) -> tuple[Epoch, ...]:
 
 
 class _Run:
-    """A training in progress; its attributes include all state that a checkpoint must hold."""
+    """A training in progress; its attributes include all state that a checkpoint must hold.
+
+    Attributes that are not arguments of ``train``:
+        leaves: the trained tensors by name: leaf tensors of autograd, copies of the original ones.
+        auxiliary: the trained tensors of the auxiliary module, by name.
+        statistics: names of buffers that the forward pass changes, such as those of norms.
+        tables: the trained weights of uncompressed tables.
+        packed: the packed (compressed) tables of which a tensor is trained.
+        nonzero: by name, which weights of a pruned layer are not zero; the others stay zero.
+        scales: initial values of trained scales, by name.
+        max_steps: optimizer steps of all epochs; None until the cosine schedule needs it.
+        epochs: the finished epochs.
+        best: the tensors after the best epoch, by name.
+        factor: factor of the learning rate in the ``plateau`` schedule.
+        stale: number of epochs since the best one.
+        steps: number of optimizer steps so far.
+    """
 
     def __init__(
         self,
@@ -156,7 +172,7 @@ class _Run:
         self.tables = [leaf for name, leaf in self.leaves.items() if is_table(module, name)]
         owners = (packed_owner(module, name) for name in self.leaves)
         self.packed = list(dict.fromkeys(owner for owner in owners if owner is not None))
-        self.zeros = {
+        self.nonzero = {
             name: leaf.detach() != 0
             for name, leaf in self.leaves.items()
             if name.rpartition(".")[0] in pruned and leaf.dim() == 2
@@ -177,7 +193,7 @@ class _Run:
             ],
             lr=settings.learning_rate,
         )
-        self.max_steps: int | None = None  # of all epochs
+        self.max_steps: int | None = None
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.factor, self.stale, self.steps = 1.0, 0, 0
@@ -326,7 +342,7 @@ class _Run:
         with torch.no_grad():
             if self.after_step is not None:
                 self.after_step(rate)
-            for name, mask in self.zeros.items():  # pruned weights stay zero
+            for name, mask in self.nonzero.items():  # pruned weights stay zero
                 self.leaves[name].mul_(mask)
             for name, initial in self.scales.items():
                 leaf = self.leaves[name]
@@ -353,8 +369,8 @@ class _Run:
         """Return the weights of trained tables for the penalty; packed tables are dequantized."""
         if not self.settings.table_l2:
             return []
-        every = (torch.arange(table.rows, device=self.device) for table in self.packed)
-        return [*self.tables, *(table(ids) for table, ids in zip(self.packed, every, strict=True))]
+        dequantized = (table(torch.arange(table.rows, device=self.device)) for table in self.packed)
+        return [*self.tables, *dequantized]
 
     def _rate(self) -> float:
         """Return Adam's learning rate for the next optimizer step."""

@@ -44,7 +44,7 @@ def choose_trainable(
     names = trainable_tensors(model.module, tables=tables, dense=dense)
     rows = bench.train.rows if bench.train else 0
     units = {unit.name: unit for unit in Unit.of(model.module)}
-    trained = {innermost(name, units) for name in names}
+    trained = {innermost(name, units) for name in names}  # the unit that each tensor belongs to
     decisions = {}
     for unit in units.values():
         if unit.name in trained:
@@ -86,7 +86,11 @@ def nothing_to_train(unit: Unit, kind: str) -> Reason:
 
 
 def pruned_layers(model: Model) -> tuple[str, ...]:
-    """Return the names of layers in which an earlier step set weights to zero for good."""
+    """Return the names of layers whose zeros must stay zero in training.
+
+    These are the layers that a step with ``keeps_zeros`` compressed, such as ``magnitude``: it
+    declares that weights that it sets to zero stay zero in later training.
+    """
     # Imported here, because the registry imports every method, and some methods import this file.
     from compressors.core.registries import METHODS
 
@@ -160,7 +164,8 @@ def describe_outcome(
         last: whether the result is the last epoch instead of the best one.
     """
     first, *_ = epochs
-    best = epochs[-1] if last else max(epochs, key=lambda epoch: epoch.quality)  # the earliest
+    # Of several epochs with the best metric, ``max`` returns the earliest.
+    best = epochs[-1] if last else max(epochs, key=lambda epoch: epoch.quality)
     if best.number == 0:
         return (Reason("training_unchanged", epochs=len(epochs) - 1),)
     trained = Reason(
