@@ -67,7 +67,8 @@ def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, T
 class LowRankComposition:
     """A table composed of the table ``narrow`` ``(rows, rank)`` and two tensors.
 
-    These are ``projection`` ``(rank, dim)`` and ``mean`` ``(dim,)``, float32.
+    These are ``projection`` ``(rank, dim)`` and ``mean`` ``(dim,)``, float32. Methods: see the
+    protocol ``Composition``. ``every=0``: the tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "low_rank"

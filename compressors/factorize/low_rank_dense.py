@@ -111,6 +111,7 @@ class _Moments:
         self.products = torch.zeros((inputs, inputs), dtype=torch.float64)
 
     def __call__(self, x: Tensor) -> None:
+        """Add inputs, ``(vectors, in)``."""
         exact = x.double()
         self.count += len(exact)
         self.total += exact.sum(dim=0)
@@ -128,7 +129,7 @@ class _Moments:
 class LowRankDense(StepSettings):
     """Replace each dense layer by two smaller ones."""
 
-    effect: ClassVar[Effect] = "parts"
+    effect: ClassVar[Effect] = "parts"  # a unit is replaced by smaller units
 
     kind: Literal["low_rank_dense"] = "low_rank_dense"
     layers: tuple[str, ...] = Field(
@@ -188,8 +189,8 @@ class LowRankDense(StepSettings):
             reason = Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
             return Decision("skipped", (reason,))
         reason = Reason("rank_searched", step=self.kind, most_error=most_error, rank=largest)
-        least = layout_bytes(factored_layout(inputs, outputs, 1, bias=unit.bias is not None))
-        return Decision("deferred", (reason,), (least, unit.bytes))
+        rank_1_bytes = layout_bytes(factored_layout(inputs, outputs, 1, bias=unit.bias is not None))
+        return Decision("deferred", (reason,), (rank_1_bytes, unit.bytes))  # bounds of the bytes
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected layer by its factors.
@@ -220,8 +221,9 @@ class LowRankDense(StepSettings):
             if bias is not None:
                 correction = (weight.double() - expand.double() @ reduce.double()) @ mean
                 stored["expand.bias"] = (bias.double() + correction).float()
-            share = float(energy[rank:].sum() / energy.sum().clamp(min=1e-300))
-            outcomes[unit.name] = Decision("taken", (Reason("rank_loss", rank=rank, share=share),))
+            lost_share = float(energy[rank:].sum() / energy.sum().clamp(min=1e-300))
+            rank_loss = Reason("rank_loss", rank=rank, share=lost_share)
+            outcomes[unit.name] = Decision("taken", (rank_loss,))
             layer = FactoredLinear(inputs, outputs, rank, bias=bias is not None, stored=stored)
             swap(module, unit.name, layer.eval())
         return AppliedStep(model, outcomes)

@@ -145,7 +145,8 @@ def best_fit(
 class _System:
     """The linear system from buckets and mean to rows, without building its matrix.
 
-    A solution is ``(buckets + 1, dim)``: the buckets, and the mean as the last row.
+    A solution is ``(buckets + 1, dim)``: the buckets, and the mean as the last row. ``share`` is
+    each row's weight, with a sum of 1.
     """
 
     def __init__(self, share: Tensor, functions: Tensor, buckets: int) -> None:
@@ -216,7 +217,8 @@ class MultiHashComposition:
     """A table composed of the table ``buckets`` ``(buckets, dim)`` and two tensors.
 
     These are ``functions``, the coefficients of the hash functions, int64 ``(hashes, 2 or 4)``, and
-    ``mean`` ``(dim,)``.
+    ``mean`` ``(dim,)``. Methods: see the protocol ``Composition``. ``every=0``: the tensor belongs
+    to the whole table, not to its rows.
     """
 
     name: str = "multi_hash"

@@ -51,7 +51,7 @@ CODE_RATE, DECODER_RATE = 0.01, 0.003
 """Adam's learning rates of codes and decoder, for codes whose root mean square is 1."""
 
 MAX_SHARE = 0.25
-"""Largest size of the hidden and output layer, as a share of the size of the codes, in numbers."""
+"""Most numbers in the hidden and output layer together, as a share of the numbers in all codes."""
 
 DAMPING = 1e-9
 """Added to the diagonal of the last layer's normal equations, as a share of its mean."""
@@ -125,8 +125,8 @@ def fit(
     Returns:
         ``codes`` float32 ``(rows, size)`` and the decoder, float32.
     """
-    rows, share = table.float(), weight.double() / weight.double().mean()
-    initial_codes, projection, mean = factors(rows, size, share)
+    rows, relative_weight = table.float(), weight.double() / weight.double().mean()
+    initial_codes, projection, mean = factors(rows, size, relative_weight)
     # Training is on codes and rows divided by this number.
     scale = float(initial_codes.square().mean().sqrt()) or 1.0
     generator = torch.Generator().manual_seed(seed)
@@ -134,16 +134,16 @@ def fit(
     bias = torch.randn(hidden, generator=generator)
     no_correction = torch.zeros(hidden, table.shape[1])
     best = initial_codes, Decoder(projection, inner / scale, bias, no_correction, mean)
-    least_error = squared_error(rows, share, *best)
+    least_error = squared_error(rows, relative_weight, *best)
     scaled = rows / scale
     codes = initial_codes / scale
     decoder = Decoder(projection, inner, bias, no_correction, mean / scale)
     for trains in (False, True):
         if trains:
-            codes, decoder = _train(scaled, share, codes, decoder, adam_steps, generator)
-        decoder = _solve_last_layer(scaled, share, codes, decoder)
+            codes, decoder = _train(scaled, relative_weight, codes, decoder, adam_steps, generator)
+        decoder = _solve_last_layer(scaled, relative_weight, codes, decoder)
         candidate = codes * scale, _rescale(decoder, scale)
-        error = squared_error(rows, share, *candidate)
+        error = squared_error(rows, relative_weight, *candidate)
         if error < least_error:
             best, least_error = candidate, error
     return best
@@ -230,7 +230,11 @@ def _train(
 
 @dataclass(frozen=True)
 class NeuralCodesComposition:
-    """A table composed of the table ``codes`` ``(rows, code)`` and the tensors of ``Decoder``."""
+    """A table composed of the table ``codes`` ``(rows, code)`` and the tensors of ``Decoder``.
+
+    Methods: see the protocol ``Composition``. ``every=0``: a tensor belongs to the whole table, not
+    to its rows.
+    """
 
     name: str = "neural_codes"
     learned: tuple[str, ...] = Decoder._fields

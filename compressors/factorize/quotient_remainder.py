@@ -65,7 +65,8 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
     If the shorter table is fixed, the normal equations of the longer one are diagonal. So only a
     system of the shorter table's size is solved, at most about ``sqrt(rows)`` rows (the Schur
     complement). A row that is added to all rows of one table and subtracted from those of the other
-    does not change the sums. It is chosen so that each table gets half of the mean row.
+    does not change the sums. It is chosen so that the mean row of the shorter table is half of the
+    weighted mean row of ``table``.
 
     Args:
         table: float, ``(rows, dim)``.
@@ -76,9 +77,10 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
         ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
     """
     grid, sums, totals, weights = _normal_equations(table, weight, buckets)
-    # Solve for the shorter table; the longer one follows from it.
+    # Solve for the shorter table; the longer one follows from it. Both are indices into the pairs
+    # ``totals`` and ``weights``: 0 for the table of quotients, 1 for that of remainders.
     short, long = (1, 0) if buckets <= grid.shape[0] else (0, 1)
-    across = grid if short else grid.T  # (long, short)
+    across = grid if short == 1 else grid.T  # (long, short)
     scaled = across / weights[long].unsqueeze(1)
     left = torch.diag(weights[short]) - across.T @ scaled  # (short, short), singular
     right = totals[short] - scaled.T @ totals[long]  # (short, dim)
@@ -88,7 +90,7 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
     second = (totals[long] - across @ first) / weights[long].unsqueeze(1)
     shift = (sums / weights[0].sum()) / 2 - first.mean(dim=0)
     first, second = first + shift, second - shift
-    quotient, remainder = (second, first) if short else (first, second)
+    quotient, remainder = (second, first) if short == 1 else (first, second)
     return quotient.float(), remainder.float()
 
 
@@ -178,7 +180,10 @@ def _normal_equations(
 
 @dataclass(frozen=True)
 class QuotientRemainderComposition:
-    """A table composed of ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``."""
+    """A table composed of ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``.
+
+    Methods: see the protocol ``Composition``.
+    """
 
     name: str = "quotient_remainder"
     learned: tuple[str, ...] = ()
