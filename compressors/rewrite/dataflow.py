@@ -152,10 +152,10 @@ def _graphs(
     """
     rows = table_rows(module)
     graphs = []
-    for form in served_graphs(signature):
-        wrapper = wrap_for_serving(module, form, rows)
-        inputs = generate_inputs(form.signature, rows, TRACE_ROWS)
-        names = input_names(form.signature)
+    for served_graph in served_graphs(signature):  # one, or one per tower of a retrieval model
+        wrapper = wrap_for_serving(module, served_graph, rows)
+        inputs = generate_inputs(served_graph.signature, rows, TRACE_ROWS)
+        names = input_names(served_graph.signature)
         dynamic = tuple({0: torch.export.Dim.AUTO} for _ in names)
         try:
             with torch.no_grad():
@@ -170,11 +170,11 @@ def _graphs(
         tensors: dict[str, Tensor] = dict(wrapper.named_parameters(remove_duplicate=False))
         tensors |= dict(wrapper.named_buffers(remove_duplicate=False))
         exported = program.graph_signature
-        names_of = {**exported.inputs_to_parameters, **exported.inputs_to_buffers}
+        tensor_names = {**exported.inputs_to_parameters, **exported.inputs_to_buffers}
         placeholders = {
-            node: id(tensors[names_of[node.name]])
+            node: id(tensors[tensor_names[node.name]])
             for node in program.graph.nodes
-            if node.op == "placeholder" and names_of.get(node.name) in tensors
+            if node.op == "placeholder" and tensor_names.get(node.name) in tensors
         }
         graphs.append((program.graph, placeholders))
     return graphs

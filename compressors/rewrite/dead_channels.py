@@ -158,7 +158,8 @@ def _dead_channels(
     the width lose the same number of channels.
     """
     module, width = model.module, consumers.width
-    dense_consumers = _dense(module, {consumer: 1 for _, consumer in consumers.connections})
+    consumer_names = dict.fromkeys(consumer for _, consumer in consumers.connections)
+    dense_consumers = _dense(module, consumer_names)
     low, high = _ranges(model, signature, dense_consumers, sample)
     # By consumer, the value of each constant input, 0 for other inputs: (inputs,).
     value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in dense_consumers}
@@ -181,14 +182,16 @@ def _dead_channels(
                     needs_bias = weight.any(dim=0) & (value[name] != 0)
                     is_constant &= ~(columns & needs_bias).any(dim=1)
         removable[group] = is_constant | is_unread
-    fewest = min(int(dead.sum()) for dead in removable.values())
-    fewest = min(fewest, width.value - 1)  # at least one channel must stay, even if it is dead
-    if fewest == 0:
+    # All producers lose the same number, so the one with the fewest dead channels limits it. At
+    # least one channel must stay, even if it is dead.
+    removed_count = min(int(dead.sum()) for dead in removable.values())
+    removed_count = min(removed_count, width.value - 1)
+    if removed_count == 0:
         return None
     kept_channels = {}
     for group, dead in removable.items():
         mask = torch.ones(width.value, dtype=torch.bool)
-        mask[dead.nonzero().flatten()[:fewest]] = False
+        mask[dead.nonzero().flatten()[:removed_count]] = False
         kept_channels.update(dict.fromkeys(group, mask))
     offsets = {}
     for name in dense_consumers:
@@ -199,7 +202,8 @@ def _dead_channels(
         ]
         removed = torch.stack(removed_inputs).any(dim=0)  # (inputs,)
         offsets[name] = _weight(module, name)[:, removed].double() @ value[name][removed].double()
-    return DeadChannels(WidthCut(width, consumers, width.value - fewest), kept_channels, offsets)
+    cut = WidthCut(width, consumers, width.value - removed_count)
+    return DeadChannels(cut, kept_channels, offsets)
 
 
 def _ranges(
@@ -219,21 +223,21 @@ def _ranges(
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             x = args[0] if args else named["input"]
             flat = x.reshape(-1, x.shape[-1])
             if len(flat):
-                least, most = flat.amin(dim=0), flat.amax(dim=0)
-                low[name] = torch.minimum(low[name], least) if name in low else least
-                high[name] = torch.maximum(high[name], most) if name in high else most
+                smallest, largest = flat.amin(dim=0), flat.amax(dim=0)
+                low[name] = torch.minimum(low[name], smallest) if name in low else smallest
+                high[name] = torch.maximum(high[name], largest) if name in high else largest
 
         return hook
 
     with ExitStack() as hooks, torch.no_grad():
         for name in names:
             part = model.module.get_submodule(name)
-            hooks.callback(part.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+            hooks.callback(part.register_forward_pre_hook(record(name), with_kwargs=True).remove)
         for inputs in _inputs(model, signature, sample):
             model.module(**inputs)
     return low, high

@@ -23,7 +23,7 @@ from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
 
-MAX_ROUNDS = 100
+MAX_ROUNDS = 100  # largest number of rounds over all links
 DEAD = 1e-3  # channels below this share of the layer's largest channel are not scaled
 CONVERGED = 1e-3  # stop when a round changes every factor by less
 
@@ -50,7 +50,7 @@ def equalization_factors(output_ranges: Tensor, input_ranges: Tensor) -> Tensor:
 class Equalize(StepSettings):
     """Give the channels between consecutive dense layers equal ranges."""
 
-    effect: ClassVar[Effect] = "values"
+    effect: ClassVar[Effect] = "values"  # layers keep their format; their weights change
 
     kind: Literal["equalize"] = "equalize"
     layers: tuple[str, ...] = Field(
@@ -67,7 +67,7 @@ class Equalize(StepSettings):
         return choose_links(model, bench.signature, self.layers, self.kind, norms=False)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[tuple[Link, ...]]) -> AppliedStep:
-        """Equalize pair by pair, in rounds, until the factors converge."""
+        """Equalize link by link (a layer and its consumers), in rounds, until factors converge."""
         links = plan.payload
         module = model.module
         for _ in range(MAX_ROUNDS):

@@ -126,7 +126,7 @@ class Folding(NamedTuple):
 class Fold(StepSettings):
     """Fold norms into the dense layers around them, and remove dead channels."""
 
-    effect: ClassVar[Effect] = "values"
+    effect: ClassVar[Effect] = "values"  # layers keep their format; weights and widths change
 
     kind: Literal["fold"] = "fold"
     layers: tuple[str, ...] = Field(

@@ -98,7 +98,7 @@ def best_smoothing(inputs: Tensor, weights: Tensor, layers: Sequence[LayerSample
 class SmoothQuant(StepSettings):
     """Move outliers from the inputs of dense layers into their weights, before int8."""
 
-    effect: ClassVar[Effect] = "values"
+    effect: ClassVar[Effect] = "values"  # layers keep their format; their weights change
 
     kind: Literal["smooth_quant"] = "smooth_quant"
     layers: tuple[str, ...] = Field(
@@ -145,7 +145,8 @@ class SmoothQuant(StepSettings):
         module = model.module
         calls = -(-min(self.rows, bench.calibration.rows) // BATCH)
         consumers = [name for link in links for name in link.consumers]
-        recorders = {name: _InputRecorder(-(-SAMPLE // calls)) for name in consumers}
+        vectors_per_call = -(-SAMPLE // calls)  # rounded up
+        recorders = {name: _InputRecorder(vectors_per_call) for name in consumers}
         read_layer_inputs(
             module,
             [unit for unit in Unit.of(module) if unit.name in recorders],
@@ -184,6 +185,7 @@ class _InputRecorder:
         self.sample: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> None:
+        """Record the inputs of one call, ``(vectors, channels)``."""
         if len(x):
             count = self.vectors_per_call
             self.maxima.append(x.abs().amax(dim=0))

@@ -16,7 +16,7 @@ from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.units import Unit, table_rows
 
-CHECK_ROWS = 64
+CHECK_ROWS = 64  # synthetic rows whose scores are compared
 SHIFT = 3.7  # constant that moves a changed feature out of its usual range
 
 Inputs = dict[str, Tensor]
@@ -46,14 +46,14 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
     ):
         return {}  # every layer has a nonzero weight for each of its inputs
     result = {}
-    rows = table_rows(module)
+    table_sizes = table_rows(module)
     for name, width, change_feature in _features(module, signature):
+        is_read = _read_columns(module, signature, table_sizes, width, change_feature)
         unread = [
             column
-            for column, is_read in enumerate(
-                _read_columns(module, signature, rows, width, change_feature)
-            )
-            if not is_read and _scores_unchanged(module, signature, rows, change_feature, column)
+            for column in range(width)
+            if not is_read[column]
+            and _scores_unchanged(module, signature, table_sizes, change_feature, column)
         ]
         if unread:
             result[name] = tuple(unread)
@@ -79,11 +79,11 @@ def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, in
 
             yield name, item.shape[0], change_dense
     for unit in Unit.of(module):
-        if unit.role != "table" or unit.part_of is not None:
+        if unit.role != "table" or unit.part_of is not None:  # no parts of composed tables
             continue
         table = module.get_submodule(unit.name)
         width = getattr(table, "embedding_dim", None)
-        if not isinstance(width, int):  # packed, or composed
+        if not isinstance(width, int):  # compressed, or built from smaller tables
             continue
 
         def change_table(
@@ -102,14 +102,14 @@ def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, in
 def _read_columns(
     module: nn.Module,
     signature: Signature,
-    rows: dict[str, int],
+    table_sizes: dict[str, int],
     width: int,
     change_feature: ChangeFeature,
 ) -> list[bool]:
     """Return for each column whether a dense layer applies a nonzero weight to it.
 
     In row ``i`` of the batch, column ``i`` is NaN; a hook on each dense layer checks which of its
-    inputs are NaN.
+    inputs are NaN. ``table_sizes`` has the number of rows of each table.
     """
     is_read = torch.zeros(width, dtype=torch.bool)
 
@@ -138,7 +138,7 @@ def _read_columns(
         for part in module.modules():
             if isinstance(part, nn.Linear | PackedLinear):
                 hooks.callback(part.register_forward_hook(check, with_kwargs=True).remove)
-        module(**change_feature(generate_inputs(signature, rows, width), mark, hooks))
+        module(**change_feature(generate_inputs(signature, table_sizes, width), mark, hooks))
     return [bool(column) for column in is_read]
 
 
@@ -146,7 +146,7 @@ def _read_columns(
 def _scores_unchanged(
     module: nn.Module,
     signature: Signature,
-    rows: dict[str, int],
+    table_sizes: dict[str, int],
     change_feature: ChangeFeature,
     column: int,
 ) -> bool:
@@ -157,7 +157,8 @@ def _scores_unchanged(
         changed[..., column] = SHIFT - 2 * changed[..., column]
         return changed
 
-    before = module(**generate_inputs(signature, rows, CHECK_ROWS))
+    before = module(**generate_inputs(signature, table_sizes, CHECK_ROWS))
     with ExitStack() as hooks:
-        after = module(**change_feature(generate_inputs(signature, rows, CHECK_ROWS), shift, hooks))
+        inputs = change_feature(generate_inputs(signature, table_sizes, CHECK_ROWS), shift, hooks)
+        after = module(**inputs)
     return torch.equal(before, after)
